@@ -17,7 +17,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
-import email.headerregistry
+import email.header
 import email.message
 import email.policy
 import email.utils
@@ -119,11 +119,11 @@ class Settings:
         Raises:
             StartError: a value is not allowed.
         """
-        given = {**read_env_file(pathlib.Path(folder, ".env")), **environment}
+        sources = environment, read_env_file(pathlib.Path(folder, ".env"))
         values = {}
         for field in dataclasses.fields(cls):
-            text = (given.get(field.name) or given.get(field.name.upper()) or "").strip()
-            if text:
+            given = (source.get(name, "").strip() for source in sources for name in (field.name, field.name.upper()))
+            if text := next(filter(None, given), ""):
                 values[field.name] = parse_option(field, text)
         settings = cls(**values)
         settings.check()
@@ -441,20 +441,17 @@ class EmbeddedServer:
     def answers(self):
         """Whether a server answers on the socket, with its data loaded."""
         try:
-            with contextlib.closing(redis.Redis(unix_socket_path=str(self.socket), protocol=2, socket_timeout=5,
-                                                retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0))) as client:
+            with self._client() as client:
                 return client.ping()
         except redis.RedisError:
             return False
 
     def stop(self):
         """Stop the server, its data on disk, and give the data_dir back."""
-        with contextlib.closing(redis.Redis(unix_socket_path=str(self.socket), protocol=2)) as client:
-            try:
-                pid = client.info("server")["process_id"]
-                client.shutdown()
-            except redis.RedisError:
-                pid = None
+        pid = None
+        with contextlib.suppress(redis.RedisError), self._client() as client:
+            pid = client.info("server")["process_id"]
+            client.shutdown()
         if self.process is not None:
             self.process.wait()
         elif pid:
@@ -462,6 +459,10 @@ class EmbeddedServer:
                 while os.kill(pid, 0) is None:
                     time.sleep(0.01)
         self.lock.close()
+
+    def _client(self):
+        return redis.Redis(unix_socket_path=str(self.socket), protocol=2, socket_timeout=5.0,
+                           retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0))
 
 
 # --- 4. accounts ------------------------------------------------------------------------------------------
@@ -1215,23 +1216,39 @@ def compose(sender, recipient, subject, content, message_id, created):
         created: when the task was accepted, microseconds since the epoch: the Date.
 
     The result has CRLF line ends, lines of at most 998 octets (RFC 5322 section 2.1.1) and only ASCII, so that any
-    server takes it; where an address itself is not ASCII, its headers are UTF-8 (RFC 6532).
+    server takes it; but an address that is not ASCII stands as it is, in UTF-8 (RFC 6532).
     """
     name, address = sender
-    policy = email.policy.SMTP.clone(cte_type="7bit", utf8=not (recipient + address).isascii())
-    message = email.message.EmailMessage(policy=policy)
-    message["From"] = email.headerregistry.Address(display_name=name, addr_spec=address)
-    message["To"] = email.headerregistry.Address(addr_spec=recipient)
-    message["Subject"] = subject
-    message["Date"] = datetime.datetime.fromtimestamp(created // 1_000_000, datetime.timezone.utc)
-    message["Message-ID"] = f"<{message_id}>"
+    headers = {
+        "From": f"{encoded_header('From', quoted_phrase(name))} <{address}>" if name else address, "To": recipient,
+        "Subject": encoded_header("Subject", subject),
+        "Date": email.utils.format_datetime(datetime.datetime.fromtimestamp(created // 1_000_000, datetime.timezone.utc)),
+        "Message-ID": f"<{message_id}>", "MIME-Version": "1.0"}
     content = re.sub(r"\r\n?", "\n", content)
+    body = email.message.EmailMessage(policy=MAIL_POLICY)
     if not is_html(content):
-        message.set_content(content)
+        body.set_content(content)
     else:
-        message.set_content(html_to_text(content))
-        message.add_alternative(content, subtype="html")
-    return message.as_bytes()
+        body.set_content(html_to_text(content))
+        body.add_alternative(content, subtype="html")
+    del body["MIME-Version"]
+    return "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode() + body.as_bytes()
+
+
+MAIL_POLICY = email.policy.SMTP.clone(cte_type="7bit")
+
+
+def encoded_header(name, value):
+    """The value of a header, folded, and encoded where it is not ASCII (RFC 2047).
+
+    By the standard library's older class: the newer one loses spaces between two encoded words.
+    """
+    return email.header.Header(value, None if value.isascii() else "utf-8", header_name=name).encode(linesep="\r\n")
+
+
+def quoted_phrase(name):
+    """A display name as RFC 5322 section 3.2.5 has it: in quotes where it holds special characters."""
+    return email.utils.formataddr((name, "x@y")).removesuffix(" <x@y>") if name.isascii() else name
 
 
 class Outbox:
@@ -1286,6 +1303,7 @@ class SmtpTransport:
 
     IDLE = 10.0
     SHARE = 100
+    TLS_PORT = 465  # RFC 8314 section 3.3: TLS from the start
 
     def __init__(self, settings):
         self.settings = settings
@@ -1386,13 +1404,13 @@ class SmtpTransport:
             return self.local.smtp
         settings, smtp = self.settings, None
         try:
-            if settings.smtp_port == 465:
+            if settings.smtp_port == self.TLS_PORT:
                 smtp = smtplib.SMTP_SSL(settings.smtp_server, settings.smtp_port, self.host_name,
                                         timeout=settings.smtp_timeout, context=self.context)
             else:
                 smtp = smtplib.SMTP(settings.smtp_server, settings.smtp_port, self.host_name, timeout=settings.smtp_timeout)
             smtp.ehlo_or_helo_if_needed()
-            if settings.smtp_port != 465 and settings.smtp_tls == "auto" and smtp.has_extn("starttls"):
+            if settings.smtp_port != self.TLS_PORT and settings.smtp_tls == "auto" and smtp.has_extn("starttls"):
                 smtp.starttls(context=self.context)
                 smtp.ehlo_or_helo_if_needed()
             if settings.smtp_pass:
@@ -1866,7 +1884,7 @@ class Workers:
             # A mail that makes the server hang up would go round for ever. It is charged for that when it is
             # the third time and the server has taken other mails since the last.
             if task.drops < self.MAX_DROPS or self.transport.accepted * 1e6 < task.dropped:
-                return Outcome(task.id, "dropped", str(error), min(2.0 ** task.drops, 60.0) * random.uniform(0.5, 1))
+                return Outcome(task.id, "dropped", str(error), self.drop_delay(task.drops))
             return self._failed(task, str(error))
         except redis.RedisError as error:
             return Outcome(task.id, "returned", f"Redis is not available: {describe(error)}")
@@ -1876,6 +1894,11 @@ class Workers:
             logger.exception("unexpected error", extra={"fields": {"task": task.id}})
             return self._failed(task, f"internal error ({type(error).__name__})")
         return Outcome(task.id, "succeeded", summary=summary)
+
+    @staticmethod
+    def drop_delay(drops):
+        """Seconds until a mail is tried again whose connection was dropped, for the time after `drops` others."""
+        return min(2.0 ** drops, 60.0) * random.uniform(0.5, 1)
 
     def _failed(self, task, error):
         if task.attempts >= task.retries:
@@ -2482,6 +2505,7 @@ class Service:
 
     def stop(self):
         """Answer no new requests, end the work in flight, leave the rest in Redis, stop the embedded server last."""
+        self.workers.stopping.set()
         log(logging.INFO, "stopping")
         deadline = time.monotonic() + self.settings.shutdown_timeout
         self.http.stop(self.settings.shutdown_timeout)

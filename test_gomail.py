@@ -9,16 +9,19 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
+import datetime
 import email
 import email.policy
 import http.client
 import json
 import os
 import pathlib
+import random
 import re
 import secrets
 import signal
 import socket
+import ssl
 import string
 import subprocess
 import sys
@@ -31,6 +34,9 @@ import aiosmtpd.controller
 import aiosmtpd.smtp
 import pytest
 import redis
+import redis.backoff
+import redis.retry
+import trustme
 
 import gomail
 
@@ -49,6 +55,12 @@ def until(condition, patience=PATIENCE):
     return result
 
 
+def connected(path):
+    """A Redis client on a unix socket that fails at once where nobody listens."""
+    return redis.Redis(unix_socket_path=str(path), decode_responses=True, protocol=2,
+                       retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0))
+
+
 class RedisServer:
     """A real Redis or Valkey server, a process of its own, on a unix socket or a TCP port."""
 
@@ -63,7 +75,7 @@ class RedisServer:
         self.process = subprocess.Popen(
             [program, "--port", str(self.port), "--unixsocket", self.socket, "--dir", self.folder, "--save", "",
              "--logfile", self.folder / "server.log", *self.options], stdin=subprocess.DEVNULL)
-        self.client = redis.Redis(unix_socket_path=str(self.socket), decode_responses=True, protocol=2)
+        self.client = connected(self.socket)
         until(self.answers)
         return self
 
@@ -108,17 +120,46 @@ class MailServer(aiosmtpd.controller.Controller):
 
         class Session(aiosmtpd.smtp.SMTP):
             def connection_made(self, transport):
-                server.connections += 1
+                # TLS starts a second time on the same connection.
+                if not isinstance(self.transport, asyncio.Transport):
+                    server.connections += 1
+                server.open.add(self)
                 super().connection_made(transport)
 
-        self.session_class = Session
+            def connection_lost(self, error):
+                server.open.discard(self)
+                super().connection_lost(error)
+
+        self.session_class, self.open = Session, set()
         if not port:
             with socket.create_server(("127.0.0.1", 0)) as probe:
                 port = probe.getsockname()[1]
+        options.setdefault("enable_SMTPUTF8", False)
         super().__init__(self, hostname="127.0.0.1", port=port, **options)
 
     def factory(self):
         return self.session_class(self.handler, **self.SMTP_kwargs)
+
+    def start(self):
+        """Start it, or start it again on the same port."""
+        self.loop = asyncio.new_event_loop()
+        super().start()
+        self.connections = 0  # the controller made one itself, to see whether it listens
+
+    def stop(self):
+        """Stop it, with all its connections."""
+        if self._thread is not None:
+            self.loop.call_soon_threadsafe(self.server.close)
+            until(self.abandoned)
+            super().stop(no_assert=True)
+
+    def abandoned(self):
+        """Cut all connections, and whether none is left."""
+        for session in list(self.open):
+            self.loop.call_soon_threadsafe(session.transport.abort)
+        return not self.open
+
+    close = stop
 
     def drop(self, server):
         server.transport.abort()
@@ -162,8 +203,8 @@ class MailServer(aiosmtpd.controller.Controller):
 
 
 def parsed(raw):
-    """A mail as Python's strict reader sees it; a defect is a fault."""
-    message = email.message_from_bytes(raw, policy=email.policy.default)
+    """A mail as Python's strict reader sees it, with LF for CRLF; a defect is a fault."""
+    message = email.message_from_bytes(raw.replace(b"\r\n", b"\n"), policy=email.policy.default)
     for part in message.walk():
         assert not part.defects, part.defects
     return message
@@ -171,14 +212,18 @@ def parsed(raw):
 
 def text_of(message):
     """The plain text of a parsed mail."""
-    return message.get_body(("plain",)).get_content()
+    return message.get_body(("plain",)).get_content().replace("\r\n", "\n")
+
+
+def otp_of(message):
+    """The OTP in a parsed mail."""
+    return re.search(r"code is ([0-9]+)", text_of(message))[1]
 
 
 @pytest.fixture
 def mail_server():
     with contextlib.closing(MailServer()) as server:
         server.start()
-        server.close = lambda: server.stop(no_assert=True)
         yield server
 
 
@@ -258,10 +303,11 @@ class Services:
 
 
 @pytest.fixture
-def services(redis_server, tmp_path, monkeypatch):
+def services(redis_server, mail_server, tmp_path, monkeypatch):
     monkeypatch.setattr(gomail.Workers, "WAIT", 0.05)
     monkeypatch.setattr(gomail.Gate, "FIRST_DELAY", 0.02)
     monkeypatch.setattr(gomail.Gate, "LONGEST_DELAY", 0.2)
+    monkeypatch.setattr(gomail.Workers, "drop_delay", staticmethod(lambda drops: 0.05))
     monkeypatch.setattr(gomail.Cron, "TICK", 0.01)
     services = Services(redis_server, tmp_path)
     yield services
@@ -280,11 +326,35 @@ def client(service):
     return service.client.sign_up()
 
 
+class Clock:
+    """A clock for the newsletters that a test sets; it starts at a given moment, UTC."""
+
+    def __init__(self, moment="2026-03-10T10:20:30"):
+        self.now = at(moment)
+
+    def __call__(self):
+        return self.now
+
+    def forward(self, seconds):
+        self.now += seconds
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+def at(moment, zone="UTC"):
+    """Seconds since the epoch of an ISO time in a zone."""
+    return datetime.datetime.fromisoformat(moment).replace(tzinfo=zoneinfo.ZoneInfo(zone)).timestamp()
+
+
 class Process:
     """A gomail process of its own, as a user starts it, in an empty folder."""
 
     def __init__(self, folder, environment={}, arguments=(), code=None):
         self.folder, self.lines = pathlib.Path(folder), []
+        self.embedded = self.folder / "gomail-data" / "valkey.sock"
         # A time zone, a locale or a PORT of the machine must not decide a test.
         inherited = {name: os.environ[name] for name in ("PATH", "HOME", "SSL_CERT_FILE") if name in os.environ}
         command = [sys.executable, "-c", code] if code else [sys.executable, HERE / "gomail.py"]
@@ -346,7 +416,1234 @@ def end(process):
     """End a process and the embedded server that it may have left behind."""
     process.kill()
     with contextlib.suppress(redis.RedisError):
-        redis.Redis(unix_socket_path=str(process.folder / "gomail-data" / "valkey.sock"), protocol=2).shutdown(nosave=True)
+        connected(process.embedded).shutdown(nosave=True)
 
 
 # --- 1. settings ------------------------------------------------------------------------------------------
+
+def test_without_a_setting_every_option_has_its_documented_default(tmp_path):
+    assert gomail.Settings.load({}, tmp_path) == gomail.Settings()
+
+
+@pytest.mark.parametrize("name", ["smtp_port", "SMTP_PORT"])
+def test_environment_names_count_in_lower_and_upper_case(tmp_path, name):
+    assert gomail.Settings.load({name: "2525"}, tmp_path).smtp_port == 2525
+
+
+def test_the_five_variables_of_the_contract_are_read_from_the_env_file(tmp_path):
+    (tmp_path / ".env").write_text("smtp_user=me@example.com\nsmtp_pass='app # password'\nsmtp_server=smtp.example.com\n"
+                                   "smtp_port=465  # TLS\n\n# where the queue lies\nexport redis_uri=localhost:6379\n")
+    settings = gomail.Settings.load({}, tmp_path)
+    assert settings.smtp_user == "me@example.com" and settings.smtp_pass == "app # password"
+    assert settings.smtp_server == "smtp.example.com" and settings.smtp_port == 465
+    assert settings.redis_uri == "localhost:6379"
+
+
+def test_the_environment_goes_before_the_env_file_whatever_the_case_of_its_names(tmp_path):
+    (tmp_path / ".env").write_text("port=1111\n")
+    assert gomail.Settings.load({"PORT": "2222"}, tmp_path).port == 2222
+
+
+def test_an_empty_value_means_the_default(tmp_path):
+    assert gomail.Settings.load({"port": "", "smtp_server": " "}, tmp_path) == gomail.Settings()
+
+
+@pytest.mark.parametrize("name, value, allowed", [
+    ("smtp_port", "abc", "a whole number from 1 to 65535"),
+    ("smtp_port", "0", "a whole number from 1 to 65535"),
+    ("workers", "1000", "a whole number from 1 to 64"),
+    ("retry_delay", "nan", "a number of seconds"),
+    ("durability", "sometimes", "everysec, fsync"),
+    ("timezone", "Mars/Olympus", "IANA time zone"),
+    ("host", "0.0.0.0", "admin_token"),
+    ("smtp_from", "nobody", "address"),
+    ("jwt_secret", "short", "32 bytes"),
+])
+def test_a_wrong_value_is_one_line_with_the_option_the_value_and_what_is_allowed(tmp_path, name, value, allowed):
+    with pytest.raises(gomail.StartError) as refused:
+        gomail.Settings.load({name: value}, tmp_path)
+    line = str(refused.value)
+    assert line.startswith(f"{name}: ") and allowed in line and "\n" not in line
+    assert value in line or name == "jwt_secret"
+
+
+def test_a_line_of_the_env_file_without_an_equals_sign_is_named(tmp_path):
+    (tmp_path / ".env").write_text("port=1\nnonsense\n")
+    with pytest.raises(gomail.StartError, match="line 2"):
+        gomail.Settings.load({}, tmp_path)
+
+
+def test_the_readme_lists_every_option_once_with_its_default():
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \|", (HERE / "README.md").read_text(), re.MULTILINE)
+    listed = [(name, default) for name, default in rows if name in gomail.Settings.__dataclass_fields__]
+    expected = [(field.name, "(empty)" if field.default == "" else f"`{field.default:g}`" if isinstance(field.default, float)
+                 else f"`{field.default}`") for field in dataclasses.fields(gomail.Settings)]
+    assert sorted(listed) == sorted(expected)
+
+
+@pytest.mark.parametrize("address", [
+    "user@example.com", "first.last+tag@sub.example.co.uk", "o'neil@example.com", "root@localhost", "jörg@example.com",
+    "a" * 64 + "@example.com"])
+def test_an_address_that_smtp_can_carry_is_taken(address):
+    assert gomail.parse_address(address) == address
+
+
+def test_the_domain_of_an_address_becomes_lower_case_and_idna():
+    assert gomail.parse_address("User@BÜCHER.Example") == "User@xn--bcher-kva.example"
+
+
+@pytest.mark.parametrize("address", [
+    "", "user", "@example.com", "user@", "user@@example.com", "us er@example.com", "user@exam ple.com", ".user@example.com",
+    "user.@example.com", "us..er@example.com", '"quoted"@example.com', "@relay.example:user@example.com",
+    "user@[127.0.0.1]", "user@-example.com", "user@example..com", "user@example.com\r\nBcc: x@example.com", "user\n@example.com",
+    "user@example.com\n", "a" * 65 + "@example.com", "user@" + "a" * 64 + ".com", "user@" + "a.b" * 100, "user@example.com,x@example.com",
+    "<user@example.com>", "user@example.com ", "us\x00er@example.com", "\ud800@example.com"])
+def test_what_smtp_cannot_carry_is_no_address(address):
+    assert gomail.parse_address(address) is None
+
+
+# --- 2. logging -------------------------------------------------------------------------------------------
+
+def test_each_log_line_is_one_json_object_with_time_level_message_and_fields_on_stdout_and_in_the_file(processes):
+    process = processes().started()
+    client = process.client.sign_up()
+    task_id = client.task(content="one\ntwo")
+    client.state(task_id, "succeeded")
+    assert process.stop() == 0
+    process.reader.join()
+    in_file = (process.folder / "app.log").read_text().splitlines(keepends=True)
+    assert in_file == process.lines
+    entry, = [entry for entry in map(json.loads, in_file) if entry.get("task") == task_id]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", entry["time"])
+    assert entry["level"] == "INFO" and entry["message"] == "task succeeded" and entry["type"] == "message"
+    assert entry["attempt"] == 1 and entry["duration"] >= 0 and "@example.com" in entry["account"]
+
+
+def test_the_first_log_lines_say_where_it_listens_where_the_data_lies_and_where_the_mail_goes(processes):
+    process = processes().started()
+    until(lambda: len(process.lines) >= 3)
+    first, second, third = (json.loads(line)["message"] for line in process.lines[:3])
+    assert first.startswith("listening on http://127.0.0.1:")
+    assert "data lies in" in second and str(process.folder.resolve() / "gomail-data") in second
+    assert "mail goes to Maildir" in third and str(process.folder.resolve() / "gomail-data" / "outbox") in third
+
+
+def test_log_off_keeps_no_file(processes):
+    process = processes({"log_file": "off"}).started()
+    assert process.stop() == 0
+    assert not list(process.folder.glob("*.log"))
+
+
+def test_a_log_file_on_a_full_disk_is_said_on_stdout_and_the_service_goes_on(processes):
+    process = processes({"log_file": "/dev/full"}).started()
+    client = process.client.sign_up()
+    client.state(client.task(), "succeeded")
+    assert until(lambda: process.logged("log file cannot be written"))["error"] == "No space left on device"
+
+
+def test_nothing_secret_is_ever_logged(processes, mail_server):
+    environment = {"smtp_server": "127.0.0.1", "smtp_port": str(mail_server.port), "admin_token": secrets.token_hex(16),
+                   "jwt_secret": secrets.token_hex(32), "log_level": "DEBUG", "retry_delay": "0.01"}
+    process = processes(environment).started()
+    process.client.key = environment["admin_token"]
+    client = process.client.sign_up()
+    mail_server.replies["otp@example.com"] = ["450 not now"]
+    client.state(client.task("generateOtp", retries=1, userId="otp@example.com"), "succeeded")
+    otp = otp_of(mail_server.one("otp@example.com"))
+    client.state(client.task(content="the content of a mail"), "succeeded")
+    client.post("/task/verify", {"userEmail": "otp@example.com", "otp": otp})
+    client("POST", "/task/", b"{", Authorization="Bearer wrong-key")
+    assert process.stop() == 0
+    process.reader.join()
+    logged = "".join(process.lines) + process.process.stderr.read()
+    for secret in (environment["admin_token"], environment["jwt_secret"], client.key, otp, "the content of a mail", "wrong-key"):
+        assert secret not in logged
+
+
+# --- 3. store ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("form", ["127.0.0.1:{port}", "redis://127.0.0.1:{port}", "redis://127.0.0.1:{port}/1", "unix://{socket}"])
+def test_redis_uri_takes_the_contracts_host_and_port_and_the_usual_urls(processes, form):
+    with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+        probe.close()
+        server = RedisServer(folder, port=port).start()
+        try:
+            store = gomail.Store(form.format(port=port, socket=server.socket))
+            assert store.redis.ping()
+            store.redis.close()
+        finally:
+            server.stop()
+
+
+def test_every_key_begins_with_the_prefix_and_userlist_is_the_hash_of_the_accounts(service, client):
+    client.state(client.task("subscribe", frequency="@daily", content_type="news", subject="News", content="News"), "succeeded")
+    client.state(client.task("generateOtp"), "succeeded")
+    client.state(client.task("unsubscribe", content_type="other"), "dead")
+    client.task(headers={"Idempotency-Key": "one"})
+    server = service.store.redis
+    prefix = service.settings.key_prefix
+    assert server.hlen(prefix + "UserList") == 1
+    strays = [key for key in server.keys() if re.match(r"(task|lane|UserList|otp|content|schedule|metrics|dead)", key)]
+    assert not strays
+
+
+def test_one_data_dir_is_for_one_process_and_the_second_says_so(processes):
+    first = processes().started()
+    second = processes({"log_file": "off"}, folder=first.folder)
+    code, output, errors = second.result()
+    assert code == 1 and output == "" and errors.count("\n") == 1
+    assert errors.startswith("gomail: data_dir: ") and "in use by another gomail" in errors
+
+
+def test_an_embedded_server_that_outlived_its_killed_gomail_is_taken_over(processes):
+    first = processes().started()
+    key = first.client.sign_up("user@example.com").key
+    first.kill()
+    second = processes(folder=first.folder).started()
+    assert Client(second.url, key).get("/task/subscriptionContent")["contentTypes"] == []
+    assert second.stop() == 0
+    with pytest.raises(redis.ConnectionError):
+        connected(second.embedded).ping()
+
+
+def test_only_the_owner_can_open_the_files_and_the_socket(processes):
+    process = processes().started()
+    client = process.client.sign_up()
+    client.state(client.task(), "succeeded")
+    for path in process.folder.rglob("*"):
+        assert path.stat().st_mode & 0o077 == 0, path
+
+
+# --- 4. accounts ------------------------------------------------------------------------------------------
+
+def test_signup_gives_a_signed_key_and_keeps_only_its_id(service):
+    import jwt
+    key = service.client.post("/auth/signup", {"id": "user@example.com"})["apiKey"]
+    claims = jwt.decode(key, options={"verify_signature": False})
+    assert jwt.get_unverified_header(key)["alg"] == "HS256" and claims["sub"] == "user@example.com"
+    users = service.store.redis.hgetall(service.store.key("UserList"))
+    assert users == {"user@example.com": claims["jti"]}
+
+
+def test_the_key_is_taken_bare_and_as_bearer(client):
+    key = client.key
+    for header in (key, f"Bearer {key}", f"bearer  {key}"):
+        assert client("GET", "/task/subscriptionContent", Authorization=header)[0] == 200
+
+
+def test_who_is_registered_must_deregister_before_getting_a_new_key(service):
+    first = service.client.post("/auth/signup", {"id": "user@example.com"})["apiKey"]
+    status, answer, _ = service.client("POST", "/auth/signup", {"id": "user@example.com"})
+    assert status == 409 and answer["field"] == "id"
+    assert Client(service.http.url, first).get("/task/subscriptionContent")
+    assert service.client.post("/auth/deregister", {"id": "user@example.com"}) == {
+        "status": True, "msg": "Deregistered successfully!"}
+    second = service.client.post("/auth/signup", {"id": "user@example.com"})["apiKey"]
+    assert Client(service.http.url, first)("GET", "/task/subscriptionContent")[0] == 401
+    assert Client(service.http.url, second)("GET", "/task/subscriptionContent")[0] == 200
+
+
+def test_deregistering_who_is_not_registered_is_404(service):
+    assert service.client("POST", "/auth/deregister", {"id": "nobody@example.com"})[0] == 404
+
+
+def test_a_revoked_key_is_refused_at_once_by_every_process(services, mail_server):
+    first = services(mail_server)
+    second = services(mail_server, key_prefix=first.settings.key_prefix)
+    client = first.client.sign_up("user@example.com")
+    there = Client(second.http.url, client.key)
+    assert there("GET", "/task/subscriptionContent")[0] == 200
+    first.client.post("/auth/deregister", {"id": "user@example.com"})
+    assert there("GET", "/task/subscriptionContent")[0] == 401
+
+
+def test_a_key_that_is_forged_unsigned_or_of_another_algorithm_is_refused(service, client):
+    import jwt
+    claims = jwt.decode(client.key, options={"verify_signature": False})
+    secret = service.store.redis.get(service.store.key("jwt_secret"))
+    forged = [jwt.encode(claims, "x" * 64, algorithm="HS256"), jwt.encode(claims, None, algorithm="none"),
+              jwt.encode(claims, secret, algorithm="HS512"), jwt.encode({**claims, "jti": "x"}, secret, algorithm="HS256"),
+              jwt.encode({"sub": claims["sub"]}, secret, algorithm="HS256"), client.key[:-2], "", "Bearer", "é"]
+    for key in forged:
+        status, answer, headers = client("GET", "/task/subscriptionContent", Authorization=key.encode())
+        assert status == 401 and answer["status"] is False and headers["WWW-Authenticate"] == "Bearer"
+
+
+def test_with_admin_token_signup_and_deregister_need_it_and_a_key_deregisters_only_itself(services):
+    service = services(admin_token="let me in")
+    admin = Client(service.http.url, "Bearer let me in")
+    for token in ("", "let me", "Bearer let me inn"):
+        assert service.client("POST", "/auth/signup", {"id": "a@example.com"}, Authorization=token)[0] == 401
+    first, second = admin.sign_up("a@example.com"), admin.sign_up("b@example.com")
+    assert second("POST", "/auth/deregister", {"id": "a@example.com"})[0] == 401
+    assert first("POST", "/auth/deregister", {"id": "a@example.com"})[0] == 200
+    assert admin("POST", "/auth/deregister", {"id": "b@example.com"})[0] == 200
+
+
+def test_nothing_of_a_deregistered_account_is_sent_even_when_it_signs_up_again(services, mail_server, clock):
+    service = services(mail_server, clock=clock)
+    client = service.client.sign_up("user@example.com")
+    client.state(client.task("subscribe", frequency="@hourly", content_type="news", subject="S", content="C"), "succeeded")
+    mail_server.replies["waiting@example.com"] = ["450 later"] * 5
+    waiting = client.task(retries=25, userId="waiting@example.com")
+    client.state(waiting, "retrying")
+    service.client.post("/auth/deregister", {"id": "user@example.com"})
+    again = service.client.sign_up("user@example.com")
+    clock.forward(3700)
+    until(lambda: not service.store.redis.zcard(service.store.key("schedule")))
+    until(lambda: not service.queue.depths()["retrying"])
+    again.state(again.task(userId="after@example.com"), "succeeded")
+    assert [mail.recipient for mail in mail_server.mails] == ["after@example.com"]
+    assert again.get("/task/subscriptionContent")["contentTypes"] == []
+
+
+# --- 5. tasks ---------------------------------------------------------------------------------------------
+
+MESSAGE = {"task": "Welcome", "type": "message", "retries": 3,
+           "payload": {"userId": "user@example.com", "subject": "Hello", "content": "Hello"}}
+ABSENT = object()
+
+
+def changed(field, value, base=MESSAGE):
+    """A task with one field, given by its path, set to a value or left out."""
+    task = json.loads(json.dumps(base))
+    *parents, name = field.split(".")
+    record = task
+    for parent in parents:
+        record = record[parent]
+    if value is ABSENT:
+        del record[name]
+    else:
+        record[name] = value
+    return task
+
+
+BAD_TASKS = [
+    *[("task", value) for value in (ABSENT, None, "", 5, "two\nlines", "x" * 257)],
+    *[("type", value) for value in (ABSENT, None, "Message", "newsletter", 1, [])],
+    *[("retries", value) for value in (ABSENT, None, -1, 26, 1.5, "3", True, 10**30)],
+    *[("payload", value) for value in (ABSENT, None, [], "x")],
+    *[("payload.userId", value) for value in (ABSENT, None, "", "nobody", 5, ["a@example.com"], "a@b\r\nBcc: c@d")],
+    *[("payload.subject", value) for value in (ABSENT, "", 5, "a\r\nBcc: x@example.com", "a\rb", "a\nb", "a\x00b", "a\u2028b",
+                                               "\x85", "x" * 999, "\ud800")],
+    *[("payload.content", value) for value in (ABSENT, "", {}, "a\x00b", "\udfff")],
+]
+
+
+@pytest.mark.parametrize("field, value", BAD_TASKS)
+def test_a_bad_field_is_refused_by_name_and_changes_nothing(field, value):
+    with pytest.raises(gomail.Refused) as refused:
+        gomail.check_task(changed(field, value))
+    assert refused.value.status == 400 and refused.value.field == field and refused.value.error.startswith(field)
+
+
+@pytest.mark.parametrize("length", [ABSENT, None, 3, 9, "6", 6.0, True])
+def test_length_is_required_for_generateotp_and_is_4_to_8(length):
+    base = {"task": "t", "type": "generateOtp", "retries": 0, "payload": {"userId": "user@example.com", "length": 6}}
+    for good in (4, 5, 6, 7, 8):
+        assert gomail.check_task(changed("payload.length", good, base))["payload"]["length"] == good
+    with pytest.raises(gomail.Refused, match="^payload.length .*whole number from 4 to 8"):
+        gomail.check_task(changed("payload.length", length, base))
+
+
+@pytest.mark.parametrize("frequency", [ABSENT, "@yearly", "hourly", "", None])
+def test_frequency_is_required_for_subscribe_and_is_one_of_four(frequency):
+    base = {"task": "t", "type": "subscribe", "retries": 0,
+            "payload": {"userId": "user@example.com", "frequency": "@hourly", "content_type": "news"}}
+    for good in ("@hourly", "@daily", "@weekly", "@monthly"):
+        assert gomail.check_task(changed("payload.frequency", good, base))["payload"]["frequency"] == good
+    with pytest.raises(gomail.Refused, match="^payload.frequency .*@hourly, @daily, @weekly, @monthly"):
+        gomail.check_task(changed("payload.frequency", frequency, base))
+
+
+@pytest.mark.parametrize("kind", ["subscribe", "unsubscribe"])
+@pytest.mark.parametrize("content_type", [ABSENT, "", "a:b", "a/b", "a\nb", "x" * 101, 7])
+def test_content_type_is_required_for_subscribe_and_unsubscribe(kind, content_type):
+    base = {"task": "t", "type": kind, "retries": 0,
+            "payload": {"userId": "user@example.com", "frequency": "@hourly", "content_type": "Weekly_Newsletter 2.0-é"}}
+    assert gomail.check_task(base)["payload"]["content_type"] == "Weekly_Newsletter 2.0-é"
+    with pytest.raises(gomail.Refused, match="^payload.content_type"):
+        gomail.check_task(changed("payload.content_type", content_type, base))
+
+
+def test_the_contracts_example_with_all_attributes_is_taken_and_only_its_types_fields_are_kept():
+    example = {"task": "User Login Verification", "type": "generateOtp", "retries": 3, "payload": {
+        "userId": "example@gmail.com", "content_type": "weekly_newsletter", "length": 6, "frequency": "@weekly",
+        "subject": "Your Weekly Engineering Update", "content": "<h1>Hello!</h1>"}}
+    assert gomail.check_task(example)["payload"] == {"userId": "example@gmail.com", "length": 6}
+
+
+@pytest.mark.parametrize("retries", [0, 25])
+def test_retries_is_0_to_25(retries):
+    assert gomail.check_task({**MESSAGE, "retries": retries})["retries"] == retries
+
+
+# --- 6. queue ---------------------------------------------------------------------------------------------
+
+def test_n_retries_are_n_plus_one_attempts_and_then_a_dead_letter_with_the_servers_words(client, mail_server):
+    mail_server.replies["user@example.com"] = ["450 busy now"] * 10
+    task_id = client.task(retries=2)
+    found = client.state(task_id, "dead")
+    assert found["attempts"] == 3 and found["error"] == "450 busy now"
+    assert len(mail_server.replies["user@example.com"]) == 7
+    letters = client.get("/task/dead")
+    assert letters["total"] == 1 and letters["tasks"] == [{name: found[name] for name in found if name != "status"}]
+
+
+def test_without_retries_a_task_has_one_attempt(client, mail_server):
+    mail_server.replies["user@example.com"] = ["450 busy now"] * 10
+    assert client.state(client.task(retries=0), "dead")["attempts"] == 1
+
+
+def test_retries_wait_longer_each_time_with_jitter_up_to_the_longest_delay(services):
+    service = services(retry_delay=10.0, retry_delay_max=100.0)
+    task = gomail.Task("id", "account", "message", "name", 25, {}, 0)
+    for attempts, longest in enumerate((10, 20, 40, 80, 100, 100)):
+        task.attempts = attempts
+        delays = {service.workers._failed(task, "error").delay for _ in range(50)}
+        assert len(delays) > 1 and longest / 2 <= min(delays) and max(delays) <= longest
+
+
+def test_counters_count_tasks_not_attempts_and_always_add_up(client, service, mail_server):
+    mail_server.replies["slow@example.com"] = ["450 later"] * 2
+    mail_server.replies["gone@example.com"] = ["550 no such user"]
+    for recipient in ("slow@example.com", "gone@example.com", "user@example.com"):
+        client.state(client.task(retries=5, userId=recipient), "succeeded", "dead")
+    assert service.queue.counters() == {"executed": 3, "successful": 2, "failed": 1}
+    answer = client.get("/health/metrics")
+    assert (answer["Total Jobs Executed"], answer["Jobs Successful"], answer["Jobs Failed"]) == (3, 2, 1)
+
+
+def test_a_dead_letter_is_queued_again_with_all_its_attempts(client, mail_server):
+    mail_server.replies["user@example.com"] = ["550 no such user"]
+    task_id = client.task(retries=1)
+    client.state(task_id, "dead")
+    mail_server.replies["user@example.com"] = ["450 later"]
+    client.post(f"/task/dead/{task_id}/retry")
+    assert client.state(task_id, "succeeded")["attempts"] == 2
+    assert client.get("/task/dead")["total"] == 0
+    assert client("POST", f"/task/dead/{task_id}/retry")[0] == 404
+
+
+def test_all_dead_letters_of_an_account_are_queued_again_and_nobody_elses(client, service, mail_server):
+    other = service.client.sign_up()
+    for sender, number in ((client, 3), (other, 1)):
+        for _ in range(number):
+            mail_server.replies["user@example.com"].append("550 no such user")
+            sender.state(sender.task(), "dead")
+    assert client.post("/task/dead/retry")["count"] == 3
+    until(lambda: len(mail_server.mails) == 3)
+    assert client.get("/task/dead")["total"] == 0 and other.get("/task/dead")["total"] == 1
+
+
+def test_a_dead_letter_can_be_removed(client, mail_server):
+    mail_server.replies["user@example.com"] = ["550 no such user"]
+    task_id = client.task()
+    client.state(task_id, "dead")
+    assert client("DELETE", f"/task/dead/{task_id}")[0] == 200
+    assert client("DELETE", f"/task/dead/{task_id}")[0] == 404
+    assert client("GET", f"/task/{task_id}")[0] == 404 and client.get("/task/dead")["total"] == 0
+
+
+def test_dead_letters_are_listed_newest_first_in_pages(client, mail_server):
+    ids = []
+    for _ in range(5):
+        mail_server.replies["user@example.com"].append("550 no such user")
+        ids.append(client.task())
+        client.state(ids[-1], "dead")
+    page = client.get("/task/dead?offset=1&limit=2")
+    assert page["total"] == 5 and [task["id"] for task in page["tasks"]] == [ids[3], ids[2]]
+    for query, field in (("limit=1001", "limit"), ("limit=x", "limit"), ("offset=-1", "offset")):
+        status, answer, _ = client("GET", f"/task/dead?{query}")
+        assert status == 400 and answer["field"] == field
+
+
+def test_at_most_dead_max_dead_letters_are_kept_the_newest_ones(services, mail_server):
+    client = services(mail_server, dead_max=2).client.sign_up()
+    ids = []
+    for _ in range(4):
+        mail_server.replies["user@example.com"].append("550 no such user")
+        ids.append(client.task())
+        client.state(ids[-1], "dead")
+    assert [task["id"] for task in client.get("/task/dead")["tasks"]] == [ids[3], ids[2]]
+    assert client("GET", f"/task/{ids[0]}")[0] == 404
+
+
+def test_states_and_dead_letters_are_kept_for_result_ttl_and_dead_ttl(services, mail_server):
+    service = services(mail_server, result_ttl=100, dead_ttl=1000)
+    client = service.client.sign_up()
+    mail_server.replies["gone@example.com"] = ["550 no such user"]
+    sent, dead = client.task(), client.task(userId="gone@example.com")
+    client.state(sent, "succeeded"), client.state(dead, "dead")
+    remaining = [service.store.redis.ttl(service.store.key("task", task_id)) for task_id in (sent, dead)]
+    assert 90 <= remaining[0] <= 100 and 990 <= remaining[1] <= 1000
+
+
+def test_the_content_of_a_sent_mail_is_not_kept(client, service):
+    task_id = client.task(content="for one reader only")
+    client.state(task_id, "succeeded")
+    assert "for one reader only" not in str(service.store.redis.hgetall(service.store.key("task", task_id)))
+
+
+def test_the_same_idempotency_key_and_task_make_one_task_and_the_same_answer(client, mail_server):
+    first = client.post("/task/", MESSAGE, Idempotency_Key="order 1")
+    assert client.post("/task/", MESSAGE, Idempotency_Key="order 1") == first
+    assert client.post("/task/", MESSAGE, Idempotency_Key="order 2") != first
+    until(lambda: len(mail_server.mails) == 2)
+
+
+def test_an_idempotency_key_with_another_task_is_422(client):
+    client.post("/task/", MESSAGE, Idempotency_Key="order 1")
+    status, answer, _ = client("POST", "/task/", changed("payload.subject", "Other"), Idempotency_Key="order 1")
+    assert status == 422 and answer["field"] == "Idempotency-Key"
+
+
+def test_an_idempotency_key_belongs_to_its_account(client, service):
+    other = service.client.sign_up()
+    first = client.post("/task/", MESSAGE, Idempotency_Key="order 1")["id"]
+    assert other.post("/task/", MESSAGE, Idempotency_Key="order 1")["id"] != first
+
+
+def test_an_answer_that_was_lost_on_the_way_costs_no_task(service, client):
+    # What a worker sees when its connection dies between Redis's work and Redis's answer: it asks again.
+    queue = gomail.Queue(service.store, service.settings, "a-process")
+    lane = "tests"
+    account = service.http.api.accounts.authenticate(client.key)
+    ids = []
+    for number in range(2):
+        ids.append(queue.enqueue(account, {**MESSAGE, "task": str(number)}))
+        queue.store.redis.lrem(queue.store.key("lane", "normal"), 1, ids[-1])
+        queue.store.redis.lpush(queue.store.key("lane", lane), ids[-1])
+    assert queue.exchange("tests-0", lane).id == ids[0]
+    assert queue.exchange("tests-0", lane).id == ids[0]
+    done = gomail.Outcome(ids[0], "succeeded", summary=json.dumps(MESSAGE))
+    before = queue.counters()["executed"]
+    assert queue.exchange("tests-0", lane, done).id == ids[1]
+    assert queue.exchange("tests-0", lane, done).id == ids[1]
+    assert queue.counters()["executed"] == before + 1
+
+
+def test_a_worker_whose_task_was_given_to_another_settles_nothing(service, client):
+    queue = gomail.Queue(service.store, service.settings, "a-process")
+    account = service.http.api.accounts.authenticate(client.key)
+    service.store.redis.hset(service.store.key("processes"), "a-process", "tests-0")
+    task_id = queue.enqueue(account, MESSAGE)
+    service.store.redis.lrem(queue.store.key("lane", "normal"), 1, task_id)
+    service.store.redis.lpush(queue.store.key("processing", "a-process", "tests-0"), task_id)
+    service.store.redis.hset(queue.store.key("task", task_id), "lane", "tests")
+    queue.release()
+    before = queue.counters()
+    queue.exchange("tests-0", "tests", gomail.Outcome(task_id, "dead", "late"), take=False)
+    assert queue.counters() == before and queue.status(task_id)["state"] == "queued"
+    assert service.store.redis.lrange(queue.store.key("lane", "tests"), 0, -1) == [task_id]
+
+
+# --- 7. mail ----------------------------------------------------------------------------------------------
+
+def composed(subject="Hello", content="Hello", recipient="user@example.com", sender=("", "app@example.org")):
+    raw = gomail.compose(sender, recipient, subject, content, "id@example.org", 1_700_000_000_000_000)
+    return raw, parsed(raw)
+
+
+def test_a_message_has_from_to_subject_date_message_id_and_mime_version(client, mail_server):
+    task_id = client.task(subject="Hello")
+    message = mail_server.one("user@example.com")
+    assert message["From"] == "App <app@example.org>" and message["To"] == "user@example.com"
+    assert message["Subject"] == "Hello" and message["MIME-Version"] == "1.0"
+    assert message["Message-ID"] == f"<{task_id}@example.org>"
+    assert abs(message["Date"].datetime.timestamp() - time.time()) < 3600
+    mail, = mail_server.mails
+    assert mail.sender == "app@example.org" and mail.recipient == "user@example.com"
+
+
+def test_html_content_goes_out_with_a_readable_text_part_beside_it():
+    document = ("<html><head><title>T</title><style>p {}</style></head><body><h1>Hello &amp; welcome</h1><p>Read\n  <b>this</b> "
+                '<a href="https://example.com/x?a=1">page</a>.<br>Thanks</p><ul><li>one<li>two</ul><script>x()</script></body></html>')
+    _, message = composed(content=document)
+    assert message.get_content_type() == "multipart/alternative"
+    text, markup = message.iter_parts()
+    assert markup.get_content_type() == "text/html" and markup.get_content().strip() == document
+    assert text.get_content_type() == "text/plain"
+    assert text.get_content() == ("Hello & welcome\n\nRead this page (https://example.com/x?a=1).\nThanks\n\n- one\n- two\n")
+
+
+@pytest.mark.parametrize("content", ["plain", "if a < b and c > d", "1 <2> 3", "x <y@example.com> z", "a\r\nb\rc\nd"])
+def test_plain_content_goes_out_as_plain_text(content):
+    _, message = composed(content=content)
+    assert message.get_content_type() == "text/plain"
+    assert message.get_content() == re.sub(r"\r\n?", "\n", content) + "\n"
+
+
+@pytest.mark.parametrize("content", ["<p>x", "x<br>y", "<!DOCTYPE html>", "<A HREF='https://x.example'>x</A>", "</div>"])
+def test_content_with_a_tag_that_mails_are_made_of_is_html(content):
+    assert gomail.is_html(content)
+
+
+def test_utf8_survives_in_names_subjects_and_content():
+    raw, message = composed("Grüße, Žluťoučký 日本 🎉 " * 8, "日本 Grüße 🎉\n", sender=("Jörg, der \"Chef\"", "app@example.org"))
+    assert raw.isascii()
+    assert message["Subject"] == "Grüße, Žluťoučký 日本 🎉 " * 8 and text_of(message) == "日本 Grüße 🎉\n"
+    assert message["From"].addresses[0].display_name == 'Jörg, der "Chef"'
+
+
+def test_no_mail_has_a_line_over_998_octets_or_a_bare_cr_or_lf_and_each_reads_back_as_it_was():
+    # Random texts of all kinds of characters; the seed makes a failure repeatable.
+    chance = random.Random(1)
+    alphabet = string.ascii_letters + " .,<>=\"'@:;()[]\\%&\t" + "äöüßéñ日本語🎉\u00a0"
+    for _ in range(400):
+        subject = "".join(chance.choices(alphabet.replace("\t", ""), k=chance.choice([1, 10, 77, 200, 998])))
+        content = "".join(chance.choices(alphabet + "\r\n", k=chance.choice([1, 100, 3000])))
+        content = chance.choice(["", "<p>"]) + content + chance.choice(["", "." * 1500, "\n.\n..\n"])
+        if not subject.strip():
+            continue
+        raw, message = composed(subject, content)
+        assert not re.search(rb"[^\r]\n|\r[^\n]", raw) and max(map(len, raw.split(b"\r\n"))) <= 998
+        assert message["Subject"].strip() == subject.strip()
+        body = re.sub(r"\r\n", "\n", message.get_body(("html", "plain")).get_content())
+        assert body.rstrip("\n") == re.sub(r"\r\n?", "\n", content).rstrip("\n")
+
+
+def test_dots_at_line_starts_arrive_as_they_were(client, mail_server):
+    content = ".\n..\n.hidden\nend\n.\n"
+    client.task(content=content)
+    assert text_of(mail_server.one("user@example.com")) == content
+
+
+def test_without_smtp_server_the_mail_lies_in_the_maildir_and_parses(services):
+    service = services()
+    client = service.client.sign_up()
+    client.state(client.task(subject="Grüße", content="<p>Hello"), "succeeded")
+    path, = (pathlib.Path(service.settings.data_dir) / "outbox" / "new").iterdir()
+    message = parsed(path.read_bytes())
+    assert message["Subject"] == "Grüße" and message["Delivered-To"] == "user@example.com"
+
+
+def test_an_address_beyond_ascii_is_sent_where_the_server_offers_smtputf8(services):
+    with contextlib.closing(MailServer(enable_SMTPUTF8=True)) as server:
+        server.start()
+        client = services(server).client.sign_up()
+        client.task(userId="jörg@bücher.example")
+        assert server.one("jörg@xn--bcher-kva.example")["To"] == "jörg@xn--bcher-kva.example"
+
+
+def test_an_address_beyond_ascii_is_a_dead_letter_where_the_server_does_not(client):
+    assert "SMTPUTF8" in client.state(client.task(userId="jörg@example.com", retries=5), "dead")["error"]
+
+
+def test_a_connection_is_reused_across_mails(services, mail_server):
+    client = services(mail_server, workers=1).client.sign_up()
+    for _ in range(20):
+        client.task()
+    until(lambda: len(mail_server.mails) == 20)
+    assert mail_server.connections == 1
+
+
+def test_a_connection_is_replaced_after_its_share_of_mails(services, mail_server, monkeypatch):
+    monkeypatch.setattr(gomail.SmtpTransport, "SHARE", 5)
+    client = services(mail_server, workers=1).client.sign_up()
+    for _ in range(20):
+        client.task()
+    until(lambda: len(mail_server.mails) == 20)
+    assert mail_server.connections in (4, 5)
+
+
+def test_an_idle_connection_that_the_server_closed_costs_nothing(services):
+    with contextlib.closing(MailServer(timeout=0.2)) as server:
+        server.start()
+        service = services(server, workers=1)
+        client = service.client.sign_up()
+        for number in (1, 2):
+            client.state(client.task(userId=f"{number}@example.com"), "succeeded")
+            until(lambda: not server.open)
+        assert server.connections == 2
+        assert client.state(client.task(), "succeeded")["attempts"] == 1
+
+
+@pytest.fixture
+def certificate(tmp_path, monkeypatch):
+    """A server context whose certificate this machine trusts for 127.0.0.1."""
+    authority = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    return context
+
+
+class Logins:
+    """An authenticator for aiosmtpd that knows one user."""
+
+    def __call__(self, server, session, envelope, mechanism, data):
+        good = (data.login, data.password) == (b"app", b"right")
+        return aiosmtpd.smtp.AuthResult(success=good, handled=good)
+
+
+@pytest.mark.parametrize("port", ["starttls", 465])
+def test_with_a_password_mail_goes_by_tls_and_auth(services, certificate, port, monkeypatch):
+    implicit = {"ssl_context": certificate} if port == 465 else {"tls_context": certificate}
+    with contextlib.closing(MailServer(authenticator=Logins(), auth_required=True, auth_require_tls=port != 465, **implicit)) as server:
+        server.start()
+        if port == 465:  # a port that a test may not have: what counts is that it speaks TLS from the start
+            monkeypatch.setattr(gomail.SmtpTransport, "TLS_PORT", server.port)
+        client = services(server, smtp_user="app", smtp_pass="right").client.sign_up()
+        client.task()
+        assert server.one("user@example.com")
+
+
+def test_a_password_is_not_sent_in_the_clear(services, mail_server):
+    service = services(mail_server, smtp_user="app", smtp_pass="secret")
+    client = service.client.sign_up()
+    task_id = client.task(retries=0)
+    until(lambda: "no STARTTLS" in service.workers.gates["normal"].reason)
+    assert client.state(task_id, "queued")["attempts"] == 0 and not mail_server.mails
+
+
+def test_a_certificate_that_nobody_vouches_for_pauses_the_lane(services, certificate, monkeypatch):
+    monkeypatch.delenv("SSL_CERT_FILE")
+    with contextlib.closing(MailServer(tls_context=certificate)) as server:
+        server.start()
+        service = services(server)
+        service.client.sign_up().task()
+        assert "CERTIFICATE_VERIFY_FAILED" in until(lambda: service.workers.gates["normal"].reason)
+        assert not server.mails
+
+
+@pytest.mark.parametrize("replies", [["550 no such user"], ["554 content refused"]])
+@pytest.mark.parametrize("stage", ["replies", "data_replies"])
+def test_a_5xx_for_the_recipient_or_the_message_is_not_retried(client, mail_server, replies, stage):
+    getattr(mail_server, stage)["user@example.com"] = list(replies)
+    found = client.state(client.task(retries=5), "dead")
+    assert found["attempts"] == 1 and found["error"] == replies[0]
+
+
+@pytest.mark.parametrize("stage", ["replies", "data_replies"])
+def test_a_4xx_for_the_recipient_or_the_message_is_retried_until_it_is_taken(client, mail_server, stage):
+    getattr(mail_server, stage)["user@example.com"] = ["450 greylisted", "451 greylisted"]
+    assert client.state(client.task(retries=5), "succeeded")["attempts"] == 3
+    assert len(mail_server.mails) == 1
+
+
+def test_refused_recipients_leave_the_other_mails_of_a_connection_alone(services, mail_server):
+    client = services(mail_server, workers=1).client.sign_up()
+    for number in range(20):
+        if number % 2:
+            mail_server.replies[f"{number}@example.com"] = ["550 no such user"]
+        client.task(userId=f"{number}@example.com")
+    until(lambda: client.get("/health/metrics")["Total Jobs Executed"] == 20)
+    assert sorted(mail.recipient for mail in mail_server.mails) == sorted(f"{n}@example.com" for n in range(0, 20, 2))
+    assert mail_server.connections == 1
+
+
+# --- 8. otp -----------------------------------------------------------------------------------------------
+
+def issued(client, mail_server, length=6, recipient=None):
+    """The OTP that arrives for a new address, and the address."""
+    recipient = recipient or f"{secrets.token_hex(4)}@example.com"
+    before = len(mail_server.to(recipient))
+    client.task("generateOtp", userId=recipient, length=length)
+    until(lambda: len(mail_server.to(recipient)) > before)
+    return otp_of(parsed(mail_server.to(recipient)[-1].raw)), recipient
+
+
+def verified(client, address, otp):
+    answer = client.post("/task/verify", {"userEmail": address, "otp": otp})
+    assert answer.keys() == {"type", "verified"} and answer["type"] == "otp verification"
+    return answer["verified"]
+
+
+@pytest.mark.parametrize("length", [4, 5, 6, 7, 8])
+def test_an_otp_has_the_asked_number_of_digits_and_is_valid_once(client, mail_server, length):
+    otp, address = issued(client, mail_server, length)
+    assert re.fullmatch(f"[0-9]{{{length}}}", otp)
+    assert verified(client, address, otp) is True
+    assert verified(client, address, otp) is False
+
+
+def test_every_digit_of_an_otp_is_as_likely_as_any_other_leading_zeros_too(service):
+    task = gomail.Task("id", "account", "generateOtp", "name", 0, {"userId": "user@example.com", "length": 4}, 0)
+    firsts = collections.Counter()
+    for number in range(2000):
+        task.payload["seed"], task.created = secrets.token_hex(16), number
+        firsts[service.workers.otps.issue(task)[0]] += 1
+    # 200 expected of each; eight standard deviations are 107.
+    assert set(firsts) == set(string.digits) and all(93 < count < 307 for count in firsts.values())
+
+
+def test_five_wrong_tries_end_an_otp(client, mail_server):
+    otp, address = issued(client, mail_server)
+    wrong = "0" * 6 if otp != "0" * 6 else "1" * 6
+    for _ in range(4):
+        assert verified(client, address, wrong) is False
+    other, other_address = issued(client, mail_server)
+    assert verified(client, address, wrong) is False
+    assert verified(client, address, otp) is False
+    assert verified(client, other_address, other) is True
+
+
+def test_four_wrong_tries_leave_an_otp_valid(client, mail_server):
+    otp, address = issued(client, mail_server)
+    for _ in range(4):
+        assert verified(client, address, "not it") is False
+    assert verified(client, address, otp) is True
+
+
+def test_a_newer_otp_replaces_the_older_one_and_has_five_tries_of_its_own(client, mail_server):
+    first, address = issued(client, mail_server)
+    for _ in range(4):
+        verified(client, address, "wrong")
+    second, _ = issued(client, mail_server, recipient=address)
+    if first != second:
+        assert verified(client, address, first) is False
+    assert verified(client, address, second) is True
+
+
+def test_an_otp_ends_after_otp_ttl(services, mail_server):
+    service = services(mail_server, otp_ttl=1)
+    client = service.client.sign_up()
+    otp, address = issued(client, mail_server)
+    until(lambda: not service.store.redis.keys(service.store.key("otp", "*")))
+    assert verified(client, address, otp) is False
+
+
+def test_an_otp_belongs_to_the_account_that_asked_for_it(client, service, mail_server):
+    otp, address = issued(client, mail_server)
+    assert verified(service.client.sign_up(), address, otp) is False
+    assert verified(client, address, otp) is True
+
+
+def test_people_may_write_their_own_address_in_another_case(client, mail_server):
+    otp, address = issued(client, mail_server, recipient="First.Last@Example.com".replace("Example", "example"))
+    assert verified(client, "first.last@EXAMPLE.com", otp) is True
+
+
+def test_at_rest_there_is_only_a_keyed_hash_of_an_otp(service, client, mail_server):
+    otp, address = issued(client, mail_server, 8)
+    store = service.store
+    for key in store.redis.scan_iter(store.prefix + "*"):
+        kind = store.redis.type(key)
+        content = {"hash": store.redis.hgetall, "string": store.redis.get,
+                   "list": lambda key: store.redis.lrange(key, 0, -1), "zset": lambda key: store.redis.zrange(key, 0, -1)}[kind](key)
+        # With the quotes around it: eight digits in a row also occur in random ids and times.
+        assert otp not in re.findall(r"(?<![0-9a-f])[0-9]{8}(?![0-9a-f])", str(content)), key
+
+
+def test_a_retry_of_an_otp_mail_sends_the_same_otp(client, mail_server):
+    mail_server.data_replies["user@example.com"] = ["450 later"] * 2
+    seen = []
+    original = mail_server.handle_DATA
+
+    async def remember(server, session, envelope):
+        seen.append(otp_of(parsed(envelope.original_content)))
+        return await original(server, session, envelope)
+    mail_server.handle_DATA = remember
+    client.state(client.task("generateOtp", retries=5, userId="user@example.com"), "succeeded")
+    assert len(seen) == 3 and len(set(seen)) == 1
+    assert verified(client, "user@example.com", seen[0]) is True
+
+
+def test_the_mail_of_an_otp_that_a_newer_one_replaced_is_not_sent_any_more(services, mail_server):
+    client = services(mail_server, retry_delay=0.5).client.sign_up()
+    mail_server.replies["user@example.com"] = ["450 later"]
+    older = client.task("generateOtp", retries=5, userId="user@example.com")
+    client.state(older, "retrying")
+    newer, _ = issued(client, mail_server, recipient="user@example.com")
+    client.state(older, "cancelled")
+    assert len(mail_server.mails) == 1 and verified(client, "user@example.com", newer) is True
+
+
+# --- 9. newsletters ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("frequency, now, expected, zone", [
+    ("@hourly", "2026-03-10T10:20:30", "2026-03-10T11:00:00", "UTC"),
+    ("@hourly", "2026-03-10T10:00:00", "2026-03-10T11:00:00", "UTC"),
+    ("@daily", "2026-03-10T10:20:30", "2026-03-11T00:00:00", "UTC"),
+    ("@daily", "2026-03-10T00:00:00", "2026-03-11T00:00:00", "UTC"),
+    ("@weekly", "2026-03-10T10:20:30", "2026-03-15T00:00:00", "UTC"),  # a Sunday
+    ("@weekly", "2026-03-15T00:00:00", "2026-03-22T00:00:00", "UTC"),
+    ("@monthly", "2026-12-31T23:59:59", "2027-01-01T00:00:00", "UTC"),
+    ("@monthly", "2028-02-01T00:00:00", "2028-03-01T00:00:00", "UTC"),
+    ("@hourly", "2026-03-10T10:20:30", "2026-03-10T11:00:00", "Asia/Kolkata"),
+    ("@daily", "2026-03-10T10:20:30", "2026-03-11T00:00:00", "America/New_York"),
+    ("@daily", "2026-03-28T12:00:00", "2026-03-29T00:00:00", "Europe/Berlin"),
+    ("@daily", "2026-03-29T12:00:00", "2026-03-30T00:00:00", "Europe/Berlin"),
+    ("@daily", "2026-09-05T12:00:00", "2026-09-06T01:00:00", "America/Santiago"),  # there is no midnight that day
+])
+def test_a_frequency_means_the_next_calendar_boundary_in_the_time_zone(frequency, now, expected, zone):
+    found = gomail.next_boundary(frequency, at(now, zone), zoneinfo.ZoneInfo(zone))
+    assert found == at(expected, zone)
+
+
+@pytest.mark.parametrize("zone", ["UTC", "Europe/Berlin", "America/New_York", "Asia/Kolkata", "Australia/Lord_Howe",
+                                  "America/Santiago", "America/Havana", "Pacific/Chatham"])
+def test_boundaries_of_a_year_are_each_met_once_whatever_daylight_saving_does(zone):
+    zone = zoneinfo.ZoneInfo(zone)
+    first, last = at("2026-01-01T00:00:00"), at("2027-01-01T00:00:00")
+    for frequency in gomail.FREQUENCIES:
+        met, now = [], first
+        while (now := gomail.next_boundary(frequency, now, zone)) < last:
+            met.append(now)
+        local = [datetime.datetime.fromtimestamp(moment, zone) for moment in met]
+        if frequency == "@hourly":
+            assert all(moment.minute == 0 for moment in local)
+            assert {later - earlier for earlier, later in zip(met, met[1:])} <= {1800, 3600, 5400} and len(met) >= 8755
+        else:
+            days = [moment.date() for moment in local]
+            assert len(set(days)) == len(days) and all(moment.hour <= 1 for moment in local)
+            assert len(days) in {"@daily": (364, 365), "@weekly": (52,), "@monthly": (11, 12)}[frequency]
+        # What comes next does not depend on when one asks.
+        for earlier, later in zip(met[:50], met[1:51]):
+            assert gomail.next_boundary(frequency, later - 1, zone) == later
+            assert gomail.next_boundary(frequency, earlier + 1, zone) == later
+
+
+@pytest.fixture
+def dated(services, mail_server, clock):
+    """(service, client of a new account) with a clock that the test sets."""
+    service = services(mail_server, clock=clock)
+    return service, service.client.sign_up()
+
+
+def subscribe(client, recipient="user@example.com", frequency="@daily", content_type="news", **more):
+    return client.state(client.task("subscribe", userId=recipient, frequency=frequency, content_type=content_type, **more),
+                        "succeeded", "dead")
+
+
+def define(client, content_type="news", subject="News", content="What is new"):
+    client.post("/task/subscriptionContent", {"content_type": content_type, "subject": subject, "content": content})
+
+
+@pytest.mark.parametrize("frequency, moment", [
+    ("@hourly", "2026-03-10T11:00:00"), ("@daily", "2026-03-11T00:00:00"),
+    ("@weekly", "2026-03-15T00:00:00"), ("@monthly", "2026-04-01T00:00:00")])
+def test_a_newsletter_is_sent_at_each_boundary_and_not_before(dated, mail_server, clock, frequency, moment):
+    service, client = dated
+    define(client)
+    subscribe(client, frequency=frequency)
+    place, = service.store.redis.zrange(service.store.key("schedule"), 0, -1, withscores=True)
+    assert place[1] == at(moment)
+    clock.now = at(moment) - 0.001
+    assert service.newsletters.enqueue_due() == 0
+    clock.now = at(moment)
+    message = mail_server.one("user@example.com")
+    assert message["Subject"] == "News" and text_of(message) == "What is new\n"
+    clock.now = gomail.next_boundary(frequency, clock.now, zoneinfo.ZoneInfo("UTC")) + 1
+    until(lambda: len(mail_server.to("user@example.com")) == 2)
+
+
+def test_each_newsletter_has_the_content_of_that_moment(dated, mail_server, clock):
+    _, client = dated
+    define(client)
+    subscribe(client)
+    assert client("PUT", "/task/subscriptionContent", {
+        "content_type": "news", "subject": "New subject", "content": "New content"})[0] == 200
+    clock.forward(86400)
+    message = mail_server.one("user@example.com")
+    assert message["Subject"] == "New subject" and text_of(message) == "New content\n"
+
+
+def test_subscribing_again_replaces_the_frequency_and_never_doubles(dated, mail_server, clock):
+    service, client = dated
+    define(client)
+    subscribe(client, frequency="@hourly")
+    subscribe(client, "User@example.com", frequency="@monthly")
+    clock.forward(86400)
+    until(lambda: service.newsletters.enqueue_due() == 0)
+    clock.now = at("2026-04-01T00:00:00")
+    until(lambda: mail_server.mails)
+    assert client.get("/task/subscriptionContent/news")["subscribers"] == 1
+    assert [mail.recipient for mail in mail_server.mails] == ["User@example.com"]
+
+
+def test_subscribing_to_a_content_type_that_does_not_exist_is_refused(client):
+    status, answer, _ = client("POST", "/task/", {"task": "t", "type": "subscribe", "retries": 0, "payload": {
+        "userId": "user@example.com", "frequency": "@daily", "content_type": "nothing"}})
+    assert status == 400 and answer["field"] == "payload.content_type"
+
+
+def test_a_subscribe_with_subject_and_content_creates_the_content_type_and_never_overwrites_one(client):
+    subscribe(client, subject="First", content="First content")
+    subscribe(client, "other@example.com", subject="Second", content="Second content")
+    found = client.get("/task/subscriptionContent/news")
+    assert found["subject"] == "First" and found["content"] == "First content" and found["subscribers"] == 2
+
+
+@pytest.mark.parametrize("given, missing", [("subject", "content"), ("content", "subject")])
+def test_subject_and_content_of_a_subscribe_come_together(client, given, missing):
+    status, answer, _ = client("POST", "/task/", {"task": "t", "type": "subscribe", "retries": 0, "payload": {
+        "userId": "user@example.com", "frequency": "@daily", "content_type": "nothing", given: "x"}})
+    assert status == 400 and answer["field"] == f"payload.{missing}"
+
+
+def test_who_unsubscribed_gets_nothing_more_not_even_what_was_queued(dated, mail_server, clock):
+    service, client = dated
+    define(client)
+    subscribe(client)
+    # The bulk lane is closed while the boundary passes, so that the mail is waiting when the address goes.
+    mail_server.stop()
+    service.workers.gates["bulk"].close("for the test")
+    clock.forward(86400)
+    until(lambda: service.newsletters.enqueue_due() == 0 and service.store.redis.keys(service.store.key("task", "*")))
+    bulk, = [key for key in service.store.redis.keys(service.store.key("task", "*")) if service.store.redis.hget(key, "lane") == "bulk"]
+    assert client.state(client.task("unsubscribe", content_type="news"), "succeeded")
+    mail_server.start()
+    client.state(bulk.rpartition(":")[2], "cancelled")
+    clock.forward(86400)
+    client.state(client.task(userId="after@example.com"), "succeeded")
+    assert [mail.recipient for mail in mail_server.mails] == ["after@example.com"]
+
+
+def test_unsubscribing_what_is_not_there_is_a_clear_failure_and_not_retried(client):
+    found = client.state(client.task("unsubscribe", retries=5, content_type="news"), "dead")
+    assert found["attempts"] == 1 and found["error"] == "user@example.com is not subscribed to 'news'"
+
+
+def test_the_later_request_wins_when_an_unsubscribe_overtakes_its_subscribe(service, client):
+    define(client)
+    account = service.http.api.accounts.authenticate(client.key).name
+
+    def task(created, **payload):
+        return gomail.Task("id", account, "subscribe", "t", 0, {
+            "userId": "user@example.com", "content_type": "news", "frequency": "@daily", **payload}, created)
+    now = int(time.time() * 1e6)
+    with pytest.raises(gomail.Permanent):
+        service.newsletters.unsubscribe(task(now + 1))
+    service.newsletters.subscribe(task(now))
+    assert client.get("/task/subscriptionContent/news")["subscribers"] == 0
+    service.newsletters.subscribe(task(now + 3))
+    service.newsletters.unsubscribe(task(now + 2))
+    assert client.get("/task/subscriptionContent/news")["subscribers"] == 1
+
+
+def test_a_boundary_missed_while_the_service_was_down_is_sent_once_and_late(services, mail_server, clock):
+    first = services(mail_server, clock=clock)
+    client = first.client.sign_up("user@example.com")
+    define(client)
+    subscribe(client, frequency="@hourly")
+    services.running.remove(first)
+    first.stop()
+    clock.forward(7.5 * 3600)
+    second = services(mail_server, clock=clock, key_prefix=first.settings.key_prefix)
+    until(lambda: mail_server.mails)
+    until(lambda: second.newsletters.enqueue_due() == 0)
+    clock.forward(3600)
+    until(lambda: len(mail_server.mails) == 2)
+    place, = second.store.redis.zrange(second.store.key("schedule"), 0, -1, withscores=True)
+    assert place[1] > clock.now
+
+
+def test_removing_a_content_type_ends_its_subscriptions(dated, mail_server, clock):
+    service, client = dated
+    define(client)
+    subscribe(client, frequency="@hourly")
+    assert client("DELETE", "/task/subscriptionContent/news")[0] == 200
+    assert client("DELETE", "/task/subscriptionContent/news")[0] == 404
+    define(client)
+    clock.forward(3600)
+    until(lambda: not service.store.redis.zcard(service.store.key("schedule")))
+    assert client.get("/task/subscriptionContent/news")["subscribers"] == 0
+    assert service.queue.depths()["bulk"] == 0 and not mail_server.mails
+
+
+# --- 10. workers ------------------------------------------------------------------------------------------
+
+def test_while_the_mail_server_is_out_no_task_pays_an_attempt_and_all_are_sent_when_it_is_back(services, mail_server):
+    service = services(mail_server)
+    client = service.client.sign_up()
+    client.state(client.task(), "succeeded")
+    mail_server.stop()
+    ids = [client.task(retries=0, userId=f"{number}@example.com") for number in range(50)]
+    until(lambda: service.workers.gates["normal"].failures >= 3)
+    assert all(client.get(f"/task/{task_id}")["attempts"] == 0 for task_id in ids)
+    mail_server.start()
+    until(lambda: len(mail_server.mails) == 51)
+    assert all(client.state(task_id, "succeeded")["attempts"] == 1 for task_id in ids)
+    assert len({mail.recipient for mail in mail_server.mails}) == 51
+
+
+def test_a_sender_that_the_server_refuses_pauses_the_lane_instead_of_burying_every_mail(services, mail_server):
+    mail_server.sender_replies = ["550 not you"] * 3
+    service = services(mail_server)
+    client = service.client.sign_up()
+    assert client.state(client.task(retries=0), "succeeded")["attempts"] == 1
+
+
+@pytest.mark.parametrize("stage", ["replies", "data_replies"])
+@pytest.mark.parametrize("reply", ["421 closing", "DROP"])
+def test_a_server_that_goes_away_in_the_middle_of_a_mail_costs_it_no_attempt(client, mail_server, stage, reply):
+    getattr(mail_server, stage)["user@example.com"] = [reply] * 3
+    assert client.state(client.task(retries=0), "succeeded")["attempts"] == 1
+
+
+def test_a_mail_that_makes_the_server_hang_up_every_time_becomes_a_dead_letter_and_holds_up_no_other(services, mail_server):
+    client = services(mail_server, workers=1).client.sign_up()
+    mail_server.data_replies["poison@example.com"] = ["DROP"] * 100
+    poison = client.task(retries=0, userId="poison@example.com")
+    numbers = iter(range(10**6))
+
+    def others_go_on():
+        client.state(client.task(userId=f"{next(numbers)}@example.com"), "succeeded")
+        return client.get(f"/task/{poison}")["state"] == "dead"
+    until(others_go_on)
+    assert len(mail_server.data_replies["poison@example.com"]) <= 97
+
+
+def test_an_unexpected_error_costs_one_task_an_attempt_and_never_the_worker(services, mail_server, monkeypatch):
+    service = services(mail_server, workers=1)
+    client = service.client.sign_up()
+    monkeypatch.setitem(service.workers.handlers, "message", lambda task: 1 / 0)
+    assert client.state(client.task(), "dead")["error"] == "internal error (ZeroDivisionError)"
+    monkeypatch.undo()
+    client.state(client.task(), "succeeded")
+
+
+def test_a_full_lane_delays_no_other(services, mail_server):
+    service = services(mail_server)
+    client = service.client.sign_up()
+    service.workers.gates["normal"].close("for the test")
+    monkey = service.workers.gates["normal"]
+    monkey.transport = gomail.Outbox(os.devnull)  # a probe that never succeeds
+    for _ in range(20):
+        client.task()
+    client.state(client.task("generateOtp", userId="otp@example.com"), "succeeded")
+    assert [mail.recipient for mail in mail_server.mails] == ["otp@example.com"]
+
+
+# --- 11. cron ---------------------------------------------------------------------------------------------
+
+def test_tasks_of_a_dead_process_go_back_to_their_lanes_oldest_first(services, service, client):
+    store, queue = service.store, gomail.Queue(service.store, service.settings, "dead-process")
+    service.workers.stop(PATIENCE)
+    account = service.http.api.accounts.authenticate(client.key)
+    ids = [queue.enqueue(account, MESSAGE) for _ in range(5)]
+    queue.beat(["normal-0", "normal-1"])
+    assert queue.exchange("normal-1", "normal").id == ids[0]
+    assert queue.exchange("normal-0", "normal").id == ids[1]
+    assert service.queue.reclaim(patience=0) == 0
+    store.redis.delete(store.key("heartbeat", "dead-process"))
+    assert service.queue.reclaim(patience=0) == 2
+    assert store.redis.lrange(store.key("lane", "normal"), 0, -1) == ids[::-1]
+    assert store.redis.hgetall(store.key("processes")).keys() == {service.queue.process}
+
+
+def test_a_task_that_kills_its_process_three_times_is_buried_and_its_neighbours_are_not(service, client):
+    store = service.store
+    service.workers.stop(PATIENCE)
+    account = service.http.api.accounts.authenticate(client.key)
+    poison, neighbour = (service.queue.enqueue(account, MESSAGE) for _ in range(2))
+    for death in range(3):
+        queue = gomail.Queue(store, service.settings, f"process-{death}")
+        queue.beat(["normal-0", "normal-1"])
+        for worker in ("normal-0", "normal-1"):
+            task = queue.exchange(worker, "normal")
+            if task.id == poison and task.strikes:
+                queue.begin(task)  # the neighbour waits for its turn meanwhile
+        store.redis.delete(store.key("heartbeat", queue.process))
+        service.queue.reclaim(patience=0)
+    assert service.queue.status(poison)["state"] == "dead" and "3 times" in service.queue.status(poison)["error"]
+    assert service.queue.status(neighbour)["state"] == "queued"
+
+
+def test_the_embedded_server_is_started_again_when_it_dies(processes):
+    process = processes().started()
+    client = process.client.sign_up()
+    first = client.task(userId="first@example.com")
+    client.state(first, "succeeded")
+    server = connected(process.embedded)
+    time.sleep(1.1)  # what was answered more than a second earlier is on disk
+    os.kill(server.info("server")["process_id"], signal.SIGKILL)
+    until(lambda: client("GET", f"/task/{first}")[0] == 200)
+    client.state(client.task(), "succeeded")
+    assert process.stop() == 0
+
+
+# --- 12. http ---------------------------------------------------------------------------------------------
+
+# HTTP-TESTS-GO-HERE
+
+
+# --- 13. main ---------------------------------------------------------------------------------------------
+
+def test_help_names_every_option_and_version_the_version(processes):
+    code, output, _ = processes(arguments=["--help"]).result()
+    assert code == 0 and all(field.name in output for field in dataclasses.fields(gomail.Settings))
+    assert processes(arguments=["--version"]).result()[:2] == (0, f"gomail {gomail.__version__}\n")
+
+
+@pytest.mark.parametrize("environment, words", [
+    ({"smtp_port": "ftp"}, ["smtp_port", "'ftp'", "1 to 65535"]),
+    ({"redis_uri": "127.0.0.1:1"}, ["redis_uri", "127.0.0.1:1", "refused"]),
+    ({"redis_uri": "http://x"}, ["redis_uri", "host:port"]),
+    ({"port": "{taken}"}, ["port", "{taken}", "in use"]),
+    ({"log_file": "/nowhere/app.log"}, ["log_file", "/nowhere/app.log"]),
+    ({"data_dir": "/dev/null/x", "log_file": "off"}, ["data_dir", "/dev/null/x"]),
+])
+def test_what_stops_the_start_is_one_clear_line_and_exit_1(processes, environment, words):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        code, output, errors = processes({name: value.replace("{taken}", port) for name, value in environment.items()}).result()
+    assert code == 1 and output == "" and errors.count("\n") == 1 and errors.startswith("gomail: ")
+    assert all(word.replace("{taken}", port) in errors for word in words), errors
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere; the next test does it as another user")
+def test_a_folder_that_cannot_be_written_is_one_clear_line(processes, tmp_path):
+    tmp_path.chmod(0o500)
+    code, output, errors = processes(folder=tmp_path).result()
+    assert code == 1 and errors.count("\n") == 1 and "cannot be written" in errors
+
+
+def test_check_says_what_it_found_sends_nothing_and_exits_0_or_1(processes, mail_server, redis_server):
+    environment = {"redis_uri": redis_server.uri, "smtp_server": "127.0.0.1", "smtp_port": str(mail_server.port)}
+    process = processes(environment, arguments=["--check"])
+    code, output, errors = process.result()
+    assert code == 0 and errors == "" and [line.split()[0] for line in output.splitlines()] == ["ok"] * 3
+    assert not mail_server.mails and not list(process.folder.iterdir())
+    code, output, _ = processes({**environment, "redis_uri": "127.0.0.1:1", "smtp_port": "1"}, arguments=["--check"]).result()
+    assert code == 1 and [line.split()[0] for line in output.splitlines()] == ["ok", "failed", "failed"]
+
+
+def test_check_of_the_embedded_default_makes_no_files(processes):
+    process = processes(arguments=["--check"])
+    code, output, _ = process.result()
+    assert code == 0 and "embedded server, not running" in output and not list(process.folder.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_work_in_flight_leaves_the_rest_and_stops_the_embedded_server_last(processes, mail_server, number):
+    slow = threading.Event()
+
+    async def later(server, session, envelope):
+        while not slow.is_set():
+            await asyncio.sleep(0.01)
+        return await MailServer.handle_DATA(mail_server, server, session, envelope)
+    mail_server.handle_DATA = later
+    environment = {"smtp_server": "127.0.0.1", "smtp_port": str(mail_server.port), "workers": "1"}
+    process = processes(environment).started()
+    client = process.client.sign_up()
+    ids = [client.task(userId=f"{index}@example.com") for index in range(3)]
+    client.state(ids[0], "running")
+    process.process.send_signal(number)
+    until(lambda: process.logged("stopping"))
+    slow.set()
+    assert process.stop() == 0
+    assert [mail.recipient for mail in mail_server.mails] == ["0@example.com"]
+    with pytest.raises(redis.ConnectionError):
+        connected(process.embedded).ping()
+    again = Client(processes(environment, folder=process.folder).started().url, client.key)
+    for task_id in ids:
+        again.state(task_id, "succeeded")
+    assert [mail.recipient for mail in mail_server.mails] == [f"{index}@example.com" for index in range(3)]
+
+
+def test_a_process_killed_with_tasks_queued_and_in_flight_sends_them_all_after_the_next_start(processes, mail_server):
+    environment = {"smtp_server": "127.0.0.1", "smtp_port": str(mail_server.port)}
+    process = processes(environment).started()
+    client = process.client.sign_up()
+    recipients = [f"{number}@example.com" for number in range(200)]
+    for recipient in recipients:
+        client.task(userId=recipient)
+    until(lambda: len(mail_server.mails) > 20)
+    process.kill()
+    processes(environment, folder=process.folder).started()
+    until(lambda: {mail.recipient for mail in mail_server.mails} == set(recipients))
