@@ -54,6 +54,7 @@ import jwt
 import redis
 import redis.backoff
 import redis.retry
+import redis.sentinel
 
 __version__ = "1.0.0"
 
@@ -84,7 +85,7 @@ class Settings:
     smtp_tls: str = option("auto", "auto: STARTTLS where offered; off: never (a server on this machine)",
                            choices=("auto", "off"))
     smtp_timeout: float = option(30.0, "seconds to wait for the SMTP server's connection or answer", low=0.1, high=600)
-    redis_uri: str = option("", "host:port, redis://, rediss:// or unix://; empty: the embedded Valkey in data_dir",
+    redis_uri: str = option("", "host:port, redis://, rediss://, unix:// or redis+sentinel://; empty: the embedded Valkey in data_dir",
                             secret=True)
     key_prefix: str = option("gomail:", "what every Redis key begins with")
     durability: str = option("everysec", "when a task answered 2xx is on disk: everysec, within a second; "
@@ -336,23 +337,44 @@ class Store:
     """The Redis connection, shared by all threads.
 
     A command that fails because a pooled connection went stale is sent once more; all scripts are written so
-    that running one twice does no harm.
+    that running one twice does no harm. `available` is what the cron thread last found.
 
     Args:
-        uri: host:port, redis://, rediss:// or unix://.
+        uri: host:port, redis://, rediss://, unix://, or redis+sentinel://host:port,host:port/master (where the
+            sentinels say which server is the master now).
         prefix: what every key begins with.
 
     Raises:
         ValueError: the uri is of no known form.
     """
 
+    TIMEOUT = 3.0  # seconds until a server that says nothing counts as away
+
     def __init__(self, uri, prefix="gomail:"):
-        if "://" not in uri:
-            uri = f"redis://{uri}"
+        options = {"decode_responses": True, "protocol": 2, "socket_timeout": self.TIMEOUT,
+                   "socket_connect_timeout": self.TIMEOUT, "max_connections": 100_000,
+                   "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 1, (redis.ConnectionError,))}
         self.prefix = prefix
-        self.redis = redis.Redis.from_url(
-            uri, decode_responses=True, protocol=2, socket_timeout=5.0, socket_connect_timeout=5.0,
-            max_connections=100_000, retry=redis.retry.Retry(redis.backoff.NoBackoff(), 1))
+        self.available = True
+        if uri.startswith("redis+sentinel://"):
+            self.redis = self._behind_sentinels(uri, options)
+        else:
+            self.redis = redis.Redis.from_url(uri if "://" in uri else f"redis://{uri}", **options)
+
+    @staticmethod
+    def _behind_sentinels(uri, options):
+        where = re.fullmatch(r"redis\+sentinel://(?:([^:@/]*):([^@/]*)@)?([^@/]+)/([^/]+)(?:/(\d+))?", uri)
+        if not where:
+            raise ValueError("a Sentinel URI is redis+sentinel://host:port,host:port/master")
+        user, password, hosts, master, database = where.groups()
+        sentinels = []
+        for host in hosts.split(","):
+            host, _, port = host.rpartition(":")
+            sentinels.append((host.strip("[]"), int(port)))
+        timeouts = {name: options[name] for name in ("socket_timeout", "socket_connect_timeout", "retry")}
+        return redis.sentinel.Sentinel(sentinels, sentinel_kwargs=timeouts).master_for(
+            master, db=int(database or 0), username=user and urllib.parse.unquote(user),
+            password=password and urllib.parse.unquote(password), **options)
 
     def key(self, *parts):
         """The key named by `parts`, joined with colons behind the prefix."""
@@ -1933,6 +1955,7 @@ class Cron:
     """The cron thread.
 
     Args:
+        store: the Store, told whether Redis answers.
         queue, newsletters: whose due work it does.
         workers: the names that the heartbeat shows.
         server: the EmbeddedServer to keep running, or None.
@@ -1940,8 +1963,9 @@ class Cron:
 
     TICK = 0.1  # seconds
 
-    def __init__(self, queue, newsletters, workers, server=None):
-        self.queue, self.newsletters, self.workers, self.server = queue, newsletters, workers, server
+    def __init__(self, store, queue, newsletters, workers, server=None):
+        self.store, self.queue, self.newsletters = store, queue, newsletters
+        self.workers, self.server = workers, server
         self.stopping = threading.Event()
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.beaten = self.looked = float("-inf")
@@ -1962,14 +1986,17 @@ class Cron:
         while not self.stopping.wait(self.TICK):
             try:
                 self.once()
+                self.store.available = True
                 if failing:
                     failing = False
                     log(logging.INFO, "Redis is available again")
             except redis.RedisError as error:
+                self.store.available = not isinstance(error, (redis.ConnectionError, redis.TimeoutError))
                 if not failing:
                     failing = True
                     log(logging.ERROR, "Redis is not available", error=describe(error))
-                self.revive_server()
+                if not self.store.available:
+                    self.revive_server()
             except Exception:  # nothing that is due may end the thread that does it
                 logger.exception("unexpected error in the cron thread")
 
@@ -2064,7 +2091,9 @@ class Api:
         self.otps, self.newsletters = otps, newsletters
 
     def answer(self, route, request):
-        """What `route` answers to `request`: a dict. Raises Refused."""
+        """What `route` answers to `request`: a dict. Raises Refused, or RedisError where Redis is away."""
+        if route.handler != "ping" and not self.queue.store.available:
+            raise redis.ConnectionError("Redis is away")  # at once: a server that hangs would cost each caller its timeout
         if route.access == "key":
             request.account = self.accounts.authenticate(request.headers.get("authorization", ""))
         elif route.access == "admin":
@@ -2284,7 +2313,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 body = {"status": False, "error": refused.error, **({"field": refused.field} if refused.field else {})}
                 status, headers = refused.status, refused.headers
             except redis.RedisError as error:
-                log(logging.ERROR, "request answered 503", error=describe(error))
+                log(logging.WARNING, "request answered 503", error=describe(error))
                 status, headers = 503, {"Retry-After": "1"}
                 body = {"status": False, "error": "the queue's Redis is not available now; send the request again"}
             except OSError:
@@ -2491,7 +2520,7 @@ class Service:
             otps = Otps(self.store, accounts.derive("otp"), settings.otp_ttl)
             self.newsletters = Newsletters(self.store, zoneinfo.ZoneInfo(settings.timezone), self.clock)
             self.workers = Workers(settings, self.queue, self.transport, otps, self.newsletters)
-            self.cron = Cron(self.queue, self.newsletters, self.workers.names, self.server)
+            self.cron = Cron(self.store, self.queue, self.newsletters, self.workers.names, self.server)
             self.http.api = Api(settings, accounts, self.queue, otps, self.newsletters)
             self.cron.start()
             self.workers.start()
@@ -2502,6 +2531,8 @@ class Service:
         where = f"the embedded server's folder {self.server.folder}" if self.server else redacted(settings.redis_uri)
         log(logging.INFO, f"data lies in {where}")
         log(logging.INFO, f"mail goes to {self.transport}", sender=settings.sender[1])
+        if not self.server:
+            warn_of_losses(self.store)
 
     def stop(self):
         """Answer no new requests, end the work in flight, leave the rest in Redis, stop the embedded server last."""
@@ -2527,12 +2558,28 @@ def open_store(settings, server=None):
         store = Store(server.uri if server else settings.redis_uri, settings.key_prefix)
     except ValueError as error:
         raise StartError(f"redis_uri: {redacted(settings.redis_uri)} is not allowed ({describe(error)}), expected "
-                         "host:port, redis://, rediss:// or unix://") from None
+                         "host:port, redis://, rediss://, unix:// or redis+sentinel://") from None
     try:
         store.redis.ping()
+        if settings.durability == "fsync":
+            store.redis.execute_command("WAITAOF", 1, 0, 100)
+    except redis.ResponseError as error:
+        raise StartError(f"durability: 'fsync' is not allowed here, expected everysec: the server at {redacted(settings.redis_uri)} "
+                         f"cannot confirm what is on disk ({describe(error)})") from None
     except redis.RedisError as error:
         raise StartError(f"redis_uri: {redacted(settings.redis_uri)} cannot be reached: {describe(error)}") from None
     return store
+
+
+def warn_of_losses(store):
+    """Log a line for each way in which this Redis, not our own, may lose what it has acknowledged."""
+    found = store.redis.info("persistence") | store.redis.info("memory")
+    if not found.get("aof_enabled"):
+        log(logging.WARNING, "the Redis keeps no append-only file: if it crashes, tasks that were answered 2xx are lost",
+            remedy="appendonly yes")
+    if found.get("maxmemory") and found.get("maxmemory_policy") != "noeviction":
+        log(logging.WARNING, "the Redis evicts keys when its memory is full: tasks that were answered 2xx may be lost",
+            remedy="maxmemory-policy noeviction")
 
 
 def redacted(uri):
@@ -2581,6 +2628,37 @@ def check(settings):
     return well
 
 
+def operator_queue(settings):
+    """The Queue of a running gomail, for the command line. Raises StartError where there is none."""
+    server = None
+    if not settings.redis_uri:
+        server = EmbeddedServer(settings.data_dir)
+        if not server.answers():
+            raise StartError(f"data_dir: no gomail is running on {str(server.folder)!r}; start it, or call this where it runs")
+    return Queue(open_store(settings, server), settings, "operator")
+
+
+def operate(options, settings):
+    """The commands that look after tasks, of all accounts. Returns the exit code."""
+    queue = operator_queue(settings)
+    if options.command == "status":
+        found = queue.status(options.id)
+        print(json.dumps(found, indent=2, ensure_ascii=False) if found else f"there is no task {options.id}")
+        return 0 if found else 1
+    if options.command == "dead":
+        total, letters = queue.dead(offset=options.offset, limit=options.limit)
+        for letter in letters:
+            print(f"{letter['id']}  {letter['finished']}  {letter['type']}  {letter['userId']}  {letter['error']}")
+        print(f"{len(letters)} of {total} dead letters", file=sys.stderr)
+        return 0
+    if options.command == "retry" and options.all:
+        print(f"{queue.revive_all()} dead letters queued again")
+        return 0
+    done = queue.revive(options.id, remove=options.command == "delete")
+    print(("removed" if options.command == "delete" else "queued again") if done else f"there is no dead letter {options.id}")
+    return 0 if done else 1
+
+
 def help_text():
     """What --help says of the settings."""
     lines = ["settings, from the environment or a .env file in the working directory:"]
@@ -2612,13 +2690,25 @@ def main(arguments=None):
         epilog=help_text(), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"gomail {__version__}")
     parser.add_argument("--check", action="store_true", help="read the settings, reach Redis and the SMTP server, and exit")
+    commands = parser.add_subparsers(dest="command", title="commands for the operator, beside a running gomail")
+    commands.add_parser("status", help="show a task").add_argument("id")
+    dead = commands.add_parser("dead", help="list the dead letters, newest first")
+    dead.add_argument("--offset", type=int, default=0)
+    dead.add_argument("--limit", type=int, default=100)
+    which = commands.add_parser("retry", help="queue a dead letter again").add_mutually_exclusive_group(required=True)
+    which.add_argument("id", nargs="?")
+    which.add_argument("--all", action="store_true", help="all of them")
+    commands.add_parser("delete", help="remove a dead letter").add_argument("id")
     options = parser.parse_args(arguments)
     os.umask(0o077)
     try:
         settings = Settings.load(os.environ)
         if options.check:
             return 0 if check(settings) else 1
-        return run(settings)
+        return operate(options, settings) if options.command else run(settings)
+    except redis.RedisError as error:
+        print(f"gomail: Redis is not available: {describe(error)}", file=sys.stderr)
+        return 1
     except StartError as error:
         print(f"gomail: {error}", file=sys.stderr)
         return 1

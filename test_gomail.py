@@ -905,38 +905,36 @@ def test_an_idempotency_key_belongs_to_its_account(client, service):
     assert other.post("/task/", MESSAGE, Idempotency_Key="order 1")["id"] != first
 
 
-def test_an_answer_that_was_lost_on_the_way_costs_no_task(service, client):
+@pytest.fixture
+def queue(service, client):
+    """A Queue as another process has it, beside a service whose workers have stopped, and an account for it."""
+    service.workers.stop(PATIENCE)
+    queue = gomail.Queue(service.store, service.settings, "another-process")
+    queue.account = service.http.api.accounts.authenticate(client.key)
+    queue.beat(["normal-0", "normal-1"])
+    yield queue
+    queue.release()
+
+
+def test_an_answer_that_was_lost_on_the_way_costs_no_task(queue):
     # What a worker sees when its connection dies between Redis's work and Redis's answer: it asks again.
-    queue = gomail.Queue(service.store, service.settings, "a-process")
-    lane = "tests"
-    account = service.http.api.accounts.authenticate(client.key)
-    ids = []
-    for number in range(2):
-        ids.append(queue.enqueue(account, {**MESSAGE, "task": str(number)}))
-        queue.store.redis.lrem(queue.store.key("lane", "normal"), 1, ids[-1])
-        queue.store.redis.lpush(queue.store.key("lane", lane), ids[-1])
-    assert queue.exchange("tests-0", lane).id == ids[0]
-    assert queue.exchange("tests-0", lane).id == ids[0]
+    ids = [queue.enqueue(queue.account, MESSAGE) for _ in range(2)]
+    assert queue.exchange("normal-0", "normal").id == ids[0]
+    assert queue.exchange("normal-0", "normal").id == ids[0]
     done = gomail.Outcome(ids[0], "succeeded", summary=json.dumps(MESSAGE))
-    before = queue.counters()["executed"]
-    assert queue.exchange("tests-0", lane, done).id == ids[1]
-    assert queue.exchange("tests-0", lane, done).id == ids[1]
-    assert queue.counters()["executed"] == before + 1
+    assert queue.exchange("normal-0", "normal", done).id == ids[1]
+    assert queue.exchange("normal-0", "normal", done).id == ids[1]
+    assert queue.counters()["executed"] == 1
 
 
-def test_a_worker_whose_task_was_given_to_another_settles_nothing(service, client):
-    queue = gomail.Queue(service.store, service.settings, "a-process")
-    account = service.http.api.accounts.authenticate(client.key)
-    service.store.redis.hset(service.store.key("processes"), "a-process", "tests-0")
-    task_id = queue.enqueue(account, MESSAGE)
-    service.store.redis.lrem(queue.store.key("lane", "normal"), 1, task_id)
-    service.store.redis.lpush(queue.store.key("processing", "a-process", "tests-0"), task_id)
-    service.store.redis.hset(queue.store.key("task", task_id), "lane", "tests")
+def test_a_worker_whose_task_was_given_to_another_settles_nothing(queue):
+    task_id = queue.enqueue(queue.account, MESSAGE)
+    queue.exchange("normal-0", "normal")
     queue.release()
     before = queue.counters()
-    queue.exchange("tests-0", "tests", gomail.Outcome(task_id, "dead", "late"), take=False)
+    assert queue.exchange("normal-0", "normal", gomail.Outcome(task_id, "dead", "late"), take=False) is None
     assert queue.counters() == before and queue.status(task_id)["state"] == "queued"
-    assert service.store.redis.lrange(queue.store.key("lane", "tests"), 0, -1) == [task_id]
+    assert queue.depths()["normal"] == 1
 
 
 # --- 7. mail ----------------------------------------------------------------------------------------------
@@ -1511,37 +1509,29 @@ def test_a_full_lane_delays_no_other(services, mail_server):
 
 # --- 11. cron ---------------------------------------------------------------------------------------------
 
-def test_tasks_of_a_dead_process_go_back_to_their_lanes_oldest_first(services, service, client):
-    store, queue = service.store, gomail.Queue(service.store, service.settings, "dead-process")
-    service.workers.stop(PATIENCE)
-    account = service.http.api.accounts.authenticate(client.key)
-    ids = [queue.enqueue(account, MESSAGE) for _ in range(5)]
-    queue.beat(["normal-0", "normal-1"])
+def test_tasks_of_a_dead_process_go_back_to_their_lanes_oldest_first(service, queue):
+    ids = [queue.enqueue(queue.account, MESSAGE) for _ in range(5)]
     assert queue.exchange("normal-1", "normal").id == ids[0]
     assert queue.exchange("normal-0", "normal").id == ids[1]
     assert service.queue.reclaim(patience=0) == 0
-    store.redis.delete(store.key("heartbeat", "dead-process"))
-    assert service.queue.reclaim(patience=0) == 2
-    assert store.redis.lrange(store.key("lane", "normal"), 0, -1) == ids[::-1]
-    assert store.redis.hgetall(store.key("processes")).keys() == {service.queue.process}
+    queue.store.redis.delete(queue.store.key("heartbeat", queue.process))
+    until(lambda: queue.depths()["normal"] == 5)  # by the service's own cron thread
+    assert queue.store.redis.lrange(queue.store.key("lane", "normal"), 0, -1) == ids[::-1]
+    assert queue.store.redis.hkeys(queue.store.key("processes")) == [service.queue.process]
 
 
-def test_a_task_that_kills_its_process_three_times_is_buried_and_its_neighbours_are_not(service, client):
-    store = service.store
-    service.workers.stop(PATIENCE)
-    account = service.http.api.accounts.authenticate(client.key)
-    poison, neighbour = (service.queue.enqueue(account, MESSAGE) for _ in range(2))
-    for death in range(3):
-        queue = gomail.Queue(store, service.settings, f"process-{death}")
+def test_a_task_that_kills_its_process_three_times_is_buried_and_its_neighbours_are_not(service, queue):
+    poison, neighbour = (queue.enqueue(queue.account, MESSAGE) for _ in range(2))
+    for _ in range(3):
         queue.beat(["normal-0", "normal-1"])
         for worker in ("normal-0", "normal-1"):
             task = queue.exchange(worker, "normal")
             if task.id == poison and task.strikes:
                 queue.begin(task)  # the neighbour waits for its turn meanwhile
-        store.redis.delete(store.key("heartbeat", queue.process))
-        service.queue.reclaim(patience=0)
-    assert service.queue.status(poison)["state"] == "dead" and "3 times" in service.queue.status(poison)["error"]
-    assert service.queue.status(neighbour)["state"] == "queued"
+        queue.store.redis.delete(queue.store.key("heartbeat", queue.process))
+        until(lambda: service.queue.reclaim(patience=0) or queue.process not in queue.store.redis.hkeys(queue.store.key("processes")))
+    assert queue.status(poison)["state"] == "dead" and "3 times" in queue.status(poison)["error"]
+    assert queue.status(neighbour)["state"] == "queued"
 
 
 def test_the_embedded_server_is_started_again_when_it_dies(processes):
