@@ -13,6 +13,7 @@ import datetime
 import email
 import email.policy
 import http.client
+import itertools
 import json
 import os
 import pathlib
@@ -1549,7 +1550,276 @@ def test_the_embedded_server_is_started_again_when_it_dies(processes):
 
 # --- 12. http ---------------------------------------------------------------------------------------------
 
-# HTTP-TESTS-GO-HERE
+def raw(service, *pieces):
+    """What the server answers to these bytes until it closes the connection, or falls silent."""
+    with socket.create_connection(service.http.server_address[:2], timeout=PATIENCE) as connection:
+        for piece in pieces:
+            connection.sendall(piece)
+        connection.shutdown(socket.SHUT_WR)
+        answer = b""
+        with contextlib.suppress(ConnectionError):
+            while data := connection.recv(65536):
+                answer += data
+        return answer
+
+
+def status_of(answer):
+    assert answer.startswith(b"HTTP/1.1 "), answer
+    return int(answer[9:12])
+
+
+PING = b"GET /health/ping HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+def test_signup_answers_apikey_and_deregister_its_message(service):
+    status, answer, _ = service.client("POST", "/auth/signup", {"id": "user@example.com"})
+    assert status == 200 and answer.keys() == {"apiKey"}
+    assert service.client.post("/auth/deregister", {"id": "user@example.com"}) == {
+        "status": True, "msg": "Deregistered successfully!"}
+
+
+@pytest.mark.parametrize("path", ["/task/", "/task", "/task/task"])
+@pytest.mark.parametrize("kind", ["message", "generateOtp", "subscribe", "unsubscribe"])
+def test_the_task_producer_answers_every_type_as_in_the_contract(client, path, kind):
+    answer = client.post(path, {"task": "t", "type": kind, "retries": 3, "payload": {
+        "userId": "example@gmail.com", "content_type": "weekly_newsletter", "length": 6, "frequency": "@weekly",
+        "subject": "Your Weekly Engineering Update", "content": "<h1>Hello!</h1>"}})
+    assert answer.pop("id") and answer == {"status": True, "msg": "Task enqueued successfully"}
+
+
+def test_content_types_are_created_updated_read_listed_and_removed(client):
+    body = {"content_type": "Weekly Lettér", "subject": "S", "content": "C"}
+    path = "/task/subscriptionContent"
+    assert client.post(path, body) == {"status": True, "msg": "Content Type created successfully"}
+    assert client("POST", path, body)[0] == 409
+    assert client("PUT", path, {**body, "subject": "S2"})[:2] == (200, {"status": True, "msg": "Content Type updated successfully"})
+    assert client("PUT", path, {**body, "content_type": "other"})[0] == 404
+    one = {"content_type": "Weekly Lettér", "subject": "S2", "content": "C", "subscribers": 0}
+    assert client.get(path + "/Weekly%20Lett%C3%A9r") == {"status": True, **one}
+    assert client.get(path)["contentTypes"] == [one]
+    assert client("DELETE", path + "/Weekly%20Lett%C3%A9r")[0] == 200
+    assert client("GET", path + "/Weekly%20Lett%C3%A9r")[0] == 404
+
+
+def test_ping_answers_pong_and_metrics_are_integers_without_a_key(service):
+    assert service.client.get("/health/ping") == {"message": "pong"}
+    answer = service.client.get("/health/metrics")
+    numbers = [answer[name] for name in ("Total Jobs Executed", "Jobs Successful", "Jobs Failed")] + [*answer["queued"].values()]
+    assert answer["status"] is True and all(type(number) is int for number in numbers)
+
+
+@pytest.mark.parametrize("route", [route for route in gomail.ROUTES if route.access == "key"], ids=lambda route: f"{route.method} {route.path}")
+def test_a_protected_route_without_a_valid_key_is_401(service, route):
+    for key in ("", "Bearer nonsense"):
+        status, answer, _ = service.client(route.method, route.path, b"{}" if route.body else None, Authorization=key)
+        assert status == 401 and answer["status"] is False and "API key" in answer["error"]
+
+
+@pytest.mark.parametrize("path", ["/", "/nothing", "/task/a/b", "/Task", "/task/dead/x/y", "//task"])
+def test_an_unknown_path_is_404(client, path):
+    status, answer, _ = client("GET", path)
+    assert status == 404 and answer["status"] is False
+
+
+def test_a_wrong_method_is_405_and_says_which_are_right(client):
+    status, answer, headers = client("PUT", "/task/", {})
+    assert status == 405 and headers["Allow"] == "OPTIONS, POST" and answer["status"] is False
+    assert client("DELETE", "/health/ping")[2]["Allow"] == "GET, HEAD, OPTIONS"
+
+
+def test_options_says_what_a_path_takes_and_head_answers_without_a_body(client):
+    status, answer, headers = client("OPTIONS", "/task/subscriptionContent")
+    assert (status, answer, headers["Allow"]) == (204, None, "GET, HEAD, OPTIONS, POST, PUT")
+    status, answer, headers = client("HEAD", "/health/ping")
+    assert (status, answer, headers["Content-Length"]) == (200, None, "20")
+
+
+@pytest.mark.parametrize("media_type", ["text/plain", "application/x-www-form-urlencoded", "application/json; charset=latin-1", ""])
+def test_another_media_type_is_415(client, media_type):
+    assert client("POST", "/task/", b"{}", Content_Type=media_type)[0] == 415
+
+
+@pytest.mark.parametrize("body", [
+    b"", b"{", b'{"a": 1,}', b'{"a": NaN}', b'{"a": "\xff"}', b"[" * 100000, b"1" * 10000, b"nope", b"\xef\xbb\xbf{}"])
+def test_what_is_not_json_is_400(client, body):
+    status, answer, _ = client("POST", "/task/", body)
+    assert status == 400 and answer["status"] is False
+
+
+@pytest.mark.parametrize("body", [[], "text", 1, None, True])
+def test_json_that_is_no_object_is_400(client, body):
+    status, answer, _ = client("POST", "/task/", json.dumps(body).encode())
+    assert status == 400 and answer["error"] == "the body must be a JSON object"
+
+
+def test_an_error_names_the_field_and_what_was_expected_and_nothing_is_queued(client, service):
+    status, answer, _ = client("POST", "/task/", {"task": "t", "type": "generateOtp", "retries": 0, "payload": {
+        "userId": "user@example.com", "length": 9}})
+    assert status == 400 and answer == {
+        "status": False, "error": "payload.length must be a whole number from 4 to 8", "field": "payload.length"}
+    assert not service.store.redis.keys(service.store.key("task", "*"))
+
+
+def test_a_body_larger_than_max_body_is_413_before_it_is_read(services):
+    service = services(max_body=1024)
+    answer = raw(service, b"POST /task/ HTTP/1.1\r\nHost: x\r\nContent-Length: 10000000\r\n\r\n", b"x" * 100000)
+    assert status_of(answer) == 413 and b"Connection: close" in answer
+
+
+def test_requests_on_one_connection_are_answered_in_order(service):
+    answer = raw(service, PING * 3 + b"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n" + PING)
+    assert [int(code) for code in re.findall(rb"HTTP/1.1 (\d+)", answer)] == [200, 200, 200, 404, 200]
+
+
+@pytest.mark.parametrize("head", [b"GET /health/ping HTTP/1.0\r\n\r\n", b"GET /health/ping HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"])
+def test_http_1_0_and_connection_close_end_the_connection(service, head):
+    answer = raw(service, head + PING)
+    assert answer.count(b"HTTP/1.1 200") == 1 and b"Connection: close" in answer
+
+
+@pytest.mark.parametrize("headers, status", [
+    (b"Transfer-Encoding: chunked", 411), (b"Transfer-Encoding: chunked\r\nContent-Length: 5", 411),
+    (b"Content-Length: 5\r\nContent-Length: 5", 400), (b"Content-Length: 5\r\nContent-Length: 6", 400),
+    *[(b"Content-Length: " + text, 400) for text in (b"+5", b"-1", b"5, 5", b"0x5", b"", b"5 5", b"9" * 30, "٥".encode())],
+    (b"Bad Name: x", 400), (b"Name : x", 400), (b" folded: x", 400), (b"A: x\r\n\tfolded", 400), (b"A: \x00", 400),
+    (b"A: x\ry", 400), (b"A: x\ny: z", 400), (b"noColon", 400), (b"Host: y", 400), (b"Expect: magic", 417),
+    (b"Authorization: a\r\nAuthorization: b", 400), (b"\r\n".join(b"A: b" for _ in range(65)), 431), (b"A: " + b"x" * 20000, 431)])
+def test_a_request_that_two_readers_could_read_differently_is_refused_and_the_connection_closed(service, headers, status):
+    answer = raw(service, b"POST /task/ HTTP/1.1\r\nHost: x\r\n" + headers + b"\r\n\r\nhello" + PING)
+    assert status_of(answer) == status
+    assert answer.count(b"HTTP/1.1") == 1 and b"Connection: close" in answer
+
+
+@pytest.mark.parametrize("head", [
+    b"GET /health/ping\r\n\r\n", b"get /health/ping HTTP/1.1\r\nHost: x\r\n\r\n", b"GET  /health/ping HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"GET /health/ping HTTP/2.0\r\nHost: x\r\n\r\n", b"GET health HTTP/1.1\r\nHost: x\r\n\r\n", b"GET /health/ping HTTP/1.1\r\n\r\n",
+    b"GET /health/ping HTTP/1.1\nHost: x\n\n", b"\x16\x03\x01\x02\x00\r\n\r\n", b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n"])
+def test_a_malformed_request_is_400(service, head):
+    assert status_of(raw(service, head)) == 400
+
+
+def test_an_absolute_target_and_empty_lines_before_a_request_are_taken(service):
+    assert status_of(raw(service, b"\r\n\r\nGET http://x/health/ping?a=b HTTP/1.1\r\nHost: x\r\n\r\n")) == 200
+
+
+def test_expect_100_continue_is_answered_before_the_body(service):
+    with socket.create_connection(service.http.server_address[:2], timeout=PATIENCE) as connection:
+        connection.sendall(b"POST /auth/signup HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                           b"Content-Length: 11\r\nExpect: 100-continue\r\n\r\n")
+        assert connection.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(b'{"id": "a"}')
+        assert status_of(connection.recv(1000)) == 200
+
+
+@pytest.mark.parametrize("piece", [b"GET /health/ping HTT", b"POST /task/ HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nhalf"])
+def test_a_client_that_does_not_end_its_request_is_cut_off_after_request_timeout(services, piece):
+    service = services(request_timeout=0.2)
+    with socket.create_connection(service.http.server_address[:2], timeout=PATIENCE) as connection:
+        connection.sendall(piece)
+        assert status_of(connection.recv(1000)) == 408
+        assert connection.recv(1000) == b""
+
+
+def test_a_client_that_drips_its_request_is_cut_off_all_the_same(services):
+    service = services(request_timeout=0.3)
+    with socket.create_connection(service.http.server_address[:2], timeout=PATIENCE) as connection:
+        connection.settimeout(0.05)
+        answer = b""
+        for byte in itertools.cycle(b"GET /"):
+            with contextlib.suppress(OSError):
+                connection.sendall(bytes([byte]))
+            with contextlib.suppress(TimeoutError):
+                answer = connection.recv(1000)
+                break
+        assert status_of(answer) == 408
+
+
+def test_a_client_that_goes_away_in_the_middle_of_a_body_harms_nobody(service, client):
+    raw(service, b"POST /task/ HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nhalf")
+    client.get("/task/subscriptionContent")
+    until(lambda: service.http.requests == 0)
+
+
+def test_one_connection_too_many_is_503_at_once_and_later_all_is_as_before(services):
+    service = services(max_connections=2)
+    address = service.http.server_address[:2]
+    held = [socket.create_connection(address) for _ in range(2)]
+    until(lambda: service.http.places._value == 0)
+    answer = raw(service)
+    assert status_of(answer) == 503 and b"Retry-After: 1" in answer and json.loads(answer.partition(b"\r\n\r\n")[2])
+    for connection in held:
+        connection.close()
+    until(lambda: service.http.places._value == 2)
+    assert status_of(raw(service, PING)) == 200
+
+
+def test_no_answer_tells_of_the_server_its_machine_or_may_be_cached(client, service, monkeypatch):
+    monkeypatch.setattr(service.queue, "counters", lambda: 1 / 0)
+    for status, answer, headers in (client("GET", "/health/ping"), client("GET", "/health/metrics"), client("GET", "/x")):
+        assert headers["Cache-Control"] == "no-store" and "Server" not in headers
+        assert "/" + "work" not in str(answer) and "Traceback" not in str(answer) and "Zero" not in str(answer)
+    assert client("GET", "/health/metrics")[:2] == (500, {"status": False, "error": "internal error"})
+
+
+def test_two_accounts_see_and_change_nothing_of_each_other(client, service, mail_server):
+    other = service.client.sign_up()
+    define(client)
+    subscribe(client)
+    mail_server.replies["gone@example.com"] = ["550 no such user"]
+    task_id = client.task(userId="gone@example.com")
+    client.state(task_id, "dead")
+    otp, address = issued(client, mail_server)
+    assert other("GET", f"/task/{task_id}")[0] == 404 and other.get("/task/dead")["total"] == 0
+    assert other("POST", f"/task/dead/{task_id}/retry")[0] == 404 and other("DELETE", f"/task/dead/{task_id}")[0] == 404
+    assert other.post("/task/dead/retry")["count"] == 0
+    assert other.get("/task/subscriptionContent")["contentTypes"] == []
+    assert other("GET", "/task/subscriptionContent/news")[0] == 404
+    assert other("PUT", "/task/subscriptionContent", {"content_type": "news", "subject": "x", "content": "x"})[0] == 404
+    assert other("DELETE", "/task/subscriptionContent/news")[0] == 404
+    define(other, subject="Theirs")
+    other.state(other.task("unsubscribe", content_type="news"), "dead")
+    for _ in range(6):
+        assert verified(other, address, otp) is False
+    found = client.get("/task/subscriptionContent/news")
+    assert found["subscribers"] == 1 and found["subject"] == "News"
+    assert verified(client, address, otp) is True and client.state(task_id, "dead")
+
+
+def fuzz(address, requests, seed):
+    """Send mutated requests, each on a connection of its own."""
+    chance = random.Random(seed)
+    good = [PING, b"POST /task/ HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 13\r\n\r\n{\"task\": \"t\"}",
+            b"GET /task/dead?limit=1 HTTP/1.1\r\nHost: x\r\nAuthorization: x.y.z\r\n\r\n"]
+    scraps = [b"\r\n", b"\n", b"\x00", b":", b" ", b"\xff", b"Content-Length: 3\r\n", b"Transfer-Encoding: chunked\r\n", b"%", b"A" * 5000]
+    for _ in range(requests):
+        data = bytearray(chance.choice(good) * chance.choice([1, 1, 2]))
+        for _ in range(chance.randrange(4)):
+            place = chance.randrange(len(data))
+            data[place:place + chance.choice([0, 1, 10])] = chance.choice(scraps + [bytes([chance.randrange(256)])])
+        with contextlib.suppress(ConnectionError, TimeoutError), socket.create_connection(address, timeout=PATIENCE) as connection:
+            connection.sendall(data[:chance.choice([len(data), chance.randrange(len(data) + 1)])])
+            connection.shutdown(socket.SHUT_WR)
+            while answer := connection.recv(65536):
+                assert not answer.startswith(b"HTTP/1.1 5"), bytes(data)
+
+
+def test_after_2000_mutated_requests_a_good_one_is_answered(service):
+    fuzz(service.http.server_address[:2], 2000, seed=1)
+    assert service.client.get("/health/ping") == {"message": "pong"}
+
+
+@pytest.mark.long
+def test_after_100000_mutated_requests_memory_is_flat_and_a_good_one_is_answered(processes):
+    process = processes().started()
+    host, port = process.url.removeprefix("http://").split(":")
+
+    def resident():
+        return int(re.search(r"VmRSS:\s+(\d+)", pathlib.Path(f"/proc/{process.process.pid}/status").read_text())[1])
+    fuzz((host, int(port)), 10_000, seed=2)
+    before = resident()
+    fuzz((host, int(port)), 90_000, seed=3)
+    assert resident() < before * 1.2
+    assert Client(process.url).get("/health/ping") == {"message": "pong"}
 
 
 # --- 13. main ---------------------------------------------------------------------------------------------
@@ -1576,11 +1846,12 @@ def test_what_stops_the_start_is_one_clear_line_and_exit_1(processes, environmen
     assert all(word.replace("{taken}", port) in errors for word in words), errors
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere; the next test does it as another user")
-def test_a_folder_that_cannot_be_written_is_one_clear_line(processes, tmp_path):
-    tmp_path.chmod(0o500)
-    code, output, errors = processes(folder=tmp_path).result()
-    assert code == 1 and errors.count("\n") == 1 and "cannot be written" in errors
+def test_a_folder_that_cannot_be_written_is_one_clear_line(processes):
+    # /proc cannot be written by anybody, not even by root.
+    for environment, option in (({}, "log_file"), ({"log_file": "off"}, "data_dir")):
+        code, output, errors = processes(environment, folder="/proc").result()
+        assert code == 1 and output == "" and errors.count("\n") == 1
+        assert errors.startswith(f"gomail: {option}: ") and "cannot be written" in errors
 
 
 def test_check_says_what_it_found_sends_nothing_and_exits_0_or_1(processes, mail_server, redis_server):
