@@ -260,13 +260,15 @@ class JsonFormatter(logging.Formatter):
 class LogFile(logging.handlers.RotatingFileHandler):
     """The log file. A full disk costs log lines, never the service; stdout is told once a minute."""
 
+    console = None
     told = float("-inf")
 
     def handleError(self, record):
         error = sys.exc_info()[1]
         if time.monotonic() - self.told > 60:
             self.told = time.monotonic()
-            log(logging.ERROR, "log file cannot be written", file=self.baseFilename, error=describe(error), only="stdout")
+            self.console.handle(logging.makeLogRecord({
+                "levelname": "ERROR", "msg": "log file cannot be written", "fields": {"error": describe(error)}}))
 
 
 class Console(logging.StreamHandler):
@@ -298,8 +300,7 @@ def start_logging(settings):
             file = LogFile(settings.log_file, maxBytes=10_000_000, backupCount=3, encoding="utf-8")
         except OSError as error:
             raise StartError(f"log_file: {settings.log_file!r} cannot be written: {describe(error)}") from None
-        # What the file handler itself reports goes only to stdout, so that it cannot answer itself.
-        file.addFilter(lambda record: getattr(record, "fields", {}).get("only") != "stdout")
+        file.console = console
         handlers.append(file)
     for handler in handlers:
         handler.setFormatter(JsonFormatter())
@@ -475,7 +476,11 @@ class EmbeddedServer:
             pid = client.info("server")["process_id"]
             client.shutdown()
         if self.process is not None:
-            self.process.wait()
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:  # what it has answered lies in its file, or with the system
+                self.process.kill()
+                self.process.wait()
         elif pid:
             with contextlib.suppress(ProcessLookupError):
                 while os.kill(pid, 0) is None:
@@ -532,7 +537,7 @@ class Accounts:
         for _, content_type in ipairs(redis.call('HKEYS', KEYS[2])) do
             redis.call('UNLINK', ARGV[2] .. content_type .. ':' .. ARGV[1])
         end
-        redis.call('UNLINK', KEYS[2])
+        redis.call('UNLINK', KEYS[2], KEYS[3])
         return 1
     """
 
@@ -559,7 +564,7 @@ class Accounts:
 
     def deregister(self, name):
         """Revoke the key of `name` and end all it has waiting. Raises Refused (404) where it is not registered."""
-        if not self._deregister(keys=[self.users, self.store.key("content", name)],
+        if not self._deregister(keys=[self.users, self.store.key("content", name), self.store.key("dead", name)],
                                 args=[name, self.store.key("subscribers", "")]):
             raise Refused(404, "id is not registered", "id")
 
@@ -800,8 +805,10 @@ class Queue:
                 if account then redis.call('ZREM', prefix .. 'dead:' .. account, old) end
                 redis.call('UNLINK', prefix .. 'task:' .. old)
             end
-            redis.call('ZADD', prefix .. 'dead', milliseconds, id)
-            redis.call('ZADD', prefix .. 'dead:' .. redis.call('HGET', task, 'account'), milliseconds, id)
+            for _, letters in ipairs({prefix .. 'dead', prefix .. 'dead:' .. redis.call('HGET', task, 'account')}) do
+                redis.call('ZREMRANGEBYSCORE', letters, '-inf', milliseconds - ttl)
+                redis.call('ZADD', letters, milliseconds, id)
+            end
             local surplus = redis.call('ZCARD', prefix .. 'dead') - most
             if surplus > 0 then
                 for _, old in ipairs(redis.call('ZRANGE', prefix .. 'dead', 0, surplus - 1)) do forget(old) end
@@ -1369,11 +1376,12 @@ class SmtpTransport:
     def tidy(self, idle=0.0):
         """Close this thread's connection where it has been idle for `idle` seconds or more."""
         smtp = getattr(self.local, "smtp", None)
-        if smtp is None or time.monotonic() - self.local.used < idle or self.local.sent < self.SHARE and not smtp.sock:
+        if smtp is None or time.monotonic() - self.local.used < idle:
             return
         self.local.smtp = None
         with contextlib.suppress(OSError, smtplib.SMTPException):
-            smtp.sock.settimeout(1.0)
+            if smtp.sock:
+                smtp.sock.settimeout(1.0)
             smtp.quit()
 
     def _transact(self, sender, recipient, message):
@@ -1439,7 +1447,7 @@ class SmtpTransport:
                 if not isinstance(smtp.sock, ssl.SSLSocket):
                     raise Unavailable("it offers no STARTTLS, and the password is not sent in the clear")
                 smtp.login(settings.smtp_user, settings.smtp_pass)
-        except (OSError, smtplib.SMTPException, Unavailable) as error:
+        except (OSError, UnicodeError, smtplib.SMTPException, Unavailable) as error:
             if smtp is not None:
                 smtp.close()
             raise Unavailable(f"{self} is not available: {reply_text(error)}") from None
@@ -1874,6 +1882,9 @@ class Workers:
                     log(logging.ERROR, "Redis is not available", worker=name, error=describe(error))
                 if self.stopping.wait(random.uniform(0.5, 1) * min(0.1 * 2 ** min(failures, 10), 5.0)) and failures > 3:
                     break
+            except Exception:  # a fault of ours must not end the thread: the lane would have one worker less for ever
+                logger.exception("unexpected error in a worker", extra={"fields": {"worker": name}})
+                self.stopping.wait(1.0)
         self.transport.tidy()
 
     def perform(self, task, lane):
@@ -2106,18 +2117,23 @@ class Api:
         return hmac.compare_digest(token.encode(), self.settings.admin_token.encode())
 
     def require_admin(self, request):
-        """Where admin_token is set, raise Refused (401) without it."""
-        if self.settings.admin_token and not self.is_admin(request):
-            raise Refused(401, "Authorization must hold the admin_token", None, {"WWW-Authenticate": "Bearer"})
+        """Where admin_token is set, raise Refused (401) without it; where it is not, only this machine may ask (403)."""
+        if self.settings.admin_token:
+            if not self.is_admin(request):
+                raise Refused(401, "Authorization must hold the admin_token", None, {"WWW-Authenticate": "Bearer"})
+        elif {"forwarded", "x-forwarded-for"} & request.headers.keys():
+            raise Refused(403, "set admin_token to allow this through a proxy")
 
     def sign_up(self, request):
         return {"apiKey": self.accounts.sign_up(checked(request.body, self.ID)["id"])}
 
     def deregister(self, request):
         name = checked(request.body, self.ID)["id"]
-        if self.settings.admin_token and not self.is_admin(request):
+        try:
+            self.require_admin(request)
+        except Refused:
             if self.accounts.authenticate(request.headers.get("authorization", "")).name != name:
-                raise Refused(401, "Authorization must hold the admin_token, or the API key of this id")
+                raise
         self.accounts.deregister(name)
         return {"status": True, "msg": "Deregistered successfully!"}
 

@@ -682,6 +682,13 @@ def test_with_admin_token_signup_and_deregister_need_it_and_a_key_deregisters_on
     assert admin("POST", "/auth/deregister", {"id": "b@example.com"})[0] == 200
 
 
+@pytest.mark.parametrize("header", ["Forwarded", "X_Forwarded_For"])
+def test_without_admin_token_signup_through_a_proxy_is_403(service, client, header):
+    for path in ("/auth/signup", "/auth/deregister"):
+        assert service.client("POST", path, {"id": "user@example.com"}, **{header: "for=192.0.2.1"})[0] in (401, 403)
+    assert service.client("POST", "/auth/signup", {"id": "user@example.com"})[0] == 200
+
+
 def test_nothing_of_a_deregistered_account_is_sent_even_when_it_signs_up_again(services, mail_server, clock):
     service = services(mail_server, clock=clock)
     client = service.client.sign_up("user@example.com")
