@@ -1299,9 +1299,8 @@ class Outbox:
         """Write one mail, on disk when this returns. Raises Unavailable where the disk does not take it."""
         envelope = f"Return-Path: <{sender}>\nDelivered-To: {recipient}\n".encode()
         try:
-            # Made anew each time: the folder may have been emptied or removed meanwhile.
             with self.lock:
-                mailbox.Maildir(self.folder, create=True).add(envelope + message.replace(b"\r\n", b"\n"))
+                self._maildir().add(envelope + message.replace(b"\r\n", b"\n"))
         except OSError as error:
             raise Unavailable(f"the Maildir cannot be written: {describe(error)}") from None
         self.accepted = time.time()
@@ -1309,7 +1308,7 @@ class Outbox:
     def probe(self):
         """Raise Unavailable where a mail could not be written."""
         try:
-            mailbox.Maildir(self.folder, create=True)
+            self._maildir()
             probe = self.folder / "tmp" / "probe"
             probe.write_bytes(b"." * 65536)
             probe.unlink()
@@ -1318,6 +1317,12 @@ class Outbox:
 
     def tidy(self, idle=0.0):
         """Nothing is kept open."""
+
+    def _maildir(self):
+        # Looked at each time: the folder may have been emptied or removed meanwhile.
+        for name in ("tmp", "new", "cur"):
+            (self.folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+        return mailbox.Maildir(self.folder)
 
 
 class SmtpTransport:

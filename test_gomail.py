@@ -2121,6 +2121,7 @@ def test_a_maildir_that_cannot_be_written_pauses_the_lane_until_it_can(services)
     until(lambda: "Maildir" in service.workers.gates["normal"].reason)
     assert client.state(task_id, "queued")["attempts"] == 0
     service.transport.folder.unlink()
+    service.transport.folder.mkdir()
     assert client.state(task_id, "succeeded")["attempts"] == 1
 
 
