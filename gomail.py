@@ -85,8 +85,8 @@ class Settings:
     smtp_tls: str = option("auto", "auto: STARTTLS where offered; off: never (a server on this machine)",
                            choices=("auto", "off"))
     smtp_timeout: float = option(30.0, "seconds to wait for the SMTP server's connection or answer", low=0.1, high=600)
-    redis_uri: str = option("", "host:port, redis://, rediss://, unix:// or redis+sentinel://; empty: the embedded Valkey in data_dir",
-                            secret=True)
+    redis_uri: str = option("", "host:port, redis://, rediss://, unix:// or redis+sentinel://; "
+                            "empty: the embedded Valkey in data_dir", secret=True)
     key_prefix: str = option("gomail:", "what every Redis key begins with")
     durability: str = option("everysec", "when a task answered 2xx is on disk: everysec, within a second; "
                              "fsync, before the answer", choices=("everysec", "fsync"))
@@ -97,9 +97,11 @@ class Settings:
     request_timeout: float = option(30.0, "seconds a request may take to arrive, and a connection may idle",
                                     low=0.1, high=3600)
     admin_token: str = option("", "guards signup and deregister; empty: both are open, on loopback only", secret=True)
-    jwt_secret: str = option("", "signs the API keys, 32 bytes or more; empty: made once and kept in Redis", secret=True)
+    jwt_secret: str = option("", "signs the API keys, 32 bytes or more; empty: made once and kept in Redis",
+                             secret=True)
     workers: int = option(4, "worker threads of each lane (urgent, normal, bulk)", low=1, high=64)
-    retry_delay: float = option(15.0, "seconds before the first retry; doubles with each, with jitter", low=0.01, high=86400)
+    retry_delay: float = option(15.0, "seconds before the first retry; doubles with each, with jitter",
+                                low=0.01, high=86400)
     retry_delay_max: float = option(3600.0, "seconds a retry waits at most", low=0.01, high=604800)
     otp_ttl: int = option(300, "seconds an OTP is valid", low=1, high=86400)
     timezone: str = option("UTC", "time zone of the newsletters' calendar, an IANA name")
@@ -1000,7 +1002,8 @@ class Queue:
             pipeline.execute_command("WAITAOF", 1, 0, 4000)
             result, (on_disk, _) = pipeline.execute()
         if not on_disk:
-            raise Refused(503, "the task could not be written to disk in time; send it again", None, {"Retry-After": "1"})
+            raise Refused(503, "the task could not be written to disk in time; send it again", None,
+                          {"Retry-After": "1"})
         return result
 
     def exchange(self, worker, lane, outcome=None, take=True):
@@ -1013,8 +1016,8 @@ class Queue:
         settings = self.settings
         found = self._exchange(
             keys=[self._processing(worker), self.store.key("lane", lane), self.store.prefix],
-            args=[int(take), outcome.task_id, outcome.verdict, outcome.error, int(outcome.delay * 1000), outcome.summary,
-                  settings.result_ttl * 1000, settings.dead_ttl * 1000, settings.dead_max])
+            args=[int(take), outcome.task_id, outcome.verdict, outcome.error, int(outcome.delay * 1000),
+                  outcome.summary, settings.result_ttl * 1000, settings.dead_ttl * 1000, settings.dead_max])
         if not found:
             return None
         task_id, body, account, _, created, *counts = found
@@ -1175,8 +1178,8 @@ def is_html(content):
 class TextOfHtml(html.parser.HTMLParser):
     """Gathers the readable text of an HTML document: see html_to_text."""
 
-    BLOCKS = frozenset("address article aside blockquote center dd div dl dt fieldset figure footer form h1 h2 h3 h4 h5 h6 "
-                       "header hr main nav ol p pre section table title tr ul".split())
+    BLOCKS = frozenset("address article aside blockquote center dd div dl dt fieldset figure footer form h1 h2 h3 "
+                       "h4 h5 h6 header hr main nav ol p pre section table title tr ul".split())
     SPACED = frozenset("blockquote h1 h2 h3 h4 h5 h6 ol p pre table ul".split())
     HIDDEN = frozenset(("head", "script", "style", "template"))
 
@@ -1221,7 +1224,7 @@ class TextOfHtml(html.parser.HTMLParser):
             self.parts.append(data if self.preformatted else re.sub(r"\s+", " ", data))
 
     def text(self):
-        text = re.sub(r" *\n *", "\n", re.sub(r"[ \t]+", " ", "".join(self.parts))) if not self.preformatted else "".join(self.parts)
+        text = re.sub(r" *\n *", "\n", re.sub(r"[ \t]+", " ", "".join(self.parts)))
         return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
@@ -1248,10 +1251,11 @@ def compose(sender, recipient, subject, content, message_id, created):
     server takes it; but an address that is not ASCII stands as it is, in UTF-8 (RFC 6532).
     """
     name, address = sender
+    date = datetime.datetime.fromtimestamp(created // 1_000_000, datetime.timezone.utc)
     headers = {
         "From": f"{encoded_header('From', quoted_phrase(name))} <{address}>" if name else address, "To": recipient,
         "Subject": encoded_header("Subject", subject),
-        "Date": email.utils.format_datetime(datetime.datetime.fromtimestamp(created // 1_000_000, datetime.timezone.utc)),
+        "Date": email.utils.format_datetime(date),
         "Message-ID": f"<{message_id}>", "MIME-Version": "1.0"}
     content = re.sub(r"\r\n?", "\n", content)
     body = email.message.EmailMessage(policy=MAIL_POLICY)
@@ -1443,7 +1447,8 @@ class SmtpTransport:
                 smtp = smtplib.SMTP_SSL(settings.smtp_server, settings.smtp_port, self.host_name,
                                         timeout=settings.smtp_timeout, context=self.context)
             else:
-                smtp = smtplib.SMTP(settings.smtp_server, settings.smtp_port, self.host_name, timeout=settings.smtp_timeout)
+                smtp = smtplib.SMTP(settings.smtp_server, settings.smtp_port, self.host_name,
+                                    timeout=settings.smtp_timeout)
             smtp.ehlo_or_helo_if_needed()
             if settings.smtp_port != self.TLS_PORT and settings.smtp_tls == "auto" and smtp.has_extn("starttls"):
                 smtp.starttls(context=self.context)
@@ -1646,7 +1651,8 @@ class Newsletters:
         for number, member in ipairs(due) do
             local account, content_type, address = unpack(cjson.decode(member))
             local key = redis.call('HGET', prefix .. 'UserList', account)
-            local found = key and redis.call('HGET', prefix .. 'subscribers:' .. content_type .. ':' .. account, address)
+            local subscribers = prefix .. 'subscribers:' .. content_type .. ':' .. account
+            local found = key and redis.call('HGET', subscribers, address)
             if not found then
                 redis.call('ZREM', schedule, member)
             else
@@ -1655,8 +1661,8 @@ class Newsletters:
                 local id = base .. string.format('%08x', number)
                 local body = cjson.encode({task = content_type, type = 'newsletter', retries = record.retries,
                                            payload = {userId = record.userId, content_type = content_type}})
-                redis.call('HSET', prefix .. 'task:' .. id, 'body', body, 'account', account, 'key', key, 'lane', 'bulk',
-                           'state', 'queued', 'attempts', 0, 'created', microseconds)
+                redis.call('HSET', prefix .. 'task:' .. id, 'body', body, 'account', account, 'key', key,
+                           'lane', 'bulk', 'state', 'queued', 'attempts', 0, 'created', microseconds)
                 redis.call('LPUSH', prefix .. 'lane:bulk', id)
             end
         end
@@ -1803,14 +1809,17 @@ class Gate:
         """Note that the server took a mail: the next pause starts with a short delay again."""
         self.failures = 0
 
+    def delay(self):
+        """Seconds until the next probe."""
+        return random.uniform(0.5, 1) * min(self.FIRST_DELAY * 2 ** min(self.failures, 20), self.LONGEST_DELAY)
+
     def wait(self):
         """Return when the lane may send; one of the waiting threads probes. False when the service stops."""
         while self.reason and not self.stopping.is_set():
             if not self.prober.acquire(timeout=0.2):
                 continue
             try:
-                while self.reason and not self.stopping.wait(
-                        random.uniform(0.5, 1) * min(self.FIRST_DELAY * 2 ** min(self.failures, 20), self.LONGEST_DELAY)):
+                while self.reason and not self.stopping.wait(self.delay()):
                     try:
                         self.transport.probe()
                     except Unavailable as error:
@@ -1843,8 +1852,8 @@ class Workers:
         self.stopping = threading.Event()
         self.gates = {lane: Gate(lane, transport, self.stopping) for lane in LANES}
         self.suspect = threading.Lock()
-        self.threads = {f"{lane}-{number}": threading.Thread(target=self.run, args=(lane, f"{lane}-{number}"), daemon=True)
-                        for lane in LANES for number in range(settings.workers)}
+        names = [(lane, f"{lane}-{number}") for lane in LANES for number in range(settings.workers)]
+        self.threads = {name: threading.Thread(target=self.run, args=(lane, name), daemon=True) for lane, name in names}
 
     @property
     def names(self):
@@ -2109,7 +2118,8 @@ class Api:
     def answer(self, route, request):
         """What `route` answers to `request`: a dict. Raises Refused, or RedisError where Redis is away."""
         if route.handler != "ping" and not self.queue.store.available:
-            raise redis.ConnectionError("Redis is away")  # at once: a server that hangs would cost each caller its timeout
+            # At once: a server that hangs would cost each caller its timeout.
+            raise redis.ConnectionError("Redis is away")
         if route.access == "key":
             request.account = self.accounts.authenticate(request.headers.get("authorization", ""))
         elif route.access == "admin":
@@ -2122,7 +2132,7 @@ class Api:
         return hmac.compare_digest(token.encode(), self.settings.admin_token.encode())
 
     def require_admin(self, request):
-        """Where admin_token is set, raise Refused (401) without it; where it is not, only this machine may ask (403)."""
+        """Where admin_token is set, raise Refused (401) without it; where it is not, (403) for a proxy's clients."""
         if self.settings.admin_token:
             if not self.is_admin(request):
                 raise Refused(401, "Authorization must hold the admin_token", None, {"WWW-Authenticate": "Bearer"})
@@ -2209,7 +2219,8 @@ class Api:
             raise Refused(404, "there is no such dead letter", "id")
 
     def retry_all_dead(self, request):
-        return {"status": True, "msg": "Tasks enqueued successfully", "count": self.queue.revive_all(request.account.name)}
+        count = self.queue.revive_all(request.account.name)
+        return {"status": True, "msg": "Tasks enqueued successfully", "count": count}
 
     def ping(self, request):
         return {"message": "pong"}
@@ -2231,7 +2242,8 @@ class HttpServer(http.server.ThreadingHTTPServer):
     block_on_close = False
     request_queue_size = 128
     BUSY = (b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
-            b"Connection: close\r\nContent-Length: 54\r\n\r\n" b'{"status": false, "error": "too many connections now"}')
+            b"Connection: close\r\nContent-Length: 54\r\n\r\n"
+            b'{"status": false, "error": "too many connections now"}')
 
     def __init__(self, settings):
         self.settings = settings
@@ -2245,8 +2257,8 @@ class HttpServer(http.server.ThreadingHTTPServer):
             self.address_family = found[0][0]
             super().__init__(found[0][4][:2], Handler)
         except OSError as error:
-            raise StartError(f"port: cannot listen on {settings.host}:{settings.port}: {describe(error)}; expected a free "
-                             "port on an address of this machine") from None
+            raise StartError(f"port: cannot listen on {settings.host}:{settings.port}: {describe(error)}; expected a "
+                             "free port on an address of this machine") from None
 
     def server_bind(self):
         # Not HTTPServer's, which looks its own name up in the DNS.
@@ -2472,7 +2484,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not self.keep:
             lines.append("Connection: close")
         self.connection.settimeout(self.server.settings.request_timeout)
-        self.connection.sendall("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + (b"" if self.head_only else content))
+        head = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
+        self.connection.sendall(head if self.head_only else head + content)
 
     def linger(self):
         """Read on for a moment before closing: data still on its way would make the system reset the connection,
@@ -2585,8 +2598,8 @@ def open_store(settings, server=None):
         if settings.durability == "fsync":
             store.redis.execute_command("WAITAOF", 1, 0, 100)
     except redis.ResponseError as error:
-        raise StartError(f"durability: 'fsync' is not allowed here, expected everysec: the server at {redacted(settings.redis_uri)} "
-                         f"cannot confirm what is on disk ({describe(error)})") from None
+        raise StartError("durability: 'fsync' is not allowed here, expected everysec: the server at "
+                         f"{redacted(settings.redis_uri)} cannot confirm what is on disk ({describe(error)})") from None
     except redis.RedisError as error:
         raise StartError(f"redis_uri: {redacted(settings.redis_uri)} cannot be reached: {describe(error)}") from None
     return store
@@ -2596,7 +2609,7 @@ def warn_of_losses(store):
     """Log a line for each way in which this Redis, not our own, may lose what it has acknowledged."""
     found = store.redis.info("persistence") | store.redis.info("memory")
     if not found.get("aof_enabled"):
-        log(logging.WARNING, "the Redis keeps no append-only file: if it crashes, tasks that were answered 2xx are lost",
+        log(logging.WARNING, "the Redis keeps no append-only file: if it crashes, tasks answered 2xx are lost",
             remedy="appendonly yes")
     if found.get("maxmemory") and found.get("maxmemory_policy") != "noeviction":
         log(logging.WARNING, "the Redis evicts keys when its memory is full: tasks that were answered 2xx may be lost",
@@ -2633,11 +2646,12 @@ def check(settings):
         if server and not server.answers():
             return f"embedded server, not running, would keep its data in {server.folder} ({server.program()})"
         version = open_store(settings, server).redis.info("server")
-        return f"{version.get('server_name', 'redis')} {version.get('valkey_version', version['redis_version'])} answers"
+        number = version.get("valkey_version", version["redis_version"])
+        return f"{version.get('server_name', 'redis')} {number} answers"
 
     def reach_smtp():
         if not settings.smtp_server:
-            return f"smtp_server is not set, mail goes to the Maildir {pathlib.Path(settings.data_dir, 'outbox').resolve()}"
+            return f"smtp_server is not set, mail goes to the {Outbox(pathlib.Path(settings.data_dir, 'outbox'))}"
         transport = SmtpTransport(settings)
         transport.probe()
         transport.tidy()
@@ -2655,7 +2669,8 @@ def operator_queue(settings):
     if not settings.redis_uri:
         server = EmbeddedServer(settings.data_dir)
         if not server.answers():
-            raise StartError(f"data_dir: no gomail is running on {str(server.folder)!r}; start it, or call this where it runs")
+            raise StartError(f"data_dir: no gomail is running on {str(server.folder)!r}; start it, or call this where "
+                             "it runs")
     return Queue(open_store(settings, server), settings, "operator")
 
 
@@ -2676,7 +2691,10 @@ def operate(options, settings):
         print(f"{queue.revive_all()} dead letters queued again")
         return 0
     done = queue.revive(options.id, remove=options.command == "delete")
-    print(("removed" if options.command == "delete" else "queued again") if done else f"there is no dead letter {options.id}")
+    if not done:
+        print(f"there is no dead letter {options.id}")
+    else:
+        print("removed" if options.command == "delete" else "queued again")
     return 0 if done else 1
 
 
@@ -2710,7 +2728,8 @@ def main(arguments=None):
         prog="gomail.py", description="A mail queue: takes tasks over HTTP, keeps them in Redis, sends them by SMTP.",
         epilog=help_text(), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"gomail {__version__}")
-    parser.add_argument("--check", action="store_true", help="read the settings, reach Redis and the SMTP server, and exit")
+    parser.add_argument("--check", action="store_true",
+                        help="read the settings, reach Redis and the SMTP server, and exit")
     commands = parser.add_subparsers(dest="command", title="commands for the operator, beside a running gomail")
     commands.add_parser("status", help="show a task").add_argument("id")
     dead = commands.add_parser("dead", help="list the dead letters, newest first")
