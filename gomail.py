@@ -67,6 +67,15 @@ class StartError(Exception):
     """The service cannot start; the message is the one line that the operator sees."""
 
 
+def describe(error):
+    """One short line for an exception: what the system or the server said, without paths or tracebacks."""
+    if isinstance(error, TimeoutError):
+        return "timed out"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split())[:500] or type(error).__name__
+
+
 def option(default, explanation, *, low=None, high=None, choices=None, secret=False):
     """A field of Settings: its default, what it means (with its unit), and what is allowed."""
     return dataclasses.field(default=default, metadata={
@@ -99,6 +108,9 @@ class Settings:
     admin_token: str = option("", "guards signup and deregister; empty: both are open, on loopback only", secret=True)
     jwt_secret: str = option("", "signs the API keys, 32 bytes or more; empty: made once and kept in Redis",
                              secret=True)
+    jwt_secret_previous: str = option("", "still accepted while jwt_secret is being replaced; needs jwt_secret",
+                                      secret=True)
+    api_key_ttl: int = option(0, "seconds an API key is valid; 0: until it is deregistered", low=0, high=315360000)
     workers: int = option(4, "worker threads of each lane (urgent, normal, bulk)", low=1, high=64)
     retry_delay: float = option(15.0, "seconds before the first retry; doubles with each, with jitter",
                                 low=0.01, high=86400)
@@ -115,14 +127,17 @@ class Settings:
 
     @classmethod
     def load(cls, environment, folder="."):
-        """Read `.env` in `folder`, then `environment` (a mapping), which wins.
+        """Read `.env` in `folder`, then `environment` (a mapping), then systemd's credentials; the later wins.
 
-        A name counts in lower or upper case, lower first. An empty value means the default.
+        A credential is a file in $CREDENTIALS_DIRECTORY with the name of the option. Other names count in lower or
+        upper case, lower first. An empty value means the default.
 
         Raises:
             StartError: a value is not allowed.
         """
-        sources = environment, read_env_file(pathlib.Path(folder, ".env"))
+        names = [field.name for field in dataclasses.fields(cls)]
+        sources = (read_credentials(environment.get("CREDENTIALS_DIRECTORY"), names), environment,
+                   read_env_file(pathlib.Path(folder, ".env")))
         values = {}
         for field in dataclasses.fields(cls):
             given = (source.get(name, "").strip() for source in sources for name in (field.name, field.name.upper()))
@@ -138,8 +153,11 @@ class Settings:
             zoneinfo.ZoneInfo(self.timezone)
         except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
             raise StartError(f"timezone: {self.timezone!r} is not an IANA time zone, such as Europe/Berlin") from None
-        if self.jwt_secret and len(self.jwt_secret.encode()) < 32:
-            raise StartError("jwt_secret: (hidden) is too short, at least 32 bytes are needed")
+        for name in ("jwt_secret", "jwt_secret_previous"):
+            if 0 < len(getattr(self, name).encode()) < 32:
+                raise StartError(f"{name}: (hidden) is too short, at least 32 bytes are needed")
+        if self.jwt_secret_previous and not self.jwt_secret:
+            raise StartError("jwt_secret_previous: (hidden) is not allowed without jwt_secret")
         if self.smtp_from and not parse_address(email.utils.parseaddr(self.smtp_from)[1]):
             raise StartError(f"smtp_from: {self.smtp_from!r} is not an address, or a name with <address>")
         if self.smtp_tls == "off" and self.smtp_pass:
@@ -154,6 +172,15 @@ class Settings:
         if not address:
             address = self.smtp_user if parse_address(self.smtp_user) else f"gomail@{socket.gethostname().lower()}"
         return name, address
+
+
+def read_credentials(folder, names):
+    """The contents of those files in systemd's credentials folder, if there is one, that have one of the names."""
+    try:
+        return {name: pathlib.Path(folder, name).read_text(encoding="utf-8").strip()
+                for name in names if folder and pathlib.Path(folder, name).exists()}
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartError(f"CREDENTIALS_DIRECTORY: {folder!r} cannot be read: {describe(error)}") from None
 
 
 def read_env_file(path):
@@ -278,15 +305,6 @@ class Console(logging.StreamHandler):
 
     def handleError(self, record):
         pass
-
-
-def describe(error):
-    """One short line for an exception: what the system or the server said, without paths or tracebacks."""
-    if isinstance(error, TimeoutError):
-        return "timed out"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split())[:500] or type(error).__name__
 
 
 def start_logging(settings):
@@ -527,6 +545,8 @@ class Accounts:
     Args:
         store: the Store.
         secret: what signs the keys, 32 bytes or more; empty: made once and kept in Redis.
+        previous: a secret whose keys are still accepted, or empty.
+        ttl: seconds a key is valid; 0: until it is deregistered.
     """
 
     # A second signup keeps the first key valid; the caller is told.
@@ -543,12 +563,13 @@ class Accounts:
         return 1
     """
 
-    def __init__(self, store, secret=""):
-        self.store = store
+    def __init__(self, store, secret="", previous="", ttl=0):
+        self.store, self.ttl = store, ttl
         if not secret:
             store.redis.set(store.key("jwt_secret"), secrets.token_hex(32), nx=True)
             secret = store.redis.get(store.key("jwt_secret"))
         self.secret = secret.encode()
+        self.accepted = [self.secret, previous.encode()] if previous else [self.secret]
         self.users = store.key("UserList")
         self._sign_up = store.script(self.SIGN_UP)
         self._deregister = store.script(self.DEREGISTER)
@@ -562,7 +583,10 @@ class Accounts:
         key_id = secrets.token_hex(16)
         if not self._sign_up(keys=[self.users], args=[name, key_id]):
             raise Refused(409, "id is registered already; deregister it to get a new key", "id")
-        return jwt.encode({"sub": name, "jti": key_id, "iat": int(time.time())}, self.secret, algorithm="HS256")
+        claims = {"sub": name, "jti": key_id, "iat": int(time.time())}
+        if self.ttl:
+            claims["exp"] = claims["iat"] + self.ttl
+        return jwt.encode(claims, self.secret, algorithm="HS256")
 
     def deregister(self, name):
         """Revoke the key of `name` and end all it has waiting. Raises Refused (404) where it is not registered."""
@@ -572,12 +596,12 @@ class Accounts:
 
     def authenticate(self, header):
         """The Account behind an Authorization header, `<jwt>` or `Bearer <jwt>`. Raises Refused (401)."""
-        token = strip_bearer(header)
-        try:
-            claims = jwt.decode(token, self.secret, algorithms=["HS256"],
-                                options={"require": ["sub", "jti"], "verify_iat": False})
-        except jwt.InvalidTokenError:
-            claims = None
+        token, claims = strip_bearer(header), None
+        for secret in self.accepted:
+            with contextlib.suppress(jwt.InvalidTokenError):
+                claims = jwt.decode(token, secret, algorithms=["HS256"],
+                                    options={"require": ["sub", "jti"], "verify_iat": False})
+                break
         if claims is None or self.store.redis.hget(self.users, claims["sub"]) != claims["jti"]:
             raise Refused(401, "Authorization must hold a valid API key; /auth/signup gives one", None,
                           {"WWW-Authenticate": "Bearer"})
@@ -2549,7 +2573,7 @@ class Service:
             self.transport = SmtpTransport(settings) if settings.smtp_server else Outbox(
                 pathlib.Path(settings.data_dir, "outbox"))
             process = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-            accounts = Accounts(self.store, settings.jwt_secret)
+            accounts = Accounts(self.store, settings.jwt_secret, settings.jwt_secret_previous, settings.api_key_ttl)
             self.queue = Queue(self.store, settings, process)
             otps = Otps(self.store, accounts.derive("otp"), settings.otp_ttl)
             self.newsletters = Newsletters(self.store, zoneinfo.ZoneInfo(settings.timezone), self.clock)

@@ -33,6 +33,8 @@ import zoneinfo
 
 import aiosmtpd.controller
 import aiosmtpd.smtp
+import jwt
+import jwt.api_jwt
 import pytest
 import redis
 import redis.backoff
@@ -458,14 +460,21 @@ def test_an_empty_value_means_the_default(tmp_path):
     ("timezone", "Mars/Olympus", "IANA time zone"),
     ("host", "0.0.0.0", "admin_token"),
     ("smtp_from", "nobody", "address"),
-    ("jwt_secret", "short", "32 bytes"),
+    ("jwt_secret", "brief", "32 bytes"),
+    ("jwt_secret_previous", "x" * 32, "without jwt_secret"),
 ])
 def test_a_wrong_value_is_one_line_with_the_option_the_value_and_what_is_allowed(tmp_path, name, value, allowed):
     with pytest.raises(gomail.StartError) as refused:
         gomail.Settings.load({name: value}, tmp_path)
     line = str(refused.value)
     assert line.startswith(f"{name}: ") and allowed in line and "\n" not in line
-    assert value in line or name == "jwt_secret"
+    assert (value in line) != name.startswith("jwt_secret")
+
+
+def test_a_systemd_credential_goes_before_the_environment(tmp_path):
+    (tmp_path / "smtp_pass").write_text("from the credential\n")
+    found = gomail.Settings.load({"CREDENTIALS_DIRECTORY": str(tmp_path), "smtp_pass": "from the environment"}, tmp_path)
+    assert found.smtp_pass == "from the credential"
 
 
 def test_a_line_of_the_env_file_without_an_equals_sign_is_named(tmp_path):
@@ -619,7 +628,6 @@ def test_only_the_owner_can_open_the_files_and_the_socket(processes):
 # --- 4. accounts ------------------------------------------------------------------------------------------
 
 def test_signup_gives_a_signed_key_and_keeps_only_its_id(service):
-    import jwt
     key = service.client.post("/auth/signup", {"id": "user@example.com"})["apiKey"]
     claims = jwt.decode(key, options={"verify_signature": False})
     assert jwt.get_unverified_header(key)["alg"] == "HS256" and claims["sub"] == "user@example.com"
@@ -660,7 +668,6 @@ def test_a_revoked_key_is_refused_at_once_by_every_process(services, mail_server
 
 
 def test_a_key_that_is_forged_unsigned_or_of_another_algorithm_is_refused(service, client):
-    import jwt
     claims = jwt.decode(client.key, options={"verify_signature": False})
     secret = service.store.redis.get(service.store.key("jwt_secret"))
     forged = [jwt.encode(claims, "x" * 64, algorithm="HS256"), jwt.encode(claims, None, algorithm="none"),
@@ -669,6 +676,31 @@ def test_a_key_that_is_forged_unsigned_or_of_another_algorithm_is_refused(servic
     for key in forged:
         status, answer, headers = client("GET", "/task/subscriptionContent", Authorization=key.encode())
         assert status == 401 and answer["status"] is False and headers["WWW-Authenticate"] == "Bearer"
+
+
+def test_a_secret_is_replaced_without_any_key_being_refused_meanwhile(services):
+    old, new = "o" * 32, "n" * 32
+    first = services(jwt_secret=old)
+    key = first.client.sign_up("user@example.com").key
+    second = services(jwt_secret=new, jwt_secret_previous=old, key_prefix=first.settings.key_prefix)
+    assert Client(second.http.url, key)("GET", "/task/dead")[0] == 200
+    newer = second.client.sign_up("other@example.com").key
+    third = services(jwt_secret=new, key_prefix=first.settings.key_prefix)
+    assert Client(third.http.url, key)("GET", "/task/dead")[0] == 401
+    assert Client(third.http.url, newer)("GET", "/task/dead")[0] == 200
+
+
+def test_a_key_ends_after_api_key_ttl(services, monkeypatch):
+    client = services(api_key_ttl=60).client.sign_up()
+    assert client("GET", "/task/dead")[0] == 200
+    now = datetime.datetime.now(datetime.timezone.utc)
+
+    class Later(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return now + datetime.timedelta(seconds=61)
+    monkeypatch.setattr(jwt.api_jwt, "datetime", Later)
+    assert client("GET", "/task/dead")[0] == 401
 
 
 def test_with_admin_token_signup_and_deregister_need_it_and_a_key_deregisters_only_itself(services):
@@ -1757,6 +1789,21 @@ def test_one_connection_too_many_is_503_at_once_and_later_all_is_as_before(servi
     for connection in held:
         connection.close()
     until(lambda: service.http.places._value == 2)
+    assert status_of(raw(service, PING)) == 200
+
+
+def test_500_slow_connections_leave_a_good_client_an_answer_or_503_at_once(services):
+    service = services(max_connections=100)
+    address = service.http.server_address[:2]
+    held = []
+    for _ in range(500):
+        held.append(socket.create_connection(address, timeout=PATIENCE))
+        with contextlib.suppress(ConnectionError):
+            held[-1].sendall(b"GET /health/ping HT")
+    assert status_of(raw(service)) == 503
+    for connection in held:
+        connection.close()
+    until(lambda: service.http.places._value == 100)
     assert status_of(raw(service, PING)) == 200
 
 
