@@ -76,10 +76,10 @@ def describe(error):
     return " ".join(str(error).split())[:500] or type(error).__name__
 
 
-def option(default, explanation, *, low=None, high=None, choices=None, secret=False):
+def option(default, explanation, *, low=None, high=None, choices=None):
     """A field of Settings: its default, what it means (with its unit), and what is allowed."""
     return dataclasses.field(default=default, metadata={
-        "explanation": explanation, "low": low, "high": high, "choices": choices, "secret": secret})
+        "explanation": explanation, "low": low, "high": high, "choices": choices})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,13 +89,13 @@ class Settings:
     smtp_server: str = option("", "host name of the SMTP server; empty: mail goes to a Maildir in data_dir/outbox")
     smtp_port: int = option(587, "port of the SMTP server; 465 speaks TLS from the start", low=1, high=65535)
     smtp_user: str = option("", "SMTP user name; also the sender's address where smtp_from is not set")
-    smtp_pass: str = option("", "SMTP password; with it, TLS is required", secret=True)
+    smtp_pass: str = option("", "SMTP password; with it, TLS is required")
     smtp_from: str = option("", 'sender, "Name <address>" or "address"; empty: smtp_user, else gomail@ this host')
     smtp_tls: str = option("auto", "auto: STARTTLS where offered; off: never (a server on this machine)",
                            choices=("auto", "off"))
     smtp_timeout: float = option(30.0, "seconds to wait for the SMTP server's connection or answer", low=0.1, high=600)
     redis_uri: str = option("", "host:port, redis://, rediss://, unix:// or redis+sentinel://; "
-                            "empty: the embedded Valkey in data_dir", secret=True)
+                            "empty: the embedded Valkey in data_dir")
     key_prefix: str = option("gomail:", "what every Redis key begins with")
     durability: str = option("everysec", "when a task answered 2xx is on disk: everysec, within a second; "
                              "fsync, before the answer", choices=("everysec", "fsync"))
@@ -105,11 +105,9 @@ class Settings:
     max_connections: int = option(256, "HTTP connections at once; one more is answered 503", low=1, high=10000)
     request_timeout: float = option(30.0, "seconds a request may take to arrive, and a connection may idle",
                                     low=0.1, high=3600)
-    admin_token: str = option("", "guards signup and deregister; empty: both are open, on loopback only", secret=True)
-    jwt_secret: str = option("", "signs the API keys, 32 bytes or more; empty: made once and kept in Redis",
-                             secret=True)
-    jwt_secret_previous: str = option("", "still accepted while jwt_secret is being replaced; needs jwt_secret",
-                                      secret=True)
+    admin_token: str = option("", "guards signup and deregister; empty: both are open, on loopback only")
+    jwt_secret: str = option("", "signs the API keys, 32 bytes or more; empty: made once and kept in Redis")
+    jwt_secret_previous: str = option("", "still accepted while jwt_secret is being replaced; needs jwt_secret")
     api_key_ttl: int = option(0, "seconds an API key is valid; 0: until it is deregistered", low=0, high=315360000)
     workers: int = option(4, "worker threads of each lane (urgent, normal, bulk)", low=1, high=64)
     retry_delay: float = option(15.0, "seconds before the first retry; doubles with each, with jitter",
@@ -1215,6 +1213,8 @@ class TextOfHtml(html.parser.HTMLParser):
         self.separate(tag)
         if tag in self.HIDDEN:
             self.hidden += 1
+        elif tag == "body":
+            self.hidden = 0  # the end tag of the head may be left out
         elif tag == "pre":
             self.preformatted += 1
         elif tag == "br":
@@ -1296,11 +1296,12 @@ MAIL_POLICY = email.policy.SMTP.clone(cte_type="7bit")
 
 
 def encoded_header(name, value):
-    """The value of a header, folded, and encoded where it is not ASCII (RFC 2047).
+    """The value of a header, folded, and encoded (RFC 2047) where it could not stand there as it is.
 
     By the standard library's older class: the newer one loses spaces between two encoded words.
     """
-    return email.header.Header(value, None if value.isascii() else "utf-8", header_name=name).encode(linesep="\r\n")
+    plain = value.isascii() and "=?" not in value and max(map(len, value.split(" "))) <= 60
+    return email.header.Header(value, None if plain else "utf-8", header_name=name).encode(linesep="\r\n")
 
 
 def quoted_phrase(name):

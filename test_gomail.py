@@ -1006,6 +1006,16 @@ def test_html_content_goes_out_with_a_readable_text_part_beside_it():
     assert text.get_content() == ("Hello & welcome\n\nRead this page (https://example.com/x?a=1).\nThanks\n\n- one\n- two\n")
 
 
+def test_the_text_part_of_html_with_an_unclosed_head_is_not_empty():
+    assert gomail.html_to_text("<html><head><title>T</title><body><p>Hello") == "Hello\n"
+
+
+@pytest.mark.parametrize("subject", ["=?utf-8?q?=0d=0aBcc:_x@example.com?=", "x" * 998, "a  b   c" * 30, "x" * 70 + " y"])
+def test_a_subject_is_shown_as_it_was_given_whatever_it_looks_like(subject):
+    raw, message = composed(subject)
+    assert message["Subject"] == subject and max(map(len, raw.split(b"\r\n"))) <= 998
+
+
 @pytest.mark.parametrize("content", ["plain", "if a < b and c > d", "1 <2> 3", "x <y@example.com> z", "a\r\nb\rc\nd"])
 def test_plain_content_goes_out_as_plain_text(content):
     _, message = composed(content=content)
@@ -1030,7 +1040,8 @@ def test_no_mail_has_a_line_over_998_octets_or_a_bare_cr_or_lf_and_each_reads_ba
     chance = random.Random(1)
     alphabet = string.ascii_letters + " .,<>=\"'@:;()[]\\%&\t" + "äöüßéñ日本語🎉\u00a0"
     for _ in range(400):
-        subject = "".join(chance.choices(alphabet.replace("\t", ""), k=chance.choice([1, 10, 77, 200, 998])))
+        letters = chance.choice([alphabet.replace("\t", ""), string.ascii_letters + " ,;:\"()@<=?", "x", "=?utf-8?q?a?= "])
+        subject = "".join(chance.choices(letters, k=chance.choice([1, 10, 77, 200, 998])))
         content = "".join(chance.choices(alphabet + "\r\n", k=chance.choice([1, 100, 3000])))
         content = chance.choice(["", "<p>"]) + content + chance.choice(["", "." * 1500, "\n.\n..\n"])
         if not subject.strip():
