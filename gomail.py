@@ -2734,14 +2734,18 @@ def help_text():
 
 def run(settings):
     """Run the service until SIGTERM or SIGINT. Returns the exit code."""
-    stop = threading.Event()
+    # The system may hand a signal to any thread, and the main thread would sleep on in a lock; a byte on a socket
+    # wakes it in any case.
+    signals, wake_up = socket.socketpair()
+    wake_up.setblocking(False)
+    signal.set_wakeup_fd(wake_up.fileno())
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, lambda *_: None)
     start_logging(settings)
     service = Service(settings)
     service.start()
     notify_systemd("READY=1")
-    stop.wait()
+    signals.recv(1)
     notify_systemd("STOPPING=1")
     service.stop()
     return 0
