@@ -114,6 +114,10 @@ class Settings:
                                 low=0.01, high=86400)
     retry_delay_max: float = option(3600.0, "seconds a retry waits at most", low=0.01, high=604800)
     otp_ttl: int = option(300, "seconds an OTP is valid", low=1, high=86400)
+    otp_cooldown: int = option(30, "seconds between two OTPs for one address; 0: none", low=0, high=3600)
+    otp_hourly_max: int = option(10, "OTPs for one address in an hour; 0: any number", low=0, high=1000)
+    otp_minute_max: int = option(600, "OTP requests, to generate or verify, of an account in a minute; 0: any number",
+                                 low=0, high=10000000)
     timezone: str = option("UTC", "time zone of the newsletters' calendar, an IANA name")
     result_ttl: int = option(86400, "seconds the state of a finished task is kept", low=1, high=31536000)
     dead_ttl: int = option(2592000, "seconds a dead letter is kept", low=1, high=31536000)
@@ -347,6 +351,9 @@ def start_logging(settings):
 #   idempotency:<digest>           string  fingerprint and id of the task an Idempotency-Key made
 #   metrics                        hash    executed, successful, failed
 #   otp:<address>:<account>        hash    keyed hash of the OTP, wrong tries, when it was asked for
+#   otp_asked:<address>:<account>  zset    ids of the generateOtp tasks of the last hour, by time (ms)
+#   otp_failed:<address>:<account> string  wrong tries in a row
+#   otp_requests:<account>         string  OTP requests in this minute
 #   content:<account>              hash    content type -> {"subject", "content"}
 #   subscribers:<type>:<account>   hash    address -> {"userId", "frequency", "retries", "created"}
 #   unsubscribed:<type>:<address>:<account>  string  when it was asked for, so that an older subscribe loses
@@ -618,28 +625,24 @@ def strip_bearer(header):
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A string of 1 to `maximum` characters; without control characters where it must fit in one line."""
+    """A string of 1 to `maximum` characters, not all blank; of those in `allowed`, a class of a regular expression."""
 
     maximum: int
-    single_line: bool = False
-    pattern: str = ""
+    allowed: str = r"[^\x00]"
+    words: str = "without NUL"
 
     @property
     def expected(self):
-        if self.pattern:
-            return f"a string of 1 to {self.maximum} letters, digits, spaces and . _ -"
-        lines = " on one line, without control characters" if self.single_line else " without NUL"
-        return f"a string of 1 to {self.maximum} characters{lines}"
+        return f"a string of 1 to {self.maximum} characters, {self.words}"
+
+    @property
+    def schema(self):
+        return {"type": "string", "minLength": 1, "maxLength": self.maximum, "pattern": f"^{self.allowed}+$"}
 
     def __call__(self, value, field):
-        valid = isinstance(value, str) and 0 < len(value) <= self.maximum and value.strip()
-        if valid and self.single_line:
-            # The two Unicode line ends as well: some mailers break a header there.
-            valid = not re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", value)
-        if valid and self.pattern:
-            valid = re.fullmatch(self.pattern, value)
         # "\ud800" is JSON, but half of a surrogate pair is no character that a mail could carry.
-        if not valid or "\x00" in value or re.search(r"[\ud800-\udfff]", value):
+        if (not isinstance(value, str) or not 0 < len(value) <= self.maximum or value.isspace()
+                or not re.fullmatch(f"{self.allowed}+", value) or re.search(r"[\ud800-\udfff]", value)):
             raise Refused(400, f"{field} must be {self.expected}", field)
         return value
 
@@ -654,6 +657,10 @@ class Whole:
     @property
     def expected(self):
         return f"a whole number from {self.low} to {self.high}"
+
+    @property
+    def schema(self):
+        return {"type": "integer", "minimum": self.low, "maximum": self.high}
 
     def __call__(self, value, field):
         if not isinstance(value, int) or isinstance(value, bool) or not self.low <= value <= self.high:
@@ -671,6 +678,10 @@ class Choice:
     def expected(self):
         return "one of " + ", ".join(self.values)
 
+    @property
+    def schema(self):
+        return {"enum": list(self.values)}
+
     def __call__(self, value, field):
         if not isinstance(value, str) or value not in self.values:
             raise Refused(400, f"{field} must be {self.expected}", field)
@@ -682,6 +693,7 @@ class Address:
     """An e-mail address that SMTP can carry (see parse_address); the domain comes back in IDNA form."""
 
     expected = "an e-mail address, such as user@example.com"
+    schema = {"type": "string", "format": "idn-email"}
 
     def __call__(self, value, field):
         address = parse_address(value) if isinstance(value, str) else None
@@ -696,57 +708,94 @@ class Optional:
 
     check: object
 
-
-def checked(record, checks, path=""):
-    """The fields of `record` that `checks` names, each checked; others are left out.
-
-    Raises:
-        Refused: 400, naming the field at fault.
-    """
-    if not isinstance(record, dict):
-        raise Refused(400, f"{path or 'the body'} must be a JSON object", path or None)
-    result = {}
-    for name, check in checks.items():
-        field = f"{path}.{name}" if path else name
-        value = record.get(name)
-        if isinstance(check, Optional):
-            if value is not None:
-                result[name] = check.check(value, field)
-        elif name not in record:
-            raise Refused(400, f"{field} is required: {getattr(check, 'expected', 'an object')}", field)
-        else:
-            result[name] = check(value, field)
-    return result
+    @property
+    def schema(self):
+        return {"anyOf": [self.check.schema, {"type": "null"}]}
 
 
-SUBJECT = Text(998, single_line=True)
+@dataclasses.dataclass(frozen=True)
+class Object:
+    """A JSON object with these fields, each with its check; others are left out. `together` come both or not at all."""
+
+    fields: dict
+    together: tuple = ()
+    expected = "a JSON object"
+
+    @property
+    def schema(self):
+        required = [name for name, check in self.fields.items() if not isinstance(check, Optional)]
+        schema = {"type": "object", "properties": {name: check.schema for name, check in self.fields.items()}}
+        return schema | ({"required": required} if required else {})
+
+    def __call__(self, value, path=""):
+        if not isinstance(value, dict):
+            raise Refused(400, f"{path or 'the body'} must be {self.expected}", path or None)
+        result = {}
+        for name, check in self.fields.items():
+            field = f"{path}.{name}" if path else name
+            if isinstance(check, Optional):
+                if value.get(name) is not None:
+                    result[name] = check.check(value[name], field)
+            elif name not in value:
+                raise Refused(400, f"{field} is required: {check.expected}", field)
+            else:
+                result[name] = check(value[name], field)
+        for missing in set(self.together) - result.keys() if result.keys() & set(self.together) else ():
+            field = f"{path}.{missing}" if path else missing
+            raise Refused(400, f"{field} is required too: {' and '.join(self.together)} come together", field)
+        return result
+
+
+ONE_LINE = r"[^\x00-\x1f\x7f-\x9f\u2028\u2029]"  # the two Unicode line ends as well: some mailers break a header there
+LINE = "on one line, without control characters"
+SUBJECT = Text(998, ONE_LINE, LINE)
 CONTENT = Text(100_000_000)
-CONTENT_TYPE = Text(100, single_line=True, pattern=r"[\w. -]+")
+CONTENT_TYPE = Text(100, r"[\w. -]", "only letters, digits, spaces and . _ -")
 FREQUENCIES = ("@hourly", "@daily", "@weekly", "@monthly")
 
 PAYLOADS = {
-    "message": {"userId": Address(), "subject": SUBJECT, "content": CONTENT},
-    "generateOtp": {"userId": Address(), "length": Whole(4, 8)},
-    "subscribe": {"userId": Address(), "frequency": Choice(FREQUENCIES), "content_type": CONTENT_TYPE,
-                  "subject": Optional(SUBJECT), "content": Optional(CONTENT)},
-    "unsubscribe": {"userId": Address(), "content_type": CONTENT_TYPE},
+    "message": Object({"userId": Address(), "subject": SUBJECT, "content": CONTENT}),
+    "generateOtp": Object({"userId": Address(), "length": Whole(4, 8)}),
+    "subscribe": Object({"userId": Address(), "frequency": Choice(FREQUENCIES), "content_type": CONTENT_TYPE,
+                         "subject": Optional(SUBJECT), "content": Optional(CONTENT)},
+                        together=("subject", "content")),
+    "unsubscribe": Object({"userId": Address(), "content_type": CONTENT_TYPE}),
 }
-TASK = {"task": Text(256, single_line=True), "type": Choice(tuple(PAYLOADS)), "retries": Whole(0, 25)}
+
+
+class TaskOfType:
+    """A task, with the payload of its type."""
+
+    expected = "a task"
+
+    @staticmethod
+    def form(types, payload):
+        """The check of a task of one of these types with such a payload."""
+        return Object({"task": Text(256, ONE_LINE, LINE), "type": Choice(types), "retries": Whole(0, 25),
+                       "payload": payload})
+
+    @property
+    def schema(self):
+        return {"oneOf": [self.form((name,), payload).schema for name, payload in PAYLOADS.items()]}
+
+    def __call__(self, value, path=""):
+        kind = value.get("type") if isinstance(value, dict) else None
+        payload = PAYLOADS.get(kind) if isinstance(kind, str) else None
+        return self.form(tuple(PAYLOADS), payload or Object({}))(value, path)
+
+
+TASK = TaskOfType()
 LANES = ("urgent", "normal", "bulk")
-
-
-def check_task(record):
-    """A task as it is kept, {"task", "type", "retries", "payload"}. Raises Refused (400)."""
-    task = checked(record, TASK)
-    if "payload" not in record:
-        raise Refused(400, "payload is required: a JSON object", "payload")
-    task["payload"] = checked(record["payload"], PAYLOADS[task["type"]], "payload")
-    return task
 
 
 def lane_of(task_type):
     """The lane that tasks of this type wait in."""
     return {"message": "normal", "newsletter": "bulk"}.get(task_type, "urgent")
+
+
+def too_many(seconds):
+    """What refuses one OTP request too many: 429 (RFC 6585), with the seconds to wait."""
+    return Refused(429, f"too many OTP requests; try again in {seconds} seconds", None, {"Retry-After": str(seconds)})
 
 
 def same_mailbox(address):
@@ -840,10 +889,22 @@ class Queue:
         end
     """
 
-    # A repeated call (its first answer was lost on the way) finds the task there and changes nothing.
-    ENQUEUE = CLOCK + """
-        local task, lane, users, idempotency = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
-        local id, body, account, key, lane_name, fingerprint = unpack(ARGV)
+    # One OTP request more for an account, or the seconds to wait until the minute is over.
+    LIMIT = """
+        local function one_more(requests, most)
+            if tonumber(most) == 0 then return end
+            if tonumber(redis.call('GET', requests) or 0) >= tonumber(most) then
+                return math.max(1, redis.call('TTL', requests))
+            end
+            if redis.call('INCR', requests) == 1 then redis.call('EXPIRE', requests, 60) end
+        end
+    """
+
+    # A repeated call (its first answer was lost on the way) finds the task there and changes nothing; it is not
+    # held against the limits either.
+    ENQUEUE = CLOCK + LIMIT + """
+        local task, lane, users, idempotency, asked, requests = unpack(KEYS)
+        local id, body, account, key, lane_name, fingerprint, cooldown, hourly, minute = unpack(ARGV)
         if redis.call('HGET', users, account) ~= key then return 'revoked' end
         if fingerprint ~= '' then
             local known = redis.call('GET', idempotency)
@@ -853,6 +914,21 @@ class Queue:
             end
         end
         if redis.call('EXISTS', task) == 0 then
+            if asked then
+                local hour = milliseconds - 3600000
+                redis.call('ZREMRANGEBYSCORE', asked, '-inf', hour)
+                local first = redis.call('ZRANGE', asked, 0, 0, 'WITHSCORES')[2]
+                local last = redis.call('ZRANGE', asked, -1, -1, 'WITHSCORES')[2]
+                local wait = (last or 0) + cooldown * 1000 - milliseconds
+                if tonumber(hourly) > 0 and redis.call('ZCARD', asked) >= tonumber(hourly) then
+                    wait = math.max(wait, first - hour)
+                end
+                if wait > 0 then return 'wait ' .. math.ceil(wait / 1000) end
+                wait = one_more(requests, minute)
+                if wait then return 'wait ' .. wait end
+                redis.call('ZADD', asked, milliseconds, id)
+                redis.call('EXPIRE', asked, 3600)
+            end
             redis.call('HSET', task, 'body', body, 'account', account, 'key', key, 'lane', lane_name,
                        'state', 'queued', 'attempts', 0, 'created', microseconds)
             redis.call('LPUSH', lane, id)
@@ -994,24 +1070,29 @@ class Queue:
         With an idempotency key, the same task again within 24 hours returns the first one's id.
 
         Raises:
-            Refused: 401, the key was revoked; 422, the idempotency key came with another task before; 503,
-                with durability=fsync, the task is not known to be on disk.
+            Refused: 401, the key was revoked; 422, the idempotency key came with another task before; 429, too
+                many OTPs, see Otps; 503, with durability=fsync, the task is not known to be on disk.
         """
         task_id = secrets.token_hex(16)
         fingerprint, digest = "", ""
         if idempotency_key:
             fingerprint = hashlib.sha256(json.dumps(task, sort_keys=True).encode()).hexdigest()
             digest = hashlib.sha256(json.dumps([account.name, idempotency_key]).encode()).hexdigest()
+        lane, key, settings = lane_of(task["type"]), self.store.key, self.settings
+        keys = [key("task", task_id), key("lane", lane), key("UserList"), key("idempotency", digest)]
         if task["type"] == "generateOtp":
             # The OTP is made from this when it is sent, so that a retry sends the same one; see section 8.
             task = {**task, "payload": {**task["payload"], "seed": secrets.token_hex(16)}}
-        lane, key = lane_of(task["type"]), self.store.key
+            keys += [key("otp_asked", same_mailbox(task["payload"]["userId"]), account.name),
+                     key("otp_requests", account.name)]
         result = self._durably(
-            self._enqueue,
-            [key("task", task_id), key("lane", lane), key("UserList"), key("idempotency", digest)],
-            [task_id, json.dumps(task), account.name, account.key_id, lane, fingerprint])
+            self._enqueue, keys,
+            [task_id, json.dumps(task), account.name, account.key_id, lane, fingerprint,
+             settings.otp_cooldown, settings.otp_hourly_max, settings.otp_minute_max])
         if result == "revoked":
             raise Refused(401, "the API key was revoked")
+        if result.startswith("wait "):
+            raise too_many(result.removeprefix("wait "))
         if result == "conflict":
             raise Refused(422, "Idempotency-Key was used with another task before", "Idempotency-Key")
         return result
@@ -1519,13 +1600,20 @@ def reply_text(error):
 class Otps:
     """Issue and verify one-time passwords.
 
+    An OTP is valid once, and the fifth wrong try ends it. With ten OTPs an hour (`otp_hourly_max`) that makes at most
+    50 guesses an hour, where OWASP ASVS 4.0.3, 2.2.1, allows 100; and after 100 wrong tries in a row, the most that
+    NIST SP 800-63B section 5.2.2 allows, an address has to wait for a day. Both count whether or not there is an
+    OTP to guess, so that the answers do not tell. An OTP should live for ten minutes at most (section 5.1.3.2).
+
     Args:
         store: the Store.
         key: the secret behind the hashes, 32 bytes.
         ttl: seconds an OTP is valid.
+        minute_max: OTP requests of an account in a minute; 0: any number.
     """
 
     MAX_TRIES = 5
+    MAX_FAILURES = 100
 
     # An older task's OTP never replaces a newer one's, and one that was used or used up does not come back: the
     # record outlives its hash until the TTL ends it.
@@ -1539,19 +1627,30 @@ class Otps:
         return 1
     """
 
-    VERIFY = """
-        local hash = redis.call('HGET', KEYS[1], 'hash')
-        if not hash then return 0 end
-        if hash == ARGV[1] then
-            redis.call('HDEL', KEYS[1], 'hash')
-            return 1
+    VERIFY = Queue.LIMIT + """
+        local record, failed, requests = unpack(KEYS)
+        local given, most_tries, most_failures, minute = unpack(ARGV)
+        local wait = one_more(requests, minute)
+        if wait then return 'wait ' .. wait end
+        if tonumber(redis.call('GET', failed) or 0) >= tonumber(most_failures) then
+            return 'wait ' .. math.max(1, redis.call('TTL', failed))
         end
-        if redis.call('HINCRBY', KEYS[1], 'tries', 1) >= tonumber(ARGV[2]) then redis.call('HDEL', KEYS[1], 'hash') end
-        return 0
+        local hash = redis.call('HGET', record, 'hash')
+        if hash == given then
+            redis.call('HDEL', record, 'hash')
+            redis.call('DEL', failed)
+            return 'verified'
+        end
+        redis.call('INCR', failed)
+        redis.call('EXPIRE', failed, 86400)
+        if hash and redis.call('HINCRBY', record, 'tries', 1) >= tonumber(most_tries) then
+            redis.call('HDEL', record, 'hash')
+        end
+        return 'wrong'
     """
 
-    def __init__(self, store, key, ttl):
-        self.store, self.key, self.ttl = store, key, ttl
+    def __init__(self, store, key, ttl, minute_max=0):
+        self.store, self.key, self.ttl, self.minute_max = store, key, ttl, minute_max
         self._keep = store.script(self.KEEP)
         self._verify = store.script(self.VERIFY)
 
@@ -1571,9 +1670,14 @@ class Otps:
         return otp
 
     def verify(self, account, address, otp):
-        """Whether `otp` is the valid one of `address`. It is valid once; the fifth wrong try ends it."""
-        return bool(self._verify(keys=[self._record(account, address)],
-                                 args=[self._hash(account, address, otp), self.MAX_TRIES]))
+        """Whether `otp` is the valid one of `address`. Raises Refused (429) after too many requests or wrong tries."""
+        result = self._verify(
+            keys=[self._record(account, address), self.store.key("otp_failed", same_mailbox(address), account),
+                  self.store.key("otp_requests", account)],
+            args=[self._hash(account, address, otp), self.MAX_TRIES, self.MAX_FAILURES, self.minute_max])
+        if result.startswith("wait "):
+            raise too_many(result.removeprefix("wait "))
+        return result == "verified"
 
     def mail(self, otp):
         """(subject, content) of the mail that brings an OTP."""
@@ -2090,13 +2194,20 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Route:
-    """One method of one path. `access` is "open", "key" or "admin"; `body` says whether it takes JSON."""
+    """One method of one path.
+
+    `access` is "open", "key", "admin", or "owner" (the admin, or the key of the account concerned); `body` and `query` are the checks of what comes with a request; `answer`
+    names the fields of a success and their types; `refuses` the statuses that only this route answers.
+    """
 
     method: str
     path: str
     handler: str
     access: str = "key"
-    body: bool = False
+    body: object = None
+    query: dict = dataclasses.field(default_factory=dict)
+    answer: dict = dataclasses.field(default_factory=dict)
+    refuses: tuple = ()
 
     @functools.cached_property
     def pattern(self):
@@ -2104,26 +2215,42 @@ class Route:
         return re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", self.path))
 
 
-ROUTES = (
-    Route("POST", "/auth/signup", "sign_up", "admin", True),
-    Route("POST", "/auth/deregister", "deregister", "open", True),
-    Route("POST", "/task", "enqueue", "key", True),
-    Route("POST", "/task/task", "enqueue", "key", True),
-    Route("POST", "/task/verify", "verify", "key", True),
-    Route("GET", "/task/subscriptionContent", "list_content"),
-    Route("POST", "/task/subscriptionContent", "create_content", "key", True),
-    Route("PUT", "/task/subscriptionContent", "update_content", "key", True),
-    Route("GET", "/task/subscriptionContent/{content_type}", "read_content"),
-    Route("DELETE", "/task/subscriptionContent/{content_type}", "remove_content"),
-    Route("GET", "/task/dead", "list_dead"),
-    Route("POST", "/task/dead/retry", "retry_all_dead"),
-    Route("POST", "/task/dead/{id}/retry", "retry_dead"),
-    Route("DELETE", "/task/dead/{id}", "remove_dead"),
-    Route("GET", "/task/{id}", "read_task"),
-    Route("GET", "/health/ping", "ping", "open"),
-    Route("GET", "/health/metrics", "metrics", "open"),
-)
+ID = Object({"id": Text(254, ONE_LINE, LINE)})
+DEFINITION = Object({"content_type": CONTENT_TYPE, "subject": SUBJECT, "content": CONTENT})
+VERIFICATION = Object({"userEmail": Address(), "otp": Text(64, ONE_LINE, LINE)})
+PAGE = {"offset": Whole(0, 10**9), "limit": Whole(0, 1000)}
 
+DONE = {"status": bool, "msg": str}
+QUEUED = {**DONE, "id": str}
+CONTENT_ANSWER = {"status": bool, "content_type": str, "subject": str, "content": str, "subscribers": int}
+TASK_ANSWER = {"status": bool, "id": str, "task": str, "type": str, "userId": str, "state": str, "attempts": int,
+               "retries": int, "error": (str, None), "created": str}
+METRICS_ANSWER = {"status": bool, "Total Jobs Executed": int, "Jobs Successful": int, "Jobs Failed": int,
+                  "queued": dict}
+
+ROUTES = (
+    Route("POST", "/auth/signup", "sign_up", "admin", ID, answer={"apiKey": str}, refuses=(409,)),
+    Route("POST", "/auth/deregister", "deregister", "owner", ID, answer=DONE, refuses=(404,)),
+    Route("POST", "/task", "enqueue", "key", TASK, answer=QUEUED, refuses=(422, 429)),
+    Route("POST", "/task/task", "enqueue", "key", TASK, answer=QUEUED, refuses=(422, 429)),
+    Route("POST", "/task/verify", "verify", "key", VERIFICATION, answer={"type": str, "verified": bool},
+          refuses=(429,)),
+    Route("GET", "/task/subscriptionContent", "list_content", answer={"status": bool, "contentTypes": list}),
+    Route("POST", "/task/subscriptionContent", "create_content", "key", DEFINITION, answer=DONE, refuses=(409,)),
+    Route("PUT", "/task/subscriptionContent", "update_content", "key", DEFINITION, answer=DONE, refuses=(404,)),
+    Route("GET", "/task/subscriptionContent/{content_type}", "read_content", answer=CONTENT_ANSWER, refuses=(404,)),
+    Route("DELETE", "/task/subscriptionContent/{content_type}", "remove_content", answer=DONE, refuses=(404,)),
+    Route("GET", "/task/dead", "list_dead", query=PAGE,
+          answer={"status": bool, "total": int, "offset": int, "limit": int, "tasks": list}),
+    Route("POST", "/task/dead/retry", "retry_all_dead", answer={**DONE, "count": int}),
+    Route("POST", "/task/dead/{id}/retry", "retry_dead", answer=QUEUED, refuses=(404,)),
+    Route("DELETE", "/task/dead/{id}", "remove_dead", answer=DONE, refuses=(404,)),
+    Route("GET", "/task/{id}", "read_task", answer=TASK_ANSWER, refuses=(404,)),
+    Route("GET", "/health/ping", "ping", "open", answer={"message": str}),
+    Route("GET", "/health/metrics", "metrics", "open", answer=METRICS_ANSWER),
+    Route("GET", "/openapi.json", "describe_routes", "open",
+          answer={"openapi": str, "info": dict, "paths": dict, "components": dict}),
+)
 
 class Api:
     """The handlers of the routes.
@@ -2132,23 +2259,23 @@ class Api:
         settings, accounts, queue, otps, newsletters: what they call.
     """
 
-    ID = {"id": Text(254, single_line=True)}
-    CONTENT = {"content_type": CONTENT_TYPE, "subject": SUBJECT, "content": CONTENT}
-    VERIFY = {"userEmail": Address(), "otp": Text(64, single_line=True)}
-
     def __init__(self, settings, accounts, queue, otps, newsletters):
         self.settings, self.accounts, self.queue = settings, accounts, queue
         self.otps, self.newsletters = otps, newsletters
 
     def answer(self, route, request):
         """What `route` answers to `request`: a dict. Raises Refused, or RedisError where Redis is away."""
-        if route.handler != "ping" and not self.queue.store.available:
+        if route.handler not in ("ping", "describe_routes") and not self.queue.store.available:
             # At once: a server that hangs would cost each caller its timeout.
             raise redis.ConnectionError("Redis is away")
         if route.access == "key":
             request.account = self.accounts.authenticate(request.headers.get("authorization", ""))
         elif route.access == "admin":
             self.require_admin(request)
+        if route.body:
+            request.body = route.body(request.body)
+        request.query = {name: check(int(text) if re.fullmatch(r"[0-9]{1,10}", text) else None, name)
+                         for name, check in route.query.items() if (text := request.query.get(name)) is not None}
         return getattr(self, route.handler)(request)
 
     def is_admin(self, request):
@@ -2165,10 +2292,10 @@ class Api:
             raise Refused(403, "set admin_token to allow this through a proxy")
 
     def sign_up(self, request):
-        return {"apiKey": self.accounts.sign_up(checked(request.body, self.ID)["id"])}
+        return {"apiKey": self.accounts.sign_up(request.body["id"])}
 
     def deregister(self, request):
-        name = checked(request.body, self.ID)["id"]
+        name = request.body["id"]
         try:
             self.require_admin(request)
         except Refused:
@@ -2178,16 +2305,11 @@ class Api:
         return {"status": True, "msg": "Deregistered successfully!"}
 
     def enqueue(self, request):
-        task = check_task(request.body)
-        if task["type"] == "subscribe":
-            payload = task["payload"]
-            if ("subject" in payload) != ("content" in payload):
-                missing = "content" if "subject" in payload else "subject"
-                raise Refused(400, f"payload.{missing} is required beside the other: together they create the "
-                              "content type", f"payload.{missing}")
-            if "content" not in payload and not self.newsletters.exists(request.account.name, payload["content_type"]):
-                raise Refused(400, "payload.content_type does not exist; define it first, or bring subject and content",
-                              "payload.content_type")
+        task, payload = request.body, request.body["payload"]
+        if (task["type"] == "subscribe" and "content" not in payload
+                and not self.newsletters.exists(request.account.name, payload["content_type"])):
+            raise Refused(400, "payload.content_type does not exist; define it first, or bring subject and content",
+                          "payload.content_type")
         key = request.headers.get("idempotency-key", "")
         if len(key) > 255:
             raise Refused(400, "Idempotency-Key must have at most 255 characters", "Idempotency-Key")
@@ -2195,19 +2317,18 @@ class Api:
         return {"status": True, "msg": "Task enqueued successfully", "id": task_id}
 
     def verify(self, request):
-        fields = checked(request.body, self.VERIFY)
-        verified = self.otps.verify(request.account.name, fields["userEmail"], fields["otp"])
+        verified = self.otps.verify(request.account.name, request.body["userEmail"], request.body["otp"])
         return {"type": "otp verification", "verified": verified}
 
     def list_content(self, request):
         return {"status": True, "contentTypes": self.newsletters.read_all(request.account.name)}
 
     def create_content(self, request):
-        self.newsletters.create(request.account.name, **checked(request.body, self.CONTENT))
+        self.newsletters.create(request.account.name, **request.body)
         return {"status": True, "msg": "Content Type created successfully"}
 
     def update_content(self, request):
-        self.newsletters.update(request.account.name, **checked(request.body, self.CONTENT))
+        self.newsletters.update(request.account.name, **request.body)
         return {"status": True, "msg": "Content Type updated successfully"}
 
     def read_content(self, request):
@@ -2224,10 +2345,7 @@ class Api:
         return {"status": True, **found}
 
     def list_dead(self, request):
-        page = {}
-        for name, default, most in (("offset", 0, 10**9), ("limit", 100, 1000)):
-            text = request.query.get(name, str(default))
-            page[name] = Whole(0, most)(int(text) if re.fullmatch(r"[0-9]{1,10}", text) else None, name)
+        page = {"offset": 0, "limit": 100, **request.query}
         total, letters = self.queue.dead(request.account.name, **page)
         return {"status": True, "total": total, **page, "tasks": letters}
 
@@ -2250,10 +2368,57 @@ class Api:
     def ping(self, request):
         return {"message": "pong"}
 
+    def describe_routes(self, request):
+        return OPENAPI
+
     def metrics(self, request):
         counters = self.queue.counters()
         return {"status": True, "Total Jobs Executed": counters["executed"], "Jobs Successful": counters["successful"],
                 "Jobs Failed": counters["failed"], "queued": self.queue.depths()}
+
+
+JSON_TYPES = {str: "string", int: "integer", bool: "boolean", list: "array", dict: "object", None: "null"}
+
+
+def openapi(routes):
+    """The OpenAPI 3.1 description of `routes`, made of what they check and answer."""
+    def described(properties):
+        types = {name: found if isinstance(found, tuple) else (found,) for name, found in properties.items()}
+        return {"type": "object", "required": list(properties), "properties": {
+            name: {"type": [JSON_TYPES[kind] for kind in kinds]} for name, kinds in types.items()}}
+
+    def answered(status, schema):
+        return {"description": http.HTTPStatus(status).phrase, "content": {"application/json": {"schema": schema}}}
+
+    paths = {}
+    for route in routes:
+        statuses = {400, 408, 411, 413, 417, 431, 500, 503, *route.refuses}
+        statuses |= {415} if route.body else set()
+        statuses |= {"open": set(), "key": {401}}.get(route.access, {401, 403})
+        error = {"$ref": "#/components/schemas/Error"}
+        operation = {
+            "operationId": f"{route.handler}_{route.path.replace('/', '_')}".strip("_"),
+            "responses": {"200": answered(200, described(route.answer)),
+                          **{str(status): answered(status, error) for status in sorted(statuses)}},
+            "parameters": [{"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+                           for name in re.findall(r"\{(\w+)\}", route.path)]
+            + [{"name": name, "in": "query", "schema": check.schema} for name, check in route.query.items()]}
+        schemes = {"open": (), "key": ("apiKey",), "admin": ("adminToken",), "owner": ("adminToken", "apiKey")}
+        operation["security"] = [{scheme: []} for scheme in schemes[route.access]]
+        if route.body:
+            operation["requestBody"] = {
+                "required": True, "content": {"application/json": {"schema": route.body.schema}}}
+        if route.handler == "enqueue":
+            operation["parameters"].append({"name": "Idempotency-Key", "in": "header",
+                                            "schema": {"type": "string", "maxLength": 255}})
+        paths.setdefault(route.path, {})[route.method.lower()] = operation
+    return {"openapi": "3.1.0", "info": {"title": "GoMail", "version": __version__}, "paths": paths, "components": {
+        "securitySchemes": {name: {"type": "http", "scheme": "bearer"} for name in ("apiKey", "adminToken")},
+        "schemas": {"Error": {"type": "object", "required": ["status", "error"], "properties": {
+            "status": {"const": False}, "error": {"type": "string"}, "field": {"type": "string"}}}}}}
+
+
+OPENAPI = openapi(ROUTES)
 
 
 class HttpServer(http.server.ThreadingHTTPServer):
@@ -2576,7 +2741,7 @@ class Service:
             process = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
             accounts = Accounts(self.store, settings.jwt_secret, settings.jwt_secret_previous, settings.api_key_ttl)
             self.queue = Queue(self.store, settings, process)
-            otps = Otps(self.store, accounts.derive("otp"), settings.otp_ttl)
+            otps = Otps(self.store, accounts.derive("otp"), settings.otp_ttl, settings.otp_minute_max)
             self.newsletters = Newsletters(self.store, zoneinfo.ZoneInfo(settings.timezone), self.clock)
             self.workers = Workers(settings, self.queue, self.transport, otps, self.newsletters)
             self.cron = Cron(self.store, self.queue, self.newsletters, self.workers.names, self.server)

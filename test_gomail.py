@@ -291,7 +291,7 @@ class Services:
     def __call__(self, mail_server=None, clock=None, **options):
         options = {"redis_uri": self.redis_server.uri, "key_prefix": f"{secrets.token_hex(4)}:", "port": 0,
                    "retry_delay": 0.02, "data_dir": str(self.folder), "workers": 2, "smtp_timeout": 5.0,
-                   "shutdown_timeout": 5.0, **options}
+                   "shutdown_timeout": 5.0, "otp_cooldown": 0, **options}
         if mail_server:
             options |= {"smtp_server": "127.0.0.1", "smtp_port": mail_server.port, "smtp_from": "App <app@example.org>"}
         service = gomail.Service(gomail.Settings(**options), clock)
@@ -774,7 +774,7 @@ BAD_TASKS = [
 @pytest.mark.parametrize("field, value", BAD_TASKS)
 def test_a_bad_field_is_refused_by_name_and_changes_nothing(field, value):
     with pytest.raises(gomail.Refused) as refused:
-        gomail.check_task(changed(field, value))
+        gomail.TASK(changed(field, value))
     assert refused.value.status == 400 and refused.value.field == field and refused.value.error.startswith(field)
 
 
@@ -782,9 +782,9 @@ def test_a_bad_field_is_refused_by_name_and_changes_nothing(field, value):
 def test_length_is_required_for_generateotp_and_is_4_to_8(length):
     base = {"task": "t", "type": "generateOtp", "retries": 0, "payload": {"userId": "user@example.com", "length": 6}}
     for good in (4, 5, 6, 7, 8):
-        assert gomail.check_task(changed("payload.length", good, base))["payload"]["length"] == good
+        assert gomail.TASK(changed("payload.length", good, base))["payload"]["length"] == good
     with pytest.raises(gomail.Refused, match="^payload.length .*whole number from 4 to 8"):
-        gomail.check_task(changed("payload.length", length, base))
+        gomail.TASK(changed("payload.length", length, base))
 
 
 @pytest.mark.parametrize("frequency", [ABSENT, "@yearly", "hourly", "", None])
@@ -792,9 +792,9 @@ def test_frequency_is_required_for_subscribe_and_is_one_of_four(frequency):
     base = {"task": "t", "type": "subscribe", "retries": 0,
             "payload": {"userId": "user@example.com", "frequency": "@hourly", "content_type": "news"}}
     for good in ("@hourly", "@daily", "@weekly", "@monthly"):
-        assert gomail.check_task(changed("payload.frequency", good, base))["payload"]["frequency"] == good
+        assert gomail.TASK(changed("payload.frequency", good, base))["payload"]["frequency"] == good
     with pytest.raises(gomail.Refused, match="^payload.frequency .*@hourly, @daily, @weekly, @monthly"):
-        gomail.check_task(changed("payload.frequency", frequency, base))
+        gomail.TASK(changed("payload.frequency", frequency, base))
 
 
 @pytest.mark.parametrize("kind", ["subscribe", "unsubscribe"])
@@ -802,21 +802,21 @@ def test_frequency_is_required_for_subscribe_and_is_one_of_four(frequency):
 def test_content_type_is_required_for_subscribe_and_unsubscribe(kind, content_type):
     base = {"task": "t", "type": kind, "retries": 0,
             "payload": {"userId": "user@example.com", "frequency": "@hourly", "content_type": "Weekly_Newsletter 2.0-é"}}
-    assert gomail.check_task(base)["payload"]["content_type"] == "Weekly_Newsletter 2.0-é"
+    assert gomail.TASK(base)["payload"]["content_type"] == "Weekly_Newsletter 2.0-é"
     with pytest.raises(gomail.Refused, match="^payload.content_type"):
-        gomail.check_task(changed("payload.content_type", content_type, base))
+        gomail.TASK(changed("payload.content_type", content_type, base))
 
 
 def test_the_contracts_example_with_all_attributes_is_taken_and_only_its_types_fields_are_kept():
     example = {"task": "User Login Verification", "type": "generateOtp", "retries": 3, "payload": {
         "userId": "example@gmail.com", "content_type": "weekly_newsletter", "length": 6, "frequency": "@weekly",
         "subject": "Your Weekly Engineering Update", "content": "<h1>Hello!</h1>"}}
-    assert gomail.check_task(example)["payload"] == {"userId": "example@gmail.com", "length": 6}
+    assert gomail.TASK(example)["payload"] == {"userId": "example@gmail.com", "length": 6}
 
 
 @pytest.mark.parametrize("retries", [0, 25])
 def test_retries_is_0_to_25(retries):
-    assert gomail.check_task({**MESSAGE, "retries": retries})["retries"] == retries
+    assert gomail.TASK({**MESSAGE, "retries": retries})["retries"] == retries
 
 
 # --- 6. queue ---------------------------------------------------------------------------------------------
