@@ -2196,8 +2196,9 @@ class Request:
 class Route:
     """One method of one path.
 
-    `access` is "open", "key", "admin", or "owner" (the admin, or the key of the account concerned); `body` and `query` are the checks of what comes with a request; `answer`
-    names the fields of a success and their types; `refuses` the statuses that only this route answers.
+    `access` is "open", "key", "admin", or "owner" (the admin, or the key of the account concerned); `body` and
+    `query` are the checks of what comes with a request; `answer` names the fields of a success and their types,
+    `refuses` the statuses that only this route answers.
     """
 
     method: str

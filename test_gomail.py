@@ -551,23 +551,45 @@ def test_a_log_file_on_a_full_disk_is_said_on_stdout_and_the_service_goes_on(pro
     assert until(lambda: process.logged("log file cannot be written"))["error"] == "No space left on device"
 
 
-def test_nothing_secret_is_ever_logged(processes, mail_server):
-    environment = {"smtp_server": "127.0.0.1", "smtp_port": str(mail_server.port), "admin_token": secrets.token_hex(16),
-                   "jwt_secret": secrets.token_hex(32), "log_level": "DEBUG", "retry_delay": "0.01"}
-    process = processes(environment).started()
-    process.client.key = environment["admin_token"]
-    client = process.client.sign_up()
-    mail_server.replies["otp@example.com"] = ["450 not now"]
-    client.state(client.task("generateOtp", retries=1, userId="otp@example.com"), "succeeded")
-    otp = otp_of(mail_server.one("otp@example.com"))
-    client.state(client.task(content="the content of a mail"), "succeeded")
-    client.post("/task/verify", {"userEmail": "otp@example.com", "otp": otp})
-    client("POST", "/task/", b"{", Authorization="Bearer wrong-key")
-    assert process.stop() == 0
+def test_no_secret_shows_in_logs_answers_health_or_the_list_of_processes(processes, certificate, mail_server):
+    def login(server, session, envelope, mechanism, data):
+        return aiosmtpd.smtp.AuthResult(success=True)
+    password = secrets.token_hex(12)
+    environment = {"smtp_server": "127.0.0.1", "admin_token": secrets.token_hex(16), "smtp_user": "me@example.org",
+                   "smtp_pass": password, "jwt_secret": secrets.token_hex(32), "jwt_secret_previous": secrets.token_hex(32),
+                   "log_level": "DEBUG", "retry_delay": "0.01", "SSL_CERT_FILE": os.environ["SSL_CERT_FILE"]}
+    with contextlib.closing(MailServer(tls_context=certificate, authenticator=login, auth_required=True)) as server:
+        server.start()
+        process = processes({**environment, "smtp_port": str(server.port)}).started()
+        process.client.key = environment["admin_token"]
+        client = process.client.sign_up()
+        shown = []
+        server.replies["otp@example.com"] = ["450 not now"]
+        client.state(client.task("generateOtp", retries=1, userId="otp@example.com"), "succeeded")
+        otp = otp_of(server.one("otp@example.com"))
+        client.state(client.task(content="the content of a mail"), "succeeded")
+        client.post("/task/verify", {"userEmail": "otp@example.com", "otp": otp})
+        for path in ("/health/ping", "/health/metrics", "/openapi.json", "/task/dead", "/none"):
+            shown.append(str(process.client("GET", path)))
+        for body in (b"{", {"task": 1}, {"id": "x" * 300}, {"userEmail": otp, "otp": 7}):
+            for path in ("/task/", "/task/verify", "/auth/signup", "/auth/deregister"):
+                shown.append(str(client("POST", path, body)))
+                shown.append(str(client("POST", path, body, Authorization="Bearer wrong-key")))
+        shown += [pathlib.Path(entry).read_text() for entry in pathlib.Path("/proc").glob("[0-9]*/cmdline") if readable(entry)]
+        assert process.stop() == 0
     process.reader.join()
-    logged = "".join(process.lines) + process.process.stderr.read()
-    for secret in (environment["admin_token"], environment["jwt_secret"], client.key, otp, "the content of a mail", "wrong-key"):
-        assert secret not in logged
+    shown += [*process.lines, process.process.stderr.read(), (process.folder / "app.log").read_text()]
+    for secret in (*(environment[name] for name in ("admin_token", "smtp_pass", "jwt_secret", "jwt_secret_previous")),
+                   client.key, otp, "the content of a mail", "wrong-key", str(process.folder)):
+        # The paths of the machine are for the operator: the log and the list of processes have them.
+        places = shown[:-len(process.lines) - 2] if secret == str(process.folder) else shown
+        assert not [text for text in places if secret in text and "valkey-server" not in text], secret
+
+
+def readable(path):
+    """Whether a file of /proc is still there: processes come and go."""
+    with contextlib.suppress(OSError):
+        return bool(path.read_bytes())
 
 
 # --- 3. store ---------------------------------------------------------------------------------------------
@@ -1059,6 +1081,82 @@ def test_dots_at_line_starts_arrive_as_they_were(client, mail_server):
     assert text_of(mail_server.one("user@example.com")) == content
 
 
+INJECTIONS = [before + end + after for end in ("\r\n", "\n", "\r", "\x00", "\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\u2029",
+                                                   "=?utf-8?q?=0D=0A?=", "%0d%0a", "\\r\\n", "\r\n ", "\r\n.\r\n")
+              for before in ("", "x", "x@example.com", "Grüße") for after in ("Bcc: eve@evil.example", "\r\nX-Evil: 1", ">, <eve@evil.example")]
+
+
+def test_no_field_can_inject_a_header_or_a_recipient(services, mail_server):
+    service = services(mail_server, workers=8)
+    client, sent = service.client.sign_up(), []
+    fields = ("task", "payload.userId", "payload.subject", "payload.content", "payload.content_type", "payload.frequency")
+    for number, (text, field) in enumerate(itertools.product(INJECTIONS, fields)):
+        kind = "subscribe" if field.endswith(("content_type", "frequency")) else "message"
+        payload = {"userId": f"u{number}@example.com", "subject": "s", "content": "c"}
+        if kind == "subscribe":
+            payload |= {"frequency": "@hourly", "content_type": "news"}
+        status, answer, _ = client("POST", "/task/", changed(field, text, {"task": "t", "type": kind, "retries": 0, "payload": payload}))
+        assert status == 200 or status == 400 and answer["field"] == field
+        sent += [answer["id"]] if status == 200 else []
+    for task_id in sent:
+        client.state(task_id, "succeeded", "dead")
+    assert len(mail_server.mails) > 100
+    for mail in mail_server.mails:
+        message = parsed(mail.raw)
+        assert set(message.keys()) <= {"From", "To", "Subject", "Date", "Message-ID", "MIME-Version", "Content-Type",
+                                       "Content-Transfer-Encoding"}
+        assert "evil" not in mail.recipient and not message.defects
+        assert [address.addr_spec for address in message["To"].addresses] == [mail.recipient]
+
+
+class Wire(threading.Thread):
+    """Stands between gomail and a mail server, hands everything on, and keeps what gomail said."""
+
+    def __init__(self, port):
+        super().__init__(daemon=True)
+        self.target, self.said = port, bytearray()
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.port = self.socket.getsockname()[1]
+        self.start()
+
+    def run(self):
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self.socket.accept()
+                server = socket.create_connection(("127.0.0.1", self.target))
+                for source, sink, kept in ((client, server, self.said), (server, client, None)):
+                    threading.Thread(target=self.relay, args=(source, sink, kept), daemon=True).start()
+
+    @staticmethod
+    def relay(source, sink, kept):
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                if kept is not None:
+                    kept += data
+                sink.sendall(data)
+        with contextlib.suppress(OSError):
+            sink.shutdown(socket.SHUT_WR)
+
+
+@pytest.mark.parametrize("form", ["{}", "<p>{}</p>", "Grüße {}", "<p>Grüße {}</p>", "{}" + "x" * 2000])
+def test_no_content_can_end_a_mail_early_and_smuggle_another(services, mail_server, form):
+    wire = Wire(mail_server.port)
+    service = services(smtp_server="127.0.0.1", smtp_port=wire.port, smtp_from="app@example.org", workers=1)
+    client = service.client.sign_up()
+    ends = ["".join(parts) for parts in itertools.product(("\n", "\r", "\r\n"), (".", "..", " ."), ("\n", "\r", "\r\n"))]
+    for number, end in enumerate(ends):
+        content = form.format(f"before{end}MAIL FROM:<eve@evil.example>{end}")
+        client.state(client.task(userId=f"u{number}@example.com", content=content), "succeeded")
+    wire.socket.close()
+    said = bytes(wire.said)
+    assert not re.search(rb"(?<!\r)\n|\r(?!\n)", said)
+    # One end of data for each mail, and nothing between it and the next command of ours.
+    commands = [line for line in said.split(b"\r\n") if line.startswith(b"mail FROM:")]
+    assert said.count(b"\r\n.\r\n") == len(commands) == len(mail_server.mails) == len(ends)
+    assert all(after.startswith((b"mail FROM:<app@example.org>", b"quit", b"QUIT", b"ehlo")) or not after
+               for after in said.split(b"\r\n.\r\n")[1:])
+
+
 def test_without_smtp_server_the_mail_lies_in_the_maildir_and_parses(services):
     service = services()
     client = service.client.sign_up()
@@ -1247,11 +1345,102 @@ def test_a_newer_otp_replaces_the_older_one_and_has_five_tries_of_its_own(client
     assert verified(client, address, second) is True
 
 
+def too_early(client, address):
+    """The seconds to wait that a refused OTP request names, or None where it was accepted."""
+    body = {"task": "login", "type": "generateOtp", "retries": 0, "payload": {"userId": address, "length": 6}}
+    status, answer, headers = client("POST", "/task/", body)
+    assert status == 200 or status == 429 and "field" not in answer and headers["Retry-After"] in answer["error"]
+    return int(headers["Retry-After"]) if status == 429 else None
+
+
+def test_a_second_otp_for_an_address_within_otp_cooldown_is_429_until_it_is_over(services, mail_server):
+    service = services(mail_server, otp_cooldown=2)
+    client, other = service.client.sign_up(), service.client.sign_up()
+    assert too_early(client, "user@example.com") is None
+    assert too_early(client, "USER@example.com") in (1, 2)
+    assert too_early(client, "another@example.com") is None and too_early(other, "user@example.com") is None
+    until(lambda: too_early(client, "user@example.com") is None)
+    until(lambda: len(mail_server.to("user@example.com")) == 3)
+
+
+def test_an_address_gets_otp_hourly_max_otps_in_an_hour(services, mail_server):
+    service = services(mail_server, otp_hourly_max=3)
+    client = service.client.sign_up()
+    assert [too_early(client, "user@example.com") for _ in range(3)] == [None] * 3
+    assert 3590 <= too_early(client, "user@example.com") <= 3600
+    asked, = service.store.redis.keys(service.store.key("otp_asked", "*"))
+    for task_id, when in service.store.redis.zrange(asked, 0, 0, withscores=True):
+        service.store.redis.zadd(asked, {task_id: when - 3_600_000})
+    assert too_early(client, "user@example.com") is None
+    assert too_early(client, "user@example.com") is not None
+
+
+def test_an_account_makes_otp_minute_max_otp_requests_in_a_minute(services, mail_server):
+    service = services(mail_server, otp_minute_max=3)
+    client, other = service.client.sign_up(), service.client.sign_up()
+    assert too_early(client, "one@example.com") is None and too_early(client, "two@example.com") is None
+    assert verified(client, "one@example.com", "wrong") is False
+    assert 50 <= too_early(client, "three@example.com") <= 60
+    status, answer, headers = client("POST", "/task/verify", {"userEmail": "one@example.com", "otp": "1"})
+    assert status == 429 and 50 <= int(headers["Retry-After"]) <= 60 and not answer["status"]
+    client.task()
+    assert too_early(other, "one@example.com") is None
+
+
+def test_a_repeated_otp_request_with_its_idempotency_key_is_not_one_more(services, mail_server):
+    client = services(mail_server, otp_cooldown=60).client.sign_up()
+    key = {"Idempotency_Key": "login 1"}
+    assert client.task("generateOtp", headers=key) == client.task("generateOtp", headers=key)
+    assert too_early(client, "user@example.com") is not None
+
+
+def test_after_100_wrong_tries_in_a_row_an_address_waits_for_a_day(service, client, mail_server):
+    otp, address = issued(client, mail_server)
+    for _ in range(4):
+        assert verified(client, address, "wrong") is False
+    assert verified(client, address, otp) is True
+    for _ in range(100):
+        assert verified(client, address, "wrong") is False
+    otp, _ = issued(client, mail_server, recipient=address)
+    status, _, headers = client("POST", "/task/verify", {"userEmail": address.upper(), "otp": otp})
+    assert status == 429 and 86000 < int(headers["Retry-After"]) <= 86400
+    assert verified(service.client.sign_up(), address, "wrong") is False
+
+
+def test_the_answers_do_not_tell_whether_an_address_has_an_otp(client, mail_server):
+    _, address = issued(client, mail_server)
+
+    def answers(address):
+        found = [client("POST", "/task/verify", {"userEmail": address, "otp": "wrong"}) for _ in range(102)]
+        return [(status, str(answer).replace("86399", "86400")) for status, answer, _ in found]
+    assert answers(address) == answers("nobody@example.com")
+
+
+def test_50_connections_at_once_have_five_tries_together(service, client, mail_server):
+    otp, address = issued(client, mail_server, 4)
+    wrong = [str(number).zfill(4) for number in range(51) if number != int(otp)][:50]
+    start, seen = threading.Barrier(50), []
+
+    def guess(number):
+        guesser = Client(client.address, client.key)
+        start.wait(PATIENCE)
+        seen.append(verified(guesser, address, number))
+    threads = [threading.Thread(target=guess, args=(number,)) for number in wrong]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert seen == [False] * 50
+    record, = service.store.redis.keys(service.store.key("otp", address, "*"))
+    assert service.store.redis.hget(record, "tries") == "5"
+    assert verified(client, address, otp) is False
+
+
 def test_an_otp_ends_after_otp_ttl(services, mail_server):
     service = services(mail_server, otp_ttl=1)
     client = service.client.sign_up()
     otp, address = issued(client, mail_server)
-    until(lambda: not service.store.redis.keys(service.store.key("otp", "*")))
+    until(lambda: not service.store.redis.keys(service.store.key("otp", address, "*")))
     assert verified(client, address, otp) is False
 
 
@@ -1663,6 +1852,37 @@ def test_a_protected_route_without_a_valid_key_is_401(service, route):
     for key in ("", "Bearer nonsense"):
         status, answer, _ = service.client(route.method, route.path, b"{}" if route.body else None, Authorization=key)
         assert status == 401 and answer["status"] is False and "API key" in answer["error"]
+
+
+def test_the_openapi_description_has_every_route_its_checks_and_its_answers(service):
+    description = service.client.get("/openapi.json")
+    assert description["openapi"] == "3.1.0"
+    routes = {(method.upper(), path) for path, methods in description["paths"].items() for method in methods}
+    assert routes == {(route.method, route.path) for route in gomail.ROUTES}
+    message, otp, *_ = description["paths"]["/task"]["post"]["requestBody"]["content"]["application/json"]["schema"]["oneOf"]
+    assert message["properties"]["payload"]["required"] == ["userId", "subject", "content"]
+    assert otp["properties"]["payload"]["properties"]["length"] == {"type": "integer", "minimum": 4, "maximum": 8}
+    assert "429" in description["paths"]["/task/verify"]["post"]["responses"]
+    assert description["paths"]["/task/{id}"]["get"]["security"] == [{"apiKey": []}]
+
+
+@pytest.mark.long
+def test_500_random_requests_to_each_operation_get_only_what_openapi_says(services, mail_server, tmp_path):
+    service = services(mail_server, otp_minute_max=0, admin_token="the token of the admin")
+    service.client.key = "the token of the admin"
+    client = service.client.sign_up()
+    for content_type in ("news", "0"):
+        define(client, content_type)
+    (tmp_path / "schemathesis.toml").write_text(
+        f'[auth.openapi.apiKey]\nbearer = "{client.key}"\n[auth.openapi.adminToken]\nbearer = "{service.client.key}"\n')
+    # A description cannot say all that a request may be refused for: an address that SMTP cannot carry, 4.0 for 4.
+    run = subprocess.run(
+        [pathlib.Path(sys.executable).parent / "schemathesis", "run", f"{service.http.url}/openapi.json", "--no-color",
+         "--max-examples", "500", "--seed", "1", "--phases", "coverage,fuzzing", "--exclude-checks", "positive_data_acceptance"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=1800)
+    print(run.stdout[-6000:])
+    assert run.returncode == 0, run.stdout
+    assert service.client.get("/health/ping") == {"message": "pong"}
 
 
 @pytest.mark.parametrize("path", ["/", "/nothing", "/task/a/b", "/Task", "/task/dead/x/y", "//task"])
