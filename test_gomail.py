@@ -483,6 +483,11 @@ def test_a_line_of_the_env_file_without_an_equals_sign_is_named(tmp_path):
         gomail.Settings.load({}, tmp_path)
 
 
+def test_the_tests_that_the_readme_names_are_there():
+    named = re.findall(r"`(test_\w+)`", (HERE / "README.md").read_text())
+    assert named and all(name in globals() for name in named)
+
+
 def test_the_readme_lists_every_option_once_with_its_default():
     rows = re.findall(r"^\| `(\w+)` \| (.*?) \|", (HERE / "README.md").read_text(), re.MULTILINE)
     listed = [(name, default) for name, default in rows if name in gomail.Settings.__dataclass_fields__]
@@ -1882,7 +1887,7 @@ def test_500_random_requests_to_each_operation_get_only_what_openapi_says(servic
         cwd=tmp_path, capture_output=True, text=True, timeout=1800)
     print(run.stdout[-6000:])
     assert run.returncode == 0, run.stdout
-    assert service.client.get("/health/ping") == {"message": "pong"}
+    assert Client(service.http.url).get("/health/ping") == {"message": "pong"}
 
 
 @pytest.mark.parametrize("path", ["/", "/nothing", "/task/a/b", "/Task", "/task/dead/x/y", "//task"])
