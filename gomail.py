@@ -1283,6 +1283,7 @@ BLOCKS = frozenset("address article aside blockquote center dd div dl dt fieldse
 SPACED = frozenset("blockquote h1 h2 h3 h4 h5 h6 ol p pre table ul".split())
 HIDDEN = frozenset(("head", "script", "style", "template"))
 MEANING = BLOCKS | HIDDEN | {"pre", "br", "li", "td", "th", "img", "a", "body"}
+WHITE_SPACE = re.compile(r"\s{2,}|[^\S ]")
 TAG = re.compile(r"<(/?)([a-zA-Z][a-zA-Z0-9]*)((?:[\s/][^<>]*)?)>|<[!?/][^<>]*>")
 ATTRIBUTE = re.compile(r"""\b(href|alt)\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s"'>]+))""", re.IGNORECASE)
 
@@ -1294,13 +1295,14 @@ def html_to_text(document):
     """
     first, *comments = document.split("<!--")
     document = first + "".join(comment.partition("-->")[2] for comment in comments)
-    if "<pre" not in document.lower():
-        document = re.sub(r"\s+", " ", document)
+    has_pre = "<pre" in document.lower()
+    if not has_pre:
+        document = WHITE_SPACE.sub(" ", document)
     parts, hidden, preformatted, link = [], "", False, None
     pieces = TAG.split(document) + ["", "", ""]
     for text, ends, tag, attributes in zip(pieces[::4], pieces[1::4], pieces[2::4], pieces[3::4]):
         if text and not hidden:
-            text = text if preformatted else re.sub(r"\s+", " ", text)
+            text = WHITE_SPACE.sub(" ", text) if has_pre and not preformatted else text
             parts.append(html.unescape(text) if "&" in text else text)
         tag = tag.lower() if tag else ""
         if tag not in MEANING:
@@ -1328,7 +1330,7 @@ def html_to_text(document):
                 parts.append(f" ({target})")
         if not hidden and tag in BLOCKS:
             parts.append("\n\n" if tag in SPACED else "\n")
-    text = re.sub(r" ?\n ?", "\n", re.sub(r"[ \t]+", " ", "".join(parts)))
+    text = re.sub(r" ?\n ?", "\n", re.sub(r"[ \t]{2,}|\t", " ", "".join(parts)))
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
@@ -1517,23 +1519,40 @@ class SmtpTransport:
     def _transact(self, sender, recipient, message):
         with self._transaction("MAIL"):
             smtp = self._connect()
-            options = []
+            options = ""
             if not (sender + recipient).isascii():
                 if not smtp.has_extn("smtputf8"):
                     raise Permanent("the server takes no addresses beyond ASCII (SMTPUTF8)")
-                options = ["SMTPUTF8", "BODY=8BITMIME"]
+                options = " SMTPUTF8 BODY=8BITMIME"
             if smtp.has_extn("size"):
-                options.append(f"SIZE={len(message)}")
-            self._expect(smtp.mail(sender, options), "MAIL")
-            self.local.stage = "RCPT"
-            self._expect(smtp.rcpt(recipient), "RCPT")
-            self.local.stage = "DATA"
-            try:
-                reply = smtp.data(message)
-            except smtplib.SMTPDataError as error:
-                reply = error.smtp_code, error.smtp_error
-            self._expect(reply, "DATA")
+                options += f" SIZE={len(message)}"
+            self._offer(smtp, {"MAIL": f"MAIL FROM:<{sender}>{options}\r\n", "RCPT": f"RCPT TO:<{recipient}>\r\n",
+                               "DATA": "DATA\r\n"})
+            smtp.send(message.replace(b"\r\n.", b"\r\n..") + b".\r\n")
+            self._expect(smtp.getreply(), "the end of DATA")
             self.local.used = time.monotonic()
+
+    def _offer(self, smtp, commands):
+        """Send the commands before a mail, in one piece where the server takes that (PIPELINING, RFC 2920)."""
+        together, refusal = smtp.has_extn("pipelining"), None
+        if together:
+            smtp.send("".join(commands.values()).encode())
+        for stage, command in commands.items():
+            self.local.stage = stage
+            if not together:
+                smtp.send(command.encode())
+            code, text = smtp.getreply()
+            try:
+                self._expect((code, text), stage)
+            except (Temporary, Permanent) as error:
+                refusal = refusal or error
+                if not together:
+                    break
+        if refusal:
+            if together and code == 354:  # the server waits for a mail all the same: an empty one for nobody
+                smtp.send(b".\r\n")
+                smtp.getreply()
+            raise refusal
 
     @contextlib.contextmanager
     def _transaction(self, stage):
@@ -1570,6 +1589,7 @@ class SmtpTransport:
             else:
                 smtp = smtplib.SMTP(settings.smtp_server, settings.smtp_port, self.host_name,
                                     timeout=settings.smtp_timeout)
+            smtp.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             smtp.ehlo_or_helo_if_needed()
             if settings.smtp_port != self.TLS_PORT and settings.smtp_tls == "auto" and smtp.has_extn("starttls"):
                 smtp.starttls(context=self.context)
@@ -1589,7 +1609,7 @@ class SmtpTransport:
     def _expect(reply, stage):
         """Raise what a reply other than success means at this stage (RFC 5321 section 4.2)."""
         code, text = reply
-        if code in (250, 251):
+        if code in ((354,) if stage == "DATA" else (250, 251)):
             return
         text = f"{code} {' '.join(text.decode(errors='replace').split())}"[:500]
         if code == 421 or not 400 <= code <= 599:

@@ -112,8 +112,10 @@ class MailServer(aiosmtpd.controller.Controller):
     """A real SMTP server that keeps what it takes.
 
     `replies` maps a recipient to the replies its next RCPT commands get; `data_replies` maps a recipient to the
-    replies after its data. A reply "DROP" closes the connection instead.
+    replies after its data. A reply "DROP" closes the connection instead. `pipelining` says whether it offers that.
     """
+
+    pipelining = True
 
     def __init__(self, port=0, **options):
         self.mails, self.connections, self.commands = [], 0, []
@@ -167,6 +169,10 @@ class MailServer(aiosmtpd.controller.Controller):
     def drop(self, server):
         server.transport.abort()
         return "421 dropped"
+
+    async def handle_EHLO(self, server, session, envelope, host_name, replies):
+        session.host_name = host_name
+        return replies[:-1] + ["250-PIPELINING"] * self.pipelining + replies[-1:]
 
     async def handle_MAIL(self, server, session, envelope, address, options):
         if self.sender_replies:
@@ -1119,7 +1125,7 @@ class Wire(threading.Thread):
 
     def __init__(self, port):
         super().__init__(daemon=True)
-        self.target, self.said = port, bytearray()
+        self.target, self.said, self.pieces = port, bytearray(), []
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
         self.start()
@@ -1132,12 +1138,12 @@ class Wire(threading.Thread):
                 for source, sink, kept in ((client, server, self.said), (server, client, None)):
                     threading.Thread(target=self.relay, args=(source, sink, kept), daemon=True).start()
 
-    @staticmethod
-    def relay(source, sink, kept):
+    def relay(self, source, sink, kept):
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
                 if kept is not None:
                     kept += data
+                    self.pieces.append(data)
                 sink.sendall(data)
         with contextlib.suppress(OSError):
             sink.shutdown(socket.SHUT_WR)
@@ -1156,9 +1162,9 @@ def test_no_content_can_end_a_mail_early_and_smuggle_another(services, mail_serv
     said = bytes(wire.said)
     assert not re.search(rb"(?<!\r)\n|\r(?!\n)", said)
     # One end of data for each mail, and nothing between it and the next command of ours.
-    commands = [line for line in said.split(b"\r\n") if line.startswith(b"mail FROM:")]
+    commands = [line for line in said.split(b"\r\n") if line.startswith(b"MAIL FROM:<app")]
     assert said.count(b"\r\n.\r\n") == len(commands) == len(mail_server.mails) == len(ends)
-    assert all(after.startswith((b"mail FROM:<app@example.org>", b"quit", b"QUIT", b"ehlo")) or not after
+    assert all(after.startswith((b"MAIL FROM:<app@example.org>", b"quit", b"QUIT", b"ehlo")) or not after
                for after in said.split(b"\r\n.\r\n")[1:])
 
 
@@ -1223,6 +1229,40 @@ def certificate(tmp_path, monkeypatch):
     return context
 
 
+@pytest.mark.parametrize("pipelining", [True, False])
+def test_the_commands_before_a_mail_go_in_one_piece_only_where_the_server_offers_pipelining(services, mail_server, pipelining):
+    mail_server.pipelining = pipelining
+    wire = Wire(mail_server.port)
+    service = services(smtp_server="127.0.0.1", smtp_port=wire.port, smtp_from="app@example.org", workers=1)
+    client = service.client.sign_up()
+    client.state(client.task(), "succeeded")
+    wire.socket.close()
+    offers = [piece for piece in wire.pieces if b"MAIL FROM" in piece]
+    assert len(offers) == 1 and offers[0].endswith(b"\r\nDATA\r\n") == pipelining
+
+
+def test_a_server_that_wants_data_although_it_refused_the_recipient_gets_an_empty_mail_for_nobody():
+    heard = []
+
+    def serve(listener):
+        connection, _ = listener.accept()
+        with connection, connection.makefile("rwb", 0) as lines:
+            lines.write(b"220 ready\r\n")
+            for reply in (b"250-here\r\n250 PIPELINING", b"250 sender", b"550 no such user", b"354 go on", b"554 no recipients", b"250 reset"):
+                heard.append(lines.readline())
+                lines.write(reply + b"\r\n")
+            heard.append(lines.readline())
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, args=(listener,), daemon=True)
+        thread.start()
+        transport = gomail.SmtpTransport(gomail.Settings(smtp_server="127.0.0.1", smtp_port=listener.getsockname()[1]))
+        with pytest.raises(gomail.Permanent, match="550 no such user"):
+            transport.send("app@example.org", "user@example.com", b"Subject: secret\r\n\r\nbody\r\n")
+        transport.tidy()
+        thread.join(PATIENCE)
+    assert [line.split()[0].upper() for line in heard] == [b"EHLO", b"MAIL", b"RCPT", b"DATA", b".", b"RSET", b"QUIT"]
+
+
 class Logins:
     """An authenticator for aiosmtpd that knows one user."""
 
@@ -1276,7 +1316,9 @@ def test_a_4xx_for_the_recipient_or_the_message_is_retried_until_it_is_taken(cli
     assert len(mail_server.mails) == 1
 
 
-def test_refused_recipients_leave_the_other_mails_of_a_connection_alone(services, mail_server):
+@pytest.mark.parametrize("pipelining", [True, False])
+def test_refused_recipients_leave_the_other_mails_of_a_connection_alone(services, mail_server, pipelining):
+    mail_server.pipelining = pipelining
     client = services(mail_server, workers=1).client.sign_up()
     for number in range(20):
         if number % 2:
