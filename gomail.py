@@ -535,6 +535,11 @@ class Refused(Exception):
         super().__init__(error)
         self.status, self.error, self.field, self.headers = status, error, field, dict(headers)
 
+    @property
+    def body(self):
+        """The JSON object that the caller gets."""
+        return {"status": False, "error": self.error, **({"field": self.field} if self.field else {})}
+
 
 @dataclasses.dataclass(frozen=True)
 class Account:
@@ -576,6 +581,8 @@ class Accounts:
         self.secret = secret.encode()
         self.accepted = [self.secret, previous.encode()] if previous else [self.secret]
         self.users = store.key("UserList")
+        # A signature that was right once stays right: an app sends the same key with every request.
+        self._claims = functools.lru_cache(maxsize=1000)(self._verified)
         self._sign_up = store.script(self.SIGN_UP)
         self._deregister = store.script(self.DEREGISTER)
 
@@ -601,16 +608,28 @@ class Accounts:
 
     def authenticate(self, header):
         """The Account behind an Authorization header, `<jwt>` or `Bearer <jwt>`. Raises Refused (401)."""
-        token, claims = strip_bearer(header), None
+        account = self.read(header)
+        if self.store.redis.hget(self.users, account.name) != account.key_id:
+            raise self._unknown_key()
+        return account
+
+    def read(self, header):
+        """As authenticate(), but without asking Redis whether the key is revoked: for who asks that anyway."""
+        claims = self._claims(strip_bearer(header))
+        if claims is None or "exp" in claims and claims["exp"] <= time.time():
+            raise self._unknown_key()
+        return Account(claims["sub"], claims["jti"])
+
+    def _verified(self, token):
         for secret in self.accepted:
             with contextlib.suppress(jwt.InvalidTokenError):
-                claims = jwt.decode(token, secret, algorithms=["HS256"],
-                                    options={"require": ["sub", "jti"], "verify_iat": False})
-                break
-        if claims is None or self.store.redis.hget(self.users, claims["sub"]) != claims["jti"]:
-            raise Refused(401, "Authorization must hold a valid API key; /auth/signup gives one", None,
-                          {"WWW-Authenticate": "Bearer"})
-        return Account(claims["sub"], claims["jti"])
+                return jwt.decode(token, secret, algorithms=["HS256"],
+                                  options={"require": ["sub", "jti"], "verify_iat": False})
+
+    @staticmethod
+    def _unknown_key():
+        return Refused(401, "Authorization must hold a valid API key; /auth/signup gives one", None,
+                       {"WWW-Authenticate": "Bearer"})
 
 
 def strip_bearer(header):
@@ -763,6 +782,27 @@ PAYLOADS = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class List:
+    """A JSON array of 1 to `maximum` things; what each must be, `description` says and who takes it checks."""
+
+    description: str
+    maximum: int
+
+    @property
+    def expected(self):
+        return f"an array of 1 to {self.maximum} elements"
+
+    @property
+    def schema(self):
+        return {"type": "array", "minItems": 1, "maxItems": self.maximum, "items": {"description": self.description}}
+
+    def __call__(self, value, field):
+        if not isinstance(value, list) or not 1 <= len(value) <= self.maximum:
+            raise Refused(400, f"{field} must be {self.expected}", field)
+        return value
+
+
 class TaskOfType:
     """A task, with the payload of its type."""
 
@@ -900,41 +940,56 @@ class Queue:
         end
     """
 
-    # A repeated call (its first answer was lost on the way) finds the task there and changes nothing; it is not
-    # held against the limits either.
+    # Queue some tasks of one account; each gets an answer of its own: its id, or why it was not queued. A repeated
+    # call (its first answer was lost on the way) finds the tasks there and changes nothing; it is not held against
+    # the limits either.
     ENQUEUE = CLOCK + LIMIT + """
-        local task, lane, users, idempotency, asked, requests = unpack(KEYS)
-        local id, body, account, key, lane_name, fingerprint, cooldown, hourly, minute = unpack(ARGV)
-        if redis.call('HGET', users, account) ~= key then return 'revoked' end
-        if fingerprint ~= '' then
-            local known = redis.call('GET', idempotency)
+        local prefix, account, key, cooldown, hourly, minute = KEYS[1], unpack(ARGV, 1, 5)
+        if redis.call('HGET', prefix .. 'UserList', account) ~= key then return 'revoked' end
+
+        local function too_early(id, address)
+            local asked, hour = prefix .. 'otp_asked:' .. address .. ':' .. account, milliseconds - 3600000
+            redis.call('ZREMRANGEBYSCORE', asked, '-inf', hour)
+            local first = redis.call('ZRANGE', asked, 0, 0, 'WITHSCORES')[2]
+            local last = redis.call('ZRANGE', asked, -1, -1, 'WITHSCORES')[2]
+            local wait = (last or 0) + cooldown * 1000 - milliseconds
+            if tonumber(hourly) > 0 and redis.call('ZCARD', asked) >= tonumber(hourly) then
+                wait = math.max(wait, first - hour)
+            end
+            if wait > 0 then return math.ceil(wait / 1000) end
+            wait = one_more(prefix .. 'otp_requests:' .. account, minute)
+            if wait then return wait end
+            redis.call('ZADD', asked, milliseconds, id)
+            redis.call('EXPIRE', asked, 3600)
+        end
+
+        local function enqueue(id, body, lane, otp_address, content_type, fingerprint, digest)
+            local idempotency = prefix .. 'idempotency:' .. digest
+            local known = fingerprint ~= '' and redis.call('GET', idempotency)
             if known then
                 local before, first = string.match(known, '(%w+) (%w+)')
                 return before == fingerprint and first or 'conflict'
             end
-        end
-        if redis.call('EXISTS', task) == 0 then
-            if asked then
-                local hour = milliseconds - 3600000
-                redis.call('ZREMRANGEBYSCORE', asked, '-inf', hour)
-                local first = redis.call('ZRANGE', asked, 0, 0, 'WITHSCORES')[2]
-                local last = redis.call('ZRANGE', asked, -1, -1, 'WITHSCORES')[2]
-                local wait = (last or 0) + cooldown * 1000 - milliseconds
-                if tonumber(hourly) > 0 and redis.call('ZCARD', asked) >= tonumber(hourly) then
-                    wait = math.max(wait, first - hour)
-                end
-                if wait > 0 then return 'wait ' .. math.ceil(wait / 1000) end
-                wait = one_more(requests, minute)
-                if wait then return 'wait ' .. wait end
-                redis.call('ZADD', asked, milliseconds, id)
-                redis.call('EXPIRE', asked, 3600)
+            local task = prefix .. 'task:' .. id
+            if redis.call('EXISTS', task) == 1 then return id end
+            if content_type ~= '' and redis.call('HEXISTS', prefix .. 'content:' .. account, content_type) == 0 then
+                return 'unknown'
             end
-            redis.call('HSET', task, 'body', body, 'account', account, 'key', key, 'lane', lane_name,
+            local wait = otp_address ~= '' and too_early(id, otp_address)
+            if wait then return 'wait ' .. wait end
+            redis.call('HSET', task, 'body', body, 'account', account, 'key', key, 'lane', lane,
                        'state', 'queued', 'attempts', 0, 'created', microseconds)
-            redis.call('LPUSH', lane, id)
+            redis.call('LPUSH', prefix .. 'lane:' .. lane, id)
             if fingerprint ~= '' then redis.call('SET', idempotency, fingerprint .. ' ' .. id, 'EX', 86400) end
+            return id
         end
-        return id
+
+        local results = {}
+        for at = 6, #ARGV, 7 do
+            results[#results + 1] = enqueue(ARGV[at], ARGV[at + 1], ARGV[at + 2], ARGV[at + 3], ARGV[at + 4],
+                                            ARGV[at + 5], ARGV[at + 6])
+        end
+        return results
     """
 
     # Settle what the worker had in hand, and take the next task. The first line is the fence: a worker whose
@@ -1064,38 +1119,44 @@ class Queue:
         self._revive = store.script(self.REVIVE)
         self._missing = {}
 
-    def enqueue(self, account, task, idempotency_key=""):
-        """Put a checked task into its lane and return its id; a return means that Redis has it.
+    def enqueue(self, account, tasks, idempotency_key=""):
+        """Put checked tasks into their lanes, all in one round trip; a return means that Redis has them.
 
-        With an idempotency key, the same task again within 24 hours returns the first one's id.
+        Returns for each task its id, or the Refused that says why it was not queued: 400, there is no such content
+        type; 422, the idempotency key came with another task before; 429, too many OTPs, see Otps. With an
+        idempotency key (for one task), the same again within 24 hours returns the first one's id.
 
         Raises:
-            Refused: 401, the key was revoked; 422, the idempotency key came with another task before; 429, too
-                many OTPs, see Otps; 503, with durability=fsync, the task is not known to be on disk.
+            Refused: 401, the API key was revoked; 503, with durability=fsync, the tasks are not known to be on disk.
         """
-        task_id = secrets.token_hex(16)
-        fingerprint, digest = "", ""
-        if idempotency_key:
-            fingerprint = hashlib.sha256(json.dumps(task, sort_keys=True).encode()).hexdigest()
-            digest = hashlib.sha256(json.dumps([account.name, idempotency_key]).encode()).hexdigest()
-        lane, key, settings = lane_of(task["type"]), self.store.key, self.settings
-        keys = [key("task", task_id), key("lane", lane), key("UserList"), key("idempotency", digest)]
-        if task["type"] == "generateOtp":
-            # The OTP is made from this when it is sent, so that a retry sends the same one; see section 8.
-            task = {**task, "payload": {**task["payload"], "seed": secrets.token_hex(16)}}
-            keys += [key("otp_asked", same_mailbox(task["payload"]["userId"]), account.name),
-                     key("otp_requests", account.name)]
-        result = self._durably(
-            self._enqueue, keys,
-            [task_id, json.dumps(task), account.name, account.key_id, lane, fingerprint,
-             settings.otp_cooldown, settings.otp_hourly_max, settings.otp_minute_max])
-        if result == "revoked":
-            raise Refused(401, "the API key was revoked")
-        if result.startswith("wait "):
-            raise too_many(result.removeprefix("wait "))
+        settings = self.settings
+        args = [account.name, account.key_id, settings.otp_cooldown, settings.otp_hourly_max, settings.otp_minute_max]
+        for task in tasks:
+            payload, otp_address, content_type, fingerprint, digest = task["payload"], "", "", "", ""
+            if idempotency_key:
+                fingerprint = hashlib.sha256(json.dumps(task, sort_keys=True).encode()).hexdigest()
+                digest = hashlib.sha256(json.dumps([account.name, idempotency_key]).encode()).hexdigest()
+            if task["type"] == "generateOtp":
+                # The OTP is made from this when it is sent, so that a retry sends the same one; see section 8.
+                task = {**task, "payload": {**payload, "seed": secrets.token_hex(16)}}
+                otp_address = same_mailbox(payload["userId"])
+            elif task["type"] == "subscribe" and "content" not in payload:
+                content_type = payload["content_type"]
+            args += [secrets.token_hex(16), json.dumps(task), lane_of(task["type"]), otp_address, content_type,
+                     fingerprint, digest]
+        results = self._durably(self._enqueue, [self.store.prefix], args)
+        if results == "revoked":
+            raise Refused(401, "the API key was revoked", None, {"WWW-Authenticate": "Bearer"})
+        return [self._refusal(result) or result for result in results]
+
+    @staticmethod
+    def _refusal(result):
         if result == "conflict":
-            raise Refused(422, "Idempotency-Key was used with another task before", "Idempotency-Key")
-        return result
+            return Refused(422, "Idempotency-Key was used with another task before", "Idempotency-Key")
+        if result == "unknown":
+            return Refused(400, "payload.content_type does not exist; define it first, or bring subject and content",
+                           "payload.content_type")
+        return too_many(result.removeprefix("wait ")) if result.startswith("wait ") else None
 
     def _durably(self, script, keys, args):
         if self.settings.durability != "fsync":
@@ -1874,10 +1935,6 @@ class Newsletters:
                                   self.store.key("subscribers", content_type, account)], args=[content_type]):
             raise self._unknown()
 
-    def exists(self, account, content_type):
-        """Whether the account has this content type."""
-        return self.store.redis.hexists(self.store.key("content", account), content_type)
-
     @staticmethod
     def _unknown():
         return Refused(404, "content_type does not exist; POST /task/subscriptionContent defines one", "content_type")
@@ -2231,8 +2288,8 @@ class Request:
 class Route:
     """One method of one path.
 
-    `access` is "open", "key", "admin", or "owner" (the admin, or the key of the account concerned); `body` and
-    `query` are the checks of what comes with a request; `answer` names the fields of a success and their types,
+    `access` is "open", "key", "task" (a key that the queue looks up, in the same round trip), "admin", or "owner" (the
+    admin, or the key of the account concerned); `body` and `query` are the checks of what comes with a request; `answer` names the fields of a success and their types,
     `refuses` the statuses that only this route answers.
     """
 
@@ -2254,6 +2311,7 @@ class Route:
 ID = Object({"id": Text(254, ONE_LINE, LINE)})
 DEFINITION = Object({"content_type": CONTENT_TYPE, "subject": SUBJECT, "content": CONTENT})
 VERIFICATION = Object({"userEmail": Address(), "otp": Text(64, ONE_LINE, LINE)})
+BATCH = Object({"tasks": List("a task, as POST /task takes it; each is checked and answered by itself", 1000)})
 PAGE = {"offset": Whole(0, 10**9), "limit": Whole(0, 1000)}
 
 DONE = {"status": bool, "msg": str}
@@ -2267,8 +2325,9 @@ METRICS_ANSWER = {"status": bool, "Total Jobs Executed": int, "Jobs Successful":
 ROUTES = (
     Route("POST", "/auth/signup", "sign_up", "admin", ID, answer={"apiKey": str}, refuses=(409,)),
     Route("POST", "/auth/deregister", "deregister", "owner", ID, answer=DONE, refuses=(404,)),
-    Route("POST", "/task", "enqueue", "key", TASK, answer=QUEUED, refuses=(422, 429)),
-    Route("POST", "/task/task", "enqueue", "key", TASK, answer=QUEUED, refuses=(422, 429)),
+    Route("POST", "/task", "enqueue", "task", TASK, answer=QUEUED, refuses=(422, 429)),
+    Route("POST", "/task/task", "enqueue", "task", TASK, answer=QUEUED, refuses=(422, 429)),
+    Route("POST", "/task/batch", "enqueue_batch", "task", BATCH, answer={"status": bool, "tasks": list}),
     Route("POST", "/task/verify", "verify", "key", VERIFICATION, answer={"type": str, "verified": bool},
           refuses=(429,)),
     Route("GET", "/task/subscriptionContent", "list_content", answer={"status": bool, "contentTypes": list}),
@@ -2306,6 +2365,8 @@ class Api:
             raise redis.ConnectionError("Redis is away")
         if route.access == "key":
             request.account = self.accounts.authenticate(request.headers.get("authorization", ""))
+        elif route.access == "task":
+            request.account = self.accounts.read(request.headers.get("authorization", ""))
         elif route.access == "admin":
             self.require_admin(request)
         if route.body:
@@ -2341,16 +2402,28 @@ class Api:
         return {"status": True, "msg": "Deregistered successfully!"}
 
     def enqueue(self, request):
-        task, payload = request.body, request.body["payload"]
-        if (task["type"] == "subscribe" and "content" not in payload
-                and not self.newsletters.exists(request.account.name, payload["content_type"])):
-            raise Refused(400, "payload.content_type does not exist; define it first, or bring subject and content",
-                          "payload.content_type")
         key = request.headers.get("idempotency-key", "")
         if len(key) > 255:
             raise Refused(400, "Idempotency-Key must have at most 255 characters", "Idempotency-Key")
-        task_id = self.queue.enqueue(request.account, task, key)
-        return {"status": True, "msg": "Task enqueued successfully", "id": task_id}
+        result, = self.queue.enqueue(request.account, [request.body], key)
+        if isinstance(result, Refused):
+            raise result
+        return {"status": True, "msg": "Task enqueued successfully", "id": result}
+
+    def enqueue_batch(self, request):
+        results = []
+        for number, task in enumerate(request.body["tasks"]):
+            try:
+                results.append(TASK(task, f"tasks[{number}]"))
+            except Refused as refused:
+                results.append(refused)
+        good = [number for number, result in enumerate(results) if isinstance(result, dict)]
+        for number, result in zip(good, self.queue.enqueue(request.account, [results[number] for number in good])):
+            if isinstance(result, Refused) and result.field:
+                result.field = f"tasks[{number}].{result.field}"
+            results[number] = result
+        return {"status": True, "tasks": [result.body if isinstance(result, Refused) else {"status": True, "id": result}
+                                          for result in results]}
 
     def verify(self, request):
         verified = self.otps.verify(request.account.name, request.body["userEmail"], request.body["otp"])
@@ -2430,7 +2503,7 @@ def openapi(routes):
     for route in routes:
         statuses = {400, 408, 411, 413, 417, 431, 500, 503, *route.refuses}
         statuses |= {415} if route.body else set()
-        statuses |= {"open": set(), "key": {401}}.get(route.access, {401, 403})
+        statuses |= {"open": set(), "key": {401}, "task": {401}}.get(route.access, {401, 403})
         error = {"$ref": "#/components/schemas/Error"}
         operation = {
             "operationId": f"{route.handler}_{route.path.replace('/', '_')}".strip("_"),
@@ -2439,8 +2512,8 @@ def openapi(routes):
             "parameters": [{"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
                            for name in re.findall(r"\{(\w+)\}", route.path)]
             + [{"name": name, "in": "query", "schema": check.schema} for name, check in route.query.items()]}
-        schemes = {"open": (), "key": ("apiKey",), "admin": ("adminToken",), "owner": ("adminToken", "apiKey")}
-        operation["security"] = [{scheme: []} for scheme in schemes[route.access]]
+        schemes = {"open": (), "admin": ("adminToken",), "owner": ("adminToken", "apiKey")}
+        operation["security"] = [{scheme: []} for scheme in schemes.get(route.access, ("apiKey",))]
         if route.body:
             operation["requestBody"] = {
                 "required": True, "content": {"application/json": {"schema": route.body.schema}}}
@@ -2569,8 +2642,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             try:
                 status, body, headers = self.respond()
             except Refused as refused:
-                body = {"status": False, "error": refused.error, **({"field": refused.field} if refused.field else {})}
-                status, headers = refused.status, refused.headers
+                status, body, headers = refused.status, refused.body, refused.headers
             except redis.RedisError as error:
                 log(logging.WARNING, "request answered 503", error=describe(error))
                 status, headers = 503, {"Retry-After": "1"}

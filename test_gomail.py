@@ -34,7 +34,6 @@ import zoneinfo
 import aiosmtpd.controller
 import aiosmtpd.smtp
 import jwt
-import jwt.api_jwt
 import pytest
 import redis
 import redis.backoff
@@ -726,13 +725,8 @@ def test_a_secret_is_replaced_without_any_key_being_refused_meanwhile(services):
 def test_a_key_ends_after_api_key_ttl(services, monkeypatch):
     client = services(api_key_ttl=60).client.sign_up()
     assert client("GET", "/task/dead")[0] == 200
-    now = datetime.datetime.now(datetime.timezone.utc)
-
-    class Later(datetime.datetime):
-        @classmethod
-        def now(cls, tz=None):
-            return now + datetime.timedelta(seconds=61)
-    monkeypatch.setattr(jwt.api_jwt, "datetime", Later)
+    now = time.time
+    monkeypatch.setattr(gomail.time, "time", lambda: now() + 61)
     assert client("GET", "/task/dead")[0] == 401
 
 
@@ -991,7 +985,7 @@ def queue(service, client):
 
 def test_an_answer_that_was_lost_on_the_way_costs_no_task(queue):
     # What a worker sees when its connection dies between Redis's work and Redis's answer: it asks again.
-    ids = [queue.enqueue(queue.account, MESSAGE) for _ in range(2)]
+    ids = [queue.enqueue(queue.account, [MESSAGE])[0] for _ in range(2)]
     assert queue.exchange("normal-0", "normal").id == ids[0]
     assert queue.exchange("normal-0", "normal").id == ids[0]
     done = gomail.Outcome(ids[0], "succeeded", summary=json.dumps(MESSAGE))
@@ -1001,7 +995,7 @@ def test_an_answer_that_was_lost_on_the_way_costs_no_task(queue):
 
 
 def test_a_worker_whose_task_was_given_to_another_settles_nothing(queue):
-    task_id = queue.enqueue(queue.account, MESSAGE)
+    task_id = queue.enqueue(queue.account, [MESSAGE])[0]
     queue.exchange("normal-0", "normal")
     queue.release()
     before = queue.counters()
@@ -1797,7 +1791,7 @@ def test_a_full_lane_delays_no_other(services, mail_server):
 # --- 11. cron ---------------------------------------------------------------------------------------------
 
 def test_tasks_of_a_dead_process_go_back_to_their_lanes_oldest_first(service, queue):
-    ids = [queue.enqueue(queue.account, MESSAGE) for _ in range(5)]
+    ids = [queue.enqueue(queue.account, [MESSAGE])[0] for _ in range(5)]
     assert queue.exchange("normal-1", "normal").id == ids[0]
     assert queue.exchange("normal-0", "normal").id == ids[1]
     assert service.queue.reclaim(patience=0) == 0
@@ -1808,7 +1802,7 @@ def test_tasks_of_a_dead_process_go_back_to_their_lanes_oldest_first(service, qu
 
 
 def test_a_task_that_kills_its_process_three_times_is_buried_and_its_neighbours_are_not(service, queue):
-    poison, neighbour = (queue.enqueue(queue.account, MESSAGE) for _ in range(2))
+    poison, neighbour = (queue.enqueue(queue.account, [MESSAGE])[0] for _ in range(2))
     for _ in range(3):
         queue.beat(["normal-0", "normal-1"])
         for worker in ("normal-0", "normal-1"):
@@ -1894,11 +1888,36 @@ def test_ping_answers_pong_and_metrics_are_integers_without_a_key(service):
     assert answer["status"] is True and all(type(number) is int for number in numbers)
 
 
-@pytest.mark.parametrize("route", [route for route in gomail.ROUTES if route.access == "key"], ids=lambda route: f"{route.method} {route.path}")
+@pytest.mark.parametrize("route", [route for route in gomail.ROUTES if route.access in ("key", "task")], ids=lambda route: f"{route.method} {route.path}")
 def test_a_protected_route_without_a_valid_key_is_401(service, route):
     for key in ("", "Bearer nonsense"):
         status, answer, _ = service.client(route.method, route.path, b"{}" if route.body else None, Authorization=key)
         assert status == 401 and answer["status"] is False and "API key" in answer["error"]
+
+
+def test_a_batch_queues_its_good_tasks_and_answers_each_by_itself(service, client, mail_server):
+    otp = {"task": "login", "type": "generateOtp", "retries": 0, "payload": {"userId": "otp@example.com", "length": 9}}
+    news = {"task": "n", "type": "subscribe", "retries": 0,
+            "payload": {"userId": "n@example.com", "frequency": "@daily", "content_type": "none"}}
+    answer = client.post("/task/batch", {"tasks": [MESSAGE, otp, "text", news, MESSAGE]})
+    first, length, text, unknown, last = answer["tasks"]
+    assert answer["status"] is True and first["status"] is last["status"] is True and first["id"] != last["id"]
+    assert length == {"status": False, "field": "tasks[1].payload.length",
+                      "error": "tasks[1].payload.length must be a whole number from 4 to 8"}
+    assert text == {"status": False, "field": "tasks[2]", "error": "tasks[2] must be a JSON object"}
+    assert unknown["field"] == "tasks[3].payload.content_type" and unknown["status"] is False
+    until(lambda: len(mail_server.mails) == 2)
+
+
+def test_a_batch_has_1_to_1000_tasks_and_its_limits_are_those_of_single_ones(services):
+    client = services(otp_cooldown=60).client.sign_up()
+    for tasks in ([], [MESSAGE] * 1001, {}, None):
+        status, answer, _ = client("POST", "/task/batch", {"tasks": tasks})
+        assert status == 400 and answer["field"] == "tasks" and "1 to 1000" in answer["error"]
+    otp = {"task": "login", "type": "generateOtp", "retries": 0, "payload": {"userId": "otp@example.com", "length": 6}}
+    first, second, other = client.post("/task/batch", {"tasks": [otp, otp, MESSAGE]})["tasks"]
+    assert first["status"] and other["status"] and "too many OTP requests" in second["error"]
+    assert all(task["status"] for task in client.post("/task/batch", {"tasks": [MESSAGE] * 1000})["tasks"])
 
 
 def test_the_openapi_description_has_every_route_its_checks_and_its_answers(service):
@@ -2427,7 +2446,7 @@ def test_an_outage_of_the_mail_server_with_10000_tasks_waiting_loses_none_and_co
     client.task(userId="first@example.com")
     until(lambda: service.workers.gates["normal"].reason)
     for number in range(10_000):
-        service.queue.enqueue(account, {**MESSAGE, "retries": 0, "payload": {**MESSAGE["payload"], "userId": f"{number}@example.com"}})
+        service.queue.enqueue(account, [{**MESSAGE, "retries": 0, "payload": {**MESSAGE["payload"], "userId": f"{number}@example.com"}}])
     mail_server.start()
     until(lambda: len(mail_server.mails) > 2000)
     mail_server.stop()
