@@ -39,9 +39,11 @@ import pathlib
 import random
 import re
 import secrets
+import select
 import signal
 import smtplib
 import socket
+import socketserver
 import ssl
 import subprocess
 import sys
@@ -102,14 +104,16 @@ class Settings:
     host: str = option("127.0.0.1", "address to listen on; beyond loopback only with admin_token")
     port: int = option(8080, "port to listen on; 0 picks a free one", low=0, high=65535)
     max_body: int = option(1048576, "bytes a request body may have", low=1024, high=104857600)
-    max_connections: int = option(256, "HTTP connections at once; one more is answered 503", low=1, high=10000)
+    max_connections: int = option(256, "HTTP connections at once in a process; one more is answered 503",
+                                 low=1, high=10000)
     request_timeout: float = option(30.0, "seconds a request may take to arrive, and a connection may idle",
                                     low=0.1, high=3600)
     admin_token: str = option("", "guards signup and deregister; empty: both are open, on loopback only")
     jwt_secret: str = option("", "signs the API keys, 32 bytes or more; empty: made once and kept in Redis")
     jwt_secret_previous: str = option("", "still accepted while jwt_secret is being replaced; needs jwt_secret")
     api_key_ttl: int = option(0, "seconds an API key is valid; 0: until it is deregistered", low=0, high=315360000)
-    workers: int = option(4, "worker threads of each lane (urgent, normal, bulk)", low=1, high=64)
+    processes: int = option(1, "processes that share the port and the queue, one for each core to use", low=1, high=64)
+    workers: int = option(4, "worker threads of each lane (urgent, normal, bulk), in each process", low=1, high=64)
     retry_delay: float = option(15.0, "seconds before the first retry; doubles with each, with jitter",
                                 low=0.01, high=86400)
     retry_delay_max: float = option(3600.0, "seconds a retry waits at most", low=0.01, high=604800)
@@ -280,12 +284,15 @@ class JsonFormatter(logging.Formatter):
     """A record as one line of JSON: time (RFC 3339, UTC), level, message, and the record's own fields."""
 
     def format(self, record):
+        if hasattr(record, "line"):  # made for the other handler
+            return record.line
         moment = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc)
         line = {"time": moment.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
                 "level": record.levelname, "message": record.getMessage(), **getattr(record, "fields", {})}
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False, default=str)
+        record.line = json.dumps(line, ensure_ascii=False, default=str)
+        return record.line
 
 
 class LogFile(logging.handlers.RotatingFileHandler):
@@ -309,8 +316,16 @@ class Console(logging.StreamHandler):
         pass
 
 
-def start_logging(settings):
-    """Send the log to stdout and to `log_file`.
+class SharedLogFile(logging.handlers.WatchedFileHandler):
+    """The log file in a process beside others: one of them, with a LogFile, rotates it, and the rest follow."""
+
+    handleError = LogFile.handleError
+    console = None
+    told = float("-inf")
+
+
+def start_logging(settings, shared=False):
+    """Send the log to stdout and to `log_file`; `shared` says that another process rotates the file.
 
     Raises:
         StartError: the log file cannot be opened.
@@ -319,7 +334,8 @@ def start_logging(settings):
     handlers = [console]
     if settings.log_file != "off":
         try:
-            file = LogFile(settings.log_file, maxBytes=10_000_000, backupCount=3, encoding="utf-8")
+            file = SharedLogFile(settings.log_file, encoding="utf-8") if shared else LogFile(
+                settings.log_file, maxBytes=10_000_000, backupCount=3, encoding="utf-8")
         except OSError as error:
             raise StartError(f"log_file: {settings.log_file!r} cannot be written: {describe(error)}") from None
         file.console = console
@@ -2289,8 +2305,8 @@ class Route:
     """One method of one path.
 
     `access` is "open", "key", "task" (a key that the queue looks up, in the same round trip), "admin", or "owner" (the
-    admin, or the key of the account concerned); `body` and `query` are the checks of what comes with a request; `answer` names the fields of a success and their types,
-    `refuses` the statuses that only this route answers.
+    admin, or the key of the account concerned); `body` and `query` are the checks of what comes with a request;
+    `answer` names the fields of a success and their types, `refuses` the statuses that only this route answers.
     """
 
     method: str
@@ -2530,8 +2546,23 @@ def openapi(routes):
 OPENAPI = openapi(ROUTES)
 
 
+def listen(settings):
+    """The listening socket. Raises StartError where the address cannot be had."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=128,
+                                    dualstack_ipv6=family == socket.AF_INET6 and socket.has_dualstack_ipv6())
+    except OSError as error:
+        raise StartError(f"port: cannot listen on {settings.host}:{settings.port}: {describe(error)}; expected a "
+                         "free port on an address of this machine") from None
+
+
 class HttpServer(http.server.ThreadingHTTPServer):
     """The HTTP server: a thread for each connection, at most `max_connections` of them.
+
+    Args:
+        settings: the Settings.
+        listener: a listening socket that several processes share; by default one of its own.
 
     Raises:
         StartError: the address cannot be listened on.
@@ -2539,31 +2570,22 @@ class HttpServer(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
     block_on_close = False
-    request_queue_size = 128
     BUSY = (b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
             b"Connection: close\r\nContent-Length: 54\r\n\r\n"
             b'{"status": false, "error": "too many connections now"}')
 
-    def __init__(self, settings):
+    def __init__(self, settings, listener=None):
         self.settings = settings
         self.api = None
         self.stopping = False
         self.places = threading.BoundedSemaphore(settings.max_connections)
         self.idle = threading.Condition()
         self.requests = 0
-        try:
-            found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)
-            self.address_family = found[0][0]
-            super().__init__(found[0][4][:2], Handler)
-        except OSError as error:
-            raise StartError(f"port: cannot listen on {settings.host}:{settings.port}: {describe(error)}; expected a "
-                             "free port on an address of this machine") from None
-
-    def server_bind(self):
-        # Not HTTPServer's, which looks its own name up in the DNS.
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.socket.bind(self.server_address)
+        self.socket = listener or listen(settings)
+        # Another process may take the connection that this one was woken for.
+        self.socket.setblocking(False)
         self.server_address = self.socket.getsockname()
+        socketserver.BaseServer.__init__(self, self.server_address, Handler)
 
     @property
     def url(self):
@@ -2824,26 +2846,27 @@ class Service:
     Args:
         settings: the Settings.
         clock: the newsletters' clock; by default Redis's.
+        shared: the Shared things of the supervisor whose child this process is, or None.
 
     Raises:
         StartError: from start().
     """
 
-    def __init__(self, settings, clock=None):
-        self.settings, self.clock = settings, clock
+    def __init__(self, settings, clock=None, shared=None):
+        self.settings, self.clock, self.shared = settings, clock, shared
         self.server = None
 
     def start(self):
         """Start everything; returns when requests are answered."""
         settings = self.settings
         with contextlib.ExitStack() as undo:
-            self.http = HttpServer(settings)
+            self.http = HttpServer(settings, self.shared and self.shared.listener)
             undo.callback(self.http.server_close)
-            if not settings.redis_uri:
+            if not settings.redis_uri and not self.shared:
                 self.server = EmbeddedServer(settings.data_dir, settings.durability == "fsync")
                 self.server.start()
                 undo.callback(self.server.stop)
-            self.store = open_store(settings, self.server)
+            self.store = open_store(settings, self.shared.server if self.shared else self.server)
             self.transport = SmtpTransport(settings) if settings.smtp_server else Outbox(
                 pathlib.Path(settings.data_dir, "outbox"))
             process = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
@@ -2859,12 +2882,17 @@ class Service:
             self.listener = threading.Thread(target=self.http.serve_forever, args=(0.05,), daemon=True)
             self.listener.start()
             undo.pop_all()
+
+    def announce(self):
+        """Log where it listens, where data lies, and where mail goes."""
         log(logging.INFO, f"listening on {self.http.url}", version=__version__)
-        where = f"the embedded server's folder {self.server.folder}" if self.server else redacted(settings.redis_uri)
-        log(logging.INFO, f"data lies in {where}")
-        log(logging.INFO, f"mail goes to {self.transport}", sender=settings.sender[1])
-        if not self.server:
+        if self.settings.redis_uri:
+            log(logging.INFO, f"data lies in {redacted(self.settings.redis_uri)}")
             warn_of_losses(self.store)
+        else:
+            folder = pathlib.Path(self.settings.data_dir).resolve()
+            log(logging.INFO, f"data lies in the embedded server's folder {folder}")
+        log(logging.INFO, f"mail goes to {self.transport}", sender=self.settings.sender[1])
 
     def stop(self):
         """Answer no new requests, end the work in flight, leave the rest in Redis, stop the embedded server last."""
@@ -3005,23 +3033,142 @@ def help_text():
     return "\n".join(lines)
 
 
-def run(settings):
-    """Run the service until SIGTERM or SIGINT. Returns the exit code."""
-    # The system may hand a signal to any thread, and the main thread would sleep on in a lock; a byte on a socket
-    # wakes it in any case.
+def catch_signals():
+    """A socket that has something to read when SIGTERM or SIGINT came.
+
+    The system may hand a signal to any thread, and the main thread would sleep on in a lock; a byte on a socket
+    wakes it in any case.
+    """
     signals, wake_up = socket.socketpair()
     wake_up.setblocking(False)
+    catch_signals.kept = wake_up  # set_wakeup_fd keeps the number only
     signal.set_wakeup_fd(wake_up.fileno())
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
+    return signals
+
+
+def run(settings):
+    """Run the service until SIGTERM or SIGINT. Returns the exit code."""
+    signals = catch_signals()
     start_logging(settings)
+    if settings.processes > 1:
+        return Supervisor(settings).run(signals)
     service = Service(settings)
     service.start()
+    service.announce()
     notify_systemd("READY=1")
     signals.recv(1)
     notify_systemd("STOPPING=1")
     service.stop()
     return 0
+
+
+@dataclasses.dataclass
+class Shared:
+    """What the processes of one gomail share: the listening socket, and the embedded server, if any."""
+
+    listener: socket.socket
+    server: EmbeddedServer = None
+
+
+class Supervisor:
+    """The parent of `processes` services: starts them, starts those again that end, and stops them together.
+
+    It holds what is there once, the listening socket and the embedded server, and rotates the log file.
+    """
+
+    def __init__(self, settings):
+        self.settings = settings
+        self.children = {}  # number -> process id
+
+    def run(self, signals):
+        """Run until `signals` has something to read. Returns the exit code."""
+        settings = self.settings
+        self.shared = Shared(listen(settings))
+        if not settings.redis_uri:
+            self.shared.server = EmbeddedServer(settings.data_dir, settings.durability == "fsync")
+            self.shared.server.start()
+        # The children end when this pipe does: with this process, however that ends.
+        self.alive, self.life = os.pipe()
+        ready, started = os.pipe()
+        try:
+            for number in range(settings.processes):
+                self.start(number, started)
+            os.close(started)
+            if len(read_all(ready)) < settings.processes:
+                return 1
+            notify_systemd("READY=1")
+            while not select.select([signals], [], [], 1.0)[0]:
+                self.look_after()
+            notify_systemd("STOPPING=1")
+            return 0
+        finally:
+            self.stop()
+
+    def start(self, number, started=None):
+        """Start a child; it writes a byte to the descriptor `started` when it answers."""
+        self.children[number] = os.fork()
+        if self.children[number]:
+            return
+        code = 1
+        try:
+            os.close(self.life)
+            if self.shared.server:
+                self.shared.server.lock.close()  # the parent's lock must not outlive it
+            signals = catch_signals()
+            start_logging(self.settings, shared=True)
+            service = Service(self.settings, shared=self.shared)
+            service.start()
+            if number == 0:
+                service.announce()
+            if started is not None:
+                os.write(started, b"+")
+                os.close(started)
+            select.select([signals, self.alive], [], [])
+            service.stop()
+            code = 0
+        except StartError as error:
+            print(f"gomail: {error}", file=sys.stderr)
+        except Exception:
+            logger.exception("a process ended")
+        finally:
+            os._exit(code)
+
+    def look_after(self):
+        """Start again what has ended, and rotate the log file where it is full."""
+        for number, child in list(self.children.items()):
+            if os.waitpid(child, os.WNOHANG)[0]:
+                log(logging.ERROR, "a process ended, and is started again", process=child)
+                self.start(number)
+        if self.shared.server:
+            try:
+                self.shared.server.ensure()
+            except StartError as error:
+                log(logging.ERROR, "the embedded server does not start", error=str(error))
+        for handler in logger.handlers:
+            if isinstance(handler, LogFile) and os.path.getsize(handler.baseFilename) > handler.maxBytes:
+                handler.doRollover()
+
+    def stop(self):
+        """Stop the children, then the embedded server."""
+        self.shared.listener.close()
+        os.close(self.life)
+        deadline = time.monotonic() + self.settings.shutdown_timeout + 10
+        for child in self.children.values():
+            while not os.waitpid(child, os.WNOHANG)[0]:
+                if time.monotonic() > deadline:
+                    os.kill(child, signal.SIGKILL)
+                time.sleep(0.02)
+        if self.shared.server:
+            self.shared.server.stop()
+        log(logging.INFO, "stopped all processes")
+
+
+def read_all(descriptor):
+    """All bytes until the other end is closed."""
+    with open(descriptor, "rb") as file:
+        return file.read()
 
 
 def main(arguments=None):

@@ -2261,6 +2261,46 @@ def test_a_process_killed_with_tasks_queued_and_in_flight_sends_them_all_after_t
     until(lambda: {mail.recipient for mail in mail_server.mails} == set(recipients))
 
 
+def children(pid):
+    """The processes that this process started."""
+    return [int(child) for child in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            if "valkey" not in pathlib.Path(f"/proc/{child}/cmdline").read_text()]
+
+
+def test_several_processes_share_the_port_the_log_and_the_work(processes, mail_server):
+    process = processes({"processes": "2", "smtp_server": "127.0.0.1", "smtp_port": str(mail_server.port)}).started()
+    client = process.client.sign_up()
+    assert len(children(process.process.pid)) == 2
+    for number in range(50):
+        client.task(userId=f"{number}@example.com")
+    until(lambda: len(mail_server.mails) == 50)
+    until(lambda: client.get("/health/metrics")["Jobs Successful"] == 50)
+    assert process.stop() == 0
+    lines = [json.loads(line) for line in (process.folder / "app.log").read_text().splitlines()]
+    assert sum(line["message"] == "task succeeded" for line in lines) == 50
+    assert sum(line["message"].startswith("listening on") for line in lines) == 1
+
+
+def test_a_process_that_dies_is_started_again_and_its_tasks_are_sent(processes, mail_server):
+    process = processes({"processes": "2", "smtp_server": "127.0.0.1", "smtp_port": str(mail_server.port)}).started()
+    client = process.client.sign_up()
+    tasks = [client.task(userId=f"{number}@example.com") for number in range(200)]
+    before = children(process.process.pid)
+    os.kill(before[0], signal.SIGKILL)
+    until(lambda: len(set(children(process.process.pid)) - {before[0]}) == 2)
+    client = Client(client.address, client.key)
+    for task_id in tasks:
+        client.state(task_id, "succeeded")
+    assert process.stop() == 0
+
+
+def test_no_process_outlives_a_killed_supervisor(processes):
+    process = processes({"processes": "2"}).started()
+    left = children(process.process.pid)
+    process.kill()
+    until(lambda: not any(pathlib.Path(f"/proc/{pid}").exists() for pid in left))
+
+
 # --- faults -----------------------------------------------------------------------------------------------
 # Real processes are killed, real servers go away and come back; then the mails are counted: tasks that were
 # answered 2xx, distinct mails that arrived, and doubles.
