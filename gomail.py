@@ -171,7 +171,7 @@ class Settings:
         if not self.admin_token and not is_loopback(self.host):
             raise StartError(f"host: {self.host!r} is not a loopback address; to listen there, set admin_token")
 
-    @property
+    @functools.cached_property
     def sender(self):
         """The sender's (display name, address)."""
         name, address = email.utils.parseaddr(self.smtp_from)
@@ -283,23 +283,31 @@ def log(level, message, **fields):
 class JsonFormatter(logging.Formatter):
     """A record as one line of JSON: time (RFC 3339, UTC), level, message, and the record's own fields."""
 
+    ENCODER = json.JSONEncoder(ensure_ascii=False, default=str)
+
     def format(self, record):
         if hasattr(record, "line"):  # made for the other handler
             return record.line
-        moment = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc)
-        line = {"time": moment.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-                "level": record.levelname, "message": record.getMessage(), **getattr(record, "fields", {})}
+        seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        line = {"time": f"{seconds}.{int(record.msecs):03}Z", "level": record.levelname,
+                "message": record.getMessage(), **getattr(record, "fields", {})}
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        record.line = json.dumps(line, ensure_ascii=False, default=str)
+        record.line = self.ENCODER.encode(line)
         return record.line
 
 
 class LogFile(logging.handlers.RotatingFileHandler):
     """The log file. A full disk costs log lines, never the service; stdout is told once a minute."""
 
+    lines = 0
     console = None
     told = float("-inf")
+
+    def shouldRollover(self, record):
+        # The inherited one asks the system about the file; once in a hundred lines is often enough.
+        self.lines += 1
+        return self.lines % 100 == 0 and super().shouldRollover(record)
 
     def handleError(self, record):
         error = sys.exc_info()[1]
@@ -349,6 +357,9 @@ def start_logging(settings, shared=False):
         logger.addHandler(handler)
     logger.setLevel(settings.log_level)
     logger.propagate = False
+    # Nothing that our lines do not show is looked up for each of them.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None
 
 
 # --- 3. store ---------------------------------------------------------------------------------------------
@@ -398,10 +409,11 @@ class Store:
                    "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 1, (redis.ConnectionError,))}
         self.prefix = prefix
         self.available = True
+        self._own = threading.local()
         if uri.startswith("redis+sentinel://"):
-            self.redis = self._behind_sentinels(uri, options)
+            self._pooled = self._behind_sentinels(uri, options)
         else:
-            self.redis = redis.Redis.from_url(uri if "://" in uri else f"redis://{uri}", **options)
+            self._pooled = redis.Redis.from_url(uri if "://" in uri else f"redis://{uri}", **options)
 
     @staticmethod
     def _behind_sentinels(uri, options):
@@ -422,9 +434,26 @@ class Store:
         """The key named by `parts`, joined with colons behind the prefix."""
         return self.prefix + ":".join(parts)
 
+    @property
+    def redis(self):
+        """The Redis client: that of this thread, or the one that all others share."""
+        return getattr(self._own, "client", self._pooled)
+
+    def dedicate(self):
+        """Give this thread a connection of its own, which spares it the way through the pool."""
+        self._own.client = redis.Redis(connection_pool=self._pooled.connection_pool, single_connection_client=True)
+
     def script(self, source):
-        """A Lua script, as a callable: script(keys=[...], args=[...])."""
-        return self.redis.register_script(source)
+        """A Lua script, as a callable: script(keys, args), with a client of its own where it matters which."""
+        digest = hashlib.sha1(source.encode()).hexdigest()
+
+        def run(keys, args, client=None):
+            client = client or self.redis
+            try:
+                return client.execute_command("EVALSHA", digest, len(keys), *keys, *args)
+            except redis.exceptions.NoScriptError:
+                return client.execute_command("EVAL", source, len(keys), *keys, *args)
+        return run
 
     def time(self):
         """Redis's clock, seconds since the epoch: the one clock that all processes share."""
@@ -1176,11 +1205,11 @@ class Queue:
 
     def _durably(self, script, keys, args):
         if self.settings.durability != "fsync":
-            return script(keys=keys, args=args)
-        with self.store.redis.pipeline(transaction=False) as pipeline:
-            script(keys=keys, args=args, client=pipeline)
-            pipeline.execute_command("WAITAOF", 1, 0, 4000)
-            result, (on_disk, _) = pipeline.execute()
+            return script(keys, args)
+        # WAITAOF is about what its own connection wrote.
+        with self.store.redis.client() as connection:
+            result = script(keys, args, connection)
+            on_disk, _ = connection.execute_command("WAITAOF", 1, 0, 4000)
         if not on_disk:
             raise Refused(503, "the task could not be written to disk in time; send it again", None,
                           {"Retry-After": "1"})
@@ -1360,7 +1389,6 @@ BLOCKS = frozenset("address article aside blockquote center dd div dl dt fieldse
 SPACED = frozenset("blockquote h1 h2 h3 h4 h5 h6 ol p pre table ul".split())
 HIDDEN = frozenset(("head", "script", "style", "template"))
 MEANING = BLOCKS | HIDDEN | {"pre", "br", "li", "td", "th", "img", "a", "body"}
-WHITE_SPACE = re.compile(r"\s{2,}|[^\S ]")
 TAG = re.compile(r"<(/?)([a-zA-Z][a-zA-Z0-9]*)((?:[\s/][^<>]*)?)>|<[!?/][^<>]*>")
 ATTRIBUTE = re.compile(r"""\b(href|alt)\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s"'>]+))""", re.IGNORECASE)
 
@@ -1374,12 +1402,12 @@ def html_to_text(document):
     document = first + "".join(comment.partition("-->")[2] for comment in comments)
     has_pre = "<pre" in document.lower()
     if not has_pre:
-        document = WHITE_SPACE.sub(" ", document)
+        document = " ".join(document.split())
     parts, hidden, preformatted, link = [], "", False, None
     pieces = TAG.split(document) + ["", "", ""]
     for text, ends, tag, attributes in zip(pieces[::4], pieces[1::4], pieces[2::4], pieces[3::4]):
         if text and not hidden:
-            text = WHITE_SPACE.sub(" ", text) if has_pre and not preformatted else text
+            text = re.sub(r"\s+", " ", text) if has_pre and not preformatted else text
             parts.append(html.unescape(text) if "&" in text else text)
         tag = tag.lower() if tag else ""
         if tag not in MEANING:
@@ -1407,7 +1435,7 @@ def html_to_text(document):
                 parts.append(f" ({target})")
         if not hidden and tag in BLOCKS:
             parts.append("\n\n" if tag in SPACED else "\n")
-    text = re.sub(r" ?\n ?", "\n", re.sub(r"[ \t]{2,}|\t", " ", "".join(parts)))
+    text = "\n".join([" ".join(line.split()) for line in "".join(parts).split("\n")])
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
@@ -2113,6 +2141,7 @@ class Workers:
     def run(self, lane, name):
         """Work until the service stops. An outcome is kept until Redis has it, however long that takes."""
         outcome, failures = None, 0
+        self.queue.store.dedicate()
         while True:
             try:
                 take = not self.stopping.is_set() and not self.gates[lane].reason
