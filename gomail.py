@@ -1384,66 +1384,70 @@ def is_html(content):
     return MARKUP.search(content) is not None
 
 
-BLOCKS = frozenset("address article aside blockquote center dd div dl dt fieldset figure footer form h1 h2 h3 h4 h5 h6 "
-                   "header hr main nav ol p pre section table title tr ul".split())
-SPACED = frozenset("blockquote h1 h2 h3 h4 h5 h6 ol p pre table ul".split())
-HIDDEN = frozenset(("head", "script", "style", "template"))
-MEANING = BLOCKS | HIDDEN | {"pre", "br", "li", "td", "th", "img", "a", "body"}
+# What the text has instead of a start tag, and of an end tag; other tags leave nothing behind.
+INSTEAD = {
+    **dict.fromkeys("address article aside center dd div dl dt fieldset figure footer form header hr main nav section "
+                    "title tr".split(), ("\n", "\n")),
+    **dict.fromkeys("blockquote h1 h2 h3 h4 h5 h6 ol p table ul".split(), ("\n\n", "\n\n")),
+    "br": ("\n", "\n"), "li": ("\n- ", ""), "td": (" ", ""), "th": (" ", ""),
+    **dict.fromkeys("b i em strong span".split(), ("", ""))}
+AS_WRITTEN = {f"<{slash}{tag}>": INSTEAD[tag][slash == "/"] for tag in INSTEAD for slash in ("", "/")}
 TAG = re.compile(r"<(/?)([a-zA-Z][a-zA-Z0-9]*)((?:[\s/][^<>]*)?)>|<[!?/][^<>]*>")
+HIDDEN = re.compile(r"<(head|script|style|template)(?=[\s/>])", re.IGNORECASE)
+PREFORMATTED = re.compile(r"</?pre(?:\s[^<>]*)?>", re.IGNORECASE)
 ATTRIBUTE = re.compile(r"""\b(href|alt)\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s"'>]+))""", re.IGNORECASE)
 
 
 def html_to_text(document):
     """The text of an HTML document for those who read mail without HTML: blocks apart, links with their target.
 
-    By one pass over the tags, in a time that grows with the length alone, whatever somebody writes into a mail.
+    In a time that grows with the length alone, whatever somebody writes into a mail.
     """
     first, *comments = document.split("<!--")
-    document = first + "".join(comment.partition("-->")[2] for comment in comments)
-    has_pre = "<pre" in document.lower()
-    if not has_pre:
-        document = " ".join(document.split())
-    parts, hidden, preformatted, link = [], "", False, None
-    pieces = TAG.split(document) + ["", "", ""]
-    for text, ends, tag, attributes in zip(pieces[::4], pieces[1::4], pieces[2::4], pieces[3::4]):
-        if text and not hidden:
-            text = re.sub(r"\s+", " ", text) if has_pre and not preformatted else text
-            parts.append(html.unescape(text) if "&" in text else text)
-        tag = tag.lower() if tag else ""
-        if tag not in MEANING:
-            continue
-        if hidden:
-            # The end tag of the head may be left out.
-            hidden = "" if ends and tag == hidden or hidden == "head" and tag == "body" else hidden
-        elif tag in HIDDEN and not ends:
-            hidden = tag
-        elif tag == "pre":
-            preformatted = not ends
-        elif tag == "br":
-            parts.append("\n")
-        elif tag == "li" and not ends:
-            parts.append("\n- ")
-        elif tag in ("td", "th") and not ends:
-            parts.append(" ")
-        elif tag == "img":
-            parts.append(attribute("alt", attributes))
-        elif tag == "a" and not ends:
-            link = attribute("href", attributes), len(parts)
+    document = without_hidden(first + "".join(comment.partition("-->")[2] for comment in comments))
+    pieces = PREFORMATTED.split(document)
+    pieces[::2] = [" ".join(piece.split()) for piece in pieces[::2]]  # line ends count inside of <pre> only
+    link = None
+
+    def instead(match):
+        nonlocal link
+        if (known := AS_WRITTEN.get(match[0])) is not None:
+            return known
+        ends, tag, attributes = match.groups()
+        tag = tag and tag.lower()
+        if tag in INSTEAD:
+            return INSTEAD[tag][ends == "/"]
+        if tag == "img":
+            return attribute("alt", attributes)
+        if tag == "a" and not ends:
+            link = attribute("href", attributes), match.end()
         elif tag == "a" and link:
             (target, start), link = link, None
-            if target.startswith(("http:", "https:", "mailto:")) and target not in "".join(parts[start:]):
-                parts.append(f" ({target})")
-        if not hidden and tag in BLOCKS:
-            parts.append("\n\n" if tag in SPACED else "\n")
-    text = "\n".join([" ".join(line.split()) for line in "".join(parts).split("\n")])
+            if target.startswith(("http:", "https:", "mailto:")) and target not in match.string[start:match.start()]:
+                return f" ({target})"
+        return ""
+    text = html.unescape(TAG.sub(instead, "\n\n".join(pieces)))
+    text = "\n".join([" ".join(line.split()) for line in text.split("\n")])
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
+def without_hidden(document):
+    """An HTML document without the elements that nobody sees. The end tag of the head may be left out."""
+    parts, start = [], 0
+    while found := HIDDEN.search(document, start):
+        parts.append(document[start:found.start()])
+        name = found[1].lower()
+        closing = re.compile(rf"</{name}\s*>" + "|(?=<body)" * (name == "head"), re.IGNORECASE)
+        end = closing.search(document, found.end())
+        start = end.end() if end else len(document)
+    return "".join(parts) + document[start:]
+
+
 def attribute(name, attributes):
-    """The value of an HTML attribute, or ""."""
+    """The value of an HTML attribute as it is written, or ""."""
     for found, *values in ATTRIBUTE.findall(attributes):
         if found.lower() == name:
-            return html.unescape("".join(values))
+            return "".join(values)
     return ""
 
 
