@@ -2616,10 +2616,10 @@ def test_behind_sentinels_a_new_master_is_found_when_the_old_one_dies(processes,
         process = processes({**settings_for(master, mail_server), "redis_uri": uri}).started()
         sender = Sender(200, [process.url], process.client.sign_up().key)
         until(lambda: len(sender.answered) > 50)
-        # Replication is asynchronous: what is counted is what the replica has.
-        master.client.wait(1, 5000)
-        master.client.execute_command("CLIENT", "PAUSE", "200", "WRITE")
-        master.client.wait(1, 5000)
+        # Replication is asynchronous: the master dies when the replica has all that was answered.
+        master.client.execute_command("CLIENT", "PAUSE", "60000", "WRITE")
+        until(lambda: replica.client.info("replication")["slave_repl_offset"]
+              == master.client.info("replication")["master_repl_offset"])
         master.kill()
         until(lambda: len(sender.answered) == 200, 60)
         counted(mail_server, sender.answered)
