@@ -23,6 +23,7 @@ import email.header
 import email.utils
 import fcntl
 import functools
+import gc
 import hashlib
 import hmac
 import html
@@ -1431,7 +1432,7 @@ def html_to_text(document):
     first, *comments = document.split("<!--")
     document = without_hidden(first + "".join(comment.partition("-->")[2] for comment in comments))
     pieces = PREFORMATTED.split(document)
-    pieces[::2] = [" ".join(piece.split()) for piece in pieces[::2]]  # line ends count inside of <pre> only
+    pieces[::2] = [piece.replace("\n", " ") for piece in pieces[::2]]  # line ends count inside of <pre> only
     link = None
 
     def instead(match):
@@ -1453,7 +1454,9 @@ def html_to_text(document):
         return ""
     text = html.unescape(TAG.sub(instead, "\n\n".join(pieces)))
     text = "\n".join([" ".join(line.split()) for line in text.split("\n")])
-    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+    while "\n\n\n" in text:
+        text = text.replace("\n\n\n", "\n\n")
+    return text.strip() + "\n"
 
 
 def without_hidden(document):
@@ -3111,6 +3114,7 @@ def run(settings):
     """Run the service until SIGTERM or SIGINT. Returns the exit code."""
     signals = catch_signals()
     start_logging(settings)
+    gc.freeze()  # what is loaded by now stays; the collector would look at it again and again
     if settings.processes > 1:
         return Supervisor(settings).run(signals)
     service = Service(settings)
