@@ -431,6 +431,7 @@ class Store:
         self.prefix = prefix
         self.available = True
         self._own = threading.local()
+        self._spare = []
         if uri.startswith("redis+sentinel://"):
             self._pooled = self._behind_sentinels(uri, options)
         else:
@@ -461,13 +462,21 @@ class Store:
         return getattr(self._own, "client", self._pooled)
 
     def dedicate(self):
-        """Give this thread a connection of its own, which spares it the way through the pool.
+        """Give this thread a connection of its own until release(), which spares it the locks of the pool.
 
         Behind Sentinels it stays with the pool, which asks them for the master whenever it hands out a connection.
         """
         pool = self._pooled.connection_pool
         if not isinstance(pool, redis.sentinel.SentinelConnectionPool):
-            self._own.client = redis.Redis(connection_pool=pool, single_connection_client=True)
+            try:
+                self._own.client = self._spare.pop()
+            except IndexError:
+                self._own.client = redis.Redis(connection_pool=pool, single_connection_client=True)
+
+    def release(self):
+        """Leave this thread's connection to the next one that needs one."""
+        if client := vars(self._own).pop("client", None):
+            self._spare.append(client)
 
     def script(self, source):
         """A Lua script, as a callable: script(keys, args), with a client of its own where it matters which."""
@@ -2658,8 +2667,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.api = None
         self.stopping = False
         self.places = threading.BoundedSemaphore(settings.max_connections)
-        self.idle = threading.Condition()
-        self.requests = 0
+        self.answering = set()  # the handlers that have a request in hand
         self.socket = listener or listen(settings)
         # Another process may take the connection that this one was woken for.
         self.socket.setblocking(False)
@@ -2694,25 +2702,14 @@ class HttpServer(http.server.ThreadingHTTPServer):
     def handle_error(self, request, client_address):
         logger.exception("unexpected error in a connection")
 
-    @contextlib.contextmanager
-    def counted(self):
-        """Count a request while it is answered, so that stop() can wait for it."""
-        with self.idle:
-            self.requests += 1
-        try:
-            yield
-        finally:
-            with self.idle:
-                self.requests -= 1
-                self.idle.notify_all()
-
     def stop(self, timeout):
         """Accept nothing more, and wait up to `timeout` seconds for requests in flight."""
         self.stopping = True
         self.shutdown()
         self.server_close()
-        with self.idle:
-            self.idle.wait_for(lambda: not self.requests, timeout)
+        deadline = time.monotonic() + timeout
+        while self.answering and time.monotonic() < deadline:
+            time.sleep(0.01)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -2739,7 +2736,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.deadline = self.began + self.server.settings.request_timeout
         if not self.buffer and not self.receive_first():
             return False
-        with self.server.counted():
+        self.server.answering.add(self)
+        try:
             try:
                 status, body, headers = self.respond()
             except Refused as refused:
@@ -2755,6 +2753,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 status, headers, body = 500, {}, {"status": False, "error": "internal error"}
             self.keep = self.keep and not self.server.stopping
             self.send(status, body, headers)
+        finally:
+            self.server.answering.discard(self)
         if not self.keep:
             self.linger()
         return self.keep
@@ -2792,11 +2792,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
                           dict(urllib.parse.parse_qsl(query)))
         if route.body:
             request.body = parse_json(body, headers.get("content-type", ""))
-        return 200, self.server.api.answer(route, request), {}
+        store = self.server.api.queue.store
+        store.dedicate()
+        try:
+            return 200, self.server.api.answer(route, request), {}
+        finally:
+            store.release()
+
+    def set_timeout(self, seconds):
+        if seconds != self.connection.gettimeout():  # it is a system call each time
+            self.connection.settimeout(seconds)
 
     def receive(self):
         """Add what comes next to the buffer. Raises Refused (408) at the deadline, OSError where nothing comes."""
-        self.connection.settimeout(max(0.001, self.deadline - time.monotonic()))
+        left = self.deadline - time.monotonic()
+        # A timeout costs a system call where it changes, so the first of a request stays: 0.1 s too long at most.
+        full = self.server.settings.request_timeout
+        self.set_timeout(full if left > full - 0.1 else max(0.001, left))
         try:
             data = self.connection.recv(65536)
         except TimeoutError:
@@ -2882,7 +2894,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         lines += [f"{name}: {value}" for name, value in headers.items()]
         if not self.keep:
             lines.append("Connection: close")
-        self.connection.settimeout(self.server.settings.request_timeout)
+        self.set_timeout(self.server.settings.request_timeout)
         head = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
         self.connection.sendall(head if self.head_only else head + content)
 
@@ -2890,7 +2902,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Read on for a moment before closing: data still on its way would make the system reset the connection,
         and the client would lose the answer."""
         self.connection.shutdown(socket.SHUT_WR)
-        self.connection.settimeout(0.5)
+        self.set_timeout(0.5)
         deadline = time.monotonic() + 2.0
         while time.monotonic() < deadline and self.connection.recv(65536):
             pass
