@@ -258,7 +258,7 @@ def parse_address(text):
     """
     local, at, domain = text.rpartition("@")
     try:
-        domain = domain.encode("idna").decode().lower()
+        domain = (domain if domain.isascii() else domain.encode("idna").decode()).lower()
         size = len(local.encode())
     except UnicodeError:
         return None
@@ -281,10 +281,11 @@ def log(level, message, **fields):
     logger.log(level, message, extra={"fields": fields})
 
 
+ENCODER = json.JSONEncoder(ensure_ascii=False, default=str)
+
+
 class JsonFormatter(logging.Formatter):
     """A record as one line of JSON: time (RFC 3339, UTC), level, message, and the record's own fields."""
-
-    ENCODER = json.JSONEncoder(ensure_ascii=False, default=str)
 
     def format(self, record):
         seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
@@ -292,7 +293,7 @@ class JsonFormatter(logging.Formatter):
                 "message": record.getMessage(), **getattr(record, "fields", {})}
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        return self.ENCODER.encode(line)
+        return ENCODER.encode(line)
 
 
 class LogFile(logging.handlers.RotatingFileHandler):
@@ -459,19 +460,22 @@ class Store:
     @property
     def redis(self):
         """The Redis client: that of this thread, or the one that all others share."""
-        return getattr(self._own, "client", self._pooled)
+        client = getattr(self._own, "client", self._pooled)
+        if client is None:
+            try:
+                client = self._spare.pop()
+            except IndexError:
+                client = redis.Redis(connection_pool=self._pooled.connection_pool, single_connection_client=True)
+            self._own.client = client
+        return client
 
     def dedicate(self):
         """Give this thread a connection of its own until release(), which spares it the locks of the pool.
 
         Behind Sentinels it stays with the pool, which asks them for the master whenever it hands out a connection.
         """
-        pool = self._pooled.connection_pool
-        if not isinstance(pool, redis.sentinel.SentinelConnectionPool):
-            try:
-                self._own.client = self._spare.pop()
-            except IndexError:
-                self._own.client = redis.Redis(connection_pool=pool, single_connection_client=True)
+        if not isinstance(self._pooled.connection_pool, redis.sentinel.SentinelConnectionPool):
+            self._own.client = None
 
     def release(self):
         """Leave this thread's connection to the next one that needs one."""
@@ -738,10 +742,15 @@ class Text:
     def schema(self):
         return {"type": "string", "minLength": 1, "maxLength": self.maximum, "pattern": f"^{self.allowed}+$"}
 
+    @functools.cached_property
+    def pattern(self):
+        return re.compile(f"{self.allowed}+")
+
     def __call__(self, value, field):
         # "\ud800" is JSON, but half of a surrogate pair is no character that a mail could carry.
         if (not isinstance(value, str) or not 0 < len(value) <= self.maximum or value.isspace()
-                or not re.fullmatch(f"{self.allowed}+", value) or re.search(r"[\ud800-\udfff]", value)):
+                or not self.pattern.fullmatch(value)
+                or not value.isascii() and re.search(r"[\ud800-\udfff]", value)):
             raise Refused(400, f"{field} must be {self.expected}", field)
         return value
 
@@ -888,6 +897,10 @@ class TaskOfType:
 
     expected = "a task"
 
+    def __init__(self):
+        self.forms = {name: self.form((name,), payload) for name, payload in PAYLOADS.items()}
+        self.unknown = self.form(tuple(PAYLOADS), Object({}))
+
     @staticmethod
     def form(types, payload):
         """The check of a task of one of these types with such a payload."""
@@ -896,12 +909,11 @@ class TaskOfType:
 
     @property
     def schema(self):
-        return {"oneOf": [self.form((name,), payload).schema for name, payload in PAYLOADS.items()]}
+        return {"oneOf": [form.schema for form in self.forms.values()]}
 
     def __call__(self, value, path=""):
         kind = value.get("type") if isinstance(value, dict) else None
-        payload = PAYLOADS.get(kind) if isinstance(kind, str) else None
-        return self.form(tuple(PAYLOADS), payload or Object({}))(value, path)
+        return (self.forms.get(kind, self.unknown) if isinstance(kind, str) else self.unknown)(value, path)
 
 
 TASK = TaskOfType()
@@ -976,6 +988,7 @@ class Queue:
 
     MAX_STRIKES = 3
     HEARTBEAT_TTL = 4.0  # seconds
+    OTP_FIRST = 0.01  # seconds
     BATCH = 200
 
     # Redis's clock, so that the clocks of several machines need not agree.
@@ -1273,8 +1286,8 @@ class Queue:
                     *(int(count or 0) for count in counts))
 
     def give_way(self):
-        """Let an OTP pass that this process took in a moment ago, before other mail goes on; for 10 ms at most."""
-        if not self._no_otp.wait(0.01):
+        """Let an OTP pass that this process took in a moment ago, before other mail goes on; for OTP_FIRST at most."""
+        if not self._no_otp.wait(self.OTP_FIRST):
             self._no_otp.set()
 
     def otp_passed(self):
@@ -1537,7 +1550,8 @@ def mime_part(subtype, text):
     octets = (text if text.endswith("\n") else text + "\n").encode()
     encoding = "7bit"
     if not octets.isascii() or max(map(len, octets.split(b"\n"))) > 998:
-        quoted, base = binascii.b2a_qp(octets), base64.encodebytes(octets)
+        # RFC 2045 section 6.8: the line ends within base64 are CRLF.
+        quoted, base = binascii.b2a_qp(octets), base64.encodebytes(octets.replace(b"\n", b"\r\n"))
         encoding, octets = ("quoted-printable", quoted) if len(quoted) <= len(base) else ("base64", base)
     head = f'Content-Type: text/{subtype}; charset="utf-8"\r\nContent-Transfer-Encoding: {encoding}\r\n\r\n'
     return head.encode() + octets.replace(b"\n", b"\r\n")
@@ -2451,6 +2465,10 @@ ROUTES = (
           answer={"openapi": str, "info": dict, "paths": dict, "components": dict}),
 )
 
+FIXED = {path: [route for route in ROUTES if route.path == path] for path in (route.path for route in ROUTES)
+         if "{" not in path}
+
+
 class Api:
     """The handlers of the routes.
 
@@ -2712,6 +2730,12 @@ class HttpServer(http.server.ThreadingHTTPServer):
             time.sleep(0.01)
 
 
+@functools.lru_cache(maxsize=1)
+def http_date(second):
+    """The value of the header Date (RFC 9110 section 5.6.7)."""
+    return email.utils.formatdate(second, usegmt=True)
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     """One connection: reads requests, answers them, and keeps the connection where both sides can."""
 
@@ -2719,7 +2743,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     MAX_HEAD = 16384  # bytes of request line and headers together
     MAX_HEADERS = 64
     REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) (/[!-~]{0,4096}|https?://[!-~]{1,4096}|\*) HTTP/1\.([01])")
-    HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*")
+    HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)")
     ONCE = frozenset(("host", "content-length", "content-type", "authorization", "idempotency-key", "expect"))
 
     def handle(self):
@@ -2772,23 +2796,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Refused(503, "the service is stopping; send the request again", None, {"Retry-After": "1"})
         path, _, query = re.sub(r"^https?://[^/?]*", "", target).partition("?")
         path = path.rstrip("/") or "/"
-        found = [(route, match) for route in ROUTES if (match := route.pattern.fullmatch(path))]
         # A fixed path goes before a placeholder: /task/dead is not the task of id "dead".
-        found = [(route, match) for route, match in found if not match.groupdict()] or found
+        found = FIXED.get(path) or [route for route in ROUTES if route.pattern.fullmatch(path)]
         if method == "OPTIONS" and target == "*":
             return 204, None, {"Allow": "DELETE, GET, HEAD, OPTIONS, POST, PUT"}
         if not found:
             raise Refused(404, "there is no such path")
-        methods = {route.method for route, _ in found}
-        allow = {"Allow": ", ".join(sorted(methods | {"OPTIONS"} | ({"HEAD"} if "GET" in methods else set())))}
-        if method == "OPTIONS":
-            return 204, None, allow
-        for route, match in found:
-            if route.method == ("GET" if method == "HEAD" else method):
-                break
-        else:
+        route = next((route for route in found if route.method == ("GET" if method == "HEAD" else method)), None)
+        if route is None:
+            methods = {route.method for route in found}
+            allow = {"Allow": ", ".join(sorted(methods | {"OPTIONS"} | ({"HEAD"} if "GET" in methods else set())))}
+            if method == "OPTIONS":
+                return 204, None, allow
             raise Refused(405, f"this path takes {allow['Allow']}", None, allow)
-        request = Request(headers, {name: urllib.parse.unquote(value) for name, value in match.groupdict().items()},
+        placeholders = route.pattern.fullmatch(path).groupdict()
+        request = Request(headers, {name: urllib.parse.unquote(value) for name, value in placeholders.items()},
                           dict(urllib.parse.parse_qsl(query)))
         if route.body:
             request.body = parse_json(body, headers.get("content-type", ""))
@@ -2849,7 +2871,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             header = self.HEADER.fullmatch(line)
             if not header:
                 raise Refused(400, "a header line must be Name: value, without control characters")
-            name, value = header[1].decode().lower(), header[2].decode("latin-1")
+            name, value = header[1].decode().lower(), header[2].strip(b" \t").decode("latin-1")
             if name in headers:
                 if name in self.ONCE:
                     raise Refused(400, f"the header {name} may come once")
@@ -2886,8 +2908,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send(self, status, body, headers):
         """Send an answer in one piece."""
-        content = b"" if body is None else json.dumps(body, ensure_ascii=False).encode() + b"\n"
-        lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}", f"Date: {email.utils.formatdate(usegmt=True)}",
+        content = b"" if body is None else ENCODER.encode(body).encode() + b"\n"
+        lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}", f"Date: {http_date(int(time.time()))}",
                  "Cache-Control: no-store", "X-Content-Type-Options: nosniff"]
         if body is not None:
             lines += ["Content-Type: application/json", f"Content-Length: {len(content)}"]
@@ -2908,16 +2930,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
             pass
 
 
+def refuse_constant(constant):
+    raise ValueError(f"{constant} is not JSON")
+
+
+DECODER = json.JSONDecoder(parse_constant=refuse_constant)
+
+
 def parse_json(body, content_type):
     """The value of a JSON body. Raises Refused: 415 for another media type, 400 for what is not JSON."""
     media_type, _, parameters = content_type.lower().partition(";")
     if media_type.strip() != "application/json" or parameters.strip().replace('"', "") not in ("", "charset=utf-8"):
         raise Refused(415, "Content-Type must be application/json")
-
-    def refuse(constant):
-        raise ValueError(f"{constant} is not JSON")
     try:
-        return json.loads(body.decode(), parse_constant=refuse)
+        return DECODER.decode(body.decode())
     except json.JSONDecodeError as error:
         raise Refused(400, f"the body is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
     except UnicodeDecodeError:
