@@ -265,10 +265,10 @@ def percentile(values, share):
     return sorted(values)[min(len(values) - 1, int(len(values) * share))]
 
 
-def drain_once(start, sink, count, window):
-    """(mails/s, CPU seconds per 1,000 mails, MB) of one program emptying its queue, once it has sent a twentieth of it."""
+def drain_once(start, sink, count, window, first=None):
+    """(mails/s, CPU seconds per 1,000 mails, MB) of one program emptying its queue, once it has sent `first`, by default a twentieth."""
     with start(sink.port) as program:
-        until(lambda: sink.arrivals > count // 20)
+        until(lambda: sink.arrivals > (count // 20 if first is None else first))
         began, first, cpu = time.perf_counter(), sink.arrivals, program.cpu()
         while sink.arrivals < count and time.perf_counter() - began < window and program.process.poll() is None:
             time.sleep(0.002)
@@ -521,7 +521,7 @@ def workers(valkey, counts, delays, window):
                     valkey.restore(snapshot)
                     with Sink("aiosmtpd", delay, *([f"{folder}/server.pem"] if tls else [])) as sink:
                         start = lambda port: GoMail(valkey, port, workers=count, SSL_CERT_FILE=f"{folder}/ca.pem")
-                        rows[delay, tls, count] = drain_once(start, sink, 10_000, window)[0]
+                        rows[delay, tls, count] = drain_once(start, sink, 10_000, window, first=count)[0]
     return rows
 
 
