@@ -15,7 +15,9 @@ The module reads from top to bottom, and each section uses only those above it:
 
 import argparse
 import base64
+import bisect
 import binascii
+import collections
 import contextlib
 import dataclasses
 import datetime
@@ -35,6 +37,7 @@ import json
 import logging
 import logging.handlers
 import mailbox
+import math
 import os
 import pathlib
 import random
@@ -85,6 +88,9 @@ def option(default, explanation, *, low=None, high=None, choices=None):
         "explanation": explanation, "low": low, "high": high, "choices": choices})
 
 
+PLACEHOLDER = re.compile(r"\{\{ *([A-Za-z_][A-Za-z0-9_]{0,63}) *\}\}")  # {{ name }}, see fill()
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """All options. Text, whole number or seconds, by the type of the default."""
@@ -96,6 +102,8 @@ class Settings:
     smtp_from: str = option("", 'sender, "Name <address>" or "address"; empty: smtp_user, else gomail@ this host')
     smtp_tls: str = option("auto", "auto: STARTTLS where offered; off: never (a server on this machine)",
                            choices=("auto", "off"))
+    smtp_rate: float = option(0.0, "mails a second to the SMTP server, from all processes together; 0: as fast as it takes them",
+                              low=0, high=100000)
     smtp_timeout: float = option(30.0, "seconds to wait for the SMTP server's connection or answer", low=0.1, high=600)
     redis_uri: str = option("", "host:port, redis://, rediss://, unix:// or redis+sentinel://; "
                             "empty: the embedded Valkey in data_dir")
@@ -109,6 +117,8 @@ class Settings:
                                  low=1, high=10000)
     request_timeout: float = option(30.0, "seconds a request may take to arrive, and a connection may idle",
                                     low=0.1, high=3600)
+    public_url: str = option("", "where the internet reaches this service, such as https://mail.example.com; with it, "
+                             "newsletters carry a link to unsubscribe")
     admin_token: str = option("", "guards signup and deregister; empty: both are open, on loopback only")
     jwt_secret: str = option("", "signs the API keys, 32 bytes or more; empty: made once and kept in Redis")
     jwt_secret_previous: str = option("", "still accepted while jwt_secret is being replaced; needs jwt_secret")
@@ -119,6 +129,8 @@ class Settings:
                                 low=0.01, high=86400)
     retry_delay_max: float = option(3600.0, "seconds a retry waits at most", low=0.01, high=604800)
     otp_ttl: int = option(300, "seconds an OTP is valid", low=1, high=86400)
+    otp_subject: str = option("Your verification code", "subject of the OTP mail; may hold {{ otp }} and {{ minutes }}")
+    otp_content: str = option("", "content of the OTP mail, text or HTML, with the same; empty: a short text")
     otp_cooldown: int = option(30, "seconds between two OTPs for one address; 0: none", low=0, high=3600)
     otp_hourly_max: int = option(10, "OTPs for one address in an hour; 0: any number", low=0, high=1000)
     otp_minute_max: int = option(600, "OTP requests, to generate or verify, of an account in a minute; 0: any number",
@@ -169,6 +181,13 @@ class Settings:
             raise StartError(f"smtp_from: {self.smtp_from!r} is not an address, or a name with <address>")
         if self.smtp_tls == "off" and self.smtp_pass:
             raise StartError("smtp_tls: 'off' is not allowed with smtp_pass, expected auto")
+        if self.public_url and not re.fullmatch(r"https?://[!-;=?-~]+", self.public_url):
+            raise StartError(f"public_url: {self.public_url!r} is not a URL such as https://mail.example.com")
+        for name in ("otp_subject", "otp_content"):
+            if unknown := set(PLACEHOLDER.findall(getattr(self, name))) - {"otp", "minutes"}:
+                raise StartError(f"{name}: {{{{ {min(unknown)} }}}} is not known, expected {{{{ otp }}}} or {{{{ minutes }}}}")
+        if self.otp_content and "otp" not in PLACEHOLDER.findall(self.otp_content):
+            raise StartError("otp_content: must hold {{ otp }}")
         if not self.admin_token and not is_loopback(self.host):
             raise StartError(f"host: {self.host!r} is not a loopback address; to listen there, set admin_token")
 
@@ -229,7 +248,7 @@ def parse_option(field, text):
             valid = rules["low"] <= value <= rules["high"]
         except ValueError:
             valid = False
-        noun = "a whole number" if kind is int else "a number of seconds"
+        noun = "a whole number" if kind is int else "a number of seconds" if field.name != "smtp_rate" else "a number"
         allowed = f"{noun} from {rules['low']} to {rules['high']}"
     if not valid:
         raise StartError(f"{field.name}: {text!r} is not allowed, expected {allowed}")
@@ -653,7 +672,7 @@ class Accounts:
         for _, content_type in ipairs(redis.call('HKEYS', KEYS[2])) do
             redis.call('UNLINK', ARGV[2] .. content_type .. ':' .. ARGV[1])
         end
-        redis.call('UNLINK', KEYS[2], KEYS[3])
+        redis.call('UNLINK', KEYS[2], KEYS[3], KEYS[4], KEYS[5])
         return 1
     """
 
@@ -670,9 +689,19 @@ class Accounts:
         self._sign_up = store.script(self.SIGN_UP)
         self._deregister = store.script(self.DEREGISTER)
 
-    def derive(self, purpose):
+    def derive(self, purpose, secret=None):
         """A secret of its own for another purpose, made from the signing secret (32 bytes)."""
-        return hmac.digest(self.secret, purpose.encode(), "sha256")
+        return hmac.digest(secret or self.secret, purpose.encode(), "sha256")
+
+    def seal(self, purpose, claims):
+        """A signed token for one purpose, which holds the claims."""
+        return jwt.encode(claims, self.derive(purpose), algorithm="HS256")
+
+    def unseal(self, purpose, token):
+        """The claims of a token that seal() made, or None."""
+        for secret in self.accepted:
+            with contextlib.suppress(jwt.InvalidTokenError):
+                return jwt.decode(token, self.derive(purpose, secret), algorithms=["HS256"], options={"verify_sub": False})
 
     def sign_up(self, name):
         """Register `name` and return its API key. Raises Refused (409) where it is registered."""
@@ -686,7 +715,8 @@ class Accounts:
 
     def deregister(self, name):
         """Revoke the key of `name` and end all it has waiting. Raises Refused (404) where it is not registered."""
-        if not self._deregister(keys=[self.users, self.store.key("content", name), self.store.key("dead", name)],
+        if not self._deregister(keys=[self.users, self.store.key("content", name), self.store.key("dead", name),
+                                      self.store.key("suppressed", name), self.store.key("suppressed_for", name)],
                                 args=[name, self.store.key("subscribers", "")]):
             raise Refused(404, "id is not registered", "id")
 
@@ -726,6 +756,37 @@ def strip_bearer(header):
 # What a caller may ask for. A check takes a value and the path of its field, and returns the value as the
 # service keeps it, or refuses it with 400. The payload of each task type is a table of checks.
 
+MARKUP = re.compile(
+    r"<(!doctype|/?(html|head|body|div|span|p|br|hr|h[1-6]|a|b|i|u|em|strong|small|img|table|tr|td|th|ul|ol|li|pre|code"
+    r"|blockquote|center|font|section|article|header|footer|style|main|button))(\s[^<>]*)?/?>", re.IGNORECASE)
+
+
+def is_html(content):
+    """Whether `content` is HTML: whether it has a tag that mails are made of."""
+    return MARKUP.search(content) is not None
+
+
+def fill(template, variables, escape=False, partly=False):
+    """`template` with each `{{ name }}` replaced by the variable of that name; nothing in it is ever evaluated.
+
+    A name is a letter or `_`, then letters, digits or `_`; spaces beside it do not count; all else stays as it is.
+
+    Args:
+        variables: name -> string or number.
+        escape: make the values safe to stand in HTML.
+        partly: leave what has no variable as it is.
+
+    Raises:
+        KeyError: there is no variable of that name.
+    """
+    def value(match):
+        if partly and match[1] not in variables:
+            return match[0]
+        text = str(variables[match[1]])
+        return html.escape(text) if escape else text
+    return PLACEHOLDER.sub(value, template)
+
+
 @dataclasses.dataclass(frozen=True)
 class Text:
     """A string of 1 to `maximum` characters, not all blank; of those in `allowed`, a class of a regular expression."""
@@ -752,6 +813,72 @@ class Text:
                 or not self.pattern.fullmatch(value)
                 or not value.isascii() and re.search(r"[\ud800-\udfff]", value)):
             raise Refused(400, f"{field} must be {self.expected}", field)
+        return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """A string of a form of its own."""
+
+    expected: str
+    pattern: re.Pattern
+    maximum: int
+
+    @property
+    def schema(self):
+        return {"type": "string", "pattern": f"^{self.pattern.pattern}$", "maxLength": self.maximum}
+
+    def __call__(self, value, field):
+        if not isinstance(value, str) or len(value) > self.maximum or not self.pattern.fullmatch(value):
+            raise Refused(400, f"{field} must be {self.expected}", field)
+        return value
+
+
+class Base64:
+    """Bytes in base64 (RFC 4648 section 4), with or without line ends."""
+
+    expected = "bytes in base64"
+    schema = {"type": "string", "contentEncoding": "base64"}
+
+    def __call__(self, value, field):
+        try:
+            return base64.b64encode(base64.b64decode("".join(value.split()), validate=True)).decode()
+        except (AttributeError, ValueError):
+            raise Refused(400, f"{field} must be {self.expected}", field) from None
+
+
+class Moment:
+    """A moment as RFC 3339 has it, with its offset; comes back in UTC, in microseconds since the epoch."""
+
+    expected = "a moment with its offset, such as 2030-01-31T09:00:00+01:00"
+    schema = {"type": "string", "format": "date-time"}
+    PATTERN = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,6})?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
+
+    def __call__(self, value, field):
+        try:
+            if self.PATTERN.fullmatch(value):
+                return int(datetime.datetime.fromisoformat(value.upper()).timestamp() * 1e6)
+        except (TypeError, ValueError, OverflowError):
+            pass
+        raise Refused(400, f"{field} must be {self.expected}", field)
+
+
+class Variables:
+    """What to put in for each `{{ name }}`: a flat object of strings and numbers."""
+
+    expected = "an object of up to 100 names (letters, digits, _) with strings of up to 10000 characters, or numbers"
+    schema = {"type": "object", "maxProperties": 100, "propertyNames": {"pattern": "^[A-Za-z_][A-Za-z0-9_]{0,63}$"},
+              "additionalProperties": {"type": ["string", "number"], "maxLength": 10000}}
+
+    def __call__(self, value, field):
+        if (not isinstance(value, dict) or len(value) > 100
+                or not all(PLACEHOLDER.fullmatch(f"{{{{{name}}}}}") for name in value)):
+            raise Refused(400, f"{field} must be {self.expected}", field)
+        for name, found in value.items():
+            if (not isinstance(found, (str, int, float)) or isinstance(found, bool) or len(str(found)) > 10000
+                    or re.search(r"[\x00\ud800-\udfff]", str(found))):
+                raise Refused(400, f"{field}.{name} must be a string of up to 10000 characters, or a number",
+                              f"{field}.{name}")
         return value
 
 
@@ -854,6 +981,37 @@ class Object:
         return result
 
 
+@dataclasses.dataclass(frozen=True)
+class List:
+    """A JSON array of `minimum` to `maximum` things, each as `element` checks it."""
+
+    element: object
+    maximum: int
+    minimum: int = 0
+
+    @property
+    def expected(self):
+        return f"an array of {self.minimum} to {self.maximum} elements"
+
+    @property
+    def schema(self):
+        return {"type": "array", "minItems": self.minimum, "maxItems": self.maximum, "items": self.element.schema}
+
+    def __call__(self, value, field):
+        if not isinstance(value, list) or not self.minimum <= len(value) <= self.maximum:
+            raise Refused(400, f"{field} must be {self.expected}", field)
+        return [self.element(found, f"{field}[{number}]") for number, found in enumerate(value)]
+
+
+class Anything:
+    """A value that is checked by itself, later."""
+
+    schema = {}
+
+    def __call__(self, value, field):
+        return value
+
+
 ONE_LINE = r"[^\x00-\x1f\x7f-\x9f\u2028\u2029]"  # the two Unicode line ends as well: some mailers break a header there
 LINE = "on one line, without control characters"
 SUBJECT = Text(998, ONE_LINE, LINE)
@@ -861,35 +1019,26 @@ CONTENT = Text(100_000_000)
 CONTENT_TYPE = Text(100, r"[\w. -]", "only letters, digits, spaces and . _ -")
 FREQUENCIES = ("@hourly", "@daily", "@weekly", "@monthly")
 
+MEDIA_TYPE = Form("a media type, such as application/pdf, but no multipart/... or message/...",
+                  re.compile(r"(?!multipart/|message/)[a-z0-9][a-z0-9!#$&^_.+-]*/[a-z0-9][a-z0-9!#$&^_.+-]*"), 127)
+CONTENT_ID = Form("letters, digits and . _ + -, and perhaps an @ within",
+                  re.compile(r"[A-Za-z0-9._+-]+(@[A-Za-z0-9._+-]+)?"), 100)
+ATTACHMENT = Object({"filename": Text(100, r"[^\x00-\x1f\x7f-\x9f\u2028\u2029/\\]", "without control characters, / and \\"),
+                     "content_type": MEDIA_TYPE, "content": Base64(), "content_id": Optional(CONTENT_ID)})
+
 PAYLOADS = {
-    "message": Object({"userId": Address(), "subject": SUBJECT, "content": CONTENT}),
+    "message": Object({"userId": Address(), "subject": SUBJECT, "content": CONTENT, "text": Optional(CONTENT),
+                       "from_name": Optional(Text(100, ONE_LINE, LINE)), "reply_to": Optional(Address()),
+                       "cc": Optional(List(Address(), 49)), "bcc": Optional(List(Address(), 49)),
+                       "attachments": Optional(List(ATTACHMENT, 50)), "variables": Optional(Variables()),
+                       "send_at": Optional(Moment())}),
     "generateOtp": Object({"userId": Address(), "length": Whole(4, 8)}),
     "subscribe": Object({"userId": Address(), "frequency": Choice(FREQUENCIES), "content_type": CONTENT_TYPE,
-                         "subject": Optional(SUBJECT), "content": Optional(CONTENT)},
+                         "subject": Optional(SUBJECT), "content": Optional(CONTENT),
+                         "variables": Optional(Variables())},
                         together=("subject", "content")),
     "unsubscribe": Object({"userId": Address(), "content_type": CONTENT_TYPE}),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class List:
-    """A JSON array of 1 to `maximum` things; what each must be, `description` says and who takes it checks."""
-
-    description: str
-    maximum: int
-
-    @property
-    def expected(self):
-        return f"an array of 1 to {self.maximum} elements"
-
-    @property
-    def schema(self):
-        return {"type": "array", "minItems": 1, "maxItems": self.maximum, "items": {"description": self.description}}
-
-    def __call__(self, value, field):
-        if not isinstance(value, list) or not 1 <= len(value) <= self.maximum:
-            raise Refused(400, f"{field} must be {self.expected}", field)
-        return value
 
 
 class TaskOfType:
@@ -913,7 +1062,23 @@ class TaskOfType:
 
     def __call__(self, value, path=""):
         kind = value.get("type") if isinstance(value, dict) else None
-        return (self.forms.get(kind, self.unknown) if isinstance(kind, str) else self.unknown)(value, path)
+        task = (self.forms.get(kind, self.unknown) if isinstance(kind, str) else self.unknown)(value, path)
+        if kind == "message" and "variables" in task["payload"]:
+            self.fill(task["payload"], f"{path}.payload" if path else "payload")
+        return task
+
+    @staticmethod
+    def fill(payload, path):
+        """Put the variables into the texts of a message; what is queued needs them no more."""
+        variables = payload.pop("variables")
+        for name, check in (("subject", SUBJECT), ("text", CONTENT), ("content", CONTENT)):
+            if name in payload:
+                try:
+                    filled = fill(payload[name], variables, name == "content" and is_html(payload[name]))
+                except KeyError as error:
+                    field = f"{path}.variables.{error.args[0]}"
+                    raise Refused(400, f"{field} is required: {path}.{name} names it", field) from None
+                payload[name] = check(filled, f"{path}.{name}")
 
 
 TASK = TaskOfType()
@@ -941,7 +1106,8 @@ class Task:
 
     `created` is Redis's time when it was accepted, in microseconds since the epoch; `attempts` counts those
     that ended in failure, `strikes` the processes that died while they had it, and `drops` the connections
-    that did, the last at `dropped` (microseconds).
+    that did, the last at `dropped` (microseconds); `delivered` are the recipients that have the mail already, and
+    `suppressed` those that get none, as same_mailbox() has them.
     """
 
     id: str
@@ -955,6 +1121,8 @@ class Task:
     strikes: int = 0
     drops: int = 0
     dropped: int = 0
+    delivered: tuple = ()
+    suppressed: tuple = ()
 
 
 # --- 6. queue ---------------------------------------------------------------------------------------------
@@ -966,8 +1134,9 @@ class Outcome:
     """What became of a task that a worker had in hand.
 
     Verdict "succeeded"; "retrying", to be taken again after `delay` seconds; "dropped", the same without
-    counting as an attempt; "returned", back to the head of its lane; "dead"; or "cancelled", because nobody
-    wants it any more.
+    counting as an attempt; "returned", back to the head of its lane; "dead"; "cancelled", because nobody
+    wants it any more; or "suppressed", because nobody is left to send it to. `delivered` are the recipients that have
+    the mail already, where others have not; `suppress` the addresses that do not exist, by what the server said.
     """
 
     task_id: str
@@ -975,6 +1144,8 @@ class Outcome:
     error: str = ""
     delay: float = 0.0
     summary: str = ""
+    delivered: tuple = ()
+    suppress: tuple = ()
 
 
 class Queue:
@@ -1056,7 +1227,7 @@ class Queue:
             redis.call('EXPIRE', asked, 3600)
         end
 
-        local function enqueue(id, body, lane, otp_address, content_type, fingerprint, digest)
+        local function enqueue(id, body, lane, otp_address, content_type, fingerprint, digest, due, to)
             local idempotency = prefix .. 'idempotency:' .. digest
             local known = fingerprint ~= '' and redis.call('GET', idempotency)
             if known then
@@ -1071,16 +1242,20 @@ class Queue:
             local wait = otp_address ~= '' and too_early(id, otp_address)
             if wait then return 'wait ' .. wait end
             redis.call('HSET', task, 'body', body, 'account', account, 'key', key, 'lane', lane,
-                       'state', 'queued', 'attempts', 0, 'created', microseconds)
-            redis.call('LPUSH', prefix .. 'lane:' .. lane, id)
+                       'state', 'queued', 'attempts', 0, 'created', microseconds, 'to', to)
+            if tonumber(due) > milliseconds then
+                redis.call('HSET', task, 'state', 'scheduled', 'due', due)
+                redis.call('ZADD', prefix .. 'delayed', due, id)
+            else
+                redis.call('LPUSH', prefix .. 'lane:' .. lane, id)
+            end
             if fingerprint ~= '' then redis.call('SET', idempotency, fingerprint .. ' ' .. id, 'EX', 86400) end
             return id
         end
 
         local results = {}
-        for at = 6, #ARGV, 7 do
-            results[#results + 1] = enqueue(ARGV[at], ARGV[at + 1], ARGV[at + 2], ARGV[at + 3], ARGV[at + 4],
-                                            ARGV[at + 5], ARGV[at + 6])
+        for at = 6, #ARGV, 9 do
+            results[#results + 1] = enqueue(unpack(ARGV, at, at + 8))
         end
         return results
     """
@@ -1090,10 +1265,16 @@ class Queue:
     # taken by a call whose answer was lost, and comes first.
     EXCHANGE = BURY + """
         local own, lane, prefix = KEYS[1], KEYS[2], KEYS[3]
-        local take, id, verdict, error, delay, summary, result_ttl, dead_ttl, dead_max = unpack(ARGV)
+        local take, id, verdict, error, delay, summary, delivered, suppress, result_ttl, dead_ttl, dead_max = unpack(ARGV)
         if id ~= '' and redis.call('LREM', own, 1, id) == 1 then
             local task = prefix .. 'task:' .. id
-            if verdict == 'succeeded' or verdict == 'cancelled' then
+            if delivered ~= '' then redis.call('HSET', task, 'delivered', delivered) end
+            for address in string.gmatch(suppress, '%S+') do
+                local account = redis.call('HGET', task, 'account')
+                redis.call('ZADD', prefix .. 'suppressed:' .. account, milliseconds, address)
+                redis.call('HSET', prefix .. 'suppressed_for:' .. account, address, error)
+            end
+            if verdict == 'succeeded' or verdict == 'cancelled' or verdict == 'suppressed' then
                 redis.call('HSET', task, 'state', verdict, 'error', error, 'finished', microseconds, 'body', summary)
                 redis.call('PEXPIRE', task, result_ttl)
                 if verdict == 'succeeded' then
@@ -1124,7 +1305,7 @@ class Queue:
             if not next then return false end
             local task = prefix .. 'task:' .. next
             local found = redis.call('HMGET', task, 'body', 'account', 'key', 'created', 'attempts', 'strikes',
-                                     'drops', 'dropped')
+                                     'drops', 'dropped', 'delivered', 'to')
             if not found[1] then
                 redis.call('LREM', own, 1, next)
             elseif redis.call('HGET', prefix .. 'UserList', found[2]) ~= found[3] then
@@ -1132,9 +1313,29 @@ class Queue:
                 redis.call('UNLINK', task)
             else
                 redis.call('HSET', task, 'state', 'running')
-                return {next, unpack(found)}
+                local to, suppressed = found[10], prefix .. 'suppressed:' .. found[2]
+                found[10] = ''
+                if to and redis.call('EXISTS', suppressed) == 1 then
+                    for address in string.gmatch(to, '%S+') do
+                        if redis.call('ZSCORE', suppressed, address) then found[10] = found[10] .. address .. ' ' end
+                    end
+                end
+                return {next, unpack(found, 1, 10)}
             end
         end
+    """
+
+    # The next moment at which a mail may go (a generic cell rate algorithm). Urgent mail has a line of its own, which
+    # pushes back the line of the rest; moments that passed unused can be caught up for 50 ms.
+    PACE = CLOCK + """
+        local rate, interval, urgent = KEYS[1], tonumber(ARGV[1]), ARGV[2] == 'urgent'
+        local now = tonumber(microseconds)
+        local lines = redis.call('HMGET', rate, 'all', 'urgent')
+        local all, own = math.max(now - 50000, tonumber(lines[1] or 0)), math.max(now - 50000, tonumber(lines[2] or 0))
+        redis.call('HSET', rate, 'all', string.format('%.0f', all + interval))
+        if urgent then redis.call('HSET', rate, 'urgent', string.format('%.0f', own + interval)) end
+        redis.call('PEXPIRE', rate, math.ceil((all + interval - now) / 1000) + 60000)
+        return string.format('%.0f', math.max(0, (urgent and own or all) - now))
     """
 
     # A due retry has waited already, so it goes to the head of its lane.
@@ -1185,6 +1386,18 @@ class Queue:
         return #found
     """
 
+    # Only what waits in the delayed set: what a lane or a worker has, the next moment may send.
+    CANCEL = CLOCK + """
+        local prefix, id, account, summary, ttl = KEYS[1], unpack(ARGV)
+        local task = prefix .. 'task:' .. id
+        if redis.call('HGET', task, 'account') ~= account then return 'unknown' end
+        if redis.call('ZREM', prefix .. 'delayed', id) == 0 then return 'late' end
+        redis.call('HDEL', task, 'due')
+        redis.call('HSET', task, 'state', 'cancelled', 'finished', microseconds, 'body', summary)
+        redis.call('PEXPIRE', task, ttl)
+        return 'cancelled'
+    """
+
     REVIVE = """
         local prefix, id, account = KEYS[1], ARGV[1], ARGV[2]
         local task = prefix .. 'task:' .. id
@@ -1209,6 +1422,8 @@ class Queue:
         self._exchange = store.script(self.EXCHANGE)
         self._promote = store.script(self.PROMOTE)
         self._reclaim = store.script(self.RECLAIM)
+        self._cancel = store.script(self.CANCEL)
+        self._pace = store.script(self.PACE)
         self._revive = store.script(self.REVIVE)
         self._missing = {}
         self._no_otp = threading.Event()
@@ -1228,7 +1443,7 @@ class Queue:
         args = [account.name, account.key_id, settings.otp_cooldown, settings.otp_hourly_max, settings.otp_minute_max]
         ids = secrets.token_hex(16 * len(tasks))
         for number, task in enumerate(tasks):
-            payload, otp_address, content_type, fingerprint, digest = task["payload"], "", "", "", ""
+            payload, otp_address, content_type, fingerprint, digest, to = task["payload"], "", "", "", "", ""
             if idempotency_key:
                 fingerprint = hashlib.sha256(json.dumps(task, sort_keys=True).encode()).hexdigest()
                 digest = hashlib.sha256(json.dumps([account.name, idempotency_key]).encode()).hexdigest()
@@ -1239,8 +1454,10 @@ class Queue:
                 self._no_otp.clear()
             elif task["type"] == "subscribe" and "content" not in payload:
                 content_type = payload["content_type"]
+            elif task["type"] == "message":
+                to = same_mailbox(" ".join([payload["userId"], *payload.get("cc", ()), *payload.get("bcc", ())]))
             args += [ids[32 * number:32 * number + 32], json.dumps(task), lane_of(task["type"]), otp_address, content_type,
-                     fingerprint, digest]
+                     fingerprint, digest, payload.get("send_at", 0) // 1000, to]
         results = self._durably(self._enqueue, [self.store.prefix], args)
         if results == "revoked":
             raise Refused(401, "the API key was revoked", None, {"WWW-Authenticate": "Bearer"})
@@ -1278,13 +1495,14 @@ class Queue:
         found = self._exchange(
             keys=[self._processing(worker), self.store.key("lane", lane), self.store.prefix],
             args=[int(take), outcome.task_id, outcome.verdict, outcome.error, int(outcome.delay * 1000),
-                  outcome.summary, settings.result_ttl * 1000, settings.dead_ttl * 1000, settings.dead_max])
+                  outcome.summary, " ".join(outcome.delivered), " ".join(outcome.suppress), settings.result_ttl * 1000, settings.dead_ttl * 1000, settings.dead_max])
         if not found:
             return None
-        task_id, body, account, _, created, *counts = found
+        task_id, body, account, _, created, *counts, delivered, suppressed = found
         task = json.loads(body)
         return Task(task_id, account, task["type"], task["task"], task["retries"], task["payload"], int(created),
-                    *(int(count or 0) for count in counts))
+                    *(int(count or 0) for count in counts), tuple((delivered or "").split()),
+                    tuple(suppressed.split()))
 
     def give_way(self):
         """Let an OTP pass that this process took in a moment ago, before other mail goes on; for OTP_FIRST at most."""
@@ -1301,6 +1519,12 @@ class Queue:
         The next exchange() returns it.
         """
         self.store.redis.brpoplpush(self.store.key("lane", lane), self._processing(worker), timeout=timeout)
+
+    def pace(self, lane):
+        """Take the next moment at which a mail of this lane may go, by `smtp_rate`; returns the seconds until then."""
+        if not self.settings.smtp_rate:
+            return 0.0
+        return int(self._pace(keys=[self.store.key("rate")], args=[1e6 / self.settings.smtp_rate, lane])) / 1e6
 
     def begin(self, task):
         """Note that a task with strikes is begun now: only then is it to blame if the process dies."""
@@ -1356,11 +1580,25 @@ class Queue:
         status = {"id": task_id, "task": task["task"], "type": task["type"], "userId": task["payload"]["userId"],
                   "state": found["state"], "attempts": int(found["attempts"]), "retries": task["retries"],
                   "error": found.get("error") or None, "created": timestamp(found["created"])}
-        if found["state"] == "retrying":
+        if found["state"] in ("retrying", "scheduled"):
             status["due"] = timestamp(int(found["due"]) * 1000)
         if "finished" in found:
             status["finished"] = timestamp(found["finished"])
         return status
+
+    def cancel(self, task_id, account):
+        """End a task of this account that waits for its `send_at` or for a retry.
+
+        Raises:
+            Refused: 404, there is no such task; 409, it waits no longer.
+        """
+        body = self.store.redis.hget(self.store.key("task", task_id), "body")
+        done = body and self._cancel(keys=[self.store.prefix], args=[
+            task_id, account, summary(json.loads(body)), self.settings.result_ttl * 1000])
+        if done == "late":
+            raise Refused(409, "the task waits no longer for its send_at or a retry", "id")
+        if done != "cancelled":
+            raise Refused(404, "there is no such task, or it ended too long ago", "id")
 
     def dead(self, account="", offset=0, limit=100):
         """(how many dead letters there are, the statuses of those from `offset` on), newest first."""
@@ -1387,6 +1625,38 @@ class Queue:
                     self.store.redis.zrem(key, task_id)
         return count
 
+    def suppressions(self, account, offset=0, limit=100):
+        """(how many addresses the account sends nothing to, those from `offset` on), newest first."""
+        key = self.store.key("suppressed", account)
+        found = self.store.redis.zrevrange(key, offset, offset + limit - 1, withscores=True) if limit else []
+        reasons = self.store.redis.hmget(self.store.key("suppressed_for", account), [name for name, _ in found]) if found else []
+        return self.store.redis.zcard(key), [
+            {"userId": address, "reason": reason, "created": timestamp(moment * 1000)}
+            for (address, moment), reason in zip(found, reasons)]
+
+    def suppress(self, account, address):
+        """Send nothing but OTPs to an address any more."""
+        with self.store.redis.pipeline() as transaction:
+            transaction.zadd(self.store.key("suppressed", account), {same_mailbox(address): self.store.time() * 1000})
+            transaction.hset(self.store.key("suppressed_for", account), same_mailbox(address), "by request")
+            transaction.execute()
+
+    def unsuppress(self, account, address):
+        """Send to an address again. False where it was not suppressed."""
+        with self.store.redis.pipeline() as transaction:
+            transaction.zrem(self.store.key("suppressed", account), same_mailbox(address))
+            transaction.hdel(self.store.key("suppressed_for", account), same_mailbox(address))
+            return bool(transaction.execute()[0])
+
+    def oldest(self):
+        """Seconds that the task which is next has waited since it was accepted, by lane; 0 where none waits."""
+        now, ages = self.store.time(), {}
+        for lane in LANES:
+            task_id = self.store.redis.lindex(self.store.key("lane", lane), -1)
+            created = task_id and self.store.redis.hget(self.store.key("task", task_id), "created")
+            ages[lane] = max(0.0, now - int(created) / 1e6) if created else 0.0
+        return ages
+
     def counters(self):
         """{"executed", "successful", "failed"}: tasks that ended, not attempts; the last two add up to the first."""
         found = self.store.redis.hgetall(self.store.key("metrics"))
@@ -1402,22 +1672,125 @@ class Queue:
             return dict(zip((*LANES, "retrying", "dead"), pipeline.execute()))
 
 
+def summary(task):
+    """What is kept of a task's body when it has ended, as JSON: nothing of the mail itself."""
+    return json.dumps({"task": task["task"], "type": task["type"], "retries": task["retries"],
+                       "payload": {"userId": task["payload"]["userId"]}})
+
+
 def timestamp(microseconds):
     """RFC 3339 in UTC for microseconds since the epoch."""
     moment = datetime.datetime.fromtimestamp(int(microseconds) / 1e6, datetime.timezone.utc)
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+class Stats:
+    """Counters of all processes together, kept in Redis, as Prometheus wants them: they only ever grow.
+
+    A process counts for itself and adds what is new to the sum once a second.
+    """
+
+    SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, math.inf)
+
+    def __init__(self, store):
+        self.store, self.lock, self.new = store, threading.Lock(), collections.Counter()
+
+    def count(self, name, **labels):
+        """Add one to a counter."""
+        with self.lock:
+            self.new[(name, *labels.items())] += 1
+
+    def observe(self, name, seconds):
+        """Add to a histogram; each bucket by itself until it is read."""
+        limit = self.SECONDS[bisect.bisect_left(self.SECONDS, seconds)]
+        with self.lock:
+            self.new[(f"{name}_bucket", ("le", limit))] += 1
+            self.new[(f"{name}_sum",)] += seconds
+
+    def flush(self):
+        """Add what is new to the sum. Where Redis is away, it stays for the next time."""
+        with self.lock:
+            new, self.new = self.new, collections.Counter()
+        try:
+            with self.store.redis.pipeline() as transaction:
+                for series, amount in new.items():
+                    transaction.hincrbyfloat(self.store.key("stats"), json.dumps(series), amount)
+                transaction.execute()
+        except redis.RedisError:
+            with self.lock:
+                self.new.update(new)
+            raise
+
+    def read(self):
+        """{(name, (label, value), ...): amount} of all processes."""
+        self.flush()
+        series = {}
+        for field, amount in self.store.redis.hgetall(self.store.key("stats")).items():
+            name, *labels = json.loads(field)
+            series[(name, *map(tuple, labels))] = float(amount)
+        for name in {series_name for series_name, *_ in series if series_name.endswith("_bucket")}:
+            total = 0.0
+            for limit in self.SECONDS:
+                total += series.pop((name, ("le", limit)), 0.0)
+                series[(name, ("le", "+Inf" if limit == math.inf else str(limit)))] = total
+            series[(name.replace("_bucket", "_count"),)] = total
+        return series
+
+
+FAMILIES = {  # name -> (type, help)
+    "gomail_tasks": ("counter", "Times a worker was done with a task, by what became of it."),
+    "gomail_smtp_seconds": ("histogram", "Seconds that handing over a mail took."),
+    "gomail_http_requests": ("counter", "HTTP requests answered."),
+    "gomail_queue_depth": ("gauge", "Tasks that wait in a lane."),
+    "gomail_queue_oldest_seconds": ("gauge", "Age of the task of a lane that is next."),
+    "gomail_retries_waiting": ("gauge", "Tasks that wait for a retry or their send_at."),
+    "gomail_dead_letters": ("gauge", "Dead letters kept."),
+    "gomail_lane_paused": ("gauge", "1 where a lane is paused in the process that answers."),
+}
+
+
+def exposition(series):
+    """Prometheus's text format 0.0.4 of {(name, (label, value), ...): amount}."""
+    def escaped(value):
+        return str(value).replace("\\", r"\\").replace('"', r'\"').replace("\n", r"\n")
+    lines = []
+    for family, (kind, explanation) in FAMILIES.items():
+        lines += [f"# HELP {family}{'_total' * (kind == 'counter')} {explanation}",
+                  f"# TYPE {family}{'_total' * (kind == 'counter')} {kind}"]
+        found = [item for item in series.items() if re.fullmatch(f"{family}(_total|_bucket|_sum|_count)?", item[0][0])]
+        for (name, *labels), amount in found:
+            labels = ",".join(f'{label}="{escaped(value)}"' for label, value in labels)
+            lines.append(f"{name}{{{labels}}} {amount:.15g}")
+    return "\n".join(lines) + "\n"
+
+
 # --- 7. mail ----------------------------------------------------------------------------------------------
 # A task becomes a message of RFC 5322 and MIME, and a transport hands it on: SmtpTransport to the server,
-# Outbox to a Maildir. Both say what went wrong in one of three ways, which decide what the worker does.
+# Outbox to a Maildir. Both say what went wrong by one of the next exceptions, which decide what the worker does.
 
 class Temporary(Exception):
     """The server refused this mail for now (SMTP 4xx): worth another attempt."""
 
 
 class Permanent(Exception):
-    """This mail will never be taken (SMTP 5xx, or the task itself): no further attempt."""
+    """This mail will never be taken (SMTP 5xx, or the task itself): no further attempt.
+
+    `no_such_address` says that it is the recipient's address which the server does not know.
+    """
+
+    no_such_address = False
+
+
+class Suppressed(Exception):
+    """All recipients are suppressed."""
+
+
+class Partial(Exception):
+    """The server took the mail for `delivered`, but refused the recipients in `refused` (address -> exception)."""
+
+    def __init__(self, delivered, refused):
+        super().__init__("; ".join(f"{address}: {error}" for address, error in refused.items()))
+        self.delivered, self.refused = delivered, refused
 
 
 class Cancelled(Exception):
@@ -1433,16 +1806,6 @@ class Unavailable(Exception):
     def __init__(self, error, dropped=False):
         super().__init__(error)
         self.dropped = dropped
-
-
-MARKUP = re.compile(
-    r"<(!doctype|/?(html|head|body|div|span|p|br|hr|h[1-6]|a|b|i|u|em|strong|small|img|table|tr|td|th|ul|ol|li|pre|code"
-    r"|blockquote|center|font|section|article|header|footer|style|main|button))(\s[^<>]*)?/?>", re.IGNORECASE)
-
-
-def is_html(content):
-    """Whether `content` is HTML: whether it has a tag that mails are made of."""
-    return MARKUP.search(content) is not None
 
 
 # What the text has instead of a start tag, and of an end tag; other tags leave nothing behind.
@@ -1514,36 +1877,80 @@ def attribute(name, attributes):
     return ""
 
 
-def compose(sender, recipient, subject, content, message_id, created):
-    """A mail as bytes, ready for DATA.
+@dataclasses.dataclass(frozen=True)
+class Mail:
+    """A mail before it is put into bytes.
+
+    `sender` is (display name, address); addresses are as parse_address gives them; `subject` is one line. `content`
+    is HTML or plain text; `text` the plain part beside HTML, made from it where there is none. `attachments` are
+    tuples (filename, media type, base64, Content-ID or ""); `headers` further (name, value) in ASCII. `bcc` is for
+    the envelope alone.
+    """
+
+    sender: tuple
+    recipient: str
+    subject: str
+    content: str
+    text: str = ""
+    cc: tuple = ()
+    bcc: tuple = ()
+    reply_to: str = ""
+    attachments: tuple = ()
+    headers: tuple = ()
+
+    @property
+    def recipients(self):
+        """All of the envelope, each once."""
+        return tuple(dict.fromkeys((self.recipient, *self.cc, *self.bcc)))
+
+
+def compose(mail, message_id, created):
+    """A Mail as bytes, ready for DATA.
 
     Args:
-        sender: (display name, address).
-        recipient: address, as parse_address gives it.
-        subject: one line.
-        content: HTML, which gets a text part beside it (multipart/alternative), or plain text.
         message_id: without the angle brackets.
         created: when the task was accepted, microseconds since the epoch: the Date.
 
     The result has CRLF line ends, lines of at most 998 octets (RFC 5322 section 2.1.1) and only ASCII, so that any
     server takes it; but an address that is not ASCII stands as it is, in UTF-8 (RFC 6532).
     """
-    date = email.utils.formatdate(created // 1_000_000)
-    return (f"From: {encoded_sender(*sender)}\r\nTo: {recipient}\r\nSubject: {encoded_header('Subject', subject)}\r\n"
-            f"Date: {date}\r\nMessage-ID: <{message_id}>\r\nMIME-Version: 1.0\r\n").encode() + mime_body(content)
+    headers = [f"From: {encoded_sender(*mail.sender)}", f"To: {mail.recipient}"]
+    if mail.cc:
+        headers.append("Cc: " + ",\r\n ".join(mail.cc))
+    if mail.reply_to:
+        headers.append(f"Reply-To: {mail.reply_to}")
+    headers += [f"Subject: {encoded_header('Subject', mail.subject)}",
+                f"Date: {email.utils.formatdate(created // 1_000_000)}", f"Message-ID: <{message_id}>",
+                *(f"{name}: {value}" for name, value in mail.headers), "MIME-Version: 1.0", ""]
+    return "\r\n".join(headers).encode() + mime_body(mail.content, mail.text, mail.attachments)
 
 
 @functools.lru_cache(maxsize=4)
-def mime_body(content):
-    """The MIME headers and the body for `content`: the same for all mails of a newsletter, so it is made once."""
-    content = re.sub(r"\r\n?", "\n", content)
-    if not is_html(content):
-        return mime_part("plain", content)
-    # Nobody can write a text that holds the hash of itself, nor does an encoding make "=_".
-    boundary = "=_" + hashlib.sha256(content.encode()).hexdigest()[:32]
-    parts = "".join(f"--{boundary}\r\n{part}\r\n" for part in (
-        mime_part("plain", html_to_text(content)).decode(), mime_part("html", content).decode()))
-    return (f'Content-Type: multipart/alternative; boundary="{boundary}"\r\n\r\n{parts}--{boundary}--\r\n').encode()
+def mime_body(content, text="", attachments=()):
+    """The MIME headers and the body: the same for all mails of a newsletter, so it is made once.
+
+    With all there can be: multipart/mixed of (multipart/alternative of (text, multipart/related of (HTML, what it
+    shows)), attachments), as RFC 2046 and RFC 2387 have them.
+    """
+    def multipart(subtype, parts, number):
+        # Nobody can write a text that holds the hash of itself, nor does an encoding make "=_".
+        boundary = f"=_{digest}{number}"
+        parameter = '; type="text/html"' if subtype == "related" else ""
+        return (f'Content-Type: multipart/{subtype}; boundary="{boundary}"{parameter}\r\n\r\n'.encode()
+                + b"".join(b"--%s\r\n%s\r\n" % (boundary.encode(), part) for part in parts)
+                + f"--{boundary}--\r\n".encode())
+    digest = hashlib.sha256(repr((content, text, attachments)).encode()).hexdigest()[:32]
+    content, text = (re.sub(r"\r\n?", "\n", found) for found in (content, text))
+    shown = [mime_attachment(*found) for found in attachments if found[3]]
+    further = [mime_attachment(*found) for found in attachments if not found[3]]
+    if text or is_html(content):
+        body = mime_part("html", content)
+        if shown:
+            body = multipart("related", [body, *shown], 3)
+        body = multipart("alternative", [mime_part("plain", text or html_to_text(content)), body], 2)
+    else:
+        body, further = mime_part("plain", content), shown + further
+    return multipart("mixed", [body, *further], 1) if further else body
 
 
 def mime_part(subtype, text):
@@ -1556,6 +1963,23 @@ def mime_part(subtype, text):
         encoding, octets = ("quoted-printable", quoted) if len(quoted) <= len(base) else ("base64", base)
     head = f'Content-Type: text/{subtype}; charset="utf-8"\r\nContent-Transfer-Encoding: {encoding}\r\n\r\n'
     return head.encode() + octets.replace(b"\n", b"\r\n")
+
+
+def mime_attachment(filename, media_type, content, content_id):
+    """A part with a file. The name by RFC 2231, in pieces that leave no line too long."""
+    if filename.isascii():
+        name = 'filename="' + re.sub(r'(["\\])', r"\\\1", filename) + '"'
+    else:
+        charset = "utf-8''"
+        pieces = re.findall(r"(?:%..|[^%]){1,20}", urllib.parse.quote(filename, safe=""))
+        name = ";\r\n ".join(f"filename*{number}*={'' if number else charset}{piece}"
+                             for number, piece in enumerate(pieces))
+    lines = [f"Content-Type: {media_type}", "Content-Transfer-Encoding: base64",
+             f"Content-Disposition: {'inline' if content_id else 'attachment'};\r\n {name}"]
+    if content_id:
+        lines.append(f"Content-ID: <{content_id}>")
+    lines += ["", *(content[start:start + 76] for start in range(0, len(content), 76)), ""]
+    return "\r\n".join(lines).encode()
 
 
 @functools.lru_cache
@@ -1595,9 +2019,9 @@ class Outbox:
     def __str__(self):
         return f"Maildir {self.folder}"
 
-    def send(self, sender, recipient, message):
+    def send(self, sender, recipients, message):
         """Write one mail, on disk when this returns. Raises Unavailable where the disk does not take it."""
-        envelope = f"Return-Path: <{sender}>\nDelivered-To: {recipient}\n".encode()
+        envelope = "".join([f"Return-Path: <{sender}>\n", *(f"Delivered-To: {found}\n" for found in recipients)]).encode()
         try:
             with self.lock:
                 self._maildir().add(envelope + message.replace(b"\r\n", b"\n"))
@@ -1649,26 +2073,29 @@ class SmtpTransport:
     def __str__(self):
         return f"SMTP server {self.settings.smtp_server}:{self.settings.smtp_port}"
 
-    def send(self, sender, recipient, message):
-        """Hand one mail over; a return means that the server answered 250 and has taken charge of it.
+    def send(self, sender, recipients, message):
+        """Hand one mail over; a return means that the server answered 250 and has taken charge of it for all.
 
         Raises:
             Temporary, Permanent: the server refused this mail.
+            Partial: it has taken charge of it for some of the recipients.
             Unavailable: the server is out.
         """
         self.tidy(self.IDLE)
         reused = getattr(self.local, "smtp", None) is not None
         try:
-            self._transact(sender, recipient, message)
+            refused = self._transact(sender, recipients, message)
         except Unavailable as error:
             # An idle connection that the server closed meanwhile, found at its first command, says nothing.
             if not (reused and error.dropped and self.local.stage == "MAIL"):
                 raise
-            self._transact(sender, recipient, message)
+            refused = self._transact(sender, recipients, message)
         self.accepted = time.time()
         self.local.sent += 1
         if self.local.sent >= self.SHARE:
             self.tidy()
+        if refused:
+            raise Partial(tuple(found for found in recipients if found not in refused), refused)
 
     def probe(self):
         """Connect, log in, and offer the sender, without sending anything. Raises Unavailable."""
@@ -1689,43 +2116,55 @@ class SmtpTransport:
                 smtp.sock.settimeout(1.0)
             smtp.quit()
 
-    def _transact(self, sender, recipient, message):
+    def _transact(self, sender, recipients, message):
+        """Offer a mail and send it. Returns what was said to recipients that were refused while others were not."""
         with self._transaction("MAIL"):
             smtp = self._connect()
             options = ""
-            if not (sender + recipient).isascii():
+            if not "".join((sender, *recipients)).isascii() or not message.isascii():
                 if not smtp.has_extn("smtputf8"):
                     raise Permanent("the server takes no addresses beyond ASCII (SMTPUTF8)")
                 options = " SMTPUTF8 BODY=8BITMIME"
             if smtp.has_extn("size"):
                 options += f" SIZE={len(message)}"
-            self._offer(smtp, {"MAIL": f"MAIL FROM:<{sender}>{options}\r\n", "RCPT": f"RCPT TO:<{recipient}>\r\n",
-                               "DATA": "DATA\r\n"})
+            refused = self._offer(smtp, f"MAIL FROM:<{sender}>{options}\r\n", recipients)
             smtp.send(message.replace(b"\r\n.", b"\r\n..") + b".\r\n")
             self._expect(smtp.getreply(), "the end of DATA")
             self.local.used = time.monotonic()
+            return refused
 
-    def _offer(self, smtp, commands):
-        """Send the commands before a mail, in one piece where the server takes that (PIPELINING, RFC 2920)."""
-        together, refusal = smtp.has_extn("pipelining"), None
+    def _offer(self, smtp, mail, recipients):
+        """Send the commands before a mail, in one piece where the server takes that (PIPELINING, RFC 2920).
+
+        Returns recipient -> Temporary or Permanent; where all are refused, the first one's is raised.
+        """
+        together, failure, refused = smtp.has_extn("pipelining"), None, {}
+        commands = [("MAIL", "", mail), *(("RCPT", found, f"RCPT TO:<{found}>\r\n") for found in recipients),
+                    ("DATA", "", "DATA\r\n")]
         if together:
-            smtp.send("".join(commands.values()).encode())
-        for stage, command in commands.items():
+            smtp.send("".join([command for _, _, command in commands]).encode())
+        for stage, recipient, command in commands:
             self.local.stage = stage
             if not together:
+                if failure:
+                    break
                 smtp.send(command.encode())
             code, text = smtp.getreply()
             try:
                 self._expect((code, text), stage)
             except (Temporary, Permanent) as error:
-                refusal = refusal or error
-                if not together:
-                    break
-        if refusal:
+                if stage != "RCPT":
+                    failure = failure or error
+                else:
+                    refused[recipient] = error
+                    if len(refused) == len(recipients):
+                        failure = failure or (error if len(refused) == 1 else Partial((), refused))
+        if failure:
             if together and code == 354:  # the server waits for a mail all the same: an empty one for nobody
                 smtp.send(b".\r\n")
                 smtp.getreply()
-            raise refusal
+            raise failure
+        return refused
 
     @contextlib.contextmanager
     def _transaction(self, stage):
@@ -1733,7 +2172,7 @@ class SmtpTransport:
         self.local.stage = stage
         try:
             yield
-        except (Temporary, Permanent):
+        except (Temporary, Permanent, Partial):
             try:
                 self.local.smtp.rset()
             except (OSError, smtplib.SMTPException):
@@ -1790,7 +2229,10 @@ class SmtpTransport:
         # All mails have the same sender: a refusal of it, but for one mail's size, is not about the mail.
         if stage == "MAIL" and code != 552:
             raise Unavailable(f"the sender is refused: {text}", dropped=code < 500)
-        raise (Temporary if code < 500 else Permanent)(text)
+        error = (Temporary if code < 500 else Permanent)(text)
+        # RFC 3463 section 3.2: 5.1.x is about an address, 5.1.7 and 5.1.8 about the sender's.
+        error.no_such_address = stage == "RCPT" and bool(re.match(r"5\d\d 5\.1\.(?![78]\b)\d", text))
+        raise error
 
 
 def reply_text(error):
@@ -1818,10 +2260,13 @@ class Otps:
         key: the secret behind the hashes, 32 bytes.
         ttl: seconds an OTP is valid.
         minute_max: OTP requests of an account in a minute; 0: any number.
+        subject, content: of the mail, with `{{ otp }}` and `{{ minutes }}`; by default a short text.
     """
 
     MAX_TRIES = 5
     MAX_FAILURES = 100
+    CONTENT = ("Your verification code is {{ otp }}\n\nIt expires in {{ minutes }} minute(s). If you did not ask for it, "
+               "you can ignore this mail.\n")
 
     # An older task's OTP never replaces a newer one's, and one that was used or used up does not come back: the
     # record outlives its hash until the TTL ends it.
@@ -1857,8 +2302,9 @@ class Otps:
         return 'wrong'
     """
 
-    def __init__(self, store, key, ttl, minute_max=0):
+    def __init__(self, store, key, ttl, minute_max=0, subject=Settings.otp_subject, content=""):
         self.store, self.key, self.ttl, self.minute_max = store, key, ttl, minute_max
+        self.subject, self.content = subject, content or self.CONTENT
         self._keep = store.script(self.KEEP)
         self._verify = store.script(self.VERIFY)
 
@@ -1889,10 +2335,8 @@ class Otps:
 
     def mail(self, otp):
         """(subject, content) of the mail that brings an OTP."""
-        minutes = max(1, self.ttl // 60)
-        return "Your verification code", (
-            f"Your verification code is {otp}\n\nIt is valid for {minutes} minute{'s' * (minutes > 1)}. "
-            "If you did not ask for it, you can ignore this mail.\n")
+        variables = {"otp": otp, "minutes": max(1, self.ttl // 60)}
+        return fill(self.subject, variables), fill(self.content, variables)
 
     def _record(self, account, address):
         return self.store.key("otp", same_mailbox(address), account)
@@ -1935,6 +2379,8 @@ class Newsletters:
     Args:
         store: the Store.
         zone: the tzinfo of the calendar.
+        accounts: the Accounts, which sign the links to unsubscribe.
+        public_url: what those begin with, or "".
         clock: returns the time, seconds since the epoch; by default Redis's, the same for all processes.
     """
 
@@ -1999,15 +2445,16 @@ class Newsletters:
                 local body = cjson.encode({task = content_type, type = 'newsletter', retries = record.retries,
                                            payload = {userId = record.userId, content_type = content_type}})
                 redis.call('HSET', prefix .. 'task:' .. id, 'body', body, 'account', account, 'key', key,
-                           'lane', 'bulk', 'state', 'queued', 'attempts', 0, 'created', microseconds)
+                           'lane', 'bulk', 'state', 'queued', 'attempts', 0, 'created', microseconds, 'to', address)
                 redis.call('LPUSH', prefix .. 'lane:bulk', id)
             end
         end
         return #due
     """
 
-    def __init__(self, store, zone, clock=None):
+    def __init__(self, store, zone, accounts, public_url="", clock=None):
         self.store, self.zone, self.clock = store, zone, clock or store.time
+        self.accounts, self.public_url = accounts, public_url.rstrip("/")
         self._update = store.script(self.UPDATE)
         self._remove = store.script(self.REMOVE)
         self._subscribe = store.script(self.SUBSCRIBE)
@@ -2060,7 +2507,7 @@ class Newsletters:
         payload, account = task.payload, task.account
         content_type, address = payload["content_type"], same_mailbox(payload["userId"])
         record = {"userId": payload["userId"], "frequency": payload["frequency"], "retries": task.retries,
-                  "created": task.created}
+                  "created": task.created, **({"variables": payload["variables"]} if "variables" in payload else {})}
         body = ""
         if "subject" in payload and "content" in payload:
             body = json.dumps({"subject": payload["subject"], "content": payload["content"]})
@@ -2074,30 +2521,65 @@ class Newsletters:
 
     def unsubscribe(self, task):
         """Carry out an unsubscribe task. Raises Permanent where the address is not subscribed."""
-        content_type, address = task.payload["content_type"], same_mailbox(task.payload["userId"])
-        done = self._unsubscribe(
-            keys=[self.store.key("subscribers", content_type, task.account), self.store.key("schedule"),
-                  self.store.key("unsubscribed", content_type, address, task.account)],
-            args=[address, task.created, self._member(task.account, content_type, address)])
-        if done == "unknown":
-            raise Permanent(f"{task.payload['userId']} is not subscribed to {content_type!r}")
+        content_type, address = task.payload["content_type"], task.payload["userId"]
+        if not self._leave(task.account, content_type, address, task.created):
+            raise Permanent(f"{address} is not subscribed to {content_type!r}")
+
+    def _leave(self, account, content_type, address, moment):
+        """End a subscription that is older than `moment` (microseconds). False where there is none."""
+        address = same_mailbox(address)
+        return self._unsubscribe(
+            keys=[self.store.key("subscribers", content_type, account), self.store.key("schedule"),
+                  self.store.key("unsubscribed", content_type, address, account)],
+            args=[address, moment, self._member(account, content_type, address)]) != "unknown"
+
+    def link(self, account, content_type, address):
+        """The URL that ends this subscription, by whoever has it; "" without `public_url`."""
+        if not self.public_url:
+            return ""
+        claims = {"sub": account, "content_type": content_type, "email": address}
+        return f"{self.public_url}/unsubscribe/{self.accounts.seal('unsubscribe', claims)}"
+
+    def read_link(self, token):
+        """(account, content type, address) behind the token of such a URL. Raises Refused (404)."""
+        claims = self.accounts.unseal("unsubscribe", token)
+        if claims is None:
+            raise Refused(404, "this link is not valid, or not complete", "token")
+        return claims["sub"], claims["content_type"], claims["email"]
+
+    def follow_link(self, token):
+        """End the subscription that a link is about, if it is not over yet. Raises Refused (404)."""
+        self._leave(*self.read_link(token), int(self.store.time() * 1e6))
 
     def mail(self, task):
-        """(subject, content) of a newsletter at this moment.
+        """(subject, content, headers) of a newsletter at this moment.
+
+        The texts are filled with `email`, `unsubscribe_url` and the subscription's own variables. The headers let the
+        reader's mailer unsubscribe (RFC 2369, RFC 8058).
 
         Raises:
             Cancelled: the address unsubscribed, or the content type was removed, since the mail was queued.
+            Permanent: the subscription brings variables, but not all that the content names.
         """
-        content_type = task.payload["content_type"]
+        content_type, address = task.payload["content_type"], task.payload["userId"]
         with self.store.redis.pipeline(transaction=False) as pipeline:
             pipeline.hget(self.store.key("content", task.account), content_type)
-            pipeline.hexists(self.store.key("subscribers", content_type, task.account),
-                             same_mailbox(task.payload["userId"]))
-            body, subscribed = pipeline.execute()
-        if not body or not subscribed:
+            pipeline.hget(self.store.key("subscribers", content_type, task.account), same_mailbox(address))
+            body, subscription = pipeline.execute()
+        if not body or not subscription:
             raise Cancelled("no longer subscribed")
-        content = json.loads(body)
-        return content["subject"], content["content"]
+        body, own = json.loads(body), json.loads(subscription).get("variables")
+        url = self.link(task.account, content_type, address)
+        variables = {**(own or {}), "email": address, **({"unsubscribe_url": url} if url else {})}
+        try:
+            subject, content = (fill(text, variables, escape, partly=own is None) for text, escape in (
+                (body["subject"], False), (body["content"], is_html(body["content"]))))
+        except KeyError as error:
+            raise Permanent(f"the subscription has no variable {error.args[0]!r}") from None
+        # RFC 2369 section 2 lets a long URL be folded; no line may be longer than 998.
+        folded = "\r\n ".join(url[start:start + 900] for start in range(0, len(url), 900))
+        headers = (("List-Unsubscribe", f"<{folded}>"), ("List-Unsubscribe-Post", "List-Unsubscribe=One-Click"))
+        return re.sub(f"{ONE_LINE.replace('[^', '[')}+", " ", subject), content, headers if url else ()
 
     def enqueue_due(self):
         """Queue the mails that are due, at most BATCH; returns how many places in the schedule that were."""
@@ -2167,11 +2649,16 @@ class Gate:
         return not self.stopping.is_set()
 
 
+class Postponed(Exception):
+    """The service stops: the task goes back to its lane."""
+
+
 class Workers:
     """The worker threads of all lanes, and what they do with each type of task.
 
     Args:
         settings, queue, transport, otps, newsletters: what the tasks need.
+        stats: where they are counted.
     """
 
     WAIT = 1.0  # seconds a worker waits at an empty lane before it looks up
@@ -2179,8 +2666,8 @@ class Workers:
     REST = 0.1  # seconds
     MAX_DROPS = 3
 
-    def __init__(self, settings, queue, transport, otps, newsletters):
-        self.settings, self.queue, self.transport = settings, queue, transport
+    def __init__(self, settings, queue, transport, otps, newsletters, stats):
+        self.settings, self.queue, self.transport, self.stats = settings, queue, transport, stats
         self.otps, self.newsletters = otps, newsletters
         self.handlers = {"message": self.send_message, "generateOtp": self.send_otp, "newsletter": self.send_newsletter,
                          "subscribe": newsletters.subscribe, "unsubscribe": newsletters.unsubscribe}
@@ -2253,22 +2740,33 @@ class Workers:
         with self.suspect if task.strikes else contextlib.nullcontext():
             started = time.monotonic()
             outcome = self._perform(task, lane)
-        log({"succeeded": logging.INFO, "cancelled": logging.INFO}.get(outcome.verdict, logging.WARNING),
+        self.stats.count("gomail_tasks_total", type=task.type, outcome=outcome.verdict)
+        log(dict.fromkeys(("succeeded", "cancelled", "suppressed"), logging.INFO).get(outcome.verdict, logging.WARNING),
             f"task {outcome.verdict}", task=task.id, type=task.type, account=task.account, attempt=task.attempts + 1,
             duration=round(time.monotonic() - started, 4), **({"error": outcome.error} if outcome.error else {}))
         return outcome
 
     def _perform(self, task, lane):
-        summary = json.dumps({"task": task.name, "type": task.type, "retries": task.retries,
-                              "payload": {"userId": task.payload["userId"]}})
+        kept = summary({"task": task.name, "type": task.type, "retries": task.retries, "payload": task.payload})
         try:
             if task.strikes:
                 self.queue.begin(task)
             self.handlers[task.type](task)
         except Cancelled as error:
-            return Outcome(task.id, "cancelled", str(error), summary=summary)
+            return Outcome(task.id, "cancelled", str(error), summary=kept)
+        except Suppressed as error:
+            return Outcome(task.id, "suppressed", str(error), summary=kept)
+        except Postponed as error:
+            return Outcome(task.id, "returned", str(error))
         except Permanent as error:
-            return Outcome(task.id, "dead", str(error))
+            unknown = (same_mailbox(task.payload["userId"]),) if error.no_such_address else ()
+            return Outcome(task.id, "dead", str(error), suppress=unknown)
+        except Partial as error:
+            final = all(isinstance(refusal, Permanent) for refusal in error.refused.values())
+            outcome = Outcome(task.id, "dead", str(error)) if final else self._failed(task, str(error))
+            unknown = tuple(same_mailbox(address) for address, refusal in error.refused.items()
+                            if isinstance(refusal, Permanent) and refusal.no_such_address)
+            return dataclasses.replace(outcome, delivered=task.delivered + error.delivered, suppress=unknown)
         except Unavailable as error:
             self.gates[lane].close(str(error))
             if not error.dropped:
@@ -2285,7 +2783,7 @@ class Workers:
         except Exception as error:  # a fault of ours costs one task an attempt, never the worker
             logger.exception("unexpected error", extra={"fields": {"task": task.id}})
             return self._failed(task, f"internal error ({type(error).__name__})")
-        return Outcome(task.id, "succeeded", summary=summary)
+        return Outcome(task.id, "succeeded", summary=kept)
 
     @staticmethod
     def drop_delay(drops):
@@ -2300,25 +2798,41 @@ class Workers:
 
     def send_message(self, task):
         """Send the mail of a message task."""
-        self._send(task, task.payload["subject"], task.payload["content"])
+        payload, (name, address) = task.payload, self.settings.sender
+        self._send(task, Mail(
+            (payload.get("from_name", name), address), payload["userId"], payload["subject"], payload["content"],
+            payload.get("text", ""), tuple(payload.get("cc", ())), tuple(payload.get("bcc", ())), payload.get("reply_to", ""),
+            tuple((found["filename"], found["content_type"], found["content"], found.get("content_id", ""))
+                  for found in payload.get("attachments", ()))))
 
     def send_otp(self, task):
         """Issue the OTP of a generateOtp task and send it."""
         try:
-            self._send(task, *self.otps.mail(self.otps.issue(task)))
+            self._send(task, Mail(self.settings.sender, task.payload["userId"], *self.otps.mail(self.otps.issue(task))))
         finally:
             self.queue.otp_passed()
 
     def send_newsletter(self, task):
         """Send a newsletter as its content is now."""
-        self._send(task, *self.newsletters.mail(task))
+        subject, content, headers = self.newsletters.mail(task)
+        self._send(task, Mail(self.settings.sender, task.payload["userId"], subject, content, headers=headers))
 
-    def _send(self, task, subject, content):
-        sender = self.settings.sender
-        message_id = f"{task.id}@{sender[1].rpartition('@')[2]}"
-        self.transport.send(sender[1], task.payload["userId"],
-                            compose(sender, task.payload["userId"], subject, content, message_id, task.created))
-        self.gates[lane_of(task.type)].passed()
+    def _send(self, task, mail):
+        """Send a mail to those who have not got it yet, and are not suppressed."""
+        wanted = [found for found in mail.recipients if same_mailbox(found) not in task.suppressed]
+        if not wanted and not task.delivered:
+            raise Suppressed(f"{task.payload['userId']} is suppressed; see GET /suppressions")
+        if recipients := [found for found in wanted if found not in task.delivered]:
+            lane, sender = lane_of(task.type), mail.sender[1]
+            if (pause := self.queue.pace(lane)) and self.stopping.wait(pause):
+                raise Postponed("the service stopped before smtp_rate let it go")
+            message = compose(mail, f"{task.id}@{sender.rpartition('@')[2]}", task.created)
+            started = time.monotonic()
+            try:
+                self.transport.send(sender, recipients, message)
+            finally:
+                self.stats.observe("gomail_smtp_seconds", time.monotonic() - started)
+            self.gates[lane].passed()
 
 
 # --- 11. cron ---------------------------------------------------------------------------------------------
@@ -2329,15 +2843,15 @@ class Cron:
 
     Args:
         store: the Store, told whether Redis answers.
-        queue, newsletters: whose due work it does.
+        queue, newsletters, stats: whose due work it does.
         workers: the names that the heartbeat shows.
         server: the EmbeddedServer to keep running, or None.
     """
 
     TICK = 0.1  # seconds
 
-    def __init__(self, store, queue, newsletters, workers, server=None):
-        self.store, self.queue, self.newsletters = store, queue, newsletters
+    def __init__(self, store, queue, newsletters, stats, workers, server=None):
+        self.store, self.queue, self.newsletters, self.stats = store, queue, newsletters, stats
         self.workers, self.server = workers, server
         self.stopping = threading.Event()
         self.thread = threading.Thread(target=self.run, daemon=True)
@@ -2380,6 +2894,7 @@ class Cron:
         if now - self.beaten >= 1.0:
             self.queue.beat(self.workers)
             self.beaten = now
+            self.stats.flush()
             self.queue.reclaim()
         deadline = time.monotonic() + 0.5
         while self.queue.promote() == self.queue.BATCH and time.monotonic() < deadline:
@@ -2439,7 +2954,8 @@ class Route:
 ID = Object({"id": Text(254, ONE_LINE, LINE)})
 DEFINITION = Object({"content_type": CONTENT_TYPE, "subject": SUBJECT, "content": CONTENT})
 VERIFICATION = Object({"userEmail": Address(), "otp": Text(64, ONE_LINE, LINE)})
-BATCH = Object({"tasks": List("a task, as POST /task takes it; each is checked and answered by itself", 1000)})
+BATCH = Object({"tasks": List(Anything(), 1000, 1)})  # each is checked, and answered, by itself
+RECIPIENT = Object({"userId": Address()})
 PAGE = {"offset": Whole(0, 10**9), "limit": Whole(0, 1000)}
 
 DONE = {"status": bool, "msg": str}
@@ -2469,7 +2985,16 @@ ROUTES = (
     Route("POST", "/task/dead/{id}/retry", "retry_dead", answer=QUEUED, refuses=(404,)),
     Route("DELETE", "/task/dead/{id}", "remove_dead", answer=DONE, refuses=(404,)),
     Route("GET", "/task/{id}", "read_task", answer=TASK_ANSWER, refuses=(404,)),
+    Route("DELETE", "/task/{id}", "cancel_task", answer=DONE, refuses=(404, 409)),
+    Route("GET", "/suppressions", "list_suppressions", query=PAGE,
+          answer={"status": bool, "total": int, "offset": int, "limit": int, "suppressions": list}),
+    Route("POST", "/suppressions", "suppress", "key", RECIPIENT, answer=DONE),
+    Route("DELETE", "/suppressions", "unsuppress", "key", RECIPIENT, answer=DONE, refuses=(404,)),
+    Route("GET", "/unsubscribe/{token}", "ask_to_unsubscribe", "open", refuses=(404,)),
+    Route("POST", "/unsubscribe/{token}", "follow_link", "open", refuses=(404,)),
     Route("GET", "/health/ping", "ping", "open", answer={"message": str}),
+    Route("GET", "/health/ready", "ready", "open", answer={"status": bool}),
+    Route("GET", "/metrics", "prometheus", "open"),
     Route("GET", "/health/metrics", "metrics", "open", answer=METRICS_ANSWER),
     Route("GET", "/openapi.json", "describe_routes", "open",
           answer={"openapi": str, "info": dict, "paths": dict, "components": dict}),
@@ -2479,16 +3004,31 @@ FIXED = {path: [route for route in ROUTES if route.path == path] for path in (ro
          if "{" not in path}
 
 
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """An answer that is not JSON."""
+
+    media_type: str
+    text: str
+
+
+def page(body):
+    """A small HTML page."""
+    return Document("text/html", '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>Newsletter</title>'
+                    '<meta name="viewport" content="width=device-width"><body style="font: 1.2em sans-serif; margin: 3em auto; '
+                    f'max-width: 30em">{body}</body></html>\n')
+
+
 class Api:
     """The handlers of the routes.
 
     Args:
-        settings, accounts, queue, otps, newsletters: what they call.
+        settings, accounts, queue, otps, newsletters, workers, stats: what they call.
     """
 
-    def __init__(self, settings, accounts, queue, otps, newsletters):
+    def __init__(self, settings, accounts, queue, otps, newsletters, workers, stats):
         self.settings, self.accounts, self.queue = settings, accounts, queue
-        self.otps, self.newsletters = otps, newsletters
+        self.otps, self.newsletters, self.workers, self.stats = otps, newsletters, workers, stats
 
     def answer(self, route, request):
         """What `route` answers to `request`: a dict. Raises Refused, or RedisError where Redis is away."""
@@ -2585,6 +3125,10 @@ class Api:
             raise Refused(404, "there is no such task, or it ended too long ago", "id")
         return {"status": True, **found}
 
+    def cancel_task(self, request):
+        self.queue.cancel(request.path["id"], request.account.name)
+        return {"status": True, "msg": "Task cancelled successfully"}
+
     def list_dead(self, request):
         page = {"offset": 0, "limit": 100, **request.query}
         total, letters = self.queue.dead(request.account.name, **page)
@@ -2606,8 +3150,48 @@ class Api:
         count = self.queue.revive_all(request.account.name)
         return {"status": True, "msg": "Tasks enqueued successfully", "count": count}
 
+    def list_suppressions(self, request):
+        page = {"offset": 0, "limit": 100, **request.query}
+        total, found = self.queue.suppressions(request.account.name, **page)
+        return {"status": True, "total": total, **page, "suppressions": found}
+
+    def suppress(self, request):
+        self.queue.suppress(request.account.name, request.body["userId"])
+        return {"status": True, "msg": "Address suppressed successfully"}
+
+    def unsuppress(self, request):
+        if not self.queue.unsuppress(request.account.name, request.body["userId"]):
+            raise Refused(404, "userId is not suppressed", "userId")
+        return {"status": True, "msg": "Suppression removed successfully"}
+
+    def ask_to_unsubscribe(self, request):
+        _, content_type, address = self.newsletters.read_link(request.path["token"])
+        # Scanners follow links, so only the button's POST ends anything.
+        return page(f"<p>Unsubscribe {html.escape(address)} from {html.escape(content_type)}?</p>"
+                    "<form method=post><button>Unsubscribe</button></form>")
+
+    def follow_link(self, request):
+        self.newsletters.follow_link(request.path["token"])
+        return page("<p>You are unsubscribed.</p>")
+
     def ping(self, request):
         return {"message": "pong"}
+
+    def ready(self, request):
+        if all(gate.reason for gate in self.workers.gates.values()):
+            raise Refused(503, "all lanes are paused: the SMTP server is out", None, {"Retry-After": "10"})
+        self.queue.store.time()
+        return {"status": True}
+
+    def prometheus(self, request):
+        depths = self.queue.depths()
+        series = {**self.stats.read(), ("gomail_retries_waiting",): depths["retrying"],
+                  ("gomail_dead_letters",): depths["dead"]}
+        for lane, age in self.queue.oldest().items():
+            series[("gomail_queue_depth", ("lane", lane))] = depths[lane]
+            series[("gomail_queue_oldest_seconds", ("lane", lane))] = age
+            series[("gomail_lane_paused", ("lane", lane))] = int(bool(self.workers.gates[lane].reason))
+        return Document("text/plain; version=0.0.4", exposition(series))
 
     def describe_routes(self, request):
         return OPENAPI
@@ -2767,6 +3351,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def one_request(self):
         """Read a request and answer it. True where another may follow on this connection."""
         self.keep, self.head_only, self.began = False, False, time.monotonic()
+        self.method, self.route = "", ""
         self.deadline = self.began + self.server.settings.request_timeout
         if not self.buffer and not self.receive_first():
             return False
@@ -2785,6 +3370,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             except Exception:
                 logger.exception("unexpected error in a request")
                 status, headers, body = 500, {}, {"status": False, "error": "internal error"}
+            self.server.api.stats.count("gomail_http_requests_total", method=self.method, route=self.route, status=str(status))
             self.keep = self.keep and not self.server.stopping
             self.send(status, body, headers)
         finally:
@@ -2819,6 +3405,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if method == "OPTIONS":
                 return 204, None, allow
             raise Refused(405, f"this path takes {allow['Allow']}", None, allow)
+        self.method, self.route = method, route.path
         placeholders = route.pattern.fullmatch(path).groupdict()
         request = Request(headers, {name: urllib.parse.unquote(value) for name, value in placeholders.items()},
                           dict(urllib.parse.parse_qsl(query)))
@@ -2918,11 +3505,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send(self, status, body, headers):
         """Send an answer in one piece."""
-        content = b"" if body is None else ENCODER.encode(body).encode() + b"\n"
+        media_type, text = (body.media_type + "; charset=utf-8", body.text) if isinstance(body, Document) else (
+            "application/json", "" if body is None else ENCODER.encode(body) + "\n")
+        content = text.encode()
         lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}", f"Date: {http_date(int(time.time()))}",
                  "Cache-Control: no-store", "X-Content-Type-Options: nosniff"]
         if body is not None:
-            lines += ["Content-Type: application/json", f"Content-Length: {len(content)}"]
+            lines += [f"Content-Type: {media_type}", f"Content-Length: {len(content)}"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
         if not self.keep:
             lines.append("Connection: close")
@@ -2999,11 +3588,14 @@ class Service:
             process = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
             accounts = Accounts(self.store, settings.jwt_secret, settings.jwt_secret_previous, settings.api_key_ttl)
             self.queue = Queue(self.store, settings, process)
-            otps = Otps(self.store, accounts.derive("otp"), settings.otp_ttl, settings.otp_minute_max)
-            self.newsletters = Newsletters(self.store, zoneinfo.ZoneInfo(settings.timezone), self.clock)
-            self.workers = Workers(settings, self.queue, self.transport, otps, self.newsletters)
-            self.cron = Cron(self.store, self.queue, self.newsletters, self.workers.names, self.server)
-            self.http.api = Api(settings, accounts, self.queue, otps, self.newsletters)
+            otps = Otps(self.store, accounts.derive("otp"), settings.otp_ttl, settings.otp_minute_max,
+                        settings.otp_subject, settings.otp_content)
+            self.newsletters = Newsletters(self.store, zoneinfo.ZoneInfo(settings.timezone), accounts, settings.public_url,
+                                           self.clock)
+            self.stats = Stats(self.store)
+            self.workers = Workers(settings, self.queue, self.transport, otps, self.newsletters, self.stats)
+            self.cron = Cron(self.store, self.queue, self.newsletters, self.stats, self.workers.names, self.server)
+            self.http.api = Api(settings, accounts, self.queue, otps, self.newsletters, self.workers, self.stats)
             self.cron.start()
             self.workers.start()
             self.listener = threading.Thread(target=self.http.serve_forever, args=(0.05,), daemon=True)
@@ -3031,6 +3623,7 @@ class Service:
         self.cron.stop()
         try:
             self.queue.release()
+            self.stats.flush()
         except redis.RedisError as error:
             log(logging.ERROR, "Redis is not available", error=describe(error))
         if self.server:

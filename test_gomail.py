@@ -6,6 +6,7 @@ GOMAIL_TEST_SERVER=redis-server python -m pytest
 """
 
 import asyncio
+import base64
 import collections
 import contextlib
 import dataclasses
@@ -37,6 +38,7 @@ import zoneinfo
 import aiosmtpd.controller
 import aiosmtpd.smtp
 import jwt
+import prometheus_client.parser
 import pytest
 import redis
 import redis.backoff
@@ -199,7 +201,8 @@ class MailServer(aiosmtpd.controller.Controller):
             if not reply.startswith("250"):
                 return reply
         raw = envelope.original_content
-        self.mails.append(Mail(envelope.mail_from, recipient, raw, session.peer, time.monotonic()))
+        for recipient in envelope.rcpt_tos:
+            self.mails.append(Mail(envelope.mail_from, recipient, raw, session.peer, time.monotonic()))
         return "250 OK"
 
     def to(self, recipient):
@@ -821,6 +824,71 @@ def test_a_bad_field_is_refused_by_name_and_changes_nothing(field, value):
     assert refused.value.status == 400 and refused.value.field == field and refused.value.error.startswith(field)
 
 
+BAD_OPTIONAL = [
+    *[(field, value) for field in ("reply_to", "cc[1]", "bcc[1]") for value in ("", "nobody", 5, "a@b\r\nBcc: c@d")],
+    *[(field, value) for field in ("cc", "bcc", "attachments") for value in ("user@example.com", {}, 5)],
+    *[("cc", ["user@example.com"] * 50), ("attachments", [{}] * 51)],
+    *[("text", value) for value in ("", 5, "a\x00b")],
+    *[("from_name", value) for value in ("", 5, "a\r\nBcc: x@example.com", "x" * 101)],
+    *[("send_at", value) for value in ("", 5, "tomorrow", "2030-01-31", "2030-01-31T09:00:00", "2030-02-30T09:00:00Z")],
+    *[("attachments[0].filename", value) for value in (ABSENT, "", 5, "a/b", "a\\b", "a\nb", "x" * 101)],
+    *[("attachments[0].content_type", value) for value in (ABSENT, "", 5, "pdf", "text/x\n", "multipart/mixed", "message/rfc822")],
+    *[("attachments[0].content", value) for value in (ABSENT, 5, "not base64!", "abc")],
+    *[("attachments[0].content_id", value) for value in ("", 5, "a b", "<a>", "x" * 101)],
+    *[("variables", value) for value in ([], "x", {"a b": "x"}, {"": "x"}, {str(number): "x" for number in range(101)})],
+    *[("variables.name", value) for value in (True, [], {}, "x" * 10001)],
+]
+
+
+@pytest.mark.parametrize("field, value", BAD_OPTIONAL)
+def test_a_bad_optional_field_of_a_message_is_refused_by_name(field, value):
+    payload = {**MESSAGE["payload"], "cc": ["a@example.com"], "bcc": ["a@example.com"], "variables": {"name": "Ann"},
+               "attachments": [{"filename": "a.txt", "content_type": "text/plain", "content": "QQ=="}]}
+    gomail.TASK({**MESSAGE, "payload": json.loads(json.dumps(payload))})
+    parent, _, name = field.rpartition(".")
+    if field.endswith("[1]"):
+        payload[field[:-3]].append(value)
+    elif parent == "attachments[0]":
+        payload["attachments"][0][name] = value
+        if value is ABSENT:
+            del payload["attachments"][0][name]
+    else:
+        (payload[parent] if parent else payload)[name] = value
+    with pytest.raises(gomail.Refused) as refused:
+        gomail.TASK({**MESSAGE, "payload": payload})
+    assert refused.value.field == f"payload.{field}" and refused.value.error.startswith(refused.value.field)
+
+
+def filled(variables=ABSENT, **payload):
+    payload = {**MESSAGE["payload"], **payload, **({} if variables is ABSENT else {"variables": variables})}
+    return gomail.TASK({**MESSAGE, "payload": payload})["payload"]
+
+
+def test_variables_fill_subject_text_and_content_and_are_escaped_in_html_only():
+    payload = filled({"name": "<Ann> & Co", "total": 9.5, "_2": 7}, subject="Hi {{ name }}", text="{{name}}: {{ total }}",
+                     content="<p>{{ name }} {{  total}} {{ _2 }} {{ 2x }} { name } {{ a.b }}</p>")
+    assert payload["subject"] == "Hi <Ann> & Co" and payload["text"] == "<Ann> & Co: 9.5" and "variables" not in payload
+    assert payload["content"] == "<p>&lt;Ann&gt; &amp; Co 9.5 7 {{ 2x }} { name } {{ a.b }}</p>"
+    assert filled({"name": "<b>"}, content="{{ name }} plain")["content"] == "<b> plain"
+    assert filled({"a": "{{ b }}", "b": "x"}, content="{{ a }}")["content"] == "{{ b }}"
+
+
+@pytest.mark.parametrize("field", ["subject", "text", "content"])
+def test_a_missing_variable_is_refused_by_name(field):
+    with pytest.raises(gomail.Refused, match=r"^payload.variables.name is required: payload." + field) as refused:
+        filled({"nam": "x"}, **{field: "Hello {{ name }}"})
+    assert refused.value.status == 400 and refused.value.field == "payload.variables.name"
+
+
+def test_without_variables_braces_are_left_alone():
+    assert filled(content="{{ name }}", subject="{{ name }}")["content"] == "{{ name }}"
+
+
+def test_a_variable_cannot_add_a_line_to_the_subject():
+    with pytest.raises(gomail.Refused, match="^payload.subject must be a string of 1 to 998 characters, on one line"):
+        filled({"name": "x\r\nBcc: eve@evil.example"}, subject="{{ name }}")
+
+
 @pytest.mark.parametrize("length", [ABSENT, None, 3, 9, "6", 6.0, True])
 def test_length_is_required_for_generateotp_and_is_4_to_8(length):
     base = {"task": "t", "type": "generateOtp", "retries": 0, "payload": {"userId": "user@example.com", "length": 6}}
@@ -1022,8 +1090,9 @@ def test_a_worker_whose_task_was_given_to_another_settles_nothing(queue):
 
 # --- 7. mail ----------------------------------------------------------------------------------------------
 
-def composed(subject="Hello", content="Hello", recipient="user@example.com", sender=("", "app@example.org")):
-    raw = gomail.compose(sender, recipient, subject, content, "id@example.org", 1_700_000_000_000_000)
+def composed(subject="Hello", content="Hello", recipient="user@example.com", sender=("", "app@example.org"), **further):
+    mail = gomail.Mail(sender, recipient, subject, content, **further)
+    raw = gomail.compose(mail, "id@example.org", 1_700_000_000_000_000)
     return raw, parsed(raw)
 
 
@@ -1047,6 +1116,39 @@ def test_html_content_goes_out_with_a_readable_text_part_beside_it():
     assert markup.get_content_type() == "text/html" and markup.get_content().strip() == document
     assert text.get_content_type() == "text/plain"
     assert text.get_content() == ("Hello & welcome\n\nRead this page (https://example.com/x?a=1).\nThanks\n\n- one\n- two\n")
+
+
+def base64_of(data):
+    return base64.b64encode(data).decode()
+
+
+def test_a_message_takes_a_text_a_name_a_reply_address_copies_and_attachments(client, mail_server):
+    picture, file = b"\x89PNG" + bytes(range(256)) * 300, b"a,b\r\n.\r\n1,2\r\n"
+    client.task(content='<p>Look: <img src="cid:logo@x"></p>', text="Look.", from_name="Jörg, Shop", reply_to="help@example.org",
+                cc=["c1@example.com", "c2@example.com"], bcc=["b@example.com"], attachments=[
+                    {"filename": "Rechnung März \"1\" " + "ü" * 60 + ".csv", "content_type": "text/csv", "content": base64_of(file)},
+                    {"filename": "logo \"x\".png", "content_type": "image/png", "content": base64_of(picture), "content_id": "logo@x"}])
+    message = mail_server.one("user@example.com")
+    assert {mail.recipient for mail in mail_server.mails} == {"user@example.com", "c1@example.com", "c2@example.com", "b@example.com"}
+    assert len({mail.raw for mail in mail_server.mails}) == 1 and b"b@example.com" not in mail_server.mails[0].raw
+    assert message["From"].addresses[0].display_name == "Jörg, Shop" and message["From"].addresses[0].addr_spec == "app@example.org"
+    assert message["Reply-To"] == "help@example.org" and message["Cc"] == "c1@example.com, c2@example.com"
+    assert message["To"] == "user@example.com" and "Bcc" not in message
+    body, attached = message.iter_parts()
+    assert message.get_content_type() == "multipart/mixed" and body.get_content_type() == "multipart/alternative"
+    text, related = body.iter_parts()
+    assert text.get_content() == "Look.\n" and related.get_content_type() == "multipart/related"
+    markup, inline = related.iter_parts()
+    assert markup.get_content_type() == "text/html" and inline["Content-ID"] == "<logo@x>" and inline.get_content() == picture
+    assert inline.get_filename() == 'logo "x".png' and inline.get_content_disposition() == "inline"
+    assert attached.get_filename() == "Rechnung März \"1\" " + "ü" * 60 + ".csv" and attached.get_payload(decode=True) == file
+    assert attached.get_content_disposition() == "attachment" and max(map(len, mail_server.mails[0].raw.split(b"\r\n"))) <= 998
+
+
+def test_an_attachment_of_a_plain_message_stands_beside_its_text():
+    _, message = composed(content="See there", attachments=(("a.txt", "text/plain", base64_of(b"A"), ""),))
+    assert [part.get_content_type() for part in message.walk()] == ["multipart/mixed", "text/plain", "text/plain"]
+    assert text_of(message) == "See there\n" and list(message.iter_attachments())[0].get_payload(decode=True) == b"A"
 
 
 def test_the_text_part_of_html_with_an_unclosed_head_is_not_empty():
@@ -1135,6 +1237,157 @@ def test_dots_at_line_starts_arrive_as_they_were(client, mail_server):
     content = ".\n..\n.hidden\nend\n.\n"
     client.task(content=content)
     assert text_of(mail_server.one("user@example.com")) == content
+
+
+@pytest.mark.parametrize("pipelining", [True, False])
+def test_a_recipient_that_is_refused_for_now_gets_the_mail_later_and_the_others_only_once(services, mail_server, pipelining):
+    mail_server.pipelining = pipelining
+    mail_server.replies["c@example.com"] = ["451 4.7.1 later"]
+    client = services(mail_server, retry_delay=0.01).client.sign_up()
+    task_id = client.task(retries=1, cc=["c@example.com"], bcc=["b@example.com"])
+    assert client.state(task_id, "succeeded")["attempts"] == 2
+    assert sorted(mail.recipient for mail in mail_server.mails) == ["b@example.com", "c@example.com", "user@example.com"]
+    assert len({mail.raw for mail in mail_server.mails}) == 1
+
+
+@pytest.mark.parametrize("pipelining", [True, False])
+def test_a_recipient_that_is_refused_for_good_makes_a_dead_letter_for_him_alone(services, mail_server, pipelining):
+    mail_server.pipelining = pipelining
+    mail_server.replies["c@example.com"] = ["550 5.7.1 no"]
+    client = services(mail_server).client.sign_up()
+    task_id = client.task(retries=1, cc=["c@example.com"])
+    assert client.state(task_id, "dead")["error"] == "c@example.com: 550 5.7.1 no"
+    assert [mail.recipient for mail in mail_server.mails] == ["user@example.com"]
+    client.post(f"/task/dead/{task_id}/retry")
+    client.state(task_id, "succeeded")
+    assert [mail.recipient for mail in mail_server.mails] == ["user@example.com", "c@example.com"]
+
+
+def suppressed(client):
+    return [found["userId"] for found in client.get("/suppressions")["suppressions"]]
+
+
+@pytest.mark.parametrize("reply, suppresses", [("550 5.1.1 no such user", True), ("550 5.1.10 null MX", True), ("553 5.1.2 no such domain", True),
+                                               ("550 5.1.8 bad sender", False), ("550 5.7.1 no", False), ("550 no", False)])
+def test_an_address_that_does_not_exist_is_suppressed(service, client, mail_server, reply, suppresses):
+    mail_server.replies["gone@example.com"] = [reply]
+    client.state(client.task(userId="Gone@example.com".replace("G", "g")), "dead")
+    assert suppressed(client) == ["gone@example.com"] * suppresses
+    again = client.state(client.task(userId="gone@example.com"), "suppressed" if suppresses else "succeeded")
+    assert ("suppressed" in (again["error"] or "")) == suppresses
+    assert len(mail_server.to("gone@example.com")) == (not suppresses)
+
+
+def test_a_suppressed_address_gets_otps_and_nothing_else_from_this_account_alone(client, mail_server):
+    assert client.post("/suppressions", {"userId": "User@example.com"})["status"] is True
+    entry, = client.get("/suppressions")["suppressions"]
+    assert entry["userId"] == "user@example.com" and entry["reason"] == "by request" and entry["created"].startswith("20")
+    client.state(client.task(), "suppressed")
+    client.state(client.task("generateOtp"), "succeeded")
+    client.state(client.task(userId="other@example.com", cc=["user@example.com"]), "succeeded")
+    client.sign_up().task(subject="Of another account")
+    until(lambda: len(mail_server.mails) == 3)
+    assert sorted(parsed(mail.raw)["Subject"] for mail in mail_server.to("user@example.com")) == [
+        "Of another account", "Your verification code"]
+    assert client("DELETE", "/suppressions", {"userId": "user@example.com"})[0] == 200
+    assert client("DELETE", "/suppressions", {"userId": "user@example.com"})[0] == 404
+    client.state(client.task(), "succeeded")
+
+
+def test_only_the_recipient_that_does_not_exist_is_suppressed(client, mail_server):
+    mail_server.replies["gone@example.com"] = ["550 5.1.1 no such user"]
+    client.state(client.task(cc=["gone@example.com"]), "dead")
+    assert suppressed(client) == ["gone@example.com"]
+
+
+@pytest.mark.parametrize("rate", [1, 14, 1000])
+def test_smtp_rate_spaces_the_mails_of_all_processes_and_urgent_ones_pass(services, rate):
+    # Redis's clock runs on by itself; what counts is which moments it gives away.
+    first = services(smtp_rate=float(rate), workers=1)
+    first.workers.stop(PATIENCE)
+    second = gomail.Queue(first.store, first.settings, "another-process")
+    began = first.store.time()
+    moments = [first.store.time() + queue.pace("normal") for _ in range(rate * 15) for queue in (first.queue, second)]
+    assert abs((moments[-1] - began) - 30) < 30 * 0.05
+    gaps = [after - before for before, after in zip(moments[100:], moments[101:])]
+    assert not gaps or abs(sum(gaps) / len(gaps) - 1 / rate) < 0.05 / rate
+    urgent = [first.store.time() + second.pace("urgent") for _ in range(5)]
+    assert urgent[0] - first.store.time() < 0.01 and urgent[-1] - began < 30
+    assert first.store.time() + first.queue.pace("bulk") - moments[-1] > 5.5 / rate
+
+
+def test_smtp_rate_holds_for_what_arrives_and_a_stop_gives_back_what_waits(services, mail_server):
+    service = services(mail_server, smtp_rate=20.0)
+    client = service.client.sign_up()
+    ids = [client.task() for _ in range(20)]
+    until(lambda: len(mail_server.mails) >= 10)
+    arrived = [mail.arrived for mail in mail_server.mails]
+    assert arrived[9] - arrived[0] > 7 / 20
+    services.running.remove(service)
+    service.stop()
+    sent, left = len(mail_server.mails), service.store.redis.llen(service.store.key("lane", "normal"))
+    assert sent + left == len(ids)
+
+
+def samples(text):
+    """{(name, value of each label, by the labels' names): value} of Prometheus's text format, by its own parser."""
+    families = list(prometheus_client.parser.text_string_to_metric_families(text))
+    assert all(family.documentation and family.type in ("counter", "gauge", "histogram") for family in families)
+    return {(sample.name, *(value for _, value in sorted(sample.labels.items()))): sample.value for family in families for sample in family.samples}
+
+
+def metrics_of(service):
+    connection = http.client.HTTPConnection(service.http.url.removeprefix("http://"))
+    connection.request("GET", "/metrics")
+    answer = connection.getresponse()
+    assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+    return samples(answer.read().decode())
+
+
+def test_metrics_are_read_by_prometheus_and_add_up_over_processes(services, mail_server):
+    first = services(mail_server)
+    second = services(mail_server, key_prefix=first.store.prefix)
+    client = first.client.sign_up()
+    mail_server.replies["gone@example.com"] = ["550 no"]
+    mail_server.replies["later@example.com"] = ["450 later"]
+    client.state(client.task(), "succeeded")
+    client.state(client.task(userId="gone@example.com"), "dead")
+    client.state(client.task("generateOtp"), "succeeded")
+    client.state(client.task(userId="later@example.com", retries=1), "succeeded")
+    client.task(send_at="2100-01-01T00:00:00Z")
+    client("GET", "/nowhere")
+    second.client.get("/health/ping")
+
+    def seen():
+        found = metrics_of(first)
+        return found.get(("gomail_http_requests_total", "GET", "/health/ping", "200")) and (
+            sum(value for key, value in found.items() if key[0] == "gomail_tasks_total") == 5) and found
+    found = until(seen)
+    assert found["gomail_tasks_total", "succeeded", "message"] == 2 and found["gomail_tasks_total", "dead", "message"] == 1
+    assert found["gomail_tasks_total", "succeeded", "generateOtp"] == 1 and found["gomail_tasks_total", "retrying", "message"] == 1
+    assert found["gomail_http_requests_total", "POST", "/task", "200"] == 5
+    assert found["gomail_http_requests_total", "", "", "404"] == 1
+    assert found["gomail_smtp_seconds_count",] == 5 and found["gomail_smtp_seconds_bucket", "+Inf"] == 5
+    buckets = [value for key, value in found.items() if key[0] == "gomail_smtp_seconds_bucket"]
+    assert buckets == sorted(buckets) and found["gomail_smtp_seconds_sum",] > 0
+    assert found["gomail_retries_waiting",] == 1 and found["gomail_dead_letters",] == 1
+    for lane in gomail.LANES:
+        assert found["gomail_queue_depth", lane] == found["gomail_lane_paused", lane] == found["gomail_queue_oldest_seconds", lane] == 0
+
+
+def test_metrics_show_what_waits_for_how_long_and_which_lanes_are_paused(services, mail_server):
+    mail_server.stop()
+    service = services(mail_server)
+    client = service.client.sign_up()
+    for _ in range(5):
+        client.task()
+    until(lambda: service.workers.gates["normal"].reason)
+    found = until(lambda: (found := metrics_of(service))["gomail_queue_depth", "normal"] >= 3 and found)  # a worker may hold one
+    assert found["gomail_lane_paused", "normal"] == 1 and found["gomail_queue_oldest_seconds", "normal"] > 0
+    assert client("GET", "/health/ready")[0] == 200
+    for lane in gomail.LANES:
+        service.workers.gates[lane].close("for the test")
+    assert client("GET", "/health/ready")[0] == 503
 
 
 INJECTIONS = [before + end + after for end in ("\r\n", "\n", "\r", "\x00", "\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\u2029",
@@ -1302,7 +1555,7 @@ def test_a_server_that_wants_data_although_it_refused_the_recipient_gets_an_empt
         thread.start()
         transport = gomail.SmtpTransport(gomail.Settings(smtp_server="127.0.0.1", smtp_port=listener.getsockname()[1]))
         with pytest.raises(gomail.Permanent, match="550 no such user"):
-            transport.send("app@example.org", "user@example.com", b"Subject: secret\r\n\r\nbody\r\n")
+            transport.send("app@example.org", ["user@example.com"], b"Subject: secret\r\n\r\nbody\r\n")
         transport.tidy()
         thread.join(PATIENCE)
     assert [line.split()[0].upper() for line in heard] == [b"EHLO", b"MAIL", b"RCPT", b"DATA", b".", b"RSET", b"QUIT"]
@@ -1672,6 +1925,76 @@ def test_each_newsletter_has_the_content_of_that_moment(dated, mail_server, cloc
     assert message["Subject"] == "New subject" and text_of(message) == "New content\n"
 
 
+@pytest.fixture
+def linked(services, mail_server, clock):
+    """A service that the internet reaches, and a client with a newsletter and a subscriber."""
+    service = services(mail_server, clock, public_url="https://mail.example.com/")
+    client = service.client.sign_up()
+    define(client, subject="Hi {{ name }}", content='<p>Dear {{ name }} at {{ email }}, <a href="{{ unsubscribe_url }}">no more</a></p>')
+    subscribe(client, variables={"name": "Ann & Bob\nX"})
+    return service, client
+
+
+def test_a_newsletter_is_filled_and_says_how_to_unsubscribe_by_one_click(linked, mail_server, clock):
+    clock.forward(86400)
+    message = mail_server.one("user@example.com")
+    url = message["List-Unsubscribe"].strip("<>")
+    assert url.startswith("https://mail.example.com/unsubscribe/") and message["List-Unsubscribe-Post"] == "List-Unsubscribe=One-Click"
+    assert message["Subject"] == "Hi Ann & Bob X"
+    assert message.get_body(("html",)).get_content().strip() == (
+        f'<p>Dear Ann &amp; Bob\nX at user@example.com, <a href="{url}">no more</a></p>')
+
+
+def test_one_click_unsubscribes_and_looking_does_not(linked, mail_server, clock):
+    service, client = linked
+    clock.forward(86400)
+    path = "/unsubscribe/" + mail_server.one("user@example.com")["List-Unsubscribe"].strip("<>").rpartition("/")[2]
+
+    def ask(method, body=None, **headers):
+        connection = http.client.HTTPConnection(client.address)
+        connection.request(method, path, body, headers)
+        answer = connection.getresponse()
+        return answer.status, answer.headers["Content-Type"], answer.read().decode()
+    status, media_type, page = ask("GET")
+    assert status == 200 and media_type == "text/html; charset=utf-8" and "user@example.com" in page and "<form method=post>" in page
+    assert client.get("/task/subscriptionContent/news")["subscribers"] == 1
+    for _ in range(2):  # the second time there is nothing left to do
+        status, _, page = ask("POST", "List-Unsubscribe=One-Click", **{"Content-Type": "application/x-www-form-urlencoded"})
+        assert status == 200 and "You are unsubscribed" in page
+        assert client.get("/task/subscriptionContent/news")["subscribers"] == 0
+    subscribe(client, variables={"name": "x"})
+    assert client.get("/task/subscriptionContent/news")["subscribers"] == 1
+
+
+def test_a_link_that_was_changed_or_made_of_an_api_key_unsubscribes_nobody(linked, client):
+    service, owner = linked
+    token = service.newsletters.link("a", "news", "user@example.com").rpartition("/")[2]
+    head, claims, signature = token.split(".")
+    for bad in (token[:-2], f"{head}.{claims}x.{signature}", owner.key, "x", f"{head}.{claims}."):
+        for method in ("GET", "POST"):
+            assert owner(method, f"/unsubscribe/{bad}")[0] == 404
+    assert service.client("GET", "/health/ping", Authorization=token)[0] == 200
+    assert service.client("GET", "/task/dead", Authorization=token)[0] == 401
+
+
+def test_without_public_url_a_newsletter_has_no_link_and_unknown_names_stay(dated, mail_server, clock):
+    _, client = dated
+    define(client, content="{{ email }} {{ unsubscribe_url }} {{ name }}")
+    subscribe(client)
+    clock.forward(86400)
+    message = mail_server.one("user@example.com")
+    assert "List-Unsubscribe" not in message and text_of(message) == "user@example.com {{ unsubscribe_url }} {{ name }}\n"
+
+
+def test_a_subscription_whose_variables_lack_one_that_the_content_names_makes_a_dead_letter(dated, clock):
+    _, client = dated
+    define(client, content="{{ name }}")
+    subscribe(client, variables={"nam": "x"})
+    clock.forward(86400)
+    letter, = until(lambda: client.get("/task/dead")["tasks"])
+    assert letter["error"] == "the subscription has no variable 'name'"
+
+
 def test_subscribing_again_replaces_the_frequency_and_never_doubles(dated, mail_server, clock):
     service, client = dated
     define(client)
@@ -1840,6 +2163,42 @@ def test_a_full_lane_delays_no_other(services, mail_server):
 
 
 # --- 11. cron ---------------------------------------------------------------------------------------------
+
+def rfc3339(moment, zone=datetime.timezone.utc):
+    return datetime.datetime.fromtimestamp(moment, zone).isoformat()
+
+
+def test_a_message_with_send_at_waits_until_then_also_through_a_restart(services, mail_server):
+    first = services(mail_server)
+    client = first.client.sign_up("scheduled@example.com")
+    moment = time.time() + 2
+    task_id = client.task(send_at=rfc3339(moment, datetime.timezone(datetime.timedelta(hours=-5))))
+    status = client.get(f"/task/{task_id}")
+    assert status["state"] == "scheduled" and abs(datetime.datetime.fromisoformat(status["due"]).timestamp() - moment) < 0.01
+    services.running.remove(first)
+    first.stop()
+    second = services(mail_server, key_prefix=first.store.prefix)
+    Client(second.http.url, client.key).state(task_id, "succeeded")
+    assert mail_server.one("user@example.com") and time.time() >= moment
+
+
+def test_a_send_at_that_is_over_means_now(client, mail_server):
+    client.task(send_at="1999-12-31T23:59:59Z")
+    assert mail_server.one("user@example.com")
+
+
+def test_a_scheduled_task_can_be_cancelled_while_it_waits_and_only_by_its_account(client, service, mail_server):
+    task_id = client.task(send_at="2100-01-01T00:00:00+01:00", content="secret")
+    assert client.sign_up()("DELETE", f"/task/{task_id}")[0] == 404
+    assert client("DELETE", f"/task/{task_id}")[1] == {"status": True, "msg": "Task cancelled successfully"}
+    assert client.get(f"/task/{task_id}")["state"] == "cancelled"
+    assert "secret" not in str(service.store.redis.hgetall(service.store.key("task", task_id)))
+    assert not service.queue.depths()["retrying"]
+    assert client("DELETE", f"/task/{task_id}")[0] == 409
+    sent = client.task()
+    client.state(sent, "succeeded")
+    assert client("DELETE", f"/task/{sent}")[0] == 409 and client("DELETE", "/task/none")[0] == 404
+
 
 def test_other_mail_gives_way_to_an_otp_until_that_is_sent_or_for_a_moment(queue, monkeypatch):
     def otp(address):
