@@ -414,16 +414,20 @@ def start_logging(settings, shared=False):
 #   processing:<process>:<worker>  list    the id a worker has in hand
 #   processes                      hash    process -> its workers' names, comma-separated
 #   heartbeat:<process>            string  there while the process lives
-#   delayed                        zset    ids that wait for a retry, by due time (ms)
+#   delayed                        zset    ids that wait for a retry or their send_at, by due time (ms)
 #   dead, dead:<account>           zset    ids of dead letters, by the time they died (ms)
 #   idempotency:<digest>           string  fingerprint and id of the task an Idempotency-Key made
+#   suppressed:<account>           zset    addresses that get no mail, by the time that began (ms)
+#   suppressed_for:<account>       hash    address -> why
+#   rate                           hash    the next moments that smtp_rate gives away (microseconds)
 #   metrics                        hash    executed, successful, failed
+#   stats                          hash    counter with its labels, as JSON -> amount
 #   otp:<address>:<account>        hash    keyed hash of the OTP, wrong tries, when it was asked for
 #   otp_asked:<address>:<account>  zset    ids of the generateOtp tasks of the last hour, by time (ms)
 #   otp_failed:<address>:<account> string  wrong tries in a row
 #   otp_requests:<account>         string  OTP requests in this minute
 #   content:<account>              hash    content type -> {"subject", "content"}
-#   subscribers:<type>:<account>   hash    address -> {"userId", "frequency", "retries", "created"}
+#   subscribers:<type>:<account>   hash    address -> {"userId", "frequency", "retries", "created", "variables"}
 #   unsubscribed:<type>:<address>:<account>  string  when it was asked for, so that an older subscribe loses
 #   schedule                       zset    [account, type, address] by its next boundary (s)
 
@@ -1128,6 +1132,7 @@ class Task:
 # --- 6. queue ---------------------------------------------------------------------------------------------
 # A task is in exactly one place at any time: a lane, a worker's processing list, the delayed set, or the
 # dead letters; or it has ended, and only its state is kept. Each step between two places is one script.
+# Beside it stand the counters that Prometheus reads.
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
@@ -1877,7 +1882,7 @@ def attribute(name, attributes):
     return ""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Mail:
     """A mail before it is put into bytes.
 
@@ -2555,7 +2560,7 @@ class Newsletters:
         """(subject, content, headers) of a newsletter at this moment.
 
         The texts are filled with `email`, `unsubscribe_url` and the subscription's own variables. The headers let the
-        reader's mailer unsubscribe (RFC 2369, RFC 8058).
+        reader's mailer tell the newsletter from others (RFC 2919) and unsubscribe (RFC 2369, RFC 8058).
 
         Raises:
             Cancelled: the address unsubscribed, or the content type was removed, since the mail was queued.
@@ -2578,7 +2583,9 @@ class Newsletters:
             raise Permanent(f"the subscription has no variable {error.args[0]!r}") from None
         # RFC 2369 section 2 lets a long URL be folded; no line may be longer than 998.
         folded = "\r\n ".join(url[start:start + 900] for start in range(0, len(url), 900))
-        headers = (("List-Unsubscribe", f"<{folded}>"), ("List-Unsubscribe-Post", "List-Unsubscribe=One-Click"))
+        name = re.sub(r"[^a-z0-9]+", "-", content_type.lower()).strip("-") or hashlib.sha256(content_type.encode()).hexdigest()[:16]
+        headers = (("List-Id", f"<{name}.{urllib.parse.urlsplit(self.public_url).hostname}>"),
+                   ("List-Unsubscribe", f"<{folded}>"), ("List-Unsubscribe-Post", "List-Unsubscribe=One-Click"))
         return re.sub(f"{ONE_LINE.replace('[^', '[')}+", " ", subject), content, headers if url else ()
 
     def enqueue_due(self):
@@ -2933,7 +2940,8 @@ class Route:
 
     `access` is "open", "key", "task" (a key that the queue looks up, in the same round trip), "admin", or "owner" (the
     admin, or the key of the account concerned); `body` and `query` are the checks of what comes with a request;
-    `answer` names the fields of a success and their types, `refuses` the statuses that only this route answers.
+    `answer` names the fields of a success and their types, or its media type where it is not JSON; `refuses` has the
+    statuses that only this route answers.
     """
 
     method: str
@@ -2990,11 +2998,11 @@ ROUTES = (
           answer={"status": bool, "total": int, "offset": int, "limit": int, "suppressions": list}),
     Route("POST", "/suppressions", "suppress", "key", RECIPIENT, answer=DONE),
     Route("DELETE", "/suppressions", "unsuppress", "key", RECIPIENT, answer=DONE, refuses=(404,)),
-    Route("GET", "/unsubscribe/{token}", "ask_to_unsubscribe", "open", refuses=(404,)),
-    Route("POST", "/unsubscribe/{token}", "follow_link", "open", refuses=(404,)),
+    Route("GET", "/unsubscribe/{token}", "ask_to_unsubscribe", "open", answer="text/html", refuses=(404,)),
+    Route("POST", "/unsubscribe/{token}", "follow_link", "open", answer="text/html", refuses=(404,)),
     Route("GET", "/health/ping", "ping", "open", answer={"message": str}),
     Route("GET", "/health/ready", "ready", "open", answer={"status": bool}),
-    Route("GET", "/metrics", "prometheus", "open"),
+    Route("GET", "/metrics", "prometheus", "open", answer="text/plain"),
     Route("GET", "/health/metrics", "metrics", "open", answer=METRICS_ANSWER),
     Route("GET", "/openapi.json", "describe_routes", "open",
           answer={"openapi": str, "info": dict, "paths": dict, "components": dict}),
@@ -3212,8 +3220,8 @@ def openapi(routes):
         return {"type": "object", "required": list(properties), "properties": {
             name: {"type": [JSON_TYPES[kind] for kind in kinds]} for name, kinds in types.items()}}
 
-    def answered(status, schema):
-        return {"description": http.HTTPStatus(status).phrase, "content": {"application/json": {"schema": schema}}}
+    def answered(status, schema, media_type="application/json"):
+        return {"description": http.HTTPStatus(status).phrase, "content": {media_type: {"schema": schema}}}
 
     paths = {}
     for route in routes:
@@ -3223,7 +3231,8 @@ def openapi(routes):
         error = {"$ref": "#/components/schemas/Error"}
         operation = {
             "operationId": f"{route.handler}_{route.path.replace('/', '_')}".strip("_"),
-            "responses": {"200": answered(200, described(route.answer)),
+            "responses": {"200": answered(200, {"type": "string"}, route.answer) if isinstance(route.answer, str)
+                          else answered(200, described(route.answer)),
                           **{str(status): answered(status, error) for status in sorted(statuses)}},
             "parameters": [{"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
                            for name in re.findall(r"\{(\w+)\}", route.path)]

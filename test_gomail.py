@@ -1390,6 +1390,27 @@ def test_metrics_show_what_waits_for_how_long_and_which_lanes_are_paused(service
     assert client("GET", "/health/ready")[0] == 503
 
 
+@pytest.mark.long
+def test_spamassassin_finds_no_fault_in_headers_and_mime_structure(linked, mail_server, clock):
+    # Debian: apt-get install spamassassin. Rules about who delivered a mail, and whether it is expected, do not count.
+    service, client = linked
+    clock.forward(86400)
+    client.task(userId="plain@example.com", content="Grüße aus Köln\n" * 20, subject="Grüße, ganz herzlich")
+    client.task(userId="all@example.com", subject="Ihre Bestellung", content='<html><body><p>Ihre Bestellung ist unterwegs und kommt '
+                'in den nächsten Tagen.</p></body></html>', cc=["cc@example.com"], from_name="Jörg", reply_to="help@example.org",
+                attachments=[{"filename": "ä.pdf", "content_type": "application/pdf", "content": base64_of(b"%PDF-1.4")}])
+    client.task("generateOtp", userId="otp@example.com")
+    for recipient in ("user@example.com", "plain@example.com", "all@example.com", "otp@example.com"):
+        mail_server.one(recipient)
+        mail = mail_server.to(recipient)[0]
+        received = (b"Received: from app.example.org (app.example.org [8.8.4.4]) by mx.example.com with ESMTP; "
+                    + email.utils.formatdate().encode() + b"\r\n")
+        report = subprocess.run(["spamassassin", "--local", "--test-mode"], input=received + mail.raw, capture_output=True, check=True)
+        summary = parsed(report.stdout)["X-Spam-Status"]
+        hits = set(re.search(r"tests=(.*?)(?: autolearn|$)", " ".join(summary.split()))[1].replace(",", " ").split())
+        assert hits <= {"HTML_MESSAGE", "none"}, (recipient, hits)
+
+
 INJECTIONS = [before + end + after for end in ("\r\n", "\n", "\r", "\x00", "\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\u2029",
                                                    "=?utf-8?q?=0D=0A?=", "%0d%0a", "\\r\\n", "\r\n ", "\r\n.\r\n")
               for before in ("", "x", "x@example.com", "Grüße") for after in ("Bcc: eve@evil.example", "\r\nX-Evil: 1", ">, <eve@evil.example")]
@@ -1930,7 +1951,7 @@ def linked(services, mail_server, clock):
     """A service that the internet reaches, and a client with a newsletter and a subscriber."""
     service = services(mail_server, clock, public_url="https://mail.example.com/")
     client = service.client.sign_up()
-    define(client, subject="Hi {{ name }}", content='<p>Dear {{ name }} at {{ email }}, <a href="{{ unsubscribe_url }}">no more</a></p>')
+    define(client, subject="Hi {{ name }}", content='<p>Dear {{ name }} at {{ email }}, <a href="{{ unsubscribe_url }}">no more</a></p>' + "<p>All is well.</p>" * 40)
     subscribe(client, variables={"name": "Ann & Bob\nX"})
     return service, client
 
@@ -1939,10 +1960,11 @@ def test_a_newsletter_is_filled_and_says_how_to_unsubscribe_by_one_click(linked,
     clock.forward(86400)
     message = mail_server.one("user@example.com")
     url = message["List-Unsubscribe"].strip("<>")
+    assert message["List-Id"] == "<news.mail.example.com>"
     assert url.startswith("https://mail.example.com/unsubscribe/") and message["List-Unsubscribe-Post"] == "List-Unsubscribe=One-Click"
     assert message["Subject"] == "Hi Ann & Bob X"
     assert message.get_body(("html",)).get_content().strip() == (
-        f'<p>Dear Ann &amp; Bob\nX at user@example.com, <a href="{url}">no more</a></p>')
+        f'<p>Dear Ann &amp; Bob\nX at user@example.com, <a href="{url}">no more</a></p>' + "<p>All is well.</p>" * 40)
 
 
 def test_one_click_unsubscribes_and_looking_does_not(linked, mail_server, clock):
