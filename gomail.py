@@ -102,8 +102,8 @@ class Settings:
     smtp_from: str = option("", 'sender, "Name <address>" or "address"; empty: smtp_user, else gomail@ this host')
     smtp_tls: str = option("auto", "auto: STARTTLS where offered; off: never (a server on this machine)",
                            choices=("auto", "off"))
-    smtp_rate: float = option(0.0, "mails a second to the SMTP server, from all processes together; 0: as fast as it takes them",
-                              low=0, high=100000)
+    smtp_rate: float = option(0.0, "mails a second to the SMTP server, from all processes together; "
+                              "0: as fast as it takes them", low=0, high=100000)
     smtp_timeout: float = option(30.0, "seconds to wait for the SMTP server's connection or answer", low=0.1, high=600)
     redis_uri: str = option("", "host:port, redis://, rediss://, unix:// or redis+sentinel://; "
                             "empty: the embedded Valkey in data_dir")
@@ -185,7 +185,8 @@ class Settings:
             raise StartError(f"public_url: {self.public_url!r} is not a URL such as https://mail.example.com")
         for name in ("otp_subject", "otp_content"):
             if unknown := set(PLACEHOLDER.findall(getattr(self, name))) - {"otp", "minutes"}:
-                raise StartError(f"{name}: {{{{ {min(unknown)} }}}} is not known, expected {{{{ otp }}}} or {{{{ minutes }}}}")
+                raise StartError(f"{name}: {{{{ {min(unknown)} }}}} is not known, expected "
+                                 "{{ otp }} or {{ minutes }}")
         if self.otp_content and "otp" not in PLACEHOLDER.findall(self.otp_content):
             raise StartError("otp_content: must hold {{ otp }}")
         if not self.admin_token and not is_loopback(self.host):
@@ -705,7 +706,7 @@ class Accounts:
         """The claims of a token that seal() made, or None."""
         for secret in self.accepted:
             with contextlib.suppress(jwt.InvalidTokenError):
-                return jwt.decode(token, self.derive(purpose, secret), algorithms=["HS256"], options={"verify_sub": False})
+                return jwt.decode(token, self.derive(purpose, secret), algorithms=["HS256"])
 
     def sign_up(self, name):
         """Register `name` and return its API key. Raises Refused (409) where it is registered."""
@@ -1027,8 +1028,9 @@ MEDIA_TYPE = Form("a media type, such as application/pdf, but no multipart/... o
                   re.compile(r"(?!multipart/|message/)[a-z0-9][a-z0-9!#$&^_.+-]*/[a-z0-9][a-z0-9!#$&^_.+-]*"), 127)
 CONTENT_ID = Form("letters, digits and . _ + -, and perhaps an @ within",
                   re.compile(r"[A-Za-z0-9._+-]+(@[A-Za-z0-9._+-]+)?"), 100)
-ATTACHMENT = Object({"filename": Text(100, r"[^\x00-\x1f\x7f-\x9f\u2028\u2029/\\]", "without control characters, / and \\"),
-                     "content_type": MEDIA_TYPE, "content": Base64(), "content_id": Optional(CONTENT_ID)})
+FILENAME = Text(100, r"[^\x00-\x1f\x7f-\x9f\u2028\u2029/\\]", "without control characters, / and \\")
+ATTACHMENT = Object({"filename": FILENAME, "content_type": MEDIA_TYPE, "content": Base64(),
+                     "content_id": Optional(CONTENT_ID)})
 
 PAYLOADS = {
     "message": Object({"userId": Address(), "subject": SUBJECT, "content": CONTENT, "text": Optional(CONTENT),
@@ -1270,7 +1272,8 @@ class Queue:
     # taken by a call whose answer was lost, and comes first.
     EXCHANGE = BURY + """
         local own, lane, prefix = KEYS[1], KEYS[2], KEYS[3]
-        local take, id, verdict, error, delay, summary, delivered, suppress, result_ttl, dead_ttl, dead_max = unpack(ARGV)
+        local take, id, verdict, error, delay, summary, delivered, suppress = unpack(ARGV)
+        local result_ttl, dead_ttl, dead_max = unpack(ARGV, 9)
         if id ~= '' and redis.call('LREM', own, 1, id) == 1 then
             local task = prefix .. 'task:' .. id
             if delivered ~= '' then redis.call('HSET', task, 'delivered', delivered) end
@@ -1461,8 +1464,8 @@ class Queue:
                 content_type = payload["content_type"]
             elif task["type"] == "message":
                 to = same_mailbox(" ".join([payload["userId"], *payload.get("cc", ()), *payload.get("bcc", ())]))
-            args += [ids[32 * number:32 * number + 32], json.dumps(task), lane_of(task["type"]), otp_address, content_type,
-                     fingerprint, digest, payload.get("send_at", 0) // 1000, to]
+            args += [ids[32 * number:32 * number + 32], json.dumps(task), lane_of(task["type"]), otp_address,
+                     content_type, fingerprint, digest, payload.get("send_at", 0) // 1000, to]
         results = self._durably(self._enqueue, [self.store.prefix], args)
         if results == "revoked":
             raise Refused(401, "the API key was revoked", None, {"WWW-Authenticate": "Bearer"})
@@ -1500,7 +1503,8 @@ class Queue:
         found = self._exchange(
             keys=[self._processing(worker), self.store.key("lane", lane), self.store.prefix],
             args=[int(take), outcome.task_id, outcome.verdict, outcome.error, int(outcome.delay * 1000),
-                  outcome.summary, " ".join(outcome.delivered), " ".join(outcome.suppress), settings.result_ttl * 1000, settings.dead_ttl * 1000, settings.dead_max])
+                  outcome.summary, " ".join(outcome.delivered), " ".join(outcome.suppress),
+                  settings.result_ttl * 1000, settings.dead_ttl * 1000, settings.dead_max])
         if not found:
             return None
         task_id, body, account, _, created, *counts, delivered, suppressed = found
@@ -1634,10 +1638,10 @@ class Queue:
         """(how many addresses the account sends nothing to, those from `offset` on), newest first."""
         key = self.store.key("suppressed", account)
         found = self.store.redis.zrevrange(key, offset, offset + limit - 1, withscores=True) if limit else []
-        reasons = self.store.redis.hmget(self.store.key("suppressed_for", account), [name for name, _ in found]) if found else []
+        reason = functools.partial(self.store.redis.hget, self.store.key("suppressed_for", account))
         return self.store.redis.zcard(key), [
-            {"userId": address, "reason": reason, "created": timestamp(moment * 1000)}
-            for (address, moment), reason in zip(found, reasons)]
+            {"userId": address, "reason": reason(address), "created": timestamp(moment * 1000)}
+            for address, moment in found]
 
     def suppress(self, account, address):
         """Send nothing but OTPs to an address any more."""
@@ -2026,7 +2030,8 @@ class Outbox:
 
     def send(self, sender, recipients, message):
         """Write one mail, on disk when this returns. Raises Unavailable where the disk does not take it."""
-        envelope = "".join([f"Return-Path: <{sender}>\n", *(f"Delivered-To: {found}\n" for found in recipients)]).encode()
+        lines = [f"Return-Path: <{sender}>\n", *(f"Delivered-To: {found}\n" for found in recipients)]
+        envelope = "".join(lines).encode()
         try:
             with self.lock:
                 self._maildir().add(envelope + message.replace(b"\r\n", b"\n"))
@@ -2270,8 +2275,8 @@ class Otps:
 
     MAX_TRIES = 5
     MAX_FAILURES = 100
-    CONTENT = ("Your verification code is {{ otp }}\n\nIt expires in {{ minutes }} minute(s). If you did not ask for it, "
-               "you can ignore this mail.\n")
+    CONTENT = ("Your verification code is {{ otp }}\n\nIt expires in {{ minutes }} minute(s). "
+               "If you did not ask for it, you can ignore this mail.\n")
 
     # An older task's OTP never replaces a newer one's, and one that was used or used up does not come back: the
     # record outlives its hash until the TTL ends it.
@@ -2583,7 +2588,8 @@ class Newsletters:
             raise Permanent(f"the subscription has no variable {error.args[0]!r}") from None
         # RFC 2369 section 2 lets a long URL be folded; no line may be longer than 998.
         folded = "\r\n ".join(url[start:start + 900] for start in range(0, len(url), 900))
-        name = re.sub(r"[^a-z0-9]+", "-", content_type.lower()).strip("-") or hashlib.sha256(content_type.encode()).hexdigest()[:16]
+        name = (re.sub(r"[^a-z0-9]+", "-", content_type.lower()).strip("-")
+                or hashlib.sha256(content_type.encode()).hexdigest()[:16])
         headers = (("List-Id", f"<{name}.{urllib.parse.urlsplit(self.public_url).hostname}>"),
                    ("List-Unsubscribe", f"<{folded}>"), ("List-Unsubscribe-Post", "List-Unsubscribe=One-Click"))
         return re.sub(f"{ONE_LINE.replace('[^', '[')}+", " ", subject), content, headers if url else ()
@@ -2808,8 +2814,8 @@ class Workers:
         payload, (name, address) = task.payload, self.settings.sender
         self._send(task, Mail(
             (payload.get("from_name", name), address), payload["userId"], payload["subject"], payload["content"],
-            payload.get("text", ""), tuple(payload.get("cc", ())), tuple(payload.get("bcc", ())), payload.get("reply_to", ""),
-            tuple((found["filename"], found["content_type"], found["content"], found.get("content_id", ""))
+            payload.get("text", ""), tuple(payload.get("cc", ())), tuple(payload.get("bcc", ())),
+            payload.get("reply_to", ""), tuple((found["filename"], found["content_type"], found["content"], found.get("content_id", ""))
                   for found in payload.get("attachments", ()))))
 
     def send_otp(self, task):
@@ -3023,8 +3029,8 @@ class Document:
 def page(body):
     """A small HTML page."""
     return Document("text/html", '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>Newsletter</title>'
-                    '<meta name="viewport" content="width=device-width"><body style="font: 1.2em sans-serif; margin: 3em auto; '
-                    f'max-width: 30em">{body}</body></html>\n')
+                    '<meta name="viewport" content="width=device-width"><body style="font: 1.2em sans-serif; '
+                    f'margin: 3em auto; max-width: 30em">{body}</body></html>\n')
 
 
 class Api:
@@ -3379,7 +3385,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             except Exception:
                 logger.exception("unexpected error in a request")
                 status, headers, body = 500, {}, {"status": False, "error": "internal error"}
-            self.server.api.stats.count("gomail_http_requests_total", method=self.method, route=self.route, status=str(status))
+            self.server.api.stats.count("gomail_http_requests_total", method=self.method, route=self.route,
+                                        status=str(status))
             self.keep = self.keep and not self.server.stopping
             self.send(status, body, headers)
         finally:
@@ -3599,8 +3606,8 @@ class Service:
             self.queue = Queue(self.store, settings, process)
             otps = Otps(self.store, accounts.derive("otp"), settings.otp_ttl, settings.otp_minute_max,
                         settings.otp_subject, settings.otp_content)
-            self.newsletters = Newsletters(self.store, zoneinfo.ZoneInfo(settings.timezone), accounts, settings.public_url,
-                                           self.clock)
+            self.newsletters = Newsletters(self.store, zoneinfo.ZoneInfo(settings.timezone), accounts,
+                                           settings.public_url, self.clock)
             self.stats = Stats(self.store)
             self.workers = Workers(settings, self.queue, self.transport, otps, self.newsletters, self.stats)
             self.cron = Cron(self.store, self.queue, self.newsletters, self.stats, self.workers.names, self.server)
