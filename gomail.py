@@ -2812,11 +2812,12 @@ class Workers:
     def send_message(self, task):
         """Send the mail of a message task."""
         payload, (name, address) = task.payload, self.settings.sender
+        attachments = tuple((found["filename"], found["content_type"], found["content"], found.get("content_id", ""))
+                            for found in payload.get("attachments", ()))
         self._send(task, Mail(
             (payload.get("from_name", name), address), payload["userId"], payload["subject"], payload["content"],
-            payload.get("text", ""), tuple(payload.get("cc", ())), tuple(payload.get("bcc", ())),
-            payload.get("reply_to", ""), tuple((found["filename"], found["content_type"], found["content"], found.get("content_id", ""))
-                  for found in payload.get("attachments", ()))))
+            text=payload.get("text", ""), cc=tuple(payload.get("cc", ())), bcc=tuple(payload.get("bcc", ())),
+            reply_to=payload.get("reply_to", ""), attachments=attachments))
 
     def send_otp(self, task):
         """Issue the OTP of a generateOtp task and send it."""
