@@ -82,10 +82,10 @@ def describe(error):
     return " ".join(str(error).split())[:500] or type(error).__name__
 
 
-def option(default, explanation, *, low=None, high=None, choices=None):
+def option(default, explanation, *, low=None, high=None, choices=None, number="a number of seconds"):
     """A field of Settings: its default, what it means (with its unit), and what is allowed."""
     return dataclasses.field(default=default, metadata={
-        "explanation": explanation, "low": low, "high": high, "choices": choices})
+        "explanation": explanation, "low": low, "high": high, "choices": choices, "number": number})
 
 
 PLACEHOLDER = re.compile(r"\{\{ *([A-Za-z_][A-Za-z0-9_]{0,63}) *\}\}")  # {{ name }}, see fill()
@@ -103,7 +103,7 @@ class Settings:
     smtp_tls: str = option("auto", "auto: STARTTLS where offered; off: never (a server on this machine)",
                            choices=("auto", "off"))
     smtp_rate: float = option(0.0, "mails a second to the SMTP server, from all processes together; "
-                              "0: as fast as it takes them", low=0, high=100000)
+                              "0: as fast as it takes them", low=0, high=100000, number="a number")
     smtp_timeout: float = option(30.0, "seconds to wait for the SMTP server's connection or answer", low=0.1, high=600)
     redis_uri: str = option("", "host:port, redis://, rediss://, unix:// or redis+sentinel://; "
                             "empty: the embedded Valkey in data_dir")
@@ -249,7 +249,7 @@ def parse_option(field, text):
             valid = rules["low"] <= value <= rules["high"]
         except ValueError:
             valid = False
-        noun = "a whole number" if kind is int else "a number of seconds" if field.name != "smtp_rate" else "a number"
+        noun = "a whole number" if kind is int else rules["number"]
         allowed = f"{noun} from {rules['low']} to {rules['high']}"
     if not valid:
         raise StartError(f"{field.name}: {text!r} is not allowed, expected {allowed}")
@@ -704,9 +704,7 @@ class Accounts:
 
     def unseal(self, purpose, token):
         """The claims of a token that seal() made, or None."""
-        for secret in self.accepted:
-            with contextlib.suppress(jwt.InvalidTokenError):
-                return jwt.decode(token, self.derive(purpose, secret), algorithms=["HS256"])
+        return self._decode(token, [self.derive(purpose, secret) for secret in self.accepted])
 
     def sign_up(self, name):
         """Register `name` and return its API key. Raises Refused (409) where it is registered."""
@@ -740,10 +738,13 @@ class Accounts:
         return Account(claims["sub"], claims["jti"])
 
     def _verified(self, token):
-        for secret in self.accepted:
+        return self._decode(token, self.accepted, {"require": ["sub", "jti"], "verify_iat": False})
+
+    @staticmethod
+    def _decode(token, secrets_accepted, options=None):
+        for secret in secrets_accepted:
             with contextlib.suppress(jwt.InvalidTokenError):
-                return jwt.decode(token, secret, algorithms=["HS256"],
-                                  options={"require": ["sub", "jti"], "verify_iat": False})
+                return jwt.decode(token, secret, algorithms=["HS256"], options=options)
 
     @staticmethod
     def _unknown_key():
@@ -1028,7 +1029,7 @@ MEDIA_TYPE = Form("a media type, such as application/pdf, but no multipart/... o
                   re.compile(r"(?!multipart/|message/)[a-z0-9][a-z0-9!#$&^_.+-]*/[a-z0-9][a-z0-9!#$&^_.+-]*"), 127)
 CONTENT_ID = Form("letters, digits and . _ + -, and perhaps an @ within",
                   re.compile(r"[A-Za-z0-9._+-]+(@[A-Za-z0-9._+-]+)?"), 100)
-FILENAME = Text(100, r"[^\x00-\x1f\x7f-\x9f\u2028\u2029/\\]", "without control characters, / and \\")
+FILENAME = Text(100, ONE_LINE[:-1] + r"/\\]", "without control characters, / and \\")
 ATTACHMENT = Object({"filename": FILENAME, "content_type": MEDIA_TYPE, "content": Base64(),
                      "content_id": Optional(CONTENT_ID)})
 
@@ -1638,10 +1639,11 @@ class Queue:
         """(how many addresses the account sends nothing to, those from `offset` on), newest first."""
         key = self.store.key("suppressed", account)
         found = self.store.redis.zrevrange(key, offset, offset + limit - 1, withscores=True) if limit else []
-        reason = functools.partial(self.store.redis.hget, self.store.key("suppressed_for", account))
+        addresses = [address for address, _ in found]
+        reasons = self.store.redis.hmget(self.store.key("suppressed_for", account), addresses) if found else []
         return self.store.redis.zcard(key), [
-            {"userId": address, "reason": reason(address), "created": timestamp(moment * 1000)}
-            for address, moment in found]
+            {"userId": address, "reason": reason, "created": timestamp(moment * 1000)}
+            for (address, moment), reason in zip(found, reasons)]
 
     def suppress(self, account, address):
         """Send nothing but OTPs to an address any more."""
