@@ -22,10 +22,12 @@ import contextlib
 import dataclasses
 import datetime
 import email.header
+import email.policy
 import email.utils
 import fcntl
 import functools
 import gc
+import glob
 import hashlib
 import hmac
 import html
@@ -88,7 +90,8 @@ def option(default, explanation, *, low=None, high=None, choices=None, number="a
         "explanation": explanation, "low": low, "high": high, "choices": choices, "number": number})
 
 
-PLACEHOLDER = re.compile(r"\{\{ *([A-Za-z_][A-Za-z0-9_]{0,63}) *\}\}")  # {{ name }}, see fill()
+VARIABLE = "[A-Za-z_][A-Za-z0-9_]{0,63}"
+PLACEHOLDER = re.compile(rf"\{{\{{ *({VARIABLE}) *\}}\}}")  # {{ name }}, see fill()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -410,11 +413,15 @@ def start_logging(settings, shared=False):
 #
 #   UserList                       hash    account -> id of its API key
 #   jwt_secret                     string  the signing secret, where the settings bring none
-#   task:<id>                      hash    body, account, key, lane, state, attempts, created, error, ...
+#   task:<id>                      hash    head (what is shown of it), body (the whole, until it has ended), story
+#                                          (what became of its attempts), account, key, lane, state, attempts, ...
+#   recent, recent:<account>       list    ids of the newest tasks, newest first
 #   lane:<urgent|normal|bulk>      list    ids of waiting tasks; in at the left, out at the right
 #   processing:<process>:<worker>  list    the id a worker has in hand
 #   processes                      hash    process -> its workers' names, comma-separated
 #   heartbeat:<process>            string  there while the process lives
+#   paused                         hash    process -> why its lanes are paused, as JSON
+#   resume                         hash    lane -> how often somebody asked to probe at once
 #   delayed                        zset    ids that wait for a retry or their send_at, by due time (ms)
 #   dead, dead:<account>           zset    ids of dead letters, by the time they died (ms)
 #   idempotency:<digest>           string  fingerprint and id of the task an Idempotency-Key made
@@ -423,6 +430,7 @@ def start_logging(settings, shared=False):
 #   rate                           hash    the next moments that smtp_rate gives away (microseconds)
 #   metrics                        hash    executed, successful, failed
 #   stats                          hash    counter with its labels, as JSON -> amount
+#   history:<minute>               hash    ["sent", "retried" or "failed", account or ""], as JSON -> amount
 #   otp:<address>:<account>        hash    keyed hash of the OTP, wrong tries, when it was asked for
 #   otp_asked:<address>:<account>  zset    ids of the generateOtp tasks of the last hour, by time (ms)
 #   otp_failed:<address>:<account> string  wrong tries in a row
@@ -677,7 +685,7 @@ class Accounts:
         for _, content_type in ipairs(redis.call('HKEYS', KEYS[2])) do
             redis.call('UNLINK', ARGV[2] .. content_type .. ':' .. ARGV[1])
         end
-        redis.call('UNLINK', KEYS[2], KEYS[3], KEYS[4], KEYS[5])
+        redis.call('UNLINK', unpack(KEYS, 2))
         return 1
     """
 
@@ -718,17 +726,23 @@ class Accounts:
 
     def deregister(self, name):
         """Revoke the key of `name` and end all it has waiting. Raises Refused (404) where it is not registered."""
-        if not self._deregister(keys=[self.users, self.store.key("content", name), self.store.key("dead", name),
-                                      self.store.key("suppressed", name), self.store.key("suppressed_for", name)],
-                                args=[name, self.store.key("subscribers", "")]):
+        own = [self.store.key(kind, name) for kind in ("content", "dead", "suppressed", "suppressed_for", "recent")]
+        if not self._deregister(keys=[self.users, *own], args=[name, self.store.key("subscribers", "")]):
             raise Refused(404, "id is not registered", "id")
 
     def authenticate(self, header):
         """The Account behind an Authorization header, `<jwt>` or `Bearer <jwt>`. Raises Refused (401)."""
-        account = self.read(header)
+        return self.current(self.read(header))
+
+    def current(self, account):
+        """The account itself. Raises Refused (401) where its key was revoked."""
         if self.store.redis.hget(self.users, account.name) != account.key_id:
             raise self._unknown_key()
         return account
+
+    def names(self):
+        """The names of all accounts, sorted."""
+        return sorted(self.store.redis.hkeys(self.users))
 
     def read(self, header):
         """As authenticate(), but without asking Redis whether the key is revoked: for who asks that anyway."""
@@ -873,12 +887,12 @@ class Variables:
     """What to put in for each `{{ name }}`: a flat object of strings and numbers."""
 
     expected = "an object of up to 100 names (letters, digits, _) with strings of up to 10000 characters, or numbers"
-    schema = {"type": "object", "maxProperties": 100, "propertyNames": {"pattern": "^[A-Za-z_][A-Za-z0-9_]{0,63}$"},
+    schema = {"type": "object", "maxProperties": 100, "propertyNames": {"pattern": f"^{VARIABLE}$"},
               "additionalProperties": {"type": ["string", "number"], "maxLength": 10000}}
 
     def __call__(self, value, field):
         if (not isinstance(value, dict) or len(value) > 100
-                or not all(PLACEHOLDER.fullmatch(f"{{{{{name}}}}}") for name in value)):
+                or not all(re.fullmatch(VARIABLE, name) for name in value)):
             raise Refused(400, f"{field} must be {self.expected}", field)
         for name, found in value.items():
             if (not isinstance(found, (str, int, float)) or isinstance(found, bool) or len(str(found)) > 10000
@@ -1151,7 +1165,6 @@ class Outcome:
     verdict: str
     error: str = ""
     delay: float = 0.0
-    summary: str = ""
     delivered: tuple = ()
     suppress: tuple = ()
 
@@ -1169,6 +1182,8 @@ class Queue:
     HEARTBEAT_TTL = 4.0  # seconds
     OTP_FIRST = 0.01  # seconds
     BATCH = 200
+    RECENT = 100_000  # tasks that can be looked up without their id, of an account and of all
+    LOOK = 1000  # tasks that are looked at in one script
 
     # Redis's clock, so that the clocks of several machines need not agree.
     CLOCK = """
@@ -1177,9 +1192,21 @@ class Queue:
         local milliseconds = math.floor(microseconds / 1000)
     """
 
-    BURY = CLOCK + """
+    # A task's story: a line for each attempt that did not succeed, "<when> <begun> <what> <why>". Of a task that goes
+    # round and round, the newest lines.
+    NOTE = CLOCK + """
+        local function note(task, event, why)
+            local story, started = unpack(redis.call('HMGET', task, 'story', 'started'))
+            story = (story or '') .. microseconds .. ' ' .. (started or '0') .. ' ' .. event .. ' ' .. why .. '\\n'
+            while #story > 8000 do story = string.match(story, '\\n(.*)') end
+            redis.call('HSET', task, 'story', story)
+        end
+    """
+
+    BURY = NOTE + """
         local function bury(prefix, id, error, ttl, most)
             local task = prefix .. 'task:' .. id
+            note(task, 'dead', error)
             redis.call('HSET', task, 'state', 'dead', 'error', error, 'finished', microseconds)
             redis.call('PEXPIRE', task, ttl)
             redis.call('HINCRBY', prefix .. 'metrics', 'executed', 1)
@@ -1201,6 +1228,15 @@ class Queue:
         end
     """
 
+    # Show a task among the newest ones.
+    REMEMBER = f"""
+        local function remember(prefix, account, id)
+            for _, list in ipairs({{prefix .. 'recent', prefix .. 'recent:' .. account}}) do
+                if redis.call('LPUSH', list, id) > {RECENT} then redis.call('RPOP', list) end
+            end
+        end
+    """
+
     # One OTP request more for an account, or the seconds to wait until the minute is over.
     LIMIT = """
         local function one_more(requests, most)
@@ -1215,7 +1251,7 @@ class Queue:
     # Queue some tasks of one account; each gets an answer of its own: its id, or why it was not queued. A repeated
     # call (its first answer was lost on the way) finds the tasks there and changes nothing; it is not held against
     # the limits either.
-    ENQUEUE = CLOCK + LIMIT + """
+    ENQUEUE = CLOCK + LIMIT + REMEMBER + """
         local prefix, account, key, cooldown, hourly, minute = KEYS[1], unpack(ARGV, 1, 5)
         if redis.call('HGET', prefix .. 'UserList', account) ~= key then return 'revoked' end
 
@@ -1235,7 +1271,7 @@ class Queue:
             redis.call('EXPIRE', asked, 3600)
         end
 
-        local function enqueue(id, body, lane, otp_address, content_type, fingerprint, digest, due, to)
+        local function enqueue(id, head, body, lane, otp_address, content_type, fingerprint, digest, due, to)
             local idempotency = prefix .. 'idempotency:' .. digest
             local known = fingerprint ~= '' and redis.call('GET', idempotency)
             if known then
@@ -1249,8 +1285,9 @@ class Queue:
             end
             local wait = otp_address ~= '' and too_early(id, otp_address)
             if wait then return 'wait ' .. wait end
-            redis.call('HSET', task, 'body', body, 'account', account, 'key', key, 'lane', lane,
+            redis.call('HSET', task, 'head', head, 'body', body, 'account', account, 'key', key, 'lane', lane,
                        'state', 'queued', 'attempts', 0, 'created', microseconds, 'to', to)
+            remember(prefix, account, id)
             if tonumber(due) > milliseconds then
                 redis.call('HSET', task, 'state', 'scheduled', 'due', due)
                 redis.call('ZADD', prefix .. 'delayed', due, id)
@@ -1262,8 +1299,8 @@ class Queue:
         end
 
         local results = {}
-        for at = 6, #ARGV, 9 do
-            results[#results + 1] = enqueue(unpack(ARGV, at, at + 8))
+        for at = 6, #ARGV, 10 do
+            results[#results + 1] = enqueue(unpack(ARGV, at, at + 9))
         end
         return results
     """
@@ -1273,8 +1310,8 @@ class Queue:
     # taken by a call whose answer was lost, and comes first.
     EXCHANGE = BURY + """
         local own, lane, prefix = KEYS[1], KEYS[2], KEYS[3]
-        local take, id, verdict, error, delay, summary, delivered, suppress = unpack(ARGV)
-        local result_ttl, dead_ttl, dead_max = unpack(ARGV, 9)
+        local take, id, verdict, error, delay, delivered, suppress = unpack(ARGV)
+        local result_ttl, dead_ttl, dead_max = unpack(ARGV, 8)
         if id ~= '' and redis.call('LREM', own, 1, id) == 1 then
             local task = prefix .. 'task:' .. id
             if delivered ~= '' then redis.call('HSET', task, 'delivered', delivered) end
@@ -1284,20 +1321,24 @@ class Queue:
                 redis.call('HSET', prefix .. 'suppressed_for:' .. account, address, error)
             end
             if verdict == 'succeeded' or verdict == 'cancelled' or verdict == 'suppressed' then
-                redis.call('HSET', task, 'state', verdict, 'error', error, 'finished', microseconds, 'body', summary)
+                redis.call('HSET', task, 'state', verdict, 'error', error, 'finished', microseconds)
                 redis.call('PEXPIRE', task, result_ttl)
+                -- Nothing of the mail itself is kept. A newsletter's body, which is its head, holds nothing of it.
+                if redis.call('HEXISTS', task, 'head') == 1 then redis.call('HDEL', task, 'body') end
                 if verdict == 'succeeded' then
                     redis.call('HINCRBY', task, 'attempts', 1)
                     redis.call('HINCRBY', prefix .. 'metrics', 'executed', 1)
                     redis.call('HINCRBY', prefix .. 'metrics', 'successful', 1)
                 end
             elseif verdict == 'returned' then
+                note(task, verdict, error)
                 redis.call('HSET', task, 'state', 'queued', 'error', error)
                 redis.call('RPUSH', lane, id)
             elseif verdict == 'dead' then
                 redis.call('HINCRBY', task, 'attempts', 1)
                 bury(prefix, id, error, dead_ttl, tonumber(dead_max))
             else
+                note(task, verdict, error)
                 redis.call('HSET', task, 'state', 'retrying', 'error', error, 'due', milliseconds + delay)
                 redis.call('ZADD', prefix .. 'delayed', milliseconds + delay, id)
                 if verdict == 'dropped' then
@@ -1321,7 +1362,7 @@ class Queue:
                 redis.call('LREM', own, 1, next)
                 redis.call('UNLINK', task)
             else
-                redis.call('HSET', task, 'state', 'running')
+                redis.call('HSET', task, 'state', 'running', 'started', microseconds)
                 local to, suppressed = found[10], prefix .. 'suppressed:' .. found[2]
                 found[10] = ''
                 if to and redis.call('EXISTS', suppressed) == 1 then
@@ -1381,10 +1422,13 @@ class Queue:
             redis.call('UNLINK', list)
         end
         redis.call('HDEL', prefix .. 'processes', process)
+        redis.call('HDEL', prefix .. 'paused', process)
         redis.call('UNLINK', prefix .. 'heartbeat:' .. process)
         table.sort(found, function(a, b) return a.created > b.created end)
         for _, task in ipairs(found) do
             redis.call('HDEL', prefix .. 'task:' .. task.id, 'begun')
+            note(prefix .. 'task:' .. task.id, died and 'orphaned' or 'returned',
+                 died and 'its process died' or 'the service stopped')
             redis.call('HSET', prefix .. 'task:' .. task.id, 'strikes', task.strikes, 'state', 'queued')
             if task.strikes >= tonumber(ARGV[3]) then
                 bury(prefix, task.id, 'its process died ' .. task.strikes .. ' times', ARGV[4], tonumber(ARGV[5]))
@@ -1397,17 +1441,18 @@ class Queue:
 
     # Only what waits in the delayed set: what a lane or a worker has, the next moment may send.
     CANCEL = CLOCK + """
-        local prefix, id, account, summary, ttl = KEYS[1], unpack(ARGV)
+        local prefix, id, account, ttl = KEYS[1], unpack(ARGV)
         local task = prefix .. 'task:' .. id
-        if redis.call('HGET', task, 'account') ~= account then return 'unknown' end
+        local owner = redis.call('HGET', task, 'account')
+        if not owner or account ~= '' and owner ~= account then return 'unknown' end
         if redis.call('ZREM', prefix .. 'delayed', id) == 0 then return 'late' end
-        redis.call('HDEL', task, 'due')
-        redis.call('HSET', task, 'state', 'cancelled', 'finished', microseconds, 'body', summary)
+        redis.call('HDEL', task, 'due', 'body')
+        redis.call('HSET', task, 'state', 'cancelled', 'finished', microseconds)
         redis.call('PEXPIRE', task, ttl)
         return 'cancelled'
     """
 
-    REVIVE = """
+    REVIVE = NOTE + """
         local prefix, id, account = KEYS[1], ARGV[1], ARGV[2]
         local task = prefix .. 'task:' .. id
         local owner, lane = unpack(redis.call('HMGET', task, 'account', 'lane'))
@@ -1418,11 +1463,31 @@ class Queue:
             redis.call('UNLINK', task)
         else
             redis.call('PERSIST', task)
+            redis.call('HDEL', task, 'started')
+            note(task, 'revived', 'by request')
             redis.call('HDEL', task, 'error', 'finished', 'strikes', 'drops', 'dropped')
             redis.call('HSET', task, 'state', 'queued', 'attempts', 0)
             redis.call('LPUSH', prefix .. 'lane:' .. lane, id)
         end
         return 1
+    """
+
+    # Of the newest tasks, those in a state and to a recipient, or with an id; and where to look on.
+    RECENT_ONES = """
+        local prefix, list = KEYS[1], KEYS[2]
+        local search, state, offset, look, most = unpack(ARGV)
+        local at, found = tonumber(offset), {}
+        local ids = redis.call('LRANGE', list, at, at + look - 1)
+        for _, id in ipairs(ids) do
+            at = at + 1
+            local to, now = unpack(redis.call('HMGET', prefix .. 'task:' .. id, 'to', 'state'))
+            if now and (state == '' or now == state)
+                    and (search == '' or search == id or string.find(to or '', search, 1, true)) then
+                found[#found + 1] = id
+                if #found == tonumber(most) then break end
+            end
+        end
+        return {at < redis.call('LLEN', list) and at or -1, unpack(found)}
     """
 
     def __init__(self, store, settings, process):
@@ -1434,6 +1499,7 @@ class Queue:
         self._cancel = store.script(self.CANCEL)
         self._pace = store.script(self.PACE)
         self._revive = store.script(self.REVIVE)
+        self._recent = store.script(self.RECENT_ONES)
         self._missing = {}
         self._no_otp = threading.Event()
         self._no_otp.set()
@@ -1452,7 +1518,7 @@ class Queue:
         args = [account.name, account.key_id, settings.otp_cooldown, settings.otp_hourly_max, settings.otp_minute_max]
         ids = secrets.token_hex(16 * len(tasks))
         for number, task in enumerate(tasks):
-            payload, otp_address, content_type, fingerprint, digest, to = task["payload"], "", "", "", "", ""
+            payload, otp_address, content_type, fingerprint, digest = task["payload"], "", "", "", ""
             if idempotency_key:
                 fingerprint = hashlib.sha256(json.dumps(task, sort_keys=True).encode()).hexdigest()
                 digest = hashlib.sha256(json.dumps([account.name, idempotency_key]).encode()).hexdigest()
@@ -1463,10 +1529,9 @@ class Queue:
                 self._no_otp.clear()
             elif task["type"] == "subscribe" and "content" not in payload:
                 content_type = payload["content_type"]
-            elif task["type"] == "message":
-                to = same_mailbox(" ".join([payload["userId"], *payload.get("cc", ()), *payload.get("bcc", ())]))
-            args += [ids[32 * number:32 * number + 32], json.dumps(task), lane_of(task["type"]), otp_address,
-                     content_type, fingerprint, digest, payload.get("send_at", 0) // 1000, to]
+            to = same_mailbox(" ".join([payload["userId"], *payload.get("cc", ()), *payload.get("bcc", ())]))
+            args += [ids[32 * number:32 * number + 32], head_of(task), json.dumps(task), lane_of(task["type"]),
+                     otp_address, content_type, fingerprint, digest, payload.get("send_at", 0) // 1000, to]
         results = self._durably(self._enqueue, [self.store.prefix], args)
         if results == "revoked":
             raise Refused(401, "the API key was revoked", None, {"WWW-Authenticate": "Bearer"})
@@ -1504,12 +1569,14 @@ class Queue:
         found = self._exchange(
             keys=[self._processing(worker), self.store.key("lane", lane), self.store.prefix],
             args=[int(take), outcome.task_id, outcome.verdict, outcome.error, int(outcome.delay * 1000),
-                  outcome.summary, " ".join(outcome.delivered), " ".join(outcome.suppress),
-                  settings.result_ttl * 1000, settings.dead_ttl * 1000, settings.dead_max])
+                  " ".join(outcome.delivered), " ".join(outcome.suppress), settings.result_ttl * 1000,
+                  settings.dead_ttl * 1000, settings.dead_max])
         if not found:
             return None
         task_id, body, account, _, created, *counts, delivered, suppressed = found
         task = json.loads(body)
+        if task["type"] == "generateOtp":
+            suppressed = ""  # who asks for an OTP waits for it
         return Task(task_id, account, task["type"], task["task"], task["retries"], task["payload"], int(created),
                     *(int(count or 0) for count in counts), tuple((delivered or "").split()),
                     tuple(suppressed.split()))
@@ -1543,12 +1610,21 @@ class Queue:
     def _processing(self, worker):
         return self.store.key("processing", self.process, worker)
 
-    def beat(self, workers):
-        """Show for the next seconds that this process lives, and which workers' lists it has."""
+    def beat(self, workers, paused):
+        """Show for the next seconds that this process lives, which workers' lists it has, and why its lanes are paused.
+
+        Returns lane -> how often somebody has asked to resume it.
+        """
         with self.store.redis.pipeline() as transaction:
             transaction.hset(self.store.key("processes"), self.process, ",".join(workers))
             transaction.set(self.store.key("heartbeat", self.process), 1, px=int(self.HEARTBEAT_TTL * 1000))
-            transaction.execute()
+            transaction.hset(self.store.key("paused"), self.process, json.dumps(paused))
+            transaction.hgetall(self.store.key("resume"))
+            return transaction.execute()[-1]
+
+    def resume(self, lane):
+        """Ask every process to probe at once whether `lane` can go on."""
+        self.store.redis.hincrby(self.store.key("resume"), lane, 1)
 
     def promote(self):
         """Move retries that are due to their lanes; returns how many, at most BATCH."""
@@ -1581,30 +1657,62 @@ class Queue:
         return self._reclaim(keys=[self.store.prefix], args=[
             process, int(died), self.MAX_STRIKES, settings.dead_ttl * 1000, settings.dead_max])
 
-    def status(self, task_id, account=""):
-        """What is known of a task, as a dict, or None. With `account`, only of that account's own."""
-        found = self.store.redis.hgetall(self.store.key("task", task_id))
-        if not found or account and found["account"] != account:
-            return None
-        task = json.loads(found["body"])
-        status = {"id": task_id, "task": task["task"], "type": task["type"], "userId": task["payload"]["userId"],
-                  "state": found["state"], "attempts": int(found["attempts"]), "retries": task["retries"],
-                  "error": found.get("error") or None, "created": timestamp(found["created"])}
-        if found["state"] in ("retrying", "scheduled"):
-            status["due"] = timestamp(int(found["due"]) * 1000)
-        if "finished" in found:
-            status["finished"] = timestamp(found["finished"])
-        return status
+    def status(self, task_id, account="", story=False):
+        """What is known of a task, as a dict, or None. With `account`, only of that account's own.
 
-    def cancel(self, task_id, account):
-        """End a task of this account that waits for its `send_at` or for a retry.
+        With `story`, also what became of it when: a list of {"time", "event", "seconds" that took, "error"}.
+        """
+        found = self._statuses([task_id], account, story)
+        return found[0] if found else None
+
+    def _statuses(self, ids, account="", story=False):
+        """The statuses of those of the tasks that there are, in one round trip; the body is seldom asked for."""
+        fields = ("head", "account", "state", "attempts", "error", "created", "finished", "due", "started", "story")
+        with self.store.redis.pipeline(transaction=False) as pipeline:
+            for task_id in ids:
+                pipeline.hmget(self.store.key("task", task_id), fields)
+            tasks = [(task_id, dict(zip(fields, values))) for task_id, values in zip(ids, pipeline.execute())]
+        statuses = []
+        for task_id, found in tasks:
+            if found["state"] is None or account and found["account"] != account:
+                continue
+            task = json.loads(found["head"] or self.store.redis.hget(self.store.key("task", task_id), "body") or "null")
+            if task is None:  # it ended just now
+                continue
+            status = {"id": task_id, "task": task["task"], "type": task["type"], "userId": task["payload"]["userId"],
+                      "state": found["state"], "attempts": int(found["attempts"]), "retries": task["retries"],
+                      "error": found["error"] or None, "created": timestamp(found["created"])}
+            if not account:
+                status["account"] = found["account"]
+            if found["state"] in ("retrying", "scheduled"):
+                status["due"] = timestamp(int(found["due"]) * 1000)
+            if found["finished"]:
+                status["finished"] = timestamp(found["finished"])
+            statuses.append({**status, "story": told(found)} if story else status)
+        return statuses
+
+    def recent(self, account="", search="", state="", offset=0, limit=100):
+        """The newest tasks, of an account or of all, and the offset to look on from, None at the end.
+
+        Args:
+            search: the id of a task, or a part of a recipient's address.
+            state: only tasks in this state.
+            offset: how many of the newest are passed over, whether or not they are what is looked for.
+        """
+        key, ids = self.store.key("recent", account) if account else self.store.key("recent"), []
+        while offset >= 0 and len(ids) < limit:
+            offset, *found = self._recent(keys=[self.store.prefix, key], args=[
+                same_mailbox(search), state, offset, self.LOOK, limit - len(ids)])
+            ids += found
+        return self._statuses(ids, account), offset if offset >= 0 else None
+
+    def cancel(self, task_id, account=""):
+        """End a task that waits for its `send_at` or for a retry. With `account`, only one of that account's own.
 
         Raises:
             Refused: 404, there is no such task; 409, it waits no longer.
         """
-        body = self.store.redis.hget(self.store.key("task", task_id), "body")
-        done = body and self._cancel(keys=[self.store.prefix], args=[
-            task_id, account, summary(json.loads(body)), self.settings.result_ttl * 1000])
+        done = self._cancel(keys=[self.store.prefix], args=[task_id, account, self.settings.result_ttl * 1000])
         if done == "late":
             raise Refused(409, "the task waits no longer for its send_at or a retry", "id")
         if done != "cancelled":
@@ -1612,27 +1720,29 @@ class Queue:
 
     def dead(self, account="", offset=0, limit=100):
         """(how many dead letters there are, the statuses of those from `offset` on), newest first."""
-        key = self.store.key("dead", account) if account else self.store.key("dead")
+        key = self._letters(account)
         self.store.redis.zremrangebyscore(key, "-inf", (self.store.time() - self.settings.dead_ttl) * 1000)
         ids = self.store.redis.zrevrange(key, offset, offset + limit - 1)
-        found = [self.status(task_id, account) for task_id in ids]
-        return self.store.redis.zcard(key), [status for status in found if status]
+        return self.store.redis.zcard(key), self._statuses(ids, account)
+
+    def _letters(self, account):
+        return self.store.key("dead", account) if account else self.store.key("dead")
 
     def revive(self, task_id, account="", remove=False):
         """Queue a dead letter again, with all its attempts, or remove it. False where there is none."""
         return bool(self._revive(keys=[self.store.prefix], args=[task_id, account, "remove" if remove else "retry"]))
 
-    def revive_all(self, account=""):
-        """Queue all dead letters again; returns how many."""
-        key = self.store.key("dead", account) if account else self.store.key("dead")
-        count, before = 0, self.store.time() * 1000
+    def revive_all(self, account="", remove=False, progress=lambda count: None):
+        """Queue all dead letters again, or remove them; returns how many. Tells `progress` now and then how many so far."""
+        key, count, before = self._letters(account), 0, self.store.time() * 1000
         # Letters that die again meanwhile have a later time, so that this ends.
         while ids := self.store.redis.zrangebyscore(key, "-inf", before, start=0, num=self.BATCH):
             for task_id in ids:
-                if self.revive(task_id, account):
+                if self.revive(task_id, account, remove):
                     count += 1
                 else:
                     self.store.redis.zrem(key, task_id)
+            progress(count)
         return count
 
     def suppressions(self, account, offset=0, limit=100):
@@ -1661,12 +1771,24 @@ class Queue:
 
     def oldest(self):
         """Seconds that the task which is next has waited since it was accepted, by lane; 0 where none waits."""
-        now, ages = self.store.time(), {}
-        for lane in LANES:
-            task_id = self.store.redis.lindex(self.store.key("lane", lane), -1)
-            created = task_id and self.store.redis.hget(self.store.key("task", task_id), "created")
-            ages[lane] = max(0.0, now - int(created) / 1e6) if created else 0.0
-        return ages
+        with self.store.redis.pipeline(transaction=False) as pipeline:
+            for lane in LANES:
+                pipeline.lindex(self.store.key("lane", lane), -1)
+            ids = pipeline.execute()
+            for task_id in ids:
+                pipeline.hget(self.store.key("task", task_id or ""), "created")
+            pipeline.time()
+            *created, (seconds, microseconds) = pipeline.execute()
+        return {lane: max(0.0, seconds + (microseconds - int(moment)) / 1e6) if moment else 0.0
+                for lane, moment in zip(LANES, created)}
+
+    def lanes(self):
+        """For each lane: what waits there, and in how many of the processes it is paused, and why."""
+        paused = [json.loads(reasons) for reasons in self.store.redis.hvals(self.store.key("paused"))]
+        depths, oldest = self.depths(), self.oldest()
+        return [{"lane": lane, "queued": depths[lane], "oldest": round(oldest[lane], 3), "paused": len(reasons),
+                 "reason": reasons[0] if reasons else None}
+                for lane in LANES for reasons in [[found[lane] for found in paused if lane in found]]]
 
     def counters(self):
         """{"executed", "successful", "failed"}: tasks that ended, not attempts; the last two add up to the first."""
@@ -1683,10 +1805,29 @@ class Queue:
             return dict(zip((*LANES, "retrying", "dead"), pipeline.execute()))
 
 
-def summary(task):
-    """What is kept of a task's body when it has ended, as JSON: nothing of the mail itself."""
+def head_of(task):
+    """What is shown of a task, and kept when it has ended, as JSON: nothing of the mail itself."""
     return json.dumps({"task": task["task"], "type": task["type"], "retries": task["retries"],
                        "payload": {"userId": task["payload"]["userId"]}})
+
+
+def told(task):
+    """The story of a task, from the fields of its hash."""
+    events = [{"time": timestamp(task["created"]), "event": "accepted"}]
+    for line in (task["story"] or "").split("\n")[:-1]:
+        moment, started, event, why = line.split(" ", 3)
+        events.append({"time": timestamp(moment), "event": event, **took(started, moment), "error": why or None})
+    if task["state"] in ("succeeded", "cancelled", "suppressed"):
+        events.append({"time": timestamp(task["finished"]), "event": task["state"],
+                       **took(task["started"], task["finished"]), "error": task["error"] or None})
+    elif task["state"] == "running":
+        events.append({"time": timestamp(task["started"]), "event": "running"})
+    return events
+
+
+def took(started, ended):
+    """{"seconds"} between two moments in microseconds, or nothing where it was not begun."""
+    return {"seconds": round((int(ended) - int(started)) / 1e6, 3)} if int(started or 0) else {}
 
 
 def timestamp(microseconds):
@@ -1696,11 +1837,13 @@ def timestamp(microseconds):
 
 
 class Stats:
-    """Counters of all processes together, kept in Redis, as Prometheus wants them: they only ever grow.
+    """Counters of all processes together, kept in Redis, as Prometheus wants them: they only ever grow. Beside them, a
+    history of the last hour, minute by minute, for people to look at.
 
     A process counts for itself and adds what is new to the sum once a second.
     """
 
+    MINUTES = 60
     SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, math.inf)
 
     def __init__(self, store):
@@ -1709,14 +1852,21 @@ class Stats:
     def count(self, name, **labels):
         """Add one to a counter."""
         with self.lock:
-            self.new[(name, *labels.items())] += 1
+            self.new["stats", (name, *labels.items())] += 1
+
+    def note(self, event, account):
+        """Add one to the "sent", "retried" or "failed" mails of this minute."""
+        minute = f"history:{int(time.time() // 60)}"
+        with self.lock:
+            self.new[minute, (event, account)] += 1
+            self.new[minute, (event, "")] += 1
 
     def observe(self, name, seconds):
         """Add to a histogram; each bucket by itself until it is read."""
         limit = self.SECONDS[bisect.bisect_left(self.SECONDS, seconds)]
         with self.lock:
-            self.new[(f"{name}_bucket", ("le", limit))] += 1
-            self.new[(f"{name}_sum",)] += seconds
+            self.new["stats", (f"{name}_bucket", ("le", limit))] += 1
+            self.new["stats", (f"{name}_sum",)] += seconds
 
     def flush(self):
         """Add what is new to the sum. Where Redis is away, it stays for the next time."""
@@ -1724,8 +1874,10 @@ class Stats:
             new, self.new = self.new, collections.Counter()
         try:
             with self.store.redis.pipeline() as transaction:
-                for series, amount in new.items():
-                    transaction.hincrbyfloat(self.store.key("stats"), json.dumps(series), amount)
+                for (key, series), amount in new.items():
+                    transaction.hincrbyfloat(self.store.key(key), json.dumps(series), amount)
+                for key in {key for key, _ in new} - {"stats"}:
+                    transaction.expire(self.store.key(key), (self.MINUTES + 2) * 60)
                 transaction.execute()
         except redis.RedisError:
             with self.lock:
@@ -1746,6 +1898,19 @@ class Stats:
                 series[(name, ("le", "+Inf" if limit == math.inf else str(limit)))] = total
             series[(name.replace("_bucket", "_count"),)] = total
         return series
+
+    def history(self, account=""):
+        """The last hour of an account, or of all: [{"time", "sent", "retried", "failed"}], this minute last."""
+        self.flush()
+        events, now = ("sent", "retried", "failed"), int(self.store.time() // 60)
+        minutes = range(now - self.MINUTES + 1, now + 1)
+        with self.store.redis.pipeline(transaction=False) as pipeline:
+            for minute in minutes:
+                pipeline.hmget(self.store.key("history", str(minute)), [json.dumps((event, account)) for event in events])
+            found = pipeline.execute()
+        return [{"time": timestamp(minute * 60_000_000), **{event: int(float(amount or 0))
+                                                           for event, amount in zip(events, amounts)}}
+                for minute, amounts in zip(minutes, found)]
 
 
 FAMILIES = {  # name -> (type, help)
@@ -2022,6 +2187,10 @@ class Outbox:
         folder: of the Maildir, made where it is missing.
     """
 
+    OWNER = "X-Account"  # a header in the file, percent-encoded: whose mail it is
+    HEAD = 65536  # bytes of a mail that are read to list it
+    LOOK = 1000  # files that are looked at to list some
+
     def __init__(self, folder):
         self.folder = pathlib.Path(folder).resolve()
         self.lock = threading.Lock()
@@ -2030,9 +2199,10 @@ class Outbox:
     def __str__(self):
         return f"Maildir {self.folder}"
 
-    def send(self, sender, recipients, message):
+    def send(self, sender, recipients, message, account=""):
         """Write one mail, on disk when this returns. Raises Unavailable where the disk does not take it."""
-        lines = [f"Return-Path: <{sender}>\n", *(f"Delivered-To: {found}\n" for found in recipients)]
+        lines = [f"Return-Path: <{sender}>\n", *(f"Delivered-To: {found}\n" for found in recipients),
+                 f"{self.OWNER}: {urllib.parse.quote(account)}\n"]
         envelope = "".join(lines).encode()
         try:
             with self.lock:
@@ -2053,6 +2223,57 @@ class Outbox:
 
     def tidy(self, idle=0.0):
         """Nothing is kept open."""
+
+    def list(self, account="", offset=0, limit=100):
+        """The newest mails, of an account or of all, and the offset to look on from, None at the end.
+
+        Of each {"id", "received", "size", "from", "to", "subject"}. `offset` is how many of the newest are passed over.
+        """
+        try:
+            files = [entry for name in ("new", "cur") for entry in os.scandir(self.folder / name)]
+        except FileNotFoundError:
+            files = []
+        files.sort(key=lambda entry: self._moment(entry.name), reverse=True)
+        mails, at = [], offset
+        for entry in files[offset:offset + self.LOOK]:
+            if len(mails) == limit:
+                break
+            at += 1
+            with contextlib.suppress(FileNotFoundError), open(entry.path, "rb") as file:
+                head = self._parsed(file.read(self.HEAD))
+                if not account or self._owner(head) == account:
+                    mails.append({"id": entry.name.partition(":")[0], **self._shown(head),
+                                  "received": timestamp(self._moment(entry.name)[0] * 1_000_000),
+                                  "size": os.fstat(file.fileno()).st_size})
+        return mails, at if at < len(files) else None
+
+    def read(self, mail_id, account=""):
+        """(bytes, parsed message) of a mail, or None. With `account`, only of that account's own."""
+        for name in ("new", "cur"):
+            for path in (self.folder / name).glob(f"{glob.escape(mail_id)}*") if "/" not in mail_id else ():
+                if path.name.partition(":")[0] == mail_id:
+                    source = path.read_bytes()
+                    message = self._parsed(source)
+                    return (source, message) if not account or self._owner(message) == account else None
+        return None
+
+    @staticmethod
+    def _parsed(octets):
+        return email.message_from_bytes(octets, policy=email.policy.default)
+
+    def _owner(self, message):
+        return urllib.parse.unquote(message.get(self.OWNER, ""))
+
+    @staticmethod
+    def _shown(message):
+        return {name: message.get(name, "") for name in ("from", "to", "subject")}
+
+    @staticmethod
+    def _moment(name):
+        """(seconds since the epoch, what orders the files of one second) by the name of a file of a Maildir."""
+        seconds, _, rest = name.partition(".")
+        detail = re.match(r"M(\d+)P\d+Q(\d+)", rest)
+        return (int(seconds) if seconds.isdigit() else 0, *(map(int, detail.groups()) if detail else (0, 0)))
 
     def _maildir(self):
         # Looked at each time: the folder may have been emptied or removed meanwhile.
@@ -2085,7 +2306,7 @@ class SmtpTransport:
     def __str__(self):
         return f"SMTP server {self.settings.smtp_server}:{self.settings.smtp_port}"
 
-    def send(self, sender, recipients, message):
+    def send(self, sender, recipients, message, account=""):
         """Hand one mail over; a return means that the server answered 250 and has taken charge of it for all.
 
         Raises:
@@ -2438,7 +2659,7 @@ class Newsletters:
         return 'unsubscribed'
     """
 
-    CLAIM = Queue.CLOCK + """
+    CLAIM = Queue.CLOCK + Queue.REMEMBER + """
         local prefix, now, most, base = KEYS[1], ARGV[1], ARGV[2], ARGV[3]
         local boundaries = {['@hourly'] = ARGV[4], ['@daily'] = ARGV[5], ['@weekly'] = ARGV[6], ['@monthly'] = ARGV[7]}
         local schedule = prefix .. 'schedule'
@@ -2459,6 +2680,7 @@ class Newsletters:
                 redis.call('HSET', prefix .. 'task:' .. id, 'body', body, 'account', account, 'key', key,
                            'lane', 'bulk', 'state', 'queued', 'attempts', 0, 'created', microseconds, 'to', address)
                 redis.call('LPUSH', prefix .. 'lane:bulk', id)
+                remember(prefix, account, id)
             end
         end
         return #due
@@ -2493,12 +2715,51 @@ class Newsletters:
         subscribers = self.store.redis.hlen(self.store.key("subscribers", content_type, account))
         return {"content_type": content_type, **json.loads(body), "subscribers": subscribers}
 
-    def read_all(self, account):
-        """All content types of an account, as read() returns them, by name."""
-        found = self.store.redis.hgetall(self.store.key("content", account))
-        return [{"content_type": content_type, **json.loads(body),
-                 "subscribers": self.store.redis.hlen(self.store.key("subscribers", content_type, account))}
-                for content_type, body in sorted(found.items())]
+    def read_all(self, account=""):
+        """All content types of an account, as read() returns them, by name; or, with their "account", of all accounts."""
+        found = []
+        for name in [account] if account else self.accounts.names():
+            for content_type, body in sorted(self.store.redis.hgetall(self.store.key("content", name)).items()):
+                found.append({
+                    "content_type": content_type, **json.loads(body),
+                    "subscribers": self.store.redis.hlen(self.store.key("subscribers", content_type, name)),
+                    **({} if account else {"account": name})})
+        return found
+
+    def subscriptions(self, account="", content_type="", address="", cursor="", limit=100):
+        """About `limit` subscriptions of an account or of all, in no order, and the cursor to go on with, or None.
+
+        Of each {"account", "content_type", "userId", "frequency", "next", "created"}. A subscription that is neither
+        made nor ended meanwhile comes at least once, and seldom twice (Redis's SCAN).
+
+        Args:
+            content_type, address: only those of it.
+            cursor: what the call before returned; an unknown one starts anew.
+        """
+        places = [(owner, name) for owner in ([account] if account else self.accounts.names())
+                  for name in sorted(self.store.redis.hkeys(self.store.key("content", owner)))
+                  if not content_type or name == content_type]
+        number, _, scan = cursor.partition("-")
+        number, scan = int(number or 0), int(scan or 0)
+        found = []
+        while number < len(places) and len(found) < limit:
+            owner, name = places[number]
+            key = self.store.key("subscribers", name, owner)
+            if address:
+                record = self.store.redis.hget(key, same_mailbox(address))
+                records = {address: record} if record else {}
+            else:
+                scan, records = self.store.redis.hscan(key, scan, count=limit)
+            found += [(owner, name, json.loads(record)) for record in records.values()]
+            number += scan == 0
+        with self.store.redis.pipeline(transaction=False) as pipeline:
+            for owner, name, record in found:
+                pipeline.zscore(self.store.key("schedule"), self._member(owner, name, same_mailbox(record["userId"])))
+            moments = pipeline.execute()
+        return [{"account": owner, "content_type": name, "userId": record["userId"], "frequency": record["frequency"],
+                 "next": timestamp(moment * 1e6) if moment else None, "created": timestamp(record["created"])}
+                for (owner, name, record), moment in zip(found, moments)], (
+                    f"{number}-{scan}" if number < len(places) else None)
 
     def remove(self, account, content_type):
         """Remove a content type and end its subscriptions. Raises Refused (404) where there is none."""
@@ -2624,7 +2885,7 @@ class Gate:
 
     def __init__(self, lane, transport, stopping):
         self.lane, self.transport, self.stopping = lane, transport, stopping
-        self.lock, self.prober = threading.Lock(), threading.Lock()
+        self.lock, self.prober, self.asked = threading.Lock(), threading.Lock(), threading.Event()
         self.reason, self.failures = "", 0
 
     def close(self, reason):
@@ -2639,9 +2900,23 @@ class Gate:
         """Note that the server took a mail: the next pause starts with a short delay again."""
         self.failures = 0
 
+    def resume(self):
+        """Probe at once, and soon again where that fails."""
+        self.failures = 0
+        self.asked.set()
+
     def delay(self):
         """Seconds until the next probe."""
         return random.uniform(0.5, 1) * min(self.FIRST_DELAY * 2 ** min(self.failures, 20), self.LONGEST_DELAY)
+
+    def rest(self):
+        """Wait until the next probe is due, or somebody asks for it. False when the service stops."""
+        due = time.monotonic() + self.delay()
+        while not self.asked.is_set() and (left := due - time.monotonic()) > 0:
+            if self.stopping.wait(min(left, 0.1)):
+                return False
+        self.asked.clear()
+        return not self.stopping.is_set()
 
     def wait(self):
         """Return when the lane may send; one of the waiting threads probes. False when the service stops."""
@@ -2649,7 +2924,7 @@ class Gate:
             if not self.prober.acquire(timeout=0.2):
                 continue
             try:
-                while self.reason and not self.stopping.wait(self.delay()):
+                while self.reason and self.rest():
                     try:
                         self.transport.probe()
                     except Unavailable as error:
@@ -2680,6 +2955,7 @@ class Workers:
     SWIFT = 0.002  # seconds for a newsletter's mail, below which the server is not what keeps us waiting
     REST = 0.1  # seconds
     MAX_DROPS = 3
+    EVENTS = {"succeeded": "sent", "retrying": "retried", "dropped": "retried", "dead": "failed"}  # of a mail
 
     def __init__(self, settings, queue, transport, otps, newsletters, stats):
         self.settings, self.queue, self.transport, self.stats = settings, queue, transport, stats
@@ -2696,6 +2972,11 @@ class Workers:
     def names(self):
         """The names of the workers, and of their processing lists."""
         return list(self.threads)
+
+    @property
+    def paused(self):
+        """Why lanes are paused in this process: lane -> reason."""
+        return {lane: gate.reason for lane, gate in self.gates.items() if gate.reason}
 
     def start(self):
         """Start the threads."""
@@ -2756,21 +3037,22 @@ class Workers:
             started = time.monotonic()
             outcome = self._perform(task, lane)
         self.stats.count("gomail_tasks_total", type=task.type, outcome=outcome.verdict)
+        if task.type not in ("subscribe", "unsubscribe") and outcome.verdict in self.EVENTS:
+            self.stats.note(self.EVENTS[outcome.verdict], task.account)
         log(dict.fromkeys(("succeeded", "cancelled", "suppressed"), logging.INFO).get(outcome.verdict, logging.WARNING),
             f"task {outcome.verdict}", task=task.id, type=task.type, account=task.account, attempt=task.attempts + 1,
             duration=round(time.monotonic() - started, 4), **({"error": outcome.error} if outcome.error else {}))
         return outcome
 
     def _perform(self, task, lane):
-        kept = summary({"task": task.name, "type": task.type, "retries": task.retries, "payload": task.payload})
         try:
             if task.strikes:
                 self.queue.begin(task)
             self.handlers[task.type](task)
         except Cancelled as error:
-            return Outcome(task.id, "cancelled", str(error), summary=kept)
+            return Outcome(task.id, "cancelled", str(error))
         except Suppressed as error:
-            return Outcome(task.id, "suppressed", str(error), summary=kept)
+            return Outcome(task.id, "suppressed", str(error))
         except Postponed as error:
             return Outcome(task.id, "returned", str(error))
         except Permanent as error:
@@ -2798,7 +3080,7 @@ class Workers:
         except Exception as error:  # a fault of ours costs one task an attempt, never the worker
             logger.exception("unexpected error", extra={"fields": {"task": task.id}})
             return self._failed(task, f"internal error ({type(error).__name__})")
-        return Outcome(task.id, "succeeded", summary=kept)
+        return Outcome(task.id, "succeeded")
 
     @staticmethod
     def drop_delay(drops):
@@ -2845,7 +3127,7 @@ class Workers:
             message = compose(mail, f"{task.id}@{sender.rpartition('@')[2]}", task.created)
             started = time.monotonic()
             try:
-                self.transport.send(sender, recipients, message)
+                self.transport.send(sender, recipients, message, task.account)
             finally:
                 self.stats.observe("gomail_smtp_seconds", time.monotonic() - started)
             self.gates[lane].passed()
@@ -2860,7 +3142,7 @@ class Cron:
     Args:
         store: the Store, told whether Redis answers.
         queue, newsletters, stats: whose due work it does.
-        workers: the names that the heartbeat shows.
+        workers: the Workers that the heartbeat shows, and whose gates it opens when somebody asks for that.
         server: the EmbeddedServer to keep running, or None.
     """
 
@@ -2871,12 +3153,16 @@ class Cron:
         self.workers, self.server = workers, server
         self.stopping = threading.Event()
         self.thread = threading.Thread(target=self.run, daemon=True)
-        self.beaten = self.looked = float("-inf")
+        self.beaten, self.asked = float("-inf"), {}
 
     def start(self):
         """Show this process as alive, before its workers take anything, and start the thread."""
-        self.queue.beat(self.workers)
+        self.asked = self.beat()
         self.thread.start()
+
+    def beat(self):
+        """Show that this process lives. Returns lane -> how often somebody has asked to resume it."""
+        return self.queue.beat(self.workers.names, self.workers.paused)
 
     def stop(self):
         """End the thread."""
@@ -2908,7 +3194,10 @@ class Cron:
         """One round. A long list of what is due is done in parts, so that the heartbeat stays on time."""
         now = time.monotonic()
         if now - self.beaten >= 1.0:
-            self.queue.beat(self.workers)
+            before, self.asked = self.asked, self.beat()
+            for lane in LANES:
+                if self.asked.get(lane) != before.get(lane):
+                    self.workers.gates[lane].resume()
             self.beaten = now
             self.stats.flush()
             self.queue.reclaim()
@@ -3613,7 +3902,7 @@ class Service:
                                            settings.public_url, self.clock)
             self.stats = Stats(self.store)
             self.workers = Workers(settings, self.queue, self.transport, otps, self.newsletters, self.stats)
-            self.cron = Cron(self.store, self.queue, self.newsletters, self.stats, self.workers.names, self.server)
+            self.cron = Cron(self.store, self.queue, self.newsletters, self.stats, self.workers, self.server)
             self.http.api = Api(settings, accounts, self.queue, otps, self.newsletters, self.workers, self.stats)
             self.cron.start()
             self.workers.start()

@@ -1062,7 +1062,7 @@ def queue(service, client):
     service.workers.stop(PATIENCE)
     queue = gomail.Queue(service.store, service.settings, "another-process")
     queue.account = service.http.api.accounts.authenticate(client.key)
-    queue.beat(["normal-0", "normal-1"])
+    queue.beat(["normal-0", "normal-1"], {})
     yield queue
     queue.release()
 
@@ -1072,7 +1072,7 @@ def test_an_answer_that_was_lost_on_the_way_costs_no_task(queue):
     ids = [queue.enqueue(queue.account, [MESSAGE])[0] for _ in range(2)]
     assert queue.exchange("normal-0", "normal").id == ids[0]
     assert queue.exchange("normal-0", "normal").id == ids[0]
-    done = gomail.Outcome(ids[0], "succeeded", summary=json.dumps(MESSAGE))
+    done = gomail.Outcome(ids[0], "succeeded")
     assert queue.exchange("normal-0", "normal", done).id == ids[1]
     assert queue.exchange("normal-0", "normal", done).id == ids[1]
     assert queue.counters()["executed"] == 1
@@ -2256,7 +2256,7 @@ def test_tasks_of_a_dead_process_go_back_to_their_lanes_oldest_first(service, qu
 def test_a_task_that_kills_its_process_three_times_is_buried_and_its_neighbours_are_not(service, queue):
     poison, neighbour = (queue.enqueue(queue.account, [MESSAGE])[0] for _ in range(2))
     for _ in range(3):
-        queue.beat(["normal-0", "normal-1"])
+        queue.beat(["normal-0", "normal-1"], {})
         for worker in ("normal-0", "normal-1"):
             task = queue.exchange(worker, "normal")
             if task.id == poison and task.strikes:
