@@ -659,7 +659,7 @@ class Refused(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Account:
-    """A caller: the account's name and the id of the API key it came with."""
+    """A caller: the account's name and the id of the API key it came with. The admin has none: all accounts are meant."""
 
     name: str
     key_id: str
@@ -739,6 +739,19 @@ class Accounts:
         if self.store.redis.hget(self.users, account.name) != account.key_id:
             raise self._unknown_key()
         return account
+
+    def session(self, account, seconds):
+        """A token that stands for an account's key until `seconds` have passed, or the key is revoked."""
+        return self.seal("session", {**dataclasses.asdict(account), "exp": int(time.time()) + seconds})
+
+    def read_session(self, token):
+        """The Account that such a token stands for, or None. Redis is not asked whether its key was revoked."""
+        claims = self.unseal("session", token)
+        return claims and Account(claims["name"], claims["key_id"])
+
+    def known(self, name):
+        """Whether there is an account of this name."""
+        return self.store.redis.hexists(self.users, name)
 
     def names(self):
         """The names of all accounts, sorted."""
@@ -1782,6 +1795,10 @@ class Queue:
         return {lane: max(0.0, seconds + (microseconds - int(moment)) / 1e6) if moment else 0.0
                 for lane, moment in zip(LANES, created)}
 
+    def processes(self):
+        """How many processes work on this queue."""
+        return self.store.redis.hlen(self.store.key("processes"))
+
     def lanes(self):
         """For each lane: what waits there, and in how many of the processes it is paused, and why."""
         paused = [json.loads(reasons) for reasons in self.store.redis.hvals(self.store.key("paused"))]
@@ -2240,7 +2257,7 @@ class Outbox:
                 break
             at += 1
             with contextlib.suppress(FileNotFoundError), open(entry.path, "rb") as file:
-                head = self._parsed(file.read(self.HEAD))
+                head = self._parsed(file.read(self.HEAD).partition(b"\n\n")[0])
                 if not account or self._owner(head) == account:
                     mails.append({"id": entry.name.partition(":")[0], **self._shown(head),
                                   "received": timestamp(self._moment(entry.name)[0] * 1_000_000),
@@ -3236,8 +3253,9 @@ class Request:
 class Route:
     """One method of one path.
 
-    `access` is "open", "key", "task" (a key that the queue looks up, in the same round trip), "admin", or "owner" (the
-    admin, or the key of the account concerned); `body` and `query` are the checks of what comes with a request;
+    `access` is "open"; "key" (or the admin, who names an account by `?account=`); "all" (the same, but the admin who
+    names none means all accounts); "task" (a key that the queue looks up, in the same round trip); "admin"; or "owner"
+    (the admin, or the key of the account concerned). `body` and `query` are the checks of what comes with a request;
     `answer` names the fields of a success and their types, or its media type where it is not JSON; `refuses` has the
     statuses that only this route answers.
     """
@@ -3262,46 +3280,72 @@ DEFINITION = Object({"content_type": CONTENT_TYPE, "subject": SUBJECT, "content"
 VERIFICATION = Object({"userEmail": Address(), "otp": Text(64, ONE_LINE, LINE)})
 BATCH = Object({"tasks": List(Anything(), 1000, 1)})  # each is checked, and answered, by itself
 RECIPIENT = Object({"userId": Address()})
-PAGE = {"offset": Whole(0, 10**9), "limit": Whole(0, 1000)}
+LOGIN = Object({"key": Text(4096, ONE_LINE, LINE)})
+STATES = ("queued", "scheduled", "running", "retrying", "succeeded", "dead", "suppressed", "cancelled")
+PAGING = {"offset": Whole(0, 10**9), "limit": Whole(0, 1000)}
+CURSOR = Form("what the answer before had as next", re.compile(r"[0-9]{1,10}-[0-9]{1,20}"), 31)
 
 DONE = {"status": bool, "msg": str}
 QUEUED = {**DONE, "id": str}
-CONTENT_ANSWER = {"status": bool, "content_type": str, "subject": str, "content": str, "subscribers": int}
+CONTENT_ANSWER = {"status": bool, "content_type": str, "subject": str, "content": str, "subscribers": int, "view": str}
 TASK_ANSWER = {"status": bool, "id": str, "task": str, "type": str, "userId": str, "state": str, "attempts": int,
-               "retries": int, "error": (str, None), "created": str}
+               "retries": int, "error": (str, None), "created": str, "story": list}
+PAGE_ANSWER = {"status": bool, "total": int, "offset": int, "limit": int}
+SESSION_ANSWER = {"status": bool, "account": (str, None), "admin": bool, "signup": bool}
 METRICS_ANSWER = {"status": bool, "Total Jobs Executed": int, "Jobs Successful": int, "Jobs Failed": int,
                   "queued": dict}
 
 ROUTES = (
     Route("POST", "/auth/signup", "sign_up", "admin", ID, answer={"apiKey": str}, refuses=(409,)),
     Route("POST", "/auth/deregister", "deregister", "owner", ID, answer=DONE, refuses=(404,)),
+    Route("GET", "/accounts", "list_accounts", "admin", answer={"status": bool, "accounts": list}),
+    Route("GET", "/session", "read_session", "open", answer=SESSION_ANSWER),
+    Route("POST", "/session", "open_session", "open", LOGIN, answer=SESSION_ANSWER, refuses=(401,)),
+    Route("DELETE", "/session", "close_session", "open", answer=DONE),
     Route("POST", "/task", "enqueue", "task", TASK, answer=QUEUED, refuses=(422, 429)),
     Route("POST", "/task/task", "enqueue", "task", TASK, answer=QUEUED, refuses=(422, 429)),
     Route("POST", "/task/batch", "enqueue_batch", "task", BATCH, answer={"status": bool, "tasks": list}),
     Route("POST", "/task/verify", "verify", "key", VERIFICATION, answer={"type": str, "verified": bool},
           refuses=(429,)),
-    Route("GET", "/task/subscriptionContent", "list_content", answer={"status": bool, "contentTypes": list}),
+    Route("GET", "/task/subscriptionContent", "list_content", "all", answer={"status": bool, "contentTypes": list}),
     Route("POST", "/task/subscriptionContent", "create_content", "key", DEFINITION, answer=DONE, refuses=(409,)),
     Route("PUT", "/task/subscriptionContent", "update_content", "key", DEFINITION, answer=DONE, refuses=(404,)),
     Route("GET", "/task/subscriptionContent/{content_type}", "read_content", answer=CONTENT_ANSWER, refuses=(404,)),
     Route("DELETE", "/task/subscriptionContent/{content_type}", "remove_content", answer=DONE, refuses=(404,)),
-    Route("GET", "/task/dead", "list_dead", query=PAGE,
-          answer={"status": bool, "total": int, "offset": int, "limit": int, "tasks": list}),
-    Route("POST", "/task/dead/retry", "retry_all_dead", answer={**DONE, "count": int}),
-    Route("POST", "/task/dead/{id}/retry", "retry_dead", answer=QUEUED, refuses=(404,)),
-    Route("DELETE", "/task/dead/{id}", "remove_dead", answer=DONE, refuses=(404,)),
-    Route("GET", "/task/{id}", "read_task", answer=TASK_ANSWER, refuses=(404,)),
-    Route("DELETE", "/task/{id}", "cancel_task", answer=DONE, refuses=(404, 409)),
-    Route("GET", "/suppressions", "list_suppressions", query=PAGE,
-          answer={"status": bool, "total": int, "offset": int, "limit": int, "suppressions": list}),
+    Route("GET", "/task/recent", "list_recent", "all", query={
+        **PAGING, "search": Text(254, ONE_LINE, LINE), "state": Choice(STATES)},
+        answer={"status": bool, "tasks": list, "next": (int, None)}),
+    Route("GET", "/task/dead", "list_dead", "all", query=PAGING, answer={**PAGE_ANSWER, "tasks": list}),
+    Route("DELETE", "/task/dead", "remove_all_dead", "all", answer={**DONE, "count": int}),
+    Route("POST", "/task/dead/retry", "retry_all_dead", "all", answer={**DONE, "count": int}),
+    Route("POST", "/task/dead/{id}/retry", "retry_dead", "all", answer=QUEUED, refuses=(404,)),
+    Route("DELETE", "/task/dead/{id}", "remove_dead", "all", answer=DONE, refuses=(404,)),
+    Route("GET", "/task/{id}", "read_task", "all", answer=TASK_ANSWER, refuses=(404,)),
+    Route("DELETE", "/task/{id}", "cancel_task", "all", answer=DONE, refuses=(404, 409)),
+    Route("GET", "/subscriptions", "list_subscriptions", "all", query={
+        "content_type": CONTENT_TYPE, "userId": Address(), "cursor": CURSOR, "limit": Whole(1, 1000)},
+        answer={"status": bool, "subscriptions": list, "next": (str, None)}),
+    Route("GET", "/suppressions", "list_suppressions", query=PAGING,
+          answer={**PAGE_ANSWER, "suppressions": list}),
     Route("POST", "/suppressions", "suppress", "key", RECIPIENT, answer=DONE),
     Route("DELETE", "/suppressions", "unsuppress", "key", RECIPIENT, answer=DONE, refuses=(404,)),
+    Route("GET", "/lanes", "list_lanes", "all", answer={"status": bool, "lanes": list, "processes": int, "retrying": int,
+                                                        "dead": int, "mail_to": str, "outbox": bool}),
+    Route("POST", "/lanes/{lane}/resume", "resume_lane", "all", answer=DONE, refuses=(404,)),
+    Route("GET", "/history", "read_history", "all", answer={"status": bool, "minutes": list}),
+    Route("GET", "/outbox", "list_outbox", "all", query=PAGING,
+          answer={"status": bool, "mails": list, "next": (int, None)}, refuses=(404,)),
+    Route("GET", "/outbox/{id}", "read_outbox", "all", answer={
+        "status": bool, "id": str, "headers": list, "text": (str, None), "html": (str, None), "view": (str, None),
+        "attachments": list, "source": str}, refuses=(404,)),
+    Route("GET", "/view/{token}", "view", "open", answer="text/html", refuses=(404,)),
     Route("GET", "/unsubscribe/{token}", "ask_to_unsubscribe", "open", answer="text/html", refuses=(404,)),
     Route("POST", "/unsubscribe/{token}", "follow_link", "open", answer="text/html", refuses=(404,)),
     Route("GET", "/health/ping", "ping", "open", answer={"message": str}),
     Route("GET", "/health/ready", "ready", "open", answer={"status": bool}),
     Route("GET", "/metrics", "prometheus", "open", answer="text/plain"),
     Route("GET", "/health/metrics", "metrics", "open", answer=METRICS_ANSWER),
+    Route("GET", "/", "show_page", "open", answer="text/html"),
     Route("GET", "/openapi.json", "describe_routes", "open",
           answer={"openapi": str, "info": dict, "paths": dict, "components": dict}),
 )
@@ -3312,17 +3356,37 @@ FIXED = {path: [route for route in ROUTES if route.path == path] for path in (ro
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """An answer that is not JSON."""
+    """An answer that is not JSON, or comes with headers of its own."""
 
     media_type: str
     text: str
+    headers: dict = dataclasses.field(default_factory=dict)
 
 
-def page(body):
-    """A small HTML page."""
+def small_page(body):
+    """A page for a reader of newsletters."""
     return Document("text/html", '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>Newsletter</title>'
                     '<meta name="viewport" content="width=device-width"><body style="font: 1.2em sans-serif; '
                     f'margin: 3em auto; max-width: 30em">{body}</body></html>\n')
+
+
+# Somebody else's HTML: it may look as it likes, and bring its pictures along, but do, load and send nothing.
+AS_MAIL = {"Content-Security-Policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; "
+           "font-src data:; form-action 'none'; base-uri 'none'; frame-ancestors 'self'",
+           "Referrer-Policy": "no-referrer"}
+
+
+def html_of(message):
+    """The HTML of a parsed mail or None; pictures that the mail brings along stand in it as data."""
+    part = message.get_body(("html",))
+    if part is None:
+        return None
+    text = part.get_content()
+    for shown in message.walk():
+        if (name := shown.get("Content-ID", "").strip("<> ")) and not shown.is_multipart():
+            data = base64.b64encode(shown.get_payload(decode=True) or b"").decode()
+            text = text.replace(f"cid:{name}", f"data:{shown.get_content_type()};base64,{data}")
+    return text
 
 
 class Api:
@@ -3335,36 +3399,103 @@ class Api:
     def __init__(self, settings, accounts, queue, otps, newsletters, workers, stats):
         self.settings, self.accounts, self.queue = settings, accounts, queue
         self.otps, self.newsletters, self.workers, self.stats = otps, newsletters, workers, stats
+        # A browser sends the cookies of one port to all ports of a host: two services there need two names.
+        self.cookie = f"gomail_{accounts.derive('cookie').hex()[:8]}"
+        self.admin = Account("", accounts.derive(f"admin {settings.admin_token}").hex())
+
+    SESSION = 43200  # seconds until one has to log in again
 
     def answer(self, route, request):
         """What `route` answers to `request`: a dict. Raises Refused, or RedisError where Redis is away."""
         if route.handler not in ("ping", "describe_routes") and not self.queue.store.available:
             # At once: a server that hangs would cost each caller its timeout.
             raise redis.ConnectionError("Redis is away")
-        if route.access == "key":
-            request.account = self.accounts.authenticate(request.headers.get("authorization", ""))
+        if route.access in ("key", "all"):
+            request.account = self.caller(request, route)
         elif route.access == "task":
-            request.account = self.accounts.read(request.headers.get("authorization", ""))
+            request.account = self.session(request) or self.accounts.read(request.headers.get("authorization", ""))
         elif route.access == "admin":
             self.require_admin(request)
         if route.body:
             request.body = route.body(request.body)
-        request.query = {name: check(int(text) if re.fullmatch(r"[0-9]{1,10}", text) else None, name)
-                         for name, check in route.query.items() if (text := request.query.get(name)) is not None}
+        request.query = {name: check(int(text) if isinstance(check, Whole) and re.fullmatch("[0-9]{1,10}", text) else text,
+                                     name) for name, check in route.query.items() if (text := request.query.get(name))}
         return getattr(self, route.handler)(request)
 
+    def caller(self, request, route):
+        """The Account behind a request, by its key or session; or, for the admin, the one that `?account=` names."""
+        if not self.is_admin(request):
+            session = self.session(request)
+            if session:
+                return self.accounts.current(session)
+            return self.accounts.authenticate(request.headers.get("authorization", ""))
+        name = request.query.get("account", "")
+        if name and not self.accounts.known(name):
+            raise Refused(404, "account is not registered", "account")
+        if not name and route.access != "all":
+            raise Refused(400, "account is required with the admin_token: the name of an account", "account")
+        return Account(name, "")
+
+    def session(self, request):
+        """The Account that the session's cookie stands for, or None.
+
+        It counts only beside a header that a page of another origin cannot send (without asking first, and nobody
+        answers), and where there is no Authorization.
+        """
+        if "x-requested-with" not in request.headers or "authorization" in request.headers:
+            return None
+        found = re.search(rf"(?:^|; ?){self.cookie}=([^;]+)", request.headers.get("cookie", ""))
+        return self.accounts.read_session(found[1]) if found else None
+
     def is_admin(self, request):
-        """Whether the request carries admin_token."""
+        """Whether the request carries admin_token, or the session of somebody who did."""
+        if not self.settings.admin_token:
+            return False
         token = strip_bearer(request.headers.get("authorization", ""))
-        return hmac.compare_digest(token.encode(), self.settings.admin_token.encode())
+        return (hmac.compare_digest(token.encode(), self.settings.admin_token.encode())
+                or self.session(request) == self.admin)
 
     def require_admin(self, request):
         """Where admin_token is set, raise Refused (401) without it; where it is not, (403) for a proxy's clients."""
         if self.settings.admin_token:
             if not self.is_admin(request):
                 raise Refused(401, "Authorization must hold the admin_token", None, {"WWW-Authenticate": "Bearer"})
-        elif {"forwarded", "x-forwarded-for"} & request.headers.keys():
+        elif self.proxied(request):
             raise Refused(403, "set admin_token to allow this through a proxy")
+
+    @staticmethod
+    def proxied(request):
+        """Whether a proxy says that it hands the request on."""
+        return bool({"forwarded", "x-forwarded-for"} & request.headers.keys())
+
+    def list_accounts(self, request):
+        return {"status": True, "accounts": [{"id": name} for name in self.accounts.names()]}
+
+    def read_session(self, request):
+        account = self.session(request)
+        try:
+            account = account if account is None or self.is_admin(request) else self.accounts.current(account)
+        except Refused:
+            account = None
+        return self.describe_session(request, account)
+
+    def describe_session(self, request, account):
+        return {"status": True, "account": account and account.name, "admin": bool(account) and account == self.admin,
+                "signup": not self.settings.admin_token and not self.proxied(request)}
+
+    def open_session(self, request):
+        given = Request({"authorization": request.body["key"]}, {}, {})
+        account = self.admin if self.is_admin(given) else self.accounts.authenticate(request.body["key"])
+        # The browser sends the origin of its page: where that is HTTPS, the cookie never goes another way.
+        secure = "; Secure" * request.headers.get("origin", "").startswith("https:")
+        cookie = (f"{self.cookie}={self.accounts.session(account, self.SESSION)}; HttpOnly; SameSite=Strict; Path=/; "
+                  f"Max-Age={self.SESSION}{secure}")
+        return Document("application/json", ENCODER.encode(self.describe_session(request, account)) + "\n",
+                        {"Set-Cookie": cookie})
+
+    def close_session(self, request):
+        return Document("application/json", ENCODER.encode({"status": True, "msg": "Signed out"}) + "\n",
+                        {"Set-Cookie": f"{self.cookie}=; HttpOnly; SameSite=Strict; Path=/; Max-Age=0"})
 
     def sign_up(self, request):
         return {"apiKey": self.accounts.sign_up(request.body["id"])}
@@ -3374,7 +3505,8 @@ class Api:
         try:
             self.require_admin(request)
         except Refused:
-            if self.accounts.authenticate(request.headers.get("authorization", "")).name != name:
+            own = self.session(request) or self.accounts.read(request.headers.get("authorization", ""))
+            if self.accounts.current(own).name != name:
                 raise
         self.accounts.deregister(name)
         return {"status": True, "msg": "Deregistered successfully!"}
@@ -3419,14 +3551,16 @@ class Api:
         return {"status": True, "msg": "Content Type updated successfully"}
 
     def read_content(self, request):
-        return {"status": True, **self.newsletters.read(request.account.name, request.path["content_type"])}
+        account, content_type = request.account.name, request.path["content_type"]
+        return {"status": True, **self.newsletters.read(account, content_type),
+                "view": self.viewing(content_type=content_type, account=account)}
 
     def remove_content(self, request):
         self.newsletters.remove(request.account.name, request.path["content_type"])
         return {"status": True, "msg": "Content Type removed successfully"}
 
     def read_task(self, request):
-        found = self.queue.status(request.path["id"], request.account.name)
+        found = self.queue.status(request.path["id"], request.account.name, story=True)
         if found is None:
             raise Refused(404, "there is no such task, or it ended too long ago", "id")
         return {"status": True, **found}
@@ -3435,10 +3569,14 @@ class Api:
         self.queue.cancel(request.path["id"], request.account.name)
         return {"status": True, "msg": "Task cancelled successfully"}
 
+    def list_recent(self, request):
+        tasks, following = self.queue.recent(request.account.name, **request.query)
+        return {"status": True, "tasks": tasks, "next": following}
+
     def list_dead(self, request):
-        page = {"offset": 0, "limit": 100, **request.query}
-        total, letters = self.queue.dead(request.account.name, **page)
-        return {"status": True, "total": total, **page, "tasks": letters}
+        paging = {"offset": 0, "limit": 100, **request.query}
+        total, letters = self.queue.dead(request.account.name, **paging)
+        return {"status": True, "total": total, **paging, "tasks": letters}
 
     def retry_dead(self, request):
         self.revive(request, remove=False)
@@ -3456,10 +3594,19 @@ class Api:
         count = self.queue.revive_all(request.account.name)
         return {"status": True, "msg": "Tasks enqueued successfully", "count": count}
 
+    def remove_all_dead(self, request):
+        count = self.queue.revive_all(request.account.name, remove=True)
+        return {"status": True, "msg": "Dead letters removed successfully", "count": count}
+
+    def list_subscriptions(self, request):
+        query = {{"userId": "address"}.get(name, name): value for name, value in request.query.items()}
+        found, following = self.newsletters.subscriptions(request.account.name, **query)
+        return {"status": True, "subscriptions": found, "next": following}
+
     def list_suppressions(self, request):
-        page = {"offset": 0, "limit": 100, **request.query}
-        total, found = self.queue.suppressions(request.account.name, **page)
-        return {"status": True, "total": total, **page, "suppressions": found}
+        paging = {"offset": 0, "limit": 100, **request.query}
+        total, found = self.queue.suppressions(request.account.name, **paging)
+        return {"status": True, "total": total, **paging, "suppressions": found}
 
     def suppress(self, request):
         self.queue.suppress(request.account.name, request.body["userId"])
@@ -3470,15 +3617,82 @@ class Api:
             raise Refused(404, "userId is not suppressed", "userId")
         return {"status": True, "msg": "Suppression removed successfully"}
 
+    def list_lanes(self, request):
+        depths, transport = self.queue.depths(), self.workers.transport
+        outbox = isinstance(transport, Outbox)
+        dead, _ = self.queue.dead(request.account.name, limit=0)
+        return {"status": True, "lanes": self.queue.lanes(), "processes": self.queue.processes(),
+                "retrying": depths["retrying"], "dead": dead, "mail_to": "Maildir" if outbox else str(transport),
+                "outbox": outbox}
+
+    def resume_lane(self, request):
+        if request.path["lane"] not in LANES:
+            raise Refused(404, f"lane must be one of {', '.join(LANES)}", "lane")
+        self.queue.resume(request.path["lane"])
+        return {"status": True, "msg": "The lane resumes as soon as the SMTP server takes mail"}
+
+    def read_history(self, request):
+        return {"status": True, "minutes": self.stats.history(request.account.name)}
+
+    def outbox(self):
+        """The Outbox. Raises Refused (404) where mail goes to an SMTP server."""
+        if not isinstance(self.workers.transport, Outbox):
+            raise Refused(404, "mail goes to an SMTP server; there is no outbox")
+        return self.workers.transport
+
+    def list_outbox(self, request):
+        mails, following = self.outbox().list(request.account.name, **request.query)
+        return {"status": True, "mails": mails, "next": following}
+
+    def read_outbox(self, request):
+        source, message = self.mail(request.path["id"], request.account.name)
+        plain, text = message.get_body(("plain",)), html_of(message)
+        return {"status": True, "id": request.path["id"], "headers": [[name, str(value)] for name, value in message.items()],
+                "text": plain and plain.get_content(), "html": text, "source": source.decode(errors="replace"),
+                "view": None if text is None else self.viewing(mail=request.path["id"], account=request.account.name),
+                "attachments": [{"filename": part.get_filename(), "content_type": part.get_content_type(),
+                                 "size": len(part.get_payload(decode=True) or b"")}
+                                for part in message.iter_attachments()]}
+
+    def mail(self, mail_id, account):
+        """(bytes, parsed message) of a mail in the outbox. Raises Refused (404)."""
+        found = self.outbox().read(mail_id, account)
+        if found is None:
+            raise Refused(404, "there is no such mail", "id")
+        return found
+
+    def viewing(self, **claims):
+        """The path by which a frame, which sends no key, shows a mail or a content type: for a minute."""
+        return f"/view/{self.accounts.seal('view', {**claims, 'exp': int(time.time()) + 60})}"
+
+    def view(self, request):
+        claims = self.accounts.unseal("view", request.path["token"])
+        if claims is None:
+            raise Refused(404, "this link is not valid, or no longer", "token")
+        if "mail" in claims:
+            text = html_of(self.mail(claims["mail"], claims["account"])[1]) or ""
+        else:
+            text = self.newsletters.read(claims["account"], claims["content_type"])["content"]
+            text = text if is_html(text) else f"<pre>{html.escape(text)}</pre>"
+        return Document("text/html", text, AS_MAIL)
+
+    def show_page(self, request):
+        nonce = secrets.token_urlsafe(16)
+        return Document("text/html", PAGE.replace("NONCE", nonce), {
+            "Content-Security-Policy": f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
+            "img-src data:; connect-src 'self'; frame-src 'self'; base-uri 'none'; form-action 'none'; "
+            "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'",
+            "Referrer-Policy": "no-referrer", "Cross-Origin-Opener-Policy": "same-origin"})
+
     def ask_to_unsubscribe(self, request):
         _, content_type, address = self.newsletters.read_link(request.path["token"])
         # Scanners follow links, so only the button's POST ends anything.
-        return page(f"<p>Unsubscribe {html.escape(address)} from {html.escape(content_type)}?</p>"
+        return small_page(f"<p>Unsubscribe {html.escape(address)} from {html.escape(content_type)}?</p>"
                     "<form method=post><button>Unsubscribe</button></form>")
 
     def follow_link(self, request):
         self.newsletters.follow_link(request.path["token"])
-        return page("<p>You are unsubscribed.</p>")
+        return small_page("<p>You are unsubscribed.</p>")
 
     def ping(self, request):
         return {"message": "pong"}
@@ -3525,7 +3739,7 @@ def openapi(routes):
     for route in routes:
         statuses = {400, 408, 411, 413, 417, 431, 500, 503, *route.refuses}
         statuses |= {415} if route.body else set()
-        statuses |= {"open": set(), "key": {401}, "task": {401}}.get(route.access, {401, 403})
+        statuses |= {"open": set(), "key": {401, 404}, "all": {401, 404}, "task": {401}}.get(route.access, {401, 403})
         error = {"$ref": "#/components/schemas/Error"}
         operation = {
             "operationId": f"{route.handler}_{route.path.replace('/', '_')}".strip("_"),
@@ -3535,8 +3749,11 @@ def openapi(routes):
             "parameters": [{"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
                            for name in re.findall(r"\{(\w+)\}", route.path)]
             + [{"name": name, "in": "query", "schema": check.schema} for name, check in route.query.items()]}
-        schemes = {"open": (), "admin": ("adminToken",), "owner": ("adminToken", "apiKey")}
-        operation["security"] = [{scheme: []} for scheme in schemes.get(route.access, ("apiKey",))]
+        if route.access in ("key", "all"):
+            operation["parameters"].append({"name": "account", "in": "query", "schema": {"type": "string"},
+                                            "description": "With admin_token: the account that is meant."})
+        schemes = {"open": (), "admin": ("adminToken",), "task": ("apiKey",)}
+        operation["security"] = [{scheme: []} for scheme in schemes.get(route.access, ("apiKey", "adminToken"))]
         if route.body:
             operation["requestBody"] = {
                 "required": True, "content": {"application/json": {"schema": route.body.schema}}}
@@ -3820,6 +4037,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                  "Cache-Control: no-store", "X-Content-Type-Options: nosniff"]
         if body is not None:
             lines += [f"Content-Type: {media_type}", f"Content-Length: {len(content)}"]
+            headers = {**headers, **body.headers} if isinstance(body, Document) else headers
         lines += [f"{name}: {value}" for name, value in headers.items()]
         if not self.keep:
             lines.append("Connection: close")
@@ -4233,6 +4451,671 @@ def main(arguments=None):
     except StartError as error:
         print(f"gomail: {error}", file=sys.stderr)
         return 1
+
+
+# --- 14. page ---------------------------------------------------------------------------------------------
+# What a browser shows at `/`: one document that calls the routes above, as any app could. It stands last because it is
+# long and no Python. NONCE is replaced in each answer.
+
+PAGE = r"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>GoMail</title>
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Crect y='2'
+ width='16' height='12' rx='2' fill='%230b57d0'/%3E%3Cpath d='m1 4 7 5 7-5' fill='none' stroke='%23fff'/%3E%3C/svg%3E">
+<style nonce="NONCE">
+:root { --back: #f5f7f9; --panel: #fff; --text: #1b1f24; --muted: #525c67; --line: #c9d1d9; --accent: #0b57d0;
+  --on-accent: #fff; --good: #146c2e; --bad: #b3261e; --warn: #7a4b00; --sent: #2a7de1; }
+@media (prefers-color-scheme: dark) {
+  :root { --back: #11151a; --panel: #1a2027; --text: #e6e9ed; --muted: #a8b2bd; --line: #3b4550; --accent: #8ab4f8;
+    --on-accent: #0b1a33; --good: #7bd88f; --bad: #ff9a91; --warn: #ffcf70; --sent: #6aa5f5; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--back); color: var(--text); font: 16px/1.5 system-ui, sans-serif; }
+[hidden] { display: none !important; }
+a { color: var(--accent); }
+h1 { font-size: 1.5rem; margin: 0 0 1rem; } h1:focus { outline: none; }
+h2 { font-size: 1.1rem; margin: 0 0 .6rem; }
+p { margin: .4rem 0; }
+:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
+.skip { position: absolute; left: -999px; } .skip:focus { left: .5rem; top: .5rem; background: var(--panel); padding: .5rem; }
+header { background: var(--panel); border-bottom: 1px solid var(--line); padding: .5rem 1rem; display: flex; flex-wrap: wrap;
+  gap: .4rem 1.2rem; align-items: center; }
+header strong { font-size: 1.15rem; }
+nav { display: flex; flex-wrap: wrap; gap: .1rem .3rem; }
+nav a { padding: .35rem .6rem; border-radius: 6px; text-decoration: none; color: var(--text); }
+nav a[aria-current] { background: var(--accent); color: var(--on-accent); }
+.who { margin-left: auto; display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; overflow-wrap: anywhere; }
+main { max-width: 75rem; margin: 0 auto; padding: 1rem; }
+section, .card { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; padding: 1rem; margin-bottom: 1rem;
+  min-width: 0; }
+.row { display: flex; flex-wrap: wrap; gap: .6rem; align-items: end; margin-bottom: .8rem; }
+.row h2, .row h1 { margin: 0 auto 0 0; }
+.lanes { display: grid; grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr)); gap: 1rem; list-style: none; padding: 0;
+  margin: 0 0 1rem; }
+.lanes .card { margin: 0; }
+.lanes h2 { display: flex; justify-content: space-between; gap: .5rem; align-items: center; }
+.number { font-size: 1.7rem; font-variant-numeric: tabular-nums; line-height: 1.2; }
+.muted { color: var(--muted); font-size: .9rem; }
+.badge { border: 1px solid currentColor; border-radius: 99px; padding: 0 .6rem; font-size: .85rem; font-weight: 600;
+  white-space: nowrap; color: var(--muted); }
+.good { color: var(--good); } .bad { color: var(--bad); } .warn { color: var(--warn); }
+button, input, select, textarea { font: inherit; color: inherit; background: var(--panel); border: 1px solid var(--muted);
+  border-radius: 6px; padding: .35rem .7rem; min-height: 2.2rem; max-width: 100%; }
+button { cursor: pointer; } button.main { background: var(--accent); color: var(--on-accent); border-color: var(--accent); }
+button.bad { border-color: var(--bad); } button:disabled { opacity: .6; cursor: not-allowed; }
+label { display: block; font-size: .9rem; color: var(--muted); }
+label input, label textarea, label select { display: block; color: var(--text); width: 100%; font-size: 1rem; }
+textarea { font-family: ui-monospace, monospace; min-height: 14rem; }
+form.tall label { margin-bottom: .7rem; }
+.narrow { max-width: 30rem; margin: 2rem auto; }
+table { border-collapse: collapse; width: 100%; }
+th, td { text-align: left; padding: .4rem .8rem .4rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+td.long { overflow-wrap: anywhere; min-width: 8rem; } td.address { overflow-wrap: anywhere; min-width: 11rem; }
+th { font-size: .85rem; color: var(--muted); font-weight: 600; }
+td.number-cell { font-variant-numeric: tabular-nums; white-space: nowrap; }
+td .row { margin: 0; gap: .4rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1.2rem; margin: 0; overflow-wrap: anywhere; }
+dt { color: var(--muted); } dd { margin: 0; }
+ol.story { margin: 0; padding-left: 1.2rem; } ol.story li { margin-bottom: .5rem; overflow-wrap: anywhere; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .5rem 0; font-size: .9rem; }
+iframe { width: 100%; height: 26rem; border: 1px solid var(--line); border-radius: 6px; background: #fff; resize: vertical; }
+svg { width: 100%; height: 7rem; display: block; }
+svg .sent { fill: var(--sent); } svg .failed { fill: var(--bad); } svg .axis { stroke: var(--line); }
+.legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; }
+.legend i { display: inline-block; width: .8rem; height: .8rem; border-radius: 2px; margin-right: .4rem; }
+.legend .sent { background: var(--sent); } .legend .failed { background: var(--bad); }
+summary { cursor: pointer; padding: .3rem 0; }
+#alert { border: 2px solid var(--bad); } #status { min-height: 1.5rem; margin: 0 0 .4rem; }
+@media (max-width: 720px) {
+  main { padding: .7rem; } .who { margin-left: 0; }
+  table, tbody, tr, td { display: block; } thead { position: absolute; left: -9999px; }
+  tr { border-bottom: 1px solid var(--line); padding: .5rem 0; }
+  td { border: 0; padding: .1rem 0; display: grid; grid-template-columns: 7rem 1fr; gap: .5rem; }
+  td.number-cell { white-space: normal; } td.long, td.address { min-width: 0; }
+  td::before { content: attr(data-label); color: var(--muted); font-size: .9rem; }
+  td:empty { display: none; }
+}
+</style>
+</head>
+<body>
+<a class="skip" href="#main">Skip to the content</a>
+<header hidden><strong>GoMail</strong><nav aria-label="Pages"></nav><div class="who"></div></header>
+<main id="main" tabindex="-1">
+<p id="status" role="status"></p>
+<p id="alert" class="card" role="alert" hidden></p>
+<div id="view"><noscript>This page needs JavaScript. All it shows is in the JSON routes, see /openapi.json.</noscript></div>
+</main>
+<script nonce="NONCE">
+"use strict";
+
+// --- elements: whatever comes from the service becomes text, never markup
+
+const $ = selector => document.querySelector(selector);
+
+function h(tag, properties = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties)) {
+    if (typeof value === "function") node.addEventListener(name, value);
+    else if (value !== null && value !== undefined && value !== false) node.setAttribute(name, value === true ? "" : value);
+  }
+  node.append(...children.flat(Infinity).filter(child => child !== null && child !== undefined && child !== false));
+  return node;
+}
+
+function button(text, action, style = null, label = null) {
+  return h("button", {type: "button", class: style, "aria-label": label, "data-key": label || text, click: async event => {
+    const pressed = event.currentTarget;
+    pressed.disabled = true;
+    try { await attempt(action); } finally { pressed.disabled = false; }
+  }}, text);
+}
+
+function field(label, input) {
+  return h("label", {}, label, input);
+}
+
+function form(submit, properties, ...children) {
+  return h("form", {...properties, submit: event => {
+    event.preventDefault();
+    attempt(() => submit(Object.fromEntries(new FormData(event.target)), event.target));
+  }}, ...children);
+}
+
+// On a narrow screen rows become blocks, which would end the table for a screen reader, but for the roles.
+function table(caption, columns, rows, empty) {
+  if (!rows.length) return h("p", {class: "muted"}, empty);
+  const cell = (column, row) => h("td", {role: "cell", "data-label": column.name, class: column.style},
+    row && [column.value(row)].flat());
+  return h("table", {role: "table", "aria-label": caption},
+    h("thead", {role: "rowgroup"}, h("tr", {role: "row"},
+      columns.map(column => h("th", {role: "columnheader", scope: "col"}, column.name)))),
+    h("tbody", {role: "rowgroup"}, rows.map(row => h("tr", {role: "row"}, columns.map(column => cell(column, row))))));
+}
+
+function facts(pairs) {
+  return h("dl", {}, pairs.filter(([, value]) => value !== null && value !== undefined && value !== "")
+    .map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]));
+}
+
+// What did not change stays as it is, and what has the focus keeps it.
+function fill(place, data, make) {
+  const text = JSON.stringify(data);
+  if (place.shown === text) return;
+  const focused = place.contains(document.activeElement) ? document.activeElement.dataset.key : null;
+  place.shown = text;
+  place.replaceChildren(...[make(data)].flat().filter(Boolean));
+  if (focused) [...place.querySelectorAll("[data-key]")].find(node => node.dataset.key === focused)?.focus();
+}
+
+function when(moment) {
+  if (!moment) return "";
+  const date = new Date(moment), today = date.toDateString() === new Date().toDateString();
+  return h("time", {datetime: moment, title: moment}, today ? date.toLocaleTimeString()
+    : date.toLocaleString([], {dateStyle: "medium", timeStyle: "short"}));
+}
+
+function span(seconds) {
+  if (seconds < 1) return `${Math.round(seconds * 1000)} ms`;
+  if (seconds < 120) return `${Math.round(seconds)} s`;
+  if (seconds < 7200) return `${Math.round(seconds / 60)} min`;
+  return seconds < 172800 ? `${Math.round(seconds / 3600)} h` : `${Math.round(seconds / 86400)} days`;
+}
+
+function count(number, one, many) {
+  return `${number.toLocaleString()} ${number === 1 ? one : many}`;
+}
+
+// --- the service
+
+let me = {account: null}, account = "", outbox = false;
+
+async function api(method, path, body, query = {}) {
+  const url = new URL(path, location.origin);
+  if (account) query = {...query, account};
+  for (const [name, value] of Object.entries(query)) if (value !== "") url.searchParams.set(name, value);
+  let answer, found;
+  try {
+    answer = await fetch(url, {method, cache: "no-store", body: body === undefined ? undefined : JSON.stringify(body), headers: {
+      "X-Requested-With": "GoMail", ...(body === undefined ? {} : {"Content-Type": "application/json"})}});
+    found = await answer.json();
+  } catch {
+    throw new Error("GoMail does not answer. Is it running?");
+  }
+  if (answer.status === 401 && me.account !== null) {
+    me = {...me, account: null};
+    login("The session is over, or the key was revoked. Log in again.");
+    throw new Error("");
+  }
+  if (!answer.ok) throw new Error(found.error);
+  return found;
+}
+
+const part = text => encodeURIComponent(text);
+
+function say(text) {
+  $("#status").textContent = text;
+}
+
+function complain(text) {
+  $("#alert").textContent = text;
+  $("#alert").hidden = !text;
+}
+
+async function attempt(action) {
+  try {
+    complain("");
+    say("");
+    await action();
+  } catch (error) {
+    complain(error.message);
+  }
+}
+
+// --- the views: each returns its title, its nodes, and how to fill them with what the service knows now
+
+const STATES = {queued: ["queued", ""], scheduled: ["scheduled", ""], running: ["running", "warn"],
+  retrying: ["retrying", "warn"], succeeded: ["succeeded", "good"], dead: ["dead", "bad"], suppressed: ["suppressed", "warn"],
+  cancelled: ["cancelled", ""]};
+const EVENTS = {accepted: "Accepted", running: "In work", retrying: "Attempt failed, to be retried",
+  dropped: "Connection lost, not counted as an attempt", returned: "Put back, not counted as an attempt",
+  orphaned: "Its process died", dead: "Given up: a dead letter", revived: "Queued again", succeeded: "Succeeded",
+  cancelled: "Cancelled", suppressed: "Suppressed"};
+const LANES = {urgent: "OTPs, subscribing, unsubscribing", normal: "Messages", bulk: "Newsletters"};
+
+function badge(state) {
+  const [text, style] = STATES[state] || [state, ""];
+  return h("span", {class: `badge ${style}`}, text);
+}
+
+function accountColumn() {
+  return me.admin && !account ? [{name: "Account", value: row => row.account, style: "address"}] : [];
+}
+
+const TASK_COLUMNS = () => [
+  {name: "Accepted", value: row => when(row.created), style: "number-cell"},
+  {name: "Task", value: row => h("a", {href: `#/tasks/${part(row.id)}`, "data-key": row.id}, row.task), style: "long"},
+  {name: "Type", value: row => row.type}, ...accountColumn(),
+  {name: "Recipient", value: row => row.userId, style: "address"},
+  {name: "State", value: row => badge(row.state)},
+  {name: "Attempts", value: row => `${row.attempts} of ${row.retries + 1}`, style: "number-cell"},
+  {name: "Error", value: row => row.error || "", style: "long"}];
+
+function chart(minutes) {
+  const NS = "http://www.w3.org/2000/svg", svg = document.createElementNS(NS, "svg");
+  const draw = (name, attributes) => {
+    const node = document.createElementNS(NS, name);
+    for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
+    svg.append(node);
+    return node;
+  };
+  const sum = name => minutes.reduce((total, minute) => total + minute[name], 0);
+  const most = Math.max(1, ...minutes.map(minute => minute.sent + minute.failed));
+  const words = `${count(sum("sent"), "mail", "mails")} sent, ${sum("failed").toLocaleString()} failed, `
+    + `${count(sum("retried"), "attempt", "attempts")} to be repeated`;
+  svg.setAttribute("viewBox", "0 0 600 100");
+  svg.setAttribute("preserveAspectRatio", "none");
+  svg.setAttribute("role", "img");
+  svg.setAttribute("aria-label", `Minute by minute, the last hour: ${words}; at most ${most} in a minute`);
+  draw("line", {x1: 0, x2: 600, y1: 99.5, y2: 99.5, class: "axis"});
+  minutes.forEach((minute, number) => {
+    let top = 99;
+    for (const name of ["sent", "failed"]) {
+      const height = minute[name] && Math.max(2, minute[name] / most * 97);
+      top -= height;
+      if (height) draw("rect", {x: number * 10 + 1, y: Math.max(0, top), width: 8, height, class: name})
+        .append(Object.assign(document.createElementNS(NS, "title"), {
+          textContent: `${new Date(minute.time).toLocaleTimeString()}: ${minute[name]} ${name}`}));
+    }
+  });
+  return [svg, h("p", {class: "legend muted"}, h("span", {}, h("i", {class: "sent"}), `${sum("sent").toLocaleString()} sent`),
+    h("span", {}, h("i", {class: "failed"}), `${sum("failed").toLocaleString()} failed`),
+    h("span", {}, `${sum("retried").toLocaleString()} to be repeated`),
+    h("span", {}, `60 minutes, now at the right; at most ${most.toLocaleString()} in one`))];
+}
+
+function laneCard(lane) {
+  return h("li", {class: "card"},
+    h("h2", {}, lane.lane, lane.paused ? h("span", {class: "badge bad"}, "paused") : h("span", {class: "badge good"}, "running")),
+    h("p", {class: "muted"}, LANES[lane.lane]),
+    h("p", {}, h("span", {class: "number"}, lane.queued.toLocaleString()), " waiting",
+      lane.queued ? `, the oldest for ${span(lane.oldest)}` : ""),
+    lane.paused ? [h("p", {class: "bad"}, lane.reason), button("Resume now", async () => {
+      await api("POST", `/lanes/${lane.lane}/resume`);
+      say(`Asked to resume the lane ${lane.lane}. It goes on as soon as the SMTP server takes mail.`);
+    }, "main", `Resume now: ${lane.lane}`)] : null);
+}
+
+function overview() {
+  const lanes = h("ul", {class: "lanes", "aria-label": "Lanes"}), hour = h("div"), recent = h("div"), sums = h("p");
+  const compose = form(async values => {
+    const {id} = await api("POST", "/task/", {task: "Test from the page", type: "message", retries: 3, payload: values});
+    location.hash = `#/tasks/${id}`;
+  }, {class: "tall"}, field("To", h("input", {name: "userId", type: "email", required: true})),
+    field("Subject", h("input", {name: "subject", required: true, maxlength: 998})),
+    field("Content, text or HTML", h("textarea", {name: "content", required: true})), h("button", {class: "main"}, "Send"));
+  return {title: "Overview", live: true, nodes: [lanes,
+    h("section", {"aria-labelledby": "hour"}, h("h2", {id: "hour"}, "The last hour"), hour, sums),
+    h("section", {"aria-labelledby": "recent"}, h("div", {class: "row"}, h("h2", {id: "recent"}, "Newest tasks"),
+      h("a", {href: "#/tasks"}, "All tasks")), recent),
+    me.admin ? null : h("section", {}, h("details", {}, h("summary", {}, "Send a mail"), compose))],
+  async refresh() {
+    const [now, {minutes}, {tasks}] = await Promise.all([api("GET", "/lanes"), api("GET", "/history"),
+      api("GET", "/task/recent", undefined, {limit: 10})]);
+    if (outbox !== now.outbox) { outbox = now.outbox; navigation(); }
+    fill(lanes, now.lanes, found => found.map(laneCard));
+    fill(hour, minutes, chart);
+    fill(sums, [now.dead, now.retrying, now.mail_to, now.processes], () => [
+      h("a", {href: "#/dead", "data-key": "dead"}, count(now.dead, "dead letter", "dead letters")),
+      `, ${count(now.retrying, "task waits", "tasks wait")} for a retry or for its time. `,
+      h("span", {}, `Mail goes to ${now.outbox ? "the Maildir" : `the ${now.mail_to}`}`, now.outbox ? [": ",
+        h("a", {href: "#/mails", "data-key": "mails"}, "look at it")] : "",
+        `. ${count(now.processes, "process", "processes")} at work.`)]);
+    fill(recent, tasks, () => table("Newest tasks", TASK_COLUMNS(), tasks, "No tasks yet."));
+  }};
+}
+
+// A list that grows by a button; `load` gets how many are wanted.
+function growing(load) {
+  const place = h("div");
+  let limit = 50;
+  const more = button("Show more", async () => { limit += 100; await show.refresh(); });
+  more.hidden = true;
+  return {nodes: [place, more], async refresh() {
+    const [data, nodes, further] = await load(Math.min(limit, 1000));
+    fill(place, data, () => nodes());
+    more.hidden = !further || limit >= 1000;
+  }};
+}
+
+function tasks() {
+  const search = h("input", {type: "search", input: () => soon(), placeholder: "id, or part of an address"});
+  const state = h("select", {change: () => attempt(show.refresh)}, h("option", {value: ""}, "all states"),
+    Object.keys(STATES).map(name => h("option", {}, name)));
+  let timer;
+  const soon = () => { clearTimeout(timer); timer = setTimeout(() => attempt(show.refresh), 250); };
+  const list = growing(async limit => {
+    const found = await api("GET", "/task/recent", undefined, {limit, search: search.value.trim(), state: state.value});
+    return [found.tasks, () => table("Tasks", TASK_COLUMNS(), found.tasks, "No such tasks."), found.next !== null];
+  });
+  return {title: "Tasks", live: true, refresh: list.refresh, nodes: [h("section", {}, h("div", {class: "row", role: "search"},
+    field("Search", search), field("State", state)), list.nodes)]};
+}
+
+function task(id) {
+  const place = h("div");
+  const act = (method, path, words) => async () => { await api(method, path); say(words); await show.refresh(); };
+  return {title: "Task", live: true, nodes: [place], async refresh() {
+    const found = await api("GET", `/task/${part(id)}`);
+    fill(place, found, () => [h("section", {"aria-label": "What it is"}, h("div", {class: "row"}, h("h2", {}, found.task),
+      found.state === "dead" ? [
+        button("Retry", act("POST", `/task/dead/${part(id)}/retry`, "Queued again."), "main"),
+        button("Delete", async () => {
+          await api("DELETE", `/task/dead/${part(id)}`);
+          location.hash = "#/dead";
+        }, "bad")] : null,
+      ["retrying", "scheduled"].includes(found.state)
+        ? button("Cancel", act("DELETE", `/task/${part(id)}`, "Cancelled."), "bad") : null),
+    facts([["State", badge(found.state)], ["Type", found.type], ["Recipient", found.userId], ["Account", found.account],
+      ["Attempts", `${found.attempts} of ${found.retries + 1}`], ["Error", found.error], ["Accepted", when(found.created)],
+      ["Next attempt", when(found.due)], ["Ended", when(found.finished)], ["Id", h("code", {}, found.id)]])),
+    h("section", {"aria-labelledby": "story"}, h("h2", {id: "story"}, "What happened"), h("ol", {class: "story"},
+      found.story.map(step => h("li", {}, when(step.time), ` ${EVENTS[step.event] || step.event}`,
+        step.seconds === undefined ? "" : h("span", {class: "muted"}, `, after ${span(step.seconds)} of work`),
+        step.error ? h("div", {class: step.event === "cancelled" ? "" : "bad"}, step.error) : null))))]);
+  }};
+}
+
+function dead() {
+  let total = 0;
+  const all = async (method, path, words) => {
+    const {count: done} = await api(method, path);
+    say(`${count(done, "dead letter", "dead letters")} ${words}.`);
+    await show.refresh();
+  };
+  const retry = button("Retry all", () => all("POST", "/task/dead/retry", "queued again"), "main");
+  const remove = button("Delete all", async () => {
+    if (confirm(`Delete ${count(total, "dead letter", "dead letters")}? Their mails are lost for good.`))
+      await all("DELETE", "/task/dead", "deleted");
+  }, "bad");
+  const one = (method, path, words) => async () => { await api(method, path); say(words); await show.refresh(); };
+  const list = growing(async limit => {
+    const found = await api("GET", "/task/dead", undefined, {limit});
+    total = found.total;
+    retry.disabled = remove.disabled = !total;
+    return [found.tasks, () => table("Dead letters", [
+      {name: "Ended", value: row => when(row.finished), style: "number-cell"},
+      ...TASK_COLUMNS().filter(column => !["Accepted", "State"].includes(column.name)),
+      {name: "Actions", value: row => h("div", {class: "row"},
+        button("Retry", one("POST", `/task/dead/${part(row.id)}/retry`, "Queued again."), null, `Retry ${row.task}, ${row.id}`),
+        button("Delete", one("DELETE", `/task/dead/${part(row.id)}`, "Deleted."), "bad", `Delete ${row.task}, ${row.id}`))}],
+    found.tasks, "No dead letters. All is well."), found.total > found.tasks.length];
+  });
+  return {title: "Dead letters", live: true, refresh: list.refresh, nodes: [h("section", {}, h("div", {class: "row"},
+    h("p", {class: "muted"}, "Mails that were given up, with all their attempts used or refused for good."), retry, remove),
+  list.nodes)]};
+}
+
+function newsletters() {
+  const types = h("div"), address = h("input", {type: "search", change: () => attempt(show.refresh),
+    placeholder: "a whole address"});
+  const list = growing(async limit => {
+    const found = await api("GET", "/subscriptions", undefined, {limit, userId: address.value.trim()});
+    found.subscriptions.sort((a, b) => (a.next || "").localeCompare(b.next || ""));
+    return [found.subscriptions, () => table("Subscriptions", [
+      {name: "Next", value: row => when(row.next), style: "number-cell"}, 
+      {name: "Subscriber", value: row => row.userId, style: "address"},
+      {name: "Newsletter", value: row => row.content_type, style: "long"}, {name: "Frequency", value: row => row.frequency},
+      ...accountColumn(), {name: "Since", value: row => when(row.created), style: "number-cell"}],
+    found.subscriptions, "No subscriptions."), found.next !== null];
+  });
+  return {title: "Newsletters", live: true, nodes: [
+    h("section", {"aria-labelledby": "types"}, h("div", {class: "row"}, h("h2", {id: "types"}, "Content types"),
+      me.admin && !account ? h("span", {class: "muted"}, "Choose an account to add one.")
+        : h("a", {href: "#/new-content"}, "New content type")), types),
+    h("section", {"aria-labelledby": "subscriptions"}, h("div", {class: "row"},
+      h("h2", {id: "subscriptions"}, "Subscriptions"), field("Address", address)), list.nodes)],
+  async refresh() {
+    const {contentTypes} = await api("GET", "/task/subscriptionContent");
+    fill(types, contentTypes, () => table("Content types", [
+      {name: "Name", value: row => h("a", {href: `#/newsletters/${part(row.content_type)}`, "data-key": row.content_type,
+        click: () => choose(row.account || account)}, row.content_type), style: "long"},
+      {name: "Subject", value: row => row.subject, style: "long"}, ...accountColumn(),
+      {name: "Subscribers", value: row => row.subscribers.toLocaleString(), style: "number-cell"}],
+    contentTypes, "No content types yet."));
+    await list.refresh();
+  }};
+}
+
+function content(name) {
+  const subject = h("input", {name: "subject", required: true, maxlength: 998});
+  const text = h("textarea", {name: "content", required: true});
+  const preview = h("iframe", {sandbox: "", title: "How it looks, as saved"}), side = h("div");
+  const load = async () => {
+    const found = await api("GET", `/task/subscriptionContent/${part(name)}`);
+    [subject.value, text.value, preview.src] = [found.subject, found.content, found.view];
+    fill(side, found.subscribers, () => h("p", {class: "muted"}, count(found.subscribers, "subscriber", "subscribers")));
+  };
+  const save = form(async values => {
+    const known = {content_type: name || values.content_type, subject: values.subject, content: values.content};
+    await api(name ? "PUT" : "POST", "/task/subscriptionContent", known);
+    say("Saved.");
+    if (name) await load();
+    else location.hash = `#/newsletters/${part(known.content_type)}`;
+  }, {class: "tall"},
+    name ? null : field("Name, which subscribe tasks use as content_type", h("input", {
+      name: "content_type", required: true, maxlength: 100})),
+    field("Subject", subject), field("Content, text or HTML; {{ email }} and the subscription's variables are filled in", text),
+    h("div", {class: "row"}, h("button", {class: "main"}, "Save"), name ? button("Delete", async () => {
+      if (!confirm(`Delete ${name} and end all its subscriptions?`)) return;
+      await api("DELETE", `/task/subscriptionContent/${part(name)}`);
+      location.hash = "#/newsletters";
+    }, "bad") : null));
+  return {title: name || "New content type", nodes: [h("section", {"aria-label": "Edit"}, side, save),
+    name ? h("section", {"aria-labelledby": "preview"}, h("h2", {id: "preview"}, "As saved"), preview) : null],
+  refresh: name ? load : async () => {}};
+}
+
+function mails() {
+  const list = growing(async limit => {
+    const found = await api("GET", "/outbox", undefined, {limit});
+    return [found.mails, () => table("Mails", [
+      {name: "Received", value: row => when(row.received), style: "number-cell"},
+      {name: "Subject", value: row => h("a", {href: `#/mails/${part(row.id)}`, "data-key": row.id}, row.subject || "(none)"),
+        style: "long"},
+      {name: "To", value: row => row.to, style: "address"}, {name: "From", value: row => row.from, style: "address"},
+      {name: "Size", value: row => `${row.size.toLocaleString()} bytes`, style: "number-cell"}],
+    found.mails, "No mails yet."), found.next !== null];
+  });
+  return {title: "Mails", live: true, refresh: list.refresh, nodes: [h("section", {},
+    h("p", {class: "muted"}, "No SMTP server is set, so mails lie in a Maildir on GoMail's machine."), list.nodes)]};
+}
+
+function mail(id) {
+  const place = h("div");
+  return {title: "Mail", nodes: [place], async refresh() {
+    const found = await api("GET", `/outbox/${part(id)}`);
+    const header = name => found.headers.filter(([key]) => key.toLowerCase() === name).map(([, value]) => value).join(", ");
+    fill(place, found, () => [h("section", {"aria-label": "Mail"}, h("h2", {}, header("subject") || "(no subject)"),
+      facts([["From", header("from")], ["To", header("to")], ["Cc", header("cc")], ["Delivered to", header("delivered-to")],
+        ["Date", header("date")], ["Attachments", found.attachments.map(file =>
+          `${file.filename || "unnamed"} (${file.content_type}, ${file.size.toLocaleString()} bytes)`).join(", ")]])),
+    found.view ? h("section", {"aria-labelledby": "html"}, h("h2", {id: "html"}, "HTML"), h("p", {class: "muted"},
+      "In a sandbox: no scripts, no forms, nothing from elsewhere."),
+    h("iframe", {sandbox: "", src: found.view, title: "The mail's HTML"})) : null,
+    h("section", {}, h("details", {open: !found.view}, h("summary", {}, "Text"), h("pre", {}, found.text || "(none)")),
+      h("details", {}, h("summary", {}, "Headers"), table("Headers", [{name: "Name", value: row => row[0]},
+        {name: "Value", value: row => row[1], style: "long"}], found.headers, "")),
+      h("details", {}, h("summary", {}, "Source"), h("pre", {}, found.source)))]);
+  }};
+}
+
+function suppressions() {
+  const list = growing(async limit => {
+    const found = await api("GET", "/suppressions", undefined, {limit});
+    return [found.suppressions, () => table("Suppressions", [
+      {name: "Address", value: row => row.userId, style: "address"},
+      {name: "Since", value: row => when(row.created), style: "number-cell"},
+      {name: "Why", value: row => row.reason || "", style: "long"},
+      {name: "Actions", value: row => button("Send again", async () => {
+        await api("DELETE", "/suppressions", {userId: row.userId});
+        say(`${row.userId} gets mail again.`);
+        await show.refresh();
+      }, null, `Send to ${row.userId} again`)}], found.suppressions, "No address is suppressed."),
+    found.total > found.suppressions.length];
+  });
+  if (me.admin && !account)
+    return {title: "Suppressions", nodes: [h("section", {}, h("p", {}, "Choose an account."))], refresh: async () => {}};
+  return {title: "Suppressions", live: true, refresh: list.refresh, nodes: [h("section", {},
+    h("p", {class: "muted"}, "Addresses that get nothing but OTPs: the server said that they do not exist, or you did."),
+    form(async (values, element) => {
+      await api("POST", "/suppressions", values);
+      element.reset();
+      await show.refresh();
+    }, {class: "row"}, field("Address", h("input", {name: "userId", type: "email", required: true})),
+    h("button", {}, "Suppress")), list.nodes)]};
+}
+
+function accounts() {
+  const place = h("div"), key = h("div", {role: "status"});
+  return {title: "Accounts", nodes: [h("section", {}, form(async (values, element) => {
+    const {apiKey} = await api("POST", "/auth/signup", values);
+    element.reset();
+    key.replaceChildren(h("p", {}, `The key of ${values.id}, shown this once:`), h("pre", {}, apiKey));
+    await show.refresh();
+  }, {class: "row"}, field("New account", h("input", {name: "id", required: true, maxlength: 254})), h("button", {}, "Sign up")),
+  key, place)],
+  async refresh() {
+    const found = await api("GET", "/accounts");
+    fill(place, found.accounts, () => table("Accounts", [{name: "Account", value: row => row.id, style: "address"},
+      {name: "Actions", value: row => button("Deregister", async () => {
+        if (!confirm(`Deregister ${row.id}? Its key, its waiting tasks and its subscriptions end.`)) return;
+        await api("POST", "/auth/deregister", {id: row.id});
+        if (account === row.id) choose("");
+        await show.refresh();
+      }, "bad", `Deregister ${row.id}`)}], found.accounts, "No accounts yet."));
+    whose(found.accounts);
+  }};
+}
+
+// --- log in, find the view of the address, keep it up to date
+
+function login(reason = "") {
+  clearTimeout(show.timer);
+  show.number += 1;
+  $("header").hidden = true;
+  document.title = "Log in – GoMail";
+  const enter = async values => {
+    me = await api("POST", "/session", {key: values.key.trim()});
+    await begin();
+  };
+  const given = h("div", {role: "status"});
+  $("#view").replaceChildren(h("section", {class: "narrow"}, h("h1", {tabindex: "-1"}, "GoMail"),
+    reason ? h("p", {class: "warn"}, reason) : null,
+    form(enter, {class: "tall"}, h("input", {name: "username", autocomplete: "username", value: "GoMail", hidden: true}),
+      field("API key, or the admin_token", h("input", {name: "key", type: "password", autocomplete: "current-password",
+        required: true, id: "key"})), h("button", {class: "main"}, "Log in")),
+    me.signup ? h("details", {}, h("summary", {}, "No key yet?"), form(async values => {
+      const {apiKey} = await api("POST", "/auth/signup", values);
+      given.replaceChildren(h("p", {}, "This is your API key. Keep it: it is not shown again."), h("pre", {}, apiKey),
+        button("Log in with it", () => enter({key: apiKey}), "main"));
+    }, {class: "tall"}, field("Name of the account, such as your app's address", h("input", {name: "id", required: true,
+      maxlength: 254})), h("button", {}, "Sign up")), given)
+      : h("p", {class: "muted"}, "A key comes from POST /auth/signup, with the admin_token.")));
+  $("#key").focus();
+}
+
+const VIEWS = [[/^#\/$/, overview], [/^#\/tasks$/, tasks], [/^#\/tasks\/(.+)$/, task], [/^#\/dead$/, dead],
+  [/^#\/newsletters$/, newsletters], [/^#\/newsletters\/(.+)$/, content], [/^#\/new-content$/, () => content("")],
+  [/^#\/mails$/, mails], [/^#\/mails\/(.+)$/, mail], [/^#\/suppressions$/, suppressions], [/^#\/accounts$/, accounts]];
+
+function navigation() {
+  const pages = [["#/", "Overview"], ["#/tasks", "Tasks"], ["#/dead", "Dead letters"], ["#/newsletters", "Newsletters"],
+    ["#/suppressions", "Suppressions"], ...(outbox ? [["#/mails", "Mails"]] : []),
+    ...(me.admin ? [["#/accounts", "Accounts"]] : [])];
+  const here = location.hash.replace("new-content", "newsletters");
+  $("nav").replaceChildren(...pages.map(([address, name]) => h("a", {href: address,
+    "aria-current": (address === "#/" ? here === address : here.startsWith(address)) ? "page" : null}, name)));
+}
+
+function choose(name) {
+  account = name;
+  if ($("#account")) $("#account").value = name;
+}
+
+function whose(found) {
+  $("#account")?.replaceChildren(h("option", {value: ""}, "All accounts"), ...found.map(({id}) => h("option", {}, id)));
+  choose(account);
+}
+
+async function show(quietly) {
+  const address = location.hash || "#/";
+  if (me.account === null || !address.startsWith("#/")) return;
+  clearTimeout(show.timer);
+  const number = show.number += 1, current = () => number === show.number;
+  let matched;
+  const [, make] = VIEWS.find(([pattern]) => (matched = pattern.exec(address))) || VIEWS[0];
+  const view = make(...(matched || []).slice(1).map(decodeURIComponent));
+  const title = h("h1", {tabindex: "-1"}, view.title);
+  document.title = `${view.title} – GoMail`;
+  navigation();
+  complain("");
+  if (quietly !== "quietly") say("");
+  $("#view").replaceChildren(title, ...view.nodes.filter(Boolean));
+  title.focus();
+  let failed = false;
+  show.refresh = async () => { if (current()) await view.refresh(); };
+  const turn = async () => {
+    try {
+      if (!document.hidden) await view.refresh();
+      if (failed && current()) complain("");
+      failed = false;
+    } catch (error) {
+      failed = true;
+      if (current() && error.message) complain(error.message);
+    }
+    if (view.live && current()) show.timer = setTimeout(turn, 2000);
+  };
+  await turn();
+}
+show.number = 0;
+
+async function begin() {
+  account = "";
+  const leave = button("Log out", async () => {
+    await api("DELETE", "/session");
+    me = {...me, account: null};
+    login();
+  });
+  $("header").hidden = false;
+  $(".who").replaceChildren(...(me.admin ? [h("select", {id: "account", "aria-label": "Account", change: event => {
+    choose(event.target.value);
+    show();
+  }})] : [h("span", {class: "muted"}, me.account)]), leave);
+  if (me.admin) whose((await api("GET", "/accounts")).accounts);
+  ({outbox} = await api("GET", "/lanes"));
+  await show();
+}
+
+window.addEventListener("hashchange", () => show());
+document.addEventListener("visibilitychange", () => { if (!document.hidden && show.refresh) attemptQuietly(); });
+$(".skip").addEventListener("click", event => { event.preventDefault(); $("#main").focus(); });
+
+async function attemptQuietly() {
+  try { await show.refresh(); } catch { /* the next turn says so */ }
+}
+
+attempt(async () => {
+  me = await api("GET", "/session");
+  if (me.account === null) login();
+  else await begin();
+});
+</script>
+</body>
+</html>
+"""
 
 
 if __name__ == "__main__":

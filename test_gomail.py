@@ -33,6 +33,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.parse
 import zoneinfo
 
 import aiosmtpd.controller
@@ -939,7 +940,7 @@ def test_n_retries_are_n_plus_one_attempts_and_then_a_dead_letter_with_the_serve
     assert found["attempts"] == 3 and found["error"] == "450 busy now"
     assert len(mail_server.replies["user@example.com"]) == 7
     letters = client.get("/task/dead")
-    assert letters["total"] == 1 and letters["tasks"] == [{name: found[name] for name in found if name != "status"}]
+    assert letters["total"] == 1 and letters["tasks"] == [{name: found[name] for name in found if name not in ("status", "story")}]
 
 
 def test_without_retries_a_task_has_one_attempt(client, mail_server):
@@ -1035,6 +1036,85 @@ def test_the_content_of_a_sent_mail_is_not_kept(client, service):
     task_id = client.task(content="for one reader only")
     client.state(task_id, "succeeded")
     assert "for one reader only" not in str(service.store.redis.hgetall(service.store.key("task", task_id)))
+
+
+def recent(client, **query):
+    """The ids of the newest tasks that a query finds, and where to look on."""
+    answer = client.get("/task/recent?" + urllib.parse.urlencode(query))
+    return [task["id"] for task in answer["tasks"]], answer["next"]
+
+
+def test_the_newest_tasks_are_found_by_id_by_part_of_a_recipient_and_by_state(client, service, mail_server):
+    mail_server.replies["bob@example.com"] = ["550 no"]
+    ann, bob, both = (client.task(userId="Ann@example.com"), client.task(userId="bob@example.com"),
+                      client.task(userId="carol@example.com", bcc=["ann@example.org"]))
+    otp = client.task("generateOtp", userId="ann@example.com")
+    for task_id in (ann, bob, both, otp):
+        client.state(task_id, "succeeded", "dead")
+    assert recent(client) == ([otp, both, bob, ann], None)
+    assert recent(client, search="ANN@") == ([otp, both, ann], None)
+    assert recent(client, search=bob) == recent(client, state="dead") == ([bob], None)
+    assert recent(client, search="nobody") == ([], None)
+    assert recent(client, limit=3) == ([otp, both, bob], 3) and recent(client, limit=3, offset=3) == ([ann], None)
+    assert recent(service.client.sign_up()) == ([], None)
+    status, answer, _ = client("GET", "/task/recent?state=lost")
+    assert status == 400 and answer["field"] == "state"
+
+
+def test_of_the_newest_tasks_only_so_many_can_be_looked_up_without_their_id(client, service, monkeypatch):
+    redis_client, lists = service.store.redis, [service.store.key("recent", name) for name in service.http.api.accounts.names()]
+    lists.append(service.store.key("recent"))
+    oldest = client.task()
+    for name in lists:
+        redis_client.rpush(name, *["0" * 32] * (gomail.Queue.RECENT - 1))
+    newest = client.task()
+    assert [redis_client.llen(name) for name in lists] == [gomail.Queue.RECENT] * 2
+    assert recent(client, search="user@") == ([newest, oldest], None)
+
+
+def test_a_story_tells_of_each_attempt_when_how_long_and_why(client, mail_server):
+    mail_server.replies["user@example.com"] = ["450 busy", "550 no such user"]
+    task_id = client.task(retries=3)
+    client.state(task_id, "dead")
+    client.post(f"/task/dead/{task_id}/retry")
+    story = client.state(task_id, "succeeded")["story"]
+    assert [step["event"] for step in story] == ["accepted", "retrying", "dead", "revived", "succeeded"]
+    assert [step.get("error") for step in story] == [None, "450 busy", "550 no such user", "by request", None]
+    assert [step["time"] for step in story] == sorted(step["time"] for step in story)
+    assert ["seconds" in step for step in story] == [False, True, True, False, True]
+
+
+def test_a_story_that_grows_for_ever_keeps_its_newest_lines(queue):
+    task_id, = queue.enqueue(queue.account, [MESSAGE])
+    for number in range(500):
+        queue.exchange("normal-0", "normal")
+        queue.exchange("normal-0", "normal", gomail.Outcome(task_id, "returned", f"Ünavailable {number}"), take=False)
+    story = queue.status(task_id, story=True)["story"]
+    assert story[-1]["error"] == "Ünavailable 499" and 50 < len(story) < 200 and story[1]["event"] == "returned"
+
+
+def test_all_dead_letters_of_an_account_are_removed_and_nobody_elses(client, service, mail_server):
+    other = service.client.sign_up()
+    mail_server.replies["user@example.com"] = ["550 no"] * 3
+    for owner in (client, client, other):
+        owner.state(owner.task(), "dead")
+    status, answer, _ = client("DELETE", "/task/dead")
+    assert status == 200 and answer["count"] == 2
+    assert client.get("/task/dead")["total"] == 0 and other.get("/task/dead")["total"] == 1
+
+
+def test_the_last_hour_counts_mails_by_account_and_together(service, mail_server):
+    clients = [service.client.sign_up() for _ in range(2)]
+    mail_server.replies["bad@example.com"] = ["450 busy", "550 no"]
+    for client in clients:
+        client.state(client.task(), "succeeded")
+        client.state(client.task("unsubscribe", content_type="news"), "dead")
+    clients[0].state(clients[0].task(userId="bad@example.com", retries=2), "dead")
+    expected = [{"sent": 1, "retried": 1, "failed": 1}, {"sent": 1, "retried": 0, "failed": 0}]
+    for client, sums in zip(clients, expected):
+        minutes = client.get("/history")["minutes"]
+        assert len(minutes) == 60 and {name: sum(minute[name] for minute in minutes) for name in sums} == sums
+    assert sum(minute["sent"] for minute in service.stats.history()) == 2
 
 
 def test_the_same_idempotency_key_and_task_make_one_task_and_the_same_answer(client, mail_server):
@@ -1494,6 +1574,52 @@ def test_without_smtp_server_the_mail_lies_in_the_maildir_and_parses(services):
     path, = (pathlib.Path(service.settings.data_dir) / "outbox" / "new").iterdir()
     message = parsed(path.read_bytes())
     assert message["Subject"] == "Grüße" and message["Delivered-To"] == "user@example.com"
+
+
+PICTURE = base64.b64encode(b"not really a picture").decode()
+
+
+def test_the_mails_of_the_maildir_are_listed_and_read_by_their_account_alone(services):
+    service = services()
+    client, other = service.client.sign_up(), service.client.sign_up()
+    for subject in ("First ☃", "Second"):
+        client.state(client.task(subject=subject, content='<p style="color: red">Hi <img src="cid:logo"></p>', attachments=[
+            {"filename": "logo.png", "content_type": "image/png", "content": PICTURE, "content_id": "logo"},
+            {"filename": "a.txt", "content_type": "text/plain", "content": PICTURE}]), "succeeded")
+    answer = client.get("/outbox")
+    assert [mail["subject"] for mail in answer["mails"]] == ["Second", "First ☃"] and answer["next"] is None
+    assert client.get("/outbox?limit=1")["next"] == 1
+    assert [mail["subject"] for mail in client.get("/outbox?offset=1")["mails"]] == ["First ☃"]
+    mail_id = answer["mails"][1]["id"]
+    mail = client.get(f"/outbox/{mail_id}")
+    assert ["To", "user@example.com"] in mail["headers"] and ["Subject", "First ☃"] in mail["headers"]
+    assert mail["text"] == "Hi\n" and f"data:image/png;base64,{PICTURE}" in mail["html"] and "Subject: =?utf-8?" in mail["source"]
+    assert [found["filename"] for found in mail["attachments"]] == ["a.txt"]
+    assert other.get("/outbox")["mails"] == []
+    for path in (mail_id, mail_id[:-1], "..%2F..%2Flock", "%00", "*"):
+        assert (client if path != mail_id else other)("GET", f"/outbox/{path}")[0] == 404
+
+
+def test_the_html_of_a_mail_is_shown_for_a_minute_and_can_do_nothing(services, monkeypatch):
+    client = services().client.sign_up()
+    client.state(client.task(content="<p>Hi<script>alert(1)</script></p>"), "succeeded")
+    path = client.get("/outbox/" + client.get("/outbox")["mails"][0]["id"])["view"]
+    connection = http.client.HTTPConnection(client.address, timeout=PATIENCE)
+    connection.request("GET", path)
+    answer = connection.getresponse()
+    assert answer.status == 200 and answer.read().decode() == "<p>Hi<script>alert(1)</script></p>\n"
+    policy = answer.headers["Content-Security-Policy"]
+    assert policy.startswith("sandbox; default-src 'none'") and "script" not in policy and "allow" not in policy
+    assert client("GET", path[:-1] + ("A" if path[-1] != "A" else "B"))[0] == 404
+    assert client("GET", "/view/" + client.key)[0] == 404
+    monkeypatch.setattr(gomail.time, "time", lambda now=time.time: now() - 3600)
+    path = client.get("/outbox/" + client.get("/outbox")["mails"][0]["id"])["view"]
+    assert client("GET", path)[0] == 404
+
+
+def test_with_an_smtp_server_there_is_no_outbox(client):
+    assert client("GET", "/outbox")[0] == client("GET", "/outbox/x")[0] == 404
+    assert client.get("/lanes")["outbox"] is False
 
 
 def test_an_address_beyond_ascii_is_sent_where_the_server_offers_smtputf8(services):
@@ -2030,6 +2156,25 @@ def test_subscribing_again_replaces_the_frequency_and_never_doubles(dated, mail_
     assert [mail.recipient for mail in mail_server.mails] == ["User@example.com"]
 
 
+def test_subscriptions_are_listed_in_parts_with_their_next_time(dated, clock):
+    service, client = dated
+    for content_type in ("a", "b"):
+        define(client, content_type)
+        for number in range(3):
+            subscribe(client, f"User{number}@example.com", "@monthly", content_type)
+    found, cursor = [], ""
+    while cursor is not None:
+        answer = client.get(f"/subscriptions?limit=2&cursor={cursor}")
+        found, cursor = found + answer["subscriptions"], answer["next"]
+    assert {(row["content_type"], row["userId"]) for row in found} == set(
+        itertools.product("ab", [f"User{number}@example.com" for number in range(3)]))
+    assert {(row["frequency"], row["next"]) for row in found} == {("@monthly", "2026-04-01T00:00:00.000Z")}
+    one, = client.get("/subscriptions?userId=user1@EXAMPLE.com&content_type=b")["subscriptions"]
+    assert one["userId"] == "User1@example.com" and one["content_type"] == "b"
+    assert service.client.sign_up().get("/subscriptions")["subscriptions"] == []
+    assert client("GET", "/subscriptions?cursor=x")[0] == client("GET", "/subscriptions?userId=x")[0] == 400
+
+
 def test_subscribing_to_a_content_type_that_does_not_exist_is_refused(client):
     status, answer, _ = client("POST", "/task/", {"task": "t", "type": "subscribe", "retries": 0, "payload": {
         "userId": "user@example.com", "frequency": "@daily", "content_type": "nothing"}})
@@ -2134,6 +2279,29 @@ def test_while_the_mail_server_is_out_no_task_pays_an_attempt_and_all_are_sent_w
     until(lambda: len(mail_server.mails) == 51)
     assert all(client.state(task_id, "succeeded")["attempts"] == 1 for task_id in ids)
     assert len({mail.recipient for mail in mail_server.mails}) == 51
+
+
+def test_a_paused_lane_says_why_and_probes_at_once_when_somebody_asks_any_of_the_processes(services, mail_server, monkeypatch):
+    monkeypatch.setattr(gomail.Gate, "FIRST_DELAY", 600)
+    monkeypatch.setattr(gomail.Gate, "LONGEST_DELAY", 600)
+    working = services(mail_server)
+    other = services(mail_server, key_prefix=working.settings.key_prefix)
+    client = Client(other.http.url, working.client.sign_up().key)
+    client.state(client.task(), "succeeded")
+    mail_server.stop()
+    task_id = client.task(userId="later@example.com")
+
+    def paused():
+        return [lane for lane in client.get("/lanes")["lanes"] if lane["paused"] == 2]
+    lane, = until(paused)
+    assert lane["lane"] == "normal" and "Connection refused" in lane["reason"] and lane["queued"] == 1 and lane["oldest"] >= 0
+    client.post("/lanes/normal/resume")
+    until(lambda: sum(service.workers.gates["normal"].failures for service in (working, other)) >= 1)
+    mail_server.start()
+    client.post("/lanes/normal/resume")
+    assert client.state(task_id, "succeeded")["attempts"] == 1
+    assert client("POST", "/lanes/none/resume")[0] == 404
+    assert client.get("/lanes")["processes"] == 2
 
 
 def test_a_sender_that_the_server_refuses_pauses_the_lane_instead_of_burying_every_mail(services, mail_server):
@@ -2327,7 +2495,8 @@ def test_content_types_are_created_updated_read_listed_and_removed(client):
     assert client("PUT", path, {**body, "subject": "S2"})[:2] == (200, {"status": True, "msg": "Content Type updated successfully"})
     assert client("PUT", path, {**body, "content_type": "other"})[0] == 404
     one = {"content_type": "Weekly Lettér", "subject": "S2", "content": "C", "subscribers": 0}
-    assert client.get(path + "/Weekly%20Lett%C3%A9r") == {"status": True, **one}
+    found = client.get(path + "/Weekly%20Lett%C3%A9r")
+    assert found.pop("view") and found == {"status": True, **one}
     assert client.get(path)["contentTypes"] == [one]
     assert client("DELETE", path + "/Weekly%20Lett%C3%A9r")[0] == 200
     assert client("GET", path + "/Weekly%20Lett%C3%A9r")[0] == 404
@@ -2340,7 +2509,7 @@ def test_ping_answers_pong_and_metrics_are_integers_without_a_key(service):
     assert answer["status"] is True and all(type(number) is int for number in numbers)
 
 
-@pytest.mark.parametrize("route", [route for route in gomail.ROUTES if route.access in ("key", "task")], ids=lambda route: f"{route.method} {route.path}")
+@pytest.mark.parametrize("route", [route for route in gomail.ROUTES if route.access in ("key", "all", "task")], ids=lambda route: f"{route.method} {route.path}")
 def test_a_protected_route_without_a_valid_key_is_401(service, route):
     for key in ("", "Bearer nonsense"):
         status, answer, _ = service.client(route.method, route.path, b"{}" if route.body else None, Authorization=key)
@@ -2381,7 +2550,8 @@ def test_the_openapi_description_has_every_route_its_checks_and_its_answers(serv
     assert message["properties"]["payload"]["required"] == ["userId", "subject", "content"]
     assert otp["properties"]["payload"]["properties"]["length"] == {"type": "integer", "minimum": 4, "maximum": 8}
     assert "429" in description["paths"]["/task/verify"]["post"]["responses"]
-    assert description["paths"]["/task/{id}"]["get"]["security"] == [{"apiKey": []}]
+    assert description["paths"]["/task"]["post"]["security"] == [{"apiKey": []}]
+    assert description["paths"]["/task/{id}"]["get"]["security"] == [{"apiKey": []}, {"adminToken": []}]
 
 
 @pytest.mark.long
@@ -2403,7 +2573,7 @@ def test_500_random_requests_to_each_operation_get_only_what_openapi_says(servic
     assert Client(service.http.url).get("/health/ping") == {"message": "pong"}
 
 
-@pytest.mark.parametrize("path", ["/", "/nothing", "/task/a/b", "/Task", "/task/dead/x/y", "//task"])
+@pytest.mark.parametrize("path", ["/nothing", "/task/a/b", "/Task", "/task/dead/x/y", "//task"])
 def test_an_unknown_path_is_404(client, path):
     status, answer, _ = client("GET", path)
     assert status == 404 and answer["status"] is False
@@ -2586,6 +2756,119 @@ def test_two_accounts_see_and_change_nothing_of_each_other(client, service, mail
     found = client.get("/task/subscriptionContent/news")
     assert found["subscribers"] == 1 and found["subject"] == "News"
     assert verified(client, address, otp) is True and client.state(task_id, "dead")
+
+
+ADMIN = "the token of the admin"
+
+
+@pytest.fixture
+def governed(services, mail_server):
+    """(service with an admin_token, client of the admin, clients of two accounts)."""
+    service = services(mail_server, admin_token=ADMIN)
+    admin = Client(service.http.url, ADMIN)
+    return service, admin, admin.sign_up("one@example.com"), admin.sign_up("two@example.com")
+
+
+def test_the_admin_sees_and_changes_what_all_accounts_have_or_the_one_that_is_named(governed, mail_server):
+    _, admin, one, two = governed
+    mail_server.replies["user@example.com"] = ["550 no"] * 2
+    ids = [client.task() for client in (one, two)]
+    for client, task_id in zip((one, two), ids):
+        client.state(task_id, "dead")
+        define(client)
+        subscribe(client)
+    found = admin.get("/task/dead")
+    assert {task["id"]: task["account"] for task in found["tasks"]} == dict(zip(ids, ("one@example.com", "two@example.com")))
+    assert [task["id"] for task in admin.get("/task/dead?account=two@example.com")["tasks"]] == ids[1:]
+    assert len(recent(admin)[0]) == 4 and len(recent(admin, account="one@example.com")[0]) == 2
+    assert [row["account"] for row in admin.get("/task/subscriptionContent")["contentTypes"]] == ["one@example.com", "two@example.com"]
+    assert len(admin.get("/subscriptions")["subscriptions"]) == 2
+    assert admin.get("/accounts")["accounts"] == [{"id": "one@example.com"}, {"id": "two@example.com"}]
+    assert admin.get(f"/task/{ids[0]}")["account"] == "one@example.com"
+    admin.post(f"/task/dead/{ids[0]}/retry")
+    one.state(ids[0], "succeeded")
+    body = {"content_type": "news", "subject": "By the admin", "content": "x"}
+    assert admin("PUT", "/task/subscriptionContent?account=two@example.com", body)[0] == 200
+    assert two.get("/task/subscriptionContent/news")["subject"] == "By the admin"
+    assert one.get("/task/subscriptionContent/news")["subject"] == "News"
+
+
+def test_the_admin_names_an_account_where_one_is_needed_and_sends_nothing_for_it(governed):
+    _, admin, one, _ = governed
+    body = {"content_type": "news", "subject": "x", "content": "x"}
+    status, answer, _ = admin("POST", "/task/subscriptionContent", body)
+    assert status == 400 and answer["field"] == "account"
+    status, answer, _ = admin("GET", "/task/recent?account=nobody@example.com")
+    assert status == 404 and answer["field"] == "account"
+    assert admin("POST", "/task/?account=one@example.com", MESSAGE)[0] == 401
+    assert one("GET", "/accounts")[0] == 401
+    assert recent(one, account="two@example.com") == ([], None)  # who is not the admin cannot name another
+
+
+def logged_in(client, key, **headers):
+    """A client without a key that has the cookie of a session, and the header Set-Cookie as it came."""
+    status, _, answered = client("POST", "/session", {"key": key}, Authorization="", **headers)
+    assert status == 200
+    browser = Client(client.address)
+    cookie = answered["Set-Cookie"]
+
+    def call(method, path, body=None, **more):
+        return browser(method, path, body, **{"Cookie": f"other=1; {cookie.partition(';')[0]}", "X-Requested-With": "a page", **more})
+    return call, cookie
+
+
+def test_a_session_stands_for_a_key_in_a_cookie_that_scripts_cannot_read_and_that_is_not_the_key(client):
+    call, cookie = logged_in(client, client.key)
+    assert {"HttpOnly", "SameSite=Strict", "Path=/"} <= set(cookie.split("; ")) and "Secure" not in cookie
+    assert client.key not in cookie and client.key.split(".")[2] not in cookie
+    name = jwt.decode(client.key, options={"verify_signature": False})["sub"]
+    assert call("GET", "/session")[1] == {"status": True, "account": name, "admin": False, "signup": True}
+    assert call("POST", "/task/", MESSAGE)[0] == call("GET", "/task/recent")[0] == 200
+    value = cookie.partition("=")[2].partition(";")[0]
+    assert client("GET", "/task/recent", Authorization=value)[0] == 401  # it is no key
+    assert "; Secure" in logged_in(client, client.key, Origin="https://mail.example.com")[1]
+    assert "Max-Age=0" in call("DELETE", "/session")[2]["Set-Cookie"]
+
+
+def test_a_session_counts_only_with_a_header_that_other_sites_cannot_send(client):
+    call, cookie = logged_in(client, client.key)
+    browser = Client(client.address)
+    assert browser("POST", "/task/dead/retry", Cookie=cookie.partition(";")[0])[0] == 401
+    assert browser("POST", "/task/", MESSAGE, Cookie=cookie.partition(";")[0])[0] == 401
+    asked = browser("OPTIONS", "/task", Cookie=cookie.partition(";")[0], Origin="https://evil.example",
+                    Access_Control_Request_Method="POST", Access_Control_Request_Headers="x-requested-with")
+    assert not [name for name in asked[2] if name.lower().startswith("access-control")]
+
+
+def test_a_session_ends_with_its_key_and_after_its_time(client, monkeypatch):
+    name = jwt.decode(client.key, options={"verify_signature": False})["sub"]
+    monkeypatch.setattr(gomail.Api, "SESSION", -1)
+    call, _ = logged_in(client, client.key)
+    assert call("GET", "/session")[1]["account"] is None and call("GET", "/task/recent")[0] == 401
+    monkeypatch.undo()
+    call, _ = logged_in(client, client.key)
+    client.post("/auth/deregister", {"id": name})
+    assert call("GET", "/session")[1]["account"] is None
+    assert call("GET", "/task/recent")[0] == call("POST", "/task/", MESSAGE)[0] == 401
+
+
+def test_a_session_of_the_admin_ends_when_the_token_is_another(governed, services, mail_server):
+    service, admin, *_ = governed
+    call, _ = logged_in(admin, ADMIN)
+    assert call("GET", "/session")[1] == {"status": True, "account": "", "admin": True, "signup": False}
+    assert call("GET", "/accounts")[0] == call("GET", "/task/recent")[0] == 200
+    assert call("POST", "/auth/deregister", {"id": "two@example.com"})[0] == 200
+    later = services(mail_server, key_prefix=service.settings.key_prefix, admin_token="another token of the admin")
+    cookie = logged_in(admin, ADMIN)[1].partition(";")[0]
+    elsewhere = Client(later.http.url)
+    assert elsewhere("GET", "/accounts", Cookie=cookie, X_Requested_With="x")[0] == 401
+    assert elsewhere("GET", "/session", Cookie=cookie, X_Requested_With="x")[1]["account"] is None
+
+
+@pytest.mark.parametrize("key", ["nonsense", "", ADMIN])
+def test_what_is_no_key_opens_no_session(client, key):
+    status, _, headers = client("POST", "/session", {"key": key}, Authorization="")
+    assert status == (401 if key else 400) and "Set-Cookie" not in headers
 
 
 def fuzz(address, requests, seed):
