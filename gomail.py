@@ -1362,7 +1362,15 @@ class Queue:
                 end
             end
         end
-        if take == '0' then return false end
+        if take == '0' then  -- what was waited for goes back: others may be able to do it
+            local back = redis.call('LMOVE', own, lane, 'LEFT', 'RIGHT')
+            while back do
+                local task = prefix .. 'task:' .. back
+                if redis.call('EXISTS', task) == 1 then redis.call('HSET', task, 'state', 'queued') end
+                back = redis.call('LMOVE', own, lane, 'LEFT', 'RIGHT')
+            end
+            return false
+        end
         while true do
             local next = redis.call('LINDEX', own, -1) or redis.call('RPOPLPUSH', lane, own)
             if not next then return false end

@@ -24,6 +24,7 @@ import pathlib
 import random
 import re
 import secrets
+import shutil
 import signal
 import socket
 import ssl
@@ -38,7 +39,9 @@ import zoneinfo
 
 import aiosmtpd.controller
 import aiosmtpd.smtp
+import axe_playwright_python.sync_playwright
 import jwt
+import playwright.sync_api
 import prometheus_client.parser
 import pytest
 import redis
@@ -3390,3 +3393,454 @@ def test_soak_20000_tasks_while_everything_is_killed_at_random_times(processes, 
     print(f"\nanswered 2xx {len(answered)}, distinct mails {len({mail.recipient for mail in mail_server.mails})}, "
           f"doubles {doubles}, kills {dict(kills)}, 503 and repeated {sum(len(sender.refused) for sender in senders)}")
     assert doubles <= kills["gomail"] * 4 + kills["smtp"] * 4 + kills["redis"] * 4 and folder.exists()
+
+
+# --- 14. page ---------------------------------------------------------------------------------------------
+
+class Browser:
+    """A headless Chromium of this machine; each open() is a tab of a new visitor, watched for complaints."""
+
+    PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+    def __init__(self, playwright):
+        program = next(filter(None, map(shutil.which, self.PROGRAMS)), None) or playwright.chromium.executable_path
+        if not pathlib.Path(program).exists():
+            assert not os.environ.get("CI"), "no Chromium to test the page with"
+            pytest.skip("no Chromium to test the page with; README.md, Tests, says how to get one")
+        self.chromium = playwright.chromium.launch(executable_path=program, args=[
+            "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"])
+        self.tabs = []
+
+    def open(self, client, key=None, address="#/", **options):
+        """A tab that shows a service's page, logged in where there is a key."""
+        context = self.chromium.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
+        context.set_default_timeout(PATIENCE * 1000)
+        tab = context.new_page()
+        tab.complaints, tab.url_of_page = [], f"http://{client.address}/"
+        tab.on("console", lambda message: message.type in ("error", "warning") and tab.complaints.append(message.text))
+        tab.on("pageerror", lambda error: tab.complaints.append(str(error)))
+        tab.goto(tab.url_of_page + address)
+        if key:
+            tab.get_by_label("API key").fill(key)
+            tab.keyboard.press("Enter")
+            tab.get_by_role("navigation").wait_for()
+        self.tabs.append(tab)
+        return tab
+
+    def close_tabs(self):
+        for tab in self.tabs:
+            tab.context.close()
+        complaints, self.tabs = [complaint for tab in self.tabs for complaint in tab.complaints], []
+        return complaints
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    with playwright.sync_api.sync_playwright() as driver:
+        browser = Browser(driver)
+        yield browser
+        browser.chromium.close()
+
+
+@pytest.fixture
+def browser(chromium):
+    """The browser. What its console said, a violated policy for one, is a fault."""
+    yield chromium
+    assert chromium.close_tabs() == []
+
+
+def go(tab, address):
+    """Follow an address within the page."""
+    tab.evaluate("address => { location.hash = address; }", address)
+
+
+def busy_account(service, mail_server=None):
+    """A client whose account has something to show in each view, and the id of its dead letter."""
+    client = service.client.sign_up()
+    define(client, content="<h1>News</h1><p>What is new</p>")
+    subscribe(client)
+    client.state(client.task(content="<p>Hello <b>there</b></p>"), "succeeded")
+    client.post("/suppressions", {"userId": "gone@example.com"})
+    task_id = client.task("unsubscribe", userId="nobody@example.com", content_type="news")
+    client.state(task_id, "dead")
+    return client, task_id
+
+
+def test_the_page_comes_with_a_policy_that_runs_its_own_script_alone(service):
+    nonces = set()
+    for _ in range(2):
+        connection = http.client.HTTPConnection(service.client.address, timeout=PATIENCE)
+        connection.request("GET", "/")
+        answer = connection.getresponse()
+        text, policy = answer.read().decode(), dict(
+            directive.split(" ", 1) for directive in answer.headers["Content-Security-Policy"].split("; "))
+        nonce, = set(re.findall(r'nonce="([^"]*)"', text))
+        nonces.add(nonce)
+        assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
+        assert policy["default-src"] == policy["base-uri"] == policy["form-action"] == policy["frame-ancestors"] == "'none'"
+        assert policy["script-src"] == policy["style-src"] == f"'nonce-{nonce}'" and len(nonce) >= 20
+        assert "NONCE" not in text and not re.search(r"<[^>]* on\w+=|https?://(?!www\.w3\.org)", text)
+    assert len(nonces) == 2
+
+
+def test_one_logs_in_with_a_key_sees_tasks_arrive_and_opens_one(service, browser):
+    client = service.client.sign_up()
+    tab = browser.open(client, client.key)
+    tab.get_by_text("No tasks yet.").wait_for()
+    task_id = client.task(userId="Somebody@example.com")
+    row = tab.get_by_role("row", name="Somebody@example.com")
+    row.get_by_text("succeeded").wait_for()
+    row.get_by_role("link", name="a test").click()
+    tab.get_by_role("heading", name="What happened").wait_for()
+    assert task_id in tab.inner_text("main") and [item.split(" ")[-1] for item in tab.locator("ol.story time").all_inner_texts()]
+    assert "Accepted" in tab.inner_text("ol.story") and "Succeeded" in tab.inner_text("ol.story")
+
+
+def test_a_session_outlives_a_reload_leaves_no_key_where_scripts_read_and_ends_by_logging_out(service, browser):
+    client = service.client.sign_up()
+    tab = browser.open(client, client.key)
+    tab.reload()
+    tab.get_by_role("heading", name="Overview").wait_for()
+    kept = tab.evaluate("JSON.stringify([document.cookie, {...localStorage}, {...sessionStorage}, location.href])")
+    assert client.key not in kept and json.loads(kept)[:3] == ["", {}, {}]
+    tab.get_by_role("button", name="Log out").click()
+    tab.get_by_label("API key").wait_for()
+    tab.reload()
+    tab.get_by_label("API key").wait_for()
+
+
+def test_who_has_no_key_signs_up_on_the_page_where_that_is_open(services, browser):
+    tab = browser.open(services().client)
+    tab.get_by_text("No key yet?").click()
+    tab.get_by_label("Name of the account").fill("me@example.com")
+    tab.get_by_role("button", name="Sign up").click()
+    tab.get_by_role("button", name="Log in with it").click()
+    tab.get_by_role("banner").get_by_text("me@example.com").wait_for()
+
+
+def test_a_wrong_key_is_refused_in_words(service, browser):
+    tab = browser.open(service.client)
+    tab.get_by_label("API key").fill("wrong")
+    tab.get_by_role("button", name="Log in").click()
+    tab.get_by_role("alert").get_by_text("valid API key").wait_for()
+    assert "401" in tab.complaints.pop()  # the browser's own note of the answer
+
+
+def test_tasks_are_searched_by_recipient_id_and_state(service, browser):
+    client, dead = busy_account(service)
+    tab = browser.open(client, client.key, "#/tasks")
+    rows = tab.get_by_role("table", name="Tasks").locator("tbody tr")
+    playwright.sync_api.expect(rows).to_have_count(3)
+    tab.get_by_label("Search").fill("NOBODY@")
+    playwright.sync_api.expect(rows).to_have_count(1)
+    tab.get_by_label("Search").fill(dead)
+    playwright.sync_api.expect(rows).to_have_count(1)
+    tab.get_by_label("Search").fill("")
+    tab.get_by_label("State").select_option("succeeded")
+    playwright.sync_api.expect(rows).to_have_count(2)
+    tab.get_by_label("State").select_option("cancelled")
+    tab.get_by_text("No such tasks.").wait_for()
+
+
+def test_a_dead_letter_is_retried_and_deleted_one_or_all(service, browser, mail_server):
+    client = service.client.sign_up()
+    mail_server.replies["user@example.com"] = ["550 no"] * 4
+    ids = [client.task() for _ in range(4)]
+    for task_id in ids:
+        client.state(task_id, "dead")
+    tab = browser.open(client, client.key, "#/dead")
+    tab.get_by_role("button", name=f"Retry a test, {ids[0]}").click()
+    client.state(ids[0], "succeeded")
+    tab.get_by_role("status").get_by_text("Queued again.").wait_for()
+    tab.get_by_role("button", name=f"Delete a test, {ids[1]}").click()
+    until(lambda: client("GET", f"/task/{ids[1]}")[0] == 404)
+    tab.get_by_role("button", name="Retry all").click()
+    for task_id in ids[2:]:
+        client.state(task_id, "succeeded")
+    tab.get_by_text("No dead letters").wait_for()
+    mail_server.replies["user@example.com"] = ["550 no"] * 2
+    for _ in range(2):
+        client.state(client.task(), "dead")
+    tab.get_by_role("row", name="550 no").first.wait_for()
+    questions = []
+    tab.on("dialog", lambda dialog: (questions.append(dialog.message), dialog.accept()))
+    playwright.sync_api.expect(tab.get_by_role("table", name="Dead letters").locator("tbody tr")).to_have_count(2)
+    tab.get_by_role("button", name="Delete all").click()
+    tab.get_by_text("No dead letters").wait_for()
+    assert questions == ["Delete 2 dead letters? Their mails are lost for good."] and client.get("/task/dead")["total"] == 0
+
+
+def test_a_task_that_waits_is_cancelled_on_the_page(service, browser):
+    client = service.client.sign_up()
+    task_id = client.task(send_at="2099-01-01T00:00:00Z")
+    tab = browser.open(client, client.key, f"#/tasks/{task_id}")
+    tab.get_by_role("button", name="Cancel").click()
+    tab.get_by_role("status").get_by_text("Cancelled.").wait_for()
+    client.state(task_id, "cancelled")
+
+
+def test_a_paused_lane_says_why_on_the_page_and_is_resumed_there(services, mail_server, browser, monkeypatch):
+    monkeypatch.setattr(gomail.Gate, "FIRST_DELAY", 600)
+    monkeypatch.setattr(gomail.Gate, "LONGEST_DELAY", 600)
+    service = services(mail_server)
+    client = service.client.sign_up()
+    mail_server.stop()
+    task_id = client.task()
+    tab = browser.open(client, client.key)
+    lane = tab.get_by_role("list", name="Lanes").get_by_role("listitem").filter(has_text="normal")
+    lane.get_by_text("paused").wait_for()
+    assert "Connection refused" in lane.inner_text()
+    mail_server.start()
+    tab.get_by_role("button", name="Resume now: normal").click()
+    client.state(task_id, "succeeded")
+    lane.get_by_text("running").wait_for()
+
+
+def test_a_content_type_is_made_edited_seen_and_deleted_on_the_page(service, browser):
+    client = service.client.sign_up()
+    tab = browser.open(client, client.key, "#/newsletters")
+    tab.get_by_role("link", name="New content type").click()
+    tab.get_by_label("Name").fill("Weekly Lettér")
+    tab.get_by_label("Subject").fill("This week")
+    tab.get_by_label("Content").fill("<h1>First</h1>")
+    tab.get_by_role("button", name="Save").click()
+    tab.frame_locator("iframe").get_by_role("heading", name="First").wait_for()
+    tab.get_by_label("Content").fill("<h1>Second</h1>")
+    tab.get_by_role("button", name="Save").click()
+    tab.frame_locator("iframe").get_by_role("heading", name="Second").wait_for()
+    found, = client.get("/task/subscriptionContent")["contentTypes"]
+    assert found["content_type"] == "Weekly Lettér" and found["content"] == "<h1>Second</h1>" and found["subject"] == "This week"
+    subscribe(client, content_type="Weekly Lettér", frequency="@monthly")
+    go(tab, "#/newsletters")
+    tab.get_by_role("row", name="user@example.com").get_by_text("@monthly").wait_for()
+    tab.get_by_role("link", name="Weekly Lettér").click()
+    tab.on("dialog", lambda dialog: dialog.accept())
+    tab.get_by_role("button", name="Delete").click()
+    tab.get_by_text("No content types yet.").wait_for()
+
+
+def test_where_mail_goes_to_the_maildir_it_is_read_on_the_page(services, browser):
+    client, _ = busy_account(services())
+    tab = browser.open(client, client.key, "#/mails")
+    tab.get_by_role("link", name="Hello").click()
+    tab.frame_locator("iframe").get_by_text("there").wait_for()
+    tab.get_by_text("Headers", exact=True).click()
+    tab.get_by_role("row", name="Message-ID").wait_for()
+    tab.get_by_text("Source", exact=True).click()
+    assert "Content-Type: multipart/alternative" in tab.inner_text("main")
+    assert "user@example.com" in tab.inner_text("main")
+
+
+def test_an_address_is_suppressed_and_sent_to_again_on_the_page(service, browser):
+    client = service.client.sign_up()
+    tab = browser.open(client, client.key, "#/suppressions")
+    tab.get_by_label("Address").fill("gone@example.com")
+    tab.get_by_role("button", name="Suppress").click()
+    tab.get_by_role("button", name="Send to gone@example.com again").click()
+    tab.get_by_text("No address is suppressed.").wait_for()
+    assert client.get("/suppressions")["total"] == 0
+
+
+def test_a_mail_is_sent_from_the_page(service, browser, mail_server):
+    client = service.client.sign_up()
+    tab = browser.open(client, client.key)
+    tab.get_by_text("Send a mail").click()
+    tab.get_by_label("To").fill("by-hand@example.com")
+    tab.get_by_label("Subject").fill("By hand")
+    tab.get_by_label("Content").fill("Hello")
+    tab.get_by_role("button", name="Send", exact=True).click()
+    tab.get_by_role("heading", name="What happened").wait_for()
+    assert mail_server.one("by-hand@example.com")["Subject"] == "By hand"
+
+
+def test_the_admin_sees_all_accounts_or_one_and_signs_others_up(governed, browser):
+    service, admin, one, two = governed
+    for client in (one, two):
+        define(client)
+        client.state(client.task(userId=f"to-{client is one}@example.com"), "succeeded")
+    tab = browser.open(admin, ADMIN)
+    tab.get_by_role("row", name="to-True").wait_for()
+    assert "two@example.com" in tab.inner_text("table")
+    tab.get_by_label("Account").select_option("one@example.com")
+    playwright.sync_api.expect(tab.get_by_role("table", name="Newest tasks").locator("tbody tr")).to_have_count(1)
+    tab.get_by_label("Account").select_option("")
+    go(tab, "#/newsletters")
+    tab.get_by_role("row", name="two@example.com").get_by_role("link", name="news").click()
+    tab.get_by_label("Subject").fill("Changed")
+    tab.get_by_role("button", name="Save").click()
+    tab.get_by_role("status").get_by_text("Saved.").wait_for()
+    assert two.get("/task/subscriptionContent/news")["subject"] == "Changed"
+    assert one.get("/task/subscriptionContent/news")["subject"] == "News"
+    go(tab, "#/accounts")
+    tab.get_by_label("New account").fill("three@example.com")
+    tab.get_by_role("button", name="Sign up").click()
+    tab.get_by_text("The key of three@example.com").wait_for()
+    assert Client(admin.address, tab.locator("pre").inner_text().strip()).get("/task/recent")["tasks"] == []
+    tab.on("dialog", lambda dialog: dialog.accept())
+    tab.get_by_role("button", name="Deregister one@example.com").click()
+    until(lambda: one("GET", "/task/recent")[0] == 401)
+
+
+def test_a_service_that_goes_away_and_comes_back_is_said_and_seen(services, mail_server, browser):
+    service = services(mail_server)
+    client = service.client.sign_up()
+    tab = browser.open(client, client.key)
+    tab.get_by_text("No tasks yet.").wait_for()
+    service.stop()
+    services.running.remove(service)
+    tab.get_by_role("alert").get_by_text("GoMail does not answer").wait_for()
+    services(mail_server, key_prefix=service.settings.key_prefix, port=service.http.server_address[1])
+    playwright.sync_api.expect(tab.get_by_role("alert")).to_be_hidden(timeout=PATIENCE * 1000)
+    assert all("ERR_" in complaint for complaint in tab.complaints)
+    tab.complaints.clear()
+
+
+def test_the_keyboard_alone_gets_everywhere_and_focus_follows(service, browser):
+    client, _ = busy_account(service)
+    tab = browser.open(client, client.key)
+    focused = "document.activeElement.textContent"
+    tab.get_by_role("heading", name="Overview").wait_for()
+    assert tab.evaluate(focused) == "Overview"
+    tab.evaluate("document.activeElement.blur()")
+    tab.keyboard.press("Tab")
+    assert tab.evaluate(focused) == "Skip to the content"
+    while tab.evaluate(focused) != "Dead letters":
+        tab.keyboard.press("Tab")
+    tab.keyboard.press("Enter")
+    tab.get_by_role("heading", name="Dead letters").wait_for()
+    assert tab.evaluate(focused) == "Dead letters" and tab.evaluate("document.activeElement.tagName") == "H1"
+    tab.get_by_role("row", name="nobody@example.com").wait_for()
+    while tab.evaluate(focused) != "Retry":
+        tab.keyboard.press("Tab")
+    # What the next look brings leaves the focus where it is.
+    client.state(client.task("unsubscribe", userId="another@example.com", content_type="news"), "dead")
+    tab.get_by_role("row", name="another@example.com").wait_for()
+    assert "nobody@example.com" in tab.evaluate("document.activeElement.closest('tr').textContent")
+    tab.keyboard.press("Enter")
+    tab.get_by_role("status").get_by_text("Queued again.").wait_for()
+
+
+VIEWS = ["#/", "#/tasks", "#/tasks/{task}", "#/dead", "#/newsletters", "#/newsletters/news", "#/new-content", "#/mails",
+         "#/mails/{mail}", "#/suppressions"]
+
+
+def shown(tab):
+    """Wait until a view has all it asked for."""
+    tab.wait_for_function("document.querySelector('main h1') && document.querySelector('main').innerText.length > 40")
+    tab.wait_for_load_state("networkidle")
+
+
+@pytest.mark.parametrize("scheme, width", [("light", 360), ("dark", 360), ("light", 1280), ("dark", 1280)])
+def test_axe_finds_nothing_and_nothing_is_wider_than_the_screen(services, browser, scheme, width):
+    client, task_id = busy_account(services(admin_token=ADMIN) if width == 1280 and scheme == "dark" else services())
+    mail_id = client.get("/outbox")["mails"][0]["id"]
+    tab = browser.open(client, color_scheme=scheme, viewport={"width": width, "height": 800})
+    checker = axe_playwright_python.sync_playwright.Axe()
+
+    def check(view):
+        violations = checker.run(tab).response["violations"]
+        assert not violations, (view, json.dumps(violations, indent=1)[:3000])
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width, view
+    tab.get_by_label("API key").fill(client.key)
+    check("log in")
+    tab.keyboard.press("Enter")
+    for view in VIEWS:
+        go(tab, view.format(task=task_id, mail=mail_id))
+        shown(tab)
+        check(view)
+
+
+HOSTILE = "<img src=x onerror=hacked=1><script>hacked=1</script>\"'&amp;"
+
+
+def hostile_places(service, mail_server):
+    """place -> (client, address within the page) where HOSTILE must be read as text."""
+    reply = f"550 {HOSTILE}"
+    account = service.client.sign_up(HOSTILE)
+    mail_server.replies["user@example.com"] = [reply]
+    dead = account.post("/task/", {"task": HOSTILE, "type": "message", "retries": 0, "payload": {
+        "userId": "user@example.com", "subject": "x", "content": "x"}})["id"]
+    account.state(dead, "dead")
+    mail_server.replies["unknown@example.com"] = [f"550 5.1.1 {HOSTILE}"]
+    account.state(account.task(userId="unknown@example.com"), "dead")
+    define(account, "news", HOSTILE, "x")
+    return {"name of a task, newest": (account, "#/"), "name of a task, list": (account, "#/tasks"),
+            "name and error of a task": (account, f"#/tasks/{dead}"), "error of a dead letter": (account, "#/dead"),
+            "name of an account": (account, "#/suppressions"), "reason of a suppression": (account, "#/suppressions"),
+            "subject of a content type, list": (account, "#/newsletters")}
+
+
+@pytest.fixture
+def harmless():
+    """Checks that a tab shows HOSTILE as text, so often at least, and made nothing of it."""
+    def check(tab, times=1):
+        tab.wait_for_function("([text, times]) => document.body.innerText.split(text).length > times", arg=[HOSTILE, times])
+        assert tab.evaluate("typeof hacked") == "undefined"
+        assert tab.locator("img").count() == 0 and tab.locator("script").count() == 1
+    return check
+
+
+@pytest.mark.parametrize("place, times", [
+    ("name of a task, newest", 1), ("name of a task, list", 1), ("name and error of a task", 3), ("error of a dead letter", 2),
+    ("name of an account", 1), ("reason of a suppression", 2), ("subject of a content type, list", 2)])
+def test_hostile_text_is_shown_as_text(service, mail_server, browser, harmless, place, times):
+    client, address = hostile_places(service, mail_server)[place]
+    harmless(browser.open(client, client.key, address), times)
+
+
+def test_hostile_text_of_an_account_is_shown_as_text_to_the_admin(services, mail_server, browser, harmless):
+    service = services(mail_server, admin_token=ADMIN)
+    admin = Client(service.http.url, ADMIN)
+    client = admin.sign_up(HOSTILE)
+    client.state(client.task(), "succeeded")
+    define(client)
+    subscribe(client)
+    tab = browser.open(admin, ADMIN)
+    for address, times in (("#/", 1), ("#/tasks", 1), ("#/newsletters", 2), ("#/accounts", 1)):
+        go(tab, address)
+        shown(tab)
+        harmless(tab, times)
+    assert tab.get_by_label("Account", exact=True).locator("option").all_inner_texts() == ["All accounts", HOSTILE]
+
+
+def test_hostile_text_of_the_mail_server_is_shown_as_text_where_a_lane_is_paused(services, mail_server, browser, harmless):
+    mail_server.sender_replies = [f"550 {HOSTILE}"] * 10_000
+    client = services(mail_server).client.sign_up()
+    client.task()
+    tab = browser.open(client, client.key)
+    tab.get_by_role("button", name="Resume now: normal").wait_for()
+    harmless(tab)
+
+
+def test_hostile_content_is_shown_as_text_where_it_is_edited_and_in_a_sandbox_where_it_is_seen(service, browser):
+    client = service.client.sign_up()
+    define(client, "news", HOSTILE, f"<p>Hello</p>{HOSTILE}")
+    tab = browser.open(client, client.key, "#/newsletters/news")
+    tab.frame_locator("iframe").get_by_text("Hello").wait_for()
+    assert tab.get_by_label("Subject").input_value() == HOSTILE
+    assert tab.get_by_label("Content").input_value() == f"<p>Hello</p>{HOSTILE}"
+    frame, = [frame for frame in tab.frames if frame.parent_frame]
+    assert frame.evaluate("typeof hacked + origin") == "undefinednull"
+    assert tab.complaints and all("sandbox" in complaint.lower() or "content security policy" in complaint.lower()
+                                  for complaint in tab.complaints)  # what the sandbox says it has stopped
+    tab.complaints.clear()
+
+
+def test_a_hostile_mail_is_shown_as_text_and_in_a_sandbox(services, browser, harmless):
+    client = services().client.sign_up()
+    client.state(client.task(subject=HOSTILE, content=f"<p>Hello</p>{HOSTILE}", text=HOSTILE, from_name=HOSTILE, attachments=[
+        {"filename": HOSTILE.replace("/", ""), "content_type": "text/plain", "content": PICTURE}]), "succeeded")
+    tab = browser.open(client, client.key, "#/mails")
+    harmless(tab, 2)  # sender, subject
+    tab.get_by_role("link", name=HOSTILE).click()
+    tab.frame_locator("iframe").get_by_text("Hello").wait_for()
+    for details in ("Text", "Headers", "Source"):
+        tab.get_by_text(details, exact=True).click()
+    tab.wait_for_function("text => document.body.innerText.split(text).length > 4", arg=HOSTILE)
+    assert tab.evaluate("typeof hacked") == "undefined" and tab.locator("img").count() == 0
+    assert HOSTILE.replace("/", "") in tab.inner_text("main")
+    frame, = [frame for frame in tab.frames if frame.parent_frame]
+    assert frame.evaluate("typeof hacked + origin") == "undefinednull"
+    assert tab.complaints and all("sandbox" in complaint.lower() or "content security policy" in complaint.lower()
+                                  for complaint in tab.complaints)
+    tab.complaints.clear()
