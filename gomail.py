@@ -8,9 +8,9 @@ The module reads from top to bottom, and each section uses only those above it:
 
     1. settings     6. queue          11. cron
     2. logging      7. mail           12. http
-    3. store        8. otp            13. main
-    4. accounts     9. newsletters
-    5. tasks       10. workers
+    3. store        8. otp            13. service
+    4. accounts     9. newsletters    14. command line
+    5. tasks       10. workers        15. page
 """
 
 import argparse
@@ -749,9 +749,10 @@ class Accounts:
         claims = self.unseal("session", token)
         return claims and Account(claims["name"], claims["key_id"])
 
-    def known(self, name):
-        """Whether there is an account of this name."""
-        return self.store.redis.hexists(self.users, name)
+    def find(self, name):
+        """The Account of this name, or None."""
+        key_id = self.store.redis.hget(self.users, name)
+        return Account(name, key_id) if key_id else None
 
     def names(self):
         """The names of all accounts, sorted."""
@@ -3438,11 +3439,12 @@ class Api:
                 return self.accounts.current(session)
             return self.accounts.authenticate(request.headers.get("authorization", ""))
         name = request.query.get("account", "")
-        if name and not self.accounts.known(name):
-            raise Refused(404, "account is not registered", "account")
         if not name and route.access != "all":
             raise Refused(400, "account is required with the admin_token: the name of an account", "account")
-        return Account(name, "")
+        account = self.accounts.find(name) if name else self.admin
+        if account is None:
+            raise Refused(404, "account is not registered", "account")
+        return account
 
     def session(self, request):
         """The Account that the session's cookie stands for, or None.
@@ -4087,8 +4089,8 @@ def parse_json(body, content_type):
         raise Refused(400, f"the body is not JSON: {describe(error)}") from None
 
 
-# --- 13. main ---------------------------------------------------------------------------------------------
-# All parts together, the command line, signals, start and stop.
+# --- 13. service ------------------------------------------------------------------------------------------
+# All parts together, start and stop, in one process or several.
 
 class Service:
     """The whole service in this process.
@@ -4207,84 +4209,6 @@ def notify_systemd(state):
     if address:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier, contextlib.suppress(OSError):
             notifier.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
-
-
-def check(settings):
-    """--check: read the settings, reach Redis, log in to SMTP, say what was found. True where all is well."""
-    well = True
-
-    def report(name, test):
-        nonlocal well
-        try:
-            print(f"ok       {name}: {test()}")
-        except (StartError, Unavailable, redis.RedisError) as error:
-            well = False
-            print(f"failed   {name}: {error}")
-
-    def reach_redis():
-        server = None if settings.redis_uri else EmbeddedServer(settings.data_dir)
-        if server and not server.answers():
-            return f"embedded server, not running, would keep its data in {server.folder} ({server.program()})"
-        version = open_store(settings, server).redis.info("server")
-        number = version.get("valkey_version", version["redis_version"])
-        return f"{version.get('server_name', 'redis')} {number} answers"
-
-    def reach_smtp():
-        if not settings.smtp_server:
-            return f"smtp_server is not set, mail goes to the {Outbox(pathlib.Path(settings.data_dir, 'outbox'))}"
-        transport = SmtpTransport(settings)
-        transport.probe()
-        transport.tidy()
-        return f"{transport} takes mail from {settings.sender[1]}"
-
-    report("settings", lambda: f"sender {settings.sender[1]}, would listen on {settings.host}:{settings.port}")
-    report("redis", reach_redis)
-    report("smtp", reach_smtp)
-    return well
-
-
-def operator_queue(settings):
-    """The Queue of a running gomail, for the command line. Raises StartError where there is none."""
-    server = None
-    if not settings.redis_uri:
-        server = EmbeddedServer(settings.data_dir)
-        if not server.answers():
-            raise StartError(f"data_dir: no gomail is running on {str(server.folder)!r}; start it, or call this where "
-                             "it runs")
-    return Queue(open_store(settings, server), settings, "operator")
-
-
-def operate(options, settings):
-    """The commands that look after tasks, of all accounts. Returns the exit code."""
-    queue = operator_queue(settings)
-    if options.command == "status":
-        found = queue.status(options.id)
-        print(json.dumps(found, indent=2, ensure_ascii=False) if found else f"there is no task {options.id}")
-        return 0 if found else 1
-    if options.command == "dead":
-        total, letters = queue.dead(offset=options.offset, limit=options.limit)
-        for letter in letters:
-            print(f"{letter['id']}  {letter['finished']}  {letter['type']}  {letter['userId']}  {letter['error']}")
-        print(f"{len(letters)} of {total} dead letters", file=sys.stderr)
-        return 0
-    if options.command == "retry" and options.all:
-        print(f"{queue.revive_all()} dead letters queued again")
-        return 0
-    done = queue.revive(options.id, remove=options.command == "delete")
-    if not done:
-        print(f"there is no dead letter {options.id}")
-    else:
-        print("removed" if options.command == "delete" else "queued again")
-    return 0 if done else 1
-
-
-def help_text():
-    """What --help says of the settings."""
-    lines = ["settings, from the environment or a .env file in the working directory:"]
-    for field in dataclasses.fields(Settings):
-        default = field.default if field.default != "" else "(empty)"
-        lines.append(f"  {field.name:<18} {field.metadata['explanation']} [{default}]")
-    return "\n".join(lines)
 
 
 def catch_signals():
@@ -4429,39 +4353,357 @@ def read_all(descriptor):
         return file.read()
 
 
-def main(arguments=None):
-    """The command line. Returns the exit code."""
+# --- 14. command line -------------------------------------------------------------------------------------
+# Without a command, the service; the commands look after a gomail that runs, by its Redis, for all accounts. They write
+# for people, or JSON; exit codes: 0 done, 1 no such thing or no success, 2 wrong usage, 3 Redis cannot be reached.
+
+def check(settings):
+    """--check: read the settings, reach Redis, log in to SMTP, say what was found. True where all is well."""
+    well = True
+
+    def report(name, test):
+        nonlocal well
+        try:
+            print(f"ok       {name}: {test()}")
+        except (StartError, Unavailable, redis.RedisError) as error:
+            well = False
+            print(f"failed   {name}: {error}")
+
+    def reach_redis():
+        server = None if settings.redis_uri else EmbeddedServer(settings.data_dir)
+        if server and not server.answers():
+            return f"embedded server, not running, would keep its data in {server.folder} ({server.program()})"
+        version = open_store(settings, server).redis.info("server")
+        number = version.get("valkey_version", version["redis_version"])
+        return f"{version.get('server_name', 'redis')} {number} answers"
+
+    def reach_smtp():
+        if not settings.smtp_server:
+            return f"smtp_server is not set, mail goes to the {Outbox(pathlib.Path(settings.data_dir, 'outbox'))}"
+        transport = SmtpTransport(settings)
+        transport.probe()
+        transport.tidy()
+        return f"{transport} takes mail from {settings.sender[1]}"
+
+    report("settings", lambda: f"sender {settings.sender[1]}, would listen on {settings.host}:{settings.port}")
+    report("redis", reach_redis)
+    report("smtp", reach_smtp)
+    return well
+
+
+def help_text():
+    """What --help says of the settings."""
+    lines = ["settings, from the environment or a .env file in the working directory:"]
+    for field in dataclasses.fields(Settings):
+        default = field.default if field.default != "" else "(empty)"
+        lines.append(f"  {field.name:<18} {field.metadata['explanation']} [{default}]")
+    return "\n".join(lines)
+
+
+class Terminal:
+    """Where a command writes: tables for people, JSON for programs (`as_json`); colours on a terminal only.
+
+    NO_COLOR (no-color.org), or a terminal that is dumb, turns colours off.
+    """
+
+    COLOURS = {"red": 31, "green": 32, "yellow": 33, "grey": 90, "bold": 1}
+    TONES = {"succeeded": "green", "running": "green", "dead": "red", "paused": "red", "retrying": "yellow",
+             "suppressed": "yellow"}
+    BARS = " ▁▂▃▄▅▆▇█"
+
+    def __init__(self, as_json=False):
+        self.as_json, self.live = as_json, sys.stdout.isatty()
+        self.coloured = self.live and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        sys.stdout.reconfigure(errors="replace")
+
+    def paint(self, text, colour=None):
+        """The text in a colour, and without what a terminal would take for a command."""
+        text = re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", str(text))
+        return f"\x1b[{self.COLOURS[colour]}m{text}\x1b[0m" if colour and self.coloured else text
+
+    def json(self, value):
+        """Write a value as JSON."""
+        print(json.dumps(value, indent=2, ensure_ascii=False))
+
+    def table(self, headings, rows):
+        """The lines of a table; its headings on a terminal only, so that a pipe gets the rows alone. A cell that is a
+        state has its colour."""
+        rows = [[self.paint(cell) for cell in row] for row in rows]
+        widths = [max([len(heading), *(len(row[at]) for row in rows)]) for at, heading in enumerate(headings)]
+        lines = [self.paint("  ".join(map(str.ljust, headings, widths)).rstrip(), "grey")] if self.live else []
+        for row in rows:
+            padded = [cell.ljust(width) for cell, width in zip(row, widths)]
+            padded[-1] = row[-1]
+            lines.append("  ".join(self.paint(cell, self.TONES.get(cell.split(":")[0].strip())) for cell in padded))
+        return lines
+
+    def bars(self, numbers):
+        """A line of bars."""
+        most = max([1, *numbers])
+        return "".join(self.BARS[math.ceil(number * 8 / most)] for number in numbers)
+
+    def say(self, text):
+        """A word to the person beside the output, on standard error."""
+        print(text, file=sys.stderr)
+
+    @staticmethod
+    def progress(total):
+        """What shows how far something has come, on a terminal: to be called with how many are done."""
+        def show(done):
+            if sys.stderr.isatty():
+                full = 30 * done // max(1, total)
+                print(f"\r[{'#' * full}{'.' * (30 - full)}] {done} of {total}", end="", file=sys.stderr, flush=True)
+        return show
+
+
+def lasted(seconds):
+    """A time in seconds for people."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
+
+
+class Operator:
+    """The commands, beside a gomail that runs on the same Redis.
+
+    Raises:
+        StartError: there is none, or Redis cannot be reached.
+    """
+
+    ACCOUNT = "command-line"  # whose tasks `send` makes, where no account is named
+
+    def __init__(self, settings, terminal):
+        server = None
+        if not settings.redis_uri:
+            server = EmbeddedServer(settings.data_dir)
+            if not server.answers():
+                raise StartError(f"data_dir: no gomail is running on {str(server.folder)!r}; start it, or call this where "
+                                 "it runs")
+        self.store, self.terminal = open_store(settings, server), terminal
+        self.queue, self.stats_ = Queue(self.store, settings, "operator"), Stats(self.store)
+        self.accounts_ = Accounts(self.store, settings.jwt_secret, settings.jwt_secret_previous, settings.api_key_ttl)
+
+    def send(self, options):
+        """Queue one message. Its id is all that goes to standard output."""
+        account = self.accounts_.find(options.account)
+        if account is None:
+            if options.account != self.ACCOUNT:
+                self.terminal.say(f"there is no account {options.account}; `accounts` lists them, `accounts --add` makes one")
+                return 1
+            with contextlib.suppress(Refused):  # another `send` made it just now
+                self.accounts_.sign_up(self.ACCOUNT)
+            account = self.accounts_.find(self.ACCOUNT)
+        try:
+            content = read_content(options.html or options.text or "-")
+            payload = {"userId": options.to, "subject": options.subject, "content": content}
+            if not options.html and is_html(content):  # text that looks like HTML, and is not meant so
+                payload |= {"content": f"<pre>{html.escape(content)}</pre>", "text": content}
+            task = TASK({"task": "Sent by hand", "type": "message", "retries": options.retries, "payload": payload})
+        except Refused as refused:
+            names = {"payload.userId": "TO", "payload.subject": "--subject", "retries": "--retries",
+                     "payload.content": "--html FILE, --text FILE or standard input"}
+            self.terminal.say(refused.error.replace(refused.field, names.get(refused.field, refused.field), 1))
+            return 2
+        except (OSError, UnicodeDecodeError) as error:
+            self.terminal.say(f"{options.html or options.text or 'standard input'} cannot be read: {describe(error)}")
+            return 2
+        task_id, = self.queue.enqueue(account, [task])
+        if not options.wait:
+            self.terminal.json({"id": task_id}) if self.terminal.as_json else print(task_id)
+            return 0
+        while (found := self.queue.status(task_id)) and found["state"] in ("queued", "running", "retrying"):
+            time.sleep(0.1)
+        self.show(self.queue.status(task_id, story=True))
+        return 0 if found and found["state"] == "succeeded" else 1
+
+    def status(self, options):
+        """Show a task and its story."""
+        found = self.queue.status(options.id, story=True)
+        if not found:
+            self.terminal.say(f"there is no task {options.id}, or it ended too long ago")
+            return 1
+        self.show(found)
+        return 0
+
+    def show(self, found):
+        """Write the status of a task."""
+        if self.terminal.as_json:
+            self.terminal.json(found)
+            return
+        paint, story = self.terminal.paint, found.pop("story")
+        for name, value in found.items():
+            if value is not None:
+                print(f"{paint(name.ljust(9), 'grey')}  {paint(value, self.terminal.TONES.get(value))}")
+        rows = [[step["time"], step["event"], f"{step['seconds']} s" if "seconds" in step else "", step.get("error") or ""]
+                for step in story]
+        print("\n".join(["", *self.terminal.table(["when", "what", "took", "why"], rows)]))
+
+    def dead(self, options):
+        """List the dead letters."""
+        total, letters = self.queue.dead(offset=options.offset, limit=options.limit)
+        if self.terminal.as_json:
+            self.terminal.json({"total": total, "tasks": letters})
+            return 0
+        rows = [[found[name] or "" for name in ("id", "finished", "account", "type", "userId", "error")] for found in letters]
+        for line in self.terminal.table(["id", "ended", "account", "type", "recipient", "error"], rows):
+            print(line)
+        self.terminal.say(f"{len(letters)} of {total} dead letters" + "; `retry ID` or `retry --all` queues them again"
+                          * bool(letters))
+        return 0
+
+    def retry(self, options):
+        """Queue a dead letter again, or all of them."""
+        return self.revive(options, False, "queued again")
+
+    def delete(self, options):
+        """Remove a dead letter, or all of them."""
+        return self.revive(options, True, "removed")
+
+    def revive(self, options, remove, words):
+        """What retry() and delete() share."""
+        if options.all:
+            total, _ = self.queue.dead(limit=0)
+            progress = self.terminal.progress(total)
+            count = self.queue.revive_all(remove=remove, progress=progress)
+            if total and sys.stderr.isatty():
+                self.terminal.say("")
+        else:
+            count = int(self.queue.revive(options.id, remove=remove))
+        if self.terminal.as_json:
+            self.terminal.json({"count": count})
+        elif count or options.all:
+            print(f"{count} dead letter{'s' * (count != 1)} {words}")
+        else:
+            self.terminal.say(f"there is no dead letter {options.id}; `dead` lists them")
+        return 0 if count or options.all else 1
+
+    def stats(self, options):
+        """Lanes, counters and the last hour: once, or on a terminal every second until Ctrl-C."""
+        before, lines = None, []
+        while True:
+            now = {"lanes": self.queue.lanes(), "processes": self.queue.processes(), "queued": self.queue.depths(),
+                   "jobs": self.queue.counters(), "minutes": self.stats_.history()}
+            if self.terminal.as_json:
+                self.terminal.json(now)
+                return 0
+            if lines:
+                print(f"\x1b[{len(lines)}F\x1b[J", end="")
+            moment = time.monotonic()
+            rate = "" if before is None else f"; {(now['jobs']['executed'] - before[1]) / (moment - before[0]):.0f} a second now"
+            before, lines = (moment, now["jobs"]["executed"]), self.stats_lines(now, rate)
+            print("\n".join(lines), flush=True)
+            if not self.terminal.live:
+                return 0
+            time.sleep(1)
+
+    def stats_lines(self, now, rate):
+        """What stats() writes."""
+        rows = [[lane["lane"], str(lane["queued"]), lasted(lane["oldest"]) if lane["queued"] else "",
+                 f"paused: {lane['reason']} (in {lane['paused']} of {now['processes']} processes)" if lane["paused"]
+                 else "running" if now["processes"] else "nobody works on it"] for lane in now["lanes"]]
+        sums = {name: sum(minute[name] for minute in now["minutes"]) for name in ("sent", "retried", "failed")}
+        return [*self.terminal.table(["lane", "waiting", "oldest", "state"], rows), "",
+                f"{now['queued']['retrying']} wait for a retry or their time, {now['queued']['dead']} dead letters",
+                f"jobs: {now['jobs']['executed']} executed, {now['jobs']['successful']} successful, "
+                f"{now['jobs']['failed']} failed{rate}",
+                f"mails of the last hour: {sums['sent']} sent, {sums['failed']} failed, {sums['retried']} to be repeated",
+                self.terminal.bars([minute["sent"] + minute["failed"] for minute in now["minutes"]])]
+
+    def accounts(self, options):
+        """List the accounts, add one, or remove one."""
+        try:
+            if options.add:
+                key = self.accounts_.sign_up(ID({"id": options.add})["id"])
+                self.terminal.json({"apiKey": key}) if self.terminal.as_json else print(key)
+                return 0
+            if options.remove:
+                self.accounts_.deregister(options.remove)
+                self.terminal.say(f"{options.remove} is deregistered; what it had waiting is not sent")
+                return 0
+        except Refused as refused:
+            self.terminal.say(refused.error.replace("id", "the account", 1))
+            return 1
+        rows = []
+        for name in self.accounts_.names():
+            minutes = self.stats_.history(name)
+            rows.append({"id": name, "dead": self.store.redis.zcard(self.store.key("dead", name)),
+                         "contentTypes": self.store.redis.hlen(self.store.key("content", name)),
+                         **{event: sum(minute[event] for minute in minutes) for event in ("sent", "failed")}})
+        if self.terminal.as_json:
+            self.terminal.json(rows)
+            return 0
+        for line in self.terminal.table(["account", "dead letters", "content types", "sent in the last hour", "failed"],
+                                        [list(map(str, row.values())) for row in rows]):
+            print(line)
+        return 0
+
+
+def read_content(path):
+    """The text in a file, or on standard input where `path` is "-"."""
+    return (sys.stdin.buffer.read() if path == "-" else pathlib.Path(path).read_bytes()).decode()
+
+
+def command_line():
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="gomail.py", description="A mail queue: takes tasks over HTTP, keeps them in Redis, sends them by SMTP.",
         epilog=help_text(), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"gomail {__version__}")
     parser.add_argument("--check", action="store_true",
                         help="read the settings, reach Redis and the SMTP server, and exit")
-    commands = parser.add_subparsers(dest="command", title="commands for the operator, beside a running gomail")
-    commands.add_parser("status", help="show a task").add_argument("id")
-    dead = commands.add_parser("dead", help="list the dead letters, newest first")
-    dead.add_argument("--offset", type=int, default=0)
-    dead.add_argument("--limit", type=int, default=100)
-    which = commands.add_parser("retry", help="queue a dead letter again").add_mutually_exclusive_group(required=True)
-    which.add_argument("id", nargs="?")
-    which.add_argument("--all", action="store_true", help="all of them")
-    commands.add_parser("delete", help="remove a dead letter").add_argument("id")
-    options = parser.parse_args(arguments)
+    commands = parser.add_subparsers(dest="command", title="commands, beside a running gomail")
+
+    def command(name, explanation):
+        found = commands.add_parser(name, help=explanation, description=explanation)
+        found.add_argument("--json", action="store_true", help="write JSON")
+        return found
+
+    send = command("send", "queue a message and write its id; the content comes from a file or standard input")
+    send.add_argument("to", metavar="TO", help="the recipient's address")
+    send.add_argument("--subject", required=True)
+    content = send.add_mutually_exclusive_group()
+    content.add_argument("--html", metavar="FILE", help="the content, HTML; - is standard input")
+    content.add_argument("--text", metavar="FILE", help="the content, plain text; - is standard input")
+    send.add_argument("--retries", type=int, default=3, metavar="N", help="0 to 25, by default 3")
+    send.add_argument("--account", default=Operator.ACCOUNT, metavar="NAME", help="whose task it is, by default %(default)s")
+    send.add_argument("--wait", action="store_true", help="wait until it is sent, and show it; exit code 1 if it is not")
+    command("status", "show a task and what happened to it").add_argument("id", metavar="ID")
+    dead = command("dead", "list the dead letters, newest first")
+    dead.add_argument("--offset", type=int, default=0, metavar="N", help="how many to pass over")
+    dead.add_argument("--limit", type=int, default=100, metavar="N", help="how many to list, by default 100")
+    for name, explanation in (("retry", "queue a dead letter again"), ("delete", "remove a dead letter")):
+        which = command(name, explanation).add_mutually_exclusive_group(required=True)
+        which.add_argument("id", nargs="?", metavar="ID")
+        which.add_argument("--all", action="store_true", help="all of them")
+    command("stats", "show lanes, counters and the last hour; on a terminal every second, until Ctrl-C")
+    change = command("accounts", "list the accounts").add_mutually_exclusive_group()
+    change.add_argument("--add", metavar="NAME", help="sign up an account and write its API key")
+    change.add_argument("--remove", metavar="NAME", help="deregister an account: its key, tasks and subscriptions end")
+    return parser
+
+
+def main(arguments=None):
+    """The command line. Returns the exit code."""
+    options = command_line().parse_args(arguments)
     os.umask(0o077)
     try:
         settings = Settings.load(os.environ)
         if options.check:
             return 0 if check(settings) else 1
-        return operate(options, settings) if options.command else run(settings)
+        if not options.command:
+            return run(settings)
+        return getattr(Operator(settings, Terminal(options.json)), options.command)(options)
     except redis.RedisError as error:
         print(f"gomail: Redis is not available: {describe(error)}", file=sys.stderr)
-        return 1
     except StartError as error:
         print(f"gomail: {error}", file=sys.stderr)
-        return 1
+    except (KeyboardInterrupt, BrokenPipeError):  # who looked has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    return 3 if options.command else 1
 
 
-# --- 14. page ---------------------------------------------------------------------------------------------
+# --- 15. page ---------------------------------------------------------------------------------------------
 # What a browser shows at `/`: one document that calls the routes above, as any app could. It stands last because it is
 # long and no Python. NONCE is replaced in each answer.
 

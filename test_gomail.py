@@ -21,6 +21,7 @@ import json
 import logging
 import os
 import pathlib
+import pty
 import random
 import re
 import secrets
@@ -2911,7 +2912,7 @@ def test_after_100000_mutated_requests_memory_is_flat_and_a_good_one_is_answered
     assert Client(process.url).get("/health/ping") == {"message": "pong"}
 
 
-# --- 13. main ---------------------------------------------------------------------------------------------
+# --- 13. service ------------------------------------------------------------------------------------------
 
 def test_help_names_every_option_and_version_the_version(processes):
     code, output, _ = processes(arguments=["--help"]).result()
@@ -3039,363 +3040,169 @@ def test_no_process_outlives_a_killed_supervisor(processes):
     until(lambda: not any(pathlib.Path(f"/proc/{pid}").exists() for pid in left))
 
 
-# --- faults -----------------------------------------------------------------------------------------------
-# Real processes are killed, real servers go away and come back; then the mails are counted: tasks that were
-# answered 2xx, distinct mails that arrived, and doubles.
+# --- 14. command line -------------------------------------------------------------------------------------
+
+class Command:
+    """Runs commands beside a gomail process, in its folder and with its settings."""
+
+    def __init__(self, process, environment={}):
+        self.folder = process.folder
+        self.environment = {"PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8", **environment}
+
+    def start(self, *arguments, **options):
+        environment = {**self.environment, **options.pop("environment", {})}
+        return subprocess.Popen([sys.executable, HERE / "gomail.py", *arguments], cwd=self.folder, env=environment, **options)
+
+    def __call__(self, *arguments, given="", **environment):
+        """(exit code, standard output, standard error)"""
+        process = self.start(*arguments, environment=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE)
+        output, errors = process.communicate(given, timeout=PATIENCE)
+        return process.returncode, output, errors
+
+    def at_terminal(self, *arguments, until_seen=None, **environment):
+        """(exit code, all it wrote) at a terminal; Ctrl-C comes when it wrote `until_seen`."""
+        ours, theirs = pty.openpty()
+        process = self.start(*arguments, environment={"TERM": "xterm", **environment}, stdin=theirs, stdout=theirs,
+                             stderr=theirs, start_new_session=True)
+        os.close(theirs)
+        seen = b""
+        with contextlib.suppress(OSError):  # the terminal is gone when the process is
+            while data := os.read(ours, 65536):
+                seen += data
+                if until_seen and re.search(until_seen, seen, re.DOTALL):
+                    process.send_signal(signal.SIGINT)
+                    until_seen = None
+        os.close(ours)
+        return process.wait(PATIENCE), seen.decode()
+
 
 @pytest.fixture
-def redis_with_file():
-    """Starts Redis servers with an append-only file, which survive being killed."""
-    with contextlib.ExitStack() as stack:
-        def start(*options, **more):
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-            server = RedisServer(folder, "--appendonly", "yes", *options, **more).start()
-            stack.callback(server.stop)
-            return server
-        yield start
-
-
-def settings_for(redis_server, mail_server, **more):
-    return {"redis_uri": redis_server.uri, "smtp_server": "127.0.0.1", "smtp_port": str(mail_server.port),
-            "retry_delay": "0.05", "log_file": "off", **more}
-
-
-class Sender(threading.Thread):
-    """An app that sends `number` messages, each to an address of its own, and repeats what was not answered 2xx.
-
-    The idempotency key makes repeating safe. `answered` are the recipients whose task was answered 2xx.
-    """
-
-    def __init__(self, number, urls, key, name="app"):
-        super().__init__(daemon=True)
-        self.number, self.urls, self.key, self.app, self.answered, self.refused = number, urls, key, name, [], []
-        self.start()
-
-    def run(self):
-        for number in range(self.number):
-            recipient = f"{self.app}-{number}@example.com"
-            task = {**MESSAGE, "payload": {**MESSAGE["payload"], "userId": recipient}}
-            while True:
-                client = Client(self.urls[number % len(self.urls)], self.key)
-                try:
-                    status, _, headers = client("POST", "/task/", task, Idempotency_Key=recipient)
-                except (OSError, http.client.HTTPException):
-                    time.sleep(0.02)
-                    continue
-                finally:
-                    client.connection.close()
-                if status == 200:
-                    self.answered.append(recipient)
-                    break
-                assert status == 503 and headers["Retry-After"] == "1", status
-                self.refused.append(recipient)
-                time.sleep(0.02)
-
-
-def counted(mail_server, answered, patience=120.0):
-    """Wait until every answered task's mail has arrived; return how many came twice."""
-    until(lambda: {mail.recipient for mail in list(mail_server.mails)} >= set(answered), patience)
-    recipients = [mail.recipient for mail in mail_server.mails]
-    return len(recipients) - len(set(recipients))
-
-
-def test_what_a_killed_process_had_in_flight_is_sent_by_another_one(processes, mail_server, redis_with_file):
-    held, released = threading.Event(), threading.Event()
-
-    async def hold(server, session, envelope):
-        while envelope.rcpt_tos == ["app-150@example.com"] and not released.is_set():
-            held.set()
-            await asyncio.sleep(0.01)
-        return await MailServer.handle_DATA(mail_server, server, session, envelope)
-    mail_server.handle_DATA = hold
-    environment = settings_for(redis_with_file(), mail_server)
-    first = processes(environment).started()
-    sender = Sender(400, [first.url], first.client.sign_up().key)
-    assert held.wait(PATIENCE)
-    until(lambda: len(sender.answered) > 200)
-    second = processes(environment).started()
-    sender.urls = [second.url]
-    first.kill()
-    released.set()
-    until(lambda: len(sender.answered) == 400)
-    doubles = counted(mail_server, sender.answered)
-    assert second.logged("reclaimed the tasks of a dead process")["tasks"] >= 1
-    assert doubles <= 4  # the workers of the lane: what each had between the server's 250 and the ack
-    until(lambda: second.client.get("/health/metrics")["Jobs Successful"] == 400)
-    assert second.client.get("/health/metrics")["Jobs Failed"] == 0
-
-
-def test_a_restart_under_load_loses_nothing_and_doubles_nothing(processes, mail_server, redis_with_file):
-    environment = settings_for(redis_with_file(), mail_server)
-    process = processes(environment).started()
-    sender = Sender(300, [process.url], process.client.sign_up().key)
-    for _ in range(2):
-        before = len(mail_server.mails)
-        until(lambda: len(mail_server.mails) > before + 50 or len(sender.answered) == 300)
-        assert process.stop() == 0
-        process = processes(environment).started()
-        sender.urls = [process.url]
-    until(lambda: len(sender.answered) == 300)
-    assert counted(mail_server, sender.answered) == 0
-    assert len(mail_server.mails) == 300
-
-
-@pytest.mark.parametrize("durability", ["everysec", "fsync"])
-def test_while_redis_is_killed_and_back_requests_are_503_at_once_and_no_answered_task_is_lost(
-        processes, mail_server, redis_with_file, durability):
-    server = redis_with_file("--appendfsync", "always" if durability == "fsync" else "everysec")
-    if durability == "fsync" and "valkey_version" not in server.client.info() and server.client.info()["redis_version"] < "7.2":
-        pytest.skip("this server has no WAITAOF")
-    process = processes(settings_for(server, mail_server, durability=durability)).started()
-    sender = Sender(300, [process.url], process.client.sign_up().key)
-    for _ in range(3):
-        before = len(sender.answered)
-        until(lambda: len(sender.answered) > min(before + 50, 299))
-        server.kill()
-        until(lambda: len(sender.refused) or len(sender.answered) == 300)
-        assert process.client.get("/health/ping") == {"message": "pong"}
-        server.start()
-    until(lambda: len(sender.answered) == 300)
-    counted(mail_server, sender.answered)
-    assert process.stop() == 0
-
-
-def test_connections_that_redis_cuts_are_made_anew_and_nothing_is_lost_or_doubled(processes, mail_server, redis_with_file):
-    server = redis_with_file()
-    process = processes(settings_for(server, mail_server)).started()
-    sender = Sender(300, [process.url], process.client.sign_up().key)
-    while len(sender.answered) < 300:
-        server.client.client_kill_filter(_type="normal", skipme=True)
-        time.sleep(0.05)  # the pace of the fault, not a wait for anything
-        assert sender.is_alive() or len(sender.answered) == 300
-    assert counted(mail_server, sender.answered) == 0
-    until(lambda: process.client.get("/health/metrics")["Total Jobs Executed"] == 300)
-
-
-def test_a_full_or_read_only_redis_is_503_and_later_all_is_as_before(processes, mail_server, redis_with_file):
-    server = redis_with_file()
-    process = processes(settings_for(server, mail_server)).started()
-    client = process.client.sign_up()
-    client.state(client.task(), "succeeded")
-    for fault, remedy in ((("CONFIG", "SET", "maxmemory", "1"), ("CONFIG", "SET", "maxmemory", "0")),
-                          (("REPLICAOF", "127.0.0.1", "1"), ("REPLICAOF", "NO", "ONE"))):
-        server.client.execute_command(*fault)
-        status, answer, headers = until(lambda: (got := client("POST", "/task/", MESSAGE))[0] != 200 and got)
-        assert status == 503 and headers["Retry-After"] == "1" and "Redis" in answer["error"]
-        server.client.execute_command(*remedy)
-        task_id = until(lambda: (got := client("POST", "/task/", MESSAGE))[0] == 200 and got[1]["id"])
-        client.state(task_id, "succeeded")
-
-
-def test_a_redis_that_may_lose_tasks_is_warned_about_and_cannot_promise_fsync(processes, redis_server):
-    process = processes({"redis_uri": redis_server.uri, "key_prefix": "warned:"}).started()
-    assert until(lambda: process.logged("the Redis keeps no append-only file"))["level"] == "WARNING"
-    code, _, errors = processes({"redis_uri": redis_server.uri, "durability": "fsync"}).result()
-    assert code == 1 and errors.startswith("gomail: durability: 'fsync'") and errors.count("\n") == 1
-
-
-def test_a_black_holed_or_rejecting_mail_server_costs_no_attempt(services, certificate):
-    # A socket whose backlog is full does not answer: what a firewall that drops packets looks like.
-    with socket.create_server(("127.0.0.1", 0), backlog=0) as hole, contextlib.ExitStack() as stack:
-        port = hole.getsockname()[1]
-        for _ in range(4):
-            filler = stack.enter_context(socket.socket())
-            filler.setblocking(False)
-            filler.connect_ex(("127.0.0.1", port))
-        service = services(smtp_server="127.0.0.1", smtp_port=port, smtp_timeout=0.2)
-        client = service.client.sign_up()
-        task_id = client.task(retries=0)
-        until(lambda: service.workers.gates["normal"].failures >= 2)
-        assert client.state(task_id, "queued")["attempts"] == 0
-    with contextlib.closing(MailServer(authenticator=Logins(), auth_required=True, tls_context=certificate)) as server:
-        server.start()
-        service = services(server, smtp_user="app", smtp_pass="wrong")
-        client = service.client.sign_up()
-        task_id = client.task(retries=0)
-        assert "535" in until(lambda: service.workers.gates["normal"].failures >= 2 and service.workers.gates["normal"].reason)
-        assert client.state(task_id, "queued")["attempts"] == 0
-
-
-def test_an_outage_of_the_mail_server_with_10000_tasks_waiting_loses_none_and_costs_no_attempt(services, mail_server):
-    service = services(mail_server, workers=4)
-    client = service.client.sign_up()
-    account = service.http.api.accounts.authenticate(client.key)
-    mail_server.stop()
-    client.task(userId="first@example.com")
-    until(lambda: service.workers.gates["normal"].reason)
-    for number in range(10_000):
-        service.queue.enqueue(account, [{**MESSAGE, "retries": 0, "payload": {**MESSAGE["payload"], "userId": f"{number}@example.com"}}])
-    mail_server.start()
-    until(lambda: len(mail_server.mails) > 2000)
-    mail_server.stop()
-    mail_server.start()
-    until(lambda: service.queue.counters()["executed"] == 10_001, 120)
-    assert service.queue.counters() == {"executed": 10_001, "successful": 10_001, "failed": 0}
-    assert len({mail.recipient for mail in mail_server.mails}) == 10_001
-
-
-def test_a_maildir_that_cannot_be_written_pauses_the_lane_until_it_can(services):
-    service = services()
-    client = service.client.sign_up()
-    service.transport.folder.rmdir() if service.transport.folder.exists() else None
-    service.transport.folder.write_text("a file where the folder should be")
-    task_id = client.task(retries=0)
-    until(lambda: "Maildir" in service.workers.gates["normal"].reason)
-    assert client.state(task_id, "queued")["attempts"] == 0
-    service.transport.folder.unlink()
-    service.transport.folder.mkdir()
-    assert client.state(task_id, "succeeded")["attempts"] == 1
-
-
-def with_clock_off_by(seconds):
-    """The program of a gomail whose own clock is wrong."""
-    return f"import sys, time; right = time.time; time.time = lambda: right() + {seconds}; import gomail; sys.exit(gomail.main())"
-
-
-def test_three_processes_with_different_clocks_send_each_newsletter_once(processes, mail_server, redis_with_file):
-    server = redis_with_file()
-    environment = settings_for(server, mail_server)
-    running = [processes(environment, code=with_clock_off_by(seconds)).started() for seconds in (-3600, 2, 3600)]
-    client = running[0].client.sign_up()
-    define(client)
-    recipients = [f"{number}@example.com" for number in range(300)]
-    for recipient in recipients:
-        client.task("subscribe", userId=recipient, content_type="news", frequency="@hourly")
-    until(lambda: server.client.zcard("gomail:schedule") == 300)
-    for _ in range(3):  # three boundaries, each made to come now
-        before = len(mail_server.mails)
-        moment = int(server.client.time()[0])
-        server.client.zadd("gomail:schedule", {place: moment for place in server.client.zrange("gomail:schedule", 0, -1)}, xx=True)
-        until(lambda: len(mail_server.mails) >= before + 300)
-        until(lambda: not server.client.zrange("gomail:schedule", 0, moment + 1, byscore=True))
-    until(lambda: client.get("/health/metrics")["Total Jobs Executed"] == 300 + 900)
-    assert collections.Counter(mail.recipient for mail in mail_server.mails) == dict.fromkeys(recipients, 3)
-
-
-def test_100000_subscriptions_due_at_once_are_queued_and_an_otp_overtakes_them(services, mail_server):
-    service = services(mail_server)
-    client = service.client.sign_up()
-    define(client)
-    account = service.http.api.accounts.authenticate(client.key).name
-    key, now = service.store.key, int(service.store.time())
-    service.workers.gates["bulk"].close("for the test")
-    service.workers.gates["bulk"].transport = gomail.Outbox(os.devnull)  # a probe that never succeeds
-    for start in range(0, 100_000, 5000):
-        with service.store.redis.pipeline(transaction=False) as pipeline:
-            addresses = [f"{number}@example.com" for number in range(start, start + 5000)]
-            pipeline.hset(key("subscribers", "news", account), mapping={address: json.dumps(
-                {"userId": address, "frequency": "@daily", "retries": 0, "created": 0}) for address in addresses})
-            pipeline.zadd(key("schedule"), {json.dumps([account, "news", address]): now for address in addresses})
-            pipeline.execute()
-    client.state(client.task("generateOtp", userId="during@example.com"), "succeeded")
-    until(lambda: service.queue.depths()["bulk"] >= 100_000 - 2, 120)
-    assert service.store.redis.zcount(key("schedule"), "-inf", now) == 0
-    service.workers.gates["bulk"].transport, service.workers.gates["bulk"].reason = service.transport, ""
-    until(lambda: len(mail_server.mails) > 100)
-    client.state(client.task("generateOtp", userId="otp@example.com"), "succeeded")
-    assert service.queue.depths()["bulk"] > 90_000
-    assert len(mail_server.to("otp@example.com")) == 1
-    service.store.redis.delete(key("lane", "bulk"))
-
-
-def test_the_operator_looks_after_dead_letters_from_the_command_line(processes, mail_server):
+def operated(processes, mail_server):
+    """(Command, client of an account) beside a running gomail."""
     process = processes({"smtp_server": "127.0.0.1", "smtp_port": str(mail_server.port)}).started()
-    client = process.client.sign_up()
+    command = Command(process)
+    command.process = process
+    return command, process.client.sign_up("app@example.com")
 
-    def command(*arguments):
-        return processes(folder=process.folder, arguments=arguments).result()
+
+def test_the_operator_looks_after_dead_letters_from_the_command_line(operated, mail_server):
+    command, client = operated
     ids = []
-    for _ in range(3):
+    for _ in range(4):
         mail_server.replies["user@example.com"].append("550 no such user")
         ids.append(client.task())
         client.state(ids[-1], "dead")
     code, output, errors = command("dead")
-    assert code == 0 and [line.split()[0] for line in output.splitlines()] == ids[::-1] and "3 of 3" in errors
-    assert json.loads(command("status", ids[0])[1])["error"] == "550 no such user"
-    assert command("delete", ids[0])[0] == 0 and command("delete", ids[0])[0] == 1 and command("status", ids[0])[0] == 1
+    assert code == 0 and [line.split()[0] for line in output.splitlines()] == ids[::-1] and "4 of 4" in errors
+    assert [task["id"] for task in json.loads(command("dead", "--json", "--limit", "2")[1])["tasks"]] == ids[:1:-1]
+    found = json.loads(command("status", ids[0], "--json")[1])
+    assert found["error"] == "550 no such user" and [step["event"] for step in found["story"]] == ["accepted", "dead"]
+    assert command("delete", ids[0])[0] == 0 and command("delete", ids[0])[0] == 1
+    code, output, errors = command("status", ids[0])
+    assert (code, output) == (1, "") and ids[0] in errors
     assert command("retry", ids[1])[0] == 0
     client.state(ids[1], "succeeded")
-    assert command("retry", "--all")[1] == "1 dead letters queued again\n"
-    client.state(ids[2], "succeeded")
-    assert process.stop() == 0
+    assert command("retry", "--all")[1] == "2 dead letters queued again\n"
+    for task_id in ids[2:]:
+        client.state(task_id, "succeeded")
+    assert command("delete", "--all", "--json")[1] == '{\n  "count": 0\n}\n'
+    assert command("retry")[0] == 2
+    assert command.process.stop() == 0
     code, _, errors = command("dead")
-    assert code == 1 and "no gomail is running" in errors
+    assert code == 3 and "no gomail is running" in errors
 
 
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
+def test_a_message_is_sent_from_the_command_line(operated, mail_server):
+    command, client = operated
+    (command.folder / "mail.html").write_text("<h1>Grüße</h1>")
+    code, output, errors = command("send", "one@example.com", "--subject", "Hello", "--html", "mail.html")
+    assert (code, errors) == (0, "") and re.fullmatch("[0-9a-f]{32}\n", output)
+    message = mail_server.one("one@example.com")
+    assert message["Subject"] == "Hello" and message.get_body(("html",)).get_content() == "<h1>Grüße</h1>\n"
+    code, output, _ = command("send", "two@example.com", "--subject", "x", "--wait", "--account", "app@example.com", "--json",
+                              given="<b>plain</b> text\n")
+    found = json.loads(output)
+    assert code == 0 and found["state"] == "succeeded" and found["account"] == "app@example.com"
+    message = mail_server.one("two@example.com")
+    assert text_of(message) == "<b>plain</b> text\n" and "&lt;b&gt;" in message.get_body(("html",)).get_content()
+    assert client.get(f"/task/{found['id']}")["userId"] == "two@example.com"
+    mail_server.replies["no@example.com"] = ["550 no"]
+    code, output, _ = command("send", "no@example.com", "--subject", "x", "--wait", given="x")
+    assert code == 1 and "550 no" in output
 
 
-def test_behind_sentinels_a_new_master_is_found_when_the_old_one_dies(processes, mail_server, redis_with_file):
-    master, replica = redis_with_file(port=free_port()), redis_with_file(port=free_port())
-    replica.client.replicaof("127.0.0.1", master.port)
-    until(lambda: replica.client.info("replication")["master_link_status"] == "up")
-    program = os.environ.get("GOMAIL_TEST_SERVER") or gomail.EmbeddedServer.program()
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        ports = [free_port() for _ in range(3)]
-        for port in ports:
-            configuration = pathlib.Path(folder, f"{port}.conf")
-            configuration.write_text(
-                f"port {port}\nbind 127.0.0.1\ndir {folder}\nlogfile {folder}/{port}.log\n"
-                f"sentinel monitor mymaster 127.0.0.1 {master.port} 2\nsentinel down-after-milliseconds mymaster 500\n"
-                "sentinel failover-timeout mymaster 3000\n")
-            sentinel = subprocess.Popen([program, configuration, "--sentinel"], stdin=subprocess.DEVNULL)
-            stack.callback(sentinel.wait)
-            stack.callback(sentinel.kill)
-        clients = [redis.Redis(port=port, protocol=2, retry=None) for port in ports]
-
-        def ready():
-            with contextlib.suppress(redis.RedisError):
-                return all(int(client.sentinel_master("mymaster")["num-other-sentinels"]) == 2
-                           and int(client.sentinel_master("mymaster")["num-slaves"]) == 1 for client in clients)
-        until(ready)
-        uri = "redis+sentinel://" + ",".join(f"127.0.0.1:{port}" for port in ports) + "/mymaster"
-        process = processes({**settings_for(master, mail_server), "redis_uri": uri}).started()
-        sender = Sender(200, [process.url], process.client.sign_up().key)
-        until(lambda: len(sender.answered) > 50)
-        # Replication is asynchronous: the master dies when the replica has all that was answered.
-        master.client.execute_command("CLIENT", "PAUSE", "60000", "WRITE")
-        until(lambda: replica.client.info("replication")["slave_repl_offset"]
-              == master.client.info("replication")["master_repl_offset"])
-        master.kill()
-        until(lambda: len(sender.answered) == 200, 60)
-        counted(mail_server, sender.answered)
-        assert replica.client.role()[0] in ("master", b"master")
+@pytest.mark.parametrize("arguments, code, words", [
+    (["send", "nobody", "--subject", "x"], 2, "TO must be an e-mail address"),
+    (["send", "a@example.com", "--subject", "x\ny"], 2, "--subject must be"),
+    (["send", "a@example.com", "--subject", "x", "--html", "missing.html"], 2, "missing.html cannot be read: No such file"),
+    (["send", "a@example.com", "--subject", "x", "--retries", "99"], 2, "--retries must be a whole number from 0 to 25"),
+    (["send", "a@example.com", "--subject", "x", "--account", "who"], 1, "there is no account who; `accounts` lists them"),
+    (["send", "a@example.com"], 2, "--subject"), (["retry", "none"], 1, "there is no dead letter none; `dead` lists them"),
+    (["accounts", "--add", "app@example.com"], 1, "registered already"), (["accounts", "--remove", "who"], 1, "not registered")])
+def test_what_a_command_cannot_do_is_said_with_what_to_do_next(operated, arguments, code, words):
+    command, client = operated
+    found, output, errors = command(*arguments, given="x")
+    assert found == code and words in errors and output == "" and recent(client) == ([], None)
 
 
-@pytest.mark.long
-def test_soak_20000_tasks_while_everything_is_killed_at_random_times(processes, mail_server, redis_with_file):
-    server = redis_with_file()
-    environment = settings_for(server, mail_server)
-    folder = pathlib.Path(server.folder)
-    process = processes(environment).started()
-    senders = [Sender(10_000, [process.url], process.client.sign_up().key, name) for name in ("a", "b")]
-    chance, kills = random.Random(1), collections.Counter()
-    while sum(len(sender.answered) for sender in senders) < 20_000 or min(kills.values(), default=0) < 5:
-        time.sleep(chance.uniform(0.5, 3))  # the pace of the faults
-        victim = chance.choice(["gomail", "redis", "smtp"])
-        kills[victim] += 1
-        if victim == "gomail":
-            process.kill()
-            process = processes(environment).started()
-            for sender in senders:
-                sender.urls = [process.url]
-        elif victim == "redis":
-            server.kill()
-            server.start()
-        else:
-            mail_server.stop()
-            mail_server.start()
-        assert sum(kills.values()) < 1000
-    answered = [recipient for sender in senders for recipient in sender.answered]
-    doubles = counted(mail_server, answered, 600)
-    print(f"\nanswered 2xx {len(answered)}, distinct mails {len({mail.recipient for mail in mail_server.mails})}, "
-          f"doubles {doubles}, kills {dict(kills)}, 503 and repeated {sum(len(sender.refused) for sender in senders)}")
-    assert doubles <= kills["gomail"] * 4 + kills["smtp"] * 4 + kills["redis"] * 4 and folder.exists()
+def test_an_empty_mail_is_not_sent_from_the_command_line(operated):
+    code, _, errors = operated[0]("send", "a@example.com", "--subject", "x", given="")
+    assert code == 2 and "standard input must be a string" in errors
 
 
-# --- 14. page ---------------------------------------------------------------------------------------------
+def test_accounts_are_listed_added_and_removed_from_the_command_line(operated):
+    command, client = operated
+    client.state(client.task(), "succeeded")
+    code, key, _ = command("accounts", "--add", "new@example.com")
+    assert code == 0
+    new = Client(client.address, key.strip())
+    assert recent(new) == ([], None)
+    rows = until(lambda: (found := json.loads(command("accounts", "--json")[1]))[0]["sent"] and found)
+    assert rows == [{"id": "app@example.com", "dead": 0, "contentTypes": 0, "sent": 1, "failed": 0},
+                    {"id": "new@example.com", "dead": 0, "contentTypes": 0, "sent": 0, "failed": 0}]
+    assert [line.split()[0] for line in command("accounts")[1].splitlines()] == ["app@example.com", "new@example.com"]
+    assert command("accounts", "--remove", "new@example.com")[0] == 0 and new("GET", "/task/recent")[0] == 401
+
+
+def test_stats_are_shown_once_to_a_program_and_live_at_a_terminal(operated, mail_server):
+    command, client = operated
+    client.state(client.task(), "succeeded")
+    found = json.loads(command("stats", "--json")[1])
+    assert [lane["lane"] for lane in found["lanes"]] == ["urgent", "normal", "bulk"] and found["jobs"]["successful"] == 1
+    code, output, _ = command("stats")
+    assert code == 0 and "normal  0" in output and "1 executed, 1 successful, 0 failed" in output and "\x1b" not in output
+    code, output = command.at_terminal("stats", until_seen=b"a second now.*a second now")
+    assert code == 0 and output.count("urgent") >= 3 and "Traceback" not in output
+    mail_server.stop()
+    client.task()
+    until(lambda: "paused: " in command("stats")[1])
+
+
+def test_colours_are_for_terminals_and_no_color_turns_them_off(operated, mail_server):
+    command, client = operated
+    mail_server.replies["user@example.com"] = ["550 \x1b[2Jcleared\x07"]
+    task_id = client.task()
+    client.state(task_id, "dead")
+    assert "\x1b[31mdead\x1b[0m" in command.at_terminal("status", task_id)[1]
+    for output in (command("status", task_id)[1], command.at_terminal("status", task_id, NO_COLOR="1")[1],
+                   command.at_terminal("status", task_id, TERM="dumb")[1]):
+        assert "\x1b" not in output and "dead" in output
+    # What a server writes into its answer is no command to the terminal.
+    assert "\x1b[2J" not in command.at_terminal("dead")[1] and "550 ?[2Jcleared?" in command.at_terminal("dead")[1]
+
+
+def test_what_takes_long_shows_at_a_terminal_how_far_it_has_come(operated, mail_server):
+    command, client = operated
+    mail_server.replies["user@example.com"] = ["550 no"] * 3
+    for _ in range(3):
+        client.state(client.task(), "dead")
+    code, output = command.at_terminal("delete", "--all")
+    assert code == 0 and f"[{'#' * 30}] 3 of 3" in output and "3 dead letters removed" in output
+    assert "[" not in "".join(command("delete", "--all")[1:])
+
+
+# --- 15. page ---------------------------------------------------------------------------------------------
 
 class Browser:
     """A headless Chromium of this machine; each open() is a tab of a new visitor, watched for complaints."""
@@ -3855,3 +3662,335 @@ def test_a_hostile_mail_is_shown_as_text_and_in_a_sandbox(services, browser, har
     assert tab.complaints and all("sandbox" in complaint.lower() or "content security policy" in complaint.lower()
                                   for complaint in tab.complaints)
     tab.complaints.clear()
+
+
+# --- faults -----------------------------------------------------------------------------------------------
+# Real processes are killed, real servers go away and come back; then the mails are counted: tasks that were
+# answered 2xx, distinct mails that arrived, and doubles.
+
+@pytest.fixture
+def redis_with_file():
+    """Starts Redis servers with an append-only file, which survive being killed."""
+    with contextlib.ExitStack() as stack:
+        def start(*options, **more):
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            server = RedisServer(folder, "--appendonly", "yes", *options, **more).start()
+            stack.callback(server.stop)
+            return server
+        yield start
+
+
+def settings_for(redis_server, mail_server, **more):
+    return {"redis_uri": redis_server.uri, "smtp_server": "127.0.0.1", "smtp_port": str(mail_server.port),
+            "retry_delay": "0.05", "log_file": "off", **more}
+
+
+class Sender(threading.Thread):
+    """An app that sends `number` messages, each to an address of its own, and repeats what was not answered 2xx.
+
+    The idempotency key makes repeating safe. `answered` are the recipients whose task was answered 2xx.
+    """
+
+    def __init__(self, number, urls, key, name="app"):
+        super().__init__(daemon=True)
+        self.number, self.urls, self.key, self.app, self.answered, self.refused = number, urls, key, name, [], []
+        self.start()
+
+    def run(self):
+        for number in range(self.number):
+            recipient = f"{self.app}-{number}@example.com"
+            task = {**MESSAGE, "payload": {**MESSAGE["payload"], "userId": recipient}}
+            while True:
+                client = Client(self.urls[number % len(self.urls)], self.key)
+                try:
+                    status, _, headers = client("POST", "/task/", task, Idempotency_Key=recipient)
+                except (OSError, http.client.HTTPException):
+                    time.sleep(0.02)
+                    continue
+                finally:
+                    client.connection.close()
+                if status == 200:
+                    self.answered.append(recipient)
+                    break
+                assert status == 503 and headers["Retry-After"] == "1", status
+                self.refused.append(recipient)
+                time.sleep(0.02)
+
+
+def counted(mail_server, answered, patience=120.0):
+    """Wait until every answered task's mail has arrived; return how many came twice."""
+    until(lambda: {mail.recipient for mail in list(mail_server.mails)} >= set(answered), patience)
+    recipients = [mail.recipient for mail in mail_server.mails]
+    return len(recipients) - len(set(recipients))
+
+
+def test_what_a_killed_process_had_in_flight_is_sent_by_another_one(processes, mail_server, redis_with_file):
+    held, released = threading.Event(), threading.Event()
+
+    async def hold(server, session, envelope):
+        while envelope.rcpt_tos == ["app-150@example.com"] and not released.is_set():
+            held.set()
+            await asyncio.sleep(0.01)
+        return await MailServer.handle_DATA(mail_server, server, session, envelope)
+    mail_server.handle_DATA = hold
+    environment = settings_for(redis_with_file(), mail_server)
+    first = processes(environment).started()
+    sender = Sender(400, [first.url], first.client.sign_up().key)
+    assert held.wait(PATIENCE)
+    until(lambda: len(sender.answered) > 200)
+    second = processes(environment).started()
+    sender.urls = [second.url]
+    first.kill()
+    released.set()
+    until(lambda: len(sender.answered) == 400)
+    doubles = counted(mail_server, sender.answered)
+    assert second.logged("reclaimed the tasks of a dead process")["tasks"] >= 1
+    assert doubles <= 4  # the workers of the lane: what each had between the server's 250 and the ack
+    until(lambda: second.client.get("/health/metrics")["Jobs Successful"] == 400)
+    assert second.client.get("/health/metrics")["Jobs Failed"] == 0
+
+
+def test_a_restart_under_load_loses_nothing_and_doubles_nothing(processes, mail_server, redis_with_file):
+    environment = settings_for(redis_with_file(), mail_server)
+    process = processes(environment).started()
+    sender = Sender(300, [process.url], process.client.sign_up().key)
+    for _ in range(2):
+        before = len(mail_server.mails)
+        until(lambda: len(mail_server.mails) > before + 50 or len(sender.answered) == 300)
+        assert process.stop() == 0
+        process = processes(environment).started()
+        sender.urls = [process.url]
+    until(lambda: len(sender.answered) == 300)
+    assert counted(mail_server, sender.answered) == 0
+    assert len(mail_server.mails) == 300
+
+
+@pytest.mark.parametrize("durability", ["everysec", "fsync"])
+def test_while_redis_is_killed_and_back_requests_are_503_at_once_and_no_answered_task_is_lost(
+        processes, mail_server, redis_with_file, durability):
+    server = redis_with_file("--appendfsync", "always" if durability == "fsync" else "everysec")
+    if durability == "fsync" and "valkey_version" not in server.client.info() and server.client.info()["redis_version"] < "7.2":
+        pytest.skip("this server has no WAITAOF")
+    process = processes(settings_for(server, mail_server, durability=durability)).started()
+    sender = Sender(300, [process.url], process.client.sign_up().key)
+    for _ in range(3):
+        before = len(sender.answered)
+        until(lambda: len(sender.answered) > min(before + 50, 299))
+        server.kill()
+        until(lambda: len(sender.refused) or len(sender.answered) == 300)
+        assert process.client.get("/health/ping") == {"message": "pong"}
+        server.start()
+    until(lambda: len(sender.answered) == 300)
+    counted(mail_server, sender.answered)
+    assert process.stop() == 0
+
+
+def test_connections_that_redis_cuts_are_made_anew_and_nothing_is_lost_or_doubled(processes, mail_server, redis_with_file):
+    server = redis_with_file()
+    process = processes(settings_for(server, mail_server)).started()
+    sender = Sender(300, [process.url], process.client.sign_up().key)
+    while len(sender.answered) < 300:
+        server.client.client_kill_filter(_type="normal", skipme=True)
+        time.sleep(0.05)  # the pace of the fault, not a wait for anything
+        assert sender.is_alive() or len(sender.answered) == 300
+    assert counted(mail_server, sender.answered) == 0
+    until(lambda: process.client.get("/health/metrics")["Total Jobs Executed"] == 300)
+
+
+def test_a_full_or_read_only_redis_is_503_and_later_all_is_as_before(processes, mail_server, redis_with_file):
+    server = redis_with_file()
+    process = processes(settings_for(server, mail_server)).started()
+    client = process.client.sign_up()
+    client.state(client.task(), "succeeded")
+    for fault, remedy in ((("CONFIG", "SET", "maxmemory", "1"), ("CONFIG", "SET", "maxmemory", "0")),
+                          (("REPLICAOF", "127.0.0.1", "1"), ("REPLICAOF", "NO", "ONE"))):
+        server.client.execute_command(*fault)
+        status, answer, headers = until(lambda: (got := client("POST", "/task/", MESSAGE))[0] != 200 and got)
+        assert status == 503 and headers["Retry-After"] == "1" and "Redis" in answer["error"]
+        server.client.execute_command(*remedy)
+        task_id = until(lambda: (got := client("POST", "/task/", MESSAGE))[0] == 200 and got[1]["id"])
+        client.state(task_id, "succeeded")
+
+
+def test_a_redis_that_may_lose_tasks_is_warned_about_and_cannot_promise_fsync(processes, redis_server):
+    process = processes({"redis_uri": redis_server.uri, "key_prefix": "warned:"}).started()
+    assert until(lambda: process.logged("the Redis keeps no append-only file"))["level"] == "WARNING"
+    code, _, errors = processes({"redis_uri": redis_server.uri, "durability": "fsync"}).result()
+    assert code == 1 and errors.startswith("gomail: durability: 'fsync'") and errors.count("\n") == 1
+
+
+def test_a_black_holed_or_rejecting_mail_server_costs_no_attempt(services, certificate):
+    # A socket whose backlog is full does not answer: what a firewall that drops packets looks like.
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as hole, contextlib.ExitStack() as stack:
+        port = hole.getsockname()[1]
+        for _ in range(4):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(("127.0.0.1", port))
+        service = services(smtp_server="127.0.0.1", smtp_port=port, smtp_timeout=0.2)
+        client = service.client.sign_up()
+        task_id = client.task(retries=0)
+        until(lambda: service.workers.gates["normal"].failures >= 2)
+        assert client.state(task_id, "queued")["attempts"] == 0
+    with contextlib.closing(MailServer(authenticator=Logins(), auth_required=True, tls_context=certificate)) as server:
+        server.start()
+        service = services(server, smtp_user="app", smtp_pass="wrong")
+        client = service.client.sign_up()
+        task_id = client.task(retries=0)
+        assert "535" in until(lambda: service.workers.gates["normal"].failures >= 2 and service.workers.gates["normal"].reason)
+        assert client.state(task_id, "queued")["attempts"] == 0
+
+
+def test_an_outage_of_the_mail_server_with_10000_tasks_waiting_loses_none_and_costs_no_attempt(services, mail_server):
+    service = services(mail_server, workers=4)
+    client = service.client.sign_up()
+    account = service.http.api.accounts.authenticate(client.key)
+    mail_server.stop()
+    client.task(userId="first@example.com")
+    until(lambda: service.workers.gates["normal"].reason)
+    for number in range(10_000):
+        service.queue.enqueue(account, [{**MESSAGE, "retries": 0, "payload": {**MESSAGE["payload"], "userId": f"{number}@example.com"}}])
+    mail_server.start()
+    until(lambda: len(mail_server.mails) > 2000)
+    mail_server.stop()
+    mail_server.start()
+    until(lambda: service.queue.counters()["executed"] == 10_001, 120)
+    assert service.queue.counters() == {"executed": 10_001, "successful": 10_001, "failed": 0}
+    assert len({mail.recipient for mail in mail_server.mails}) == 10_001
+
+
+def test_a_maildir_that_cannot_be_written_pauses_the_lane_until_it_can(services):
+    service = services()
+    client = service.client.sign_up()
+    service.transport.folder.rmdir() if service.transport.folder.exists() else None
+    service.transport.folder.write_text("a file where the folder should be")
+    task_id = client.task(retries=0)
+    until(lambda: "Maildir" in service.workers.gates["normal"].reason)
+    assert client.state(task_id, "queued")["attempts"] == 0
+    service.transport.folder.unlink()
+    service.transport.folder.mkdir()
+    assert client.state(task_id, "succeeded")["attempts"] == 1
+
+
+def with_clock_off_by(seconds):
+    """The program of a gomail whose own clock is wrong."""
+    return f"import sys, time; right = time.time; time.time = lambda: right() + {seconds}; import gomail; sys.exit(gomail.main())"
+
+
+def test_three_processes_with_different_clocks_send_each_newsletter_once(processes, mail_server, redis_with_file):
+    server = redis_with_file()
+    environment = settings_for(server, mail_server)
+    running = [processes(environment, code=with_clock_off_by(seconds)).started() for seconds in (-3600, 2, 3600)]
+    client = running[0].client.sign_up()
+    define(client)
+    recipients = [f"{number}@example.com" for number in range(300)]
+    for recipient in recipients:
+        client.task("subscribe", userId=recipient, content_type="news", frequency="@hourly")
+    until(lambda: server.client.zcard("gomail:schedule") == 300)
+    for _ in range(3):  # three boundaries, each made to come now
+        before = len(mail_server.mails)
+        moment = int(server.client.time()[0])
+        server.client.zadd("gomail:schedule", {place: moment for place in server.client.zrange("gomail:schedule", 0, -1)}, xx=True)
+        until(lambda: len(mail_server.mails) >= before + 300)
+        until(lambda: not server.client.zrange("gomail:schedule", 0, moment + 1, byscore=True))
+    until(lambda: client.get("/health/metrics")["Total Jobs Executed"] == 300 + 900)
+    assert collections.Counter(mail.recipient for mail in mail_server.mails) == dict.fromkeys(recipients, 3)
+
+
+def test_100000_subscriptions_due_at_once_are_queued_and_an_otp_overtakes_them(services, mail_server):
+    service = services(mail_server)
+    client = service.client.sign_up()
+    define(client)
+    account = service.http.api.accounts.authenticate(client.key).name
+    key, now = service.store.key, int(service.store.time())
+    service.workers.gates["bulk"].close("for the test")
+    service.workers.gates["bulk"].transport = gomail.Outbox(os.devnull)  # a probe that never succeeds
+    for start in range(0, 100_000, 5000):
+        with service.store.redis.pipeline(transaction=False) as pipeline:
+            addresses = [f"{number}@example.com" for number in range(start, start + 5000)]
+            pipeline.hset(key("subscribers", "news", account), mapping={address: json.dumps(
+                {"userId": address, "frequency": "@daily", "retries": 0, "created": 0}) for address in addresses})
+            pipeline.zadd(key("schedule"), {json.dumps([account, "news", address]): now for address in addresses})
+            pipeline.execute()
+    client.state(client.task("generateOtp", userId="during@example.com"), "succeeded")
+    until(lambda: service.queue.depths()["bulk"] >= 100_000 - 2, 120)
+    assert service.store.redis.zcount(key("schedule"), "-inf", now) == 0
+    service.workers.gates["bulk"].transport, service.workers.gates["bulk"].reason = service.transport, ""
+    until(lambda: len(mail_server.mails) > 100)
+    client.state(client.task("generateOtp", userId="otp@example.com"), "succeeded")
+    assert service.queue.depths()["bulk"] > 90_000
+    assert len(mail_server.to("otp@example.com")) == 1
+    service.store.redis.delete(key("lane", "bulk"))
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
+def test_behind_sentinels_a_new_master_is_found_when_the_old_one_dies(processes, mail_server, redis_with_file):
+    master, replica = redis_with_file(port=free_port()), redis_with_file(port=free_port())
+    replica.client.replicaof("127.0.0.1", master.port)
+    until(lambda: replica.client.info("replication")["master_link_status"] == "up")
+    program = os.environ.get("GOMAIL_TEST_SERVER") or gomail.EmbeddedServer.program()
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        ports = [free_port() for _ in range(3)]
+        for port in ports:
+            configuration = pathlib.Path(folder, f"{port}.conf")
+            configuration.write_text(
+                f"port {port}\nbind 127.0.0.1\ndir {folder}\nlogfile {folder}/{port}.log\n"
+                f"sentinel monitor mymaster 127.0.0.1 {master.port} 2\nsentinel down-after-milliseconds mymaster 500\n"
+                "sentinel failover-timeout mymaster 3000\n")
+            sentinel = subprocess.Popen([program, configuration, "--sentinel"], stdin=subprocess.DEVNULL)
+            stack.callback(sentinel.wait)
+            stack.callback(sentinel.kill)
+        clients = [redis.Redis(port=port, protocol=2, retry=None) for port in ports]
+
+        def ready():
+            with contextlib.suppress(redis.RedisError):
+                return all(int(client.sentinel_master("mymaster")["num-other-sentinels"]) == 2
+                           and int(client.sentinel_master("mymaster")["num-slaves"]) == 1 for client in clients)
+        until(ready)
+        uri = "redis+sentinel://" + ",".join(f"127.0.0.1:{port}" for port in ports) + "/mymaster"
+        process = processes({**settings_for(master, mail_server), "redis_uri": uri}).started()
+        sender = Sender(200, [process.url], process.client.sign_up().key)
+        until(lambda: len(sender.answered) > 50)
+        # Replication is asynchronous: the master dies when the replica has all that was answered.
+        master.client.execute_command("CLIENT", "PAUSE", "60000", "WRITE")
+        until(lambda: replica.client.info("replication")["slave_repl_offset"]
+              == master.client.info("replication")["master_repl_offset"])
+        master.kill()
+        until(lambda: len(sender.answered) == 200, 60)
+        counted(mail_server, sender.answered)
+        assert replica.client.role()[0] in ("master", b"master")
+
+
+@pytest.mark.long
+def test_soak_20000_tasks_while_everything_is_killed_at_random_times(processes, mail_server, redis_with_file):
+    server = redis_with_file()
+    environment = settings_for(server, mail_server)
+    folder = pathlib.Path(server.folder)
+    process = processes(environment).started()
+    senders = [Sender(10_000, [process.url], process.client.sign_up().key, name) for name in ("a", "b")]
+    chance, kills = random.Random(1), collections.Counter()
+    while sum(len(sender.answered) for sender in senders) < 20_000 or min(kills.values(), default=0) < 5:
+        time.sleep(chance.uniform(0.5, 3))  # the pace of the faults
+        victim = chance.choice(["gomail", "redis", "smtp"])
+        kills[victim] += 1
+        if victim == "gomail":
+            process.kill()
+            process = processes(environment).started()
+            for sender in senders:
+                sender.urls = [process.url]
+        elif victim == "redis":
+            server.kill()
+            server.start()
+        else:
+            mail_server.stop()
+            mail_server.start()
+        assert sum(kills.values()) < 1000
+    answered = [recipient for sender in senders for recipient in sender.answered]
+    doubles = counted(mail_server, answered, 600)
+    print(f"\nanswered 2xx {len(answered)}, distinct mails {len({mail.recipient for mail in mail_server.mails})}, "
+          f"doubles {doubles}, kills {dict(kills)}, 503 and repeated {sum(len(sender.refused) for sender in senders)}")
+    assert doubles <= kills["gomail"] * 4 + kills["smtp"] * 4 + kills["redis"] * 4 and folder.exists()
