@@ -5140,12 +5140,15 @@ function newsletters() {
 }
 
 function content(name) {
-  const subject = h("input", {name: "subject", required: true, maxlength: 998});
-  const text = h("textarea", {name: "content", required: true});
+  // Nobody types into what is about to be filled in.
+  const subject = h("input", {name: "subject", required: true, maxlength: 998, disabled: !!name});
+  const text = h("textarea", {name: "content", required: true, disabled: !!name});
   const preview = h("iframe", {sandbox: "", title: "How it looks, as saved"}), side = h("div");
   const load = async () => {
     const found = await api("GET", `/task/subscriptionContent/${part(name)}`);
-    [subject.value, text.value, preview.src] = [found.subject, found.content, found.view];
+    if (subject.disabled) [subject.value, text.value] = [found.subject, found.content];
+    subject.disabled = text.disabled = false;
+    preview.src = found.view;
     fill(side, found.subscribers, () => h("p", {class: "muted"}, count(found.subscribers, "subscriber", "subscribers")));
   };
   const save = form(async values => {
