@@ -3202,6 +3202,40 @@ def test_what_takes_long_shows_at_a_terminal_how_far_it_has_come(operated, mail_
     assert "[" not in "".join(command("delete", "--all")[1:])
 
 
+def blocks(heading, language):
+    """The blocks of code in a language below a heading of the README."""
+    section = re.search(rf"^## {heading}\n(.*?)^## ", (HERE / "README.md").read_text(), re.MULTILINE | re.DOTALL)[1]
+    return re.findall(rf"^```{language}\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+
+
+def test_the_first_two_minutes_of_the_readme_go_as_it_says(processes):
+    process = processes().started()
+    _, lines = blocks("Two-minute start", "sh")
+    run = subprocess.run(["sh", "-eu"], input=lines.replace("http://127.0.0.1:8080", process.url), cwd=process.folder, text=True,
+                         capture_output=True, timeout=PATIENCE)
+    answers = [json.loads(line) for line in run.stdout.splitlines()]
+    assert run.returncode == 0 and all(answer.get("status", True) is True for answer in answers), run
+    assert {"type": "otp verification", "verified": True} in answers and answers[-2]["Jobs Failed"] == 0
+    assert len(list((process.folder / "gomail-data" / "outbox" / "new").iterdir())) == 2
+
+
+RECIPES = {"sh": ["sh", "-eu", "-c"], "python": [sys.executable, "-c"], "js": ["node", "-e"]}
+
+
+@pytest.mark.parametrize("language", RECIPES)
+def test_the_recipes_of_the_readme_work(language, service, client, mail_server):
+    found = blocks("Recipes", language)
+    for number, code in enumerate(found):
+        if not shutil.which(RECIPES[language][0]):
+            pytest.skip(f"no {RECIPES[language][0]} to try the recipe with")
+        run = subprocess.run([*RECIPES[language], code], capture_output=True, text=True, timeout=PATIENCE, env={
+            "PATH": os.environ["PATH"], "GOMAIL_URL": service.http.url, "GOMAIL_KEY": client.key})
+        assert run.returncode == 0 and run.stdout, (number, run)
+    assert found and len(recent(client)[0]) == {"sh": 3, "python": 2, "js": 1}[language]
+    for task_id in recent(client)[0]:
+        client.state(task_id, "succeeded")
+
+
 # --- 15. page ---------------------------------------------------------------------------------------------
 
 class Browser:
