@@ -659,7 +659,7 @@ class Refused(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Account:
-    """A caller: the account's name and the id of the API key it came with. The admin has none: all accounts are meant."""
+    """A caller: the account's name and the id of the API key it came with. The admin's name is "": all are meant."""
 
     name: str
     key_id: str
@@ -1755,7 +1755,7 @@ class Queue:
         return bool(self._revive(keys=[self.store.prefix], args=[task_id, account, "remove" if remove else "retry"]))
 
     def revive_all(self, account="", remove=False, progress=lambda count: None):
-        """Queue all dead letters again, or remove them; returns how many. Tells `progress` now and then how many so far."""
+        """Queue all dead letters again, or remove them; returns how many. `progress` hears how many so far."""
         key, count, before = self._letters(account), 0, self.store.time() * 1000
         # Letters that die again meanwhile have a later time, so that this ends.
         while ids := self.store.redis.zrangebyscore(key, "-inf", before, start=0, num=self.BATCH):
@@ -1932,7 +1932,8 @@ class Stats:
         minutes = range(now - self.MINUTES + 1, now + 1)
         with self.store.redis.pipeline(transaction=False) as pipeline:
             for minute in minutes:
-                pipeline.hmget(self.store.key("history", str(minute)), [json.dumps((event, account)) for event in events])
+                pipeline.hmget(self.store.key("history", str(minute)),
+                               [json.dumps((event, account)) for event in events])
             found = pipeline.execute()
         return [{"time": timestamp(minute * 60_000_000), **{event: int(float(amount or 0))
                                                            for event, amount in zip(events, amounts)}}
@@ -2742,7 +2743,7 @@ class Newsletters:
         return {"content_type": content_type, **json.loads(body), "subscribers": subscribers}
 
     def read_all(self, account=""):
-        """All content types of an account, as read() returns them, by name; or, with their "account", of all accounts."""
+        """All content types of an account, as read() returns them, by name; or of all, with their "account"."""
         found = []
         for name in [account] if account else self.accounts.names():
             for content_type, body in sorted(self.store.redis.hgetall(self.store.key("content", name)).items()):
@@ -3338,8 +3339,8 @@ ROUTES = (
           answer={**PAGE_ANSWER, "suppressions": list}),
     Route("POST", "/suppressions", "suppress", "key", RECIPIENT, answer=DONE),
     Route("DELETE", "/suppressions", "unsuppress", "key", RECIPIENT, answer=DONE, refuses=(404,)),
-    Route("GET", "/lanes", "list_lanes", "all", answer={"status": bool, "lanes": list, "processes": int, "retrying": int,
-                                                        "dead": int, "mail_to": str, "outbox": bool}),
+    Route("GET", "/lanes", "list_lanes", "all", answer={
+        "status": bool, "lanes": list, "processes": int, "retrying": int, "dead": int, "mail_to": str, "outbox": bool}),
     Route("POST", "/lanes/{lane}/resume", "resume_lane", "all", answer=DONE, refuses=(404,)),
     Route("GET", "/history", "read_history", "all", answer={"status": bool, "minutes": list}),
     Route("GET", "/outbox", "list_outbox", "all", query=PAGING,
@@ -3427,8 +3428,9 @@ class Api:
             self.require_admin(request)
         if route.body:
             request.body = route.body(request.body)
-        request.query = {name: check(int(text) if isinstance(check, Whole) and re.fullmatch("[0-9]{1,10}", text) else text,
-                                     name) for name, check in route.query.items() if (text := request.query.get(name))}
+        request.query = {name: check(int(text) if isinstance(check, Whole) and re.fullmatch("[0-9]{1,10}", text)
+                                     else text, name)
+                         for name, check in route.query.items() if (text := request.query.get(name))}
         return getattr(self, route.handler)(request)
 
     def caller(self, request, route):
@@ -3657,7 +3659,8 @@ class Api:
     def read_outbox(self, request):
         source, message = self.mail(request.path["id"], request.account.name)
         plain, text = message.get_body(("plain",)), html_of(message)
-        return {"status": True, "id": request.path["id"], "headers": [[name, str(value)] for name, value in message.items()],
+        return {"status": True, "id": request.path["id"],
+                "headers": [[name, str(value)] for name, value in message.items()],
                 "text": plain and plain.get_content(), "html": text, "source": source.decode(errors="replace"),
                 "view": None if text is None else self.viewing(mail=request.path["id"], account=request.account.name),
                 "attachments": [{"filename": part.get_filename(), "content_type": part.get_content_type(),
@@ -4477,8 +4480,8 @@ class Operator:
         if not settings.redis_uri:
             server = EmbeddedServer(settings.data_dir)
             if not server.answers():
-                raise StartError(f"data_dir: no gomail is running on {str(server.folder)!r}; start it, or call this where "
-                                 "it runs")
+                raise StartError(f"data_dir: no gomail is running on {str(server.folder)!r}; start it, or call this "
+                                 "where it runs")
         self.store, self.terminal = open_store(settings, server), terminal
         self.queue, self.stats_ = Queue(self.store, settings, "operator"), Stats(self.store)
         self.accounts_ = Accounts(self.store, settings.jwt_secret, settings.jwt_secret_previous, settings.api_key_ttl)
@@ -4488,7 +4491,8 @@ class Operator:
         account = self.accounts_.find(options.account)
         if account is None:
             if options.account != self.ACCOUNT:
-                self.terminal.say(f"there is no account {options.account}; `accounts` lists them, `accounts --add` makes one")
+                self.terminal.say(f"there is no account {options.account}; `accounts` lists them, and `accounts --add` "
+                                  "makes one")
                 return 1
             with contextlib.suppress(Refused):  # another `send` made it just now
                 self.accounts_.sign_up(self.ACCOUNT)
@@ -4534,8 +4538,8 @@ class Operator:
         for name, value in found.items():
             if value is not None:
                 print(f"{paint(name.ljust(9), 'grey')}  {paint(value, self.terminal.TONES.get(value))}")
-        rows = [[step["time"], step["event"], f"{step['seconds']} s" if "seconds" in step else "", step.get("error") or ""]
-                for step in story]
+        rows = [[step["time"], step["event"], f"{step['seconds']} s" if "seconds" in step else "",
+                 step.get("error") or ""] for step in story]
         print("\n".join(["", *self.terminal.table(["when", "what", "took", "why"], rows)]))
 
     def dead(self, options):
@@ -4544,7 +4548,8 @@ class Operator:
         if self.terminal.as_json:
             self.terminal.json({"total": total, "tasks": letters})
             return 0
-        rows = [[found[name] or "" for name in ("id", "finished", "account", "type", "userId", "error")] for found in letters]
+        rows = [[found[name] or "" for name in ("id", "finished", "account", "type", "userId", "error")]
+                for found in letters]
         for line in self.terminal.table(["id", "ended", "account", "type", "recipient", "error"], rows):
             print(line)
         self.terminal.say(f"{len(letters)} of {total} dead letters" + "; `retry ID` or `retry --all` queues them again"
@@ -4589,7 +4594,8 @@ class Operator:
             if lines:
                 print(f"\x1b[{len(lines)}F\x1b[J", end="")
             moment = time.monotonic()
-            rate = "" if before is None else f"; {(now['jobs']['executed'] - before[1]) / (moment - before[0]):.0f} a second now"
+            rate = "" if before is None else (
+                f"; {(now['jobs']['executed'] - before[1]) / (moment - before[0]):.0f} a second now")
             before, lines = (moment, now["jobs"]["executed"]), self.stats_lines(now, rate)
             print("\n".join(lines), flush=True)
             if not self.terminal.live:
@@ -4606,7 +4612,8 @@ class Operator:
                 f"{now['queued']['retrying']} wait for a retry or their time, {now['queued']['dead']} dead letters",
                 f"jobs: {now['jobs']['executed']} executed, {now['jobs']['successful']} successful, "
                 f"{now['jobs']['failed']} failed{rate}",
-                f"mails of the last hour: {sums['sent']} sent, {sums['failed']} failed, {sums['retried']} to be repeated",
+                f"mails of the last hour: {sums['sent']} sent, {sums['failed']} given up, "
+                f"{sums['retried']} attempts to be repeated",
                 self.terminal.bars([minute["sent"] + minute["failed"] for minute in now["minutes"]])]
 
     def accounts(self, options):
@@ -4665,8 +4672,10 @@ def command_line():
     content.add_argument("--html", metavar="FILE", help="the content, HTML; - is standard input")
     content.add_argument("--text", metavar="FILE", help="the content, plain text; - is standard input")
     send.add_argument("--retries", type=int, default=3, metavar="N", help="0 to 25, by default 3")
-    send.add_argument("--account", default=Operator.ACCOUNT, metavar="NAME", help="whose task it is, by default %(default)s")
-    send.add_argument("--wait", action="store_true", help="wait until it is sent, and show it; exit code 1 if it is not")
+    send.add_argument("--account", default=Operator.ACCOUNT, metavar="NAME",
+                      help="whose task it is, by default %(default)s")
+    send.add_argument("--wait", action="store_true",
+                      help="wait until it is sent, and show it; exit code 1 if it is not")
     command("status", "show a task and what happened to it").add_argument("id", metavar="ID")
     dead = command("dead", "list the dead letters, newest first")
     dead.add_argument("--offset", type=int, default=0, metavar="N", help="how many to pass over")
@@ -4730,35 +4739,40 @@ h1 { font-size: 1.5rem; margin: 0 0 1rem; } h1:focus { outline: none; }
 h2 { font-size: 1.1rem; margin: 0 0 .6rem; }
 p { margin: .4rem 0; }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
-.skip { position: absolute; left: -999px; } .skip:focus { left: .5rem; top: .5rem; background: var(--panel); padding: .5rem; }
-header { background: var(--panel); border-bottom: 1px solid var(--line); padding: .5rem 1rem; display: flex; flex-wrap: wrap;
-  gap: .4rem 1.2rem; align-items: center; }
+.skip { position: absolute; left: -999px; background: var(--panel); padding: .5rem; }
+.skip:focus { left: .5rem; top: .5rem; }
+header { background: var(--panel); border-bottom: 1px solid var(--line); display: flex; flex-wrap: wrap;
+  gap: .4rem 1.2rem; align-items: center; padding: .5rem max(1rem, calc((100% - 73rem) / 2)); }
 header strong { font-size: 1.15rem; }
 nav { display: flex; flex-wrap: wrap; gap: .1rem .3rem; }
 nav a { padding: .35rem .6rem; border-radius: 6px; text-decoration: none; color: var(--text); }
 nav a[aria-current] { background: var(--accent); color: var(--on-accent); }
 .who { margin-left: auto; display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; overflow-wrap: anywhere; }
-main { max-width: 75rem; margin: 0 auto; padding: 1rem; }
-section, .card { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; padding: 1rem; margin-bottom: 1rem;
-  min-width: 0; }
+main { max-width: 75rem; margin: 0 auto; padding: 1rem; } main:focus { outline: none; }
+section, .card { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; padding: 1rem;
+  margin-bottom: 1rem; min-width: 0; }
 .row { display: flex; flex-wrap: wrap; gap: .6rem; align-items: end; margin-bottom: .8rem; }
-.row h2, .row h1 { margin: 0 auto 0 0; }
-.lanes { display: grid; grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr)); gap: 1rem; list-style: none; padding: 0;
-  margin: 0 0 1rem; }
-.lanes .card { margin: 0; }
+.row h2, .row p { margin: 0 auto 0 0; } .apart { margin-left: 2rem; }
+.notice { border-left: .4rem solid var(--warn); } section > :last-child, .card > :last-child { margin-bottom: 0; }
+.lanes { display: grid; grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr)); gap: 1rem; align-items: start;
+  list-style: none; padding: 0; margin: 0 0 1rem; }
+.lanes .card { margin: 0; } .lanes .stopped { border: 2px solid var(--bad); }
 .lanes h2 { display: flex; justify-content: space-between; gap: .5rem; align-items: center; }
 .number { font-size: 1.7rem; font-variant-numeric: tabular-nums; line-height: 1.2; }
 .muted { color: var(--muted); font-size: .9rem; }
 .badge { border: 1px solid currentColor; border-radius: 99px; padding: 0 .6rem; font-size: .85rem; font-weight: 600;
   white-space: nowrap; color: var(--muted); }
 .good { color: var(--good); } .bad { color: var(--bad); } .warn { color: var(--warn); }
-button, input, select, textarea { font: inherit; color: inherit; background: var(--panel); border: 1px solid var(--muted);
-  border-radius: 6px; padding: .35rem .7rem; min-height: 2.2rem; max-width: 100%; }
-button { cursor: pointer; } button.main { background: var(--accent); color: var(--on-accent); border-color: var(--accent); }
+button, input, select, textarea { font: inherit; color: inherit; background: var(--panel);
+  border: 1px solid var(--muted); border-radius: 6px; padding: .35rem .7rem; height: 2.4rem; max-width: 100%; }
+::placeholder { color: var(--muted); opacity: 1; }
+button { cursor: pointer; white-space: nowrap; }
+button.main { background: var(--accent); color: var(--on-accent); border-color: var(--accent); }
 button.bad { border-color: var(--bad); } button:disabled { opacity: .6; cursor: not-allowed; }
-label { display: block; font-size: .9rem; color: var(--muted); }
-label input, label textarea, label select { display: block; color: var(--text); width: 100%; font-size: 1rem; }
-textarea { font-family: ui-monospace, monospace; min-height: 14rem; }
+label { display: grid; gap: .3rem; font-size: .9rem; color: var(--muted); }
+label input, label textarea, label select { color: var(--text); width: 100%; font-size: 1rem; }
+input[type=search] { min-width: 16rem; }
+textarea { font-family: ui-monospace, monospace; height: 14rem; resize: vertical; }
 form.tall label { margin-bottom: .7rem; }
 .narrow { max-width: 30rem; margin: 2rem auto; }
 table { border-collapse: collapse; width: 100%; }
@@ -4766,27 +4780,31 @@ th, td { text-align: left; padding: .4rem .8rem .4rem 0; border-bottom: 1px soli
 td.long { overflow-wrap: anywhere; min-width: 8rem; } td.address { overflow-wrap: anywhere; min-width: 11rem; }
 th { font-size: .85rem; color: var(--muted); font-weight: 600; }
 td.number-cell { font-variant-numeric: tabular-nums; white-space: nowrap; }
-td .row { margin: 0; gap: .4rem; }
+td .row { margin: 0; gap: .4rem; flex-wrap: nowrap; } td.actions { width: 1%; } tr:last-child td { border-bottom: 0; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1.2rem; margin: 0; overflow-wrap: anywhere; }
 dt { color: var(--muted); } dd { margin: 0; }
 ol.story { margin: 0; padding-left: 1.2rem; } ol.story li { margin-bottom: .5rem; overflow-wrap: anywhere; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .5rem 0; font-size: .9rem; }
-iframe { width: 100%; height: 26rem; border: 1px solid var(--line); border-radius: 6px; background: #fff; resize: vertical; }
+iframe { width: 100%; height: 16rem; border: 1px solid var(--line); border-radius: 6px; background: #fff;
+  resize: vertical; }
 svg { width: 100%; height: 7rem; display: block; }
 svg .sent { fill: var(--sent); } svg .failed { fill: var(--bad); } svg .axis { stroke: var(--line); }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; }
 .legend i { display: inline-block; width: .8rem; height: .8rem; border-radius: 2px; margin-right: .4rem; }
 .legend .sent { background: var(--sent); } .legend .failed { background: var(--bad); }
 summary { cursor: pointer; padding: .3rem 0; }
-#alert { border: 2px solid var(--bad); } #status { min-height: 1.5rem; margin: 0 0 .4rem; }
+#alert { border: 2px solid var(--bad); } #status { margin: 0 0 .6rem; } #status:empty { margin: 0; }
 @media (max-width: 720px) {
-  main { padding: .7rem; } .who { margin-left: 0; }
+  main { padding: .7rem; } .who { flex: 1; flex-wrap: nowrap; justify-content: end; min-width: 0; }
+  nav { order: 1; flex-wrap: nowrap; overflow-x: auto; width: 100%; } nav a { white-space: nowrap; }
   table, tbody, tr, td { display: block; } thead { position: absolute; left: -9999px; }
   tr { border-bottom: 1px solid var(--line); padding: .5rem 0; }
-  td { border: 0; padding: .1rem 0; display: grid; grid-template-columns: 7rem 1fr; gap: .5rem; }
-  td.number-cell { white-space: normal; } td.long, td.address { min-width: 0; }
+  tr:last-child { border: 0; }
+  td { border: 0; padding: .1rem 0; display: grid; grid-template-columns: 5.5rem 1fr; gap: .5rem;
+    align-items: baseline; }
+  td.number-cell { white-space: normal; } td.long, td.address { min-width: 0; } td.actions { width: auto; }
   td::before { content: attr(data-label); color: var(--muted); font-size: .9rem; }
-  td:empty { display: none; }
+  td:empty, td.wide { display: none; } td > .badge, td > button { justify-self: start; }
 }
 </style>
 </head>
@@ -4796,7 +4814,9 @@ summary { cursor: pointer; padding: .3rem 0; }
 <main id="main" tabindex="-1">
 <p id="status" role="status"></p>
 <p id="alert" class="card" role="alert" hidden></p>
-<div id="view"><noscript>This page needs JavaScript. All it shows is in the JSON routes, see /openapi.json.</noscript></div>
+<div id="notice"></div>
+<div id="view">
+<noscript>This page needs JavaScript. All it shows is in the JSON routes, see /openapi.json.</noscript></div>
 </main>
 <script nonce="NONCE">
 "use strict";
@@ -4809,18 +4829,20 @@ function h(tag, properties = {}, ...children) {
   const node = document.createElement(tag);
   for (const [name, value] of Object.entries(properties)) {
     if (typeof value === "function") node.addEventListener(name, value);
-    else if (value !== null && value !== undefined && value !== false) node.setAttribute(name, value === true ? "" : value);
+    else if (value !== null && value !== undefined && value !== false)
+      node.setAttribute(name, value === true ? "" : value);
   }
   node.append(...children.flat(Infinity).filter(child => child !== null && child !== undefined && child !== false));
   return node;
 }
 
 function button(text, action, style = null, label = null) {
-  return h("button", {type: "button", class: style, "aria-label": label, "data-key": label || text, click: async event => {
-    const pressed = event.currentTarget;
-    pressed.disabled = true;
-    try { await attempt(action); } finally { pressed.disabled = false; }
-  }}, text);
+  return h("button", {type: "button", class: style, "aria-label": label, "data-key": label || text,
+    click: async event => {
+      const pressed = event.currentTarget;
+      pressed.disabled = true;
+      try { await attempt(action); } finally { pressed.disabled = false; }
+    }}, text);
 }
 
 function field(label, input) {
@@ -4860,11 +4882,12 @@ function fill(place, data, make) {
   if (focused) [...place.querySelectorAll("[data-key]")].find(node => node.dataset.key === focused)?.focus();
 }
 
-function when(moment) {
+function when(moment, whole = false) {
   if (!moment) return "";
   const date = new Date(moment), today = date.toDateString() === new Date().toDateString();
-  return h("time", {datetime: moment, title: moment}, today ? date.toLocaleTimeString()
-    : date.toLocaleString([], {dateStyle: "medium", timeStyle: "short"}));
+  const day = today && !whole ? {} : {year: "numeric", month: "short", day: "numeric"};
+  return h("time", {datetime: moment, title: moment}, date.toLocaleString([], {
+    ...day, hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23"}));
 }
 
 function span(seconds) {
@@ -4880,7 +4903,7 @@ function count(number, one, many) {
 
 // --- the service
 
-let me = {account: null}, account = "", outbox = false;
+let me = {account: null}, account = "", lanes = {lanes: [], outbox: false, dead: 0};
 
 async function api(method, path, body, query = {}) {
   const url = new URL(path, location.origin);
@@ -4888,8 +4911,8 @@ async function api(method, path, body, query = {}) {
   for (const [name, value] of Object.entries(query)) if (value !== "") url.searchParams.set(name, value);
   let answer, found;
   try {
-    answer = await fetch(url, {method, cache: "no-store", body: body === undefined ? undefined : JSON.stringify(body), headers: {
-      "X-Requested-With": "GoMail", ...(body === undefined ? {} : {"Content-Type": "application/json"})}});
+    answer = await fetch(url, {method, cache: "no-store", body: body && JSON.stringify(body), headers: {
+      "X-Requested-With": "GoMail", ...(body && {"Content-Type": "application/json"})}});
     found = await answer.json();
   } catch {
     throw new Error("GoMail does not answer. Is it running?");
@@ -4926,18 +4949,16 @@ async function attempt(action) {
 
 // --- the views: each returns its title, its nodes, and how to fill them with what the service knows now
 
-const STATES = {queued: ["queued", ""], scheduled: ["scheduled", ""], running: ["running", "warn"],
-  retrying: ["retrying", "warn"], succeeded: ["succeeded", "good"], dead: ["dead", "bad"], suppressed: ["suppressed", "warn"],
-  cancelled: ["cancelled", ""]};
+const STATES = {queued: "", scheduled: "", running: "warn", retrying: "warn", succeeded: "good", dead: "bad",
+  suppressed: "warn", cancelled: ""};
 const EVENTS = {accepted: "Accepted", running: "In work", retrying: "Attempt failed, to be retried",
   dropped: "Connection lost, not counted as an attempt", returned: "Put back, not counted as an attempt",
   orphaned: "Its process died", dead: "Given up: a dead letter", revived: "Queued again", succeeded: "Succeeded",
   cancelled: "Cancelled", suppressed: "Suppressed"};
-const LANES = {urgent: "OTPs, subscribing, unsubscribing", normal: "Messages", bulk: "Newsletters"};
+const LANES = {urgent: "OTPs, subscribing and unsubscribing", normal: "messages", bulk: "newsletters"};
 
 function badge(state) {
-  const [text, style] = STATES[state] || [state, ""];
-  return h("span", {class: `badge ${style}`}, text);
+  return h("span", {class: `badge ${STATES[state] || ""}`}, state);
 }
 
 function accountColumn() {
@@ -4947,10 +4968,10 @@ function accountColumn() {
 const TASK_COLUMNS = () => [
   {name: "Accepted", value: row => when(row.created), style: "number-cell"},
   {name: "Task", value: row => h("a", {href: `#/tasks/${part(row.id)}`, "data-key": row.id}, row.task), style: "long"},
-  {name: "Type", value: row => row.type}, ...accountColumn(),
+  {name: "Type", value: row => row.type, style: "wide"}, ...accountColumn(),
   {name: "Recipient", value: row => row.userId, style: "address"},
   {name: "State", value: row => badge(row.state)},
-  {name: "Attempts", value: row => `${row.attempts} of ${row.retries + 1}`, style: "number-cell"},
+  {name: "Attempts", value: row => `${row.attempts} of ${row.retries + 1}`, style: "number-cell wide"},
   {name: "Error", value: row => row.error || "", style: "long"}];
 
 function chart(minutes) {
@@ -4965,6 +4986,7 @@ function chart(minutes) {
   const most = Math.max(1, ...minutes.map(minute => minute.sent + minute.failed));
   const words = `${count(sum("sent"), "mail", "mails")} sent, ${sum("failed").toLocaleString()} failed, `
     + `${count(sum("retried"), "attempt", "attempts")} to be repeated`;
+  if (!sum("sent") && !sum("failed")) return h("p", {class: "muted"}, `No mail was sent in the last hour.`);
   svg.setAttribute("viewBox", "0 0 600 100");
   svg.setAttribute("preserveAspectRatio", "none");
   svg.setAttribute("role", "img");
@@ -4975,54 +4997,60 @@ function chart(minutes) {
     for (const name of ["sent", "failed"]) {
       const height = minute[name] && Math.max(2, minute[name] / most * 97);
       top -= height;
-      if (height) draw("rect", {x: number * 10 + 1, y: Math.max(0, top), width: 8, height, class: name})
-        .append(Object.assign(document.createElementNS(NS, "title"), {
+      if (height) draw("rect", {
+        x: number * 10 + 1, y: Math.max(0, top), width: 8, height: Math.max(1, height - 1.5), class: name
+      }).append(Object.assign(document.createElementNS(NS, "title"), {
           textContent: `${new Date(minute.time).toLocaleTimeString()}: ${minute[name]} ${name}`}));
     }
   });
-  return [svg, h("p", {class: "legend muted"}, h("span", {}, h("i", {class: "sent"}), `${sum("sent").toLocaleString()} sent`),
-    h("span", {}, h("i", {class: "failed"}), `${sum("failed").toLocaleString()} failed`),
-    h("span", {}, `${sum("retried").toLocaleString()} to be repeated`),
-    h("span", {}, `60 minutes, now at the right; at most ${most.toLocaleString()} in one`))];
+  return [svg, h("p", {class: "legend muted"},
+    h("span", {}, h("i", {class: "sent"}), `${sum("sent").toLocaleString()} sent`),
+    h("span", {}, h("i", {class: "failed"}), `${sum("failed").toLocaleString()} given up`),
+    h("span", {}, `${count(sum("retried"), "attempt", "attempts")} to be repeated (not in the chart)`),
+    h("span", {}, `at most ${most.toLocaleString()} a minute; now is at the right`))];
 }
 
 function laneCard(lane) {
-  return h("li", {class: "card"},
-    h("h2", {}, lane.lane, lane.paused ? h("span", {class: "badge bad"}, "paused") : h("span", {class: "badge good"}, "running")),
+  return h("li", {class: lane.paused ? "card stopped" : "card"},
+    h("h2", {}, lane.lane, h("span", {class: `badge ${lane.paused ? "bad" : "good"}`}, lane.paused ? "paused" : "running")),
     h("p", {class: "muted"}, LANES[lane.lane]),
     h("p", {}, h("span", {class: "number"}, lane.queued.toLocaleString()), " waiting",
       lane.queued ? `, the oldest for ${span(lane.oldest)}` : ""),
-    lane.paused ? [h("p", {class: "bad"}, lane.reason), button("Resume now", async () => {
-      await api("POST", `/lanes/${lane.lane}/resume`);
-      say(`Asked to resume the lane ${lane.lane}. It goes on as soon as the SMTP server takes mail.`);
-    }, "main", `Resume now: ${lane.lane}`)] : null);
+    lane.paused ? [h("p", {class: "bad"}, lane.reason),
+      h("p", {}, "No mail is lost, and no attempt used up. It tries again by itself, at least once a minute. When what "
+        + "the server complains about is set right, it can go on at once:"),
+      button("Resume now", async () => {
+        await api("POST", `/lanes/${lane.lane}/resume`);
+        say(`Asked to resume the lane ${lane.lane}. It goes on as soon as the SMTP server takes mail.`);
+      }, "main", `Resume now: ${lane.lane}`)] : null);
 }
 
 function overview() {
-  const lanes = h("ul", {class: "lanes", "aria-label": "Lanes"}), hour = h("div"), recent = h("div"), sums = h("p");
+  const cards = h("ul", {class: "lanes", "aria-label": "Lanes"}), hour = h("div"), recent = h("div"), sums = h("p");
   const compose = form(async values => {
-    const {id} = await api("POST", "/task/", {task: "Test from the page", type: "message", retries: 3, payload: values});
+    const {id} = await api("POST", "/task/", {
+      task: "Sent from the page", type: "message", retries: 3, payload: values});
     location.hash = `#/tasks/${id}`;
   }, {class: "tall"}, field("To", h("input", {name: "userId", type: "email", required: true})),
     field("Subject", h("input", {name: "subject", required: true, maxlength: 998})),
-    field("Content, text or HTML", h("textarea", {name: "content", required: true})), h("button", {class: "main"}, "Send"));
-  return {title: "Overview", live: true, nodes: [lanes,
+    field("Content, text or HTML", h("textarea", {name: "content", required: true})),
+    h("button", {class: "main"}, "Send"));
+  return {title: "Overview", live: true, nodes: [cards,
     h("section", {"aria-labelledby": "hour"}, h("h2", {id: "hour"}, "The last hour"), hour, sums),
+    h("section", {}, me.admin ? h("p", {class: "muted"}, "To send a mail, log in with the key of an account.")
+      : h("details", {}, h("summary", {}, "Send a mail"), compose)),
     h("section", {"aria-labelledby": "recent"}, h("div", {class: "row"}, h("h2", {id: "recent"}, "Newest tasks"),
-      h("a", {href: "#/tasks"}, "All tasks")), recent),
-    me.admin ? null : h("section", {}, h("details", {}, h("summary", {}, "Send a mail"), compose))],
+      h("a", {href: "#/tasks"}, "All tasks")), recent)],
   async refresh() {
-    const [now, {minutes}, {tasks}] = await Promise.all([api("GET", "/lanes"), api("GET", "/history"),
+    const [{minutes}, {tasks}] = await Promise.all([api("GET", "/history"),
       api("GET", "/task/recent", undefined, {limit: 10})]);
-    if (outbox !== now.outbox) { outbox = now.outbox; navigation(); }
-    fill(lanes, now.lanes, found => found.map(laneCard));
+    fill(cards, lanes.lanes, found => found.map(laneCard));
     fill(hour, minutes, chart);
-    fill(sums, [now.dead, now.retrying, now.mail_to, now.processes], () => [
-      h("a", {href: "#/dead", "data-key": "dead"}, count(now.dead, "dead letter", "dead letters")),
-      `, ${count(now.retrying, "task waits", "tasks wait")} for a retry or for its time. `,
-      h("span", {}, `Mail goes to ${now.outbox ? "the Maildir" : `the ${now.mail_to}`}`, now.outbox ? [": ",
-        h("a", {href: "#/mails", "data-key": "mails"}, "look at it")] : "",
-        `. ${count(now.processes, "process", "processes")} at work.`)]);
+    fill(sums, [lanes.dead, lanes.retrying, lanes.mail_to, lanes.processes], () => [
+      h("a", {href: "#/dead", "data-key": "dead"}, count(lanes.dead, "dead letter", "dead letters")),
+      `, ${count(lanes.retrying, "task waits", "tasks wait")} for a retry or a set time. Mail goes to `
+      + `${lanes.outbox ? "a Maildir" : `the ${lanes.mail_to}`}. `
+      + `${count(lanes.processes, "GoMail process", "GoMail processes")} at work.`]);
     fill(recent, tasks, () => table("Newest tasks", TASK_COLUMNS(), tasks, "No tasks yet."));
   }};
 }
@@ -5041,7 +5069,7 @@ function growing(load) {
 }
 
 function tasks() {
-  const search = h("input", {type: "search", input: () => soon(), placeholder: "id, or part of an address"});
+  const search = h("input", {type: "search", input: () => soon(), placeholder: "id or part of an address"});
   const state = h("select", {change: () => attempt(show.refresh)}, h("option", {value: ""}, "all states"),
     Object.keys(STATES).map(name => h("option", {}, name)));
   let timer;
@@ -5050,8 +5078,8 @@ function tasks() {
     const found = await api("GET", "/task/recent", undefined, {limit, search: search.value.trim(), state: state.value});
     return [found.tasks, () => table("Tasks", TASK_COLUMNS(), found.tasks, "No such tasks."), found.next !== null];
   });
-  return {title: "Tasks", live: true, refresh: list.refresh, nodes: [h("section", {}, h("div", {class: "row", role: "search"},
-    field("Search", search), field("State", state)), list.nodes)]};
+  return {title: "Tasks", live: true, refresh: list.refresh, nodes: [h("section", {},
+    h("div", {class: "row", role: "search"}, field("Search", search), field("State", state)), list.nodes)]};
 }
 
 function task(id) {
@@ -5059,20 +5087,23 @@ function task(id) {
   const act = (method, path, words) => async () => { await api(method, path); say(words); await show.refresh(); };
   return {title: "Task", live: true, nodes: [place], async refresh() {
     const found = await api("GET", `/task/${part(id)}`);
-    fill(place, found, () => [h("section", {"aria-label": "What it is"}, h("div", {class: "row"}, h("h2", {}, found.task),
-      found.state === "dead" ? [
+    const ending = step => step.event === "dead" && found.state === "dead" && found.attempts <= found.retries
+      ? "Refused for good, so not repeated: a dead letter" : EVENTS[step.event] || step.event;
+    fill(place, found, () => [h("section", {"aria-label": "What it is"}, h("div", {class: "row"},
+      h("h2", {}, found.task), h("div", {class: "row"}, found.state === "dead" ? [
         button("Retry", act("POST", `/task/dead/${part(id)}/retry`, "Queued again."), "main"),
         button("Delete", async () => {
           await api("DELETE", `/task/dead/${part(id)}`);
           location.hash = "#/dead";
         }, "bad")] : null,
       ["retrying", "scheduled"].includes(found.state)
-        ? button("Cancel", act("DELETE", `/task/${part(id)}`, "Cancelled."), "bad") : null),
+        ? button("Cancel", act("DELETE", `/task/${part(id)}`, "Cancelled."), "bad") : null)),
     facts([["State", badge(found.state)], ["Type", found.type], ["Recipient", found.userId], ["Account", found.account],
-      ["Attempts", `${found.attempts} of ${found.retries + 1}`], ["Error", found.error], ["Accepted", when(found.created)],
-      ["Next attempt", when(found.due)], ["Ended", when(found.finished)], ["Id", h("code", {}, found.id)]])),
+      ["Attempts", `${found.attempts} of ${found.retries + 1}`], ["Error", found.error],
+      ["Accepted", when(found.created, true)], ["Next attempt", when(found.due, true)],
+      ["Ended", when(found.finished, true)], ["Id", h("code", {}, found.id)]])),
     h("section", {"aria-labelledby": "story"}, h("h2", {id: "story"}, "What happened"), h("ol", {class: "story"},
-      found.story.map(step => h("li", {}, when(step.time), ` ${EVENTS[step.event] || step.event}`,
+      found.story.map(step => h("li", {}, when(step.time, true), ` ${ending(step)}`,
         step.seconds === undefined ? "" : h("span", {class: "muted"}, `, after ${span(step.seconds)} of work`),
         step.error ? h("div", {class: step.event === "cancelled" ? "" : "bad"}, step.error) : null))))]);
   }};
@@ -5089,7 +5120,7 @@ function dead() {
   const remove = button("Delete all", async () => {
     if (confirm(`Delete ${count(total, "dead letter", "dead letters")}? Their mails are lost for good.`))
       await all("DELETE", "/task/dead", "deleted");
-  }, "bad");
+  }, "bad apart");
   const one = (method, path, words) => async () => { await api(method, path); say(words); await show.refresh(); };
   const list = growing(async limit => {
     const found = await api("GET", "/task/dead", undefined, {limit});
@@ -5098,13 +5129,16 @@ function dead() {
     return [found.tasks, () => table("Dead letters", [
       {name: "Ended", value: row => when(row.finished), style: "number-cell"},
       ...TASK_COLUMNS().filter(column => !["Accepted", "State"].includes(column.name)),
-      {name: "Actions", value: row => h("div", {class: "row"},
-        button("Retry", one("POST", `/task/dead/${part(row.id)}/retry`, "Queued again."), null, `Retry ${row.task}, ${row.id}`),
-        button("Delete", one("DELETE", `/task/dead/${part(row.id)}`, "Deleted."), "bad", `Delete ${row.task}, ${row.id}`))}],
+      {name: "Actions", style: "actions", value: row => h("div", {class: "row"},
+        button("Retry", one("POST", `/task/dead/${part(row.id)}/retry`, "Queued again."), null,
+          `Retry ${row.task}, ${row.id}`),
+        button("Delete", one("DELETE", `/task/dead/${part(row.id)}`, "Deleted."), "bad",
+          `Delete ${row.task}, ${row.id}`))}],
     found.tasks, "No dead letters. All is well."), found.total > found.tasks.length];
   });
   return {title: "Dead letters", live: true, refresh: list.refresh, nodes: [h("section", {}, h("div", {class: "row"},
-    h("p", {class: "muted"}, "Mails that were given up, with all their attempts used or refused for good."), retry, remove),
+    h("p", {class: "muted"}, "What GoMail gave up: all attempts used, or refused for good. A retry to an address that ",
+      "is ", h("a", {href: "#/suppressions"}, "suppressed"), " is not sent."), retry, remove),
   list.nodes)]};
 }
 
@@ -5117,8 +5151,14 @@ function newsletters() {
     return [found.subscriptions, () => table("Subscriptions", [
       {name: "Next", value: row => when(row.next), style: "number-cell"}, 
       {name: "Subscriber", value: row => row.userId, style: "address"},
-      {name: "Newsletter", value: row => row.content_type, style: "long"}, {name: "Frequency", value: row => row.frequency},
-      ...accountColumn(), {name: "Since", value: row => when(row.created), style: "number-cell"}],
+      {name: "Newsletter", value: row => row.content_type, style: "long"},
+      {name: "Frequency", value: row => row.frequency},
+      ...accountColumn(), {name: "Since", value: row => when(row.created), style: "number-cell"},
+      ...(me.admin ? [] : [{name: "Actions", style: "actions", value: row => button("Unsubscribe", async () => {
+        const {id} = await api("POST", "/task/", {task: "Unsubscribed from the page", type: "unsubscribe", retries: 3,
+          payload: {userId: row.userId, content_type: row.content_type}});
+        say(`${row.userId} will be unsubscribed from ${row.content_type}, by the task ${id}.`);
+      }, null, `Unsubscribe ${row.userId} from ${row.content_type}`)}])],
     found.subscriptions, "No subscriptions."), found.next !== null];
   });
   return {title: "Newsletters", live: true, nodes: [
@@ -5130,7 +5170,8 @@ function newsletters() {
   async refresh() {
     const {contentTypes} = await api("GET", "/task/subscriptionContent");
     fill(types, contentTypes, () => table("Content types", [
-      {name: "Name", value: row => h("a", {href: `#/newsletters/${part(row.content_type)}`, "data-key": row.content_type,
+      {name: "Name", value: row => h("a", {
+        href: `#/newsletters/${part(row.content_type)}`, "data-key": row.content_type,
         click: () => choose(row.account || account)}, row.content_type), style: "long"},
       {name: "Subject", value: row => row.subject, style: "long"}, ...accountColumn(),
       {name: "Subscribers", value: row => row.subscribers.toLocaleString(), style: "number-cell"}],
@@ -5143,13 +5184,13 @@ function content(name) {
   // Nobody types into what is about to be filled in.
   const subject = h("input", {name: "subject", required: true, maxlength: 998, disabled: !!name});
   const text = h("textarea", {name: "content", required: true, disabled: !!name});
-  const preview = h("iframe", {sandbox: "", title: "How it looks, as saved"}), side = h("div");
+  const preview = h("iframe", {sandbox: "", title: "Preview of what is saved"}), side = h("div");
   const load = async () => {
     const found = await api("GET", `/task/subscriptionContent/${part(name)}`);
     if (subject.disabled) [subject.value, text.value] = [found.subject, found.content];
     subject.disabled = text.disabled = false;
     preview.src = found.view;
-    fill(side, found.subscribers, () => h("p", {class: "muted"}, count(found.subscribers, "subscriber", "subscribers")));
+    fill(side, found.subscribers, number => h("p", {class: "muted"}, count(number, "subscriber", "subscribers")));
   };
   const save = form(async values => {
     const known = {content_type: name || values.content_type, subject: values.subject, content: values.content};
@@ -5160,14 +5201,16 @@ function content(name) {
   }, {class: "tall"},
     name ? null : field("Name, which subscribe tasks use as content_type", h("input", {
       name: "content_type", required: true, maxlength: 100})),
-    field("Subject", subject), field("Content, text or HTML; {{ email }} and the subscription's variables are filled in", text),
+    field("Subject", subject),
+    field("Content, text or HTML; {{ email }} and the subscription's variables are filled in", text),
     h("div", {class: "row"}, h("button", {class: "main"}, "Save"), name ? button("Delete", async () => {
       if (!confirm(`Delete ${name} and end all its subscriptions?`)) return;
       await api("DELETE", `/task/subscriptionContent/${part(name)}`);
       location.hash = "#/newsletters";
     }, "bad") : null));
   return {title: name || "New content type", nodes: [h("section", {"aria-label": "Edit"}, side, save),
-    name ? h("section", {"aria-labelledby": "preview"}, h("h2", {id: "preview"}, "As saved"), preview) : null],
+    name ? h("section", {"aria-labelledby": "preview"}, h("h2", {id: "preview"}, "Preview of what is saved"), preview)
+      : null],
   refresh: name ? load : async () => {}};
 }
 
@@ -5176,23 +5219,26 @@ function mails() {
     const found = await api("GET", "/outbox", undefined, {limit});
     return [found.mails, () => table("Mails", [
       {name: "Received", value: row => when(row.received), style: "number-cell"},
-      {name: "Subject", value: row => h("a", {href: `#/mails/${part(row.id)}`, "data-key": row.id}, row.subject || "(none)"),
-        style: "long"},
+      {name: "Subject", style: "long", value: row => h("a", {href: `#/mails/${part(row.id)}`, "data-key": row.id},
+        row.subject || "(none)")},
       {name: "To", value: row => row.to, style: "address"}, {name: "From", value: row => row.from, style: "address"},
       {name: "Size", value: row => `${row.size.toLocaleString()} bytes`, style: "number-cell"}],
     found.mails, "No mails yet."), found.next !== null];
   });
   return {title: "Mails", live: true, refresh: list.refresh, nodes: [h("section", {},
-    h("p", {class: "muted"}, "No SMTP server is set, so mails lie in a Maildir on GoMail's machine."), list.nodes)]};
+    h("p", {class: "muted"}, "No SMTP server is set: nothing leaves GoMail's machine. Mails go to a Maildir there."),
+    list.nodes)]};
 }
 
 function mail(id) {
   const place = h("div");
   return {title: "Mail", nodes: [place], async refresh() {
     const found = await api("GET", `/outbox/${part(id)}`);
-    const header = name => found.headers.filter(([key]) => key.toLowerCase() === name).map(([, value]) => value).join(", ");
+    const header = name => found.headers.filter(([key]) => key.toLowerCase() === name).map(([, value]) => value)
+      .join(", ");
     fill(place, found, () => [h("section", {"aria-label": "Mail"}, h("h2", {}, header("subject") || "(no subject)"),
-      facts([["From", header("from")], ["To", header("to")], ["Cc", header("cc")], ["Delivered to", header("delivered-to")],
+      facts([["From", header("from")], ["To", header("to")], ["Cc", header("cc")],
+        ["Delivered to", header("delivered-to") === header("to") ? "" : header("delivered-to")],
         ["Date", header("date")], ["Attachments", found.attachments.map(file =>
           `${file.filename || "unnamed"} (${file.content_type}, ${file.size.toLocaleString()} bytes)`).join(", ")]])),
     found.view ? h("section", {"aria-labelledby": "html"}, h("h2", {id: "html"}, "HTML"), h("p", {class: "muted"},
@@ -5212,17 +5258,18 @@ function suppressions() {
       {name: "Address", value: row => row.userId, style: "address"},
       {name: "Since", value: row => when(row.created), style: "number-cell"},
       {name: "Why", value: row => row.reason || "", style: "long"},
-      {name: "Actions", value: row => button("Send again", async () => {
+      {name: "Actions", style: "actions", value: row => button("Allow mail again", async () => {
         await api("DELETE", "/suppressions", {userId: row.userId});
         say(`${row.userId} gets mail again.`);
         await show.refresh();
-      }, null, `Send to ${row.userId} again`)}], found.suppressions, "No address is suppressed."),
+      }, null, `Allow mail to ${row.userId} again`)}], found.suppressions, "No address is suppressed."),
     found.total > found.suppressions.length];
   });
   if (me.admin && !account)
-    return {title: "Suppressions", nodes: [h("section", {}, h("p", {}, "Choose an account."))], refresh: async () => {}};
+    return {title: "Suppressions", refresh: async () => {}, nodes: [h("section", {}, "Choose an account.")]};
   return {title: "Suppressions", live: true, refresh: list.refresh, nodes: [h("section", {},
-    h("p", {class: "muted"}, "Addresses that get nothing but OTPs: the server said that they do not exist, or you did."),
+    h("p", {class: "muted"}, "No mail but OTPs goes to these addresses: the mail server said that they do not exist, "
+      + "or you added them."),
     form(async (values, element) => {
       await api("POST", "/suppressions", values);
       element.reset();
@@ -5238,12 +5285,12 @@ function accounts() {
     element.reset();
     key.replaceChildren(h("p", {}, `The key of ${values.id}, shown this once:`), h("pre", {}, apiKey));
     await show.refresh();
-  }, {class: "row"}, field("New account", h("input", {name: "id", required: true, maxlength: 254})), h("button", {}, "Sign up")),
-  key, place)],
+  }, {class: "row"}, field("Name of the new account", h("input", {name: "id", required: true, maxlength: 254})),
+  h("button", {}, "Create account")), key, place)],
   async refresh() {
     const found = await api("GET", "/accounts");
     fill(place, found.accounts, () => table("Accounts", [{name: "Account", value: row => row.id, style: "address"},
-      {name: "Actions", value: row => button("Deregister", async () => {
+      {name: "Actions", style: "actions", value: row => button("Deregister", async () => {
         if (!confirm(`Deregister ${row.id}? Its key, its waiting tasks and its subscriptions end.`)) return;
         await api("POST", "/auth/deregister", {id: row.id});
         if (account === row.id) choose("");
@@ -5259,6 +5306,7 @@ function login(reason = "") {
   clearTimeout(show.timer);
   show.number += 1;
   $("header").hidden = true;
+  fill($("#notice"), [], () => []);
   document.title = "Log in – GoMail";
   const enter = async values => {
     me = await api("POST", "/session", {key: values.key.trim()});
@@ -5267,7 +5315,8 @@ function login(reason = "") {
   const given = h("div", {role: "status"});
   $("#view").replaceChildren(h("section", {class: "narrow"}, h("h1", {tabindex: "-1"}, "GoMail"),
     reason ? h("p", {class: "warn"}, reason) : null,
-    form(enter, {class: "tall"}, h("input", {name: "username", autocomplete: "username", value: "GoMail", hidden: true}),
+    form(enter, {class: "tall"},
+      h("input", {name: "username", autocomplete: "username", value: "GoMail", hidden: true}),
       field("API key, or the admin_token", h("input", {name: "key", type: "password", autocomplete: "current-password",
         required: true, id: "key"})), h("button", {class: "main"}, "Log in")),
     me.signup ? h("details", {}, h("summary", {}, "No key yet?"), form(async values => {
@@ -5276,7 +5325,8 @@ function login(reason = "") {
         button("Log in with it", () => enter({key: apiKey}), "main"));
     }, {class: "tall"}, field("Name of the account, such as your app's address", h("input", {name: "id", required: true,
       maxlength: 254})), h("button", {}, "Sign up")), given)
-      : h("p", {class: "muted"}, "A key comes from POST /auth/signup, with the admin_token.")));
+      : h("p", {class: "muted"}, "No key yet? Log in with the ", h("code", {}, "admin_token"),
+        " of GoMail's settings, and create an account there.")));
   $("#key").focus();
 }
 
@@ -5285,12 +5335,20 @@ const VIEWS = [[/^#\/$/, overview], [/^#\/tasks$/, tasks], [/^#\/tasks\/(.+)$/, 
   [/^#\/mails$/, mails], [/^#\/mails\/(.+)$/, mail], [/^#\/suppressions$/, suppressions], [/^#\/accounts$/, accounts]];
 
 function navigation() {
-  const pages = [["#/", "Overview"], ["#/tasks", "Tasks"], ["#/dead", "Dead letters"], ["#/newsletters", "Newsletters"],
-    ["#/suppressions", "Suppressions"], ...(outbox ? [["#/mails", "Mails"]] : []),
-    ...(me.admin ? [["#/accounts", "Accounts"]] : [])];
-  const here = location.hash.replace("new-content", "newsletters");
-  $("nav").replaceChildren(...pages.map(([address, name]) => h("a", {href: address,
-    "aria-current": (address === "#/" ? here === address : here.startsWith(address)) ? "page" : null}, name)));
+  const here = (location.hash || "#/").replace("new-content", "newsletters");
+  const pages = [["#/", "Overview"], ["#/tasks", "Tasks"], ["#/dead", "Dead letters", lanes.dead],
+    ["#/newsletters", "Newsletters"], ["#/suppressions", "Suppressions"],
+    ...(lanes.outbox ? [["#/mails", "Mails"]] : []), ...(me.admin ? [["#/accounts", "Accounts"]] : [])];
+  fill($("nav"), [pages, here], () => pages.map(([address, name, number]) => h("a", {href: address, "data-key": address,
+    "aria-current": (address === "#/" ? here === address : here.startsWith(address)) ? "page" : null},
+  number ? `${name} (${number.toLocaleString()})` : name)));
+  const paused = here === "#/" ? [] : lanes.lanes.filter(lane => lane.paused);
+  fill($("#notice"), [here === "#/" && lanes.outbox, paused.map(lane => [lane.lane, lane.reason])], ([outbox]) => [
+    outbox ? h("p", {class: "card notice"}, "No SMTP server is set: nothing leaves GoMail's machine. Mails go to ",
+      "a Maildir there; ", h("a", {href: "#/mails", "data-key": "mails"}, "look at them"), ".") : null,
+    ...paused.map(lane => h("p", {class: "card notice"},
+      `The lane ${lane.lane} is paused, so ${LANES[lane.lane]} wait: ${lane.reason} `,
+      h("a", {href: "#/", "data-key": lane.lane}, "See the overview.")))]);
 }
 
 function choose(name) {
@@ -5303,7 +5361,7 @@ function whose(found) {
   choose(account);
 }
 
-async function show(quietly) {
+async function show() {
   const address = location.hash || "#/";
   if (me.account === null || !address.startsWith("#/")) return;
   clearTimeout(show.timer);
@@ -5315,29 +5373,39 @@ async function show(quietly) {
   document.title = `${view.title} – GoMail`;
   navigation();
   complain("");
-  if (quietly !== "quietly") say("");
+  say("");
   $("#view").replaceChildren(title, ...view.nodes.filter(Boolean));
   title.focus();
   let failed = false;
-  show.refresh = async () => { if (current()) await view.refresh(); };
+  show.refresh = async () => {
+    const found = await api("GET", "/lanes");
+    if (!current()) return;
+    lanes = found;
+    navigation();
+    await view.refresh();
+  };
   const turn = async () => {
     try {
-      if (!document.hidden) await view.refresh();
+      if (!document.hidden) await show.refresh();
       if (failed && current()) complain("");
       failed = false;
     } catch (error) {
       failed = true;
       if (current() && error.message) complain(error.message);
     }
-    if (view.live && current()) show.timer = setTimeout(turn, 2000);
+    if (view.live && current()) show.timer = setTimeout(() => { show.turn = turn(); }, 2000);
   };
-  await turn();
+  show.turn = turn();
+  await show.turn;
 }
 show.number = 0;
 
 async function begin() {
   account = "";
   const leave = button("Log out", async () => {
+    clearTimeout(show.timer);
+    show.number += 1;
+    await show.turn;
     await api("DELETE", "/session");
     me = {...me, account: null};
     login();
@@ -5348,7 +5416,6 @@ async function begin() {
     show();
   }})] : [h("span", {class: "muted"}, me.account)]), leave);
   if (me.admin) whose((await api("GET", "/accounts")).accounts);
-  ({outbox} = await api("GET", "/lanes"));
   await show();
 }
 
