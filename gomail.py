@@ -4483,20 +4483,20 @@ class Operator:
                 raise StartError(f"data_dir: no gomail is running on {str(server.folder)!r}; start it, or call this "
                                  "where it runs")
         self.store, self.terminal = open_store(settings, server), terminal
-        self.queue, self.stats_ = Queue(self.store, settings, "operator"), Stats(self.store)
-        self.accounts_ = Accounts(self.store, settings.jwt_secret, settings.jwt_secret_previous, settings.api_key_ttl)
+        self.queue, self.sums = Queue(self.store, settings, "operator"), Stats(self.store)
+        self.users = Accounts(self.store, settings.jwt_secret, settings.jwt_secret_previous, settings.api_key_ttl)
 
     def send(self, options):
         """Queue one message. Its id is all that goes to standard output."""
-        account = self.accounts_.find(options.account)
+        account = self.users.find(options.account)
         if account is None:
             if options.account != self.ACCOUNT:
                 self.terminal.say(f"there is no account {options.account}; `accounts` lists them, and `accounts --add` "
                                   "makes one")
                 return 1
             with contextlib.suppress(Refused):  # another `send` made it just now
-                self.accounts_.sign_up(self.ACCOUNT)
-            account = self.accounts_.find(self.ACCOUNT)
+                self.users.sign_up(self.ACCOUNT)
+            account = self.users.find(self.ACCOUNT)
         try:
             content = read_content(options.html or options.text or "-")
             payload = {"userId": options.to, "subject": options.subject, "content": content}
@@ -4587,7 +4587,7 @@ class Operator:
         before, lines = None, []
         while True:
             now = {"lanes": self.queue.lanes(), "processes": self.queue.processes(), "queued": self.queue.depths(),
-                   "jobs": self.queue.counters(), "minutes": self.stats_.history()}
+                   "jobs": self.queue.counters(), "minutes": self.sums.history()}
             if self.terminal.as_json:
                 self.terminal.json(now)
                 return 0
@@ -4620,19 +4620,19 @@ class Operator:
         """List the accounts, add one, or remove one."""
         try:
             if options.add:
-                key = self.accounts_.sign_up(ID({"id": options.add})["id"])
+                key = self.users.sign_up(ID({"id": options.add})["id"])
                 self.terminal.json({"apiKey": key}) if self.terminal.as_json else print(key)
                 return 0
             if options.remove:
-                self.accounts_.deregister(options.remove)
+                self.users.deregister(options.remove)
                 self.terminal.say(f"{options.remove} is deregistered; what it had waiting is not sent")
                 return 0
         except Refused as refused:
             self.terminal.say(refused.error.replace("id", "the account", 1))
             return 1
         rows = []
-        for name in self.accounts_.names():
-            minutes = self.stats_.history(name)
+        for name in self.users.names():
+            minutes = self.sums.history(name)
             rows.append({"id": name, "dead": self.store.redis.zcard(self.store.key("dead", name)),
                          "contentTypes": self.store.redis.hlen(self.store.key("content", name)),
                          **{event: sum(minute[event] for minute in minutes) for event in ("sent", "failed")}})
@@ -5012,7 +5012,8 @@ function chart(minutes) {
 
 function laneCard(lane) {
   return h("li", {class: lane.paused ? "card stopped" : "card"},
-    h("h2", {}, lane.lane, h("span", {class: `badge ${lane.paused ? "bad" : "good"}`}, lane.paused ? "paused" : "running")),
+    h("h2", {}, lane.lane, lane.paused ? h("span", {class: "badge bad"}, "paused")
+      : h("span", {class: "badge good"}, "running")),
     h("p", {class: "muted"}, LANES[lane.lane]),
     h("p", {}, h("span", {class: "number"}, lane.queued.toLocaleString()), " waiting",
       lane.queued ? `, the oldest for ${span(lane.oldest)}` : ""),
@@ -5306,6 +5307,7 @@ function login(reason = "") {
   clearTimeout(show.timer);
   show.number += 1;
   $("header").hidden = true;
+  $("#main").removeAttribute("aria-busy");
   fill($("#notice"), [], () => []);
   document.title = "Log in – GoMail";
   const enter = async values => {
@@ -5374,6 +5376,7 @@ async function show() {
   navigation();
   complain("");
   say("");
+  $("#main").setAttribute("aria-busy", "true");
   $("#view").replaceChildren(title, ...view.nodes.filter(Boolean));
   title.focus();
   let failed = false;
@@ -5397,6 +5400,7 @@ async function show() {
   };
   show.turn = turn();
   await show.turn;
+  if (current()) $("#main").removeAttribute("aria-busy");
 }
 show.number = 0;
 

@@ -3291,8 +3291,13 @@ def browser(chromium):
 
 
 def go(tab, address):
-    """Follow an address within the page."""
-    tab.evaluate("address => { location.hash = address; }", address)
+    """Follow an address within the page, and wait until its view has all it asked for."""
+    tab.evaluate("""address => new Promise(done => {
+        if (location.hash === address) done();
+        addEventListener("hashchange", done, {once: true});
+        location.hash = address;
+    })""", address)
+    tab.locator("main:not([aria-busy])").wait_for()
 
 
 def busy_account(service, mail_server=None):
@@ -3567,12 +3572,6 @@ VIEWS = ["#/", "#/tasks", "#/tasks/{task}", "#/dead", "#/newsletters", "#/newsle
          "#/mails/{mail}", "#/suppressions"]
 
 
-def shown(tab):
-    """Wait until a view has all it asked for."""
-    tab.wait_for_function("() => document.querySelector('main h1') && document.querySelector('main').innerText.length > 40")
-    tab.wait_for_load_state("networkidle")
-
-
 @pytest.mark.parametrize("scheme, width", [("light", 360), ("dark", 360), ("light", 1280), ("dark", 1280)])
 def test_axe_finds_nothing_and_nothing_is_wider_than_the_screen(services, browser, scheme, width):
     service = services(admin_token=ADMIN)
@@ -3589,17 +3588,42 @@ def test_axe_finds_nothing_and_nothing_is_wider_than_the_screen(services, browse
     tab.get_by_label("API key").fill(client.key)
     check("log in")
     tab.keyboard.press("Enter")
+    tab.get_by_role("navigation").wait_for()
     for view in VIEWS:
         go(tab, view.format(task=task_id, mail=mail_id))
-        shown(tab)
         check(view)
     tab.get_by_role("button", name="Log out").click()
     tab.get_by_label("API key").fill(ADMIN)
     tab.keyboard.press("Enter")
+    tab.get_by_role("navigation").wait_for()
     for view in ("#/", "#/accounts"):
         go(tab, view)
-        shown(tab)
         check(f"{view} of the admin")
+
+
+@pytest.mark.long
+def test_the_screenshots_of_the_readme_are_taken(services, browser, mail_server):
+    service = services(mail_server)
+    client, chance = service.client.sign_up("shop@example.com"), random.Random(1)
+    define(client, "Monthly_News", "New in the shop", "<h1>News</h1><p>All is well.</p>")
+    for number in range(40):
+        recipient = f"{chance.choice(['ann', 'bob', 'carol', 'dora.long-name'])}{number}@{chance.choice(['example.com', 'example.org'])}"
+        if number % 9 == 4:
+            mail_server.replies[recipient] = [f"550 5.1.1 <{recipient}>: user unknown"]
+        client.post("/task/", {"task": chance.choice(["Welcome", "Invoice", "Order"]), "type": "message", "retries": 3, "payload": {
+            "userId": recipient, "subject": "Hello", "content": "<h1>Hello</h1>"}})
+    client.task("generateOtp", userId="ann@example.com")
+    until(lambda: service.queue.counters()["executed"] == 41)
+    now = int(time.time() // 60)
+    for minute in range(now - 59, now):  # an hour that was as busy
+        for event, most in (("sent", 60), ("failed", 2), ("retried", 3)):
+            service.store.redis.hset(service.store.key("history", str(minute)), json.dumps([event, "shop@example.com"]), chance.randrange(most))
+    (HERE / "docs").mkdir(exist_ok=True)
+    for scheme, width in (("light", 1280), ("dark", 1280), ("light", 360), ("dark", 360)):
+        tab = browser.open(client, client.key, color_scheme=scheme, viewport={"width": width, "height": 900})
+        for name, address in (("overview", "#/"), ("dead", "#/dead")):
+            go(tab, address)
+            tab.screenshot(path=HERE / "docs" / f"{name}-{scheme}-{width}.png")
 
 
 HOSTILE = "<img src=x onerror=hacked=1><script>hacked=1</script>\"'&amp;"
@@ -3650,7 +3674,6 @@ def test_hostile_text_of_an_account_is_shown_as_text_to_the_admin(services, mail
     tab = browser.open(admin, ADMIN)
     for address, times in (("#/", 1), ("#/tasks", 1), ("#/newsletters", 2), ("#/accounts", 1)):
         go(tab, address)
-        shown(tab)
         harmless(tab, times)
     assert tab.get_by_label("Account", exact=True).locator("option").all_inner_texts() == ["All accounts", HOSTILE]
 
