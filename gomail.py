@@ -659,10 +659,14 @@ class Refused(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Account:
-    """A caller: the account's name and the id of the API key it came with. The admin's name is "": all are meant."""
+    """A caller: the account's name, the id of the API key it came with, and when that ends (seconds since the epoch).
+
+    The admin's name is "": all accounts are meant.
+    """
 
     name: str
     key_id: str
+    expires: float = dataclasses.field(default=math.inf, compare=False)
 
 
 class Accounts:
@@ -741,8 +745,9 @@ class Accounts:
         return account
 
     def session(self, account, seconds):
-        """A token that stands for an account's key until `seconds` have passed, or the key is revoked."""
-        return self.seal("session", {**dataclasses.asdict(account), "exp": int(time.time()) + seconds})
+        """A token that stands for an account's key until `seconds` have passed, or the key ends or is revoked."""
+        ends = int(min(time.time() + seconds, account.expires))
+        return self.seal("session", {"name": account.name, "key_id": account.key_id, "exp": ends})
 
     def read_session(self, token):
         """The Account that such a token stands for, or None. Redis is not asked whether its key was revoked."""
@@ -763,7 +768,7 @@ class Accounts:
         claims = self._claims(strip_bearer(header))
         if claims is None or "exp" in claims and claims["exp"] <= time.time():
             raise self._unknown_key()
-        return Account(claims["sub"], claims["jti"])
+        return Account(claims["sub"], claims["jti"], claims.get("exp", math.inf))
 
     def _verified(self, token):
         return self._decode(token, self.accepted, {"require": ["sub", "jti"], "verify_iat": False})
@@ -1494,7 +1499,7 @@ class Queue:
         return 1
     """
 
-    # Of the newest tasks, those in a state and to a recipient, or with an id; and where to look on.
+    # Of the newest tasks, those in a state and to a recipient; and where to look on.
     RECENT_ONES = """
         local prefix, list = KEYS[1], KEYS[2]
         local search, state, offset, look, most = unpack(ARGV)
@@ -1504,7 +1509,7 @@ class Queue:
             at = at + 1
             local to, now = unpack(redis.call('HMGET', prefix .. 'task:' .. id, 'to', 'state'))
             if now and (state == '' or now == state)
-                    and (search == '' or search == id or string.find(to or '', search, 1, true)) then
+                    and (search == '' or string.find(to or '', search, 1, true)) then
                 found[#found + 1] = id
                 if #found == tonumber(most) then break end
             end
@@ -1721,6 +1726,9 @@ class Queue:
             state: only tasks in this state.
             offset: how many of the newest are passed over, whether or not they are what is looked for.
         """
+        known = self._statuses([search], account) if search else []
+        if known and state in ("", known[0]["state"]):
+            return known, None
         key, ids = self.store.key("recent", account) if account else self.store.key("recent"), []
         while offset >= 0 and len(ids) < limit:
             offset, *found = self._recent(keys=[self.store.prefix, key], args=[
@@ -1744,7 +1752,7 @@ class Queue:
         """(how many dead letters there are, the statuses of those from `offset` on), newest first."""
         key = self._letters(account)
         self.store.redis.zremrangebyscore(key, "-inf", (self.store.time() - self.settings.dead_ttl) * 1000)
-        ids = self.store.redis.zrevrange(key, offset, offset + limit - 1)
+        ids = self.store.redis.zrevrange(key, offset, offset + limit - 1) if limit else []
         return self.store.redis.zcard(key), self._statuses(ids, account)
 
     def _letters(self, account):
@@ -1810,11 +1818,13 @@ class Queue:
 
     def lanes(self):
         """For each lane: what waits there, and in how many of the processes it is paused, and why."""
-        paused = [json.loads(reasons) for reasons in self.store.redis.hvals(self.store.key("paused"))]
-        depths, oldest = self.depths(), self.oldest()
-        return [{"lane": lane, "queued": depths[lane], "oldest": round(oldest[lane], 3), "paused": len(reasons),
-                 "reason": reasons[0] if reasons else None}
-                for lane in LANES for reasons in [[found[lane] for found in paused if lane in found]]]
+        processes = [json.loads(reasons) for reasons in self.store.redis.hvals(self.store.key("paused"))]
+        depths, oldest, lanes = self.depths(), self.oldest(), []
+        for lane in LANES:
+            reasons = [paused[lane] for paused in processes if lane in paused]
+            lanes.append({"lane": lane, "queued": depths[lane], "oldest": round(oldest[lane], 3),
+                          "paused": len(reasons), "reason": reasons[0] if reasons else None})
+        return lanes
 
     def counters(self):
         """{"executed", "successful", "failed"}: tasks that ended, not attempts; the last two add up to the first."""
@@ -2227,7 +2237,10 @@ class Outbox:
         return f"Maildir {self.folder}"
 
     def send(self, sender, recipients, message, account=""):
-        """Write one mail, on disk when this returns. Raises Unavailable where the disk does not take it."""
+        """Write one mail, on disk when this returns; `account` says whose it is, for who looks at it later.
+
+        Raises Unavailable where the disk does not take it.
+        """
         lines = [f"Return-Path: <{sender}>\n", *(f"Delivered-To: {found}\n" for found in recipients),
                  f"{self.OWNER}: {urllib.parse.quote(account)}\n"]
         envelope = "".join(lines).encode()
@@ -4777,7 +4790,7 @@ form.tall label { margin-bottom: .7rem; }
 .narrow { max-width: 30rem; margin: 2rem auto; }
 table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; padding: .4rem .8rem .4rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-td.long { overflow-wrap: anywhere; min-width: 8rem; } td.address { overflow-wrap: anywhere; min-width: 11rem; }
+td.long { overflow-wrap: anywhere; min-width: 8rem; } td.address { overflow-wrap: anywhere; min-width: 13rem; }
 th { font-size: .85rem; color: var(--muted); font-weight: 600; }
 td.number-cell { font-variant-numeric: tabular-nums; white-space: nowrap; }
 td .row { margin: 0; gap: .4rem; flex-wrap: nowrap; } td.actions { width: 1%; } tr:last-child td { border-bottom: 0; }

@@ -1010,6 +1010,8 @@ def test_dead_letters_are_listed_newest_first_in_pages(client, mail_server):
         client.state(ids[-1], "dead")
     page = client.get("/task/dead?offset=1&limit=2")
     assert page["total"] == 5 and [task["id"] for task in page["tasks"]] == [ids[3], ids[2]]
+    page = client.get("/task/dead?limit=0")
+    assert page["total"] == 5 and page["tasks"] == []
     for query, field in (("limit=1001", "limit"), ("limit=x", "limit"), ("offset=-1", "offset")):
         status, answer, _ = client("GET", f"/task/dead?{query}")
         assert status == 400 and answer["field"] == field
@@ -1061,6 +1063,8 @@ def test_the_newest_tasks_are_found_by_id_by_part_of_a_recipient_and_by_state(cl
     assert recent(client, search="nobody") == ([], None)
     assert recent(client, limit=3) == ([otp, both, bob], 3) and recent(client, limit=3, offset=3) == ([ann], None)
     assert recent(service.client.sign_up()) == ([], None)
+    service.store.redis.delete(service.store.key("recent", jwt.decode(client.key, options={"verify_signature": False})["sub"]))
+    assert recent(client, search=bob) == ([bob], None) and recent(client, search=bob, state="running") == ([], None)
     status, answer, _ = client("GET", "/task/recent?state=lost")
     assert status == 400 and answer["field"] == "state"
 
@@ -2854,6 +2858,13 @@ def test_a_session_ends_with_its_key_and_after_its_time(client, monkeypatch):
     client.post("/auth/deregister", {"id": name})
     assert call("GET", "/session")[1]["account"] is None
     assert call("GET", "/task/recent")[0] == call("POST", "/task/", MESSAGE)[0] == 401
+
+
+def test_a_session_ends_when_its_key_does(services, mail_server):
+    client = services(mail_server, api_key_ttl=60).client.sign_up()
+    cookie = logged_in(client, client.key)[1].partition("=")[2].partition(";")[0]
+    assert jwt.decode(cookie, options={"verify_signature": False})["exp"] == jwt.decode(
+        client.key, options={"verify_signature": False})["exp"]
 
 
 def test_a_session_of_the_admin_ends_when_the_token_is_another(governed, services, mail_server):
