@@ -3419,6 +3419,9 @@ class Api:
         settings, accounts, queue, otps, newsletters, workers, stats: what they call.
     """
 
+    SESSION = 43200  # seconds until one has to log in again
+    WITHOUT_REDIS = ("ping", "describe_routes", "show_page")
+
     def __init__(self, settings, accounts, queue, otps, newsletters, workers, stats):
         self.settings, self.accounts, self.queue = settings, accounts, queue
         self.otps, self.newsletters, self.workers, self.stats = otps, newsletters, workers, stats
@@ -3426,11 +3429,9 @@ class Api:
         self.cookie = f"gomail_{accounts.derive('cookie').hex()[:8]}"
         self.admin = Account("", accounts.derive(f"admin {settings.admin_token}").hex())
 
-    SESSION = 43200  # seconds until one has to log in again
-
     def answer(self, route, request):
         """What `route` answers to `request`: a dict. Raises Refused, or RedisError where Redis is away."""
-        if route.handler not in ("ping", "describe_routes") and not self.queue.store.available:
+        if route.handler not in self.WITHOUT_REDIS and not self.queue.store.available:
             # At once: a server that hangs would cost each caller its timeout.
             raise redis.ConnectionError("Redis is away")
         if route.access in ("key", "all"):
@@ -5437,18 +5438,21 @@ async function begin() {
 }
 
 window.addEventListener("hashchange", () => show());
-document.addEventListener("visibilitychange", () => { if (!document.hidden && show.refresh) attemptQuietly(); });
+document.addEventListener("visibilitychange", () => { if (!document.hidden) show.refresh?.().catch(() => {}); });
 $(".skip").addEventListener("click", event => { event.preventDefault(); $("#main").focus(); });
 
-async function attemptQuietly() {
-  try { await show.refresh(); } catch { /* the next turn says so */ }
+async function start() {
+  try {
+    me = await api("GET", "/session");
+    complain("");
+    if (me.account === null) login();
+    else await begin();
+  } catch (error) {
+    complain(error.message);
+    setTimeout(start, 2000);
+  }
 }
-
-attempt(async () => {
-  me = await api("GET", "/session");
-  if (me.account === null) login();
-  else await begin();
-});
+start();
 </script>
 </body>
 </html>

@@ -438,6 +438,18 @@ def end(process):
         connected(process.embedded).shutdown(nosave=True)
 
 
+@pytest.fixture
+def redis_with_file():
+    """Starts Redis servers with an append-only file, which survive being killed."""
+    with contextlib.ExitStack() as stack:
+        def start(*options, **more):
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            server = RedisServer(folder, "--appendonly", "yes", *options, **more).start()
+            stack.callback(server.stop)
+            return server
+        yield start
+
+
 # --- 1. settings ------------------------------------------------------------------------------------------
 
 def test_without_a_setting_every_option_has_its_documented_default(tmp_path):
@@ -3552,6 +3564,19 @@ def test_a_service_that_goes_away_and_comes_back_is_said_and_seen(services, mail
     tab.complaints.clear()
 
 
+def test_the_page_comes_without_redis_says_so_and_goes_on_when_it_is_back(services, mail_server, browser, redis_with_file):
+    server = redis_with_file()
+    service = services(mail_server, redis_uri=server.uri)
+    server.kill()
+    tab = browser.open(service.client)
+    tab.get_by_role("alert").get_by_text("Redis is not available").wait_for()
+    server.start()
+    tab.get_by_label("API key").wait_for()
+    playwright.sync_api.expect(tab.get_by_role("alert")).to_be_hidden()
+    assert all("503" in complaint for complaint in tab.complaints)
+    tab.complaints.clear()
+
+
 def test_the_keyboard_alone_gets_everywhere_and_focus_follows(service, browser):
     client, _ = busy_account(service)
     tab = browser.open(client, client.key)
@@ -3736,18 +3761,6 @@ def test_a_hostile_mail_is_shown_as_text_and_in_a_sandbox(services, browser, har
 # --- faults -----------------------------------------------------------------------------------------------
 # Real processes are killed, real servers go away and come back; then the mails are counted: tasks that were
 # answered 2xx, distinct mails that arrived, and doubles.
-
-@pytest.fixture
-def redis_with_file():
-    """Starts Redis servers with an append-only file, which survive being killed."""
-    with contextlib.ExitStack() as stack:
-        def start(*options, **more):
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-            server = RedisServer(folder, "--appendonly", "yes", *options, **more).start()
-            stack.callback(server.stop)
-            return server
-        yield start
-
 
 def settings_for(redis_server, mail_server, **more):
     return {"redis_uri": redis_server.uri, "smtp_server": "127.0.0.1", "smtp_port": str(mail_server.port),
