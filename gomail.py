@@ -3444,7 +3444,7 @@ class Api:
             request.body = route.body(request.body)
         request.query = {name: check(int(text) if isinstance(check, Whole) and re.fullmatch("[0-9]{1,10}", text)
                                      else text, name)
-                         for name, check in route.query.items() if (text := request.query.get(name))}
+                         for name, check in route.query.items() if (text := request.query.get(name)) is not None}
         return getattr(self, route.handler)(request)
 
     def caller(self, request, route):
@@ -3960,7 +3960,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.method, self.route = method, route.path
         placeholders = route.pattern.fullmatch(path).groupdict()
         request = Request(headers, {name: urllib.parse.unquote(value) for name, value in placeholders.items()},
-                          dict(urllib.parse.parse_qsl(query)))
+                          dict(urllib.parse.parse_qsl(query, keep_blank_values=True)))
         if route.body:
             request.body = parse_json(body, headers.get("content-type", ""))
         store = self.server.api.queue.store

@@ -1077,8 +1077,9 @@ def test_the_newest_tasks_are_found_by_id_by_part_of_a_recipient_and_by_state(cl
     assert recent(service.client.sign_up()) == ([], None)
     service.store.redis.delete(service.store.key("recent", jwt.decode(client.key, options={"verify_signature": False})["sub"]))
     assert recent(client, search=bob) == ([bob], None) and recent(client, search=bob, state="running") == ([], None)
-    status, answer, _ = client("GET", "/task/recent?state=lost")
-    assert status == 400 and answer["field"] == "state"
+    for query, field in (("state=lost", "state"), ("search=", "search"), ("offset=", "offset")):
+        status, answer, _ = client("GET", f"/task/recent?{query}")
+        assert status == 400 and answer["field"] == field
 
 
 def test_of_the_newest_tasks_only_so_many_can_be_looked_up_without_their_id(client, service, monkeypatch):
@@ -2182,10 +2183,11 @@ def test_subscriptions_are_listed_in_parts_with_their_next_time(dated, clock):
         define(client, content_type)
         for number in range(3):
             subscribe(client, f"User{number}@example.com", "@monthly", content_type)
-    found, cursor = [], ""
+    found, cursor, query = [], "", ""
     while cursor is not None:
-        answer = client.get(f"/subscriptions?limit=2&cursor={cursor}")
+        answer = client.get(f"/subscriptions?limit=2{query}")
         found, cursor = found + answer["subscriptions"], answer["next"]
+        query = f"&cursor={cursor}"
     assert {(row["content_type"], row["userId"]) for row in found} == set(
         itertools.product("ab", [f"User{number}@example.com" for number in range(3)]))
     assert {(row["frequency"], row["next"]) for row in found} == {("@monthly", "2026-04-01T00:00:00.000Z")}
