@@ -1479,10 +1479,12 @@ class Queue:
         return 'cancelled'
     """
 
+    # Who retries says that the address is good now, so what the server said of it counts no more; what a person
+    # suppressed stays so.
     REVIVE = NOTE + """
         local prefix, id, account = KEYS[1], ARGV[1], ARGV[2]
         local task = prefix .. 'task:' .. id
-        local owner, lane = unpack(redis.call('HMGET', task, 'account', 'lane'))
+        local owner, lane, to = unpack(redis.call('HMGET', task, 'account', 'lane', 'to'))
         if not owner or account ~= '' and owner ~= account then return 0 end
         if redis.call('ZREM', prefix .. 'dead', id) == 0 then return 0 end
         redis.call('ZREM', prefix .. 'dead:' .. owner, id)
@@ -1495,6 +1497,14 @@ class Queue:
             redis.call('HDEL', task, 'error', 'finished', 'strikes', 'drops', 'dropped')
             redis.call('HSET', task, 'state', 'queued', 'attempts', 0)
             redis.call('LPUSH', prefix .. 'lane:' .. lane, id)
+            local reasons = prefix .. 'suppressed_for:' .. owner
+            for address in string.gmatch(to or '', '%S+') do
+                local reason = redis.call('HGET', reasons, address)
+                if reason and reason ~= 'by request' then
+                    redis.call('HDEL', reasons, address)
+                    redis.call('ZREM', prefix .. 'suppressed:' .. owner, address)
+                end
+            end
         end
         return 1
     """
@@ -5152,8 +5162,9 @@ function dead() {
     found.tasks, "No dead letters. All is well."), found.total > found.tasks.length];
   });
   return {title: "Dead letters", live: true, refresh: list.refresh, nodes: [h("section", {}, h("div", {class: "row"},
-    h("p", {class: "muted"}, "What GoMail gave up: all attempts used, or refused for good. A retry to an address that ",
-      "is ", h("a", {href: "#/suppressions"}, "suppressed"), " is not sent."), retry, remove),
+    h("p", {class: "muted"}, "What GoMail gave up: all attempts used, or refused for good. A retry goes to an address that ",
+      "the server did not know, too; but not to one that you ", h("a", {href: "#/suppressions"}, "suppressed"), "."),
+  retry, remove),
   list.nodes)]};
 }
 

@@ -1379,6 +1379,19 @@ def test_an_address_that_does_not_exist_is_suppressed(service, client, mail_serv
     assert len(mail_server.to("gone@example.com")) == (not suppresses)
 
 
+def test_a_retried_dead_letter_goes_to_an_address_that_the_server_did_not_know_but_not_to_one_that_a_person_suppressed(client, mail_server):
+    mail_server.replies["user@example.com"] = ["550 5.1.1 no such user"] * 2
+    task_id = client.task()
+    client.state(task_id, "dead")
+    assert client.get("/suppressions")["total"] == 1
+    client.post(f"/task/dead/{task_id}/retry")
+    client.state(task_id, "dead")
+    client.post("/suppressions", {"userId": "user@example.com"})
+    client.post("/task/dead/retry")
+    client.state(task_id, "suppressed")
+    assert client.get("/suppressions")["suppressions"][0]["reason"] == "by request" and not mail_server.mails
+
+
 def test_a_suppressed_address_gets_otps_and_nothing_else_from_this_account_alone(client, mail_server):
     assert client.post("/suppressions", {"userId": "User@example.com"})["status"] is True
     entry, = client.get("/suppressions")["suppressions"]
