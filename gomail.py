@@ -413,6 +413,7 @@ def start_logging(settings, shared=False):
 #
 #   UserList                       hash    account -> id of its API key
 #   jwt_secret                     string  the signing secret, where the settings bring none
+#   jwt_secret_check               string  a keyed hash that tells whether another process has the same one
 #   task:<id>                      hash    head (what is shown of it), body (the whole, until it has ended), story
 #                                          (what became of its attempts), account, key, lane, state, attempts, ...
 #   recent, recent:<account>       list    ids of the newest tasks, newest first
@@ -705,6 +706,14 @@ class Accounts:
         self._claims = functools.lru_cache(maxsize=1000)(self._verified)
         self._sign_up = store.script(self.SIGN_UP)
         self._deregister = store.script(self.DEREGISTER)
+
+    def announce(self):
+        """Leave word of the signing secret, for is_current()."""
+        self.store.redis.set(self.store.key("jwt_secret_check"), self.derive("check").hex())
+
+    def is_current(self):
+        """Whether the service that runs signs with the same secret, as far as is known."""
+        return self.store.redis.get(self.store.key("jwt_secret_check")) in (None, self.derive("check").hex())
 
     def derive(self, purpose, secret=None):
         """A secret of its own for another purpose, made from the signing secret (32 bytes)."""
@@ -4150,6 +4159,7 @@ class Service:
                 pathlib.Path(settings.data_dir, "outbox"))
             process = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
             accounts = Accounts(self.store, settings.jwt_secret, settings.jwt_secret_previous, settings.api_key_ttl)
+            accounts.announce()
             self.queue = Queue(self.store, settings, process)
             otps = Otps(self.store, accounts.derive("otp"), settings.otp_ttl, settings.otp_minute_max,
                         settings.otp_subject, settings.otp_content)
@@ -4509,6 +4519,8 @@ class Operator:
         self.store, self.terminal = open_store(settings, server), terminal
         self.queue, self.sums = Queue(self.store, settings, "operator"), Stats(self.store)
         self.users = Accounts(self.store, settings.jwt_secret, settings.jwt_secret_previous, settings.api_key_ttl)
+        if not self.users.is_current():
+            raise StartError("jwt_secret: not that of the gomail that runs; give this command the same settings")
 
     def send(self, options):
         """Queue one message. Its id is all that goes to standard output."""
@@ -4539,6 +4551,7 @@ class Operator:
         if not options.wait:
             self.terminal.json({"id": task_id}) if self.terminal.as_json else print(task_id)
             return 0
+        self.terminal.say(f"queued as {task_id}; waiting until it is sent")
         while (found := self.queue.status(task_id)) and found["state"] in ("queued", "running", "retrying"):
             time.sleep(0.1)
         self.show(self.queue.status(task_id, story=True))
@@ -4624,7 +4637,10 @@ class Operator:
             print("\n".join(lines), flush=True)
             if not self.terminal.live:
                 return 0
-            time.sleep(1)
+            try:
+                time.sleep(1)
+            except KeyboardInterrupt:
+                return 0
 
     def stats_lines(self, now, rate):
         """What stats() writes."""
@@ -4695,7 +4711,8 @@ def command_line():
     content = send.add_mutually_exclusive_group()
     content.add_argument("--html", metavar="FILE", help="the content, HTML; - is standard input")
     content.add_argument("--text", metavar="FILE", help="the content, plain text; - is standard input")
-    send.add_argument("--retries", type=int, default=3, metavar="N", help="0 to 25, by default 3")
+    send.add_argument("--retries", type=int, default=8, metavar="N",
+                      help="0 to 25, by default %(default)s: about an hour")
     send.add_argument("--account", default=Operator.ACCOUNT, metavar="NAME",
                       help="whose task it is, by default %(default)s")
     send.add_argument("--wait", action="store_true",
@@ -4730,7 +4747,9 @@ def main(arguments=None):
         print(f"gomail: Redis is not available: {describe(error)}", file=sys.stderr)
     except StartError as error:
         print(f"gomail: {error}", file=sys.stderr)
-    except (KeyboardInterrupt, BrokenPipeError):  # who looked has seen enough
+    except KeyboardInterrupt:
+        return 130  # as a shell has it: 128 and the number of SIGINT
+    except BrokenPipeError:  # who looked has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
     return 3 if options.command else 1
@@ -5038,7 +5057,7 @@ function laneCard(lane) {
   return h("li", {class: lane.paused ? "card stopped" : "card"},
     h("h2", {}, lane.lane, lane.paused ? h("span", {class: "badge bad"}, "paused")
       : h("span", {class: "badge good"}, "running")),
-    h("p", {class: "muted"}, LANES[lane.lane]),
+    h("p", {class: "muted"}, `${LANES[lane.lane]}, of all accounts`),
     h("p", {}, h("span", {class: "number"}, lane.queued.toLocaleString()), " waiting",
       lane.queued ? `, the oldest for ${span(lane.oldest)}` : ""),
     lane.paused ? [h("p", {class: "bad"}, lane.reason),
@@ -5054,7 +5073,7 @@ function overview() {
   const cards = h("ul", {class: "lanes", "aria-label": "Lanes"}), hour = h("div"), recent = h("div"), sums = h("p");
   const compose = form(async values => {
     const {id} = await api("POST", "/task/", {
-      task: "Sent from the page", type: "message", retries: 3, payload: values});
+      task: "Sent from the page", type: "message", retries: 8, payload: values});
     location.hash = `#/tasks/${id}`;
   }, {class: "tall"}, field("To", h("input", {name: "userId", type: "email", required: true})),
     field("Subject", h("input", {name: "subject", required: true, maxlength: 998})),
@@ -5162,8 +5181,8 @@ function dead() {
     found.tasks, "No dead letters. All is well."), found.total > found.tasks.length];
   });
   return {title: "Dead letters", live: true, refresh: list.refresh, nodes: [h("section", {}, h("div", {class: "row"},
-    h("p", {class: "muted"}, "What GoMail gave up: all attempts used, or refused for good. A retry goes to an address that ",
-      "the server did not know, too; but not to one that you ", h("a", {href: "#/suppressions"}, "suppressed"), "."),
+    h("p", {class: "muted"}, "What GoMail gave up: all attempts used, or refused for good. A retry goes to an address ",
+      "that the server did not know, too; but not to one that you ", h("a", {href: "#/suppressions"}, "suppressed"), "."),
   retry, remove),
   list.nodes)]};
 }

@@ -3184,6 +3184,20 @@ def test_what_a_command_cannot_do_is_said_with_what_to_do_next(operated, argumen
     assert found == code and words in errors and output == "" and recent(client) == ([], None)
 
 
+def test_waiting_for_a_mail_that_is_interrupted_is_no_success(operated, mail_server):
+    command, _ = operated
+    mail_server.replies["user@example.com"] = ["450 busy"] * 9
+    code, output = command.at_terminal("send", "user@example.com", "--subject", "x", "--text", __file__, "--wait",
+                                       until_seen=b"waiting until it is sent")
+    assert code == 130 and re.search("queued as [0-9a-f]{32}", output) and "Traceback" not in output
+
+
+def test_a_command_with_another_secret_than_the_service_gives_out_no_key(operated):
+    command, _ = operated
+    code, output, errors = command("accounts", "--add", "x@example.com", jwt_secret="another secret, of 32 bytes or more")
+    assert (code, output) == (3, "") and "jwt_secret: not that of the gomail that runs" in errors
+
+
 def test_an_empty_mail_is_not_sent_from_the_command_line(operated):
     code, _, errors = operated[0]("send", "a@example.com", "--subject", "x", given="")
     assert code == 2 and "standard input must be a string" in errors
