@@ -182,6 +182,8 @@ class Settings:
             raise StartError("jwt_secret_previous: (hidden) is not allowed without jwt_secret")
         if self.smtp_from and not parse_address(email.utils.parseaddr(self.smtp_from)[1]):
             raise StartError(f"smtp_from: {self.smtp_from!r} is not an address, or a name with <address>")
+        if re.search(r"[\s=]", self.smtp_server):
+            raise StartError(f"smtp_server: {self.smtp_server!r} is not a host name; a line of .env has one setting")
         if self.smtp_tls == "off" and self.smtp_pass:
             raise StartError("smtp_tls: 'off' is not allowed with smtp_pass, expected auto")
         if self.public_url and not re.fullmatch(r"https?://[!-;=?-~]+", self.public_url):
@@ -4513,6 +4515,8 @@ class Operator:
         server = None
         if not settings.redis_uri:
             server = EmbeddedServer(settings.data_dir)
+            if server.folder.exists() and not os.access(server.folder, os.X_OK):
+                raise StartError(f"data_dir: {str(server.folder)!r} is another user's; call this as the service's user")
             if not server.answers():
                 raise StartError(f"data_dir: no gomail is running on {str(server.folder)!r}; start it, or call this "
                                  "where it runs")
@@ -4535,10 +4539,14 @@ class Operator:
             account = self.users.find(self.ACCOUNT)
         try:
             content = read_content(options.html or options.text or "-")
+            if not content.strip():
+                self.terminal.say(f"{options.html or options.text or 'standard input'} is empty")
+                return 2
             payload = {"userId": options.to, "subject": options.subject, "content": content}
             if not options.html and is_html(content):  # text that looks like HTML, and is not meant so
                 payload |= {"content": f"<pre>{html.escape(content)}</pre>", "text": content}
-            task = TASK({"task": "Sent by hand", "type": "message", "retries": options.retries, "payload": payload})
+            name = SUBJECT(options.subject, "payload.subject")[:256]  # so that one tells it from others
+            task = TASK({"task": name, "type": "message", "retries": options.retries, "payload": payload})
         except Refused as refused:
             names = {"payload.userId": "TO", "payload.subject": "--subject", "retries": "--retries",
                      "payload.content": "--html FILE, --text FILE or standard input"}
@@ -4615,7 +4623,7 @@ class Operator:
             self.terminal.json({"count": count})
         elif count or options.all:
             print(f"{count} dead letter{'s' * (count != 1)} {words}")
-        else:
+        if not count and not options.all:
             self.terminal.say(f"there is no dead letter {options.id}; `dead` lists them")
         return 0 if count or options.all else 1
 
@@ -4726,7 +4734,8 @@ def command_line():
         which.add_argument("id", nargs="?", metavar="ID")
         which.add_argument("--all", action="store_true", help="all of them")
     command("stats", "show lanes, counters and the last hour; on a terminal every second, until Ctrl-C")
-    change = command("accounts", "list the accounts").add_mutually_exclusive_group()
+    change = command("accounts", "list the accounts: name, dead letters, content types, mails sent and given up in the "
+                     "last hour").add_mutually_exclusive_group()
     change.add_argument("--add", metavar="NAME", help="sign up an account and write its API key")
     change.add_argument("--remove", metavar="NAME", help="deregister an account: its key, tasks and subscriptions end")
     return parser
@@ -5073,7 +5082,7 @@ function overview() {
   const cards = h("ul", {class: "lanes", "aria-label": "Lanes"}), hour = h("div"), recent = h("div"), sums = h("p");
   const compose = form(async values => {
     const {id} = await api("POST", "/task/", {
-      task: "Sent from the page", type: "message", retries: 8, payload: values});
+      task: values.subject.slice(0, 256), type: "message", retries: 8, payload: values});
     location.hash = `#/tasks/${id}`;
   }, {class: "tall"}, field("To", h("input", {name: "userId", type: "email", required: true})),
     field("Subject", h("input", {name: "subject", required: true, maxlength: 998})),
@@ -5182,7 +5191,8 @@ function dead() {
   });
   return {title: "Dead letters", live: true, refresh: list.refresh, nodes: [h("section", {}, h("div", {class: "row"},
     h("p", {class: "muted"}, "What GoMail gave up: all attempts used, or refused for good. A retry goes to an address ",
-      "that the server did not know, too; but not to one that you ", h("a", {href: "#/suppressions"}, "suppressed"), "."),
+      "that the server did not know, too; but not to one that you ",
+      h("a", {href: "#/suppressions"}, "suppressed"), "."),
   retry, remove),
   list.nodes)]};
 }
