@@ -4645,10 +4645,7 @@ class Operator:
             print("\n".join(lines), flush=True)
             if not self.terminal.live:
                 return 0
-            try:
-                time.sleep(1)
-            except KeyboardInterrupt:
-                return 0
+            time.sleep(1)
 
     def stats_lines(self, now, rate):
         """What stats() writes."""
@@ -4757,7 +4754,7 @@ def main(arguments=None):
     except StartError as error:
         print(f"gomail: {error}", file=sys.stderr)
     except KeyboardInterrupt:
-        return 130  # as a shell has it: 128 and the number of SIGINT
+        return 0 if options.command == "stats" else 130  # as a shell has it: 128 and the number of SIGINT
     except BrokenPipeError:  # who looked has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
