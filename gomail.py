@@ -1750,7 +1750,7 @@ class Queue:
         known = self._statuses([search], account) if search else []
         if known and state in ("", known[0]["state"]):
             return known, None
-        key, ids = self.store.key("recent", account) if account else self.store.key("recent"), []
+        key, ids = self._list_of("recent", account), []
         while offset >= 0 and len(ids) < limit:
             offset, *found = self._recent(keys=[self.store.prefix, key], args=[
                 same_mailbox(search), state, offset, self.LOOK, limit - len(ids)])
@@ -1771,13 +1771,14 @@ class Queue:
 
     def dead(self, account="", offset=0, limit=100):
         """(how many dead letters there are, the statuses of those from `offset` on), newest first."""
-        key = self._letters(account)
+        key = self._list_of("dead", account)
         self.store.redis.zremrangebyscore(key, "-inf", (self.store.time() - self.settings.dead_ttl) * 1000)
         ids = self.store.redis.zrevrange(key, offset, offset + limit - 1) if limit else []
         return self.store.redis.zcard(key), self._statuses(ids, account)
 
-    def _letters(self, account):
-        return self.store.key("dead", account) if account else self.store.key("dead")
+    def _list_of(self, kind, account):
+        """The key of an account's own list, or of the one of all accounts."""
+        return self.store.key(kind, account) if account else self.store.key(kind)
 
     def revive(self, task_id, account="", remove=False):
         """Queue a dead letter again, with all its attempts, or remove it. False where there is none."""
@@ -1785,7 +1786,7 @@ class Queue:
 
     def revive_all(self, account="", remove=False, progress=lambda count: None):
         """Queue all dead letters again, or remove them; returns how many. `progress` hears how many so far."""
-        key, count, before = self._letters(account), 0, self.store.time() * 1000
+        key, count, before = self._list_of("dead", account), 0, self.store.time() * 1000
         # Letters that die again meanwhile have a later time, so that this ends.
         while ids := self.store.redis.zrangebyscore(key, "-inf", before, start=0, num=self.BATCH):
             for task_id in ids:
@@ -1837,10 +1838,10 @@ class Queue:
         """How many processes work on this queue."""
         return self.store.redis.hlen(self.store.key("processes"))
 
-    def lanes(self):
-        """For each lane: what waits there, and in how many of the processes it is paused, and why."""
+    def lanes(self, depths):
+        """For each lane: what waits there, by `depths`, and in how many of the processes it is paused, and why."""
         processes = [json.loads(reasons) for reasons in self.store.redis.hvals(self.store.key("paused"))]
-        depths, oldest, lanes = self.depths(), self.oldest(), []
+        oldest, lanes = self.oldest(), []
         for lane in LANES:
             reasons = [paused[lane] for paused in processes if lane in paused]
             lanes.append({"lane": lane, "queued": depths[lane], "oldest": round(oldest[lane], 3),
@@ -2303,7 +2304,8 @@ class Outbox:
             with contextlib.suppress(FileNotFoundError), open(entry.path, "rb") as file:
                 head = self._parsed(file.read(self.HEAD).partition(b"\n\n")[0])
                 if not account or self._owner(head) == account:
-                    mails.append({"id": entry.name.partition(":")[0], **self._shown(head),
+                    mails.append({"id": entry.name.partition(":")[0],
+                                  **{name: head.get(name, "") for name in ("from", "to", "subject")},
                                   "received": timestamp(self._moment(entry.name)[0] * 1_000_000),
                                   "size": os.fstat(file.fileno()).st_size})
         return mails, at if at < len(files) else None
@@ -2324,10 +2326,6 @@ class Outbox:
 
     def _owner(self, message):
         return urllib.parse.unquote(message.get(self.OWNER, ""))
-
-    @staticmethod
-    def _shown(message):
-        return {name: message.get(name, "") for name in ("from", "to", "subject")}
 
     @staticmethod
     def _moment(name):
@@ -3458,7 +3456,7 @@ class Api:
         if route.access in ("key", "all"):
             request.account = self.caller(request, route)
         elif route.access == "task":
-            request.account = self.session(request) or self.accounts.read(request.headers.get("authorization", ""))
+            request.account = self.holder(request)
         elif route.access == "admin":
             self.require_admin(request)
         if route.body:
@@ -3471,10 +3469,7 @@ class Api:
     def caller(self, request, route):
         """The Account behind a request, by its key or session; or, for the admin, the one that `?account=` names."""
         if not self.is_admin(request):
-            session = self.session(request)
-            if session:
-                return self.accounts.current(session)
-            return self.accounts.authenticate(request.headers.get("authorization", ""))
+            return self.accounts.current(self.holder(request))
         name = request.query.get("account", "")
         if not name and route.access != "all":
             raise Refused(400, "account is required with the admin_token: the name of an account", "account")
@@ -3482,6 +3477,10 @@ class Api:
         if account is None:
             raise Refused(404, "account is not registered", "account")
         return account
+
+    def holder(self, request):
+        """The Account of the session, or else of the key, whether or not it was revoked. Raises Refused (401)."""
+        return self.session(request) or self.accounts.read(request.headers.get("authorization", ""))
 
     def session(self, request):
         """The Account that the session's cookie stands for, or None.
@@ -3535,14 +3534,16 @@ class Api:
         account = self.admin if self.is_admin(given) else self.accounts.authenticate(request.body["key"])
         # The browser sends the origin of its page: where that is HTTPS, the cookie never goes another way.
         secure = "; Secure" * request.headers.get("origin", "").startswith("https:")
-        cookie = (f"{self.cookie}={self.accounts.session(account, self.SESSION)}; HttpOnly; SameSite=Strict; Path=/; "
-                  f"Max-Age={self.SESSION}{secure}")
-        return Document("application/json", ENCODER.encode(self.describe_session(request, account)) + "\n",
-                        {"Set-Cookie": cookie})
+        return self.with_cookie(self.describe_session(request, account),
+                                self.accounts.session(account, self.SESSION), self.SESSION, secure)
 
     def close_session(self, request):
-        return Document("application/json", ENCODER.encode({"status": True, "msg": "Signed out"}) + "\n",
-                        {"Set-Cookie": f"{self.cookie}=; HttpOnly; SameSite=Strict; Path=/; Max-Age=0"})
+        return self.with_cookie({"status": True, "msg": "Signed out"}, "", 0)
+
+    def with_cookie(self, body, value, seconds, more=""):
+        """The answer `body`, with the session's cookie for so many seconds."""
+        return Document("application/json", ENCODER.encode(body) + "\n", {
+            "Set-Cookie": f"{self.cookie}={value}; HttpOnly; SameSite=Strict; Path=/; Max-Age={seconds}{more}"})
 
     def sign_up(self, request):
         return {"apiKey": self.accounts.sign_up(request.body["id"])}
@@ -3552,8 +3553,7 @@ class Api:
         try:
             self.require_admin(request)
         except Refused:
-            own = self.session(request) or self.accounts.read(request.headers.get("authorization", ""))
-            if self.accounts.current(own).name != name:
+            if self.accounts.current(self.holder(request)).name != name:
                 raise
         self.accounts.deregister(name)
         return {"status": True, "msg": "Deregistered successfully!"}
@@ -3668,7 +3668,7 @@ class Api:
         depths, transport = self.queue.depths(), self.workers.transport
         outbox = isinstance(transport, Outbox)
         dead, _ = self.queue.dead(request.account.name, limit=0)
-        return {"status": True, "lanes": self.queue.lanes(), "processes": self.queue.processes(),
+        return {"status": True, "lanes": self.queue.lanes(depths), "processes": self.queue.processes(),
                 "retrying": depths["retrying"], "dead": dead, "mail_to": "Maildir" if outbox else str(transport),
                 "outbox": outbox}
 
@@ -3736,7 +3736,7 @@ class Api:
         _, content_type, address = self.newsletters.read_link(request.path["token"])
         # Scanners follow links, so only the button's POST ends anything.
         return small_page(f"<p>Unsubscribe {html.escape(address)} from {html.escape(content_type)}?</p>"
-                    "<form method=post><button>Unsubscribe</button></form>")
+                          "<form method=post><button>Unsubscribe</button></form>")
 
     def follow_link(self, request):
         self.newsletters.follow_link(request.path["token"])
@@ -4394,7 +4394,8 @@ def read_all(descriptor):
 
 # --- 14. command line -------------------------------------------------------------------------------------
 # Without a command, the service; the commands look after a gomail that runs, by its Redis, for all accounts. They write
-# for people, or JSON; exit codes: 0 done, 1 no such thing or no success, 2 wrong usage, 3 Redis cannot be reached.
+# for people, or JSON; exit codes: 0 done, 1 no such thing or no success, 2 wrong usage, 3 Redis cannot be reached or a
+# setting is wrong, 130 Ctrl-C.
 
 def check(settings):
     """--check: read the settings, reach Redis, log in to SMTP, say what was found. True where all is well."""
@@ -4631,7 +4632,8 @@ class Operator:
         """Lanes, counters and the last hour: once, or on a terminal every second until Ctrl-C."""
         before, lines = None, []
         while True:
-            now = {"lanes": self.queue.lanes(), "processes": self.queue.processes(), "queued": self.queue.depths(),
+            depths = self.queue.depths()
+            now = {"lanes": self.queue.lanes(depths), "processes": self.queue.processes(), "queued": depths,
                    "jobs": self.queue.counters(), "minutes": self.sums.history()}
             if self.terminal.as_json:
                 self.terminal.json(now)
@@ -5006,6 +5008,10 @@ const EVENTS = {accepted: "Accepted", running: "In work", retrying: "Attempt fai
   cancelled: "Cancelled", suppressed: "Suppressed"};
 const LANES = {urgent: "OTPs, subscribing and unsubscribing", normal: "messages", bulk: "newsletters"};
 
+function act(method, path, words) {
+  return async () => { await api(method, path); say(words); await show.refresh(); };
+}
+
 function badge(state) {
   return h("span", {class: `badge ${STATES[state] || ""}`}, state);
 }
@@ -5134,7 +5140,6 @@ function tasks() {
 
 function task(id) {
   const place = h("div");
-  const act = (method, path, words) => async () => { await api(method, path); say(words); await show.refresh(); };
   return {title: "Task", live: true, nodes: [place], async refresh() {
     const found = await api("GET", `/task/${part(id)}`);
     const ending = step => step.event === "dead" && found.state === "dead" && found.attempts <= found.retries
@@ -5171,7 +5176,6 @@ function dead() {
     if (confirm(`Delete ${count(total, "dead letter", "dead letters")}? Their mails are lost for good.`))
       await all("DELETE", "/task/dead", "deleted");
   }, "bad apart");
-  const one = (method, path, words) => async () => { await api(method, path); say(words); await show.refresh(); };
   const list = growing(async limit => {
     const found = await api("GET", "/task/dead", undefined, {limit});
     total = found.total;
@@ -5180,9 +5184,9 @@ function dead() {
       {name: "Ended", value: row => when(row.finished), style: "number-cell"},
       ...TASK_COLUMNS().filter(column => !["Accepted", "State"].includes(column.name)),
       {name: "Actions", style: "actions", value: row => h("div", {class: "row"},
-        button("Retry", one("POST", `/task/dead/${part(row.id)}/retry`, "Queued again."), null,
+        button("Retry", act("POST", `/task/dead/${part(row.id)}/retry`, "Queued again."), null,
           `Retry ${row.task}, ${row.id}`),
-        button("Delete", one("DELETE", `/task/dead/${part(row.id)}`, "Deleted."), "bad",
+        button("Delete", act("DELETE", `/task/dead/${part(row.id)}`, "Deleted."), "bad",
           `Delete ${row.task}, ${row.id}`))}],
     found.tasks, "No dead letters. All is well."), found.total > found.tasks.length];
   });

@@ -299,6 +299,11 @@ class Client:
         return Client(self.address, self.post("/auth/signup", {"id": name})["apiKey"])
 
 
+def name_of(client):
+    """The name of the account whose key a client has."""
+    return jwt.decode(client.key, options={"verify_signature": False})["sub"]
+
+
 class Services:
     """Starts services in this process, each with keys of its own on the shared Redis."""
 
@@ -1077,7 +1082,7 @@ def test_the_newest_tasks_are_found_by_id_by_part_of_a_recipient_and_by_state(cl
     assert recent(client, search="nobody") == ([], None)
     assert recent(client, limit=3) == ([otp, both, bob], 3) and recent(client, limit=3, offset=3) == ([ann], None)
     assert recent(service.client.sign_up()) == ([], None)
-    service.store.redis.delete(service.store.key("recent", jwt.decode(client.key, options={"verify_signature": False})["sub"]))
+    service.store.redis.delete(service.store.key("recent", name_of(client)))
     assert recent(client, search=bob) == ([bob], None) and recent(client, search=bob, state="running") == ([], None)
     for query, field in (("state=lost", "state"), ("search=", "search"), ("offset=", "offset")):
         status, answer, _ = client("GET", f"/task/recent?{query}")
@@ -2858,7 +2863,7 @@ def test_a_session_stands_for_a_key_in_a_cookie_that_scripts_cannot_read_and_tha
     call, cookie = logged_in(client, client.key)
     assert {"HttpOnly", "SameSite=Strict", "Path=/"} <= set(cookie.split("; ")) and "Secure" not in cookie
     assert client.key not in cookie and client.key.split(".")[2] not in cookie
-    name = jwt.decode(client.key, options={"verify_signature": False})["sub"]
+    name = name_of(client)
     assert call("GET", "/session")[1] == {"status": True, "account": name, "admin": False, "signup": True}
     assert call("POST", "/task/", MESSAGE)[0] == call("GET", "/task/recent")[0] == 200
     value = cookie.partition("=")[2].partition(";")[0]
@@ -2878,7 +2883,7 @@ def test_a_session_counts_only_with_a_header_that_other_sites_cannot_send(client
 
 
 def test_a_session_ends_with_its_key_and_after_its_time(client, monkeypatch):
-    name = jwt.decode(client.key, options={"verify_signature": False})["sub"]
+    name = name_of(client)
     monkeypatch.setattr(gomail.Api, "SESSION", -1)
     call, _ = logged_in(client, client.key)
     assert call("GET", "/session")[1]["account"] is None and call("GET", "/task/recent")[0] == 401
@@ -3354,7 +3359,7 @@ def go(tab, address):
     tab.locator("main:not([aria-busy])").wait_for()
 
 
-def busy_account(service, mail_server=None):
+def busy_account(service):
     """A client whose account has something to show in each view, and the id of its dead letter."""
     client = service.client.sign_up()
     define(client, content="<h1>News</h1><p>What is new</p>")
