@@ -24,6 +24,7 @@ import datetime
 import email.header
 import email.policy
 import email.utils
+import enum
 import fcntl
 import functools
 import gc
@@ -38,7 +39,6 @@ import ipaddress
 import json
 import logging
 import logging.handlers
-import mailbox
 import math
 import os
 import pathlib
@@ -46,6 +46,7 @@ import random
 import re
 import secrets
 import select
+import shlex
 import signal
 import smtplib
 import socket
@@ -57,6 +58,8 @@ import threading
 import time
 import urllib.parse
 import zoneinfo
+from collections.abc import Callable, Sequence
+from mailbox import Maildir
 
 import jwt
 import redis
@@ -103,11 +106,19 @@ class Settings:
     smtp_user: str = option("", "SMTP user name; also the sender's address where smtp_from is not set")
     smtp_pass: str = option("", "SMTP password; with it, TLS is required")
     smtp_from: str = option("", 'sender, "Name <address>" or "address"; empty: smtp_user, else gomail@ this host')
-    smtp_tls: str = option("auto", "auto: STARTTLS where offered; off: never (a server on this machine)",
-                           choices=("auto", "off"))
+    smtp_token_command: str = option("", "instead of smtp_pass: a command that writes an access token, for XOAUTH2; it "
+                                     "runs again when the server refuses the token")
+    smtp_tls: str = option("auto", "auto: STARTTLS where offered; implicit: TLS from the start, on any port; off: never "
+                           "(a server on this machine)", choices=("auto", "implicit", "off"))
+    smtp_ca: str = option("", "file with the certificates (PEM) that the SMTP server's must come from; empty: the "
+                          "machine's own")
+    smtp_ehlo: str = option("", "name or [address] in EHLO; empty: this machine's full name, else its address")
     smtp_rate: float = option(0.0, "mails a second to the SMTP server, from all processes together; "
                               "0: as fast as it takes them", low=0, high=100000, number="a number")
-    smtp_timeout: float = option(30.0, "seconds to wait for the SMTP server's connection or answer", low=0.1, high=600)
+    smtp_timeout: float = option(30.0, "seconds to wait for the SMTP server's connection, and for each answer until a "
+                                 "mail is offered; from then on the times of RFC 5321 hold", low=0.1, high=600)
+    smtp_mails_per_connection: int = option(100, "mails after which a connection is replaced; of the urgent lane at most "
+                                            "10", low=1, high=100000)
     redis_uri: str = option("", "host:port, redis://, rediss://, unix:// or redis+sentinel://; "
                             "empty: the embedded Valkey in data_dir")
     key_prefix: str = option("gomail:", "what every Redis key begins with")
@@ -184,8 +195,17 @@ class Settings:
             raise StartError(f"smtp_from: {self.smtp_from!r} is not an address, or a name with <address>")
         if re.search(r"[\s=]", self.smtp_server):
             raise StartError(f"smtp_server: {self.smtp_server!r} is not a host name; a line of .env has one setting")
-        if self.smtp_tls == "off" and self.smtp_pass:
-            raise StartError("smtp_tls: 'off' is not allowed with smtp_pass, expected auto")
+        if self.smtp_tls == "off" and (self.smtp_pass or self.smtp_token_command):
+            raise StartError("smtp_tls: 'off' is not allowed with smtp_pass or smtp_token_command, expected auto")
+        if self.smtp_token_command and (self.smtp_pass or not self.smtp_user):
+            raise StartError("smtp_token_command: needs smtp_user, and is not allowed with smtp_pass")
+        if self.smtp_ehlo and not (is_domain(self.smtp_ehlo) or ADDRESS_LITERAL.fullmatch(self.smtp_ehlo)):
+            raise StartError(f"smtp_ehlo: {self.smtp_ehlo!r} is not a host name, or an address such as [192.0.2.1]")
+        if self.smtp_ca:
+            try:
+                ssl.create_default_context(cafile=self.smtp_ca)
+            except (OSError, ValueError) as error:
+                raise StartError(f"smtp_ca: {self.smtp_ca!r} is not a file with certificates (PEM): {describe(error)}") from None
         if self.public_url and not re.fullmatch(r"https?://[!-;=?-~]+", self.public_url):
             raise StartError(f"public_url: {self.public_url!r} is not a URL such as https://mail.example.com")
         for name in ("otp_subject", "otp_content"):
@@ -274,6 +294,14 @@ LOCAL_PART = re.compile(r"[\w!#$%&'*+/=?^`{|}~-]+(\.[\w!#$%&'*+/=?^`{|}~-]+)*")
 DOMAIN_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", re.IGNORECASE)
 
 
+ADDRESS_LITERAL = re.compile(r"\[(\d{1,3}(\.\d{1,3}){3}|IPv6:[0-9A-Fa-f:.]{2,45})\]")  # RFC 5321 section 4.1.3
+
+
+def is_domain(text: str) -> bool:
+    """Whether the text is a fully-qualified domain name in ASCII (RFC 5321 section 4.1.2)."""
+    return 3 <= len(text) <= 255 and "." in text and all(map(DOMAIN_LABEL.fullmatch, text.split(".")))
+
+
 def parse_address(text):
     """The address as SMTP carries it: the local part as it is, the domain lower-case and in IDNA form.
 
@@ -292,6 +320,10 @@ def parse_address(text):
     if not all(DOMAIN_LABEL.fullmatch(label) for label in domain.split(".")):
         return None
     return f"{local}@{domain}"
+
+
+def mailbox(address: str) -> str:
+    return address
 
 
 # --- 2. logging -------------------------------------------------------------------------------------------
@@ -1185,7 +1217,7 @@ class Task:
 class Outcome:
     """What became of a task that a worker had in hand.
 
-    Verdict "succeeded"; "retrying", to be taken again after `delay` seconds; "dropped", the same without
+    Verdict "succeeded"; "retrying", to be taken again after `delay` seconds; "dropped" and "in-doubt", the same without
     counting as an attempt; "returned", back to the head of its lane; "dead"; "cancelled", because nobody
     wants it any more; or "suppressed", because nobody is left to send it to. `delivered` are the recipients that have
     the mail already, where others have not; `suppress` the addresses that do not exist, by what the server said.
@@ -1371,7 +1403,7 @@ class Queue:
                 note(task, verdict, error)
                 redis.call('HSET', task, 'state', 'retrying', 'error', error, 'due', milliseconds + delay)
                 redis.call('ZADD', prefix .. 'delayed', milliseconds + delay, id)
-                if verdict == 'dropped' then
+                if verdict == 'dropped' or verdict == 'in-doubt' then
                     redis.call('HINCRBY', task, 'drops', 1)
                     redis.call('HSET', task, 'dropped', microseconds)
                 else
@@ -2001,13 +2033,25 @@ def exposition(series):
 
 # --- 7. mail ----------------------------------------------------------------------------------------------
 # A task becomes a message of RFC 5322 and MIME, and a transport hands it on: SmtpTransport to the server,
-# Outbox to a Maildir. Both say what went wrong by one of the next exceptions, which decide what the worker does.
+# Outbox to a Maildir. Both say what went wrong by one of the next exceptions, which decide what the worker does;
+# one table, REPLIES, says which of them an SMTP reply means.
 
-class Temporary(Exception):
+class DeliveryError(Exception):
+    """A mail was not handed over to all of its recipients.
+
+    `certain` says that the server would say the same on another connection.
+    """
+
+    def __init__(self, error: str, certain: bool = False) -> None:
+        super().__init__(error)
+        self.certain = certain
+
+
+class Temporary(DeliveryError):
     """The server refused this mail for now (SMTP 4xx): worth another attempt."""
 
 
-class Permanent(Exception):
+class Permanent(DeliveryError):
     """This mail will never be taken (SMTP 5xx, or the task itself): no further attempt.
 
     `no_such_address` says that it is the recipient's address which the server does not know.
@@ -2016,31 +2060,118 @@ class Permanent(Exception):
     no_such_address = False
 
 
-class Suppressed(Exception):
-    """All recipients are suppressed."""
+class Unavailable(DeliveryError):
+    """No mail can be handed over now, whatever the mail: the server, the connection or the sender's account is out.
+
+    `dropped` says that it came up in the middle of this mail, so that the mail may be the cause.
+    """
+
+    def __init__(self, error: str, dropped: bool = False) -> None:
+        super().__init__(error)
+        self.dropped = dropped
 
 
-class Partial(Exception):
-    """The server took the mail for `delivered`, but refused the recipients in `refused` (address -> exception)."""
+class InDoubt(Unavailable):
+    """The server got the whole mail, but its answer never came: the mail may have arrived."""
 
-    def __init__(self, delivered, refused):
+    def __init__(self, error: str) -> None:
+        super().__init__(f"in doubt, the mail may have arrived: {error}", dropped=True)
+        self.certain = True
+
+
+class Partial(DeliveryError):
+    """The server took the mail for `delivered`, but not for the recipients in `refused` (address -> DeliveryError)."""
+
+    def __init__(self, delivered: tuple[str, ...], refused: dict[str, DeliveryError]) -> None:
         super().__init__("; ".join(f"{address}: {error}" for address, error in refused.items()))
         self.delivered, self.refused = delivered, refused
+
+
+class Suppressed(Exception):
+    """All recipients are suppressed."""
 
 
 class Cancelled(Exception):
     """Nobody wants this mail any more: it is not sent, and that is no failure."""
 
 
-class Unavailable(Exception):
-    """The server itself is out, whatever the mail.
+class About(enum.StrEnum):
+    """What an SMTP reply is about. A mail pays an attempt only for what is about itself or its recipient."""
 
-    `dropped` says that it went away in the middle of this mail, so that the mail may be the cause.
+    MAIL = "the mail"
+    RECIPIENT = "the recipient"
+    SENDER = "the sender, the client or the account"
+    CONNECTION = "the connection"
+    SERVER = "the server"
+
+
+# What a refusal is about, by "STAGE code text", where the text begins with the enhanced code, if there is one; the
+# first line that fits counts, then the stage alone. The stages are MAIL, RCPT, DATA and DOT, the end of the data. An
+# enhanced code is class.subject.detail; RFC 3463 section 3 has the subjects, the IANA registry of RFC 5248 the rest.
+REPLIES = tuple((about, re.compile(pattern, re.IGNORECASE | re.DOTALL)) for about, pattern in (
+    # RFC 5321 section 3.8: 421 announces at any stage that the server closes the connection.
+    (About.SERVER, r"\w+ 421 "),
+    # RFC 3463 section 3.2 and 3.3: the address or the mailbox; RFC 7505: a domain that takes no mail.
+    (About.RECIPIENT, r"RCPT \d+ [45]\.(1\.([1-6]|10)|2\.[0-4])\b"),
+    # Postfix (access(5), smtpd) and many others: who does not exist, and what its administrator forbids.
+    (About.RECIPIENT, r"RCPT .*(recipient address rejected|(user|recipient|mailbox) unknown"
+                      r"|(unknown|no such) (user|recipient|mailbox))"),
+    # RFC 5321 section 4.2.3: 552, exceeded storage; RFC 3463 section 3.3, 3.4, 3.7: too long, its media.
+    (About.MAIL, r"\w+ (552 |[45]\d\d [45]\.(2\.3|3\.4|6\.\d+)\b)"),
+    # RFC 4954 section 6, RFC 3207 section 4: authentication or TLS first. RFC 3463 section 3.2: the sender's address.
+    # RFC 5248, RFC 7372, RFC 7505: credentials, SPF, DKIM, reverse DNS. Microsoft's list of NDR codes: 5.7.50 and above.
+    (About.SENDER, r"\w+ (53\d |[45]\d\d [45]\.(1\.[78]|7\.([89]|1[0-4]|2[0-7]|57|60|64|139|50[1-38]|511|6[0-4]\d"
+                   r"|70[58]|750)|2\.252)\b)"),
+    # Postfix's smtpd_delay_reject says at RCPT what it thinks of HELO, client and sender; so do Exim's ACLs ("relay not
+    # permitted", "Sender verify failed"), Sendmail ("Relaying denied"), qmail ("allowed rcpthosts"), Exchange
+    # ("SendAsDenied", "Unable to relay") and, at the end of the data, SES ("Email address is not verified").
+    (About.SENDER, r"\w+ .*(sender (address )?(rejected|refused|denied)|sender verif|helo command rejected"
+                   r"|client host rejected|client .*blocked using|relay(ing)? (access )?(is )?(denied|not (permitted|allowed))"
+                   r"|not (permitted|allowed|authorized) to relay|unable to relay|allowed rcpthosts|not owned by"
+                   r"|authentication (is )?required|must (be )?authenticat|not authenticated|sendasdenied"
+                   r"|send as this sender|address is not verified)"),
+    # RFC 5321 section 4.2.4 and 4.3.2: commands unknown or out of order. Stalwart ("messages per session"), IONOS ("Mails
+    # per session limit"), OpenSMTPD ("Too many messages sent"), Postfix ("too many errors"): a connection's share.
+    (About.CONNECTION, r"\w+ (50[0234] |.*(too many (messages|mails|e-?mails|transactions|errors|commands)"
+                       r"|(messages?|mails?|count) per (session|connection)|session limit))"),
+    # RFC 3463 section 3.4 and 3.5: the system is full, not accepting or badly set up, congested; RFC 4954 and RFC 3207: 454.
+    (About.SERVER, r"\w+ (454 |4\d\d 4\.(3\.[0125]|4\.[25])\b|5\d\d 5\.3\.[125]\b)"),
+    # Postfix, when its milter, policy server or table does not answer.
+    (About.SERVER, r"\w+ 4.*(service unavailable|server configuration|temporary lookup failure)"),
+    # All mails have the same sender.
+    (About.SERVER, r"MAIL 4"),
+    (About.SENDER, r"MAIL "),
+))
+
+
+def refusal(stage: str, code: int, text: str, taken: bool = False) -> DeliveryError | None:
+    """What a reply means at a stage (RFC 5321 section 4.2): None for success, else the error to raise.
+
+    Any 2yz is a success, at DATA any 3yz. `taken` says that another recipient was taken in the same transaction, so
+    that the sender is not at fault.
     """
+    if code // 100 == (3 if stage == "DATA" else 2):
+        return None
+    said = f"{code} {text}"[:500]
+    if not 400 <= code <= 599:
+        return Unavailable(f"the server said {STAGES[stage]}: {said}", dropped=True)
+    known = next((about for about, pattern in REPLIES if pattern.match(f"{stage} {said}")), None)
+    about = known or (About.RECIPIENT if stage == "RCPT" else About.MAIL)
+    if about == About.SENDER and taken:
+        about = About.RECIPIENT
+    if about not in (About.MAIL, About.RECIPIENT):
+        words = said if code == 421 else f"{about}, {STAGES[stage]}: {said}"
+        return Unavailable(words, dropped=stage != "MAIL" or code < 500)
+    if code < 500:
+        return Temporary(said, certain=known is not None)
+    error = Permanent(said, certain=known is not None)
+    # RFC 3463 section 3.2: 5.1.x is about an address, 5.1.7 and 5.1.8 about the sender's.
+    error.no_such_address = stage == "RCPT" and re.match(r"5\.1\.(?![78]\b)\d", text) is not None
+    return error
 
-    def __init__(self, error, dropped=False):
-        super().__init__(error)
-        self.dropped = dropped
+
+STAGES = {"MAIL": "at MAIL", "RCPT": "at RCPT", "DATA": "at DATA", "DOT": "at the end of the data"}
+TOO_MANY = re.compile(r"\d+ ([45]\.5\.3\b|.*too many recipients)", re.IGNORECASE)
 
 
 # What the text has instead of a start tag, and of an end tag; other tags leave nothing behind.
@@ -2258,7 +2389,7 @@ class Outbox:
     def __str__(self):
         return f"Maildir {self.folder}"
 
-    def send(self, sender, recipients, message, account=""):
+    def send(self, sender, recipients, message, account="", urgent=False):
         """Write one mail, on disk when this returns; `account` says whose it is, for who looks at it later.
 
         Raises Unavailable where the disk does not take it.
@@ -2285,6 +2416,9 @@ class Outbox:
 
     def tidy(self, idle=0.0):
         """Nothing is kept open."""
+
+    def abandon(self) -> None:
+        """Nothing waits for an answer."""
 
     def list(self, account="", offset=0, limit=100):
         """The newest mails, of an account or of all, and the offset to look on from, None at the end.
@@ -2338,200 +2472,407 @@ class Outbox:
         # Looked at each time: the folder may have been emptied or removed meanwhile.
         for name in ("tmp", "new", "cur"):
             (self.folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
-        return mailbox.Maildir(self.folder)
+        return Maildir(self.folder)
 
 
 class SmtpTransport:
     """A transport that delivers to one SMTP server; each thread has a connection of its own, and reuses it.
 
-    A connection is replaced when it has been idle for IDLE seconds, has carried SHARE mails, or failed: servers
-    close connections on their own terms, and a fresh one is the cheapest way to be sure of a state.
+    A connection is replaced when it has been idle for IDLE seconds, has carried its share of mails, or failed: servers
+    close connections on their own terms, and a fresh one is the cheapest way to be sure of a state. The share is
+    `smtp_mails_per_connection`, for urgent mail at most URGENT_SHARE (Exim puts off what comes after ten mails on a
+    connection); and for MEMORY seconds no more than the server took when a fresh connection went on where an old one
+    was refused.
 
     Args:
         settings: the Settings; `smtp_server` is set.
     """
 
     IDLE = 10.0
-    SHARE = 100
+    URGENT_SHARE = 10
+    MEMORY = 3600.0
+    MAX_REFUSALS = 5  # in a row, then a connection is replaced: Postfix answers slowly after ten
     TLS_PORT = 465  # RFC 8314 section 3.3: TLS from the start
+    # Seconds until an answer to a command or progress in sending the data, and until the answer to its end (RFC 5321
+    # section 4.5.3.2): who hangs up earlier sends the mail twice.
+    COMMAND_TIMEOUT = 300.0
+    FINAL_TIMEOUT = 600.0
+    UTF8 = " SMTPUTF8 BODY=8BITMIME"  # RFC 6531 section 3.4
 
-    def __init__(self, settings):
+    def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.host_name = socket.getfqdn()
-        self.context = ssl.create_default_context()
+        self.context = ssl.create_default_context(cafile=settings.smtp_ca or None)
         self.local = threading.local()
+        self.lock, self.connections = threading.Lock(), set()
+        self.learnt_share, self.learnt_until = 0, float("-inf")
+        self.token, self.token_lock = b"", threading.Lock()
         self.accepted = 0.0
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"SMTP server {self.settings.smtp_server}:{self.settings.smtp_port}"
 
-    def send(self, sender, recipients, message, account=""):
-        """Hand one mail over; a return means that the server answered 250 and has taken charge of it for all.
+    def send(self, sender: str, recipients: Sequence[str], message: bytes, account: str = "",
+             urgent: bool = False) -> None:
+        """Hand one mail over; a return means that the server has taken charge of it for all recipients.
+
+        What is refused on a connection that has carried mail is offered once more on a fresh one, unless it is
+        certain that this would hear the same: servers limit what a connection may carry, and say so at any stage in
+        any words.
 
         Raises:
             Temporary, Permanent: the server refused this mail.
-            Partial: it has taken charge of it for some of the recipients.
-            Unavailable: the server is out.
+            Partial: it has taken charge of it for some of the recipients, or refused each for a reason of its own.
+            Unavailable: the server is out, or refuses the sender; InDoubt: it may have taken charge.
         """
         self.tidy(self.IDLE)
-        reused = getattr(self.local, "smtp", None) is not None
-        try:
-            refused = self._transact(sender, recipients, message)
-        except Unavailable as error:
-            # An idle connection that the server closed meanwhile, found at its first command, says nothing.
-            if not (reused and error.dropped and self.local.stage == "MAIL"):
-                raise
-            refused = self._transact(sender, recipients, message)
-        self.accepted = time.time()
-        self.local.sent += 1
-        if self.local.sent >= self.SHARE:
+        carried, idle = 0, 0.0
+        if self._connected():
+            carried, idle = self.local.sent, time.monotonic() - self.local.used
+        refused = self._deliver(sender, recipients, message)
+        again = [found for found, error in refused.items() if not error.certain]
+        if carried and again:
             self.tidy()
+            repeated = self._deliver(sender, again, message)
+            if len(repeated) < len(again) and idle < 1.0:  # else it may have been closed for being idle
+                self.learnt_share, self.learnt_until = carried, time.monotonic() + self.MEMORY
+            refused = {found: error for found, error in refused.items() if error.certain} | repeated
+        if self._connected() and (self.local.sent >= self._share(urgent) or self.local.refusals >= self.MAX_REFUSALS):
+            self.tidy()
+        delivered = tuple(found for found in recipients if found not in refused)
+        if delivered:
+            self.accepted = time.time()
         if refused:
-            raise Partial(tuple(found for found in recipients if found not in refused), refused)
+            first, *others = dict.fromkeys(refused.values())
+            raise Partial(delivered, refused) if delivered or others else first
 
-    def probe(self):
-        """Connect, log in, and offer the sender, without sending anything. Raises Unavailable."""
-        self.tidy()
-        with self._transaction("MAIL"):
-            smtp = self._connect()
-            self._expect(smtp.mail(self.settings.sender[1]), "MAIL")
-            smtp.rset()
+    def probe(self) -> str:
+        """Connect, log in, and offer a mail from the sender to itself, without sending it.
 
-    def tidy(self, idle=0.0):
-        """Close this thread's connection where it has been idle for `idle` seconds or more."""
-        smtp = getattr(self.local, "smtp", None)
-        if smtp is None or time.monotonic() - self.local.used < idle:
-            return
-        self.local.smtp = None
-        with contextlib.suppress(OSError, smtplib.SMTPException):
-            if smtp.sock:
-                smtp.sock.settimeout(1.0)
-            smtp.quit()
-
-    def _transact(self, sender, recipients, message):
-        """Offer a mail and send it. Returns what was said to recipients that were refused while others were not."""
-        with self._transaction("MAIL"):
-            smtp = self._connect()
-            options = ""
-            if not "".join((sender, *recipients)).isascii() or not message.isascii():
-                if not smtp.has_extn("smtputf8"):
-                    raise Permanent("the server takes no addresses beyond ASCII (SMTPUTF8)")
-                options = " SMTPUTF8 BODY=8BITMIME"
-            if smtp.has_extn("size"):
-                options += f" SIZE={len(message)}"
-            refused = self._offer(smtp, f"MAIL FROM:<{sender}>{options}\r\n", recipients)
-            smtp.send(message.replace(b"\r\n.", b"\r\n..") + b".\r\n")
-            self._expect(smtp.getreply(), "the end of DATA")
-            self.local.used = time.monotonic()
-            return refused
-
-    def _offer(self, smtp, mail, recipients):
-        """Send the commands before a mail, in one piece where the server takes that (PIPELINING, RFC 2920).
-
-        Returns recipient -> Temporary or Permanent; where all are refused, the first one's is raised.
+        Returns what the server said last; it need not know the sender as a recipient. Raises Unavailable.
         """
-        together, failure, refused = smtp.has_extn("pipelining"), None, {}
-        commands = [("MAIL", "", mail), *(("RCPT", found, f"RCPT TO:<{found}>\r\n") for found in recipients),
-                    ("DATA", "", "DATA\r\n")]
-        if together:
-            smtp.send("".join([command for _, _, command in commands]).encode())
-        for stage, recipient, command in commands:
-            self.local.stage = stage
-            if not together:
-                if failure:
-                    break
-                smtp.send(command.encode())
-            code, text = smtp.getreply()
-            try:
-                self._expect((code, text), stage)
-            except (Temporary, Permanent) as error:
-                if stage != "RCPT":
-                    failure = failure or error
-                else:
-                    refused[recipient] = error
-                    if len(refused) == len(recipients):
-                        failure = failure or (error if len(refused) == 1 else Partial((), refused))
-        if failure:
-            if together and code == 354:  # the server waits for a mail all the same: an empty one for nobody
-                smtp.send(b".\r\n")
-                smtp.getreply()
-            raise failure
-        return refused
-
-    @contextlib.contextmanager
-    def _transaction(self, stage):
-        """Keep the connection usable, or let go of it, whatever happens inside."""
-        self.local.stage = stage
+        self.tidy()
+        self.local.stage = "MAIL"
+        address, said = self.settings.sender[1], ""
+        utf8 = "" if address.isascii() else self.UTF8
         try:
-            yield
-        except (Temporary, Permanent, Partial):
-            try:
-                self.local.smtp.rset()
-            except (OSError, smtplib.SMTPException):
-                self._discard()
-            raise
+            smtp = self._connect()
+            for stage, command in (("MAIL", f"MAIL FROM:<{mailbox(address)}>{utf8}\r\n"),
+                                   ("RCPT", f"RCPT TO:<{mailbox(address)}>\r\n")):
+                smtp.send(command.encode())
+                code, text = self._reply(smtp, stage)
+                said = f"{stage}: {code} {text}"
+                if isinstance(error := refusal(stage, code, text), Unavailable):
+                    raise error
+            smtp.rset()
         except Unavailable:
             self._discard()
             raise
         except (OSError, smtplib.SMTPException) as error:
-            self._discard()
-            raise Unavailable(f"the connection failed: {describe(error)}", dropped=True) from None
+            raise self._broken(error) from None
+        return said
 
-    def _discard(self):
+    def tidy(self, idle: float = 0.0) -> None:
+        """Close this thread's connection where it has been idle for `idle` seconds or more."""
+        if not self._connected() or time.monotonic() - self.local.used < idle:
+            return
+        smtp = self.local.smtp
+        with contextlib.suppress(OSError, smtplib.SMTPException):
+            if smtp.sock:
+                smtp.sock.settimeout(1.0)
+            smtp.quit()
+        self._discard()
+
+    def abandon(self) -> None:
+        """Cut the connections of all threads: a thread that waits for an answer learns at once that none will come."""
+        with self.lock:
+            for smtp in self.connections:
+                with contextlib.suppress(OSError, AttributeError):
+                    # Not SSLSocket's own shutdown(), which takes the TLS session away under the thread that reads.
+                    socket.socket.shutdown(smtp.sock, socket.SHUT_RDWR)
+
+    def _connected(self) -> bool:
+        return getattr(self.local, "smtp", None) is not None
+
+    def _share(self, urgent: bool) -> int:
+        share = self.settings.smtp_mails_per_connection
+        if urgent:
+            share = min(share, self.URGENT_SHARE)
+        return min(share, self.learnt_share) if time.monotonic() < self.learnt_until else share
+
+    def _deliver(self, sender: str, recipients: Sequence[str], message: bytes) -> dict[str, DeliveryError]:
+        """Offer a mail, in further transactions for those who are too many for one (RFC 5321 section 4.5.3.1.10).
+
+        Returns recipient -> why it was refused; recipients that share a reason share the exception.
+        """
+        refused: dict[str, DeliveryError] = {}
+        rest = list(recipients)
+        while rest:
+            found = self._transact(sender, rest, message)
+            taken = len(found) < len(rest)
+            rest = [recipient for recipient, error in found.items() if taken and TOO_MANY.match(str(error))]
+            refused |= {recipient: error for recipient, error in found.items() if recipient not in rest}
+        return refused
+
+    def _transact(self, sender: str, recipients: list[str], message: bytes) -> dict[str, DeliveryError]:
+        """One transaction. Returns as _deliver() does; afterwards the connection is fit for the next one, or gone."""
+        refused: dict[str, DeliveryError] = {}
+        self.local.stage = "MAIL"
+        try:
+            smtp, options = self._connect(), ""
+            if not "".join((sender, *recipients)).isascii() or not message.isascii():
+                if smtp.has_extn("smtputf8"):
+                    options = self.UTF8
+                elif not sender.isascii():
+                    raise Unavailable("the server takes no sender beyond ASCII (SMTPUTF8)")
+                else:
+                    refused = dict.fromkeys((found for found in recipients if not found.isascii()), Permanent(
+                        "the server takes no addresses beyond ASCII (SMTPUTF8)", certain=True))
+                    message = downgraded(message)
+            if smtp.has_extn("size"):
+                options += f" SIZE={len(message)}"
+            if wanted := [found for found in recipients if found not in refused]:
+                refused |= self._offer(smtp, sender, options, wanted)
+            if len(refused) < len(recipients):
+                self._send_data(smtp, message)
+                if error := refusal("DOT", *self._reply(smtp, "DOT")):
+                    refused |= dict.fromkeys((found for found in recipients if found not in refused), error)
+        except Unavailable as error:
+            refused = dict.fromkeys(recipients, error)
+        except (OSError, smtplib.SMTPException) as error:
+            refused = dict.fromkeys(recipients, self._broken(error))
+        self._settle(refused, len(refused) < len(recipients))
+        return refused
+
+    def _settle(self, refused: dict[str, DeliveryError], delivered: bool) -> None:
+        """Make the connection fit for the next transaction, or let go of it."""
+        if any(isinstance(error, Unavailable) for error in refused.values()):
+            self._discard()
+        elif delivered:
+            self.local.sent, self.local.refusals, self.local.used = self.local.sent + 1, 0, time.monotonic()
+        else:
+            self.local.refusals += 1
+            try:
+                self.local.smtp.rset()
+            except (OSError, smtplib.SMTPException):
+                self._discard()
+
+    def _offer(self, smtp: smtplib.SMTP, sender: str, options: str, recipients: list[str]) -> dict[str, DeliveryError]:
+        """Send the commands before the data, in one piece where the server takes that (PIPELINING, RFC 2920).
+
+        Returns as _deliver() does; unless all are refused, the server waits for the data.
+        """
+        commands = [("MAIL", f"MAIL FROM:<{mailbox(sender)}>{options}\r\n"),
+                    *(("RCPT", f"RCPT TO:<{mailbox(found)}>\r\n") for found in recipients), ("DATA", "DATA\r\n")]
+        pipelined, replies = smtp.has_extn("pipelining"), []
+        self._set_timeout(smtp, self.COMMAND_TIMEOUT)
+        if pipelined:
+            smtp.send("".join([command for _, command in commands]).encode())
+        for stage, command in commands:
+            taken = any(code < 300 for code, _ in replies[1:])
+            if not pipelined:
+                if stage == "DATA" and not taken or stage == "RCPT" and replies[0][0] >= 300:
+                    break
+                smtp.send(command.encode())
+            replies.append(self._reply(smtp, stage))
+            if replies[-1][0] == 421:  # nothing more will come
+                raise refusal(stage, *replies[-1])
+        if error := refusal("MAIL", *replies[0]):
+            refused = dict.fromkeys(recipients, error)
+        else:
+            refused = {found: error for found, reply in zip(recipients, replies[1:])
+                       if (error := refusal("RCPT", *reply, taken=taken))}
+        if len(refused) < len(recipients) and (error := refusal("DATA", *replies[-1])):
+            refused = dict.fromkeys(recipients, error) | refused
+        if len(refused) == len(recipients) and len(replies) == len(commands) and replies[-1][0] == 354:
+            smtp.send(b".\r\n")  # the server waits for a mail all the same: an empty one for nobody
+            self._reply(smtp, "DATA")
+        return refused
+
+    def _send_data(self, smtp: smtplib.SMTP, message: bytes) -> None:
+        """Send the data and its end, for however long it makes progress."""
+        data = memoryview(message.replace(b"\r\n.", b"\r\n..") + b".\r\n")
+        while data:
+            data = data[smtp.sock.send(data[:65536]):]
+
+    def _reply(self, smtp: smtplib.SMTP, stage: str) -> tuple[int, str]:
+        """(code, text on one line) of the server's next reply."""
+        self.local.stage = stage
+        self._set_timeout(smtp, self.FINAL_TIMEOUT if stage == "DOT" else self.COMMAND_TIMEOUT)
+        code, text = smtp.getreply()
+        return code, one_line(text)
+
+    @staticmethod
+    def _set_timeout(smtp: smtplib.SMTP, seconds: float) -> None:
+        if smtp.sock.gettimeout() != seconds:  # it is a system call each time
+            smtp.sock.settimeout(seconds)
+
+    def _broken(self, error: Exception) -> Unavailable:
+        """What it means that the connection failed at this stage. The connection is let go of."""
+        self._discard()
+        stage, words = self.local.stage, describe(error)
+        if "timed out" in words:
+            seconds = self.FINAL_TIMEOUT if stage == "DOT" else self.COMMAND_TIMEOUT
+            words = f"no answer within {seconds:.0f} s"
+        words = f"the connection failed {STAGES[stage]}: {words}"
+        return InDoubt(words) if stage == "DOT" else Unavailable(words, dropped=True)
+
+    def _discard(self) -> None:
         smtp, self.local.smtp = getattr(self.local, "smtp", None), None
         if smtp is not None:
+            with self.lock:
+                self.connections.discard(smtp)
             smtp.close()
 
-    def _connect(self):
-        if getattr(self.local, "smtp", None) is not None:
+    def _connect(self) -> smtplib.SMTP:
+        """This thread's connection, logged in. Raises Unavailable."""
+        if self._connected():
             return self.local.smtp
         settings, smtp = self.settings, None
+        implicit = settings.smtp_tls == "implicit" or settings.smtp_port == self.TLS_PORT
+        connect = functools.partial(smtplib.SMTP_SSL, context=self.context) if implicit else smtplib.SMTP
         try:
-            if settings.smtp_port == self.TLS_PORT:
-                smtp = smtplib.SMTP_SSL(settings.smtp_server, settings.smtp_port, self.host_name,
-                                        timeout=settings.smtp_timeout, context=self.context)
-            else:
-                smtp = smtplib.SMTP(settings.smtp_server, settings.smtp_port, self.host_name,
-                                    timeout=settings.smtp_timeout)
-            smtp.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            smtp = connect(settings.smtp_server, settings.smtp_port, "unnamed", timeout=settings.smtp_timeout)
+            smtp.local_hostname = settings.smtp_ehlo or ehlo_name(smtp.sock)
+            tune(smtp.sock)
             smtp.ehlo_or_helo_if_needed()
-            if settings.smtp_port != self.TLS_PORT and settings.smtp_tls == "auto" and smtp.has_extn("starttls"):
+            if not implicit and settings.smtp_tls == "auto" and smtp.has_extn("starttls"):
                 smtp.starttls(context=self.context)
                 smtp.ehlo_or_helo_if_needed()
-            if settings.smtp_pass:
+            if settings.smtp_pass or settings.smtp_token_command:
                 if not isinstance(smtp.sock, ssl.SSLSocket):
                     raise Unavailable("it offers no STARTTLS, and the password is not sent in the clear")
-                smtp.login(settings.smtp_user, settings.smtp_pass)
+                self._log_in(smtp)
         except (OSError, UnicodeError, smtplib.SMTPException, Unavailable) as error:
             if smtp is not None:
                 smtp.close()
             raise Unavailable(f"{self} is not available: {reply_text(error)}") from None
-        self.local.smtp, self.local.sent, self.local.used = smtp, 0, time.monotonic()
+        with self.lock:
+            self.connections.add(smtp)
+        self.local.smtp, self.local.sent, self.local.refusals, self.local.used = smtp, 0, 0, time.monotonic()
         return smtp
 
-    @staticmethod
-    def _expect(reply, stage):
-        """Raise what a reply other than success means at this stage (RFC 5321 section 4.2)."""
-        code, text = reply
-        if code in ((354,) if stage == "DATA" else (250, 251)):
+    def _log_in(self, smtp: smtplib.SMTP) -> None:
+        """Log in (RFC 4954) by the first mechanism that both sides know and that succeeds. Raises Unavailable."""
+        settings = self.settings
+        # Bytes of the environment that are no UTF-8 are surrogates here; they go out as they were.
+        user, password = (text.encode("utf-8", "surrogateescape") for text in (settings.smtp_user, settings.smtp_pass))
+        if settings.smtp_token_command:
+            token = self._token_other_than(b"")
+            try:
+                authenticate(smtp, "XOAUTH2", token, xoauth2(user, token), lambda _: b"")
+            except Unavailable:  # a token ends some time
+                token = self._token_other_than(token)
+                authenticate(smtp, "XOAUTH2", token, xoauth2(user, token), lambda _: b"")
             return
-        text = f"{code} {' '.join(text.decode(errors='replace').split())}"[:500]
-        if code == 421 or not 400 <= code <= 599:
-            raise Unavailable(text, dropped=True)
-        # All mails have the same sender: a refusal of it, but for one mail's size, is not about the mail.
-        if stage == "MAIL" and code != 552:
-            raise Unavailable(f"the sender is refused: {text}", dropped=code < 500)
-        error = (Temporary if code < 500 else Permanent)(text)
-        # RFC 3463 section 3.2: 5.1.x is about an address, 5.1.7 and 5.1.8 about the sender's.
-        error.no_such_address = stage == "RCPT" and bool(re.match(r"5\d\d 5\.1\.(?![78]\b)\d", text))
-        raise error
+        mechanisms = {
+            "PLAIN": (b"\0%s\0%s" % (user, password),),  # RFC 4616
+            "LOGIN": (b"", lambda _: user, lambda _: password),
+            "CRAM-MD5": (b"", lambda challenge: cram_md5(user, password, challenge))}
+        offered = smtp.esmtp_features.get("auth", "").upper().split()
+        failure = Unavailable(f"it offers none of {', '.join(mechanisms)} to log in, but {' '.join(offered) or 'nothing'}")
+        for name in mechanisms:
+            if name in offered:
+                try:
+                    return authenticate(smtp, name, password, *mechanisms[name])
+                except Unavailable as error:
+                    failure = error
+        raise failure
+
+    def _token_other_than(self, refused: bytes) -> bytes:
+        """The token that `smtp_token_command` writes, kept until the server refuses it. Raises Unavailable."""
+        with self.token_lock:
+            if self.token == refused:
+                self.token = b""
+                try:
+                    done = subprocess.run(shlex.split(self.settings.smtp_token_command), stdin=subprocess.DEVNULL,
+                                          capture_output=True, timeout=self.settings.smtp_timeout)
+                except (OSError, subprocess.TimeoutExpired) as error:
+                    words = "timed out" if isinstance(error, subprocess.TimeoutExpired) else describe(error)
+                    raise Unavailable(f"smtp_token_command: {words}") from None
+                if done.returncode or not done.stdout.strip():
+                    raise Unavailable(f"smtp_token_command: exit code {done.returncode}, "
+                                      f"{len(done.stdout.strip())} bytes of token")
+                self.token = done.stdout.strip()
+            return self.token
 
 
-def reply_text(error):
+def authenticate(smtp: smtplib.SMTP, mechanism: str, secret: bytes, initial: bytes,
+                 *answers: Callable[[bytes], bytes]) -> None:
+    """Do one exchange of AUTH (RFC 4954 section 4): the initial response, then an answer to each challenge.
+
+    Raises:
+        Unavailable: the server does not accept it; the words hold no part of `secret` or of what was sent.
+    """
+    sent = [base64.b64encode(initial).decode()]
+    code, text = smtp.docmd("AUTH", f"{mechanism} {sent[0]}".strip())
+    for answer in answers:
+        if code != 334:
+            break
+        try:
+            sent.append(base64.b64encode(answer(text)).decode())
+        except ValueError:  # no such hash here, or no base64 from the server: "*" cancels
+            smtp.docmd("*")
+            raise Unavailable(f"{mechanism} cannot be answered on this machine") from None
+        code, text = smtp.docmd(sent[-1])
+    if code // 100 != 2:
+        raise Unavailable(without_secrets(f"{code} {one_line(text)}", [*sent, secret.decode(errors="replace")]))
+
+
+def xoauth2(user: bytes, token: bytes) -> bytes:
+    """The initial response of XOAUTH2, as Google and Microsoft document it."""
+    return b"user=%s\x01auth=Bearer %s\x01\x01" % (user, token)
+
+
+def cram_md5(user: bytes, password: bytes, challenge: bytes) -> bytes:
+    """The answer to a challenge of CRAM-MD5 (RFC 2195). Raises ValueError where MD5 is switched off."""
+    return user + b" " + hmac.new(password, base64.b64decode(challenge), "md5").hexdigest().encode()
+
+
+def without_secrets(text: str, hidden: list[str]) -> str:
+    """The text with "(hidden)" for each word that holds four characters in a row of what is to be hidden."""
+    def shows(word: str) -> bool:
+        return any(secret[at:at + 4] in word for secret in hidden for at in range(max(1, len(secret) - 3)) if secret)
+    return " ".join("(hidden)" if shows(word) else word for word in text.split())
+
+
+def ehlo_name(connection: socket.socket) -> str:
+    """What EHLO says where `smtp_ehlo` is not set (RFC 5321 section 4.1.3): the machine's name where it is a
+    fully-qualified one, else the address of the connection's own end."""
+    name, address = socket.gethostname(), connection.getsockname()[0].partition("%")[0]
+    if "." in name and not name.endswith((".localhost", ".localdomain", ".local")) and is_domain(name):
+        return name
+    return f"[IPv6:{address}]" if ":" in address else f"[{address}]"
+
+
+def tune(connection: socket.socket) -> None:
+    """Send at once, notice a dead network within minutes while an answer is awaited, and hold back little unsent data,
+    so that waiting for the answer begins when the data is on its way."""
+    for level, name, value in (
+            (socket.SOL_SOCKET, "SO_KEEPALIVE", 1), (socket.IPPROTO_TCP, "TCP_NODELAY", 1),
+            (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 60), (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 15),
+            (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", 180_000), (socket.IPPROTO_TCP, "TCP_NOTSENT_LOWAT", 131_072)):
+        if hasattr(socket, name):  # each system has some of them
+            connection.setsockopt(level, getattr(socket, name), value)
+
+
+def one_line(reply: bytes) -> str:
+    """The text of a reply on one line."""
+    return " ".join(reply.decode(errors="replace").split())
+
+
+def reply_text(error: Exception) -> str:
     """What the server answered, or what the system said, for an exception of smtplib or the system."""
     if isinstance(error, smtplib.SMTPResponseException):
-        return f"{error.smtp_code} {' '.join(bytes(error.smtp_error).decode(errors='replace').split())}"[:500]
+        return f"{error.smtp_code} {one_line(bytes(error.smtp_error))}"[:500]
     return describe(error)
+
+
+def downgraded(message: bytes) -> bytes:
+    """A message for a server without SMTPUTF8: an address beyond ASCII in its header becomes an empty group whose name
+    is that address (RFC 6854, as RFC 6857 section 3.1.8 does it)."""
+    head, separator, body = message.partition(b"\r\n\r\n")
+    text = re.sub(r"[^\s,<>]*[^\x00-\x7f][^\s,<>]*", lambda found: f"{encoded_header('', found[0])}:;", head.decode())
+    return text.encode() + separator + body
 
 
 # --- 8. otp -----------------------------------------------------------------------------------------------
@@ -2990,9 +3331,11 @@ class Gate:
                         self.failures += 1
                         self.reason = str(error)
                         log(logging.INFO, "lane still paused", lane=self.lane, error=self.reason)
-                    else:
-                        self.reason = ""
-                        log(logging.INFO, "lane resumed", lane=self.lane)
+                        continue
+                    except Exception:  # a fault of ours must not keep the lane paused: the next mail will tell
+                        logger.exception("unexpected error in a probe", extra={"fields": {"lane": self.lane}})
+                    self.reason = ""
+                    log(logging.INFO, "lane resumed", lane=self.lane)
             finally:
                 self.prober.release()
         return not self.stopping.is_set()
@@ -3013,8 +3356,11 @@ class Workers:
     WAIT = 1.0  # seconds a worker waits at an empty lane before it looks up
     SWIFT = 0.002  # seconds for a newsletter's mail, below which the server is not what keeps us waiting
     REST = 0.1  # seconds
+    SETTLING = 2.0  # seconds to note what became of the tasks in hand, once their connections are cut
     MAX_DROPS = 3
-    EVENTS = {"succeeded": "sent", "retrying": "retried", "dropped": "retried", "dead": "failed"}  # of a mail
+    DOUBT = 20  # times retry_delay: before a mail that may have arrived is sent again
+    EVENTS = {"succeeded": "sent", "retrying": "retried", "dropped": "retried", "in-doubt": "retried",
+              "dead": "failed"}  # of a mail
 
     def __init__(self, settings, queue, transport, otps, newsletters, stats):
         self.settings, self.queue, self.transport, self.stats = settings, queue, transport, stats
@@ -3043,12 +3389,19 @@ class Workers:
             thread.start()
 
     def stop(self, timeout):
-        """Take no further tasks, and wait up to `timeout` seconds for those in hand. True when all ended."""
+        """Take no further tasks, and wait up to `timeout` seconds for those in hand. True when all ended.
+
+        What the server has not answered by then is cut off, so that what may have arrived is noted as such.
+        """
         self.stopping.set()
-        deadline = time.monotonic() + timeout
-        for thread in self.threads.values():
-            thread.join(max(0.0, deadline - time.monotonic()))
-        return not any(thread.is_alive() for thread in self.threads.values())
+        for patience in (timeout, self.SETTLING):
+            deadline = time.monotonic() + patience
+            for thread in self.threads.values():
+                thread.join(max(0.0, deadline - time.monotonic()))
+            if not any(thread.is_alive() for thread in self.threads.values()):
+                return True
+            self.transport.abandon()
+        return False
 
     def run(self, lane, name):
         """Work until the service stops. An outcome is kept until Redis has it, however long that takes."""
@@ -3118,20 +3471,12 @@ class Workers:
             unknown = (same_mailbox(task.payload["userId"]),) if error.no_such_address else ()
             return Outcome(task.id, "dead", str(error), suppress=unknown)
         except Partial as error:
-            final = all(isinstance(refusal, Permanent) for refusal in error.refused.values())
-            outcome = Outcome(task.id, "dead", str(error)) if final else self._failed(task, str(error))
+            outcome = self._partial(task, lane, error)
             unknown = tuple(same_mailbox(address) for address, refusal in error.refused.items()
                             if isinstance(refusal, Permanent) and refusal.no_such_address)
             return dataclasses.replace(outcome, delivered=task.delivered + error.delivered, suppress=unknown)
         except Unavailable as error:
-            self.gates[lane].close(str(error))
-            if not error.dropped:
-                return Outcome(task.id, "returned", str(error))
-            # A mail that makes the server hang up would go round for ever. It is charged for that when it is
-            # the third time and the server has taken other mails since the last.
-            if task.drops < self.MAX_DROPS or self.transport.accepted * 1e6 < task.dropped:
-                return Outcome(task.id, "dropped", str(error), self.drop_delay(task.drops))
-            return self._failed(task, str(error))
+            return self._unavailable(task, lane, error, str(error))
         except redis.RedisError as error:
             return Outcome(task.id, "returned", f"Redis is not available: {describe(error)}")
         except Temporary as error:
@@ -3141,16 +3486,44 @@ class Workers:
             return self._failed(task, f"internal error ({type(error).__name__})")
         return Outcome(task.id, "succeeded")
 
+    def _partial(self, task: Task, lane: str, error: Partial) -> Outcome:
+        """What becomes of a task of which some recipients did not get the mail."""
+        for found in error.refused.values():
+            if isinstance(found, Unavailable):
+                return self._unavailable(task, lane, found, str(error))
+        if all(isinstance(found, Permanent) for found in error.refused.values()):
+            return Outcome(task.id, "dead", str(error))
+        return self._failed(task, str(error))
+
+    def _unavailable(self, task: Task, lane: str, error: Unavailable, words: str) -> Outcome:
+        """Pause the lane. The task pays no attempt for it, but where it may itself be the cause."""
+        self.gates[lane].close(str(error))
+        if not error.dropped:
+            return Outcome(task.id, "returned", words)
+        doubt = isinstance(error, InDoubt)
+        # A mail that makes the server hang up would go round for ever. It is charged for that when it is
+        # the third time and the server has taken other mails since the last.
+        if task.drops >= self.MAX_DROPS and self.transport.accepted * 1e6 >= task.dropped:
+            return self._failed(task, words, self.doubt_delay(task.drops) if doubt else 0.0)
+        if doubt:
+            return Outcome(task.id, "in-doubt", words, self.doubt_delay(task.drops))
+        return Outcome(task.id, "dropped", words, self.drop_delay(task.drops))
+
     @staticmethod
     def drop_delay(drops):
         """Seconds until a mail is tried again whose connection was dropped, for the time after `drops` others."""
         return min(2.0 ** drops, 60.0) * random.uniform(0.5, 1)
 
-    def _failed(self, task, error):
+    def doubt_delay(self, drops: int) -> float:
+        """Seconds until a mail is tried again that may have arrived: late, since it may be on its way, and rarely."""
+        longest = max(self.settings.retry_delay_max, self.settings.retry_delay)
+        return min(self.DOUBT * self.settings.retry_delay * 2.0 ** drops, longest) * random.uniform(0.75, 1)
+
+    def _failed(self, task, error, least=0.0):
         if task.attempts >= task.retries:
             return Outcome(task.id, "dead", error)
         longest = min(self.settings.retry_delay * 2 ** task.attempts, self.settings.retry_delay_max)
-        return Outcome(task.id, "retrying", error, random.uniform(0.5, 1) * longest)
+        return Outcome(task.id, "retrying", error, max(least, random.uniform(0.5, 1) * longest))
 
     def send_message(self, task):
         """Send the mail of a message task."""
@@ -3186,7 +3559,7 @@ class Workers:
             message = compose(mail, f"{task.id}@{sender.rpartition('@')[2]}", task.created)
             started = time.monotonic()
             try:
-                self.transport.send(sender, recipients, message, task.account)
+                self.transport.send(sender, recipients, message, task.account, urgent=lane == "urgent")
             finally:
                 self.stats.observe("gomail_smtp_seconds", time.monotonic() - started)
             self.gates[lane].passed()
@@ -4421,9 +4794,9 @@ def check(settings):
         if not settings.smtp_server:
             return f"smtp_server is not set, mail goes to the {Outbox(pathlib.Path(settings.data_dir, 'outbox'))}"
         transport = SmtpTransport(settings)
-        transport.probe()
+        said = transport.probe()
         transport.tidy()
-        return f"{transport} takes mail from {settings.sender[1]}"
+        return f"{transport} takes mail from {settings.sender[1]}; it said at the last, {said}"
 
     report("settings", lambda: f"sender {settings.sender[1]}, would listen on {settings.host}:{settings.port}")
     report("redis", reach_redis)
@@ -5003,7 +5376,8 @@ async function attempt(action) {
 const STATES = {queued: "", scheduled: "", running: "warn", retrying: "warn", succeeded: "good", dead: "bad",
   suppressed: "warn", cancelled: ""};
 const EVENTS = {accepted: "Accepted", running: "In work", retrying: "Attempt failed, to be retried",
-  dropped: "Connection lost, not counted as an attempt", returned: "Put back, not counted as an attempt",
+  dropped: "Connection lost, not counted as an attempt",
+  "in-doubt": "May have arrived, tried again later", returned: "Put back, not counted as an attempt",
   orphaned: "Its process died", dead: "Given up: a dead letter", revived: "Queued again", succeeded: "Succeeded",
   cancelled: "Cancelled", suppressed: "Suppressed"};
 const LANES = {urgent: "OTPs, subscribing and unsubscribing", normal: "messages", bulk: "newsletters"};

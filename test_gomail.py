@@ -15,6 +15,7 @@ import email
 import email.headerregistry
 import email.message
 import email.policy
+import hmac
 import http.client
 import itertools
 import json
@@ -122,12 +123,14 @@ class MailServer(aiosmtpd.controller.Controller):
 
     `replies` maps a recipient to the replies its next RCPT commands get; `data_replies` maps a recipient to the
     replies after its data. A reply "DROP" closes the connection instead. `pipelining` says whether it offers that.
+    From the mail after `share` on, a session is answered `used_up` at a stage: (stage, reply).
     """
 
     pipelining = True
+    share, used_up = 10**9, ("", "")
 
     def __init__(self, port=0, **options):
-        self.mails, self.connections, self.commands = [], 0, []
+        self.mails, self.connections, self.refusals, self.host_names = [], 0, 0, set()
         self.replies, self.data_replies = collections.defaultdict(list), collections.defaultdict(list)
         self.sender_replies = []
         server = self
@@ -139,6 +142,12 @@ class MailServer(aiosmtpd.controller.Controller):
                     server.connections += 1
                 server.open.add(self)
                 super().connection_made(transport)
+
+            async def smtp_DATA(self, arg):
+                if reply := server.refusal("DATA", self):
+                    await self.push(reply)
+                else:
+                    await super().smtp_DATA(arg)
 
             def connection_lost(self, error):
                 server.open.discard(self)
@@ -180,13 +189,22 @@ class MailServer(aiosmtpd.controller.Controller):
         server.transport.abort()
         return "421 dropped"
 
+    def refusal(self, stage, server):
+        """What a session whose share is used up is answered at this stage, or None."""
+        if stage == self.used_up[0] and getattr(server.session, "taken", 0) >= self.share:
+            self.refusals += 1
+            return self.drop(server) if self.used_up[1] == "DROP" else self.used_up[1]
+
     async def handle_EHLO(self, server, session, envelope, host_name, replies):
         session.host_name = host_name
+        self.host_names.add(host_name)
         return replies[:-1] + ["250-PIPELINING"] * self.pipelining + replies[-1:]
 
     async def handle_MAIL(self, server, session, envelope, address, options):
         if self.sender_replies:
             return self.sender_replies.pop(0)
+        if reply := self.refusal("MAIL", server):
+            return reply
         envelope.mail_from = address
         envelope.mail_options.extend(options)
         return "250 OK"
@@ -195,6 +213,8 @@ class MailServer(aiosmtpd.controller.Controller):
         if self.replies[address]:
             reply = self.replies[address].pop(0)
             return self.drop(server) if reply == "DROP" else reply
+        if reply := self.refusal("RCPT", server):
+            return reply
         envelope.rcpt_tos.append(address)
         return "250 OK"
 
@@ -204,8 +224,11 @@ class MailServer(aiosmtpd.controller.Controller):
             reply = self.data_replies[recipient].pop(0)
             if reply == "DROP":
                 return self.drop(server)
-            if not reply.startswith("250"):
+            if not reply.startswith("2"):
                 return reply
+        if reply := self.refusal("DOT", server):
+            return reply
+        session.taken = getattr(session, "taken", 0) + 1
         raw = envelope.original_content
         for recipient in envelope.rcpt_tos:
             self.mails.append(Mail(envelope.mail_from, recipient, raw, session.peer, time.monotonic()))
@@ -1133,7 +1156,7 @@ def test_all_dead_letters_of_an_account_are_removed_and_nobody_elses(client, ser
 
 def test_the_last_hour_counts_mails_by_account_and_together(service, mail_server):
     clients = [service.client.sign_up() for _ in range(2)]
-    mail_server.replies["bad@example.com"] = ["450 busy", "550 no"]
+    mail_server.replies["bad@example.com"] = ["450 4.2.1 busy", "550 5.2.1 no"]
     for client in clients:
         client.state(client.task(), "succeeded")
         client.state(client.task("unsubscribe", content_type="news"), "dead")
@@ -1376,7 +1399,7 @@ def suppressed(client):
 
 
 @pytest.mark.parametrize("reply, suppresses", [("550 5.1.1 no such user", True), ("550 5.1.10 null MX", True), ("553 5.1.2 no such domain", True),
-                                               ("550 5.1.8 bad sender", False), ("550 5.7.1 no", False), ("550 no", False)])
+                                               ("550 5.2.1 disabled", False), ("550 5.7.1 no", False), ("550 no", False)])
 def test_an_address_that_does_not_exist_is_suppressed(service, client, mail_server, reply, suppresses):
     mail_server.replies["gone@example.com"] = [reply]
     client.state(client.task(userId="Gone@example.com".replace("G", "g")), "dead")
@@ -1683,13 +1706,15 @@ def test_a_connection_is_reused_across_mails(services, mail_server):
     assert mail_server.connections == 1
 
 
-def test_a_connection_is_replaced_after_its_share_of_mails(services, mail_server, monkeypatch):
-    monkeypatch.setattr(gomail.SmtpTransport, "SHARE", 5)
-    client = services(mail_server, workers=1).client.sign_up()
-    for _ in range(20):
-        client.task()
-    until(lambda: len(mail_server.mails) == 20)
-    assert mail_server.connections in (4, 5)
+def test_a_connection_is_replaced_after_its_share_of_mails_and_sooner_in_the_urgent_lane(services, mail_server):
+    client = services(mail_server, workers=1, smtp_mails_per_connection=15).client.sign_up()
+    for kind in ("message", "generateOtp"):
+        before = mail_server.connections
+        for number in range(30):
+            client.task(kind, userId=f"{kind}-{number}@example.com")
+        until(lambda: client.get("/health/metrics")["Total Jobs Executed"] % 30 == 0)
+        most = collections.Counter(mail.peer for mail in mail_server.mails if mail.recipient.startswith(kind)).most_common(1)[0][1]
+        assert most == (15 if kind == "message" else 10) and mail_server.connections - before in (2, 3, 4)
 
 
 def test_an_idle_connection_that_the_server_closed_costs_nothing(services):
@@ -1752,21 +1777,136 @@ def test_a_server_that_wants_data_although_it_refused_the_recipient_gets_an_empt
 class Logins:
     """An authenticator for aiosmtpd that knows one user."""
 
+    def __init__(self, user="app", password="right"):
+        self.good = user.encode(), password.encode()
+
     def __call__(self, server, session, envelope, mechanism, data):
-        good = (data.login, data.password) == (b"app", b"right")
+        good = (data.login, data.password) == self.good
         return aiosmtpd.smtp.AuthResult(success=good, handled=good)
 
 
-@pytest.mark.parametrize("port", ["starttls", 465])
+@contextlib.contextmanager
+def guarded(certificate, *exclude, hooks={}, **options):
+    """A mail server that wants TLS and a login; `hooks` are further mechanisms, mechanism name -> coroutine."""
+    server = MailServer(auth_required=True, tls_context=certificate, auth_exclude_mechanism=exclude,
+                        **{"authenticator": Logins(), **options})
+    for name, hook in hooks.items():
+        setattr(server, f"auth_{name}", hook)
+    with contextlib.closing(server):
+        server.start()
+        yield server
+
+
+@pytest.mark.parametrize("port", ["starttls", "implicit", 465])
 def test_with_a_password_mail_goes_by_tls_and_auth(services, certificate, port, monkeypatch):
-    implicit = {"ssl_context": certificate} if port == 465 else {"tls_context": certificate}
-    with contextlib.closing(MailServer(authenticator=Logins(), auth_required=True, auth_require_tls=port != 465, **implicit)) as server:
+    implicit = {"tls_context": certificate} if port == "starttls" else {"ssl_context": certificate}
+    with contextlib.closing(MailServer(authenticator=Logins(), auth_required=True, auth_require_tls=port == "starttls", **implicit)) as server:
         server.start()
         if port == 465:  # a port that a test may not have: what counts is that it speaks TLS from the start
             monkeypatch.setattr(gomail.SmtpTransport, "TLS_PORT", server.port)
+        client = services(server, smtp_user="app", smtp_pass="right",
+                          smtp_tls="implicit" if port == "implicit" else "auto").client.sign_up()
+        client.task()
+        assert server.one("user@example.com")
+
+
+def test_smtp_ca_names_the_only_authority_that_counts(services, certificate, tmp_path, monkeypatch):
+    monkeypatch.delenv("SSL_CERT_FILE")
+    with guarded(certificate) as server:
+        client = services(server, smtp_user="app", smtp_pass="right", smtp_ca=str(tmp_path / "ca.pem")).client.sign_up()
+        client.task()
+        assert server.one("user@example.com")
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    trustme.CA().cert_pem.write_to_path(tmp_path / "other.pem")
+    with guarded(certificate) as server:
+        service = services(server, smtp_user="app", smtp_pass="right", smtp_ca=str(tmp_path / "other.pem"))
+        service.client.sign_up().task()
+        assert "CERTIFICATE_VERIFY_FAILED" in until(lambda: service.workers.gates["normal"].reason)
+
+
+@pytest.mark.parametrize("mechanism", ["PLAIN", "LOGIN"])
+def test_user_and_password_may_hold_any_character(services, certificate, mechanism):
+    user, password = "müller@bücher.example", "Paß wört€ 🔑\\\"'"
+    with guarded(certificate, *{"PLAIN", "LOGIN"} - {mechanism}, authenticator=Logins(user, password)) as server:
+        client = services(server, smtp_user=user, smtp_pass=password).client.sign_up()
+        client.task()
+        assert server.one("user@example.com")
+
+
+def cram_md5(secret, challenge=b"<1.2@mail.example>"):
+    """A coroutine that checks a login by CRAM-MD5 on aiosmtpd."""
+    async def check(server, args):
+        answer = await server.challenge_auth(challenge.decode(), encode_to_b64=True)
+        right = answer == b"app " + hmac.new(secret, challenge, "md5").hexdigest().encode()
+        return aiosmtpd.smtp.AuthResult(success=right)
+    return check
+
+
+def test_cram_md5_is_used_where_nothing_else_is_offered(services, certificate):
+    with guarded(certificate, "PLAIN", "LOGIN", hooks={"CRAM__MD5": cram_md5("schlüssel".encode())}) as server:
+        client = services(server, smtp_user="app", smtp_pass="schlüssel").client.sign_up()
+        client.task()
+        assert server.one("user@example.com")
+
+
+def test_where_md5_is_off_cram_md5_is_cancelled_and_said_and_another_mechanism_goes_on(services, certificate, monkeypatch):
+    def without_md5(key, text=None, digestmod=""):
+        if digestmod == "md5":
+            raise ValueError("disabled for FIPS")
+        return was(key, text, digestmod)
+    was = hmac.new
+    monkeypatch.setattr(hmac, "new", without_md5)
+    with guarded(certificate, "PLAIN", hooks={"CRAM__MD5": cram_md5(b"right")}) as server:
         client = services(server, smtp_user="app", smtp_pass="right").client.sign_up()
         client.task()
         assert server.one("user@example.com")
+    with guarded(certificate, "PLAIN", "LOGIN", hooks={"CRAM__MD5": cram_md5(b"right")}) as server:
+        service = services(server, smtp_user="app", smtp_pass="right")
+        service.client.sign_up().task()
+        assert "CRAM-MD5 cannot be answered on this machine" in until(lambda: service.workers.gates["normal"].reason)
+
+
+@pytest.mark.parametrize("echo", ["password", "base64"])
+def test_a_server_that_repeats_the_password_does_not_bring_it_into_a_reason(services, certificate, echo):
+    password = "geheim-Wört-4711"
+
+    async def refuse(server, args):
+        said = password if echo == "password" else args[1][:24]
+        await server.push(f"535 5.7.8 Error: wrong password {said}, sorry".encode())
+        return aiosmtpd.smtp.AuthResult(success=False, handled=True)
+    with guarded(certificate, "LOGIN", hooks={"PLAIN": refuse}, decode_data=False, enable_SMTPUTF8=True) as server:
+        service = services(server, smtp_user="app", smtp_pass=password)
+        service.client.sign_up().task()
+        reason = until(lambda: service.workers.gates["normal"].reason)
+    assert reason.endswith("535 5.7.8 Error: wrong password (hidden) sorry")
+
+
+def test_xoauth2_sends_a_token_that_a_command_writes_and_asks_again_only_when_the_server_refuses_it(services, certificate, tmp_path):
+    good, runs = ["token-1"], tmp_path / "runs"
+    (tmp_path / "next").write_text("token-1")
+
+    async def check(server, args):
+        if base64.b64decode(args[1]) == f"user=app@example.com\x01auth=Bearer {good[0]}\x01\x01".encode():
+            return aiosmtpd.smtp.AuthResult(success=True)
+        answer = await server.challenge_auth('{"status":"401"}', encode_to_b64=True)
+        assert answer == b""
+        return aiosmtpd.smtp.AuthResult(success=False, handled=False)
+    command = f"sh -c 'echo run >> {runs}; cat {tmp_path}/next'"
+    with guarded(certificate, "PLAIN", "LOGIN", hooks={"XOAUTH2": check}) as server:
+        service = services(server, smtp_user="app@example.com", smtp_token_command=command, workers=1, smtp_mails_per_connection=1)
+        client = service.client.sign_up()
+        for number in range(3):
+            client.state(client.task(userId=f"{number}@example.com"), "succeeded")
+        assert server.connections >= 3 and runs.read_text().count("run") == 1
+        good[0] = "token-2"
+        (tmp_path / "next").write_text("token-2")
+        client.state(client.task(userId="3@example.com"), "succeeded")
+        assert runs.read_text().count("run") == 2
+        good[0] = "token-3"
+        (tmp_path / "next").unlink()
+        client.task(userId="4@example.com")
+        reason = until(lambda: service.workers.gates["normal"].reason)
+        assert "smtp_token_command: exit code 1" in reason and "token-" not in reason
 
 
 def test_a_password_is_not_sent_in_the_clear(services, mail_server):
@@ -1813,6 +1953,290 @@ def test_refused_recipients_leave_the_other_mails_of_a_connection_alone(services
     until(lambda: client.get("/health/metrics")["Total Jobs Executed"] == 20)
     assert sorted(mail.recipient for mail in mail_server.mails) == sorted(f"{n}@example.com" for n in range(0, 20, 2))
     assert mail_server.connections == 1
+
+
+# What real servers answer (stage, reply, what it is about), by the words of Postfix, Exim, OpenSMTPD, Sendmail, Exchange,
+# Gmail, SES, Stalwart, IONOS and others.
+ANSWERS = [
+    ("MAIL", "421 4.7.0 Maximum message count per session reached", gomail.About.SERVER),
+    ("MAIL", "452 4.3.1 Insufficient system storage", gomail.About.SERVER),
+    ("MAIL", "550 5.7.1 not you", gomail.About.SENDER),
+    ("MAIL", "552 5.3.4 Message size exceeds fixed limit", gomail.About.MAIL),
+    ("RCPT", "504 5.5.2 <vm>: Helo command rejected: need fully-qualified hostname", gomail.About.SENDER),
+    ("RCPT", "450 4.7.1 <vm>: Helo command rejected: Host not found", gomail.About.SENDER),
+    ("RCPT", "553 5.7.1 <a@b.example>: Sender address rejected: not owned by user app", gomail.About.SENDER),
+    ("RCPT", "550 5.1.8 <a@b.example>: Sender address rejected: Domain not found", gomail.About.SENDER),
+    ("RCPT", "450 4.1.8 <a@b.example>: Sender address rejected: Domain not found", gomail.About.SENDER),
+    ("RCPT", "554 5.7.1 <u@c.example>: Relay access denied", gomail.About.SENDER),
+    ("RCPT", "554 5.7.1 Service unavailable; Client host [192.0.2.1] blocked using dnsbl.example", gomail.About.SENDER),
+    ("RCPT", "450 4.7.25 Client host rejected: cannot find your hostname, [192.0.2.1]", gomail.About.SENDER),
+    ("RCPT", "550 relay not permitted", gomail.About.SENDER),
+    ("RCPT", "550-Verification failed for <a@b.example> Sender verify failed", gomail.About.SENDER),
+    ("RCPT", "550 5.7.1 Relaying denied. Proper authentication required.", gomail.About.SENDER),
+    ("RCPT", "553 sorry, that domain isn't in my list of allowed rcpthosts (#5.7.1)", gomail.About.SENDER),
+    ("RCPT", "550 5.7.64 TenantAttribution; Relay Access Denied", gomail.About.SENDER),
+    ("RCPT", "530 5.7.0 Must issue a STARTTLS command first", gomail.About.SENDER),
+    ("DATA", "530 5.7.57 Client not authenticated to send mail", gomail.About.SENDER),
+    ("DOT", "554 5.2.252 SendAsDenied; a@b.example not allowed to send as c@b.example", gomail.About.SENDER),
+    ("DOT", "550 5.7.60 SMTP; Client does not have permissions to send as this sender", gomail.About.SENDER),
+    ("DOT", "554 Message rejected: Email address is not verified. The following identities failed", gomail.About.SENDER),
+    ("DOT", "550-5.7.26 This mail is unauthenticated, which poses a security risk", gomail.About.SENDER),
+    ("DATA", "452 4.4.5 Maximum number of messages per session exceeded.", gomail.About.CONNECTION),
+    ("DOT", "451-Requested action aborted 451 Mails per session limit", gomail.About.CONNECTION),
+    ("RCPT", "503 5.5.1 Error: need MAIL command", gomail.About.CONNECTION),
+    ("DATA", "500 5.5.2 Error: bad syntax", gomail.About.CONNECTION),
+    ("RCPT", "452 4.4.5 Insufficient disk space; try again later", gomail.About.SERVER),
+    ("RCPT", "451 4.3.5 Server configuration error", gomail.About.SERVER),
+    ("RCPT", "451 4.3.0 <u@c.example>: Temporary lookup failure", gomail.About.SERVER),
+    ("DOT", "451 4.7.1 Service unavailable - try again later", gomail.About.SERVER),
+    ("DOT", "454 Throttling failure: Maximum sending rate exceeded.", gomail.About.SERVER),
+    ("RCPT", "550 5.1.1 <u@c.example>: Recipient address rejected: User unknown in local recipient table",
+     gomail.About.RECIPIENT),
+    ("RCPT", "550 5.1.1 <u@c.example>: undeliverable address: host mx said: 554 5.7.1 Relay access denied",
+     gomail.About.RECIPIENT),
+    ("RCPT", "554 5.7.1 <u@c.example>: Recipient address rejected: Access denied", gomail.About.RECIPIENT),
+    ("RCPT", "450 4.2.0 <u@c.example>: Recipient address rejected: Greylisted", gomail.About.RECIPIENT),
+    ("RCPT", "451 4.7.1 Greylisting in action, please come back later", gomail.About.RECIPIENT),
+    ("RCPT", "452 4.2.2 The recipient's inbox is out of storage space", gomail.About.RECIPIENT),
+    ("RCPT", "550 5.4.1 Recipient address rejected: Access denied", gomail.About.RECIPIENT),
+    ("RCPT", "550 5.5.0 Requested action not taken: mailbox unavailable", gomail.About.RECIPIENT),
+    ("RCPT", "501 5.1.3 Bad recipient address syntax", gomail.About.RECIPIENT),
+    ("DOT", "552 5.2.3 Message too long", gomail.About.MAIL),
+    ("DOT", "552-5.7.0 This message was blocked because its content presents a potential security issue", gomail.About.MAIL),
+    ("DOT", "554 5.7.1 Message contains spam", gomail.About.MAIL),
+    ("DOT", "550 High probability of spam", gomail.About.MAIL),
+]
+
+
+@pytest.mark.parametrize("stage, reply, about", ANSWERS, ids=lambda value: str(value)[:40])
+def test_a_reply_is_about_the_mail_its_recipient_the_sender_the_connection_or_the_server(stage, reply, about):
+    code, text = int(reply[:3]), reply[4:]
+    error = gomail.refusal(stage, code, text)
+    if about in (gomail.About.MAIL, gomail.About.RECIPIENT):
+        assert type(error) is (gomail.Temporary if code < 500 else gomail.Permanent) and str(error) == f"{code} {text}"
+    else:
+        assert type(error) is gomail.Unavailable and f"{code} {text}" in str(error)
+        assert code == 421 or str(error).startswith(about)
+
+
+@pytest.mark.parametrize("stage, code", [(stage, code) for stage in ("MAIL", "RCPT", "DOT") for code in (250, 251, 252, 299)] + [("DATA", 354)])
+def test_every_2yz_is_a_success_and_at_data_354(stage, code):
+    assert gomail.refusal(stage, code, "2.0.0 fine") is None
+
+
+@pytest.mark.parametrize("code", [-1, 0, 199, 300, 354, 399, 600, 999])
+def test_what_is_no_reply_of_smtp_costs_the_mail_nothing(code):
+    assert isinstance(gomail.refusal("RCPT", code, "hm"), gomail.Unavailable)
+
+
+@pytest.mark.parametrize("pipelining", [True, False])
+@pytest.mark.parametrize("used_up", [
+    ("MAIL", "421 Connection closed by server. Maximum message count per session reached"), ("MAIL", "DROP"),
+    ("MAIL", "550 5.7.1 enough"), ("RCPT", "452 4.4.5 Maximum number of messages per session exceeded."),
+    ("RCPT", "550 enough"), ("RCPT", "DROP"), ("DATA", "452 4.4.5 Maximum number of messages per session exceeded."),
+    ("DATA", "554 5.7.0 too much"), ("DOT", "451 Mails per session limit"), ("DOT", "554 no")], ids=str)
+def test_a_server_that_takes_ten_mails_a_session_gets_them_all_without_a_fault_and_refuses_once_a_thread(
+        services, mail_server, used_up, pipelining):
+    mail_server.pipelining, mail_server.share, mail_server.used_up = pipelining, 10, used_up
+    service = services(mail_server)
+    client = service.client.sign_up()
+    answers = client.post("/task/batch", {"tasks": [
+        {**MESSAGE, "retries": 0, "payload": {**MESSAGE["payload"], "userId": f"{number}@example.com"}} for number in range(100)]})
+    for answer in answers["tasks"]:
+        found = client.state(answer["id"], "succeeded", "dead")
+        assert (found["state"], found["attempts"], [step["event"] for step in found["story"]]) == ("succeeded", 1, ["accepted", "succeeded"])
+    assert len(mail_server.mails) == len({mail.recipient for mail in mail_server.mails}) == 100
+    assert 1 <= mail_server.refusals <= service.settings.workers
+
+
+SENDERS = [("replies", "504 5.5.2 <vm>: Helo command rejected: need fully-qualified hostname"),
+           ("replies", "553 5.7.1 <app@example.org>: Sender address rejected: not owned by user app"),
+           ("replies", "450 4.1.8 <app@example.org>: Sender address rejected: Domain not found"),
+           ("replies", "554 5.7.1 <user@example.com>: Relay access denied"),
+           ("replies", "452 4.3.1 Insufficient system storage"),
+           ("data_replies", "554 Message rejected: Email address is not verified."),
+           ("data_replies", "451 4.7.1 Service unavailable - try again later")]
+
+
+@pytest.mark.parametrize("stage, reply", SENDERS)
+def test_what_is_about_the_sender_the_client_or_the_server_pauses_the_lane_with_its_words_and_costs_no_attempt(
+        services, mail_server, monkeypatch, stage, reply):
+    monkeypatch.setattr(gomail.Gate, "FIRST_DELAY", 0.5)
+    getattr(mail_server, stage)["user@example.com"] = [reply] * 3
+    service = services(mail_server, workers=1)
+    client = service.client.sign_up()
+    task_id = client.task(retries=0)
+    assert reply in until(lambda: service.workers.gates["normal"].reason)
+    found = client.state(task_id, "succeeded")
+    assert found["attempts"] == 1 and [step["event"] for step in found["story"]] == ["accepted", *["dropped"] * 3, "succeeded"]
+
+
+def test_what_sounds_like_the_sender_is_about_the_recipient_where_another_was_taken_with_the_mail(client, mail_server):
+    mail_server.replies["far@example.net"] = ["554 5.7.1 <far@example.net>: Relay access denied"] * 9
+    found = client.state(client.task(cc=["far@example.net"]), "dead")
+    assert found["error"] == "far@example.net: 554 5.7.1 <far@example.net>: Relay access denied"
+    assert [mail.recipient for mail in mail_server.mails] == ["user@example.com"]
+
+
+def test_a_mail_that_alone_is_refused_like_a_sender_does_not_hold_up_the_others_for_ever(services, mail_server):
+    client = services(mail_server, workers=1).client.sign_up()
+    mail_server.replies["far@example.net"] = ["554 5.7.1 <far@example.net>: Relay access denied"] * 100
+    far, numbers = client.task(retries=0, userId="far@example.net"), itertools.count()
+
+    def others_go_on():
+        client.state(client.task(userId=f"{next(numbers)}@example.com"), "succeeded")
+        return client.get(f"/task/{far}")["state"] == "dead"
+    until(others_go_on)
+
+
+@pytest.mark.parametrize("pipelining", [True, False])
+@pytest.mark.parametrize("reply", ["452 4.5.3 Error: too many recipients", "452 Too many recipients", "552 too many recipients",
+                                   "455 4.5.3 Too many recipients"])
+def test_recipients_that_are_too_many_for_one_transaction_get_the_mail_in_further_ones_at_once(
+        services, mail_server, reply, pipelining):
+    mail_server.pipelining = pipelining
+    offered, take = collections.Counter(), mail_server.handle_RCPT
+
+    async def at_most_five(server, session, envelope, address, options):
+        offered[address] += 1
+        return reply if len(envelope.rcpt_tos) == 5 else await take(server, session, envelope, address, options)
+    mail_server.handle_RCPT = at_most_five
+    client = services(mail_server).client.sign_up()
+    copies = [f"{number}@example.com" for number in range(11)]
+    assert client.state(client.task(cc=copies), "succeeded")["attempts"] == 1
+    assert sorted(mail.recipient for mail in mail_server.mails) == sorted([*copies, "user@example.com"])
+    assert max(offered.values()) == 3 and mail_server.connections == 1
+
+
+def test_a_connection_with_five_refusals_in_a_row_is_replaced(services, mail_server):
+    client = services(mail_server, workers=1).client.sign_up()
+    mail_server.replies |= {f"{number}@example.com": ["550 5.1.1 no such user"] for number in range(10)}
+    for number in range(10):
+        client.task(userId=f"{number}@example.com")
+    until(lambda: client.get("/health/metrics")["Total Jobs Executed"] == 10)
+    assert mail_server.connections == 2
+
+
+@pytest.mark.parametrize("stage", ["MAIL", "RCPT", "DATA"])
+def test_a_server_may_think_longer_than_smtp_timeout_about_a_mail(services, mail_server, stage):
+    hook = getattr(mail_server, f"handle_{stage}")
+
+    async def slowly(*arguments):
+        await asyncio.sleep(1.5)
+        return await hook(*arguments)
+    setattr(mail_server, f"handle_{stage}", slowly)
+    client = services(mail_server, smtp_timeout=0.3).client.sign_up()
+    found = client.state(client.task(retries=0), "succeeded")
+    assert found["attempts"] == 1 and len(found["story"]) == 2 and len(mail_server.mails) == 1
+
+
+def test_a_mail_whose_final_answer_never_came_is_in_doubt_and_tried_again_late(services, mail_server):
+    mail_server.data_replies["user@example.com"] = ["DROP"]
+    service = services(mail_server, retry_delay=15.0)
+    client = service.client.sign_up()
+    found = client.state(client.task(retries=0), "retrying")
+    assert found["attempts"] == 0 and "may have arrived" in found["error"] and found["story"][-1]["event"] == "in-doubt"
+    due = datetime.datetime.fromisoformat(found["due"]) - datetime.datetime.fromisoformat(found["story"][-1]["time"])
+    assert 225 <= due.total_seconds() <= 300
+
+
+def test_a_mail_that_is_in_doubt_each_time_is_tried_more_and_more_rarely(services, mail_server):
+    workers = services(mail_server, retry_delay=15.0).workers
+    for drops, longest in enumerate((300, 600, 1200, 2400, 3600, 3600)):
+        assert 0.75 * longest <= workers.doubt_delay(drops) <= longest
+
+
+def test_where_the_final_answer_takes_too_long_the_error_says_so(services, mail_server, monkeypatch):
+    monkeypatch.setattr(gomail.SmtpTransport, "FINAL_TIMEOUT", 0.2)
+
+    async def never(server, session, envelope):
+        await asyncio.sleep(PATIENCE)
+    mail_server.handle_DATA = never
+    client = services(mail_server).client.sign_up()
+    assert "no answer within 0 s" in client.state(client.task(retries=0), "retrying")["error"]
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_a_large_mail_may_take_longer_than_any_timeout_while_it_makes_progress(services, certificate, monkeypatch, tls):
+    monkeypatch.setattr(gomail.SmtpTransport, "COMMAND_TIMEOUT", 0.5)
+    size, taken = 3_000_000, []
+
+    def serve(listener):
+        connection, _ = listener.accept()
+        if tls:
+            connection = certificate.wrap_socket(connection, server_side=True)
+        with connection, connection.makefile("rb") as lines:
+            connection.sendall(b"220 ready\r\n")
+            for reply in (b"250 here", b"250 sender", b"250 recipient", b"354 go on"):
+                lines.readline()
+                connection.sendall(reply + b"\r\n")
+            begun, octets = time.monotonic(), b""
+            while not octets.endswith(b"\r\n.\r\n"):
+                octets += lines.read1(65536)
+                if len(octets) < size:
+                    time.sleep(0.05)  # a slow line
+            taken.append((time.monotonic() - begun, octets.count(b"x")))
+            connection.sendall(b"250 taken\r\n")
+            lines.readline()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        thread = threading.Thread(target=serve, args=(listener,), daemon=True)
+        thread.start()
+        service = services(smtp_server="127.0.0.1", smtp_port=listener.getsockname()[1], smtp_from="app@example.org",
+                           smtp_tls="implicit" if tls else "auto", max_body=10_000_000)
+        client = service.client.sign_up()
+        assert client.state(client.task(retries=0, content="x" * 60 * (size // 60)), "succeeded")["attempts"] == 1
+        assert taken[0][0] > 0.5 and taken[0][1] >= size - 60
+
+
+def test_a_stop_notes_a_mail_in_doubt_whose_final_answer_it_cannot_await(services, mail_server):
+    asked = threading.Event()
+
+    async def never(server, session, envelope):
+        asked.set()
+        await asyncio.sleep(PATIENCE)
+    mail_server.handle_DATA = never
+    service = services(mail_server, shutdown_timeout=0.2, retry_delay=15.0)
+    client = service.client.sign_up()
+    task_id = client.task(retries=0)
+    assert asked.wait(PATIENCE)
+    services.running.remove(service)
+    service.stop()
+    other = services(mail_server, key_prefix=service.settings.key_prefix)
+    found = Client(other.http.url, client.key).get(f"/task/{task_id}")
+    assert found["state"] == "retrying" and found["story"][-1]["event"] == "in-doubt" and found["attempts"] == 0
+
+
+@pytest.mark.parametrize("machine, said", [("vm.example.com", "vm.example.com"), ("vm", "[127.0.0.1]"), ("localhost", "[127.0.0.1]"),
+                                           ("my_host.example.com", "[127.0.0.1]"), ("vm.localdomain", "[127.0.0.1]")])
+def test_ehlo_says_the_machines_full_name_or_the_address_of_its_end_of_the_connection(services, mail_server, monkeypatch, machine, said):
+    monkeypatch.setattr(socket, "gethostname", lambda: machine)
+    client = services(mail_server).client.sign_up()
+    client.state(client.task(), "succeeded")
+    assert mail_server.host_names == {said}
+
+
+def test_ehlo_says_smtp_ehlo_where_that_is_set(services, mail_server):
+    client = services(mail_server, smtp_ehlo="mail.example.net").client.sign_up()
+    client.state(client.task(), "succeeded")
+    assert mail_server.host_names == {"mail.example.net"}
+
+
+def test_an_error_in_a_probe_leaves_no_lane_paused(services, mail_server, monkeypatch):
+    service = services(mail_server)
+    monkeypatch.setattr(service.transport, "probe", lambda: 1 / 0)
+    service.workers.gates["normal"].close("for the test")
+    client = service.client.sign_up()
+    client.state(client.task(), "succeeded")
+
+
+def test_a_copy_that_the_server_cannot_carry_fails_alone(client, mail_server):
+    found = client.state(client.task(cc=["grün@example.com", "b@example.com"], bcc=["blau@exämple.com"]), "dead")
+    assert found["error"] == "grün@example.com: the server takes no addresses beyond ASCII (SMTPUTF8)"
+    assert sorted(mail.recipient for mail in mail_server.mails) == ["b@example.com", "blau@xn--exmple-cua.com", "user@example.com"]
+    message = mail_server.one("b@example.com")
+    assert message["To"] == "user@example.com" and mail_server.mails[0].raw.isascii()
+    assert [str(address) for address in message["Cc"].addresses] == ["b@example.com"] and "grün@example.com" in str(message["Cc"])
 
 
 # --- 8. otp -----------------------------------------------------------------------------------------------
@@ -3172,9 +3596,9 @@ def test_a_message_is_sent_from_the_command_line(operated, mail_server):
     message = mail_server.one("two@example.com")
     assert text_of(message) == "<b>plain</b> text\n" and "&lt;b&gt;" in message.get_body(("html",)).get_content()
     assert client.get(f"/task/{found['id']}")["userId"] == "two@example.com"
-    mail_server.replies["no@example.com"] = ["550 no"]
+    mail_server.replies["no@example.com"] = ["550 5.2.1 no"]
     code, output, _ = command("send", "no@example.com", "--subject", "x", "--wait", given="x")
-    assert code == 1 and "550 no" in output
+    assert code == 1 and "550 5.2.1 no" in output
 
 
 @pytest.mark.parametrize("arguments, code, words", [
