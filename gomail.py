@@ -2144,7 +2144,12 @@ REPLIES = tuple((about, re.compile(pattern, re.IGNORECASE | re.DOTALL)) for abou
 ))
 
 
-def refusal(stage: str, code: int, text: str, taken: bool = False) -> DeliveryError | None:
+def one_line(reply: bytes) -> str:
+    """The text of a reply on one line."""
+    return " ".join(reply.decode(errors="replace").split())
+
+
+def refusal(stage: str, code: int, text: bytes, taken: bool = False) -> DeliveryError | None:
     """What a reply means at a stage (RFC 5321 section 4.2): None for success, else the error to raise.
 
     Any 2yz is a success, at DATA any 3yz. `taken` says that another recipient was taken in the same transaction, so
@@ -2152,7 +2157,7 @@ def refusal(stage: str, code: int, text: str, taken: bool = False) -> DeliveryEr
     """
     if code // 100 == (3 if stage == "DATA" else 2):
         return None
-    said = f"{code} {text}"[:500]
+    said = f"{code} {one_line(text)}"[:500]
     if not 400 <= code <= 599:
         return Unavailable(f"the server said {STAGES[stage]}: {said}", dropped=True)
     known = next((about for about, pattern in REPLIES if pattern.match(f"{stage} {said}")), None)
@@ -2166,7 +2171,7 @@ def refusal(stage: str, code: int, text: str, taken: bool = False) -> DeliveryEr
         return Temporary(said, certain=known is not None)
     error = Permanent(said, certain=known is not None)
     # RFC 3463 section 3.2: 5.1.x is about an address, 5.1.7 and 5.1.8 about the sender's.
-    error.no_such_address = stage == "RCPT" and re.match(r"5\.1\.(?![78]\b)\d", text) is not None
+    error.no_such_address = stage == "RCPT" and re.match(r"5\d\d 5\.1\.(?![78]\b)\d", said) is not None
     return error
 
 
@@ -2560,7 +2565,7 @@ class SmtpTransport:
                                    ("RCPT", f"RCPT TO:<{mailbox(address)}>\r\n")):
                 smtp.send(command.encode())
                 code, text = self._reply(smtp, stage)
-                said = f"{stage}: {code} {text}"
+                said = f"{stage}: {code} {one_line(text)}"
                 if isinstance(error := refusal(stage, code, text), Unavailable):
                     raise error
             smtp.rset()
@@ -2668,7 +2673,7 @@ class SmtpTransport:
         if pipelined:
             smtp.send("".join([command for _, command in commands]).encode())
         for stage, command in commands:
-            taken = any(code < 300 for code, _ in replies[1:])
+            taken = stage == "DATA" and any(code < 300 for code, _ in replies[1:])
             if not pipelined:
                 if stage == "DATA" and not taken or stage == "RCPT" and replies[0][0] >= 300:
                     break
@@ -2694,12 +2699,11 @@ class SmtpTransport:
         while data:
             data = data[smtp.sock.send(data[:65536]):]
 
-    def _reply(self, smtp: smtplib.SMTP, stage: str) -> tuple[int, str]:
-        """(code, text on one line) of the server's next reply."""
+    def _reply(self, smtp: smtplib.SMTP, stage: str) -> tuple[int, bytes]:
+        """(code, text) of the server's next reply."""
         self.local.stage = stage
         self._set_timeout(smtp, self.FINAL_TIMEOUT if stage == "DOT" else self.COMMAND_TIMEOUT)
-        code, text = smtp.getreply()
-        return code, one_line(text)
+        return smtp.getreply()
 
     @staticmethod
     def _set_timeout(smtp: smtplib.SMTP, seconds: float) -> None:
@@ -2853,11 +2857,6 @@ def tune(connection: socket.socket) -> None:
             (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", 180_000), (socket.IPPROTO_TCP, "TCP_NOTSENT_LOWAT", 131_072)):
         if hasattr(socket, name):  # each system has some of them
             connection.setsockopt(level, getattr(socket, name), value)
-
-
-def one_line(reply: bytes) -> str:
-    """The text of a reply on one line."""
-    return " ".join(reply.decode(errors="replace").split())
 
 
 def reply_text(error: Exception) -> str:

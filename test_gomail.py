@@ -210,29 +210,25 @@ class MailServer(aiosmtpd.controller.Controller):
         return "250 OK"
 
     async def handle_RCPT(self, server, session, envelope, address, options):
-        if self.replies[address]:
-            reply = self.replies[address].pop(0)
-            return self.drop(server) if reply == "DROP" else reply
-        if reply := self.refusal("RCPT", server):
-            return reply
-        envelope.rcpt_tos.append(address)
-        return "250 OK"
+        reply = self.replies[address].pop(0) if self.replies[address] else self.refusal("RCPT", server) or "250 OK"
+        if reply == "DROP":
+            return self.drop(server)
+        if reply.startswith("2"):
+            envelope.rcpt_tos.append(address)
+        return reply
 
     async def handle_DATA(self, server, session, envelope):
         recipient = envelope.rcpt_tos[0]
-        if self.data_replies[recipient]:
-            reply = self.data_replies[recipient].pop(0)
-            if reply == "DROP":
-                return self.drop(server)
-            if not reply.startswith("2"):
-                return reply
-        if reply := self.refusal("DOT", server):
+        reply = self.data_replies[recipient].pop(0) if self.data_replies[recipient] else self.refusal("DOT", server) or "250 OK"
+        if reply == "DROP":
+            return self.drop(server)
+        if not reply.startswith("2"):
             return reply
         session.taken = getattr(session, "taken", 0) + 1
         raw = envelope.original_content
         for recipient in envelope.rcpt_tos:
             self.mails.append(Mail(envelope.mail_from, recipient, raw, session.peer, time.monotonic()))
-        return "250 OK"
+        return reply
 
     def to(self, recipient):
         """The mails that arrived for a recipient."""
@@ -2011,7 +2007,7 @@ ANSWERS = [
 @pytest.mark.parametrize("stage, reply, about", ANSWERS, ids=lambda value: str(value)[:40])
 def test_a_reply_is_about_the_mail_its_recipient_the_sender_the_connection_or_the_server(stage, reply, about):
     code, text = int(reply[:3]), reply[4:]
-    error = gomail.refusal(stage, code, text)
+    error = gomail.refusal(stage, code, text.encode())
     if about in (gomail.About.MAIL, gomail.About.RECIPIENT):
         assert type(error) is (gomail.Temporary if code < 500 else gomail.Permanent) and str(error) == f"{code} {text}"
     else:
@@ -2021,12 +2017,19 @@ def test_a_reply_is_about_the_mail_its_recipient_the_sender_the_connection_or_th
 
 @pytest.mark.parametrize("stage, code", [(stage, code) for stage in ("MAIL", "RCPT", "DOT") for code in (250, 251, 252, 299)] + [("DATA", 354)])
 def test_every_2yz_is_a_success_and_at_data_354(stage, code):
-    assert gomail.refusal(stage, code, "2.0.0 fine") is None
+    assert gomail.refusal(stage, code, b"2.0.0 fine") is None
+
+
+def test_a_recipient_answered_251_or_252_and_a_mail_answered_any_2yz_are_taken(client, mail_server):
+    mail_server.replies |= {"a@example.com": ["251 will forward"], "b@example.com": ["252 cannot verify, but will try"]}
+    mail_server.data_replies["a@example.com"] = ["259 2.6.0 queued"]
+    assert client.state(client.task(userId="a@example.com", cc=["b@example.com"]), "succeeded", "dead")["state"] == "succeeded"
+    assert len(mail_server.mails) == 2
 
 
 @pytest.mark.parametrize("code", [-1, 0, 199, 300, 354, 399, 600, 999])
 def test_what_is_no_reply_of_smtp_costs_the_mail_nothing(code):
-    assert isinstance(gomail.refusal("RCPT", code, "hm"), gomail.Unavailable)
+    assert isinstance(gomail.refusal("RCPT", code, b"hm"), gomail.Unavailable)
 
 
 @pytest.mark.parametrize("pipelining", [True, False])
@@ -3421,6 +3424,18 @@ def test_check_says_what_it_found_sends_nothing_and_exits_0_or_1(processes, mail
     assert not mail_server.mails and not list(process.folder.iterdir())
     code, output, _ = processes({**environment, "redis_uri": "127.0.0.1:1", "smtp_port": "1"}, arguments=["--check"]).result()
     assert code == 1 and [line.split()[0] for line in output.splitlines()] == ["ok", "failed", "failed"]
+
+
+@pytest.mark.parametrize("reply, code, words", [
+    ("250 2.1.5 Ok", 0, "it said at the last, RCPT: 250 2.1.5 Ok"),
+    ("550 5.1.1 no mailbox of that name", 0, "it said at the last, RCPT: 550 5.1.1 no mailbox of that name"),
+    ("553 5.7.1 <app@example.org>: Sender address rejected: not owned by user app", 1, "not owned by user app")])
+def test_check_offers_a_mail_as_far_as_rcpt_and_says_what_the_server_said(processes, mail_server, redis_server, reply, code, words):
+    mail_server.replies["app@example.org"] = [reply]
+    environment = {"redis_uri": redis_server.uri, "smtp_server": "127.0.0.1", "smtp_port": str(mail_server.port),
+                   "smtp_from": "App <app@example.org>"}
+    found, output, _ = processes(environment, arguments=["--check"]).result()
+    assert found == code and words in output and not mail_server.mails
 
 
 def test_check_of_the_embedded_default_makes_no_files(processes):
