@@ -448,6 +448,7 @@ def start_logging(settings, shared=False):
 #   UserList                       hash    account -> id of its API key
 #   jwt_secret                     string  the signing secret, where the settings bring none
 #   jwt_secret_check               string  a keyed hash that tells whether another process has the same one
+#   ended_session:<id>             string  there for a session that somebody ended before its time
 #   task:<id>                      hash    head (what is shown of it), body (the whole, until it has ended), story
 #                                          (what became of its attempts), account, key, lane, state, attempts, ...
 #   recent, recent:<account>       list    ids of the newest tasks, newest first
@@ -790,14 +791,24 @@ class Accounts:
         return account
 
     def session(self, account, seconds):
-        """A token that stands for an account's key until `seconds` have passed, or the key ends or is revoked."""
+        """A token that stands for an account's key until `seconds` have passed, it is ended, or the key ends."""
         ends = int(min(time.time() + seconds, account.expires))
-        return self.seal("session", {"name": account.name, "key_id": account.key_id, "exp": ends})
+        return self.seal("session", {"name": account.name, "key_id": account.key_id, "exp": ends,
+                                     "jti": secrets.token_hex(16)})
 
     def read_session(self, token):
         """The Account that such a token stands for, or None. Redis is not asked whether its key was revoked."""
         claims = self.unseal("session", token)
-        return claims and Account(claims["name"], claims["key_id"])
+        if claims is None or self.store.redis.exists(self.store.key("ended_session", claims.get("jti", ""))):
+            return None
+        return Account(claims["name"], claims["key_id"])
+
+    def end_session(self, token: str) -> None:
+        """End a session in all processes, wherever its token was copied to. Any other token is ignored."""
+        claims = self.unseal("session", token)
+        if claims and "jti" in claims:
+            left = max(1, int(claims["exp"] - time.time()) + 1)
+            self.store.redis.set(self.store.key("ended_session", claims["jti"]), 1, ex=left)
 
     def find(self, name):
         """The Account of this name, or None."""
@@ -873,11 +884,12 @@ def fill(template, variables, escape=False, partly=False, most: float = math.inf
         KeyError: there is no variable of that name.
         TooLarge: the result would be larger; it was not made.
     """
-    places = collections.Counter(PLACEHOLDER.findall(template))
-    values = {name: str(variables[name]) for name in places if not partly or name in variables}
+    places = [found for found in PLACEHOLDER.finditer(template) if not partly or found[1] in variables]
+    values = {name: str(variables[name]) for name in {found[1] for found in places}}
     if escape:
         values = {name: html.escape(value) for name, value in values.items()}
-    size = len(template.encode()) + sum(len(value.encode()) * places[name] for name, value in values.items())
+    sizes = {name: len(value.encode()) for name, value in values.items()}
+    size = len(template.encode()) + sum(sizes[found[1]] - len(found[0]) for found in places)
     if size > most:
         raise TooLarge(size)
     return PLACEHOLDER.sub(lambda match: values.get(match[1], match[0]), template)
@@ -3109,6 +3121,19 @@ class Newsletters:
         return 1
     """
 
+    # Of each account and content type: what stands before the content, as JSON of its own, and how many subscribers.
+    HEADS = """
+        local prefix, found = KEYS[1], {}
+        for at = 1, #ARGV, 2 do
+            local account, content_type = ARGV[at], ARGV[at + 1]
+            local body = redis.call('HGET', prefix .. 'content:' .. account, content_type)
+            local content = body and string.find(body, ', "content": "', 1, true)
+            found[#found + 1] = content and string.sub(body, 1, content - 1) .. '}' or body
+            found[#found + 1] = redis.call('HLEN', prefix .. 'subscribers:' .. content_type .. ':' .. account)
+        end
+        return found
+    """
+
     # Places in the schedule stay behind; the script that finds them due, without a subscriber, drops them.
     REMOVE = """
         redis.call('UNLINK', KEYS[2])
@@ -3186,6 +3211,7 @@ class Newsletters:
         self.store, self.zone, self.clock, self.max_size = store, zone, clock or store.time, max_size
         self.accounts, self.public_url = accounts, public_url.rstrip("/")
         self._update = store.script(self.UPDATE)
+        self._heads = store.script(self.HEADS)
         self._remove = store.script(self.REMOVE)
         self._subscribe = store.script(self.SUBSCRIBE)
         self._unsubscribe = store.script(self.UNSUBSCRIBE)
@@ -3212,16 +3238,27 @@ class Newsletters:
         subscribers = self.store.redis.hlen(self.store.key("subscribers", content_type, account))
         return {"content_type": content_type, **json.loads(body), "subscribers": subscribers}
 
-    def read_all(self, account=""):
-        """All content types of an account, as read() returns them, by name; or of all, with their "account"."""
-        found = []
-        for name in [account] if account else self.accounts.names():
-            for content_type, body in sorted(self.store.redis.hgetall(self.store.key("content", name)).items()):
-                found.append({
-                    "content_type": content_type, **json.loads(body),
-                    "subscribers": self.store.redis.hlen(self.store.key("subscribers", content_type, name)),
-                    **({} if account else {"account": name})})
-        return found
+    def read_all(self, account="", offset=0, limit=100):
+        """(how many content types there are, those from `offset` on, by name), of an account or of all.
+
+        Of each {"content_type", "subject", "subscribers"}, and "account" where all are meant; contents may be long, so
+        read() gives them one at a time.
+        """
+        places = self._places(account)
+        page = places[offset:offset + limit]
+        found = self._heads(keys=[self.store.prefix], args=[part for place in page for part in place])
+        return len(places), [
+            {"content_type": name, "subject": json.loads(head)["subject"], "subscribers": subscribers,
+             **({} if account else {"account": owner})}
+            for (owner, name), head, subscribers in zip(page, found[::2], found[1::2]) if head]
+
+    def _places(self, account: str = "") -> list[tuple[str, str]]:
+        """(account, content type) of all content types of an account or of all, by name."""
+        owners = [account] if account else self.accounts.names()
+        with self.store.redis.pipeline(transaction=False) as pipeline:
+            for owner in owners:
+                pipeline.hkeys(self.store.key("content", owner))
+            return [(owner, name) for owner, names in zip(owners, pipeline.execute()) for name in sorted(names)]
 
     def subscriptions(self, account="", content_type="", address="", cursor="", limit=100):
         """About `limit` subscriptions of an account or of all, in no order, and the cursor to go on with, or None.
@@ -3233,9 +3270,7 @@ class Newsletters:
             content_type, address: only those of it.
             cursor: what the call before returned; an unknown one starts anew.
         """
-        places = [(owner, name) for owner in ([account] if account else self.accounts.names())
-                  for name in sorted(self.store.redis.hkeys(self.store.key("content", owner)))
-                  if not content_type or name == content_type]
+        places = [(owner, name) for owner, name in self._places(account) if not content_type or name == content_type]
         number, _, scan = cursor.partition("-")
         number, scan = int(number or 0), int(scan or 0)
         found = []
@@ -3840,7 +3875,8 @@ ROUTES = (
     Route("POST", "/task/batch", "enqueue_batch", "task", BATCH, answer={"status": bool, "tasks": list}),
     Route("POST", "/task/verify", "verify", "key", VERIFICATION, answer={"type": str, "verified": bool},
           refuses=(429,)),
-    Route("GET", "/task/subscriptionContent", "list_content", "all", answer={"status": bool, "contentTypes": list}),
+    Route("GET", "/task/subscriptionContent", "list_content", "all", query=PAGING,
+          answer={**PAGE_ANSWER, "contentTypes": list}),
     Route("POST", "/task/subscriptionContent", "create_content", "key", DEFINITION, answer=DONE, refuses=(409,)),
     Route("PUT", "/task/subscriptionContent", "update_content", "key", DEFINITION, answer=DONE, refuses=(404,)),
     Route("GET", "/task/subscriptionContent/{content_type}", "read_content", answer=CONTENT_ANSWER, refuses=(404,)),
@@ -3985,10 +4021,15 @@ class Api:
         It counts only beside a header that a page of another origin cannot send (without asking first, and nobody
         answers), and where there is no Authorization.
         """
-        if "x-requested-with" not in request.headers or "authorization" in request.headers:
-            return None
+        token = self.session_token(request)
+        return self.accounts.read_session(token) if token and "authorization" not in request.headers else None
+
+    def session_token(self, request) -> str:
+        """What the session's cookie holds, or "" where it does not count."""
+        if "x-requested-with" not in request.headers:
+            return ""
         found = re.search(rf"(?:^|; ?){self.cookie}=([^;]+)", request.headers.get("cookie", ""))
-        return self.accounts.read_session(found[1]) if found else None
+        return found[1] if found else ""
 
     def is_admin(self, request):
         """Whether the request carries admin_token, or the session of somebody who did."""
@@ -4035,6 +4076,7 @@ class Api:
                                 self.accounts.session(account, self.SESSION), self.SESSION, secure)
 
     def close_session(self, request):
+        self.accounts.end_session(self.session_token(request))
         return self.with_cookie({"status": True, "msg": "Signed out"}, "", 0)
 
     def with_cookie(self, body, value, seconds, more=""):
@@ -4088,7 +4130,9 @@ class Api:
         return {"type": "otp verification", "verified": verified}
 
     def list_content(self, request):
-        return {"status": True, "contentTypes": self.newsletters.read_all(request.account.name)}
+        paging = {"offset": 0, "limit": 100, **request.query}
+        total, found = self.newsletters.read_all(request.account.name, **paging)
+        return {"status": True, "total": total, **paging, "contentTypes": found}
 
     def create_content(self, request):
         self.newsletters.create(request.account.name, **request.body)
@@ -5704,8 +5748,17 @@ function dead() {
 }
 
 function newsletters() {
-  const types = h("div"), address = h("input", {type: "search", change: () => attempt(show.refresh),
-    placeholder: "a whole address"});
+  const address = h("input", {type: "search", change: () => attempt(show.refresh), placeholder: "a whole address"});
+  const types = growing(async limit => {
+    const found = await api("GET", "/task/subscriptionContent", undefined, {limit});
+    return [found.contentTypes, () => table("Content types", [
+      {name: "Name", value: row => h("a", {
+        href: `#/newsletters/${part(row.content_type)}`, "data-key": row.content_type,
+        click: () => choose(row.account || account)}, row.content_type), style: "long"},
+      {name: "Subject", value: row => row.subject, style: "long"}, ...accountColumn(),
+      {name: "Subscribers", value: row => row.subscribers.toLocaleString(), style: "number-cell"}],
+    found.contentTypes, "No content types yet."), found.total > found.contentTypes.length];
+  });
   const list = growing(async limit => {
     const found = await api("GET", "/subscriptions", undefined, {limit, userId: address.value.trim()});
     found.subscriptions.sort((a, b) => (a.next || "").localeCompare(b.next || ""));
@@ -5725,18 +5778,11 @@ function newsletters() {
   return {title: "Newsletters", live: true, nodes: [
     h("section", {"aria-labelledby": "types"}, h("div", {class: "row"}, h("h2", {id: "types"}, "Content types"),
       me.admin && !account ? h("span", {class: "muted"}, "Choose an account to add one.")
-        : h("a", {href: "#/new-content"}, "New content type")), types),
+        : h("a", {href: "#/new-content"}, "New content type")), types.nodes),
     h("section", {"aria-labelledby": "subscriptions"}, h("div", {class: "row"},
       h("h2", {id: "subscriptions"}, "Subscriptions"), field("Address", address)), list.nodes)],
   async refresh() {
-    const {contentTypes} = await api("GET", "/task/subscriptionContent");
-    fill(types, contentTypes, () => table("Content types", [
-      {name: "Name", value: row => h("a", {
-        href: `#/newsletters/${part(row.content_type)}`, "data-key": row.content_type,
-        click: () => choose(row.account || account)}, row.content_type), style: "long"},
-      {name: "Subject", value: row => row.subject, style: "long"}, ...accountColumn(),
-      {name: "Subscribers", value: row => row.subscribers.toLocaleString(), style: "number-cell"}],
-    contentTypes, "No content types yet."));
+    await types.refresh();
     await list.refresh();
   }};
 }
