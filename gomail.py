@@ -2126,8 +2126,11 @@ def exposition(series):
 class DeliveryError(Exception):
     """A mail was not handed over to all of its recipients.
 
-    `certain` says that the server would say the same on another connection.
+    `certain` says that the server would say the same on another connection, `too_many` that it takes fewer recipients
+    in one transaction, `no_such_address` that it does not know the recipient's address, and never will.
     """
+
+    too_many = no_such_address = False
 
     def __init__(self, error: str, certain: bool = False) -> None:
         super().__init__(error)
@@ -2139,12 +2142,7 @@ class Temporary(DeliveryError):
 
 
 class Permanent(DeliveryError):
-    """This mail will never be taken (SMTP 5xx, or the task itself): no further attempt.
-
-    `no_such_address` says that it is the recipient's address which the server does not know.
-    """
-
-    no_such_address = False
+    """This mail will never be taken (SMTP 5xx, or the task itself): no further attempt."""
 
 
 class Unavailable(DeliveryError):
@@ -2218,9 +2216,11 @@ REPLIES = tuple((about, re.compile(pattern, re.IGNORECASE | re.DOTALL)) for abou
                    r"|authentication (is )?required|must (be )?authenticat|not authenticated|sendasdenied"
                    r"|send as this sender|address is not verified)"),
     # RFC 5321 section 4.2.4 and 4.3.2: commands unknown or out of order. Stalwart ("messages per session"), IONOS ("Mails
-    # per session limit"), OpenSMTPD ("Too many messages sent"), Postfix ("too many errors"): a connection's share.
+    # per session limit"), OpenSMTPD ("Too many messages sent"), Postfix ("too many errors"): a connection's share. Postfix's
+    # anvil counts over connections ("too much mail from", "too many recipients from").
     (About.CONNECTION, r"\w+ (50[0234] |.*(too many (messages|mails|e-?mails|transactions|errors|commands)"
-                       r"|(messages?|mails?|count) per (session|connection)|session limit))"),
+                       r"|(messages?|mails?|count) per (session|connection)|session limit|too much mail"
+                       r"|too many recipients))"),
     # RFC 3463 section 3.4 and 3.5: the system is full, not accepting or badly set up, congested; RFC 4954 and RFC 3207: 454.
     (About.SERVER, r"\w+ (454 |4\d\d 4\.(3\.[0125]|4\.[25])\b|5\d\d 5\.3\.[125]\b)"),
     # Postfix, when its milter, policy server or table does not answer.
@@ -2249,16 +2249,16 @@ def refusal(stage: str, code: int, text: bytes, taken: bool = False) -> Delivery
         return Unavailable(f"the server said {STAGES[stage]}: {said}", dropped=True)
     known = next((about for about, pattern in REPLIES if pattern.match(f"{stage} {said}")), None)
     about = known or (About.RECIPIENT if stage == "RCPT" else About.MAIL)
-    if about == About.SENDER and taken:
+    if taken and about in (About.SENDER, About.CONNECTION):
         about = About.RECIPIENT
     if about not in (About.MAIL, About.RECIPIENT):
         words = said if code == 421 else f"{about}, {STAGES[stage]}: {said}"
-        return Unavailable(words, dropped=stage != "MAIL" or code < 500)
-    if code < 500:
-        return Temporary(said, certain=known is not None)
-    error = Permanent(said, certain=known is not None)
-    # RFC 3463 section 3.2: 5.1.x is about an address, 5.1.7 and 5.1.8 about the sender's.
-    error.no_such_address = stage == "RCPT" and re.match(r"5\d\d 5\.1\.(?![78]\b)\d", said) is not None
+        error: DeliveryError = Unavailable(words, dropped=stage != "MAIL" or code < 500)
+    else:
+        error = (Temporary if code < 500 else Permanent)(said, certain=known is not None)
+        # RFC 3463 section 3.2: 5.1.x is about an address, 5.1.7 and 5.1.8 about the sender's.
+        error.no_such_address = stage == "RCPT" and re.match(r"5\d\d 5\.1\.(?![78]\b)\d", said) is not None
+    error.too_many = stage in ("RCPT", "DATA") and TOO_MANY.match(said) is not None
     return error
 
 
@@ -2699,16 +2699,18 @@ class SmtpTransport:
 
         Returns recipient -> why it was refused; recipients that share a reason share the exception.
         """
-        refused: dict[str, DeliveryError] = {}
-        rest = list(recipients)
-        while rest:
-            found = self._transact(sender, rest, message)
-            taken = len(found) < len(rest)
-            rest = [recipient for recipient, error in found.items() if taken and TOO_MANY.match(str(error))]
-            refused |= {recipient: error for recipient, error in found.items() if recipient not in rest}
+        refused = self._transact(sender, recipients, message)
+        rest = [found for found, error in refused.items() if error.too_many]
+        if not rest or len(recipients) == 1:
+            return refused
+        refused = {found: error for found, error in refused.items() if found not in rest}
+        # Exim can be told to refuse them all then (recipients_max_reject).
+        half = len(rest) // 2 if len(rest) == len(recipients) else 0
+        for part in (rest[:half], rest[half:]):
+            refused |= self._deliver(sender, part, message) if part else {}
         return refused
 
-    def _transact(self, sender: str, recipients: list[str], message: bytes) -> dict[str, DeliveryError]:
+    def _transact(self, sender: str, recipients: Sequence[str], message: bytes) -> dict[str, DeliveryError]:
         """One transaction. Returns as _deliver() does; afterwards the connection is fit for the next one, or gone."""
         refused: dict[str, DeliveryError] = {}
         self.local.stage = "MAIL"

@@ -2110,6 +2110,13 @@ ANSWERS = [
     ("DATA", "452 4.4.5 Maximum number of messages per session exceeded.", gomail.About.CONNECTION),
     ("DOT", "451-Requested action aborted 451 Mails per session limit", gomail.About.CONNECTION),
     ("RCPT", "503 5.5.1 Error: need MAIL command", gomail.About.CONNECTION),
+    ("RCPT", "450 4.7.1 Error: too many recipients from 192.0.2.1", gomail.About.CONNECTION),
+    ("MAIL", "452 4.5.3 Too many recipients: Too many messages sent", gomail.About.CONNECTION),
+    ("MAIL", "450 4.7.1 Error: too much mail from 192.0.2.1", gomail.About.CONNECTION),
+    ("RCPT", "454 4.7.1 <u@c.example>: Relay access denied", gomail.About.SENDER),
+    ("DOT", "554 5.7.1 <localhost[192.0.2.1]>: Client host rejected: no", gomail.About.SENDER),
+    ("RCPT", "550 restricted characters in address", gomail.About.RECIPIENT),
+    ("DOT", "550 maximum allowed line length is 998 octets, got 1100", gomail.About.MAIL),
     ("DATA", "500 5.5.2 Error: bad syntax", gomail.About.CONNECTION),
     ("RCPT", "452 4.4.5 Insufficient disk space; try again later", gomail.About.SERVER),
     ("RCPT", "451 4.3.5 Server configuration error", gomail.About.SERVER),
@@ -2239,6 +2246,21 @@ def test_recipients_that_are_too_many_for_one_transaction_get_the_mail_in_furthe
     assert client.state(client.task(cc=copies), "succeeded")["attempts"] == 1
     assert sorted(mail.recipient for mail in mail_server.mails) == sorted([*copies, "user@example.com"])
     assert max(offered.values()) == 3 and mail_server.connections == 1
+
+
+def test_a_server_that_refuses_the_whole_mail_for_too_many_recipients_gets_fewer_at_once(services, mail_server):
+    data = mail_server.session_class.smtp_DATA
+
+    async def refuse(session, arg):
+        if len(session.envelope.rcpt_tos) > 5:
+            await session.push("554 Too many recipients")
+        else:
+            await data(session, arg)
+    mail_server.session_class.smtp_DATA = refuse
+    client = services(mail_server).client.sign_up()
+    copies = [f"{number}@example.com" for number in range(16)]
+    assert client.state(client.task(cc=copies), "succeeded")["attempts"] == 1
+    assert sorted(mail.recipient for mail in mail_server.mails) == sorted([*copies, "user@example.com"])
 
 
 def test_a_connection_with_five_refusals_in_a_row_is_replaced(services, mail_server):
