@@ -152,7 +152,8 @@ class Settings:
         """Read `.env` in `folder`, then `environment` (a mapping), then systemd's credentials; the later wins.
 
         A credential is a file in $CREDENTIALS_DIRECTORY with the name of the option. Other names count in lower or
-        upper case, lower first. An empty value means the default.
+        upper case, lower first. A value is taken as it is, with the spaces around it; a blank one means the default.
+        The host names come back in ASCII.
 
         Raises:
             StartError: a value is not allowed.
@@ -162,8 +163,8 @@ class Settings:
                    read_env_file(pathlib.Path(folder, ".env")))
         values = {}
         for field in dataclasses.fields(cls):
-            given = (source.get(name, "").strip() for source in sources for name in (field.name, field.name.upper()))
-            if text := next(filter(None, given), ""):
+            given = (source.get(name, "") for source in sources for name in (field.name, field.name.upper()))
+            if text := next(filter(str.strip, given), ""):
                 values[field.name] = parse_option(field, text)
         settings = cls(**values)
         settings.check()
@@ -207,47 +208,85 @@ class Settings:
 
 
 def read_credentials(folder, names):
-    """The contents of those files in systemd's credentials folder, if there is one, that have one of the names."""
+    """The contents of those files in systemd's credentials folder, if there is one, that have one of the names.
+
+    Line ends after the value do not belong to it.
+    """
     try:
-        return {name: pathlib.Path(folder, name).read_text(encoding="utf-8").strip()
+        return {name: pathlib.Path(folder, name).read_text(encoding="utf-8").rstrip("\n")
                 for name in names if folder and pathlib.Path(folder, name).exists()}
     except (OSError, UnicodeDecodeError) as error:
         raise StartError(f"CREDENTIALS_DIRECTORY: {folder!r} cannot be read: {describe(error)}") from None
 
 
-def read_env_file(path):
-    """The names and values of a `.env` file: NAME=value lines, `#` comments, optional quotes and `export`."""
-    values = {}
+# One statement of a .env file, or a comment, and the white space after it: the grammar of python-dotenv 1.2.4, which
+# never takes back a step: "export " is no name, and the blanks before a value do not belong to it.
+ENV_STATEMENT = re.compile(r"""
+    (?: export[^\S\n]++ | (?!export[^\S\n]) )
+    (?: \#[^\n]*
+      | (?: '(?P<quoted>[^']+)' | (?!')(?P<name>[^=\#\s]+) ) [^\S\n]* = [^\S\n]*+
+        (?: (?<=\s)(?=\#)
+          | '(?P<single>(?:\\.|[^'\\])*)'
+          | "(?P<double>(?:\\.|[^"\\])*)"
+          | (?!['"])(?P<bare>[^\n]*) )
+        (?: [^\S\n]*\#[^\n]* )? )
+    [^\S\n]* (?: \n\s* | \Z )
+    """, re.VERBOSE | re.DOTALL)
+ENV_ESCAPES = str.maketrans("abfnrtv", "\a\b\f\n\r\t\v")
+
+
+def read_env_file(path: pathlib.Path) -> dict[str, str]:
+    """The names and values of a `.env` file as python-dotenv reads them, but `${NAME}` stands for itself.
+
+    Raises:
+        StartError: the file is not UTF-8 text, or holds what python-dotenv would skip with a warning, or a name without
+            `=`. The message has the number of the line, and nothing of its content, which may be a password.
+    """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
+        if "\0" in text:
+            raise ValueError
     except FileNotFoundError:
-        return values
-    except (OSError, UnicodeDecodeError) as error:
-        raise StartError(f"{path}: cannot be read: {error}") from None
-    for number, line in enumerate(lines, 1):
-        line = line.strip().removeprefix("export ").lstrip()
-        if not line or line.startswith("#"):
-            continue
-        name, equals, value = line.partition("=")
-        if not equals:
-            raise StartError(f"{path}, line {number}: {name[:40]!r} has no '=', expected NAME=value")
-        value = value.strip()
-        if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
-            value = value[1:-1]
-        else:
-            value = re.split(r"\s#", value)[0].rstrip()
-        values[name.strip()] = value
+        return {}
+    except OSError as error:
+        raise StartError(f"{path}: cannot be read: {describe(error)}, expected a file of NAME=value lines") from None
+    except ValueError:
+        raise StartError(f"{path}: is not text in UTF-8, expected NAME=value lines in UTF-8") from None
+    values, position = {}, len(text) - len(text.lstrip())
+    while position < len(text):
+        statement = ENV_STATEMENT.match(text, position)
+        if not statement:
+            line = text.count("\n", 0, position) + 1
+            raise StartError(f"{path}, line {line}: expected NAME=value or a # comment; a value that begins with a "
+                             "quote ends with one, and only a comment may follow it")
+        position = statement.end()
+        if name := statement["quoted"] or statement["name"]:
+            values[name] = env_value(statement)
     return values
+
+
+def env_value(statement: re.Match[str]) -> str:
+    """The value in a match of ENV_STATEMENT."""
+    if statement["single"] is not None:
+        return re.sub(r"\\([\\'])", r"\1", statement["single"])
+    if statement["double"] is not None:
+        return re.sub(r"\\([\\'\"abfnrtv])", lambda escape: escape[1].translate(ENV_ESCAPES), statement["double"])
+    return re.split(r"\s#", statement["bare"] or "", maxsplit=1)[0].rstrip()
 
 
 def parse_option(field, text):
     """The value that `text` gives to a field of Settings; StartError where it is not allowed."""
     rules, kind, value = field.metadata, type(field.default), text
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # the system hands over other bytes as lone surrogates, which nothing can send on
+        raise StartError(f"{field.name}: the value is not text in UTF-8") from None
+    if kind is str and not rules["choices"]:
+        return text
     if kind is str:
-        valid = rules["choices"] is None or text in rules["choices"]
-        if not valid and text.upper() in rules["choices"]:
-            value, valid = text.upper(), True
-        allowed = rules["choices"] and "one of " + ", ".join(rules["choices"])
+        value = next((choice for choice in rules["choices"] if choice in (text.strip(), text.strip().upper())), None)
+        valid = value is not None
+        allowed = "one of " + ", ".join(rules["choices"])
     else:
         try:
             value = kind(text)
@@ -257,12 +296,17 @@ def parse_option(field, text):
         noun = "a whole number" if kind is int else rules["number"]
         allowed = f"{noun} from {rules['low']} to {rules['high']}"
     if not valid:
-        raise StartError(f"{field.name}: {text!r} is not allowed, expected {allowed}")
+        raise StartError(f"{field.name}: {safe_repr(text)} is not allowed, expected {allowed}")
     return value
 
 
-def is_loopback(host):
-    """Whether everything that `host` resolves to stays on this machine."""
+def safe_repr(value: str) -> str:
+    """The value in quotes, or "(hidden)" where a URL or several settings on one line may show a password."""
+    return "(hidden)" if re.search("://.*@|smtp_pass|admin_token|jwt_secret", value, re.IGNORECASE) else repr(value)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether everything that `host`, as host_to_ascii gives it, resolves to stays on this machine."""
     try:
         found = socket.getaddrinfo(host, None)
     except OSError:

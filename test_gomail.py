@@ -41,6 +41,9 @@ import zoneinfo
 import aiosmtpd.controller
 import aiosmtpd.smtp
 import axe_playwright_python.sync_playwright
+import dotenv.parser
+import hypothesis
+import idna
 import jwt
 import playwright.sync_api
 import prometheus_client.parser
@@ -49,6 +52,7 @@ import redis
 import redis.backoff
 import redis.retry
 import trustme
+from hypothesis import strategies
 
 import gomail
 
@@ -481,8 +485,49 @@ def test_the_environment_goes_before_the_env_file_whatever_the_case_of_its_names
     assert gomail.Settings.load({"PORT": "2222"}, tmp_path).port == 2222
 
 
+@pytest.mark.parametrize("line, password", [
+    ("smtp_pass='a # b' # c", "a # b"), ('smtp_pass="a # b"# c', "a # b"), ("smtp_pass=a# b #c", "a# b"),
+    ("smtp_pass= # c\nSMTP_PASS=a", "a"), ("smtp_pass=#a", "#a"), ("smtp_pass='  a '", "  a "),
+    ("smtp_pass=  a b  ", "a b"),
+    (r"""smtp_pass="a\tb\"\\n\'\d" """, "a\tb\"\\n'\\d"), (r"smtp_pass='a\tb\'\\n'", "a\\tb'\\n"),
+    ("smtp_pass='a\n# b\n'", "a\n# b\n"), ("export  smtp_pass = a", "a"), ("'smtp_pass'=a", "a"),
+    ("smtp_pass='${HOME}$HOME'", "${HOME}$HOME"), ("a=1\rsmtp_pass=a\rb=2", "a"),
+    ("a=1\r\nsmtp_pass='a\r\nb'\r\n", "a\nb"), ("\ufeffsmtp_pass=ü", "ü")])
+def test_a_value_of_the_env_file_may_have_quotes_escapes_comments_and_several_lines(tmp_path, line, password):
+    (tmp_path / ".env").write_bytes(line.encode())
+    assert gomail.Settings.load({}, tmp_path).smtp_pass == password
+
+
+ENV_PIECES = ["A", "b", "n", "=", "=", " ", "\t", "\n", "\n", "\r", "\r\n", "#", " #", "'", '"', "\\", "export ",
+              "export", "é", "${A}", "A=", "'A'=", "='", '="', "'\n", '"\n', "\ufeff", "\xa0", "\x0b", "\x1c", "\x85",
+              "\u2028"]
+
+
+@hypothesis.settings(deadline=None, max_examples=1000)
+@hypothesis.given(text=strategies.lists(strategies.sampled_from(ENV_PIECES), max_size=15).map("".join))
+def test_the_env_file_is_read_as_python_dotenv_reads_it_but_what_it_would_skip_is_refused(tmp_path_factory, text):
+    path = tmp_path_factory.getbasetemp() / "hypothesis.env"
+    path.write_bytes(text.encode())
+    with open(path, encoding="utf-8") as file:
+        found = list(dotenv.parser.parse_stream(file))
+    try:
+        values = gomail.read_env_file(path)
+    except gomail.StartError:
+        values = None
+    skipped = any(entry.error or entry.key is not None and entry.value is None for entry in found)
+    assert values == (None if skipped else {entry.key: entry.value for entry in found if entry.key is not None})
+
+
 def test_an_empty_value_means_the_default(tmp_path):
     assert gomail.Settings.load({"port": "", "smtp_server": " "}, tmp_path) == gomail.Settings()
+
+
+def test_spaces_around_a_value_belong_to_it_unless_it_is_a_number_or_a_choice(tmp_path):
+    (tmp_path / ".env").write_text("port=' 1 '\nretry_delay=' 0.5 '\ndurability=' fsync '\nsmtp_pass=' a '\n")
+    (tmp_path / "otp_subject").write_text(" Code \n")
+    settings = gomail.Settings.load({"key_prefix": " g:", "CREDENTIALS_DIRECTORY": str(tmp_path)}, tmp_path)
+    assert (settings.port, settings.retry_delay, settings.durability) == (1, 0.5, "fsync")
+    assert (settings.smtp_pass, settings.key_prefix, settings.otp_subject) == (" a ", " g:", " Code ")
 
 
 @pytest.mark.parametrize("name, value, allowed", [
@@ -512,10 +557,26 @@ def test_a_systemd_credential_goes_before_the_environment(tmp_path):
     assert found.smtp_pass == "from the credential"
 
 
-def test_a_line_of_the_env_file_without_an_equals_sign_is_named(tmp_path):
-    (tmp_path / ".env").write_text("port=1\nnonsense\n")
-    with pytest.raises(gomail.StartError, match="line 2"):
+@pytest.mark.parametrize("line", [
+    "hunter2", "smtp_pass hunter2", "smtp_pass: hunter2", "smtp_pass='hunter2", 'smtp_pass="hunter2\\"',
+    "smtp_pass='a'hunter2", "smtp_pass= 'a'hunter2", "export =hunter2", "=hunter2", "export hunter2", "'hunter2",
+    "smtp_pass='' hunter2"])
+def test_a_line_that_is_no_setting_is_named_by_its_number_and_not_shown(tmp_path, line):
+    (tmp_path / ".env").write_text(f"otp_content='{{{{ otp }}}}\n'\n\n  {line}\n")
+    with pytest.raises(gomail.StartError, match=r"\.env, line 4: expected NAME=value") as refused:
         gomail.Settings.load({}, tmp_path)
+    assert "hunter2" not in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("content", [
+    None, "smtp_pass=ü".encode("latin-1"), "port=1".encode("utf-16"), "port=1".encode("utf-16-le"), b"port=1\0"])
+def test_an_env_file_that_is_no_text_in_utf_8_is_one_line(tmp_path, content):
+    path = tmp_path / ".env"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(gomail.StartError) as refused:
+        gomail.Settings.load({}, tmp_path)
+    line = str(refused.value)
+    assert line.startswith(f"{path}: ") and "expected" in line and "NAME=value" in line and "\n" not in line
 
 
 def test_the_tests_that_the_readme_names_are_there():
