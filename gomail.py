@@ -38,7 +38,6 @@ import ipaddress
 import json
 import logging
 import logging.handlers
-import mailbox
 import math
 import os
 import pathlib
@@ -57,7 +56,9 @@ import threading
 import time
 import urllib.parse
 import zoneinfo
+from mailbox import Maildir
 
+import idna
 import jwt
 import redis
 import redis.backoff
@@ -199,12 +200,11 @@ class Settings:
             raise StartError(f"host: {self.host!r} is not a loopback address; to listen there, set admin_token")
 
     @functools.cached_property
-    def sender(self):
-        """The sender's (display name, address)."""
+    def sender(self) -> tuple[str, str]:
+        """The sender's (display name, address as parse_address gives it)."""
         name, address = email.utils.parseaddr(self.smtp_from)
-        if not address:
-            address = self.smtp_user if parse_address(self.smtp_user) else f"gomail@{socket.gethostname().lower()}"
-        return name, address
+        found = (address, self.smtp_user, f"gomail@{socket.gethostname()}", "gomail@localhost")
+        return name, next(filter(None, map(parse_address, found)))
 
 
 def read_credentials(folder, names):
@@ -311,31 +311,71 @@ def is_loopback(host: str) -> bool:
         found = socket.getaddrinfo(host, None)
     except OSError:
         return False
-    return all(ipaddress.ip_address(entry[4][0].partition("%")[0]).is_loopback for entry in found)
+    return all(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]).is_loopback for entry in found)
 
 
-LOCAL_PART = re.compile(r"[\w!#$%&'*+/=?^`{|}~-]+(\.[\w!#$%&'*+/=?^`{|}~-]+)*")
-DOMAIN_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", re.IGNORECASE)
+NONCHARACTERS = r"\ufdd0-\ufdef" + "".join(
+    chr(plane + last) for plane in range(0, 0x110000, 0x10000) for last in (0xFFFE, 0xFFFF))
+# RFC 5321 section 4.1.2: the characters of a dot-string, the dots anywhere. RFC 6531 section 3.3: all beyond ASCII, but
+# here without controls, white space, surrogates and noncharacters.
+LOCAL_PART = re.compile(rf'''[^\x00-\x20"(),:;<>@\[\\\]\x7f-\x9f\s\ud800-\udfff{NONCHARACTERS}]{{1,64}}''')
+DOMAIN_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+HOST_LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")  # names of containers have underscores
 
 
-def parse_address(text):
-    """The address as SMTP carries it: the local part as it is, the domain lower-case and in IDNA form.
+def domain_to_ascii(domain: str) -> str | None:
+    """The domain in lower case and ASCII: by IDNA 2008 (RFC 5891) after UTS 46's mapping, nontransitional.
 
-    Takes what RFC 5321 section 4.1.2 calls a dot-string local part (up to 64 octets) and a domain (up to 255
-    octets, 254 for the whole: section 4.5.3.1); quoted local parts, source routes and address literals are
-    not taken. Returns None for anything else.
+    None where it has no such form. A domain of ASCII alone is not looked at any closer.
     """
-    local, at, domain = text.rpartition("@")
+    if len(domain) > 255:  # RFC 5321 section 4.5.3.1.2; before any work, since steps of IDNA take quadratic time
+        return None
+    if domain.isascii():
+        return domain.lower()
     try:
-        domain = (domain if domain.isascii() else domain.encode("idna").decode()).lower()
-        size = len(local.encode())
-    except UnicodeError:
+        mapped = idna.uts46_remap(domain, std3_rules=False)
+        if max(map(len, mapped.split("."))) > 63:
+            return None
+        return idna.encode(mapped).decode()
+    except ValueError:  # an IDNAError, or unicodedata's for a character without a name
         return None
-    if not at or size > 64 or size + 1 + len(domain) > 254 or not LOCAL_PART.fullmatch(local):
+
+
+def host_to_ascii(host: str) -> str | None:
+    """The host as the resolver takes it: an IP address unchanged, a name as domain_to_ascii has it. Else None."""
+    with contextlib.suppress(ValueError):
+        ipaddress.ip_address(host)
+        return host
+    name = domain_to_ascii(host)
+    return name if name and all(map(HOST_LABEL.fullmatch, name.removesuffix(".").split("."))) else None
+
+
+def parse_address(text: str) -> str | None:
+    """The address with its local part as it is, and the domain lower-case and in IDNA form.
+
+    A local part is one or more of the characters of RFC 5321's and RFC 6531's dot-string, in up to 64 octets; dots may
+    stand where a dot-string has none, as some mailboxes have them (see mailbox()). The domain has up to 255 octets, the
+    whole 254 (RFC 5321 section 4.5.3.1). Quoted local parts, source routes and address literals are not taken.
+    Returns None for anything else.
+    """
+    local, _, domain = text.rpartition("@")
+    if not LOCAL_PART.fullmatch(local):
         return None
-    if not all(DOMAIN_LABEL.fullmatch(label) for label in domain.split(".")):
+    octets, name = len(local.encode()), domain_to_ascii(domain)
+    if name is None or octets > 64 or octets + 1 + len(name) > 254:
         return None
-    return f"{local}@{domain}"
+    if not all(map(DOMAIN_LABEL.fullmatch, name.split("."))):
+        return None
+    return f"{local}@{name}"
+
+
+def mailbox(address: str) -> str:
+    """The address, as parse_address gives it, as SMTP commands and headers write it.
+
+    A local part that is no dot-string becomes a quoted-string (RFC 5321 section 4.1.2).
+    """
+    local, _, domain = address.rpartition("@")
+    return address if all(local.split(".")) else f'"{local}"@{domain}'
 
 
 # --- 2. logging -------------------------------------------------------------------------------------------
@@ -2193,11 +2233,11 @@ def compose(mail, message_id, created):
     The result has CRLF line ends, lines of at most 998 octets (RFC 5322 section 2.1.1) and only ASCII, so that any
     server takes it; but an address that is not ASCII stands as it is, in UTF-8 (RFC 6532).
     """
-    headers = [f"From: {encoded_sender(*mail.sender)}", f"To: {mail.recipient}"]
+    headers = [f"From: {encoded_sender(mail.sender[0], mailbox(mail.sender[1]))}", f"To: {mailbox(mail.recipient)}"]
     if mail.cc:
-        headers.append("Cc: " + ",\r\n ".join(mail.cc))
+        headers.append("Cc: " + ",\r\n ".join(map(mailbox, mail.cc)))
     if mail.reply_to:
-        headers.append(f"Reply-To: {mail.reply_to}")
+        headers.append(f"Reply-To: {mailbox(mail.reply_to)}")
     headers += [f"Subject: {encoded_header('Subject', mail.subject)}",
                 f"Date: {email.utils.formatdate(created // 1_000_000)}", f"Message-ID: <{message_id}>",
                 *(f"{name}: {value}" for name, value in mail.headers), "MIME-Version: 1.0", ""]
@@ -2307,7 +2347,7 @@ class Outbox:
 
         Raises Unavailable where the disk does not take it.
         """
-        lines = [f"Return-Path: <{sender}>\n", *(f"Delivered-To: {found}\n" for found in recipients),
+        lines = [f"Return-Path: <{mailbox(sender)}>\n", *(f"Delivered-To: {mailbox(found)}\n" for found in recipients),
                  f"{self.OWNER}: {urllib.parse.quote(account)}\n"]
         envelope = "".join(lines).encode()
         try:
@@ -2382,7 +2422,7 @@ class Outbox:
         # Looked at each time: the folder may have been emptied or removed meanwhile.
         for name in ("tmp", "new", "cur"):
             (self.folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
-        return mailbox.Maildir(self.folder)
+        return Maildir(self.folder)
 
 
 class SmtpTransport:

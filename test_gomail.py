@@ -35,6 +35,7 @@ import sys
 import tempfile
 import threading
 import time
+import unicodedata
 import urllib.parse
 import zoneinfo
 
@@ -594,23 +595,94 @@ def test_the_readme_lists_every_option_once_with_its_default():
 
 @pytest.mark.parametrize("address", [
     "user@example.com", "first.last+tag@sub.example.co.uk", "o'neil@example.com", "root@localhost", "jörg@example.com",
-    "a" * 64 + "@example.com"])
+    "jo\u0308rg@example.com", "用户☃@example.com", "a" * 64 + "@example.com", ".user@example.com", "user.@example.com",
+    "us..er@example.com", "User@example.com", "a" * 64 + "@" + f"{'b' * 63}." * 2 + "b" * 61])
 def test_an_address_that_smtp_can_carry_is_taken(address):
     assert gomail.parse_address(address) == address
 
 
-def test_the_domain_of_an_address_becomes_lower_case_and_idna():
-    assert gomail.parse_address("User@BÜCHER.Example") == "User@xn--bcher-kva.example"
+@pytest.mark.parametrize("domain, found", [
+    ("BÜCHER.Example", "xn--bcher-kva.example"), ("bu\u0308cher.example", "xn--bcher-kva.example"),
+    ("EXAMPLE.com", "example.com"), ("faß.example", "xn--fa-hia.example"), ("βόλος.com", "xn--nxasmm1c.com"),
+    ("نامه\u200cای.com", "xn--mgba3gch31f060k.com"), ("ｅｘａｍｐｌｅ．com", "example.com"),
+    ("例え。example", "xn--r8jz45g.example"), ("ex\xadample.com", "example.com")])
+def test_the_domain_of_an_address_becomes_lower_case_and_idna(domain, found):
+    assert gomail.parse_address(f"User@{domain}") == f"User@{found}"
 
 
 @pytest.mark.parametrize("address", [
-    "", "user", "@example.com", "user@", "user@@example.com", "us er@example.com", "user@exam ple.com", ".user@example.com",
-    "user.@example.com", "us..er@example.com", '"quoted"@example.com', "@relay.example:user@example.com",
-    "user@[127.0.0.1]", "user@-example.com", "user@example..com", "user@example.com\r\nBcc: x@example.com", "user\n@example.com",
-    "user@example.com\n", "a" * 65 + "@example.com", "user@" + "a" * 64 + ".com", "user@" + "a.b" * 100, "user@example.com,x@example.com",
-    "<user@example.com>", "user@example.com ", "us\x00er@example.com", "\ud800@example.com"])
+    "", "user", "@example.com", "user@", "user@@example.com", "us er@example.com", "user@exam ple.com",
+    "user@-example.com", "user@example..com", "user@[127.0.0.1]", '"quoted"@example.com',
+    "@relay.example:user@example.com", "user@example.com\r\nBcc: x@example.com", "user\n@example.com",
+    "user@example.com\n", "user@example.com,x@example.com", "<user@example.com>", "user@example.com ",
+    "us\x00er@example.com", "\ud800@example.com", "us\u3000er@example.com",
+    "us\u2028er@example.com", "us\x85er@example.com", "us\uffffer@example.com", "us\ufdd0er@example.com",
+    "us\U0010fffeer@example.com", "a" * 65 + "@example.com", "é" * 33 + "@example.com", "user@" + "a" * 64 + ".com",
+    "a" * 64 + "@" + f"{'b' * 63}." * 2 + "b" * 62, "user@" + "a.b" * 100,
+    "user@☃.example", "user@\U0001f4a9.example", "user@exa℀mple.com", "user@ü..example",
+    "user@ü.example.", "user@\ud800.example", "user@a_b.ü.example", "user@" + "ü" * 64 + ".com", "user@\xad.com",
+    "a@" + "ü" * 117_000, "a@" + "a." * 58_000, "a" * 117_000 + "@example.com"])
 def test_what_smtp_cannot_carry_is_no_address(address):
     assert gomail.parse_address(address) is None
+
+
+@pytest.mark.parametrize("domain", [".".join(["ü" * 50] * 6), "ü" * 64 + ".example"])
+def test_a_domain_beyond_the_limits_is_refused_before_it_is_encoded(monkeypatch, domain):
+    monkeypatch.setattr(idna, "encode", None)
+    assert gomail.parse_address(f"a@{domain}") is None
+
+
+def may_stand_in_a_local_part(character):
+    """Whether RFC 5321 (atext and the dot) or RFC 6531 (beyond ASCII) allows it, less what breaks lines or words."""
+    if character.isascii():
+        return character in string.ascii_letters + string.digits + "!#$%&'*+-/=?^_`{|}~."
+    if 0xFDD0 <= ord(character) <= 0xFDEF or ord(character) & 0xFFFE == 0xFFFE:  # noncharacters
+        return False
+    return not character.isspace() and unicodedata.category(character) not in {"Cc", "Cs", "Zl", "Zp", "Zs"}
+
+
+def expected_address(text):
+    """What parse_address promises, by the letter of the grammar."""
+    local, _, domain = text.rpartition("@")
+    if not local or not all(map(may_stand_in_a_local_part, local)) or len(local.encode()) > 64:
+        return None
+    if not domain.isascii():
+        try:
+            domain = idna.encode(domain, uts46=True, transitional=False).decode()
+        except ValueError:
+            return None
+    for label in domain.split("."):
+        if not 0 < len(label) < 64 or label[0] == "-" or label[-1] == "-" or set(label) - set(
+                string.ascii_letters + string.digits + "-"):
+            return None
+    return f"{local}@{domain.lower()}" if len(local.encode()) + 1 + len(domain) <= 254 else None
+
+
+LOCAL_PARTS = strategies.one_of(strategies.text("aB.+\"\\(, éß\u0301", max_size=8), strategies.text(max_size=8),
+                                strategies.text("aé", min_size=60, max_size=66))
+LABELS = strategies.one_of(
+    strategies.sampled_from(["example", "XN--FA-HIA", "faß", "βόλος", "نامه\u200cای", "☃", "℀", "ｅｘ", "a_b", "-a",
+                             "ab--c", "", "\ufdfa"]),
+    strategies.text("aBß1-", max_size=6), strategies.text(max_size=4), strategies.text("aü", min_size=55, max_size=64))
+DOMAINS = strategies.builds(str.join, strategies.sampled_from([".", ".", ".", "．", "。"]),
+                            strategies.lists(LABELS, min_size=1, max_size=5)).filter(lambda domain: len(domain) <= 255)
+
+
+@hypothesis.settings(deadline=None, max_examples=1000)
+@hypothesis.given(local=LOCAL_PARTS, domain=DOMAINS)
+def test_addresses_follow_the_grammar_and_no_two_become_one_unless_their_domains_are_one(local, domain):
+    found = gomail.parse_address(f"{local}@{domain}")
+    assert found == expected_address(f"{local}@{domain}")
+    if found is not None:
+        assert gomail.parse_address(found) == found and found.startswith(f"{local}@")
+        assert not domain.isascii() or found == f"{local}@{domain.lower()}"
+
+
+@pytest.mark.parametrize("address, written", [
+    ("first.last@example.com", "first.last@example.com"), ("us..er@example.com", '"us..er"@example.com'),
+    ("user.@example.com", '"user."@example.com'), (".jörg@example.com", '".jörg"@example.com')])
+def test_a_local_part_that_is_no_dot_string_is_written_in_quotes(address, written):
+    assert gomail.mailbox(address) == written
 
 
 # --- 2. logging -------------------------------------------------------------------------------------------
@@ -1276,6 +1348,28 @@ def test_a_message_has_from_to_subject_date_message_id_and_mime_version(client, 
     assert mail.sender == "app@example.org" and mail.recipient == "user@example.com"
 
 
+def test_local_parts_that_are_no_dot_string_stand_in_quotes_in_every_header():
+    raw, message = composed(sender=("App", "a..p@example.org"), recipient="user.@example.com",
+                            reply_to=".help@example.org", cc=("c1..@example.com", "c2@example.com"))
+    for line in (b'From: App <"a..p"@example.org>', b'To: "user."@example.com', b'Reply-To: ".help"@example.org',
+                 b'Cc: "c1.."@example.com,'):
+        assert b"\r\n%s\r\n" % line in b"\r\n" + raw
+    assert [address.username for address in message["Cc"].addresses] == ["c1..", "c2"]
+
+
+def test_every_address_goes_out_with_its_domain_by_idna_2008(services, mail_server):
+    service = services(smtp_server="127.0.0.1", smtp_port=mail_server.port, smtp_from="App <app@faß.example>")
+    client = service.client.sign_up()
+    client.state(client.task(userId="user@faß.example", cc=["c@faß.example"], bcc=["b@faß.example"],
+                             reply_to="r@faß.example"), "succeeded")
+    message = mail_server.one("user@xn--fa-hia.example")
+    assert {mail.recipient.partition("@")[0] for mail in mail_server.mails} == {"user", "c", "b"}
+    found = [mail_server.mails[0].sender, *(mail.recipient for mail in mail_server.mails),
+             message["Message-ID"].strip("<>"),
+             *(message[name].addresses[0].addr_spec for name in ("From", "To", "Cc", "Reply-To"))]
+    assert {address.partition("@")[2] for address in found} == {"xn--fa-hia.example"}
+
+
 def test_html_content_goes_out_with_a_readable_text_part_beside_it():
     document = ("<html><head><title>T</title><style>p {}</style></head><body><h1>Hello &amp; welcome</h1><p>Read\n  <b>this</b> "
                 '<a href="https://example.com/x?a=1">page</a>.<br>Thanks</p><ul><li>one<li>two</ul><script>x()</script></body></html>')
@@ -1676,6 +1770,12 @@ def test_without_smtp_server_the_mail_lies_in_the_maildir_and_parses(services):
     path, = (pathlib.Path(service.settings.data_dir) / "outbox" / "new").iterdir()
     message = parsed(path.read_bytes())
     assert message["Subject"] == "Grüße" and message["Delivered-To"] == "user@example.com"
+
+
+def test_the_maildir_writes_the_envelope_as_smtp_does(tmp_path):
+    gomail.Outbox(tmp_path).send("a..p@example.org", ["user.@example.com"], b"Subject: x\r\n\r\nx\r\n")
+    path, = (tmp_path / "new").iterdir()
+    assert path.read_bytes().startswith(b'Return-Path: <"a..p"@example.org>\nDelivered-To: "user."@example.com\n')
 
 
 PICTURE = base64.b64encode(b"not really a picture").decode()
