@@ -92,6 +92,8 @@ def option(default, explanation, *, low=None, high=None, choices=None, number="a
 
 
 VARIABLE = "[A-Za-z_][A-Za-z0-9_]{0,63}"
+ONE_LINE = r"[^\x00-\x1f\x7f-\x9f\u2028\u2029]"  # the two Unicode line ends as well: some mailers break a header there
+LINE = "on one line, without control characters"
 PLACEHOLDER = re.compile(rf"\{{\{{ *({VARIABLE}) *\}}\}}")  # {{ name }}, see fill()
 
 
@@ -99,11 +101,13 @@ PLACEHOLDER = re.compile(rf"\{{\{{ *({VARIABLE}) *\}}\}}")  # {{ name }}, see fi
 class Settings:
     """All options. Text, whole number or seconds, by the type of the default."""
 
-    smtp_server: str = option("", "host name of the SMTP server; empty: mail goes to a Maildir in data_dir/outbox")
+    smtp_server: str = option("", "host name or IP address of the SMTP server; empty: mail goes to a Maildir "
+                             "in data_dir/outbox")
     smtp_port: int = option(587, "port of the SMTP server; 465 speaks TLS from the start", low=1, high=65535)
-    smtp_user: str = option("", "SMTP user name; also the sender's address where smtp_from is not set")
+    smtp_user: str = option("", "SMTP user name; where it is an address, the sender's if smtp_from is not set")
     smtp_pass: str = option("", "SMTP password; with it, TLS is required")
-    smtp_from: str = option("", 'sender, "Name <address>" or "address"; empty: smtp_user, else gomail@ this host')
+    smtp_from: str = option("", 'sender, "Name <address>" or "address"; needed with smtp_server, unless smtp_user '
+                           'is an address')
     smtp_tls: str = option("auto", "auto: STARTTLS where offered; off: never (a server on this machine)",
                            choices=("auto", "off"))
     smtp_rate: float = option(0.0, "mails a second to the SMTP server, from all processes together; "
@@ -169,9 +173,10 @@ class Settings:
                 values[field.name] = parse_option(field, text)
         settings = cls(**values)
         settings.check()
-        return settings
+        return dataclasses.replace(settings, smtp_server=host_to_ascii(settings.smtp_server) or "",
+                                   host=host_to_ascii(settings.host) or "")
 
-    def check(self):
+    def check(self) -> None:
         """Raise StartError where a value is not allowed beside the others, or is not of its own form."""
         try:
             zoneinfo.ZoneInfo(self.timezone)
@@ -182,10 +187,15 @@ class Settings:
                 raise StartError(f"{name}: (hidden) is too short, at least 32 bytes are needed")
         if self.jwt_secret_previous and not self.jwt_secret:
             raise StartError("jwt_secret_previous: (hidden) is not allowed without jwt_secret")
+        for name in ("smtp_from", "otp_subject"):
+            if not re.fullmatch(f"{ONE_LINE}*", getattr(self, name)):
+                raise StartError(f"{name}: {safe_repr(getattr(self, name))} is not {LINE}")
         if self.smtp_from and not parse_address(email.utils.parseaddr(self.smtp_from)[1]):
-            raise StartError(f"smtp_from: {self.smtp_from!r} is not an address, or a name with <address>")
-        if re.search(r"[\s=]", self.smtp_server):
-            raise StartError(f"smtp_server: {self.smtp_server!r} is not a host name; a line of .env has one setting")
+            raise StartError(f"smtp_from: {safe_repr(self.smtp_from)} is not an address, or a name with <address>")
+        self._check_hosts()
+        if self.smtp_server and not self.smtp_from and not parse_address(self.smtp_user):
+            raise StartError("smtp_from: not set, and smtp_user is not an address; most servers refuse mail without a "
+                             "sender of theirs: set smtp_from to the sender's address, such as app@example.com")
         if self.smtp_tls == "off" and self.smtp_pass:
             raise StartError("smtp_tls: 'off' is not allowed with smtp_pass, expected auto")
         if self.public_url and not re.fullmatch(r"https?://[!-;=?-~]+", self.public_url):
@@ -196,8 +206,21 @@ class Settings:
                                  "{{ otp }} or {{ minutes }}")
         if self.otp_content and "otp" not in PLACEHOLDER.findall(self.otp_content):
             raise StartError("otp_content: must hold {{ otp }}")
-        if not self.admin_token and not is_loopback(self.host):
+
+    def _check_hosts(self) -> None:
+        """Raise StartError where `smtp_server`, `host` or `redis_uri` names no host that can be looked up."""
+        if self.smtp_server and not host_to_ascii(self.smtp_server):
+            rule = ("a line of .env has one setting" if re.search(r"[\s=]", self.smtp_server) else
+                    "the port goes into smtp_port")
+            raise StartError(f"smtp_server: {safe_repr(self.smtp_server)} is no host name or IP address; {rule}")
+        host = host_to_ascii(self.host)
+        if not host:
+            raise StartError(f"host: {safe_repr(self.host)} is no host name or IP address; the port goes into port")
+        if not self.admin_token and not is_loopback(host):
             raise StartError(f"host: {self.host!r} is not a loopback address; to listen there, set admin_token")
+        authority = re.split("[/?]", self.redis_uri.partition("://")[2] or self.redis_uri)[0]
+        if not authority.rpartition("@")[2].isascii():  # the Redis client would look it up by IDNA 2003
+            raise StartError("redis_uri: the host name is not in ASCII, expected its xn-- form")
 
     @functools.cached_property
     def sender(self) -> tuple[str, str]:
@@ -1146,8 +1169,6 @@ class Anything:
         return value
 
 
-ONE_LINE = r"[^\x00-\x1f\x7f-\x9f\u2028\u2029]"  # the two Unicode line ends as well: some mailers break a header there
-LINE = "on one line, without control characters"
 SUBJECT = Text(998, ONE_LINE, LINE)
 CONTENT = Text(100_000_000)
 CONTENT_TYPE = Text(100, r"[\w. -]", "only letters, digits, spaces and . _ -")

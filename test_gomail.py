@@ -430,6 +430,11 @@ class Process:
         return self.process.returncode, output, errors
 
 
+def sending_to(mail_server):
+    """The environment of a process that sends to mail_server."""
+    return {"smtp_server": "127.0.0.1", "smtp_port": str(mail_server.port), "smtp_from": "app@example.org"}
+
+
 @pytest.fixture
 def processes():
     """Starts gomail processes, each in an empty folder with a short path, and ends them."""
@@ -535,12 +540,22 @@ def test_spaces_around_a_value_belong_to_it_unless_it_is_a_number_or_a_choice(tm
     ("smtp_port", "abc", "a whole number from 1 to 65535"),
     ("smtp_port", "0", "a whole number from 1 to 65535"),
     ("smtp_server", "127.0.0.1 smtp_port=25", "a line of .env has one setting"),
+    ("smtp_server", "smtp.example.com:587", "the port goes into smtp_port"),
+    ("smtp_server", "[::1]:25", "the port goes into smtp_port"),
+    ("smtp_server", "smtps://smtp.example.com", "the port goes into smtp_port"),
+    ("smtp_server", "smtp.example.com/", "the port goes into smtp_port"),
+    ("smtp_server", "☃.example", "host name"),
     ("workers", "1000", "a whole number from 1 to 64"),
     ("retry_delay", "nan", "a number of seconds"),
     ("durability", "sometimes", "everysec, fsync"),
     ("timezone", "Mars/Olympus", "IANA time zone"),
     ("host", "0.0.0.0", "admin_token"),
+    ("host", "localhost:8080", "the port goes into port"),
+    ("host", "a..b", "host name"),
     ("smtp_from", "nobody", "address"),
+    ("smtp_from", "App <app@☃.example>", "address"),
+    ("smtp_from", "App\n <app@example.org>", "on one line"),
+    ("otp_subject", "Your\x85code", "on one line"),
     ("jwt_secret", "brief", "32 bytes"),
     ("jwt_secret_previous", "x" * 32, "without jwt_secret"),
 ])
@@ -549,7 +564,45 @@ def test_a_wrong_value_is_one_line_with_the_option_the_value_and_what_is_allowed
         gomail.Settings.load({name: value}, tmp_path)
     line = str(refused.value)
     assert line.startswith(f"{name}: ") and allowed in line and "\n" not in line
-    assert (value in line) != name.startswith("jwt_secret")
+    assert (repr(value) in line) != name.startswith("jwt_secret")
+
+
+@pytest.mark.parametrize("name, value", [
+    ("smtp_server", "smtp.example.com smtp_pass=hunter2"), ("smtp_server", "smtp://me:hunter2@smtp.example.com"),
+    ("smtp_port", "587 SMTP_PASS=hunter2"), ("smtp_from", "app@example.com jwt_secret=hunter2"),
+    ("redis_uri", "redis://:hunter2@bücher.example/0"), ("smtp_pass", "hunter2\udcff")])
+def test_no_refused_value_shows_a_password(tmp_path, name, value):
+    with pytest.raises(gomail.StartError, match=f"^{name}: ") as refused:
+        gomail.Settings.load({name: value}, tmp_path)
+    assert "hunter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize("host", [
+    "127.0.0.1", "::1", "fe80::1%eth0", "localhost", "my_smtp_1", "smtp.example.com.", "_a-b_"])
+def test_an_smtp_server_is_a_name_or_an_address(tmp_path, host):
+    assert gomail.Settings.load({"smtp_server": host, "smtp_from": "app@example.org"}, tmp_path).smtp_server == host
+
+
+def test_host_names_beyond_ascii_are_looked_up_by_idna_2008(tmp_path):
+    settings = gomail.Settings.load({"smtp_server": "SMTP.faß.example", "smtp_from": "app@example.org",
+                                     "host": "faß.example", "admin_token": "x"}, tmp_path)
+    assert settings.smtp_server == "smtp.xn--fa-hia.example" and settings.host == "xn--fa-hia.example"
+
+
+def test_an_smtp_server_needs_a_sender(tmp_path):
+    with pytest.raises(gomail.StartError, match="^smtp_from: not set, .*: set smtp_from to"):
+        gomail.Settings.load({"smtp_server": "localhost", "smtp_user": "apikey"}, tmp_path)
+    for sender in ({"smtp_from": "App <app@faß.example>"}, {"smtp_user": "app@faß.example"}):
+        found = gomail.Settings.load({"smtp_server": "localhost", **sender}, tmp_path).sender
+        assert found == ("App" if "smtp_from" in sender else "", "app@xn--fa-hia.example")
+
+
+@pytest.mark.parametrize("host, sender", [
+    ("Mail.example.org", "gomail@mail.example.org"), ("my_host", "gomail@localhost"), ("faß", "gomail@xn--fa-hia"),
+    ("\udcff", "gomail@localhost"), ("", "gomail@localhost")])
+def test_the_sender_of_the_maildir_is_an_address_whatever_the_host_name(monkeypatch, host, sender):
+    monkeypatch.setattr(socket, "gethostname", lambda: host)
+    assert gomail.Settings().sender == ("", sender)
 
 
 def test_a_systemd_credential_goes_before_the_environment(tmp_path):
@@ -3151,10 +3204,11 @@ def test_a_folder_that_cannot_be_written_is_one_clear_line(processes):
 
 
 def test_check_says_what_it_found_sends_nothing_and_exits_0_or_1(processes, mail_server, redis_server):
-    environment = {"redis_uri": redis_server.uri, "smtp_server": "127.0.0.1", "smtp_port": str(mail_server.port)}
+    environment = {**sending_to(mail_server), "redis_uri": redis_server.uri, "smtp_from": "app@faß.example"}
     process = processes(environment, arguments=["--check"])
     code, output, errors = process.result()
     assert code == 0 and errors == "" and [line.split()[0] for line in output.splitlines()] == ["ok"] * 3
+    assert output.count("app@xn--fa-hia.example") == 2
     assert not mail_server.mails and not list(process.folder.iterdir())
     code, output, _ = processes({**environment, "redis_uri": "127.0.0.1:1", "smtp_port": "1"}, arguments=["--check"]).result()
     assert code == 1 and [line.split()[0] for line in output.splitlines()] == ["ok", "failed", "failed"]
@@ -3175,7 +3229,7 @@ def test_a_signal_ends_work_in_flight_leaves_the_rest_and_stops_the_embedded_ser
             await asyncio.sleep(0.01)
         return await MailServer.handle_DATA(mail_server, server, session, envelope)
     mail_server.handle_DATA = later
-    environment = {"smtp_server": "127.0.0.1", "smtp_port": str(mail_server.port), "workers": "1"}
+    environment = {**sending_to(mail_server), "workers": "1"}
     process = processes(environment).started()
     client = process.client.sign_up()
     ids = [client.task(userId=f"{index}@example.com") for index in range(3)]
@@ -3194,7 +3248,7 @@ def test_a_signal_ends_work_in_flight_leaves_the_rest_and_stops_the_embedded_ser
 
 
 def test_a_process_killed_with_tasks_queued_and_in_flight_sends_them_all_after_the_next_start(processes, mail_server):
-    environment = {"smtp_server": "127.0.0.1", "smtp_port": str(mail_server.port)}
+    environment = sending_to(mail_server)
     process = processes(environment).started()
     client = process.client.sign_up()
     recipients = [f"{number}@example.com" for number in range(200)]
@@ -3213,7 +3267,7 @@ def children(pid):
 
 
 def test_several_processes_share_the_port_the_log_and_the_work(processes, mail_server):
-    process = processes({"processes": "2", "smtp_server": "127.0.0.1", "smtp_port": str(mail_server.port)}).started()
+    process = processes({**sending_to(mail_server), "processes": "2"}).started()
     client = process.client.sign_up()
     assert len(children(process.process.pid)) == 2
     for number in range(50):
@@ -3227,7 +3281,7 @@ def test_several_processes_share_the_port_the_log_and_the_work(processes, mail_s
 
 
 def test_a_process_that_dies_is_started_again_and_its_tasks_are_sent(processes, mail_server):
-    process = processes({"processes": "2", "smtp_server": "127.0.0.1", "smtp_port": str(mail_server.port)}).started()
+    process = processes({**sending_to(mail_server), "processes": "2"}).started()
     client = process.client.sign_up()
     tasks = [client.task(userId=f"{number}@example.com") for number in range(200)]
     before = children(process.process.pid)
@@ -3286,7 +3340,7 @@ class Command:
 @pytest.fixture
 def operated(processes, mail_server):
     """(Command, client of an account) beside a running gomail."""
-    process = processes({"smtp_server": "127.0.0.1", "smtp_port": str(mail_server.port)}).started()
+    process = processes(sending_to(mail_server)).started()
     command = Command(process)
     command.process = process
     return command, process.client.sign_up("app@example.com")
@@ -3960,8 +4014,7 @@ def test_a_hostile_mail_is_shown_as_text_and_in_a_sandbox(services, browser, har
 # answered 2xx, distinct mails that arrived, and doubles.
 
 def settings_for(redis_server, mail_server, **more):
-    return {"redis_uri": redis_server.uri, "smtp_server": "127.0.0.1", "smtp_port": str(mail_server.port),
-            "retry_delay": "0.05", "log_file": "off", **more}
+    return {**sending_to(mail_server), "redis_uri": redis_server.uri, "retry_delay": "0.05", "log_file": "off", **more}
 
 
 class Sender(threading.Thread):
