@@ -1275,7 +1275,7 @@ def recent(client, **query):
 
 
 def test_the_newest_tasks_are_found_by_id_by_part_of_a_recipient_and_by_state(client, service, mail_server):
-    mail_server.replies["bob@example.com"] = ["550 no"]
+    mail_server.replies["bob@example.com"] = ["550 5.2.1 no"]
     ann, bob, both = (client.task(userId="Ann@example.com"), client.task(userId="bob@example.com"),
                       client.task(userId="carol@example.com", bcc=["ann@example.org"]))
     otp = client.task("generateOtp", userId="ann@example.com")
@@ -1328,7 +1328,7 @@ def test_a_story_that_grows_for_ever_keeps_its_newest_lines(queue):
 
 def test_all_dead_letters_of_an_account_are_removed_and_nobody_elses(client, service, mail_server):
     other = service.client.sign_up()
-    mail_server.replies["user@example.com"] = ["550 no"] * 3
+    mail_server.replies["user@example.com"] = ["550 5.2.1 no"] * 3
     for owner in (client, client, other):
         owner.state(owner.task(), "dead")
     status, answer, _ = client("DELETE", "/task/dead")
@@ -1696,7 +1696,7 @@ def test_metrics_are_read_by_prometheus_and_add_up_over_processes(services, mail
     first = services(mail_server)
     second = services(mail_server, key_prefix=first.store.prefix)
     client = first.client.sign_up()
-    mail_server.replies["gone@example.com"] = ["550 no"]
+    mail_server.replies["gone@example.com"] = ["550 5.2.1 no"]
     mail_server.replies["later@example.com"] = ["450 later"]
     client.state(client.task(), "succeeded")
     client.state(client.task(userId="gone@example.com"), "dead")
@@ -3476,7 +3476,7 @@ def governed(services, mail_server):
 
 def test_the_admin_sees_and_changes_what_all_accounts_have_or_the_one_that_is_named(governed, mail_server):
     _, admin, one, two = governed
-    mail_server.replies["user@example.com"] = ["550 no"] * 2
+    mail_server.replies["user@example.com"] = ["550 5.2.1 no"] * 2
     ids = [client.task() for client in (one, two)]
     for client, task_id in zip((one, two), ids):
         client.state(task_id, "dead")
@@ -3929,7 +3929,7 @@ def test_colours_are_for_terminals_and_no_color_turns_them_off(operated, mail_se
 
 def test_what_takes_long_shows_at_a_terminal_how_far_it_has_come(operated, mail_server):
     command, client = operated
-    mail_server.replies["user@example.com"] = ["550 no"] * 3
+    mail_server.replies["user@example.com"] = ["550 5.2.1 no"] * 3
     for _ in range(3):
         client.state(client.task(), "dead")
     code, output = command.at_terminal("delete", "--all")
@@ -4125,7 +4125,7 @@ def test_tasks_are_searched_by_recipient_id_and_state(service, browser):
 
 def test_a_dead_letter_is_retried_and_deleted_one_or_all(service, browser, mail_server):
     client = service.client.sign_up()
-    mail_server.replies["user@example.com"] = ["550 no"] * 4
+    mail_server.replies["user@example.com"] = ["550 5.2.1 no"] * 4
     ids = [client.task() for _ in range(4)]
     for task_id in ids:
         client.state(task_id, "dead")
@@ -4139,10 +4139,10 @@ def test_a_dead_letter_is_retried_and_deleted_one_or_all(service, browser, mail_
     for task_id in ids[2:]:
         client.state(task_id, "succeeded")
     tab.get_by_text("No dead letters").wait_for()
-    mail_server.replies["user@example.com"] = ["550 no"] * 2
+    mail_server.replies["user@example.com"] = ["550 5.2.1 no"] * 2
     for _ in range(2):
         client.state(client.task(), "dead")
-    tab.get_by_role("row", name="550 no").first.wait_for()
+    tab.get_by_role("row", name="550 5.2.1 no").first.wait_for()
     questions = []
     tab.on("dialog", lambda dialog: (questions.append(dialog.message), dialog.accept()))
     playwright.sync_api.expect(tab.get_by_role("table", name="Dead letters").locator("tbody tr")).to_have_count(2)
