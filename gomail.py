@@ -61,6 +61,7 @@ import zoneinfo
 from collections.abc import Callable, Sequence
 from mailbox import Maildir
 
+import idna
 import jwt
 import redis
 import redis.backoff
@@ -94,6 +95,8 @@ def option(default, explanation, *, low=None, high=None, choices=None, number="a
 
 
 VARIABLE = "[A-Za-z_][A-Za-z0-9_]{0,63}"
+ONE_LINE = r"[^\x00-\x1f\x7f-\x9f\u2028\u2029]"  # the two Unicode line ends as well: some mailers break a header there
+LINE = "on one line, without control characters"
 PLACEHOLDER = re.compile(rf"\{{\{{ *({VARIABLE}) *\}}\}}")  # {{ name }}, see fill()
 
 
@@ -101,11 +104,13 @@ PLACEHOLDER = re.compile(rf"\{{\{{ *({VARIABLE}) *\}}\}}")  # {{ name }}, see fi
 class Settings:
     """All options. Text, whole number or seconds, by the type of the default."""
 
-    smtp_server: str = option("", "host name of the SMTP server; empty: mail goes to a Maildir in data_dir/outbox")
+    smtp_server: str = option("", "host name or IP address of the SMTP server; empty: mail goes to a Maildir "
+                             "in data_dir/outbox")
     smtp_port: int = option(587, "port of the SMTP server; 465 speaks TLS from the start", low=1, high=65535)
-    smtp_user: str = option("", "SMTP user name; also the sender's address where smtp_from is not set")
+    smtp_user: str = option("", "SMTP user name; where it is an address, the sender's if smtp_from is not set")
     smtp_pass: str = option("", "SMTP password; with it, TLS is required")
-    smtp_from: str = option("", 'sender, "Name <address>" or "address"; empty: smtp_user, else gomail@ this host')
+    smtp_from: str = option("", 'sender, "Name <address>" or "address"; needed with smtp_server, unless smtp_user '
+                           'is an address')
     smtp_token_command: str = option("", "instead of smtp_pass: a command that writes an access token, for XOAUTH2; it "
                                      "runs again when the server refuses the token")
     smtp_tls: str = option("auto", "auto: STARTTLS where offered; implicit: TLS from the start, on any port; off: never "
@@ -163,7 +168,8 @@ class Settings:
         """Read `.env` in `folder`, then `environment` (a mapping), then systemd's credentials; the later wins.
 
         A credential is a file in $CREDENTIALS_DIRECTORY with the name of the option. Other names count in lower or
-        upper case, lower first. An empty value means the default.
+        upper case, lower first. A value is taken as it is, with the spaces around it; a blank one means the default.
+        The host names come back in ASCII.
 
         Raises:
             StartError: a value is not allowed.
@@ -173,14 +179,15 @@ class Settings:
                    read_env_file(pathlib.Path(folder, ".env")))
         values = {}
         for field in dataclasses.fields(cls):
-            given = (source.get(name, "").strip() for source in sources for name in (field.name, field.name.upper()))
-            if text := next(filter(None, given), ""):
+            given = (source.get(name, "") for source in sources for name in (field.name, field.name.upper()))
+            if text := next(filter(str.strip, given), ""):
                 values[field.name] = parse_option(field, text)
         settings = cls(**values)
         settings.check()
-        return settings
+        return dataclasses.replace(settings, smtp_server=host_to_ascii(settings.smtp_server) or "",
+                                   host=host_to_ascii(settings.host) or "")
 
-    def check(self):
+    def check(self) -> None:
         """Raise StartError where a value is not allowed beside the others, or is not of its own form."""
         try:
             zoneinfo.ZoneInfo(self.timezone)
@@ -191,10 +198,15 @@ class Settings:
                 raise StartError(f"{name}: (hidden) is too short, at least 32 bytes are needed")
         if self.jwt_secret_previous and not self.jwt_secret:
             raise StartError("jwt_secret_previous: (hidden) is not allowed without jwt_secret")
+        for name in ("smtp_from", "otp_subject"):
+            if not re.fullmatch(f"{ONE_LINE}*", getattr(self, name)):
+                raise StartError(f"{name}: {safe_repr(getattr(self, name))} is not {LINE}")
         if self.smtp_from and not parse_address(email.utils.parseaddr(self.smtp_from)[1]):
-            raise StartError(f"smtp_from: {self.smtp_from!r} is not an address, or a name with <address>")
-        if re.search(r"[\s=]", self.smtp_server):
-            raise StartError(f"smtp_server: {self.smtp_server!r} is not a host name; a line of .env has one setting")
+            raise StartError(f"smtp_from: {safe_repr(self.smtp_from)} is not an address, or a name with <address>")
+        self._check_hosts()
+        if self.smtp_server and not self.smtp_from and not parse_address(self.smtp_user):
+            raise StartError("smtp_from: not set, and smtp_user is not an address; most servers refuse mail without a "
+                             "sender of theirs: set smtp_from to the sender's address, such as app@example.com")
         if self.smtp_tls == "off" and (self.smtp_pass or self.smtp_token_command):
             raise StartError("smtp_tls: 'off' is not allowed with smtp_pass or smtp_token_command, expected auto")
         if self.smtp_token_command and (self.smtp_pass or not self.smtp_user):
@@ -214,60 +226,110 @@ class Settings:
                                  "{{ otp }} or {{ minutes }}")
         if self.otp_content and "otp" not in PLACEHOLDER.findall(self.otp_content):
             raise StartError("otp_content: must hold {{ otp }}")
-        if not self.admin_token and not is_loopback(self.host):
+
+    def _check_hosts(self) -> None:
+        """Raise StartError where `smtp_server`, `host` or `redis_uri` names no host that can be looked up."""
+        if self.smtp_server and not host_to_ascii(self.smtp_server):
+            rule = ("a line of .env has one setting" if re.search(r"[\s=]", self.smtp_server) else
+                    "the port goes into smtp_port")
+            raise StartError(f"smtp_server: {safe_repr(self.smtp_server)} is no host name or IP address; {rule}")
+        host = host_to_ascii(self.host)
+        if not host:
+            raise StartError(f"host: {safe_repr(self.host)} is no host name or IP address; the port goes into port")
+        if not self.admin_token and not is_loopback(host):
             raise StartError(f"host: {self.host!r} is not a loopback address; to listen there, set admin_token")
+        authority = re.split("[/?]", self.redis_uri.partition("://")[2] or self.redis_uri)[0]
+        if not authority.rpartition("@")[2].isascii():  # the Redis client would look it up by IDNA 2003
+            raise StartError("redis_uri: the host name is not in ASCII, expected its xn-- form")
 
     @functools.cached_property
-    def sender(self):
-        """The sender's (display name, address)."""
+    def sender(self) -> tuple[str, str]:
+        """The sender's (display name, address as parse_address gives it)."""
         name, address = email.utils.parseaddr(self.smtp_from)
-        if not address:
-            address = self.smtp_user if parse_address(self.smtp_user) else f"gomail@{socket.gethostname().lower()}"
-        return name, address
+        found = (address, self.smtp_user, f"gomail@{socket.gethostname()}", "gomail@localhost")
+        return name, next(filter(None, map(parse_address, found)))
 
 
 def read_credentials(folder, names):
-    """The contents of those files in systemd's credentials folder, if there is one, that have one of the names."""
+    """The contents of those files in systemd's credentials folder, if there is one, that have one of the names.
+
+    Line ends after the value do not belong to it.
+    """
     try:
-        return {name: pathlib.Path(folder, name).read_text(encoding="utf-8").strip()
+        return {name: pathlib.Path(folder, name).read_text(encoding="utf-8").rstrip("\n")
                 for name in names if folder and pathlib.Path(folder, name).exists()}
     except (OSError, UnicodeDecodeError) as error:
         raise StartError(f"CREDENTIALS_DIRECTORY: {folder!r} cannot be read: {describe(error)}") from None
 
 
-def read_env_file(path):
-    """The names and values of a `.env` file: NAME=value lines, `#` comments, optional quotes and `export`."""
-    values = {}
+# One statement of a .env file, or a comment, and the white space after it: the grammar of python-dotenv 1.2.4, which
+# never takes back a step: "export " is no name, and the blanks before a value do not belong to it.
+ENV_STATEMENT = re.compile(r"""
+    (?: export[^\S\n]++ | (?!export[^\S\n]) )
+    (?: \#[^\n]*
+      | (?: '(?P<quoted>[^']+)' | (?!')(?P<name>[^=\#\s]+) ) [^\S\n]* = [^\S\n]*+
+        (?: (?<=\s)(?=\#)
+          | '(?P<single>(?:\\.|[^'\\])*)'
+          | "(?P<double>(?:\\.|[^"\\])*)"
+          | (?!['"])(?P<bare>[^\n]*) )
+        (?: [^\S\n]*\#[^\n]* )? )
+    [^\S\n]* (?: \n\s* | \Z )
+    """, re.VERBOSE | re.DOTALL)
+ENV_ESCAPES = str.maketrans("abfnrtv", "\a\b\f\n\r\t\v")
+
+
+def read_env_file(path: pathlib.Path) -> dict[str, str]:
+    """The names and values of a `.env` file as python-dotenv reads them, but `${NAME}` stands for itself.
+
+    Raises:
+        StartError: the file is not UTF-8 text, or holds what python-dotenv would skip with a warning, or a name without
+            `=`. The message has the number of the line, and nothing of its content, which may be a password.
+    """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
+        if "\0" in text:
+            raise ValueError
     except FileNotFoundError:
-        return values
-    except (OSError, UnicodeDecodeError) as error:
-        raise StartError(f"{path}: cannot be read: {error}") from None
-    for number, line in enumerate(lines, 1):
-        line = line.strip().removeprefix("export ").lstrip()
-        if not line or line.startswith("#"):
-            continue
-        name, equals, value = line.partition("=")
-        if not equals:
-            raise StartError(f"{path}, line {number}: {name[:40]!r} has no '=', expected NAME=value")
-        value = value.strip()
-        if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
-            value = value[1:-1]
-        else:
-            value = re.split(r"\s#", value)[0].rstrip()
-        values[name.strip()] = value
+        return {}
+    except OSError as error:
+        raise StartError(f"{path}: cannot be read: {describe(error)}, expected a file of NAME=value lines") from None
+    except ValueError:
+        raise StartError(f"{path}: is not text in UTF-8, expected NAME=value lines in UTF-8") from None
+    values, position = {}, len(text) - len(text.lstrip())
+    while position < len(text):
+        statement = ENV_STATEMENT.match(text, position)
+        if not statement:
+            line = text.count("\n", 0, position) + 1
+            raise StartError(f"{path}, line {line}: expected NAME=value or a # comment; a value that begins with a "
+                             "quote ends with one, and only a comment may follow it")
+        position = statement.end()
+        if name := statement["quoted"] or statement["name"]:
+            values[name] = env_value(statement)
     return values
+
+
+def env_value(statement: re.Match[str]) -> str:
+    """The value in a match of ENV_STATEMENT."""
+    if statement["single"] is not None:
+        return re.sub(r"\\([\\'])", r"\1", statement["single"])
+    if statement["double"] is not None:
+        return re.sub(r"\\([\\'\"abfnrtv])", lambda escape: escape[1].translate(ENV_ESCAPES), statement["double"])
+    return re.split(r"\s#", statement["bare"] or "", maxsplit=1)[0].rstrip()
 
 
 def parse_option(field, text):
     """The value that `text` gives to a field of Settings; StartError where it is not allowed."""
     rules, kind, value = field.metadata, type(field.default), text
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # the system hands over other bytes as lone surrogates, which nothing can send on
+        raise StartError(f"{field.name}: the value is not text in UTF-8") from None
+    if kind is str and not rules["choices"]:
+        return text
     if kind is str:
-        valid = rules["choices"] is None or text in rules["choices"]
-        if not valid and text.upper() in rules["choices"]:
-            value, valid = text.upper(), True
-        allowed = rules["choices"] and "one of " + ", ".join(rules["choices"])
+        value = next((choice for choice in rules["choices"] if choice in (text.strip(), text.strip().upper())), None)
+        valid = value is not None
+        allowed = "one of " + ", ".join(rules["choices"])
     else:
         try:
             value = kind(text)
@@ -277,53 +339,95 @@ def parse_option(field, text):
         noun = "a whole number" if kind is int else rules["number"]
         allowed = f"{noun} from {rules['low']} to {rules['high']}"
     if not valid:
-        raise StartError(f"{field.name}: {text!r} is not allowed, expected {allowed}")
+        raise StartError(f"{field.name}: {safe_repr(text)} is not allowed, expected {allowed}")
     return value
 
 
-def is_loopback(host):
-    """Whether everything that `host` resolves to stays on this machine."""
+def safe_repr(value: str) -> str:
+    """The value in quotes, or "(hidden)" where a URL or several settings on one line may show a password."""
+    return "(hidden)" if re.search("://.*@|smtp_pass|admin_token|jwt_secret", value, re.IGNORECASE) else repr(value)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether everything that `host`, as host_to_ascii gives it, resolves to stays on this machine."""
     try:
         found = socket.getaddrinfo(host, None)
     except OSError:
         return False
-    return all(ipaddress.ip_address(entry[4][0].partition("%")[0]).is_loopback for entry in found)
+    return all(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]).is_loopback for entry in found)
 
 
-LOCAL_PART = re.compile(r"[\w!#$%&'*+/=?^`{|}~-]+(\.[\w!#$%&'*+/=?^`{|}~-]+)*")
-DOMAIN_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", re.IGNORECASE)
+NONCHARACTERS = r"\ufdd0-\ufdef" + "".join(
+    chr(plane + last) for plane in range(0, 0x110000, 0x10000) for last in (0xFFFE, 0xFFFF))
+# RFC 5321 section 4.1.2: the characters of a dot-string, the dots anywhere. RFC 6531 section 3.3: all beyond ASCII, but
+# here without controls, white space, surrogates and noncharacters.
+LOCAL_PART = re.compile(rf'''[^\x00-\x20"(),:;<>@\[\\\]\x7f-\x9f\s\ud800-\udfff{NONCHARACTERS}]{{1,64}}''')
+DOMAIN_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+HOST_LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")  # names of containers have underscores
 
 
 ADDRESS_LITERAL = re.compile(r"\[(\d{1,3}(\.\d{1,3}){3}|IPv6:[0-9A-Fa-f:.]{2,45})\]")  # RFC 5321 section 4.1.3
 
 
 def is_domain(text: str) -> bool:
-    """Whether the text is a fully-qualified domain name in ASCII (RFC 5321 section 4.1.2)."""
-    return 3 <= len(text) <= 255 and "." in text and all(map(DOMAIN_LABEL.fullmatch, text.split(".")))
+    """Whether the text is a fully-qualified domain name in ASCII (RFC 5321 section 4.1.2), and no IP address."""
+    *labels, last = text.lower().split(".")
+    return len(text) <= 255 and bool(labels) and not last.isdigit() and all(map(DOMAIN_LABEL.fullmatch, (*labels, last)))
 
 
-def parse_address(text):
-    """The address as SMTP carries it: the local part as it is, the domain lower-case and in IDNA form.
+def domain_to_ascii(domain: str) -> str | None:
+    """The domain in lower case and ASCII: by IDNA 2008 (RFC 5891) after UTS 46's mapping, nontransitional.
 
-    Takes what RFC 5321 section 4.1.2 calls a dot-string local part (up to 64 octets) and a domain (up to 255
-    octets, 254 for the whole: section 4.5.3.1); quoted local parts, source routes and address literals are
-    not taken. Returns None for anything else.
+    None where it has no such form. A domain of ASCII alone is not looked at any closer.
     """
-    local, at, domain = text.rpartition("@")
+    if len(domain) > 255:  # RFC 5321 section 4.5.3.1.2; before any work, since steps of IDNA take quadratic time
+        return None
+    if domain.isascii():
+        return domain.lower()
     try:
-        domain = (domain if domain.isascii() else domain.encode("idna").decode()).lower()
-        size = len(local.encode())
-    except UnicodeError:
+        mapped = idna.uts46_remap(domain, std3_rules=False)
+        if max(map(len, mapped.split("."))) > 63:
+            return None
+        return idna.encode(mapped).decode()
+    except ValueError:  # an IDNAError, or unicodedata's for a character without a name
         return None
-    if not at or size > 64 or size + 1 + len(domain) > 254 or not LOCAL_PART.fullmatch(local):
+
+
+def host_to_ascii(host: str) -> str | None:
+    """The host as the resolver takes it: an IP address unchanged, a name as domain_to_ascii has it. Else None."""
+    with contextlib.suppress(ValueError):
+        ipaddress.ip_address(host)
+        return host
+    name = domain_to_ascii(host)
+    return name if name and all(map(HOST_LABEL.fullmatch, name.removesuffix(".").split("."))) else None
+
+
+def parse_address(text: str) -> str | None:
+    """The address with its local part as it is, and the domain lower-case and in IDNA form.
+
+    A local part is one or more of the characters of RFC 5321's and RFC 6531's dot-string, in up to 64 octets; dots may
+    stand where a dot-string has none, as some mailboxes have them (see mailbox()). The domain has up to 255 octets, the
+    whole 254 (RFC 5321 section 4.5.3.1). Quoted local parts, source routes and address literals are not taken.
+    Returns None for anything else.
+    """
+    local, _, domain = text.rpartition("@")
+    if not LOCAL_PART.fullmatch(local):
         return None
-    if not all(DOMAIN_LABEL.fullmatch(label) for label in domain.split(".")):
+    octets, name = len(local.encode()), domain_to_ascii(domain)
+    if name is None or octets > 64 or octets + 1 + len(name) > 254:
         return None
-    return f"{local}@{domain}"
+    if not all(map(DOMAIN_LABEL.fullmatch, name.split("."))):
+        return None
+    return f"{local}@{name}"
 
 
 def mailbox(address: str) -> str:
-    return address
+    """The address, as parse_address gives it, as SMTP commands and headers write it.
+
+    A local part that is no dot-string becomes a quoted-string (RFC 5321 section 4.1.2).
+    """
+    local, _, domain = address.rpartition("@")
+    return address if all(local.split(".")) else f'"{local}"@{domain}'
 
 
 # --- 2. logging -------------------------------------------------------------------------------------------
@@ -1126,8 +1230,6 @@ class Anything:
         return value
 
 
-ONE_LINE = r"[^\x00-\x1f\x7f-\x9f\u2028\u2029]"  # the two Unicode line ends as well: some mailers break a header there
-LINE = "on one line, without control characters"
 SUBJECT = Text(998, ONE_LINE, LINE)
 CONTENT = Text(100_000_000)
 CONTENT_TYPE = Text(100, r"[\w. -]", "only letters, digits, spaces and . _ -")
@@ -2372,11 +2474,11 @@ def compose(mail, message_id, created):
     The result has CRLF line ends, lines of at most 998 octets (RFC 5322 section 2.1.1) and only ASCII, so that any
     server takes it; but an address that is not ASCII stands as it is, in UTF-8 (RFC 6532).
     """
-    headers = [f"From: {encoded_sender(*mail.sender)}", f"To: {mail.recipient}"]
+    headers = [f"From: {encoded_sender(mail.sender[0], mailbox(mail.sender[1]))}", f"To: {mailbox(mail.recipient)}"]
     if mail.cc:
-        headers.append("Cc: " + ",\r\n ".join(mail.cc))
+        headers.append("Cc: " + ",\r\n ".join(map(mailbox, mail.cc)))
     if mail.reply_to:
-        headers.append(f"Reply-To: {mail.reply_to}")
+        headers.append(f"Reply-To: {mailbox(mail.reply_to)}")
     headers += [f"Subject: {encoded_header('Subject', mail.subject)}",
                 f"Date: {email.utils.formatdate(created // 1_000_000)}", f"Message-ID: <{message_id}>",
                 *(f"{name}: {value}" for name, value in mail.headers), "MIME-Version: 1.0", ""]
@@ -2486,7 +2588,7 @@ class Outbox:
 
         Raises Unavailable where the disk does not take it.
         """
-        lines = [f"Return-Path: <{sender}>\n", *(f"Delivered-To: {found}\n" for found in recipients),
+        lines = [f"Return-Path: <{mailbox(sender)}>\n", *(f"Delivered-To: {mailbox(found)}\n" for found in recipients),
                  f"{self.OWNER}: {urllib.parse.quote(owner.name)} {owner.key_id}\n"]
         envelope = "".join(lines).encode()
         try:
@@ -2850,8 +2952,7 @@ class SmtpTransport:
     def _log_in(self, smtp: smtplib.SMTP) -> None:
         """Log in (RFC 4954) by the first mechanism that both sides know and that succeeds. Raises Unavailable."""
         settings = self.settings
-        # Bytes of the environment that are no UTF-8 are surrogates here; they go out as they were.
-        user, password = (text.encode("utf-8", "surrogateescape") for text in (settings.smtp_user, settings.smtp_pass))
+        user, password = settings.smtp_user.encode(), settings.smtp_pass.encode()
         if settings.smtp_token_command:
             token = self._token_other_than(b"")
             try:

@@ -44,8 +44,9 @@ import zoneinfo
 import aiosmtpd.controller
 import aiosmtpd.smtp
 import axe_playwright_python.sync_playwright
+import dotenv.parser
 import hypothesis
-import hypothesis.strategies
+import idna
 import jwt
 import playwright.sync_api
 import prometheus_client.parser
@@ -54,6 +55,7 @@ import redis
 import redis.backoff
 import redis.retry
 import trustme
+from hypothesis import strategies
 
 import gomail
 
@@ -448,6 +450,11 @@ class Process:
         return self.process.returncode, output, errors
 
 
+def sending_to(mail_server):
+    """The environment of a process that sends to mail_server."""
+    return {"smtp_server": "127.0.0.1", "smtp_port": str(mail_server.port), "smtp_from": "app@example.org"}
+
+
 @pytest.fixture
 def processes():
     """Starts gomail processes, each in an empty folder with a short path, and ends them."""
@@ -504,20 +511,71 @@ def test_the_environment_goes_before_the_env_file_whatever_the_case_of_its_names
     assert gomail.Settings.load({"PORT": "2222"}, tmp_path).port == 2222
 
 
+@pytest.mark.parametrize("line, password", [
+    ("smtp_pass='a # b' # c", "a # b"), ('smtp_pass="a # b"# c', "a # b"), ("smtp_pass=a# b #c", "a# b"),
+    ("smtp_pass= # c\nSMTP_PASS=a", "a"), ("smtp_pass=#a", "#a"), ("smtp_pass='  a '", "  a "),
+    ("smtp_pass=  a b  ", "a b"),
+    (r"""smtp_pass="a\tb\"\\n\'\d" """, "a\tb\"\\n'\\d"), (r"smtp_pass='a\tb\'\\n'", "a\\tb'\\n"),
+    ("smtp_pass='a\n# b\n'", "a\n# b\n"), ("export  smtp_pass = a", "a"), ("'smtp_pass'=a", "a"),
+    ("smtp_pass='${HOME}$HOME'", "${HOME}$HOME"), ("a=1\rsmtp_pass=a\rb=2", "a"),
+    ("a=1\r\nsmtp_pass='a\r\nb'\r\n", "a\nb"), ("\ufeffsmtp_pass=ü", "ü")])
+def test_a_value_of_the_env_file_may_have_quotes_escapes_comments_and_several_lines(tmp_path, line, password):
+    (tmp_path / ".env").write_bytes(line.encode())
+    assert gomail.Settings.load({}, tmp_path).smtp_pass == password
+
+
+ENV_PIECES = ["A", "b", "n", "=", "=", " ", "\t", "\n", "\n", "\r", "\r\n", "#", " #", "'", '"', "\\", "export ",
+              "export", "é", "${A}", "A=", "'A'=", "='", '="', "'\n", '"\n', "\ufeff", "\xa0", "\x0b", "\x1c", "\x85",
+              "\u2028"]
+
+
+@hypothesis.settings(deadline=None, max_examples=1000)
+@hypothesis.given(text=strategies.lists(strategies.sampled_from(ENV_PIECES), max_size=15).map("".join))
+def test_the_env_file_is_read_as_python_dotenv_reads_it_but_what_it_would_skip_is_refused(tmp_path_factory, text):
+    path = tmp_path_factory.getbasetemp() / "hypothesis.env"
+    path.write_bytes(text.encode())
+    with open(path, encoding="utf-8") as file:
+        found = list(dotenv.parser.parse_stream(file))
+    try:
+        values = gomail.read_env_file(path)
+    except gomail.StartError:
+        values = None
+    skipped = any(entry.error or entry.key is not None and entry.value is None for entry in found)
+    assert values == (None if skipped else {entry.key: entry.value for entry in found if entry.key is not None})
+
+
 def test_an_empty_value_means_the_default(tmp_path):
     assert gomail.Settings.load({"port": "", "smtp_server": " "}, tmp_path) == gomail.Settings()
+
+
+def test_spaces_around_a_value_belong_to_it_unless_it_is_a_number_or_a_choice(tmp_path):
+    (tmp_path / ".env").write_text("port=' 1 '\nretry_delay=' 0.5 '\ndurability=' fsync '\nsmtp_pass=' a '\n")
+    (tmp_path / "otp_subject").write_text(" Code \n")
+    settings = gomail.Settings.load({"key_prefix": " g:", "CREDENTIALS_DIRECTORY": str(tmp_path)}, tmp_path)
+    assert (settings.port, settings.retry_delay, settings.durability) == (1, 0.5, "fsync")
+    assert (settings.smtp_pass, settings.key_prefix, settings.otp_subject) == (" a ", " g:", " Code ")
 
 
 @pytest.mark.parametrize("name, value, allowed", [
     ("smtp_port", "abc", "a whole number from 1 to 65535"),
     ("smtp_port", "0", "a whole number from 1 to 65535"),
     ("smtp_server", "127.0.0.1 smtp_port=25", "a line of .env has one setting"),
+    ("smtp_server", "smtp.example.com:587", "the port goes into smtp_port"),
+    ("smtp_server", "[::1]:25", "the port goes into smtp_port"),
+    ("smtp_server", "smtps://smtp.example.com", "the port goes into smtp_port"),
+    ("smtp_server", "smtp.example.com/", "the port goes into smtp_port"),
+    ("smtp_server", "☃.example", "host name"),
     ("workers", "1000", "a whole number from 1 to 64"),
     ("retry_delay", "nan", "a number of seconds"),
     ("durability", "sometimes", "everysec, fsync"),
     ("timezone", "Mars/Olympus", "IANA time zone"),
     ("host", "0.0.0.0", "admin_token"),
+    ("host", "localhost:8080", "the port goes into port"),
+    ("host", "a..b", "host name"),
     ("smtp_from", "nobody", "address"),
+    ("smtp_from", "App <app@☃.example>", "address"),
+    ("smtp_from", "App\n <app@example.org>", "on one line"),
+    ("otp_subject", "Your\x85code", "on one line"),
     ("jwt_secret", "brief", "32 bytes"),
     ("jwt_secret_previous", "x" * 32, "without jwt_secret"),
 ])
@@ -526,7 +584,45 @@ def test_a_wrong_value_is_one_line_with_the_option_the_value_and_what_is_allowed
         gomail.Settings.load({name: value}, tmp_path)
     line = str(refused.value)
     assert line.startswith(f"{name}: ") and allowed in line and "\n" not in line
-    assert (value in line) != name.startswith("jwt_secret")
+    assert (repr(value) in line) != name.startswith("jwt_secret")
+
+
+@pytest.mark.parametrize("name, value", [
+    ("smtp_server", "smtp.example.com smtp_pass=hunter2"), ("smtp_server", "smtp://me:hunter2@smtp.example.com"),
+    ("smtp_port", "587 SMTP_PASS=hunter2"), ("smtp_from", "app@example.com jwt_secret=hunter2"),
+    ("redis_uri", "redis://:hunter2@bücher.example/0"), ("smtp_pass", "hunter2\udcff")])
+def test_no_refused_value_shows_a_password(tmp_path, name, value):
+    with pytest.raises(gomail.StartError, match=f"^{name}: ") as refused:
+        gomail.Settings.load({name: value}, tmp_path)
+    assert "hunter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize("host", [
+    "127.0.0.1", "::1", "fe80::1%eth0", "localhost", "my_smtp_1", "smtp.example.com.", "_a-b_"])
+def test_an_smtp_server_is_a_name_or_an_address(tmp_path, host):
+    assert gomail.Settings.load({"smtp_server": host, "smtp_from": "app@example.org"}, tmp_path).smtp_server == host
+
+
+def test_host_names_beyond_ascii_are_looked_up_by_idna_2008(tmp_path):
+    settings = gomail.Settings.load({"smtp_server": "SMTP.faß.example", "smtp_from": "app@example.org",
+                                     "host": "faß.example", "admin_token": "x"}, tmp_path)
+    assert settings.smtp_server == "smtp.xn--fa-hia.example" and settings.host == "xn--fa-hia.example"
+
+
+def test_an_smtp_server_needs_a_sender(tmp_path):
+    with pytest.raises(gomail.StartError, match="^smtp_from: not set, .*: set smtp_from to"):
+        gomail.Settings.load({"smtp_server": "localhost", "smtp_user": "apikey"}, tmp_path)
+    for sender in ({"smtp_from": "App <app@faß.example>"}, {"smtp_user": "app@faß.example"}):
+        found = gomail.Settings.load({"smtp_server": "localhost", **sender}, tmp_path).sender
+        assert found == ("App" if "smtp_from" in sender else "", "app@xn--fa-hia.example")
+
+
+@pytest.mark.parametrize("host, sender", [
+    ("Mail.example.org", "gomail@mail.example.org"), ("my_host", "gomail@localhost"), ("faß", "gomail@xn--fa-hia"),
+    ("\udcff", "gomail@localhost"), ("", "gomail@localhost")])
+def test_the_sender_of_the_maildir_is_an_address_whatever_the_host_name(monkeypatch, host, sender):
+    monkeypatch.setattr(socket, "gethostname", lambda: host)
+    assert gomail.Settings().sender == ("", sender)
 
 
 def test_a_systemd_credential_goes_before_the_environment(tmp_path):
@@ -535,10 +631,26 @@ def test_a_systemd_credential_goes_before_the_environment(tmp_path):
     assert found.smtp_pass == "from the credential"
 
 
-def test_a_line_of_the_env_file_without_an_equals_sign_is_named(tmp_path):
-    (tmp_path / ".env").write_text("port=1\nnonsense\n")
-    with pytest.raises(gomail.StartError, match="line 2"):
+@pytest.mark.parametrize("line", [
+    "hunter2", "smtp_pass hunter2", "smtp_pass: hunter2", "smtp_pass='hunter2", 'smtp_pass="hunter2\\"',
+    "smtp_pass='a'hunter2", "smtp_pass= 'a'hunter2", "export =hunter2", "=hunter2", "export hunter2", "'hunter2",
+    "smtp_pass='' hunter2"])
+def test_a_line_that_is_no_setting_is_named_by_its_number_and_not_shown(tmp_path, line):
+    (tmp_path / ".env").write_text(f"otp_content='{{{{ otp }}}}\n'\n\n  {line}\n")
+    with pytest.raises(gomail.StartError, match=r"\.env, line 4: expected NAME=value") as refused:
         gomail.Settings.load({}, tmp_path)
+    assert "hunter2" not in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("content", [
+    None, "smtp_pass=ü".encode("latin-1"), "port=1".encode("utf-16"), "port=1".encode("utf-16-le"), b"port=1\0"])
+def test_an_env_file_that_is_no_text_in_utf_8_is_one_line(tmp_path, content):
+    path = tmp_path / ".env"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(gomail.StartError) as refused:
+        gomail.Settings.load({}, tmp_path)
+    line = str(refused.value)
+    assert line.startswith(f"{path}: ") and "expected" in line and "NAME=value" in line and "\n" not in line
 
 
 def test_the_tests_that_the_readme_names_are_there():
@@ -556,23 +668,94 @@ def test_the_readme_lists_every_option_once_with_its_default():
 
 @pytest.mark.parametrize("address", [
     "user@example.com", "first.last+tag@sub.example.co.uk", "o'neil@example.com", "root@localhost", "jörg@example.com",
-    "a" * 64 + "@example.com"])
+    "jo\u0308rg@example.com", "用户☃@example.com", "a" * 64 + "@example.com", ".user@example.com", "user.@example.com",
+    "us..er@example.com", "User@example.com", "a" * 64 + "@" + f"{'b' * 63}." * 2 + "b" * 61])
 def test_an_address_that_smtp_can_carry_is_taken(address):
     assert gomail.parse_address(address) == address
 
 
-def test_the_domain_of_an_address_becomes_lower_case_and_idna():
-    assert gomail.parse_address("User@BÜCHER.Example") == "User@xn--bcher-kva.example"
+@pytest.mark.parametrize("domain, found", [
+    ("BÜCHER.Example", "xn--bcher-kva.example"), ("bu\u0308cher.example", "xn--bcher-kva.example"),
+    ("EXAMPLE.com", "example.com"), ("faß.example", "xn--fa-hia.example"), ("βόλος.com", "xn--nxasmm1c.com"),
+    ("نامه\u200cای.com", "xn--mgba3gch31f060k.com"), ("ｅｘａｍｐｌｅ．com", "example.com"),
+    ("例え。example", "xn--r8jz45g.example"), ("ex\xadample.com", "example.com")])
+def test_the_domain_of_an_address_becomes_lower_case_and_idna(domain, found):
+    assert gomail.parse_address(f"User@{domain}") == f"User@{found}"
 
 
 @pytest.mark.parametrize("address", [
-    "", "user", "@example.com", "user@", "user@@example.com", "us er@example.com", "user@exam ple.com", ".user@example.com",
-    "user.@example.com", "us..er@example.com", '"quoted"@example.com', "@relay.example:user@example.com",
-    "user@[127.0.0.1]", "user@-example.com", "user@example..com", "user@example.com\r\nBcc: x@example.com", "user\n@example.com",
-    "user@example.com\n", "a" * 65 + "@example.com", "user@" + "a" * 64 + ".com", "user@" + "a.b" * 100, "user@example.com,x@example.com",
-    "<user@example.com>", "user@example.com ", "us\x00er@example.com", "\ud800@example.com"])
+    "", "user", "@example.com", "user@", "user@@example.com", "us er@example.com", "user@exam ple.com",
+    "user@-example.com", "user@example..com", "user@[127.0.0.1]", '"quoted"@example.com',
+    "@relay.example:user@example.com", "user@example.com\r\nBcc: x@example.com", "user\n@example.com",
+    "user@example.com\n", "user@example.com,x@example.com", "<user@example.com>", "user@example.com ",
+    "us\x00er@example.com", "\ud800@example.com", "us\u3000er@example.com",
+    "us\u2028er@example.com", "us\x85er@example.com", "us\uffffer@example.com", "us\ufdd0er@example.com",
+    "us\U0010fffeer@example.com", "a" * 65 + "@example.com", "é" * 33 + "@example.com", "user@" + "a" * 64 + ".com",
+    "a" * 64 + "@" + f"{'b' * 63}." * 2 + "b" * 62, "user@" + "a.b" * 100,
+    "user@☃.example", "user@\U0001f4a9.example", "user@exa℀mple.com", "user@ü..example",
+    "user@ü.example.", "user@\ud800.example", "user@a_b.ü.example", "user@" + "ü" * 64 + ".com", "user@\xad.com",
+    "a@" + "ü" * 117_000, "a@" + "a." * 58_000, "a" * 117_000 + "@example.com"])
 def test_what_smtp_cannot_carry_is_no_address(address):
     assert gomail.parse_address(address) is None
+
+
+@pytest.mark.parametrize("domain", [".".join(["ü" * 50] * 6), "ü" * 64 + ".example"])
+def test_a_domain_beyond_the_limits_is_refused_before_it_is_encoded(monkeypatch, domain):
+    monkeypatch.setattr(idna, "encode", None)
+    assert gomail.parse_address(f"a@{domain}") is None
+
+
+def may_stand_in_a_local_part(character):
+    """Whether RFC 5321 (atext and the dot) or RFC 6531 (beyond ASCII) allows it, less what breaks lines or words."""
+    if character.isascii():
+        return character in string.ascii_letters + string.digits + "!#$%&'*+-/=?^_`{|}~."
+    if 0xFDD0 <= ord(character) <= 0xFDEF or ord(character) & 0xFFFE == 0xFFFE:  # noncharacters
+        return False
+    return not character.isspace() and unicodedata.category(character) not in {"Cc", "Cs", "Zl", "Zp", "Zs"}
+
+
+def expected_address(text):
+    """What parse_address promises, by the letter of the grammar."""
+    local, _, domain = text.rpartition("@")
+    if not local or not all(map(may_stand_in_a_local_part, local)) or len(local.encode()) > 64:
+        return None
+    if not domain.isascii():
+        try:
+            domain = idna.encode(domain, uts46=True, transitional=False).decode()
+        except ValueError:
+            return None
+    for label in domain.split("."):
+        if not 0 < len(label) < 64 or label[0] == "-" or label[-1] == "-" or set(label) - set(
+                string.ascii_letters + string.digits + "-"):
+            return None
+    return f"{local}@{domain.lower()}" if len(local.encode()) + 1 + len(domain) <= 254 else None
+
+
+LOCAL_PARTS = strategies.one_of(strategies.text("aB.+\"\\(, éß\u0301", max_size=8), strategies.text(max_size=8),
+                                strategies.text("aé", min_size=60, max_size=66))
+LABELS = strategies.one_of(
+    strategies.sampled_from(["example", "XN--FA-HIA", "faß", "βόλος", "نامه\u200cای", "☃", "℀", "ｅｘ", "a_b", "-a",
+                             "ab--c", "", "\ufdfa"]),
+    strategies.text("aBß1-", max_size=6), strategies.text(max_size=4), strategies.text("aü", min_size=55, max_size=64))
+DOMAINS = strategies.builds(str.join, strategies.sampled_from([".", ".", ".", "．", "。"]),
+                            strategies.lists(LABELS, min_size=1, max_size=5)).filter(lambda domain: len(domain) <= 255)
+
+
+@hypothesis.settings(deadline=None, max_examples=1000)
+@hypothesis.given(local=LOCAL_PARTS, domain=DOMAINS)
+def test_addresses_follow_the_grammar_and_no_two_become_one_unless_their_domains_are_one(local, domain):
+    found = gomail.parse_address(f"{local}@{domain}")
+    assert found == expected_address(f"{local}@{domain}")
+    if found is not None:
+        assert gomail.parse_address(found) == found and found.startswith(f"{local}@")
+        assert not domain.isascii() or found == f"{local}@{domain.lower()}"
+
+
+@pytest.mark.parametrize("address, written", [
+    ("first.last@example.com", "first.last@example.com"), ("us..er@example.com", '"us..er"@example.com'),
+    ("user.@example.com", '"user."@example.com'), (".jörg@example.com", '".jörg"@example.com')])
+def test_a_local_part_that_is_no_dot_string_is_written_in_quotes(address, written):
+    assert gomail.mailbox(address) == written
 
 
 # --- 2. logging -------------------------------------------------------------------------------------------
@@ -932,9 +1115,9 @@ def test_a_missing_variable_is_refused_by_name(field):
 def test_variables_that_make_a_message_larger_than_max_body_are_413_and_nothing_is_queued(services):
     service = services(max_body=20_000)
     client = service.client.sign_up()
-    bomb = {**MESSAGE, "payload": {**MESSAGE["payload"], "content": "{{ a }}" * 1000, "variables": {"a": "x" * 10_000}}}
+    bomb = {**MESSAGE, "payload": {**MESSAGE["payload"], "content": "{{ a }}" * 500, "variables": {"a": "x" * 10_000}}}
     status, answer, _ = client("POST", "/task/", bomb)
-    assert status == 413 and answer["field"] == "payload.variables" and "10000000 bytes" in answer["error"]
+    assert status == 413 and answer["field"] == "payload.variables" and "5000000 bytes" in answer["error"]
     fine = {**MESSAGE, "payload": {**MESSAGE["payload"], "content": "{{ a }}" * 15, "variables": {"a": "x" * 1000}}}
     answers = client.post("/task/batch", {"tasks": [bomb, fine, fine, fine, MESSAGE]})["tasks"]
     assert [answer["status"] for answer in answers] == [False, True, True, False, True]  # a batch has twice the room of one
@@ -951,7 +1134,7 @@ def test_a_variable_cannot_add_a_line_to_the_subject():
 
 
 @hypothesis.settings(deadline=None, max_examples=300)
-@hypothesis.given(hypothesis.strategies.datetimes())
+@hypothesis.given(strategies.datetimes())
 def test_a_moment_is_taken_up_to_ten_years_from_now_and_can_be_shown_again(moment):
     text = moment.replace(tzinfo=datetime.timezone.utc).isoformat()
     far = datetime.datetime.fromisoformat(text).timestamp() > time.time() + 10 * 365.25 * 86400
@@ -972,15 +1155,15 @@ def test_a_moment_at_the_edge_of_the_calendar_is_refused_or_means_now(text):
         assert refused.status == 400
 
 
-NAMES = hypothesis.strategies.sampled_from(["a", "b", "_c"])
-PIECES = hypothesis.strategies.lists(hypothesis.strategies.one_of(
-    hypothesis.strategies.text(max_size=8), NAMES.map("{{{{ {} }}}}".format), NAMES.map("{{{{{}}}}}".format)), max_size=12).map("".join)
-VALUES = hypothesis.strategies.one_of(hypothesis.strategies.text(max_size=20), hypothesis.strategies.integers(), hypothesis.strategies.floats())
+NAMES = strategies.sampled_from(["a", "b", "_c"])
+PIECES = strategies.lists(strategies.one_of(
+    strategies.text(max_size=8), NAMES.map("{{{{ {} }}}}".format), NAMES.map("{{{{{}}}}}".format)), max_size=12).map("".join)
+VALUES = strategies.one_of(strategies.text(max_size=20), strategies.integers(), strategies.floats())
 
 
 @hypothesis.settings(deadline=None, max_examples=300)
-@hypothesis.given(PIECES, hypothesis.strategies.dictionaries(NAMES, VALUES), hypothesis.strategies.booleans(),
-                  hypothesis.strategies.integers(0, 300))
+@hypothesis.given(PIECES, strategies.dictionaries(NAMES, VALUES), strategies.booleans(),
+                  strategies.integers(0, 300))
 def test_a_text_is_filled_where_it_stays_within_its_bound_and_else_not_even_made(template, variables, escape, most):
     template, variables = template.encode(errors="ignore").decode(), {
         name: value.encode(errors="ignore").decode() if isinstance(value, str) else value for name, value in variables.items()}
@@ -1167,7 +1350,7 @@ def recent(client, **query):
 
 
 def test_the_newest_tasks_are_found_by_id_by_part_of_a_recipient_and_by_state(client, service, mail_server):
-    mail_server.replies["bob@example.com"] = ["550 no"]
+    mail_server.replies["bob@example.com"] = ["550 5.2.1 no"]
     ann, bob, both = (client.task(userId="Ann@example.com"), client.task(userId="bob@example.com"),
                       client.task(userId="carol@example.com", bcc=["ann@example.org"]))
     otp = client.task("generateOtp", userId="ann@example.com")
@@ -1220,7 +1403,7 @@ def test_a_story_that_grows_for_ever_keeps_its_newest_lines(queue):
 
 def test_all_dead_letters_of_an_account_are_removed_and_nobody_elses(client, service, mail_server):
     other = service.client.sign_up()
-    mail_server.replies["user@example.com"] = ["550 no"] * 3
+    mail_server.replies["user@example.com"] = ["550 5.2.1 no"] * 3
     for owner in (client, client, other):
         owner.state(owner.task(), "dead")
     status, answer, _ = client("DELETE", "/task/dead")
@@ -1327,6 +1510,28 @@ def test_a_message_has_from_to_subject_date_message_id_and_mime_version(client, 
     assert abs(message["Date"].datetime.timestamp() - time.time()) < 3600
     mail, = mail_server.mails
     assert mail.sender == "app@example.org" and mail.recipient == "user@example.com"
+
+
+def test_local_parts_that_are_no_dot_string_stand_in_quotes_in_every_header():
+    raw, message = composed(sender=("App", "a..p@example.org"), recipient="user.@example.com",
+                            reply_to=".help@example.org", cc=("c1..@example.com", "c2@example.com"))
+    for line in (b'From: App <"a..p"@example.org>', b'To: "user."@example.com', b'Reply-To: ".help"@example.org',
+                 b'Cc: "c1.."@example.com,'):
+        assert b"\r\n%s\r\n" % line in b"\r\n" + raw
+    assert [address.username for address in message["Cc"].addresses] == ["c1..", "c2"]
+
+
+def test_every_address_goes_out_with_its_domain_by_idna_2008(services, mail_server):
+    service = services(smtp_server="127.0.0.1", smtp_port=mail_server.port, smtp_from="App <app@faß.example>")
+    client = service.client.sign_up()
+    client.state(client.task(userId="user@faß.example", cc=["c@faß.example"], bcc=["b@faß.example"],
+                             reply_to="r@faß.example"), "succeeded")
+    message = mail_server.one("user@xn--fa-hia.example")
+    assert {mail.recipient.partition("@")[0] for mail in mail_server.mails} == {"user", "c", "b"}
+    found = [mail_server.mails[0].sender, *(mail.recipient for mail in mail_server.mails),
+             message["Message-ID"].strip("<>"),
+             *(message[name].addresses[0].addr_spec for name in ("From", "To", "Cc", "Reply-To"))]
+    assert {address.partition("@")[2] for address in found} == {"xn--fa-hia.example"}
 
 
 def test_html_content_goes_out_with_a_readable_text_part_beside_it():
@@ -1583,7 +1788,7 @@ def test_metrics_are_read_by_prometheus_and_add_up_over_processes(services, mail
     first = services(mail_server)
     second = services(mail_server, key_prefix=first.store.prefix)
     client = first.client.sign_up()
-    mail_server.replies["gone@example.com"] = ["550 no"]
+    mail_server.replies["gone@example.com"] = ["550 5.2.1 no"]
     mail_server.replies["later@example.com"] = ["450 later"]
     client.state(client.task(), "succeeded")
     client.state(client.task(userId="gone@example.com"), "dead")
@@ -1729,6 +1934,12 @@ def test_without_smtp_server_the_mail_lies_in_the_maildir_and_parses(services):
     path, = (pathlib.Path(service.settings.data_dir) / "outbox" / "new").iterdir()
     message = parsed(path.read_bytes())
     assert message["Subject"] == "Grüße" and message["Delivered-To"] == "user@example.com"
+
+
+def test_the_maildir_writes_the_envelope_as_smtp_does(tmp_path):
+    gomail.Outbox(tmp_path).send("a..p@example.org", ["user.@example.com"], b"Subject: x\r\n\r\nx\r\n")
+    path, = (tmp_path / "new").iterdir()
+    assert path.read_bytes().startswith(b'Return-Path: <"a..p"@example.org>\nDelivered-To: "user."@example.com\n')
 
 
 PICTURE = base64.b64encode(b"not really a picture").decode()
@@ -2427,7 +2638,7 @@ def test_an_otp_of_one_mailbox_does_not_verify_one_that_looks_alike(services, on
 
 
 @hypothesis.settings(deadline=None)
-@hypothesis.given(hypothesis.strategies.text(min_size=1, max_size=8), hypothesis.strategies.text(min_size=1, max_size=8))
+@hypothesis.given(strategies.text(min_size=1, max_size=8), strategies.text(min_size=1, max_size=8))
 def test_two_mailboxes_are_one_only_where_ascii_letters_alone_differ_in_case(one, other):
     one, other = (text.encode(errors="ignore").decode() for text in (one, other))
     for text in (other, one.swapcase(), one.casefold(), unicodedata.normalize("NFKC", one)):
@@ -3495,7 +3706,7 @@ def governed(services, mail_server):
 
 def test_the_admin_sees_and_changes_what_all_accounts_have_or_the_one_that_is_named(governed, mail_server):
     _, admin, one, two = governed
-    mail_server.replies["user@example.com"] = ["550 no"] * 2
+    mail_server.replies["user@example.com"] = ["550 5.2.1 no"] * 2
     ids = [client.task() for client in (one, two)]
     for client, task_id in zip((one, two), ids):
         client.state(task_id, "dead")
@@ -3685,10 +3896,11 @@ def test_a_folder_that_cannot_be_written_is_one_clear_line(processes):
 
 
 def test_check_says_what_it_found_sends_nothing_and_exits_0_or_1(processes, mail_server, redis_server):
-    environment = {"redis_uri": redis_server.uri, "smtp_server": "127.0.0.1", "smtp_port": str(mail_server.port)}
+    environment = {**sending_to(mail_server), "redis_uri": redis_server.uri, "smtp_from": "app@faß.example"}
     process = processes(environment, arguments=["--check"])
     code, output, errors = process.result()
     assert code == 0 and errors == "" and [line.split()[0] for line in output.splitlines()] == ["ok"] * 3
+    assert output.count("app@xn--fa-hia.example") == 2
     assert not mail_server.mails and not list(process.folder.iterdir())
     code, output, _ = processes({**environment, "redis_uri": "127.0.0.1:1", "smtp_port": "1"}, arguments=["--check"]).result()
     assert code == 1 and [line.split()[0] for line in output.splitlines()] == ["ok", "failed", "failed"]
@@ -3721,7 +3933,7 @@ def test_a_signal_ends_work_in_flight_leaves_the_rest_and_stops_the_embedded_ser
             await asyncio.sleep(0.01)
         return await MailServer.handle_DATA(mail_server, server, session, envelope)
     mail_server.handle_DATA = later
-    environment = {"smtp_server": "127.0.0.1", "smtp_port": str(mail_server.port), "workers": "1"}
+    environment = {**sending_to(mail_server), "workers": "1"}
     process = processes(environment).started()
     client = process.client.sign_up()
     ids = [client.task(userId=f"{index}@example.com") for index in range(3)]
@@ -3740,7 +3952,7 @@ def test_a_signal_ends_work_in_flight_leaves_the_rest_and_stops_the_embedded_ser
 
 
 def test_a_process_killed_with_tasks_queued_and_in_flight_sends_them_all_after_the_next_start(processes, mail_server):
-    environment = {"smtp_server": "127.0.0.1", "smtp_port": str(mail_server.port)}
+    environment = sending_to(mail_server)
     process = processes(environment).started()
     client = process.client.sign_up()
     recipients = [f"{number}@example.com" for number in range(200)]
@@ -3759,7 +3971,7 @@ def children(pid):
 
 
 def test_several_processes_share_the_port_the_log_and_the_work(processes, mail_server):
-    process = processes({"processes": "2", "smtp_server": "127.0.0.1", "smtp_port": str(mail_server.port)}).started()
+    process = processes({**sending_to(mail_server), "processes": "2"}).started()
     client = process.client.sign_up()
     assert len(children(process.process.pid)) == 2
     for number in range(50):
@@ -3773,7 +3985,7 @@ def test_several_processes_share_the_port_the_log_and_the_work(processes, mail_s
 
 
 def test_a_process_that_dies_is_started_again_and_its_tasks_are_sent(processes, mail_server):
-    process = processes({"processes": "2", "smtp_server": "127.0.0.1", "smtp_port": str(mail_server.port)}).started()
+    process = processes({**sending_to(mail_server), "processes": "2"}).started()
     client = process.client.sign_up()
     tasks = [client.task(userId=f"{number}@example.com") for number in range(200)]
     before = children(process.process.pid)
@@ -3832,7 +4044,7 @@ class Command:
 @pytest.fixture
 def operated(processes, mail_server):
     """(Command, client of an account) beside a running gomail."""
-    process = processes({"smtp_server": "127.0.0.1", "smtp_port": str(mail_server.port)}).started()
+    process = processes(sending_to(mail_server)).started()
     command = Command(process)
     command.process = process
     return command, process.client.sign_up("app@example.com")
@@ -3960,7 +4172,7 @@ def test_colours_are_for_terminals_and_no_color_turns_them_off(operated, mail_se
 
 def test_what_takes_long_shows_at_a_terminal_how_far_it_has_come(operated, mail_server):
     command, client = operated
-    mail_server.replies["user@example.com"] = ["550 no"] * 3
+    mail_server.replies["user@example.com"] = ["550 5.2.1 no"] * 3
     for _ in range(3):
         client.state(client.task(), "dead")
     code, output = command.at_terminal("delete", "--all")
@@ -4156,7 +4368,7 @@ def test_tasks_are_searched_by_recipient_id_and_state(service, browser):
 
 def test_a_dead_letter_is_retried_and_deleted_one_or_all(service, browser, mail_server):
     client = service.client.sign_up()
-    mail_server.replies["user@example.com"] = ["550 no"] * 4
+    mail_server.replies["user@example.com"] = ["550 5.2.1 no"] * 4
     ids = [client.task() for _ in range(4)]
     for task_id in ids:
         client.state(task_id, "dead")
@@ -4170,10 +4382,10 @@ def test_a_dead_letter_is_retried_and_deleted_one_or_all(service, browser, mail_
     for task_id in ids[2:]:
         client.state(task_id, "succeeded")
     tab.get_by_text("No dead letters").wait_for()
-    mail_server.replies["user@example.com"] = ["550 no"] * 2
+    mail_server.replies["user@example.com"] = ["550 5.2.1 no"] * 2
     for _ in range(2):
         client.state(client.task(), "dead")
-    tab.get_by_role("row", name="550 no").first.wait_for()
+    tab.get_by_role("row", name="550 5.2.1 no").first.wait_for()
     questions = []
     tab.on("dialog", lambda dialog: (questions.append(dialog.message), dialog.accept()))
     playwright.sync_api.expect(tab.get_by_role("table", name="Dead letters").locator("tbody tr")).to_have_count(2)
@@ -4506,8 +4718,7 @@ def test_a_hostile_mail_is_shown_as_text_and_in_a_sandbox(services, browser, har
 # answered 2xx, distinct mails that arrived, and doubles.
 
 def settings_for(redis_server, mail_server, **more):
-    return {"redis_uri": redis_server.uri, "smtp_server": "127.0.0.1", "smtp_port": str(mail_server.port),
-            "retry_delay": "0.05", "log_file": "off", **more}
+    return {**sending_to(mail_server), "redis_uri": redis_server.uri, "retry_delay": "0.05", "log_file": "off", **more}
 
 
 class Sender(threading.Thread):
