@@ -35,6 +35,7 @@ import html
 import http
 import http.server
 import importlib.util
+import io
 import ipaddress
 import json
 import logging
@@ -52,13 +53,14 @@ import smtplib
 import socket
 import socketserver
 import ssl
+import stat
 import subprocess
 import sys
 import threading
 import time
 import urllib.parse
 import zoneinfo
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from mailbox import Maildir
 
 import idna
@@ -77,6 +79,10 @@ __version__ = "1.0.0"
 
 class StartError(Exception):
     """The service cannot start; the message is the one line that the operator sees."""
+
+
+class TransientStartError(StartError):
+    """The service cannot start now; a later start may go well without a change of the settings."""
 
 
 def describe(error):
@@ -457,20 +463,6 @@ class JsonFormatter(logging.Formatter):
         return ENCODER.encode(line)
 
 
-class LogFile(logging.handlers.RotatingFileHandler):
-    """The log file. A full disk costs log lines, never the service; stdout is told once a minute."""
-
-    console = None
-    told = float("-inf")
-
-    def handleError(self, record):
-        error = sys.exc_info()[1]
-        if time.monotonic() - self.told > 60:
-            self.told = time.monotonic()
-            self.console.handle(logging.makeLogRecord({"msg": JsonFormatter().format(logging.makeLogRecord({
-                "levelname": "ERROR", "msg": "log file cannot be written", "fields": {"error": describe(error)}}))}))
-
-
 class Console(logging.StreamHandler):
     """Stdout. A closed pipe or a full disk behind it costs log lines, never the service."""
 
@@ -478,12 +470,79 @@ class Console(logging.StreamHandler):
         pass
 
 
-class SharedLogFile(logging.handlers.WatchedFileHandler):
-    """The log file in a process beside others: one of them, with a LogFile, rotates it, and the rest follow."""
+class LogFile(logging.Handler):
+    """The log file, of one process or of several that write to it together.
 
-    handleError = LogFile.handleError
-    console = None
-    told = float("-inf")
+    It is opened anew where somebody else moved or removed it, and rotated where it is full. Whatever fails costs log
+    lines, never the service; `console` is told once a minute.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+
+    MOST, KEPT = 10_000_000, 3  # bytes in the file, and older files beside it
+
+    def __init__(self, path: str, console: logging.Handler):
+        super().__init__()
+        self.path, self.console = os.path.abspath(path), console
+        self.told = float("-inf")
+        self.torn = False  # whether the last line was written in part
+        self.file = self._open()
+
+    def _open(self) -> io.FileIO:
+        # Unbuffered: what a full disk does not take must not stay behind to be written later, or hold up close().
+        return open(self.path, "ab", buffering=0)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            if not self._is_current():
+                self.reopen()
+            self._write(f"{self.format(record)}\n".encode(errors="backslashreplace"))
+            state = os.fstat(self.file.fileno())
+            if stat.S_ISREG(state.st_mode) and state.st_size > self.MOST:
+                self._rotate()
+        except Exception as error:
+            self._complain(error)
+
+    def _is_current(self) -> bool:
+        """Whether the open file is still the one at the path."""
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self.file.fileno()))
+        except FileNotFoundError:
+            return False
+
+    def reopen(self) -> None:
+        """Write to the file that is at the path now, or to a new one."""
+        with self.lock:
+            old, self.file = self.file, self._open()
+            old.close()
+
+    def _write(self, lines: bytes) -> None:
+        rest = b"\n" * self.torn + lines
+        while rest:
+            written = self.file.write(rest)
+            self.torn = written < len(rest)
+            rest = rest[written:]
+
+    def _rotate(self) -> None:
+        """Rename the full file to NAME.1, that to NAME.2 and so on, unless another process has just done so."""
+        fcntl.flock(self.file, fcntl.LOCK_EX)  # ends when the file is closed
+        if self._is_current():
+            for number in range(self.KEPT, 1, -1):
+                with contextlib.suppress(FileNotFoundError):
+                    os.replace(f"{self.path}.{number - 1}", f"{self.path}.{number}")
+            os.replace(self.path, f"{self.path}.1")
+        self.reopen()
+
+    def _complain(self, error: Exception) -> None:
+        if time.monotonic() - self.told > 60:
+            self.told = time.monotonic()
+            self.console.handle(logging.makeLogRecord({"msg": JsonFormatter().format(logging.makeLogRecord({
+                "levelname": "ERROR", "msg": "log file cannot be written", "fields": {"error": describe(error)}}))}))
+
+    def close(self) -> None:
+        super().close()
+        self.file.close()
 
 
 class LineBuffer(logging.handlers.MemoryHandler):
@@ -500,9 +559,13 @@ class LineBuffer(logging.handlers.MemoryHandler):
 
     def flush(self):
         with self.lock:
-            if self.buffer:
-                lines = logging.makeLogRecord({"msg": "\n".join(map(self.format, self.buffer))})
-                self.buffer.clear()
+            records, self.buffer = self.buffer, []
+            if records:
+                try:
+                    lines = logging.makeLogRecord({"msg": "\n".join(map(self.format, records))})
+                except Exception:  # a field that has no text; the error goes to standard error
+                    self.handleError(records[-1])
+                    return
                 for target in self.targets:
                     target.handle(lines)
 
@@ -518,8 +581,31 @@ def flush_log():
         handler.flush()
 
 
-def start_logging(settings, shared=False):
-    """Send the log to stdout and to `log_file`; `shared` says that another process rotates the file.
+def reopen_log() -> None:
+    """Write the lines that are held back, and open the log file anew."""
+    flush_log()
+    for handler in logger.handlers:
+        for target in getattr(handler, "targets", ()):
+            if isinstance(target, LogFile):
+                try:
+                    target.reopen()
+                except OSError:  # the next line says so, and tries again
+                    pass
+
+
+@contextlib.contextmanager
+def surviving(what: str) -> Iterator[None]:
+    """Log an error of the block as `what`, and go on: no housekeeping may end a process."""
+    try:
+        yield
+    except (StartError, OSError) as error:
+        log(logging.ERROR, what, error=describe(error))
+    except Exception:
+        logger.exception(what)
+
+
+def start_logging(settings):
+    """Send the log to stdout and to `log_file`.
 
     Raises:
         StartError: the log file cannot be opened.
@@ -528,12 +614,9 @@ def start_logging(settings, shared=False):
     targets = [console]
     if settings.log_file != "off":
         try:
-            file = SharedLogFile(settings.log_file, encoding="utf-8") if shared else LogFile(
-                settings.log_file, maxBytes=10_000_000, backupCount=3, encoding="utf-8")
+            targets.append(LogFile(settings.log_file, console))
         except OSError as error:
             raise StartError(f"log_file: {settings.log_file!r} cannot be written: {describe(error)}") from None
-        file.console = console
-        targets.append(file)
     for handler in logger.handlers[:]:
         logger.removeHandler(handler)
         handler.close()
@@ -3861,8 +3944,8 @@ class Cron:
         """Do what is due every TICK until the service stops, through outages of Redis."""
         failing = False
         while not self.stopping.wait(self.TICK):
-            flush_log()
             try:
+                flush_log()
                 self.once()
                 self.store.available = True
                 if failing:
@@ -3898,10 +3981,8 @@ class Cron:
     def revive_server(self):
         """Start the embedded server again where it died."""
         if self.server is not None:
-            try:
+            with surviving("the embedded server is not started again"):
                 self.server.ensure()
-            except StartError as error:
-                log(logging.ERROR, "the embedded server does not start", error=str(error))
 
 
 # --- 12. http ---------------------------------------------------------------------------------------------
@@ -4824,9 +4905,16 @@ class Service:
             self.http.api = Api(settings, accounts, self.queue, otps, self.newsletters, self.workers, self.stats)
             self.cron.start()
             self.workers.start()
-            self.listener = threading.Thread(target=self.http.serve_forever, args=(0.05,), daemon=True)
+            self.listener = threading.Thread(target=self.listen, daemon=True)
             self.listener.start()
             undo.pop_all()
+
+    def listen(self) -> None:
+        """Accept connections until the service stops, through errors of this machine."""
+        while not self.http.stopping:
+            with surviving("unexpected error while listening"):
+                self.http.serve_forever(0.05)
+            self.workers.stopping.wait(1.0)
 
     def announce(self):
         """Log where it listens, where data lies, and where mail goes."""
@@ -4944,12 +5032,12 @@ class Shared:
 class Supervisor:
     """The parent of `processes` services: starts them, starts those again that end, and stops them together.
 
-    It holds what is there once, the listening socket and the embedded server, and rotates the log file.
+    It holds what is there once: the listening socket and the embedded server.
     """
 
     def __init__(self, settings):
         self.settings = settings
-        self.children = {}  # number -> process id
+        self.children = {}  # number -> process id, or 0 where it could not be started
 
     def run(self, signals):
         """Run until `signals` has something to read. Returns the exit code."""
@@ -4976,9 +5064,13 @@ class Supervisor:
             self.stop()
 
     def start(self, number, started=None):
-        """Start a child; it writes a byte to the descriptor `started` when it answers."""
+        """Start a child; it writes a byte to the descriptor `started` when it answers. StartError where it cannot."""
         flush_log()  # else the child would write these lines again
-        self.children[number] = os.fork()
+        self.children[number] = 0
+        try:
+            self.children[number] = os.fork()
+        except OSError as error:
+            raise TransientStartError(f"processes: another one cannot be started: {describe(error)}") from None
         if self.children[number]:
             return
         code = 1
@@ -4987,7 +5079,7 @@ class Supervisor:
             if self.shared.server:
                 self.shared.server.lock.close()  # the parent's lock must not outlive it
             signals = catch_signals()
-            start_logging(self.settings, shared=True)
+            start_logging(self.settings)
             service = Service(self.settings, shared=self.shared)
             service.start()
             if number == 0:
@@ -5007,20 +5099,18 @@ class Supervisor:
             os._exit(code)
 
     def look_after(self):
-        """Start again what has ended, and rotate the log file where it is full."""
+        """Start again what has ended."""
         for number, child in list(self.children.items()):
-            if os.waitpid(child, os.WNOHANG)[0]:
-                log(logging.ERROR, "a process ended, and is started again", process=child)
-                self.start(number)
+            with surviving("a process is not started again"):
+                if has_ended(child):
+                    if child:
+                        log(logging.ERROR, "a process ended, and is started again", process=child)
+                    self.start(number)
         if self.shared.server:
-            try:
+            with surviving("the embedded server is not started again"):
                 self.shared.server.ensure()
-            except StartError as error:
-                log(logging.ERROR, "the embedded server does not start", error=str(error))
-        flush_log()
-        for target in logger.handlers[0].targets:
-            if isinstance(target, LogFile) and os.path.getsize(target.baseFilename) > target.maxBytes:
-                target.doRollover()
+        with surviving("log lines are not written"):
+            flush_log()
 
     def stop(self):
         """Stop the children, then the embedded server."""
@@ -5028,13 +5118,21 @@ class Supervisor:
         os.close(self.life)
         deadline = time.monotonic() + self.settings.shutdown_timeout + 10
         for child in self.children.values():
-            while not os.waitpid(child, os.WNOHANG)[0]:
+            while not has_ended(child):
                 if time.monotonic() > deadline:
                     os.kill(child, signal.SIGKILL)
                 time.sleep(0.02)
         if self.shared.server:
             self.shared.server.stop()
         log(logging.INFO, "stopped all processes")
+
+
+def has_ended(child: int) -> bool:
+    """Whether a child process has ended; its id is free then. So it is for 0, which is no process."""
+    try:
+        return not child or os.waitpid(child, os.WNOHANG)[0] != 0
+    except ChildProcessError:
+        return True
 
 
 def read_all(descriptor):

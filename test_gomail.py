@@ -797,6 +797,59 @@ def test_lines_are_written_together_a_moment_later_and_a_warning_at_once(tmp_pat
     assert json.loads((tmp_path / "app.log").read_text().splitlines()[-1])["message"] == "third"
 
 
+def read_log(*paths):
+    """The entries of log files, or those of stdout."""
+    return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("count", ["1", "2"])
+def test_a_log_file_that_is_moved_or_removed_is_opened_anew_in_every_process(processes, count):
+    process = processes({"processes": count}).started()
+    client, path = process.client.sign_up(), process.folder / "app.log"
+
+    def is_logged(task_id):
+        return path.exists() and any(entry.get("task") == task_id for entry in read_log(path))
+    for change in (lambda: path.rename(f"{path}.moved"), path.unlink):
+        change()
+        time.sleep(1.1)  # the supervisor looks after all each second
+        ids = [client.task() for _ in range(20)]
+        until(lambda: all(map(is_logged, ids)))
+    assert process.stop() == 0
+
+
+def test_processes_rotate_their_log_file_together_and_lose_no_line(processes):
+    code = "import gomail, sys; gomail.LogFile.MOST, gomail.LogFile.KEPT = 3000, 1000; sys.exit(gomail.main())"
+    process = processes({"processes": "2"}, code=code).started()
+    client = process.client.sign_up()
+    for task_id in [client.task("unsubscribe", content_type="none") for _ in range(100)]:  # each a warning, written at once
+        client.state(task_id, "dead")
+    assert process.stop() == 0
+    process.reader.join()
+    files = list(process.folder.glob("app.log*"))
+    assert len(files) > 5 and all(file.stat().st_size < 100_000 for file in files)
+    assert sorted(line for file in files for line in file.read_text().splitlines(keepends=True)) == sorted(process.lines)
+
+
+def test_a_line_that_cannot_be_written_costs_no_other(tmp_path, capsys):
+    class Wordless:
+        def __str__(self):
+            raise ValueError
+    gomail.start_logging(gomail.Settings(log_file=str(tmp_path / "app.log")))
+    gomail.log(logging.ERROR, "first", field=Wordless())
+    gomail.log(logging.ERROR, "second", field="\udcff")
+    assert [entry["message"] for entry in read_log(tmp_path / "app.log")] == ["second"]
+
+
+def test_the_log_file_is_opened_anew_although_a_full_disk_held_lines_back(tmp_path, capsys):
+    path = tmp_path / "app.log"
+    path.symlink_to("/dev/full")
+    gomail.start_logging(gomail.Settings(log_file=str(path)))
+    gomail.log(logging.ERROR, "lost")
+    path.unlink()
+    gomail.log(logging.ERROR, "kept")
+    assert [entry["message"] for entry in read_log(path)] == ["kept"]
+
+
 def test_log_off_keeps_no_file(processes):
     process = processes({"log_file": "off"}).started()
     assert process.stop() == 0
@@ -3995,6 +4048,60 @@ def test_a_process_that_dies_is_started_again_and_its_tasks_are_sent(processes, 
     for task_id in tasks:
         client.state(task_id, "succeeded")
     assert process.stop() == 0
+
+
+def test_a_process_that_cannot_be_started_again_now_is_started_later(processes):
+    code = """import errno, gomail, os, sys
+fork = os.fork
+def fork_unless_forbidden():
+    if os.path.exists("forbidden"):
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+    return fork()
+os.fork = fork_unless_forbidden
+sys.exit(gomail.main())"""
+    process = processes({"processes": "2"}, code=code).started()
+    (process.folder / "forbidden").touch()
+    os.kill(children(process.process.pid)[0], signal.SIGKILL)
+    assert "temporarily" in until(lambda: process.logged("a process is not started again"))["error"]
+    (process.folder / "forbidden").unlink()
+    until(lambda: len(children(process.process.pid)) == 2)
+    assert process.stop() == 0
+
+
+@pytest.mark.parametrize("part, name, message", [
+    ("HttpServer", "service_actions", "unexpected error while listening"),
+    ("Cron", "once", "unexpected error in the cron thread"),
+    ("LineBuffer", "flush", "unexpected error in the cron thread"),
+    ("EmbeddedServer", "ensure", "the embedded server is not started again")])
+def test_an_unexpected_error_in_a_loop_is_logged_and_the_loop_goes_on(processes, part, name, message):
+    code = f"""import gomail, os, sys
+real = gomail.{part}.{name}
+def fault(*arguments):
+    if os.path.exists("fault"):
+        os.unlink("fault")
+        raise ArithmeticError("a fault")
+    return real(*arguments)
+gomail.{part}.{name} = fault
+sys.exit(gomail.main())"""
+    process = processes(code=code).started()
+    (process.folder / "fault").touch()
+    if name == "ensure":
+        os.kill(connected(process.embedded).info("server")["process_id"], signal.SIGKILL)
+    assert "a fault" in until(lambda: process.logged(message))["traceback"]
+    client = until(lambda: answering(process))
+    until(lambda: client("GET", "/health/ready")[0] == 200)
+    client = client.sign_up()
+    client.state(client.task(send_at="2020-01-01T00:00:00Z"), "succeeded")
+    until(lambda: "task succeeded" in (process.folder / "app.log").read_text())
+    assert process.stop() == 0
+
+
+def answering(process):
+    """A client whose request the process answered, or None."""
+    client = Client(process.url)
+    with contextlib.suppress(OSError):
+        client("GET", "/health/ping")
+        return client
 
 
 def test_no_process_outlives_a_killed_supervisor(processes):
