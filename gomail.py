@@ -21,6 +21,7 @@ import collections
 import contextlib
 import dataclasses
 import datetime
+import difflib
 import email.header
 import email.policy
 import email.utils
@@ -60,7 +61,7 @@ import threading
 import time
 import urllib.parse
 import zoneinfo
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from mailbox import Maildir
 
 import idna
@@ -78,11 +79,15 @@ __version__ = "1.0.0"
 # names the option, the value and what is allowed.
 
 class StartError(Exception):
-    """The service cannot start; the message is the one line that the operator sees."""
+    """The service cannot start, however often it is tried; the message is the one line that the operator sees."""
+
+    exit_code = 78  # EX_CONFIG of sysexits(3); gomail.service has systemd not try again
 
 
 class TransientStartError(StartError):
     """The service cannot start now; a later start may go well without a change of the settings."""
+
+    exit_code = 1
 
 
 def describe(error):
@@ -178,11 +183,13 @@ class Settings:
         The host names come back in ASCII.
 
         Raises:
-            StartError: a value is not allowed.
+            StartError: a value is not allowed, or a name in `.env` or of a credential is no option.
         """
-        names = [field.name for field in dataclasses.fields(cls)]
-        sources = (read_credentials(environment.get("CREDENTIALS_DIRECTORY"), names), environment,
-                   read_env_file(pathlib.Path(folder, ".env")))
+        path, credentials = pathlib.Path(folder, ".env"), environment.get("CREDENTIALS_DIRECTORY")
+        sources = (read_credentials(credentials), environment, read_env_file(path))
+        for place, found in ((credentials, sources[0]), (path, sources[2])):
+            if unknown := next((name for name in found if not is_option(name, place == path)), None):
+                raise StartError(f"{place}: {unknown_option(unknown)}")
         values = {}
         for field in dataclasses.fields(cls):
             given = (source.get(name, "") for source in sources for name in (field.name, field.name.upper()))
@@ -256,14 +263,46 @@ class Settings:
         return name, next(filter(None, map(parse_address, found)))
 
 
-def read_credentials(folder, names):
-    """The contents of those files in systemd's credentials folder, if there is one, that have one of the names.
+def is_option(name: str, in_upper_case: bool = True) -> bool:
+    """Whether an option has this name, in lower case or, where that counts too, in upper case."""
+    return name in Settings.__dataclass_fields__ or (
+        in_upper_case and name.isupper() and name.lower() in Settings.__dataclass_fields__)
+
+
+def nearest_option(name: str, cutoff: float) -> str | None:
+    """The option whose name is most like this one, if the two are at least as like as `cutoff`, from 0 to 1."""
+    return next(iter(difflib.get_close_matches(name.lower(), Settings.__dataclass_fields__, 1, cutoff)), None)
+
+
+def unknown_option(name: str) -> str:
+    """What is to be said of a name that is no option. One that cannot be meant as a name is not shown."""
+    shown = name if re.fullmatch(VARIABLE, name) else "a name in it"
+    nearest = nearest_option(name, 0.7)
+    return f"{shown} is not an option" + (f"; did you mean {nearest}?" if nearest else "; --help lists them")
+
+
+def doubts(settings: Settings, environment: Mapping[str, str]) -> list[str]:
+    """What is allowed, but probably not meant so: a sentence for each such thing.
+
+    Those are names in the environment that are almost those of options, and a service for others whose mail goes
+    to the Maildir.
+    """
+    found = [f"in the environment, {unknown_option(name)}" for name in sorted(environment) if not is_option(name) and (
+        name.lower().startswith(("smtp_", "otp_", "redis_", "jwt_")) or nearest_option(name, 0.8))]
+    if not settings.smtp_server and (
+            settings.public_url or settings.admin_token or not is_loopback(host_to_ascii(settings.host) or "")):
+        found.append("smtp_server is not set: mail goes to a Maildir on this machine, not to its recipients")
+    return found
+
+
+def read_credentials(folder: str | None) -> dict[str, str]:
+    """The names and contents of the files in systemd's credentials folder, if there is one, but hidden files.
 
     Line ends after the value do not belong to it.
     """
     try:
-        return {name: pathlib.Path(folder, name).read_text(encoding="utf-8").rstrip("\n")
-                for name in names if folder and pathlib.Path(folder, name).exists()}
+        return {path.name: path.read_text(encoding="utf-8").rstrip("\n") for path in pathlib.Path(folder).iterdir()
+                if not path.name.startswith(".")} if folder else {}
     except (OSError, UnicodeDecodeError) as error:
         raise StartError(f"CREDENTIALS_DIRECTORY: {folder!r} cannot be read: {describe(error)}") from None
 
@@ -616,7 +655,7 @@ def start_logging(settings):
         try:
             targets.append(LogFile(settings.log_file, console))
         except OSError as error:
-            raise StartError(f"log_file: {settings.log_file!r} cannot be written: {describe(error)}") from None
+            raise TransientStartError(f"log_file: {settings.log_file!r} cannot be written: {describe(error)}") from None
     for handler in logger.handlers[:]:
         logger.removeHandler(handler)
         handler.close()
@@ -796,11 +835,11 @@ class EmbeddedServer:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.lock = open(self.folder / "lock", "a+")
         except OSError as error:
-            raise StartError(f"data_dir: {str(self.folder)!r} cannot be written: {describe(error)}") from None
+            raise TransientStartError(f"data_dir: {str(self.folder)!r} cannot be written: {describe(error)}") from None
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise StartError(f"data_dir: {str(self.folder)!r} is in use by another gomail; give this one a data_dir "
+            raise TransientStartError(f"data_dir: {str(self.folder)!r} is in use by another gomail; give this one a data_dir "
                              "of its own, or let both share a Redis by redis_uri") from None
         if len(os.fsencode(self.socket)) > 100:
             raise StartError(f"data_dir: {str(self.folder)!r} is too long for a unix socket, at most 88 bytes")
@@ -820,11 +859,11 @@ class EmbeddedServer:
                      "--logfile", self.folder / "valkey.log", "--loglevel", "warning"],
                     stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
             except OSError as error:
-                raise StartError(f"redis_uri: not set, and the embedded server cannot run: {describe(error)}") from None
+                raise TransientStartError(f"redis_uri: not set, and the embedded server cannot run: {describe(error)}") from None
         deadline = time.monotonic() + timeout
         while not self.answers():
             if self.process.poll() is not None or time.monotonic() > deadline:
-                raise StartError(f"data_dir: the embedded server does not come up, see {self.folder / 'valkey.log'}")
+                raise TransientStartError(f"data_dir: the embedded server does not come up, see {self.folder / 'valkey.log'}")
             time.sleep(0.01)
 
     def answers(self):
@@ -4556,7 +4595,7 @@ def listen(settings):
         return socket.create_server(address[:2], family=family, backlog=128,
                                     dualstack_ipv6=family == socket.AF_INET6 and socket.has_dualstack_ipv6())
     except OSError as error:
-        raise StartError(f"port: cannot listen on {settings.host}:{settings.port}: {describe(error)}; expected a "
+        raise TransientStartError(f"port: cannot listen on {settings.host}:{settings.port}: {describe(error)}; expected a "
                          "free port on an address of this machine") from None
 
 
@@ -4926,6 +4965,8 @@ class Service:
             folder = pathlib.Path(self.settings.data_dir).resolve()
             log(logging.INFO, f"data lies in the embedded server's folder {folder}")
         log(logging.INFO, f"mail goes to {self.transport}", sender=self.settings.sender[1])
+        for doubt in doubts(self.settings, os.environ):
+            log(logging.WARNING, doubt)
 
     def stop(self):
         """Answer no new requests, end the work in flight, leave the rest in Redis, stop the embedded server last."""
@@ -4961,7 +5002,7 @@ def open_store(settings, server=None):
         raise StartError("durability: 'fsync' is not allowed here, expected everysec: the server at "
                          f"{redacted(settings.redis_uri)} cannot confirm what is on disk ({describe(error)})") from None
     except redis.RedisError as error:
-        raise StartError(f"redis_uri: {redacted(settings.redis_uri)} cannot be reached: {describe(error)}") from None
+        raise TransientStartError(f"redis_uri: {redacted(settings.redis_uri)} cannot be reached: {describe(error)}") from None
     return store
 
 
@@ -5046,6 +5087,7 @@ class Supervisor:
         if not settings.redis_uri:
             self.shared.server = EmbeddedServer(settings.data_dir, settings.durability == "fsync")
             self.shared.server.start()
+        open_store(settings, self.shared.server).redis.close()  # what is wrong is said once, not by each child
         # The children end when this pipe does: with this process, however that ends.
         self.alive, self.life = os.pipe()
         ready, started = os.pipe()
@@ -5144,7 +5186,7 @@ def read_all(descriptor):
 # --- 14. command line -------------------------------------------------------------------------------------
 # Without a command, the service; the commands look after a gomail that runs, by its Redis, for all accounts. They write
 # for people, or JSON; exit codes: 0 done, 1 no such thing or no success, 2 wrong usage, 3 Redis cannot be reached or a
-# setting is wrong, 130 Ctrl-C.
+# setting is wrong, 130 Ctrl-C. The service: 0 stopped, 1 cannot start now, 78 cannot start with these settings.
 
 def check(settings):
     """--check: read the settings, reach Redis, log in to SMTP, say what was found. True where all is well."""
@@ -5174,6 +5216,8 @@ def check(settings):
         transport.tidy()
         return f"{transport} takes mail from {settings.sender[1]}; it said at the last, {said}"
 
+    for doubt in doubts(settings, os.environ):
+        print(f"warning  {doubt}")
     report("settings", lambda: f"sender {settings.sender[1]}, would listen on {settings.host}:{settings.port}")
     report("redis", reach_redis)
     report("smtp", reach_smtp)
@@ -5504,6 +5548,8 @@ def main(arguments=None):
         print(f"gomail: Redis is not available: {describe(error)}", file=sys.stderr)
     except StartError as error:
         print(f"gomail: {error}", file=sys.stderr)
+        if not options.command and not options.check:
+            return error.exit_code
     except KeyboardInterrupt:
         return 0 if options.command == "stats" else 130  # as a shell has it: 128 and the number of SIGINT
     except BrokenPipeError:  # who looked has seen enough

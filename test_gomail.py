@@ -517,8 +517,8 @@ def test_the_environment_goes_before_the_env_file_whatever_the_case_of_its_names
     ("smtp_pass=  a b  ", "a b"),
     (r"""smtp_pass="a\tb\"\\n\'\d" """, "a\tb\"\\n'\\d"), (r"smtp_pass='a\tb\'\\n'", "a\\tb'\\n"),
     ("smtp_pass='a\n# b\n'", "a\n# b\n"), ("export  smtp_pass = a", "a"), ("'smtp_pass'=a", "a"),
-    ("smtp_pass='${HOME}$HOME'", "${HOME}$HOME"), ("a=1\rsmtp_pass=a\rb=2", "a"),
-    ("a=1\r\nsmtp_pass='a\r\nb'\r\n", "a\nb"), ("\ufeffsmtp_pass=ü", "ü")])
+    ("smtp_pass='${HOME}$HOME'", "${HOME}$HOME"), ("port=1\rsmtp_pass=a\rworkers=2", "a"),
+    ("port=1\r\nsmtp_pass='a\r\nb'\r\n", "a\nb"), ("\ufeffsmtp_pass=ü", "ü")])
 def test_a_value_of_the_env_file_may_have_quotes_escapes_comments_and_several_lines(tmp_path, line, password):
     (tmp_path / ".env").write_bytes(line.encode())
     assert gomail.Settings.load({}, tmp_path).smtp_pass == password
@@ -546,6 +546,47 @@ def test_the_env_file_is_read_as_python_dotenv_reads_it_but_what_it_would_skip_i
 
 def test_an_empty_value_means_the_default(tmp_path):
     assert gomail.Settings.load({"port": "", "smtp_server": " "}, tmp_path) == gomail.Settings()
+
+
+@pytest.mark.parametrize("line, words", [
+    ("smtp_sever=smtp.example.com", "smtp_sever is not an option; did you mean smtp_server?"),
+    ("SMTP_SEVER=", "SMTP_SEVER is not an option; did you mean smtp_server?"),
+    ("Smtp_Server=smtp.example.com", "Smtp_Server is not an option; did you mean smtp_server?"),
+    ("DATABASE_URL=x", "DATABASE_URL is not an option; --help lists them"),
+    ("hunter2/=x", "a name in it is not an option; --help lists them")])
+def test_an_unknown_name_in_the_env_file_stops_the_start_and_the_nearest_option_is_named(tmp_path, line, words):
+    (tmp_path / ".env").write_text(f"port=1\nSMTP_PASS=x\n{line}\n")
+    with pytest.raises(gomail.StartError) as refused:
+        gomail.Settings.load({}, tmp_path)
+    assert str(refused.value) == f"{tmp_path / '.env'}: {words}"
+
+
+@pytest.mark.parametrize("name", ["smtp_password", "SMTP_PASS"])
+def test_an_unknown_name_of_a_credential_stops_the_start(tmp_path, name):
+    (tmp_path / name).write_text("hunter2")
+    with pytest.raises(gomail.StartError) as refused:
+        gomail.Settings.load({"CREDENTIALS_DIRECTORY": str(tmp_path)}, tmp_path)
+    assert str(refused.value) == f"{tmp_path}: {name} is not an option; did you mean smtp_pass?"
+
+
+def test_names_in_the_environment_that_are_almost_options_are_warned_about_and_no_others(tmp_path):
+    names = ["SMTP_SEVER", "REDIS_URL", "worker", "Log_Level", "OTP_TIME", "PATH", "HOME", "LANG", "LC_ALL", "HOSTNAME",
+             "SMTP_PASS", "smtp_port", "port", "LOGNAME", "USER", "MAIL", "TZ", "SHLVL", "NOTIFY_SOCKET", "STATE_DIRECTORY",
+             "CREDENTIALS_DIRECTORY", "INVOCATION_ID", "JOURNAL_STREAM", "PYTHONPATH", "VIRTUAL_ENV", "HISTSIZE"]
+    found = gomail.doubts(gomail.Settings(), dict.fromkeys(names, "x"))
+    assert [re.search(r", (\w+) is not an option", line)[1] for line in found] == [
+        "Log_Level", "OTP_TIME", "REDIS_URL", "SMTP_SEVER", "worker"]
+    assert "did you mean redis_uri?" in found[2]
+
+
+@pytest.mark.parametrize("environment", [
+    {"admin_token": "x"}, {"public_url": "https://mail.example.com"}, {"admin_token": "x", "host": "0.0.0.0"}])
+def test_a_service_for_others_whose_mail_goes_to_the_maildir_is_warned_about(processes, environment):
+    process = processes({**environment, "smtp_sever": "smtp.example.com"}).started()
+    assert until(lambda: process.logged("smtp_server is not set: mail goes to a Maildir"))["level"] == "WARNING"
+    assert until(lambda: process.logged("in the environment, smtp_sever is not an option"))["level"] == "WARNING"
+    checked = processes({**environment, "smtp_sever": "x", "log_file": "off"}, arguments=["--check"]).result()[1]
+    assert [line.split()[0] for line in checked.splitlines()] == ["warning", "warning", "ok", "ok", "ok"]
 
 
 def test_spaces_around_a_value_belong_to_it_unless_it_is_a_number_or_a_choice(tmp_path):
@@ -3924,20 +3965,29 @@ def test_help_names_every_option_and_version_the_version(processes):
     assert processes(arguments=["--version"]).result()[:2] == (0, f"gomail {gomail.__version__}\n")
 
 
-@pytest.mark.parametrize("environment, words", [
-    ({"smtp_port": "ftp"}, ["smtp_port", "'ftp'", "1 to 65535"]),
-    ({"redis_uri": "127.0.0.1:1"}, ["redis_uri", "127.0.0.1:1", "refused"]),
-    ({"redis_uri": "http://x"}, ["redis_uri", "host:port"]),
-    ({"port": "{taken}"}, ["port", "{taken}", "in use"]),
-    ({"log_file": "/nowhere/app.log"}, ["log_file", "/nowhere/app.log"]),
-    ({"data_dir": "/dev/null/x", "log_file": "off"}, ["data_dir", "/dev/null/x"]),
+@pytest.mark.parametrize("count", ["1", "2"])
+@pytest.mark.parametrize("environment, code, words", [
+    ({"smtp_port": "ftp"}, 78, ["smtp_port", "'ftp'", "1 to 65535"]),
+    ({"redis_uri": "127.0.0.1:1"}, 1, ["redis_uri", "127.0.0.1:1", "refused"]),
+    ({"redis_uri": "http://x"}, 78, ["redis_uri", "host:port"]),
+    ({"data_dir": "x" * 100, "log_file": "off"}, 78, ["data_dir", "88 bytes"]),
+    ({"port": "{taken}"}, 1, ["port", "{taken}", "in use"]),
+    ({"log_file": "/nowhere/app.log"}, 1, ["log_file", "/nowhere/app.log"]),
+    ({"data_dir": "/dev/null/x", "log_file": "off"}, 1, ["data_dir", "/dev/null/x"]),
 ])
-def test_what_stops_the_start_is_one_clear_line_and_exit_1(processes, environment, words):
+def test_what_stops_the_start_is_one_clear_line_and_exit_78_where_no_restart_mends_it(processes, environment, code, words, count):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        code, output, errors = processes({name: value.replace("{taken}", port) for name, value in environment.items()}).result()
-    assert code == 1 and output == "" and errors.count("\n") == 1 and errors.startswith("gomail: ")
+        environment = {name: value.replace("{taken}", port) for name, value in environment.items()}
+        found, output, errors = processes({**environment, "processes": count}).result()
+    assert found == code and output == "" and errors.count("\n") == 1 and errors.startswith("gomail: ")
     assert all(word.replace("{taken}", port) in errors for word in words), errors
+
+
+def test_systemd_does_not_start_again_what_ended_by_the_exit_code_of_a_wrong_setting(processes):
+    (folder := processes(arguments=["--version"]).folder).joinpath(".env").write_text("smtp_sever=x\n")
+    code = processes(folder=folder).result()[0]
+    assert f"\nRestartPreventExitStatus={code}\n" in (HERE / "gomail.service").read_text() and code not in (0, 1)
 
 
 def test_a_folder_that_cannot_be_written_is_one_clear_line(processes):
@@ -4959,7 +5009,7 @@ def test_a_redis_that_may_lose_tasks_is_warned_about_and_cannot_promise_fsync(pr
     process = processes({"redis_uri": redis_server.uri, "key_prefix": "warned:"}).started()
     assert until(lambda: process.logged("the Redis keeps no append-only file"))["level"] == "WARNING"
     code, _, errors = processes({"redis_uri": redis_server.uri, "durability": "fsync"}).result()
-    assert code == 1 and errors.startswith("gomail: durability: 'fsync'") and errors.count("\n") == 1
+    assert code == 78 and errors.startswith("gomail: durability: 'fsync'") and errors.count("\n") == 1
 
 
 def test_a_black_holed_or_rejecting_mail_server_costs_no_attempt(services, certificate):
