@@ -2023,6 +2023,7 @@ def test_metrics_show_what_waits_for_how_long_and_which_lanes_are_paused(service
     assert client("GET", "/health/ready")[0] == 503
 
 
+@pytest.mark.timeout(7200)
 @pytest.mark.long
 def test_spamassassin_finds_no_fault_in_headers_and_mime_structure(linked, mail_server, clock):
     # Debian: apt-get install spamassassin. Rules about who delivered a mail, and whether it is expected, do not count.
@@ -3682,6 +3683,7 @@ def test_the_openapi_description_has_every_route_its_checks_and_its_answers(serv
     assert description["paths"]["/task/{id}"]["get"]["security"] == [{"apiKey": []}, {"adminToken": []}]
 
 
+@pytest.mark.timeout(7200)
 @pytest.mark.long
 def test_500_random_requests_to_each_operation_get_only_what_openapi_says(services, mail_server, tmp_path):
     service = services(mail_server, otp_minute_max=0, admin_token="the token of the admin")
@@ -4042,6 +4044,7 @@ def test_after_2000_mutated_requests_a_good_one_is_answered(service):
     assert service.client.get("/health/ping") == {"message": "pong"}
 
 
+@pytest.mark.timeout(7200)
 @pytest.mark.long
 def test_after_100000_mutated_requests_memory_is_flat_and_a_good_one_is_answered(processes):
     process = processes().started()
@@ -4916,6 +4919,7 @@ def test_axe_finds_nothing_and_nothing_is_wider_than_the_screen(services, browse
         check(f"{view} of the admin")
 
 
+@pytest.mark.timeout(7200)
 @pytest.mark.long
 def test_the_screenshots_of_the_readme_are_taken(services, browser, mail_server):
     service = services(mail_server)
@@ -5325,6 +5329,7 @@ def test_behind_sentinels_a_new_master_is_found_when_the_old_one_dies(processes,
         assert replica.client.role()[0] in ("master", b"master")
 
 
+@pytest.mark.timeout(7200)
 @pytest.mark.long
 def test_soak_20000_tasks_while_everything_is_killed_at_random_times(processes, mail_server, redis_with_file):
     server = redis_with_file()
