@@ -833,10 +833,14 @@ class EmbeddedServer:
         self.folder = pathlib.Path(data_dir).resolve()
         self.socket = self.folder / "valkey.sock"
         self.log_file = self.folder / "valkey.log"
+        self.files = self.folder / "appendonlydir"
+        self.manifest = self.files / "appendonly.aof.manifest"
         self.uri = f"unix://{urllib.parse.quote(str(self.socket))}"
         self.fsync = fsync
         self.process = None
         self.launched = float("-inf")
+        self.log_start, self.sizes = 0, {}  # of the log, and of the files in appendonlydir, when it was launched
+        self.examined = True
         self.lock = None
         self.changing, self.stopped = threading.Lock(), False
 
@@ -888,6 +892,9 @@ class EmbeddedServer:
                         return
                     if self.process is not None:
                         log(logging.ERROR, "the embedded server ended, and is started again", error=self._last_words())
+                    self.sizes = {path.name: path.stat().st_size for path in self.files.glob("*")}
+                    if self.sizes and not self.manifest.exists():  # the server would begin without any data
+                        raise StartError(f"data_dir: {self.manifest} is missing beside the data; " + self._restore())
                     self._launch(life.fileno())
             except OSError as error:
                 raise TransientStartError(
@@ -895,7 +902,7 @@ class EmbeddedServer:
 
     def _launch(self, life: int) -> None:
         """Start the server; the lock of the descriptor `life` becomes its own."""
-        self.launched = time.monotonic()
+        self.launched, self.examined = time.monotonic(), False
         with open(self.log_file, "ab") as output:
             self.log_start = output.tell()
             # A session of its own: Ctrl-C in a terminal must reach gomail alone, which stops it last.
@@ -910,11 +917,43 @@ class EmbeddedServer:
         """Whether the server runs as a child of this process."""
         return self.process is not None and self.process.poll() is None
 
-    def _last_words(self) -> str:
-        """What the server wrote into its log since it was started, on one line."""
+    def _log(self) -> str:
+        """What the server wrote into its log since it was started: the beginning, which is about its data."""
         with open(self.log_file, "rb") as file:
-            file.seek(max(self.log_start, file.seek(0, os.SEEK_END) - 2000))
-            return " ".join(file.read().decode(errors="replace").split())
+            file.seek(self.log_start)
+            return file.read(100_000).decode(errors="replace")
+
+    def _last_words(self) -> str:
+        """The same on one line, without what it says each time."""
+        lines = (re.sub(r"^\d+:\S+ .*? [#*.-] ", "", line).strip() for line in self._log().splitlines())
+        return " ".join(line for line in lines if line and not re.search(
+            "overcommit|signal-handler|ready to exit|^[*]{3}", line))[-1000:]
+
+    def _restore(self) -> str:
+        """The remedy where data cannot be read at all."""
+        return f"restore {self.files} from a backup, or move it away to begin without data"
+
+    def _failure(self) -> StartError:
+        """Why the server ended before it answered, and what to do."""
+        words = self._last_words()
+        if "Bad file format" in words:
+            name = re.search(r"append only file (\S+?):", words)
+            return StartError(f"data_dir: the embedded server cannot read {self.files / (name[1] if name else '')}, which is "
+                              f"broken at some place; keep a copy of it, and cut it off there, or {self._restore()}")
+        if re.search("AOF|RDB|append only", words):
+            place = self.manifest if "manifest" in words else self.files
+            return StartError(f"data_dir: the embedded server cannot read {place}: {words}; {self._restore()}")
+        return TransientStartError(f"data_dir: the embedded server does not come up: {words or 'it says nothing'}; "
+                                   f"see {self.log_file}")
+
+    def examine(self) -> None:
+        """Log a WARNING where the server, when it loaded its data, cut off an end that a crash left written in part."""
+        state = None if self.examined else self._state()
+        if state and not state["loading"]:
+            self.examined = True
+            for name, offset in re.findall(r"Truncating the AOF (\S+) at offset (\d+)", self._log()):
+                log(logging.WARNING, "the end of the embedded server's file was written in part, and is cut off",
+                    file=str(self.files / name), bytes=self.sizes.get(name, 0) - int(offset))
 
     def _come_up(self, pause: Callable[[float], None]) -> None:
         """Start the server or find it running, and wait until it answers with its data loaded."""
@@ -923,7 +962,7 @@ class EmbeddedServer:
         self.ensure()
         while (state := self._state()) is None or state["loading"]:
             if self.process is not None and not self._is_child():
-                raise TransientStartError(f"data_dir: the embedded server does not come up, see {self.log_file}")
+                raise self._failure()
             now, loaded = time.monotonic(), state and state["loading_loaded_bytes"]
             if loaded != before:
                 before, progressed = loaded, now
@@ -940,6 +979,7 @@ class EmbeddedServer:
                 flush_log()
             pause(0.02)
             self.ensure()  # the one that was taken over may have ended
+        self.examine()
 
     def _state(self) -> dict[str, Any] | None:
         """What the server says of its data (INFO persistence), or None where none answers."""
@@ -4108,6 +4148,8 @@ class Cron:
                 if failing:
                     failing = False
                     log(logging.INFO, "Redis is available again")
+                    if self.server:
+                        self.server.examine()
             except redis.RedisError as error:
                 self.store.available = not isinstance(error, (redis.ConnectionError, redis.TimeoutError))
                 if not failing:
@@ -5327,6 +5369,7 @@ class Supervisor:
         if self.shared.server:
             with surviving("the embedded server is not started again"):
                 self.shared.server.ensure()
+                self.shared.server.examine()
         with surviving("log lines are not written"):
             flush_log()
 

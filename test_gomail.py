@@ -1066,6 +1066,58 @@ def test_a_start_that_is_given_up_leaves_no_embedded_server_behind(processes):
         assert not servers_in(process.folder.resolve())
 
 
+@pytest.fixture
+def data(processes):
+    """The folder of a gomail that has stopped, with a message and its account in the data of its embedded server."""
+    process = processes().started()
+    client = process.client.sign_up()
+    client.state(client.task(), "succeeded")
+    assert process.stop() == 0
+    return process.folder
+
+
+FILE = "appendonly.aof.1.incr.aof"
+
+
+@pytest.mark.parametrize("name, change, remedy", [
+    (FILE, lambda path: path.write_bytes(path.read_bytes() + bytes(500)), "keep a copy of it"),
+    ("appendonly.aof.manifest", lambda path: path.write_bytes(path.read_bytes()[:-20]), "from a backup"),
+    ("appendonly.aof.manifest", pathlib.Path.unlink, "from a backup"),
+    (FILE, pathlib.Path.unlink, "from a backup"),
+    ("appendonly.aof.1.base.rdb", lambda path: path.write_bytes(path.read_bytes()[:-15]), "from a backup")])
+def test_data_that_cannot_be_read_stops_the_start_which_names_the_file_and_the_remedy(processes, data, name, change, remedy):
+    folder = data / "gomail-data" / "appendonlydir"
+    change(folder / name)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    code, output, errors = processes(folder=data).result()
+    assert code == 78 and output == "" and errors.count("\n") == 1 and errors.startswith("gomail: data_dir: ")
+    assert name in errors and str(folder.resolve()) in errors and remedy in errors
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_file_whose_end_was_written_in_part_is_cut_off_with_a_warning(processes, data):
+    path = data / "gomail-data" / "appendonlydir" / FILE
+    with open(path, "ab") as file:
+        file.write(b"*3\r\n$3\r\nSET\r\n$1\r\n")
+    process = processes(folder=data).started()
+    warning = until(lambda: process.logged("the end of the embedded server's file was written in part"))
+    assert warning["level"] == "WARNING" and warning["bytes"] == 17 and warning["file"] == str(path.resolve())
+    assert process.stop() == 0
+
+
+@pytest.mark.parametrize("count", ["1", "2"])
+def test_whatever_the_embedded_server_says_stdout_has_json_alone(processes, count):
+    process = processes({"processes": count}).started()
+    server, = servers_in(process.folder.resolve())
+    os.kill(server, signal.SIGSEGV)  # it writes a long report
+    until(lambda: process.logged("the embedded server ended, and is started again"))
+    client = until(lambda: answering(process))
+    until(lambda: client("GET", "/health/ready")[0] == 200)
+    assert process.stop() == 0
+    process.reader.join()
+    assert all(isinstance(json.loads(line), dict) for line in process.lines) and process.process.stderr.read() == ""
+
+
 def test_no_two_embedded_servers_ever_have_one_folder_even_if_the_first_hangs(processes):
     process = processes().started()
     client = process.client.sign_up()
