@@ -5508,6 +5508,16 @@ class Terminal:
         """A word to the person beside the output, on standard error."""
         print(text, file=sys.stderr)
 
+    def confirms(self, question: str) -> bool:
+        """Whether the person at the terminal says yes. Without one, as in a script, that goes without asking."""
+        if not (sys.stdin.isatty() and sys.stderr.isatty()):
+            return True
+        print(f"{self.paint(question)} [y/N] ", end="", file=sys.stderr, flush=True)
+        if sys.stdin.readline().strip().lower() in ("y", "yes"):
+            return True
+        self.say("nothing was changed")
+        return False
+
     @staticmethod
     def progress(total):
         """What shows how far something has come, on a terminal: to be called with how many are done."""
@@ -5636,6 +5646,9 @@ class Operator:
         """What retry() and delete() share."""
         if options.all:
             total, _ = self.queue.dead(limit=0)
+            if remove and total and not options.yes and not self.terminal.confirms(
+                    f"Remove all {total} dead letter{'s' * (total != 1)}, of all accounts?"):
+                return 1
             progress = self.terminal.progress(total)
             count = self.queue.revive_all(remove=remove, progress=progress)
             if total and sys.stderr.isatty():
@@ -5693,6 +5706,9 @@ class Operator:
                 self.terminal.json({"apiKey": key}) if self.terminal.as_json else print(key)
                 return 0
             if options.remove:
+                if self.users.find(options.remove) and not options.yes and not self.terminal.confirms(
+                        f"Deregister {options.remove}? That ends its key, and removes {self.possessions(options.remove)}."):
+                    return 1
                 self.users.deregister(options.remove)
                 self.terminal.say(f"{options.remove} is deregistered; what it had waiting is not sent")
                 return 0
@@ -5712,6 +5728,16 @@ class Operator:
                                         [list(map(str, row.values())) for row in rows]):
             print(line)
         return 0
+
+
+    def possessions(self, name: str) -> str:
+        """What an account has, in numbers."""
+        server, key = self.store.redis, self.store.key
+        types = server.hkeys(key("content", name))
+        numbers = {"dead letters": server.zcard(key("dead", name)), "content types": len(types),
+                   "subscriptions": sum(server.hlen(key("subscribers", found, name)) for found in types),
+                   "suppressed addresses": server.zcard(key("suppressed", name))}
+        return ", ".join(["the tasks that wait", *(f"{noun} ({number})" for noun, number in numbers.items())])
 
 
 def read_content(path):
@@ -5751,12 +5777,17 @@ def command_line():
     dead.add_argument("--offset", type=int, default=0, metavar="N", help="how many to pass over")
     dead.add_argument("--limit", type=int, default=100, metavar="N", help="how many to list, by default 100")
     for name, explanation in (("retry", "queue a dead letter again"), ("delete", "remove a dead letter")):
-        which = command(name, explanation).add_mutually_exclusive_group(required=True)
+        revive = command(name, explanation)
+        which = revive.add_mutually_exclusive_group(required=True)
         which.add_argument("id", nargs="?", metavar="ID")
         which.add_argument("--all", action="store_true", help="all of them")
+        if name == "delete":
+            revive.add_argument("--yes", action="store_true", help="do not ask, as is done at a terminal before --all")
     command("stats", "show lanes, counters and the last hour; on a terminal every second, until Ctrl-C")
-    change = command("accounts", "list the accounts: name, dead letters, content types, mails sent and given up in the "
-                     "last hour").add_mutually_exclusive_group()
+    accounts = command("accounts", "list the accounts: name, dead letters, content types, mails sent and given up in the "
+                       "last hour")
+    accounts.add_argument("--yes", action="store_true", help="do not ask, as is done at a terminal before --remove")
+    change = accounts.add_mutually_exclusive_group()
     change.add_argument("--add", metavar="NAME", help="sign up an account and write its API key")
     change.add_argument("--remove", metavar="NAME", help="deregister an account: its key, tasks and subscriptions end")
     return parser

@@ -4403,12 +4403,13 @@ class Command:
         output, errors = process.communicate(given, timeout=PATIENCE)
         return process.returncode, output, errors
 
-    def at_terminal(self, *arguments, until_seen=None, **environment):
-        """(exit code, all it wrote) at a terminal; Ctrl-C comes when it wrote `until_seen`."""
+    def at_terminal(self, *arguments, until_seen=None, typed="", **environment):
+        """(exit code, all it wrote) at a terminal where somebody typed; Ctrl-C comes when it wrote `until_seen`."""
         ours, theirs = pty.openpty()
         process = self.start(*arguments, environment={"TERM": "xterm", **environment}, stdin=theirs, stdout=theirs,
                              stderr=theirs, start_new_session=True)
         os.close(theirs)
+        os.write(ours, typed.encode())
         seen = b""
         with contextlib.suppress(OSError):  # the terminal is gone when the process is
             while data := os.read(ours, 65536):
@@ -4522,6 +4523,24 @@ def test_accounts_are_listed_added_and_removed_from_the_command_line(operated):
     assert command("accounts", "--remove", "new@example.com")[0] == 0 and new("GET", "/task/recent")[0] == 401
 
 
+def test_what_removes_much_asks_at_a_terminal_and_names_what_ends(operated, mail_server):
+    command, client = operated
+    mail_server.replies["user@example.com"] = ["550 5.2.1 no"] * 2
+    for _ in range(2):
+        client.state(client.task(), "dead")
+    client.state(client.task("subscribe", frequency="@daily", content_type="news", subject="News", content="News"), "succeeded")
+    for typed in ("n\n", "\n", "\x04"):
+        code, output = command.at_terminal("delete", "--all", typed=typed)
+        assert code == 1 and "Remove all 2 dead letters, of all accounts? [y/N]" in output and "nothing was changed" in output
+        code, output = command.at_terminal("accounts", "--remove", "app@example.com", typed=typed)
+        assert code == 1 and "Deregister app@example.com? That ends its key, and removes the tasks that wait, dead letters (2), " \
+            "content types (1), subscriptions (1), suppressed addresses (0). [y/N]" in output
+    assert client.get("/task/dead")["total"] == 2
+    assert command.at_terminal("delete", "--all", typed="y\n")[0] == 0 and client.get("/task/dead")["total"] == 0
+    code, output = command.at_terminal("accounts", "--remove", "app@example.com", "--yes")
+    assert code == 0 and "[y/N]" not in output and client("GET", "/task/recent")[0] == 401
+
+
 def test_stats_are_shown_once_to_a_program_and_live_at_a_terminal(operated, mail_server):
     command, client = operated
     client.state(client.task(), "succeeded")
@@ -4554,7 +4573,7 @@ def test_what_takes_long_shows_at_a_terminal_how_far_it_has_come(operated, mail_
     mail_server.replies["user@example.com"] = ["550 5.2.1 no"] * 3
     for _ in range(3):
         client.state(client.task(), "dead")
-    code, output = command.at_terminal("delete", "--all")
+    code, output = command.at_terminal("delete", "--all", "--yes")
     assert code == 0 and f"[{'#' * 30}] 3 of 3" in output and "3 dead letters removed" in output
     assert "[" not in "".join(command("delete", "--all")[1:])
 
