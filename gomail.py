@@ -49,6 +49,7 @@ import re
 import secrets
 import select
 import shlex
+import shutil
 import signal
 import smtplib
 import socket
@@ -863,6 +864,15 @@ class EmbeddedServer:
             StartError: the folder cannot be used or is in use, the server does not come up, or `pause` raised it. Then no
                 server is left running.
         """
+        self.take()
+        try:
+            self._come_up(pause)
+        except BaseException:
+            self.stop()
+            raise
+
+    def take(self) -> None:
+        """Take the data_dir. Raises StartError where it cannot be used or is in use."""
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.lock = open(self.folder / "lock", "a+")
@@ -875,11 +885,6 @@ class EmbeddedServer:
                                       "data_dir of its own, or let both share a Redis by redis_uri") from None
         if len(os.fsencode(self.socket)) > 100:
             raise StartError(f"data_dir: {str(self.folder)!r} is too long for a unix socket, at most 88 bytes")
-        try:
-            self._come_up(pause)
-        except BaseException:
-            self.stop()
-            raise
 
     def ensure(self) -> None:
         """Start the server where none runs; returns at once. StartError where it cannot be started."""
@@ -893,7 +898,10 @@ class EmbeddedServer:
                     if self.process is not None:
                         log(logging.ERROR, "the embedded server ended, and is started again", error=self._last_words())
                     self.sizes = {path.name: path.stat().st_size for path in self.files.glob("*")}
-                    if self.sizes and not self.manifest.exists():  # the server would begin without any data
+                    # The server would begin without any data. Before the first manifest, there are only files of the
+                    # number 1, and nothing is appended.
+                    if not self.manifest.exists() and any(size and ".incr." in name or not re.search(r"\.1\.", name)
+                                                          for name, size in self.sizes.items()):
                         raise StartError(f"data_dir: {self.manifest} is missing beside the data; " + self._restore())
                     self._launch(life.fileno())
             except OSError as error:
@@ -938,8 +946,8 @@ class EmbeddedServer:
         words = self._last_words()
         if "Bad file format" in words:
             name = re.search(r"append only file (\S+?):", words)
-            return StartError(f"data_dir: the embedded server cannot read {self.files / (name[1] if name else '')}, which is "
-                              f"broken at some place; keep a copy of it, and cut it off there, or {self._restore()}")
+            return StartError(f"data_dir: the embedded server cannot read {self.files / (name[1] if name else '')} to its "
+                              "end; `gomail.py repair` shows how much of it is sound, keeps a copy and cuts off the rest")
         if re.search("AOF|RDB|append only", words):
             place = self.manifest if "manifest" in words else self.files
             return StartError(f"data_dir: the embedded server cannot read {place}: {words}; {self._restore()}")
@@ -954,6 +962,14 @@ class EmbeddedServer:
             for name, offset in re.findall(r"Truncating the AOF (\S+) at offset (\d+)", self._log()):
                 log(logging.WARNING, "the end of the embedded server's file was written in part, and is cut off",
                     file=str(self.files / name), bytes=self.sizes.get(name, 0) - int(offset))
+
+    def last_file(self) -> pathlib.Path:
+        """The file that the server appends to. Raises StartError where the manifest does not name it."""
+        try:
+            names = re.findall(r"^file (\S+) seq \d+ type i", self.manifest.read_text(), re.MULTILINE)
+            return self.files / names[-1]
+        except (OSError, ValueError, IndexError):
+            raise StartError(f"data_dir: {self.manifest} cannot be read; {self._restore()}") from None
 
     def _come_up(self, pause: Callable[[float], None]) -> None:
         """Start the server or find it running, and wait until it answers with its data loaded."""
@@ -1044,6 +1060,35 @@ class EmbeddedServer:
     def _client(self):
         return redis.Redis(unix_socket_path=str(self.socket), protocol=2, socket_timeout=5.0,
                            retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0))
+
+
+def sound_length(path: pathlib.Path) -> int:
+    """The bytes up to which an append-only file is whole: commands as Redis clients send them, and whole transactions."""
+    length, in_transaction = 0, False
+    with open(path, "rb") as file:
+        while line := file.readline(100):
+            if not line.startswith(b"#TS:"):  # a note of the time
+                command = read_command(file, line)
+                if not command:
+                    break
+                in_transaction = command[0].upper() == b"MULTI" or in_transaction and command[0].upper() != b"EXEC"
+            if not in_transaction and line.endswith(b"\n"):
+                length = file.tell()
+    return length
+
+
+def read_command(file: IO[bytes], line: bytes) -> list[bytes] | None:
+    """The parts of the command that begins with the line (RESP arrays of bulk strings), or None where it is not whole."""
+    count, parts = re.fullmatch(rb"\*(\d{1,9})\r\n", line), []
+    for _ in range(int(count[1]) if count else 0):
+        size = re.fullmatch(rb"\$(\d{1,9})\r\n", file.readline(100))
+        if not size:
+            return None
+        part = file.read(int(size[1]) + 2)
+        if len(part) < int(size[1]) + 2 or not part.endswith(b"\r\n"):
+            return None
+        parts.append(part[:-2])
+    return parts or None
 
 
 def locked(file: IO[str]) -> bool:
@@ -5745,6 +5790,29 @@ def read_content(path):
     return (sys.stdin.buffer.read() if path == "-" else pathlib.Path(path).read_bytes()).decode()
 
 
+def repair(settings: Settings, terminal: Terminal, options: argparse.Namespace) -> int:
+    """The command of this name: cut off what the embedded server cannot read. Returns the exit code."""
+    if settings.redis_uri:
+        raise StartError("redis_uri: is set; what is repaired is the file of the embedded server")
+    server = EmbeddedServer(settings.data_dir)
+    server.take()
+    with open(server.folder / "valkey.lock", "a") as life:
+        if not locked(life):
+            raise StartError(f"data_dir: a server that a gomail left behind has {str(server.folder)!r}; end it first")
+        path = server.last_file()
+        size, sound = path.stat().st_size, sound_length(path)
+        terminal.say(f"{path}: {size} bytes, of which the first {sound} are sound")
+        if size == sound:
+            return 0
+        if not options.yes and not terminal.confirms(f"Cut off the last {size - sound} bytes, and keep a copy of the file?"):
+            return 1
+        copy = server.folder / f"{path.name}.{time.strftime('%Y%m%dT%H%M%S')}"
+        shutil.copy2(path, copy)
+        os.truncate(path, sound)
+        terminal.say(f"cut off; the file as it was is {copy}")
+    return 0
+
+
 def command_line():
     """The parser of the command line."""
     parser = argparse.ArgumentParser(
@@ -5787,6 +5855,9 @@ def command_line():
     accounts = command("accounts", "list the accounts: name, dead letters, content types, mails sent and given up in the "
                        "last hour")
     accounts.add_argument("--yes", action="store_true", help="do not ask, as is done at a terminal before --remove")
+    repairing = command("repair", "cut off what the embedded server cannot read at the end of its file, after a crash; "
+                        "gomail must not be running")
+    repairing.add_argument("--yes", action="store_true", help="do not ask, as is done at a terminal")
     change = accounts.add_mutually_exclusive_group()
     change.add_argument("--add", metavar="NAME", help="sign up an account and write its API key")
     change.add_argument("--remove", metavar="NAME", help="deregister an account: its key, tasks and subscriptions end")
@@ -5803,7 +5874,10 @@ def main(arguments=None):
             return 0 if check(settings) else 1
         if not options.command:
             return run(settings)
-        return getattr(Operator(settings, Terminal(options.json)), options.command)(options)
+        terminal = Terminal(options.json)
+        if options.command == "repair":
+            return repair(settings, terminal, options)
+        return getattr(Operator(settings, terminal), options.command)(options)
     except redis.RedisError as error:
         print(f"gomail: Redis is not available: {describe(error)}", file=sys.stderr)
     except StartError as error:

@@ -473,11 +473,21 @@ def processes():
         yield start
 
 
+def servers_in(folder):
+    """The ids of the embedded servers whose data lies in a folder."""
+    found = set()
+    for path in pathlib.Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (path / "cwd").resolve() == folder / "gomail-data" and "valkey" in (path / "exe").resolve().name:
+                found.add(int(path.name))
+    return found
+
+
 def end(process):
-    """End a process and the embedded server that it may have left behind."""
+    """End a process and the embedded servers that it may have left behind, even one that hangs."""
     process.kill()
-    with contextlib.suppress(redis.RedisError):
-        connected(process.embedded).shutdown(nosave=True)
+    for server in servers_in(process.folder.resolve()):
+        os.kill(server, signal.SIGKILL)
 
 
 @pytest.fixture
@@ -1015,16 +1025,6 @@ def impatient(seconds):
     return f"import gomail, sys; gomail.EmbeddedServer.STALLED, gomail.EmbeddedServer.TELLING = {seconds}, 0.1; sys.exit(gomail.main())"
 
 
-def servers_in(folder):
-    """The ids of the embedded servers whose data lies in a folder."""
-    found = set()
-    for path in pathlib.Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if (path / "cwd").resolve() == folder / "gomail-data" and "valkey" in (path / "exe").resolve().name:
-                found.add(int(path.name))
-    return found
-
-
 def loading(process):
     """The id of the embedded server, once it is loading its data."""
     def busy():
@@ -1080,7 +1080,7 @@ FILE = "appendonly.aof.1.incr.aof"
 
 
 @pytest.mark.parametrize("name, change, remedy", [
-    (FILE, lambda path: path.write_bytes(path.read_bytes() + bytes(500)), "keep a copy of it"),
+    (FILE, lambda path: path.write_bytes(path.read_bytes() + bytes(500)), "repair"),
     ("appendonly.aof.manifest", lambda path: path.write_bytes(path.read_bytes()[:-20]), "from a backup"),
     ("appendonly.aof.manifest", pathlib.Path.unlink, "from a backup"),
     (FILE, pathlib.Path.unlink, "from a backup"),
@@ -1093,6 +1093,37 @@ def test_data_that_cannot_be_read_stops_the_start_which_names_the_file_and_the_r
     assert code == 78 and output == "" and errors.count("\n") == 1 and errors.startswith("gomail: data_dir: ")
     assert name in errors and str(folder.resolve()) in errors and remedy in errors
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_an_append_only_file_is_sound_up_to_its_last_whole_command_or_transaction(tmp_path):
+    path, whole = tmp_path / "file", b""
+    bounds = [0]
+    for piece in (b"*1\r\n$4\r\nPING\r\n", b"#TS:1700000000\r\n", b"*3\r\n$3\r\nSET\r\n$1\r\na\r\n$4\r\n\r\n*1\r\n",
+                  b"*1\r\n$5\r\nMULTI\r\n*2\r\n$3\r\nDEL\r\n$1\r\na\r\n*1\r\n$4\r\nEXEC\r\n"):
+        whole += piece
+        bounds.append(len(whole))
+    for cut in range(len(whole) + 1):
+        for rest in (b"", bytes(200), b"\r\n*", b"garbage\n"):
+            path.write_bytes(whole[:cut] + rest)
+            expected = max(bound for bound in bounds if bound <= cut)
+            assert expected <= gomail.sound_length(path) <= cut + len(rest), (cut, rest)
+            assert rest or gomail.sound_length(path) == expected
+
+
+def test_a_file_with_zeros_at_its_end_is_repaired_from_the_command_line_with_a_copy(processes, data):
+    path = data / "gomail-data" / "appendonlydir" / FILE
+    whole = path.read_bytes()
+    path.write_bytes(whole + bytes(500))
+    command = Command(Process(data, arguments=["--version"]))
+    code, output = command.at_terminal("repair", typed="n\n")
+    assert code == 1 and "Cut off the last 500 bytes" in output and path.read_bytes() == whole + bytes(500)
+    assert command("repair")[0] == 0 and path.read_bytes() == whole
+    assert [copy.read_bytes() for copy in path.parents[1].glob(f"{FILE}.*")] == [whole + bytes(500)]
+    process = processes(folder=data).started()
+    assert connected(process.embedded).hlen("gomail:UserList") == 1
+    code, _, errors = command("repair")
+    assert code == 3 and "in use by another gomail" in errors
+    assert process.stop() == 0
 
 
 def test_a_file_whose_end_was_written_in_part_is_cut_off_with_a_warning(processes, data):
