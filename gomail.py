@@ -842,6 +842,7 @@ class EmbeddedServer:
         self.launched = float("-inf")
         self.log_start, self.sizes = 0, {}  # of the log, and of the files in appendonlydir, when it was launched
         self.examined = True
+        self.found = None  # the process id of a server that was taken over
         self.lock = None
         self.changing, self.stopped = threading.Lock(), False
 
@@ -861,8 +862,8 @@ class EmbeddedServer:
         A server that loads its data is waited for as long as it comes further. `pause` is called in between.
 
         Raises:
-            StartError: the folder cannot be used or is in use, the server does not come up, or `pause` raised it. Then no
-                server is left running.
+            StartError: the folder cannot be used or is in use, the server does not come up, or `pause` raised it.
+                Then no server is left running.
         """
         self.take()
         try:
@@ -946,8 +947,9 @@ class EmbeddedServer:
         words = self._last_words()
         if "Bad file format" in words:
             name = re.search(r"append only file (\S+?):", words)
-            return StartError(f"data_dir: the embedded server cannot read {self.files / (name[1] if name else '')} to its "
-                              "end; `gomail.py repair` shows how much of it is sound, keeps a copy and cuts off the rest")
+            path = self.files / (name[1] if name else "")
+            return StartError(f"data_dir: the embedded server cannot read {path} to its end; `gomail.py repair` shows "
+                              "how much of it is sound, keeps a copy and cuts off the rest")
         if re.search("AOF|RDB|append only", words):
             place = self.manifest if "manifest" in words else self.files
             return StartError(f"data_dir: the embedded server cannot read {place}: {words}; {self._restore()}")
@@ -983,8 +985,8 @@ class EmbeddedServer:
             if loaded != before:
                 before, progressed = loaded, now
             if now > progressed + self.STALLED:
-                raise TransientStartError(f"data_dir: the embedded server does not come up: nothing has come from it for "
-                                          f"{self.STALLED:g} seconds; it is ended, see {self.log_file}")
+                raise TransientStartError("data_dir: the embedded server does not come up: nothing has come from it "
+                                          f"for {self.STALLED:g} seconds; it is ended, see {self.log_file}")
             if now > extended + 1:
                 extended = now
                 extend_timeout(progressed + 2 * self.STALLED - now)
@@ -995,6 +997,7 @@ class EmbeddedServer:
                 flush_log()
             pause(0.02)
             self.ensure()  # the one that was taken over may have ended
+        self.found = None if self._is_child() else self._listener()
         self.examine()
 
     def _state(self) -> dict[str, Any] | None:
@@ -1033,8 +1036,9 @@ class EmbeddedServer:
             time.sleep(0.01)
 
     def _signal(self, number: int) -> None:
-        pid = self.process.pid if self._is_child() else self._listener()
-        if pid:
+        # One that has hung for long takes no further connection, and does not tell its process id.
+        pid = self.process.pid if self._is_child() else self._listener() or self.found
+        if pid and not self._has_ended():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
@@ -1063,7 +1067,7 @@ class EmbeddedServer:
 
 
 def sound_length(path: pathlib.Path) -> int:
-    """The bytes up to which an append-only file is whole: commands as Redis clients send them, and whole transactions."""
+    """The bytes up to which an append-only file is whole: commands as clients send them, and whole transactions."""
     length, in_transaction = 0, False
     with open(path, "rb") as file:
         while line := file.readline(100):
@@ -1078,7 +1082,7 @@ def sound_length(path: pathlib.Path) -> int:
 
 
 def read_command(file: IO[bytes], line: bytes) -> list[bytes] | None:
-    """The parts of the command that begins with the line (RESP arrays of bulk strings), or None where it is not whole."""
+    """The parts of the command that begins with the line (a RESP array of bulk strings), or None: it is not whole."""
     count, parts = re.fullmatch(rb"\*(\d{1,9})\r\n", line), []
     for _ in range(int(count[1]) if count else 0):
         size = re.fullmatch(rb"\$(\d{1,9})\r\n", file.readline(100))
@@ -4800,8 +4804,8 @@ def listen(settings):
         return socket.create_server(address[:2], family=family, backlog=128,
                                     dualstack_ipv6=family == socket.AF_INET6 and socket.has_dualstack_ipv6())
     except OSError as error:
-        raise TransientStartError(f"port: cannot listen on {settings.host}:{settings.port}: {describe(error)}; expected a "
-                         "free port on an address of this machine") from None
+        raise TransientStartError(f"port: cannot listen on {settings.host}:{settings.port}: {describe(error)}; "
+                                  "expected a free port on an address of this machine") from None
 
 
 class HttpServer(http.server.ThreadingHTTPServer):
@@ -5218,7 +5222,8 @@ def open_store(settings, server=None):
         raise StartError("durability: 'fsync' is not allowed here, expected everysec: the server at "
                          f"{redacted(settings.redis_uri)} cannot confirm what is on disk ({describe(error)})") from None
     except redis.RedisError as error:
-        raise TransientStartError(f"redis_uri: {redacted(settings.redis_uri)} cannot be reached: {describe(error)}") from None
+        raise TransientStartError(
+            f"redis_uri: {redacted(settings.redis_uri)} cannot be reached: {describe(error)}") from None
     return store
 
 
@@ -5250,8 +5255,8 @@ def has_terminal() -> bool:
 class Signals:
     """The signals of this process: SIGTERM and SIGINT stop it, and SIGHUP opens the log file anew.
 
-    SIGHUP stops it as well where it `ends_with_terminal`, and that is gone. Whatever was ignored or blocked before, as a shell
-    ignores SIGINT for what it starts in the background, counts.
+    SIGHUP stops it as well where it `ends_with_terminal`, and that is gone. Whatever was ignored or blocked before
+    counts, as SIGINT is that a shell ignores for what it starts in the background.
     """
 
     def __init__(self, ends_with_terminal: bool = False):
@@ -5268,7 +5273,7 @@ class Signals:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
 
     def wait(self, timeout: float | None = None, life: int | None = None) -> int | None:
-        """Wait for a signal, up to `timeout` seconds. Returns SIGTERM: stop; SIGHUP: the log file is open anew; or None.
+        """Wait for a signal, up to `timeout` seconds. Returns SIGTERM: stop; SIGHUP: the log file is open anew; None.
 
         That the descriptor `life` has something to read, or its end, counts as SIGTERM.
         """
@@ -5752,7 +5757,8 @@ class Operator:
                 return 0
             if options.remove:
                 if self.users.find(options.remove) and not options.yes and not self.terminal.confirms(
-                        f"Deregister {options.remove}? That ends its key, and removes {self.possessions(options.remove)}."):
+                        f"Deregister {options.remove}? That ends its key, and removes "
+                        f"{self.possessions(options.remove)}."):
                     return 1
                 self.users.deregister(options.remove)
                 self.terminal.say(f"{options.remove} is deregistered; what it had waiting is not sent")
@@ -5804,7 +5810,8 @@ def repair(settings: Settings, terminal: Terminal, options: argparse.Namespace) 
         terminal.say(f"{path}: {size} bytes, of which the first {sound} are sound")
         if size == sound:
             return 0
-        if not options.yes and not terminal.confirms(f"Cut off the last {size - sound} bytes, and keep a copy of the file?"):
+        if not options.yes and not terminal.confirms(
+                f"Cut off the last {size - sound} bytes, and keep a copy of the file?"):
             return 1
         copy = server.folder / f"{path.name}.{time.strftime('%Y%m%dT%H%M%S')}"
         shutil.copy2(path, copy)
@@ -5852,8 +5859,8 @@ def command_line():
         if name == "delete":
             revive.add_argument("--yes", action="store_true", help="do not ask, as is done at a terminal before --all")
     command("stats", "show lanes, counters and the last hour; on a terminal every second, until Ctrl-C")
-    accounts = command("accounts", "list the accounts: name, dead letters, content types, mails sent and given up in the "
-                       "last hour")
+    accounts = command("accounts", "list the accounts: name, dead letters, content types, mails sent and given up in "
+                       "the last hour")
     accounts.add_argument("--yes", action="store_true", help="do not ask, as is done at a terminal before --remove")
     repairing = command("repair", "cut off what the embedded server cannot read at the end of its file, after a crash; "
                         "gomail must not be running")
