@@ -4470,6 +4470,394 @@ def test_a_hostile_mail_is_shown_as_text_and_in_a_sandbox(services, browser, har
     tab.complaints.clear()
 
 
+# --- real mail servers ------------------------------------------------------------------------------------
+# Postfix, Exim and OpenSMTPD of Debian 12 as they come: what they refuse, and what their limits do to tasks.
+
+Delivery = collections.namedtuple("Delivery", "recipient raw arrived")
+
+
+class RealServer:
+    """A mail server of Debian 12 on loopback, run by root in a folder of its own.
+
+    It has its stock configuration, but for paths, the port, and where mail goes: any address at example.com is
+    delivered into one Maildir, nothing leaves the machine, and no name server is asked. `lines` are added to the
+    configuration; what a line sets again counts as the line says.
+    """
+
+    FILES = pathlib.Path(os.environ.get("GOMAIL_TEST_SERVERS", "/nonexistent"))  # Exim's and OpenSMTPD's
+    OWNER = "nobody"  # of the Maildir
+    LOG, ACCEPTED = "log", ": message-id="  # the log, and what it has once for each message
+
+    def __init__(self, folder: pathlib.Path, *lines: str) -> None:
+        self.folder, self.lines, self.port = folder, lines, free_port()
+        self.process: subprocess.Popen | None = None
+        self.read: dict[str, Delivery] = {}
+        self.folder.chmod(0o711)  # the servers' own users pass through it
+        self.make(self.OWNER, "maildir")
+
+    def make(self, owner: str, *names: str, mode: int = 0o700) -> None:
+        """Make folders within the server's, owned by `owner`."""
+        for name in names:
+            (self.folder / name).mkdir(parents=True)
+            shutil.chown(self.folder / name, owner)
+            (self.folder / name).chmod(mode)
+
+    def configure(self, *lines: str) -> None:
+        """Write the configuration."""
+        raise NotImplementedError
+
+    def command(self) -> list:
+        """What runs the server in the foreground."""
+        raise NotImplementedError
+
+    def start(self) -> "RealServer":
+        self.configure(*self.lines)
+        with open(self.folder / "output", "ab") as output:
+            self.process = subprocess.Popen(self.command(), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                                            start_new_session=True)
+        until(self.listens)
+        return self
+
+    def listens(self) -> bool:
+        assert self.process.poll() is None, (self.folder / "output").read_text()
+        with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", self.port)):
+            return True
+        return False
+
+    def stop(self) -> None:
+        """End the server with all its processes, whatever they are doing."""
+        if self.process:
+            self.process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(PATIENCE)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def mails(self) -> list[Delivery]:
+        """What was delivered: to which recipient of the envelope, the bytes, and when (seconds since the epoch)."""
+        for path in self.folder.glob("maildir/new/*"):
+            if path.name not in self.read:
+                raw = path.read_bytes()
+                recipient = re.search(rb"^(?:Delivered|Envelope)-To: (.*)$", raw, re.MULTILINE | re.IGNORECASE)[1]
+                self.read[path.name] = Delivery(recipient.decode(), raw, path.stat().st_ctime)
+        return sorted(self.read.values(), key=lambda mail: mail.arrived)
+
+    def log(self) -> list[str]:
+        """The lines of its log."""
+        path = self.folder / self.LOG
+        return path.read_text(errors="replace").splitlines() if path.exists() else []
+
+    def accepted(self) -> int:
+        """How many messages it was sent up to now."""
+        return sum(self.ACCEPTED in line for line in self.log())
+
+
+def free_port() -> int:
+    """A port on loopback where nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
+class Postfix(RealServer):
+    """Postfix; `lines` are of main.cf."""
+
+    STOCK = pathlib.Path("/usr/share/postfix")
+    QUEUES = "active bounce corrupt defer deferred flush hold incoming private saved trace".split()
+
+    def __init__(self, folder: pathlib.Path, *lines: str) -> None:
+        super().__init__(folder, *lines)
+        self.make("root", "queue", "queue/pid", mode=0o755)
+        self.make("postfix", "data", *(f"queue/{name}" for name in self.QUEUES))
+        self.make("postfix", "queue/maildrop", "queue/public", mode=0o730)
+
+    def configure(self, *lines: str) -> None:
+        services = (self.STOCK / "master.cf.dist").read_text()
+        services = services.replace("\nsmtp      inet", f"\n127.0.0.1:{self.port} inet", 1)
+        # Without Debian's chroot, into which files of the system would have to be copied.
+        services = re.sub(r"(?m)^(\S+ +(?:inet|unix) +\S +\S +)y", r"\1n", services)
+        (self.folder / "master.cf").write_text(services)
+        (self.folder / "main.cf").write_text((self.STOCK / "main.cf.debian").read_text() + "\n".join([
+            f"queue_directory = {self.folder}/queue", f"data_directory = {self.folder}/data",
+            f"maillog_file = {self.folder}/log", f"maillog_file_prefixes = {self.folder}",
+            "myhostname = mx.example.com", "inet_interfaces = 127.0.0.1", "inet_protocols = ipv4",
+            "mydestination =", "mynetworks = 127.0.0.0/8", "alias_maps =",
+            "virtual_mailbox_domains = example.com", "virtual_mailbox_maps = static:maildir/",
+            f"virtual_mailbox_base = {self.folder}", "virtual_uid_maps = static:65534",
+            "virtual_gid_maps = static:65534", "default_transport = discard", "local_transport = discard", *lines, ""]))
+        os.utime(self.folder / "main.cf", (0, 0))  # Postfix would wait until it is a second old
+
+    def reload(self, *lines: str) -> None:
+        """Let other lines take the place of those it was started with."""
+        self.configure(*lines)
+        subprocess.run(["postfix", "-c", self.folder, "reload"], check=True, capture_output=True)
+
+    def command(self) -> list:
+        return ["/usr/lib/postfix/sbin/master", "-d", "-c", self.folder]
+
+
+class Exim(RealServer):
+    """Exim; `lines` are of the main section."""
+
+    OWNER = "Debian-exim"
+    LOG, ACCEPTED = "spool/mainlog", " <= "
+    PROGRAM = RealServer.FILES / "usr/sbin/exim4"
+
+    def __init__(self, folder: pathlib.Path, *lines: str) -> None:
+        super().__init__(folder, *lines)
+        self.make(self.OWNER, "spool")
+
+    def configure(self, *lines: str) -> None:
+        # What Debian's update-exim4.conf writes for "local delivery only", and then what differs.
+        macros = ["DCconfig_local = 1", "DC_eximconfig_configtype = local", "DC_minimaldns = 1",
+                  "LOCAL_DELIVERY = mail_spool", "ETC_MAILNAME = mx.example.com",
+                  "MAIN_HARDCODE_PRIMARY_HOSTNAME = mx.example.com",
+                  "MAIN_LOCAL_INTERFACES = 127.0.0.1", "MAIN_LOCAL_DOMAINS = @:localhost:example.com",
+                  "MAIN_RELAY_TO_DOMAINS =", "MAIN_RELAY_NETS = : 127.0.0.1 : ::::1",
+                  f"CONFDIR = {self.folder}", f"SPOOLDIR = {self.folder}/spool", f"exim_path = {self.PROGRAM}",
+                  f"log_file_path = {self.folder}/spool/%slog", f"pid_file_path = {self.folder}/spool/pid",
+                  f"daemon_smtp_ports = {self.port}", "helo_lookup_domains =", "deliver_drop_privilege"]
+        text = re.sub(r"(?m)^exim_path = .*", "", (self.FILES / "etc/exim4/exim4.conf.template").read_text())
+        text = text.replace("begin routers\n", "begin routers\nmaildir:\n  driver = accept\n  domains = example.com\n"
+                                               "  transport = maildir\n")
+        text = text.replace("begin transports\n", "begin transports\nmaildir:\n  driver = appendfile\n"
+                                                  f"  directory = {self.folder}/maildir\n  maildir_format\n"
+                                                  "  envelope_to_add\n")
+        (self.folder / "exim.conf").write_text("\n".join([*macros, *lines, text]))
+
+    def command(self) -> list:
+        return [self.PROGRAM, "-C", self.folder / "exim.conf", "-bdf", "-q30m"]
+
+    def queue(self) -> list[str]:
+        """The ids of the messages that it has not delivered."""
+        return [path.name.removesuffix("-H") for path in self.folder.glob("spool/input/*-H")]
+
+    def run_queue(self) -> None:
+        """Let it try to deliver each of them once."""
+        subprocess.run([self.PROGRAM, "-C", self.folder / "exim.conf", "-q"], check=True, capture_output=True)
+
+
+class OpenSmtpd(RealServer):
+    """OpenSMTPD; `lines` stand at the start of smtpd.conf."""
+
+    SPOOL = pathlib.Path("/var/spool/smtpd")  # built in: one runs at a time
+    LOG, ACCEPTED = "output", " smtp message msgid="
+
+    def __init__(self, folder: pathlib.Path, *lines: str) -> None:
+        super().__init__(folder, *lines)
+        self.make("root", "spool", mode=0o711)
+        self.SPOOL.unlink(missing_ok=True)  # fails where it is the folder of an installed one
+        self.SPOOL.symlink_to(self.folder / "spool")
+
+    def configure(self, *lines: str) -> None:
+        (self.folder / "users").write_text(f"@ {self.OWNER}\n")
+        (self.folder / "smtpd.conf").write_text("\n".join([
+            *lines, f"table users file:{self.folder}/users",
+            f"listen on 127.0.0.1 port {self.port} hostname mx.example.com",
+            f'action "local" maildir "{self.folder}/maildir" virtual <users>',
+            'action "relay" relay host smtp://127.0.0.1:1',
+            'match for domain "example.com" action "local"', 'match from local for any action "relay"', ""]))
+
+    def command(self) -> list:
+        return [self.FILES / "usr/sbin/smtpd", "-d", "-f", self.folder / "smtpd.conf"]
+
+    def stop(self) -> None:
+        super().stop()
+        self.SPOOL.unlink()
+
+
+@pytest.fixture
+def real():
+    """Starts a real mail server and ends it."""
+    if not RealServer.FILES.exists() or os.geteuid() != 0:
+        reason = ("no real mail servers to test with: as root, install_mail_servers of .ci/run installs them, "
+                  "and GOMAIL_TEST_SERVERS names their folder")
+        assert not os.environ.get("CI"), reason
+        pytest.skip(reason)
+    with contextlib.ExitStack() as stack:
+        def start(kind: type[RealServer], *lines: str) -> RealServer:
+            # Not below pytest's own folder: that one is closed to the servers' users, and its path is long.
+            folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+            server = kind(pathlib.Path(folder), *lines)
+            stack.callback(server.stop)
+            return server.start()
+        yield start
+
+
+def paused(client: Client, lane: str = "normal") -> str | None:
+    """Why a lane is paused, as GET /lanes has it."""
+    return next(found["reason"] for found in client.get("/lanes")["lanes"] if found["lane"] == lane)
+
+
+def delivered(server: RealServer, number: int) -> list[str]:
+    """Wait until `number` mails are delivered; then, to whom all went, sorted."""
+    until(lambda: len(server.mails()) >= number, 600.0)
+    return sorted(mail.recipient for mail in server.mails())
+
+
+# What is about no recipient, and yet Postfix says it only after RCPT (smtpd_delay_reject): the lines of main.cf that
+# make it say so, and its words. The access tables stand for what would ask a name server or a list of users.
+REFUSALS = {
+    "EHLO name": (["smtpd_helo_required = yes",
+                   "smtpd_helo_restrictions = check_helo_access static:{504 5.5.2 need fully-qualified hostname}"],
+                  r"504 5\.5\.2 <.*>: Helo command rejected: need fully-qualified hostname"),
+    "sender's domain": (["smtpd_sender_restrictions = check_sender_access static:{550 5.1.8 Domain not found}"],
+                        r"550 5\.1\.8 <app@example\.org>: Sender address rejected: Domain not found"),
+    "sender's domain for now": (["smtpd_sender_restrictions = check_sender_access static:{450 4.1.8 Domain not found}"],
+                                r"450 4\.1\.8 <app@example\.org>: Sender address rejected: Domain not found"),
+    "sender's owner": (["smtpd_sender_restrictions = check_sender_access static:{553 5.7.1 not owned by user app}"],
+                       r"553 5\.7\.1 <app@example\.org>: Sender address rejected: not owned by user app"),
+    "client": (["smtpd_client_restrictions = check_client_access static:REJECT"],
+               r"554 5\.7\.1 <localhost\[127\.0\.0\.1\]>: Client host rejected: Access denied"),
+    "relay": (["mynetworks = 192.0.2.0/24", "smtpd_relay_restrictions = permit_mynetworks, reject_unauth_destination"],
+              r"554 5\.7\.1 <.*>: Relay access denied"),
+    "relay for now": (["mynetworks = 192.0.2.0/24"], r"454 4\.7\.1 <.*>: Relay access denied")}
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize("lines, words", REFUSALS.values(), ids=REFUSALS)
+def test_what_postfix_refuses_of_all_mails_pauses_the_lane_and_costs_no_attempt(services, real, lines, words):
+    postfix = real(Postfix, *lines)
+    client = services(postfix).client.sign_up()
+    recipient = "user@example.net" if "Relay" in words else "user@example.com"
+    task_id = client.task(retries=0, userId=recipient)
+    until(lambda: paused(client) or client.get(f"/task/{task_id}")["state"] == "dead")
+    assert re.search(words, paused(client) or "")
+    refused = len(postfix.log())
+    until(lambda: sum("NOQUEUE: reject" in line for line in postfix.log()[refused:]) > 2)
+    assert client.state(task_id, "queued", "retrying", "dead")["attempts"] == 0
+    assert re.search(words, until(lambda: paused(client)))
+    postfix.reload("virtual_mailbox_domains = example.com, example.net")
+    client.state(task_id, "succeeded")
+    assert delivered(postfix, 1) == [recipient] and postfix.accepted() == 1
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize("lines, words", [([], None), *REFUSALS.values()], ids=["nothing", *REFUSALS])
+def test_check_says_what_postfix_refuses_of_all_mails(processes, real, redis_server, lines, words):
+    postfix = real(Postfix, *lines)
+    environment = {"redis_uri": redis_server.uri, "smtp_server": "127.0.0.1", "smtp_port": str(postfix.port)}
+    code, output, _ = processes({**environment, "smtp_from": "app@example.org"}, arguments=["--check"]).result()
+    assert (code, output.splitlines()[-1].split()[0]) == ((1, "failed") if words else (0, "ok"))
+    assert re.search(words or "takes mail from app@example.org", output) and not postfix.accepted()
+
+
+@pytest.mark.servers
+def test_a_mail_that_postfix_takes_its_time_to_accept_is_sent_once(services, real):
+    postfix = real(Postfix, "smtpd_end_of_data_restrictions = sleep 6")
+    client = services(postfix, smtp_timeout=2.0).client.sign_up()
+    task_id = client.task(retries=0)
+    until(lambda: postfix.accepted() > 1 or client.get(f"/task/{task_id}")["state"] in ("succeeded", "dead"))
+    assert client.get(f"/task/{task_id}")["state"] == "succeeded"
+    assert delivered(postfix, 1) == ["user@example.com"] and postfix.accepted() == 1
+
+
+@pytest.mark.servers
+def test_otps_in_a_row_are_not_left_in_exims_queue(services, real):
+    exim = real(Exim)
+    client = services(exim, smtp_tls="off").client.sign_up()
+    recipients = [f"user-{number:02}@example.com" for number in range(30)]
+    for recipient in recipients:
+        client.state(client.task("generateOtp", userId=recipient), "succeeded")
+    assert not [line for line in exim.log() if "no immediate delivery" in line]
+    assert delivered(exim, 30) == recipients
+    until(lambda: not exim.queue())
+
+
+@pytest.mark.parametrize("number, otps", [pytest.param(300, 5, marks=pytest.mark.servers),
+                                          pytest.param(2000, 10, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kind", [Postfix, Exim, OpenSmtpd])
+def test_messages_pass_a_stock_server_once_each_and_otps_overtake_them(services, real, kind, number, otps):
+    server = real(kind)
+    client = services(server, smtp_tls="off", workers=4).client.sign_up()
+    recipients, posted, share = [f"app-{each:04}@example.com" for each in range(number)], {}, number // otps
+    started = time.time()
+    for each in range(otps):
+        client.post("/task/batch", {"tasks": [{**MESSAGE, "payload": {**MESSAGE["payload"], "userId": recipient}}
+                                              for recipient in recipients[each * share:(each + 1) * share]]})
+        posted[f"otp-{each:04}@example.com"] = time.time()
+        client.task("generateOtp", userId=f"otp-{each:04}@example.com")
+    until(lambda: client.get("/health/metrics")["Total Jobs Executed"] == number + otps, 600.0)
+    taken, kept = time.time() - started, 0
+    assert client.get("/task/dead")["total"] == 0
+    if kind is Exim:
+        kept = len(server.queue())
+        server.run_queue()
+    assert delivered(server, number + otps) == sorted([*recipients, *posted])
+    assert server.accepted() == number + otps
+    arrived = {mail.recipient: mail.arrived for mail in server.mails()}
+    waits = sorted(arrived[recipient] - moment for recipient, moment in posted.items())
+    lasted = max(arrived.values()) - started
+    print(f"\n{kind.__name__}: {number + otps} mails sent in {taken:.1f} s, {kept} in its queue then, all delivered "
+          f"after {lasted:.1f} s, the OTPs after {[round(wait * 1000) for wait in waits]} ms")
+    assert waits[otps // 2] < lasted
+
+
+@pytest.mark.servers
+def test_opensmtpds_limit_of_mails_in_a_session_costs_no_attempt(services, real):
+    server = real(OpenSmtpd, "smtp limit max-mails 10")
+    client = services(server).client.sign_up()
+    recipients = [f"user-{number:02}@example.com" for number in range(50)]
+    tasks = [client.task(retries=0, userId=recipient) for recipient in recipients]
+    ended = [client.state(task_id, "succeeded", "dead") for task_id in tasks]
+    assert {(task["state"], task["attempts"]) for task in ended} == {("succeeded", 1)}
+    assert delivered(server, 50) == recipients and server.accepted() == 50
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize("kind, line", [(OpenSmtpd, "smtp limit max-rcpt 5"), (Postfix, "smtpd_recipient_limit = 5")])
+def test_more_recipients_than_a_server_takes_at_once_get_the_mail_in_one_attempt(services, real, kind, line):
+    server = real(kind, line)
+    client = services(server).client.sign_up()
+    recipients = [f"user-{number:02}@example.com" for number in range(12)]
+    task = client.state(client.task(retries=0, userId=recipients[0], cc=recipients[1:]), "succeeded", "dead")
+    assert (task["state"], task["attempts"]) == ("succeeded", 1)
+    assert delivered(server, 12) == recipients
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize("recipient", ["a..b@example.com", "a.@example.com"])
+@pytest.mark.parametrize("kind", [Postfix, Exim])  # OpenSMTPD takes none of them, in quotes or not
+def test_addresses_with_dots_where_rfc_5321_has_none_are_delivered(services, real, kind, recipient):
+    server = real(kind)
+    client = services(server, smtp_tls="off").client.sign_up()
+    assert client.state(client.task(retries=0, userId=recipient), "succeeded", "dead")["state"] == "succeeded"
+    found, = delivered(server, 1)
+    assert found.replace('"', "") == recipient
+
+
+@pytest.mark.servers
+def test_an_address_beyond_ascii_is_delivered_by_postfix(services, real):
+    postfix = real(Postfix)
+    client = services(postfix).client.sign_up()
+    client.state(client.task(retries=0, userId="jürgen@example.com"), "succeeded")
+    assert delivered(postfix, 1) == ["jürgen@example.com"] and b"with UTF8SMTP id" in postfix.mails()[0].raw
+
+
+@pytest.mark.servers
+def test_the_ehlo_name_is_a_fully_qualified_one_or_an_address_literal(services, real):
+    postfix = real(Postfix, "smtpd_helo_required = yes",
+                   "smtpd_helo_restrictions = reject_invalid_helo_hostname, reject_non_fqdn_helo_hostname")
+    client = services(postfix).client.sign_up()
+    task = client.state(client.task(retries=0), "succeeded", "dead")
+    assert task["state"] == "succeeded", task["error"]
+    assert delivered(postfix, 1)
+    name = re.search(r"^Received: from (\S+)", postfix.mails()[0].raw.decode(), re.MULTILINE)[1]
+    assert re.fullmatch(r"\[(IPv6:)?[0-9a-f.:]+\]|([a-z0-9-]+\.)+[a-z][a-z0-9-]*", name, re.IGNORECASE)
+
+
+@pytest.mark.servers
+def test_tls_from_the_start_works_on_any_port_and_with_an_authority_of_ones_own(services, real, tmp_path):
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(tmp_path / "server.pem")
+    postfix = real(Postfix, "smtpd_tls_wrappermode = yes", f"smtpd_tls_chain_files = {tmp_path}/server.pem",
+                   "smtpd_tls_received_header = yes")
+    client = services(postfix, smtp_tls="implicit", smtp_ca=str(tmp_path / "ca.pem")).client.sign_up()
+    client.state(client.task(retries=0), "succeeded")
+    assert delivered(postfix, 1) == ["user@example.com"] and b"(using TLSv1." in postfix.mails()[0].raw
+
+
 # --- faults -----------------------------------------------------------------------------------------------
 # Real processes are killed, real servers go away and come back; then the mails are counted: tasks that were
 # answered 2xx, distinct mails that arrived, and doubles.
