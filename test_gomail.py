@@ -2273,6 +2273,24 @@ def test_a_server_that_takes_ten_mails_a_session_gets_them_all_without_a_fault_a
     assert 1 <= mail_server.refusals <= service.settings.workers
 
 
+@pytest.mark.parametrize("number, otps", [(300, 5), pytest.param(2000, 10, marks=pytest.mark.long)])
+def test_messages_pass_a_server_of_ten_mails_a_session_once_each_and_otps_overtake_them(services, mail_server, number, otps):
+    mail_server.share, mail_server.used_up = 10, ("DATA", "452 4.4.5 Maximum number of messages per session exceeded.")
+    client = services(mail_server, workers=4).client.sign_up()
+    recipients, posted, share = [f"app-{each:04}@example.com" for each in range(number)], {}, number // otps
+    for each in range(otps):
+        client.post("/task/batch", {"tasks": [{**MESSAGE, "retries": 0, "payload": {**MESSAGE["payload"], "userId": recipient}}
+                                              for recipient in recipients[each * share:(each + 1) * share]]})
+        posted[f"otp-{each:04}@example.com"] = time.monotonic()
+        client.task("generateOtp", userId=f"otp-{each:04}@example.com")
+    until(lambda: client.get("/health/metrics")["Jobs Successful"] == number + otps, 600.0)
+    assert sorted(mail.recipient for mail in mail_server.mails) == sorted([*recipients, *posted])
+    arrived = {mail.recipient: mail.arrived for mail in mail_server.mails}
+    waits = [arrived[recipient] - moment for recipient, moment in posted.items()]
+    print(f"\n{number + otps} mails, {mail_server.refusals} refusals; the OTPs after {[round(wait * 1000) for wait in waits]} ms")
+    assert mail_server.refusals <= 8 and max(waits) < max(arrived.values()) - min(posted.values())
+
+
 SENDERS = [("replies", "504 5.5.2 <vm>: Helo command rejected: need fully-qualified hostname"),
            ("replies", "553 5.7.1 <app@example.org>: Sender address rejected: not owned by user app"),
            ("replies", "450 4.1.8 <app@example.org>: Sender address rejected: Domain not found"),
