@@ -31,6 +31,7 @@ import glob
 import hashlib
 import hmac
 import html
+import html.entities
 import http
 import http.server
 import importlib.util
@@ -2043,73 +2044,165 @@ class Unavailable(Exception):
         self.dropped = dropped
 
 
-# What the text has instead of a start tag, and of an end tag; other tags leave nothing behind.
+# The tokens of an HTML document as the HTML standard has them (WHATWG, section 13.2.5), in one expression: tags,
+# comments, and elements whose content is no markup. Each repetition is possessive or goes on to the end of the
+# document: the time grows with the length alone, whatever somebody writes. SVG and MathML are read like HTML.
+SPACE = r" \t\n\f\r"
+NAME_END = f"(?=[{SPACE}/>])"
+ATTRIBUTE = re.compile(rf"[{SPACE}/]*+([^{SPACE}/>][^{SPACE}/>=]*+)(?:[{SPACE}]*+=[{SPACE}]*+"
+                       rf"""(?:"([^"]*+)"?|'([^']*+)'?|([^{SPACE}>"'][^{SPACE}>]*+))?)?""")
+ATTRIBUTES = (rf"(?>[{SPACE}/]*+[^{SPACE}/>][^{SPACE}/>=]*+(?>[{SPACE}]*+=[{SPACE}]*+"
+              rf"""(?>"[^"]*+"?+|'[^']*+'?+|[^{SPACE}>"'][^{SPACE}>]*+)?+)?+)*+[{SPACE}/]*+""")
+# A script ends at "</script"; but after "<!--" and then "<script", only at the next one or after "-->".
+SCRIPT_IN_COMMENT = rf"<script{NAME_END}(?>[^-<]++|-(?!->)|<(?!/script{NAME_END}))*+(?></script)?+"
+SCRIPT_COMMENT = rf"<!(?=--)(?>[^-<]++|-(?!->)|{SCRIPT_IN_COMMENT}|<(?!/script{NAME_END}))*+(?>-->)?+"
+SCRIPT_ELEMENT = rf"script{NAME_END}{ATTRIBUTES}>(?>[^<]++|{SCRIPT_COMMENT}|<(?!/script{NAME_END}|!--))*+"
+RAW_ELEMENT = (rf"(style|title|textarea|iframe|noembed|noframes|xmp|plaintext){NAME_END}{ATTRIBUTES}>"
+               rf"((?>[^<]++|<(?!/(?!plaintext)\1{NAME_END}))*+)")  # nothing ends <plaintext>
+HTML_TOKEN = re.compile(
+    rf"<(?:(?=[stinxp])(?:{SCRIPT_ELEMENT}|{RAW_ELEMENT})"  # the first letter alone spares most tags the rest
+    rf"|(/?[a-z][^{SPACE}/>]*+)({ATTRIBUTES})>"
+    r"|!--(?:-?>|.*?--!?>|.*+)"
+    r"|(?:[!?]|/(?=[^a-z]))[^>]*+>?+"  # what the standard calls bogus comments, such as <![endif]>
+    r"|/?[a-z].*+)",  # a tag that the document ends in
+    re.IGNORECASE | re.ASCII | re.DOTALL)
+# In an attribute, a name without ";" counts only where no letter, digit or "=" follows: "&copy=2" is a part of a URL.
+ATTRIBUTE_REFERENCE = re.compile(r"&(?:#(?:[0-9]++|[xX][0-9a-fA-F]++);?|([a-zA-Z][a-zA-Z0-9]*+(?:;|(?!=))))")
+DECIMAL_REFERENCE = re.compile(r"(?<=&#)0*([0-9]{1,8})[0-9]*+")
+
+# What the text has instead of a tag; other tags leave nothing behind.
+BREAK = "\0"  # a line break that a tag makes; those of the document itself are white space like any other
 INSTEAD = {
-    **dict.fromkeys("address article aside center dd div dl dt fieldset figure footer form header hr main nav section "
-                    "title tr".split(), ("\n", "\n")),
-    **dict.fromkeys("blockquote h1 h2 h3 h4 h5 h6 ol p table ul".split(), ("\n\n", "\n\n")),
-    "br": ("\n", "\n"), "li": ("\n- ", ""), "td": (" ", ""), "th": (" ", ""),
-    **dict.fromkeys("b i em strong span".split(), ("", ""))}
-AS_WRITTEN = {f"<{slash}{tag}>": INSTEAD[tag][slash == "/"] for tag in INSTEAD for slash in ("", "/")}
-TAG = re.compile(r"<(/?)([a-zA-Z][a-zA-Z0-9]*)((?:[\s/][^<>]*)?)>|<[!?/][^<>]*>")
-HIDDEN = re.compile(r"<(head|script|style|template)(?=[\s/>])", re.IGNORECASE)
-PREFORMATTED = re.compile(r"</?pre(?:\s[^<>]*)?>", re.IGNORECASE)
-ATTRIBUTE = re.compile(r"""\b(href|alt)\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s"'>]+))""", re.IGNORECASE)
+    **{slash + tag: BREAK for slash in ("", "/") for tag in
+       "address article aside br caption center dd details div dl dt fieldset figcaption figure footer form header hr "
+       "legend main menu nav optgroup option section summary tr".split()},
+    **{slash + tag: BREAK * 2 for slash in ("", "/") for tag in "blockquote h1 h2 h3 h4 h5 h6 ol p table ul".split()},
+    "li": BREAK + "- ", "td": " ", "th": " ",
+    **dict.fromkeys("/li /td /th b /b body em /em font /font i /i span /span strong /strong tbody /tbody".split(), "")}
 
 
-def html_to_text(document):
+def html_to_text(document: str) -> str:
     """The text of an HTML document for those who read mail without HTML: blocks apart, links with their target.
 
-    In a time that grows with the length alone, whatever somebody writes into a mail.
+    In a time that grows with the length alone.
     """
-    first, *comments = document.split("<!--")
-    document = without_hidden(first + "".join(comment.partition("-->")[2] for comment in comments))
-    pieces = PREFORMATTED.split(document)
-    pieces[::2] = [piece.replace("\n", " ") for piece in pieces[::2]]  # line ends count inside of <pre> only
-    link = None
+    return TextOfHtml(document).text()
 
-    def instead(match):
-        nonlocal link
-        if (known := AS_WRITTEN.get(match[0])) is not None:
-            return known
-        ends, tag, attributes = match.groups()
+
+class TextOfHtml:
+    """The tokens of an HTML document, and what its text has for them.
+
+    `flow` is text, what stands for a tag, text, what stands for a tag, ..., text. Tag n stands at 2n + 1.
+    """
+
+    def __init__(self, document: str) -> None:
+        pieces = HTML_TOKEN.split(document.replace(BREAK, ""))
+        self.raw, self.contents, self.tags, self.attributes = (pieces[group::5] for group in (1, 2, 3, 4))
+        self.flow: list[str] = [""] * (2 * len(self.tags) + 1)
+        self.flow[::2] = [unescape(text) if "&" in text else text for text in pieces[::5]]
+        self.blocks: list[str] = []  # the text so far,
+        self.done = 0  # which is that of so much of `flow`
+        self.link: tuple[str, int] | None = None  # the target of the link that is open, and where in `flow` it began
+        self.preformatted = self.templates = 0  # how many such elements are open
+        self.hidden = 0  # where in `flow` the outermost template began
+
+    def text(self) -> str:
+        """All of the text."""
+        flow = self.flow
+        for number, tag in enumerate(self.tags):
+            instead = INSTEAD.get(tag)
+            flow[2 * number + 1] = self.instead(number) if instead is None else instead
+        if self.templates:
+            self.hide(len(flow))
+        flow.append(self.end_link(len(flow)))
+        self.end_block(len(flow))
+        return "\n\n".join(filter(None, self.blocks)) + "\n"
+
+    def instead(self, number: int) -> str:
+        """What stands for a token that is none of the usual tags."""
+        at, tag = 2 * number + 1, self.tags[number]
         tag = tag and tag.lower()
-        if tag in INSTEAD:
-            return INSTEAD[tag][ends == "/"]
-        if tag == "img":
-            return attribute("alt", attributes)
-        if tag == "a" and not ends:
-            link = attribute("href", attributes), match.end()
-        elif tag == "a" and link:
-            (target, start), link = link, None
-            if target.startswith(("http:", "https:", "mailto:")) and target not in match.string[start:match.start()]:
-                return f" ({target})"
+        if tag in ("template", "/template") or self.templates:
+            self.nest_template(tag, at)
+        elif tag is None:
+            return self.verbatim(number)
+        elif tag == "img":
+            return attribute("alt", self.attributes[number])
+        elif tag in ("a", "/a"):
+            ended = self.end_link(at)  # by a start tag too: there are no links within links
+            self.link = (link_target(self.attributes[number]), at + 1) if tag == "a" else None
+            return ended
+        elif tag == "pre" or tag == "/pre" and self.preformatted:
+            deeper = self.preformatted + (1 if tag == "pre" else -1)
+            if not (self.preformatted and deeper):
+                self.end_block(at)
+            self.preformatted = deeper
+        else:
+            return INSTEAD.get(tag, "")  # it may have been written in capital letters
         return ""
-    text = html.unescape(TAG.sub(instead, "\n\n".join(pieces)))
-    text = "\n".join([" ".join(line.split()) for line in text.split("\n")])
-    while "\n\n\n" in text:
-        text = text.replace("\n\n\n", "\n\n")
-    return text.strip() + "\n"
+
+    def nest_template(self, tag: str | None, at: int) -> None:
+        """Count the templates that are open: nobody sees what is in them."""
+        if tag == "template":
+            self.hidden = self.hidden if self.templates else at
+            self.templates += 1
+        elif tag == "/template" and self.templates:
+            self.templates -= 1
+            if not self.templates:
+                self.hide(at)
+
+    def hide(self, end: int) -> None:
+        """Leave nothing of the outermost template, which ends before `end`."""
+        self.flow[self.hidden:end] = [""] * (end - self.hidden)
+
+    def verbatim(self, number: int) -> str:
+        """What there is to see of an element whose content is no markup; nothing of a comment."""
+        name, content = (self.raw[number] or "").lower(), self.contents[number]
+        if name == "textarea":
+            return unescape(content)
+        return content if name in ("xmp", "plaintext") else ""
+
+    def end_link(self, end: int) -> str:
+        """What stands at the end of a link: its target, unless its text has that already."""
+        target, start = self.link or ("", 0)
+        return f" ({target})" if target and target not in "".join(self.flow[start:end]) else ""
+
+    def end_block(self, end: int) -> None:
+        """Put white space in order in what comes before `end`: preformatted text keeps it."""
+        text, self.done = "".join(self.flow[self.done:end]), end
+        if self.preformatted:
+            lines = [line.rstrip() for line in text.replace(BREAK, "\n").splitlines()]
+            self.blocks.append("\n".join(lines).strip("\n"))
+        else:
+            text = "\n".join([" ".join(line.split()) for line in text.split(BREAK)])
+            self.blocks.append(re.sub(r"\n{3,}", "\n\n", text).strip())
 
 
-def without_hidden(document):
-    """An HTML document without the elements that nobody sees. The end tag of the head may be left out."""
-    parts, start = [], 0
-    while found := HIDDEN.search(document, start):
-        parts.append(document[start:found.start()])
-        name = found[1].lower()
-        closing = re.compile(rf"</{name}\s*>" + "|(?=<body)" * (name == "head"), re.IGNORECASE)
-        end = closing.search(document, found.end())
-        start = end.end() if end else len(document)
-    return "".join(parts) + document[start:]
-
-
-def attribute(name, attributes):
-    """The value of an HTML attribute as it is written, or ""."""
-    for found, *values in ATTRIBUTE.findall(attributes):
-        if found.lower() == name:
-            return "".join(values)
+def attribute(name: str, attributes: str) -> str:
+    """The value of an HTML attribute, or ""."""
+    for found in ATTRIBUTE.finditer(attributes):
+        if found[1].lower() == name:
+            return ATTRIBUTE_REFERENCE.sub(decode_reference, found[2] or found[3] or found[4] or "")
     return ""
+
+
+def decode_reference(reference: re.Match[str]) -> str:
+    """What a character reference in an attribute stands for."""
+    name = reference[1]
+    return html.entities.html5.get(name, reference[0]) if name else unescape(reference[0])
+
+
+def unescape(text: str) -> str:
+    """Text with its character references replaced: by html.unescape, which fails at numbers of thousands of digits."""
+    return html.unescape(DECIMAL_REFERENCE.sub(r"\1", text) if "&#" in text else text)
+
+
+def link_target(attributes: str) -> str:
+    """Where an HTML link leads, "" where that is nowhere outside of the mail. As browsers read it (WHATWG, URL)."""
+    target = re.sub(r"[\t\n\r]", "", attribute("href", attributes)).strip("".join(map(chr, range(33))))
+    if not target.lower().startswith(("http:", "https:", "mailto:")):
+        return ""
+    return re.sub(r"\s", lambda space: urllib.parse.quote(space[0]), target)
 
 
 @dataclasses.dataclass
