@@ -21,7 +21,6 @@ import collections
 import contextlib
 import dataclasses
 import datetime
-import email.header
 import email.policy
 import email.utils
 import fcntl
@@ -2242,12 +2241,12 @@ def compose(mail, message_id, created):
     The result has CRLF line ends, lines of at most 998 octets (RFC 5322 section 2.1.1) and only ASCII, so that any
     server takes it; but an address that is not ASCII stands as it is, in UTF-8 (RFC 6532).
     """
-    headers = [f"From: {encoded_sender(*mail.sender)}", f"To: {mail.recipient}"]
+    headers = [sender_header(*mail.sender), f"To: {mail.recipient}"]
     if mail.cc:
         headers.append("Cc: " + ",\r\n ".join(mail.cc))
     if mail.reply_to:
         headers.append(f"Reply-To: {mail.reply_to}")
-    headers += [f"Subject: {encoded_header('Subject', mail.subject)}",
+    headers += [folded("Subject", plain_words(mail.subject) or encoded_words(mail.subject, len("Subject: "))),
                 f"Date: {email.utils.formatdate(created // 1_000_000)}", f"Message-ID: <{message_id}>",
                 *(f"{name}: {value}" for name, value in mail.headers), "MIME-Version: 1.0", ""]
     return "\r\n".join(headers).encode() + mime_body(mail.content, mail.text, mail.attachments)
@@ -2310,21 +2309,67 @@ def mime_attachment(filename, media_type, content, content_id):
     return "\r\n".join(lines).encode()
 
 
+def is_plain(text: str) -> bool:
+    """Whether a text can stand in a header as it is, where nobody takes it for an encoded word."""
+    return text.isascii() and text.isprintable() and "=?" not in text
+
+
 @functools.lru_cache
-def encoded_sender(name, address):
-    """The value of the header From."""
-    return f"{encoded_header('From', quoted_phrase(name))} <{address}>" if name else address
+def sender_header(name: str, address: str) -> str:
+    """The header From. What needs encoding is encoded without its quotes (RFC 2047 section 5)."""
+    if not name:
+        return f"From: {address}"
+    return folded("From", [*(plain_words(quoted_phrase(name)) or encoded_words(name, len("From: "))), f"<{address}>"])
 
 
-def encoded_header(name, value):
-    """The value of a header, folded, and encoded (RFC 2047) where it could not stand there as it is.
+def folded(name: str, words: list[str]) -> str:
+    """A header of words, folded between them into lines of at most 76 characters, unless a word is longer."""
+    lines = [f"{name}: {words[0]}"]
+    for word in words[1:]:
+        if len(lines[-1]) + 1 + len(word) > 76:
+            lines.append(f" {word}")
+        else:
+            lines[-1] += f" {word}"
+    return "\r\n".join(lines)
 
-    By the standard library's older class: the newer one loses spaces between two encoded words.
+
+def plain_words(text: str) -> list[str]:
+    """The words of a text that can stand in a header as it is, folded between them; none where it has to be encoded."""
+    words = text.split(" ")
+    return words if is_plain(text) and all(0 < len(word) <= 60 for word in words) or not text else []
+
+
+def encoded_words(text: str, column: int) -> list[str]:
+    """A text as encoded words of whole characters (RFC 2047), in the encoding that is shorter.
+
+    Args:
+        column: where the first one begins in its line; the others begin lines. A quote has room behind each.
     """
-    plain = value.isascii() and "=?" not in value and max(map(len, value.split(" "))) <= 60
-    if plain and len(name) + len(value) <= 74:
-        return value
-    return email.header.Header(value, None if plain else "utf-8", header_name=name).encode(linesep="\r\n")
+    room, further = (76 - begin - len('=?utf-8?q??="') for begin in (column, 1))
+    octets, q_encoded = text.encode(), list(map(q_encoding, text))
+    if sum(map(len, q_encoded)) <= math.ceil(len(octets) / 3) * 4:
+        return [f"=?utf-8?q?{word}?=" for word in pack(q_encoded, room, further)]
+    packed = pack([character.encode() for character in text], room // 4 * 3, further // 4 * 3)
+    return [f"=?utf-8?b?{base64.b64encode(word).decode()}?=" for word in packed]
+
+
+def q_encoding(character: str) -> str:
+    """A character in the encoding Q, as it may stand in names too (RFC 2047 section 5(3))."""
+    if re.match(r"[A-Za-z0-9!*+/-]", character):
+        return character
+    return "_" if character == " " else "".join(f"={octet:02X}" for octet in character.encode())
+
+
+def pack(pieces: list, room: int, further: int = 0) -> list:
+    """Join strings (or bytes) as far as they fit in `room`, the rest in `further` each, by default the same."""
+    packed = pieces[:1]
+    for piece in pieces[1:]:
+        if len(packed[-1]) + len(piece) > room:
+            packed.append(piece)
+            room = further or room
+        else:
+            packed[-1] += piece
+    return packed
 
 
 def quoted_phrase(name):

@@ -12,9 +12,11 @@ import contextlib
 import dataclasses
 import datetime
 import email
+import email.header
 import email.headerregistry
 import email.message
 import email.policy
+import email.utils
 import http.client
 import itertools
 import json
@@ -1417,10 +1419,59 @@ def test_the_text_part_of_real_templates_has_the_words_and_links_that_html_to_te
         assert words_and_links(gomail.html_to_text(document)) == words_and_links(text), name
 
 
-@pytest.mark.parametrize("subject", ["=?utf-8?q?=0d=0aBcc:_x@example.com?=", "x" * 998, "a  b   c" * 30, "x" * 70 + " y"])
+@pytest.mark.parametrize("subject", [
+    "=?utf-8?q?=0d=0aBcc:_x@example.com?=", "x" * 998, "a  b   c" * 30, "x" * 70 + " y", " x "])
 def test_a_subject_is_shown_as_it_was_given_whatever_it_looks_like(subject):
     raw, message = composed(subject)
-    assert message["Subject"] == subject and max(map(len, raw.split(b"\r\n"))) <= 998
+    assert message["Subject"] == subject and max(map(len, raw.split(b"\r\n"))) <= 76
+
+
+HEADER_PIECES = [
+    "word", " ", "  ", "=?utf-8?q?x?=", "=?", "?=", "e\u0301\u0302", "🎉", "日本語", "a" * 70, "x" * 90, ", ", "\\"]
+HEADER_TEXT = st.lists(st.sampled_from(HEADER_PIECES) | st.text(
+    st.sampled_from('" ,;:()<>@[]\\=?_%') | st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp")), min_size=1),
+    min_size=1, max_size=60).map("".join).filter(str.strip)
+
+
+def unencoded(value):
+    """A header's value as the email package's older reader has it: the newer one puts spaces into long names."""
+    return str(email.header.make_header(email.header.decode_header(value.replace("\n", ""))))
+
+
+@hypothesis.settings(deadline=None, max_examples=500)
+@hypothesis.given(HEADER_TEXT.map(lambda text: text[:998]).filter(str.strip))
+def test_any_subject_and_name_reads_back_and_encoded_words_are_short_and_of_whole_characters(text):
+    raw, message = composed(text, sender=(text, "app@example.org"))
+    assert message["Subject"] == text and message["From"].addresses[0].addr_spec == "app@example.org"
+    name, address = email.utils.parseaddr(email.message_from_bytes(raw)["From"].replace("\n", ""))
+    assert unencoded(name) == text and address == "app@example.org"
+    head = raw.partition(b"\r\n\r\n")[0].decode("ascii")
+    assert all(len(line) <= 76 for line in head.split("\r\n") if "=?" in line)
+    for word in re.findall(r"=\?utf-8\?[qb]\?[!->@-~]*\?=", head):
+        assert len(word) <= 75 and email.header.decode_header(word)[0][0].decode()
+    sender = head.partition("\r\nTo: ")[0]
+    assert "=?" not in sender or '"' not in sender  # RFC 2047 section 5(3)
+
+
+@pytest.mark.parametrize("name, header", [
+    ("", "app@example.org"), ("App", "App <app@example.org>"), ('A "B", C', '"A \\"B\\", C" <app@example.org>'),
+    ("Jörg, Shop am Markt", "=?utf-8?q?J=C3=B6rg=2C_Shop_am_Markt?= <app@example.org>"),
+    ("日本", "=?utf-8?b?5pel5pys?= <app@example.org>"),
+    ("word " * 15 + "end", "word " * 13 + "word\r\n word end <app@example.org>"),
+    ("word " * 13 + "word", "word " * 13 + "word\r\n <app@example.org>"),
+    ("x" * 61, "=?utf-8?q?" + "x" * 57 + "?=\r\n =?utf-8?q?xxxx?= <app@example.org>")])
+def test_a_name_is_quoted_or_encoded_only_where_it_must_be_and_folded(name, header):
+    assert composed(sender=(name, "app@example.org"))[0].startswith(f"From: {header}\r\nTo: ".encode())
+
+
+def test_a_long_subject_in_ascii_is_folded_between_its_words():
+    raw, _ = composed("Your order 4711 is on its way to you, and will arrive on Monday, or on Tuesday at the latest")
+    assert raw.split(b"\r\n")[2:4] == [b"Subject: Your order 4711 is on its way to you, and will arrive on Monday, or",
+                                       b" on Tuesday at the latest"]
+
+
+def test_a_subject_that_its_variables_leave_empty_is_no_fault():
+    assert composed("")[1]["Subject"] == ""
 
 
 @pytest.mark.parametrize("content", ["plain", "if a < b and c > d", "1 <2> 3", "x <y@example.com> z", "a\r\nb\rc\nd"])
