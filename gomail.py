@@ -1069,8 +1069,14 @@ CONTENT = Text(100_000_000)
 CONTENT_TYPE = Text(100, r"[\w. -]", "only letters, digits, spaces and . _ -")
 FREQUENCIES = ("@hourly", "@daily", "@weekly", "@monthly")
 
-MEDIA_TYPE = Form("a media type, such as application/pdf, but no multipart/... or message/...",
-                  re.compile(r"(?!multipart/|message/)[a-z0-9][a-z0-9!#$&^_.+-]*/[a-z0-9][a-z0-9!#$&^_.+-]*"), 127)
+# RFC 2045 section 5.1, with names as in RFC 6838 section 4.2. No flag ignores case: the schema has the pattern too.
+MEDIA_NAME = "[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]*"
+MEDIA_PARAMETER = (r"""[ \t]*;[ \t]*([A-Za-z0-9!#$%&'*+.^_`{|}~-]{1,40})"""
+                   r"""=([A-Za-z0-9!#$%&'*+.^_`{|}~-]{1,60}|"(?:[ !#-\[\]-~]|\\[ -~]){0,60}")""")
+MEDIA_TYPE = Form("a media type, such as application/pdf or text/csv; charset=utf-8, but no multipart/... or "
+                  "message/...",
+                  re.compile("(?![Mm][Uu][Ll][Tt][Ii][Pp][Aa][Rr][Tt]/|[Mm][Ee][Ss][Ss][Aa][Gg][Ee]/)"
+                             f"{MEDIA_NAME}/{MEDIA_NAME}({MEDIA_PARAMETER})*"), 255)
 CONTENT_ID = Form("letters, digits and . _ + -, and perhaps an @ within",
                   re.compile(r"[A-Za-z0-9._+-]+(@[A-Za-z0-9._+-]+)?"), 100)
 FILENAME = Text(100, ONE_LINE[:-1] + r"/\\]", "without control characters, / and \\")
@@ -2257,7 +2263,7 @@ def mime_body(content, text="", attachments=()):
     """The MIME headers and the body: the same for all mails of a newsletter, so it is made once.
 
     With all there can be: multipart/mixed of (multipart/alternative of (text, multipart/related of (HTML, what it
-    shows)), attachments), as RFC 2046 and RFC 2387 have them.
+    shows), invitation), attachments), as RFC 2046 and RFC 2387 have them.
     """
     def multipart(subtype, parts, number):
         # Nobody can write a text that holds the hash of itself, nor does an encoding make "=_".
@@ -2268,15 +2274,20 @@ def mime_body(content, text="", attachments=()):
                 + f"--{boundary}--\r\n".encode())
     digest = hashlib.sha256(repr((content, text, attachments)).encode()).hexdigest()[:32]
     content, text = (re.sub(r"\r\n?", "\n", found) for found in (content, text))
-    shown = [mime_attachment(*found) for found in attachments if found[3]]
-    further = [mime_attachment(*found) for found in attachments if not found[3]]
+    # Mailers offer to accept an invitation where it is an alternative, and show the last one that they can.
+    invitation = next((found for found in attachments if is_invitation(found[1])), None)
+    files = [found for found in attachments if found is not invitation]
+    shown = [mime_attachment(*found, "inline") for found in files if found[3]]
+    further = [mime_attachment(*found, "attachment") for found in files if not found[3]]
     if text or is_html(content):
-        body = mime_part("html", content)
-        if shown:
-            body = multipart("related", [body, *shown], 3)
-        body = multipart("alternative", [mime_part("plain", text or html_to_text(content)), body], 2)
+        markup = mime_part("html", content)
+        alternatives = [mime_part("plain", text or html_to_text(content)),
+                        multipart("related", [markup, *shown], 3) if shown else markup]
     else:
-        body, further = mime_part("plain", content), shown + further
+        alternatives, further = [mime_part("plain", content)], shown + further
+    if invitation:
+        alternatives.append(mime_attachment(*invitation))
+    body = multipart("alternative", alternatives, 2) if len(alternatives) > 1 else alternatives[0]
     return multipart("mixed", [body, *further], 1) if further else body
 
 
@@ -2292,26 +2303,69 @@ def mime_part(subtype, text):
     return head.encode() + octets.replace(b"\n", b"\r\n")
 
 
-def mime_attachment(filename, media_type, content, content_id):
-    """A part with a file. The name by RFC 2231, in pieces that leave no line too long."""
-    if filename.isascii():
-        name = 'filename="' + re.sub(r'(["\\])', r"\\\1", filename) + '"'
-    else:
-        charset = "utf-8''"
-        pieces = re.findall(r"(?:%..|[^%]){1,20}", urllib.parse.quote(filename, safe=""))
-        name = ";\r\n ".join(f"filename*{number}*={'' if number else charset}{piece}"
-                             for number, piece in enumerate(pieces))
-    lines = [f"Content-Type: {media_type}", "Content-Transfer-Encoding: base64",
-             f"Content-Disposition: {'inline' if content_id else 'attachment'};\r\n {name}"]
+def parse_media_type(text: str) -> tuple[str, dict[str, str]]:
+    """The type in lower case, and its parameters as they are written: name in lower case -> value.
+
+    Of a text that MEDIA_TYPE takes. A parameter counts once, and one that names the file not at all.
+    """
+    parameters: dict[str, str] = {}
+    for name, value in re.findall(MEDIA_PARAMETER, text):
+        if name.partition("*")[0].lower() not in ("name", "filename"):
+            parameters.setdefault(name.lower(), value)
+    return text.partition(";")[0].strip().lower(), parameters
+
+
+def is_invitation(media_type: str) -> bool:
+    """Whether a file of this media type asks for something, such as to come to a meeting (RFC 6047 section 2.4)."""
+    kind, parameters = parse_media_type(media_type)
+    return kind == "text/calendar" and "method" in parameters
+
+
+def mime_attachment(filename: str, media_type: str, content: str, content_id: str, disposition: str = "") -> bytes:
+    """A part with a file; `content` is in base64."""
+    kind, parameters = parse_media_type(media_type)
+    if kind == "text/calendar":
+        parameters.setdefault("charset", "utf-8")  # what it is by RFC 5545 section 3.1.4, but not by MIME
+    lines = [parameterized("Content-Type", kind, [*parameters.items(), ("name", encoded_name(filename))]),
+             "Content-Transfer-Encoding: base64"]
+    if disposition:
+        lines.append(parameterized("Content-Disposition", disposition, filename_parameters(filename)))
     if content_id:
         lines.append(f"Content-ID: <{content_id}>")
     lines += ["", *(content[start:start + 76] for start in range(0, len(content), 76)), ""]
     return "\r\n".join(lines).encode()
 
 
+def parameterized(name: str, value: str, parameters: list[tuple[str, str]]) -> str:
+    """A header whose value has parameters, folded between them."""
+    *words, last = [value, *map("=".join, parameters)]
+    return folded(name, [*(f"{word};" for word in words), last])
+
+
 def is_plain(text: str) -> bool:
     """Whether a text can stand in a header as it is, where nobody takes it for an encoded word."""
     return text.isascii() and text.isprintable() and "=?" not in text
+
+
+def quoted(text: str) -> str:
+    """A quoted-string (RFC 5322 section 3.2.4)."""
+    return '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
+
+
+def encoded_name(filename: str) -> str:
+    """The name of a file for Content-Type. Encoded words in quotes are no standard, but what older mailers read."""
+    return quoted(filename) if is_plain(filename) else '"' + "\r\n ".join(encoded_words(filename, len(' name="'))) + '"'
+
+
+def filename_parameters(filename: str) -> list[tuple[str, str]]:
+    """The name of a file for Content-Disposition: by RFC 2231, and in ASCII for those who cannot read that."""
+    if is_plain(filename):
+        return [("filename", quoted(filename))]
+    pieces = pack([urllib.parse.quote(character, safe="") for character in filename], 50)
+    pieces[0] = "utf-8''" + pieces[0]
+    names = [f"filename*{number}*" for number in range(len(pieces))] if len(pieces) > 1 else ["filename*"]
+    # Python's email package takes the first of two names, others prefer the encoded one wherever it stands.
+    return [*zip(names, pieces), ("filename", '"' + re.sub(r"[^ !#->@-\[\]-~]", "_", filename) + '"')]
 
 
 @functools.lru_cache

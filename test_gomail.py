@@ -861,7 +861,11 @@ BAD_OPTIONAL = [
     *[("from_name", value) for value in ("", 5, "a\r\nBcc: x@example.com", "x" * 101)],
     *[("send_at", value) for value in ("", 5, "tomorrow", "2030-01-31", "2030-01-31T09:00:00", "2030-02-30T09:00:00Z")],
     *[("attachments[0].filename", value) for value in (ABSENT, "", 5, "a/b", "a\\b", "a\nb", "x" * 101)],
-    *[("attachments[0].content_type", value) for value in (ABSENT, "", 5, "pdf", "text/x\n", "multipart/mixed", "message/rfc822")],
+    *[("attachments[0].content_type", value) for value in (
+        ABSENT, "", 5, "pdf", "text/x\n", "multipart/mixed", "message/rfc822", "Multipart/Mixed", "MESSAGE/rfc822; a=b",
+        "text/x;", "text/x; a", "text/x; a=", "text/x; a=b c", "text/x; a=ä", 'text/x; a="', 'text/x; a="\\"',
+        'text/x; a="\r\n"', 'text/x; a="b"c', "text/x; a=b\r\nBcc: eve@evil.example", "text/x; a=b;; c=d", "text /x",
+        "text/x; a =b", "text/x; a=" + "b" * 61)],
     *[("attachments[0].content", value) for value in (ABSENT, 5, "not base64!", "abc")],
     *[("attachments[0].content_id", value) for value in ("", 5, "a b", "<a>", "x" * 101)],
     *[("variables", value) for value in ([], "x", {"a b": "x"}, {"": "x"}, {str(number): "x" for number in range(101)})],
@@ -891,6 +895,15 @@ def test_a_bad_optional_field_of_a_message_is_refused_by_name(field, value):
 def filled(variables=ABSENT, **payload):
     payload = {**MESSAGE["payload"], **payload, **({} if variables is ABSENT else {"variables": variables})}
     return gomail.TASK({**MESSAGE, "payload": payload})["payload"]
+
+
+@pytest.mark.parametrize("content_type", [
+    "text/calendar; method=REQUEST", "Text/CSV;charset=UTF-8 ; header=present", "messages/x", "x/multipart",
+    'application/x; title="a; b=\\"c\\" (d)"',
+    "application/vnd.openxmlformats-officedocument.spreadsheetml.pivotCacheDefinition+xml"])
+def test_a_media_type_may_have_parameters_and_capital_letters(content_type):
+    attachment = {"filename": "a", "content_type": content_type, "content": "QQ=="}
+    assert filled(attachments=[attachment])["attachments"] == [attachment]
 
 
 def test_variables_fill_subject_text_and_content_and_are_escaped_in_html_only():
@@ -1235,6 +1248,9 @@ def base64_of(data):
     return base64.b64encode(data).decode()
 
 
+PICTURE = base64_of(b"not really a picture")
+
+
 def test_a_message_takes_a_text_a_name_a_reply_address_copies_and_attachments(client, mail_server):
     picture, file = b"\x89PNG" + bytes(range(256)) * 300, b"a,b\r\n.\r\n1,2\r\n"
     client.task(content='<p>Look: <img src="cid:logo@x"></p>', text="Look.", from_name="Jörg, Shop", reply_to="help@example.org",
@@ -1472,6 +1488,67 @@ def test_a_long_subject_in_ascii_is_folded_between_its_words():
 
 def test_a_subject_that_its_variables_leave_empty_is_no_fault():
     assert composed("")[1]["Subject"] == ""
+
+
+def attached(filename, media_type):
+    """The headers, as text and parsed, of the part that an attachment becomes."""
+    raw, message = composed(attachments=((filename, media_type, base64_of(b"A"), ""),))
+    *_, part = message.walk()
+    assert part.get_payload(decode=True) == b"A"
+    return re.split(rb"\r\n--.*\r\n", raw)[2].partition(b"\r\n\r\n")[0].decode("ascii"), part
+
+
+@pytest.mark.parametrize("media_type, header", [
+    ("application/pdf", 'application/pdf; name="a.x"'),
+    ("Text/CSV;Charset=UTF-8", 'text/csv; charset=UTF-8; name="a.x"'),
+    ("x/y; NAME=b; name*=c; name*0*=d; filename=e", 'x/y; name="a.x"'),
+    ("x/y; a=1; A=2", 'x/y; a=1; name="a.x"'),
+    ('x/y; a="; name=z\\"; b"', 'x/y; a="; name=z\\"; b"; name="a.x"'),
+    (f"x/y; one={'v' * 60}; two={'v' * 60}", f'x/y;\r\n one={"v" * 60};\r\n two={"v" * 60};\r\n name="a.x"'),
+    ("text/calendar", 'text/calendar; charset=utf-8; name="a.x"')])
+def test_an_attachment_keeps_the_parameters_of_its_media_type_folded_and_each_once(media_type, header):
+    head, _ = attached("a.x", media_type)
+    assert head.partition("\r\nContent-Transfer-Encoding: ")[0] == f"Content-Type: {header}"
+
+
+# The email package takes quotes, brackets and white space off a name's ends, so these names have none there.
+@hypothesis.settings(deadline=None, max_examples=300)
+@hypothesis.given(HEADER_TEXT.map(lambda text: "a" + re.sub(r"[/\\]", "_", text)[:98] + "z"))
+def test_any_file_name_reads_back_and_stands_in_ascii_beside_that(filename):
+    head, part = attached(filename, "text/x")
+    written = dict(re.findall(r'\b((?:file)?name)="((?:\\.|[^"\\])*)"', head.replace("\r\n", "")))
+    written = {name: re.sub(r"\\(.)", r"\1", value) for name, value in written.items()}
+    if filename.isascii() and "=?" not in filename:
+        assert part.get_filename() == written["filename"] == written["name"] == filename
+    else:
+        assert part.get_filename() == unencoded(written["name"]) == filename
+        assert written["filename"] == re.sub(r'[^ -~]|["?]', "_", filename)
+    for piece in re.findall(r"filename(?:\*\d+)?\*=(?:utf-8'')?(\S*);", head):
+        assert urllib.parse.unquote(piece, errors="strict") and len(piece) <= 50
+    assert all(len(line) <= 76 for line in head.split("\r\n") if "=?" in line or "filename*" in line)
+
+
+@pytest.mark.parametrize("content, structure", [
+    ("plain", ["mixed", "alternative", "plain", "calendar", "png", "calendar", "calendar"]),
+    ("<p>Hi <img src=cid:logo>",
+     ["mixed", "alternative", "plain", "related", "html", "png", "calendar", "calendar", "calendar"])])
+def test_an_invitation_is_the_last_alternative_and_other_calendars_are_attached(content, structure):
+    invitation = base64_of(b"BEGIN:VCALENDAR\r\n")
+    _, message = composed(content=content, attachments=(
+        ("logo.png", "image/png", PICTURE, "logo"), ("invité.ics", "Text/Calendar; Method=REQUEST", invitation, ""),
+        ("b.ics", "text/calendar; method=CANCEL", PICTURE, ""), ("c.ics", "text/calendar", PICTURE, "")))
+    parts = list(message.walk())
+    assert [part.get_content_subtype() for part in parts] == structure
+    part, second, third = (part for part in parts if part.get_content_subtype() == "calendar")
+    assert part in parts[1].get_payload()[-1:] and base64_of(part.get_payload(decode=True)) == invitation
+    assert part.get_param("method") == "REQUEST" and part.get_param("charset") == "utf-8"
+    assert part.get_content_disposition() is None and part.get_filename() == "invité.ics"
+    assert second.get_content_disposition() == third.get_content_disposition() == "attachment"
+
+
+def test_a_plain_mail_with_an_invitation_alone_has_two_alternatives():
+    _, message = composed(attachments=(("a.ics", "text/calendar; method=REQUEST", PICTURE, ""),))
+    assert [part.get_content_subtype() for part in message.walk()] == ["alternative", "plain", "calendar"]
 
 
 @pytest.mark.parametrize("content", ["plain", "if a < b and c > d", "1 <2> 3", "x <y@example.com> z", "a\r\nb\rc\nd"])
@@ -1826,9 +1903,6 @@ def test_without_smtp_server_the_mail_lies_in_the_maildir_and_parses(services):
     path, = (pathlib.Path(service.settings.data_dir) / "outbox" / "new").iterdir()
     message = parsed(path.read_bytes())
     assert message["Subject"] == "Grüße" and message["Delivered-To"] == "user@example.com"
-
-
-PICTURE = base64.b64encode(b"not really a picture").decode()
 
 
 def test_the_mails_of_the_maildir_are_listed_and_read_by_their_account_alone(services):
