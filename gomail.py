@@ -2237,12 +2237,12 @@ class Mail:
         return tuple(dict.fromkeys((self.recipient, *self.cc, *self.bcc)))
 
 
-def compose(mail, message_id, created):
+def compose(mail: Mail, message_id: str, moment: int) -> bytes:
     """A Mail as bytes, ready for DATA.
 
     Args:
         message_id: without the angle brackets.
-        created: when the task was accepted, microseconds since the epoch: the Date.
+        moment: the Date, in microseconds since the epoch.
 
     The result has CRLF line ends, lines of at most 998 octets (RFC 5322 section 2.1.1) and only ASCII, so that any
     server takes it; but an address that is not ASCII stands as it is, in UTF-8 (RFC 6532).
@@ -2253,7 +2253,8 @@ def compose(mail, message_id, created):
     if mail.reply_to:
         headers.append(f"Reply-To: {mail.reply_to}")
     headers += [folded("Subject", plain_words(mail.subject) or encoded_words(mail.subject, len("Subject: "))),
-                f"Date: {email.utils.formatdate(created // 1_000_000)}", f"Message-ID: <{message_id}>",
+                f"Date: {email.utils.formatdate(moment // 1_000_000)}", f"Message-ID: <{message_id}>",
+                "Auto-Submitted: auto-generated",  # RFC 3834 section 5: no auto-responder answers such mail
                 *(f"{name}: {value}" for name, value in mail.headers), "MIME-Version: 1.0", ""]
     return "\r\n".join(headers).encode() + mime_body(mail.content, mail.text, mail.attachments)
 
@@ -3375,7 +3376,8 @@ class Workers:
             lane, sender = lane_of(task.type), mail.sender[1]
             if (pause := self.queue.pace(lane)) and self.stopping.wait(pause):
                 raise Postponed("the service stopped before smtp_rate let it go")
-            message = compose(mail, f"{task.id}@{sender.rpartition('@')[2]}", task.created)
+            moment = max(task.created, task.payload.get("send_at", 0))
+            message = compose(mail, f"{task.id}@{sender.rpartition('@')[2]}", moment)
             started = time.monotonic()
             try:
                 self.transport.send(sender, recipients, message, task.account)

@@ -240,6 +240,11 @@ def text_of(message):
     return message.get_body(("plain",)).get_content().replace("\r\n", "\n")
 
 
+def date_of(message):
+    """The Date of a parsed mail, in seconds since the epoch."""
+    return email.utils.mktime_tz(email.utils.parsedate_tz(message["Date"]))
+
+
 def otp_of(message):
     """The OTP in a parsed mail."""
     return re.search(r"code is ([0-9]+)", text_of(message))[1]
@@ -1227,8 +1232,8 @@ def test_a_message_has_from_to_subject_date_message_id_and_mime_version(client, 
     message = mail_server.one("user@example.com")
     assert message["From"] == "App <app@example.org>" and message["To"] == "user@example.com"
     assert message["Subject"] == "Hello" and message["MIME-Version"] == "1.0"
-    assert message["Message-ID"] == f"<{task_id}@example.org>"
-    assert abs(message["Date"].datetime.timestamp() - time.time()) < 3600
+    assert message["Message-ID"] == f"<{task_id}@example.org>" and message["Auto-Submitted"] == "auto-generated"
+    assert abs(date_of(message) - time.time()) < 3600
     mail, = mail_server.mails
     assert mail.sender == "app@example.org" and mail.recipient == "user@example.com"
 
@@ -1605,7 +1610,7 @@ def test_each_of_2000_random_mails_is_what_the_email_package_makes_of_it():
             likeness.add_alternative(content, subtype="html")
         else:
             likeness.set_content(content)
-        assert set(message.keys()) - set(likeness.keys()) <= {"Content-Transfer-Encoding"}
+        assert set(message.keys()) - set(likeness.keys()) <= {"Content-Transfer-Encoding", "Auto-Submitted"}
         for name in ("From", "To", "Subject", "Message-ID", "MIME-Version"):
             assert message[name] == likeness[name]
         assert message["Date"].removesuffix("-0000") == likeness["Date"].removesuffix("+0000")
@@ -1843,7 +1848,7 @@ def test_no_field_can_inject_a_header_or_a_recipient(services, mail_server):
     for mail in mail_server.mails:
         message = parsed(mail.raw)
         assert set(message.keys()) <= {"From", "To", "Subject", "Date", "Message-ID", "MIME-Version", "Content-Type",
-                                       "Content-Transfer-Encoding"}
+                                       "Content-Transfer-Encoding", "Auto-Submitted"}
         assert "evil" not in mail.recipient and not message.defects
         assert [address.addr_spec for address in message["To"].addresses] == [mail.recipient]
 
@@ -2085,6 +2090,14 @@ def test_a_4xx_for_the_recipient_or_the_message_is_retried_until_it_is_taken(cli
     getattr(mail_server, stage)["user@example.com"] = ["450 greylisted", "451 greylisted"]
     assert client.state(client.task(retries=5), "succeeded")["attempts"] == 3
     assert len(mail_server.mails) == 1
+
+
+def test_a_retried_mail_keeps_the_date_of_its_acceptance(services, mail_server):
+    client = services(mail_server, retry_delay=1.5).client.sign_up()
+    mail_server.replies["user@example.com"] = ["450 greylisted", "450 greylisted"]
+    task_id = client.task(retries=5)
+    accepted = datetime.datetime.fromisoformat(client.state(task_id, "succeeded")["created"]).timestamp()
+    assert date_of(mail_server.one("user@example.com")) == int(accepted) < int(time.time())
 
 
 @pytest.mark.parametrize("pipelining", [True, False])
@@ -2696,12 +2709,12 @@ def test_a_message_with_send_at_waits_until_then_also_through_a_restart(services
     first.stop()
     second = services(mail_server, key_prefix=first.store.prefix)
     Client(second.http.url, client.key).state(task_id, "succeeded")
-    assert mail_server.one("user@example.com") and time.time() >= moment
+    assert date_of(mail_server.one("user@example.com")) == int(moment) and time.time() >= moment
 
 
 def test_a_send_at_that_is_over_means_now(client, mail_server):
     client.task(send_at="1999-12-31T23:59:59Z")
-    assert mail_server.one("user@example.com")
+    assert date_of(mail_server.one("user@example.com")) > 1e9
 
 
 def test_a_scheduled_task_can_be_cancelled_while_it_waits_and_only_by_its_account(client, service, mail_server):
