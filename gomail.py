@@ -21,7 +21,6 @@ import collections
 import contextlib
 import dataclasses
 import datetime
-import email.header
 import email.policy
 import email.utils
 import enum
@@ -32,6 +31,7 @@ import glob
 import hashlib
 import hmac
 import html
+import html.entities
 import http
 import http.server
 import importlib.util
@@ -1203,8 +1203,14 @@ CONTENT = Text(100_000_000)
 CONTENT_TYPE = Text(100, r"[\w. -]", "only letters, digits, spaces and . _ -")
 FREQUENCIES = ("@hourly", "@daily", "@weekly", "@monthly")
 
-MEDIA_TYPE = Form("a media type, such as application/pdf, but no multipart/... or message/...",
-                  re.compile(r"(?!multipart/|message/)[a-z0-9][a-z0-9!#$&^_.+-]*/[a-z0-9][a-z0-9!#$&^_.+-]*"), 127)
+# RFC 2045 section 5.1, with names as in RFC 6838 section 4.2. No flag ignores case: the schema has the pattern too.
+MEDIA_NAME = "[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]*"
+MEDIA_PARAMETER = (r"""[ \t]*;[ \t]*([A-Za-z0-9!#$%&'*+.^_`{|}~-]{1,40})"""
+                   r"""=([A-Za-z0-9!#$%&'*+.^_`{|}~-]{1,60}|"(?:[ !#-\[\]-~]|\\[ -~]){0,60}")""")
+MEDIA_TYPE = Form("a media type, such as application/pdf or text/csv; charset=utf-8, but no multipart/... or "
+                  "message/...",
+                  re.compile("(?![Mm][Uu][Ll][Tt][Ii][Pp][Aa][Rr][Tt]/|[Mm][Ee][Ss][Ss][Aa][Gg][Ee]/)"
+                             f"{MEDIA_NAME}/{MEDIA_NAME}({MEDIA_PARAMETER})*"), 255)
 CONTENT_ID = Form("letters, digits and . _ + -, and perhaps an @ within",
                   re.compile(r"[A-Za-z0-9._+-]+(@[A-Za-z0-9._+-]+)?"), 100)
 FILENAME = Text(100, ONE_LINE[:-1] + r"/\\]", "without control characters, / and \\")
@@ -2281,73 +2287,165 @@ STAGES = {"MAIL": "at MAIL", "RCPT": "at RCPT", "DATA": "at DATA", "DOT": "at th
 TOO_MANY = re.compile(r"\d+ ([45]\.5\.3\b|.*too many recipients)", re.IGNORECASE)
 
 
-# What the text has instead of a start tag, and of an end tag; other tags leave nothing behind.
+# The tokens of an HTML document as the HTML standard has them (WHATWG, section 13.2.5), in one expression: tags,
+# comments, and elements whose content is no markup. Each repetition is possessive or goes on to the end of the
+# document: the time grows with the length alone, whatever somebody writes. SVG and MathML are read like HTML.
+SPACE = r" \t\n\f\r"
+NAME_END = f"(?=[{SPACE}/>])"
+ATTRIBUTE = re.compile(rf"[{SPACE}/]*+([^{SPACE}/>][^{SPACE}/>=]*+)(?:[{SPACE}]*+=[{SPACE}]*+"
+                       rf"""(?:"([^"]*+)"?|'([^']*+)'?|([^{SPACE}>"'][^{SPACE}>]*+))?)?""")
+ATTRIBUTES = (rf"(?>[{SPACE}/]*+[^{SPACE}/>][^{SPACE}/>=]*+(?>[{SPACE}]*+=[{SPACE}]*+"
+              rf"""(?>"[^"]*+"?+|'[^']*+'?+|[^{SPACE}>"'][^{SPACE}>]*+)?+)?+)*+[{SPACE}/]*+""")
+# A script ends at "</script"; but after "<!--" and then "<script", only at the next one or after "-->".
+SCRIPT_IN_COMMENT = rf"<script{NAME_END}(?>[^-<]++|-(?!->)|<(?!/script{NAME_END}))*+(?></script)?+"
+SCRIPT_COMMENT = rf"<!(?=--)(?>[^-<]++|-(?!->)|{SCRIPT_IN_COMMENT}|<(?!/script{NAME_END}))*+(?>-->)?+"
+SCRIPT_ELEMENT = rf"script{NAME_END}{ATTRIBUTES}>(?>[^<]++|{SCRIPT_COMMENT}|<(?!/script{NAME_END}|!--))*+"
+RAW_ELEMENT = (rf"(style|title|textarea|iframe|noembed|noframes|xmp|plaintext){NAME_END}{ATTRIBUTES}>"
+               rf"((?>[^<]++|<(?!/(?!plaintext)\1{NAME_END}))*+)")  # nothing ends <plaintext>
+HTML_TOKEN = re.compile(
+    rf"<(?:(?=[stinxp])(?:{SCRIPT_ELEMENT}|{RAW_ELEMENT})"  # the first letter alone spares most tags the rest
+    rf"|(/?[a-z][^{SPACE}/>]*+)({ATTRIBUTES})>"
+    r"|!--(?:-?>|.*?--!?>|.*+)"
+    r"|(?:[!?]|/(?=[^a-z]))[^>]*+>?+"  # what the standard calls bogus comments, such as <![endif]>
+    r"|/?[a-z].*+)",  # a tag that the document ends in
+    re.IGNORECASE | re.ASCII | re.DOTALL)
+# In an attribute, a name without ";" counts only where no letter, digit or "=" follows: "&copy=2" is a part of a URL.
+ATTRIBUTE_REFERENCE = re.compile(r"&(?:#(?:[0-9]++|[xX][0-9a-fA-F]++);?|([a-zA-Z][a-zA-Z0-9]*+(?:;|(?!=))))")
+DECIMAL_REFERENCE = re.compile(r"(?<=&#)0*([0-9]{1,8})[0-9]*+")
+
+# What the text has instead of a tag; other tags leave nothing behind.
+BREAK = "\0"  # a line break that a tag makes; those of the document itself are white space like any other
 INSTEAD = {
-    **dict.fromkeys("address article aside center dd div dl dt fieldset figure footer form header hr main nav section "
-                    "title tr".split(), ("\n", "\n")),
-    **dict.fromkeys("blockquote h1 h2 h3 h4 h5 h6 ol p table ul".split(), ("\n\n", "\n\n")),
-    "br": ("\n", "\n"), "li": ("\n- ", ""), "td": (" ", ""), "th": (" ", ""),
-    **dict.fromkeys("b i em strong span".split(), ("", ""))}
-AS_WRITTEN = {f"<{slash}{tag}>": INSTEAD[tag][slash == "/"] for tag in INSTEAD for slash in ("", "/")}
-TAG = re.compile(r"<(/?)([a-zA-Z][a-zA-Z0-9]*)((?:[\s/][^<>]*)?)>|<[!?/][^<>]*>")
-HIDDEN = re.compile(r"<(head|script|style|template)(?=[\s/>])", re.IGNORECASE)
-PREFORMATTED = re.compile(r"</?pre(?:\s[^<>]*)?>", re.IGNORECASE)
-ATTRIBUTE = re.compile(r"""\b(href|alt)\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s"'>]+))""", re.IGNORECASE)
+    **{slash + tag: BREAK for slash in ("", "/") for tag in
+       "address article aside br caption center dd details div dl dt fieldset figcaption figure footer form header hr "
+       "legend main menu nav optgroup option section summary tr".split()},
+    **{slash + tag: BREAK * 2 for slash in ("", "/") for tag in "blockquote h1 h2 h3 h4 h5 h6 ol p table ul".split()},
+    "li": BREAK + "- ", "td": " ", "th": " ",
+    **dict.fromkeys("/li /td /th b /b body em /em font /font i /i span /span strong /strong tbody /tbody".split(), "")}
 
 
-def html_to_text(document):
+def html_to_text(document: str) -> str:
     """The text of an HTML document for those who read mail without HTML: blocks apart, links with their target.
 
-    In a time that grows with the length alone, whatever somebody writes into a mail.
+    In a time that grows with the length alone.
     """
-    first, *comments = document.split("<!--")
-    document = without_hidden(first + "".join(comment.partition("-->")[2] for comment in comments))
-    pieces = PREFORMATTED.split(document)
-    pieces[::2] = [piece.replace("\n", " ") for piece in pieces[::2]]  # line ends count inside of <pre> only
-    link = None
+    return TextOfHtml(document).text()
 
-    def instead(match):
-        nonlocal link
-        if (known := AS_WRITTEN.get(match[0])) is not None:
-            return known
-        ends, tag, attributes = match.groups()
+
+class TextOfHtml:
+    """The tokens of an HTML document, and what its text has for them.
+
+    `flow` is text, what stands for a tag, text, what stands for a tag, ..., text. Tag n stands at 2n + 1.
+    """
+
+    def __init__(self, document: str) -> None:
+        pieces = HTML_TOKEN.split(document.replace(BREAK, ""))
+        self.raw, self.contents, self.tags, self.attributes = (pieces[group::5] for group in (1, 2, 3, 4))
+        self.flow: list[str] = [""] * (2 * len(self.tags) + 1)
+        self.flow[::2] = [unescape(text) if "&" in text else text for text in pieces[::5]]
+        self.blocks: list[str] = []  # the text so far,
+        self.done = 0  # which is that of so much of `flow`
+        self.link: tuple[str, int] | None = None  # the target of the link that is open, and where in `flow` it began
+        self.preformatted = self.templates = 0  # how many such elements are open
+        self.hidden = 0  # where in `flow` the outermost template began
+
+    def text(self) -> str:
+        """All of the text."""
+        flow = self.flow
+        for number, tag in enumerate(self.tags):
+            instead = INSTEAD.get(tag)
+            flow[2 * number + 1] = self.instead(number) if instead is None else instead
+        if self.templates:
+            self.hide(len(flow))
+        flow.append(self.end_link(len(flow)))
+        self.end_block(len(flow))
+        return "\n\n".join(filter(None, self.blocks)) + "\n"
+
+    def instead(self, number: int) -> str:
+        """What stands for a token that is none of the usual tags."""
+        at, tag = 2 * number + 1, self.tags[number]
         tag = tag and tag.lower()
-        if tag in INSTEAD:
-            return INSTEAD[tag][ends == "/"]
-        if tag == "img":
-            return attribute("alt", attributes)
-        if tag == "a" and not ends:
-            link = attribute("href", attributes), match.end()
-        elif tag == "a" and link:
-            (target, start), link = link, None
-            if target.startswith(("http:", "https:", "mailto:")) and target not in match.string[start:match.start()]:
-                return f" ({target})"
+        if tag in ("template", "/template") or self.templates:
+            self.nest_template(tag, at)
+        elif tag is None:
+            return self.verbatim(number)
+        elif tag == "img":
+            return attribute("alt", self.attributes[number])
+        elif tag in ("a", "/a"):
+            ended = self.end_link(at)  # by a start tag too: there are no links within links
+            self.link = (link_target(self.attributes[number]), at + 1) if tag == "a" else None
+            return ended
+        elif tag == "pre" or tag == "/pre" and self.preformatted:
+            deeper = self.preformatted + (1 if tag == "pre" else -1)
+            if not (self.preformatted and deeper):
+                self.end_block(at)
+            self.preformatted = deeper
+        else:
+            return INSTEAD.get(tag, "")  # it may have been written in capital letters
         return ""
-    text = html.unescape(TAG.sub(instead, "\n\n".join(pieces)))
-    text = "\n".join([" ".join(line.split()) for line in text.split("\n")])
-    while "\n\n\n" in text:
-        text = text.replace("\n\n\n", "\n\n")
-    return text.strip() + "\n"
+
+    def nest_template(self, tag: str | None, at: int) -> None:
+        """Count the templates that are open: nobody sees what is in them."""
+        if tag == "template":
+            self.hidden = self.hidden if self.templates else at
+            self.templates += 1
+        elif tag == "/template" and self.templates:
+            self.templates -= 1
+            if not self.templates:
+                self.hide(at)
+
+    def hide(self, end: int) -> None:
+        """Leave nothing of the outermost template, which ends before `end`."""
+        self.flow[self.hidden:end] = [""] * (end - self.hidden)
+
+    def verbatim(self, number: int) -> str:
+        """What there is to see of an element whose content is no markup; nothing of a comment."""
+        name, content = (self.raw[number] or "").lower(), self.contents[number]
+        if name == "textarea":
+            return unescape(content)
+        return content if name in ("xmp", "plaintext") else ""
+
+    def end_link(self, end: int) -> str:
+        """What stands at the end of a link: its target, unless its text has that already."""
+        target, start = self.link or ("", 0)
+        return f" ({target})" if target and target not in "".join(self.flow[start:end]) else ""
+
+    def end_block(self, end: int) -> None:
+        """Put white space in order in what comes before `end`: preformatted text keeps it."""
+        text, self.done = "".join(self.flow[self.done:end]), end
+        if self.preformatted:
+            lines = [line.rstrip() for line in text.replace(BREAK, "\n").splitlines()]
+            self.blocks.append("\n".join(lines).strip("\n"))
+        else:
+            text = "\n".join([" ".join(line.split()) for line in text.split(BREAK)])
+            self.blocks.append(re.sub(r"\n{3,}", "\n\n", text).strip())
 
 
-def without_hidden(document):
-    """An HTML document without the elements that nobody sees. The end tag of the head may be left out."""
-    parts, start = [], 0
-    while found := HIDDEN.search(document, start):
-        parts.append(document[start:found.start()])
-        name = found[1].lower()
-        closing = re.compile(rf"</{name}\s*>" + "|(?=<body)" * (name == "head"), re.IGNORECASE)
-        end = closing.search(document, found.end())
-        start = end.end() if end else len(document)
-    return "".join(parts) + document[start:]
-
-
-def attribute(name, attributes):
-    """The value of an HTML attribute as it is written, or ""."""
-    for found, *values in ATTRIBUTE.findall(attributes):
-        if found.lower() == name:
-            return "".join(values)
+def attribute(name: str, attributes: str) -> str:
+    """The value of an HTML attribute, or ""."""
+    for found in ATTRIBUTE.finditer(attributes):
+        if found[1].lower() == name:
+            return ATTRIBUTE_REFERENCE.sub(decode_reference, found[2] or found[3] or found[4] or "")
     return ""
+
+
+def decode_reference(reference: re.Match[str]) -> str:
+    """What a character reference in an attribute stands for."""
+    name = reference[1]
+    return html.entities.html5.get(name, reference[0]) if name else unescape(reference[0])
+
+
+def unescape(text: str) -> str:
+    """Text with its character references replaced: by html.unescape, which fails at numbers of thousands of digits."""
+    return html.unescape(DECIMAL_REFERENCE.sub(r"\1", text) if "&#" in text else text)
+
+
+def link_target(attributes: str) -> str:
+    """Where an HTML link leads, "" where that is nowhere outside of the mail. As browsers read it (WHATWG, URL)."""
+    target = re.sub(r"[\t\n\r]", "", attribute("href", attributes)).strip("".join(map(chr, range(33))))
+    if not target.lower().startswith(("http:", "https:", "mailto:")):
+        return ""
+    return re.sub(r"\s", lambda space: urllib.parse.quote(space[0]), target)
 
 
 @dataclasses.dataclass
@@ -2377,23 +2475,24 @@ class Mail:
         return tuple(dict.fromkeys((self.recipient, *self.cc, *self.bcc)))
 
 
-def compose(mail, message_id, created):
+def compose(mail: Mail, message_id: str, moment: int) -> bytes:
     """A Mail as bytes, ready for DATA.
 
     Args:
         message_id: without the angle brackets.
-        created: when the task was accepted, microseconds since the epoch: the Date.
+        moment: the Date, in microseconds since the epoch.
 
     The result has CRLF line ends, lines of at most 998 octets (RFC 5322 section 2.1.1) and only ASCII, so that any
     server takes it; but an address that is not ASCII stands as it is, in UTF-8 (RFC 6532).
     """
-    headers = [f"From: {encoded_sender(mail.sender[0], mailbox(mail.sender[1]))}", f"To: {mailbox(mail.recipient)}"]
+    headers = [sender_header(mail.sender[0], mailbox(mail.sender[1])), f"To: {mailbox(mail.recipient)}"]
     if mail.cc:
         headers.append("Cc: " + ",\r\n ".join(map(mailbox, mail.cc)))
     if mail.reply_to:
         headers.append(f"Reply-To: {mailbox(mail.reply_to)}")
-    headers += [f"Subject: {encoded_header('Subject', mail.subject)}",
-                f"Date: {email.utils.formatdate(created // 1_000_000)}", f"Message-ID: <{message_id}>",
+    headers += [folded("Subject", plain_words(mail.subject) or encoded_words(mail.subject, len("Subject: "))),
+                f"Date: {email.utils.formatdate(moment // 1_000_000)}", f"Message-ID: <{message_id}>",
+                "Auto-Submitted: auto-generated",  # RFC 3834 section 5: no auto-responder answers such mail
                 *(f"{name}: {value}" for name, value in mail.headers), "MIME-Version: 1.0", ""]
     return "\r\n".join(headers).encode() + mime_body(mail.content, mail.text, mail.attachments)
 
@@ -2403,7 +2502,7 @@ def mime_body(content, text="", attachments=()):
     """The MIME headers and the body: the same for all mails of a newsletter, so it is made once.
 
     With all there can be: multipart/mixed of (multipart/alternative of (text, multipart/related of (HTML, what it
-    shows)), attachments), as RFC 2046 and RFC 2387 have them.
+    shows), invitation), attachments), as RFC 2046 and RFC 2387 have them.
     """
     def multipart(subtype, parts, number):
         # Nobody can write a text that holds the hash of itself, nor does an encoding make "=_".
@@ -2414,15 +2513,20 @@ def mime_body(content, text="", attachments=()):
                 + f"--{boundary}--\r\n".encode())
     digest = hashlib.sha256(repr((content, text, attachments)).encode()).hexdigest()[:32]
     content, text = (re.sub(r"\r\n?", "\n", found) for found in (content, text))
-    shown = [mime_attachment(*found) for found in attachments if found[3]]
-    further = [mime_attachment(*found) for found in attachments if not found[3]]
+    # Mailers offer to accept an invitation where it is an alternative, and show the last one that they can.
+    invitation = next((found for found in attachments if is_invitation(found[1])), None)
+    files = [found for found in attachments if found is not invitation]
+    shown = [mime_attachment(*found, "inline") for found in files if found[3]]
+    further = [mime_attachment(*found, "attachment") for found in files if not found[3]]
     if text or is_html(content):
-        body = mime_part("html", content)
-        if shown:
-            body = multipart("related", [body, *shown], 3)
-        body = multipart("alternative", [mime_part("plain", text or html_to_text(content)), body], 2)
+        markup = mime_part("html", content)
+        alternatives = [mime_part("plain", text or html_to_text(content)),
+                        multipart("related", [markup, *shown], 3) if shown else markup]
     else:
-        body, further = mime_part("plain", content), shown + further
+        alternatives, further = [mime_part("plain", content)], shown + further
+    if invitation:
+        alternatives.append(mime_attachment(*invitation))
+    body = multipart("alternative", alternatives, 2) if len(alternatives) > 1 else alternatives[0]
     return multipart("mixed", [body, *further], 1) if further else body
 
 
@@ -2438,38 +2542,127 @@ def mime_part(subtype, text):
     return head.encode() + octets.replace(b"\n", b"\r\n")
 
 
-def mime_attachment(filename, media_type, content, content_id):
-    """A part with a file. The name by RFC 2231, in pieces that leave no line too long."""
-    if filename.isascii():
-        name = 'filename="' + re.sub(r'(["\\])', r"\\\1", filename) + '"'
-    else:
-        charset = "utf-8''"
-        pieces = re.findall(r"(?:%..|[^%]){1,20}", urllib.parse.quote(filename, safe=""))
-        name = ";\r\n ".join(f"filename*{number}*={'' if number else charset}{piece}"
-                             for number, piece in enumerate(pieces))
-    lines = [f"Content-Type: {media_type}", "Content-Transfer-Encoding: base64",
-             f"Content-Disposition: {'inline' if content_id else 'attachment'};\r\n {name}"]
+def parse_media_type(text: str) -> tuple[str, dict[str, str]]:
+    """The type in lower case, and its parameters as they are written: name in lower case -> value.
+
+    Of a text that MEDIA_TYPE takes. A parameter counts once, and one that names the file not at all.
+    """
+    parameters: dict[str, str] = {}
+    for name, value in re.findall(MEDIA_PARAMETER, text):
+        if name.partition("*")[0].lower() not in ("name", "filename"):
+            parameters.setdefault(name.lower(), value)
+    return text.partition(";")[0].strip().lower(), parameters
+
+
+def is_invitation(media_type: str) -> bool:
+    """Whether a file of this media type asks for something, such as to come to a meeting (RFC 6047 section 2.4)."""
+    kind, parameters = parse_media_type(media_type)
+    return kind == "text/calendar" and "method" in parameters
+
+
+def mime_attachment(filename: str, media_type: str, content: str, content_id: str, disposition: str = "") -> bytes:
+    """A part with a file; `content` is in base64."""
+    kind, parameters = parse_media_type(media_type)
+    if kind == "text/calendar":
+        parameters.setdefault("charset", "utf-8")  # what it is by RFC 5545 section 3.1.4, but not by MIME
+    lines = [parameterized("Content-Type", kind, [*parameters.items(), ("name", encoded_name(filename))]),
+             "Content-Transfer-Encoding: base64"]
+    if disposition:
+        lines.append(parameterized("Content-Disposition", disposition, filename_parameters(filename)))
     if content_id:
         lines.append(f"Content-ID: <{content_id}>")
     lines += ["", *(content[start:start + 76] for start in range(0, len(content), 76)), ""]
     return "\r\n".join(lines).encode()
 
 
+def parameterized(name: str, value: str, parameters: list[tuple[str, str]]) -> str:
+    """A header whose value has parameters, folded between them."""
+    *words, last = [value, *map("=".join, parameters)]
+    return folded(name, [*(f"{word};" for word in words), last])
+
+
+def is_plain(text: str) -> bool:
+    """Whether a text can stand in a header as it is, where nobody takes it for an encoded word."""
+    return text.isascii() and text.isprintable() and "=?" not in text
+
+
+def quoted(text: str) -> str:
+    """A quoted-string (RFC 5322 section 3.2.4)."""
+    return '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
+
+
+def encoded_name(filename: str) -> str:
+    """The name of a file for Content-Type. Encoded words in quotes are no standard, but what older mailers read."""
+    return quoted(filename) if is_plain(filename) else '"' + "\r\n ".join(encoded_words(filename, len(' name="'))) + '"'
+
+
+def filename_parameters(filename: str) -> list[tuple[str, str]]:
+    """The name of a file for Content-Disposition: by RFC 2231, and in ASCII for those who cannot read that."""
+    if is_plain(filename):
+        return [("filename", quoted(filename))]
+    pieces = pack([urllib.parse.quote(character, safe="") for character in filename], 50)
+    pieces[0] = "utf-8''" + pieces[0]
+    names = [f"filename*{number}*" for number in range(len(pieces))] if len(pieces) > 1 else ["filename*"]
+    # Python's email package takes the first of two names, others prefer the encoded one wherever it stands.
+    return [*zip(names, pieces), ("filename", '"' + re.sub(r"[^ !#->@-\[\]-~]", "_", filename) + '"')]
+
+
 @functools.lru_cache
-def encoded_sender(name, address):
-    """The value of the header From."""
-    return f"{encoded_header('From', quoted_phrase(name))} <{address}>" if name else address
+def sender_header(name: str, address: str) -> str:
+    """The header From. What needs encoding is encoded without its quotes (RFC 2047 section 5)."""
+    if not name:
+        return f"From: {address}"
+    return folded("From", [*(plain_words(quoted_phrase(name)) or encoded_words(name, len("From: "))), f"<{address}>"])
 
 
-def encoded_header(name, value):
-    """The value of a header, folded, and encoded (RFC 2047) where it could not stand there as it is.
+def folded(name: str, words: list[str]) -> str:
+    """A header of words, folded between them into lines of at most 76 characters, unless a word is longer."""
+    lines = [f"{name}: {words[0]}"]
+    for word in words[1:]:
+        if len(lines[-1]) + 1 + len(word) > 76:
+            lines.append(f" {word}")
+        else:
+            lines[-1] += f" {word}"
+    return "\r\n".join(lines)
 
-    By the standard library's older class: the newer one loses spaces between two encoded words.
+
+def plain_words(text: str) -> list[str]:
+    """The words of a text that can stand in a header as it is, folded between them; none where it has to be encoded."""
+    words = text.split(" ")
+    return words if is_plain(text) and all(0 < len(word) <= 60 for word in words) or not text else []
+
+
+def encoded_words(text: str, column: int) -> list[str]:
+    """A text as encoded words of whole characters (RFC 2047), in the encoding that is shorter.
+
+    Args:
+        column: where the first one begins in its line; the others begin lines. A quote has room behind each.
     """
-    plain = value.isascii() and "=?" not in value and max(map(len, value.split(" "))) <= 60
-    if plain and len(name) + len(value) <= 74:
-        return value
-    return email.header.Header(value, None if plain else "utf-8", header_name=name).encode(linesep="\r\n")
+    room, further = (76 - begin - len('=?utf-8?q??="') for begin in (column, 1))
+    octets, q_encoded = text.encode(), list(map(q_encoding, text))
+    if sum(map(len, q_encoded)) <= math.ceil(len(octets) / 3) * 4:
+        return [f"=?utf-8?q?{word}?=" for word in pack(q_encoded, room, further)]
+    packed = pack([character.encode() for character in text], room // 4 * 3, further // 4 * 3)
+    return [f"=?utf-8?b?{base64.b64encode(word).decode()}?=" for word in packed]
+
+
+def q_encoding(character: str) -> str:
+    """A character in the encoding Q, as it may stand in names too (RFC 2047 section 5(3))."""
+    if re.match(r"[A-Za-z0-9!*+/-]", character):
+        return character
+    return "_" if character == " " else "".join(f"={octet:02X}" for octet in character.encode())
+
+
+def pack(pieces: list, room: int, further: int = 0) -> list:
+    """Join strings (or bytes) as far as they fit in `room`, the rest in `further` each, by default the same."""
+    packed = pieces[:1]
+    for piece in pieces[1:]:
+        if len(packed[-1]) + len(piece) > room:
+            packed.append(piece)
+            room = further or room
+        else:
+            packed[-1] += piece
+    return packed
 
 
 def quoted_phrase(name):
@@ -2973,8 +3166,9 @@ def downgraded(message: bytes) -> bytes:
     """A message for a server without SMTPUTF8: an address beyond ASCII in its header becomes an empty group whose name
     is that address (RFC 6854, as RFC 6857 section 3.1.8 does it)."""
     head, separator, body = message.partition(b"\r\n\r\n")
-    text = re.sub(r"[^\s,<>]*[^\x00-\x7f][^\s,<>]*", lambda found: f"{encoded_header('', found[0])}:;", head.decode())
-    return text.encode() + separator + body
+    def group(address: re.Match[str]) -> str:
+        return "\r\n ".join(encoded_words(address[0], len("Reply-To: "))) + ":;"
+    return re.sub(r"[^\s,<>]*[^\x00-\x7f][^\s,<>]*", group, head.decode()).encode() + separator + body
 
 
 # --- 8. otp -----------------------------------------------------------------------------------------------
@@ -3658,7 +3852,8 @@ class Workers:
             lane, sender = lane_of(task.type), mail.sender[1]
             if (pause := self.queue.pace(lane)) and self.stopping.wait(pause):
                 raise Postponed("the service stopped before smtp_rate let it go")
-            message = compose(mail, f"{task.id}@{sender.rpartition('@')[2]}", task.created)
+            moment = max(task.created, task.payload.get("send_at", 0))
+            message = compose(mail, f"{task.id}@{sender.rpartition('@')[2]}", moment)
             started = time.monotonic()
             try:
                 self.transport.send(sender, recipients, message, task.account, urgent=lane == "urgent")
