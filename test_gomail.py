@@ -5513,48 +5513,6 @@ def test_100000_subscriptions_due_at_once_are_queued_and_an_otp_overtakes_them(s
     service.store.redis.delete(key("lane", "bulk"))
 
 
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
-
-
-def test_behind_sentinels_a_new_master_is_found_when_the_old_one_dies(processes, mail_server, redis_with_file):
-    master, replica = redis_with_file(port=free_port()), redis_with_file(port=free_port())
-    replica.client.replicaof("127.0.0.1", master.port)
-    until(lambda: replica.client.info("replication")["master_link_status"] == "up")
-    program = os.environ.get("GOMAIL_TEST_SERVER") or gomail.EmbeddedServer.program()
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        ports = [free_port() for _ in range(3)]
-        for port in ports:
-            configuration = pathlib.Path(folder, f"{port}.conf")
-            configuration.write_text(
-                f"port {port}\nbind 127.0.0.1\ndir {folder}\nlogfile {folder}/{port}.log\n"
-                f"sentinel monitor mymaster 127.0.0.1 {master.port} 2\nsentinel down-after-milliseconds mymaster 500\n"
-                "sentinel failover-timeout mymaster 3000\n")
-            sentinel = subprocess.Popen([program, configuration, "--sentinel"], stdin=subprocess.DEVNULL)
-            stack.callback(sentinel.wait)
-            stack.callback(sentinel.kill)
-        clients = [redis.Redis(port=port, protocol=2, retry=None) for port in ports]
-
-        def ready():
-            with contextlib.suppress(redis.RedisError):
-                return all(int(client.sentinel_master("mymaster")["num-other-sentinels"]) == 2
-                           and int(client.sentinel_master("mymaster")["num-slaves"]) == 1 for client in clients)
-        until(ready)
-        uri = "redis+sentinel://" + ",".join(f"127.0.0.1:{port}" for port in ports) + "/mymaster"
-        process = processes({**settings_for(master, mail_server), "redis_uri": uri}).started()
-        sender = Sender(200, [process.url], process.client.sign_up().key)
-        until(lambda: len(sender.answered) > 50)
-        # Replication is asynchronous: the master dies when the replica has all that was answered.
-        master.client.execute_command("CLIENT", "PAUSE", "60000", "WRITE")
-        until(lambda: replica.client.info("replication")["slave_repl_offset"]
-              == master.client.info("replication")["master_repl_offset"])
-        master.kill()
-        until(lambda: len(sender.answered) == 200, 60)
-        counted(mail_server, sender.answered)
-        assert replica.client.role()[0] in ("master", b"master")
-
-
 @pytest.mark.long
 def test_soak_20000_tasks_while_everything_is_killed_at_random_times(processes, mail_server, redis_with_file):
     server = redis_with_file()
