@@ -552,6 +552,7 @@ def start_logging(settings, shared=False):
 #   UserList                       hash    account -> id of its API key
 #   jwt_secret                     string  the signing secret, where the settings bring none
 #   jwt_secret_check               string  a keyed hash that tells whether another process has the same one
+#   ended_session:<id>             string  there for a session that somebody ended before its time
 #   task:<id>                      hash    head (what is shown of it), body (the whole, until it has ended), story
 #                                          (what became of its attempts), account, key, lane, state, attempts, ...
 #   recent, recent:<account>       list    ids of the newest tasks, newest first
@@ -563,14 +564,16 @@ def start_logging(settings, shared=False):
 #   resume                         hash    lane -> how often somebody asked to probe at once
 #   delayed                        zset    ids that wait for a retry or their send_at, by due time (ms)
 #   dead, dead:<account>           zset    ids of dead letters, by the time they died (ms)
-#   idempotency:<digest>           string  fingerprint and id of the task an Idempotency-Key made
+#   idempotency:<digest>           string  fingerprint and id of the task an Idempotency-Key made, and the API key's id
 #   suppressed:<account>           zset    addresses that get no mail, by the time that began (ms)
 #   suppressed_for:<account>       hash    address -> why
+#   ascii_folded                   string  since when addresses in keys are folded in ASCII letters only (ms)
 #   rate                           hash    the next moments that smtp_rate gives away (microseconds)
 #   metrics                        hash    executed, successful, failed
 #   stats                          hash    counter with its labels, as JSON -> amount
-#   history:<minute>               hash    ["sent", "retried" or "failed", account or ""], as JSON -> amount
-#   otp:<address>:<account>        hash    keyed hash of the OTP, wrong tries, when it was asked for
+#   history:<minute>               hash    ["sent", "retried" or "failed", account, id of its API key], or with "" for
+#                                          account and key: of all, as JSON -> amount
+#   otp:<address>:<account>        hash    keyed hash of the OTP, wrong tries, when it was asked for, the API key's id
 #   otp_asked:<address>:<account>  zset    ids of the generateOtp tasks of the last hour, by time (ms)
 #   otp_failed:<address>:<account> string  wrong tries in a row
 #   otp_requests:<account>         string  OTP requests in this minute
@@ -892,14 +895,24 @@ class Accounts:
         return account
 
     def session(self, account, seconds):
-        """A token that stands for an account's key until `seconds` have passed, or the key ends or is revoked."""
+        """A token that stands for an account's key until `seconds` have passed, it is ended, or the key ends."""
         ends = int(min(time.time() + seconds, account.expires))
-        return self.seal("session", {"name": account.name, "key_id": account.key_id, "exp": ends})
+        return self.seal("session", {"name": account.name, "key_id": account.key_id, "exp": ends,
+                                     "jti": secrets.token_hex(16)})
 
     def read_session(self, token):
         """The Account that such a token stands for, or None. Redis is not asked whether its key was revoked."""
         claims = self.unseal("session", token)
-        return claims and Account(claims["name"], claims["key_id"])
+        if claims is None or self.store.redis.exists(self.store.key("ended_session", claims.get("jti", ""))):
+            return None
+        return Account(claims["name"], claims["key_id"])
+
+    def end_session(self, token: str) -> None:
+        """End a session in all processes, wherever its token was copied to. Any other token is ignored."""
+        claims = self.unseal("session", token)
+        if claims and "jti" in claims:
+            left = max(1, int(claims["exp"] - time.time()) + 1)
+            self.store.redis.set(self.store.key("ended_session", claims["jti"]), 1, ex=left)
 
     def find(self, name):
         """The Account of this name, or None."""
@@ -952,7 +965,15 @@ def is_html(content):
     return MARKUP.search(content) is not None
 
 
-def fill(template, variables, escape=False, partly=False):
+class TooLarge(ValueError):
+    """What was to be made would be larger than allowed; `size` is how large, in bytes."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(f"{size} bytes")
+        self.size = size
+
+
+def fill(template, variables, escape=False, partly=False, most: float = math.inf) -> str:
     """`template` with each `{{ name }}` replaced by the variable of that name; nothing in it is ever evaluated.
 
     A name is a letter or `_`, then letters, digits or `_`; spaces beside it do not count; all else stays as it is.
@@ -961,16 +982,21 @@ def fill(template, variables, escape=False, partly=False):
         variables: name -> string or number.
         escape: make the values safe to stand in HTML.
         partly: leave what has no variable as it is.
+        most: bytes that the result may have. A short text with many places for a long value is cheap to write.
 
     Raises:
         KeyError: there is no variable of that name.
+        TooLarge: the result would be larger; it was not made.
     """
-    def value(match):
-        if partly and match[1] not in variables:
-            return match[0]
-        text = str(variables[match[1]])
-        return html.escape(text) if escape else text
-    return PLACEHOLDER.sub(value, template)
+    places = [found for found in PLACEHOLDER.finditer(template) if not partly or found[1] in variables]
+    values = {name: str(variables[name]) for name in {found[1] for found in places}}
+    if escape:
+        values = {name: html.escape(value) for name, value in values.items()}
+    sizes = {name: len(value.encode()) for name, value in values.items()}
+    size = len(template.encode()) + sum(sizes[found[1]] - len(found[0]) for found in places)
+    if size > most:
+        raise TooLarge(size)
+    return PLACEHOLDER.sub(lambda match: values.get(match[1], match[0]), template)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1034,16 +1060,22 @@ class Base64:
 
 
 class Moment:
-    """A moment as RFC 3339 has it, with its offset; comes back in UTC, in microseconds since the epoch."""
+    """A moment as RFC 3339 has it, with its offset, at most ten years from now.
 
-    expected = "a moment with its offset, such as 2030-01-31T09:00:00+01:00"
+    It comes back in UTC, in microseconds since the epoch; a moment before that is the epoch.
+    """
+
+    LATEST = 10 * 365.25 * 86400  # seconds from now: longer than any mail waits, and far from the calendar's end
+    expected = "a moment with its offset, such as 2030-01-31T09:00:00+01:00, at most ten years from now"
     schema = {"type": "string", "format": "date-time"}
     PATTERN = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,6})?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
 
     def __call__(self, value, field):
         try:
             if self.PATTERN.fullmatch(value):
-                return int(datetime.datetime.fromisoformat(value.upper()).timestamp() * 1e6)
+                seconds = datetime.datetime.fromisoformat(value.upper()).timestamp()
+                if seconds <= time.time() + self.LATEST:
+                    return max(0, int(seconds * 1e6))
         except (TypeError, ValueError, OverflowError):
             pass
         raise Refused(400, f"{field} must be {self.expected}", field)
@@ -1253,23 +1285,36 @@ class TaskOfType:
 
     def __call__(self, value, path=""):
         kind = value.get("type") if isinstance(value, dict) else None
-        task = (self.forms.get(kind, self.unknown) if isinstance(kind, str) else self.unknown)(value, path)
-        if kind == "message" and "variables" in task["payload"]:
-            self.fill(task["payload"], f"{path}.payload" if path else "payload")
-        return task
+        return (self.forms.get(kind, self.unknown) if isinstance(kind, str) else self.unknown)(value, path)
 
-    @staticmethod
-    def fill(payload, path):
-        """Put the variables into the texts of a message; what is queued needs them no more."""
-        variables = payload.pop("variables")
-        for name, check in (("subject", SUBJECT), ("text", CONTENT), ("content", CONTENT)):
-            if name in payload:
-                try:
-                    filled = fill(payload[name], variables, name == "content" and is_html(payload[name]))
-                except KeyError as error:
-                    field = f"{path}.variables.{error.args[0]}"
-                    raise Refused(400, f"{field} is required: {path}.{name} names it", field) from None
-                payload[name] = check(filled, f"{path}.{name}")
+
+def fill_message(task: dict, path: str, most: int) -> int:
+    """Put the variables into the texts of a message task, which needs them no more; other tasks stay as they are.
+
+    Args:
+        path: of the task, "" for the whole body.
+        most: bytes that the texts may have together.
+
+    Returns how many bytes they have. Raises Refused: 400, a variable is missing, or makes a text that is not allowed;
+    413, they would be larger.
+    """
+    payload, path = task["payload"], f"{path}.payload" if path else "payload"
+    if task["type"] != "message" or "variables" not in payload:
+        return 0
+    variables, size = payload.pop("variables"), 0
+    for name, check in (("subject", SUBJECT), ("text", CONTENT), ("content", CONTENT)):
+        if name in payload:
+            try:
+                filled = fill(payload[name], variables, name == "content" and is_html(payload[name]), most=most - size)
+            except KeyError as error:
+                field = f"{path}.variables.{error.args[0]}"
+                raise Refused(400, f"{field} is required: {path}.{name} names it", field) from None
+            except TooLarge as error:
+                raise Refused(413, f"{path}.{name} would have {error.size} bytes with its variables, and may have "
+                              f"{most - size}", f"{path}.variables") from None
+            payload[name] = check(filled, f"{path}.{name}")
+            size += len(filled.encode())
+    return size
 
 
 TASK = TaskOfType()
@@ -1286,16 +1331,20 @@ def too_many(seconds):
     return Refused(429, f"too many OTP requests; try again in {seconds} seconds", None, {"Retry-After": str(seconds)})
 
 
-def same_mailbox(address):
-    """What two spellings of an address share: people do not mind the case when they type their own."""
-    return address.casefold()
+def same_mailbox(address: str) -> str:
+    """The address in the form used as a key: people ignore the case when they type their own.
+
+    Only ASCII letters are folded. Any further folding makes one mailbox of two (sharp s and "ss"), and who has the one
+    would get what belongs to the other.
+    """
+    return address.encode().lower().decode()
 
 
 @dataclasses.dataclass
 class Task:
     """A task that a worker has in hand.
 
-    `created` is Redis's time when it was accepted, in microseconds since the epoch; `attempts` counts those
+    `key` is the id of the API key it came with; `created` is Redis's time when it was accepted, in microseconds since the epoch; `attempts` counts those
     that ended in failure, `strikes` the processes that died while they had it, and `drops` the connections
     that did, the last at `dropped` (microseconds); `delivered` are the recipients that have the mail already, and
     `suppressed` those that get none, as same_mailbox() has them.
@@ -1303,6 +1352,7 @@ class Task:
 
     id: str
     account: str
+    key: str
     type: str
     name: str
     retries: int
@@ -1376,6 +1426,11 @@ class Queue:
     BURY = NOTE + """
         local function bury(prefix, id, error, ttl, most)
             local task = prefix .. 'task:' .. id
+            local owner, key = unpack(redis.call('HMGET', task, 'account', 'key'))
+            if redis.call('HGET', prefix .. 'UserList', owner) ~= key then  -- nobody is left to look at it
+                redis.call('UNLINK', task)
+                return
+            end
             note(task, 'dead', error)
             redis.call('HSET', task, 'state', 'dead', 'error', error, 'finished', microseconds)
             redis.call('PEXPIRE', task, ttl)
@@ -1387,7 +1442,7 @@ class Queue:
                 if account then redis.call('ZREM', prefix .. 'dead:' .. account, old) end
                 redis.call('UNLINK', prefix .. 'task:' .. old)
             end
-            for _, letters in ipairs({prefix .. 'dead', prefix .. 'dead:' .. redis.call('HGET', task, 'account')}) do
+            for _, letters in ipairs({prefix .. 'dead', prefix .. 'dead:' .. owner}) do
                 redis.call('ZREMRANGEBYSCORE', letters, '-inf', milliseconds - ttl)
                 redis.call('ZADD', letters, milliseconds, id)
             end
@@ -1444,9 +1499,9 @@ class Queue:
         local function enqueue(id, head, body, lane, otp_address, content_type, fingerprint, digest, due, to)
             local idempotency = prefix .. 'idempotency:' .. digest
             local known = fingerprint ~= '' and redis.call('GET', idempotency)
-            if known then
-                local before, first = string.match(known, '(%w+) (%w+)')
-                return before == fingerprint and first or 'conflict'
+            if known then  -- of this registration, or written before there was a word for that
+                local before, first, owner = string.match(known, '(%w+) (%w+) ?(%w*)')
+                if owner == '' or owner == key then return before == fingerprint and first or 'conflict' end
             end
             local task = prefix .. 'task:' .. id
             if redis.call('EXISTS', task) == 1 then return id end
@@ -1464,7 +1519,9 @@ class Queue:
             else
                 redis.call('LPUSH', prefix .. 'lane:' .. lane, id)
             end
-            if fingerprint ~= '' then redis.call('SET', idempotency, fingerprint .. ' ' .. id, 'EX', 86400) end
+            if fingerprint ~= '' then
+                redis.call('SET', idempotency, fingerprint .. ' ' .. id .. ' ' .. key, 'EX', 86400)
+            end
             return id
         end
 
@@ -1761,11 +1818,11 @@ class Queue:
                   settings.dead_ttl * 1000, settings.dead_max])
         if not found:
             return None
-        task_id, body, account, _, created, *counts, delivered, suppressed = found
+        task_id, body, account, key, created, *counts, delivered, suppressed = found
         task = json.loads(body)
         if task["type"] == "generateOtp":
             suppressed = ""  # who asks for an OTP waits for it
-        return Task(task_id, account, task["type"], task["task"], task["retries"], task["payload"], int(created),
+        return Task(task_id, account, key, task["type"], task["task"], task["retries"], task["payload"], int(created),
                     *(int(count or 0) for count in counts), tuple((delivered or "").split()),
                     tuple(suppressed.split()))
 
@@ -1864,20 +1921,31 @@ class Queue:
         for task_id, found in tasks:
             if found["state"] is None or account and found["account"] != account:
                 continue
-            task = json.loads(found["head"] or self.store.redis.hget(self.store.key("task", task_id), "body") or "null")
-            if task is None:  # it ended just now
+            found["head"] = found["head"] or self.store.redis.hget(self.store.key("task", task_id), "body")
+            if found["head"] is None:  # it ended just now
                 continue
-            status = {"id": task_id, "task": task["task"], "type": task["type"], "userId": task["payload"]["userId"],
-                      "state": found["state"], "attempts": int(found["attempts"]), "retries": task["retries"],
-                      "error": found["error"] or None, "created": timestamp(found["created"])}
-            if not account:
-                status["account"] = found["account"]
-            if found["state"] in ("retrying", "scheduled"):
-                status["due"] = timestamp(int(found["due"]) * 1000)
-            if found["finished"]:
-                status["finished"] = timestamp(found["finished"])
-            statuses.append({**status, "story": told(found)} if story else status)
+            try:
+                statuses.append(self._status(task_id, found, story) | ({} if account else {"account": found["account"]}))
+            except (ValueError, TypeError, KeyError) as error:  # one that nobody can read must not hide the others
+                log(logging.ERROR, "a task cannot be read", task=task_id, error=describe(error))
+                statuses.append({"id": task_id, "task": "", "type": "", "userId": "", "state": found["state"],
+                                 "attempts": 0, "retries": 0, "error": "what is kept of this task cannot be read",
+                                 "created": timestamp(0), **({"story": []} if story else {}),
+                                 **({} if account else {"account": found["account"]})})
         return statuses
+
+    @staticmethod
+    def _status(task_id: str, found: dict, story: bool) -> dict:
+        """The status of a task, from the fields of its hash. Raises ValueError, TypeError or KeyError."""
+        task = json.loads(found["head"])
+        status = {"id": task_id, "task": task["task"], "type": task["type"], "userId": task["payload"]["userId"],
+                  "state": found["state"], "attempts": int(found["attempts"]), "retries": task["retries"],
+                  "error": found["error"] or None, "created": timestamp(found["created"])}
+        if found["state"] in ("retrying", "scheduled"):
+            status["due"] = timestamp(float(found["due"]) * 1000)
+        if found["finished"]:
+            status["finished"] = timestamp(found["finished"])
+        return {**status, "story": told(found)} if story else status
 
     def recent(self, account="", search="", state="", offset=0, limit=100):
         """The newest tasks, of an account or of all, and the offset to look on from, None at the end.
@@ -1956,10 +2024,24 @@ class Queue:
 
     def unsuppress(self, account, address):
         """Send to an address again. False where it was not suppressed."""
+        keys = [same_mailbox(address), *([address.casefold()] if self.suppressed_by_older(account, address) else [])]
         with self.store.redis.pipeline() as transaction:
-            transaction.zrem(self.store.key("suppressed", account), same_mailbox(address))
-            transaction.hdel(self.store.key("suppressed_for", account), same_mailbox(address))
+            transaction.zrem(self.store.key("suppressed", account), *keys)
+            transaction.hdel(self.store.key("suppressed_for", account), *keys)
             return bool(transaction.execute()[0])
+
+    def suppressed_by_older(self, account: str, address: str) -> bool:
+        """Whether an address was suppressed by a version that folded more than ASCII letters.
+
+        What such a version wrote may mean this mailbox or another; mail to neither is what nobody complains about.
+        """
+        if same_mailbox(address) == address.casefold():
+            return False
+        with self.store.redis.pipeline(transaction=False) as pipeline:
+            pipeline.zscore(self.store.key("suppressed", account), address.casefold())
+            pipeline.get(self.store.key("ascii_folded"))
+            moment, since = pipeline.execute()
+        return moment is not None and moment < float(since or 0)
 
     def oldest(self):
         """Seconds that the task which is next has waited since it was accepted, by lane; 0 where none waits."""
@@ -2029,8 +2111,9 @@ def took(started, ended):
 
 
 def timestamp(microseconds):
-    """RFC 3339 in UTC for microseconds since the epoch."""
-    moment = datetime.datetime.fromtimestamp(int(microseconds) / 1e6, datetime.timezone.utc)
+    """RFC 3339 in UTC for microseconds since the epoch; the year 9999 for what is beyond the calendar."""
+    seconds = min(max(float(microseconds) / 1e6, 0.0), 253402300799.0)
+    moment = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
@@ -2052,11 +2135,11 @@ class Stats:
         with self.lock:
             self.new["stats", (name, *labels.items())] += 1
 
-    def note(self, event, account):
+    def note(self, event: str, owner: Account) -> None:
         """Add one to the "sent", "retried" or "failed" mails of this minute."""
         minute = f"history:{int(time.time() // 60)}"
         with self.lock:
-            self.new[minute, (event, account)] += 1
+            self.new[minute, (event, owner.name, owner.key_id)] += 1
             self.new[minute, (event, "")] += 1
 
     def observe(self, name, seconds):
@@ -2097,19 +2180,23 @@ class Stats:
             series[(name.replace("_bucket", "_count"),)] = total
         return series
 
-    def history(self, account=""):
+    def history(self, owner: Account | None = None) -> list[dict]:
         """The last hour of an account, or of all: [{"time", "sent", "retried", "failed"}], this minute last."""
         self.flush()
         events, now = ("sent", "retried", "failed"), int(self.store.time() // 60)
         minutes = range(now - self.MINUTES + 1, now + 1)
+        # An older version left the key out.
+        whose = [(owner.name, owner.key_id), (owner.name,)] if owner and owner.name else [("",)]
         with self.store.redis.pipeline(transaction=False) as pipeline:
             for minute in minutes:
-                pipeline.hmget(self.store.key("history", str(minute)),
-                               [json.dumps((event, account)) for event in events])
+                for labels in whose:
+                    pipeline.hmget(self.store.key("history", str(minute)),
+                                   [json.dumps((event, *labels)) for event in events])
             found = pipeline.execute()
-        return [{"time": timestamp(minute * 60_000_000), **{event: int(float(amount or 0))
-                                                           for event, amount in zip(events, amounts)}}
-                for minute, amounts in zip(minutes, found)]
+        sums = [[sum(int(float(amount or 0)) for amount in amounts) for amounts in zip(*found[at:at + len(whose)])]
+                for at in range(0, len(found), len(whose))]
+        return [{"time": timestamp(minute * 60_000_000), **dict(zip(events, amounts))}
+                for minute, amounts in zip(minutes, sums)]
 
 
 FAMILIES = {  # name -> (type, help)
@@ -2677,7 +2764,7 @@ class Outbox:
         folder: of the Maildir, made where it is missing.
     """
 
-    OWNER = "X-Account"  # a header in the file, percent-encoded: whose mail it is
+    OWNER = "X-Account"  # a header in the file, percent-encoded: whose mail it is, and by which API key
     HEAD = 65536  # bytes of a mail that are read to list it
     LOOK = 1000  # files that are looked at to list some
 
@@ -2689,13 +2776,13 @@ class Outbox:
     def __str__(self):
         return f"Maildir {self.folder}"
 
-    def send(self, sender, recipients, message, account="", urgent=False):
-        """Write one mail, on disk when this returns; `account` says whose it is, for who looks at it later.
+    def send(self, sender, recipients, message, owner=Account("", ""), urgent=False):
+        """Write one mail, on disk when this returns; `owner` says whose it is, for who looks at it later.
 
         Raises Unavailable where the disk does not take it.
         """
         lines = [f"Return-Path: <{mailbox(sender)}>\n", *(f"Delivered-To: {mailbox(found)}\n" for found in recipients),
-                 f"{self.OWNER}: {urllib.parse.quote(account)}\n"]
+                 f"{self.OWNER}: {urllib.parse.quote(owner.name)} {owner.key_id}\n"]
         envelope = "".join(lines).encode()
         try:
             with self.lock:
@@ -2720,7 +2807,7 @@ class Outbox:
     def abandon(self) -> None:
         """Nothing waits for an answer."""
 
-    def list(self, account="", offset=0, limit=100):
+    def list(self, account=Account("", ""), offset=0, limit=100):
         """The newest mails, of an account or of all, and the offset to look on from, None at the end.
 
         Of each {"id", "received", "size", "from", "to", "subject"}. `offset` is how many of the newest are passed over.
@@ -2737,29 +2824,32 @@ class Outbox:
             at += 1
             with contextlib.suppress(FileNotFoundError), open(entry.path, "rb") as file:
                 head = self._parsed(file.read(self.HEAD).partition(b"\n\n")[0])
-                if not account or self._owner(head) == account:
+                if self._is_of(head, account):
                     mails.append({"id": entry.name.partition(":")[0],
                                   **{name: head.get(name, "") for name in ("from", "to", "subject")},
                                   "received": timestamp(self._moment(entry.name)[0] * 1_000_000),
                                   "size": os.fstat(file.fileno()).st_size})
         return mails, at if at < len(files) else None
 
-    def read(self, mail_id, account=""):
+    def read(self, mail_id, account=Account("", "")):
         """(bytes, parsed message) of a mail, or None. With `account`, only of that account's own."""
         for name in ("new", "cur"):
             for path in (self.folder / name).glob(f"{glob.escape(mail_id)}*") if "/" not in mail_id else ():
                 if path.name.partition(":")[0] == mail_id:
                     source = path.read_bytes()
                     message = self._parsed(source)
-                    return (source, message) if not account or self._owner(message) == account else None
+                    return (source, message) if self._is_of(message, account) else None
         return None
 
     @staticmethod
     def _parsed(octets):
         return email.message_from_bytes(octets, policy=email.policy.default)
 
-    def _owner(self, message):
-        return urllib.parse.unquote(message.get(self.OWNER, ""))
+    def _is_of(self, message, account: Account) -> bool:
+        """Whether a mail is this account's; the admin's are all. One written by an older version names no key."""
+        name, _, key_id = str(message.get(self.OWNER, "")).partition(" ")
+        return not account.name or (
+            urllib.parse.unquote(name) == account.name and key_id in ("", account.key_id))
 
     @staticmethod
     def _moment(name):
@@ -2811,7 +2901,7 @@ class SmtpTransport:
     def __str__(self) -> str:
         return f"SMTP server {self.settings.smtp_server}:{self.settings.smtp_port}"
 
-    def send(self, sender: str, recipients: Sequence[str], message: bytes, account: str = "",
+    def send(self, sender: str, recipients: Sequence[str], message: bytes, owner: Account = Account("", ""),
              urgent: bool = False) -> None:
         """Hand one mail over; a return means that the server has taken charge of it for all recipients.
 
@@ -3200,24 +3290,29 @@ class Otps:
     # An older task's OTP never replaces a newer one's, and one that was used or used up does not come back: the
     # record outlives its hash until the TTL ends it.
     KEEP = """
-        local seen = redis.call('HGET', KEYS[1], 'created')
+        local seen, owner = unpack(redis.call('HMGET', KEYS[1], 'created', 'key'))
+        if owner and owner ~= ARGV[4] then
+            redis.call('DEL', KEYS[1])
+            seen = false
+        end
         if seen and tonumber(seen) > tonumber(ARGV[2]) then return 0 end
         if seen == ARGV[2] and redis.call('HEXISTS', KEYS[1], 'hash') == 0 then return 0 end
         if seen and seen ~= ARGV[2] then redis.call('DEL', KEYS[1]) end
-        redis.call('HSET', KEYS[1], 'hash', ARGV[1], 'created', ARGV[2])
+        redis.call('HSET', KEYS[1], 'hash', ARGV[1], 'created', ARGV[2], 'key', ARGV[4])
         redis.call('EXPIRE', KEYS[1], ARGV[3])
         return 1
     """
 
     VERIFY = Queue.LIMIT + """
         local record, failed, requests = unpack(KEYS)
-        local given, most_tries, most_failures, minute = unpack(ARGV)
+        local given, most_tries, most_failures, minute, key = unpack(ARGV)
         local wait = one_more(requests, minute)
         if wait then return 'wait ' .. wait end
         if tonumber(redis.call('GET', failed) or 0) >= tonumber(most_failures) then
             return 'wait ' .. math.max(1, redis.call('TTL', failed))
         end
-        local hash = redis.call('HGET', record, 'hash')
+        local hash, owner = unpack(redis.call('HMGET', record, 'hash', 'key'))
+        if owner and owner ~= key then hash = false end  -- that of an account of this name which is no more
         if hash == given then
             redis.call('HDEL', record, 'hash')
             redis.call('DEL', failed)
@@ -3248,16 +3343,17 @@ class Otps:
         otp = str(number % 10**length).zfill(length)
         address = task.payload["userId"]
         if not self._keep(keys=[self._record(task.account, address)],
-                          args=[self._hash(task.account, address, otp), task.created, self.ttl]):
+                          args=[self._hash(task.account, address, otp), task.created, self.ttl, task.key]):
             raise Cancelled("a newer OTP replaced this one, or it is used up")
         return otp
 
-    def verify(self, account, address, otp):
+    def verify(self, owner: Account, address: str, otp: str) -> bool:
         """Whether `otp` is the valid one of `address`. Raises Refused (429) after too many requests or wrong tries."""
+        account = owner.name
         result = self._verify(
             keys=[self._record(account, address), self.store.key("otp_failed", same_mailbox(address), account),
                   self.store.key("otp_requests", account)],
-            args=[self._hash(account, address, otp), self.MAX_TRIES, self.MAX_FAILURES, self.minute_max])
+            args=[self._hash(account, address, otp), self.MAX_TRIES, self.MAX_FAILURES, self.minute_max, owner.key_id])
         if result.startswith("wait "):
             raise too_many(result.removeprefix("wait "))
         return result == "verified"
@@ -3310,6 +3406,7 @@ class Newsletters:
         zone: the tzinfo of the calendar.
         accounts: the Accounts, which sign the links to unsubscribe.
         public_url: what those begin with, or "".
+        max_size: bytes that subject and content of a mail may have.
         clock: returns the time, seconds since the epoch; by default Redis's, the same for all processes.
     """
 
@@ -3319,6 +3416,19 @@ class Newsletters:
         if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then return 0 end
         redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
         return 1
+    """
+
+    # Of each account and content type: what stands before the content, as JSON of its own, and how many subscribers.
+    HEADS = """
+        local prefix, found = KEYS[1], {}
+        for at = 1, #ARGV, 2 do
+            local account, content_type = ARGV[at], ARGV[at + 1]
+            local body = redis.call('HGET', prefix .. 'content:' .. account, content_type)
+            local content = body and string.find(body, ', "content": "', 1, true)
+            found[#found + 1] = content and string.sub(body, 1, content - 1) .. '}' or body
+            found[#found + 1] = redis.call('HLEN', prefix .. 'subscribers:' .. content_type .. ':' .. account)
+        end
+        return found
     """
 
     # Places in the schedule stay behind; the script that finds them due, without a subscriber, drops them.
@@ -3355,6 +3465,18 @@ class Newsletters:
         return 'unsubscribed'
     """
 
+    # A subscription from one key to another, if it is still there.
+    REFOLD = """
+        local subscribers, schedule = KEYS[1], KEYS[2]
+        local older, address, older_member, member = unpack(ARGV)
+        local record, boundary = redis.call('HGET', subscribers, older), redis.call('ZSCORE', schedule, older_member)
+        if record and redis.call('HSETNX', subscribers, address, record) == 1 and boundary then
+            redis.call('ZADD', schedule, boundary, member)
+        end
+        redis.call('HDEL', subscribers, older)
+        redis.call('ZREM', schedule, older_member)
+    """
+
     CLAIM = Queue.CLOCK + Queue.REMEMBER + """
         local prefix, now, most, base = KEYS[1], ARGV[1], ARGV[2], ARGV[3]
         local boundaries = {['@hourly'] = ARGV[4], ['@daily'] = ARGV[5], ['@weekly'] = ARGV[6], ['@monthly'] = ARGV[7]}
@@ -3382,13 +3504,15 @@ class Newsletters:
         return #due
     """
 
-    def __init__(self, store, zone, accounts, public_url="", clock=None):
-        self.store, self.zone, self.clock = store, zone, clock or store.time
+    def __init__(self, store, zone, accounts, public_url="", clock=None, max_size=Settings.max_body):
+        self.store, self.zone, self.clock, self.max_size = store, zone, clock or store.time, max_size
         self.accounts, self.public_url = accounts, public_url.rstrip("/")
         self._update = store.script(self.UPDATE)
+        self._heads = store.script(self.HEADS)
         self._remove = store.script(self.REMOVE)
         self._subscribe = store.script(self.SUBSCRIBE)
         self._unsubscribe = store.script(self.UNSUBSCRIBE)
+        self._refold = store.script(self.REFOLD)
         self._claim = store.script(self.CLAIM)
 
     def create(self, account, content_type, subject, content):
@@ -3411,16 +3535,27 @@ class Newsletters:
         subscribers = self.store.redis.hlen(self.store.key("subscribers", content_type, account))
         return {"content_type": content_type, **json.loads(body), "subscribers": subscribers}
 
-    def read_all(self, account=""):
-        """All content types of an account, as read() returns them, by name; or of all, with their "account"."""
-        found = []
-        for name in [account] if account else self.accounts.names():
-            for content_type, body in sorted(self.store.redis.hgetall(self.store.key("content", name)).items()):
-                found.append({
-                    "content_type": content_type, **json.loads(body),
-                    "subscribers": self.store.redis.hlen(self.store.key("subscribers", content_type, name)),
-                    **({} if account else {"account": name})})
-        return found
+    def read_all(self, account="", offset=0, limit=100):
+        """(how many content types there are, those from `offset` on, by name), of an account or of all.
+
+        Of each {"content_type", "subject", "subscribers"}, and "account" where all are meant; contents may be long, so
+        read() gives them one at a time.
+        """
+        places = self._places(account)
+        page = places[offset:offset + limit]
+        found = self._heads(keys=[self.store.prefix], args=[part for place in page for part in place])
+        return len(places), [
+            {"content_type": name, "subject": json.loads(head)["subject"], "subscribers": subscribers,
+             **({} if account else {"account": owner})}
+            for (owner, name), head, subscribers in zip(page, found[::2], found[1::2]) if head]
+
+    def _places(self, account: str = "") -> list[tuple[str, str]]:
+        """(account, content type) of all content types of an account or of all, by name."""
+        owners = [account] if account else self.accounts.names()
+        with self.store.redis.pipeline(transaction=False) as pipeline:
+            for owner in owners:
+                pipeline.hkeys(self.store.key("content", owner))
+            return [(owner, name) for owner, names in zip(owners, pipeline.execute()) for name in sorted(names)]
 
     def subscriptions(self, account="", content_type="", address="", cursor="", limit=100):
         """About `limit` subscriptions of an account or of all, in no order, and the cursor to go on with, or None.
@@ -3432,9 +3567,7 @@ class Newsletters:
             content_type, address: only those of it.
             cursor: what the call before returned; an unknown one starts anew.
         """
-        places = [(owner, name) for owner in ([account] if account else self.accounts.names())
-                  for name in sorted(self.store.redis.hkeys(self.store.key("content", owner)))
-                  if not content_type or name == content_type]
+        places = [(owner, name) for owner, name in self._places(account) if not content_type or name == content_type]
         number, _, scan = cursor.partition("-")
         number, scan = int(number or 0), int(scan or 0)
         found = []
@@ -3502,6 +3635,23 @@ class Newsletters:
                   self.store.key("unsubscribed", content_type, address, account)],
             args=[address, moment, self._member(account, content_type, address)]) != "unknown"
 
+    def fold_as_now(self) -> None:
+        """Once after an upgrade: give the subscriptions that an older version kept under a further folded address the
+        key they have now. Whoever starts meanwhile may do it too."""
+        marker, now = self.store.key("ascii_folded"), int(self.store.time() * 1000)
+        if self.store.redis.exists(marker):
+            return
+        for account in self.accounts.names():
+            for content_type in self.store.redis.hkeys(self.store.key("content", account)):
+                subscribers = self.store.key("subscribers", content_type, account)
+                for older, record in self.store.redis.hscan_iter(subscribers, count=1000):
+                    # The record has the address as it was given, in JSON with escapes.
+                    if "\\u" in record and (address := same_mailbox(json.loads(record)["userId"])) != older:
+                        self._refold(keys=[subscribers, self.store.key("schedule")], args=[
+                            older, address, self._member(account, content_type, older),
+                            self._member(account, content_type, address)])
+        self.store.redis.set(marker, now, nx=True)
+
     def link(self, account, content_type, address):
         """The URL that ends this subscription, by whoever has it; "" without `public_url`."""
         if not self.public_url:
@@ -3528,7 +3678,7 @@ class Newsletters:
 
         Raises:
             Cancelled: the address unsubscribed, or the content type was removed, since the mail was queued.
-            Permanent: the subscription brings variables, but not all that the content names.
+            Permanent: the subscription brings variables, but not all that the content names, or too large ones.
         """
         content_type, address = task.payload["content_type"], task.payload["userId"]
         with self.store.redis.pipeline(transaction=False) as pipeline:
@@ -3541,10 +3691,13 @@ class Newsletters:
         url = self.link(task.account, content_type, address)
         variables = {**(own or {}), "email": address, **({"unsubscribe_url": url} if url else {})}
         try:
-            subject, content = (fill(text, variables, escape, partly=own is None) for text, escape in (
+            subject, content = (fill(text, variables, escape, own is None, self.max_size) for text, escape in (
                 (body["subject"], False), (body["content"], is_html(body["content"]))))
         except KeyError as error:
             raise Permanent(f"the subscription has no variable {error.args[0]!r}") from None
+        except TooLarge as error:
+            raise Permanent(f"with the subscription's variables the mail would have {error.size} bytes, and may have "
+                            f"{self.max_size} (max_body)") from None
         # RFC 2369 section 2 lets a long URL be folded; no line may be longer than 998.
         folded = "\r\n ".join(url[start:start + 900] for start in range(0, len(url), 900))
         name = (re.sub(r"[^a-z0-9]+", "-", content_type.lower()).strip("-")
@@ -3746,7 +3899,7 @@ class Workers:
             outcome = self._perform(task, lane)
         self.stats.count("gomail_tasks_total", type=task.type, outcome=outcome.verdict)
         if task.type not in ("subscribe", "unsubscribe") and outcome.verdict in self.EVENTS:
-            self.stats.note(self.EVENTS[outcome.verdict], task.account)
+            self.stats.note(self.EVENTS[outcome.verdict], Account(task.account, task.key))
         log(dict.fromkeys(("succeeded", "cancelled", "suppressed"), logging.INFO).get(outcome.verdict, logging.WARNING),
             f"task {outcome.verdict}", task=task.id, type=task.type, account=task.account, attempt=task.attempts + 1,
             duration=round(time.monotonic() - started, 4), **({"error": outcome.error} if outcome.error else {}))
@@ -3845,7 +3998,8 @@ class Workers:
 
     def _send(self, task, mail):
         """Send a mail to those who have not got it yet, and are not suppressed."""
-        wanted = [found for found in mail.recipients if same_mailbox(found) not in task.suppressed]
+        wanted = [found for found in mail.recipients if same_mailbox(found) not in task.suppressed and not (
+            task.type != "generateOtp" and self.queue.suppressed_by_older(task.account, found))]
         if not wanted and not task.delivered:
             raise Suppressed(f"{task.payload['userId']} is suppressed; see GET /suppressions")
         if recipients := [found for found in wanted if found not in task.delivered]:
@@ -3856,7 +4010,7 @@ class Workers:
             message = compose(mail, f"{task.id}@{sender.rpartition('@')[2]}", moment)
             started = time.monotonic()
             try:
-                self.transport.send(sender, recipients, message, task.account, urgent=lane == "urgent")
+                self.transport.send(sender, recipients, message, Account(task.account, task.key), lane == "urgent")
             finally:
                 self.stats.observe("gomail_smtp_seconds", time.monotonic() - started)
             self.gates[lane].passed()
@@ -4019,7 +4173,8 @@ ROUTES = (
     Route("POST", "/task/batch", "enqueue_batch", "task", BATCH, answer={"status": bool, "tasks": list}),
     Route("POST", "/task/verify", "verify", "key", VERIFICATION, answer={"type": str, "verified": bool},
           refuses=(429,)),
-    Route("GET", "/task/subscriptionContent", "list_content", "all", answer={"status": bool, "contentTypes": list}),
+    Route("GET", "/task/subscriptionContent", "list_content", "all", query=PAGING,
+          answer={**PAGE_ANSWER, "contentTypes": list}),
     Route("POST", "/task/subscriptionContent", "create_content", "key", DEFINITION, answer=DONE, refuses=(409,)),
     Route("PUT", "/task/subscriptionContent", "update_content", "key", DEFINITION, answer=DONE, refuses=(404,)),
     Route("GET", "/task/subscriptionContent/{content_type}", "read_content", answer=CONTENT_ANSWER, refuses=(404,)),
@@ -4088,16 +4243,22 @@ AS_MAIL = {"Content-Security-Policy": "sandbox; default-src 'none'; style-src 'u
            "Referrer-Policy": "no-referrer"}
 
 
-def html_of(message):
-    """The HTML of a parsed mail or None; pictures that the mail brings along stand in it as data."""
+def html_of(message, most: int = 8_000_000):
+    """The HTML of a parsed mail or None; pictures that the mail brings along stand in it as data.
+
+    A picture that would make it longer than `most` characters stays out: one may be shown any number of times.
+    """
     part = message.get_body(("html",))
     if part is None:
         return None
     text = part.get_content()
     for shown in message.walk():
         if (name := shown.get("Content-ID", "").strip("<> ")) and not shown.is_multipart():
-            data = base64.b64encode(shown.get_payload(decode=True) or b"").decode()
-            text = text.replace(f"cid:{name}", f"data:{shown.get_content_type()};base64,{data}")
+            place = re.compile(rf"cid:{re.escape(name)}(?![\w.@+-])")
+            data = f"data:{shown.get_content_type()};base64,"
+            data += base64.b64encode(shown.get_payload(decode=True) or b"").decode()
+            if len(text) + len(place.findall(text)) * len(data) <= most:
+                text = place.sub(lambda _: data, text)
     return text
 
 
@@ -4158,10 +4319,15 @@ class Api:
         It counts only beside a header that a page of another origin cannot send (without asking first, and nobody
         answers), and where there is no Authorization.
         """
-        if "x-requested-with" not in request.headers or "authorization" in request.headers:
-            return None
+        token = self.session_token(request)
+        return self.accounts.read_session(token) if token and "authorization" not in request.headers else None
+
+    def session_token(self, request) -> str:
+        """What the session's cookie holds, or "" where it does not count."""
+        if "x-requested-with" not in request.headers:
+            return ""
         found = re.search(rf"(?:^|; ?){self.cookie}=([^;]+)", request.headers.get("cookie", ""))
-        return self.accounts.read_session(found[1]) if found else None
+        return found[1] if found else ""
 
     def is_admin(self, request):
         """Whether the request carries admin_token, or the session of somebody who did."""
@@ -4208,6 +4374,7 @@ class Api:
                                 self.accounts.session(account, self.SESSION), self.SESSION, secure)
 
     def close_session(self, request):
+        self.accounts.end_session(self.session_token(request))
         return self.with_cookie({"status": True, "msg": "Signed out"}, "", 0)
 
     def with_cookie(self, body, value, seconds, more=""):
@@ -4232,16 +4399,20 @@ class Api:
         key = request.headers.get("idempotency-key", "")
         if len(key) > 255:
             raise Refused(400, "Idempotency-Key must have at most 255 characters", "Idempotency-Key")
+        fill_message(request.body, "", self.settings.max_body)
         result, = self.queue.enqueue(request.account, [request.body], key)
         if isinstance(result, Refused):
             raise result
         return {"status": True, "msg": "Task enqueued successfully", "id": result}
 
     def enqueue_batch(self, request):
-        results = []
+        # All texts of a batch together may be filled to twice of what a single one may.
+        results, room = [], 2 * self.settings.max_body
         for number, task in enumerate(request.body["tasks"]):
             try:
-                results.append(TASK(task, f"tasks[{number}]"))
+                checked = TASK(task, f"tasks[{number}]")
+                room -= fill_message(checked, f"tasks[{number}]", min(room, self.settings.max_body))
+                results.append(checked)
             except Refused as refused:
                 results.append(refused)
         good = [number for number, result in enumerate(results) if isinstance(result, dict)]
@@ -4253,11 +4424,13 @@ class Api:
                                           for result in results]}
 
     def verify(self, request):
-        verified = self.otps.verify(request.account.name, request.body["userEmail"], request.body["otp"])
+        verified = self.otps.verify(request.account, request.body["userEmail"], request.body["otp"])
         return {"type": "otp verification", "verified": verified}
 
     def list_content(self, request):
-        return {"status": True, "contentTypes": self.newsletters.read_all(request.account.name)}
+        paging = {"offset": 0, "limit": 100, **request.query}
+        total, found = self.newsletters.read_all(request.account.name, **paging)
+        return {"status": True, "total": total, **paging, "contentTypes": found}
 
     def create_content(self, request):
         self.newsletters.create(request.account.name, **request.body)
@@ -4270,7 +4443,7 @@ class Api:
     def read_content(self, request):
         account, content_type = request.account.name, request.path["content_type"]
         return {"status": True, **self.newsletters.read(account, content_type),
-                "view": self.viewing(content_type=content_type, account=account)}
+                "view": self.viewing(request.account, content_type=content_type)}
 
     def remove_content(self, request):
         self.newsletters.remove(request.account.name, request.path["content_type"])
@@ -4349,7 +4522,7 @@ class Api:
         return {"status": True, "msg": "The lane resumes as soon as the SMTP server takes mail"}
 
     def read_history(self, request):
-        return {"status": True, "minutes": self.stats.history(request.account.name)}
+        return {"status": True, "minutes": self.stats.history(request.account)}
 
     def outbox(self):
         """The Outbox. Raises Refused (404) where mail goes to an SMTP server."""
@@ -4358,39 +4531,41 @@ class Api:
         return self.workers.transport
 
     def list_outbox(self, request):
-        mails, following = self.outbox().list(request.account.name, **request.query)
+        mails, following = self.outbox().list(request.account, **request.query)
         return {"status": True, "mails": mails, "next": following}
 
     def read_outbox(self, request):
-        source, message = self.mail(request.path["id"], request.account.name)
+        source, message = self.mail(request.path["id"], request.account)
         plain, text = message.get_body(("plain",)), html_of(message)
         return {"status": True, "id": request.path["id"],
                 "headers": [[name, str(value)] for name, value in message.items()],
                 "text": plain and plain.get_content(), "html": text, "source": source.decode(errors="replace"),
-                "view": None if text is None else self.viewing(mail=request.path["id"], account=request.account.name),
+                "view": None if text is None else self.viewing(request.account, mail=request.path["id"]),
                 "attachments": [{"filename": part.get_filename(), "content_type": part.get_content_type(),
                                  "size": len(part.get_payload(decode=True) or b"")}
                                 for part in message.iter_attachments()]}
 
-    def mail(self, mail_id, account):
+    def mail(self, mail_id, account: Account):
         """(bytes, parsed message) of a mail in the outbox. Raises Refused (404)."""
         found = self.outbox().read(mail_id, account)
         if found is None:
             raise Refused(404, "there is no such mail", "id")
         return found
 
-    def viewing(self, **claims):
+    def viewing(self, account: Account, **claims) -> str:
         """The path by which a frame, which sends no key, shows a mail or a content type: for a minute."""
-        return f"/view/{self.accounts.seal('view', {**claims, 'exp': int(time.time()) + 60})}"
+        claims |= {"account": account.name, "key_id": account.key_id, "exp": int(time.time()) + 60}
+        return f"/view/{self.accounts.seal('view', claims)}"
 
     def view(self, request):
         claims = self.accounts.unseal("view", request.path["token"])
-        if claims is None:
+        account = claims and Account(claims["account"], claims.get("key_id", ""))
+        if not account or account not in (self.admin, self.accounts.find(account.name)):
             raise Refused(404, "this link is not valid, or no longer", "token")
         if "mail" in claims:
-            text = html_of(self.mail(claims["mail"], claims["account"])[1]) or ""
+            text = html_of(self.mail(claims["mail"], account)[1]) or ""
         else:
-            text = self.newsletters.read(claims["account"], claims["content_type"])["content"]
+            text = self.newsletters.read(account.name, claims["content_type"])["content"]
             text = text if is_html(text) else f"<pre>{html.escape(text)}</pre>"
         return Document("text/html", text, AS_MAIL)
 
@@ -4836,7 +5011,8 @@ class Service:
             otps = Otps(self.store, accounts.derive("otp"), settings.otp_ttl, settings.otp_minute_max,
                         settings.otp_subject, settings.otp_content)
             self.newsletters = Newsletters(self.store, zoneinfo.ZoneInfo(settings.timezone), accounts,
-                                           settings.public_url, self.clock)
+                                           settings.public_url, self.clock, settings.max_body)
+            self.newsletters.fold_as_now()
             self.stats = Stats(self.store)
             self.workers = Workers(settings, self.queue, self.transport, otps, self.newsletters, self.stats)
             self.cron = Cron(self.store, self.queue, self.newsletters, self.stats, self.workers, self.server)
@@ -5349,7 +5525,7 @@ class Operator:
             return 1
         rows = []
         for name in self.users.names():
-            minutes = self.sums.history(name)
+            minutes = self.sums.history(self.users.find(name))
             rows.append({"id": name, "dead": self.store.redis.zcard(self.store.key("dead", name)),
                          "contentTypes": self.store.redis.hlen(self.store.key("content", name)),
                          **{event: sum(minute[event] for minute in minutes) for event in ("sent", "failed")}})
@@ -5870,8 +6046,17 @@ function dead() {
 }
 
 function newsletters() {
-  const types = h("div"), address = h("input", {type: "search", change: () => attempt(show.refresh),
-    placeholder: "a whole address"});
+  const address = h("input", {type: "search", change: () => attempt(show.refresh), placeholder: "a whole address"});
+  const types = growing(async limit => {
+    const found = await api("GET", "/task/subscriptionContent", undefined, {limit});
+    return [found.contentTypes, () => table("Content types", [
+      {name: "Name", value: row => h("a", {
+        href: `#/newsletters/${part(row.content_type)}`, "data-key": row.content_type,
+        click: () => choose(row.account || account)}, row.content_type), style: "long"},
+      {name: "Subject", value: row => row.subject, style: "long"}, ...accountColumn(),
+      {name: "Subscribers", value: row => row.subscribers.toLocaleString(), style: "number-cell"}],
+    found.contentTypes, "No content types yet."), found.total > found.contentTypes.length];
+  });
   const list = growing(async limit => {
     const found = await api("GET", "/subscriptions", undefined, {limit, userId: address.value.trim()});
     found.subscriptions.sort((a, b) => (a.next || "").localeCompare(b.next || ""));
@@ -5891,18 +6076,11 @@ function newsletters() {
   return {title: "Newsletters", live: true, nodes: [
     h("section", {"aria-labelledby": "types"}, h("div", {class: "row"}, h("h2", {id: "types"}, "Content types"),
       me.admin && !account ? h("span", {class: "muted"}, "Choose an account to add one.")
-        : h("a", {href: "#/new-content"}, "New content type")), types),
+        : h("a", {href: "#/new-content"}, "New content type")), types.nodes),
     h("section", {"aria-labelledby": "subscriptions"}, h("div", {class: "row"},
       h("h2", {id: "subscriptions"}, "Subscriptions"), field("Address", address)), list.nodes)],
   async refresh() {
-    const {contentTypes} = await api("GET", "/task/subscriptionContent");
-    fill(types, contentTypes, () => table("Content types", [
-      {name: "Name", value: row => h("a", {
-        href: `#/newsletters/${part(row.content_type)}`, "data-key": row.content_type,
-        click: () => choose(row.account || account)}, row.content_type), style: "long"},
-      {name: "Subject", value: row => row.subject, style: "long"}, ...accountColumn(),
-      {name: "Subscribers", value: row => row.subscribers.toLocaleString(), style: "number-cell"}],
-    contentTypes, "No content types yet."));
+    await types.refresh();
     await list.refresh();
   }};
 }
