@@ -24,6 +24,7 @@ import datetime
 import email.policy
 import email.utils
 import enum
+import errno
 import fcntl
 import functools
 import gc
@@ -36,6 +37,7 @@ import http
 import http.server
 import importlib.util
 import ipaddress
+import itertools
 import json
 import logging
 import logging.handlers
@@ -94,6 +96,7 @@ def option(default, explanation, *, low=None, high=None, choices=None, number="a
         "explanation": explanation, "low": low, "high": high, "choices": choices, "number": number})
 
 
+SAFE_TOKEN = 16  # characters that admin_token needs beyond loopback
 VARIABLE = "[A-Za-z_][A-Za-z0-9_]{0,63}"
 ONE_LINE = r"[^\x00-\x1f\x7f-\x9f\u2028\u2029]"  # the two Unicode line ends as well: some mailers break a header there
 LINE = "on one line, without control characters"
@@ -130,6 +133,8 @@ class Settings:
     durability: str = option("everysec", "when a task answered 2xx is on disk: everysec, within a second; "
                              "fsync, before the answer", choices=("everysec", "fsync"))
     host: str = option("127.0.0.1", "address to listen on; beyond loopback only with admin_token")
+    allowed_hosts: str = option("", "names by which requests may call this service, comma-separated, without port, "
+                                "beside localhost; empty: any name; without admin_token it is localhost alone")
     port: int = option(8080, "port to listen on; 0 picks a free one", low=0, high=65535)
     max_body: int = option(1048576, "bytes a request body may have", low=1024, high=104857600)
     max_connections: int = option(256, "HTTP connections at once in a process; one more is answered 503",
@@ -226,6 +231,12 @@ class Settings:
                                  "{{ otp }} or {{ minutes }}")
         if self.otp_content and "otp" not in PLACEHOLDER.findall(self.otp_content):
             raise StartError("otp_content: must hold {{ otp }}")
+        for name in split_list(self.allowed_hosts):
+            if parse_host(name) is None or parse_host(f"{name}:80") is None:
+                raise StartError(f"allowed_hosts: {name!r} is not a host name without port, such as mail.example.com")
+        if self.allowed_hosts and not self.admin_token:
+            raise StartError(f"allowed_hosts: {self.allowed_hosts!r} is not allowed without admin_token; requests may "
+                             "call the service localhost alone then")
 
     def _check_hosts(self) -> None:
         """Raise StartError where `smtp_server`, `host` or `redis_uri` names no host that can be looked up."""
@@ -236,8 +247,12 @@ class Settings:
         host = host_to_ascii(self.host)
         if not host:
             raise StartError(f"host: {safe_repr(self.host)} is no host name or IP address; the port goes into port")
-        if not self.admin_token and not is_loopback(host):
-            raise StartError(f"host: {self.host!r} is not a loopback address; to listen there, set admin_token")
+        if not is_loopback(host):
+            if not self.admin_token:
+                raise StartError(f"host: {self.host!r} is not a loopback address; to listen there, set admin_token")
+            if len(self.admin_token) < SAFE_TOKEN:
+                raise StartError(f"admin_token: (hidden) is too short for host {self.host!r}, at least {SAFE_TOKEN} "
+                                 "characters are needed")
         authority = re.split("[/?]", self.redis_uri.partition("://")[2] or self.redis_uri)[0]
         if not authority.rpartition("@")[2].isascii():  # the Redis client would look it up by IDNA 2003
             raise StartError("redis_uri: the host name is not in ASCII, expected its xn-- form")
@@ -355,6 +370,43 @@ def is_loopback(host: str) -> bool:
     except OSError:
         return False
     return all(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]).is_loopback for entry in found)
+
+
+def split_list(text: str) -> list[str]:
+    """The entries of a comma-separated list, without the spaces around them."""
+    return [entry for part in text.split(",") if (entry := part.strip())]
+
+
+# uri-host [":" port] (RFC 3986 section 3.2): an IPv6 address, an address of the future, or a name or IPv4 address.
+AUTHORITY = re.compile(r"""(\[(?P<ipv6>[0-9a-f:.]+)\] | \[v[0-9a-f]+\.[\w.~!$&'()*+,;=:-]+\]
+                           | (?:[\w.~!$&'()*+,;=-] | %[0-9a-f]{2})+) (?::[0-9]*)?""",
+                       re.ASCII | re.IGNORECASE | re.VERBOSE)
+
+
+def parse_host(authority: str) -> str | None:
+    """The host of `uri-host [":" port]` in the form used to compare, or None where the text is nothing of that kind.
+
+    It is in lower case and without the dot of the DNS root; an IPv6 address is in its short form, without brackets.
+    """
+    match = AUTHORITY.fullmatch(authority)
+    if match is None:
+        return None
+    if match["ipv6"]:
+        try:
+            return str(ipaddress.IPv6Address(match["ipv6"]))
+        except ValueError:
+            return None
+    return match[1].lower().removesuffix(".")
+
+
+def is_loopback_name(host: str) -> bool:
+    """Whether a host, as parse_host() gives it, means this machine on every machine, without asking the DNS."""
+    if host == "localhost" or host.endswith(".localhost"):  # RFC 6761 section 6.3
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 NONCHARACTERS = r"\ufdd0-\ufdef" + "".join(
@@ -562,6 +614,7 @@ def start_logging(settings, shared=False):
 #   heartbeat:<process>            string  there while the process lives
 #   paused                         hash    process -> why its lanes are paused, as JSON
 #   resume                         hash    lane -> how often somebody asked to probe at once
+#   resumed:<lane>                 string  id of the newest of these requests, while no other is taken
 #   delayed                        zset    ids that wait for a retry or their send_at, by due time (ms)
 #   dead, dead:<account>           zset    ids of dead letters, by the time they died (ms)
 #   idempotency:<digest>           string  fingerprint and id of the task an Idempotency-Key made, and the API key's id
@@ -930,6 +983,10 @@ class Accounts:
             raise self._unknown_key()
         return Account(claims["sub"], claims["jti"], claims.get("exp", math.inf))
 
+    def is_signed(self, header: str) -> bool:
+        """Whether an Authorization header holds a key that was given out here, be it expired or revoked."""
+        return self._claims(strip_bearer(header)) is not None
+
     def _verified(self, token):
         return self._decode(token, self.accepted, {"require": ["sub", "jti"], "verify_iat": False})
 
@@ -1232,7 +1289,9 @@ class Anything:
 
 SUBJECT = Text(998, ONE_LINE, LINE)
 CONTENT = Text(100_000_000)
-CONTENT_TYPE = Text(100, r"[\w. -]", "only letters, digits, spaces and . _ -")
+# Browsers take . and .. out of a path, even as %2E; such names from before can still be read with other clients.
+CONTENT_TYPE = Form("a string of 1 to 100 characters, only letters, digits, spaces and . _ -, but not . or ..",
+                    re.compile(r"(?!\.{1,2}$| +$)[\w. -]+"), 100)
 FREQUENCIES = ("@hourly", "@daily", "@weekly", "@monthly")
 
 # RFC 2045 section 5.1, with names as in RFC 6838 section 4.2. No flag ignores case: the schema has the pattern too.
@@ -1402,6 +1461,7 @@ class Queue:
     HEARTBEAT_TTL = 4.0  # seconds
     OTP_FIRST = 0.01  # seconds
     BATCH = 200
+    RESUME_INTERVAL = 5.0  # seconds between two requests to resume a lane, of all processes together
     RECENT = 100_000  # tasks that can be looked up without their id, of an account and of all
     LOOK = 1000  # tasks that are looked at in one script
 
@@ -1745,6 +1805,7 @@ class Queue:
         self._pace = store.script(self.PACE)
         self._revive = store.script(self.REVIVE)
         self._recent = store.script(self.RECENT_ONES)
+        self._resume = store.script(self.RESUME)
         self._missing = {}
         self._no_otp = threading.Event()
         self._no_otp.set()
@@ -1867,9 +1928,29 @@ class Queue:
             transaction.hgetall(self.store.key("resume"))
             return transaction.execute()[-1]
 
-    def resume(self, lane):
-        """Ask every process to probe at once whether `lane` can go on."""
-        self.store.redis.hincrby(self.store.key("resume"), lane, 1)
+    # KEYS: resume, resumed:<lane>. ARGV: lane, id of this request, milliseconds in which no other is taken.
+    # Answers 0, or the milliseconds to wait.
+    RESUME = """
+        local newest = redis.call('GET', KEYS[2])
+        if newest == ARGV[2] then return 0 end
+        if newest then return redis.call('PTTL', KEYS[2]) end
+        redis.call('SET', KEYS[2], ARGV[2], 'PX', ARGV[3])
+        redis.call('HINCRBY', KEYS[1], ARGV[1], 1)
+        return 0
+    """
+
+    def resume(self, lane: str) -> None:
+        """Ask every process to probe at once whether `lane` can go on: each does so on a new connection.
+
+        Raises:
+            Refused: 429, somebody has asked for that within RESUME_INTERVAL seconds.
+        """
+        wait = self._resume(keys=[self.store.key("resume"), self.store.key("resumed", lane)],
+                            args=[lane, secrets.token_hex(8), int(self.RESUME_INTERVAL * 1000)])
+        if wait:
+            seconds = math.ceil(wait / 1000)
+            raise Refused(429, f"the lane was resumed a moment ago; try again in {seconds} seconds", None,
+                          {"Retry-After": str(seconds)})
 
     def promote(self):
         """Move retries that are due to their lanes; returns how many, at most BATCH."""
@@ -4104,15 +4185,44 @@ class Cron:
 # and threads; requests are read here, by RFC 9112 to the letter, because what two readers of one stream
 # understand differently is how requests are smuggled. One place turns every exception into a JSON error.
 
+# Larger bodies count in a budget of all connections, and only a few of them are parsed and answered at once: the parser
+# holds the interpreter for 10 ms and more a megabyte, and what it makes can take twenty times the memory of the text.
+SMALL_BODY = 65536  # bytes
+LARGE_AT_ONCE = 2
+
+# A header by which a proxy or a CDN says that it hands a request on.
+PROXY_HEADER = re.compile("via|forwarded|x-forwarded(-.*)?|x-original-.*|x-real-ip|x-remote-(ip|addr)|"
+                          "(.*-)?client-?ip|.*-connecting-ip|cdn-loop|x-envoy-.*|x-proxyuser-ip")
+
+
 @dataclasses.dataclass
 class Request:
-    """A request as its handler sees it: `path` holds the values of the route's placeholders."""
+    """A request as its handler sees it.
+
+    `path` holds the values of the route's placeholders; `peer` is the address that the connection comes from.
+    """
 
     headers: dict
     path: dict
     query: dict
     body: object = None
     account: Account = None
+    peer: str = ""
+
+    @property
+    def client(self) -> str:
+        """The client's address; of what a reverse proxy on this machine hands on, the one that the proxy added."""
+        address = ipaddress.ip_address(self.peer)
+        address = getattr(address, "ipv4_mapped", None) or address
+        if address.is_loopback:
+            with contextlib.suppress(ValueError):
+                address = ipaddress.ip_address(self.headers.get("x-forwarded-for", "").rpartition(",")[2].strip())
+        return str(address)
+
+    @property
+    def proxied(self) -> bool:
+        """Whether a proxy says that it hands the request on. Not all do."""
+        return any(map(PROXY_HEADER.fullmatch, self.headers))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -4121,9 +4231,9 @@ class Route:
 
     `access` is "open"; "key" (or the admin, who names an account by `?account=`); "all" (the same, but the admin who
     names none means all accounts); "task" (a key that the queue looks up, in the same round trip); "admin"; or "owner"
-    (the admin, or the key of the account concerned). `body` and `query` are the checks of what comes with a request;
-    `answer` names the fields of a success and their types, or its media type where it is not JSON; `refuses` has the
-    statuses that only this route answers.
+    (the admin, or the key of the account concerned). Another value lets nobody in. `body` and `query` are the checks of
+    what comes with a request; `answer` names the fields of a success and their types, or its media type where it is not
+    JSON; `refuses` has the statuses that only this route answers.
     """
 
     method: str
@@ -4139,6 +4249,11 @@ class Route:
     def pattern(self):
         """What the path looks like; a placeholder is one segment."""
         return re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", self.path))
+
+    def body_limit(self, settings: Settings) -> int:
+        """Bytes that a body may have: max_body only where it comes with a key, and means something."""
+        most = settings.max_body
+        return most if self.body and self.access in ("key", "all", "task") else min(most, SMALL_BODY)
 
 
 ID = Object({"id": Text(254, ONE_LINE, LINE)})
@@ -4166,7 +4281,7 @@ ROUTES = (
     Route("POST", "/auth/deregister", "deregister", "owner", ID, answer=DONE, refuses=(404,)),
     Route("GET", "/accounts", "list_accounts", "admin", answer={"status": bool, "accounts": list}),
     Route("GET", "/session", "read_session", "open", answer=SESSION_ANSWER),
-    Route("POST", "/session", "open_session", "open", LOGIN, answer=SESSION_ANSWER, refuses=(401,)),
+    Route("POST", "/session", "open_session", "open", LOGIN, answer=SESSION_ANSWER, refuses=(401, 429)),
     Route("DELETE", "/session", "close_session", "open", answer=DONE),
     Route("POST", "/task", "enqueue", "task", TASK, answer=QUEUED, refuses=(422, 429)),
     Route("POST", "/task/task", "enqueue", "task", TASK, answer=QUEUED, refuses=(422, 429)),
@@ -4198,7 +4313,7 @@ ROUTES = (
     Route("DELETE", "/suppressions", "unsuppress", "key", RECIPIENT, answer=DONE, refuses=(404,)),
     Route("GET", "/lanes", "list_lanes", "all", answer={
         "status": bool, "lanes": list, "processes": int, "retrying": int, "dead": int, "mail_to": str, "outbox": bool}),
-    Route("POST", "/lanes/{lane}/resume", "resume_lane", "all", answer=DONE, refuses=(404,)),
+    Route("POST", "/lanes/{lane}/resume", "resume_lane", "all", answer=DONE, refuses=(404, 429)),
     Route("GET", "/history", "read_history", "all", answer={"status": bool, "minutes": list}),
     Route("GET", "/outbox", "list_outbox", "all", query=PAGING,
           answer={"status": bool, "mails": list, "next": (int, None)}, refuses=(404,)),
@@ -4219,6 +4334,20 @@ ROUTES = (
 
 FIXED = {path: [route for route in ROUTES if route.path == path] for path in (route.path for route in ROUTES)
          if "{" not in path}
+
+
+def find_routes(path: str) -> Sequence[Route]:
+    """The routes of a path; "*" means all."""
+    if path == "*":
+        return ROUTES
+    # A fixed path goes before a placeholder: /task/dead is not the task of id "dead".
+    return FIXED.get(path) or [route for route in ROUTES if route.pattern.fullmatch(path)]
+
+
+def allowed_methods(routes: Sequence[Route]) -> str:
+    """The value of the header Allow (RFC 9110 section 10.2.1) for the routes of a path."""
+    methods = {route.method for route in routes}
+    return ", ".join(sorted(methods | {"OPTIONS"} | ({"HEAD"} if "GET" in methods else set())))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -4271,6 +4400,8 @@ class Api:
 
     SESSION = 43200  # seconds until one has to log in again
     WITHOUT_REDIS = ("ping", "describe_routes", "show_page")
+    GUESSES = 8  # wrong tokens whose answers wait at once, in a process
+    PENALTY = 1.0  # seconds that each waits
 
     def __init__(self, settings, accounts, queue, otps, newsletters, workers, stats):
         self.settings, self.accounts, self.queue = settings, accounts, queue
@@ -4278,18 +4409,36 @@ class Api:
         # A browser sends the cookies of one port to all ports of a host: two services there need two names.
         self.cookie = f"gomail_{accounts.derive('cookie').hex()[:8]}"
         self.admin = Account("", accounts.derive(f"admin {settings.admin_token}").hex())
+        self.guesses = threading.BoundedSemaphore(self.GUESSES)
 
-    def answer(self, route, request):
-        """What `route` answers to `request`: a dict. Raises Refused, or RedisError where Redis is away."""
+    def authenticate(self, route: Route, request: Request) -> Account | None:
+        """Who sends a request, by what its head says; None where the route asks nobody.
+
+        Raises:
+            Refused: 401; 403 for a proxy's clients; 404 or 400, the account that the admin means; 429, see charge().
+            RedisError: Redis is away.
+        """
         if route.handler not in self.WITHOUT_REDIS and not self.queue.store.available:
             # At once: a server that hangs would cost each caller its timeout.
             raise redis.ConnectionError("Redis is away")
-        if route.access in ("key", "all"):
-            request.account = self.caller(request, route)
-        elif route.access == "task":
-            request.account = self.holder(request)
-        elif route.access == "admin":
-            self.require_admin(request)
+        match route.access:
+            case "open":
+                return None
+            case "task":
+                return self.holder(request)
+            case "admin" | "owner" if self.may_govern(request):
+                return self.admin
+            case "admin":
+                self.charge(request)
+                raise self.not_admin()
+            case "key" | "all" if self.is_admin(request):
+                return self.named(request, route)
+            case "key" | "all" | "owner":
+                return self.accounts.current(self.key_holder(request))
+        raise ValueError(f"{route.access} is no level of access")
+
+    def answer(self, route: Route, request: Request) -> dict | Document:
+        """What `route` answers to an authenticated request. Raises Refused, or RedisError where Redis is away."""
         if route.body:
             request.body = route.body(request.body)
         request.query = {name: check(int(text) if isinstance(check, Whole) and re.fullmatch("[0-9]{1,10}", text)
@@ -4297,10 +4446,8 @@ class Api:
                          for name, check in route.query.items() if (text := request.query.get(name)) is not None}
         return getattr(self, route.handler)(request)
 
-    def caller(self, request, route):
-        """The Account behind a request, by its key or session; or, for the admin, the one that `?account=` names."""
-        if not self.is_admin(request):
-            return self.accounts.current(self.holder(request))
+    def named(self, request: Request, route: Route) -> Account:
+        """The Account that the admin means by `?account=`; without that, all of them."""
         name = request.query.get("account", "")
         if not name and route.access != "all":
             raise Refused(400, "account is required with the admin_token: the name of an account", "account")
@@ -4312,6 +4459,14 @@ class Api:
     def holder(self, request):
         """The Account of the session, or else of the key, whether or not it was revoked. Raises Refused (401)."""
         return self.session(request) or self.accounts.read(request.headers.get("authorization", ""))
+
+    def key_holder(self, request: Request) -> Account:
+        """As holder(), where admin_token would be taken too. Raises Refused (401, 429)."""
+        try:
+            return self.holder(request)
+        except Refused:
+            self.charge(request)
+            raise
 
     def session(self, request):
         """The Account that the session's cookie stands for, or None.
@@ -4337,18 +4492,36 @@ class Api:
         return (hmac.compare_digest(token.encode(), self.settings.admin_token.encode())
                 or self.session(request) == self.admin)
 
-    def require_admin(self, request):
-        """Where admin_token is set, raise Refused (401) without it; where it is not, (403) for a proxy's clients."""
-        if self.settings.admin_token:
-            if not self.is_admin(request):
-                raise Refused(401, "Authorization must hold the admin_token", None, {"WWW-Authenticate": "Bearer"})
-        elif self.proxied(request):
-            raise Refused(403, "set admin_token to allow this through a proxy")
+    def may_govern(self, request: Request) -> bool:
+        """Whether the request may do what the admin may: anybody without admin_token, but nobody through a proxy."""
+        return self.is_admin(request) if self.settings.admin_token else not request.proxied
 
-    @staticmethod
-    def proxied(request):
-        """Whether a proxy says that it hands the request on."""
-        return bool({"forwarded", "x-forwarded-for"} & request.headers.keys())
+    def not_admin(self) -> Refused:
+        """The error for a request that may not do what the admin may."""
+        if self.settings.admin_token:
+            return Refused(401, "Authorization must hold the admin_token", None, {"WWW-Authenticate": "Bearer"})
+        return Refused(403, "set admin_token to allow this through a proxy")
+
+    def charge(self, request: Request) -> None:
+        """Log a wrong admin_token, and delay its answer by PENALTY seconds. GUESSES answers wait so at once.
+
+        The right token never gets here, so that nobody who has it waits, whatever others send from the same address.
+        Keys that were given out here are no guesses, even where they have expired or are not enough.
+
+        Raises:
+            Refused: 429, so many answers wait already.
+        """
+        header = request.headers.get("authorization", "")
+        if not self.settings.admin_token or not strip_bearer(header) or self.accounts.is_signed(header):
+            return
+        if not self.guesses.acquire(blocking=False):
+            raise Refused(429, "too many requests with a wrong token or key; try again in a second", None,
+                          {"Retry-After": "1", "Connection": "close"})
+        try:
+            log(logging.WARNING, "wrong admin_token", client=request.client)
+            time.sleep(self.PENALTY)
+        finally:
+            self.guesses.release()
 
     def list_accounts(self, request):
         return {"status": True, "accounts": [{"id": name} for name in self.accounts.names()]}
@@ -4363,11 +4536,11 @@ class Api:
 
     def describe_session(self, request, account):
         return {"status": True, "account": account and account.name, "admin": bool(account) and account == self.admin,
-                "signup": not self.settings.admin_token and not self.proxied(request)}
+                "signup": not self.settings.admin_token and not request.proxied}
 
     def open_session(self, request):
-        given = Request({"authorization": request.body["key"]}, {}, {})
-        account = self.admin if self.is_admin(given) else self.accounts.authenticate(request.body["key"])
+        given = dataclasses.replace(request, headers={**request.headers, "authorization": request.body["key"]})
+        account = self.admin if self.is_admin(given) else self.accounts.current(self.key_holder(given))
         # The browser sends the origin of its page: where that is HTTPS, the cookie never goes another way.
         secure = "; Secure" * request.headers.get("origin", "").startswith("https:")
         return self.with_cookie(self.describe_session(request, account),
@@ -4387,11 +4560,8 @@ class Api:
 
     def deregister(self, request):
         name = request.body["id"]
-        try:
-            self.require_admin(request)
-        except Refused:
-            if self.accounts.current(self.holder(request)).name != name:
-                raise
+        if request.account != self.admin and request.account.name != name:
+            raise self.not_admin()
         self.accounts.deregister(name)
         return {"status": True, "msg": "Deregistered successfully!"}
 
@@ -4630,9 +4800,10 @@ def openapi(routes):
 
     paths = {}
     for route in routes:
-        statuses = {400, 408, 411, 413, 417, 431, 500, 503, *route.refuses}
-        statuses |= {415} if route.body else set()
-        statuses |= {"open": set(), "key": {401, 404}, "all": {401, 404}, "task": {401}}.get(route.access, {401, 403})
+        statuses = {400, 408, 413, 414, 415, 417, 421, 431, 500, 501, 503, 505, *route.refuses}
+        statuses |= {411} if route.body else set()
+        statuses |= {"open": set(), "key": {401, 404, 429}, "all": {401, 404, 429}, "task": {401}}.get(
+            route.access, {401, 403, 429})
         error = {"$ref": "#/components/schemas/Error"}
         operation = {
             "operationId": f"{route.handler}_{route.path.replace('/', '_')}".strip("_"),
@@ -4674,6 +4845,40 @@ def listen(settings):
                          "free port on an address of this machine") from None
 
 
+class Budget:
+    """An amount that threads take shares of, and give them back."""
+
+    def __init__(self, amount: int) -> None:
+        self.left, self.lock = amount, threading.Lock()
+
+    def take(self, amount: int) -> bool:
+        """Take so much, where it is there."""
+        with self.lock:
+            enough = amount <= self.left
+            if enough:
+                self.left -= amount
+        return enough
+
+    def give_back(self, amount: int) -> None:
+        """Give back what was taken."""
+        with self.lock:
+            self.left += amount
+
+
+class Seldom:
+    """Whether to say what happens all the time: yes, but not again for a minute."""
+
+    def __init__(self) -> None:
+        self.last, self.lock = float("-inf"), threading.Lock()
+
+    def __call__(self) -> bool:
+        with self.lock:
+            due = time.monotonic() - self.last >= 60
+            if due:
+                self.last = time.monotonic()
+        return due
+
+
 class HttpServer(http.server.ThreadingHTTPServer):
     """The HTTP server: a thread for each connection, at most `max_connections` of them.
 
@@ -4687,9 +4892,14 @@ class HttpServer(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
     block_on_close = False
+    # Bytes, in place of the usual 8 MB, of which huge pages would make 2 MB resident in each of hundreds of threads.
+    # The interpreter stops a recursion before that is used up; where its JSON parser does not, MAX_NESTING does.
+    STACK = 1048576
+    LINGER = 2.0  # seconds to read on after an answer that ends the connection
     BUSY = (b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
             b"Connection: close\r\nContent-Length: 54\r\n\r\n"
             b'{"status": false, "error": "too many connections now"}')
+    MOST_LEAVING = 128  # connections that were answered BUSY and are read on
 
     def __init__(self, settings, listener=None):
         self.settings = settings
@@ -4697,6 +4907,14 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.stopping = False
         self.places = threading.BoundedSemaphore(settings.max_connections)
         self.answering = set()  # the handlers that have a request in hand
+        self.bodies = Budget(max(64 * 1048576, 8 * settings.max_body))  # bytes of larger bodies, of all connections
+        self.large = threading.BoundedSemaphore(LARGE_AT_ONCE)
+        self.leaving = collections.deque()  # (when to close it, connection)
+        self.read_on_at = 0.0
+        self.tells_files, self.tells_tls = Seldom(), Seldom()
+        self.allowed_hosts = frozenset(map(parse_host, split_list(settings.allowed_hosts)))
+        self.host_status = functools.lru_cache(maxsize=128)(self._host_status)
+        threading.stack_size(self.STACK)
         self.socket = listener or listen(settings)
         # Another process may take the connection that this one was woken for.
         self.socket.setblocking(False)
@@ -4709,18 +4927,73 @@ class HttpServer(http.server.ThreadingHTTPServer):
         host, port = self.server_address[:2]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
+    def _host_status(self, authority: str) -> int:
+        """200 where requests for this host and port are answered; 421 where not, 400 where it is no host.
+
+        Without admin_token these are those for localhost alone: a page of another site could have a name of its own
+        resolve to this machine, and call the service as part of that site ("DNS rebinding").
+        """
+        host = parse_host(authority)
+        if not host:
+            return 400
+        if is_loopback_name(host):
+            return 200
+        allowed = self.settings.admin_token and (not self.allowed_hosts or host in self.allowed_hosts)
+        return 200 if allowed else 421
+
+    def get_request(self):
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                if self.tells_files():
+                    log(logging.ERROR, "no connection can be accepted", error=describe(error),
+                        remedy="a higher limit of open files, or fewer max_connections")
+                time.sleep(0.1)  # the listener has that connection still, and would be ready again at once
+            raise
+
     def process_request(self, request, client_address):
         if not self.places.acquire(blocking=False):
-            with contextlib.suppress(OSError):
-                request.setblocking(False)
-                request.send(self.BUSY)
-            self.shutdown_request(request)
+            self.turn_away(request)
             return
         try:
             super().process_request(request, client_address)
         except RuntimeError:  # no thread to be had
             self.places.release()
-            self.shutdown_request(request)
+            self.turn_away(request)
+
+    def turn_away(self, connection: socket.socket) -> None:
+        """Answer BUSY; service_actions() closes the connection later, as Handler.linger() would."""
+        with contextlib.suppress(OSError):
+            connection.setblocking(False)
+            connection.send(self.BUSY)
+            connection.shutdown(socket.SHUT_WR)
+        self.leaving.append((time.monotonic() + self.LINGER, connection))
+        if len(self.leaving) > self.MOST_LEAVING:
+            self.leaving.popleft()[1].close()
+
+    def service_actions(self):
+        """Between two connections: read a little from those that were turned away, and close those that are done."""
+        now = time.monotonic()
+        if now < self.read_on_at:
+            return
+        self.read_on_at = now + 0.05
+        for _ in range(len(self.leaving)):
+            until, connection = self.leaving.popleft()
+            if now < until and self.reads_on(connection):
+                self.leaving.append((until, connection))
+            else:
+                connection.close()
+
+    @staticmethod
+    def reads_on(connection: socket.socket) -> bool:
+        """Read what has come, half a megabyte at most. Whether more may come."""
+        try:
+            return all(connection.recv(65536) for _ in range(8))
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
 
     def process_request_thread(self, request, client_address):
         try:
@@ -4730,6 +5003,11 @@ class HttpServer(http.server.ThreadingHTTPServer):
 
     def handle_error(self, request, client_address):
         logger.exception("unexpected error in a connection")
+
+    def server_close(self):
+        super().server_close()
+        while self.leaving:
+            self.leaving.popleft()[1].close()
 
     def stop(self, timeout):
         """Accept nothing more, and wait up to `timeout` seconds for requests in flight."""
@@ -4751,10 +5029,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """One connection: reads requests, answers them, and keeps the connection where both sides can."""
 
     disable_nagle_algorithm = True
-    MAX_HEAD = 16384  # bytes of request line and headers together
+    MAX_TARGET = 4096  # bytes
+    MAX_HEAD = 16384  # bytes of request line and headers together; also of what frames the chunks of a body
     MAX_HEADERS = 64
-    REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) (/[!-~]{0,4096}|https?://[!-~]{1,4096}|\*) HTTP/1\.([01])")
+    MAX_CHUNK_LINE = 1024  # bytes of a chunk's size and extensions
+    REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) ([!-~]+) HTTP/([0-9])\.([0-9])")
+    ABSOLUTE = re.compile(r"https?://([^/?#]*)(.*)", re.IGNORECASE)
     HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)")
+    CHUNK = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?")
+    BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r(?=[^\n])")
+    TOKENS = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]+(, *[!#$%&'*+.^_`|~0-9a-z-]+)*")
     ONCE = frozenset(("host", "content-length", "content-type", "authorization", "idempotency-key", "expect"))
 
     def handle(self):
@@ -4767,10 +5051,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def one_request(self):
         """Read a request and answer it. True where another may follow on this connection."""
-        self.keep, self.head_only, self.began = False, False, time.monotonic()
-        self.method, self.route = "", ""
-        self.deadline = self.began + self.server.settings.request_timeout
-        if not self.buffer and not self.receive_first():
+        self.keep, self.head_only = False, False
+        self.method, self.route, self.reserved = "", "", 0
+        self.deadline = time.monotonic() + self.server.settings.request_timeout
+        if not self.begins():
             return False
         self.server.answering.add(self)
         try:
@@ -4787,9 +5071,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             except Exception:
                 logger.exception("unexpected error in a request")
                 status, headers, body = 500, {}, {"status": False, "error": "internal error"}
+            finally:
+                if self.reserved:
+                    self.server.bodies.give_back(self.reserved)
             self.server.api.stats.count("gomail_http_requests_total", method=self.method, route=self.route,
                                         status=str(status))
-            self.keep = self.keep and not self.server.stopping
+            self.keep = self.keep and not self.server.stopping and "Connection" not in headers
             self.send(status, body, headers)
         finally:
             self.server.answering.discard(self)
@@ -4798,41 +5085,53 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return self.keep
 
     def respond(self):
-        """(status, body, headers) of the next request. Raises Refused."""
+        """(status, body, headers) of the answer to the next request. Raises Refused, or RedisError where Redis is away.
+
+        Who sends a request is known before its body is read. An answer before that ends the connection.
+        """
         method, target, minor, headers = self.read_head()
-        length = self.body_length(headers)
+        authority, path, query = self.split_target(method, target)
+        self.check_host(authority, headers, minor)
+        length = self.body_length(headers, minor)
+        check_content_coding(headers)
+        expects = self.expects_continue(headers, minor)
         connection = headers.get("connection", "").lower()
         keep = "close" not in connection and (minor == 1 or "keep-alive" in connection)
-        body = self.read_body(length, headers)
-        # From here on the stream is known to stand at the start of the next request.
-        self.keep, self.head_only = keep, method == "HEAD"
+        self.keep = keep and length == 0
         if self.server.stopping:
             raise Refused(503, "the service is stopping; send the request again", None, {"Retry-After": "1"})
-        path, _, query = re.sub(r"^https?://[^/?]*", "", target).partition("?")
-        path = path.rstrip("/") or "/"
-        # A fixed path goes before a placeholder: /task/dead is not the task of id "dead".
-        found = FIXED.get(path) or [route for route in ROUTES if route.pattern.fullmatch(path)]
-        if method == "OPTIONS" and target == "*":
-            return 204, None, {"Allow": "DELETE, GET, HEAD, OPTIONS, POST, PUT"}
+        found = find_routes(path)
         if not found:
             raise Refused(404, "there is no such path")
+        if method == "OPTIONS":
+            return 204, None, {"Allow": allowed_methods(found)}
         route = next((route for route in found if route.method == ("GET" if method == "HEAD" else method)), None)
         if route is None:
-            methods = {route.method for route in found}
-            allow = {"Allow": ", ".join(sorted(methods | {"OPTIONS"} | ({"HEAD"} if "GET" in methods else set())))}
-            if method == "OPTIONS":
-                return 204, None, allow
+            allow = {"Allow": allowed_methods(found)}
             raise Refused(405, f"this path takes {allow['Allow']}", None, allow)
         self.method, self.route = method, route.path
-        placeholders = route.pattern.fullmatch(path).groupdict()
-        request = Request(headers, {name: urllib.parse.unquote(value) for name, value in placeholders.items()},
-                          dict(urllib.parse.parse_qsl(query, keep_blank_values=True)))
+        request = Request(headers, {name: urllib.parse.unquote(value)
+                                    for name, value in route.pattern.fullmatch(path).groupdict().items()},
+                          dict(urllib.parse.parse_qsl(query, keep_blank_values=True)) if query else {},
+                          peer=self.client_address[0])
+        self.keep = False
+        request.account = self.with_redis(self.server.api.authenticate, route, request)
         if route.body:
-            request.body = parse_json(body, headers.get("content-type", ""))
+            check_media_type(headers)
+        body = self.read_body(length, route.body_limit(self.server.settings), expects)
+        # From here on the stream is known to stand at the start of the next request.
+        self.keep = keep
+        with self.server.large if len(body) > SMALL_BODY else contextlib.nullcontext():
+            if route.body:
+                request.body = parse_json(body)
+            return 200, self.with_redis(self.server.api.answer, route, request), {}
+
+    def with_redis(self, call: Callable, *arguments: object) -> object:
+        """call(*arguments), with a connection to Redis that no other thread uses meanwhile."""
         store = self.server.api.queue.store
         store.dedicate()
         try:
-            return 200, self.server.api.answer(route, request), {}
+            return call(*arguments)
         finally:
             store.release()
 
@@ -4854,33 +5153,55 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise ConnectionResetError
         self.buffer += data
 
-    def receive_first(self):
-        """Wait for the first bytes of a request. False where the client is done, or idle for too long."""
-        try:
-            self.receive()
-        except (Refused, ConnectionResetError):
+    def begins(self) -> bool:
+        """Wait for a request, past empty lines (RFC 9112 section 2.2). False where none comes in time, or TLS does."""
+        waited = False
+        while True:
+            while self.buffer.startswith(b"\r\n"):
+                del self.buffer[:2]
+            if self.buffer and self.buffer != b"\r":
+                break
+            waited = True
+            try:
+                self.receive()
+            except (Refused, ConnectionResetError):
+                return False
+        if waited:  # the time it was idle does not count
+            self.deadline = time.monotonic() + self.server.settings.request_timeout
+        if self.buffer[0] == 0x16:  # a record of TLS that begins a handshake (RFC 8446 section 5.1)
+            if self.server.tells_tls():
+                log(logging.WARNING, "a client speaks TLS, but this port does not; a reverse proxy would",
+                    client=self.client_address[0])
             return False
         return True
 
     def read_head(self):
         """(method, target, minor version, headers with lower-case names). Raises Refused."""
-        while self.buffer.startswith(b"\r\n"):  # RFC 9112 section 2.2: empty lines before a request are ignored
-            del self.buffer[:2]
-        while (end := self.buffer.find(b"\r\n\r\n")) < 0:
-            if len(self.buffer) > self.MAX_HEAD:
-                raise Refused(431, f"request line and headers must have at most {self.MAX_HEAD} bytes together")
-            if b"\n\n" in self.buffer:
+        while (end := self.buffer.find(b"\r\n\r\n")) < 0 and len(self.buffer) <= self.MAX_HEAD:
+            if self.BARE_LINE_END.search(self.buffer):
                 raise Refused(400, "lines must end in CRLF")
             self.receive()
-        if end > self.MAX_HEAD:
+        if not 0 <= end <= self.MAX_HEAD:
+            if self.buffer.find(b"\r\n", 0, self.MAX_HEAD) < 0:
+                raise Refused(414, f"the request target may have at most {self.MAX_TARGET} bytes")
             raise Refused(431, f"request line and headers must have at most {self.MAX_HEAD} bytes together")
         first, *lines = bytes(self.buffer[:end]).split(b"\r\n")
         del self.buffer[:end + 4]
         match = self.REQUEST_LINE.fullmatch(first)
         if not match:
             raise Refused(400, "the request line must be METHOD /path HTTP/1.1")
+        self.head_only = match[1] == b"HEAD"
+        if match[3] != b"1":
+            raise Refused(505, "only HTTP/1.0 and HTTP/1.1 are spoken here")
+        if len(match[2]) > self.MAX_TARGET:
+            raise Refused(414, f"the request target may have at most {self.MAX_TARGET} bytes")
         if len(lines) > self.MAX_HEADERS:
             raise Refused(431, f"a request may have at most {self.MAX_HEADERS} headers")
+        # A higher minor version is read as the highest that is known (RFC 9110 section 2.5).
+        return match[1].decode(), match[2].decode(), min(int(match[4]), 1), self.parse_headers(lines)
+
+    def parse_headers(self, lines: Sequence[bytes]) -> dict[str, str]:
+        """Header lines by their lower-case names. Raises Refused."""
         headers = {}
         for line in lines:
             header = self.HEADER.fullmatch(line)
@@ -4890,36 +5211,152 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if name in headers:
                 if name in self.ONCE:
                     raise Refused(400, f"the header {name} may come once")
-                value = f"{headers[name]}, {value}"
+                # Cookies are the one list that has no commas (RFC 6265 section 4.2.1).
+                value = f"{headers[name]}{'; ' if name == 'cookie' else ', '}{value}"
             headers[name] = value
-        minor = int(match[3])
-        if minor == 1 and "host" not in headers:
-            raise Refused(400, "the header Host is required")
-        return match[1].decode(), match[2].decode(), minor, headers
+        return headers
 
-    def body_length(self, headers):
-        """How many bytes of body follow. Raises Refused where that is not beyond doubt."""
+    def split_target(self, method: str, target: str) -> tuple[str | None, str, str]:
+        """(authority of an absolute target, path, query) of a request target (RFC 9112 section 3.2). Raises Refused.
+
+        The path comes without a trailing slash, which makes no difference.
+        """
+        authority = None
+        if target == "*" and method == "OPTIONS":
+            return authority, target, ""
+        if not target.startswith("/"):
+            match = self.ABSOLUTE.fullmatch(target)
+            if not match:
+                raise Refused(400, "the request line must be METHOD /path HTTP/1.1")
+            authority, target = match.groups()
+        if "%" in target:
+            check_percent_encoding(target)
+        path, _, query = target.partition("?")
+        return authority, path.removesuffix("/") or "/", query
+
+    def check_host(self, authority: str | None, headers: dict[str, str], minor: int) -> None:
+        """Raise Refused where the request is not for this service.
+
+        400 where Host is missing or malformed (RFC 9112 section 3.2), 421 where it is another one. The authority of an
+        absolute target counts in its place (section 3.2.2).
+        """
+        host, status = headers.get("host"), 200
+        if host is not None:
+            status = self.server.host_status(host)
+        elif minor:
+            raise Refused(400, "the header Host is required")
+        if authority is not None and status != 400:
+            status = self.server.host_status(authority)
+        if status == 400:
+            raise Refused(400, "Host must be a host name or address, and perhaps a port")
+        if status == 421:
+            raise Refused(421, "requests must name a host that is in allowed_hosts" if self.server.settings.admin_token
+                          else "without admin_token, requests must be for localhost")
+
+    def body_length(self, headers: dict[str, str], minor: int) -> int | None:
+        """How many bytes of body follow; None where it comes in chunks. Raises Refused where that is in doubt."""
         if "transfer-encoding" in headers:
-            raise Refused(411, "Transfer-Encoding is not supported; send Content-Length")
+            self.check_transfer_encoding(headers, minor)
+            return None
         text = headers.get("content-length", "0")
         if not re.fullmatch(r"[0-9]{1,18}", text):
             raise Refused(400, "Content-Length must be a number of bytes")
         if int(text) > self.server.settings.max_body:
-            raise Refused(413, f"the body may have at most {self.server.settings.max_body} bytes")
+            raise self.too_large(self.server.settings.max_body)
         return int(text)
 
-    def read_body(self, length, headers):
-        """The body, `length` bytes. Raises Refused."""
-        expect = headers.get("expect", "").lower()
-        if expect and expect != "100-continue":
+    def check_transfer_encoding(self, headers: dict[str, str], minor: int) -> None:
+        """Raise Refused where the body is framed by anything but chunks (RFC 9112 sections 6.1 and 6.3)."""
+        if not minor or "content-length" in headers:
+            raise Refused(400, "Transfer-Encoding is not allowed in HTTP/1.0, and not beside Content-Length")
+        codings = headers["transfer-encoding"].lower()
+        if not self.TOKENS.fullmatch(codings) or "chunked" in codings.replace(" ", "").split(",")[:-1]:
+            raise Refused(400, "Transfer-Encoding must be chunked")
+        if codings != "chunked":
+            raise Refused(501, "Transfer-Encoding must be chunked")
+
+    def expects_continue(self, headers: dict[str, str], minor: int) -> bool:
+        """Whether the client waits for 100 (Continue). Raises Refused (417). HTTP/1.0 does not know of that."""
+        expected = headers.get("expect", "").lower() if minor else ""
+        if expected not in ("", "100-continue"):
             raise Refused(417, "only Expect: 100-continue is supported")
-        if expect and len(self.buffer) < length:
+        return expected != ""
+
+    @staticmethod
+    def too_large(limit: int) -> Refused:
+        """The error for a body that is too large."""
+        return Refused(413, f"the body may have at most {limit} bytes")
+
+    def read_body(self, length: int | None, limit: int, expects_continue: bool) -> bytearray:
+        """The body: `length` bytes, or chunks where that is None. Raises Refused."""
+        if (length or 0) > limit:
+            raise self.too_large(limit)
+        self.reserve(length or 0)
+        if expects_continue and (length is None and not self.buffer or len(self.buffer) < (length or 0)):
             self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if length is None:
+            return self.read_chunks(limit)
         while len(self.buffer) < length:
             self.receive()
-        body = bytes(self.buffer[:length])
+        body = self.buffer[:length]
         del self.buffer[:length]
         return body
+
+    def reserve(self, size: int) -> None:
+        """Take a body of so many bytes from the budget until the request is answered. Raises Refused (503)."""
+        if size > max(self.reserved, SMALL_BODY):
+            if not self.server.bodies.take(size - self.reserved):
+                raise Refused(503, "too many large requests now; send the request again", None, {"Retry-After": "1"})
+            self.reserved = size
+
+    def read_chunks(self, limit: int) -> bytearray:
+        """A chunked body (RFC 9112 section 7.1). Extensions and trailers are left aside.
+
+        Raises:
+            Refused: 400 where it is malformed, or mostly frame; 413 where the content has more than `limit` bytes.
+        """
+        body, frame = bytearray(), 0
+        while True:
+            line = self.read_line(self.MAX_CHUNK_LINE)
+            frame += len(line) + 4
+            chunk = self.CHUNK.fullmatch(line)
+            if not chunk or frame > self.MAX_HEAD + len(body):
+                raise Refused(400, "a chunk must begin with its size in hexadecimal digits, and not be tiny throughout")
+            size = int(chunk[1], 16)
+            if not size:
+                break
+            if len(body) + size > limit:
+                raise self.too_large(limit)
+            self.reserve(len(body) + size)
+            while size:
+                if not self.buffer:
+                    self.receive()
+                piece = self.buffer[:size]
+                del self.buffer[:size]
+                body += piece
+                size -= len(piece)
+            if self.read_line(0):
+                raise Refused(400, "a chunk must end with CRLF")
+        self.skip_trailers()
+        return body
+
+    def skip_trailers(self) -> None:
+        """Read over the fields behind the last chunk. Raises Refused."""
+        left = self.MAX_HEAD
+        while line := self.read_line(left):
+            left -= len(line) + 2
+            if not self.HEADER.fullmatch(line):
+                raise Refused(400, "a trailer line must be Name: value, without control characters")
+
+    def read_line(self, most: int) -> bytes:
+        """The next line of a body's frame, without its CRLF. Raises Refused (400) where it is over `most` bytes."""
+        while (end := self.buffer.find(b"\n")) < 0 and len(self.buffer) <= most + 1:
+            self.receive()
+        if not 0 < end <= most + 1 or self.buffer[end - 1] != 0x0d:
+            raise Refused(400, "lines between chunks must be short and end in CRLF")
+        line = bytes(self.buffer[:end - 1])
+        del self.buffer[:end + 1]
+        return line
 
     def send(self, status, body, headers):
         """Send an answer in one piece."""
@@ -4931,9 +5368,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if body is not None:
             lines += [f"Content-Type: {media_type}", f"Content-Length: {len(content)}"]
             headers = {**headers, **body.headers} if isinstance(body, Document) else headers
-        lines += [f"{name}: {value}" for name, value in headers.items()]
         if not self.keep:
-            lines.append("Connection: close")
+            headers = {**headers, "Connection": "close"}
+        lines += [f"{name}: {value}" for name, value in headers.items()]
         self.set_timeout(self.server.settings.request_timeout)
         head = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
         self.connection.sendall(head if self.head_only else head + content)
@@ -4943,9 +5380,53 @@ class Handler(http.server.BaseHTTPRequestHandler):
         and the client would lose the answer."""
         self.connection.shutdown(socket.SHUT_WR)
         self.set_timeout(0.5)
-        deadline = time.monotonic() + 2.0
+        deadline = time.monotonic() + self.server.LINGER
         while time.monotonic() < deadline and self.connection.recv(65536):
             pass
+
+
+def check_percent_encoding(target: str) -> None:
+    """Raise Refused (400) where a `%` of a request target begins no octet, or the octets are not UTF-8."""
+    try:
+        if re.search("%(?![0-9A-Fa-f]{2})", target):
+            raise ValueError
+        urllib.parse.unquote_to_bytes(target).decode()
+    except ValueError:
+        raise Refused(400, "a % in path and query must begin %XX, and what it encodes must be UTF-8") from None
+
+
+def check_content_coding(headers: dict[str, str]) -> None:
+    """Raise Refused (415) where the content is compressed (RFC 9110 section 8.4)."""
+    if headers.get("content-encoding", "").lower() not in ("", "identity"):
+        raise Refused(415, "Content-Encoding must be identity", None, {"Accept-Encoding": "identity"})
+
+
+JSON_MEDIA_TYPE = re.compile(r'application/json[ \t]*(;[ \t]*(charset=("utf-?8"|utf-?8))?[ \t]*)*', re.IGNORECASE)
+
+
+def check_media_type(headers: dict[str, str]) -> None:
+    """Raise Refused where a body is not there (411), or neither JSON nor as it is (415)."""
+    if "content-length" not in headers and "transfer-encoding" not in headers:
+        raise Refused(411, "a body is needed, with Content-Length or in chunks")
+    if not JSON_MEDIA_TYPE.fullmatch(headers.get("content-type", "")):
+        raise Refused(415, "Content-Type must be application/json")
+
+
+MAX_NESTING = 2500  # arrays and objects within each other: a third of what a thread's stack holds in Python 3.13
+STEPS = bytes({0x5b: 1, 0x7b: 1, 0x5d: 255, 0x7d: 255}.get(byte, 0) for byte in range(256))
+NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+
+
+def is_deep(body: bytes) -> bool:
+    """Whether a JSON text has more than MAX_NESTING arrays and objects within each other.
+
+    The parser calls itself for each, and not every version of Python stops that before a small stack is full.
+    """
+    if body.count(b"[") + body.count(b"{") <= MAX_NESTING:  # a batch of 1,000 tasks, in a tenth of the time
+        return False
+    outside = b"".join(body.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2])
+    steps = memoryview(outside.translate(STEPS, NO_BRACKETS)).cast("b")  # 1 and -1
+    return max(itertools.accumulate(steps), default=0) > MAX_NESTING
 
 
 def refuse_constant(constant):
@@ -4955,11 +5436,10 @@ def refuse_constant(constant):
 DECODER = json.JSONDecoder(parse_constant=refuse_constant)
 
 
-def parse_json(body, content_type):
-    """The value of a JSON body. Raises Refused: 415 for another media type, 400 for what is not JSON."""
-    media_type, _, parameters = content_type.lower().partition(";")
-    if media_type.strip() != "application/json" or parameters.strip().replace('"', "") not in ("", "charset=utf-8"):
-        raise Refused(415, "Content-Type must be application/json")
+def parse_json(body: bytes) -> object:
+    """The value of a JSON body. Raises Refused (400)."""
+    if is_deep(body):
+        raise Refused(400, "the body is nested too deeply")
     try:
         return DECODER.decode(body.decode())
     except json.JSONDecodeError as error:
@@ -5033,6 +5513,9 @@ class Service:
             folder = pathlib.Path(self.settings.data_dir).resolve()
             log(logging.INFO, f"data lies in the embedded server's folder {folder}")
         log(logging.INFO, f"mail goes to {self.transport}", sender=self.settings.sender[1])
+        if 0 < len(self.settings.admin_token) < SAFE_TOKEN:
+            log(logging.WARNING, "admin_token is so short that it can be guessed",
+                remedy=f"at least {SAFE_TOKEN} random characters")
 
     def stop(self):
         """Answer no new requests, end the work in flight, leave the rest in Redis, stop the embedded server last."""
@@ -6240,8 +6723,12 @@ const VIEWS = [[/^#\/$/, overview], [/^#\/tasks$/, tasks], [/^#\/tasks\/(.+)$/, 
   [/^#\/newsletters$/, newsletters], [/^#\/newsletters\/(.+)$/, content], [/^#\/new-content$/, () => content("")],
   [/^#\/mails$/, mails], [/^#\/mails\/(.+)$/, mail], [/^#\/suppressions$/, suppressions], [/^#\/accounts$/, accounts]];
 
+function place() {
+  return location.hash.startsWith("#/") ? location.hash : "#/";
+}
+
 function navigation() {
-  const here = (location.hash || "#/").replace("new-content", "newsletters");
+  const here = place().replace("new-content", "newsletters");
   const pages = [["#/", "Overview"], ["#/tasks", "Tasks"], ["#/dead", "Dead letters", lanes.dead],
     ["#/newsletters", "Newsletters"], ["#/suppressions", "Suppressions"],
     ...(lanes.outbox ? [["#/mails", "Mails"]] : []), ...(me.admin ? [["#/accounts", "Accounts"]] : [])];
@@ -6267,14 +6754,23 @@ function whose(found) {
   choose(account);
 }
 
+// What an address names, or the address as it is where it is malformed: there is no such thing then.
+function decoded(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text;
+  }
+}
+
 async function show() {
-  const address = location.hash || "#/";
-  if (me.account === null || !address.startsWith("#/")) return;
+  const address = place();
+  if (me.account === null) return;
   clearTimeout(show.timer);
   const number = show.number += 1, current = () => number === show.number;
   let matched;
   const [, make] = VIEWS.find(([pattern]) => (matched = pattern.exec(address))) || VIEWS[0];
-  const view = make(...(matched || []).slice(1).map(decodeURIComponent));
+  const view = make(...(matched || []).slice(1).map(decoded));
   const title = h("h1", {tabindex: "-1"}, view.title);
   document.title = `${view.title} – GoMail`;
   navigation();

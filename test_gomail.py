@@ -28,6 +28,7 @@ import pathlib
 import pty
 import random
 import re
+import resource
 import secrets
 import shutil
 import signal
@@ -360,6 +361,22 @@ class Services:
             service.stop()
 
 
+def on(redis_server, **options):
+    """The environment of a process whose Redis this is, with keys of its own."""
+    return {"redis_uri": redis_server.uri, "key_prefix": f"{secrets.token_hex(4)}:", **options}
+
+
+@pytest.fixture
+def said():
+    """The warnings and errors that are logged in this process."""
+    records = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = records.append
+    gomail.logger.addHandler(handler)
+    yield records
+    gomail.logger.removeHandler(handler)
+
+
 @pytest.fixture
 def services(redis_server, mail_server, tmp_path, monkeypatch):
     monkeypatch.setattr(gomail.Workers, "WAIT", 0.05)
@@ -580,6 +597,10 @@ def test_spaces_around_a_value_belong_to_it_unless_it_is_a_number_or_a_choice(tm
     ("host", "0.0.0.0", "admin_token"),
     ("host", "localhost:8080", "the port goes into port"),
     ("host", "a..b", "host name"),
+    ("allowed_hosts", "mail.example.com:443", "host name without port"),
+    ("allowed_hosts", "https://mail.example.com", "host name without port"),
+    ("allowed_hosts", "::1", "host name without port"),
+    ("allowed_hosts", "mail.example.com", "without admin_token"),
     ("smtp_from", "nobody", "address"),
     ("smtp_from", "App <app@☃.example>", "address"),
     ("smtp_from", "App\n <app@example.org>", "on one line"),
@@ -631,6 +652,14 @@ def test_an_smtp_server_needs_a_sender(tmp_path):
 def test_the_sender_of_the_maildir_is_an_address_whatever_the_host_name(monkeypatch, host, sender):
     monkeypatch.setattr(socket, "gethostname", lambda: host)
     assert gomail.Settings().sender == ("", sender)
+
+
+def test_an_admin_token_that_can_be_guessed_is_for_loopback_alone(tmp_path):
+    short, enough = "fifteen letters", "sixteen letters."
+    for host, token in (("127.0.0.1", short), ("0.0.0.0", enough)):
+        assert gomail.Settings.load({"host": host, "admin_token": token}, tmp_path).admin_token == token
+    with pytest.raises(gomail.StartError, match="^admin_token: .hidden. .*16 characters"):
+        gomail.Settings.load({"host": "0.0.0.0", "admin_token": short}, tmp_path)
 
 
 def test_a_systemd_credential_goes_before_the_environment(tmp_path):
@@ -998,11 +1027,17 @@ def test_with_admin_token_signup_and_deregister_need_it_and_a_key_deregisters_on
     assert admin("POST", "/auth/deregister", {"id": "b@example.com"})[0] == 200
 
 
-@pytest.mark.parametrize("header", ["Forwarded", "X_Forwarded_For"])
-def test_without_admin_token_signup_through_a_proxy_is_403(service, client, header):
-    for path in ("/auth/signup", "/auth/deregister"):
-        assert service.client("POST", path, {"id": "user@example.com"}, **{header: "for=192.0.2.1"})[0] in (401, 403)
-    assert service.client("POST", "/auth/signup", {"id": "user@example.com"})[0] == 200
+@pytest.mark.parametrize("header", [
+    "Forwarded", "X-Forwarded-For", "Via", "X-Real-IP", "X-Forwarded-Host", "X-Forwarded-Proto", "X-Forwarded-Port",
+    "X-Client-IP", "CF-Connecting-IP", "True-Client-IP", "X-Forwarded-Server", "X-Forwarded-Prefix", "X-Original-Host",
+    "X-Cluster-Client-IP", "Fastly-Client-IP", "X-Azure-ClientIP", "CDN-Loop", "X-Envoy-External-Address"])
+def test_without_admin_token_signup_through_a_proxy_is_403(service, header):
+    service.client.sign_up("user@example.com")
+    assert service.client("POST", "/auth/signup", {"id": "other@example.com"}, **{header: ""})[0] == 403
+    assert service.client("GET", "/accounts", **{header: "x"})[0] == 403
+    assert service.client("POST", "/auth/deregister", {"id": "user@example.com"}, **{header: "x"})[0] == 401
+    assert service.client("GET", "/session", **{header: "x"})[1]["signup"] is False
+    assert service.client.get("/accounts")["accounts"] == [{"id": "user@example.com"}]
 
 
 def test_nothing_of_a_deregistered_account_is_sent_even_when_it_signs_up_again(services, mail_server, clock):
@@ -1218,7 +1253,7 @@ def test_frequency_is_required_for_subscribe_and_is_one_of_four(frequency):
 
 
 @pytest.mark.parametrize("kind", ["subscribe", "unsubscribe"])
-@pytest.mark.parametrize("content_type", [ABSENT, "", "a:b", "a/b", "a\nb", "x" * 101, 7])
+@pytest.mark.parametrize("content_type", [ABSENT, "", "a:b", "a/b", "a\nb", "x" * 101, 7, " ", ".", "..", ".\n"])
 def test_content_type_is_required_for_subscribe_and_unsubscribe(kind, content_type):
     base = {"task": "t", "type": kind, "retries": 0,
             "payload": {"userId": "user@example.com", "frequency": "@hourly", "content_type": "Weekly_Newsletter 2.0-é"}}
@@ -3627,6 +3662,7 @@ def test_while_the_mail_server_is_out_no_task_pays_an_attempt_and_all_are_sent_w
 def test_a_paused_lane_says_why_and_probes_at_once_when_somebody_asks_any_of_the_processes(services, mail_server, monkeypatch):
     monkeypatch.setattr(gomail.Gate, "FIRST_DELAY", 600)
     monkeypatch.setattr(gomail.Gate, "LONGEST_DELAY", 600)
+    monkeypatch.setattr(gomail.Queue, "RESUME_INTERVAL", 0.001)
     working = services(mail_server)
     other = services(mail_server, key_prefix=working.settings.key_prefix)
     client = Client(other.http.url, working.client.sign_up().key)
@@ -3793,6 +3829,20 @@ def test_the_embedded_server_is_started_again_when_it_dies(processes):
 
 # --- 12. http ---------------------------------------------------------------------------------------------
 
+@contextlib.contextmanager
+def connection_to(service, *pieces):
+    """A connection that has sent these bytes."""
+    with socket.create_connection(service.http.server_address[:2], timeout=PATIENCE) as connection:
+        for piece in pieces:
+            connection.sendall(piece)
+        yield connection
+
+
+def rest_of(connection):
+    """What comes on a connection until the server closes it."""
+    return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
 def raw(service, *pieces):
     """What the server answers to these bytes until it closes the connection, or falls silent."""
     with socket.create_connection(service.http.server_address[:2], timeout=PATIENCE) as connection:
@@ -3811,7 +3861,15 @@ def status_of(answer):
     return int(answer[9:12])
 
 
-PING = b"GET /health/ping HTTP/1.1\r\nHost: x\r\n\r\n"
+def head(start, *headers, host="localhost"):
+    """The head of a request, with Host where it is not None."""
+    lines = [start, *([] if host is None else [f"Host: {host}"]), *headers, "", ""]
+    return "\r\n".join(lines).encode("latin-1")
+
+
+JSON = "Content-Type: application/json"
+CHUNKS = "Transfer-Encoding: chunked"
+PING = head("GET /health/ping HTTP/1.1")
 
 
 def test_signup_answers_apikey_and_deregister_its_message(service):
@@ -3936,9 +3994,29 @@ def test_options_says_what_a_path_takes_and_head_answers_without_a_body(client):
     assert (status, answer, headers["Content-Length"]) == (200, None, "20")
 
 
-@pytest.mark.parametrize("media_type", ["text/plain", "application/x-www-form-urlencoded", "application/json; charset=latin-1", ""])
+@pytest.mark.parametrize("media_type", [
+    "text/plain", "application/x-www-form-urlencoded", "application/json; charset=latin-1", "", "application/jsonp",
+    "application/json+x", "text/plain; application/json", "application/json, application/json",
+    'application/json; charset="utf-8', "application/json charset=utf-8"])
 def test_another_media_type_is_415(client, media_type):
     assert client("POST", "/task/", b"{}", Content_Type=media_type)[0] == 415
+
+
+@pytest.mark.parametrize("media_type", [
+    "application/json", "Application/JSON", "application/json;", "application/json; charset=utf8",
+    "application/json;charset=UTF-8;", 'application/json ; charset="utf-8"', 'application/json; charset="UTF8" ; ',
+    "application/json;;charset=utf-8"])
+def test_json_is_taken_however_its_media_type_is_written(client, media_type):
+    assert client("POST", "/task/", MESSAGE, Content_Type=media_type)[0] == 200
+
+
+@pytest.mark.parametrize("coding, status", [
+    ("gzip", 415), ("br", 415), ("deflate, identity", 415), ("x-gzip", 415), ("identity", 200), ("Identity", 200),
+    ("", 200)])
+def test_a_body_with_a_content_coding_is_415(client, coding, status):
+    found, _, headers = client("POST", "/task/", MESSAGE, Content_Encoding=coding)
+    assert found == status and headers["Accept-Encoding"] == ("identity" if status == 415 else None)
+    assert client("POST", "/task/dead/retry", b"x", Content_Encoding=coding)[0] == status
 
 
 @pytest.mark.parametrize("body", [
@@ -3962,58 +4040,335 @@ def test_an_error_names_the_field_and_what_was_expected_and_nothing_is_queued(cl
     assert not service.store.redis.keys(service.store.key("task", "*"))
 
 
+PROTECTED = [route for route in gomail.ROUTES if route.access != "open"]
+
+
+@pytest.mark.parametrize("framing", [
+    ["Content-Length: 50000"], [CHUNKS], ["Content-Length: 5", "Expect: 100-continue"]])
+@pytest.mark.parametrize("route", PROTECTED, ids=lambda route: f"{route.method} {route.path}")
+def test_without_a_key_the_body_is_not_awaited(governed, route, framing):
+    path = re.sub("{.*?}", "x", route.path)
+    start = head(f"{route.method} {path} HTTP/1.1", "Content-Type: text/plain", *framing)
+    with connection_to(governed[0], start) as connection:
+        answer = connection.recv(65536)
+        assert status_of(answer) == 401 and b"Connection: close" in answer
+        connection.sendall(PING)
+        assert rest_of(connection) == b""
+
+
+def test_a_client_without_a_key_gets_its_answer_though_it_sends_a_large_body(service):
+    connection = http.client.HTTPConnection(*service.http.server_address[:2], timeout=PATIENCE)
+    connection.request("POST", "/task/", b" " * 1_000_000, {"Content-Type": "application/json"})
+    assert connection.getresponse().status == 401
+
+
+def test_the_levels_of_access_are_known_and_another_is_refused(service, client):
+    route = dataclasses.replace(gomail.ROUTES[0], access="anybody")
+    with pytest.raises(ValueError, match="anybody"):
+        service.http.api.authenticate(route, gomail.Request({"authorization": client.key}, {}, {}, peer="127.0.0.1"))
+
+
+@pytest.mark.parametrize("path", ["/auth/signup", "/auth/deregister", "/session", "/unsubscribe/x"])
+def test_where_no_key_is_asked_for_a_body_has_at_most_64_kb(service, path):
+    start, body = f"POST {path} HTTP/1.1", json.dumps({"id": "nobody", "key": "x"}).encode().ljust(65536)
+    for framing, sent in (("Content-Length: 65537", b""), (CHUNKS, b"10001\r\n")):
+        assert status_of(raw(service, head(start, JSON, framing) + sent)) == 413
+    for framing, sent in (("Content-Length: 65536", body), (CHUNKS, b"10000\r\n" + body + b"\r\n0\r\n\r\n")):
+        assert status_of(raw(service, head(start, JSON, framing) + sent)) in (200, 401, 404, 409)
+
+
+@pytest.mark.parametrize("framing, begun", [
+    ("Content-Length: 1048576", b""), (CHUNKS, b"80000\r\n" + b" " * 0x80000 + b"\r\n80000\r\n")])
+def test_of_unfinished_bodies_only_so_many_are_held_and_small_requests_are_answered(service, client, framing, begun):
+    budget = service.http.bodies
+    large = head("POST /task/ HTTP/1.1", JSON, f"Authorization: {client.key}", framing) + begun
+    assert budget.left == 64 * 1048576
+    with contextlib.ExitStack() as held:
+        for number in range(1, 65):
+            held.enter_context(connection_to(service, large))
+            until(lambda: budget.left == (64 - number) * 1048576)
+        answer = raw(service, large)
+        assert status_of(answer) == 503 and b"Retry-After" in answer and b"Connection: close" in answer
+        assert client.task() and service.client.get("/health/ping")
+    until(lambda: budget.left == 64 * 1048576)
+    assert client("POST", "/task/", json.dumps(MESSAGE).encode().ljust(1048576))[0] == 200
+    assert budget.left == 64 * 1048576
+
+
+def test_large_bodies_are_parsed_a_few_at_a_time_and_small_requests_do_not_wait_for_them(service, client):
+    start = head("POST /task/ HTTP/1.1", JSON, f"Authorization: {client.key}", "Content-Length: 100000")
+    for _ in range(gomail.LARGE_AT_ONCE):
+        assert service.http.large.acquire(blocking=False)
+    with connection_to(service, start, json.dumps(MESSAGE).encode().ljust(100_000)) as waiting:
+        until(lambda: service.http.bodies.left < 64 * 1048576)
+        assert client.task(userId="small@example.com")
+        waiting.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            waiting.recv(1)
+        waiting.settimeout(PATIENCE)
+        service.http.large.release(gomail.LARGE_AT_ONCE)
+        assert status_of(waiting.recv(65536)) == 200
+
+
+@pytest.mark.parametrize("opening, closing", [(b"[", b"]"), (b'{"a":', b"}"), (b'[{"a":', b"}]")])
+def test_json_is_nested_as_deep_as_a_small_stack_allows(client, opening, closing):
+    assert threading.stack_size() == gomail.HttpServer.STACK <= 2 ** 20
+    for times in (gomail.MAX_NESTING // len(closing), gomail.MAX_NESTING, 9000, 100_000):
+        for body in (opening * times, opening * times + b"1" + closing * times):
+            status, answer, _ = client("POST", "/task/", body)
+            assert status == 400 and answer["status"] is False
+    task = json.dumps(MESSAGE).encode()
+    deep = task[:-1] + b', "left aside": ' + opening * 200 + b"1" + closing * 200 + b"}"
+    in_a_string = task.replace(b"Hello there", opening.replace(b'"', b'\\"') * 9000 + rb"\\\"")
+    assert client("POST", "/task/", deep)[0] == client("POST", "/task/", in_a_string)[0] == 200
+
+
+def depth(value):
+    """How many arrays and objects stand within each other."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if inner is None else 1 + max(map(depth, inner), default=0)
+
+
+BRACKETS = strategies.text(alphabet='[]{}\\"é', max_size=6)
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(strategies.recursive(
+    BRACKETS | strategies.integers(),
+    lambda inner: strategies.lists(inner, max_size=3) | strategies.dictionaries(
+        BRACKETS, inner, max_size=3)), strategies.booleans())
+def test_how_deep_json_is_does_not_depend_on_brackets_in_strings(value, ascii_only):
+    for most in range(5):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(gomail, "MAX_NESTING", most)
+            assert gomail.is_deep(json.dumps(value, ensure_ascii=ascii_only).encode()) == (depth(value) > most)
+
+
 def test_a_body_larger_than_max_body_is_413_before_it_is_read(services):
     service = services(max_body=1024)
-    answer = raw(service, b"POST /task/ HTTP/1.1\r\nHost: x\r\nContent-Length: 10000000\r\n\r\n", b"x" * 100000)
+    answer = raw(service, b"POST /task/ HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10000000\r\n\r\n", b"x" * 100000)
     assert status_of(answer) == 413 and b"Connection: close" in answer
 
 
 def test_requests_on_one_connection_are_answered_in_order(service):
-    answer = raw(service, PING * 3 + b"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n" + PING)
+    answer = raw(service, PING * 3 + b"GET /nothing HTTP/1.1\r\nHost: localhost\r\n\r\n" + PING)
     assert [int(code) for code in re.findall(rb"HTTP/1.1 (\d+)", answer)] == [200, 200, 200, 404, 200]
 
 
-@pytest.mark.parametrize("head", [b"GET /health/ping HTTP/1.0\r\n\r\n", b"GET /health/ping HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"])
-def test_http_1_0_and_connection_close_end_the_connection(service, head):
-    answer = raw(service, head + PING)
+@pytest.mark.parametrize("first", [
+    head("GET /health/ping HTTP/1.0", host=None), head("GET /health/ping HTTP/1.1", "Connection: close")])
+def test_http_1_0_and_connection_close_end_the_connection(service, first):
+    answer = raw(service, first + PING)
     assert answer.count(b"HTTP/1.1 200") == 1 and b"Connection: close" in answer
 
 
 @pytest.mark.parametrize("headers, status", [
-    (b"Transfer-Encoding: chunked", 411), (b"Transfer-Encoding: chunked\r\nContent-Length: 5", 411),
+    (b"Transfer-Encoding: chunked\r\nContent-Length: 5", 400),
+    (b"Content-Length: 5\r\nTransfer-Encoding: chunked", 400),
+    *[(b"Transfer-Encoding: " + text, 400) for text in (
+        b"", b"chunked, chunked", b"chunked\r\nTransfer-Encoding: chunked", b"chunked, identity", b"chunked;q=1",
+        b'"chunked"', b",chunked", b"chunked,", b"\x0bchunked", b"chunked\x00")],
+    *[(b"Transfer-Encoding: " + text, 501) for text in (
+        b"gzip", b"identity", b"gzip, chunked", b"xchunked", b"gzip\r\nTransfer-Encoding: chunked", b"chunkedx")],
     (b"Content-Length: 5\r\nContent-Length: 5", 400), (b"Content-Length: 5\r\nContent-Length: 6", 400),
     *[(b"Content-Length: " + text, 400) for text in (b"+5", b"-1", b"5, 5", b"0x5", b"", b"5 5", b"9" * 30, "٥".encode())],
     (b"Bad Name: x", 400), (b"Name : x", 400), (b" folded: x", 400), (b"A: x\r\n\tfolded", 400), (b"A: \x00", 400),
     (b"A: x\ry", 400), (b"A: x\ny: z", 400), (b"noColon", 400), (b"Host: y", 400), (b"Expect: magic", 417),
     (b"Authorization: a\r\nAuthorization: b", 400), (b"\r\n".join(b"A: b" for _ in range(65)), 431), (b"A: " + b"x" * 20000, 431)])
 def test_a_request_that_two_readers_could_read_differently_is_refused_and_the_connection_closed(service, headers, status):
-    answer = raw(service, b"POST /task/ HTTP/1.1\r\nHost: x\r\n" + headers + b"\r\n\r\nhello" + PING)
+    answer = raw(service, b"POST /task/ HTTP/1.1\r\nHost: localhost\r\n" + headers + b"\r\n\r\nhello" + PING)
     assert status_of(answer) == status
     assert answer.count(b"HTTP/1.1") == 1 and b"Connection: close" in answer
 
 
-@pytest.mark.parametrize("head", [
-    b"GET /health/ping\r\n\r\n", b"get /health/ping HTTP/1.1\r\nHost: x\r\n\r\n", b"GET  /health/ping HTTP/1.1\r\nHost: x\r\n\r\n",
-    b"GET /health/ping HTTP/2.0\r\nHost: x\r\n\r\n", b"GET health HTTP/1.1\r\nHost: x\r\n\r\n", b"GET /health/ping HTTP/1.1\r\n\r\n",
-    b"GET /health/ping HTTP/1.1\nHost: x\n\n", b"\x16\x03\x01\x02\x00\r\n\r\n", b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n"])
-def test_a_malformed_request_is_400(service, head):
-    assert status_of(raw(service, head)) == 400
+def test_a_body_in_chunks_is_not_taken_in_http_1_0(service):
+    answer = raw(service, CHUNKED.replace(b"HTTP/1.1", b"HTTP/1.0") + b"0\r\n\r\n" + PING)
+    assert status_of(answer) == 400 and answer.count(b"HTTP/1.1") == 1
 
 
-def test_an_absolute_target_and_empty_lines_before_a_request_are_taken(service):
-    assert status_of(raw(service, b"\r\n\r\nGET http://x/health/ping?a=b HTTP/1.1\r\nHost: x\r\n\r\n")) == 200
+CHUNKED = head("POST /auth/signup HTTP/1.1", JSON, CHUNKS)
+
+
+@pytest.mark.parametrize("pieces", [
+    [b'b\r\n{"id": "a"}\r\n0\r\n\r\n'], [b'B;x\r\n{"id": "a"}\r\n0000\r\n\r\n'],
+    [b'6\r\n{"id":\r\n5 ;a="b";c\t=d\r\n "a"}\r\n0;last\r\n\r\n'],
+    [b'000000000000000b\r\n{"id": "a"}\r\n0\r\nContent-Length: 5\r\nHost: evil\r\n\r\n'],
+    [b'1\r\n' + bytes([byte]) + b'\r\n' for byte in b'{"id": "a"}'] + [b"0\r", b"\n\r", b"\n"],
+    [bytes([byte]) for byte in b'b\r\n{"id": "a"}\r\n0\r\nA: b\r\n\r\n']])
+def test_a_body_in_chunks_is_taken_and_the_next_request_begins_behind_it(service, pieces):
+    answer = raw(service, CHUNKED, *pieces, PING)
+    assert [int(code) for code in re.findall(rb"HTTP/1.1 (\d+)", answer)] == [200, 200] and b"apiKey" in answer
+
+
+@hypothesis.settings(deadline=None, max_examples=50,
+                     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.given(text=strategies.text(min_size=1, max_size=254), data=strategies.data())
+def test_however_a_body_is_cut_into_chunks_and_packets_it_is_the_same(service, text, data):
+    body = json.dumps({"key": text}, ensure_ascii=data.draw(strategies.booleans())).encode(errors="replace")
+    cuts = strategies.lists(strategies.integers(0, len(body)), max_size=8)
+    edges = [0, *sorted(set(data.draw(cuts))), len(body)]
+    extensions = strategies.sampled_from([b"", b";a", b" ; b=c"])
+    stream = b"".join(b"%x%s\r\n%s\r\n" % (end - start, data.draw(extensions), body[start:end])
+                      for start, end in zip(edges, edges[1:]) if start < end) + b"0\r\n\r\n"
+    start = ("POST /session HTTP/1.1", JSON)
+    whole = raw(service, head(*start, f"Content-Length: {len(body)}") + body)
+    middle = data.draw(strategies.integers(0, len(stream)))
+    parts = raw(service, head(*start, CHUNKS) + stream[:middle], stream[middle:])
+    assert parts.partition(b"\r\n\r\n")[2] == whole.partition(b"\r\n\r\n")[2]
+    assert status_of(parts) == status_of(whole)
+
+
+TWO_BYTES = b"2\r\n{}\r\n"
+LAST = b"0\r\n\r\n"
+
+
+@pytest.mark.parametrize("body, status", [
+    *[(begin + b"{}\r\n" + LAST, 400) for begin in (
+        b"2\n", b"\r\n", b"2\r\r\n", b"0x2\r\n", b"+2\r\n", b"-2\r\n", b" 2\r\n", b"2 \r\n", b"2_0\r\n", b"g\r\n",
+        b"2,\r\n", b"2;\x00\r\n", b"2;a\rb\r\n", b"2;a\nb\r\n", b'2;a="\n"\r\n', b"0" * 17 + b"2\r\n",
+        b"2;" + b"x" * 1100 + b"\r\n", "٢\r\n".encode())],
+    *[(sent + LAST, 400) for sent in (b"2\r\n{}\n", b"2\r\n{}x\r\n", b"2\r\n{}", TWO_BYTES + b"\r\n")],
+    *[(TWO_BYTES + end, 400) for end in (
+        b"0\n\r\n", b"0\r\n\n", b"0\r\nno trailer\r\n\r\n", b"0\r\nA: b\nC: d\r\n\r\n", b"0\r\n folded: x\r\n\r\n",
+        b"0\r\n" + b"A: b\r\n" * 4000 + b"\r\n", b"0\r\nA: " + b"x" * 100000)],
+    (b"2;" + b"x" * 100000, 400), (b"1\r\n \r\n" * 10000 + LAST, 400),
+    (b"1;%s\r\n \r\n" % (b"x" * 1000) * 40 + LAST, 400),
+    (b"10001\r\n", 413), (b"ffffffffffffffff\r\n", 413), (b"8000\r\n%s\r\n8001\r\n" % (b" " * 0x8000), 413)])
+def test_a_body_in_malformed_or_too_many_chunks_is_refused_and_the_connection_closed(service, body, status):
+    answer = raw(service, CHUNKED + body + PING)
+    assert status_of(answer) == status
+    assert answer.count(b"HTTP/1.1") == 1 and b"Connection: close" in answer
+
+
+def test_where_a_body_is_needed_and_there_is_none_it_is_411(service, client):
+    for path in ("/auth/signup", "/task/"):
+        assert status_of(raw(service, head(f"POST {path} HTTP/1.1", JSON, f"Authorization: {client.key}"))) == 411
+
+
+@pytest.mark.parametrize("sent", [
+    *map(head, ("GET /health/ping", "get /health/ping HTTP/1.1", "GET  /health/ping HTTP/1.1", "GET health HTTP/1.1",
+                "GET * HTTP/1.1", "GET /health/ping HTTP/1.10", "GET /health/ping http/1.1", "GET /\xff HTTP/1.1",
+                "CONNECT localhost:25 HTTP/1.1")),
+    head("GET /health/ping HTTP/1.1", host=None), PING.replace(b"\r\n", b"\n"), b"GET /health/ping HTTP/1.1\n",
+    b"GET /health/ping HTTP/1.1\rHost: localhost", b"\n", b"\n" + PING, b"\r" + PING, b"\r\n\n" + PING])
+def test_a_malformed_request_is_400(service, sent):
+    assert status_of(raw(service, sent)) == 400
+
+
+@pytest.mark.parametrize("version", ["HTTP/2.0", "HTTP/0.9", "HTTP/3.1"])
+def test_another_major_version_is_505(service, version):
+    assert status_of(raw(service, head(f"GET /health/ping {version}"))) == 505
+    assert status_of(raw(service, head(f"PRI * {version}", host=None) + b"SM\r\n\r\n")) == 505
+
+
+def test_a_higher_minor_version_is_read_as_1_1(service):
+    answer = raw(service, head("GET /health/ping HTTP/1.2") + head("GET /health/ping HTTP/1.9"))
+    assert answer.count(b"HTTP/1.1 200") == 2
+    assert status_of(raw(service, head("GET /health/ping HTTP/1.2", host=None))) == 400
+
+
+def test_a_target_that_is_too_long_is_414_and_headers_that_are_431(service):
+    for target in ("/" + "a" * 5000, "/?" + "a" * 100000, "http://localhost/" + "a" * 5000):
+        assert status_of(raw(service, head(f"GET {target} HTTP/1.1"))) == 414
+    assert status_of(raw(service, head(f"GET /?{'a' * 4000} HTTP/1.1"))) == 200
+    assert status_of(raw(service, head("GET / HTTP/1.1", "A: " + "x" * 20000))) == 431
+
+
+@pytest.mark.parametrize("target", [
+    "http://localhost/health/ping?a=b", "HTTP://LOCALHOST:80/health/ping/", "https://127.0.0.1?a=b", "http://[::1]"])
+def test_an_absolute_target_and_empty_lines_before_a_request_are_taken(service, target):
+    assert status_of(raw(service, b"\r", b"\n\r\n" + head(f"GET {target} HTTP/1.1"))) == 200
+
+
+@pytest.mark.parametrize("path", [
+    "/task/%zz", "/task/%", "/task/%f", "/task/%ff", "/task/%ed%a0%80", "/task/a%c3", "/%zz", "/task/recent?search=%zz",
+    "/task/recent?search=%ff"])
+def test_a_percent_that_encodes_no_utf8_is_400(client, path):
+    assert client("GET", path)[0] == 400
+
+
+@pytest.mark.parametrize("host", [
+    "localhost", "LocalHost:8080", "localhost:", "localhost.", "a.b.localhost:1", "127.0.0.1", "127.200.0.9:65535",
+    "[::1]", "[::1]:8080", "[0:0::0001]:80"])
+def test_a_request_for_localhost_is_answered_with_and_without_admin_token(services, host):
+    for options in ({}, {"admin_token": ADMIN}, {"admin_token": ADMIN, "allowed_hosts": "mail.example.com"}):
+        assert services(**options).client("GET", "/health/ping", Host=host)[0] == 200
+
+
+@pytest.mark.parametrize("host", [
+    "evil.example", "evil.example:8080", "localhost.evil.example", "notlocalhost", "127.0.0.1.evil.example", "127.1",
+    "2130706433", "0.0.0.0", "192.0.2.1", "[2001:db8::1]:80", "[::]", "[::ffff:192.0.2.1]", "[v1.localhost]",
+    "%6cocalhost", "localhost..", "a,localhost"])
+def test_without_admin_token_a_request_for_any_other_host_is_421_whatever_it_wants(services, host):
+    service = services(allowed_hosts=host)  # which counts beside admin_token alone
+    assert service.client("OPTIONS", "*", Host=host)[0] == service.client("GET", "/nothing", Host=host)[0] == 421
+    for route in gomail.ROUTES:
+        status, answer, _ = service.client(route.method, re.sub("{.*?}", "x", route.path), {"id": "a"}, Host=host)
+        assert status == 421 and "admin_token" in answer["error"]
+    assert service.client.get("/accounts")["accounts"] == []
+
+
+@pytest.mark.parametrize("host", [
+    "", " ", ":80", "a b", "a/b", "http://localhost", "user@localhost", "localhost:http", "localhost:80:80",
+    "localhost:-1", "[::1", "::1", "[::1]a", "[::g]", "[fe80::1%25lo]", "[127.0.0.1]", "%", "%zz", "a%2",
+    "localhost,\tlocalhost", "l\xf6calhost", "a?b", "a#b", "a\\b", "."])
+def test_a_host_that_is_none_is_400(services, host):
+    for options in ({}, {"admin_token": ADMIN}):
+        service = services(**options)
+        for version in ("1.1", "1.0"):
+            assert status_of(raw(service, head(f"GET /health/ping HTTP/{version}", host=host))) == 400
+
+
+def test_the_authority_of_an_absolute_target_counts_in_place_of_host(service):
+    def asked(authority, *hosts):
+        lines = [f"Host: {host}" for host in hosts]
+        return status_of(raw(service, head(f"GET http://{authority}/health/ping HTTP/1.1", *lines, host=None)))
+    assert asked("localhost", "evil.example") == 200 and asked("evil.example", "localhost") == 421
+    assert asked("localhost") == asked("localhost", "a b") == asked("localhost", "localhost", "localhost") == 400
+    assert asked("", "localhost") == asked("a@localhost", "localhost") == asked("[::1", "localhost") == 400
+
+
+def test_with_admin_token_the_hosts_in_allowed_hosts_are_answered_or_all_where_it_is_empty(services):
+    listed = services(admin_token=ADMIN, allowed_hosts="Mail.Example.com, [2001:DB8:0::1],192.0.2.7").client
+    for host in ("mail.example.com", "MAIL.example.COM:443", "mail.example.com.", "[2001:db8::1]:80", "192.0.2.7"):
+        assert listed("GET", "/health/ping", Host=host)[0] == 200
+    for host in ("example.com", "a.mail.example.com", "192.0.2.70", "[2001:db8::2]"):
+        status, answer, _ = listed("GET", "/health/ping", Host=host)
+        assert status == 421 and "allowed_hosts" in answer["error"]
+    assert services(admin_token=ADMIN).client("GET", "/health/ping", Host="evil.example")[0] == 200
+
+
+def test_http_1_0_needs_no_host(services):
+    for options in ({}, {"admin_token": ADMIN, "allowed_hosts": "mail.example.com"}):
+        assert status_of(raw(services(**options), head("GET /health/ping HTTP/1.0", host=None))) == 200
+
+
+def test_expect_is_left_aside_in_http_1_0(service):
+    for expected in ("100-continue", "magic"):
+        start = head("POST /session HTTP/1.0", JSON, "Content-Length: 12", f"Expect: {expected}")
+        answer = raw(service, start, b'{"key": "x"}')
+        assert status_of(answer) == 401 and answer.count(b"HTTP/1.1") == 1
+
+
+def test_cookies_of_several_header_lines_are_one_list(service, client):
+    cookie = logged_in(client, client.key)[1].partition(";")[0]
+    for lines in (["a=1", cookie, "b=2"], ["a=1; c=3", cookie], [cookie, "a=1"]):
+        cookies = [f"Cookie: {line}" for line in lines]
+        assert status_of(raw(service, head("GET /task/recent HTTP/1.1", "X-Requested-With: x", *cookies))) == 200
 
 
 def test_expect_100_continue_is_answered_before_the_body(service):
     with socket.create_connection(service.http.server_address[:2], timeout=PATIENCE) as connection:
-        connection.sendall(b"POST /auth/signup HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        connection.sendall(b"POST /auth/signup HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                            b"Content-Length: 11\r\nExpect: 100-continue\r\n\r\n")
         assert connection.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
         connection.sendall(b'{"id": "a"}')
         assert status_of(connection.recv(1000)) == 200
 
 
-@pytest.mark.parametrize("piece", [b"GET /health/ping HTT", b"POST /task/ HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nhalf"])
+@pytest.mark.parametrize("piece", [
+    b"GET /health/ping HTT", head("POST /session HTTP/1.1", JSON, "Content-Length: 10") + b"half",
+    CHUNKED + b"6\r\nhalf"])
 def test_a_client_that_does_not_end_its_request_is_cut_off_after_request_timeout(services, piece):
     service = services(request_timeout=0.2)
     with socket.create_connection(service.http.server_address[:2], timeout=PATIENCE) as connection:
@@ -4036,8 +4391,38 @@ def test_a_client_that_drips_its_request_is_cut_off_all_the_same(services):
         assert status_of(answer) == 408
 
 
+@pytest.mark.parametrize("begun", [b"", b"\r\n", b"\r\n\r\n\r", PING, PING + b"\r\n"])
+def test_an_idle_connection_is_closed_without_a_word(services, begun):
+    service = services(request_timeout=0.2)
+    with connection_to(service, begun) as connection:
+        answer = rest_of(connection)
+    assert answer.count(b"HTTP/1.1") == begun.count(b"GET") and b"408" not in answer
+
+
+def test_the_time_a_connection_was_idle_does_not_count_for_its_next_request(services, monkeypatch):
+    service, deadlines = services(request_timeout=100.0), []
+    monkeypatch.setattr(service.http.api.stats, "count", lambda *_, **__: deadlines.extend(
+        handler.deadline for handler in service.http.answering))
+    with connection_to(service) as connection:
+        until(lambda: service.http.places._value < service.settings.max_connections)
+        for _ in range(2):
+            began = time.monotonic()
+            connection.sendall(PING)
+            assert status_of(connection.recv(65536)) == 200 and deadlines.pop() >= began + 100.0
+
+
+def test_a_client_that_speaks_tls_is_cut_off_at_once_and_said_once(service, said):
+    hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"
+    assert raw(service, hello) == raw(service, hello + bytes(512)) == b""
+    line, = [record for record in said if "TLS" in record.getMessage()]
+    assert line.levelname == "WARNING" and line.fields["client"] == "127.0.0.1"
+    context = ssl.create_default_context()
+    with pytest.raises((ssl.SSLError, ConnectionError)), connection_to(service) as connection:
+        context.wrap_socket(connection, server_hostname="localhost")
+
+
 def test_a_client_that_goes_away_in_the_middle_of_a_body_harms_nobody(service, client):
-    raw(service, b"POST /task/ HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nhalf")
+    raw(service, b"POST /task/ HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\nhalf")
     client.get("/task/subscriptionContent")
     until(lambda: not service.http.answering)
 
@@ -4053,6 +4438,44 @@ def test_one_connection_too_many_is_503_at_once_and_later_all_is_as_before(servi
         connection.close()
     until(lambda: service.http.places._value == 2)
     assert status_of(raw(service, PING)) == 200
+
+
+def test_one_connection_too_many_gets_its_503_also_while_it_writes_and_holds_up_nobody(services):
+    service = services(max_connections=1)
+    with connection_to(service, PING) as held:
+        assert status_of(held.recv(65536)) == 200
+        busy = [http.client.HTTPConnection(*service.http.server_address[:2], timeout=PATIENCE) for _ in range(5)]
+        for connection in busy:
+            connection.request("POST", "/task/", b" " * 500_000)
+        assert [connection.getresponse().status for connection in busy] == [503] * 5
+        held.sendall(PING)
+        assert status_of(held.recv(65536)) == 200
+        with connection_to(service, b"half") as silent:
+            assert status_of(rest_of(silent)) == 503
+            until(lambda: not service.http.leaving)
+
+
+def test_without_file_descriptors_nothing_spins_and_it_goes_on_when_there_are_some(processes, redis_server):
+    process = processes(on(redis_server)).started()
+    assert process.client.get("/health/ready")
+    pid, address = process.process.pid, process.client.address.split(":")
+
+    def processor_time():
+        fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+    most = len(os.listdir(f"/proc/{pid}/fd")) + 3
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (most, most))
+    with contextlib.ExitStack() as held:
+        for _ in range(8):
+            held.enter_context(socket.create_connection(address))
+        line = until(lambda: process.logged("no connection can be accepted"))
+        assert line["level"] == "ERROR" and line["error"] == "Too many open files"
+        began, used = time.monotonic(), processor_time()
+        time.sleep(2.0)
+        assert processor_time() - used < 0.5 * (time.monotonic() - began)
+        assert process.client.get("/health/ping")  # on the connection that it has
+    assert until(lambda: Client(process.url).get("/health/ping"))
+    assert sum("no connection can be accepted" in text for text in process.lines) == 1
 
 
 def test_500_slow_connections_leave_a_good_client_an_answer_or_503_at_once(services):
@@ -4149,6 +4572,99 @@ def test_the_admin_names_an_account_where_one_is_needed_and_sends_nothing_for_it
     assert recent(one, account="two@example.com") == ([], None)  # who is not the admin cannot name another
 
 
+ASKING_FOR_ADMIN = [("GET", "/accounts"), ("POST", "/auth/signup"), ("POST", "/auth/deregister"), ("GET", "/lanes"),
+                    ("GET", "/suppressions?account=one@example.com"), ("POST", "/session")]
+
+
+def guess(address, method, path, token):
+    """(status, headers) of a request that tries an admin_token."""
+    body = {"POST": {"id": "x", "key": token}}.get(method)
+    status, _, headers = Client(address)(method, path, body, **({} if path == "/session" else {"Authorization": token}))
+    return status, headers
+
+
+@pytest.mark.parametrize("method, path", ASKING_FOR_ADMIN)
+def test_a_wrong_admin_token_waits_is_logged_and_only_so_many_at_once(governed, said, monkeypatch, method, path):
+    service, admin, *_ = governed
+    monkeypatch.setattr(gomail.Api, "PENALTY", 0.2)
+    for token in ("a wrong guess", "Bearer a wrong guess"):
+        began = time.monotonic()
+        assert guess(admin.address, method, path, token)[0] == 401 and time.monotonic() - began >= 0.2
+        assert said.pop().fields == {"client": "127.0.0.1"} and not said
+    for _ in range(gomail.Api.GUESSES):
+        assert service.http.api.guesses.acquire(blocking=False)
+    status, headers = guess(admin.address, method, path, "another wrong guess")
+    assert status == 429 and headers["Retry-After"] == "1" and headers["Connection"] == "close" and not said
+    assert admin.get("/accounts") and guess(admin.address, method, path, ADMIN)[0] != 429
+    service.http.api.guesses.release(gomail.Api.GUESSES)
+
+
+def test_who_has_a_key_of_an_account_or_none_does_not_guess(governed, said):
+    service, admin, one, two = governed
+    admin.post("/auth/deregister", {"id": "two@example.com"})
+    for _ in range(gomail.Api.GUESSES):
+        service.http.api.guesses.acquire()
+    for key in (one.key, two.key, "", "Bearer"):
+        for method, path in ASKING_FOR_ADMIN[:4]:
+            assert guess(admin.address, method, path, key)[0] in (200, 401)
+    assert Client(admin.address, "nonsense")("POST", "/task/", MESSAGE)[0] == 401  # no token is taken there
+    assert not said
+
+
+def test_without_admin_token_there_is_nothing_to_guess(service, said):
+    for _ in range(gomail.Api.GUESSES):
+        service.http.api.guesses.acquire()
+    assert service.client("GET", "/task/recent", Authorization="nonsense")[0] == 401 and not said
+
+
+@pytest.mark.parametrize("forwarded, client", [
+    ("203.0.113.9", "203.0.113.9"), ("192.0.2.1, 203.0.113.9", "203.0.113.9"), ("2001:DB8::9", "2001:db8::9"),
+    ("203.0.113.9, nobody", "127.0.0.1"), ('"}', "127.0.0.1"), ("", "127.0.0.1")])
+def test_the_client_that_a_proxy_on_this_machine_names_is_the_one_that_is_logged(forwarded, client):
+    headers = {"x-forwarded-for": forwarded}
+    assert gomail.Request(headers, {}, {}, peer="127.0.0.1").client == client
+    assert gomail.Request(headers, {}, {}, peer="198.51.100.7").client == "198.51.100.7"
+    assert gomail.Request(headers, {}, {}, peer="::ffff:198.51.100.7").client == "198.51.100.7"
+
+
+def test_the_fail2ban_filter_of_the_readme_finds_wrong_admin_tokens_and_nothing_else(processes, redis_server):
+    process = processes(on(redis_server, admin_token=ADMIN)).started()
+    failregex = re.search(r"^failregex = (.*)$", (HERE / "README.md").read_text(), re.MULTILINE)[1]
+    pattern = re.compile(failregex.replace("<ADDR>", r"(?P<host>[0-9a-f:.]+)"))
+    forged = 'x", "message": "wrong admin_token", "client": "192.0.2.66"}'
+    admin = Client(process.url, ADMIN)
+    account = admin.sign_up(forged)
+    account.task(content=forged, headers={"X_Forwarded_For": forged})
+    assert account("GET", "/accounts", X_Forwarded_For="203.0.113.9")[0] == 401
+    assert Client(process.url, forged)("GET", "/accounts", X_Forwarded_For=f"{forged}, 203.0.113.9")[0] == 401
+    assert process.stop() == 0
+    process.reader.join()
+    assert [match["host"] for match in map(pattern.search, process.lines) if match] == ["203.0.113.9"]
+
+
+def test_a_short_admin_token_is_warned_about_at_the_start(processes, redis_server):
+    for token, warned in (("fifteen letters", True), ("sixteen letters.", False)):
+        process = processes(on(redis_server, admin_token=token)).started()
+        assert process.stop() == 0
+        process.reader.join()
+        assert bool(process.logged("admin_token is so short")) is warned and token not in "".join(process.lines)
+
+
+def test_a_lane_is_resumed_once_in_five_seconds_by_all_processes(governed, services, mail_server, monkeypatch):
+    service, admin, one, two = governed
+    other = services(mail_server, key_prefix=service.settings.key_prefix, admin_token=ADMIN)
+    elsewhere = Client(other.http.url, two.key)
+    one.post("/lanes/bulk/resume")
+    for client in (one, elsewhere, admin):
+        status, answer, headers = client("POST", "/lanes/bulk/resume")
+        assert status == 429 and 1 <= int(headers["Retry-After"]) <= 5 and headers["Retry-After"] in answer["error"]
+    assert service.store.redis.hget(service.store.key("resume"), "bulk") == "1"
+    elsewhere.post("/lanes/urgent/resume")
+    monkeypatch.setattr(gomail.Queue, "RESUME_INTERVAL", 0.05)
+    admin.post("/lanes/normal/resume")
+    until(lambda: one("POST", "/lanes/normal/resume")[0] == 200)
+
+
 def logged_in(client, key, **headers):
     """A client without a key that has the cookie of a session, and the header Set-Cookie as it came."""
     status, _, answered = client("POST", "/session", {"key": key}, Authorization="", **headers)
@@ -4238,9 +4754,11 @@ def test_what_is_no_key_opens_no_session(client, key):
 def fuzz(address, requests, seed):
     """Send mutated requests, each on a connection of its own."""
     chance = random.Random(seed)
-    good = [PING, b"POST /task/ HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 13\r\n\r\n{\"task\": \"t\"}",
-            b"GET /task/dead?limit=1 HTTP/1.1\r\nHost: x\r\nAuthorization: x.y.z\r\n\r\n"]
-    scraps = [b"\r\n", b"\n", b"\x00", b":", b" ", b"\xff", b"Content-Length: 3\r\n", b"Transfer-Encoding: chunked\r\n", b"%", b"A" * 5000]
+    good = [PING, head("POST /task/ HTTP/1.1", JSON, "Content-Length: 13") + b'{"task": "t"}',
+            head("GET /task/dead?limit=1 HTTP/1.1", "Authorization: x.y.z"),
+            CHUNKED + b'6;a="b"\r\n{"id":\r\n4\r\n "%x"\r\n1\r\n}\r\n0\r\nA: b\r\n\r\n']
+    scraps = [b"\r\n", b"\n", b"\x00", b":", b" ", b"\xff", b"Content-Length: 3\r\n", b"Transfer-Encoding: chunked\r\n",
+              b"%", b"A" * 5000, b"0\r\n\r\n", b"5\r\nhello\r\n", b";x", b"ffffffffffffffff\r\n"]
     for _ in range(requests):
         data = bytearray(chance.choice(good) * chance.choice([1, 1, 2]))
         for _ in range(chance.randrange(4)):
@@ -4250,7 +4768,7 @@ def fuzz(address, requests, seed):
             connection.sendall(data[:chance.choice([len(data), chance.randrange(len(data) + 1)])])
             connection.shutdown(socket.SHUT_WR)
             while answer := connection.recv(65536):
-                assert not answer.startswith(b"HTTP/1.1 5"), bytes(data)
+                assert not answer.startswith((b"HTTP/1.1 500", b"HTTP/1.1 503")), bytes(data)
 
 
 def test_after_2000_mutated_requests_a_good_one_is_answered(service):
@@ -4740,6 +5258,19 @@ def test_a_session_outlives_a_reload_leaves_no_key_where_scripts_read_and_ends_b
     tab.get_by_label("API key").wait_for()
     tab.reload()
     tab.get_by_label("API key").wait_for()
+
+
+@pytest.mark.parametrize("address, heading", [
+    *[(address, "Overview") for address in ("", "#", "#main", "#/", "#/nothing")], ("#/tasks/%zz", "Task"),
+    ("#/newsletters/%", "%")])
+def test_the_page_works_at_whatever_its_address_names(service, browser, address, heading):
+    client = service.client.sign_up()
+    tab = browser.open(client, client.key, address)
+    tab.get_by_role("heading", level=1, name=heading).wait_for()
+    tab.locator("main:not([aria-busy])").wait_for()
+    go(tab, "#/tasks")
+    tab.get_by_role("heading", level=1, name="Tasks").wait_for()
+    tab.complaints = [line for line in tab.complaints if "404" not in line]  # the browser's own note of the answer
 
 
 def test_who_has_no_key_signs_up_on_the_page_where_that_is_open(services, browser):
