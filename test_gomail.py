@@ -634,7 +634,7 @@ def test_an_smtp_server_is_a_name_or_an_address(tmp_path, host):
 
 def test_host_names_beyond_ascii_are_looked_up_by_idna_2008(tmp_path):
     settings = gomail.Settings.load({"smtp_server": "SMTP.faß.example", "smtp_from": "app@example.org",
-                                     "host": "faß.example", "admin_token": "x"}, tmp_path)
+                                     "host": "faß.example", "admin_token": "x" * 16}, tmp_path)
     assert settings.smtp_server == "smtp.xn--fa-hia.example" and settings.host == "xn--fa-hia.example"
 
 
