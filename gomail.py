@@ -74,17 +74,49 @@ __version__ = "1.0.0"
 # Every option, its default and its unit, in one place. A wrong value stops the start with one line that
 # names the option, the value and what is allowed.
 
+# Characters that are commands to a terminal, or that hide or reorder the text around them: DEL and the C1 controls,
+# Unicode's ends of lines, bidirectional controls (UAX 9, section 2), invisible ones, and halves of surrogate pairs. Not
+# among them are those that scripts and emoji need (U+200C, U+200D), and the soft hyphen.
+DECEPTIVE = ("\x7f-\x9f\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
+             "\U000e0000-\U000e007f")
+UNPRINTABLE = re.compile(f"[\x00-\x1f{DECEPTIVE}]")
+
+
+def without_controls(text: str) -> str:
+    """The text with "?" for each character that is a command to a terminal, or hides or reorders others."""
+    return UNPRINTABLE.sub("?", text)
+
+
+def printable(words: str) -> str:
+    """What somebody else's program said, on one line and without controls. All such words pass here as they come in."""
+    return without_controls(" ".join(words.split()))
+
+
 class StartError(Exception):
     """The service cannot start; the message is the one line that the operator sees."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(without_controls(message))
 
 
 def describe(error):
     """One short line for an exception: what the system or the server said, without paths or tracebacks."""
     if isinstance(error, TimeoutError):
         return "timed out"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split())[:500] or type(error).__name__
+    words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return printable(words)[:500] or type(error).__name__
+
+
+def shown(value: str) -> str:
+    """A wrong value as an error names it, without a secret of a further setting that was written on the same line."""
+    return repr(re.sub(r"\w*(pass|secret|token|uri)\w*\s*[=:].*", "(hidden)", value, flags=re.DOTALL | re.IGNORECASE))
+
+
+def without_secrets(text: str, hidden: Sequence[str]) -> str:
+    """The text with "(hidden)" for each word that holds four characters in a row of what is to be hidden."""
+    def shows(word: str) -> bool:
+        return any(secret[at:at + 4] in word for secret in hidden for at in range(max(1, len(secret) - 3)) if secret)
+    return " ".join("(hidden)" if shows(word) else word for word in text.split())
 
 
 def option(default, explanation, *, low=None, high=None, choices=None, number="a number of seconds"):
@@ -185,29 +217,32 @@ class Settings:
         try:
             zoneinfo.ZoneInfo(self.timezone)
         except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
-            raise StartError(f"timezone: {self.timezone!r} is not an IANA time zone, such as Europe/Berlin") from None
+            raise StartError(f"timezone: {shown(self.timezone)} is no IANA time zone, such as Europe/Berlin") from None
         for name in ("jwt_secret", "jwt_secret_previous"):
             if 0 < len(getattr(self, name).encode()) < 32:
                 raise StartError(f"{name}: (hidden) is too short, at least 32 bytes are needed")
         if self.jwt_secret_previous and not self.jwt_secret:
             raise StartError("jwt_secret_previous: (hidden) is not allowed without jwt_secret")
         if self.smtp_from and not parse_address(email.utils.parseaddr(self.smtp_from)[1]):
-            raise StartError(f"smtp_from: {self.smtp_from!r} is not an address, or a name with <address>")
+            raise StartError(f"smtp_from: {shown(self.smtp_from)} is not an address, or a name with <address>")
+        if re.search("[@/]", self.smtp_server):  # a URL may hold a password
+            raise StartError("smtp_server: (hidden) is no host name, such as smtp.example.com")
         if re.search(r"[\s=]", self.smtp_server):
-            raise StartError(f"smtp_server: {self.smtp_server!r} is not a host name; a line of .env has one setting")
+            raise StartError(f"smtp_server: {shown(self.smtp_server)} is no host name; a line of .env has one setting")
         if self.smtp_tls == "off" and (self.smtp_pass or self.smtp_token_command):
             raise StartError("smtp_tls: 'off' is not allowed with smtp_pass or smtp_token_command, expected auto")
         if self.smtp_token_command and (self.smtp_pass or not self.smtp_user):
             raise StartError("smtp_token_command: needs smtp_user, and is not allowed with smtp_pass")
         if self.smtp_ehlo and not (is_domain(self.smtp_ehlo) or ADDRESS_LITERAL.fullmatch(self.smtp_ehlo)):
-            raise StartError(f"smtp_ehlo: {self.smtp_ehlo!r} is not a host name, or an address such as [192.0.2.1]")
+            raise StartError(f"smtp_ehlo: {shown(self.smtp_ehlo)} is no host name, or address such as [192.0.2.1]")
         if self.smtp_ca:
             try:
                 ssl.create_default_context(cafile=self.smtp_ca)
             except (OSError, ValueError) as error:
-                raise StartError(f"smtp_ca: {self.smtp_ca!r} is not a file with certificates (PEM): {describe(error)}") from None
+                raise StartError(f"smtp_ca: {shown(self.smtp_ca)} is not a file with certificates (PEM): "
+                                 f"{describe(error)}") from None
         if self.public_url and not re.fullmatch(r"https?://[!-;=?-~]+", self.public_url):
-            raise StartError(f"public_url: {self.public_url!r} is not a URL such as https://mail.example.com")
+            raise StartError(f"public_url: {shown(self.public_url)} is not a URL such as https://mail.example.com")
         for name in ("otp_subject", "otp_content"):
             if unknown := set(PLACEHOLDER.findall(getattr(self, name))) - {"otp", "minutes"}:
                 raise StartError(f"{name}: {{{{ {min(unknown)} }}}} is not known, expected "
@@ -215,7 +250,7 @@ class Settings:
         if self.otp_content and "otp" not in PLACEHOLDER.findall(self.otp_content):
             raise StartError("otp_content: must hold {{ otp }}")
         if not self.admin_token and not is_loopback(self.host):
-            raise StartError(f"host: {self.host!r} is not a loopback address; to listen there, set admin_token")
+            raise StartError(f"host: {shown(self.host)} is not a loopback address; to listen there, set admin_token")
 
     @functools.cached_property
     def sender(self):
@@ -250,7 +285,7 @@ def read_env_file(path):
             continue
         name, equals, value = line.partition("=")
         if not equals:
-            raise StartError(f"{path}, line {number}: {name[:40]!r} has no '=', expected NAME=value")
+            raise StartError(f"{path}, line {number}: (hidden) has no '=', expected NAME=value")
         value = value.strip()
         if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
             value = value[1:-1]
@@ -277,7 +312,7 @@ def parse_option(field, text):
         noun = "a whole number" if kind is int else rules["number"]
         allowed = f"{noun} from {rules['low']} to {rules['high']}"
     if not valid:
-        raise StartError(f"{field.name}: {text!r} is not allowed, expected {allowed}")
+        raise StartError(f"{field.name}: {shown(text)} is not allowed, expected {allowed}")
     return value
 
 
@@ -338,15 +373,32 @@ def log(level, message, **fields):
     logger.log(level, message, extra={"fields": fields})
 
 
-ENCODER = json.JSONEncoder(ensure_ascii=False, default=str)
+class Encoder(json.JSONEncoder):
+    """JSON that a terminal or an editor shows as it is: what would command it or deceive the eye is escaped."""
+
+    ESCAPED = re.compile(f"[{DECEPTIVE}]")  # the rest of the controls always are
+
+    def encode(self, o: object) -> str:
+        text = super().encode(o)
+        if text.isascii() and "\x7f" not in text or text.isprintable():  # the regex is a quarter of a log line's time
+            return text
+        return self.ESCAPED.sub(lambda found: json.dumps(found[0])[1:-1], text)
+
+
+ENCODER = Encoder(ensure_ascii=False, default=str)
+
+
+@functools.lru_cache(maxsize=1)
+def utc(second: int) -> str:
+    """A second since the epoch as RFC 3339 has it, without its Z: lines of the log often share it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
 
 
 class JsonFormatter(logging.Formatter):
     """A record as one line of JSON: time (RFC 3339, UTC), level, message, and the record's own fields."""
 
     def format(self, record):
-        seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        line = {"time": f"{seconds}.{int(record.msecs):03}Z", "level": record.levelname,
+        line = {"time": f"{utc(int(record.created))}.{int(record.msecs):03}Z", "level": record.levelname,
                 "message": record.getMessage(), **getattr(record, "fields", {})}
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
@@ -2145,8 +2197,8 @@ REPLIES = tuple((about, re.compile(pattern, re.IGNORECASE | re.DOTALL)) for abou
 
 
 def one_line(reply: bytes) -> str:
-    """The text of a reply on one line."""
-    return " ".join(reply.decode(errors="replace").split())
+    """The text of a reply on one line, without controls."""
+    return printable(reply.decode(errors="replace"))
 
 
 def refusal(stage: str, code: int, text: bytes, taken: bool = False) -> DeliveryError | None:
@@ -2830,13 +2882,6 @@ def xoauth2(user: bytes, token: bytes) -> bytes:
 def cram_md5(user: bytes, password: bytes, challenge: bytes) -> bytes:
     """The answer to a challenge of CRAM-MD5 (RFC 2195). Raises ValueError where MD5 is switched off."""
     return user + b" " + hmac.new(password, base64.b64decode(challenge), "md5").hexdigest().encode()
-
-
-def without_secrets(text: str, hidden: list[str]) -> str:
-    """The text with "(hidden)" for each word that holds four characters in a row of what is to be hidden."""
-    def shows(word: str) -> bool:
-        return any(secret[at:at + 4] in word for secret in hidden for at in range(max(1, len(secret) - 3)) if secret)
-    return " ".join("(hidden)" if shows(word) else word for word in text.split())
 
 
 def ehlo_name(connection: socket.socket) -> str:
@@ -4776,10 +4821,10 @@ def check(settings):
     def report(name, test):
         nonlocal well
         try:
-            print(f"ok       {name}: {test()}")
+            print(without_controls(f"ok       {name}: {test()}"))
         except (StartError, Unavailable, redis.RedisError) as error:
             well = False
-            print(f"failed   {name}: {error}")
+            print(without_controls(f"failed   {name}: {error}"))
 
     def reach_redis():
         server = None if settings.redis_uri else EmbeddedServer(settings.data_dir)
@@ -4830,12 +4875,12 @@ class Terminal:
 
     def paint(self, text, colour=None):
         """The text in a colour, and without what a terminal would take for a command."""
-        text = re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", str(text))
+        text = without_controls(str(text))
         return f"\x1b[{self.COLOURS[colour]}m{text}\x1b[0m" if colour and self.coloured else text
 
     def json(self, value):
         """Write a value as JSON."""
-        print(json.dumps(value, indent=2, ensure_ascii=False))
+        print(Encoder(indent=2, ensure_ascii=False).encode(value))
 
     def table(self, headings, rows):
         """The lines of a table; its headings on a terminal only, so that a pipe gets the rows alone. A cell that is a
@@ -4856,7 +4901,7 @@ class Terminal:
 
     def say(self, text):
         """A word to the person beside the output, on standard error."""
-        print(text, file=sys.stderr)
+        print(self.paint(text), file=sys.stderr)
 
     @staticmethod
     def progress(total):

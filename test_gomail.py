@@ -17,6 +17,7 @@ import email.message
 import email.policy
 import hmac
 import http.client
+import io
 import itertools
 import json
 import logging
@@ -42,6 +43,7 @@ import zoneinfo
 import aiosmtpd.controller
 import aiosmtpd.smtp
 import axe_playwright_python.sync_playwright
+import hypothesis
 import jwt
 import playwright.sync_api
 import prometheus_client.parser
@@ -50,6 +52,7 @@ import redis
 import redis.backoff
 import redis.retry
 import trustme
+from hypothesis import strategies
 
 import gomail
 
@@ -537,6 +540,41 @@ def test_a_line_of_the_env_file_without_an_equals_sign_is_named(tmp_path):
         gomail.Settings.load({}, tmp_path)
 
 
+@pytest.mark.parametrize("name, value", [
+    ("smtp_port", "587 smtp_user=me smtp_pass=QXZJ"), ("smtp_from", "me SMTP_PASS='QX ZJ'"),
+    ("timezone", "UTC admin_token = QXZJ"), ("smtp_tls", "auto redis_uri=:QXZJ@127.0.0.1:6379"),
+    ("host", "192.0.2.1 jwt_secret: QXZJ"), ("smtp_ca", "x password=QXZJ"),
+    ("smtp_server", "smtps://me:QXZJ@smtp.example.com"), ("smtp_server", "smtp.example.com/QXZJ")])
+def test_a_wrong_value_that_holds_a_secret_is_refused_without_it(tmp_path, name, value):
+    with pytest.raises(gomail.StartError, match=name) as refused:
+        gomail.Settings.load({name: value}, tmp_path)
+    assert not set(str(refused.value)) & set("QXZJ") and "(hidden)" in str(refused.value)
+
+
+def test_a_line_of_the_env_file_without_an_equals_sign_is_not_shown(tmp_path):
+    (tmp_path / ".env").write_text("smtp_pass: QXZJ\n")
+    with pytest.raises(gomail.StartError, match="line 1") as refused:
+        gomail.Settings.load({}, tmp_path)
+    assert "QXZJ" not in str(refused.value)
+
+
+# What commands a terminal, ends a line or deceives the eye: replaced in what comes from others, escaped in JSON.
+DECEPTIVE = ("\x00\x07\x08\x1b\x7f\x80\x9b\x9d\x9f\u061c\u200b\u200e\u200f\u2028\u2029\u202a\u202e\u2060\u2066\u2069"
+             "\ufeff\U000e0041")
+WILD_TEXT = strategies.text(strategies.sampled_from(DECEPTIVE) | strategies.characters(), max_size=30)
+
+
+@hypothesis.settings(deadline=None, max_examples=300)
+@hypothesis.given(WILD_TEXT)
+def test_what_the_system_or_a_server_said_becomes_one_line_without_controls(words):
+    reply = words.encode(errors="surrogatepass")
+    errors = (OSError(5, words), ValueError(words), redis.ResponseError(words), gomail.StartError(words))
+    for found in (gomail.one_line(reply), *map(gomail.describe, errors), gomail.without_controls(words)):
+        assert not set(found) & set(DECEPTIVE) and not re.search("[\x00-\x1f\x7f-\x9f\ud800-\udfff]", found)
+    plain = "550 5.1.1 <j\u00f6rg@example.com>: \u092c\u0921\u093c \u0645\u06cc\u200c\u062e \U0001f469\u200d\U0001f4bb"
+    assert gomail.one_line(plain.encode()) == gomail.describe(ValueError(plain)) == plain
+
+
 def test_the_tests_that_the_readme_names_are_there():
     named = re.findall(r"`(test_\w+)`", (HERE / "README.md").read_text())
     assert named and all(name in globals() for name in named)
@@ -610,6 +648,18 @@ def test_lines_are_written_together_a_moment_later_and_a_warning_at_once(tmp_pat
     assert json.loads((tmp_path / "app.log").read_text().splitlines()[-1])["message"] == "third"
 
 
+@hypothesis.settings(deadline=None, max_examples=300)
+@hypothesis.given(WILD_TEXT)
+def test_json_is_valid_holds_any_text_and_shows_no_character_that_commands_or_deceives(words):
+    record = logging.makeLogRecord({"levelname": "INFO", "msg": words, "fields": {"error": words, f"key {words}": 1}})
+    line = gomail.JsonFormatter().format(record)
+    assert json.loads(line)["message"] == json.loads(line)["error"] == words
+    written = written_by(lambda: gomail.Terminal(as_json=True).json({"error": words}))
+    assert json.loads(written) == {"error": words}
+    for text in (line, written.replace("\n", ""), gomail.ENCODER.encode([words])):
+        assert not set(text) & set(DECEPTIVE) and not re.search("[\x00-\x1f\x7f-\x9f\ud800-\udfff]", text)
+
+
 def test_log_off_keeps_no_file(processes):
     process = processes({"log_file": "off"}).started()
     assert process.stop() == 0
@@ -656,6 +706,14 @@ def test_no_secret_shows_in_logs_answers_health_or_the_list_of_processes(process
         # The paths of the machine are for the operator: the log and the list of processes have them.
         places = shown[:-len(process.lines) - 2] if secret == str(process.folder) else shown
         assert not [text for text in places if secret in text and "valkey-server" not in text], secret
+
+
+def written_by(act):
+    """What a call writes to standard output."""
+    with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), "utf-8")) as terminal:
+        act()
+        terminal.seek(0)
+        return terminal.read()
 
 
 def readable(path):
