@@ -527,6 +527,116 @@ def start_logging(settings, shared=False):
 #   unsubscribed:<type>:<address>:<account>  string  when it was asked for, so that an older subscribe loses
 #   schedule                       zset    [account, type, address] by its next boundary (s)
 
+@dataclasses.dataclass(frozen=True)
+class RedisAddress:
+    """What a redis_uri says: where Redis is, and with which options to connect. str() has no user, password or option.
+
+    `hosts` are (host, port): of the server, or of the sentinels that know the server called `master`; `path` is that of
+    a unix socket. `options` are redis-py's, with the database, the user and the password.
+    """
+
+    scheme: str
+    hosts: tuple[tuple[str, int], ...]
+    path: str
+    master: str
+    options: dict[str, object] = dataclasses.field(repr=False)
+
+    FORM = re.compile(r"(?:(redis|rediss|unix|redis\+sentinel)://)?([^/?#]*)([^?#]*)(?:\?([^#]*))?")
+    HOST = re.compile(r"(\[[0-9A-Fa-f:.]+(?:%25[\w.-]+)?\]|[\w.-]+)(?::([0-9]{1,5}))?")
+    TEXT = ("(?s:.*)", str, "a text")
+    SECONDS = (r"[0-9]{1,6}(\.[0-9]{1,6})?", float, "a number of seconds")
+    OPTIONS = {  # name -> (what the value looks like, what makes it redis-py's, what it must be)
+        "db": ("[0-9]{1,9}", int, "a whole number"), "username": TEXT, "password": TEXT, "client_name": TEXT,
+        "socket_timeout": SECONDS, "socket_connect_timeout": SECONDS, "health_check_interval": SECONDS,
+        "ssl_ca_certs": TEXT, "ssl_certfile": TEXT, "ssl_keyfile": TEXT,
+        "ssl_cert_reqs": ("none|optional|required", str, "none, optional or required"),
+        "ssl_check_hostname": ("(?i:true|false)", lambda value: value.lower() == "true", "true or false")}
+
+    @classmethod
+    def parse(cls, uri: str) -> "RedisAddress":
+        """The address behind host:port, redis://, rediss://, unix:// or redis+sentinel:// (RFC 3986).
+
+        Raises:
+            ValueError: it is none of them; the words hold nothing of the URI but the name of an option.
+        """
+        form = cls.FORM.fullmatch(uri)
+        if not form or not uri or re.search(r"[\ud800-\udfff]", uri):  # bytes of the environment that are no UTF-8
+            raise ValueError("it is of no known form")
+        scheme, authority, path, query = (found or "" for found in form.groups())
+        # "redis://:12/3@host" is no database 3 on port 12: a piece of a password must not pass for what is shown.
+        if authority and "@" in path + re.sub("(?<![^&])password=[^&]*", "", query):
+            raise ValueError("it has an @ behind the host")
+        userinfo, _, where = authority.rpartition("@")
+        user, _, password = userinfo.partition(":")
+        given = {"username": urllib.parse.unquote(user), "password": urllib.parse.unquote(password)}
+        own = {name: value for name, value in given.items() if value}
+        scheme, path = scheme or "redis", urllib.parse.unquote(path)
+        if scheme == "unix":
+            if where or len(path) < 2 or UNPRINTABLE.search(path):
+                raise ValueError("it must be unix:///path/of/the/socket")
+            return cls(scheme, (), path, "", cls._options(query, scheme) | own)
+        if scheme == "redis+sentinel":
+            hosts = tuple(cls._host(place, 26379) for place in where.split(","))
+            behind = re.fullmatch(r"/([\w.-]+)(?:/([0-9]{1,9}))?", path)
+        else:
+            hosts = (cls._host(where if where and where[0] != ":" else f"localhost{where}", 6379),)
+            behind = re.fullmatch("()/?([0-9]{0,9})/?", path)
+        if not behind:
+            raise ValueError("behind the host comes the number of a database, and for sentinels a master's name first")
+        return cls(scheme, hosts, "", behind[1], {"db": int(behind[2] or 0)} | cls._options(query, scheme) | own)
+
+    @classmethod
+    def _host(cls, place: str, port: int) -> tuple[str, int]:
+        """(host, port) of `host:port` or, with that port, `host`."""
+        found = cls.HOST.fullmatch(place)
+        with contextlib.suppress(UnicodeError):
+            # Looking it up encodes it so, and would fail with words that hold it.
+            if found and found[1].encode("idna") and 0 < int(found[2] or port) < 65536:
+                return urllib.parse.unquote(found[1]).strip("[]"), int(found[2] or port)
+        raise ValueError("its host or its port is not valid")
+
+    @classmethod
+    def _options(cls, query: str, scheme: str) -> dict[str, object]:
+        """What the query of the URI says, as redis-py takes it; of an option that comes twice, the first."""
+        options: dict[str, object] = {}
+        for name, equals, value in (piece.partition("=") for piece in query.split("&") if piece):
+            pattern, convert, words = cls.OPTIONS.get(name, ("", str, ""))
+            if not words or name.startswith("ssl_") and scheme != "rediss":
+                if {"username", "password"} & options.keys() or not equals:  # it may be a piece of one of them
+                    name = "(hidden)"
+                known = ", ".join(known for known in cls.OPTIONS if scheme == "rediss" or not known.startswith("ssl_"))
+                raise ValueError(f"the option {name} is not known with {scheme}://, expected {known}")
+            value = urllib.parse.unquote(value)
+            if not re.fullmatch(pattern, value):
+                raise ValueError(f"the option {name} must be {words}")
+            options.setdefault(name, convert(value))
+        return options
+
+    def __str__(self) -> str:
+        database = self.options.get("db", 0)
+        if self.scheme == "unix":
+            return f"unix://{self.path}" + (f"?db={database}" if database else "")
+        hosts = ",".join(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in self.hosts)
+        behind = [str(found) for found in (self.master, database) if found]
+        return "/".join([f"{self.scheme}://{hosts}", *behind])
+
+
+def redacted(uri: str) -> str:
+    """A redis_uri as it may be shown: what of it was understood, without user, password and options."""
+    try:
+        return str(RedisAddress.parse(uri))
+    except ValueError:
+        return "(hidden)"
+
+
+def has_password(uri: str) -> bool:
+    """Whether a redis_uri holds a password, or may: what was not understood could be one."""
+    try:
+        return bool(RedisAddress.parse(uri).options.get("password"))
+    except ValueError:
+        return bool(uri)
+
+
 class Store:
     """The Redis connection, shared by all threads.
 
@@ -539,7 +649,7 @@ class Store:
         prefix: what every key begins with.
 
     Raises:
-        ValueError: the uri is of no known form.
+        ValueError: the uri is of no known form, as RedisAddress.parse() says it.
     """
 
     TIMEOUT = 3.0  # seconds until a server that says nothing counts as away
@@ -552,25 +662,30 @@ class Store:
         self.available = True
         self._own = threading.local()
         self._spare = []
-        if uri.startswith("redis+sentinel://"):
-            self._pooled = self._behind_sentinels(uri, options)
-        else:
-            self._pooled = redis.Redis.from_url(uri if "://" in uri else f"redis://{uri}", **options)
+        self._pooled = self._client(RedisAddress.parse(uri), options)
+
+    @classmethod
+    def _client(cls, address: RedisAddress, options: dict[str, object]) -> redis.Redis:
+        options |= address.options
+        if hidden := [str(options[name]) for name in ("username", "password") if name in options]:
+            options["redis_connect_func"] = functools.partial(cls._log_in, hidden)
+        if address.scheme == "redis+sentinel":
+            timeouts = {name: options[name] for name in ("socket_timeout", "socket_connect_timeout", "retry")}
+            sentinels = redis.sentinel.Sentinel(address.hosts, sentinel_kwargs=timeouts)
+            return sentinels.master_for(address.master, **options)
+        if address.scheme == "unix":
+            return redis.Redis.from_url("unix://", path=address.path, **options)
+        host, port = address.hosts[0]
+        return redis.Redis.from_url(f"{address.scheme}://", host=host, port=port, **options)
 
     @staticmethod
-    def _behind_sentinels(uri, options):
-        where = re.fullmatch(r"redis\+sentinel://(?:([^:@/]*):([^@/]*)@)?([^@/]+)/([^/]+)(?:/(\d+))?", uri)
-        if not where:
-            raise ValueError("a Sentinel URI is redis+sentinel://host:port,host:port/master")
-        user, password, hosts, master, database = where.groups()
-        sentinels = []
-        for host in hosts.split(","):
-            host, _, port = host.rpartition(":")
-            sentinels.append((host.strip("[]"), int(port)))
-        timeouts = {name: options[name] for name in ("socket_timeout", "socket_connect_timeout", "retry")}
-        return redis.sentinel.Sentinel(sentinels, sentinel_kwargs=timeouts).master_for(
-            master, db=int(database or 0), username=user and urllib.parse.unquote(user),
-            password=password and urllib.parse.unquote(password), **options)
+    def _log_in(hidden: list[str], connection: redis.Connection) -> None:
+        """Begin a connection. A server that does not know AUTH repeats what came with it: an error holds none of it."""
+        try:
+            connection.on_connect()
+        except redis.RedisError as error:
+            error.args = (without_secrets(str(error), hidden),)
+            raise
 
     def key(self, *parts):
         """The key named by `parts`, joined with colons behind the prefix."""
@@ -4626,20 +4741,24 @@ class Service:
 
 def open_store(settings, server=None):
     """The Store that the settings name, reached once. Raises StartError."""
+    uri = server.uri if server else settings.redis_uri
     try:
-        store = Store(server.uri if server else settings.redis_uri, settings.key_prefix)
+        store = Store(uri, settings.key_prefix)
     except ValueError as error:
-        raise StartError(f"redis_uri: {redacted(settings.redis_uri)} is not allowed ({describe(error)}), expected "
-                         "host:port, redis://, rediss://, unix:// or redis+sentinel://") from None
+        raise StartError(f"redis_uri: (hidden) is not allowed: {error}; expected host:port, redis://, rediss://, "
+                         "unix:// or redis+sentinel://, with %40 for @ in a user or password, and so on") from None
     try:
         store.redis.ping()
+    except redis.RedisError as error:
+        raise StartError(f"redis_uri: {redacted(uri)} cannot be reached: {describe(error)}") from None
+    except (TypeError, ValueError):  # a key without its certificate, a NUL in the name of a file
+        raise StartError(f"redis_uri: the options behind {redacted(uri)} do not fit together") from None
+    try:
         if settings.durability == "fsync":
             store.redis.execute_command("WAITAOF", 1, 0, 100)
     except redis.ResponseError as error:
         raise StartError("durability: 'fsync' is not allowed here, expected everysec: the server at "
-                         f"{redacted(settings.redis_uri)} cannot confirm what is on disk ({describe(error)})") from None
-    except redis.RedisError as error:
-        raise StartError(f"redis_uri: {redacted(settings.redis_uri)} cannot be reached: {describe(error)}") from None
+                         f"{redacted(uri)} cannot confirm what is on disk ({describe(error)})") from None
     return store
 
 
@@ -4654,9 +4773,13 @@ def warn_of_losses(store):
             remedy="maxmemory-policy noeviction")
 
 
-def redacted(uri):
-    """A redis_uri without its password."""
-    return re.sub(r"//[^@/]*@", "//", uri)
+def warn_of_readers(path: pathlib.Path) -> None:
+    """Log a line where others than the owner may read a .env file that holds a secret."""
+    values = {name.lower(): value for name, value in read_env_file(path).items() if value}
+    secret = values.keys() & {"smtp_pass", "admin_token", "jwt_secret", "jwt_secret_previous"}
+    if (secret or has_password(values.get("redis_uri", ""))) and path.stat().st_mode & 0o077:
+        log(logging.WARNING, f"other users of this machine may read {path.resolve()}, which holds a secret",
+            remedy=f"chmod 600 {shlex.quote(str(path.resolve()))}")
 
 
 def notify_systemd(state):

@@ -738,6 +738,150 @@ def test_redis_uri_takes_the_contracts_host_and_port_and_the_usual_urls(processe
             server.stop()
 
 
+USER, PASSWORD = "de:pl@y", "p@/:?#&=%+ [\u00e4]"
+
+
+@pytest.fixture(scope="module")
+def guarded_redis():
+    """(a server that knows USER with PASSWORD, on a port and a socket; the port of a sentinel that watches it)"""
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        server = RedisServer(folder, port=free_port()).start()
+        stack.callback(server.stop)
+        server.client.execute_command("ACL", "SETUSER", USER, "on", f">{PASSWORD}", "~*", "&*", "+@all")
+        port = free_port()
+        configuration = pathlib.Path(folder, "sentinel.conf")
+        configuration.write_text(f"port {port}\nbind 127.0.0.1\ndir {folder}\nlogfile {folder}/sentinel.log\n"
+                                 f"sentinel monitor mymaster 127.0.0.1 {server.port} 1\n")
+        program = os.environ.get("GOMAIL_TEST_SERVER") or gomail.EmbeddedServer.program()
+        sentinel = subprocess.Popen([program, configuration, "--sentinel"], stdin=subprocess.DEVNULL)
+        stack.callback(sentinel.wait)
+        stack.callback(sentinel.kill)
+        client = redis.Redis(port=port, protocol=2, retry=None)
+
+        def ready():
+            with contextlib.suppress(redis.RedisError):
+                return client.sentinel_master("mymaster")
+        until(ready)
+        yield server, port
+
+
+@pytest.mark.parametrize("form, shown", [
+    ("{user}:{password}@localhost:{port}", "redis://localhost:{port}"),
+    ("redis://{user}:{password}@localhost:{port}/2", "redis://localhost:{port}/2"),
+    ("redis://localhost:{port}?db=2&username={user}&password={password}", "redis://localhost:{port}/2"),
+    ("unix://{user}:{password}@{socket}?db=2", "unix://{socket}?db=2"),
+    ("unix://{socket}?password={password}&username={user}", "unix://{socket}"),
+    ("redis+sentinel://{user}:{password}@localhost:{sentinel}/mymaster/2",
+     "redis+sentinel://localhost:{sentinel}/mymaster/2"),
+    ("redis+sentinel://localhost:{sentinel}/mymaster?username={user}&password={password}",
+     "redis+sentinel://localhost:{sentinel}/mymaster")])
+def test_user_and_password_are_percent_encoded_in_every_form_of_redis_uri_and_never_shown(guarded_redis, form, shown):
+    server, sentinel = guarded_redis
+    places = {"port": server.port, "socket": server.socket, "sentinel": sentinel}
+    uri = form.format(user=urllib.parse.quote(USER, safe=""), password=urllib.parse.quote(PASSWORD, safe=""), **places)
+    store = gomail.Store(uri)
+    assert store.redis.acl_whoami() == USER and store.redis.client_info()["db"] == (2 if "2" in form else 0)
+    assert gomail.redacted(uri) == shown.format(**places)
+    store.redis.close()
+
+
+@pytest.mark.parametrize("uri, shown", [
+    ("localhost", "redis://localhost:6379"), ("redis://", "redis://localhost:6379"),
+    ("redis://:1234/0", "redis://localhost:1234"), (":p@ss:w@host:1", "redis://host:1"),
+    ("rediss://[::1]/7/", "rediss://[::1]:6379/7"), ("unix:///run/a@b.sock", "unix:///run/a@b.sock"),
+    ("redis://host?password=p@ss", "redis://host:6379"),
+    ("redis+sentinel://a,[::1]:2/m", "redis+sentinel://a:26379,[::1]:2/m")])
+def test_of_a_redis_uri_scheme_hosts_ports_and_database_are_shown(uri, shown):
+    assert gomail.redacted(uri) == shown
+
+
+@pytest.mark.parametrize("uri, words", [
+    ("redis://host/0?nonsense=1", "the option nonsense is not known with redis://, expected db, username"),
+    ("redis://host?ssl_cert_reqs=none", "the option ssl_cert_reqs is not known with redis://"),
+    ("rediss://host?ssl_cert_reqs=maybe", "the option ssl_cert_reqs must be none, optional or required"),
+    ("redis://host?db=one", "the option db must be a whole number"), ("redis://host?db=-1", "the option db must be"),
+    ("redis://host/one", "number of a database"), ("redis://host/1/2", "number of a database"),
+    ("redis://host:0", "port"), ("host:99999", "port"), ("redis://" + "a" * 64, "host"), ("redis://a..b", "host"),
+    ("redis://a b", "host"), ("redis+sentinel://host:1", "master"), ("redis+sentinel://host:1/a/b", "master"),
+    ("unix://", "unix:///path"), ("unix:///a%00b", "unix:///path"), ("http://host", "redis://"),
+    ("redis://host/0#1", "form"), ("redis://:\udcff@host", "form")])
+def test_a_redis_uri_that_is_not_understood_is_one_line_that_says_why(uri, words):
+    with pytest.raises(gomail.StartError) as refused:
+        gomail.open_store(gomail.Settings(redis_uri=uri))
+    assert re.match(r"redis_uri: \(hidden\) is not allowed: .*expected host:port, .*%40 for @", str(refused.value))
+    assert words in str(refused.value) and "\n" not in str(refused.value) and gomail.redacted(uri) == "(hidden)"
+
+
+@pytest.mark.parametrize("options", ["ssl_keyfile=/nowhere", "ssl_ca_certs=/a%00b", "socket_timeout=0"])
+def test_options_of_a_redis_uri_that_make_no_connection_are_one_line(guarded_redis, options):
+    port = guarded_redis[0].port
+    with pytest.raises(gomail.StartError, match=f"^redis_uri: the options behind rediss://127.0.0.1:{port} do not fit"):
+        gomail.open_store(gomail.Settings(redis_uri=f"rediss://127.0.0.1:{port}?{options}"))
+
+
+# No word of ours has one of these letters, so that a piece of a password is told from it.
+PIECES = strategies.tuples(strategies.sampled_from("QXZJK"), strategies.text("@/:?#&=%+[], .5", max_size=3))
+SECRETS = strategies.lists(PIECES, min_size=2, max_size=6).map(lambda pieces: "".join(map("".join, pieces)))
+URI_FORMS = (
+    "{user}:{password}@{host}", ":{password}@{host}", "{password}@{host}", "redis://{user}:{password}@{host}/1",
+    "rediss://:{password}@{host}", "redis://{host}/0?password={password}",
+    "redis://{host}?db=1&username={user}&password={password}",
+    "unix://{user}:{password}@/nowhere/x.sock", "unix:///nowhere/x.sock?db=0&password={password}",
+    "redis+sentinel://{user}:{password}@{host},{host}/mymaster", "redis+sentinel://{host}/mymaster?password={password}",
+    # What is wrong in one place must not bring another to light.
+    "redis://:{password}@{host}/0?nonsense=1", "redis://:{password}@{host}?db={password}",
+    "redis://:{password}@{host}/mydb", "redis://:{password}@{host}x", "redis://:{password}",
+    "http://:{password}@{host}", "redis+sentinel://:{password}@{host}")
+
+
+@hypothesis.settings(deadline=None, max_examples=1000)
+@hypothesis.given(strategies.sampled_from(URI_FORMS), SECRETS, SECRETS, strategies.booleans())
+@hypothesis.example("redis://{host}?username={user}&password={password}", "Q&X=Z", "QXZJ", False)
+@hypothesis.example("redis://{host}?password={password}", "Q", "QX&ZJKQ=X", False)
+@hypothesis.example("unix://{user}:{password}@/nowhere/x.sock", "Q", "QX@/ZJKQ", False)
+def test_no_piece_of_a_password_in_redis_uri_shows_in_an_error_or_in_what_check_says(form, user, password, encoded):
+    given = {"user": user, "password": password}
+    if encoded:
+        given = {name: urllib.parse.quote(text, safe="") for name, text in given.items()}
+    uri = form.format(host="127.0.0.1:1", **given)
+    settings = gomail.Settings(redis_uri=uri)
+    said = written_by(lambda: gomail.check(settings)) + gomail.redacted(uri)
+    with pytest.raises(gomail.StartError) as refused:
+        gomail.open_store(settings)
+    said += str(refused.value)
+    pieces = [password[at:at + 4] for at in range(len(password) - 3)]
+    assert not [piece for piece in pieces if piece in said] and not set(said) & set("QXZJK")
+
+
+def test_a_server_that_repeats_the_password_does_not_bring_it_into_an_error():
+    with tempfile.TemporaryDirectory() as folder:
+        server = RedisServer(folder, "--rename-command", "AUTH", "").start()
+        try:
+            with pytest.raises(gomail.StartError, match="cannot be reached: .*unknown command.*hidden") as refused:
+                gomail.open_store(gomail.Settings(redis_uri=f"unix://{server.socket}?password=QXZJQXZJ"))
+            assert "QXZJ" not in str(refused.value)
+        finally:
+            server.stop()
+
+
+def test_no_process_writes_a_password_of_redis_uri_anywhere(processes, guarded_redis):
+    server, _ = guarded_redis
+    user, password = urllib.parse.quote(USER, safe=""), urllib.parse.quote(PASSWORD, safe="")
+    place = f"127.0.0.1:{server.port}"
+    for uri, arguments in ((f"redis://{user}:QX/ZJ@{place}", []), (f"{user}:QXZJ@{place}", ["--check"]),
+                           (f"redis://{user}:QXZJ@{place}?nonsense=1", [])):
+        code, output, errors = processes({"redis_uri": uri}, arguments=arguments).result()
+        said = output + errors
+        assert code == 1 and "redis_uri: " in said and said.count("\n") <= 3 and not re.search("QX|ZJ|de:|pl@y", said)
+    process = processes({"redis_uri": f"{user}:{password}@{place}", "key_prefix": "shown:"}).started()
+    assert until(lambda: process.logged("data lies in redis://127.0.0.1:"))
+    assert process.stop() == 0
+    process.reader.join()
+    said = "".join(process.lines) + (process.folder / "app.log").read_text() + process.process.stderr.read()
+    for secret in (PASSWORD, password, USER, user):
+        assert not [at for at in range(len(secret) - 3) if secret[at:at + 4] in said]
+
+
 def test_every_key_begins_with_the_prefix_and_userlist_is_the_hash_of_the_accounts(service, client):
     client.state(client.task("subscribe", frequency="@daily", content_type="news", subject="News", content="News"), "succeeded")
     client.state(client.task("generateOtp"), "succeeded")
