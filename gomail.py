@@ -881,6 +881,8 @@ class Accounts:
         ttl: seconds a key is valid; 0: until it is deregistered.
     """
 
+    COMMAND_LINE = "command-line"  # the command line's own account, which it makes itself
+
     # A second signup keeps the first key valid; the caller is told.
     SIGN_UP = "return redis.call('HSETNX', KEYS[1], ARGV[1], ARGV[2])"
 
@@ -1250,6 +1252,29 @@ class List:
         if not isinstance(value, list) or not self.minimum <= len(value) <= self.maximum:
             raise Refused(400, f"{field} must be {self.expected}", field)
         return [self.element(found, f"{field}[{number}]") for number, found in enumerate(value)]
+
+
+class AccountName:
+    """The name of a new account: one that cannot be mistaken for another, and short enough to stand in links.
+
+    Links hold it in signed tokens, which must stay within the 4096 characters of a request's target.
+    """
+
+    SIZE = 254  # bytes in UTF-8
+    # What has no shape, but is none of the characters that Python calls unprintable: variation selectors, fillers, ...
+    # (Unicode's Default_Ignorable_Code_Point), and the braille pattern without dots.
+    INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0"
+                           "\U000e0100-\U000e01ef]")
+
+    expected = (f"a name of 1 to {SIZE} bytes in UTF-8, without spaces at its ends, invisible or control characters, "
+                "or other white space than plain spaces")
+    schema = {"type": "string", "minLength": 1, "maxLength": SIZE, "pattern": "^[^\\s](.*[^\\s])?$"}
+
+    def __call__(self, value: object, field: str) -> str:
+        if (not isinstance(value, str) or not value.isprintable() or value != value.strip(" ")
+                or not 0 < len(value.encode()) <= self.SIZE or self.INVISIBLE.search(value)):
+            raise Refused(400, f"{field} must be {self.expected}", field)
+        return value
 
 
 class Anything:
@@ -3849,7 +3874,8 @@ class Route:
         return re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", self.path))
 
 
-ID = Object({"id": Text(254, ONE_LINE, LINE)})
+ID = Object({"id": Text(254, ONE_LINE, LINE)})  # any that was ever taken
+NEW_ID = Object({"id": AccountName()})
 DEFINITION = Object({"content_type": CONTENT_TYPE, "subject": SUBJECT, "content": CONTENT})
 VERIFICATION = Object({"userEmail": Address(), "otp": Text(64, ONE_LINE, LINE)})
 BATCH = Object({"tasks": List(Anything(), 1000, 1)})  # each is checked, and answered, by itself
@@ -3870,7 +3896,7 @@ METRICS_ANSWER = {"status": bool, "Total Jobs Executed": int, "Jobs Successful":
                   "queued": dict}
 
 ROUTES = (
-    Route("POST", "/auth/signup", "sign_up", "admin", ID, answer={"apiKey": str}, refuses=(409,)),
+    Route("POST", "/auth/signup", "sign_up", "admin", NEW_ID, answer={"apiKey": str}, refuses=(409,)),
     Route("POST", "/auth/deregister", "deregister", "owner", ID, answer=DONE, refuses=(404,)),
     Route("GET", "/accounts", "list_accounts", "admin", answer={"status": bool, "accounts": list}),
     Route("GET", "/session", "read_session", "open", answer=SESSION_ANSWER),
@@ -4078,6 +4104,8 @@ class Api:
             "Set-Cookie": f"{self.cookie}={value}; HttpOnly; SameSite=Strict; Path=/; Max-Age={seconds}{more}"})
 
     def sign_up(self, request):
+        if request.body["id"] == Accounts.COMMAND_LINE:  # its key would show what the operator sends
+            raise Refused(409, "id is kept for the command line; choose another", "id")
         return {"apiKey": self.accounts.sign_up(request.body["id"])}
 
     def deregister(self, request):
@@ -5050,7 +5078,7 @@ class Operator:
         StartError: there is none, or Redis cannot be reached.
     """
 
-    ACCOUNT = "command-line"  # whose tasks `send` makes, where no account is named
+    ACCOUNT = Accounts.COMMAND_LINE  # whose tasks `send` makes, where no account is named
 
     def __init__(self, settings, terminal):
         server = None
@@ -5207,7 +5235,7 @@ class Operator:
         """List the accounts, add one, or remove one."""
         try:
             if options.add:
-                key = self.users.sign_up(ID({"id": options.add})["id"])
+                key = self.users.sign_up(NEW_ID({"id": options.add})["id"])
                 self.terminal.json({"apiKey": key}) if self.terminal.as_json else print(key)
                 return 0
             if options.remove:

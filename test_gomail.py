@@ -1012,6 +1012,42 @@ def test_without_admin_token_signup_through_a_proxy_is_403(service, client, head
     assert service.client("POST", "/auth/signup", {"id": "user@example.com"})[0] == 200
 
 
+ODD_NAMES = (" app", "app ", "a\u00a0b", "a\u3000b", "a\u200bb", "a\u00adb", "a\u202eb", "a\u2066b", "a\u0378b",
+             "a\ue000b", "a\U000f0000b", "a\u3164b", "a\ufe0fb", "a\u034fb", "a\u2800b",
+             "\u00e9" * 128, "\U0001d400" * 64)
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_name_that_may_pass_for_another_or_is_too_long_is_refused_at_signup_and_an_old_account_goes_on(service, name):
+    status, answer, _ = service.client("POST", "/auth/signup", {"id": name})
+    assert status == 400 and answer["field"] == "id"
+    assert answer["error"].startswith("id must be a name of 1 to 254 bytes")
+    old = Client(service.http.url, service.http.api.accounts.sign_up(name))  # as it was made before
+    old.state(old.task(), "succeeded")
+    assert service.client.post("/auth/deregister", {"id": name})["status"] and old("GET", "/task/dead")[0] == 401
+
+
+@hypothesis.settings(deadline=None, max_examples=500)
+@hypothesis.given(strategies.characters(categories=["C", "Z"], exclude_characters=" "))
+def test_no_control_private_unassigned_or_spacing_character_gets_into_a_name(character):
+    with pytest.raises(gomail.Refused, match="^id must be a name"):
+        gomail.NEW_ID({"id": f"a{character}b"})
+
+
+@pytest.mark.parametrize("name", [
+    "app", "My App 2", "user@example.com", "j\u00f6rg", "\u0645\u06cc \u062e", "\u5546\u5e97", "a:b/c", "x" * 254])
+def test_a_name_of_visible_characters_is_taken(service, name):
+    assert name_of(service.client.sign_up(name)) == name
+
+
+def test_the_command_lines_account_cannot_be_signed_up_over_http_and_one_that_was_before_goes_on(service):
+    name = gomail.Operator.ACCOUNT
+    status, answer, _ = service.client("POST", "/auth/signup", {"id": name})
+    assert status == 409 and answer["field"] == "id" and "kept for the command line" in answer["error"]
+    old = Client(service.http.url, service.http.api.accounts.sign_up(name))
+    assert old.get("/task/dead")["total"] == 0 and service.client.post("/auth/deregister", {"id": name})["status"]
+
+
 def test_nothing_of_a_deregistered_account_is_sent_even_when_it_signs_up_again(services, mail_server, clock):
     service = services(mail_server, clock=clock)
     client = service.client.sign_up("user@example.com")
@@ -2795,6 +2831,28 @@ def test_a_link_that_was_changed_or_made_of_an_api_key_unsubscribes_nobody(linke
     assert service.client("GET", "/task/dead", Authorization=token)[0] == 401
 
 
+@pytest.mark.parametrize("name", ["\u00e9" * 127, "\U0001d400" * 63 + "ab", '"' * 254])
+def test_the_longest_names_of_account_content_type_and_address_give_links_that_work(services, mail_server, name):
+    service = services(mail_server, public_url="https://mail.example.com/gomail")
+    client, content_type = service.client.sign_up(name), "\U0001d400" * 100
+    address = "\u00e9" * 32 + "@" + ".".join(["d" * 63] * 2 + ["e" * 57, "com"])
+    assert len(address.encode()) == 254
+    define(client, content_type)
+    assert subscribe(client, address, content_type=content_type)["state"] == "succeeded"
+    answer = client.get(f"/task/subscriptionContent/{urllib.parse.quote(content_type)}")
+    assert answer["subscribers"] == 1
+    link = service.newsletters.link(name, content_type, address)
+    for method, path in (("GET", answer["view"]), ("GET", link.removeprefix(service.settings.public_url)),
+                         ("POST", link.removeprefix(service.settings.public_url))):
+        connection = http.client.HTTPConnection(service.client.address, timeout=PATIENCE)
+        connection.request(method, path)
+        assert connection.getresponse().status == 200
+        connection.close()
+    assert client.get(f"/task/subscriptionContent/{urllib.parse.quote(content_type)}")["subscribers"] == 0
+    status, _, headers = service.client("POST", "/session", {"key": client.key})
+    assert status == 200 and len(headers["Set-Cookie"]) < 4096  # what browsers keep
+
+
 def test_without_public_url_a_newsletter_has_no_link_and_unknown_names_stay(dated, mail_server, clock):
     _, client = dated
     define(client, content="{{ email }} {{ unsubscribe_url }} {{ name }}")
@@ -3890,6 +3948,51 @@ def test_colours_are_for_terminals_and_no_color_turns_them_off(operated, mail_se
         assert "\x1b" not in output and "dead" in output
     # What a server writes into its answer is no command to the terminal.
     assert "\x1b[2J" not in command.at_terminal("dead")[1] and "550 ?[2Jcleared?" in command.at_terminal("dead")[1]
+
+
+def test_what_a_mail_server_says_commands_no_terminal_not_even_what_was_stored_before(operated, mail_server):
+    command, client = operated
+    mail_server.replies["user@example.com"] = ["550 5.7.1 \x1b]0;title\x07 and \x7f"]
+    task_id = client.task()
+    client.state(task_id, "dead")
+    store = connected(command.process.embedded)
+    assert store.hget(f"gomail:task:{task_id}", "error") == "550 5.7.1 ?]0;title? and ?"
+    hostile = f"550 {DECEPTIVE.replace(chr(0), '')} end"
+    store.hset(f"gomail:task:{task_id}", "error", hostile)
+    store.hset("gomail:paused", "another process", json.dumps({"normal": hostile}))
+    for arguments in (["dead"], ["status", task_id], ["stats"]):
+        _, output, _ = command(*arguments)
+        assert "550 ????" in output and not set(output) & set(DECEPTIVE), arguments
+        _, output, _ = command(*arguments, "--json")
+        assert not set(output) & set(DECEPTIVE) and hostile in found_in(json.loads(output)), arguments
+    client.connection.request("GET", f"/task/{task_id}", headers={"Authorization": client.key})
+    assert not set(client.connection.getresponse().read().decode().removesuffix("\n")) & set(DECEPTIVE)
+    assert not [line for line in command.process.lines if set(line) & set(DECEPTIVE)]
+
+
+def found_in(value):
+    """All strings in a JSON value."""
+    if isinstance(value, (dict, list)):
+        return [text for part in (value.values() if isinstance(value, dict) else value) for text in found_in(part)]
+    return [value] if isinstance(value, str) else []
+
+
+def test_check_shows_no_control_character_of_what_a_mail_server_says(processes, mail_server):
+    mail_server.replies["app@example.org"] = ["550 5.1.1 \x1b[2J\x07 no \x7f"]
+    environment = {"smtp_server": "127.0.0.1", "smtp_port": str(mail_server.port), "smtp_from": "app@example.org"}
+    _, output, _ = processes(environment, arguments=["--check"]).result()
+    assert "it said at the last, RCPT: 550 5.1.1 ?[2J? no ?" in output and not set(output) & set(DECEPTIVE)
+
+
+def test_the_command_line_makes_its_own_account_and_no_odd_ones(operated):
+    command, client = operated
+    code, output, errors = command("accounts", "--add", "app\u202e")
+    assert (code, output) == (1, "") and errors.startswith("the account must be a name of 1 to 254 bytes")
+    assert Client(client.address)("POST", "/auth/signup", {"id": "command-line"})[0] == 409
+    code, key, _ = command("accounts", "--add", "command-line")
+    assert code == 0
+    _, task_id, _ = command("send", "user@example.com", "--subject", "x", given="x")
+    assert Client(client.address, key.strip()).get(f"/task/{task_id.strip()}")["userId"] == "user@example.com"
 
 
 def test_what_takes_long_shows_at_a_terminal_how_far_it_has_come(operated, mail_server):
