@@ -1108,27 +1108,38 @@ class Moment:
     def __call__(self, value, field):
         try:
             if self.PATTERN.fullmatch(value):
-                return int(datetime.datetime.fromisoformat(value.upper()).timestamp() * 1e6)
+                moment = int(datetime.datetime.fromisoformat(value.upper()).timestamp() * 1e6)
+                datetime.datetime.fromtimestamp(moment / 1e6, datetime.timezone.utc)  # as timestamp() will show it
+                return moment
         except (TypeError, ValueError, OverflowError):
             pass
         raise Refused(400, f"{field} must be {self.expected}", field)
 
 
 class Variables:
-    """What to put in for each `{{ name }}`: a flat object of strings and numbers."""
+    """What to put in for each `{{ name }}`: a flat object of strings and numbers.
 
-    expected = "an object of up to 100 names (letters, digits, _) with strings of up to 10000 characters, or numbers"
+    Numbers are below LIMIT, so that none is printed in thousands of digits, and none is infinite, as 1e999 would be.
+    """
+
+    LIMIT = 1e30
+    expected = ("an object of up to 100 names (letters, digits, _) with strings of up to 10000 characters, or numbers "
+                "below 1e30")
     schema = {"type": "object", "maxProperties": 100, "propertyNames": {"pattern": f"^{VARIABLE}$"},
-              "additionalProperties": {"type": ["string", "number"], "maxLength": 10000}}
+              "additionalProperties": {"type": ["string", "number"], "maxLength": 10000, "exclusiveMinimum": -LIMIT,
+                                       "exclusiveMaximum": LIMIT}}
 
     def __call__(self, value, field):
         if (not isinstance(value, dict) or len(value) > 100
                 or not all(re.fullmatch(VARIABLE, name) for name in value)):
             raise Refused(400, f"{field} must be {self.expected}", field)
         for name, found in value.items():
-            if (not isinstance(found, (str, int, float)) or isinstance(found, bool) or len(str(found)) > 10000
-                    or re.search(r"[\x00\ud800-\udfff]", str(found))):
-                raise Refused(400, f"{field}.{name} must be a string of up to 10000 characters, or a number",
+            if isinstance(found, str):
+                good = len(found) <= 10000 and not re.search(r"[\x00\ud800-\udfff]", found)
+            else:  # NaN is not below anything
+                good = isinstance(found, (int, float)) and not isinstance(found, bool) and abs(found) < self.LIMIT
+            if not good:
+                raise Refused(400, f"{field}.{name} must be a string of up to 10000 characters, or a number below 1e30",
                               f"{field}.{name}")
         return value
 
@@ -3883,7 +3894,7 @@ RECIPIENT = Object({"userId": Address()})
 LOGIN = Object({"key": Text(4096, ONE_LINE, LINE)})
 STATES = ("queued", "scheduled", "running", "retrying", "succeeded", "dead", "suppressed", "cancelled")
 PAGING = {"offset": Whole(0, 10**9), "limit": Whole(0, 1000)}
-CURSOR = Form("what the answer before had as next", re.compile(r"[0-9]{1,10}-[0-9]{1,20}"), 31)
+CURSOR = Form("what the answer before had as next", re.compile(r"[0-9]{1,10}-[0-9]{1,19}"), 30)
 
 DONE = {"status": bool, "msg": str}
 QUEUED = {**DONE, "id": str}

@@ -21,6 +21,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import os
 import pathlib
 import pty
@@ -1111,7 +1112,8 @@ BAD_OPTIONAL = [
     *[("cc", ["user@example.com"] * 50), ("attachments", [{}] * 51)],
     *[("text", value) for value in ("", 5, "a\x00b")],
     *[("from_name", value) for value in ("", 5, "a\r\nBcc: x@example.com", "x" * 101)],
-    *[("send_at", value) for value in ("", 5, "tomorrow", "2030-01-31", "2030-01-31T09:00:00", "2030-02-30T09:00:00Z")],
+    *[("send_at", value) for value in ("", 5, "tomorrow", "2030-01-31", "2030-01-31T09:00:00", "2030-02-30T09:00:00Z",
+                                       "9999-12-31T23:59:59-14:00")],
     *[("attachments[0].filename", value) for value in (ABSENT, "", 5, "a/b", "a\\b", "a\nb", "x" * 101)],
     *[("attachments[0].content_type", value) for value in (ABSENT, "", 5, "pdf", "text/x\n", "multipart/mixed", "message/rfc822")],
     *[("attachments[0].content", value) for value in (ABSENT, 5, "not base64!", "abc")],
@@ -1159,6 +1161,25 @@ def test_a_missing_variable_is_refused_by_name(field):
     with pytest.raises(gomail.Refused, match=r"^payload.variables.name is required: payload." + field) as refused:
         filled({"nam": "x"}, **{field: "Hello {{ name }}"})
     assert refused.value.status == 400 and refused.value.field == "payload.variables.name"
+
+
+def test_a_number_that_is_infinite_none_or_would_fill_a_line_is_no_variable():
+    for number in (math.inf, -math.inf, math.nan, 1e30, -1e300, 10**31, -10**4000, 10**5000):
+        with pytest.raises(gomail.Refused, match="^payload.variables.name must be .* a number below 1e30") as refused:
+            filled({"name": number}, content="{{ name }}")
+        assert refused.value.status == 400 and refused.value.field == "payload.variables.name"
+    for number in (0, -1.5, 10**29, 1e29, 2**64, 1e-300):
+        assert filled({"name": number}, content="{{ name }}")["content"] == str(number) and len(str(number)) <= 31
+
+
+@pytest.mark.parametrize("kind", ["message", "subscribe"])
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "1e300", "9" * 4000])
+def test_json_that_means_an_infinite_or_huge_number_is_no_variable(client, kind, number):
+    payload = {"userId": "user@example.com", "subject": "Hello", "content": "{{ x }}", "content_type": "news",
+               "frequency": "@daily", "variables": {"x": "NUMBER"}}
+    body = json.dumps({"task": "t", "type": kind, "retries": 0, "payload": payload}).replace('"NUMBER"', number)
+    status, answer, _ = client("POST", "/task/", body.encode())
+    assert status == 400 and answer["field"] == "payload.variables.x" and recent(client) == ([], None)
 
 
 def test_without_variables_braces_are_left_alone():
@@ -2901,7 +2922,8 @@ def test_subscriptions_are_listed_in_parts_with_their_next_time(dated, clock):
     one, = client.get("/subscriptions?userId=user1@EXAMPLE.com&content_type=b")["subscriptions"]
     assert one["userId"] == "User1@example.com" and one["content_type"] == "b"
     assert service.client.sign_up().get("/subscriptions")["subscriptions"] == []
-    assert client("GET", "/subscriptions?cursor=x")[0] == client("GET", "/subscriptions?userId=x")[0] == 400
+    for query in ("cursor=x", "userId=x", "cursor=0-99999999999999999999"):
+        assert client("GET", f"/subscriptions?{query}")[0] == 400
 
 
 def test_subscribing_to_a_content_type_that_does_not_exist_is_refused(client):
