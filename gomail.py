@@ -4754,10 +4754,14 @@ class Service:
         if self.settings.redis_uri:
             log(logging.INFO, f"data lies in {redacted(self.settings.redis_uri)}")
             warn_of_losses(self.store)
+            if not self.settings.jwt_secret:
+                log(logging.WARNING, "the secret that signs API keys lies in the Redis beside the data: who reads it "
+                    "can make keys", remedy="jwt_secret")
         else:
             folder = pathlib.Path(self.settings.data_dir).resolve()
             log(logging.INFO, f"data lies in the embedded server's folder {folder}")
         log(logging.INFO, f"mail goes to {self.transport}", sender=self.settings.sender[1])
+        warn_of_readers(pathlib.Path(".env"))
 
     def stop(self):
         """Answer no new requests, end the work in flight, leave the rest in Redis, stop the embedded server last."""

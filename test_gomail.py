@@ -3726,6 +3726,48 @@ def test_check_of_the_embedded_default_makes_no_files(processes):
     assert code == 0 and "embedded server, not running" in output and not list(process.folder.iterdir())
 
 
+@pytest.mark.parametrize("secret", [False, True])
+def test_a_signing_secret_that_lies_beside_the_data_in_a_redis_is_warned_about_once(processes, redis_server, secret):
+    environment = {"redis_uri": redis_server.uri, "key_prefix": f"{secret}:", "processes": "2"}
+    process = processes({**environment, **({"jwt_secret": secrets.token_hex(32)} if secret else {})}).started()
+    assert process.stop() == 0
+    process.reader.join()
+    found = [line for line in map(json.loads, process.lines) if "secret that signs API keys" in line["message"]]
+    assert [line["level"] for line in found] == ([] if secret else ["WARNING"])
+    assert secret or found[0]["remedy"] == "jwt_secret"
+
+
+@pytest.mark.parametrize("lines, mode, warned", [
+    ("smtp_pass=QXZJ\n", 0o604, True), ("ADMIN_TOKEN=QXZJ", 0o640, True), (f"jwt_secret={'x' * 32}", 0o644, True),
+    ("redis_uri=:QXZJ@127.0.0.1:1", 0o644, True), ("redis_uri=unix:///x?password=QX@ZJ", 0o620, True),
+    ("redis_uri=:Q/X@h", 0o644, True),
+    ("smtp_pass=QXZJ\nadmin_token=QXZJ", 0o600, False), ("smtp_port=587\nsmtp_pass=\n# admin_token=x", 0o644, False),
+    ("redis_uri=127.0.0.1:1", 0o644, False)])
+def test_an_env_file_with_a_secret_that_others_may_read_is_warned_about(tmp_path, capsys, lines, mode, warned):
+    gomail.start_logging(gomail.Settings(log_file="off"))
+    (tmp_path / "my .env").write_text(lines)
+    (tmp_path / "my .env").chmod(mode)
+    gomail.warn_of_readers(tmp_path / "my .env")
+    output = capsys.readouterr().out
+    assert bool(output) == warned and "QX" not in output
+    if warned:
+        line = json.loads(output)
+        assert line["level"] == "WARNING" and str(tmp_path / "my .env") in line["message"]
+        subprocess.run(line["remedy"], shell=True, check=True)
+        gomail.warn_of_readers(tmp_path / "my .env")
+        assert capsys.readouterr().out == ""
+
+
+def test_the_start_warns_of_an_env_file_that_others_may_read(processes, tmp_path):
+    with tempfile.TemporaryDirectory() as folder:
+        pathlib.Path(folder, ".env").write_text("smtp_pass=hidden there\n")
+        pathlib.Path(folder, ".env").chmod(0o644)
+        process = processes(folder=folder).started()
+        line = until(lambda: process.logged("other users of this machine may read"))
+        assert line["level"] == "WARNING" and line["remedy"] == f"chmod 600 {os.path.realpath(folder)}/.env"
+        assert process.stop() == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_work_in_flight_leaves_the_rest_and_stops_the_embedded_server_last(processes, mail_server, number):
     slow = threading.Event()
