@@ -577,8 +577,10 @@ def test_what_the_system_or_a_server_said_becomes_one_line_without_controls(word
 
 
 def test_the_tests_that_the_readme_names_are_there():
-    named = re.findall(r"`(test_\w+)`", (HERE / "README.md").read_text())
-    assert named and all(name in globals() for name in named)
+    for page in (HERE / "README.md", HERE / "docs" / "security.md"):
+        named = re.findall(r"`(test_\w+)`", page.read_text())
+        assert all(name in globals() for name in named), set(named) - set(globals())
+    assert named
 
 
 def test_the_readme_lists_every_option_once_with_its_default():
