@@ -77,17 +77,51 @@ __version__ = "1.0.0"
 # Every option, its default and its unit, in one place. A wrong value stops the start with one line that
 # names the option, the value and what is allowed.
 
+# Characters that are commands to a terminal, or that hide or reorder the text around them: DEL and the C1 controls,
+# Unicode's ends of lines, bidirectional controls (UAX 9, section 2), invisible ones, and halves of surrogate pairs. Not
+# among them are those that scripts and emoji need (U+200C, U+200D), and the soft hyphen.
+DECEPTIVE = ("\x7f-\x9f\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
+             "\U000e0000-\U000e007f")
+UNPRINTABLE = re.compile(f"[\x00-\x1f{DECEPTIVE}]")
+
+
+def without_controls(text: str) -> str:
+    """The text with "?" for each character that is a command to a terminal, or hides or reorders others."""
+    return UNPRINTABLE.sub("?", text)
+
+
+def printable(words: str) -> str:
+    """What somebody else's program said, on one line and without controls. All such words pass here as they come in."""
+    return without_controls(" ".join(words.split()))
+
+
 class StartError(Exception):
     """The service cannot start; the message is the one line that the operator sees."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(without_controls(message))
 
 
 def describe(error):
     """One short line for an exception: what the system or the server said, without paths or tracebacks."""
     if isinstance(error, TimeoutError):
         return "timed out"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split())[:500] or type(error).__name__
+    words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return printable(words)[:500] or type(error).__name__
+
+
+def shown(value: str) -> str:
+    """A wrong value as an error names it, without a secret: that of a URL, or of a further setting on the same line."""
+    if re.search("://.*@", value, re.DOTALL):
+        return "(hidden)"
+    return repr(re.sub(r"\w*(pass|secret|token|uri)\w*\s*[=:].*", "(hidden)", value, flags=re.DOTALL | re.IGNORECASE))
+
+
+def without_secrets(text: str, hidden: Sequence[str]) -> str:
+    """The text with "(hidden)" for each word that holds four characters in a row of what is to be hidden."""
+    def shows(word: str) -> bool:
+        return any(secret[at:at + 4] in word for secret in hidden for at in range(max(1, len(secret) - 3)) if secret)
+    return " ".join("(hidden)" if shows(word) else word for word in text.split())
 
 
 def option(default, explanation, *, low=None, high=None, choices=None, number="a number of seconds"):
@@ -197,7 +231,7 @@ class Settings:
         try:
             zoneinfo.ZoneInfo(self.timezone)
         except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
-            raise StartError(f"timezone: {self.timezone!r} is not an IANA time zone, such as Europe/Berlin") from None
+            raise StartError(f"timezone: {shown(self.timezone)} is no IANA time zone, such as Europe/Berlin") from None
         for name in ("jwt_secret", "jwt_secret_previous"):
             if 0 < len(getattr(self, name).encode()) < 32:
                 raise StartError(f"{name}: (hidden) is too short, at least 32 bytes are needed")
@@ -205,9 +239,9 @@ class Settings:
             raise StartError("jwt_secret_previous: (hidden) is not allowed without jwt_secret")
         for name in ("smtp_from", "otp_subject"):
             if not re.fullmatch(f"{ONE_LINE}*", getattr(self, name)):
-                raise StartError(f"{name}: {safe_repr(getattr(self, name))} is not {LINE}")
+                raise StartError(f"{name}: {shown(getattr(self, name))} is not {LINE}")
         if self.smtp_from and not parse_address(email.utils.parseaddr(self.smtp_from)[1]):
-            raise StartError(f"smtp_from: {safe_repr(self.smtp_from)} is not an address, or a name with <address>")
+            raise StartError(f"smtp_from: {shown(self.smtp_from)} is not an address, or a name with <address>")
         self._check_hosts()
         if self.smtp_server and not self.smtp_from and not parse_address(self.smtp_user):
             raise StartError("smtp_from: not set, and smtp_user is not an address; most servers refuse mail without a "
@@ -217,14 +251,15 @@ class Settings:
         if self.smtp_token_command and (self.smtp_pass or not self.smtp_user):
             raise StartError("smtp_token_command: needs smtp_user, and is not allowed with smtp_pass")
         if self.smtp_ehlo and not (is_domain(self.smtp_ehlo) or ADDRESS_LITERAL.fullmatch(self.smtp_ehlo)):
-            raise StartError(f"smtp_ehlo: {self.smtp_ehlo!r} is not a host name, or an address such as [192.0.2.1]")
+            raise StartError(f"smtp_ehlo: {shown(self.smtp_ehlo)} is no host name, or address such as [192.0.2.1]")
         if self.smtp_ca:
             try:
                 ssl.create_default_context(cafile=self.smtp_ca)
             except (OSError, ValueError) as error:
-                raise StartError(f"smtp_ca: {self.smtp_ca!r} is not a file with certificates (PEM): {describe(error)}") from None
+                raise StartError(f"smtp_ca: {shown(self.smtp_ca)} is not a file with certificates (PEM): "
+                                 f"{describe(error)}") from None
         if self.public_url and not re.fullmatch(r"https?://[!-;=?-~]+", self.public_url):
-            raise StartError(f"public_url: {self.public_url!r} is not a URL such as https://mail.example.com")
+            raise StartError(f"public_url: {shown(self.public_url)} is not a URL such as https://mail.example.com")
         for name in ("otp_subject", "otp_content"):
             if unknown := set(PLACEHOLDER.findall(getattr(self, name))) - {"otp", "minutes"}:
                 raise StartError(f"{name}: {{{{ {min(unknown)} }}}} is not known, expected "
@@ -233,9 +268,9 @@ class Settings:
             raise StartError("otp_content: must hold {{ otp }}")
         for name in split_list(self.allowed_hosts):
             if parse_host(name) is None or parse_host(f"{name}:80") is None:
-                raise StartError(f"allowed_hosts: {name!r} is not a host name without port, such as mail.example.com")
+                raise StartError(f"allowed_hosts: {shown(name)} is not a host name without port, such as mail.example.com")
         if self.allowed_hosts and not self.admin_token:
-            raise StartError(f"allowed_hosts: {self.allowed_hosts!r} is not allowed without admin_token; requests may "
+            raise StartError(f"allowed_hosts: {shown(self.allowed_hosts)} is not allowed without admin_token; requests may "
                              "call the service localhost alone then")
 
     def _check_hosts(self) -> None:
@@ -243,10 +278,10 @@ class Settings:
         if self.smtp_server and not host_to_ascii(self.smtp_server):
             rule = ("a line of .env has one setting" if re.search(r"[\s=]", self.smtp_server) else
                     "the port goes into smtp_port")
-            raise StartError(f"smtp_server: {safe_repr(self.smtp_server)} is no host name or IP address; {rule}")
+            raise StartError(f"smtp_server: {shown(self.smtp_server)} is no host name or IP address; {rule}")
         host = host_to_ascii(self.host)
         if not host:
-            raise StartError(f"host: {safe_repr(self.host)} is no host name or IP address; the port goes into port")
+            raise StartError(f"host: {shown(self.host)} is no host name or IP address; the port goes into port")
         if not is_loopback(host):
             if not self.admin_token:
                 raise StartError(f"host: {self.host!r} is not a loopback address; to listen there, set admin_token")
@@ -354,13 +389,8 @@ def parse_option(field, text):
         noun = "a whole number" if kind is int else rules["number"]
         allowed = f"{noun} from {rules['low']} to {rules['high']}"
     if not valid:
-        raise StartError(f"{field.name}: {safe_repr(text)} is not allowed, expected {allowed}")
+        raise StartError(f"{field.name}: {shown(text)} is not allowed, expected {allowed}")
     return value
-
-
-def safe_repr(value: str) -> str:
-    """The value in quotes, or "(hidden)" where a URL or several settings on one line may show a password."""
-    return "(hidden)" if re.search("://.*@|smtp_pass|admin_token|jwt_secret", value, re.IGNORECASE) else repr(value)
 
 
 def is_loopback(host: str) -> bool:
@@ -494,15 +524,32 @@ def log(level, message, **fields):
     logger.log(level, message, extra={"fields": fields})
 
 
-ENCODER = json.JSONEncoder(ensure_ascii=False, default=str)
+class Encoder(json.JSONEncoder):
+    """JSON that a terminal or an editor shows as it is: what would command it or deceive the eye is escaped."""
+
+    ESCAPED = re.compile(f"[{DECEPTIVE}]")  # the rest of the controls always are
+
+    def encode(self, o: object) -> str:
+        text = super().encode(o)
+        if text.isascii() and "\x7f" not in text or text.isprintable():  # the regex is a quarter of a log line's time
+            return text
+        return self.ESCAPED.sub(lambda found: json.dumps(found[0])[1:-1], text)
+
+
+ENCODER = Encoder(ensure_ascii=False, default=str)
+
+
+@functools.lru_cache(maxsize=1)
+def utc(second: int) -> str:
+    """A second since the epoch as RFC 3339 has it, without its Z: lines of the log often share it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
 
 
 class JsonFormatter(logging.Formatter):
     """A record as one line of JSON: time (RFC 3339, UTC), level, message, and the record's own fields."""
 
     def format(self, record):
-        seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        line = {"time": f"{seconds}.{int(record.msecs):03}Z", "level": record.levelname,
+        line = {"time": f"{utc(int(record.created))}.{int(record.msecs):03}Z", "level": record.levelname,
                 "message": record.getMessage(), **getattr(record, "fields", {})}
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
@@ -635,6 +682,116 @@ def start_logging(settings, shared=False):
 #   unsubscribed:<type>:<address>:<account>  string  when it was asked for, so that an older subscribe loses
 #   schedule                       zset    [account, type, address] by its next boundary (s)
 
+@dataclasses.dataclass(frozen=True)
+class RedisAddress:
+    """What a redis_uri says: where Redis is, and with which options to connect. str() has no user, password or option.
+
+    `hosts` are (host, port): of the server, or of the sentinels that know the server called `master`; `path` is that of
+    a unix socket. `options` are redis-py's, with the database, the user and the password.
+    """
+
+    scheme: str
+    hosts: tuple[tuple[str, int], ...]
+    path: str
+    master: str
+    options: dict[str, object] = dataclasses.field(repr=False)
+
+    FORM = re.compile(r"(?:(redis|rediss|unix|redis\+sentinel)://)?([^/?#]*)([^?#]*)(?:\?([^#]*))?")
+    HOST = re.compile(r"(\[[0-9A-Fa-f:.]+(?:%25[\w.-]+)?\]|[\w.-]+)(?::([0-9]{1,5}))?")
+    TEXT = ("(?s:.*)", str, "a text")
+    SECONDS = (r"[0-9]{1,6}(\.[0-9]{1,6})?", float, "a number of seconds")
+    OPTIONS = {  # name -> (what the value looks like, what makes it redis-py's, what it must be)
+        "db": ("[0-9]{1,9}", int, "a whole number"), "username": TEXT, "password": TEXT, "client_name": TEXT,
+        "socket_timeout": SECONDS, "socket_connect_timeout": SECONDS, "health_check_interval": SECONDS,
+        "ssl_ca_certs": TEXT, "ssl_certfile": TEXT, "ssl_keyfile": TEXT,
+        "ssl_cert_reqs": ("none|optional|required", str, "none, optional or required"),
+        "ssl_check_hostname": ("(?i:true|false)", lambda value: value.lower() == "true", "true or false")}
+
+    @classmethod
+    def parse(cls, uri: str) -> "RedisAddress":
+        """The address behind host:port, redis://, rediss://, unix:// or redis+sentinel:// (RFC 3986).
+
+        Raises:
+            ValueError: it is none of them; the words hold nothing of the URI but the name of an option.
+        """
+        form = cls.FORM.fullmatch(uri)
+        if not form or not uri or re.search(r"[\ud800-\udfff]", uri):  # bytes of the environment that are no UTF-8
+            raise ValueError("it is of no known form")
+        scheme, authority, path, query = (found or "" for found in form.groups())
+        # "redis://:12/3@host" is no database 3 on port 12: a piece of a password must not pass for what is shown.
+        if authority and "@" in path + re.sub("(?<![^&])password=[^&]*", "", query):
+            raise ValueError("it has an @ behind the host")
+        userinfo, _, where = authority.rpartition("@")
+        user, _, password = userinfo.partition(":")
+        given = {"username": urllib.parse.unquote(user), "password": urllib.parse.unquote(password)}
+        own = {name: value for name, value in given.items() if value}
+        scheme, path = scheme or "redis", urllib.parse.unquote(path)
+        if scheme == "unix":
+            if where or len(path) < 2 or UNPRINTABLE.search(path):
+                raise ValueError("it must be unix:///path/of/the/socket")
+            return cls(scheme, (), path, "", cls._options(query, scheme) | own)
+        if scheme == "redis+sentinel":
+            hosts = tuple(cls._host(place, 26379) for place in where.split(","))
+            behind = re.fullmatch(r"/([\w.-]+)(?:/([0-9]{1,9}))?", path)
+        else:
+            hosts = (cls._host(where if where and where[0] != ":" else f"localhost{where}", 6379),)
+            behind = re.fullmatch("()/?([0-9]{0,9})/?", path)
+        if not behind:
+            raise ValueError("behind the host comes the number of a database, and for sentinels a master's name first")
+        return cls(scheme, hosts, "", behind[1], {"db": int(behind[2] or 0)} | cls._options(query, scheme) | own)
+
+    @classmethod
+    def _host(cls, place: str, port: int) -> tuple[str, int]:
+        """(host, port) of `host:port` or, with that port, `host`."""
+        found = cls.HOST.fullmatch(place)
+        with contextlib.suppress(UnicodeError):
+            # Looking it up encodes it so, and would fail with words that hold it.
+            if found and found[1].encode("idna") and 0 < int(found[2] or port) < 65536:
+                return urllib.parse.unquote(found[1]).strip("[]"), int(found[2] or port)
+        raise ValueError("its host or its port is not valid")
+
+    @classmethod
+    def _options(cls, query: str, scheme: str) -> dict[str, object]:
+        """What the query of the URI says, as redis-py takes it; of an option that comes twice, the first."""
+        options: dict[str, object] = {}
+        for name, equals, value in (piece.partition("=") for piece in query.split("&") if piece):
+            pattern, convert, words = cls.OPTIONS.get(name, ("", str, ""))
+            if not words or name.startswith("ssl_") and scheme != "rediss":
+                if {"username", "password"} & options.keys() or not equals:  # it may be a piece of one of them
+                    name = "(hidden)"
+                known = ", ".join(known for known in cls.OPTIONS if scheme == "rediss" or not known.startswith("ssl_"))
+                raise ValueError(f"the option {name} is not known with {scheme}://, expected {known}")
+            value = urllib.parse.unquote(value)
+            if not re.fullmatch(pattern, value):
+                raise ValueError(f"the option {name} must be {words}")
+            options.setdefault(name, convert(value))
+        return options
+
+    def __str__(self) -> str:
+        database = self.options.get("db", 0)
+        if self.scheme == "unix":
+            return f"unix://{self.path}" + (f"?db={database}" if database else "")
+        hosts = ",".join(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in self.hosts)
+        behind = [str(found) for found in (self.master, database) if found]
+        return "/".join([f"{self.scheme}://{hosts}", *behind])
+
+
+def redacted(uri: str) -> str:
+    """A redis_uri as it may be shown: what of it was understood, without user, password and options."""
+    try:
+        return str(RedisAddress.parse(uri))
+    except ValueError:
+        return "(hidden)"
+
+
+def has_password(uri: str) -> bool:
+    """Whether a redis_uri holds a password, or may: what was not understood could be one."""
+    try:
+        return bool(RedisAddress.parse(uri).options.get("password"))
+    except ValueError:
+        return bool(uri)
+
+
 class Store:
     """The Redis connection, shared by all threads.
 
@@ -647,7 +804,7 @@ class Store:
         prefix: what every key begins with.
 
     Raises:
-        ValueError: the uri is of no known form.
+        ValueError: the uri is of no known form, as RedisAddress.parse() says it.
     """
 
     TIMEOUT = 3.0  # seconds until a server that says nothing counts as away
@@ -660,25 +817,30 @@ class Store:
         self.available = True
         self._own = threading.local()
         self._spare = []
-        if uri.startswith("redis+sentinel://"):
-            self._pooled = self._behind_sentinels(uri, options)
-        else:
-            self._pooled = redis.Redis.from_url(uri if "://" in uri else f"redis://{uri}", **options)
+        self._pooled = self._client(RedisAddress.parse(uri), options)
+
+    @classmethod
+    def _client(cls, address: RedisAddress, options: dict[str, object]) -> redis.Redis:
+        options |= address.options
+        if hidden := [str(options[name]) for name in ("username", "password") if name in options]:
+            options["redis_connect_func"] = functools.partial(cls._log_in, hidden)
+        if address.scheme == "redis+sentinel":
+            timeouts = {name: options[name] for name in ("socket_timeout", "socket_connect_timeout", "retry")}
+            sentinels = redis.sentinel.Sentinel(address.hosts, sentinel_kwargs=timeouts)
+            return sentinels.master_for(address.master, **options)
+        if address.scheme == "unix":
+            return redis.Redis.from_url("unix://", path=address.path, **options)
+        host, port = address.hosts[0]
+        return redis.Redis.from_url(f"{address.scheme}://", host=host, port=port, **options)
 
     @staticmethod
-    def _behind_sentinels(uri, options):
-        where = re.fullmatch(r"redis\+sentinel://(?:([^:@/]*):([^@/]*)@)?([^@/]+)/([^/]+)(?:/(\d+))?", uri)
-        if not where:
-            raise ValueError("a Sentinel URI is redis+sentinel://host:port,host:port/master")
-        user, password, hosts, master, database = where.groups()
-        sentinels = []
-        for host in hosts.split(","):
-            host, _, port = host.rpartition(":")
-            sentinels.append((host.strip("[]"), int(port)))
-        timeouts = {name: options[name] for name in ("socket_timeout", "socket_connect_timeout", "retry")}
-        return redis.sentinel.Sentinel(sentinels, sentinel_kwargs=timeouts).master_for(
-            master, db=int(database or 0), username=user and urllib.parse.unquote(user),
-            password=password and urllib.parse.unquote(password), **options)
+    def _log_in(hidden: list[str], connection: redis.Connection) -> None:
+        """Begin a connection. A server that does not know AUTH repeats what came with it: an error holds none of it."""
+        try:
+            connection.on_connect()
+        except redis.RedisError as error:
+            error.args = (without_secrets(str(error), hidden),)
+            raise
 
     def key(self, *parts):
         """The key named by `parts`, joined with colons behind the prefix."""
@@ -873,6 +1035,8 @@ class Accounts:
         previous: a secret whose keys are still accepted, or empty.
         ttl: seconds a key is valid; 0: until it is deregistered.
     """
+
+    COMMAND_LINE = "command-line"  # the command line's own account, which it makes itself
 
     # A second signup keeps the first key valid; the caller is told.
     SIGN_UP = "return redis.call('HSETNX', KEYS[1], ARGV[1], ARGV[2])"
@@ -1139,20 +1303,29 @@ class Moment:
 
 
 class Variables:
-    """What to put in for each `{{ name }}`: a flat object of strings and numbers."""
+    """What to put in for each `{{ name }}`: a flat object of strings and numbers.
 
-    expected = "an object of up to 100 names (letters, digits, _) with strings of up to 10000 characters, or numbers"
+    Numbers are below LIMIT, so that none is printed in thousands of digits, and none is infinite, as 1e999 would be.
+    """
+
+    LIMIT = 1e30
+    expected = ("an object of up to 100 names (letters, digits, _) with strings of up to 10000 characters, or numbers "
+                "below 1e30")
     schema = {"type": "object", "maxProperties": 100, "propertyNames": {"pattern": f"^{VARIABLE}$"},
-              "additionalProperties": {"type": ["string", "number"], "maxLength": 10000}}
+              "additionalProperties": {"type": ["string", "number"], "maxLength": 10000, "exclusiveMinimum": -LIMIT,
+                                       "exclusiveMaximum": LIMIT}}
 
     def __call__(self, value, field):
         if (not isinstance(value, dict) or len(value) > 100
                 or not all(re.fullmatch(VARIABLE, name) for name in value)):
             raise Refused(400, f"{field} must be {self.expected}", field)
         for name, found in value.items():
-            if (not isinstance(found, (str, int, float)) or isinstance(found, bool) or len(str(found)) > 10000
-                    or re.search(r"[\x00\ud800-\udfff]", str(found))):
-                raise Refused(400, f"{field}.{name} must be a string of up to 10000 characters, or a number",
+            if isinstance(found, str):
+                good = len(found) <= 10000 and not re.search(r"[\x00\ud800-\udfff]", found)
+            else:  # NaN is not below anything
+                good = isinstance(found, (int, float)) and not isinstance(found, bool) and abs(found) < self.LIMIT
+            if not good:
+                raise Refused(400, f"{field}.{name} must be a string of up to 10000 characters, or a number below 1e30",
                               f"{field}.{name}")
         return value
 
@@ -1276,6 +1449,29 @@ class List:
         if not isinstance(value, list) or not self.minimum <= len(value) <= self.maximum:
             raise Refused(400, f"{field} must be {self.expected}", field)
         return [self.element(found, f"{field}[{number}]") for number, found in enumerate(value)]
+
+
+class AccountName:
+    """The name of a new account: one that cannot be mistaken for another, and short enough to stand in links.
+
+    Links hold it in signed tokens, which must stay within the 4096 characters of a request's target.
+    """
+
+    SIZE = 254  # bytes in UTF-8
+    # What has no shape, but is none of the characters that Python calls unprintable: variation selectors, fillers, ...
+    # (Unicode's Default_Ignorable_Code_Point), and the braille pattern without dots.
+    INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0"
+                           "\U000e0100-\U000e01ef]")
+
+    expected = (f"a name of 1 to {SIZE} bytes in UTF-8, without spaces at its ends, invisible or control characters, "
+                "or other white space than plain spaces")
+    schema = {"type": "string", "minLength": 1, "maxLength": SIZE, "pattern": "^[^\\s](.*[^\\s])?$"}
+
+    def __call__(self, value: object, field: str) -> str:
+        if (not isinstance(value, str) or not value.isprintable() or value != value.strip(" ")
+                or not 0 < len(value.encode()) <= self.SIZE or self.INVISIBLE.search(value)):
+            raise Refused(400, f"{field} must be {self.expected}", field)
+        return value
 
 
 class Anything:
@@ -2421,8 +2617,8 @@ REPLIES = tuple((about, re.compile(pattern, re.IGNORECASE | re.DOTALL)) for abou
 
 
 def one_line(reply: bytes) -> str:
-    """The text of a reply on one line."""
-    return " ".join(reply.decode(errors="replace").split())
+    """The text of a reply on one line, without controls."""
+    return printable(reply.decode(errors="replace"))
 
 
 def refusal(stage: str, code: int, text: bytes, taken: bool = False) -> DeliveryError | None:
@@ -3297,13 +3493,6 @@ def xoauth2(user: bytes, token: bytes) -> bytes:
 def cram_md5(user: bytes, password: bytes, challenge: bytes) -> bytes:
     """The answer to a challenge of CRAM-MD5 (RFC 2195). Raises ValueError where MD5 is switched off."""
     return user + b" " + hmac.new(password, base64.b64decode(challenge), "md5").hexdigest().encode()
-
-
-def without_secrets(text: str, hidden: list[str]) -> str:
-    """The text with "(hidden)" for each word that holds four characters in a row of what is to be hidden."""
-    def shows(word: str) -> bool:
-        return any(secret[at:at + 4] in word for secret in hidden for at in range(max(1, len(secret) - 3)) if secret)
-    return " ".join("(hidden)" if shows(word) else word for word in text.split())
 
 
 def ehlo_name(connection: socket.socket) -> str:
@@ -4256,7 +4445,8 @@ class Route:
         return most if self.body and self.access in ("key", "all", "task") else min(most, SMALL_BODY)
 
 
-ID = Object({"id": Text(254, ONE_LINE, LINE)})
+ID = Object({"id": Text(254, ONE_LINE, LINE)})  # any that was ever taken
+NEW_ID = Object({"id": AccountName()})
 DEFINITION = Object({"content_type": CONTENT_TYPE, "subject": SUBJECT, "content": CONTENT})
 VERIFICATION = Object({"userEmail": Address(), "otp": Text(64, ONE_LINE, LINE)})
 BATCH = Object({"tasks": List(Anything(), 1000, 1)})  # each is checked, and answered, by itself
@@ -4264,7 +4454,7 @@ RECIPIENT = Object({"userId": Address()})
 LOGIN = Object({"key": Text(4096, ONE_LINE, LINE)})
 STATES = ("queued", "scheduled", "running", "retrying", "succeeded", "dead", "suppressed", "cancelled")
 PAGING = {"offset": Whole(0, 10**9), "limit": Whole(0, 1000)}
-CURSOR = Form("what the answer before had as next", re.compile(r"[0-9]{1,10}-[0-9]{1,20}"), 31)
+CURSOR = Form("what the answer before had as next", re.compile(r"[0-9]{1,10}-[0-9]{1,19}"), 30)
 
 DONE = {"status": bool, "msg": str}
 QUEUED = {**DONE, "id": str}
@@ -4277,7 +4467,7 @@ METRICS_ANSWER = {"status": bool, "Total Jobs Executed": int, "Jobs Successful":
                   "queued": dict}
 
 ROUTES = (
-    Route("POST", "/auth/signup", "sign_up", "admin", ID, answer={"apiKey": str}, refuses=(409,)),
+    Route("POST", "/auth/signup", "sign_up", "admin", NEW_ID, answer={"apiKey": str}, refuses=(409,)),
     Route("POST", "/auth/deregister", "deregister", "owner", ID, answer=DONE, refuses=(404,)),
     Route("GET", "/accounts", "list_accounts", "admin", answer={"status": bool, "accounts": list}),
     Route("GET", "/session", "read_session", "open", answer=SESSION_ANSWER),
@@ -4556,6 +4746,8 @@ class Api:
             "Set-Cookie": f"{self.cookie}={value}; HttpOnly; SameSite=Strict; Path=/; Max-Age={seconds}{more}"})
 
     def sign_up(self, request):
+        if request.body["id"] == Accounts.COMMAND_LINE:  # its key would show what the operator sends
+            raise Refused(409, "id is kept for the command line; choose another", "id")
         return {"apiKey": self.accounts.sign_up(request.body["id"])}
 
     def deregister(self, request):
@@ -5509,6 +5701,9 @@ class Service:
         if self.settings.redis_uri:
             log(logging.INFO, f"data lies in {redacted(self.settings.redis_uri)}")
             warn_of_losses(self.store)
+            if not self.settings.jwt_secret:
+                log(logging.WARNING, "the secret that signs API keys lies in the Redis beside the data: who reads it "
+                    "can make keys", remedy="jwt_secret")
         else:
             folder = pathlib.Path(self.settings.data_dir).resolve()
             log(logging.INFO, f"data lies in the embedded server's folder {folder}")
@@ -5516,6 +5711,7 @@ class Service:
         if 0 < len(self.settings.admin_token) < SAFE_TOKEN:
             log(logging.WARNING, "admin_token is so short that it can be guessed",
                 remedy=f"at least {SAFE_TOKEN} random characters")
+        warn_of_readers(pathlib.Path(".env"))
 
     def stop(self):
         """Answer no new requests, end the work in flight, leave the rest in Redis, stop the embedded server last."""
@@ -5538,20 +5734,24 @@ class Service:
 
 def open_store(settings, server=None):
     """The Store that the settings name, reached once. Raises StartError."""
+    uri = server.uri if server else settings.redis_uri
     try:
-        store = Store(server.uri if server else settings.redis_uri, settings.key_prefix)
+        store = Store(uri, settings.key_prefix)
     except ValueError as error:
-        raise StartError(f"redis_uri: {redacted(settings.redis_uri)} is not allowed ({describe(error)}), expected "
-                         "host:port, redis://, rediss://, unix:// or redis+sentinel://") from None
+        raise StartError(f"redis_uri: (hidden) is not allowed: {error}; expected host:port, redis://, rediss://, "
+                         "unix:// or redis+sentinel://, with %40 for @ in a user or password, and so on") from None
     try:
         store.redis.ping()
+    except redis.RedisError as error:
+        raise StartError(f"redis_uri: {redacted(uri)} cannot be reached: {describe(error)}") from None
+    except (TypeError, ValueError):  # a key without its certificate, a NUL in the name of a file
+        raise StartError(f"redis_uri: the options behind {redacted(uri)} do not fit together") from None
+    try:
         if settings.durability == "fsync":
             store.redis.execute_command("WAITAOF", 1, 0, 100)
     except redis.ResponseError as error:
         raise StartError("durability: 'fsync' is not allowed here, expected everysec: the server at "
-                         f"{redacted(settings.redis_uri)} cannot confirm what is on disk ({describe(error)})") from None
-    except redis.RedisError as error:
-        raise StartError(f"redis_uri: {redacted(settings.redis_uri)} cannot be reached: {describe(error)}") from None
+                         f"{redacted(uri)} cannot confirm what is on disk ({describe(error)})") from None
     return store
 
 
@@ -5566,9 +5766,13 @@ def warn_of_losses(store):
             remedy="maxmemory-policy noeviction")
 
 
-def redacted(uri):
-    """A redis_uri without its password."""
-    return re.sub(r"//[^@/]*@", "//", uri)
+def warn_of_readers(path: pathlib.Path) -> None:
+    """Log a line where others than the owner may read a .env file that holds a secret."""
+    values = {name.lower(): value for name, value in read_env_file(path).items() if value}
+    secret = values.keys() & {"smtp_pass", "admin_token", "jwt_secret", "jwt_secret_previous"}
+    if (secret or has_password(values.get("redis_uri", ""))) and path.stat().st_mode & 0o077:
+        log(logging.WARNING, f"other users of this machine may read {path.resolve()}, which holds a secret",
+            remedy=f"chmod 600 {shlex.quote(str(path.resolve()))}")
 
 
 def notify_systemd(state):
@@ -5733,10 +5937,10 @@ def check(settings):
     def report(name, test):
         nonlocal well
         try:
-            print(f"ok       {name}: {test()}")
+            print(without_controls(f"ok       {name}: {test()}"))
         except (StartError, Unavailable, redis.RedisError) as error:
             well = False
-            print(f"failed   {name}: {error}")
+            print(without_controls(f"failed   {name}: {error}"))
 
     def reach_redis():
         server = None if settings.redis_uri else EmbeddedServer(settings.data_dir)
@@ -5787,12 +5991,12 @@ class Terminal:
 
     def paint(self, text, colour=None):
         """The text in a colour, and without what a terminal would take for a command."""
-        text = re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", str(text))
+        text = without_controls(str(text))
         return f"\x1b[{self.COLOURS[colour]}m{text}\x1b[0m" if colour and self.coloured else text
 
     def json(self, value):
         """Write a value as JSON."""
-        print(json.dumps(value, indent=2, ensure_ascii=False))
+        print(Encoder(indent=2, ensure_ascii=False).encode(value))
 
     def table(self, headings, rows):
         """The lines of a table; its headings on a terminal only, so that a pipe gets the rows alone. A cell that is a
@@ -5813,7 +6017,7 @@ class Terminal:
 
     def say(self, text):
         """A word to the person beside the output, on standard error."""
-        print(text, file=sys.stderr)
+        print(self.paint(text), file=sys.stderr)
 
     @staticmethod
     def progress(total):
@@ -5839,7 +6043,7 @@ class Operator:
         StartError: there is none, or Redis cannot be reached.
     """
 
-    ACCOUNT = "command-line"  # whose tasks `send` makes, where no account is named
+    ACCOUNT = Accounts.COMMAND_LINE  # whose tasks `send` makes, where no account is named
 
     def __init__(self, settings, terminal):
         server = None
@@ -5996,7 +6200,7 @@ class Operator:
         """List the accounts, add one, or remove one."""
         try:
             if options.add:
-                key = self.users.sign_up(ID({"id": options.add})["id"])
+                key = self.users.sign_up(NEW_ID({"id": options.add})["id"])
                 self.terminal.json({"apiKey": key}) if self.terminal.as_json else print(key)
                 return 0
             if options.remove:

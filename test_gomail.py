@@ -20,9 +20,11 @@ import email.utils
 import hmac
 import html
 import http.client
+import io
 import itertools
 import json
 import logging
+import math
 import os
 import pathlib
 import pty
@@ -690,9 +692,46 @@ def test_an_env_file_that_is_no_text_in_utf_8_is_one_line(tmp_path, content):
     assert line.startswith(f"{path}: ") and "expected" in line and "NAME=value" in line and "\n" not in line
 
 
+@pytest.mark.parametrize("name, value", [
+    ("smtp_port", "587 smtp_user=me smtp_pass=QXZJ"), ("smtp_from", "me SMTP_PASS='QX ZJ'"),
+    ("timezone", "UTC admin_token = QXZJ"), ("smtp_tls", "auto redis_uri=:QXZJ@127.0.0.1:6379"),
+    ("host", "192.0.2.1 jwt_secret: QXZJ"), ("smtp_ca", "x password=QXZJ"),
+    ("smtp_server", "smtps://me:QXZJ@smtp.example.com"), ("smtp_server", "smtp.example.com/QXZJ")])
+def test_a_wrong_value_that_holds_a_secret_is_refused_without_it(tmp_path, name, value):
+    with pytest.raises(gomail.StartError, match=name) as refused:
+        gomail.Settings.load({name: value}, tmp_path)
+    assert not set(str(refused.value)) & set("QXZJ") and "(hidden)" in str(refused.value)
+
+
+def test_a_line_of_the_env_file_without_an_equals_sign_is_not_shown(tmp_path):
+    (tmp_path / ".env").write_text("smtp_pass: QXZJ\n")
+    with pytest.raises(gomail.StartError, match="line 1") as refused:
+        gomail.Settings.load({}, tmp_path)
+    assert "QXZJ" not in str(refused.value)
+
+
+# What commands a terminal, ends a line or deceives the eye: replaced in what comes from others, escaped in JSON.
+DECEPTIVE = ("\x00\x07\x08\x1b\x7f\x80\x9b\x9d\x9f\u061c\u200b\u200e\u200f\u2028\u2029\u202a\u202e\u2060\u2066\u2069"
+             "\ufeff\U000e0041")
+WILD_TEXT = strategies.text(strategies.sampled_from(DECEPTIVE) | strategies.characters(), max_size=30)
+
+
+@hypothesis.settings(deadline=None, max_examples=300)
+@hypothesis.given(WILD_TEXT)
+def test_what_the_system_or_a_server_said_becomes_one_line_without_controls(words):
+    reply = words.encode(errors="surrogatepass")
+    errors = (OSError(5, words), ValueError(words), redis.ResponseError(words), gomail.StartError(words))
+    for found in (gomail.one_line(reply), *map(gomail.describe, errors), gomail.without_controls(words)):
+        assert not set(found) & set(DECEPTIVE) and not re.search("[\x00-\x1f\x7f-\x9f\ud800-\udfff]", found)
+    plain = "550 5.1.1 <j\u00f6rg@example.com>: \u092c\u0921\u093c \u0645\u06cc\u200c\u062e \U0001f469\u200d\U0001f4bb"
+    assert gomail.one_line(plain.encode()) == gomail.describe(ValueError(plain)) == plain
+
+
 def test_the_tests_that_the_readme_names_are_there():
-    named = re.findall(r"`(test_\w+)`", (HERE / "README.md").read_text())
-    assert named and all(name in globals() for name in named)
+    for page in (HERE / "README.md", HERE / "docs" / "security.md"):
+        named = re.findall(r"`(test_\w+)`", page.read_text())
+        assert all(name in globals() for name in named), set(named) - set(globals())
+    assert named
 
 
 def test_the_readme_lists_every_option_once_with_its_default():
@@ -834,6 +873,18 @@ def test_lines_are_written_together_a_moment_later_and_a_warning_at_once(tmp_pat
     assert json.loads((tmp_path / "app.log").read_text().splitlines()[-1])["message"] == "third"
 
 
+@hypothesis.settings(deadline=None, max_examples=300)
+@hypothesis.given(WILD_TEXT)
+def test_json_is_valid_holds_any_text_and_shows_no_character_that_commands_or_deceives(words):
+    record = logging.makeLogRecord({"levelname": "INFO", "msg": words, "fields": {"error": words, f"key {words}": 1}})
+    line = gomail.JsonFormatter().format(record)
+    assert json.loads(line)["message"] == json.loads(line)["error"] == words
+    written = written_by(lambda: gomail.Terminal(as_json=True).json({"error": words}))
+    assert json.loads(written) == {"error": words}
+    for text in (line, written.replace("\n", ""), gomail.ENCODER.encode([words])):
+        assert not set(text) & set(DECEPTIVE) and not re.search("[\x00-\x1f\x7f-\x9f\ud800-\udfff]", text)
+
+
 def test_log_off_keeps_no_file(processes):
     process = processes({"log_file": "off"}).started()
     assert process.stop() == 0
@@ -882,6 +933,14 @@ def test_no_secret_shows_in_logs_answers_health_or_the_list_of_processes(process
         assert not [text for text in places if secret in text and "valkey-server" not in text], secret
 
 
+def written_by(act):
+    """What a call writes to standard output."""
+    with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), "utf-8")) as terminal:
+        act()
+        terminal.seek(0)
+        return terminal.read()
+
+
 def readable(path):
     """Whether a file of /proc is still there: processes come and go."""
     with contextlib.suppress(OSError):
@@ -902,6 +961,150 @@ def test_redis_uri_takes_the_contracts_host_and_port_and_the_usual_urls(processe
             store.redis.close()
         finally:
             server.stop()
+
+
+USER, PASSWORD = "de:pl@y", "p@/:?#&=%+ [\u00e4]"
+
+
+@pytest.fixture(scope="module")
+def guarded_redis():
+    """(a server that knows USER with PASSWORD, on a port and a socket; the port of a sentinel that watches it)"""
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        server = RedisServer(folder, port=free_port()).start()
+        stack.callback(server.stop)
+        server.client.execute_command("ACL", "SETUSER", USER, "on", f">{PASSWORD}", "~*", "&*", "+@all")
+        port = free_port()
+        configuration = pathlib.Path(folder, "sentinel.conf")
+        configuration.write_text(f"port {port}\nbind 127.0.0.1\ndir {folder}\nlogfile {folder}/sentinel.log\n"
+                                 f"sentinel monitor mymaster 127.0.0.1 {server.port} 1\n")
+        program = os.environ.get("GOMAIL_TEST_SERVER") or gomail.EmbeddedServer.program()
+        sentinel = subprocess.Popen([program, configuration, "--sentinel"], stdin=subprocess.DEVNULL)
+        stack.callback(sentinel.wait)
+        stack.callback(sentinel.kill)
+        client = redis.Redis(port=port, protocol=2, retry=None)
+
+        def ready():
+            with contextlib.suppress(redis.RedisError):
+                return client.sentinel_master("mymaster")
+        until(ready)
+        yield server, port
+
+
+@pytest.mark.parametrize("form, shown", [
+    ("{user}:{password}@localhost:{port}", "redis://localhost:{port}"),
+    ("redis://{user}:{password}@localhost:{port}/2", "redis://localhost:{port}/2"),
+    ("redis://localhost:{port}?db=2&username={user}&password={password}", "redis://localhost:{port}/2"),
+    ("unix://{user}:{password}@{socket}?db=2", "unix://{socket}?db=2"),
+    ("unix://{socket}?password={password}&username={user}", "unix://{socket}"),
+    ("redis+sentinel://{user}:{password}@localhost:{sentinel}/mymaster/2",
+     "redis+sentinel://localhost:{sentinel}/mymaster/2"),
+    ("redis+sentinel://localhost:{sentinel}/mymaster?username={user}&password={password}",
+     "redis+sentinel://localhost:{sentinel}/mymaster")])
+def test_user_and_password_are_percent_encoded_in_every_form_of_redis_uri_and_never_shown(guarded_redis, form, shown):
+    server, sentinel = guarded_redis
+    places = {"port": server.port, "socket": server.socket, "sentinel": sentinel}
+    uri = form.format(user=urllib.parse.quote(USER, safe=""), password=urllib.parse.quote(PASSWORD, safe=""), **places)
+    store = gomail.Store(uri)
+    assert store.redis.acl_whoami() == USER and store.redis.client_info()["db"] == (2 if "2" in form else 0)
+    assert gomail.redacted(uri) == shown.format(**places)
+    store.redis.close()
+
+
+@pytest.mark.parametrize("uri, shown", [
+    ("localhost", "redis://localhost:6379"), ("redis://", "redis://localhost:6379"),
+    ("redis://:1234/0", "redis://localhost:1234"), (":p@ss:w@host:1", "redis://host:1"),
+    ("rediss://[::1]/7/", "rediss://[::1]:6379/7"), ("unix:///run/a@b.sock", "unix:///run/a@b.sock"),
+    ("redis://host?password=p@ss", "redis://host:6379"),
+    ("redis+sentinel://a,[::1]:2/m", "redis+sentinel://a:26379,[::1]:2/m")])
+def test_of_a_redis_uri_scheme_hosts_ports_and_database_are_shown(uri, shown):
+    assert gomail.redacted(uri) == shown
+
+
+@pytest.mark.parametrize("uri, words", [
+    ("redis://host/0?nonsense=1", "the option nonsense is not known with redis://, expected db, username"),
+    ("redis://host?ssl_cert_reqs=none", "the option ssl_cert_reqs is not known with redis://"),
+    ("rediss://host?ssl_cert_reqs=maybe", "the option ssl_cert_reqs must be none, optional or required"),
+    ("redis://host?db=one", "the option db must be a whole number"), ("redis://host?db=-1", "the option db must be"),
+    ("redis://host/one", "number of a database"), ("redis://host/1/2", "number of a database"),
+    ("redis://host:0", "port"), ("host:99999", "port"), ("redis://" + "a" * 64, "host"), ("redis://a..b", "host"),
+    ("redis://a b", "host"), ("redis+sentinel://host:1", "master"), ("redis+sentinel://host:1/a/b", "master"),
+    ("unix://", "unix:///path"), ("unix:///a%00b", "unix:///path"), ("http://host", "redis://"),
+    ("redis://host/0#1", "form"), ("redis://:\udcff@host", "form")])
+def test_a_redis_uri_that_is_not_understood_is_one_line_that_says_why(uri, words):
+    with pytest.raises(gomail.StartError) as refused:
+        gomail.open_store(gomail.Settings(redis_uri=uri))
+    assert re.match(r"redis_uri: \(hidden\) is not allowed: .*expected host:port, .*%40 for @", str(refused.value))
+    assert words in str(refused.value) and "\n" not in str(refused.value) and gomail.redacted(uri) == "(hidden)"
+
+
+@pytest.mark.parametrize("options", ["ssl_keyfile=/nowhere", "ssl_ca_certs=/a%00b", "socket_timeout=0"])
+def test_options_of_a_redis_uri_that_make_no_connection_are_one_line(guarded_redis, options):
+    port = guarded_redis[0].port
+    with pytest.raises(gomail.StartError, match=f"^redis_uri: the options behind rediss://127.0.0.1:{port} do not fit"):
+        gomail.open_store(gomail.Settings(redis_uri=f"rediss://127.0.0.1:{port}?{options}"))
+
+
+# No word of ours has one of these letters, so that a piece of a password is told from it.
+PIECES = strategies.tuples(strategies.sampled_from("QXZJK"), strategies.text("@/:?#&=%+[], .5", max_size=3))
+SECRETS = strategies.lists(PIECES, min_size=2, max_size=6).map(lambda pieces: "".join(map("".join, pieces)))
+URI_FORMS = (
+    "{user}:{password}@{host}", ":{password}@{host}", "{password}@{host}", "redis://{user}:{password}@{host}/1",
+    "rediss://:{password}@{host}", "redis://{host}/0?password={password}",
+    "redis://{host}?db=1&username={user}&password={password}",
+    "unix://{user}:{password}@/nowhere/x.sock", "unix:///nowhere/x.sock?db=0&password={password}",
+    "redis+sentinel://{user}:{password}@{host},{host}/mymaster", "redis+sentinel://{host}/mymaster?password={password}",
+    # What is wrong in one place must not bring another to light.
+    "redis://:{password}@{host}/0?nonsense=1", "redis://:{password}@{host}?db={password}",
+    "redis://:{password}@{host}/mydb", "redis://:{password}@{host}x", "redis://:{password}",
+    "http://:{password}@{host}", "redis+sentinel://:{password}@{host}")
+
+
+@hypothesis.settings(deadline=None, max_examples=1000)
+@hypothesis.given(strategies.sampled_from(URI_FORMS), SECRETS, SECRETS, strategies.booleans())
+@hypothesis.example("redis://{host}?username={user}&password={password}", "Q&X=Z", "QXZJ", False)
+@hypothesis.example("redis://{host}?password={password}", "Q", "QX&ZJKQ=X", False)
+@hypothesis.example("unix://{user}:{password}@/nowhere/x.sock", "Q", "QX@/ZJKQ", False)
+def test_no_piece_of_a_password_in_redis_uri_shows_in_an_error_or_in_what_check_says(form, user, password, encoded):
+    given = {"user": user, "password": password}
+    if encoded:
+        given = {name: urllib.parse.quote(text, safe="") for name, text in given.items()}
+    uri = form.format(host="127.0.0.1:1", **given)
+    settings = gomail.Settings(redis_uri=uri)
+    said = written_by(lambda: gomail.check(settings)) + gomail.redacted(uri)
+    with pytest.raises(gomail.StartError) as refused:
+        gomail.open_store(settings)
+    said += str(refused.value)
+    pieces = [password[at:at + 4] for at in range(len(password) - 3)]
+    assert not [piece for piece in pieces if piece in said] and not set(said) & set("QXZJK")
+
+
+def test_a_server_that_repeats_the_password_does_not_bring_it_into_an_error():
+    with tempfile.TemporaryDirectory() as folder:
+        server = RedisServer(folder, "--rename-command", "AUTH", "").start()
+        try:
+            with pytest.raises(gomail.StartError, match="cannot be reached: .*unknown command.*hidden") as refused:
+                gomail.open_store(gomail.Settings(redis_uri=f"unix://{server.socket}?password=QXZJQXZJ"))
+            assert "QXZJ" not in str(refused.value)
+        finally:
+            server.stop()
+
+
+def test_no_process_writes_a_password_of_redis_uri_anywhere(processes, guarded_redis):
+    server, _ = guarded_redis
+    user, password = urllib.parse.quote(USER, safe=""), urllib.parse.quote(PASSWORD, safe="")
+    place = f"127.0.0.1:{server.port}"
+    for uri, arguments in ((f"redis://{user}:QX/ZJ@{place}", []), (f"{user}:QXZJ@{place}", ["--check"]),
+                           (f"redis://{user}:QXZJ@{place}?nonsense=1", [])):
+        code, output, errors = processes({"redis_uri": uri}, arguments=arguments).result()
+        said = output + errors
+        assert code == 1 and "redis_uri: " in said and said.count("\n") <= 3 and not re.search("QX|ZJ|de:|pl@y", said)
+    process = processes({"redis_uri": f"{user}:{password}@{place}", "key_prefix": "shown:"}).started()
+    assert until(lambda: process.logged("data lies in redis://127.0.0.1:"))
+    assert process.stop() == 0
+    process.reader.join()
+    said = "".join(process.lines) + (process.folder / "app.log").read_text() + process.process.stderr.read()
+    for secret in (PASSWORD, password, USER, user):
+        assert not [at for at in range(len(secret) - 3) if secret[at:at + 4] in said]
 
 
 def test_every_key_begins_with_the_prefix_and_userlist_is_the_hash_of_the_accounts(service, client):
@@ -1040,6 +1243,42 @@ def test_without_admin_token_signup_through_a_proxy_is_403(service, header):
     assert service.client.get("/accounts")["accounts"] == [{"id": "user@example.com"}]
 
 
+ODD_NAMES = (" app", "app ", "a\u00a0b", "a\u3000b", "a\u200bb", "a\u00adb", "a\u202eb", "a\u2066b", "a\u0378b",
+             "a\ue000b", "a\U000f0000b", "a\u3164b", "a\ufe0fb", "a\u034fb", "a\u2800b",
+             "\u00e9" * 128, "\U0001d400" * 64)
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_name_that_may_pass_for_another_or_is_too_long_is_refused_at_signup_and_an_old_account_goes_on(service, name):
+    status, answer, _ = service.client("POST", "/auth/signup", {"id": name})
+    assert status == 400 and answer["field"] == "id"
+    assert answer["error"].startswith("id must be a name of 1 to 254 bytes")
+    old = Client(service.http.url, service.http.api.accounts.sign_up(name))  # as it was made before
+    old.state(old.task(), "succeeded")
+    assert service.client.post("/auth/deregister", {"id": name})["status"] and old("GET", "/task/dead")[0] == 401
+
+
+@hypothesis.settings(deadline=None, max_examples=500)
+@hypothesis.given(strategies.characters(categories=["C", "Z"], exclude_characters=" "))
+def test_no_control_private_unassigned_or_spacing_character_gets_into_a_name(character):
+    with pytest.raises(gomail.Refused, match="^id must be a name"):
+        gomail.NEW_ID({"id": f"a{character}b"})
+
+
+@pytest.mark.parametrize("name", [
+    "app", "My App 2", "user@example.com", "j\u00f6rg", "\u0645\u06cc \u062e", "\u5546\u5e97", "a:b/c", "x" * 254])
+def test_a_name_of_visible_characters_is_taken(service, name):
+    assert name_of(service.client.sign_up(name)) == name
+
+
+def test_the_command_lines_account_cannot_be_signed_up_over_http_and_one_that_was_before_goes_on(service):
+    name = gomail.Operator.ACCOUNT
+    status, answer, _ = service.client("POST", "/auth/signup", {"id": name})
+    assert status == 409 and answer["field"] == "id" and "kept for the command line" in answer["error"]
+    old = Client(service.http.url, service.http.api.accounts.sign_up(name))
+    assert old.get("/task/dead")["total"] == 0 and service.client.post("/auth/deregister", {"id": name})["status"]
+
+
 def test_nothing_of_a_deregistered_account_is_sent_even_when_it_signs_up_again(services, mail_server, clock):
     service = services(mail_server, clock=clock)
     client = service.client.sign_up("user@example.com")
@@ -1103,7 +1342,8 @@ BAD_OPTIONAL = [
     *[("cc", ["user@example.com"] * 50), ("attachments", [{}] * 51)],
     *[("text", value) for value in ("", 5, "a\x00b")],
     *[("from_name", value) for value in ("", 5, "a\r\nBcc: x@example.com", "x" * 101)],
-    *[("send_at", value) for value in ("", 5, "tomorrow", "2030-01-31", "2030-01-31T09:00:00", "2030-02-30T09:00:00Z")],
+    *[("send_at", value) for value in ("", 5, "tomorrow", "2030-01-31", "2030-01-31T09:00:00", "2030-02-30T09:00:00Z",
+                                       "9999-12-31T23:59:59-14:00")],
     *[("attachments[0].filename", value) for value in (ABSENT, "", 5, "a/b", "a\\b", "a\nb", "x" * 101)],
     *[("attachments[0].content_type", value) for value in (
         ABSENT, "", 5, "pdf", "text/x\n", "multipart/mixed", "message/rfc822", "Multipart/Mixed", "MESSAGE/rfc822; a=b",
@@ -1178,6 +1418,25 @@ def test_variables_that_make_a_message_larger_than_max_body_are_413_and_nothing_
     answers = client.post("/task/batch", {"tasks": [bomb, fine, fine, fine, MESSAGE]})["tasks"]
     assert [answer["status"] for answer in answers] == [False, True, True, False, True]  # a batch has twice the room of one
     assert answers[0]["field"] == "tasks[0].payload.variables" and sum(service.queue.depths().values()) <= 3
+
+
+def test_a_number_that_is_infinite_none_or_would_fill_a_line_is_no_variable():
+    for number in (math.inf, -math.inf, math.nan, 1e30, -1e300, 10**31, -10**4000, 10**5000):
+        with pytest.raises(gomail.Refused, match="^payload.variables.name must be .* a number below 1e30") as refused:
+            filled({"name": number}, content="{{ name }}")
+        assert refused.value.status == 400 and refused.value.field == "payload.variables.name"
+    for number in (0, -1.5, 10**29, 1e29, 2**64, 1e-300):
+        assert filled({"name": number}, content="{{ name }}")["content"] == str(number) and len(str(number)) <= 31
+
+
+@pytest.mark.parametrize("kind", ["message", "subscribe"])
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "1e300", "9" * 4000])
+def test_json_that_means_an_infinite_or_huge_number_is_no_variable(client, kind, number):
+    payload = {"userId": "user@example.com", "subject": "Hello", "content": "{{ x }}", "content_type": "news",
+               "frequency": "@daily", "variables": {"x": "NUMBER"}}
+    body = json.dumps({"task": "t", "type": kind, "retries": 0, "payload": payload}).replace('"NUMBER"', number)
+    status, answer, _ = client("POST", "/task/", body.encode())
+    assert status == 400 and answer["field"] == "payload.variables.x" and recent(client) == ([], None)
 
 
 def test_without_variables_braces_are_left_alone():
@@ -3441,6 +3700,28 @@ def test_a_link_that_was_changed_or_made_of_an_api_key_unsubscribes_nobody(linke
     assert service.client("GET", "/task/dead", Authorization=token)[0] == 401
 
 
+@pytest.mark.parametrize("name", ["\u00e9" * 127, "\U0001d400" * 63 + "ab", '"' * 254])
+def test_the_longest_names_of_account_content_type_and_address_give_links_that_work(services, mail_server, name):
+    service = services(mail_server, public_url="https://mail.example.com/gomail")
+    client, content_type = service.client.sign_up(name), "\U0001d400" * 100
+    address = "\u00e9" * 32 + "@" + ".".join(["d" * 63] * 2 + ["e" * 57, "com"])
+    assert len(address.encode()) == 254
+    define(client, content_type)
+    assert subscribe(client, address, content_type=content_type)["state"] == "succeeded"
+    answer = client.get(f"/task/subscriptionContent/{urllib.parse.quote(content_type)}")
+    assert answer["subscribers"] == 1
+    link = service.newsletters.link(name, content_type, address)
+    for method, path in (("GET", answer["view"]), ("GET", link.removeprefix(service.settings.public_url)),
+                         ("POST", link.removeprefix(service.settings.public_url))):
+        connection = http.client.HTTPConnection(service.client.address, timeout=PATIENCE)
+        connection.request(method, path)
+        assert connection.getresponse().status == 200
+        connection.close()
+    assert client.get(f"/task/subscriptionContent/{urllib.parse.quote(content_type)}")["subscribers"] == 0
+    status, _, headers = service.client("POST", "/session", {"key": client.key})
+    assert status == 200 and len(headers["Set-Cookie"]) < 4096  # what browsers keep
+
+
 def test_without_public_url_a_newsletter_has_no_link_and_unknown_names_stay(dated, mail_server, clock):
     _, client = dated
     define(client, content="{{ email }} {{ unsubscribe_url }} {{ name }}")
@@ -3489,7 +3770,8 @@ def test_subscriptions_are_listed_in_parts_with_their_next_time(dated, clock):
     one, = client.get("/subscriptions?userId=user1@EXAMPLE.com&content_type=b")["subscriptions"]
     assert one["userId"] == "User1@example.com" and one["content_type"] == "b"
     assert service.client.sign_up().get("/subscriptions")["subscriptions"] == []
-    assert client("GET", "/subscriptions?cursor=x")[0] == client("GET", "/subscriptions?userId=x")[0] == 400
+    for query in ("cursor=x", "userId=x", "cursor=0-99999999999999999999"):
+        assert client("GET", f"/subscriptions?{query}")[0] == 400
 
 
 def test_subscribing_to_a_content_type_that_does_not_exist_is_refused(client):
@@ -4851,6 +5133,48 @@ def test_check_of_the_embedded_default_makes_no_files(processes):
     assert code == 0 and "embedded server, not running" in output and not list(process.folder.iterdir())
 
 
+@pytest.mark.parametrize("secret", [False, True])
+def test_a_signing_secret_that_lies_beside_the_data_in_a_redis_is_warned_about_once(processes, redis_server, secret):
+    environment = {"redis_uri": redis_server.uri, "key_prefix": f"{secret}:", "processes": "2"}
+    process = processes({**environment, **({"jwt_secret": secrets.token_hex(32)} if secret else {})}).started()
+    assert process.stop() == 0
+    process.reader.join()
+    found = [line for line in map(json.loads, process.lines) if "secret that signs API keys" in line["message"]]
+    assert [line["level"] for line in found] == ([] if secret else ["WARNING"])
+    assert secret or found[0]["remedy"] == "jwt_secret"
+
+
+@pytest.mark.parametrize("lines, mode, warned", [
+    ("smtp_pass=QXZJ\n", 0o604, True), ("ADMIN_TOKEN=QXZJ", 0o640, True), (f"jwt_secret={'x' * 32}", 0o644, True),
+    ("redis_uri=:QXZJ@127.0.0.1:1", 0o644, True), ("redis_uri=unix:///x?password=QX@ZJ", 0o620, True),
+    ("redis_uri=:Q/X@h", 0o644, True),
+    ("smtp_pass=QXZJ\nadmin_token=QXZJ", 0o600, False), ("smtp_port=587\nsmtp_pass=\n# admin_token=x", 0o644, False),
+    ("redis_uri=127.0.0.1:1", 0o644, False)])
+def test_an_env_file_with_a_secret_that_others_may_read_is_warned_about(tmp_path, capsys, lines, mode, warned):
+    gomail.start_logging(gomail.Settings(log_file="off"))
+    (tmp_path / "my .env").write_text(lines)
+    (tmp_path / "my .env").chmod(mode)
+    gomail.warn_of_readers(tmp_path / "my .env")
+    output = capsys.readouterr().out
+    assert bool(output) == warned and "QX" not in output
+    if warned:
+        line = json.loads(output)
+        assert line["level"] == "WARNING" and str(tmp_path / "my .env") in line["message"]
+        subprocess.run(line["remedy"], shell=True, check=True)
+        gomail.warn_of_readers(tmp_path / "my .env")
+        assert capsys.readouterr().out == ""
+
+
+def test_the_start_warns_of_an_env_file_that_others_may_read(processes, tmp_path):
+    with tempfile.TemporaryDirectory() as folder:
+        pathlib.Path(folder, ".env").write_text("smtp_pass=hidden there\n")
+        pathlib.Path(folder, ".env").chmod(0o644)
+        process = processes(folder=folder).started()
+        line = until(lambda: process.logged("other users of this machine may read"))
+        assert line["level"] == "WARNING" and line["remedy"] == f"chmod 600 {os.path.realpath(folder)}/.env"
+        assert process.stop() == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_work_in_flight_leaves_the_rest_and_stops_the_embedded_server_last(processes, mail_server, number):
     slow = threading.Event()
@@ -5095,6 +5419,51 @@ def test_colours_are_for_terminals_and_no_color_turns_them_off(operated, mail_se
         assert "\x1b" not in output and "dead" in output
     # What a server writes into its answer is no command to the terminal.
     assert "\x1b[2J" not in command.at_terminal("dead")[1] and "550 ?[2Jcleared?" in command.at_terminal("dead")[1]
+
+
+def test_what_a_mail_server_says_commands_no_terminal_not_even_what_was_stored_before(operated, mail_server):
+    command, client = operated
+    mail_server.replies["user@example.com"] = ["550 5.7.1 \x1b]0;title\x07 and \x7f"]
+    task_id = client.task()
+    client.state(task_id, "dead")
+    store = connected(command.process.embedded)
+    assert store.hget(f"gomail:task:{task_id}", "error") == "550 5.7.1 ?]0;title? and ?"
+    hostile = f"550 {DECEPTIVE.replace(chr(0), '')} end"
+    store.hset(f"gomail:task:{task_id}", "error", hostile)
+    store.hset("gomail:paused", "another process", json.dumps({"normal": hostile}))
+    for arguments in (["dead"], ["status", task_id], ["stats"]):
+        _, output, _ = command(*arguments)
+        assert "550 ????" in output and not set(output) & set(DECEPTIVE), arguments
+        _, output, _ = command(*arguments, "--json")
+        assert not set(output) & set(DECEPTIVE) and hostile in found_in(json.loads(output)), arguments
+    client.connection.request("GET", f"/task/{task_id}", headers={"Authorization": client.key})
+    assert not set(client.connection.getresponse().read().decode().removesuffix("\n")) & set(DECEPTIVE)
+    assert not [line for line in command.process.lines if set(line) & set(DECEPTIVE)]
+
+
+def found_in(value):
+    """All strings in a JSON value."""
+    if isinstance(value, (dict, list)):
+        return [text for part in (value.values() if isinstance(value, dict) else value) for text in found_in(part)]
+    return [value] if isinstance(value, str) else []
+
+
+def test_check_shows_no_control_character_of_what_a_mail_server_says(processes, mail_server):
+    mail_server.replies["app@example.org"] = ["550 5.1.1 \x1b[2J\x07 no \x7f"]
+    environment = {"smtp_server": "127.0.0.1", "smtp_port": str(mail_server.port), "smtp_from": "app@example.org"}
+    _, output, _ = processes(environment, arguments=["--check"]).result()
+    assert "it said at the last, RCPT: 550 5.1.1 ?[2J? no ?" in output and not set(output) & set(DECEPTIVE)
+
+
+def test_the_command_line_makes_its_own_account_and_no_odd_ones(operated):
+    command, client = operated
+    code, output, errors = command("accounts", "--add", "app\u202e")
+    assert (code, output) == (1, "") and errors.startswith("the account must be a name of 1 to 254 bytes")
+    assert Client(client.address)("POST", "/auth/signup", {"id": "command-line"})[0] == 409
+    code, key, _ = command("accounts", "--add", "command-line")
+    assert code == 0
+    _, task_id, _ = command("send", "user@example.com", "--subject", "x", given="x")
+    assert Client(client.address, key.strip()).get(f"/task/{task_id.strip()}")["userId"] == "user@example.com"
 
 
 def test_what_takes_long_shows_at_a_terminal_how_far_it_has_come(operated, mail_server):
