@@ -1065,6 +1065,7 @@ URI_FORMS = (
 @hypothesis.example("redis://{host}?password={password}", "Q", "QX&ZJKQ=X", False)
 @hypothesis.example("unix://{user}:{password}@/nowhere/x.sock", "Q", "QX@/ZJKQ", False)
 def test_no_piece_of_a_password_in_redis_uri_shows_in_an_error_or_in_what_check_says(form, user, password, encoded):
+    hypothesis.assume(form != "redis://:{password}" or encoded or "@" not in password)  # what is behind it is the host then
     given = {"user": user, "password": password}
     if encoded:
         given = {name: urllib.parse.quote(text, safe="") for name, text in given.items()}
