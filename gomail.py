@@ -2862,7 +2862,7 @@ def compose(mail: Mail, message_id: str, moment: int) -> bytes:
 
 
 @functools.lru_cache(maxsize=4)
-def mime_body(content, text="", attachments=()):
+def mime_body(content: str, text: str = "", attachments: tuple[tuple[str, str, str, str], ...] = ()) -> bytes:
     """The MIME headers and the body: the same for all mails of a newsletter, so it is made once.
 
     With all there can be: multipart/mixed of (multipart/alternative of (text, multipart/related of (HTML, what it
