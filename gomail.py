@@ -36,6 +36,7 @@ import http
 import http.server
 import importlib.util
 import ipaddress
+import itertools
 import json
 import logging
 import logging.handlers
@@ -56,6 +57,7 @@ import subprocess
 import sys
 import threading
 import time
+import typing
 import urllib.parse
 import zoneinfo
 from collections.abc import Callable, Sequence
@@ -567,6 +569,7 @@ def start_logging(settings, shared=False):
 #   idempotency:<digest>           string  fingerprint and id of the task an Idempotency-Key made, and the API key's id
 #   suppressed:<account>           zset    addresses that get no mail, by the time that began (ms)
 #   suppressed_for:<account>       hash    address -> why
+#   answered:<id>                  string  for a minute: what a script answered, should it be sent once more
 #   ascii_folded                   string  since when addresses in keys are folded in ASCII letters only (ms)
 #   rate                           hash    the next moments that smtp_rate gives away (microseconds)
 #   metrics                        hash    executed, successful, failed
@@ -582,11 +585,54 @@ def start_logging(settings, shared=False):
 #   unsubscribed:<type>:<address>:<account>  string  when it was asked for, so that an older subscribe loses
 #   schedule                       zset    [account, type, address] by its next boundary (s)
 
+class Script:
+    """A Lua script that Redis runs as a whole.
+
+    Args:
+        store: the Store.
+        source: the script. Its first key is the prefix of all keys, or begins with it.
+        once: a call that is sent twice, because its connection broke before the answer came, runs once. The answer 0
+            says that nothing was changed, and is not kept. Without `once`, running it twice must do no harm.
+    """
+
+    ONCE = """
+        local answered = table.remove(KEYS)
+        local before = redis.call('GET', answered)
+        if before then return cjson.decode(before) end
+        local function run()
+    """
+    KEPT = """
+        end
+        local answer = run()
+        if answer ~= 0 then redis.call('SET', answered, cjson.encode(answer), 'EX', 60) end
+        return answer
+    """
+
+    def __init__(self, store: "Store", source: str, once: bool = False) -> None:
+        self.store, self.once = store, once
+        self.source = self.ONCE + source + self.KEPT if once else source
+        self.digest = hashlib.sha1(self.source.encode()).hexdigest()
+
+    def __call__(self, keys: Sequence, args: Sequence, request: str = "", client=None) -> typing.Any:
+        """What the script answers.
+
+        Args:
+            request: of a script that runs once, what tells this call from others; by default no other is like it.
+        """
+        if self.once:
+            keys = [*keys, self.store.key("answered", request or secrets.token_hex(16))]
+        client = client or self.store.redis
+        try:
+            return client.execute_command("EVALSHA", self.digest, len(keys), *keys, *args)
+        except redis.exceptions.NoScriptError:
+            return client.execute_command("EVAL", self.source, len(keys), *keys, *args)
+
+
 class Store:
     """The Redis connection, shared by all threads.
 
-    A command that fails because a pooled connection went stale is sent once more; all scripts are written so
-    that running one twice does no harm. `available` is what the cron thread last found.
+    A command that fails because its connection broke is sent once more, though Redis may have run it: see Script.
+    `available` is what the cron thread last found.
 
     Args:
         uri: host:port, redis://, rediss://, unix://, or redis+sentinel://host:port,host:port/master (where the
@@ -656,17 +702,9 @@ class Store:
         if client := vars(self._own).pop("client", None):
             self._spare.append(client)
 
-    def script(self, source):
-        """A Lua script, as a callable: script(keys, args), with a client of its own where it matters which."""
-        digest = hashlib.sha1(source.encode()).hexdigest()
-
-        def run(keys, args, client=None):
-            client = client or self.redis
-            try:
-                return client.execute_command("EVALSHA", digest, len(keys), *keys, *args)
-            except redis.exceptions.NoScriptError:
-                return client.execute_command("EVAL", source, len(keys), *keys, *args)
-        return run
+    def script(self, source: str, once: bool = False) -> Script:
+        """The Script of this source."""
+        return Script(self, source, once)
 
     def time(self):
         """Redis's clock, seconds since the epoch: the one clock that all processes share."""
@@ -845,8 +883,8 @@ class Accounts:
         self.users = store.key("UserList")
         # A signature that was right once stays right: an app sends the same key with every request.
         self._claims = functools.lru_cache(maxsize=1000)(self._verified)
-        self._sign_up = store.script(self.SIGN_UP)
-        self._deregister = store.script(self.DEREGISTER)
+        self._sign_up = store.script(self.SIGN_UP, once=True)
+        self._deregister = store.script(self.DEREGISTER, once=True)
 
     def announce(self):
         """Leave word of the signing secret, for is_current()."""
@@ -1729,16 +1767,22 @@ class Queue:
         return {at < redis.call('LLEN', list) and at or -1, unpack(found)}
     """
 
+    UNSUPPRESS = """
+        redis.call('HDEL', KEYS[2], unpack(ARGV))
+        return redis.call('ZREM', KEYS[1], unpack(ARGV))
+    """
+
     def __init__(self, store, settings, process):
         self.store, self.settings, self.process = store, settings, process
         self._enqueue = store.script(self.ENQUEUE)
         self._exchange = store.script(self.EXCHANGE)
         self._promote = store.script(self.PROMOTE)
-        self._reclaim = store.script(self.RECLAIM)
-        self._cancel = store.script(self.CANCEL)
+        self._reclaim = store.script(self.RECLAIM, once=True)
+        self._cancel = store.script(self.CANCEL, once=True)
         self._pace = store.script(self.PACE)
-        self._revive = store.script(self.REVIVE)
+        self._revive = store.script(self.REVIVE, once=True)
         self._recent = store.script(self.RECENT_ONES)
+        self._unsuppress = store.script(self.UNSUPPRESS, once=True)
         self._missing = {}
         self._no_otp = threading.Event()
         self._no_otp.set()
@@ -1790,7 +1834,7 @@ class Queue:
             return script(keys, args)
         # WAITAOF is about what its own connection wrote.
         with self.store.redis.client() as connection:
-            result = script(keys, args, connection)
+            result = script(keys, args, client=connection)
             on_disk, _ = connection.execute_command("WAITAOF", 1, 0, 4000)
         if not on_disk:
             raise Refused(503, "the task could not be written to disk in time; send it again", None,
@@ -2019,10 +2063,8 @@ class Queue:
     def unsuppress(self, account, address):
         """Send to an address again. False where it was not suppressed."""
         keys = [same_mailbox(address), *([address.casefold()] if self.suppressed_by_older(account, address) else [])]
-        with self.store.redis.pipeline() as transaction:
-            transaction.zrem(self.store.key("suppressed", account), *keys)
-            transaction.hdel(self.store.key("suppressed_for", account), *keys)
-            return bool(transaction.execute()[0])
+        lists = [self.store.key("suppressed", account), self.store.key("suppressed_for", account)]
+        return bool(self._unsuppress(keys=lists, args=keys))
 
     def suppressed_by_older(self, account: str, address: str) -> bool:
         """Whether an address was suppressed by a version that folded more than ASCII letters.
@@ -2118,11 +2160,23 @@ class Stats:
     A process counts for itself and adds what is new to the sum once a second.
     """
 
+    # Add to counters: seconds to keep a minute of the history, then key, field and amount of each.
+    ADD = """
+        for at = 2, #ARGV, 3 do
+            local key, series, amount = unpack(ARGV, at, at + 2)
+            redis.call('HINCRBYFLOAT', KEYS[1] .. key, series, amount)
+            if key ~= 'stats' then redis.call('EXPIRE', KEYS[1] .. key, ARGV[1]) end
+        end
+        return 1
+    """
+    AT_ONCE = 500  # counters in one script
+
     MINUTES = 60
     SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, math.inf)
 
     def __init__(self, store):
         self.store, self.lock, self.new = store, threading.Lock(), collections.Counter()
+        self._add = store.script(self.ADD, once=True)
 
     def count(self, name, **labels):
         """Add one to a counter."""
@@ -2148,12 +2202,12 @@ class Stats:
         with self.lock:
             new, self.new = self.new, collections.Counter()
         try:
-            with self.store.redis.pipeline() as transaction:
-                for (key, series), amount in new.items():
-                    transaction.hincrbyfloat(self.store.key(key), json.dumps(series), amount)
-                for key in {key for key, _ in new} - {"stats"}:
-                    transaction.expire(self.store.key(key), (self.MINUTES + 2) * 60)
-                transaction.execute()
+            while new:
+                some = list(itertools.islice(new.items(), self.AT_ONCE))
+                self._add(keys=[self.store.prefix], args=[(self.MINUTES + 2) * 60, *(
+                    part for (key, series), amount in some for part in (key, json.dumps(series), amount))])
+                for counter, _ in some:
+                    del new[counter]
         except redis.RedisError:
             with self.lock:
                 self.new.update(new)
@@ -3136,7 +3190,7 @@ class Otps:
         self.store, self.key, self.ttl, self.minute_max = store, key, ttl, minute_max
         self.subject, self.content = subject, content or self.CONTENT
         self._keep = store.script(self.KEEP)
-        self._verify = store.script(self.VERIFY)
+        self._verify = store.script(self.VERIFY, once=True)
 
     def issue(self, task):
         """The OTP of a generateOtp task, verifiable from now on for `ttl` seconds.
@@ -3217,6 +3271,8 @@ class Newsletters:
     """
 
     BATCH = 500
+
+    CREATE = "return redis.call('HSETNX', KEYS[1], ARGV[1], ARGV[2])"
 
     UPDATE = """
         if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then return 0 end
@@ -3313,18 +3369,19 @@ class Newsletters:
     def __init__(self, store, zone, accounts, public_url="", clock=None, max_size=Settings.max_body):
         self.store, self.zone, self.clock, self.max_size = store, zone, clock or store.time, max_size
         self.accounts, self.public_url = accounts, public_url.rstrip("/")
+        self._create = store.script(self.CREATE, once=True)
         self._update = store.script(self.UPDATE)
         self._heads = store.script(self.HEADS)
-        self._remove = store.script(self.REMOVE)
+        self._remove = store.script(self.REMOVE, once=True)
         self._subscribe = store.script(self.SUBSCRIBE)
-        self._unsubscribe = store.script(self.UNSUBSCRIBE)
+        self._unsubscribe = store.script(self.UNSUBSCRIBE, once=True)
         self._refold = store.script(self.REFOLD)
-        self._claim = store.script(self.CLAIM)
+        self._claim = store.script(self.CLAIM, once=True)
 
     def create(self, account, content_type, subject, content):
         """Define a content type. Raises Refused (409) where there is one of this name."""
         body = json.dumps({"subject": subject, "content": content})
-        if not self.store.redis.hsetnx(self.store.key("content", account), content_type, body):
+        if not self._create(keys=[self.store.key("content", account)], args=[content_type, body]):
             raise Refused(409, "content_type exists already; PUT updates it", "content_type")
 
     def update(self, account, content_type, subject, content):
@@ -3430,16 +3487,20 @@ class Newsletters:
     def unsubscribe(self, task):
         """Carry out an unsubscribe task. Raises Permanent where the address is not subscribed."""
         content_type, address = task.payload["content_type"], task.payload["userId"]
-        if not self._leave(task.account, content_type, address, task.created):
+        # A task may be done again after an outage; what it has done by then is no reason to fail.
+        if not self._leave(task.account, content_type, address, task.created, task.id):
             raise Permanent(f"{address} is not subscribed to {content_type!r}")
 
-    def _leave(self, account, content_type, address, moment):
-        """End a subscription that is older than `moment` (microseconds). False where there is none."""
+    def _leave(self, account, content_type, address, moment, request=""):
+        """End a subscription that is older than `moment` (microseconds). False where there is none.
+
+        `request` is that of Script.
+        """
         address = same_mailbox(address)
         return self._unsubscribe(
             keys=[self.store.key("subscribers", content_type, account), self.store.key("schedule"),
                   self.store.key("unsubscribed", content_type, address, account)],
-            args=[address, moment, self._member(account, content_type, address)]) != "unknown"
+            args=[address, moment, self._member(account, content_type, address)], request=request) != "unknown"
 
     def fold_as_now(self) -> None:
         """Once after an upgrade: give the subscriptions that an older version kept under a further folded address the

@@ -27,6 +27,7 @@ import pty
 import random
 import re
 import secrets
+import select
 import shutil
 import signal
 import socket
@@ -119,6 +120,57 @@ def redis_server():
         server = RedisServer(folder).start()
         yield server
         server.stop()
+
+
+class Cutter:
+    """A proxy before a Redis. It cuts a connection when Redis has run a command and before its answer arrives.
+
+    Args:
+        server: the RedisServer behind it.
+    """
+
+    def __init__(self, server: RedisServer) -> None:
+        self.server, self.victim, self.cuts = server, b"", 0
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.uri = f"127.0.0.1:{self.listener.getsockname()[1]}"
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def cut(self, script: gomail.Script) -> None:
+        """Lose the answer to the next call of a script."""
+        self.server.client.script_load(script.source)  # else the answer would be that Redis does not know it
+        self.victim = script.digest.encode()
+
+    def accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self.listener.accept()
+                threading.Thread(target=self.forward, args=(client,), daemon=True).start()
+
+    def forward(self, client: socket.socket) -> None:
+        with client, socket.socket(socket.AF_UNIX) as redis_side, contextlib.suppress(OSError):
+            redis_side.connect(str(self.server.socket))
+            doomed = False
+            while True:
+                for source in select.select([client, redis_side], [], [])[0]:
+                    data = source.recv(1 << 20)
+                    if not data:
+                        return
+                    if source is client:
+                        doomed = doomed or bool(self.victim) and self.victim in data
+                    elif doomed:
+                        self.victim, self.cuts = b"", self.cuts + 1
+                        return
+                    (redis_side if source is client else client).sendall(data)
+
+    def close(self) -> None:
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+
+
+@pytest.fixture
+def cutter(redis_server):
+    with contextlib.closing(Cutter(redis_server)) as cutter:
+        yield cutter
 
 
 Mail = collections.namedtuple("Mail", "sender recipient raw peer arrived")
@@ -4853,6 +4905,135 @@ def test_a_redis_that_may_lose_tasks_is_warned_about_and_cannot_promise_fsync(pr
     assert until(lambda: process.logged("the Redis keeps no append-only file"))["level"] == "WARNING"
     code, _, errors = processes({"redis_uri": redis_server.uri, "durability": "fsync"}).result()
     assert code == 1 and errors.startswith("gomail: durability: 'fsync'") and errors.count("\n") == 1
+
+
+def test_a_claim_whose_answer_is_lost_sends_each_newsletter_once(services, mail_server, clock, cutter):
+    service = services(mail_server, clock=clock, redis_uri=cutter.uri, workers=4)
+    client = service.client.sign_up()
+    define(client)
+    recipients = [f"{number}@example.com" for number in range(1200)]
+    account = name_of(client)
+    for address in recipients:
+        service.newsletters.subscribe(gomail.Task("id", account, "", "subscribe", "name", 0, {
+            "userId": address, "content_type": "news", "frequency": "@daily"}, 1))
+    cutter.cut(service.newsletters._claim)
+    clock.forward(86400)
+    until(lambda: cutter.cuts and service.queue.counters()["successful"] == 1200)
+    assert collections.Counter(mail.recipient for mail in mail_server.mails) == dict.fromkeys(recipients, 1)
+
+
+# Each prepares something, yields a script, and does what runs it; the answer must be as if it had come at once.
+
+def signing_up(service, client, mail_server):
+    yield service.http.api.accounts._sign_up
+    client.sign_up("new@example.com").task()
+
+
+def deregistering(service, client, mail_server):
+    yield service.http.api.accounts._deregister
+    client.post("/auth/deregister", {"id": name_of(client)})
+
+
+def cancelling(service, client, mail_server):
+    task_id = client.task(send_at=rfc3339(time.time() + 1e6))
+    yield service.queue._cancel
+    delete(client, f"/task/{task_id}")
+
+
+def retrying_a_dead_letter(service, client, mail_server):
+    task_id = dead_letter(client, mail_server)
+    yield service.queue._revive
+    client.post(f"/task/dead/{task_id}/retry")
+    mail_server.one("user@example.com")
+
+
+def removing_a_dead_letter(service, client, mail_server):
+    task_id = dead_letter(client, mail_server)
+    yield service.queue._revive
+    delete(client, f"/task/dead/{task_id}")
+
+
+def creating_content(service, client, mail_server):
+    yield service.newsletters._create
+    define(client)
+
+
+def removing_content(service, client, mail_server):
+    define(client)
+    yield service.newsletters._remove
+    delete(client, "/task/subscriptionContent/news")
+
+
+def unsubscribing(service, client, mail_server):
+    define(client)
+    subscribe(client)
+    yield service.newsletters._unsubscribe
+    assert client.state(client.task("unsubscribe", content_type="news"), "succeeded", "dead")["state"] == "succeeded"
+
+
+def sending_to_an_address_again(service, client, mail_server):
+    client.post("/suppressions", {"userId": "user@example.com"})
+    yield service.queue._unsuppress
+    delete(client, "/suppressions", {"userId": "user@example.com"})
+
+
+def verifying_an_otp(service, client, mail_server):
+    client.task("generateOtp")
+    otp = otp_of(mail_server.one("user@example.com"))
+    yield service.http.api.otps._verify
+    assert client.post("/task/verify", {"userEmail": "user@example.com", "otp": otp})["verified"]
+
+
+def verifying_a_wrong_otp(service, client, mail_server):
+    yield service.http.api.otps._verify
+    assert not client.post("/task/verify", {"userEmail": "user@example.com", "otp": "000000"})["verified"]
+    failed, = service.store.redis.keys(service.store.key("otp_failed", "*"))
+    assert service.store.redis.get(failed) == "1"
+
+
+def counting(service, client, mail_server):
+    service.cron.stop()
+    service.stats.flush()
+    yield service.stats._add
+    service.stats.count("gomail_tasks_total", type="counted")
+    assert service.stats.read()["gomail_tasks_total", ("type", "counted")] == 1
+
+
+def reclaiming(service, client, mail_server):
+    service.cron.stop()
+    dead = gomail.Queue(service.store, service.settings, "dead")
+    dead.beat(["normal-7"], {})
+    service.workers.stop(PATIENCE)
+    client.task()
+    dead.exchange("normal-7", "normal")
+    service.store.redis.delete(service.store.key("heartbeat", "dead"))
+    yield service.queue._reclaim
+    assert service.queue.reclaim(patience=0) == 1
+
+
+def delete(client, path, body=None):
+    """Delete something, with a 200 answer."""
+    status, answer, _ = client("DELETE", path, body)
+    assert status == 200, answer
+
+
+def dead_letter(client, mail_server):
+    """The id of a new dead letter."""
+    mail_server.replies["user@example.com"] = ["550 5.2.1 no"]
+    task_id = client.task()
+    client.state(task_id, "dead")
+    return task_id
+
+
+@pytest.mark.parametrize("change", [
+    signing_up, deregistering, cancelling, retrying_a_dead_letter, removing_a_dead_letter, creating_content, removing_content,
+    unsubscribing, sending_to_an_address_again, verifying_an_otp, verifying_a_wrong_otp, counting, reclaiming],
+    ids=lambda change: change.__name__)
+def test_a_lost_answer_changes_nothing_twice_and_its_repetition_answers_the_same(services, mail_server, cutter, change):
+    service = services(mail_server, redis_uri=cutter.uri)
+    steps = change(service, service.client.sign_up(), mail_server)
+    cutter.cut(next(steps))
+    assert not list(steps) and cutter.cuts == 1
 
 
 def test_a_black_holed_or_rejecting_mail_server_costs_no_attempt(services, certificate):
