@@ -593,7 +593,12 @@ class Script:
         source: the script. Its first key is the prefix of all keys, or begins with it.
         once: a call that is sent twice, because its connection broke before the answer came, runs once. The answer 0
             says that nothing was changed, and is not kept. Without `once`, running it twice must do no harm.
+        when_full: it runs while Redis's memory is full, too: what settles, takes and removes makes room.
     """
+
+    # A full Redis refuses the first write of a script if it is one that may need memory, and none after it (so do Redis
+    # 6.2 to 8 and Valkey, whether or not they know the flag `allow-oom`). This one needs none, and does nothing.
+    WHEN_FULL = "redis.call('UNLINK', KEYS[1] .. ':')\n"
 
     ONCE = """
         local answered = table.remove(KEYS)
@@ -608,9 +613,9 @@ class Script:
         return answer
     """
 
-    def __init__(self, store: "Store", source: str, once: bool = False) -> None:
+    def __init__(self, store: "Store", source: str, once: bool = False, when_full: bool = True) -> None:
         self.store, self.once = store, once
-        self.source = self.ONCE + source + self.KEPT if once else source
+        self.source = (self.WHEN_FULL if when_full else "") + (self.ONCE + source + self.KEPT if once else source)
         self.digest = hashlib.sha1(self.source.encode()).hexdigest()
 
     def __call__(self, keys: Sequence, args: Sequence, request: str = "", client=None) -> typing.Any:
@@ -653,6 +658,7 @@ class Store:
         self.available = True
         self._own = threading.local()
         self._spare = []
+        self._write = self.script("return redis.call(ARGV[1], KEYS[1], unpack(ARGV, 2))")
         if uri.startswith("redis+sentinel://"):
             self._pooled = self._behind_sentinels(uri, options)
         else:
@@ -702,9 +708,14 @@ class Store:
         if client := vars(self._own).pop("client", None):
             self._spare.append(client)
 
-    def script(self, source: str, once: bool = False) -> Script:
+    def script(self, source: str, once: bool = False, when_full: bool = True) -> Script:
         """The Script of this source."""
-        return Script(self, source, once)
+        return Script(self, source, once, when_full)
+
+    def write(self, *command: typing.Any) -> typing.Any:
+        """The answer to a command that may not wait until Redis's memory has room: what makes room needs it."""
+        name, key, *args = command
+        return self._write(keys=[key], args=[name, *args])
 
     def time(self):
         """Redis's clock, seconds since the epoch: the one clock that all processes share."""
@@ -876,19 +887,19 @@ class Accounts:
     def __init__(self, store, secret="", previous="", ttl=0):
         self.store, self.ttl = store, ttl
         if not secret:
-            store.redis.set(store.key("jwt_secret"), secrets.token_hex(32), nx=True)
+            store.write("SET", store.key("jwt_secret"), secrets.token_hex(32), "NX")
             secret = store.redis.get(store.key("jwt_secret"))
         self.secret = secret.encode()
         self.accepted = [self.secret, previous.encode()] if previous else [self.secret]
         self.users = store.key("UserList")
         # A signature that was right once stays right: an app sends the same key with every request.
         self._claims = functools.lru_cache(maxsize=1000)(self._verified)
-        self._sign_up = store.script(self.SIGN_UP, once=True)
+        self._sign_up = store.script(self.SIGN_UP, once=True, when_full=False)
         self._deregister = store.script(self.DEREGISTER, once=True)
 
     def announce(self):
         """Leave word of the signing secret, for is_current()."""
-        self.store.redis.set(self.store.key("jwt_secret_check"), self.derive("check").hex())
+        self.store.write("SET", self.store.key("jwt_secret_check"), self.derive("check").hex())
 
     def is_current(self):
         """Whether the service that runs signs with the same secret, as far as is known."""
@@ -1433,6 +1444,7 @@ class Queue:
     MAX_STRIKES = 3
     HEARTBEAT_TTL = 4.0  # seconds
     OTP_FIRST = 0.01  # seconds
+    LOOK_AGAIN = 0.1  # seconds until an empty lane is looked at again, where waiting for it is refused
     BATCH = 200
     RECENT = 100_000  # tasks that can be looked up without their id, of an account and of all
     LOOK = 1000  # tasks that are looked at in one script
@@ -1514,17 +1526,17 @@ class Queue:
 
         local function too_early(id, address)
             local asked, hour = prefix .. 'otp_asked:' .. address .. ':' .. account, milliseconds - 3600000
-            redis.call('ZREMRANGEBYSCORE', asked, '-inf', hour)
-            local first = redis.call('ZRANGE', asked, 0, 0, 'WITHSCORES')[2]
             local last = redis.call('ZRANGE', asked, -1, -1, 'WITHSCORES')[2]
             local wait = (last or 0) + cooldown * 1000 - milliseconds
-            if tonumber(hourly) > 0 and redis.call('ZCARD', asked) >= tonumber(hourly) then
+            if tonumber(hourly) > 0 and redis.call('ZCOUNT', asked, '(' .. hour, '+inf') >= tonumber(hourly) then
+                local first = redis.call('ZRANGE', asked, '(' .. hour, '+inf', 'BYSCORE', 'LIMIT', 0, 1, 'WITHSCORES')[2]
                 wait = math.max(wait, first - hour)
             end
             if wait > 0 then return math.ceil(wait / 1000) end
             wait = one_more(prefix .. 'otp_requests:' .. account, minute)
             if wait then return wait end
-            redis.call('ZADD', asked, milliseconds, id)
+            redis.call('ZADD', asked, milliseconds, id)  -- a full Redis refuses this: nothing is written before it
+            redis.call('ZREMRANGEBYSCORE', asked, '-inf', hour)
             redis.call('EXPIRE', asked, 3600)
         end
 
@@ -1570,7 +1582,7 @@ class Queue:
     EXCHANGE = BURY + """
         local own, lane, prefix = KEYS[1], KEYS[2], KEYS[3]
         local take, id, verdict, error, delay, delivered, suppress = unpack(ARGV)
-        local result_ttl, dead_ttl, dead_max = unpack(ARGV, 8)
+        local result_ttl, dead_ttl, dead_max, process, worker = unpack(ARGV, 8)
         if id ~= '' and redis.call('LREM', own, 1, id) == 1 then
             local task = prefix .. 'task:' .. id
             if delivered ~= '' then redis.call('HSET', task, 'delivered', delivered) end
@@ -1616,6 +1628,10 @@ class Queue:
                 back = redis.call('LMOVE', own, lane, 'LEFT', 'RIGHT')
             end
             return false
+        end
+        -- Who was taken for dead, and lives, is found again should it die now.
+        if redis.call('HEXISTS', prefix .. 'processes', process) == 0 then
+            redis.call('HSET', prefix .. 'processes', process, worker)
         end
         while true do
             local next = redis.call('LINDEX', own, -1) or redis.call('RPOPLPUSH', lane, own)
@@ -1670,40 +1686,76 @@ class Queue:
         return #due
     """
 
-    # Give back what a process has in hand, oldest first to the head of each lane. Where the process died, a
-    # task gets a strike, once for each time it was begun: the third buries it.
+    # Give back what processes have in hand, oldest first to the head of each lane; answers how many tasks of each, or -1
+    # where it was left alone. Where the process died, a task gets a strike, once for each time it was begun: the third
+    # buries it. When many have been found, the rest of the processes is for the next call.
     RECLAIM = BURY + """
-        local prefix, process, died = KEYS[1], ARGV[1], ARGV[2] == '1'
-        if died and redis.call('EXISTS', prefix .. 'heartbeat:' .. process) == 1 then return -1 end
-        local found = {}
-        for worker in string.gmatch(redis.call('HGET', prefix .. 'processes', process) or '', '[^,]+') do
-            local list = prefix .. 'processing:' .. process .. ':' .. worker
-            for _, id in ipairs(redis.call('LRANGE', list, 0, -1)) do
-                local task = redis.call('HMGET', prefix .. 'task:' .. id, 'created', 'lane', 'strikes', 'begun')
-                if task[1] then
-                    local strikes = tonumber(task[3] or 0)
-                    if died and (strikes == 0 or task[4]) then strikes = strikes + 1 end
-                    found[#found + 1] = {id = id, created = tonumber(task[1]), lane = task[2], strikes = strikes}
-                end
-            end
-            redis.call('UNLINK', list)
+        local prefix, died, max_strikes, dead_ttl, dead_max = KEYS[1], ARGV[1] == '1', unpack(ARGV, 2, 4)
+        local look, heartbeat_ttl, found, counts = tonumber(ARGV[5]), tonumber(ARGV[6]), {}, {}
+
+        -- A heartbeat that ends later than any that was just shown is from before the clock went back.
+        local function lives(process)
+            local left = redis.call('PTTL', prefix .. 'heartbeat:' .. process)
+            return left > 0 and left <= heartbeat_ttl
         end
-        redis.call('HDEL', prefix .. 'processes', process)
-        redis.call('HDEL', prefix .. 'paused', process)
-        redis.call('UNLINK', prefix .. 'heartbeat:' .. process)
+
+        local function collect(process)
+            local before = #found
+            for worker in string.gmatch(redis.call('HGET', prefix .. 'processes', process) or '', '[^,]+') do
+                local list = prefix .. 'processing:' .. process .. ':' .. worker
+                for _, id in ipairs(redis.call('LRANGE', list, 0, -1)) do
+                    local task = redis.call('HMGET', prefix .. 'task:' .. id, 'created', 'lane', 'strikes', 'begun', 'state')
+                    if task[1] then
+                        local strikes = tonumber(task[3] or 0)
+                        if died and task[5] == 'running' and (strikes == 0 or task[4]) then strikes = strikes + 1 end
+                        found[#found + 1] = {id = id, created = tonumber(task[1]), lane = task[2], strikes = strikes}
+                    end
+                end
+                redis.call('UNLINK', list)
+            end
+            redis.call('HDEL', prefix .. 'processes', process)
+            redis.call('HDEL', prefix .. 'paused', process)
+            redis.call('UNLINK', prefix .. 'heartbeat:' .. process)
+            return #found - before
+        end
+
+        for at = 7, #ARGV do
+            counts[#counts + 1] = (#found >= look or died and lives(ARGV[at])) and -1 or collect(ARGV[at])
+        end
         table.sort(found, function(a, b) return a.created > b.created end)
         for _, task in ipairs(found) do
             redis.call('HDEL', prefix .. 'task:' .. task.id, 'begun')
             note(prefix .. 'task:' .. task.id, died and 'orphaned' or 'returned',
                  died and 'its process died' or 'the service stopped')
             redis.call('HSET', prefix .. 'task:' .. task.id, 'strikes', task.strikes, 'state', 'queued')
-            if task.strikes >= tonumber(ARGV[3]) then
-                bury(prefix, task.id, 'its process died ' .. task.strikes .. ' times', ARGV[4], tonumber(ARGV[5]))
+            if task.strikes >= tonumber(max_strikes) then
+                bury(prefix, task.id, 'its process died ' .. task.strikes .. ' times', dead_ttl, tonumber(dead_max))
             else
                 redis.call('RPUSH', prefix .. 'lane:' .. task.lane, task.id)
             end
         end
-        return #found
+        return counts
+    """
+
+    # A list whose worker no process shows belongs to one that was taken for dead too early, and died later. To show
+    # both is enough: they are without a heartbeat.
+    ADOPT = """
+        local prefix, process, worker = KEYS[1], ARGV[1], ARGV[2]
+        local workers = redis.call('HGET', prefix .. 'processes', process)
+        if redis.call('EXISTS', prefix .. 'processing:' .. process .. ':' .. worker) == 0
+                or workers and string.find(',' .. workers .. ',', ',' .. worker .. ',', 1, true) then
+            return 0
+        end
+        redis.call('HSET', prefix .. 'processes', process, workers and workers .. ',' .. worker or worker)
+        return 1
+    """
+
+    BEAT = """
+        local prefix, process, workers, ttl, paused = KEYS[1], unpack(ARGV)
+        redis.call('HSET', prefix .. 'processes', process, workers)
+        redis.call('SET', prefix .. 'heartbeat:' .. process, 1, 'PX', ttl)
+        redis.call('HSET', prefix .. 'paused', process, paused)
+        return redis.call('HGETALL', prefix .. 'resume')
     """
 
     # Only what waits in the delayed set: what a lane or a worker has, the next moment may send.
@@ -1774,16 +1826,18 @@ class Queue:
 
     def __init__(self, store, settings, process):
         self.store, self.settings, self.process = store, settings, process
-        self._enqueue = store.script(self.ENQUEUE)
+        self._enqueue = store.script(self.ENQUEUE, when_full=False)
         self._exchange = store.script(self.EXCHANGE)
         self._promote = store.script(self.PROMOTE)
         self._reclaim = store.script(self.RECLAIM, once=True)
+        self._adopt = store.script(self.ADOPT)
+        self._beat = store.script(self.BEAT)
         self._cancel = store.script(self.CANCEL, once=True)
         self._pace = store.script(self.PACE)
         self._revive = store.script(self.REVIVE, once=True)
-        self._recent = store.script(self.RECENT_ONES)
+        self._recent = store.script(self.RECENT_ONES, when_full=False)
         self._unsuppress = store.script(self.UNSUPPRESS, once=True)
-        self._missing = {}
+        self._missing, self._scanned = {}, 0
         self._no_otp = threading.Event()
         self._no_otp.set()
 
@@ -1853,7 +1907,7 @@ class Queue:
             keys=[self._processing(worker), self.store.key("lane", lane), self.store.prefix],
             args=[int(take), outcome.task_id, outcome.verdict, outcome.error, int(outcome.delay * 1000),
                   " ".join(outcome.delivered), " ".join(outcome.suppress), settings.result_ttl * 1000,
-                  settings.dead_ttl * 1000, settings.dead_max])
+                  settings.dead_ttl * 1000, settings.dead_max, self.process, worker])
         if not found:
             return None
         task_id, body, account, key, created, *counts, delivered, suppressed = found
@@ -1878,7 +1932,10 @@ class Queue:
 
         The next exchange() returns it.
         """
-        self.store.redis.brpoplpush(self.store.key("lane", lane), self._processing(worker), timeout=timeout)
+        try:
+            self.store.redis.brpoplpush(self.store.key("lane", lane), self._processing(worker), timeout=timeout)
+        except redis.OutOfMemoryError:  # to wait needs no memory, but might; the next exchange() needs no wait
+            time.sleep(min(timeout, self.LOOK_AGAIN))
 
     def pace(self, lane):
         """Take the next moment at which a mail of this lane may go, by `smtp_rate`; returns the seconds until then."""
@@ -1888,7 +1945,7 @@ class Queue:
 
     def begin(self, task):
         """Note that a task with strikes is begun now: only then is it to blame if the process dies."""
-        self.store.redis.hset(self.store.key("task", task.id), "begun", 1)
+        self.store.write("HSET", self.store.key("task", task.id), "begun", 1)
 
     def _processing(self, worker):
         return self.store.key("processing", self.process, worker)
@@ -1898,16 +1955,13 @@ class Queue:
 
         Returns lane -> how often somebody has asked to resume it.
         """
-        with self.store.redis.pipeline() as transaction:
-            transaction.hset(self.store.key("processes"), self.process, ",".join(workers))
-            transaction.set(self.store.key("heartbeat", self.process), 1, px=int(self.HEARTBEAT_TTL * 1000))
-            transaction.hset(self.store.key("paused"), self.process, json.dumps(paused))
-            transaction.hgetall(self.store.key("resume"))
-            return transaction.execute()[-1]
+        asked = self._beat(keys=[self.store.prefix], args=[
+            self.process, ",".join(workers), int(self.HEARTBEAT_TTL * 1000), json.dumps(paused)])
+        return dict(zip(asked[::2], asked[1::2]))
 
     def resume(self, lane):
         """Ask every process to probe at once whether `lane` can go on."""
-        self.store.redis.hincrby(self.store.key("resume"), lane, 1)
+        self.store.write("HINCRBY", self.store.key("resume"), lane, 1)
 
     def promote(self):
         """Move retries that are due to their lanes; returns how many, at most BATCH."""
@@ -1919,26 +1973,40 @@ class Queue:
         A process is dead when its heartbeat has been seen missing for `patience` seconds: a live one whose
         key went with a restart of Redis, or with a jump of its clock, has shown itself again by then.
         """
-        given_back = 0
         processes = self.store.redis.hkeys(self.store.key("processes"))
-        self._missing = {process: self._missing.get(process, time.monotonic()) for process in processes
-                         if not self.store.redis.exists(self.store.key("heartbeat", process))}
-        for process, since in self._missing.items():
-            if time.monotonic() - since >= patience:
-                count = self._give_back(process, died=True)
-                if count >= 0:
-                    given_back += count
-                    log(logging.WARNING, "reclaimed the tasks of a dead process", process=process, tasks=count)
-        return given_back
+        with self.store.redis.pipeline(transaction=False) as pipeline:
+            for process in processes:
+                pipeline.pttl(self.store.key("heartbeat", process))
+            left = dict(zip(processes, pipeline.execute()))
+        now = time.monotonic()
+        self._missing = {process: self._missing.get(process, now) for process in processes
+                         if not 0 < left[process] <= self.HEARTBEAT_TTL * 1000}
+        dead = [process for process, since in self._missing.items() if now - since >= patience]
+        counts = dict(zip(dead, self._give_back(dead, died=True)))
+        for process, count in counts.items():
+            if count >= 0:
+                log(logging.WARNING, "reclaimed the tasks of a dead process", process=process, tasks=count)
+        return sum(max(count, 0) for count in counts.values())
 
-    def release(self):
+    def find_orphans(self) -> int:
+        """Look at some further keys for lists that reclaim() would not look at, and see to it that it does.
+
+        Returns how many it found among about 5,000 keys; the next call goes on from there.
+        """
+        pattern = re.sub(r"[*?\[\]\\]", r"\\\g<0>", self.store.key("processing", "")) + "*"
+        self._scanned, lists = self.store.redis.scan(self._scanned, match=pattern, count=5 * self.LOOK)
+        owners = [key.removeprefix(self.store.key("processing", "")).rpartition(":") for key in lists]
+        return sum(self._adopt(keys=[self.store.prefix], args=[process, worker]) for process, _, worker in owners)
+
+    def release(self) -> int:
         """At a graceful stop: give back what the workers still have, and take the heartbeat down."""
-        return self._give_back(self.process, died=False)
+        return self._give_back([self.process], died=False)[0]
 
-    def _give_back(self, process, died):
+    def _give_back(self, processes: list[str], died: bool) -> list[int]:
         settings = self.settings
         return self._reclaim(keys=[self.store.prefix], args=[
-            process, int(died), self.MAX_STRIKES, settings.dead_ttl * 1000, settings.dead_max])
+            int(died), self.MAX_STRIKES, settings.dead_ttl * 1000, settings.dead_max, self.LOOK,
+            int(self.HEARTBEAT_TTL * 1000), *processes]) if processes else []
 
     def status(self, task_id, account="", story=False):
         """What is known of a task, as a dict, or None. With `account`, only of that account's own.
@@ -3369,14 +3437,14 @@ class Newsletters:
     def __init__(self, store, zone, accounts, public_url="", clock=None, max_size=Settings.max_body):
         self.store, self.zone, self.clock, self.max_size = store, zone, clock or store.time, max_size
         self.accounts, self.public_url = accounts, public_url.rstrip("/")
-        self._create = store.script(self.CREATE, once=True)
-        self._update = store.script(self.UPDATE)
-        self._heads = store.script(self.HEADS)
+        self._create = store.script(self.CREATE, once=True, when_full=False)
+        self._update = store.script(self.UPDATE, when_full=False)
+        self._heads = store.script(self.HEADS, when_full=False)
         self._remove = store.script(self.REMOVE, once=True)
         self._subscribe = store.script(self.SUBSCRIBE)
         self._unsubscribe = store.script(self.UNSUBSCRIBE, once=True)
         self._refold = store.script(self.REFOLD)
-        self._claim = store.script(self.CLAIM, once=True)
+        self._claim = store.script(self.CLAIM, once=True, when_full=False)
 
     def create(self, account, content_type, subject, content):
         """Define a content type. Raises Refused (409) where there is one of this name."""
@@ -3517,7 +3585,7 @@ class Newsletters:
                         self._refold(keys=[subscribers, self.store.key("schedule")], args=[
                             older, address, self._member(account, content_type, older),
                             self._member(account, content_type, address)])
-        self.store.redis.set(marker, now, nx=True)
+        self.store.write("SET", marker, now, "NX")
 
     def link(self, account, content_type, address):
         """The URL that ends this subscription, by whoever has it; "" without `public_url`."""
@@ -3949,6 +4017,7 @@ class Cron:
                     self.workers.gates[lane].resume()
             self.beaten = now
             self.stats.flush()
+            self.queue.find_orphans()
             self.queue.reclaim()
         deadline = time.monotonic() + 0.5
         while self.queue.promote() == self.queue.BATCH and time.monotonic() < deadline:

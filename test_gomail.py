@@ -3407,6 +3407,57 @@ def test_tasks_of_a_dead_process_go_back_to_their_lanes_oldest_first(service, qu
     assert queue.store.redis.hkeys(queue.store.key("processes")) == [service.queue.process]
 
 
+def test_tasks_of_several_dead_processes_go_back_oldest_first(queue, monkeypatch):
+    ids = [queue.enqueue(queue.account, [MESSAGE])[0] for _ in range(6)]
+    dead = [gomail.Queue(queue.store, queue.settings, f"dead-{number}") for number in range(3)]
+    for process in dead:
+        process.beat(["normal-0", "normal-1"], {})
+    for worker in ("normal-0", "normal-1"):
+        for process in dead:
+            process.exchange(worker, "normal")
+    queue.store.redis.delete(*[queue.store.key("heartbeat", process.process) for process in dead])
+    until(lambda: queue.depths()["normal"] == 6)
+    assert queue.store.redis.lrange(queue.store.key("lane", "normal"), 0, -1) == ids[::-1]
+
+
+def test_a_process_that_was_taken_for_dead_and_takes_tasks_again_is_found_when_it_dies(queue):
+    queue.enqueue(queue.account, [MESSAGE])
+    queue.release()
+    taken = queue.exchange("normal-1", "normal")  # its cron thread has not shown it again
+    assert queue.processes() == 2 and queue.depths()["normal"] == 0
+    until(lambda: queue.depths()["normal"] == 1)
+    assert queue.status(taken.id, story=True)["story"][-1]["event"] == "orphaned"
+
+
+@pytest.mark.parametrize("known", [None, "normal-0"])
+def test_a_list_that_no_process_owns_is_found_by_the_cron_thread(queue, known):
+    # A worker whose process was taken for dead waited for a task, got it, and died before it could say so.
+    task_id, = queue.enqueue(queue.account, [MESSAGE])
+    queue.store.redis.delete(queue.store.key("heartbeat", queue.process))
+    queue.store.redis.hdel(queue.store.key("processes"), queue.process)
+    if known:
+        queue.store.redis.hset(queue.store.key("processes"), queue.process, known)
+    queue.wait("normal-1", "normal", 1)
+    assert queue.depths()["normal"] == 0
+    until(lambda: queue.depths()["normal"] == 1)
+    strikes = queue.store.redis.hget(queue.store.key("task", task_id), "strikes")
+    assert queue.status(task_id)["state"] == "queued" and strikes == "0"  # it was not begun
+
+
+def test_the_lists_of_a_live_process_are_nobodys_to_reclaim(service, queue):
+    queue.enqueue(queue.account, [MESSAGE])
+    assert queue.exchange("normal-0", "normal")
+    queue.beat(["normal-0"], {})
+    assert service.queue.find_orphans() == 0 and service.queue.reclaim(patience=0) == 0
+
+
+def test_a_heartbeat_from_before_the_clock_went_back_keeps_no_dead_process_alive(queue):
+    queue.enqueue(queue.account, [MESSAGE])
+    queue.exchange("normal-0", "normal")
+    queue.store.redis.pexpire(queue.store.key("heartbeat", queue.process), 3_600_000)
+    until(lambda: queue.depths()["normal"] == 1)
+
+
 def test_a_task_that_kills_its_process_three_times_is_buried_and_its_neighbours_are_not(service, queue):
     poison, neighbour = (queue.enqueue(queue.account, [MESSAGE])[0] for _ in range(2))
     for _ in range(3):
@@ -4898,6 +4949,44 @@ def test_a_full_or_read_only_redis_is_503_and_later_all_is_as_before(processes, 
         server.client.execute_command(*remedy)
         task_id = until(lambda: (got := client("POST", "/task/", MESSAGE))[0] == 200 and got[1]["id"])
         client.state(task_id, "succeeded")
+
+
+def test_a_full_redis_is_drained_also_by_a_gomail_that_starts_then_while_what_adds_is_503(
+        processes, mail_server, redis_with_file):
+    server = redis_with_file()
+    environment = settings_for(server, mail_server, smtp_rate="10000")
+    process = processes(environment).started()
+    client = process.client.sign_up()
+    define(client)
+    subscribe(client)
+    scheduled, dead = client.task(send_at=rfc3339(time.time() + 1e6)), dead_letter(client, mail_server)
+    mail_server.stop()
+    answered = [f"{number}@example.com" for number in range(1000)]
+    tasks = [{**MESSAGE, "payload": {**MESSAGE["payload"], "userId": recipient}} for recipient in answered]
+    assert all(answer["status"] for answer in client.post("/task/batch", {"tasks": tasks})["tasks"])
+    client.task("generateOtp", userId="otp@example.com")
+    client.task("subscribe", userId="later@example.com", content_type="news", frequency="@daily")
+    process.stop()
+    server.client.config_set("maxmemory", 1)
+    process = processes(environment).started()
+    client = Client(process.url, client.key)
+    otp = {**MESSAGE, "type": "generateOtp", "payload": {"userId": "no@example.com", "length": 6}}
+    for path, body in (("/task/", MESSAGE), ("/task/", otp), ("/auth/signup", {"id": "no@example.com"}),
+                       ("/task/subscriptionContent", {"content_type": "no", "subject": "No", "content": "No"})):
+        assert client("POST", path, body)[0] == 503
+    mail_server.start()
+    assert counted(mail_server, [*answered, "otp@example.com"]) == 0
+    otp = otp_of(mail_server.one("otp@example.com"))
+    assert client.post("/task/verify", {"userEmail": "otp@example.com", "otp": otp})["verified"]
+    assert client("POST", "/task/", MESSAGE)[0] == 503
+    delete(client, f"/task/{scheduled}")
+    delete(client, f"/task/dead/{dead}")
+    until(lambda: client.get("/subscriptions?userId=later@example.com")["subscriptions"])
+    until(lambda: client.get("/health/metrics")["Jobs Successful"] == 1003)
+    server.client.config_set("maxmemory", 0)
+    client.task(userId="after@example.com")
+    assert mail_server.one("after@example.com")
+    assert not process.logged("Redis is not available")
 
 
 def test_a_redis_that_may_lose_tasks_is_warned_about_and_cannot_promise_fsync(processes, redis_server):
