@@ -582,6 +582,7 @@ def start_logging(settings, shared=False):
 #   otp_requests:<account>         string  OTP requests in this minute
 #   content:<account>              hash    content type -> {"subject", "content"}
 #   subscribers:<type>:<account>   hash    address -> {"userId", "frequency", "retries", "created", "variables"}
+#   issued:<type>:<account>        hash    address -> id of the newsletter's task that was queued last
 #   unsubscribed:<type>:<address>:<account>  string  when it was asked for, so that an older subscribe loses
 #   schedule                       zset    [account, type, address] by its next boundary (s)
 
@@ -878,7 +879,8 @@ class Accounts:
     DEREGISTER = """
         if redis.call('HDEL', KEYS[1], ARGV[1]) == 0 then return 0 end
         for _, content_type in ipairs(redis.call('HKEYS', KEYS[2])) do
-            redis.call('UNLINK', ARGV[2] .. content_type .. ':' .. ARGV[1])
+            redis.call('UNLINK', ARGV[2] .. 'subscribers:' .. content_type .. ':' .. ARGV[1],
+                       ARGV[2] .. 'issued:' .. content_type .. ':' .. ARGV[1])
         end
         redis.call('UNLINK', unpack(KEYS, 2))
         return 1
@@ -930,7 +932,7 @@ class Accounts:
     def deregister(self, name):
         """Revoke the key of `name` and end all it has waiting. Raises Refused (404) where it is not registered."""
         own = [self.store.key(kind, name) for kind in ("content", "dead", "suppressed", "suppressed_for", "recent")]
-        if not self._deregister(keys=[self.users, *own], args=[name, self.store.key("subscribers", "")]):
+        if not self._deregister(keys=[self.users, *own], args=[name, self.store.prefix]):
             raise Refused(404, "id is not registered", "id")
 
     def authenticate(self, header):
@@ -3363,7 +3365,7 @@ class Newsletters:
 
     # Places in the schedule stay behind; the script that finds them due, without a subscriber, drops them.
     REMOVE = """
-        redis.call('UNLINK', KEYS[2])
+        redis.call('UNLINK', KEYS[2], KEYS[3])
         return redis.call('HDEL', KEYS[1], ARGV[1])
     """
 
@@ -3384,13 +3386,14 @@ class Newsletters:
     """
 
     UNSUBSCRIBE = """
-        local subscribers, schedule, unsubscribed = KEYS[1], KEYS[2], KEYS[3]
+        local subscribers, schedule, unsubscribed, issued = unpack(KEYS)
         local address, created, member = unpack(ARGV)
         redis.call('SET', unsubscribed, created, 'EX', 86400)
         local before = redis.call('HGET', subscribers, address)
         if not before then return 'unknown' end
         if cjson.decode(before).created > tonumber(created) then return 'overtaken' end
         redis.call('HDEL', subscribers, address)
+        redis.call('HDEL', issued, address)
         redis.call('ZREM', schedule, member)
         return 'unsubscribed'
     """
@@ -3407,10 +3410,31 @@ class Newsletters:
         redis.call('ZREM', schedule, older_member)
     """
 
+    # Queue what is due; answers how many places in the schedule that were, and at how many of them nothing was queued,
+    # because the issue before has not ended yet: one that waits is enough, it is filled when it is sent.
     CLAIM = Queue.CLOCK + Queue.REMEMBER + """
-        local prefix, now, most, base = KEYS[1], ARGV[1], ARGV[2], ARGV[3]
+        local prefix, now, most, base = KEYS[1], unpack(ARGV, 1, 3)
         local boundaries = {['@hourly'] = ARGV[4], ['@daily'] = ARGV[5], ['@weekly'] = ARGV[6], ['@monthly'] = ARGV[7]}
-        local schedule = prefix .. 'schedule'
+        local ended = {succeeded = true, dead = true, suppressed = true, cancelled = true}
+        local schedule, skipped = prefix .. 'schedule', 0
+
+        local function queue(number, account, key, content_type, address, record)
+            local issued, id = prefix .. 'issued:' .. content_type .. ':' .. account, base .. string.format('%08x', number)
+            local before = redis.call('HGET', issued, address)
+            local state = before and redis.call('HGET', prefix .. 'task:' .. before, 'state')
+            if state and not ended[state] then
+                skipped = skipped + 1
+                return
+            end
+            local body = cjson.encode({task = content_type, type = 'newsletter', retries = record.retries,
+                                       payload = {userId = record.userId, content_type = content_type}})
+            redis.call('HSET', prefix .. 'task:' .. id, 'body', body, 'account', account, 'key', key,
+                       'lane', 'bulk', 'state', 'queued', 'attempts', 0, 'created', microseconds, 'to', address)
+            redis.call('LPUSH', prefix .. 'lane:bulk', id)
+            redis.call('HSET', issued, address, id)
+            remember(prefix, account, id)
+        end
+
         local due = redis.call('ZRANGE', schedule, '-inf', now, 'BYSCORE', 'LIMIT', 0, most)
         for number, member in ipairs(due) do
             local account, content_type, address = unpack(cjson.decode(member))
@@ -3422,16 +3446,10 @@ class Newsletters:
             else
                 local record = cjson.decode(found)
                 redis.call('ZADD', schedule, boundaries[record.frequency], member)
-                local id = base .. string.format('%08x', number)
-                local body = cjson.encode({task = content_type, type = 'newsletter', retries = record.retries,
-                                           payload = {userId = record.userId, content_type = content_type}})
-                redis.call('HSET', prefix .. 'task:' .. id, 'body', body, 'account', account, 'key', key,
-                           'lane', 'bulk', 'state', 'queued', 'attempts', 0, 'created', microseconds, 'to', address)
-                redis.call('LPUSH', prefix .. 'lane:bulk', id)
-                remember(prefix, account, id)
+                queue(number, account, key, content_type, address, record)
             end
         end
-        return #due
+        return #due > 0 and {#due, skipped} or 0
     """
 
     def __init__(self, store, zone, accounts, public_url="", clock=None, max_size=Settings.max_body):
@@ -3524,7 +3542,8 @@ class Newsletters:
     def remove(self, account, content_type):
         """Remove a content type and end its subscriptions. Raises Refused (404) where there is none."""
         if not self._remove(keys=[self.store.key("content", account),
-                                  self.store.key("subscribers", content_type, account)], args=[content_type]):
+                                  self.store.key("subscribers", content_type, account),
+                                  self.store.key("issued", content_type, account)], args=[content_type]):
             raise self._unknown()
 
     @staticmethod
@@ -3567,7 +3586,8 @@ class Newsletters:
         address = same_mailbox(address)
         return self._unsubscribe(
             keys=[self.store.key("subscribers", content_type, account), self.store.key("schedule"),
-                  self.store.key("unsubscribed", content_type, address, account)],
+                  self.store.key("unsubscribed", content_type, address, account),
+                  self.store.key("issued", content_type, account)],
             args=[address, moment, self._member(account, content_type, address)], request=request) != "unknown"
 
     def fold_as_now(self) -> None:
@@ -3645,7 +3665,11 @@ class Newsletters:
         """Queue the mails that are due, at most BATCH; returns how many places in the schedule that were."""
         now = self.clock()
         boundaries = [next_boundary(frequency, now, self.zone) for frequency in FREQUENCIES]
-        return self._claim(keys=[self.store.prefix], args=[now, self.BATCH, secrets.token_hex(12), *boundaries])
+        claimed = self._claim(keys=[self.store.prefix], args=[now, self.BATCH, secrets.token_hex(12), *boundaries])
+        due, skipped = claimed or (0, 0)
+        if skipped:
+            log(logging.WARNING, "newsletters not queued: the issue before still waits", count=skipped)
+        return due
 
     @staticmethod
     def _member(account, content_type, address):

@@ -2985,6 +2985,58 @@ def test_a_newsletter_is_sent_at_each_boundary_and_not_before(dated, mail_server
     until(lambda: len(mail_server.to("user@example.com")) == 2)
 
 
+def test_while_an_issue_waits_no_other_is_queued_for_its_subscription(dated, mail_server, clock):
+    service, client = dated
+    define(client)
+    subscribe(client, frequency="@hourly")
+    subscribe(client, "other@example.com", frequency="@hourly")
+    mail_server.replies["other@example.com"] = ["450 4.2.1 later"]  # it is a retry that waits
+    service.workers._failed = lambda task, error: gomail.Outcome(task.id, "retrying", error, 1e6)
+    mail_server.stop()
+    for hour in range(10):
+        clock.forward(3600)
+        until(lambda: service.store.redis.zcount(service.store.key("schedule"), "-inf", clock.now) == 0)
+    assert service.queue.depths()["bulk"] + len(service.store.redis.keys(service.store.key("processing", "*"))) == 2
+    mail_server.start()
+    mail_server.one("user@example.com")
+    until(lambda: service.queue.depths()["retrying"] == 1)
+    clock.forward(3600)
+    until(lambda: len(mail_server.to("user@example.com")) == 2)
+    assert service.queue.depths()["retrying"] == 1 and not mail_server.to("other@example.com")
+
+
+def test_an_issue_that_has_ended_or_is_known_no_longer_holds_no_other_back(dated, mail_server, clock):
+    service, client = dated
+    define(client)
+    subscribe(client)
+    for number, end in enumerate((None, "550 5.2.1 no", None)):
+        mail_server.replies["user@example.com"] = [end] if end else []
+        clock.forward(86400)
+        until(lambda: service.queue.counters()["executed"] == number + 2)
+    service.store.redis.delete(*service.store.redis.keys(service.store.key("task", "*")))
+    clock.forward(86400)
+    until(lambda: len(mail_server.to("user@example.com")) == 3)
+
+
+def test_what_is_known_of_the_last_issues_ends_with_the_subscription_the_content_or_the_account(dated, mail_server, clock):
+    service, client = dated
+    for content_type in ("one", "two", "three"):
+        define(client, content_type)
+        subscribe(client, content_type=content_type)
+    clock.forward(86400)
+    until(lambda: len(mail_server.to("user@example.com")) == 3)
+
+    def kept():
+        return len(service.store.redis.keys(service.store.key("issued", "*")))
+    assert kept() == 3
+    client.state(client.task("unsubscribe", content_type="one"), "succeeded")
+    assert kept() == 2
+    delete(client, "/task/subscriptionContent/two")
+    assert kept() == 1
+    client.post("/auth/deregister", {"id": name_of(client)})
+    assert kept() == 0
+
+
 def test_each_newsletter_has_the_content_of_that_moment(dated, mail_server, clock):
     _, client = dated
     define(client)
@@ -3143,12 +3195,23 @@ def test_unsubscribing_what_is_not_there_is_a_clear_failure_and_not_retried(clie
     assert found["attempts"] == 1 and found["error"] == "user@example.com is not subscribed to 'news'"
 
 
+def test_an_unsubscribe_task_that_is_done_again_after_an_outage_does_not_fail(service, client):
+    define(client)
+    subscribe(client)
+    account, payload = name_of(client), {"userId": "user@example.com", "content_type": "news"}
+    task = gomail.Task("id", account, "key", "unsubscribe", "t", 0, payload, int(service.store.time() * 1e6))
+    for _ in range(2):
+        service.newsletters.unsubscribe(task)
+    with pytest.raises(gomail.Permanent):
+        service.newsletters.unsubscribe(dataclasses.replace(task, id="another"))
+
+
 def test_the_later_request_wins_when_an_unsubscribe_overtakes_its_subscribe(service, client):
     define(client)
     account = service.http.api.accounts.authenticate(client.key).name
 
     def task(created, **payload):
-        return gomail.Task("id", account, "key", "subscribe", "t", 0, {
+        return gomail.Task(f"id-{created}", account, "key", "subscribe", "t", 0, {
             "userId": "user@example.com", "content_type": "news", "frequency": "@daily", **payload}, created)
     now = int(time.time() * 1e6)
     with pytest.raises(gomail.Permanent):
