@@ -1673,10 +1673,11 @@ class Queue:
         return string.format('%.0f', math.max(0, (urgent and own or all) - now))
     """
 
-    # A due retry has waited already, so it goes to the head of its lane.
+    # What is due has waited already, so it goes to the head of its lane. What was due first is to leave first, so the
+    # latest is moved first, also where there is more than one call's share; of one moment, by id.
     PROMOTE = CLOCK + """
         local prefix = KEYS[1]
-        local due = redis.call('ZRANGE', prefix .. 'delayed', '-inf', milliseconds, 'BYSCORE', 'LIMIT', 0, ARGV[1])
+        local due = redis.call('ZRANGE', prefix .. 'delayed', milliseconds, '-inf', 'BYSCORE', 'REV', 'LIMIT', 0, ARGV[1])
         for _, id in ipairs(due) do
             redis.call('ZREM', prefix .. 'delayed', id)
             local lane = redis.call('HGET', prefix .. 'task:' .. id, 'lane')
@@ -1855,7 +1856,8 @@ class Queue:
         """
         settings = self.settings
         args = [account.name, account.key_id, settings.otp_cooldown, settings.otp_hourly_max, settings.otp_minute_max]
-        ids = secrets.token_hex(16 * len(tasks))
+        # In the order of the tasks: those that are due at one moment leave in it.
+        began, chance = time.time_ns() // 1000, secrets.token_hex(8 * len(tasks))
         for number, task in enumerate(tasks):
             payload, otp_address, content_type, fingerprint, digest = task["payload"], "", "", "", ""
             if idempotency_key:
@@ -1869,7 +1871,8 @@ class Queue:
             elif task["type"] == "subscribe" and "content" not in payload:
                 content_type = payload["content_type"]
             to = same_mailbox(" ".join([payload["userId"], *payload.get("cc", ()), *payload.get("bcc", ())]))
-            args += [ids[32 * number:32 * number + 32], head_of(task), json.dumps(task), lane_of(task["type"]),
+            task_id = f"{began:013x}{number:03x}{chance[16 * number:16 * number + 16]}"
+            args += [task_id, head_of(task), json.dumps(task), lane_of(task["type"]),
                      otp_address, content_type, fingerprint, digest, payload.get("send_at", 0) // 1000, to]
         results = self._durably(self._enqueue, [self.store.prefix], args)
         if results == "revoked":
@@ -1966,8 +1969,8 @@ class Queue:
         self.store.write("HINCRBY", self.store.key("resume"), lane, 1)
 
     def promote(self):
-        """Move retries that are due to their lanes; returns how many, at most BATCH."""
-        return self._promote(keys=[self.store.prefix], args=[self.BATCH])
+        """Move what is due to the lanes; returns how many tasks, at most LOOK."""
+        return self._promote(keys=[self.store.prefix], args=[self.LOOK])
 
     def reclaim(self, patience=3.0):
         """Give the tasks of dead processes back to their lanes; returns how many.
@@ -4044,7 +4047,7 @@ class Cron:
             self.queue.find_orphans()
             self.queue.reclaim()
         deadline = time.monotonic() + 0.5
-        while self.queue.promote() == self.queue.BATCH and time.monotonic() < deadline:
+        while self.queue.promote() == self.queue.LOOK and time.monotonic() < deadline:
             pass
         while self.newsletters.enqueue_due() == self.newsletters.BATCH and time.monotonic() < deadline:
             pass

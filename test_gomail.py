@@ -3459,6 +3459,22 @@ def test_other_mail_gives_way_to_an_otp_until_that_is_sent_or_for_a_moment(queue
     queue.give_way()
 
 
+def test_what_is_due_together_goes_in_the_order_in_which_it_was_due_and_accepted(service, queue, monkeypatch):
+    service.cron.stop()
+    monkeypatch.setattr(queue, "LOOK", 10)
+    waiting, = queue.enqueue(queue.account, [MESSAGE])
+    now = int(queue.store.time() * 1000)
+    ids = []
+    for number in range(12):  # six at each moment
+        ids += queue.enqueue(queue.account, [changed("payload.send_at", (now + 3_600_000) * 1000)] * 2)
+        queue.store.redis.zadd(queue.store.key("delayed"), dict.fromkeys(ids[-2:], now - 1000 + number // 3))
+    assert [queue.promote() for _ in range(4)] == [10, 10, 4, 0]
+    taken = []
+    while task := queue.exchange("normal-0", "normal", gomail.Outcome(taken[-1], "succeeded") if taken else None):
+        taken.append(task.id)
+    assert taken == [*ids, waiting]
+
+
 def test_tasks_of_a_dead_process_go_back_to_their_lanes_oldest_first(service, queue):
     ids = [queue.enqueue(queue.account, [MESSAGE])[0] for _ in range(5)]
     assert queue.exchange("normal-1", "normal").id == ids[0]
