@@ -875,16 +875,26 @@ class Accounts:
     SIGN_UP = "return redis.call('HSETNX', KEYS[1], ARGV[1], ARGV[2])"
 
     # Nothing of the account's may send afterwards. Its waiting tasks and its places in the schedule are found
-    # without an owner when their time comes, and dropped then.
+    # without an owner when their time comes, and dropped then. Of many content types, each call removes some; until
+    # all are gone, the name is taken, by no key. Answers 2 where there is more to do.
     DEREGISTER = """
-        if redis.call('HDEL', KEYS[1], ARGV[1]) == 0 then return 0 end
-        for _, content_type in ipairs(redis.call('HKEYS', KEYS[2])) do
-            redis.call('UNLINK', ARGV[2] .. 'subscribers:' .. content_type .. ':' .. ARGV[1],
-                       ARGV[2] .. 'issued:' .. content_type .. ':' .. ARGV[1])
+        local users, content, name, prefix, most = KEYS[1], KEYS[2], ARGV[1], ARGV[2], tonumber(ARGV[3])
+        if redis.call('HEXISTS', users, name) == 0 then return 0 end
+        local types = redis.call('HRANDFIELD', content, most)
+        for _, content_type in ipairs(types) do
+            redis.call('HDEL', content, content_type)
+            redis.call('UNLINK', prefix .. 'subscribers:' .. content_type .. ':' .. name,
+                       prefix .. 'issued:' .. content_type .. ':' .. name)
         end
+        if #types == most then
+            redis.call('HSET', users, name, '')
+            return 2
+        end
+        redis.call('HDEL', users, name)
         redis.call('UNLINK', unpack(KEYS, 2))
         return 1
     """
+    AT_ONCE = 200  # content types that one call removes
 
     def __init__(self, store, secret="", previous="", ttl=0):
         self.store, self.ttl = store, ttl
@@ -932,7 +942,9 @@ class Accounts:
     def deregister(self, name):
         """Revoke the key of `name` and end all it has waiting. Raises Refused (404) where it is not registered."""
         own = [self.store.key(kind, name) for kind in ("content", "dead", "suppressed", "suppressed_for", "recent")]
-        if not self._deregister(keys=[self.users, *own], args=[name, self.store.prefix]):
+        while (done := self._deregister(keys=[self.users, *own], args=[name, self.store.prefix, self.AT_ONCE])) == 2:
+            pass
+        if not done:
             raise Refused(404, "id is not registered", "id")
 
     def authenticate(self, header):
@@ -1488,11 +1500,13 @@ class Queue:
                 if account then redis.call('ZREM', prefix .. 'dead:' .. account, old) end
                 redis.call('UNLINK', prefix .. 'task:' .. old)
             end
+            -- Of what is too old or too much, some with each new letter: other calls must not wait for all of it.
             for _, letters in ipairs({prefix .. 'dead', prefix .. 'dead:' .. owner}) do
-                redis.call('ZREMRANGEBYSCORE', letters, '-inf', milliseconds - ttl)
+                local old = redis.call('ZRANGE', letters, '-inf', milliseconds - ttl, 'BYSCORE', 'LIMIT', 0, 100)
+                if #old > 0 then redis.call('ZREM', letters, unpack(old)) end
                 redis.call('ZADD', letters, milliseconds, id)
             end
-            local surplus = redis.call('ZCARD', prefix .. 'dead') - most
+            local surplus = math.min(redis.call('ZCARD', prefix .. 'dead') - most, 100)
             if surplus > 0 then
                 for _, old in ipairs(redis.call('ZRANGE', prefix .. 'dead', 0, surplus - 1)) do forget(old) end
             end
@@ -1635,7 +1649,7 @@ class Queue:
         if redis.call('HEXISTS', prefix .. 'processes', process) == 0 then
             redis.call('HSET', prefix .. 'processes', process, worker)
         end
-        while true do
+        for _ = 1, 200 do
             local next = redis.call('LINDEX', own, -1) or redis.call('RPOPLPUSH', lane, own)
             if not next then return false end
             local task = prefix .. 'task:' .. next
@@ -1658,6 +1672,7 @@ class Queue:
                 return {next, unpack(found, 1, 10)}
             end
         end
+        return {}  -- these were all of accounts that are no more; the caller asks again, and lets others in between
     """
 
     # The next moment at which a mail may go (a generic cell rate algorithm). Urgent mail has a line of its own, which
@@ -1908,12 +1923,13 @@ class Queue:
         """
         outcome = outcome or Outcome("", "")
         settings = self.settings
-        found = self._exchange(
-            keys=[self._processing(worker), self.store.key("lane", lane), self.store.prefix],
-            args=[int(take), outcome.task_id, outcome.verdict, outcome.error, int(outcome.delay * 1000),
-                  " ".join(outcome.delivered), " ".join(outcome.suppress), settings.result_ttl * 1000,
-                  settings.dead_ttl * 1000, settings.dead_max, self.process, worker])
-        if not found:
+        keys = [self._processing(worker), self.store.key("lane", lane), self.store.prefix]
+        args = [int(take), outcome.task_id, outcome.verdict, outcome.error, int(outcome.delay * 1000),
+                " ".join(outcome.delivered), " ".join(outcome.suppress), settings.result_ttl * 1000,
+                settings.dead_ttl * 1000, settings.dead_max, self.process, worker]
+        while (found := self._exchange(keys, args)) == []:
+            pass
+        if found is None:
             return None
         task_id, body, account, key, created, *counts, delivered, suppressed = found
         task = json.loads(body)
@@ -3443,7 +3459,7 @@ class Newsletters:
             local account, content_type, address = unpack(cjson.decode(member))
             local key = redis.call('HGET', prefix .. 'UserList', account)
             local subscribers = prefix .. 'subscribers:' .. content_type .. ':' .. account
-            local found = key and redis.call('HGET', subscribers, address)
+            local found = key and key ~= '' and redis.call('HGET', subscribers, address)
             if not found then
                 redis.call('ZREM', schedule, member)
             else

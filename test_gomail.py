@@ -1066,6 +1066,30 @@ def test_nothing_of_a_deregistered_account_is_sent_even_when_it_signs_up_again(s
     assert again.get("/task/subscriptionContent")["contentTypes"] == []
 
 
+def test_deregistering_an_account_with_many_content_types_revokes_its_key_first(client, service, monkeypatch):
+    accounts, name = service.http.api.accounts, name_of(client)
+    monkeypatch.setattr(accounts, "AT_ONCE", 2)
+    for number in range(5):
+        define(client, f"news-{number}")
+    subscribe(client, content_type="news-0")
+    script, answers = accounts._deregister, []
+
+    def watched(keys, args):
+        answers.append(script(keys, args))
+        with pytest.raises(gomail.Refused):
+            accounts.authenticate(client.key)
+        if answers[-1] == 2:
+            with pytest.raises(gomail.Refused):
+                accounts.sign_up(name)
+        return answers[-1]
+    monkeypatch.setattr(accounts, "_deregister", watched)
+    accounts.deregister(name)
+    assert answers == [2, 2, 1]
+    assert not service.store.redis.keys(service.store.key("content", "*"))
+    assert not service.store.redis.keys(service.store.key("subscribers", "*"))
+    assert service.client.sign_up(name).get("/task/subscriptionContent")["contentTypes"] == []
+
+
 # --- 5. tasks ---------------------------------------------------------------------------------------------
 
 MESSAGE = {"task": "Welcome", "type": "message", "retries": 3,
@@ -1533,6 +1557,41 @@ def test_an_answer_that_was_lost_on_the_way_costs_no_task(queue):
     assert queue.exchange("normal-0", "normal", done).id == ids[1]
     assert queue.exchange("normal-0", "normal", done).id == ids[1]
     assert queue.counters()["executed"] == 1
+
+
+def test_tasks_of_a_deregistered_account_are_dropped_some_in_each_script(service, queue, monkeypatch):
+    client = service.client.sign_up()
+    account = service.http.api.accounts.authenticate(client.key)
+    for _ in range(2):
+        queue.enqueue(account, [MESSAGE] * 500)
+    client.post("/auth/deregister", {"id": account.name})
+    other, = queue.enqueue(queue.account, [MESSAGE])
+    left, script = [], queue._exchange
+
+    def watched(keys, args):
+        found = script(keys, args)
+        left.append(queue.depths()["normal"])
+        return found
+    monkeypatch.setattr(queue, "_exchange", watched)
+    assert queue.exchange("normal-0", "normal").id == other
+    assert left == [801, 601, 401, 201, 1, 0]
+    assert not service.store.redis.exists(*[service.store.key("task", task_id) for task_id in service.store.redis.lrange(
+        service.store.key("recent", account.name), 0, -1)], "none")
+
+
+def test_dead_letters_that_are_too_many_or_too_old_go_some_with_each_new_one(services, mail_server):
+    service = services(mail_server, dead_max=10)
+    client = service.client.sign_up()
+    owner, now = name_of(client), int(service.store.time() * 1000)
+    for letters in (service.store.key("dead"), service.store.key("dead", owner)):
+        service.store.redis.zadd(letters, {f"old-{number}": number for number in range(150)})
+        service.store.redis.zadd(letters, {f"new-{number}": now - 1000 + number for number in range(150)})
+    sizes = []
+    for _ in range(4):
+        mail_server.replies["user@example.com"] = ["550 5.2.1 no"]
+        client.state(client.task(), "dead")
+        sizes.append(service.store.redis.zcard(service.store.key("dead")))
+    assert sizes == [300 + 1 - 200, 10, 10, 10]
 
 
 def test_a_worker_whose_task_was_given_to_another_settles_nothing(queue):
