@@ -1470,6 +1470,14 @@ class Queue:
         local milliseconds = math.floor(microseconds / 1000)
     """
 
+    # Whether one of two moments (microseconds) is the later one. One that is still to come was noted before the clock
+    # went back, so that it was first.
+    LATER = CLOCK + """
+        local function later(one, other)
+            return tonumber(one) > tonumber(other) and tonumber(one) <= tonumber(microseconds) + 1000000
+        end
+    """
+
     # A task's story: a line for each attempt that did not succeed, "<when> <begun> <what> <why>". Of a task that goes
     # round and round, the newest lines.
     NOTE = CLOCK + """
@@ -1527,7 +1535,9 @@ class Queue:
         local function one_more(requests, most)
             if tonumber(most) == 0 then return end
             if tonumber(redis.call('GET', requests) or 0) >= tonumber(most) then
-                return math.max(1, redis.call('TTL', requests))
+                local left = redis.call('TTL', requests)
+                if left <= 60 then return math.max(1, left) end
+                redis.call('DEL', requests)  -- from before the clock went back
             end
             if redis.call('INCR', requests) == 1 then redis.call('EXPIRE', requests, 60) end
         end
@@ -1542,10 +1552,11 @@ class Queue:
 
         local function too_early(id, address)
             local asked, hour = prefix .. 'otp_asked:' .. address .. ':' .. account, milliseconds - 3600000
-            local last = redis.call('ZRANGE', asked, -1, -1, 'WITHSCORES')[2]
+            -- What is still to come was asked for before the clock went back, and does not count.
+            local last = redis.call('ZRANGE', asked, milliseconds, hour, 'BYSCORE', 'REV', 'LIMIT', 0, 1, 'WITHSCORES')[2]
             local wait = (last or 0) + cooldown * 1000 - milliseconds
-            if tonumber(hourly) > 0 and redis.call('ZCOUNT', asked, '(' .. hour, '+inf') >= tonumber(hourly) then
-                local first = redis.call('ZRANGE', asked, '(' .. hour, '+inf', 'BYSCORE', 'LIMIT', 0, 1, 'WITHSCORES')[2]
+            if tonumber(hourly) > 0 and redis.call('ZCOUNT', asked, '(' .. hour, milliseconds) >= tonumber(hourly) then
+                local first = redis.call('ZRANGE', asked, '(' .. hour, milliseconds, 'BYSCORE', 'LIMIT', 0, 1, 'WITHSCORES')[2]
                 wait = math.max(wait, first - hour)
             end
             if wait > 0 then return math.ceil(wait / 1000) end
@@ -1553,6 +1564,7 @@ class Queue:
             if wait then return wait end
             redis.call('ZADD', asked, milliseconds, id)  -- a full Redis refuses this: nothing is written before it
             redis.call('ZREMRANGEBYSCORE', asked, '-inf', hour)
+            redis.call('ZREMRANGEBYSCORE', asked, '(' .. milliseconds, '+inf')
             redis.call('EXPIRE', asked, 3600)
         end
 
@@ -1676,14 +1688,19 @@ class Queue:
     """
 
     # The next moment at which a mail may go (a generic cell rate algorithm). Urgent mail has a line of its own, which
-    # pushes back the line of the rest; moments that passed unused can be caught up for 50 ms.
+    # pushes back the line of the rest; moments that passed unused can be caught up for 50 ms. Where the clock went back,
+    # the lines go with it.
     PACE = CLOCK + """
         local rate, interval, urgent = KEYS[1], tonumber(ARGV[1]), ARGV[2] == 'urgent'
         local now = tonumber(microseconds)
-        local lines = redis.call('HMGET', rate, 'all', 'urgent')
-        local all, own = math.max(now - 50000, tonumber(lines[1] or 0)), math.max(now - 50000, tonumber(lines[2] or 0))
-        redis.call('HSET', rate, 'all', string.format('%.0f', all + interval))
-        if urgent then redis.call('HSET', rate, 'urgent', string.format('%.0f', own + interval)) end
+        local lines = redis.call('HMGET', rate, 'all', 'urgent', 'asked')
+        local gone_back = math.max(0, tonumber(lines[3] or 0) - now)
+        local all = math.max(now - 50000, tonumber(lines[1] or 0) - gone_back)
+        local own = math.max(now - 50000, tonumber(lines[2] or 0) - gone_back)
+        redis.call('HSET', rate, 'all', string.format('%.0f', all + interval), 'asked', microseconds)
+        if urgent or gone_back > 0 then
+            redis.call('HSET', rate, 'urgent', string.format('%.0f', urgent and own + interval or own))
+        end
         redis.call('PEXPIRE', rate, math.ceil((all + interval - now) / 1000) + 60000)
         return string.format('%.0f', math.max(0, (urgent and own or all) - now))
     """
@@ -1702,6 +1719,22 @@ class Queue:
             end
         end
         return #due
+    """
+
+    # Of some tasks that wait, find retries that are further away than retries are ever put off, as they are after the
+    # clock was ahead or goes back, and make them due. Answers where to look on, and how many these were.
+    RECALL = CLOCK + """
+        local prefix, latest, recalled = KEYS[1], milliseconds + ARGV[2], 0
+        local cursor, found = unpack(redis.call('ZSCAN', prefix .. 'delayed', ARGV[1], 'COUNT', 200))
+        for at = 1, #found, 2 do
+            local id = found[at]
+            if tonumber(found[at + 1]) > latest and redis.call('HGET', prefix .. 'task:' .. id, 'state') == 'retrying' then
+                redis.call('ZADD', prefix .. 'delayed', milliseconds, id)
+                redis.call('HSET', prefix .. 'task:' .. id, 'due', milliseconds)
+                recalled = recalled + 1
+            end
+        end
+        return {cursor, recalled}
     """
 
     # Give back what processes have in hand, oldest first to the head of each lane; answers how many tasks of each, or -1
@@ -1847,6 +1880,7 @@ class Queue:
         self._enqueue = store.script(self.ENQUEUE, when_full=False)
         self._exchange = store.script(self.EXCHANGE)
         self._promote = store.script(self.PROMOTE)
+        self._recall = store.script(self.RECALL)
         self._reclaim = store.script(self.RECLAIM, once=True)
         self._adopt = store.script(self.ADOPT)
         self._beat = store.script(self.BEAT)
@@ -1855,7 +1889,7 @@ class Queue:
         self._revive = store.script(self.REVIVE, once=True)
         self._recent = store.script(self.RECENT_ONES, when_full=False)
         self._unsuppress = store.script(self.UNSUPPRESS, once=True)
-        self._missing, self._scanned = {}, 0
+        self._missing, self._scanned, self._recalled = {}, 0, 0
         self._no_otp = threading.Event()
         self._no_otp.set()
 
@@ -1987,6 +2021,15 @@ class Queue:
     def promote(self):
         """Move what is due to the lanes; returns how many tasks, at most LOOK."""
         return self._promote(keys=[self.store.prefix], args=[self.LOOK])
+
+    def recall(self) -> int:
+        """Make retries due that a wrong clock put off too far, among some of what waits; returns how many."""
+        longest = max(self.settings.retry_delay, self.settings.retry_delay_max)
+        self._recalled, count = self._recall(keys=[self.store.prefix], args=[
+            self._recalled, int((2 * longest + 60) * 1000)])
+        if count:
+            log(logging.WARNING, "retries were put off too far, as by a clock that was wrong", count=count)
+        return count
 
     def reclaim(self, patience=3.0):
         """Give the tasks of dead processes back to their lanes; returns how many.
@@ -3238,13 +3281,13 @@ class Otps:
 
     # An older task's OTP never replaces a newer one's, and one that was used or used up does not come back: the
     # record outlives its hash until the TTL ends it.
-    KEEP = """
+    KEEP = Queue.LATER + """
         local seen, owner = unpack(redis.call('HMGET', KEYS[1], 'created', 'key'))
         if owner and owner ~= ARGV[4] then
             redis.call('DEL', KEYS[1])
             seen = false
         end
-        if seen and tonumber(seen) > tonumber(ARGV[2]) then return 0 end
+        if seen and later(seen, ARGV[2]) then return 0 end
         if seen == ARGV[2] and redis.call('HEXISTS', KEYS[1], 'hash') == 0 then return 0 end
         if seen and seen ~= ARGV[2] then redis.call('DEL', KEYS[1]) end
         redis.call('HSET', KEYS[1], 'hash', ARGV[1], 'created', ARGV[2], 'key', ARGV[4])
@@ -3390,27 +3433,27 @@ class Newsletters:
 
     # Tasks are worked on side by side, so that an unsubscribe may overtake the subscribe before it: the later
     # request wins, whichever is worked on first.
-    SUBSCRIBE = """
+    SUBSCRIBE = Queue.LATER + """
         local content, subscribers, schedule, unsubscribed = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
         local content_type, address, record, created, member, boundary, body = unpack(ARGV)
         if body ~= '' then redis.call('HSETNX', content, content_type, body) end
         if redis.call('HEXISTS', content, content_type) == 0 then return 'unknown' end
         local left = redis.call('GET', unsubscribed)
         local before = redis.call('HGET', subscribers, address)
-        if left and tonumber(left) > tonumber(created) then return 'overtaken' end
-        if before and cjson.decode(before).created > tonumber(created) then return 'overtaken' end
+        if left and later(left, created) then return 'overtaken' end
+        if before and later(cjson.decode(before).created, created) then return 'overtaken' end
         redis.call('HSET', subscribers, address, record)
         redis.call('ZADD', schedule, boundary, member)
         return 'subscribed'
     """
 
-    UNSUBSCRIBE = """
+    UNSUBSCRIBE = Queue.LATER + """
         local subscribers, schedule, unsubscribed, issued = unpack(KEYS)
         local address, created, member = unpack(ARGV)
         redis.call('SET', unsubscribed, created, 'EX', 86400)
         local before = redis.call('HGET', subscribers, address)
         if not before then return 'unknown' end
-        if cjson.decode(before).created > tonumber(created) then return 'overtaken' end
+        if later(cjson.decode(before).created, created) then return 'overtaken' end
         redis.call('HDEL', subscribers, address)
         redis.call('HDEL', issued, address)
         redis.call('ZREM', schedule, member)
@@ -3429,11 +3472,20 @@ class Newsletters:
         redis.call('ZREM', schedule, older_member)
     """
 
+    # By frequency, from the fourth argument on: its next two boundaries.
+    BOUNDARIES = """
+        local next, next_but_one = {}, {}
+        for at = 4, #ARGV, 3 do
+            next[ARGV[at]], next_but_one[ARGV[at]] = tonumber(ARGV[at + 1]), tonumber(ARGV[at + 2])
+        end
+    """
+
     # Queue what is due; answers how many places in the schedule that were, and at how many of them nothing was queued,
-    # because the issue before has not ended yet: one that waits is enough, it is filled when it is sent.
-    CLAIM = Queue.CLOCK + Queue.REMEMBER + """
+    # because the issue before has not ended yet: one that waits is enough, it is filled when it is sent. A boundary that
+    # comes too soon after the one before is the same in another time zone, and is passed over.
+    CLAIM = Queue.CLOCK + Queue.REMEMBER + BOUNDARIES + """
         local prefix, now, most, base = KEYS[1], unpack(ARGV, 1, 3)
-        local boundaries = {['@hourly'] = ARGV[4], ['@daily'] = ARGV[5], ['@weekly'] = ARGV[6], ['@monthly'] = ARGV[7]}
+        local half = {['@hourly'] = 1800, ['@daily'] = 43200, ['@weekly'] = 302400, ['@monthly'] = 1209600}  -- seconds
         local ended = {succeeded = true, dead = true, suppressed = true, cancelled = true}
         local schedule, skipped = prefix .. 'schedule', 0
 
@@ -3454,8 +3506,9 @@ class Newsletters:
             remember(prefix, account, id)
         end
 
-        local due = redis.call('ZRANGE', schedule, '-inf', now, 'BYSCORE', 'LIMIT', 0, most)
-        for number, member in ipairs(due) do
+        local due = redis.call('ZRANGE', schedule, '-inf', now, 'BYSCORE', 'LIMIT', 0, most, 'WITHSCORES')
+        for at = 1, #due, 2 do
+            local member, moment = due[at], due[at + 1]
             local account, content_type, address = unpack(cjson.decode(member))
             local key = redis.call('HGET', prefix .. 'UserList', account)
             local subscribers = prefix .. 'subscribers:' .. content_type .. ':' .. account
@@ -3464,11 +3517,33 @@ class Newsletters:
                 redis.call('ZREM', schedule, member)
             else
                 local record = cjson.decode(found)
-                redis.call('ZADD', schedule, boundaries[record.frequency], member)
-                queue(number, account, key, content_type, address, record)
+                local frequency = record.frequency
+                local same = next[frequency] - moment < half[frequency]
+                redis.call('ZADD', schedule, same and next_but_one[frequency] or next[frequency], member)
+                queue(at, account, key, content_type, address, record)
             end
         end
-        return #due > 0 and {#due, skipped} or 0
+        return #due > 0 and {#due / 2, skipped} or 0
+    """
+
+    # Of some places in the schedule, find those that lie too far ahead, as they do after the clock was, and bring them
+    # back to the next boundary. Answers where to look on, and how many these were.
+    CORRECT = BOUNDARIES + """
+        local prefix, cursor, count, corrected = KEYS[1], ARGV[1], ARGV[2], 0
+        local cursor, places = unpack(redis.call('ZSCAN', prefix .. 'schedule', cursor, 'COUNT', count))
+        for at = 1, #places, 2 do
+            local member, moment = places[at], tonumber(places[at + 1])
+            if moment > next_but_one['@hourly'] then  -- else it is none: no record needs to be read
+                local account, content_type, address = unpack(cjson.decode(member))
+                local found = redis.call('HGET', prefix .. 'subscribers:' .. content_type .. ':' .. account, address)
+                local frequency = found and cjson.decode(found).frequency
+                if found and moment > next_but_one[frequency] then
+                    redis.call('ZADD', prefix .. 'schedule', next[frequency], member)
+                    corrected = corrected + 1
+                end
+            end
+        end
+        return {cursor, corrected}
     """
 
     def __init__(self, store, zone, accounts, public_url="", clock=None, max_size=Settings.max_body):
@@ -3482,6 +3557,8 @@ class Newsletters:
         self._unsubscribe = store.script(self.UNSUBSCRIBE, once=True)
         self._refold = store.script(self.REFOLD)
         self._claim = store.script(self.CLAIM, once=True, when_full=False)
+        self._correct = store.script(self.CORRECT)
+        self._checked = 0
 
     def create(self, account, content_type, subject, content):
         """Define a content type. Raises Refused (409) where there is one of this name."""
@@ -3683,12 +3760,28 @@ class Newsletters:
     def enqueue_due(self):
         """Queue the mails that are due, at most BATCH; returns how many places in the schedule that were."""
         now = self.clock()
-        boundaries = [next_boundary(frequency, now, self.zone) for frequency in FREQUENCIES]
-        claimed = self._claim(keys=[self.store.prefix], args=[now, self.BATCH, secrets.token_hex(12), *boundaries])
+        claimed = self._claim(keys=[self.store.prefix], args=[
+            now, self.BATCH, secrets.token_hex(12), *self._boundaries(now)])
         due, skipped = claimed or (0, 0)
         if skipped:
             log(logging.WARNING, "newsletters not queued: the issue before still waits", count=skipped)
         return due
+
+    def correct(self) -> int:
+        """Bring back what a wrong clock scheduled too far ahead, among some places of the schedule; returns how many."""
+        self._checked, count = self._correct(keys=[self.store.prefix], args=[
+            self._checked, self.BATCH, "", *self._boundaries(self.clock())])
+        if count:
+            log(logging.WARNING, "newsletters were scheduled too far ahead, as by a clock that was wrong", count=count)
+        return count
+
+    def _boundaries(self, now: float) -> list:
+        """Each frequency and its next two boundaries, one after the other."""
+        found: list = []
+        for frequency in FREQUENCIES:
+            boundary = next_boundary(frequency, now, self.zone)
+            found += [frequency, boundary, next_boundary(frequency, boundary, self.zone)]
+        return found
 
     @staticmethod
     def _member(account, content_type, address):
@@ -4062,6 +4155,8 @@ class Cron:
             self.stats.flush()
             self.queue.find_orphans()
             self.queue.reclaim()
+            self.queue.recall()
+            self.newsletters.correct()
         deadline = time.monotonic() + 0.5
         while self.queue.promote() == self.queue.LOOK and time.monotonic() < deadline:
             pass

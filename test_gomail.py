@@ -1867,6 +1867,16 @@ def test_smtp_rate_spaces_the_mails_of_all_processes_and_urgent_ones_pass(servic
     assert first.store.time() + first.queue.pace("bulk") - moments[-1] > 5.5 / rate
 
 
+def test_smtp_rate_goes_on_when_the_clock_goes_back_with_what_was_given_away_by_then(services):
+    service = services(smtp_rate=1.0)
+    service.workers.stop(PATIENCE)
+    for _ in range(5):
+        service.queue.pace("normal")
+    rate, lines = service.store.key("rate"), service.store.redis
+    lines.hset(rate, mapping={name: int(moment) + 3_600_000_000 for name, moment in lines.hgetall(rate).items()})
+    assert 3 < service.queue.pace("normal") <= 5 and service.queue.pace("urgent") < 0.01
+
+
 def test_smtp_rate_holds_for_what_arrives_and_a_stop_gives_back_what_waits(services, mail_server):
     service = services(mail_server, smtp_rate=20.0)
     client = service.client.sign_up()
@@ -2965,6 +2975,26 @@ def test_the_mail_of_an_otp_that_a_newer_one_replaced_is_not_sent_any_more(servi
     assert len(mail_server.mails) == 1 and verified(client, "user@example.com", newer) is True
 
 
+def test_otps_asked_for_before_the_clock_went_back_hold_up_no_new_one(services, mail_server):
+    service = services(mail_server, otp_cooldown=30, otp_hourly_max=2, otp_minute_max=2)
+    client, server = service.client.sign_up(), service.store.redis
+    first = client.task("generateOtp")
+    client.state(first, "succeeded")
+    assert client("POST", "/task/", {**MESSAGE, "type": "generateOtp", "payload": {
+        "userId": "user@example.com", "length": 6}})[0] == 429
+    asked, = server.keys(service.store.key("otp_asked", "*"))
+    for number in range(3):
+        server.zadd(asked, {f"{number}": server.zscore(asked, first) + 3_600_000 + number})
+    server.zrem(asked, first)
+    record, = server.keys(service.store.key("otp", "*"))
+    server.hincrby(record, "created", 3_600_000_000)
+    requests, = server.keys(service.store.key("otp_requests", "*"))
+    server.incr(requests)
+    server.expire(requests, 3660)
+    client.state(client.task("generateOtp"), "succeeded")
+    assert server.zcard(asked) == 1 and 0 < server.ttl(requests) <= 60
+
+
 # --- 9. newsletters ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("frequency, now, expected, zone", [
@@ -3044,13 +3074,13 @@ def test_a_newsletter_is_sent_at_each_boundary_and_not_before(dated, mail_server
     until(lambda: len(mail_server.to("user@example.com")) == 2)
 
 
-def test_while_an_issue_waits_no_other_is_queued_for_its_subscription(dated, mail_server, clock):
-    service, client = dated
+def test_while_an_issue_waits_no_other_is_queued_for_its_subscription(services, mail_server, clock):
+    service = services(mail_server, clock=clock, retry_delay=3600.0)
+    client = service.client.sign_up()
     define(client)
     subscribe(client, frequency="@hourly")
-    subscribe(client, "other@example.com", frequency="@hourly")
-    mail_server.replies["other@example.com"] = ["450 4.2.1 later"]  # it is a retry that waits
-    service.workers._failed = lambda task, error: gomail.Outcome(task.id, "retrying", error, 1e6)
+    client.state(client.task("subscribe", 3, userId="other@example.com", frequency="@hourly", content_type="news"), "succeeded")
+    mail_server.replies["other@example.com"] = ["450 4.2.1 later"]  # then it is a retry that waits
     mail_server.stop()
     for hour in range(10):
         clock.forward(3600)
@@ -3062,6 +3092,63 @@ def test_while_an_issue_waits_no_other_is_queued_for_its_subscription(dated, mai
     clock.forward(3600)
     until(lambda: len(mail_server.to("user@example.com")) == 2)
     assert service.queue.depths()["retrying"] == 1 and not mail_server.to("other@example.com")
+
+
+def test_a_clock_that_was_ahead_for_a_moment_costs_no_later_issue(dated, mail_server, clock):
+    service, client = dated
+    define(client)
+    for frequency in gomail.FREQUENCIES:
+        subscribe(client, f"{frequency[1:]}@example.com", frequency)
+    right = clock.now
+    expected = {gomail.next_boundary(frequency, right, service.newsletters.zone) for frequency in gomail.FREQUENCIES}
+
+    def moments():
+        return {moment for _, moment in service.store.redis.zrange(service.store.key("schedule"), 0, -1, withscores=True)}
+    assert moments() == expected
+    clock.now = at("2036-05-05T05:05:05")
+    until(lambda: min(moments()) > clock.now)
+    clock.now = right
+    until(lambda: moments() == expected)
+    assert len(mail_server.mails) == 4
+
+
+@pytest.mark.parametrize("zones", [("UTC", "America/Los_Angeles"), ("America/Los_Angeles", "UTC"), ("UTC", "Pacific/Kiritimati")])
+@pytest.mark.parametrize("frequency", ["@weekly", "@monthly"])
+def test_a_changed_timezone_neither_doubles_nor_loses_an_issue(services, mail_server, frequency, zones):
+    clock = Clock("2026-02-27T12:00:00")
+    service = services(mail_server, clock=clock, timezone=zones[0])
+    client = service.client.sign_up()
+    define(client)
+    subscribe(client, frequency=frequency)
+    # It is changed between the boundary in one zone and that in the other.
+    clock.now = min(gomail.next_boundary(frequency, clock.now, zoneinfo.ZoneInfo(zone)) for zone in zones) - 1
+    services.running.remove(service)
+    service.stop()
+    service = services(mail_server, clock=clock, timezone=zones[1], key_prefix=service.store.prefix)
+    mails = []
+    for issue in range(3):
+        boundary = gomail.next_boundary(frequency, clock.now, zoneinfo.ZoneInfo(zones[1]))
+        for hours in range(-24, 28, 4):
+            clock.now = max(clock.now, boundary + hours * 3600)
+            until(lambda: service.store.redis.zcount(service.store.key("schedule"), "-inf", clock.now) == 0)
+        until(lambda: service.queue.counters()["executed"] == len(service.store.redis.keys(service.store.key("task", "*"))))
+        mails.append(len(mail_server.mails))
+    assert mails == [1, 2, 3]
+
+
+def test_an_unsubscribe_counts_though_the_clock_went_back_since_the_subscribe(service, client):
+    define(client)
+    subscribe(client)
+    subscribers, = service.store.redis.keys(service.store.key("subscribers", "*"))
+    record = json.loads(service.store.redis.hget(subscribers, "user@example.com"))
+    record["created"] += 3_600_000_000
+    service.store.redis.hset(subscribers, "user@example.com", json.dumps(record))
+    client.state(client.task("unsubscribe", content_type="news"), "succeeded")
+    assert not service.store.redis.exists(subscribers)
+    unsubscribed, = service.store.redis.keys(service.store.key("unsubscribed", "*"))
+    service.store.redis.incrby(unsubscribed, 3_600_000_000)
+    subscribe(client)
+    assert service.store.redis.exists(subscribers)
 
 
 def test_an_issue_that_has_ended_or_is_known_no_longer_holds_no_other_back(dated, mail_server, clock):
@@ -3516,6 +3603,15 @@ def test_other_mail_gives_way_to_an_otp_until_that_is_sent_or_for_a_moment(queue
     queue.give_way()  # another process may have sent it
     monkeypatch.setattr(gomail.Queue, "OTP_FIRST", PATIENCE)
     queue.give_way()
+
+
+def test_a_retry_that_a_wrong_clock_put_off_for_years_is_made_due_and_what_is_scheduled_is_not(queue):
+    retried, = queue.enqueue(queue.account, [MESSAGE])
+    queue.exchange("normal-0", "normal")
+    queue.exchange("normal-0", "normal", gomail.Outcome(retried, "retrying", "450 later", 1e8), take=False)
+    scheduled, = queue.enqueue(queue.account, [changed("payload.send_at", int((time.time() + 1e8) * 1e6))])
+    until(lambda: queue.status(retried)["state"] == "queued")
+    assert queue.status(scheduled)["state"] == "scheduled"
 
 
 def test_what_is_due_together_goes_in_the_order_in_which_it_was_due_and_accepted(service, queue, monkeypatch):
