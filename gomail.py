@@ -569,6 +569,8 @@ def start_logging(settings, shared=False):
 #   idempotency:<digest>           string  fingerprint and id of the task an Idempotency-Key made, and the API key's id
 #   suppressed:<account>           zset    addresses that get no mail, by the time that began (ms)
 #   suppressed_for:<account>       hash    address -> why
+#   on_disk                        string  written to wait until it is on disk, and all before it
+#   writable                       string  written to see whether Redis takes it
 #   answered:<id>                  string  for a minute: what a script answered, should it be sent once more
 #   ascii_folded                   string  since when addresses in keys are folded in ASCII letters only (ms)
 #   rate                           hash    the next moments that smtp_rate gives away (microseconds)
@@ -619,7 +621,7 @@ class Script:
         self.source = (self.WHEN_FULL if when_full else "") + (self.ONCE + source + self.KEPT if once else source)
         self.digest = hashlib.sha1(self.source.encode()).hexdigest()
 
-    def __call__(self, keys: Sequence, args: Sequence, request: str = "", client=None) -> typing.Any:
+    def __call__(self, keys: Sequence, args: Sequence, request: str = "") -> typing.Any:
         """What the script answers.
 
         Args:
@@ -627,11 +629,27 @@ class Script:
         """
         if self.once:
             keys = [*keys, self.store.key("answered", request or secrets.token_hex(16))]
-        client = client or self.store.redis
+        client = self.store.redis
         try:
             return client.execute_command("EVALSHA", self.digest, len(keys), *keys, *args)
         except redis.exceptions.NoScriptError:
             return client.execute_command("EVAL", self.source, len(keys), *keys, *args)
+
+    def durably(self, keys: Sequence, args: Sequence, patience: int) -> tuple[typing.Any, bool]:
+        """What the script answers, and whether all it has written is on disk within `patience` milliseconds.
+
+        WAITAOF waits for what its own connection has written. So everything goes again where that breaks, and with a
+        write beside the script, which finds its work done then: the file has them in their order.
+        """
+        for command, script in (("EVALSHA", self.digest), ("EVAL", self.source)):
+            with self.store.redis.pipeline(transaction=False) as pipeline, contextlib.suppress(
+                    redis.exceptions.NoScriptError):
+                pipeline.execute_command(command, script, len(keys), *keys, *args)
+                pipeline.set(self.store.key("on_disk"), 1)
+                pipeline.execute_command("WAITAOF", 1, 0, patience)
+                answer, _, (on_disk, _) = pipeline.execute()
+                return answer, bool(on_disk)
+        raise redis.exceptions.NoScriptError("EVAL answered NOSCRIPT")
 
 
 class Store:
@@ -717,6 +735,10 @@ class Store:
         """The answer to a command that may not wait until Redis's memory has room: what makes room needs it."""
         name, key, *args = command
         return self._write(keys=[key], args=[name, *args])
+
+    def ensure_writable(self) -> None:
+        """Raises RedisError where Redis refuses what adds to it, or is away."""
+        self.redis.set(self.key("writable"), 1)
 
     def time(self):
         """Redis's clock, seconds since the epoch: the one clock that all processes share."""
@@ -896,8 +918,17 @@ class Accounts:
     """
     AT_ONCE = 200  # content types that one call removes
 
+    # Write each key where it is not there; answers how many were not.
+    RESTORE = """
+        local lost = 0
+        for at, key in ipairs(KEYS) do
+            if redis.call('SET', key, ARGV[at], 'NX') then lost = lost + 1 end
+        end
+        return lost
+    """
+
     def __init__(self, store, secret="", previous="", ttl=0):
-        self.store, self.ttl = store, ttl
+        self.store, self.ttl, self.secret_kept = store, ttl, not secret
         if not secret:
             store.write("SET", store.key("jwt_secret"), secrets.token_hex(32), "NX")
             secret = store.redis.get(store.key("jwt_secret"))
@@ -908,10 +939,18 @@ class Accounts:
         self._claims = functools.lru_cache(maxsize=1000)(self._verified)
         self._sign_up = store.script(self.SIGN_UP, once=True, when_full=False)
         self._deregister = store.script(self.DEREGISTER, once=True)
+        self._restore = store.script(self.RESTORE)
 
     def announce(self):
         """Leave word of the signing secret, for is_current()."""
         self.store.write("SET", self.store.key("jwt_secret_check"), self.derive("check").hex())
+
+    def restore(self) -> None:
+        """Leave word of the signing secret again, and the secret itself where Redis keeps it, if Redis lost its data."""
+        kept = {"jwt_secret_check": self.derive("check").hex(), **(
+            {"jwt_secret": self.secret.decode()} if self.secret_kept else {})}
+        if self._restore(keys=[self.store.key(name) for name in kept], args=list(kept.values())):
+            log(logging.WARNING, "Redis lost its data; the signing secret is kept there again")
 
     def is_current(self):
         """Whether the service that runs signs with the same secret, as far as is known."""
@@ -1940,10 +1979,7 @@ class Queue:
     def _durably(self, script, keys, args):
         if self.settings.durability != "fsync":
             return script(keys, args)
-        # WAITAOF is about what its own connection wrote.
-        with self.store.redis.client() as connection:
-            result = script(keys, args, client=connection)
-            on_disk, _ = connection.execute_command("WAITAOF", 1, 0, 4000)
+        result, on_disk = script.durably(keys, args, 4000)
         if not on_disk:
             raise Refused(503, "the task could not be written to disk in time; send it again", None,
                           {"Retry-After": "1"})
@@ -4094,15 +4130,15 @@ class Cron:
 
     Args:
         store: the Store, told whether Redis answers.
-        queue, newsletters, stats: whose due work it does.
+        accounts, queue, newsletters, stats: whose due work it does.
         workers: the Workers that the heartbeat shows, and whose gates it opens when somebody asks for that.
         server: the EmbeddedServer to keep running, or None.
     """
 
     TICK = 0.1  # seconds
 
-    def __init__(self, store, queue, newsletters, stats, workers, server=None):
-        self.store, self.queue, self.newsletters, self.stats = store, queue, newsletters, stats
+    def __init__(self, store, accounts, queue, newsletters, stats, workers, server=None):
+        self.store, self.accounts, self.queue, self.newsletters, self.stats = store, accounts, queue, newsletters, stats
         self.workers, self.server = workers, server
         self.stopping = threading.Event()
         self.thread = threading.Thread(target=self.run, daemon=True)
@@ -4152,6 +4188,7 @@ class Cron:
                 if self.asked.get(lane) != before.get(lane):
                     self.workers.gates[lane].resume()
             self.beaten = now
+            self.accounts.restore()
             self.stats.flush()
             self.queue.find_orphans()
             self.queue.reclaim()
@@ -4666,7 +4703,7 @@ class Api:
     def ready(self, request):
         if all(gate.reason for gate in self.workers.gates.values()):
             raise Refused(503, "all lanes are paused: the SMTP server is out", None, {"Retry-After": "10"})
-        self.queue.store.time()
+        self.queue.store.ensure_writable()
         return {"status": True}
 
     def prometheus(self, request):
@@ -5088,7 +5125,8 @@ class Service:
             self.newsletters.fold_as_now()
             self.stats = Stats(self.store)
             self.workers = Workers(settings, self.queue, self.transport, otps, self.newsletters, self.stats)
-            self.cron = Cron(self.store, self.queue, self.newsletters, self.stats, self.workers, self.server)
+            self.cron = Cron(self.store, accounts, self.queue, self.newsletters, self.stats, self.workers,
+                             self.server)
             self.http.api = Api(settings, accounts, self.queue, otps, self.newsletters, self.workers, self.stats)
             self.cron.start()
             self.workers.start()

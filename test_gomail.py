@@ -5138,11 +5138,17 @@ def test_a_restart_under_load_loses_nothing_and_doubles_nothing(processes, mail_
     assert len(mail_server.mails) == 300
 
 
+def has_waitaof(server):
+    """Whether a server can say what is on disk."""
+    found = server.client.info("server")
+    return "valkey_version" in found or tuple(map(int, found["redis_version"].split(".")[:2])) >= (7, 2)
+
+
 @pytest.mark.parametrize("durability", ["everysec", "fsync"])
 def test_while_redis_is_killed_and_back_requests_are_503_at_once_and_no_answered_task_is_lost(
         processes, mail_server, redis_with_file, durability):
     server = redis_with_file("--appendfsync", "always" if durability == "fsync" else "everysec")
-    if durability == "fsync" and "valkey_version" not in server.client.info() and server.client.info()["redis_version"] < "7.2":
+    if durability == "fsync" and not has_waitaof(server):
         pytest.skip("this server has no WAITAOF")
     process = processes(settings_for(server, mail_server, durability=durability)).started()
     sender = Sender(300, [process.url], process.client.sign_up().key)
@@ -5221,6 +5227,62 @@ def test_a_full_redis_is_drained_also_by_a_gomail_that_starts_then_while_what_ad
     client.task(userId="after@example.com")
     assert mail_server.one("after@example.com")
     assert not process.logged("Redis is not available")
+
+
+def test_with_fsync_no_task_is_answered_200_that_is_not_on_disk_whatever_breaks(services, redis_with_file):
+    server = redis_with_file("--appendfsync", "no")  # nothing is on disk until that is changed
+    if not has_waitaof(server):
+        pytest.skip("this server has no WAITAOF")
+    with contextlib.closing(Cutter(server)) as cutter:
+        service = services(redis_uri=cutter.uri, durability="fsync")
+        server.client.config_set("appendfsync", "always")
+        client = service.client.sign_up()
+        server.client.config_set("appendfsync", "no")
+        cutter.cut(service.queue._enqueue)
+        assert client("POST", "/task/", MESSAGE, Idempotency_Key="one")[0] == 503 and cutter.cuts == 1
+        server.client.config_set("appendfsync", "always")
+        server.client.script_flush()  # it is sent whole then
+        first = client.post("/task/", MESSAGE, Idempotency_Key="one")
+        assert client.post("/task/", MESSAGE, Idempotency_Key="one") == first
+        service.stop()
+        services.running.remove(service)
+
+
+def test_after_redis_lost_its_data_new_keys_outlive_a_restart(processes, mail_server, redis_with_file):
+    server = redis_with_file()
+    environment = settings_for(server, mail_server)
+    process = processes(environment).started()
+    before = {name: server.client.get(f"gomail:{name}") for name in ("jwt_secret", "jwt_secret_check")}
+    server.client.flushall()
+    until(lambda: process.logged("Redis lost its data"))
+    assert {name: server.client.get(f"gomail:{name}") for name in before} == before
+    key = process.client.sign_up().key
+    assert process.stop() == 0
+    process = processes(environment).started()
+    client = Client(process.url, key)
+    client.state(client.task(), "succeeded")
+    assert not process.logged("Redis lost its data")
+
+
+def test_a_secret_of_the_settings_is_not_written_to_a_redis_that_lost_its_data(processes, redis_with_file):
+    server = redis_with_file()
+    process = processes({"redis_uri": server.uri, "jwt_secret": "s" * 32}).started()
+    server.client.flushall()
+    until(lambda: process.logged("Redis lost its data"))
+    assert server.client.exists("gomail:jwt_secret_check") and not server.client.exists("gomail:jwt_secret")
+
+
+def test_ready_is_503_while_redis_takes_nothing(services, redis_with_file):
+    server = redis_with_file()
+    service = services(redis_uri=server.uri)
+    for fault, remedy in ((("CONFIG", "SET", "maxmemory", "1"), ("CONFIG", "SET", "maxmemory", "0")),
+                          (("REPLICAOF", "127.0.0.1", "1"), ("REPLICAOF", "NO", "ONE"))):
+        assert service.client.get("/health/ready") == {"status": True}
+        server.client.execute_command(*fault)
+        assert service.client("GET", "/health/ready")[0] == 503
+        server.client.execute_command(*remedy)
+    service.stop()
+    services.running.remove(service)
 
 
 def test_a_redis_that_may_lose_tasks_is_warned_about_and_cannot_promise_fsync(processes, redis_server):
