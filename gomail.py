@@ -58,6 +58,7 @@ import subprocess
 import sys
 import threading
 import time
+import typing
 import urllib.parse
 import zoneinfo
 from collections.abc import Callable, Sequence
@@ -667,6 +668,9 @@ def start_logging(settings, shared=False):
 #   idempotency:<digest>           string  fingerprint and id of the task an Idempotency-Key made, and the API key's id
 #   suppressed:<account>           zset    addresses that get no mail, by the time that began (ms)
 #   suppressed_for:<account>       hash    address -> why
+#   on_disk                        string  written to wait until it is on disk, and all before it
+#   writable                       string  written to see whether Redis takes it
+#   answered:<id>                  string  for a minute: what a script answered, should it be sent once more
 #   ascii_folded                   string  since when addresses in keys are folded in ASCII letters only (ms)
 #   rate                           hash    the next moments that smtp_rate gives away (microseconds)
 #   metrics                        hash    executed, successful, failed
@@ -679,6 +683,7 @@ def start_logging(settings, shared=False):
 #   otp_requests:<account>         string  OTP requests in this minute
 #   content:<account>              hash    content type -> {"subject", "content"}
 #   subscribers:<type>:<account>   hash    address -> {"userId", "frequency", "retries", "created", "variables"}
+#   issued:<type>:<account>        hash    address -> id of the newsletter's task that was queued last
 #   unsubscribed:<type>:<address>:<account>  string  when it was asked for, so that an older subscribe loses
 #   schedule                       zset    [account, type, address] by its next boundary (s)
 
@@ -792,11 +797,75 @@ def has_password(uri: str) -> bool:
         return bool(uri)
 
 
+class Script:
+    """A Lua script that Redis runs as a whole.
+
+    Args:
+        store: the Store.
+        source: the script. Its first key is the prefix of all keys, or begins with it.
+        once: a call that is sent twice, because its connection broke before the answer came, runs once. The answer 0
+            says that nothing was changed, and is not kept. Without `once`, running it twice must do no harm.
+        when_full: it runs while Redis's memory is full, too: what settles, takes and removes makes room.
+    """
+
+    # A full Redis refuses the first write of a script if it is one that may need memory, and none after it (so do Redis
+    # 6.2 to 8 and Valkey, whether or not they know the flag `allow-oom`). This one needs none, and does nothing.
+    WHEN_FULL = "redis.call('UNLINK', KEYS[1] .. ':')\n"
+
+    ONCE = """
+        local answered = table.remove(KEYS)
+        local before = redis.call('GET', answered)
+        if before then return cjson.decode(before) end
+        local function run()
+    """
+    KEPT = """
+        end
+        local answer = run()
+        if answer ~= 0 then redis.call('SET', answered, cjson.encode(answer), 'EX', 60) end
+        return answer
+    """
+
+    def __init__(self, store: "Store", source: str, once: bool = False, when_full: bool = True) -> None:
+        self.store, self.once = store, once
+        self.source = (self.WHEN_FULL if when_full else "") + (self.ONCE + source + self.KEPT if once else source)
+        self.digest = hashlib.sha1(self.source.encode()).hexdigest()
+
+    def __call__(self, keys: Sequence, args: Sequence, request: str = "") -> typing.Any:
+        """What the script answers.
+
+        Args:
+            request: of a script that runs once, what tells this call from others; by default no other is like it.
+        """
+        if self.once:
+            keys = [*keys, self.store.key("answered", request or secrets.token_hex(16))]
+        client = self.store.redis
+        try:
+            return client.execute_command("EVALSHA", self.digest, len(keys), *keys, *args)
+        except redis.exceptions.NoScriptError:
+            return client.execute_command("EVAL", self.source, len(keys), *keys, *args)
+
+    def durably(self, keys: Sequence, args: Sequence, patience: int) -> tuple[typing.Any, bool]:
+        """What the script answers, and whether all it has written is on disk within `patience` milliseconds.
+
+        WAITAOF waits for what its own connection has written. So everything goes again where that breaks, and with a
+        write beside the script, which finds its work done then: the file has them in their order.
+        """
+        for command, script in (("EVALSHA", self.digest), ("EVAL", self.source)):
+            with self.store.redis.pipeline(transaction=False) as pipeline, contextlib.suppress(
+                    redis.exceptions.NoScriptError):
+                pipeline.execute_command(command, script, len(keys), *keys, *args)
+                pipeline.set(self.store.key("on_disk"), 1)
+                pipeline.execute_command("WAITAOF", 1, 0, patience)
+                answer, _, (on_disk, _) = pipeline.execute()
+                return answer, bool(on_disk)
+        raise redis.exceptions.NoScriptError("EVAL answered NOSCRIPT")
+
+
 class Store:
     """The Redis connection, shared by all threads.
 
-    A command that fails because a pooled connection went stale is sent once more; all scripts are written so
-    that running one twice does no harm. `available` is what the cron thread last found.
+    A command that fails because its connection broke is sent once more, though Redis may have run it: see Script.
+    `available` is what the cron thread last found.
 
     Args:
         uri: host:port, redis://, rediss://, unix://, or redis+sentinel://host:port,host:port/master (where the
@@ -817,6 +886,7 @@ class Store:
         self.available = True
         self._own = threading.local()
         self._spare = []
+        self._write = self.script("return redis.call(ARGV[1], KEYS[1], unpack(ARGV, 2))")
         self._pooled = self._client(RedisAddress.parse(uri), options)
 
     @classmethod
@@ -871,17 +941,18 @@ class Store:
         if client := vars(self._own).pop("client", None):
             self._spare.append(client)
 
-    def script(self, source):
-        """A Lua script, as a callable: script(keys, args), with a client of its own where it matters which."""
-        digest = hashlib.sha1(source.encode()).hexdigest()
+    def script(self, source: str, once: bool = False, when_full: bool = True) -> Script:
+        """The Script of this source."""
+        return Script(self, source, once, when_full)
 
-        def run(keys, args, client=None):
-            client = client or self.redis
-            try:
-                return client.execute_command("EVALSHA", digest, len(keys), *keys, *args)
-            except redis.exceptions.NoScriptError:
-                return client.execute_command("EVAL", source, len(keys), *keys, *args)
-        return run
+    def write(self, *command: typing.Any) -> typing.Any:
+        """The answer to a command that may not wait until Redis's memory has room: what makes room needs it."""
+        name, key, *args = command
+        return self._write(keys=[key], args=[name, *args])
+
+    def ensure_writable(self) -> None:
+        """Raises RedisError where Redis refuses what adds to it, or is away."""
+        self.redis.set(self.key("writable"), 1)
 
     def time(self):
         """Redis's clock, seconds since the epoch: the one clock that all processes share."""
@@ -1042,32 +1113,60 @@ class Accounts:
     SIGN_UP = "return redis.call('HSETNX', KEYS[1], ARGV[1], ARGV[2])"
 
     # Nothing of the account's may send afterwards. Its waiting tasks and its places in the schedule are found
-    # without an owner when their time comes, and dropped then.
+    # without an owner when their time comes, and dropped then. Of many content types, each call removes some; until
+    # all are gone, the name is taken, by no key. Answers 2 where there is more to do.
     DEREGISTER = """
-        if redis.call('HDEL', KEYS[1], ARGV[1]) == 0 then return 0 end
-        for _, content_type in ipairs(redis.call('HKEYS', KEYS[2])) do
-            redis.call('UNLINK', ARGV[2] .. content_type .. ':' .. ARGV[1])
+        local users, content, name, prefix, most = KEYS[1], KEYS[2], ARGV[1], ARGV[2], tonumber(ARGV[3])
+        if redis.call('HEXISTS', users, name) == 0 then return 0 end
+        local types = redis.call('HRANDFIELD', content, most)
+        for _, content_type in ipairs(types) do
+            redis.call('HDEL', content, content_type)
+            redis.call('UNLINK', prefix .. 'subscribers:' .. content_type .. ':' .. name,
+                       prefix .. 'issued:' .. content_type .. ':' .. name)
         end
+        if #types == most then
+            redis.call('HSET', users, name, '')
+            return 2
+        end
+        redis.call('HDEL', users, name)
         redis.call('UNLINK', unpack(KEYS, 2))
         return 1
     """
+    AT_ONCE = 200  # content types that one call removes
+
+    # Write each key where it is not there; answers how many were not.
+    RESTORE = """
+        local lost = 0
+        for at, key in ipairs(KEYS) do
+            if redis.call('SET', key, ARGV[at], 'NX') then lost = lost + 1 end
+        end
+        return lost
+    """
 
     def __init__(self, store, secret="", previous="", ttl=0):
-        self.store, self.ttl = store, ttl
+        self.store, self.ttl, self.secret_kept = store, ttl, not secret
         if not secret:
-            store.redis.set(store.key("jwt_secret"), secrets.token_hex(32), nx=True)
+            store.write("SET", store.key("jwt_secret"), secrets.token_hex(32), "NX")
             secret = store.redis.get(store.key("jwt_secret"))
         self.secret = secret.encode()
         self.accepted = [self.secret, previous.encode()] if previous else [self.secret]
         self.users = store.key("UserList")
         # A signature that was right once stays right: an app sends the same key with every request.
         self._claims = functools.lru_cache(maxsize=1000)(self._verified)
-        self._sign_up = store.script(self.SIGN_UP)
-        self._deregister = store.script(self.DEREGISTER)
+        self._sign_up = store.script(self.SIGN_UP, once=True, when_full=False)
+        self._deregister = store.script(self.DEREGISTER, once=True)
+        self._restore = store.script(self.RESTORE)
 
     def announce(self):
         """Leave word of the signing secret, for is_current()."""
-        self.store.redis.set(self.store.key("jwt_secret_check"), self.derive("check").hex())
+        self.store.write("SET", self.store.key("jwt_secret_check"), self.derive("check").hex())
+
+    def restore(self) -> None:
+        """Leave word of the signing secret again, and the secret itself where Redis keeps it, if Redis lost its data."""
+        kept = {"jwt_secret_check": self.derive("check").hex(), **(
+            {"jwt_secret": self.secret.decode()} if self.secret_kept else {})}
+        if self._restore(keys=[self.store.key(name) for name in kept], args=list(kept.values())):
+            log(logging.WARNING, "Redis lost its data; the signing secret is kept there again")
 
     def is_current(self):
         """Whether the service that runs signs with the same secret, as far as is known."""
@@ -1098,7 +1197,9 @@ class Accounts:
     def deregister(self, name):
         """Revoke the key of `name` and end all it has waiting. Raises Refused (404) where it is not registered."""
         own = [self.store.key(kind, name) for kind in ("content", "dead", "suppressed", "suppressed_for", "recent")]
-        if not self._deregister(keys=[self.users, *own], args=[name, self.store.key("subscribers", "")]):
+        while (done := self._deregister(keys=[self.users, *own], args=[name, self.store.prefix, self.AT_ONCE])) == 2:
+            pass
+        if not done:
             raise Refused(404, "id is not registered", "id")
 
     def authenticate(self, header):
@@ -1656,6 +1757,7 @@ class Queue:
     MAX_STRIKES = 3
     HEARTBEAT_TTL = 4.0  # seconds
     OTP_FIRST = 0.01  # seconds
+    LOOK_AGAIN = 0.1  # seconds until an empty lane is looked at again, where waiting for it is refused
     BATCH = 200
     RESUME_INTERVAL = 5.0  # seconds between two requests to resume a lane, of all processes together
     RECENT = 100_000  # tasks that can be looked up without their id, of an account and of all
@@ -1666,6 +1768,14 @@ class Queue:
         local time = redis.call('TIME')
         local microseconds = string.format('%.0f', time[1] * 1000000 + time[2])
         local milliseconds = math.floor(microseconds / 1000)
+    """
+
+    # Whether one of two moments (microseconds) is the later one. One that is still to come was noted before the clock
+    # went back, so that it was first.
+    LATER = CLOCK + """
+        local function later(one, other)
+            return tonumber(one) > tonumber(other) and tonumber(one) <= tonumber(microseconds) + 1000000
+        end
     """
 
     # A task's story: a line for each attempt that did not succeed, "<when> <begun> <what> <why>". Of a task that goes
@@ -1698,11 +1808,13 @@ class Queue:
                 if account then redis.call('ZREM', prefix .. 'dead:' .. account, old) end
                 redis.call('UNLINK', prefix .. 'task:' .. old)
             end
+            -- Of what is too old or too much, some with each new letter: other calls must not wait for all of it.
             for _, letters in ipairs({prefix .. 'dead', prefix .. 'dead:' .. owner}) do
-                redis.call('ZREMRANGEBYSCORE', letters, '-inf', milliseconds - ttl)
+                local old = redis.call('ZRANGE', letters, '-inf', milliseconds - ttl, 'BYSCORE', 'LIMIT', 0, 100)
+                if #old > 0 then redis.call('ZREM', letters, unpack(old)) end
                 redis.call('ZADD', letters, milliseconds, id)
             end
-            local surplus = redis.call('ZCARD', prefix .. 'dead') - most
+            local surplus = math.min(redis.call('ZCARD', prefix .. 'dead') - most, 100)
             if surplus > 0 then
                 for _, old in ipairs(redis.call('ZRANGE', prefix .. 'dead', 0, surplus - 1)) do forget(old) end
             end
@@ -1723,7 +1835,9 @@ class Queue:
         local function one_more(requests, most)
             if tonumber(most) == 0 then return end
             if tonumber(redis.call('GET', requests) or 0) >= tonumber(most) then
-                return math.max(1, redis.call('TTL', requests))
+                local left = redis.call('TTL', requests)
+                if left <= 60 then return math.max(1, left) end
+                redis.call('DEL', requests)  -- from before the clock went back
             end
             if redis.call('INCR', requests) == 1 then redis.call('EXPIRE', requests, 60) end
         end
@@ -1738,17 +1852,19 @@ class Queue:
 
         local function too_early(id, address)
             local asked, hour = prefix .. 'otp_asked:' .. address .. ':' .. account, milliseconds - 3600000
-            redis.call('ZREMRANGEBYSCORE', asked, '-inf', hour)
-            local first = redis.call('ZRANGE', asked, 0, 0, 'WITHSCORES')[2]
-            local last = redis.call('ZRANGE', asked, -1, -1, 'WITHSCORES')[2]
+            -- What is still to come was asked for before the clock went back, and does not count.
+            local last = redis.call('ZRANGE', asked, milliseconds, hour, 'BYSCORE', 'REV', 'LIMIT', 0, 1, 'WITHSCORES')[2]
             local wait = (last or 0) + cooldown * 1000 - milliseconds
-            if tonumber(hourly) > 0 and redis.call('ZCARD', asked) >= tonumber(hourly) then
+            if tonumber(hourly) > 0 and redis.call('ZCOUNT', asked, '(' .. hour, milliseconds) >= tonumber(hourly) then
+                local first = redis.call('ZRANGE', asked, '(' .. hour, milliseconds, 'BYSCORE', 'LIMIT', 0, 1, 'WITHSCORES')[2]
                 wait = math.max(wait, first - hour)
             end
             if wait > 0 then return math.ceil(wait / 1000) end
             wait = one_more(prefix .. 'otp_requests:' .. account, minute)
             if wait then return wait end
-            redis.call('ZADD', asked, milliseconds, id)
+            redis.call('ZADD', asked, milliseconds, id)  -- a full Redis refuses this: nothing is written before it
+            redis.call('ZREMRANGEBYSCORE', asked, '-inf', hour)
+            redis.call('ZREMRANGEBYSCORE', asked, '(' .. milliseconds, '+inf')
             redis.call('EXPIRE', asked, 3600)
         end
 
@@ -1794,7 +1910,7 @@ class Queue:
     EXCHANGE = BURY + """
         local own, lane, prefix = KEYS[1], KEYS[2], KEYS[3]
         local take, id, verdict, error, delay, delivered, suppress = unpack(ARGV)
-        local result_ttl, dead_ttl, dead_max = unpack(ARGV, 8)
+        local result_ttl, dead_ttl, dead_max, process, worker = unpack(ARGV, 8)
         if id ~= '' and redis.call('LREM', own, 1, id) == 1 then
             local task = prefix .. 'task:' .. id
             if delivered ~= '' then redis.call('HSET', task, 'delivered', delivered) end
@@ -1841,7 +1957,11 @@ class Queue:
             end
             return false
         end
-        while true do
+        -- Who was taken for dead, and lives, is found again should it die now.
+        if redis.call('HEXISTS', prefix .. 'processes', process) == 0 then
+            redis.call('HSET', prefix .. 'processes', process, worker)
+        end
+        for _ = 1, 200 do
             local next = redis.call('LINDEX', own, -1) or redis.call('RPOPLPUSH', lane, own)
             if not next then return false end
             local task = prefix .. 'task:' .. next
@@ -1864,25 +1984,32 @@ class Queue:
                 return {next, unpack(found, 1, 10)}
             end
         end
+        return {}  -- these were all of accounts that are no more; the caller asks again, and lets others in between
     """
 
     # The next moment at which a mail may go (a generic cell rate algorithm). Urgent mail has a line of its own, which
-    # pushes back the line of the rest; moments that passed unused can be caught up for 50 ms.
+    # pushes back the line of the rest; moments that passed unused can be caught up for 50 ms. Where the clock went back,
+    # the lines go with it.
     PACE = CLOCK + """
         local rate, interval, urgent = KEYS[1], tonumber(ARGV[1]), ARGV[2] == 'urgent'
         local now = tonumber(microseconds)
-        local lines = redis.call('HMGET', rate, 'all', 'urgent')
-        local all, own = math.max(now - 50000, tonumber(lines[1] or 0)), math.max(now - 50000, tonumber(lines[2] or 0))
-        redis.call('HSET', rate, 'all', string.format('%.0f', all + interval))
-        if urgent then redis.call('HSET', rate, 'urgent', string.format('%.0f', own + interval)) end
+        local lines = redis.call('HMGET', rate, 'all', 'urgent', 'asked')
+        local gone_back = math.max(0, tonumber(lines[3] or 0) - now)
+        local all = math.max(now - 50000, tonumber(lines[1] or 0) - gone_back)
+        local own = math.max(now - 50000, tonumber(lines[2] or 0) - gone_back)
+        redis.call('HSET', rate, 'all', string.format('%.0f', all + interval), 'asked', microseconds)
+        if urgent or gone_back > 0 then
+            redis.call('HSET', rate, 'urgent', string.format('%.0f', urgent and own + interval or own))
+        end
         redis.call('PEXPIRE', rate, math.ceil((all + interval - now) / 1000) + 60000)
         return string.format('%.0f', math.max(0, (urgent and own or all) - now))
     """
 
-    # A due retry has waited already, so it goes to the head of its lane.
+    # What is due has waited already, so it goes to the head of its lane. What was due first is to leave first, so the
+    # latest is moved first, also where there is more than one call's share; of one moment, by id.
     PROMOTE = CLOCK + """
         local prefix = KEYS[1]
-        local due = redis.call('ZRANGE', prefix .. 'delayed', '-inf', milliseconds, 'BYSCORE', 'LIMIT', 0, ARGV[1])
+        local due = redis.call('ZRANGE', prefix .. 'delayed', milliseconds, '-inf', 'BYSCORE', 'REV', 'LIMIT', 0, ARGV[1])
         for _, id in ipairs(due) do
             redis.call('ZREM', prefix .. 'delayed', id)
             local lane = redis.call('HGET', prefix .. 'task:' .. id, 'lane')
@@ -1894,40 +2021,92 @@ class Queue:
         return #due
     """
 
-    # Give back what a process has in hand, oldest first to the head of each lane. Where the process died, a
-    # task gets a strike, once for each time it was begun: the third buries it.
-    RECLAIM = BURY + """
-        local prefix, process, died = KEYS[1], ARGV[1], ARGV[2] == '1'
-        if died and redis.call('EXISTS', prefix .. 'heartbeat:' .. process) == 1 then return -1 end
-        local found = {}
-        for worker in string.gmatch(redis.call('HGET', prefix .. 'processes', process) or '', '[^,]+') do
-            local list = prefix .. 'processing:' .. process .. ':' .. worker
-            for _, id in ipairs(redis.call('LRANGE', list, 0, -1)) do
-                local task = redis.call('HMGET', prefix .. 'task:' .. id, 'created', 'lane', 'strikes', 'begun')
-                if task[1] then
-                    local strikes = tonumber(task[3] or 0)
-                    if died and (strikes == 0 or task[4]) then strikes = strikes + 1 end
-                    found[#found + 1] = {id = id, created = tonumber(task[1]), lane = task[2], strikes = strikes}
-                end
+    # Of some tasks that wait, find retries that are further away than retries are ever put off, as they are after the
+    # clock was ahead or goes back, and make them due. Answers where to look on, and how many these were.
+    RECALL = CLOCK + """
+        local prefix, latest, recalled = KEYS[1], milliseconds + ARGV[2], 0
+        local cursor, found = unpack(redis.call('ZSCAN', prefix .. 'delayed', ARGV[1], 'COUNT', 200))
+        for at = 1, #found, 2 do
+            local id = found[at]
+            if tonumber(found[at + 1]) > latest and redis.call('HGET', prefix .. 'task:' .. id, 'state') == 'retrying' then
+                redis.call('ZADD', prefix .. 'delayed', milliseconds, id)
+                redis.call('HSET', prefix .. 'task:' .. id, 'due', milliseconds)
+                recalled = recalled + 1
             end
-            redis.call('UNLINK', list)
         end
-        redis.call('HDEL', prefix .. 'processes', process)
-        redis.call('HDEL', prefix .. 'paused', process)
-        redis.call('UNLINK', prefix .. 'heartbeat:' .. process)
+        return {cursor, recalled}
+    """
+
+    # Give back what processes have in hand, oldest first to the head of each lane; answers how many tasks of each, or -1
+    # where it was left alone. Where the process died, a task gets a strike, once for each time it was begun: the third
+    # buries it. When many have been found, the rest of the processes is for the next call.
+    RECLAIM = BURY + """
+        local prefix, died, max_strikes, dead_ttl, dead_max = KEYS[1], ARGV[1] == '1', unpack(ARGV, 2, 4)
+        local look, heartbeat_ttl, found, counts = tonumber(ARGV[5]), tonumber(ARGV[6]), {}, {}
+
+        -- A heartbeat that ends later than any that was just shown is from before the clock went back.
+        local function lives(process)
+            local left = redis.call('PTTL', prefix .. 'heartbeat:' .. process)
+            return left > 0 and left <= heartbeat_ttl
+        end
+
+        local function collect(process)
+            local before = #found
+            for worker in string.gmatch(redis.call('HGET', prefix .. 'processes', process) or '', '[^,]+') do
+                local list = prefix .. 'processing:' .. process .. ':' .. worker
+                for _, id in ipairs(redis.call('LRANGE', list, 0, -1)) do
+                    local task = redis.call('HMGET', prefix .. 'task:' .. id, 'created', 'lane', 'strikes', 'begun', 'state')
+                    if task[1] then
+                        local strikes = tonumber(task[3] or 0)
+                        if died and task[5] == 'running' and (strikes == 0 or task[4]) then strikes = strikes + 1 end
+                        found[#found + 1] = {id = id, created = tonumber(task[1]), lane = task[2], strikes = strikes}
+                    end
+                end
+                redis.call('UNLINK', list)
+            end
+            redis.call('HDEL', prefix .. 'processes', process)
+            redis.call('HDEL', prefix .. 'paused', process)
+            redis.call('UNLINK', prefix .. 'heartbeat:' .. process)
+            return #found - before
+        end
+
+        for at = 7, #ARGV do
+            counts[#counts + 1] = (#found >= look or died and lives(ARGV[at])) and -1 or collect(ARGV[at])
+        end
         table.sort(found, function(a, b) return a.created > b.created end)
         for _, task in ipairs(found) do
             redis.call('HDEL', prefix .. 'task:' .. task.id, 'begun')
             note(prefix .. 'task:' .. task.id, died and 'orphaned' or 'returned',
                  died and 'its process died' or 'the service stopped')
             redis.call('HSET', prefix .. 'task:' .. task.id, 'strikes', task.strikes, 'state', 'queued')
-            if task.strikes >= tonumber(ARGV[3]) then
-                bury(prefix, task.id, 'its process died ' .. task.strikes .. ' times', ARGV[4], tonumber(ARGV[5]))
+            if task.strikes >= tonumber(max_strikes) then
+                bury(prefix, task.id, 'its process died ' .. task.strikes .. ' times', dead_ttl, tonumber(dead_max))
             else
                 redis.call('RPUSH', prefix .. 'lane:' .. task.lane, task.id)
             end
         end
-        return #found
+        return counts
+    """
+
+    # A list whose worker no process shows belongs to one that was taken for dead too early, and died later. To show
+    # both is enough: they are without a heartbeat.
+    ADOPT = """
+        local prefix, process, worker = KEYS[1], ARGV[1], ARGV[2]
+        local workers = redis.call('HGET', prefix .. 'processes', process)
+        if redis.call('EXISTS', prefix .. 'processing:' .. process .. ':' .. worker) == 0
+                or workers and string.find(',' .. workers .. ',', ',' .. worker .. ',', 1, true) then
+            return 0
+        end
+        redis.call('HSET', prefix .. 'processes', process, workers and workers .. ',' .. worker or worker)
+        return 1
+    """
+
+    BEAT = """
+        local prefix, process, workers, ttl, paused = KEYS[1], unpack(ARGV)
+        redis.call('HSET', prefix .. 'processes', process, workers)
+        redis.call('SET', prefix .. 'heartbeat:' .. process, 1, 'PX', ttl)
+        redis.call('HSET', prefix .. 'paused', process, paused)
+        return redis.call('HGETALL', prefix .. 'resume')
     """
 
     # Only what waits in the delayed set: what a lane or a worker has, the next moment may send.
@@ -1991,18 +2170,27 @@ class Queue:
         return {at < redis.call('LLEN', list) and at or -1, unpack(found)}
     """
 
+    UNSUPPRESS = """
+        redis.call('HDEL', KEYS[2], unpack(ARGV))
+        return redis.call('ZREM', KEYS[1], unpack(ARGV))
+    """
+
     def __init__(self, store, settings, process):
         self.store, self.settings, self.process = store, settings, process
-        self._enqueue = store.script(self.ENQUEUE)
+        self._enqueue = store.script(self.ENQUEUE, when_full=False)
         self._exchange = store.script(self.EXCHANGE)
         self._promote = store.script(self.PROMOTE)
-        self._reclaim = store.script(self.RECLAIM)
-        self._cancel = store.script(self.CANCEL)
+        self._recall = store.script(self.RECALL)
+        self._reclaim = store.script(self.RECLAIM, once=True)
+        self._adopt = store.script(self.ADOPT)
+        self._beat = store.script(self.BEAT)
+        self._cancel = store.script(self.CANCEL, once=True)
         self._pace = store.script(self.PACE)
-        self._revive = store.script(self.REVIVE)
-        self._recent = store.script(self.RECENT_ONES)
+        self._revive = store.script(self.REVIVE, once=True)
+        self._recent = store.script(self.RECENT_ONES, when_full=False)
+        self._unsuppress = store.script(self.UNSUPPRESS, once=True)
         self._resume = store.script(self.RESUME)
-        self._missing = {}
+        self._missing, self._scanned, self._recalled = {}, 0, 0
         self._no_otp = threading.Event()
         self._no_otp.set()
 
@@ -2018,7 +2206,8 @@ class Queue:
         """
         settings = self.settings
         args = [account.name, account.key_id, settings.otp_cooldown, settings.otp_hourly_max, settings.otp_minute_max]
-        ids = secrets.token_hex(16 * len(tasks))
+        # In the order of the tasks: those that are due at one moment leave in it.
+        began, chance = time.time_ns() // 1000, secrets.token_hex(8 * len(tasks))
         for number, task in enumerate(tasks):
             payload, otp_address, content_type, fingerprint, digest = task["payload"], "", "", "", ""
             if idempotency_key:
@@ -2032,7 +2221,8 @@ class Queue:
             elif task["type"] == "subscribe" and "content" not in payload:
                 content_type = payload["content_type"]
             to = same_mailbox(" ".join([payload["userId"], *payload.get("cc", ()), *payload.get("bcc", ())]))
-            args += [ids[32 * number:32 * number + 32], head_of(task), json.dumps(task), lane_of(task["type"]),
+            task_id = f"{began:013x}{number:03x}{chance[16 * number:16 * number + 16]}"
+            args += [task_id, head_of(task), json.dumps(task), lane_of(task["type"]),
                      otp_address, content_type, fingerprint, digest, payload.get("send_at", 0) // 1000, to]
         results = self._durably(self._enqueue, [self.store.prefix], args)
         if results == "revoked":
@@ -2051,10 +2241,7 @@ class Queue:
     def _durably(self, script, keys, args):
         if self.settings.durability != "fsync":
             return script(keys, args)
-        # WAITAOF is about what its own connection wrote.
-        with self.store.redis.client() as connection:
-            result = script(keys, args, connection)
-            on_disk, _ = connection.execute_command("WAITAOF", 1, 0, 4000)
+        result, on_disk = script.durably(keys, args, 4000)
         if not on_disk:
             raise Refused(503, "the task could not be written to disk in time; send it again", None,
                           {"Retry-After": "1"})
@@ -2068,12 +2255,13 @@ class Queue:
         """
         outcome = outcome or Outcome("", "")
         settings = self.settings
-        found = self._exchange(
-            keys=[self._processing(worker), self.store.key("lane", lane), self.store.prefix],
-            args=[int(take), outcome.task_id, outcome.verdict, outcome.error, int(outcome.delay * 1000),
-                  " ".join(outcome.delivered), " ".join(outcome.suppress), settings.result_ttl * 1000,
-                  settings.dead_ttl * 1000, settings.dead_max])
-        if not found:
+        keys = [self._processing(worker), self.store.key("lane", lane), self.store.prefix]
+        args = [int(take), outcome.task_id, outcome.verdict, outcome.error, int(outcome.delay * 1000),
+                " ".join(outcome.delivered), " ".join(outcome.suppress), settings.result_ttl * 1000,
+                settings.dead_ttl * 1000, settings.dead_max, self.process, worker]
+        while (found := self._exchange(keys, args)) == []:
+            pass
+        if found is None:
             return None
         task_id, body, account, key, created, *counts, delivered, suppressed = found
         task = json.loads(body)
@@ -2097,7 +2285,10 @@ class Queue:
 
         The next exchange() returns it.
         """
-        self.store.redis.brpoplpush(self.store.key("lane", lane), self._processing(worker), timeout=timeout)
+        try:
+            self.store.redis.brpoplpush(self.store.key("lane", lane), self._processing(worker), timeout=timeout)
+        except redis.OutOfMemoryError:  # to wait needs no memory, but might; the next exchange() needs no wait
+            time.sleep(min(timeout, self.LOOK_AGAIN))
 
     def pace(self, lane):
         """Take the next moment at which a mail of this lane may go, by `smtp_rate`; returns the seconds until then."""
@@ -2107,7 +2298,7 @@ class Queue:
 
     def begin(self, task):
         """Note that a task with strikes is begun now: only then is it to blame if the process dies."""
-        self.store.redis.hset(self.store.key("task", task.id), "begun", 1)
+        self.store.write("HSET", self.store.key("task", task.id), "begun", 1)
 
     def _processing(self, worker):
         return self.store.key("processing", self.process, worker)
@@ -2117,12 +2308,9 @@ class Queue:
 
         Returns lane -> how often somebody has asked to resume it.
         """
-        with self.store.redis.pipeline() as transaction:
-            transaction.hset(self.store.key("processes"), self.process, ",".join(workers))
-            transaction.set(self.store.key("heartbeat", self.process), 1, px=int(self.HEARTBEAT_TTL * 1000))
-            transaction.hset(self.store.key("paused"), self.process, json.dumps(paused))
-            transaction.hgetall(self.store.key("resume"))
-            return transaction.execute()[-1]
+        asked = self._beat(keys=[self.store.prefix], args=[
+            self.process, ",".join(workers), int(self.HEARTBEAT_TTL * 1000), json.dumps(paused)])
+        return dict(zip(asked[::2], asked[1::2]))
 
     # KEYS: resume, resumed:<lane>. ARGV: lane, id of this request, milliseconds in which no other is taken.
     # Answers 0, or the milliseconds to wait.
@@ -2149,8 +2337,17 @@ class Queue:
                           {"Retry-After": str(seconds)})
 
     def promote(self):
-        """Move retries that are due to their lanes; returns how many, at most BATCH."""
-        return self._promote(keys=[self.store.prefix], args=[self.BATCH])
+        """Move what is due to the lanes; returns how many tasks, at most LOOK."""
+        return self._promote(keys=[self.store.prefix], args=[self.LOOK])
+
+    def recall(self) -> int:
+        """Make retries due that a wrong clock put off too far, among some of what waits; returns how many."""
+        longest = max(self.settings.retry_delay, self.settings.retry_delay_max)
+        self._recalled, count = self._recall(keys=[self.store.prefix], args=[
+            self._recalled, int((2 * longest + 60) * 1000)])
+        if count:
+            log(logging.WARNING, "retries were put off too far, as by a clock that was wrong", count=count)
+        return count
 
     def reclaim(self, patience=3.0):
         """Give the tasks of dead processes back to their lanes; returns how many.
@@ -2158,26 +2355,40 @@ class Queue:
         A process is dead when its heartbeat has been seen missing for `patience` seconds: a live one whose
         key went with a restart of Redis, or with a jump of its clock, has shown itself again by then.
         """
-        given_back = 0
         processes = self.store.redis.hkeys(self.store.key("processes"))
-        self._missing = {process: self._missing.get(process, time.monotonic()) for process in processes
-                         if not self.store.redis.exists(self.store.key("heartbeat", process))}
-        for process, since in self._missing.items():
-            if time.monotonic() - since >= patience:
-                count = self._give_back(process, died=True)
-                if count >= 0:
-                    given_back += count
-                    log(logging.WARNING, "reclaimed the tasks of a dead process", process=process, tasks=count)
-        return given_back
+        with self.store.redis.pipeline(transaction=False) as pipeline:
+            for process in processes:
+                pipeline.pttl(self.store.key("heartbeat", process))
+            left = dict(zip(processes, pipeline.execute()))
+        now = time.monotonic()
+        self._missing = {process: self._missing.get(process, now) for process in processes
+                         if not 0 < left[process] <= self.HEARTBEAT_TTL * 1000}
+        dead = [process for process, since in self._missing.items() if now - since >= patience]
+        counts = dict(zip(dead, self._give_back(dead, died=True)))
+        for process, count in counts.items():
+            if count >= 0:
+                log(logging.WARNING, "reclaimed the tasks of a dead process", process=process, tasks=count)
+        return sum(max(count, 0) for count in counts.values())
 
-    def release(self):
+    def find_orphans(self) -> int:
+        """Look at some further keys for lists that reclaim() would not look at, and see to it that it does.
+
+        Returns how many it found among about 5,000 keys; the next call goes on from there.
+        """
+        pattern = re.sub(r"[*?\[\]\\]", r"\\\g<0>", self.store.key("processing", "")) + "*"
+        self._scanned, lists = self.store.redis.scan(self._scanned, match=pattern, count=5 * self.LOOK)
+        owners = [key.removeprefix(self.store.key("processing", "")).rpartition(":") for key in lists]
+        return sum(self._adopt(keys=[self.store.prefix], args=[process, worker]) for process, _, worker in owners)
+
+    def release(self) -> int:
         """At a graceful stop: give back what the workers still have, and take the heartbeat down."""
-        return self._give_back(self.process, died=False)
+        return self._give_back([self.process], died=False)[0]
 
-    def _give_back(self, process, died):
+    def _give_back(self, processes: list[str], died: bool) -> list[int]:
         settings = self.settings
         return self._reclaim(keys=[self.store.prefix], args=[
-            process, int(died), self.MAX_STRIKES, settings.dead_ttl * 1000, settings.dead_max])
+            int(died), self.MAX_STRIKES, settings.dead_ttl * 1000, settings.dead_max, self.LOOK,
+            int(self.HEARTBEAT_TTL * 1000), *processes]) if processes else []
 
     def status(self, task_id, account="", story=False):
         """What is known of a task, as a dict, or None. With `account`, only of that account's own.
@@ -2302,10 +2513,8 @@ class Queue:
     def unsuppress(self, account, address):
         """Send to an address again. False where it was not suppressed."""
         keys = [same_mailbox(address), *([address.casefold()] if self.suppressed_by_older(account, address) else [])]
-        with self.store.redis.pipeline() as transaction:
-            transaction.zrem(self.store.key("suppressed", account), *keys)
-            transaction.hdel(self.store.key("suppressed_for", account), *keys)
-            return bool(transaction.execute()[0])
+        lists = [self.store.key("suppressed", account), self.store.key("suppressed_for", account)]
+        return bool(self._unsuppress(keys=lists, args=keys))
 
     def suppressed_by_older(self, account: str, address: str) -> bool:
         """Whether an address was suppressed by a version that folded more than ASCII letters.
@@ -2401,11 +2610,23 @@ class Stats:
     A process counts for itself and adds what is new to the sum once a second.
     """
 
+    # Add to counters: seconds to keep a minute of the history, then key, field and amount of each.
+    ADD = """
+        for at = 2, #ARGV, 3 do
+            local key, series, amount = unpack(ARGV, at, at + 2)
+            redis.call('HINCRBYFLOAT', KEYS[1] .. key, series, amount)
+            if key ~= 'stats' then redis.call('EXPIRE', KEYS[1] .. key, ARGV[1]) end
+        end
+        return 1
+    """
+    AT_ONCE = 500  # counters in one script
+
     MINUTES = 60
     SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, math.inf)
 
     def __init__(self, store):
         self.store, self.lock, self.new = store, threading.Lock(), collections.Counter()
+        self._add = store.script(self.ADD, once=True)
 
     def count(self, name, **labels):
         """Add one to a counter."""
@@ -2431,12 +2652,12 @@ class Stats:
         with self.lock:
             new, self.new = self.new, collections.Counter()
         try:
-            with self.store.redis.pipeline() as transaction:
-                for (key, series), amount in new.items():
-                    transaction.hincrbyfloat(self.store.key(key), json.dumps(series), amount)
-                for key in {key for key, _ in new} - {"stats"}:
-                    transaction.expire(self.store.key(key), (self.MINUTES + 2) * 60)
-                transaction.execute()
+            while new:
+                some = list(itertools.islice(new.items(), self.AT_ONCE))
+                self._add(keys=[self.store.prefix], args=[(self.MINUTES + 2) * 60, *(
+                    part for (key, series), amount in some for part in (key, json.dumps(series), amount))])
+                for counter, _ in some:
+                    del new[counter]
         except redis.RedisError:
             with self.lock:
                 self.new.update(new)
@@ -3559,13 +3780,13 @@ class Otps:
 
     # An older task's OTP never replaces a newer one's, and one that was used or used up does not come back: the
     # record outlives its hash until the TTL ends it.
-    KEEP = """
+    KEEP = Queue.LATER + """
         local seen, owner = unpack(redis.call('HMGET', KEYS[1], 'created', 'key'))
         if owner and owner ~= ARGV[4] then
             redis.call('DEL', KEYS[1])
             seen = false
         end
-        if seen and tonumber(seen) > tonumber(ARGV[2]) then return 0 end
+        if seen and later(seen, ARGV[2]) then return 0 end
         if seen == ARGV[2] and redis.call('HEXISTS', KEYS[1], 'hash') == 0 then return 0 end
         if seen and seen ~= ARGV[2] then redis.call('DEL', KEYS[1]) end
         redis.call('HSET', KEYS[1], 'hash', ARGV[1], 'created', ARGV[2], 'key', ARGV[4])
@@ -3600,7 +3821,7 @@ class Otps:
         self.store, self.key, self.ttl, self.minute_max = store, key, ttl, minute_max
         self.subject, self.content = subject, content or self.CONTENT
         self._keep = store.script(self.KEEP)
-        self._verify = store.script(self.VERIFY)
+        self._verify = store.script(self.VERIFY, once=True)
 
     def issue(self, task):
         """The OTP of a generateOtp task, verifiable from now on for `ttl` seconds.
@@ -3682,6 +3903,8 @@ class Newsletters:
 
     BATCH = 500
 
+    CREATE = "return redis.call('HSETNX', KEYS[1], ARGV[1], ARGV[2])"
+
     UPDATE = """
         if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then return 0 end
         redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
@@ -3703,34 +3926,35 @@ class Newsletters:
 
     # Places in the schedule stay behind; the script that finds them due, without a subscriber, drops them.
     REMOVE = """
-        redis.call('UNLINK', KEYS[2])
+        redis.call('UNLINK', KEYS[2], KEYS[3])
         return redis.call('HDEL', KEYS[1], ARGV[1])
     """
 
     # Tasks are worked on side by side, so that an unsubscribe may overtake the subscribe before it: the later
     # request wins, whichever is worked on first.
-    SUBSCRIBE = """
+    SUBSCRIBE = Queue.LATER + """
         local content, subscribers, schedule, unsubscribed = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
         local content_type, address, record, created, member, boundary, body = unpack(ARGV)
         if body ~= '' then redis.call('HSETNX', content, content_type, body) end
         if redis.call('HEXISTS', content, content_type) == 0 then return 'unknown' end
         local left = redis.call('GET', unsubscribed)
         local before = redis.call('HGET', subscribers, address)
-        if left and tonumber(left) > tonumber(created) then return 'overtaken' end
-        if before and cjson.decode(before).created > tonumber(created) then return 'overtaken' end
+        if left and later(left, created) then return 'overtaken' end
+        if before and later(cjson.decode(before).created, created) then return 'overtaken' end
         redis.call('HSET', subscribers, address, record)
         redis.call('ZADD', schedule, boundary, member)
         return 'subscribed'
     """
 
-    UNSUBSCRIBE = """
-        local subscribers, schedule, unsubscribed = KEYS[1], KEYS[2], KEYS[3]
+    UNSUBSCRIBE = Queue.LATER + """
+        local subscribers, schedule, unsubscribed, issued = unpack(KEYS)
         local address, created, member = unpack(ARGV)
         redis.call('SET', unsubscribed, created, 'EX', 86400)
         local before = redis.call('HGET', subscribers, address)
         if not before then return 'unknown' end
-        if cjson.decode(before).created > tonumber(created) then return 'overtaken' end
+        if later(cjson.decode(before).created, created) then return 'overtaken' end
         redis.call('HDEL', subscribers, address)
+        redis.call('HDEL', issued, address)
         redis.call('ZREM', schedule, member)
         return 'unsubscribed'
     """
@@ -3747,48 +3971,98 @@ class Newsletters:
         redis.call('ZREM', schedule, older_member)
     """
 
-    CLAIM = Queue.CLOCK + Queue.REMEMBER + """
-        local prefix, now, most, base = KEYS[1], ARGV[1], ARGV[2], ARGV[3]
-        local boundaries = {['@hourly'] = ARGV[4], ['@daily'] = ARGV[5], ['@weekly'] = ARGV[6], ['@monthly'] = ARGV[7]}
-        local schedule = prefix .. 'schedule'
-        local due = redis.call('ZRANGE', schedule, '-inf', now, 'BYSCORE', 'LIMIT', 0, most)
-        for number, member in ipairs(due) do
+    # By frequency, from the fourth argument on: its next two boundaries.
+    BOUNDARIES = """
+        local next, next_but_one = {}, {}
+        for at = 4, #ARGV, 3 do
+            next[ARGV[at]], next_but_one[ARGV[at]] = tonumber(ARGV[at + 1]), tonumber(ARGV[at + 2])
+        end
+    """
+
+    # Queue what is due; answers how many places in the schedule that were, and at how many of them nothing was queued,
+    # because the issue before has not ended yet: one that waits is enough, it is filled when it is sent. A boundary that
+    # comes too soon after the one before is the same in another time zone, and is passed over.
+    CLAIM = Queue.CLOCK + Queue.REMEMBER + BOUNDARIES + """
+        local prefix, now, most, base = KEYS[1], unpack(ARGV, 1, 3)
+        local half = {['@hourly'] = 1800, ['@daily'] = 43200, ['@weekly'] = 302400, ['@monthly'] = 1209600}  -- seconds
+        local ended = {succeeded = true, dead = true, suppressed = true, cancelled = true}
+        local schedule, skipped = prefix .. 'schedule', 0
+
+        local function queue(number, account, key, content_type, address, record)
+            local issued, id = prefix .. 'issued:' .. content_type .. ':' .. account, base .. string.format('%08x', number)
+            local before = redis.call('HGET', issued, address)
+            local state = before and redis.call('HGET', prefix .. 'task:' .. before, 'state')
+            if state and not ended[state] then
+                skipped = skipped + 1
+                return
+            end
+            local body = cjson.encode({task = content_type, type = 'newsletter', retries = record.retries,
+                                       payload = {userId = record.userId, content_type = content_type}})
+            redis.call('HSET', prefix .. 'task:' .. id, 'body', body, 'account', account, 'key', key,
+                       'lane', 'bulk', 'state', 'queued', 'attempts', 0, 'created', microseconds, 'to', address)
+            redis.call('LPUSH', prefix .. 'lane:bulk', id)
+            redis.call('HSET', issued, address, id)
+            remember(prefix, account, id)
+        end
+
+        local due = redis.call('ZRANGE', schedule, '-inf', now, 'BYSCORE', 'LIMIT', 0, most, 'WITHSCORES')
+        for at = 1, #due, 2 do
+            local member, moment = due[at], due[at + 1]
             local account, content_type, address = unpack(cjson.decode(member))
             local key = redis.call('HGET', prefix .. 'UserList', account)
             local subscribers = prefix .. 'subscribers:' .. content_type .. ':' .. account
-            local found = key and redis.call('HGET', subscribers, address)
+            local found = key and key ~= '' and redis.call('HGET', subscribers, address)
             if not found then
                 redis.call('ZREM', schedule, member)
             else
                 local record = cjson.decode(found)
-                redis.call('ZADD', schedule, boundaries[record.frequency], member)
-                local id = base .. string.format('%08x', number)
-                local body = cjson.encode({task = content_type, type = 'newsletter', retries = record.retries,
-                                           payload = {userId = record.userId, content_type = content_type}})
-                redis.call('HSET', prefix .. 'task:' .. id, 'body', body, 'account', account, 'key', key,
-                           'lane', 'bulk', 'state', 'queued', 'attempts', 0, 'created', microseconds, 'to', address)
-                redis.call('LPUSH', prefix .. 'lane:bulk', id)
-                remember(prefix, account, id)
+                local frequency = record.frequency
+                local same = next[frequency] - moment < half[frequency]
+                redis.call('ZADD', schedule, same and next_but_one[frequency] or next[frequency], member)
+                queue(at, account, key, content_type, address, record)
             end
         end
-        return #due
+        return #due > 0 and {#due / 2, skipped} or 0
+    """
+
+    # Of some places in the schedule, find those that lie too far ahead, as they do after the clock was, and bring them
+    # back to the next boundary. Answers where to look on, and how many these were.
+    CORRECT = BOUNDARIES + """
+        local prefix, cursor, count, corrected = KEYS[1], ARGV[1], ARGV[2], 0
+        local cursor, places = unpack(redis.call('ZSCAN', prefix .. 'schedule', cursor, 'COUNT', count))
+        for at = 1, #places, 2 do
+            local member, moment = places[at], tonumber(places[at + 1])
+            if moment > next_but_one['@hourly'] then  -- else it is none: no record needs to be read
+                local account, content_type, address = unpack(cjson.decode(member))
+                local found = redis.call('HGET', prefix .. 'subscribers:' .. content_type .. ':' .. account, address)
+                local frequency = found and cjson.decode(found).frequency
+                if found and moment > next_but_one[frequency] then
+                    redis.call('ZADD', prefix .. 'schedule', next[frequency], member)
+                    corrected = corrected + 1
+                end
+            end
+        end
+        return {cursor, corrected}
     """
 
     def __init__(self, store, zone, accounts, public_url="", clock=None, max_size=Settings.max_body):
         self.store, self.zone, self.clock, self.max_size = store, zone, clock or store.time, max_size
         self.accounts, self.public_url = accounts, public_url.rstrip("/")
-        self._update = store.script(self.UPDATE)
-        self._heads = store.script(self.HEADS)
-        self._remove = store.script(self.REMOVE)
+        self._create = store.script(self.CREATE, once=True, when_full=False)
+        self._update = store.script(self.UPDATE, when_full=False)
+        self._heads = store.script(self.HEADS, when_full=False)
+        self._remove = store.script(self.REMOVE, once=True)
         self._subscribe = store.script(self.SUBSCRIBE)
-        self._unsubscribe = store.script(self.UNSUBSCRIBE)
+        self._unsubscribe = store.script(self.UNSUBSCRIBE, once=True)
         self._refold = store.script(self.REFOLD)
-        self._claim = store.script(self.CLAIM)
+        self._claim = store.script(self.CLAIM, once=True, when_full=False)
+        self._correct = store.script(self.CORRECT)
+        self._checked = 0
 
     def create(self, account, content_type, subject, content):
         """Define a content type. Raises Refused (409) where there is one of this name."""
         body = json.dumps({"subject": subject, "content": content})
-        if not self.store.redis.hsetnx(self.store.key("content", account), content_type, body):
+        if not self._create(keys=[self.store.key("content", account)], args=[content_type, body]):
             raise Refused(409, "content_type exists already; PUT updates it", "content_type")
 
     def update(self, account, content_type, subject, content):
@@ -3863,7 +4137,8 @@ class Newsletters:
     def remove(self, account, content_type):
         """Remove a content type and end its subscriptions. Raises Refused (404) where there is none."""
         if not self._remove(keys=[self.store.key("content", account),
-                                  self.store.key("subscribers", content_type, account)], args=[content_type]):
+                                  self.store.key("subscribers", content_type, account),
+                                  self.store.key("issued", content_type, account)], args=[content_type]):
             raise self._unknown()
 
     @staticmethod
@@ -3894,16 +4169,21 @@ class Newsletters:
     def unsubscribe(self, task):
         """Carry out an unsubscribe task. Raises Permanent where the address is not subscribed."""
         content_type, address = task.payload["content_type"], task.payload["userId"]
-        if not self._leave(task.account, content_type, address, task.created):
+        # A task may be done again after an outage; what it has done by then is no reason to fail.
+        if not self._leave(task.account, content_type, address, task.created, task.id):
             raise Permanent(f"{address} is not subscribed to {content_type!r}")
 
-    def _leave(self, account, content_type, address, moment):
-        """End a subscription that is older than `moment` (microseconds). False where there is none."""
+    def _leave(self, account, content_type, address, moment, request=""):
+        """End a subscription that is older than `moment` (microseconds). False where there is none.
+
+        `request` is that of Script.
+        """
         address = same_mailbox(address)
         return self._unsubscribe(
             keys=[self.store.key("subscribers", content_type, account), self.store.key("schedule"),
-                  self.store.key("unsubscribed", content_type, address, account)],
-            args=[address, moment, self._member(account, content_type, address)]) != "unknown"
+                  self.store.key("unsubscribed", content_type, address, account),
+                  self.store.key("issued", content_type, account)],
+            args=[address, moment, self._member(account, content_type, address)], request=request) != "unknown"
 
     def fold_as_now(self) -> None:
         """Once after an upgrade: give the subscriptions that an older version kept under a further folded address the
@@ -3920,7 +4200,7 @@ class Newsletters:
                         self._refold(keys=[subscribers, self.store.key("schedule")], args=[
                             older, address, self._member(account, content_type, older),
                             self._member(account, content_type, address)])
-        self.store.redis.set(marker, now, nx=True)
+        self.store.write("SET", marker, now, "NX")
 
     def link(self, account, content_type, address):
         """The URL that ends this subscription, by whoever has it; "" without `public_url`."""
@@ -3979,8 +4259,28 @@ class Newsletters:
     def enqueue_due(self):
         """Queue the mails that are due, at most BATCH; returns how many places in the schedule that were."""
         now = self.clock()
-        boundaries = [next_boundary(frequency, now, self.zone) for frequency in FREQUENCIES]
-        return self._claim(keys=[self.store.prefix], args=[now, self.BATCH, secrets.token_hex(12), *boundaries])
+        claimed = self._claim(keys=[self.store.prefix], args=[
+            now, self.BATCH, secrets.token_hex(12), *self._boundaries(now)])
+        due, skipped = claimed or (0, 0)
+        if skipped:
+            log(logging.WARNING, "newsletters not queued: the issue before still waits", count=skipped)
+        return due
+
+    def correct(self) -> int:
+        """Bring back what a wrong clock scheduled too far ahead, among some places of the schedule; returns how many."""
+        self._checked, count = self._correct(keys=[self.store.prefix], args=[
+            self._checked, self.BATCH, "", *self._boundaries(self.clock())])
+        if count:
+            log(logging.WARNING, "newsletters were scheduled too far ahead, as by a clock that was wrong", count=count)
+        return count
+
+    def _boundaries(self, now: float) -> list:
+        """Each frequency and its next two boundaries, one after the other."""
+        found: list = []
+        for frequency in FREQUENCIES:
+            boundary = next_boundary(frequency, now, self.zone)
+            found += [frequency, boundary, next_boundary(frequency, boundary, self.zone)]
+        return found
 
     @staticmethod
     def _member(account, content_type, address):
@@ -4294,15 +4594,15 @@ class Cron:
 
     Args:
         store: the Store, told whether Redis answers.
-        queue, newsletters, stats: whose due work it does.
+        accounts, queue, newsletters, stats: whose due work it does.
         workers: the Workers that the heartbeat shows, and whose gates it opens when somebody asks for that.
         server: the EmbeddedServer to keep running, or None.
     """
 
     TICK = 0.1  # seconds
 
-    def __init__(self, store, queue, newsletters, stats, workers, server=None):
-        self.store, self.queue, self.newsletters, self.stats = store, queue, newsletters, stats
+    def __init__(self, store, accounts, queue, newsletters, stats, workers, server=None):
+        self.store, self.accounts, self.queue, self.newsletters, self.stats = store, accounts, queue, newsletters, stats
         self.workers, self.server = workers, server
         self.stopping = threading.Event()
         self.thread = threading.Thread(target=self.run, daemon=True)
@@ -4352,10 +4652,14 @@ class Cron:
                 if self.asked.get(lane) != before.get(lane):
                     self.workers.gates[lane].resume()
             self.beaten = now
+            self.accounts.restore()
             self.stats.flush()
+            self.queue.find_orphans()
             self.queue.reclaim()
+            self.queue.recall()
+            self.newsletters.correct()
         deadline = time.monotonic() + 0.5
-        while self.queue.promote() == self.queue.BATCH and time.monotonic() < deadline:
+        while self.queue.promote() == self.queue.LOOK and time.monotonic() < deadline:
             pass
         while self.newsletters.enqueue_due() == self.newsletters.BATCH and time.monotonic() < deadline:
             pass
@@ -4955,7 +5259,7 @@ class Api:
     def ready(self, request):
         if all(gate.reason for gate in self.workers.gates.values()):
             raise Refused(503, "all lanes are paused: the SMTP server is out", None, {"Retry-After": "10"})
-        self.queue.store.time()
+        self.queue.store.ensure_writable()
         return {"status": True}
 
     def prometheus(self, request):
@@ -5687,7 +5991,8 @@ class Service:
             self.newsletters.fold_as_now()
             self.stats = Stats(self.store)
             self.workers = Workers(settings, self.queue, self.transport, otps, self.newsletters, self.stats)
-            self.cron = Cron(self.store, self.queue, self.newsletters, self.stats, self.workers, self.server)
+            self.cron = Cron(self.store, accounts, self.queue, self.newsletters, self.stats, self.workers,
+                             self.server)
             self.http.api = Api(settings, accounts, self.queue, otps, self.newsletters, self.workers, self.stats)
             self.cron.start()
             self.workers.start()

@@ -32,6 +32,7 @@ import random
 import re
 import resource
 import secrets
+import select
 import shutil
 import signal
 import socket
@@ -125,6 +126,57 @@ def redis_server():
         server = RedisServer(folder).start()
         yield server
         server.stop()
+
+
+class Cutter:
+    """A proxy before a Redis. It cuts a connection when Redis has run a command and before its answer arrives.
+
+    Args:
+        server: the RedisServer behind it.
+    """
+
+    def __init__(self, server: RedisServer) -> None:
+        self.server, self.victim, self.cuts = server, b"", 0
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.uri = f"127.0.0.1:{self.listener.getsockname()[1]}"
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def cut(self, script: gomail.Script) -> None:
+        """Lose the answer to the next call of a script."""
+        self.server.client.script_load(script.source)  # else the answer would be that Redis does not know it
+        self.victim = script.digest.encode()
+
+    def accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self.listener.accept()
+                threading.Thread(target=self.forward, args=(client,), daemon=True).start()
+
+    def forward(self, client: socket.socket) -> None:
+        with client, socket.socket(socket.AF_UNIX) as redis_side, contextlib.suppress(OSError):
+            redis_side.connect(str(self.server.socket))
+            doomed = False
+            while True:
+                for source in select.select([client, redis_side], [], [])[0]:
+                    data = source.recv(1 << 20)
+                    if not data:
+                        return
+                    if source is client:
+                        doomed = doomed or bool(self.victim) and self.victim in data
+                    elif doomed:
+                        self.victim, self.cuts = b"", self.cuts + 1
+                        return
+                    (redis_side if source is client else client).sendall(data)
+
+    def close(self) -> None:
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+
+
+@pytest.fixture
+def cutter(redis_server):
+    with contextlib.closing(Cutter(redis_server)) as cutter:
+        yield cutter
 
 
 Mail = collections.namedtuple("Mail", "sender recipient raw peer arrived")
@@ -1297,6 +1349,30 @@ def test_nothing_of_a_deregistered_account_is_sent_even_when_it_signs_up_again(s
     assert again.get("/task/subscriptionContent")["contentTypes"] == []
 
 
+def test_deregistering_an_account_with_many_content_types_revokes_its_key_first(client, service, monkeypatch):
+    accounts, name = service.http.api.accounts, name_of(client)
+    monkeypatch.setattr(accounts, "AT_ONCE", 2)
+    for number in range(5):
+        define(client, f"news-{number}")
+    subscribe(client, content_type="news-0")
+    script, answers = accounts._deregister, []
+
+    def watched(keys, args):
+        answers.append(script(keys, args))
+        with pytest.raises(gomail.Refused):
+            accounts.authenticate(client.key)
+        if answers[-1] == 2:
+            with pytest.raises(gomail.Refused):
+                accounts.sign_up(name)
+        return answers[-1]
+    monkeypatch.setattr(accounts, "_deregister", watched)
+    accounts.deregister(name)
+    assert answers == [2, 2, 1]
+    assert not service.store.redis.keys(service.store.key("content", "*"))
+    assert not service.store.redis.keys(service.store.key("subscribers", "*"))
+    assert service.client.sign_up(name).get("/task/subscriptionContent")["contentTypes"] == []
+
+
 # --- 5. tasks ---------------------------------------------------------------------------------------------
 
 MESSAGE = {"task": "Welcome", "type": "message", "retries": 3,
@@ -1797,6 +1873,41 @@ def test_an_answer_that_was_lost_on_the_way_costs_no_task(queue):
     assert queue.exchange("normal-0", "normal", done).id == ids[1]
     assert queue.exchange("normal-0", "normal", done).id == ids[1]
     assert queue.counters()["executed"] == 1
+
+
+def test_tasks_of_a_deregistered_account_are_dropped_some_in_each_script(service, queue, monkeypatch):
+    client = service.client.sign_up()
+    account = service.http.api.accounts.authenticate(client.key)
+    for _ in range(2):
+        queue.enqueue(account, [MESSAGE] * 500)
+    client.post("/auth/deregister", {"id": account.name})
+    other, = queue.enqueue(queue.account, [MESSAGE])
+    left, script = [], queue._exchange
+
+    def watched(keys, args):
+        found = script(keys, args)
+        left.append(queue.depths()["normal"])
+        return found
+    monkeypatch.setattr(queue, "_exchange", watched)
+    assert queue.exchange("normal-0", "normal").id == other
+    assert left == [801, 601, 401, 201, 1, 0]
+    assert not service.store.redis.exists(*[service.store.key("task", task_id) for task_id in service.store.redis.lrange(
+        service.store.key("recent", account.name), 0, -1)], "none")
+
+
+def test_dead_letters_that_are_too_many_or_too_old_go_some_with_each_new_one(services, mail_server):
+    service = services(mail_server, dead_max=10)
+    client = service.client.sign_up()
+    owner, now = name_of(client), int(service.store.time() * 1000)
+    for letters in (service.store.key("dead"), service.store.key("dead", owner)):
+        service.store.redis.zadd(letters, {f"old-{number}": number for number in range(150)})
+        service.store.redis.zadd(letters, {f"new-{number}": now - 1000 + number for number in range(150)})
+    sizes = []
+    for _ in range(4):
+        mail_server.replies["user@example.com"] = ["550 5.2.1 no"]
+        client.state(client.task(), "dead")
+        sizes.append(service.store.redis.zcard(service.store.key("dead")))
+    assert sizes == [300 + 1 - 200, 10, 10, 10]
 
 
 def test_a_worker_whose_task_was_given_to_another_settles_nothing(queue):
@@ -2436,6 +2547,16 @@ def test_smtp_rate_spaces_the_mails_of_all_processes_and_urgent_ones_pass(servic
     urgent = [first.store.time() + second.pace("urgent") for _ in range(5)]
     assert urgent[0] - first.store.time() < 0.01 and urgent[-1] - began < 30
     assert first.store.time() + first.queue.pace("bulk") - moments[-1] > 5.5 / rate
+
+
+def test_smtp_rate_goes_on_when_the_clock_goes_back_with_what_was_given_away_by_then(services):
+    service = services(smtp_rate=1.0)
+    service.workers.stop(PATIENCE)
+    for _ in range(5):
+        service.queue.pace("normal")
+    rate, lines = service.store.key("rate"), service.store.redis
+    lines.hset(rate, mapping={name: int(moment) + 3_600_000_000 for name, moment in lines.hgetall(rate).items()})
+    assert 3 < service.queue.pace("normal") <= 5 and service.queue.pace("urgent") < 0.01
 
 
 def test_smtp_rate_holds_for_what_arrives_and_a_stop_gives_back_what_waits(services, mail_server):
@@ -3559,6 +3680,26 @@ def test_the_mail_of_an_otp_that_a_newer_one_replaced_is_not_sent_any_more(servi
     assert len(mail_server.mails) == 1 and verified(client, "user@example.com", newer) is True
 
 
+def test_otps_asked_for_before_the_clock_went_back_hold_up_no_new_one(services, mail_server):
+    service = services(mail_server, otp_cooldown=30, otp_hourly_max=2, otp_minute_max=2)
+    client, server = service.client.sign_up(), service.store.redis
+    first = client.task("generateOtp")
+    client.state(first, "succeeded")
+    assert client("POST", "/task/", {**MESSAGE, "type": "generateOtp", "payload": {
+        "userId": "user@example.com", "length": 6}})[0] == 429
+    asked, = server.keys(service.store.key("otp_asked", "*"))
+    for number in range(3):
+        server.zadd(asked, {f"{number}": server.zscore(asked, first) + 3_600_000 + number})
+    server.zrem(asked, first)
+    record, = server.keys(service.store.key("otp", "*"))
+    server.hincrby(record, "created", 3_600_000_000)
+    requests, = server.keys(service.store.key("otp_requests", "*"))
+    server.incr(requests)
+    server.expire(requests, 3660)
+    client.state(client.task("generateOtp"), "succeeded")
+    assert server.zcard(asked) == 1 and 0 < server.ttl(requests) <= 60
+
+
 # --- 9. newsletters ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("frequency, now, expected, zone", [
@@ -3636,6 +3777,115 @@ def test_a_newsletter_is_sent_at_each_boundary_and_not_before(dated, mail_server
     assert message["Subject"] == "News" and text_of(message) == "What is new\n"
     clock.now = gomail.next_boundary(frequency, clock.now, zoneinfo.ZoneInfo("UTC")) + 1
     until(lambda: len(mail_server.to("user@example.com")) == 2)
+
+
+def test_while_an_issue_waits_no_other_is_queued_for_its_subscription(services, mail_server, clock):
+    service = services(mail_server, clock=clock, retry_delay=3600.0)
+    client = service.client.sign_up()
+    define(client)
+    subscribe(client, frequency="@hourly")
+    client.state(client.task("subscribe", 3, userId="other@example.com", frequency="@hourly", content_type="news"), "succeeded")
+    mail_server.replies["other@example.com"] = ["450 4.2.1 later"]  # then it is a retry that waits
+    mail_server.stop()
+    for hour in range(10):
+        clock.forward(3600)
+        until(lambda: service.store.redis.zcount(service.store.key("schedule"), "-inf", clock.now) == 0)
+    assert service.queue.depths()["bulk"] + len(service.store.redis.keys(service.store.key("processing", "*"))) == 2
+    mail_server.start()
+    mail_server.one("user@example.com")
+    until(lambda: service.queue.depths()["retrying"] == 1)
+    clock.forward(3600)
+    until(lambda: len(mail_server.to("user@example.com")) == 2)
+    assert service.queue.depths()["retrying"] == 1 and not mail_server.to("other@example.com")
+
+
+def test_a_clock_that_was_ahead_for_a_moment_costs_no_later_issue(dated, mail_server, clock):
+    service, client = dated
+    define(client)
+    for frequency in gomail.FREQUENCIES:
+        subscribe(client, f"{frequency[1:]}@example.com", frequency)
+    right = clock.now
+    expected = {gomail.next_boundary(frequency, right, service.newsletters.zone) for frequency in gomail.FREQUENCIES}
+
+    def moments():
+        return {moment for _, moment in service.store.redis.zrange(service.store.key("schedule"), 0, -1, withscores=True)}
+    assert moments() == expected
+    clock.now = at("2036-05-05T05:05:05")
+    until(lambda: min(moments()) > clock.now)
+    clock.now = right
+    until(lambda: moments() == expected)
+    assert len(mail_server.mails) == 4
+
+
+@pytest.mark.parametrize("zones", [("UTC", "America/Los_Angeles"), ("America/Los_Angeles", "UTC"), ("UTC", "Pacific/Kiritimati")])
+@pytest.mark.parametrize("frequency", ["@weekly", "@monthly"])
+def test_a_changed_timezone_neither_doubles_nor_loses_an_issue(services, mail_server, frequency, zones):
+    clock = Clock("2026-02-27T12:00:00")
+    service = services(mail_server, clock=clock, timezone=zones[0])
+    client = service.client.sign_up()
+    define(client)
+    subscribe(client, frequency=frequency)
+    # It is changed between the boundary in one zone and that in the other.
+    clock.now = min(gomail.next_boundary(frequency, clock.now, zoneinfo.ZoneInfo(zone)) for zone in zones) - 1
+    services.running.remove(service)
+    service.stop()
+    service = services(mail_server, clock=clock, timezone=zones[1], key_prefix=service.store.prefix)
+    mails = []
+    for issue in range(3):
+        boundary = gomail.next_boundary(frequency, clock.now, zoneinfo.ZoneInfo(zones[1]))
+        for hours in range(-24, 28, 4):
+            clock.now = max(clock.now, boundary + hours * 3600)
+            until(lambda: service.store.redis.zcount(service.store.key("schedule"), "-inf", clock.now) == 0)
+        until(lambda: service.queue.counters()["executed"] == len(service.store.redis.keys(service.store.key("task", "*"))))
+        mails.append(len(mail_server.mails))
+    assert mails == [1, 2, 3]
+
+
+def test_an_unsubscribe_counts_though_the_clock_went_back_since_the_subscribe(service, client):
+    define(client)
+    subscribe(client)
+    subscribers, = service.store.redis.keys(service.store.key("subscribers", "*"))
+    record = json.loads(service.store.redis.hget(subscribers, "user@example.com"))
+    record["created"] += 3_600_000_000
+    service.store.redis.hset(subscribers, "user@example.com", json.dumps(record))
+    client.state(client.task("unsubscribe", content_type="news"), "succeeded")
+    assert not service.store.redis.exists(subscribers)
+    unsubscribed, = service.store.redis.keys(service.store.key("unsubscribed", "*"))
+    service.store.redis.incrby(unsubscribed, 3_600_000_000)
+    subscribe(client)
+    assert service.store.redis.exists(subscribers)
+
+
+def test_an_issue_that_has_ended_or_is_known_no_longer_holds_no_other_back(dated, mail_server, clock):
+    service, client = dated
+    define(client)
+    subscribe(client)
+    for number, end in enumerate((None, "550 5.2.1 no", None)):
+        mail_server.replies["user@example.com"] = [end] if end else []
+        clock.forward(86400)
+        until(lambda: service.queue.counters()["executed"] == number + 2)
+    service.store.redis.delete(*service.store.redis.keys(service.store.key("task", "*")))
+    clock.forward(86400)
+    until(lambda: len(mail_server.to("user@example.com")) == 3)
+
+
+def test_what_is_known_of_the_last_issues_ends_with_the_subscription_the_content_or_the_account(dated, mail_server, clock):
+    service, client = dated
+    for content_type in ("one", "two", "three"):
+        define(client, content_type)
+        subscribe(client, content_type=content_type)
+    clock.forward(86400)
+    until(lambda: len(mail_server.to("user@example.com")) == 3)
+
+    def kept():
+        return len(service.store.redis.keys(service.store.key("issued", "*")))
+    assert kept() == 3
+    client.state(client.task("unsubscribe", content_type="one"), "succeeded")
+    assert kept() == 2
+    delete(client, "/task/subscriptionContent/two")
+    assert kept() == 1
+    client.post("/auth/deregister", {"id": name_of(client)})
+    assert kept() == 0
 
 
 def test_each_newsletter_has_the_content_of_that_moment(dated, mail_server, clock):
@@ -3819,12 +4069,23 @@ def test_unsubscribing_what_is_not_there_is_a_clear_failure_and_not_retried(clie
     assert found["attempts"] == 1 and found["error"] == "user@example.com is not subscribed to 'news'"
 
 
+def test_an_unsubscribe_task_that_is_done_again_after_an_outage_does_not_fail(service, client):
+    define(client)
+    subscribe(client)
+    account, payload = name_of(client), {"userId": "user@example.com", "content_type": "news"}
+    task = gomail.Task("id", account, "key", "unsubscribe", "t", 0, payload, int(service.store.time() * 1e6))
+    for _ in range(2):
+        service.newsletters.unsubscribe(task)
+    with pytest.raises(gomail.Permanent):
+        service.newsletters.unsubscribe(dataclasses.replace(task, id="another"))
+
+
 def test_the_later_request_wins_when_an_unsubscribe_overtakes_its_subscribe(service, client):
     define(client)
     account = service.http.api.accounts.authenticate(client.key).name
 
     def task(created, **payload):
-        return gomail.Task("id", account, "key", "subscribe", "t", 0, {
+        return gomail.Task(f"id-{created}", account, "key", "subscribe", "t", 0, {
             "userId": "user@example.com", "content_type": "news", "frequency": "@daily", **payload}, created)
     now = int(time.time() * 1e6)
     with pytest.raises(gomail.Permanent):
@@ -4073,6 +4334,31 @@ def test_other_mail_gives_way_to_an_otp_until_that_is_sent_or_for_a_moment(queue
     queue.give_way()
 
 
+def test_a_retry_that_a_wrong_clock_put_off_for_years_is_made_due_and_what_is_scheduled_is_not(queue):
+    retried, = queue.enqueue(queue.account, [MESSAGE])
+    queue.exchange("normal-0", "normal")
+    queue.exchange("normal-0", "normal", gomail.Outcome(retried, "retrying", "450 later", 1e8), take=False)
+    scheduled, = queue.enqueue(queue.account, [changed("payload.send_at", int((time.time() + 1e8) * 1e6))])
+    until(lambda: queue.status(retried)["state"] == "queued")
+    assert queue.status(scheduled)["state"] == "scheduled"
+
+
+def test_what_is_due_together_goes_in_the_order_in_which_it_was_due_and_accepted(service, queue, monkeypatch):
+    service.cron.stop()
+    monkeypatch.setattr(queue, "LOOK", 10)
+    waiting, = queue.enqueue(queue.account, [MESSAGE])
+    now = int(queue.store.time() * 1000)
+    ids = []
+    for number in range(12):  # six at each moment
+        ids += queue.enqueue(queue.account, [changed("payload.send_at", (now + 3_600_000) * 1000)] * 2)
+        queue.store.redis.zadd(queue.store.key("delayed"), dict.fromkeys(ids[-2:], now - 1000 + number // 3))
+    assert [queue.promote() for _ in range(4)] == [10, 10, 4, 0]
+    taken = []
+    while task := queue.exchange("normal-0", "normal", gomail.Outcome(taken[-1], "succeeded") if taken else None):
+        taken.append(task.id)
+    assert taken == [*ids, waiting]
+
+
 def test_tasks_of_a_dead_process_go_back_to_their_lanes_oldest_first(service, queue):
     ids = [queue.enqueue(queue.account, [MESSAGE])[0] for _ in range(5)]
     assert queue.exchange("normal-1", "normal").id == ids[0]
@@ -4082,6 +4368,57 @@ def test_tasks_of_a_dead_process_go_back_to_their_lanes_oldest_first(service, qu
     until(lambda: queue.depths()["normal"] == 5)  # by the service's own cron thread
     assert queue.store.redis.lrange(queue.store.key("lane", "normal"), 0, -1) == ids[::-1]
     assert queue.store.redis.hkeys(queue.store.key("processes")) == [service.queue.process]
+
+
+def test_tasks_of_several_dead_processes_go_back_oldest_first(queue, monkeypatch):
+    ids = [queue.enqueue(queue.account, [MESSAGE])[0] for _ in range(6)]
+    dead = [gomail.Queue(queue.store, queue.settings, f"dead-{number}") for number in range(3)]
+    for process in dead:
+        process.beat(["normal-0", "normal-1"], {})
+    for worker in ("normal-0", "normal-1"):
+        for process in dead:
+            process.exchange(worker, "normal")
+    queue.store.redis.delete(*[queue.store.key("heartbeat", process.process) for process in dead])
+    until(lambda: queue.depths()["normal"] == 6)
+    assert queue.store.redis.lrange(queue.store.key("lane", "normal"), 0, -1) == ids[::-1]
+
+
+def test_a_process_that_was_taken_for_dead_and_takes_tasks_again_is_found_when_it_dies(queue):
+    queue.enqueue(queue.account, [MESSAGE])
+    queue.release()
+    taken = queue.exchange("normal-1", "normal")  # its cron thread has not shown it again
+    assert queue.processes() == 2 and queue.depths()["normal"] == 0
+    until(lambda: queue.depths()["normal"] == 1)
+    assert queue.status(taken.id, story=True)["story"][-1]["event"] == "orphaned"
+
+
+@pytest.mark.parametrize("known", [None, "normal-0"])
+def test_a_list_that_no_process_owns_is_found_by_the_cron_thread(queue, known):
+    # A worker whose process was taken for dead waited for a task, got it, and died before it could say so.
+    task_id, = queue.enqueue(queue.account, [MESSAGE])
+    queue.store.redis.delete(queue.store.key("heartbeat", queue.process))
+    queue.store.redis.hdel(queue.store.key("processes"), queue.process)
+    if known:
+        queue.store.redis.hset(queue.store.key("processes"), queue.process, known)
+    queue.wait("normal-1", "normal", 1)
+    assert queue.depths()["normal"] == 0
+    until(lambda: queue.depths()["normal"] == 1)
+    strikes = queue.store.redis.hget(queue.store.key("task", task_id), "strikes")
+    assert queue.status(task_id)["state"] == "queued" and strikes == "0"  # it was not begun
+
+
+def test_the_lists_of_a_live_process_are_nobodys_to_reclaim(service, queue):
+    queue.enqueue(queue.account, [MESSAGE])
+    assert queue.exchange("normal-0", "normal")
+    queue.beat(["normal-0"], {})
+    assert service.queue.find_orphans() == 0 and service.queue.reclaim(patience=0) == 0
+
+
+def test_a_heartbeat_from_before_the_clock_went_back_keeps_no_dead_process_alive(queue):
+    queue.enqueue(queue.account, [MESSAGE])
+    queue.exchange("normal-0", "normal")
+    queue.store.redis.pexpire(queue.store.key("heartbeat", queue.process), 3_600_000)
+    until(lambda: queue.depths()["normal"] == 1)
 
 
 def test_a_task_that_kills_its_process_three_times_is_buried_and_its_neighbours_are_not(service, queue):
@@ -6500,11 +6837,17 @@ def test_a_restart_under_load_loses_nothing_and_doubles_nothing(processes, mail_
     assert len(mail_server.mails) == 300
 
 
+def has_waitaof(server):
+    """Whether a server can say what is on disk."""
+    found = server.client.info("server")
+    return "valkey_version" in found or tuple(map(int, found["redis_version"].split(".")[:2])) >= (7, 2)
+
+
 @pytest.mark.parametrize("durability", ["everysec", "fsync"])
 def test_while_redis_is_killed_and_back_requests_are_503_at_once_and_no_answered_task_is_lost(
         processes, mail_server, redis_with_file, durability):
     server = redis_with_file("--appendfsync", "always" if durability == "fsync" else "everysec")
-    if durability == "fsync" and "valkey_version" not in server.client.info() and server.client.info()["redis_version"] < "7.2":
+    if durability == "fsync" and not has_waitaof(server):
         pytest.skip("this server has no WAITAOF")
     process = processes(settings_for(server, mail_server, durability=durability)).started()
     sender = Sender(300, [process.url], process.client.sign_up().key)
@@ -6547,11 +6890,234 @@ def test_a_full_or_read_only_redis_is_503_and_later_all_is_as_before(processes, 
         client.state(task_id, "succeeded")
 
 
+def test_a_full_redis_is_drained_also_by_a_gomail_that_starts_then_while_what_adds_is_503(
+        processes, mail_server, redis_with_file):
+    server = redis_with_file()
+    environment = settings_for(server, mail_server, smtp_rate="10000")
+    process = processes(environment).started()
+    client = process.client.sign_up()
+    define(client)
+    subscribe(client)
+    scheduled, dead = client.task(send_at=rfc3339(time.time() + 1e6)), dead_letter(client, mail_server)
+    mail_server.stop()
+    answered = [f"{number}@example.com" for number in range(1000)]
+    tasks = [{**MESSAGE, "payload": {**MESSAGE["payload"], "userId": recipient}} for recipient in answered]
+    assert all(answer["status"] for answer in client.post("/task/batch", {"tasks": tasks})["tasks"])
+    client.task("generateOtp", userId="otp@example.com")
+    client.task("subscribe", userId="later@example.com", content_type="news", frequency="@daily")
+    process.stop()
+    server.client.config_set("maxmemory", 1)
+    process = processes(environment).started()
+    client = Client(process.url, client.key)
+    otp = {**MESSAGE, "type": "generateOtp", "payload": {"userId": "no@example.com", "length": 6}}
+    for path, body in (("/task/", MESSAGE), ("/task/", otp), ("/auth/signup", {"id": "no@example.com"}),
+                       ("/task/subscriptionContent", {"content_type": "no", "subject": "No", "content": "No"})):
+        assert client("POST", path, body)[0] == 503
+    mail_server.start()
+    assert counted(mail_server, [*answered, "otp@example.com"]) == 0
+    otp = otp_of(mail_server.one("otp@example.com"))
+    assert client.post("/task/verify", {"userEmail": "otp@example.com", "otp": otp})["verified"]
+    assert client("POST", "/task/", MESSAGE)[0] == 503
+    delete(client, f"/task/{scheduled}")
+    delete(client, f"/task/dead/{dead}")
+    until(lambda: client.get("/subscriptions?userId=later@example.com")["subscriptions"])
+    until(lambda: client.get("/health/metrics")["Jobs Successful"] == 1003)
+    server.client.config_set("maxmemory", 0)
+    client.task(userId="after@example.com")
+    assert mail_server.one("after@example.com")
+    assert not process.logged("Redis is not available")
+
+
+def test_with_fsync_no_task_is_answered_200_that_is_not_on_disk_whatever_breaks(services, redis_with_file):
+    server = redis_with_file("--appendfsync", "no")  # nothing is on disk until that is changed
+    if not has_waitaof(server):
+        pytest.skip("this server has no WAITAOF")
+    with contextlib.closing(Cutter(server)) as cutter:
+        service = services(redis_uri=cutter.uri, durability="fsync")
+        server.client.config_set("appendfsync", "always")
+        client = service.client.sign_up()
+        server.client.config_set("appendfsync", "no")
+        cutter.cut(service.queue._enqueue)
+        assert client("POST", "/task/", MESSAGE, Idempotency_Key="one")[0] == 503 and cutter.cuts == 1
+        server.client.config_set("appendfsync", "always")
+        server.client.script_flush()  # it is sent whole then
+        first = client.post("/task/", MESSAGE, Idempotency_Key="one")
+        assert client.post("/task/", MESSAGE, Idempotency_Key="one") == first
+        service.stop()
+        services.running.remove(service)
+
+
+def test_after_redis_lost_its_data_new_keys_outlive_a_restart(processes, mail_server, redis_with_file):
+    server = redis_with_file()
+    environment = settings_for(server, mail_server)
+    process = processes(environment).started()
+    before = {name: server.client.get(f"gomail:{name}") for name in ("jwt_secret", "jwt_secret_check")}
+    server.client.flushall()
+    until(lambda: process.logged("Redis lost its data"))
+    assert {name: server.client.get(f"gomail:{name}") for name in before} == before
+    key = process.client.sign_up().key
+    assert process.stop() == 0
+    process = processes(environment).started()
+    client = Client(process.url, key)
+    client.state(client.task(), "succeeded")
+    assert not process.logged("Redis lost its data")
+
+
+def test_a_secret_of_the_settings_is_not_written_to_a_redis_that_lost_its_data(processes, redis_with_file):
+    server = redis_with_file()
+    process = processes({"redis_uri": server.uri, "jwt_secret": "s" * 32}).started()
+    server.client.flushall()
+    until(lambda: process.logged("Redis lost its data"))
+    assert server.client.exists("gomail:jwt_secret_check") and not server.client.exists("gomail:jwt_secret")
+
+
+def test_ready_is_503_while_redis_takes_nothing(services, redis_with_file):
+    server = redis_with_file()
+    service = services(redis_uri=server.uri)
+    for fault, remedy in ((("CONFIG", "SET", "maxmemory", "1"), ("CONFIG", "SET", "maxmemory", "0")),
+                          (("REPLICAOF", "127.0.0.1", "1"), ("REPLICAOF", "NO", "ONE"))):
+        assert service.client.get("/health/ready") == {"status": True}
+        server.client.execute_command(*fault)
+        assert service.client("GET", "/health/ready")[0] == 503
+        server.client.execute_command(*remedy)
+    service.stop()
+    services.running.remove(service)
+
+
 def test_a_redis_that_may_lose_tasks_is_warned_about_and_cannot_promise_fsync(processes, redis_server):
     process = processes({"redis_uri": redis_server.uri, "key_prefix": "warned:"}).started()
     assert until(lambda: process.logged("the Redis keeps no append-only file"))["level"] == "WARNING"
     code, _, errors = processes({"redis_uri": redis_server.uri, "durability": "fsync"}).result()
     assert code == 1 and errors.startswith("gomail: durability: 'fsync'") and errors.count("\n") == 1
+
+
+def test_a_claim_whose_answer_is_lost_sends_each_newsletter_once(services, mail_server, clock, cutter):
+    service = services(mail_server, clock=clock, redis_uri=cutter.uri, workers=4)
+    client = service.client.sign_up()
+    define(client)
+    recipients = [f"{number}@example.com" for number in range(1200)]
+    account = name_of(client)
+    for address in recipients:
+        service.newsletters.subscribe(gomail.Task("id", account, "", "subscribe", "name", 0, {
+            "userId": address, "content_type": "news", "frequency": "@daily"}, 1))
+    cutter.cut(service.newsletters._claim)
+    clock.forward(86400)
+    until(lambda: cutter.cuts and service.queue.counters()["successful"] == 1200)
+    assert collections.Counter(mail.recipient for mail in mail_server.mails) == dict.fromkeys(recipients, 1)
+
+
+# Each prepares something, yields a script, and does what runs it; the answer must be as if it had come at once.
+
+def signing_up(service, client, mail_server):
+    yield service.http.api.accounts._sign_up
+    client.sign_up("new@example.com").task()
+
+
+def deregistering(service, client, mail_server):
+    yield service.http.api.accounts._deregister
+    client.post("/auth/deregister", {"id": name_of(client)})
+
+
+def cancelling(service, client, mail_server):
+    task_id = client.task(send_at=rfc3339(time.time() + 1e6))
+    yield service.queue._cancel
+    delete(client, f"/task/{task_id}")
+
+
+def retrying_a_dead_letter(service, client, mail_server):
+    task_id = dead_letter(client, mail_server)
+    yield service.queue._revive
+    client.post(f"/task/dead/{task_id}/retry")
+    mail_server.one("user@example.com")
+
+
+def removing_a_dead_letter(service, client, mail_server):
+    task_id = dead_letter(client, mail_server)
+    yield service.queue._revive
+    delete(client, f"/task/dead/{task_id}")
+
+
+def creating_content(service, client, mail_server):
+    yield service.newsletters._create
+    define(client)
+
+
+def removing_content(service, client, mail_server):
+    define(client)
+    yield service.newsletters._remove
+    delete(client, "/task/subscriptionContent/news")
+
+
+def unsubscribing(service, client, mail_server):
+    define(client)
+    subscribe(client)
+    yield service.newsletters._unsubscribe
+    assert client.state(client.task("unsubscribe", content_type="news"), "succeeded", "dead")["state"] == "succeeded"
+
+
+def sending_to_an_address_again(service, client, mail_server):
+    client.post("/suppressions", {"userId": "user@example.com"})
+    yield service.queue._unsuppress
+    delete(client, "/suppressions", {"userId": "user@example.com"})
+
+
+def verifying_an_otp(service, client, mail_server):
+    client.task("generateOtp")
+    otp = otp_of(mail_server.one("user@example.com"))
+    yield service.http.api.otps._verify
+    assert client.post("/task/verify", {"userEmail": "user@example.com", "otp": otp})["verified"]
+
+
+def verifying_a_wrong_otp(service, client, mail_server):
+    yield service.http.api.otps._verify
+    assert not client.post("/task/verify", {"userEmail": "user@example.com", "otp": "000000"})["verified"]
+    failed, = service.store.redis.keys(service.store.key("otp_failed", "*"))
+    assert service.store.redis.get(failed) == "1"
+
+
+def counting(service, client, mail_server):
+    service.cron.stop()
+    service.stats.flush()
+    yield service.stats._add
+    service.stats.count("gomail_tasks_total", type="counted")
+    assert service.stats.read()["gomail_tasks_total", ("type", "counted")] == 1
+
+
+def reclaiming(service, client, mail_server):
+    service.cron.stop()
+    dead = gomail.Queue(service.store, service.settings, "dead")
+    dead.beat(["normal-7"], {})
+    service.workers.stop(PATIENCE)
+    client.task()
+    dead.exchange("normal-7", "normal")
+    service.store.redis.delete(service.store.key("heartbeat", "dead"))
+    yield service.queue._reclaim
+    assert service.queue.reclaim(patience=0) == 1
+
+
+def delete(client, path, body=None):
+    """Delete something, with a 200 answer."""
+    status, answer, _ = client("DELETE", path, body)
+    assert status == 200, answer
+
+
+def dead_letter(client, mail_server):
+    """The id of a new dead letter."""
+    mail_server.replies["user@example.com"] = ["550 5.2.1 no"]
+    task_id = client.task()
+    client.state(task_id, "dead")
+    return task_id
+
+
+@pytest.mark.parametrize("change", [
+    signing_up, deregistering, cancelling, retrying_a_dead_letter, removing_a_dead_letter, creating_content, removing_content,
+    unsubscribing, sending_to_an_address_again, verifying_an_otp, verifying_a_wrong_otp, counting, reclaiming],
+    ids=lambda change: change.__name__)
+def test_a_lost_answer_changes_nothing_twice_and_its_repetition_answers_the_same(services, mail_server, cutter, change):
+    service = services(mail_server, redis_uri=cutter.uri)
+    steps = change(service, service.client.sign_up(), mail_server)
+    cutter.cut(next(steps))
+    assert not list(steps) and cutter.cuts == 1
 
 
 def test_a_black_holed_or_rejecting_mail_server_costs_no_attempt(services, certificate):
