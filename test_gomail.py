@@ -17,6 +17,7 @@ import email.headerregistry
 import email.message
 import email.policy
 import email.utils
+import fcntl
 import hmac
 import html
 import http.client
@@ -65,6 +66,11 @@ import trustme
 from hypothesis import strategies
 
 import gomail
+
+# What a shell ignores for a job in the background would be ignored in all that the tests start.
+for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)
 
 HERE = pathlib.Path(__file__).parent
 PATIENCE = 30.0  # seconds any awaited event may take on a slow machine
@@ -546,11 +552,21 @@ def processes():
         yield start
 
 
+def servers_in(folder):
+    """The ids of the embedded servers whose data lies in a folder."""
+    found = set()
+    for path in pathlib.Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (path / "cwd").resolve() == folder / "gomail-data" and "valkey" in (path / "exe").resolve().name:
+                found.add(int(path.name))
+    return found
+
+
 def end(process):
-    """End a process and the embedded server that it may have left behind."""
+    """End a process and the embedded servers that it may have left behind, even one that hangs."""
     process.kill()
-    with contextlib.suppress(redis.RedisError):
-        connected(process.embedded).shutdown(nosave=True)
+    for server in servers_in(process.folder.resolve()):
+        os.kill(server, signal.SIGKILL)
 
 
 @pytest.fixture
@@ -596,8 +612,8 @@ def test_the_environment_goes_before_the_env_file_whatever_the_case_of_its_names
     ("smtp_pass=  a b  ", "a b"),
     (r"""smtp_pass="a\tb\"\\n\'\d" """, "a\tb\"\\n'\\d"), (r"smtp_pass='a\tb\'\\n'", "a\\tb'\\n"),
     ("smtp_pass='a\n# b\n'", "a\n# b\n"), ("export  smtp_pass = a", "a"), ("'smtp_pass'=a", "a"),
-    ("smtp_pass='${HOME}$HOME'", "${HOME}$HOME"), ("a=1\rsmtp_pass=a\rb=2", "a"),
-    ("a=1\r\nsmtp_pass='a\r\nb'\r\n", "a\nb"), ("\ufeffsmtp_pass=ü", "ü")])
+    ("smtp_pass='${HOME}$HOME'", "${HOME}$HOME"), ("port=1\rsmtp_pass=a\rworkers=2", "a"),
+    ("port=1\r\nsmtp_pass='a\r\nb'\r\n", "a\nb"), ("\ufeffsmtp_pass=ü", "ü")])
 def test_a_value_of_the_env_file_may_have_quotes_escapes_comments_and_several_lines(tmp_path, line, password):
     (tmp_path / ".env").write_bytes(line.encode())
     assert gomail.Settings.load({}, tmp_path).smtp_pass == password
@@ -625,6 +641,47 @@ def test_the_env_file_is_read_as_python_dotenv_reads_it_but_what_it_would_skip_i
 
 def test_an_empty_value_means_the_default(tmp_path):
     assert gomail.Settings.load({"port": "", "smtp_server": " "}, tmp_path) == gomail.Settings()
+
+
+@pytest.mark.parametrize("line, words", [
+    ("smtp_sever=smtp.example.com", "smtp_sever is not an option; did you mean smtp_server?"),
+    ("SMTP_SEVER=", "SMTP_SEVER is not an option; did you mean smtp_server?"),
+    ("Smtp_Server=smtp.example.com", "Smtp_Server is not an option; did you mean smtp_server?"),
+    ("DATABASE_URL=x", "DATABASE_URL is not an option; --help lists them"),
+    ("hunter2/=x", "a name in it is not an option; --help lists them")])
+def test_an_unknown_name_in_the_env_file_stops_the_start_and_the_nearest_option_is_named(tmp_path, line, words):
+    (tmp_path / ".env").write_text(f"port=1\nSMTP_PASS=x\n{line}\n")
+    with pytest.raises(gomail.StartError) as refused:
+        gomail.Settings.load({}, tmp_path)
+    assert str(refused.value) == f"{tmp_path / '.env'}: {words}"
+
+
+@pytest.mark.parametrize("name", ["smtp_password", "SMTP_PASS"])
+def test_an_unknown_name_of_a_credential_stops_the_start(tmp_path, name):
+    (tmp_path / name).write_text("hunter2")
+    with pytest.raises(gomail.StartError) as refused:
+        gomail.Settings.load({"CREDENTIALS_DIRECTORY": str(tmp_path)}, tmp_path)
+    assert str(refused.value) == f"{tmp_path}: {name} is not an option; did you mean smtp_pass?"
+
+
+def test_names_in_the_environment_that_are_almost_options_are_warned_about_and_no_others(tmp_path):
+    names = ["SMTP_SEVER", "REDIS_URL", "worker", "Log_Level", "OTP_TIME", "PATH", "HOME", "LANG", "LC_ALL", "HOSTNAME",
+             "SMTP_PASS", "smtp_port", "port", "LOGNAME", "USER", "MAIL", "TZ", "SHLVL", "NOTIFY_SOCKET", "STATE_DIRECTORY",
+             "CREDENTIALS_DIRECTORY", "INVOCATION_ID", "JOURNAL_STREAM", "PYTHONPATH", "VIRTUAL_ENV", "HISTSIZE"]
+    found = gomail.doubts(gomail.Settings(), dict.fromkeys(names, "x"))
+    assert [re.search(r", (\w+) is not an option", line)[1] for line in found] == [
+        "Log_Level", "OTP_TIME", "REDIS_URL", "SMTP_SEVER", "worker"]
+    assert "did you mean redis_uri?" in found[2]
+
+
+@pytest.mark.parametrize("environment", [
+    {"admin_token": "x"}, {"public_url": "https://mail.example.com"}, {"admin_token": "x", "host": "0.0.0.0"}])
+def test_a_service_for_others_whose_mail_goes_to_the_maildir_is_warned_about(processes, environment):
+    process = processes({**environment, "smtp_sever": "smtp.example.com"}).started()
+    assert until(lambda: process.logged("smtp_server is not set: mail goes to a Maildir"))["level"] == "WARNING"
+    assert until(lambda: process.logged("in the environment, smtp_sever is not an option"))["level"] == "WARNING"
+    checked = processes({**environment, "smtp_sever": "x", "log_file": "off"}, arguments=["--check"]).result()[1]
+    assert [line.split()[0] for line in checked.splitlines()] == ["warning", "warning", "ok", "ok", "ok"]
 
 
 def test_spaces_around_a_value_belong_to_it_unless_it_is_a_number_or_a_choice(tmp_path):
@@ -937,6 +994,73 @@ def test_json_is_valid_holds_any_text_and_shows_no_character_that_commands_or_de
         assert not set(text) & set(DECEPTIVE) and not re.search("[\x00-\x1f\x7f-\x9f\ud800-\udfff]", text)
 
 
+def read_log(*paths):
+    """The entries of log files, or those of stdout."""
+    return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("count", ["1", "2"])
+def test_a_log_file_that_is_moved_or_removed_is_opened_anew_in_every_process(processes, count):
+    process = processes({"processes": count}).started()
+    client, path = process.client.sign_up(), process.folder / "app.log"
+
+    def is_logged(task_id):
+        return path.exists() and any(entry.get("task") == task_id for entry in read_log(path))
+    for change in (lambda: path.rename(f"{path}.moved"), path.unlink):
+        change()
+        time.sleep(1.1)  # the supervisor looks after all each second
+        ids = [client.task() for _ in range(20)]
+        until(lambda: all(map(is_logged, ids)))
+    assert process.stop() == 0
+
+
+def test_processes_rotate_their_log_file_together_and_lose_no_line(processes):
+    code = "import gomail, sys; gomail.LogFile.MOST, gomail.LogFile.KEPT = 3000, 1000; sys.exit(gomail.main())"
+    process = processes({"processes": "2"}, code=code).started()
+    client = process.client.sign_up()
+    for task_id in [client.task("unsubscribe", content_type="none") for _ in range(100)]:  # each a warning, written at once
+        client.state(task_id, "dead")
+    assert process.stop() == 0
+    process.reader.join()
+    files = list(process.folder.glob("app.log*"))
+    assert len(files) > 5 and all(file.stat().st_size < 100_000 for file in files)
+    assert sorted(line for file in files for line in file.read_text().splitlines(keepends=True)) == sorted(process.lines)
+
+
+def test_a_line_that_cannot_be_written_costs_no_other(tmp_path, capsys):
+    class Wordless:
+        def __str__(self):
+            raise ValueError
+    gomail.start_logging(gomail.Settings(log_file=str(tmp_path / "app.log")))
+    gomail.log(logging.ERROR, "first", field=Wordless())
+    gomail.log(logging.ERROR, "second", field="\udcff")
+    assert [entry["message"] for entry in read_log(tmp_path / "app.log")] == ["second"]
+
+
+def test_the_log_file_is_opened_anew_although_a_full_disk_held_lines_back(tmp_path, capsys):
+    path = tmp_path / "app.log"
+    path.symlink_to("/dev/full")
+    gomail.start_logging(gomail.Settings(log_file=str(path)))
+    gomail.log(logging.ERROR, "lost")
+    path.unlink()
+    gomail.log(logging.ERROR, "kept")
+    assert [entry["message"] for entry in read_log(path)] == ["kept"]
+
+
+@pytest.mark.parametrize("count", ["1", "2"])
+def test_sighup_opens_the_log_file_anew_and_nothing_else(processes, count):
+    process = processes({"processes": count}).started()
+    path, server = process.folder / "app.log", connected(process.embedded).info("server")["process_id"]
+    before = children(process.process.pid)
+    path.rename(f"{path}.moved")
+    process.process.send_signal(signal.SIGHUP)
+    until(path.exists)
+    client = process.client.sign_up()
+    client.state(client.task(), "succeeded")
+    assert connected(process.embedded).info("server")["process_id"] == server and children(process.process.pid) == before
+    assert process.stop() == 0
+
+
 def test_log_off_keeps_no_file(processes):
     process = processes({"log_file": "off"}).started()
     assert process.stop() == 0
@@ -1178,6 +1302,158 @@ def test_one_data_dir_is_for_one_process_and_the_second_says_so(processes):
     code, output, errors = second.result()
     assert code == 1 and output == "" and errors.count("\n") == 1
     assert errors.startswith("gomail: data_dir: ") and "in use by another gomail" in errors
+
+
+def slow_data(folder, count=100_000):
+    """Give a gomail in the folder data that its embedded server takes some seconds to load, and has loaded in steps."""
+    data = folder / "gomail-data" / "appendonlydir"
+    data.mkdir(parents=True)
+    (data / "appendonly.aof.manifest").write_text("file appendonly.aof.1.incr.aof seq 1 type i\n")
+    script = b"local x = 0 for i = 1, 6000 do x = x + i end"
+    (data / "appendonly.aof.1.incr.aof").write_bytes(b"*3\r\n$4\r\nEVAL\r\n$%d\r\n%s\r\n$1\r\n0\r\n" % (len(script), script) * count)
+
+
+def impatient(seconds):
+    """The code of a gomail that gives up an embedded server without progress after so many seconds."""
+    return f"import gomail, sys; gomail.EmbeddedServer.STALLED, gomail.EmbeddedServer.TELLING = {seconds}, 0.1; sys.exit(gomail.main())"
+
+
+def loading(process):
+    """The id of the embedded server, once it is loading its data."""
+    def busy():
+        with contextlib.suppress(redis.ConnectionError):
+            found = connected(process.embedded).info()
+            return found["loading"] and found["process_id"]
+    return until(busy)
+
+
+def test_a_start_waits_for_the_embedded_server_as_long_as_it_is_loading_and_says_how_far_it_is(processes):
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified:
+        notified.bind(f"{folder}/notified")
+        slow_data(pathlib.Path(folder))
+        process = processes({"NOTIFY_SOCKET": f"{folder}/notified"}, folder=folder, code=impatient(2))
+        messages = []
+        while not messages or messages[-1] != "READY=1":
+            messages.append(notified.recv(1000).decode())
+        process.started()
+        assert len(messages) > 3 and all(int(message.removeprefix("EXTEND_TIMEOUT_USEC=")) > 0 for message in messages[:-1])
+        entries = [entry for entry in map(json.loads, process.lines) if entry["message"] == "the embedded server is loading its data"]
+        assert len(entries) > 2 and all(0 <= entry["loaded"] <= entry["total"] for entry in entries)
+        assert entries[0]["loaded"] < entries[-1]["loaded"]
+        assert process.stop() == 0 and not servers_in(process.folder.resolve())
+
+
+def test_a_start_that_is_given_up_leaves_no_embedded_server_behind(processes):
+    with tempfile.TemporaryDirectory() as folder:
+        slow_data(pathlib.Path(folder))
+        process = processes(folder=folder, code=impatient(1))
+        os.kill(loading(process), signal.SIGSTOP)
+        code, output, errors = process.result()
+        assert code == 1 and errors.startswith("gomail: data_dir: the embedded server does not come up: nothing has come")
+        assert errors.count("\n") == 1 and not servers_in(process.folder.resolve())
+        process = processes(folder=folder)
+        loading(process)
+        process.process.terminate()
+        code, output, errors = process.result()
+        assert code == 1 and errors == "gomail: stopped by a signal before it had started\n"
+        assert not servers_in(process.folder.resolve())
+
+
+@pytest.fixture
+def data(processes):
+    """The folder of a gomail that has stopped, with a message and its account in the data of its embedded server."""
+    process = processes().started()
+    client = process.client.sign_up()
+    client.state(client.task(), "succeeded")
+    assert process.stop() == 0
+    return process.folder
+
+
+FILE = "appendonly.aof.1.incr.aof"
+
+
+@pytest.mark.parametrize("name, change, remedy", [
+    (FILE, lambda path: path.write_bytes(path.read_bytes() + bytes(500)), "repair"),
+    ("appendonly.aof.manifest", lambda path: path.write_bytes(path.read_bytes()[:-20]), "from a backup"),
+    ("appendonly.aof.manifest", pathlib.Path.unlink, "from a backup"),
+    (FILE, pathlib.Path.unlink, "from a backup"),
+    ("appendonly.aof.1.base.rdb", lambda path: path.write_bytes(path.read_bytes()[:-15]), "from a backup")])
+def test_data_that_cannot_be_read_stops_the_start_which_names_the_file_and_the_remedy(processes, data, name, change, remedy):
+    folder = data / "gomail-data" / "appendonlydir"
+    change(folder / name)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    code, output, errors = processes(folder=data).result()
+    assert code == 78 and output == "" and errors.count("\n") == 1 and errors.startswith("gomail: data_dir: ")
+    assert name in errors and str(folder.resolve()) in errors and remedy in errors
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_an_append_only_file_is_sound_up_to_its_last_whole_command_or_transaction(tmp_path):
+    path, whole = tmp_path / "file", b""
+    bounds = [0]
+    for piece in (b"*1\r\n$4\r\nPING\r\n", b"#TS:1700000000\r\n", b"*3\r\n$3\r\nSET\r\n$1\r\na\r\n$4\r\n\r\n*1\r\n",
+                  b"*1\r\n$5\r\nMULTI\r\n*2\r\n$3\r\nDEL\r\n$1\r\na\r\n*1\r\n$4\r\nEXEC\r\n"):
+        whole += piece
+        bounds.append(len(whole))
+    for cut in range(len(whole) + 1):
+        for rest in (b"", bytes(200), b"\r\n*", b"garbage\n"):
+            path.write_bytes(whole[:cut] + rest)
+            expected = max(bound for bound in bounds if bound <= cut)
+            assert expected <= gomail.sound_length(path) <= cut + len(rest), (cut, rest)
+            assert rest or gomail.sound_length(path) == expected
+
+
+def test_a_file_with_zeros_at_its_end_is_repaired_from_the_command_line_with_a_copy(processes, data):
+    path = data / "gomail-data" / "appendonlydir" / FILE
+    whole = path.read_bytes()
+    path.write_bytes(whole + bytes(500))
+    command = Command(Process(data, arguments=["--version"]))
+    code, output = command.at_terminal("repair", typed="n\n")
+    assert code == 1 and "Cut off the last 500 bytes" in output and path.read_bytes() == whole + bytes(500)
+    assert command("repair")[0] == 0 and path.read_bytes() == whole
+    assert [copy.read_bytes() for copy in path.parents[1].glob(f"{FILE}.*")] == [whole + bytes(500)]
+    process = processes(folder=data).started()
+    assert connected(process.embedded).hlen("gomail:UserList") == 1
+    code, _, errors = command("repair")
+    assert code == 3 and "in use by another gomail" in errors
+    assert process.stop() == 0
+
+
+def test_a_file_whose_end_was_written_in_part_is_cut_off_with_a_warning(processes, data):
+    path = data / "gomail-data" / "appendonlydir" / FILE
+    with open(path, "ab") as file:
+        file.write(b"*3\r\n$3\r\nSET\r\n$1\r\n")
+    process = processes(folder=data).started()
+    warning = until(lambda: process.logged("the end of the embedded server's file was written in part"))
+    assert warning["level"] == "WARNING" and warning["bytes"] == 17 and warning["file"] == str(path.resolve())
+    assert process.stop() == 0
+
+
+@pytest.mark.parametrize("count", ["1", "2"])
+def test_whatever_the_embedded_server_says_stdout_has_json_alone(processes, count):
+    process = processes({"processes": count}).started()
+    server, = servers_in(process.folder.resolve())
+    os.kill(server, signal.SIGSEGV)  # it writes a long report
+    until(lambda: process.logged("the embedded server ended, and is started again"))
+    client = until(lambda: answering(process))
+    until(lambda: client("GET", "/health/ready")[0] == 200)
+    assert process.stop() == 0
+    process.reader.join()
+    assert all(isinstance(json.loads(line), dict) for line in process.lines) and process.process.stderr.read() == ""
+
+
+def test_no_two_embedded_servers_ever_have_one_folder_even_if_the_first_hangs(processes):
+    process = processes().started()
+    client = process.client.sign_up()
+    client.state(client.task(), "succeeded")
+    server, = servers_in(process.folder.resolve())
+    os.kill(server, signal.SIGSTOP)
+    process.kill()
+    second, seen = processes(folder=process.folder, code=impatient(1)), set()
+    until(lambda: seen.update(servers_in(process.folder.resolve())) or second.process.poll() is not None)
+    assert second.result()[0] == 1 and seen == {server}
+    third = processes(folder=process.folder).started()
+    assert Client(third.url, client.key).get("/task/recent")["tasks"] and servers_in(process.folder.resolve()) != {server}
 
 
 def test_an_embedded_server_that_outlived_its_killed_gomail_is_taken_over(processes):
@@ -2633,6 +2909,7 @@ def test_metrics_show_what_waits_for_how_long_and_which_lanes_are_paused(service
     assert client("GET", "/health/ready")[0] == 503
 
 
+@pytest.mark.timeout(7200)
 @pytest.mark.long
 def test_spamassassin_finds_no_fault_in_headers_and_mime_structure(linked, mail_server, clock):
     # Debian: apt-get install spamassassin. Rules about who delivered a mail, and whether it is expected, do not count.
@@ -4577,6 +4854,7 @@ def test_the_openapi_description_has_every_route_its_checks_and_its_answers(serv
     assert description["paths"]["/task/{id}"]["get"]["security"] == [{"apiKey": []}, {"adminToken": []}]
 
 
+@pytest.mark.timeout(7200)
 @pytest.mark.long
 def test_500_random_requests_to_each_operation_get_only_what_openapi_says(services, mail_server, tmp_path):
     service = services(mail_server, otp_minute_max=0, admin_token="the token of the admin")
@@ -5397,6 +5675,7 @@ def test_after_2000_mutated_requests_a_good_one_is_answered(service):
     assert service.client.get("/health/ping") == {"message": "pong"}
 
 
+@pytest.mark.timeout(7200)
 @pytest.mark.long
 def test_after_100000_mutated_requests_memory_is_flat_and_a_good_one_is_answered(processes):
     process = processes().started()
@@ -5419,20 +5698,29 @@ def test_help_names_every_option_and_version_the_version(processes):
     assert processes(arguments=["--version"]).result()[:2] == (0, f"gomail {gomail.__version__}\n")
 
 
-@pytest.mark.parametrize("environment, words", [
-    ({"smtp_port": "ftp"}, ["smtp_port", "'ftp'", "1 to 65535"]),
-    ({"redis_uri": "127.0.0.1:1"}, ["redis_uri", "127.0.0.1:1", "refused"]),
-    ({"redis_uri": "http://x"}, ["redis_uri", "host:port"]),
-    ({"port": "{taken}"}, ["port", "{taken}", "in use"]),
-    ({"log_file": "/nowhere/app.log"}, ["log_file", "/nowhere/app.log"]),
-    ({"data_dir": "/dev/null/x", "log_file": "off"}, ["data_dir", "/dev/null/x"]),
+@pytest.mark.parametrize("count", ["1", "2"])
+@pytest.mark.parametrize("environment, code, words", [
+    ({"smtp_port": "ftp"}, 78, ["smtp_port", "'ftp'", "1 to 65535"]),
+    ({"redis_uri": "127.0.0.1:1"}, 1, ["redis_uri", "127.0.0.1:1", "refused"]),
+    ({"redis_uri": "http://x"}, 78, ["redis_uri", "host:port"]),
+    ({"data_dir": "x" * 100, "log_file": "off"}, 78, ["data_dir", "88 bytes"]),
+    ({"port": "{taken}"}, 1, ["port", "{taken}", "in use"]),
+    ({"log_file": "/nowhere/app.log"}, 1, ["log_file", "/nowhere/app.log"]),
+    ({"data_dir": "/dev/null/x", "log_file": "off"}, 1, ["data_dir", "/dev/null/x"]),
 ])
-def test_what_stops_the_start_is_one_clear_line_and_exit_1(processes, environment, words):
+def test_what_stops_the_start_is_one_clear_line_and_exit_78_where_no_restart_mends_it(processes, environment, code, words, count):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        code, output, errors = processes({name: value.replace("{taken}", port) for name, value in environment.items()}).result()
-    assert code == 1 and output == "" and errors.count("\n") == 1 and errors.startswith("gomail: ")
+        environment = {name: value.replace("{taken}", port) for name, value in environment.items()}
+        found, output, errors = processes({**environment, "processes": count}).result()
+    assert found == code and output == "" and errors.count("\n") == 1 and errors.startswith("gomail: ")
     assert all(word.replace("{taken}", port) in errors for word in words), errors
+
+
+def test_systemd_does_not_start_again_what_ended_by_the_exit_code_of_a_wrong_setting(processes):
+    (folder := processes(arguments=["--version"]).folder).joinpath(".env").write_text("smtp_sever=x\n")
+    code = processes(folder=folder).result()[0]
+    assert f"\nRestartPreventExitStatus={code}\n" in (HERE / "gomail.service").read_text() and code not in (0, 1)
 
 
 def test_a_folder_that_cannot_be_written_is_one_clear_line(processes):
@@ -5541,6 +5829,74 @@ def test_a_signal_ends_work_in_flight_leaves_the_rest_and_stops_the_embedded_ser
     assert [mail.recipient for mail in mail_server.mails] == [f"{index}@example.com" for index in range(3)]
 
 
+@pytest.mark.parametrize("count", ["1", "2"])
+def test_a_stop_ends_in_time_while_redis_hangs_and_leaves_nothing_behind(processes, count):
+    process = processes({"processes": count, "shutdown_timeout": "1"}).started()
+    left = children(process.process.pid)
+    os.kill(connected(process.embedded).info("server")["process_id"], signal.SIGSTOP)
+    assert process.stop() == 0 and not servers_in(process.folder.resolve())
+    assert not any(pathlib.Path(f"/proc/{pid}").exists() for pid in left)
+
+
+def test_a_stop_ends_in_time_while_nobody_reads_the_log(processes):
+    code = "import gomail, sys; gomail.Service.STOPPING = 8.0; sys.exit(gomail.main())"
+    process = processes({"shutdown_timeout": "0", "log_file": "off", "workers": "1"}, code=code)
+    client = Client(json.loads(process.process.stdout.readline())["message"].rpartition(" ")[2]).sign_up()
+    fcntl.fcntl(process.process.stdout, fcntl.F_SETPIPE_SZ, 4096)
+    client.post("/task/batch", {"tasks": [{"task": "a test", "type": "unsubscribe", "retries": 0, "payload": {
+        "userId": "user@example.com", "content_type": "none"}}] * 1000})
+
+    def left():
+        return connected(process.embedded).llen("gomail:lane:urgent")
+    until(lambda: left() == (time.sleep(0.3) or left()))  # the worker waits for a reader of what it logs
+    assert left()
+    process.process.terminate()
+    assert process.process.wait(PATIENCE) == 1 and not servers_in(process.folder.resolve())
+
+
+def test_a_stop_does_not_wait_for_an_embedded_server_that_nobody_reaps(processes):
+    code = """import ctypes, gomail, signal, subprocess, sys
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # orphans become its children, as those of the first process of a container do
+first = subprocess.Popen([sys.executable, gomail.__file__], stdout=subprocess.PIPE)
+first.stdout.readline()
+first.kill()
+first.wait()
+sys.exit(gomail.main())"""
+    process = processes(code=code).started()
+    server, = servers_in(process.folder.resolve())
+    assert process.stop() == 0 and server not in servers_in(process.folder.resolve())
+
+
+@pytest.mark.parametrize("count", ["1", "2"])
+def test_a_terminal_that_goes_away_stops_it_and_leaves_nothing_behind(processes, count):
+    with tempfile.TemporaryDirectory() as folder:
+        pid, terminal = pty.fork()
+        if not pid:
+            os.chdir(folder)
+            os.execve(sys.executable, [sys.executable, HERE / "gomail.py"], {**os.environ, "port": "0", "processes": count})
+        seen = b""
+        while b"mail goes to" not in seen:
+            seen += os.read(terminal, 65536)
+        left = children(pid)
+        os.close(terminal)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert not servers_in(pathlib.Path(folder).resolve()) and len(left) == (0 if count == "1" else 2)
+        assert not any(pathlib.Path(f"/proc/{child}").exists() for child in left)
+
+
+def test_signals_that_were_ignored_or_blocked_before_it_started_count_all_the_same(processes):
+    code = """import gomail, signal, sys
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
+    signal.signal(number, signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+sys.exit(gomail.main())"""
+    process = processes({"processes": "2"}, code=code).started()
+    before = children(process.process.pid)
+    os.kill(before[0], signal.SIGKILL)
+    until(lambda: len(set(children(process.process.pid)) - {before[0]}) == 2)
+    assert process.stop(signal.SIGINT) == 0
+
+
 def test_a_process_killed_with_tasks_queued_and_in_flight_sends_them_all_after_the_next_start(processes, mail_server):
     environment = sending_to(mail_server)
     process = processes(environment).started()
@@ -5587,6 +5943,60 @@ def test_a_process_that_dies_is_started_again_and_its_tasks_are_sent(processes, 
     assert process.stop() == 0
 
 
+def test_a_process_that_cannot_be_started_again_now_is_started_later(processes):
+    code = """import errno, gomail, os, sys
+fork = os.fork
+def fork_unless_forbidden():
+    if os.path.exists("forbidden"):
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+    return fork()
+os.fork = fork_unless_forbidden
+sys.exit(gomail.main())"""
+    process = processes({"processes": "2"}, code=code).started()
+    (process.folder / "forbidden").touch()
+    os.kill(children(process.process.pid)[0], signal.SIGKILL)
+    assert "temporarily" in until(lambda: process.logged("a process is not started again"))["error"]
+    (process.folder / "forbidden").unlink()
+    until(lambda: len(children(process.process.pid)) == 2)
+    assert process.stop() == 0
+
+
+@pytest.mark.parametrize("part, name, message", [
+    ("HttpServer", "service_actions", "unexpected error while listening"),
+    ("Cron", "once", "unexpected error in the cron thread"),
+    ("LineBuffer", "flush", "unexpected error in the cron thread"),
+    ("EmbeddedServer", "ensure", "the embedded server is not started again")])
+def test_an_unexpected_error_in_a_loop_is_logged_and_the_loop_goes_on(processes, part, name, message):
+    code = f"""import gomail, os, sys
+real = gomail.{part}.{name}
+def fault(*arguments):
+    if os.path.exists("fault"):
+        os.unlink("fault")
+        raise ArithmeticError("a fault")
+    return real(*arguments)
+gomail.{part}.{name} = fault
+sys.exit(gomail.main())"""
+    process = processes(code=code).started()
+    (process.folder / "fault").touch()
+    if name == "ensure":
+        os.kill(connected(process.embedded).info("server")["process_id"], signal.SIGKILL)
+    assert "a fault" in until(lambda: process.logged(message))["traceback"]
+    client = until(lambda: answering(process))
+    until(lambda: client("GET", "/health/ready")[0] == 200)
+    client = client.sign_up()
+    client.state(client.task(send_at="2020-01-01T00:00:00Z"), "succeeded")
+    until(lambda: "task succeeded" in (process.folder / "app.log").read_text())
+    assert process.stop() == 0
+
+
+def answering(process):
+    """A client whose request the process answered, or None."""
+    client = Client(process.url)
+    with contextlib.suppress(OSError):
+        client("GET", "/health/ping")
+        return client
+
+
 def test_no_process_outlives_a_killed_supervisor(processes):
     process = processes({"processes": "2"}).started()
     left = children(process.process.pid)
@@ -5614,12 +6024,13 @@ class Command:
         output, errors = process.communicate(given, timeout=PATIENCE)
         return process.returncode, output, errors
 
-    def at_terminal(self, *arguments, until_seen=None, **environment):
-        """(exit code, all it wrote) at a terminal; Ctrl-C comes when it wrote `until_seen`."""
+    def at_terminal(self, *arguments, until_seen=None, typed="", **environment):
+        """(exit code, all it wrote) at a terminal where somebody typed; Ctrl-C comes when it wrote `until_seen`."""
         ours, theirs = pty.openpty()
         process = self.start(*arguments, environment={"TERM": "xterm", **environment}, stdin=theirs, stdout=theirs,
                              stderr=theirs, start_new_session=True)
         os.close(theirs)
+        os.write(ours, typed.encode())
         seen = b""
         with contextlib.suppress(OSError):  # the terminal is gone when the process is
             while data := os.read(ours, 65536):
@@ -5733,6 +6144,24 @@ def test_accounts_are_listed_added_and_removed_from_the_command_line(operated):
     assert command("accounts", "--remove", "new@example.com")[0] == 0 and new("GET", "/task/recent")[0] == 401
 
 
+def test_what_removes_much_asks_at_a_terminal_and_names_what_ends(operated, mail_server):
+    command, client = operated
+    mail_server.replies["user@example.com"] = ["550 5.2.1 no"] * 2
+    for _ in range(2):
+        client.state(client.task(), "dead")
+    client.state(client.task("subscribe", frequency="@daily", content_type="news", subject="News", content="News"), "succeeded")
+    for typed in ("n\n", "\n", "\x04"):
+        code, output = command.at_terminal("delete", "--all", typed=typed)
+        assert code == 1 and "Remove all 2 dead letters, of all accounts? [y/N]" in output and "nothing was changed" in output
+        code, output = command.at_terminal("accounts", "--remove", "app@example.com", typed=typed)
+        assert code == 1 and "Deregister app@example.com? That ends its key, and removes the tasks that wait, dead letters (2), " \
+            "content types (1), subscriptions (1), suppressed addresses (0). [y/N]" in output
+    assert client.get("/task/dead")["total"] == 2
+    assert command.at_terminal("delete", "--all", typed="y\n")[0] == 0 and client.get("/task/dead")["total"] == 0
+    code, output = command.at_terminal("accounts", "--remove", "app@example.com", "--yes")
+    assert code == 0 and "[y/N]" not in output and client("GET", "/task/recent")[0] == 401
+
+
 def test_stats_are_shown_once_to_a_program_and_live_at_a_terminal(operated, mail_server):
     command, client = operated
     client.state(client.task(), "succeeded")
@@ -5810,7 +6239,7 @@ def test_what_takes_long_shows_at_a_terminal_how_far_it_has_come(operated, mail_
     mail_server.replies["user@example.com"] = ["550 5.2.1 no"] * 3
     for _ in range(3):
         client.state(client.task(), "dead")
-    code, output = command.at_terminal("delete", "--all")
+    code, output = command.at_terminal("delete", "--all", "--yes")
     assert code == 0 and f"[{'#' * 30}] 3 of 3" in output and "3 dead letters removed" in output
     assert "[" not in "".join(command("delete", "--all")[1:])
 
@@ -6240,6 +6669,7 @@ def test_axe_finds_nothing_and_nothing_is_wider_than_the_screen(services, browse
         check(f"{view} of the admin")
 
 
+@pytest.mark.timeout(7200)
 @pytest.mark.long
 def test_the_screenshots_of_the_readme_are_taken(services, browser, mail_server):
     service = services(mail_server)
@@ -6988,7 +7418,7 @@ def test_a_redis_that_may_lose_tasks_is_warned_about_and_cannot_promise_fsync(pr
     process = processes({"redis_uri": redis_server.uri, "key_prefix": "warned:"}).started()
     assert until(lambda: process.logged("the Redis keeps no append-only file"))["level"] == "WARNING"
     code, _, errors = processes({"redis_uri": redis_server.uri, "durability": "fsync"}).result()
-    assert code == 1 and errors.startswith("gomail: durability: 'fsync'") and errors.count("\n") == 1
+    assert code == 78 and errors.startswith("gomail: durability: 'fsync'") and errors.count("\n") == 1
 
 
 def test_a_claim_whose_answer_is_lost_sends_each_newsletter_once(services, mail_server, clock, cutter):
@@ -7224,6 +7654,44 @@ def test_100000_subscriptions_due_at_once_are_queued_and_an_otp_overtakes_them(s
     service.store.redis.delete(key("lane", "bulk"))
 
 
+def test_behind_sentinels_a_new_master_is_found_when_the_old_one_dies(processes, mail_server, redis_with_file):
+    master, replica = redis_with_file(port=free_port()), redis_with_file(port=free_port())
+    replica.client.replicaof("127.0.0.1", master.port)
+    until(lambda: replica.client.info("replication")["master_link_status"] == "up")
+    program = os.environ.get("GOMAIL_TEST_SERVER") or gomail.EmbeddedServer.program()
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        ports = [free_port() for _ in range(3)]
+        for port in ports:
+            configuration = pathlib.Path(folder, f"{port}.conf")
+            configuration.write_text(
+                f"port {port}\nbind 127.0.0.1\ndir {folder}\nlogfile {folder}/{port}.log\n"
+                f"sentinel monitor mymaster 127.0.0.1 {master.port} 2\nsentinel down-after-milliseconds mymaster 500\n"
+                "sentinel failover-timeout mymaster 3000\n")
+            sentinel = subprocess.Popen([program, configuration, "--sentinel"], stdin=subprocess.DEVNULL)
+            stack.callback(sentinel.wait)
+            stack.callback(sentinel.kill)
+        clients = [redis.Redis(port=port, protocol=2, retry=None) for port in ports]
+
+        def ready():
+            with contextlib.suppress(redis.RedisError):
+                return all(int(client.sentinel_master("mymaster")["num-other-sentinels"]) == 2
+                           and int(client.sentinel_master("mymaster")["num-slaves"]) == 1 for client in clients)
+        until(ready)
+        uri = "redis+sentinel://" + ",".join(f"127.0.0.1:{port}" for port in ports) + "/mymaster"
+        process = processes({**settings_for(master, mail_server), "redis_uri": uri}).started()
+        sender = Sender(200, [process.url], process.client.sign_up().key)
+        until(lambda: len(sender.answered) > 50)
+        # Replication is asynchronous: the master dies when the replica has all that was answered.
+        master.client.execute_command("CLIENT", "PAUSE", "60000", "WRITE")
+        until(lambda: replica.client.info("replication")["slave_repl_offset"]
+              == master.client.info("replication")["master_repl_offset"])
+        master.kill()
+        until(lambda: len(sender.answered) == 200, 60)
+        counted(mail_server, sender.answered)
+        assert replica.client.role()[0] in ("master", b"master")
+
+
+@pytest.mark.timeout(7200)
 @pytest.mark.long
 def test_soak_20000_tasks_while_everything_is_killed_at_random_times(processes, mail_server, redis_with_file):
     server = redis_with_file()
