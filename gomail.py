@@ -107,14 +107,14 @@ class StartError(Exception):
 
     exit_code = 78  # EX_CONFIG of sysexits(3); gomail.service has systemd not try again
 
+    def __init__(self, message: str) -> None:
+        super().__init__(without_controls(message))
+
 
 class TransientStartError(StartError):
     """The service cannot start now; a later start may go well without a change of the settings."""
 
     exit_code = 1
-
-    def __init__(self, message: str) -> None:
-        super().__init__(without_controls(message))
 
 
 def describe(error):
