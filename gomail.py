@@ -947,10 +947,11 @@ class Script:
         when_full: it runs while Redis's memory is full, too: what settles, takes and removes makes room.
     """
 
-    # A full Redis refuses the first write of a script if it is one that may need memory, and none after it (so do Redis
-    # 6.2 to 8 and Valkey, whether or not they know the flag `allow-oom`). This one needs none, and does nothing.
+    # A full Redis refuses what may need memory until a script has written something, so that none ends half-way. This
+    # is a write that needs none, and changes nothing. Redis 7 has a flag for it, allow-oom, but 6.2 knows no flags.
     WHEN_FULL = "redis.call('UNLINK', KEYS[1] .. ':')\n"
 
+    # The key of the answer is the last one, which the script itself does not see.
     ONCE = """
         local answered = table.remove(KEYS)
         local before = redis.call('GET', answered)
@@ -1487,7 +1488,7 @@ class Accounts:
         self.store.write("SET", self.store.key("jwt_secret_check"), self.derive("check").hex())
 
     def restore(self) -> None:
-        """Leave word of the signing secret again, and the secret itself where Redis keeps it, if Redis lost its data."""
+        """Where Redis lost its data: leave word of the signing secret again, and the secret itself if Redis kept it."""
         kept = {"jwt_secret_check": self.derive("check").hex(), **(
             {"jwt_secret": self.secret.decode()} if self.secret_kept else {})}
         if self._restore(keys=[self.store.key(name) for name in kept], args=list(kept.values())):
@@ -2178,11 +2179,11 @@ class Queue:
         local function too_early(id, address)
             local asked, hour = prefix .. 'otp_asked:' .. address .. ':' .. account, milliseconds - 3600000
             -- What is still to come was asked for before the clock went back, and does not count.
-            local last = redis.call('ZRANGE', asked, milliseconds, hour, 'BYSCORE', 'REV', 'LIMIT', 0, 1, 'WITHSCORES')[2]
+            local last = redis.call('ZREVRANGEBYSCORE', asked, milliseconds, hour, 'WITHSCORES', 'LIMIT', 0, 1)[2]
             local wait = (last or 0) + cooldown * 1000 - milliseconds
             if tonumber(hourly) > 0 and redis.call('ZCOUNT', asked, '(' .. hour, milliseconds) >= tonumber(hourly) then
-                local first = redis.call('ZRANGE', asked, '(' .. hour, milliseconds, 'BYSCORE', 'LIMIT', 0, 1, 'WITHSCORES')[2]
-                wait = math.max(wait, first - hour)
+                local first = redis.call('ZRANGEBYSCORE', asked, '(' .. hour, milliseconds, 'WITHSCORES', 'LIMIT', 0, 1)
+                wait = math.max(wait, first[2] - hour)
             end
             if wait > 0 then return math.ceil(wait / 1000) end
             wait = one_more(prefix .. 'otp_requests:' .. account, minute)
@@ -2313,8 +2314,8 @@ class Queue:
     """
 
     # The next moment at which a mail may go (a generic cell rate algorithm). Urgent mail has a line of its own, which
-    # pushes back the line of the rest; moments that passed unused can be caught up for 50 ms. Where the clock went back,
-    # the lines go with it.
+    # pushes back the line of the rest; moments that passed unused can be caught up for 50 ms. Where the clock went
+    # back, the lines go with it.
     PACE = CLOCK + """
         local rate, interval, urgent = KEYS[1], tonumber(ARGV[1]), ARGV[2] == 'urgent'
         local now = tonumber(microseconds)
@@ -2334,7 +2335,7 @@ class Queue:
     # latest is moved first, also where there is more than one call's share; of one moment, by id.
     PROMOTE = CLOCK + """
         local prefix = KEYS[1]
-        local due = redis.call('ZRANGE', prefix .. 'delayed', milliseconds, '-inf', 'BYSCORE', 'REV', 'LIMIT', 0, ARGV[1])
+        local due = redis.call('ZREVRANGEBYSCORE', prefix .. 'delayed', milliseconds, '-inf', 'LIMIT', 0, ARGV[1])
         for _, id in ipairs(due) do
             redis.call('ZREM', prefix .. 'delayed', id)
             local lane = redis.call('HGET', prefix .. 'task:' .. id, 'lane')
@@ -2353,18 +2354,19 @@ class Queue:
         local cursor, found = unpack(redis.call('ZSCAN', prefix .. 'delayed', ARGV[1], 'COUNT', 200))
         for at = 1, #found, 2 do
             local id = found[at]
-            if tonumber(found[at + 1]) > latest and redis.call('HGET', prefix .. 'task:' .. id, 'state') == 'retrying' then
+            local task = prefix .. 'task:' .. id
+            if tonumber(found[at + 1]) > latest and redis.call('HGET', task, 'state') == 'retrying' then
                 redis.call('ZADD', prefix .. 'delayed', milliseconds, id)
-                redis.call('HSET', prefix .. 'task:' .. id, 'due', milliseconds)
+                redis.call('HSET', task, 'due', milliseconds)
                 recalled = recalled + 1
             end
         end
         return {cursor, recalled}
     """
 
-    # Give back what processes have in hand, oldest first to the head of each lane; answers how many tasks of each, or -1
-    # where it was left alone. Where the process died, a task gets a strike, once for each time it was begun: the third
-    # buries it. When many have been found, the rest of the processes is for the next call.
+    # Give back what processes have in hand, oldest first to the head of each lane; answers how many tasks of each, or
+    # -1 where it was left alone. Where the process died, a task gets a strike, once for each time it was begun: the
+    # third buries it. When many have been found, the rest of the processes is for the next call.
     RECLAIM = BURY + """
         local prefix, died, max_strikes, dead_ttl, dead_max = KEYS[1], ARGV[1] == '1', unpack(ARGV, 2, 4)
         local look, heartbeat_ttl, found, counts = tonumber(ARGV[5]), tonumber(ARGV[6]), {}, {}
@@ -2380,7 +2382,8 @@ class Queue:
             for worker in string.gmatch(redis.call('HGET', prefix .. 'processes', process) or '', '[^,]+') do
                 local list = prefix .. 'processing:' .. process .. ':' .. worker
                 for _, id in ipairs(redis.call('LRANGE', list, 0, -1)) do
-                    local task = redis.call('HMGET', prefix .. 'task:' .. id, 'created', 'lane', 'strikes', 'begun', 'state')
+                    local task = redis.call('HMGET', prefix .. 'task:' .. id,
+                                            'created', 'lane', 'strikes', 'begun', 'state')
                     if task[1] then
                         local strikes = tonumber(task[3] or 0)
                         if died and task[5] == 'running' and (strikes == 0 or task[4]) then strikes = strikes + 1 end
@@ -4305,8 +4308,8 @@ class Newsletters:
     """
 
     # Queue what is due; answers how many places in the schedule that were, and at how many of them nothing was queued,
-    # because the issue before has not ended yet: one that waits is enough, it is filled when it is sent. A boundary that
-    # comes too soon after the one before is the same in another time zone, and is passed over.
+    # because the issue before has not ended yet: one that waits is enough, it is filled when it is sent. A boundary
+    # that comes too soon after the one before is the same in another time zone, and is passed over.
     CLAIM = Queue.CLOCK + Queue.REMEMBER + BOUNDARIES + """
         local prefix, now, most, base = KEYS[1], unpack(ARGV, 1, 3)
         local half = {['@hourly'] = 1800, ['@daily'] = 43200, ['@weekly'] = 302400, ['@monthly'] = 1209600}  -- seconds
@@ -4314,7 +4317,8 @@ class Newsletters:
         local schedule, skipped = prefix .. 'schedule', 0
 
         local function queue(number, account, key, content_type, address, record)
-            local issued, id = prefix .. 'issued:' .. content_type .. ':' .. account, base .. string.format('%08x', number)
+            local issued = prefix .. 'issued:' .. content_type .. ':' .. account
+            local id = base .. string.format('%08x', number)
             local before = redis.call('HGET', issued, address)
             local state = before and redis.call('HGET', prefix .. 'task:' .. before, 'state')
             if state and not ended[state] then
@@ -4592,7 +4596,7 @@ class Newsletters:
         return due
 
     def correct(self) -> int:
-        """Bring back what a wrong clock scheduled too far ahead, among some places of the schedule; returns how many."""
+        """Bring back what a wrong clock put too far ahead, among some places of the schedule; returns how many."""
         self._checked, count = self._correct(keys=[self.store.prefix], args=[
             self._checked, self.BATCH, "", *self._boundaries(self.clock())])
         if count:
