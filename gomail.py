@@ -22,10 +22,10 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
-import email.header
 import email.policy
 import email.utils
 import enum
+import errno
 import fcntl
 import functools
 import gc
@@ -33,11 +33,13 @@ import glob
 import hashlib
 import hmac
 import html
+import html.entities
 import http
 import http.server
 import importlib.util
 import io
 import ipaddress
+import itertools
 import json
 import logging
 import logging.handlers
@@ -61,6 +63,7 @@ import subprocess
 import sys
 import threading
 import time
+import typing
 import urllib.parse
 import zoneinfo
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -81,10 +84,31 @@ __version__ = "1.0.0"
 # Every option, its default and its unit, in one place. A wrong value stops the start with one line that
 # names the option, the value and what is allowed.
 
+# Characters that are commands to a terminal, or that hide or reorder the text around them: DEL and the C1 controls,
+# Unicode's ends of lines, bidirectional controls (UAX 9, section 2), invisible ones, and halves of surrogate pairs. Not
+# among them are those that scripts and emoji need (U+200C, U+200D), and the soft hyphen.
+DECEPTIVE = ("\x7f-\x9f\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
+             "\U000e0000-\U000e007f")
+UNPRINTABLE = re.compile(f"[\x00-\x1f{DECEPTIVE}]")
+
+
+def without_controls(text: str) -> str:
+    """The text with "?" for each character that is a command to a terminal, or hides or reorders others."""
+    return UNPRINTABLE.sub("?", text)
+
+
+def printable(words: str) -> str:
+    """What somebody else's program said, on one line and without controls. All such words pass here as they come in."""
+    return without_controls(" ".join(words.split()))
+
+
 class StartError(Exception):
     """The service cannot start, however often it is tried; the message is the one line that the operator sees."""
 
     exit_code = 78  # EX_CONFIG of sysexits(3); gomail.service has systemd not try again
+
+    def __init__(self, message: str) -> None:
+        super().__init__(without_controls(message))
 
 
 class TransientStartError(StartError):
@@ -97,9 +121,22 @@ def describe(error):
     """One short line for an exception: what the system or the server said, without paths or tracebacks."""
     if isinstance(error, TimeoutError):
         return "timed out"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split())[:500] or type(error).__name__
+    words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return printable(words)[:500] or type(error).__name__
+
+
+def shown(value: str) -> str:
+    """A wrong value as an error names it, without a secret: that of a URL, or of a further setting on the same line."""
+    if re.search("://.*@", value, re.DOTALL):
+        return "(hidden)"
+    return repr(re.sub(r"\w*(pass|secret|token|uri)\w*\s*[=:].*", "(hidden)", value, flags=re.DOTALL | re.IGNORECASE))
+
+
+def without_secrets(text: str, hidden: Sequence[str]) -> str:
+    """The text with "(hidden)" for each word that holds four characters in a row of what is to be hidden."""
+    def shows(word: str) -> bool:
+        return any(secret[at:at + 4] in word for secret in hidden for at in range(max(1, len(secret) - 3)) if secret)
+    return " ".join("(hidden)" if shows(word) else word for word in text.split())
 
 
 def option(default, explanation, *, low=None, high=None, choices=None, number="a number of seconds"):
@@ -108,6 +145,7 @@ def option(default, explanation, *, low=None, high=None, choices=None, number="a
         "explanation": explanation, "low": low, "high": high, "choices": choices, "number": number})
 
 
+SAFE_TOKEN = 16  # characters that admin_token needs beyond loopback
 VARIABLE = "[A-Za-z_][A-Za-z0-9_]{0,63}"
 ONE_LINE = r"[^\x00-\x1f\x7f-\x9f\u2028\u2029]"  # the two Unicode line ends as well: some mailers break a header there
 LINE = "on one line, without control characters"
@@ -144,6 +182,8 @@ class Settings:
     durability: str = option("everysec", "when a task answered 2xx is on disk: everysec, within a second; "
                              "fsync, before the answer", choices=("everysec", "fsync"))
     host: str = option("127.0.0.1", "address to listen on; beyond loopback only with admin_token")
+    allowed_hosts: str = option("", "names by which requests may call this service, comma-separated, without port, "
+                                "beside localhost; empty: any name; without admin_token it is localhost alone")
     port: int = option(8080, "port to listen on; 0 picks a free one", low=0, high=65535)
     max_body: int = option(1048576, "bytes a request body may have", low=1024, high=104857600)
     max_connections: int = option(256, "HTTP connections at once in a process; one more is answered 503",
@@ -208,7 +248,7 @@ class Settings:
         try:
             zoneinfo.ZoneInfo(self.timezone)
         except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
-            raise StartError(f"timezone: {self.timezone!r} is not an IANA time zone, such as Europe/Berlin") from None
+            raise StartError(f"timezone: {shown(self.timezone)} is no IANA time zone, such as Europe/Berlin") from None
         for name in ("jwt_secret", "jwt_secret_previous"):
             if 0 < len(getattr(self, name).encode()) < 32:
                 raise StartError(f"{name}: (hidden) is too short, at least 32 bytes are needed")
@@ -216,9 +256,9 @@ class Settings:
             raise StartError("jwt_secret_previous: (hidden) is not allowed without jwt_secret")
         for name in ("smtp_from", "otp_subject"):
             if not re.fullmatch(f"{ONE_LINE}*", getattr(self, name)):
-                raise StartError(f"{name}: {safe_repr(getattr(self, name))} is not {LINE}")
+                raise StartError(f"{name}: {shown(getattr(self, name))} is not {LINE}")
         if self.smtp_from and not parse_address(email.utils.parseaddr(self.smtp_from)[1]):
-            raise StartError(f"smtp_from: {safe_repr(self.smtp_from)} is not an address, or a name with <address>")
+            raise StartError(f"smtp_from: {shown(self.smtp_from)} is not an address, or a name with <address>")
         self._check_hosts()
         if self.smtp_server and not self.smtp_from and not parse_address(self.smtp_user):
             raise StartError("smtp_from: not set, and smtp_user is not an address; most servers refuse mail without a "
@@ -228,32 +268,43 @@ class Settings:
         if self.smtp_token_command and (self.smtp_pass or not self.smtp_user):
             raise StartError("smtp_token_command: needs smtp_user, and is not allowed with smtp_pass")
         if self.smtp_ehlo and not (is_domain(self.smtp_ehlo) or ADDRESS_LITERAL.fullmatch(self.smtp_ehlo)):
-            raise StartError(f"smtp_ehlo: {self.smtp_ehlo!r} is not a host name, or an address such as [192.0.2.1]")
+            raise StartError(f"smtp_ehlo: {shown(self.smtp_ehlo)} is no host name, or address such as [192.0.2.1]")
         if self.smtp_ca:
             try:
                 ssl.create_default_context(cafile=self.smtp_ca)
             except (OSError, ValueError) as error:
-                raise StartError(f"smtp_ca: {self.smtp_ca!r} is not a file with certificates (PEM): {describe(error)}") from None
+                raise StartError(f"smtp_ca: {shown(self.smtp_ca)} is not a file with certificates (PEM): "
+                                 f"{describe(error)}") from None
         if self.public_url and not re.fullmatch(r"https?://[!-;=?-~]+", self.public_url):
-            raise StartError(f"public_url: {self.public_url!r} is not a URL such as https://mail.example.com")
+            raise StartError(f"public_url: {shown(self.public_url)} is not a URL such as https://mail.example.com")
         for name in ("otp_subject", "otp_content"):
             if unknown := set(PLACEHOLDER.findall(getattr(self, name))) - {"otp", "minutes"}:
                 raise StartError(f"{name}: {{{{ {min(unknown)} }}}} is not known, expected "
                                  "{{ otp }} or {{ minutes }}")
         if self.otp_content and "otp" not in PLACEHOLDER.findall(self.otp_content):
             raise StartError("otp_content: must hold {{ otp }}")
+        for name in split_list(self.allowed_hosts):
+            if parse_host(name) is None or parse_host(f"{name}:80") is None:
+                raise StartError(f"allowed_hosts: {shown(name)} is not a host name without port, such as mail.example.com")
+        if self.allowed_hosts and not self.admin_token:
+            raise StartError(f"allowed_hosts: {shown(self.allowed_hosts)} is not allowed without admin_token; requests may "
+                             "call the service localhost alone then")
 
     def _check_hosts(self) -> None:
         """Raise StartError where `smtp_server`, `host` or `redis_uri` names no host that can be looked up."""
         if self.smtp_server and not host_to_ascii(self.smtp_server):
             rule = ("a line of .env has one setting" if re.search(r"[\s=]", self.smtp_server) else
                     "the port goes into smtp_port")
-            raise StartError(f"smtp_server: {safe_repr(self.smtp_server)} is no host name or IP address; {rule}")
+            raise StartError(f"smtp_server: {shown(self.smtp_server)} is no host name or IP address; {rule}")
         host = host_to_ascii(self.host)
         if not host:
-            raise StartError(f"host: {safe_repr(self.host)} is no host name or IP address; the port goes into port")
-        if not self.admin_token and not is_loopback(host):
-            raise StartError(f"host: {self.host!r} is not a loopback address; to listen there, set admin_token")
+            raise StartError(f"host: {shown(self.host)} is no host name or IP address; the port goes into port")
+        if not is_loopback(host):
+            if not self.admin_token:
+                raise StartError(f"host: {self.host!r} is not a loopback address; to listen there, set admin_token")
+            if len(self.admin_token) < SAFE_TOKEN:
+                raise StartError(f"admin_token: (hidden) is too short for host {self.host!r}, at least {SAFE_TOKEN} "
+                                 "characters are needed")
         authority = re.split("[/?]", self.redis_uri.partition("://")[2] or self.redis_uri)[0]
         if not authority.rpartition("@")[2].isascii():  # the Redis client would look it up by IDNA 2003
             raise StartError("redis_uri: the host name is not in ASCII, expected its xn-- form")
@@ -387,13 +438,8 @@ def parse_option(field, text):
         noun = "a whole number" if kind is int else rules["number"]
         allowed = f"{noun} from {rules['low']} to {rules['high']}"
     if not valid:
-        raise StartError(f"{field.name}: {safe_repr(text)} is not allowed, expected {allowed}")
+        raise StartError(f"{field.name}: {shown(text)} is not allowed, expected {allowed}")
     return value
-
-
-def safe_repr(value: str) -> str:
-    """The value in quotes, or "(hidden)" where a URL or several settings on one line may show a password."""
-    return "(hidden)" if re.search("://.*@|smtp_pass|admin_token|jwt_secret", value, re.IGNORECASE) else repr(value)
 
 
 def is_loopback(host: str) -> bool:
@@ -403,6 +449,43 @@ def is_loopback(host: str) -> bool:
     except OSError:
         return False
     return all(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]).is_loopback for entry in found)
+
+
+def split_list(text: str) -> list[str]:
+    """The entries of a comma-separated list, without the spaces around them."""
+    return [entry for part in text.split(",") if (entry := part.strip())]
+
+
+# uri-host [":" port] (RFC 3986 section 3.2): an IPv6 address, an address of the future, or a name or IPv4 address.
+AUTHORITY = re.compile(r"""(\[(?P<ipv6>[0-9a-f:.]+)\] | \[v[0-9a-f]+\.[\w.~!$&'()*+,;=:-]+\]
+                           | (?:[\w.~!$&'()*+,;=-] | %[0-9a-f]{2})+) (?::[0-9]*)?""",
+                       re.ASCII | re.IGNORECASE | re.VERBOSE)
+
+
+def parse_host(authority: str) -> str | None:
+    """The host of `uri-host [":" port]` in the form used to compare, or None where the text is nothing of that kind.
+
+    It is in lower case and without the dot of the DNS root; an IPv6 address is in its short form, without brackets.
+    """
+    match = AUTHORITY.fullmatch(authority)
+    if match is None:
+        return None
+    if match["ipv6"]:
+        try:
+            return str(ipaddress.IPv6Address(match["ipv6"]))
+        except ValueError:
+            return None
+    return match[1].lower().removesuffix(".")
+
+
+def is_loopback_name(host: str) -> bool:
+    """Whether a host, as parse_host() gives it, means this machine on every machine, without asking the DNS."""
+    if host == "localhost" or host.endswith(".localhost"):  # RFC 6761 section 6.3
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 NONCHARACTERS = r"\ufdd0-\ufdef" + "".join(
@@ -490,15 +573,32 @@ def log(level, message, **fields):
     logger.log(level, message, extra={"fields": fields})
 
 
-ENCODER = json.JSONEncoder(ensure_ascii=False, default=str)
+class Encoder(json.JSONEncoder):
+    """JSON that a terminal or an editor shows as it is: what would command it or deceive the eye is escaped."""
+
+    ESCAPED = re.compile(f"[{DECEPTIVE}]")  # the rest of the controls always are
+
+    def encode(self, o: object) -> str:
+        text = super().encode(o)
+        if text.isascii() and "\x7f" not in text or text.isprintable():  # the regex is a quarter of a log line's time
+            return text
+        return self.ESCAPED.sub(lambda found: json.dumps(found[0])[1:-1], text)
+
+
+ENCODER = Encoder(ensure_ascii=False, default=str)
+
+
+@functools.lru_cache(maxsize=1)
+def utc(second: int) -> str:
+    """A second since the epoch as RFC 3339 has it, without its Z: lines of the log often share it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
 
 
 class JsonFormatter(logging.Formatter):
     """A record as one line of JSON: time (RFC 3339, UTC), level, message, and the record's own fields."""
 
     def format(self, record):
-        seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        line = {"time": f"{seconds}.{int(record.msecs):03}Z", "level": record.levelname,
+        line = {"time": f"{utc(int(record.created))}.{int(record.msecs):03}Z", "level": record.levelname,
                 "message": record.getMessage(), **getattr(record, "fields", {})}
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
@@ -701,11 +801,15 @@ def start_logging(settings):
 #   heartbeat:<process>            string  there while the process lives
 #   paused                         hash    process -> why its lanes are paused, as JSON
 #   resume                         hash    lane -> how often somebody asked to probe at once
+#   resumed:<lane>                 string  id of the newest of these requests, while no other is taken
 #   delayed                        zset    ids that wait for a retry or their send_at, by due time (ms)
 #   dead, dead:<account>           zset    ids of dead letters, by the time they died (ms)
 #   idempotency:<digest>           string  fingerprint and id of the task an Idempotency-Key made, and the API key's id
 #   suppressed:<account>           zset    addresses that get no mail, by the time that began (ms)
 #   suppressed_for:<account>       hash    address -> why
+#   on_disk                        string  written to wait until it is on disk, and all before it
+#   writable                       string  written to see whether Redis takes it
+#   answered:<id>                  string  for a minute: what a script answered, should it be sent once more
 #   ascii_folded                   string  since when addresses in keys are folded in ASCII letters only (ms)
 #   rate                           hash    the next moments that smtp_rate gives away (microseconds)
 #   metrics                        hash    executed, successful, failed
@@ -718,14 +822,190 @@ def start_logging(settings):
 #   otp_requests:<account>         string  OTP requests in this minute
 #   content:<account>              hash    content type -> {"subject", "content"}
 #   subscribers:<type>:<account>   hash    address -> {"userId", "frequency", "retries", "created", "variables"}
+#   issued:<type>:<account>        hash    address -> id of the newsletter's task that was queued last
 #   unsubscribed:<type>:<address>:<account>  string  when it was asked for, so that an older subscribe loses
 #   schedule                       zset    [account, type, address] by its next boundary (s)
+
+@dataclasses.dataclass(frozen=True)
+class RedisAddress:
+    """What a redis_uri says: where Redis is, and with which options to connect. str() has no user, password or option.
+
+    `hosts` are (host, port): of the server, or of the sentinels that know the server called `master`; `path` is that of
+    a unix socket. `options` are redis-py's, with the database, the user and the password.
+    """
+
+    scheme: str
+    hosts: tuple[tuple[str, int], ...]
+    path: str
+    master: str
+    options: dict[str, object] = dataclasses.field(repr=False)
+
+    FORM = re.compile(r"(?:(redis|rediss|unix|redis\+sentinel)://)?([^/?#]*)([^?#]*)(?:\?([^#]*))?")
+    HOST = re.compile(r"(\[[0-9A-Fa-f:.]+(?:%25[\w.-]+)?\]|[\w.-]+)(?::([0-9]{1,5}))?")
+    TEXT = ("(?s:.*)", str, "a text")
+    SECONDS = (r"[0-9]{1,6}(\.[0-9]{1,6})?", float, "a number of seconds")
+    OPTIONS = {  # name -> (what the value looks like, what makes it redis-py's, what it must be)
+        "db": ("[0-9]{1,9}", int, "a whole number"), "username": TEXT, "password": TEXT, "client_name": TEXT,
+        "socket_timeout": SECONDS, "socket_connect_timeout": SECONDS, "health_check_interval": SECONDS,
+        "ssl_ca_certs": TEXT, "ssl_certfile": TEXT, "ssl_keyfile": TEXT,
+        "ssl_cert_reqs": ("none|optional|required", str, "none, optional or required"),
+        "ssl_check_hostname": ("(?i:true|false)", lambda value: value.lower() == "true", "true or false")}
+
+    @classmethod
+    def parse(cls, uri: str) -> "RedisAddress":
+        """The address behind host:port, redis://, rediss://, unix:// or redis+sentinel:// (RFC 3986).
+
+        Raises:
+            ValueError: it is none of them; the words hold nothing of the URI but the name of an option.
+        """
+        form = cls.FORM.fullmatch(uri)
+        if not form or not uri or re.search(r"[\ud800-\udfff]", uri):  # bytes of the environment that are no UTF-8
+            raise ValueError("it is of no known form")
+        scheme, authority, path, query = (found or "" for found in form.groups())
+        # "redis://:12/3@host" is no database 3 on port 12: a piece of a password must not pass for what is shown.
+        if authority and "@" in path + re.sub("(?<![^&])password=[^&]*", "", query):
+            raise ValueError("it has an @ behind the host")
+        userinfo, _, where = authority.rpartition("@")
+        user, _, password = userinfo.partition(":")
+        given = {"username": urllib.parse.unquote(user), "password": urllib.parse.unquote(password)}
+        own = {name: value for name, value in given.items() if value}
+        scheme, path = scheme or "redis", urllib.parse.unquote(path)
+        if scheme == "unix":
+            if where or len(path) < 2 or UNPRINTABLE.search(path):
+                raise ValueError("it must be unix:///path/of/the/socket")
+            return cls(scheme, (), path, "", cls._options(query, scheme) | own)
+        if scheme == "redis+sentinel":
+            hosts = tuple(cls._host(place, 26379) for place in where.split(","))
+            behind = re.fullmatch(r"/([\w.-]+)(?:/([0-9]{1,9}))?", path)
+        else:
+            hosts = (cls._host(where if where and where[0] != ":" else f"localhost{where}", 6379),)
+            behind = re.fullmatch("()/?([0-9]{0,9})/?", path)
+        if not behind:
+            raise ValueError("behind the host comes the number of a database, and for sentinels a master's name first")
+        return cls(scheme, hosts, "", behind[1], {"db": int(behind[2] or 0)} | cls._options(query, scheme) | own)
+
+    @classmethod
+    def _host(cls, place: str, port: int) -> tuple[str, int]:
+        """(host, port) of `host:port` or, with that port, `host`."""
+        found = cls.HOST.fullmatch(place)
+        with contextlib.suppress(UnicodeError):
+            # Looking it up encodes it so, and would fail with words that hold it.
+            if found and found[1].encode("idna") and 0 < int(found[2] or port) < 65536:
+                return urllib.parse.unquote(found[1]).strip("[]"), int(found[2] or port)
+        raise ValueError("its host or its port is not valid")
+
+    @classmethod
+    def _options(cls, query: str, scheme: str) -> dict[str, object]:
+        """What the query of the URI says, as redis-py takes it; of an option that comes twice, the first."""
+        options: dict[str, object] = {}
+        for name, equals, value in (piece.partition("=") for piece in query.split("&") if piece):
+            pattern, convert, words = cls.OPTIONS.get(name, ("", str, ""))
+            if not words or name.startswith("ssl_") and scheme != "rediss":
+                if {"username", "password"} & options.keys() or not equals:  # it may be a piece of one of them
+                    name = "(hidden)"
+                known = ", ".join(known for known in cls.OPTIONS if scheme == "rediss" or not known.startswith("ssl_"))
+                raise ValueError(f"the option {name} is not known with {scheme}://, expected {known}")
+            value = urllib.parse.unquote(value)
+            if not re.fullmatch(pattern, value):
+                raise ValueError(f"the option {name} must be {words}")
+            options.setdefault(name, convert(value))
+        return options
+
+    def __str__(self) -> str:
+        database = self.options.get("db", 0)
+        if self.scheme == "unix":
+            return f"unix://{self.path}" + (f"?db={database}" if database else "")
+        hosts = ",".join(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in self.hosts)
+        behind = [str(found) for found in (self.master, database) if found]
+        return "/".join([f"{self.scheme}://{hosts}", *behind])
+
+
+def redacted(uri: str) -> str:
+    """A redis_uri as it may be shown: what of it was understood, without user, password and options."""
+    try:
+        return str(RedisAddress.parse(uri))
+    except ValueError:
+        return "(hidden)"
+
+
+def has_password(uri: str) -> bool:
+    """Whether a redis_uri holds a password, or may: what was not understood could be one."""
+    try:
+        return bool(RedisAddress.parse(uri).options.get("password"))
+    except ValueError:
+        return bool(uri)
+
+
+class Script:
+    """A Lua script that Redis runs as a whole.
+
+    Args:
+        store: the Store.
+        source: the script. Its first key is the prefix of all keys, or begins with it.
+        once: a call that is sent twice, because its connection broke before the answer came, runs once. The answer 0
+            says that nothing was changed, and is not kept. Without `once`, running it twice must do no harm.
+        when_full: it runs while Redis's memory is full, too: what settles, takes and removes makes room.
+    """
+
+    # A full Redis refuses what may need memory until a script has written something, so that none ends half-way. This
+    # is a write that needs none, and changes nothing. Redis 7 has a flag for it, allow-oom, but 6.2 knows no flags.
+    WHEN_FULL = "redis.call('UNLINK', KEYS[1] .. ':')\n"
+
+    # The key of the answer is the last one, which the script itself does not see.
+    ONCE = """
+        local answered = table.remove(KEYS)
+        local before = redis.call('GET', answered)
+        if before then return cjson.decode(before) end
+        local function run()
+    """
+    KEPT = """
+        end
+        local answer = run()
+        if answer ~= 0 then redis.call('SET', answered, cjson.encode(answer), 'EX', 60) end
+        return answer
+    """
+
+    def __init__(self, store: "Store", source: str, once: bool = False, when_full: bool = True) -> None:
+        self.store, self.once = store, once
+        self.source = (self.WHEN_FULL if when_full else "") + (self.ONCE + source + self.KEPT if once else source)
+        self.digest = hashlib.sha1(self.source.encode()).hexdigest()
+
+    def __call__(self, keys: Sequence, args: Sequence, request: str = "") -> typing.Any:
+        """What the script answers.
+
+        Args:
+            request: of a script that runs once, what tells this call from others; by default no other is like it.
+        """
+        if self.once:
+            keys = [*keys, self.store.key("answered", request or secrets.token_hex(16))]
+        client = self.store.redis
+        try:
+            return client.execute_command("EVALSHA", self.digest, len(keys), *keys, *args)
+        except redis.exceptions.NoScriptError:
+            return client.execute_command("EVAL", self.source, len(keys), *keys, *args)
+
+    def durably(self, keys: Sequence, args: Sequence, patience: int) -> tuple[typing.Any, bool]:
+        """What the script answers, and whether all it has written is on disk within `patience` milliseconds.
+
+        WAITAOF waits for what its own connection has written. So everything goes again where that breaks, and with a
+        write beside the script, which finds its work done then: the file has them in their order.
+        """
+        for command, script in (("EVALSHA", self.digest), ("EVAL", self.source)):
+            with self.store.redis.pipeline(transaction=False) as pipeline, contextlib.suppress(
+                    redis.exceptions.NoScriptError):
+                pipeline.execute_command(command, script, len(keys), *keys, *args)
+                pipeline.set(self.store.key("on_disk"), 1)
+                pipeline.execute_command("WAITAOF", 1, 0, patience)
+                answer, _, (on_disk, _) = pipeline.execute()
+                return answer, bool(on_disk)
+        raise redis.exceptions.NoScriptError("EVAL answered NOSCRIPT")
+
 
 class Store:
     """The Redis connection, shared by all threads.
 
-    A command that fails because a pooled connection went stale is sent once more; all scripts are written so
-    that running one twice does no harm. `available` is what the cron thread last found.
+    A command that fails because its connection broke is sent once more, though Redis may have run it: see Script.
+    `available` is what the cron thread last found.
 
     Args:
         uri: host:port, redis://, rediss://, unix://, or redis+sentinel://host:port,host:port/master (where the
@@ -733,7 +1013,7 @@ class Store:
         prefix: what every key begins with.
 
     Raises:
-        ValueError: the uri is of no known form.
+        ValueError: the uri is of no known form, as RedisAddress.parse() says it.
     """
 
     TIMEOUT = 3.0  # seconds until a server that says nothing counts as away
@@ -746,25 +1026,31 @@ class Store:
         self.available = True
         self._own = threading.local()
         self._spare = []
-        if uri.startswith("redis+sentinel://"):
-            self._pooled = self._behind_sentinels(uri, options)
-        else:
-            self._pooled = redis.Redis.from_url(uri if "://" in uri else f"redis://{uri}", **options)
+        self._write = self.script("return redis.call(ARGV[1], KEYS[1], unpack(ARGV, 2))")
+        self._pooled = self._client(RedisAddress.parse(uri), options)
+
+    @classmethod
+    def _client(cls, address: RedisAddress, options: dict[str, object]) -> redis.Redis:
+        options |= address.options
+        if hidden := [str(options[name]) for name in ("username", "password") if name in options]:
+            options["redis_connect_func"] = functools.partial(cls._log_in, hidden)
+        if address.scheme == "redis+sentinel":
+            timeouts = {name: options[name] for name in ("socket_timeout", "socket_connect_timeout", "retry")}
+            sentinels = redis.sentinel.Sentinel(address.hosts, sentinel_kwargs=timeouts)
+            return sentinels.master_for(address.master, **options)
+        if address.scheme == "unix":
+            return redis.Redis.from_url("unix://", path=address.path, **options)
+        host, port = address.hosts[0]
+        return redis.Redis.from_url(f"{address.scheme}://", host=host, port=port, **options)
 
     @staticmethod
-    def _behind_sentinels(uri, options):
-        where = re.fullmatch(r"redis\+sentinel://(?:([^:@/]*):([^@/]*)@)?([^@/]+)/([^/]+)(?:/(\d+))?", uri)
-        if not where:
-            raise ValueError("a Sentinel URI is redis+sentinel://host:port,host:port/master")
-        user, password, hosts, master, database = where.groups()
-        sentinels = []
-        for host in hosts.split(","):
-            host, _, port = host.rpartition(":")
-            sentinels.append((host.strip("[]"), int(port)))
-        timeouts = {name: options[name] for name in ("socket_timeout", "socket_connect_timeout", "retry")}
-        return redis.sentinel.Sentinel(sentinels, sentinel_kwargs=timeouts).master_for(
-            master, db=int(database or 0), username=user and urllib.parse.unquote(user),
-            password=password and urllib.parse.unquote(password), **options)
+    def _log_in(hidden: list[str], connection: redis.Connection) -> None:
+        """Begin a connection. A server that does not know AUTH repeats what came with it: an error holds none of it."""
+        try:
+            connection.on_connect()
+        except redis.RedisError as error:
+            error.args = (without_secrets(str(error), hidden),)
+            raise
 
     def key(self, *parts):
         """The key named by `parts`, joined with colons behind the prefix."""
@@ -795,17 +1081,18 @@ class Store:
         if client := vars(self._own).pop("client", None):
             self._spare.append(client)
 
-    def script(self, source):
-        """A Lua script, as a callable: script(keys, args), with a client of its own where it matters which."""
-        digest = hashlib.sha1(source.encode()).hexdigest()
+    def script(self, source: str, once: bool = False, when_full: bool = True) -> Script:
+        """The Script of this source."""
+        return Script(self, source, once, when_full)
 
-        def run(keys, args, client=None):
-            client = client or self.redis
-            try:
-                return client.execute_command("EVALSHA", digest, len(keys), *keys, *args)
-            except redis.exceptions.NoScriptError:
-                return client.execute_command("EVAL", source, len(keys), *keys, *args)
-        return run
+    def write(self, *command: typing.Any) -> typing.Any:
+        """The answer to a command that may not wait until Redis's memory has room: what makes room needs it."""
+        name, key, *args = command
+        return self._write(keys=[key], args=[name, *args])
+
+    def ensure_writable(self) -> None:
+        """Raises RedisError where Redis refuses what adds to it, or is away."""
+        self.redis.set(self.key("writable"), 1)
 
     def time(self):
         """Redis's clock, seconds since the epoch: the one clock that all processes share."""
@@ -1150,36 +1437,66 @@ class Accounts:
         ttl: seconds a key is valid; 0: until it is deregistered.
     """
 
+    COMMAND_LINE = "command-line"  # the command line's own account, which it makes itself
+
     # A second signup keeps the first key valid; the caller is told.
     SIGN_UP = "return redis.call('HSETNX', KEYS[1], ARGV[1], ARGV[2])"
 
     # Nothing of the account's may send afterwards. Its waiting tasks and its places in the schedule are found
-    # without an owner when their time comes, and dropped then.
+    # without an owner when their time comes, and dropped then. Of many content types, each call removes some; until
+    # all are gone, the name is taken, by no key. Answers 2 where there is more to do.
     DEREGISTER = """
-        if redis.call('HDEL', KEYS[1], ARGV[1]) == 0 then return 0 end
-        for _, content_type in ipairs(redis.call('HKEYS', KEYS[2])) do
-            redis.call('UNLINK', ARGV[2] .. content_type .. ':' .. ARGV[1])
+        local users, content, name, prefix, most = KEYS[1], KEYS[2], ARGV[1], ARGV[2], tonumber(ARGV[3])
+        if redis.call('HEXISTS', users, name) == 0 then return 0 end
+        local types = redis.call('HRANDFIELD', content, most)
+        for _, content_type in ipairs(types) do
+            redis.call('HDEL', content, content_type)
+            redis.call('UNLINK', prefix .. 'subscribers:' .. content_type .. ':' .. name,
+                       prefix .. 'issued:' .. content_type .. ':' .. name)
         end
+        if #types == most then
+            redis.call('HSET', users, name, '')
+            return 2
+        end
+        redis.call('HDEL', users, name)
         redis.call('UNLINK', unpack(KEYS, 2))
         return 1
     """
+    AT_ONCE = 200  # content types that one call removes
+
+    # Write each key where it is not there; answers how many were not.
+    RESTORE = """
+        local lost = 0
+        for at, key in ipairs(KEYS) do
+            if redis.call('SET', key, ARGV[at], 'NX') then lost = lost + 1 end
+        end
+        return lost
+    """
 
     def __init__(self, store, secret="", previous="", ttl=0):
-        self.store, self.ttl = store, ttl
+        self.store, self.ttl, self.secret_kept = store, ttl, not secret
         if not secret:
-            store.redis.set(store.key("jwt_secret"), secrets.token_hex(32), nx=True)
+            store.write("SET", store.key("jwt_secret"), secrets.token_hex(32), "NX")
             secret = store.redis.get(store.key("jwt_secret"))
         self.secret = secret.encode()
         self.accepted = [self.secret, previous.encode()] if previous else [self.secret]
         self.users = store.key("UserList")
         # A signature that was right once stays right: an app sends the same key with every request.
         self._claims = functools.lru_cache(maxsize=1000)(self._verified)
-        self._sign_up = store.script(self.SIGN_UP)
-        self._deregister = store.script(self.DEREGISTER)
+        self._sign_up = store.script(self.SIGN_UP, once=True, when_full=False)
+        self._deregister = store.script(self.DEREGISTER, once=True)
+        self._restore = store.script(self.RESTORE)
 
     def announce(self):
         """Leave word of the signing secret, for is_current()."""
-        self.store.redis.set(self.store.key("jwt_secret_check"), self.derive("check").hex())
+        self.store.write("SET", self.store.key("jwt_secret_check"), self.derive("check").hex())
+
+    def restore(self) -> None:
+        """Where Redis lost its data: leave word of the signing secret again, and the secret itself if Redis kept it."""
+        kept = {"jwt_secret_check": self.derive("check").hex(), **(
+            {"jwt_secret": self.secret.decode()} if self.secret_kept else {})}
+        if self._restore(keys=[self.store.key(name) for name in kept], args=list(kept.values())):
+            log(logging.WARNING, "Redis lost its data; the signing secret is kept there again")
 
     def is_current(self):
         """Whether the service that runs signs with the same secret, as far as is known."""
@@ -1210,7 +1527,9 @@ class Accounts:
     def deregister(self, name):
         """Revoke the key of `name` and end all it has waiting. Raises Refused (404) where it is not registered."""
         own = [self.store.key(kind, name) for kind in ("content", "dead", "suppressed", "suppressed_for", "recent")]
-        if not self._deregister(keys=[self.users, *own], args=[name, self.store.key("subscribers", "")]):
+        while (done := self._deregister(keys=[self.users, *own], args=[name, self.store.prefix, self.AT_ONCE])) == 2:
+            pass
+        if not done:
             raise Refused(404, "id is not registered", "id")
 
     def authenticate(self, header):
@@ -1258,6 +1577,10 @@ class Accounts:
         if claims is None or "exp" in claims and claims["exp"] <= time.time():
             raise self._unknown_key()
         return Account(claims["sub"], claims["jti"], claims.get("exp", math.inf))
+
+    def is_signed(self, header: str) -> bool:
+        """Whether an Authorization header holds a key that was given out here, be it expired or revoked."""
+        return self._claims(strip_bearer(header)) is not None
 
     def _verified(self, token):
         return self._decode(token, self.accepted, {"require": ["sub", "jti"], "verify_iat": False})
@@ -1411,20 +1734,29 @@ class Moment:
 
 
 class Variables:
-    """What to put in for each `{{ name }}`: a flat object of strings and numbers."""
+    """What to put in for each `{{ name }}`: a flat object of strings and numbers.
 
-    expected = "an object of up to 100 names (letters, digits, _) with strings of up to 10000 characters, or numbers"
+    Numbers are below LIMIT, so that none is printed in thousands of digits, and none is infinite, as 1e999 would be.
+    """
+
+    LIMIT = 1e30
+    expected = ("an object of up to 100 names (letters, digits, _) with strings of up to 10000 characters, or numbers "
+                "below 1e30")
     schema = {"type": "object", "maxProperties": 100, "propertyNames": {"pattern": f"^{VARIABLE}$"},
-              "additionalProperties": {"type": ["string", "number"], "maxLength": 10000}}
+              "additionalProperties": {"type": ["string", "number"], "maxLength": 10000, "exclusiveMinimum": -LIMIT,
+                                       "exclusiveMaximum": LIMIT}}
 
     def __call__(self, value, field):
         if (not isinstance(value, dict) or len(value) > 100
                 or not all(re.fullmatch(VARIABLE, name) for name in value)):
             raise Refused(400, f"{field} must be {self.expected}", field)
         for name, found in value.items():
-            if (not isinstance(found, (str, int, float)) or isinstance(found, bool) or len(str(found)) > 10000
-                    or re.search(r"[\x00\ud800-\udfff]", str(found))):
-                raise Refused(400, f"{field}.{name} must be a string of up to 10000 characters, or a number",
+            if isinstance(found, str):
+                good = len(found) <= 10000 and not re.search(r"[\x00\ud800-\udfff]", found)
+            else:  # NaN is not below anything
+                good = isinstance(found, (int, float)) and not isinstance(found, bool) and abs(found) < self.LIMIT
+            if not good:
+                raise Refused(400, f"{field}.{name} must be a string of up to 10000 characters, or a number below 1e30",
                               f"{field}.{name}")
         return value
 
@@ -1550,6 +1882,29 @@ class List:
         return [self.element(found, f"{field}[{number}]") for number, found in enumerate(value)]
 
 
+class AccountName:
+    """The name of a new account: one that cannot be mistaken for another, and short enough to stand in links.
+
+    Links hold it in signed tokens, which must stay within the 4096 characters of a request's target.
+    """
+
+    SIZE = 254  # bytes in UTF-8
+    # What has no shape, but is none of the characters that Python calls unprintable: variation selectors, fillers, ...
+    # (Unicode's Default_Ignorable_Code_Point), and the braille pattern without dots.
+    INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0"
+                           "\U000e0100-\U000e01ef]")
+
+    expected = (f"a name of 1 to {SIZE} bytes in UTF-8, without spaces at its ends, invisible or control characters, "
+                "or other white space than plain spaces")
+    schema = {"type": "string", "minLength": 1, "maxLength": SIZE, "pattern": "^[^\\s](.*[^\\s])?$"}
+
+    def __call__(self, value: object, field: str) -> str:
+        if (not isinstance(value, str) or not value.isprintable() or value != value.strip(" ")
+                or not 0 < len(value.encode()) <= self.SIZE or self.INVISIBLE.search(value)):
+            raise Refused(400, f"{field} must be {self.expected}", field)
+        return value
+
+
 class Anything:
     """A value that is checked by itself, later."""
 
@@ -1561,11 +1916,19 @@ class Anything:
 
 SUBJECT = Text(998, ONE_LINE, LINE)
 CONTENT = Text(100_000_000)
-CONTENT_TYPE = Text(100, r"[\w. -]", "only letters, digits, spaces and . _ -")
+# Browsers take . and .. out of a path, even as %2E; such names from before can still be read with other clients.
+CONTENT_TYPE = Form("a string of 1 to 100 characters, only letters, digits, spaces and . _ -, but not . or ..",
+                    re.compile(r"(?!\.{1,2}$| +$)[\w. -]+"), 100)
 FREQUENCIES = ("@hourly", "@daily", "@weekly", "@monthly")
 
-MEDIA_TYPE = Form("a media type, such as application/pdf, but no multipart/... or message/...",
-                  re.compile(r"(?!multipart/|message/)[a-z0-9][a-z0-9!#$&^_.+-]*/[a-z0-9][a-z0-9!#$&^_.+-]*"), 127)
+# RFC 2045 section 5.1, with names as in RFC 6838 section 4.2. No flag ignores case: the schema has the pattern too.
+MEDIA_NAME = "[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]*"
+MEDIA_PARAMETER = (r"""[ \t]*;[ \t]*([A-Za-z0-9!#$%&'*+.^_`{|}~-]{1,40})"""
+                   r"""=([A-Za-z0-9!#$%&'*+.^_`{|}~-]{1,60}|"(?:[ !#-\[\]-~]|\\[ -~]){0,60}")""")
+MEDIA_TYPE = Form("a media type, such as application/pdf or text/csv; charset=utf-8, but no multipart/... or "
+                  "message/...",
+                  re.compile("(?![Mm][Uu][Ll][Tt][Ii][Pp][Aa][Rr][Tt]/|[Mm][Ee][Ss][Ss][Aa][Gg][Ee]/)"
+                             f"{MEDIA_NAME}/{MEDIA_NAME}({MEDIA_PARAMETER})*"), 255)
 CONTENT_ID = Form("letters, digits and . _ + -, and perhaps an @ within",
                   re.compile(r"[A-Za-z0-9._+-]+(@[A-Za-z0-9._+-]+)?"), 100)
 FILENAME = Text(100, ONE_LINE[:-1] + r"/\\]", "without control characters, / and \\")
@@ -1724,7 +2087,9 @@ class Queue:
     MAX_STRIKES = 3
     HEARTBEAT_TTL = 4.0  # seconds
     OTP_FIRST = 0.01  # seconds
+    LOOK_AGAIN = 0.1  # seconds until an empty lane is looked at again, where waiting for it is refused
     BATCH = 200
+    RESUME_INTERVAL = 5.0  # seconds between two requests to resume a lane, of all processes together
     RECENT = 100_000  # tasks that can be looked up without their id, of an account and of all
     LOOK = 1000  # tasks that are looked at in one script
 
@@ -1733,6 +2098,14 @@ class Queue:
         local time = redis.call('TIME')
         local microseconds = string.format('%.0f', time[1] * 1000000 + time[2])
         local milliseconds = math.floor(microseconds / 1000)
+    """
+
+    # Whether one of two moments (microseconds) is the later one. One that is still to come was noted before the clock
+    # went back, so that it was first.
+    LATER = CLOCK + """
+        local function later(one, other)
+            return tonumber(one) > tonumber(other) and tonumber(one) <= tonumber(microseconds) + 1000000
+        end
     """
 
     # A task's story: a line for each attempt that did not succeed, "<when> <begun> <what> <why>". Of a task that goes
@@ -1765,11 +2138,13 @@ class Queue:
                 if account then redis.call('ZREM', prefix .. 'dead:' .. account, old) end
                 redis.call('UNLINK', prefix .. 'task:' .. old)
             end
+            -- Of what is too old or too much, some with each new letter: other calls must not wait for all of it.
             for _, letters in ipairs({prefix .. 'dead', prefix .. 'dead:' .. owner}) do
-                redis.call('ZREMRANGEBYSCORE', letters, '-inf', milliseconds - ttl)
+                local old = redis.call('ZRANGE', letters, '-inf', milliseconds - ttl, 'BYSCORE', 'LIMIT', 0, 100)
+                if #old > 0 then redis.call('ZREM', letters, unpack(old)) end
                 redis.call('ZADD', letters, milliseconds, id)
             end
-            local surplus = redis.call('ZCARD', prefix .. 'dead') - most
+            local surplus = math.min(redis.call('ZCARD', prefix .. 'dead') - most, 100)
             if surplus > 0 then
                 for _, old in ipairs(redis.call('ZRANGE', prefix .. 'dead', 0, surplus - 1)) do forget(old) end
             end
@@ -1790,7 +2165,9 @@ class Queue:
         local function one_more(requests, most)
             if tonumber(most) == 0 then return end
             if tonumber(redis.call('GET', requests) or 0) >= tonumber(most) then
-                return math.max(1, redis.call('TTL', requests))
+                local left = redis.call('TTL', requests)
+                if left <= 60 then return math.max(1, left) end
+                redis.call('DEL', requests)  -- from before the clock went back
             end
             if redis.call('INCR', requests) == 1 then redis.call('EXPIRE', requests, 60) end
         end
@@ -1805,17 +2182,19 @@ class Queue:
 
         local function too_early(id, address)
             local asked, hour = prefix .. 'otp_asked:' .. address .. ':' .. account, milliseconds - 3600000
-            redis.call('ZREMRANGEBYSCORE', asked, '-inf', hour)
-            local first = redis.call('ZRANGE', asked, 0, 0, 'WITHSCORES')[2]
-            local last = redis.call('ZRANGE', asked, -1, -1, 'WITHSCORES')[2]
+            -- What is still to come was asked for before the clock went back, and does not count.
+            local last = redis.call('ZREVRANGEBYSCORE', asked, milliseconds, hour, 'WITHSCORES', 'LIMIT', 0, 1)[2]
             local wait = (last or 0) + cooldown * 1000 - milliseconds
-            if tonumber(hourly) > 0 and redis.call('ZCARD', asked) >= tonumber(hourly) then
-                wait = math.max(wait, first - hour)
+            if tonumber(hourly) > 0 and redis.call('ZCOUNT', asked, '(' .. hour, milliseconds) >= tonumber(hourly) then
+                local first = redis.call('ZRANGEBYSCORE', asked, '(' .. hour, milliseconds, 'WITHSCORES', 'LIMIT', 0, 1)
+                wait = math.max(wait, first[2] - hour)
             end
             if wait > 0 then return math.ceil(wait / 1000) end
             wait = one_more(prefix .. 'otp_requests:' .. account, minute)
             if wait then return wait end
-            redis.call('ZADD', asked, milliseconds, id)
+            redis.call('ZADD', asked, milliseconds, id)  -- a full Redis refuses this: nothing is written before it
+            redis.call('ZREMRANGEBYSCORE', asked, '-inf', hour)
+            redis.call('ZREMRANGEBYSCORE', asked, '(' .. milliseconds, '+inf')
             redis.call('EXPIRE', asked, 3600)
         end
 
@@ -1861,7 +2240,7 @@ class Queue:
     EXCHANGE = BURY + """
         local own, lane, prefix = KEYS[1], KEYS[2], KEYS[3]
         local take, id, verdict, error, delay, delivered, suppress = unpack(ARGV)
-        local result_ttl, dead_ttl, dead_max = unpack(ARGV, 8)
+        local result_ttl, dead_ttl, dead_max, process, worker = unpack(ARGV, 8)
         if id ~= '' and redis.call('LREM', own, 1, id) == 1 then
             local task = prefix .. 'task:' .. id
             if delivered ~= '' then redis.call('HSET', task, 'delivered', delivered) end
@@ -1908,7 +2287,11 @@ class Queue:
             end
             return false
         end
-        while true do
+        -- Who was taken for dead, and lives, is found again should it die now.
+        if redis.call('HEXISTS', prefix .. 'processes', process) == 0 then
+            redis.call('HSET', prefix .. 'processes', process, worker)
+        end
+        for _ = 1, 200 do
             local next = redis.call('LINDEX', own, -1) or redis.call('RPOPLPUSH', lane, own)
             if not next then return false end
             local task = prefix .. 'task:' .. next
@@ -1931,25 +2314,32 @@ class Queue:
                 return {next, unpack(found, 1, 10)}
             end
         end
+        return {}  -- these were all of accounts that are no more; the caller asks again, and lets others in between
     """
 
     # The next moment at which a mail may go (a generic cell rate algorithm). Urgent mail has a line of its own, which
-    # pushes back the line of the rest; moments that passed unused can be caught up for 50 ms.
+    # pushes back the line of the rest; moments that passed unused can be caught up for 50 ms. Where the clock went
+    # back, the lines go with it.
     PACE = CLOCK + """
         local rate, interval, urgent = KEYS[1], tonumber(ARGV[1]), ARGV[2] == 'urgent'
         local now = tonumber(microseconds)
-        local lines = redis.call('HMGET', rate, 'all', 'urgent')
-        local all, own = math.max(now - 50000, tonumber(lines[1] or 0)), math.max(now - 50000, tonumber(lines[2] or 0))
-        redis.call('HSET', rate, 'all', string.format('%.0f', all + interval))
-        if urgent then redis.call('HSET', rate, 'urgent', string.format('%.0f', own + interval)) end
+        local lines = redis.call('HMGET', rate, 'all', 'urgent', 'asked')
+        local gone_back = math.max(0, tonumber(lines[3] or 0) - now)
+        local all = math.max(now - 50000, tonumber(lines[1] or 0) - gone_back)
+        local own = math.max(now - 50000, tonumber(lines[2] or 0) - gone_back)
+        redis.call('HSET', rate, 'all', string.format('%.0f', all + interval), 'asked', microseconds)
+        if urgent or gone_back > 0 then
+            redis.call('HSET', rate, 'urgent', string.format('%.0f', urgent and own + interval or own))
+        end
         redis.call('PEXPIRE', rate, math.ceil((all + interval - now) / 1000) + 60000)
         return string.format('%.0f', math.max(0, (urgent and own or all) - now))
     """
 
-    # A due retry has waited already, so it goes to the head of its lane.
+    # What is due has waited already, so it goes to the head of its lane. What was due first is to leave first, so the
+    # latest is moved first, also where there is more than one call's share; of one moment, by id.
     PROMOTE = CLOCK + """
         local prefix = KEYS[1]
-        local due = redis.call('ZRANGE', prefix .. 'delayed', '-inf', milliseconds, 'BYSCORE', 'LIMIT', 0, ARGV[1])
+        local due = redis.call('ZREVRANGEBYSCORE', prefix .. 'delayed', milliseconds, '-inf', 'LIMIT', 0, ARGV[1])
         for _, id in ipairs(due) do
             redis.call('ZREM', prefix .. 'delayed', id)
             local lane = redis.call('HGET', prefix .. 'task:' .. id, 'lane')
@@ -1961,40 +2351,94 @@ class Queue:
         return #due
     """
 
-    # Give back what a process has in hand, oldest first to the head of each lane. Where the process died, a
-    # task gets a strike, once for each time it was begun: the third buries it.
-    RECLAIM = BURY + """
-        local prefix, process, died = KEYS[1], ARGV[1], ARGV[2] == '1'
-        if died and redis.call('EXISTS', prefix .. 'heartbeat:' .. process) == 1 then return -1 end
-        local found = {}
-        for worker in string.gmatch(redis.call('HGET', prefix .. 'processes', process) or '', '[^,]+') do
-            local list = prefix .. 'processing:' .. process .. ':' .. worker
-            for _, id in ipairs(redis.call('LRANGE', list, 0, -1)) do
-                local task = redis.call('HMGET', prefix .. 'task:' .. id, 'created', 'lane', 'strikes', 'begun')
-                if task[1] then
-                    local strikes = tonumber(task[3] or 0)
-                    if died and (strikes == 0 or task[4]) then strikes = strikes + 1 end
-                    found[#found + 1] = {id = id, created = tonumber(task[1]), lane = task[2], strikes = strikes}
-                end
+    # Of some tasks that wait, find retries that are further away than retries are ever put off, as they are after the
+    # clock was ahead or goes back, and make them due. Answers where to look on, and how many these were.
+    RECALL = CLOCK + """
+        local prefix, latest, recalled = KEYS[1], milliseconds + ARGV[2], 0
+        local cursor, found = unpack(redis.call('ZSCAN', prefix .. 'delayed', ARGV[1], 'COUNT', 200))
+        for at = 1, #found, 2 do
+            local id = found[at]
+            local task = prefix .. 'task:' .. id
+            if tonumber(found[at + 1]) > latest and redis.call('HGET', task, 'state') == 'retrying' then
+                redis.call('ZADD', prefix .. 'delayed', milliseconds, id)
+                redis.call('HSET', task, 'due', milliseconds)
+                recalled = recalled + 1
             end
-            redis.call('UNLINK', list)
         end
-        redis.call('HDEL', prefix .. 'processes', process)
-        redis.call('HDEL', prefix .. 'paused', process)
-        redis.call('UNLINK', prefix .. 'heartbeat:' .. process)
+        return {cursor, recalled}
+    """
+
+    # Give back what processes have in hand, oldest first to the head of each lane; answers how many tasks of each, or
+    # -1 where it was left alone. Where the process died, a task gets a strike, once for each time it was begun: the
+    # third buries it. When many have been found, the rest of the processes is for the next call.
+    RECLAIM = BURY + """
+        local prefix, died, max_strikes, dead_ttl, dead_max = KEYS[1], ARGV[1] == '1', unpack(ARGV, 2, 4)
+        local look, heartbeat_ttl, found, counts = tonumber(ARGV[5]), tonumber(ARGV[6]), {}, {}
+
+        -- A heartbeat that ends later than any that was just shown is from before the clock went back.
+        local function lives(process)
+            local left = redis.call('PTTL', prefix .. 'heartbeat:' .. process)
+            return left > 0 and left <= heartbeat_ttl
+        end
+
+        local function collect(process)
+            local before = #found
+            for worker in string.gmatch(redis.call('HGET', prefix .. 'processes', process) or '', '[^,]+') do
+                local list = prefix .. 'processing:' .. process .. ':' .. worker
+                for _, id in ipairs(redis.call('LRANGE', list, 0, -1)) do
+                    local task = redis.call('HMGET', prefix .. 'task:' .. id,
+                                            'created', 'lane', 'strikes', 'begun', 'state')
+                    if task[1] then
+                        local strikes = tonumber(task[3] or 0)
+                        if died and task[5] == 'running' and (strikes == 0 or task[4]) then strikes = strikes + 1 end
+                        found[#found + 1] = {id = id, created = tonumber(task[1]), lane = task[2], strikes = strikes}
+                    end
+                end
+                redis.call('UNLINK', list)
+            end
+            redis.call('HDEL', prefix .. 'processes', process)
+            redis.call('HDEL', prefix .. 'paused', process)
+            redis.call('UNLINK', prefix .. 'heartbeat:' .. process)
+            return #found - before
+        end
+
+        for at = 7, #ARGV do
+            counts[#counts + 1] = (#found >= look or died and lives(ARGV[at])) and -1 or collect(ARGV[at])
+        end
         table.sort(found, function(a, b) return a.created > b.created end)
         for _, task in ipairs(found) do
             redis.call('HDEL', prefix .. 'task:' .. task.id, 'begun')
             note(prefix .. 'task:' .. task.id, died and 'orphaned' or 'returned',
                  died and 'its process died' or 'the service stopped')
             redis.call('HSET', prefix .. 'task:' .. task.id, 'strikes', task.strikes, 'state', 'queued')
-            if task.strikes >= tonumber(ARGV[3]) then
-                bury(prefix, task.id, 'its process died ' .. task.strikes .. ' times', ARGV[4], tonumber(ARGV[5]))
+            if task.strikes >= tonumber(max_strikes) then
+                bury(prefix, task.id, 'its process died ' .. task.strikes .. ' times', dead_ttl, tonumber(dead_max))
             else
                 redis.call('RPUSH', prefix .. 'lane:' .. task.lane, task.id)
             end
         end
-        return #found
+        return counts
+    """
+
+    # A list whose worker no process shows belongs to one that was taken for dead too early, and died later. To show
+    # both is enough: they are without a heartbeat.
+    ADOPT = """
+        local prefix, process, worker = KEYS[1], ARGV[1], ARGV[2]
+        local workers = redis.call('HGET', prefix .. 'processes', process)
+        if redis.call('EXISTS', prefix .. 'processing:' .. process .. ':' .. worker) == 0
+                or workers and string.find(',' .. workers .. ',', ',' .. worker .. ',', 1, true) then
+            return 0
+        end
+        redis.call('HSET', prefix .. 'processes', process, workers and workers .. ',' .. worker or worker)
+        return 1
+    """
+
+    BEAT = """
+        local prefix, process, workers, ttl, paused = KEYS[1], unpack(ARGV)
+        redis.call('HSET', prefix .. 'processes', process, workers)
+        redis.call('SET', prefix .. 'heartbeat:' .. process, 1, 'PX', ttl)
+        redis.call('HSET', prefix .. 'paused', process, paused)
+        return redis.call('HGETALL', prefix .. 'resume')
     """
 
     # Only what waits in the delayed set: what a lane or a worker has, the next moment may send.
@@ -2058,17 +2502,27 @@ class Queue:
         return {at < redis.call('LLEN', list) and at or -1, unpack(found)}
     """
 
+    UNSUPPRESS = """
+        redis.call('HDEL', KEYS[2], unpack(ARGV))
+        return redis.call('ZREM', KEYS[1], unpack(ARGV))
+    """
+
     def __init__(self, store, settings, process):
         self.store, self.settings, self.process = store, settings, process
-        self._enqueue = store.script(self.ENQUEUE)
+        self._enqueue = store.script(self.ENQUEUE, when_full=False)
         self._exchange = store.script(self.EXCHANGE)
         self._promote = store.script(self.PROMOTE)
-        self._reclaim = store.script(self.RECLAIM)
-        self._cancel = store.script(self.CANCEL)
+        self._recall = store.script(self.RECALL)
+        self._reclaim = store.script(self.RECLAIM, once=True)
+        self._adopt = store.script(self.ADOPT)
+        self._beat = store.script(self.BEAT)
+        self._cancel = store.script(self.CANCEL, once=True)
         self._pace = store.script(self.PACE)
-        self._revive = store.script(self.REVIVE)
-        self._recent = store.script(self.RECENT_ONES)
-        self._missing = {}
+        self._revive = store.script(self.REVIVE, once=True)
+        self._recent = store.script(self.RECENT_ONES, when_full=False)
+        self._unsuppress = store.script(self.UNSUPPRESS, once=True)
+        self._resume = store.script(self.RESUME)
+        self._missing, self._scanned, self._recalled = {}, 0, 0
         self._no_otp = threading.Event()
         self._no_otp.set()
 
@@ -2084,7 +2538,8 @@ class Queue:
         """
         settings = self.settings
         args = [account.name, account.key_id, settings.otp_cooldown, settings.otp_hourly_max, settings.otp_minute_max]
-        ids = secrets.token_hex(16 * len(tasks))
+        # In the order of the tasks: those that are due at one moment leave in it.
+        began, chance = time.time_ns() // 1000, secrets.token_hex(8 * len(tasks))
         for number, task in enumerate(tasks):
             payload, otp_address, content_type, fingerprint, digest = task["payload"], "", "", "", ""
             if idempotency_key:
@@ -2098,7 +2553,8 @@ class Queue:
             elif task["type"] == "subscribe" and "content" not in payload:
                 content_type = payload["content_type"]
             to = same_mailbox(" ".join([payload["userId"], *payload.get("cc", ()), *payload.get("bcc", ())]))
-            args += [ids[32 * number:32 * number + 32], head_of(task), json.dumps(task), lane_of(task["type"]),
+            task_id = f"{began:013x}{number:03x}{chance[16 * number:16 * number + 16]}"
+            args += [task_id, head_of(task), json.dumps(task), lane_of(task["type"]),
                      otp_address, content_type, fingerprint, digest, payload.get("send_at", 0) // 1000, to]
         results = self._durably(self._enqueue, [self.store.prefix], args)
         if results == "revoked":
@@ -2117,10 +2573,7 @@ class Queue:
     def _durably(self, script, keys, args):
         if self.settings.durability != "fsync":
             return script(keys, args)
-        # WAITAOF is about what its own connection wrote.
-        with self.store.redis.client() as connection:
-            result = script(keys, args, connection)
-            on_disk, _ = connection.execute_command("WAITAOF", 1, 0, 4000)
+        result, on_disk = script.durably(keys, args, 4000)
         if not on_disk:
             raise Refused(503, "the task could not be written to disk in time; send it again", None,
                           {"Retry-After": "1"})
@@ -2134,12 +2587,13 @@ class Queue:
         """
         outcome = outcome or Outcome("", "")
         settings = self.settings
-        found = self._exchange(
-            keys=[self._processing(worker), self.store.key("lane", lane), self.store.prefix],
-            args=[int(take), outcome.task_id, outcome.verdict, outcome.error, int(outcome.delay * 1000),
-                  " ".join(outcome.delivered), " ".join(outcome.suppress), settings.result_ttl * 1000,
-                  settings.dead_ttl * 1000, settings.dead_max])
-        if not found:
+        keys = [self._processing(worker), self.store.key("lane", lane), self.store.prefix]
+        args = [int(take), outcome.task_id, outcome.verdict, outcome.error, int(outcome.delay * 1000),
+                " ".join(outcome.delivered), " ".join(outcome.suppress), settings.result_ttl * 1000,
+                settings.dead_ttl * 1000, settings.dead_max, self.process, worker]
+        while (found := self._exchange(keys, args)) == []:
+            pass
+        if found is None:
             return None
         task_id, body, account, key, created, *counts, delivered, suppressed = found
         task = json.loads(body)
@@ -2163,7 +2617,10 @@ class Queue:
 
         The next exchange() returns it.
         """
-        self.store.redis.brpoplpush(self.store.key("lane", lane), self._processing(worker), timeout=timeout)
+        try:
+            self.store.redis.brpoplpush(self.store.key("lane", lane), self._processing(worker), timeout=timeout)
+        except redis.OutOfMemoryError:  # to wait needs no memory, but might; the next exchange() needs no wait
+            time.sleep(min(timeout, self.LOOK_AGAIN))
 
     def pace(self, lane):
         """Take the next moment at which a mail of this lane may go, by `smtp_rate`; returns the seconds until then."""
@@ -2173,7 +2630,7 @@ class Queue:
 
     def begin(self, task):
         """Note that a task with strikes is begun now: only then is it to blame if the process dies."""
-        self.store.redis.hset(self.store.key("task", task.id), "begun", 1)
+        self.store.write("HSET", self.store.key("task", task.id), "begun", 1)
 
     def _processing(self, worker):
         return self.store.key("processing", self.process, worker)
@@ -2183,20 +2640,46 @@ class Queue:
 
         Returns lane -> how often somebody has asked to resume it.
         """
-        with self.store.redis.pipeline() as transaction:
-            transaction.hset(self.store.key("processes"), self.process, ",".join(workers))
-            transaction.set(self.store.key("heartbeat", self.process), 1, px=int(self.HEARTBEAT_TTL * 1000))
-            transaction.hset(self.store.key("paused"), self.process, json.dumps(paused))
-            transaction.hgetall(self.store.key("resume"))
-            return transaction.execute()[-1]
+        asked = self._beat(keys=[self.store.prefix], args=[
+            self.process, ",".join(workers), int(self.HEARTBEAT_TTL * 1000), json.dumps(paused)])
+        return dict(zip(asked[::2], asked[1::2]))
 
-    def resume(self, lane):
-        """Ask every process to probe at once whether `lane` can go on."""
-        self.store.redis.hincrby(self.store.key("resume"), lane, 1)
+    # KEYS: resume, resumed:<lane>. ARGV: lane, id of this request, milliseconds in which no other is taken.
+    # Answers 0, or the milliseconds to wait.
+    RESUME = """
+        local newest = redis.call('GET', KEYS[2])
+        if newest == ARGV[2] then return 0 end
+        if newest then return redis.call('PTTL', KEYS[2]) end
+        redis.call('SET', KEYS[2], ARGV[2], 'PX', ARGV[3])
+        redis.call('HINCRBY', KEYS[1], ARGV[1], 1)
+        return 0
+    """
+
+    def resume(self, lane: str) -> None:
+        """Ask every process to probe at once whether `lane` can go on: each does so on a new connection.
+
+        Raises:
+            Refused: 429, somebody has asked for that within RESUME_INTERVAL seconds.
+        """
+        wait = self._resume(keys=[self.store.key("resume"), self.store.key("resumed", lane)],
+                            args=[lane, secrets.token_hex(8), int(self.RESUME_INTERVAL * 1000)])
+        if wait:
+            seconds = math.ceil(wait / 1000)
+            raise Refused(429, f"the lane was resumed a moment ago; try again in {seconds} seconds", None,
+                          {"Retry-After": str(seconds)})
 
     def promote(self):
-        """Move retries that are due to their lanes; returns how many, at most BATCH."""
-        return self._promote(keys=[self.store.prefix], args=[self.BATCH])
+        """Move what is due to the lanes; returns how many tasks, at most LOOK."""
+        return self._promote(keys=[self.store.prefix], args=[self.LOOK])
+
+    def recall(self) -> int:
+        """Make retries due that a wrong clock put off too far, among some of what waits; returns how many."""
+        longest = max(self.settings.retry_delay, self.settings.retry_delay_max)
+        self._recalled, count = self._recall(keys=[self.store.prefix], args=[
+            self._recalled, int((2 * longest + 60) * 1000)])
+        if count:
+            log(logging.WARNING, "retries were put off too far, as by a clock that was wrong", count=count)
+        return count
 
     def reclaim(self, patience=3.0):
         """Give the tasks of dead processes back to their lanes; returns how many.
@@ -2204,26 +2687,40 @@ class Queue:
         A process is dead when its heartbeat has been seen missing for `patience` seconds: a live one whose
         key went with a restart of Redis, or with a jump of its clock, has shown itself again by then.
         """
-        given_back = 0
         processes = self.store.redis.hkeys(self.store.key("processes"))
-        self._missing = {process: self._missing.get(process, time.monotonic()) for process in processes
-                         if not self.store.redis.exists(self.store.key("heartbeat", process))}
-        for process, since in self._missing.items():
-            if time.monotonic() - since >= patience:
-                count = self._give_back(process, died=True)
-                if count >= 0:
-                    given_back += count
-                    log(logging.WARNING, "reclaimed the tasks of a dead process", process=process, tasks=count)
-        return given_back
+        with self.store.redis.pipeline(transaction=False) as pipeline:
+            for process in processes:
+                pipeline.pttl(self.store.key("heartbeat", process))
+            left = dict(zip(processes, pipeline.execute()))
+        now = time.monotonic()
+        self._missing = {process: self._missing.get(process, now) for process in processes
+                         if not 0 < left[process] <= self.HEARTBEAT_TTL * 1000}
+        dead = [process for process, since in self._missing.items() if now - since >= patience]
+        counts = dict(zip(dead, self._give_back(dead, died=True)))
+        for process, count in counts.items():
+            if count >= 0:
+                log(logging.WARNING, "reclaimed the tasks of a dead process", process=process, tasks=count)
+        return sum(max(count, 0) for count in counts.values())
 
-    def release(self):
+    def find_orphans(self) -> int:
+        """Look at some further keys for lists that reclaim() would not look at, and see to it that it does.
+
+        Returns how many it found among about 5,000 keys; the next call goes on from there.
+        """
+        pattern = re.sub(r"[*?\[\]\\]", r"\\\g<0>", self.store.key("processing", "")) + "*"
+        self._scanned, lists = self.store.redis.scan(self._scanned, match=pattern, count=5 * self.LOOK)
+        owners = [key.removeprefix(self.store.key("processing", "")).rpartition(":") for key in lists]
+        return sum(self._adopt(keys=[self.store.prefix], args=[process, worker]) for process, _, worker in owners)
+
+    def release(self) -> int:
         """At a graceful stop: give back what the workers still have, and take the heartbeat down."""
-        return self._give_back(self.process, died=False)
+        return self._give_back([self.process], died=False)[0]
 
-    def _give_back(self, process, died):
+    def _give_back(self, processes: list[str], died: bool) -> list[int]:
         settings = self.settings
         return self._reclaim(keys=[self.store.prefix], args=[
-            process, int(died), self.MAX_STRIKES, settings.dead_ttl * 1000, settings.dead_max])
+            int(died), self.MAX_STRIKES, settings.dead_ttl * 1000, settings.dead_max, self.LOOK,
+            int(self.HEARTBEAT_TTL * 1000), *processes]) if processes else []
 
     def status(self, task_id, account="", story=False):
         """What is known of a task, as a dict, or None. With `account`, only of that account's own.
@@ -2348,10 +2845,8 @@ class Queue:
     def unsuppress(self, account, address):
         """Send to an address again. False where it was not suppressed."""
         keys = [same_mailbox(address), *([address.casefold()] if self.suppressed_by_older(account, address) else [])]
-        with self.store.redis.pipeline() as transaction:
-            transaction.zrem(self.store.key("suppressed", account), *keys)
-            transaction.hdel(self.store.key("suppressed_for", account), *keys)
-            return bool(transaction.execute()[0])
+        lists = [self.store.key("suppressed", account), self.store.key("suppressed_for", account)]
+        return bool(self._unsuppress(keys=lists, args=keys))
 
     def suppressed_by_older(self, account: str, address: str) -> bool:
         """Whether an address was suppressed by a version that folded more than ASCII letters.
@@ -2447,11 +2942,23 @@ class Stats:
     A process counts for itself and adds what is new to the sum once a second.
     """
 
+    # Add to counters: seconds to keep a minute of the history, then key, field and amount of each.
+    ADD = """
+        for at = 2, #ARGV, 3 do
+            local key, series, amount = unpack(ARGV, at, at + 2)
+            redis.call('HINCRBYFLOAT', KEYS[1] .. key, series, amount)
+            if key ~= 'stats' then redis.call('EXPIRE', KEYS[1] .. key, ARGV[1]) end
+        end
+        return 1
+    """
+    AT_ONCE = 500  # counters in one script
+
     MINUTES = 60
     SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, math.inf)
 
     def __init__(self, store):
         self.store, self.lock, self.new = store, threading.Lock(), collections.Counter()
+        self._add = store.script(self.ADD, once=True)
 
     def count(self, name, **labels):
         """Add one to a counter."""
@@ -2477,12 +2984,12 @@ class Stats:
         with self.lock:
             new, self.new = self.new, collections.Counter()
         try:
-            with self.store.redis.pipeline() as transaction:
-                for (key, series), amount in new.items():
-                    transaction.hincrbyfloat(self.store.key(key), json.dumps(series), amount)
-                for key in {key for key, _ in new} - {"stats"}:
-                    transaction.expire(self.store.key(key), (self.MINUTES + 2) * 60)
-                transaction.execute()
+            while new:
+                some = list(itertools.islice(new.items(), self.AT_ONCE))
+                self._add(keys=[self.store.prefix], args=[(self.MINUTES + 2) * 60, *(
+                    part for (key, series), amount in some for part in (key, json.dumps(series), amount))])
+                for counter, _ in some:
+                    del new[counter]
         except redis.RedisError:
             with self.lock:
                 self.new.update(new)
@@ -2663,8 +3170,8 @@ REPLIES = tuple((about, re.compile(pattern, re.IGNORECASE | re.DOTALL)) for abou
 
 
 def one_line(reply: bytes) -> str:
-    """The text of a reply on one line."""
-    return " ".join(reply.decode(errors="replace").split())
+    """The text of a reply on one line, without controls."""
+    return printable(reply.decode(errors="replace"))
 
 
 def refusal(stage: str, code: int, text: bytes, taken: bool = False) -> DeliveryError | None:
@@ -2697,73 +3204,165 @@ STAGES = {"MAIL": "at MAIL", "RCPT": "at RCPT", "DATA": "at DATA", "DOT": "at th
 TOO_MANY = re.compile(r"\d+ ([45]\.5\.3\b|.*too many recipients)", re.IGNORECASE)
 
 
-# What the text has instead of a start tag, and of an end tag; other tags leave nothing behind.
+# The tokens of an HTML document as the HTML standard has them (WHATWG, section 13.2.5), in one expression: tags,
+# comments, and elements whose content is no markup. Each repetition is possessive or goes on to the end of the
+# document: the time grows with the length alone, whatever somebody writes. SVG and MathML are read like HTML.
+SPACE = r" \t\n\f\r"
+NAME_END = f"(?=[{SPACE}/>])"
+ATTRIBUTE = re.compile(rf"[{SPACE}/]*+([^{SPACE}/>][^{SPACE}/>=]*+)(?:[{SPACE}]*+=[{SPACE}]*+"
+                       rf"""(?:"([^"]*+)"?|'([^']*+)'?|([^{SPACE}>"'][^{SPACE}>]*+))?)?""")
+ATTRIBUTES = (rf"(?>[{SPACE}/]*+[^{SPACE}/>][^{SPACE}/>=]*+(?>[{SPACE}]*+=[{SPACE}]*+"
+              rf"""(?>"[^"]*+"?+|'[^']*+'?+|[^{SPACE}>"'][^{SPACE}>]*+)?+)?+)*+[{SPACE}/]*+""")
+# A script ends at "</script"; but after "<!--" and then "<script", only at the next one or after "-->".
+SCRIPT_IN_COMMENT = rf"<script{NAME_END}(?>[^-<]++|-(?!->)|<(?!/script{NAME_END}))*+(?></script)?+"
+SCRIPT_COMMENT = rf"<!(?=--)(?>[^-<]++|-(?!->)|{SCRIPT_IN_COMMENT}|<(?!/script{NAME_END}))*+(?>-->)?+"
+SCRIPT_ELEMENT = rf"script{NAME_END}{ATTRIBUTES}>(?>[^<]++|{SCRIPT_COMMENT}|<(?!/script{NAME_END}|!--))*+"
+RAW_ELEMENT = (rf"(style|title|textarea|iframe|noembed|noframes|xmp|plaintext){NAME_END}{ATTRIBUTES}>"
+               rf"((?>[^<]++|<(?!/(?!plaintext)\1{NAME_END}))*+)")  # nothing ends <plaintext>
+HTML_TOKEN = re.compile(
+    rf"<(?:(?=[stinxp])(?:{SCRIPT_ELEMENT}|{RAW_ELEMENT})"  # the first letter alone spares most tags the rest
+    rf"|(/?[a-z][^{SPACE}/>]*+)({ATTRIBUTES})>"
+    r"|!--(?:-?>|.*?--!?>|.*+)"
+    r"|(?:[!?]|/(?=[^a-z]))[^>]*+>?+"  # what the standard calls bogus comments, such as <![endif]>
+    r"|/?[a-z].*+)",  # a tag that the document ends in
+    re.IGNORECASE | re.ASCII | re.DOTALL)
+# In an attribute, a name without ";" counts only where no letter, digit or "=" follows: "&copy=2" is a part of a URL.
+ATTRIBUTE_REFERENCE = re.compile(r"&(?:#(?:[0-9]++|[xX][0-9a-fA-F]++);?|([a-zA-Z][a-zA-Z0-9]*+(?:;|(?!=))))")
+DECIMAL_REFERENCE = re.compile(r"(?<=&#)0*([0-9]{1,8})[0-9]*+")
+
+# What the text has instead of a tag; other tags leave nothing behind.
+BREAK = "\0"  # a line break that a tag makes; those of the document itself are white space like any other
 INSTEAD = {
-    **dict.fromkeys("address article aside center dd div dl dt fieldset figure footer form header hr main nav section "
-                    "title tr".split(), ("\n", "\n")),
-    **dict.fromkeys("blockquote h1 h2 h3 h4 h5 h6 ol p table ul".split(), ("\n\n", "\n\n")),
-    "br": ("\n", "\n"), "li": ("\n- ", ""), "td": (" ", ""), "th": (" ", ""),
-    **dict.fromkeys("b i em strong span".split(), ("", ""))}
-AS_WRITTEN = {f"<{slash}{tag}>": INSTEAD[tag][slash == "/"] for tag in INSTEAD for slash in ("", "/")}
-TAG = re.compile(r"<(/?)([a-zA-Z][a-zA-Z0-9]*)((?:[\s/][^<>]*)?)>|<[!?/][^<>]*>")
-HIDDEN = re.compile(r"<(head|script|style|template)(?=[\s/>])", re.IGNORECASE)
-PREFORMATTED = re.compile(r"</?pre(?:\s[^<>]*)?>", re.IGNORECASE)
-ATTRIBUTE = re.compile(r"""\b(href|alt)\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s"'>]+))""", re.IGNORECASE)
+    **{slash + tag: BREAK for slash in ("", "/") for tag in
+       "address article aside br caption center dd details div dl dt fieldset figcaption figure footer form header hr "
+       "legend main menu nav optgroup option section summary tr".split()},
+    **{slash + tag: BREAK * 2 for slash in ("", "/") for tag in "blockquote h1 h2 h3 h4 h5 h6 ol p table ul".split()},
+    "li": BREAK + "- ", "td": " ", "th": " ",
+    **dict.fromkeys("/li /td /th b /b body em /em font /font i /i span /span strong /strong tbody /tbody".split(), "")}
 
 
-def html_to_text(document):
+def html_to_text(document: str) -> str:
     """The text of an HTML document for those who read mail without HTML: blocks apart, links with their target.
 
-    In a time that grows with the length alone, whatever somebody writes into a mail.
+    In a time that grows with the length alone.
     """
-    first, *comments = document.split("<!--")
-    document = without_hidden(first + "".join(comment.partition("-->")[2] for comment in comments))
-    pieces = PREFORMATTED.split(document)
-    pieces[::2] = [piece.replace("\n", " ") for piece in pieces[::2]]  # line ends count inside of <pre> only
-    link = None
+    return TextOfHtml(document).text()
 
-    def instead(match):
-        nonlocal link
-        if (known := AS_WRITTEN.get(match[0])) is not None:
-            return known
-        ends, tag, attributes = match.groups()
+
+class TextOfHtml:
+    """The tokens of an HTML document, and what its text has for them.
+
+    `flow` is text, what stands for a tag, text, what stands for a tag, ..., text. Tag n stands at 2n + 1.
+    """
+
+    def __init__(self, document: str) -> None:
+        pieces = HTML_TOKEN.split(document.replace(BREAK, ""))
+        self.raw, self.contents, self.tags, self.attributes = (pieces[group::5] for group in (1, 2, 3, 4))
+        self.flow: list[str] = [""] * (2 * len(self.tags) + 1)
+        self.flow[::2] = [unescape(text) if "&" in text else text for text in pieces[::5]]
+        self.blocks: list[str] = []  # the text so far,
+        self.done = 0  # which is that of so much of `flow`
+        self.link: tuple[str, int] | None = None  # the target of the link that is open, and where in `flow` it began
+        self.preformatted = self.templates = 0  # how many such elements are open
+        self.hidden = 0  # where in `flow` the outermost template began
+
+    def text(self) -> str:
+        """All of the text."""
+        flow = self.flow
+        for number, tag in enumerate(self.tags):
+            instead = INSTEAD.get(tag)
+            flow[2 * number + 1] = self.instead(number) if instead is None else instead
+        if self.templates:
+            self.hide(len(flow))
+        flow.append(self.end_link(len(flow)))
+        self.end_block(len(flow))
+        return "\n\n".join(filter(None, self.blocks)) + "\n"
+
+    def instead(self, number: int) -> str:
+        """What stands for a token that is none of the usual tags."""
+        at, tag = 2 * number + 1, self.tags[number]
         tag = tag and tag.lower()
-        if tag in INSTEAD:
-            return INSTEAD[tag][ends == "/"]
-        if tag == "img":
-            return attribute("alt", attributes)
-        if tag == "a" and not ends:
-            link = attribute("href", attributes), match.end()
-        elif tag == "a" and link:
-            (target, start), link = link, None
-            if target.startswith(("http:", "https:", "mailto:")) and target not in match.string[start:match.start()]:
-                return f" ({target})"
+        if tag in ("template", "/template") or self.templates:
+            self.nest_template(tag, at)
+        elif tag is None:
+            return self.verbatim(number)
+        elif tag == "img":
+            return attribute("alt", self.attributes[number])
+        elif tag in ("a", "/a"):
+            ended = self.end_link(at)  # by a start tag too: there are no links within links
+            self.link = (link_target(self.attributes[number]), at + 1) if tag == "a" else None
+            return ended
+        elif tag == "pre" or tag == "/pre" and self.preformatted:
+            deeper = self.preformatted + (1 if tag == "pre" else -1)
+            if not (self.preformatted and deeper):
+                self.end_block(at)
+            self.preformatted = deeper
+        else:
+            return INSTEAD.get(tag, "")  # it may have been written in capital letters
         return ""
-    text = html.unescape(TAG.sub(instead, "\n\n".join(pieces)))
-    text = "\n".join([" ".join(line.split()) for line in text.split("\n")])
-    while "\n\n\n" in text:
-        text = text.replace("\n\n\n", "\n\n")
-    return text.strip() + "\n"
+
+    def nest_template(self, tag: str | None, at: int) -> None:
+        """Count the templates that are open: nobody sees what is in them."""
+        if tag == "template":
+            self.hidden = self.hidden if self.templates else at
+            self.templates += 1
+        elif tag == "/template" and self.templates:
+            self.templates -= 1
+            if not self.templates:
+                self.hide(at)
+
+    def hide(self, end: int) -> None:
+        """Leave nothing of the outermost template, which ends before `end`."""
+        self.flow[self.hidden:end] = [""] * (end - self.hidden)
+
+    def verbatim(self, number: int) -> str:
+        """What there is to see of an element whose content is no markup; nothing of a comment."""
+        name, content = (self.raw[number] or "").lower(), self.contents[number]
+        if name == "textarea":
+            return unescape(content)
+        return content if name in ("xmp", "plaintext") else ""
+
+    def end_link(self, end: int) -> str:
+        """What stands at the end of a link: its target, unless its text has that already."""
+        target, start = self.link or ("", 0)
+        return f" ({target})" if target and target not in "".join(self.flow[start:end]) else ""
+
+    def end_block(self, end: int) -> None:
+        """Put white space in order in what comes before `end`: preformatted text keeps it."""
+        text, self.done = "".join(self.flow[self.done:end]), end
+        if self.preformatted:
+            lines = [line.rstrip() for line in text.replace(BREAK, "\n").splitlines()]
+            self.blocks.append("\n".join(lines).strip("\n"))
+        else:
+            text = "\n".join([" ".join(line.split()) for line in text.split(BREAK)])
+            self.blocks.append(re.sub(r"\n{3,}", "\n\n", text).strip())
 
 
-def without_hidden(document):
-    """An HTML document without the elements that nobody sees. The end tag of the head may be left out."""
-    parts, start = [], 0
-    while found := HIDDEN.search(document, start):
-        parts.append(document[start:found.start()])
-        name = found[1].lower()
-        closing = re.compile(rf"</{name}\s*>" + "|(?=<body)" * (name == "head"), re.IGNORECASE)
-        end = closing.search(document, found.end())
-        start = end.end() if end else len(document)
-    return "".join(parts) + document[start:]
-
-
-def attribute(name, attributes):
-    """The value of an HTML attribute as it is written, or ""."""
-    for found, *values in ATTRIBUTE.findall(attributes):
-        if found.lower() == name:
-            return "".join(values)
+def attribute(name: str, attributes: str) -> str:
+    """The value of an HTML attribute, or ""."""
+    for found in ATTRIBUTE.finditer(attributes):
+        if found[1].lower() == name:
+            return ATTRIBUTE_REFERENCE.sub(decode_reference, found[2] or found[3] or found[4] or "")
     return ""
+
+
+def decode_reference(reference: re.Match[str]) -> str:
+    """What a character reference in an attribute stands for."""
+    name = reference[1]
+    return html.entities.html5.get(name, reference[0]) if name else unescape(reference[0])
+
+
+def unescape(text: str) -> str:
+    """Text with its character references replaced: by html.unescape, which fails at numbers of thousands of digits."""
+    return html.unescape(DECIMAL_REFERENCE.sub(r"\1", text) if "&#" in text else text)
+
+
+def link_target(attributes: str) -> str:
+    """Where an HTML link leads, "" where that is nowhere outside of the mail. As browsers read it (WHATWG, URL)."""
+    target = re.sub(r"[\t\n\r]", "", attribute("href", attributes)).strip("".join(map(chr, range(33))))
+    if not target.lower().startswith(("http:", "https:", "mailto:")):
+        return ""
+    return re.sub(r"\s", lambda space: urllib.parse.quote(space[0]), target)
 
 
 @dataclasses.dataclass
@@ -2793,33 +3392,34 @@ class Mail:
         return tuple(dict.fromkeys((self.recipient, *self.cc, *self.bcc)))
 
 
-def compose(mail, message_id, created):
+def compose(mail: Mail, message_id: str, moment: int) -> bytes:
     """A Mail as bytes, ready for DATA.
 
     Args:
         message_id: without the angle brackets.
-        created: when the task was accepted, microseconds since the epoch: the Date.
+        moment: the Date, in microseconds since the epoch.
 
     The result has CRLF line ends, lines of at most 998 octets (RFC 5322 section 2.1.1) and only ASCII, so that any
     server takes it; but an address that is not ASCII stands as it is, in UTF-8 (RFC 6532).
     """
-    headers = [f"From: {encoded_sender(mail.sender[0], mailbox(mail.sender[1]))}", f"To: {mailbox(mail.recipient)}"]
+    headers = [sender_header(mail.sender[0], mailbox(mail.sender[1])), f"To: {mailbox(mail.recipient)}"]
     if mail.cc:
         headers.append("Cc: " + ",\r\n ".join(map(mailbox, mail.cc)))
     if mail.reply_to:
         headers.append(f"Reply-To: {mailbox(mail.reply_to)}")
-    headers += [f"Subject: {encoded_header('Subject', mail.subject)}",
-                f"Date: {email.utils.formatdate(created // 1_000_000)}", f"Message-ID: <{message_id}>",
+    headers += [folded("Subject", plain_words(mail.subject) or encoded_words(mail.subject, len("Subject: "))),
+                f"Date: {email.utils.formatdate(moment // 1_000_000)}", f"Message-ID: <{message_id}>",
+                "Auto-Submitted: auto-generated",  # RFC 3834 section 5: no auto-responder answers such mail
                 *(f"{name}: {value}" for name, value in mail.headers), "MIME-Version: 1.0", ""]
     return "\r\n".join(headers).encode() + mime_body(mail.content, mail.text, mail.attachments)
 
 
 @functools.lru_cache(maxsize=4)
-def mime_body(content, text="", attachments=()):
+def mime_body(content: str, text: str = "", attachments: tuple[tuple[str, str, str, str], ...] = ()) -> bytes:
     """The MIME headers and the body: the same for all mails of a newsletter, so it is made once.
 
     With all there can be: multipart/mixed of (multipart/alternative of (text, multipart/related of (HTML, what it
-    shows)), attachments), as RFC 2046 and RFC 2387 have them.
+    shows), invitation), attachments), as RFC 2046 and RFC 2387 have them.
     """
     def multipart(subtype, parts, number):
         # Nobody can write a text that holds the hash of itself, nor does an encoding make "=_".
@@ -2830,15 +3430,20 @@ def mime_body(content, text="", attachments=()):
                 + f"--{boundary}--\r\n".encode())
     digest = hashlib.sha256(repr((content, text, attachments)).encode()).hexdigest()[:32]
     content, text = (re.sub(r"\r\n?", "\n", found) for found in (content, text))
-    shown = [mime_attachment(*found) for found in attachments if found[3]]
-    further = [mime_attachment(*found) for found in attachments if not found[3]]
+    # Mailers offer to accept an invitation where it is an alternative, and show the last one that they can.
+    invitation = next((found for found in attachments if is_invitation(found[1])), None)
+    files = [found for found in attachments if found is not invitation]
+    shown = [mime_attachment(*found, "inline") for found in files if found[3]]
+    further = [mime_attachment(*found, "attachment") for found in files if not found[3]]
     if text or is_html(content):
-        body = mime_part("html", content)
-        if shown:
-            body = multipart("related", [body, *shown], 3)
-        body = multipart("alternative", [mime_part("plain", text or html_to_text(content)), body], 2)
+        markup = mime_part("html", content)
+        alternatives = [mime_part("plain", text or html_to_text(content)),
+                        multipart("related", [markup, *shown], 3) if shown else markup]
     else:
-        body, further = mime_part("plain", content), shown + further
+        alternatives, further = [mime_part("plain", content)], shown + further
+    if invitation:
+        alternatives.append(mime_attachment(*invitation))
+    body = multipart("alternative", alternatives, 2) if len(alternatives) > 1 else alternatives[0]
     return multipart("mixed", [body, *further], 1) if further else body
 
 
@@ -2854,38 +3459,127 @@ def mime_part(subtype, text):
     return head.encode() + octets.replace(b"\n", b"\r\n")
 
 
-def mime_attachment(filename, media_type, content, content_id):
-    """A part with a file. The name by RFC 2231, in pieces that leave no line too long."""
-    if filename.isascii():
-        name = 'filename="' + re.sub(r'(["\\])', r"\\\1", filename) + '"'
-    else:
-        charset = "utf-8''"
-        pieces = re.findall(r"(?:%..|[^%]){1,20}", urllib.parse.quote(filename, safe=""))
-        name = ";\r\n ".join(f"filename*{number}*={'' if number else charset}{piece}"
-                             for number, piece in enumerate(pieces))
-    lines = [f"Content-Type: {media_type}", "Content-Transfer-Encoding: base64",
-             f"Content-Disposition: {'inline' if content_id else 'attachment'};\r\n {name}"]
+def parse_media_type(text: str) -> tuple[str, dict[str, str]]:
+    """The type in lower case, and its parameters as they are written: name in lower case -> value.
+
+    Of a text that MEDIA_TYPE takes. A parameter counts once, and one that names the file not at all.
+    """
+    parameters: dict[str, str] = {}
+    for name, value in re.findall(MEDIA_PARAMETER, text):
+        if name.partition("*")[0].lower() not in ("name", "filename"):
+            parameters.setdefault(name.lower(), value)
+    return text.partition(";")[0].strip().lower(), parameters
+
+
+def is_invitation(media_type: str) -> bool:
+    """Whether a file of this media type asks for something, such as to come to a meeting (RFC 6047 section 2.4)."""
+    kind, parameters = parse_media_type(media_type)
+    return kind == "text/calendar" and "method" in parameters
+
+
+def mime_attachment(filename: str, media_type: str, content: str, content_id: str, disposition: str = "") -> bytes:
+    """A part with a file; `content` is in base64."""
+    kind, parameters = parse_media_type(media_type)
+    if kind == "text/calendar":
+        parameters.setdefault("charset", "utf-8")  # what it is by RFC 5545 section 3.1.4, but not by MIME
+    lines = [parameterized("Content-Type", kind, [*parameters.items(), ("name", encoded_name(filename))]),
+             "Content-Transfer-Encoding: base64"]
+    if disposition:
+        lines.append(parameterized("Content-Disposition", disposition, filename_parameters(filename)))
     if content_id:
         lines.append(f"Content-ID: <{content_id}>")
     lines += ["", *(content[start:start + 76] for start in range(0, len(content), 76)), ""]
     return "\r\n".join(lines).encode()
 
 
+def parameterized(name: str, value: str, parameters: list[tuple[str, str]]) -> str:
+    """A header whose value has parameters, folded between them."""
+    *words, last = [value, *map("=".join, parameters)]
+    return folded(name, [*(f"{word};" for word in words), last])
+
+
+def is_plain(text: str) -> bool:
+    """Whether a text can stand in a header as it is, where nobody takes it for an encoded word."""
+    return text.isascii() and text.isprintable() and "=?" not in text
+
+
+def quoted(text: str) -> str:
+    """A quoted-string (RFC 5322 section 3.2.4)."""
+    return '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
+
+
+def encoded_name(filename: str) -> str:
+    """The name of a file for Content-Type. Encoded words in quotes are no standard, but what older mailers read."""
+    return quoted(filename) if is_plain(filename) else '"' + "\r\n ".join(encoded_words(filename, len(' name="'))) + '"'
+
+
+def filename_parameters(filename: str) -> list[tuple[str, str]]:
+    """The name of a file for Content-Disposition: by RFC 2231, and in ASCII for those who cannot read that."""
+    if is_plain(filename):
+        return [("filename", quoted(filename))]
+    pieces = pack([urllib.parse.quote(character, safe="") for character in filename], 50)
+    pieces[0] = "utf-8''" + pieces[0]
+    names = [f"filename*{number}*" for number in range(len(pieces))] if len(pieces) > 1 else ["filename*"]
+    # Python's email package takes the first of two names, others prefer the encoded one wherever it stands.
+    return [*zip(names, pieces), ("filename", '"' + re.sub(r"[^ !#->@-\[\]-~]", "_", filename) + '"')]
+
+
 @functools.lru_cache
-def encoded_sender(name, address):
-    """The value of the header From."""
-    return f"{encoded_header('From', quoted_phrase(name))} <{address}>" if name else address
+def sender_header(name: str, address: str) -> str:
+    """The header From. What needs encoding is encoded without its quotes (RFC 2047 section 5)."""
+    if not name:
+        return f"From: {address}"
+    return folded("From", [*(plain_words(quoted_phrase(name)) or encoded_words(name, len("From: "))), f"<{address}>"])
 
 
-def encoded_header(name, value):
-    """The value of a header, folded, and encoded (RFC 2047) where it could not stand there as it is.
+def folded(name: str, words: list[str]) -> str:
+    """A header of words, folded between them into lines of at most 76 characters, unless a word is longer."""
+    lines = [f"{name}: {words[0]}"]
+    for word in words[1:]:
+        if len(lines[-1]) + 1 + len(word) > 76:
+            lines.append(f" {word}")
+        else:
+            lines[-1] += f" {word}"
+    return "\r\n".join(lines)
 
-    By the standard library's older class: the newer one loses spaces between two encoded words.
+
+def plain_words(text: str) -> list[str]:
+    """The words of a text that can stand in a header as it is, folded between them; none where it has to be encoded."""
+    words = text.split(" ")
+    return words if is_plain(text) and all(0 < len(word) <= 60 for word in words) or not text else []
+
+
+def encoded_words(text: str, column: int) -> list[str]:
+    """A text as encoded words of whole characters (RFC 2047), in the encoding that is shorter.
+
+    Args:
+        column: where the first one begins in its line; the others begin lines. A quote has room behind each.
     """
-    plain = value.isascii() and "=?" not in value and max(map(len, value.split(" "))) <= 60
-    if plain and len(name) + len(value) <= 74:
-        return value
-    return email.header.Header(value, None if plain else "utf-8", header_name=name).encode(linesep="\r\n")
+    room, further = (76 - begin - len('=?utf-8?q??="') for begin in (column, 1))
+    octets, q_encoded = text.encode(), list(map(q_encoding, text))
+    if sum(map(len, q_encoded)) <= math.ceil(len(octets) / 3) * 4:
+        return [f"=?utf-8?q?{word}?=" for word in pack(q_encoded, room, further)]
+    packed = pack([character.encode() for character in text], room // 4 * 3, further // 4 * 3)
+    return [f"=?utf-8?b?{base64.b64encode(word).decode()}?=" for word in packed]
+
+
+def q_encoding(character: str) -> str:
+    """A character in the encoding Q, as it may stand in names too (RFC 2047 section 5(3))."""
+    if re.match(r"[A-Za-z0-9!*+/-]", character):
+        return character
+    return "_" if character == " " else "".join(f"={octet:02X}" for octet in character.encode())
+
+
+def pack(pieces: list, room: int, further: int = 0) -> list:
+    """Join strings (or bytes) as far as they fit in `room`, the rest in `further` each, by default the same."""
+    packed = pieces[:1]
+    for piece in pieces[1:]:
+        if len(packed[-1]) + len(piece) > room:
+            packed.append(piece)
+            room = further or room
+        else:
+            packed[-1] += piece
+    return packed
 
 
 def quoted_phrase(name):
@@ -3354,13 +4048,6 @@ def cram_md5(user: bytes, password: bytes, challenge: bytes) -> bytes:
     return user + b" " + hmac.new(password, base64.b64decode(challenge), "md5").hexdigest().encode()
 
 
-def without_secrets(text: str, hidden: list[str]) -> str:
-    """The text with "(hidden)" for each word that holds four characters in a row of what is to be hidden."""
-    def shows(word: str) -> bool:
-        return any(secret[at:at + 4] in word for secret in hidden for at in range(max(1, len(secret) - 3)) if secret)
-    return " ".join("(hidden)" if shows(word) else word for word in text.split())
-
-
 def ehlo_name(connection: socket.socket) -> str:
     """What EHLO says where `smtp_ehlo` is not set (RFC 5321 section 4.1.3): the machine's name where it is a
     fully-qualified one, else the address of the connection's own end."""
@@ -3392,8 +4079,9 @@ def downgraded(message: bytes) -> bytes:
     """A message for a server without SMTPUTF8: an address beyond ASCII in its header becomes an empty group whose name
     is that address (RFC 6854, as RFC 6857 section 3.1.8 does it)."""
     head, separator, body = message.partition(b"\r\n\r\n")
-    text = re.sub(r"[^\s,<>]*[^\x00-\x7f][^\s,<>]*", lambda found: f"{encoded_header('', found[0])}:;", head.decode())
-    return text.encode() + separator + body
+    def group(address: re.Match[str]) -> str:
+        return "\r\n ".join(encoded_words(address[0], len("Reply-To: "))) + ":;"
+    return re.sub(r"[^\s,<>]*[^\x00-\x7f][^\s,<>]*", group, head.decode()).encode() + separator + body
 
 
 # --- 8. otp -----------------------------------------------------------------------------------------------
@@ -3424,13 +4112,13 @@ class Otps:
 
     # An older task's OTP never replaces a newer one's, and one that was used or used up does not come back: the
     # record outlives its hash until the TTL ends it.
-    KEEP = """
+    KEEP = Queue.LATER + """
         local seen, owner = unpack(redis.call('HMGET', KEYS[1], 'created', 'key'))
         if owner and owner ~= ARGV[4] then
             redis.call('DEL', KEYS[1])
             seen = false
         end
-        if seen and tonumber(seen) > tonumber(ARGV[2]) then return 0 end
+        if seen and later(seen, ARGV[2]) then return 0 end
         if seen == ARGV[2] and redis.call('HEXISTS', KEYS[1], 'hash') == 0 then return 0 end
         if seen and seen ~= ARGV[2] then redis.call('DEL', KEYS[1]) end
         redis.call('HSET', KEYS[1], 'hash', ARGV[1], 'created', ARGV[2], 'key', ARGV[4])
@@ -3465,7 +4153,7 @@ class Otps:
         self.store, self.key, self.ttl, self.minute_max = store, key, ttl, minute_max
         self.subject, self.content = subject, content or self.CONTENT
         self._keep = store.script(self.KEEP)
-        self._verify = store.script(self.VERIFY)
+        self._verify = store.script(self.VERIFY, once=True)
 
     def issue(self, task):
         """The OTP of a generateOtp task, verifiable from now on for `ttl` seconds.
@@ -3547,6 +4235,8 @@ class Newsletters:
 
     BATCH = 500
 
+    CREATE = "return redis.call('HSETNX', KEYS[1], ARGV[1], ARGV[2])"
+
     UPDATE = """
         if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then return 0 end
         redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
@@ -3568,34 +4258,35 @@ class Newsletters:
 
     # Places in the schedule stay behind; the script that finds them due, without a subscriber, drops them.
     REMOVE = """
-        redis.call('UNLINK', KEYS[2])
+        redis.call('UNLINK', KEYS[2], KEYS[3])
         return redis.call('HDEL', KEYS[1], ARGV[1])
     """
 
     # Tasks are worked on side by side, so that an unsubscribe may overtake the subscribe before it: the later
     # request wins, whichever is worked on first.
-    SUBSCRIBE = """
+    SUBSCRIBE = Queue.LATER + """
         local content, subscribers, schedule, unsubscribed = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
         local content_type, address, record, created, member, boundary, body = unpack(ARGV)
         if body ~= '' then redis.call('HSETNX', content, content_type, body) end
         if redis.call('HEXISTS', content, content_type) == 0 then return 'unknown' end
         local left = redis.call('GET', unsubscribed)
         local before = redis.call('HGET', subscribers, address)
-        if left and tonumber(left) > tonumber(created) then return 'overtaken' end
-        if before and cjson.decode(before).created > tonumber(created) then return 'overtaken' end
+        if left and later(left, created) then return 'overtaken' end
+        if before and later(cjson.decode(before).created, created) then return 'overtaken' end
         redis.call('HSET', subscribers, address, record)
         redis.call('ZADD', schedule, boundary, member)
         return 'subscribed'
     """
 
-    UNSUBSCRIBE = """
-        local subscribers, schedule, unsubscribed = KEYS[1], KEYS[2], KEYS[3]
+    UNSUBSCRIBE = Queue.LATER + """
+        local subscribers, schedule, unsubscribed, issued = unpack(KEYS)
         local address, created, member = unpack(ARGV)
         redis.call('SET', unsubscribed, created, 'EX', 86400)
         local before = redis.call('HGET', subscribers, address)
         if not before then return 'unknown' end
-        if cjson.decode(before).created > tonumber(created) then return 'overtaken' end
+        if later(cjson.decode(before).created, created) then return 'overtaken' end
         redis.call('HDEL', subscribers, address)
+        redis.call('HDEL', issued, address)
         redis.call('ZREM', schedule, member)
         return 'unsubscribed'
     """
@@ -3612,48 +4303,99 @@ class Newsletters:
         redis.call('ZREM', schedule, older_member)
     """
 
-    CLAIM = Queue.CLOCK + Queue.REMEMBER + """
-        local prefix, now, most, base = KEYS[1], ARGV[1], ARGV[2], ARGV[3]
-        local boundaries = {['@hourly'] = ARGV[4], ['@daily'] = ARGV[5], ['@weekly'] = ARGV[6], ['@monthly'] = ARGV[7]}
-        local schedule = prefix .. 'schedule'
-        local due = redis.call('ZRANGE', schedule, '-inf', now, 'BYSCORE', 'LIMIT', 0, most)
-        for number, member in ipairs(due) do
+    # By frequency, from the fourth argument on: its next two boundaries.
+    BOUNDARIES = """
+        local next, next_but_one = {}, {}
+        for at = 4, #ARGV, 3 do
+            next[ARGV[at]], next_but_one[ARGV[at]] = tonumber(ARGV[at + 1]), tonumber(ARGV[at + 2])
+        end
+    """
+
+    # Queue what is due; answers how many places in the schedule that were, and at how many of them nothing was queued,
+    # because the issue before has not ended yet: one that waits is enough, it is filled when it is sent. A boundary
+    # that comes too soon after the one before is the same in another time zone, and is passed over.
+    CLAIM = Queue.CLOCK + Queue.REMEMBER + BOUNDARIES + """
+        local prefix, now, most, base = KEYS[1], unpack(ARGV, 1, 3)
+        local half = {['@hourly'] = 1800, ['@daily'] = 43200, ['@weekly'] = 302400, ['@monthly'] = 1209600}  -- seconds
+        local ended = {succeeded = true, dead = true, suppressed = true, cancelled = true}
+        local schedule, skipped = prefix .. 'schedule', 0
+
+        local function queue(number, account, key, content_type, address, record)
+            local issued = prefix .. 'issued:' .. content_type .. ':' .. account
+            local id = base .. string.format('%08x', number)
+            local before = redis.call('HGET', issued, address)
+            local state = before and redis.call('HGET', prefix .. 'task:' .. before, 'state')
+            if state and not ended[state] then
+                skipped = skipped + 1
+                return
+            end
+            local body = cjson.encode({task = content_type, type = 'newsletter', retries = record.retries,
+                                       payload = {userId = record.userId, content_type = content_type}})
+            redis.call('HSET', prefix .. 'task:' .. id, 'body', body, 'account', account, 'key', key,
+                       'lane', 'bulk', 'state', 'queued', 'attempts', 0, 'created', microseconds, 'to', address)
+            redis.call('LPUSH', prefix .. 'lane:bulk', id)
+            redis.call('HSET', issued, address, id)
+            remember(prefix, account, id)
+        end
+
+        local due = redis.call('ZRANGE', schedule, '-inf', now, 'BYSCORE', 'LIMIT', 0, most, 'WITHSCORES')
+        for at = 1, #due, 2 do
+            local member, moment = due[at], due[at + 1]
             local account, content_type, address = unpack(cjson.decode(member))
             local key = redis.call('HGET', prefix .. 'UserList', account)
             local subscribers = prefix .. 'subscribers:' .. content_type .. ':' .. account
-            local found = key and redis.call('HGET', subscribers, address)
+            local found = key and key ~= '' and redis.call('HGET', subscribers, address)
             if not found then
                 redis.call('ZREM', schedule, member)
             else
                 local record = cjson.decode(found)
-                redis.call('ZADD', schedule, boundaries[record.frequency], member)
-                local id = base .. string.format('%08x', number)
-                local body = cjson.encode({task = content_type, type = 'newsletter', retries = record.retries,
-                                           payload = {userId = record.userId, content_type = content_type}})
-                redis.call('HSET', prefix .. 'task:' .. id, 'body', body, 'account', account, 'key', key,
-                           'lane', 'bulk', 'state', 'queued', 'attempts', 0, 'created', microseconds, 'to', address)
-                redis.call('LPUSH', prefix .. 'lane:bulk', id)
-                remember(prefix, account, id)
+                local frequency = record.frequency
+                local same = next[frequency] - moment < half[frequency]
+                redis.call('ZADD', schedule, same and next_but_one[frequency] or next[frequency], member)
+                queue(at, account, key, content_type, address, record)
             end
         end
-        return #due
+        return #due > 0 and {#due / 2, skipped} or 0
+    """
+
+    # Of some places in the schedule, find those that lie too far ahead, as they do after the clock was, and bring them
+    # back to the next boundary. Answers where to look on, and how many these were.
+    CORRECT = BOUNDARIES + """
+        local prefix, cursor, count, corrected = KEYS[1], ARGV[1], ARGV[2], 0
+        local cursor, places = unpack(redis.call('ZSCAN', prefix .. 'schedule', cursor, 'COUNT', count))
+        for at = 1, #places, 2 do
+            local member, moment = places[at], tonumber(places[at + 1])
+            if moment > next_but_one['@hourly'] then  -- else it is none: no record needs to be read
+                local account, content_type, address = unpack(cjson.decode(member))
+                local found = redis.call('HGET', prefix .. 'subscribers:' .. content_type .. ':' .. account, address)
+                local frequency = found and cjson.decode(found).frequency
+                if found and moment > next_but_one[frequency] then
+                    redis.call('ZADD', prefix .. 'schedule', next[frequency], member)
+                    corrected = corrected + 1
+                end
+            end
+        end
+        return {cursor, corrected}
     """
 
     def __init__(self, store, zone, accounts, public_url="", clock=None, max_size=Settings.max_body):
         self.store, self.zone, self.clock, self.max_size = store, zone, clock or store.time, max_size
         self.accounts, self.public_url = accounts, public_url.rstrip("/")
-        self._update = store.script(self.UPDATE)
-        self._heads = store.script(self.HEADS)
-        self._remove = store.script(self.REMOVE)
+        self._create = store.script(self.CREATE, once=True, when_full=False)
+        self._update = store.script(self.UPDATE, when_full=False)
+        self._heads = store.script(self.HEADS, when_full=False)
+        self._remove = store.script(self.REMOVE, once=True)
         self._subscribe = store.script(self.SUBSCRIBE)
-        self._unsubscribe = store.script(self.UNSUBSCRIBE)
+        self._unsubscribe = store.script(self.UNSUBSCRIBE, once=True)
         self._refold = store.script(self.REFOLD)
-        self._claim = store.script(self.CLAIM)
+        self._claim = store.script(self.CLAIM, once=True, when_full=False)
+        self._correct = store.script(self.CORRECT)
+        self._checked = 0
 
     def create(self, account, content_type, subject, content):
         """Define a content type. Raises Refused (409) where there is one of this name."""
         body = json.dumps({"subject": subject, "content": content})
-        if not self.store.redis.hsetnx(self.store.key("content", account), content_type, body):
+        if not self._create(keys=[self.store.key("content", account)], args=[content_type, body]):
             raise Refused(409, "content_type exists already; PUT updates it", "content_type")
 
     def update(self, account, content_type, subject, content):
@@ -3728,7 +4470,8 @@ class Newsletters:
     def remove(self, account, content_type):
         """Remove a content type and end its subscriptions. Raises Refused (404) where there is none."""
         if not self._remove(keys=[self.store.key("content", account),
-                                  self.store.key("subscribers", content_type, account)], args=[content_type]):
+                                  self.store.key("subscribers", content_type, account),
+                                  self.store.key("issued", content_type, account)], args=[content_type]):
             raise self._unknown()
 
     @staticmethod
@@ -3759,16 +4502,21 @@ class Newsletters:
     def unsubscribe(self, task):
         """Carry out an unsubscribe task. Raises Permanent where the address is not subscribed."""
         content_type, address = task.payload["content_type"], task.payload["userId"]
-        if not self._leave(task.account, content_type, address, task.created):
+        # A task may be done again after an outage; what it has done by then is no reason to fail.
+        if not self._leave(task.account, content_type, address, task.created, task.id):
             raise Permanent(f"{address} is not subscribed to {content_type!r}")
 
-    def _leave(self, account, content_type, address, moment):
-        """End a subscription that is older than `moment` (microseconds). False where there is none."""
+    def _leave(self, account, content_type, address, moment, request=""):
+        """End a subscription that is older than `moment` (microseconds). False where there is none.
+
+        `request` is that of Script.
+        """
         address = same_mailbox(address)
         return self._unsubscribe(
             keys=[self.store.key("subscribers", content_type, account), self.store.key("schedule"),
-                  self.store.key("unsubscribed", content_type, address, account)],
-            args=[address, moment, self._member(account, content_type, address)]) != "unknown"
+                  self.store.key("unsubscribed", content_type, address, account),
+                  self.store.key("issued", content_type, account)],
+            args=[address, moment, self._member(account, content_type, address)], request=request) != "unknown"
 
     def fold_as_now(self) -> None:
         """Once after an upgrade: give the subscriptions that an older version kept under a further folded address the
@@ -3785,7 +4533,7 @@ class Newsletters:
                         self._refold(keys=[subscribers, self.store.key("schedule")], args=[
                             older, address, self._member(account, content_type, older),
                             self._member(account, content_type, address)])
-        self.store.redis.set(marker, now, nx=True)
+        self.store.write("SET", marker, now, "NX")
 
     def link(self, account, content_type, address):
         """The URL that ends this subscription, by whoever has it; "" without `public_url`."""
@@ -3844,8 +4592,28 @@ class Newsletters:
     def enqueue_due(self):
         """Queue the mails that are due, at most BATCH; returns how many places in the schedule that were."""
         now = self.clock()
-        boundaries = [next_boundary(frequency, now, self.zone) for frequency in FREQUENCIES]
-        return self._claim(keys=[self.store.prefix], args=[now, self.BATCH, secrets.token_hex(12), *boundaries])
+        claimed = self._claim(keys=[self.store.prefix], args=[
+            now, self.BATCH, secrets.token_hex(12), *self._boundaries(now)])
+        due, skipped = claimed or (0, 0)
+        if skipped:
+            log(logging.WARNING, "newsletters not queued: the issue before still waits", count=skipped)
+        return due
+
+    def correct(self) -> int:
+        """Bring back what a wrong clock put too far ahead, among some places of the schedule; returns how many."""
+        self._checked, count = self._correct(keys=[self.store.prefix], args=[
+            self._checked, self.BATCH, "", *self._boundaries(self.clock())])
+        if count:
+            log(logging.WARNING, "newsletters were scheduled too far ahead, as by a clock that was wrong", count=count)
+        return count
+
+    def _boundaries(self, now: float) -> list:
+        """Each frequency and its next two boundaries, one after the other."""
+        found: list = []
+        for frequency in FREQUENCIES:
+            boundary = next_boundary(frequency, now, self.zone)
+            found += [frequency, boundary, next_boundary(frequency, boundary, self.zone)]
+        return found
 
     @staticmethod
     def _member(account, content_type, address):
@@ -4141,7 +4909,8 @@ class Workers:
             lane, sender = lane_of(task.type), mail.sender[1]
             if (pause := self.queue.pace(lane)) and self.stopping.wait(pause):
                 raise Postponed("the service stopped before smtp_rate let it go")
-            message = compose(mail, f"{task.id}@{sender.rpartition('@')[2]}", task.created)
+            moment = max(task.created, task.payload.get("send_at", 0))
+            message = compose(mail, f"{task.id}@{sender.rpartition('@')[2]}", moment)
             started = time.monotonic()
             try:
                 self.transport.send(sender, recipients, message, Account(task.account, task.key), lane == "urgent")
@@ -4158,15 +4927,15 @@ class Cron:
 
     Args:
         store: the Store, told whether Redis answers.
-        queue, newsletters, stats: whose due work it does.
+        accounts, queue, newsletters, stats: whose due work it does.
         workers: the Workers that the heartbeat shows, and whose gates it opens when somebody asks for that.
         server: the EmbeddedServer to keep running, or None.
     """
 
     TICK = 0.1  # seconds
 
-    def __init__(self, store, queue, newsletters, stats, workers, server=None):
-        self.store, self.queue, self.newsletters, self.stats = store, queue, newsletters, stats
+    def __init__(self, store, accounts, queue, newsletters, stats, workers, server=None):
+        self.store, self.accounts, self.queue, self.newsletters, self.stats = store, accounts, queue, newsletters, stats
         self.workers, self.server = workers, server
         self.stopping = threading.Event()
         self.thread = threading.Thread(target=self.run, daemon=True)
@@ -4218,10 +4987,14 @@ class Cron:
                 if self.asked.get(lane) != before.get(lane):
                     self.workers.gates[lane].resume()
             self.beaten = now
+            self.accounts.restore()
             self.stats.flush()
+            self.queue.find_orphans()
             self.queue.reclaim()
+            self.queue.recall()
+            self.newsletters.correct()
         deadline = time.monotonic() + 0.5
-        while self.queue.promote() == self.queue.BATCH and time.monotonic() < deadline:
+        while self.queue.promote() == self.queue.LOOK and time.monotonic() < deadline:
             pass
         while self.newsletters.enqueue_due() == self.newsletters.BATCH and time.monotonic() < deadline:
             pass
@@ -4238,15 +5011,44 @@ class Cron:
 # and threads; requests are read here, by RFC 9112 to the letter, because what two readers of one stream
 # understand differently is how requests are smuggled. One place turns every exception into a JSON error.
 
+# Larger bodies count in a budget of all connections, and only a few of them are parsed and answered at once: the parser
+# holds the interpreter for 10 ms and more a megabyte, and what it makes can take twenty times the memory of the text.
+SMALL_BODY = 65536  # bytes
+LARGE_AT_ONCE = 2
+
+# A header by which a proxy or a CDN says that it hands a request on.
+PROXY_HEADER = re.compile("via|forwarded|x-forwarded(-.*)?|x-original-.*|x-real-ip|x-remote-(ip|addr)|"
+                          "(.*-)?client-?ip|.*-connecting-ip|cdn-loop|x-envoy-.*|x-proxyuser-ip")
+
+
 @dataclasses.dataclass
 class Request:
-    """A request as its handler sees it: `path` holds the values of the route's placeholders."""
+    """A request as its handler sees it.
+
+    `path` holds the values of the route's placeholders; `peer` is the address that the connection comes from.
+    """
 
     headers: dict
     path: dict
     query: dict
     body: object = None
     account: Account = None
+    peer: str = ""
+
+    @property
+    def client(self) -> str:
+        """The client's address; of what a reverse proxy on this machine hands on, the one that the proxy added."""
+        address = ipaddress.ip_address(self.peer)
+        address = getattr(address, "ipv4_mapped", None) or address
+        if address.is_loopback:
+            with contextlib.suppress(ValueError):
+                address = ipaddress.ip_address(self.headers.get("x-forwarded-for", "").rpartition(",")[2].strip())
+        return str(address)
+
+    @property
+    def proxied(self) -> bool:
+        """Whether a proxy says that it hands the request on. Not all do."""
+        return any(map(PROXY_HEADER.fullmatch, self.headers))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -4255,9 +5057,9 @@ class Route:
 
     `access` is "open"; "key" (or the admin, who names an account by `?account=`); "all" (the same, but the admin who
     names none means all accounts); "task" (a key that the queue looks up, in the same round trip); "admin"; or "owner"
-    (the admin, or the key of the account concerned). `body` and `query` are the checks of what comes with a request;
-    `answer` names the fields of a success and their types, or its media type where it is not JSON; `refuses` has the
-    statuses that only this route answers.
+    (the admin, or the key of the account concerned). Another value lets nobody in. `body` and `query` are the checks of
+    what comes with a request; `answer` names the fields of a success and their types, or its media type where it is not
+    JSON; `refuses` has the statuses that only this route answers.
     """
 
     method: str
@@ -4274,8 +5076,14 @@ class Route:
         """What the path looks like; a placeholder is one segment."""
         return re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", self.path))
 
+    def body_limit(self, settings: Settings) -> int:
+        """Bytes that a body may have: max_body only where it comes with a key, and means something."""
+        most = settings.max_body
+        return most if self.body and self.access in ("key", "all", "task") else min(most, SMALL_BODY)
 
-ID = Object({"id": Text(254, ONE_LINE, LINE)})
+
+ID = Object({"id": Text(254, ONE_LINE, LINE)})  # any that was ever taken
+NEW_ID = Object({"id": AccountName()})
 DEFINITION = Object({"content_type": CONTENT_TYPE, "subject": SUBJECT, "content": CONTENT})
 VERIFICATION = Object({"userEmail": Address(), "otp": Text(64, ONE_LINE, LINE)})
 BATCH = Object({"tasks": List(Anything(), 1000, 1)})  # each is checked, and answered, by itself
@@ -4283,7 +5091,7 @@ RECIPIENT = Object({"userId": Address()})
 LOGIN = Object({"key": Text(4096, ONE_LINE, LINE)})
 STATES = ("queued", "scheduled", "running", "retrying", "succeeded", "dead", "suppressed", "cancelled")
 PAGING = {"offset": Whole(0, 10**9), "limit": Whole(0, 1000)}
-CURSOR = Form("what the answer before had as next", re.compile(r"[0-9]{1,10}-[0-9]{1,20}"), 31)
+CURSOR = Form("what the answer before had as next", re.compile(r"[0-9]{1,10}-[0-9]{1,19}"), 30)
 
 DONE = {"status": bool, "msg": str}
 QUEUED = {**DONE, "id": str}
@@ -4296,11 +5104,11 @@ METRICS_ANSWER = {"status": bool, "Total Jobs Executed": int, "Jobs Successful":
                   "queued": dict}
 
 ROUTES = (
-    Route("POST", "/auth/signup", "sign_up", "admin", ID, answer={"apiKey": str}, refuses=(409,)),
+    Route("POST", "/auth/signup", "sign_up", "admin", NEW_ID, answer={"apiKey": str}, refuses=(409,)),
     Route("POST", "/auth/deregister", "deregister", "owner", ID, answer=DONE, refuses=(404,)),
     Route("GET", "/accounts", "list_accounts", "admin", answer={"status": bool, "accounts": list}),
     Route("GET", "/session", "read_session", "open", answer=SESSION_ANSWER),
-    Route("POST", "/session", "open_session", "open", LOGIN, answer=SESSION_ANSWER, refuses=(401,)),
+    Route("POST", "/session", "open_session", "open", LOGIN, answer=SESSION_ANSWER, refuses=(401, 429)),
     Route("DELETE", "/session", "close_session", "open", answer=DONE),
     Route("POST", "/task", "enqueue", "task", TASK, answer=QUEUED, refuses=(422, 429)),
     Route("POST", "/task/task", "enqueue", "task", TASK, answer=QUEUED, refuses=(422, 429)),
@@ -4332,7 +5140,7 @@ ROUTES = (
     Route("DELETE", "/suppressions", "unsuppress", "key", RECIPIENT, answer=DONE, refuses=(404,)),
     Route("GET", "/lanes", "list_lanes", "all", answer={
         "status": bool, "lanes": list, "processes": int, "retrying": int, "dead": int, "mail_to": str, "outbox": bool}),
-    Route("POST", "/lanes/{lane}/resume", "resume_lane", "all", answer=DONE, refuses=(404,)),
+    Route("POST", "/lanes/{lane}/resume", "resume_lane", "all", answer=DONE, refuses=(404, 429)),
     Route("GET", "/history", "read_history", "all", answer={"status": bool, "minutes": list}),
     Route("GET", "/outbox", "list_outbox", "all", query=PAGING,
           answer={"status": bool, "mails": list, "next": (int, None)}, refuses=(404,)),
@@ -4353,6 +5161,20 @@ ROUTES = (
 
 FIXED = {path: [route for route in ROUTES if route.path == path] for path in (route.path for route in ROUTES)
          if "{" not in path}
+
+
+def find_routes(path: str) -> Sequence[Route]:
+    """The routes of a path; "*" means all."""
+    if path == "*":
+        return ROUTES
+    # A fixed path goes before a placeholder: /task/dead is not the task of id "dead".
+    return FIXED.get(path) or [route for route in ROUTES if route.pattern.fullmatch(path)]
+
+
+def allowed_methods(routes: Sequence[Route]) -> str:
+    """The value of the header Allow (RFC 9110 section 10.2.1) for the routes of a path."""
+    methods = {route.method for route in routes}
+    return ", ".join(sorted(methods | {"OPTIONS"} | ({"HEAD"} if "GET" in methods else set())))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -4405,6 +5227,8 @@ class Api:
 
     SESSION = 43200  # seconds until one has to log in again
     WITHOUT_REDIS = ("ping", "describe_routes", "show_page")
+    GUESSES = 8  # wrong tokens whose answers wait at once, in a process
+    PENALTY = 1.0  # seconds that each waits
 
     def __init__(self, settings, accounts, queue, otps, newsletters, workers, stats):
         self.settings, self.accounts, self.queue = settings, accounts, queue
@@ -4412,18 +5236,36 @@ class Api:
         # A browser sends the cookies of one port to all ports of a host: two services there need two names.
         self.cookie = f"gomail_{accounts.derive('cookie').hex()[:8]}"
         self.admin = Account("", accounts.derive(f"admin {settings.admin_token}").hex())
+        self.guesses = threading.BoundedSemaphore(self.GUESSES)
 
-    def answer(self, route, request):
-        """What `route` answers to `request`: a dict. Raises Refused, or RedisError where Redis is away."""
+    def authenticate(self, route: Route, request: Request) -> Account | None:
+        """Who sends a request, by what its head says; None where the route asks nobody.
+
+        Raises:
+            Refused: 401; 403 for a proxy's clients; 404 or 400, the account that the admin means; 429, see charge().
+            RedisError: Redis is away.
+        """
         if route.handler not in self.WITHOUT_REDIS and not self.queue.store.available:
             # At once: a server that hangs would cost each caller its timeout.
             raise redis.ConnectionError("Redis is away")
-        if route.access in ("key", "all"):
-            request.account = self.caller(request, route)
-        elif route.access == "task":
-            request.account = self.holder(request)
-        elif route.access == "admin":
-            self.require_admin(request)
+        match route.access:
+            case "open":
+                return None
+            case "task":
+                return self.holder(request)
+            case "admin" | "owner" if self.may_govern(request):
+                return self.admin
+            case "admin":
+                self.charge(request)
+                raise self.not_admin()
+            case "key" | "all" if self.is_admin(request):
+                return self.named(request, route)
+            case "key" | "all" | "owner":
+                return self.accounts.current(self.key_holder(request))
+        raise ValueError(f"{route.access} is no level of access")
+
+    def answer(self, route: Route, request: Request) -> dict | Document:
+        """What `route` answers to an authenticated request. Raises Refused, or RedisError where Redis is away."""
         if route.body:
             request.body = route.body(request.body)
         request.query = {name: check(int(text) if isinstance(check, Whole) and re.fullmatch("[0-9]{1,10}", text)
@@ -4431,10 +5273,8 @@ class Api:
                          for name, check in route.query.items() if (text := request.query.get(name)) is not None}
         return getattr(self, route.handler)(request)
 
-    def caller(self, request, route):
-        """The Account behind a request, by its key or session; or, for the admin, the one that `?account=` names."""
-        if not self.is_admin(request):
-            return self.accounts.current(self.holder(request))
+    def named(self, request: Request, route: Route) -> Account:
+        """The Account that the admin means by `?account=`; without that, all of them."""
         name = request.query.get("account", "")
         if not name and route.access != "all":
             raise Refused(400, "account is required with the admin_token: the name of an account", "account")
@@ -4446,6 +5286,14 @@ class Api:
     def holder(self, request):
         """The Account of the session, or else of the key, whether or not it was revoked. Raises Refused (401)."""
         return self.session(request) or self.accounts.read(request.headers.get("authorization", ""))
+
+    def key_holder(self, request: Request) -> Account:
+        """As holder(), where admin_token would be taken too. Raises Refused (401, 429)."""
+        try:
+            return self.holder(request)
+        except Refused:
+            self.charge(request)
+            raise
 
     def session(self, request):
         """The Account that the session's cookie stands for, or None.
@@ -4471,18 +5319,36 @@ class Api:
         return (hmac.compare_digest(token.encode(), self.settings.admin_token.encode())
                 or self.session(request) == self.admin)
 
-    def require_admin(self, request):
-        """Where admin_token is set, raise Refused (401) without it; where it is not, (403) for a proxy's clients."""
-        if self.settings.admin_token:
-            if not self.is_admin(request):
-                raise Refused(401, "Authorization must hold the admin_token", None, {"WWW-Authenticate": "Bearer"})
-        elif self.proxied(request):
-            raise Refused(403, "set admin_token to allow this through a proxy")
+    def may_govern(self, request: Request) -> bool:
+        """Whether the request may do what the admin may: anybody without admin_token, but nobody through a proxy."""
+        return self.is_admin(request) if self.settings.admin_token else not request.proxied
 
-    @staticmethod
-    def proxied(request):
-        """Whether a proxy says that it hands the request on."""
-        return bool({"forwarded", "x-forwarded-for"} & request.headers.keys())
+    def not_admin(self) -> Refused:
+        """The error for a request that may not do what the admin may."""
+        if self.settings.admin_token:
+            return Refused(401, "Authorization must hold the admin_token", None, {"WWW-Authenticate": "Bearer"})
+        return Refused(403, "set admin_token to allow this through a proxy")
+
+    def charge(self, request: Request) -> None:
+        """Log a wrong admin_token, and delay its answer by PENALTY seconds. GUESSES answers wait so at once.
+
+        The right token never gets here, so that nobody who has it waits, whatever others send from the same address.
+        Keys that were given out here are no guesses, even where they have expired or are not enough.
+
+        Raises:
+            Refused: 429, so many answers wait already.
+        """
+        header = request.headers.get("authorization", "")
+        if not self.settings.admin_token or not strip_bearer(header) or self.accounts.is_signed(header):
+            return
+        if not self.guesses.acquire(blocking=False):
+            raise Refused(429, "too many requests with a wrong token or key; try again in a second", None,
+                          {"Retry-After": "1", "Connection": "close"})
+        try:
+            log(logging.WARNING, "wrong admin_token", client=request.client)
+            time.sleep(self.PENALTY)
+        finally:
+            self.guesses.release()
 
     def list_accounts(self, request):
         return {"status": True, "accounts": [{"id": name} for name in self.accounts.names()]}
@@ -4497,11 +5363,11 @@ class Api:
 
     def describe_session(self, request, account):
         return {"status": True, "account": account and account.name, "admin": bool(account) and account == self.admin,
-                "signup": not self.settings.admin_token and not self.proxied(request)}
+                "signup": not self.settings.admin_token and not request.proxied}
 
     def open_session(self, request):
-        given = Request({"authorization": request.body["key"]}, {}, {})
-        account = self.admin if self.is_admin(given) else self.accounts.authenticate(request.body["key"])
+        given = dataclasses.replace(request, headers={**request.headers, "authorization": request.body["key"]})
+        account = self.admin if self.is_admin(given) else self.accounts.current(self.key_holder(given))
         # The browser sends the origin of its page: where that is HTTPS, the cookie never goes another way.
         secure = "; Secure" * request.headers.get("origin", "").startswith("https:")
         return self.with_cookie(self.describe_session(request, account),
@@ -4517,15 +5383,14 @@ class Api:
             "Set-Cookie": f"{self.cookie}={value}; HttpOnly; SameSite=Strict; Path=/; Max-Age={seconds}{more}"})
 
     def sign_up(self, request):
+        if request.body["id"] == Accounts.COMMAND_LINE:  # its key would show what the operator sends
+            raise Refused(409, "id is kept for the command line; choose another", "id")
         return {"apiKey": self.accounts.sign_up(request.body["id"])}
 
     def deregister(self, request):
         name = request.body["id"]
-        try:
-            self.require_admin(request)
-        except Refused:
-            if self.accounts.current(self.holder(request)).name != name:
-                raise
+        if request.account != self.admin and request.account.name != name:
+            raise self.not_admin()
         self.accounts.deregister(name)
         return {"status": True, "msg": "Deregistered successfully!"}
 
@@ -4727,7 +5592,7 @@ class Api:
     def ready(self, request):
         if all(gate.reason for gate in self.workers.gates.values()):
             raise Refused(503, "all lanes are paused: the SMTP server is out", None, {"Retry-After": "10"})
-        self.queue.store.time()
+        self.queue.store.ensure_writable()
         return {"status": True}
 
     def prometheus(self, request):
@@ -4764,9 +5629,10 @@ def openapi(routes):
 
     paths = {}
     for route in routes:
-        statuses = {400, 408, 411, 413, 417, 431, 500, 503, *route.refuses}
-        statuses |= {415} if route.body else set()
-        statuses |= {"open": set(), "key": {401, 404}, "all": {401, 404}, "task": {401}}.get(route.access, {401, 403})
+        statuses = {400, 408, 413, 414, 415, 417, 421, 431, 500, 501, 503, 505, *route.refuses}
+        statuses |= {411} if route.body else set()
+        statuses |= {"open": set(), "key": {401, 404, 429}, "all": {401, 404, 429}, "task": {401}}.get(
+            route.access, {401, 403, 429})
         error = {"$ref": "#/components/schemas/Error"}
         operation = {
             "operationId": f"{route.handler}_{route.path.replace('/', '_')}".strip("_"),
@@ -4808,6 +5674,40 @@ def listen(settings):
                                   "expected a free port on an address of this machine") from None
 
 
+class Budget:
+    """An amount that threads take shares of, and give them back."""
+
+    def __init__(self, amount: int) -> None:
+        self.left, self.lock = amount, threading.Lock()
+
+    def take(self, amount: int) -> bool:
+        """Take so much, where it is there."""
+        with self.lock:
+            enough = amount <= self.left
+            if enough:
+                self.left -= amount
+        return enough
+
+    def give_back(self, amount: int) -> None:
+        """Give back what was taken."""
+        with self.lock:
+            self.left += amount
+
+
+class Seldom:
+    """Whether to say what happens all the time: yes, but not again for a minute."""
+
+    def __init__(self) -> None:
+        self.last, self.lock = float("-inf"), threading.Lock()
+
+    def __call__(self) -> bool:
+        with self.lock:
+            due = time.monotonic() - self.last >= 60
+            if due:
+                self.last = time.monotonic()
+        return due
+
+
 class HttpServer(http.server.ThreadingHTTPServer):
     """The HTTP server: a thread for each connection, at most `max_connections` of them.
 
@@ -4821,9 +5721,14 @@ class HttpServer(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
     block_on_close = False
+    # Bytes, in place of the usual 8 MB, of which huge pages would make 2 MB resident in each of hundreds of threads.
+    # The interpreter stops a recursion before that is used up; where its JSON parser does not, MAX_NESTING does.
+    STACK = 1048576
+    LINGER = 2.0  # seconds to read on after an answer that ends the connection
     BUSY = (b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
             b"Connection: close\r\nContent-Length: 54\r\n\r\n"
             b'{"status": false, "error": "too many connections now"}')
+    MOST_LEAVING = 128  # connections that were answered BUSY and are read on
 
     def __init__(self, settings, listener=None):
         self.settings = settings
@@ -4831,6 +5736,14 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.stopping = False
         self.places = threading.BoundedSemaphore(settings.max_connections)
         self.answering = set()  # the handlers that have a request in hand
+        self.bodies = Budget(max(64 * 1048576, 8 * settings.max_body))  # bytes of larger bodies, of all connections
+        self.large = threading.BoundedSemaphore(LARGE_AT_ONCE)
+        self.leaving = collections.deque()  # (when to close it, connection)
+        self.read_on_at = 0.0
+        self.tells_files, self.tells_tls = Seldom(), Seldom()
+        self.allowed_hosts = frozenset(map(parse_host, split_list(settings.allowed_hosts)))
+        self.host_status = functools.lru_cache(maxsize=128)(self._host_status)
+        threading.stack_size(self.STACK)
         self.socket = listener or listen(settings)
         # Another process may take the connection that this one was woken for.
         self.socket.setblocking(False)
@@ -4843,18 +5756,73 @@ class HttpServer(http.server.ThreadingHTTPServer):
         host, port = self.server_address[:2]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
+    def _host_status(self, authority: str) -> int:
+        """200 where requests for this host and port are answered; 421 where not, 400 where it is no host.
+
+        Without admin_token these are those for localhost alone: a page of another site could have a name of its own
+        resolve to this machine, and call the service as part of that site ("DNS rebinding").
+        """
+        host = parse_host(authority)
+        if not host:
+            return 400
+        if is_loopback_name(host):
+            return 200
+        allowed = self.settings.admin_token and (not self.allowed_hosts or host in self.allowed_hosts)
+        return 200 if allowed else 421
+
+    def get_request(self):
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                if self.tells_files():
+                    log(logging.ERROR, "no connection can be accepted", error=describe(error),
+                        remedy="a higher limit of open files, or fewer max_connections")
+                time.sleep(0.1)  # the listener has that connection still, and would be ready again at once
+            raise
+
     def process_request(self, request, client_address):
         if not self.places.acquire(blocking=False):
-            with contextlib.suppress(OSError):
-                request.setblocking(False)
-                request.send(self.BUSY)
-            self.shutdown_request(request)
+            self.turn_away(request)
             return
         try:
             super().process_request(request, client_address)
         except RuntimeError:  # no thread to be had
             self.places.release()
-            self.shutdown_request(request)
+            self.turn_away(request)
+
+    def turn_away(self, connection: socket.socket) -> None:
+        """Answer BUSY; service_actions() closes the connection later, as Handler.linger() would."""
+        with contextlib.suppress(OSError):
+            connection.setblocking(False)
+            connection.send(self.BUSY)
+            connection.shutdown(socket.SHUT_WR)
+        self.leaving.append((time.monotonic() + self.LINGER, connection))
+        if len(self.leaving) > self.MOST_LEAVING:
+            self.leaving.popleft()[1].close()
+
+    def service_actions(self):
+        """Between two connections: read a little from those that were turned away, and close those that are done."""
+        now = time.monotonic()
+        if now < self.read_on_at:
+            return
+        self.read_on_at = now + 0.05
+        for _ in range(len(self.leaving)):
+            until, connection = self.leaving.popleft()
+            if now < until and self.reads_on(connection):
+                self.leaving.append((until, connection))
+            else:
+                connection.close()
+
+    @staticmethod
+    def reads_on(connection: socket.socket) -> bool:
+        """Read what has come, half a megabyte at most. Whether more may come."""
+        try:
+            return all(connection.recv(65536) for _ in range(8))
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
 
     def process_request_thread(self, request, client_address):
         try:
@@ -4864,6 +5832,11 @@ class HttpServer(http.server.ThreadingHTTPServer):
 
     def handle_error(self, request, client_address):
         logger.exception("unexpected error in a connection")
+
+    def server_close(self):
+        super().server_close()
+        while self.leaving:
+            self.leaving.popleft()[1].close()
 
     def stop(self, timeout):
         """Accept nothing more, and wait up to `timeout` seconds for requests in flight."""
@@ -4885,10 +5858,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """One connection: reads requests, answers them, and keeps the connection where both sides can."""
 
     disable_nagle_algorithm = True
-    MAX_HEAD = 16384  # bytes of request line and headers together
+    MAX_TARGET = 4096  # bytes
+    MAX_HEAD = 16384  # bytes of request line and headers together; also of what frames the chunks of a body
     MAX_HEADERS = 64
-    REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) (/[!-~]{0,4096}|https?://[!-~]{1,4096}|\*) HTTP/1\.([01])")
+    MAX_CHUNK_LINE = 1024  # bytes of a chunk's size and extensions
+    REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) ([!-~]+) HTTP/([0-9])\.([0-9])")
+    ABSOLUTE = re.compile(r"https?://([^/?#]*)(.*)", re.IGNORECASE)
     HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)")
+    CHUNK = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?")
+    BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r(?=[^\n])")
+    TOKENS = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]+(, *[!#$%&'*+.^_`|~0-9a-z-]+)*")
     ONCE = frozenset(("host", "content-length", "content-type", "authorization", "idempotency-key", "expect"))
 
     def handle(self):
@@ -4901,10 +5880,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def one_request(self):
         """Read a request and answer it. True where another may follow on this connection."""
-        self.keep, self.head_only, self.began = False, False, time.monotonic()
-        self.method, self.route = "", ""
-        self.deadline = self.began + self.server.settings.request_timeout
-        if not self.buffer and not self.receive_first():
+        self.keep, self.head_only = False, False
+        self.method, self.route, self.reserved = "", "", 0
+        self.deadline = time.monotonic() + self.server.settings.request_timeout
+        if not self.begins():
             return False
         self.server.answering.add(self)
         try:
@@ -4921,9 +5900,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             except Exception:
                 logger.exception("unexpected error in a request")
                 status, headers, body = 500, {}, {"status": False, "error": "internal error"}
+            finally:
+                if self.reserved:
+                    self.server.bodies.give_back(self.reserved)
             self.server.api.stats.count("gomail_http_requests_total", method=self.method, route=self.route,
                                         status=str(status))
-            self.keep = self.keep and not self.server.stopping
+            self.keep = self.keep and not self.server.stopping and "Connection" not in headers
             self.send(status, body, headers)
         finally:
             self.server.answering.discard(self)
@@ -4932,41 +5914,53 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return self.keep
 
     def respond(self):
-        """(status, body, headers) of the next request. Raises Refused."""
+        """(status, body, headers) of the answer to the next request. Raises Refused, or RedisError where Redis is away.
+
+        Who sends a request is known before its body is read. An answer before that ends the connection.
+        """
         method, target, minor, headers = self.read_head()
-        length = self.body_length(headers)
+        authority, path, query = self.split_target(method, target)
+        self.check_host(authority, headers, minor)
+        length = self.body_length(headers, minor)
+        check_content_coding(headers)
+        expects = self.expects_continue(headers, minor)
         connection = headers.get("connection", "").lower()
         keep = "close" not in connection and (minor == 1 or "keep-alive" in connection)
-        body = self.read_body(length, headers)
-        # From here on the stream is known to stand at the start of the next request.
-        self.keep, self.head_only = keep, method == "HEAD"
+        self.keep = keep and length == 0
         if self.server.stopping:
             raise Refused(503, "the service is stopping; send the request again", None, {"Retry-After": "1"})
-        path, _, query = re.sub(r"^https?://[^/?]*", "", target).partition("?")
-        path = path.rstrip("/") or "/"
-        # A fixed path goes before a placeholder: /task/dead is not the task of id "dead".
-        found = FIXED.get(path) or [route for route in ROUTES if route.pattern.fullmatch(path)]
-        if method == "OPTIONS" and target == "*":
-            return 204, None, {"Allow": "DELETE, GET, HEAD, OPTIONS, POST, PUT"}
+        found = find_routes(path)
         if not found:
             raise Refused(404, "there is no such path")
+        if method == "OPTIONS":
+            return 204, None, {"Allow": allowed_methods(found)}
         route = next((route for route in found if route.method == ("GET" if method == "HEAD" else method)), None)
         if route is None:
-            methods = {route.method for route in found}
-            allow = {"Allow": ", ".join(sorted(methods | {"OPTIONS"} | ({"HEAD"} if "GET" in methods else set())))}
-            if method == "OPTIONS":
-                return 204, None, allow
+            allow = {"Allow": allowed_methods(found)}
             raise Refused(405, f"this path takes {allow['Allow']}", None, allow)
         self.method, self.route = method, route.path
-        placeholders = route.pattern.fullmatch(path).groupdict()
-        request = Request(headers, {name: urllib.parse.unquote(value) for name, value in placeholders.items()},
-                          dict(urllib.parse.parse_qsl(query, keep_blank_values=True)))
+        request = Request(headers, {name: urllib.parse.unquote(value)
+                                    for name, value in route.pattern.fullmatch(path).groupdict().items()},
+                          dict(urllib.parse.parse_qsl(query, keep_blank_values=True)) if query else {},
+                          peer=self.client_address[0])
+        self.keep = False
+        request.account = self.with_redis(self.server.api.authenticate, route, request)
         if route.body:
-            request.body = parse_json(body, headers.get("content-type", ""))
+            check_media_type(headers)
+        body = self.read_body(length, route.body_limit(self.server.settings), expects)
+        # From here on the stream is known to stand at the start of the next request.
+        self.keep = keep
+        with self.server.large if len(body) > SMALL_BODY else contextlib.nullcontext():
+            if route.body:
+                request.body = parse_json(body)
+            return 200, self.with_redis(self.server.api.answer, route, request), {}
+
+    def with_redis(self, call: Callable, *arguments: object) -> object:
+        """call(*arguments), with a connection to Redis that no other thread uses meanwhile."""
         store = self.server.api.queue.store
         store.dedicate()
         try:
-            return 200, self.server.api.answer(route, request), {}
+            return call(*arguments)
         finally:
             store.release()
 
@@ -4988,33 +5982,55 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise ConnectionResetError
         self.buffer += data
 
-    def receive_first(self):
-        """Wait for the first bytes of a request. False where the client is done, or idle for too long."""
-        try:
-            self.receive()
-        except (Refused, ConnectionResetError):
+    def begins(self) -> bool:
+        """Wait for a request, past empty lines (RFC 9112 section 2.2). False where none comes in time, or TLS does."""
+        waited = False
+        while True:
+            while self.buffer.startswith(b"\r\n"):
+                del self.buffer[:2]
+            if self.buffer and self.buffer != b"\r":
+                break
+            waited = True
+            try:
+                self.receive()
+            except (Refused, ConnectionResetError):
+                return False
+        if waited:  # the time it was idle does not count
+            self.deadline = time.monotonic() + self.server.settings.request_timeout
+        if self.buffer[0] == 0x16:  # a record of TLS that begins a handshake (RFC 8446 section 5.1)
+            if self.server.tells_tls():
+                log(logging.WARNING, "a client speaks TLS, but this port does not; a reverse proxy would",
+                    client=self.client_address[0])
             return False
         return True
 
     def read_head(self):
         """(method, target, minor version, headers with lower-case names). Raises Refused."""
-        while self.buffer.startswith(b"\r\n"):  # RFC 9112 section 2.2: empty lines before a request are ignored
-            del self.buffer[:2]
-        while (end := self.buffer.find(b"\r\n\r\n")) < 0:
-            if len(self.buffer) > self.MAX_HEAD:
-                raise Refused(431, f"request line and headers must have at most {self.MAX_HEAD} bytes together")
-            if b"\n\n" in self.buffer:
+        while (end := self.buffer.find(b"\r\n\r\n")) < 0 and len(self.buffer) <= self.MAX_HEAD:
+            if self.BARE_LINE_END.search(self.buffer):
                 raise Refused(400, "lines must end in CRLF")
             self.receive()
-        if end > self.MAX_HEAD:
+        if not 0 <= end <= self.MAX_HEAD:
+            if self.buffer.find(b"\r\n", 0, self.MAX_HEAD) < 0:
+                raise Refused(414, f"the request target may have at most {self.MAX_TARGET} bytes")
             raise Refused(431, f"request line and headers must have at most {self.MAX_HEAD} bytes together")
         first, *lines = bytes(self.buffer[:end]).split(b"\r\n")
         del self.buffer[:end + 4]
         match = self.REQUEST_LINE.fullmatch(first)
         if not match:
             raise Refused(400, "the request line must be METHOD /path HTTP/1.1")
+        self.head_only = match[1] == b"HEAD"
+        if match[3] != b"1":
+            raise Refused(505, "only HTTP/1.0 and HTTP/1.1 are spoken here")
+        if len(match[2]) > self.MAX_TARGET:
+            raise Refused(414, f"the request target may have at most {self.MAX_TARGET} bytes")
         if len(lines) > self.MAX_HEADERS:
             raise Refused(431, f"a request may have at most {self.MAX_HEADERS} headers")
+        # A higher minor version is read as the highest that is known (RFC 9110 section 2.5).
+        return match[1].decode(), match[2].decode(), min(int(match[4]), 1), self.parse_headers(lines)
+
+    def parse_headers(self, lines: Sequence[bytes]) -> dict[str, str]:
+        """Header lines by their lower-case names. Raises Refused."""
         headers = {}
         for line in lines:
             header = self.HEADER.fullmatch(line)
@@ -5024,36 +6040,152 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if name in headers:
                 if name in self.ONCE:
                     raise Refused(400, f"the header {name} may come once")
-                value = f"{headers[name]}, {value}"
+                # Cookies are the one list that has no commas (RFC 6265 section 4.2.1).
+                value = f"{headers[name]}{'; ' if name == 'cookie' else ', '}{value}"
             headers[name] = value
-        minor = int(match[3])
-        if minor == 1 and "host" not in headers:
-            raise Refused(400, "the header Host is required")
-        return match[1].decode(), match[2].decode(), minor, headers
+        return headers
 
-    def body_length(self, headers):
-        """How many bytes of body follow. Raises Refused where that is not beyond doubt."""
+    def split_target(self, method: str, target: str) -> tuple[str | None, str, str]:
+        """(authority of an absolute target, path, query) of a request target (RFC 9112 section 3.2). Raises Refused.
+
+        The path comes without a trailing slash, which makes no difference.
+        """
+        authority = None
+        if target == "*" and method == "OPTIONS":
+            return authority, target, ""
+        if not target.startswith("/"):
+            match = self.ABSOLUTE.fullmatch(target)
+            if not match:
+                raise Refused(400, "the request line must be METHOD /path HTTP/1.1")
+            authority, target = match.groups()
+        if "%" in target:
+            check_percent_encoding(target)
+        path, _, query = target.partition("?")
+        return authority, path.removesuffix("/") or "/", query
+
+    def check_host(self, authority: str | None, headers: dict[str, str], minor: int) -> None:
+        """Raise Refused where the request is not for this service.
+
+        400 where Host is missing or malformed (RFC 9112 section 3.2), 421 where it is another one. The authority of an
+        absolute target counts in its place (section 3.2.2).
+        """
+        host, status = headers.get("host"), 200
+        if host is not None:
+            status = self.server.host_status(host)
+        elif minor:
+            raise Refused(400, "the header Host is required")
+        if authority is not None and status != 400:
+            status = self.server.host_status(authority)
+        if status == 400:
+            raise Refused(400, "Host must be a host name or address, and perhaps a port")
+        if status == 421:
+            raise Refused(421, "requests must name a host that is in allowed_hosts" if self.server.settings.admin_token
+                          else "without admin_token, requests must be for localhost")
+
+    def body_length(self, headers: dict[str, str], minor: int) -> int | None:
+        """How many bytes of body follow; None where it comes in chunks. Raises Refused where that is in doubt."""
         if "transfer-encoding" in headers:
-            raise Refused(411, "Transfer-Encoding is not supported; send Content-Length")
+            self.check_transfer_encoding(headers, minor)
+            return None
         text = headers.get("content-length", "0")
         if not re.fullmatch(r"[0-9]{1,18}", text):
             raise Refused(400, "Content-Length must be a number of bytes")
         if int(text) > self.server.settings.max_body:
-            raise Refused(413, f"the body may have at most {self.server.settings.max_body} bytes")
+            raise self.too_large(self.server.settings.max_body)
         return int(text)
 
-    def read_body(self, length, headers):
-        """The body, `length` bytes. Raises Refused."""
-        expect = headers.get("expect", "").lower()
-        if expect and expect != "100-continue":
+    def check_transfer_encoding(self, headers: dict[str, str], minor: int) -> None:
+        """Raise Refused where the body is framed by anything but chunks (RFC 9112 sections 6.1 and 6.3)."""
+        if not minor or "content-length" in headers:
+            raise Refused(400, "Transfer-Encoding is not allowed in HTTP/1.0, and not beside Content-Length")
+        codings = headers["transfer-encoding"].lower()
+        if not self.TOKENS.fullmatch(codings) or "chunked" in codings.replace(" ", "").split(",")[:-1]:
+            raise Refused(400, "Transfer-Encoding must be chunked")
+        if codings != "chunked":
+            raise Refused(501, "Transfer-Encoding must be chunked")
+
+    def expects_continue(self, headers: dict[str, str], minor: int) -> bool:
+        """Whether the client waits for 100 (Continue). Raises Refused (417). HTTP/1.0 does not know of that."""
+        expected = headers.get("expect", "").lower() if minor else ""
+        if expected not in ("", "100-continue"):
             raise Refused(417, "only Expect: 100-continue is supported")
-        if expect and len(self.buffer) < length:
+        return expected != ""
+
+    @staticmethod
+    def too_large(limit: int) -> Refused:
+        """The error for a body that is too large."""
+        return Refused(413, f"the body may have at most {limit} bytes")
+
+    def read_body(self, length: int | None, limit: int, expects_continue: bool) -> bytearray:
+        """The body: `length` bytes, or chunks where that is None. Raises Refused."""
+        if (length or 0) > limit:
+            raise self.too_large(limit)
+        self.reserve(length or 0)
+        if expects_continue and (length is None and not self.buffer or len(self.buffer) < (length or 0)):
             self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if length is None:
+            return self.read_chunks(limit)
         while len(self.buffer) < length:
             self.receive()
-        body = bytes(self.buffer[:length])
+        body = self.buffer[:length]
         del self.buffer[:length]
         return body
+
+    def reserve(self, size: int) -> None:
+        """Take a body of so many bytes from the budget until the request is answered. Raises Refused (503)."""
+        if size > max(self.reserved, SMALL_BODY):
+            if not self.server.bodies.take(size - self.reserved):
+                raise Refused(503, "too many large requests now; send the request again", None, {"Retry-After": "1"})
+            self.reserved = size
+
+    def read_chunks(self, limit: int) -> bytearray:
+        """A chunked body (RFC 9112 section 7.1). Extensions and trailers are left aside.
+
+        Raises:
+            Refused: 400 where it is malformed, or mostly frame; 413 where the content has more than `limit` bytes.
+        """
+        body, frame = bytearray(), 0
+        while True:
+            line = self.read_line(self.MAX_CHUNK_LINE)
+            frame += len(line) + 4
+            chunk = self.CHUNK.fullmatch(line)
+            if not chunk or frame > self.MAX_HEAD + len(body):
+                raise Refused(400, "a chunk must begin with its size in hexadecimal digits, and not be tiny throughout")
+            size = int(chunk[1], 16)
+            if not size:
+                break
+            if len(body) + size > limit:
+                raise self.too_large(limit)
+            self.reserve(len(body) + size)
+            while size:
+                if not self.buffer:
+                    self.receive()
+                piece = self.buffer[:size]
+                del self.buffer[:size]
+                body += piece
+                size -= len(piece)
+            if self.read_line(0):
+                raise Refused(400, "a chunk must end with CRLF")
+        self.skip_trailers()
+        return body
+
+    def skip_trailers(self) -> None:
+        """Read over the fields behind the last chunk. Raises Refused."""
+        left = self.MAX_HEAD
+        while line := self.read_line(left):
+            left -= len(line) + 2
+            if not self.HEADER.fullmatch(line):
+                raise Refused(400, "a trailer line must be Name: value, without control characters")
+
+    def read_line(self, most: int) -> bytes:
+        """The next line of a body's frame, without its CRLF. Raises Refused (400) where it is over `most` bytes."""
+        while (end := self.buffer.find(b"\n")) < 0 and len(self.buffer) <= most + 1:
+            self.receive()
+        if not 0 < end <= most + 1 or self.buffer[end - 1] != 0x0d:
+            raise Refused(400, "lines between chunks must be short and end in CRLF")
+        line = bytes(self.buffer[:end - 1])
+        del self.buffer[:end + 1]
+        return line
 
     def send(self, status, body, headers):
         """Send an answer in one piece."""
@@ -5065,9 +6197,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if body is not None:
             lines += [f"Content-Type: {media_type}", f"Content-Length: {len(content)}"]
             headers = {**headers, **body.headers} if isinstance(body, Document) else headers
-        lines += [f"{name}: {value}" for name, value in headers.items()]
         if not self.keep:
-            lines.append("Connection: close")
+            headers = {**headers, "Connection": "close"}
+        lines += [f"{name}: {value}" for name, value in headers.items()]
         self.set_timeout(self.server.settings.request_timeout)
         head = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
         self.connection.sendall(head if self.head_only else head + content)
@@ -5077,9 +6209,53 @@ class Handler(http.server.BaseHTTPRequestHandler):
         and the client would lose the answer."""
         self.connection.shutdown(socket.SHUT_WR)
         self.set_timeout(0.5)
-        deadline = time.monotonic() + 2.0
+        deadline = time.monotonic() + self.server.LINGER
         while time.monotonic() < deadline and self.connection.recv(65536):
             pass
+
+
+def check_percent_encoding(target: str) -> None:
+    """Raise Refused (400) where a `%` of a request target begins no octet, or the octets are not UTF-8."""
+    try:
+        if re.search("%(?![0-9A-Fa-f]{2})", target):
+            raise ValueError
+        urllib.parse.unquote_to_bytes(target).decode()
+    except ValueError:
+        raise Refused(400, "a % in path and query must begin %XX, and what it encodes must be UTF-8") from None
+
+
+def check_content_coding(headers: dict[str, str]) -> None:
+    """Raise Refused (415) where the content is compressed (RFC 9110 section 8.4)."""
+    if headers.get("content-encoding", "").lower() not in ("", "identity"):
+        raise Refused(415, "Content-Encoding must be identity", None, {"Accept-Encoding": "identity"})
+
+
+JSON_MEDIA_TYPE = re.compile(r'application/json[ \t]*(;[ \t]*(charset=("utf-?8"|utf-?8))?[ \t]*)*', re.IGNORECASE)
+
+
+def check_media_type(headers: dict[str, str]) -> None:
+    """Raise Refused where a body is not there (411), or neither JSON nor as it is (415)."""
+    if "content-length" not in headers and "transfer-encoding" not in headers:
+        raise Refused(411, "a body is needed, with Content-Length or in chunks")
+    if not JSON_MEDIA_TYPE.fullmatch(headers.get("content-type", "")):
+        raise Refused(415, "Content-Type must be application/json")
+
+
+MAX_NESTING = 2500  # arrays and objects within each other: a third of what a thread's stack holds in Python 3.13
+STEPS = bytes({0x5b: 1, 0x7b: 1, 0x5d: 255, 0x7d: 255}.get(byte, 0) for byte in range(256))
+NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+
+
+def is_deep(body: bytes) -> bool:
+    """Whether a JSON text has more than MAX_NESTING arrays and objects within each other.
+
+    The parser calls itself for each, and not every version of Python stops that before a small stack is full.
+    """
+    if body.count(b"[") + body.count(b"{") <= MAX_NESTING:  # a batch of 1,000 tasks, in a tenth of the time
+        return False
+    outside = b"".join(body.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2])
+    steps = memoryview(outside.translate(STEPS, NO_BRACKETS)).cast("b")  # 1 and -1
+    return max(itertools.accumulate(steps), default=0) > MAX_NESTING
 
 
 def refuse_constant(constant):
@@ -5089,11 +6265,10 @@ def refuse_constant(constant):
 DECODER = json.JSONDecoder(parse_constant=refuse_constant)
 
 
-def parse_json(body, content_type):
-    """The value of a JSON body. Raises Refused: 415 for another media type, 400 for what is not JSON."""
-    media_type, _, parameters = content_type.lower().partition(";")
-    if media_type.strip() != "application/json" or parameters.strip().replace('"', "") not in ("", "charset=utf-8"):
-        raise Refused(415, "Content-Type must be application/json")
+def parse_json(body: bytes) -> object:
+    """The value of a JSON body. Raises Refused (400)."""
+    if is_deep(body):
+        raise Refused(400, "the body is nested too deeply")
     try:
         return DECODER.decode(body.decode())
     except json.JSONDecodeError as error:
@@ -5152,7 +6327,8 @@ class Service:
             self.newsletters.fold_as_now()
             self.stats = Stats(self.store)
             self.workers = Workers(settings, self.queue, self.transport, otps, self.newsletters, self.stats)
-            self.cron = Cron(self.store, self.queue, self.newsletters, self.stats, self.workers, self.server)
+            self.cron = Cron(self.store, accounts, self.queue, self.newsletters, self.stats, self.workers,
+                             self.server)
             self.http.api = Api(settings, accounts, self.queue, otps, self.newsletters, self.workers, self.stats)
             self.cron.start()
             self.workers.start()
@@ -5173,10 +6349,17 @@ class Service:
         if self.settings.redis_uri:
             log(logging.INFO, f"data lies in {redacted(self.settings.redis_uri)}")
             warn_of_losses(self.store)
+            if not self.settings.jwt_secret:
+                log(logging.WARNING, "the secret that signs API keys lies in the Redis beside the data: who reads it "
+                    "can make keys", remedy="jwt_secret")
         else:
             folder = pathlib.Path(self.settings.data_dir).resolve()
             log(logging.INFO, f"data lies in the embedded server's folder {folder}")
         log(logging.INFO, f"mail goes to {self.transport}", sender=self.settings.sender[1])
+        if 0 < len(self.settings.admin_token) < SAFE_TOKEN:
+            log(logging.WARNING, "admin_token is so short that it can be guessed",
+                remedy=f"at least {SAFE_TOKEN} random characters")
+        warn_of_readers(pathlib.Path(".env"))
         for doubt in doubts(self.settings, os.environ):
             log(logging.WARNING, doubt)
 
@@ -5209,21 +6392,27 @@ class Service:
 
 def open_store(settings, server=None):
     """The Store that the settings name, reached once. Raises StartError."""
+    uri = server.uri if server else settings.redis_uri
     try:
-        store = Store(server.uri if server else settings.redis_uri, settings.key_prefix)
+        store = Store(uri, settings.key_prefix)
     except ValueError as error:
-        raise StartError(f"redis_uri: {redacted(settings.redis_uri)} is not allowed ({describe(error)}), expected "
-                         "host:port, redis://, rediss://, unix:// or redis+sentinel://") from None
+        raise StartError(f"redis_uri: (hidden) is not allowed: {error}; expected host:port, redis://, rediss://, "
+                         "unix:// or redis+sentinel://, with %40 for @ in a user or password, and so on") from None
     try:
         store.redis.ping()
+    except redis.RedisError as error:
+        kind = StartError if isinstance(error, (redis.AuthenticationError, redis.ResponseError)) else TransientStartError
+        raise kind(f"redis_uri: {redacted(uri)} cannot be reached: {describe(error)}") from None
+    except (TypeError, ValueError):  # a key without its certificate, a NUL in the name of a file
+        raise StartError(f"redis_uri: the options behind {redacted(uri)} do not fit together") from None
+    try:
         if settings.durability == "fsync":
             store.redis.execute_command("WAITAOF", 1, 0, 100)
     except redis.ResponseError as error:
         raise StartError("durability: 'fsync' is not allowed here, expected everysec: the server at "
-                         f"{redacted(settings.redis_uri)} cannot confirm what is on disk ({describe(error)})") from None
+                         f"{redacted(uri)} cannot confirm what is on disk ({describe(error)})") from None
     except redis.RedisError as error:
-        raise TransientStartError(
-            f"redis_uri: {redacted(settings.redis_uri)} cannot be reached: {describe(error)}") from None
+        raise TransientStartError(f"redis_uri: {redacted(uri)} cannot be reached: {describe(error)}") from None
     return store
 
 
@@ -5238,9 +6427,13 @@ def warn_of_losses(store):
             remedy="maxmemory-policy noeviction")
 
 
-def redacted(uri):
-    """A redis_uri without its password."""
-    return re.sub(r"//[^@/]*@", "//", uri)
+def warn_of_readers(path: pathlib.Path) -> None:
+    """Log a line where others than the owner may read a .env file that holds a secret."""
+    values = {name.lower(): value for name, value in read_env_file(path).items() if value}
+    secret = values.keys() & {"smtp_pass", "admin_token", "jwt_secret", "jwt_secret_previous"}
+    if (secret or has_password(values.get("redis_uri", ""))) and path.stat().st_mode & 0o077:
+        log(logging.WARNING, f"other users of this machine may read {path.resolve()}, which holds a secret",
+            remedy=f"chmod 600 {shlex.quote(str(path.resolve()))}")
 
 
 def has_terminal() -> bool:
@@ -5474,10 +6667,10 @@ def check(settings):
     def report(name, test):
         nonlocal well
         try:
-            print(f"ok       {name}: {test()}")
+            print(without_controls(f"ok       {name}: {test()}"))
         except (StartError, Unavailable, redis.RedisError) as error:
             well = False
-            print(f"failed   {name}: {error}")
+            print(without_controls(f"failed   {name}: {error}"))
 
     def reach_redis():
         server = None if settings.redis_uri else EmbeddedServer(settings.data_dir)
@@ -5530,12 +6723,12 @@ class Terminal:
 
     def paint(self, text, colour=None):
         """The text in a colour, and without what a terminal would take for a command."""
-        text = re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", str(text))
+        text = without_controls(str(text))
         return f"\x1b[{self.COLOURS[colour]}m{text}\x1b[0m" if colour and self.coloured else text
 
     def json(self, value):
         """Write a value as JSON."""
-        print(json.dumps(value, indent=2, ensure_ascii=False))
+        print(Encoder(indent=2, ensure_ascii=False).encode(value))
 
     def table(self, headings, rows):
         """The lines of a table; its headings on a terminal only, so that a pipe gets the rows alone. A cell that is a
@@ -5556,7 +6749,7 @@ class Terminal:
 
     def say(self, text):
         """A word to the person beside the output, on standard error."""
-        print(text, file=sys.stderr)
+        print(self.paint(text), file=sys.stderr)
 
     def confirms(self, question: str) -> bool:
         """Whether the person at the terminal says yes. Without one, as in a script, that goes without asking."""
@@ -5592,7 +6785,7 @@ class Operator:
         StartError: there is none, or Redis cannot be reached.
     """
 
-    ACCOUNT = "command-line"  # whose tasks `send` makes, where no account is named
+    ACCOUNT = Accounts.COMMAND_LINE  # whose tasks `send` makes, where no account is named
 
     def __init__(self, settings, terminal):
         server = None
@@ -5752,7 +6945,7 @@ class Operator:
         """List the accounts, add one, or remove one."""
         try:
             if options.add:
-                key = self.users.sign_up(ID({"id": options.add})["id"])
+                key = self.users.sign_up(NEW_ID({"id": options.add})["id"])
                 self.terminal.json({"apiKey": key}) if self.terminal.as_json else print(key)
                 return 0
             if options.remove:
@@ -6530,8 +7723,12 @@ const VIEWS = [[/^#\/$/, overview], [/^#\/tasks$/, tasks], [/^#\/tasks\/(.+)$/, 
   [/^#\/newsletters$/, newsletters], [/^#\/newsletters\/(.+)$/, content], [/^#\/new-content$/, () => content("")],
   [/^#\/mails$/, mails], [/^#\/mails\/(.+)$/, mail], [/^#\/suppressions$/, suppressions], [/^#\/accounts$/, accounts]];
 
+function place() {
+  return location.hash.startsWith("#/") ? location.hash : "#/";
+}
+
 function navigation() {
-  const here = (location.hash || "#/").replace("new-content", "newsletters");
+  const here = place().replace("new-content", "newsletters");
   const pages = [["#/", "Overview"], ["#/tasks", "Tasks"], ["#/dead", "Dead letters", lanes.dead],
     ["#/newsletters", "Newsletters"], ["#/suppressions", "Suppressions"],
     ...(lanes.outbox ? [["#/mails", "Mails"]] : []), ...(me.admin ? [["#/accounts", "Accounts"]] : [])];
@@ -6557,14 +7754,23 @@ function whose(found) {
   choose(account);
 }
 
+// What an address names, or the address as it is where it is malformed: there is no such thing then.
+function decoded(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text;
+  }
+}
+
 async function show() {
-  const address = location.hash || "#/";
-  if (me.account === null || !address.startsWith("#/")) return;
+  const address = place();
+  if (me.account === null) return;
   clearTimeout(show.timer);
   const number = show.number += 1, current = () => number === show.number;
   let matched;
   const [, make] = VIEWS.find(([pattern]) => (matched = pattern.exec(address))) || VIEWS[0];
-  const view = make(...(matched || []).slice(1).map(decodeURIComponent));
+  const view = make(...(matched || []).slice(1).map(decoded));
   const title = h("h1", {tabindex: "-1"}, view.title);
   document.title = `${view.title} – GoMail`;
   navigation();
