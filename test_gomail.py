@@ -5706,6 +5706,65 @@ def test_after_100000_mutated_requests_memory_is_flat_and_a_good_one_is_answered
     assert Client(process.url).get("/health/ping") == {"message": "pong"}
 
 
+@pytest.mark.long
+def test_in_400_mb_of_memory_a_service_under_attack_lives_and_answers_others(processes, redis_server):
+    code = ("import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (400 << 20, 400 << 20)); import gomail; "
+            "sys.exit(gomail.main())")
+    process = processes({"redis_uri": redis_server.uri, "key_prefix": f"{secrets.token_hex(4)}:"}, code=code).started()
+    client, other = process.client.sign_up(), process.client.sign_up()
+    message = MESSAGE["payload"]
+    bomb = {**MESSAGE, "payload": {**message, "content": "{{ a }}" * 60_000, "variables": {"a": "x" * 10_000}}}
+    shown = {**MESSAGE, "payload": {**message, "content": "<p>" + '<img src="cid:a">' * 20_000, "attachments": [
+        {"filename": "a.png", "content_type": "image/png", "content": base64_of(b"x" * 200_000), "content_id": "a"}]}}
+    small = {**MESSAGE, "payload": {**message, "content": "{{ a }}" * 900, "variables": {"a": "x" * 1000}}}
+    subscribe = {**MESSAGE, "type": "subscribe", "payload": {
+        "userId": "a@example.com", "frequency": "@hourly", "content_type": "bomb", "subject": "x", "content": "{{ a }}" * 60_000,
+        "variables": {"a": "x" * 10_000}}}
+    bodies = [json.dumps(found).encode() for found in (bomb, {"tasks": [small] * 130}, {"tasks": [bomb, bomb]}, shown, subscribe,
+                                                      {"content_type": "x", "subject": "x", "content": "{{ a }}" * 140_000})]
+    bodies += [b"[" * 1_000_000, b'{"a":' * 200_000, b"[" + b"{}," * 340_000 + b"{}]", b'{"tasks": [' + b"{}," * 300_000 + b"{}]}",
+               b'{"id": "' + b"a" * 1_000_000 + b'"}', b"9" * 1_000_000, ('{"userId": "a@' + "ü" * 200_000 + '.example"}').encode()]
+    routes = sorted({(route.method, route.path) for route in gomail.ROUTES if route.body and "deregister" not in route.path})
+    stopping, refused = threading.Event(), collections.Counter()
+
+    def attack(number):
+        key, chunked = (client.key, "", "Bearer nonsense")[number % 3], number % 4 == 0
+        for (method, path), body in itertools.islice(itertools.cycle(itertools.product(routes, bodies)), number * 7, number * 7 + 200):
+            if stopping.is_set():
+                break
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                connection = http.client.HTTPConnection(client.address, timeout=PATIENCE)
+                headers = {"Content-Type": "application/json", "Authorization": key}
+                connection.request(method, path, iter([body]) if chunked else body, headers, encode_chunked=chunked)
+                refused[connection.getresponse().status] += 1
+                connection.close()
+
+    def hold(number):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", int(client.address.rpartition(":")[2]))) as held:
+            held.sendall(f"POST /task/ HTTP/1.1\r\nHost: localhost\r\nAuthorization: {client.key if number % 2 else 'x'}\r\n"
+                         "Content-Type: application/json\r\nContent-Length: 1000000\r\n\r\n".encode() + b" " * 999_000)
+            stopping.wait(PATIENCE)
+    threads = [threading.Thread(target=target, args=(number,), daemon=True) for target, count in ((attack, 16), (hold, 60))
+               for number in range(count)]
+    for thread in threads:
+        thread.start()
+    waits, ended = [], time.monotonic() + 20.0
+    while time.monotonic() < ended:
+        began = time.monotonic()
+        status, answer, _ = other("POST", "/task/", MESSAGE)
+        waits.append(time.monotonic() - began)
+        assert status in (200, 503), answer
+        for mail in client("GET", "/outbox?limit=5")[1].get("mails", ()):
+            client("GET", f"/outbox/{mail['id']}")
+    stopping.set()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert process.process.poll() is None and other.state(other.task(), "succeeded")
+    print(f"\nanswered {dict(refused)}; another account waited {sorted(waits)[len(waits) // 2] * 1000:.0f} ms, "
+          f"at most {max(waits) * 1000:.0f} ms")
+    assert max(waits) < PATIENCE and refused[413] and not refused[500]
+
+
 # --- 13. service ------------------------------------------------------------------------------------------
 
 def test_help_names_every_option_and_version_the_version(processes):
