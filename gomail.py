@@ -296,7 +296,8 @@ class Settings:
         if self.smtp_server and not host_to_ascii(self.smtp_server):
             rule = ("a line of .env has one setting" if re.search(r"[\s=]", self.smtp_server) else
                     "the port goes into smtp_port")
-            raise StartError(f"smtp_server: {shown(self.smtp_server)} is no host name or IP address; {rule}")
+            said = "(hidden)" if re.search("[@/]", self.smtp_server) else shown(self.smtp_server)  # a URL's password
+            raise StartError(f"smtp_server: {said} is no host name or IP address; {rule}")
         host = host_to_ascii(self.host)
         if not host:
             raise StartError(f"host: {shown(self.host)} is no host name or IP address; the port goes into port")

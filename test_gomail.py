@@ -680,7 +680,7 @@ def test_names_in_the_environment_that_are_almost_options_are_warned_about_and_n
 
 
 @pytest.mark.parametrize("environment", [
-    {"admin_token": "x"}, {"public_url": "https://mail.example.com"}, {"admin_token": "x", "host": "0.0.0.0"}])
+    {"admin_token": "x"}, {"public_url": "https://mail.example.com"}, {"admin_token": "x" * 16, "host": "0.0.0.0"}])
 def test_a_service_for_others_whose_mail_goes_to_the_maildir_is_warned_about(processes, environment):
     process = processes({**environment, "smtp_sever": "smtp.example.com"}).started()
     assert until(lambda: process.logged("smtp_server is not set: mail goes to a Maildir"))["level"] == "WARNING"
@@ -1282,7 +1282,7 @@ def test_no_process_writes_a_password_of_redis_uri_anywhere(processes, guarded_r
                            (f"redis://{user}:QXZJ@{place}?nonsense=1", [])):
         code, output, errors = processes({"redis_uri": uri}, arguments=arguments).result()
         said = output + errors
-        assert code == 1 and "redis_uri: " in said and said.count("\n") <= 3 and not re.search("QX|ZJ|de:|pl@y", said)
+        assert code == (1 if arguments else 78) and "redis_uri: " in said and said.count("\n") <= 3 and not re.search("QX|ZJ|de:|pl@y", said)
     process = processes({"redis_uri": f"{user}:{password}@{place}", "key_prefix": "shown:"}).started()
     assert until(lambda: process.logged("data lies in redis://127.0.0.1:"))
     assert process.stop() == 0
@@ -6552,7 +6552,7 @@ def test_a_dead_letter_is_retried_and_deleted_one_or_all(service, browser, mail_
 
 def test_a_task_that_waits_is_cancelled_on_the_page(service, browser):
     client = service.client.sign_up()
-    task_id = client.task(send_at="2099-01-01T00:00:00Z")
+    task_id = client.task(send_at=rfc3339(time.time() + 1e8))
     tab = browser.open(client, client.key, f"#/tasks/{task_id}")
     tab.get_by_role("button", name="Cancel").click()
     tab.get_by_role("status").get_by_text("Cancelled.").wait_for()
