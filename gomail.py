@@ -296,7 +296,7 @@ class Settings:
         if self.smtp_server and not host_to_ascii(self.smtp_server):
             rule = ("a line of .env has one setting" if re.search(r"[\s=]", self.smtp_server) else
                     "the port goes into smtp_port")
-            said = "(hidden)" if re.search("[@/]", self.smtp_server) else shown(self.smtp_server)  # a URL's password
+            said = "(hidden)" if "@" in self.smtp_server else shown(self.smtp_server)  # as in a URL with a password
             raise StartError(f"smtp_server: {said} is no host name or IP address; {rule}")
         host = host_to_ascii(self.host)
         if not host:

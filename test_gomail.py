@@ -810,7 +810,7 @@ def test_an_env_file_that_is_no_text_in_utf_8_is_one_line(tmp_path, content):
     ("smtp_port", "587 smtp_user=me smtp_pass=QXZJ"), ("smtp_from", "me SMTP_PASS='QX ZJ'"),
     ("timezone", "UTC admin_token = QXZJ"), ("smtp_tls", "auto redis_uri=:QXZJ@127.0.0.1:6379"),
     ("host", "192.0.2.1 jwt_secret: QXZJ"), ("smtp_ca", "x password=QXZJ"),
-    ("smtp_server", "smtps://me:QXZJ@smtp.example.com"), ("smtp_server", "smtp.example.com/QXZJ")])
+    ("smtp_server", "smtps://me:QXZJ@smtp.example.com"), ("smtp_server", "user:QXZJ@smtp.example.com")])
 def test_a_wrong_value_that_holds_a_secret_is_refused_without_it(tmp_path, name, value):
     with pytest.raises(gomail.StartError, match=name) as refused:
         gomail.Settings.load({name: value}, tmp_path)
