@@ -559,8 +559,10 @@ def mailbox(address: str) -> str:
 
     A local part that is no dot-string becomes a quoted-string (RFC 5321 section 4.1.2).
     """
+    if ".." not in address and ".@" not in address and address[0] != ".":
+        return address
     local, _, domain = address.rpartition("@")
-    return address if all(local.split(".")) else f'"{local}"@{domain}'
+    return f'"{local}"@{domain}'
 
 
 # --- 2. logging -------------------------------------------------------------------------------------------
@@ -3778,6 +3780,7 @@ class SmtpTransport:
         utf8 = "" if address.isascii() else self.UTF8
         try:
             smtp = self._connect()
+            smtp.sock.settimeout(self.COMMAND_TIMEOUT)
             for stage, command in (("MAIL", f"MAIL FROM:<{mailbox(address)}>{utf8}\r\n"),
                                    ("RCPT", f"RCPT TO:<{mailbox(address)}>\r\n")):
                 smtp.send(command.encode())
@@ -3858,6 +3861,7 @@ class SmtpTransport:
                 refused |= self._offer(smtp, sender, options, wanted)
             if len(refused) < len(recipients):
                 self._send_data(smtp, message)
+                smtp.sock.settimeout(self.FINAL_TIMEOUT)
                 if error := refusal("DOT", *self._reply(smtp, "DOT")):
                     refused |= dict.fromkeys((found for found in recipients if found not in refused), error)
         except Unavailable as error:
@@ -3888,18 +3892,19 @@ class SmtpTransport:
         commands = [("MAIL", f"MAIL FROM:<{mailbox(sender)}>{options}\r\n"),
                     *(("RCPT", f"RCPT TO:<{mailbox(found)}>\r\n") for found in recipients), ("DATA", "DATA\r\n")]
         pipelined, replies = smtp.has_extn("pipelining"), []
-        self._set_timeout(smtp, self.COMMAND_TIMEOUT)
+        smtp.sock.settimeout(self.COMMAND_TIMEOUT)
         if pipelined:
             smtp.send("".join([command for _, command in commands]).encode())
         for stage, command in commands:
-            taken = stage == "DATA" and any(code < 300 for code, _ in replies[1:])
+            taken = stage == "DATA" and any([code < 300 for code, _ in replies[1:]])
             if not pipelined:
                 if stage == "DATA" and not taken or stage == "RCPT" and replies[0][0] >= 300:
                     break
                 smtp.send(command.encode())
-            replies.append(self._reply(smtp, stage))
-            if replies[-1][0] == 421:  # nothing more will come
-                raise refusal(stage, *replies[-1])
+            reply = self._reply(smtp, stage)
+            replies.append(reply)
+            if reply[0] == 421:  # nothing more will come
+                raise refusal(stage, *reply)
         if error := refusal("MAIL", *replies[0]):
             refused = dict.fromkeys(recipients, error)
         else:
@@ -3921,13 +3926,7 @@ class SmtpTransport:
     def _reply(self, smtp: smtplib.SMTP, stage: str) -> tuple[int, bytes]:
         """(code, text) of the server's next reply."""
         self.local.stage = stage
-        self._set_timeout(smtp, self.FINAL_TIMEOUT if stage == "DOT" else self.COMMAND_TIMEOUT)
         return smtp.getreply()
-
-    @staticmethod
-    def _set_timeout(smtp: smtplib.SMTP, seconds: float) -> None:
-        if smtp.sock.gettimeout() != seconds:  # it is a system call each time
-            smtp.sock.settimeout(seconds)
 
     def _broken(self, error: Exception) -> Unavailable:
         """What it means that the connection failed at this stage. The connection is let go of."""
