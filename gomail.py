@@ -3339,7 +3339,7 @@ class TextOfHtml:
             self.blocks.append("\n".join(lines).strip("\n"))
         else:
             text = "\n".join([" ".join(line.split()) for line in text.split(BREAK)])
-            self.blocks.append(re.sub(r"\n{3,}", "\n\n", text).strip())
+            self.blocks.append((re.sub(r"\n{3,}", "\n\n", text) if "\n\n\n" in text else text).strip())
 
 
 def attribute(name: str, attributes: str) -> str:
@@ -3412,10 +3412,16 @@ def compose(mail: Mail, message_id: str, moment: int) -> bytes:
     if mail.reply_to:
         headers.append(f"Reply-To: {mailbox(mail.reply_to)}")
     headers += [folded("Subject", plain_words(mail.subject) or encoded_words(mail.subject, len("Subject: "))),
-                f"Date: {email.utils.formatdate(moment // 1_000_000)}", f"Message-ID: <{message_id}>",
+                f"Date: {mail_date(moment // 1_000_000)}", f"Message-ID: <{message_id}>",
                 "Auto-Submitted: auto-generated",  # RFC 3834 section 5: no auto-responder answers such mail
                 *(f"{name}: {value}" for name, value in mail.headers), "MIME-Version: 1.0", ""]
     return "\r\n".join(headers).encode() + mime_body(mail.content, mail.text, mail.attachments)
+
+
+@functools.lru_cache(maxsize=16)  # mails that wait are of few seconds, and it takes a fiftieth of a mail's time
+def mail_date(second: int) -> str:
+    """The value of the header Date (RFC 5322 section 3.3) for seconds since the epoch."""
+    return email.utils.formatdate(second)
 
 
 @functools.lru_cache(maxsize=4)
@@ -3433,7 +3439,7 @@ def mime_body(content: str, text: str = "", attachments: tuple[tuple[str, str, s
                 + b"".join(b"--%s\r\n%s\r\n" % (boundary.encode(), part) for part in parts)
                 + f"--{boundary}--\r\n".encode())
     digest = hashlib.sha256(repr((content, text, attachments)).encode()).hexdigest()[:32]
-    content, text = (re.sub(r"\r\n?", "\n", found) for found in (content, text))
+    content, text = (re.sub(r"\r\n?", "\n", found) if "\r" in found else found for found in (content, text))
     # Mailers offer to accept an invitation where it is an alternative, and show the last one that they can.
     invitation = next((found for found in attachments if is_invitation(found[1])), None)
     files = [found for found in attachments if found is not invitation]
