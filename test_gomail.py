@@ -6594,6 +6594,7 @@ def test_a_content_type_is_made_edited_seen_and_deleted_on_the_page(service, bro
     go(tab, "#/newsletters")
     tab.get_by_role("row", name="user@example.com").get_by_text("@monthly").wait_for()
     tab.get_by_role("link", name="Weekly Lettér").click()
+    tab.frame_locator("iframe").get_by_role("heading", name="Second").wait_for()  # what is still loading would be missed
     tab.on("dialog", lambda dialog: dialog.accept())
     tab.get_by_role("button", name="Delete").click()
     tab.get_by_text("No content types yet.").wait_for()
