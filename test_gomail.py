@@ -6747,6 +6747,8 @@ def test_axe_finds_nothing_and_nothing_is_wider_than_the_screen(services, browse
     for view in ("#/", "#/accounts"):
         go(tab, view)
         check(f"{view} of the admin")
+    # What axe itself tries to say to the sandboxed frame of a mail.
+    tab.complaints = [line for line in tab.complaints if "postMessage" not in line]
 
 
 @pytest.mark.timeout(7200)
@@ -7326,7 +7328,7 @@ def test_what_a_killed_process_had_in_flight_is_sent_by_another_one(processes, m
     released.set()
     until(lambda: len(sender.answered) == 400)
     doubles = counted(mail_server, sender.answered)
-    assert second.logged("reclaimed the tasks of a dead process")["tasks"] >= 1
+    assert until(lambda: second.logged("reclaimed the tasks of a dead process"))["tasks"] >= 1
     assert doubles <= 4  # the workers of the lane: what each had between the server's 250 and the ack
     until(lambda: second.client.get("/health/metrics")["Jobs Successful"] == 400)
     assert second.client.get("/health/metrics")["Jobs Failed"] == 0
