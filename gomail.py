@@ -166,8 +166,8 @@ class Settings:
                            'is an address')
     smtp_token_command: str = option("", "instead of smtp_pass: a command that writes an access token, for XOAUTH2; it "
                                      "runs again when the server refuses the token")
-    smtp_tls: str = option("auto", "auto: STARTTLS where offered; implicit: TLS from the start, on any port; off: never "
-                           "(a server on this machine)", choices=("auto", "implicit", "off"))
+    smtp_tls: str = option("auto", "auto: STARTTLS where offered; implicit: TLS from the start, on any port; off: "
+                           "never (a server on this machine)", choices=("auto", "implicit", "off"))
     smtp_ca: str = option("", "file with the certificates (PEM) that the SMTP server's must come from; empty: the "
                           "machine's own")
     smtp_ehlo: str = option("", "name or [address] in EHLO; empty: this machine's full name, else its address")
@@ -175,8 +175,8 @@ class Settings:
                               "0: as fast as it takes them", low=0, high=100000, number="a number")
     smtp_timeout: float = option(30.0, "seconds to wait for the SMTP server's connection, and for each answer until a "
                                  "mail is offered; from then on the times of RFC 5321 hold", low=0.1, high=600)
-    smtp_mails_per_connection: int = option(100, "mails after which a connection is replaced; of the urgent lane at most "
-                                            "10", low=1, high=100000)
+    smtp_mails_per_connection: int = option(100, "mails after which a connection is replaced; of the urgent lane at "
+                                            "most 10", low=1, high=100000)
     redis_uri: str = option("", "host:port, redis://, rediss://, unix:// or redis+sentinel://; "
                             "empty: the embedded Valkey in data_dir")
     key_prefix: str = option("gomail:", "what every Redis key begins with")
@@ -286,10 +286,11 @@ class Settings:
             raise StartError("otp_content: must hold {{ otp }}")
         for name in split_list(self.allowed_hosts):
             if parse_host(name) is None or parse_host(f"{name}:80") is None:
-                raise StartError(f"allowed_hosts: {shown(name)} is not a host name without port, such as mail.example.com")
+                raise StartError(f"allowed_hosts: {shown(name)} is not a host name without port, such as "
+                                 "mail.example.com")
         if self.allowed_hosts and not self.admin_token:
-            raise StartError(f"allowed_hosts: {shown(self.allowed_hosts)} is not allowed without admin_token; requests may "
-                             "call the service localhost alone then")
+            raise StartError(f"allowed_hosts: {shown(self.allowed_hosts)} is not allowed without admin_token; requests "
+                             "may call the service localhost alone then")
 
     def _check_hosts(self) -> None:
         """Raise StartError where `smtp_server`, `host` or `redis_uri` names no host that can be looked up."""
@@ -505,7 +506,8 @@ ADDRESS_LITERAL = re.compile(r"\[(\d{1,3}(\.\d{1,3}){3}|IPv6:[0-9A-Fa-f:.]{2,45}
 def is_domain(text: str) -> bool:
     """Whether the text is a fully-qualified domain name in ASCII (RFC 5321 section 4.1.2), and no IP address."""
     *labels, last = text.lower().split(".")
-    return len(text) <= 255 and bool(labels) and not last.isdigit() and all(map(DOMAIN_LABEL.fullmatch, (*labels, last)))
+    return (len(text) <= 255 and bool(labels) and not last.isdigit()
+            and all(map(DOMAIN_LABEL.fullmatch, (*labels, last))))
 
 
 def domain_to_ascii(domain: str) -> str | None:
@@ -2034,10 +2036,10 @@ def same_mailbox(address: str) -> str:
 class Task:
     """A task that a worker has in hand.
 
-    `key` is the id of the API key it came with; `created` is Redis's time when it was accepted, in microseconds since the epoch; `attempts` counts those
-    that ended in failure, `strikes` the processes that died while they had it, and `drops` the connections
-    that did, the last at `dropped` (microseconds); `delivered` are the recipients that have the mail already, and
-    `suppressed` those that get none, as same_mailbox() has them.
+    `key` is the id of the API key it came with; `created` is Redis's time when it was accepted, in microseconds since
+    the epoch; `attempts` counts those that ended in failure, `strikes` the processes that died while they had it, and
+    `drops` the connections that did, the last at `dropped` (microseconds); `delivered` are the recipients that have the
+    mail already, and `suppressed` those that get none, as same_mailbox() has them.
     """
 
     id: str
@@ -2749,7 +2751,8 @@ class Queue:
             if found["head"] is None:  # it ended just now
                 continue
             try:
-                statuses.append(self._status(task_id, found, story) | ({} if account else {"account": found["account"]}))
+                owner = {} if account else {"account": found["account"]}
+                statuses.append(self._status(task_id, found, story) | owner)
             except (ValueError, TypeError, KeyError) as error:  # one that nobody can read must not hide the others
                 log(logging.ERROR, "a task cannot be read", task=task_id, error=describe(error))
                 statuses.append({"id": task_id, "task": "", "type": "", "userId": "", "state": found["state"],
@@ -3146,24 +3149,25 @@ REPLIES = tuple((about, re.compile(pattern, re.IGNORECASE | re.DOTALL)) for abou
     # RFC 5321 section 4.2.3: 552, exceeded storage; RFC 3463 section 3.3, 3.4, 3.7: too long, its media.
     (About.MAIL, r"\w+ (552 |[45]\d\d [45]\.(2\.3|3\.4|6\.\d+)\b)"),
     # RFC 4954 section 6, RFC 3207 section 4: authentication or TLS first. RFC 3463 section 3.2: the sender's address.
-    # RFC 5248, RFC 7372, RFC 7505: credentials, SPF, DKIM, reverse DNS. Microsoft's list of NDR codes: 5.7.50 and above.
+    # RFC 5248, RFC 7372, RFC 7505: credentials, SPF, DKIM, reverse DNS. Microsoft's list of NDR codes: from 5.7.50 on.
     (About.SENDER, r"\w+ (53\d |[45]\d\d [45]\.(1\.[78]|7\.([89]|1[0-4]|2[0-7]|57|60|64|139|50[1-38]|511|6[0-4]\d"
                    r"|70[58]|750)|2\.252)\b)"),
     # Postfix's smtpd_delay_reject says at RCPT what it thinks of HELO, client and sender; so do Exim's ACLs ("relay not
     # permitted", "Sender verify failed"), Sendmail ("Relaying denied"), qmail ("allowed rcpthosts"), Exchange
     # ("SendAsDenied", "Unable to relay") and, at the end of the data, SES ("Email address is not verified").
     (About.SENDER, r"\w+ .*(sender (address )?(rejected|refused|denied)|sender verif|helo command rejected"
-                   r"|client host rejected|client .*blocked using|relay(ing)? (access )?(is )?(denied|not (permitted|allowed))"
-                   r"|not (permitted|allowed|authorized) to relay|unable to relay|allowed rcpthosts|not owned by"
+                   r"|client host rejected|client .*blocked using|not (permitted|allowed|authorized) to relay"
+                   r"|relay(ing)? (access )?(is )?(denied|not (permitted|allowed))"
+                   r"|unable to relay|allowed rcpthosts|not owned by"
                    r"|authentication (is )?required|must (be )?authenticat|not authenticated|sendasdenied"
                    r"|send as this sender|address is not verified)"),
-    # RFC 5321 section 4.2.4 and 4.3.2: commands unknown or out of order. Stalwart ("messages per session"), IONOS ("Mails
-    # per session limit"), OpenSMTPD ("Too many messages sent"), Postfix ("too many errors"): a connection's share. Postfix's
-    # anvil counts over connections ("too much mail from", "too many recipients from").
+    # RFC 5321 section 4.2.4 and 4.3.2: commands unknown or out of order. A connection's share: Stalwart ("messages per
+    # session"), IONOS ("Mails per session limit"), OpenSMTPD ("Too many messages sent"), Postfix ("too many errors").
+    # Postfix's anvil counts over connections ("too much mail from", "too many recipients from").
     (About.CONNECTION, r"\w+ (50[0234] |.*(too many (messages|mails|e-?mails|transactions|errors|commands)"
                        r"|(messages?|mails?|count) per (session|connection)|session limit|too much mail"
                        r"|too many recipients))"),
-    # RFC 3463 section 3.4 and 3.5: the system is full, not accepting or badly set up, congested; RFC 4954 and RFC 3207: 454.
+    # RFC 3463 section 3.4 and 3.5: the system is full, not accepting, badly set up or congested. RFC 4954, RFC 3207: 454.
     (About.SERVER, r"\w+ (454 |4\d\d 4\.(3\.[0125]|4\.[25])\b|5\d\d 5\.3\.[125]\b)"),
     # Postfix, when its milter, policy server or table does not answer.
     (About.SERVER, r"\w+ 4.*(service unavailable|server configuration|temporary lookup failure)"),
@@ -3996,7 +4000,8 @@ class SmtpTransport:
             "LOGIN": (b"", lambda _: user, lambda _: password),
             "CRAM-MD5": (b"", lambda challenge: cram_md5(user, password, challenge))}
         offered = smtp.esmtp_features.get("auth", "").upper().split()
-        failure = Unavailable(f"it offers none of {', '.join(mechanisms)} to log in, but {' '.join(offered) or 'nothing'}")
+        known, there = ", ".join(mechanisms), " ".join(offered) or "nothing"
+        failure = Unavailable(f"it offers none of {known} to log in, but {there}")
         for name in mechanisms:
             if name in offered:
                 try:
@@ -6412,8 +6417,8 @@ def open_store(settings, server=None):
     try:
         store.redis.ping()
     except redis.RedisError as error:
-        kind = StartError if isinstance(error, (redis.AuthenticationError, redis.ResponseError)) else TransientStartError
-        raise kind(f"redis_uri: {redacted(uri)} cannot be reached: {describe(error)}") from None
+        final = isinstance(error, (redis.AuthenticationError, redis.ResponseError))
+        raise (StartError if final else TransientStartError)(f"redis_uri: {redacted(uri)} cannot be reached: {describe(error)}") from None
     except (TypeError, ValueError):  # a key without its certificate, a NUL in the name of a file
         raise StartError(f"redis_uri: the options behind {redacted(uri)} do not fit together") from None
     try:
@@ -6511,8 +6516,9 @@ def end_by_force_after(seconds: float, server: EmbeddedServer | None) -> None:
 
 
 def spare_addresses() -> None:
-    """Have glibc allocate from two arenas. By default nearly each thread gets one, and each reserves 64 MB of addresses:
-    a service that is limited to 400 MB of them (ulimit -v, prlimit --as) would have none left with 50 MB in use."""
+    """Have glibc allocate from two arenas. By default nearly each thread gets one, and each reserves 64 MB of
+    addresses: a service that may have 400 MB of them (ulimit -v, prlimit --as) would have none left with 50 MB in use.
+    """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).mallopt(-8, 2)  # M_ARENA_MAX of malloc.h
 
