@@ -3167,7 +3167,7 @@ REPLIES = tuple((about, re.compile(pattern, re.IGNORECASE | re.DOTALL)) for abou
     (About.CONNECTION, r"\w+ (50[0234] |.*(too many (messages|mails|e-?mails|transactions|errors|commands)"
                        r"|(messages?|mails?|count) per (session|connection)|session limit|too much mail"
                        r"|too many recipients))"),
-    # RFC 3463 section 3.4 and 3.5: the system is full, not accepting, badly set up or congested. RFC 4954, RFC 3207: 454.
+    # RFC 3463 section 3.4, 3.5: the system is full, not accepting, badly set up or congested. RFC 4954, RFC 3207: 454.
     (About.SERVER, r"\w+ (454 |4\d\d 4\.(3\.[0125]|4\.[25])\b|5\d\d 5\.3\.[125]\b)"),
     # Postfix, when its milter, policy server or table does not answer.
     (About.SERVER, r"\w+ 4.*(service unavailable|server configuration|temporary lookup failure)"),
@@ -6417,8 +6417,9 @@ def open_store(settings, server=None):
     try:
         store.redis.ping()
     except redis.RedisError as error:
+        words = f"redis_uri: {redacted(uri)} cannot be reached: {describe(error)}"
         final = isinstance(error, (redis.AuthenticationError, redis.ResponseError))
-        raise (StartError if final else TransientStartError)(f"redis_uri: {redacted(uri)} cannot be reached: {describe(error)}") from None
+        raise (StartError if final else TransientStartError)(words) from None
     except (TypeError, ValueError):  # a key without its certificate, a NUL in the name of a file
         raise StartError(f"redis_uri: the options behind {redacted(uri)} do not fit together") from None
     try:
