@@ -6583,6 +6583,14 @@ def test_the_page_comes_with_a_policy_that_runs_its_own_script_alone(service):
     assert len(nonces) == 2
 
 
+def test_without_page_html_the_page_is_not_found_and_all_else_works(services, mail_server, monkeypatch, tmp_path):
+    monkeypatch.setattr(gomail, "PAGE_FILE", tmp_path / "page.html")
+    client = services(mail_server).client.sign_up()
+    status, answer, _ = client("GET", "/")
+    assert status == 404 and "page.html is missing" in answer["error"]
+    client.state(client.task(), "succeeded")
+
+
 def test_one_logs_in_with_a_key_sees_tasks_arrive_and_opens_one(service, browser):
     client = service.client.sign_up()
     tab = browser.open(client, client.key)
