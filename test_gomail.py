@@ -7996,3 +7996,187 @@ def test_soak_20000_tasks_while_everything_is_killed_at_random_times(processes, 
     print(f"\nanswered 2xx {len(answered)}, distinct mails {len({mail.recipient for mail in mail_server.mails})}, "
           f"doubles {doubles}, kills {dict(kills)}, 503 and repeated {sum(len(sender.refused) for sender in senders)}")
     assert doubles <= kills["gomail"] * 4 + kills["smtp"] * 4 + kills["redis"] * 4 and folder.exists()
+
+
+class Tally(MailServer):
+    """A mail server that keeps no mail, only how often each recipient got one and when the last came.
+
+    Nobody is there at gone.example.
+    """
+
+    def __init__(self):
+        self.times, self.arrived = collections.Counter(), {}
+        super().__init__()
+
+    async def handle_RCPT(self, server, session, envelope, address, options):
+        if address.endswith("@gone.example"):
+            return "550 5.1.1 no such user"
+        envelope.rcpt_tos.append(address)
+        return "250 OK"
+
+    async def handle_DATA(self, server, session, envelope):
+        for recipient in envelope.rcpt_tos:
+            self.times[recipient] += 1
+            self.arrived[recipient] = time.monotonic()
+        return "250 OK"
+
+
+class Pace(threading.Thread):
+    """Calls `act` with 0, 1, 2, ... at `rate` calls a second until `over` is set; an error of the network is no end."""
+
+    def __init__(self, over, rate, act):
+        super().__init__(daemon=True)
+        self.over, self.rate, self.act, self.failed = over, rate, act, 0
+        self.start()
+
+    def run(self):
+        due = time.monotonic()
+        for number in itertools.count():
+            due = max(due + 1 / self.rate, time.monotonic() - 1)
+            if self.over.wait(max(0.0, due - time.monotonic())):
+                return
+            try:
+                self.act(number)
+            except (OSError, http.client.HTTPException, AssertionError, KeyError):
+                self.failed += 1
+
+
+def usage(processes):
+    """(resident megabytes, open files) of some processes together; those that have ended count nothing."""
+    memory = files = 0
+    for process in processes:
+        with contextlib.suppress(OSError):
+            status = pathlib.Path(f"/proc/{process}/status").read_text()
+            memory += int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
+            files += len(os.listdir(f"/proc/{process}/fd"))
+    return round(memory, 1), files
+
+
+@pytest.mark.timeout(7200)
+@pytest.mark.long
+def test_soak_an_hour_of_all_that_operators_do_at_half_load(processes, redis_with_file, tmp_path):
+    """GOMAIL_SOAK says how many seconds, by default an hour; the last third is without restarts, to see what grows."""
+    length, rate = float(os.environ.get("GOMAIL_SOAK", 3600)), float(os.environ.get("GOMAIL_SOAK_RATE", 60))
+    with contextlib.closing(Tally()) as mail_server:
+        mail_server.start()
+        server, over, quiet_now = redis_with_file(), threading.Event(), threading.Event()
+        environment = settings_for(server, mail_server, processes="2", result_ttl="60", dead_max="1000",
+                                   port=str(free_port()), otp_cooldown="0", otp_hourly_max="0") | {"log_file": "app.log"}
+        folder = tmp_path / "busy"
+        folder.mkdir()
+
+        def start():
+            process = processes(environment, folder=folder).started()
+            process.lines = collections.deque(maxlen=1000)
+            return process
+        busy = start()
+        idle = processes(settings_for(redis_with_file(), mail_server, otp_cooldown="0", otp_hourly_max="0")).started()
+        key, idle_key, answered = busy.client.sign_up().key, idle.client.sign_up().key, []
+        did, waits = collections.Counter(), {"busy": [], "idle": []}
+
+        def send(app):
+            def act(number):
+                gone = number % 500 == 499
+                recipient = f"{app}-{number}@{'gone.example' if gone else 'example.com'}"
+                task = {**MESSAGE, "payload": {**MESSAGE["payload"], "userId": recipient}}
+                while not over.is_set():
+                    with contextlib.closing((client := Client(busy.url, key)).connection), contextlib.suppress(
+                            OSError, http.client.HTTPException):
+                        status, _, _ = client("POST", "/task/", task, Idempotency_Key=recipient)
+                        if status == 200:
+                            answered.extend([] if gone else [recipient])
+                            return
+                    time.sleep(0.05)
+            return act
+
+        def otp(name, url, key):
+            def act(number):
+                recipient = f"{name}-otp-{number}@example.com"
+                with contextlib.closing((client := Client(url, key)).connection):
+                    asked = time.monotonic()
+                    client.task("generateOtp", retries=5, userId=recipient)
+                until(lambda: recipient in mail_server.arrived, 60)
+                waits[name].append((asked, mail_server.arrived[recipient] - asked))
+            return act
+
+        def look(number):
+            with contextlib.closing((client := Client(busy.url, key)).connection):
+                for path in ("/session", "/lanes", "/task/recent?limit=50", "/history", "/subscriptions", "/task/dead"):
+                    client.get(path)
+                client.connection.request("GET", "/metrics" if number % 2 else "/")
+                assert client.connection.getresponse().read()
+                did["looked"] += 1
+
+        def command(*arguments):
+            done = processes({**environment, "log_file": "off"}, folder=folder, arguments=arguments).result()
+            did[f"{arguments[0]} {done[0]}"] += 1
+
+        faults, chance = [], random.Random(7)
+
+        def operate(number):
+            nonlocal busy
+            restarts = ["gomail", "kill", "redis", "smtp"]
+            what = chance.choice(["rename", "hangup", "backup", "purge", "retry", "batch", *restarts])
+            if what in restarts and quiet_now.is_set():
+                return
+            did[what] += 1
+            if what in restarts:
+                faults.append((time.monotonic(), what))
+            with contextlib.closing((client := Client(busy.url, key)).connection):
+                if what == "rename":
+                    (folder / "app.log").rename(folder / "app.log.old")
+                elif what == "hangup":
+                    busy.process.send_signal(signal.SIGHUP)
+                elif what == "backup":
+                    command("backup", str(folder / "backup"))
+                elif what == "purge":
+                    client("DELETE", "/task/dead")
+                elif what == "retry":
+                    client("POST", "/task/dead/retry")
+                elif what == "batch":
+                    client.post("/task/batch", {"tasks": [{**MESSAGE, "type": "subscribe", "payload": {
+                        "userId": f"s{count}@example.com", "frequency": "@monthly", "content_type": "news",
+                        "subject": "S", "content": "C"}} for count in range(200)]})
+                elif what == "gomail":
+                    busy.stop()
+                    busy = start()
+                elif what == "kill":
+                    busy.kill()
+                    busy = start()
+                elif what == "redis":
+                    server.kill()
+                    server.start()
+                elif what == "smtp":
+                    mail_server.stop()
+                    time.sleep(chance.uniform(0, 3))  # how long the outage is
+                    mail_server.start()
+            if faults and faults[-1][1] == what:
+                faults.append((time.monotonic(), f"{what} over"))
+
+        threads = [*(Pace(over, rate / 2, send(app)) for app in "ab"), Pace(over, 1, look), Pace(over, 1 / 7, operate),
+                   Pace(over, 1, lambda number: otp("busy", busy.url, key)(number)),
+                   Pace(over, 1, otp("idle", idle.url, idle_key))]
+        began, samples = time.monotonic(), []
+        while (passed := time.monotonic() - began) < length:
+            over.wait(min(10.0, length / 20))
+            if passed > length * 2 / 3 and not quiet_now.is_set():
+                quiet_now.set()
+                time.sleep(5)
+            if quiet_now.is_set():
+                samples.append((*usage([busy.process.pid, *children(busy.process.pid)]),
+                                *usage([server.client.info("server")["process_id"]])))
+        over.set()
+        for thread in threads:
+            thread.join(PATIENCE)
+        until(lambda: set(mail_server.times) >= set(answered), 600)
+        doubles = sum(mail_server.times[recipient] - 1 for recipient in set(answered))
+        calm = {name: sorted(wait for asked, wait in found if not any(at - 5 < asked < at + 15 for at, _ in faults))
+                for name, found in waits.items()}
+        p99 = {name: found[int(len(found) * 0.99)] for name, found in calm.items()}
+        print(f"\nanswered 2xx {len(answered)}, doubles {doubles}, did {dict(did)}, "
+              f"failed {[thread.failed for thread in threads]}")
+        print(f"OTPs {len(waits['busy'])}, slowest {max(wait for _, wait in waits['busy']):.2f} s; away from faults "
+              f"{len(calm['busy'])}, p99 {1000 * p99['busy']:.1f} ms, of an idle service {1000 * p99['idle']:.1f} ms")
+        print("megabytes and files of gomail, of Redis:", samples[0], samples[len(samples) // 2], samples[-1])
+        assert doubles <= 16 * sum(what in ("kill", "redis", "smtp") for _, what in faults)
+        assert samples[-1][1] <= samples[0][1] + 20 and samples[-1][0] <= samples[0][0] * 1.3 + 20
