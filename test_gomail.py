@@ -8060,8 +8060,9 @@ def test_soak_an_hour_of_all_that_operators_do_at_half_load(processes, redis_wit
     with contextlib.closing(Tally()) as mail_server:
         mail_server.start()
         server, over, quiet_now = redis_with_file(), threading.Event(), threading.Event()
+        unlimited = {"otp_cooldown": "0", "otp_hourly_max": "0"}
         environment = settings_for(server, mail_server, processes="2", result_ttl="60", dead_max="1000",
-                                   port=str(free_port()), otp_cooldown="0", otp_hourly_max="0") | {"log_file": "app.log"}
+                                   port=str(free_port()), **unlimited) | {"log_file": "app.log"}
         folder = tmp_path / "busy"
         folder.mkdir()
 
@@ -8070,7 +8071,7 @@ def test_soak_an_hour_of_all_that_operators_do_at_half_load(processes, redis_wit
             process.lines = collections.deque(maxlen=1000)
             return process
         busy = start()
-        idle = processes(settings_for(redis_with_file(), mail_server, otp_cooldown="0", otp_hourly_max="0")).started()
+        idle = processes(settings_for(redis_with_file(), mail_server, **unlimited)).started()
         key, idle_key, answered = busy.client.sign_up().key, idle.client.sign_up().key, []
         did, waits = collections.Counter(), {"busy": [], "idle": []}
 
