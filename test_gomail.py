@@ -44,6 +44,7 @@ import sys
 import tempfile
 import threading
 import time
+import tomllib
 import unicodedata
 import urllib.parse
 import zoneinfo
@@ -841,19 +842,106 @@ def test_what_the_system_or_a_server_said_becomes_one_line_without_controls(word
     assert gomail.one_line(plain.encode()) == gomail.describe(ValueError(plain)) == plain
 
 
-def test_the_tests_that_the_readme_names_are_there():
-    for page in (HERE / "README.md", HERE / "docs" / "security.md"):
-        named = re.findall(r"`(test_\w+)`", page.read_text())
-        assert all(name in globals() for name in named), set(named) - set(globals())
-    assert named
+def page(name):
+    """The text of README.md or of a page below docs/."""
+    return (HERE / ("README.md" if name == "README" else f"docs/{name}.md")).read_text()
 
 
-def test_the_readme_lists_every_option_once_with_its_default():
-    rows = re.findall(r"^\| `(\w+)` \| (.*?) \|", (HERE / "README.md").read_text(), re.MULTILINE)
-    listed = [(name, default) for name, default in rows if name in gomail.Settings.__dataclass_fields__]
-    expected = [(field.name, "(empty)" if field.default == "" else f"`{field.default:g}`" if isinstance(field.default, float)
-                 else f"`{field.default}`") for field in dataclasses.fields(gomail.Settings)]
-    assert sorted(listed) == sorted(expected)
+PAGES = ("README", "api", "operations", "security", "comparison", "migrating", "development")
+
+
+def test_the_readme_has_at_most_12_kb_and_every_page_is_reached_from_it():
+    assert len(page("README").encode()) <= 12 * 1024
+    assert all(f"(docs/{name}.md" in page("README") for name in PAGES[1:])
+
+
+def anchors(text):
+    """The names by which links reach the headings of a page."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+            for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_what_a_page_links_to_is_there(name):
+    folder = HERE if name == "README" else HERE / "docs"
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", page(name)):
+        found = (folder / target).resolve() if target else folder / f"{name}.md"
+        assert found.exists(), target
+        assert not anchor or anchor in anchors(found.read_text()), f"{target}#{anchor}"
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_tests_that_a_page_names_are_there(name):
+    named = set(re.findall(r"\b(test_\w+)`", page(name)))
+    words = re.findall(r"-k (\w+)", page(name))
+    assert named <= {*globals(), "test_gomail"}, named - set(globals())
+    assert all(any(word in test for test in globals() if test.startswith("test_")) for word in words)
+
+
+def table(headings, rows):
+    """A table in Markdown; what means something else there is escaped, but within backticks."""
+    return "\n".join("| " + " | ".join(cell if "`" in cell else re.sub(r"([|<])", r"\\\1", cell) for cell in row) + " |"
+                     for row in (headings, ["---"] * len(headings), *rows)) + "\n"
+
+
+def table_of_options():
+    rows = []
+    for field in dataclasses.fields(gomail.Settings):
+        low, high, choices = (field.metadata[name] for name in ("low", "high", "choices"))
+        default = f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
+        rows.append([f"`{field.name}`", f"`{default}`" if default else "(empty)", field.metadata["explanation"],
+                     ", ".join(choices) if choices else f"{low:,} to {high:,}" if high else ""])
+    return table(["option", "default", "meaning", "allowed"], rows)
+
+
+def table_of_routes():
+    """From the OpenAPI description. Statuses that every route may answer are left out."""
+    operations = [(path, method.upper(), operation) for path, found in gomail.OPENAPI["paths"].items()
+                  for method, operation in found.items()]
+    common = set.intersection(*(set(operation["responses"]) for _, _, operation in operations))
+    access = {(): "", ("apiKey",): "API key", ("adminToken",): "`admin_token`"}
+
+    def fields(schema):
+        required = schema.get("required", ())
+        return "`{" + ", ".join(name if name in required else f"{name}?" for name in schema["properties"]) + "}`"
+
+    rows = []
+    for path, method, operation in operations:
+        query = [f"{found['name']}=" for found in operation["parameters"] if found["in"] == "query"]
+        needed = tuple(scheme for found in operation["security"] for scheme in found)
+        sent = [f"`?{'&'.join(query)}`"] if query else []
+        if "requestBody" in operation:
+            schema = operation["requestBody"]["content"]["application/json"]["schema"]
+            sent.append("a [task](#tasks)" if "oneOf" in schema else fields(schema))
+        (media_type, answer), = operation["responses"]["200"]["content"].items()
+        rows.append([f"`{method} {path}`", access.get(needed, "API key or `admin_token`"), " ".join(sent),
+                     fields(answer["schema"]) if "properties" in answer["schema"] else f"`{media_type}`",
+                     ", ".join(sorted(set(operation["responses"]) - common - {"411"}))])
+    return table(["route", "access", "query, body", "answer", "own errors"], rows)
+
+
+def table_of_payloads():
+    return table(["type", "field", "required", "value"], [
+        [f"`{kind}`", f"`{name}`", "" if hasattr(check, "check") else "yes", getattr(check, "check", check).expected]
+        for kind, form in gomail.PAYLOADS.items() for name, check in form.fields.items()])
+
+
+@pytest.mark.parametrize("name, make", [
+    ("operations", table_of_options), ("api", table_of_routes), ("api", table_of_payloads)])
+def test_a_page_documents_all_that_a_table_of_the_module_has(name, make):
+    made = make()
+    assert made in page(name), f"docs/{name}.md needs this table in place of its own:\n\n{made}"
+
+
+def test_the_readme_documents_every_command():
+    commands = next(action.choices for action in gomail.command_line()._actions if action.dest == "command")
+    assert set(re.findall(r"python gomail\.py (\w+)", page("README"))) == set(commands)
+
+
+def test_a_package_has_the_dependencies_of_the_requirements():
+    project = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]
+    assert project["dependencies"] == (HERE / "requirements.txt").read_text().split()
 
 
 @pytest.mark.parametrize("address", [
@@ -5542,9 +5630,9 @@ def test_the_client_that_a_proxy_on_this_machine_names_is_the_one_that_is_logged
     assert gomail.Request(headers, {}, {}, peer="::ffff:198.51.100.7").client == "198.51.100.7"
 
 
-def test_the_fail2ban_filter_of_the_readme_finds_wrong_admin_tokens_and_nothing_else(processes, redis_server):
+def test_the_documented_fail2ban_filter_finds_wrong_admin_tokens_and_nothing_else(processes, redis_server):
     process = processes(on(redis_server, admin_token=ADMIN)).started()
-    failregex = re.search(r"^failregex = (.*)$", (HERE / "README.md").read_text(), re.MULTILINE)[1]
+    failregex = re.search(r"^failregex = (.*)$", page("operations"), re.MULTILINE)[1]
     pattern = re.compile(failregex.replace("<ADDR>", r"(?P<host>[0-9a-f:.]+)"))
     forged = 'x", "message": "wrong admin_token", "client": "192.0.2.66"}'
     admin = Client(process.url, ADMIN)
@@ -6323,15 +6411,15 @@ def test_what_takes_long_shows_at_a_terminal_how_far_it_has_come(operated, mail_
     assert "[" not in "".join(command("delete", "--all")[1:])
 
 
-def blocks(heading, language):
-    """The blocks of code in a language below a heading of the README."""
-    section = re.search(rf"^## {heading}\n(.*?)^## ", (HERE / "README.md").read_text(), re.MULTILINE | re.DOTALL)[1]
+def blocks(name, heading, language):
+    """The blocks of code in a language below a heading of a page."""
+    section = re.search(rf"^## {heading}\n(.*?)(^## |\Z)", page(name), re.MULTILINE | re.DOTALL)[1]
     return re.findall(rf"^```{language}\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
 
 
 def test_the_first_two_minutes_of_the_readme_go_as_it_says(processes):
     process = processes().started()
-    _, lines = blocks("Two-minute start", "sh")
+    _, lines = blocks("README", "Two-minute start", "sh")
     run = subprocess.run(["sh", "-eu"], input=lines.replace("http://127.0.0.1:8080", process.url), cwd=process.folder, text=True,
                          capture_output=True, timeout=PATIENCE)
     answers = [json.loads(line) for line in run.stdout.splitlines()]
@@ -6344,8 +6432,8 @@ RECIPES = {"sh": ["sh", "-eu", "-c"], "python": [sys.executable, "-c"], "js": ["
 
 
 @pytest.mark.parametrize("language", RECIPES)
-def test_the_recipes_of_the_readme_work(language, service, client, mail_server):
-    found = blocks("Recipes", language)
+def test_the_recipes_of_the_documentation_work(language, service, client, mail_server):
+    found = blocks("api", "Recipes", language)
     for number, code in enumerate(found):
         if not shutil.which(RECIPES[language][0]):
             pytest.skip(f"no {RECIPES[language][0]} to try the recipe with")
@@ -6368,7 +6456,7 @@ class Browser:
         program = next(filter(None, map(shutil.which, self.PROGRAMS)), None) or playwright.chromium.executable_path
         if not pathlib.Path(program).exists():
             assert not os.environ.get("CI"), "no Chromium to test the page with"
-            pytest.skip("no Chromium to test the page with; README.md, Tests, says how to get one")
+            pytest.skip("no Chromium to test the page with; docs/development.md, Tests, says how to get one")
         self.chromium = playwright.chromium.launch(executable_path=program, args=[
             "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"])
         self.tabs = []
@@ -6761,7 +6849,7 @@ def test_axe_finds_nothing_and_nothing_is_wider_than_the_screen(services, browse
 
 @pytest.mark.timeout(7200)
 @pytest.mark.long
-def test_the_screenshots_of_the_readme_are_taken(services, browser, mail_server):
+def test_the_screenshots_of_the_documentation_are_taken(services, browser, mail_server):
     service = services(mail_server)
     client, chance = service.client.sign_up("shop@example.com"), random.Random(1)
     define(client, "Monthly_News", "New in the shop", "<h1>News</h1><p>All is well.</p>")
