@@ -34,6 +34,7 @@ import re
 import resource
 import secrets
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -46,7 +47,10 @@ import threading
 import time
 import tomllib
 import unicodedata
+import urllib.error
 import urllib.parse
+import urllib.request
+import venv
 import zoneinfo
 
 import aiosmtpd.controller
@@ -932,6 +936,15 @@ def table_of_payloads():
 def test_a_page_documents_all_that_a_table_of_the_module_has(name, make):
     made = make()
     assert made in page(name), f"docs/{name}.md needs this table in place of its own:\n\n{made}"
+
+
+def test_the_documented_settings_of_smtp_servers_are_accepted(tmp_path):
+    lines = re.findall(r"^\| .*? \| `(smtp_server=.*?)` \|", page("operations"), re.MULTILINE)
+    for line in [*lines, *blocks("operations", "SMTP servers", "sh")]:
+        given = dict(setting.split("=", 1) for setting in shlex.split(line) if setting != "...")
+        settings = gomail.Settings.load({"smtp_from": "app@example.com", **given}, tmp_path)
+        assert all(str(getattr(settings, name)) == value for name, value in given.items())
+    assert len(lines) == 8
 
 
 def test_the_readme_documents_every_command():
@@ -6443,6 +6456,164 @@ def test_the_recipes_of_the_documentation_work(language, service, client, mail_s
     assert found and len(recent(client)[0]) == {"sh": 3, "python": 2, "js": 1}[language]
     for task_id in recent(client)[0]:
         client.state(task_id, "succeeded")
+
+
+REDIS_CLI = """
+import sys, redis
+client, words = redis.Redis.from_url(sys.argv[1], decode_responses=True), sys.argv[2:]
+if words[0] == "--scan":
+    print(*client.scan_iter(words[2]), sep="\\n")
+else:
+    answer = client.execute_command(*words)
+    print(*(f"{key}:{value}" for key, value in answer.items()) if isinstance(answer, dict) else (answer,), sep="\\n")
+"""
+
+
+def shell(script, folder, redis_uri="", **environment):
+    """Run lines of the documentation with sh in a folder; what only root or a real machine has is a function there."""
+    functions = f"""
+        gomail() {{ {sys.executable} {HERE}/gomail.py "$@"; }}
+        journalctl() {{ cat app.log; }}
+        systemctl() {{ echo "systemctl $*"; }}
+        redis-cli() {{ {sys.executable} -c '{REDIS_CLI}' "{redis_uri}" "$@"; }}
+    """
+    return subprocess.run(["bash", "-eu", "-o", "pipefail", "-c", functions + script], cwd=folder, text=True,
+                          timeout=PATIENCE, capture_output=True,
+                          env={"PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8", **environment})
+
+
+def test_the_documented_commands_for_3_in_the_morning_work(processes, mail_server):
+    process = processes({**sending_to(mail_server), "admin_token": ADMIN}).started()
+    settings = sending_to(mail_server).items()
+    (process.folder / ".env").write_text("".join(f"{name}={value}\n" for name, value in settings))
+    client = Client(process.url, ADMIN).sign_up()
+    mail_server.replies["user@example.com"] = ["550 5.7.1 no"]
+    task_id = client.task()
+    client.state(task_id, "dead")
+    mail_server.stop()
+    client.task()
+    until(lambda: "lane paused" in (process.folder / "app.log").read_text())
+    commands = blocks("operations", "At 3 in the morning", "sh")
+    assert len(commands) > 9
+    for code in commands:
+        code = code.replace("/var/lib/gomail", str(process.folder)).replace("http://127.0.0.1:8080", process.url)
+        run = shell(code, process.folder, f"unix://{process.embedded}", admin_token=ADMIN, id=task_id)
+        assert run.returncode == 0 or "gomail --check" in code, (code, run)
+        assert "Traceback" not in run.stderr, (code, run)
+        if "gomail stats" in code and "journalctl" in code:
+            assert "paused: " in run.stdout and '"lane paused"' in run.stdout and "failed   smtp" in run.stdout
+        if "gomail dead" in code:
+            assert "550 5.7.1 no" in run.stdout
+        if "gomail retry" in code:
+            assert "1 dead letter queued again" in run.stdout
+
+
+def test_the_documented_backup_holds_the_queue_and_restores_it(processes, tmp_path):
+    process = processes({"smtp_server": "127.0.0.1", "smtp_port": "1", "smtp_from": "app@example.org"}).started()
+    key, task_id = (client := process.client.sign_up()).key, client.task()
+    assert process.stop() == 0
+    code, = blocks("operations", "Backup", "sh")
+    run = shell(code.replace("/var/lib/gomail", str(process.folder)).replace("/root", str(tmp_path)), process.folder)
+    assert run.returncode == 0, run
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(["tar", "-C", folder, "-xzf", tmp_path / "gomail-backup.tar.gz"], check=True)
+        restored = processes(folder=folder).started()
+        assert Client(restored.url, key).state(task_id, "succeeded")
+        assert restored.stop() == 0
+
+
+def test_the_documented_script_moves_the_go_servers_content_types(service, client, redis_server, tmp_path):
+    if not shutil.which("jq"):
+        pytest.skip("no jq to run the script with")
+    found = {"weekly news": {"subject": "It's \"news\"", "content": "<p>L\u00e4uft\n</p>"},
+             "b": {"subject": "B", "content": "B"}}
+    for name, fields in found.items():
+        redis_server.client.hset(f"subscriptionContentMap{name}", mapping=fields)
+    code, = blocks("migrating", "Moving the data", "sh")
+    run = shell(code, tmp_path, redis_server.uri, GOMAIL_URL=service.http.url, GOMAIL_KEY=client.key)
+    redis_server.client.delete(*(f"subscriptionContentMap{name}" for name in found))
+    assert run.returncode == 0, run
+    for name, fields in found.items():
+        answer = client.get(f"/task/subscriptionContent/{urllib.parse.quote(name)}")
+        assert {field: answer[field].rstrip("\n") for field in fields} == fields
+
+
+@pytest.mark.long
+def test_what_pip_has_installed_serves_the_page(processes, tmp_path):
+    venv.create(tmp_path / "venv", with_pip=True)
+    subprocess.run([tmp_path / "venv" / "bin" / "pip", "install", "--quiet", HERE], check=True)
+    code = f"import os; os.execv('{tmp_path}/venv/bin/gomail', ['gomail'])"
+    process = processes({"processes": "2"}, code=code).started()
+    with urllib.request.urlopen(process.url) as answer:
+        assert b"<title>GoMail" in answer.read()
+    assert process.stop() == 0
+
+
+@pytest.mark.long
+def test_what_is_installed_on_a_small_vm_as_documented_serves_the_page_and_is_upgraded(processes, tmp_path):
+    functions = "\n".join(f"{name}() {{ :; }}" for name in ("apt-get", "useradd", "systemctl", "journalctl"))
+    (tmp_path / "etc" / "systemd" / "system").mkdir(parents=True)
+    for code in blocks("operations", "On a small VM", "sh")[0], blocks("operations", "Upgrade", "sh")[0]:
+        for old, new in (("/opt/gomail", f"{tmp_path}/opt"), ("/etc/", f"{tmp_path}/etc/"),
+                         ("/usr/bin/python3", sys.executable)):
+            code = code.replace(old, new)
+        subprocess.run(["bash", "-eu", "-c", f"{functions}\n{code}"], cwd=HERE, check=True)
+        program = [f"{tmp_path}/opt/venv/bin/python", f"{tmp_path}/opt/gomail.py"]
+        process = processes(code=f"import os; os.execv({program[0]!r}, {program!r})").started()
+        with urllib.request.urlopen(process.url) as answer:
+            assert b"<title>GoMail" in answer.read()
+        assert process.stop() == 0
+
+
+def nginx(code, port, folder):
+    """(command, configuration, URL) of the documented block for nginx."""
+    authority = trustme.CA()
+    certificate = authority.issue_cert("mail.example.com")
+    certificate.cert_chain_pems[0].write_to_path(folder / "mail.example.com.pem")
+    certificate.private_key_pem.write_to_path(folder / "mail.example.com.key")
+    code = code.replace("/etc/ssl", str(folder)).replace("listen 443", f"listen 127.0.0.1:{port}").replace(
+        "allow 127.0.0.1", "allow 192.0.2.1")
+    return (["nginx", "-e", "stderr", "-c"],
+            f"daemon off; pid {folder}/pid; events {{}} http {{ access_log off; {code} }}", f"https://127.0.0.1:{port}")
+
+
+def caddy(code, port, folder):
+    """(command, configuration, URL) of the documented block for Caddy."""
+    code = code.replace("mail.example.com", f"http://:{port}").replace("remote_ip 127.0.0.1", "remote_ip 192.0.2.1")
+    return (["caddy", "run", "--adapter", "caddyfile", "--config"], f"{{\nadmin off\n}}\n{code}",
+            f"http://127.0.0.1:{port}")
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize("proxy", [nginx, caddy])
+def test_a_documented_proxy_passes_requests_on_keeps_metrics_private_and_names_the_client(proxy, processes, tmp_path):
+    process = processes({"admin_token": ADMIN}).started()
+    code = blocks("operations", "Behind a reverse proxy", proxy.__name__)[0].replace(
+        "127.0.0.1:8080", process.url.removeprefix("http://"))
+    command, configuration, url = proxy(code, free_port(), tmp_path)
+    (tmp_path / "configuration").write_text(configuration)
+
+    def status(path, **headers):
+        request = urllib.request.Request(url + path, headers={"Host": "mail.example.com", **headers})
+        try:
+            with urllib.request.urlopen(request, timeout=PATIENCE, context=ssl._create_unverified_context()) as answer:
+                return answer.status
+        except urllib.error.HTTPError as error:
+            return error.code
+        except OSError:
+            return None
+
+    running = subprocess.Popen([*command, tmp_path / "configuration"], stdin=subprocess.DEVNULL,
+                               env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)})
+    try:
+        until(lambda: status("/health/ping") == 200)
+        assert [status(path) for path in ("/metrics", "/metrics/", "/health/metrics", "/health/metrics/")] == [403] * 4
+        assert status("/accounts", Authorization=ADMIN) == 200
+        assert status("/accounts", **{"Authorization": "wrong", "X-Forwarded-For": "203.0.113.66"}) == 401
+    finally:
+        running.terminate()
+        running.wait()
+    assert until(lambda: process.logged("wrong admin_token"))["client"] == "127.0.0.1"
 
 
 # --- 15. page ---------------------------------------------------------------------------------------------
