@@ -6492,7 +6492,7 @@ def test_the_documented_commands_for_3_in_the_morning_work(processes, mail_serve
     client.state(task_id, "dead")
     mail_server.stop()
     client.task()
-    until(lambda: "lane paused" in (process.folder / "app.log").read_text())
+    until(lambda: any(lane["paused"] for lane in client.get("/lanes")["lanes"]))
     commands = blocks("operations", "At 3 in the morning", "sh")
     assert len(commands) > 9
     for code in commands:
