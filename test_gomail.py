@@ -929,9 +929,14 @@ def table_of_routes():
 
 
 def table_of_payloads():
-    return table(["type", "field", "required", "value"], [
-        [f"`{kind}`", f"`{name}`", "" if hasattr(check, "check") else "yes", getattr(check, "check", check).expected]
-        for kind, form in gomail.PAYLOADS.items() for name, check in form.fields.items()])
+    found = {}  # (field, value) -> the types that require it, and those that allow it
+    for kind, form in gomail.PAYLOADS.items():
+        for name, check in form.fields.items():
+            required, allowed = found.setdefault((name, getattr(check, "check", check).expected), ([], []))
+            (allowed if hasattr(check, "check") else required).append(f"`{kind}`")
+    return table(["field", "required for", "optional for", "value"], [
+        [f"`{name}`", ", ".join(required), ", ".join(allowed), value]
+        for (name, value), (required, allowed) in found.items()])
 
 
 @pytest.mark.parametrize("name, make", [
