@@ -869,13 +869,20 @@ def anchors(text):
             for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_what_a_page_links_to_is_there(name):
-    folder = HERE if name == "README" else HERE / "docs"
-    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", page(name)):
-        found = (folder / target).resolve() if target else folder / f"{name}.md"
+@pytest.mark.parametrize("path", [
+    path for pattern in ("*.md", ".github/*.md", "docs/*.md", "bench/*.md") for path in sorted(HERE.glob(pattern))],
+    ids=lambda path: str(path.relative_to(HERE)))
+def test_what_a_page_links_to_is_there(path):
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", path.read_text()):
+        found = (path.parent / target).resolve() if target else path
         assert found.exists(), target
         assert not anchor or anchor in anchors(found.read_text()), f"{target}#{anchor}"
+
+
+def test_the_parts_of_the_module_that_development_md_names_are_there():
+    section, = re.findall(r"^## The module\n(.*?)^## ", page("development"), re.MULTILINE | re.DOTALL)
+    named = set(re.findall(r"`([A-Z]\w+)`", section))
+    assert named and all(hasattr(gomail, name) for name in named)
 
 
 @pytest.mark.parametrize("name", PAGES)
