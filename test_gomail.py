@@ -34,6 +34,7 @@ import re
 import resource
 import secrets
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -44,8 +45,12 @@ import sys
 import tempfile
 import threading
 import time
+import tomllib
 import unicodedata
+import urllib.error
 import urllib.parse
+import urllib.request
+import venv
 import zoneinfo
 
 import aiosmtpd.controller
@@ -844,20 +849,127 @@ def test_what_the_system_or_a_server_said_becomes_one_line_without_controls(word
     assert gomail.one_line(plain.encode()) == gomail.describe(ValueError(plain)) == plain
 
 
-def test_the_tests_that_the_readme_names_are_there():
-    for page in (HERE / "README.md", HERE / "docs" / "security.md"):
-        named = re.findall(r"`(test_\w+)`", page.read_text())
-        assert all(name in globals() for name in named), set(named) - set(globals())
-    assert named
+def page(name):
+    """The text of README.md or of a page below docs/."""
+    return (HERE / ("README.md" if name == "README" else f"docs/{name}.md")).read_text()
 
 
-def test_the_readme_lists_every_option_once_with_its_default():
-    rows = re.findall(r"^\| `(\w+)` \| (.*?) \|", (HERE / "README.md").read_text(), re.MULTILINE)
-    listed = [(name, default) for name, default in rows if name in gomail.Settings.__dataclass_fields__]
-    expected = [(field.name, "(empty)" if field.default == "" else
-                 f"`{field.default:g}`" if isinstance(field.default, float) else f"`{field.default}`")
-                for field in dataclasses.fields(gomail.Settings)]
-    assert sorted(listed) == sorted(expected)
+PAGES = ("README", "api", "operations", "security", "comparison", "migrating", "development")
+
+
+def test_the_readme_has_at_most_12_kb_and_every_page_is_reached_from_it():
+    assert len(page("README").encode()) <= 12 * 1024
+    assert all(f"(docs/{name}.md" in page("README") for name in PAGES[1:])
+
+
+def anchors(text):
+    """The names by which links reach the headings of a page."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+            for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("path", [
+    path for pattern in ("*.md", ".github/*.md", "docs/*.md", "bench/*.md") for path in sorted(HERE.glob(pattern))],
+    ids=lambda path: str(path.relative_to(HERE)))
+def test_what_a_page_links_to_is_there(path):
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", path.read_text()):
+        found = (path.parent / target).resolve() if target else path
+        assert found.exists(), target
+        assert not anchor or anchor in anchors(found.read_text()), f"{target}#{anchor}"
+
+
+def test_the_parts_of_the_module_that_development_md_names_are_there():
+    section, = re.findall(r"^## The module\n(.*?)^## ", page("development"), re.MULTILINE | re.DOTALL)
+    named = set(re.findall(r"`([A-Z]\w+)`", section))
+    assert named and all(hasattr(gomail, name) for name in named)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_tests_that_a_page_names_are_there(name):
+    named = set(re.findall(r"\b(test_\w+)`", page(name)))
+    words = re.findall(r"-k (\w+)", page(name))
+    assert named <= {*globals(), "test_gomail"}, named - set(globals())
+    assert all(any(word in test for test in globals() if test.startswith("test_")) for word in words)
+
+
+def table(headings, rows):
+    """A table in Markdown; what means something else there is escaped, but within backticks."""
+    return "\n".join("| " + " | ".join(cell if "`" in cell else re.sub(r"([|<])", r"\\\1", cell) for cell in row) + " |"
+                     for row in (headings, ["---"] * len(headings), *rows)) + "\n"
+
+
+def table_of_options():
+    rows = []
+    for field in dataclasses.fields(gomail.Settings):
+        low, high, choices = (field.metadata[name] for name in ("low", "high", "choices"))
+        default = f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
+        rows.append([f"`{field.name}`", f"`{default}`" if default else "(empty)", field.metadata["explanation"],
+                     ", ".join(choices) if choices else f"{low:,} to {high:,}" if high else ""])
+    return table(["option", "default", "meaning", "allowed"], rows)
+
+
+def table_of_routes():
+    """From the OpenAPI description. Statuses that every route may answer are left out."""
+    operations = [(path, method.upper(), operation) for path, found in gomail.OPENAPI["paths"].items()
+                  for method, operation in found.items()]
+    common = set.intersection(*(set(operation["responses"]) for _, _, operation in operations))
+    access = {(): "", ("apiKey",): "API key", ("adminToken",): "`admin_token`"}
+
+    def fields(schema):
+        required = schema.get("required", ())
+        return "`{" + ", ".join(name if name in required else f"{name}?" for name in schema["properties"]) + "}`"
+
+    rows = []
+    for path, method, operation in operations:
+        query = [f"{found['name']}=" for found in operation["parameters"] if found["in"] == "query"]
+        needed = tuple(scheme for found in operation["security"] for scheme in found)
+        sent = [f"`?{'&'.join(query)}`"] if query else []
+        if "requestBody" in operation:
+            schema = operation["requestBody"]["content"]["application/json"]["schema"]
+            sent.append("a [task](#tasks)" if "oneOf" in schema else fields(schema))
+        (media_type, answer), = operation["responses"]["200"]["content"].items()
+        rows.append([f"`{method} {path}`", access.get(needed, "API key or `admin_token`"), " ".join(sent),
+                     fields(answer["schema"]) if "properties" in answer["schema"] else f"`{media_type}`",
+                     ", ".join(sorted(set(operation["responses"]) - common - {"411"}))])
+    return table(["route", "access", "query, body", "answer", "own errors"], rows)
+
+
+def table_of_payloads():
+    found = {}  # (field, value) -> the types that require it, and those that allow it
+    for kind, form in gomail.PAYLOADS.items():
+        for name, check in form.fields.items():
+            required, allowed = found.setdefault((name, getattr(check, "check", check).expected), ([], []))
+            (allowed if hasattr(check, "check") else required).append(f"`{kind}`")
+    return table(["field", "required for", "optional for", "value"], [
+        [f"`{name}`", ", ".join(required), ", ".join(allowed), value]
+        for (name, value), (required, allowed) in found.items()])
+
+
+@pytest.mark.parametrize("name, make", [
+    ("operations", table_of_options), ("api", table_of_routes), ("api", table_of_payloads)])
+def test_a_page_documents_all_that_a_table_of_the_module_has(name, make):
+    made = make()
+    assert made in page(name), f"docs/{name}.md needs this table in place of its own:\n\n{made}"
+
+
+def test_the_documented_settings_of_smtp_servers_are_accepted(tmp_path):
+    lines = re.findall(r"^\| .*? \| `(smtp_server=.*?)` \|", page("operations"), re.MULTILINE)
+    for line in [*lines, *blocks("operations", "SMTP servers", "sh")]:
+        given = dict(setting.split("=", 1) for setting in shlex.split(line) if setting != "...")
+        settings = gomail.Settings.load({"smtp_from": "app@example.com", **given}, tmp_path)
+        assert all(str(getattr(settings, name)) == value for name, value in given.items())
+    assert len(lines) == 8
+
+
+def test_the_readme_documents_every_command():
+    commands = next(action.choices for action in gomail.command_line()._actions if action.dest == "command")
+    assert set(re.findall(r"python gomail\.py (\w+)", page("README"))) == set(commands)
+
+
+def test_a_package_has_the_dependencies_of_the_requirements():
+    project = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]
+    assert project["dependencies"] == (HERE / "requirements.txt").read_text().split()
 
 
 @pytest.mark.parametrize("address", [
@@ -5653,9 +5765,9 @@ def test_the_client_that_a_proxy_on_this_machine_names_is_the_one_that_is_logged
     assert gomail.Request(headers, {}, {}, peer="::ffff:198.51.100.7").client == "198.51.100.7"
 
 
-def test_the_fail2ban_filter_of_the_readme_finds_wrong_admin_tokens_and_nothing_else(processes, redis_server):
+def test_the_documented_fail2ban_filter_finds_wrong_admin_tokens_and_nothing_else(processes, redis_server):
     process = processes(on(redis_server, admin_token=ADMIN)).started()
-    failregex = re.search(r"^failregex = (.*)$", (HERE / "README.md").read_text(), re.MULTILINE)[1]
+    failregex = re.search(r"^failregex = (.*)$", page("operations"), re.MULTILINE)[1]
     pattern = re.compile(failregex.replace("<ADDR>", r"(?P<host>[0-9a-f:.]+)"))
     forged = 'x", "message": "wrong admin_token", "client": "192.0.2.66"}'
     admin = Client(process.url, ADMIN)
@@ -6454,15 +6566,15 @@ def test_what_takes_long_shows_at_a_terminal_how_far_it_has_come(operated, mail_
     assert "[" not in "".join(command("delete", "--all")[1:])
 
 
-def blocks(heading, language):
-    """The blocks of code in a language below a heading of the README."""
-    section = re.search(rf"^## {heading}\n(.*?)^## ", (HERE / "README.md").read_text(), re.MULTILINE | re.DOTALL)[1]
+def blocks(name, heading, language):
+    """The blocks of code in a language below a heading of a page."""
+    section = re.search(rf"^## {heading}\n(.*?)(^## |\Z)", page(name), re.MULTILINE | re.DOTALL)[1]
     return re.findall(rf"^```{language}\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
 
 
 def test_the_first_two_minutes_of_the_readme_go_as_it_says(processes):
     process = processes().started()
-    _, lines = blocks("Two-minute start", "sh")
+    _, lines = blocks("README", "Two-minute start", "sh")
     run = subprocess.run(["sh", "-eu"], input=lines.replace("http://127.0.0.1:8080", process.url),
                          cwd=process.folder, text=True, capture_output=True, timeout=PATIENCE)
     answers = [json.loads(line) for line in run.stdout.splitlines()]
@@ -6475,8 +6587,8 @@ RECIPES = {"sh": ["sh", "-eu", "-c"], "python": [sys.executable, "-c"], "js": ["
 
 
 @pytest.mark.parametrize("language", RECIPES)
-def test_the_recipes_of_the_readme_work(language, service, client, mail_server):
-    found = blocks("Recipes", language)
+def test_the_recipes_of_the_documentation_work(language, service, client, mail_server):
+    found = blocks("api", "Recipes", language)
     for number, code in enumerate(found):
         if not shutil.which(RECIPES[language][0]):
             pytest.skip(f"no {RECIPES[language][0]} to try the recipe with")
@@ -6486,6 +6598,167 @@ def test_the_recipes_of_the_readme_work(language, service, client, mail_server):
     assert found and len(recent(client)[0]) == {"sh": 3, "python": 2, "js": 1}[language]
     for task_id in recent(client)[0]:
         client.state(task_id, "succeeded")
+
+
+REDIS_CLI = """
+import sys, redis
+client, words = redis.Redis.from_url(sys.argv[1], decode_responses=True), sys.argv[2:]
+if words[0] == "--scan":
+    print(*client.scan_iter(words[2]), sep="\\n")
+else:
+    answer = client.execute_command(*words)
+    print(*(f"{key}:{value}" for key, value in answer.items()) if isinstance(answer, dict) else (answer,), sep="\\n")
+"""
+
+
+def shell(script, folder, redis_uri="", **environment):
+    """Run lines of the documentation with sh in a folder; what only root or a real machine has is a function there."""
+    functions = f"""
+        gomail() {{ {sys.executable} {HERE}/gomail.py "$@"; }}
+        journalctl() {{ cat app.log; }}
+        systemctl() {{ echo "systemctl $*"; }}
+        redis-cli() {{ {sys.executable} -c '{REDIS_CLI}' "{redis_uri}" "$@"; }}
+    """
+    return subprocess.run(["bash", "-eu", "-o", "pipefail", "-c", functions + script], cwd=folder, text=True,
+                          timeout=PATIENCE, capture_output=True,
+                          env={"PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8", **environment})
+
+
+def test_the_documented_commands_for_3_in_the_morning_work(processes, mail_server):
+    process = processes({**sending_to(mail_server), "admin_token": ADMIN}).started()
+    settings = sending_to(mail_server).items()
+    (process.folder / ".env").write_text("".join(f"{name}={value}\n" for name, value in settings))
+    client = Client(process.url, ADMIN).sign_up()
+    mail_server.replies["user@example.com"] = ["550 5.7.1 no"]
+    task_id = client.task()
+    client.state(task_id, "dead")
+    mail_server.stop()
+    client.task()
+    until(lambda: any(lane["paused"] for lane in client.get("/lanes")["lanes"]))
+    commands = blocks("operations", "At 3 in the morning", "sh")
+    assert len(commands) > 9
+    for code in commands:
+        code = code.replace("/var/lib/gomail", str(process.folder)).replace("http://127.0.0.1:8080", process.url)
+        run = shell(code, process.folder, f"unix://{process.embedded}", admin_token=ADMIN, id=task_id)
+        assert run.returncode == 0 or "gomail --check" in code, (code, run)
+        assert "Traceback" not in run.stderr, (code, run)
+        if "gomail stats" in code and "journalctl" in code:
+            assert "paused: " in run.stdout and '"lane paused"' in run.stdout and "failed   smtp" in run.stdout
+        if "gomail dead" in code:
+            assert "550 5.7.1 no" in run.stdout
+        if "gomail retry" in code:
+            assert "1 dead letter queued again" in run.stdout
+
+
+def test_the_documented_backup_holds_the_queue_and_restores_it(processes, tmp_path):
+    process = processes({"smtp_server": "127.0.0.1", "smtp_port": "1", "smtp_from": "app@example.org"}).started()
+    key, task_id = (client := process.client.sign_up()).key, client.task()
+    assert process.stop() == 0
+    code, = blocks("operations", "Backup", "sh")
+    run = shell(code.replace("/var/lib/gomail", str(process.folder)).replace("/root", str(tmp_path)), process.folder)
+    assert run.returncode == 0, run
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(["tar", "-C", folder, "-xzf", tmp_path / "gomail-backup.tar.gz"], check=True)
+        restored = processes(folder=folder).started()
+        assert Client(restored.url, key).state(task_id, "succeeded")
+        assert restored.stop() == 0
+
+
+def test_the_documented_script_moves_the_go_servers_content_types(service, client, redis_server, tmp_path):
+    if not shutil.which("jq"):
+        pytest.skip("no jq to run the script with")
+    found = {"weekly news": {"subject": "It's \"news\"", "content": "<p>L\u00e4uft\n</p>"},
+             "b": {"subject": "B", "content": "B"}}
+    for name, fields in found.items():
+        redis_server.client.hset(f"subscriptionContentMap{name}", mapping=fields)
+    code, = blocks("migrating", "Moving the data", "sh")
+    run = shell(code, tmp_path, redis_server.uri, GOMAIL_URL=service.http.url, GOMAIL_KEY=client.key)
+    redis_server.client.delete(*(f"subscriptionContentMap{name}" for name in found))
+    assert run.returncode == 0, run
+    for name, fields in found.items():
+        answer = client.get(f"/task/subscriptionContent/{urllib.parse.quote(name)}")
+        assert {field: answer[field].rstrip("\n") for field in fields} == fields
+
+
+@pytest.mark.long
+def test_what_pip_has_installed_serves_the_page(processes, tmp_path):
+    venv.create(tmp_path / "venv", with_pip=True)
+    subprocess.run([tmp_path / "venv" / "bin" / "pip", "install", "--quiet", HERE], check=True)
+    code = f"import os; os.execv('{tmp_path}/venv/bin/gomail', ['gomail'])"
+    process = processes({"processes": "2"}, code=code).started()
+    with urllib.request.urlopen(process.url) as answer:
+        assert b"<title>GoMail" in answer.read()
+    assert process.stop() == 0
+
+
+@pytest.mark.long
+def test_what_is_installed_on_a_small_vm_as_documented_serves_the_page_and_is_upgraded(processes, tmp_path):
+    functions = "\n".join(f"{name}() {{ :; }}" for name in ("apt-get", "useradd", "systemctl", "journalctl"))
+    (tmp_path / "etc" / "systemd" / "system").mkdir(parents=True)
+    for code in blocks("operations", "On a small VM", "sh")[0], blocks("operations", "Upgrade", "sh")[0]:
+        for old, new in (("/opt/gomail", f"{tmp_path}/opt"), ("/etc/", f"{tmp_path}/etc/"),
+                         ("/usr/bin/python3", sys.executable)):
+            code = code.replace(old, new)
+        subprocess.run(["bash", "-eu", "-c", f"{functions}\n{code}"], cwd=HERE, check=True)
+        program = [f"{tmp_path}/opt/venv/bin/python", f"{tmp_path}/opt/gomail.py"]
+        process = processes(code=f"import os; os.execv({program[0]!r}, {program!r})").started()
+        with urllib.request.urlopen(process.url) as answer:
+            assert b"<title>GoMail" in answer.read()
+        assert process.stop() == 0
+
+
+def nginx(code, port, folder):
+    """(command, configuration, URL) of the documented block for nginx."""
+    authority = trustme.CA()
+    certificate = authority.issue_cert("mail.example.com")
+    certificate.cert_chain_pems[0].write_to_path(folder / "mail.example.com.pem")
+    certificate.private_key_pem.write_to_path(folder / "mail.example.com.key")
+    code = code.replace("/etc/ssl", str(folder)).replace("listen 443", f"listen 127.0.0.1:{port}").replace(
+        "allow 127.0.0.1", "allow 192.0.2.1")
+    return (["nginx", "-e", "stderr", "-c"],
+            f"daemon off; pid {folder}/pid; events {{}} http {{ access_log off; {code} }}", f"https://127.0.0.1:{port}")
+
+
+def caddy(code, port, folder):
+    """(command, configuration, URL) of the documented block for Caddy."""
+    code = code.replace("mail.example.com", f"http://:{port}").replace("remote_ip 127.0.0.1", "remote_ip 192.0.2.1")
+    return (["caddy", "run", "--adapter", "caddyfile", "--config"], f"{{\nadmin off\n}}\n{code}",
+            f"http://127.0.0.1:{port}")
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize("proxy", [nginx, caddy])
+def test_a_documented_proxy_passes_requests_on_keeps_metrics_private_and_names_the_client(proxy, processes, tmp_path):
+    if not shutil.which(proxy.__name__):
+        assert not os.environ.get("CI"), "no proxy to test with"
+        pytest.skip(f"no {proxy.__name__} to test with; install_proxies of .ci/run installs it")
+    process = processes({"admin_token": ADMIN}).started()
+    code = blocks("operations", "Behind a reverse proxy", proxy.__name__)[0].replace(
+        "127.0.0.1:8080", process.url.removeprefix("http://"))
+    command, configuration, url = proxy(code, free_port(), tmp_path)
+    (tmp_path / "configuration").write_text(configuration)
+
+    def status(path, **headers):
+        request = urllib.request.Request(url + path, headers={"Host": "mail.example.com", **headers})
+        try:
+            with urllib.request.urlopen(request, timeout=PATIENCE, context=ssl._create_unverified_context()) as answer:
+                return answer.status
+        except urllib.error.HTTPError as error:
+            return error.code
+        except OSError:
+            return None
+
+    running = subprocess.Popen([*command, tmp_path / "configuration"], stdin=subprocess.DEVNULL,
+                               env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)})
+    try:
+        until(lambda: status("/health/ping") == 200)
+        assert [status(path) for path in ("/metrics", "/metrics/", "/health/metrics", "/health/metrics/")] == [403] * 4
+        assert status("/accounts", Authorization=ADMIN) == 200
+        assert status("/accounts", **{"Authorization": "wrong", "X-Forwarded-For": "203.0.113.66"}) == 401
+    finally:
+        running.terminate()
+        running.wait()
+    assert until(lambda: process.logged("wrong admin_token"))["client"] == "127.0.0.1"
 
 
 # --- 15. page ---------------------------------------------------------------------------------------------
@@ -6499,7 +6772,7 @@ class Browser:
         program = next(filter(None, map(shutil.which, self.PROGRAMS)), None) or playwright.chromium.executable_path
         if not pathlib.Path(program).exists():
             assert not os.environ.get("CI"), "no Chromium to test the page with"
-            pytest.skip("no Chromium to test the page with; README.md, Tests, says how to get one")
+            pytest.skip("no Chromium to test the page with; docs/development.md, Tests, says how to get one")
         self.chromium = playwright.chromium.launch(executable_path=program, args=[
             "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
             "--disable-sync"])
@@ -6899,7 +7172,7 @@ def test_axe_finds_nothing_and_nothing_is_wider_than_the_screen(services, browse
 
 @pytest.mark.timeout(7200)
 @pytest.mark.long
-def test_the_screenshots_of_the_readme_are_taken(services, browser, mail_server):
+def test_the_screenshots_of_the_documentation_are_taken(services, browser, mail_server):
     service = services(mail_server)
     client, chance = service.client.sign_up("shop@example.com"), random.Random(1)
     define(client, "Monthly_News", "New in the shop", "<h1>News</h1><p>All is well.</p>")

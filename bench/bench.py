@@ -581,10 +581,11 @@ def main():
     options = parser.parse_args()
     quick = options.quick
     chosen = options.only.split(",") if options.only else ["drain", "accept", "latency", "growth", "due", "workers"]
-    began, parts = time.monotonic(), []
+    began, parts = time.monotonic(), ["# Benchmark\n\nHow it is run and how to read it: [docs/development.md]"
+                                      "(../docs/development.md#benchmark).\n"]
 
     def part(title, text):
-        parts.append(f"### {title}\n\n{text}\n")
+        parts.append(f"## {title}\n\n{text}\n")
         print(f"\n{parts[-1]}\n({time.monotonic() - began:.0f} s so far)", flush=True)
     has_wrk = shutil.which("wrk")
     with Valkey() as valkey:
