@@ -801,7 +801,7 @@ def start_logging(settings):
 #   task:<id>                      hash    head (what is shown of it), body (the whole, until it has ended), story
 #                                          (what became of its attempts), account, key, lane, state, attempts, ...
 #   recent, recent:<account>       list    ids of the newest tasks, newest first
-#   lane:<urgent|normal|bulk>      list    ids of waiting tasks; in at the left, out at the right
+#   lane:<lane>                    list    ids of waiting tasks; in at the left, out at the right
 #   processing:<process>:<worker>  list    the id a worker has in hand
 #   processes                      hash    process -> its workers' names, comma-separated
 #   heartbeat:<process>            string  there while the process lives
@@ -2010,12 +2010,16 @@ def fill_message(task: dict, path: str, most: int) -> int:
 
 
 TASK = TaskOfType()
-LANES = ("urgent", "normal", "bulk")
+MAIL_LANES = ("urgent", "normal", "bulk")
+# Subscribing and unsubscribing send no mail: no OTP waits for them, and they wait for no SMTP server. Of a version
+# that put them into the urgent lane, some may still be there; every worker does every type of task.
+CHANGES = "changes"
+LANES = (*MAIL_LANES, CHANGES)
 
 
 def lane_of(task_type):
     """The lane that tasks of this type wait in."""
-    return {"message": "normal", "newsletter": "bulk"}.get(task_type, "urgent")
+    return {"generateOtp": "urgent", "message": "normal", "newsletter": "bulk"}.get(task_type, CHANGES)
 
 
 def too_many(seconds):
@@ -2461,7 +2465,7 @@ class Queue:
     """
 
     # Who retries says that the address is good now, so what the server said of it counts no more; what a person
-    # suppressed stays so.
+    # suppressed stays so. Nobody waits for an OTP that died, so it does not stand in the line of those that are new.
     REVIVE = NOTE + """
         local prefix, id, account = KEYS[1], ARGV[1], ARGV[2]
         local task = prefix .. 'task:' .. id
@@ -2477,7 +2481,7 @@ class Queue:
             note(task, 'revived', 'by request')
             redis.call('HDEL', task, 'error', 'finished', 'strikes', 'drops', 'dropped')
             redis.call('HSET', task, 'state', 'queued', 'attempts', 0)
-            redis.call('LPUSH', prefix .. 'lane:' .. lane, id)
+            redis.call('LPUSH', prefix .. 'lane:' .. (lane == 'urgent' and 'normal' or lane), id)
             local reasons = prefix .. 'suppressed_for:' .. owner
             for address in string.gmatch(to or '', '%S+') do
                 local reason = redis.call('HGET', reasons, address)
@@ -2610,12 +2614,12 @@ class Queue:
                     tuple(suppressed.split()))
 
     def give_way(self):
-        """Let an OTP pass that this process took in a moment ago, before other mail goes on; for OTP_FIRST at most."""
+        """Let an OTP pass that this process took in a moment ago, before other work goes on; for OTP_FIRST at most."""
         if not self._no_otp.wait(self.OTP_FIRST):
             self._no_otp.set()
 
     def otp_passed(self):
-        """An OTP has been sent, or failed: other mail may go on."""
+        """An OTP has been sent, or failed: other work may go on."""
         self._no_otp.set()
 
     def wait(self, worker, lane, timeout):
@@ -2787,8 +2791,9 @@ class Queue:
             return known, None
         key, ids = self._list_of("recent", account), []
         while offset >= 0 and len(ids) < limit:
+            self.give_way()
             offset, *found = self._recent(keys=[self.store.prefix, key], args=[
-                same_mailbox(search), state, offset, self.LOOK, limit - len(ids)])
+                same_mailbox(search), state, offset, self.BATCH, limit - len(ids)])
             ids += found
         return self._statuses(ids, account), offset if offset >= 0 else None
 
@@ -2825,6 +2830,7 @@ class Queue:
         # Letters that die again meanwhile have a later time, so that this ends.
         while ids := self.store.redis.zrangebyscore(key, "-inf", before, start=0, num=self.BATCH):
             for task_id in ids:
+                self.give_way()
                 if self.revive(task_id, account, remove):
                     count += 1
                 else:
@@ -4734,7 +4740,9 @@ class Workers:
         self.stopping = threading.Event()
         self.gates = {lane: Gate(lane, transport, self.stopping) for lane in LANES}
         self.suspect = threading.Lock()
-        names = [(lane, f"{lane}-{number}") for lane in LANES for number in range(settings.workers)]
+        # One thread for the changes: they wait for Redis alone, and more threads would make an OTP slower.
+        names = [(lane, f"{lane}-{number}") for lane in LANES
+                 for number in range(1 if lane == CHANGES else settings.workers)]
         self.threads = {name: threading.Thread(target=self.run, args=(lane, name), daemon=True) for lane, name in names}
 
     @property
@@ -5602,7 +5610,7 @@ class Api:
         return {"message": "pong"}
 
     def ready(self, request):
-        if all(gate.reason for gate in self.workers.gates.values()):
+        if all(self.workers.gates[lane].reason for lane in MAIL_LANES):
             raise Refused(503, "all lanes are paused: the SMTP server is out", None, {"Retry-After": "10"})
         self.queue.store.ensure_writable()
         return {"status": True}
@@ -7362,7 +7370,7 @@ const EVENTS = {accepted: "Accepted", running: "In work", retrying: "Attempt fai
   "in-doubt": "May have arrived, tried again later", returned: "Put back, not counted as an attempt",
   orphaned: "Its process died", dead: "Given up: a dead letter", revived: "Queued again", succeeded: "Succeeded",
   cancelled: "Cancelled", suppressed: "Suppressed"};
-const LANES = {urgent: "OTPs, subscribing and unsubscribing", normal: "messages", bulk: "newsletters"};
+const LANES = {urgent: "OTPs", normal: "messages", bulk: "newsletters", changes: "subscribing and unsubscribing"};
 
 function act(method, path, words) {
   return async () => { await api(method, path); say(words); await show.refresh(); };

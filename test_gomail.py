@@ -4569,6 +4569,51 @@ def test_a_full_lane_delays_no_other(services, mail_server):
     assert [mail.recipient for mail in mail_server.mails] == ["otp@example.com"]
 
 
+CHANGE = {"task": "a test", "type": "subscribe", "retries": 0, "payload": {
+    "userId": "reader@example.com", "frequency": "@monthly", "content_type": "news"}}
+
+
+def test_an_otp_waits_for_no_subscribes_and_they_for_no_smtp_server(services, mail_server):
+    service = services(mail_server)
+    client = service.client.sign_up()
+    define(client)
+    account = service.http.api.accounts.authenticate(client.key)
+    for _ in range(10):
+        *_, last = service.queue.enqueue(account, [CHANGE] * 500)
+    client.task("generateOtp", userId="otp@example.com")
+    mail_server.one("otp@example.com")
+    assert client.get(f"/task/{last}")["state"] == "queued" and client.get("/health/metrics")["queued"]["changes"] > 0
+    assert {lane["lane"]: lane["queued"] > 0 for lane in client.get("/lanes")["lanes"]} == {
+        "urgent": False, "normal": False, "bulk": False, "changes": True}
+    mail_server.stop()
+    client.task("generateOtp", userId="otp@example.com")
+    until(lambda: service.workers.gates["urgent"].reason)
+    client.state(last, "succeeded")
+
+
+def test_subscribes_that_an_older_version_left_in_the_urgent_lane_are_done(queue, client, monkeypatch, services):
+    define(client)
+    monkeypatch.setattr(gomail, "lane_of", lambda _: "urgent")
+    ids = queue.enqueue(queue.account, [CHANGE, CHANGE])
+    monkeypatch.undo()
+    assert queue.depths()["urgent"] == 2
+    services(key_prefix=queue.store.prefix)
+    for task_id in ids:
+        client.state(task_id, "succeeded")
+
+
+def test_otps_that_died_stand_behind_the_messages_when_they_are_revived(queue, client):
+    otp = {"task": "a test", "type": "generateOtp", "retries": 0, "payload": {"userId": "otp@example.com", "length": 6}}
+    died, = queue.enqueue(queue.account, [otp])
+    assert queue.exchange("urgent-0", "urgent").id == died
+    queue.exchange("urgent-0", "urgent", gomail.Outcome(died, "dead", "no such user"), take=False)
+    message, = queue.enqueue(queue.account, [MESSAGE])
+    assert client.post("/task/dead/retry")["count"] == 1
+    assert queue.exchange("urgent-0", "urgent") is None
+    taken = queue.exchange("normal-0", "normal"), queue.exchange("normal-1", "normal")
+    assert [task.id for task in taken] == [message, died]
+
+
 # --- 11. cron ---------------------------------------------------------------------------------------------
 
 def rfc3339(moment, zone=datetime.timezone.utc):
@@ -6245,9 +6290,9 @@ def test_stats_are_shown_once_to_a_program_and_live_at_a_terminal(operated, mail
     command, client = operated
     client.state(client.task(), "succeeded")
     found = json.loads(command("stats", "--json")[1])
-    assert [lane["lane"] for lane in found["lanes"]] == ["urgent", "normal", "bulk"] and found["jobs"]["successful"] == 1
+    assert [lane["lane"] for lane in found["lanes"]] == ["urgent", "normal", "bulk", "changes"] and found["jobs"]["successful"] == 1
     code, output, _ = command("stats")
-    assert code == 0 and "normal  0" in output and "1 executed, 1 successful, 0 failed" in output and "\x1b" not in output
+    assert code == 0 and "normal   0" in output and "1 executed, 1 successful, 0 failed" in output and "\x1b" not in output
     code, output = command.at_terminal("stats", until_seen=b"a second now.*a second now")
     assert code == 0 and output.count("urgent") >= 3 and "Traceback" not in output
     mail_server.stop()
