@@ -2074,7 +2074,8 @@ class Outcome:
     Verdict "succeeded"; "retrying", to be taken again after `delay` seconds; "dropped" and "in-doubt", the same without
     counting as an attempt; "returned", back to the head of its lane; "dead"; "cancelled", because nobody
     wants it any more; or "suppressed", because nobody is left to send it to. `delivered` are the recipients that have
-    the mail already, where others have not; `suppress` the addresses that do not exist, by what the server said.
+    the mail already, where others have not; `suppress` the addresses that do not exist, by what the server said. Of a
+    subscribe or unsubscribe that succeeded, `result` says what it came to.
     """
 
     task_id: str
@@ -2083,6 +2084,7 @@ class Outcome:
     delay: float = 0.0
     delivered: tuple = ()
     suppress: tuple = ()
+    result: str = ""
 
 
 class Queue:
@@ -2598,7 +2600,7 @@ class Queue:
         outcome = outcome or Outcome("", "")
         settings = self.settings
         keys = [self._processing(worker), self.store.key("lane", lane), self.store.prefix]
-        args = [int(take), outcome.task_id, outcome.verdict, outcome.error, int(outcome.delay * 1000),
+        args = [int(take), outcome.task_id, outcome.verdict, outcome.error or outcome.result, int(outcome.delay * 1000),
                 " ".join(outcome.delivered), " ".join(outcome.suppress), settings.result_ttl * 1000,
                 settings.dead_ttl * 1000, settings.dead_max, self.process, worker]
         while (found := self._exchange(keys, args)) == []:
@@ -2769,9 +2771,12 @@ class Queue:
     def _status(task_id: str, found: dict, story: bool) -> dict:
         """The status of a task, from the fields of its hash. Raises ValueError, TypeError or KeyError."""
         task = json.loads(found["head"])
+        succeeded = found["state"] == "succeeded"  # then "error" in the hash has the Outcome's result
         status = {"id": task_id, "task": task["task"], "type": task["type"], "userId": task["payload"]["userId"],
                   "state": found["state"], "attempts": int(found["attempts"]), "retries": task["retries"],
-                  "error": found["error"] or None, "created": timestamp(found["created"])}
+                  "error": not succeeded and found["error"] or None, "created": timestamp(found["created"])}
+        if succeeded and found["error"]:
+            status["result"] = found["error"]
         if found["state"] in ("retrying", "scheduled"):
             status["due"] = timestamp(float(found["due"]) * 1000)
         if found["finished"]:
@@ -2930,7 +2935,8 @@ def told(task):
         events.append({"time": timestamp(moment), "event": event, **took(started, moment), "error": why or None})
     if task["state"] in ("succeeded", "cancelled", "suppressed"):
         events.append({"time": timestamp(task["finished"]), "event": task["state"],
-                       **took(task["started"], task["finished"]), "error": task["error"] or None})
+                       **took(task["started"], task["finished"]),
+                       "error": task["state"] != "succeeded" and task["error"] or None})
     elif task["state"] == "running":
         events.append({"time": timestamp(task["started"]), "event": "running"})
     return events
@@ -4301,7 +4307,7 @@ class Newsletters:
         local address, created, member = unpack(ARGV)
         redis.call('SET', unsubscribed, created, 'EX', 86400)
         local before = redis.call('HGET', subscribers, address)
-        if not before then return 'unknown' end
+        if not before then return 'not subscribed' end
         if later(cjson.decode(before).created, created) then return 'overtaken' end
         redis.call('HDEL', subscribers, address)
         redis.call('HDEL', issued, address)
@@ -4496,8 +4502,10 @@ class Newsletters:
     def _unknown():
         return Refused(404, "content_type does not exist; POST /task/subscriptionContent defines one", "content_type")
 
-    def subscribe(self, task):
+    def subscribe(self, task: "Task") -> str:
         """Carry out a subscribe task: one subscription for the address, with this frequency from now on.
+
+        Returns what it came to: "subscribed", or "overtaken" where a later task has had its way before.
 
         Raises:
             Permanent: there is no such content type, and the task brings none.
@@ -4516,16 +4524,18 @@ class Newsletters:
                   next_boundary(payload["frequency"], self.clock(), self.zone), body])
         if done == "unknown":
             raise Permanent(f"content type {content_type!r} does not exist")
+        return done
 
-    def unsubscribe(self, task):
-        """Carry out an unsubscribe task. Raises Permanent where the address is not subscribed."""
-        content_type, address = task.payload["content_type"], task.payload["userId"]
-        # A task may be done again after an outage; what it has done by then is no reason to fail.
-        if not self._leave(task.account, content_type, address, task.created, task.id):
-            raise Permanent(f"{address} is not subscribed to {content_type!r}")
+    def unsubscribe(self, task: "Task") -> str:
+        """Carry out an unsubscribe task.
 
-    def _leave(self, account, content_type, address, moment, request=""):
-        """End a subscription that is older than `moment` (microseconds). False where there is none.
+        Returns what it came to: "unsubscribed"; "not subscribed", where nothing was to be done; or "overtaken", where
+        the subscription is a later one. A task that is done again, as after an outage, returns the same.
+        """
+        return self._leave(task.account, task.payload["content_type"], task.payload["userId"], task.created, task.id)
+
+    def _leave(self, account: str, content_type: str, address: str, moment: int, request: str = "") -> str:
+        """End a subscription that is older than `moment` (microseconds). Returns what unsubscribe() returns.
 
         `request` is that of Script.
         """
@@ -4534,7 +4544,7 @@ class Newsletters:
             keys=[self.store.key("subscribers", content_type, account), self.store.key("schedule"),
                   self.store.key("unsubscribed", content_type, address, account),
                   self.store.key("issued", content_type, account)],
-            args=[address, moment, self._member(account, content_type, address)], request=request) != "unknown"
+            args=[address, moment, self._member(account, content_type, address)], request=request)
 
     def fold_as_now(self) -> None:
         """Once after an upgrade: give the subscriptions that an older version kept under a further folded address the
@@ -4825,14 +4835,15 @@ class Workers:
             self.stats.note(self.EVENTS[outcome.verdict], Account(task.account, task.key))
         log(dict.fromkeys(("succeeded", "cancelled", "suppressed"), logging.INFO).get(outcome.verdict, logging.WARNING),
             f"task {outcome.verdict}", task=task.id, type=task.type, account=task.account, attempt=task.attempts + 1,
-            duration=round(time.monotonic() - started, 4), **({"error": outcome.error} if outcome.error else {}))
+            duration=round(time.monotonic() - started, 4), **({"error": outcome.error} if outcome.error else {}),
+            **({"result": outcome.result} if outcome.result else {}))
         return outcome
 
     def _perform(self, task, lane):
         try:
             if task.strikes:
                 self.queue.begin(task)
-            self.handlers[task.type](task)
+            result = self.handlers[task.type](task)
         except Cancelled as error:
             return Outcome(task.id, "cancelled", str(error))
         except Suppressed as error:
@@ -4856,7 +4867,7 @@ class Workers:
         except Exception as error:  # a fault of ours costs one task an attempt, never the worker
             logger.exception("unexpected error", extra={"fields": {"task": task.id}})
             return self._failed(task, f"internal error ({type(error).__name__})")
-        return Outcome(task.id, "succeeded")
+        return Outcome(task.id, "succeeded", result=result or "")
 
     def _partial(self, task: Task, lane: str, error: Partial) -> Outcome:
         """What becomes of a task of which some recipients did not get the mail."""
@@ -7518,7 +7529,7 @@ function task(id) {
       ["retrying", "scheduled"].includes(found.state)
         ? button("Cancel", act("DELETE", `/task/${part(id)}`, "Cancelled."), "bad") : null)),
     facts([["State", badge(found.state)], ["Type", found.type], ["Recipient", found.userId], ["Account", found.account],
-      ["Attempts", `${found.attempts} of ${found.retries + 1}`], ["Error", found.error],
+      ["Attempts", `${found.attempts} of ${found.retries + 1}`], ["Error", found.error], ["Result", found.result],
       ["Accepted", when(found.created, true)], ["Next attempt", when(found.due, true)],
       ["Ended", when(found.finished, true)], ["Id", h("code", {}, found.id)]])),
     h("section", {"aria-labelledby": "story"}, h("h2", {id: "story"}, "What happened"), h("ol", {class: "story"},

@@ -4357,20 +4357,36 @@ def test_who_unsubscribed_gets_nothing_more_not_even_what_was_queued(dated, mail
     assert [mail.recipient for mail in mail_server.mails] == ["after@example.com"]
 
 
-def test_unsubscribing_what_is_not_there_is_a_clear_failure_and_not_retried(client):
-    found = client.state(client.task("unsubscribe", retries=5, content_type="news"), "dead")
-    assert found["attempts"] == 1 and found["error"] == "user@example.com is not subscribed to 'news'"
+def test_unsubscribing_who_is_not_subscribed_succeeds_and_the_task_says_what_it_came_to(client):
+    def unsubscribed():
+        found = client.state(client.task("unsubscribe", content_type="news"), "succeeded", "dead")
+        assert found["error"] is found["story"][-1]["error"] is None and found["story"][-1]["event"] == "succeeded"
+        return found["state"], found["attempts"], found["result"]
+    assert unsubscribed() == ("succeeded", 1, "not subscribed")  # nor is there such a content type
+    define(client)
+    assert unsubscribed() == ("succeeded", 1, "not subscribed")
+    assert subscribe(client)["result"] == "subscribed" and subscribe(client)["result"] == "subscribed"
+    assert [unsubscribed()[2] for _ in range(3)] == ["unsubscribed", "not subscribed", "not subscribed"]
+    assert client.get("/task/dead")["total"] == 0
+    assert "result" not in client.state(client.task(), "succeeded")
+    shown, = [found for found in client.get("/task/recent?limit=100")["tasks"] if found.get("result") == "unsubscribed"]
+    assert shown["type"] == "unsubscribe" and shown["error"] is None
 
 
-def test_an_unsubscribe_task_that_is_done_again_after_an_outage_does_not_fail(service, client):
+def test_an_error_before_a_success_is_no_result(service, client, mail_server):
+    mail_server.replies["user@example.com"] = ["450 4.2.0 later"]
+    found = client.state(client.task(retries=1), "succeeded")
+    assert found["error"] is None and "result" not in found and found["story"][1]["error"]
+
+
+def test_an_unsubscribe_task_that_is_done_again_after_an_outage_comes_to_the_same(service, client):
     define(client)
     subscribe(client)
     account, payload = name_of(client), {"userId": "user@example.com", "content_type": "news"}
     task = gomail.Task("id", account, "key", "unsubscribe", "t", 0, payload, int(service.store.time() * 1e6))
     for _ in range(2):
-        service.newsletters.unsubscribe(task)
-    with pytest.raises(gomail.Permanent):
-        service.newsletters.unsubscribe(dataclasses.replace(task, id="another"))
+        assert service.newsletters.unsubscribe(task) == "unsubscribed"
+    assert service.newsletters.unsubscribe(dataclasses.replace(task, id="another")) == "not subscribed"
 
 
 def test_the_later_request_wins_when_an_unsubscribe_overtakes_its_subscribe(service, client):
@@ -4381,12 +4397,11 @@ def test_the_later_request_wins_when_an_unsubscribe_overtakes_its_subscribe(serv
         return gomail.Task(f"id-{created}", account, "key", "subscribe", "t", 0, {
             "userId": "user@example.com", "content_type": "news", "frequency": "@daily", **payload}, created)
     now = int(time.time() * 1e6)
-    with pytest.raises(gomail.Permanent):
-        service.newsletters.unsubscribe(task(now + 1))
-    service.newsletters.subscribe(task(now))
+    assert service.newsletters.unsubscribe(task(now + 1)) == "not subscribed"
+    assert service.newsletters.subscribe(task(now)) == "overtaken"
     assert client.get("/task/subscriptionContent/news")["subscribers"] == 0
-    service.newsletters.subscribe(task(now + 3))
-    service.newsletters.unsubscribe(task(now + 2))
+    assert service.newsletters.subscribe(task(now + 3)) == "subscribed"
+    assert service.newsletters.unsubscribe(task(now + 2)) == "overtaken"
     assert client.get("/task/subscriptionContent/news")["subscribers"] == 1
 
 
@@ -4594,7 +4609,7 @@ def test_an_otp_waits_for_no_subscribes_and_they_for_no_smtp_server(services, ma
 def test_subscribes_that_an_older_version_left_in_the_urgent_lane_are_done(queue, client, monkeypatch, services):
     define(client)
     monkeypatch.setattr(gomail, "lane_of", lambda _: "urgent")
-    ids = queue.enqueue(queue.account, [CHANGE, CHANGE])
+    ids = queue.enqueue(queue.account, [CHANGE, {**CHANGE, "type": "unsubscribe"}])
     monkeypatch.undo()
     assert queue.depths()["urgent"] == 2
     services(key_prefix=queue.store.prefix)
