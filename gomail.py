@@ -179,6 +179,8 @@ class Settings:
                                             "most 10", low=1, high=100000)
     redis_uri: str = option("", "host:port, redis://, rediss://, unix:// or redis+sentinel://; "
                             "empty: the embedded Valkey in data_dir")
+    redis_connections: int = option(32, "connections to Redis at once for requests, in each process; each worker and "
+                                    "the cron have one more of their own", low=1, high=10000)
     key_prefix: str = option("gomail:", "what every Redis key begins with")
     durability: str = option("everysec", "when a task answered 2xx is on disk: everysec, within a second; "
                              "fsync, before the answer", choices=("everysec", "fsync"))
@@ -1008,32 +1010,47 @@ class Script:
 
 
 class Store:
-    """The Redis connection, shared by all threads.
+    """The connections to Redis, shared by all threads.
 
     A command that fails because its connection broke is sent once more, though Redis may have run it: see Script.
     `available` is what the cron thread last found.
+
+    Each worker has a connection of its own, and the cron thread that of the pool. Beside them, requests may have
+    `connections` at once, the next one waits. Where Redis takes no further ones (its `maxclients`), requests get by with
+    those they have, and those with one less for each time that a worker or the cron thread is refused: so that these
+    come to theirs.
 
     Args:
         uri: host:port, redis://, rediss://, unix://, or redis+sentinel://host:port,host:port/master (where the
             sentinels say which server is the master now).
         prefix: what every key begins with.
+        connections: for requests, at most.
 
     Raises:
         ValueError: the uri is of no known form, as RedisAddress.parse() says it.
     """
 
-    TIMEOUT = 3.0  # seconds until a server that says nothing counts as away
+    TIMEOUT = 3.0  # seconds until a server that says nothing counts as away, and that a request waits for a connection
+    SPARE = 10.0  # seconds until a connection that no request needs is closed, and until more of them are tried again
+    # How redis-py tells that a server has ended a connection at its begin: some it has no time to say why.
+    ENDED = re.compile("max number of clients|Error (32|54|104) |closed by server", re.IGNORECASE)
 
-    def __init__(self, uri, prefix="gomail:"):
+    def __init__(self, uri: str, prefix: str = "gomail:", connections: int = Settings.redis_connections) -> None:
         options = {"decode_responses": True, "protocol": 2, "socket_timeout": self.TIMEOUT,
                    "socket_connect_timeout": self.TIMEOUT, "max_connections": 100_000,
                    "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 1, (redis.ConnectionError,))}
         self.prefix = prefix
         self.available = True
         self._own = threading.local()
-        self._spare = []
+        self._changed = threading.Condition()  # guards the next five
+        self._most = self._limit = connections
+        self._busy = 0  # requests that have a connection, or are about to
+        self._spare: collections.deque = collections.deque()  # (since when, client), the newest at the right
+        self._refused = float("-inf")
         self._write = self.script("return redis.call(ARGV[1], KEYS[1], unpack(ARGV, 2))")
         self._pooled = self._client(RedisAddress.parse(uri), options)
+        # Sentinels are asked for the master whenever the pool hands out a connection: all are the pool's then.
+        self._is_pooled = isinstance(self._pooled.connection_pool, redis.sentinel.SentinelConnectionPool)
 
     @classmethod
     def _client(cls, address: RedisAddress, options: dict[str, object]) -> redis.Redis:
@@ -1063,29 +1080,95 @@ class Store:
         return self.prefix + ":".join(parts)
 
     @property
-    def redis(self):
+    def redis(self) -> redis.Redis:
         """The Redis client: that of this thread, or the one that all others share."""
         client = getattr(self._own, "client", self._pooled)
         if client is None:
-            try:
-                client = self._spare.pop()
-            except IndexError:
-                client = redis.Redis(connection_pool=self._pooled.connection_pool, single_connection_client=True)
-            self._own.client = client
+            client = self._own.client = self._for_request() if self._own.for_request else self._further()
         return client
 
-    def dedicate(self):
+    def dedicate(self, for_request: bool = False) -> None:
         """Give this thread a connection of its own until release(), which spares it the locks of the pool.
 
-        Behind Sentinels it stays with the pool, which asks them for the master whenever it hands out a connection.
+        One for a request is had when it is first needed, and may have to be waited for.
         """
-        if not isinstance(self._pooled.connection_pool, redis.sentinel.SentinelConnectionPool):
+        self._own.for_request = for_request
+        if for_request or not self._is_pooled:
             self._own.client = None
 
-    def release(self):
-        """Leave this thread's connection to the next one that needs one."""
-        if client := vars(self._own).pop("client", None):
-            self._spare.append(client)
+    def release(self) -> None:
+        """Leave this thread's connection, that of a request, to the next one that needs one."""
+        client = vars(self._own).pop("client", None)
+        if client is None:
+            return
+        with self._changed:
+            self._busy -= 1
+            # One that broke is not kept: to connect it again may take what Redis has not got.
+            keep = not self._is_pooled and client.connection.is_connected and (
+                self._busy + len(self._spare) < self._limit)
+            if keep:
+                self._spare.append((time.monotonic(), client))
+            self._changed.notify()
+        if not keep:
+            self._close(client)
+
+    def _for_request(self) -> "redis.Redis":
+        """A client for a request, within TIMEOUT seconds. Raises RedisError."""
+        deadline = time.monotonic() + self.TIMEOUT
+        while True:
+            with self._changed:
+                if not self._changed.wait_for(lambda: self._busy < self._limit, deadline - time.monotonic()):
+                    raise redis.ConnectionError("all connections for requests are taken (see redis_connections)")
+                self._busy += 1
+                if self._spare:
+                    return self._spare.pop()[1]
+            try:
+                return self._further()
+            except BaseException as error:
+                with self._changed:
+                    self._busy -= 1
+                    self._changed.notify()
+                if not self.refused(error, for_request=True) or time.monotonic() > deadline:
+                    raise
+
+    def _further(self) -> "redis.Redis":
+        """A client with a further connection, or with that of the pool."""
+        return self._pooled if self._is_pooled else redis.Redis(
+            connection_pool=self._pooled.connection_pool, single_connection_client=True)
+
+    def _close(self, client: "redis.Redis") -> None:
+        if client is not self._pooled:
+            client.connection.disconnect()
+            client.close()
+
+    def refused(self, error: BaseException, for_request: bool = False) -> bool:
+        """Whether this error says that Redis takes no further connection; requests get by with fewer then."""
+        if not isinstance(error, redis.ConnectionError) or not self.ENDED.search(str(error)):
+            return False
+        with self._changed:
+            if self._limit == self._most:
+                log(logging.WARNING, "Redis takes no further connection", error=describe(error), requests=self._busy,
+                    remedy="a higher maxclients of the Redis server, or fewer redis_connections")
+            self._limit = max(1, min(self._limit, self._busy - (not for_request)))
+            self._refused = time.monotonic()
+            spare, self._spare = self._spare, collections.deque()
+        for _, client in spare:
+            self._close(client)
+        if self._is_pooled:
+            self._pooled.connection_pool.disconnect(inuse_connections=False)
+        return True
+
+    def tidy(self) -> None:
+        """Close the connections that no request needed for a while; try whether Redis takes more of them by now."""
+        spare, now = [], time.monotonic()
+        with self._changed:
+            while self._spare and self._spare[0][0] < now - self.SPARE:
+                spare.append(self._spare.popleft()[1])
+            if self._limit < self._most and self._refused < now - self.SPARE:
+                self._limit = min(2 * self._limit, self._most)
+                self._changed.notify_all()
+        for client in spare:
+            self._close(client)
 
     def script(self, source: str, once: bool = False, when_full: bool = True) -> Script:
         """The Script of this source."""
@@ -4814,6 +4897,7 @@ class Workers:
                     self.gates[lane].wait()
             except redis.RedisError as error:
                 failures += 1
+                self.queue.store.refused(error)
                 if failures == 1:
                     log(logging.ERROR, "Redis is not available", worker=name, error=describe(error))
                 if self.stopping.wait(random.uniform(0.5, 1) * min(0.1 * 2 ** min(failures, 10), 5.0)) and failures > 3:
@@ -5000,6 +5084,7 @@ class Cron:
                     if self.server:
                         self.server.examine()
             except redis.RedisError as error:
+                self.store.refused(error)
                 self.store.available = not isinstance(error, (redis.ConnectionError, redis.TimeoutError))
                 if not failing:
                     failing = True
@@ -5018,6 +5103,7 @@ class Cron:
                 if self.asked.get(lane) != before.get(lane):
                     self.workers.gates[lane].resume()
             self.beaten = now
+            self.store.tidy()
             self.accounts.restore()
             self.stats.flush()
             self.queue.find_orphans()
@@ -5993,9 +6079,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def with_redis(self, call: Callable, *arguments: object) -> object:
         """call(*arguments), with a connection to Redis that no other thread uses meanwhile."""
         store = self.server.api.queue.store
-        store.dedicate()
+        store.dedicate(for_request=True)
         try:
             return call(*arguments)
+        except redis.ConnectionError as error:
+            store.refused(error, for_request=True)
+            raise
         finally:
             store.release()
 
@@ -6429,7 +6518,7 @@ def open_store(settings, server=None):
     """The Store that the settings name, reached once. Raises StartError."""
     uri = server.uri if server else settings.redis_uri
     try:
-        store = Store(uri, settings.key_prefix)
+        store = Store(uri, settings.key_prefix, settings.redis_connections)
     except ValueError as error:
         raise StartError(f"redis_uri: (hidden) is not allowed: {error}; expected host:port, redis://, rediss://, "
                          "unix:// or redis+sentinel://, with %40 for @ in a user or password, and so on") from None

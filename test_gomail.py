@@ -1489,6 +1489,110 @@ def test_only_the_owner_can_open_the_files_and_the_socket(processes):
         assert path.stat().st_mode & 0o077 == 0, path
 
 
+class Crowd:
+    """Threads that call a function of their number, each at once, over and over, until the block ends."""
+
+    def __init__(self, count, call):
+        self.call, self.ended, self.found = call, threading.Event(), collections.Counter()
+        self.threads = [threading.Thread(target=self.run, args=(number,)) for number in range(count)]
+
+    def run(self, number):
+        while not self.ended.is_set():
+            self.found[self.call(number)] += 1
+
+    def __enter__(self):
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.ended.set()
+        for thread in self.threads:
+            thread.join()
+
+
+def test_a_burst_above_maxclients_starves_no_worker_and_no_heartbeat_and_is_over_when_it_ends(mail_server):
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as ending:
+        server = RedisServer(folder, "--maxclients", "20").start()
+        ending.callback(server.stop)
+        services = Services(server, folder)
+        ending.callback(services.stop)
+        service = services(mail_server)
+        client = service.client.sign_up()
+        clients = [Client(service.http.url, client.key) for _ in range(64)]
+        heartbeat = service.store.key("heartbeat", service.queue.process)
+
+        def look(number):
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                return clients[number]("GET", "/task/recent")[0]
+        with Crowd(64, look) as crowd:
+            server.client.client_pause(1000)  # ms, in which all of them come to need a connection
+            until(lambda: server.client.info("stats")["rejected_connections"])
+            for _ in range(3):
+                # All lose their connections at once, and the workers have to come to theirs against the crowd.
+                server.client.client_kill_filter(_type="normal", skipme=True)
+                before, recipient = crowd.found[200], f"{secrets.token_hex(4)}@example.com"
+                body = {"task": "a test", "type": "message", "retries": 0, "payload": {
+                    "userId": recipient, "subject": "Hello", "content": "Hello there"}}
+                until(lambda: client("POST", "/task/", body)[0] == 200)
+                until(lambda: mail_server.to(recipient))
+                until(lambda: server.client.pttl(heartbeat) > 2500 and crowd.found[200] > before)
+        assert set(crowd.found) <= {200, 503}
+        for _ in range(20):
+            assert client("GET", "/task/recent")[0] == 200
+        client.state(client.task(), "succeeded")
+
+
+def test_requests_share_their_connections_and_those_that_none_needs_are_closed(service, monkeypatch):
+    store = gomail.Store(service.settings.redis_uri, service.store.prefix, connections=3)
+    name, ids, gone = secrets.token_hex(4), set(), threading.Barrier(9)
+
+    def work(number):
+        for _ in range(50):
+            store.dedicate(for_request=True)
+            store.redis.client_setname(name)
+            ids.add(store.redis.client_id())
+            store.release()
+        gone.wait(PATIENCE)
+
+    def connections():
+        return sum(found["name"] == name for found in service.store.redis.client_list())
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    gone.wait(PATIENCE)
+    assert 1 <= len(ids) <= 3 and connections() == len(ids)
+    store.tidy()
+    assert connections() == len(ids)
+    monkeypatch.setattr(gomail.Store, "SPARE", 0.0)
+    store.tidy()
+    until(lambda: connections() == 0)
+
+
+def test_a_request_that_gets_no_connection_in_time_is_an_error_that_names_the_option(service, monkeypatch):
+    monkeypatch.setattr(gomail.Store, "TIMEOUT", 0.1)
+    store, taken, done = gomail.Store(service.settings.redis_uri, connections=1), threading.Event(), threading.Event()
+
+    def hold():
+        store.dedicate(for_request=True)
+        store.redis.ping()
+        taken.set()
+        done.wait(PATIENCE)
+        store.release()
+    holder = threading.Thread(target=hold)
+    holder.start()
+    taken.wait(PATIENCE)
+    store.dedicate(for_request=True)
+    with pytest.raises(redis.ConnectionError, match="redis_connections"):
+        store.redis.ping()
+    store.release()
+    done.set()
+    holder.join()
+    store.dedicate(for_request=True)
+    assert store.redis.ping()
+    store.release()
+
+
 # --- 4. accounts ------------------------------------------------------------------------------------------
 
 def test_signup_gives_a_signed_key_and_keeps_only_its_id(service):
