@@ -2431,7 +2431,8 @@ class Queue:
     """
 
     # What is due has waited already, so it goes to the head of its lane. What was due first is to leave first, so the
-    # latest is moved first, also where there is more than one call's share; of one moment, by id.
+    # latest is moved first, also where there is more than one call's share; of one moment, by id. Answers how many these
+    # were, and the milliseconds until the next one is due, or -1 where none waits.
     PROMOTE = CLOCK + """
         local prefix = KEYS[1]
         local due = redis.call('ZREVRANGEBYSCORE', prefix .. 'delayed', milliseconds, '-inf', 'LIMIT', 0, ARGV[1])
@@ -2443,7 +2444,8 @@ class Queue:
                 redis.call('RPUSH', prefix .. 'lane:' .. lane, id)
             end
         end
-        return #due
+        local next = redis.call('ZRANGE', prefix .. 'delayed', 0, 0, 'WITHSCORES')[2]
+        return {#due, next and math.max(0, math.ceil(next - milliseconds)) or -1}
     """
 
     # Of some tasks that wait, find retries that are further away than retries are ever put off, as they are after the
@@ -2620,6 +2622,7 @@ class Queue:
         self._missing, self._scanned, self._recalled = {}, 0, 0
         self._no_otp = threading.Event()
         self._no_otp.set()
+        self._delayed, self.next_due = threading.Event(), math.inf
 
     def enqueue(self, account, tasks, idempotency_key=""):
         """Put checked tasks into their lanes, all in one round trip; a return means that Redis has them.
@@ -2652,6 +2655,8 @@ class Queue:
             args += [task_id, head_of(task), json.dumps(task), lane_of(task["type"]),
                      otp_address, content_type, fingerprint, digest, payload.get("send_at", 0) // 1000, to]
         results = self._durably(self._enqueue, [self.store.prefix], args)
+        if any("send_at" in task["payload"] for task in tasks):
+            self._delayed.set()
         if results == "revoked":
             raise Refused(401, "the API key was revoked", None, {"WWW-Authenticate": "Bearer"})
         return [self._refusal(result) or result for result in results]
@@ -2688,6 +2693,8 @@ class Queue:
                 settings.dead_ttl * 1000, settings.dead_max, self.process, worker]
         while (found := self._exchange(keys, args)) == []:
             pass
+        if outcome.delay:
+            self._delayed.set()
         if found is None:
             return None
         task_id, body, account, key, created, *counts, delivered, suppressed = found
@@ -2707,15 +2714,16 @@ class Queue:
         """An OTP has been sent, or failed: other work may go on."""
         self._no_otp.set()
 
-    def wait(self, worker, lane, timeout):
+    def wait(self, worker: str, lane: str, timeout: float) -> bool:
         """Wait up to `timeout` seconds until `lane` has a task and move it to the worker's processing list.
 
-        The next exchange() returns it.
+        The next exchange() returns it. False where the lane stayed empty: there is nothing to exchange.
         """
         try:
-            self.store.redis.brpoplpush(self.store.key("lane", lane), self._processing(worker), timeout=timeout)
+            return bool(self.store.redis.brpoplpush(self.store.key("lane", lane), self._processing(worker), timeout))
         except redis.OutOfMemoryError:  # to wait needs no memory, but might; the next exchange() needs no wait
             time.sleep(min(timeout, self.LOOK_AGAIN))
+            return True
 
     def pace(self, lane):
         """Take the next moment at which a mail of this lane may go, by `smtp_rate`; returns the seconds until then."""
@@ -2763,9 +2771,21 @@ class Queue:
             raise Refused(429, f"the lane was resumed a moment ago; try again in {seconds} seconds", None,
                           {"Retry-After": str(seconds)})
 
-    def promote(self):
-        """Move what is due to the lanes; returns how many tasks, at most LOOK."""
-        return self._promote(keys=[self.store.prefix], args=[self.LOOK])
+    def promote(self) -> int:
+        """Move what is due to the lanes; returns how many tasks, at most LOOK.
+
+        `next_due` is then when the next one is due (monotonic), as far as is_due() does not know better.
+        """
+        self._delayed.clear()
+        self.next_due = math.inf
+        count, wait = self._promote(keys=[self.store.prefix], args=[self.LOOK])
+        if wait >= 0:
+            self.next_due = time.monotonic() + wait / 1000
+        return count
+
+    def is_due(self) -> bool:
+        """Whether promote() may find something: by what it found last, and what this process has put off since."""
+        return self._delayed.is_set() or time.monotonic() >= self.next_due
 
     def recall(self) -> int:
         """Make retries due that a wrong clock put off too far, among some of what waits; returns how many."""
@@ -4892,7 +4912,9 @@ class Workers:
                     self.stopping.wait(self.REST)
                 elif take:
                     self.transport.tidy(SmtpTransport.IDLE)
-                    self.queue.wait(name, lane, self.WAIT)
+                    while not (self.queue.wait(name, lane, self.WAIT) or self.stopping.is_set()
+                               or self.gates[lane].reason):
+                        self.transport.tidy(SmtpTransport.IDLE)
                 else:
                     self.gates[lane].wait()
             except redis.RedisError as error:
@@ -5048,13 +5070,14 @@ class Cron:
     """
 
     TICK = 0.1  # seconds
+    LOOK = 1.0  # seconds until Redis is asked for what else may be due: of newsletters, or put off by other processes
 
     def __init__(self, store, accounts, queue, newsletters, stats, workers, server=None):
         self.store, self.accounts, self.queue, self.newsletters, self.stats = store, accounts, queue, newsletters, stats
         self.workers, self.server = workers, server
         self.stopping = threading.Event()
         self.thread = threading.Thread(target=self.run, daemon=True)
-        self.beaten, self.asked = float("-inf"), {}
+        self.beaten, self.looked, self.asked = float("-inf"), float("-inf"), {}
 
     def start(self):
         """Show this process as alive, before its workers take anything, and start the thread."""
@@ -5071,9 +5094,10 @@ class Cron:
         self.thread.join()
 
     def run(self):
-        """Do what is due every TICK until the service stops, through outages of Redis."""
+        """Do what is due, on time or at the next TICK, until the service stops, through outages of Redis."""
         failing = False
-        while not self.stopping.wait(self.TICK):
+        while not self.stopping.wait(self.TICK if failing else min(
+                self.TICK, max(0.001, self.queue.next_due - time.monotonic()))):
             try:
                 flush_log()
                 self.once()
@@ -5110,11 +5134,14 @@ class Cron:
             self.queue.reclaim()
             self.queue.recall()
             self.newsletters.correct()
-        deadline = time.monotonic() + 0.5
-        while self.queue.promote() == self.queue.LOOK and time.monotonic() < deadline:
-            pass
-        while self.newsletters.enqueue_due() == self.newsletters.BATCH and time.monotonic() < deadline:
-            pass
+        if now - self.looked < self.LOOK and not self.queue.is_due():
+            return
+        self.looked, deadline = now, time.monotonic() + 0.5
+        for work, most in ((self.queue.promote, self.queue.LOOK), (self.newsletters.enqueue_due, self.newsletters.BATCH)):
+            while work() == most:
+                if time.monotonic() >= deadline:
+                    self.looked = float("-inf")  # the rest at the next tick
+                    break
 
     def revive_server(self):
         """Start the embedded server again where it died."""

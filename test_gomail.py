@@ -448,6 +448,7 @@ def services(redis_server, mail_server, tmp_path, monkeypatch):
     monkeypatch.setattr(gomail.Gate, "LONGEST_DELAY", 0.2)
     monkeypatch.setattr(gomail.Workers, "drop_delay", staticmethod(lambda drops: 0.05))
     monkeypatch.setattr(gomail.Cron, "TICK", 0.01)
+    monkeypatch.setattr(gomail.Cron, "LOOK", 0.01)
     services = Services(redis_server, tmp_path)
     yield services
     services.stop()
@@ -4751,6 +4752,46 @@ def test_a_message_with_send_at_waits_until_then_also_through_a_restart(services
     second = services(mail_server, key_prefix=first.store.prefix)
     Client(second.http.url, client.key).state(task_id, "succeeded")
     assert date_of(mail_server.one("user@example.com")) == int(moment) and time.time() >= moment
+
+
+def test_what_a_process_put_off_is_due_on_time_without_a_look_around(services, mail_server, monkeypatch):
+    monkeypatch.setattr(gomail.Cron, "LOOK", 1e6)
+    client = services(mail_server, retry_delay=0.2).client.sign_up()
+    mail_server.replies["retried@example.com"] = ["450 4.2.0 later", "450 4.2.0 later"]
+    late, retried = client.task(send_at=rfc3339(time.time() + 1e6)), client.task(userId="retried@example.com", retries=2)
+    soon = client.task(send_at=rfc3339(time.time() + 0.5))
+    client.state(soon, "succeeded")
+    client.state(retried, "succeeded")
+    assert client.get(f"/task/{late}")["state"] == "scheduled"
+
+
+def test_what_a_process_put_off_that_is_gone_is_found_by_the_others_when_they_look_around(services, mail_server, monkeypatch):
+    service = services(mail_server)
+    monkeypatch.setattr(gomail.Cron, "LOOK", 0.5)
+    client = service.client.sign_up()
+    gone = gomail.Queue(service.store, service.settings, "gone")
+    account = service.http.api.accounts.authenticate(client.key)
+    task_id, = gone.enqueue(account, [{**MESSAGE, "payload": {
+        **MESSAGE["payload"], "send_at": int((service.store.time() + 0.2) * 1e6)}}])
+    client.state(task_id, "succeeded")
+
+
+def test_an_idle_service_seldom_asks_redis(mail_server):
+    # Each worker asks once in Workers.WAIT, and the cron thread two dozen times from one heartbeat to the next.
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as ending:
+        server = RedisServer(folder).start()
+        ending.callback(server.stop)
+        services = Services(server, folder)
+        ending.callback(services.stop)
+        service = services(mail_server, workers=4)
+        service.client.sign_up()
+
+        server.client.config_resetstat()
+
+        def calls():
+            return {name.removeprefix("cmdstat_"): found["calls"] for name, found in server.client.info("commandstats").items()}
+        found = until(lambda: (found := calls()).get("hgetall", 0) >= 4 and found)  # one for each heartbeat
+        assert sum(found.values()) - found["info"] < 100 * found["hgetall"], found
 
 
 def test_a_send_at_that_is_over_means_now(client, mail_server):
