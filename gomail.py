@@ -5798,7 +5798,7 @@ class Api:
     def ping(self, request: Request) -> Reply:
         return {"message": "pong"}
 
-    def ready(self, request):
+    def ready(self, request: Request) -> Reply:
         if all(self.workers.gates[lane].reason for lane in MAIL_LANES):
             raise Refused(503, "all lanes are paused: the SMTP server is out", None, {"Retry-After": "10"})
         self.queue.store.ensure_writable()
