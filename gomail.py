@@ -182,6 +182,8 @@ class Settings:
                                             "most 10", low=1, high=100000)
     redis_uri: str = option("", "host:port, redis://, rediss://, unix:// or redis+sentinel://; "
                             "empty: the embedded Valkey in data_dir")
+    redis_connections: int = option(32, "connections to Redis at once for requests, in each process; each worker and "
+                                    "the cron have one more of their own", low=1, high=10000)
     key_prefix: str = option("gomail:", "what every Redis key begins with")
     durability: str = option("everysec", "when a task answered 2xx is on disk: everysec, within a second; "
                              "fsync, before the answer", choices=("everysec", "fsync"))
@@ -808,7 +810,7 @@ def start_logging(settings: Settings) -> None:
 #   task:<id>                      hash    head (what is shown of it), body (the whole, until it has ended), story
 #                                          (what became of its attempts), account, key, lane, state, attempts, ...
 #   recent, recent:<account>       list    ids of the newest tasks, newest first
-#   lane:<urgent|normal|bulk>      list    ids of waiting tasks; in at the left, out at the right
+#   lane:<lane>                    list    ids of waiting tasks; in at the left, out at the right
 #   processing:<process>:<worker>  list    the id a worker has in hand
 #   processes                      hash    process -> its workers' names, comma-separated
 #   heartbeat:<process>            string  there while the process lives
@@ -1016,32 +1018,47 @@ class Script:
 
 
 class Store:
-    """The Redis connection, shared by all threads.
+    """The connections to Redis, shared by all threads.
 
     A command that fails because its connection broke is sent once more, though Redis may have run it: see Script.
     `available` is what the cron thread last found.
+
+    Each worker has a connection of its own, and the cron thread that of the pool. Beside them, requests may have
+    `connections` at once; the next one waits. Where Redis takes no further connection (its `maxclients`), requests get
+    by with those they have, and with one less each time that a worker or the cron thread is refused: so these come to
+    theirs.
 
     Args:
         uri: host:port, redis://, rediss://, unix://, or redis+sentinel://host:port,host:port/master (where the
             sentinels say which server is the master now).
         prefix: what every key begins with.
+        connections: for requests, at most.
 
     Raises:
         ValueError: the uri is of no known form, as RedisAddress.parse() says it.
     """
 
-    TIMEOUT = 3.0  # seconds until a server that says nothing counts as away
+    TIMEOUT = 3.0  # seconds until a server that says nothing counts as away, and that a request waits for a connection
+    SPARE = 10.0  # seconds until a connection that no request needs is closed, and until more of them are tried again
+    # How redis-py tells that a server has ended a connection at its begin: some it has no time to say why.
+    ENDED = re.compile("max number of clients|Error (32|54|104) |closed by server", re.IGNORECASE)
 
-    def __init__(self, uri: str, prefix: str = "gomail:") -> None:
+    def __init__(self, uri: str, prefix: str = "gomail:", connections: int = Settings.redis_connections) -> None:
         options = {"decode_responses": True, "protocol": 2, "socket_timeout": self.TIMEOUT,
                    "socket_connect_timeout": self.TIMEOUT, "max_connections": 100_000,
                    "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 1, (redis.ConnectionError,))}
         self.prefix = prefix
         self.available = True
         self._own = threading.local()
-        self._spare: list[redis.Redis] = []
+        self._changed = threading.Condition()  # guards the next five
+        self._most = self._limit = connections
+        self._busy = 0  # requests that have a connection, or are about to
+        self._spare: collections.deque[tuple[float, Any]] = collections.deque()  # since when, client; the newest right
+        self._refused = float("-inf")
         self._write = self.script("return redis.call(ARGV[1], KEYS[1], unpack(ARGV, 2))")
         self._pooled = self._client(RedisAddress.parse(uri), options)
+        # Sentinels are asked for the master whenever the pool hands out a connection: all are the pool's then.
+        self._is_pooled = isinstance(self._pooled.connection_pool, redis.sentinel.SentinelConnectionPool)
 
     @classmethod
     def _client(cls, address: RedisAddress, options: dict[str, object]) -> redis.Redis:
@@ -1075,25 +1092,91 @@ class Store:
         """The Redis client: that of this thread, or the one that all others share."""
         client = getattr(self._own, "client", self._pooled)
         if client is None:
-            try:
-                client = self._spare.pop()
-            except IndexError:
-                client = redis.Redis(connection_pool=self._pooled.connection_pool, single_connection_client=True)
-            self._own.client = client
+            client = self._own.client = self._for_request() if self._own.for_request else self._further()
         return client
 
-    def dedicate(self) -> None:
+    def dedicate(self, for_request: bool = False) -> None:
         """Give this thread a connection of its own until release(), which spares it the locks of the pool.
 
-        Behind Sentinels it stays with the pool, which asks them for the master whenever it hands out a connection.
+        One for a request is had when it is first needed, and may have to be waited for.
         """
-        if not isinstance(self._pooled.connection_pool, redis.sentinel.SentinelConnectionPool):
+        self._own.for_request = for_request
+        if for_request or not self._is_pooled:
             self._own.client = None
 
     def release(self) -> None:
-        """Leave this thread's connection to the next one that needs one."""
-        if client := vars(self._own).pop("client", None):
-            self._spare.append(client)
+        """Leave this thread's connection, that of a request, to the next one that needs one."""
+        client = vars(self._own).pop("client", None)
+        if client is None:
+            return
+        with self._changed:
+            self._busy -= 1
+            # One that broke is not kept: to connect it again may take what Redis has not got.
+            keep = not self._is_pooled and client.connection.is_connected and (
+                self._busy + len(self._spare) < self._limit)
+            if keep:
+                self._spare.append((time.monotonic(), client))
+            self._changed.notify()
+        if not keep:
+            self._close(client)
+
+    def _for_request(self) -> Any:
+        """A client for a request, within TIMEOUT seconds. Raises RedisError."""
+        deadline = time.monotonic() + self.TIMEOUT
+        while True:
+            with self._changed:
+                if not self._changed.wait_for(lambda: self._busy < self._limit, deadline - time.monotonic()):
+                    raise redis.ConnectionError("all connections for requests are taken (see redis_connections)")
+                self._busy += 1
+                if self._spare:
+                    return self._spare.pop()[1]
+            try:
+                return self._further()
+            except BaseException as error:
+                with self._changed:
+                    self._busy -= 1
+                    self._changed.notify()
+                if not self.refused(error, for_request=True) or time.monotonic() > deadline:
+                    raise
+
+    def _further(self) -> Any:
+        """A client with a further connection, or with that of the pool."""
+        return self._pooled if self._is_pooled else redis.Redis(
+            connection_pool=self._pooled.connection_pool, single_connection_client=True)
+
+    def _close(self, client: Any) -> None:
+        if client is not self._pooled:
+            client.connection.disconnect()
+            client.close()
+
+    def refused(self, error: BaseException, for_request: bool = False) -> bool:
+        """Whether this error says that Redis takes no further connection; requests get by with fewer then."""
+        if not isinstance(error, redis.ConnectionError) or not self.ENDED.search(str(error)):
+            return False
+        with self._changed:
+            if self._limit == self._most:
+                log(logging.WARNING, "Redis takes no further connection", error=describe(error), requests=self._busy,
+                    remedy="a higher maxclients of the Redis server, or fewer redis_connections")
+            self._limit = max(1, min(self._limit, self._busy - (not for_request)))
+            self._refused = time.monotonic()
+            spare, self._spare = self._spare, collections.deque()
+        for _, client in spare:
+            self._close(client)
+        if self._is_pooled:
+            self._pooled.connection_pool.disconnect(inuse_connections=False)
+        return True
+
+    def tidy(self) -> None:
+        """Close the connections that no request needed for a while; try whether Redis takes more of them by now."""
+        spare, now = [], time.monotonic()
+        with self._changed:
+            while self._spare and self._spare[0][0] < now - self.SPARE:
+                spare.append(self._spare.popleft()[1])
+            if self._limit < self._most and self._refused < now - self.SPARE:
+                self._limit = min(2 * self._limit, self._most)
+                self._changed.notify_all()
+        for client in spare:
+            self._close(client)
 
     def script(self, source: str, once: bool = False, when_full: bool = True) -> Script:
         """The Script of this source."""
@@ -2022,12 +2105,16 @@ def fill_message(task: dict, path: str, most: int) -> int:
 
 
 TASK = TaskOfType()
-LANES = ("urgent", "normal", "bulk")
+MAIL_LANES = ("urgent", "normal", "bulk")
+# Subscribing and unsubscribing send no mail: no OTP waits for them, and they wait for no SMTP server. Of a version
+# that put them into the urgent lane, some may still be there; every worker does every type of task.
+CHANGES = "changes"
+LANES = (*MAIL_LANES, CHANGES)
 
 
 def lane_of(task_type: str) -> str:
     """The lane that tasks of this type wait in."""
-    return {"message": "normal", "newsletter": "bulk"}.get(task_type, "urgent")
+    return {"generateOtp": "urgent", "message": "normal", "newsletter": "bulk"}.get(task_type, CHANGES)
 
 
 def too_many(seconds: int | str) -> Refused:
@@ -2082,7 +2169,8 @@ class Outcome:
     Verdict "succeeded"; "retrying", to be taken again after `delay` seconds; "dropped" and "in-doubt", the same without
     counting as an attempt; "returned", back to the head of its lane; "dead"; "cancelled", because nobody
     wants it any more; or "suppressed", because nobody is left to send it to. `delivered` are the recipients that have
-    the mail already, where others have not; `suppress` the addresses that do not exist, by what the server said.
+    the mail already, where others have not; `suppress` the addresses that do not exist, by what the server said. Of a
+    subscribe or unsubscribe that succeeded, `result` says what it came to.
     """
 
     task_id: str
@@ -2091,6 +2179,7 @@ class Outcome:
     delay: float = 0.0
     delivered: tuple = ()
     suppress: tuple = ()
+    result: str = ""
 
 
 class Queue:
@@ -2354,7 +2443,8 @@ class Queue:
     """
 
     # What is due has waited already, so it goes to the head of its lane. What was due first is to leave first, so the
-    # latest is moved first, also where there is more than one call's share; of one moment, by id.
+    # latest is moved first, also where there is more than one call's share; of one moment, by id. Answers how many
+    # these were, and the milliseconds until the next one is due, or -1 where none waits.
     PROMOTE = CLOCK + """
         local prefix = KEYS[1]
         local due = redis.call('ZREVRANGEBYSCORE', prefix .. 'delayed', milliseconds, '-inf', 'LIMIT', 0, ARGV[1])
@@ -2366,7 +2456,8 @@ class Queue:
                 redis.call('RPUSH', prefix .. 'lane:' .. lane, id)
             end
         end
-        return #due
+        local next = redis.call('ZRANGE', prefix .. 'delayed', 0, 0, 'WITHSCORES')[2]
+        return {#due, next and math.max(0, math.ceil(next - milliseconds)) or -1}
     """
 
     # Of some tasks that wait, find retries that are further away than retries are ever put off, as they are after the
@@ -2473,7 +2564,7 @@ class Queue:
     """
 
     # Who retries says that the address is good now, so what the server said of it counts no more; what a person
-    # suppressed stays so.
+    # suppressed stays so. Nobody waits for an OTP that died, so it does not stand in the line of those that are new.
     REVIVE = NOTE + """
         local prefix, id, account = KEYS[1], ARGV[1], ARGV[2]
         local task = prefix .. 'task:' .. id
@@ -2489,7 +2580,7 @@ class Queue:
             note(task, 'revived', 'by request')
             redis.call('HDEL', task, 'error', 'finished', 'strikes', 'drops', 'dropped')
             redis.call('HSET', task, 'state', 'queued', 'attempts', 0)
-            redis.call('LPUSH', prefix .. 'lane:' .. lane, id)
+            redis.call('LPUSH', prefix .. 'lane:' .. (lane == 'urgent' and 'normal' or lane), id)
             local reasons = prefix .. 'suppressed_for:' .. owner
             for address in string.gmatch(to or '', '%S+') do
                 local reason = redis.call('HGET', reasons, address)
@@ -2544,6 +2635,7 @@ class Queue:
         self._scanned = self._recalled = 0
         self._no_otp = threading.Event()
         self._no_otp.set()
+        self._delayed, self.next_due = threading.Event(), math.inf
 
     def enqueue(self, account: Account, tasks: Sequence[Json], idempotency_key: str = "") -> list[str | Refused]:
         """Put checked tasks into their lanes, all in one round trip; a return means that Redis has them.
@@ -2576,6 +2668,8 @@ class Queue:
             args += [task_id, head_of(task), json.dumps(task), lane_of(task["type"]),
                      otp_address, content_type, fingerprint, digest, payload.get("send_at", 0) // 1000, to]
         results = self._durably(self._enqueue, [self.store.prefix], args)
+        if any("send_at" in task["payload"] for task in tasks):
+            self._delayed.set()
         if results == "revoked":
             raise Refused(401, "the API key was revoked", None, {"WWW-Authenticate": "Bearer"})
         return [self._refusal(result) or result for result in results]
@@ -2607,11 +2701,13 @@ class Queue:
         outcome = outcome or Outcome("", "")
         settings = self.settings
         keys = [self._processing(worker), self.store.key("lane", lane), self.store.prefix]
-        args = [int(take), outcome.task_id, outcome.verdict, outcome.error, int(outcome.delay * 1000),
+        args = [int(take), outcome.task_id, outcome.verdict, outcome.error or outcome.result, int(outcome.delay * 1000),
                 " ".join(outcome.delivered), " ".join(outcome.suppress), settings.result_ttl * 1000,
                 settings.dead_ttl * 1000, settings.dead_max, self.process, worker]
         while (found := self._exchange(keys, args)) == []:
             pass
+        if outcome.delay:
+            self._delayed.set()
         if found is None:
             return None
         task_id, body, account, key, created, attempts, strikes, drops, dropped, delivered, suppressed = found
@@ -2623,23 +2719,24 @@ class Queue:
                     tuple((delivered or "").split()), tuple(suppressed.split()))
 
     def give_way(self) -> None:
-        """Let an OTP pass that this process took in a moment ago, before other mail goes on; for OTP_FIRST at most."""
+        """Let an OTP pass that this process took in a moment ago, before other work goes on; for OTP_FIRST at most."""
         if not self._no_otp.wait(self.OTP_FIRST):
             self._no_otp.set()
 
     def otp_passed(self) -> None:
-        """An OTP has been sent, or failed: other mail may go on."""
+        """An OTP has been sent, or failed: other work may go on."""
         self._no_otp.set()
 
-    def wait(self, worker: str, lane: str, timeout: float) -> None:
+    def wait(self, worker: str, lane: str, timeout: float) -> bool:
         """Wait up to `timeout` seconds until `lane` has a task and move it to the worker's processing list.
 
-        The next exchange() returns it.
+        The next exchange() returns it. False where the lane stayed empty: there is nothing to exchange.
         """
         try:
-            self.store.redis.brpoplpush(self.store.key("lane", lane), self._processing(worker), timeout=timeout)
+            return bool(self.store.redis.brpoplpush(self.store.key("lane", lane), self._processing(worker), timeout))
         except redis.OutOfMemoryError:  # to wait needs no memory, but might; the next exchange() needs no wait
             time.sleep(min(timeout, self.LOOK_AGAIN))
+            return True
 
     def pace(self, lane: str) -> float:
         """Take the next moment at which a mail of this lane may go, by `smtp_rate`; returns the seconds until then."""
@@ -2688,8 +2785,20 @@ class Queue:
                           {"Retry-After": str(seconds)})
 
     def promote(self) -> int:
-        """Move what is due to the lanes; returns how many tasks, at most LOOK."""
-        return self._promote(keys=[self.store.prefix], args=[self.LOOK])
+        """Move what is due to the lanes; returns how many tasks, at most LOOK.
+
+        `next_due` is then when the next one is due (monotonic), as far as is_due() does not know better.
+        """
+        self._delayed.clear()
+        self.next_due = math.inf
+        count, wait = self._promote(keys=[self.store.prefix], args=[self.LOOK])
+        if wait >= 0:
+            self.next_due = time.monotonic() + wait / 1000
+        return count
+
+    def is_due(self) -> bool:
+        """Whether promote() may find something: by what it found last, and what this process has put off since."""
+        return self._delayed.is_set() or time.monotonic() >= self.next_due
 
     def recall(self) -> int:
         """Make retries due that a wrong clock put off too far, among some of what waits; returns how many."""
@@ -2778,9 +2887,12 @@ class Queue:
     def _status(task_id: str, found: dict, story: bool) -> dict:
         """The status of a task, from the fields of its hash. Raises ValueError, TypeError or KeyError."""
         task = json.loads(found["head"])
+        succeeded = found["state"] == "succeeded"  # then "error" in the hash has the Outcome's result
         status = {"id": task_id, "task": task["task"], "type": task["type"], "userId": task["payload"]["userId"],
                   "state": found["state"], "attempts": int(found["attempts"]), "retries": task["retries"],
-                  "error": found["error"] or None, "created": timestamp(found["created"])}
+                  "error": not succeeded and found["error"] or None, "created": timestamp(found["created"])}
+        if succeeded and found["error"]:
+            status["result"] = found["error"]
         if found["state"] in ("retrying", "scheduled"):
             status["due"] = timestamp(float(found["due"]) * 1000)
         if found["finished"]:
@@ -2802,8 +2914,9 @@ class Queue:
         key = self._list_of("recent", account)
         ids: list[str] = []
         while offset >= 0 and len(ids) < limit:
+            self.give_way()
             offset, *found = self._recent(keys=[self.store.prefix, key], args=[
-                same_mailbox(search), state, offset, self.LOOK, limit - len(ids)])
+                same_mailbox(search), state, offset, self.BATCH, limit - len(ids)])
             ids += found
         return self._statuses(ids, account), offset if offset >= 0 else None
 
@@ -2841,6 +2954,7 @@ class Queue:
         # Letters that die again meanwhile have a later time, so that this ends.
         while ids := self.store.redis.zrangebyscore(key, "-inf", before, start=0, num=self.BATCH):
             for task_id in ids:
+                self.give_way()
                 if self.revive(task_id, account, remove):
                     count += 1
                 else:
@@ -2940,7 +3054,8 @@ def told(task: Json) -> list[Json]:
         events.append({"time": timestamp(moment), "event": event, **took(started, moment), "error": why or None})
     if task["state"] in ("succeeded", "cancelled", "suppressed"):
         events.append({"time": timestamp(task["finished"]), "event": task["state"],
-                       **took(task["started"], task["finished"]), "error": task["error"] or None})
+                       **took(task["started"], task["finished"]),
+                       "error": task["state"] != "succeeded" and task["error"] or None})
     elif task["state"] == "running":
         events.append({"time": timestamp(task["started"]), "event": "running"})
     return events
@@ -4342,7 +4457,7 @@ class Newsletters:
         local address, created, member = unpack(ARGV)
         redis.call('SET', unsubscribed, created, 'EX', 86400)
         local before = redis.call('HGET', subscribers, address)
-        if not before then return 'unknown' end
+        if not before then return 'not subscribed' end
         if later(cjson.decode(before).created, created) then return 'overtaken' end
         redis.call('HDEL', subscribers, address)
         redis.call('HDEL', issued, address)
@@ -4538,8 +4653,10 @@ class Newsletters:
     def _unknown() -> Refused:
         return Refused(404, "content_type does not exist; POST /task/subscriptionContent defines one", "content_type")
 
-    def subscribe(self, task: Task) -> None:
+    def subscribe(self, task: Task) -> str:
         """Carry out a subscribe task: one subscription for the address, with this frequency from now on.
+
+        Returns what it came to: "subscribed", or "overtaken" where a later task has had its way before.
 
         Raises:
             Permanent: there is no such content type, and the task brings none.
@@ -4558,16 +4675,18 @@ class Newsletters:
                   next_boundary(payload["frequency"], self.clock(), self.zone), body])
         if done == "unknown":
             raise Permanent(f"content type {content_type!r} does not exist")
+        return done
 
-    def unsubscribe(self, task: Task) -> None:
-        """Carry out an unsubscribe task. Raises Permanent where the address is not subscribed."""
-        content_type, address = task.payload["content_type"], task.payload["userId"]
-        # A task may be done again after an outage; what it has done by then is no reason to fail.
-        if not self._leave(task.account, content_type, address, task.created, task.id):
-            raise Permanent(f"{address} is not subscribed to {content_type!r}")
+    def unsubscribe(self, task: Task) -> str:
+        """Carry out an unsubscribe task.
 
-    def _leave(self, account: str, content_type: str, address: str, moment: int, request: str = "") -> bool:
-        """End a subscription that is older than `moment` (microseconds). False where there is none.
+        Returns what it came to: "unsubscribed"; "not subscribed", where nothing was to be done; or "overtaken", where
+        the subscription is a later one. A task that is done again, as after an outage, returns the same.
+        """
+        return self._leave(task.account, task.payload["content_type"], task.payload["userId"], task.created, task.id)
+
+    def _leave(self, account: str, content_type: str, address: str, moment: int, request: str = "") -> str:
+        """End a subscription that is older than `moment` (microseconds). Returns what unsubscribe() returns.
 
         `request` is that of Script.
         """
@@ -4576,7 +4695,7 @@ class Newsletters:
             keys=[self.store.key("subscribers", content_type, account), self.store.key("schedule"),
                   self.store.key("unsubscribed", content_type, address, account),
                   self.store.key("issued", content_type, account)],
-            args=[address, moment, self._member(account, content_type, address)], request=request) != "unknown"
+            args=[address, moment, self._member(account, content_type, address)], request=request)
 
     def fold_as_now(self) -> None:
         """Once after an upgrade: give the subscriptions that an older version kept under a further folded address the
@@ -4783,7 +4902,9 @@ class Workers:
         self.stopping = threading.Event()
         self.gates = {lane: Gate(lane, transport, self.stopping) for lane in LANES}
         self.suspect = threading.Lock()
-        names = [(lane, f"{lane}-{number}") for lane in LANES for number in range(settings.workers)]
+        # One thread for the changes: they wait for Redis alone, and more threads would make an OTP slower.
+        names = [(lane, f"{lane}-{number}") for lane in LANES
+                 for number in range(1 if lane == CHANGES else settings.workers)]
         self.threads = {name: threading.Thread(target=self.run, args=(lane, name), daemon=True) for lane, name in names}
 
     @property
@@ -4840,11 +4961,14 @@ class Workers:
                     self.stopping.wait(self.REST)
                 elif take:
                     self.transport.tidy(SmtpTransport.IDLE)
-                    self.queue.wait(name, lane, self.WAIT)
+                    while not (self.queue.wait(name, lane, self.WAIT) or self.stopping.is_set()
+                               or self.gates[lane].reason):
+                        self.transport.tidy(SmtpTransport.IDLE)
                 else:
                     self.gates[lane].wait()
             except redis.RedisError as error:
                 failures += 1
+                self.queue.store.refused(error)
                 if failures == 1:
                     log(logging.ERROR, "Redis is not available", worker=name, error=describe(error))
                 if self.stopping.wait(random.uniform(0.5, 1) * min(0.1 * 2 ** min(failures, 10), 5.0)) and failures > 3:
@@ -4866,14 +4990,15 @@ class Workers:
             self.stats.note(self.EVENTS[outcome.verdict], Account(task.account, task.key))
         log(dict.fromkeys(("succeeded", "cancelled", "suppressed"), logging.INFO).get(outcome.verdict, logging.WARNING),
             f"task {outcome.verdict}", task=task.id, type=task.type, account=task.account, attempt=task.attempts + 1,
-            duration=round(time.monotonic() - started, 4), **({"error": outcome.error} if outcome.error else {}))
+            duration=round(time.monotonic() - started, 4), **({"error": outcome.error} if outcome.error else {}),
+            **({"result": outcome.result} if outcome.result else {}))
         return outcome
 
     def _perform(self, task: Task, lane: str) -> Outcome:
         try:
             if task.strikes:
                 self.queue.begin(task)
-            self.handlers[task.type](task)
+            result = self.handlers[task.type](task)
         except Cancelled as error:
             return Outcome(task.id, "cancelled", str(error))
         except Suppressed as error:
@@ -4897,7 +5022,7 @@ class Workers:
         except Exception as error:  # a fault of ours costs one task an attempt, never the worker
             logger.exception("unexpected error", extra={"fields": {"task": task.id}})
             return self._failed(task, f"internal error ({type(error).__name__})")
-        return Outcome(task.id, "succeeded")
+        return Outcome(task.id, "succeeded", result=result or "")
 
     def _partial(self, task: Task, lane: str, error: Partial) -> Outcome:
         """What becomes of a task of which some recipients did not get the mail."""
@@ -4994,6 +5119,7 @@ class Cron:
     """
 
     TICK = 0.1  # seconds
+    LOOK = 1.0  # seconds until Redis is asked for what else may be due: of newsletters, or put off by other processes
 
     def __init__(self, store: Store, accounts: Accounts, queue: Queue, newsletters: Newsletters, stats: Stats,
                  workers: Workers, server: EmbeddedServer | None = None) -> None:
@@ -5001,7 +5127,7 @@ class Cron:
         self.workers, self.server = workers, server
         self.stopping = threading.Event()
         self.thread = threading.Thread(target=self.run, daemon=True)
-        self.beaten = float("-inf")
+        self.beaten = self.looked = float("-inf")
         self.asked: dict[str, str] = {}
 
     def start(self) -> None:
@@ -5019,9 +5145,10 @@ class Cron:
         self.thread.join()
 
     def run(self) -> None:
-        """Do what is due every TICK until the service stops, through outages of Redis."""
+        """Do what is due, on time or at the next TICK, until the service stops, through outages of Redis."""
         failing = False
-        while not self.stopping.wait(self.TICK):
+        while not self.stopping.wait(self.TICK if failing else min(
+                self.TICK, max(0.001, self.queue.next_due - time.monotonic()))):
             try:
                 flush_log()
                 self.once()
@@ -5032,6 +5159,7 @@ class Cron:
                     if self.server:
                         self.server.examine()
             except redis.RedisError as error:
+                self.store.refused(error)
                 self.store.available = not isinstance(error, (redis.ConnectionError, redis.TimeoutError))
                 if not failing:
                     failing = True
@@ -5050,17 +5178,21 @@ class Cron:
                 if self.asked.get(lane) != before.get(lane):
                     self.workers.gates[lane].resume()
             self.beaten = now
+            self.store.tidy()
             self.accounts.restore()
             self.stats.flush()
             self.queue.find_orphans()
             self.queue.reclaim()
             self.queue.recall()
             self.newsletters.correct()
-        deadline = time.monotonic() + 0.5
-        while self.queue.promote() == self.queue.LOOK and time.monotonic() < deadline:
-            pass
-        while self.newsletters.enqueue_due() == self.newsletters.BATCH and time.monotonic() < deadline:
-            pass
+        if now - self.looked < self.LOOK and not self.queue.is_due():
+            return
+        self.looked, deadline = now, time.monotonic() + 0.5
+        for work, most in ((self.queue.promote, Queue.LOOK), (self.newsletters.enqueue_due, Newsletters.BATCH)):
+            while work() == most:
+                if time.monotonic() >= deadline:
+                    self.looked = float("-inf")  # the rest at the next tick
+                    break
 
     def revive_server(self) -> None:
         """Start the embedded server again where it died."""
@@ -5667,7 +5799,7 @@ class Api:
         return {"message": "pong"}
 
     def ready(self, request: Request) -> Reply:
-        if all(gate.reason for gate in self.workers.gates.values()):
+        if all(self.workers.gates[lane].reason for lane in MAIL_LANES):
             raise Refused(503, "all lanes are paused: the SMTP server is out", None, {"Retry-After": "10"})
         self.queue.store.ensure_writable()
         return {"status": True}
@@ -6039,9 +6171,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def with_redis(self, call: Callable, *arguments: object) -> object:
         """call(*arguments), with a connection to Redis that no other thread uses meanwhile."""
         store = self.server.api.queue.store
-        store.dedicate()
+        store.dedicate(for_request=True)
         try:
             return call(*arguments)
+        except redis.ConnectionError as error:
+            store.refused(error, for_request=True)
+            raise
         finally:
             store.release()
 
@@ -6476,7 +6611,7 @@ def open_store(settings: Settings, server: EmbeddedServer | None = None) -> Stor
     """The Store that the settings name, reached once. Raises StartError."""
     uri = server.uri if server else settings.redis_uri
     try:
-        store = Store(uri, settings.key_prefix)
+        store = Store(uri, settings.key_prefix, settings.redis_connections)
     except ValueError as error:
         raise StartError(f"redis_uri: (hidden) is not allowed: {error}; expected host:port, redis://, rediss://, "
                          "unix:// or redis+sentinel://, with %40 for @ in a user or password, and so on") from None

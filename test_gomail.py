@@ -454,6 +454,7 @@ def services(redis_server, mail_server, tmp_path, monkeypatch):
     monkeypatch.setattr(gomail.Gate, "LONGEST_DELAY", 0.2)
     monkeypatch.setattr(gomail.Workers, "drop_delay", staticmethod(lambda drops: 0.05))
     monkeypatch.setattr(gomail.Cron, "TICK", 0.01)
+    monkeypatch.setattr(gomail.Cron, "LOOK", 0.01)
     services = Services(redis_server, tmp_path)
     yield services
     services.stop()
@@ -1609,6 +1610,110 @@ def test_only_the_owner_can_open_the_files_and_the_socket(processes):
     client.state(client.task(), "succeeded")
     for path in process.folder.rglob("*"):
         assert path.stat().st_mode & 0o077 == 0, path
+
+
+class Crowd:
+    """Threads that call a function of their number, each at once, over and over, until the block ends."""
+
+    def __init__(self, count, call):
+        self.call, self.ended, self.found = call, threading.Event(), collections.Counter()
+        self.threads = [threading.Thread(target=self.run, args=(number,)) for number in range(count)]
+
+    def run(self, number):
+        while not self.ended.is_set():
+            self.found[self.call(number)] += 1
+
+    def __enter__(self):
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.ended.set()
+        for thread in self.threads:
+            thread.join()
+
+
+def test_a_burst_above_maxclients_starves_no_worker_and_no_heartbeat_and_is_over_when_it_ends(mail_server):
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as ending:
+        server = RedisServer(folder, "--maxclients", "20").start()
+        ending.callback(server.stop)
+        services = Services(server, folder)
+        ending.callback(services.stop)
+        service = services(mail_server)
+        client = service.client.sign_up()
+        clients = [Client(service.http.url, client.key) for _ in range(64)]
+        heartbeat = service.store.key("heartbeat", service.queue.process)
+
+        def look(number):
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                return clients[number]("GET", "/task/recent")[0]
+        with Crowd(64, look) as crowd:
+            server.client.client_pause(1000)  # ms, in which all of them come to need a connection
+            until(lambda: server.client.info("stats")["rejected_connections"])
+            for _ in range(3):
+                # All lose their connections at once, and the workers have to come to theirs against the crowd.
+                server.client.client_kill_filter(_type="normal", skipme=True)
+                before, recipient = crowd.found[200], f"{secrets.token_hex(4)}@example.com"
+                body = {"task": "a test", "type": "message", "retries": 0, "payload": {
+                    "userId": recipient, "subject": "Hello", "content": "Hello there"}}
+                until(lambda: client("POST", "/task/", body)[0] == 200)
+                until(lambda: mail_server.to(recipient))
+                until(lambda: server.client.pttl(heartbeat) > 2500 and crowd.found[200] > before)
+        assert set(crowd.found) <= {200, 503}
+        for _ in range(20):
+            assert client("GET", "/task/recent")[0] == 200
+        client.state(client.task(), "succeeded")
+
+
+def test_requests_share_their_connections_and_those_that_none_needs_are_closed(service, monkeypatch):
+    store = gomail.Store(service.settings.redis_uri, service.store.prefix, connections=3)
+    name, ids, gone = secrets.token_hex(4), set(), threading.Barrier(9)
+
+    def work(number):
+        for _ in range(50):
+            store.dedicate(for_request=True)
+            store.redis.client_setname(name)
+            ids.add(store.redis.client_id())
+            store.release()
+        gone.wait(PATIENCE)
+
+    def connections():
+        return sum(found["name"] == name for found in service.store.redis.client_list())
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    gone.wait(PATIENCE)
+    assert 1 <= len(ids) <= 3 and connections() == len(ids)
+    store.tidy()
+    assert connections() == len(ids)
+    monkeypatch.setattr(gomail.Store, "SPARE", 0.0)
+    store.tidy()
+    until(lambda: connections() == 0)
+
+
+def test_a_request_that_gets_no_connection_in_time_is_an_error_that_names_the_option(service, monkeypatch):
+    monkeypatch.setattr(gomail.Store, "TIMEOUT", 0.1)
+    store, taken, done = gomail.Store(service.settings.redis_uri, connections=1), threading.Event(), threading.Event()
+
+    def hold():
+        store.dedicate(for_request=True)
+        store.redis.ping()
+        taken.set()
+        done.wait(PATIENCE)
+        store.release()
+    holder = threading.Thread(target=hold)
+    holder.start()
+    taken.wait(PATIENCE)
+    store.dedicate(for_request=True)
+    with pytest.raises(redis.ConnectionError, match="redis_connections"):
+        store.redis.ping()
+    store.release()
+    done.set()
+    holder.join()
+    store.dedicate(for_request=True)
+    assert store.redis.ping()
+    store.release()
 
 
 # --- 4. accounts ------------------------------------------------------------------------------------------
@@ -4559,20 +4664,36 @@ def test_who_unsubscribed_gets_nothing_more_not_even_what_was_queued(dated, mail
     assert [mail.recipient for mail in mail_server.mails] == ["after@example.com"]
 
 
-def test_unsubscribing_what_is_not_there_is_a_clear_failure_and_not_retried(client):
-    found = client.state(client.task("unsubscribe", retries=5, content_type="news"), "dead")
-    assert found["attempts"] == 1 and found["error"] == "user@example.com is not subscribed to 'news'"
+def test_unsubscribing_who_is_not_subscribed_succeeds_and_the_task_says_what_it_came_to(client):
+    def unsubscribed():
+        found = client.state(client.task("unsubscribe", content_type="news"), "succeeded", "dead")
+        assert found["error"] is found["story"][-1]["error"] is None and found["story"][-1]["event"] == "succeeded"
+        return found["state"], found["attempts"], found["result"]
+    assert unsubscribed() == ("succeeded", 1, "not subscribed")  # nor is there such a content type
+    define(client)
+    assert unsubscribed() == ("succeeded", 1, "not subscribed")
+    assert subscribe(client)["result"] == "subscribed" and subscribe(client)["result"] == "subscribed"
+    assert [unsubscribed()[2] for _ in range(3)] == ["unsubscribed", "not subscribed", "not subscribed"]
+    assert client.get("/task/dead")["total"] == 0
+    assert "result" not in client.state(client.task(), "succeeded")
+    shown, = [found for found in client.get("/task/recent?limit=100")["tasks"] if found.get("result") == "unsubscribed"]
+    assert shown["type"] == "unsubscribe" and shown["error"] is None
 
 
-def test_an_unsubscribe_task_that_is_done_again_after_an_outage_does_not_fail(service, client):
+def test_an_error_before_a_success_is_no_result(service, client, mail_server):
+    mail_server.replies["user@example.com"] = ["450 4.2.0 later"]
+    found = client.state(client.task(retries=1), "succeeded")
+    assert found["error"] is None and "result" not in found and found["story"][1]["error"]
+
+
+def test_an_unsubscribe_task_that_is_done_again_after_an_outage_comes_to_the_same(service, client):
     define(client)
     subscribe(client)
     account, payload = name_of(client), {"userId": "user@example.com", "content_type": "news"}
     task = gomail.Task("id", account, "key", "unsubscribe", "t", 0, payload, int(service.store.time() * 1e6))
     for _ in range(2):
-        service.newsletters.unsubscribe(task)
-    with pytest.raises(gomail.Permanent):
-        service.newsletters.unsubscribe(dataclasses.replace(task, id="another"))
+        assert service.newsletters.unsubscribe(task) == "unsubscribed"
+    assert service.newsletters.unsubscribe(dataclasses.replace(task, id="another")) == "not subscribed"
 
 
 def test_the_later_request_wins_when_an_unsubscribe_overtakes_its_subscribe(service, client):
@@ -4583,12 +4704,11 @@ def test_the_later_request_wins_when_an_unsubscribe_overtakes_its_subscribe(serv
         return gomail.Task(f"id-{created}", account, "key", "subscribe", "t", 0, {
             "userId": "user@example.com", "content_type": "news", "frequency": "@daily", **payload}, created)
     now = int(time.time() * 1e6)
-    with pytest.raises(gomail.Permanent):
-        service.newsletters.unsubscribe(task(now + 1))
-    service.newsletters.subscribe(task(now))
+    assert service.newsletters.unsubscribe(task(now + 1)) == "not subscribed"
+    assert service.newsletters.subscribe(task(now)) == "overtaken"
     assert client.get("/task/subscriptionContent/news")["subscribers"] == 0
-    service.newsletters.subscribe(task(now + 3))
-    service.newsletters.unsubscribe(task(now + 2))
+    assert service.newsletters.subscribe(task(now + 3)) == "subscribed"
+    assert service.newsletters.unsubscribe(task(now + 2)) == "overtaken"
     assert client.get("/task/subscriptionContent/news")["subscribers"] == 1
 
 
@@ -4779,6 +4899,51 @@ def test_a_full_lane_delays_no_other(services, mail_server):
     assert [mail.recipient for mail in mail_server.mails] == ["otp@example.com"]
 
 
+CHANGE = {"task": "a test", "type": "subscribe", "retries": 0, "payload": {
+    "userId": "reader@example.com", "frequency": "@monthly", "content_type": "news"}}
+
+
+def test_an_otp_waits_for_no_subscribes_and_they_for_no_smtp_server(services, mail_server):
+    service = services(mail_server)
+    client = service.client.sign_up()
+    define(client)
+    account = service.http.api.accounts.authenticate(client.key)
+    for _ in range(10):
+        *_, last = service.queue.enqueue(account, [CHANGE] * 500)
+    client.task("generateOtp", userId="otp@example.com")
+    mail_server.one("otp@example.com")
+    assert client.get(f"/task/{last}")["state"] == "queued" and client.get("/health/metrics")["queued"]["changes"] > 0
+    assert {lane["lane"]: lane["queued"] > 0 for lane in client.get("/lanes")["lanes"]} == {
+        "urgent": False, "normal": False, "bulk": False, "changes": True}
+    mail_server.stop()
+    client.task("generateOtp", userId="otp@example.com")
+    until(lambda: service.workers.gates["urgent"].reason)
+    client.state(last, "succeeded")
+
+
+def test_subscribes_that_an_older_version_left_in_the_urgent_lane_are_done(queue, client, monkeypatch, services):
+    define(client)
+    monkeypatch.setattr(gomail, "lane_of", lambda _: "urgent")
+    ids = queue.enqueue(queue.account, [CHANGE, {**CHANGE, "type": "unsubscribe"}])
+    monkeypatch.undo()
+    assert queue.depths()["urgent"] == 2
+    services(key_prefix=queue.store.prefix)
+    for task_id in ids:
+        client.state(task_id, "succeeded")
+
+
+def test_otps_that_died_stand_behind_the_messages_when_they_are_revived(queue, client):
+    otp = {"task": "a test", "type": "generateOtp", "retries": 0, "payload": {"userId": "otp@example.com", "length": 6}}
+    died, = queue.enqueue(queue.account, [otp])
+    assert queue.exchange("urgent-0", "urgent").id == died
+    queue.exchange("urgent-0", "urgent", gomail.Outcome(died, "dead", "no such user"), take=False)
+    message, = queue.enqueue(queue.account, [MESSAGE])
+    assert client.post("/task/dead/retry")["count"] == 1
+    assert queue.exchange("urgent-0", "urgent") is None
+    taken = queue.exchange("normal-0", "normal"), queue.exchange("normal-1", "normal")
+    assert [task.id for task in taken] == [message, died]
+
+
 # --- 11. cron ---------------------------------------------------------------------------------------------
 
 def rfc3339(moment, zone=datetime.timezone.utc):
@@ -4798,6 +4963,48 @@ def test_a_message_with_send_at_waits_until_then_also_through_a_restart(services
     second = services(mail_server, key_prefix=first.store.prefix)
     Client(second.http.url, client.key).state(task_id, "succeeded")
     assert date_of(mail_server.one("user@example.com")) == int(moment) and time.time() >= moment
+
+
+def test_what_a_process_put_off_is_due_on_time_without_a_look_around(services, mail_server, monkeypatch):
+    monkeypatch.setattr(gomail.Cron, "LOOK", 1e6)
+    client = services(mail_server, retry_delay=0.2).client.sign_up()
+    mail_server.replies["retried@example.com"] = ["450 4.2.0 later", "450 4.2.0 later"]
+    late = client.task(send_at=rfc3339(time.time() + 1e6))
+    retried = client.task(userId="retried@example.com", retries=2)
+    soon = client.task(send_at=rfc3339(time.time() + 0.5))
+    client.state(soon, "succeeded")
+    client.state(retried, "succeeded")
+    assert client.get(f"/task/{late}")["state"] == "scheduled"
+
+
+def test_what_a_process_put_off_that_is_gone_is_found_by_the_others(services, mail_server, monkeypatch):
+    service = services(mail_server)
+    monkeypatch.setattr(gomail.Cron, "LOOK", 0.5)
+    client = service.client.sign_up()
+    gone = gomail.Queue(service.store, service.settings, "gone")
+    account = service.http.api.accounts.authenticate(client.key)
+    task_id, = gone.enqueue(account, [{**MESSAGE, "payload": {
+        **MESSAGE["payload"], "send_at": int((service.store.time() + 0.2) * 1e6)}}])
+    client.state(task_id, "succeeded")
+
+
+def test_an_idle_service_seldom_asks_redis(mail_server):
+    # Each worker asks once in Workers.WAIT, and the cron thread two dozen times from one heartbeat to the next.
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as ending:
+        server = RedisServer(folder).start()
+        ending.callback(server.stop)
+        services = Services(server, folder)
+        ending.callback(services.stop)
+        service = services(mail_server, workers=4)
+        service.client.sign_up()
+
+        server.client.config_resetstat()
+
+        def calls():
+            found = server.client.info("commandstats")
+            return {name.removeprefix("cmdstat_"): counts["calls"] for name, counts in found.items()}
+        found = until(lambda: (found := calls()).get("hgetall", 0) >= 4 and found)  # one for each heartbeat
+        assert sum(found.values()) - found["info"] < 100 * found["hgetall"], found
 
 
 def test_a_send_at_that_is_over_means_now(client, mail_server):
@@ -6486,10 +6693,10 @@ def test_stats_are_shown_once_to_a_program_and_live_at_a_terminal(operated, mail
     command, client = operated
     client.state(client.task(), "succeeded")
     found = json.loads(command("stats", "--json")[1])
-    assert ([lane["lane"] for lane in found["lanes"]] == ["urgent", "normal", "bulk"]
+    assert ([lane["lane"] for lane in found["lanes"]] == ["urgent", "normal", "bulk", "changes"]
             and found["jobs"]["successful"] == 1)
     code, output, _ = command("stats")
-    assert (code == 0 and "normal  0" in output and "1 executed, 1 successful, 0 failed" in output
+    assert (code == 0 and "normal   0" in output and "1 executed, 1 successful, 0 failed" in output
             and "\x1b" not in output)
     code, output = command.at_terminal("stats", until_seen=b"a second now.*a second now")
     assert code == 0 and output.count("urgent") >= 3 and "Traceback" not in output
