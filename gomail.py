@@ -7145,20 +7145,21 @@ class Backup:
 
     def write(self, file: IO[bytes], progress: Callable[[int], None]) -> int:
         """Write a backup; returns how many lines it has. `progress` hears how many so far."""
-        digest, count = hashlib.sha256(), 0
-        with gzip.GzipFile("", "wb", 1, file) as packed:
-            def add(line: dict) -> None:
-                octets = json.dumps(line).encode() + b"\n"
-                digest.update(octets)
-                packed.write(octets)
+        packer, digest, count = zlib.compressobj(1, wbits=31), hashlib.sha256(), 0
 
-            add({"backup": self.FORMAT, "version": __version__,
-                 "secret": self.redis.get(self.store.key("jwt_secret_check"))})
-            for count, line in enumerate(self._lines(), 1):
-                add(line)
-                if count % 1000 == 0:
-                    progress(count)
-            add({"lines": count, "sha256": digest.hexdigest()})
+        def add(line: dict) -> None:
+            line_of_json = json.dumps(line).encode() + b"\n"
+            digest.update(line_of_json)
+            file.write(packer.compress(line_of_json))
+
+        add({"backup": self.FORMAT, "version": __version__,
+             "secret": self.redis.get(self.store.key("jwt_secret_check"))})
+        for count, line in enumerate(self._lines(), 1):
+            add(line)
+            if count % 1000 == 0:
+                progress(count)
+        add({"lines": count, "sha256": digest.hexdigest()})
+        file.write(packer.flush())
         return count
 
     def _lines(self) -> Iterator[dict]:
@@ -7418,7 +7419,11 @@ def replacing(path: str) -> Iterator[IO[bytes]]:
     """A file that is there, and replaces an older one, when all of it is on disk; its owner alone may read it."""
     if path == "-":
         with open(os.dup(1), "wb") as file:
-            yield file
+            try:
+                yield file
+            except BaseException:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())  # nobody may read what is buffered still
+                raise
         return
     target = pathlib.Path(path).resolve()
     if target.exists() and not target.is_file():
