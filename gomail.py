@@ -7396,12 +7396,11 @@ def reached(settings: Settings, empty: bool) -> Iterator[Store]:
         yield open_store(settings, **more)
         return
     server = EmbeddedServer(settings.data_dir)
-    with contextlib.suppress(FileNotFoundError):
-        if server.folder.stat().st_uid != os.geteuid():
-            raise StartError(f"data_dir: {str(server.folder)!r} is another user's; call this as the service's user")
     if server.answers():
         yield open_store(settings, server, **more)
         return
+    if server.folder.exists() and server.folder.stat().st_uid != os.geteuid():
+        raise StartError(f"data_dir: {str(server.folder)!r} is another user's; call this as the service's user")
     if not empty and not server.manifest.exists():
         raise StartError(f"data_dir: there are no data in {str(server.folder)!r}; call this where the service runs")
     server.start()

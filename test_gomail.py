@@ -6353,6 +6353,13 @@ def assert_restored(before, after):
 @pytest.mark.parametrize("program", ["", pytest.param("redis-server", marks=pytest.mark.servers)])
 def test_a_queue_moves_to_another_server_and_back_with_tasks_in_every_state_and_goes_on(
         processes, mail_server, program, monkeypatch, tmp_path):
+    if program:
+        folder = os.environ.get("GOMAIL_TEST_SERVERS", "")
+        if not (program := shutil.which(program, path=f"{folder}/usr/bin:{os.environ['PATH']}")):
+            reason = "no Redis 7 to test with: install_mail_servers of .ci/run has one"
+            assert not os.environ.get("CI"), reason
+            pytest.skip(reason)
+        monkeypatch.setenv("GOMAIL_TEST_SERVER", program)
     released = threading.Event()
 
     async def hold(server, session, envelope):
@@ -6401,7 +6408,6 @@ def test_a_queue_moves_to_another_server_and_back_with_tasks_in_every_state_and_
         assert code == 0 and "gomail can be started" in errors
         return folder, other
 
-    monkeypatch.setenv("GOMAIL_TEST_SERVER", shutil.which(program) or os.environ.get("GOMAIL_TEST_SERVER", ""))
     with tempfile.TemporaryDirectory() as folder:
         server = RedisServer(folder, "--appendonly", "yes").start()
         try:
@@ -6662,8 +6668,7 @@ def test_what_a_backup_or_a_restore_cannot_do_is_said_and_changes_nothing(proces
     before = contents(server.client, "gomail:")
     code, _, errors = command("restore", "kept")
     assert code == 1 and "data of a gomail are there already, behind key_prefix 'gomail:'" in errors
-    assert contents(server.client, "gomail:") == before or not [
-        name for name in before if contents(server.client, "gomail:")[name][0] != before[name][0]]
+    assert_restored(before, contents(server.client, "gomail:"))
 
 
 def test_no_gomail_starts_on_what_a_restore_has_not_brought_in_full_and_the_next_restore_begins_anew(
@@ -6730,15 +6735,10 @@ def test_tasks_that_wait_in_a_data_dir_are_warned_about_where_another_redis_is_u
     client = process.client.sign_up()
 
     def warned():
-        again = processes(elsewhere, folder=process.folder).started()
         checked = processes(elsewhere, folder=process.folder, arguments=["--check"]).result()[1]
-        assert again.stop() == 0
-        again.reader.join()
-        found = again.logged("redis_uri is set, but")
-        assert bool(found) == ("warning  redis_uri is set, but" in checked)
-        return found and re.search("holds .* wait|may hold tasks that wait", found["message"])[0]
+        return re.findall("warning  redis_uri is set, but .* data in .* (holds .* wait|may hold tasks that wait):", checked)
 
-    assert process.stop() == 0 and warned() is None
+    assert process.stop() == 0 and warned() == []
     process = processes(own, folder=process.folder).started()
     client = Client(process.url, client.key)
     client.task(), client.task(send_at=rfc3339(time.time() + 1e6))
@@ -6747,11 +6747,12 @@ def test_tasks_that_wait_in_a_data_dir_are_warned_about_where_another_redis_is_u
     for server in servers_in(process.folder.resolve()):
         os.kill(server, signal.SIGKILL)
     until(lambda: not servers_in(process.folder.resolve()))
-    assert warned() == "may hold tasks that wait"
+    assert warned() == ["may hold tasks that wait"]
     process = processes(own, folder=process.folder).started()
-    until(lambda: process.client.get("/health/metrics")["queued"])
     until(lambda: connected(process.embedded).hlen("gomail:processes") == int(count))
-    assert process.stop() == 0 and warned() == "holds 2 tasks that wait"
+    assert process.stop() == 0 and warned() == ["holds 2 tasks that wait"]
+    again = processes(elsewhere, folder=process.folder).started()
+    assert until(lambda: again.logged("redis_uri is set, but"))["level"] == "WARNING"
 
 
 def has_lock(path):
