@@ -7462,7 +7462,7 @@ def reached(settings: Settings, empty: bool) -> Iterator[Store]:
         StartError: it cannot be reached.
     """
     more: dict[str, Any] = {"encoding_errors": "surrogateescape", "socket_timeout": 60.0,
-            "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 0)}
+                            "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 0)}
     if settings.redis_uri:
         yield open_store(settings, **more)
         return

@@ -6885,6 +6885,7 @@ def test_tasks_that_wait_in_a_data_dir_are_warned_about_where_another_redis_is_u
     assert process.stop() == 0 and warned() == ["holds 2 tasks that wait"]
     again = processes(elsewhere, folder=process.folder).started()
     assert until(lambda: again.logged("redis_uri is set, but"))["level"] == "WARNING"
+    assert again.stop() == 0
 
 
 def has_lock(path: pathlib.Path) -> bool:
