@@ -122,7 +122,11 @@ def describe(error):
     """One short line for an exception: what the system or the server said, without paths or tracebacks."""
     if isinstance(error, TimeoutError):
         return "timed out"
+    if isinstance(error, redis.exceptions.AskError):  # it holds a slot and an address
+        return "another node of this Redis Cluster has the keys; redis+cluster:// finds it"
     words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    if isinstance(error, redis.ResponseError) and re.search("no permissions|executing the script can't", words):
+        words += "; gomail.py --check lists all that the user lacks"
     return printable(words)[:500] or type(error).__name__
 
 
@@ -1024,6 +1028,18 @@ class Store:
 
     TIMEOUT = 3.0  # seconds until a server that says nothing counts as away
 
+    # All that gomail, its scripts included, asks Redis for, beside what begins a connection; k is a key. README.md has
+    # the same list, for the ACL of a user.
+    COMMANDS = """
+        BRPOPLPUSH k k 0, DEL k, EVAL x 1 k, EVALSHA x 1 k, EXEC, EXISTS k, EXPIRE k 1, GET k, HDEL k x, HEXISTS k x,
+        HGET k x, HGETALL k, HINCRBY k x 1, HINCRBYFLOAT k x 1, HKEYS k, HLEN k, HMGET k x, HRANDFIELD k, HSCAN k 0,
+        HSET k x x, HSETNX k x x, HVALS k, INCR k, LINDEX k 0, LLEN k, LMOVE k k LEFT LEFT, LPUSH k x, LRANGE k 0 0,
+        LREM k 0 x, MULTI, PERSIST k, PEXPIRE k 1, PING, PTTL k, RPOP k, RPOPLPUSH k k, RPUSH k x, SCAN 0, SET k x,
+        TIME, TTL k, UNLINK k, ZADD k 1 x, ZCARD k, ZCOUNT k 0 0, ZRANGE k 0 0, ZRANGEBYSCORE k 0 0, ZREM k x,
+        ZREMRANGEBYSCORE k 0 0, ZREVRANGE k 0 0, ZREVRANGEBYSCORE k 0 0, ZSCAN k 0, ZSCORE k x
+    """
+    FSYNC_COMMANDS = "WAITAOF 1 0 0"  # with durability=fsync
+
     def __init__(self, uri, prefix="gomail:"):
         options = {"decode_responses": True, "protocol": 2, "socket_timeout": self.TIMEOUT,
                    "socket_connect_timeout": self.TIMEOUT, "max_connections": 100_000,
@@ -1099,6 +1115,34 @@ class Store:
     def ensure_writable(self) -> None:
         """Raises RedisError where Redis refuses what adds to it, or is away."""
         self.redis.set(self.key("writable"), 1)
+
+    def forbidden(self, fsync: bool = False) -> list[str]:
+        """What Redis does not let its user do: commands, in lower case, and "~" with the prefix for the keys.
+
+        Redis says so when it queues a command for a transaction. This one never ends, so that nothing is done.
+        """
+        commands = [command.split() for command in self.COMMANDS.split(",")] + [self.FSYNC_COMMANDS.split()] * fsync
+        # Outside a transaction EXEC is but an error. Where MULTI is refused, what follows would be carried out.
+        commands.sort(key=lambda command: (command[0] != "EXEC", command[0] != "MULTI"))
+        pool, found = self.redis.connection_pool, []
+        connection = pool.get_connection()
+        try:
+            for name, *args in commands:
+                connection.send_command(name, *(self.key("permitted") if arg == "k" else arg for arg in args))
+                try:
+                    connection.read_response()
+                except redis.ResponseError as error:
+                    forbids = isinstance(error, redis.exceptions.NoPermissionError)
+                    if forbids and re.search(r"access\b.*\bkey", str(error)):
+                        found.append(f"~{self.prefix}*")
+                    elif forbids or "unknown command" in str(error):
+                        found.append(name.lower())
+                    if name == "MULTI":
+                        break
+        finally:
+            connection.disconnect()
+            pool.release(connection)
+        return sorted(set(found))
 
     def time(self):
         """Redis's clock, seconds since the epoch: the one clock that all processes share."""
@@ -6365,6 +6409,8 @@ class Service:
         if self.settings.redis_uri:
             log(logging.INFO, f"data lies in {redacted(self.settings.redis_uri)}")
             warn_of_losses(self.store)
+            if missing := self.store.forbidden(self.settings.durability == "fsync"):
+                log(logging.WARNING, "the Redis refuses its user what gomail needs", remedy=permitting(missing))
             if not self.settings.jwt_secret:
                 log(logging.WARNING, "the secret that signs API keys lies in the Redis beside the data: who reads it "
                     "can make keys", remedy="jwt_secret")
@@ -6415,7 +6461,15 @@ def open_store(settings, server=None):
         raise StartError(f"redis_uri: (hidden) is not allowed: {error}; expected host:port, redis://, rediss://, "
                          "unix:// or redis+sentinel://, with %40 for @ in a user or password, and so on") from None
     try:
-        store.redis.ping()
+        with contextlib.suppress(redis.exceptions.NoPermissionError):  # it answers; --check says what else is refused
+            store.redis.ping()
+            # In a cluster these are in several slots, unless the prefix has a hash tag.
+            store.redis.exists(*map(store.key, ("UserList", "processes", "metrics", "stats")))
+    except (redis.exceptions.AskError, redis.exceptions.ClusterCrossSlotError,
+            redis.exceptions.ClusterDownError) as error:
+        kind = TransientStartError if isinstance(error, redis.exceptions.ClusterDownError) else StartError
+        raise kind(f"redis_uri: {redacted(uri)} is a node of a Redis Cluster, expected redis+cluster://host:port,"
+                   "host:port, or rediss+cluster:// over TLS") from None
     except redis.RedisError as error:
         words = f"redis_uri: {redacted(uri)} cannot be reached: {describe(error)}"
         final = isinstance(error, (redis.AuthenticationError, redis.ResponseError))
@@ -6433,9 +6487,18 @@ def open_store(settings, server=None):
     return store
 
 
+def permitting(missing: Sequence[str]) -> str:
+    """The rules for ACL SETUSER that permit what Store.forbidden() found."""
+    return " ".join(rule if rule[0] == "~" else f"+{rule}" for rule in missing)
+
+
 def warn_of_losses(store):
     """Log a line for each way in which this Redis, not our own, may lose what it has acknowledged."""
-    found = store.redis.info("persistence") | store.redis.info("memory")
+    try:
+        found = store.redis.info("persistence") | store.redis.info("memory")
+    except redis.exceptions.NoPermissionError:
+        log(logging.INFO, "the Redis does not let this user see whether it may lose tasks", remedy="+info")
+        return
     if not found.get("aof_enabled"):
         log(logging.WARNING, "the Redis keeps no append-only file: if it crashes, tasks answered 2xx are lost",
             remedy="appendonly yes")
@@ -6702,9 +6765,16 @@ def check(settings):
         server = None if settings.redis_uri else EmbeddedServer(settings.data_dir)
         if server and not server.answers():
             return f"embedded server, not running, would keep its data in {server.folder} ({server.program()})"
-        version = open_store(settings, server).redis.info("server")
+        store = open_store(settings, server)
+        if missing := store.forbidden(settings.durability == "fsync"):
+            raise StartError("redis_uri: the user lacks permissions that gomail needs: ACL SETUSER <user> "
+                             f"{permitting(missing)}")
+        try:
+            version = store.redis.info("server")
+        except redis.exceptions.NoPermissionError:
+            return "it answers, and permits all that gomail needs"
         number = version.get("valkey_version", version["redis_version"])
-        return f"{version.get('server_name', 'redis')} {number} answers"
+        return f"{version.get('server_name', 'redis')} {number} answers, and permits all that gomail needs"
 
     def reach_smtp():
         if not settings.smtp_server:

@@ -1304,6 +1304,157 @@ def test_every_key_begins_with_the_prefix_and_userlist_is_the_hash_of_the_accoun
     assert not strays
 
 
+def documented_acl():
+    """The rules for ACL SETUSER that the documents show, behind the name of the user."""
+    texts = [path.read_text() for path in (HERE / "README.md", *(HERE / "docs").glob("*.md"))]
+    return re.search(r"ACL SETUSER gomail ([^`]*)", "".join(texts))[1].split()
+
+
+def documented_commands():
+    return {rule.removeprefix("+").upper() for rule in documented_acl() if rule.startswith("+")}
+
+
+@pytest.fixture
+def strict_redis(redis_with_file):
+    """A server, and the redis_uri of a user that may do what the documents say, and nothing else."""
+    server = redis_with_file()
+    server.client.execute_command("ACL", "SETUSER", "gomail", *documented_acl())
+    return server, f"unix://gomail:secret@{server.socket}"
+
+
+def test_the_documented_commands_are_those_of_the_code():
+    source = (HERE / "gomail.py").read_text()
+    in_scripts = set(re.findall(r"redis\.p?call\('(\w+)'", source))
+    methods = set(re.findall(r"(?:\bredis|\bserver|pipeline|transaction)\.(\w+)\(", source))
+    by_client = {method.removesuffix("_iter").upper() for method in methods if hasattr(redis.Redis, method)}
+    known = {command.split()[0] for command in gomail.Store.COMMANDS.split(",")}
+    not_for_all = {"INFO", "PIPELINE", "EXECUTE_COMMAND", "CLOSE", "SENTINEL"}
+    assert known == in_scripts | by_client - not_for_all | {"EVAL", "EVALSHA", "MULTI", "EXEC"}
+    assert known == documented_commands()
+
+
+def test_a_redis_user_with_the_documented_permissions_is_enough_for_all_work(
+        strict_redis, services, mail_server, clock, said, monkeypatch, tmp_path):
+    server, uri = strict_redis
+    monkeypatch.chdir(tmp_path)
+    options = {"redis_uri": uri, "key_prefix": "gomail:", "smtp_rate": 1000.0}
+    service = services(mail_server, clock, **options, dead_max=1, otp_minute_max=3)
+    server.client.rpush("gomail:recent", *range(gomail.Queue.RECENT))
+    service.announce()
+    client = service.client.sign_up("app@example.com")
+    mail_server.replies = collections.defaultdict(list, {
+        "dead@example.com": ["554 5.7.1 no"] * 9, "gone@example.com": ["550 5.1.1 no"],
+        "late@example.com": ["450 4.2.0 no"]})
+    client.state(client.task(headers={"Idempotency-Key": "one"}), "succeeded")
+    client.state(client.task(userId="late@example.com", retries=1), "succeeded")
+    client.state(client.task(userId="gone@example.com"), "dead")
+    dead = client.task(userId="dead@example.com")
+    for path in (f"/task/dead/{dead}/retry", "/task/dead/retry"):
+        client.state(dead, "dead")
+        client.post(path)
+    client.state(dead, "dead")
+    assert [found["id"] for found in client.get("/task/dead")["tasks"]] == [dead]
+    assert client("DELETE", "/task/dead")[0] == 200
+    assert client.get("/suppressions")["total"] == 1
+    client.post("/suppressions", {"userId": "other@example.com"})
+    client.state(client.task(userId="other@example.com"), "suppressed")
+    assert client("DELETE", "/suppressions", {"userId": "other@example.com"})[0] == 200
+    client.state(client.task("generateOtp"), "succeeded")
+    otp = otp_of(until(lambda: [message for mail in mail_server.to("user@example.com")
+                                if "code" in (message := parsed(mail.raw))["Subject"]])[0])
+    for given in ("wrong", otp):
+        found = client.post("/task/verify", {"userEmail": "user@example.com", "otp": given})
+        assert found["verified"] == (given == otp)
+    assert client("POST", "/task/verify", {"userEmail": "user@example.com", "otp": otp})[0] == 429
+    client.state(client.task("subscribe", frequency="@hourly", content_type="news", subject="News", content="News"),
+                 "succeeded")
+    clock.forward(3600)
+    until(lambda: "News" in [parsed(mail.raw)["Subject"] for mail in mail_server.to("user@example.com")])
+    news = {"content_type": "news", "subject": "A", "content": "B"}
+    assert client("PUT", "/task/subscriptionContent", news)[0] == 200
+    for query in ("", "?userId=user@example.com", "?content_type=news"):
+        assert len(client.get(f"/subscriptions{query}")["subscriptions"]) == 1
+    client.state(client.task("unsubscribe", content_type="news"), "succeeded")
+    assert client.get("/task/subscriptionContent/news")["subject"] == "A"
+    later = client.task(send_at="2036-01-01T00:00:00Z")
+    assert client("DELETE", f"/task/{later}")[0] == 200
+    for path in ("/lanes", "/health/metrics", "/health/ready", "/history", "/task/recent?search=user"):
+        client.get(path)
+    client.post("/lanes/normal/resume")
+    assert client("DELETE", "/task/subscriptionContent/news")[0] == 200
+    # What a dead process and a wrong clock leave behind.
+    until(lambda: service.queue.reclaim(patience=0.0) == 0)
+    queue = gomail.Queue(service.store, service.settings, "another-process")
+    queue.beat(["normal-0"], {})
+    service.workers.stop(PATIENCE)
+    waiting = client.task()
+    assert queue.exchange("normal-0", "normal").id == waiting
+    server.client.hdel("gomail:processes", "another-process")
+    server.client.delete("gomail:heartbeat:another-process")
+    until(queue.find_orphans)
+    until(lambda: service.queue.reclaim(patience=0.0))
+    operator = gomail.Operator(service.settings, gomail.Terminal(as_json=True))
+    for arguments in (["status", waiting], ["dead"], ["stats"], ["accounts"],
+                      ["accounts", "--remove", "app@example.com", "--yes"]):
+        asked = gomail.command_line().parse_args(arguments)
+        assert getattr(operator, asked.command)(asked) == 0
+    refused = [dict(zip(entry[::2], entry[1::2])) for entry in server.client.execute_command("ACL", "LOG")]
+    assert {entry["object"] for entry in refused} <= {"info", "client|setinfo", "client"}
+    used = {name.removeprefix("cmdstat_").upper() for name in server.client.info("commandstats")}
+    assert documented_commands() - used == set()
+    assert not [words for record in said if "Redis" in (words := record.getMessage()) and "secret that" not in words]
+
+
+@pytest.mark.parametrize("withheld", ["HRANDFIELD", "LMOVE", "MULTI", "PING", "ZREVRANGE", "INFO"])
+def test_check_and_the_log_name_what_a_redis_user_may_not_do(processes, strict_redis, withheld):
+    server, uri = strict_redis
+    server.client.execute_command("ACL", "SETUSER", "gomail", f"-{withheld}")
+    code, output, _ = processes({"redis_uri": uri}, arguments=["--check"]).result()
+    if withheld == "INFO":  # was never permitted
+        assert code == 0 and "answers, and permits all that gomail needs" in output
+    else:
+        assert code == 1 and f"needs: ACL SETUSER <user> +{withheld.lower()}\n" in output
+    assert not server.client.keys()
+
+
+def test_check_names_all_that_a_redis_user_may_not_do_and_the_keys(processes, strict_redis):
+    server, uri = strict_redis
+    server.client.execute_command("ACL", "SETUSER", "gomail", "-del", "-scan", "resetkeys", "~other:*")
+    code, output, _ = processes({"redis_uri": uri, "key_prefix": "my:"}, arguments=["--check"]).result()
+    assert code == 1 and "ACL SETUSER <user> +del +scan ~my:*\n" in output
+
+
+def test_a_start_says_which_commands_its_redis_user_may_not_call(processes, strict_redis):
+    server, uri = strict_redis
+    server.client.execute_command("ACL", "SETUSER", "gomail", "-zrevrange", "-hvals")
+    process = processes({"redis_uri": uri}).started()
+    warning = until(lambda: process.logged("the Redis refuses its user what gomail needs"))
+    assert warning["remedy"] == "+hvals +zrevrange"
+    server.client.execute_command("ACL", "SETUSER", "gomail", "-hset")
+    code, output, errors = processes({"redis_uri": uri}).result()
+    assert code == 1 and output == "" and "--check lists all" in errors and errors.count("\n") == 1
+
+
+def test_a_full_or_read_only_redis_is_not_taken_for_one_that_forbids(strict_redis):
+    server, uri = strict_redis
+    store = gomail.Store(uri)
+    server.client.config_set("maxmemory", 1)
+    assert store.forbidden() == []
+    server.client.replicaof("127.0.0.1", 1)
+    assert store.forbidden() == [] and store.forbidden(fsync=True) == ["waitaof"]
+    store.redis.close()
+
+
+def test_a_node_of_a_cluster_is_refused_in_words_that_name_the_scheme_for_clusters(processes, redis_with_file):
+    server = redis_with_file("--cluster-enabled", "yes", "--cluster-port", str(free_port()), port=free_port())
+    server.client.execute_command("CLUSTER", "ADDSLOTS", *range(16384))
+    until(lambda: server.client.cluster("INFO")["cluster_state"] == "ok")
+    for uri in (server.uri, f"unix://{server.socket}"):
+        for arguments, code in ((["--check"], 1), ([], 78)):
+            found, output, errors = processes({"redis_uri": uri}, arguments=arguments).result()
+            assert found == code and "is a node of a Redis Cluster, expected redis+cluster://" in output + errors
+
+
 def test_one_data_dir_is_for_one_process_and_the_second_says_so(processes):
     first = processes().started()
     second = processes({"log_file": "off"}, folder=first.folder)
