@@ -181,9 +181,10 @@ class Settings:
                                  "mail is offered; from then on the times of RFC 5321 hold", low=0.1, high=600)
     smtp_mails_per_connection: int = option(100, "mails after which a connection is replaced; of the urgent lane at "
                                             "most 10", low=1, high=100000)
-    redis_uri: str = option("", "host:port, redis://, rediss://, unix:// or redis+sentinel://; "
+    redis_uri: str = option("", "host:port, redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://; "
                             "empty: the embedded Valkey in data_dir")
-    key_prefix: str = option("gomail:", "what every Redis key begins with")
+    key_prefix: str = option("gomail:", "what every Redis key begins with; in a Redis Cluster, {gomail}: where it has no "
+                             "hash tag")
     durability: str = option("everysec", "when a task answered 2xx is on disk: everysec, within a second; "
                              "fsync, before the answer", choices=("everysec", "fsync"))
     host: str = option("127.0.0.1", "address to listen on; beyond loopback only with admin_token")
@@ -840,8 +841,8 @@ def start_logging(settings):
 class RedisAddress:
     """What a redis_uri says: where Redis is, and with which options to connect. str() has no user, password or option.
 
-    `hosts` are (host, port): of the server, or of the sentinels that know the server called `master`; `path` is that of
-    a unix socket. `options` are redis-py's, with the database, the user and the password.
+    `hosts` are (host, port): of the server, of some nodes of a cluster, or of the sentinels that know the server called
+    `master`; `path` is that of a unix socket. `options` are redis-py's, with the database, the user and the password.
     """
 
     scheme: str
@@ -850,7 +851,7 @@ class RedisAddress:
     master: str
     options: dict[str, object] = dataclasses.field(repr=False)
 
-    FORM = re.compile(r"(?:(redis|rediss|unix|redis\+sentinel)://)?([^/?#]*)([^?#]*)(?:\?([^#]*))?")
+    FORM = re.compile(r"(?:(redis|rediss|unix|redis\+sentinel|rediss?\+cluster)://)?([^/?#]*)([^?#]*)(?:\?([^#]*))?")
     HOST = re.compile(r"(\[[0-9A-Fa-f:.]+(?:%25[\w.-]+)?\]|[\w.-]+)(?::([0-9]{1,5}))?")
     TEXT = ("(?s:.*)", str, "a text")
     SECONDS = (r"[0-9]{1,6}(\.[0-9]{1,6})?", float, "a number of seconds")
@@ -863,7 +864,7 @@ class RedisAddress:
 
     @classmethod
     def parse(cls, uri: str) -> "RedisAddress":
-        """The address behind host:port, redis://, rediss://, unix:// or redis+sentinel:// (RFC 3986).
+        """The address behind host:port, redis://, rediss://, unix://, redis+sentinel:// or redis+cluster:// (RFC 3986).
 
         Raises:
             ValueError: it is none of them; the words hold nothing of the URI but the name of an option.
@@ -888,7 +889,9 @@ class RedisAddress:
             hosts = tuple(cls._host(place, 26379) for place in where.split(","))
             behind = re.fullmatch(r"/([\w.-]+)(?:/([0-9]{1,9}))?", path)
         else:
-            hosts = (cls._host(where if where and where[0] != ":" else f"localhost{where}", 6379),)
+            places = where.split(",") if scheme.endswith("+cluster") else [where]
+            hosts = tuple(cls._host(place if place and place[0] != ":" else f"localhost{place}", 6379)
+                          for place in places)
             behind = re.fullmatch("()/?([0-9]{0,9})/?", path)
         if not behind:
             raise ValueError("behind the host comes the number of a database, and for sentinels a master's name first")
@@ -908,12 +911,13 @@ class RedisAddress:
     def _options(cls, query: str, scheme: str) -> dict[str, object]:
         """What the query of the URI says, as redis-py takes it; of an option that comes twice, the first."""
         options: dict[str, object] = {}
+        secure = scheme.startswith("rediss")
         for name, equals, value in (piece.partition("=") for piece in query.split("&") if piece):
             pattern, convert, words = cls.OPTIONS.get(name, ("", str, ""))
-            if not words or name.startswith("ssl_") and scheme != "rediss":
+            if not words or name.startswith("ssl_") and not secure:
                 if {"username", "password"} & options.keys() or not equals:  # it may be a piece of one of them
                     name = "(hidden)"
-                known = ", ".join(known for known in cls.OPTIONS if scheme == "rediss" or not known.startswith("ssl_"))
+                known = ", ".join(known for known in cls.OPTIONS if secure or not known.startswith("ssl_"))
                 raise ValueError(f"the option {name} is not known with {scheme}://, expected {known}")
             value = urllib.parse.unquote(value)
             if not re.fullmatch(pattern, value):
@@ -944,6 +948,74 @@ def has_password(uri: str) -> bool:
         return bool(RedisAddress.parse(uri).options.get("password"))
     except ValueError:
         return bool(uri)
+
+
+def hash_tagged(prefix: str) -> str:
+    """A prefix that puts all keys into one slot of a Redis Cluster: as it is, or `{gomail}:` for `gomail:`."""
+    if re.match(r"[^{]*\{[^}]+\}", prefix):
+        return prefix
+    name, colons = re.fullmatch("(?s)(.*?)(:*)", prefix).groups()
+    return f"{{{name}}}{colons}" if name and name[0] != "}" else f"{{gomail}}{prefix}"
+
+
+class ClusterConnection(redis.Connection):
+    """A connection to the node of a Redis Cluster that has the slot of our keys, wherever that is when it connects.
+
+    Where the node loses the slot, this is an error like that of a broken connection: it connects anew.
+
+    Args:
+        nodes: (host, port) of some nodes; each knows who has the slot.
+        newest: a list, shared by the connections, for the node that was found last.
+        key: any key with our slot.
+        options: redis-py's.
+    """
+
+    REDIRECTIONS = (redis.exceptions.AskError, redis.exceptions.TryAgainError, redis.exceptions.ClusterDownError,
+                    redis.exceptions.ClusterCrossSlotError)
+
+    def __init__(self, nodes: Sequence[tuple[str, int]], newest: list[tuple[str, int]], key: str,
+                 **options: typing.Any) -> None:
+        super().__init__(**options)
+        self.nodes, self.newest, self.key = nodes, newest, key
+
+    def connect_check_health(self, check_health: bool = True, retry_socket_connect: bool = True) -> None:
+        """Connect to the node, unless there is a connection; each that is named on the way is tried once."""
+        if self._sock:
+            return
+        waiting, tried, failure = [*self.newest, *self.nodes], set(), None
+        while waiting:
+            node = waiting.pop(0)
+            if node in tried:
+                continue
+            tried.add(node)
+            self.host, self.port = node
+            try:
+                super().connect_check_health(check_health, retry_socket_connect=False)
+                self.send_command("EXISTS", self.key, check_health=False)
+                super().read_response()
+                self.newest[:] = [node]
+                return
+            except redis.exceptions.MovedError as moved:
+                self.disconnect()
+                waiting.insert(0, (moved.host if moved.host.strip("?") else self.host, moved.port))
+            except (redis.ConnectionError, redis.TimeoutError, *self.REDIRECTIONS) as error:
+                self.disconnect()
+                failure = error
+        if isinstance(failure, (redis.ConnectionError, redis.TimeoutError)):
+            raise failure
+        raise redis.ConnectionError("no node of the Redis Cluster has the keys now")
+
+    def read_response(self, *args: typing.Any, **options: typing.Any) -> typing.Any:
+        """The answer to a command; a ConnectionError where the node has not carried it out, since it lost the slot."""
+        try:
+            return super().read_response(*args, **options)
+        except self.REDIRECTIONS:
+            self.disconnect()
+            raise redis.ConnectionError("the node of the Redis Cluster has not, or not all of, the keys now") from None
+
+
+class SecureClusterConnection(ClusterConnection, redis.SSLConnection):
+    """The same over TLS."""
 
 
 class Script:
@@ -1018,9 +1090,9 @@ class Store:
     `available` is what the cron thread last found.
 
     Args:
-        uri: host:port, redis://, rediss://, unix://, or redis+sentinel://host:port,host:port/master (where the
-            sentinels say which server is the master now).
-        prefix: what every key begins with.
+        uri: host:port, redis://, rediss://, unix://, redis+sentinel://host:port,host:port/master (where the
+            sentinels say which server is the master now), or redis+cluster://host:port,host:port.
+        prefix: what every key begins with; see hash_tagged() for a cluster.
 
     Raises:
         ValueError: the uri is of no known form, as RedisAddress.parse() says it.
@@ -1044,26 +1116,30 @@ class Store:
         options = {"decode_responses": True, "protocol": 2, "socket_timeout": self.TIMEOUT,
                    "socket_connect_timeout": self.TIMEOUT, "max_connections": 100_000,
                    "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 1, (redis.ConnectionError,))}
-        self.prefix = prefix
+        address = RedisAddress.parse(uri)
+        self.prefix = hash_tagged(prefix) if address.scheme.endswith("+cluster") else prefix
         self.available = True
         self._own = threading.local()
         self._spare = []
         self._write = self.script("return redis.call(ARGV[1], KEYS[1], unpack(ARGV, 2))")
-        self._pooled = self._client(RedisAddress.parse(uri), options)
+        self._pooled = self._client(address, options)
 
-    @classmethod
-    def _client(cls, address: RedisAddress, options: dict[str, object]) -> redis.Redis:
+    def _client(self, address: RedisAddress, options: dict[str, object]) -> redis.Redis:
         options |= address.options
         if hidden := [str(options[name]) for name in ("username", "password") if name in options]:
-            options["redis_connect_func"] = functools.partial(cls._log_in, hidden)
+            options["redis_connect_func"] = functools.partial(self._log_in, hidden)
         if address.scheme == "redis+sentinel":
             timeouts = {name: options[name] for name in ("socket_timeout", "socket_connect_timeout", "retry")}
             sentinels = redis.sentinel.Sentinel(address.hosts, sentinel_kwargs=timeouts)
             return sentinels.master_for(address.master, **options)
         if address.scheme == "unix":
             return redis.Redis.from_url("unix://", path=address.path, **options)
+        scheme, _, cluster = address.scheme.partition("+")
+        if cluster:
+            options |= {"connection_class": SecureClusterConnection if scheme == "rediss" else ClusterConnection,
+                        "nodes": address.hosts, "newest": [], "key": self.key("UserList")}
         host, port = address.hosts[0]
-        return redis.Redis.from_url(f"{address.scheme}://", host=host, port=port, **options)
+        return redis.Redis.from_url(f"{scheme}://", host=host, port=port, **options)
 
     @staticmethod
     def _log_in(hidden: list[str], connection: redis.Connection) -> None:
@@ -6459,14 +6535,14 @@ def open_store(settings, server=None):
         store = Store(uri, settings.key_prefix)
     except ValueError as error:
         raise StartError(f"redis_uri: (hidden) is not allowed: {error}; expected host:port, redis://, rediss://, "
-                         "unix:// or redis+sentinel://, with %40 for @ in a user or password, and so on") from None
+                         "unix://, redis+sentinel:// or redis+cluster://, with %40 for @ in a user or password, and so "
+                         "on") from None
     try:
         with contextlib.suppress(redis.exceptions.NoPermissionError):  # it answers; --check says what else is refused
             store.redis.ping()
             # In a cluster these are in several slots, unless the prefix has a hash tag.
             store.redis.exists(*map(store.key, ("UserList", "processes", "metrics", "stats")))
-    except (redis.exceptions.AskError, redis.exceptions.ClusterCrossSlotError,
-            redis.exceptions.ClusterDownError) as error:
+    except ClusterConnection.REDIRECTIONS as error:
         kind = TransientStartError if isinstance(error, redis.exceptions.ClusterDownError) else StartError
         raise kind(f"redis_uri: {redacted(uri)} is a node of a Redis Cluster, expected redis+cluster://host:port,"
                    "host:port, or rediss+cluster:// over TLS") from None

@@ -585,6 +585,44 @@ def redis_with_file():
         yield start
 
 
+class RedisCluster:
+    """A Redis Cluster of real servers: three masters, and a replica of each.
+
+    `uri` names three nodes, none of them the master of the slot of `key`.
+    """
+
+    def __init__(self, start, key, *options):
+        more = ("--cluster-enabled", "yes", "--cluster-node-timeout", "1000", *options)
+        self.slot, self.nodes, self.ids = redis.crc.key_slot(key.encode()), [], {}
+        for _ in range(6):
+            bus = free_port()
+            self.nodes.append(start(*more, "--cluster-port", str(bus), port=free_port()))
+            self.nodes[-1].bus = bus
+            self.ids[self.nodes[-1]] = self.nodes[-1].client.cluster("MYID")
+        masters, replicas = self.nodes[:3], self.nodes[3:]
+        for number, master in enumerate(masters):
+            master.client.cluster("ADDSLOTS", *range(number * 5462, min(number * 5462 + 5462, 16384)))
+        for node in self.nodes[1:]:
+            node.client.cluster("MEET", "127.0.0.1", masters[0].port, masters[0].bus)
+        until(lambda: all(node.client.cluster("INFO")["cluster_known_nodes"] == "6" for node in self.nodes))
+        for master, replica in zip(masters, replicas):
+            def follows():
+                with contextlib.suppress(redis.ResponseError):  # it does not know of the master's slots yet
+                    return replica.client.cluster("REPLICATE", self.ids[master])
+            until(follows)
+        until(lambda: all(node.client.cluster("INFO")["cluster_state"] == "ok" for node in self.nodes))
+        until(lambda: all(replica.client.info("replication")["master_link_status"] == "up" for replica in replicas))
+        self.master, self.replica = masters[self.slot // 5462], replicas[self.slot // 5462]
+        others = [node for node in self.nodes if node is not self.master]
+        self.uri = "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in others[:3])
+
+    def caught_up(self):
+        """Wait until the replica has all that the master has; it takes no more writes."""
+        self.master.client.execute_command("CLIENT", "PAUSE", "60000", "WRITE")
+        until(lambda: self.replica.client.info("replication")["slave_repl_offset"]
+              == self.master.client.info("replication")["master_repl_offset"])
+
+
 # --- 1. settings ------------------------------------------------------------------------------------------
 
 def test_without_a_setting_every_option_has_its_documented_default(tmp_path):
@@ -1183,7 +1221,9 @@ def guarded_redis():
     ("redis+sentinel://{user}:{password}@localhost:{sentinel}/mymaster/2",
      "redis+sentinel://localhost:{sentinel}/mymaster/2"),
     ("redis+sentinel://localhost:{sentinel}/mymaster?username={user}&password={password}",
-     "redis+sentinel://localhost:{sentinel}/mymaster")])
+     "redis+sentinel://localhost:{sentinel}/mymaster"),
+    ("redis+cluster://{user}:{password}@127.0.0.1:1,localhost:{port}/2",
+     "redis+cluster://127.0.0.1:1,localhost:{port}/2")])
 def test_user_and_password_are_percent_encoded_in_every_form_of_redis_uri_and_never_shown(guarded_redis, form, shown):
     server, sentinel = guarded_redis
     places = {"port": server.port, "socket": server.socket, "sentinel": sentinel}
@@ -1199,7 +1239,9 @@ def test_user_and_password_are_percent_encoded_in_every_form_of_redis_uri_and_ne
     ("redis://:1234/0", "redis://localhost:1234"), (":p@ss:w@host:1", "redis://host:1"),
     ("rediss://[::1]/7/", "rediss://[::1]:6379/7"), ("unix:///run/a@b.sock", "unix:///run/a@b.sock"),
     ("redis://host?password=p@ss", "redis://host:6379"),
-    ("redis+sentinel://a,[::1]:2/m", "redis+sentinel://a:26379,[::1]:2/m")])
+    ("redis+sentinel://a,[::1]:2/m", "redis+sentinel://a:26379,[::1]:2/m"),
+    ("redis+cluster://u:p@a,[::1]:2", "redis+cluster://a:6379,[::1]:2"),
+    ("rediss+cluster://a:1?ssl_cert_reqs=none", "rediss+cluster://a:1")])
 def test_of_a_redis_uri_scheme_hosts_ports_and_database_are_shown(uri, shown):
     assert gomail.redacted(uri) == shown
 
@@ -1212,6 +1254,8 @@ def test_of_a_redis_uri_scheme_hosts_ports_and_database_are_shown(uri, shown):
     ("redis://host/one", "number of a database"), ("redis://host/1/2", "number of a database"),
     ("redis://host:0", "port"), ("host:99999", "port"), ("redis://" + "a" * 64, "host"), ("redis://a..b", "host"),
     ("redis://a b", "host"), ("redis+sentinel://host:1", "master"), ("redis+sentinel://host:1/a/b", "master"),
+    ("redis+cluster://a,b:0", "port"), ("redis+cluster://a/m", "number of a database"), ("redis://a,b", "host"),
+    ("redis+cluster://a?ssl_cert_reqs=none", "is not known with redis+cluster://"),
     ("unix://", "unix:///path"), ("unix:///a%00b", "unix:///path"), ("http://host", "redis://"),
     ("redis://host/0#1", "form"), ("redis://:\udcff@host", "form")])
 def test_a_redis_uri_that_is_not_understood_is_one_line_that_says_why(uri, words):
@@ -1236,6 +1280,7 @@ URI_FORMS = (
     "rediss://:{password}@{host}", "redis://{host}/0?password={password}",
     "redis://{host}?db=1&username={user}&password={password}",
     "unix://{user}:{password}@/nowhere/x.sock", "unix:///nowhere/x.sock?db=0&password={password}",
+    "redis+cluster://{user}:{password}@{host},{host}", "rediss+cluster://{host}?password={password}",
     "redis+sentinel://{user}:{password}@{host},{host}/mymaster", "redis+sentinel://{host}/mymaster?password={password}",
     # What is wrong in one place must not bring another to light.
     "redis://:{password}@{host}/0?nonsense=1", "redis://:{password}@{host}?db={password}",
@@ -1453,6 +1498,90 @@ def test_a_node_of_a_cluster_is_refused_in_words_that_name_the_scheme_for_cluste
         for arguments, code in ((["--check"], 1), ([], 78)):
             found, output, errors = processes({"redis_uri": uri}, arguments=arguments).result()
             assert found == code and "is a node of a Redis Cluster, expected redis+cluster://" in output + errors
+
+
+@hypothesis.settings(deadline=None, max_examples=1000)
+@hypothesis.given(strategies.text("{}:ab", max_size=8), strategies.text("{}:ab"), strategies.text("{}:ab"))
+@hypothesis.example("gomail:", "UserList", "lane:normal")
+def test_any_prefix_puts_all_keys_of_a_cluster_into_one_slot(prefix, one, other):
+    tagged = gomail.hash_tagged(prefix)
+    assert redis.crc.key_slot((tagged + one).encode()) == redis.crc.key_slot((tagged + other).encode())
+    assert gomail.hash_tagged(tagged) == tagged
+
+
+def test_a_cluster_gives_the_usual_prefix_its_hash_tag_and_leaves_one_that_has_it():
+    assert gomail.hash_tagged("gomail:") == "{gomail}:" and gomail.hash_tagged("mail{a}:") == "mail{a}:"
+    assert gomail.Store("redis+cluster://127.0.0.1:1").key("UserList") == "{gomail}:UserList"
+    assert gomail.Store("127.0.0.1:1").key("UserList") == "gomail:UserList"
+
+
+def test_in_a_cluster_a_lost_master_is_503_until_its_replica_takes_over_and_no_accepted_task_is_lost(
+        processes, mail_server, redis_with_file):
+    cluster = RedisCluster(redis_with_file, "{gomail}:")
+    environment = {**settings_for(cluster, mail_server), "key_prefix": "gomail:"}
+    code, output, errors = processes(environment, arguments=["--check"]).result()
+    assert code == 0 and "answers, and permits all" in output, output + errors
+    process = processes({**environment, "processes": "2"}).started()
+    sender = Sender(300, [process.url], process.client.sign_up("app@example.com").key)
+    until(lambda: len(sender.answered) > 50)
+    cluster.caught_up()  # replication is asynchronous
+    cluster.master.kill()
+    until(lambda: len(sender.answered) == 300, 90)
+    assert sender.refused
+    assert counted(mail_server, sender.answered) <= 8  # what the workers had in hand
+    assert cluster.replica.client.role()[0] == "master"
+    assert cluster.replica.client.hkeys("{gomail}:UserList") == ["app@example.com"]
+    slots = {redis.crc.key_slot(key.encode()) for node in cluster.nodes if node is not cluster.master
+             for key in node.client.keys()}
+    assert slots == {cluster.slot}
+    until(lambda: process.client.get("/health/metrics")["queued"] == {"urgent": 0, "normal": 0, "bulk": 0, "retrying": 0,
+                                                                      "dead": 0})
+    # Back again, it is a replica of the one that was its own; a manual failover makes it the master once more.
+    cluster.master.start()
+    until(lambda: cluster.master.client.info("replication").get("master_link_status") == "up")
+    cluster.master.client.cluster("FAILOVER")
+    until(lambda: cluster.master.client.role()[0] == "master")
+    more = Sender(50, [process.url], sender.key, "more")
+    until(lambda: len(more.answered) == 50)
+    counted(mail_server, more.answered)
+    assert process.stop() == 0
+
+
+def test_while_a_cluster_moves_the_slot_nothing_is_half_done_and_then_all_goes_on(
+        services, mail_server, redis_with_file):
+    cluster = RedisCluster(redis_with_file, "{gomail}:")
+    source, target = cluster.master, next(node for node in cluster.nodes[:3] if node is not cluster.master)
+    service = services(mail_server, redis_uri=cluster.uri, key_prefix="gomail:")
+    client = service.client.sign_up()
+    sender = Sender(400, [service.http.url], client.key)
+    until(lambda: len(sender.answered) > 50)
+    target.client.cluster("SETSLOT", cluster.slot, "IMPORTING", cluster.ids[source])
+    source.client.cluster("SETSLOT", cluster.slot, "MIGRATING", cluster.ids[target])
+    before = len(sender.refused)
+    while keys := source.client.cluster("GETKEYSINSLOT", cluster.slot, 3):
+        source.client.execute_command("MIGRATE", "127.0.0.1", target.port, "", 0, 5000, "KEYS", *keys)
+    until(lambda: len(sender.refused) > before)
+    for node in (target, source):
+        node.client.cluster("SETSLOT", cluster.slot, "NODE", cluster.ids[target])
+    until(lambda: len(sender.answered) > 150)
+    with contextlib.suppress(redis.ResponseError):  # that can do it at once
+        target.client.cluster("MIGRATESLOTS", "SLOTSRANGE", cluster.slot, cluster.slot, "NODE", cluster.ids[source])
+        until(lambda: target.client.cluster("COUNTKEYSINSLOT", cluster.slot) == 0)
+    until(lambda: len(sender.answered) == 400)
+    assert counted(mail_server, sender.answered) == 0
+    until(lambda: client.get("/health/metrics")["Jobs Successful"] == 400)
+    assert not service.store.redis.keys("{gomail}:processing:*")
+
+
+def test_a_plain_node_of_a_cluster_works_with_a_hash_tag_as_long_as_it_has_the_slot(services, redis_with_file, said):
+    cluster = RedisCluster(redis_with_file, "{gomail}:")
+    for node in (cluster.replica, *(node for node in cluster.nodes[:3] if node is not cluster.master)):
+        with pytest.raises(gomail.StartError, match="is a node of a Redis Cluster, expected redis.cluster://"):
+            gomail.open_store(gomail.Settings(redis_uri=node.uri, key_prefix="{gomail}:"))
+    client = services(redis_uri=cluster.master.uri, key_prefix="{gomail}:").client.sign_up()
+    client.state(client.task(), "succeeded")
+    cluster.replica.client.cluster("FAILOVER")
+    until(lambda: [record for record in said if "redis+cluster:// finds it" in record.fields.get("error", "")])
 
 
 def test_one_data_dir_is_for_one_process_and_the_second_says_so(processes):
