@@ -127,7 +127,11 @@ def describe(error: BaseException) -> str:
     """One short line for an exception: what the system or the server said, without paths or tracebacks."""
     if isinstance(error, TimeoutError):
         return "timed out"
+    if isinstance(error, redis.exceptions.AskError):  # it holds a slot and an address
+        return "another node of this Redis Cluster has the keys; redis+cluster:// finds it"
     words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    if isinstance(error, redis.ResponseError) and re.search("no permissions|executing the script can't", words):
+        words += "; gomail.py --check lists all that the user lacks"
     return printable(words)[:500] or type(error).__name__
 
 
@@ -183,11 +187,12 @@ class Settings:
                                  "mail is offered; from then on the times of RFC 5321 hold", low=0.1, high=600)
     smtp_mails_per_connection: int = option(100, "mails after which a connection is replaced; of the urgent lane at "
                                             "most 10", low=1, high=100000)
-    redis_uri: str = option("", "host:port, redis://, rediss://, unix:// or redis+sentinel://; "
+    redis_uri: str = option("", "host:port, redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://; "
                             "empty: the embedded Valkey in data_dir")
     redis_connections: int = option(32, "connections to Redis at once for requests, in each process; each worker and "
                                     "the cron have one more of their own", low=1, high=10000)
-    key_prefix: str = option("gomail:", "what every Redis key begins with")
+    key_prefix: str = option("gomail:", "what every Redis key begins with; in a Redis Cluster, {gomail}: where it "
+                             "has no hash tag")
     durability: str = option("everysec", "when a task answered 2xx is on disk: everysec, within a second; "
                              "fsync, before the answer", choices=("everysec", "fsync"))
     host: str = option("127.0.0.1", "address to listen on; beyond loopback only with admin_token")
@@ -849,8 +854,8 @@ def start_logging(settings: Settings) -> None:
 class RedisAddress:
     """What a redis_uri says: where Redis is, and with which options to connect. str() has no user, password or option.
 
-    `hosts` are (host, port): of the server, or of the sentinels that know the server called `master`; `path` is that of
-    a unix socket. `options` are redis-py's, with the database, the user and the password.
+    `hosts` are (host, port): of the server, of some nodes of a cluster, or of the sentinels that know the server called
+    `master`; `path` is that of a unix socket. `options` are redis-py's, with the database, the user and the password.
     """
 
     scheme: str
@@ -859,7 +864,7 @@ class RedisAddress:
     master: str
     options: dict[str, object] = dataclasses.field(repr=False)
 
-    FORM = re.compile(r"(?:(redis|rediss|unix|redis\+sentinel)://)?([^/?#]*)([^?#]*)(?:\?([^#]*))?")
+    FORM = re.compile(r"(?:(redis|rediss|unix|redis\+sentinel|rediss?\+cluster)://)?([^/?#]*)([^?#]*)(?:\?([^#]*))?")
     HOST = re.compile(r"(\[[0-9A-Fa-f:.]+(?:%25[\w.-]+)?\]|[\w.-]+)(?::([0-9]{1,5}))?")
     TEXT = ("(?s:.*)", str, "a text")
     SECONDS = (r"[0-9]{1,6}(\.[0-9]{1,6})?", float, "a number of seconds")
@@ -873,7 +878,7 @@ class RedisAddress:
 
     @classmethod
     def parse(cls, uri: str) -> "RedisAddress":
-        """The address behind host:port, redis://, rediss://, unix:// or redis+sentinel:// (RFC 3986).
+        """The address behind host:port, redis://, rediss://, unix://, redis+sentinel:// or redis+cluster:// (RFC 3986).
 
         Raises:
             ValueError: it is none of them; the words hold nothing of the URI but the name of an option.
@@ -898,7 +903,9 @@ class RedisAddress:
             hosts = tuple(cls._host(place, 26379) for place in where.split(","))
             behind = re.fullmatch(r"/([\w.-]+)(?:/([0-9]{1,9}))?", path)
         else:
-            hosts = (cls._host(where if where and where[0] != ":" else f"localhost{where}", 6379),)
+            places = where.split(",") if scheme.endswith("+cluster") else [where]
+            hosts = tuple(cls._host(place if place and place[0] != ":" else f"localhost{place}", 6379)
+                          for place in places)
             behind = re.fullmatch("()/?([0-9]{0,9})/?", path)
         if not behind:
             raise ValueError("behind the host comes the number of a database, and for sentinels a master's name first")
@@ -918,12 +925,13 @@ class RedisAddress:
     def _options(cls, query: str, scheme: str) -> dict[str, object]:
         """What the query of the URI says, as redis-py takes it; of an option that comes twice, the first."""
         options: dict[str, object] = {}
+        secure = scheme.startswith("rediss")
         for name, equals, value in (piece.partition("=") for piece in query.split("&") if piece):
             pattern, convert, words = cls.OPTIONS.get(name, ("", str, ""))
-            if not words or name.startswith("ssl_") and scheme != "rediss":
+            if not words or name.startswith("ssl_") and not secure:
                 if {"username", "password"} & options.keys() or not equals:  # it may be a piece of one of them
                     name = "(hidden)"
-                known = ", ".join(known for known in cls.OPTIONS if scheme == "rediss" or not known.startswith("ssl_"))
+                known = ", ".join(known for known in cls.OPTIONS if secure or not known.startswith("ssl_"))
                 raise ValueError(f"the option {name} is not known with {scheme}://, expected {known}")
             value = urllib.parse.unquote(value)
             if not re.fullmatch(pattern, value):
@@ -954,6 +962,74 @@ def has_password(uri: str) -> bool:
         return bool(RedisAddress.parse(uri).options.get("password"))
     except ValueError:
         return bool(uri)
+
+
+def hash_tagged(prefix: str) -> str:
+    """A prefix that puts all keys into one slot of a Redis Cluster: as it is, or `{gomail}:` for `gomail:`."""
+    if re.match(r"[^{]*\{[^}]+\}", prefix):
+        return prefix
+    name = prefix.rstrip(":")
+    return f"{{{name}}}{prefix[len(name):]}" if name and name[0] != "}" else f"{{gomail}}{prefix}"
+
+
+class ClusterConnection(redis.Connection):
+    """A connection to the node of a Redis Cluster that has the slot of our keys, wherever that is when it connects.
+
+    Where the node loses the slot, this is an error like that of a broken connection: it connects anew.
+
+    Args:
+        nodes: (host, port) of some nodes; each knows who has the slot.
+        newest: a list, shared by the connections, for the node that was found last.
+        key: any key with our slot.
+        options: redis-py's.
+    """
+
+    REDIRECTIONS = (redis.exceptions.AskError, redis.exceptions.TryAgainError, redis.exceptions.ClusterDownError,
+                    redis.exceptions.ClusterCrossSlotError)
+
+    def __init__(self, nodes: Sequence[tuple[str, int]], newest: list[tuple[str, int]], key: str,
+                 **options: typing.Any) -> None:
+        super().__init__(**options)
+        self.nodes, self.newest, self.key = nodes, newest, key
+
+    def connect_check_health(self, check_health: bool = True, retry_socket_connect: bool = True) -> None:
+        """Connect to the node, unless there is a connection; each that is named on the way is tried once."""
+        if self._sock:
+            return
+        waiting, tried, failure = [*self.newest, *self.nodes], set(), None
+        while waiting:
+            node = waiting.pop(0)
+            if node in tried:
+                continue
+            tried.add(node)
+            self.host, self.port = node
+            try:
+                super().connect_check_health(check_health, retry_socket_connect=False)
+                self.send_command("EXISTS", self.key, check_health=False)
+                super().read_response()
+                self.newest[:] = [node]
+                return
+            except redis.exceptions.MovedError as moved:
+                self.disconnect()
+                waiting.insert(0, (moved.host if moved.host.strip("?") else self.host, moved.port))
+            except (redis.ConnectionError, redis.TimeoutError, *self.REDIRECTIONS) as error:
+                self.disconnect()
+                failure = error
+        if isinstance(failure, (redis.ConnectionError, redis.TimeoutError)):
+            raise failure
+        raise redis.ConnectionError("no node of the Redis Cluster has the keys now")
+
+    def read_response(self, *args: typing.Any, **options: typing.Any) -> typing.Any:
+        """The answer to a command; a ConnectionError where the node has not carried it out, since it lost the slot."""
+        try:
+            return super().read_response(*args, **options)
+        except self.REDIRECTIONS:
+            self.disconnect()
+            raise redis.ConnectionError("the node of the Redis Cluster has not, or not all of, the keys now") from None
+
+
+class SecureClusterConnection(ClusterConnection, redis.SSLConnection):
+    """The same over TLS."""
 
 
 class Script:
@@ -1033,9 +1109,9 @@ class Store:
     theirs.
 
     Args:
-        uri: host:port, redis://, rediss://, unix://, or redis+sentinel://host:port,host:port/master (where the
-            sentinels say which server is the master now).
-        prefix: what every key begins with.
+        uri: host:port, redis://, rediss://, unix://, redis+sentinel://host:port,host:port/master (where the
+            sentinels say which server is the master now), or redis+cluster://host:port,host:port.
+        prefix: what every key begins with; see hash_tagged() for a cluster.
         connections: for requests, at most.
         more: options of redis-py in place of the usual ones.
 
@@ -1048,12 +1124,25 @@ class Store:
     # How redis-py tells that a server has ended a connection at its begin: some it has no time to say why.
     ENDED = re.compile("max number of clients|Error (32|54|104) |closed by server", re.IGNORECASE)
 
+    # All that gomail, its scripts included, asks Redis for, beside what begins a connection; k is a key.
+    # docs/operations.md has the same list, for the ACL of a user.
+    COMMANDS = """
+        BRPOPLPUSH k k 0, DEL k, EVAL x 1 k, EVALSHA x 1 k, EXEC, EXISTS k, EXPIRE k 1, GET k, HDEL k x, HEXISTS k x,
+        HGET k x, HGETALL k, HINCRBY k x 1, HINCRBYFLOAT k x 1, HKEYS k, HLEN k, HMGET k x, HRANDFIELD k, HSCAN k 0,
+        HSET k x x, HSETNX k x x, HVALS k, INCR k, LINDEX k 0, LLEN k, LMOVE k k LEFT LEFT, LPUSH k x, LRANGE k 0 0,
+        LREM k 0 x, MULTI, PERSIST k, PEXPIRE k 1, PING, PTTL k, RPOP k, RPOPLPUSH k k, RPUSH k x, SCAN 0, SET k x,
+        TIME, TTL k, UNLINK k, ZADD k 1 x, ZCARD k, ZCOUNT k 0 0, ZRANGE k 0 0, ZRANGEBYSCORE k 0 0, ZREM k x,
+        ZREMRANGEBYSCORE k 0 0, ZREVRANGE k 0 0, ZREVRANGEBYSCORE k 0 0, ZSCAN k 0, ZSCORE k x
+    """
+    FSYNC_COMMANDS = "WAITAOF 1 0 0"  # with durability=fsync
+
     def __init__(self, uri: str, prefix: str = "gomail:", connections: int = Settings.redis_connections,
                  **more: object) -> None:
         options = {"decode_responses": True, "protocol": 2, "socket_timeout": self.TIMEOUT,
                    "socket_connect_timeout": self.TIMEOUT, "max_connections": 100_000,
                    "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 1, (redis.ConnectionError,)), **more}
-        self.prefix = prefix
+        address = RedisAddress.parse(uri)
+        self.prefix = hash_tagged(prefix) if address.scheme.endswith("+cluster") else prefix
         self.available = True
         self._own = threading.local()
         self._changed = threading.Condition()  # guards the next five
@@ -1062,23 +1151,26 @@ class Store:
         self._spare: collections.deque[tuple[float, Any]] = collections.deque()  # since when, client; the newest right
         self._refused = float("-inf")
         self._write = self.script("return redis.call(ARGV[1], KEYS[1], unpack(ARGV, 2))")
-        self._pooled = self._client(RedisAddress.parse(uri), options)
+        self._pooled = self._client(address, options)
         # Sentinels are asked for the master whenever the pool hands out a connection: all are the pool's then.
         self._is_pooled = isinstance(self._pooled.connection_pool, redis.sentinel.SentinelConnectionPool)
 
-    @classmethod
-    def _client(cls, address: RedisAddress, options: dict[str, object]) -> redis.Redis:
+    def _client(self, address: RedisAddress, options: dict[str, object]) -> redis.Redis:
         options |= address.options
         if hidden := [str(options[name]) for name in ("username", "password") if name in options]:
-            options["redis_connect_func"] = functools.partial(cls._log_in, hidden)
+            options["redis_connect_func"] = functools.partial(self._log_in, hidden)
         if address.scheme == "redis+sentinel":
             timeouts = {name: options[name] for name in ("socket_timeout", "socket_connect_timeout", "retry")}
             sentinels = redis.sentinel.Sentinel(address.hosts, sentinel_kwargs=timeouts)
             return sentinels.master_for(address.master, **options)
         if address.scheme == "unix":
             return redis.Redis.from_url("unix://", path=address.path, **options)
+        scheme, _, cluster = address.scheme.partition("+")
+        if cluster:
+            options |= {"connection_class": SecureClusterConnection if scheme == "rediss" else ClusterConnection,
+                        "nodes": address.hosts, "newest": [], "key": self.key("UserList")}
         host, port = address.hosts[0]
-        return redis.Redis.from_url(f"{address.scheme}://", host=host, port=port, **options)
+        return redis.Redis.from_url(f"{scheme}://", host=host, port=port, **options)
 
     @staticmethod
     def _log_in(hidden: list[str], connection: redis.Connection) -> None:
@@ -1200,6 +1292,34 @@ class Store:
     def ensure_writable(self) -> None:
         """Raises RedisError where Redis refuses what adds to it, or is away."""
         self.redis.set(self.key("writable"), 1)
+
+    def forbidden(self, fsync: bool = False) -> list[str]:
+        """What Redis does not let its user do: commands, in lower case, and "~" with the prefix for the keys.
+
+        Redis says so when it queues a command for a transaction. This one never ends, so that nothing is done.
+        """
+        commands = [command.split() for command in self.COMMANDS.split(",")] + [self.FSYNC_COMMANDS.split()] * fsync
+        # Outside a transaction EXEC is but an error. Where MULTI is refused, what follows would be carried out.
+        commands.sort(key=lambda command: (command[0] != "EXEC", command[0] != "MULTI"))
+        pool, found = self.redis.connection_pool, []
+        connection = pool.get_connection()
+        try:
+            for name, *args in commands:
+                connection.send_command(name, *(self.key("permitted") if arg == "k" else arg for arg in args))
+                try:
+                    connection.read_response()
+                except redis.ResponseError as error:
+                    forbids = isinstance(error, redis.exceptions.NoPermissionError)
+                    if forbids and re.search(r"access\b.*\bkey", str(error)):
+                        found.append(f"~{self.prefix}*")
+                    elif forbids or "unknown command" in str(error):
+                        found.append(name.lower())
+                    if name == "MULTI":
+                        break
+        finally:
+            connection.disconnect()
+            pool.release(connection)
+        return sorted(set(found))
 
     def time(self) -> float:
         """Redis's clock, seconds since the epoch: the one clock that all processes share."""
@@ -6606,6 +6726,8 @@ class Service:
             warn_of_losses(self.store)
             if words := unused_data(self.settings):
                 log(logging.WARNING, words)
+            if missing := self.store.forbidden(self.settings.durability == "fsync"):
+                log(logging.WARNING, "the Redis refuses its user what gomail needs", remedy=permitting(missing))
             if not self.settings.jwt_secret:
                 log(logging.WARNING, "the secret that signs API keys lies in the Redis beside the data: who reads it "
                     "can make keys", remedy="jwt_secret")
@@ -6658,9 +6780,17 @@ def open_store(settings: Settings, server: EmbeddedServer | None = None, **more:
         store = Store(uri, settings.key_prefix, settings.redis_connections, **more)
     except ValueError as error:
         raise StartError(f"redis_uri: (hidden) is not allowed: {error}; expected host:port, redis://, rediss://, "
-                         "unix:// or redis+sentinel://, with %40 for @ in a user or password, and so on") from None
+                         "unix://, redis+sentinel:// or redis+cluster://, with %40 for @ in a user or password, and so "
+                         "on") from None
     try:
-        store.redis.ping()
+        with contextlib.suppress(redis.exceptions.NoPermissionError):  # it answers; --check says what else is refused
+            store.redis.ping()
+            # In a cluster these are in several slots, unless the prefix has a hash tag.
+            store.redis.exists(*map(store.key, ("UserList", "processes", "metrics", "stats")))
+    except ClusterConnection.REDIRECTIONS as error:
+        kind = TransientStartError if isinstance(error, redis.exceptions.ClusterDownError) else StartError
+        raise kind(f"redis_uri: {redacted(uri)} is a node of a Redis Cluster, expected redis+cluster://host:port,"
+                   "host:port, or rediss+cluster:// over TLS") from None
     except redis.RedisError as error:
         words = f"redis_uri: {redacted(uri)} cannot be reached: {describe(error)}"
         final = isinstance(error, (redis.AuthenticationError, redis.ResponseError))
@@ -6691,9 +6821,18 @@ def unused_data(settings: Settings) -> str:
             f"then `restore` with it, take all of it along; if it is not needed, move {server.files} away")
 
 
+def permitting(missing: Sequence[str]) -> str:
+    """The rules for ACL SETUSER that permit what Store.forbidden() found."""
+    return " ".join(rule if rule[0] == "~" else f"+{rule}" for rule in missing)
+
+
 def warn_of_losses(store: Store) -> None:
     """Log a line for each way in which this Redis, not our own, may lose what it has acknowledged."""
-    found = store.redis.info("persistence") | store.redis.info("memory")
+    try:
+        found = store.redis.info("persistence") | store.redis.info("memory")
+    except redis.exceptions.NoPermissionError:
+        log(logging.INFO, "the Redis does not let this user see whether it may lose tasks", remedy="+info")
+        return
     if not found.get("aof_enabled"):
         log(logging.WARNING, "the Redis keeps no append-only file: if it crashes, tasks answered 2xx are lost",
             remedy="appendonly yes")
@@ -6960,9 +7099,16 @@ def check(settings: Settings) -> bool:
         server = None if settings.redis_uri else EmbeddedServer(settings.data_dir)
         if server and not server.answers():
             return f"embedded server, not running, would keep its data in {server.folder} ({server.program()})"
-        version = open_store(settings, server).redis.info("server")
+        store = open_store(settings, server)
+        if missing := store.forbidden(settings.durability == "fsync"):
+            raise StartError("redis_uri: the user lacks permissions that gomail needs: ACL SETUSER <user> "
+                             f"{permitting(missing)}")
+        try:
+            version = store.redis.info("server")
+        except redis.exceptions.NoPermissionError:
+            return "it answers, and permits all that gomail needs"
         number = version.get("valkey_version", version["redis_version"])
-        return f"{version.get('server_name', 'redis')} {number} answers"
+        return f"{version.get('server_name', 'redis')} {number} answers, and permits all that gomail needs"
 
     def reach_smtp() -> str:
         if not settings.smtp_server:

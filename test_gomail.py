@@ -595,6 +595,44 @@ def redis_with_file():
         yield start
 
 
+class RedisCluster:
+    """A Redis Cluster of real servers: three masters, and a replica of each.
+
+    `uri` names three nodes, none of them the master of the slot of `key`.
+    """
+
+    def __init__(self, start, key, *options):
+        more = ("--cluster-enabled", "yes", "--cluster-node-timeout", "1000", *options)
+        self.slot, self.nodes, self.ids = redis.crc.key_slot(key.encode()), [], {}
+        for _ in range(6):
+            bus = free_port()
+            self.nodes.append(start(*more, "--cluster-port", str(bus), port=free_port()))
+            self.nodes[-1].bus = bus
+            self.ids[self.nodes[-1]] = self.nodes[-1].client.cluster("MYID")
+        masters, replicas = self.nodes[:3], self.nodes[3:]
+        for number, master in enumerate(masters):
+            master.client.cluster("ADDSLOTS", *range(number * 5462, min(number * 5462 + 5462, 16384)))
+        for node in self.nodes[1:]:
+            node.client.cluster("MEET", "127.0.0.1", masters[0].port, masters[0].bus)
+        until(lambda: all(node.client.cluster("INFO")["cluster_known_nodes"] == "6" for node in self.nodes))
+        for master, replica in zip(masters, replicas):
+            def follows():
+                with contextlib.suppress(redis.ResponseError):  # it does not know of the master's slots yet
+                    return replica.client.cluster("REPLICATE", self.ids[master])
+            until(follows)
+        until(lambda: all(node.client.cluster("INFO")["cluster_state"] == "ok" for node in self.nodes))
+        until(lambda: all(replica.client.info("replication")["master_link_status"] == "up" for replica in replicas))
+        self.master, self.replica = masters[self.slot // 5462], replicas[self.slot // 5462]
+        others = [node for node in self.nodes if node is not self.master]
+        self.uri = "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in others[:3])
+
+    def caught_up(self):
+        """Wait until the replica has all that the master has; it takes no more writes."""
+        self.master.client.execute_command("CLIENT", "PAUSE", "60000", "WRITE")
+        until(lambda: self.replica.client.info("replication")["slave_repl_offset"]
+              == self.master.client.info("replication")["master_repl_offset"])
+
+
 # --- 1. settings ------------------------------------------------------------------------------------------
 
 def test_without_a_setting_every_option_has_its_documented_default(tmp_path):
@@ -1306,7 +1344,9 @@ def guarded_redis():
     ("redis+sentinel://{user}:{password}@localhost:{sentinel}/mymaster/2",
      "redis+sentinel://localhost:{sentinel}/mymaster/2"),
     ("redis+sentinel://localhost:{sentinel}/mymaster?username={user}&password={password}",
-     "redis+sentinel://localhost:{sentinel}/mymaster")])
+     "redis+sentinel://localhost:{sentinel}/mymaster"),
+    ("redis+cluster://{user}:{password}@127.0.0.1:1,localhost:{port}/2",
+     "redis+cluster://127.0.0.1:1,localhost:{port}/2")])
 def test_user_and_password_are_percent_encoded_in_every_form_of_redis_uri_and_never_shown(guarded_redis, form, shown):
     server, sentinel = guarded_redis
     places = {"port": server.port, "socket": server.socket, "sentinel": sentinel}
@@ -1322,7 +1362,9 @@ def test_user_and_password_are_percent_encoded_in_every_form_of_redis_uri_and_ne
     ("redis://:1234/0", "redis://localhost:1234"), (":p@ss:w@host:1", "redis://host:1"),
     ("rediss://[::1]/7/", "rediss://[::1]:6379/7"), ("unix:///run/a@b.sock", "unix:///run/a@b.sock"),
     ("redis://host?password=p@ss", "redis://host:6379"),
-    ("redis+sentinel://a,[::1]:2/m", "redis+sentinel://a:26379,[::1]:2/m")])
+    ("redis+sentinel://a,[::1]:2/m", "redis+sentinel://a:26379,[::1]:2/m"),
+    ("redis+cluster://u:p@a,[::1]:2", "redis+cluster://a:6379,[::1]:2"),
+    ("rediss+cluster://a:1?ssl_cert_reqs=none", "rediss+cluster://a:1")])
 def test_of_a_redis_uri_scheme_hosts_ports_and_database_are_shown(uri, shown):
     assert gomail.redacted(uri) == shown
 
@@ -1335,6 +1377,8 @@ def test_of_a_redis_uri_scheme_hosts_ports_and_database_are_shown(uri, shown):
     ("redis://host/one", "number of a database"), ("redis://host/1/2", "number of a database"),
     ("redis://host:0", "port"), ("host:99999", "port"), ("redis://" + "a" * 64, "host"), ("redis://a..b", "host"),
     ("redis://a b", "host"), ("redis+sentinel://host:1", "master"), ("redis+sentinel://host:1/a/b", "master"),
+    ("redis+cluster://a,b:0", "port"), ("redis+cluster://a/m", "number of a database"), ("redis://a,b", "host"),
+    ("redis+cluster://a?ssl_cert_reqs=none", "is not known with redis+cluster://"),
     ("unix://", "unix:///path"), ("unix:///a%00b", "unix:///path"), ("http://host", "redis://"),
     ("redis://host/0#1", "form"), ("redis://:\udcff@host", "form")])
 def test_a_redis_uri_that_is_not_understood_is_one_line_that_says_why(uri, words):
@@ -1359,6 +1403,7 @@ URI_FORMS = (
     "rediss://:{password}@{host}", "redis://{host}/0?password={password}",
     "redis://{host}?db=1&username={user}&password={password}",
     "unix://{user}:{password}@/nowhere/x.sock", "unix:///nowhere/x.sock?db=0&password={password}",
+    "redis+cluster://{user}:{password}@{host},{host}", "rediss+cluster://{host}?password={password}",
     "redis+sentinel://{user}:{password}@{host},{host}/mymaster", "redis+sentinel://{host}/mymaster?password={password}",
     # What is wrong in one place must not bring another to light.
     "redis://:{password}@{host}/0?nonsense=1", "redis://:{password}@{host}?db={password}",
@@ -1428,6 +1473,240 @@ def test_every_key_begins_with_the_prefix_and_userlist_is_the_hash_of_the_accoun
     assert server.hlen(prefix + "UserList") == 1
     strays = [key for key in server.keys() if re.match(r"(task|lane|UserList|otp|content|schedule|metrics|dead)", key)]
     assert not strays
+
+
+def documented_acl():
+    """The rules for ACL SETUSER that the documents show, behind the name of the user."""
+    texts = [path.read_text() for path in (HERE / "README.md", *(HERE / "docs").glob("*.md"))]
+    return re.search(r"ACL SETUSER gomail ([^`]*)", "".join(texts))[1].split()
+
+
+def documented_commands():
+    return {rule.removeprefix("+").upper() for rule in documented_acl() if rule.startswith("+")}
+
+
+@pytest.fixture
+def strict_redis(redis_with_file):
+    """A server, and the redis_uri of a user that may do what the documents say, and nothing else."""
+    server = redis_with_file()
+    server.client.execute_command("ACL", "SETUSER", "gomail", *documented_acl())
+    return server, f"unix://gomail:secret@{server.socket}"
+
+
+def test_the_documented_commands_are_those_of_the_code():
+    source = (HERE / "gomail.py").read_text()
+    in_scripts = set(re.findall(r"redis\.p?call\('(\w+)'", source))
+    methods = set(re.findall(r"(?:\bredis|\bserver|pipeline|transaction)\.(\w+)\(", source))
+    by_client = {method.removesuffix("_iter").upper() for method in methods if hasattr(redis.Redis, method)}
+    known = {command.split()[0] for command in gomail.Store.COMMANDS.split(",")}
+    not_for_all = {"INFO", "PIPELINE", "EXECUTE_COMMAND", "CLOSE", "SENTINEL"}
+    assert known == in_scripts | by_client - not_for_all | {"EVAL", "EVALSHA", "MULTI", "EXEC"}
+    assert known == documented_commands()
+
+
+def test_a_redis_user_with_the_documented_permissions_is_enough_for_all_work(
+        strict_redis, services, mail_server, clock, said, monkeypatch, tmp_path):
+    server, uri = strict_redis
+    monkeypatch.chdir(tmp_path)
+    options = {"redis_uri": uri, "key_prefix": "gomail:", "smtp_rate": 1000.0}
+    service = services(mail_server, clock, **options, dead_max=1, otp_minute_max=3)
+    server.client.rpush("gomail:recent", *range(gomail.Queue.RECENT))
+    service.announce()
+    client = service.client.sign_up("app@example.com")
+    mail_server.replies = collections.defaultdict(list, {
+        "dead@example.com": ["554 5.7.1 no"] * 9, "gone@example.com": ["550 5.1.1 no"],
+        "late@example.com": ["450 4.2.0 no"]})
+    client.state(client.task(headers={"Idempotency-Key": "one"}), "succeeded")
+    client.state(client.task(userId="late@example.com", retries=1), "succeeded")
+    client.state(client.task(userId="gone@example.com"), "dead")
+    dead = client.task(userId="dead@example.com")
+    for path in (f"/task/dead/{dead}/retry", "/task/dead/retry"):
+        client.state(dead, "dead")
+        client.post(path)
+    client.state(dead, "dead")
+    assert [found["id"] for found in client.get("/task/dead")["tasks"]] == [dead]
+    assert client("DELETE", "/task/dead")[0] == 200
+    assert client.get("/suppressions")["total"] == 1
+    client.post("/suppressions", {"userId": "other@example.com"})
+    client.state(client.task(userId="other@example.com"), "suppressed")
+    assert client("DELETE", "/suppressions", {"userId": "other@example.com"})[0] == 200
+    client.state(client.task("generateOtp"), "succeeded")
+    otp = otp_of(until(lambda: [message for mail in mail_server.to("user@example.com")
+                                if "code" in (message := parsed(mail.raw))["Subject"]])[0])
+    for given in ("wrong", otp):
+        found = client.post("/task/verify", {"userEmail": "user@example.com", "otp": given})
+        assert found["verified"] == (given == otp)
+    assert client("POST", "/task/verify", {"userEmail": "user@example.com", "otp": otp})[0] == 429
+    client.state(client.task("subscribe", frequency="@hourly", content_type="news", subject="News", content="News"),
+                 "succeeded")
+    clock.forward(3600)
+    until(lambda: "News" in [parsed(mail.raw)["Subject"] for mail in mail_server.to("user@example.com")])
+    news = {"content_type": "news", "subject": "A", "content": "B"}
+    assert client("PUT", "/task/subscriptionContent", news)[0] == 200
+    for query in ("", "?userId=user@example.com", "?content_type=news"):
+        assert len(client.get(f"/subscriptions{query}")["subscriptions"]) == 1
+    client.state(client.task("unsubscribe", content_type="news"), "succeeded")
+    assert client.get("/task/subscriptionContent/news")["subject"] == "A"
+    later = client.task(send_at="2036-01-01T00:00:00Z")
+    assert client("DELETE", f"/task/{later}")[0] == 200
+    for path in ("/lanes", "/health/metrics", "/health/ready", "/history", "/task/recent?search=user"):
+        client.get(path)
+    client.post("/lanes/normal/resume")
+    assert client("DELETE", "/task/subscriptionContent/news")[0] == 200
+    # What a dead process and a wrong clock leave behind.
+    until(lambda: service.queue.reclaim(patience=0.0) == 0)
+    queue = gomail.Queue(service.store, service.settings, "another-process")
+    queue.beat(["normal-0"], {})
+    service.workers.stop(PATIENCE)
+    waiting = client.task()
+    assert queue.exchange("normal-0", "normal").id == waiting
+    server.client.hdel("gomail:processes", "another-process")
+    server.client.delete("gomail:heartbeat:another-process")
+    until(queue.find_orphans)
+    until(lambda: service.queue.reclaim(patience=0.0))
+    operator = gomail.Operator(service.settings, gomail.Terminal(as_json=True))
+    for arguments in (["status", waiting], ["dead"], ["stats"], ["accounts"],
+                      ["accounts", "--remove", "app@example.com", "--yes"]):
+        asked = gomail.command_line().parse_args(arguments)
+        assert getattr(operator, asked.command)(asked) == 0
+    refused = [dict(zip(entry[::2], entry[1::2])) for entry in server.client.execute_command("ACL", "LOG")]
+    assert {entry["object"] for entry in refused} <= {"info", "client|setinfo", "client"}
+    used = {name.removeprefix("cmdstat_").upper() for name in server.client.info("commandstats")}
+    assert documented_commands() - used == set()
+    assert not [words for record in said if "Redis" in (words := record.getMessage()) and "secret that" not in words]
+
+
+@pytest.mark.parametrize("withheld", ["HRANDFIELD", "LMOVE", "MULTI", "PING", "ZREVRANGE", "INFO"])
+def test_check_and_the_log_name_what_a_redis_user_may_not_do(processes, strict_redis, withheld):
+    server, uri = strict_redis
+    server.client.execute_command("ACL", "SETUSER", "gomail", f"-{withheld}")
+    code, output, _ = processes({"redis_uri": uri}, arguments=["--check"]).result()
+    if withheld == "INFO":  # was never permitted
+        assert code == 0 and "answers, and permits all that gomail needs" in output
+    else:
+        assert code == 1 and f"needs: ACL SETUSER <user> +{withheld.lower()}\n" in output
+    assert not server.client.keys()
+
+
+def test_check_names_all_that_a_redis_user_may_not_do_and_the_keys(processes, strict_redis):
+    server, uri = strict_redis
+    server.client.execute_command("ACL", "SETUSER", "gomail", "-del", "-scan", "resetkeys", "~other:*")
+    code, output, _ = processes({"redis_uri": uri, "key_prefix": "my:"}, arguments=["--check"]).result()
+    assert code == 1 and "ACL SETUSER <user> +del +scan ~my:*\n" in output
+
+
+def test_a_start_says_which_commands_its_redis_user_may_not_call(processes, strict_redis):
+    server, uri = strict_redis
+    server.client.execute_command("ACL", "SETUSER", "gomail", "-zrevrange", "-hvals")
+    process = processes({"redis_uri": uri}).started()
+    warning = until(lambda: process.logged("the Redis refuses its user what gomail needs"))
+    assert warning["remedy"] == "+hvals +zrevrange"
+    server.client.execute_command("ACL", "SETUSER", "gomail", "-hset")
+    code, output, errors = processes({"redis_uri": uri}).result()
+    assert code == 1 and output == "" and "--check lists all" in errors and errors.count("\n") == 1
+
+
+def test_a_full_or_read_only_redis_is_not_taken_for_one_that_forbids(strict_redis):
+    server, uri = strict_redis
+    store = gomail.Store(uri)
+    server.client.config_set("maxmemory", 1)
+    assert store.forbidden() == []
+    server.client.replicaof("127.0.0.1", 1)
+    assert store.forbidden() == [] and store.forbidden(fsync=True) == ["waitaof"]
+    store.redis.close()
+
+
+def test_a_node_of_a_cluster_is_refused_in_words_that_name_the_scheme_for_clusters(processes, redis_with_file):
+    server = redis_with_file("--cluster-enabled", "yes", "--cluster-port", str(free_port()), port=free_port())
+    server.client.execute_command("CLUSTER", "ADDSLOTS", *range(16384))
+    until(lambda: server.client.cluster("INFO")["cluster_state"] == "ok")
+    for uri in (server.uri, f"unix://{server.socket}"):
+        for arguments, code in ((["--check"], 1), ([], 78)):
+            found, output, errors = processes({"redis_uri": uri}, arguments=arguments).result()
+            assert found == code and "is a node of a Redis Cluster, expected redis+cluster://" in output + errors
+
+
+@hypothesis.settings(deadline=None, max_examples=1000)
+@hypothesis.given(strategies.text("{}:ab", max_size=8), strategies.text("{}:ab"), strategies.text("{}:ab"))
+@hypothesis.example("gomail:", "UserList", "lane:normal")
+def test_any_prefix_puts_all_keys_of_a_cluster_into_one_slot(prefix, one, other):
+    tagged = gomail.hash_tagged(prefix)
+    assert redis.crc.key_slot((tagged + one).encode()) == redis.crc.key_slot((tagged + other).encode())
+    assert gomail.hash_tagged(tagged) == tagged
+
+
+def test_a_cluster_gives_the_usual_prefix_its_hash_tag_and_leaves_one_that_has_it():
+    assert gomail.hash_tagged("gomail:") == "{gomail}:" and gomail.hash_tagged("mail{a}:") == "mail{a}:"
+    assert gomail.Store("redis+cluster://127.0.0.1:1").key("UserList") == "{gomail}:UserList"
+    assert gomail.Store("127.0.0.1:1").key("UserList") == "gomail:UserList"
+
+
+def test_in_a_cluster_a_lost_master_is_503_until_its_replica_takes_over_and_no_accepted_task_is_lost(
+        processes, mail_server, redis_with_file):
+    cluster = RedisCluster(redis_with_file, "{gomail}:")
+    environment = {**settings_for(cluster, mail_server), "key_prefix": "gomail:"}
+    code, output, errors = processes(environment, arguments=["--check"]).result()
+    assert code == 0 and "answers, and permits all" in output, output + errors
+    process = processes({**environment, "processes": "2"}).started()
+    sender = Sender(300, [process.url], process.client.sign_up("app@example.com").key)
+    until(lambda: len(sender.answered) > 50)
+    cluster.caught_up()  # replication is asynchronous
+    cluster.master.kill()
+    until(lambda: len(sender.answered) == 300, 90)
+    assert sender.refused
+    assert counted(mail_server, sender.answered) <= 8  # what the workers had in hand
+    assert cluster.replica.client.role()[0] == "master"
+    assert cluster.replica.client.hkeys("{gomail}:UserList") == ["app@example.com"]
+    slots = {redis.crc.key_slot(key.encode()) for node in cluster.nodes if node is not cluster.master
+             for key in node.client.keys()}
+    assert slots == {cluster.slot}
+    until(lambda: not any(process.client.get("/health/metrics")["queued"].values()))
+    # Back again, it is a replica of the one that was its own; a manual failover makes it the master once more.
+    cluster.master.start()
+    until(lambda: cluster.master.client.info("replication").get("master_link_status") == "up")
+    cluster.master.client.cluster("FAILOVER")
+    until(lambda: cluster.master.client.role()[0] == "master")
+    more = Sender(50, [process.url], sender.key, "more")
+    until(lambda: len(more.answered) == 50)
+    counted(mail_server, more.answered)
+    assert process.stop() == 0
+
+
+def test_while_a_cluster_moves_the_slot_nothing_is_half_done_and_then_all_goes_on(
+        services, mail_server, redis_with_file):
+    cluster = RedisCluster(redis_with_file, "{gomail}:")
+    source, target = cluster.master, next(node for node in cluster.nodes[:3] if node is not cluster.master)
+    service = services(mail_server, redis_uri=cluster.uri, key_prefix="gomail:")
+    client = service.client.sign_up()
+    sender = Sender(400, [service.http.url], client.key)
+    until(lambda: len(sender.answered) > 50)
+    target.client.cluster("SETSLOT", cluster.slot, "IMPORTING", cluster.ids[source])
+    source.client.cluster("SETSLOT", cluster.slot, "MIGRATING", cluster.ids[target])
+    before = len(sender.refused)
+    while keys := source.client.cluster("GETKEYSINSLOT", cluster.slot, 3):
+        source.client.execute_command("MIGRATE", "127.0.0.1", target.port, "", 0, 5000, "KEYS", *keys)
+    until(lambda: len(sender.refused) > before)
+    for node in (target, source):
+        node.client.cluster("SETSLOT", cluster.slot, "NODE", cluster.ids[target])
+    until(lambda: len(sender.answered) > 150)
+    with contextlib.suppress(redis.ResponseError):  # that can do it at once
+        target.client.cluster("MIGRATESLOTS", "SLOTSRANGE", cluster.slot, cluster.slot, "NODE", cluster.ids[source])
+        until(lambda: target.client.cluster("COUNTKEYSINSLOT", cluster.slot) == 0)
+    until(lambda: len(sender.answered) == 400)
+    assert counted(mail_server, sender.answered) == 0
+    until(lambda: client.get("/health/metrics")["Jobs Successful"] == 400)
+    assert not service.store.redis.keys("{gomail}:processing:*")
+
+
+def test_a_plain_node_of_a_cluster_works_with_a_hash_tag_as_long_as_it_has_the_slot(services, redis_with_file, said):
+    cluster = RedisCluster(redis_with_file, "{gomail}:")
+    for node in (cluster.replica, *(node for node in cluster.nodes[:3] if node is not cluster.master)):
+        with pytest.raises(gomail.StartError, match="is a node of a Redis Cluster, expected redis.cluster://"):
+            gomail.open_store(gomail.Settings(redis_uri=node.uri, key_prefix="{gomail}:"))
+    client = services(redis_uri=cluster.master.uri, key_prefix="{gomail}:").client.sign_up()
+    client.state(client.task(), "succeeded")
+    cluster.replica.client.cluster("FAILOVER")
+    until(lambda: [record for record in said if "redis+cluster:// finds it" in record.fields.get("error", "")])
 
 
 def test_one_data_dir_is_for_one_process_and_the_second_says_so(processes):
