@@ -151,6 +151,9 @@ VARIABLE = "[A-Za-z_][A-Za-z0-9_]{0,63}"
 ONE_LINE = r"[^\x00-\x1f\x7f-\x9f\u2028\u2029]"  # the two Unicode line ends as well: some mailers break a header there
 LINE = "on one line, without control characters"
 PLACEHOLDER = re.compile(rf"\{{\{{ *({VARIABLE}) *\}}\}}")  # {{ name }}, see fill()
+# A placeholder, or what begins like one and is none, as `wrong`. The outer braces of {{{ name }}} are text.
+BRACES = re.compile(rf"{PLACEHOLDER.pattern}"
+                    rf"|(?!\{{{PLACEHOLDER.pattern})(?P<wrong>\{{\{{[^{{}}\r\n]{{0,40}}(\}}\}})?)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -341,15 +344,25 @@ def unknown_option(name: str) -> str:
 def doubts(settings: Settings, environment: Mapping[str, str]) -> list[str]:
     """What is allowed, but probably not meant so: a sentence for each such thing.
 
-    Those are names in the environment that are almost those of options, and a service for others whose mail goes
-    to the Maildir.
+    Those are names in the environment that are almost those of options, malformed placeholders, and a service for
+    others whose mail goes to the Maildir.
     """
     found = [f"in the environment, {unknown_option(name)}" for name in sorted(environment) if not is_option(name) and (
         name.lower().startswith(("smtp_", "otp_", "redis_", "jwt_")) or nearest_option(name, 0.8))]
+    found += [f"{name}: {wrong} is no placeholder such as {{{{ otp }}}}, and is sent as it is"
+              for name in ("otp_subject", "otp_content") if (wrong := malformed_placeholders(getattr(settings, name)))]
     if not settings.smtp_server and (
             settings.public_url or settings.admin_token or not is_loopback(host_to_ascii(settings.host) or "")):
         found.append("smtp_server is not set: mail goes to a Maildir on this machine, not to its recipients")
     return found
+
+
+def malformed_placeholders(text: str) -> str:
+    """The first three `{{` of a text that begin no `{{ name }}`, with what follows them, for people; "" without any."""
+    if "{{" not in text:
+        return ""
+    found = dict.fromkeys(match["wrong"].strip().replace("\t", r"\t") for match in BRACES.finditer(text) if match["wrong"])
+    return printable(", ".join(itertools.islice(found, 3)))
 
 
 def read_credentials(folder: str | None) -> dict[str, str]:
@@ -1686,6 +1699,22 @@ class Text:
         return value
 
 
+def check_placeholders(text: str, field: str) -> None:
+    """Raise Refused (400) where a `{{` of a text to be filled begins no placeholder: fill() would leave it as it is."""
+    if wrong := malformed_placeholders(text):
+        raise Refused(400, f"{field} has {wrong}, expected {{{{ name }}}}: a letter or _, then up to 63 letters, digits "
+                      "or _, in two braces on each side", field)
+
+
+class Template(Text):
+    """A text that is filled with variables later."""
+
+    def __call__(self, value, field):
+        value = super().__call__(value, field)
+        check_placeholders(value, field)
+        return value
+
+
 @dataclasses.dataclass(frozen=True)
 class Form:
     """A string of a form of its own."""
@@ -1920,8 +1949,8 @@ class Anything:
         return value
 
 
-SUBJECT = Text(998, ONE_LINE, LINE)
-CONTENT = Text(100_000_000)
+SUBJECT, SUBJECT_TEMPLATE = Text(998, ONE_LINE, LINE), Template(998, ONE_LINE, LINE)
+CONTENT, CONTENT_TEMPLATE = Text(100_000_000), Template(100_000_000)
 # Browsers take . and .. out of a path, even as %2E; such names from before can still be read with other clients.
 CONTENT_TYPE = Form("a string of 1 to 100 characters, only letters, digits, spaces and . _ -, but not . or ..",
                     re.compile(r"(?!\.{1,2}$| +$)[\w. -]+"), 100)
@@ -1949,7 +1978,7 @@ PAYLOADS = {
                        "send_at": Optional(Moment())}),
     "generateOtp": Object({"userId": Address(), "length": Whole(4, 8)}),
     "subscribe": Object({"userId": Address(), "frequency": Choice(FREQUENCIES), "content_type": CONTENT_TYPE,
-                         "subject": Optional(SUBJECT), "content": Optional(CONTENT),
+                         "subject": Optional(SUBJECT_TEMPLATE), "content": Optional(CONTENT_TEMPLATE),
                          "variables": Optional(Variables())},
                         together=("subject", "content")),
     "unsubscribe": Object({"userId": Address(), "content_type": CONTENT_TYPE}),
@@ -1987,8 +2016,8 @@ def fill_message(task: dict, path: str, most: int) -> int:
         path: of the task, "" for the whole body.
         most: bytes that the texts may have together.
 
-    Returns how many bytes they have. Raises Refused: 400, a variable is missing, or makes a text that is not allowed;
-    413, they would be larger.
+    Returns how many bytes they have. Raises Refused: 400, a placeholder is malformed, its variable is missing, or makes
+    a text that is not allowed; 413, they would be larger.
     """
     payload, path = task["payload"], f"{path}.payload" if path else "payload"
     if task["type"] != "message" or "variables" not in payload:
@@ -1996,6 +2025,7 @@ def fill_message(task: dict, path: str, most: int) -> int:
     variables, size = payload.pop("variables"), 0
     for name, check in (("subject", SUBJECT), ("text", CONTENT), ("content", CONTENT)):
         if name in payload:
+            check_placeholders(payload[name], f"{path}.{name}")
             try:
                 filled = fill(payload[name], variables, name == "content" and is_html(payload[name]), most=most - size)
             except KeyError as error:
@@ -5096,7 +5126,7 @@ class Route:
 
 ID = Object({"id": Text(254, ONE_LINE, LINE)})  # any that was ever taken
 NEW_ID = Object({"id": AccountName()})
-DEFINITION = Object({"content_type": CONTENT_TYPE, "subject": SUBJECT, "content": CONTENT})
+DEFINITION = Object({"content_type": CONTENT_TYPE, "subject": SUBJECT_TEMPLATE, "content": CONTENT_TEMPLATE})
 VERIFICATION = Object({"userEmail": Address(), "otp": Text(64, ONE_LINE, LINE)})
 BATCH = Object({"tasks": List(Anything(), 1000, 1)})  # each is checked, and answered, by itself
 RECIPIENT = Object({"userId": Address()})

@@ -679,6 +679,13 @@ def test_names_in_the_environment_that_are_almost_options_are_warned_about_and_n
     assert "did you mean redis_uri?" in found[2]
 
 
+def test_a_malformed_placeholder_of_the_otp_mail_is_warned_about(tmp_path):
+    (tmp_path / ".env").write_text("otp_subject='{{ otp|upper }}'\notp_content='{{ otp }} {{ minutes'\n")
+    found = gomail.doubts(gomail.Settings.load({}, tmp_path), {})
+    assert [line.partition(" is no placeholder")[0] for line in found] == [
+        "otp_subject: {{ otp|upper }}", "otp_content: {{ minutes"]
+
+
 @pytest.mark.parametrize("environment", [
     {"admin_token": "x"}, {"public_url": "https://mail.example.com"}, {"admin_token": "x" * 16, "host": "0.0.0.0"}])
 def test_a_service_for_others_whose_mail_goes_to_the_maildir_is_warned_about(processes, environment):
@@ -1761,9 +1768,10 @@ def test_a_media_type_may_have_parameters_and_capital_letters(content_type):
 
 def test_variables_fill_subject_text_and_content_and_are_escaped_in_html_only():
     payload = filled({"name": "<Ann> & Co", "total": 9.5, "_2": 7}, subject="Hi {{ name }}", text="{{name}}: {{ total }}",
-                     content="<p>{{ name }} {{  total}} {{ _2 }} {{ 2x }} { name } {{ a.b }}</p>")
+                     content="<p>{{ name }} {{  total}} {{ _2 }} { name } {{{ name }}} a{b{c:d}}</p>")
     assert payload["subject"] == "Hi <Ann> & Co" and payload["text"] == "<Ann> & Co: 9.5" and "variables" not in payload
-    assert payload["content"] == "<p>&lt;Ann&gt; &amp; Co 9.5 7 {{ 2x }} { name } {{ a.b }}</p>"
+    assert payload["content"] == (
+        "<p>&lt;Ann&gt; &amp; Co 9.5 7 { name } {&lt;Ann&gt; &amp; Co} a{b{c:d}}</p>")
     assert filled({"name": "<b>"}, content="{{ name }} plain")["content"] == "<b> plain"
     assert filled({"a": "{{ b }}", "b": "x"}, content="{{ a }}")["content"] == "{{ b }}"
 
@@ -1773,6 +1781,50 @@ def test_a_missing_variable_is_refused_by_name(field):
     with pytest.raises(gomail.Refused, match=r"^payload.variables.name is required: payload." + field) as refused:
         filled({"nam": "x"}, **{field: "Hello {{ name }}"})
     assert refused.value.status == 400 and refused.value.field == "payload.variables.name"
+
+
+MALFORMED = {  # text -> what the error says of it
+    **{text: text for text in ("{{ a.b }}", "{{ a|upper }}", "{{ }}", "{{}}", "{{ name", "{{ 2x }}", "{{ n\u00e4me }}")},
+    "{{ name }": "{{ name", "{{\tname }}": r"{{\tname }}", "{{ {name} }}": "{{", "{{{{ name }}}}": "{{",
+    "{{ %s }}" % ("a" * 65): "{{ aaa"}
+
+
+@pytest.mark.parametrize("field", ["subject", "text", "content"])
+@pytest.mark.parametrize("wrong", [found for found in MALFORMED if found.isprintable()])
+def test_a_malformed_placeholder_of_a_message_with_variables_is_refused_by_name_and_field(field, wrong):
+    with pytest.raises(gomail.Refused) as refused:
+        filled({"name": "x"}, **{field: f"Hello {{{{ name }}}} {wrong}"})
+    assert refused.value.status == 400 and refused.value.field == f"payload.{field}"
+    assert refused.value.error.startswith(f"payload.{field} has {MALFORMED[wrong]}")
+    assert ", expected {{ name }}: a letter" in refused.value.error
+    assert filled(**{field: wrong})[field] == wrong  # without variables
+
+
+def test_all_malformed_placeholders_of_a_text_are_named_up_to_three_of_them():
+    with pytest.raises(gomail.Refused, match=r"^payload\.content has {{ a\.b }}, {{ }}, {{ x y }}, expected"):
+        filled({"name": "x"}, content="{{ a.b }} {{ }} {{ a.b }} {{ name }} {{ x y }} {{ z")
+
+
+@pytest.mark.parametrize("wrong", MALFORMED)
+def test_a_malformed_placeholder_of_a_newsletter_is_refused_where_it_is_defined(client, wrong):
+    definition = {"content_type": "news", "subject": "News", "content": f"Dear {wrong}"}
+    payload = {**definition, "userId": "user@example.com", "frequency": "@daily"}
+    for method, path, body, field in (
+            ("POST", "/task/subscriptionContent", definition, "content"),
+            ("PUT", "/task/subscriptionContent", definition, "content"),
+            ("POST", "/task", {"task": "t", "type": "subscribe", "retries": 0, "payload": payload}, "payload.content")):
+        status, answer, _ = client(method, path, body)
+        assert status == 400 and answer["field"] == field and f"{field} has {MALFORMED[wrong]}" in answer["error"]
+
+
+@hypothesis.settings(deadline=None, max_examples=300)
+@hypothesis.given(strategies.lists(strategies.one_of(strategies.text(max_size=4), strategies.sampled_from(
+    ["{", "}", "{{", "}}", "{{ a }}", "{{a}}", " ", "a", "{{ a.b }}", "\n"])), max_size=12).map("".join))
+def test_two_braces_are_malformed_wherever_they_neither_belong_to_a_placeholder_nor_stand_around_one(text):
+    places = [found.span() for found in gomail.PLACEHOLDER.finditer(text)]
+    wrong = [at for at in range(len(text)) if text.startswith("{{", at)
+             and not any(start - 1 <= at < end for start, end in places)]
+    assert bool(gomail.malformed_placeholders(text)) == bool(wrong)
 
 
 def test_variables_that_make_a_message_larger_than_max_body_are_413_and_nothing_is_queued(services):
