@@ -358,7 +358,7 @@ def doubts(settings: Settings, environment: Mapping[str, str]) -> list[str]:
 
 
 def malformed_placeholders(text: str) -> str:
-    """The first three `{{` of a text that begin no `{{ name }}`, with what follows them, for people; "" without any."""
+    """The first three `{{` of a text that begin no `{{ name }}`, with what follows, for people to read; "" for none."""
     if "{{" not in text:
         return ""
     found = dict.fromkeys(match["wrong"].strip().replace("\t", r"\t") for match in BRACES.finditer(text) if match["wrong"])
@@ -1670,6 +1670,20 @@ def fill(template, variables, escape=False, partly=False, most: float = math.inf
     return PLACEHOLDER.sub(lambda match: values.get(match[1], match[0]), template)
 
 
+def invalid(field: str, expected: str, value: object, text: bool = True) -> Refused:
+    """The error for a value that a check does not take.
+
+    Args:
+        text: whether a string was expected. A number in its place, or the other way round, is a matter of quotes.
+    """
+    quotes = ""
+    if text and isinstance(value, (int, float)) and not isinstance(value, bool):
+        quotes = ", in quotes"
+    elif not text and isinstance(value, str) and re.fullmatch("[0-9]{1,10}", value):
+        quotes = ", without quotes"
+    return Refused(400, f"{field} must be {expected}{quotes}", field)
+
+
 @dataclasses.dataclass(frozen=True)
 class Text:
     """A string of 1 to `maximum` characters, not all blank; of those in `allowed`, a class of a regular expression."""
@@ -1680,7 +1694,14 @@ class Text:
 
     @property
     def expected(self):
-        return f"a string of 1 to {self.maximum} characters, {self.words}"
+        size = f"of 1 to {self.maximum} characters" if self.maximum < UNBOUNDED else "that is not empty"
+        return f"a string {size}, {self.words}"
+
+    def remark(self, value: object) -> str:
+        """What a value lacks that `expected` does not say, or that is hard to see."""
+        if isinstance(value, str) and len(value) > self.maximum:
+            return f", and has {len(value)}"
+        return ", and not blank" if isinstance(value, str) and value.isspace() else ""
 
     @property
     def schema(self):
@@ -1695,7 +1716,7 @@ class Text:
         if (not isinstance(value, str) or not 0 < len(value) <= self.maximum or value.isspace()
                 or not self.pattern.fullmatch(value)
                 or not value.isascii() and re.search(r"[\ud800-\udfff]", value)):
-            raise Refused(400, f"{field} must be {self.expected}", field)
+            raise invalid(field, self.expected + self.remark(value), value)
         return value
 
 
@@ -1729,7 +1750,7 @@ class Form:
 
     def __call__(self, value, field):
         if not isinstance(value, str) or len(value) > self.maximum or not self.pattern.fullmatch(value):
-            raise Refused(400, f"{field} must be {self.expected}", field)
+            raise invalid(field, self.expected, value)
         return value
 
 
@@ -1743,7 +1764,7 @@ class Base64:
         try:
             return base64.b64encode(base64.b64decode("".join(value.split()), validate=True)).decode()
         except (AttributeError, ValueError):
-            raise Refused(400, f"{field} must be {self.expected}", field) from None
+            raise invalid(field, self.expected, value) from None
 
 
 class Moment:
@@ -1765,7 +1786,7 @@ class Moment:
                     return max(0, int(seconds * 1e6))
         except (TypeError, ValueError, OverflowError):
             pass
-        raise Refused(400, f"{field} must be {self.expected}", field)
+        raise invalid(field, self.expected, value)
 
 
 class Variables:
@@ -1813,7 +1834,7 @@ class Whole:
 
     def __call__(self, value, field):
         if not isinstance(value, int) or isinstance(value, bool) or not self.low <= value <= self.high:
-            raise Refused(400, f"{field} must be {self.expected}", field)
+            raise invalid(field, self.expected, value, text=False)
         return value
 
 
@@ -1833,7 +1854,7 @@ class Choice:
 
     def __call__(self, value, field):
         if not isinstance(value, str) or value not in self.values:
-            raise Refused(400, f"{field} must be {self.expected}", field)
+            raise invalid(field, self.expected, value)
         return value
 
 
@@ -1847,7 +1868,7 @@ class Address:
     def __call__(self, value, field):
         address = parse_address(value) if isinstance(value, str) else None
         if address is None:
-            raise Refused(400, f"{field} must be {self.expected}", field)
+            raise invalid(field, self.expected, value)
         return address
 
 
@@ -1936,7 +1957,7 @@ class AccountName:
     def __call__(self, value: object, field: str) -> str:
         if (not isinstance(value, str) or not value.isprintable() or value != value.strip(" ")
                 or not 0 < len(value.encode()) <= self.SIZE or self.INVISIBLE.search(value)):
-            raise Refused(400, f"{field} must be {self.expected}", field)
+            raise invalid(field, self.expected, value)
         return value
 
 
@@ -1949,8 +1970,9 @@ class Anything:
         return value
 
 
+UNBOUNDED = 100_000_000  # characters: more than max_body lets through
 SUBJECT, SUBJECT_TEMPLATE = Text(998, ONE_LINE, LINE), Template(998, ONE_LINE, LINE)
-CONTENT, CONTENT_TEMPLATE = Text(100_000_000), Template(100_000_000)
+CONTENT, CONTENT_TEMPLATE = Text(UNBOUNDED), Template(UNBOUNDED)
 # Browsers take . and .. out of a path, even as %2E; such names from before can still be read with other clients.
 CONTENT_TYPE = Form("a string of 1 to 100 characters, only letters, digits, spaces and . _ -, but not . or ..",
                     re.compile(r"(?!\.{1,2}$| +$)[\w. -]+"), 100)
@@ -2033,7 +2055,8 @@ def fill_message(task: dict, path: str, most: int) -> int:
                 raise Refused(400, f"{field} is required: {path}.{name} names it", field) from None
             except TooLarge as error:
                 raise Refused(413, f"{path}.{name} would have {error.size} bytes with its variables, and may have "
-                              f"{most - size}", f"{path}.variables") from None
+                              f"{most - size}: max_body limits the texts of a message, and twice that those of a batch",
+                              f"{path}.variables") from None
             payload[name] = check(filled, f"{path}.{name}")
             size += len(filled.encode())
     return size
@@ -2048,9 +2071,9 @@ def lane_of(task_type):
     return {"message": "normal", "newsletter": "bulk"}.get(task_type, "urgent")
 
 
-def too_many(seconds):
+def too_many(seconds, what="OTP requests"):
     """What refuses one OTP request too many: 429 (RFC 6585), with the seconds to wait."""
-    return Refused(429, f"too many OTP requests; try again in {seconds} seconds", None, {"Retry-After": str(seconds)})
+    return Refused(429, f"too many {what}; try again in {seconds} seconds", None, {"Retry-After": str(seconds)})
 
 
 def same_mailbox(address: str) -> str:
@@ -2483,7 +2506,7 @@ class Queue:
         local task = prefix .. 'task:' .. id
         local owner = redis.call('HGET', task, 'account')
         if not owner or account ~= '' and owner ~= account then return 'unknown' end
-        if redis.call('ZREM', prefix .. 'delayed', id) == 0 then return 'late' end
+        if redis.call('ZREM', prefix .. 'delayed', id) == 0 then return 'late ' .. redis.call('HGET', task, 'state') end
         redis.call('HDEL', task, 'due', 'body')
         redis.call('HSET', task, 'state', 'cancelled', 'finished', microseconds)
         redis.call('PEXPIRE', task, ttl)
@@ -2602,7 +2625,8 @@ class Queue:
         if result == "conflict":
             return Refused(422, "Idempotency-Key was used with another task before", "Idempotency-Key")
         if result == "unknown":
-            return Refused(400, "payload.content_type does not exist; define it first, or bring subject and content",
+            return Refused(400, "payload.content_type does not exist; POST /task/subscriptionContent defines one, or "
+                           "bring payload.subject and payload.content",
                            "payload.content_type")
         return too_many(result.removeprefix("wait ")) if result.startswith("wait ") else None
 
@@ -2826,11 +2850,14 @@ class Queue:
         """End a task that waits for its `send_at` or for a retry. With `account`, only one of that account's own.
 
         Raises:
-            Refused: 404, there is no such task; 409, it waits no longer.
+            Refused: 404, there is no such task; 409, it does not wait for that.
         """
         done = self._cancel(keys=[self.store.prefix], args=[task_id, account, self.settings.result_ttl * 1000])
-        if done == "late":
-            raise Refused(409, "the task waits no longer for its send_at or a retry", "id")
+        if done.startswith("late "):
+            state = done.removeprefix("late ")
+            said = {"queued": "waits in its lane and may be taken at any moment", "running": "is being worked on"}.get(
+                state, f"has ended already ({state})")
+            raise Refused(409, f"the task {said}; only one that waits for its send_at or a retry can be cancelled", "id")
         if done != "cancelled":
             raise Refused(404, "there is no such task, or it ended too long ago", "id")
 
@@ -4220,7 +4247,7 @@ class Otps:
                   self.store.key("otp_requests", account)],
             args=[self._hash(account, address, otp), self.MAX_TRIES, self.MAX_FAILURES, self.minute_max, owner.key_id])
         if result.startswith("wait "):
-            raise too_many(result.removeprefix("wait "))
+            raise too_many(result.removeprefix("wait "), "OTP requests or wrong OTPs")
         return result == "verified"
 
     def mail(self, otp):
@@ -5124,10 +5151,16 @@ class Route:
         return most if self.body and self.access in ("key", "all", "task") else min(most, SMALL_BODY)
 
 
+class Otp(Text):
+    """The digits that somebody typed. Others are no error, but a wrong OTP."""
+
+    expected = "a string of digits"
+
+
 ID = Object({"id": Text(254, ONE_LINE, LINE)})  # any that was ever taken
 NEW_ID = Object({"id": AccountName()})
 DEFINITION = Object({"content_type": CONTENT_TYPE, "subject": SUBJECT_TEMPLATE, "content": CONTENT_TEMPLATE})
-VERIFICATION = Object({"userEmail": Address(), "otp": Text(64, ONE_LINE, LINE)})
+VERIFICATION = Object({"userEmail": Address(), "otp": Otp(64, ONE_LINE, LINE)})
 BATCH = Object({"tasks": List(Anything(), 1000, 1)})  # each is checked, and answered, by itself
 RECIPIENT = Object({"userId": Address()})
 LOGIN = Object({"key": Text(4096, ONE_LINE, LINE)})
@@ -5319,7 +5352,7 @@ class Api:
         """The Account that the admin means by `?account=`; without that, all of them."""
         name = request.query.get("account", "")
         if not name and route.access != "all":
-            raise Refused(400, "account is required with the admin_token: the name of an account", "account")
+            raise Refused(400, "account is required with the admin_token: add ?account= and the name of one", "account")
         account = self.accounts.find(name) if name else self.admin
         if account is None:
             raise Refused(404, "account is not registered", "account")
@@ -5369,7 +5402,7 @@ class Api:
         """The error for a request that may not do what the admin may."""
         if self.settings.admin_token:
             return Refused(401, "Authorization must hold the admin_token", None, {"WWW-Authenticate": "Bearer"})
-        return Refused(403, "set admin_token to allow this through a proxy")
+        return Refused(403, "without the option admin_token, this is not allowed through a proxy")
 
     def charge(self, request: Request) -> None:
         """Log a wrong admin_token, and delay its answer by PENALTY seconds. GUESSES answers wait so at once.
@@ -5519,7 +5552,7 @@ class Api:
 
     def revive(self, request, remove):
         if not self.queue.revive(request.path["id"], request.account.name, remove):
-            raise Refused(404, "there is no such dead letter", "id")
+            raise Refused(404, "there is no dead letter of this id; GET /task/dead lists them", "id")
 
     def retry_all_dead(self, request):
         count = self.queue.revive_all(request.account.name)
@@ -5977,7 +6010,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Refused(503, "the service is stopping; send the request again", None, {"Retry-After": "1"})
         found = find_routes(path)
         if not found:
-            raise Refused(404, "there is no such path")
+            raise Refused(404, "there is no such path; GET /openapi.json lists them")
         if method == "OPTIONS":
             return 204, None, {"Allow": allowed_methods(found)}
         route = next((route for route in found if route.method == ("GET" if method == "HEAD" else method)), None)
@@ -6125,8 +6158,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if status == 400:
             raise Refused(400, "Host must be a host name or address, and perhaps a port")
         if status == 421:
-            raise Refused(421, "requests must name a host that is in allowed_hosts" if self.server.settings.admin_token
-                          else "without admin_token, requests must be for localhost")
+            raise Refused(421, "the host in the URL must be one of allowed_hosts" if self.server.settings.admin_token
+                          else "the host in the URL must be localhost: the option admin_token is not set")
 
     def body_length(self, headers: dict[str, str], minor: int) -> int | None:
         """How many bytes of body follow; None where it comes in chunks. Raises Refused where that is in doubt."""
@@ -6137,7 +6170,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not re.fullmatch(r"[0-9]{1,18}", text):
             raise Refused(400, "Content-Length must be a number of bytes")
         if int(text) > self.server.settings.max_body:
-            raise self.too_large(self.server.settings.max_body)
+            raise self.too_large(int(text), self.server.settings.max_body)
         return int(text)
 
     def check_transfer_encoding(self, headers: dict[str, str], minor: int) -> None:
@@ -6157,15 +6190,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Refused(417, "only Expect: 100-continue is supported")
         return expected != ""
 
-    @staticmethod
-    def too_large(limit: int) -> Refused:
-        """The error for a body that is too large."""
-        return Refused(413, f"the body may have at most {limit} bytes")
+    def too_large(self, size: int | None, limit: int) -> Refused:
+        """The error for a body that is too large; `size` is None where it came in chunks and was not read to its end."""
+        has = f"more than {limit}" if size is None else str(size)
+        reason = " (max_body)" if limit == self.server.settings.max_body else " on this path"
+        return Refused(413, f"the body has {has} bytes, and may have at most {limit}{reason}")
 
     def read_body(self, length: int | None, limit: int, expects_continue: bool) -> bytearray:
         """The body: `length` bytes, or chunks where that is None. Raises Refused."""
         if (length or 0) > limit:
-            raise self.too_large(limit)
+            raise self.too_large(length, limit)
         self.reserve(length or 0)
         if expects_continue and (length is None and not self.buffer or len(self.buffer) < (length or 0)):
             self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -6201,7 +6235,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if not size:
                 break
             if len(body) + size > limit:
-                raise self.too_large(limit)
+                raise self.too_large(None, limit)
             self.reserve(len(body) + size)
             while size:
                 if not self.buffer:
@@ -6273,7 +6307,8 @@ def check_percent_encoding(target: str) -> None:
 def check_content_coding(headers: dict[str, str]) -> None:
     """Raise Refused (415) where the content is compressed (RFC 9110 section 8.4)."""
     if headers.get("content-encoding", "").lower() not in ("", "identity"):
-        raise Refused(415, "Content-Encoding must be identity", None, {"Accept-Encoding": "identity"})
+        raise Refused(415, "the body must not be compressed: Content-Encoding must be identity", None,
+                      {"Accept-Encoding": "identity"})
 
 
 JSON_MEDIA_TYPE = re.compile(r'application/json[ \t]*(;[ \t]*(charset=("utf-?8"|utf-?8))?[ \t]*)*', re.IGNORECASE)
@@ -6282,7 +6317,7 @@ JSON_MEDIA_TYPE = re.compile(r'application/json[ \t]*(;[ \t]*(charset=("utf-?8"|
 def check_media_type(headers: dict[str, str]) -> None:
     """Raise Refused where a body is not there (411), or neither JSON nor as it is (415)."""
     if "content-length" not in headers and "transfer-encoding" not in headers:
-        raise Refused(411, "a body is needed, with Content-Length or in chunks")
+        raise Refused(411, "a JSON body is needed, with Content-Length or in chunks")
     if not JSON_MEDIA_TYPE.fullmatch(headers.get("content-type", "")):
         raise Refused(415, "Content-Type must be application/json")
 
@@ -6315,6 +6350,8 @@ def parse_json(body: bytes) -> object:
     """The value of a JSON body. Raises Refused (400)."""
     if is_deep(body):
         raise Refused(400, "the body is nested too deeply")
+    if not body.strip():
+        raise Refused(400, "the body is empty, expected a JSON object")
     try:
         return DECODER.decode(body.decode())
     except json.JSONDecodeError as error:

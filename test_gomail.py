@@ -1750,6 +1750,23 @@ def test_a_bad_optional_field_of_a_message_is_refused_by_name(field, value):
     assert refused.value.field == f"payload.{field}" and refused.value.error.startswith(refused.value.field)
 
 
+@pytest.mark.parametrize("field, value, words", [
+    ("retries", "3", "retries must be a whole number from 0 to 25, without quotes"),
+    ("retries", "many", "retries must be a whole number from 0 to 25"),
+    ("task", 7, "task must be a string of 1 to 256 characters, on one line, without control characters, in quotes"),
+    ("task", True, "task must be a string of 1 to 256 characters, on one line, without control characters"),
+    ("payload.subject", " ", "payload.subject must be a string of 1 to 998 characters, on one line, without control "
+                             "characters, and not blank"),
+    ("payload.subject", "x" * 1000, "payload.subject must be a string of 1 to 998 characters, on one line, without "
+                                    "control characters, and has 1000"),
+    ("payload.content", 0.5, "payload.content must be a string that is not empty, without NUL, in quotes"),
+    ("payload.userId", 1, "payload.userId must be an e-mail address, such as user@example.com, in quotes")])
+def test_an_error_says_what_is_hard_to_see(field, value, words):
+    with pytest.raises(gomail.Refused) as refused:
+        gomail.TASK(changed(field, value))
+    assert (refused.value.error, refused.value.field) == (words, field)
+
+
 def filled(variables=ABSENT, **payload):
     payload = {**MESSAGE["payload"], **payload, **({} if variables is ABSENT else {"variables": variables})}
     task = gomail.TASK({**MESSAGE, "payload": payload})
@@ -1833,6 +1850,7 @@ def test_variables_that_make_a_message_larger_than_max_body_are_413_and_nothing_
     bomb = {**MESSAGE, "payload": {**MESSAGE["payload"], "content": "{{ a }}" * 500, "variables": {"a": "x" * 10_000}}}
     status, answer, _ = client("POST", "/task/", bomb)
     assert status == 413 and answer["field"] == "payload.variables" and "5000000 bytes" in answer["error"]
+    assert "may have 19995: max_body limits" in answer["error"]  # the subject has five
     fine = {**MESSAGE, "payload": {**MESSAGE["payload"], "content": "{{ a }}" * 15, "variables": {"a": "x" * 1000}}}
     answers = client.post("/task/batch", {"tasks": [bomb, fine, fine, fine, MESSAGE]})["tasks"]
     assert [answer["status"] for answer in answers] == [False, True, True, False, True]  # a batch has twice the room of one
@@ -3794,6 +3812,12 @@ LOOK_ALIKES = [("straße", "strasse"), ("kai", "\u212aai"), ("fish", "ﬁsh"), (
                ("İnci", "i̇nci"), ("ΣΊΣΥΦΟΣ", "σίσυφος")]
 
 
+def test_an_otp_that_comes_as_a_number_is_400_and_says_that_it_belongs_in_quotes(client):
+    status, answer, _ = client("POST", "/task/verify", {"userEmail": "user@example.com", "otp": 123456})
+    assert status == 400 and answer["error"] == "otp must be a string of digits, in quotes" and answer["field"] == "otp"
+    assert client.post("/task/verify", {"userEmail": "user@example.com", "otp": "none"})["verified"] is False
+
+
 @pytest.mark.parametrize("one, other", [*LOOK_ALIKES, *(pair[::-1] for pair in LOOK_ALIKES)])
 def test_an_otp_of_one_mailbox_does_not_verify_one_that_looks_alike(services, one, other):
     with contextlib.closing(MailServer(enable_SMTPUTF8=True)) as server:
@@ -4652,11 +4676,25 @@ def test_a_scheduled_task_can_be_cancelled_while_it_waits_and_only_by_its_accoun
     assert client("DELETE", f"/task/{task_id}")[1] == {"status": True, "msg": "Task cancelled successfully"}
     assert client.get(f"/task/{task_id}")["state"] == "cancelled"
     assert "secret" not in str(service.store.redis.hgetall(service.store.key("task", task_id)))
-    assert not service.queue.depths()["retrying"]
-    assert client("DELETE", f"/task/{task_id}")[0] == 409
-    sent = client.task()
-    client.state(sent, "succeeded")
-    assert client("DELETE", f"/task/{sent}")[0] == 409 and client("DELETE", "/task/none")[0] == 404
+    assert not service.queue.depths()["retrying"] and client("DELETE", "/task/none")[0] == 404
+
+
+def test_a_task_that_cannot_be_cancelled_says_what_it_does_instead(services, mail_server):
+    service = services(mail_server, workers=1)
+    client, begun, end = service.client.sign_up(), threading.Event(), threading.Event()
+    cancelled = client.task(send_at=rfc3339(time.time() + 1e8))
+    client("DELETE", f"/task/{cancelled}")
+    service.workers.handlers["message"] = lambda task: begun.set() or end.wait()
+    running, queued = client.task(), client.task()
+    assert begun.wait(PATIENCE)
+    for task_id, words in ((queued, "waits in its lane and may be taken at any moment"), (running, "is being worked on"),
+                           (cancelled, "has ended already (cancelled)")):
+        status, answer, _ = client("DELETE", f"/task/{task_id}")
+        assert (status, answer["field"]) == (409, "id") and answer["error"] == (
+            f"the task {words}; only one that waits for its send_at or a retry can be cancelled")
+    end.set()
+    client.state(running, "succeeded")
+    assert "has ended already (succeeded)" in client("DELETE", f"/task/{running}")[1]["error"]
 
 
 def test_other_mail_gives_way_to_an_otp_until_that_is_sent_or_for_a_moment(queue, monkeypatch):
@@ -5115,6 +5153,21 @@ def test_a_body_larger_than_max_body_is_413_before_it_is_read(services):
     service = services(max_body=1024)
     answer = raw(service, b"POST /task/ HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10000000\r\n\r\n", b"x" * 100000)
     assert status_of(answer) == 413 and b"Connection: close" in answer
+
+
+def test_a_body_that_is_too_large_hears_how_large_it_is_and_which_option_says_so(services):
+    service = services(max_body=100_000)
+    for path, size, limit in (("/task", 100_001, "100000 (max_body)"), ("/session", 70_000, "65536 on this path")):
+        start = (f"POST {path} HTTP/1.1", JSON, f"Authorization: {service.client.sign_up().key}")
+        answer = raw(service, head(*start, f"Content-Length: {size}"), b"x" * size)
+        assert status_of(answer) == 413 and f"the body has {size} bytes, and may have at most {limit}".encode() in answer
+        answer = raw(service, head(*start, CHUNKS) + b"%x\r\n" % size + b"x" * size + b"\r\n0\r\n\r\n")
+        assert status_of(answer) == 413 and f"the body has more than {limit.partition(' ')[0]} bytes".encode() in answer
+
+
+def test_an_empty_body_is_said_to_be_empty(client):
+    for body in (b"", b" \r\n"):
+        assert client("POST", "/session", body)[1]["error"] == "the body is empty, expected a JSON object"
 
 
 def test_requests_on_one_connection_are_answered_in_order(service):
