@@ -361,8 +361,8 @@ def malformed_placeholders(text: str) -> str:
     """The first three `{{` of a text that begin no `{{ name }}`, with what follows, for people to read; "" for none."""
     if "{{" not in text:
         return ""
-    found = dict.fromkeys(match["wrong"].strip().replace("\t", r"\t") for match in BRACES.finditer(text) if match["wrong"])
-    return printable(", ".join(itertools.islice(found, 3)))
+    found = dict.fromkeys(match["wrong"].strip() for match in BRACES.finditer(text) if match["wrong"])
+    return printable(", ".join(itertools.islice(found, 3)).replace("\t", r"\t"))
 
 
 def read_credentials(folder: str | None) -> dict[str, str]:
@@ -1723,8 +1723,8 @@ class Text:
 def check_placeholders(text: str, field: str) -> None:
     """Raise Refused (400) where a `{{` of a text to be filled begins no placeholder: fill() would leave it as it is."""
     if wrong := malformed_placeholders(text):
-        raise Refused(400, f"{field} has {wrong}, expected {{{{ name }}}}: a letter or _, then up to 63 letters, digits "
-                      "or _, in two braces on each side", field)
+        raise Refused(400, f"{field} has {wrong}, expected {{{{ name }}}}: a letter or _, then up to 63 letters, "
+                      "digits or _, in two braces on each side", field)
 
 
 class Template(Text):
@@ -2696,7 +2696,7 @@ class Queue:
         return self.store.key("processing", self.process, worker)
 
     def beat(self, workers, paused):
-        """Show for the next seconds that this process lives, which workers' lists it has, and why its lanes are paused.
+        """Show for the next seconds that this process lives, which workers' lists it has, and what is paused, and why.
 
         Returns lane -> how often somebody has asked to resume it.
         """
@@ -2952,6 +2952,19 @@ class Queue:
                           "paused": len(reasons), "reason": reasons[0] if reasons else None})
         return lanes
 
+    def outage(self, own: dict | None = None) -> dict | None:
+        """In how many processes the SMTP server is out, since when, and why; None where it is out in none.
+
+        `own` is what this process reports: its heartbeat may not have done so yet.
+        """
+        processes = map(json.loads, self.store.redis.hvals(self.store.key("paused")))
+        reports = [process["smtp"] for process in processes if "smtp" in process] or ([own] if own else [])
+        if not reports:
+            return None
+        first = min(reports, key=lambda report: report["since"])
+        return {"state": "out", "processes": len(reports), "since": timestamp(first["since"]),
+                "reason": first["reason"]}
+
     def counters(self):
         """{"executed", "successful", "failed"}: tasks that ended, not attempts; the last two add up to the first."""
         found = self.store.redis.hgetall(self.store.key("metrics"))
@@ -3150,12 +3163,13 @@ class Permanent(DeliveryError):
 class Unavailable(DeliveryError):
     """No mail can be handed over now, whatever the mail: the server, the connection or the sender's account is out.
 
-    `dropped` says that it came up in the middle of this mail, so that the mail may be the cause.
+    `dropped` says that it came up in the middle of this mail, so that the mail may be the cause; `sender` that the
+    server answers, and refuses the sender.
     """
 
-    def __init__(self, error: str, dropped: bool = False) -> None:
+    def __init__(self, error: str, dropped: bool = False, sender: bool = False) -> None:
         super().__init__(error)
-        self.dropped = dropped
+        self.dropped, self.sender = dropped, sender
 
 
 class InDoubt(Unavailable):
@@ -3256,7 +3270,7 @@ def refusal(stage: str, code: int, text: bytes, taken: bool = False) -> Delivery
         about = About.RECIPIENT
     if about not in (About.MAIL, About.RECIPIENT):
         words = said if code == 421 else f"{about}, {STAGES[stage]}: {said}"
-        error: DeliveryError = Unavailable(words, dropped=stage != "MAIL" or code < 500)
+        error: DeliveryError = Unavailable(words, dropped=stage != "MAIL" or code < 500, sender=about == About.SENDER)
     else:
         error = (Temporary if code < 500 else Permanent)(said, certain=known is not None)
         # RFC 3463 section 3.2: 5.1.x is about an address, 5.1.7 and 5.1.8 about the sender's.
@@ -3672,7 +3686,7 @@ class Outbox:
     def __init__(self, folder):
         self.folder = pathlib.Path(folder).resolve()
         self.lock = threading.Lock()
-        self.accepted = 0.0
+        self.accepted, self.reached = 0.0, float("-inf")
 
     def __str__(self):
         return f"Maildir {self.folder}"
@@ -3690,7 +3704,7 @@ class Outbox:
                 self._maildir().add(envelope + message.replace(b"\r\n", b"\n"))
         except OSError as error:
             raise Unavailable(f"the Maildir cannot be written: {describe(error)}") from None
-        self.accepted = time.time()
+        self.accepted, self.reached = time.time(), time.monotonic()
 
     def probe(self):
         """Raise Unavailable where a mail could not be written."""
@@ -3701,6 +3715,7 @@ class Outbox:
             probe.unlink()
         except OSError as error:
             raise Unavailable(f"the Maildir cannot be written: {describe(error)}") from None
+        self.reached = time.monotonic()
 
     def tidy(self, idle=0.0):
         """Nothing is kept open."""
@@ -3797,7 +3812,8 @@ class SmtpTransport:
         self.lock, self.connections = threading.Lock(), set()
         self.learnt_share, self.learnt_until = 0, float("-inf")
         self.token, self.token_lock = b"", threading.Lock()
-        self.accepted = 0.0
+        # When it took a mail, in seconds since the epoch, and when it last took a new connection, by time.monotonic().
+        self.accepted, self.reached = 0.0, float("-inf")
 
     def __str__(self) -> str:
         return f"SMTP server {self.settings.smtp_server}:{self.settings.smtp_port}"
@@ -3917,7 +3933,7 @@ class SmtpTransport:
                 if smtp.has_extn("smtputf8"):
                     options = self.UTF8
                 elif not sender.isascii():
-                    raise Unavailable("the server takes no sender beyond ASCII (SMTPUTF8)")
+                    raise Unavailable("the server takes no sender beyond ASCII (SMTPUTF8)", sender=True)
                 else:
                     refused = dict.fromkeys((found for found in recipients if not found.isascii()), Permanent(
                         "the server takes no addresses beyond ASCII (SMTPUTF8)", certain=True))
@@ -4038,6 +4054,7 @@ class SmtpTransport:
         with self.lock:
             self.connections.add(smtp)
         self.local.smtp, self.local.sent, self.local.refusals, self.local.used = smtp, 0, 0, time.monotonic()
+        self.reached = self.local.used
         return smtp
 
     def _log_in(self, smtp: smtplib.SMTP) -> None:
@@ -4693,6 +4710,53 @@ class Newsletters:
 # The thread pool. Each worker belongs to one lane and does one task at a time. When the mail server is out,
 # the gate of the lane closes, and one worker knocks until it opens again; no task pays for that.
 
+class SmtpState:
+    """Whether the SMTP server can be reached, as this process saw it last: one state for all lanes.
+
+    It is "unknown" until the first mail; "out" from a connection, a login or a probe that failed until a new connection
+    succeeds, or else "up". A server that refuses a mail or the sender, or hangs up on a mail, is not out.
+
+    Args:
+        transport: knows when the server was reached last.
+    """
+
+    def __init__(self, transport: "SmtpTransport | Outbox") -> None:
+        self.transport, self.lock = transport, threading.Lock()
+        self.state, self.reason, self.since, self.began = "unknown", "", 0.0, 0.0
+        self.paused: set[Gate] = set()
+
+    def out(self, reason: str, gate: "Gate") -> None:
+        """Note an outage that pauses a lane."""
+        with self.lock:
+            if self.state != "out":
+                log(logging.WARNING, "mail server out", server=str(self.transport), error=reason)
+                self.state, self.since, self.began = "out", time.time(), time.monotonic()
+            self.reason = reason
+            self.paused.add(gate)
+
+    def report(self) -> dict | None:
+        """Since when (microseconds since the epoch) and why the server is out; None where it is not."""
+        with self.lock:
+            return {"since": int(self.since * 1e6), "reason": self.reason} if self.state == "out" else None
+
+    def passed(self, but: "Gate | None" = None) -> None:
+        """Note that the server answered: the lanes that its outage paused go on, except the one of the gate `but`.
+
+        What goes over an older connection proves nothing: the server may serve those and refuse new ones.
+        """
+        if self.state == "up":  # as after every mail
+            return
+        with self.lock:
+            if self.state == "out":
+                if self.transport.reached < self.began:
+                    return
+                log(logging.INFO, "mail server up again", server=str(self.transport))
+            self.state, self.reason = "up", ""
+            paused, self.paused = self.paused - {but}, set()
+        for gate in paused:
+            gate.open()
+
+
 class Gate:
     """Whether a lane may send, from the point of view of this process.
 
@@ -4700,26 +4764,37 @@ class Gate:
         lane: its name, for the log.
         transport: what to probe while the gate is closed.
         stopping: Event that ends all waiting.
+        smtp: the SmtpState of all lanes.
     """
 
     FIRST_DELAY, LONGEST_DELAY = 0.5, 60.0  # seconds between probes
 
-    def __init__(self, lane, transport, stopping):
-        self.lane, self.transport, self.stopping = lane, transport, stopping
+    def __init__(self, lane, transport, stopping, smtp):
+        self.lane, self.transport, self.stopping, self.smtp = lane, transport, stopping, smtp
         self.lock, self.prober, self.asked = threading.Lock(), threading.Lock(), threading.Event()
         self.reason, self.failures = "", 0
 
-    def close(self, reason):
-        """Pause the lane."""
+    def close(self, reason, outage=False):
+        """Pause the lane; `outage` says that the server is out for all lanes."""
         with self.lock:
             if not self.reason:
                 self.failures += 1
                 log(logging.WARNING, "lane paused", lane=self.lane, error=reason)
             self.reason = reason
+        if outage:
+            self.smtp.out(reason, self)
+
+    def open(self) -> None:
+        """Resume the lane."""
+        with self.lock:
+            if self.reason:
+                log(logging.INFO, "lane resumed", lane=self.lane)
+            self.reason = ""
 
     def passed(self):
         """Note that the server took a mail: the next pause starts with a short delay again."""
         self.failures = 0
+        self.smtp.passed()
 
     def resume(self):
         """Probe at once, and soon again where that fails."""
@@ -4731,9 +4806,9 @@ class Gate:
         return random.uniform(0.5, 1) * min(self.FIRST_DELAY * 2 ** min(self.failures, 20), self.LONGEST_DELAY)
 
     def rest(self):
-        """Wait until the next probe is due, or somebody asks for it. False when the service stops."""
+        """Wait until the next probe is due, somebody asks for it, or the lane is open. False when the service stops."""
         due = time.monotonic() + self.delay()
-        while not self.asked.is_set() and (left := due - time.monotonic()) > 0:
+        while self.reason and not self.asked.is_set() and (left := due - time.monotonic()) > 0:
             if self.stopping.wait(min(left, 0.1)):
                 return False
         self.asked.clear()
@@ -4745,18 +4820,22 @@ class Gate:
             if not self.prober.acquire(timeout=0.2):
                 continue
             try:
-                while self.reason and self.rest():
+                while self.reason and self.rest() and self.reason:
                     try:
                         self.transport.probe()
+                        self.smtp.passed()
                     except Unavailable as error:
                         self.failures += 1
                         self.reason = str(error)
                         log(logging.INFO, "lane still paused", lane=self.lane, error=self.reason)
+                        if error.sender:
+                            self.smtp.passed(but=self)
+                        else:
+                            self.smtp.out(self.reason, self)
                         continue
                     except Exception:  # a fault of ours must not keep the lane paused: the next mail will tell
                         logger.exception("unexpected error in a probe", extra={"fields": {"lane": self.lane}})
-                    self.reason = ""
-                    log(logging.INFO, "lane resumed", lane=self.lane)
+                    self.open()
             finally:
                 self.prober.release()
         return not self.stopping.is_set()
@@ -4789,7 +4868,8 @@ class Workers:
         self.handlers = {"message": self.send_message, "generateOtp": self.send_otp, "newsletter": self.send_newsletter,
                          "subscribe": newsletters.subscribe, "unsubscribe": newsletters.unsubscribe}
         self.stopping = threading.Event()
-        self.gates = {lane: Gate(lane, transport, self.stopping) for lane in LANES}
+        self.smtp = SmtpState(transport)
+        self.gates = {lane: Gate(lane, transport, self.stopping, self.smtp) for lane in LANES}
         self.suspect = threading.Lock()
         names = [(lane, f"{lane}-{number}") for lane in LANES for number in range(settings.workers)]
         self.threads = {name: threading.Thread(target=self.run, args=(lane, name), daemon=True) for lane, name in names}
@@ -4918,7 +4998,7 @@ class Workers:
 
     def _unavailable(self, task: Task, lane: str, error: Unavailable, words: str) -> Outcome:
         """Pause the lane. The task pays no attempt for it, but where it may itself be the cause."""
-        self.gates[lane].close(str(error))
+        self.gates[lane].close(str(error), outage=not error.dropped and not error.sender)
         if not error.dropped:
             return Outcome(task.id, "returned", words)
         doubt = isinstance(error, InDoubt)
@@ -5017,7 +5097,8 @@ class Cron:
 
     def beat(self):
         """Show that this process lives. Returns lane -> how often somebody has asked to resume it."""
-        return self.queue.beat(self.workers.names, self.workers.paused)
+        outage = self.workers.smtp.report()
+        return self.queue.beat(self.workers.names, self.workers.paused | ({"smtp": outage} if outage else {}))
 
     def stop(self):
         """End the thread."""
@@ -5214,7 +5295,8 @@ ROUTES = (
     Route("POST", "/suppressions", "suppress", "key", RECIPIENT, answer=DONE),
     Route("DELETE", "/suppressions", "unsuppress", "key", RECIPIENT, answer=DONE, refuses=(404,)),
     Route("GET", "/lanes", "list_lanes", "all", answer={
-        "status": bool, "lanes": list, "processes": int, "retrying": int, "dead": int, "mail_to": str, "outbox": bool}),
+        "status": bool, "lanes": list, "processes": int, "retrying": int, "dead": int, "mail_to": str, "outbox": bool,
+        "smtp": dict}),
     Route("POST", "/lanes/{lane}/resume", "resume_lane", "all", answer=DONE, refuses=(404, 429)),
     Route("GET", "/history", "read_history", "all", answer={"status": bool, "minutes": list}),
     Route("GET", "/outbox", "list_outbox", "all", query=PAGING,
@@ -5226,7 +5308,7 @@ ROUTES = (
     Route("GET", "/unsubscribe/{token}", "ask_to_unsubscribe", "open", answer="text/html", refuses=(404,)),
     Route("POST", "/unsubscribe/{token}", "follow_link", "open", answer="text/html", refuses=(404,)),
     Route("GET", "/health/ping", "ping", "open", answer={"message": str}),
-    Route("GET", "/health/ready", "ready", "open", answer={"status": bool}),
+    Route("GET", "/health/ready", "ready", "open", answer={"status": bool, "smtp": str}),
     Route("GET", "/metrics", "prometheus", "open", answer="text/plain"),
     Route("GET", "/health/metrics", "metrics", "open", answer=METRICS_ANSWER),
     Route("GET", "/", "show_page", "open", answer="text/html"),
@@ -5585,9 +5667,11 @@ class Api:
         depths, transport = self.queue.depths(), self.workers.transport
         outbox = isinstance(transport, Outbox)
         dead, _ = self.queue.dead(request.account.name, limit=0)
+        smtp = self.queue.outage(self.workers.smtp.report()) or {
+            "state": self.workers.smtp.state, "processes": 0, "since": None, "reason": None}
         return {"status": True, "lanes": self.queue.lanes(depths), "processes": self.queue.processes(),
                 "retrying": depths["retrying"], "dead": dead, "mail_to": "Maildir" if outbox else str(transport),
-                "outbox": outbox}
+                "outbox": outbox, "smtp": smtp}
 
     def resume_lane(self, request):
         if request.path["lane"] not in LANES:
@@ -5665,10 +5749,12 @@ class Api:
         return {"message": "pong"}
 
     def ready(self, request):
+        smtp = self.workers.smtp.state
         if all(gate.reason for gate in self.workers.gates.values()):
-            raise Refused(503, "all lanes are paused: the SMTP server is out", None, {"Retry-After": "10"})
+            why = "the SMTP server is out" if smtp == "out" else "no mail can be handed over"
+            raise Refused(503, f"all lanes are paused: {why}", None, {"Retry-After": "10"})
         self.queue.store.ensure_writable()
-        return {"status": True}
+        return {"status": True, "smtp": smtp}
 
     def prometheus(self, request):
         depths = self.queue.depths()
@@ -6191,7 +6277,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return expected != ""
 
     def too_large(self, size: int | None, limit: int) -> Refused:
-        """The error for a body that is too large; `size` is None where it came in chunks and was not read to its end."""
+        """The error for a body that is too large; `size` is None where it came in chunks, and was not read to the end."""
         has = f"more than {limit}" if size is None else str(size)
         reason = " (max_body)" if limit == self.server.settings.max_body else " on this path"
         return Refused(413, f"the body has {has} bytes, and may have at most {limit}{reason}")
@@ -7005,7 +7091,7 @@ class Operator:
         while True:
             depths = self.queue.depths()
             now = {"lanes": self.queue.lanes(depths), "processes": self.queue.processes(), "queued": depths,
-                   "jobs": self.queue.counters(), "minutes": self.sums.history()}
+                   "jobs": self.queue.counters(), "minutes": self.sums.history(), "smtp": self.queue.outage()}
             if self.terminal.as_json:
                 self.terminal.json(now)
                 return 0
@@ -7022,11 +7108,15 @@ class Operator:
 
     def stats_lines(self, now, rate):
         """What stats() writes."""
+        smtp = now["smtp"]
         rows = [[lane["lane"], str(lane["queued"]), lasted(lane["oldest"]) if lane["queued"] else "",
                  f"paused: {lane['reason']} (in {lane['paused']} of {now['processes']} processes)" if lane["paused"]
-                 else "running" if now["processes"] else "nobody works on it"] for lane in now["lanes"]]
+                 else "nobody works on it" if not now["processes"] else "waits for the SMTP server" if smtp else "running"]
+                for lane in now["lanes"]]
+        out = [f"SMTP server out since {smtp['since']} (in {smtp['processes']} of {now['processes']} processes): "
+               f"{printable(smtp['reason'])}", ""] if smtp else []
         sums = {name: sum(minute[name] for minute in now["minutes"]) for name in ("sent", "retried", "failed")}
-        return [*self.terminal.table(["lane", "waiting", "oldest", "state"], rows), "",
+        return [*out, *self.terminal.table(["lane", "waiting", "oldest", "state"], rows), "",
                 f"{now['queued']['retrying']} wait for a retry or their time, {now['queued']['dead']} dead letters",
                 f"jobs: {now['jobs']['executed']} executed, {now['jobs']['successful']} successful, "
                 f"{now['jobs']['failed']} failed{rate}",
@@ -7488,9 +7578,14 @@ function chart(minutes) {
     h("span", {}, `at most ${most.toLocaleString()} a minute; now is at the right`))];
 }
 
+function outage() {
+  return lanes.smtp?.state === "out" && lanes.smtp;
+}
+
 function laneCard(lane) {
   return h("li", {class: lane.paused ? "card stopped" : "card"},
     h("h2", {}, lane.lane, lane.paused ? h("span", {class: "badge bad"}, "paused")
+      : outage() ? h("span", {class: "badge warn"}, "waits for the SMTP server")
       : h("span", {class: "badge good"}, "running")),
     h("p", {class: "muted"}, `${LANES[lane.lane]}, of all accounts`),
     h("p", {}, h("span", {class: "number"}, lane.queued.toLocaleString()), " waiting",
@@ -7523,7 +7618,7 @@ function overview() {
   async refresh() {
     const [{minutes}, {tasks}] = await Promise.all([api("GET", "/history"),
       api("GET", "/task/recent", undefined, {limit: 10})]);
-    fill(cards, lanes.lanes, found => found.map(laneCard));
+    fill(cards, [lanes.lanes, outage()], ([found]) => found.map(laneCard));
     fill(hour, minutes, chart);
     fill(sums, [lanes.dead, lanes.retrying, lanes.mail_to, lanes.processes], () => [
       h("a", {href: "#/dead", "data-key": "dead"}, count(lanes.dead, "dead letter", "dead letters")),
@@ -7828,8 +7923,11 @@ function navigation() {
   fill($("nav"), [pages, here], () => pages.map(([address, name, number]) => h("a", {href: address, "data-key": address,
     "aria-current": (address === "#/" ? here === address : here.startsWith(address)) ? "page" : null},
   number ? `${name} (${number.toLocaleString()})` : name)));
-  const paused = here === "#/" ? [] : lanes.lanes.filter(lane => lane.paused);
-  fill($("#notice"), [here === "#/" && lanes.outbox, paused.map(lane => [lane.lane, lane.reason])], ([outbox]) => [
+  const paused = here === "#/" ? [] : lanes.lanes.filter(lane => lane.paused && lane.reason !== outage().reason);
+  fill($("#notice"), [here === "#/" && lanes.outbox, paused.map(lane => [lane.lane, lane.reason]), outage()],
+  ([outbox]) => [
+    outage() ? h("p", {class: "card notice"}, lanes.outbox ? "The Maildir takes no mail" : "The SMTP server is out",
+      " since ", when(outage().since), ", and mail waits in its lanes: ", outage().reason) : null,
     outbox ? h("p", {class: "card notice"}, "No SMTP server is set: nothing leaves GoMail's machine. Mails go to ",
       "a Maildir there; ", h("a", {href: "#/mails", "data-key": "mails"}, "look at them"), ".") : null,
     ...paused.map(lane => h("p", {class: "card notice"},

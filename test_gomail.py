@@ -4573,6 +4573,88 @@ def test_while_the_mail_server_is_out_no_task_pays_an_attempt_and_all_are_sent_w
     assert len({mail.recipient for mail in mail_server.mails}) == 51
 
 
+def test_that_the_mail_server_is_out_is_known_to_all_lanes_and_shown_once(services, mail_server):
+    service = services(mail_server)
+    client = service.client.sign_up()
+    assert client.get("/lanes")["smtp"] == {"state": "unknown", "processes": 0, "since": None, "reason": None}
+    mail_server.stop()
+    before = time.time()
+    task_id = client.task()
+    smtp = until(lambda: (found := client.get("/lanes")["smtp"])["state"] == "out" and found)
+    since = datetime.datetime.fromisoformat(smtp["since"]).timestamp()
+    assert smtp["processes"] == 1 and "Connection refused" in smtp["reason"] and before - 0.001 <= since <= time.time()
+    found = {lane["lane"]: lane["paused"] for lane in client.get("/lanes")["lanes"]}
+    assert found["urgent"] == found["bulk"] == 0  # a lane without mail is not paused: what comes is tried at once
+    assert client("GET", "/health/ready")[:2] == (200, {"status": True, "smtp": "out"})
+    other = Client(services(mail_server, key_prefix=service.store.prefix).http.url, client.key)
+    assert other.get("/health/ready")["smtp"] in ("out", "unknown")
+    until(lambda: other.get("/lanes")["smtp"]["state"] == "out")  # by the heartbeat of the first
+    mail_server.start()
+    client.state(task_id, "succeeded")
+    until(lambda: client.get("/lanes")["smtp"]["processes"] == 0)
+    assert "up" in (client.get("/health/ready")["smtp"], other.get("/health/ready")["smtp"])
+
+
+def test_a_recovery_that_one_lane_sees_resumes_all_that_the_outage_paused_and_no_other(
+        services, mail_server, monkeypatch):
+    monkeypatch.setattr(gomail.Gate, "FIRST_DELAY", 600)
+    monkeypatch.setattr(gomail.Gate, "LONGEST_DELAY", 600)
+    service = services(mail_server)
+    client, gates = service.client.sign_up(), service.workers.gates
+    mail_server.stop()
+    message = client.task()
+    until(lambda: gates["normal"].reason)
+    gates["bulk"].close("the sender: 550 not you")
+    mail_server.start()
+    client.state(client.task("generateOtp", userId="otp@example.com"), "succeeded")
+    client.state(message, "succeeded")
+    assert service.workers.smtp.state == "up" and gates["bulk"].reason == "the sender: 550 not you"
+
+
+def test_mail_over_an_older_connection_does_not_say_that_the_server_takes_new_ones(services, mail_server, monkeypatch):
+    monkeypatch.setattr(gomail.Gate, "FIRST_DELAY", 600)
+    service = services(mail_server, workers=1)
+    client, workers = service.client.sign_up(), service.workers
+    client.state(client.task("generateOtp", userId="one@example.com"), "succeeded")
+    workers.gates["normal"].close("421 too many connections", outage=True)
+    client.state(client.task("generateOtp", userId="two@example.com"), "succeeded")
+    assert mail_server.connections == 1 and workers.smtp.state == "out" and workers.gates["normal"].reason
+
+
+@pytest.mark.parametrize("fault", ["sender", "mail"])
+def test_a_server_that_refuses_the_sender_or_hangs_up_on_a_mail_is_not_out(services, mail_server, fault):
+    service = services(mail_server)
+    client = service.client.sign_up()
+    if fault == "sender":
+        mail_server.sender_replies = ["550 not you"] * 3
+    else:
+        mail_server.data_replies["user@example.com"] = ["DROP"] * 2
+    seen = []
+    out = service.workers.smtp.out
+    service.workers.smtp.out = lambda *arguments: seen.append(arguments) or out(*arguments)
+    client.state(client.task(), "succeeded")
+    assert not seen and service.workers.smtp.state == "up"
+
+
+def test_a_sender_that_is_refused_after_an_outage_is_no_outage_any_more(services, mail_server, monkeypatch):
+    service = services(mail_server)
+    client, workers = service.client.sign_up(), service.workers
+    mail_server.stop()
+    client.task()
+    until(lambda: workers.smtp.state == "out")
+    mail_server.sender_replies = ["550 not you"] * 10_000
+    mail_server.start()
+    until(lambda: workers.smtp.state == "up")
+    assert "550 not you" in until(lambda: workers.gates["normal"].reason)
+
+
+def test_what_an_older_version_reports_of_its_lanes_is_read(service):
+    service.store.redis.hset(service.store.key("paused"), "older", json.dumps({"normal": "refused"}))
+    found = service.client.sign_up().get("/lanes")
+    assert found["smtp"]["state"] == "unknown" and [lane["paused"] for lane in found["lanes"]] == [
+        int(lane["lane"] == "normal") for lane in found["lanes"]]
+
+
 def test_a_paused_lane_says_why_and_probes_at_once_when_somebody_asks_any_of_the_processes(services, mail_server, monkeypatch):
     monkeypatch.setattr(gomail.Gate, "FIRST_DELAY", 600)
     monkeypatch.setattr(gomail.Gate, "LONGEST_DELAY", 600)
@@ -6357,7 +6439,7 @@ def test_stats_are_shown_once_to_a_program_and_live_at_a_terminal(operated, mail
     assert code == 0 and output.count("urgent") >= 3 and "Traceback" not in output
     mail_server.stop()
     client.task()
-    until(lambda: "paused: " in command("stats")[1])
+    until(lambda: "paused: " in command("stats")[1] and "SMTP server out since 2" in command("stats")[1])
 
 
 def test_colours_are_for_terminals_and_no_color_turns_them_off(operated, mail_server):
@@ -6675,6 +6757,13 @@ def test_a_paused_lane_says_why_on_the_page_and_is_resumed_there(services, mail_
     lane = tab.get_by_role("list", name="Lanes").get_by_role("listitem").filter(has_text="normal")
     lane.get_by_text("paused").wait_for()
     assert "Connection refused" in lane.inner_text()
+    tab.get_by_text("The SMTP server is out since").wait_for()
+    idle = tab.get_by_role("list", name="Lanes").get_by_role("listitem").filter(has_text="bulk")
+    idle.get_by_text("waits for the SMTP server").wait_for()
+    go(tab, "#/tasks")
+    assert "Connection refused" in tab.get_by_text("The SMTP server is out since").inner_text()
+    assert tab.get_by_text("The lane normal is paused").count() == 0  # it says the same
+    go(tab, "#/")
     mail_server.start()
     tab.get_by_role("button", name="Resume now: normal").click()
     client.state(task_id, "succeeded")
@@ -7593,7 +7682,7 @@ def test_ready_is_503_while_redis_takes_nothing(services, redis_with_file):
     service = services(redis_uri=server.uri)
     for fault, remedy in ((("CONFIG", "SET", "maxmemory", "1"), ("CONFIG", "SET", "maxmemory", "0")),
                           (("REPLICAOF", "127.0.0.1", "1"), ("REPLICAOF", "NO", "ONE"))):
-        assert service.client.get("/health/ready") == {"status": True}
+        assert service.client.get("/health/ready") == {"status": True, "smtp": "unknown"}
         server.client.execute_command(*fault)
         assert service.client("GET", "/health/ready")[0] == 503
         server.client.execute_command(*remedy)
