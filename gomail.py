@@ -79,6 +79,7 @@ import redis.retry
 import redis.sentinel
 
 __version__ = "1.0.0"
+STARTED = time.time()  # the processes of the option `processes` have it from their supervisor
 
 
 # --- 1. settings ------------------------------------------------------------------------------------------
@@ -2277,6 +2278,7 @@ class Queue:
             if tonumber(due) > milliseconds then
                 redis.call('HSET', task, 'state', 'scheduled', 'due', due)
                 redis.call('ZADD', prefix .. 'delayed', due, id)
+                redis.call('ZADD', prefix .. 'scheduled', due, id)
             else
                 redis.call('LPUSH', prefix .. 'lane:' .. lane, id)
             end
@@ -2401,6 +2403,7 @@ class Queue:
         local due = redis.call('ZREVRANGEBYSCORE', prefix .. 'delayed', milliseconds, '-inf', 'LIMIT', 0, ARGV[1])
         for _, id in ipairs(due) do
             redis.call('ZREM', prefix .. 'delayed', id)
+            redis.call('ZREM', prefix .. 'scheduled', id)
             local lane = redis.call('HGET', prefix .. 'task:' .. id, 'lane')
             if lane then
                 redis.call('HSET', prefix .. 'task:' .. id, 'state', 'queued')
@@ -2417,11 +2420,14 @@ class Queue:
         local cursor, found = unpack(redis.call('ZSCAN', prefix .. 'delayed', ARGV[1], 'COUNT', 200))
         for at = 1, #found, 2 do
             local id = found[at]
-            local task = prefix .. 'task:' .. id
-            if tonumber(found[at + 1]) > latest and redis.call('HGET', task, 'state') == 'retrying' then
+            local task, due = prefix .. 'task:' .. id, tonumber(found[at + 1])
+            local state = due > latest and redis.call('HGET', task, 'state')
+            if state == 'retrying' then
                 redis.call('ZADD', prefix .. 'delayed', milliseconds, id)
                 redis.call('HSET', task, 'due', milliseconds)
                 recalled = recalled + 1
+            elseif state == 'scheduled' then  -- by a version that did not keep them apart
+                redis.call('ZADD', prefix .. 'scheduled', due, id)
             end
         end
         return {cursor, recalled}
@@ -2507,6 +2513,7 @@ class Queue:
         local owner = redis.call('HGET', task, 'account')
         if not owner or account ~= '' and owner ~= account then return 'unknown' end
         if redis.call('ZREM', prefix .. 'delayed', id) == 0 then return 'late ' .. redis.call('HGET', task, 'state') end
+        redis.call('ZREM', prefix .. 'scheduled', id)
         redis.call('HDEL', task, 'due', 'body')
         redis.call('HSET', task, 'state', 'cancelled', 'finished', microseconds)
         redis.call('PEXPIRE', task, ttl)
@@ -2857,7 +2864,8 @@ class Queue:
             state = done.removeprefix("late ")
             said = {"queued": "waits in its lane and may be taken at any moment", "running": "is being worked on"}.get(
                 state, f"has ended already ({state})")
-            raise Refused(409, f"the task {said}; only one that waits for its send_at or a retry can be cancelled", "id")
+            raise Refused(409, f"the task {said}; only one that waits for its send_at or a retry can be cancelled",
+                          "id")
         if done != "cancelled":
             raise Refused(404, "there is no such task, or it ended too long ago", "id")
 
@@ -2970,8 +2978,12 @@ class Queue:
         found = self.store.redis.hgetall(self.store.key("metrics"))
         return {name: int(found.get(name, 0)) for name in ("executed", "successful", "failed")}
 
+    def scheduled(self) -> int:
+        """How many tasks wait for their send_at. What is due was counted by an older version, or is gone."""
+        return self.store.redis.zcount(self.store.key("scheduled"), int(self.store.time() * 1000), "+inf")
+
     def depths(self):
-        """How many tasks wait in each lane, for a retry, and as dead letters."""
+        """How many tasks wait in each lane, for a retry or their send_at, and as dead letters."""
         with self.store.redis.pipeline(transaction=False) as pipeline:
             for lane in LANES:
                 pipeline.llen(self.store.key("lane", lane))
@@ -3031,7 +3043,9 @@ class Stats:
     AT_ONCE = 500  # counters in one script
 
     MINUTES = 60
-    SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, math.inf)
+    SECONDS = {  # histogram -> the limits of its buckets
+        "gomail_smtp_seconds": (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, math.inf),
+        "gomail_http_seconds": (0.005, 0.025, 0.1, 0.5, 2.5, math.inf)}
 
     def __init__(self, store):
         self.store, self.lock, self.new = store, threading.Lock(), collections.Counter()
@@ -3049,12 +3063,13 @@ class Stats:
             self.new[minute, (event, owner.name, owner.key_id)] += 1
             self.new[minute, (event, "")] += 1
 
-    def observe(self, name, seconds):
+    def observe(self, name, seconds, **labels):
         """Add to a histogram; each bucket by itself until it is read."""
-        limit = self.SECONDS[bisect.bisect_left(self.SECONDS, seconds)]
+        limits = self.SECONDS[name]
+        limit = limits[bisect.bisect_left(limits, seconds)]
         with self.lock:
-            self.new["stats", (f"{name}_bucket", ("le", limit))] += 1
-            self.new["stats", (f"{name}_sum",)] += seconds
+            self.new["stats", (f"{name}_bucket", ("le", limit), *labels.items())] += 1
+            self.new["stats", (f"{name}_sum", *labels.items())] += seconds
 
     def flush(self):
         """Add what is new to the sum. Where Redis is away, it stays for the next time."""
@@ -3079,12 +3094,13 @@ class Stats:
         for field, amount in self.store.redis.hgetall(self.store.key("stats")).items():
             name, *labels = json.loads(field)
             series[(name, *map(tuple, labels))] = float(amount)
-        for name in {series_name for series_name, *_ in series if series_name.endswith("_bucket")}:
-            total = 0.0
-            for limit in self.SECONDS:
-                total += series.pop((name, ("le", limit)), 0.0)
-                series[(name, ("le", "+Inf" if limit == math.inf else str(limit)))] = total
-            series[(name.replace("_bucket", "_count"),)] = total
+        for name, limits in self.SECONDS.items():
+            for labels in {tuple(labels[1:]) for found, *labels in series if found == f"{name}_bucket"}:
+                total = 0.0
+                for limit in limits:
+                    total += series.pop((f"{name}_bucket", ("le", limit), *labels), 0.0)
+                    series[(f"{name}_bucket", ("le", "+Inf" if limit == math.inf else str(limit)), *labels)] = total
+                series[(f"{name}_count", *labels)] = total
         return series
 
     def history(self, owner: Account | None = None) -> list[dict]:
@@ -3106,15 +3122,22 @@ class Stats:
                 for minute, amounts in zip(minutes, sums)]
 
 
-FAMILIES = {  # name -> (type, help)
+FAMILIES = {  # name -> (type, help); docs/metrics.md has them all, with their labels
     "gomail_tasks": ("counter", "Times a worker was done with a task, by what became of it."),
     "gomail_smtp_seconds": ("histogram", "Seconds that handing over a mail took."),
     "gomail_http_requests": ("counter", "HTTP requests answered."),
+    "gomail_http_seconds": ("histogram", "Seconds from the begin of a request to its answer, by group of routes."),
     "gomail_queue_depth": ("gauge", "Tasks that wait in a lane."),
     "gomail_queue_oldest_seconds": ("gauge", "Age of the task of a lane that is next."),
     "gomail_retries_waiting": ("gauge", "Tasks that wait for a retry or their send_at."),
+    "gomail_tasks_delayed": ("gauge", "Tasks that wait for a retry, and those that wait for their send_at."),
     "gomail_dead_letters": ("gauge", "Dead letters kept."),
+    "gomail_subscriptions": ("gauge", "Subscriptions in the calendar of newsletters."),
     "gomail_lane_paused": ("gauge", "1 where a lane is paused in the process that answers."),
+    "gomail_smtp_up": ("gauge", "0 where the SMTP server is out for the process that answers."),
+    "gomail_redis_up": ("gauge", "0 where Redis is away; what only Redis knows is missing then."),
+    "gomail_build_info": ("gauge", "Always 1; its label is the version."),
+    "process_start_time_seconds": ("gauge", "When the service was started, in seconds since the epoch."),
 }
 
 
@@ -3122,14 +3145,15 @@ def exposition(series):
     """Prometheus's text format 0.0.4 of {(name, (label, value), ...): amount}."""
     def escaped(value):
         return str(value).replace("\\", r"\\").replace('"', r'\"').replace("\n", r"\n")
+    samples = collections.defaultdict(list)
+    for (name, *labels), amount in series.items():
+        shown = ",".join(f'{label}="{escaped(value)}"' for label, value in labels)
+        family = name if name in FAMILIES else re.sub("_(total|bucket|sum|count)$", "", name)
+        samples[family].append(f"{name}{{{shown}}} {amount:.15g}")
     lines = []
     for family, (kind, explanation) in FAMILIES.items():
-        lines += [f"# HELP {family}{'_total' * (kind == 'counter')} {explanation}",
-                  f"# TYPE {family}{'_total' * (kind == 'counter')} {kind}"]
-        found = [item for item in series.items() if re.fullmatch(f"{family}(_total|_bucket|_sum|_count)?", item[0][0])]
-        for (name, *labels), amount in found:
-            labels = ",".join(f'{label}="{escaped(value)}"' for label, value in labels)
-            lines.append(f"{name}{{{labels}}} {amount:.15g}")
+        name = f"{family}_total" if kind == "counter" else family
+        lines += [f"# HELP {name} {explanation}", f"# TYPE {name} {kind}", *samples[family]]
     return "\n".join(lines) + "\n"
 
 
@@ -4553,6 +4577,10 @@ class Newsletters:
                 for (owner, name, record), moment in zip(found, moments)], (
                     f"{number}-{scan}" if number < len(places) else None)
 
+    def scheduled(self) -> int:
+        """How many subscriptions stand in the schedule. Those of a removed content type do until they would be due."""
+        return self.store.redis.zcard(self.store.key("schedule"))
+
     def remove(self, account, content_type):
         """Remove a content type and end its subscriptions. Raises Refused (404) where there is none."""
         if not self._remove(keys=[self.store.key("content", account),
@@ -5226,6 +5254,11 @@ class Route:
         """What the path looks like; a placeholder is one segment."""
         return re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", self.path))
 
+    @functools.cached_property
+    def group(self) -> str:
+        """What its latency counts for: the first segment of the path."""
+        return self.path.split("/")[1] or "page"
+
     def body_limit(self, settings: Settings) -> int:
         """Bytes that a body may have: max_body only where it comes with a key, and means something."""
         most = settings.max_body
@@ -5383,7 +5416,7 @@ class Api:
     """
 
     SESSION = 43200  # seconds until one has to log in again
-    WITHOUT_REDIS = ("ping", "describe_routes", "show_page")
+    WITHOUT_REDIS = ("ping", "describe_routes", "show_page", "prometheus")
     GUESSES = 8  # wrong tokens whose answers wait at once, in a process
     PENALTY = 1.0  # seconds that each waits
 
@@ -5757,14 +5790,26 @@ class Api:
         return {"status": True, "smtp": smtp}
 
     def prometheus(self, request):
-        depths = self.queue.depths()
+        series = {("gomail_build_info", ("version", __version__)): 1, ("process_start_time_seconds",): STARTED,
+                  ("gomail_smtp_up",): int(self.workers.smtp.state != "out"), ("gomail_redis_up",): 0}
+        for lane, gate in self.workers.gates.items():
+            series[("gomail_lane_paused", ("lane", lane))] = int(bool(gate.reason))
+        if self.queue.store.available:
+            with contextlib.suppress(redis.RedisError):
+                series |= self.measure() | {("gomail_redis_up",): 1}
+        return Document("text/plain; version=0.0.4", exposition(series))
+
+    def measure(self) -> dict:
+        """The series of which only Redis knows the values."""
+        depths, scheduled = self.queue.depths(), self.queue.scheduled()
         series = {**self.stats.read(), ("gomail_retries_waiting",): depths["retrying"],
-                  ("gomail_dead_letters",): depths["dead"]}
+                  ("gomail_tasks_delayed", ("state", "scheduled")): scheduled,
+                  ("gomail_tasks_delayed", ("state", "retrying")): max(0, depths["retrying"] - scheduled),
+                  ("gomail_dead_letters",): depths["dead"], ("gomail_subscriptions",): self.newsletters.scheduled()}
         for lane, age in self.queue.oldest().items():
             series[("gomail_queue_depth", ("lane", lane))] = depths[lane]
             series[("gomail_queue_oldest_seconds", ("lane", lane))] = age
-            series[("gomail_lane_paused", ("lane", lane))] = int(bool(self.workers.gates[lane].reason))
-        return Document("text/plain; version=0.0.4", exposition(series))
+        return series
 
     def describe_routes(self, request):
         return OPENAPI
@@ -6042,10 +6087,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def one_request(self):
         """Read a request and answer it. True where another may follow on this connection."""
         self.keep, self.head_only = False, False
-        self.method, self.route, self.reserved = "", "", 0
+        self.method, self.route, self.group, self.reserved = "", "", "", 0
         self.deadline = time.monotonic() + self.server.settings.request_timeout
         if not self.begins():
             return False
+        began = time.monotonic()
         self.server.answering.add(self)
         try:
             try:
@@ -6068,8 +6114,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             finally:
                 if self.reserved:
                     self.server.bodies.give_back(self.reserved)
-            self.server.api.stats.count("gomail_http_requests_total", method=self.method, route=self.route,
-                                        status=str(status))
+            stats = self.server.api.stats
+            stats.count("gomail_http_requests_total", method=self.method, route=self.route, status=str(status))
+            if self.group:
+                stats.observe("gomail_http_seconds", time.monotonic() - began, route=self.group, method=self.method,
+                              status=f"{status // 100}xx")
             self.keep = self.keep and not self.server.stopping and "Connection" not in headers
             self.send(status, body, headers)
         finally:
@@ -6103,7 +6152,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if route is None:
             allow = {"Allow": allowed_methods(found)}
             raise Refused(405, f"this path takes {allow['Allow']}", None, allow)
-        self.method, self.route = method, route.path
+        self.method, self.route, self.group = method, route.path, route.group
         request = Request(headers, {name: urllib.parse.unquote(value)
                                     for name, value in route.pattern.fullmatch(path).groupdict().items()},
                           dict(urllib.parse.parse_qsl(query, keep_blank_values=True)) if query else {},
@@ -6277,7 +6326,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return expected != ""
 
     def too_large(self, size: int | None, limit: int) -> Refused:
-        """The error for a body that is too large; `size` is None where it came in chunks, and was not read to the end."""
+        """The error for a body that is too large; `size` is None where it comes in chunks, of which some are unread."""
         has = f"more than {limit}" if size is None else str(size)
         reason = " (max_body)" if limit == self.server.settings.max_body else " on this path"
         return Refused(413, f"the body has {has} bytes, and may have at most {limit}{reason}")
@@ -7111,8 +7160,8 @@ class Operator:
         smtp = now["smtp"]
         rows = [[lane["lane"], str(lane["queued"]), lasted(lane["oldest"]) if lane["queued"] else "",
                  f"paused: {lane['reason']} (in {lane['paused']} of {now['processes']} processes)" if lane["paused"]
-                 else "nobody works on it" if not now["processes"] else "waits for the SMTP server" if smtp else "running"]
-                for lane in now["lanes"]]
+                 else "nobody works on it" if not now["processes"]
+                 else "waits for the SMTP server" if smtp else "running"] for lane in now["lanes"]]
         out = [f"SMTP server out since {smtp['since']} (in {smtp['processes']} of {now['processes']} processes): "
                f"{printable(smtp['reason'])}", ""] if smtp else []
         sums = {name: sum(minute[name] for minute in now["minutes"]) for name in ("sent", "retried", "failed")}

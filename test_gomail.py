@@ -2951,7 +2951,7 @@ def test_metrics_are_read_by_prometheus_and_add_up_over_processes(services, mail
     second = services(mail_server, key_prefix=first.store.prefix)
     client = first.client.sign_up()
     mail_server.replies["gone@example.com"] = ["550 5.2.1 no"]
-    mail_server.replies["later@example.com"] = ["450 later"]
+    mail_server.replies["later@example.com"] = ["450 4.2.1 later"]
     client.state(client.task(), "succeeded")
     client.state(client.task(userId="gone@example.com"), "dead")
     client.state(client.task("generateOtp"), "succeeded")
@@ -2973,6 +2973,14 @@ def test_metrics_are_read_by_prometheus_and_add_up_over_processes(services, mail
     buckets = [value for key, value in found.items() if key[0] == "gomail_smtp_seconds_bucket"]
     assert buckets == sorted(buckets) and found["gomail_smtp_seconds_sum",] > 0
     assert found["gomail_retries_waiting",] == 1 and found["gomail_dead_letters",] == 1
+    assert found["gomail_tasks_delayed", "scheduled"] == 1 and found["gomail_tasks_delayed", "retrying"] == 0
+    for labels, least in ((("POST", "task", "2xx"), 5), (("GET", "health", "2xx"), 1)):
+        buckets = [value for key, value in found.items()
+                   if key[0] == "gomail_http_seconds_bucket" and key[2:] == labels]
+        assert len(buckets) == 6 and buckets == sorted(buckets) and buckets[-1] >= least
+        assert found["gomail_http_seconds_count", *labels] == buckets[-1] and found["gomail_http_seconds_sum", *labels] > 0
+    assert found["gomail_smtp_up",] == found["gomail_redis_up",] == 1
+    assert found["gomail_build_info", gomail.__version__] == 1 and found["process_start_time_seconds",] < time.time()
     for lane in gomail.LANES:
         assert found["gomail_queue_depth", lane] == found["gomail_lane_paused", lane] == found["gomail_queue_oldest_seconds", lane] == 0
 
@@ -2986,10 +2994,127 @@ def test_metrics_show_what_waits_for_how_long_and_which_lanes_are_paused(service
     until(lambda: service.workers.gates["normal"].reason)
     found = until(lambda: (found := metrics_of(service))["gomail_queue_depth", "normal"] >= 3 and found)  # a worker may hold one
     assert found["gomail_lane_paused", "normal"] == 1 and found["gomail_queue_oldest_seconds", "normal"] > 0
+    assert found["gomail_smtp_up",] == 0
     assert client("GET", "/health/ready")[0] == 200
     for lane in gomail.LANES:
         service.workers.gates[lane].close("for the test")
     assert client("GET", "/health/ready")[0] == 503
+
+
+def test_scheduled_tasks_are_counted_apart_from_retries_until_they_are_due_or_cancelled(services, mail_server):
+    service = services(mail_server, retry_delay=600.0)
+    client = service.client.sign_up()
+    mail_server.replies["later@example.com"] = ["450 4.2.1 later"]
+    client.state(client.task(userId="later@example.com", retries=3), "retrying")
+    far, soon = (client.task(send_at=rfc3339(time.time() + seconds)) for seconds in (1e6, 1))
+
+    def delayed():
+        found = metrics_of(service)
+        return found["gomail_tasks_delayed", "scheduled"], found["gomail_tasks_delayed", "retrying"]
+    assert delayed() in ((2, 1), (1, 1))
+    client.state(soon, "succeeded")
+    assert delayed() == (1, 1)
+    client("DELETE", f"/task/{far}")
+    assert delayed() == (0, 1) and not service.store.redis.exists(service.store.key("scheduled"))
+
+
+def test_scheduled_tasks_of_an_older_version_are_counted_too_after_a_while(services):
+    service = services(retry_delay_max=1.0, retry_delay=1.0)
+    service.client.sign_up().task(send_at=rfc3339(time.time() + 1e6))
+    service.store.redis.delete(service.store.key("scheduled"))  # which it did not write
+    until(lambda: metrics_of(service)["gomail_tasks_delayed", "scheduled"] == 1)
+
+
+def test_subscriptions_are_counted(client, service):
+    define(client)
+    subscribe(client)
+    assert metrics_of(service)["gomail_subscriptions",] == 1
+    client.state(client.task("unsubscribe", content_type="news"), "succeeded")
+    assert metrics_of(service)["gomail_subscriptions",] == 0
+
+
+def test_while_redis_is_away_metrics_say_so_with_what_the_process_knows(services, redis_with_file, mail_server):
+    server = redis_with_file()
+    service = services(mail_server, redis_uri=server.uri)
+    client = service.client.sign_up()
+    client.state(client.task(), "succeeded")
+    before = until(lambda: (found := metrics_of(service)).get(("gomail_tasks_total", "succeeded", "message")) and found)
+    server.kill()
+    found = until(lambda: (found := metrics_of(service))["gomail_redis_up",] == 0 and found)
+    assert {name for name, *_ in found} == {"gomail_redis_up", "gomail_smtp_up", "gomail_lane_paused",
+                                            "gomail_build_info", "process_start_time_seconds"}
+    assert found["process_start_time_seconds",] == before["process_start_time_seconds",]
+    server.start()
+    after = until(lambda: (found := metrics_of(service))["gomail_redis_up",] == 1 and found)
+    pings = "gomail_http_requests_total", "GET", "/metrics", "200"
+    assert after["gomail_tasks_total", "succeeded", "message"] == 1 and after[pings] > before.get(pings, 0)
+    service.stop()
+    services.running.remove(service)
+
+
+def metrics_documented() -> dict[str, tuple[str, set[str]]]:
+    """{name: (type, names of its labels)} of docs/metrics.md."""
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (.*?) \|", (HERE / "docs" / "metrics.md").read_text(), re.MULTILINE)
+    return {name: (kind, set(re.findall(r"`(\w+)`", labels))) for name, kind, labels in rows}
+
+
+def test_docs_metrics_md_names_every_metric_with_its_labels_and_no_other(services, mail_server):
+    service = services(mail_server)
+    client = service.client.sign_up()
+    client.state(client.task(), "succeeded")
+    connection = http.client.HTTPConnection(service.http.url.removeprefix("http://"))
+
+    def families():
+        connection.request("GET", "/metrics")
+        text = connection.getresponse().read().decode()
+        return {family.name + "_total" * (family.type == "counter"): (family.type, {
+            label for sample in family.samples for label in sample.labels if label != "le"})
+            for family in prometheus_client.parser.text_string_to_metric_families(text)}
+    assert until(lambda: (found := families())["gomail_http_seconds"][1] and found["gomail_tasks_total"][1] and found
+                 ) == metrics_documented()
+
+
+def test_the_alerts_ask_for_documented_metrics_and_labels_alone():
+    rules = (HERE / "docs" / "alerts.yml").read_text()
+    known = metrics_documented()
+    names = {re.sub("_bucket$", "", name) for name in re.findall(r"\b(?:gomail|process)_\w+", rules)}
+    assert names and names <= known.keys()
+    for name, labels in re.findall(r"\b((?:gomail|process)_\w+){(.*?)}", rules):
+        assert set(re.findall(r"(\w+)[=!]", labels)) <= known[re.sub("_bucket$", "", name)][1] | {"job"}
+    assert set(re.findall(r'lane[=!]~?"([^"]+)"', rules)) <= {*gomail.LANES, "urgent|bulk"}
+
+
+@pytest.mark.servers
+def test_promtool_takes_alerts_and_metrics_and_an_outage_is_told_from_a_sender_that_is_refused(service, tmp_path):
+    promtool = shutil.which("promtool", path=f"{RealServer.FILES}/usr/bin{os.pathsep}{os.environ['PATH']}")
+    if promtool is None:
+        reason = "no promtool to test with: install_mail_servers of .ci/run installs it"
+        assert not os.environ.get("CI"), reason
+        pytest.skip(reason)
+
+    def run(*arguments, given=b""):
+        done = subprocess.run([promtool, *arguments], input=given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        assert done.returncode == 0, done.stdout.decode()
+    connection = http.client.HTTPConnection(service.http.url.removeprefix("http://"))
+    connection.request("GET", "/metrics")
+    run("check", "metrics", given=connection.getresponse().read())
+    alerts = HERE / "docs" / "alerts.yml"
+    run("check", "rules", str(alerts))
+    # The server is out from minute 6 to 26; the lane stays paused until the end.
+    out = {"severity": "critical", "instance": "a"}
+    series = [{"series": 'gomail_smtp_up{instance="a"}', "values": "1+0x5 0+0x20 1+0x40"},
+              {"series": 'gomail_lane_paused{instance="a", lane="normal"}', "values": "0+0x5 1+0x61"}]
+    (tmp_path / "test.yml").write_text(json.dumps({"rule_files": [str(alerts)], "tests": [{
+        "interval": "1m", "input_series": series, "alert_rule_test": [
+            {"alertname": name, "eval_time": f"{minute}m", "exp_alerts": [{"exp_labels": labels, "exp_annotations": {
+                "summary": summary}}] if labels else []}
+            for name, minute, labels, summary in (
+                ("GomailSmtpDown", 9, {}, ""), ("GomailSmtpDown", 40, {}, ""), ("GomailLanePaused", 25, {}, ""),
+                ("GomailSmtpDown", 15, out, "The SMTP server is out. Mail waits, and leaves when it is back; "
+                                            "GET /lanes says why."),
+                ("GomailLanePaused", 45, {**out, "lane": "normal"}, "The lane normal is paused though the SMTP server "
+                                                                    "answers. It may refuse the sender."))]}]}))
+    run("test", "rules", str(tmp_path / "test.yml"))
 
 
 @pytest.mark.timeout(7200)
