@@ -82,6 +82,7 @@ import redis.retry
 import redis.sentinel
 
 __version__ = "1.0.0"
+STARTED = time.time()  # the processes of the option `processes` have it from their supervisor
 
 Json = dict[str, Any]  # a JSON object
 
@@ -161,6 +162,9 @@ VARIABLE = "[A-Za-z_][A-Za-z0-9_]{0,63}"
 ONE_LINE = r"[^\x00-\x1f\x7f-\x9f\u2028\u2029]"  # the two Unicode line ends as well: some mailers break a header there
 LINE = "on one line, without control characters"
 PLACEHOLDER = re.compile(rf"\{{\{{ *({VARIABLE}) *\}}\}}")  # {{ name }}, see fill()
+# A placeholder, or what begins like one and is none, as `wrong`. The outer braces of {{{ name }}} are text.
+BRACES = re.compile(rf"{PLACEHOLDER.pattern}"
+                    rf"|(?!\{{{PLACEHOLDER.pattern})(?P<wrong>\{{\{{[^{{}}\r\n]{{0,40}}(\}}\}})?)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -354,15 +358,25 @@ def unknown_option(name: str) -> str:
 def doubts(settings: Settings, environment: Mapping[str, str]) -> list[str]:
     """What is allowed, but probably not meant so: a sentence for each such thing.
 
-    Those are names in the environment that are almost those of options, and a service for others whose mail goes
-    to the Maildir.
+    Those are names in the environment that are almost those of options, malformed placeholders, and a service for
+    others whose mail goes to the Maildir.
     """
     found = [f"in the environment, {unknown_option(name)}" for name in sorted(environment) if not is_option(name) and (
         name.lower().startswith(("smtp_", "otp_", "redis_", "jwt_")) or nearest_option(name, 0.8))]
+    found += [f"{name}: {wrong} is no placeholder such as {{{{ otp }}}}, and is sent as it is"
+              for name in ("otp_subject", "otp_content") if (wrong := malformed_placeholders(getattr(settings, name)))]
     if not settings.smtp_server and (
             settings.public_url or settings.admin_token or not is_loopback(host_to_ascii(settings.host) or "")):
         found.append("smtp_server is not set: mail goes to a Maildir on this machine, not to its recipients")
     return found
+
+
+def malformed_placeholders(text: str) -> str:
+    """The first three `{{` of a text that begin no `{{ name }}`, with what follows, for people to read; "" for none."""
+    if "{{" not in text:
+        return ""
+    found = dict.fromkeys(match["wrong"].strip() for match in BRACES.finditer(text) if match["wrong"])
+    return printable(", ".join(itertools.islice(found, 3)).replace("\t", r"\t"))
 
 
 def read_credentials(folder: str | None) -> dict[str, str]:
@@ -1903,6 +1917,20 @@ def fill(template: str, variables: Mapping[str, Any], escape: bool = False, part
     return PLACEHOLDER.sub(lambda match: values.get(match[1], match[0]), template)
 
 
+def invalid(field: str, expected: str, value: object, text: bool = True) -> Refused:
+    """The error for a value that a check does not take.
+
+    Args:
+        text: whether a string was expected. A number in its place, or the other way round, is a matter of quotes.
+    """
+    quotes = ""
+    if text and isinstance(value, (int, float)) and not isinstance(value, bool):
+        quotes = ", in quotes"
+    elif not text and isinstance(value, str) and re.fullmatch("[0-9]{1,10}", value):
+        quotes = ", without quotes"
+    return Refused(400, f"{field} must be {expected}{quotes}", field)
+
+
 @dataclasses.dataclass(frozen=True)
 class Text:
     """A string of 1 to `maximum` characters, not all blank; of those in `allowed`, a class of a regular expression."""
@@ -1913,7 +1941,14 @@ class Text:
 
     @property
     def expected(self) -> str:
-        return f"a string of 1 to {self.maximum} characters, {self.words}"
+        size = f"of 1 to {self.maximum} characters" if self.maximum < UNBOUNDED else "that is not empty"
+        return f"a string {size}, {self.words}"
+
+    def remark(self, value: object) -> str:
+        """What a value lacks that `expected` does not say, or that is hard to see."""
+        if isinstance(value, str) and len(value) > self.maximum:
+            return f", and has {len(value)}"
+        return ", and not blank" if isinstance(value, str) and value.isspace() else ""
 
     @property
     def schema(self) -> Json:
@@ -1928,8 +1963,24 @@ class Text:
         if (not isinstance(value, str) or not 0 < len(value) <= self.maximum or value.isspace()
                 or not self.pattern.fullmatch(value)
                 or not value.isascii() and re.search(r"[\ud800-\udfff]", value)):
-            raise Refused(400, f"{field} must be {self.expected}", field)
+            raise invalid(field, self.expected + self.remark(value), value)
         return value
+
+
+def check_placeholders(text: str, field: str) -> None:
+    """Raise Refused (400) where a `{{` of a text to be filled begins no placeholder: fill() would leave it as it is."""
+    if wrong := malformed_placeholders(text):
+        raise Refused(400, f"{field} has {wrong}, expected {{{{ name }}}}: a letter or _, then up to 63 letters, "
+                      "digits or _, in two braces on each side", field)
+
+
+class Template(Text):
+    """A text that is filled with variables later."""
+
+    def __call__(self, value: Any, field: str) -> str:
+        text: str = super().__call__(value, field)
+        check_placeholders(text, field)
+        return text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1946,7 +1997,7 @@ class Form:
 
     def __call__(self, value: object, field: str) -> Any:
         if not isinstance(value, str) or len(value) > self.maximum or not self.pattern.fullmatch(value):
-            raise Refused(400, f"{field} must be {self.expected}", field)
+            raise invalid(field, self.expected, value)
         return value
 
 
@@ -1960,7 +2011,7 @@ class Base64:
         try:
             return base64.b64encode(base64.b64decode("".join(value.split()), validate=True)).decode()
         except (AttributeError, ValueError):
-            raise Refused(400, f"{field} must be {self.expected}", field) from None
+            raise invalid(field, self.expected, value) from None
 
 
 class Moment:
@@ -1982,7 +2033,7 @@ class Moment:
                     return max(0, int(seconds * 1e6))
         except (TypeError, ValueError, OverflowError):
             pass
-        raise Refused(400, f"{field} must be {self.expected}", field)
+        raise invalid(field, self.expected, value)
 
 
 class Variables:
@@ -2030,7 +2081,7 @@ class Whole:
 
     def __call__(self, value: Any, field: str) -> Any:
         if not isinstance(value, int) or isinstance(value, bool) or not self.low <= value <= self.high:
-            raise Refused(400, f"{field} must be {self.expected}", field)
+            raise invalid(field, self.expected, value, text=False)
         return value
 
 
@@ -2050,7 +2101,7 @@ class Choice:
 
     def __call__(self, value: Any, field: str) -> Any:
         if not isinstance(value, str) or value not in self.values:
-            raise Refused(400, f"{field} must be {self.expected}", field)
+            raise invalid(field, self.expected, value)
         return value
 
 
@@ -2064,7 +2115,7 @@ class Address:
     def __call__(self, value: Any, field: str) -> Any:
         address = parse_address(value) if isinstance(value, str) else None
         if address is None:
-            raise Refused(400, f"{field} must be {self.expected}", field)
+            raise invalid(field, self.expected, value)
         return address
 
 
@@ -2153,7 +2204,7 @@ class AccountName:
     def __call__(self, value: object, field: str) -> str:
         if (not isinstance(value, str) or not value.isprintable() or value != value.strip(" ")
                 or not 0 < len(value.encode()) <= self.SIZE or self.INVISIBLE.search(value)):
-            raise Refused(400, f"{field} must be {self.expected}", field)
+            raise invalid(field, self.expected, value)
         return value
 
 
@@ -2166,8 +2217,9 @@ class Anything:
         return value
 
 
-SUBJECT = Text(998, ONE_LINE, LINE)
-CONTENT = Text(100_000_000)
+UNBOUNDED = 100_000_000  # characters: more than max_body lets through
+SUBJECT, SUBJECT_TEMPLATE = Text(998, ONE_LINE, LINE), Template(998, ONE_LINE, LINE)
+CONTENT, CONTENT_TEMPLATE = Text(UNBOUNDED), Template(UNBOUNDED)
 # Browsers take . and .. out of a path, even as %2E; such names from before can still be read with other clients.
 CONTENT_TYPE = Form("a string of 1 to 100 characters, only letters, digits, spaces and . _ -, but not . or ..",
                     re.compile(r"(?!\.{1,2}$| +$)[\w. -]+"), 100)
@@ -2195,7 +2247,7 @@ PAYLOADS = {
                        "send_at": Optional(Moment())}),
     "generateOtp": Object({"userId": Address(), "length": Whole(4, 8)}),
     "subscribe": Object({"userId": Address(), "frequency": Choice(FREQUENCIES), "content_type": CONTENT_TYPE,
-                         "subject": Optional(SUBJECT), "content": Optional(CONTENT),
+                         "subject": Optional(SUBJECT_TEMPLATE), "content": Optional(CONTENT_TEMPLATE),
                          "variables": Optional(Variables())},
                         together=("subject", "content")),
     "unsubscribe": Object({"userId": Address(), "content_type": CONTENT_TYPE}),
@@ -2233,8 +2285,8 @@ def fill_message(task: dict, path: str, most: int) -> int:
         path: of the task, "" for the whole body.
         most: bytes that the texts may have together.
 
-    Returns how many bytes they have. Raises Refused: 400, a variable is missing, or makes a text that is not allowed;
-    413, they would be larger.
+    Returns how many bytes they have. Raises Refused: 400, a placeholder is malformed, its variable is missing, or makes
+    a text that is not allowed; 413, they would be larger.
     """
     payload, path = task["payload"], f"{path}.payload" if path else "payload"
     if task["type"] != "message" or "variables" not in payload:
@@ -2242,6 +2294,7 @@ def fill_message(task: dict, path: str, most: int) -> int:
     variables, size = payload.pop("variables"), 0
     for name, check in (("subject", SUBJECT), ("text", CONTENT), ("content", CONTENT)):
         if name in payload:
+            check_placeholders(payload[name], f"{path}.{name}")
             try:
                 filled = fill(payload[name], variables, name == "content" and is_html(payload[name]), most=most - size)
             except KeyError as error:
@@ -2249,7 +2302,8 @@ def fill_message(task: dict, path: str, most: int) -> int:
                 raise Refused(400, f"{field} is required: {path}.{name} names it", field) from None
             except TooLarge as error:
                 raise Refused(413, f"{path}.{name} would have {error.size} bytes with its variables, and may have "
-                              f"{most - size}", f"{path}.variables") from None
+                              f"{most - size}: max_body limits the texts of a message, and twice that those of a batch",
+                              f"{path}.variables") from None
             payload[name] = check(filled, f"{path}.{name}")
             size += len(filled.encode())
     return size
@@ -2268,9 +2322,9 @@ def lane_of(task_type: str) -> str:
     return {"generateOtp": "urgent", "message": "normal", "newsletter": "bulk"}.get(task_type, CHANGES)
 
 
-def too_many(seconds: int | str) -> Refused:
+def too_many(seconds: int | str, what: str = "OTP requests") -> Refused:
     """What refuses one OTP request too many: 429 (RFC 6585), with the seconds to wait."""
-    return Refused(429, f"too many OTP requests; try again in {seconds} seconds", None, {"Retry-After": str(seconds)})
+    return Refused(429, f"too many {what}; try again in {seconds} seconds", None, {"Retry-After": str(seconds)})
 
 
 def same_mailbox(address: str) -> str:
@@ -2476,6 +2530,7 @@ class Queue:
             if tonumber(due) > milliseconds then
                 redis.call('HSET', task, 'state', 'scheduled', 'due', due)
                 redis.call('ZADD', prefix .. 'delayed', due, id)
+                redis.call('ZADD', prefix .. 'scheduled', due, id)
             else
                 redis.call('LPUSH', prefix .. 'lane:' .. lane, id)
             end
@@ -2601,6 +2656,7 @@ class Queue:
         local due = redis.call('ZREVRANGEBYSCORE', prefix .. 'delayed', milliseconds, '-inf', 'LIMIT', 0, ARGV[1])
         for _, id in ipairs(due) do
             redis.call('ZREM', prefix .. 'delayed', id)
+            redis.call('ZREM', prefix .. 'scheduled', id)
             local lane = redis.call('HGET', prefix .. 'task:' .. id, 'lane')
             if lane then
                 redis.call('HSET', prefix .. 'task:' .. id, 'state', 'queued')
@@ -2618,11 +2674,14 @@ class Queue:
         local cursor, found = unpack(redis.call('ZSCAN', prefix .. 'delayed', ARGV[1], 'COUNT', 200))
         for at = 1, #found, 2 do
             local id = found[at]
-            local task = prefix .. 'task:' .. id
-            if tonumber(found[at + 1]) > latest and redis.call('HGET', task, 'state') == 'retrying' then
+            local task, due = prefix .. 'task:' .. id, tonumber(found[at + 1])
+            local state = due > latest and redis.call('HGET', task, 'state')
+            if state == 'retrying' then
                 redis.call('ZADD', prefix .. 'delayed', milliseconds, id)
                 redis.call('HSET', task, 'due', milliseconds)
                 recalled = recalled + 1
+            elseif state == 'scheduled' then  -- by a version that did not keep them apart
+                redis.call('ZADD', prefix .. 'scheduled', due, id)
             end
         end
         return {cursor, recalled}
@@ -2707,7 +2766,8 @@ class Queue:
         local task = prefix .. 'task:' .. id
         local owner = redis.call('HGET', task, 'account')
         if not owner or account ~= '' and owner ~= account then return 'unknown' end
-        if redis.call('ZREM', prefix .. 'delayed', id) == 0 then return 'late' end
+        if redis.call('ZREM', prefix .. 'delayed', id) == 0 then return 'late ' .. redis.call('HGET', task, 'state') end
+        redis.call('ZREM', prefix .. 'scheduled', id)
         redis.call('HDEL', task, 'due', 'body')
         redis.call('HSET', task, 'state', 'cancelled', 'finished', microseconds)
         redis.call('PEXPIRE', task, ttl)
@@ -2830,7 +2890,8 @@ class Queue:
         if result == "conflict":
             return Refused(422, "Idempotency-Key was used with another task before", "Idempotency-Key")
         if result == "unknown":
-            return Refused(400, "payload.content_type does not exist; define it first, or bring subject and content",
+            return Refused(400, "payload.content_type does not exist; POST /task/subscriptionContent defines one, or "
+                           "bring payload.subject and payload.content",
                            "payload.content_type")
         return too_many(result.removeprefix("wait ")) if result.startswith("wait ") else None
 
@@ -2902,8 +2963,8 @@ class Queue:
     def _processing(self, worker: str) -> str:
         return self.store.key("processing", self.process, worker)
 
-    def beat(self, workers: Sequence[str], paused: Mapping[str, str]) -> dict[str, str]:
-        """Show for the next seconds that this process lives, which workers' lists it has, and why its lanes are paused.
+    def beat(self, workers: Sequence[str], paused: Mapping[str, object]) -> dict[str, str]:
+        """Show for the next seconds that this process lives, which workers' lists it has, and what is paused, and why.
 
         Returns lane -> how often somebody has asked to resume it.
         """
@@ -3075,11 +3136,15 @@ class Queue:
         """End a task that waits for its `send_at` or for a retry. With `account`, only one of that account's own.
 
         Raises:
-            Refused: 404, there is no such task; 409, it waits no longer.
+            Refused: 404, there is no such task; 409, it does not wait for that.
         """
         done = self._cancel(keys=[self.store.prefix], args=[task_id, account, self.settings.result_ttl * 1000])
-        if done == "late":
-            raise Refused(409, "the task waits no longer for its send_at or a retry", "id")
+        if done.startswith("late "):
+            state = done.removeprefix("late ")
+            said = {"queued": "waits in its lane and may be taken at any moment", "running": "is being worked on"}.get(
+                state, f"has ended already ({state})")
+            raise Refused(409, f"the task {said}; only one that waits for its send_at or a retry can be cancelled",
+                          "id")
         if done != "cancelled":
             raise Refused(404, "there is no such task, or it ended too long ago", "id")
 
@@ -3181,13 +3246,30 @@ class Queue:
                           "paused": len(reasons), "reason": reasons[0] if reasons else None})
         return lanes
 
+    def outage(self, own: Json | None = None) -> Json | None:
+        """In how many processes the SMTP server is out, since when, and why; None where it is out in none.
+
+        `own` is what this process reports: its heartbeat may not have done so yet.
+        """
+        processes = map(json.loads, self.store.redis.hvals(self.store.key("paused")))
+        reports = [process["smtp"] for process in processes if "smtp" in process] or ([own] if own else [])
+        if not reports:
+            return None
+        first = min(reports, key=lambda report: report["since"])
+        return {"state": "out", "processes": len(reports), "since": timestamp(first["since"]),
+                "reason": first["reason"]}
+
     def counters(self) -> dict[str, int]:
         """{"executed", "successful", "failed"}: tasks that ended, not attempts; the last two add up to the first."""
         found = self.store.redis.hgetall(self.store.key("metrics"))
         return {name: int(found.get(name, 0)) for name in ("executed", "successful", "failed")}
 
+    def scheduled(self) -> int:
+        """How many tasks wait for their send_at. What is due was counted by an older version, or is gone."""
+        return self.store.redis.zcount(self.store.key("scheduled"), int(self.store.time() * 1000), "+inf")
+
     def depths(self) -> dict[str, int]:
-        """How many tasks wait in each lane, for a retry, and as dead letters."""
+        """How many tasks wait in each lane, for a retry or their send_at, and as dead letters."""
         with self.store.redis.pipeline(transaction=False) as pipeline:
             for lane in LANES:
                 pipeline.llen(self.store.key("lane", lane))
@@ -3249,7 +3331,9 @@ class Stats:
     AT_ONCE = 500  # counters in one script
 
     MINUTES = 60
-    SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, math.inf)
+    SECONDS = {  # histogram -> the limits of its buckets
+        "gomail_smtp_seconds": (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, math.inf),
+        "gomail_http_seconds": (0.005, 0.025, 0.1, 0.5, 2.5, math.inf)}
 
     def __init__(self, store: Store) -> None:
         self.store, self.lock = store, threading.Lock()
@@ -3268,12 +3352,13 @@ class Stats:
             self.new[minute, (event, owner.name, owner.key_id)] += 1
             self.new[minute, (event, "")] += 1
 
-    def observe(self, name: str, seconds: float) -> None:
+    def observe(self, name: str, seconds: float, **labels: str) -> None:
         """Add to a histogram; each bucket by itself until it is read."""
-        limit = self.SECONDS[bisect.bisect_left(self.SECONDS, seconds)]
+        limits = self.SECONDS[name]
+        limit = limits[bisect.bisect_left(limits, seconds)]
         with self.lock:
-            self.new["stats", (f"{name}_bucket", ("le", limit))] += 1
-            self.new["stats", (f"{name}_sum",)] += seconds  # type: ignore[assignment]  # a Counter of floats
+            self.new["stats", (f"{name}_bucket", ("le", limit), *labels.items())] += 1
+            self.new["stats", (f"{name}_sum", *labels.items())] += seconds  # type: ignore[assignment]  # a Counter of floats
 
     def flush(self) -> None:
         """Add what is new to the sum. Where Redis is away, it stays for the next time."""
@@ -3298,12 +3383,13 @@ class Stats:
         for field, amount in self.store.redis.hgetall(self.store.key("stats")).items():
             name, *labels = json.loads(field)
             series[(name, *map(tuple, labels))] = float(amount)
-        for name in {series_name for series_name, *_ in series if series_name.endswith("_bucket")}:
-            total = 0.0
-            for limit in self.SECONDS:
-                total += series.pop((name, ("le", limit)), 0.0)
-                series[(name, ("le", "+Inf" if limit == math.inf else str(limit)))] = total
-            series[(name.replace("_bucket", "_count"),)] = total
+        for name, limits in self.SECONDS.items():
+            for labels in {tuple(labels[1:]) for found, *labels in series if found == f"{name}_bucket"}:
+                total = 0.0
+                for limit in limits:
+                    total += series.pop((f"{name}_bucket", ("le", limit), *labels), 0.0)
+                    series[(f"{name}_bucket", ("le", "+Inf" if limit == math.inf else str(limit)), *labels)] = total
+                series[(f"{name}_count", *labels)] = total
         return series
 
     def history(self, owner: Account | None = None) -> list[dict]:
@@ -3325,15 +3411,22 @@ class Stats:
                 for minute, amounts in zip(minutes, sums)]
 
 
-FAMILIES = {  # name -> (type, help)
+FAMILIES = {  # name -> (type, help); docs/metrics.md has them all, with their labels
     "gomail_tasks": ("counter", "Times a worker was done with a task, by what became of it."),
     "gomail_smtp_seconds": ("histogram", "Seconds that handing over a mail took."),
     "gomail_http_requests": ("counter", "HTTP requests answered."),
+    "gomail_http_seconds": ("histogram", "Seconds from the begin of a request to its answer, by group of routes."),
     "gomail_queue_depth": ("gauge", "Tasks that wait in a lane."),
     "gomail_queue_oldest_seconds": ("gauge", "Age of the task of a lane that is next."),
     "gomail_retries_waiting": ("gauge", "Tasks that wait for a retry or their send_at."),
+    "gomail_tasks_delayed": ("gauge", "Tasks that wait for a retry, and those that wait for their send_at."),
     "gomail_dead_letters": ("gauge", "Dead letters kept."),
+    "gomail_subscriptions": ("gauge", "Subscriptions in the calendar of newsletters."),
     "gomail_lane_paused": ("gauge", "1 where a lane is paused in the process that answers."),
+    "gomail_smtp_up": ("gauge", "0 where the SMTP server is out for the process that answers."),
+    "gomail_redis_up": ("gauge", "0 where Redis is away; what only Redis knows is missing then."),
+    "gomail_build_info": ("gauge", "Always 1; its label is the version."),
+    "process_start_time_seconds": ("gauge", "When the service was started, in seconds since the epoch."),
 }
 
 
@@ -3341,14 +3434,15 @@ def exposition(series: Mapping[tuple, float]) -> str:
     """Prometheus's text format 0.0.4 of {(name, (label, value), ...): amount}."""
     def escaped(value: object) -> str:
         return str(value).replace("\\", r"\\").replace('"', r'\"').replace("\n", r"\n")
+    samples = collections.defaultdict(list)
+    for (name, *labels), amount in series.items():
+        shown = ",".join(f'{label}="{escaped(value)}"' for label, value in labels)
+        family = name if name in FAMILIES else re.sub("_(total|bucket|sum|count)$", "", name)
+        samples[family].append(f"{name}{{{shown}}} {amount:.15g}")
     lines = []
     for family, (kind, explanation) in FAMILIES.items():
-        lines += [f"# HELP {family}{'_total' * (kind == 'counter')} {explanation}",
-                  f"# TYPE {family}{'_total' * (kind == 'counter')} {kind}"]
-        found = [item for item in series.items() if re.fullmatch(f"{family}(_total|_bucket|_sum|_count)?", item[0][0])]
-        for (name, *labels), amount in found:
-            described = ",".join(f'{label}="{escaped(value)}"' for label, value in labels)
-            lines.append(f"{name}{{{described}}} {amount:.15g}")
+        name = f"{family}_total" if kind == "counter" else family
+        lines += [f"# HELP {name} {explanation}", f"# TYPE {name} {kind}", *samples[family]]
     return "\n".join(lines) + "\n"
 
 
@@ -3382,12 +3476,13 @@ class Permanent(DeliveryError):
 class Unavailable(DeliveryError):
     """No mail can be handed over now, whatever the mail: the server, the connection or the sender's account is out.
 
-    `dropped` says that it came up in the middle of this mail, so that the mail may be the cause.
+    `dropped` says that it came up in the middle of this mail, so that the mail may be the cause; `sender` that the
+    server answers, and refuses the sender.
     """
 
-    def __init__(self, error: str, dropped: bool = False) -> None:
+    def __init__(self, error: str, dropped: bool = False, sender: bool = False) -> None:
         super().__init__(error)
-        self.dropped = dropped
+        self.dropped, self.sender = dropped, sender
 
 
 class InDoubt(Unavailable):
@@ -3488,7 +3583,7 @@ def refusal(stage: str, code: int, text: bytes, taken: bool = False) -> Delivery
         about = About.RECIPIENT
     if about not in (About.MAIL, About.RECIPIENT):
         words = said if code == 421 else f"{about}, {STAGES[stage]}: {said}"
-        error: DeliveryError = Unavailable(words, dropped=stage != "MAIL" or code < 500)
+        error: DeliveryError = Unavailable(words, dropped=stage != "MAIL" or code < 500, sender=about == About.SENDER)
     else:
         error = (Temporary if code < 500 else Permanent)(said, certain=known is not None)
         # RFC 3463 section 3.2: 5.1.x is about an address, 5.1.7 and 5.1.8 about the sender's.
@@ -3894,6 +3989,7 @@ class Transport(typing.Protocol):
     """What hands mails on; many threads call it at once."""
 
     accepted: float  # when a mail was taken last, in seconds since the epoch
+    reached: float  # when that, or a new connection, was last known to be possible, by time.monotonic()
 
     def send(self, sender: str, recipients: Sequence[str], message: bytes, owner: Account = Account("", ""),
              urgent: bool = False) -> None:
@@ -3923,7 +4019,7 @@ class Outbox:
     def __init__(self, folder: str | pathlib.Path) -> None:
         self.folder = pathlib.Path(folder).resolve()
         self.lock = threading.Lock()
-        self.accepted = 0.0
+        self.accepted, self.reached = 0.0, float("-inf")
 
     def __str__(self) -> str:
         return f"Maildir {self.folder}"
@@ -3942,7 +4038,7 @@ class Outbox:
                 self._maildir().add(envelope + message.replace(b"\r\n", b"\n"))
         except OSError as error:
             raise Unavailable(f"the Maildir cannot be written: {describe(error)}") from None
-        self.accepted = time.time()
+        self.accepted, self.reached = time.time(), time.monotonic()
 
     def probe(self) -> None:
         """Raise Unavailable where a mail could not be written."""
@@ -3953,6 +4049,7 @@ class Outbox:
             probe.unlink()
         except OSError as error:
             raise Unavailable(f"the Maildir cannot be written: {describe(error)}") from None
+        self.reached = time.monotonic()
 
     def tidy(self, idle: float = 0.0) -> None:
         """Nothing is kept open."""
@@ -4055,7 +4152,7 @@ class SmtpTransport:
         self.connections: set[OpenSmtp] = set()
         self.learnt_share, self.learnt_until = 0, float("-inf")
         self.token, self.token_lock = b"", threading.Lock()
-        self.accepted = 0.0
+        self.accepted, self.reached = 0.0, float("-inf")
 
     def __str__(self) -> str:
         return f"SMTP server {self.settings.smtp_server}:{self.settings.smtp_port}"
@@ -4175,7 +4272,7 @@ class SmtpTransport:
                 if smtp.has_extn("smtputf8"):
                     options = self.UTF8
                 elif not sender.isascii():
-                    raise Unavailable("the server takes no sender beyond ASCII (SMTPUTF8)")
+                    raise Unavailable("the server takes no sender beyond ASCII (SMTPUTF8)", sender=True)
                 else:
                     refused = dict.fromkeys((found for found in recipients if not found.isascii()), Permanent(
                         "the server takes no addresses beyond ASCII (SMTPUTF8)", certain=True))
@@ -4298,6 +4395,7 @@ class SmtpTransport:
         with self.lock:
             self.connections.add(smtp)
         self.local.smtp, self.local.sent, self.local.refusals, self.local.used = smtp, 0, 0, time.monotonic()
+        self.reached = self.local.used
         return smtp
 
     def _log_in(self, smtp: OpenSmtp) -> None:
@@ -4508,7 +4606,7 @@ class Otps:
                   self.store.key("otp_requests", account)],
             args=[self._hash(account, address, otp), self.MAX_TRIES, self.MAX_FAILURES, self.minute_max, owner.key_id])
         if result.startswith("wait "):
-            raise too_many(result.removeprefix("wait "))
+            raise too_many(result.removeprefix("wait "), "OTP requests or wrong OTPs")
         return result == "verified"
 
     def mail(self, otp: str) -> tuple[str, str]:
@@ -4798,6 +4896,10 @@ class Newsletters:
                 for (owner, name, record), moment in zip(found, moments)], (
                     f"{number}-{scan}" if number < len(places) else None)
 
+    def scheduled(self) -> int:
+        """How many subscriptions stand in the schedule. Those of a removed content type do until they would be due."""
+        return self.store.redis.zcard(self.store.key("schedule"))
+
     def remove(self, account: str, content_type: str) -> None:
         """Remove a content type and end its subscriptions. Raises Refused (404) where there is none."""
         if not self._remove(keys=[self.store.key("content", account),
@@ -4959,6 +5061,53 @@ class Newsletters:
 # The thread pool. Each worker belongs to one lane and does one task at a time. When the mail server is out,
 # the gate of the lane closes, and one worker knocks until it opens again; no task pays for that.
 
+class SmtpState:
+    """Whether the SMTP server can be reached, as this process saw it last: one state for all lanes.
+
+    It is "unknown" until the first mail; "out" from a connection, a login or a probe that failed until a new connection
+    succeeds, or else "up". A server that refuses a mail or the sender, or hangs up on a mail, is not out.
+
+    Args:
+        transport: knows when the server was reached last.
+    """
+
+    def __init__(self, transport: Transport) -> None:
+        self.transport, self.lock = transport, threading.Lock()
+        self.state, self.reason, self.since, self.began = "unknown", "", 0.0, 0.0
+        self.paused: set[Gate] = set()
+
+    def out(self, reason: str, gate: "Gate") -> None:
+        """Note an outage that pauses a lane."""
+        with self.lock:
+            if self.state != "out":
+                log(logging.WARNING, "mail server out", server=str(self.transport), error=reason)
+                self.state, self.since, self.began = "out", time.time(), time.monotonic()
+            self.reason = reason
+            self.paused.add(gate)
+
+    def report(self) -> Json | None:
+        """Since when (microseconds since the epoch) and why the server is out; None where it is not."""
+        with self.lock:
+            return {"since": int(self.since * 1e6), "reason": self.reason} if self.state == "out" else None
+
+    def passed(self, but: "Gate | None" = None) -> None:
+        """Note that the server answered: the lanes that its outage paused go on, except the one of the gate `but`.
+
+        What goes over an older connection proves nothing: the server may serve those and refuse new ones.
+        """
+        if self.state == "up":  # as after every mail
+            return
+        with self.lock:
+            if self.state == "out":
+                if self.transport.reached < self.began:
+                    return
+                log(logging.INFO, "mail server up again", server=str(self.transport))
+            self.state, self.reason = "up", ""
+            paused, self.paused = self.paused - {but}, set()
+        for gate in paused:
+            gate.open()
+
+
 class Gate:
     """Whether a lane may send, from the point of view of this process.
 
@@ -4966,26 +5115,37 @@ class Gate:
         lane: its name, for the log.
         transport: what to probe while the gate is closed.
         stopping: Event that ends all waiting.
+        smtp: the SmtpState of all lanes.
     """
 
     FIRST_DELAY, LONGEST_DELAY = 0.5, 60.0  # seconds between probes
 
-    def __init__(self, lane: str, transport: Transport, stopping: threading.Event) -> None:
-        self.lane, self.transport, self.stopping = lane, transport, stopping
+    def __init__(self, lane: str, transport: Transport, stopping: threading.Event, smtp: SmtpState) -> None:
+        self.lane, self.transport, self.stopping, self.smtp = lane, transport, stopping, smtp
         self.lock, self.prober, self.asked = threading.Lock(), threading.Lock(), threading.Event()
         self.reason, self.failures = "", 0
 
-    def close(self, reason: str) -> None:
-        """Pause the lane."""
+    def close(self, reason: str, outage: bool = False) -> None:
+        """Pause the lane; `outage` says that the server is out for all lanes."""
         with self.lock:
             if not self.reason:
                 self.failures += 1
                 log(logging.WARNING, "lane paused", lane=self.lane, error=reason)
             self.reason = reason
+        if outage:
+            self.smtp.out(reason, self)
+
+    def open(self) -> None:
+        """Resume the lane."""
+        with self.lock:
+            if self.reason:
+                log(logging.INFO, "lane resumed", lane=self.lane)
+            self.reason = ""
 
     def passed(self) -> None:
         """Note that the server took a mail: the next pause starts with a short delay again."""
         self.failures = 0
+        self.smtp.passed()
 
     def resume(self) -> None:
         """Probe at once, and soon again where that fails."""
@@ -4997,9 +5157,9 @@ class Gate:
         return random.uniform(0.5, 1) * min(self.FIRST_DELAY * 2 ** min(self.failures, 20), self.LONGEST_DELAY)
 
     def rest(self) -> float:
-        """Wait until the next probe is due, or somebody asks for it. False when the service stops."""
+        """Wait until the next probe is due, somebody asks for it, or the lane is open. False when the service stops."""
         due = time.monotonic() + self.delay()
-        while not self.asked.is_set() and (left := due - time.monotonic()) > 0:
+        while self.reason and not self.asked.is_set() and (left := due - time.monotonic()) > 0:
             if self.stopping.wait(min(left, 0.1)):
                 return False
         self.asked.clear()
@@ -5011,18 +5171,22 @@ class Gate:
             if not self.prober.acquire(timeout=0.2):
                 continue
             try:
-                while self.reason and self.rest():
+                while self.reason and self.rest() and self.reason:
                     try:
                         self.transport.probe()
+                        self.smtp.passed()
                     except Unavailable as error:
                         self.failures += 1
                         self.reason = str(error)
                         log(logging.INFO, "lane still paused", lane=self.lane, error=self.reason)
+                        if error.sender:
+                            self.smtp.passed(but=self)
+                        else:
+                            self.smtp.out(self.reason, self)
                         continue
                     except Exception:  # a fault of ours must not keep the lane paused: the next mail will tell
                         logger.exception("unexpected error in a probe", extra={"fields": {"lane": self.lane}})
-                    self.reason = ""
-                    log(logging.INFO, "lane resumed", lane=self.lane)
+                    self.open()
             finally:
                 self.prober.release()
         return not self.stopping.is_set()
@@ -5056,7 +5220,8 @@ class Workers:
         self.handlers = {"message": self.send_message, "generateOtp": self.send_otp, "newsletter": self.send_newsletter,
                          "subscribe": newsletters.subscribe, "unsubscribe": newsletters.unsubscribe}
         self.stopping = threading.Event()
-        self.gates = {lane: Gate(lane, transport, self.stopping) for lane in LANES}
+        self.smtp = SmtpState(transport)
+        self.gates = {lane: Gate(lane, transport, self.stopping, self.smtp) for lane in LANES}
         self.suspect = threading.Lock()
         # One thread for the changes: they wait for Redis alone, and more threads would make an OTP slower.
         names = [(lane, f"{lane}-{number}") for lane in LANES
@@ -5191,7 +5356,7 @@ class Workers:
 
     def _unavailable(self, task: Task, lane: str, error: Unavailable, words: str) -> Outcome:
         """Pause the lane. The task pays no attempt for it, but where it may itself be the cause."""
-        self.gates[lane].close(str(error))
+        self.gates[lane].close(str(error), outage=not error.dropped and not error.sender)
         if not error.dropped:
             return Outcome(task.id, "returned", words)
         doubt = isinstance(error, InDoubt)
@@ -5293,7 +5458,8 @@ class Cron:
 
     def beat(self) -> dict[str, str]:
         """Show that this process lives. Returns lane -> how often somebody has asked to resume it."""
-        return self.queue.beat(self.workers.names, self.workers.paused)
+        outage = self.workers.smtp.report()
+        return self.queue.beat(self.workers.names, self.workers.paused | ({"smtp": outage} if outage else {}))
 
     def stop(self) -> None:
         """End the thread."""
@@ -5427,6 +5593,11 @@ class Route:
         """What the path looks like; a placeholder is one segment."""
         return re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", self.path))
 
+    @functools.cached_property
+    def group(self) -> str:
+        """What its latency counts for: the first segment of the path."""
+        return self.path.split("/")[1] or "page"
+
     def match(self, path: str) -> dict[str, str] | None:
         """The values of the path's placeholders, or None where it is the path of other routes."""
         found = self.pattern.fullmatch(path)
@@ -5438,10 +5609,16 @@ class Route:
         return most if self.body and self.access in ("key", "all", "task") else min(most, SMALL_BODY)
 
 
+class Otp(Text):
+    """The digits that somebody typed. Others are no error, but a wrong OTP."""
+
+    expected = "a string of digits"
+
+
 ID = Object({"id": Text(254, ONE_LINE, LINE)})  # any that was ever taken
 NEW_ID = Object({"id": AccountName()})
-DEFINITION = Object({"content_type": CONTENT_TYPE, "subject": SUBJECT, "content": CONTENT})
-VERIFICATION = Object({"userEmail": Address(), "otp": Text(64, ONE_LINE, LINE)})
+DEFINITION = Object({"content_type": CONTENT_TYPE, "subject": SUBJECT_TEMPLATE, "content": CONTENT_TEMPLATE})
+VERIFICATION = Object({"userEmail": Address(), "otp": Otp(64, ONE_LINE, LINE)})
 BATCH = Object({"tasks": List(Anything(), 1000, 1)})  # each is checked, and answered, by itself
 RECIPIENT = Object({"userId": Address()})
 LOGIN = Object({"key": Text(4096, ONE_LINE, LINE)})
@@ -5495,7 +5672,8 @@ ROUTES = (
     Route("POST", "/suppressions", "suppress", "key", RECIPIENT, answer=DONE),
     Route("DELETE", "/suppressions", "unsuppress", "key", RECIPIENT, answer=DONE, refuses=(404,)),
     Route("GET", "/lanes", "list_lanes", "all", answer={
-        "status": bool, "lanes": list, "processes": int, "retrying": int, "dead": int, "mail_to": str, "outbox": bool}),
+        "status": bool, "lanes": list, "processes": int, "retrying": int, "dead": int, "mail_to": str, "outbox": bool,
+        "smtp": dict}),
     Route("POST", "/lanes/{lane}/resume", "resume_lane", "all", answer=DONE, refuses=(404, 429)),
     Route("GET", "/history", "read_history", "all", answer={"status": bool, "minutes": list}),
     Route("GET", "/outbox", "list_outbox", "all", query=PAGING,
@@ -5507,7 +5685,7 @@ ROUTES = (
     Route("GET", "/unsubscribe/{token}", "ask_to_unsubscribe", "open", answer="text/html", refuses=(404,)),
     Route("POST", "/unsubscribe/{token}", "follow_link", "open", answer="text/html", refuses=(404,)),
     Route("GET", "/health/ping", "ping", "open", answer={"message": str}),
-    Route("GET", "/health/ready", "ready", "open", answer={"status": bool}),
+    Route("GET", "/health/ready", "ready", "open", answer={"status": bool, "smtp": str}),
     Route("GET", "/metrics", "prometheus", "open", answer="text/plain"),
     Route("GET", "/health/metrics", "metrics", "open", answer=METRICS_ANSWER),
     Route("GET", "/", "show_page", "open", answer="text/html"),
@@ -5587,7 +5765,7 @@ class Api:
     """
 
     SESSION = 43200  # seconds until one has to log in again
-    WITHOUT_REDIS = ("ping", "describe_routes", "show_page")
+    WITHOUT_REDIS = ("ping", "describe_routes", "show_page", "prometheus")
     GUESSES = 8  # wrong tokens whose answers wait at once, in a process
     PENALTY = 1.0  # seconds that each waits
 
@@ -5640,7 +5818,7 @@ class Api:
         """The Account that the admin means by `?account=`; without that, all of them."""
         name = request.query.get("account", "")
         if not name and route.access != "all":
-            raise Refused(400, "account is required with the admin_token: the name of an account", "account")
+            raise Refused(400, "account is required with the admin_token: add ?account= and the name of one", "account")
         account = self.accounts.find(name) if name else self.admin
         if account is None:
             raise Refused(404, "account is not registered", "account")
@@ -5690,7 +5868,7 @@ class Api:
         """The error for a request that may not do what the admin may."""
         if self.settings.admin_token:
             return Refused(401, "Authorization must hold the admin_token", None, {"WWW-Authenticate": "Bearer"})
-        return Refused(403, "set admin_token to allow this through a proxy")
+        return Refused(403, "without the option admin_token, this is not allowed through a proxy")
 
     def charge(self, request: Request) -> None:
         """Log a wrong admin_token, and delay its answer by PENALTY seconds. GUESSES answers wait so at once.
@@ -5840,7 +6018,7 @@ class Api:
 
     def revive(self, request: Request, remove: bool) -> None:
         if not self.queue.revive(request.path["id"], request.account.name, remove):
-            raise Refused(404, "there is no such dead letter", "id")
+            raise Refused(404, "there is no dead letter of this id; GET /task/dead lists them", "id")
 
     def retry_all_dead(self, request: Request) -> Reply:
         count = self.queue.revive_all(request.account.name)
@@ -5873,9 +6051,11 @@ class Api:
         depths, transport = self.queue.depths(), self.workers.transport
         outbox = isinstance(transport, Outbox)
         dead, _ = self.queue.dead(request.account.name, limit=0)
+        smtp = self.queue.outage(self.workers.smtp.report()) or {
+            "state": self.workers.smtp.state, "processes": 0, "since": None, "reason": None}
         return {"status": True, "lanes": self.queue.lanes(depths), "processes": self.queue.processes(),
                 "retrying": depths["retrying"], "dead": dead, "mail_to": "Maildir" if outbox else str(transport),
-                "outbox": outbox}
+                "outbox": outbox, "smtp": smtp}
 
     def resume_lane(self, request: Request) -> Reply:
         if request.path["lane"] not in LANES:
@@ -5955,20 +6135,35 @@ class Api:
         return {"message": "pong"}
 
     def ready(self, request: Request) -> Reply:
+        smtp = self.workers.smtp.state
         if all(self.workers.gates[lane].reason for lane in MAIL_LANES):
-            raise Refused(503, "all lanes are paused: the SMTP server is out", None, {"Retry-After": "10"})
+            why = "the SMTP server is out" if smtp == "out" else "no mail can be handed over"
+            raise Refused(503, f"all lanes are paused: {why}", None, {"Retry-After": "10"})
         self.queue.store.ensure_writable()
-        return {"status": True}
+        return {"status": True, "smtp": smtp}
 
     def prometheus(self, request: Request) -> Reply:
-        depths = self.queue.depths()
+        series: dict[tuple, float] = {
+            ("gomail_build_info", ("version", __version__)): 1, ("process_start_time_seconds",): STARTED,
+            ("gomail_smtp_up",): int(self.workers.smtp.state != "out"), ("gomail_redis_up",): 0}
+        for lane, gate in self.workers.gates.items():
+            series[("gomail_lane_paused", ("lane", lane))] = int(bool(gate.reason))
+        if self.queue.store.available:
+            with contextlib.suppress(redis.RedisError):
+                series |= self.measure() | {("gomail_redis_up",): 1}
+        return Document("text/plain; version=0.0.4", exposition(series))
+
+    def measure(self) -> dict[tuple, float]:
+        """The series of which only Redis knows the values."""
+        depths, scheduled = self.queue.depths(), self.queue.scheduled()
         series = {**self.stats.read(), ("gomail_retries_waiting",): depths["retrying"],
-                  ("gomail_dead_letters",): depths["dead"]}
+                  ("gomail_tasks_delayed", ("state", "scheduled")): scheduled,
+                  ("gomail_tasks_delayed", ("state", "retrying")): max(0, depths["retrying"] - scheduled),
+                  ("gomail_dead_letters",): depths["dead"], ("gomail_subscriptions",): self.newsletters.scheduled()}
         for lane, age in self.queue.oldest().items():
             series[("gomail_queue_depth", ("lane", lane))] = depths[lane]
             series[("gomail_queue_oldest_seconds", ("lane", lane))] = age
-            series[("gomail_lane_paused", ("lane", lane))] = int(bool(self.workers.gates[lane].reason))
-        return Document("text/plain; version=0.0.4", exposition(series))
+        return series
 
     def describe_routes(self, request: Request) -> Reply:
         return OPENAPI
@@ -6247,10 +6442,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def one_request(self) -> bool:
         """Read a request and answer it. True where another may follow on this connection."""
         self.keep, self.head_only = False, False
-        self.method, self.route, self.reserved = "", "", 0
+        self.method, self.route, self.group, self.reserved = "", "", "", 0
         self.deadline = time.monotonic() + self.server.settings.request_timeout
         if not self.begins():
             return False
+        began = time.monotonic()
         self.server.answering.add(self)
         try:
             try:
@@ -6273,8 +6469,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             finally:
                 if self.reserved:
                     self.server.bodies.give_back(self.reserved)
-            self.server.api.stats.count("gomail_http_requests_total", method=self.method, route=self.route,
-                                        status=str(status))
+            stats = self.server.api.stats
+            stats.count("gomail_http_requests_total", method=self.method, route=self.route, status=str(status))
+            if self.group:
+                stats.observe("gomail_http_seconds", time.monotonic() - began, route=self.group, method=self.method,
+                              status=f"{status // 100}xx")
             self.keep = self.keep and not self.server.stopping and "Connection" not in headers
             self.send(status, body, headers)
         finally:
@@ -6301,14 +6500,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Refused(503, "the service is stopping; send the request again", None, {"Retry-After": "1"})
         found = find_routes(path)
         if not found:
-            raise Refused(404, "there is no such path")
+            raise Refused(404, "there is no such path; GET /openapi.json lists them")
         if method == "OPTIONS":
             return 204, None, {"Allow": allowed_methods(found)}
         route = next((route for route in found if route.method == ("GET" if method == "HEAD" else method)), None)
         if route is None:
             allow = {"Allow": allowed_methods(found)}
             raise Refused(405, f"this path takes {allow['Allow']}", None, allow)
-        self.method, self.route = method, route.path
+        self.method, self.route, self.group = method, route.path, route.group
         request = Request(headers, route.match(path) or {},
                           dict(urllib.parse.parse_qsl(query, keep_blank_values=True)) if query else {},
                           peer=self.client_address[0])
@@ -6451,8 +6650,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if status == 400:
             raise Refused(400, "Host must be a host name or address, and perhaps a port")
         if status == 421:
-            raise Refused(421, "requests must name a host that is in allowed_hosts" if self.server.settings.admin_token
-                          else "without admin_token, requests must be for localhost")
+            raise Refused(421, "the host in the URL must be one of allowed_hosts" if self.server.settings.admin_token
+                          else "the host in the URL must be localhost: the option admin_token is not set")
 
     def body_length(self, headers: dict[str, str], minor: int) -> int | None:
         """How many bytes of body follow; None where it comes in chunks. Raises Refused where that is in doubt."""
@@ -6463,7 +6662,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not re.fullmatch(r"[0-9]{1,18}", text):
             raise Refused(400, "Content-Length must be a number of bytes")
         if int(text) > self.server.settings.max_body:
-            raise self.too_large(self.server.settings.max_body)
+            raise self.too_large(int(text), self.server.settings.max_body)
         return int(text)
 
     def check_transfer_encoding(self, headers: dict[str, str], minor: int) -> None:
@@ -6483,15 +6682,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Refused(417, "only Expect: 100-continue is supported")
         return expected != ""
 
-    @staticmethod
-    def too_large(limit: int) -> Refused:
-        """The error for a body that is too large."""
-        return Refused(413, f"the body may have at most {limit} bytes")
+    def too_large(self, size: int | None, limit: int) -> Refused:
+        """The error for a body that is too large; `size` is None where it comes in chunks, of which some are unread."""
+        has = f"more than {limit}" if size is None else str(size)
+        reason = " (max_body)" if limit == self.server.settings.max_body else " on this path"
+        return Refused(413, f"the body has {has} bytes, and may have at most {limit}{reason}")
 
     def read_body(self, length: int | None, limit: int, expects_continue: bool) -> bytearray:
         """The body: `length` bytes, or chunks where that is None. Raises Refused."""
         if (length or 0) > limit:
-            raise self.too_large(limit)
+            raise self.too_large(length, limit)
         self.reserve(length or 0)
         if expects_continue and (length is None and not self.buffer or len(self.buffer) < (length or 0)):
             self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -6527,7 +6727,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if not size:
                 break
             if len(body) + size > limit:
-                raise self.too_large(limit)
+                raise self.too_large(None, limit)
             self.reserve(len(body) + size)
             while size:
                 if not self.buffer:
@@ -6599,7 +6799,8 @@ def check_percent_encoding(target: str) -> None:
 def check_content_coding(headers: dict[str, str]) -> None:
     """Raise Refused (415) where the content is compressed (RFC 9110 section 8.4)."""
     if headers.get("content-encoding", "").lower() not in ("", "identity"):
-        raise Refused(415, "Content-Encoding must be identity", None, {"Accept-Encoding": "identity"})
+        raise Refused(415, "the body must not be compressed: Content-Encoding must be identity", None,
+                      {"Accept-Encoding": "identity"})
 
 
 JSON_MEDIA_TYPE = re.compile(r'application/json[ \t]*(;[ \t]*(charset=("utf-?8"|utf-?8))?[ \t]*)*', re.IGNORECASE)
@@ -6608,7 +6809,7 @@ JSON_MEDIA_TYPE = re.compile(r'application/json[ \t]*(;[ \t]*(charset=("utf-?8"|
 def check_media_type(headers: dict[str, str]) -> None:
     """Raise Refused where a body is not there (411), or neither JSON nor as it is (415)."""
     if "content-length" not in headers and "transfer-encoding" not in headers:
-        raise Refused(411, "a body is needed, with Content-Length or in chunks")
+        raise Refused(411, "a JSON body is needed, with Content-Length or in chunks")
     if not JSON_MEDIA_TYPE.fullmatch(headers.get("content-type", "")):
         raise Refused(415, "Content-Type must be application/json")
 
@@ -6641,6 +6842,8 @@ def parse_json(body: bytes | bytearray) -> object:
     """The value of a JSON body. Raises Refused (400)."""
     if is_deep(body):
         raise Refused(400, "the body is nested too deeply")
+    if not body.strip():
+        raise Refused(400, "the body is empty, expected a JSON object")
     try:
         return DECODER.decode(body.decode())
     except json.JSONDecodeError as error:
@@ -7344,7 +7547,7 @@ class Operator:
         while True:
             depths = self.queue.depths()
             now: Json = {"lanes": self.queue.lanes(depths), "processes": self.queue.processes(), "queued": depths,
-                   "jobs": self.queue.counters(), "minutes": self.sums.history()}
+                         "jobs": self.queue.counters(), "minutes": self.sums.history(), "smtp": self.queue.outage()}
             if self.terminal.as_json:
                 self.terminal.json(now)
                 return 0
@@ -7361,11 +7564,15 @@ class Operator:
 
     def stats_lines(self, now: Json, rate: str) -> list[str]:
         """What stats() writes."""
+        smtp = now["smtp"]
         rows = [[lane["lane"], str(lane["queued"]), lasted(lane["oldest"]) if lane["queued"] else "",
                  f"paused: {lane['reason']} (in {lane['paused']} of {now['processes']} processes)" if lane["paused"]
-                 else "running" if now["processes"] else "nobody works on it"] for lane in now["lanes"]]
+                 else "nobody works on it" if not now["processes"]
+                 else "waits for the SMTP server" if smtp else "running"] for lane in now["lanes"]]
+        out = [f"SMTP server out since {smtp['since']} (in {smtp['processes']} of {now['processes']} processes): "
+               f"{printable(smtp['reason'])}", ""] if smtp else []
         sums = {name: sum(minute[name] for minute in now["minutes"]) for name in ("sent", "retried", "failed")}
-        return [*self.terminal.table(["lane", "waiting", "oldest", "state"], rows), "",
+        return [*out, *self.terminal.table(["lane", "waiting", "oldest", "state"], rows), "",
                 f"{now['queued']['retrying']} wait for a retry or their time, {now['queued']['dead']} dead letters",
                 f"jobs: {now['jobs']['executed']} executed, {now['jobs']['successful']} successful, "
                 f"{now['jobs']['failed']} failed{rate}",

@@ -728,6 +728,13 @@ def test_names_in_the_environment_that_are_almost_options_are_warned_about_and_n
     assert "did you mean redis_uri?" in found[2]
 
 
+def test_a_malformed_placeholder_of_the_otp_mail_is_warned_about(tmp_path):
+    (tmp_path / ".env").write_text("otp_subject='{{ otp|upper }}'\notp_content='{{ otp }} {{ minutes'\n")
+    found = gomail.doubts(gomail.Settings.load({}, tmp_path), {})
+    assert [line.partition(" is no placeholder")[0] for line in found] == [
+        "otp_subject: {{ otp|upper }}", "otp_content: {{ minutes"]
+
+
 @pytest.mark.parametrize("environment", [
     {"admin_token": "x"}, {"public_url": "https://mail.example.com"}, {"admin_token": "x" * 16, "host": "0.0.0.0"}])
 def test_a_service_for_others_whose_mail_goes_to_the_maildir_is_warned_about(processes, environment):
@@ -2255,6 +2262,23 @@ def test_a_bad_optional_field_of_a_message_is_refused_by_name(field, value):
     assert refused.value.field == f"payload.{field}" and refused.value.error.startswith(refused.value.field)
 
 
+@pytest.mark.parametrize("field, value, words", [
+    ("retries", "3", "retries must be a whole number from 0 to 25, without quotes"),
+    ("retries", "many", "retries must be a whole number from 0 to 25"),
+    ("task", 7, "task must be a string of 1 to 256 characters, on one line, without control characters, in quotes"),
+    ("task", True, "task must be a string of 1 to 256 characters, on one line, without control characters"),
+    ("payload.subject", " ", "payload.subject must be a string of 1 to 998 characters, on one line, without control "
+                             "characters, and not blank"),
+    ("payload.subject", "x" * 1000, "payload.subject must be a string of 1 to 998 characters, on one line, without "
+                                    "control characters, and has 1000"),
+    ("payload.content", 0.5, "payload.content must be a string that is not empty, without NUL, in quotes"),
+    ("payload.userId", 1, "payload.userId must be an e-mail address, such as user@example.com, in quotes")])
+def test_an_error_says_what_is_hard_to_see(field, value, words):
+    with pytest.raises(gomail.Refused) as refused:
+        gomail.TASK(changed(field, value))
+    assert (refused.value.error, refused.value.field) == (words, field)
+
+
 def filled(variables=ABSENT, **payload):
     payload = {**MESSAGE["payload"], **payload, **({} if variables is ABSENT else {"variables": variables})}
     task = gomail.TASK({**MESSAGE, "payload": payload})
@@ -2274,9 +2298,10 @@ def test_a_media_type_may_have_parameters_and_capital_letters(content_type):
 def test_variables_fill_subject_text_and_content_and_are_escaped_in_html_only():
     payload = filled({"name": "<Ann> & Co", "total": 9.5, "_2": 7},
                      subject="Hi {{ name }}", text="{{name}}: {{ total }}",
-                     content="<p>{{ name }} {{  total}} {{ _2 }} {{ 2x }} { name } {{ a.b }}</p>")
+                     content="<p>{{ name }} {{  total}} {{ _2 }} { name } {{{ name }}} a{b{c:d}}</p>")
     assert payload["subject"] == "Hi <Ann> & Co" and payload["text"] == "<Ann> & Co: 9.5" and "variables" not in payload
-    assert payload["content"] == "<p>&lt;Ann&gt; &amp; Co 9.5 7 {{ 2x }} { name } {{ a.b }}</p>"
+    assert payload["content"] == (
+        "<p>&lt;Ann&gt; &amp; Co 9.5 7 { name } {&lt;Ann&gt; &amp; Co} a{b{c:d}}</p>")
     assert filled({"name": "<b>"}, content="{{ name }} plain")["content"] == "<b> plain"
     assert filled({"a": "{{ b }}", "b": "x"}, content="{{ a }}")["content"] == "{{ b }}"
 
@@ -2288,12 +2313,58 @@ def test_a_missing_variable_is_refused_by_name(field):
     assert refused.value.status == 400 and refused.value.field == "payload.variables.name"
 
 
+MALFORMED = {  # text -> what the error says of it
+    **{text: text for text in (
+        "{{ a.b }}", "{{ a|upper }}", "{{ }}", "{{}}", "{{ name", "{{ 2x }}", "{{ n\u00e4me }}")},
+    "{{ name }": "{{ name", "{{\tname }}": r"{{\tname }}", "{{ {name} }}": "{{", "{{{{ name }}}}": "{{",
+    "{{ %s }}" % ("a" * 65): "{{ aaa"}
+
+
+@pytest.mark.parametrize("field", ["subject", "text", "content"])
+@pytest.mark.parametrize("wrong", [found for found in MALFORMED if found.isprintable()])
+def test_a_malformed_placeholder_of_a_message_with_variables_is_refused_by_name_and_field(field, wrong):
+    with pytest.raises(gomail.Refused) as refused:
+        filled({"name": "x"}, **{field: f"Hello {{{{ name }}}} {wrong}"})
+    assert refused.value.status == 400 and refused.value.field == f"payload.{field}"
+    assert refused.value.error.startswith(f"payload.{field} has {MALFORMED[wrong]}")
+    assert ", expected {{ name }}: a letter" in refused.value.error
+    assert filled(**{field: wrong})[field] == wrong  # without variables
+
+
+def test_all_malformed_placeholders_of_a_text_are_named_up_to_three_of_them():
+    with pytest.raises(gomail.Refused, match=r"^payload\.content has {{ a\.b }}, {{ }}, {{ x y }}, expected"):
+        filled({"name": "x"}, content="{{ a.b }} {{ }} {{ a.b }} {{ name }} {{ x y }} {{ z")
+
+
+@pytest.mark.parametrize("wrong", MALFORMED)
+def test_a_malformed_placeholder_of_a_newsletter_is_refused_where_it_is_defined(client, wrong):
+    definition = {"content_type": "news", "subject": "News", "content": f"Dear {wrong}"}
+    payload = {**definition, "userId": "user@example.com", "frequency": "@daily"}
+    for method, path, body, field in (
+            ("POST", "/task/subscriptionContent", definition, "content"),
+            ("PUT", "/task/subscriptionContent", definition, "content"),
+            ("POST", "/task", {"task": "t", "type": "subscribe", "retries": 0, "payload": payload}, "payload.content")):
+        status, answer, _ = client(method, path, body)
+        assert status == 400 and answer["field"] == field and f"{field} has {MALFORMED[wrong]}" in answer["error"]
+
+
+@hypothesis.settings(deadline=None, max_examples=300)
+@hypothesis.given(strategies.lists(strategies.one_of(strategies.text(max_size=4), strategies.sampled_from(
+    ["{", "}", "{{", "}}", "{{ a }}", "{{a}}", " ", "a", "{{ a.b }}", "\n"])), max_size=12).map("".join))
+def test_two_braces_are_malformed_wherever_they_neither_belong_to_a_placeholder_nor_stand_around_one(text):
+    places = [found.span() for found in gomail.PLACEHOLDER.finditer(text)]
+    wrong = [at for at in range(len(text)) if text.startswith("{{", at)
+             and not any(start - 1 <= at < end for start, end in places)]
+    assert bool(gomail.malformed_placeholders(text)) == bool(wrong)
+
+
 def test_variables_that_make_a_message_larger_than_max_body_are_413_and_nothing_is_queued(services):
     service = services(max_body=20_000)
     client = service.client.sign_up()
     bomb = {**MESSAGE, "payload": {**MESSAGE["payload"], "content": "{{ a }}" * 500, "variables": {"a": "x" * 10_000}}}
     status, answer, _ = client("POST", "/task/", bomb)
     assert status == 413 and answer["field"] == "payload.variables" and "5000000 bytes" in answer["error"]
+    assert "may have 19995: max_body limits" in answer["error"]  # the subject has five
     fine = {**MESSAGE, "payload": {**MESSAGE["payload"], "content": "{{ a }}" * 15, "variables": {"a": "x" * 1000}}}
     answers = client.post("/task/batch", {"tasks": [bomb, fine, fine, fine, MESSAGE]})["tasks"]
     # A batch has twice the room of one.
@@ -3426,7 +3497,7 @@ def test_metrics_are_read_by_prometheus_and_add_up_over_processes(services, mail
     second = services(mail_server, key_prefix=first.store.prefix)
     client = first.client.sign_up()
     mail_server.replies["gone@example.com"] = ["550 5.2.1 no"]
-    mail_server.replies["later@example.com"] = ["450 later"]
+    mail_server.replies["later@example.com"] = ["450 4.2.1 later"]
     client.state(client.task(), "succeeded")
     client.state(client.task(userId="gone@example.com"), "dead")
     client.state(client.task("generateOtp"), "succeeded")
@@ -3450,6 +3521,15 @@ def test_metrics_are_read_by_prometheus_and_add_up_over_processes(services, mail
     buckets = [value for key, value in found.items() if key[0] == "gomail_smtp_seconds_bucket"]
     assert buckets == sorted(buckets) and found["gomail_smtp_seconds_sum",] > 0
     assert found["gomail_retries_waiting",] == 1 and found["gomail_dead_letters",] == 1
+    assert found["gomail_tasks_delayed", "scheduled"] == 1 and found["gomail_tasks_delayed", "retrying"] == 0
+    for labels, least in ((("POST", "task", "2xx"), 5), (("GET", "health", "2xx"), 1)):
+        buckets = [value for key, value in found.items()
+                   if key[0] == "gomail_http_seconds_bucket" and key[2:] == labels]
+        assert len(buckets) == 6 and buckets == sorted(buckets) and buckets[-1] >= least
+        assert found["gomail_http_seconds_count", *labels] == buckets[-1]
+        assert found["gomail_http_seconds_sum", *labels] > 0
+    assert found["gomail_smtp_up",] == found["gomail_redis_up",] == 1
+    assert found["gomail_build_info", gomail.__version__] == 1 and found["process_start_time_seconds",] < time.time()
     for lane in gomail.LANES:
         assert (found["gomail_queue_depth", lane] == found["gomail_lane_paused", lane]
                 == found["gomail_queue_oldest_seconds", lane] == 0)
@@ -3465,10 +3545,127 @@ def test_metrics_show_what_waits_for_how_long_and_which_lanes_are_paused(service
     # A worker may hold one.
     found = until(lambda: (found := metrics_of(service))["gomail_queue_depth", "normal"] >= 3 and found)
     assert found["gomail_lane_paused", "normal"] == 1 and found["gomail_queue_oldest_seconds", "normal"] > 0
+    assert found["gomail_smtp_up",] == 0
     assert client("GET", "/health/ready")[0] == 200
     for lane in gomail.LANES:
         service.workers.gates[lane].close("for the test")
     assert client("GET", "/health/ready")[0] == 503
+
+
+def test_scheduled_tasks_are_counted_apart_from_retries_until_they_are_due_or_cancelled(services, mail_server):
+    service = services(mail_server, retry_delay=600.0)
+    client = service.client.sign_up()
+    mail_server.replies["later@example.com"] = ["450 4.2.1 later"]
+    client.state(client.task(userId="later@example.com", retries=3), "retrying")
+    far, soon = (client.task(send_at=rfc3339(time.time() + seconds)) for seconds in (1e6, 1))
+
+    def delayed():
+        found = metrics_of(service)
+        return found["gomail_tasks_delayed", "scheduled"], found["gomail_tasks_delayed", "retrying"]
+    assert delayed() in ((2, 1), (1, 1))
+    client.state(soon, "succeeded")
+    assert delayed() == (1, 1)
+    client("DELETE", f"/task/{far}")
+    assert delayed() == (0, 1) and not service.store.redis.exists(service.store.key("scheduled"))
+
+
+def test_scheduled_tasks_of_an_older_version_are_counted_too_after_a_while(services):
+    service = services(retry_delay_max=1.0, retry_delay=1.0)
+    service.client.sign_up().task(send_at=rfc3339(time.time() + 1e6))
+    service.store.redis.delete(service.store.key("scheduled"))  # which it did not write
+    until(lambda: metrics_of(service)["gomail_tasks_delayed", "scheduled"] == 1)
+
+
+def test_subscriptions_are_counted(client, service):
+    define(client)
+    subscribe(client)
+    assert metrics_of(service)["gomail_subscriptions",] == 1
+    client.state(client.task("unsubscribe", content_type="news"), "succeeded")
+    assert metrics_of(service)["gomail_subscriptions",] == 0
+
+
+def test_while_redis_is_away_metrics_say_so_with_what_the_process_knows(services, redis_with_file, mail_server):
+    server = redis_with_file()
+    service = services(mail_server, redis_uri=server.uri)
+    client = service.client.sign_up()
+    client.state(client.task(), "succeeded")
+    before = until(lambda: (found := metrics_of(service)).get(("gomail_tasks_total", "succeeded", "message")) and found)
+    server.kill()
+    found = until(lambda: (found := metrics_of(service))["gomail_redis_up",] == 0 and found)
+    assert {name for name, *_ in found} == {"gomail_redis_up", "gomail_smtp_up", "gomail_lane_paused",
+                                            "gomail_build_info", "process_start_time_seconds"}
+    assert found["process_start_time_seconds",] == before["process_start_time_seconds",]
+    server.start()
+    after = until(lambda: (found := metrics_of(service))["gomail_redis_up",] == 1 and found)
+    pings = "gomail_http_requests_total", "GET", "/metrics", "200"
+    assert after["gomail_tasks_total", "succeeded", "message"] == 1 and after[pings] > before.get(pings, 0)
+    service.stop()
+    services.running.remove(service)
+
+
+def metrics_documented() -> dict[str, tuple[str, set[str]]]:
+    """{name: (type, names of its labels)} of docs/metrics.md."""
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (.*?) \|", (HERE / "docs" / "metrics.md").read_text(), re.MULTILINE)
+    return {name: (kind, set(re.findall(r"`(\w+)`", labels))) for name, kind, labels in rows}
+
+
+def test_docs_metrics_md_names_every_metric_with_its_labels_and_no_other(services, mail_server):
+    service = services(mail_server)
+    client = service.client.sign_up()
+    client.state(client.task(), "succeeded")
+    connection = http.client.HTTPConnection(service.http.url.removeprefix("http://"))
+
+    def families():
+        connection.request("GET", "/metrics")
+        text = connection.getresponse().read().decode()
+        return {family.name + "_total" * (family.type == "counter"): (family.type, {
+            label for sample in family.samples for label in sample.labels if label != "le"})
+            for family in prometheus_client.parser.text_string_to_metric_families(text)}
+    assert until(lambda: (found := families())["gomail_http_seconds"][1] and found["gomail_tasks_total"][1] and found
+                 ) == metrics_documented()
+
+
+def test_the_alerts_ask_for_documented_metrics_and_labels_alone():
+    rules = (HERE / "docs" / "alerts.yml").read_text()
+    known = metrics_documented()
+    names = {re.sub("_bucket$", "", name) for name in re.findall(r"\b(?:gomail|process)_\w+", rules)}
+    assert names and names <= known.keys()
+    for name, labels in re.findall(r"\b((?:gomail|process)_\w+){(.*?)}", rules):
+        assert set(re.findall(r"(\w+)[=!]", labels)) <= known[re.sub("_bucket$", "", name)][1] | {"job"}
+    assert set(re.findall(r'lane[=!]~?"([^"]+)"', rules)) <= {*gomail.LANES, "urgent|bulk"}
+
+
+@pytest.mark.servers
+def test_promtool_takes_alerts_and_metrics_and_an_outage_is_told_from_a_sender_that_is_refused(service, tmp_path):
+    promtool = shutil.which("promtool", path=f"{RealServer.FILES}/usr/bin{os.pathsep}{os.environ['PATH']}")
+    if promtool is None:
+        reason = "no promtool to test with: install_mail_servers of .ci/run installs it"
+        assert not os.environ.get("CI"), reason
+        pytest.skip(reason)
+
+    def run(*arguments, given=b""):
+        done = subprocess.run([promtool, *arguments], input=given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        assert done.returncode == 0, done.stdout.decode()
+    connection = http.client.HTTPConnection(service.http.url.removeprefix("http://"))
+    connection.request("GET", "/metrics")
+    run("check", "metrics", given=connection.getresponse().read())
+    alerts = HERE / "docs" / "alerts.yml"
+    run("check", "rules", str(alerts))
+    # The server is out from minute 6 to 26; the lane stays paused until the end.
+    out = {"severity": "critical", "instance": "a"}
+    series = [{"series": 'gomail_smtp_up{instance="a"}', "values": "1+0x5 0+0x20 1+0x40"},
+              {"series": 'gomail_lane_paused{instance="a", lane="normal"}', "values": "0+0x5 1+0x61"}]
+    (tmp_path / "test.yml").write_text(json.dumps({"rule_files": [str(alerts)], "tests": [{
+        "interval": "1m", "input_series": series, "alert_rule_test": [
+            {"alertname": name, "eval_time": f"{minute}m", "exp_alerts": [{"exp_labels": labels, "exp_annotations": {
+                "summary": summary}}] if labels else []}
+            for name, minute, labels, summary in (
+                ("GomailSmtpDown", 9, {}, ""), ("GomailSmtpDown", 40, {}, ""), ("GomailLanePaused", 25, {}, ""),
+                ("GomailSmtpDown", 15, out, "The SMTP server is out. Mail waits, and leaves when it is back; "
+                                            "GET /lanes says why."),
+                ("GomailLanePaused", 45, {**out, "lane": "normal"}, "The lane normal is paused though the SMTP server "
+                                                                    "answers. It may refuse the sender."))]}]}))
+    run("test", "rules", str(tmp_path / "test.yml"))
 
 
 @pytest.mark.timeout(7200)
@@ -4323,6 +4520,12 @@ LOOK_ALIKES = [("straße", "strasse"), ("kai", "\u212aai"), ("fish", "ﬁsh"), (
                ("İnci", "i̇nci"), ("ΣΊΣΥΦΟΣ", "σίσυφος")]
 
 
+def test_an_otp_that_comes_as_a_number_is_400_and_says_that_it_belongs_in_quotes(client):
+    status, answer, _ = client("POST", "/task/verify", {"userEmail": "user@example.com", "otp": 123456})
+    assert status == 400 and answer["error"] == "otp must be a string of digits, in quotes" and answer["field"] == "otp"
+    assert client.post("/task/verify", {"userEmail": "user@example.com", "otp": "none"})["verified"] is False
+
+
 @pytest.mark.parametrize("one, other", [*LOOK_ALIKES, *(pair[::-1] for pair in LOOK_ALIKES)])
 def test_an_otp_of_one_mailbox_does_not_verify_one_that_looks_alike(services, one, other):
     with contextlib.closing(MailServer(enable_SMTPUTF8=True)) as server:
@@ -5106,6 +5309,88 @@ def test_while_the_mail_server_is_out_no_task_pays_an_attempt_and_all_are_sent_w
     assert len({mail.recipient for mail in mail_server.mails}) == 51
 
 
+def test_that_the_mail_server_is_out_is_known_to_all_lanes_and_shown_once(services, mail_server):
+    service = services(mail_server)
+    client = service.client.sign_up()
+    assert client.get("/lanes")["smtp"] == {"state": "unknown", "processes": 0, "since": None, "reason": None}
+    mail_server.stop()
+    before = time.time()
+    task_id = client.task()
+    smtp = until(lambda: (found := client.get("/lanes")["smtp"])["state"] == "out" and found)
+    since = datetime.datetime.fromisoformat(smtp["since"]).timestamp()
+    assert smtp["processes"] == 1 and "Connection refused" in smtp["reason"] and before - 0.001 <= since <= time.time()
+    found = {lane["lane"]: lane["paused"] for lane in client.get("/lanes")["lanes"]}
+    assert found["urgent"] == found["bulk"] == 0  # a lane without mail is not paused: what comes is tried at once
+    assert client("GET", "/health/ready")[:2] == (200, {"status": True, "smtp": "out"})
+    other = Client(services(mail_server, key_prefix=service.store.prefix).http.url, client.key)
+    assert other.get("/health/ready")["smtp"] in ("out", "unknown")
+    until(lambda: other.get("/lanes")["smtp"]["state"] == "out")  # by the heartbeat of the first
+    mail_server.start()
+    client.state(task_id, "succeeded")
+    until(lambda: client.get("/lanes")["smtp"]["processes"] == 0)
+    assert "up" in (client.get("/health/ready")["smtp"], other.get("/health/ready")["smtp"])
+
+
+def test_a_recovery_that_one_lane_sees_resumes_all_that_the_outage_paused_and_no_other(
+        services, mail_server, monkeypatch):
+    monkeypatch.setattr(gomail.Gate, "FIRST_DELAY", 600)
+    monkeypatch.setattr(gomail.Gate, "LONGEST_DELAY", 600)
+    service = services(mail_server)
+    client, gates = service.client.sign_up(), service.workers.gates
+    mail_server.stop()
+    message = client.task()
+    until(lambda: gates["normal"].reason)
+    gates["bulk"].close("the sender: 550 not you")
+    mail_server.start()
+    client.state(client.task("generateOtp", userId="otp@example.com"), "succeeded")
+    client.state(message, "succeeded")
+    assert service.workers.smtp.state == "up" and gates["bulk"].reason == "the sender: 550 not you"
+
+
+def test_mail_over_an_older_connection_does_not_say_that_the_server_takes_new_ones(services, mail_server, monkeypatch):
+    monkeypatch.setattr(gomail.Gate, "FIRST_DELAY", 600)
+    service = services(mail_server, workers=1)
+    client, workers = service.client.sign_up(), service.workers
+    client.state(client.task("generateOtp", userId="one@example.com"), "succeeded")
+    workers.gates["normal"].close("421 too many connections", outage=True)
+    client.state(client.task("generateOtp", userId="two@example.com"), "succeeded")
+    assert mail_server.connections == 1 and workers.smtp.state == "out" and workers.gates["normal"].reason
+
+
+@pytest.mark.parametrize("fault", ["sender", "mail"])
+def test_a_server_that_refuses_the_sender_or_hangs_up_on_a_mail_is_not_out(services, mail_server, fault):
+    service = services(mail_server)
+    client = service.client.sign_up()
+    if fault == "sender":
+        mail_server.sender_replies = ["550 not you"] * 3
+    else:
+        mail_server.data_replies["user@example.com"] = ["DROP"] * 2
+    seen = []
+    out = service.workers.smtp.out
+    service.workers.smtp.out = lambda *arguments: seen.append(arguments) or out(*arguments)
+    client.state(client.task(), "succeeded")
+    assert not seen and service.workers.smtp.state == "up"
+
+
+def test_a_sender_that_is_refused_after_an_outage_is_no_outage_any_more(services, mail_server, monkeypatch):
+    service = services(mail_server)
+    client, workers = service.client.sign_up(), service.workers
+    mail_server.stop()
+    client.task()
+    until(lambda: workers.smtp.state == "out")
+    mail_server.sender_replies = ["550 not you"] * 10_000
+    mail_server.start()
+    until(lambda: workers.smtp.state == "up")
+    assert "550 not you" in until(lambda: workers.gates["normal"].reason)
+
+
+def test_what_an_older_version_reports_of_its_lanes_is_read(service):
+    service.store.redis.hset(service.store.key("paused"), "older", json.dumps({"normal": "refused"}))
+    found = service.client.sign_up().get("/lanes")
+    assert found["smtp"]["state"] == "unknown" and [lane["paused"] for lane in found["lanes"]] == [
+        int(lane["lane"] == "normal") for lane in found["lanes"]]
+
+
 def test_a_paused_lane_says_why_and_probes_at_once_when_somebody_asks_any_of_the_processes(
         services, mail_server, monkeypatch):
     monkeypatch.setattr(gomail.Gate, "FIRST_DELAY", 600)
@@ -5300,11 +5585,25 @@ def test_a_scheduled_task_can_be_cancelled_while_it_waits_and_only_by_its_accoun
     assert client("DELETE", f"/task/{task_id}")[1] == {"status": True, "msg": "Task cancelled successfully"}
     assert client.get(f"/task/{task_id}")["state"] == "cancelled"
     assert "secret" not in str(service.store.redis.hgetall(service.store.key("task", task_id)))
-    assert not service.queue.depths()["retrying"]
-    assert client("DELETE", f"/task/{task_id}")[0] == 409
-    sent = client.task()
-    client.state(sent, "succeeded")
-    assert client("DELETE", f"/task/{sent}")[0] == 409 and client("DELETE", "/task/none")[0] == 404
+    assert not service.queue.depths()["retrying"] and client("DELETE", "/task/none")[0] == 404
+
+
+def test_a_task_that_cannot_be_cancelled_says_what_it_does_instead(services, mail_server):
+    service = services(mail_server, workers=1)
+    client, begun, end = service.client.sign_up(), threading.Event(), threading.Event()
+    cancelled = client.task(send_at=rfc3339(time.time() + 1e8))
+    client("DELETE", f"/task/{cancelled}")
+    service.workers.handlers["message"] = lambda task: begun.set() or end.wait()
+    running, queued = client.task(), client.task()
+    assert begun.wait(PATIENCE)
+    for task_id, words in ((queued, "waits in its lane and may be taken at any moment"),
+                           (running, "is being worked on"), (cancelled, "has ended already (cancelled)")):
+        status, answer, _ = client("DELETE", f"/task/{task_id}")
+        assert (status, answer["field"]) == (409, "id") and answer["error"] == (
+            f"the task {words}; only one that waits for its send_at or a retry can be cancelled")
+    end.set()
+    client.state(running, "succeeded")
+    assert "has ended already (succeeded)" in client("DELETE", f"/task/{running}")[1]["error"]
 
 
 def test_other_mail_gives_way_to_an_otp_until_that_is_sent_or_for_a_moment(queue, monkeypatch):
@@ -5769,6 +6068,22 @@ def test_a_body_larger_than_max_body_is_413_before_it_is_read(services):
     service = services(max_body=1024)
     answer = raw(service, b"POST /task/ HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10000000\r\n\r\n", b"x" * 100000)
     assert status_of(answer) == 413 and b"Connection: close" in answer
+
+
+def test_a_body_that_is_too_large_hears_how_large_it_is_and_which_option_says_so(services):
+    service = services(max_body=100_000)
+    for path, size, limit in (("/task", 100_001, "100000 (max_body)"), ("/session", 70_000, "65536 on this path")):
+        start = (f"POST {path} HTTP/1.1", JSON, f"Authorization: {service.client.sign_up().key}")
+        answer = raw(service, head(*start, f"Content-Length: {size}"), b"x" * size)
+        assert status_of(answer) == 413
+        assert f"the body has {size} bytes, and may have at most {limit}".encode() in answer
+        answer = raw(service, head(*start, CHUNKS) + b"%x\r\n" % size + b"x" * size + b"\r\n0\r\n\r\n")
+        assert status_of(answer) == 413 and f"the body has more than {limit.partition(' ')[0]} bytes".encode() in answer
+
+
+def test_an_empty_body_is_said_to_be_empty(client):
+    for body in (b"", b" \r\n"):
+        assert client("POST", "/session", body)[1]["error"] == "the body is empty, expected a JSON object"
 
 
 def test_requests_on_one_connection_are_answered_in_order(service):
@@ -6984,7 +7299,7 @@ def test_stats_are_shown_once_to_a_program_and_live_at_a_terminal(operated, mail
     assert code == 0 and output.count("urgent") >= 3 and "Traceback" not in output
     mail_server.stop()
     client.task()
-    until(lambda: "paused: " in command("stats")[1])
+    until(lambda: "paused: " in command("stats")[1] and "SMTP server out since 2" in command("stats")[1])
 
 
 def test_colours_are_for_terminals_and_no_color_turns_them_off(operated, mail_server):
@@ -7912,6 +8227,13 @@ def test_a_paused_lane_says_why_on_the_page_and_is_resumed_there(services, mail_
     lane = tab.get_by_role("list", name="Lanes").get_by_role("listitem").filter(has_text="normal")
     lane.get_by_text("paused").wait_for()
     assert "Connection refused" in lane.inner_text()
+    tab.get_by_text("The SMTP server is out since").wait_for()
+    idle = tab.get_by_role("list", name="Lanes").get_by_role("listitem").filter(has_text="bulk")
+    idle.get_by_text("waits for the SMTP server").wait_for()
+    go(tab, "#/tasks")
+    assert "Connection refused" in tab.get_by_text("The SMTP server is out since").inner_text()
+    assert tab.get_by_text("The lane normal is paused").count() == 0  # it says the same
+    go(tab, "#/")
     mail_server.start()
     tab.get_by_role("button", name="Resume now: normal").click()
     client.state(task_id, "succeeded")
@@ -8841,7 +9163,7 @@ def test_ready_is_503_while_redis_takes_nothing(services, redis_with_file):
     service = services(redis_uri=server.uri)
     for fault, remedy in ((("CONFIG", "SET", "maxmemory", "1"), ("CONFIG", "SET", "maxmemory", "0")),
                           (("REPLICAOF", "127.0.0.1", "1"), ("REPLICAOF", "NO", "ONE"))):
-        assert service.client.get("/health/ready") == {"status": True}
+        assert service.client.get("/health/ready") == {"status": True, "smtp": "unknown"}
         server.client.execute_command(*fault)
         assert service.client("GET", "/health/ready")[0] == 503
         server.client.execute_command(*remedy)
