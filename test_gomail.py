@@ -20,6 +20,7 @@ import email.policy
 import email.utils
 import fcntl
 import gzip
+import hashlib
 import hmac
 import html
 import http.client
@@ -6743,6 +6744,32 @@ def test_what_tasks_do_while_the_backup_reads_is_done_or_still_to_be_done_afterw
     assert [found["next"] is not None for found in client.get("/subscriptions")["subscriptions"]] == [True]
     until(lambda: [found["userId"] for found in client.get("/suppressions")["suppressions"]] == ["gone@example.com"])
     assert mail_server.mails == []
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_idempotency_key_in_a_backup_has_its_task_beside_it(services, mail_server, stage):
+    first = services(mail_server)
+    client = first.client.sign_up()
+    file = backed_up(first.store, lambda pattern: pattern == stage and client.task(headers={"Idempotency-Key": "one"}))
+    second = services(mail_server, key_prefix=restored(first.store, file))
+    client = Client(second.http.url, client.key)
+    client.state(client.task(headers={"Idempotency-Key": "one"}), "succeeded")
+
+
+def test_a_task_that_redis_shows_twice_while_it_is_read_is_restored_once_as_it_was_last(services, mail_server):
+    first = services(mail_server)
+    client = first.client.sign_up()
+    first.workers.stop(PATIENCE)
+    task_id = client.task()
+    head, *lines, end = gzip.decompress(backed_up(first.store).getvalue()).splitlines(keepends=True)
+    task = next(json.loads(line) for line in lines if task_id.encode() in line and b'"hash"' in line)
+    task["hash"] |= {"state": "succeeded", "finished": task["hash"]["created"], "attempts": "1"}
+    lines.append(json.dumps(task).encode() + b"\n")
+    above = b"".join([head, *lines])
+    end = json.dumps({"lines": len(lines), "sha256": hashlib.sha256(above).hexdigest()}).encode()
+    second = services(mail_server, key_prefix=restored(first.store, io.BytesIO(gzip.compress(above + end))))
+    assert Client(second.http.url, client.key).get(f"/task/{task_id}")["state"] == "succeeded"
+    assert not any(second.queue.depths().values())
 
 
 def test_a_backup_that_ends_too_early_or_was_changed_is_refused_before_anything_is_changed(service, client, tmp_path):
