@@ -1141,12 +1141,13 @@ class Store:
     # All that gomail, its scripts included, asks Redis for, beside what begins a connection; k is a key.
     # docs/operations.md has the same list, for the ACL of a user.
     COMMANDS = """
-        BRPOPLPUSH k k 0, DEL k, EVAL x 1 k, EVALSHA x 1 k, EXEC, EXISTS k, EXPIRE k 1, GET k, HDEL k x, HEXISTS k x,
-        HGET k x, HGETALL k, HINCRBY k x 1, HINCRBYFLOAT k x 1, HKEYS k, HLEN k, HMGET k x, HRANDFIELD k, HSCAN k 0,
-        HSET k x x, HSETNX k x x, HVALS k, INCR k, LINDEX k 0, LLEN k, LMOVE k k LEFT LEFT, LPUSH k x, LRANGE k 0 0,
-        LREM k 0 x, MULTI, PERSIST k, PEXPIRE k 1, PING, PTTL k, RPOP k, RPOPLPUSH k k, RPUSH k x, SCAN 0, SET k x,
-        TIME, TTL k, UNLINK k, ZADD k 1 x, ZCARD k, ZCOUNT k 0 0, ZRANGE k 0 0, ZRANGEBYSCORE k 0 0, ZREM k x,
-        ZREMRANGEBYSCORE k 0 0, ZREVRANGE k 0 0, ZREVRANGEBYSCORE k 0 0, ZSCAN k 0, ZSCORE k x
+        BRPOPLPUSH k k 0, DBSIZE, DEL k, EVAL x 1 k, EVALSHA x 1 k, EXEC, EXISTS k, EXPIRE k 1, GET k, HDEL k x,
+        HEXISTS k x, HGET k x, HGETALL k, HINCRBY k x 1, HINCRBYFLOAT k x 1, HKEYS k, HLEN k, HMGET k x, HRANDFIELD k,
+        HSCAN k 0, HSET k x x, HSETNX k x x, HVALS k, INCR k, LINDEX k 0, LLEN k, LMOVE k k LEFT LEFT, LPUSH k x,
+        LRANGE k 0 0, LREM k 0 x, MEMORY|USAGE k, MULTI, PERSIST k, PEXPIRE k 1, PEXPIREAT k 1, PING, PTTL k, RPOP k,
+        RPOPLPUSH k k, RPUSH k x, SCAN 0, SET k x, TIME, TTL k, TYPE k, UNLINK k, ZADD k 1 x, ZCARD k, ZCOUNT k 0 0,
+        ZRANGE k 0 0, ZRANGEBYSCORE k 0 0, ZREM k x, ZREMRANGEBYSCORE k 0 0, ZREVRANGE k 0 0, ZREVRANGEBYSCORE k 0 0,
+        ZSCAN k 0, ZSCORE k x
     """
     FSYNC_COMMANDS = "WAITAOF 1 0 0"  # with durability=fsync
 
@@ -1319,7 +1320,8 @@ class Store:
         connection = pool.get_connection()
         try:
             for name, *args in commands:
-                connection.send_command(name, *(self.key("permitted") if arg == "k" else arg for arg in args))
+                args = [self.key("permitted") if arg == "k" else arg for arg in args]
+                connection.send_command(*name.split("|"), *args)
                 try:
                     connection.read_response()
                 except redis.ResponseError as error:
