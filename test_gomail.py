@@ -5474,12 +5474,17 @@ def test_an_unexpected_error_costs_one_task_an_attempt_and_never_the_worker(serv
     client.state(client.task(), "succeeded")
 
 
+def keep_paused(gate: gomail.Gate) -> None:
+    """Pause a lane whose probes never succeed, and which does not learn that mails of other lanes do."""
+    gate.transport = gomail.Outbox(os.devnull)
+    gate.smtp = gomail.SmtpState(gate.transport)
+    gate.close("for the test")
+
+
 def test_a_full_lane_delays_no_other(services, mail_server):
     service = services(mail_server)
     client = service.client.sign_up()
-    service.workers.gates["normal"].close("for the test")
-    monkey = service.workers.gates["normal"]
-    monkey.transport = gomail.Outbox(os.devnull)  # a probe that never succeeds
+    keep_paused(service.workers.gates["normal"])
     for _ in range(20):
         client.task()
     client.state(client.task("generateOtp", userId="otp@example.com"), "succeeded")
@@ -9479,8 +9484,7 @@ def test_100000_subscriptions_due_at_once_are_queued_and_an_otp_overtakes_them(s
     define(client)
     account = service.http.api.accounts.authenticate(client.key).name
     key, now = service.store.key, int(service.store.time())
-    service.workers.gates["bulk"].close("for the test")
-    service.workers.gates["bulk"].transport = gomail.Outbox(os.devnull)  # a probe that never succeeds
+    keep_paused(service.workers.gates["bulk"])
     for start in range(0, 100_000, 5000):
         with service.store.redis.pipeline(transaction=False) as pipeline:
             addresses = [f"{number}@example.com" for number in range(start, start + 5000)]
