@@ -799,7 +799,8 @@ def start_logging(settings):
 #   jwt_secret_check               string  a keyed hash that tells whether another process has the same one
 #   ended_session:<id>             string  there for a session that somebody ended before its time
 #   task:<id>                      hash    head (what is shown of it), body (the whole, until it has ended), story
-#                                          (what became of its attempts), account, key, lane, state, attempts, ...
+#                                          (what became of its attempts), account, key, lane, state, attempts, ...;
+#                                          when it has ended otherwise than as a dead letter, see Queue.CONCLUDE
 #   recent, recent:<account>       list    ids of the newest tasks, newest first
 #   lane:<urgent|normal|bulk>      list    ids of waiting tasks; in at the left, out at the right
 #   processing:<process>:<worker>  list    the id a worker has in hand
@@ -2125,6 +2126,44 @@ class Queue:
         end
     """
 
+    # What is kept of a task that has ended, dead letters apart. There are as many as mails in `result_ttl`, so it takes
+    # few fields of at most 64 bytes (hash-max-listpack-value), which is a quarter of the memory and swiftly written:
+    #
+    #   d      state ("" is succeeded), type ("" is message), retries, attempts, when it was accepted (microseconds),
+    #          begun ("", or since it was accepted) and ended (since it was begun), and the account, by spaces
+    #   u, n   userId, and the task's name
+    #   to     the recipients in lower case, where there are more than that one
+    #   error, story    where there is one
+    #
+    # Nothing of the mail itself is kept. A head that cannot be read here (it has half a surrogate pair) stays as it is.
+    CONCLUDE = """
+        local function conclude(task, state, attempt, error, now, ttl)
+            local account, accepted, started, attempts, before, to, head, story = unpack(redis.call('HMGET', task,
+                'account', 'created', 'started', 'attempts', 'error', 'to', 'head', 'story'))
+            local readable, shown = pcall(function()
+                local found = cjson.decode(head or redis.call('HGET', task, 'body'))
+                return {found.payload.userId .. '', found.task .. '', found.type .. '', found.retries + 0}
+            end)
+            local user, name, type, retries = unpack(readable and shown or {'', '', '', ''})
+            local created, begun = tonumber(accepted) or 0, tonumber(started)
+            local kept = {'u', user, 'n', name, 'd', table.concat({
+                state == 'succeeded' and '' or state, type == 'message' and '' or type, retries,
+                (tonumber(attempts) or 0) + attempt, accepted, begun and string.format('%.0f', begun - created) or '',
+                string.format('%.0f', now - (begun or created)), account}, ' ')}
+            local function keep(name, value)
+                kept[#kept + 1] = name
+                kept[#kept + 1] = value
+            end
+            if not readable then keep('head', head or '') end
+            if to and to ~= string.lower(user) then keep('to', to) end
+            if (error or before or '') ~= '' then keep('error', error or before) end
+            if story then keep('story', story) end
+            redis.call('DEL', task)
+            redis.call('HSET', task, unpack(kept))
+            redis.call('PEXPIRE', task, ttl)
+        end
+    """
+
     BURY = NOTE + """
         local function bury(prefix, id, error, ttl, most)
             local task = prefix .. 'task:' .. id
@@ -2243,7 +2282,7 @@ class Queue:
     # Settle what the worker had in hand, and take the next task. The first line is the fence: a worker whose
     # task was given to another in the meantime settles nothing. What is still in the list after that was
     # taken by a call whose answer was lost, and comes first.
-    EXCHANGE = BURY + """
+    EXCHANGE = BURY + CONCLUDE + """
         local own, lane, prefix = KEYS[1], KEYS[2], KEYS[3]
         local take, id, verdict, error, delay, delivered, suppress = unpack(ARGV)
         local result_ttl, dead_ttl, dead_max, process, worker = unpack(ARGV, 8)
@@ -2256,12 +2295,8 @@ class Queue:
                 redis.call('HSET', prefix .. 'suppressed_for:' .. account, address, error)
             end
             if verdict == 'succeeded' or verdict == 'cancelled' or verdict == 'suppressed' then
-                redis.call('HSET', task, 'state', verdict, 'error', error, 'finished', microseconds)
-                redis.call('PEXPIRE', task, result_ttl)
-                -- Nothing of the mail itself is kept. A newsletter's body, which is its head, holds nothing of it.
-                if redis.call('HEXISTS', task, 'head') == 1 then redis.call('HDEL', task, 'body') end
+                conclude(task, verdict, verdict == 'succeeded' and 1 or 0, error, microseconds, result_ttl)
                 if verdict == 'succeeded' then
-                    redis.call('HINCRBY', task, 'attempts', 1)
                     redis.call('HINCRBY', prefix .. 'metrics', 'executed', 1)
                     redis.call('HINCRBY', prefix .. 'metrics', 'successful', 1)
                 end
@@ -2448,15 +2483,14 @@ class Queue:
     """
 
     # Only what waits in the delayed set: what a lane or a worker has, the next moment may send.
-    CANCEL = CLOCK + """
+    CANCEL = CLOCK + CONCLUDE + """
         local prefix, id, account, ttl = KEYS[1], unpack(ARGV)
         local task = prefix .. 'task:' .. id
-        local owner = redis.call('HGET', task, 'account')
+        local owner, ended = unpack(redis.call('HMGET', task, 'account', 'd'))
+        owner = owner or ended and string.match(ended, '^' .. string.rep('%S* ', 7) .. '(.*)$')
         if not owner or account ~= '' and owner ~= account then return 'unknown' end
         if redis.call('ZREM', prefix .. 'delayed', id) == 0 then return 'late' end
-        redis.call('HDEL', task, 'due', 'body')
-        redis.call('HSET', task, 'state', 'cancelled', 'finished', microseconds)
-        redis.call('PEXPIRE', task, ttl)
+        conclude(task, 'cancelled', 0, nil, microseconds, ttl)
         return 'cancelled'
     """
 
@@ -2493,13 +2527,14 @@ class Queue:
     # Of the newest tasks, those in a state and to a recipient; and where to look on.
     RECENT_ONES = """
         local prefix, list = KEYS[1], KEYS[2]
-        local search, state, offset, look, most = unpack(ARGV)
+        local search, wanted, offset, look, most = unpack(ARGV)
         local at, found = tonumber(offset), {}
         local ids = redis.call('LRANGE', list, at, at + look - 1)
         for _, id in ipairs(ids) do
             at = at + 1
-            local to, now = unpack(redis.call('HMGET', prefix .. 'task:' .. id, 'to', 'state'))
-            if now and (state == '' or now == state)
+            local to, now, user, ended = unpack(redis.call('HMGET', prefix .. 'task:' .. id, 'to', 'state', 'u', 'd'))
+            if ended then to, now = to or string.lower(user), string.match(ended, '^%S+') or 'succeeded' end
+            if now and (wanted == '' or now == wanted)
                     and (search == '' or string.find(to or '', search, 1, true)) then
                 found[#found + 1] = id
                 if #found == tonumber(most) then break end
@@ -2738,18 +2773,23 @@ class Queue:
 
     def _statuses(self, ids, account="", story=False):
         """The statuses of those of the tasks that there are, in one round trip; the body is seldom asked for."""
-        fields = ("head", "account", "state", "attempts", "error", "created", "finished", "due", "started", "story")
+        fields = ("head", "account", "state", "attempts", "error", "created", "finished", "due", "started", "story",
+                  "d", "u", "n")
         with self.store.redis.pipeline(transaction=False) as pipeline:
             for task_id in ids:
                 pipeline.hmget(self.store.key("task", task_id), fields)
             tasks = [(task_id, dict(zip(fields, values))) for task_id, values in zip(ids, pipeline.execute())]
         statuses = []
         for task_id, found in tasks:
+            if found["d"]:
+                state, *_, found["account"] = found["d"].split(" ", 7)
+                found["state"] = state or "succeeded"
             if found["state"] is None or account and found["account"] != account:
                 continue
-            found["head"] = found["head"] or self.store.redis.hget(self.store.key("task", task_id), "body")
-            if found["head"] is None:  # it ended just now
-                continue
+            if not found["head"] and not found["d"]:
+                found["head"] = self.store.redis.hget(self.store.key("task", task_id), "body")
+                if found["head"] is None:  # it ended just now
+                    continue
             try:
                 owner = {} if account else {"account": found["account"]}
                 statuses.append(self._status(task_id, found, story) | owner)
@@ -2764,7 +2804,9 @@ class Queue:
     @staticmethod
     def _status(task_id: str, found: dict, story: bool) -> dict:
         """The status of a task, from the fields of its hash. Raises ValueError, TypeError or KeyError."""
-        task = json.loads(found["head"])
+        if found["d"]:
+            found = found | concluded(found)
+        task = found["task"] if found["u"] else json.loads(found["head"])
         status = {"id": task_id, "task": task["task"], "type": task["type"], "userId": task["payload"]["userId"],
                   "state": found["state"], "attempts": int(found["attempts"]), "retries": task["retries"],
                   "error": found["error"] or None, "created": timestamp(found["created"])}
@@ -2914,6 +2956,16 @@ def head_of(task):
     """What is shown of a task, and kept when it has ended, as JSON: nothing of the mail itself."""
     return json.dumps({"task": task["task"], "type": task["type"], "retries": task["retries"],
                        "payload": {"userId": task["payload"]["userId"]}})
+
+
+def concluded(found: dict) -> dict:
+    """The fields of a task, as long as it has not ended, from what Queue.CONCLUDE keeps of it; "task" is its head."""
+    _, task_type, retries, attempts, created, begun, ended, _ = found["d"].split(" ", 7)
+    started = int(created) + int(begun or 0)
+    return {"task": {"task": found["n"], "type": task_type or "message", "retries": int(retries or 0),
+                     "payload": {"userId": found["u"]}},
+            "attempts": attempts, "created": created, "started": started if begun else None,
+            "finished": started + int(ended)}
 
 
 def told(task):

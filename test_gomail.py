@@ -2009,6 +2009,79 @@ def test_the_content_of_a_sent_mail_is_not_kept(client, service):
     assert "for one reader only" not in str(service.store.redis.hgetall(service.store.key("task", task_id)))
 
 
+def test_a_sent_mail_takes_little_memory(client, service):
+    task_id = client.task(userId="somebody.with.a.name@mail.example.com", content="x" * 5000)
+    client.state(task_id, "succeeded")
+    key = service.store.key("task", task_id)
+    assert service.store.redis.object("encoding", key) in ("listpack", "ziplist"), service.store.redis.hgetall(key)
+    assert service.store.redis.memory_usage(key) <= 265
+
+
+NAMES_OF_TASKS = strategies.sampled_from(["Welcome", " two  spaces ", "Grüße \U0001f600", "half of \ud83d a pair", '"\\/',
+                                          "x" * 256])
+ENDED_TASKS = strategies.one_of(
+    strategies.fixed_dictionaries({"type": strategies.just("message"), "payload": strategies.fixed_dictionaries(
+        {"userId": strategies.sampled_from(["User@Example.com", "user@example.com", "Grüße@bücher.example",
+                                            f"{'a' * 64}@example.com"]),
+         "subject": strategies.just("Hello"), "content": strategies.just("Hello")},
+        optional={"cc": strategies.just(["Cc@example.com"]), "bcc": strategies.just(["bcc@example.com"])})}),
+    strategies.just({"type": "unsubscribe", "payload": {"userId": "user@example.com", "content_type": "news"}}))
+
+
+@hypothesis.settings(deadline=None, max_examples=200,
+                     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.given(task=ENDED_TASKS, name=NAMES_OF_TASKS, retries=strategies.integers(0, 9), owner=strategies.booleans(),
+                  refusals=strategies.lists(strategies.sampled_from(["450 busy", "", "450 Grüße"]), max_size=2),
+                  verdict=strategies.sampled_from(["succeeded", "cancelled", "suppressed", "by request"]),
+                  error=strategies.sampled_from(["", "nobody is left"]), is_older=strategies.booleans())
+def test_what_is_shown_of_an_ended_task_is_the_same_in_either_form_that_is_kept(
+        queue, task, name, retries, owner, refusals, verdict, error, is_older):
+    client, account = queue.store.redis, queue.account if owner else gomail.Account("an app @ home", "0123456789")
+    client.hset(queue.store.key("UserList"), account.name, account.key_id)
+    lane = gomail.lane_of(task["type"])
+    task_id, = queue.enqueue(account, [{**task, "task": name, "retries": retries}])
+    key = queue.store.key("task", task_id)
+    queue.beat(["normal-0"], {})
+    if is_older and "\ud83d" not in name:  # as a version without heads had queued it
+        client.hdel(key, "head")
+    outcome = None
+    for refusal in refusals:
+        until(lambda: queue.exchange("normal-0", lane))
+        queue.exchange("normal-0", lane, gomail.Outcome(task_id, "retrying", refusal), take=False)
+    if verdict == "by request":
+        client.zadd(queue.store.key("delayed"), {task_id: 1e14})
+        client.lrem(queue.store.key("lane", lane), 0, task_id)
+        before = client.hgetall(key)
+        queue.cancel(task_id, account.name)
+        after = {"state": "cancelled"}
+    else:
+        until(lambda: queue.exchange("normal-0", lane))
+        before = client.hgetall(key)
+        queue.exchange("normal-0", lane, gomail.Outcome(task_id, verdict, error), take=False)
+        after = {"state": verdict, "error": error,
+                 "attempts": int(before["attempts"]) + (verdict == "succeeded")}
+    *_, begun, ended, _ = client.hget(key, "d").split(" ", 7)
+    finished = int(before["created"]) + int(begun or 0) + int(ended)
+
+    def shown():
+        return (queue.status(task_id, story=True), queue.status(task_id, account.name),
+                queue.status(task_id, "another"), queue.recent(account.name, search="CC@", limit=1),
+                queue.recent(account.name, limit=1), queue.recent("", search="user@", state=after["state"], limit=1))
+
+    assert "Hello" not in str(client.hgetall(key)) and 0 < client.ttl(key) <= queue.settings.result_ttl
+    new = shown()
+    with pytest.raises(gomail.Refused, match="waits no longer"):
+        queue.cancel(task_id, account.name)
+    for someone in ("another", account.name[:-1]):
+        with pytest.raises(gomail.Refused, match="there is no such task"):
+            queue.cancel(task_id, someone)
+    # As the version before left it.
+    client.delete(key)
+    client.hset(key, mapping={**before, **after, "finished": finished})
+    client.hdel(key, "due", *(["body"] if "head" in before else []))
+    assert shown() == new and new[0]["state"] == after["state"] and new[2] is None
+
+
 @pytest.mark.parametrize("fields", [{"head": "no JSON"}, {"head": "[]"}, {"head": "{}"}, {"attempts": "many"}, {"created": "now"},
                                     {"state": "scheduled", "due": "9" * 30}, {"state": "retrying", "due": "-1"},
                                     {"finished": "1e400"}, {"story": "what is this"}], ids=str)
