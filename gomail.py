@@ -818,7 +818,8 @@ def start_logging(settings: Settings) -> None:
 #   resumed:<lane>                 string  id of the newest of these requests, while no other is taken
 #   delayed                        zset    ids that wait for a retry or their send_at, by due time (ms)
 #   dead, dead:<account>           zset    ids of dead letters, by the time they died (ms)
-#   idempotency:<digest>           string  fingerprint and id of the task an Idempotency-Key made, and the API key's id
+#   idempotency:<digest>           string  fingerprint of what came with an Idempotency-Key, id of its task (of a batch,
+#                                          what its ids are made from), the API key's id, and what was refused of it
 #   suppressed:<account>           zset    addresses that get no mail, by the time that began (ms)
 #   suppressed_for:<account>       hash    address -> why
 #   on_disk                        string  written to wait until it is on disk, and all before it
@@ -2230,12 +2231,19 @@ class Queue:
         end
     """
 
-    # Queue some tasks of one account; each gets an answer of its own: its id, or why it was not queued. A repeated
-    # call (its first answer was lost on the way) finds the tasks there and changes nothing; it is not held against
-    # the limits either.
+    # Queue some tasks of one account. Answers what their ids are made from, and which were refused, and why, as
+    # "<number>=<why> ...". A repeated call (its first answer was lost on the way) finds the tasks there and changes
+    # nothing; it is not held against the limits either. The same with an idempotency key gets the first one's answer.
     ENQUEUE = CLOCK + LIMIT + REMEMBER + """
         local prefix, account, key, cooldown, hourly, minute = KEYS[1], unpack(ARGV, 1, 5)
+        local fingerprint, digest, first = unpack(ARGV, 6, 8)
         if redis.call('HGET', prefix .. 'UserList', account) ~= key then return 'revoked' end
+        local idempotency = prefix .. 'idempotency:' .. digest
+        local known = fingerprint ~= '' and redis.call('GET', idempotency)
+        if known then  -- of this registration, or written before there was a word for that
+            local before, first, owner, refused = string.match(known, '(%w+) (%w+) ?(%w*) ?(.*)')
+            if owner == '' or owner == key then return before == fingerprint and {first, refused} or 'conflict' end
+        end
 
         local function too_early(id, address)
             local asked, hour = prefix .. 'otp_asked:' .. address .. ':' .. account, milliseconds - 3600000
@@ -2255,20 +2263,14 @@ class Queue:
             redis.call('EXPIRE', asked, 3600)
         end
 
-        local function enqueue(id, head, body, lane, otp_address, content_type, fingerprint, digest, due, to)
-            local idempotency = prefix .. 'idempotency:' .. digest
-            local known = fingerprint ~= '' and redis.call('GET', idempotency)
-            if known then  -- of this registration, or written before there was a word for that
-                local before, first, owner = string.match(known, '(%w+) (%w+) ?(%w*)')
-                if owner == '' or owner == key then return before == fingerprint and first or 'conflict' end
-            end
+        local function refusal_of(id, head, body, lane, otp_address, content_type, due, to)
             local task = prefix .. 'task:' .. id
-            if redis.call('EXISTS', task) == 1 then return id end
+            if redis.call('EXISTS', task) == 1 then return end
             if content_type ~= '' and redis.call('HEXISTS', prefix .. 'content:' .. account, content_type) == 0 then
                 return 'unknown'
             end
             local wait = otp_address ~= '' and too_early(id, otp_address)
-            if wait then return 'wait ' .. wait end
+            if wait then return wait end
             redis.call('HSET', task, 'head', head, 'body', body, 'account', account, 'key', key, 'lane', lane,
                        'state', 'queued', 'attempts', 0, 'created', microseconds, 'to', to)
             remember(prefix, account, id)
@@ -2278,17 +2280,19 @@ class Queue:
             else
                 redis.call('LPUSH', prefix .. 'lane:' .. lane, id)
             end
-            if fingerprint ~= '' then
-                redis.call('SET', idempotency, fingerprint .. ' ' .. id .. ' ' .. key, 'EX', 86400)
-            end
-            return id
         end
 
-        local results = {}
-        for at = 6, #ARGV, 10 do
-            results[#results + 1] = enqueue(unpack(ARGV, at, at + 9))
+        local refused, count = {}, (#ARGV - 8) / 8
+        for number = 0, count - 1 do
+            local why = refusal_of(unpack(ARGV, 9 + 8 * number, 16 + 8 * number))
+            if why then refused[#refused + 1] = number .. '=' .. why end
         end
-        return results
+        local said = table.concat(refused, ' ')
+        if fingerprint ~= '' and #refused < count then
+            local record = {fingerprint, first, key, #refused > 0 and said or nil}
+            redis.call('SET', idempotency, table.concat(record, ' '), 'EX', 86400)
+        end
+        return {first, said}
     """
 
     # Settle what the worker had in hand, and take the next task. The first line is the fence: a worker whose
@@ -2580,25 +2584,29 @@ class Queue:
         self._no_otp = threading.Event()
         self._no_otp.set()
 
-    def enqueue(self, account: Account, tasks: Sequence[Json], idempotency_key: str = "") -> list[str | Refused]:
+    def enqueue(self, account: Account, tasks: Sequence[Json], idempotency_key: str = "",
+                batch: str = "") -> list[str | Refused]:
         """Put checked tasks into their lanes, all in one round trip; a return means that Redis has them.
 
         Returns for each task its id, or the Refused that says why it was not queued: 400, there is no such content
-        type; 422, the idempotency key came with another task before; 429, too many OTPs, see Otps. With an
-        idempotency key (for one task), the same again within 24 hours returns the first one's id.
+        type; 429, too many OTPs, see Otps. With an idempotency key, for one task or for the `batch` that the tasks
+        are of, the same again within 24 hours queues nothing and returns the same, unless nothing was queued before.
 
         Raises:
-            Refused: 401, the API key was revoked; 503, with durability=fsync, the tasks are not known to be on disk.
+            Refused: 401, the API key was revoked; 422, the idempotency key came with something else before; 503, with
+                durability=fsync, the tasks are not known to be on disk.
         """
         settings = self.settings
         args = [account.name, account.key_id, settings.otp_cooldown, settings.otp_hourly_max, settings.otp_minute_max]
-        # In the order of the tasks: those that are due at one moment leave in it.
-        began, chance = time.time_ns() // 1000, secrets.token_hex(8 * len(tasks))
-        for number, task in enumerate(tasks):
-            payload, otp_address, content_type, fingerprint, digest = task["payload"], "", "", "", ""
-            if idempotency_key:
-                fingerprint = hashlib.sha256(json.dumps(task, sort_keys=True).encode()).hexdigest()
-                digest = hashlib.sha256(json.dumps([account.name, idempotency_key]).encode()).hexdigest()
+        first = f"{time.time_ns() // 1000:013x}{'' if batch or len(tasks) > 1 else '000'}{secrets.token_hex(8)}"
+        if idempotency_key:
+            whole = batch or json.dumps(tasks[0], sort_keys=True)
+            args += [hashlib.sha256(whole.encode()).hexdigest(),
+                     hashlib.sha256(json.dumps([account.name, idempotency_key]).encode()).hexdigest(), first]
+        else:
+            args += ["", "", first]
+        for task_id, task in zip(self._ids(first, len(tasks)), tasks):
+            payload, otp_address, content_type = task["payload"], "", ""
             if task["type"] == "generateOtp":
                 # The OTP is made from this when it is sent, so that a retry sends the same one; see section 8.
                 task = {**task, "payload": {**payload, "seed": secrets.token_hex(16)}}
@@ -2607,22 +2615,36 @@ class Queue:
             elif task["type"] == "subscribe" and "content" not in payload:
                 content_type = payload["content_type"]
             to = same_mailbox(" ".join([payload["userId"], *payload.get("cc", ()), *payload.get("bcc", ())]))
-            task_id = f"{began:013x}{number:03x}{chance[16 * number:16 * number + 16]}"
             args += [task_id, head_of(task), json.dumps(task), lane_of(task["type"]),
-                     otp_address, content_type, fingerprint, digest, payload.get("send_at", 0) // 1000, to]
-        results = self._durably(self._enqueue, [self.store.prefix], args)
-        if results == "revoked":
+                     otp_address, content_type, payload.get("send_at", 0) // 1000, to]
+        answer = self._durably(self._enqueue, [self.store.prefix], args)
+        if answer == "revoked":
             raise Refused(401, "the API key was revoked", None, {"WWW-Authenticate": "Bearer"})
-        return [self._refusal(result) or result for result in results]
+        if answer == "conflict":
+            what = "batch or task" if batch else "task"
+            raise Refused(422, f"Idempotency-Key was used with another {what} before", "Idempotency-Key")
+        first, refused = answer
+        results: list[str | Refused] = [*self._ids(first, len(tasks))]
+        for number, _, why in (refusal.partition("=") for refusal in refused.split()):
+            results[int(number)] = self._refusal(why)
+        return results
 
     @staticmethod
-    def _refusal(result: str) -> Refused | None:
-        if result == "conflict":
-            return Refused(422, "Idempotency-Key was used with another task before", "Idempotency-Key")
-        if result == "unknown":
+    def _ids(first: str, count: int) -> list[str]:
+        """The ids of tasks that are queued together, in their order: those that are due at one moment leave in it.
+
+        `first` is a moment and chance that they are made from, or the one id itself.
+        """
+        return [first] if len(first) == 32 else [
+            f"{first[:13]}{number:03x}{hashlib.sha256(f'{first}{number}'.encode()).hexdigest()[:16]}"
+            for number in range(count)]
+
+    @staticmethod
+    def _refusal(why: str) -> Refused:
+        if why == "unknown":
             return Refused(400, "payload.content_type does not exist; define it first, or bring subject and content",
                            "payload.content_type")
-        return too_many(result.removeprefix("wait ")) if result.startswith("wait ") else None
+        return too_many(why)
 
     def _durably(self, script: Script, keys: Sequence, args: Sequence) -> Any:
         if self.settings.durability != "fsync":
@@ -5232,7 +5254,8 @@ ROUTES = (
     Route("DELETE", "/session", "close_session", "open", answer=DONE),
     Route("POST", "/task", "enqueue", "task", TASK, answer=QUEUED, refuses=(422, 429)),
     Route("POST", "/task/task", "enqueue", "task", TASK, answer=QUEUED, refuses=(422, 429)),
-    Route("POST", "/task/batch", "enqueue_batch", "task", BATCH, answer={"status": bool, "tasks": list}),
+    Route("POST", "/task/batch", "enqueue_batch", "task", BATCH, answer={"status": bool, "tasks": list},
+          refuses=(422,)),
     Route("POST", "/task/verify", "verify", "key", VERIFICATION, answer={"type": str, "verified": bool},
           refuses=(429,)),
     Route("GET", "/task/subscriptionContent", "list_content", "all", query=PAGING,
@@ -5521,10 +5544,15 @@ class Api:
         self.accounts.deregister(name)
         return {"status": True, "msg": "Deregistered successfully!"}
 
-    def enqueue(self, request: Request) -> Reply:
+    def idempotency_key(self, request: Request) -> str:
+        """The header of a request that is safe to repeat, "" where it has none. Raises Refused (400)."""
         key = request.headers.get("idempotency-key", "")
         if len(key) > 255:
             raise Refused(400, "Idempotency-Key must have at most 255 characters", "Idempotency-Key")
+        return key
+
+    def enqueue(self, request: Request) -> Reply:
+        key = self.idempotency_key(request)
         fill_message(request.body, "", self.settings.max_body)
         result, = self.queue.enqueue(request.account, [request.body], key)
         if isinstance(result, Refused):
@@ -5533,7 +5561,7 @@ class Api:
 
     def enqueue_batch(self, request: Request) -> Reply:
         # All texts of a batch together may be filled to twice of what a single one may.
-        results, room = [], 2 * self.settings.max_body
+        key, results, room = self.idempotency_key(request), [], 2 * self.settings.max_body
         for number, task in enumerate(request.body["tasks"]):
             try:
                 checked = TASK(task, f"tasks[{number}]")
@@ -5542,7 +5570,10 @@ class Api:
             except Refused as refused:
                 results.append(refused)
         good = [number for number, result in enumerate(results) if isinstance(result, dict)]
-        for number, result in zip(good, self.queue.enqueue(request.account, [results[number] for number in good])):
+        # Which are good counts as well: the answer to each is found by its place among them.
+        batch = json.dumps([good, request.body], sort_keys=True) if key else ""
+        queued = self.queue.enqueue(request.account, [results[number] for number in good], key, batch)
+        for number, result in zip(good, queued):
             if isinstance(result, Refused) and result.field:
                 result.field = f"tasks[{number}].{result.field}"
             results[number] = result
@@ -5779,8 +5810,9 @@ def openapi(routes: Sequence[Route]) -> Json:
         if route.body:
             operation["requestBody"] = {
                 "required": True, "content": {"application/json": {"schema": route.body.schema}}}
-        if route.handler == "enqueue":
-            operation["parameters"].append({"name": "Idempotency-Key", "in": "header",
+        if route.handler in ("enqueue", "enqueue_batch"):
+            operation["parameters"].append({"name": "Idempotency-Key", "in": "header", "description": (
+                "The same key and body, within 24 hours, queue nothing again and get the same answer."),
                                             "schema": {"type": "string", "maxLength": 255}})
         paths.setdefault(route.path, {})[route.method.lower()] = operation
     return {"openapi": "3.1.0", "info": {"title": "GoMail", "version": __version__}, "paths": paths, "components": {

@@ -2230,6 +2230,82 @@ def test_an_idempotency_key_ends_with_its_registration(client):
     assert again("POST", "/task/", {**MESSAGE, "task": "another"}, Idempotency_Key="order 1")[0] == 422
 
 
+def batch_of(*subjects):
+    return {"tasks": [changed("payload.subject", subject) for subject in subjects]}
+
+
+def test_the_same_idempotency_key_and_batch_make_its_tasks_once_and_the_same_answer(client, mail_server):
+    batch = batch_of(*map(str, range(200)))
+    first = client.post("/task/batch", batch, Idempotency_Key="orders")
+    assert client.post("/task/batch", batch, Idempotency_Key="orders") == first
+    assert client.post("/task/batch", batch, Idempotency_Key="other orders") != first
+    assert client.post("/task/batch", batch) != client.post("/task/batch", batch)
+    ids = [found["id"] for found in first["tasks"]]
+    assert len(set(ids)) == 200 and ids == sorted(ids)
+    for task_id in ids:
+        client.state(task_id, "succeeded")
+    assert client.post("/task/batch", batch, Idempotency_Key="orders") == first
+    until(lambda: len(mail_server.mails) == 4 * 200)
+    assert client.get("/health/metrics")["Total Jobs Executed"] == 800
+
+
+@pytest.mark.parametrize("path, body", [
+    ("/task/batch", batch_of("one")), ("/task/batch", batch_of("two", "one")), ("/task/batch", batch_of("one", "two", "")),
+    ("/task/batch", batch_of("one", "two", "three")), ("/task/", MESSAGE)], ids=str)
+def test_an_idempotency_key_of_a_batch_with_anything_else_is_422_and_queues_nothing(client, path, body):
+    first = client.post("/task/batch", batch_of("one", "two"), Idempotency_Key="orders")
+    status, answer, _ = client("POST", path, body, Idempotency_Key="orders")
+    assert status == 422 and answer["field"] == "Idempotency-Key"
+    assert len(client.get("/task/recent")["tasks"]) == len(first["tasks"]) == 2
+
+
+def test_an_idempotency_key_of_a_task_with_a_batch_of_it_is_422(client):
+    client.post("/task/", MESSAGE, Idempotency_Key="order")
+    assert client("POST", "/task/batch", {"tasks": [MESSAGE]}, Idempotency_Key="order")[0] == 422
+
+
+def test_a_repeated_batch_answers_for_what_was_refused_as_before_and_keeps_little(services, mail_server):
+    service = services(mail_server, otp_cooldown=1000)
+    client = service.client.sign_up()
+    otp = {"task": "an OTP", "type": "generateOtp", "retries": 0, "payload": {"userId": "user@example.com", "length": 6}}
+    unknown = {"task": "news", "type": "subscribe", "retries": 0,
+               "payload": {"userId": "user@example.com", "content_type": "news", "frequency": "@daily"}}
+    batch = {"tasks": [changed("task", ""), MESSAGE, otp, unknown, otp, *[MESSAGE] * 95]}
+    first = client.post("/task/batch", batch, Idempotency_Key="all")
+    assert [found.get("field") for found in first["tasks"][:5]] == [
+        "tasks[0].task", None, None, "tasks[3].payload.content_type", None]
+    assert [found["status"] for found in first["tasks"]] == [False, True, True, False, False] + [True] * 95
+    client.post("/task/subscriptionContent", {"content_type": "news", "subject": "News", "content": "News"})
+    assert client.post("/task/batch", batch, Idempotency_Key="all") == first
+    key, = service.store.redis.keys(service.store.key("idempotency", "*"))
+    assert service.store.redis.strlen(key) < 200
+
+
+def test_a_batch_of_which_nothing_was_queued_may_be_tried_again_with_its_idempotency_key(client):
+    unknown = {"task": "news", "type": "subscribe", "retries": 0,
+               "payload": {"userId": "user@example.com", "content_type": "news", "frequency": "@daily"}}
+    batch, key = {"tasks": [unknown, changed("task", "")]}, {"Idempotency_Key": "all"}
+    assert [found["status"] for found in client.post("/task/batch", batch, **key)["tasks"]] == [False, False]
+    client.post("/task/subscriptionContent", {"content_type": "news", "subject": "News", "content": "News"})
+    assert [found["status"] for found in client.post("/task/batch", batch, **key)["tasks"]] == [True, False]
+
+
+def test_an_idempotency_key_of_a_batch_may_have_255_characters(client):
+    assert client("POST", "/task/batch", batch_of("one"), Idempotency_Key="x" * 255)[0] == 200
+    status, answer, _ = client("POST", "/task/batch", batch_of("one"), Idempotency_Key="x" * 256)
+    assert status == 400 and answer["field"] == "Idempotency-Key"
+
+
+def test_a_batch_whose_answer_redis_lost_on_the_way_is_queued_once(services, mail_server, cutter):
+    service = services(mail_server, redis_uri=cutter.uri)
+    client, batch = service.client.sign_up(), batch_of("one", "two")
+    for key in ("first", "second"):
+        cutter.cut(service.queue._enqueue)
+        answer = client.post("/task/batch", batch, Idempotency_Key=key)
+        assert client.post("/task/batch", batch, Idempotency_Key=key) == answer
+    assert cutter.cuts == 2 and len(client.get("/task/recent")["tasks"]) == 4
+
+
 def test_an_idempotency_key_that_an_older_version_kept_still_answers_with_its_task(service, client):
     first = client.post("/task/", MESSAGE, Idempotency_Key="order 1")["id"]
     key, = service.store.redis.keys(service.store.key("idempotency", "*"))
