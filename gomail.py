@@ -217,6 +217,8 @@ class Settings:
     dead_ttl: int = option(2592000, "seconds a dead letter is kept", low=1, high=31536000)
     dead_max: int = option(100000, "dead letters kept at most; the oldest go first", low=1, high=100000000)
     data_dir: str = option("gomail-data", "folder of the embedded Valkey and of the Maildir")
+    outbox_max: int = option(10000, "mails kept in the Maildir at most; the oldest go first; 0: any number", low=0,
+                             high=1000000000)
     log_file: str = option("app.log", "log file, rotated at 10 MB, 3 kept; off: only stdout")
     log_level: str = option("INFO", "least level that is logged", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
     shutdown_timeout: float = option(20.0, "seconds that work in flight has to end after SIGTERM", low=0, high=3600)
@@ -3717,16 +3719,20 @@ class Outbox:
 
     Args:
         folder: of the Maildir, made where it is missing.
+        most: mails that clean() keeps; 0: all.
     """
 
     OWNER = "X-Account"  # a header in the file, percent-encoded: whose mail it is, and by which API key
     HEAD = 65536  # bytes of a mail that are read to list it
-    LOOK = 1000  # files that are looked at to list some
+    LOOK = 1000  # files that are looked at to list some, or to remove some
+    NAMES = 10_000  # that are read in one step
+    IN_VIEW = 600.0  # seconds in which a mail that somebody has looked at is not removed
 
-    def __init__(self, folder: str | pathlib.Path) -> None:
-        self.folder = pathlib.Path(folder).resolve()
+    def __init__(self, folder: str | pathlib.Path, most: int = 0) -> None:
+        self.folder, self.most = pathlib.Path(folder).resolve(), most
         self.lock = threading.Lock()
-        self.accepted = 0.0
+        self.accepted, self.cleaned = 0.0, -1.0
+        self.cleaning: Iterator[None] | None = None
 
     def __str__(self) -> str:
         return f"Maildir {self.folder}"
@@ -3794,10 +3800,42 @@ class Outbox:
         for name in ("new", "cur"):
             for path in (self.folder / name).glob(f"{glob.escape(mail_id)}*") if "/" not in mail_id else ():
                 if path.name.partition(":")[0] == mail_id:
-                    source = path.read_bytes()
+                    try:
+                        source = path.read_bytes()
+                        os.utime(path, (time.time(), path.stat().st_mtime))  # see _is_in_view()
+                    except FileNotFoundError:  # it was removed just now
+                        return None
                     message = self._parsed(source)
                     return (source, message) if self._is_of(message, account) else None
         return None
+
+    def clean(self) -> None:
+        """Go a step towards keeping the newest `most` mails alone, if mails came in since that was reached."""
+        if not self.cleaning and self.most and self.cleaned != self.accepted:
+            self.cleaned, self.cleaning = self.accepted, self._cleaning()
+        if self.cleaning and next(self.cleaning, self) is self:
+            self.cleaning = None
+
+    def _cleaning(self) -> Iterator[None]:
+        """Remove the oldest mails, in steps. Mails that are being written lie in tmp, which is left alone."""
+        files: list[tuple[str, str]] = []
+        for name in ("new", "cur"):
+            with contextlib.suppress(FileNotFoundError), os.scandir(self.folder / name) as entries:
+                while some := [(entry.name, entry.path) for entry in itertools.islice(entries, self.NAMES)]:
+                    files += some
+                    yield
+        files.sort(key=lambda file: self._moment(file[0]))
+        surplus = files[:max(0, len(files) - self.most)]
+        for start in range(0, len(surplus), self.LOOK):
+            for _, path in surplus[start:start + self.LOOK]:
+                with contextlib.suppress(FileNotFoundError):  # another process cleans as well
+                    if not self._is_in_view(os.stat(path)):
+                        os.unlink(path)
+            yield
+
+    def _is_in_view(self, found: os.stat_result) -> bool:
+        """Whether somebody has looked at a mail a moment ago, here or with another program."""
+        return found.st_atime > found.st_mtime + 1 and abs(time.time() - found.st_atime) < self.IN_VIEW
 
     @staticmethod
     def _parsed(octets: bytes) -> email.message.EmailMessage:
@@ -5130,6 +5168,9 @@ class Cron:
             self.queue.reclaim()
             self.queue.recall()
             self.newsletters.correct()
+            if isinstance(self.workers.transport, Outbox):
+                with surviving("the Maildir cannot be cleaned"):
+                    self.workers.transport.clean()
         deadline = time.monotonic() + 0.5
         while self.queue.promote() == self.queue.LOOK and time.monotonic() < deadline:
             pass
@@ -6481,7 +6522,7 @@ class Service:
                 undo.callback(self.server.stop)
             self.store = open_store(settings, self.shared.server if self.shared else self.server)
             self.transport = SmtpTransport(settings) if settings.smtp_server else Outbox(
-                pathlib.Path(settings.data_dir, "outbox"))
+                pathlib.Path(settings.data_dir, "outbox"), settings.outbox_max)
             process = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
             accounts = Accounts(self.store, settings.jwt_secret, settings.jwt_secret_previous, settings.api_key_ttl)
             accounts.announce()

@@ -2250,8 +2250,8 @@ def test_the_same_idempotency_key_and_batch_make_its_tasks_once_and_the_same_ans
 
 
 @pytest.mark.parametrize("path, body", [
-    ("/task/batch", batch_of("one")), ("/task/batch", batch_of("two", "one")), ("/task/batch", batch_of("one", "two", "")),
-    ("/task/batch", batch_of("one", "two", "three")), ("/task/", MESSAGE)], ids=str)
+    ("/task/batch", batch_of("one")), ("/task/batch", batch_of("two", "one")), ("/task/", MESSAGE),
+    ("/task/batch", batch_of("one", "two", "")), ("/task/batch", batch_of("one", "two", "three"))], ids=str)
 def test_an_idempotency_key_of_a_batch_with_anything_else_is_422_and_queues_nothing(client, path, body):
     first = client.post("/task/batch", batch_of("one", "two"), Idempotency_Key="orders")
     status, answer, _ = client("POST", path, body, Idempotency_Key="orders")
@@ -2267,7 +2267,8 @@ def test_an_idempotency_key_of_a_task_with_a_batch_of_it_is_422(client):
 def test_a_repeated_batch_answers_for_what_was_refused_as_before_and_keeps_little(services, mail_server):
     service = services(mail_server, otp_cooldown=1000)
     client = service.client.sign_up()
-    otp = {"task": "an OTP", "type": "generateOtp", "retries": 0, "payload": {"userId": "user@example.com", "length": 6}}
+    otp = {"task": "an OTP", "type": "generateOtp", "retries": 0,
+           "payload": {"userId": "user@example.com", "length": 6}}
     unknown = {"task": "news", "type": "subscribe", "retries": 0,
                "payload": {"userId": "user@example.com", "content_type": "news", "frequency": "@daily"}}
     batch = {"tasks": [changed("task", ""), MESSAGE, otp, unknown, otp, *[MESSAGE] * 95]}
@@ -3315,6 +3316,70 @@ def test_pictures_that_a_mail_shows_again_and_again_do_not_make_its_view_huge(se
     found = client.get(f"/outbox/{mail['id']}")["html"]
     assert len(found) < 8_000_000 and found.count("cid:big") == 1000
     assert found.count(f"base64,{base64_of(b'small')}\"") == found.count(f"base64,{base64_of(b'smaller')}\"") == 1
+
+
+def outbox_with(folder, count, most):
+    """An Outbox with mails whose subjects are their numbers, and what lists these numbers, newest first."""
+    outbox = gomail.Outbox(folder, most)
+    for number in range(count):
+        outbox.send("app@example.org", ["user@example.com"], f"Subject: {number}\r\n\r\nx\r\n".encode())
+    return outbox, lambda: [int(mail["subject"]) for mail in outbox.list(limit=count)[0]]
+
+
+def test_the_outbox_keeps_the_newest_outbox_max_mails(services):
+    service = services(outbox_max=3)
+    client = service.client.sign_up()
+    for subjects in (range(8), range(8, 11), range(11, 12)):
+        for subject in subjects:
+            client.state(client.task(subject=str(subject)), "succeeded")
+        newest = [str(subject) for subject in range(subjects[-1], subjects[-1] - 3, -1)]
+        until(lambda: [mail["subject"] for mail in client.get("/outbox")["mails"]] == newest)
+    assert client("GET", f"/outbox/{client.get('/outbox')['mails'][-1]['id']}")[0] == 200
+
+
+@pytest.mark.parametrize("cur", [0, 20], ids=["unread", "read by a mail program"])
+def test_the_outbox_is_cleaned_in_small_steps_of_the_oldest_mails(tmp_path, monkeypatch, cur):
+    monkeypatch.setattr(gomail.Outbox, "NAMES", 10)
+    monkeypatch.setattr(gomail.Outbox, "LOOK", 5)
+    outbox, numbers = outbox_with(tmp_path, 42, 7)
+    for path in sorted((tmp_path / "new").iterdir(), key=lambda path: gomail.Outbox._moment(path.name))[:cur]:
+        path.rename(tmp_path / "cur" / f"{path.name}:2,S")
+    (tmp_path / "tmp" / "being written").write_bytes(b"x")
+    counts = [42]
+    while counts[-1] > 7:
+        outbox.clean()
+        counts.append(sum(len(list((tmp_path / name).iterdir())) for name in ("new", "cur")))
+        assert len(counts) < 30 and counts[-2] - counts[-1] <= 5
+    monkeypatch.undo()
+    assert numbers() == [*range(41, 34, -1)] and list((tmp_path / "tmp").iterdir())
+    outbox.clean()
+    monkeypatch.setattr(os, "scandir", None)  # without further mails there is nothing to do
+    outbox.clean(), outbox.clean()
+
+
+@pytest.mark.parametrize("most, kept", [(0, 9), (9, 9), (20, 9), (1, 1)])
+def test_an_outbox_of_no_more_mails_than_allowed_stays_as_it_is(tmp_path, most, kept):
+    outbox, numbers = outbox_with(tmp_path, 9, most)
+    for _ in range(5):
+        outbox.clean()
+    assert len(numbers()) == kept
+    gomail.Outbox(tmp_path / "missing", 1).clean()
+
+
+def test_a_mail_of_the_outbox_that_was_looked_at_a_moment_ago_is_not_removed(tmp_path, monkeypatch):
+    outbox, numbers = outbox_with(tmp_path, 9, 2)
+    shown = outbox.list(limit=9)[0][6]
+    for path in (tmp_path / "new").iterdir():  # they came in an hour ago
+        os.utime(path, (time.time() - 3600,) * 2)
+    assert outbox.read(shown["id"])
+    for _ in range(5):
+        outbox.clean()
+    assert numbers() == [8, 7, 2] and outbox.read(shown["id"])
+    monkeypatch.setattr(gomail.Outbox, "IN_VIEW", -1.0)  # later
+    outbox.send("app@example.org", ["user@example.com"], b"Subject: 9\r\n\r\nx\r\n")
+    for _ in range(5):
+        outbox.clean()
+    assert numbers() == [9, 8] and outbox.read(shown["id"]) is None
 
 
 def test_with_an_smtp_server_there_is_no_outbox(client):
