@@ -217,6 +217,9 @@ class Settings:
     dead_ttl: int = option(2592000, "seconds a dead letter is kept", low=1, high=31536000)
     dead_max: int = option(100000, "dead letters kept at most; the oldest go first", low=1, high=100000000)
     data_dir: str = option("gomail-data", "folder of the embedded Valkey and of the Maildir")
+    maxmemory: int = option(0, "MB that the data of the embedded Valkey may take, from where on what adds to it is "
+                            "answered 503; 0: half of the memory that this machine or its cgroup has", low=0,
+                            high=16777216)
     outbox_max: int = option(10000, "mails kept in the Maildir at most; the oldest go first; 0: any number", low=0,
                              high=1000000000)
     log_file: str = option("app.log", "log file, rotated at 10 MB, 3 kept; off: only stdout")
@@ -954,6 +957,11 @@ def has_password(uri: str) -> bool:
         return bool(uri)
 
 
+def is_full(error: redis.RedisError) -> bool:
+    """Whether Redis refused something because its memory is full. Redis 6.2 says so within an error of a script."""
+    return isinstance(error, redis.OutOfMemoryError) or "OOM command not allowed" in str(error)
+
+
 class Script:
     """A Lua script that Redis runs as a whole.
 
@@ -1128,15 +1136,20 @@ class EmbeddedServer:
     Args:
         data_dir: folder, made where it is missing.
         fsync: write each change to disk before answering (else once a second).
+        maxmemory: MB that its data may take; 0: half of what there is. The other half is for copies of what changes
+            while the file is rewritten, for gomail and for the system: a server that the kernel kills for its memory
+            sends no mail either, and one that is full still does.
     """
 
     STALLED = 60.0  # seconds without progress, after which a start is given up
     TELLING = 10.0  # seconds between two words on the progress
     ENDING = 5.0  # seconds to end after SIGTERM
     PAUSE = 5.0  # seconds between two starts of a server that does not live long
+    LEAST_MEMORY = 64  # MB, however small the machine is
 
-    def __init__(self, data_dir: str, fsync: bool = False) -> None:
+    def __init__(self, data_dir: str, fsync: bool = False, maxmemory: int = 0) -> None:
         self.folder = pathlib.Path(data_dir).resolve()
+        self.maxmemory = maxmemory or max(memory_of_machine() // 2 ** 21, self.LEAST_MEMORY)
         self.socket = self.folder / "valkey.sock"
         self.log_file = self.folder / "valkey.log"
         self.files = self.folder / "appendonlydir"
@@ -1225,6 +1238,7 @@ class EmbeddedServer:
                 [self.program(), "--port", "0", "--unixsocket", self.socket, "--unixsocketperm", "700",
                  "--dir", self.folder, "--appendonly", "yes", "--save", "",
                  "--appendfsync", "always" if self.fsync else "everysec",
+                 "--maxmemory", f"{self.maxmemory}mb", "--maxmemory-policy", "noeviction",
                  "--logfile", self.log_file, "--loglevel", "warning"],
                 stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=[life], start_new_session=True)
 
@@ -1304,6 +1318,9 @@ class EmbeddedServer:
             pause(0.02)
             self.ensure()  # the one that was taken over may have ended
         self.found = None if self._is_child() else self._listener()
+        if self.found:  # it was started with what was set then
+            with self._client() as client, contextlib.suppress(redis.RedisError):
+                client.config_set("maxmemory", f"{self.maxmemory}mb", "maxmemory-policy", "noeviction")
         self.examine()
 
     def _state(self) -> Json | None:
@@ -1370,6 +1387,31 @@ class EmbeddedServer:
     def _client(self) -> redis.Redis:
         return redis.Redis(unix_socket_path=str(self.socket), protocol=2, socket_timeout=5.0,
                            retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0))
+
+
+def memory_of_machine(cgroups: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup") -> int:
+    """Bytes of memory that this process can have: the machine's, or what the smallest cgroup around it allows.
+
+    Args:
+        cgroups: file with the process's cgroups, as in cgroups(7).
+        root: folder where their hierarchies are mounted.
+    """
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    with contextlib.suppress(OSError):  # no Linux, or one without cgroups
+        for line in pathlib.Path(cgroups).read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            top, name = pathlib.Path(root), "memory.max"
+            if controllers:
+                top, name = top / "memory", "memory.limit_in_bytes"
+            if controllers and "memory" not in controllers.split(","):
+                continue
+            folder = top / path.lstrip("/")
+            for place in (folder, *folder.parents):
+                with contextlib.suppress(OSError, ValueError):  # "max", or not to be seen in a container
+                    sizes.append(int((place / name).read_text()))
+                if place == top:
+                    break
+    return min(sizes)
 
 
 def sound_length(path: pathlib.Path) -> int:
@@ -6095,9 +6137,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             except Refused as refused:
                 status, body, headers = refused.status, refused.body, refused.headers
             except redis.RedisError as error:
-                log(logging.WARNING, "request answered 503", error=describe(error))
                 status, headers = 503, {"Retry-After": "1"}
-                body = {"status": False, "error": "the queue's Redis is not available now; send the request again"}
+                words, remedy = "the queue's Redis is not available now", {}
+                if is_full(error):
+                    of_own = not self.server.settings.redis_uri
+                    words = ("the queue's memory is full, since the data has the size that maxmemory allows" if of_own
+                             else "the queue's Redis is full, its own maxmemory is reached")
+                    remedy = {"remedy": "a larger maxmemory" + (" of the Redis" if not of_own else "")}
+                log(logging.WARNING, "request answered 503", error=describe(error), **remedy)
+                body = {"status": False, "error": f"{words}; send the request again"}
             except MemoryError:
                 log(logging.ERROR, "request answered 503", error="out of memory")
                 status, headers = 503, {"Retry-After": "1"}
@@ -6517,7 +6565,7 @@ class Service:
             self.http = HttpServer(settings, self.shared.listener if self.shared else None)
             undo.callback(self.http.server_close)
             if not settings.redis_uri and not self.shared:
-                self.server = EmbeddedServer(settings.data_dir, settings.durability == "fsync")
+                self.server = EmbeddedServer(settings.data_dir, settings.durability == "fsync", settings.maxmemory)
                 self.server.start(pause)
                 undo.callback(self.server.stop)
             self.store = open_store(settings, self.shared.server if self.shared else self.server)
@@ -6763,7 +6811,7 @@ class Supervisor:
         ready, started = os.pipe()
         try:
             if not settings.redis_uri:
-                server = EmbeddedServer(settings.data_dir, settings.durability == "fsync")
+                server = EmbeddedServer(settings.data_dir, settings.durability == "fsync", settings.maxmemory)
                 server.start(signals.pause)
                 self.shared.server = server
             open_store(settings, self.shared.server).redis.close()  # what is wrong is said once, not by each child

@@ -1491,6 +1491,64 @@ def test_an_embedded_server_that_outlived_its_killed_gomail_is_taken_over(proces
         connected(second.embedded).ping()
 
 
+def memory_limits(process):
+    """(maxmemory in MB, maxmemory-policy) of a process's embedded server."""
+    found = connected(process.embedded).config_get("maxmemory*")
+    return int(found["maxmemory"]) / 2 ** 20, found["maxmemory-policy"]
+
+
+def test_the_embedded_server_takes_half_of_the_memory_or_maxmemory_also_one_that_was_taken_over(processes):
+    first = processes().started()
+    half = max(gomail.memory_of_machine() // 2 ** 21, gomail.EmbeddedServer.LEAST_MEMORY)
+    assert memory_limits(first) == (half, "noeviction")
+    first.kill()
+    second = processes({"maxmemory": "100", "processes": "2"}, folder=first.folder).started()
+    assert memory_limits(second) == (100, "noeviction")
+    second.stop()
+    third = processes({"maxmemory": "101"}, folder=first.folder).started()
+    assert memory_limits(third) == (101, "noeviction")
+
+
+MEMORY = 2 ** 30  # bytes that a cgroup allows
+
+
+@pytest.mark.parametrize("cgroups, limits, expected", [
+    ("0::/system.slice/gomail.service\n", {"system.slice/gomail.service/memory.max": f"{MEMORY}\n"}, MEMORY),
+    ("0::/system.slice/gomail.service\n", {"system.slice/gomail.service/memory.max": "max\n",
+                                           "system.slice/memory.max": f"{MEMORY}\n"}, MEMORY),
+    ("0::/a/b\n", {"a/b/memory.max": f"{MEMORY}\n", "a/memory.max": f"{2 * MEMORY}\n"}, MEMORY),
+    ("0::/\n", {"memory.max": f"{MEMORY}\n"}, MEMORY),
+    ("0::/../../elsewhere\n", {"memory.max": f"{MEMORY}\n"}, MEMORY),
+    ("5:cpu:/x\n4:memory:/docker/1\n0::/\n", {"memory/docker/1/memory.limit_in_bytes": f"{MEMORY}\n"}, MEMORY),
+    ("4:memory:/docker/1\n", {"memory/memory.limit_in_bytes": f"{MEMORY}\n"}, MEMORY),
+    ("4:memory:/\n", {"memory/memory.limit_in_bytes": "9223372036854771712\n"}, None),
+    ("5:cpu:/x\n", {"x/memory.max": f"{MEMORY}\n"}, None), ("", {}, None),
+    ("0::/a\n", {"a/memory.max": "max\n"}, None)])
+def test_the_memory_of_the_machine_is_what_its_cgroups_allow(tmp_path, monkeypatch, cgroups, limits, expected):
+    machine = 16 * MEMORY
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": machine // 4096}.get)
+    (tmp_path / "cgroup").write_text(cgroups)
+    for name, limit in limits.items():
+        (tmp_path / "fs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "fs" / name).write_text(limit)
+    found = gomail.memory_of_machine(str(tmp_path / "cgroup"), str(tmp_path / "fs"))
+    assert found == (expected or machine) and gomail.memory_of_machine(str(tmp_path / "none")) == machine
+
+
+def test_a_full_embedded_server_says_which_option_to_raise_and_takes_mail_again_when_there_is_room(processes):
+    process = processes({"maxmemory": "8"}).started()
+    client, ids = process.client.sign_up(), []
+    payload = {**MESSAGE["payload"], "content": "x" * 500_000, "send_at": rfc3339(time.time() + 1e6)}
+    while (got := client("POST", "/task/", {**MESSAGE, "payload": payload}))[0] == 200 and len(ids) < 100:
+        ids.append(got[1]["id"])
+    status, answer, headers = got
+    assert status == 503 and headers["Retry-After"] == "1" and "maxmemory" in answer["error"] and len(ids) > 2
+    assert until(lambda: process.logged("request answered 503"))["remedy"] == "a larger maxmemory"
+    for task_id in ids:
+        delete(client, f"/task/{task_id}")
+    until(lambda: client("POST", "/task/", MESSAGE)[0] == 200)
+
+
 def test_only_the_owner_can_open_the_files_and_the_socket(processes):
     process = processes().started()
     client = process.client.sign_up()
@@ -7764,6 +7822,7 @@ def test_a_full_or_read_only_redis_is_503_and_later_all_is_as_before(processes, 
         server.client.execute_command(*fault)
         status, answer, headers = until(lambda: (got := client("POST", "/task/", MESSAGE))[0] != 200 and got)
         assert status == 503 and headers["Retry-After"] == "1" and "Redis" in answer["error"]
+        assert ("its own maxmemory" in answer["error"]) == ("maxmemory" in fault)
         server.client.execute_command(*remedy)
         task_id = until(lambda: (got := client("POST", "/task/", MESSAGE))[0] == 200 and got[1]["id"])
         client.state(task_id, "succeeded")
