@@ -31,6 +31,7 @@ import fcntl
 import functools
 import gc
 import glob
+import gzip
 import hashlib
 import hmac
 import html
@@ -62,10 +63,12 @@ import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import typing
 import urllib.parse
+import zlib
 import zoneinfo
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from mailbox import Maildir
@@ -79,6 +82,7 @@ import redis.retry
 import redis.sentinel
 
 __version__ = "1.0.0"
+STARTED = time.time()  # the processes of the option `processes` have it from their supervisor
 
 Json = dict[str, Any]  # a JSON object
 
@@ -124,7 +128,11 @@ def describe(error: BaseException) -> str:
     """One short line for an exception: what the system or the server said, without paths or tracebacks."""
     if isinstance(error, TimeoutError):
         return "timed out"
+    if isinstance(error, redis.exceptions.AskError):  # it holds a slot and an address
+        return "another node of this Redis Cluster has the keys; redis+cluster:// finds it"
     words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    if isinstance(error, redis.ResponseError) and re.search("no permissions|executing the script can't", words):
+        words += "; gomail.py --check lists all that the user lacks"
     return printable(words)[:500] or type(error).__name__
 
 
@@ -154,6 +162,9 @@ VARIABLE = "[A-Za-z_][A-Za-z0-9_]{0,63}"
 ONE_LINE = r"[^\x00-\x1f\x7f-\x9f\u2028\u2029]"  # the two Unicode line ends as well: some mailers break a header there
 LINE = "on one line, without control characters"
 PLACEHOLDER = re.compile(rf"\{{\{{ *({VARIABLE}) *\}}\}}")  # {{ name }}, see fill()
+# A placeholder, or what begins like one and is none, as `wrong`. The outer braces of {{{ name }}} are text.
+BRACES = re.compile(rf"{PLACEHOLDER.pattern}"
+                    rf"|(?!\{{{PLACEHOLDER.pattern})(?P<wrong>\{{\{{[^{{}}\r\n]{{0,40}}(\}}\}})?)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,9 +191,12 @@ class Settings:
                                  "mail is offered; from then on the times of RFC 5321 hold", low=0.1, high=600)
     smtp_mails_per_connection: int = option(100, "mails after which a connection is replaced; of the urgent lane at "
                                             "most 10", low=1, high=100000)
-    redis_uri: str = option("", "host:port, redis://, rediss://, unix:// or redis+sentinel://; "
+    redis_uri: str = option("", "host:port, redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://; "
                             "empty: the embedded Valkey in data_dir")
-    key_prefix: str = option("gomail:", "what every Redis key begins with")
+    redis_connections: int = option(32, "connections to Redis at once for requests, in each process; each worker and "
+                                    "the cron have one more of their own", low=1, high=10000)
+    key_prefix: str = option("gomail:", "what every Redis key begins with; in a Redis Cluster, {gomail}: where it "
+                             "has no hash tag")
     durability: str = option("everysec", "when a task answered 2xx is on disk: everysec, within a second; "
                              "fsync, before the answer", choices=("everysec", "fsync"))
     host: str = option("127.0.0.1", "address to listen on; beyond loopback only with admin_token")
@@ -349,15 +363,25 @@ def unknown_option(name: str) -> str:
 def doubts(settings: Settings, environment: Mapping[str, str]) -> list[str]:
     """What is allowed, but probably not meant so: a sentence for each such thing.
 
-    Those are names in the environment that are almost those of options, and a service for others whose mail goes
-    to the Maildir.
+    Those are names in the environment that are almost those of options, malformed placeholders, and a service for
+    others whose mail goes to the Maildir.
     """
     found = [f"in the environment, {unknown_option(name)}" for name in sorted(environment) if not is_option(name) and (
         name.lower().startswith(("smtp_", "otp_", "redis_", "jwt_")) or nearest_option(name, 0.8))]
+    found += [f"{name}: {wrong} is no placeholder such as {{{{ otp }}}}, and is sent as it is"
+              for name in ("otp_subject", "otp_content") if (wrong := malformed_placeholders(getattr(settings, name)))]
     if not settings.smtp_server and (
             settings.public_url or settings.admin_token or not is_loopback(host_to_ascii(settings.host) or "")):
         found.append("smtp_server is not set: mail goes to a Maildir on this machine, not to its recipients")
     return found
+
+
+def malformed_placeholders(text: str) -> str:
+    """The first three `{{` of a text that begin no `{{ name }}`, with what follows, for people to read; "" for none."""
+    if "{{" not in text:
+        return ""
+    found = dict.fromkeys(match["wrong"].strip() for match in BRACES.finditer(text) if match["wrong"])
+    return printable(", ".join(itertools.islice(found, 3)).replace("\t", r"\t"))
 
 
 def read_credentials(folder: str | None) -> dict[str, str]:
@@ -814,7 +838,7 @@ def start_logging(settings: Settings) -> None:
 #                                          (what became of its attempts), account, key, lane, state, attempts, ...;
 #                                          when it has ended otherwise than as a dead letter, see Queue.CONCLUDE
 #   recent, recent:<account>       list    ids of the newest tasks, newest first
-#   lane:<urgent|normal|bulk>      list    ids of waiting tasks; in at the left, out at the right
+#   lane:<lane>                    list    ids of waiting tasks; in at the left, out at the right
 #   processing:<process>:<worker>  list    the id a worker has in hand
 #   processes                      hash    process -> its workers' names, comma-separated
 #   heartbeat:<process>            string  there while the process lives
@@ -829,6 +853,7 @@ def start_logging(settings: Settings) -> None:
 #   suppressed_for:<account>       hash    address -> why
 #   on_disk                        string  written to wait until it is on disk, and all before it
 #   writable                       string  written to see whether Redis takes it
+#   restoring                      string  there from the beginning of a restore to its end
 #   answered:<id>                  string  for a minute: what a script answered, should it be sent once more
 #   ascii_folded                   string  since when addresses in keys are folded in ASCII letters only (ms)
 #   rate                           hash    the next moments that smtp_rate gives away (microseconds)
@@ -850,8 +875,8 @@ def start_logging(settings: Settings) -> None:
 class RedisAddress:
     """What a redis_uri says: where Redis is, and with which options to connect. str() has no user, password or option.
 
-    `hosts` are (host, port): of the server, or of the sentinels that know the server called `master`; `path` is that of
-    a unix socket. `options` are redis-py's, with the database, the user and the password.
+    `hosts` are (host, port): of the server, of some nodes of a cluster, or of the sentinels that know the server called
+    `master`; `path` is that of a unix socket. `options` are redis-py's, with the database, the user and the password.
     """
 
     scheme: str
@@ -860,7 +885,7 @@ class RedisAddress:
     master: str
     options: dict[str, object] = dataclasses.field(repr=False)
 
-    FORM = re.compile(r"(?:(redis|rediss|unix|redis\+sentinel)://)?([^/?#]*)([^?#]*)(?:\?([^#]*))?")
+    FORM = re.compile(r"(?:(redis|rediss|unix|redis\+sentinel|rediss?\+cluster)://)?([^/?#]*)([^?#]*)(?:\?([^#]*))?")
     HOST = re.compile(r"(\[[0-9A-Fa-f:.]+(?:%25[\w.-]+)?\]|[\w.-]+)(?::([0-9]{1,5}))?")
     TEXT = ("(?s:.*)", str, "a text")
     SECONDS = (r"[0-9]{1,6}(\.[0-9]{1,6})?", float, "a number of seconds")
@@ -874,7 +899,7 @@ class RedisAddress:
 
     @classmethod
     def parse(cls, uri: str) -> "RedisAddress":
-        """The address behind host:port, redis://, rediss://, unix:// or redis+sentinel:// (RFC 3986).
+        """The address behind host:port, redis://, rediss://, unix://, redis+sentinel:// or redis+cluster:// (RFC 3986).
 
         Raises:
             ValueError: it is none of them; the words hold nothing of the URI but the name of an option.
@@ -899,7 +924,9 @@ class RedisAddress:
             hosts = tuple(cls._host(place, 26379) for place in where.split(","))
             behind = re.fullmatch(r"/([\w.-]+)(?:/([0-9]{1,9}))?", path)
         else:
-            hosts = (cls._host(where if where and where[0] != ":" else f"localhost{where}", 6379),)
+            places = where.split(",") if scheme.endswith("+cluster") else [where]
+            hosts = tuple(cls._host(place if place and place[0] != ":" else f"localhost{place}", 6379)
+                          for place in places)
             behind = re.fullmatch("()/?([0-9]{0,9})/?", path)
         if not behind:
             raise ValueError("behind the host comes the number of a database, and for sentinels a master's name first")
@@ -919,12 +946,13 @@ class RedisAddress:
     def _options(cls, query: str, scheme: str) -> dict[str, object]:
         """What the query of the URI says, as redis-py takes it; of an option that comes twice, the first."""
         options: dict[str, object] = {}
+        secure = scheme.startswith("rediss")
         for name, equals, value in (piece.partition("=") for piece in query.split("&") if piece):
             pattern, convert, words = cls.OPTIONS.get(name, ("", str, ""))
-            if not words or name.startswith("ssl_") and scheme != "rediss":
+            if not words or name.startswith("ssl_") and not secure:
                 if {"username", "password"} & options.keys() or not equals:  # it may be a piece of one of them
                     name = "(hidden)"
-                known = ", ".join(known for known in cls.OPTIONS if scheme == "rediss" or not known.startswith("ssl_"))
+                known = ", ".join(known for known in cls.OPTIONS if secure or not known.startswith("ssl_"))
                 raise ValueError(f"the option {name} is not known with {scheme}://, expected {known}")
             value = urllib.parse.unquote(value)
             if not re.fullmatch(pattern, value):
@@ -960,6 +988,74 @@ def has_password(uri: str) -> bool:
 def is_full(error: redis.RedisError) -> bool:
     """Whether Redis refused something because its memory is full. Redis 6.2 says so within an error of a script."""
     return isinstance(error, redis.OutOfMemoryError) or "OOM command not allowed" in str(error)
+
+
+def hash_tagged(prefix: str) -> str:
+    """A prefix that puts all keys into one slot of a Redis Cluster: as it is, or `{gomail}:` for `gomail:`."""
+    if re.match(r"[^{]*\{[^}]+\}", prefix):
+        return prefix
+    name = prefix.rstrip(":")
+    return f"{{{name}}}{prefix[len(name):]}" if name and name[0] != "}" else f"{{gomail}}{prefix}"
+
+
+class ClusterConnection(redis.Connection):
+    """A connection to the node of a Redis Cluster that has the slot of our keys, wherever that is when it connects.
+
+    Where the node loses the slot, this is an error like that of a broken connection: it connects anew.
+
+    Args:
+        nodes: (host, port) of some nodes; each knows who has the slot.
+        newest: a list, shared by the connections, for the node that was found last.
+        key: any key with our slot.
+        options: redis-py's.
+    """
+
+    REDIRECTIONS = (redis.exceptions.AskError, redis.exceptions.TryAgainError, redis.exceptions.ClusterDownError,
+                    redis.exceptions.ClusterCrossSlotError)
+
+    def __init__(self, nodes: Sequence[tuple[str, int]], newest: list[tuple[str, int]], key: str,
+                 **options: typing.Any) -> None:
+        super().__init__(**options)
+        self.nodes, self.newest, self.key = nodes, newest, key
+
+    def connect_check_health(self, check_health: bool = True, retry_socket_connect: bool = True) -> None:
+        """Connect to the node, unless there is a connection; each that is named on the way is tried once."""
+        if self._sock:
+            return
+        waiting, tried, failure = [*self.newest, *self.nodes], set(), None
+        while waiting:
+            node = waiting.pop(0)
+            if node in tried:
+                continue
+            tried.add(node)
+            self.host, self.port = node
+            try:
+                super().connect_check_health(check_health, retry_socket_connect=False)
+                self.send_command("EXISTS", self.key, check_health=False)
+                super().read_response()
+                self.newest[:] = [node]
+                return
+            except redis.exceptions.MovedError as moved:
+                self.disconnect()
+                waiting.insert(0, (moved.host if moved.host.strip("?") else self.host, moved.port))
+            except (redis.ConnectionError, redis.TimeoutError, *self.REDIRECTIONS) as error:
+                self.disconnect()
+                failure = error
+        if isinstance(failure, (redis.ConnectionError, redis.TimeoutError)):
+            raise failure
+        raise redis.ConnectionError("no node of the Redis Cluster has the keys now")
+
+    def read_response(self, *args: typing.Any, **options: typing.Any) -> typing.Any:
+        """The answer to a command; a ConnectionError where the node has not carried it out, since it lost the slot."""
+        try:
+            return super().read_response(*args, **options)
+        except self.REDIRECTIONS:
+            self.disconnect()
+            raise redis.ConnectionError("the node of the Redis Cluster has not, or not all of, the keys now") from None
+
+
+class SecureClusterConnection(ClusterConnection, redis.SSLConnection):
+    """The same over TLS."""
 
 
 class Script:
@@ -1028,46 +1124,79 @@ class Script:
 
 
 class Store:
-    """The Redis connection, shared by all threads.
+    """The connections to Redis, shared by all threads.
 
     A command that fails because its connection broke is sent once more, though Redis may have run it: see Script.
     `available` is what the cron thread last found.
 
+    Each worker has a connection of its own, and the cron thread that of the pool. Beside them, requests may have
+    `connections` at once; the next one waits. Where Redis takes no further connection (its `maxclients`), requests get
+    by with those they have, and with one less each time that a worker or the cron thread is refused: so these come to
+    theirs.
+
     Args:
-        uri: host:port, redis://, rediss://, unix://, or redis+sentinel://host:port,host:port/master (where the
-            sentinels say which server is the master now).
-        prefix: what every key begins with.
+        uri: host:port, redis://, rediss://, unix://, redis+sentinel://host:port,host:port/master (where the
+            sentinels say which server is the master now), or redis+cluster://host:port,host:port.
+        prefix: what every key begins with; see hash_tagged() for a cluster.
+        connections: for requests, at most.
+        more: options of redis-py in place of the usual ones.
 
     Raises:
         ValueError: the uri is of no known form, as RedisAddress.parse() says it.
     """
 
-    TIMEOUT = 3.0  # seconds until a server that says nothing counts as away
+    TIMEOUT = 3.0  # seconds until a server that says nothing counts as away, and that a request waits for a connection
+    SPARE = 10.0  # seconds until a connection that no request needs is closed, and until more of them are tried again
+    # How redis-py tells that a server has ended a connection at its begin: some it has no time to say why.
+    ENDED = re.compile("max number of clients|Error (32|54|104) |closed by server", re.IGNORECASE)
 
-    def __init__(self, uri: str, prefix: str = "gomail:") -> None:
+    # All that gomail, its scripts included, asks Redis for, beside what begins a connection; k is a key.
+    # docs/operations.md has the same list, for the ACL of a user.
+    COMMANDS = """
+        BRPOPLPUSH k k 0, DEL k, EVAL x 1 k, EVALSHA x 1 k, EXEC, EXISTS k, EXPIRE k 1, GET k, HDEL k x, HEXISTS k x,
+        HGET k x, HGETALL k, HINCRBY k x 1, HINCRBYFLOAT k x 1, HKEYS k, HLEN k, HMGET k x, HRANDFIELD k, HSCAN k 0,
+        HSET k x x, HSETNX k x x, HVALS k, INCR k, LINDEX k 0, LLEN k, LMOVE k k LEFT LEFT, LPUSH k x, LRANGE k 0 0,
+        LREM k 0 x, MULTI, PERSIST k, PEXPIRE k 1, PING, PTTL k, RPOP k, RPOPLPUSH k k, RPUSH k x, SCAN 0, SET k x,
+        TIME, TTL k, UNLINK k, ZADD k 1 x, ZCARD k, ZCOUNT k 0 0, ZRANGE k 0 0, ZRANGEBYSCORE k 0 0, ZREM k x,
+        ZREMRANGEBYSCORE k 0 0, ZREVRANGE k 0 0, ZREVRANGEBYSCORE k 0 0, ZSCAN k 0, ZSCORE k x
+    """
+    FSYNC_COMMANDS = "WAITAOF 1 0 0"  # with durability=fsync
+
+    def __init__(self, uri: str, prefix: str = "gomail:", connections: int = Settings.redis_connections,
+                 **more: object) -> None:
         options = {"decode_responses": True, "protocol": 2, "socket_timeout": self.TIMEOUT,
                    "socket_connect_timeout": self.TIMEOUT, "max_connections": 100_000,
-                   "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 1, (redis.ConnectionError,))}
-        self.prefix = prefix
+                   "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 1, (redis.ConnectionError,)), **more}
+        address = RedisAddress.parse(uri)
+        self.prefix = hash_tagged(prefix) if address.scheme.endswith("+cluster") else prefix
         self.available = True
         self._own = threading.local()
-        self._spare: list[redis.Redis] = []
+        self._changed = threading.Condition()  # guards the next five
+        self._most = self._limit = connections
+        self._busy = 0  # requests that have a connection, or are about to
+        self._spare: collections.deque[tuple[float, Any]] = collections.deque()  # since when, client; the newest right
+        self._refused = float("-inf")
         self._write = self.script("return redis.call(ARGV[1], KEYS[1], unpack(ARGV, 2))")
-        self._pooled = self._client(RedisAddress.parse(uri), options)
+        self._pooled = self._client(address, options)
+        # Sentinels are asked for the master whenever the pool hands out a connection: all are the pool's then.
+        self._is_pooled = isinstance(self._pooled.connection_pool, redis.sentinel.SentinelConnectionPool)
 
-    @classmethod
-    def _client(cls, address: RedisAddress, options: dict[str, object]) -> redis.Redis:
+    def _client(self, address: RedisAddress, options: dict[str, object]) -> redis.Redis:
         options |= address.options
         if hidden := [str(options[name]) for name in ("username", "password") if name in options]:
-            options["redis_connect_func"] = functools.partial(cls._log_in, hidden)
+            options["redis_connect_func"] = functools.partial(self._log_in, hidden)
         if address.scheme == "redis+sentinel":
             timeouts = {name: options[name] for name in ("socket_timeout", "socket_connect_timeout", "retry")}
             sentinels = redis.sentinel.Sentinel(address.hosts, sentinel_kwargs=timeouts)
             return sentinels.master_for(address.master, **options)
         if address.scheme == "unix":
             return redis.Redis.from_url("unix://", path=address.path, **options)
+        scheme, _, cluster = address.scheme.partition("+")
+        if cluster:
+            options |= {"connection_class": SecureClusterConnection if scheme == "rediss" else ClusterConnection,
+                        "nodes": address.hosts, "newest": [], "key": self.key("UserList")}
         host, port = address.hosts[0]
-        return redis.Redis.from_url(f"{address.scheme}://", host=host, port=port, **options)
+        return redis.Redis.from_url(f"{scheme}://", host=host, port=port, **options)
 
     @staticmethod
     def _log_in(hidden: list[str], connection: redis.Connection) -> None:
@@ -1082,30 +1211,100 @@ class Store:
         """The key named by `parts`, joined with colons behind the prefix."""
         return self.prefix + ":".join(parts)
 
+    def matching(self, pattern: str) -> str:
+        """The pattern of SCAN for the keys whose names, behind the prefix, match `pattern`."""
+        return re.sub(r"[*?\[\]\\]", r"\\\g<0>", self.prefix) + pattern
+
     @property
     def redis(self) -> Any:  # a redis.Redis, whose hints do not know decode_responses
         """The Redis client: that of this thread, or the one that all others share."""
         client = getattr(self._own, "client", self._pooled)
         if client is None:
-            try:
-                client = self._spare.pop()
-            except IndexError:
-                client = redis.Redis(connection_pool=self._pooled.connection_pool, single_connection_client=True)
-            self._own.client = client
+            client = self._own.client = self._for_request() if self._own.for_request else self._further()
         return client
 
-    def dedicate(self) -> None:
+    def dedicate(self, for_request: bool = False) -> None:
         """Give this thread a connection of its own until release(), which spares it the locks of the pool.
 
-        Behind Sentinels it stays with the pool, which asks them for the master whenever it hands out a connection.
+        One for a request is had when it is first needed, and may have to be waited for.
         """
-        if not isinstance(self._pooled.connection_pool, redis.sentinel.SentinelConnectionPool):
+        self._own.for_request = for_request
+        if for_request or not self._is_pooled:
             self._own.client = None
 
     def release(self) -> None:
-        """Leave this thread's connection to the next one that needs one."""
-        if client := vars(self._own).pop("client", None):
-            self._spare.append(client)
+        """Leave this thread's connection, that of a request, to the next one that needs one."""
+        client = vars(self._own).pop("client", None)
+        if client is None:
+            return
+        with self._changed:
+            self._busy -= 1
+            # One that broke is not kept: to connect it again may take what Redis has not got.
+            keep = not self._is_pooled and client.connection.is_connected and (
+                self._busy + len(self._spare) < self._limit)
+            if keep:
+                self._spare.append((time.monotonic(), client))
+            self._changed.notify()
+        if not keep:
+            self._close(client)
+
+    def _for_request(self) -> Any:
+        """A client for a request, within TIMEOUT seconds. Raises RedisError."""
+        deadline = time.monotonic() + self.TIMEOUT
+        while True:
+            with self._changed:
+                if not self._changed.wait_for(lambda: self._busy < self._limit, deadline - time.monotonic()):
+                    raise redis.ConnectionError("all connections for requests are taken (see redis_connections)")
+                self._busy += 1
+                if self._spare:
+                    return self._spare.pop()[1]
+            try:
+                return self._further()
+            except BaseException as error:
+                with self._changed:
+                    self._busy -= 1
+                    self._changed.notify()
+                if not self.refused(error, for_request=True) or time.monotonic() > deadline:
+                    raise
+
+    def _further(self) -> Any:
+        """A client with a further connection, or with that of the pool."""
+        return self._pooled if self._is_pooled else redis.Redis(
+            connection_pool=self._pooled.connection_pool, single_connection_client=True)
+
+    def _close(self, client: Any) -> None:
+        if client is not self._pooled:
+            client.connection.disconnect()
+            client.close()
+
+    def refused(self, error: BaseException, for_request: bool = False) -> bool:
+        """Whether this error says that Redis takes no further connection; requests get by with fewer then."""
+        if not isinstance(error, redis.ConnectionError) or not self.ENDED.search(str(error)):
+            return False
+        with self._changed:
+            if self._limit == self._most:
+                log(logging.WARNING, "Redis takes no further connection", error=describe(error), requests=self._busy,
+                    remedy="a higher maxclients of the Redis server, or fewer redis_connections")
+            self._limit = max(1, min(self._limit, self._busy - (not for_request)))
+            self._refused = time.monotonic()
+            spare, self._spare = self._spare, collections.deque()
+        for _, client in spare:
+            self._close(client)
+        if self._is_pooled:
+            self._pooled.connection_pool.disconnect(inuse_connections=False)
+        return True
+
+    def tidy(self) -> None:
+        """Close the connections that no request needed for a while; try whether Redis takes more of them by now."""
+        spare, now = [], time.monotonic()
+        with self._changed:
+            while self._spare and self._spare[0][0] < now - self.SPARE:
+                spare.append(self._spare.popleft()[1])
+            if self._limit < self._most and self._refused < now - self.SPARE:
+                self._limit = min(2 * self._limit, self._most)
+                self._changed.notify_all()
+        for client in spare:
+            self._close(client)
 
     def script(self, source: str, once: bool = False, when_full: bool = True) -> Script:
         """The Script of this source."""
@@ -1119,6 +1318,34 @@ class Store:
     def ensure_writable(self) -> None:
         """Raises RedisError where Redis refuses what adds to it, or is away."""
         self.redis.set(self.key("writable"), 1)
+
+    def forbidden(self, fsync: bool = False) -> list[str]:
+        """What Redis does not let its user do: commands, in lower case, and "~" with the prefix for the keys.
+
+        Redis says so when it queues a command for a transaction. This one never ends, so that nothing is done.
+        """
+        commands = [command.split() for command in self.COMMANDS.split(",")] + [self.FSYNC_COMMANDS.split()] * fsync
+        # Outside a transaction EXEC is but an error. Where MULTI is refused, what follows would be carried out.
+        commands.sort(key=lambda command: (command[0] != "EXEC", command[0] != "MULTI"))
+        pool, found = self.redis.connection_pool, []
+        connection = pool.get_connection()
+        try:
+            for name, *args in commands:
+                connection.send_command(name, *(self.key("permitted") if arg == "k" else arg for arg in args))
+                try:
+                    connection.read_response()
+                except redis.ResponseError as error:
+                    forbids = isinstance(error, redis.exceptions.NoPermissionError)
+                    if forbids and re.search(r"access\b.*\bkey", str(error)):
+                        found.append(f"~{self.prefix}*")
+                    elif forbids or "unknown command" in str(error):
+                        found.append(name.lower())
+                    if name == "MULTI":
+                        break
+        finally:
+            connection.disconnect()
+            pool.release(connection)
+        return sorted(set(found))
 
     def time(self) -> float:
         """Redis's clock, seconds since the epoch: the one clock that all processes share."""
@@ -1186,6 +1413,7 @@ class EmbeddedServer:
         """
         self.take()
         try:
+            self.leave_word(None)
             self._come_up(pause)
         except BaseException:
             self.stop()
@@ -1205,6 +1433,26 @@ class EmbeddedServer:
                                       "data_dir of its own, or let both share a Redis by redis_uri") from None
         if len(os.fsencode(self.socket)) > 100:
             raise StartError(f"data_dir: {str(self.folder)!r} is too long for a unix socket, at most 88 bytes")
+
+    def leave_word(self, waiting: int | None) -> None:
+        """Note in the data_dir how many tasks wait in its data, for who uses another Redis next; None: nobody knows.
+
+        It is known between a clean stop and the next start.
+        """
+        try:
+            if waiting is None:
+                (self.folder / "waiting").unlink(missing_ok=True)
+            else:
+                (self.folder / "waiting").write_text(str(waiting))
+        except OSError as error:
+            raise TransientStartError(f"data_dir: {str(self.folder)!r} cannot be written: {describe(error)}") from None
+
+    def waiting(self) -> int | None:
+        """How many tasks wait in the data of a server that does not run; None: nobody knows."""
+        try:
+            return int((self.folder / "waiting").read_text()) if self.manifest.exists() else 0
+        except (OSError, ValueError):
+            return None
 
     def ensure(self) -> None:
         """Start the server where none runs; returns at once. StartError where it cannot be started."""
@@ -1715,6 +1963,20 @@ def fill(template: str, variables: Mapping[str, Any], escape: bool = False, part
     return PLACEHOLDER.sub(lambda match: values.get(match[1], match[0]), template)
 
 
+def invalid(field: str, expected: str, value: object, text: bool = True) -> Refused:
+    """The error for a value that a check does not take.
+
+    Args:
+        text: whether a string was expected. A number in its place, or the other way round, is a matter of quotes.
+    """
+    quotes = ""
+    if text and isinstance(value, (int, float)) and not isinstance(value, bool):
+        quotes = ", in quotes"
+    elif not text and isinstance(value, str) and re.fullmatch("[0-9]{1,10}", value):
+        quotes = ", without quotes"
+    return Refused(400, f"{field} must be {expected}{quotes}", field)
+
+
 @dataclasses.dataclass(frozen=True)
 class Text:
     """A string of 1 to `maximum` characters, not all blank; of those in `allowed`, a class of a regular expression."""
@@ -1725,7 +1987,14 @@ class Text:
 
     @property
     def expected(self) -> str:
-        return f"a string of 1 to {self.maximum} characters, {self.words}"
+        size = f"of 1 to {self.maximum} characters" if self.maximum < UNBOUNDED else "that is not empty"
+        return f"a string {size}, {self.words}"
+
+    def remark(self, value: object) -> str:
+        """What a value lacks that `expected` does not say, or that is hard to see."""
+        if isinstance(value, str) and len(value) > self.maximum:
+            return f", and has {len(value)}"
+        return ", and not blank" if isinstance(value, str) and value.isspace() else ""
 
     @property
     def schema(self) -> Json:
@@ -1740,8 +2009,24 @@ class Text:
         if (not isinstance(value, str) or not 0 < len(value) <= self.maximum or value.isspace()
                 or not self.pattern.fullmatch(value)
                 or not value.isascii() and re.search(r"[\ud800-\udfff]", value)):
-            raise Refused(400, f"{field} must be {self.expected}", field)
+            raise invalid(field, self.expected + self.remark(value), value)
         return value
+
+
+def check_placeholders(text: str, field: str) -> None:
+    """Raise Refused (400) where a `{{` of a text to be filled begins no placeholder: fill() would leave it as it is."""
+    if wrong := malformed_placeholders(text):
+        raise Refused(400, f"{field} has {wrong}, expected {{{{ name }}}}: a letter or _, then up to 63 letters, "
+                      "digits or _, in two braces on each side", field)
+
+
+class Template(Text):
+    """A text that is filled with variables later."""
+
+    def __call__(self, value: Any, field: str) -> str:
+        text: str = super().__call__(value, field)
+        check_placeholders(text, field)
+        return text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1758,7 +2043,7 @@ class Form:
 
     def __call__(self, value: object, field: str) -> Any:
         if not isinstance(value, str) or len(value) > self.maximum or not self.pattern.fullmatch(value):
-            raise Refused(400, f"{field} must be {self.expected}", field)
+            raise invalid(field, self.expected, value)
         return value
 
 
@@ -1772,7 +2057,7 @@ class Base64:
         try:
             return base64.b64encode(base64.b64decode("".join(value.split()), validate=True)).decode()
         except (AttributeError, ValueError):
-            raise Refused(400, f"{field} must be {self.expected}", field) from None
+            raise invalid(field, self.expected, value) from None
 
 
 class Moment:
@@ -1794,7 +2079,7 @@ class Moment:
                     return max(0, int(seconds * 1e6))
         except (TypeError, ValueError, OverflowError):
             pass
-        raise Refused(400, f"{field} must be {self.expected}", field)
+        raise invalid(field, self.expected, value)
 
 
 class Variables:
@@ -1842,7 +2127,7 @@ class Whole:
 
     def __call__(self, value: Any, field: str) -> Any:
         if not isinstance(value, int) or isinstance(value, bool) or not self.low <= value <= self.high:
-            raise Refused(400, f"{field} must be {self.expected}", field)
+            raise invalid(field, self.expected, value, text=False)
         return value
 
 
@@ -1862,7 +2147,7 @@ class Choice:
 
     def __call__(self, value: Any, field: str) -> Any:
         if not isinstance(value, str) or value not in self.values:
-            raise Refused(400, f"{field} must be {self.expected}", field)
+            raise invalid(field, self.expected, value)
         return value
 
 
@@ -1876,7 +2161,7 @@ class Address:
     def __call__(self, value: Any, field: str) -> Any:
         address = parse_address(value) if isinstance(value, str) else None
         if address is None:
-            raise Refused(400, f"{field} must be {self.expected}", field)
+            raise invalid(field, self.expected, value)
         return address
 
 
@@ -1965,7 +2250,7 @@ class AccountName:
     def __call__(self, value: object, field: str) -> str:
         if (not isinstance(value, str) or not value.isprintable() or value != value.strip(" ")
                 or not 0 < len(value.encode()) <= self.SIZE or self.INVISIBLE.search(value)):
-            raise Refused(400, f"{field} must be {self.expected}", field)
+            raise invalid(field, self.expected, value)
         return value
 
 
@@ -1978,8 +2263,9 @@ class Anything:
         return value
 
 
-SUBJECT = Text(998, ONE_LINE, LINE)
-CONTENT = Text(100_000_000)
+UNBOUNDED = 100_000_000  # characters: more than max_body lets through
+SUBJECT, SUBJECT_TEMPLATE = Text(998, ONE_LINE, LINE), Template(998, ONE_LINE, LINE)
+CONTENT, CONTENT_TEMPLATE = Text(UNBOUNDED), Template(UNBOUNDED)
 # Browsers take . and .. out of a path, even as %2E; such names from before can still be read with other clients.
 CONTENT_TYPE = Form("a string of 1 to 100 characters, only letters, digits, spaces and . _ -, but not . or ..",
                     re.compile(r"(?!\.{1,2}$| +$)[\w. -]+"), 100)
@@ -2007,7 +2293,7 @@ PAYLOADS = {
                        "send_at": Optional(Moment())}),
     "generateOtp": Object({"userId": Address(), "length": Whole(4, 8)}),
     "subscribe": Object({"userId": Address(), "frequency": Choice(FREQUENCIES), "content_type": CONTENT_TYPE,
-                         "subject": Optional(SUBJECT), "content": Optional(CONTENT),
+                         "subject": Optional(SUBJECT_TEMPLATE), "content": Optional(CONTENT_TEMPLATE),
                          "variables": Optional(Variables())},
                         together=("subject", "content")),
     "unsubscribe": Object({"userId": Address(), "content_type": CONTENT_TYPE}),
@@ -2045,8 +2331,8 @@ def fill_message(task: dict, path: str, most: int) -> int:
         path: of the task, "" for the whole body.
         most: bytes that the texts may have together.
 
-    Returns how many bytes they have. Raises Refused: 400, a variable is missing, or makes a text that is not allowed;
-    413, they would be larger.
+    Returns how many bytes they have. Raises Refused: 400, a placeholder is malformed, its variable is missing, or makes
+    a text that is not allowed; 413, they would be larger.
     """
     payload, path = task["payload"], f"{path}.payload" if path else "payload"
     if task["type"] != "message" or "variables" not in payload:
@@ -2054,6 +2340,7 @@ def fill_message(task: dict, path: str, most: int) -> int:
     variables, size = payload.pop("variables"), 0
     for name, check in (("subject", SUBJECT), ("text", CONTENT), ("content", CONTENT)):
         if name in payload:
+            check_placeholders(payload[name], f"{path}.{name}")
             try:
                 filled = fill(payload[name], variables, name == "content" and is_html(payload[name]), most=most - size)
             except KeyError as error:
@@ -2061,24 +2348,29 @@ def fill_message(task: dict, path: str, most: int) -> int:
                 raise Refused(400, f"{field} is required: {path}.{name} names it", field) from None
             except TooLarge as error:
                 raise Refused(413, f"{path}.{name} would have {error.size} bytes with its variables, and may have "
-                              f"{most - size}", f"{path}.variables") from None
+                              f"{most - size}: max_body limits the texts of a message, and twice that those of a batch",
+                              f"{path}.variables") from None
             payload[name] = check(filled, f"{path}.{name}")
             size += len(filled.encode())
     return size
 
 
 TASK = TaskOfType()
-LANES = ("urgent", "normal", "bulk")
+MAIL_LANES = ("urgent", "normal", "bulk")
+# Subscribing and unsubscribing send no mail: no OTP waits for them, and they wait for no SMTP server. Of a version
+# that put them into the urgent lane, some may still be there; every worker does every type of task.
+CHANGES = "changes"
+LANES = (*MAIL_LANES, CHANGES)
 
 
 def lane_of(task_type: str) -> str:
     """The lane that tasks of this type wait in."""
-    return {"message": "normal", "newsletter": "bulk"}.get(task_type, "urgent")
+    return {"generateOtp": "urgent", "message": "normal", "newsletter": "bulk"}.get(task_type, CHANGES)
 
 
-def too_many(seconds: int | str) -> Refused:
+def too_many(seconds: int | str, what: str = "OTP requests") -> Refused:
     """What refuses one OTP request too many: 429 (RFC 6585), with the seconds to wait."""
-    return Refused(429, f"too many OTP requests; try again in {seconds} seconds", None, {"Retry-After": str(seconds)})
+    return Refused(429, f"too many {what}; try again in {seconds} seconds", None, {"Retry-After": str(seconds)})
 
 
 def same_mailbox(address: str) -> str:
@@ -2128,7 +2420,8 @@ class Outcome:
     Verdict "succeeded"; "retrying", to be taken again after `delay` seconds; "dropped" and "in-doubt", the same without
     counting as an attempt; "returned", back to the head of its lane; "dead"; "cancelled", because nobody
     wants it any more; or "suppressed", because nobody is left to send it to. `delivered` are the recipients that have
-    the mail already, where others have not; `suppress` the addresses that do not exist, by what the server said.
+    the mail already, where others have not; `suppress` the addresses that do not exist, by what the server said. Of a
+    subscribe or unsubscribe that succeeded, `result` says what it came to.
     """
 
     task_id: str
@@ -2137,6 +2430,7 @@ class Outcome:
     delay: float = 0.0
     delivered: tuple = ()
     suppress: tuple = ()
+    result: str = ""
 
 
 class Queue:
@@ -2321,6 +2615,7 @@ class Queue:
             if tonumber(due) > milliseconds then
                 redis.call('HSET', task, 'state', 'scheduled', 'due', due)
                 redis.call('ZADD', prefix .. 'delayed', due, id)
+                redis.call('ZADD', prefix .. 'scheduled', due, id)
             else
                 redis.call('LPUSH', prefix .. 'lane:' .. lane, id)
             end
@@ -2437,19 +2732,22 @@ class Queue:
     """
 
     # What is due has waited already, so it goes to the head of its lane. What was due first is to leave first, so the
-    # latest is moved first, also where there is more than one call's share; of one moment, by id.
+    # latest is moved first, also where there is more than one call's share; of one moment, by id. Answers how many
+    # these were, and the milliseconds until the next one is due, or -1 where none waits.
     PROMOTE = CLOCK + """
         local prefix = KEYS[1]
         local due = redis.call('ZREVRANGEBYSCORE', prefix .. 'delayed', milliseconds, '-inf', 'LIMIT', 0, ARGV[1])
         for _, id in ipairs(due) do
             redis.call('ZREM', prefix .. 'delayed', id)
+            redis.call('ZREM', prefix .. 'scheduled', id)
             local lane = redis.call('HGET', prefix .. 'task:' .. id, 'lane')
             if lane then
                 redis.call('HSET', prefix .. 'task:' .. id, 'state', 'queued')
                 redis.call('RPUSH', prefix .. 'lane:' .. lane, id)
             end
         end
-        return #due
+        local next = redis.call('ZRANGE', prefix .. 'delayed', 0, 0, 'WITHSCORES')[2]
+        return {#due, next and math.max(0, math.ceil(next - milliseconds)) or -1}
     """
 
     # Of some tasks that wait, find retries that are further away than retries are ever put off, as they are after the
@@ -2459,11 +2757,14 @@ class Queue:
         local cursor, found = unpack(redis.call('ZSCAN', prefix .. 'delayed', ARGV[1], 'COUNT', 200))
         for at = 1, #found, 2 do
             local id = found[at]
-            local task = prefix .. 'task:' .. id
-            if tonumber(found[at + 1]) > latest and redis.call('HGET', task, 'state') == 'retrying' then
+            local task, due = prefix .. 'task:' .. id, tonumber(found[at + 1])
+            local state = due > latest and redis.call('HGET', task, 'state')
+            if state == 'retrying' then
                 redis.call('ZADD', prefix .. 'delayed', milliseconds, id)
                 redis.call('HSET', task, 'due', milliseconds)
                 recalled = recalled + 1
+            elseif state == 'scheduled' then  -- by a version that did not keep them apart
+                redis.call('ZADD', prefix .. 'scheduled', due, id)
             end
         end
         return {cursor, recalled}
@@ -2549,13 +2850,17 @@ class Queue:
         local owner, ended = unpack(redis.call('HMGET', task, 'account', 'd'))
         owner = owner or ended and string.match(ended, '^' .. string.rep('%S* ', 7) .. '(.*)$')
         if not owner or account ~= '' and owner ~= account then return 'unknown' end
-        if redis.call('ZREM', prefix .. 'delayed', id) == 0 then return 'late' end
+        if redis.call('ZREM', prefix .. 'delayed', id) == 0 then
+            local state = ended and string.match(ended, '^%S+') or redis.call('HGET', task, 'state') or 'succeeded'
+            return 'late ' .. state
+        end
+        redis.call('ZREM', prefix .. 'scheduled', id)
         conclude(task, 'cancelled', 0, nil, microseconds, ttl)
         return 'cancelled'
     """
 
     # Who retries says that the address is good now, so what the server said of it counts no more; what a person
-    # suppressed stays so.
+    # suppressed stays so. Nobody waits for an OTP that died, so it does not stand in the line of those that are new.
     REVIVE = NOTE + """
         local prefix, id, account = KEYS[1], ARGV[1], ARGV[2]
         local task = prefix .. 'task:' .. id
@@ -2571,7 +2876,7 @@ class Queue:
             note(task, 'revived', 'by request')
             redis.call('HDEL', task, 'error', 'finished', 'strikes', 'drops', 'dropped')
             redis.call('HSET', task, 'state', 'queued', 'attempts', 0)
-            redis.call('LPUSH', prefix .. 'lane:' .. lane, id)
+            redis.call('LPUSH', prefix .. 'lane:' .. (lane == 'urgent' and 'normal' or lane), id)
             local reasons = prefix .. 'suppressed_for:' .. owner
             for address in string.gmatch(to or '', '%S+') do
                 local reason = redis.call('HGET', reasons, address)
@@ -2627,6 +2932,7 @@ class Queue:
         self._scanned = self._recalled = 0
         self._no_otp = threading.Event()
         self._no_otp.set()
+        self._delayed, self.next_due = threading.Event(), math.inf
 
     def enqueue(self, account: Account, tasks: Sequence[Json], idempotency_key: str = "",
                 batch: str = "") -> list[str | Refused]:
@@ -2662,6 +2968,8 @@ class Queue:
             args += [task_id, head_of(task), json.dumps(task), lane_of(task["type"]),
                      otp_address, content_type, payload.get("send_at", 0) // 1000, to]
         answer = self._durably(self._enqueue, [self.store.prefix], args)
+        if any("send_at" in task["payload"] for task in tasks):
+            self._delayed.set()
         if answer == "revoked":
             raise Refused(401, "the API key was revoked", None, {"WWW-Authenticate": "Bearer"})
         if answer == "conflict":
@@ -2686,7 +2994,8 @@ class Queue:
     @staticmethod
     def _refusal(why: str) -> Refused:
         if why == "unknown":
-            return Refused(400, "payload.content_type does not exist; define it first, or bring subject and content",
+            return Refused(400, "payload.content_type does not exist; POST /task/subscriptionContent defines one, or "
+                           "bring payload.subject and payload.content",
                            "payload.content_type")
         return too_many(why)
 
@@ -2708,11 +3017,13 @@ class Queue:
         outcome = outcome or Outcome("", "")
         settings = self.settings
         keys = [self._processing(worker), self.store.key("lane", lane), self.store.prefix]
-        args = [int(take), outcome.task_id, outcome.verdict, outcome.error, int(outcome.delay * 1000),
+        args = [int(take), outcome.task_id, outcome.verdict, outcome.error or outcome.result, int(outcome.delay * 1000),
                 " ".join(outcome.delivered), " ".join(outcome.suppress), settings.result_ttl * 1000,
                 settings.dead_ttl * 1000, settings.dead_max, self.process, worker]
         while (found := self._exchange(keys, args)) == []:
             pass
+        if outcome.delay:
+            self._delayed.set()
         if found is None:
             return None
         task_id, body, account, key, created, attempts, strikes, drops, dropped, delivered, suppressed = found
@@ -2724,23 +3035,24 @@ class Queue:
                     tuple((delivered or "").split()), tuple(suppressed.split()))
 
     def give_way(self) -> None:
-        """Let an OTP pass that this process took in a moment ago, before other mail goes on; for OTP_FIRST at most."""
+        """Let an OTP pass that this process took in a moment ago, before other work goes on; for OTP_FIRST at most."""
         if not self._no_otp.wait(self.OTP_FIRST):
             self._no_otp.set()
 
     def otp_passed(self) -> None:
-        """An OTP has been sent, or failed: other mail may go on."""
+        """An OTP has been sent, or failed: other work may go on."""
         self._no_otp.set()
 
-    def wait(self, worker: str, lane: str, timeout: float) -> None:
+    def wait(self, worker: str, lane: str, timeout: float) -> bool:
         """Wait up to `timeout` seconds until `lane` has a task and move it to the worker's processing list.
 
-        The next exchange() returns it.
+        The next exchange() returns it. False where the lane stayed empty: there is nothing to exchange.
         """
         try:
-            self.store.redis.brpoplpush(self.store.key("lane", lane), self._processing(worker), timeout=timeout)
+            return bool(self.store.redis.brpoplpush(self.store.key("lane", lane), self._processing(worker), timeout))
         except redis.OutOfMemoryError:  # to wait needs no memory, but might; the next exchange() needs no wait
             time.sleep(min(timeout, self.LOOK_AGAIN))
+            return True
 
     def pace(self, lane: str) -> float:
         """Take the next moment at which a mail of this lane may go, by `smtp_rate`; returns the seconds until then."""
@@ -2755,8 +3067,8 @@ class Queue:
     def _processing(self, worker: str) -> str:
         return self.store.key("processing", self.process, worker)
 
-    def beat(self, workers: Sequence[str], paused: Mapping[str, str]) -> dict[str, str]:
-        """Show for the next seconds that this process lives, which workers' lists it has, and why its lanes are paused.
+    def beat(self, workers: Sequence[str], paused: Mapping[str, object]) -> dict[str, str]:
+        """Show for the next seconds that this process lives, which workers' lists it has, and what is paused, and why.
 
         Returns lane -> how often somebody has asked to resume it.
         """
@@ -2789,8 +3101,20 @@ class Queue:
                           {"Retry-After": str(seconds)})
 
     def promote(self) -> int:
-        """Move what is due to the lanes; returns how many tasks, at most LOOK."""
-        return self._promote(keys=[self.store.prefix], args=[self.LOOK])
+        """Move what is due to the lanes; returns how many tasks, at most LOOK.
+
+        `next_due` is then when the next one is due (monotonic), as far as is_due() does not know better.
+        """
+        self._delayed.clear()
+        self.next_due = math.inf
+        count, wait = self._promote(keys=[self.store.prefix], args=[self.LOOK])
+        if wait >= 0:
+            self.next_due = time.monotonic() + wait / 1000
+        return count
+
+    def is_due(self) -> bool:
+        """Whether promote() may find something: by what it found last, and what this process has put off since."""
+        return self._delayed.is_set() or time.monotonic() >= self.next_due
 
     def recall(self) -> int:
         """Make retries due that a wrong clock put off too far, among some of what waits; returns how many."""
@@ -2827,8 +3151,8 @@ class Queue:
 
         Returns how many it found among about 5,000 keys; the next call goes on from there.
         """
-        pattern = re.sub(r"[*?\[\]\\]", r"\\\g<0>", self.store.key("processing", "")) + "*"
-        self._scanned, lists = self.store.redis.scan(self._scanned, match=pattern, count=5 * self.LOOK)
+        self._scanned, lists = self.store.redis.scan(self._scanned, match=self.store.matching("processing:*"),
+                                                     count=5 * self.LOOK)
         owners = [key.removeprefix(self.store.key("processing", "")).rpartition(":") for key in lists]
         return sum(self._adopt(keys=[self.store.prefix], args=[process, worker]) for process, _, worker in owners)
 
@@ -2861,8 +3185,7 @@ class Queue:
         statuses = []
         for task_id, found in tasks:
             if found["d"]:
-                state, *_, found["account"] = found["d"].split(" ", 7)
-                found["state"] = state or "succeeded"
+                found["state"], found["account"] = ended_as(found["d"])
             if found["state"] is None or account and found["account"] != account:
                 continue
             if not found["head"] and not found["d"]:
@@ -2886,9 +3209,12 @@ class Queue:
         if found["d"]:
             found = found | concluded(found)
         task = found["task"] if found["u"] else json.loads(found["head"])
+        succeeded = found["state"] == "succeeded"  # then "error" in the hash has the Outcome's result
         status = {"id": task_id, "task": task["task"], "type": task["type"], "userId": task["payload"]["userId"],
                   "state": found["state"], "attempts": int(found["attempts"]), "retries": task["retries"],
-                  "error": found["error"] or None, "created": timestamp(found["created"])}
+                  "error": not succeeded and found["error"] or None, "created": timestamp(found["created"])}
+        if succeeded and found["error"]:
+            status["result"] = found["error"]
         if found["state"] in ("retrying", "scheduled"):
             status["due"] = timestamp(float(found["due"]) * 1000)
         if found["finished"]:
@@ -2910,8 +3236,9 @@ class Queue:
         key = self._list_of("recent", account)
         ids: list[str] = []
         while offset >= 0 and len(ids) < limit:
+            self.give_way()
             offset, *found = self._recent(keys=[self.store.prefix, key], args=[
-                same_mailbox(search), state, offset, self.LOOK, limit - len(ids)])
+                same_mailbox(search), state, offset, self.BATCH, limit - len(ids)])
             ids += found
         return self._statuses(ids, account), offset if offset >= 0 else None
 
@@ -2919,11 +3246,15 @@ class Queue:
         """End a task that waits for its `send_at` or for a retry. With `account`, only one of that account's own.
 
         Raises:
-            Refused: 404, there is no such task; 409, it waits no longer.
+            Refused: 404, there is no such task; 409, it does not wait for that.
         """
         done = self._cancel(keys=[self.store.prefix], args=[task_id, account, self.settings.result_ttl * 1000])
-        if done == "late":
-            raise Refused(409, "the task waits no longer for its send_at or a retry", "id")
+        if done.startswith("late "):
+            state = done.removeprefix("late ")
+            said = {"queued": "waits in its lane and may be taken at any moment", "running": "is being worked on"}.get(
+                state, f"has ended already ({state})")
+            raise Refused(409, f"the task {said}; only one that waits for its send_at or a retry can be cancelled",
+                          "id")
         if done != "cancelled":
             raise Refused(404, "there is no such task, or it ended too long ago", "id")
 
@@ -2949,6 +3280,7 @@ class Queue:
         # Letters that die again meanwhile have a later time, so that this ends.
         while ids := self.store.redis.zrangebyscore(key, "-inf", before, start=0, num=self.BATCH):
             for task_id in ids:
+                self.give_way()
                 if self.revive(task_id, account, remove):
                     count += 1
                 else:
@@ -3005,6 +3337,11 @@ class Queue:
         return {lane: max(0.0, seconds + (microseconds - int(moment)) / 1e6) if moment else 0.0
                 for lane, moment in zip(LANES, created)}
 
+    def waiting(self) -> int | None:
+        """How many tasks wait in the lanes, for a retry or their time; None while a process may have some in hand."""
+        depths = self.depths()
+        return None if self.processes() else sum(depths[name] for name in (*LANES, "retrying"))
+
     def processes(self) -> int:
         """How many processes work on this queue."""
         return self.store.redis.hlen(self.store.key("processes"))
@@ -3019,13 +3356,30 @@ class Queue:
                           "paused": len(reasons), "reason": reasons[0] if reasons else None})
         return lanes
 
+    def outage(self, own: Json | None = None) -> Json | None:
+        """In how many processes the SMTP server is out, since when, and why; None where it is out in none.
+
+        `own` is what this process reports: its heartbeat may not have done so yet.
+        """
+        processes = map(json.loads, self.store.redis.hvals(self.store.key("paused")))
+        reports = [process["smtp"] for process in processes if "smtp" in process] or ([own] if own else [])
+        if not reports:
+            return None
+        first = min(reports, key=lambda report: report["since"])
+        return {"state": "out", "processes": len(reports), "since": timestamp(first["since"]),
+                "reason": first["reason"]}
+
     def counters(self) -> dict[str, int]:
         """{"executed", "successful", "failed"}: tasks that ended, not attempts; the last two add up to the first."""
         found = self.store.redis.hgetall(self.store.key("metrics"))
         return {name: int(found.get(name, 0)) for name in ("executed", "successful", "failed")}
 
+    def scheduled(self) -> int:
+        """How many tasks wait for their send_at. What is due was counted by an older version, or is gone."""
+        return self.store.redis.zcount(self.store.key("scheduled"), int(self.store.time() * 1000), "+inf")
+
     def depths(self) -> dict[str, int]:
-        """How many tasks wait in each lane, for a retry, and as dead letters."""
+        """How many tasks wait in each lane, for a retry or their send_at, and as dead letters."""
         with self.store.redis.pipeline(transaction=False) as pipeline:
             for lane in LANES:
                 pipeline.llen(self.store.key("lane", lane))
@@ -3038,6 +3392,12 @@ def head_of(task: Json) -> str:
     """What is shown of a task, and kept when it has ended, as JSON: nothing of the mail itself."""
     return json.dumps({"task": task["task"], "type": task["type"], "retries": task["retries"],
                        "payload": {"userId": task["payload"]["userId"]}})
+
+
+def ended_as(digest: str) -> tuple[str, str]:
+    """(state, account) of a task that has ended, from what Queue.CONCLUDE keeps of it."""
+    state, *_, account = digest.split(" ", 7)
+    return state or "succeeded", account
 
 
 def concluded(found: Json) -> Json:
@@ -3058,7 +3418,8 @@ def told(task: Json) -> list[Json]:
         events.append({"time": timestamp(moment), "event": event, **took(started, moment), "error": why or None})
     if task["state"] in ("succeeded", "cancelled", "suppressed"):
         events.append({"time": timestamp(task["finished"]), "event": task["state"],
-                       **took(task["started"], task["finished"]), "error": task["error"] or None})
+                       **took(task["started"], task["finished"]),
+                       "error": task["state"] != "succeeded" and task["error"] or None})
     elif task["state"] == "running":
         events.append({"time": timestamp(task["started"]), "event": "running"})
     return events
@@ -3096,7 +3457,9 @@ class Stats:
     AT_ONCE = 500  # counters in one script
 
     MINUTES = 60
-    SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, math.inf)
+    SECONDS = {  # histogram -> the limits of its buckets
+        "gomail_smtp_seconds": (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, math.inf),
+        "gomail_http_seconds": (0.005, 0.025, 0.1, 0.5, 2.5, math.inf)}
 
     def __init__(self, store: Store) -> None:
         self.store, self.lock = store, threading.Lock()
@@ -3115,12 +3478,13 @@ class Stats:
             self.new[minute, (event, owner.name, owner.key_id)] += 1
             self.new[minute, (event, "")] += 1
 
-    def observe(self, name: str, seconds: float) -> None:
+    def observe(self, name: str, seconds: float, **labels: str) -> None:
         """Add to a histogram; each bucket by itself until it is read."""
-        limit = self.SECONDS[bisect.bisect_left(self.SECONDS, seconds)]
+        limits = self.SECONDS[name]
+        limit = limits[bisect.bisect_left(limits, seconds)]
         with self.lock:
-            self.new["stats", (f"{name}_bucket", ("le", limit))] += 1
-            self.new["stats", (f"{name}_sum",)] += seconds  # type: ignore[assignment]  # a Counter of floats
+            self.new["stats", (f"{name}_bucket", ("le", limit), *labels.items())] += 1
+            self.new["stats", (f"{name}_sum", *labels.items())] += seconds  # type: ignore[assignment]  # a Counter of floats
 
     def flush(self) -> None:
         """Add what is new to the sum. Where Redis is away, it stays for the next time."""
@@ -3145,12 +3509,13 @@ class Stats:
         for field, amount in self.store.redis.hgetall(self.store.key("stats")).items():
             name, *labels = json.loads(field)
             series[(name, *map(tuple, labels))] = float(amount)
-        for name in {series_name for series_name, *_ in series if series_name.endswith("_bucket")}:
-            total = 0.0
-            for limit in self.SECONDS:
-                total += series.pop((name, ("le", limit)), 0.0)
-                series[(name, ("le", "+Inf" if limit == math.inf else str(limit)))] = total
-            series[(name.replace("_bucket", "_count"),)] = total
+        for name, limits in self.SECONDS.items():
+            for labels in {tuple(labels[1:]) for found, *labels in series if found == f"{name}_bucket"}:
+                total = 0.0
+                for limit in limits:
+                    total += series.pop((f"{name}_bucket", ("le", limit), *labels), 0.0)
+                    series[(f"{name}_bucket", ("le", "+Inf" if limit == math.inf else str(limit)), *labels)] = total
+                series[(f"{name}_count", *labels)] = total
         return series
 
     def history(self, owner: Account | None = None) -> list[dict]:
@@ -3172,15 +3537,22 @@ class Stats:
                 for minute, amounts in zip(minutes, sums)]
 
 
-FAMILIES = {  # name -> (type, help)
+FAMILIES = {  # name -> (type, help); docs/metrics.md has them all, with their labels
     "gomail_tasks": ("counter", "Times a worker was done with a task, by what became of it."),
     "gomail_smtp_seconds": ("histogram", "Seconds that handing over a mail took."),
     "gomail_http_requests": ("counter", "HTTP requests answered."),
+    "gomail_http_seconds": ("histogram", "Seconds from the begin of a request to its answer, by group of routes."),
     "gomail_queue_depth": ("gauge", "Tasks that wait in a lane."),
     "gomail_queue_oldest_seconds": ("gauge", "Age of the task of a lane that is next."),
     "gomail_retries_waiting": ("gauge", "Tasks that wait for a retry or their send_at."),
+    "gomail_tasks_delayed": ("gauge", "Tasks that wait for a retry, and those that wait for their send_at."),
     "gomail_dead_letters": ("gauge", "Dead letters kept."),
+    "gomail_subscriptions": ("gauge", "Subscriptions in the calendar of newsletters."),
     "gomail_lane_paused": ("gauge", "1 where a lane is paused in the process that answers."),
+    "gomail_smtp_up": ("gauge", "0 where the SMTP server is out for the process that answers."),
+    "gomail_redis_up": ("gauge", "0 where Redis is away; what only Redis knows is missing then."),
+    "gomail_build_info": ("gauge", "Always 1; its label is the version."),
+    "process_start_time_seconds": ("gauge", "When the service was started, in seconds since the epoch."),
 }
 
 
@@ -3188,14 +3560,15 @@ def exposition(series: Mapping[tuple, float]) -> str:
     """Prometheus's text format 0.0.4 of {(name, (label, value), ...): amount}."""
     def escaped(value: object) -> str:
         return str(value).replace("\\", r"\\").replace('"', r'\"').replace("\n", r"\n")
+    samples = collections.defaultdict(list)
+    for (name, *labels), amount in series.items():
+        shown = ",".join(f'{label}="{escaped(value)}"' for label, value in labels)
+        family = name if name in FAMILIES else re.sub("_(total|bucket|sum|count)$", "", name)
+        samples[family].append(f"{name}{{{shown}}} {amount:.15g}")
     lines = []
     for family, (kind, explanation) in FAMILIES.items():
-        lines += [f"# HELP {family}{'_total' * (kind == 'counter')} {explanation}",
-                  f"# TYPE {family}{'_total' * (kind == 'counter')} {kind}"]
-        found = [item for item in series.items() if re.fullmatch(f"{family}(_total|_bucket|_sum|_count)?", item[0][0])]
-        for (name, *labels), amount in found:
-            described = ",".join(f'{label}="{escaped(value)}"' for label, value in labels)
-            lines.append(f"{name}{{{described}}} {amount:.15g}")
+        name = f"{family}_total" if kind == "counter" else family
+        lines += [f"# HELP {name} {explanation}", f"# TYPE {name} {kind}", *samples[family]]
     return "\n".join(lines) + "\n"
 
 
@@ -3229,12 +3602,13 @@ class Permanent(DeliveryError):
 class Unavailable(DeliveryError):
     """No mail can be handed over now, whatever the mail: the server, the connection or the sender's account is out.
 
-    `dropped` says that it came up in the middle of this mail, so that the mail may be the cause.
+    `dropped` says that it came up in the middle of this mail, so that the mail may be the cause; `sender` that the
+    server answers, and refuses the sender.
     """
 
-    def __init__(self, error: str, dropped: bool = False) -> None:
+    def __init__(self, error: str, dropped: bool = False, sender: bool = False) -> None:
         super().__init__(error)
-        self.dropped = dropped
+        self.dropped, self.sender = dropped, sender
 
 
 class InDoubt(Unavailable):
@@ -3335,7 +3709,7 @@ def refusal(stage: str, code: int, text: bytes, taken: bool = False) -> Delivery
         about = About.RECIPIENT
     if about not in (About.MAIL, About.RECIPIENT):
         words = said if code == 421 else f"{about}, {STAGES[stage]}: {said}"
-        error: DeliveryError = Unavailable(words, dropped=stage != "MAIL" or code < 500)
+        error: DeliveryError = Unavailable(words, dropped=stage != "MAIL" or code < 500, sender=about == About.SENDER)
     else:
         error = (Temporary if code < 500 else Permanent)(said, certain=known is not None)
         # RFC 3463 section 3.2: 5.1.x is about an address, 5.1.7 and 5.1.8 about the sender's.
@@ -3741,6 +4115,7 @@ class Transport(typing.Protocol):
     """What hands mails on; many threads call it at once."""
 
     accepted: float  # when a mail was taken last, in seconds since the epoch
+    reached: float  # when that, or a new connection, was last known to be possible, by time.monotonic()
 
     def send(self, sender: str, recipients: Sequence[str], message: bytes, owner: Account = Account("", ""),
              urgent: bool = False) -> None:
@@ -3773,7 +4148,7 @@ class Outbox:
     def __init__(self, folder: str | pathlib.Path, most: int = 0) -> None:
         self.folder, self.most = pathlib.Path(folder).resolve(), most
         self.lock = threading.Lock()
-        self.accepted, self.cleaned = 0.0, -1.0
+        self.accepted, self.reached, self.cleaned = 0.0, float("-inf"), -1.0
         self.cleaning: Iterator[None] | None = None
 
     def __str__(self) -> str:
@@ -3793,7 +4168,7 @@ class Outbox:
                 self._maildir().add(envelope + message.replace(b"\r\n", b"\n"))
         except OSError as error:
             raise Unavailable(f"the Maildir cannot be written: {describe(error)}") from None
-        self.accepted = time.time()
+        self.accepted, self.reached = time.time(), time.monotonic()
 
     def probe(self) -> None:
         """Raise Unavailable where a mail could not be written."""
@@ -3804,6 +4179,7 @@ class Outbox:
             probe.unlink()
         except OSError as error:
             raise Unavailable(f"the Maildir cannot be written: {describe(error)}") from None
+        self.reached = time.monotonic()
 
     def tidy(self, idle: float = 0.0) -> None:
         """Nothing is kept open."""
@@ -3938,7 +4314,7 @@ class SmtpTransport:
         self.connections: set[OpenSmtp] = set()
         self.learnt_share, self.learnt_until = 0, float("-inf")
         self.token, self.token_lock = b"", threading.Lock()
-        self.accepted = 0.0
+        self.accepted, self.reached = 0.0, float("-inf")
 
     def __str__(self) -> str:
         return f"SMTP server {self.settings.smtp_server}:{self.settings.smtp_port}"
@@ -4058,7 +4434,7 @@ class SmtpTransport:
                 if smtp.has_extn("smtputf8"):
                     options = self.UTF8
                 elif not sender.isascii():
-                    raise Unavailable("the server takes no sender beyond ASCII (SMTPUTF8)")
+                    raise Unavailable("the server takes no sender beyond ASCII (SMTPUTF8)", sender=True)
                 else:
                     refused = dict.fromkeys((found for found in recipients if not found.isascii()), Permanent(
                         "the server takes no addresses beyond ASCII (SMTPUTF8)", certain=True))
@@ -4181,6 +4557,7 @@ class SmtpTransport:
         with self.lock:
             self.connections.add(smtp)
         self.local.smtp, self.local.sent, self.local.refusals, self.local.used = smtp, 0, 0, time.monotonic()
+        self.reached = self.local.used
         return smtp
 
     def _log_in(self, smtp: OpenSmtp) -> None:
@@ -4391,7 +4768,7 @@ class Otps:
                   self.store.key("otp_requests", account)],
             args=[self._hash(account, address, otp), self.MAX_TRIES, self.MAX_FAILURES, self.minute_max, owner.key_id])
         if result.startswith("wait "):
-            raise too_many(result.removeprefix("wait "))
+            raise too_many(result.removeprefix("wait "), "OTP requests or wrong OTPs")
         return result == "verified"
 
     def mail(self, otp: str) -> tuple[str, str]:
@@ -4496,7 +4873,7 @@ class Newsletters:
         local address, created, member = unpack(ARGV)
         redis.call('SET', unsubscribed, created, 'EX', 86400)
         local before = redis.call('HGET', subscribers, address)
-        if not before then return 'unknown' end
+        if not before then return 'not subscribed' end
         if later(cjson.decode(before).created, created) then return 'overtaken' end
         redis.call('HDEL', subscribers, address)
         redis.call('HDEL', issued, address)
@@ -4681,6 +5058,10 @@ class Newsletters:
                 for (owner, name, record), moment in zip(found, moments)], (
                     f"{number}-{scan}" if number < len(places) else None)
 
+    def scheduled(self) -> int:
+        """How many subscriptions stand in the schedule. Those of a removed content type do until they would be due."""
+        return self.store.redis.zcard(self.store.key("schedule"))
+
     def remove(self, account: str, content_type: str) -> None:
         """Remove a content type and end its subscriptions. Raises Refused (404) where there is none."""
         if not self._remove(keys=[self.store.key("content", account),
@@ -4692,8 +5073,10 @@ class Newsletters:
     def _unknown() -> Refused:
         return Refused(404, "content_type does not exist; POST /task/subscriptionContent defines one", "content_type")
 
-    def subscribe(self, task: Task) -> None:
+    def subscribe(self, task: Task) -> str:
         """Carry out a subscribe task: one subscription for the address, with this frequency from now on.
+
+        Returns what it came to: "subscribed", or "overtaken" where a later task has had its way before.
 
         Raises:
             Permanent: there is no such content type, and the task brings none.
@@ -4712,16 +5095,18 @@ class Newsletters:
                   next_boundary(payload["frequency"], self.clock(), self.zone), body])
         if done == "unknown":
             raise Permanent(f"content type {content_type!r} does not exist")
+        return done
 
-    def unsubscribe(self, task: Task) -> None:
-        """Carry out an unsubscribe task. Raises Permanent where the address is not subscribed."""
-        content_type, address = task.payload["content_type"], task.payload["userId"]
-        # A task may be done again after an outage; what it has done by then is no reason to fail.
-        if not self._leave(task.account, content_type, address, task.created, task.id):
-            raise Permanent(f"{address} is not subscribed to {content_type!r}")
+    def unsubscribe(self, task: Task) -> str:
+        """Carry out an unsubscribe task.
 
-    def _leave(self, account: str, content_type: str, address: str, moment: int, request: str = "") -> bool:
-        """End a subscription that is older than `moment` (microseconds). False where there is none.
+        Returns what it came to: "unsubscribed"; "not subscribed", where nothing was to be done; or "overtaken", where
+        the subscription is a later one. A task that is done again, as after an outage, returns the same.
+        """
+        return self._leave(task.account, task.payload["content_type"], task.payload["userId"], task.created, task.id)
+
+    def _leave(self, account: str, content_type: str, address: str, moment: int, request: str = "") -> str:
+        """End a subscription that is older than `moment` (microseconds). Returns what unsubscribe() returns.
 
         `request` is that of Script.
         """
@@ -4730,7 +5115,7 @@ class Newsletters:
             keys=[self.store.key("subscribers", content_type, account), self.store.key("schedule"),
                   self.store.key("unsubscribed", content_type, address, account),
                   self.store.key("issued", content_type, account)],
-            args=[address, moment, self._member(account, content_type, address)], request=request) != "unknown"
+            args=[address, moment, self._member(account, content_type, address)], request=request)
 
     def fold_as_now(self) -> None:
         """Once after an upgrade: give the subscriptions that an older version kept under a further folded address the
@@ -4838,6 +5223,53 @@ class Newsletters:
 # The thread pool. Each worker belongs to one lane and does one task at a time. When the mail server is out,
 # the gate of the lane closes, and one worker knocks until it opens again; no task pays for that.
 
+class SmtpState:
+    """Whether the SMTP server can be reached, as this process saw it last: one state for all lanes.
+
+    It is "unknown" until the first mail; "out" from a connection, a login or a probe that failed until a new connection
+    succeeds, or else "up". A server that refuses a mail or the sender, or hangs up on a mail, is not out.
+
+    Args:
+        transport: knows when the server was reached last.
+    """
+
+    def __init__(self, transport: Transport) -> None:
+        self.transport, self.lock = transport, threading.Lock()
+        self.state, self.reason, self.since, self.began = "unknown", "", 0.0, 0.0
+        self.paused: set[Gate] = set()
+
+    def out(self, reason: str, gate: "Gate") -> None:
+        """Note an outage that pauses a lane."""
+        with self.lock:
+            if self.state != "out":
+                log(logging.WARNING, "mail server out", server=str(self.transport), error=reason)
+                self.state, self.since, self.began = "out", time.time(), time.monotonic()
+            self.reason = reason
+            self.paused.add(gate)
+
+    def report(self) -> Json | None:
+        """Since when (microseconds since the epoch) and why the server is out; None where it is not."""
+        with self.lock:
+            return {"since": int(self.since * 1e6), "reason": self.reason} if self.state == "out" else None
+
+    def passed(self, but: "Gate | None" = None) -> None:
+        """Note that the server answered: the lanes that its outage paused go on, except the one of the gate `but`.
+
+        What goes over an older connection proves nothing: the server may serve those and refuse new ones.
+        """
+        if self.state == "up":  # as after every mail
+            return
+        with self.lock:
+            if self.state == "out":
+                if self.transport.reached < self.began:
+                    return
+                log(logging.INFO, "mail server up again", server=str(self.transport))
+            self.state, self.reason = "up", ""
+            paused, self.paused = self.paused - {but}, set()
+        for gate in paused:
+            gate.open()
+
+
 class Gate:
     """Whether a lane may send, from the point of view of this process.
 
@@ -4845,26 +5277,37 @@ class Gate:
         lane: its name, for the log.
         transport: what to probe while the gate is closed.
         stopping: Event that ends all waiting.
+        smtp: the SmtpState of all lanes.
     """
 
     FIRST_DELAY, LONGEST_DELAY = 0.5, 60.0  # seconds between probes
 
-    def __init__(self, lane: str, transport: Transport, stopping: threading.Event) -> None:
-        self.lane, self.transport, self.stopping = lane, transport, stopping
+    def __init__(self, lane: str, transport: Transport, stopping: threading.Event, smtp: SmtpState) -> None:
+        self.lane, self.transport, self.stopping, self.smtp = lane, transport, stopping, smtp
         self.lock, self.prober, self.asked = threading.Lock(), threading.Lock(), threading.Event()
         self.reason, self.failures = "", 0
 
-    def close(self, reason: str) -> None:
-        """Pause the lane."""
+    def close(self, reason: str, outage: bool = False) -> None:
+        """Pause the lane; `outage` says that the server is out for all lanes."""
         with self.lock:
             if not self.reason:
                 self.failures += 1
                 log(logging.WARNING, "lane paused", lane=self.lane, error=reason)
             self.reason = reason
+        if outage:
+            self.smtp.out(reason, self)
+
+    def open(self) -> None:
+        """Resume the lane."""
+        with self.lock:
+            if self.reason:
+                log(logging.INFO, "lane resumed", lane=self.lane)
+            self.reason = ""
 
     def passed(self) -> None:
         """Note that the server took a mail: the next pause starts with a short delay again."""
         self.failures = 0
+        self.smtp.passed()
 
     def resume(self) -> None:
         """Probe at once, and soon again where that fails."""
@@ -4876,9 +5319,9 @@ class Gate:
         return random.uniform(0.5, 1) * min(self.FIRST_DELAY * 2 ** min(self.failures, 20), self.LONGEST_DELAY)
 
     def rest(self) -> float:
-        """Wait until the next probe is due, or somebody asks for it. False when the service stops."""
+        """Wait until the next probe is due, somebody asks for it, or the lane is open. False when the service stops."""
         due = time.monotonic() + self.delay()
-        while not self.asked.is_set() and (left := due - time.monotonic()) > 0:
+        while self.reason and not self.asked.is_set() and (left := due - time.monotonic()) > 0:
             if self.stopping.wait(min(left, 0.1)):
                 return False
         self.asked.clear()
@@ -4890,18 +5333,22 @@ class Gate:
             if not self.prober.acquire(timeout=0.2):
                 continue
             try:
-                while self.reason and self.rest():
+                while self.reason and self.rest() and self.reason:
                     try:
                         self.transport.probe()
+                        self.smtp.passed()
                     except Unavailable as error:
                         self.failures += 1
                         self.reason = str(error)
                         log(logging.INFO, "lane still paused", lane=self.lane, error=self.reason)
+                        if error.sender:
+                            self.smtp.passed(but=self)
+                        else:
+                            self.smtp.out(self.reason, self)
                         continue
                     except Exception:  # a fault of ours must not keep the lane paused: the next mail will tell
                         logger.exception("unexpected error in a probe", extra={"fields": {"lane": self.lane}})
-                    self.reason = ""
-                    log(logging.INFO, "lane resumed", lane=self.lane)
+                    self.open()
             finally:
                 self.prober.release()
         return not self.stopping.is_set()
@@ -4935,9 +5382,12 @@ class Workers:
         self.handlers = {"message": self.send_message, "generateOtp": self.send_otp, "newsletter": self.send_newsletter,
                          "subscribe": newsletters.subscribe, "unsubscribe": newsletters.unsubscribe}
         self.stopping = threading.Event()
-        self.gates = {lane: Gate(lane, transport, self.stopping) for lane in LANES}
+        self.smtp = SmtpState(transport)
+        self.gates = {lane: Gate(lane, transport, self.stopping, self.smtp) for lane in LANES}
         self.suspect = threading.Lock()
-        names = [(lane, f"{lane}-{number}") for lane in LANES for number in range(settings.workers)]
+        # One thread for the changes: they wait for Redis alone, and more threads would make an OTP slower.
+        names = [(lane, f"{lane}-{number}") for lane in LANES
+                 for number in range(1 if lane == CHANGES else settings.workers)]
         self.threads = {name: threading.Thread(target=self.run, args=(lane, name), daemon=True) for lane, name in names}
 
     @property
@@ -4994,11 +5444,14 @@ class Workers:
                     self.stopping.wait(self.REST)
                 elif take:
                     self.transport.tidy(SmtpTransport.IDLE)
-                    self.queue.wait(name, lane, self.WAIT)
+                    while not (self.queue.wait(name, lane, self.WAIT) or self.stopping.is_set()
+                               or self.gates[lane].reason):
+                        self.transport.tidy(SmtpTransport.IDLE)
                 else:
                     self.gates[lane].wait()
             except redis.RedisError as error:
                 failures += 1
+                self.queue.store.refused(error)
                 if failures == 1:
                     log(logging.ERROR, "Redis is not available", worker=name, error=describe(error))
                 if self.stopping.wait(random.uniform(0.5, 1) * min(0.1 * 2 ** min(failures, 10), 5.0)) and failures > 3:
@@ -5020,14 +5473,15 @@ class Workers:
             self.stats.note(self.EVENTS[outcome.verdict], Account(task.account, task.key))
         log(dict.fromkeys(("succeeded", "cancelled", "suppressed"), logging.INFO).get(outcome.verdict, logging.WARNING),
             f"task {outcome.verdict}", task=task.id, type=task.type, account=task.account, attempt=task.attempts + 1,
-            duration=round(time.monotonic() - started, 4), **({"error": outcome.error} if outcome.error else {}))
+            duration=round(time.monotonic() - started, 4), **({"error": outcome.error} if outcome.error else {}),
+            **({"result": outcome.result} if outcome.result else {}))
         return outcome
 
     def _perform(self, task: Task, lane: str) -> Outcome:
         try:
             if task.strikes:
                 self.queue.begin(task)
-            self.handlers[task.type](task)
+            result = self.handlers[task.type](task)
         except Cancelled as error:
             return Outcome(task.id, "cancelled", str(error))
         except Suppressed as error:
@@ -5051,7 +5505,7 @@ class Workers:
         except Exception as error:  # a fault of ours costs one task an attempt, never the worker
             logger.exception("unexpected error", extra={"fields": {"task": task.id}})
             return self._failed(task, f"internal error ({type(error).__name__})")
-        return Outcome(task.id, "succeeded")
+        return Outcome(task.id, "succeeded", result=result or "")
 
     def _partial(self, task: Task, lane: str, error: Partial) -> Outcome:
         """What becomes of a task of which some recipients did not get the mail."""
@@ -5064,7 +5518,7 @@ class Workers:
 
     def _unavailable(self, task: Task, lane: str, error: Unavailable, words: str) -> Outcome:
         """Pause the lane. The task pays no attempt for it, but where it may itself be the cause."""
-        self.gates[lane].close(str(error))
+        self.gates[lane].close(str(error), outage=not error.dropped and not error.sender)
         if not error.dropped:
             return Outcome(task.id, "returned", words)
         doubt = isinstance(error, InDoubt)
@@ -5148,6 +5602,7 @@ class Cron:
     """
 
     TICK = 0.1  # seconds
+    LOOK = 1.0  # seconds until Redis is asked for what else may be due: of newsletters, or put off by other processes
 
     def __init__(self, store: Store, accounts: Accounts, queue: Queue, newsletters: Newsletters, stats: Stats,
                  workers: Workers, server: EmbeddedServer | None = None) -> None:
@@ -5155,7 +5610,7 @@ class Cron:
         self.workers, self.server = workers, server
         self.stopping = threading.Event()
         self.thread = threading.Thread(target=self.run, daemon=True)
-        self.beaten = float("-inf")
+        self.beaten = self.looked = float("-inf")
         self.asked: dict[str, str] = {}
 
     def start(self) -> None:
@@ -5165,7 +5620,8 @@ class Cron:
 
     def beat(self) -> dict[str, str]:
         """Show that this process lives. Returns lane -> how often somebody has asked to resume it."""
-        return self.queue.beat(self.workers.names, self.workers.paused)
+        outage = self.workers.smtp.report()
+        return self.queue.beat(self.workers.names, self.workers.paused | ({"smtp": outage} if outage else {}))
 
     def stop(self) -> None:
         """End the thread."""
@@ -5173,9 +5629,10 @@ class Cron:
         self.thread.join()
 
     def run(self) -> None:
-        """Do what is due every TICK until the service stops, through outages of Redis."""
+        """Do what is due, on time or at the next TICK, until the service stops, through outages of Redis."""
         failing = False
-        while not self.stopping.wait(self.TICK):
+        while not self.stopping.wait(self.TICK if failing else min(
+                self.TICK, max(0.001, self.queue.next_due - time.monotonic()))):
             try:
                 flush_log()
                 self.once()
@@ -5186,6 +5643,7 @@ class Cron:
                     if self.server:
                         self.server.examine()
             except redis.RedisError as error:
+                self.store.refused(error)
                 self.store.available = not isinstance(error, (redis.ConnectionError, redis.TimeoutError))
                 if not failing:
                     failing = True
@@ -5204,6 +5662,7 @@ class Cron:
                 if self.asked.get(lane) != before.get(lane):
                     self.workers.gates[lane].resume()
             self.beaten = now
+            self.store.tidy()
             self.accounts.restore()
             self.stats.flush()
             self.queue.find_orphans()
@@ -5213,11 +5672,14 @@ class Cron:
             if isinstance(self.workers.transport, Outbox):
                 with surviving("the Maildir cannot be cleaned"):
                     self.workers.transport.clean()
-        deadline = time.monotonic() + 0.5
-        while self.queue.promote() == self.queue.LOOK and time.monotonic() < deadline:
-            pass
-        while self.newsletters.enqueue_due() == self.newsletters.BATCH and time.monotonic() < deadline:
-            pass
+        if now - self.looked < self.LOOK and not self.queue.is_due():
+            return
+        self.looked, deadline = now, time.monotonic() + 0.5
+        for work, most in ((self.queue.promote, Queue.LOOK), (self.newsletters.enqueue_due, Newsletters.BATCH)):
+            while work() == most:
+                if time.monotonic() >= deadline:
+                    self.looked = float("-inf")  # the rest at the next tick
+                    break
 
     def revive_server(self) -> None:
         """Start the embedded server again where it died."""
@@ -5296,6 +5758,11 @@ class Route:
         """What the path looks like; a placeholder is one segment."""
         return re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", self.path))
 
+    @functools.cached_property
+    def group(self) -> str:
+        """What its latency counts for: the first segment of the path."""
+        return self.path.split("/")[1] or "page"
+
     def match(self, path: str) -> dict[str, str] | None:
         """The values of the path's placeholders, or None where it is the path of other routes."""
         found = self.pattern.fullmatch(path)
@@ -5307,10 +5774,16 @@ class Route:
         return most if self.body and self.access in ("key", "all", "task") else min(most, SMALL_BODY)
 
 
+class Otp(Text):
+    """The digits that somebody typed. Others are no error, but a wrong OTP."""
+
+    expected = "a string of digits"
+
+
 ID = Object({"id": Text(254, ONE_LINE, LINE)})  # any that was ever taken
 NEW_ID = Object({"id": AccountName()})
-DEFINITION = Object({"content_type": CONTENT_TYPE, "subject": SUBJECT, "content": CONTENT})
-VERIFICATION = Object({"userEmail": Address(), "otp": Text(64, ONE_LINE, LINE)})
+DEFINITION = Object({"content_type": CONTENT_TYPE, "subject": SUBJECT_TEMPLATE, "content": CONTENT_TEMPLATE})
+VERIFICATION = Object({"userEmail": Address(), "otp": Otp(64, ONE_LINE, LINE)})
 BATCH = Object({"tasks": List(Anything(), 1000, 1)})  # each is checked, and answered, by itself
 RECIPIENT = Object({"userId": Address()})
 LOGIN = Object({"key": Text(4096, ONE_LINE, LINE)})
@@ -5365,7 +5838,8 @@ ROUTES = (
     Route("POST", "/suppressions", "suppress", "key", RECIPIENT, answer=DONE),
     Route("DELETE", "/suppressions", "unsuppress", "key", RECIPIENT, answer=DONE, refuses=(404,)),
     Route("GET", "/lanes", "list_lanes", "all", answer={
-        "status": bool, "lanes": list, "processes": int, "retrying": int, "dead": int, "mail_to": str, "outbox": bool}),
+        "status": bool, "lanes": list, "processes": int, "retrying": int, "dead": int, "mail_to": str, "outbox": bool,
+        "smtp": dict}),
     Route("POST", "/lanes/{lane}/resume", "resume_lane", "all", answer=DONE, refuses=(404, 429)),
     Route("GET", "/history", "read_history", "all", answer={"status": bool, "minutes": list}),
     Route("GET", "/outbox", "list_outbox", "all", query=PAGING,
@@ -5377,7 +5851,7 @@ ROUTES = (
     Route("GET", "/unsubscribe/{token}", "ask_to_unsubscribe", "open", answer="text/html", refuses=(404,)),
     Route("POST", "/unsubscribe/{token}", "follow_link", "open", answer="text/html", refuses=(404,)),
     Route("GET", "/health/ping", "ping", "open", answer={"message": str}),
-    Route("GET", "/health/ready", "ready", "open", answer={"status": bool}),
+    Route("GET", "/health/ready", "ready", "open", answer={"status": bool, "smtp": str}),
     Route("GET", "/metrics", "prometheus", "open", answer="text/plain"),
     Route("GET", "/health/metrics", "metrics", "open", answer=METRICS_ANSWER),
     Route("GET", "/", "show_page", "open", answer="text/html"),
@@ -5457,7 +5931,7 @@ class Api:
     """
 
     SESSION = 43200  # seconds until one has to log in again
-    WITHOUT_REDIS = ("ping", "describe_routes", "show_page")
+    WITHOUT_REDIS = ("ping", "describe_routes", "show_page", "prometheus")
     GUESSES = 8  # wrong tokens whose answers wait at once, in a process
     PENALTY = 1.0  # seconds that each waits
 
@@ -5510,7 +5984,7 @@ class Api:
         """The Account that the admin means by `?account=`; without that, all of them."""
         name = request.query.get("account", "")
         if not name and route.access != "all":
-            raise Refused(400, "account is required with the admin_token: the name of an account", "account")
+            raise Refused(400, "account is required with the admin_token: add ?account= and the name of one", "account")
         account = self.accounts.find(name) if name else self.admin
         if account is None:
             raise Refused(404, "account is not registered", "account")
@@ -5560,7 +6034,7 @@ class Api:
         """The error for a request that may not do what the admin may."""
         if self.settings.admin_token:
             return Refused(401, "Authorization must hold the admin_token", None, {"WWW-Authenticate": "Bearer"})
-        return Refused(403, "set admin_token to allow this through a proxy")
+        return Refused(403, "without the option admin_token, this is not allowed through a proxy")
 
     def charge(self, request: Request) -> None:
         """Log a wrong admin_token, and delay its answer by PENALTY seconds. GUESSES answers wait so at once.
@@ -5718,7 +6192,7 @@ class Api:
 
     def revive(self, request: Request, remove: bool) -> None:
         if not self.queue.revive(request.path["id"], request.account.name, remove):
-            raise Refused(404, "there is no such dead letter", "id")
+            raise Refused(404, "there is no dead letter of this id; GET /task/dead lists them", "id")
 
     def retry_all_dead(self, request: Request) -> Reply:
         count = self.queue.revive_all(request.account.name)
@@ -5751,9 +6225,11 @@ class Api:
         depths, transport = self.queue.depths(), self.workers.transport
         outbox = isinstance(transport, Outbox)
         dead, _ = self.queue.dead(request.account.name, limit=0)
+        smtp = self.queue.outage(self.workers.smtp.report()) or {
+            "state": self.workers.smtp.state, "processes": 0, "since": None, "reason": None}
         return {"status": True, "lanes": self.queue.lanes(depths), "processes": self.queue.processes(),
                 "retrying": depths["retrying"], "dead": dead, "mail_to": "Maildir" if outbox else str(transport),
-                "outbox": outbox}
+                "outbox": outbox, "smtp": smtp}
 
     def resume_lane(self, request: Request) -> Reply:
         if request.path["lane"] not in LANES:
@@ -5833,20 +6309,35 @@ class Api:
         return {"message": "pong"}
 
     def ready(self, request: Request) -> Reply:
-        if all(gate.reason for gate in self.workers.gates.values()):
-            raise Refused(503, "all lanes are paused: the SMTP server is out", None, {"Retry-After": "10"})
+        smtp = self.workers.smtp.state
+        if all(self.workers.gates[lane].reason for lane in MAIL_LANES):
+            why = "the SMTP server is out" if smtp == "out" else "no mail can be handed over"
+            raise Refused(503, f"all lanes are paused: {why}", None, {"Retry-After": "10"})
         self.queue.store.ensure_writable()
-        return {"status": True}
+        return {"status": True, "smtp": smtp}
 
     def prometheus(self, request: Request) -> Reply:
-        depths = self.queue.depths()
+        series: dict[tuple, float] = {
+            ("gomail_build_info", ("version", __version__)): 1, ("process_start_time_seconds",): STARTED,
+            ("gomail_smtp_up",): int(self.workers.smtp.state != "out"), ("gomail_redis_up",): 0}
+        for lane, gate in self.workers.gates.items():
+            series[("gomail_lane_paused", ("lane", lane))] = int(bool(gate.reason))
+        if self.queue.store.available:
+            with contextlib.suppress(redis.RedisError):
+                series |= self.measure() | {("gomail_redis_up",): 1}
+        return Document("text/plain; version=0.0.4", exposition(series))
+
+    def measure(self) -> dict[tuple, float]:
+        """The series of which only Redis knows the values."""
+        depths, scheduled = self.queue.depths(), self.queue.scheduled()
         series = {**self.stats.read(), ("gomail_retries_waiting",): depths["retrying"],
-                  ("gomail_dead_letters",): depths["dead"]}
+                  ("gomail_tasks_delayed", ("state", "scheduled")): scheduled,
+                  ("gomail_tasks_delayed", ("state", "retrying")): max(0, depths["retrying"] - scheduled),
+                  ("gomail_dead_letters",): depths["dead"], ("gomail_subscriptions",): self.newsletters.scheduled()}
         for lane, age in self.queue.oldest().items():
             series[("gomail_queue_depth", ("lane", lane))] = depths[lane]
             series[("gomail_queue_oldest_seconds", ("lane", lane))] = age
-            series[("gomail_lane_paused", ("lane", lane))] = int(bool(self.workers.gates[lane].reason))
-        return Document("text/plain; version=0.0.4", exposition(series))
+        return series
 
     def describe_routes(self, request: Request) -> Reply:
         return OPENAPI
@@ -6126,10 +6617,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def one_request(self) -> bool:
         """Read a request and answer it. True where another may follow on this connection."""
         self.keep, self.head_only = False, False
-        self.method, self.route, self.reserved = "", "", 0
+        self.method, self.route, self.group, self.reserved = "", "", "", 0
         self.deadline = time.monotonic() + self.server.settings.request_timeout
         if not self.begins():
             return False
+        began = time.monotonic()
         self.server.answering.add(self)
         try:
             try:
@@ -6158,8 +6650,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             finally:
                 if self.reserved:
                     self.server.bodies.give_back(self.reserved)
-            self.server.api.stats.count("gomail_http_requests_total", method=self.method, route=self.route,
-                                        status=str(status))
+            stats = self.server.api.stats
+            stats.count("gomail_http_requests_total", method=self.method, route=self.route, status=str(status))
+            if self.group:
+                stats.observe("gomail_http_seconds", time.monotonic() - began, route=self.group, method=self.method,
+                              status=f"{status // 100}xx")
             self.keep = self.keep and not self.server.stopping and "Connection" not in headers
             self.send(status, body, headers)
         finally:
@@ -6186,14 +6681,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Refused(503, "the service is stopping; send the request again", None, {"Retry-After": "1"})
         found = find_routes(path)
         if not found:
-            raise Refused(404, "there is no such path")
+            raise Refused(404, "there is no such path; GET /openapi.json lists them")
         if method == "OPTIONS":
             return 204, None, {"Allow": allowed_methods(found)}
         route = next((route for route in found if route.method == ("GET" if method == "HEAD" else method)), None)
         if route is None:
             allow = {"Allow": allowed_methods(found)}
             raise Refused(405, f"this path takes {allow['Allow']}", None, allow)
-        self.method, self.route = method, route.path
+        self.method, self.route, self.group = method, route.path, route.group
         request = Request(headers, route.match(path) or {},
                           dict(urllib.parse.parse_qsl(query, keep_blank_values=True)) if query else {},
                           peer=self.client_address[0])
@@ -6212,9 +6707,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def with_redis(self, call: Callable, *arguments: object) -> object:
         """call(*arguments), with a connection to Redis that no other thread uses meanwhile."""
         store = self.server.api.queue.store
-        store.dedicate()
+        store.dedicate(for_request=True)
         try:
             return call(*arguments)
+        except redis.ConnectionError as error:
+            store.refused(error, for_request=True)
+            raise
         finally:
             store.release()
 
@@ -6333,8 +6831,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if status == 400:
             raise Refused(400, "Host must be a host name or address, and perhaps a port")
         if status == 421:
-            raise Refused(421, "requests must name a host that is in allowed_hosts" if self.server.settings.admin_token
-                          else "without admin_token, requests must be for localhost")
+            raise Refused(421, "the host in the URL must be one of allowed_hosts" if self.server.settings.admin_token
+                          else "the host in the URL must be localhost: the option admin_token is not set")
 
     def body_length(self, headers: dict[str, str], minor: int) -> int | None:
         """How many bytes of body follow; None where it comes in chunks. Raises Refused where that is in doubt."""
@@ -6345,7 +6843,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not re.fullmatch(r"[0-9]{1,18}", text):
             raise Refused(400, "Content-Length must be a number of bytes")
         if int(text) > self.server.settings.max_body:
-            raise self.too_large(self.server.settings.max_body)
+            raise self.too_large(int(text), self.server.settings.max_body)
         return int(text)
 
     def check_transfer_encoding(self, headers: dict[str, str], minor: int) -> None:
@@ -6365,15 +6863,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Refused(417, "only Expect: 100-continue is supported")
         return expected != ""
 
-    @staticmethod
-    def too_large(limit: int) -> Refused:
-        """The error for a body that is too large."""
-        return Refused(413, f"the body may have at most {limit} bytes")
+    def too_large(self, size: int | None, limit: int) -> Refused:
+        """The error for a body that is too large; `size` is None where it comes in chunks, of which some are unread."""
+        has = f"more than {limit}" if size is None else str(size)
+        reason = " (max_body)" if limit == self.server.settings.max_body else " on this path"
+        return Refused(413, f"the body has {has} bytes, and may have at most {limit}{reason}")
 
     def read_body(self, length: int | None, limit: int, expects_continue: bool) -> bytearray:
         """The body: `length` bytes, or chunks where that is None. Raises Refused."""
         if (length or 0) > limit:
-            raise self.too_large(limit)
+            raise self.too_large(length, limit)
         self.reserve(length or 0)
         if expects_continue and (length is None and not self.buffer or len(self.buffer) < (length or 0)):
             self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -6409,7 +6908,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if not size:
                 break
             if len(body) + size > limit:
-                raise self.too_large(limit)
+                raise self.too_large(None, limit)
             self.reserve(len(body) + size)
             while size:
                 if not self.buffer:
@@ -6481,7 +6980,8 @@ def check_percent_encoding(target: str) -> None:
 def check_content_coding(headers: dict[str, str]) -> None:
     """Raise Refused (415) where the content is compressed (RFC 9110 section 8.4)."""
     if headers.get("content-encoding", "").lower() not in ("", "identity"):
-        raise Refused(415, "Content-Encoding must be identity", None, {"Accept-Encoding": "identity"})
+        raise Refused(415, "the body must not be compressed: Content-Encoding must be identity", None,
+                      {"Accept-Encoding": "identity"})
 
 
 JSON_MEDIA_TYPE = re.compile(r'application/json[ \t]*(;[ \t]*(charset=("utf-?8"|utf-?8))?[ \t]*)*', re.IGNORECASE)
@@ -6490,7 +6990,7 @@ JSON_MEDIA_TYPE = re.compile(r'application/json[ \t]*(;[ \t]*(charset=("utf-?8"|
 def check_media_type(headers: dict[str, str]) -> None:
     """Raise Refused where a body is not there (411), or neither JSON nor as it is (415)."""
     if "content-length" not in headers and "transfer-encoding" not in headers:
-        raise Refused(411, "a body is needed, with Content-Length or in chunks")
+        raise Refused(411, "a JSON body is needed, with Content-Length or in chunks")
     if not JSON_MEDIA_TYPE.fullmatch(headers.get("content-type", "")):
         raise Refused(415, "Content-Type must be application/json")
 
@@ -6523,6 +7023,8 @@ def parse_json(body: bytes | bytearray) -> object:
     """The value of a JSON body. Raises Refused (400)."""
     if is_deep(body):
         raise Refused(400, "the body is nested too deeply")
+    if not body.strip():
+        raise Refused(400, "the body is empty, expected a JSON object")
     try:
         return DECODER.decode(body.decode())
     except json.JSONDecodeError as error:
@@ -6569,6 +7071,8 @@ class Service:
                 self.server.start(pause)
                 undo.callback(self.server.stop)
             self.store = open_store(settings, self.shared.server if self.shared else self.server)
+            if self.store.redis.exists(self.store.key("restoring")):
+                raise TransientStartError("a `restore` into this Redis is under way, or was broken off: run it again")
             self.transport = SmtpTransport(settings) if settings.smtp_server else Outbox(
                 pathlib.Path(settings.data_dir, "outbox"), settings.outbox_max)
             process = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
@@ -6604,6 +7108,10 @@ class Service:
         if self.settings.redis_uri:
             log(logging.INFO, f"data lies in {redacted(self.settings.redis_uri)}")
             warn_of_losses(self.store)
+            if words := unused_data(self.settings):
+                log(logging.WARNING, words)
+            if missing := self.store.forbidden(self.settings.durability == "fsync"):
+                log(logging.WARNING, "the Redis refuses its user what gomail needs", remedy=permitting(missing))
             if not self.settings.jwt_secret:
                 log(logging.WARNING, "the secret that signs API keys lies in the Redis beside the data: who reads it "
                     "can make keys", remedy="jwt_secret")
@@ -6639,22 +7147,34 @@ class Service:
         try:
             self.cron.stop()
             self.queue.release()
+            server, waiting = self.server or self.shared and self.shared.server, self.queue.waiting()
+            if server and waiting is not None:
+                with surviving("the number of waiting tasks is not noted"):
+                    server.leave_word(waiting)
             self.stats.flush()
             self.store.redis.close()
         except redis.RedisError as error:
             log(logging.ERROR, "Redis is not available", error=describe(error))
 
 
-def open_store(settings: Settings, server: EmbeddedServer | None = None) -> Store:
-    """The Store that the settings name, reached once. Raises StartError."""
+def open_store(settings: Settings, server: EmbeddedServer | None = None, **more: object) -> Store:
+    """The Store that the settings name, reached once; `more` is the Store's. Raises StartError."""
     uri = server.uri if server else settings.redis_uri
     try:
-        store = Store(uri, settings.key_prefix)
+        store = Store(uri, settings.key_prefix, settings.redis_connections, **more)
     except ValueError as error:
         raise StartError(f"redis_uri: (hidden) is not allowed: {error}; expected host:port, redis://, rediss://, "
-                         "unix:// or redis+sentinel://, with %40 for @ in a user or password, and so on") from None
+                         "unix://, redis+sentinel:// or redis+cluster://, with %40 for @ in a user or password, and so "
+                         "on") from None
     try:
-        store.redis.ping()
+        with contextlib.suppress(redis.exceptions.NoPermissionError):  # it answers; --check says what else is refused
+            store.redis.ping()
+            # In a cluster these are in several slots, unless the prefix has a hash tag.
+            store.redis.exists(*map(store.key, ("UserList", "processes", "metrics", "stats")))
+    except ClusterConnection.REDIRECTIONS as error:
+        kind = TransientStartError if isinstance(error, redis.exceptions.ClusterDownError) else StartError
+        raise kind(f"redis_uri: {redacted(uri)} is a node of a Redis Cluster, expected redis+cluster://host:port,"
+                   "host:port, or rediss+cluster:// over TLS") from None
     except redis.RedisError as error:
         words = f"redis_uri: {redacted(uri)} cannot be reached: {describe(error)}"
         final = isinstance(error, (redis.AuthenticationError, redis.ResponseError))
@@ -6672,9 +7192,31 @@ def open_store(settings: Settings, server: EmbeddedServer | None = None) -> Stor
     return store
 
 
+def unused_data(settings: Settings) -> str:
+    """A sentence where redis_uri is set while tasks wait, or may wait, in the embedded server's data; else ""."""
+    server = EmbeddedServer(settings.data_dir)
+    if not settings.redis_uri or not os.access(server.folder, os.X_OK) or server.answers():
+        return ""
+    waiting = server.waiting()
+    if waiting == 0:
+        return ""
+    found = "may hold tasks that wait" if waiting is None else f"holds {waiting} task{'s' * (waiting != 1)} that wait"
+    return (f"redis_uri is set, but the embedded server's data in {server.folder} {found}: `backup` without redis_uri, "
+            f"then `restore` with it, take all of it along; if it is not needed, move {server.files} away")
+
+
+def permitting(missing: Sequence[str]) -> str:
+    """The rules for ACL SETUSER that permit what Store.forbidden() found."""
+    return " ".join(rule if rule[0] == "~" else f"+{rule}" for rule in missing)
+
+
 def warn_of_losses(store: Store) -> None:
     """Log a line for each way in which this Redis, not our own, may lose what it has acknowledged."""
-    found = store.redis.info("persistence") | store.redis.info("memory")
+    try:
+        found = store.redis.info("persistence") | store.redis.info("memory")
+    except redis.exceptions.NoPermissionError:
+        log(logging.INFO, "the Redis does not let this user see whether it may lose tasks", remedy="+info")
+        return
     if not found.get("aof_enabled"):
         log(logging.WARNING, "the Redis keeps no append-only file: if it crashes, tasks answered 2xx are lost",
             remedy="appendonly yes")
@@ -6941,9 +7483,16 @@ def check(settings: Settings) -> bool:
         server = None if settings.redis_uri else EmbeddedServer(settings.data_dir)
         if server and not server.answers():
             return f"embedded server, not running, would keep its data in {server.folder} ({server.program()})"
-        version = open_store(settings, server).redis.info("server")
+        store = open_store(settings, server)
+        if missing := store.forbidden(settings.durability == "fsync"):
+            raise StartError("redis_uri: the user lacks permissions that gomail needs: ACL SETUSER <user> "
+                             f"{permitting(missing)}")
+        try:
+            version = store.redis.info("server")
+        except redis.exceptions.NoPermissionError:
+            return "it answers, and permits all that gomail needs"
         number = version.get("valkey_version", version["redis_version"])
-        return f"{version.get('server_name', 'redis')} {number} answers"
+        return f"{version.get('server_name', 'redis')} {number} answers, and permits all that gomail needs"
 
     def reach_smtp() -> str:
         if not settings.smtp_server:
@@ -6953,8 +7502,8 @@ def check(settings: Settings) -> bool:
         transport.tidy()
         return f"{transport} takes mail from {settings.sender[1]}; it said at the last, {said}"
 
-    for doubt in doubts(settings, os.environ):
-        print(f"warning  {doubt}")
+    for doubt in filter(None, [*doubts(settings, os.environ), unused_data(settings)]):
+        print(without_controls(f"warning  {doubt}"))
     report("settings", lambda: f"sender {settings.sender[1]}, would listen on {settings.host}:{settings.port}")
     report("redis", reach_redis)
     report("smtp", reach_smtp)
@@ -7179,7 +7728,7 @@ class Operator:
         while True:
             depths = self.queue.depths()
             now: Json = {"lanes": self.queue.lanes(depths), "processes": self.queue.processes(), "queued": depths,
-                   "jobs": self.queue.counters(), "minutes": self.sums.history()}
+                         "jobs": self.queue.counters(), "minutes": self.sums.history(), "smtp": self.queue.outage()}
             if self.terminal.as_json:
                 self.terminal.json(now)
                 return 0
@@ -7196,11 +7745,15 @@ class Operator:
 
     def stats_lines(self, now: Json, rate: str) -> list[str]:
         """What stats() writes."""
+        smtp = now["smtp"]
         rows = [[lane["lane"], str(lane["queued"]), lasted(lane["oldest"]) if lane["queued"] else "",
                  f"paused: {lane['reason']} (in {lane['paused']} of {now['processes']} processes)" if lane["paused"]
-                 else "running" if now["processes"] else "nobody works on it"] for lane in now["lanes"]]
+                 else "nobody works on it" if not now["processes"]
+                 else "waits for the SMTP server" if smtp else "running"] for lane in now["lanes"]]
+        out = [f"SMTP server out since {smtp['since']} (in {smtp['processes']} of {now['processes']} processes): "
+               f"{printable(smtp['reason'])}", ""] if smtp else []
         sums = {name: sum(minute[name] for minute in now["minutes"]) for name in ("sent", "retried", "failed")}
-        return [*self.terminal.table(["lane", "waiting", "oldest", "state"], rows), "",
+        return [*out, *self.terminal.table(["lane", "waiting", "oldest", "state"], rows), "",
                 f"{now['queued']['retrying']} wait for a retry or their time, {now['queued']['dead']} dead letters",
                 f"jobs: {now['jobs']['executed']} executed, {now['jobs']['successful']} successful, "
                 f"{now['jobs']['failed']} failed{rate}",
@@ -7280,6 +7833,431 @@ def repair(settings: Settings, terminal: Terminal, options: argparse.Namespace) 
     return 0
 
 
+class BackupError(Exception):
+    """A backup cannot be written, read or restored; says why."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(without_controls(message))
+
+
+class Backup:
+    """What a gomail keeps in Redis, as lines of JSON (in gzip) that do not depend on a server's kind or version:
+
+        {"backup": 1, "version", "secret"}                       the first: the format, gomail's version, and what
+                                                                 tells whether another has the same signing secret
+        {"key", "string" | "hash" | "zset" | "list", "ends"}     a key without prefix; its value, or a part of it, where
+                                                                 further lines have the rest; when it ends, if it does
+                                                                 (milliseconds since the epoch)
+        {"lines", "sha256"}                                      the last: how many lines are between, and the digest of
+                                                                 all above, so that no part is taken for the whole
+
+    Bytes that are no UTF-8 are halves of surrogate pairs in it (PEP 383).
+
+    Redis goes on while it is read, and shows no moment as a whole. Still nothing is missing that was there at the
+    beginning. SCAN finds each key that is there all the time. A task is one hash, which moves nowhere: its state tells
+    on restoring where it belongs, once. And what tasks come from is read before them, the schedule and the
+    idempotency keys; what tasks lead to after them, such as subscriptions, which lead to the schedule once more. There
+    the earlier of two moments counts; what that would send twice is found by the time at which its task was made.
+
+    Args:
+        store: a Store whose connections are not made anew, and which reads any bytes; see `reached`.
+    """
+
+    FORMAT = 1
+    PAGE = 1_000_000  # bytes that are read or written at once, so that Redis has time for others
+    AT_ONCE = 200  # keys read at once
+    # What belongs to processes or to a moment, and the places of tasks.
+    LEFT_OUT = frozenset(("lane", "processing", "delayed", "dead", "processes", "heartbeat", "paused", "resume",
+                          "resumed", "rate", "answered", "on_disk", "writable", "restoring", "jwt_secret_check"))
+    # What a gomail leaves that was started once and not used.
+    REPLACED = frozenset(("jwt_secret", "ascii_folded", "stats", "history", "metrics"))
+    ENDED = frozenset(("succeeded", "suppressed", "cancelled", "dead"))
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        # One connection for all scans: where a server begins anew, or another takes its place, it ends, and they do.
+        self.redis: Any = redis.Redis(connection_pool=store.redis.connection_pool, single_connection_client=True)
+
+    def _key(self, name: str) -> bytes:
+        return octets(self.store.key(name))
+
+    def write(self, file: IO[bytes], progress: Callable[[int], None]) -> int:
+        """Write a backup; returns how many lines it has. `progress` hears how many so far."""
+        packer, digest, count = zlib.compressobj(1, wbits=31), hashlib.sha256(), 0
+
+        def add(line: dict) -> None:
+            line_of_json = json.dumps(line).encode() + b"\n"
+            digest.update(line_of_json)
+            file.write(packer.compress(line_of_json))
+
+        add({"backup": self.FORMAT, "version": __version__,
+             "secret": self.redis.get(self.store.key("jwt_secret_check"))})
+        for count, line in enumerate(self._lines(), 1):
+            add(line)
+            if count % 1000 == 0:
+                progress(count)
+        add({"lines": count, "sha256": digest.hexdigest()})
+        file.write(packer.flush())
+        return count
+
+    def _lines(self) -> Iterator[dict]:
+        """A line for each key, or several for a large one, in the order that is told above."""
+        for pattern in ("idempotency:*", "schedule", "task:*"):
+            for names in self._names(pattern):
+                yield from self._read(names)
+        done = self.LEFT_OUT | {"idempotency", "task"}
+        for names in self._names():
+            yield from self._read([name for name in names if kind_of(name) not in done])
+        self.redis.ping()
+
+    def _names(self, pattern: str = "*") -> Iterator[list[str]]:
+        """The names of the keys that are there all the time, and perhaps of others, some at a time."""
+        cursor = None
+        while cursor != 0:
+            cursor, keys = self.redis.scan(cursor or 0, match=self.store.matching(pattern), count=1000)
+            yield [key[len(self.store.prefix):] for key in keys]
+
+    def _read(self, names: Sequence[str]) -> Iterator[dict]:
+        """The lines of those of the keys that are still there."""
+        with self.redis.pipeline(transaction=False) as pipeline:
+            for name in names:
+                pipeline.type(self._key(name))
+                pipeline.memory_usage(self._key(name), samples=0 if kind_of(name) == "task" else 20)
+            found = pipeline.execute()
+        some: list[tuple[str, str]] = []
+        size = 0
+        for name, form, weight in zip(names, found[::2], found[1::2]):
+            if form not in ("string", "hash", "zset", "list", "none"):
+                raise BackupError(f"the key {self.store.key(name)} is a {form}, which is none of gomail's")
+            weight = weight or 0
+            if weight > self.PAGE and form != "string" and kind_of(name) != "task":
+                yield from self._parts(name, form)
+            elif form != "none":
+                if some and (size + weight > self.PAGE or len(some) == self.AT_ONCE):
+                    yield from self._whole(some)
+                    some, size = [], 0
+                some.append((name, form))
+                size += weight
+        yield from self._whole(some)
+
+    def _whole(self, keys: Sequence[tuple[str, str]]) -> Iterator[dict]:
+        """The lines of some keys (name, type), all of one moment."""
+        with self.redis.pipeline() as transaction:
+            transaction.time()
+            for name, form in keys:
+                key = self._key(name)
+                if form == "string":
+                    transaction.get(key)
+                elif form == "hash":
+                    transaction.hgetall(key)
+                elif form == "zset":
+                    transaction.zrange(key, 0, -1, withscores=True)
+                else:
+                    transaction.lrange(key, 0, -1)
+                transaction.pttl(key)
+            now, *found = transaction.execute()
+        for (name, form), value, left in zip(keys, found[::2], found[1::2]):
+            if left != -2:  # else it is no more
+                yield self._line(name, form, value, now, left)
+
+    def _parts(self, name: str, form: str) -> Iterator[dict]:
+        """The lines of a large key. What is in it all the time is found."""
+        key, cursor, count = self._key(name), None, 10
+        with self.redis.pipeline() as transaction:
+            transaction.time()
+            transaction.pttl(key)
+            now, left = transaction.execute()
+        if left == -2:
+            return
+        if form == "list":  # what comes in at the left meanwhile shows some once more, and hides none
+            pages = (self.redis.lrange(key, at, at + 9999) for at in itertools.count(0, 10_000))
+            ids = dict.fromkeys(itertools.chain.from_iterable(itertools.takewhile(bool, pages)))
+            yield self._line(name, form, list(ids), now, left)
+            return
+        while cursor != 0:
+            cursor, some = (self.redis.hscan if form == "hash" else self.redis.zscan)(key, cursor or 0, count=count)
+            if some:
+                yield self._line(name, form, some, now, left)
+            # They come in no order, so that the next ones are about as long.
+            count = max(1, min(1000, 2 * count, count * self.PAGE // (len(repr(some)) + 1)))
+
+    @staticmethod
+    def _line(name: str, form: str, value: object, now: tuple[int, int], left: int) -> dict:
+        ends = {"ends": now[0] * 1000 + now[1] // 1000 + left} if left >= 0 else {}
+        return {"key": name, form: value, **ends}
+
+    @classmethod
+    def verify(cls, file: IO[bytes], name: str) -> dict:
+        """The first line of a backup that is whole, with "lines" of the last. Raises BackupError where it is not."""
+        digest, count, last = hashlib.sha256(), -1, b""
+        try:
+            with gzip.GzipFile(fileobj=file) as packed:
+                first = packed.readline(10_000)
+                head = json.loads(first)
+                if not isinstance(head, dict) or "backup" not in head:
+                    raise BackupError(f"{name} is no backup of gomail")
+                if head["backup"] != cls.FORMAT:
+                    raise BackupError(f"{name} was written by gomail {head.get('version')}, in a format that this one "
+                                      f"({__version__}) does not read")
+                last = first
+                for line in packed:
+                    digest.update(last)
+                    last = line
+                    count += 1
+            end = json.loads(last)
+        except (gzip.BadGzipFile, EOFError, zlib.error, ValueError, RecursionError):
+            end = None
+            if not last:
+                raise BackupError(f"{name} is no backup of gomail") from None
+        if not isinstance(end, dict) or end != {"lines": count, "sha256": digest.hexdigest()}:
+            raise BackupError(f"{name} is not whole: it ends too early, or was changed; nothing was restored")
+        return {**head, **end}
+
+    def prepare(self) -> None:
+        """Take the Redis for a restore, so that no gomail starts on it, and empty it of what another start left.
+
+        Raises:
+            BackupError: a gomail works on it, or it holds the data of one.
+        """
+        broken_off = not self.redis.set(self.store.key("restoring"), 1, nx=True)
+        try:
+            kinds = {kind_of(name) for names in self._names() for name in names}
+            if "heartbeat" in kinds:
+                raise BackupError("a gomail works on this Redis; stop it first")
+            if not broken_off and kinds - self.LEFT_OUT - self.REPLACED:
+                raise BackupError(f"data of a gomail are there already, behind key_prefix {self.store.prefix!r}; a "
+                                  "backup is restored where there are none")
+        except BackupError:
+            if not broken_off:
+                self.redis.delete(self.store.key("restoring"))
+            raise
+        for names in self._names():
+            if keys := [self._key(name) for name in names if name != "restoring"]:
+                self.redis.unlink(*keys)
+
+    def restore(self, file: IO[bytes], progress: Callable[[int], None]) -> None:
+        """Restore a backup that is whole, all but the order of what waits: see Queue.promote()."""
+        batch, size = [], 0
+        with gzip.GzipFile(fileobj=file) as packed:
+            packed.readline()
+            for number, octets in enumerate(packed, 1):
+                line = json.loads(octets)
+                batch += [line] if "key" in line else []
+                size += len(octets)
+                if size > self.PAGE or len(batch) == self.AT_ONCE:
+                    self._put(batch)
+                    batch, size = [], 0
+                    progress(number)
+        self._put(batch)
+
+    def _put(self, lines: Sequence[dict]) -> None:
+        """Restore some keys. The later of two lines on a task counts."""
+        tasks = [(line["key"].removeprefix("task:"), line["hash"], line.get("ends"))
+                 for line in lines if kind_of(line["key"]) == "task"]
+        with self.redis.pipeline(transaction=False) as pipeline:
+            for line in lines:
+                if kind_of(line["key"]) != "task":
+                    self._put_value(pipeline, self._key(line["key"]), line)
+            pipeline.execute()
+            for _, fields, _ in tasks:
+                pipeline.zscore(self._key("schedule"), octets(self._place_of_issue(fields)))
+            due = pipeline.execute()
+            for (task_id, fields, ends), moment in zip(tasks, due):
+                # What made this issue happened when the schedule had been read: it is due there still, and made again.
+                if moment is None or moment * 1e6 > int(fields["created"]):
+                    self._put_task(pipeline, task_id, fields, ends)
+            pipeline.execute()
+
+    @staticmethod
+    def _put_value(pipeline: redis.client.Pipeline, key: bytes, line: dict) -> None:
+        if "string" in line:
+            pipeline.set(key, octets(line["string"]))
+        elif "hash" in line:
+            pipeline.hset(key, mapping={octets(field): octets(value) for field, value in line["hash"].items()})
+        elif "zset" in line:
+            pipeline.zadd(key, {octets(member): score for member, score in line["zset"]}, lt=True)
+        else:
+            pipeline.unlink(key)
+            for at in range(0, len(line["list"]), 1000):
+                pipeline.rpush(key, *map(octets, line["list"][at:at + 1000]))
+        if "ends" in line:
+            pipeline.pexpireat(key, line["ends"])
+
+    def _place_of_issue(self, fields: dict) -> str:
+        """The place in the schedule of a newsletter that waits; "" for any other task."""
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            task = json.loads(fields.get("head") or fields["body"])
+            if task["type"] == "newsletter" and fields["state"] not in self.ENDED:
+                return Newsletters._member(fields["account"], task["payload"]["content_type"], fields["to"])
+        return ""
+
+    def _put_task(self, pipeline: redis.client.Pipeline, task_id: str, fields: dict, ends: int | None) -> None:
+        state, account = ended_as(fields["d"]) if "d" in fields else (fields.get("state"), fields.get("account", ""))
+        key, own = self._key(f"task:{task_id}"), self._key(f"dead:{account}")
+        delayed, dead, member = self._key("delayed"), self._key("dead"), octets(task_id)
+        pipeline.unlink(key)
+        for place in (delayed, dead, own):
+            pipeline.zrem(place, member)
+        if state == "dead":
+            for place in (dead, own):
+                pipeline.zadd(place, {member: int(fields["finished"]) // 1000})
+        elif state in ("scheduled", "retrying"):
+            pipeline.zadd(delayed, {member: fields["due"]})
+        elif state not in self.ENDED and "body" in fields:  # in a lane or in hand; it is promoted by its age
+            fields = {**fields, "state": "queued"}
+            fields.pop("begun", None)
+            pipeline.zadd(delayed, {member: int(fields["created"]) / 1000})
+        pipeline.hset(key, mapping={octets(field): octets(value) for field, value in fields.items()})
+        if ends and state in self.ENDED:
+            pipeline.pexpireat(key, ends)
+
+
+def octets(text: str) -> bytes:
+    """The bytes that Redis had: UTF-8, and others that were read as halves of surrogate pairs."""
+    return text.encode(errors="surrogateescape")
+
+
+def kind_of(name: str) -> str:
+    """What a key without prefix is about: its first word."""
+    return name.partition(":")[0]
+
+
+@contextlib.contextmanager
+def reached(settings: Settings, empty: bool) -> Iterator[Store]:
+    """A Store for Backup. An embedded server that does not run is started, and stopped again.
+
+    Args:
+        empty: its data_dir may be empty or missing.
+
+    Raises:
+        StartError: it cannot be reached.
+    """
+    more: dict[str, Any] = {"encoding_errors": "surrogateescape", "socket_timeout": 60.0,
+                            "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 0)}
+    if settings.redis_uri:
+        yield open_store(settings, **more)
+        return
+    server = EmbeddedServer(settings.data_dir)
+    if server.answers():
+        yield open_store(settings, server, **more)
+        return
+    if server.folder.exists() and server.folder.stat().st_uid != os.geteuid():
+        raise StartError(f"data_dir: {str(server.folder)!r} is another user's; call this as the service's user")
+    if not empty and not server.manifest.exists():
+        raise StartError(f"data_dir: there are no data in {str(server.folder)!r}; call this where the service runs")
+    server.start()
+    try:
+        store = open_store(settings, server, **more)
+        yield store
+        if (waiting := Queue(store, settings, "operator").waiting()) is not None:
+            server.leave_word(waiting)
+    finally:
+        server.stop()
+
+
+@contextlib.contextmanager
+def replacing(path: str) -> Iterator[IO[bytes]]:
+    """A file that is there, and replaces an older one, when all of it is on disk; its owner alone may read it."""
+    if path == "-":
+        with open(os.dup(1), "wb") as file:
+            try:
+                yield file
+            except BaseException:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())  # nobody may read what is buffered still
+                raise
+        return
+    target = pathlib.Path(path).resolve()
+    if target.exists() and not target.is_file():
+        raise BackupError(f"{path} is no file")
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        with open(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    folder = os.open(target.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def end_in_order() -> None:
+    """Have SIGTERM and SIGHUP end this command as Ctrl-C does: no part of a file and no server stays behind."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
+
+
+def backup(settings: Settings, terminal: Terminal, options: argparse.Namespace) -> int:
+    """The command of this name: write all that a gomail keeps to a file. Returns the exit code."""
+    name = "standard output" if options.file == "-" else options.file
+    if options.file == "-" and sys.stdout.isatty():
+        terminal.say("standard output is a terminal; a backup goes to a file or into a pipe")
+        return 2
+    end_in_order()
+    try:
+        with replacing(options.file) as file, reached(settings, empty=False) as store:
+            if store.redis.exists(store.key("restoring")):
+                raise BackupError("a `restore` into this Redis is under way, or was broken off")
+            total = store.redis.dbsize()
+            progress = terminal.progress(total)
+            count = Backup(store).write(file, lambda done: progress(min(done, total)))
+            if not count:
+                raise BackupError(f"there is nothing of gomail's behind key_prefix {store.prefix!r}")
+    except OSError as error:
+        raise BackupError(f"{name} cannot be written: {describe(error)}") from None
+    if sys.stderr.isatty():
+        progress(total)
+        terminal.say("")
+    if terminal.as_json and options.file != "-":
+        terminal.json({"records": count})
+    else:
+        terminal.say(f"{count} records are in {name}, with all secrets of the queue: keep it safe")
+    return 0
+
+
+def restore(settings: Settings, terminal: Terminal, options: argparse.Namespace) -> int:
+    """The command of this name: take what a backup holds into an empty Redis. Returns the exit code."""
+    name = "standard input" if options.file == "-" else options.file
+    end_in_order()
+    with contextlib.ExitStack() as stack:
+        try:
+            if options.file == "-":  # it is read twice
+                file: IO[bytes] = stack.enter_context(tempfile.TemporaryFile())
+                shutil.copyfileobj(sys.stdin.buffer, file)
+                file.seek(0)
+            else:
+                file = stack.enter_context(open(options.file, "rb"))
+            head = Backup.verify(file, name)
+            file.seek(0)
+        except OSError as error:
+            terminal.say(f"{name} cannot be read: {describe(error)}")
+            return 2
+        store = stack.enter_context(reached(settings, empty=True))
+        target, queue = Backup(store), Queue(store, settings, "operator")
+        target.prepare()
+        progress = terminal.progress(head["lines"])
+        target.restore(file, progress)
+        while queue.promote() == queue.LOOK:
+            pass
+        users = Accounts(store, settings.jwt_secret, settings.jwt_secret_previous)
+        store.redis.delete(store.key("restoring"))
+    if sys.stderr.isatty():
+        progress(head["lines"])
+        terminal.say("")
+    if head["secret"] not in (None, *(users.derive("check", secret).hex() for secret in users.accepted)):
+        terminal.say("jwt_secret: is not that of the gomail whose backup this is: with these settings its API keys, "
+                     "OTPs and links are not valid")
+    if terminal.as_json:
+        terminal.json({"records": head["lines"]})
+    else:
+        terminal.say(f"{head['lines']} records are restored; gomail can be started")
+    return 0
+
+
 def command_line() -> argparse.ArgumentParser:
     """The parser of the command line."""
     parser = argparse.ArgumentParser(
@@ -7325,6 +8303,12 @@ def command_line() -> argparse.ArgumentParser:
     repairing = command("repair", "cut off what the embedded server cannot read at the end of its file, after a crash; "
                         "gomail must not be running")
     repairing.add_argument("--yes", action="store_true", help="do not ask, as is done at a terminal")
+    for name, explanation in (
+            ("backup", "write all that gomail keeps in Redis to a file, while it runs or is stopped; the file holds "
+             "secrets and mails"),
+            ("restore", "take what a backup holds into an empty Redis or data_dir; gomail must not be running")):
+        command(name, explanation).add_argument("file", metavar="FILE", help="the backup; - is standard " + (
+            "output" if name == "backup" else "input"))
     change = accounts.add_mutually_exclusive_group()
     change.add_argument("--add", metavar="NAME", help="sign up an account and write its API key")
     change.add_argument("--remove", metavar="NAME", help="deregister an account: its key, tasks and subscriptions end")
@@ -7344,6 +8328,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         terminal = Terminal(options.json)
         if options.command == "repair":
             return repair(settings, terminal, options)
+        if options.command == "backup":
+            return backup(settings, terminal, options)
+        if options.command == "restore":
+            return restore(settings, terminal, options)
         return getattr(Operator(settings, terminal), options.command)(options)
     except redis.RedisError as error:
         print(f"gomail: Redis is not available: {describe(error)}", file=sys.stderr)
@@ -7351,6 +8339,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"gomail: {error}", file=sys.stderr)
         if not options.command and not options.check:
             return error.exit_code
+    except BackupError as error:
+        print(f"gomail: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 0 if options.command == "stats" else 130  # as a shell has it: 128 and the number of SIGINT
     except BrokenPipeError:  # who looked has seen enough

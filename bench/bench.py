@@ -443,17 +443,6 @@ def latency(valkey, samples, waiting, half_rate):
         until(lambda: sent.keys() <= sink.times.keys())
         return [sink.times[recipient] - moment for recipient, moment in sent.items()]
 
-    def acknowledged(program, name, count):
-        found = []
-        for number in range(count):
-            time.sleep(0.02)
-            began = time.monotonic()
-            key = "gomail:task:" + program.post("generateOtp", userId=f"{name}{number}@example.com", length=6)
-            while valkey.client.hget(key, "state") != b"succeeded":
-                time.sleep(0.0001)
-            found.append(time.monotonic() - began)
-        return found
-
     with Sink("aiosmtpd") as sink:
         results["bare round trips: HTTP + Redis + SMTP"] = round_trips(valkey, sink)
         valkey.client.flushall()
@@ -464,16 +453,110 @@ def latency(valkey, samples, waiting, half_rate):
     with Sink() as sink:
         valkey.client.flushall()
         with GoMail(valkey, sink.port).ready() as program:
-            acknowledged(program, "warm", 20)
-            results[f"OTP, idle, to its ack (sink: {Sink.NAME})"] = acknowledged(program, "idle", samples)
+            acknowledged(valkey, program, "warm", 20)
+            results[f"OTP, idle, to its ack (sink: {Sink.NAME})"] = acknowledged(valkey, program, "idle", samples)
         subscriptions(valkey, waiting)
         with GoMail(valkey, sink.port).ready() as program:
             until(lambda: valkey.client.zcount("gomail:schedule", "-inf", 1) == 0)
-            acknowledged(program, "warm2", 20)
+            acknowledged(valkey, program, "warm2", 20)
             name = f"OTP, behind {waiting:,} newsletters, to its ack (sink: {Sink.NAME})"
-            results[name] = acknowledged(program, "busy", samples)
+            results[name] = acknowledged(valkey, program, "busy", samples)
             assert valkey.client.llen("gomail:lane:bulk") > 0, "the newsletters were gone before the OTPs were"
     return {name: (percentile(found, 0.5) * 1000, percentile(found, 0.99) * 1000) for name, found in results.items()}
+
+
+def acknowledged(valkey, program, name, count):
+    """Seconds from POST to the ack in Redis, of OTPs one after the other."""
+    found = []
+    for number in range(count):
+        time.sleep(0.02)
+        began = time.monotonic()
+        key = "gomail:task:" + program.post("generateOtp", userId=f"{name}{number}@example.com", length=6)
+        while valkey.client.hget(key, "state") != b"succeeded":
+            time.sleep(0.0001)
+        found.append(time.monotonic() - began)
+    return found
+
+
+def bury(valkey, count):
+    """Make `count` of the messages that wait dead letters."""
+    import gomail
+    store = gomail.Store(valkey.uri, OPTIONS["key_prefix"])
+    store.script("""
+        for number = 1, tonumber(ARGV[1]) do
+            local id = redis.call('RPOP', KEYS[1] .. 'lane:normal')
+            redis.call('HSET', KEYS[1] .. 'task:' .. id, 'state', 'dead', 'finished', 1)
+            redis.call('ZADD', KEYS[1] .. 'dead', 1e15, id)
+            redis.call('ZADD', KEYS[1] .. 'dead:' .. ARGV[2], 1e15, id)
+        end""")(keys=[store.prefix], args=[count, ACCOUNT])
+    store.redis.zadd(store.key("dead"), {id: time.time() * 1000 for id in store.redis.zrange(store.key("dead"), 0, -1)})
+    mine = store.key("dead", ACCOUNT)
+    store.redis.zadd(mine, {id: time.time() * 1000 for id in store.redis.zrange(mine, 0, -1)})
+
+
+def queue_subscribes(valkey, count):
+    """Queue `count` subscribes."""
+    import gomail
+    queue = gomail.Queue(gomail.Store(valkey.uri, OPTIONS["key_prefix"]), gomail.Settings(), "bench")
+    rest = {"frequency": "@monthly", "content_type": "news"}
+    for start in range(0, count, 500):
+        queue.enqueue(gomail.Account(ACCOUNT, KEY_ID), [{
+            "task": "bench", "type": "subscribe", "retries": 3, "payload": {"userId": f"user{number}@example.com",
+                                                                              **rest}}
+            for number in range(start, start + 500)])
+
+
+def feed(kind, port):
+    """A client that keeps a service busy, in a process of its own, until that is ended: with 1,000 tasks a second, ten
+    looks a second, or one call after the other that goes through all dead letters."""
+    connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=600)
+    method, path, pause = {
+        "message": ("POST", "/task/batch", 0.1), "subscribe": ("POST", "/task/batch", 0.1),
+        "revive": ("POST", "/task/dead/retry", 0.0), "purge": ("DELETE", "/task/dead", 0.0),
+        "search": ("GET", "/task/recent?limit=100&search=nobody", 0.1),
+        "dead": ("GET", "/task/dead?limit=100", 0.1), "subscriptions": ("GET", "/subscriptions?limit=100", 0.1)}[kind]
+    while True:
+        body = None
+        if path == "/task/batch":
+            rest = {"frequency": "@monthly", "content_type": "news"} if kind == "subscribe" else {
+                "subject": "Hello", "content": HTML.format(number=1)}
+            body = json.dumps({"tasks": [{"task": "bench", "type": kind, "retries": 0, "payload": {
+                "userId": f"user{number}@example.com", **rest}} for number in range(100)]})
+        connection.request(method, path, body, {"Authorization": api_key(), "Content-Type": "application/json"})
+        connection.getresponse().read()
+        time.sleep(pause)
+
+
+def promise(valkey, samples, waiting):
+    """Seconds that OTPs take to their ack: of each load, those of an idle service just before, and those beside it."""
+    feeds = {"messages, 1,000 a second": ["message"], "subscribes, 1,000 a second": ["subscribe"],
+             "dead letters revived": ["revive"], "a purge of the dead letters": ["purge"],
+             "searches of everything": ["search"], "lists of everything": ["dead", "subscriptions"],
+             f"{waiting:,} newsletters that wait": ["newsletter"], f"{waiting:,} messages that wait": ["waiting"],
+             f"{waiting:,} subscribes that wait": ["changes"]}
+    rows = {}
+    for name, kinds in feeds.items():
+        valkey.client.flushall()
+        if {"revive", "purge", "search", "dead"} & {*kinds}:
+            prefill(valkey, waiting)
+            bury(valkey, waiting)
+        with Sink() as sink, GoMail(valkey, sink.port).ready() as program, contextlib.ExitStack() as running:
+            valkey.client.hset(f"gomail:content:{ACCOUNT}", "news", json.dumps({"subject": "News", "content": "News"}))
+            acknowledged(valkey, program, "warm", 20)
+            idle = acknowledged(valkey, program, "idle", samples)
+            if kinds == ["newsletter"]:
+                subscriptions(valkey, waiting)
+            elif kinds == ["waiting"]:
+                prefill(valkey, waiting)
+            elif kinds == ["changes"]:
+                queue_subscribes(valkey, waiting)
+            else:
+                for kind in kinds:
+                    running.enter_context(Program(PYTHON, "-c", "import sys, bench; bench.feed(*sys.argv[1:])", kind,
+                                                  program.port))
+            time.sleep(1)
+            rows[name] = idle, acknowledged(valkey, program, "busy", samples)
+    return rows
 
 
 def growth(valkey, sizes, window):
@@ -577,14 +660,16 @@ def plot(drained, accepted, path):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--only", help="some of drain,accept,latency,growth,due,workers; prints only")
+    parser.add_argument("--only", help="some of drain,accept,latency,promise,growth,due,workers; prints only")
     options = parser.parse_args()
     quick = options.quick
-    chosen = options.only.split(",") if options.only else ["drain", "accept", "latency", "growth", "due", "workers"]
-    began, parts = time.monotonic(), []
+    parts_of_all = ("drain", "accept", "latency", "promise", "growth", "due", "workers")
+    chosen = options.only.split(",") if options.only else parts_of_all
+    began, parts = time.monotonic(), ["# Benchmark\n\nHow it is run and how to read it: [docs/development.md]"
+                                      "(../docs/development.md#benchmark).\n"]
 
     def part(title, text):
-        parts.append(f"### {title}\n\n{text}\n")
+        parts.append(f"## {title}\n\n{text}\n")
         print(f"\n{parts[-1]}\n({time.monotonic() - began:.0f} s so far)", flush=True)
     has_wrk = shutil.which("wrk")
     with Valkey() as valkey:
@@ -610,6 +695,13 @@ def main():
             found = latency(valkey, 50 if quick else 300, 10_000 if quick else 100_000, min(half_rate, 400.0))
             part("Latency: from POST to the sink's 250 (sink: aiosmtpd, where no other is named)", table(
                 ("", "p50 ms", "p99 ms"), [(name, f"{p50:.2f}", f"{p99:.2f}") for name, (p50, p99) in found.items()]))
+        if "promise" in chosen:
+            found = promise(valkey, 50 if quick else 200, 10_000 if quick else 50_000)
+            part(f"An OTP's way to its ack, whatever else the service is fed (sink: {Sink.NAME})", table(
+                ("beside it", "idle, p50 ms", "p50 ms", "p99 ms", "p50 by idle's"),
+                [(name, f"{percentile(idle, 0.5) * 1000:.2f}", f"{percentile(busy, 0.5) * 1000:.2f}",
+                  f"{percentile(busy, 0.99) * 1000:.2f}", f"{percentile(busy, 0.5) / percentile(idle, 0.5):.2f}")
+                 for name, (idle, busy) in found.items()]))
         if "growth" in chosen and has_wrk:
             sizes = (1_000, 10_000) if quick else (1_000, 10_000, 100_000, 1_000_000)
             part("Growth: tasks that wait (sink: aiosmtpd)", table(
