@@ -7867,8 +7867,9 @@ class Backup:
     PAGE = 1_000_000  # bytes that are read or written at once, so that Redis has time for others
     AT_ONCE = 200  # keys read at once
     # What belongs to processes or to a moment, and the places of tasks.
-    LEFT_OUT = frozenset(("lane", "processing", "delayed", "dead", "processes", "heartbeat", "paused", "resume",
-                          "resumed", "rate", "answered", "on_disk", "writable", "restoring", "jwt_secret_check"))
+    LEFT_OUT = frozenset(("lane", "processing", "delayed", "scheduled", "dead", "processes", "heartbeat", "paused",
+                          "resume", "resumed", "rate", "answered", "on_disk", "writable", "restoring",
+                          "jwt_secret_check"))
     # What a gomail leaves that was started once and not used.
     REPLACED = frozenset(("jwt_secret", "ascii_folded", "stats", "history", "metrics"))
     ENDED = frozenset(("succeeded", "suppressed", "cancelled", "dead"))
@@ -8093,16 +8094,18 @@ class Backup:
 
     def _put_task(self, pipeline: redis.client.Pipeline, task_id: str, fields: dict, ends: int | None) -> None:
         state, account = ended_as(fields["d"]) if "d" in fields else (fields.get("state"), fields.get("account", ""))
-        key, own = self._key(f"task:{task_id}"), self._key(f"dead:{account}")
-        delayed, dead, member = self._key("delayed"), self._key("dead"), octets(task_id)
+        key, member = self._key(f"task:{task_id}"), octets(task_id)
+        letters = [self._key("dead"), self._key(f"dead:{account}")]
+        delayed, scheduled = self._key("delayed"), self._key("scheduled")
         pipeline.unlink(key)
-        for place in (delayed, dead, own):
+        for place in (delayed, scheduled, *letters):
             pipeline.zrem(place, member)
         if state == "dead":
-            for place in (dead, own):
+            for place in letters:
                 pipeline.zadd(place, {member: int(fields["finished"]) // 1000})
         elif state in ("scheduled", "retrying"):
-            pipeline.zadd(delayed, {member: fields["due"]})
+            for place in (delayed, scheduled) if state == "scheduled" else (delayed,):
+                pipeline.zadd(place, {member: fields["due"]})
         elif state not in self.ENDED and "body" in fields:  # in a lane or in hand; it is promoted by its age
             fields = {**fields, "state": "queued"}
             fields.pop("begun", None)
