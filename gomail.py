@@ -231,6 +231,11 @@ class Settings:
     dead_ttl: int = option(2592000, "seconds a dead letter is kept", low=1, high=31536000)
     dead_max: int = option(100000, "dead letters kept at most; the oldest go first", low=1, high=100000000)
     data_dir: str = option("gomail-data", "folder of the embedded Valkey and of the Maildir")
+    maxmemory: int = option(0, "MB that the data of the embedded Valkey may take, from where on what adds to it is "
+                            "answered 503; 0: half of the memory that this machine or its cgroup has", low=0,
+                            high=16777216)
+    outbox_max: int = option(10000, "mails kept in the Maildir at most; the oldest go first; 0: any number", low=0,
+                             high=1000000000)
     log_file: str = option("app.log", "log file, rotated at 10 MB, 3 kept; off: only stdout")
     log_level: str = option("INFO", "least level that is logged", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
     shutdown_timeout: float = option(20.0, "seconds that work in flight has to end after SIGTERM", low=0, high=3600)
@@ -830,7 +835,8 @@ def start_logging(settings: Settings) -> None:
 #   jwt_secret_check               string  a keyed hash that tells whether another process has the same one
 #   ended_session:<id>             string  there for a session that somebody ended before its time
 #   task:<id>                      hash    head (what is shown of it), body (the whole, until it has ended), story
-#                                          (what became of its attempts), account, key, lane, state, attempts, ...
+#                                          (what became of its attempts), account, key, lane, state, attempts, ...;
+#                                          when it has ended otherwise than as a dead letter, see Queue.CONCLUDE
 #   recent, recent:<account>       list    ids of the newest tasks, newest first
 #   lane:<lane>                    list    ids of waiting tasks; in at the left, out at the right
 #   processing:<process>:<worker>  list    the id a worker has in hand
@@ -841,7 +847,8 @@ def start_logging(settings: Settings) -> None:
 #   resumed:<lane>                 string  id of the newest of these requests, while no other is taken
 #   delayed                        zset    ids that wait for a retry or their send_at, by due time (ms)
 #   dead, dead:<account>           zset    ids of dead letters, by the time they died (ms)
-#   idempotency:<digest>           string  fingerprint and id of the task an Idempotency-Key made, and the API key's id
+#   idempotency:<digest>           string  fingerprint of what came with an Idempotency-Key, id of its task (of a batch,
+#                                          what its ids are made from), the API key's id, and what was refused of it
 #   suppressed:<account>           zset    addresses that get no mail, by the time that began (ms)
 #   suppressed_for:<account>       hash    address -> why
 #   on_disk                        string  written to wait until it is on disk, and all before it
@@ -976,6 +983,11 @@ def has_password(uri: str) -> bool:
         return bool(RedisAddress.parse(uri).options.get("password"))
     except ValueError:
         return bool(uri)
+
+
+def is_full(error: redis.RedisError) -> bool:
+    """Whether Redis refused something because its memory is full. Redis 6.2 says so within an error of a script."""
+    return isinstance(error, redis.OutOfMemoryError) or "OOM command not allowed" in str(error)
 
 
 def hash_tagged(prefix: str) -> str:
@@ -1353,15 +1365,20 @@ class EmbeddedServer:
     Args:
         data_dir: folder, made where it is missing.
         fsync: write each change to disk before answering (else once a second).
+        maxmemory: MB that its data may take; 0: half of what there is. The other half is for copies of what changes
+            while the file is rewritten, for gomail and for the system: a server that the kernel kills for its memory
+            sends no mail either, and one that is full still does.
     """
 
     STALLED = 60.0  # seconds without progress, after which a start is given up
     TELLING = 10.0  # seconds between two words on the progress
     ENDING = 5.0  # seconds to end after SIGTERM
     PAUSE = 5.0  # seconds between two starts of a server that does not live long
+    LEAST_MEMORY = 64  # MB, however small the machine is
 
-    def __init__(self, data_dir: str, fsync: bool = False) -> None:
+    def __init__(self, data_dir: str, fsync: bool = False, maxmemory: int = 0) -> None:
         self.folder = pathlib.Path(data_dir).resolve()
+        self.maxmemory = maxmemory or max(memory_of_machine() // 2 ** 21, self.LEAST_MEMORY)
         self.socket = self.folder / "valkey.sock"
         self.log_file = self.folder / "valkey.log"
         self.files = self.folder / "appendonlydir"
@@ -1471,6 +1488,7 @@ class EmbeddedServer:
                 [self.program(), "--port", "0", "--unixsocket", self.socket, "--unixsocketperm", "700",
                  "--dir", self.folder, "--appendonly", "yes", "--save", "",
                  "--appendfsync", "always" if self.fsync else "everysec",
+                 "--maxmemory", f"{self.maxmemory}mb", "--maxmemory-policy", "noeviction",
                  "--logfile", self.log_file, "--loglevel", "warning"],
                 stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=[life], start_new_session=True)
 
@@ -1550,6 +1568,9 @@ class EmbeddedServer:
             pause(0.02)
             self.ensure()  # the one that was taken over may have ended
         self.found = None if self._is_child() else self._listener()
+        if self.found:  # it was started with what was set then
+            with self._client() as client, contextlib.suppress(redis.RedisError):
+                client.config_set("maxmemory", f"{self.maxmemory}mb", "maxmemory-policy", "noeviction")
         self.examine()
 
     def _state(self) -> Json | None:
@@ -1616,6 +1637,31 @@ class EmbeddedServer:
     def _client(self) -> redis.Redis:
         return redis.Redis(unix_socket_path=str(self.socket), protocol=2, socket_timeout=5.0,
                            retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0))
+
+
+def memory_of_machine(cgroups: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup") -> int:
+    """Bytes of memory that this process can have: the machine's, or what the smallest cgroup around it allows.
+
+    Args:
+        cgroups: file with the process's cgroups, as in cgroups(7).
+        root: folder where their hierarchies are mounted.
+    """
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    with contextlib.suppress(OSError):  # no Linux, or one without cgroups
+        for line in pathlib.Path(cgroups).read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            top, name = pathlib.Path(root), "memory.max"
+            if controllers:
+                top, name = top / "memory", "memory.limit_in_bytes"
+            if controllers and "memory" not in controllers.split(","):
+                continue
+            folder = top / path.lstrip("/")
+            for place in (folder, *folder.parents):
+                with contextlib.suppress(OSError, ValueError):  # "max", or not to be seen in a container
+                    sizes.append(int((place / name).read_text()))
+                if place == top:
+                    break
+    return min(sizes)
 
 
 def sound_length(path: pathlib.Path) -> int:
@@ -2433,6 +2479,44 @@ class Queue:
         end
     """
 
+    # What is kept of a task that has ended, dead letters apart. There are as many as mails in `result_ttl`, so it takes
+    # few fields of at most 64 bytes (hash-max-listpack-value), which is a quarter of the memory and swiftly written:
+    #
+    #   d      state ("" is succeeded), type ("" is message), retries, attempts, when it was accepted (microseconds),
+    #          begun ("", or since it was accepted) and ended (since it was begun), and the account, by spaces
+    #   u, n   userId, and the task's name
+    #   to     the recipients in lower case, where there are more than that one
+    #   error, story    where there is one
+    #
+    # Nothing of the mail itself is kept. A head that cannot be read here (it has half a surrogate pair) stays as it is.
+    CONCLUDE = """
+        local function conclude(task, state, attempt, error, now, ttl)
+            local account, accepted, started, attempts, before, to, head, story = unpack(redis.call('HMGET', task,
+                'account', 'created', 'started', 'attempts', 'error', 'to', 'head', 'story'))
+            local readable, shown = pcall(function()
+                local found = cjson.decode(head or redis.call('HGET', task, 'body'))
+                return {found.payload.userId .. '', found.task .. '', found.type .. '', found.retries + 0}
+            end)
+            local user, name, type, retries = unpack(readable and shown or {'', '', '', ''})
+            local created, begun = tonumber(accepted) or 0, tonumber(started)
+            local kept = {'u', user, 'n', name, 'd', table.concat({
+                state == 'succeeded' and '' or state, type == 'message' and '' or type, retries,
+                (tonumber(attempts) or 0) + attempt, accepted, begun and string.format('%.0f', begun - created) or '',
+                string.format('%.0f', now - (begun or created)), account}, ' ')}
+            local function keep(name, value)
+                kept[#kept + 1] = name
+                kept[#kept + 1] = value
+            end
+            if not readable then keep('head', head or '') end
+            if to and to ~= string.lower(user) then keep('to', to) end
+            if (error or before or '') ~= '' then keep('error', error or before) end
+            if story then keep('story', story) end
+            redis.call('DEL', task)
+            redis.call('HSET', task, unpack(kept))
+            redis.call('PEXPIRE', task, ttl)
+        end
+    """
+
     BURY = NOTE + """
         local function bury(prefix, id, error, ttl, most)
             local task = prefix .. 'task:' .. id
@@ -2487,12 +2571,19 @@ class Queue:
         end
     """
 
-    # Queue some tasks of one account; each gets an answer of its own: its id, or why it was not queued. A repeated
-    # call (its first answer was lost on the way) finds the tasks there and changes nothing; it is not held against
-    # the limits either.
+    # Queue some tasks of one account. Answers what their ids are made from, and which were refused, and why, as
+    # "<number>=<why> ...". A repeated call (its first answer was lost on the way) finds the tasks there and changes
+    # nothing; it is not held against the limits either. The same with an idempotency key gets the first one's answer.
     ENQUEUE = CLOCK + LIMIT + REMEMBER + """
         local prefix, account, key, cooldown, hourly, minute = KEYS[1], unpack(ARGV, 1, 5)
+        local fingerprint, digest, first = unpack(ARGV, 6, 8)
         if redis.call('HGET', prefix .. 'UserList', account) ~= key then return 'revoked' end
+        local idempotency = prefix .. 'idempotency:' .. digest
+        local known = fingerprint ~= '' and redis.call('GET', idempotency)
+        if known then  -- of this registration, or written before there was a word for that
+            local before, first, owner, refused = string.match(known, '(%w+) (%w+) ?(%w*) ?(.*)')
+            if owner == '' or owner == key then return before == fingerprint and {first, refused} or 'conflict' end
+        end
 
         local function too_early(id, address)
             local asked, hour = prefix .. 'otp_asked:' .. address .. ':' .. account, milliseconds - 3600000
@@ -2512,20 +2603,14 @@ class Queue:
             redis.call('EXPIRE', asked, 3600)
         end
 
-        local function enqueue(id, head, body, lane, otp_address, content_type, fingerprint, digest, due, to)
-            local idempotency = prefix .. 'idempotency:' .. digest
-            local known = fingerprint ~= '' and redis.call('GET', idempotency)
-            if known then  -- of this registration, or written before there was a word for that
-                local before, first, owner = string.match(known, '(%w+) (%w+) ?(%w*)')
-                if owner == '' or owner == key then return before == fingerprint and first or 'conflict' end
-            end
+        local function refusal_of(id, head, body, lane, otp_address, content_type, due, to)
             local task = prefix .. 'task:' .. id
-            if redis.call('EXISTS', task) == 1 then return id end
+            if redis.call('EXISTS', task) == 1 then return end
             if content_type ~= '' and redis.call('HEXISTS', prefix .. 'content:' .. account, content_type) == 0 then
                 return 'unknown'
             end
             local wait = otp_address ~= '' and too_early(id, otp_address)
-            if wait then return 'wait ' .. wait end
+            if wait then return wait end
             redis.call('HSET', task, 'head', head, 'body', body, 'account', account, 'key', key, 'lane', lane,
                        'state', 'queued', 'attempts', 0, 'created', microseconds, 'to', to)
             remember(prefix, account, id)
@@ -2536,23 +2621,25 @@ class Queue:
             else
                 redis.call('LPUSH', prefix .. 'lane:' .. lane, id)
             end
-            if fingerprint ~= '' then
-                redis.call('SET', idempotency, fingerprint .. ' ' .. id .. ' ' .. key, 'EX', 86400)
-            end
-            return id
         end
 
-        local results = {}
-        for at = 6, #ARGV, 10 do
-            results[#results + 1] = enqueue(unpack(ARGV, at, at + 9))
+        local refused, count = {}, (#ARGV - 8) / 8
+        for number = 0, count - 1 do
+            local why = refusal_of(unpack(ARGV, 9 + 8 * number, 16 + 8 * number))
+            if why then refused[#refused + 1] = number .. '=' .. why end
         end
-        return results
+        local said = table.concat(refused, ' ')
+        if fingerprint ~= '' and #refused < count then
+            local record = {fingerprint, first, key, #refused > 0 and said or nil}
+            redis.call('SET', idempotency, table.concat(record, ' '), 'EX', 86400)
+        end
+        return {first, said}
     """
 
     # Settle what the worker had in hand, and take the next task. The first line is the fence: a worker whose
     # task was given to another in the meantime settles nothing. What is still in the list after that was
     # taken by a call whose answer was lost, and comes first.
-    EXCHANGE = BURY + """
+    EXCHANGE = BURY + CONCLUDE + """
         local own, lane, prefix = KEYS[1], KEYS[2], KEYS[3]
         local take, id, verdict, error, delay, delivered, suppress = unpack(ARGV)
         local result_ttl, dead_ttl, dead_max, process, worker = unpack(ARGV, 8)
@@ -2565,12 +2652,8 @@ class Queue:
                 redis.call('HSET', prefix .. 'suppressed_for:' .. account, address, error)
             end
             if verdict == 'succeeded' or verdict == 'cancelled' or verdict == 'suppressed' then
-                redis.call('HSET', task, 'state', verdict, 'error', error, 'finished', microseconds)
-                redis.call('PEXPIRE', task, result_ttl)
-                -- Nothing of the mail itself is kept. A newsletter's body, which is its head, holds nothing of it.
-                if redis.call('HEXISTS', task, 'head') == 1 then redis.call('HDEL', task, 'body') end
+                conclude(task, verdict, verdict == 'succeeded' and 1 or 0, error, microseconds, result_ttl)
                 if verdict == 'succeeded' then
-                    redis.call('HINCRBY', task, 'attempts', 1)
                     redis.call('HINCRBY', prefix .. 'metrics', 'executed', 1)
                     redis.call('HINCRBY', prefix .. 'metrics', 'successful', 1)
                 end
@@ -2763,16 +2846,18 @@ class Queue:
     """
 
     # Only what waits in the delayed set: what a lane or a worker has, the next moment may send.
-    CANCEL = CLOCK + """
+    CANCEL = CLOCK + CONCLUDE + """
         local prefix, id, account, ttl = KEYS[1], unpack(ARGV)
         local task = prefix .. 'task:' .. id
-        local owner = redis.call('HGET', task, 'account')
+        local owner, ended = unpack(redis.call('HMGET', task, 'account', 'd'))
+        owner = owner or ended and string.match(ended, '^' .. string.rep('%S* ', 7) .. '(.*)$')
         if not owner or account ~= '' and owner ~= account then return 'unknown' end
-        if redis.call('ZREM', prefix .. 'delayed', id) == 0 then return 'late ' .. redis.call('HGET', task, 'state') end
+        if redis.call('ZREM', prefix .. 'delayed', id) == 0 then
+            local state = ended and string.match(ended, '^%S+') or redis.call('HGET', task, 'state') or 'succeeded'
+            return 'late ' .. state
+        end
         redis.call('ZREM', prefix .. 'scheduled', id)
-        redis.call('HDEL', task, 'due', 'body')
-        redis.call('HSET', task, 'state', 'cancelled', 'finished', microseconds)
-        redis.call('PEXPIRE', task, ttl)
+        conclude(task, 'cancelled', 0, nil, microseconds, ttl)
         return 'cancelled'
     """
 
@@ -2809,13 +2894,14 @@ class Queue:
     # Of the newest tasks, those in a state and to a recipient; and where to look on.
     RECENT_ONES = """
         local prefix, list = KEYS[1], KEYS[2]
-        local search, state, offset, look, most = unpack(ARGV)
+        local search, wanted, offset, look, most = unpack(ARGV)
         local at, found = tonumber(offset), {}
         local ids = redis.call('LRANGE', list, at, at + look - 1)
         for _, id in ipairs(ids) do
             at = at + 1
-            local to, now = unpack(redis.call('HMGET', prefix .. 'task:' .. id, 'to', 'state'))
-            if now and (state == '' or now == state)
+            local to, now, user, ended = unpack(redis.call('HMGET', prefix .. 'task:' .. id, 'to', 'state', 'u', 'd'))
+            if ended then to, now = to or string.lower(user), string.match(ended, '^%S+') or 'succeeded' end
+            if now and (wanted == '' or now == wanted)
                     and (search == '' or string.find(to or '', search, 1, true)) then
                 found[#found + 1] = id
                 if #found == tonumber(most) then break end
@@ -2850,25 +2936,29 @@ class Queue:
         self._no_otp.set()
         self._delayed, self.next_due = threading.Event(), math.inf
 
-    def enqueue(self, account: Account, tasks: Sequence[Json], idempotency_key: str = "") -> list[str | Refused]:
+    def enqueue(self, account: Account, tasks: Sequence[Json], idempotency_key: str = "",
+                batch: str = "") -> list[str | Refused]:
         """Put checked tasks into their lanes, all in one round trip; a return means that Redis has them.
 
         Returns for each task its id, or the Refused that says why it was not queued: 400, there is no such content
-        type; 422, the idempotency key came with another task before; 429, too many OTPs, see Otps. With an
-        idempotency key (for one task), the same again within 24 hours returns the first one's id.
+        type; 429, too many OTPs, see Otps. With an idempotency key, for one task or for the `batch` that the tasks
+        are of, the same again within 24 hours queues nothing and returns the same, unless nothing was queued before.
 
         Raises:
-            Refused: 401, the API key was revoked; 503, with durability=fsync, the tasks are not known to be on disk.
+            Refused: 401, the API key was revoked; 422, the idempotency key came with something else before; 503, with
+                durability=fsync, the tasks are not known to be on disk.
         """
         settings = self.settings
         args = [account.name, account.key_id, settings.otp_cooldown, settings.otp_hourly_max, settings.otp_minute_max]
-        # In the order of the tasks: those that are due at one moment leave in it.
-        began, chance = time.time_ns() // 1000, secrets.token_hex(8 * len(tasks))
-        for number, task in enumerate(tasks):
-            payload, otp_address, content_type, fingerprint, digest = task["payload"], "", "", "", ""
-            if idempotency_key:
-                fingerprint = hashlib.sha256(json.dumps(task, sort_keys=True).encode()).hexdigest()
-                digest = hashlib.sha256(json.dumps([account.name, idempotency_key]).encode()).hexdigest()
+        first = f"{time.time_ns() // 1000:013x}{'' if batch or len(tasks) > 1 else '000'}{secrets.token_hex(8)}"
+        if idempotency_key:
+            whole = batch or json.dumps(tasks[0], sort_keys=True)
+            args += [hashlib.sha256(whole.encode()).hexdigest(),
+                     hashlib.sha256(json.dumps([account.name, idempotency_key]).encode()).hexdigest(), first]
+        else:
+            args += ["", "", first]
+        for task_id, task in zip(self._ids(first, len(tasks)), tasks):
+            payload, otp_address, content_type = task["payload"], "", ""
             if task["type"] == "generateOtp":
                 # The OTP is made from this when it is sent, so that a retry sends the same one; see section 8.
                 task = {**task, "payload": {**payload, "seed": secrets.token_hex(16)}}
@@ -2877,25 +2967,39 @@ class Queue:
             elif task["type"] == "subscribe" and "content" not in payload:
                 content_type = payload["content_type"]
             to = same_mailbox(" ".join([payload["userId"], *payload.get("cc", ()), *payload.get("bcc", ())]))
-            task_id = f"{began:013x}{number:03x}{chance[16 * number:16 * number + 16]}"
             args += [task_id, head_of(task), json.dumps(task), lane_of(task["type"]),
-                     otp_address, content_type, fingerprint, digest, payload.get("send_at", 0) // 1000, to]
-        results = self._durably(self._enqueue, [self.store.prefix], args)
+                     otp_address, content_type, payload.get("send_at", 0) // 1000, to]
+        answer = self._durably(self._enqueue, [self.store.prefix], args)
         if any("send_at" in task["payload"] for task in tasks):
             self._delayed.set()
-        if results == "revoked":
+        if answer == "revoked":
             raise Refused(401, "the API key was revoked", None, {"WWW-Authenticate": "Bearer"})
-        return [self._refusal(result) or result for result in results]
+        if answer == "conflict":
+            what = "batch or task" if batch else "task"
+            raise Refused(422, f"Idempotency-Key was used with another {what} before", "Idempotency-Key")
+        first, refused = answer
+        results: list[str | Refused] = [*self._ids(first, len(tasks))]
+        for number, _, why in (refusal.partition("=") for refusal in refused.split()):
+            results[int(number)] = self._refusal(why)
+        return results
 
     @staticmethod
-    def _refusal(result: str) -> Refused | None:
-        if result == "conflict":
-            return Refused(422, "Idempotency-Key was used with another task before", "Idempotency-Key")
-        if result == "unknown":
+    def _ids(first: str, count: int) -> list[str]:
+        """The ids of tasks that are queued together, in their order: those that are due at one moment leave in it.
+
+        `first` is a moment and chance that they are made from, or the one id itself.
+        """
+        return [first] if len(first) == 32 else [
+            f"{first[:13]}{number:03x}{hashlib.sha256(f'{first}{number}'.encode()).hexdigest()[:16]}"
+            for number in range(count)]
+
+    @staticmethod
+    def _refusal(why: str) -> Refused:
+        if why == "unknown":
             return Refused(400, "payload.content_type does not exist; POST /task/subscriptionContent defines one, or "
                            "bring payload.subject and payload.content",
                            "payload.content_type")
-        return too_many(result.removeprefix("wait ")) if result.startswith("wait ") else None
+        return too_many(why)
 
     def _durably(self, script: Script, keys: Sequence, args: Sequence) -> Any:
         if self.settings.durability != "fsync":
@@ -3074,18 +3178,22 @@ class Queue:
 
     def _statuses(self, ids: Sequence[str], account: str = "", story: bool = False) -> list[Json]:
         """The statuses of those of the tasks that there are, in one round trip; the body is seldom asked for."""
-        fields = ("head", "account", "state", "attempts", "error", "created", "finished", "due", "started", "story")
+        fields = ("head", "account", "state", "attempts", "error", "created", "finished", "due", "started", "story",
+                  "d", "u", "n")
         with self.store.redis.pipeline(transaction=False) as pipeline:
             for task_id in ids:
                 pipeline.hmget(self.store.key("task", task_id), fields)
             tasks = [(task_id, dict(zip(fields, values))) for task_id, values in zip(ids, pipeline.execute())]
         statuses = []
         for task_id, found in tasks:
+            if found["d"]:
+                found["state"], found["account"] = ended_as(found["d"])
             if found["state"] is None or account and found["account"] != account:
                 continue
-            found["head"] = found["head"] or self.store.redis.hget(self.store.key("task", task_id), "body")
-            if found["head"] is None:  # it ended just now
-                continue
+            if not found["head"] and not found["d"]:
+                found["head"] = self.store.redis.hget(self.store.key("task", task_id), "body")
+                if found["head"] is None:  # it ended just now
+                    continue
             try:
                 owner = {} if account else {"account": found["account"]}
                 statuses.append(self._status(task_id, found, story) | owner)
@@ -3100,7 +3208,9 @@ class Queue:
     @staticmethod
     def _status(task_id: str, found: dict, story: bool) -> dict:
         """The status of a task, from the fields of its hash. Raises ValueError, TypeError or KeyError."""
-        task = json.loads(found["head"])
+        if found["d"]:
+            found = found | concluded(found)
+        task = found["task"] if found["u"] else json.loads(found["head"])
         succeeded = found["state"] == "succeeded"  # then "error" in the hash has the Outcome's result
         status = {"id": task_id, "task": task["task"], "type": task["type"], "userId": task["payload"]["userId"],
                   "state": found["state"], "attempts": int(found["attempts"]), "retries": task["retries"],
@@ -3284,6 +3394,22 @@ def head_of(task: Json) -> str:
     """What is shown of a task, and kept when it has ended, as JSON: nothing of the mail itself."""
     return json.dumps({"task": task["task"], "type": task["type"], "retries": task["retries"],
                        "payload": {"userId": task["payload"]["userId"]}})
+
+
+def ended_as(digest: str) -> tuple[str, str]:
+    """(state, account) of a task that has ended, from what Queue.CONCLUDE keeps of it."""
+    state, *_, account = digest.split(" ", 7)
+    return state or "succeeded", account
+
+
+def concluded(found: Json) -> Json:
+    """The fields of a task, as long as it has not ended, from what Queue.CONCLUDE keeps of it; "task" is its head."""
+    _, task_type, retries, attempts, created, begun, ended, _ = found["d"].split(" ", 7)
+    started = int(created) + int(begun or 0)
+    return {"task": {"task": found["n"], "type": task_type or "message", "retries": int(retries or 0),
+                     "payload": {"userId": found["u"]}},
+            "attempts": attempts, "created": created, "started": started if begun else None,
+            "finished": started + int(ended)}
 
 
 def told(task: Json) -> list[Json]:
@@ -4012,16 +4138,20 @@ class Outbox:
 
     Args:
         folder: of the Maildir, made where it is missing.
+        most: mails that clean() keeps; 0: all.
     """
 
     OWNER = "X-Account"  # a header in the file, percent-encoded: whose mail it is, and by which API key
     HEAD = 65536  # bytes of a mail that are read to list it
-    LOOK = 1000  # files that are looked at to list some
+    LOOK = 1000  # files that are looked at to list some, or to remove some
+    NAMES = 10_000  # that are read in one step
+    IN_VIEW = 600.0  # seconds in which a mail that somebody has looked at is not removed
 
-    def __init__(self, folder: str | pathlib.Path) -> None:
-        self.folder = pathlib.Path(folder).resolve()
+    def __init__(self, folder: str | pathlib.Path, most: int = 0) -> None:
+        self.folder, self.most = pathlib.Path(folder).resolve(), most
         self.lock = threading.Lock()
-        self.accepted, self.reached = 0.0, float("-inf")
+        self.accepted, self.reached, self.cleaned = 0.0, float("-inf"), -1.0
+        self.cleaning: Iterator[None] | None = None
 
     def __str__(self) -> str:
         return f"Maildir {self.folder}"
@@ -4090,10 +4220,42 @@ class Outbox:
         for name in ("new", "cur"):
             for path in (self.folder / name).glob(f"{glob.escape(mail_id)}*") if "/" not in mail_id else ():
                 if path.name.partition(":")[0] == mail_id:
-                    source = path.read_bytes()
+                    try:
+                        source = path.read_bytes()
+                        os.utime(path, (time.time(), path.stat().st_mtime))  # see _is_in_view()
+                    except FileNotFoundError:  # it was removed just now
+                        return None
                     message = self._parsed(source)
                     return (source, message) if self._is_of(message, account) else None
         return None
+
+    def clean(self) -> None:
+        """Go a step towards keeping the newest `most` mails alone, if mails came in since that was reached."""
+        if not self.cleaning and self.most and self.cleaned != self.accepted:
+            self.cleaned, self.cleaning = self.accepted, self._cleaning()
+        if self.cleaning and next(self.cleaning, self) is self:
+            self.cleaning = None
+
+    def _cleaning(self) -> Iterator[None]:
+        """Remove the oldest mails, in steps. Mails that are being written lie in tmp, which is left alone."""
+        files: list[tuple[str, str]] = []
+        for name in ("new", "cur"):
+            with contextlib.suppress(FileNotFoundError), os.scandir(self.folder / name) as entries:
+                while some := [(entry.name, entry.path) for entry in itertools.islice(entries, self.NAMES)]:
+                    files += some
+                    yield
+        files.sort(key=lambda file: self._moment(file[0]))
+        surplus = files[:max(0, len(files) - self.most)]
+        for start in range(0, len(surplus), self.LOOK):
+            for _, path in surplus[start:start + self.LOOK]:
+                with contextlib.suppress(FileNotFoundError):  # another process cleans as well
+                    if not self._is_in_view(os.stat(path)):
+                        os.unlink(path)
+            yield
+
+    def _is_in_view(self, found: os.stat_result) -> bool:
+        """Whether somebody has looked at a mail a moment ago, here or with another program."""
+        return found.st_atime > found.st_mtime + 1 and abs(time.time() - found.st_atime) < self.IN_VIEW
 
     @staticmethod
     def _parsed(octets: bytes) -> email.message.EmailMessage:
@@ -5509,6 +5671,9 @@ class Cron:
             self.queue.reclaim()
             self.queue.recall()
             self.newsletters.correct()
+            if isinstance(self.workers.transport, Outbox):
+                with surviving("the Maildir cannot be cleaned"):
+                    self.workers.transport.clean()
         if now - self.looked < self.LOOK and not self.queue.is_due():
             return
         self.looked, deadline = now, time.monotonic() + 0.5
@@ -5647,7 +5812,8 @@ ROUTES = (
     Route("DELETE", "/session", "close_session", "open", answer=DONE),
     Route("POST", "/task", "enqueue", "task", TASK, answer=QUEUED, refuses=(422, 429)),
     Route("POST", "/task/task", "enqueue", "task", TASK, answer=QUEUED, refuses=(422, 429)),
-    Route("POST", "/task/batch", "enqueue_batch", "task", BATCH, answer={"status": bool, "tasks": list}),
+    Route("POST", "/task/batch", "enqueue_batch", "task", BATCH, answer={"status": bool, "tasks": list},
+          refuses=(422,)),
     Route("POST", "/task/verify", "verify", "key", VERIFICATION, answer={"type": str, "verified": bool},
           refuses=(429,)),
     Route("GET", "/task/subscriptionContent", "list_content", "all", query=PAGING,
@@ -5937,10 +6103,15 @@ class Api:
         self.accounts.deregister(name)
         return {"status": True, "msg": "Deregistered successfully!"}
 
-    def enqueue(self, request: Request) -> Reply:
+    def idempotency_key(self, request: Request) -> str:
+        """The header of a request that is safe to repeat, "" where it has none. Raises Refused (400)."""
         key = request.headers.get("idempotency-key", "")
         if len(key) > 255:
             raise Refused(400, "Idempotency-Key must have at most 255 characters", "Idempotency-Key")
+        return key
+
+    def enqueue(self, request: Request) -> Reply:
+        key = self.idempotency_key(request)
         fill_message(request.body, "", self.settings.max_body)
         result, = self.queue.enqueue(request.account, [request.body], key)
         if isinstance(result, Refused):
@@ -5949,7 +6120,7 @@ class Api:
 
     def enqueue_batch(self, request: Request) -> Reply:
         # All texts of a batch together may be filled to twice of what a single one may.
-        results, room = [], 2 * self.settings.max_body
+        key, results, room = self.idempotency_key(request), [], 2 * self.settings.max_body
         for number, task in enumerate(request.body["tasks"]):
             try:
                 checked = TASK(task, f"tasks[{number}]")
@@ -5958,7 +6129,10 @@ class Api:
             except Refused as refused:
                 results.append(refused)
         good = [number for number, result in enumerate(results) if isinstance(result, dict)]
-        for number, result in zip(good, self.queue.enqueue(request.account, [results[number] for number in good])):
+        # Which are good counts as well: the answer to each is found by its place among them.
+        batch = json.dumps([good, request.body], sort_keys=True) if key else ""
+        queued = self.queue.enqueue(request.account, [results[number] for number in good], key, batch)
+        for number, result in zip(good, queued):
             if isinstance(result, Refused) and result.field:
                 result.field = f"tasks[{number}].{result.field}"
             results[number] = result
@@ -6212,8 +6386,9 @@ def openapi(routes: Sequence[Route]) -> Json:
         if route.body:
             operation["requestBody"] = {
                 "required": True, "content": {"application/json": {"schema": route.body.schema}}}
-        if route.handler == "enqueue":
-            operation["parameters"].append({"name": "Idempotency-Key", "in": "header",
+        if route.handler in ("enqueue", "enqueue_batch"):
+            operation["parameters"].append({"name": "Idempotency-Key", "in": "header", "description": (
+                "The same key and body, within 24 hours, queue nothing again and get the same answer."),
                                             "schema": {"type": "string", "maxLength": 255}})
         paths.setdefault(route.path, {})[route.method.lower()] = operation
     return {"openapi": "3.1.0", "info": {"title": "GoMail", "version": __version__}, "paths": paths, "components": {
@@ -6456,9 +6631,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             except Refused as refused:
                 status, body, headers = refused.status, refused.body, refused.headers
             except redis.RedisError as error:
-                log(logging.WARNING, "request answered 503", error=describe(error))
                 status, headers = 503, {"Retry-After": "1"}
-                body = {"status": False, "error": "the queue's Redis is not available now; send the request again"}
+                words, remedy = "the queue's Redis is not available now", {}
+                if is_full(error):
+                    of_own = not self.server.settings.redis_uri
+                    words = ("the queue's memory is full, since the data has the size that maxmemory allows" if of_own
+                             else "the queue's Redis is full, its own maxmemory is reached")
+                    remedy = {"remedy": "a larger maxmemory" + (" of the Redis" if not of_own else "")}
+                log(logging.WARNING, "request answered 503", error=describe(error), **remedy)
+                body = {"status": False, "error": f"{words}; send the request again"}
             except MemoryError:
                 log(logging.ERROR, "request answered 503", error="out of memory")
                 status, headers = 503, {"Retry-After": "1"}
@@ -6888,14 +7069,14 @@ class Service:
             self.http = HttpServer(settings, self.shared.listener if self.shared else None)
             undo.callback(self.http.server_close)
             if not settings.redis_uri and not self.shared:
-                self.server = EmbeddedServer(settings.data_dir, settings.durability == "fsync")
+                self.server = EmbeddedServer(settings.data_dir, settings.durability == "fsync", settings.maxmemory)
                 self.server.start(pause)
                 undo.callback(self.server.stop)
             self.store = open_store(settings, self.shared.server if self.shared else self.server)
             if self.store.redis.exists(self.store.key("restoring")):
                 raise TransientStartError("a `restore` into this Redis is under way, or was broken off: run it again")
             self.transport = SmtpTransport(settings) if settings.smtp_server else Outbox(
-                pathlib.Path(settings.data_dir, "outbox"))
+                pathlib.Path(settings.data_dir, "outbox"), settings.outbox_max)
             process = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
             accounts = Accounts(self.store, settings.jwt_secret, settings.jwt_secret_previous, settings.api_key_ttl)
             accounts.announce()
@@ -7174,7 +7355,7 @@ class Supervisor:
         ready, started = os.pipe()
         try:
             if not settings.redis_uri:
-                server = EmbeddedServer(settings.data_dir, settings.durability == "fsync")
+                server = EmbeddedServer(settings.data_dir, settings.durability == "fsync", settings.maxmemory)
                 server.start(signals.pause)
                 self.shared.server = server
             open_store(settings, self.shared.server).redis.close()  # what is wrong is said once, not by each child
@@ -7914,8 +8095,9 @@ class Backup:
         return ""
 
     def _put_task(self, pipeline: redis.client.Pipeline, task_id: str, fields: dict, ends: int | None) -> None:
-        key, member, state = self._key(f"task:{task_id}"), octets(task_id), fields.get("state")
-        letters = [self._key("dead"), self._key(f"dead:{fields.get('account', '')}")]
+        state, account = ended_as(fields["d"]) if "d" in fields else (fields.get("state"), fields.get("account", ""))
+        key, member = self._key(f"task:{task_id}"), octets(task_id)
+        letters = [self._key("dead"), self._key(f"dead:{account}")]
         delayed, scheduled = self._key("delayed"), self._key("scheduled")
         pipeline.unlink(key)
         for place in (delayed, scheduled, *letters):
