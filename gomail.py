@@ -87,7 +87,7 @@ STARTED = time.time()  # the processes of the option `processes` have it from th
 Json = dict[str, Any]  # a JSON object
 
 
-# --- 1. settings ------------------------------------------------------------------------------------------
+# --- 1. settings ----------------------------------------------------------------------------------------
 # Every option, its default and its unit, in one place. A wrong value stops the start with one line that
 # names the option, the value and what is allowed.
 
@@ -162,6 +162,7 @@ VARIABLE = "[A-Za-z_][A-Za-z0-9_]{0,63}"
 ONE_LINE = r"[^\x00-\x1f\x7f-\x9f\u2028\u2029]"  # the two Unicode line ends as well: some mailers break a header there
 LINE = "on one line, without control characters"
 PLACEHOLDER = re.compile(rf"\{{\{{ *({VARIABLE}) *\}}\}}")  # {{ name }}, see fill()
+
 # A placeholder, or what begins like one and is none, as `wrong`. The outer braces of {{{ name }}} are text.
 BRACES = re.compile(rf"{PLACEHOLDER.pattern}"
                     rf"|(?!\{{{PLACEHOLDER.pattern})(?P<wrong>\{{\{{[^{{}}\r\n]{{0,40}}(\}}\}})?)")
@@ -526,13 +527,12 @@ def is_loopback_name(host: str) -> bool:
 
 NONCHARACTERS = r"\ufdd0-\ufdef" + "".join(
     chr(plane + last) for plane in range(0, 0x110000, 0x10000) for last in (0xFFFE, 0xFFFF))
+
 # RFC 5321 section 4.1.2: the characters of a dot-string, the dots anywhere. RFC 6531 section 3.3: all beyond ASCII, but
 # here without controls, white space, surrogates and noncharacters.
 LOCAL_PART = re.compile(rf'''[^\x00-\x20"(),:;<>@\[\\\]\x7f-\x9f\s\ud800-\udfff{NONCHARACTERS}]{{1,64}}''')
 DOMAIN_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 HOST_LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")  # names of containers have underscores
-
-
 ADDRESS_LITERAL = re.compile(r"\[(\d{1,3}(\.\d{1,3}){3}|IPv6:[0-9A-Fa-f:.]{2,45})\]")  # RFC 5321 section 4.1.3
 
 
@@ -600,7 +600,7 @@ def mailbox(address: str) -> str:
     return f'"{local}"@{domain}'
 
 
-# --- 2. logging -------------------------------------------------------------------------------------------
+# --- 2. logging -----------------------------------------------------------------------------------------
 # One JSON object a line, on stdout and in a rotating file. Callers name the fields with log(..., task=...);
 # nobody hands it a password, an API key, an OTP or the content of a mail.
 
@@ -826,7 +826,7 @@ def start_logging(settings: Settings) -> None:
     logging._srcfile = None
 
 
-# --- 3. store ---------------------------------------------------------------------------------------------
+# --- 3. redis -------------------------------------------------------------------------------------------
 # The Redis connection, the key names, and the embedded Valkey. Every change of several keys is one script,
 # so that no crash falls between two of them. Keys, all behind `key_prefix`:
 #
@@ -1702,11 +1702,11 @@ def locked(file: IO[str]) -> bool:
     return True
 
 
-# --- 4. accounts ------------------------------------------------------------------------------------------
-# Who may call: API keys are signed JWTs, and UserList maps each account to the id of its one key, so that a
-# deregistered key is refused at once by every process. Here too: how a request is refused.
+# --- 4. validation and errors ---------------------------------------------------------------------------
+# How a request is refused, and the checks that refuse it: a check takes a value and the path of its field, and returns
+# the value as the service keeps it, or raises HTTPError (400).
 
-class Refused(Exception):
+class HTTPError(Exception):
     """A request that is answered with an error.
 
     Args:
@@ -1726,6 +1726,357 @@ class Refused(Exception):
         """The JSON object that the caller gets."""
         return {"status": False, "error": self.error, **({"field": self.field} if self.field else {})}
 
+
+MARKUP = re.compile(
+    r"<(!doctype|/?(html|head|body|div|span|p|br|hr|h[1-6]|a|b|i|u|em|strong|small|img|table|tr|td|th|ul|ol|li|pre|code"
+    r"|blockquote|center|font|section|article|header|footer|style|main|button))(\s[^<>]*)?/?>", re.IGNORECASE)
+
+
+def is_html(content: str) -> bool:
+    """Whether `content` is HTML: whether it has a tag that mails are made of."""
+    return MARKUP.search(content) is not None
+
+
+class TooLarge(ValueError):
+    """What was to be made would be larger than allowed; `size` is how large, in bytes."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(f"{size} bytes")
+        self.size = size
+
+
+def fill(template: str, variables: Mapping[str, Any], escape: bool = False, partly: bool = False,
+         most: float = math.inf) -> str:
+    """`template` with each `{{ name }}` replaced by the variable of that name; nothing in it is ever evaluated.
+
+    A name is a letter or `_`, then letters, digits or `_`; spaces beside it do not count; all else stays as it is.
+
+    Args:
+        variables: name -> string or number.
+        escape: make the values safe to stand in HTML.
+        partly: leave what has no variable as it is.
+        most: bytes that the result may have. A short text with many places for a long value is cheap to write.
+
+    Raises:
+        KeyError: there is no variable of that name.
+        TooLarge: the result would be larger; it was not made.
+    """
+    places = [found for found in PLACEHOLDER.finditer(template) if not partly or found[1] in variables]
+    values = {name: str(variables[name]) for name in {found[1] for found in places}}
+    if escape:
+        values = {name: html.escape(value) for name, value in values.items()}
+    sizes = {name: len(value.encode()) for name, value in values.items()}
+    size = len(template.encode()) + sum(sizes[found[1]] - len(found[0]) for found in places)
+    if size > most:
+        raise TooLarge(size)
+    return PLACEHOLDER.sub(lambda match: values.get(match[1], match[0]), template)
+
+
+def invalid(field: str, expected: str, value: object, text: bool = True) -> HTTPError:
+    """The error for a value that a check does not take.
+
+    Args:
+        text: whether a string was expected. A number in its place, or the other way round, is a matter of quotes.
+    """
+    quotes = ""
+    if text and isinstance(value, (int, float)) and not isinstance(value, bool):
+        quotes = ", in quotes"
+    elif not text and isinstance(value, str) and re.fullmatch("[0-9]{1,10}", value):
+        quotes = ", without quotes"
+    return HTTPError(400, f"{field} must be {expected}{quotes}", field)
+
+
+@dataclasses.dataclass(frozen=True)
+class String:
+    """A string of 1 to `maximum` characters, not all blank; of those in `allowed`, a class of a regular expression."""
+
+    maximum: int
+    allowed: str = r"[^\x00]"
+    words: str = "without NUL"
+
+    @property
+    def expected(self) -> str:
+        size = f"of 1 to {self.maximum} characters" if self.maximum < UNBOUNDED else "that is not empty"
+        return f"a string {size}, {self.words}"
+
+    def remark(self, value: object) -> str:
+        """What a value lacks that `expected` does not say, or that is hard to see."""
+        if isinstance(value, str) and len(value) > self.maximum:
+            return f", and has {len(value)}"
+        return ", and not blank" if isinstance(value, str) and value.isspace() else ""
+
+    @property
+    def schema(self) -> Json:
+        return {"type": "string", "minLength": 1, "maxLength": self.maximum, "pattern": f"^{self.allowed}+$"}
+
+    @functools.cached_property
+    def pattern(self) -> re.Pattern[str]:
+        return re.compile(f"{self.allowed}+")
+
+    def __call__(self, value: object, field: str) -> Any:
+        # "\ud800" is JSON, but half of a surrogate pair is no character that a mail could carry.
+        if (not isinstance(value, str) or not 0 < len(value) <= self.maximum or value.isspace()
+                or not self.pattern.fullmatch(value)
+                or not value.isascii() and re.search(r"[\ud800-\udfff]", value)):
+            raise invalid(field, self.expected + self.remark(value), value)
+        return value
+
+
+def check_placeholders(text: str, field: str) -> None:
+    """Raise HTTPError (400) where a `{{` of a template begins no placeholder: fill() would leave it as it is."""
+    if wrong := malformed_placeholders(text):
+        raise HTTPError(400, f"{field} has {wrong}, expected {{{{ name }}}}: a letter or _, then up to 63 letters, "
+                      "digits or _, in two braces on each side", field)
+
+
+class Template(String):
+    """A text that is filled with variables later."""
+
+    def __call__(self, value: Any, field: str) -> str:
+        text: str = super().__call__(value, field)
+        check_placeholders(text, field)
+        return text
+
+
+@dataclasses.dataclass(frozen=True)
+class Pattern:
+    """A string of a form of its own."""
+
+    expected: str
+    pattern: re.Pattern
+    maximum: int
+
+    @property
+    def schema(self) -> Json:
+        return {"type": "string", "pattern": f"^{self.pattern.pattern}$", "maxLength": self.maximum}
+
+    def __call__(self, value: object, field: str) -> Any:
+        if not isinstance(value, str) or len(value) > self.maximum or not self.pattern.fullmatch(value):
+            raise invalid(field, self.expected, value)
+        return value
+
+
+class Base64:
+    """Bytes in base64 (RFC 4648 section 4), with or without line ends."""
+
+    expected = "bytes in base64"
+    schema = {"type": "string", "contentEncoding": "base64"}
+
+    def __call__(self, value: Any, field: str) -> Any:
+        try:
+            return base64.b64encode(base64.b64decode("".join(value.split()), validate=True)).decode()
+        except (AttributeError, ValueError):
+            raise invalid(field, self.expected, value) from None
+
+
+class DateTime:
+    """A moment as RFC 3339 has it, with its offset, at most ten years from now.
+
+    It comes back in UTC, in microseconds since the epoch; a moment before that is the epoch.
+    """
+
+    LATEST = 10 * 365.25 * 86400  # seconds from now: longer than any mail waits, and far from the calendar's end
+    expected = "a moment with its offset, such as 2030-01-31T09:00:00+01:00, at most ten years from now"
+    schema = {"type": "string", "format": "date-time"}
+    PATTERN = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,6})?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
+
+    def __call__(self, value: Any, field: str) -> Any:
+        try:
+            if self.PATTERN.fullmatch(value):
+                seconds = datetime.datetime.fromisoformat(value.upper()).timestamp()
+                if seconds <= time.time() + self.LATEST:
+                    return max(0, int(seconds * 1e6))
+        except (TypeError, ValueError, OverflowError):
+            pass
+        raise invalid(field, self.expected, value)
+
+
+class Variables:
+    """What to put in for each `{{ name }}`: a flat object of strings and numbers.
+
+    Numbers are below LIMIT, so that none is printed in thousands of digits, and none is infinite, as 1e999 would be.
+    """
+
+    LIMIT = 1e30
+    expected = ("an object of up to 100 names (letters, digits, _) with strings of up to 10000 characters, or numbers "
+                "below 1e30")
+    schema = {"type": "object", "maxProperties": 100, "propertyNames": {"pattern": f"^{VARIABLE}$"},
+              "additionalProperties": {"type": ["string", "number"], "maxLength": 10000, "exclusiveMinimum": -LIMIT,
+                                       "exclusiveMaximum": LIMIT}}
+
+    def __call__(self, value: Any, field: str) -> Any:
+        if (not isinstance(value, dict) or len(value) > 100
+                or not all(re.fullmatch(VARIABLE, name) for name in value)):
+            raise HTTPError(400, f"{field} must be {self.expected}", field)
+        for name, found in value.items():
+            if isinstance(found, str):
+                good = len(found) <= 10000 and not re.search(r"[\x00\ud800-\udfff]", found)
+            else:  # NaN is not below anything
+                good = isinstance(found, (int, float)) and not isinstance(found, bool) and abs(found) < self.LIMIT
+            if not good:
+                raise HTTPError(400, f"{field}.{name} must be a string of up to 10000 characters, or a number below "
+                                "1e30", f"{field}.{name}")
+        return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Integer:
+    """A whole number from `low` to `high`."""
+
+    low: int
+    high: int
+
+    @property
+    def expected(self) -> str:
+        return f"a whole number from {self.low} to {self.high}"
+
+    @property
+    def schema(self) -> Json:
+        return {"type": "integer", "minimum": self.low, "maximum": self.high}
+
+    def __call__(self, value: Any, field: str) -> Any:
+        if not isinstance(value, int) or isinstance(value, bool) or not self.low <= value <= self.high:
+            raise invalid(field, self.expected, value, text=False)
+        return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Enum:
+    """One of some strings."""
+
+    values: tuple
+
+    @property
+    def expected(self) -> str:
+        return "one of " + ", ".join(self.values)
+
+    @property
+    def schema(self) -> Json:
+        return {"enum": list(self.values)}
+
+    def __call__(self, value: Any, field: str) -> Any:
+        if not isinstance(value, str) or value not in self.values:
+            raise invalid(field, self.expected, value)
+        return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Address:
+    """An e-mail address that SMTP can carry (see parse_address); the domain comes back in IDNA form."""
+
+    expected = "an e-mail address, such as user@example.com"
+    schema = {"type": "string", "format": "idn-email"}
+
+    def __call__(self, value: Any, field: str) -> Any:
+        address = parse_address(value) if isinstance(value, str) else None
+        if address is None:
+            raise invalid(field, self.expected, value)
+        return address
+
+
+@dataclasses.dataclass(frozen=True)
+class Nullable:
+    """A field that may be missing or null."""
+
+    check: Any
+
+    @property
+    def schema(self) -> Json:
+        return {"anyOf": [self.check.schema, {"type": "null"}]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Object:
+    """A JSON object with these fields, each with its check; others are left out. `together` come both or not at all."""
+
+    fields: dict
+    dependent_required: tuple = ()
+    expected = "a JSON object"
+
+    @property
+    def schema(self) -> Json:
+        required = [name for name, check in self.fields.items() if not isinstance(check, Nullable)]
+        schema = {"type": "object", "properties": {name: check.schema for name, check in self.fields.items()}}
+        return schema | ({"required": required} if required else {})
+
+    def __call__(self, value: object, path: str = "") -> Any:
+        if not isinstance(value, dict):
+            raise HTTPError(400, f"{path or 'the body'} must be {self.expected}", path or None)
+        result = {}
+        for name, check in self.fields.items():
+            field = f"{path}.{name}" if path else name
+            if isinstance(check, Nullable):
+                if value.get(name) is not None:
+                    result[name] = check.check(value[name], field)
+            elif name not in value:
+                raise HTTPError(400, f"{field} is required: {check.expected}", field)
+            else:
+                result[name] = check(value[name], field)
+        missing = [name for name in self.dependent_required if name not in result]
+        if 0 < len(missing) < len(self.dependent_required):
+            field = f"{path}.{missing[0]}" if path else missing[0]
+            raise HTTPError(400, f"{field} is required too: {' and '.join(self.dependent_required)} come together",
+                            field)
+        return result
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """A JSON array of `minimum` to `maximum` things, each as `element` checks it."""
+
+    element: Any
+    maximum: int
+    minimum: int = 0
+
+    @property
+    def expected(self) -> str:
+        return f"an array of {self.minimum} to {self.maximum} elements"
+
+    @property
+    def schema(self) -> Json:
+        return {"type": "array", "minItems": self.minimum, "maxItems": self.maximum, "items": self.element.schema}
+
+    def __call__(self, value: Any, field: str) -> Any:
+        if not isinstance(value, list) or not self.minimum <= len(value) <= self.maximum:
+            raise HTTPError(400, f"{field} must be {self.expected}", field)
+        return [self.element(found, f"{field}[{number}]") for number, found in enumerate(value)]
+
+
+class AccountName:
+    """The name of a new account: one that cannot be mistaken for another, and short enough to stand in links.
+
+    Links hold it in signed tokens, which must stay within the 4096 characters of a request's target.
+    """
+
+    SIZE = 254  # bytes in UTF-8
+    # What has no shape, but is none of the characters that Python calls unprintable: variation selectors, fillers, ...
+    # (Unicode's Default_Ignorable_Code_Point), and the braille pattern without dots.
+    INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0"
+                           "\U000e0100-\U000e01ef]")
+
+    expected = (f"a name of 1 to {SIZE} bytes in UTF-8, without spaces at its ends, invisible or control characters, "
+                "or other white space than plain spaces")
+    schema = {"type": "string", "minLength": 1, "maxLength": SIZE, "pattern": "^[^\\s](.*[^\\s])?$"}
+
+    def __call__(self, value: object, field: str) -> str:
+        if (not isinstance(value, str) or not value.isprintable() or value != value.strip(" ")
+                or not 0 < len(value.encode()) <= self.SIZE or self.INVISIBLE.search(value)):
+            raise invalid(field, self.expected, value)
+        return value
+
+
+class AnyValue:
+    """A value that is checked by itself, later."""
+
+    schema: Json = {}
+
+    def __call__(self, value: Any, field: str) -> Any:
+        return value
+
+
+# --- 5. accounts ----------------------------------------------------------------------------------------
+# API keys are signed JWTs. UserList maps each account to the id of its one key, so that every process refuses a
+# deregistered key at once.
 
 @dataclasses.dataclass(frozen=True)
 class Account:
@@ -1827,29 +2178,29 @@ class Accounts:
         return self._decode(token, [self.derive(purpose, secret) for secret in self.accepted])
 
     def sign_up(self, name: str) -> str:
-        """Register `name` and return its API key. Raises Refused (409) where it is registered."""
+        """Register `name` and return its API key. Raises HTTPError (409) where it is registered."""
         key_id = secrets.token_hex(16)
         if not self._sign_up(keys=[self.users], args=[name, key_id]):
-            raise Refused(409, "id is registered already; deregister it to get a new key", "id")
+            raise HTTPError(409, "id is registered already; deregister it to get a new key", "id")
         claims: Json = {"sub": name, "jti": key_id, "iat": int(time.time())}
         if self.ttl:
             claims["exp"] = claims["iat"] + self.ttl
         return jwt.encode(claims, self.secret, algorithm="HS256")
 
     def deregister(self, name: str) -> None:
-        """Revoke the key of `name` and end all it has waiting. Raises Refused (404) where it is not registered."""
+        """Revoke the key of `name` and end all it has waiting. Raises HTTPError (404) where it is not registered."""
         own = [self.store.key(kind, name) for kind in ("content", "dead", "suppressed", "suppressed_for", "recent")]
         while (done := self._deregister(keys=[self.users, *own], args=[name, self.store.prefix, self.AT_ONCE])) == 2:
             pass
         if not done:
-            raise Refused(404, "id is not registered", "id")
+            raise HTTPError(404, "id is not registered", "id")
 
     def authenticate(self, header: str) -> Account:
-        """The Account behind an Authorization header, `<jwt>` or `Bearer <jwt>`. Raises Refused (401)."""
-        return self.current(self.read(header))
+        """The Account behind an Authorization header, `<jwt>` or `Bearer <jwt>`. Raises HTTPError (401)."""
+        return self.ensure_active(self.decode_key(header))
 
-    def current(self, account: Account) -> Account:
-        """The account itself. Raises Refused (401) where its key was revoked."""
+    def ensure_active(self, account: Account) -> Account:
+        """The account itself. Raises HTTPError (401) where its key was revoked."""
         if self.store.redis.hget(self.users, account.name) != account.key_id:
             raise self._unknown_key()
         return account
@@ -1883,7 +2234,7 @@ class Accounts:
         """The names of all accounts, sorted."""
         return sorted(self.store.redis.hkeys(self.users))
 
-    def read(self, header: str) -> Account:
+    def decode_key(self, header: str) -> Account:
         """As authenticate(), but without asking Redis whether the key is revoked: for who asks that anyway."""
         claims = self._claims(strip_bearer(header))
         if claims is None or "exp" in claims and claims["exp"] <= time.time():
@@ -1905,8 +2256,8 @@ class Accounts:
         return None
 
     @staticmethod
-    def _unknown_key() -> Refused:
-        return Refused(401, "Authorization must hold a valid API key; /auth/signup gives one", None,
+    def _unknown_key() -> HTTPError:
+        return HTTPError(401, "Authorization must hold a valid API key; /auth/signup gives one", None,
                        {"WWW-Authenticate": "Bearer"})
 
 
@@ -1916,360 +2267,15 @@ def strip_bearer(header: str) -> str:
     return rest.strip() if scheme.lower() == "bearer" else header.strip()
 
 
-# --- 5. tasks ---------------------------------------------------------------------------------------------
-# What a caller may ask for. A check takes a value and the path of its field, and returns the value as the
-# service keeps it, or refuses it with 400. The payload of each task type is a table of checks.
-
-MARKUP = re.compile(
-    r"<(!doctype|/?(html|head|body|div|span|p|br|hr|h[1-6]|a|b|i|u|em|strong|small|img|table|tr|td|th|ul|ol|li|pre|code"
-    r"|blockquote|center|font|section|article|header|footer|style|main|button))(\s[^<>]*)?/?>", re.IGNORECASE)
-
-
-def is_html(content: str) -> bool:
-    """Whether `content` is HTML: whether it has a tag that mails are made of."""
-    return MARKUP.search(content) is not None
-
-
-class TooLarge(ValueError):
-    """What was to be made would be larger than allowed; `size` is how large, in bytes."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__(f"{size} bytes")
-        self.size = size
-
-
-def fill(template: str, variables: Mapping[str, Any], escape: bool = False, partly: bool = False,
-         most: float = math.inf) -> str:
-    """`template` with each `{{ name }}` replaced by the variable of that name; nothing in it is ever evaluated.
-
-    A name is a letter or `_`, then letters, digits or `_`; spaces beside it do not count; all else stays as it is.
-
-    Args:
-        variables: name -> string or number.
-        escape: make the values safe to stand in HTML.
-        partly: leave what has no variable as it is.
-        most: bytes that the result may have. A short text with many places for a long value is cheap to write.
-
-    Raises:
-        KeyError: there is no variable of that name.
-        TooLarge: the result would be larger; it was not made.
-    """
-    places = [found for found in PLACEHOLDER.finditer(template) if not partly or found[1] in variables]
-    values = {name: str(variables[name]) for name in {found[1] for found in places}}
-    if escape:
-        values = {name: html.escape(value) for name, value in values.items()}
-    sizes = {name: len(value.encode()) for name, value in values.items()}
-    size = len(template.encode()) + sum(sizes[found[1]] - len(found[0]) for found in places)
-    if size > most:
-        raise TooLarge(size)
-    return PLACEHOLDER.sub(lambda match: values.get(match[1], match[0]), template)
-
-
-def invalid(field: str, expected: str, value: object, text: bool = True) -> Refused:
-    """The error for a value that a check does not take.
-
-    Args:
-        text: whether a string was expected. A number in its place, or the other way round, is a matter of quotes.
-    """
-    quotes = ""
-    if text and isinstance(value, (int, float)) and not isinstance(value, bool):
-        quotes = ", in quotes"
-    elif not text and isinstance(value, str) and re.fullmatch("[0-9]{1,10}", value):
-        quotes = ", without quotes"
-    return Refused(400, f"{field} must be {expected}{quotes}", field)
-
-
-@dataclasses.dataclass(frozen=True)
-class Text:
-    """A string of 1 to `maximum` characters, not all blank; of those in `allowed`, a class of a regular expression."""
-
-    maximum: int
-    allowed: str = r"[^\x00]"
-    words: str = "without NUL"
-
-    @property
-    def expected(self) -> str:
-        size = f"of 1 to {self.maximum} characters" if self.maximum < UNBOUNDED else "that is not empty"
-        return f"a string {size}, {self.words}"
-
-    def remark(self, value: object) -> str:
-        """What a value lacks that `expected` does not say, or that is hard to see."""
-        if isinstance(value, str) and len(value) > self.maximum:
-            return f", and has {len(value)}"
-        return ", and not blank" if isinstance(value, str) and value.isspace() else ""
-
-    @property
-    def schema(self) -> Json:
-        return {"type": "string", "minLength": 1, "maxLength": self.maximum, "pattern": f"^{self.allowed}+$"}
-
-    @functools.cached_property
-    def pattern(self) -> re.Pattern[str]:
-        return re.compile(f"{self.allowed}+")
-
-    def __call__(self, value: object, field: str) -> Any:
-        # "\ud800" is JSON, but half of a surrogate pair is no character that a mail could carry.
-        if (not isinstance(value, str) or not 0 < len(value) <= self.maximum or value.isspace()
-                or not self.pattern.fullmatch(value)
-                or not value.isascii() and re.search(r"[\ud800-\udfff]", value)):
-            raise invalid(field, self.expected + self.remark(value), value)
-        return value
-
-
-def check_placeholders(text: str, field: str) -> None:
-    """Raise Refused (400) where a `{{` of a text to be filled begins no placeholder: fill() would leave it as it is."""
-    if wrong := malformed_placeholders(text):
-        raise Refused(400, f"{field} has {wrong}, expected {{{{ name }}}}: a letter or _, then up to 63 letters, "
-                      "digits or _, in two braces on each side", field)
-
-
-class Template(Text):
-    """A text that is filled with variables later."""
-
-    def __call__(self, value: Any, field: str) -> str:
-        text: str = super().__call__(value, field)
-        check_placeholders(text, field)
-        return text
-
-
-@dataclasses.dataclass(frozen=True)
-class Form:
-    """A string of a form of its own."""
-
-    expected: str
-    pattern: re.Pattern
-    maximum: int
-
-    @property
-    def schema(self) -> Json:
-        return {"type": "string", "pattern": f"^{self.pattern.pattern}$", "maxLength": self.maximum}
-
-    def __call__(self, value: object, field: str) -> Any:
-        if not isinstance(value, str) or len(value) > self.maximum or not self.pattern.fullmatch(value):
-            raise invalid(field, self.expected, value)
-        return value
-
-
-class Base64:
-    """Bytes in base64 (RFC 4648 section 4), with or without line ends."""
-
-    expected = "bytes in base64"
-    schema = {"type": "string", "contentEncoding": "base64"}
-
-    def __call__(self, value: Any, field: str) -> Any:
-        try:
-            return base64.b64encode(base64.b64decode("".join(value.split()), validate=True)).decode()
-        except (AttributeError, ValueError):
-            raise invalid(field, self.expected, value) from None
-
-
-class Moment:
-    """A moment as RFC 3339 has it, with its offset, at most ten years from now.
-
-    It comes back in UTC, in microseconds since the epoch; a moment before that is the epoch.
-    """
-
-    LATEST = 10 * 365.25 * 86400  # seconds from now: longer than any mail waits, and far from the calendar's end
-    expected = "a moment with its offset, such as 2030-01-31T09:00:00+01:00, at most ten years from now"
-    schema = {"type": "string", "format": "date-time"}
-    PATTERN = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,6})?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
-
-    def __call__(self, value: Any, field: str) -> Any:
-        try:
-            if self.PATTERN.fullmatch(value):
-                seconds = datetime.datetime.fromisoformat(value.upper()).timestamp()
-                if seconds <= time.time() + self.LATEST:
-                    return max(0, int(seconds * 1e6))
-        except (TypeError, ValueError, OverflowError):
-            pass
-        raise invalid(field, self.expected, value)
-
-
-class Variables:
-    """What to put in for each `{{ name }}`: a flat object of strings and numbers.
-
-    Numbers are below LIMIT, so that none is printed in thousands of digits, and none is infinite, as 1e999 would be.
-    """
-
-    LIMIT = 1e30
-    expected = ("an object of up to 100 names (letters, digits, _) with strings of up to 10000 characters, or numbers "
-                "below 1e30")
-    schema = {"type": "object", "maxProperties": 100, "propertyNames": {"pattern": f"^{VARIABLE}$"},
-              "additionalProperties": {"type": ["string", "number"], "maxLength": 10000, "exclusiveMinimum": -LIMIT,
-                                       "exclusiveMaximum": LIMIT}}
-
-    def __call__(self, value: Any, field: str) -> Any:
-        if (not isinstance(value, dict) or len(value) > 100
-                or not all(re.fullmatch(VARIABLE, name) for name in value)):
-            raise Refused(400, f"{field} must be {self.expected}", field)
-        for name, found in value.items():
-            if isinstance(found, str):
-                good = len(found) <= 10000 and not re.search(r"[\x00\ud800-\udfff]", found)
-            else:  # NaN is not below anything
-                good = isinstance(found, (int, float)) and not isinstance(found, bool) and abs(found) < self.LIMIT
-            if not good:
-                raise Refused(400, f"{field}.{name} must be a string of up to 10000 characters, or a number below 1e30",
-                              f"{field}.{name}")
-        return value
-
-
-@dataclasses.dataclass(frozen=True)
-class Whole:
-    """A whole number from `low` to `high`."""
-
-    low: int
-    high: int
-
-    @property
-    def expected(self) -> str:
-        return f"a whole number from {self.low} to {self.high}"
-
-    @property
-    def schema(self) -> Json:
-        return {"type": "integer", "minimum": self.low, "maximum": self.high}
-
-    def __call__(self, value: Any, field: str) -> Any:
-        if not isinstance(value, int) or isinstance(value, bool) or not self.low <= value <= self.high:
-            raise invalid(field, self.expected, value, text=False)
-        return value
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """One of some strings."""
-
-    values: tuple
-
-    @property
-    def expected(self) -> str:
-        return "one of " + ", ".join(self.values)
-
-    @property
-    def schema(self) -> Json:
-        return {"enum": list(self.values)}
-
-    def __call__(self, value: Any, field: str) -> Any:
-        if not isinstance(value, str) or value not in self.values:
-            raise invalid(field, self.expected, value)
-        return value
-
-
-@dataclasses.dataclass(frozen=True)
-class Address:
-    """An e-mail address that SMTP can carry (see parse_address); the domain comes back in IDNA form."""
-
-    expected = "an e-mail address, such as user@example.com"
-    schema = {"type": "string", "format": "idn-email"}
-
-    def __call__(self, value: Any, field: str) -> Any:
-        address = parse_address(value) if isinstance(value, str) else None
-        if address is None:
-            raise invalid(field, self.expected, value)
-        return address
-
-
-@dataclasses.dataclass(frozen=True)
-class Optional:
-    """A field that may be missing or null."""
-
-    check: Any
-
-    @property
-    def schema(self) -> Json:
-        return {"anyOf": [self.check.schema, {"type": "null"}]}
-
-
-@dataclasses.dataclass(frozen=True)
-class Object:
-    """A JSON object with these fields, each with its check; others are left out. `together` come both or not at all."""
-
-    fields: dict
-    together: tuple = ()
-    expected = "a JSON object"
-
-    @property
-    def schema(self) -> Json:
-        required = [name for name, check in self.fields.items() if not isinstance(check, Optional)]
-        schema = {"type": "object", "properties": {name: check.schema for name, check in self.fields.items()}}
-        return schema | ({"required": required} if required else {})
-
-    def __call__(self, value: object, path: str = "") -> Any:
-        if not isinstance(value, dict):
-            raise Refused(400, f"{path or 'the body'} must be {self.expected}", path or None)
-        result = {}
-        for name, check in self.fields.items():
-            field = f"{path}.{name}" if path else name
-            if isinstance(check, Optional):
-                if value.get(name) is not None:
-                    result[name] = check.check(value[name], field)
-            elif name not in value:
-                raise Refused(400, f"{field} is required: {check.expected}", field)
-            else:
-                result[name] = check(value[name], field)
-        for missing in set(self.together) - result.keys() if result.keys() & set(self.together) else ():
-            field = f"{path}.{missing}" if path else missing
-            raise Refused(400, f"{field} is required too: {' and '.join(self.together)} come together", field)
-        return result
-
-
-@dataclasses.dataclass(frozen=True)
-class List:
-    """A JSON array of `minimum` to `maximum` things, each as `element` checks it."""
-
-    element: Any
-    maximum: int
-    minimum: int = 0
-
-    @property
-    def expected(self) -> str:
-        return f"an array of {self.minimum} to {self.maximum} elements"
-
-    @property
-    def schema(self) -> Json:
-        return {"type": "array", "minItems": self.minimum, "maxItems": self.maximum, "items": self.element.schema}
-
-    def __call__(self, value: Any, field: str) -> Any:
-        if not isinstance(value, list) or not self.minimum <= len(value) <= self.maximum:
-            raise Refused(400, f"{field} must be {self.expected}", field)
-        return [self.element(found, f"{field}[{number}]") for number, found in enumerate(value)]
-
-
-class AccountName:
-    """The name of a new account: one that cannot be mistaken for another, and short enough to stand in links.
-
-    Links hold it in signed tokens, which must stay within the 4096 characters of a request's target.
-    """
-
-    SIZE = 254  # bytes in UTF-8
-    # What has no shape, but is none of the characters that Python calls unprintable: variation selectors, fillers, ...
-    # (Unicode's Default_Ignorable_Code_Point), and the braille pattern without dots.
-    INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0"
-                           "\U000e0100-\U000e01ef]")
-
-    expected = (f"a name of 1 to {SIZE} bytes in UTF-8, without spaces at its ends, invisible or control characters, "
-                "or other white space than plain spaces")
-    schema = {"type": "string", "minLength": 1, "maxLength": SIZE, "pattern": "^[^\\s](.*[^\\s])?$"}
-
-    def __call__(self, value: object, field: str) -> str:
-        if (not isinstance(value, str) or not value.isprintable() or value != value.strip(" ")
-                or not 0 < len(value.encode()) <= self.SIZE or self.INVISIBLE.search(value)):
-            raise invalid(field, self.expected, value)
-        return value
-
-
-class Anything:
-    """A value that is checked by itself, later."""
-
-    schema: Json = {}
-
-    def __call__(self, value: Any, field: str) -> Any:
-        return value
-
+# --- 6. tasks -------------------------------------------------------------------------------------------
+# The tasks that a caller may ask for: a table of checks for the payload of each type.
 
 UNBOUNDED = 100_000_000  # characters: more than max_body lets through
-SUBJECT, SUBJECT_TEMPLATE = Text(998, ONE_LINE, LINE), Template(998, ONE_LINE, LINE)
-CONTENT, CONTENT_TEMPLATE = Text(UNBOUNDED), Template(UNBOUNDED)
+SUBJECT, SUBJECT_TEMPLATE = String(998, ONE_LINE, LINE), Template(998, ONE_LINE, LINE)
+CONTENT, CONTENT_TEMPLATE = String(UNBOUNDED), Template(UNBOUNDED)
+
 # Browsers take . and .. out of a path, even as %2E; such names from before can still be read with other clients.
-CONTENT_TYPE = Form("a string of 1 to 100 characters, only letters, digits, spaces and . _ -, but not . or ..",
+CONTENT_TYPE = Pattern("a string of 1 to 100 characters, only letters, digits, spaces and . _ -, but not . or ..",
                     re.compile(r"(?!\.{1,2}$| +$)[\w. -]+"), 100)
 FREQUENCIES = ("@hourly", "@daily", "@weekly", "@monthly")
 
@@ -2277,27 +2283,26 @@ FREQUENCIES = ("@hourly", "@daily", "@weekly", "@monthly")
 MEDIA_NAME = "[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]*"
 MEDIA_PARAMETER = (r"""[ \t]*;[ \t]*([A-Za-z0-9!#$%&'*+.^_`{|}~-]{1,40})"""
                    r"""=([A-Za-z0-9!#$%&'*+.^_`{|}~-]{1,60}|"(?:[ !#-\[\]-~]|\\[ -~]){0,60}")""")
-MEDIA_TYPE = Form("a media type, such as application/pdf or text/csv; charset=utf-8, but no multipart/... or "
+MEDIA_TYPE = Pattern("a media type, such as application/pdf or text/csv; charset=utf-8, but no multipart/... or "
                   "message/...",
                   re.compile("(?![Mm][Uu][Ll][Tt][Ii][Pp][Aa][Rr][Tt]/|[Mm][Ee][Ss][Ss][Aa][Gg][Ee]/)"
                              f"{MEDIA_NAME}/{MEDIA_NAME}({MEDIA_PARAMETER})*"), 255)
-CONTENT_ID = Form("letters, digits and . _ + -, and perhaps an @ within",
+CONTENT_ID = Pattern("letters, digits and . _ + -, and perhaps an @ within",
                   re.compile(r"[A-Za-z0-9._+-]+(@[A-Za-z0-9._+-]+)?"), 100)
-FILENAME = Text(100, ONE_LINE[:-1] + r"/\\]", "without control characters, / and \\")
+FILENAME = String(100, ONE_LINE[:-1] + r"/\\]", "without control characters, / and \\")
 ATTACHMENT = Object({"filename": FILENAME, "content_type": MEDIA_TYPE, "content": Base64(),
-                     "content_id": Optional(CONTENT_ID)})
-
+                     "content_id": Nullable(CONTENT_ID)})
 PAYLOADS = {
-    "message": Object({"userId": Address(), "subject": SUBJECT, "content": CONTENT, "text": Optional(CONTENT),
-                       "from_name": Optional(Text(100, ONE_LINE, LINE)), "reply_to": Optional(Address()),
-                       "cc": Optional(List(Address(), 49)), "bcc": Optional(List(Address(), 49)),
-                       "attachments": Optional(List(ATTACHMENT, 50)), "variables": Optional(Variables()),
-                       "send_at": Optional(Moment())}),
-    "generateOtp": Object({"userId": Address(), "length": Whole(4, 8)}),
-    "subscribe": Object({"userId": Address(), "frequency": Choice(FREQUENCIES), "content_type": CONTENT_TYPE,
-                         "subject": Optional(SUBJECT_TEMPLATE), "content": Optional(CONTENT_TEMPLATE),
-                         "variables": Optional(Variables())},
-                        together=("subject", "content")),
+    "message": Object({"userId": Address(), "subject": SUBJECT, "content": CONTENT, "text": Nullable(CONTENT),
+                       "from_name": Nullable(String(100, ONE_LINE, LINE)), "reply_to": Nullable(Address()),
+                       "cc": Nullable(Array(Address(), 49)), "bcc": Nullable(Array(Address(), 49)),
+                       "attachments": Nullable(Array(ATTACHMENT, 50)), "variables": Nullable(Variables()),
+                       "send_at": Nullable(DateTime())}),
+    "generateOtp": Object({"userId": Address(), "length": Integer(4, 8)}),
+    "subscribe": Object({"userId": Address(), "frequency": Enum(FREQUENCIES), "content_type": CONTENT_TYPE,
+                         "subject": Nullable(SUBJECT_TEMPLATE), "content": Nullable(CONTENT_TEMPLATE),
+                         "variables": Nullable(Variables())},
+                        dependent_required=("subject", "content")),
     "unsubscribe": Object({"userId": Address(), "content_type": CONTENT_TYPE}),
 }
 
@@ -2314,7 +2319,7 @@ class TaskOfType:
     @staticmethod
     def form(types: tuple[str, ...], payload: Object) -> Object:
         """The check of a task of one of these types with such a payload."""
-        return Object({"task": Text(256, ONE_LINE, LINE), "type": Choice(types), "retries": Whole(0, 25),
+        return Object({"task": String(256, ONE_LINE, LINE), "type": Enum(types), "retries": Integer(0, 25),
                        "payload": payload})
 
     @property
@@ -2333,8 +2338,8 @@ def fill_message(task: dict, path: str, most: int) -> int:
         path: of the task, "" for the whole body.
         most: bytes that the texts may have together.
 
-    Returns how many bytes they have. Raises Refused: 400, a placeholder is malformed, its variable is missing, or makes
-    a text that is not allowed; 413, they would be larger.
+    Returns how many bytes they have. Raises HTTPError: 400, a placeholder is malformed, or its variable is missing or
+    makes a text that is not allowed; 413, they would be larger.
     """
     payload, path = task["payload"], f"{path}.payload" if path else "payload"
     if task["type"] != "message" or "variables" not in payload:
@@ -2347,9 +2352,9 @@ def fill_message(task: dict, path: str, most: int) -> int:
                 filled = fill(payload[name], variables, name == "content" and is_html(payload[name]), most=most - size)
             except KeyError as error:
                 field = f"{path}.variables.{error.args[0]}"
-                raise Refused(400, f"{field} is required: {path}.{name} names it", field) from None
+                raise HTTPError(400, f"{field} is required: {path}.{name} names it", field) from None
             except TooLarge as error:
-                raise Refused(413, f"{path}.{name} would have {error.size} bytes with its variables, and may have "
+                raise HTTPError(413, f"{path}.{name} would have {error.size} bytes with its variables, and may have "
                               f"{most - size}: max_body limits the texts of a message, and twice that those of a batch",
                               f"{path}.variables") from None
             payload[name] = check(filled, f"{path}.{name}")
@@ -2359,6 +2364,7 @@ def fill_message(task: dict, path: str, most: int) -> int:
 
 TASK = TaskOfType()
 MAIL_LANES = ("urgent", "normal", "bulk")
+
 # Subscribing and unsubscribing send no mail: no OTP waits for them, and they wait for no SMTP server. Of a version
 # that put them into the urgent lane, some may still be there; every worker does every type of task.
 CHANGES = "changes"
@@ -2370,12 +2376,12 @@ def lane_of(task_type: str) -> str:
     return {"generateOtp": "urgent", "message": "normal", "newsletter": "bulk"}.get(task_type, CHANGES)
 
 
-def too_many(seconds: int | str, what: str = "OTP requests") -> Refused:
+def rate_limited(seconds: int | str, what: str = "OTP requests") -> HTTPError:
     """What refuses one OTP request too many: 429 (RFC 6585), with the seconds to wait."""
-    return Refused(429, f"too many {what}; try again in {seconds} seconds", None, {"Retry-After": str(seconds)})
+    return HTTPError(429, f"too many {what}; try again in {seconds} seconds", None, {"Retry-After": str(seconds)})
 
 
-def same_mailbox(address: str) -> str:
+def fold_address(address: str) -> str:
     """The address in the form used as a key: people ignore the case when they type their own.
 
     Only ASCII letters are folded. Any further folding makes one mailbox of two (sharp s and "ss"), and who has the one
@@ -2391,7 +2397,7 @@ class Task:
     `key` is the id of the API key it came with; `created` is Redis's time when it was accepted, in microseconds since
     the epoch; `attempts` counts those that ended in failure, `strikes` the processes that died while they had it, and
     `drops` the connections that did, the last at `dropped` (microseconds); `delivered` are the recipients that have the
-    mail already, and `suppressed` those that get none, as same_mailbox() has them.
+    mail already, and `suppressed` those that get none, as fold_address() has them.
     """
 
     id: str
@@ -2410,10 +2416,9 @@ class Task:
     suppressed: tuple = ()
 
 
-# --- 6. queue ---------------------------------------------------------------------------------------------
+# --- 7. queue -------------------------------------------------------------------------------------------
 # A task is in exactly one place at any time: a lane, a worker's processing list, the delayed set, or the
 # dead letters; or it has ended, and only its state is kept. Each step between two places is one script.
-# Beside it stand the counters that Prometheus reads.
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
@@ -2571,6 +2576,25 @@ class Queue:
         end
     """
 
+    def __init__(self, store: Store, settings: Settings, process: str) -> None:
+        self.store, self.settings, self.process = store, settings, process
+        self._enqueue = store.script(self.ENQUEUE, when_full=False)
+        self._settle_and_take = store.script(self.SETTLE_AND_TAKE)
+        self._promote = store.script(self.PROMOTE)
+        self._recall = store.script(self.RECALL)
+        self._reclaim = store.script(self.RECLAIM, once=True)
+        self._adopt = store.script(self.ADOPT)
+        self._beat = store.script(self.BEAT)
+        self._cancel = store.script(self.CANCEL, once=True)
+        self._pace = store.script(self.PACE)
+        self._revive = store.script(self.REVIVE, once=True)
+        self._resume = store.script(self.RESUME)
+        self._missing: dict[str, float] = {}
+        self._scanned = self._recalled = 0
+        self._no_otp = threading.Event()
+        self._no_otp.set()
+        self._delayed, self.next_due = threading.Event(), math.inf
+
     # Queue some tasks of one account. Answers what their ids are made from, and which were refused, and why, as
     # "<number>=<why> ...". A repeated call (its first answer was lost on the way) finds the tasks there and changes
     # nothing; it is not held against the limits either. The same with an idempotency key gets the first one's answer.
@@ -2636,10 +2660,84 @@ class Queue:
         return {first, said}
     """
 
+    def enqueue(self, account: Account, tasks: Sequence[Json], idempotency_key: str = "",
+                batch: str = "") -> list[str | HTTPError]:
+        """Put checked tasks into their lanes, all in one round trip; a return means that Redis has them.
+
+        Returns for each task its id, or the HTTPError that says why it was not queued: 400, there is no such content
+        type; 429, too many OTPs, see Otps. With an idempotency key, for one task or for the `batch` that the tasks
+        are of, the same again within 24 hours queues nothing and returns the same, unless nothing was queued before.
+
+        Raises:
+            HTTPError: 401, the API key was revoked; 422, the idempotency key came with something else before; 503, with
+                durability=fsync, the tasks are not known to be on disk.
+        """
+        settings = self.settings
+        args = [account.name, account.key_id, settings.otp_cooldown, settings.otp_hourly_max, settings.otp_minute_max]
+        first = f"{time.time_ns() // 1000:013x}{'' if batch or len(tasks) > 1 else '000'}{secrets.token_hex(8)}"
+        if idempotency_key:
+            whole = batch or json.dumps(tasks[0], sort_keys=True)
+            args += [hashlib.sha256(whole.encode()).hexdigest(),
+                     hashlib.sha256(json.dumps([account.name, idempotency_key]).encode()).hexdigest(), first]
+        else:
+            args += ["", "", first]
+        for task_id, task in zip(self._ids(first, len(tasks)), tasks):
+            payload, otp_address, content_type = task["payload"], "", ""
+            if task["type"] == "generateOtp":
+                # The OTP is made from this when it is sent, so that a retry sends the same one; see section 8.
+                task = {**task, "payload": {**payload, "seed": secrets.token_hex(16)}}
+                otp_address = fold_address(payload["userId"])
+                self._no_otp.clear()
+            elif task["type"] == "subscribe" and "content" not in payload:
+                content_type = payload["content_type"]
+            to = fold_address(" ".join([payload["userId"], *payload.get("cc", ()), *payload.get("bcc", ())]))
+            args += [task_id, summary_of(task), json.dumps(task), lane_of(task["type"]),
+                     otp_address, content_type, payload.get("send_at", 0) // 1000, to]
+        answer = self._durably(self._enqueue, [self.store.prefix], args)
+        if any("send_at" in task["payload"] for task in tasks):
+            self._delayed.set()
+        if answer == "revoked":
+            raise HTTPError(401, "the API key was revoked", None, {"WWW-Authenticate": "Bearer"})
+        if answer == "conflict":
+            what = "batch or task" if batch else "task"
+            raise HTTPError(422, f"Idempotency-Key was used with another {what} before", "Idempotency-Key")
+        first, refused = answer
+        results: list[str | HTTPError] = [*self._ids(first, len(tasks))]
+        for number, _, why in (refusal.partition("=") for refusal in refused.split()):
+            results[int(number)] = self._refusal(why)
+        return results
+
+    @staticmethod
+    def _ids(first: str, count: int) -> list[str]:
+        """The ids of tasks that are queued together, in their order: those that are due at one moment leave in it.
+
+        `first` is a moment and chance that they are made from, or the one id itself.
+        """
+        return [first] if len(first) == 32 else [
+            f"{first[:13]}{number:03x}{hashlib.sha256(f'{first}{number}'.encode()).hexdigest()[:16]}"
+            for number in range(count)]
+
+    @staticmethod
+    def _refusal(why: str) -> HTTPError:
+        if why == "unknown":
+            return HTTPError(400, "payload.content_type does not exist; POST /task/subscriptionContent defines one, or "
+                           "bring payload.subject and payload.content",
+                           "payload.content_type")
+        return rate_limited(why)
+
+    def _durably(self, script: Script, keys: Sequence, args: Sequence) -> Any:
+        if self.settings.durability != "fsync":
+            return script(keys, args)
+        result, on_disk = script.durably(keys, args, 4000)
+        if not on_disk:
+            raise HTTPError(503, "the task could not be written to disk in time; send it again", None,
+                          {"Retry-After": "1"})
+        return result
+
     # Settle what the worker had in hand, and take the next task. The first line is the fence: a worker whose
     # task was given to another in the meantime settles nothing. What is still in the list after that was
     # taken by a call whose answer was lost, and comes first.
-    EXCHANGE = BURY + CONCLUDE + """
+    SETTLE_AND_TAKE = BURY + CONCLUDE + """
         local own, lane, prefix = KEYS[1], KEYS[2], KEYS[3]
         local take, id, verdict, error, delay, delivered, suppress = unpack(ARGV)
         local result_ttl, dead_ttl, dead_max, process, worker = unpack(ARGV, 8)
@@ -2715,6 +2813,52 @@ class Queue:
         return {}  -- these were all of accounts that are no more; the caller asks again, and lets others in between
     """
 
+    def settle_and_take(self, worker: str, lane: str, outcome: Outcome | None = None, take: bool = True) -> Task | None:
+        """Settle `outcome`, then take the next task of `lane`, in one round trip.
+
+        `worker` names the processing list. Returns a Task, or None where the lane is empty. Safe to repeat
+        when a connection failed and nobody knows how far it came.
+        """
+        outcome = outcome or Outcome("", "")
+        settings = self.settings
+        keys = [self._processing(worker), self.store.key("lane", lane), self.store.prefix]
+        args = [int(take), outcome.task_id, outcome.verdict, outcome.error or outcome.result, int(outcome.delay * 1000),
+                " ".join(outcome.delivered), " ".join(outcome.suppress), settings.result_ttl * 1000,
+                settings.dead_ttl * 1000, settings.dead_max, self.process, worker]
+        while (found := self._settle_and_take(keys, args)) == []:
+            pass
+        if outcome.delay:
+            self._delayed.set()
+        if found is None:
+            return None
+        task_id, body, account, key, created, attempts, strikes, drops, dropped, delivered, suppressed = found
+        task = json.loads(body)
+        if task["type"] == "generateOtp":
+            suppressed = ""  # who asks for an OTP waits for it
+        return Task(task_id, account, key, task["type"], task["task"], task["retries"], task["payload"], int(created),
+                    int(attempts or 0), int(strikes or 0), int(drops or 0), int(dropped or 0),
+                    tuple((delivered or "").split()), tuple(suppressed.split()))
+
+    def give_way(self) -> None:
+        """Let an OTP pass that this process took in a moment ago, before other work goes on; for OTP_FIRST at most."""
+        if not self._no_otp.wait(self.OTP_FIRST):
+            self._no_otp.set()
+
+    def otp_passed(self) -> None:
+        """An OTP has been sent, or failed: other work may go on."""
+        self._no_otp.set()
+
+    def wait(self, worker: str, lane: str, timeout: float) -> bool:
+        """Wait up to `timeout` seconds until `lane` has a task and move it to the worker's processing list.
+
+        The next settle_and_take() returns it. False where the lane stayed empty: there is nothing to exchange.
+        """
+        try:
+            return bool(self.store.redis.brpoplpush(self.store.key("lane", lane), self._processing(worker), timeout))
+        except redis.OutOfMemoryError:  # to wait needs no memory, but might; the next settle_and_take() needs no wait
+            time.sleep(min(timeout, self.LOOK_AGAIN))
+            return True
+
     # The next moment at which a mail may go (a generic cell rate algorithm). Urgent mail has a line of its own, which
     # pushes back the line of the rest; moments that passed unused can be caught up for 50 ms. Where the clock went
     # back, the lines go with it.
@@ -2732,6 +2876,60 @@ class Queue:
         redis.call('PEXPIRE', rate, math.ceil((all + interval - now) / 1000) + 60000)
         return string.format('%.0f', math.max(0, (urgent and own or all) - now))
     """
+
+    def pace(self, lane: str) -> float:
+        """Take the next moment at which a mail of this lane may go, by `smtp_rate`; returns the seconds until then."""
+        if not self.settings.smtp_rate:
+            return 0.0
+        return int(self._pace(keys=[self.store.key("rate")], args=[1e6 / self.settings.smtp_rate, lane])) / 1e6
+
+    def begin(self, task: Task) -> None:
+        """Note that a task with strikes is begun now: only then is it to blame if the process dies."""
+        self.store.write("HSET", self.store.key("task", task.id), "begun", 1)
+
+    def _processing(self, worker: str) -> str:
+        return self.store.key("processing", self.process, worker)
+
+    BEAT = """
+        local prefix, process, workers, ttl, paused = KEYS[1], unpack(ARGV)
+        redis.call('HSET', prefix .. 'processes', process, workers)
+        redis.call('SET', prefix .. 'heartbeat:' .. process, 1, 'PX', ttl)
+        redis.call('HSET', prefix .. 'paused', process, paused)
+        return redis.call('HGETALL', prefix .. 'resume')
+    """
+
+    def beat(self, workers: Sequence[str], paused: Mapping[str, object]) -> dict[str, str]:
+        """Show for the next seconds that this process lives, which workers' lists it has, and what is paused, and why.
+
+        Returns lane -> how often somebody has asked to resume it.
+        """
+        asked = self._beat(keys=[self.store.prefix], args=[
+            self.process, ",".join(workers), int(self.HEARTBEAT_TTL * 1000), json.dumps(paused)])
+        return dict(zip(asked[::2], asked[1::2]))
+
+    # KEYS: resume, resumed:<lane>. ARGV: lane, id of this request, milliseconds in which no other is taken.
+    # Answers 0, or the milliseconds to wait.
+    RESUME = """
+        local newest = redis.call('GET', KEYS[2])
+        if newest == ARGV[2] then return 0 end
+        if newest then return redis.call('PTTL', KEYS[2]) end
+        redis.call('SET', KEYS[2], ARGV[2], 'PX', ARGV[3])
+        redis.call('HINCRBY', KEYS[1], ARGV[1], 1)
+        return 0
+    """
+
+    def resume(self, lane: str) -> None:
+        """Ask every process to probe at once whether `lane` can go on: each does so on a new connection.
+
+        Raises:
+            HTTPError: 429, somebody has asked for that within RESUME_INTERVAL seconds.
+        """
+        wait = self._resume(keys=[self.store.key("resume"), self.store.key("resumed", lane)],
+                            args=[lane, secrets.token_hex(8), int(self.RESUME_INTERVAL * 1000)])
+        if wait:
+            seconds = math.ceil(wait / 1000)
+            raise HTTPError(429, f"the lane was resumed a moment ago; try again in {seconds} seconds", None,
+                          {"Retry-After": str(seconds)})
 
     # What is due has waited already, so it goes to the head of its lane. What was due first is to leave first, so the
     # latest is moved first, also where there is more than one call's share; of one moment, by id. Answers how many
@@ -2752,6 +2950,22 @@ class Queue:
         return {#due, next and math.max(0, math.ceil(next - milliseconds)) or -1}
     """
 
+    def promote(self) -> int:
+        """Move what is due to the lanes; returns how many tasks, at most LOOK.
+
+        `next_due` is then when the next one is due (monotonic), as far as is_due() does not know better.
+        """
+        self._delayed.clear()
+        self.next_due = math.inf
+        count, wait = self._promote(keys=[self.store.prefix], args=[self.LOOK])
+        if wait >= 0:
+            self.next_due = time.monotonic() + wait / 1000
+        return count
+
+    def is_due(self) -> bool:
+        """Whether promote() may find something: by what it found last, and what this process has put off since."""
+        return self._delayed.is_set() or time.monotonic() >= self.next_due
+
     # Of some tasks that wait, find retries that are further away than retries are ever put off, as they are after the
     # clock was ahead or goes back, and make them due. Answers where to look on, and how many these were.
     RECALL = CLOCK + """
@@ -2771,6 +2985,15 @@ class Queue:
         end
         return {cursor, recalled}
     """
+
+    def recall(self) -> int:
+        """Make retries due that a wrong clock put off too far, among some of what waits; returns how many."""
+        longest = max(self.settings.retry_delay, self.settings.retry_delay_max)
+        self._recalled, count = self._recall(keys=[self.store.prefix], args=[
+            self._recalled, int((2 * longest + 60) * 1000)])
+        if count:
+            log(logging.WARNING, "retries were put off too far, as by a clock that was wrong", count=count)
+        return count
 
     # Give back what processes have in hand, oldest first to the head of each lane; answers how many tasks of each, or
     # -1 where it was left alone. Where the process died, a task gets a strike, once for each time it was begun: the
@@ -2824,6 +3047,27 @@ class Queue:
         return counts
     """
 
+    def reclaim(self, patience: float = 3.0) -> int:
+        """Give the tasks of dead processes back to their lanes; returns how many.
+
+        A process is dead when its heartbeat has been seen missing for `patience` seconds: a live one whose
+        key went with a restart of Redis, or with a jump of its clock, has shown itself again by then.
+        """
+        processes = self.store.redis.hkeys(self.store.key("processes"))
+        with self.store.redis.pipeline(transaction=False) as pipeline:
+            for process in processes:
+                pipeline.pttl(self.store.key("heartbeat", process))
+            left = dict(zip(processes, pipeline.execute()))
+        now = time.monotonic()
+        self._missing = {process: self._missing.get(process, now) for process in processes
+                         if not 0 < left[process] <= self.HEARTBEAT_TTL * 1000}
+        dead = [process for process, since in self._missing.items() if now - since >= patience]
+        counts = dict(zip(dead, self._give_back(dead, died=True)))
+        for process, count in counts.items():
+            if count >= 0:
+                log(logging.WARNING, "reclaimed the tasks of a dead process", process=process, tasks=count)
+        return sum(max(count, 0) for count in counts.values())
+
     # A list whose worker no process shows belongs to one that was taken for dead too early, and died later. To show
     # both is enough: they are without a heartbeat.
     ADOPT = """
@@ -2837,13 +3081,25 @@ class Queue:
         return 1
     """
 
-    BEAT = """
-        local prefix, process, workers, ttl, paused = KEYS[1], unpack(ARGV)
-        redis.call('HSET', prefix .. 'processes', process, workers)
-        redis.call('SET', prefix .. 'heartbeat:' .. process, 1, 'PX', ttl)
-        redis.call('HSET', prefix .. 'paused', process, paused)
-        return redis.call('HGETALL', prefix .. 'resume')
-    """
+    def find_orphans(self) -> int:
+        """Look at some further keys for lists that reclaim() would not look at, and see to it that it does.
+
+        Returns how many it found among about 5,000 keys; the next call goes on from there.
+        """
+        self._scanned, lists = self.store.redis.scan(self._scanned, match=self.store.matching("processing:*"),
+                                                     count=5 * self.LOOK)
+        owners = [key.removeprefix(self.store.key("processing", "")).rpartition(":") for key in lists]
+        return sum(self._adopt(keys=[self.store.prefix], args=[process, worker]) for process, _, worker in owners)
+
+    def release(self) -> int:
+        """At a graceful stop: give back what the workers still have, and take the heartbeat down."""
+        return self._give_back([self.process], died=False)[0]
+
+    def _give_back(self, processes: list[str], died: bool) -> list[int]:
+        settings = self.settings
+        return self._reclaim(keys=[self.store.prefix], args=[
+            int(died), self.MAX_STRIKES, settings.dead_ttl * 1000, settings.dead_max, self.LOOK,
+            int(self.HEARTBEAT_TTL * 1000), *processes]) if processes else []
 
     # Only what waits in the delayed set: what a lane or a worker has, the next moment may send.
     CANCEL = CLOCK + CONCLUDE + """
@@ -2860,6 +3116,22 @@ class Queue:
         conclude(task, 'cancelled', 0, nil, microseconds, ttl)
         return 'cancelled'
     """
+
+    def cancel(self, task_id: str, account: str = "") -> None:
+        """End a task that waits for its `send_at` or for a retry. With `account`, only one of that account's own.
+
+        Raises:
+            HTTPError: 404, there is no such task; 409, it does not wait for that.
+        """
+        done = self._cancel(keys=[self.store.prefix], args=[task_id, account, self.settings.result_ttl * 1000])
+        if done.startswith("late "):
+            state = done.removeprefix("late ")
+            said = {"queued": "waits in its lane and may be taken at any moment", "running": "is being worked on"}.get(
+                state, f"has ended already ({state})")
+            raise HTTPError(409, f"the task {said}; only one that waits for its send_at or a retry can be cancelled",
+                          "id")
+        if done != "cancelled":
+            raise HTTPError(404, "there is no such task, or it ended too long ago", "id")
 
     # Who retries says that the address is good now, so what the server said of it counts no more; what a person
     # suppressed stays so. Nobody waits for an OTP that died, so it does not stand in the line of those that are new.
@@ -2891,282 +3163,126 @@ class Queue:
         return 1
     """
 
-    # Of the newest tasks, those in a state and to a recipient; and where to look on.
-    RECENT_ONES = """
-        local prefix, list = KEYS[1], KEYS[2]
-        local search, wanted, offset, look, most = unpack(ARGV)
-        local at, found = tonumber(offset), {}
-        local ids = redis.call('LRANGE', list, at, at + look - 1)
-        for _, id in ipairs(ids) do
-            at = at + 1
-            local to, now, user, ended = unpack(redis.call('HMGET', prefix .. 'task:' .. id, 'to', 'state', 'u', 'd'))
-            if ended then to, now = to or string.lower(user), string.match(ended, '^%S+') or 'succeeded' end
-            if now and (wanted == '' or now == wanted)
-                    and (search == '' or string.find(to or '', search, 1, true)) then
-                found[#found + 1] = id
-                if #found == tonumber(most) then break end
-            end
-        end
-        return {at < redis.call('LLEN', list) and at or -1, unpack(found)}
-    """
+    def revive(self, task_id: str, account: str = "", remove: bool = False) -> bool:
+        """Queue a dead letter again, with all its attempts, or remove it. False where there is none."""
+        return bool(self._revive(keys=[self.store.prefix], args=[task_id, account, "remove" if remove else "retry"]))
 
-    UNSUPPRESS = """
+    def revive_all(self, account: str = "", remove: bool = False,
+                   progress: Callable[[int], object] = lambda count: None) -> int:
+        """Queue all dead letters again, or remove them; returns how many. `progress` hears how many so far."""
+        key, count, before = list_key(self.store, "dead", account), 0, self.store.time() * 1000
+        # Letters that die again meanwhile have a later time, so that this ends.
+        while ids := self.store.redis.zrangebyscore(key, "-inf", before, start=0, num=self.BATCH):
+            for task_id in ids:
+                self.give_way()
+                if self.revive(task_id, account, remove):
+                    count += 1
+                else:
+                    self.store.redis.zrem(key, task_id)
+            progress(count)
+        return count
+
+
+def list_key(store: Store, kind: str, account: str) -> str:
+    """The key of an account's own list of a kind, or of the one of all accounts where `account` is empty."""
+    return store.key(kind, account) if account else store.key(kind)
+
+
+class Suppressions:
+    """The addresses to which an account sends nothing but OTPs."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._remove = store.script(self.REMOVE, once=True)
+
+    def list(self, account: str, offset: int = 0, limit: int = 100) -> tuple[int, "list[Json]"]:
+        """(how many addresses the account sends nothing to, those from `offset` on), newest first."""
+        key = self.store.key("suppressed", account)
+        found = self.store.redis.zrevrange(key, offset, offset + limit - 1, withscores=True) if limit else []
+        addresses = [address for address, _ in found]
+        reasons = self.store.redis.hmget(self.store.key("suppressed_for", account), addresses) if found else []
+        return self.store.redis.zcard(key), [
+            {"userId": address, "reason": reason, "created": timestamp(moment * 1000)}
+            for (address, moment), reason in zip(found, reasons)]
+
+    def add(self, account: str, address: str) -> None:
+        """Send nothing but OTPs to an address any more."""
+        with self.store.redis.pipeline() as transaction:
+            transaction.zadd(self.store.key("suppressed", account), {fold_address(address): self.store.time() * 1000})
+            transaction.hset(self.store.key("suppressed_for", account), fold_address(address), "by request")
+            transaction.execute()
+
+    REMOVE = """
         redis.call('HDEL', KEYS[2], unpack(ARGV))
         return redis.call('ZREM', KEYS[1], unpack(ARGV))
     """
 
-    def __init__(self, store: Store, settings: Settings, process: str) -> None:
-        self.store, self.settings, self.process = store, settings, process
-        self._enqueue = store.script(self.ENQUEUE, when_full=False)
-        self._exchange = store.script(self.EXCHANGE)
-        self._promote = store.script(self.PROMOTE)
-        self._recall = store.script(self.RECALL)
-        self._reclaim = store.script(self.RECLAIM, once=True)
-        self._adopt = store.script(self.ADOPT)
-        self._beat = store.script(self.BEAT)
-        self._cancel = store.script(self.CANCEL, once=True)
-        self._pace = store.script(self.PACE)
-        self._revive = store.script(self.REVIVE, once=True)
-        self._recent = store.script(self.RECENT_ONES, when_full=False)
-        self._unsuppress = store.script(self.UNSUPPRESS, once=True)
-        self._resume = store.script(self.RESUME)
-        self._missing: dict[str, float] = {}
-        self._scanned = self._recalled = 0
-        self._no_otp = threading.Event()
-        self._no_otp.set()
-        self._delayed, self.next_due = threading.Event(), math.inf
+    def remove(self, account: str, address: str) -> bool:
+        """Send to an address again. False where it was not suppressed."""
+        keys = [fold_address(address), *([address.casefold()] if self.by_older(account, address) else [])]
+        lists = [self.store.key("suppressed", account), self.store.key("suppressed_for", account)]
+        return bool(self._remove(keys=lists, args=keys))
 
-    def enqueue(self, account: Account, tasks: Sequence[Json], idempotency_key: str = "",
-                batch: str = "") -> list[str | Refused]:
-        """Put checked tasks into their lanes, all in one round trip; a return means that Redis has them.
+    def by_older(self, account: str, address: str) -> bool:
+        """Whether an address was suppressed by a version that folded more than ASCII letters.
 
-        Returns for each task its id, or the Refused that says why it was not queued: 400, there is no such content
-        type; 429, too many OTPs, see Otps. With an idempotency key, for one task or for the `batch` that the tasks
-        are of, the same again within 24 hours queues nothing and returns the same, unless nothing was queued before.
-
-        Raises:
-            Refused: 401, the API key was revoked; 422, the idempotency key came with something else before; 503, with
-                durability=fsync, the tasks are not known to be on disk.
+        What such a version wrote may mean this mailbox or another; mail to neither is what nobody complains about.
         """
-        settings = self.settings
-        args = [account.name, account.key_id, settings.otp_cooldown, settings.otp_hourly_max, settings.otp_minute_max]
-        first = f"{time.time_ns() // 1000:013x}{'' if batch or len(tasks) > 1 else '000'}{secrets.token_hex(8)}"
-        if idempotency_key:
-            whole = batch or json.dumps(tasks[0], sort_keys=True)
-            args += [hashlib.sha256(whole.encode()).hexdigest(),
-                     hashlib.sha256(json.dumps([account.name, idempotency_key]).encode()).hexdigest(), first]
-        else:
-            args += ["", "", first]
-        for task_id, task in zip(self._ids(first, len(tasks)), tasks):
-            payload, otp_address, content_type = task["payload"], "", ""
-            if task["type"] == "generateOtp":
-                # The OTP is made from this when it is sent, so that a retry sends the same one; see section 8.
-                task = {**task, "payload": {**payload, "seed": secrets.token_hex(16)}}
-                otp_address = same_mailbox(payload["userId"])
-                self._no_otp.clear()
-            elif task["type"] == "subscribe" and "content" not in payload:
-                content_type = payload["content_type"]
-            to = same_mailbox(" ".join([payload["userId"], *payload.get("cc", ()), *payload.get("bcc", ())]))
-            args += [task_id, head_of(task), json.dumps(task), lane_of(task["type"]),
-                     otp_address, content_type, payload.get("send_at", 0) // 1000, to]
-        answer = self._durably(self._enqueue, [self.store.prefix], args)
-        if any("send_at" in task["payload"] for task in tasks):
-            self._delayed.set()
-        if answer == "revoked":
-            raise Refused(401, "the API key was revoked", None, {"WWW-Authenticate": "Bearer"})
-        if answer == "conflict":
-            what = "batch or task" if batch else "task"
-            raise Refused(422, f"Idempotency-Key was used with another {what} before", "Idempotency-Key")
-        first, refused = answer
-        results: list[str | Refused] = [*self._ids(first, len(tasks))]
-        for number, _, why in (refusal.partition("=") for refusal in refused.split()):
-            results[int(number)] = self._refusal(why)
-        return results
+        if fold_address(address) == address.casefold():
+            return False
+        with self.store.redis.pipeline(transaction=False) as pipeline:
+            pipeline.zscore(self.store.key("suppressed", account), address.casefold())
+            pipeline.get(self.store.key("ascii_folded"))
+            moment, since = pipeline.execute()
+        return moment is not None and moment < float(since or 0)
 
-    @staticmethod
-    def _ids(first: str, count: int) -> list[str]:
-        """The ids of tasks that are queued together, in their order: those that are due at one moment leave in it.
 
-        `first` is a moment and chance that they are made from, or the one id itself.
-        """
-        return [first] if len(first) == 32 else [
-            f"{first[:13]}{number:03x}{hashlib.sha256(f'{first}{number}'.encode()).hexdigest()[:16]}"
-            for number in range(count)]
+def summary_of(task: Json) -> str:
+    """What is shown of a task, and kept when it has ended, as JSON: nothing of the mail itself."""
+    return json.dumps({"task": task["task"], "type": task["type"], "retries": task["retries"],
+                       "payload": {"userId": task["payload"]["userId"]}})
 
-    @staticmethod
-    def _refusal(why: str) -> Refused:
-        if why == "unknown":
-            return Refused(400, "payload.content_type does not exist; POST /task/subscriptionContent defines one, or "
-                           "bring payload.subject and payload.content",
-                           "payload.content_type")
-        return too_many(why)
 
-    def _durably(self, script: Script, keys: Sequence, args: Sequence) -> Any:
-        if self.settings.durability != "fsync":
-            return script(keys, args)
-        result, on_disk = script.durably(keys, args, 4000)
-        if not on_disk:
-            raise Refused(503, "the task could not be written to disk in time; send it again", None,
-                          {"Retry-After": "1"})
-        return result
+def ended_as(digest: str) -> tuple[str, str]:
+    """(state, account) of a task that has ended, from what Queue.CONCLUDE keeps of it."""
+    state, *_, account = digest.split(" ", 7)
+    return state or "succeeded", account
 
-    def exchange(self, worker: str, lane: str, outcome: Outcome | None = None, take: bool = True) -> Task | None:
-        """Settle `outcome`, then take the next task of `lane`, in one round trip.
 
-        `worker` names the processing list. Returns a Task, or None where the lane is empty. Safe to repeat
-        when a connection failed and nobody knows how far it came.
-        """
-        outcome = outcome or Outcome("", "")
-        settings = self.settings
-        keys = [self._processing(worker), self.store.key("lane", lane), self.store.prefix]
-        args = [int(take), outcome.task_id, outcome.verdict, outcome.error or outcome.result, int(outcome.delay * 1000),
-                " ".join(outcome.delivered), " ".join(outcome.suppress), settings.result_ttl * 1000,
-                settings.dead_ttl * 1000, settings.dead_max, self.process, worker]
-        while (found := self._exchange(keys, args)) == []:
-            pass
-        if outcome.delay:
-            self._delayed.set()
-        if found is None:
-            return None
-        task_id, body, account, key, created, attempts, strikes, drops, dropped, delivered, suppressed = found
-        task = json.loads(body)
-        if task["type"] == "generateOtp":
-            suppressed = ""  # who asks for an OTP waits for it
-        return Task(task_id, account, key, task["type"], task["task"], task["retries"], task["payload"], int(created),
-                    int(attempts or 0), int(strikes or 0), int(drops or 0), int(dropped or 0),
-                    tuple((delivered or "").split()), tuple(suppressed.split()))
+def concluded(found: Json) -> Json:
+    """The fields of a task, as long as it has not ended, from what Queue.CONCLUDE keeps of it; "task" is its head."""
+    _, task_type, retries, attempts, created, begun, ended, _ = found["d"].split(" ", 7)
+    started = int(created) + int(begun or 0)
+    return {"task": {"task": found["n"], "type": task_type or "message", "retries": int(retries or 0),
+                     "payload": {"userId": found["u"]}},
+            "attempts": attempts, "created": created, "started": started if begun else None,
+            "finished": started + int(ended)}
 
-    def give_way(self) -> None:
-        """Let an OTP pass that this process took in a moment ago, before other work goes on; for OTP_FIRST at most."""
-        if not self._no_otp.wait(self.OTP_FIRST):
-            self._no_otp.set()
 
-    def otp_passed(self) -> None:
-        """An OTP has been sent, or failed: other work may go on."""
-        self._no_otp.set()
+def timestamp(microseconds: float | str) -> str:
+    """RFC 3339 in UTC for microseconds since the epoch; the year 9999 for what is beyond the calendar."""
+    seconds = min(max(float(microseconds) / 1e6, 0.0), 253402300799.0)
+    moment = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
-    def wait(self, worker: str, lane: str, timeout: float) -> bool:
-        """Wait up to `timeout` seconds until `lane` has a task and move it to the worker's processing list.
 
-        The next exchange() returns it. False where the lane stayed empty: there is nothing to exchange.
-        """
-        try:
-            return bool(self.store.redis.brpoplpush(self.store.key("lane", lane), self._processing(worker), timeout))
-        except redis.OutOfMemoryError:  # to wait needs no memory, but might; the next exchange() needs no wait
-            time.sleep(min(timeout, self.LOOK_AGAIN))
-            return True
+# --- 8. inspection --------------------------------------------------------------------------------------
+# What an app, the page or an operator looks at: the state of a task, the newest tasks, dead letters, lanes, counters.
 
-    def pace(self, lane: str) -> float:
-        """Take the next moment at which a mail of this lane may go, by `smtp_rate`; returns the seconds until then."""
-        if not self.settings.smtp_rate:
-            return 0.0
-        return int(self._pace(keys=[self.store.key("rate")], args=[1e6 / self.settings.smtp_rate, lane])) / 1e6
+class Inspection:
+    """Looks at tasks, lanes, dead letters and counters, and changes none of them.
 
-    def begin(self, task: Task) -> None:
-        """Note that a task with strikes is begun now: only then is it to blame if the process dies."""
-        self.store.write("HSET", self.store.key("task", task.id), "begun", 1)
-
-    def _processing(self, worker: str) -> str:
-        return self.store.key("processing", self.process, worker)
-
-    def beat(self, workers: Sequence[str], paused: Mapping[str, object]) -> dict[str, str]:
-        """Show for the next seconds that this process lives, which workers' lists it has, and what is paused, and why.
-
-        Returns lane -> how often somebody has asked to resume it.
-        """
-        asked = self._beat(keys=[self.store.prefix], args=[
-            self.process, ",".join(workers), int(self.HEARTBEAT_TTL * 1000), json.dumps(paused)])
-        return dict(zip(asked[::2], asked[1::2]))
-
-    # KEYS: resume, resumed:<lane>. ARGV: lane, id of this request, milliseconds in which no other is taken.
-    # Answers 0, or the milliseconds to wait.
-    RESUME = """
-        local newest = redis.call('GET', KEYS[2])
-        if newest == ARGV[2] then return 0 end
-        if newest then return redis.call('PTTL', KEYS[2]) end
-        redis.call('SET', KEYS[2], ARGV[2], 'PX', ARGV[3])
-        redis.call('HINCRBY', KEYS[1], ARGV[1], 1)
-        return 0
+    Args:
+        store: the Store.
+        settings: the Settings, for the times to keep things.
+        give_way: called between two parts of a long search.
     """
 
-    def resume(self, lane: str) -> None:
-        """Ask every process to probe at once whether `lane` can go on: each does so on a new connection.
+    PART = 200  # tasks that one script of a search looks at
 
-        Raises:
-            Refused: 429, somebody has asked for that within RESUME_INTERVAL seconds.
-        """
-        wait = self._resume(keys=[self.store.key("resume"), self.store.key("resumed", lane)],
-                            args=[lane, secrets.token_hex(8), int(self.RESUME_INTERVAL * 1000)])
-        if wait:
-            seconds = math.ceil(wait / 1000)
-            raise Refused(429, f"the lane was resumed a moment ago; try again in {seconds} seconds", None,
-                          {"Retry-After": str(seconds)})
-
-    def promote(self) -> int:
-        """Move what is due to the lanes; returns how many tasks, at most LOOK.
-
-        `next_due` is then when the next one is due (monotonic), as far as is_due() does not know better.
-        """
-        self._delayed.clear()
-        self.next_due = math.inf
-        count, wait = self._promote(keys=[self.store.prefix], args=[self.LOOK])
-        if wait >= 0:
-            self.next_due = time.monotonic() + wait / 1000
-        return count
-
-    def is_due(self) -> bool:
-        """Whether promote() may find something: by what it found last, and what this process has put off since."""
-        return self._delayed.is_set() or time.monotonic() >= self.next_due
-
-    def recall(self) -> int:
-        """Make retries due that a wrong clock put off too far, among some of what waits; returns how many."""
-        longest = max(self.settings.retry_delay, self.settings.retry_delay_max)
-        self._recalled, count = self._recall(keys=[self.store.prefix], args=[
-            self._recalled, int((2 * longest + 60) * 1000)])
-        if count:
-            log(logging.WARNING, "retries were put off too far, as by a clock that was wrong", count=count)
-        return count
-
-    def reclaim(self, patience: float = 3.0) -> int:
-        """Give the tasks of dead processes back to their lanes; returns how many.
-
-        A process is dead when its heartbeat has been seen missing for `patience` seconds: a live one whose
-        key went with a restart of Redis, or with a jump of its clock, has shown itself again by then.
-        """
-        processes = self.store.redis.hkeys(self.store.key("processes"))
-        with self.store.redis.pipeline(transaction=False) as pipeline:
-            for process in processes:
-                pipeline.pttl(self.store.key("heartbeat", process))
-            left = dict(zip(processes, pipeline.execute()))
-        now = time.monotonic()
-        self._missing = {process: self._missing.get(process, now) for process in processes
-                         if not 0 < left[process] <= self.HEARTBEAT_TTL * 1000}
-        dead = [process for process, since in self._missing.items() if now - since >= patience]
-        counts = dict(zip(dead, self._give_back(dead, died=True)))
-        for process, count in counts.items():
-            if count >= 0:
-                log(logging.WARNING, "reclaimed the tasks of a dead process", process=process, tasks=count)
-        return sum(max(count, 0) for count in counts.values())
-
-    def find_orphans(self) -> int:
-        """Look at some further keys for lists that reclaim() would not look at, and see to it that it does.
-
-        Returns how many it found among about 5,000 keys; the next call goes on from there.
-        """
-        self._scanned, lists = self.store.redis.scan(self._scanned, match=self.store.matching("processing:*"),
-                                                     count=5 * self.LOOK)
-        owners = [key.removeprefix(self.store.key("processing", "")).rpartition(":") for key in lists]
-        return sum(self._adopt(keys=[self.store.prefix], args=[process, worker]) for process, _, worker in owners)
-
-    def release(self) -> int:
-        """At a graceful stop: give back what the workers still have, and take the heartbeat down."""
-        return self._give_back([self.process], died=False)[0]
-
-    def _give_back(self, processes: list[str], died: bool) -> list[int]:
-        settings = self.settings
-        return self._reclaim(keys=[self.store.prefix], args=[
-            int(died), self.MAX_STRIKES, settings.dead_ttl * 1000, settings.dead_max, self.LOOK,
-            int(self.HEARTBEAT_TTL * 1000), *processes]) if processes else []
+    def __init__(self, store: Store, settings: Settings, give_way: Callable[[], object] = lambda: None) -> None:
+        self.store, self.settings, self.give_way = store, settings, give_way
+        self._recent = store.script(self.RECENT_ONES, when_full=False)
 
     def status(self, task_id: str, account: str = "", story: bool = False) -> Json | None:
         """What is known of a task, as a dict, or None. With `account`, only of that account's own.
@@ -3221,7 +3337,26 @@ class Queue:
             status["due"] = timestamp(float(found["due"]) * 1000)
         if found["finished"]:
             status["finished"] = timestamp(found["finished"])
-        return {**status, "story": told(found)} if story else status
+        return {**status, "story": history_of(found)} if story else status
+
+    # Of the newest tasks, those in a state and to a recipient; and where to look on.
+    RECENT_ONES = """
+        local prefix, list = KEYS[1], KEYS[2]
+        local search, wanted, offset, look, most = unpack(ARGV)
+        local at, found = tonumber(offset), {}
+        local ids = redis.call('LRANGE', list, at, at + look - 1)
+        for _, id in ipairs(ids) do
+            at = at + 1
+            local to, now, user, ended = unpack(redis.call('HMGET', prefix .. 'task:' .. id, 'to', 'state', 'u', 'd'))
+            if ended then to, now = to or string.lower(user), string.match(ended, '^%S+') or 'succeeded' end
+            if now and (wanted == '' or now == wanted)
+                    and (search == '' or string.find(to or '', search, 1, true)) then
+                found[#found + 1] = id
+                if #found == tonumber(most) then break end
+            end
+        end
+        return {at < redis.call('LLEN', list) and at or -1, unpack(found)}
+    """
 
     def recent(self, account: str = "", search: str = "", state: str = "", offset: int = 0,
                limit: int = 100) -> tuple[list[Json], int | None]:
@@ -3235,96 +3370,21 @@ class Queue:
         known = self._statuses([search], account) if search else []
         if known and state in ("", known[0]["state"]):
             return known, None
-        key = self._list_of("recent", account)
+        key = list_key(self.store, "recent", account)
         ids: list[str] = []
         while offset >= 0 and len(ids) < limit:
             self.give_way()
             offset, *found = self._recent(keys=[self.store.prefix, key], args=[
-                same_mailbox(search), state, offset, self.BATCH, limit - len(ids)])
+                fold_address(search), state, offset, self.PART, limit - len(ids)])
             ids += found
         return self._statuses(ids, account), offset if offset >= 0 else None
 
-    def cancel(self, task_id: str, account: str = "") -> None:
-        """End a task that waits for its `send_at` or for a retry. With `account`, only one of that account's own.
-
-        Raises:
-            Refused: 404, there is no such task; 409, it does not wait for that.
-        """
-        done = self._cancel(keys=[self.store.prefix], args=[task_id, account, self.settings.result_ttl * 1000])
-        if done.startswith("late "):
-            state = done.removeprefix("late ")
-            said = {"queued": "waits in its lane and may be taken at any moment", "running": "is being worked on"}.get(
-                state, f"has ended already ({state})")
-            raise Refused(409, f"the task {said}; only one that waits for its send_at or a retry can be cancelled",
-                          "id")
-        if done != "cancelled":
-            raise Refused(404, "there is no such task, or it ended too long ago", "id")
-
     def dead(self, account: str = "", offset: int = 0, limit: int = 100) -> tuple[int, list[Json]]:
         """(how many dead letters there are, the statuses of those from `offset` on), newest first."""
-        key = self._list_of("dead", account)
+        key = list_key(self.store, "dead", account)
         self.store.redis.zremrangebyscore(key, "-inf", (self.store.time() - self.settings.dead_ttl) * 1000)
         ids = self.store.redis.zrevrange(key, offset, offset + limit - 1) if limit else []
         return self.store.redis.zcard(key), self._statuses(ids, account)
-
-    def _list_of(self, kind: str, account: str) -> str:
-        """The key of an account's own list, or of the one of all accounts."""
-        return self.store.key(kind, account) if account else self.store.key(kind)
-
-    def revive(self, task_id: str, account: str = "", remove: bool = False) -> bool:
-        """Queue a dead letter again, with all its attempts, or remove it. False where there is none."""
-        return bool(self._revive(keys=[self.store.prefix], args=[task_id, account, "remove" if remove else "retry"]))
-
-    def revive_all(self, account: str = "", remove: bool = False,
-                   progress: Callable[[int], object] = lambda count: None) -> int:
-        """Queue all dead letters again, or remove them; returns how many. `progress` hears how many so far."""
-        key, count, before = self._list_of("dead", account), 0, self.store.time() * 1000
-        # Letters that die again meanwhile have a later time, so that this ends.
-        while ids := self.store.redis.zrangebyscore(key, "-inf", before, start=0, num=self.BATCH):
-            for task_id in ids:
-                self.give_way()
-                if self.revive(task_id, account, remove):
-                    count += 1
-                else:
-                    self.store.redis.zrem(key, task_id)
-            progress(count)
-        return count
-
-    def suppressions(self, account: str, offset: int = 0, limit: int = 100) -> tuple[int, list[Json]]:
-        """(how many addresses the account sends nothing to, those from `offset` on), newest first."""
-        key = self.store.key("suppressed", account)
-        found = self.store.redis.zrevrange(key, offset, offset + limit - 1, withscores=True) if limit else []
-        addresses = [address for address, _ in found]
-        reasons = self.store.redis.hmget(self.store.key("suppressed_for", account), addresses) if found else []
-        return self.store.redis.zcard(key), [
-            {"userId": address, "reason": reason, "created": timestamp(moment * 1000)}
-            for (address, moment), reason in zip(found, reasons)]
-
-    def suppress(self, account: str, address: str) -> None:
-        """Send nothing but OTPs to an address any more."""
-        with self.store.redis.pipeline() as transaction:
-            transaction.zadd(self.store.key("suppressed", account), {same_mailbox(address): self.store.time() * 1000})
-            transaction.hset(self.store.key("suppressed_for", account), same_mailbox(address), "by request")
-            transaction.execute()
-
-    def unsuppress(self, account: str, address: str) -> bool:
-        """Send to an address again. False where it was not suppressed."""
-        keys = [same_mailbox(address), *([address.casefold()] if self.suppressed_by_older(account, address) else [])]
-        lists = [self.store.key("suppressed", account), self.store.key("suppressed_for", account)]
-        return bool(self._unsuppress(keys=lists, args=keys))
-
-    def suppressed_by_older(self, account: str, address: str) -> bool:
-        """Whether an address was suppressed by a version that folded more than ASCII letters.
-
-        What such a version wrote may mean this mailbox or another; mail to neither is what nobody complains about.
-        """
-        if same_mailbox(address) == address.casefold():
-            return False
-        with self.store.redis.pipeline(transaction=False) as pipeline:
-            pipeline.zscore(self.store.key("suppressed", account), address.casefold())
-            pipeline.get(self.store.key("ascii_folded"))
-            moment, since = pipeline.execute()
-        return moment is not None and moment < float(since or 0)
 
     def oldest(self) -> dict[str, float]:
         """Seconds that the task which is next has waited since it was accepted, by lane; 0 where none waits."""
@@ -3390,55 +3450,29 @@ class Queue:
             return dict(zip((*LANES, "retrying", "dead"), pipeline.execute()))
 
 
-def head_of(task: Json) -> str:
-    """What is shown of a task, and kept when it has ended, as JSON: nothing of the mail itself."""
-    return json.dumps({"task": task["task"], "type": task["type"], "retries": task["retries"],
-                       "payload": {"userId": task["payload"]["userId"]}})
-
-
-def ended_as(digest: str) -> tuple[str, str]:
-    """(state, account) of a task that has ended, from what Queue.CONCLUDE keeps of it."""
-    state, *_, account = digest.split(" ", 7)
-    return state or "succeeded", account
-
-
-def concluded(found: Json) -> Json:
-    """The fields of a task, as long as it has not ended, from what Queue.CONCLUDE keeps of it; "task" is its head."""
-    _, task_type, retries, attempts, created, begun, ended, _ = found["d"].split(" ", 7)
-    started = int(created) + int(begun or 0)
-    return {"task": {"task": found["n"], "type": task_type or "message", "retries": int(retries or 0),
-                     "payload": {"userId": found["u"]}},
-            "attempts": attempts, "created": created, "started": started if begun else None,
-            "finished": started + int(ended)}
-
-
-def told(task: Json) -> list[Json]:
+def history_of(task: Json) -> list[Json]:
     """The story of a task, from the fields of its hash."""
     events: list[Json] = [{"time": timestamp(task["created"]), "event": "accepted"}]
     for line in (task["story"] or "").split("\n")[:-1]:
         moment, started, event, why = line.split(" ", 3)
-        events.append({"time": timestamp(moment), "event": event, **took(started, moment), "error": why or None})
+        events.append({"time": timestamp(moment), "event": event, **elapsed(started, moment), "error": why or None})
     if task["state"] in ("succeeded", "cancelled", "suppressed"):
         events.append({"time": timestamp(task["finished"]), "event": task["state"],
-                       **took(task["started"], task["finished"]),
+                       **elapsed(task["started"], task["finished"]),
                        "error": task["state"] != "succeeded" and task["error"] or None})
     elif task["state"] == "running":
         events.append({"time": timestamp(task["started"]), "event": "running"})
     return events
 
 
-def took(started: str | None, ended: str) -> dict[str, float]:
+def elapsed(started: str | None, ended: str) -> dict[str, float]:
     """{"seconds"} between two moments in microseconds, or nothing where it was not begun."""
     began = int(started or 0)
     return {"seconds": round((int(ended) - began) / 1e6, 3)} if began else {}
 
 
-def timestamp(microseconds: float | str) -> str:
-    """RFC 3339 in UTC for microseconds since the epoch; the year 9999 for what is beyond the calendar."""
-    seconds = min(max(float(microseconds) / 1e6, 0.0), 253402300799.0)
-    moment = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
+# --- 9. metrics -----------------------------------------------------------------------------------------
+# The counters of all processes that Prometheus reads, and the history of the last hour.
 
 class Stats:
     """Counters of all processes together, kept in Redis, as Prometheus wants them: they only ever grow. Beside them, a
@@ -3574,155 +3608,10 @@ def exposition(series: Mapping[tuple, float]) -> str:
     return "\n".join(lines) + "\n"
 
 
-# --- 7. mail ----------------------------------------------------------------------------------------------
-# A task becomes a message of RFC 5322 and MIME, and a transport hands it on: SmtpTransport to the server,
-# Outbox to a Maildir. Both say what went wrong by one of the next exceptions, which decide what the worker does;
-# one table, REPLIES, says which of them an SMTP reply means.
+# --- 10. mail -------------------------------------------------------------------------------------------
+# A task becomes a message of RFC 5322 and MIME.
 
-class DeliveryError(Exception):
-    """A mail was not handed over to all of its recipients.
-
-    `certain` says that the server would say the same on another connection, `too_many` that it takes fewer recipients
-    in one transaction, `no_such_address` that it does not know the recipient's address, and never will.
-    """
-
-    too_many = no_such_address = False
-
-    def __init__(self, error: str, certain: bool = False) -> None:
-        super().__init__(error)
-        self.certain = certain
-
-
-class Temporary(DeliveryError):
-    """The server refused this mail for now (SMTP 4xx): worth another attempt."""
-
-
-class Permanent(DeliveryError):
-    """This mail will never be taken (SMTP 5xx, or the task itself): no further attempt."""
-
-
-class Unavailable(DeliveryError):
-    """No mail can be handed over now, whatever the mail: the server, the connection or the sender's account is out.
-
-    `dropped` says that it came up in the middle of this mail, so that the mail may be the cause; `sender` that the
-    server answers, and refuses the sender.
-    """
-
-    def __init__(self, error: str, dropped: bool = False, sender: bool = False) -> None:
-        super().__init__(error)
-        self.dropped, self.sender = dropped, sender
-
-
-class InDoubt(Unavailable):
-    """The server got the whole mail, but its answer never came: the mail may have arrived."""
-
-    def __init__(self, error: str) -> None:
-        super().__init__(f"in doubt, the mail may have arrived: {error}", dropped=True)
-        self.certain = True
-
-
-class Partial(DeliveryError):
-    """The server took the mail for `delivered`, but not for the recipients in `refused` (address -> DeliveryError)."""
-
-    def __init__(self, delivered: tuple[str, ...], refused: dict[str, DeliveryError]) -> None:
-        super().__init__("; ".join(f"{address}: {error}" for address, error in refused.items()))
-        self.delivered, self.refused = delivered, refused
-
-
-class Suppressed(Exception):
-    """All recipients are suppressed."""
-
-
-class Cancelled(Exception):
-    """Nobody wants this mail any more: it is not sent, and that is no failure."""
-
-
-class About(enum.StrEnum):
-    """What an SMTP reply is about. A mail pays an attempt only for what is about itself or its recipient."""
-
-    MAIL = "the mail"
-    RECIPIENT = "the recipient"
-    SENDER = "the sender, the client or the account"
-    CONNECTION = "the connection"
-    SERVER = "the server"
-
-
-# What a refusal is about, by "STAGE code text", where the text begins with the enhanced code, if there is one; the
-# first line that fits counts, then the stage alone. The stages are MAIL, RCPT, DATA and DOT, the end of the data. An
-# enhanced code is class.subject.detail; RFC 3463 section 3 has the subjects, the IANA registry of RFC 5248 the rest.
-REPLIES = tuple((about, re.compile(pattern, re.IGNORECASE | re.DOTALL)) for about, pattern in (
-    # RFC 5321 section 3.8: 421 announces at any stage that the server closes the connection.
-    (About.SERVER, r"\w+ 421 "),
-    # RFC 3463 section 3.2 and 3.3: the address or the mailbox; RFC 7505: a domain that takes no mail.
-    (About.RECIPIENT, r"RCPT \d+ [45]\.(1\.([1-6]|10)|2\.[0-4])\b"),
-    # Postfix (access(5), smtpd) and many others: who does not exist, and what its administrator forbids.
-    (About.RECIPIENT, r"RCPT .*(recipient address rejected|(user|recipient|mailbox) unknown"
-                      r"|(unknown|no such) (user|recipient|mailbox))"),
-    # RFC 5321 section 4.2.3: 552, exceeded storage; RFC 3463 section 3.3, 3.4, 3.7: too long, its media.
-    (About.MAIL, r"\w+ (552 |[45]\d\d [45]\.(2\.3|3\.4|6\.\d+)\b)"),
-    # RFC 4954 section 6, RFC 3207 section 4: authentication or TLS first. RFC 3463 section 3.2: the sender's address.
-    # RFC 5248, RFC 7372, RFC 7505: credentials, SPF, DKIM, reverse DNS. Microsoft's list of NDR codes: from 5.7.50 on.
-    (About.SENDER, r"\w+ (53\d |[45]\d\d [45]\.(1\.[78]|7\.([89]|1[0-4]|2[0-7]|57|60|64|139|50[1-38]|511|6[0-4]\d"
-                   r"|70[58]|750)|2\.252)\b)"),
-    # Postfix's smtpd_delay_reject says at RCPT what it thinks of HELO, client and sender; so do Exim's ACLs ("relay not
-    # permitted", "Sender verify failed"), Sendmail ("Relaying denied"), qmail ("allowed rcpthosts"), Exchange
-    # ("SendAsDenied", "Unable to relay") and, at the end of the data, SES ("Email address is not verified").
-    (About.SENDER, r"\w+ .*(sender (address )?(rejected|refused|denied)|sender verif|helo command rejected"
-                   r"|client host rejected|client .*blocked using|not (permitted|allowed|authorized) to relay"
-                   r"|relay(ing)? (access )?(is )?(denied|not (permitted|allowed))"
-                   r"|unable to relay|allowed rcpthosts|not owned by"
-                   r"|authentication (is )?required|must (be )?authenticat|not authenticated|sendasdenied"
-                   r"|send as this sender|address is not verified)"),
-    # RFC 5321 section 4.2.4 and 4.3.2: commands unknown or out of order. A connection's share: Stalwart ("messages per
-    # session"), IONOS ("Mails per session limit"), OpenSMTPD ("Too many messages sent"), Postfix ("too many errors").
-    # Postfix's anvil counts over connections ("too much mail from", "too many recipients from").
-    (About.CONNECTION, r"\w+ (50[0234] |.*(too many (messages|mails|e-?mails|transactions|errors|commands)"
-                       r"|(messages?|mails?|count) per (session|connection)|session limit|too much mail"
-                       r"|too many recipients))"),
-    # RFC 3463 section 3.4, 3.5: the system is full, not accepting, badly set up or congested. RFC 4954, RFC 3207: 454.
-    (About.SERVER, r"\w+ (454 |4\d\d 4\.(3\.[0125]|4\.[25])\b|5\d\d 5\.3\.[125]\b)"),
-    # Postfix, when its milter, policy server or table does not answer.
-    (About.SERVER, r"\w+ 4.*(service unavailable|server configuration|temporary lookup failure)"),
-    # All mails have the same sender.
-    (About.SERVER, r"MAIL 4"),
-    (About.SENDER, r"MAIL "),
-))
-
-
-def one_line(reply: bytes) -> str:
-    """The text of a reply on one line, without controls."""
-    return printable(reply.decode(errors="replace"))
-
-
-def refusal(stage: str, code: int, text: bytes, taken: bool = False) -> DeliveryError | None:
-    """What a reply means at a stage (RFC 5321 section 4.2): None for success, else the error to raise.
-
-    Any 2yz is a success, at DATA any 3yz. `taken` says that another recipient was taken in the same transaction, so
-    that the sender is not at fault.
-    """
-    if code // 100 == (3 if stage == "DATA" else 2):
-        return None
-    said = f"{code} {one_line(text)}"[:500]
-    if not 400 <= code <= 599:
-        return Unavailable(f"the server said {STAGES[stage]}: {said}", dropped=True)
-    known = next((about for about, pattern in REPLIES if pattern.match(f"{stage} {said}")), None)
-    about = known or (About.RECIPIENT if stage == "RCPT" else About.MAIL)
-    if taken and about in (About.SENDER, About.CONNECTION):
-        about = About.RECIPIENT
-    if about not in (About.MAIL, About.RECIPIENT):
-        words = said if code == 421 else f"{about}, {STAGES[stage]}: {said}"
-        error: DeliveryError = Unavailable(words, dropped=stage != "MAIL" or code < 500, sender=about == About.SENDER)
-    else:
-        error = (Temporary if code < 500 else Permanent)(said, certain=known is not None)
-        # RFC 3463 section 3.2: 5.1.x is about an address, 5.1.7 and 5.1.8 about the sender's.
-        error.no_such_address = stage == "RCPT" and re.match(r"5\d\d 5\.1\.(?![78]\b)\d", said) is not None
-    error.too_many = stage in ("RCPT", "DATA") and TOO_MANY.match(said) is not None
-    return error
-
-
-STAGES = {"MAIL": "at MAIL", "RCPT": "at RCPT", "DATA": "at DATA", "DOT": "at the end of the data"}
 TOO_MANY = re.compile(r"\d+ ([45]\.5\.3\b|.*too many recipients)", re.IGNORECASE)
-
 
 # The tokens of an HTML document as the HTML standard has them (WHATWG, section 13.2.5), in one expression: tags,
 # comments, and elements whose content is no markup. Each repetition is possessive or goes on to the end of the
@@ -3733,6 +3622,7 @@ ATTRIBUTE = re.compile(rf"[{SPACE}/]*+([^{SPACE}/>][^{SPACE}/>=]*+)(?:[{SPACE}]*
                        rf"""(?:"([^"]*+)"?|'([^']*+)'?|([^{SPACE}>"'][^{SPACE}>]*+))?)?""")
 ATTRIBUTES = (rf"(?>[{SPACE}/]*+[^{SPACE}/>][^{SPACE}/>=]*+(?>[{SPACE}]*+=[{SPACE}]*+"
               rf"""(?>"[^"]*+"?+|'[^']*+'?+|[^{SPACE}>"'][^{SPACE}>]*+)?+)?+)*+[{SPACE}/]*+""")
+
 # A script ends at "</script"; but after "<!--" and then "<script", only at the next one or after "-->".
 SCRIPT_IN_COMMENT = rf"<script{NAME_END}(?>[^-<]++|-(?!->)|<(?!/script{NAME_END}))*+(?></script)?+"
 SCRIPT_COMMENT = rf"<!(?=--)(?>[^-<]++|-(?!->)|{SCRIPT_IN_COMMENT}|<(?!/script{NAME_END}))*+(?>-->)?+"
@@ -3746,6 +3636,7 @@ HTML_TOKEN = re.compile(
     r"|(?:[!?]|/(?=[^a-z]))[^>]*+>?+"  # what the standard calls bogus comments, such as <![endif]>
     r"|/?[a-z].*+)",  # a tag that the document ends in
     re.IGNORECASE | re.ASCII | re.DOTALL)
+
 # In an attribute, a name without ";" counts only where no letter, digit or "=" follows: "&copy=2" is a part of a URL.
 ATTRIBUTE_REFERENCE = re.compile(r"&(?:#(?:[0-9]++|[xX][0-9a-fA-F]++);?|([a-zA-Z][a-zA-Z0-9]*+(?:;|(?!=))))")
 DECIMAL_REFERENCE = re.compile(r"(?<=&#)0*([0-9]{1,8})[0-9]*+")
@@ -3791,14 +3682,14 @@ class TextOfHtml:
         flow = self.flow
         for number, tag in enumerate(self.tags):
             instead = INSTEAD.get(tag)
-            flow[2 * number + 1] = self.instead(number) if instead is None else instead
+            flow[2 * number + 1] = self.replacement(number) if instead is None else instead
         if self.templates:
             self.hide(len(flow))
         flow.append(self.end_link(len(flow)))
         self.end_block(len(flow))
         return "\n\n".join(filter(None, self.blocks)) + "\n"
 
-    def instead(self, number: int) -> str:
+    def replacement(self, number: int) -> str:
         """What stands for a token that is none of the usual tags."""
         at, tag = 2 * number + 1, self.tags[number]
         tag = tag and tag.lower()
@@ -4113,6 +4004,155 @@ def quoted_phrase(name: str) -> str:
     return email.utils.formataddr((name, "x@y")).removesuffix(" <x@y>") if name.isascii() else name
 
 
+# --- 11. transports -------------------------------------------------------------------------------------
+# SmtpTransport hands a message to the server, MaildirTransport writes it to a Maildir. Both say what went wrong by a
+# DeliveryError, which decides what the worker does; one table, REPLIES, says which of them an SMTP reply means.
+
+class DeliveryError(Exception):
+    """A mail was not handed over to all of its recipients.
+
+    `certain` says that the server would say the same on another connection, `too_many` that it takes fewer recipients
+    in one transaction, `no_such_address` that it does not know the recipient's address, and never will.
+    """
+
+    too_many = no_such_address = False
+
+    def __init__(self, error: str, certain: bool = False) -> None:
+        super().__init__(error)
+        self.certain = certain
+
+
+class TemporaryError(DeliveryError):
+    """The server refused this mail for now (SMTP 4xx): worth another attempt."""
+
+
+class PermanentError(DeliveryError):
+    """This mail will never be taken (SMTP 5xx, or the task itself): no further attempt."""
+
+
+class UnavailableError(DeliveryError):
+    """No mail can be handed over now, whatever the mail: the server, the connection or the sender's account is out.
+
+    `dropped` says that it came up in the middle of this mail, so that the mail may be the cause; `sender` that the
+    server answers, and refuses the sender.
+    """
+
+    def __init__(self, error: str, dropped: bool = False, sender: bool = False) -> None:
+        super().__init__(error)
+        self.dropped, self.sender = dropped, sender
+
+
+class InDoubtError(UnavailableError):
+    """The server got the whole mail, but its answer never came: the mail may have arrived."""
+
+    def __init__(self, error: str) -> None:
+        super().__init__(f"in doubt, the mail may have arrived: {error}", dropped=True)
+        self.certain = True
+
+
+class PartialError(DeliveryError):
+    """The server took the mail for `delivered`, but not for the recipients in `refused` (address -> DeliveryError)."""
+
+    def __init__(self, delivered: tuple[str, ...], refused: dict[str, DeliveryError]) -> None:
+        super().__init__("; ".join(f"{address}: {error}" for address, error in refused.items()))
+        self.delivered, self.refused = delivered, refused
+
+
+class SuppressedError(Exception):
+    """All recipients are suppressed."""
+
+
+class CancelledError(Exception):
+    """Nobody wants this mail any more: it is not sent, and that is no failure."""
+
+
+class About(enum.StrEnum):
+    """What an SMTP reply is about. A mail pays an attempt only for what is about itself or its recipient."""
+
+    MAIL = "the mail"
+    RECIPIENT = "the recipient"
+    SENDER = "the sender, the client or the account"
+    CONNECTION = "the connection"
+    SERVER = "the server"
+
+
+# What a refusal is about, by "STAGE code text", where the text begins with the enhanced code, if there is one; the
+# first line that fits counts, then the stage alone. The stages are MAIL, RCPT, DATA and DOT, the end of the data. An
+# enhanced code is class.subject.detail; RFC 3463 section 3 has the subjects, the IANA registry of RFC 5248 the rest.
+REPLIES = tuple((about, re.compile(pattern, re.IGNORECASE | re.DOTALL)) for about, pattern in (
+    # RFC 5321 section 3.8: 421 announces at any stage that the server closes the connection.
+    (About.SERVER, r"\w+ 421 "),
+    # RFC 3463 section 3.2 and 3.3: the address or the mailbox; RFC 7505: a domain that takes no mail.
+    (About.RECIPIENT, r"RCPT \d+ [45]\.(1\.([1-6]|10)|2\.[0-4])\b"),
+    # Postfix (access(5), smtpd) and many others: who does not exist, and what its administrator forbids.
+    (About.RECIPIENT, r"RCPT .*(recipient address rejected|(user|recipient|mailbox) unknown"
+                      r"|(unknown|no such) (user|recipient|mailbox))"),
+    # RFC 5321 section 4.2.3: 552, exceeded storage; RFC 3463 section 3.3, 3.4, 3.7: too long, its media.
+    (About.MAIL, r"\w+ (552 |[45]\d\d [45]\.(2\.3|3\.4|6\.\d+)\b)"),
+    # RFC 4954 section 6, RFC 3207 section 4: authentication or TLS first. RFC 3463 section 3.2: the sender's address.
+    # RFC 5248, RFC 7372, RFC 7505: credentials, SPF, DKIM, reverse DNS. Microsoft's list of NDR codes: from 5.7.50 on.
+    (About.SENDER, r"\w+ (53\d |[45]\d\d [45]\.(1\.[78]|7\.([89]|1[0-4]|2[0-7]|57|60|64|139|50[1-38]|511|6[0-4]\d"
+                   r"|70[58]|750)|2\.252)\b)"),
+    # Postfix's smtpd_delay_reject says at RCPT what it thinks of HELO, client and sender; so do Exim's ACLs ("relay not
+    # permitted", "Sender verify failed"), Sendmail ("Relaying denied"), qmail ("allowed rcpthosts"), Exchange
+    # ("SendAsDenied", "Unable to relay") and, at the end of the data, SES ("Email address is not verified").
+    (About.SENDER, r"\w+ .*(sender (address )?(rejected|refused|denied)|sender verif|helo command rejected"
+                   r"|client host rejected|client .*blocked using|not (permitted|allowed|authorized) to relay"
+                   r"|relay(ing)? (access )?(is )?(denied|not (permitted|allowed))"
+                   r"|unable to relay|allowed rcpthosts|not owned by"
+                   r"|authentication (is )?required|must (be )?authenticat|not authenticated|sendasdenied"
+                   r"|send as this sender|address is not verified)"),
+    # RFC 5321 section 4.2.4 and 4.3.2: commands unknown or out of order. A connection's share: Stalwart ("messages per
+    # session"), IONOS ("Mails per session limit"), OpenSMTPD ("Too many messages sent"), Postfix ("too many errors").
+    # Postfix's anvil counts over connections ("too much mail from", "too many recipients from").
+    (About.CONNECTION, r"\w+ (50[0234] |.*(too many (messages|mails|e-?mails|transactions|errors|commands)"
+                       r"|(messages?|mails?|count) per (session|connection)|session limit|too much mail"
+                       r"|too many recipients))"),
+    # RFC 3463 section 3.4, 3.5: the system is full, not accepting, badly set up or congested. RFC 4954, RFC 3207: 454.
+    (About.SERVER, r"\w+ (454 |4\d\d 4\.(3\.[0125]|4\.[25])\b|5\d\d 5\.3\.[125]\b)"),
+    # Postfix, when its milter, policy server or table does not answer.
+    (About.SERVER, r"\w+ 4.*(service unavailable|server configuration|temporary lookup failure)"),
+    # All mails have the same sender.
+    (About.SERVER, r"MAIL 4"),
+    (About.SENDER, r"MAIL "),
+))
+
+
+def one_line(reply: bytes) -> str:
+    """The text of a reply on one line, without controls."""
+    return printable(reply.decode(errors="replace"))
+
+
+def refusal(stage: str, code: int, text: bytes, taken: bool = False) -> DeliveryError | None:
+    """What a reply means at a stage (RFC 5321 section 4.2): None for success, else the error to raise.
+
+    Any 2yz is a success, at DATA any 3yz. `taken` says that another recipient was taken in the same transaction, so
+    that the sender is not at fault.
+    """
+    if code // 100 == (3 if stage == "DATA" else 2):
+        return None
+    said = f"{code} {one_line(text)}"[:500]
+    if not 400 <= code <= 599:
+        return UnavailableError(f"the server said {STAGES[stage]}: {said}", dropped=True)
+    known = next((about for about, pattern in REPLIES if pattern.match(f"{stage} {said}")), None)
+    about = known or (About.RECIPIENT if stage == "RCPT" else About.MAIL)
+    if taken and about in (About.SENDER, About.CONNECTION):
+        about = About.RECIPIENT
+    if about not in (About.MAIL, About.RECIPIENT):
+        words = said if code == 421 else f"{about}, {STAGES[stage]}: {said}"
+        error: DeliveryError = UnavailableError(words, dropped=stage != "MAIL" or code < 500,
+                                                sender=about == About.SENDER)
+    else:
+        error = (TemporaryError if code < 500 else PermanentError)(said, certain=known is not None)
+        # RFC 3463 section 3.2: 5.1.x is about an address, 5.1.7 and 5.1.8 about the sender's.
+        error.no_such_address = stage == "RCPT" and re.match(r"5\d\d 5\.1\.(?![78]\b)\d", said) is not None
+    error.too_many = stage in ("RCPT", "DATA") and TOO_MANY.match(said) is not None
+    return error
+
+
+STAGES = {"MAIL": "at MAIL", "RCPT": "at RCPT", "DATA": "at DATA", "DOT": "at the end of the data"}
+
+
 class Transport(typing.Protocol):
     """What hands mails on; many threads call it at once."""
 
@@ -4124,7 +4164,7 @@ class Transport(typing.Protocol):
         """Hand over one mail; a return means that it was taken for all recipients. Raises DeliveryError."""
 
     def probe(self) -> object:
-        """Find out whether mails can be handed over now. Raises Unavailable."""
+        """Find out whether mails can be handed over now. Raises UnavailableError."""
 
     def tidy(self, idle: float = 0.0) -> None:
         """Close what this thread has not used for `idle` seconds."""
@@ -4133,7 +4173,7 @@ class Transport(typing.Protocol):
         """Cut off all that waits for an answer."""
 
 
-class Outbox:
+class MaildirTransport:
     """A transport that delivers into a Maildir, for trying things out without an SMTP server.
 
     Args:
@@ -4160,7 +4200,7 @@ class Outbox:
              urgent: bool = False) -> None:
         """Write one mail, on disk when this returns; `owner` says whose it is, for who looks at it later.
 
-        Raises Unavailable where the disk does not take it.
+        Raises UnavailableError where the disk does not take it.
         """
         lines = [f"Return-Path: <{mailbox(sender)}>\n", *(f"Delivered-To: {mailbox(found)}\n" for found in recipients),
                  f"{self.OWNER}: {urllib.parse.quote(owner.name)} {owner.key_id}\n"]
@@ -4169,18 +4209,18 @@ class Outbox:
             with self.lock:
                 self._maildir().add(envelope + message.replace(b"\r\n", b"\n"))
         except OSError as error:
-            raise Unavailable(f"the Maildir cannot be written: {describe(error)}") from None
+            raise UnavailableError(f"the Maildir cannot be written: {describe(error)}") from None
         self.accepted, self.reached = time.time(), time.monotonic()
 
     def probe(self) -> None:
-        """Raise Unavailable where a mail could not be written."""
+        """Raise UnavailableError where a mail could not be written."""
         try:
             self._maildir()
             probe = self.folder / "tmp" / "probe"
             probe.write_bytes(b"." * 65536)
             probe.unlink()
         except OSError as error:
-            raise Unavailable(f"the Maildir cannot be written: {describe(error)}") from None
+            raise UnavailableError(f"the Maildir cannot be written: {describe(error)}") from None
         self.reached = time.monotonic()
 
     def tidy(self, idle: float = 0.0) -> None:
@@ -4330,9 +4370,9 @@ class SmtpTransport:
         any words.
 
         Raises:
-            Temporary, Permanent: the server refused this mail.
-            Partial: it has taken charge of it for some of the recipients, or refused each for a reason of its own.
-            Unavailable: the server is out, or refuses the sender; InDoubt: it may have taken charge.
+            TemporaryError, PermanentError: the server refused this mail.
+            PartialError: it has taken charge of it for some of the recipients, or refused each for a reason of its own.
+            UnavailableError: the server is out, or refuses the sender; InDoubtError: it may have taken charge.
         """
         self.tidy(self.IDLE)
         carried, idle = 0, 0.0
@@ -4353,12 +4393,12 @@ class SmtpTransport:
             self.accepted = time.time()
         if refused:
             first, *others = dict.fromkeys(refused.values())
-            raise Partial(delivered, refused) if delivered or others else first
+            raise PartialError(delivered, refused) if delivered or others else first
 
     def probe(self) -> str:
         """Connect, log in, and offer a mail from the sender to itself, without sending it.
 
-        Returns what the server said last; it need not know the sender as a recipient. Raises Unavailable.
+        Returns what the server said last; it need not know the sender as a recipient. Raises UnavailableError.
         """
         self.tidy()
         self.local.stage = "MAIL"
@@ -4372,10 +4412,10 @@ class SmtpTransport:
                 smtp.send(command.encode())
                 code, text = self._reply(smtp, stage)
                 said = f"{stage}: {code} {one_line(text)}"
-                if isinstance(error := refusal(stage, code, text), Unavailable):
+                if isinstance(error := refusal(stage, code, text), UnavailableError):
                     raise error
             smtp.rset()
-        except Unavailable:
+        except UnavailableError:
             self._discard()
             raise
         except (OSError, smtplib.SMTPException) as error:
@@ -4436,9 +4476,9 @@ class SmtpTransport:
                 if smtp.has_extn("smtputf8"):
                     options = self.UTF8
                 elif not sender.isascii():
-                    raise Unavailable("the server takes no sender beyond ASCII (SMTPUTF8)", sender=True)
+                    raise UnavailableError("the server takes no sender beyond ASCII (SMTPUTF8)", sender=True)
                 else:
-                    refused = dict.fromkeys((found for found in recipients if not found.isascii()), Permanent(
+                    refused = dict.fromkeys((found for found in recipients if not found.isascii()), PermanentError(
                         "the server takes no addresses beyond ASCII (SMTPUTF8)", certain=True))
                     message = downgraded(message)
             if smtp.has_extn("size"):
@@ -4450,7 +4490,7 @@ class SmtpTransport:
                 smtp.sock.settimeout(self.FINAL_TIMEOUT)
                 if error := refusal("DOT", *self._reply(smtp, "DOT")):
                     refused |= dict.fromkeys((found for found in recipients if found not in refused), error)
-        except Unavailable as error:
+        except UnavailableError as error:
             refused = dict.fromkeys(recipients, error)
         except (OSError, smtplib.SMTPException) as error:
             refused = dict.fromkeys(recipients, self._broken(error))
@@ -4459,7 +4499,7 @@ class SmtpTransport:
 
     def _settle(self, refused: dict[str, DeliveryError], delivered: bool) -> None:
         """Make the connection fit for the next transaction, or let go of it."""
-        if any(isinstance(error, Unavailable) for error in refused.values()):
+        if any(isinstance(error, UnavailableError) for error in refused.values()):
             self._discard()
         elif delivered:
             self.local.sent, self.local.refusals, self.local.used = self.local.sent + 1, 0, time.monotonic()
@@ -4515,7 +4555,7 @@ class SmtpTransport:
         self.local.stage = stage
         return smtp.getreply()
 
-    def _broken(self, error: Exception) -> Unavailable:
+    def _broken(self, error: Exception) -> UnavailableError:
         """What it means that the connection failed at this stage. The connection is let go of."""
         self._discard()
         stage, words = self.local.stage, describe(error)
@@ -4523,7 +4563,7 @@ class SmtpTransport:
             seconds = self.FINAL_TIMEOUT if stage == "DOT" else self.COMMAND_TIMEOUT
             words = f"no answer within {seconds:.0f} s"
         words = f"the connection failed {STAGES[stage]}: {words}"
-        return InDoubt(words) if stage == "DOT" else Unavailable(words, dropped=True)
+        return InDoubtError(words) if stage == "DOT" else UnavailableError(words, dropped=True)
 
     def _discard(self) -> None:
         smtp, self.local.smtp = getattr(self.local, "smtp", None), None
@@ -4533,7 +4573,7 @@ class SmtpTransport:
             smtp.close()
 
     def _connect(self) -> OpenSmtp:
-        """This thread's connection, logged in. Raises Unavailable."""
+        """This thread's connection, logged in. Raises UnavailableError."""
         if self._connected():
             return self.local.smtp
         settings = self.settings
@@ -4550,12 +4590,12 @@ class SmtpTransport:
                 smtp.ehlo_or_helo_if_needed()
             if settings.smtp_pass or settings.smtp_token_command:
                 if not isinstance(smtp.sock, ssl.SSLSocket):
-                    raise Unavailable("it offers no STARTTLS, and the password is not sent in the clear")
+                    raise UnavailableError("it offers no STARTTLS, and the password is not sent in the clear")
                 self._log_in(smtp)
-        except (OSError, UnicodeError, smtplib.SMTPException, Unavailable) as error:
+        except (OSError, UnicodeError, smtplib.SMTPException, UnavailableError) as error:
             if smtp is not None:
                 smtp.close()
-            raise Unavailable(f"{self} is not available: {reply_text(error)}") from None
+            raise UnavailableError(f"{self} is not available: {reply_text(error)}") from None
         with self.lock:
             self.connections.add(smtp)
         self.local.smtp, self.local.sent, self.local.refusals, self.local.used = smtp, 0, 0, time.monotonic()
@@ -4563,14 +4603,14 @@ class SmtpTransport:
         return smtp
 
     def _log_in(self, smtp: OpenSmtp) -> None:
-        """Log in (RFC 4954) by the first mechanism that both sides know and that succeeds. Raises Unavailable."""
+        """Log in (RFC 4954) by the first mechanism that both sides know and that succeeds. Raises UnavailableError."""
         settings = self.settings
         user, password = settings.smtp_user.encode(), settings.smtp_pass.encode()
         if settings.smtp_token_command:
             token = self._token_other_than(b"")
             try:
                 authenticate(smtp, "XOAUTH2", token, xoauth2(user, token), lambda _: b"")
-            except Unavailable:  # a token ends some time
+            except UnavailableError:  # a token ends some time
                 token = self._token_other_than(token)
                 authenticate(smtp, "XOAUTH2", token, xoauth2(user, token), lambda _: b"")
             return
@@ -4580,17 +4620,17 @@ class SmtpTransport:
             "CRAM-MD5": (b"", lambda challenge: cram_md5(user, password, challenge))}
         offered = smtp.esmtp_features.get("auth", "").upper().split()
         known, there = ", ".join(mechanisms), " ".join(offered) or "nothing"
-        failure = Unavailable(f"it offers none of {known} to log in, but {there}")
+        failure = UnavailableError(f"it offers none of {known} to log in, but {there}")
         for name in mechanisms:
             if name in offered:
                 try:
                     return authenticate(smtp, name, password, *mechanisms[name])
-                except Unavailable as error:
+                except UnavailableError as error:
                     failure = error
         raise failure
 
     def _token_other_than(self, refused: bytes) -> bytes:
-        """The token that `smtp_token_command` writes, kept until the server refuses it. Raises Unavailable."""
+        """The token that `smtp_token_command` writes, kept until the server refuses it. Raises UnavailableError."""
         with self.token_lock:
             if self.token == refused:
                 self.token = b""
@@ -4599,9 +4639,9 @@ class SmtpTransport:
                                           capture_output=True, timeout=self.settings.smtp_timeout)
                 except (OSError, subprocess.TimeoutExpired) as error:
                     words = "timed out" if isinstance(error, subprocess.TimeoutExpired) else describe(error)
-                    raise Unavailable(f"smtp_token_command: {words}") from None
+                    raise UnavailableError(f"smtp_token_command: {words}") from None
                 if done.returncode or not done.stdout.strip():
-                    raise Unavailable(f"smtp_token_command: exit code {done.returncode}, "
+                    raise UnavailableError(f"smtp_token_command: exit code {done.returncode}, "
                                       f"{len(done.stdout.strip())} bytes of token")
                 self.token = done.stdout.strip()
             return self.token
@@ -4612,7 +4652,7 @@ def authenticate(smtp: OpenSmtp, mechanism: str, secret: bytes, initial: bytes,
     """Do one exchange of AUTH (RFC 4954 section 4): the initial response, then an answer to each challenge.
 
     Raises:
-        Unavailable: the server does not accept it; the words hold no part of `secret` or of what was sent.
+        UnavailableError: the server does not accept it; the words hold no part of `secret` or of what was sent.
     """
     sent = [base64.b64encode(initial).decode()]
     code, text = smtp.docmd("AUTH", f"{mechanism} {sent[0]}".strip())
@@ -4623,10 +4663,10 @@ def authenticate(smtp: OpenSmtp, mechanism: str, secret: bytes, initial: bytes,
             sent.append(base64.b64encode(answer(text)).decode())
         except ValueError:  # no such hash here, or no base64 from the server: "*" cancels
             smtp.docmd("*")
-            raise Unavailable(f"{mechanism} cannot be answered on this machine") from None
+            raise UnavailableError(f"{mechanism} cannot be answered on this machine") from None
         code, text = smtp.docmd(sent[-1])
     if code // 100 != 2:
-        raise Unavailable(without_secrets(f"{code} {one_line(text)}", [*sent, secret.decode(errors="replace")]))
+        raise UnavailableError(without_secrets(f"{code} {one_line(text)}", [*sent, secret.decode(errors="replace")]))
 
 
 def xoauth2(user: bytes, token: bytes) -> bytes:
@@ -4675,7 +4715,7 @@ def downgraded(message: bytes) -> bytes:
     return re.sub(r"[^\s,<>]*[^\x00-\x7f][^\s,<>]*", group, head.decode()).encode() + separator + body
 
 
-# --- 8. otp -----------------------------------------------------------------------------------------------
+# --- 12. otp --------------------------------------------------------------------------------------------
 # One-time passwords. At rest there is only a keyed hash of each. The OTP itself is not kept at all: it is the
 # keyed hash of the random seed that its task got from `secrets`, cut to decimal digits, as HOTP does it with a
 # counter (RFC 4226 section 5.3). So a retry, in this process or another, sends the same digits.
@@ -4751,7 +4791,7 @@ class Otps:
         """The OTP of a generateOtp task, verifiable from now on for `ttl` seconds.
 
         Raises:
-            Cancelled: a newer OTP was issued for the address, or this one is used up.
+            CancelledError: a newer OTP was issued for the address, or this one is used up.
         """
         number = int.from_bytes(hmac.digest(self.key, task.payload["seed"].encode(), "sha256"))
         length = task.payload["length"]
@@ -4759,18 +4799,18 @@ class Otps:
         address = task.payload["userId"]
         if not self._keep(keys=[self._record(task.account, address)],
                           args=[self._hash(task.account, address, otp), task.created, self.ttl, task.key]):
-            raise Cancelled("a newer OTP replaced this one, or it is used up")
+            raise CancelledError("a newer OTP replaced this one, or it is used up")
         return otp
 
     def verify(self, owner: Account, address: str, otp: str) -> bool:
-        """Whether `otp` is the valid one of `address`. Raises Refused (429) after too many requests or wrong tries."""
+        """Whether `otp` is the valid one of `address`. Raises HTTPError (429): too many requests or wrong tries."""
         account = owner.name
         result = self._verify(
-            keys=[self._record(account, address), self.store.key("otp_failed", same_mailbox(address), account),
+            keys=[self._record(account, address), self.store.key("otp_failed", fold_address(address), account),
                   self.store.key("otp_requests", account)],
             args=[self._hash(account, address, otp), self.MAX_TRIES, self.MAX_FAILURES, self.minute_max, owner.key_id])
         if result.startswith("wait "):
-            raise too_many(result.removeprefix("wait "), "OTP requests or wrong OTPs")
+            raise rate_limited(result.removeprefix("wait "), "OTP requests or wrong OTPs")
         return result == "verified"
 
     def mail(self, otp: str) -> tuple[str, str]:
@@ -4779,13 +4819,13 @@ class Otps:
         return fill(self.subject, variables), fill(self.content, variables)
 
     def _record(self, account: str, address: str) -> str:
-        return self.store.key("otp", same_mailbox(address), account)
+        return self.store.key("otp", fold_address(address), account)
 
     def _hash(self, account: str, address: str, otp: str) -> str:
-        return hmac.new(self.key, json.dumps([account, same_mailbox(address), otp]).encode(), "sha256").hexdigest()
+        return hmac.new(self.key, json.dumps([account, fold_address(address), otp]).encode(), "sha256").hexdigest()
 
 
-# --- 9. newsletters ---------------------------------------------------------------------------------------
+# --- 13. newsletters ------------------------------------------------------------------------------------
 # Content types, who is subscribed to them, and the schedule. A due subscription moves to its next boundary and
 # its mail into the bulk lane in one script, so that any number of processes send it once.
 
@@ -4986,19 +5026,19 @@ class Newsletters:
         self._checked = 0
 
     def create(self, account: str, content_type: str, subject: str, content: str) -> None:
-        """Define a content type. Raises Refused (409) where there is one of this name."""
+        """Define a content type. Raises HTTPError (409) where there is one of this name."""
         body = json.dumps({"subject": subject, "content": content})
         if not self._create(keys=[self.store.key("content", account)], args=[content_type, body]):
-            raise Refused(409, "content_type exists already; PUT updates it", "content_type")
+            raise HTTPError(409, "content_type exists already; PUT updates it", "content_type")
 
     def update(self, account: str, content_type: str, subject: str, content: str) -> None:
-        """Replace subject and content of a content type. Raises Refused (404) where there is none."""
+        """Replace subject and content of a content type. Raises HTTPError (404) where there is none."""
         body = json.dumps({"subject": subject, "content": content})
         if not self._update(keys=[self.store.key("content", account)], args=[content_type, body]):
             raise self._unknown()
 
     def read(self, account: str, content_type: str) -> Json:
-        """{"content_type", "subject", "content", "subscribers": how many}. Raises Refused (404)."""
+        """{"content_type", "subject", "content", "subscribers": how many}. Raises HTTPError (404)."""
         body = self.store.redis.hget(self.store.key("content", account), content_type)
         if body is None:
             raise self._unknown()
@@ -5045,7 +5085,7 @@ class Newsletters:
             owner, name = places[number]
             key = self.store.key("subscribers", name, owner)
             if address:
-                record = self.store.redis.hget(key, same_mailbox(address))
+                record = self.store.redis.hget(key, fold_address(address))
                 records = {address: record} if record else {}
             else:
                 scan, records = self.store.redis.hscan(key, scan, count=limit)
@@ -5053,7 +5093,7 @@ class Newsletters:
             number += scan == 0
         with self.store.redis.pipeline(transaction=False) as pipeline:
             for owner, name, record in found:
-                pipeline.zscore(self.store.key("schedule"), self._member(owner, name, same_mailbox(record["userId"])))
+                pipeline.zscore(self.store.key("schedule"), self._member(owner, name, fold_address(record["userId"])))
             moments = pipeline.execute()
         return [{"account": owner, "content_type": name, "userId": record["userId"], "frequency": record["frequency"],
                  "next": timestamp(moment * 1e6) if moment else None, "created": timestamp(record["created"])}
@@ -5065,15 +5105,15 @@ class Newsletters:
         return self.store.redis.zcard(self.store.key("schedule"))
 
     def remove(self, account: str, content_type: str) -> None:
-        """Remove a content type and end its subscriptions. Raises Refused (404) where there is none."""
+        """Remove a content type and end its subscriptions. Raises HTTPError (404) where there is none."""
         if not self._remove(keys=[self.store.key("content", account),
                                   self.store.key("subscribers", content_type, account),
                                   self.store.key("issued", content_type, account)], args=[content_type]):
             raise self._unknown()
 
     @staticmethod
-    def _unknown() -> Refused:
-        return Refused(404, "content_type does not exist; POST /task/subscriptionContent defines one", "content_type")
+    def _unknown() -> HTTPError:
+        return HTTPError(404, "content_type does not exist; POST /task/subscriptionContent defines one", "content_type")
 
     def subscribe(self, task: Task) -> str:
         """Carry out a subscribe task: one subscription for the address, with this frequency from now on.
@@ -5081,10 +5121,10 @@ class Newsletters:
         Returns what it came to: "subscribed", or "overtaken" where a later task has had its way before.
 
         Raises:
-            Permanent: there is no such content type, and the task brings none.
+            PermanentError: there is no such content type, and the task brings none.
         """
         payload, account = task.payload, task.account
-        content_type, address = payload["content_type"], same_mailbox(payload["userId"])
+        content_type, address = payload["content_type"], fold_address(payload["userId"])
         record = {"userId": payload["userId"], "frequency": payload["frequency"], "retries": task.retries,
                   "created": task.created, **({"variables": payload["variables"]} if "variables" in payload else {})}
         body = ""
@@ -5096,7 +5136,7 @@ class Newsletters:
             args=[content_type, address, json.dumps(record), task.created, self._member(account, content_type, address),
                   next_boundary(payload["frequency"], self.clock(), self.zone), body])
         if done == "unknown":
-            raise Permanent(f"content type {content_type!r} does not exist")
+            raise PermanentError(f"content type {content_type!r} does not exist")
         return done
 
     def unsubscribe(self, task: Task) -> str:
@@ -5112,7 +5152,7 @@ class Newsletters:
 
         `request` is that of Script.
         """
-        address = same_mailbox(address)
+        address = fold_address(address)
         return self._unsubscribe(
             keys=[self.store.key("subscribers", content_type, account), self.store.key("schedule"),
                   self.store.key("unsubscribed", content_type, address, account),
@@ -5130,7 +5170,7 @@ class Newsletters:
                 subscribers = self.store.key("subscribers", content_type, account)
                 for older, record in self.store.redis.hscan_iter(subscribers, count=1000):
                     # The record has the address as it was given, in JSON with escapes.
-                    if "\\u" in record and (address := same_mailbox(json.loads(record)["userId"])) != older:
+                    if "\\u" in record and (address := fold_address(json.loads(record)["userId"])) != older:
                         self._refold(keys=[subscribers, self.store.key("schedule")], args=[
                             older, address, self._member(account, content_type, older),
                             self._member(account, content_type, address)])
@@ -5144,14 +5184,14 @@ class Newsletters:
         return f"{self.public_url}/unsubscribe/{self.accounts.seal('unsubscribe', claims)}"
 
     def read_link(self, token: str) -> tuple[str, str, str]:
-        """(account, content type, address) behind the token of such a URL. Raises Refused (404)."""
+        """(account, content type, address) behind the token of such a URL. Raises HTTPError (404)."""
         claims = self.accounts.unseal("unsubscribe", token)
         if claims is None:
-            raise Refused(404, "this link is not valid, or not complete", "token")
+            raise HTTPError(404, "this link is not valid, or not complete", "token")
         return claims["sub"], claims["content_type"], claims["email"]
 
     def follow_link(self, token: str) -> None:
-        """End the subscription that a link is about, if it is not over yet. Raises Refused (404)."""
+        """End the subscription that a link is about, if it is not over yet. Raises HTTPError (404)."""
         self._leave(*self.read_link(token), int(self.store.time() * 1e6))
 
     def mail(self, task: Task) -> tuple[str, str, tuple[tuple[str, str], ...]]:
@@ -5161,16 +5201,16 @@ class Newsletters:
         reader's mailer tell the newsletter from others (RFC 2919) and unsubscribe (RFC 2369, RFC 8058).
 
         Raises:
-            Cancelled: the address unsubscribed, or the content type was removed, since the mail was queued.
-            Permanent: the subscription brings variables, but not all that the content names, or too large ones.
+            CancelledError: the address unsubscribed, or the content type was removed, since the mail was queued.
+            PermanentError: the subscription brings variables, but not all that the content names, or too large ones.
         """
         content_type, address = task.payload["content_type"], task.payload["userId"]
         with self.store.redis.pipeline(transaction=False) as pipeline:
             pipeline.hget(self.store.key("content", task.account), content_type)
-            pipeline.hget(self.store.key("subscribers", content_type, task.account), same_mailbox(address))
+            pipeline.hget(self.store.key("subscribers", content_type, task.account), fold_address(address))
             body, subscription = pipeline.execute()
         if not body or not subscription:
-            raise Cancelled("no longer subscribed")
+            raise CancelledError("no longer subscribed")
         body, own = json.loads(body), json.loads(subscription).get("variables")
         url = self.link(task.account, content_type, address)
         variables = {**(own or {}), "email": address, **({"unsubscribe_url": url} if url else {})}
@@ -5178,10 +5218,10 @@ class Newsletters:
             subject, content = (fill(text, variables, escape, own is None, self.max_size) for text, escape in (
                 (body["subject"], False), (body["content"], is_html(body["content"]))))
         except KeyError as error:
-            raise Permanent(f"the subscription has no variable {error.args[0]!r}") from None
+            raise PermanentError(f"the subscription has no variable {error.args[0]!r}") from None
         except TooLarge as error:
-            raise Permanent(f"with the subscription's variables the mail would have {error.size} bytes, and may have "
-                            f"{self.max_size} (max_body)") from None
+            raise PermanentError(f"with the subscription's variables the mail would have {error.size} bytes, and may "
+                                 f"have {self.max_size} (max_body)") from None
         # RFC 2369 section 2 lets a long URL be folded; no line may be longer than 998.
         folded = "\r\n ".join(url[start:start + 900] for start in range(0, len(url), 900))
         name = (re.sub(r"[^a-z0-9]+", "-", content_type.lower()).strip("-")
@@ -5221,9 +5261,9 @@ class Newsletters:
         return json.dumps([account, content_type, address], ensure_ascii=False)
 
 
-# --- 10. workers ------------------------------------------------------------------------------------------
+# --- 14. workers ----------------------------------------------------------------------------------------
 # The thread pool. Each worker belongs to one lane and does one task at a time. When the mail server is out,
-# the gate of the lane closes, and one worker knocks until it opens again; no task pays for that.
+# the breaker of the lane closes, and one worker knocks until it opens again; no task pays for that.
 
 class SmtpState:
     """Whether the SMTP server can be reached, as this process saw it last: one state for all lanes.
@@ -5238,24 +5278,24 @@ class SmtpState:
     def __init__(self, transport: Transport) -> None:
         self.transport, self.lock = transport, threading.Lock()
         self.state, self.reason, self.since, self.began = "unknown", "", 0.0, 0.0
-        self.paused: set[Gate] = set()
+        self.paused: set[CircuitBreaker] = set()
 
-    def out(self, reason: str, gate: "Gate") -> None:
+    def out(self, reason: str, breaker: "CircuitBreaker") -> None:
         """Note an outage that pauses a lane."""
         with self.lock:
             if self.state != "out":
                 log(logging.WARNING, "mail server out", server=str(self.transport), error=reason)
                 self.state, self.since, self.began = "out", time.time(), time.monotonic()
             self.reason = reason
-            self.paused.add(gate)
+            self.paused.add(breaker)
 
     def report(self) -> Json | None:
         """Since when (microseconds since the epoch) and why the server is out; None where it is not."""
         with self.lock:
             return {"since": int(self.since * 1e6), "reason": self.reason} if self.state == "out" else None
 
-    def passed(self, but: "Gate | None" = None) -> None:
-        """Note that the server answered: the lanes that its outage paused go on, except the one of the gate `but`.
+    def passed(self, but: "CircuitBreaker | None" = None) -> None:
+        """Note that the server answered: the lanes that its outage paused go on, except the one of the breaker `but`.
 
         What goes over an older connection proves nothing: the server may serve those and refuse new ones.
         """
@@ -5268,16 +5308,16 @@ class SmtpState:
                 log(logging.INFO, "mail server up again", server=str(self.transport))
             self.state, self.reason = "up", ""
             paused, self.paused = self.paused - {but}, set()
-        for gate in paused:
-            gate.open()
+        for breaker in paused:
+            breaker.open()
 
 
-class Gate:
+class CircuitBreaker:
     """Whether a lane may send, from the point of view of this process.
 
     Args:
         lane: its name, for the log.
-        transport: what to probe while the gate is closed.
+        transport: what to probe while the breaker is closed.
         stopping: Event that ends all waiting.
         smtp: the SmtpState of all lanes.
     """
@@ -5339,7 +5379,7 @@ class Gate:
                     try:
                         self.transport.probe()
                         self.smtp.passed()
-                    except Unavailable as error:
+                    except UnavailableError as error:
                         self.failures += 1
                         self.reason = str(error)
                         log(logging.INFO, "lane still paused", lane=self.lane, error=self.reason)
@@ -5356,7 +5396,7 @@ class Gate:
         return not self.stopping.is_set()
 
 
-class Postponed(Exception):
+class PostponedError(Exception):
     """The service stops: the task goes back to its lane."""
 
 
@@ -5377,15 +5417,16 @@ class Workers:
     EVENTS = {"succeeded": "sent", "retrying": "retried", "dropped": "retried", "in-doubt": "retried",
               "dead": "failed"}  # of a mail
 
-    def __init__(self, settings: Settings, queue: Queue, transport: Transport, otps: Otps, newsletters: Newsletters,
-                 stats: Stats) -> None:
-        self.settings, self.queue, self.transport, self.stats = settings, queue, transport, stats
+    def __init__(self, settings: Settings, queue: Queue, suppressions: Suppressions, transport: Transport, otps: Otps,
+                 newsletters: Newsletters, stats: Stats) -> None:
+        self.settings, self.queue, self.suppressions = settings, queue, suppressions
+        self.transport, self.stats = transport, stats
         self.otps, self.newsletters = otps, newsletters
         self.handlers = {"message": self.send_message, "generateOtp": self.send_otp, "newsletter": self.send_newsletter,
                          "subscribe": newsletters.subscribe, "unsubscribe": newsletters.unsubscribe}
         self.stopping = threading.Event()
         self.smtp = SmtpState(transport)
-        self.gates = {lane: Gate(lane, transport, self.stopping, self.smtp) for lane in LANES}
+        self.breakers = {lane: CircuitBreaker(lane, transport, self.stopping, self.smtp) for lane in LANES}
         self.suspect = threading.Lock()
         # One thread for the changes: they wait for Redis alone, and more threads would make an OTP slower.
         names = [(lane, f"{lane}-{number}") for lane in LANES
@@ -5400,7 +5441,7 @@ class Workers:
     @property
     def paused(self) -> dict[str, str]:
         """Why lanes are paused in this process: lane -> reason."""
-        return {lane: gate.reason for lane, gate in self.gates.items() if gate.reason}
+        return {lane: breaker.reason for lane, breaker in self.breakers.items() if breaker.reason}
 
     def start(self) -> None:
         """Start the threads."""
@@ -5430,10 +5471,10 @@ class Workers:
             try:
                 # A second thread would make newsletters that go swiftly only little faster, and an OTP slower.
                 rest = name != "bulk-0" and lane == "bulk" and duration < self.SWIFT
-                take = not self.stopping.is_set() and not self.gates[lane].reason and not rest
+                take = not self.stopping.is_set() and not self.breakers[lane].reason and not rest
                 if lane != "urgent":
                     self.queue.give_way()
-                task = self.queue.exchange(name, lane, outcome, take)
+                task = self.queue.settle_and_take(name, lane, outcome, take)
                 outcome, failures = None, 0
                 if task:
                     started = time.monotonic()
@@ -5447,10 +5488,10 @@ class Workers:
                 elif take:
                     self.transport.tidy(SmtpTransport.IDLE)
                     while not (self.queue.wait(name, lane, self.WAIT) or self.stopping.is_set()
-                               or self.gates[lane].reason):
+                               or self.breakers[lane].reason):
                         self.transport.tidy(SmtpTransport.IDLE)
                 else:
-                    self.gates[lane].wait()
+                    self.breakers[lane].wait()
             except redis.RedisError as error:
                 failures += 1
                 self.queue.store.refused(error)
@@ -5484,46 +5525,46 @@ class Workers:
             if task.strikes:
                 self.queue.begin(task)
             result = self.handlers[task.type](task)
-        except Cancelled as error:
+        except CancelledError as error:
             return Outcome(task.id, "cancelled", str(error))
-        except Suppressed as error:
+        except SuppressedError as error:
             return Outcome(task.id, "suppressed", str(error))
-        except Postponed as error:
+        except PostponedError as error:
             return Outcome(task.id, "returned", str(error))
-        except Permanent as error:
+        except PermanentError as error:
             return Outcome(task.id, "dead", str(error), suppress=(
-                (same_mailbox(task.payload["userId"]),) if error.no_such_address else ()))
-        except Partial as error:
+                (fold_address(task.payload["userId"]),) if error.no_such_address else ()))
+        except PartialError as error:
             outcome = self._partial(task, lane, error)
-            unknown = tuple(same_mailbox(address) for address, refusal in error.refused.items()
-                            if isinstance(refusal, Permanent) and refusal.no_such_address)
+            unknown = tuple(fold_address(address) for address, refusal in error.refused.items()
+                            if isinstance(refusal, PermanentError) and refusal.no_such_address)
             return dataclasses.replace(outcome, delivered=task.delivered + error.delivered, suppress=unknown)
-        except Unavailable as error:
+        except UnavailableError as error:
             return self._unavailable(task, lane, error, str(error))
         except redis.RedisError as error:
             return Outcome(task.id, "returned", f"Redis is not available: {describe(error)}")
-        except Temporary as error:
+        except TemporaryError as error:
             return self._failed(task, str(error))
         except Exception as error:  # a fault of ours costs one task an attempt, never the worker
             logger.exception("unexpected error", extra={"fields": {"task": task.id}})
             return self._failed(task, f"internal error ({type(error).__name__})")
         return Outcome(task.id, "succeeded", result=result or "")
 
-    def _partial(self, task: Task, lane: str, error: Partial) -> Outcome:
+    def _partial(self, task: Task, lane: str, error: PartialError) -> Outcome:
         """What becomes of a task of which some recipients did not get the mail."""
         for found in error.refused.values():
-            if isinstance(found, Unavailable):
+            if isinstance(found, UnavailableError):
                 return self._unavailable(task, lane, found, str(error))
-        if all(isinstance(found, Permanent) for found in error.refused.values()):
+        if all(isinstance(found, PermanentError) for found in error.refused.values()):
             return Outcome(task.id, "dead", str(error))
         return self._failed(task, str(error))
 
-    def _unavailable(self, task: Task, lane: str, error: Unavailable, words: str) -> Outcome:
+    def _unavailable(self, task: Task, lane: str, error: UnavailableError, words: str) -> Outcome:
         """Pause the lane. The task pays no attempt for it, but where it may itself be the cause."""
-        self.gates[lane].close(str(error), outage=not error.dropped and not error.sender)
+        self.breakers[lane].close(str(error), outage=not error.dropped and not error.sender)
         if not error.dropped:
             return Outcome(task.id, "returned", words)
-        doubt = isinstance(error, InDoubt)
+        doubt = isinstance(error, InDoubtError)
         # A mail that makes the server hang up would go round for ever. It is charged for that when it is
         # the third time and the server has taken other mails since the last.
         if task.drops >= self.MAX_DROPS and self.transport.accepted * 1e6 >= task.dropped:
@@ -5572,14 +5613,14 @@ class Workers:
 
     def _send(self, task: Task, mail: Mail) -> None:
         """Send a mail to those who have not got it yet, and are not suppressed."""
-        wanted = [found for found in mail.recipients if same_mailbox(found) not in task.suppressed and not (
-            task.type != "generateOtp" and self.queue.suppressed_by_older(task.account, found))]
+        wanted = [found for found in mail.recipients if fold_address(found) not in task.suppressed and not (
+            task.type != "generateOtp" and self.suppressions.by_older(task.account, found))]
         if not wanted and not task.delivered:
-            raise Suppressed(f"{task.payload['userId']} is suppressed; see GET /suppressions")
+            raise SuppressedError(f"{task.payload['userId']} is suppressed; see GET /suppressions")
         if recipients := [found for found in wanted if found not in task.delivered]:
             lane, sender = lane_of(task.type), mail.sender[1]
             if (pause := self.queue.pace(lane)) and self.stopping.wait(pause):
-                raise Postponed("the service stopped before smtp_rate let it go")
+                raise PostponedError("the service stopped before smtp_rate let it go")
             moment = max(task.created, task.payload.get("send_at", 0))
             message = compose(mail, f"{task.id}@{sender.rpartition('@')[2]}", moment)
             started = time.monotonic()
@@ -5587,10 +5628,10 @@ class Workers:
                 self.transport.send(sender, recipients, message, Account(task.account, task.key), lane == "urgent")
             finally:
                 self.stats.observe("gomail_smtp_seconds", time.monotonic() - started)
-            self.gates[lane].passed()
+            self.breakers[lane].passed()
 
 
-# --- 11. cron ---------------------------------------------------------------------------------------------
+# --- 15. cron -------------------------------------------------------------------------------------------
 # One thread that does what is due: heartbeats, retries, newsletters, and the tasks of dead processes.
 
 class Cron:
@@ -5599,7 +5640,7 @@ class Cron:
     Args:
         store: the Store, told whether Redis answers.
         accounts, queue, newsletters, stats: whose due work it does.
-        workers: the Workers that the heartbeat shows, and whose gates it opens when somebody asks for that.
+        workers: the Workers that the heartbeat shows, and whose breakers it opens when somebody asks for that.
         server: the EmbeddedServer to keep running, or None.
     """
 
@@ -5662,7 +5703,7 @@ class Cron:
             before, self.asked = self.asked, self.beat()
             for lane in LANES:
                 if self.asked.get(lane) != before.get(lane):
-                    self.workers.gates[lane].resume()
+                    self.workers.breakers[lane].resume()
             self.beaten = now
             self.store.tidy()
             self.accounts.restore()
@@ -5671,7 +5712,7 @@ class Cron:
             self.queue.reclaim()
             self.queue.recall()
             self.newsletters.correct()
-            if isinstance(self.workers.transport, Outbox):
+            if isinstance(self.workers.transport, MaildirTransport):
                 with surviving("the Maildir cannot be cleaned"):
                     self.workers.transport.clean()
         if now - self.looked < self.LOOK and not self.queue.is_due():
@@ -5690,10 +5731,8 @@ class Cron:
                 self.server.ensure()
 
 
-# --- 12. http ---------------------------------------------------------------------------------------------
-# The routes are a table; a handler takes a Request and returns what to answer. `http.server` gives the sockets
-# and threads; requests are read here, by RFC 9112 to the letter, because what two readers of one stream
-# understand differently is how requests are smuggled. One place turns every exception into a JSON error.
+# --- 16. http api ---------------------------------------------------------------------------------------
+# The routes are a table; a handler takes a Request and returns what to answer.
 
 # Larger bodies count in a budget of all connections, and only a few of them are parsed and answered at once: the parser
 # holds the interpreter for 10 ms and more a megabyte, and what it makes can take twenty times the memory of the text.
@@ -5709,11 +5748,11 @@ PROXY_HEADER = re.compile("via|forwarded|x-forwarded(-.*)?|x-original-.*|x-real-
 class Request:
     """A request as its handler sees it.
 
-    `path` holds the values of the route's placeholders; `peer` is the address that the connection comes from.
+    `path_params` holds the values of the route's placeholders; `peer` is the address that the connection comes from.
     """
 
     headers: dict
-    path: dict
+    path_params: dict
     query: dict
     body: Any = None
     account: Any = None  # an Account, where the route asks who sends it
@@ -5776,23 +5815,22 @@ class Route:
         return most if self.body and self.access in ("key", "all", "task") else min(most, SMALL_BODY)
 
 
-class Otp(Text):
+class Otp(String):
     """The digits that somebody typed. Others are no error, but a wrong OTP."""
 
     expected = "a string of digits"
 
 
-ID = Object({"id": Text(254, ONE_LINE, LINE)})  # any that was ever taken
+ID = Object({"id": String(254, ONE_LINE, LINE)})  # any that was ever taken
 NEW_ID = Object({"id": AccountName()})
 DEFINITION = Object({"content_type": CONTENT_TYPE, "subject": SUBJECT_TEMPLATE, "content": CONTENT_TEMPLATE})
 VERIFICATION = Object({"userEmail": Address(), "otp": Otp(64, ONE_LINE, LINE)})
-BATCH = Object({"tasks": List(Anything(), 1000, 1)})  # each is checked, and answered, by itself
+BATCH = Object({"tasks": Array(AnyValue(), 1000, 1)})  # each is checked, and answered, by itself
 RECIPIENT = Object({"userId": Address()})
-LOGIN = Object({"key": Text(4096, ONE_LINE, LINE)})
+LOGIN = Object({"key": String(4096, ONE_LINE, LINE)})
 STATES = ("queued", "scheduled", "running", "retrying", "succeeded", "dead", "suppressed", "cancelled")
-PAGING = {"offset": Whole(0, 10**9), "limit": Whole(0, 1000)}
-CURSOR = Form("what the answer before had as next", re.compile(r"[0-9]{1,10}-[0-9]{1,19}"), 30)
-
+PAGING = {"offset": Integer(0, 10**9), "limit": Integer(0, 1000)}
+CURSOR = Pattern("what the answer before had as next", re.compile(r"[0-9]{1,10}-[0-9]{1,19}"), 30)
 DONE = {"status": bool, "msg": str}
 QUEUED = {**DONE, "id": str}
 CONTENT_ANSWER = {"status": bool, "content_type": str, "subject": str, "content": str, "subscribers": int, "view": str}
@@ -5802,7 +5840,6 @@ PAGE_ANSWER = {"status": bool, "total": int, "offset": int, "limit": int}
 SESSION_ANSWER = {"status": bool, "account": (str, None), "admin": bool, "signup": bool}
 METRICS_ANSWER = {"status": bool, "Total Jobs Executed": int, "Jobs Successful": int, "Jobs Failed": int,
                   "queued": dict}
-
 ROUTES = (
     Route("POST", "/auth/signup", "sign_up", "admin", NEW_ID, answer={"apiKey": str}, refuses=(409,)),
     Route("POST", "/auth/deregister", "deregister", "owner", ID, answer=DONE, refuses=(404,)),
@@ -5823,7 +5860,7 @@ ROUTES = (
     Route("GET", "/task/subscriptionContent/{content_type}", "read_content", answer=CONTENT_ANSWER, refuses=(404,)),
     Route("DELETE", "/task/subscriptionContent/{content_type}", "remove_content", answer=DONE, refuses=(404,)),
     Route("GET", "/task/recent", "list_recent", "all", query={
-        **PAGING, "search": Text(254, ONE_LINE, LINE), "state": Choice(STATES)},
+        **PAGING, "search": String(254, ONE_LINE, LINE), "state": Enum(STATES)},
         answer={"status": bool, "tasks": list, "next": (int, None)}),
     Route("GET", "/task/dead", "list_dead", "all", query=PAGING, answer={**PAGE_ANSWER, "tasks": list}),
     Route("DELETE", "/task/dead", "remove_all_dead", "all", answer={**DONE, "count": int}),
@@ -5833,7 +5870,7 @@ ROUTES = (
     Route("GET", "/task/{id}", "read_task", "all", answer=TASK_ANSWER, refuses=(404,)),
     Route("DELETE", "/task/{id}", "cancel_task", "all", answer=DONE, refuses=(404, 409)),
     Route("GET", "/subscriptions", "list_subscriptions", "all", query={
-        "content_type": CONTENT_TYPE, "userId": Address(), "cursor": CURSOR, "limit": Whole(1, 1000)},
+        "content_type": CONTENT_TYPE, "userId": Address(), "cursor": CURSOR, "limit": Integer(1, 1000)},
         answer={"status": bool, "subscriptions": list, "next": (str, None)}),
     Route("GET", "/suppressions", "list_suppressions", query=PAGING,
           answer={**PAGE_ANSWER, "suppressions": list}),
@@ -5860,7 +5897,6 @@ ROUTES = (
     Route("GET", "/openapi.json", "describe_routes", "open",
           answer={"openapi": str, "info": dict, "paths": dict, "components": dict}),
 )
-
 FIXED = {path: [route for route in ROUTES if route.path == path] for path in (route.path for route in ROUTES)
          if "{" not in path}
 
@@ -5880,7 +5916,7 @@ def allowed_methods(routes: Sequence[Route]) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Document:
+class Response:
     """An answer that is not JSON, or comes with headers of its own."""
 
     media_type: str
@@ -5888,14 +5924,13 @@ class Document:
     headers: dict = dataclasses.field(default_factory=dict)
 
 
-Reply = Json | Document  # what a handler returns
-
+Reply = Json | Response  # what a handler returns
 PAGE_FILE = pathlib.Path(__file__).with_name("page.html")  # calls the routes, as any app could
 
 
-def small_page(body: str) -> Document:
+def small_page(body: str) -> Response:
     """A page for a reader of newsletters."""
-    return Document("text/html", '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>Newsletter</title>'
+    return Response("text/html", '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>Newsletter</title>'
                     '<meta name="viewport" content="width=device-width"><body style="font: 1.2em sans-serif; '
                     f'margin: 3em auto; max-width: 30em">{body}</body></html>\n')
 
@@ -5937,9 +5972,11 @@ class Api:
     GUESSES = 8  # wrong tokens whose answers wait at once, in a process
     PENALTY = 1.0  # seconds that each waits
 
-    def __init__(self, settings: Settings, accounts: Accounts, queue: Queue, otps: Otps, newsletters: Newsletters,
-                 workers: Workers, stats: Stats) -> None:
+    def __init__(self, settings: Settings, accounts: Accounts, queue: Queue, inspection: Inspection,
+                 suppressions: Suppressions, otps: Otps, newsletters: Newsletters, workers: Workers,
+                 stats: Stats) -> None:
         self.settings, self.accounts, self.queue = settings, accounts, queue
+        self.inspection, self.suppressions = inspection, suppressions
         self.otps, self.newsletters, self.workers, self.stats = otps, newsletters, workers, stats
         # A browser sends the cookies of one port to all ports of a host: two services there need two names.
         self.cookie = f"gomail_{accounts.derive('cookie').hex()[:8]}"
@@ -5951,7 +5988,7 @@ class Api:
         """Who sends a request, by what its head says; None where the route asks nobody.
 
         Raises:
-            Refused: 401; 403 for a proxy's clients; 404 or 400, the account that the admin means; 429, see charge().
+            HTTPError: 401; 403 for a proxy's clients; 404 or 400, the account that the admin means; 429, see charge().
             RedisError: Redis is away.
         """
         if route.handler not in self.WITHOUT_REDIS and not self.queue.store.available:
@@ -5961,7 +5998,7 @@ class Api:
             case "open":
                 return None
             case "task":
-                return self.holder(request)
+                return self.account_for(request)
             case "admin" | "owner" if self.may_govern(request):
                 return self.admin
             case "admin":
@@ -5970,14 +6007,14 @@ class Api:
             case "key" | "all" if self.is_admin(request):
                 return self.named(request, route)
             case "key" | "all" | "owner":
-                return self.accounts.current(self.key_holder(request))
+                return self.accounts.ensure_active(self.account_or_charge(request))
         raise ValueError(f"{route.access} is no level of access")
 
-    def answer(self, route: Route, request: Request) -> dict | Document:
-        """What `route` answers to an authenticated request. Raises Refused, or RedisError where Redis is away."""
+    def answer(self, route: Route, request: Request) -> dict | Response:
+        """What `route` answers to an authenticated request. Raises HTTPError, or RedisError where Redis is away."""
         if route.body:
             request.body = route.body(request.body)
-        request.query = {name: check(int(text) if isinstance(check, Whole) and re.fullmatch("[0-9]{1,10}", text)
+        request.query = {name: check(int(text) if isinstance(check, Integer) and re.fullmatch("[0-9]{1,10}", text)
                                      else text, name)
                          for name, check in route.query.items() if (text := request.query.get(name)) is not None}
         return getattr(self, route.handler)(request)
@@ -5986,21 +6023,22 @@ class Api:
         """The Account that the admin means by `?account=`; without that, all of them."""
         name = request.query.get("account", "")
         if not name and route.access != "all":
-            raise Refused(400, "account is required with the admin_token: add ?account= and the name of one", "account")
+            raise HTTPError(400, "account is required with the admin_token: add ?account= and the name of one",
+                            "account")
         account = self.accounts.find(name) if name else self.admin
         if account is None:
-            raise Refused(404, "account is not registered", "account")
+            raise HTTPError(404, "account is not registered", "account")
         return account
 
-    def holder(self, request: Request) -> Account:
-        """The Account of the session, or else of the key, whether or not it was revoked. Raises Refused (401)."""
-        return self.session(request) or self.accounts.read(request.headers.get("authorization", ""))
+    def account_for(self, request: Request) -> Account:
+        """The Account of the session, or else of the key, whether or not it was revoked. Raises HTTPError (401)."""
+        return self.session(request) or self.accounts.decode_key(request.headers.get("authorization", ""))
 
-    def key_holder(self, request: Request) -> Account:
-        """As holder(), where admin_token would be taken too. Raises Refused (401, 429)."""
+    def account_or_charge(self, request: Request) -> Account:
+        """As account_for(), where admin_token would be taken too. Raises HTTPError (401, 429)."""
         try:
-            return self.holder(request)
-        except Refused:
+            return self.account_for(request)
+        except HTTPError:
             self.charge(request)
             raise
 
@@ -6032,11 +6070,11 @@ class Api:
         """Whether the request may do what the admin may: anybody without admin_token, but nobody through a proxy."""
         return self.is_admin(request) if self.settings.admin_token else not request.proxied
 
-    def not_admin(self) -> Refused:
+    def not_admin(self) -> HTTPError:
         """The error for a request that may not do what the admin may."""
         if self.settings.admin_token:
-            return Refused(401, "Authorization must hold the admin_token", None, {"WWW-Authenticate": "Bearer"})
-        return Refused(403, "without the option admin_token, this is not allowed through a proxy")
+            return HTTPError(401, "Authorization must hold the admin_token", None, {"WWW-Authenticate": "Bearer"})
+        return HTTPError(403, "without the option admin_token, this is not allowed through a proxy")
 
     def charge(self, request: Request) -> None:
         """Log a wrong admin_token, and delay its answer by PENALTY seconds. GUESSES answers wait so at once.
@@ -6045,13 +6083,13 @@ class Api:
         Keys that were given out here are no guesses, even where they have expired or are not enough.
 
         Raises:
-            Refused: 429, so many answers wait already.
+            HTTPError: 429, so many answers wait already.
         """
         header = request.headers.get("authorization", "")
         if not self.settings.admin_token or not strip_bearer(header) or self.accounts.is_signed(header):
             return
         if not self.guesses.acquire(blocking=False):
-            raise Refused(429, "too many requests with a wrong token or key; try again in a second", None,
+            raise HTTPError(429, "too many requests with a wrong token or key; try again in a second", None,
                           {"Retry-After": "1", "Connection": "close"})
         try:
             log(logging.WARNING, "wrong admin_token", client=request.client)
@@ -6065,8 +6103,8 @@ class Api:
     def read_session(self, request: Request) -> Reply:
         account = self.session(request)
         try:
-            account = account if account is None or self.is_admin(request) else self.accounts.current(account)
-        except Refused:
+            account = account if account is None or self.is_admin(request) else self.accounts.ensure_active(account)
+        except HTTPError:
             account = None
         return self.describe_session(request, account)
 
@@ -6076,7 +6114,7 @@ class Api:
 
     def open_session(self, request: Request) -> Reply:
         given = dataclasses.replace(request, headers={**request.headers, "authorization": request.body["key"]})
-        account = self.admin if self.is_admin(given) else self.accounts.current(self.key_holder(given))
+        account = self.admin if self.is_admin(given) else self.accounts.ensure_active(self.account_or_charge(given))
         # The browser sends the origin of its page: where that is HTTPS, the cookie never goes another way.
         secure = "; Secure" * request.headers.get("origin", "").startswith("https:")
         return self.with_cookie(self.describe_session(request, account),
@@ -6086,14 +6124,14 @@ class Api:
         self.accounts.end_session(self.session_token(request))
         return self.with_cookie({"status": True, "msg": "Signed out"}, "", 0)
 
-    def with_cookie(self, body: Json, value: str, seconds: int, more: str = "") -> Document:
+    def with_cookie(self, body: Json, value: str, seconds: int, more: str = "") -> Response:
         """The answer `body`, with the session's cookie for so many seconds."""
-        return Document("application/json", ENCODER.encode(body) + "\n", {
+        return Response("application/json", ENCODER.encode(body) + "\n", {
             "Set-Cookie": f"{self.cookie}={value}; HttpOnly; SameSite=Strict; Path=/; Max-Age={seconds}{more}"})
 
     def sign_up(self, request: Request) -> Reply:
         if request.body["id"] == Accounts.COMMAND_LINE:  # its key would show what the operator sends
-            raise Refused(409, "id is kept for the command line; choose another", "id")
+            raise HTTPError(409, "id is kept for the command line; choose another", "id")
         return {"apiKey": self.accounts.sign_up(request.body["id"])}
 
     def deregister(self, request: Request) -> Reply:
@@ -6104,17 +6142,17 @@ class Api:
         return {"status": True, "msg": "Deregistered successfully!"}
 
     def idempotency_key(self, request: Request) -> str:
-        """The header of a request that is safe to repeat, "" where it has none. Raises Refused (400)."""
+        """The header of a request that is safe to repeat, "" where it has none. Raises HTTPError (400)."""
         key = request.headers.get("idempotency-key", "")
         if len(key) > 255:
-            raise Refused(400, "Idempotency-Key must have at most 255 characters", "Idempotency-Key")
+            raise HTTPError(400, "Idempotency-Key must have at most 255 characters", "Idempotency-Key")
         return key
 
     def enqueue(self, request: Request) -> Reply:
         key = self.idempotency_key(request)
         fill_message(request.body, "", self.settings.max_body)
         result, = self.queue.enqueue(request.account, [request.body], key)
-        if isinstance(result, Refused):
+        if isinstance(result, HTTPError):
             raise result
         return {"status": True, "msg": "Task enqueued successfully", "id": result}
 
@@ -6126,17 +6164,18 @@ class Api:
                 checked = TASK(task, f"tasks[{number}]")
                 room -= fill_message(checked, f"tasks[{number}]", min(room, self.settings.max_body))
                 results.append(checked)
-            except Refused as refused:
+            except HTTPError as refused:
                 results.append(refused)
         good = [number for number, result in enumerate(results) if isinstance(result, dict)]
         # Which are good counts as well: the answer to each is found by its place among them.
         batch = json.dumps([good, request.body], sort_keys=True) if key else ""
         queued = self.queue.enqueue(request.account, [results[number] for number in good], key, batch)
         for number, result in zip(good, queued):
-            if isinstance(result, Refused) and result.field:
+            if isinstance(result, HTTPError) and result.field:
                 result.field = f"tasks[{number}].{result.field}"
             results[number] = result
-        return {"status": True, "tasks": [result.body if isinstance(result, Refused) else {"status": True, "id": result}
+        return {"status": True, "tasks": [
+            result.body if isinstance(result, HTTPError) else {"status": True, "id": result}
                                           for result in results]}
 
     def verify(self, request: Request) -> Reply:
@@ -6157,44 +6196,44 @@ class Api:
         return {"status": True, "msg": "Content Type updated successfully"}
 
     def read_content(self, request: Request) -> Reply:
-        account, content_type = request.account.name, request.path["content_type"]
+        account, content_type = request.account.name, request.path_params["content_type"]
         return {"status": True, **self.newsletters.read(account, content_type),
                 "view": self.viewing(request.account, content_type=content_type)}
 
     def remove_content(self, request: Request) -> Reply:
-        self.newsletters.remove(request.account.name, request.path["content_type"])
+        self.newsletters.remove(request.account.name, request.path_params["content_type"])
         return {"status": True, "msg": "Content Type removed successfully"}
 
     def read_task(self, request: Request) -> Reply:
-        found = self.queue.status(request.path["id"], request.account.name, story=True)
+        found = self.inspection.status(request.path_params["id"], request.account.name, story=True)
         if found is None:
-            raise Refused(404, "there is no such task, or it ended too long ago", "id")
+            raise HTTPError(404, "there is no such task, or it ended too long ago", "id")
         return {"status": True, **found}
 
     def cancel_task(self, request: Request) -> Reply:
-        self.queue.cancel(request.path["id"], request.account.name)
+        self.queue.cancel(request.path_params["id"], request.account.name)
         return {"status": True, "msg": "Task cancelled successfully"}
 
     def list_recent(self, request: Request) -> Reply:
-        tasks, following = self.queue.recent(request.account.name, **request.query)
+        tasks, following = self.inspection.recent(request.account.name, **request.query)
         return {"status": True, "tasks": tasks, "next": following}
 
     def list_dead(self, request: Request) -> Reply:
         paging = {"offset": 0, "limit": 100, **request.query}
-        total, letters = self.queue.dead(request.account.name, **paging)
+        total, letters = self.inspection.dead(request.account.name, **paging)
         return {"status": True, "total": total, **paging, "tasks": letters}
 
     def retry_dead(self, request: Request) -> Reply:
         self.revive(request, remove=False)
-        return {"status": True, "msg": "Task enqueued successfully", "id": request.path["id"]}
+        return {"status": True, "msg": "Task enqueued successfully", "id": request.path_params["id"]}
 
     def remove_dead(self, request: Request) -> Reply:
         self.revive(request, remove=True)
         return {"status": True, "msg": "Dead letter removed successfully"}
 
     def revive(self, request: Request, remove: bool) -> None:
-        if not self.queue.revive(request.path["id"], request.account.name, remove):
-            raise Refused(404, "there is no dead letter of this id; GET /task/dead lists them", "id")
+        if not self.queue.revive(request.path_params["id"], request.account.name, remove):
+            raise HTTPError(404, "there is no dead letter of this id; GET /task/dead lists them", "id")
 
     def retry_all_dead(self, request: Request) -> Reply:
         count = self.queue.revive_all(request.account.name)
@@ -6211,41 +6250,41 @@ class Api:
 
     def list_suppressions(self, request: Request) -> Reply:
         paging = {"offset": 0, "limit": 100, **request.query}
-        total, found = self.queue.suppressions(request.account.name, **paging)
+        total, found = self.suppressions.list(request.account.name, **paging)
         return {"status": True, "total": total, **paging, "suppressions": found}
 
     def suppress(self, request: Request) -> Reply:
-        self.queue.suppress(request.account.name, request.body["userId"])
+        self.suppressions.add(request.account.name, request.body["userId"])
         return {"status": True, "msg": "Address suppressed successfully"}
 
     def unsuppress(self, request: Request) -> Reply:
-        if not self.queue.unsuppress(request.account.name, request.body["userId"]):
-            raise Refused(404, "userId is not suppressed", "userId")
+        if not self.suppressions.remove(request.account.name, request.body["userId"]):
+            raise HTTPError(404, "userId is not suppressed", "userId")
         return {"status": True, "msg": "Suppression removed successfully"}
 
     def list_lanes(self, request: Request) -> Reply:
-        depths, transport = self.queue.depths(), self.workers.transport
-        outbox = isinstance(transport, Outbox)
-        dead, _ = self.queue.dead(request.account.name, limit=0)
-        smtp = self.queue.outage(self.workers.smtp.report()) or {
+        depths, transport = self.inspection.depths(), self.workers.transport
+        outbox = isinstance(transport, MaildirTransport)
+        dead, _ = self.inspection.dead(request.account.name, limit=0)
+        smtp = self.inspection.outage(self.workers.smtp.report()) or {
             "state": self.workers.smtp.state, "processes": 0, "since": None, "reason": None}
-        return {"status": True, "lanes": self.queue.lanes(depths), "processes": self.queue.processes(),
+        return {"status": True, "lanes": self.inspection.lanes(depths), "processes": self.inspection.processes(),
                 "retrying": depths["retrying"], "dead": dead, "mail_to": "Maildir" if outbox else str(transport),
                 "outbox": outbox, "smtp": smtp}
 
     def resume_lane(self, request: Request) -> Reply:
-        if request.path["lane"] not in LANES:
-            raise Refused(404, f"lane must be one of {', '.join(LANES)}", "lane")
-        self.queue.resume(request.path["lane"])
+        if request.path_params["lane"] not in LANES:
+            raise HTTPError(404, f"lane must be one of {', '.join(LANES)}", "lane")
+        self.queue.resume(request.path_params["lane"])
         return {"status": True, "msg": "The lane resumes as soon as the SMTP server takes mail"}
 
     def read_history(self, request: Request) -> Reply:
         return {"status": True, "minutes": self.stats.history(request.account)}
 
-    def outbox(self) -> Outbox:
-        """The Outbox. Raises Refused (404) where mail goes to an SMTP server."""
-        if not isinstance(self.workers.transport, Outbox):
-            raise Refused(404, "mail goes to an SMTP server; there is no outbox")
+    def outbox(self) -> MaildirTransport:
+        """The MaildirTransport. Raises HTTPError (404) where mail goes to an SMTP server."""
+        if not isinstance(self.workers.transport, MaildirTransport):
+            raise HTTPError(404, "mail goes to an SMTP server; there is no outbox")
         return self.workers.transport
 
     def list_outbox(self, request: Request) -> Reply:
@@ -6253,21 +6292,21 @@ class Api:
         return {"status": True, "mails": mails, "next": following}
 
     def read_outbox(self, request: Request) -> Reply:
-        source, message = self.mail(request.path["id"], request.account)
+        source, message = self.mail(request.path_params["id"], request.account)
         plain, text = message.get_body(("plain",)), html_of(message)
-        return {"status": True, "id": request.path["id"],
+        return {"status": True, "id": request.path_params["id"],
                 "headers": [[name, str(value)] for name, value in message.items()],
                 "text": plain and plain.get_content(), "html": text, "source": source.decode(errors="replace"),
-                "view": None if text is None else self.viewing(request.account, mail=request.path["id"]),
+                "view": None if text is None else self.viewing(request.account, mail=request.path_params["id"]),
                 "attachments": [{"filename": part.get_filename(), "content_type": part.get_content_type(),
                                  "size": len(part.get_payload(decode=True) or b"")}
                                 for part in message.iter_attachments()]}
 
     def mail(self, mail_id: str, account: Account) -> tuple[bytes, email.message.EmailMessage]:
-        """(bytes, parsed message) of a mail in the outbox. Raises Refused (404)."""
+        """(bytes, parsed message) of a mail in the outbox. Raises HTTPError (404)."""
         found = self.outbox().read(mail_id, account)
         if found is None:
-            raise Refused(404, "there is no such mail", "id")
+            raise HTTPError(404, "there is no such mail", "id")
         return found
 
     def viewing(self, account: Account, **claims: Any) -> str:
@@ -6276,35 +6315,35 @@ class Api:
         return f"/view/{self.accounts.seal('view', claims)}"
 
     def view(self, request: Request) -> Reply:
-        claims = self.accounts.unseal("view", request.path["token"])
+        claims = self.accounts.unseal("view", request.path_params["token"])
         account = Account(claims["account"], claims.get("key_id", "")) if claims else None
         if not claims or not account or account not in (self.admin, self.accounts.find(account.name)):
-            raise Refused(404, "this link is not valid, or no longer", "token")
+            raise HTTPError(404, "this link is not valid, or no longer", "token")
         if "mail" in claims:
             text = html_of(self.mail(claims["mail"], account)[1]) or ""
         else:
             text = self.newsletters.read(account.name, claims["content_type"])["content"]
             text = text if is_html(text) else f"<pre>{html.escape(text)}</pre>"
-        return Document("text/html", text, AS_MAIL)
+        return Response("text/html", text, AS_MAIL)
 
     def show_page(self, request: Request) -> Reply:
         if self.page is None:
-            raise Refused(404, "the page is not installed: page.html is missing beside gomail.py")
+            raise HTTPError(404, "the page is not installed: page.html is missing beside gomail.py")
         nonce = secrets.token_urlsafe(16)
-        return Document("text/html", self.page.replace("NONCE", nonce), {
+        return Response("text/html", self.page.replace("NONCE", nonce), {
             "Content-Security-Policy": f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
             "img-src data:; connect-src 'self'; frame-src 'self'; base-uri 'none'; form-action 'none'; "
             "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'",
             "Referrer-Policy": "no-referrer", "Cross-Origin-Opener-Policy": "same-origin"})
 
     def ask_to_unsubscribe(self, request: Request) -> Reply:
-        _, content_type, address = self.newsletters.read_link(request.path["token"])
+        _, content_type, address = self.newsletters.read_link(request.path_params["token"])
         # Scanners follow links, so only the button's POST ends anything.
         return small_page(f"<p>Unsubscribe {html.escape(address)} from {html.escape(content_type)}?</p>"
                           "<form method=post><button>Unsubscribe</button></form>")
 
     def follow_link(self, request: Request) -> Reply:
-        self.newsletters.follow_link(request.path["token"])
+        self.newsletters.follow_link(request.path_params["token"])
         return small_page("<p>You are unsubscribed.</p>")
 
     def ping(self, request: Request) -> Reply:
@@ -6312,9 +6351,9 @@ class Api:
 
     def ready(self, request: Request) -> Reply:
         smtp = self.workers.smtp.state
-        if all(self.workers.gates[lane].reason for lane in MAIL_LANES):
+        if all(self.workers.breakers[lane].reason for lane in MAIL_LANES):
             why = "the SMTP server is out" if smtp == "out" else "no mail can be handed over"
-            raise Refused(503, f"all lanes are paused: {why}", None, {"Retry-After": "10"})
+            raise HTTPError(503, f"all lanes are paused: {why}", None, {"Retry-After": "10"})
         self.queue.store.ensure_writable()
         return {"status": True, "smtp": smtp}
 
@@ -6322,21 +6361,21 @@ class Api:
         series: dict[tuple, float] = {
             ("gomail_build_info", ("version", __version__)): 1, ("process_start_time_seconds",): STARTED,
             ("gomail_smtp_up",): int(self.workers.smtp.state != "out"), ("gomail_redis_up",): 0}
-        for lane, gate in self.workers.gates.items():
-            series[("gomail_lane_paused", ("lane", lane))] = int(bool(gate.reason))
+        for lane, breaker in self.workers.breakers.items():
+            series[("gomail_lane_paused", ("lane", lane))] = int(bool(breaker.reason))
         if self.queue.store.available:
             with contextlib.suppress(redis.RedisError):
                 series |= self.measure() | {("gomail_redis_up",): 1}
-        return Document("text/plain; version=0.0.4", exposition(series))
+        return Response("text/plain; version=0.0.4", exposition(series))
 
     def measure(self) -> dict[tuple, float]:
         """The series of which only Redis knows the values."""
-        depths, scheduled = self.queue.depths(), self.queue.scheduled()
+        depths, scheduled = self.inspection.depths(), self.inspection.scheduled()
         series = {**self.stats.read(), ("gomail_retries_waiting",): depths["retrying"],
                   ("gomail_tasks_delayed", ("state", "scheduled")): scheduled,
                   ("gomail_tasks_delayed", ("state", "retrying")): max(0, depths["retrying"] - scheduled),
                   ("gomail_dead_letters",): depths["dead"], ("gomail_subscriptions",): self.newsletters.scheduled()}
-        for lane, age in self.queue.oldest().items():
+        for lane, age in self.inspection.oldest().items():
             series[("gomail_queue_depth", ("lane", lane))] = depths[lane]
             series[("gomail_queue_oldest_seconds", ("lane", lane))] = age
         return series
@@ -6345,9 +6384,9 @@ class Api:
         return OPENAPI
 
     def metrics(self, request: Request) -> Reply:
-        counters = self.queue.counters()
+        counters = self.inspection.counters()
         return {"status": True, "Total Jobs Executed": counters["executed"], "Jobs Successful": counters["successful"],
-                "Jobs Failed": counters["failed"], "queued": self.queue.depths()}
+                "Jobs Failed": counters["failed"], "queued": self.inspection.depths()}
 
 
 JSON_TYPES = {str: "string", int: "integer", bool: "boolean", list: "array", dict: "object", None: "null"}
@@ -6399,6 +6438,10 @@ def openapi(routes: Sequence[Route]) -> Json:
 
 OPENAPI = openapi(ROUTES)
 
+
+# --- 17. http server ------------------------------------------------------------------------------------
+# `http.server` gives the sockets and threads; requests are read here, by RFC 9112 to the letter, because requests are
+# smuggled through what two readers of one stream understand differently. One place turns exceptions into JSON errors.
 
 def listen(settings: Settings) -> socket.socket:
     """The listening socket. Raises StartError where the address cannot be had."""
@@ -6628,7 +6671,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             try:
                 status, body, headers = self.respond()
-            except Refused as refused:
+            except HTTPError as refused:
                 status, body, headers = refused.status, refused.body, refused.headers
             except redis.RedisError as error:
                 status, headers = 503, {"Retry-After": "1"}
@@ -6666,7 +6709,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return self.keep
 
     def respond(self) -> tuple[int, Any, Mapping[str, str]]:
-        """(status, body, headers) of the answer to the next request. Raises Refused, or RedisError where Redis is away.
+        """(status, body, headers) of the answer to the next request. Raises HTTPError, or RedisError: Redis is away.
 
         Who sends a request is known before its body is read. An answer before that ends the connection.
         """
@@ -6680,16 +6723,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         keep = "close" not in connection and (minor == 1 or "keep-alive" in connection)
         self.keep = keep and length == 0
         if self.server.stopping:
-            raise Refused(503, "the service is stopping; send the request again", None, {"Retry-After": "1"})
+            raise HTTPError(503, "the service is stopping; send the request again", None, {"Retry-After": "1"})
         found = find_routes(path)
         if not found:
-            raise Refused(404, "there is no such path; GET /openapi.json lists them")
+            raise HTTPError(404, "there is no such path; GET /openapi.json lists them")
         if method == "OPTIONS":
             return 204, None, {"Allow": allowed_methods(found)}
         route = next((route for route in found if route.method == ("GET" if method == "HEAD" else method)), None)
         if route is None:
             allow = {"Allow": allowed_methods(found)}
-            raise Refused(405, f"this path takes {allow['Allow']}", None, allow)
+            raise HTTPError(405, f"this path takes {allow['Allow']}", None, allow)
         self.method, self.route, self.group = method, route.path, route.group
         request = Request(headers, route.match(path) or {},
                           dict(urllib.parse.parse_qsl(query, keep_blank_values=True)) if query else {},
@@ -6723,7 +6766,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.connection.settimeout(seconds)
 
     def receive(self) -> None:
-        """Add what comes next to the buffer. Raises Refused (408) at the deadline, OSError where nothing comes."""
+        """Add what comes next to the buffer. Raises HTTPError (408) at the deadline, OSError where nothing comes."""
         left = self.deadline - time.monotonic()
         # A timeout costs a system call where it changes, so the first of a request stays: 0.1 s too long at most.
         full = self.server.settings.request_timeout
@@ -6731,7 +6774,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             data = self.connection.recv(65536)
         except TimeoutError:
-            raise Refused(408, "the request took too long to arrive") from None
+            raise HTTPError(408, "the request took too long to arrive") from None
         if not data:
             raise ConnectionResetError
         self.buffer += data
@@ -6747,7 +6790,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             waited = True
             try:
                 self.receive()
-            except (Refused, ConnectionResetError):
+            except (HTTPError, ConnectionResetError):
                 return False
         if waited:  # the time it was idle does not count
             self.deadline = time.monotonic() + self.server.settings.request_timeout
@@ -6759,48 +6802,48 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return True
 
     def read_head(self) -> tuple[str, str, int, dict[str, str]]:
-        """(method, target, minor version, headers with lower-case names). Raises Refused."""
+        """(method, target, minor version, headers with lower-case names). Raises HTTPError."""
         while (end := self.buffer.find(b"\r\n\r\n")) < 0 and len(self.buffer) <= self.MAX_HEAD:
             if self.BARE_LINE_END.search(self.buffer):
-                raise Refused(400, "lines must end in CRLF")
+                raise HTTPError(400, "lines must end in CRLF")
             self.receive()
         if not 0 <= end <= self.MAX_HEAD:
             if self.buffer.find(b"\r\n", 0, self.MAX_HEAD) < 0:
-                raise Refused(414, f"the request target may have at most {self.MAX_TARGET} bytes")
-            raise Refused(431, f"request line and headers must have at most {self.MAX_HEAD} bytes together")
+                raise HTTPError(414, f"the request target may have at most {self.MAX_TARGET} bytes")
+            raise HTTPError(431, f"request line and headers must have at most {self.MAX_HEAD} bytes together")
         first, *lines = bytes(self.buffer[:end]).split(b"\r\n")
         del self.buffer[:end + 4]
         match = self.REQUEST_LINE.fullmatch(first)
         if not match:
-            raise Refused(400, "the request line must be METHOD /path HTTP/1.1")
+            raise HTTPError(400, "the request line must be METHOD /path HTTP/1.1")
         self.head_only = match[1] == b"HEAD"
         if match[3] != b"1":
-            raise Refused(505, "only HTTP/1.0 and HTTP/1.1 are spoken here")
+            raise HTTPError(505, "only HTTP/1.0 and HTTP/1.1 are spoken here")
         if len(match[2]) > self.MAX_TARGET:
-            raise Refused(414, f"the request target may have at most {self.MAX_TARGET} bytes")
+            raise HTTPError(414, f"the request target may have at most {self.MAX_TARGET} bytes")
         if len(lines) > self.MAX_HEADERS:
-            raise Refused(431, f"a request may have at most {self.MAX_HEADERS} headers")
+            raise HTTPError(431, f"a request may have at most {self.MAX_HEADERS} headers")
         # A higher minor version is read as the highest that is known (RFC 9110 section 2.5).
         return match[1].decode(), match[2].decode(), min(int(match[4]), 1), self.parse_headers(lines)
 
     def parse_headers(self, lines: Sequence[bytes]) -> dict[str, str]:
-        """Header lines by their lower-case names. Raises Refused."""
+        """Header lines by their lower-case names. Raises HTTPError."""
         headers: dict[str, str] = {}
         for line in lines:
             header = self.HEADER.fullmatch(line)
             if not header:
-                raise Refused(400, "a header line must be Name: value, without control characters")
+                raise HTTPError(400, "a header line must be Name: value, without control characters")
             name, value = header[1].decode().lower(), header[2].strip(b" \t").decode("latin-1")
             if name in headers:
                 if name in self.ONCE:
-                    raise Refused(400, f"the header {name} may come once")
+                    raise HTTPError(400, f"the header {name} may come once")
                 # Cookies are the one list that has no commas (RFC 6265 section 4.2.1).
                 value = f"{headers[name]}{'; ' if name == 'cookie' else ', '}{value}"
             headers[name] = value
         return headers
 
     def split_target(self, method: str, target: str) -> tuple[str | None, str, str]:
-        """(authority of an absolute target, path, query) of a request target (RFC 9112 section 3.2). Raises Refused.
+        """(authority of an absolute target, path, query) of a request target (RFC 9112 section 3.2). Raises HTTPError.
 
         The path comes without a trailing slash, which makes no difference.
         """
@@ -6810,7 +6853,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not target.startswith("/"):
             match = self.ABSOLUTE.fullmatch(target)
             if not match:
-                raise Refused(400, "the request line must be METHOD /path HTTP/1.1")
+                raise HTTPError(400, "the request line must be METHOD /path HTTP/1.1")
             authority, target = match.groups()
         if "%" in target:
             check_percent_encoding(target)
@@ -6818,7 +6861,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return authority, path.removesuffix("/") or "/", query
 
     def check_host(self, authority: str | None, headers: dict[str, str], minor: int) -> None:
-        """Raise Refused where the request is not for this service.
+        """Raise HTTPError where the request is not for this service.
 
         400 where Host is missing or malformed (RFC 9112 section 3.2), 421 where it is another one. The authority of an
         absolute target counts in its place (section 3.2.2).
@@ -6827,52 +6870,52 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if host is not None:
             status = self.server.host_status(host)
         elif minor:
-            raise Refused(400, "the header Host is required")
+            raise HTTPError(400, "the header Host is required")
         if authority is not None and status != 400:
             status = self.server.host_status(authority)
         if status == 400:
-            raise Refused(400, "Host must be a host name or address, and perhaps a port")
+            raise HTTPError(400, "Host must be a host name or address, and perhaps a port")
         if status == 421:
-            raise Refused(421, "the host in the URL must be one of allowed_hosts" if self.server.settings.admin_token
+            raise HTTPError(421, "the host in the URL must be one of allowed_hosts" if self.server.settings.admin_token
                           else "the host in the URL must be localhost: the option admin_token is not set")
 
     def body_length(self, headers: dict[str, str], minor: int) -> int | None:
-        """How many bytes of body follow; None where it comes in chunks. Raises Refused where that is in doubt."""
+        """How many bytes of body follow; None where it comes in chunks. Raises HTTPError where that is in doubt."""
         if "transfer-encoding" in headers:
             self.check_transfer_encoding(headers, minor)
             return None
         text = headers.get("content-length", "0")
         if not re.fullmatch(r"[0-9]{1,18}", text):
-            raise Refused(400, "Content-Length must be a number of bytes")
+            raise HTTPError(400, "Content-Length must be a number of bytes")
         if int(text) > self.server.settings.max_body:
             raise self.too_large(int(text), self.server.settings.max_body)
         return int(text)
 
     def check_transfer_encoding(self, headers: dict[str, str], minor: int) -> None:
-        """Raise Refused where the body is framed by anything but chunks (RFC 9112 sections 6.1 and 6.3)."""
+        """Raise HTTPError where the body is framed by anything but chunks (RFC 9112 sections 6.1 and 6.3)."""
         if not minor or "content-length" in headers:
-            raise Refused(400, "Transfer-Encoding is not allowed in HTTP/1.0, and not beside Content-Length")
+            raise HTTPError(400, "Transfer-Encoding is not allowed in HTTP/1.0, and not beside Content-Length")
         codings = headers["transfer-encoding"].lower()
         if not self.TOKENS.fullmatch(codings) or "chunked" in codings.replace(" ", "").split(",")[:-1]:
-            raise Refused(400, "Transfer-Encoding must be chunked")
+            raise HTTPError(400, "Transfer-Encoding must be chunked")
         if codings != "chunked":
-            raise Refused(501, "Transfer-Encoding must be chunked")
+            raise HTTPError(501, "Transfer-Encoding must be chunked")
 
     def expects_continue(self, headers: dict[str, str], minor: int) -> bool:
-        """Whether the client waits for 100 (Continue). Raises Refused (417). HTTP/1.0 does not know of that."""
+        """Whether the client waits for 100 (Continue). Raises HTTPError (417). HTTP/1.0 does not know of that."""
         expected = headers.get("expect", "").lower() if minor else ""
         if expected not in ("", "100-continue"):
-            raise Refused(417, "only Expect: 100-continue is supported")
+            raise HTTPError(417, "only Expect: 100-continue is supported")
         return expected != ""
 
-    def too_large(self, size: int | None, limit: int) -> Refused:
+    def too_large(self, size: int | None, limit: int) -> HTTPError:
         """The error for a body that is too large; `size` is None where it comes in chunks, of which some are unread."""
         has = f"more than {limit}" if size is None else str(size)
         reason = " (max_body)" if limit == self.server.settings.max_body else " on this path"
-        return Refused(413, f"the body has {has} bytes, and may have at most {limit}{reason}")
+        return HTTPError(413, f"the body has {has} bytes, and may have at most {limit}{reason}")
 
     def read_body(self, length: int | None, limit: int, expects_continue: bool) -> bytearray:
-        """The body: `length` bytes, or chunks where that is None. Raises Refused."""
+        """The body: `length` bytes, or chunks where that is None. Raises HTTPError."""
         if (length or 0) > limit:
             raise self.too_large(length, limit)
         self.reserve(length or 0)
@@ -6887,17 +6930,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return body
 
     def reserve(self, size: int) -> None:
-        """Take a body of so many bytes from the budget until the request is answered. Raises Refused (503)."""
+        """Take a body of so many bytes from the budget until the request is answered. Raises HTTPError (503)."""
         if size > max(self.reserved, SMALL_BODY):
             if not self.server.bodies.take(size - self.reserved):
-                raise Refused(503, "too many large requests now; send the request again", None, {"Retry-After": "1"})
+                raise HTTPError(503, "too many large requests now; send the request again", None, {"Retry-After": "1"})
             self.reserved = size
 
     def read_chunks(self, limit: int) -> bytearray:
         """A chunked body (RFC 9112 section 7.1). Extensions and trailers are left aside.
 
         Raises:
-            Refused: 400 where it is malformed, or mostly frame; 413 where the content has more than `limit` bytes.
+            HTTPError: 400 where it is malformed, or mostly frame; 413 where the content has more than `limit` bytes.
         """
         body, frame = bytearray(), 0
         while True:
@@ -6905,7 +6948,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             frame += len(line) + 4
             chunk = self.CHUNK.fullmatch(line)
             if not chunk or frame > self.MAX_HEAD + len(body):
-                raise Refused(400, "a chunk must begin with its size in hexadecimal digits, and not be tiny throughout")
+                raise HTTPError(400, "a chunk must begin with its size in hexadecimal digits, and not be tiny "
+                                "throughout")
             size = int(chunk[1], 16)
             if not size:
                 break
@@ -6920,38 +6964,38 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 body += piece
                 size -= len(piece)
             if self.read_line(0):
-                raise Refused(400, "a chunk must end with CRLF")
+                raise HTTPError(400, "a chunk must end with CRLF")
         self.skip_trailers()
         return body
 
     def skip_trailers(self) -> None:
-        """Read over the fields behind the last chunk. Raises Refused."""
+        """Read over the fields behind the last chunk. Raises HTTPError."""
         left = self.MAX_HEAD
         while line := self.read_line(left):
             left -= len(line) + 2
             if not self.HEADER.fullmatch(line):
-                raise Refused(400, "a trailer line must be Name: value, without control characters")
+                raise HTTPError(400, "a trailer line must be Name: value, without control characters")
 
     def read_line(self, most: int) -> bytes:
-        """The next line of a body's frame, without its CRLF. Raises Refused (400) where it is over `most` bytes."""
+        """The next line of a body's frame, without its CRLF. Raises HTTPError (400) where it is over `most` bytes."""
         while (end := self.buffer.find(b"\n")) < 0 and len(self.buffer) <= most + 1:
             self.receive()
         if not 0 < end <= most + 1 or self.buffer[end - 1] != 0x0d:
-            raise Refused(400, "lines between chunks must be short and end in CRLF")
+            raise HTTPError(400, "lines between chunks must be short and end in CRLF")
         line = bytes(self.buffer[:end - 1])
         del self.buffer[:end + 1]
         return line
 
     def send(self, status: int, body: object, headers: Mapping[str, str]) -> None:
         """Send an answer in one piece."""
-        media_type, text = (body.media_type + "; charset=utf-8", body.text) if isinstance(body, Document) else (
+        media_type, text = (body.media_type + "; charset=utf-8", body.text) if isinstance(body, Response) else (
             "application/json", "" if body is None else ENCODER.encode(body) + "\n")
         content = text.encode()
         lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}", f"Date: {http_date(int(time.time()))}",
                  "Cache-Control: no-store", "X-Content-Type-Options: nosniff"]
         if body is not None:
             lines += [f"Content-Type: {media_type}", f"Content-Length: {len(content)}"]
-            headers = {**headers, **body.headers} if isinstance(body, Document) else headers
+            headers = {**headers, **body.headers} if isinstance(body, Response) else headers
         if not self.keep:
             headers = {**headers, "Connection": "close"}
         lines += [f"{name}: {value}" for name, value in headers.items()]
@@ -6970,19 +7014,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 def check_percent_encoding(target: str) -> None:
-    """Raise Refused (400) where a `%` of a request target begins no octet, or the octets are not UTF-8."""
+    """Raise HTTPError (400) where a `%` of a request target begins no octet, or the octets are not UTF-8."""
     try:
         if re.search("%(?![0-9A-Fa-f]{2})", target):
             raise ValueError
         urllib.parse.unquote_to_bytes(target).decode()
     except ValueError:
-        raise Refused(400, "a % in path and query must begin %XX, and what it encodes must be UTF-8") from None
+        raise HTTPError(400, "a % in path and query must begin %XX, and what it encodes must be UTF-8") from None
 
 
 def check_content_coding(headers: dict[str, str]) -> None:
-    """Raise Refused (415) where the content is compressed (RFC 9110 section 8.4)."""
+    """Raise HTTPError (415) where the content is compressed (RFC 9110 section 8.4)."""
     if headers.get("content-encoding", "").lower() not in ("", "identity"):
-        raise Refused(415, "the body must not be compressed: Content-Encoding must be identity", None,
+        raise HTTPError(415, "the body must not be compressed: Content-Encoding must be identity", None,
                       {"Accept-Encoding": "identity"})
 
 
@@ -6990,11 +7034,11 @@ JSON_MEDIA_TYPE = re.compile(r'application/json[ \t]*(;[ \t]*(charset=("utf-?8"|
 
 
 def check_media_type(headers: dict[str, str]) -> None:
-    """Raise Refused where a body is not there (411), or neither JSON nor as it is (415)."""
+    """Raise HTTPError where a body is not there (411), or neither JSON nor as it is (415)."""
     if "content-length" not in headers and "transfer-encoding" not in headers:
-        raise Refused(411, "a JSON body is needed, with Content-Length or in chunks")
+        raise HTTPError(411, "a JSON body is needed, with Content-Length or in chunks")
     if not JSON_MEDIA_TYPE.fullmatch(headers.get("content-type", "")):
-        raise Refused(415, "Content-Type must be application/json")
+        raise HTTPError(415, "Content-Type must be application/json")
 
 
 MAX_NESTING = 2500  # arrays and objects within each other: a third of what a thread's stack holds in Python 3.13
@@ -7022,24 +7066,25 @@ DECODER = json.JSONDecoder(parse_constant=refuse_constant)
 
 
 def parse_json(body: bytes | bytearray) -> object:
-    """The value of a JSON body. Raises Refused (400)."""
+    """The value of a JSON body. Raises HTTPError (400)."""
     if is_deep(body):
-        raise Refused(400, "the body is nested too deeply")
+        raise HTTPError(400, "the body is nested too deeply")
     if not body.strip():
-        raise Refused(400, "the body is empty, expected a JSON object")
+        raise HTTPError(400, "the body is empty, expected a JSON object")
     try:
         return DECODER.decode(body.decode())
     except json.JSONDecodeError as error:
-        raise Refused(400, f"the body is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+        where = f"line {error.lineno}, column {error.colno}"
+        raise HTTPError(400, f"the body is not JSON: {error.msg} at {where}") from None
     except UnicodeDecodeError:
-        raise Refused(400, "the body is not JSON: it must be UTF-8") from None
+        raise HTTPError(400, "the body is not JSON: it must be UTF-8") from None
     except RecursionError:
-        raise Refused(400, "the body is nested too deeply") from None
+        raise HTTPError(400, "the body is nested too deeply") from None
     except ValueError as error:  # NaN, or a number of thousands of digits
-        raise Refused(400, f"the body is not JSON: {describe(error)}") from None
+        raise HTTPError(400, f"the body is not JSON: {describe(error)}") from None
 
 
-# --- 13. service ------------------------------------------------------------------------------------------
+# --- 18. service ----------------------------------------------------------------------------------------
 # All parts together, start and stop, in one process or several.
 
 class Service:
@@ -7075,22 +7120,26 @@ class Service:
             self.store = open_store(settings, self.shared.server if self.shared else self.server)
             if self.store.redis.exists(self.store.key("restoring")):
                 raise TransientStartError("a `restore` into this Redis is under way, or was broken off: run it again")
-            self.transport = SmtpTransport(settings) if settings.smtp_server else Outbox(
+            self.transport = SmtpTransport(settings) if settings.smtp_server else MaildirTransport(
                 pathlib.Path(settings.data_dir, "outbox"), settings.outbox_max)
             process = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
             accounts = Accounts(self.store, settings.jwt_secret, settings.jwt_secret_previous, settings.api_key_ttl)
             accounts.announce()
             self.queue = Queue(self.store, settings, process)
+            self.inspection = Inspection(self.store, settings, self.queue.give_way)
+            suppressions = Suppressions(self.store)
             otps = Otps(self.store, accounts.derive("otp"), settings.otp_ttl, settings.otp_minute_max,
                         settings.otp_subject, settings.otp_content)
             self.newsletters = Newsletters(self.store, zoneinfo.ZoneInfo(settings.timezone), accounts,
                                            settings.public_url, self.clock, settings.max_body)
             self.newsletters.fold_as_now()
             self.stats = Stats(self.store)
-            self.workers = Workers(settings, self.queue, self.transport, otps, self.newsletters, self.stats)
+            self.workers = Workers(settings, self.queue, suppressions, self.transport, otps, self.newsletters,
+                                   self.stats)
             self.cron = Cron(self.store, accounts, self.queue, self.newsletters, self.stats, self.workers,
                              self.server)
-            self.http.api = Api(settings, accounts, self.queue, otps, self.newsletters, self.workers, self.stats)
+            self.http.api = Api(settings, accounts, self.queue, self.inspection, suppressions, otps,
+                                self.newsletters, self.workers, self.stats)
             self.cron.start()
             self.workers.start()
             self.listener = threading.Thread(target=self.listen, daemon=True)
@@ -7149,7 +7198,7 @@ class Service:
         try:
             self.cron.stop()
             self.queue.release()
-            server, waiting = self.server or self.shared and self.shared.server, self.queue.waiting()
+            server, waiting = self.server or self.shared and self.shared.server, self.inspection.waiting()
             if server and waiting is not None:
                 with surviving("the number of waiting tasks is not noted"):
                     server.leave_word(waiting)
@@ -7464,7 +7513,7 @@ def read_all(descriptor: int) -> bytes:
         return file.read()
 
 
-# --- 14. command line -------------------------------------------------------------------------------------
+# --- 19. command line -----------------------------------------------------------------------------------
 # Without a command, the service; the commands look after a gomail that runs, by its Redis, for all accounts. They write
 # for people, or JSON; exit codes: 0 done, 1 no such thing or no success, 2 wrong usage, 3 Redis cannot be reached or a
 # setting is wrong, 130 Ctrl-C. The service: 0 stopped, 1 cannot start now, 78 cannot start with these settings.
@@ -7477,7 +7526,7 @@ def check(settings: Settings) -> bool:
         nonlocal well
         try:
             print(without_controls(f"ok       {name}: {test()}"))
-        except (StartError, Unavailable, redis.RedisError) as error:
+        except (StartError, UnavailableError, redis.RedisError) as error:
             well = False
             print(without_controls(f"failed   {name}: {error}"))
 
@@ -7498,7 +7547,8 @@ def check(settings: Settings) -> bool:
 
     def reach_smtp() -> str:
         if not settings.smtp_server:
-            return f"smtp_server is not set, mail goes to the {Outbox(pathlib.Path(settings.data_dir, 'outbox'))}"
+            outbox = MaildirTransport(pathlib.Path(settings.data_dir, "outbox"))
+            return f"smtp_server is not set, mail goes to the {outbox}"
         transport = SmtpTransport(settings)
         said = transport.probe()
         transport.tidy()
@@ -7587,7 +7637,7 @@ class Terminal:
         return show
 
 
-def lasted(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """A time in seconds for people."""
     if seconds < 120:
         return f"{seconds:.0f} s"
@@ -7613,17 +7663,19 @@ class Operator:
                 raise StartError(f"data_dir: no gomail is running on {str(server.folder)!r}; start it, or call this "
                                  "where it runs")
         self.store, self.terminal = open_store(settings, server), terminal
-        self.queue, self.sums = Queue(self.store, settings, "operator"), Stats(self.store)
-        self.users = Accounts(self.store, settings.jwt_secret, settings.jwt_secret_previous, settings.api_key_ttl)
-        if not self.users.is_current():
+        self.queue, self.metrics = Queue(self.store, settings, "operator"), Stats(self.store)
+        self.inspection = Inspection(self.store, settings)
+        self.known_accounts = Accounts(self.store, settings.jwt_secret, settings.jwt_secret_previous,
+                                       settings.api_key_ttl)
+        if not self.known_accounts.is_current():
             raise StartError("jwt_secret: not that of the gomail that runs; give this command the same settings")
 
     def send(self, options: argparse.Namespace) -> int:
         """Queue one message. Its id is all that goes to standard output."""
         if options.account == self.ACCOUNT:
-            with contextlib.suppress(Refused):  # it is there already
-                self.users.sign_up(self.ACCOUNT)
-        account = self.users.find(options.account)
+            with contextlib.suppress(HTTPError):  # it is there already
+                self.known_accounts.sign_up(self.ACCOUNT)
+        account = self.known_accounts.find(options.account)
         if account is None:
             self.terminal.say(f"there is no account {options.account}; `accounts` lists them, and `accounts --add` "
                               "makes one")
@@ -7638,7 +7690,7 @@ class Operator:
                 payload |= {"content": f"<pre>{html.escape(content)}</pre>", "text": content}
             name = SUBJECT(options.subject, "payload.subject")[:256]  # so that one tells it from others
             task = TASK({"task": name, "type": "message", "retries": options.retries, "payload": payload})
-        except Refused as refused:
+        except HTTPError as refused:
             names = {"payload.userId": "TO", "payload.subject": "--subject", "retries": "--retries",
                      "payload.content": "--html FILE, --text FILE or standard input"}
             field = refused.field or ""
@@ -7652,7 +7704,8 @@ class Operator:
             self.terminal.json({"id": task_id}) if self.terminal.as_json else print(task_id)
             return 0
         self.terminal.say(f"queued as {task_id}; waiting until it is sent")
-        while (found := self.queue.status(task_id, story=True)) and found["state"] in ("queued", "running", "retrying"):
+        waiting = ("queued", "running", "retrying")
+        while (found := self.inspection.status(task_id, story=True)) and found["state"] in waiting:
             time.sleep(0.1)
         if found:
             self.show(found)
@@ -7660,7 +7713,7 @@ class Operator:
 
     def status(self, options: argparse.Namespace) -> int:
         """Show a task and its story."""
-        found = self.queue.status(options.id, story=True)
+        found = self.inspection.status(options.id, story=True)
         if not found:
             self.terminal.say(f"there is no task {options.id}, or it ended too long ago")
             return 1
@@ -7682,7 +7735,7 @@ class Operator:
 
     def dead(self, options: argparse.Namespace) -> int:
         """List the dead letters."""
-        total, letters = self.queue.dead(offset=options.offset, limit=options.limit)
+        total, letters = self.inspection.dead(offset=options.offset, limit=options.limit)
         if self.terminal.as_json:
             self.terminal.json({"total": total, "tasks": letters})
             return 0
@@ -7705,7 +7758,7 @@ class Operator:
     def revive(self, options: argparse.Namespace, remove: bool, words: str) -> int:
         """What retry() and delete() share."""
         if options.all:
-            total, _ = self.queue.dead(limit=0)
+            total, _ = self.inspection.dead(limit=0)
             if remove and total and not options.yes and not self.terminal.confirms(
                     f"Remove all {total} dead letter{'s' * (total != 1)}, of all accounts?"):
                 return 1
@@ -7728,9 +7781,10 @@ class Operator:
         before: tuple[float, int] | None = None
         lines: list[str] = []
         while True:
-            depths = self.queue.depths()
-            now: Json = {"lanes": self.queue.lanes(depths), "processes": self.queue.processes(), "queued": depths,
-                         "jobs": self.queue.counters(), "minutes": self.sums.history(), "smtp": self.queue.outage()}
+            depths = self.inspection.depths()
+            now: Json = {"lanes": self.inspection.lanes(depths), "processes": self.inspection.processes(),
+                         "queued": depths, "jobs": self.inspection.counters(), "minutes": self.metrics.history(),
+                         "smtp": self.inspection.outage()}
             if self.terminal.as_json:
                 self.terminal.json(now)
                 return 0
@@ -7748,7 +7802,7 @@ class Operator:
     def stats_lines(self, now: Json, rate: str) -> list[str]:
         """What stats() writes."""
         smtp = now["smtp"]
-        rows = [[lane["lane"], str(lane["queued"]), lasted(lane["oldest"]) if lane["queued"] else "",
+        rows = [[lane["lane"], str(lane["queued"]), format_duration(lane["oldest"]) if lane["queued"] else "",
                  f"paused: {lane['reason']} (in {lane['paused']} of {now['processes']} processes)" if lane["paused"]
                  else "nobody works on it" if not now["processes"]
                  else "waits for the SMTP server" if smtp else "running"] for lane in now["lanes"]]
@@ -7767,23 +7821,23 @@ class Operator:
         """List the accounts, add one, or remove one."""
         try:
             if options.add:
-                key = self.users.sign_up(NEW_ID({"id": options.add})["id"])
+                key = self.known_accounts.sign_up(NEW_ID({"id": options.add})["id"])
                 self.terminal.json({"apiKey": key}) if self.terminal.as_json else print(key)
                 return 0
             if options.remove:
-                if self.users.find(options.remove) and not options.yes and not self.terminal.confirms(
+                if self.known_accounts.find(options.remove) and not options.yes and not self.terminal.confirms(
                         f"Deregister {options.remove}? That ends its key, and removes "
                         f"{self.possessions(options.remove)}."):
                     return 1
-                self.users.deregister(options.remove)
+                self.known_accounts.deregister(options.remove)
                 self.terminal.say(f"{options.remove} is deregistered; what it had waiting is not sent")
                 return 0
-        except Refused as refused:
+        except HTTPError as refused:
             self.terminal.say(refused.error.replace("id", "the account", 1))
             return 1
         rows = []
-        for name in self.users.names():
-            minutes = self.sums.history(self.users.find(name))
+        for name in self.known_accounts.names():
+            minutes = self.metrics.history(self.known_accounts.find(name))
             rows.append({"id": name, "dead": self.store.redis.zcard(self.store.key("dead", name)),
                          "contentTypes": self.store.redis.hlen(self.store.key("content", name)),
                          **{event: sum(minute[event] for minute in minutes) for event in ("sent", "failed")}})
@@ -8154,7 +8208,7 @@ def reached(settings: Settings, empty: bool) -> Iterator[Store]:
     try:
         store = open_store(settings, server, **more)
         yield store
-        if (waiting := Queue(store, settings, "operator").waiting()) is not None:
+        if (waiting := Inspection(store, settings).waiting()) is not None:
             server.leave_word(waiting)
     finally:
         server.stop()

@@ -435,6 +435,11 @@ class Services:
             service.stop()
 
 
+def look(queue):
+    """What looks at a queue."""
+    return gomail.Inspection(queue.store, queue.settings)
+
+
 def on(redis_server, **options):
     """The environment of a process whose Redis this is, with keys of its own."""
     return {"redis_uri": redis_server.uri, "key_prefix": f"{secrets.token_hex(4)}:", **options}
@@ -454,8 +459,8 @@ def said():
 @pytest.fixture
 def services(redis_server, mail_server, tmp_path, monkeypatch):
     monkeypatch.setattr(gomail.Workers, "WAIT", 0.05)
-    monkeypatch.setattr(gomail.Gate, "FIRST_DELAY", 0.02)
-    monkeypatch.setattr(gomail.Gate, "LONGEST_DELAY", 0.2)
+    monkeypatch.setattr(gomail.CircuitBreaker, "FIRST_DELAY", 0.02)
+    monkeypatch.setattr(gomail.CircuitBreaker, "LONGEST_DELAY", 0.2)
     monkeypatch.setattr(gomail.Workers, "drop_delay", staticmethod(lambda drops: 0.05))
     monkeypatch.setattr(gomail.Cron, "TICK", 0.01)
     monkeypatch.setattr(gomail.Cron, "LOOK", 0.01)
@@ -1570,7 +1575,7 @@ def test_a_redis_user_with_the_documented_permissions_is_enough_for_all_work(
     queue.beat(["normal-0"], {})
     service.workers.stop(PATIENCE)
     waiting = client.task()
-    assert queue.exchange("normal-0", "normal").id == waiting
+    assert queue.settle_and_take("normal-0", "normal").id == waiting
     server.client.hdel("gomail:processes", "another-process")
     server.client.delete("gomail:heartbeat:another-process")
     until(queue.find_orphans)
@@ -2199,7 +2204,7 @@ def test_a_name_that_may_pass_for_another_or_is_too_long_is_refused_at_signup_an
 @hypothesis.settings(deadline=None, max_examples=500)
 @hypothesis.given(strategies.characters(categories=["C", "Z"], exclude_characters=" "))
 def test_no_control_private_unassigned_or_spacing_character_gets_into_a_name(character):
-    with pytest.raises(gomail.Refused, match="^id must be a name"):
+    with pytest.raises(gomail.HTTPError, match="^id must be a name"):
         gomail.NEW_ID({"id": f"a{character}b"})
 
 
@@ -2229,7 +2234,7 @@ def test_nothing_of_a_deregistered_account_is_sent_even_when_it_signs_up_again(s
     again = service.client.sign_up("user@example.com")
     clock.forward(3700)
     until(lambda: not service.store.redis.zcard(service.store.key("schedule")))
-    until(lambda: not service.queue.depths()["retrying"])
+    until(lambda: not service.inspection.depths()["retrying"])
     again.state(again.task(userId="after@example.com"), "succeeded")
     assert [mail.recipient for mail in mail_server.mails] == ["after@example.com"]
     assert again.get("/task/subscriptionContent")["contentTypes"] == []
@@ -2245,10 +2250,10 @@ def test_deregistering_an_account_with_many_content_types_revokes_its_key_first(
 
     def watched(keys, args):
         answers.append(script(keys, args))
-        with pytest.raises(gomail.Refused):
+        with pytest.raises(gomail.HTTPError):
             accounts.authenticate(client.key)
         if answers[-1] == 2:
-            with pytest.raises(gomail.Refused):
+            with pytest.raises(gomail.HTTPError):
                 accounts.sign_up(name)
         return answers[-1]
     monkeypatch.setattr(accounts, "_deregister", watched)
@@ -2294,7 +2299,7 @@ BAD_TASKS = [
 
 @pytest.mark.parametrize("field, value", BAD_TASKS)
 def test_a_bad_field_is_refused_by_name_and_changes_nothing(field, value):
-    with pytest.raises(gomail.Refused) as refused:
+    with pytest.raises(gomail.HTTPError) as refused:
         gomail.TASK(changed(field, value))
     assert refused.value.status == 400 and refused.value.field == field and refused.value.error.startswith(field)
 
@@ -2335,7 +2340,7 @@ def test_a_bad_optional_field_of_a_message_is_refused_by_name(field, value):
             del payload["attachments"][0][name]
     else:
         (payload[parent] if parent else payload)[name] = value
-    with pytest.raises(gomail.Refused) as refused:
+    with pytest.raises(gomail.HTTPError) as refused:
         gomail.TASK({**MESSAGE, "payload": payload})
     assert refused.value.field == f"payload.{field}" and refused.value.error.startswith(refused.value.field)
 
@@ -2352,7 +2357,7 @@ def test_a_bad_optional_field_of_a_message_is_refused_by_name(field, value):
     ("payload.content", 0.5, "payload.content must be a string that is not empty, without NUL, in quotes"),
     ("payload.userId", 1, "payload.userId must be an e-mail address, such as user@example.com, in quotes")])
 def test_an_error_says_what_is_hard_to_see(field, value, words):
-    with pytest.raises(gomail.Refused) as refused:
+    with pytest.raises(gomail.HTTPError) as refused:
         gomail.TASK(changed(field, value))
     assert (refused.value.error, refused.value.field) == (words, field)
 
@@ -2386,7 +2391,7 @@ def test_variables_fill_subject_text_and_content_and_are_escaped_in_html_only():
 
 @pytest.mark.parametrize("field", ["subject", "text", "content"])
 def test_a_missing_variable_is_refused_by_name(field):
-    with pytest.raises(gomail.Refused, match=r"^payload.variables.name is required: payload." + field) as refused:
+    with pytest.raises(gomail.HTTPError, match=r"^payload.variables.name is required: payload." + field) as refused:
         filled({"nam": "x"}, **{field: "Hello {{ name }}"})
     assert refused.value.status == 400 and refused.value.field == "payload.variables.name"
 
@@ -2401,7 +2406,7 @@ MALFORMED = {  # text -> what the error says of it
 @pytest.mark.parametrize("field", ["subject", "text", "content"])
 @pytest.mark.parametrize("wrong", [found for found in MALFORMED if found.isprintable()])
 def test_a_malformed_placeholder_of_a_message_with_variables_is_refused_by_name_and_field(field, wrong):
-    with pytest.raises(gomail.Refused) as refused:
+    with pytest.raises(gomail.HTTPError) as refused:
         filled({"name": "x"}, **{field: f"Hello {{{{ name }}}} {wrong}"})
     assert refused.value.status == 400 and refused.value.field == f"payload.{field}"
     assert refused.value.error.startswith(f"payload.{field} has {MALFORMED[wrong]}")
@@ -2410,7 +2415,7 @@ def test_a_malformed_placeholder_of_a_message_with_variables_is_refused_by_name_
 
 
 def test_all_malformed_placeholders_of_a_text_are_named_up_to_three_of_them():
-    with pytest.raises(gomail.Refused, match=r"^payload\.content has {{ a\.b }}, {{ }}, {{ x y }}, expected"):
+    with pytest.raises(gomail.HTTPError, match=r"^payload\.content has {{ a\.b }}, {{ }}, {{ x y }}, expected"):
         filled({"name": "x"}, content="{{ a.b }} {{ }} {{ a.b }} {{ name }} {{ x y }} {{ z")
 
 
@@ -2447,12 +2452,12 @@ def test_variables_that_make_a_message_larger_than_max_body_are_413_and_nothing_
     answers = client.post("/task/batch", {"tasks": [bomb, fine, fine, fine, MESSAGE]})["tasks"]
     # A batch has twice the room of one.
     assert [answer["status"] for answer in answers] == [False, True, True, False, True]
-    assert answers[0]["field"] == "tasks[0].payload.variables" and sum(service.queue.depths().values()) <= 3
+    assert answers[0]["field"] == "tasks[0].payload.variables" and sum(service.inspection.depths().values()) <= 3
 
 
 def test_a_number_that_is_infinite_none_or_would_fill_a_line_is_no_variable():
     for number in (math.inf, -math.inf, math.nan, 1e30, -1e300, 10**31, -10**4000, 10**5000):
-        with pytest.raises(gomail.Refused, match="^payload.variables.name must be .* a number below 1e30") as refused:
+        with pytest.raises(gomail.HTTPError, match="^payload.variables.name must be .* a number below 1e30") as refused:
             filled({"name": number}, content="{{ name }}")
         assert refused.value.status == 400 and refused.value.field == "payload.variables.name"
     for number in (0, -1.5, 10**29, 1e29, 2**64, 1e-300):
@@ -2474,7 +2479,7 @@ def test_without_variables_braces_are_left_alone():
 
 
 def test_a_variable_cannot_add_a_line_to_the_subject():
-    with pytest.raises(gomail.Refused, match="^payload.subject must be a string of 1 to 998 characters, on one line"):
+    with pytest.raises(gomail.HTTPError, match="^payload.subject must be a string of 1 to 998 characters, on one line"):
         filled({"name": "x\r\nBcc: eve@evil.example"}, subject="{{ name }}")
 
 
@@ -2484,8 +2489,8 @@ def test_a_moment_is_taken_up_to_ten_years_from_now_and_can_be_shown_again(momen
     text = moment.replace(tzinfo=datetime.timezone.utc).isoformat()
     far = datetime.datetime.fromisoformat(text).timestamp() > time.time() + 10 * 365.25 * 86400
     try:
-        taken = gomail.Moment()(text, "payload.send_at")
-    except gomail.Refused as refused:
+        taken = gomail.DateTime()(text, "payload.send_at")
+    except gomail.HTTPError as refused:
         assert far and refused.status == 400 and refused.field == "payload.send_at"
     else:
         assert not far and datetime.datetime.fromisoformat(gomail.timestamp(taken)).timestamp() == pytest.approx(
@@ -2497,8 +2502,8 @@ def test_a_moment_is_taken_up_to_ten_years_from_now_and_can_be_shown_again(momen
                                   "2030-01-31T09:00:60Z"])
 def test_a_moment_at_the_edge_of_the_calendar_is_refused_or_means_now(text):
     try:
-        assert gomail.Moment()(text, "send_at") == 0
-    except gomail.Refused as refused:
+        assert gomail.DateTime()(text, "send_at") == 0
+    except gomail.HTTPError as refused:
         assert refused.status == 400
 
 
@@ -2531,7 +2536,7 @@ def test_length_is_required_for_generateotp_and_is_4_to_8(length):
     base = {"task": "t", "type": "generateOtp", "retries": 0, "payload": {"userId": "user@example.com", "length": 6}}
     for good in (4, 5, 6, 7, 8):
         assert gomail.TASK(changed("payload.length", good, base))["payload"]["length"] == good
-    with pytest.raises(gomail.Refused, match="^payload.length .*whole number from 4 to 8"):
+    with pytest.raises(gomail.HTTPError, match="^payload.length .*whole number from 4 to 8"):
         gomail.TASK(changed("payload.length", length, base))
 
 
@@ -2541,7 +2546,7 @@ def test_frequency_is_required_for_subscribe_and_is_one_of_four(frequency):
             "payload": {"userId": "user@example.com", "frequency": "@hourly", "content_type": "news"}}
     for good in ("@hourly", "@daily", "@weekly", "@monthly"):
         assert gomail.TASK(changed("payload.frequency", good, base))["payload"]["frequency"] == good
-    with pytest.raises(gomail.Refused, match="^payload.frequency .*@hourly, @daily, @weekly, @monthly"):
+    with pytest.raises(gomail.HTTPError, match="^payload.frequency .*@hourly, @daily, @weekly, @monthly"):
         gomail.TASK(changed("payload.frequency", frequency, base))
 
 
@@ -2552,7 +2557,7 @@ def test_content_type_is_required_for_subscribe_and_unsubscribe(kind, content_ty
             "payload": {"userId": "user@example.com", "frequency": "@hourly",
                         "content_type": "Weekly_Newsletter 2.0-é"}}
     assert gomail.TASK(base)["payload"]["content_type"] == "Weekly_Newsletter 2.0-é"
-    with pytest.raises(gomail.Refused, match="^payload.content_type"):
+    with pytest.raises(gomail.HTTPError, match="^payload.content_type"):
         gomail.TASK(changed("payload.content_type", content_type, base))
 
 
@@ -2600,7 +2605,7 @@ def test_counters_count_tasks_not_attempts_and_always_add_up(client, service, ma
     mail_server.replies["gone@example.com"] = ["550 no such user"]
     for recipient in ("slow@example.com", "gone@example.com", "user@example.com"):
         client.state(client.task(retries=5, userId=recipient), "succeeded", "dead")
-    assert service.queue.counters() == {"executed": 3, "successful": 2, "failed": 1}
+    assert service.inspection.counters() == {"executed": 3, "successful": 2, "failed": 1}
     answer = client.get("/health/metrics")
     assert (answer["Total Jobs Executed"], answer["Jobs Successful"], answer["Jobs Failed"]) == (3, 2, 1)
 
@@ -2714,8 +2719,8 @@ def test_what_is_shown_of_an_ended_task_is_the_same_in_either_form_that_is_kept(
     if is_older and "\ud83d" not in name:  # as a version without heads had queued it
         client.hdel(key, "head")
     for refusal in refusals:
-        until(lambda: queue.exchange("normal-0", lane))
-        queue.exchange("normal-0", lane, gomail.Outcome(task_id, "retrying", refusal), take=False)
+        until(lambda: queue.settle_and_take("normal-0", lane))
+        queue.settle_and_take("normal-0", lane, gomail.Outcome(task_id, "retrying", refusal), take=False)
     if verdict == "by request":
         client.zadd(queue.store.key("delayed"), {task_id: 1e14})
         client.lrem(queue.store.key("lane", lane), 0, task_id)
@@ -2723,25 +2728,26 @@ def test_what_is_shown_of_an_ended_task_is_the_same_in_either_form_that_is_kept(
         queue.cancel(task_id, account.name)
         after = {"state": "cancelled"}
     else:
-        until(lambda: queue.exchange("normal-0", lane))
+        until(lambda: queue.settle_and_take("normal-0", lane))
         before = client.hgetall(key)
-        queue.exchange("normal-0", lane, gomail.Outcome(task_id, verdict, error), take=False)
+        queue.settle_and_take("normal-0", lane, gomail.Outcome(task_id, verdict, error), take=False)
         after = {"state": verdict, "error": error,
                  "attempts": int(before["attempts"]) + (verdict == "succeeded")}
     *_, begun, ended, _ = client.hget(key, "d").split(" ", 7)
     finished = int(before["created"]) + int(begun or 0) + int(ended)
 
     def shown():
-        return (queue.status(task_id, story=True), queue.status(task_id, account.name),
-                queue.status(task_id, "another"), queue.recent(account.name, search="CC@", limit=1),
-                queue.recent(account.name, limit=1), queue.recent("", search="user@", state=after["state"], limit=1))
+        return (look(queue).status(task_id, story=True), look(queue).status(task_id, account.name),
+                look(queue).status(task_id, "another"), look(queue).recent(account.name, search="CC@", limit=1),
+                look(queue).recent(account.name, limit=1),
+                look(queue).recent("", search="user@", state=after["state"], limit=1))
 
     assert "Hello" not in str(client.hgetall(key)) and 0 < client.ttl(key) <= queue.settings.result_ttl
     new = shown()
-    with pytest.raises(gomail.Refused, match=rf"has ended already \({after['state']}\)"):
+    with pytest.raises(gomail.HTTPError, match=rf"has ended already \({after['state']}\)"):
         queue.cancel(task_id, account.name)
     for someone in ("another", account.name[:-1]):
-        with pytest.raises(gomail.Refused, match="there is no such task"):
+        with pytest.raises(gomail.HTTPError, match="there is no such task"):
             queue.cancel(task_id, someone)
     # As the version before left it.
     client.delete(key)
@@ -2820,9 +2826,10 @@ def test_a_story_tells_of_each_attempt_when_how_long_and_why(client, mail_server
 def test_a_story_that_grows_for_ever_keeps_its_newest_lines(queue):
     task_id, = queue.enqueue(queue.account, [MESSAGE])
     for number in range(500):
-        queue.exchange("normal-0", "normal")
-        queue.exchange("normal-0", "normal", gomail.Outcome(task_id, "returned", f"Ünavailable {number}"), take=False)
-    story = queue.status(task_id, story=True)["story"]
+        queue.settle_and_take("normal-0", "normal")
+        outcome = gomail.Outcome(task_id, "returned", f"Ünavailable {number}")
+        queue.settle_and_take("normal-0", "normal", outcome, take=False)
+    story = look(queue).status(task_id, story=True)["story"]
     assert story[-1]["error"] == "Ünavailable 499" and 50 < len(story) < 200 and story[1]["event"] == "returned"
 
 
@@ -2977,12 +2984,12 @@ def queue(service, client):
 def test_an_answer_that_was_lost_on_the_way_costs_no_task(queue):
     # What a worker sees when its connection dies between Redis's work and Redis's answer: it asks again.
     ids = [queue.enqueue(queue.account, [MESSAGE])[0] for _ in range(2)]
-    assert queue.exchange("normal-0", "normal").id == ids[0]
-    assert queue.exchange("normal-0", "normal").id == ids[0]
+    assert queue.settle_and_take("normal-0", "normal").id == ids[0]
+    assert queue.settle_and_take("normal-0", "normal").id == ids[0]
     done = gomail.Outcome(ids[0], "succeeded")
-    assert queue.exchange("normal-0", "normal", done).id == ids[1]
-    assert queue.exchange("normal-0", "normal", done).id == ids[1]
-    assert queue.counters()["executed"] == 1
+    assert queue.settle_and_take("normal-0", "normal", done).id == ids[1]
+    assert queue.settle_and_take("normal-0", "normal", done).id == ids[1]
+    assert look(queue).counters()["executed"] == 1
 
 
 def test_tasks_of_a_deregistered_account_are_dropped_some_in_each_script(service, queue, monkeypatch):
@@ -2992,14 +2999,14 @@ def test_tasks_of_a_deregistered_account_are_dropped_some_in_each_script(service
         queue.enqueue(account, [MESSAGE] * 500)
     client.post("/auth/deregister", {"id": account.name})
     other, = queue.enqueue(queue.account, [MESSAGE])
-    left, script = [], queue._exchange
+    left, script = [], queue._settle_and_take
 
     def watched(keys, args):
         found = script(keys, args)
-        left.append(queue.depths()["normal"])
+        left.append(look(queue).depths()["normal"])
         return found
-    monkeypatch.setattr(queue, "_exchange", watched)
-    assert queue.exchange("normal-0", "normal").id == other
+    monkeypatch.setattr(queue, "_settle_and_take", watched)
+    assert queue.settle_and_take("normal-0", "normal").id == other
     assert left == [801, 601, 401, 201, 1, 0]
     assert service.store.redis.keys(service.store.key("task", "*")) == [service.store.key("task", other)]
 
@@ -3021,12 +3028,12 @@ def test_dead_letters_that_are_too_many_or_too_old_go_some_with_each_new_one(ser
 
 def test_a_worker_whose_task_was_given_to_another_settles_nothing(queue):
     task_id = queue.enqueue(queue.account, [MESSAGE])[0]
-    queue.exchange("normal-0", "normal")
+    queue.settle_and_take("normal-0", "normal")
     queue.release()
-    before = queue.counters()
-    assert queue.exchange("normal-0", "normal", gomail.Outcome(task_id, "dead", "late"), take=False) is None
-    assert queue.counters() == before and queue.status(task_id)["state"] == "queued"
-    assert queue.depths()["normal"] == 1
+    before = look(queue).counters()
+    assert queue.settle_and_take("normal-0", "normal", gomail.Outcome(task_id, "dead", "late"), take=False) is None
+    assert look(queue).counters() == before and look(queue).status(task_id)["state"] == "queued"
+    assert look(queue).depths()["normal"] == 1
 
 
 # --- 7. mail ----------------------------------------------------------------------------------------------
@@ -3768,14 +3775,14 @@ def test_metrics_show_what_waits_for_how_long_and_which_lanes_are_paused(service
     client = service.client.sign_up()
     for _ in range(5):
         client.task()
-    until(lambda: service.workers.gates["normal"].reason)
+    until(lambda: service.workers.breakers["normal"].reason)
     # A worker may hold one.
     found = until(lambda: (found := metrics_of(service))["gomail_queue_depth", "normal"] >= 3 and found)
     assert found["gomail_lane_paused", "normal"] == 1 and found["gomail_queue_oldest_seconds", "normal"] > 0
     assert found["gomail_smtp_up",] == 0
     assert client("GET", "/health/ready")[0] == 200
     for lane in gomail.LANES:
-        service.workers.gates[lane].close("for the test")
+        service.workers.breakers[lane].close("for the test")
     assert client("GET", "/health/ready")[0] == 503
 
 
@@ -4011,7 +4018,7 @@ def test_without_smtp_server_the_mail_lies_in_the_maildir_and_parses(services):
 
 
 def test_the_maildir_writes_the_envelope_as_smtp_does(tmp_path):
-    gomail.Outbox(tmp_path).send("a..p@example.org", ["user.@example.com"], b"Subject: x\r\n\r\nx\r\n")
+    gomail.MaildirTransport(tmp_path).send("a..p@example.org", ["user.@example.com"], b"Subject: x\r\n\r\nx\r\n")
     path, = (tmp_path / "new").iterdir()
     assert path.read_bytes().startswith(b'Return-Path: <"a..p"@example.org>\nDelivered-To: "user."@example.com\n')
 
@@ -4050,7 +4057,7 @@ def test_the_next_account_of_the_same_name_sees_no_mail_no_dead_letter_and_no_hi
     folder.rename(folder.with_name("away"))
     folder.write_text("no folder: the next mail waits")
     waiting = client.task(retries=0)
-    until(lambda: service.workers.gates["normal"].reason)
+    until(lambda: service.workers.breakers["normal"].reason)
     client.post("/auth/deregister", {"id": name})
     folder.unlink()
     folder.with_name("away").rename(folder)
@@ -4093,8 +4100,8 @@ def test_pictures_that_a_mail_shows_again_and_again_do_not_make_its_view_huge(se
 
 
 def outbox_with(folder, count, most):
-    """An Outbox with mails whose subjects are their numbers, and what lists these numbers, newest first."""
-    outbox = gomail.Outbox(folder, most)
+    """An MaildirTransport with mails whose subjects are their numbers, and what lists these numbers, newest first."""
+    outbox = gomail.MaildirTransport(folder, most)
     for number in range(count):
         outbox.send("app@example.org", ["user@example.com"], f"Subject: {number}\r\n\r\nx\r\n".encode())
     return outbox, lambda: [int(mail["subject"]) for mail in outbox.list(limit=count)[0]]
@@ -4113,10 +4120,10 @@ def test_the_outbox_keeps_the_newest_outbox_max_mails(services):
 
 @pytest.mark.parametrize("cur", [0, 20], ids=["unread", "read by a mail program"])
 def test_the_outbox_is_cleaned_in_small_steps_of_the_oldest_mails(tmp_path, monkeypatch, cur):
-    monkeypatch.setattr(gomail.Outbox, "NAMES", 10)
-    monkeypatch.setattr(gomail.Outbox, "LOOK", 5)
+    monkeypatch.setattr(gomail.MaildirTransport, "NAMES", 10)
+    monkeypatch.setattr(gomail.MaildirTransport, "LOOK", 5)
     outbox, numbers = outbox_with(tmp_path, 42, 7)
-    for path in sorted((tmp_path / "new").iterdir(), key=lambda path: gomail.Outbox._moment(path.name))[:cur]:
+    for path in sorted((tmp_path / "new").iterdir(), key=lambda path: gomail.MaildirTransport._moment(path.name))[:cur]:
         path.rename(tmp_path / "cur" / f"{path.name}:2,S")
     (tmp_path / "tmp" / "being written").write_bytes(b"x")
     counts = [42]
@@ -4137,7 +4144,7 @@ def test_an_outbox_of_no_more_mails_than_allowed_stays_as_it_is(tmp_path, most, 
     for _ in range(5):
         outbox.clean()
     assert len(numbers()) == kept
-    gomail.Outbox(tmp_path / "missing", 1).clean()
+    gomail.MaildirTransport(tmp_path / "missing", 1).clean()
 
 
 def test_a_mail_of_the_outbox_that_was_looked_at_a_moment_ago_is_not_removed(tmp_path, monkeypatch):
@@ -4149,7 +4156,7 @@ def test_a_mail_of_the_outbox_that_was_looked_at_a_moment_ago_is_not_removed(tmp
     for _ in range(5):
         outbox.clean()
     assert numbers() == [8, 7, 2] and outbox.read(shown["id"])
-    monkeypatch.setattr(gomail.Outbox, "IN_VIEW", -1.0)  # later
+    monkeypatch.setattr(gomail.MaildirTransport, "IN_VIEW", -1.0)  # later
     outbox.send("app@example.org", ["user@example.com"], b"Subject: 9\r\n\r\nx\r\n")
     for _ in range(5):
         outbox.clean()
@@ -4245,7 +4252,7 @@ def test_a_server_that_wants_data_although_it_refused_the_recipient_gets_an_empt
         thread = threading.Thread(target=serve, args=(listener,), daemon=True)
         thread.start()
         transport = gomail.SmtpTransport(gomail.Settings(smtp_server="127.0.0.1", smtp_port=listener.getsockname()[1]))
-        with pytest.raises(gomail.Permanent, match="550 no such user"):
+        with pytest.raises(gomail.PermanentError, match="550 no such user"):
             transport.send("app@example.org", ["user@example.com"], b"Subject: secret\r\n\r\nbody\r\n")
         transport.tidy()
         thread.join(PATIENCE)
@@ -4300,7 +4307,7 @@ def test_smtp_ca_names_the_only_authority_that_counts(services, certificate, tmp
     with guarded(certificate) as server:
         service = services(server, smtp_user="app", smtp_pass="right", smtp_ca=str(tmp_path / "other.pem"))
         service.client.sign_up().task()
-        assert "CERTIFICATE_VERIFY_FAILED" in until(lambda: service.workers.gates["normal"].reason)
+        assert "CERTIFICATE_VERIFY_FAILED" in until(lambda: service.workers.breakers["normal"].reason)
 
 
 @pytest.mark.parametrize("mechanism", ["PLAIN", "LOGIN"])
@@ -4343,7 +4350,7 @@ def test_where_md5_is_off_cram_md5_is_cancelled_and_said_and_another_mechanism_g
     with guarded(certificate, "PLAIN", "LOGIN", hooks={"CRAM__MD5": cram_md5(b"right")}) as server:
         service = services(server, smtp_user="app", smtp_pass="right")
         service.client.sign_up().task()
-        assert "CRAM-MD5 cannot be answered on this machine" in until(lambda: service.workers.gates["normal"].reason)
+        assert "CRAM-MD5 cannot be answered on this machine" in until(lambda: service.workers.breakers["normal"].reason)
 
 
 @pytest.mark.parametrize("echo", ["password", "base64"])
@@ -4357,7 +4364,7 @@ def test_a_server_that_repeats_the_password_does_not_bring_it_into_a_reason(serv
     with guarded(certificate, "LOGIN", hooks={"PLAIN": refuse}, decode_data=False, enable_SMTPUTF8=True) as server:
         service = services(server, smtp_user="app", smtp_pass=password)
         service.client.sign_up().task()
-        reason = until(lambda: service.workers.gates["normal"].reason)
+        reason = until(lambda: service.workers.breakers["normal"].reason)
     assert reason.endswith("535 5.7.8 Error: wrong password (hidden) sorry")
 
 
@@ -4387,7 +4394,7 @@ def test_xoauth2_sends_a_token_that_a_command_writes_and_asks_again_only_when_th
         good[0] = "token-3"
         (tmp_path / "next").unlink()
         client.task(userId="4@example.com")
-        reason = until(lambda: service.workers.gates["normal"].reason)
+        reason = until(lambda: service.workers.breakers["normal"].reason)
         assert "smtp_token_command: exit code 1" in reason and "token-" not in reason
 
 
@@ -4395,7 +4402,7 @@ def test_a_password_is_not_sent_in_the_clear(services, mail_server):
     service = services(mail_server, smtp_user="app", smtp_pass="secret")
     client = service.client.sign_up()
     task_id = client.task(retries=0)
-    until(lambda: "no STARTTLS" in service.workers.gates["normal"].reason)
+    until(lambda: "no STARTTLS" in service.workers.breakers["normal"].reason)
     assert client.state(task_id, "queued")["attempts"] == 0 and not mail_server.mails
 
 
@@ -4405,7 +4412,7 @@ def test_a_certificate_that_nobody_vouches_for_pauses_the_lane(services, certifi
         server.start()
         service = services(server)
         service.client.sign_up().task()
-        assert "CERTIFICATE_VERIFY_FAILED" in until(lambda: service.workers.gates["normal"].reason)
+        assert "CERTIFICATE_VERIFY_FAILED" in until(lambda: service.workers.breakers["normal"].reason)
         assert not server.mails
 
 
@@ -4485,7 +4492,7 @@ ANSWERS = [
     ("DATA", "500 5.5.2 Error: bad syntax", gomail.About.CONNECTION),
     ("RCPT", "452 4.4.5 Insufficient disk space; try again later", gomail.About.SERVER),
     ("RCPT", "451 4.3.5 Server configuration error", gomail.About.SERVER),
-    ("RCPT", "451 4.3.0 <u@c.example>: Temporary lookup failure", gomail.About.SERVER),
+    ("RCPT", "451 4.3.0 <u@c.example>: TemporaryError lookup failure", gomail.About.SERVER),
     ("DOT", "451 4.7.1 Service unavailable - try again later", gomail.About.SERVER),
     ("DOT", "454 Throttling failure: Maximum sending rate exceeded.", gomail.About.SERVER),
     ("RCPT", "550 5.1.1 <u@c.example>: Recipient address rejected: User unknown in local recipient table",
@@ -4512,9 +4519,10 @@ def test_a_reply_is_about_the_mail_its_recipient_the_sender_the_connection_or_th
     code, text = int(reply[:3]), reply[4:]
     error = gomail.refusal(stage, code, text.encode())
     if about in (gomail.About.MAIL, gomail.About.RECIPIENT):
-        assert type(error) is (gomail.Temporary if code < 500 else gomail.Permanent) and str(error) == f"{code} {text}"
+        assert type(error) is (gomail.TemporaryError if code < 500 else gomail.PermanentError)
+        assert str(error) == f"{code} {text}"
     else:
-        assert type(error) is gomail.Unavailable and f"{code} {text}" in str(error)
+        assert type(error) is gomail.UnavailableError and f"{code} {text}" in str(error)
         assert code == 421 or str(error).startswith(about)
 
 
@@ -4534,7 +4542,7 @@ def test_a_recipient_answered_251_or_252_and_a_mail_answered_any_2yz_are_taken(c
 
 @pytest.mark.parametrize("code", [-1, 0, 199, 300, 354, 399, 600, 999])
 def test_what_is_no_reply_of_smtp_costs_the_mail_nothing(code):
-    assert isinstance(gomail.refusal("RCPT", code, b"hm"), gomail.Unavailable)
+    assert isinstance(gomail.refusal("RCPT", code, b"hm"), gomail.UnavailableError)
 
 
 @pytest.mark.parametrize("pipelining", [True, False])
@@ -4592,12 +4600,12 @@ SENDERS = [("replies", "504 5.5.2 <vm>: Helo command rejected: need fully-qualif
 @pytest.mark.parametrize("stage, reply", SENDERS)
 def test_what_is_about_the_sender_the_client_or_the_server_pauses_the_lane_with_its_words_and_costs_no_attempt(
         services, mail_server, monkeypatch, stage, reply):
-    monkeypatch.setattr(gomail.Gate, "FIRST_DELAY", 0.5)
+    monkeypatch.setattr(gomail.CircuitBreaker, "FIRST_DELAY", 0.5)
     getattr(mail_server, stage)["user@example.com"] = [reply] * 3
     service = services(mail_server, workers=1)
     client = service.client.sign_up()
     task_id = client.task(retries=0)
-    assert reply in until(lambda: service.workers.gates["normal"].reason)
+    assert reply in until(lambda: service.workers.breakers["normal"].reason)
     found = client.state(task_id, "succeeded")
     assert (found["attempts"] == 1
             and [step["event"] for step in found["story"]] == ["accepted", *["dropped"] * 3, "succeeded"])
@@ -4774,7 +4782,7 @@ def test_ehlo_says_smtp_ehlo_where_that_is_set(services, mail_server):
 def test_an_error_in_a_probe_leaves_no_lane_paused(services, mail_server, monkeypatch):
     service = services(mail_server)
     monkeypatch.setattr(service.transport, "probe", lambda: 1 / 0)
-    service.workers.gates["normal"].close("for the test")
+    service.workers.breakers["normal"].close("for the test")
     client = service.client.sign_up()
     client.state(client.task(), "succeeded")
 
@@ -4835,7 +4843,7 @@ def test_two_mailboxes_are_one_only_where_ascii_letters_alone_differ_in_case(one
     for text in (other, one.swapcase(), one.casefold(), unicodedata.normalize("NFKC", one)):
         alike = len(one) == len(text) and all(
             a == b or a.isascii() and b.isascii() and a.lower() == b.lower() for a, b in zip(one, text))
-        assert (gomail.same_mailbox(f"{one}@example.com") == gomail.same_mailbox(f"{text}@example.com")) == alike
+        assert (gomail.fold_address(f"{one}@example.com") == gomail.fold_address(f"{text}@example.com")) == alike
 
 
 def test_an_otp_does_not_verify_for_the_next_account_of_the_same_name(client, mail_server):
@@ -5157,13 +5165,14 @@ def test_while_an_issue_waits_no_other_is_queued_for_its_subscription(services, 
     for hour in range(10):
         clock.forward(3600)
         until(lambda: service.store.redis.zcount(service.store.key("schedule"), "-inf", clock.now) == 0)
-    assert service.queue.depths()["bulk"] + len(service.store.redis.keys(service.store.key("processing", "*"))) == 2
+    in_hand = service.store.redis.keys(service.store.key("processing", "*"))
+    assert service.inspection.depths()["bulk"] + len(in_hand) == 2
     mail_server.start()
     mail_server.one("user@example.com")
-    until(lambda: service.queue.depths()["retrying"] == 1)
+    until(lambda: service.inspection.depths()["retrying"] == 1)
     clock.forward(3600)
     until(lambda: len(mail_server.to("user@example.com")) == 2)
-    assert service.queue.depths()["retrying"] == 1 and not mail_server.to("other@example.com")
+    assert service.inspection.depths()["retrying"] == 1 and not mail_server.to("other@example.com")
 
 
 def test_a_clock_that_was_ahead_for_a_moment_costs_no_later_issue(dated, mail_server, clock):
@@ -5205,7 +5214,7 @@ def test_a_changed_timezone_neither_doubles_nor_loses_an_issue(services, mail_se
         for hours in range(-24, 28, 4):
             clock.now = max(clock.now, boundary + hours * 3600)
             until(lambda: service.store.redis.zcount(service.store.key("schedule"), "-inf", clock.now) == 0)
-        until(lambda: service.queue.counters()["executed"] == len(service.store.redis.keys(tasks)))
+        until(lambda: service.inspection.counters()["executed"] == len(service.store.redis.keys(tasks)))
         mails.append(len(mail_server.mails))
     assert mails == [1, 2, 3]
 
@@ -5232,7 +5241,7 @@ def test_an_issue_that_has_ended_or_is_known_no_longer_holds_no_other_back(dated
     for number, end in enumerate((None, "550 5.2.1 no", None)):
         mail_server.replies["user@example.com"] = [end] if end else []
         clock.forward(86400)
-        until(lambda: service.queue.counters()["executed"] == number + 2)
+        until(lambda: service.inspection.counters()["executed"] == number + 2)
     service.store.redis.delete(*service.store.redis.keys(service.store.key("task", "*")))
     clock.forward(86400)
     until(lambda: len(mail_server.to("user@example.com")) == 3)
@@ -5427,7 +5436,7 @@ def test_who_unsubscribed_gets_nothing_more_not_even_what_was_queued(dated, mail
     subscribe(client)
     # The bulk lane is closed while the boundary passes, so that the mail is waiting when the address goes.
     mail_server.stop()
-    service.workers.gates["bulk"].close("for the test")
+    service.workers.breakers["bulk"].close("for the test")
     clock.forward(86400)
     until(lambda: service.newsletters.enqueue_due() == 0 and service.store.redis.keys(service.store.key("task", "*")))
     bulk, = [key for key in service.store.redis.keys(service.store.key("task", "*"))
@@ -5581,7 +5590,7 @@ def test_removing_a_content_type_ends_its_subscriptions(dated, mail_server, cloc
     clock.forward(3600)
     until(lambda: not service.store.redis.zcard(service.store.key("schedule")))
     assert client.get("/task/subscriptionContent/news")["subscribers"] == 0
-    assert service.queue.depths()["bulk"] == 0 and not mail_server.mails
+    assert service.inspection.depths()["bulk"] == 0 and not mail_server.mails
 
 
 # --- 10. workers ------------------------------------------------------------------------------------------
@@ -5592,7 +5601,7 @@ def test_while_the_mail_server_is_out_no_task_pays_an_attempt_and_all_are_sent_w
     client.state(client.task(), "succeeded")
     mail_server.stop()
     ids = [client.task(retries=0, userId=f"{number}@example.com") for number in range(50)]
-    until(lambda: service.workers.gates["normal"].failures >= 3)
+    until(lambda: service.workers.breakers["normal"].failures >= 3)
     assert all(client.get(f"/task/{task_id}")["attempts"] == 0 for task_id in ids)
     mail_server.start()
     until(lambda: len(mail_server.mails) == 51)
@@ -5624,28 +5633,28 @@ def test_that_the_mail_server_is_out_is_known_to_all_lanes_and_shown_once(servic
 
 def test_a_recovery_that_one_lane_sees_resumes_all_that_the_outage_paused_and_no_other(
         services, mail_server, monkeypatch):
-    monkeypatch.setattr(gomail.Gate, "FIRST_DELAY", 600)
-    monkeypatch.setattr(gomail.Gate, "LONGEST_DELAY", 600)
+    monkeypatch.setattr(gomail.CircuitBreaker, "FIRST_DELAY", 600)
+    monkeypatch.setattr(gomail.CircuitBreaker, "LONGEST_DELAY", 600)
     service = services(mail_server)
-    client, gates = service.client.sign_up(), service.workers.gates
+    client, breakers = service.client.sign_up(), service.workers.breakers
     mail_server.stop()
     message = client.task()
-    until(lambda: gates["normal"].reason)
-    gates["bulk"].close("the sender: 550 not you")
+    until(lambda: breakers["normal"].reason)
+    breakers["bulk"].close("the sender: 550 not you")
     mail_server.start()
     client.state(client.task("generateOtp", userId="otp@example.com"), "succeeded")
     client.state(message, "succeeded")
-    assert service.workers.smtp.state == "up" and gates["bulk"].reason == "the sender: 550 not you"
+    assert service.workers.smtp.state == "up" and breakers["bulk"].reason == "the sender: 550 not you"
 
 
 def test_mail_over_an_older_connection_does_not_say_that_the_server_takes_new_ones(services, mail_server, monkeypatch):
-    monkeypatch.setattr(gomail.Gate, "FIRST_DELAY", 600)
+    monkeypatch.setattr(gomail.CircuitBreaker, "FIRST_DELAY", 600)
     service = services(mail_server, workers=1)
     client, workers = service.client.sign_up(), service.workers
     client.state(client.task("generateOtp", userId="one@example.com"), "succeeded")
-    workers.gates["normal"].close("421 too many connections", outage=True)
+    workers.breakers["normal"].close("421 too many connections", outage=True)
     client.state(client.task("generateOtp", userId="two@example.com"), "succeeded")
-    assert mail_server.connections == 1 and workers.smtp.state == "out" and workers.gates["normal"].reason
+    assert mail_server.connections == 1 and workers.smtp.state == "out" and workers.breakers["normal"].reason
 
 
 @pytest.mark.parametrize("fault", ["sender", "mail"])
@@ -5672,7 +5681,7 @@ def test_a_sender_that_is_refused_after_an_outage_is_no_outage_any_more(services
     mail_server.sender_replies = ["550 not you"] * 10_000
     mail_server.start()
     until(lambda: workers.smtp.state == "up")
-    assert "550 not you" in until(lambda: workers.gates["normal"].reason)
+    assert "550 not you" in until(lambda: workers.breakers["normal"].reason)
 
 
 def test_what_an_older_version_reports_of_its_lanes_is_read(service):
@@ -5684,8 +5693,8 @@ def test_what_an_older_version_reports_of_its_lanes_is_read(service):
 
 def test_a_paused_lane_says_why_and_probes_at_once_when_somebody_asks_any_of_the_processes(
         services, mail_server, monkeypatch):
-    monkeypatch.setattr(gomail.Gate, "FIRST_DELAY", 600)
-    monkeypatch.setattr(gomail.Gate, "LONGEST_DELAY", 600)
+    monkeypatch.setattr(gomail.CircuitBreaker, "FIRST_DELAY", 600)
+    monkeypatch.setattr(gomail.CircuitBreaker, "LONGEST_DELAY", 600)
     monkeypatch.setattr(gomail.Queue, "RESUME_INTERVAL", 0.001)
     working = services(mail_server)
     other = services(mail_server, key_prefix=working.settings.key_prefix)
@@ -5700,7 +5709,7 @@ def test_a_paused_lane_says_why_and_probes_at_once_when_somebody_asks_any_of_the
     assert (lane["lane"] == "normal" and "Connection refused" in lane["reason"]
             and lane["queued"] == 1 and lane["oldest"] >= 0)
     client.post("/lanes/normal/resume")
-    until(lambda: sum(service.workers.gates["normal"].failures for service in (working, other)) >= 1)
+    until(lambda: sum(service.workers.breakers["normal"].failures for service in (working, other)) >= 1)
     mail_server.start()
     client.post("/lanes/normal/resume")
     assert client.state(task_id, "succeeded")["attempts"] == 1
@@ -5745,17 +5754,17 @@ def test_an_unexpected_error_costs_one_task_an_attempt_and_never_the_worker(serv
     client.state(client.task(), "succeeded")
 
 
-def keep_paused(gate: gomail.Gate) -> None:
+def keep_paused(breaker: gomail.CircuitBreaker) -> None:
     """Pause a lane whose probes never succeed, and which does not learn that mails of other lanes do."""
-    gate.transport = gomail.Outbox(os.devnull)
-    gate.smtp = gomail.SmtpState(gate.transport)
-    gate.close("for the test")
+    breaker.transport = gomail.MaildirTransport(os.devnull)
+    breaker.smtp = gomail.SmtpState(breaker.transport)
+    breaker.close("for the test")
 
 
 def test_a_full_lane_delays_no_other(services, mail_server):
     service = services(mail_server)
     client = service.client.sign_up()
-    keep_paused(service.workers.gates["normal"])
+    keep_paused(service.workers.breakers["normal"])
     for _ in range(20):
         client.task()
     client.state(client.task("generateOtp", userId="otp@example.com"), "succeeded")
@@ -5780,7 +5789,7 @@ def test_an_otp_waits_for_no_subscribes_and_they_for_no_smtp_server(services, ma
         "urgent": False, "normal": False, "bulk": False, "changes": True}
     mail_server.stop()
     client.task("generateOtp", userId="otp@example.com")
-    until(lambda: service.workers.gates["urgent"].reason)
+    until(lambda: service.workers.breakers["urgent"].reason)
     client.state(last, "succeeded")
 
 
@@ -5789,7 +5798,7 @@ def test_subscribes_that_an_older_version_left_in_the_urgent_lane_are_done(queue
     monkeypatch.setattr(gomail, "lane_of", lambda _: "urgent")
     ids = queue.enqueue(queue.account, [CHANGE, {**CHANGE, "type": "unsubscribe"}])
     monkeypatch.undo()
-    assert queue.depths()["urgent"] == 2
+    assert look(queue).depths()["urgent"] == 2
     services(key_prefix=queue.store.prefix)
     for task_id in ids:
         client.state(task_id, "succeeded")
@@ -5798,12 +5807,12 @@ def test_subscribes_that_an_older_version_left_in_the_urgent_lane_are_done(queue
 def test_otps_that_died_stand_behind_the_messages_when_they_are_revived(queue, client):
     otp = {"task": "a test", "type": "generateOtp", "retries": 0, "payload": {"userId": "otp@example.com", "length": 6}}
     died, = queue.enqueue(queue.account, [otp])
-    assert queue.exchange("urgent-0", "urgent").id == died
-    queue.exchange("urgent-0", "urgent", gomail.Outcome(died, "dead", "no such user"), take=False)
+    assert queue.settle_and_take("urgent-0", "urgent").id == died
+    queue.settle_and_take("urgent-0", "urgent", gomail.Outcome(died, "dead", "no such user"), take=False)
     message, = queue.enqueue(queue.account, [MESSAGE])
     assert client.post("/task/dead/retry")["count"] == 1
-    assert queue.exchange("urgent-0", "urgent") is None
-    taken = queue.exchange("normal-0", "normal"), queue.exchange("normal-1", "normal")
+    assert queue.settle_and_take("urgent-0", "urgent") is None
+    taken = queue.settle_and_take("normal-0", "normal"), queue.settle_and_take("normal-1", "normal")
     assert [task.id for task in taken] == [message, died]
 
 
@@ -5881,7 +5890,7 @@ def test_a_scheduled_task_can_be_cancelled_while_it_waits_and_only_by_its_accoun
     assert client("DELETE", f"/task/{task_id}")[1] == {"status": True, "msg": "Task cancelled successfully"}
     assert client.get(f"/task/{task_id}")["state"] == "cancelled"
     assert "secret" not in str(service.store.redis.hgetall(service.store.key("task", task_id)))
-    assert not service.queue.depths()["retrying"] and client("DELETE", "/task/none")[0] == 404
+    assert not service.inspection.depths()["retrying"] and client("DELETE", "/task/none")[0] == 404
 
 
 def test_a_task_that_cannot_be_cancelled_says_what_it_does_instead(services, mail_server):
@@ -5924,11 +5933,11 @@ def test_other_mail_gives_way_to_an_otp_until_that_is_sent_or_for_a_moment(queue
 
 def test_a_retry_that_a_wrong_clock_put_off_for_years_is_made_due_and_what_is_scheduled_is_not(queue):
     retried, = queue.enqueue(queue.account, [MESSAGE])
-    queue.exchange("normal-0", "normal")
-    queue.exchange("normal-0", "normal", gomail.Outcome(retried, "retrying", "450 later", 1e8), take=False)
+    queue.settle_and_take("normal-0", "normal")
+    queue.settle_and_take("normal-0", "normal", gomail.Outcome(retried, "retrying", "450 later", 1e8), take=False)
     scheduled, = queue.enqueue(queue.account, [changed("payload.send_at", int((time.time() + 1e8) * 1e6))])
-    until(lambda: queue.status(retried)["state"] == "queued")
-    assert queue.status(scheduled)["state"] == "scheduled"
+    until(lambda: look(queue).status(retried)["state"] == "queued")
+    assert look(queue).status(scheduled)["state"] == "scheduled"
 
 
 def test_what_is_due_together_goes_in_the_order_in_which_it_was_due_and_accepted(service, queue, monkeypatch):
@@ -5942,18 +5951,19 @@ def test_what_is_due_together_goes_in_the_order_in_which_it_was_due_and_accepted
         queue.store.redis.zadd(queue.store.key("delayed"), dict.fromkeys(ids[-2:], now - 1000 + number // 3))
     assert [queue.promote() for _ in range(4)] == [10, 10, 4, 0]
     taken = []
-    while task := queue.exchange("normal-0", "normal", gomail.Outcome(taken[-1], "succeeded") if taken else None):
+    while task := queue.settle_and_take(
+            "normal-0", "normal", gomail.Outcome(taken[-1], "succeeded") if taken else None):
         taken.append(task.id)
     assert taken == [*ids, waiting]
 
 
 def test_tasks_of_a_dead_process_go_back_to_their_lanes_oldest_first(service, queue):
     ids = [queue.enqueue(queue.account, [MESSAGE])[0] for _ in range(5)]
-    assert queue.exchange("normal-1", "normal").id == ids[0]
-    assert queue.exchange("normal-0", "normal").id == ids[1]
+    assert queue.settle_and_take("normal-1", "normal").id == ids[0]
+    assert queue.settle_and_take("normal-0", "normal").id == ids[1]
     assert service.queue.reclaim(patience=0) == 0
     queue.store.redis.delete(queue.store.key("heartbeat", queue.process))
-    until(lambda: queue.depths()["normal"] == 5)  # by the service's own cron thread
+    until(lambda: look(queue).depths()["normal"] == 5)  # by the service's own cron thread
     assert queue.store.redis.lrange(queue.store.key("lane", "normal"), 0, -1) == ids[::-1]
     assert queue.store.redis.hkeys(queue.store.key("processes")) == [service.queue.process]
 
@@ -5965,19 +5975,19 @@ def test_tasks_of_several_dead_processes_go_back_oldest_first(queue, monkeypatch
         process.beat(["normal-0", "normal-1"], {})
     for worker in ("normal-0", "normal-1"):
         for process in dead:
-            process.exchange(worker, "normal")
+            process.settle_and_take(worker, "normal")
     queue.store.redis.delete(*[queue.store.key("heartbeat", process.process) for process in dead])
-    until(lambda: queue.depths()["normal"] == 6)
+    until(lambda: look(queue).depths()["normal"] == 6)
     assert queue.store.redis.lrange(queue.store.key("lane", "normal"), 0, -1) == ids[::-1]
 
 
 def test_a_process_that_was_taken_for_dead_and_takes_tasks_again_is_found_when_it_dies(queue):
     queue.enqueue(queue.account, [MESSAGE])
     queue.release()
-    taken = queue.exchange("normal-1", "normal")  # its cron thread has not shown it again
-    assert queue.processes() == 2 and queue.depths()["normal"] == 0
-    until(lambda: queue.depths()["normal"] == 1)
-    assert queue.status(taken.id, story=True)["story"][-1]["event"] == "orphaned"
+    taken = queue.settle_and_take("normal-1", "normal")  # its cron thread has not shown it again
+    assert look(queue).processes() == 2 and look(queue).depths()["normal"] == 0
+    until(lambda: look(queue).depths()["normal"] == 1)
+    assert look(queue).status(taken.id, story=True)["story"][-1]["event"] == "orphaned"
 
 
 @pytest.mark.parametrize("known", [None, "normal-0"])
@@ -5989,24 +5999,24 @@ def test_a_list_that_no_process_owns_is_found_by_the_cron_thread(queue, known):
     if known:
         queue.store.redis.hset(queue.store.key("processes"), queue.process, known)
     queue.wait("normal-1", "normal", 1)
-    assert queue.depths()["normal"] == 0
-    until(lambda: queue.depths()["normal"] == 1)
+    assert look(queue).depths()["normal"] == 0
+    until(lambda: look(queue).depths()["normal"] == 1)
     strikes = queue.store.redis.hget(queue.store.key("task", task_id), "strikes")
-    assert queue.status(task_id)["state"] == "queued" and strikes == "0"  # it was not begun
+    assert look(queue).status(task_id)["state"] == "queued" and strikes == "0"  # it was not begun
 
 
 def test_the_lists_of_a_live_process_are_nobodys_to_reclaim(service, queue):
     queue.enqueue(queue.account, [MESSAGE])
-    assert queue.exchange("normal-0", "normal")
+    assert queue.settle_and_take("normal-0", "normal")
     queue.beat(["normal-0"], {})
     assert service.queue.find_orphans() == 0 and service.queue.reclaim(patience=0) == 0
 
 
 def test_a_heartbeat_from_before_the_clock_went_back_keeps_no_dead_process_alive(queue):
     queue.enqueue(queue.account, [MESSAGE])
-    queue.exchange("normal-0", "normal")
+    queue.settle_and_take("normal-0", "normal")
     queue.store.redis.pexpire(queue.store.key("heartbeat", queue.process), 3_600_000)
-    until(lambda: queue.depths()["normal"] == 1)
+    until(lambda: look(queue).depths()["normal"] == 1)
 
 
 def test_a_task_that_kills_its_process_three_times_is_buried_and_its_neighbours_are_not(service, queue):
@@ -6014,14 +6024,14 @@ def test_a_task_that_kills_its_process_three_times_is_buried_and_its_neighbours_
     for _ in range(3):
         queue.beat(["normal-0", "normal-1"], {})
         for worker in ("normal-0", "normal-1"):
-            task = queue.exchange(worker, "normal")
+            task = queue.settle_and_take(worker, "normal")
             if task.id == poison and task.strikes:
                 queue.begin(task)  # the neighbour waits for its turn meanwhile
         queue.store.redis.delete(queue.store.key("heartbeat", queue.process))
         until(lambda: service.queue.reclaim(patience=0)
               or queue.process not in queue.store.redis.hkeys(queue.store.key("processes")))
-    assert queue.status(poison)["state"] == "dead" and "3 times" in queue.status(poison)["error"]
-    assert queue.status(neighbour)["state"] == "queued"
+    assert look(queue).status(poison)["state"] == "dead" and "3 times" in look(queue).status(poison)["error"]
+    assert look(queue).status(neighbour)["state"] == "queued"
 
 
 def test_the_embedded_server_is_started_again_when_it_dies(processes):
@@ -7887,7 +7897,7 @@ def test_a_backup_under_load_misses_nothing_that_was_answered_before_and_repeats
         elsewhere.start()
         second = services(elsewhere, key_prefix=prefix)
         until(lambda: {mail.recipient for mail in list(elsewhere.mails)} | sent >= answered)
-        until(lambda: not any(second.queue.depths().values()))
+        until(lambda: not any(second.inspection.depths().values()))
         services.running.remove(second)
         second.stop()
         recipients = [mail.recipient for mail in elsewhere.mails]
@@ -7900,7 +7910,7 @@ STAGES = ["idempotency:*", "schedule", "task:*", "*"]  # what a backup looks for
 
 def at_rest(service: gomail.Service) -> bool:
     """Whether nothing waits or is due any more."""
-    depths = service.queue.depths()
+    depths = service.inspection.depths()
     return not depths["retrying"] and not any(depths[lane] for lane in gomail.LANES) and not (
         service.store.redis.zcount(service.store.key("schedule"), "-inf", time.time()))
 
@@ -7981,7 +7991,7 @@ def test_a_task_that_redis_shows_twice_while_it_is_read_is_restored_once_as_it_w
     end = json.dumps({"lines": len(lines), "sha256": hashlib.sha256(above).hexdigest()}).encode()
     second = services(mail_server, key_prefix=restored(first.store, io.BytesIO(gzip.compress(above + end))))
     assert Client(second.http.url, client.key).get(f"/task/{task_id}")["state"] == "succeeded"
-    assert not any(second.queue.depths().values())
+    assert not any(second.inspection.depths().values())
 
 
 def test_a_backup_that_ends_too_early_or_was_changed_is_refused_before_anything_is_changed(service, client, tmp_path):
@@ -8542,8 +8552,8 @@ def test_a_task_that_waits_is_cancelled_on_the_page(service, browser):
 
 
 def test_a_paused_lane_says_why_on_the_page_and_is_resumed_there(services, mail_server, browser, monkeypatch):
-    monkeypatch.setattr(gomail.Gate, "FIRST_DELAY", 600)
-    monkeypatch.setattr(gomail.Gate, "LONGEST_DELAY", 600)
+    monkeypatch.setattr(gomail.CircuitBreaker, "FIRST_DELAY", 600)
+    monkeypatch.setattr(gomail.CircuitBreaker, "LONGEST_DELAY", 600)
     service = services(mail_server)
     client = service.client.sign_up()
     mail_server.stop()
@@ -8758,7 +8768,7 @@ def test_the_screenshots_of_the_documentation_are_taken(services, browser, mail_
             "task": chance.choice(["Welcome", "Invoice", "Order"]), "type": "message", "retries": 3, "payload": {
                 "userId": recipient, "subject": "Hello", "content": "<h1>Hello</h1>"}})
     client.task("generateOtp", userId="ann@example.com")
-    until(lambda: service.queue.counters()["executed"] == 41)
+    until(lambda: service.inspection.counters()["executed"] == 41)
     now = int(time.time() // 60)
     for minute in range(now - 59, now):  # an hour that was as busy
         for event, most in (("sent", 60), ("failed", 2), ("retried", 3)):
@@ -9515,7 +9525,7 @@ def test_a_claim_whose_answer_is_lost_sends_each_newsletter_once(services, mail_
             "userId": address, "content_type": "news", "frequency": "@daily"}, 1))
     cutter.cut(service.newsletters._claim)
     clock.forward(86400)
-    until(lambda: cutter.cuts and service.queue.counters()["successful"] == 1200)
+    until(lambda: cutter.cuts and service.inspection.counters()["successful"] == 1200)
     assert collections.Counter(mail.recipient for mail in mail_server.mails) == dict.fromkeys(recipients, 1)
 
 
@@ -9595,11 +9605,11 @@ def enqueuing(service, client, mail_server):
 
 
 def taking_and_settling(service, client, mail_server):
-    yield service.queue._exchange
+    yield service.queue._settle_and_take
     client.state(client.task(), "succeeded")
     client.state(client.task(userId="next@example.com"), "succeeded")
     mail_server.one("user@example.com"), mail_server.one("next@example.com")
-    assert service.queue.counters()["executed"] == 2
+    assert service.inspection.counters()["executed"] == 2
 
 
 def issuing_an_otp(service, client, mail_server):
@@ -9636,7 +9646,7 @@ def reclaiming(service, client, mail_server):
     dead.beat(["normal-7"], {})
     service.workers.stop(PATIENCE)
     client.task()
-    dead.exchange("normal-7", "normal")
+    dead.settle_and_take("normal-7", "normal")
     service.store.redis.delete(service.store.key("heartbeat", "dead"))
     yield service.queue._reclaim
     assert service.queue.reclaim(patience=0) == 1
@@ -9679,15 +9689,15 @@ def test_a_black_holed_or_rejecting_mail_server_costs_no_attempt(services, certi
         service = services(smtp_server="127.0.0.1", smtp_port=port, smtp_timeout=0.2)
         client = service.client.sign_up()
         task_id = client.task(retries=0)
-        until(lambda: service.workers.gates["normal"].failures >= 2)
+        until(lambda: service.workers.breakers["normal"].failures >= 2)
         assert client.state(task_id, "queued")["attempts"] == 0
     with contextlib.closing(MailServer(authenticator=Logins(), auth_required=True, tls_context=certificate)) as server:
         server.start()
         service = services(server, smtp_user="app", smtp_pass="wrong")
         client = service.client.sign_up()
         task_id = client.task(retries=0)
-        assert "535" in until(lambda: service.workers.gates["normal"].failures >= 2
-                              and service.workers.gates["normal"].reason)
+        assert "535" in until(lambda: service.workers.breakers["normal"].failures >= 2
+                              and service.workers.breakers["normal"].reason)
         assert client.state(task_id, "queued")["attempts"] == 0
 
 
@@ -9697,7 +9707,7 @@ def test_an_outage_of_the_mail_server_with_10000_tasks_waiting_loses_none_and_co
     account = service.http.api.accounts.authenticate(client.key)
     mail_server.stop()
     client.task(userId="first@example.com")
-    until(lambda: service.workers.gates["normal"].reason)
+    until(lambda: service.workers.breakers["normal"].reason)
     for number in range(10_000):
         service.queue.enqueue(account, [
             {**MESSAGE, "retries": 0, "payload": {**MESSAGE["payload"], "userId": f"{number}@example.com"}}])
@@ -9705,8 +9715,8 @@ def test_an_outage_of_the_mail_server_with_10000_tasks_waiting_loses_none_and_co
     until(lambda: len(mail_server.mails) > 2000)
     mail_server.stop()
     mail_server.start()
-    until(lambda: service.queue.counters()["executed"] == 10_001, 120)
-    assert service.queue.counters() == {"executed": 10_001, "successful": 10_001, "failed": 0}
+    until(lambda: service.inspection.counters()["executed"] == 10_001, 120)
+    assert service.inspection.counters() == {"executed": 10_001, "successful": 10_001, "failed": 0}
     assert len({mail.recipient for mail in mail_server.mails}) == 10_001
 
 
@@ -9716,7 +9726,7 @@ def test_a_maildir_that_cannot_be_written_pauses_the_lane_until_it_can(services)
     service.transport.folder.rmdir() if service.transport.folder.exists() else None
     service.transport.folder.write_text("a file where the folder should be")
     task_id = client.task(retries=0)
-    until(lambda: "Maildir" in service.workers.gates["normal"].reason)
+    until(lambda: "Maildir" in service.workers.breakers["normal"].reason)
     assert client.state(task_id, "queued")["attempts"] == 0
     service.transport.folder.unlink()
     service.transport.folder.mkdir()
@@ -9756,7 +9766,7 @@ def test_100000_subscriptions_due_at_once_are_queued_and_an_otp_overtakes_them(s
     define(client)
     account = service.http.api.accounts.authenticate(client.key).name
     key, now = service.store.key, int(service.store.time())
-    keep_paused(service.workers.gates["bulk"])
+    keep_paused(service.workers.breakers["bulk"])
     for start in range(0, 100_000, 5000):
         with service.store.redis.pipeline(transaction=False) as pipeline:
             addresses = [f"{number}@example.com" for number in range(start, start + 5000)]
@@ -9765,12 +9775,12 @@ def test_100000_subscriptions_due_at_once_are_queued_and_an_otp_overtakes_them(s
             pipeline.zadd(key("schedule"), {json.dumps([account, "news", address]): now for address in addresses})
             pipeline.execute()
     client.state(client.task("generateOtp", userId="during@example.com"), "succeeded")
-    until(lambda: service.queue.depths()["bulk"] >= 100_000 - 2, 120)
+    until(lambda: service.inspection.depths()["bulk"] >= 100_000 - 2, 120)
     assert service.store.redis.zcount(key("schedule"), "-inf", now) == 0
-    service.workers.gates["bulk"].transport, service.workers.gates["bulk"].reason = service.transport, ""
+    service.workers.breakers["bulk"].transport, service.workers.breakers["bulk"].reason = service.transport, ""
     until(lambda: len(mail_server.mails) > 100)
     client.state(client.task("generateOtp", userId="otp@example.com"), "succeeded")
-    assert service.queue.depths()["bulk"] > 90_000
+    assert service.inspection.depths()["bulk"] > 90_000
     assert len(mail_server.to("otp@example.com")) == 1
     service.store.redis.delete(key("lane", "bulk"))
 
