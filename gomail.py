@@ -1,16 +1,30 @@
 #!/usr/bin/env python3
 """GoMail: a mail queue in one module.
 
-Apps POST tasks over HTTP and get an answer at once; the tasks wait in Redis, and worker threads send the
-mail by SMTP, with retries. `python gomail.py` starts it; `python gomail.py --help` lists every setting.
+Apps POST tasks over HTTP and get an answer at once. The tasks wait in Redis; worker threads send the mail by SMTP and
+retry what fails. `python gomail.py` starts the service, and `python gomail.py --help` lists the options.
 
 The module reads from top to bottom, and each section uses only those above it:
 
-    1. settings     6. queue          11. cron
-    2. logging      7. mail           12. http
-    3. store        8. otp            13. service
-    4. accounts     9. newsletters    14. command line
-    5. tasks       10. workers
+    1. settings                   6. tasks         11. transports     16. http api
+    2. logging                    7. queue         12. otp            17. http server
+    3. redis                      8. inspection    13. newsletters    18. service
+    4. validation and errors      9. metrics       14. workers        19. command line
+    5. accounts                  10. mail          15. cron
+
+The way of one mail, from POST to 250:
+
+    Handler.respond               reads the request, finds its Route and the Account of its API key
+    -> Api.enqueue                is the handler of POST /task, whose body TASK has checked
+    -> Queue.enqueue              stores the task and puts its id into a lane (script ENQUEUE); the app has its answer
+    Workers.run                   is a thread that waits for the next id of its lane
+    -> Queue.settle_and_take      moves the id to the worker's processing list (script SETTLE_AND_TAKE)
+    -> Workers.perform            calls the handler of the task's type, such as Workers.send_message
+    -> compose                    turns the Mail into bytes
+    -> SmtpTransport.send         returns when the server has answered 250, and raises a DeliveryError otherwise
+    -> Outcome                    says what became of the task: succeeded, to be retried, dead, ...
+    -> Queue.settle_and_take      settles it, and takes the next task in the same round trip
+    Queue.promote                 puts the id of a task whose retry is due back into its lane; Cron.once calls it
 """
 
 import argparse
@@ -88,174 +102,173 @@ Json = dict[str, Any]  # a JSON object
 
 
 # --- 1. settings ----------------------------------------------------------------------------------------
-# Every option, its default and its unit, in one place. A wrong value stops the start with one line that
-# names the option, the value and what is allowed.
+# Every option with its default and its unit. A wrong value stops the start with one line that names the option, the
+# value and what is allowed.
 
-# Characters that are commands to a terminal, or that hide or reorder the text around them: DEL and the C1 controls,
-# Unicode's ends of lines, bidirectional controls (UAX 9, section 2), invisible ones, and halves of surrogate pairs. Not
-# among them are those that scripts and emoji need (U+200C, U+200D), and the soft hyphen.
+# Characters that control a terminal, or hide or reorder the text around them: DEL and the C1 controls, Unicode's line
+# ends, bidirectional controls (UAX 9, section 2), invisible characters and lone surrogates. Allowed are U+200C and
+# U+200D, which scripts and emoji need, and the soft hyphen.
 DECEPTIVE = ("\x7f-\x9f\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
              "\U000e0000-\U000e007f")
 UNPRINTABLE = re.compile(f"[\x00-\x1f{DECEPTIVE}]")
 
 
 def without_controls(text: str) -> str:
-    """The text with "?" for each character that is a command to a terminal, or hides or reorders others."""
+    """The text with "?" in place of each control character and each character in DECEPTIVE."""
     return UNPRINTABLE.sub("?", text)
 
 
-def printable(words: str) -> str:
-    """What somebody else's program said, on one line and without controls. All such words pass here as they come in."""
-    return without_controls(" ".join(words.split()))
+def printable(text: str) -> str:
+    """The text on one line and without controls. Every message of another program passes through here."""
+    return without_controls(" ".join(text.split()))
 
 
 class StartError(Exception):
-    """The service cannot start, however often it is tried; the message is the one line that the operator sees."""
+    """The service cannot start until the operator changes something; the message is the one line that they see."""
 
-    exit_code = 78  # EX_CONFIG of sysexits(3); gomail.service has systemd not try again
+    exit_code = 78  # EX_CONFIG of sysexits(3); gomail.service tells systemd not to try again
 
     def __init__(self, message: str) -> None:
         super().__init__(without_controls(message))
 
 
 class TransientStartError(StartError):
-    """The service cannot start now; a later start may go well without a change of the settings."""
+    """The service cannot start now; a later start may succeed with the same settings."""
 
     exit_code = 1
 
 
 def describe(error: BaseException) -> str:
-    """One short line for an exception: what the system or the server said, without paths or tracebacks."""
+    """What the system or the server said, as one short line without path and traceback."""
     if isinstance(error, TimeoutError):
         return "timed out"
-    if isinstance(error, redis.exceptions.AskError):  # it holds a slot and an address
+    if isinstance(error, redis.exceptions.AskError):  # its message is a slot and an address
         return "another node of this Redis Cluster has the keys; redis+cluster:// finds it"
-    words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    if isinstance(error, redis.ResponseError) and re.search("no permissions|executing the script can't", words):
-        words += "; gomail.py --check lists all that the user lacks"
-    return printable(words)[:500] or type(error).__name__
+    message = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    if isinstance(error, redis.ResponseError) and re.search("no permissions|executing the script can't", message):
+        message += "; gomail.py --check lists all that the user lacks"
+    return printable(message)[:500] or type(error).__name__
 
 
-def shown(value: str) -> str:
-    """A wrong value as an error names it, without a secret: that of a URL, or of a further setting on the same line."""
+def safe_repr(value: str) -> str:
+    """The repr() of a wrong value, without the password of a URL or of another option on the same line."""
     if re.search("://.*@", value, re.DOTALL):
         return "(hidden)"
     return repr(re.sub(r"\w*(pass|secret|token|uri)\w*\s*[=:].*", "(hidden)", value, flags=re.DOTALL | re.IGNORECASE))
 
 
 def without_secrets(text: str, hidden: Sequence[str]) -> str:
-    """The text with "(hidden)" for each word that holds four characters in a row of what is to be hidden."""
-    def shows(word: str) -> bool:
-        return any(secret[at:at + 4] in word for secret in hidden for at in range(max(1, len(secret) - 3)) if secret)
-    return " ".join("(hidden)" if shows(word) else word for word in text.split())
+    """The text with "(hidden)" in place of each word that holds four consecutive characters of what is hidden."""
+    pieces = {secret[at:at + 4] for secret in hidden if secret for at in range(max(1, len(secret) - 3))}
+    return " ".join("(hidden)" if any(piece in word for piece in pieces) else word for word in text.split())
 
 
 def option(default: Any, explanation: str, *, low: float | None = None, high: float | None = None,
            choices: tuple[str, ...] | None = None, number: str = "a number of seconds") -> Any:
-    """A field of Settings: its default, what it means (with its unit), and what is allowed."""
+    """A field of Settings. `number` is what an error calls a number that is not whole."""
     return dataclasses.field(default=default, metadata={
         "explanation": explanation, "low": low, "high": high, "choices": choices, "number": number})
 
 
-SAFE_TOKEN = 16  # characters that admin_token needs beyond loopback
+MIN_TOKEN_LENGTH = 16  # of admin_token, beyond loopback
 VARIABLE = "[A-Za-z_][A-Za-z0-9_]{0,63}"
-ONE_LINE = r"[^\x00-\x1f\x7f-\x9f\u2028\u2029]"  # the two Unicode line ends as well: some mailers break a header there
+ONE_LINE = r"[^\x00-\x1f\x7f-\x9f\u2028\u2029]"  # some mailers break a header at the last two, Unicode's line ends
 LINE = "on one line, without control characters"
 PLACEHOLDER = re.compile(rf"\{{\{{ *({VARIABLE}) *\}}\}}")  # {{ name }}, see fill()
 
-# A placeholder, or what begins like one and is none, as `wrong`. The outer braces of {{{ name }}} are text.
+# A placeholder, or, as the group `wrong`, a malformed one. The outer braces of {{{ name }}} are text.
 BRACES = re.compile(rf"{PLACEHOLDER.pattern}"
                     rf"|(?!\{{{PLACEHOLDER.pattern})(?P<wrong>\{{\{{[^{{}}\r\n]{{0,40}}(\}}\}})?)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """All options. Text, whole number or seconds, by the type of the default."""
+    """All options. The type of the default decides whether an option is text, a whole number or a number."""
 
     smtp_server: str = option("", "host name or IP address of the SMTP server; empty: mail goes to a Maildir "
-                             "in data_dir/outbox")
-    smtp_port: int = option(587, "port of the SMTP server; 465 speaks TLS from the start", low=1, high=65535)
-    smtp_user: str = option("", "SMTP user name; where it is an address, the sender's if smtp_from is not set")
-    smtp_pass: str = option("", "SMTP password; with it, TLS is required")
+                              "in data_dir/outbox")
+    smtp_port: int = option(587, "port of the SMTP server; 465: TLS from the start", low=1, high=65535)
+    smtp_user: str = option("", "SMTP user name; if it is an address, it is also the default of smtp_from")
+    smtp_pass: str = option("", "SMTP password; it is only sent over TLS")
     smtp_from: str = option("", 'sender, "Name <address>" or "address"; needed with smtp_server, unless smtp_user '
-                           'is an address')
+                            'is an address')
     smtp_token_command: str = option("", "instead of smtp_pass: a command that writes an access token, for XOAUTH2; it "
                                      "runs again when the server refuses the token")
-    smtp_tls: str = option("auto", "auto: STARTTLS where offered; implicit: TLS from the start, on any port; off: "
-                           "never (a server on this machine)", choices=("auto", "implicit", "off"))
-    smtp_ca: str = option("", "file with the certificates (PEM) that the SMTP server's must come from; empty: the "
-                          "machine's own")
-    smtp_ehlo: str = option("", "name or [address] in EHLO; empty: this machine's full name, else its address")
-    smtp_rate: float = option(0.0, "mails a second to the SMTP server, from all processes together; "
-                              "0: as fast as it takes them", low=0, high=100000, number="a number")
-    smtp_timeout: float = option(30.0, "seconds to wait for the SMTP server's connection, and for each answer until a "
-                                 "mail is offered; from then on the times of RFC 5321 hold", low=0.1, high=600)
-    smtp_mails_per_connection: int = option(100, "mails after which a connection is replaced; of the urgent lane at "
+    smtp_tls: str = option("auto", "auto: STARTTLS if the server offers it; implicit: TLS from the start, on any port; "
+                           "off: never (a server on this machine)", choices=("auto", "implicit", "off"))
+    smtp_ca: str = option("", "file with the CA certificates (PEM) that the SMTP server's certificate must come from; "
+                          "empty: those of this machine")
+    smtp_ehlo: str = option("", "name or [address] in EHLO; empty: this machine's full name, or else its address")
+    smtp_rate: float = option(0.0, "mails per second to the SMTP server, from all processes together; 0: no limit",
+                              low=0, high=100000, number="a number")
+    smtp_timeout: float = option(30.0, "seconds to wait for the connection to the SMTP server and for each answer "
+                                 "before the first mail; afterwards the timeouts of RFC 5321 apply", low=0.1, high=600)
+    smtp_mails_per_connection: int = option(100, "mails after which a connection is replaced; in the urgent lane at "
                                             "most 10", low=1, high=100000)
     redis_uri: str = option("", "host:port, redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://; "
                             "empty: the embedded Valkey in data_dir")
-    redis_connections: int = option(32, "connections to Redis at once for requests, in each process; each worker and "
-                                    "the cron have one more of their own", low=1, high=10000)
-    key_prefix: str = option("gomail:", "what every Redis key begins with; in a Redis Cluster, {gomail}: where it "
-                             "has no hash tag")
-    durability: str = option("everysec", "when a task answered 2xx is on disk: everysec, within a second; "
-                             "fsync, before the answer", choices=("everysec", "fsync"))
+    redis_connections: int = option(32, "connections to Redis for requests, in each process; each worker and the "
+                                    "cron thread have one more", low=1, high=10000)
+    key_prefix: str = option("gomail:", "prefix of every Redis key; without a hash tag, a Redis Cluster gets "
+                             "{gomail}: instead")
+    durability: str = option("everysec", "when a task that was answered 2xx is on disk; everysec: within a second; "
+                             "fsync: before the answer", choices=("everysec", "fsync"))
     host: str = option("127.0.0.1", "address to listen on; beyond loopback only with admin_token")
-    allowed_hosts: str = option("", "names by which requests may call this service, comma-separated, without port, "
-                                "beside localhost; empty: any name; without admin_token it is localhost alone")
-    port: int = option(8080, "port to listen on; 0 picks a free one", low=0, high=65535)
-    max_body: int = option(1048576, "bytes a request body may have", low=1024, high=104857600)
-    max_connections: int = option(256, "HTTP connections at once in a process; one more is answered 503",
-                                 low=1, high=10000)
-    request_timeout: float = option(30.0, "seconds a request may take to arrive, and a connection may idle",
+    allowed_hosts: str = option("", "host names that requests may use for this service beside localhost, "
+                                "comma-separated, without port; empty: any name, or only localhost without admin_token")
+    port: int = option(8080, "port to listen on; 0: any free port", low=0, high=65535)
+    max_body: int = option(1048576, "largest request body, in bytes", low=1024, high=104857600)
+    max_connections: int = option(256, "HTTP connections at once, in each process; further ones are answered 503",
+                                  low=1, high=10000)
+    request_timeout: float = option(30.0, "seconds a request may take to arrive, and a connection may be idle",
                                     low=0.1, high=3600)
     public_url: str = option("", "where the internet reaches this service, such as https://mail.example.com; with it, "
                              "newsletters carry a link to unsubscribe")
-    admin_token: str = option("", "guards signup and deregister; empty: both are open, on loopback only")
-    jwt_secret: str = option("", "signs the API keys, 32 bytes or more; empty: made once and kept in Redis")
+    admin_token: str = option("", "token that signup and deregister need; empty: both are open, on loopback only")
+    jwt_secret: str = option("", "signs the API keys, at least 32 bytes; empty: made once and kept in Redis")
     jwt_secret_previous: str = option("", "still accepted while jwt_secret is being replaced; needs jwt_secret")
     api_key_ttl: int = option(0, "seconds an API key is valid; 0: until it is deregistered", low=0, high=315360000)
     processes: int = option(1, "processes that share the port and the queue, one for each core to use", low=1, high=64)
     workers: int = option(4, "worker threads of each lane (urgent, normal, bulk), in each process", low=1, high=64)
-    retry_delay: float = option(15.0, "seconds before the first retry; doubles with each, with jitter",
+    retry_delay: float = option(15.0, "seconds before the first retry; they double with each retry, with jitter",
                                 low=0.01, high=86400)
-    retry_delay_max: float = option(3600.0, "seconds a retry waits at most", low=0.01, high=604800)
+    retry_delay_max: float = option(3600.0, "most seconds before a retry", low=0.01, high=604800)
     otp_ttl: int = option(300, "seconds an OTP is valid", low=1, high=86400)
     otp_subject: str = option("Your verification code", "subject of the OTP mail; may hold {{ otp }} and {{ minutes }}")
-    otp_content: str = option("", "content of the OTP mail, text or HTML, with the same; empty: a short text")
+    otp_content: str = option("", "content of the OTP mail, text or HTML; must hold {{ otp }}, may hold "
+                              "{{ minutes }}; empty: a short text")
     otp_cooldown: int = option(30, "seconds between two OTPs for one address; 0: none", low=0, high=3600)
-    otp_hourly_max: int = option(10, "OTPs for one address in an hour; 0: any number", low=0, high=1000)
-    otp_minute_max: int = option(600, "OTP requests, to generate or verify, of an account in a minute; 0: any number",
+    otp_hourly_max: int = option(10, "OTPs for one address in an hour; 0: no limit", low=0, high=1000)
+    otp_minute_max: int = option(600, "OTP requests, to generate or verify, of an account in a minute; 0: no limit",
                                  low=0, high=10000000)
     timezone: str = option("UTC", "time zone of the newsletters' calendar, an IANA name")
     result_ttl: int = option(86400, "seconds the state of a finished task is kept", low=1, high=31536000)
     dead_ttl: int = option(2592000, "seconds a dead letter is kept", low=1, high=31536000)
-    dead_max: int = option(100000, "dead letters kept at most; the oldest go first", low=1, high=100000000)
+    dead_max: int = option(100000, "most dead letters kept; the oldest are removed first", low=1, high=100000000)
     data_dir: str = option("gomail-data", "folder of the embedded Valkey and of the Maildir")
-    maxmemory: int = option(0, "MB that the data of the embedded Valkey may take, from where on what adds to it is "
-                            "answered 503; 0: half of the memory that this machine or its cgroup has", low=0,
-                            high=16777216)
-    outbox_max: int = option(10000, "mails kept in the Maildir at most; the oldest go first; 0: any number", low=0,
+    maxmemory: int = option(0, "MB for the data of the embedded Valkey; when they are full, requests that add data "
+                            "are answered 503; 0: half the memory of this machine or its cgroup", low=0, high=16777216)
+    outbox_max: int = option(10000, "most mails kept in the Maildir; the oldest are removed first; 0: no limit", low=0,
                              high=1000000000)
     log_file: str = option("app.log", "log file, rotated at 10 MB, 3 kept; off: only stdout")
-    log_level: str = option("INFO", "least level that is logged", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
-    shutdown_timeout: float = option(20.0, "seconds that work in flight has to end after SIGTERM", low=0, high=3600)
+    log_level: str = option("INFO", "lowest level that is logged", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
+    shutdown_timeout: float = option(20.0, "seconds for work in progress to end after SIGTERM", low=0, high=3600)
 
     @classmethod
     def load(cls, environment: Mapping[str, str], folder: str | pathlib.Path = ".") -> "Settings":
-        """Read `.env` in `folder`, then `environment` (a mapping), then systemd's credentials; the later wins.
+        """Read systemd's credentials, `environment` and `.env` in `folder`; the first of them that has a value wins.
 
-        A credential is a file in $CREDENTIALS_DIRECTORY with the name of the option. Other names count in lower or
-        upper case, lower first. A value is taken as it is, with the spaces around it; a blank one means the default.
-        The host names come back in ASCII.
+        A credential is a file in $CREDENTIALS_DIRECTORY with the name of the option. Other names may be in lower or
+        upper case; lower case wins. Spaces around a value belong to it; a blank value means the default. Host names
+        are converted to ASCII.
 
         Raises:
-            StartError: a value is not allowed, or a name in `.env` or of a credential is no option.
+            StartError: a value is not allowed, or a name in `.env` or of a credential is not an option.
         """
         path, credentials = pathlib.Path(folder, ".env"), environment.get("CREDENTIALS_DIRECTORY")
         sources = (read_credentials(credentials), environment, read_env_file(path))
-        for place, found in ((credentials, sources[0]), (path, sources[2])):
-            if unknown := next((name for name in found if not is_option(name, place == path)), None):
+        for place, names in ((credentials, sources[0]), (path, sources[2])):
+            if unknown := next((name for name in names if not is_option(name, place == path)), None):
                 raise StartError(f"{place}: {unknown_option(unknown)}")
         values = {}
         for field in dataclasses.fields(cls):
@@ -268,11 +281,11 @@ class Settings:
                                    host=host_to_ascii(settings.host) or "")
 
     def check(self) -> None:
-        """Raise StartError where a value is not allowed beside the others, or is not of its own form."""
+        """Raise StartError if a value has the wrong form or contradicts another."""
         try:
             zoneinfo.ZoneInfo(self.timezone)
         except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
-            raise StartError(f"timezone: {shown(self.timezone)} is no IANA time zone, such as Europe/Berlin") from None
+            raise self._wrong("timezone", "is not an IANA time zone such as Europe/Berlin") from None
         for name in ("jwt_secret", "jwt_secret_previous"):
             if 0 < len(getattr(self, name).encode()) < 32:
                 raise StartError(f"{name}: (hidden) is too short, at least 32 bytes are needed")
@@ -280,27 +293,26 @@ class Settings:
             raise StartError("jwt_secret_previous: (hidden) is not allowed without jwt_secret")
         for name in ("smtp_from", "otp_subject"):
             if not re.fullmatch(f"{ONE_LINE}*", getattr(self, name)):
-                raise StartError(f"{name}: {shown(getattr(self, name))} is not {LINE}")
+                raise self._wrong(name, f"is not {LINE}")
         if self.smtp_from and not parse_address(email.utils.parseaddr(self.smtp_from)[1]):
-            raise StartError(f"smtp_from: {shown(self.smtp_from)} is not an address, or a name with <address>")
+            raise self._wrong("smtp_from", "is not an address, or a name with <address>")
         self._check_hosts()
         if self.smtp_server and not self.smtp_from and not parse_address(self.smtp_user):
-            raise StartError("smtp_from: not set, and smtp_user is not an address; most servers refuse mail without a "
-                             "sender of theirs: set smtp_from to the sender's address, such as app@example.com")
+            raise StartError("smtp_from: not set, and smtp_user is not an address; most servers only take mail from a "
+                             "sender that they know: set smtp_from to the sender's address, such as app@example.com")
         if self.smtp_tls == "off" and (self.smtp_pass or self.smtp_token_command):
             raise StartError("smtp_tls: 'off' is not allowed with smtp_pass or smtp_token_command, expected auto")
         if self.smtp_token_command and (self.smtp_pass or not self.smtp_user):
             raise StartError("smtp_token_command: needs smtp_user, and is not allowed with smtp_pass")
         if self.smtp_ehlo and not (is_domain(self.smtp_ehlo) or ADDRESS_LITERAL.fullmatch(self.smtp_ehlo)):
-            raise StartError(f"smtp_ehlo: {shown(self.smtp_ehlo)} is no host name, or address such as [192.0.2.1]")
+            raise self._wrong("smtp_ehlo", "is neither a host name nor an address such as [192.0.2.1]")
         if self.smtp_ca:
             try:
                 ssl.create_default_context(cafile=self.smtp_ca)
             except (OSError, ValueError) as error:
-                raise StartError(f"smtp_ca: {shown(self.smtp_ca)} is not a file with certificates (PEM): "
-                                 f"{describe(error)}") from None
+                raise self._wrong("smtp_ca", f"is not a file with certificates (PEM): {describe(error)}") from None
         if self.public_url and not re.fullmatch(r"https?://[!-;=?-~]+", self.public_url):
-            raise StartError(f"public_url: {shown(self.public_url)} is not a URL such as https://mail.example.com")
+            raise self._wrong("public_url", "is not a URL such as https://mail.example.com")
         for name in ("otp_subject", "otp_content"):
             if unknown := set(PLACEHOLDER.findall(getattr(self, name))) - {"otp", "minutes"}:
                 raise StartError(f"{name}: {{{{ {min(unknown)} }}}} is not known, expected "
@@ -309,76 +321,81 @@ class Settings:
             raise StartError("otp_content: must hold {{ otp }}")
         for name in split_list(self.allowed_hosts):
             if parse_host(name) is None or parse_host(f"{name}:80") is None:
-                raise StartError(f"allowed_hosts: {shown(name)} is not a host name without port, such as "
+                raise StartError(f"allowed_hosts: {safe_repr(name)} is not a host name without port, such as "
                                  "mail.example.com")
         if self.allowed_hosts and not self.admin_token:
-            raise StartError(f"allowed_hosts: {shown(self.allowed_hosts)} is not allowed without admin_token; requests "
-                             "may call the service localhost alone then")
+            raise self._wrong("allowed_hosts", "is not allowed without admin_token: requests may then only use the "
+                              "name localhost")
 
     def _check_hosts(self) -> None:
-        """Raise StartError where `smtp_server`, `host` or `redis_uri` names no host that can be looked up."""
+        """Raise StartError if `smtp_server`, `host` or `redis_uri` has no host that can be looked up."""
         if self.smtp_server and not host_to_ascii(self.smtp_server):
             rule = ("a line of .env has one setting" if re.search(r"[\s=]", self.smtp_server) else
                     "the port goes into smtp_port")
-            said = "(hidden)" if "@" in self.smtp_server else shown(self.smtp_server)  # as in a URL with a password
-            raise StartError(f"smtp_server: {said} is no host name or IP address; {rule}")
+            # An @ belongs to a URL, which may have a password.
+            value = "(hidden)" if "@" in self.smtp_server else safe_repr(self.smtp_server)
+            raise StartError(f"smtp_server: {value} is not a host name or IP address; {rule}")
         host = host_to_ascii(self.host)
         if not host:
-            raise StartError(f"host: {shown(self.host)} is no host name or IP address; the port goes into port")
+            raise self._wrong("host", "is not a host name or IP address; the port goes into port")
         if not is_loopback(host):
             if not self.admin_token:
                 raise StartError(f"host: {self.host!r} is not a loopback address; to listen there, set admin_token")
-            if len(self.admin_token) < SAFE_TOKEN:
-                raise StartError(f"admin_token: (hidden) is too short for host {self.host!r}, at least {SAFE_TOKEN} "
-                                 "characters are needed")
+            if len(self.admin_token) < MIN_TOKEN_LENGTH:
+                raise StartError(f"admin_token: (hidden) is too short for host {self.host!r}, at least "
+                                 f"{MIN_TOKEN_LENGTH} characters are needed")
         authority = re.split("[/?]", self.redis_uri.partition("://")[2] or self.redis_uri)[0]
         if not authority.rpartition("@")[2].isascii():  # the Redis client would look it up by IDNA 2003
             raise StartError("redis_uri: the host name is not in ASCII, expected its xn-- form")
+
+    def _wrong(self, name: str, problem: str) -> StartError:
+        """The error for the value of an option."""
+        return StartError(f"{name}: {safe_repr(getattr(self, name))} {problem}")
 
     @functools.cached_property
     def sender(self) -> tuple[str, str]:
         """The sender's (display name, address as parse_address gives it)."""
         name, address = email.utils.parseaddr(self.smtp_from)
-        found = (address, self.smtp_user, f"gomail@{socket.gethostname()}", "gomail@localhost")
-        return name, next(filter(None, map(parse_address, found)))
+        candidates = (address, self.smtp_user, f"gomail@{socket.gethostname()}", "gomail@localhost")
+        return name, next(filter(None, map(parse_address, candidates)))
 
 
-def is_option(name: str, in_upper_case: bool = True) -> bool:
-    """Whether an option has this name, in lower case or, where that counts too, in upper case."""
+def is_option(name: str, upper_case: bool = True) -> bool:
+    """Whether this is the name of an option, in lower case or, if allowed, in upper case."""
     return name in Settings.__dataclass_fields__ or (
-        in_upper_case and name.isupper() and name.lower() in Settings.__dataclass_fields__)
+        upper_case and name.isupper() and name.lower() in Settings.__dataclass_fields__)
 
 
 def nearest_option(name: str, cutoff: float) -> str | None:
-    """The option whose name is most like this one, if the two are at least as like as `cutoff`, from 0 to 1."""
+    """The option with the most similar name, if the similarity is at least `cutoff` (0 to 1)."""
     return next(iter(difflib.get_close_matches(name.lower(), Settings.__dataclass_fields__, 1, cutoff)), None)
 
 
 def unknown_option(name: str) -> str:
-    """What is to be said of a name that is no option. One that cannot be meant as a name is not shown."""
-    shown = name if re.fullmatch(VARIABLE, name) else "a name in it"
-    nearest = nearest_option(name, 0.7)
-    return f"{shown} is not an option" + (f"; did you mean {nearest}?" if nearest else "; --help lists them")
+    """The error for a name that is not an option. It only repeats what looks like a name: it may be a password."""
+    quoted, nearest = name if re.fullmatch(VARIABLE, name) else "a name in it", nearest_option(name, 0.7)
+    return f"{quoted} is not an option" + (f"; did you mean {nearest}?" if nearest else "; --help lists them")
 
 
-def doubts(settings: Settings, environment: Mapping[str, str]) -> list[str]:
-    """What is allowed, but probably not meant so: a sentence for each such thing.
+def warnings_about(settings: Settings, environment: Mapping[str, str]) -> list[str]:
+    """A sentence for each setting that is allowed but probably a mistake.
 
-    Those are names in the environment that are almost those of options, malformed placeholders, and a service for
-    others whose mail goes to the Maildir.
+    Mistakes are names in the environment that are almost those of options, malformed placeholders, and mail that goes
+    to the Maildir although other machines use the service.
     """
-    found = [f"in the environment, {unknown_option(name)}" for name in sorted(environment) if not is_option(name) and (
-        name.lower().startswith(("smtp_", "otp_", "redis_", "jwt_")) or nearest_option(name, 0.8))]
-    found += [f"{name}: {wrong} is no placeholder such as {{{{ otp }}}}, and is sent as it is"
-              for name in ("otp_subject", "otp_content") if (wrong := malformed_placeholders(getattr(settings, name)))]
+    warnings = [f"in the environment, {unknown_option(name)}" for name in sorted(environment) if not is_option(name)
+                and (name.lower().startswith(("smtp_", "otp_", "redis_", "jwt_")) or nearest_option(name, 0.8))]
+    warnings += [f"{name}: {malformed} is not a placeholder such as {{{{ otp }}}}, and is sent as it is"
+                 for name in ("otp_subject", "otp_content")
+                 if (malformed := malformed_placeholders(getattr(settings, name)))]
     if not settings.smtp_server and (
             settings.public_url or settings.admin_token or not is_loopback(host_to_ascii(settings.host) or "")):
-        found.append("smtp_server is not set: mail goes to a Maildir on this machine, not to its recipients")
-    return found
+        warnings.append("smtp_server is not set: mail goes to a Maildir on this machine, not to its recipients")
+    return warnings
 
 
 def malformed_placeholders(text: str) -> str:
-    """The first three `{{` of a text that begin no `{{ name }}`, with what follows, for people to read; "" for none."""
+    """The first three places where `{{` does not begin a placeholder, as one line; "" if there are none."""
     if "{{" not in text:
         return ""
     found = dict.fromkeys(match["wrong"].strip() for match in BRACES.finditer(text) if match["wrong"])
@@ -386,10 +403,7 @@ def malformed_placeholders(text: str) -> str:
 
 
 def read_credentials(folder: str | None) -> dict[str, str]:
-    """The names and contents of the files in systemd's credentials folder, if there is one, but hidden files.
-
-    Line ends after the value do not belong to it.
-    """
+    """File name -> content, without line ends after it, of systemd's credentials folder. Hidden files are left out."""
     try:
         return {path.name: path.read_text(encoding="utf-8").rstrip("\n") for path in pathlib.Path(folder).iterdir()
                 if not path.name.startswith(".")} if folder else {}
@@ -397,8 +411,8 @@ def read_credentials(folder: str | None) -> dict[str, str]:
         raise StartError(f"CREDENTIALS_DIRECTORY: {folder!r} cannot be read: {describe(error)}") from None
 
 
-# One statement of a .env file, or a comment, and the white space after it: the grammar of python-dotenv 1.2.4, which
-# never takes back a step: "export " is no name, and the blanks before a value do not belong to it.
+# A comment or a statement of a .env file, and the white space after it: the grammar of python-dotenv 1.2.4, which
+# never backtracks: "export " is not a name, and the blanks before a value do not belong to it.
 ENV_STATEMENT = re.compile(r"""
     (?: export[^\S\n]++ | (?!export[^\S\n]) )
     (?: \#[^\n]*
@@ -414,11 +428,11 @@ ENV_ESCAPES = str.maketrans("abfnrtv", "\a\b\f\n\r\t\v")
 
 
 def read_env_file(path: pathlib.Path) -> dict[str, str]:
-    """The names and values of a `.env` file as python-dotenv reads them, but `${NAME}` stands for itself.
+    """The names and values of a `.env` file as python-dotenv reads them, but `${NAME}` is not replaced.
 
     Raises:
-        StartError: the file is not UTF-8 text, or holds what python-dotenv would skip with a warning, or a name without
-            `=`. The message has the number of the line, and nothing of its content, which may be a password.
+        StartError: the file is not UTF-8 text, or has a line that python-dotenv would skip with a warning, or a name
+            without `=`. The message has the number of the line, but not its content, which may be a password.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -453,39 +467,35 @@ def env_value(statement: re.Match[str]) -> str:
 
 
 def parse_option(field: dataclasses.Field[Any], text: str) -> Any:
-    """The value that `text` gives to a field of Settings; StartError where it is not allowed."""
+    """The value of an option. Raises StartError if it is not allowed."""
     rules, kind = field.metadata, typing.cast(type, type(field.default))
-    value: Any = text
     try:
         text.encode()
-    except UnicodeEncodeError:  # the system hands over other bytes as lone surrogates, which nothing can send on
+    except UnicodeEncodeError:  # bytes that are not UTF-8 come from the system as lone surrogates
         raise StartError(f"{field.name}: the value is not text in UTF-8") from None
-    if kind is str and not rules["choices"]:
-        return text
     if kind is str:
-        value = next((choice for choice in rules["choices"] if choice in (text.strip(), text.strip().upper())), None)
-        valid = value is not None
-        allowed = "one of " + ", ".join(rules["choices"])
+        if not rules["choices"]:
+            return text
+        for choice in rules["choices"]:
+            if choice in (text.strip(), text.strip().upper()):
+                return choice
+        expected = "one of " + ", ".join(rules["choices"])
     else:
-        try:
-            value = kind(text)
-            valid = rules["low"] <= value <= rules["high"]
-        except ValueError:
-            valid = False
+        with contextlib.suppress(ValueError):
+            if rules["low"] <= (value := kind(text)) <= rules["high"]:
+                return value
         noun = "a whole number" if kind is int else rules["number"]
-        allowed = f"{noun} from {rules['low']} to {rules['high']}"
-    if not valid:
-        raise StartError(f"{field.name}: {shown(text)} is not allowed, expected {allowed}")
-    return value
+        expected = f"{noun} from {rules['low']} to {rules['high']}"
+    raise StartError(f"{field.name}: {safe_repr(text)} is not allowed, expected {expected}")
 
 
 def is_loopback(host: str) -> bool:
-    """Whether everything that `host`, as host_to_ascii gives it, resolves to stays on this machine."""
+    """Whether all addresses of `host`, as host_to_ascii gives it, are on this machine."""
     try:
-        found = socket.getaddrinfo(host, None)
+        addresses = [str(entry[4][0]) for entry in socket.getaddrinfo(host, None)]
     except OSError:
         return False
-    return all(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]).is_loopback for entry in found)
+    return all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in addresses)
 
 
 def split_list(text: str) -> list[str]:
@@ -500,7 +510,7 @@ AUTHORITY = re.compile(r"""(\[(?P<ipv6>[0-9a-f:.]+)\] | \[v[0-9a-f]+\.[\w.~!$&'(
 
 
 def parse_host(authority: str) -> str | None:
-    """The host of `uri-host [":" port]` in the form used to compare, or None where the text is nothing of that kind.
+    """The host of `uri-host [":" port]` in a form that can be compared, or None if the text is something else.
 
     It is in lower case and without the dot of the DNS root; an IPv6 address is in its short form, without brackets.
     """
@@ -516,7 +526,7 @@ def parse_host(authority: str) -> str | None:
 
 
 def is_loopback_name(host: str) -> bool:
-    """Whether a host, as parse_host() gives it, means this machine on every machine, without asking the DNS."""
+    """Whether a host, as parse_host() gives it, is always this machine. The DNS is not asked."""
     if host == "localhost" or host.endswith(".localhost"):  # RFC 6761 section 6.3
         return True
     try:
@@ -528,16 +538,16 @@ def is_loopback_name(host: str) -> bool:
 NONCHARACTERS = r"\ufdd0-\ufdef" + "".join(
     chr(plane + last) for plane in range(0, 0x110000, 0x10000) for last in (0xFFFE, 0xFFFF))
 
-# RFC 5321 section 4.1.2: the characters of a dot-string, the dots anywhere. RFC 6531 section 3.3: all beyond ASCII, but
-# here without controls, white space, surrogates and noncharacters.
+# The characters of a dot-string, with dots anywhere (RFC 5321 section 4.1.2), and all beyond ASCII (RFC 6531 section
+# 3.3) except controls, white space, surrogates and noncharacters.
 LOCAL_PART = re.compile(rf'''[^\x00-\x20"(),:;<>@\[\\\]\x7f-\x9f\s\ud800-\udfff{NONCHARACTERS}]{{1,64}}''')
 DOMAIN_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
-HOST_LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")  # names of containers have underscores
+HOST_LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")  # container names have underscores
 ADDRESS_LITERAL = re.compile(r"\[(\d{1,3}(\.\d{1,3}){3}|IPv6:[0-9A-Fa-f:.]{2,45})\]")  # RFC 5321 section 4.1.3
 
 
 def is_domain(text: str) -> bool:
-    """Whether the text is a fully-qualified domain name in ASCII (RFC 5321 section 4.1.2), and no IP address."""
+    """Whether the text is a fully-qualified domain name in ASCII (RFC 5321 section 4.1.2), not an IP address."""
     *labels, last = text.lower().split(".")
     return (len(text) <= 255 and bool(labels) and not last.isdigit()
             and all(map(DOMAIN_LABEL.fullmatch, (*labels, last))))
@@ -546,9 +556,9 @@ def is_domain(text: str) -> bool:
 def domain_to_ascii(domain: str) -> str | None:
     """The domain in lower case and ASCII: by IDNA 2008 (RFC 5891) after UTS 46's mapping, nontransitional.
 
-    None where it has no such form. A domain of ASCII alone is not looked at any closer.
+    None if it has no such form. A domain in ASCII is not checked.
     """
-    if len(domain) > 255:  # RFC 5321 section 4.5.3.1.2; before any work, since steps of IDNA take quadratic time
+    if len(domain) > 255:  # RFC 5321 section 4.5.3.1.2; checked first, since steps of IDNA take quadratic time
         return None
     if domain.isascii():
         return domain.lower()
@@ -562,7 +572,7 @@ def domain_to_ascii(domain: str) -> str | None:
 
 
 def host_to_ascii(host: str) -> str | None:
-    """The host as the resolver takes it: an IP address unchanged, a name as domain_to_ascii has it. Else None."""
+    """The host in the resolver's form: an IP address unchanged, a name by domain_to_ascii(), None for anything else."""
     with contextlib.suppress(ValueError):
         ipaddress.ip_address(host)
         return host
@@ -571,12 +581,11 @@ def host_to_ascii(host: str) -> str | None:
 
 
 def parse_address(text: str) -> str | None:
-    """The address with its local part as it is, and the domain lower-case and in IDNA form.
+    """The address with its local part unchanged, and the domain in lower case and IDNA form; None if it is not valid.
 
-    A local part is one or more of the characters of RFC 5321's and RFC 6531's dot-string, in up to 64 octets; dots may
-    stand where a dot-string has none, as some mailboxes have them (see mailbox()). The domain has up to 255 octets, the
-    whole 254 (RFC 5321 section 4.5.3.1). Quoted local parts, source routes and address literals are not taken.
-    Returns None for anything else.
+    The local part consists of 1 to 64 octets of a dot-string (RFC 5321, RFC 6531); dots may stand anywhere, since
+    some mailboxes have such names (see mailbox()). The domain has up to 255 octets, the whole up to 254 (RFC 5321
+    section 4.5.3.1). Quoted local parts, source routes and address literals are not valid.
     """
     local, _, domain = text.rpartition("@")
     if not LOCAL_PART.fullmatch(local):
@@ -590,9 +599,9 @@ def parse_address(text: str) -> str | None:
 
 
 def mailbox(address: str) -> str:
-    """The address, as parse_address gives it, as SMTP commands and headers write it.
+    """An address from parse_address() in the form for SMTP commands and headers.
 
-    A local part that is no dot-string becomes a quoted-string (RFC 5321 section 4.1.2).
+    A local part that is not a dot-string becomes a quoted-string (RFC 5321 section 4.1.2).
     """
     if ".." not in address and ".@" not in address and address[0] != ".":
         return address
@@ -7170,12 +7179,12 @@ class Service:
             folder = pathlib.Path(self.settings.data_dir).resolve()
             log(logging.INFO, f"data lies in the embedded server's folder {folder}")
         log(logging.INFO, f"mail goes to {self.transport}", sender=self.settings.sender[1])
-        if 0 < len(self.settings.admin_token) < SAFE_TOKEN:
+        if 0 < len(self.settings.admin_token) < MIN_TOKEN_LENGTH:
             log(logging.WARNING, "admin_token is so short that it can be guessed",
-                remedy=f"at least {SAFE_TOKEN} random characters")
+                remedy=f"at least {MIN_TOKEN_LENGTH} random characters")
         warn_of_readers(pathlib.Path(".env"))
-        for doubt in doubts(self.settings, os.environ):
-            log(logging.WARNING, doubt)
+        for warning in warnings_about(self.settings, os.environ):
+            log(logging.WARNING, warning)
 
     def stop(self) -> None:
         """Answer no new requests, end the work in flight, leave the rest in Redis, stop the embedded server last."""
@@ -7554,8 +7563,8 @@ def check(settings: Settings) -> bool:
         transport.tidy()
         return f"{transport} takes mail from {settings.sender[1]}; it said at the last, {said}"
 
-    for doubt in filter(None, [*doubts(settings, os.environ), unused_data(settings)]):
-        print(without_controls(f"warning  {doubt}"))
+    for warning in filter(None, [*warnings_about(settings, os.environ), unused_data(settings)]):
+        print(without_controls(f"warning  {warning}"))
     report("settings", lambda: f"sender {settings.sender[1]}, would listen on {settings.host}:{settings.port}")
     report("redis", reach_redis)
     report("smtp", reach_smtp)

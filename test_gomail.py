@@ -739,7 +739,7 @@ def test_names_in_the_environment_that_are_almost_options_are_warned_about_and_n
              "SMTP_PASS", "smtp_port", "port", "LOGNAME", "USER", "MAIL", "TZ", "SHLVL", "NOTIFY_SOCKET",
              "STATE_DIRECTORY",
              "CREDENTIALS_DIRECTORY", "INVOCATION_ID", "JOURNAL_STREAM", "PYTHONPATH", "VIRTUAL_ENV", "HISTSIZE"]
-    found = gomail.doubts(gomail.Settings(), dict.fromkeys(names, "x"))
+    found = gomail.warnings_about(gomail.Settings(), dict.fromkeys(names, "x"))
     assert [re.search(r", (\w+) is not an option", line)[1] for line in found] == [
         "Log_Level", "OTP_TIME", "REDIS_URL", "SMTP_SEVER", "worker"]
     assert "did you mean redis_uri?" in found[2]
@@ -747,8 +747,8 @@ def test_names_in_the_environment_that_are_almost_options_are_warned_about_and_n
 
 def test_a_malformed_placeholder_of_the_otp_mail_is_warned_about(tmp_path):
     (tmp_path / ".env").write_text("otp_subject='{{ otp|upper }}'\notp_content='{{ otp }} {{ minutes'\n")
-    found = gomail.doubts(gomail.Settings.load({}, tmp_path), {})
-    assert [line.partition(" is no placeholder")[0] for line in found] == [
+    found = gomail.warnings_about(gomail.Settings.load({}, tmp_path), {})
+    assert [line.partition(" is not a placeholder")[0] for line in found] == [
         "otp_subject: {{ otp|upper }}", "otp_content: {{ minutes"]
 
 
