@@ -610,27 +610,28 @@ def mailbox(address: str) -> str:
 
 
 # --- 2. logging -----------------------------------------------------------------------------------------
-# One JSON object a line, on stdout and in a rotating file. Callers name the fields with log(..., task=...);
-# nobody hands it a password, an API key, an OTP or the content of a mail.
+# Each line is a JSON object, on stdout and in a rotating file. Callers name its fields: log(..., task=...). No line
+# has a password, an API key, an OTP or the content of a mail.
 
 logger = logging.getLogger("gomail")
 
 
 def log(level: int, message: str, **fields: object) -> None:
-    """Log `message` with further fields. `level` is one of logging's numbers."""
+    """Log a message and its fields."""
     logger.log(level, message, extra={"fields": fields})
 
 
 class Encoder(json.JSONEncoder):
-    """JSON that a terminal or an editor shows as it is: what would command it or deceive the eye is escaped."""
+    """JSON that is safe to show in a terminal: what would control it or deceive the eye is escaped."""
 
-    ESCAPED = re.compile(f"[{DECEPTIVE}]")  # the rest of the controls always are
+    ESCAPED = re.compile(f"[{DECEPTIVE}]")  # JSON itself escapes all other controls
 
     def encode(self, o: object) -> str:
         text = super().encode(o)
-        if text.isascii() and "\x7f" not in text or text.isprintable():  # the regex is a quarter of a log line's time
+        # The regex takes a quarter of the time of a log line.
+        if text.isascii() and "\x7f" not in text or text.isprintable():
             return text
-        return self.ESCAPED.sub(lambda found: json.dumps(found[0])[1:-1], text)
+        return self.ESCAPED.sub(lambda match: json.dumps(match[0])[1:-1], text)
 
 
 ENCODER = Encoder(ensure_ascii=False, default=str)
@@ -638,12 +639,12 @@ ENCODER = Encoder(ensure_ascii=False, default=str)
 
 @functools.lru_cache(maxsize=1)
 def utc(second: int) -> str:
-    """A second since the epoch as RFC 3339 has it, without its Z: lines of the log often share it."""
+    """Seconds since the epoch in the form of RFC 3339, without its Z. Log lines often share a second."""
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
 
 
 class JsonFormatter(logging.Formatter):
-    """A record as one line of JSON: time (RFC 3339, UTC), level, message, and the record's own fields."""
+    """Formats a record as one line of JSON: time (RFC 3339, UTC), level, message, and the record's own fields."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {"time": f"{utc(int(record.created))}.{int(record.msecs):03}Z", "level": record.levelname,
@@ -654,34 +655,34 @@ class JsonFormatter(logging.Formatter):
 
 
 class Console(logging.StreamHandler):
-    """Stdout. A closed pipe or a full disk behind it costs log lines, never the service."""
+    """Stdout. When its pipe is closed or its disk is full, log lines are lost and the service goes on."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         pass
 
 
 class LogFile(logging.Handler):
-    """The log file, of one process or of several that write to it together.
+    """The log file. Several processes may write to it together.
 
-    It is opened anew where somebody else moved or removed it, and rotated where it is full. Whatever fails costs log
-    lines, never the service; `console` is told once a minute.
+    It is rotated when it is full, and opened again when another program has moved or removed it. When writing fails,
+    lines are lost, the service goes on, and `console` gets an error, at most once a minute.
 
     Raises:
         OSError: the file cannot be opened.
     """
 
-    MOST, KEPT = 10_000_000, 3  # bytes in the file, and older files beside it
-    lock: Any  # of logging.Handler, which has always made one
+    MAX_BYTES, BACKUPS = 10_000_000, 3
+    lock: Any  # logging.Handler always makes one
 
     def __init__(self, path: str, console: logging.Handler) -> None:
         super().__init__()
         self.path, self.console = os.path.abspath(path), console
-        self.told = float("-inf")
+        self.complained_at = float("-inf")
         self.torn = False  # whether the last line was written in part
         self.file = self._open()
 
     def _open(self) -> io.FileIO:
-        # Unbuffered: what a full disk does not take must not stay behind to be written later, or hold up close().
+        # Unbuffered: lines that a full disk refuses must not be kept for later, or block close().
         return open(self.path, "ab", buffering=0)
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -690,7 +691,7 @@ class LogFile(logging.Handler):
                 self.reopen()
             self._write(f"{self.format(record)}\n".encode(errors="backslashreplace"))
             state = os.fstat(self.file.fileno())
-            if stat.S_ISREG(state.st_mode) and state.st_size > self.MOST:
+            if stat.S_ISREG(state.st_mode) and state.st_size > self.MAX_BYTES:
                 self._rotate()
         except Exception as error:
             self._complain(error)
@@ -703,31 +704,32 @@ class LogFile(logging.Handler):
             return False
 
     def reopen(self) -> None:
-        """Write to the file that is at the path now, or to a new one."""
+        """Write to the file that is now at the path, or to a new one."""
         with self.lock:
             old, self.file = self.file, self._open()
             old.close()
 
     def _write(self, lines: bytes) -> None:
-        rest = b"\n" * self.torn + lines
-        while rest:
-            written = self.file.write(rest)
-            self.torn = written < len(rest)
-            rest = rest[written:]
+        if self.torn:
+            lines = b"\n" + lines
+        while lines:
+            written = self.file.write(lines)
+            self.torn = written < len(lines)
+            lines = lines[written:]
 
     def _rotate(self) -> None:
-        """Rename the full file to NAME.1, that to NAME.2 and so on, unless another process has just done so."""
-        fcntl.flock(self.file, fcntl.LOCK_EX)  # ends when the file is closed
+        """Rename the full file to NAME.1, NAME.1 to NAME.2 and so on, unless another process has just done so."""
+        fcntl.flock(self.file, fcntl.LOCK_EX)  # released when the file is closed
         if self._is_current():
-            for number in range(self.KEPT, 1, -1):
+            for number in range(self.BACKUPS, 1, -1):
                 with contextlib.suppress(FileNotFoundError):
                     os.replace(f"{self.path}.{number - 1}", f"{self.path}.{number}")
             os.replace(self.path, f"{self.path}.1")
         self.reopen()
 
     def _complain(self, error: Exception) -> None:
-        if time.monotonic() - self.told > 60:
-            self.told = time.monotonic()
+        if time.monotonic() - self.complained_at > 60:
+            self.complained_at = time.monotonic()
             self.console.handle(logging.makeLogRecord({"msg": JsonFormatter().format(logging.makeLogRecord({
                 "levelname": "ERROR", "msg": "log file cannot be written", "fields": {"error": describe(error)}}))}))
 
@@ -737,13 +739,13 @@ class LogFile(logging.Handler):
 
 
 class LineBuffer(logging.handlers.MemoryHandler):
-    """Writes the lines of a moment together to each of `targets`: to write each alone costs a mail a sixth more time.
+    """Writes the lines of up to 0.1 seconds together. Writing each one alone takes a mail 16 % more time.
 
-    A warning, an error or a thousand lines are written at once; the rest at the next `flush_log()`, a tenth of a
-    second later at most.
+    A warning, an error or the thousandth line writes them at once, otherwise the next `flush_log()`. A SIGKILL can
+    lose at most the last 0.1 seconds of info lines.
     """
 
-    lock: Any  # of logging.Handler, which has always made one
+    lock: Any  # logging.Handler always makes one
 
     def __init__(self, targets: Sequence[logging.Handler]) -> None:
         super().__init__(capacity=1000, flushLevel=logging.WARNING)
@@ -756,7 +758,7 @@ class LineBuffer(logging.handlers.MemoryHandler):
             if records:
                 try:
                     lines = logging.makeLogRecord({"msg": "\n".join(map(self.format, records))})
-                except Exception:  # a field that has no text; the error goes to standard error
+                except Exception:  # a field cannot be converted to text; the error goes to standard error
                     self.handleError(records[-1])
                     return
                 for target in self.targets:
@@ -769,45 +771,43 @@ class LineBuffer(logging.handlers.MemoryHandler):
 
 
 def flush_log() -> None:
-    """Write the lines that are held back."""
+    """Write the lines in the buffer."""
     for handler in logger.handlers:
         handler.flush()
 
 
 def reopen_log() -> None:
-    """Write the lines that are held back, and open the log file anew."""
+    """Write the lines in the buffer, and open the log file again."""
     flush_log()
     for handler in logger.handlers:
         for target in getattr(handler, "targets", ()):
             if isinstance(target, LogFile):
-                try:
+                with contextlib.suppress(OSError):  # the next line reports the error and tries again
                     target.reopen()
-                except OSError:  # the next line says so, and tries again
-                    pass
 
 
 @contextlib.contextmanager
-def surviving(what: str) -> Iterator[None]:
-    """Log an error of the block as `what`, and go on: no housekeeping may end a process."""
+def logging_errors(message: str) -> Iterator[None]:
+    """Log an exception of the block with this message, and go on: housekeeping must not end a process."""
     try:
         yield
     except (StartError, OSError) as error:
-        log(logging.ERROR, what, error=describe(error))
+        log(logging.ERROR, message, error=describe(error))
     except Exception:
-        logger.exception(what)
+        logger.exception(message)
 
 
 def notify_systemd(state: str) -> None:
-    """Tell systemd a state of sd_notify(3), where it started us with Type=notify."""
+    """Send a state of sd_notify(3) to systemd, if it started the service with Type=notify."""
     address = os.environ.get("NOTIFY_SOCKET")
     if address:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier, contextlib.suppress(OSError):
-            notifier.settimeout(1.0)  # a systemd that hangs must not hold up anything
+            notifier.settimeout(1.0)  # in case systemd hangs
             notifier.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
 
 
 def extend_timeout(seconds: float) -> None:
-    """Ask systemd to wait for so many seconds from now until a start or stop has come further."""
+    """Ask systemd to allow a start or stop so many further seconds from now."""
     notify_systemd(f"EXTEND_TIMEOUT_USEC={int(seconds * 1e6)}")
 
 
@@ -830,7 +830,7 @@ def start_logging(settings: Settings) -> None:
     logger.addHandler(LineBuffer(targets))
     logger.setLevel(settings.log_level)
     logger.propagate = False
-    # Nothing that our lines do not show is looked up for each of them.
+    # Do not look up what the lines do not show. `_srcfile` is documented in "Optimization" of the logging HOWTO.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging._srcfile = None
 
@@ -5722,7 +5722,7 @@ class Cron:
             self.queue.recall()
             self.newsletters.correct()
             if isinstance(self.workers.transport, MaildirTransport):
-                with surviving("the Maildir cannot be cleaned"):
+                with logging_errors("the Maildir cannot be cleaned"):
                     self.workers.transport.clean()
         if now - self.looked < self.LOOK and not self.queue.is_due():
             return
@@ -5736,7 +5736,7 @@ class Cron:
     def revive_server(self) -> None:
         """Start the embedded server again where it died."""
         if self.server is not None:
-            with surviving("the embedded server is not started again"):
+            with logging_errors("the embedded server is not started again"):
                 self.server.ensure()
 
 
@@ -7158,7 +7158,7 @@ class Service:
     def listen(self) -> None:
         """Accept connections until the service stops, through errors of this machine."""
         while not self.http.stopping:
-            with surviving("unexpected error while listening"):
+            with logging_errors("unexpected error while listening"):
                 self.http.serve_forever(0.05)
             self.workers.stopping.wait(1.0)
 
@@ -7209,7 +7209,7 @@ class Service:
             self.queue.release()
             server, waiting = self.server or self.shared and self.shared.server, self.inspection.waiting()
             if server and waiting is not None:
-                with surviving("the number of waiting tasks is not noted"):
+                with logging_errors("the number of waiting tasks is not noted"):
                     server.leave_word(waiting)
             self.stats.flush()
             self.store.redis.close()
@@ -7471,16 +7471,16 @@ class Supervisor:
     def look_after(self) -> None:
         """Start again what has ended."""
         for number, child in list(self.children.items()):
-            with surviving("a process is not started again"):
+            with logging_errors("a process is not started again"):
                 if has_ended(child):
                     if child:
                         log(logging.ERROR, "a process ended, and is started again", process=child)
                     self.start(number)
         if self.shared.server:
-            with surviving("the embedded server is not started again"):
+            with logging_errors("the embedded server is not started again"):
                 self.shared.server.ensure()
                 self.shared.server.examine()
-        with surviving("log lines are not written"):
+        with logging_errors("log lines are not written"):
             flush_log()
 
     def reopen_logs(self) -> None:

@@ -1203,7 +1203,7 @@ def test_a_log_file_that_is_moved_or_removed_is_opened_anew_in_every_process(pro
 
 def test_processes_rotate_their_log_file_together_and_lose_no_line(processes, mail_server):
     mail_server.replies = collections.defaultdict(lambda: ["550 5.2.1 no"])
-    code = "import gomail, sys; gomail.LogFile.MOST, gomail.LogFile.KEPT = 3000, 1000; sys.exit(gomail.main())"
+    code = "import gomail, sys; gomail.LogFile.MAX_BYTES, gomail.LogFile.BACKUPS = 3000, 1000; sys.exit(gomail.main())"
     process = processes({**sending_to(mail_server), "processes": "2"}, code=code).started()
     client = process.client.sign_up()
     # Each makes a warning, which is written at once.
