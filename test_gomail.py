@@ -19,6 +19,7 @@ import email.message
 import email.policy
 import email.utils
 import fcntl
+import functools
 import gzip
 import hashlib
 import hmac
@@ -648,6 +649,24 @@ class RedisCluster:
         self.master.client.execute_command("CLIENT", "PAUSE", "60000", "WRITE")
         until(lambda: self.replica.client.info("replication")["slave_repl_offset"]
               == self.master.client.info("replication")["master_repl_offset"])
+
+
+# --- the module's docstring -------------------------------------------------------------------------------
+
+def test_the_docstring_lists_the_sections_of_the_module():
+    source = (HERE / "gomail.py").read_text()
+    sections = re.findall(r"^# --- (\d+\. [a-z ]+[a-z]) -+$", source, re.MULTILINE)
+    listed = re.findall(r"\d+\. [a-z]+(?: [a-z]+)*", gomail.__doc__.partition("from POST to 250")[0])
+    assert len(sections) == 19 and sorted(listed) == sorted(sections)
+
+
+def test_every_name_on_the_way_of_a_mail_that_the_docstring_tells_is_there():
+    way = gomail.__doc__.partition("from POST to 250")[2]
+    names = re.findall(r"(?<=-> )[\w.]+|\b[A-Z]\w*[a-z]\w*(?:\.\w+)?", way)
+    names += [f"Queue.{script}" for script in re.findall(r"\(script (\w+)\)", way)]
+    assert len(names) > 15
+    for name in names:
+        functools.reduce(getattr, name.split("."), gomail)
 
 
 # --- 1. settings ------------------------------------------------------------------------------------------
@@ -1500,6 +1519,49 @@ def test_every_key_begins_with_the_prefix_and_userlist_is_the_hash_of_the_accoun
     assert not strays
 
 
+def documented_keys():
+    """The table of Redis keys in the module: name, as "task:<id>" -> (type, what is said of it)."""
+    source = (HERE / "gomail.py").read_text()
+    rows = re.findall(r"^#   (\S.*?)  +(string|hash|zset|list)  +(.*(?:\n#    .*)*)", source, re.MULTILINE)
+    return {name: (kind, text) for names, kind, text in rows for name in names.split(", ")}
+
+
+def test_the_table_of_keys_has_every_key_that_the_code_names_and_no_other():
+    source = (HERE / "gomail.py").read_text()
+    named = set(re.findall(r"""(?:\.key\(|prefix \.\. |list_key\([\w.]+, )["'](\w+)""", source))
+    table = [name.partition(":")[0] for name in documented_keys()]
+    assert named == set(table) and "scheduled" in table
+
+
+def test_each_key_has_the_type_and_the_fields_of_the_table_of_keys(services, mail_server):
+    service = services(mail_server, smtp_rate=1000.0)
+    client = service.client.sign_up()
+    mail_server.replies = collections.defaultdict(list, {
+        "gone@example.com": ["550 5.1.1 no"], "late@example.com": ["450 4.2.0 no"] * 9})
+    client.state(client.task(headers={"Idempotency-Key": "one"}), "succeeded")
+    client.state(client.task(userId="gone@example.com"), "dead")
+    client.state(client.task(userId="late@example.com", retries=9), "retrying")
+    client.task(send_at="2036-01-01T00:00:00Z")
+    client.state(client.task("generateOtp"), "succeeded")
+    client.post("/task/verify", {"userEmail": "user@example.com", "otp": "wrong"})
+    client.state(client.task("subscribe", frequency="@daily", content_type="news", subject="News", content="News"),
+                 "succeeded")
+    client.state(client.task("unsubscribe", content_type="news"), "succeeded")
+    client.post("/lanes/normal/resume")
+    service.store.script("return 1", once=True)(keys=[service.store.prefix], args=[])
+    until(lambda: service.store.redis.exists(service.store.key("stats")))
+    table, seen = documented_keys(), set()
+    for key in service.store.redis.scan_iter(service.store.matching("*")):
+        name, = [name for name in table if re.fullmatch(
+            re.sub("<[a-z]+>", ".+", name), key.removeprefix(service.store.prefix))]
+        kind, text = table[name]
+        assert kind == service.store.redis.type(key), key
+        if kind == "hash" and "->" not in text:
+            assert set(service.store.redis.hkeys(key)) <= set(re.findall(r"\w+", text)), key
+        seen.add(name)
+    assert len(seen) > 25, set(table) - seen
+
+
 def documented_acl():
     """The rules for ACL SETUSER that the documents show, behind the name of the user."""
     texts = [path.read_text() for path in (HERE / "README.md", *(HERE / "docs").glob("*.md"))]
@@ -1773,7 +1835,8 @@ def slow_data(folder, count=100_000):
 def impatient(seconds):
     """The code of a gomail that gives up an embedded server without progress after so many seconds."""
     return ("import gomail, sys; "
-            f"gomail.EmbeddedServer.STALLED, gomail.EmbeddedServer.TELLING = {seconds}, 0.1; sys.exit(gomail.main())")
+            f"gomail.EmbeddedServer.STALL_TIMEOUT, gomail.EmbeddedServer.PROGRESS_INTERVAL = {seconds}, 0.1; "
+            "sys.exit(gomail.main())")
 
 
 def loading(process):
@@ -1860,8 +1923,8 @@ def test_an_append_only_file_is_sound_up_to_its_last_whole_command_or_transactio
         for rest in (b"", bytes(200), b"\r\n*", b"garbage\n"):
             path.write_bytes(whole[:cut] + rest)
             expected = max(bound for bound in bounds if bound <= cut)
-            assert expected <= gomail.sound_length(path) <= cut + len(rest), (cut, rest)
-            assert rest or gomail.sound_length(path) == expected
+            assert expected <= gomail.intact_length(path) <= cut + len(rest), (cut, rest)
+            assert rest or gomail.intact_length(path) == expected
 
 
 def test_a_file_with_zeros_at_its_end_is_repaired_from_the_command_line_with_a_copy(processes, data):
@@ -1937,7 +2000,7 @@ def memory_limits(process):
 
 def test_the_embedded_server_takes_half_of_the_memory_or_maxmemory_also_one_that_was_taken_over(processes):
     first = processes().started()
-    half = max(gomail.memory_of_machine() // 2 ** 21, gomail.EmbeddedServer.LEAST_MEMORY)
+    half = max(gomail.memory_of_machine() // 2 ** 21, gomail.EmbeddedServer.MIN_MEMORY)
     assert memory_limits(first) == (half, "noeviction")
     first.kill()
     second = processes({"maxmemory": "100", "processes": "2"}, folder=first.folder).started()
@@ -2070,7 +2133,7 @@ def test_requests_share_their_connections_and_those_that_none_needs_are_closed(s
     assert 1 <= len(ids) <= 3 and connections() == len(ids)
     store.tidy()
     assert connections() == len(ids)
-    monkeypatch.setattr(gomail.Store, "SPARE", 0.0)
+    monkeypatch.setattr(gomail.Store, "IDLE", 0.0)
     store.tidy()
     until(lambda: connections() == 0)
 
@@ -8151,7 +8214,7 @@ def test_tasks_that_wait_in_a_data_dir_are_warned_about_where_another_redis_is_u
 def has_lock(path: pathlib.Path) -> bool:
     """Whether somebody has the lock of a file."""
     with open(path) as file:
-        return not gomail.locked(file)
+        return not gomail.try_lock(file)
 
 
 def blocks(name, heading, language):
