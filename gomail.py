@@ -185,19 +185,16 @@ BRACES = re.compile(rf"{PLACEHOLDER.pattern}"
 class Settings:
     """All options. The type of the default decides whether an option is text, a whole number or a number."""
 
-    smtp_server: str = option("", "host name or IP address of the SMTP server; empty: mail goes to a Maildir "
-                              "in data_dir/outbox")
+    smtp_server: str = option("", "name or IP address of the SMTP server; empty: mail goes to a Maildir in data_dir")
     smtp_port: int = option(587, "port of the SMTP server; 465: TLS from the start", low=1, high=65535)
-    smtp_user: str = option("", "SMTP user name; if it is an address, it is also the default of smtp_from")
+    smtp_user: str = option("", "SMTP user name")
     smtp_pass: str = option("", "SMTP password; it is only sent over TLS")
-    smtp_from: str = option("", 'sender, "Name <address>" or "address"; needed with smtp_server, unless smtp_user '
-                            'is an address')
-    smtp_token_command: str = option("", "instead of smtp_pass: a command that writes an access token, for XOAUTH2; it "
+    smtp_from: str = option("", 'sender, "Name <address>" or "address"; empty: smtp_user, if it is an address')
+    smtp_token_command: str = option("", "instead of smtp_pass: a command that writes an access token for XOAUTH2; it "
                                      "runs again when the server refuses the token")
     smtp_tls: str = option("auto", "auto: STARTTLS if the server offers it; implicit: TLS from the start, on any port; "
                            "off: never (a server on this machine)", choices=("auto", "implicit", "off"))
-    smtp_ca: str = option("", "file with the CA certificates (PEM) that the SMTP server's certificate must come from; "
-                          "empty: those of this machine")
+    smtp_ca: str = option("", "file with CA certificates (PEM) to trust; empty: those of this machine")
     smtp_ehlo: str = option("", "name or [address] in EHLO; empty: this machine's full name, or else its address")
     smtp_rate: float = option(0.0, "mails per second to the SMTP server, from all processes together; 0: no limit",
                               low=0, high=100000, number="a number")
@@ -207,8 +204,8 @@ class Settings:
                                             "most 10", low=1, high=100000)
     redis_uri: str = option("", "host:port, redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://; "
                             "empty: the embedded Valkey in data_dir")
-    redis_connections: int = option(32, "connections to Redis for requests, in each process; each worker and the "
-                                    "cron thread have one more", low=1, high=10000)
+    redis_connections: int = option(32, "connections to Redis for requests, in each process; each worker and the cron "
+                                    "thread have their own", low=1, high=10000)
     key_prefix: str = option("gomail:", "prefix of every Redis key; without a hash tag, a Redis Cluster gets "
                              "{gomail}: instead")
     durability: str = option("everysec", "when a task that was answered 2xx is on disk; everysec: within a second; "
@@ -218,9 +215,8 @@ class Settings:
                                 "comma-separated, without port; empty: any name, or only localhost without admin_token")
     port: int = option(8080, "port to listen on; 0: any free port", low=0, high=65535)
     max_body: int = option(1048576, "largest request body, in bytes", low=1024, high=104857600)
-    max_connections: int = option(256, "HTTP connections at once, in each process; further ones are answered 503",
-                                  low=1, high=10000)
-    request_timeout: float = option(30.0, "seconds a request may take to arrive, and a connection may be idle",
+    max_connections: int = option(256, "HTTP connections in each process; more are answered 503", low=1, high=10000)
+    request_timeout: float = option(30.0, "most seconds until a request has arrived, and that a connection is idle",
                                     low=0.1, high=3600)
     public_url: str = option("", "where the internet reaches this service, such as https://mail.example.com; with it, "
                              "newsletters carry a link to unsubscribe")
@@ -230,8 +226,7 @@ class Settings:
     api_key_ttl: int = option(0, "seconds an API key is valid; 0: until it is deregistered", low=0, high=315360000)
     processes: int = option(1, "processes that share the port and the queue, one for each core to use", low=1, high=64)
     workers: int = option(4, "worker threads of each lane (urgent, normal, bulk), in each process", low=1, high=64)
-    retry_delay: float = option(15.0, "seconds before the first retry; they double with each retry, with jitter",
-                                low=0.01, high=86400)
+    retry_delay: float = option(15.0, "seconds before the first retry; doubles each time", low=0.01, high=86400)
     retry_delay_max: float = option(3600.0, "most seconds before a retry", low=0.01, high=604800)
     otp_ttl: int = option(300, "seconds an OTP is valid", low=1, high=86400)
     otp_subject: str = option("Your verification code", "subject of the OTP mail; may hold {{ otp }} and {{ minutes }}")
@@ -239,7 +234,7 @@ class Settings:
                               "{{ minutes }}; empty: a short text")
     otp_cooldown: int = option(30, "seconds between two OTPs for one address; 0: none", low=0, high=3600)
     otp_hourly_max: int = option(10, "OTPs for one address in an hour; 0: no limit", low=0, high=1000)
-    otp_minute_max: int = option(600, "OTP requests, to generate or verify, of an account in a minute; 0: no limit",
+    otp_minute_max: int = option(600, "OTPs that an account generates or verifies in a minute; 0: no limit",
                                  low=0, high=10000000)
     timezone: str = option("UTC", "time zone of the newsletters' calendar, an IANA name")
     result_ttl: int = option(86400, "seconds the state of a finished task is kept", low=1, high=31536000)
@@ -324,14 +319,13 @@ class Settings:
                 raise StartError(f"allowed_hosts: {safe_repr(name)} is not a host name without port, such as "
                                  "mail.example.com")
         if self.allowed_hosts and not self.admin_token:
-            raise self._wrong("allowed_hosts", "is not allowed without admin_token: requests may then only use the "
-                              "name localhost")
+            raise self._wrong("allowed_hosts", "is not allowed without admin_token")
 
     def _check_hosts(self) -> None:
         """Raise StartError if `smtp_server`, `host` or `redis_uri` has no host that can be looked up."""
         if self.smtp_server and not host_to_ascii(self.smtp_server):
-            rule = ("a line of .env has one setting" if re.search(r"[\s=]", self.smtp_server) else
-                    "the port goes into smtp_port")
+            rule = "a line of .env has one setting" if re.search(r"[\s=]", self.smtp_server) else (
+                "the port goes into smtp_port")
             # An @ belongs to a URL, which may have a password.
             value = "(hidden)" if "@" in self.smtp_server else safe_repr(self.smtp_server)
             raise StartError(f"smtp_server: {value} is not a host name or IP address; {rule}")
@@ -340,7 +334,7 @@ class Settings:
             raise self._wrong("host", "is not a host name or IP address; the port goes into port")
         if not is_loopback(host):
             if not self.admin_token:
-                raise StartError(f"host: {self.host!r} is not a loopback address; to listen there, set admin_token")
+                raise self._wrong("host", "is not a loopback address; to listen there, set admin_token")
             if len(self.admin_token) < MIN_TOKEN_LENGTH:
                 raise StartError(f"admin_token: (hidden) is too short for host {self.host!r}, at least "
                                  f"{MIN_TOKEN_LENGTH} characters are needed")
@@ -349,7 +343,6 @@ class Settings:
             raise StartError("redis_uri: the host name is not in ASCII, expected its xn-- form")
 
     def _wrong(self, name: str, problem: str) -> StartError:
-        """The error for the value of an option."""
         return StartError(f"{name}: {safe_repr(getattr(self, name))} {problem}")
 
     @functools.cached_property
