@@ -1876,7 +1876,7 @@ class DateTime(Check):
 
     MAX_AHEAD = 10 * 365.25 * 86400  # seconds: longer than any mail waits, and far from the calendar's end
     PATTERN = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,6})?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
-    expected = "a moment with its offset, such as 2030-01-31T09:00:00+01:00, at most ten years from now"
+    expected = "a time with its offset, such as 2030-01-31T09:00:00+01:00, at most ten years from now"
     schema = {"type": "string", "format": "date-time"}
 
     def parse(self, value: str) -> int | None:
@@ -1989,8 +1989,8 @@ class Object(Check):
                 raise HTTPError(400, f"{path}{name} is required: {check.expected}", path + name)
         missing = [name for name in self.dependent_required if name not in result]
         if 0 < len(missing) < len(self.dependent_required):
-            raise HTTPError(400, f"{path}{missing[0]} is required too: {' and '.join(self.dependent_required)} come "
-                            "together", path + missing[0])
+            raise HTTPError(400, f"{path}{missing[0]} is required too: {' and '.join(self.dependent_required)} must "
+                            "come together", path + missing[0])
         return result
 
 
@@ -2261,7 +2261,7 @@ MEDIA_TYPE = Pattern(
     "a media type, such as application/pdf or text/csv; charset=utf-8, but no multipart/... or message/...",
     "(?![Mm][Uu][Ll][Tt][Ii][Pp][Aa][Rr][Tt]/|[Mm][Ee][Ss][Ss][Aa][Gg][Ee]/)"
     f"{MEDIA_NAME}/{MEDIA_NAME}({MEDIA_PARAMETER})*", 255)
-CONTENT_ID = Pattern("letters, digits and . _ + -, and perhaps an @ within",
+CONTENT_ID = Pattern("letters, digits and . _ + -, with at most one @ inside",
                      r"[A-Za-z0-9._+-]+(@[A-Za-z0-9._+-]+)?", 100)
 FILENAME = String(100, ONE_LINE[:-1] + r"/\\]", "without control characters, / and \\")
 ATTACHMENT = Object({"filename": FILENAME, "content_type": MEDIA_TYPE, "content": Base64(),
@@ -2335,7 +2335,7 @@ def fill_message(task: Json, path: str, max_size: int) -> int:
             raise HTTPError(400, f"{variable} is required: {field} names it", variable) from None
         except TooLarge as error:
             raise HTTPError(413, f"{field} would have {error.size} bytes with its variables, and may have {left}: "
-                            "max_body limits the texts of a message, and twice that those of a batch",
+                            "max_body limits the filled texts of a message, twice max_body those of a batch",
                             f"{path}.variables") from None
         payload[name] = check(filled, field)
         size += len(filled.encode())
@@ -5913,7 +5913,7 @@ class Api:
         """The Account that the admin names by `?account=`. Without it, all accounts, if the route allows that."""
         name = request.query.get("account", "")
         if not name and route.access != Access.ALL:
-            raise HTTPError(400, "account is required with the admin_token: add ?account= and the name of one",
+            raise HTTPError(400, "account is required with the admin_token: add ?account= and an account's name",
                             "account")
         account = self.accounts.find(name) if name else self.admin
         if account is None:
@@ -5989,7 +5989,7 @@ class Api:
 
     def sign_up(self, request: Request) -> Reply:
         if request.body["id"] == Accounts.COMMAND_LINE:  # its key would show what the operator sends
-            raise HTTPError(409, "id is kept for the command line; choose another", "id")
+            raise HTTPError(409, "id is reserved for the command line; choose another", "id")
         return {"apiKey": self.accounts.sign_up(request.body["id"])}
 
     def deregister(self, request: Request) -> Reply:
@@ -6004,11 +6004,8 @@ class Api:
 
     def read_session(self, request: Request) -> Reply:
         account = self.session_account(request)
-        if account and account != self.admin:
-            try:
-                self.accounts.ensure_active(account)
-            except HTTPError:
-                account = None
+        if account and account not in (self.admin, self.accounts.find(account.name)):
+            account = None
         return self.describe_session(request, account)
 
     def open_session(self, request: Request) -> Reply:
@@ -6085,11 +6082,7 @@ class Api:
         return self.part_of_list(request, "tasks", self.inspection.dead)
 
     def part_of_list(self, request: Request, name: str, read: Callable[..., tuple[int, list]]) -> Json:
-        """The part of a list that the query's offset and limit mean, as the field `name`.
-
-        Args:
-            read: read(account's name, offset=, limit=) returns (length of the list, the part).
-        """
+        """The part of a list that the query asks for, as the field `name`. `read` returns (length of all, the part)."""
         paging = {"offset": 0, "limit": 100, **request.query}
         total, elements = read(request.account.name, **paging)
         return {"status": True, "total": total, **paging, name: elements}
@@ -6219,7 +6212,7 @@ class Api:
         claims = self.accounts.unseal("view", request.path_params["token"])
         account = Account(claims["account"], claims.get("key_id", "")) if claims else None
         if not claims or not account or account not in (self.admin, self.accounts.find(account.name)):
-            raise HTTPError(404, "this link is not valid, or no longer", "token")
+            raise HTTPError(404, "this link is not valid, or has expired", "token")
         if "mail" in claims:
             text = html_of(self.mail_in_outbox(claims["mail"], account)[1]) or ""
         else:
@@ -6298,7 +6291,7 @@ LOGIN = Object({"key": String(4096, ONE_LINE, LINE)})
 STATES = ("queued", "scheduled", "running", "retrying", "succeeded", "dead", "suppressed", "cancelled")
 PAGING = {"offset": Integer(0, 10**9), "limit": Integer(0, 1000)}
 SEARCH = {**PAGING, "search": String(254, ONE_LINE, LINE), "state": Enum(STATES)}
-CURSOR = Pattern("what the answer before had as next", r"[0-9]{1,10}-[0-9]{1,19}", 30)
+CURSOR = Pattern("the value of next in the previous answer", r"[0-9]{1,10}-[0-9]{1,19}", 30)
 SUBSCRIPTIONS = {"content_type": CONTENT_TYPE, "userId": Address(), "cursor": CURSOR, "limit": Integer(1, 1000)}
 
 QUEUED, COUNTED = {**DONE, "id": str}, {**DONE, "count": int}
@@ -6435,13 +6428,13 @@ def openapi(routes: Sequence[Route]) -> Json:
             "security": [{name: []} for name in credentials]}
         if route.access in (Access.KEY, Access.ALL):
             operation["parameters"].append({"name": "account", "in": "query", "schema": {"type": "string"},
-                                            "description": "With admin_token: the account that is meant."})
+                                            "description": "With admin_token: the name of an account."})
         if route.body:
             operation["requestBody"] = {
                 "required": True, "content": {"application/json": {"schema": route.body.schema}}}
         if route.idempotency_key:
             operation["parameters"].append({"name": "Idempotency-Key", "in": "header", "description": (
-                "The same key and body, within 24 hours, queue nothing again and get the same answer."),
+                "The same key and body within 24 hours queue nothing again and get the same answer."),
                                             "schema": {"type": "string", "maxLength": 255}})
         paths.setdefault(route.path, {})[route.method.lower()] = operation
     return {"openapi": "3.1.0", "info": {"title": "GoMail", "version": __version__}, "paths": paths, "components": {

@@ -2228,7 +2228,7 @@ def test_a_name_of_visible_characters_is_taken(service, name):
 def test_the_command_lines_account_cannot_be_signed_up_over_http_and_one_that_was_before_goes_on(service):
     name = gomail.Operator.ACCOUNT
     status, answer, _ = service.client("POST", "/auth/signup", {"id": name})
-    assert status == 409 and answer["field"] == "id" and "kept for the command line" in answer["error"]
+    assert status == 409 and answer["field"] == "id" and "reserved for the command line" in answer["error"]
     old = Client(service.http.url, service.http.api.accounts.sign_up(name))
     assert old.get("/task/dead")["total"] == 0 and service.client.post("/auth/deregister", {"id": name})["status"]
 
