@@ -7972,7 +7972,7 @@ def test_a_backup_under_load_misses_nothing_that_was_answered_before_and_repeats
     sender = Sender(300, [service.http.url], client.key)
     until(lambda: len(sender.answered) > 20 and len(mail_server.mails) > 20)
     ids = {answer["id"]: task["payload"]["userId"] for answer, task in zip(answers, tasks)}
-    over = {status["userId"] for status in service.queue._statuses(list(ids)) if status["state"] == "succeeded"}
+    over = {status["userId"] for status in service.inspection._statuses(list(ids)) if status["state"] == "succeeded"}
     answered, sent_before = {*ids.values(), *sender.answered}, len(mail_server.mails)
     file = backed_up(service.store)
     sent = {mail.recipient for mail in list(mail_server.mails)}
