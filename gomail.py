@@ -2365,19 +2365,17 @@ def fill_message(task: dict, path: str, most: int) -> int:
 TASK = TaskOfType()
 
 class Lane(enum.StrEnum):
-    """A queue with workers of its own, so that no backlog of one delays another.
-
-    Subscribing and unsubscribing are CHANGES: they send no mail, so no OTP waits for them, and they wait for no SMTP
-    server. An older version put them into URGENT, and some may still be there: every worker does every type of task.
-    """
+    """The tasks of a lane wait for each other, and for no other lane's."""
 
     URGENT = "urgent"
     NORMAL = "normal"
     BULK = "bulk"
+    # Subscribing and unsubscribing send no mail: no OTP waits for them, and they wait for no SMTP server. Older
+    # versions put them into the urgent lane, and some may still be there: every worker does every type of task.
     CHANGES = "changes"
 
 
-LANES = tuple(Lane)
+LANES: tuple[str, ...] = tuple(Lane)
 MAIL_LANES = (Lane.URGENT, Lane.NORMAL, Lane.BULK)
 
 
@@ -2803,11 +2801,9 @@ class Queue:
             end
         end
         if take == '0' then  -- what the worker waited for goes back: another may be able to do it
-            local back = redis.call('LMOVE', own, lane, 'LEFT', 'RIGHT')
-            while back do
-                local task = prefix .. 'task:' .. back
+            for _ = 1, redis.call('LLEN', own) do
+                local task = prefix .. 'task:' .. redis.call('LMOVE', own, lane, 'LEFT', 'RIGHT')
                 if redis.call('EXISTS', task) == 1 then redis.call('HSET', task, 'state', 'queued') end
-                back = redis.call('LMOVE', own, lane, 'LEFT', 'RIGHT')
             end
             return false
         end
@@ -3514,30 +3510,26 @@ class Inspection:
 
 
 def history_of(task: Json) -> list[Json]:
-    """The history of a task, from the fields of its hash."""
-    events: list[Json] = [{"time": timestamp(task["created"]), "event": "accepted"}]
-    for line in (task["story"] or "").split("\n")[:-1]:
-        moment, started, event, why = line.split(" ", 3)
-        events.append({"time": timestamp(moment), "event": event, **elapsed(started, moment), "error": why or None})
-    if task["state"] in (State.SUCCEEDED, State.CANCELLED, State.SUPPRESSED):
-        events.append({"time": timestamp(task["finished"]), "event": task["state"],
-                       **elapsed(task["started"], task["finished"]),
-                       "error": task["state"] != State.SUCCEEDED and task["error"] or None})
-    elif task["state"] == State.RUNNING:
-        events.append({"time": timestamp(task["started"]), "event": "running"})
-    return events
-
-
-def elapsed(started: str | None, ended: str) -> dict[str, float]:
-    """{"seconds"} between two moments in microseconds, or nothing where the attempt was not begun."""
-    begun = int(started or 0)
-    return {"seconds": round((int(ended) - begun) / 1e6, 3)} if begun else {}
+    """What happened to a task, from the fields of its hash, the oldest event first."""
+    state = task["state"]
+    events = [line.split(" ", 3) for line in (task["story"] or "").split("\n")[:-1]]
+    if state in (State.SUCCEEDED, State.CANCELLED, State.SUPPRESSED):
+        reason = task["error"] if state != State.SUCCEEDED else ""
+        events.append([task["finished"], task["started"], state, reason])
+    history: list[Json] = [{"time": timestamp(task["created"]), "event": "accepted"}]
+    for moment, started, event, reason in events:
+        begun = int(started or 0)
+        seconds = {"seconds": round((int(moment) - begun) / 1e6, 3)} if begun else {}
+        history.append({"time": timestamp(moment), "event": event, **seconds, "error": reason or None})
+    if state == State.RUNNING:
+        history.append({"time": timestamp(task["started"]), "event": "running"})
+    return history
 
 
 # --- 9. metrics -----------------------------------------------------------------------------------------
 # The counters of all processes that Prometheus reads, and the history of the last hour.
 
-class Metrics:
+class Stats:
     """Counters of all processes together, which only ever grow; and the last hour, minute by minute.
 
     A process counts for itself, and adds its new counts to the sums in Redis once a second.
@@ -5481,7 +5473,7 @@ class Workers:
     """The worker threads of all lanes, and what they do with each type of task.
 
     Args:
-        metrics: counts the tasks and their mails.
+        stats: counts the tasks and their mails.
     """
 
     WAIT = 1.0  # seconds that a worker waits at an empty lane before it checks whether the service stops
@@ -5494,9 +5486,9 @@ class Workers:
               Verdict.IN_DOUBT: "retried", Verdict.DEAD: "failed"}  # for the history of mails
 
     def __init__(self, settings: Settings, store: Store, queue: Queue, suppressions: Suppressions, transport: Transport,
-                 otps: Otps, newsletters: Newsletters, metrics: Metrics) -> None:
+                 otps: Otps, newsletters: Newsletters, stats: Stats) -> None:
         self.settings, self.store, self.queue, self.suppressions = settings, store, queue, suppressions
-        self.transport, self.metrics = transport, metrics
+        self.transport, self.stats = transport, stats
         self.otps, self.newsletters = otps, newsletters
         self.handlers = {"message": self.send_message, "generateOtp": self.send_otp, "newsletter": self.send_newsletter,
                          "subscribe": newsletters.subscribe, "unsubscribe": newsletters.unsubscribe}
@@ -5509,11 +5501,6 @@ class Workers:
         names = [(lane, f"{lane}-{number}") for lane in LANES
                  for number in range(1 if lane == Lane.CHANGES else settings.workers)]
         self.threads = {name: threading.Thread(target=self.run, args=(lane, name), daemon=True) for lane, name in names}
-
-    @property
-    def names(self) -> list[str]:
-        """The names of the workers, and of their processing lists."""
-        return list(self.threads)
 
     @property
     def paused(self) -> dict[str, str]:
@@ -5599,9 +5586,9 @@ class Workers:
             started = time.monotonic()
             outcome = self._perform(task, lane)
         verdict = outcome.verdict
-        self.metrics.count("gomail_tasks_total", type=task.type, outcome=verdict)
+        self.stats.count("gomail_tasks_total", type=task.type, outcome=verdict)
         if task.type not in ("subscribe", "unsubscribe") and verdict in self.EVENTS:
-            self.metrics.note(self.EVENTS[verdict], Account(task.account, task.key))
+            self.stats.note(self.EVENTS[verdict], Account(task.account, task.key))
         is_fine = verdict in (Verdict.SUCCEEDED, Verdict.CANCELLED, Verdict.SUPPRESSED)
         detail = {"result" if verdict == Verdict.SUCCEEDED else "error": outcome.detail} if outcome.detail else {}
         log(logging.INFO if is_fine else logging.WARNING, f"task {verdict}", task=task.id, type=task.type,
@@ -5697,7 +5684,7 @@ class Workers:
             try:
                 self.transport.send(sender, recipients, message, Account(task.account, task.key), lane == Lane.URGENT)
             finally:
-                self.metrics.observe("gomail_smtp_seconds", time.monotonic() - started)
+                self.stats.observe("gomail_smtp_seconds", time.monotonic() - started)
             self.breakers[lane].note_success()
 
 
@@ -5709,7 +5696,7 @@ class Cron:
 
     Args:
         store: the Store, told whether Redis answers.
-        accounts, queue, newsletters, metrics, workers: whose due work it does.
+        accounts, queue, newsletters, stats, workers: whose due work it does.
         transport: a MaildirTransport is cleaned.
         server: the EmbeddedServer to keep running, or None.
     """
@@ -5717,10 +5704,10 @@ class Cron:
     TICK = 0.1  # seconds
     POLL = 1.0  # seconds between two looks for newsletters that are due, and for what other processes have delayed
 
-    def __init__(self, store: Store, accounts: Accounts, queue: Queue, newsletters: Newsletters, metrics: Metrics,
+    def __init__(self, store: Store, accounts: Accounts, queue: Queue, newsletters: Newsletters, stats: Stats,
                  workers: Workers, transport: Transport, server: EmbeddedServer | None = None) -> None:
         self.store, self.accounts, self.queue, self.newsletters = store, accounts, queue, newsletters
-        self.metrics, self.workers, self.transport, self.server = metrics, workers, transport, server
+        self.stats, self.workers, self.transport, self.server = stats, workers, transport, server
         self.stopping = threading.Event()
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.last_beat = self.last_poll = float("-inf")
@@ -5733,7 +5720,7 @@ class Cron:
 
     def beat(self) -> dict[str, str]:
         """Show that this process lives. Returns lane -> how often somebody has asked to resume it."""
-        return self.queue.beat(self.workers.names, self.workers.report())
+        return self.queue.beat(list(self.workers.threads), self.workers.report())
 
     def stop(self) -> None:
         """End the thread."""
@@ -5760,8 +5747,9 @@ class Cron:
                 if not failing:
                     failing = True
                     log(logging.ERROR, "Redis is not available", error=describe(error))
-                if not self.store.available:
-                    self.revive_server()
+                if self.server and not self.store.available:
+                    with surviving("the embedded server is not started again"):
+                        self.server.ensure()
             except Exception:  # no error in due work may end this thread
                 logger.exception("unexpected error in the cron thread")
 
@@ -5776,7 +5764,7 @@ class Cron:
             self.last_beat = now
             self.store.tidy()
             self.accounts.restore()
-            self.metrics.flush()
+            self.stats.flush()
             self.queue.find_orphans()
             self.queue.reclaim()
             self.queue.recall()
@@ -5792,12 +5780,6 @@ class Cron:
                 if time.monotonic() >= deadline:
                     self.last_poll = float("-inf")  # the rest at the next tick
                     break
-
-    def revive_server(self) -> None:
-        """Start the embedded server again where it died."""
-        if self.server is not None:
-            with surviving("the embedded server is not started again"):
-                self.server.ensure()
 
 
 # --- 16. http api ---------------------------------------------------------------------------------------
@@ -6043,7 +6025,7 @@ class Api:
 
     def __init__(self, settings: Settings, accounts: Accounts, queue: Queue, inspection: Inspection,
                  suppressions: Suppressions, otps: Otps, newsletters: Newsletters, workers: Workers,
-                 stats: Metrics) -> None:
+                 stats: Stats) -> None:
         self.settings, self.accounts, self.queue = settings, accounts, queue
         self.inspection, self.suppressions = inspection, suppressions
         self.otps, self.newsletters, self.workers, self.stats = otps, newsletters, workers, stats
@@ -7202,13 +7184,13 @@ class Service:
             self.newsletters = Newsletters(self.store, zoneinfo.ZoneInfo(settings.timezone), accounts,
                                            settings.public_url, self.clock, settings.max_body)
             self.newsletters.fold_as_now()
-            self.metrics = Metrics(self.store)
+            self.stats = Stats(self.store)
             self.workers = Workers(settings, self.store, self.queue, suppressions, self.transport, otps,
-                                   self.newsletters, self.metrics)
-            self.cron = Cron(self.store, accounts, self.queue, self.newsletters, self.metrics, self.workers,
+                                   self.newsletters, self.stats)
+            self.cron = Cron(self.store, accounts, self.queue, self.newsletters, self.stats, self.workers,
                              self.transport, self.server)
             self.http.api = Api(settings, accounts, self.queue, self.inspection, suppressions, otps,
-                                self.newsletters, self.workers, self.metrics)
+                                self.newsletters, self.workers, self.stats)
             self.cron.start()
             self.workers.start()
             self.listener = threading.Thread(target=self.listen, daemon=True)
@@ -7271,7 +7253,7 @@ class Service:
             if server and waiting is not None:
                 with surviving("the number of waiting tasks is not noted"):
                     server.leave_word(waiting)
-            self.metrics.flush()
+            self.stats.flush()
             self.store.redis.close()
         except redis.RedisError as error:
             log(logging.ERROR, "Redis is not available", error=describe(error))
@@ -7732,7 +7714,7 @@ class Operator:
                 raise StartError(f"data_dir: no gomail is running on {str(server.folder)!r}; start it, or call this "
                                  "where it runs")
         self.store, self.terminal = open_store(settings, server), terminal
-        self.queue, self.metrics = Queue(self.store, settings, "operator"), Metrics(self.store)
+        self.queue, self.metrics = Queue(self.store, settings, "operator"), Stats(self.store)
         self.inspection = Inspection(self.store, settings)
         self.known_accounts = Accounts(self.store, settings.jwt_secret, settings.jwt_secret_previous,
                                        settings.api_key_ttl)

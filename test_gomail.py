@@ -2865,7 +2865,7 @@ def test_the_last_hour_counts_mails_by_account_and_together(service, mail_server
     for client, sums in zip(clients, expected):
         minutes = client.get("/history")["minutes"]
         assert len(minutes) == 60 and {name: sum(minute[name] for minute in minutes) for name in sums} == sums
-    assert sum(minute["sent"] for minute in service.metrics.history()) == 2
+    assert sum(minute["sent"] for minute in service.stats.history()) == 2
 
 
 def test_the_same_idempotency_key_and_task_make_one_task_and_the_same_answer(client, mail_server):
@@ -9645,10 +9645,10 @@ def retrying(service, client, mail_server):
 
 def counting(service, client, mail_server):
     service.cron.stop()
-    service.metrics.flush()
-    yield service.metrics._add
-    service.metrics.count("gomail_tasks_total", type="counted")
-    assert service.metrics.read()["gomail_tasks_total", ("type", "counted")] == 1
+    service.stats.flush()
+    yield service.stats._add
+    service.stats.count("gomail_tasks_total", type="counted")
+    assert service.stats.read()["gomail_tasks_total", ("type", "counted")] == 1
 
 
 def reclaiming(service, client, mail_server):
