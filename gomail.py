@@ -2557,7 +2557,7 @@ class Queue:
     #   error, story    where there is one
     #
     # The caller passes `ttl` in milliseconds and what never changes of a task, so that the script has little to read
-    # and decodes no JSON (half of its time): when the task was accepted, its type and retries, the account, u and n.
+    # and decodes no JSON (that was a third of its time): when the task was accepted, its type and retries, the account, u and n.
     CONCLUDE = """
         local function conclude(task, state, error, ttl, created, type_and_retries, account, ...)
             local started, attempts, before, to, story = unpack(redis.call('HMGET', task,
@@ -2624,7 +2624,7 @@ class Queue:
         self._adopt = store.script(self.ADOPT)
         self._cancel = store.script(self.CANCEL, once=True)
         self._revive = store.script(self.REVIVE, once=True)
-        # What scripts have to know of them: milliseconds, and a number of dead letters.
+        # As scripts take them: result_ttl and dead_ttl in milliseconds, dead_max.
         self._limits = [settings.result_ttl * 1000, settings.dead_ttl * 1000, settings.dead_max]
         self._missing: dict[str, float] = {}  # process -> since when (monotonic) its heartbeat is missing
         self._scanned = self._recalled = 0  # cursors
