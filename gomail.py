@@ -161,7 +161,7 @@ SAFE_TOKEN = 16  # characters that admin_token needs beyond loopback
 VARIABLE = "[A-Za-z_][A-Za-z0-9_]{0,63}"
 ONE_LINE = r"[^\x00-\x1f\x7f-\x9f\u2028\u2029]"  # the two Unicode line ends as well: some mailers break a header there
 LINE = "on one line, without control characters"
-PLACEHOLDER = re.compile(rf"\{{\{{ *({VARIABLE}) *\}}\}}")  # {{ name }}, see fill()
+PLACEHOLDER = re.compile(rf"\{{\{{ *({VARIABLE}) *\}}\}}")  # {{ name }}, see fill_template()
 
 # A placeholder, or what begins like one and is none, as `wrong`. The outer braces of {{{ name }}} are text.
 BRACES = re.compile(rf"{PLACEHOLDER.pattern}"
@@ -1703,28 +1703,28 @@ def locked(file: IO[str]) -> bool:
 
 
 # --- 4. validation and errors ---------------------------------------------------------------------------
-# How a request is refused, and the checks that refuse it: a check takes a value and the path of its field, and returns
-# the value as the service keeps it, or raises HTTPError (400).
+# An HTTPError refuses a request. A Check takes a value and the path of its field; it returns the value as the service
+# keeps it, or raises HTTPError (400).
 
 class HTTPError(Exception):
     """A request that is answered with an error.
 
     Args:
         status: HTTP status code.
-        error: what was expected, for the caller to read.
+        message: what was expected, for the caller to read.
         field: path of the field at fault, such as "payload.length".
         headers: further response headers.
     """
 
-    def __init__(self, status: int, error: str, field: str | None = None,
-                 headers: Mapping[str, str] | Sequence[tuple[str, str]] = ()) -> None:
-        super().__init__(error)
-        self.status, self.error, self.field, self.headers = status, error, field, dict(headers)
+    def __init__(self, status: int, message: str, field: str | None = None,
+                 headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.field, self.headers = status, message, field, dict(headers or {})
 
     @property
     def body(self) -> Json:
         """The JSON object that the caller gets."""
-        return {"status": False, "error": self.error, **({"field": self.field} if self.field else {})}
+        return {"status": False, "error": self.message, **({"field": self.field} if self.field else {})}
 
 
 MARKUP = re.compile(
@@ -1733,345 +1733,315 @@ MARKUP = re.compile(
 
 
 def is_html(content: str) -> bool:
-    """Whether `content` is HTML: whether it has a tag that mails are made of."""
+    """Whether `content` has at least one of the tags that HTML mails consist of."""
     return MARKUP.search(content) is not None
 
 
 class TooLarge(ValueError):
-    """What was to be made would be larger than allowed; `size` is how large, in bytes."""
+    """A result would have `size` bytes, which is more than allowed."""
 
     def __init__(self, size: int) -> None:
         super().__init__(f"{size} bytes")
         self.size = size
 
 
-def fill(template: str, variables: Mapping[str, Any], escape: bool = False, partly: bool = False,
-         most: float = math.inf) -> str:
-    """`template` with each `{{ name }}` replaced by the variable of that name; nothing in it is ever evaluated.
+def fill_template(template: str, variables: Mapping[str, Any], escape: bool = False, keep_unknown: bool = False,
+                  max_size: float = math.inf) -> str:
+    """`template` with each `{{ name }}` replaced by the variable of that name. Nothing in it is ever evaluated.
 
-    A name is a letter or `_`, then letters, digits or `_`; spaces beside it do not count; all else stays as it is.
+    A name is a letter or `_`, then letters, digits or `_`; spaces around it are ignored.
 
     Args:
         variables: name -> string or number.
-        escape: make the values safe to stand in HTML.
-        partly: leave what has no variable as it is.
-        most: bytes that the result may have. A short text with many places for a long value is cheap to write.
+        escape: escape the values for HTML.
+        keep_unknown: leave placeholders without a variable as they are.
+        max_size: bytes that the result may have: a short template can repeat a long value many times.
 
     Raises:
         KeyError: there is no variable of that name.
         TooLarge: the result would be larger; it was not made.
     """
-    places = [found for found in PLACEHOLDER.finditer(template) if not partly or found[1] in variables]
-    values = {name: str(variables[name]) for name in {found[1] for found in places}}
+    places = [place for place in PLACEHOLDER.finditer(template) if not keep_unknown or place[1] in variables]
+    values = {name: str(variables[name]) for name in {place[1] for place in places}}
     if escape:
         values = {name: html.escape(value) for name, value in values.items()}
     sizes = {name: len(value.encode()) for name, value in values.items()}
-    size = len(template.encode()) + sum(sizes[found[1]] - len(found[0]) for found in places)
-    if size > most:
+    size = len(template.encode()) + sum(sizes[place[1]] - len(place[0]) for place in places)
+    if size > max_size:
         raise TooLarge(size)
-    return PLACEHOLDER.sub(lambda match: values.get(match[1], match[0]), template)
-
-
-def invalid(field: str, expected: str, value: object, text: bool = True) -> HTTPError:
-    """The error for a value that a check does not take.
-
-    Args:
-        text: whether a string was expected. A number in its place, or the other way round, is a matter of quotes.
-    """
-    quotes = ""
-    if text and isinstance(value, (int, float)) and not isinstance(value, bool):
-        quotes = ", in quotes"
-    elif not text and isinstance(value, str) and re.fullmatch("[0-9]{1,10}", value):
-        quotes = ", without quotes"
-    return HTTPError(400, f"{field} must be {expected}{quotes}", field)
-
-
-@dataclasses.dataclass(frozen=True)
-class String:
-    """A string of 1 to `maximum` characters, not all blank; of those in `allowed`, a class of a regular expression."""
-
-    maximum: int
-    allowed: str = r"[^\x00]"
-    words: str = "without NUL"
-
-    @property
-    def expected(self) -> str:
-        size = f"of 1 to {self.maximum} characters" if self.maximum < UNBOUNDED else "that is not empty"
-        return f"a string {size}, {self.words}"
-
-    def remark(self, value: object) -> str:
-        """What a value lacks that `expected` does not say, or that is hard to see."""
-        if isinstance(value, str) and len(value) > self.maximum:
-            return f", and has {len(value)}"
-        return ", and not blank" if isinstance(value, str) and value.isspace() else ""
-
-    @property
-    def schema(self) -> Json:
-        return {"type": "string", "minLength": 1, "maxLength": self.maximum, "pattern": f"^{self.allowed}+$"}
-
-    @functools.cached_property
-    def pattern(self) -> re.Pattern[str]:
-        return re.compile(f"{self.allowed}+")
-
-    def __call__(self, value: object, field: str) -> Any:
-        # "\ud800" is JSON, but half of a surrogate pair is no character that a mail could carry.
-        if (not isinstance(value, str) or not 0 < len(value) <= self.maximum or value.isspace()
-                or not self.pattern.fullmatch(value)
-                or not value.isascii() and re.search(r"[\ud800-\udfff]", value)):
-            raise invalid(field, self.expected + self.remark(value), value)
-        return value
+    return PLACEHOLDER.sub(lambda place: values.get(place[1], place[0]), template)
 
 
 def check_placeholders(text: str, field: str) -> None:
-    """Raise HTTPError (400) where a `{{` of a template begins no placeholder: fill() would leave it as it is."""
-    if wrong := malformed_placeholders(text):
-        raise HTTPError(400, f"{field} has {wrong}, expected {{{{ name }}}}: a letter or _, then up to 63 letters, "
-                      "digits or _, in two braces on each side", field)
+    """Raise HTTPError (400) for a `{{` that begins no placeholder: fill_template() would leave it as it is."""
+    if malformed := malformed_placeholders(text):
+        raise HTTPError(400, f"{field} has {malformed}, expected {{{{ name }}}}: a letter or _, then up to 63 letters, "
+                        "digits or _, in two braces on each side", field)
+
+
+class Check:
+    """The rule for a value."""
+
+    types: tuple[type, ...] = (str,)  # of JSON values that may be allowed
+    expected: str  # the allowed values in words, to follow "must be"
+    schema: Json  # the allowed values as JSON Schema, for OpenAPI
+
+    def parse(self, value: Any) -> Any:
+        """A value of one of `types` as the service keeps it. None or a ValueError means that it is not allowed."""
+        return value
+
+    def hint(self, value: Any) -> str:
+        """What the error adds to `expected` about this value. By default, that quotes are missing or too many."""
+        if self.types == (str,) and type(value) in (int, float):
+            return ", in quotes"
+        if self.types == (int,) and type(value) is str and re.fullmatch("[0-9]{1,10}", value):
+            return ", without quotes"
+        return ""
+
+    def __call__(self, value: Any, field: str = "") -> Any:
+        """The value as the service keeps it. The field of the whole body is "". Raises HTTPError (400)."""
+        try:
+            parsed = self.parse(value) if type(value) in self.types else None
+        except ValueError:
+            parsed = None
+        if parsed is None:
+            raise HTTPError(400, f"{field or 'the body'} must be {self.expected}{self.hint(value)}", field or None)
+        return parsed
+
+
+UNBOUNDED = 100_000_000  # characters: more than max_body lets through
+SURROGATES = re.compile(r"[\ud800-\udfff]")  # JSON may have half a surrogate pair, which no mail can carry
+
+
+class String(Check):
+    """A string of 1 to `maximum` characters that is not blank.
+
+    Args:
+        allowed: the characters, as a character class of regular expressions.
+        description: the same in words.
+    """
+
+    def __init__(self, maximum: int, allowed: str = r"[^\x00]", description: str = "without NUL") -> None:
+        size = f"of 1 to {maximum} characters" if maximum < UNBOUNDED else "that is not empty"
+        self.maximum, self.pattern = maximum, re.compile(f"{allowed}+")
+        self.expected = f"a string {size}, {description}"
+        self.schema = {"type": "string", "minLength": 1, "maxLength": maximum, "pattern": f"^{allowed}+$"}
+
+    def parse(self, value: str) -> str | None:
+        if len(value) > self.maximum or value.isspace() or not self.pattern.fullmatch(value):
+            return None
+        return value if value.isascii() or not SURROGATES.search(value) else None
+
+    def hint(self, value: Any) -> str:
+        if type(value) is str and len(value) > self.maximum:
+            return f"; it has {len(value)}"
+        return "; it is blank" if type(value) is str and value.isspace() else super().hint(value)
 
 
 class Template(String):
-    """A text that is filled with variables later."""
+    """A text whose placeholders are filled later."""
 
-    def __call__(self, value: Any, field: str) -> str:
-        text: str = super().__call__(value, field)
+    def __call__(self, value: Any, field: str = "") -> Any:
+        text = super().__call__(value, field)
         check_placeholders(text, field)
         return text
 
 
-@dataclasses.dataclass(frozen=True)
-class Pattern:
-    """A string of a form of its own."""
+class Pattern(Check):
+    """A string of up to `maximum` characters that matches a regular expression."""
 
-    expected: str
-    pattern: re.Pattern
-    maximum: int
+    def __init__(self, expected: str, pattern: str, maximum: int) -> None:
+        self.expected, self.pattern, self.maximum = expected, re.compile(pattern), maximum
+        self.schema = {"type": "string", "pattern": f"^{pattern}$", "maxLength": maximum}
 
-    @property
-    def schema(self) -> Json:
-        return {"type": "string", "pattern": f"^{self.pattern.pattern}$", "maxLength": self.maximum}
-
-    def __call__(self, value: object, field: str) -> Any:
-        if not isinstance(value, str) or len(value) > self.maximum or not self.pattern.fullmatch(value):
-            raise invalid(field, self.expected, value)
-        return value
+    def parse(self, value: str) -> str | None:
+        return value if len(value) <= self.maximum and self.pattern.fullmatch(value) else None
 
 
-class Base64:
-    """Bytes in base64 (RFC 4648 section 4), with or without line ends."""
+class Base64(Check):
+    """Bytes in base64 (RFC 4648 section 4). Line breaks are removed."""
 
     expected = "bytes in base64"
     schema = {"type": "string", "contentEncoding": "base64"}
 
-    def __call__(self, value: Any, field: str) -> Any:
-        try:
-            return base64.b64encode(base64.b64decode("".join(value.split()), validate=True)).decode()
-        except (AttributeError, ValueError):
-            raise invalid(field, self.expected, value) from None
+    def parse(self, value: str) -> str:
+        return base64.b64encode(base64.b64decode("".join(value.split()), validate=True)).decode()
 
 
-class DateTime:
-    """A moment as RFC 3339 has it, with its offset, at most ten years from now.
+class DateTime(Check):
+    """A time with its offset (RFC 3339), at most ten years from now.
 
-    It comes back in UTC, in microseconds since the epoch; a moment before that is the epoch.
+    It becomes microseconds since the epoch; a time before the epoch becomes 0.
     """
 
-    LATEST = 10 * 365.25 * 86400  # seconds from now: longer than any mail waits, and far from the calendar's end
-    expected = "a moment with its offset, such as 2030-01-31T09:00:00+01:00, at most ten years from now"
-    schema = {"type": "string", "format": "date-time"}
+    MAX_AHEAD = 10 * 365.25 * 86400  # seconds: longer than any mail waits, and far from the calendar's end
     PATTERN = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,6})?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
+    expected = "a time with its offset, such as 2030-01-31T09:00:00+01:00, at most ten years from now"
+    schema = {"type": "string", "format": "date-time"}
 
-    def __call__(self, value: Any, field: str) -> Any:
-        try:
-            if self.PATTERN.fullmatch(value):
-                seconds = datetime.datetime.fromisoformat(value.upper()).timestamp()
-                if seconds <= time.time() + self.LATEST:
-                    return max(0, int(seconds * 1e6))
-        except (TypeError, ValueError, OverflowError):
-            pass
-        raise invalid(field, self.expected, value)
+    def parse(self, value: str) -> int | None:
+        if not self.PATTERN.fullmatch(value):
+            return None
+        seconds = datetime.datetime.fromisoformat(value.upper()).timestamp()
+        return max(0, int(seconds * 1e6)) if seconds <= time.time() + self.MAX_AHEAD else None
 
 
-class Variables:
-    """What to put in for each `{{ name }}`: a flat object of strings and numbers.
-
-    Numbers are below LIMIT, so that none is printed in thousands of digits, and none is infinite, as 1e999 would be.
-    """
-
-    LIMIT = 1e30
-    expected = ("an object of up to 100 names (letters, digits, _) with strings of up to 10000 characters, or numbers "
-                "below 1e30")
-    schema = {"type": "object", "maxProperties": 100, "propertyNames": {"pattern": f"^{VARIABLE}$"},
-              "additionalProperties": {"type": ["string", "number"], "maxLength": 10000, "exclusiveMinimum": -LIMIT,
-                                       "exclusiveMaximum": LIMIT}}
-
-    def __call__(self, value: Any, field: str) -> Any:
-        if (not isinstance(value, dict) or len(value) > 100
-                or not all(re.fullmatch(VARIABLE, name) for name in value)):
-            raise HTTPError(400, f"{field} must be {self.expected}", field)
-        for name, found in value.items():
-            if isinstance(found, str):
-                good = len(found) <= 10000 and not re.search(r"[\x00\ud800-\udfff]", found)
-            else:  # NaN is not below anything
-                good = isinstance(found, (int, float)) and not isinstance(found, bool) and abs(found) < self.LIMIT
-            if not good:
-                raise HTTPError(400, f"{field}.{name} must be a string of up to 10000 characters, or a number below "
-                                "1e30", f"{field}.{name}")
-        return value
-
-
-@dataclasses.dataclass(frozen=True)
-class Integer:
+class Integer(Check):
     """A whole number from `low` to `high`."""
 
-    low: int
-    high: int
+    types = (int,)
 
-    @property
-    def expected(self) -> str:
-        return f"a whole number from {self.low} to {self.high}"
+    def __init__(self, low: int, high: int) -> None:
+        self.low, self.high = low, high
+        self.expected = f"a whole number from {low} to {high}"
+        self.schema = {"type": "integer", "minimum": low, "maximum": high}
 
-    @property
-    def schema(self) -> Json:
-        return {"type": "integer", "minimum": self.low, "maximum": self.high}
-
-    def __call__(self, value: Any, field: str) -> Any:
-        if not isinstance(value, int) or isinstance(value, bool) or not self.low <= value <= self.high:
-            raise invalid(field, self.expected, value, text=False)
-        return value
+    def parse(self, value: int) -> int | None:
+        return value if self.low <= value <= self.high else None
 
 
-@dataclasses.dataclass(frozen=True)
-class Enum:
-    """One of some strings."""
+class Enum(Check):
+    """One of a few strings."""
 
-    values: tuple
+    def __init__(self, values: Sequence[str]) -> None:
+        self.values, self.expected, self.schema = values, f"one of {', '.join(values)}", {"enum": list(values)}
 
-    @property
-    def expected(self) -> str:
-        return "one of " + ", ".join(self.values)
-
-    @property
-    def schema(self) -> Json:
-        return {"enum": list(self.values)}
-
-    def __call__(self, value: Any, field: str) -> Any:
-        if not isinstance(value, str) or value not in self.values:
-            raise invalid(field, self.expected, value)
-        return value
+    def parse(self, value: str) -> str | None:
+        return value if value in self.values else None
 
 
-@dataclasses.dataclass(frozen=True)
-class Address:
-    """An e-mail address that SMTP can carry (see parse_address); the domain comes back in IDNA form."""
+class Address(Check):
+    """An e-mail address that SMTP can carry (see parse_address()). Its domain becomes IDNA."""
 
     expected = "an e-mail address, such as user@example.com"
     schema = {"type": "string", "format": "idn-email"}
 
-    def __call__(self, value: Any, field: str) -> Any:
-        address = parse_address(value) if isinstance(value, str) else None
-        if address is None:
-            raise invalid(field, self.expected, value)
-        return address
+    def parse(self, value: str) -> str | None:
+        return parse_address(value)
 
 
-@dataclasses.dataclass(frozen=True)
-class Nullable:
-    """A field that may be missing or null."""
+class AccountName(Check):
+    """The name of a new account: not to be mistaken for another, and short enough for the signed tokens in links.
 
-    check: Any
-
-    @property
-    def schema(self) -> Json:
-        return {"anyOf": [self.check.schema, {"type": "null"}]}
-
-
-@dataclasses.dataclass(frozen=True)
-class Object:
-    """A JSON object with these fields, each with its check; others are left out. `together` come both or not at all."""
-
-    fields: dict
-    dependent_required: tuple = ()
-    expected = "a JSON object"
-
-    @property
-    def schema(self) -> Json:
-        required = [name for name, check in self.fields.items() if not isinstance(check, Nullable)]
-        schema = {"type": "object", "properties": {name: check.schema for name, check in self.fields.items()}}
-        return schema | ({"required": required} if required else {})
-
-    def __call__(self, value: object, path: str = "") -> Any:
-        if not isinstance(value, dict):
-            raise HTTPError(400, f"{path or 'the body'} must be {self.expected}", path or None)
-        result = {}
-        for name, check in self.fields.items():
-            field = f"{path}.{name}" if path else name
-            if isinstance(check, Nullable):
-                if value.get(name) is not None:
-                    result[name] = check.check(value[name], field)
-            elif name not in value:
-                raise HTTPError(400, f"{field} is required: {check.expected}", field)
-            else:
-                result[name] = check(value[name], field)
-        missing = [name for name in self.dependent_required if name not in result]
-        if 0 < len(missing) < len(self.dependent_required):
-            field = f"{path}.{missing[0]}" if path else missing[0]
-            raise HTTPError(400, f"{field} is required too: {' and '.join(self.dependent_required)} come together",
-                            field)
-        return result
-
-
-@dataclasses.dataclass(frozen=True)
-class Array:
-    """A JSON array of `minimum` to `maximum` things, each as `element` checks it."""
-
-    element: Any
-    maximum: int
-    minimum: int = 0
-
-    @property
-    def expected(self) -> str:
-        return f"an array of {self.minimum} to {self.maximum} elements"
-
-    @property
-    def schema(self) -> Json:
-        return {"type": "array", "minItems": self.minimum, "maxItems": self.maximum, "items": self.element.schema}
-
-    def __call__(self, value: Any, field: str) -> Any:
-        if not isinstance(value, list) or not self.minimum <= len(value) <= self.maximum:
-            raise HTTPError(400, f"{field} must be {self.expected}", field)
-        return [self.element(found, f"{field}[{number}]") for number, found in enumerate(value)]
-
-
-class AccountName:
-    """The name of a new account: one that cannot be mistaken for another, and short enough to stand in links.
-
-    Links hold it in signed tokens, which must stay within the 4096 characters of a request's target.
+    A token must fit into the 4096 characters of a request's target.
     """
 
-    SIZE = 254  # bytes in UTF-8
-    # What has no shape, but is none of the characters that Python calls unprintable: variation selectors, fillers, ...
-    # (Unicode's Default_Ignorable_Code_Point), and the braille pattern without dots.
+    MAX_SIZE = 254  # bytes in UTF-8
+    # Characters without a shape that Python calls printable: variation selectors, fillers, ... (Unicode's
+    # Default_Ignorable_Code_Point), and the braille pattern without dots.
     INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0"
                            "\U000e0100-\U000e01ef]")
+    expected = (f"a name of 1 to {MAX_SIZE} bytes in UTF-8, without spaces at its ends, invisible or control "
+                "characters, or other white space than plain spaces")
+    schema = {"type": "string", "minLength": 1, "maxLength": MAX_SIZE, "pattern": "^[^\\s](.*[^\\s])?$"}
 
-    expected = (f"a name of 1 to {SIZE} bytes in UTF-8, without spaces at its ends, invisible or control characters, "
-                "or other white space than plain spaces")
-    schema = {"type": "string", "minLength": 1, "maxLength": SIZE, "pattern": "^[^\\s](.*[^\\s])?$"}
-
-    def __call__(self, value: object, field: str) -> str:
-        if (not isinstance(value, str) or not value.isprintable() or value != value.strip(" ")
-                or not 0 < len(value.encode()) <= self.SIZE or self.INVISIBLE.search(value)):
-            raise invalid(field, self.expected, value)
-        return value
+    def parse(self, value: str) -> str | None:
+        visible = value.isprintable() and value == value.strip(" ") and not self.INVISIBLE.search(value)
+        return value if visible and 0 < len(value.encode()) <= self.MAX_SIZE else None
 
 
-class AnyValue:
-    """A value that is checked by itself, later."""
+class AnyValue(Check):
+    """A value that its handler checks."""
 
     schema: Json = {}
 
-    def __call__(self, value: Any, field: str) -> Any:
+    def __call__(self, value: Any, field: str = "") -> Any:
         return value
+
+
+class Nullable(Check):
+    """A value that may be null, or missing in an Object."""
+
+    def __init__(self, check: Check) -> None:
+        self.check, self.expected = check, check.expected
+        self.schema = {"anyOf": [check.schema, {"type": "null"}]}
+
+    def __call__(self, value: Any, field: str = "") -> Any:
+        return None if value is None else self.check(value, field)
+
+
+class Object(Check):
+    """A JSON object. Fields that are null or not in `fields` are left out.
+
+    Args:
+        dependent_required: names of fields that must come together or not at all.
+    """
+
+    types = (dict,)
+    expected = "a JSON object"
+
+    def __init__(self, fields: Mapping[str, Check], dependent_required: Sequence[str] = ()) -> None:
+        self.fields, self.dependent_required = fields, dependent_required
+        self.schema = {"type": "object", "properties": {name: check.schema for name, check in fields.items()}}
+        if required := [name for name, check in fields.items() if not isinstance(check, Nullable)]:
+            self.schema["required"] = required
+        if dependent_required:
+            self.schema["dependentRequired"] = {
+                name: [other for other in dependent_required if other != name] for name in dependent_required}
+
+    def __call__(self, value: Any, field: str = "") -> Any:
+        given, path, result = super().__call__(value, field), f"{field}." if field else "", {}
+        for name, check in self.fields.items():
+            if name in given:
+                if (parsed := check(given[name], path + name)) is not None:
+                    result[name] = parsed
+            elif not isinstance(check, Nullable):
+                raise HTTPError(400, f"{path}{name} is required: {check.expected}", path + name)
+        missing = [name for name in self.dependent_required if name not in result]
+        if 0 < len(missing) < len(self.dependent_required):
+            raise HTTPError(400, f"{path}{missing[0]} is required too: {' and '.join(self.dependent_required)} must "
+                            "come together", path + missing[0])
+        return result
+
+
+class Array(Check):
+    """A JSON array of `minimum` to `maximum` elements."""
+
+    types = (list,)
+
+    def __init__(self, element: Check, maximum: int, minimum: int = 0) -> None:
+        self.element, self.maximum, self.minimum = element, maximum, minimum
+        self.expected = f"an array of {minimum} to {maximum} elements"
+        self.schema = {"type": "array", "minItems": minimum, "maxItems": maximum, "items": element.schema}
+
+    def parse(self, value: list) -> list | None:
+        return value if self.minimum <= len(value) <= self.maximum else None
+
+    def __call__(self, value: Any, field: str = "") -> Any:
+        elements = super().__call__(value, field)
+        return [self.element(element, f"{field}[{number}]") for number, element in enumerate(elements)]
+
+
+class Variable(Check):
+    """What a `{{ name }}` stands for: a string, or a number that is neither infinite nor printed in many digits."""
+
+    LIMIT = 1e30
+    types = (str, int, float)
+    expected = "a string of up to 10000 characters, or a number below 1e30"
+    schema = {"type": ["string", "number"], "maxLength": 10000, "exclusiveMinimum": -LIMIT, "exclusiveMaximum": LIMIT}
+
+    def parse(self, value: str | int | float) -> str | int | float | None:
+        if not isinstance(value, str):
+            return value if abs(value) < self.LIMIT else None  # NaN is not below anything
+        return value if len(value) <= 10000 and "\0" not in value and not SURROGATES.search(value) else None
+
+
+class Variables(Check):
+    """The variables of a template: a flat JSON object."""
+
+    types = (dict,)
+    variable = Variable()
+    expected = ("an object of up to 100 names (letters, digits, _) with strings of up to 10000 characters, or numbers "
+                "below 1e30")
+    schema = {"type": "object", "maxProperties": 100, "propertyNames": {"pattern": f"^{VARIABLE}$"},
+              "additionalProperties": variable.schema}
+
+    def parse(self, value: Json) -> Json | None:
+        return value if len(value) <= 100 and all(re.fullmatch(VARIABLE, name) for name in value) else None
+
+    def __call__(self, value: Any, field: str = "") -> Any:
+        variables = super().__call__(value, field)
+        return {name: self.variable(given, f"{field}.{name}") for name, given in variables.items()}
 
 
 # --- 5. accounts ----------------------------------------------------------------------------------------
@@ -2080,9 +2050,9 @@ class AnyValue:
 
 @dataclasses.dataclass(frozen=True)
 class Account:
-    """A caller: the account's name, the id of the API key it came with, and when that ends (seconds since the epoch).
+    """An account and the id of the API key that a request came with. The admin's name is "", for all accounts.
 
-    The admin's name is "": all accounts are meant.
+    `expires` is when the key does (seconds since the epoch).
     """
 
     name: str
@@ -2091,23 +2061,85 @@ class Account:
 
 
 class Accounts:
-    """Signup, deregistration and authentication.
+    """Signup, deregistration, authentication and sessions.
 
     Args:
-        store: the Store.
-        secret: what signs the keys, 32 bytes or more; empty: made once and kept in Redis.
-        previous: a secret whose keys are still accepted, or empty.
-        ttl: seconds a key is valid; 0: until it is deregistered.
+        secret: signs the keys, 32 bytes or more; "": one that is made once and kept in Redis.
+        previous_secret: its keys are still accepted; "" for none.
+        ttl: seconds that a key is valid; 0: until it is deregistered.
     """
 
-    COMMAND_LINE = "command-line"  # the command line's own account, which it makes itself
+    COMMAND_LINE = "command-line"  # the account that the command line makes for itself
+    CONTENT_TYPES_AT_ONCE = 200  # that one call of DEREGISTER removes
 
-    # A second signup keeps the first key valid; the caller is told.
+    def __init__(self, store: Store, secret: str = "", previous_secret: str = "", ttl: int = 0) -> None:
+        self.store, self.ttl, self.keeps_secret = store, ttl, not secret
+        if not secret:
+            store.write("SET", store.key("jwt_secret"), secrets.token_hex(32), "NX")
+            secret = store.redis.get(store.key("jwt_secret"))
+        self.secret = secret.encode()
+        self.accepted_secrets = [self.secret, previous_secret.encode()] if previous_secret else [self.secret]
+        self.user_list = store.key("UserList")
+        # An app sends the same key with every request, and a valid signature stays valid.
+        self._claims = functools.lru_cache(maxsize=1000)(self._verified)
+        self._sign_up = store.script(self.SIGN_UP, once=True, when_full=False)
+        self._deregister = store.script(self.DEREGISTER, once=True)
+        self._restore = store.script(self.RESTORE)
+
+    def record_secret(self) -> None:
+        """Keep a digest of the signing secret in Redis, for is_current()."""
+        self.store.write("SET", self.store.key("jwt_secret_check"), self.derive("check").hex())
+
+    def is_current(self) -> bool:
+        """Whether the running service signs with the same secret, as far as is known."""
+        return self.store.redis.get(self.store.key("jwt_secret_check")) in (None, self.derive("check").hex())
+
+    # KEYS: strings; ARGV: the value of each. Sets those that do not exist. Answers how many did not.
+    RESTORE = """
+        local lost = 0
+        for at, key in ipairs(KEYS) do
+            if redis.call('SET', key, ARGV[at], 'NX') then lost = lost + 1 end
+        end
+        return lost
+    """
+
+    def restore_secret(self) -> None:
+        """If Redis lost its data, keep the digest there again, and the secret if Redis kept that before."""
+        values = {"jwt_secret_check": self.derive("check").hex()}
+        if self.keeps_secret:
+            values["jwt_secret"] = self.secret.decode()
+        if self._restore(keys=[self.store.key(name) for name in values], args=list(values.values())):
+            log(logging.WARNING, "Redis lost its data; the signing secret is kept there again")
+
+    def derive(self, purpose: str, secret: bytes | None = None) -> bytes:
+        """A secret for one purpose (32 bytes), derived from the signing secret."""
+        return hmac.digest(secret or self.secret, purpose.encode(), "sha256")
+
+    def seal(self, purpose: str, claims: Json) -> str:
+        """A token for one purpose that carries the claims, signed but readable."""
+        return jwt.encode(claims, self.derive(purpose), algorithm="HS256")
+
+    def unseal(self, purpose: str, token: str) -> Json | None:
+        """The claims of a token that seal() made, or None."""
+        return self._decode(token, [self.derive(purpose, secret) for secret in self.accepted_secrets])
+
+    # KEYS: UserList; ARGV: account, key id. Answers 0 if the account is registered: its key stays valid.
     SIGN_UP = "return redis.call('HSETNX', KEYS[1], ARGV[1], ARGV[2])"
 
-    # Nothing of the account's may send afterwards. Its waiting tasks and its places in the schedule are found
-    # without an owner when their time comes, and dropped then. Of many content types, each call removes some; until
-    # all are gone, the name is taken, by no key. Answers 2 where there is more to do.
+    def sign_up(self, name: str) -> str:
+        """Register `name` and return its API key. Raises HTTPError (409) if it is registered already."""
+        key_id = secrets.token_hex(16)
+        if not self._sign_up(keys=[self.user_list], args=[name, key_id]):
+            raise HTTPError(409, "id is registered already; deregister it to get a new key", "id")
+        claims: Json = {"sub": name, "jti": key_id, "iat": int(time.time())}
+        if self.ttl:
+            claims["exp"] = claims["iat"] + self.ttl
+        return jwt.encode(claims, self.secret, algorithm="HS256")
+
+    # KEYS: UserList, the account's content types, its other keys; ARGV: account, key prefix, content types to remove.
+    # Answers 0 if the account is not registered, 1 if it is removed, 2 if content types are left: until they are gone,
+    # the name stays taken, and no key is valid. The waiting tasks and the schedule are not searched: what comes up
+    # there without its owner is dropped.
     DEREGISTER = """
         local users, content, name, prefix, most = KEYS[1], KEYS[2], ARGV[1], ARGV[2], tonumber(ARGV[3])
         if redis.call('HEXISTS', users, name) == 0 then return 0 end
@@ -2125,170 +2157,112 @@ class Accounts:
         redis.call('UNLINK', unpack(KEYS, 2))
         return 1
     """
-    AT_ONCE = 200  # content types that one call removes
-
-    # Write each key where it is not there; answers how many were not.
-    RESTORE = """
-        local lost = 0
-        for at, key in ipairs(KEYS) do
-            if redis.call('SET', key, ARGV[at], 'NX') then lost = lost + 1 end
-        end
-        return lost
-    """
-
-    def __init__(self, store: Store, secret: str = "", previous: str = "", ttl: int = 0) -> None:
-        self.store, self.ttl, self.secret_kept = store, ttl, not secret
-        if not secret:
-            store.write("SET", store.key("jwt_secret"), secrets.token_hex(32), "NX")
-            secret = store.redis.get(store.key("jwt_secret"))
-        self.secret = secret.encode()
-        self.accepted = [self.secret, previous.encode()] if previous else [self.secret]
-        self.users = store.key("UserList")
-        # A signature that was right once stays right: an app sends the same key with every request.
-        self._claims = functools.lru_cache(maxsize=1000)(self._verified)
-        self._sign_up = store.script(self.SIGN_UP, once=True, when_full=False)
-        self._deregister = store.script(self.DEREGISTER, once=True)
-        self._restore = store.script(self.RESTORE)
-
-    def announce(self) -> None:
-        """Leave word of the signing secret, for is_current()."""
-        self.store.write("SET", self.store.key("jwt_secret_check"), self.derive("check").hex())
-
-    def restore(self) -> None:
-        """Where Redis lost its data: leave word of the signing secret again, and the secret itself if Redis kept it."""
-        kept = {"jwt_secret_check": self.derive("check").hex(), **(
-            {"jwt_secret": self.secret.decode()} if self.secret_kept else {})}
-        if self._restore(keys=[self.store.key(name) for name in kept], args=list(kept.values())):
-            log(logging.WARNING, "Redis lost its data; the signing secret is kept there again")
-
-    def is_current(self) -> bool:
-        """Whether the service that runs signs with the same secret, as far as is known."""
-        return self.store.redis.get(self.store.key("jwt_secret_check")) in (None, self.derive("check").hex())
-
-    def derive(self, purpose: str, secret: bytes | None = None) -> bytes:
-        """A secret of its own for another purpose, made from the signing secret (32 bytes)."""
-        return hmac.digest(secret or self.secret, purpose.encode(), "sha256")
-
-    def seal(self, purpose: str, claims: Json) -> str:
-        """A signed token for one purpose, which holds the claims."""
-        return jwt.encode(claims, self.derive(purpose), algorithm="HS256")
-
-    def unseal(self, purpose: str, token: str) -> Json | None:
-        """The claims of a token that seal() made, or None."""
-        return self._decode(token, [self.derive(purpose, secret) for secret in self.accepted])
-
-    def sign_up(self, name: str) -> str:
-        """Register `name` and return its API key. Raises HTTPError (409) where it is registered."""
-        key_id = secrets.token_hex(16)
-        if not self._sign_up(keys=[self.users], args=[name, key_id]):
-            raise HTTPError(409, "id is registered already; deregister it to get a new key", "id")
-        claims: Json = {"sub": name, "jti": key_id, "iat": int(time.time())}
-        if self.ttl:
-            claims["exp"] = claims["iat"] + self.ttl
-        return jwt.encode(claims, self.secret, algorithm="HS256")
 
     def deregister(self, name: str) -> None:
-        """Revoke the key of `name` and end all it has waiting. Raises HTTPError (404) where it is not registered."""
-        own = [self.store.key(kind, name) for kind in ("content", "dead", "suppressed", "suppressed_for", "recent")]
-        while (done := self._deregister(keys=[self.users, *own], args=[name, self.store.prefix, self.AT_ONCE])) == 2:
+        """Revoke the key of an account and end all it has waiting. Raises HTTPError (404) if it is not registered."""
+        keys = [self.user_list, *(self.store.key(kind, name) for kind in (
+            "content", "dead", "suppressed", "suppressed_for", "recent"))]
+        args = [name, self.store.prefix, self.CONTENT_TYPES_AT_ONCE]
+        while (answer := self._deregister(keys=keys, args=args)) == 2:
             pass
-        if not done:
+        if answer == 0:
             raise HTTPError(404, "id is not registered", "id")
+
+    def find(self, name: str) -> Account | None:
+        """The Account of this name, or None."""
+        key_id = self.store.redis.hget(self.user_list, name)
+        return Account(name, key_id) if key_id else None
+
+    def names(self) -> list[str]:
+        """The names of all accounts, sorted."""
+        return sorted(self.store.redis.hkeys(self.user_list))
 
     def authenticate(self, header: str) -> Account:
         """The Account behind an Authorization header, `<jwt>` or `Bearer <jwt>`. Raises HTTPError (401)."""
         return self.ensure_active(self.decode_key(header))
 
+    def decode_key(self, header: str) -> Account:
+        """As authenticate(), but the caller checks revocation itself."""
+        claims = self._claims(strip_bearer(header))
+        if claims is None or "exp" in claims and claims["exp"] <= time.time():
+            raise self._invalid_key()
+        return Account(claims["sub"], claims["jti"], claims.get("exp", math.inf))
+
     def ensure_active(self, account: Account) -> Account:
-        """The account itself. Raises HTTPError (401) where its key was revoked."""
-        if self.store.redis.hget(self.users, account.name) != account.key_id:
-            raise self._unknown_key()
+        """The same account. Raises HTTPError (401) if its key was revoked."""
+        if self.store.redis.hget(self.user_list, account.name) != account.key_id:
+            raise self._invalid_key()
         return account
 
-    def session(self, account: Account, seconds: float) -> str:
-        """A token that stands for an account's key until `seconds` have passed, it is ended, or the key ends."""
-        ends = int(min(time.time() + seconds, account.expires))
-        return self.seal("session", {"name": account.name, "key_id": account.key_id, "exp": ends,
+    def is_signed(self, header: str) -> bool:
+        """Whether an Authorization header holds a key that was issued here, even if it expired or was revoked."""
+        return self._claims(strip_bearer(header)) is not None
+
+    def create_session(self, account: Account, seconds: float) -> str:
+        """A token that stands for an account's key for so many seconds, unless it or the key ends before."""
+        expires = int(min(time.time() + seconds, account.expires))
+        return self.seal("session", {"name": account.name, "key_id": account.key_id, "exp": expires,
                                      "jti": secrets.token_hex(16)})
 
     def read_session(self, token: str) -> Account | None:
-        """The Account that such a token stands for, or None. Redis is not asked whether its key was revoked."""
+        """The Account of a session's token, or None. The caller checks whether its key was revoked."""
         claims = self.unseal("session", token)
         if claims is None or self.store.redis.exists(self.store.key("ended_session", claims.get("jti", ""))):
             return None
         return Account(claims["name"], claims["key_id"])
 
     def end_session(self, token: str) -> None:
-        """End a session in all processes, wherever its token was copied to. Any other token is ignored."""
+        """End a session in all processes and for all copies of its token. Any other token is ignored."""
         claims = self.unseal("session", token)
         if claims and "jti" in claims:
             left = max(1, int(claims["exp"] - time.time()) + 1)
             self.store.redis.set(self.store.key("ended_session", claims["jti"]), 1, ex=left)
 
-    def find(self, name: str) -> Account | None:
-        """The Account of this name, or None."""
-        key_id = self.store.redis.hget(self.users, name)
-        return Account(name, key_id) if key_id else None
-
-    def names(self) -> list[str]:
-        """The names of all accounts, sorted."""
-        return sorted(self.store.redis.hkeys(self.users))
-
-    def decode_key(self, header: str) -> Account:
-        """As authenticate(), but without asking Redis whether the key is revoked: for who asks that anyway."""
-        claims = self._claims(strip_bearer(header))
-        if claims is None or "exp" in claims and claims["exp"] <= time.time():
-            raise self._unknown_key()
-        return Account(claims["sub"], claims["jti"], claims.get("exp", math.inf))
-
-    def is_signed(self, header: str) -> bool:
-        """Whether an Authorization header holds a key that was given out here, be it expired or revoked."""
-        return self._claims(strip_bearer(header)) is not None
-
     def _verified(self, token: str) -> Json | None:
-        return self._decode(token, self.accepted, {"require": ["sub", "jti"], "verify_iat": False})
+        return self._decode(token, self.accepted_secrets, {"require": ["sub", "jti"], "verify_iat": False})
 
     @staticmethod
-    def _decode(token: str, secrets_accepted: Sequence[bytes], options: Any = None) -> Json | None:
-        for secret in secrets_accepted:
+    def _decode(token: str, accepted_secrets: Sequence[bytes], options: Any = None) -> Json | None:
+        for secret in accepted_secrets:
             with contextlib.suppress(jwt.InvalidTokenError):
                 return jwt.decode(token, secret, algorithms=["HS256"], options=options)
         return None
 
     @staticmethod
-    def _unknown_key() -> HTTPError:
+    def _invalid_key() -> HTTPError:
         return HTTPError(401, "Authorization must hold a valid API key; /auth/signup gives one", None,
-                       {"WWW-Authenticate": "Bearer"})
+                         {"WWW-Authenticate": "Bearer"})
 
 
 def strip_bearer(header: str) -> str:
     """The credentials of an Authorization header, with or without the scheme `Bearer`."""
-    scheme, _, rest = header.strip().partition(" ")
-    return rest.strip() if scheme.lower() == "bearer" else header.strip()
+    scheme, _, credentials = header.strip().partition(" ")
+    return credentials.strip() if scheme.lower() == "bearer" else header.strip()
 
 
 # --- 6. tasks -------------------------------------------------------------------------------------------
-# The tasks that a caller may ask for: a table of checks for the payload of each type.
+# The tasks that a caller may send: the Check of each type's payload, and the lane that the type waits in.
 
-UNBOUNDED = 100_000_000  # characters: more than max_body lets through
 SUBJECT, SUBJECT_TEMPLATE = String(998, ONE_LINE, LINE), Template(998, ONE_LINE, LINE)
 CONTENT, CONTENT_TEMPLATE = String(UNBOUNDED), Template(UNBOUNDED)
 
-# Browsers take . and .. out of a path, even as %2E; such names from before can still be read with other clients.
+# Browsers drop . and .. from a path, even as %2E. Content types that older versions gave such names can be read with
+# other clients.
 CONTENT_TYPE = Pattern("a string of 1 to 100 characters, only letters, digits, spaces and . _ -, but not . or ..",
-                    re.compile(r"(?!\.{1,2}$| +$)[\w. -]+"), 100)
+                       r"(?!\.{1,2}$| +$)[\w. -]+", 100)
 FREQUENCIES = ("@hourly", "@daily", "@weekly", "@monthly")
 
-# RFC 2045 section 5.1, with names as in RFC 6838 section 4.2. No flag ignores case: the schema has the pattern too.
+# RFC 2045 section 5.1, with names as in RFC 6838 section 4.2. The patterns also stand in schemas, which have no flag to
+# ignore case.
 MEDIA_NAME = "[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]*"
 MEDIA_PARAMETER = (r"""[ \t]*;[ \t]*([A-Za-z0-9!#$%&'*+.^_`{|}~-]{1,40})"""
                    r"""=([A-Za-z0-9!#$%&'*+.^_`{|}~-]{1,60}|"(?:[ !#-\[\]-~]|\\[ -~]){0,60}")""")
-MEDIA_TYPE = Pattern("a media type, such as application/pdf or text/csv; charset=utf-8, but no multipart/... or "
-                  "message/...",
-                  re.compile("(?![Mm][Uu][Ll][Tt][Ii][Pp][Aa][Rr][Tt]/|[Mm][Ee][Ss][Ss][Aa][Gg][Ee]/)"
-                             f"{MEDIA_NAME}/{MEDIA_NAME}({MEDIA_PARAMETER})*"), 255)
-CONTENT_ID = Pattern("letters, digits and . _ + -, and perhaps an @ within",
-                  re.compile(r"[A-Za-z0-9._+-]+(@[A-Za-z0-9._+-]+)?"), 100)
+MEDIA_TYPE = Pattern(
+    "a media type, such as application/pdf or text/csv; charset=utf-8, but no multipart/... or message/...",
+    "(?![Mm][Uu][Ll][Tt][Ii][Pp][Aa][Rr][Tt]/|[Mm][Ee][Ss][Ss][Aa][Gg][Ee]/)"
+    f"{MEDIA_NAME}/{MEDIA_NAME}({MEDIA_PARAMETER})*", 255)
+CONTENT_ID = Pattern("letters, digits and . _ + -, with at most one @ inside",
+                     r"[A-Za-z0-9._+-]+(@[A-Za-z0-9._+-]+)?", 100)
 FILENAME = String(100, ONE_LINE[:-1] + r"/\\]", "without control characters, / and \\")
 ATTACHMENT = Object({"filename": FILENAME, "content_type": MEDIA_TYPE, "content": Base64(),
                      "content_id": Nullable(CONTENT_ID)})
@@ -2307,62 +2281,66 @@ PAYLOADS = {
 }
 
 
-class TaskOfType:
+class TaskCheck(Check):
     """A task, with the payload of its type."""
 
     expected = "a task"
 
     def __init__(self) -> None:
-        self.forms = {name: self.form((name,), payload) for name, payload in PAYLOADS.items()}
-        self.unknown = self.form(tuple(PAYLOADS), Object({}))
+        self.by_type = {name: self.of_types((name,), payload) for name, payload in PAYLOADS.items()}
+        self.unknown_type = self.of_types(tuple(PAYLOADS), Object({}))
+        self.schema = {"oneOf": [check.schema for check in self.by_type.values()]}
 
     @staticmethod
-    def form(types: tuple[str, ...], payload: Object) -> Object:
-        """The check of a task of one of these types with such a payload."""
+    def of_types(types: Sequence[str], payload: Object) -> Object:
+        """The Check of a task of one of these types."""
         return Object({"task": String(256, ONE_LINE, LINE), "type": Enum(types), "retries": Integer(0, 25),
                        "payload": payload})
 
-    @property
-    def schema(self) -> Json:
-        return {"oneOf": [form.schema for form in self.forms.values()]}
-
-    def __call__(self, value: object, path: str = "") -> Any:
-        kind = value.get("type") if isinstance(value, dict) else None
-        return (self.forms.get(kind, self.unknown) if isinstance(kind, str) else self.unknown)(value, path)
+    def __call__(self, value: Any, field: str = "") -> Any:
+        task_type = value.get("type") if isinstance(value, dict) else None
+        check = self.by_type.get(task_type) if isinstance(task_type, str) else None
+        return (check or self.unknown_type)(value, field)
 
 
-def fill_message(task: dict, path: str, most: int) -> int:
-    """Put the variables into the texts of a message task, which needs them no more; other tasks stay as they are.
+TASK = TaskCheck()
+
+
+def fill_message(task: Json, path: str, max_size: int) -> int:
+    """Fill the texts of a message task with its variables, and remove those. Other tasks stay as they are.
 
     Args:
         path: of the task, "" for the whole body.
-        most: bytes that the texts may have together.
+        max_size: bytes that the texts may have together.
 
-    Returns how many bytes they have. Raises HTTPError: 400, a placeholder is malformed, or its variable is missing or
-    makes a text that is not allowed; 413, they would be larger.
+    Returns how many bytes the filled texts have.
+
+    Raises:
+        HTTPError: 400, a placeholder is malformed, its variable is missing, or a filled text is not allowed; 413, the
+            texts would be larger.
     """
     payload, path = task["payload"], f"{path}.payload" if path else "payload"
     if task["type"] != "message" or "variables" not in payload:
         return 0
     variables, size = payload.pop("variables"), 0
     for name, check in (("subject", SUBJECT), ("text", CONTENT), ("content", CONTENT)):
-        if name in payload:
-            check_placeholders(payload[name], f"{path}.{name}")
-            try:
-                filled = fill(payload[name], variables, name == "content" and is_html(payload[name]), most=most - size)
-            except KeyError as error:
-                field = f"{path}.variables.{error.args[0]}"
-                raise HTTPError(400, f"{field} is required: {path}.{name} names it", field) from None
-            except TooLarge as error:
-                raise HTTPError(413, f"{path}.{name} would have {error.size} bytes with its variables, and may have "
-                              f"{most - size}: max_body limits the texts of a message, and twice that those of a batch",
-                              f"{path}.variables") from None
-            payload[name] = check(filled, f"{path}.{name}")
-            size += len(filled.encode())
+        if name not in payload:
+            continue
+        field, text, left = f"{path}.{name}", payload[name], max_size - size
+        check_placeholders(text, field)
+        try:
+            filled = fill_template(text, variables, escape=name == "content" and is_html(text), max_size=left)
+        except KeyError as error:
+            variable = f"{path}.variables.{error.args[0]}"
+            raise HTTPError(400, f"{variable} is required: {field} names it", variable) from None
+        except TooLarge as error:
+            raise HTTPError(413, f"{field} would have {error.size} bytes with its variables, and may have {left}: "
+                            "max_body limits the filled texts of a message, twice max_body those of a batch",
+                            f"{path}.variables") from None
+        payload[name] = check(filled, field)
+        size += len(filled.encode())
     return size
 
-
-TASK = TaskOfType()
 
 class Lane(enum.StrEnum):
     """The tasks of a lane wait for each other, and for no other lane's."""
@@ -2385,43 +2363,36 @@ def lane_of(task_type: str) -> Lane:
 
 
 def rate_limited(seconds: int | str, what: str = "OTP requests") -> HTTPError:
-    """What refuses one OTP request too many: 429 (RFC 6585), with the seconds to wait."""
+    """The error for a rate-limited OTP request: 429 (RFC 6585), with the seconds to wait."""
     return HTTPError(429, f"too many {what}; try again in {seconds} seconds", None, {"Retry-After": str(seconds)})
 
 
 def fold_address(address: str) -> str:
-    """The address in the form used as a key: people ignore the case when they type their own.
+    """The address in the form used as a key: with its ASCII letters in lower case.
 
-    Only ASCII letters are folded. Any further folding makes one mailbox of two (sharp s and "ss"), and who has the one
-    would get what belongs to the other.
+    Further folding would make one key of two mailboxes ("ß" and "ss"), and one's owner would get the other's mail.
     """
     return address.encode().lower().decode()
 
 
 @dataclasses.dataclass
 class Task:
-    """A task that a worker has in hand.
-
-    `key` is the id of the API key it came with; `created` is Redis's time when it was accepted, in microseconds since
-    the epoch; `attempts` counts those that ended in failure, `strikes` the processes that died while they had it, and
-    `drops` the connections that did, the last at `dropped` (microseconds); `delivered` are the recipients that have the
-    mail already, and `suppressed` those that get none, as fold_address() has them.
-    """
+    """A task that a worker has in hand. Times are Redis's, in microseconds since the epoch."""
 
     id: str
     account: str
-    key: str
+    key: str  # the id of the API key it came with
     type: str
     name: str
     retries: int
     payload: dict
-    created: int
-    attempts: int = 0
-    strikes: int = 0
-    drops: int = 0
-    dropped: int = 0
-    delivered: tuple = ()
-    suppressed: tuple = ()
+    created: int  # when it was accepted
+    attempts: int = 0  # that failed
+    strikes: int = 0  # processes that died while they had it
+    drops: int = 0  # connections that broke during it
+    dropped: int = 0  # when the last of them did
+    delivered: tuple = ()  # recipients that have the mail already, as fold_address() has them
+    suppressed: tuple = ()  # recipients that get none, in the same form
 
 
 # --- 7. queue -------------------------------------------------------------------------------------------
@@ -4887,7 +4858,7 @@ class Otps:
     def mail(self, otp: str) -> tuple[str, str]:
         """(subject, content) of the mail that brings an OTP."""
         variables = {"otp": otp, "minutes": max(1, self.ttl // 60)}
-        return fill(self.subject, variables), fill(self.content, variables)
+        return fill_template(self.subject, variables), fill_template(self.content, variables)
 
     def _record(self, account: str, address: str) -> str:
         return self.store.key("otp", fold_address(address), account)
@@ -5283,7 +5254,7 @@ class Newsletters:
         url = self.link(task.account, content_type, address)
         variables = {**(own or {}), "email": address, **({"unsubscribe_url": url} if url else {})}
         try:
-            subject, content = (fill(text, variables, escape, own is None, self.max_size) for text, escape in (
+            subject, content = (fill_template(text, variables, escape, own is None, self.max_size) for text, escape in (
                 (body["subject"], False), (body["content"], is_html(body["content"]))))
         except KeyError as error:
             raise PermanentError(f"the subscription has no variable {error.args[0]!r}") from None
@@ -5761,7 +5732,7 @@ class Cron:
                     self.workers.resume(lane)
             self.last_beat = now
             self.store.tidy()
-            self.accounts.restore()
+            self.accounts.restore_secret()
             self.stats.flush()
             self.queue.find_orphans()
             self.queue.reclaim()
@@ -5781,35 +5752,34 @@ class Cron:
 
 
 # --- 16. http api ---------------------------------------------------------------------------------------
-# The routes are a table; a handler takes a Request and returns what to answer.
+# Api has the handlers: each takes a Request and returns the answer. The table ROUTES behind it says which handler
+# answers which path, who may use it, and what it checks.
 
-# Larger bodies count in a budget of all connections, and only a few of them are parsed and answered at once: the parser
-# holds the interpreter for 10 ms and more a megabyte, and what it makes can take twenty times the memory of the text.
+# Larger bodies count in a budget of all connections, and LARGE_AT_ONCE of them are parsed and answered at a time: the
+# parser holds the interpreter for 10 ms and more a megabyte, and what it makes can take twenty times the text's memory.
 SMALL_BODY = 65536  # bytes
 LARGE_AT_ONCE = 2
 
-# A header by which a proxy or a CDN says that it hands a request on.
+# A header by which a proxy or a CDN shows that it forwards a request.
 PROXY_HEADER = re.compile("via|forwarded|x-forwarded(-.*)?|x-original-.*|x-real-ip|x-remote-(ip|addr)|"
                           "(.*-)?client-?ip|.*-connecting-ip|cdn-loop|x-envoy-.*|x-proxyuser-ip")
 
 
 @dataclasses.dataclass
 class Request:
-    """A request as its handler sees it.
+    """A request as its handler sees it."""
 
-    `path_params` holds the values of the route's placeholders; `peer` is the address that the connection comes from.
-    """
-
-    headers: dict
-    path_params: dict
+    headers: dict  # names are in lower case
+    path_params: dict  # the values of the path's placeholders
     query: dict
     body: Any = None
-    account: Any = None  # an Account, where the route asks who sends it
-    peer: str = ""
+    account: Any = None  # the Account that sends it, unless its route is open
+    peer: str = ""  # the address that the connection comes from
+    idempotency_key: str = ""  # if its route takes one
 
     @property
     def client(self) -> str:
-        """The client's address; of what a reverse proxy on this machine hands on, the one that the proxy added."""
+        """The client's address. If a reverse proxy on this machine forwards the request, the one that it added."""
         address = ipaddress.ip_address(self.peer)
         address = getattr(address, "ipv4_mapped", None) or address
         if address.is_loopback:
@@ -5819,154 +5789,13 @@ class Request:
 
     @property
     def proxied(self) -> bool:
-        """Whether a proxy says that it hands the request on. Not all do."""
+        """Whether a header shows that a proxy forwards the request. Not all proxies add one."""
         return any(map(PROXY_HEADER.fullmatch, self.headers))
 
 
 @dataclasses.dataclass(frozen=True)
-class Route:
-    """One method of one path.
-
-    `access` is "open"; "key" (or the admin, who names an account by `?account=`); "all" (the same, but the admin who
-    names none means all accounts); "task" (a key that the queue looks up, in the same round trip); "admin"; or "owner"
-    (the admin, or the key of the account concerned). Another value lets nobody in. `body` and `query` are the checks of
-    what comes with a request; `answer` names the fields of a success and their types, or its media type where it is not
-    JSON; `refuses` has the statuses that only this route answers.
-    """
-
-    method: str
-    path: str
-    handler: str
-    access: str = "key"
-    body: Any = None
-    query: dict = dataclasses.field(default_factory=dict)
-    answer: dict | str = dataclasses.field(default_factory=dict)
-    refuses: tuple = ()
-
-    @functools.cached_property
-    def pattern(self) -> re.Pattern[str]:
-        """What the path looks like; a placeholder is one segment."""
-        return re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", self.path))
-
-    @functools.cached_property
-    def group(self) -> str:
-        """What its latency counts for: the first segment of the path."""
-        return self.path.split("/")[1] or "page"
-
-    def match(self, path: str) -> dict[str, str] | None:
-        """The values of the path's placeholders, or None where it is the path of other routes."""
-        found = self.pattern.fullmatch(path)
-        return {name: urllib.parse.unquote(value) for name, value in found.groupdict().items()} if found else None
-
-    def body_limit(self, settings: Settings) -> int:
-        """Bytes that a body may have: max_body only where it comes with a key, and means something."""
-        most = settings.max_body
-        return most if self.body and self.access in ("key", "all", "task") else min(most, SMALL_BODY)
-
-
-class Otp(String):
-    """The digits that somebody typed. Others are no error, but a wrong OTP."""
-
-    expected = "a string of digits"
-
-
-ID = Object({"id": String(254, ONE_LINE, LINE)})  # any that was ever taken
-NEW_ID = Object({"id": AccountName()})
-DEFINITION = Object({"content_type": CONTENT_TYPE, "subject": SUBJECT_TEMPLATE, "content": CONTENT_TEMPLATE})
-VERIFICATION = Object({"userEmail": Address(), "otp": Otp(64, ONE_LINE, LINE)})
-BATCH = Object({"tasks": Array(AnyValue(), 1000, 1)})  # each is checked, and answered, by itself
-RECIPIENT = Object({"userId": Address()})
-LOGIN = Object({"key": String(4096, ONE_LINE, LINE)})
-STATES = tuple(State)
-PAGING = {"offset": Integer(0, 10**9), "limit": Integer(0, 1000)}
-CURSOR = Pattern("what the answer before had as next", re.compile(r"[0-9]{1,10}-[0-9]{1,19}"), 30)
-DONE = {"status": bool, "msg": str}
-QUEUED = {**DONE, "id": str}
-CONTENT_ANSWER = {"status": bool, "content_type": str, "subject": str, "content": str, "subscribers": int, "view": str}
-TASK_ANSWER = {"status": bool, "id": str, "task": str, "type": str, "userId": str, "state": str, "attempts": int,
-               "retries": int, "error": (str, None), "created": str, "story": list}
-PAGE_ANSWER = {"status": bool, "total": int, "offset": int, "limit": int}
-SESSION_ANSWER = {"status": bool, "account": (str, None), "admin": bool, "signup": bool}
-METRICS_ANSWER = {"status": bool, "Total Jobs Executed": int, "Jobs Successful": int, "Jobs Failed": int,
-                  "queued": dict}
-ROUTES = (
-    Route("POST", "/auth/signup", "sign_up", "admin", NEW_ID, answer={"apiKey": str}, refuses=(409,)),
-    Route("POST", "/auth/deregister", "deregister", "owner", ID, answer=DONE, refuses=(404,)),
-    Route("GET", "/accounts", "list_accounts", "admin", answer={"status": bool, "accounts": list}),
-    Route("GET", "/session", "read_session", "open", answer=SESSION_ANSWER),
-    Route("POST", "/session", "open_session", "open", LOGIN, answer=SESSION_ANSWER, refuses=(401, 429)),
-    Route("DELETE", "/session", "close_session", "open", answer=DONE),
-    Route("POST", "/task", "enqueue", "task", TASK, answer=QUEUED, refuses=(422, 429)),
-    Route("POST", "/task/task", "enqueue", "task", TASK, answer=QUEUED, refuses=(422, 429)),
-    Route("POST", "/task/batch", "enqueue_batch", "task", BATCH, answer={"status": bool, "tasks": list},
-          refuses=(422,)),
-    Route("POST", "/task/verify", "verify", "key", VERIFICATION, answer={"type": str, "verified": bool},
-          refuses=(429,)),
-    Route("GET", "/task/subscriptionContent", "list_content", "all", query=PAGING,
-          answer={**PAGE_ANSWER, "contentTypes": list}),
-    Route("POST", "/task/subscriptionContent", "create_content", "key", DEFINITION, answer=DONE, refuses=(409,)),
-    Route("PUT", "/task/subscriptionContent", "update_content", "key", DEFINITION, answer=DONE, refuses=(404,)),
-    Route("GET", "/task/subscriptionContent/{content_type}", "read_content", answer=CONTENT_ANSWER, refuses=(404,)),
-    Route("DELETE", "/task/subscriptionContent/{content_type}", "remove_content", answer=DONE, refuses=(404,)),
-    Route("GET", "/task/recent", "list_recent", "all", query={
-        **PAGING, "search": String(254, ONE_LINE, LINE), "state": Enum(STATES)},
-        answer={"status": bool, "tasks": list, "next": (int, None)}),
-    Route("GET", "/task/dead", "list_dead", "all", query=PAGING, answer={**PAGE_ANSWER, "tasks": list}),
-    Route("DELETE", "/task/dead", "remove_all_dead", "all", answer={**DONE, "count": int}),
-    Route("POST", "/task/dead/retry", "retry_all_dead", "all", answer={**DONE, "count": int}),
-    Route("POST", "/task/dead/{id}/retry", "retry_dead", "all", answer=QUEUED, refuses=(404,)),
-    Route("DELETE", "/task/dead/{id}", "remove_dead", "all", answer=DONE, refuses=(404,)),
-    Route("GET", "/task/{id}", "read_task", "all", answer=TASK_ANSWER, refuses=(404,)),
-    Route("DELETE", "/task/{id}", "cancel_task", "all", answer=DONE, refuses=(404, 409)),
-    Route("GET", "/subscriptions", "list_subscriptions", "all", query={
-        "content_type": CONTENT_TYPE, "userId": Address(), "cursor": CURSOR, "limit": Integer(1, 1000)},
-        answer={"status": bool, "subscriptions": list, "next": (str, None)}),
-    Route("GET", "/suppressions", "list_suppressions", query=PAGING,
-          answer={**PAGE_ANSWER, "suppressions": list}),
-    Route("POST", "/suppressions", "suppress", "key", RECIPIENT, answer=DONE),
-    Route("DELETE", "/suppressions", "unsuppress", "key", RECIPIENT, answer=DONE, refuses=(404,)),
-    Route("GET", "/lanes", "list_lanes", "all", answer={
-        "status": bool, "lanes": list, "processes": int, "retrying": int, "dead": int, "mail_to": str, "outbox": bool,
-        "smtp": dict}),
-    Route("POST", "/lanes/{lane}/resume", "resume_lane", "all", answer=DONE, refuses=(404, 429)),
-    Route("GET", "/history", "read_history", "all", answer={"status": bool, "minutes": list}),
-    Route("GET", "/outbox", "list_outbox", "all", query=PAGING,
-          answer={"status": bool, "mails": list, "next": (int, None)}, refuses=(404,)),
-    Route("GET", "/outbox/{id}", "read_outbox", "all", answer={
-        "status": bool, "id": str, "headers": list, "text": (str, None), "html": (str, None), "view": (str, None),
-        "attachments": list, "source": str}, refuses=(404,)),
-    Route("GET", "/view/{token}", "view", "open", answer="text/html", refuses=(404,)),
-    Route("GET", "/unsubscribe/{token}", "ask_to_unsubscribe", "open", answer="text/html", refuses=(404,)),
-    Route("POST", "/unsubscribe/{token}", "follow_link", "open", answer="text/html", refuses=(404,)),
-    Route("GET", "/health/ping", "ping", "open", answer={"message": str}),
-    Route("GET", "/health/ready", "ready", "open", answer={"status": bool, "smtp": str}),
-    Route("GET", "/metrics", "prometheus", "open", answer="text/plain"),
-    Route("GET", "/health/metrics", "metrics", "open", answer=METRICS_ANSWER),
-    Route("GET", "/", "show_page", "open", answer="text/html"),
-    Route("GET", "/openapi.json", "describe_routes", "open",
-          answer={"openapi": str, "info": dict, "paths": dict, "components": dict}),
-)
-FIXED = {path: [route for route in ROUTES if route.path == path] for path in (route.path for route in ROUTES)
-         if "{" not in path}
-
-
-def find_routes(path: str) -> Sequence[Route]:
-    """The routes of a path; "*" means all."""
-    if path == "*":
-        return ROUTES
-    # A fixed path goes before a placeholder: /task/dead is not the task of id "dead".
-    return FIXED.get(path) or [route for route in ROUTES if route.match(path) is not None]
-
-
-def allowed_methods(routes: Sequence[Route]) -> str:
-    """The value of the header Allow (RFC 9110 section 10.2.1) for the routes of a path."""
-    methods = {route.method for route in routes}
-    return ", ".join(sorted(methods | {"OPTIONS"} | ({"HEAD"} if "GET" in methods else set())))
-
-
-@dataclasses.dataclass(frozen=True)
 class Response:
-    """An answer that is not JSON, or comes with headers of its own."""
+    """An answer that is not JSON, or has headers of its own."""
 
     media_type: str
     text: str
@@ -5974,7 +5803,17 @@ class Response:
 
 
 Reply = Json | Response  # what a handler returns
-PAGE_FILE = pathlib.Path(__file__).with_name("page.html")  # calls the routes, as any app could
+PAGE_FILE = pathlib.Path(__file__).with_name("page.html")  # it uses the routes, as any app could
+
+# For somebody else's HTML: it may have any look and its own pictures, but runs, loads and sends nothing.
+MAIL_HEADERS = {
+    "Content-Security-Policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; font-src data:; "
+    "form-action 'none'; base-uri 'none'; frame-ancestors 'self'", "Referrer-Policy": "no-referrer"}
+
+
+def done(message: str, **fields: Any) -> Json:
+    """The answer to a request that changed something."""
+    return {"status": True, "msg": message, **fields}
 
 
 def small_page(body: str) -> Response:
@@ -5984,95 +5823,138 @@ def small_page(body: str) -> Response:
                     f'margin: 3em auto; max-width: 30em">{body}</body></html>\n')
 
 
-# Somebody else's HTML: it may look as it likes, and bring its pictures along, but do, load and send nothing.
-AS_MAIL = {"Content-Security-Policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; "
-           "font-src data:; form-action 'none'; base-uri 'none'; frame-ancestors 'self'",
-           "Referrer-Policy": "no-referrer"}
+def html_of(message: email.message.EmailMessage, max_length: int = 8_000_000) -> str | None:
+    """The HTML of a parsed mail, with the pictures that it refers to by `cid:` as data; None if it has no HTML.
 
-
-def html_of(message: email.message.EmailMessage, most: int = 8_000_000) -> str | None:
-    """The HTML of a parsed mail or None; pictures that the mail brings along stand in it as data.
-
-    A picture that would make it longer than `most` characters stays out: one may be shown any number of times.
+    A picture that would make the HTML longer than `max_length` characters is left out: one may be shown many times.
     """
     part = message.get_body(("html",))
     if part is None:
         return None
     text = part.get_content()
-    for shown in message.walk():
-        if (name := shown.get("Content-ID", "").strip("<> ")) and not shown.is_multipart():
-            place = re.compile(rf"cid:{re.escape(name)}(?![\w.@+-])")
-            data = f"data:{shown.get_content_type()};base64,"
-            data += base64.b64encode(typing.cast(bytes, shown.get_payload(decode=True) or b"")).decode()
-            if len(text) + len(place.findall(text)) * len(data) <= most:
-                text = place.sub(lambda _: data, text)
+    for picture in message.walk():
+        if (content_id := picture.get("Content-ID", "").strip("<> ")) and not picture.is_multipart():
+            reference = re.compile(rf"cid:{re.escape(content_id)}(?![\w.@+-])")
+            content = typing.cast(bytes, picture.get_payload(decode=True) or b"")
+            url = f"data:{picture.get_content_type()};base64,{base64.b64encode(content).decode()}"
+            if len(text) + len(reference.findall(text)) * len(url) <= max_length:
+                text = reference.sub(lambda _: url, text)
     return text
 
 
+class Access(enum.StrEnum):
+    """Who may use a route."""
+
+    OPEN = "open"  # anybody
+    KEY = "key"  # an API key; or the admin, who names an account by ?account=
+    ALL = "all"  # as KEY, but the admin who names no account means all of them
+    TASK = "task"  # an API key; the queue checks in its own round trip whether it was revoked
+    ADMIN = "admin"  # the admin
+    OWNER = "owner"  # the admin, or the key of the account concerned
+
+
+DONE = {"status": bool, "msg": str}  # what done() returns
+
+
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """One method of one path."""
+
+    method: str
+    path: str
+    handler: "Callable[[Api, Request], Reply]"
+    access: Access
+    body: Check | None = None
+    query: Mapping[str, Check] = dataclasses.field(default_factory=dict)
+    answer: Mapping[str, Any] | str = dataclasses.field(default_factory=lambda: DONE)  # field -> type; or a media type
+    refuses: tuple[int, ...] = ()  # statuses that only this route answers
+    needs_redis: bool = True  # refused at once while Redis is away
+    idempotency_key: bool = False  # takes the header Idempotency-Key
+
+    @functools.cached_property
+    def pattern(self) -> re.Pattern[str]:
+        """The path as a regular expression; a placeholder is one segment."""
+        return re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", self.path))
+
+    @functools.cached_property
+    def group(self) -> str:
+        """The label of its latency in the metrics: the first segment of the path."""
+        return self.path.split("/")[1] or "page"
+
+    def match(self, path: str) -> dict[str, str] | None:
+        """The values of the path's placeholders, or None if the path is not this route's."""
+        match = self.pattern.fullmatch(path)
+        return {name: urllib.parse.unquote(value) for name, value in match.groupdict().items()} if match else None
+
+    def body_limit(self, settings: Settings) -> int:
+        """Bytes that a body may have: max_body only for a route that takes a body and asks for a key."""
+        large = self.body and self.access in (Access.KEY, Access.ALL, Access.TASK)
+        return settings.max_body if large else min(settings.max_body, SMALL_BODY)
+
+
 class Api:
-    """The handlers of the routes.
+    """The handlers of the routes."""
 
-    Args:
-        settings, accounts, queue, otps, newsletters, workers, stats: what they call.
-    """
+    SESSION_TTL = 43200  # seconds until one has to log in again
+    PENALTY = 1.0  # seconds that the answer to a wrong admin_token is delayed
+    MAX_PENALTIES = 8  # delayed answers at a time, in a process
 
-    SESSION = 43200  # seconds until one has to log in again
-    WITHOUT_REDIS = ("ping", "describe_routes", "show_page", "prometheus")
-    GUESSES = 8  # wrong tokens whose answers wait at once, in a process
-    PENALTY = 1.0  # seconds that each waits
-
-    def __init__(self, settings: Settings, accounts: Accounts, queue: Queue, inspection: Inspection,
-                 suppressions: Suppressions, otps: Otps, newsletters: Newsletters, workers: Workers,
-                 stats: Stats) -> None:
-        self.settings, self.accounts, self.queue = settings, accounts, queue
+    def __init__(self, settings: Settings, store: Store, accounts: Accounts, queue: Queue, inspection: Inspection,
+                 suppressions: Suppressions, otps: Otps, newsletters: Newsletters, transport: Transport,
+                 workers: Workers, smtp: SmtpState, stats: Stats) -> None:
+        self.settings, self.store, self.accounts, self.queue = settings, store, accounts, queue
         self.inspection, self.suppressions = inspection, suppressions
-        self.otps, self.newsletters, self.workers, self.stats = otps, newsletters, workers, stats
-        # A browser sends the cookies of one port to all ports of a host: two services there need two names.
+        self.otps, self.newsletters, self.stats = otps, newsletters, stats
+        self.transport, self.workers, self.smtp = transport, workers, smtp
+        # A browser sends a host's cookies to all of its ports: two services on one host need two names.
         self.cookie = f"gomail_{accounts.derive('cookie').hex()[:8]}"
         self.admin = Account("", accounts.derive(f"admin {settings.admin_token}").hex())
-        self.guesses = threading.BoundedSemaphore(self.GUESSES)
+        self.penalties = threading.BoundedSemaphore(self.MAX_PENALTIES)
         self.page = PAGE_FILE.read_text() if PAGE_FILE.exists() else None
 
     def authenticate(self, route: Route, request: Request) -> Account | None:
-        """Who sends a request, by what its head says; None where the route asks nobody.
+        """The Account that sends a request, by its headers; None for an open route.
 
         Raises:
-            HTTPError: 401; 403 for a proxy's clients; 404 or 400, the account that the admin means; 429, see charge().
+            HTTPError: 401; 403, a proxy's client, or an access level that is not known; 400 or 404, the account that
+                the admin means; 429, see penalize().
             RedisError: Redis is away.
         """
-        if route.handler not in self.WITHOUT_REDIS and not self.queue.store.available:
-            # At once: a server that hangs would cost each caller its timeout.
+        if route.needs_redis and not self.store.available:
+            # Not tried: each request would wait for the timeout of a server that hangs.
             raise redis.ConnectionError("Redis is away")
         match route.access:
-            case "open":
+            case Access.OPEN:
                 return None
-            case "task":
+            case Access.TASK:
                 return self.account_for(request)
-            case "admin" | "owner" if self.may_govern(request):
+            case Access.ADMIN | Access.OWNER if self.has_admin_rights(request):
                 return self.admin
-            case "admin":
-                self.charge(request)
+            case Access.ADMIN:
+                self.penalize(request)
                 raise self.not_admin()
-            case "key" | "all" if self.is_admin(request):
-                return self.named(request, route)
-            case "key" | "all" | "owner":
-                return self.accounts.ensure_active(self.account_or_charge(request))
-        raise ValueError(f"{route.access} is no level of access")
+            case Access.KEY | Access.ALL if self.is_admin(request):
+                return self.account_named(request, route)
+            case Access.KEY | Access.ALL | Access.OWNER:
+                return self.accounts.ensure_active(self.account_or_penalty(request))
+        raise HTTPError(403, "nobody may use this route: its access level is not known")
 
-    def answer(self, route: Route, request: Request) -> dict | Response:
-        """What `route` answers to an authenticated request. Raises HTTPError, or RedisError where Redis is away."""
+    def answer(self, route: Route, request: Request) -> Reply:
+        """The answer of `route` to an authenticated request. Raises HTTPError, or RedisError if Redis is away."""
         if route.body:
             request.body = route.body(request.body)
-        request.query = {name: check(int(text) if isinstance(check, Integer) and re.fullmatch("[0-9]{1,10}", text)
-                                     else text, name)
-                         for name, check in route.query.items() if (text := request.query.get(name)) is not None}
-        return getattr(self, route.handler)(request)
+        request.query = parse_query(route.query, request.query)
+        if route.idempotency_key:
+            request.idempotency_key = request.headers.get("idempotency-key", "")
+            if len(request.idempotency_key) > 255:
+                raise HTTPError(400, "Idempotency-Key must have at most 255 characters", "Idempotency-Key")
+        return route.handler(self, request)
 
-    def named(self, request: Request, route: Route) -> Account:
-        """The Account that the admin means by `?account=`; without that, all of them."""
+    def account_named(self, request: Request, route: Route) -> Account:
+        """The Account that the admin names by `?account=`. Without it, all accounts, if the route allows that."""
         name = request.query.get("account", "")
-        if not name and route.access != "all":
-            raise HTTPError(400, "account is required with the admin_token: add ?account= and the name of one",
+        if not name and route.access != Access.ALL:
+            raise HTTPError(400, "account is required with the admin_token: add ?account= and an account's name",
                             "account")
         account = self.accounts.find(name) if name else self.admin
         if account is None:
@@ -6080,107 +5962,75 @@ class Api:
         return account
 
     def account_for(self, request: Request) -> Account:
-        """The Account of the session, or else of the key, whether or not it was revoked. Raises HTTPError (401)."""
-        return self.session(request) or self.accounts.decode_key(request.headers.get("authorization", ""))
+        """The Account of the session or the key, even if its key was revoked. Raises HTTPError (401)."""
+        return self.session_account(request) or self.accounts.decode_key(request.headers.get("authorization", ""))
 
-    def account_or_charge(self, request: Request) -> Account:
-        """As account_for(), where admin_token would be taken too. Raises HTTPError (401, 429)."""
+    def account_or_penalty(self, request: Request) -> Account:
+        """As account_for(), for a route that takes admin_token too. Raises HTTPError (401, 429)."""
         try:
             return self.account_for(request)
         except HTTPError:
-            self.charge(request)
+            self.penalize(request)
             raise
 
-    def session(self, request: Request) -> Account | None:
-        """The Account that the session's cookie stands for, or None.
-
-        It counts only beside a header that a page of another origin cannot send (without asking first, and nobody
-        answers), and where there is no Authorization.
-        """
+    def session_account(self, request: Request) -> Account | None:
+        """The Account of the session's cookie, or None. An Authorization header counts instead of the cookie."""
         token = self.session_token(request)
         return self.accounts.read_session(token) if token and "authorization" not in request.headers else None
 
     def session_token(self, request: Request) -> str:
-        """What the session's cookie holds, or "" where it does not count."""
+        """The session's cookie, or "".
+
+        It counts only beside X-Requested-With: a page of another origin cannot send that header without a preflight
+        request, which is not answered.
+        """
         if "x-requested-with" not in request.headers:
             return ""
-        found = re.search(rf"(?:^|; ?){self.cookie}=([^;]+)", request.headers.get("cookie", ""))
-        return found[1] if found else ""
+        match = re.search(rf"(?:^|; ?){self.cookie}=([^;]+)", request.headers.get("cookie", ""))
+        return match[1] if match else ""
 
     def is_admin(self, request: Request) -> bool:
-        """Whether the request carries admin_token, or the session of somebody who did."""
+        """Whether the request has the admin_token, or a session that was opened with it."""
         if not self.settings.admin_token:
             return False
         token = strip_bearer(request.headers.get("authorization", ""))
         return (hmac.compare_digest(token.encode(), self.settings.admin_token.encode())
-                or self.session(request) == self.admin)
+                or self.session_account(request) == self.admin)
 
-    def may_govern(self, request: Request) -> bool:
-        """Whether the request may do what the admin may: anybody without admin_token, but nobody through a proxy."""
+    def has_admin_rights(self, request: Request) -> bool:
+        """Whether the request may do what the admin may. If admin_token is not set, any may that no proxy forwards."""
         return self.is_admin(request) if self.settings.admin_token else not request.proxied
 
     def not_admin(self) -> HTTPError:
-        """The error for a request that may not do what the admin may."""
+        """The error for a request without the admin's rights."""
         if self.settings.admin_token:
             return HTTPError(401, "Authorization must hold the admin_token", None, {"WWW-Authenticate": "Bearer"})
         return HTTPError(403, "without the option admin_token, this is not allowed through a proxy")
 
-    def charge(self, request: Request) -> None:
-        """Log a wrong admin_token, and delay its answer by PENALTY seconds. GUESSES answers wait so at once.
+    def penalize(self, request: Request) -> None:
+        """Log a wrong admin_token, and delay its answer by PENALTY seconds.
 
-        The right token never gets here, so that nobody who has it waits, whatever others send from the same address.
-        Keys that were given out here are no guesses, even where they have expired or are not enough.
+        A request with the right token never gets here, so that it is not delayed, whatever else comes from the same
+        address. Keys that were issued here are not wrong tokens, even if they expired or are not enough.
 
         Raises:
-            HTTPError: 429, so many answers wait already.
+            HTTPError: 429, MAX_PENALTIES answers are delayed already.
         """
         header = request.headers.get("authorization", "")
         if not self.settings.admin_token or not strip_bearer(header) or self.accounts.is_signed(header):
             return
-        if not self.guesses.acquire(blocking=False):
+        if not self.penalties.acquire(blocking=False):
             raise HTTPError(429, "too many requests with a wrong token or key; try again in a second", None,
-                          {"Retry-After": "1", "Connection": "close"})
+                            {"Retry-After": "1", "Connection": "close"})
         try:
             log(logging.WARNING, "wrong admin_token", client=request.client)
             time.sleep(self.PENALTY)
         finally:
-            self.guesses.release()
-
-    def list_accounts(self, request: Request) -> Reply:
-        return {"status": True, "accounts": [{"id": name} for name in self.accounts.names()]}
-
-    def read_session(self, request: Request) -> Reply:
-        account = self.session(request)
-        try:
-            account = account if account is None or self.is_admin(request) else self.accounts.ensure_active(account)
-        except HTTPError:
-            account = None
-        return self.describe_session(request, account)
-
-    def describe_session(self, request: Request, account: Account | None) -> Json:
-        return {"status": True, "account": account and account.name, "admin": bool(account) and account == self.admin,
-                "signup": not self.settings.admin_token and not request.proxied}
-
-    def open_session(self, request: Request) -> Reply:
-        given = dataclasses.replace(request, headers={**request.headers, "authorization": request.body["key"]})
-        account = self.admin if self.is_admin(given) else self.accounts.ensure_active(self.account_or_charge(given))
-        # The browser sends the origin of its page: where that is HTTPS, the cookie never goes another way.
-        secure = "; Secure" * request.headers.get("origin", "").startswith("https:")
-        return self.with_cookie(self.describe_session(request, account),
-                                self.accounts.session(account, self.SESSION), self.SESSION, secure)
-
-    def close_session(self, request: Request) -> Reply:
-        self.accounts.end_session(self.session_token(request))
-        return self.with_cookie({"status": True, "msg": "Signed out"}, "", 0)
-
-    def with_cookie(self, body: Json, value: str, seconds: int, more: str = "") -> Response:
-        """The answer `body`, with the session's cookie for so many seconds."""
-        return Response("application/json", ENCODER.encode(body) + "\n", {
-            "Set-Cookie": f"{self.cookie}={value}; HttpOnly; SameSite=Strict; Path=/; Max-Age={seconds}{more}"})
+            self.penalties.release()
 
     def sign_up(self, request: Request) -> Reply:
         if request.body["id"] == Accounts.COMMAND_LINE:  # its key would show what the operator sends
-            raise HTTPError(409, "id is kept for the command line; choose another", "id")
+            raise HTTPError(409, "id is reserved for the command line; choose another", "id")
         return {"apiKey": self.accounts.sign_up(request.body["id"])}
 
     def deregister(self, request: Request) -> Reply:
@@ -6188,178 +6038,214 @@ class Api:
         if request.account != self.admin and request.account.name != name:
             raise self.not_admin()
         self.accounts.deregister(name)
-        return {"status": True, "msg": "Deregistered successfully!"}
+        return done("Deregistered successfully!")
 
-    def idempotency_key(self, request: Request) -> str:
-        """The header of a request that is safe to repeat, "" where it has none. Raises HTTPError (400)."""
-        key = request.headers.get("idempotency-key", "")
-        if len(key) > 255:
-            raise HTTPError(400, "Idempotency-Key must have at most 255 characters", "Idempotency-Key")
-        return key
+    def list_accounts(self, request: Request) -> Reply:
+        return {"status": True, "accounts": [{"id": name} for name in self.accounts.names()]}
+
+    def read_session(self, request: Request) -> Reply:
+        account = self.session_account(request)
+        if account and account not in (self.admin, self.accounts.find(account.name)):
+            account = None
+        return self.describe_session(request, account)
+
+    def open_session(self, request: Request) -> Reply:
+        login = dataclasses.replace(request, headers={**request.headers, "authorization": request.body["key"]})
+        account = self.admin if self.is_admin(login) else self.accounts.ensure_active(self.account_or_penalty(login))
+        # The browser sends the origin of its page. If that is HTTPS, the cookie never goes over plain HTTP.
+        secure = "; Secure" if request.headers.get("origin", "").startswith("https:") else ""
+        return self.with_cookie(self.describe_session(request, account),
+                                self.accounts.create_session(account, self.SESSION_TTL), self.SESSION_TTL, secure)
+
+    def close_session(self, request: Request) -> Reply:
+        self.accounts.end_session(self.session_token(request))
+        return self.with_cookie(done("Signed out"), "", 0)
+
+    def describe_session(self, request: Request, account: Account | None) -> Json:
+        """The answer about a session: whose it is, and whether one may sign up without a token."""
+        return {"status": True, "account": account and account.name, "admin": account == self.admin,
+                "signup": not self.settings.admin_token and not request.proxied}
+
+    def with_cookie(self, body: Json, value: str, seconds: int, attributes: str = "") -> Response:
+        """The answer `body`, with the session's cookie for so many seconds."""
+        return Response("application/json", ENCODER.encode(body) + "\n", {
+            "Set-Cookie": f"{self.cookie}={value}; HttpOnly; SameSite=Strict; Path=/; Max-Age={seconds}{attributes}"})
 
     def enqueue(self, request: Request) -> Reply:
-        key = self.idempotency_key(request)
         fill_message(request.body, "", self.settings.max_body)
-        result, = self.queue.enqueue(request.account, [request.body], key)
+        result, = self.queue.enqueue(request.account, [request.body], request.idempotency_key)
         if isinstance(result, HTTPError):
             raise result
-        return {"status": True, "msg": "Task enqueued successfully", "id": result}
+        return done("Task enqueued successfully", id=result)
 
     def enqueue_batch(self, request: Request) -> Reply:
-        # All texts of a batch together may be filled to twice of what a single one may.
-        key, results, room = self.idempotency_key(request), [], 2 * self.settings.max_body
+        results: list[Any] = []  # for each task: an HTTPError, or the task until it is queued, and then its id
+        left = 2 * self.settings.max_body  # bytes that the filled texts of the batch may have together
         for number, task in enumerate(request.body["tasks"]):
+            path = f"tasks[{number}]"
             try:
-                checked = TASK(task, f"tasks[{number}]")
-                room -= fill_message(checked, f"tasks[{number}]", min(room, self.settings.max_body))
+                checked = TASK(task, path)
+                left -= fill_message(checked, path, min(left, self.settings.max_body))
                 results.append(checked)
-            except HTTPError as refused:
-                results.append(refused)
-        good = [number for number, result in enumerate(results) if isinstance(result, dict)]
-        # Which are good counts as well: the answer to each is found by its place among them.
-        batch = json.dumps([good, request.body], sort_keys=True) if key else ""
-        queued = self.queue.enqueue(request.account, [results[number] for number in good], key, batch)
-        for number, result in zip(good, queued):
+            except HTTPError as error:
+                results.append(error)
+        accepted = [number for number, result in enumerate(results) if isinstance(result, dict)]
+        # A repeated batch is the same only if the same tasks are accepted: their answers are kept in that order.
+        batch = json.dumps([accepted, request.body], sort_keys=True) if request.idempotency_key else ""
+        queued = self.queue.enqueue(request.account, [results[number] for number in accepted],
+                                    request.idempotency_key, batch)
+        for number, result in zip(accepted, queued):
             if isinstance(result, HTTPError) and result.field:
                 result.field = f"tasks[{number}].{result.field}"
             results[number] = result
-        return {"status": True, "tasks": [
-            result.body if isinstance(result, HTTPError) else {"status": True, "id": result}
-                                          for result in results]}
+        return {"status": True, "tasks": [result.body if isinstance(result, HTTPError) else
+                                          {"status": True, "id": result} for result in results]}
 
     def verify(self, request: Request) -> Reply:
         verified = self.otps.verify(request.account, request.body["userEmail"], request.body["otp"])
         return {"type": "otp verification", "verified": verified}
 
-    def list_content(self, request: Request) -> Reply:
-        paging = {"offset": 0, "limit": 100, **request.query}
-        total, found = self.newsletters.read_all(request.account.name, **paging)
-        return {"status": True, "total": total, **paging, "contentTypes": found}
-
-    def create_content(self, request: Request) -> Reply:
-        self.newsletters.create(request.account.name, **request.body)
-        return {"status": True, "msg": "Content Type created successfully"}
-
-    def update_content(self, request: Request) -> Reply:
-        self.newsletters.update(request.account.name, **request.body)
-        return {"status": True, "msg": "Content Type updated successfully"}
-
-    def read_content(self, request: Request) -> Reply:
-        account, content_type = request.account.name, request.path_params["content_type"]
-        return {"status": True, **self.newsletters.read(account, content_type),
-                "view": self.viewing(request.account, content_type=content_type)}
-
-    def remove_content(self, request: Request) -> Reply:
-        self.newsletters.remove(request.account.name, request.path_params["content_type"])
-        return {"status": True, "msg": "Content Type removed successfully"}
-
     def read_task(self, request: Request) -> Reply:
-        found = self.inspection.status(request.path_params["id"], request.account.name, story=True)
-        if found is None:
+        status = self.inspection.status(request.path_params["id"], request.account.name, story=True)
+        if status is None:
             raise HTTPError(404, "there is no such task, or it ended too long ago", "id")
-        return {"status": True, **found}
+        return {"status": True, **status}
 
     def cancel_task(self, request: Request) -> Reply:
         self.queue.cancel(request.path_params["id"], request.account.name)
-        return {"status": True, "msg": "Task cancelled successfully"}
+        return done("Task cancelled successfully")
 
     def list_recent(self, request: Request) -> Reply:
-        tasks, following = self.inspection.recent(request.account.name, **request.query)
-        return {"status": True, "tasks": tasks, "next": following}
+        tasks, next_offset = self.inspection.recent(request.account.name, **request.query)
+        return {"status": True, "tasks": tasks, "next": next_offset}
 
     def list_dead(self, request: Request) -> Reply:
+        return self.part_of_list(request, "tasks", self.inspection.dead)
+
+    def part_of_list(self, request: Request, name: str, read: Callable[..., tuple[int, list]]) -> Json:
+        """The part of a list that the query asks for, as the field `name`. `read` returns (length of all, the part)."""
         paging = {"offset": 0, "limit": 100, **request.query}
-        total, letters = self.inspection.dead(request.account.name, **paging)
-        return {"status": True, "total": total, **paging, "tasks": letters}
+        total, elements = read(request.account.name, **paging)
+        return {"status": True, "total": total, **paging, name: elements}
 
     def retry_dead(self, request: Request) -> Reply:
-        self.revive(request, remove=False)
-        return {"status": True, "msg": "Task enqueued successfully", "id": request.path_params["id"]}
+        return done("Task enqueued successfully", id=self.take_dead(request))
 
     def remove_dead(self, request: Request) -> Reply:
-        self.revive(request, remove=True)
-        return {"status": True, "msg": "Dead letter removed successfully"}
+        self.take_dead(request, remove=True)
+        return done("Dead letter removed successfully")
 
-    def revive(self, request: Request, remove: bool) -> None:
-        if not self.queue.revive(request.path_params["id"], request.account.name, remove):
+    def take_dead(self, request: Request, remove: bool = False) -> str:
+        """Queue a dead letter again, or remove it. Returns its id. Raises HTTPError (404)."""
+        task_id = request.path_params["id"]
+        if not self.queue.revive(task_id, request.account.name, remove):
             raise HTTPError(404, "there is no dead letter of this id; GET /task/dead lists them", "id")
+        return task_id
 
     def retry_all_dead(self, request: Request) -> Reply:
-        count = self.queue.revive_all(request.account.name)
-        return {"status": True, "msg": "Tasks enqueued successfully", "count": count}
+        return done("Tasks enqueued successfully", count=self.queue.revive_all(request.account.name))
 
     def remove_all_dead(self, request: Request) -> Reply:
-        count = self.queue.revive_all(request.account.name, remove=True)
-        return {"status": True, "msg": "Dead letters removed successfully", "count": count}
+        return done("Dead letters removed successfully",
+                    count=self.queue.revive_all(request.account.name, remove=True))
+
+    def list_content(self, request: Request) -> Reply:
+        return self.part_of_list(request, "contentTypes", self.newsletters.read_all)
+
+    def create_content(self, request: Request) -> Reply:
+        self.newsletters.create(request.account.name, **request.body)
+        return done("Content Type created successfully")
+
+    def update_content(self, request: Request) -> Reply:
+        self.newsletters.update(request.account.name, **request.body)
+        return done("Content Type updated successfully")
+
+    def read_content(self, request: Request) -> Reply:
+        content_type = request.path_params["content_type"]
+        return {"status": True, **self.newsletters.read(request.account.name, content_type),
+                "view": self.view_path(request.account, content_type=content_type)}
+
+    def remove_content(self, request: Request) -> Reply:
+        self.newsletters.remove(request.account.name, request.path_params["content_type"])
+        return done("Content Type removed successfully")
 
     def list_subscriptions(self, request: Request) -> Reply:
-        query = {{"userId": "address"}.get(name, name): value for name, value in request.query.items()}
-        found, following = self.newsletters.subscriptions(request.account.name, **query)
-        return {"status": True, "subscriptions": found, "next": following}
+        query = {"address" if name == "userId" else name: value for name, value in request.query.items()}
+        subscriptions, cursor = self.newsletters.subscriptions(request.account.name, **query)
+        return {"status": True, "subscriptions": subscriptions, "next": cursor}
+
+    def ask_to_unsubscribe(self, request: Request) -> Reply:
+        _, content_type, address = self.newsletters.read_link(request.path_params["token"])
+        # Mail scanners follow links, so only the button's POST ends the subscription.
+        return small_page(f"<p>Unsubscribe {html.escape(address)} from {html.escape(content_type)}?</p>"
+                          "<form method=post><button>Unsubscribe</button></form>")
+
+    def follow_link(self, request: Request) -> Reply:
+        self.newsletters.follow_link(request.path_params["token"])
+        return small_page("<p>You are unsubscribed.</p>")
 
     def list_suppressions(self, request: Request) -> Reply:
-        paging = {"offset": 0, "limit": 100, **request.query}
-        total, found = self.suppressions.list(request.account.name, **paging)
-        return {"status": True, "total": total, **paging, "suppressions": found}
+        return self.part_of_list(request, "suppressions", self.suppressions.list)
 
     def suppress(self, request: Request) -> Reply:
         self.suppressions.add(request.account.name, request.body["userId"])
-        return {"status": True, "msg": "Address suppressed successfully"}
+        return done("Address suppressed successfully")
 
     def unsuppress(self, request: Request) -> Reply:
         if not self.suppressions.remove(request.account.name, request.body["userId"]):
             raise HTTPError(404, "userId is not suppressed", "userId")
-        return {"status": True, "msg": "Suppression removed successfully"}
+        return done("Suppression removed successfully")
 
     def list_lanes(self, request: Request) -> Reply:
-        depths, transport = self.inspection.depths(), self.workers.transport
-        outbox = isinstance(transport, MaildirTransport)
+        depths, outbox = self.inspection.depths(), isinstance(self.transport, MaildirTransport)
         dead, _ = self.inspection.dead(request.account.name, limit=0)
-        smtp = self.inspection.outage(self.workers.smtp.report()) or {
-            "state": self.workers.smtp.state, "processes": 0, "since": None, "reason": None}
+        smtp = self.inspection.outage(self.smtp.report()) or {
+            "state": self.smtp.state, "processes": 0, "since": None, "reason": None}
         return {"status": True, "lanes": self.inspection.lanes(depths), "processes": self.inspection.processes(),
-                "retrying": depths["retrying"], "dead": dead, "mail_to": "Maildir" if outbox else str(transport),
+                "retrying": depths["retrying"], "dead": dead, "mail_to": "Maildir" if outbox else str(self.transport),
                 "outbox": outbox, "smtp": smtp}
 
     def resume_lane(self, request: Request) -> Reply:
-        if request.path_params["lane"] not in LANES:
+        lane = request.path_params["lane"]
+        if lane not in LANES:
             raise HTTPError(404, f"lane must be one of {', '.join(LANES)}", "lane")
-        self.queue.resume(request.path_params["lane"])
-        return {"status": True, "msg": "The lane resumes as soon as the SMTP server takes mail"}
+        self.queue.resume(lane)
+        return done("The lane resumes as soon as the SMTP server takes mail")
 
     def read_history(self, request: Request) -> Reply:
         return {"status": True, "minutes": self.stats.history(request.account)}
 
     def outbox(self) -> MaildirTransport:
-        """The MaildirTransport. Raises HTTPError (404) where mail goes to an SMTP server."""
-        if not isinstance(self.workers.transport, MaildirTransport):
+        """The MaildirTransport. Raises HTTPError (404) if mail goes to an SMTP server."""
+        if not isinstance(self.transport, MaildirTransport):
             raise HTTPError(404, "mail goes to an SMTP server; there is no outbox")
-        return self.workers.transport
+        return self.transport
 
     def list_outbox(self, request: Request) -> Reply:
-        mails, following = self.outbox().list(request.account, **request.query)
-        return {"status": True, "mails": mails, "next": following}
+        mails, next_offset = self.outbox().list(request.account, **request.query)
+        return {"status": True, "mails": mails, "next": next_offset}
 
     def read_outbox(self, request: Request) -> Reply:
-        source, message = self.mail(request.path_params["id"], request.account)
-        plain, text = message.get_body(("plain",)), html_of(message)
-        return {"status": True, "id": request.path_params["id"],
+        mail_id = request.path_params["id"]
+        source, message = self.mail_in_outbox(mail_id, request.account)
+        plain, markup = message.get_body(("plain",)), html_of(message)
+        return {"status": True, "id": mail_id,
                 "headers": [[name, str(value)] for name, value in message.items()],
-                "text": plain and plain.get_content(), "html": text, "source": source.decode(errors="replace"),
-                "view": None if text is None else self.viewing(request.account, mail=request.path_params["id"]),
+                "text": plain and plain.get_content(), "html": markup, "source": source.decode(errors="replace"),
+                "view": None if markup is None else self.view_path(request.account, mail=mail_id),
                 "attachments": [{"filename": part.get_filename(), "content_type": part.get_content_type(),
                                  "size": len(part.get_payload(decode=True) or b"")}
                                 for part in message.iter_attachments()]}
 
-    def mail(self, mail_id: str, account: Account) -> tuple[bytes, email.message.EmailMessage]:
+    def mail_in_outbox(self, mail_id: str, account: Account) -> tuple[bytes, email.message.EmailMessage]:
         """(bytes, parsed message) of a mail in the outbox. Raises HTTPError (404)."""
-        found = self.outbox().read(mail_id, account)
-        if found is None:
+        mail = self.outbox().read(mail_id, account)
+        if mail is None:
             raise HTTPError(404, "there is no such mail", "id")
-        return found
+        return mail
 
-    def viewing(self, account: Account, **claims: Any) -> str:
-        """The path by which a frame, which sends no key, shows a mail or a content type: for a minute."""
+    def view_path(self, account: Account, **claims: Any) -> str:
+        """The path that shows a mail or a content type in a frame, which sends no key. It is valid for a minute."""
         claims |= {"account": account.name, "key_id": account.key_id, "exp": int(time.time()) + 60}
         return f"/view/{self.accounts.seal('view', claims)}"
 
@@ -6367,13 +6253,13 @@ class Api:
         claims = self.accounts.unseal("view", request.path_params["token"])
         account = Account(claims["account"], claims.get("key_id", "")) if claims else None
         if not claims or not account or account not in (self.admin, self.accounts.find(account.name)):
-            raise HTTPError(404, "this link is not valid, or no longer", "token")
+            raise HTTPError(404, "this link is not valid, or has expired", "token")
         if "mail" in claims:
-            text = html_of(self.mail(claims["mail"], account)[1]) or ""
+            text = html_of(self.mail_in_outbox(claims["mail"], account)[1]) or ""
         else:
             text = self.newsletters.read(account.name, claims["content_type"])["content"]
             text = text if is_html(text) else f"<pre>{html.escape(text)}</pre>"
-        return Response("text/html", text, AS_MAIL)
+        return Response("text/html", text, MAIL_HEADERS)
 
     def show_page(self, request: Request) -> Reply:
         if self.page is None:
@@ -6385,40 +6271,30 @@ class Api:
             "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'",
             "Referrer-Policy": "no-referrer", "Cross-Origin-Opener-Policy": "same-origin"})
 
-    def ask_to_unsubscribe(self, request: Request) -> Reply:
-        _, content_type, address = self.newsletters.read_link(request.path_params["token"])
-        # Scanners follow links, so only the button's POST ends anything.
-        return small_page(f"<p>Unsubscribe {html.escape(address)} from {html.escape(content_type)}?</p>"
-                          "<form method=post><button>Unsubscribe</button></form>")
-
-    def follow_link(self, request: Request) -> Reply:
-        self.newsletters.follow_link(request.path_params["token"])
-        return small_page("<p>You are unsubscribed.</p>")
-
     def ping(self, request: Request) -> Reply:
         return {"message": "pong"}
 
     def ready(self, request: Request) -> Reply:
-        smtp = self.workers.smtp.state
-        if all(self.workers.breakers[lane].reason for lane in MAIL_LANES):
-            why = "the SMTP server is out" if smtp == "out" else "no mail can be handed over"
-            raise HTTPError(503, f"all lanes are paused: {why}", None, {"Retry-After": "10"})
-        self.queue.store.ensure_writable()
-        return {"status": True, "smtp": smtp}
+        state, paused = self.smtp.state, self.workers.paused
+        if all(lane in paused for lane in MAIL_LANES):
+            reason = "the SMTP server is out" if state == "out" else "no mail can be handed over"
+            raise HTTPError(503, f"all lanes are paused: {reason}", None, {"Retry-After": "10"})
+        self.store.ensure_writable()
+        return {"status": True, "smtp": state}
 
     def prometheus(self, request: Request) -> Reply:
+        paused = self.workers.paused
         series: dict[tuple, float] = {
             ("gomail_build_info", ("version", __version__)): 1, ("process_start_time_seconds",): STARTED,
-            ("gomail_smtp_up",): int(self.workers.smtp.state != "out"), ("gomail_redis_up",): 0}
-        for lane, breaker in self.workers.breakers.items():
-            series[("gomail_lane_paused", ("lane", lane))] = int(bool(breaker.reason))
-        if self.queue.store.available:
+            ("gomail_smtp_up",): int(self.smtp.state != "out"), ("gomail_redis_up",): 0,
+            **{("gomail_lane_paused", ("lane", lane)): int(lane in paused) for lane in LANES}}
+        if self.store.available:
             with contextlib.suppress(redis.RedisError):
-                series |= self.measure() | {("gomail_redis_up",): 1}
+                series |= self.series_in_redis() | {("gomail_redis_up",): 1}
         return Response("text/plain; version=0.0.4", exposition(series))
 
-    def measure(self) -> dict[tuple, float]:
-        """The series of which only Redis knows the values."""
+    def series_in_redis(self) -> dict[tuple, float]:
+        """The series whose values are in Redis."""
         depths, scheduled = self.inspection.depths(), self.inspection.scheduled()
         series = {**self.stats.read(), ("gomail_retries_waiting",): depths["retrying"],
                   ("gomail_tasks_delayed", ("state", "scheduled")): scheduled,
@@ -6429,54 +6305,177 @@ class Api:
             series[("gomail_queue_oldest_seconds", ("lane", lane))] = age
         return series
 
-    def describe_routes(self, request: Request) -> Reply:
-        return OPENAPI
-
     def metrics(self, request: Request) -> Reply:
         counters = self.inspection.counters()
         return {"status": True, "Total Jobs Executed": counters["executed"], "Jobs Successful": counters["successful"],
                 "Jobs Failed": counters["failed"], "queued": self.inspection.depths()}
 
+    def describe_routes(self, request: Request) -> Reply:
+        return OPENAPI
+
+
+class Otp(String):
+    """The digits that somebody typed. Other characters are a wrong OTP, not an error."""
+
+    def __init__(self) -> None:
+        super().__init__(64, ONE_LINE, LINE)
+        self.expected = "a string of digits"
+
+
+ID = Object({"id": String(254, ONE_LINE, LINE)})  # older versions allowed more names than NEW_ID does
+NEW_ID = Object({"id": AccountName()})
+DEFINITION = Object({"content_type": CONTENT_TYPE, "subject": SUBJECT_TEMPLATE, "content": CONTENT_TEMPLATE})
+VERIFICATION = Object({"userEmail": Address(), "otp": Otp()})
+BATCH = Object({"tasks": Array(AnyValue(), 1000, 1)})  # the handler checks and answers each task by itself
+RECIPIENT = Object({"userId": Address()})
+LOGIN = Object({"key": String(4096, ONE_LINE, LINE)})
+STATES = tuple(State)
+PAGING = {"offset": Integer(0, 10**9), "limit": Integer(0, 1000)}
+SEARCH = {**PAGING, "search": String(254, ONE_LINE, LINE), "state": Enum(STATES)}
+CURSOR = Pattern("the value of next in the previous answer", r"[0-9]{1,10}-[0-9]{1,19}", 30)
+SUBSCRIPTIONS = {"content_type": CONTENT_TYPE, "userId": Address(), "cursor": CURSOR, "limit": Integer(1, 1000)}
+
+QUEUED, COUNTED = {**DONE, "id": str}, {**DONE, "count": int}
+CONTENT_ANSWER = {"status": bool, "content_type": str, "subject": str, "content": str, "subscribers": int, "view": str}
+TASK_ANSWER = {"status": bool, "id": str, "task": str, "type": str, "userId": str, "state": str, "attempts": int,
+               "retries": int, "error": (str, None), "created": str, "story": list}
+PART_ANSWER = {"status": bool, "total": int, "offset": int, "limit": int}
+SESSION_ANSWER = {"status": bool, "account": (str, None), "admin": bool, "signup": bool}
+LANES_ANSWER = {"status": bool, "lanes": list, "processes": int, "retrying": int, "dead": int, "mail_to": str,
+                "outbox": bool, "smtp": dict}
+MAIL_ANSWER = {"status": bool, "id": str, "headers": list, "text": (str, None), "html": (str, None),
+               "view": (str, None), "attachments": list, "source": str}
+METRICS_ANSWER = {"status": bool, "Total Jobs Executed": int, "Jobs Successful": int, "Jobs Failed": int,
+                  "queued": dict}
+OPENAPI_ANSWER = {"openapi": str, "info": dict, "paths": dict, "components": dict}
+
+ROUTES = (
+    Route("POST", "/auth/signup", Api.sign_up, Access.ADMIN, NEW_ID, answer={"apiKey": str}, refuses=(409,)),
+    Route("POST", "/auth/deregister", Api.deregister, Access.OWNER, ID, refuses=(404,)),
+    Route("GET", "/accounts", Api.list_accounts, Access.ADMIN, answer={"status": bool, "accounts": list}),
+    Route("GET", "/session", Api.read_session, Access.OPEN, answer=SESSION_ANSWER),
+    Route("POST", "/session", Api.open_session, Access.OPEN, LOGIN, answer=SESSION_ANSWER, refuses=(401, 429)),
+    Route("DELETE", "/session", Api.close_session, Access.OPEN),
+    Route("POST", "/task", Api.enqueue, Access.TASK, TASK, answer=QUEUED, refuses=(422, 429), idempotency_key=True),
+    Route("POST", "/task/task", Api.enqueue, Access.TASK, TASK, answer=QUEUED, refuses=(422, 429),
+          idempotency_key=True),
+    Route("POST", "/task/batch", Api.enqueue_batch, Access.TASK, BATCH, answer={"status": bool, "tasks": list},
+          refuses=(422,), idempotency_key=True),
+    Route("POST", "/task/verify", Api.verify, Access.KEY, VERIFICATION, answer={"type": str, "verified": bool},
+          refuses=(429,)),
+    Route("GET", "/task/subscriptionContent", Api.list_content, Access.ALL, query=PAGING,
+          answer={**PART_ANSWER, "contentTypes": list}),
+    Route("POST", "/task/subscriptionContent", Api.create_content, Access.KEY, DEFINITION, refuses=(409,)),
+    Route("PUT", "/task/subscriptionContent", Api.update_content, Access.KEY, DEFINITION, refuses=(404,)),
+    Route("GET", "/task/subscriptionContent/{content_type}", Api.read_content, Access.KEY,
+          answer=CONTENT_ANSWER, refuses=(404,)),
+    Route("DELETE", "/task/subscriptionContent/{content_type}", Api.remove_content, Access.KEY, refuses=(404,)),
+    Route("GET", "/task/recent", Api.list_recent, Access.ALL, query=SEARCH,
+          answer={"status": bool, "tasks": list, "next": (int, None)}),
+    Route("GET", "/task/dead", Api.list_dead, Access.ALL, query=PAGING, answer={**PART_ANSWER, "tasks": list}),
+    Route("DELETE", "/task/dead", Api.remove_all_dead, Access.ALL, answer=COUNTED),
+    Route("POST", "/task/dead/retry", Api.retry_all_dead, Access.ALL, answer=COUNTED),
+    Route("POST", "/task/dead/{id}/retry", Api.retry_dead, Access.ALL, answer=QUEUED, refuses=(404,)),
+    Route("DELETE", "/task/dead/{id}", Api.remove_dead, Access.ALL, refuses=(404,)),
+    Route("GET", "/task/{id}", Api.read_task, Access.ALL, answer=TASK_ANSWER, refuses=(404,)),
+    Route("DELETE", "/task/{id}", Api.cancel_task, Access.ALL, refuses=(404, 409)),
+    Route("GET", "/subscriptions", Api.list_subscriptions, Access.ALL, query=SUBSCRIPTIONS,
+          answer={"status": bool, "subscriptions": list, "next": (str, None)}),
+    Route("GET", "/suppressions", Api.list_suppressions, Access.KEY, query=PAGING,
+          answer={**PART_ANSWER, "suppressions": list}),
+    Route("POST", "/suppressions", Api.suppress, Access.KEY, RECIPIENT),
+    Route("DELETE", "/suppressions", Api.unsuppress, Access.KEY, RECIPIENT, refuses=(404,)),
+    Route("GET", "/lanes", Api.list_lanes, Access.ALL, answer=LANES_ANSWER),
+    Route("POST", "/lanes/{lane}/resume", Api.resume_lane, Access.ALL, refuses=(404, 429)),
+    Route("GET", "/history", Api.read_history, Access.ALL, answer={"status": bool, "minutes": list}),
+    Route("GET", "/outbox", Api.list_outbox, Access.ALL, query=PAGING,
+          answer={"status": bool, "mails": list, "next": (int, None)}, refuses=(404,)),
+    Route("GET", "/outbox/{id}", Api.read_outbox, Access.ALL, answer=MAIL_ANSWER, refuses=(404,)),
+    Route("GET", "/view/{token}", Api.view, Access.OPEN, answer="text/html", refuses=(404,)),
+    Route("GET", "/unsubscribe/{token}", Api.ask_to_unsubscribe, Access.OPEN, answer="text/html", refuses=(404,)),
+    Route("POST", "/unsubscribe/{token}", Api.follow_link, Access.OPEN, answer="text/html", refuses=(404,)),
+    Route("GET", "/health/ping", Api.ping, Access.OPEN, answer={"message": str}, needs_redis=False),
+    Route("GET", "/health/ready", Api.ready, Access.OPEN, answer={"status": bool, "smtp": str}),
+    Route("GET", "/metrics", Api.prometheus, Access.OPEN, answer="text/plain", needs_redis=False),
+    Route("GET", "/health/metrics", Api.metrics, Access.OPEN, answer=METRICS_ANSWER),
+    Route("GET", "/", Api.show_page, Access.OPEN, answer="text/html", needs_redis=False),
+    Route("GET", "/openapi.json", Api.describe_routes, Access.OPEN, answer=OPENAPI_ANSWER, needs_redis=False),
+)
+FIXED = {path: [route for route in ROUTES if route.path == path] for path in (route.path for route in ROUTES)
+         if "{" not in path}
+
+
+def find_routes(path: str) -> Sequence[Route]:
+    """The routes of a path; "*" means all."""
+    if path == "*":
+        return ROUTES
+    # A path without placeholders goes first: /task/dead is not the task of id "dead".
+    return FIXED.get(path) or [route for route in ROUTES if route.match(path) is not None]
+
+
+def allowed_methods(routes: Sequence[Route]) -> str:
+    """The value of the header Allow (RFC 9110 section 10.2.1) for the routes of a path."""
+    methods = {route.method for route in routes}
+    return ", ".join(sorted(methods | {"OPTIONS"} | ({"HEAD"} if "GET" in methods else set())))
+
+
+def parse_query(checks: Mapping[str, Check], query: Mapping[str, str]) -> Json:
+    """The parameters of a query that have a Check; others are ignored. Raises HTTPError (400)."""
+    values: Json = {}
+    for name, check in checks.items():
+        if (text := query.get(name)) is not None:
+            is_number = isinstance(check, Integer) and re.fullmatch("[0-9]{1,10}", text)
+            values[name] = check(int(text) if is_number else text, name)
+    return values
+
 
 JSON_TYPES = {str: "string", int: "integer", bool: "boolean", list: "array", dict: "object", None: "null"}
 
+# What OpenAPI says of an access level: (the credentials, one of which is needed, the statuses without them).
+SECURITY = {
+    Access.OPEN: ((), ()),
+    Access.KEY: (("apiKey", "adminToken"), (401, 404, 429)),
+    Access.ALL: (("apiKey", "adminToken"), (401, 404, 429)),
+    Access.TASK: (("apiKey",), (401,)),
+    Access.ADMIN: (("adminToken",), (401, 403, 429)),
+    Access.OWNER: (("apiKey", "adminToken"), (401, 403, 429)),
+}
+
 
 def openapi(routes: Sequence[Route]) -> Json:
-    """The OpenAPI 3.1 description of `routes`, made of what they check and answer."""
-    def described(properties: Mapping[str, Any]) -> Json:
-        types = {name: found if isinstance(found, tuple) else (found,) for name, found in properties.items()}
-        return {"type": "object", "required": list(properties), "properties": {
+    """The OpenAPI 3.1 description of `routes`, from their checks and answers."""
+    def object_schema(fields: Mapping[str, Any]) -> Json:
+        types = {name: kinds if isinstance(kinds, tuple) else (kinds,) for name, kinds in fields.items()}
+        return {"type": "object", "required": list(fields), "properties": {
             name: {"type": [JSON_TYPES[kind] for kind in kinds]} for name, kinds in types.items()}}
 
-    def answered(status: int, schema: Mapping[str, Any], media_type: str = "application/json") -> Json:
+    def response(status: int, schema: Mapping[str, Any], media_type: str = "application/json") -> Json:
         return {"description": http.HTTPStatus(status).phrase, "content": {media_type: {"schema": schema}}}
 
     paths: dict[str, Json] = {}
     for route in routes:
-        statuses = {400, 408, 413, 414, 415, 417, 421, 431, 500, 501, 503, 505, *route.refuses}
+        credentials, refusals = SECURITY[route.access]
+        statuses = {400, 408, 413, 414, 415, 417, 421, 431, 500, 501, 503, 505, *refusals, *route.refuses}
         statuses |= {411} if route.body else set()
-        statuses |= {"open": set(), "key": {401, 404, 429}, "all": {401, 404, 429}, "task": {401}}.get(
-            route.access, {401, 403, 429})
         error = {"$ref": "#/components/schemas/Error"}
         operation: Json = {
-            "operationId": f"{route.handler}_{route.path.replace('/', '_')}".strip("_"),
-            "responses": {"200": answered(200, {"type": "string"}, route.answer) if isinstance(route.answer, str)
-                          else answered(200, described(route.answer)),
-                          **{str(status): answered(status, error) for status in sorted(statuses)}},
+            "operationId": f"{route.handler.__name__}_{route.path.replace('/', '_')}".strip("_"),
+            "responses": {"200": response(200, {"type": "string"}, route.answer) if isinstance(route.answer, str)
+                          else response(200, object_schema(route.answer)),
+                          **{str(status): response(status, error) for status in sorted(statuses)}},
             "parameters": [{"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
                            for name in re.findall(r"\{(\w+)\}", route.path)]
-            + [{"name": name, "in": "query", "schema": check.schema} for name, check in route.query.items()]}
-        if route.access in ("key", "all"):
+            + [{"name": name, "in": "query", "schema": check.schema} for name, check in route.query.items()],
+            "security": [{name: []} for name in credentials]}
+        if route.access in (Access.KEY, Access.ALL):
             operation["parameters"].append({"name": "account", "in": "query", "schema": {"type": "string"},
-                                            "description": "With admin_token: the account that is meant."})
-        schemes = {"open": (), "admin": ("adminToken",), "task": ("apiKey",)}
-        operation["security"] = [{scheme: []} for scheme in schemes.get(route.access, ("apiKey", "adminToken"))]
+                                            "description": "With admin_token: the name of an account."})
         if route.body:
             operation["requestBody"] = {
                 "required": True, "content": {"application/json": {"schema": route.body.schema}}}
-        if route.handler in ("enqueue", "enqueue_batch"):
+        if route.idempotency_key:
             operation["parameters"].append({"name": "Idempotency-Key", "in": "header", "description": (
-                "The same key and body, within 24 hours, queue nothing again and get the same answer."),
+                "The same key and body within 24 hours queue nothing again and get the same answer."),
                                             "schema": {"type": "string", "maxLength": 255}})
         paths.setdefault(route.path, {})[route.method.lower()] = operation
     return {"openapi": "3.1.0", "info": {"title": "GoMail", "version": __version__}, "paths": paths, "components": {
@@ -6800,7 +6799,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def with_redis(self, call: Callable, *arguments: object) -> object:
         """call(*arguments), with a connection to Redis that no other thread uses meanwhile."""
-        store = self.server.api.queue.store
+        store = self.server.api.store
         store.dedicate(for_request=True)
         try:
             return call(*arguments)
@@ -7173,7 +7172,7 @@ class Service:
                 pathlib.Path(settings.data_dir, "outbox"), settings.outbox_max)
             process = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
             accounts = Accounts(self.store, settings.jwt_secret, settings.jwt_secret_previous, settings.api_key_ttl)
-            accounts.announce()
+            accounts.record_secret()
             self.queue = Queue(self.store, settings, process)
             self.inspection = Inspection(self.store, settings, self.queue.give_way)
             suppressions = Suppressions(self.store)
@@ -7187,8 +7186,8 @@ class Service:
                                    self.newsletters, self.stats)
             self.cron = Cron(self.store, accounts, self.queue, self.newsletters, self.stats, self.workers,
                              self.transport, self.server)
-            self.http.api = Api(settings, accounts, self.queue, self.inspection, suppressions, otps,
-                                self.newsletters, self.workers, self.stats)
+            self.http.api = Api(settings, self.store, accounts, self.queue, self.inspection, suppressions, otps,
+                                self.newsletters, self.transport, self.workers, self.workers.smtp, self.stats)
             self.cron.start()
             self.workers.start()
             self.listener = threading.Thread(target=self.listen, daemon=True)
@@ -7743,7 +7742,7 @@ class Operator:
             names = {"payload.userId": "TO", "payload.subject": "--subject", "retries": "--retries",
                      "payload.content": "--html FILE, --text FILE or standard input"}
             field = refused.field or ""
-            self.terminal.say(refused.error.replace(field, names.get(field, field), 1))
+            self.terminal.say(refused.message.replace(field, names.get(field, field), 1))
             return 2
         except (OSError, UnicodeDecodeError) as error:
             self.terminal.say(f"{options.html or options.text or 'standard input'} cannot be read: {describe(error)}")
@@ -7882,7 +7881,7 @@ class Operator:
                 self.terminal.say(f"{options.remove} is deregistered; what it had waiting is not sent")
                 return 0
         except HTTPError as refused:
-            self.terminal.say(refused.error.replace("id", "the account", 1))
+            self.terminal.say(refused.message.replace("id", "the account", 1))
             return 1
         rows = []
         for name in self.known_accounts.names():
@@ -8356,7 +8355,7 @@ def restore(settings: Settings, terminal: Terminal, options: argparse.Namespace)
     if sys.stderr.isatty():
         progress(head["lines"])
         terminal.say("")
-    if head["secret"] not in (None, *(users.derive("check", secret).hex() for secret in users.accepted)):
+    if head["secret"] not in (None, *(users.derive("check", secret).hex() for secret in users.accepted_secrets)):
         terminal.say("jwt_secret: is not that of the gomail whose backup this is: with these settings its API keys, "
                      "OTPs and links are not valid")
     if terminal.as_json:

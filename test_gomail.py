@@ -2228,7 +2228,7 @@ def test_a_name_of_visible_characters_is_taken(service, name):
 def test_the_command_lines_account_cannot_be_signed_up_over_http_and_one_that_was_before_goes_on(service):
     name = gomail.Operator.ACCOUNT
     status, answer, _ = service.client("POST", "/auth/signup", {"id": name})
-    assert status == 409 and answer["field"] == "id" and "kept for the command line" in answer["error"]
+    assert status == 409 and answer["field"] == "id" and "reserved for the command line" in answer["error"]
     old = Client(service.http.url, service.http.api.accounts.sign_up(name))
     assert old.get("/task/dead")["total"] == 0 and service.client.post("/auth/deregister", {"id": name})["status"]
 
@@ -2253,7 +2253,7 @@ def test_nothing_of_a_deregistered_account_is_sent_even_when_it_signs_up_again(s
 
 def test_deregistering_an_account_with_many_content_types_revokes_its_key_first(client, service, monkeypatch):
     accounts, name = service.http.api.accounts, name_of(client)
-    monkeypatch.setattr(accounts, "AT_ONCE", 2)
+    monkeypatch.setattr(accounts, "CONTENT_TYPES_AT_ONCE", 2)
     for number in range(5):
         define(client, f"news-{number}")
     subscribe(client, content_type="news-0")
@@ -2312,7 +2312,7 @@ BAD_TASKS = [
 def test_a_bad_field_is_refused_by_name_and_changes_nothing(field, value):
     with pytest.raises(gomail.HTTPError) as refused:
         gomail.TASK(changed(field, value))
-    assert refused.value.status == 400 and refused.value.field == field and refused.value.error.startswith(field)
+    assert refused.value.status == 400 and refused.value.field == field and refused.value.message.startswith(field)
 
 
 BAD_OPTIONAL = [
@@ -2353,7 +2353,7 @@ def test_a_bad_optional_field_of_a_message_is_refused_by_name(field, value):
         (payload[parent] if parent else payload)[name] = value
     with pytest.raises(gomail.HTTPError) as refused:
         gomail.TASK({**MESSAGE, "payload": payload})
-    assert refused.value.field == f"payload.{field}" and refused.value.error.startswith(refused.value.field)
+    assert refused.value.field == f"payload.{field}" and refused.value.message.startswith(refused.value.field)
 
 
 @pytest.mark.parametrize("field, value, words", [
@@ -2362,15 +2362,15 @@ def test_a_bad_optional_field_of_a_message_is_refused_by_name(field, value):
     ("task", 7, "task must be a string of 1 to 256 characters, on one line, without control characters, in quotes"),
     ("task", True, "task must be a string of 1 to 256 characters, on one line, without control characters"),
     ("payload.subject", " ", "payload.subject must be a string of 1 to 998 characters, on one line, without control "
-                             "characters, and not blank"),
+                             "characters; it is blank"),
     ("payload.subject", "x" * 1000, "payload.subject must be a string of 1 to 998 characters, on one line, without "
-                                    "control characters, and has 1000"),
+                                    "control characters; it has 1000"),
     ("payload.content", 0.5, "payload.content must be a string that is not empty, without NUL, in quotes"),
     ("payload.userId", 1, "payload.userId must be an e-mail address, such as user@example.com, in quotes")])
 def test_an_error_says_what_is_hard_to_see(field, value, words):
     with pytest.raises(gomail.HTTPError) as refused:
         gomail.TASK(changed(field, value))
-    assert (refused.value.error, refused.value.field) == (words, field)
+    assert (refused.value.message, refused.value.field) == (words, field)
 
 
 def filled(variables=ABSENT, **payload):
@@ -2420,8 +2420,8 @@ def test_a_malformed_placeholder_of_a_message_with_variables_is_refused_by_name_
     with pytest.raises(gomail.HTTPError) as refused:
         filled({"name": "x"}, **{field: f"Hello {{{{ name }}}} {wrong}"})
     assert refused.value.status == 400 and refused.value.field == f"payload.{field}"
-    assert refused.value.error.startswith(f"payload.{field} has {MALFORMED[wrong]}")
-    assert ", expected {{ name }}: a letter" in refused.value.error
+    assert refused.value.message.startswith(f"payload.{field} has {MALFORMED[wrong]}")
+    assert ", expected {{ name }}: a letter" in refused.value.message
     assert filled(**{field: wrong})[field] == wrong  # without variables
 
 
@@ -2535,7 +2535,7 @@ def test_a_text_is_filled_where_it_stays_within_its_bound_and_else_not_even_made
     whole = re.sub(gomail.PLACEHOLDER, lambda found: (html.escape if escape else str)(str(variables.get(found[1], "")))
                    if found[1] in variables else found[0], template)
     try:
-        assert gomail.fill(template, variables, escape, partly=True, most=most) == whole
+        assert gomail.fill_template(template, variables, escape, keep_unknown=True, max_size=most) == whole
     except gomail.TooLarge as error:
         assert error.size > most and error.size >= len(whole.encode())
     else:
@@ -6184,10 +6184,12 @@ def test_the_openapi_description_has_every_route_its_checks_and_its_answers(serv
     assert description["openapi"] == "3.1.0"
     routes = {(method.upper(), path) for path, methods in description["paths"].items() for method in methods}
     assert routes == {(route.method, route.path) for route in gomail.ROUTES}
-    message, otp, *_ = (description["paths"]["/task"]["post"]["requestBody"]
-                        ["content"]["application/json"]["schema"]["oneOf"])
+    message, otp, *_ = tasks = (description["paths"]["/task"]["post"]["requestBody"]
+                                ["content"]["application/json"]["schema"]["oneOf"])
     assert message["properties"]["payload"]["required"] == ["userId", "subject", "content"]
     assert otp["properties"]["payload"]["properties"]["length"] == {"type": "integer", "minimum": 4, "maximum": 8}
+    assert {"subject": ["content"], "content": ["subject"]} in [
+        task["properties"]["payload"].get("dependentRequired") for task in tasks]
     assert "429" in description["paths"]["/task/verify"]["post"]["responses"]
     assert description["paths"]["/task"]["post"]["security"] == [{"apiKey": []}]
     assert description["paths"]["/task/{id}"]["get"]["security"] == [{"apiKey": []}, {"adminToken": []}]
@@ -6301,10 +6303,19 @@ def test_a_client_without_a_key_gets_its_answer_though_it_sends_a_large_body(ser
     assert connection.getresponse().status == 401
 
 
-def test_the_levels_of_access_are_known_and_another_is_refused(service, client):
-    route = dataclasses.replace(gomail.ROUTES[0], access="anybody")
-    with pytest.raises(ValueError, match="anybody"):
-        service.http.api.authenticate(route, gomail.Request({"authorization": client.key}, {}, {}, peer="127.0.0.1"))
+@pytest.mark.parametrize("access", ["anybody", "", "OPEN", None])
+def test_a_route_whose_level_of_access_is_not_known_lets_nobody_in(governed, monkeypatch, access):
+    service, admin, one, _ = governed
+    route = dataclasses.replace(gomail.find_routes("/accounts")[0], access=access)
+    monkeypatch.setitem(gomail.FIXED, "/accounts", [route])
+    for key in (admin.key, one.key, ""):
+        status, answer, _ = Client(admin.address, key)("GET", "/accounts")
+        assert status == 403 and "access level" in answer["error"]
+
+
+def test_every_level_of_access_is_in_use_and_each_route_has_one():
+    assert {route.access for route in gomail.ROUTES} == set(gomail.Access)
+    assert all(isinstance(route.access, gomail.Access) for route in gomail.ROUTES)
 
 
 @pytest.mark.parametrize("path", ["/auth/signup", "/auth/deregister", "/session", "/unsubscribe/x"])
@@ -6852,19 +6863,19 @@ def test_a_wrong_admin_token_waits_is_logged_and_only_so_many_at_once(governed, 
         began = time.monotonic()
         assert guess(admin.address, method, path, token)[0] == 401 and time.monotonic() - began >= 0.2
         assert said.pop().fields == {"client": "127.0.0.1"} and not said
-    for _ in range(gomail.Api.GUESSES):
-        assert service.http.api.guesses.acquire(blocking=False)
+    for _ in range(gomail.Api.MAX_PENALTIES):
+        assert service.http.api.penalties.acquire(blocking=False)
     status, headers = guess(admin.address, method, path, "another wrong guess")
     assert status == 429 and headers["Retry-After"] == "1" and headers["Connection"] == "close" and not said
     assert admin.get("/accounts") and guess(admin.address, method, path, ADMIN)[0] != 429
-    service.http.api.guesses.release(gomail.Api.GUESSES)
+    service.http.api.penalties.release(gomail.Api.MAX_PENALTIES)
 
 
 def test_who_has_a_key_of_an_account_or_none_does_not_guess(governed, said):
     service, admin, one, two = governed
     admin.post("/auth/deregister", {"id": "two@example.com"})
-    for _ in range(gomail.Api.GUESSES):
-        service.http.api.guesses.acquire()
+    for _ in range(gomail.Api.MAX_PENALTIES):
+        service.http.api.penalties.acquire()
     for key in (one.key, two.key, "", "Bearer"):
         for method, path in ASKING_FOR_ADMIN[:4]:
             assert guess(admin.address, method, path, key)[0] in (200, 401)
@@ -6873,8 +6884,8 @@ def test_who_has_a_key_of_an_account_or_none_does_not_guess(governed, said):
 
 
 def test_without_admin_token_there_is_nothing_to_guess(service, said):
-    for _ in range(gomail.Api.GUESSES):
-        service.http.api.guesses.acquire()
+    for _ in range(gomail.Api.MAX_PENALTIES):
+        service.http.api.penalties.acquire()
     assert service.client("GET", "/task/recent", Authorization="nonsense")[0] == 401 and not said
 
 
@@ -6977,7 +6988,7 @@ def test_a_session_counts_only_with_a_header_that_other_sites_cannot_send(client
 
 def test_a_session_ends_with_its_key_and_after_its_time(client, monkeypatch):
     name = name_of(client)
-    monkeypatch.setattr(gomail.Api, "SESSION", -1)
+    monkeypatch.setattr(gomail.Api, "SESSION_TTL", -1)
     call, _ = logged_in(client, client.key)
     assert call("GET", "/session")[1]["account"] is None and call("GET", "/task/recent")[0] == 401
     monkeypatch.undo()
