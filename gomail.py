@@ -2775,9 +2775,11 @@ class Queue:
             end
         end
         if take == '0' then  -- what the worker waited for goes back: another may be able to do it
-            for _ = 1, redis.call('LLEN', own) do
-                local task = prefix .. 'task:' .. redis.call('LMOVE', own, lane, 'LEFT', 'RIGHT')
+            local back = redis.call('LMOVE', own, lane, 'LEFT', 'RIGHT')
+            while back do
+                local task = prefix .. 'task:' .. back
                 if redis.call('EXISTS', task) == 1 then redis.call('HSET', task, 'state', 'queued') end
+                back = redis.call('LMOVE', own, lane, 'LEFT', 'RIGHT')
             end
             return false
         end
