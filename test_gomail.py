@@ -4810,6 +4810,18 @@ def test_a_copy_that_the_server_cannot_carry_fails_alone(client, mail_server):
             and "grün@example.com" in str(message["Cc"]))
 
 
+@pytest.mark.parametrize("errors, verdict", [
+    ([gomail.PermanentError("550"), gomail.TemporaryError("450"), gomail.UnavailableError("421")], "returned"),
+    ([gomail.TemporaryError("450"), gomail.InDoubtError("timeout")], "in-doubt"),
+    ([gomail.PermanentError("550"), gomail.UnavailableError("421", dropped=True)], "dropped"),
+    ([gomail.PermanentError("550"), gomail.TemporaryError("450")], "retrying"),
+    ([gomail.PermanentError("550"), gomail.PermanentError("552")], "dead")], ids=str)
+def test_of_several_refusals_an_outage_decides_and_then_one_that_may_pass(errors, verdict):
+    error = gomail.PartialError(("a@example.com",), {f"{number}@example.com": error
+                                                    for number, error in enumerate(errors)})
+    assert error.verdict == verdict == error.cause.verdict
+
+
 # --- 8. otp -----------------------------------------------------------------------------------------------
 
 def issued(client, mail_server, length=6, recipient=None):
