@@ -2407,46 +2407,67 @@ class Task:
 
 
 # --- 7. queue -------------------------------------------------------------------------------------------
-# A task is in exactly one place at any time: a lane, a worker's processing list, the delayed set, or the
-# dead letters; or it has ended, and only its state is kept. Each step between two places is one script.
+# A task is in exactly one place at any time: a lane, a worker's processing list, the delayed set or the dead letters;
+# or it has ended, and only a summary of it is kept. One script makes each step from one place to another.
+
+class State(enum.StrEnum):
+    """Where a task is, or how it has ended."""
+
+    QUEUED = "queued"
+    SCHEDULED = "scheduled"  # waits for its send_at
+    RUNNING = "running"
+    RETRYING = "retrying"  # waits for its next attempt
+    SUCCEEDED = "succeeded"
+    DEAD = "dead"
+    SUPPRESSED = "suppressed"
+    CANCELLED = "cancelled"
+
+
+class Verdict(enum.StrEnum):
+    """What a worker decides about a task that it had in hand."""
+
+    SUCCEEDED = "succeeded"
+    RETRYING = "retrying"  # the attempt failed; there is another one after a delay
+    DROPPED = "dropped"  # the connection broke: another attempt after a delay, and this one does not count
+    IN_DOUBT = "in-doubt"  # the same, but the mail may have arrived
+    RETURNED = "returned"  # back to the head of its lane
+    DEAD = "dead"
+    CANCELLED = "cancelled"  # nobody wants the mail any more
+    SUPPRESSED = "suppressed"  # no recipient is left
+
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """What became of a task that a worker had in hand.
 
-    Verdict "succeeded"; "retrying", to be taken again after `delay` seconds; "dropped" and "in-doubt", the same without
-    counting as an attempt; "returned", back to the head of its lane; "dead"; "cancelled", because nobody
-    wants it any more; or "suppressed", because nobody is left to send it to. `delivered` are the recipients that have
-    the mail already, where others have not; `suppress` the addresses that do not exist, by what the server said. Of a
-    subscribe or unsubscribe that succeeded, `result` says what it came to.
+    `detail` is the result of a success, such as "subscribed", or else the reason; `delay` the seconds until a task with
+    the verdict RETRYING, DROPPED or IN_DOUBT is taken again; `delivered` the recipients that have the mail already,
+    where others have not; `suppress` the addresses that do not exist, according to the server.
     """
 
-    task_id: str
-    verdict: str
-    error: str = ""
+    task: Task
+    verdict: Verdict
+    detail: str = ""
     delay: float = 0.0
-    delivered: tuple = ()
-    suppress: tuple = ()
-    result: str = ""
+    delivered: tuple[str, ...] = ()
+    suppress: tuple[str, ...] = ()
 
 
 class Queue:
     """Lanes, processing lists, delayed tasks and dead letters.
 
     Args:
-        store: the Store.
-        settings: the Settings, for the times to keep things and the durability.
         process: name of this process, unlike any other's.
     """
 
     MAX_STRIKES = 3
     HEARTBEAT_TTL = 4.0  # seconds
-    OTP_FIRST = 0.01  # seconds
-    LOOK_AGAIN = 0.1  # seconds until an empty lane is looked at again, where waiting for it is refused
-    BATCH = 200
+    OTP_FIRST = 0.01  # seconds that other work waits at most for an OTP
+    POLL = 0.1  # seconds between two looks at an empty lane, where Redis refuses to wait for it
+    REVIVE_BATCH = 200  # dead letters
     RESUME_INTERVAL = 5.0  # seconds between two requests to resume a lane, of all processes together
     RECENT = 100_000  # tasks that can be looked up without their id, of an account and of all
-    LOOK = 1000  # tasks that are looked at in one script
+    BATCH = 1000  # tasks in one script
 
     # Redis's clock, so that the clocks of several machines need not agree.
     CLOCK = """
@@ -2455,16 +2476,49 @@ class Queue:
         local milliseconds = math.floor(microseconds / 1000)
     """
 
-    # Whether one of two moments (microseconds) is the later one. One that is still to come was noted before the clock
-    # went back, so that it was first.
+    # Whether the first of two moments (microseconds) is the later one. A moment in the future was noted before the
+    # clock went back, so it is the earlier one.
     LATER = CLOCK + """
         local function later(one, other)
             return tonumber(one) > tonumber(other) and tonumber(one) <= tonumber(microseconds) + 1000000
         end
     """
 
-    # A task's story: a line for each attempt that did not succeed, "<when> <begun> <what> <why>". Of a task that goes
-    # round and round, the newest lines.
+    # Count one more OTP request of an account. Answers the seconds until the minute is over, if there were too many.
+    LIMIT = """
+        local function one_more(requests, most)
+            if tonumber(most) == 0 then return end
+            if tonumber(redis.call('GET', requests) or 0) >= tonumber(most) then
+                local left = redis.call('TTL', requests)
+                if left <= 60 then return math.max(1, left) end
+                redis.call('DEL', requests)  -- from before the clock went back
+            end
+            if redis.call('INCR', requests) == 1 then redis.call('EXPIRE', requests, 60) end
+        end
+    """
+
+    # The record of a new task: `due` in milliseconds, `to` its recipients as fold_address() has them, and further
+    # fields. It is shown among the newest tasks, and waits in its lane or until it is due.
+    ADD_TASK = CLOCK + f"""
+        local function add_task(prefix, id, account, key, lane, due, body, to, ...)
+            local task = prefix .. 'task:' .. id
+            redis.call('HSET', task, 'body', body, 'account', account, 'key', key, 'lane', lane, 'state', 'queued',
+                       'attempts', 0, 'created', microseconds, 'to', to, ...)
+            for _, list in ipairs({{prefix .. 'recent', prefix .. 'recent:' .. account}}) do
+                if redis.call('LPUSH', list, id) > {RECENT} then redis.call('RPOP', list) end
+            end
+            if tonumber(due) > milliseconds then
+                redis.call('HSET', task, 'state', 'scheduled', 'due', due)
+                redis.call('ZADD', prefix .. 'delayed', due, id)
+                redis.call('ZADD', prefix .. 'scheduled', due, id)
+            else
+                redis.call('LPUSH', prefix .. 'lane:' .. lane, id)
+            end
+        end
+    """
+
+    # A task's story has a line for each attempt that did not succeed: "<when> <begun> <what> <why>". The oldest lines
+    # of a long story go.
     NOTE = CLOCK + """
         local function note(task, event, why)
             local story, started = unpack(redis.call('HMGET', task, 'story', 'started'))
@@ -2474,35 +2528,32 @@ class Queue:
         end
     """
 
-    # What is kept of a task that has ended, dead letters apart. There are as many as mails in `result_ttl`, so it takes
-    # few fields of at most 64 bytes (hash-max-listpack-value), which is a quarter of the memory and swiftly written:
+    # The summary of a task that has ended, dead letters apart. There are as many summaries as mails in `result_ttl`, so
+    # they have few fields of at most 64 bytes (hash-max-listpack-value): that is a quarter of the memory of a hash with
+    # larger ones, and fast to write. Nothing of the mail itself is kept.
     #
     #   d      state ("" is succeeded), type ("" is message), retries, attempts, when it was accepted (microseconds),
     #          begun ("", or since it was accepted) and ended (since it was begun), and the account, by spaces
-    #   u, n   userId, and the task's name
+    #   u, n   userId, and the task's name; or, where these are no UTF-8, head as summary_of() has it
     #   to     the recipients in lower case, where there are more than that one
     #   error, story    where there is one
     #
-    # Nothing of the mail itself is kept. A head that cannot be read here (it has half a surrogate pair) stays as it is.
+    # The caller passes `ttl` in milliseconds and what never changes of a task: when it was accepted, its type and
+    # retries, the account, u and n. To read and decode its head here took a third of the time of this fragment.
     CONCLUDE = """
-        local function conclude(task, state, attempt, error, now, ttl)
-            local account, accepted, started, attempts, before, to, head, story = unpack(redis.call('HMGET', task,
-                'account', 'created', 'started', 'attempts', 'error', 'to', 'head', 'story'))
-            local readable, shown = pcall(function()
-                local found = cjson.decode(head or redis.call('HGET', task, 'body'))
-                return {found.payload.userId .. '', found.task .. '', found.type .. '', found.retries + 0}
-            end)
-            local user, name, type, retries = unpack(readable and shown or {'', '', '', ''})
-            local created, begun = tonumber(accepted) or 0, tonumber(started)
-            local kept = {'u', user, 'n', name, 'd', table.concat({
-                state == 'succeeded' and '' or state, type == 'message' and '' or type, retries,
-                (tonumber(attempts) or 0) + attempt, accepted, begun and string.format('%.0f', begun - created) or '',
-                string.format('%.0f', now - (begun or created)), account}, ' ')}
+        local function conclude(task, state, error, ttl, created, type_and_retries, account, ...)
+            local started, attempts, before, to, story = unpack(redis.call('HMGET', task,
+                'started', 'attempts', 'error', 'to', 'story'))
+            local begun, _, user = tonumber(started), ...
+            if state == 'succeeded' then state, attempts = '', (attempts or 0) + 1 end
+            local kept = {'d', table.concat({
+                state, type_and_retries, attempts or 0, created,
+                begun and string.format('%.0f', begun - created) or '',
+                string.format('%.0f', microseconds - (begun or created)), account}, ' '), ...}
             local function keep(name, value)
                 kept[#kept + 1] = name
                 kept[#kept + 1] = value
             end
-            if not readable then keep('head', head or '') end
             if to and to ~= string.lower(user) then keep('to', to) end
             if (error or before or '') ~= '' then keep('error', error or before) end
             if story then keep('story', story) end
@@ -2512,6 +2563,7 @@ class Queue:
         end
     """
 
+    # Make a dead letter of a task: `ttl` in milliseconds, and how many are kept at most.
     BURY = NOTE + """
         local function bury(prefix, id, error, ttl, most)
             local task = prefix .. 'task:' .. id
@@ -2525,44 +2577,19 @@ class Queue:
             redis.call('PEXPIRE', task, ttl)
             redis.call('HINCRBY', prefix .. 'metrics', 'executed', 1)
             redis.call('HINCRBY', prefix .. 'metrics', 'failed', 1)
-            local function forget(old)
-                local account = redis.call('HGET', prefix .. 'task:' .. old, 'account')
-                redis.call('ZREM', prefix .. 'dead', old)
-                if account then redis.call('ZREM', prefix .. 'dead:' .. account, old) end
-                redis.call('UNLINK', prefix .. 'task:' .. old)
-            end
-            -- Of what is too old or too much, some with each new letter: other calls must not wait for all of it.
+            -- Each new letter removes at most 100 that are too old or too many: other calls must not wait for all.
             for _, letters in ipairs({prefix .. 'dead', prefix .. 'dead:' .. owner}) do
                 local old = redis.call('ZRANGE', letters, '-inf', milliseconds - ttl, 'BYSCORE', 'LIMIT', 0, 100)
                 if #old > 0 then redis.call('ZREM', letters, unpack(old)) end
                 redis.call('ZADD', letters, milliseconds, id)
             end
             local surplus = math.min(redis.call('ZCARD', prefix .. 'dead') - most, 100)
-            if surplus > 0 then
-                for _, old in ipairs(redis.call('ZRANGE', prefix .. 'dead', 0, surplus - 1)) do forget(old) end
+            for _, old in ipairs(surplus > 0 and redis.call('ZRANGE', prefix .. 'dead', 0, surplus - 1) or {}) do
+                local account = redis.call('HGET', prefix .. 'task:' .. old, 'account')
+                redis.call('ZREM', prefix .. 'dead', old)
+                if account then redis.call('ZREM', prefix .. 'dead:' .. account, old) end
+                redis.call('UNLINK', prefix .. 'task:' .. old)
             end
-        end
-    """
-
-    # Show a task among the newest ones.
-    REMEMBER = f"""
-        local function remember(prefix, account, id)
-            for _, list in ipairs({{prefix .. 'recent', prefix .. 'recent:' .. account}}) do
-                if redis.call('LPUSH', list, id) > {RECENT} then redis.call('RPOP', list) end
-            end
-        end
-    """
-
-    # One OTP request more for an account, or the seconds to wait until the minute is over.
-    LIMIT = """
-        local function one_more(requests, most)
-            if tonumber(most) == 0 then return end
-            if tonumber(redis.call('GET', requests) or 0) >= tonumber(most) then
-                local left = redis.call('TTL', requests)
-                if left <= 60 then return math.max(1, left) end
-                redis.call('DEL', requests)  -- from before the clock went back
-            end
-            if redis.call('INCR', requests) == 1 then redis.call('EXPIRE', requests, 60) end
         end
     """
 
@@ -2570,38 +2597,44 @@ class Queue:
         self.store, self.settings, self.process = store, settings, process
         self._enqueue = store.script(self.ENQUEUE, when_full=False)
         self._settle_and_take = store.script(self.SETTLE_AND_TAKE)
+        self._pace = store.script(self.PACE)
+        self._beat = store.script(self.BEAT)
+        self._resume = store.script(self.RESUME)
         self._promote = store.script(self.PROMOTE)
         self._recall = store.script(self.RECALL)
         self._reclaim = store.script(self.RECLAIM, once=True)
         self._adopt = store.script(self.ADOPT)
-        self._beat = store.script(self.BEAT)
         self._cancel = store.script(self.CANCEL, once=True)
-        self._pace = store.script(self.PACE)
         self._revive = store.script(self.REVIVE, once=True)
-        self._resume = store.script(self.RESUME)
-        self._missing: dict[str, float] = {}
-        self._scanned = self._recalled = 0
+        # As scripts take them: result_ttl and dead_ttl in milliseconds, dead_max.
+        self._limits = [settings.result_ttl * 1000, settings.dead_ttl * 1000, settings.dead_max]
+        self._missing: dict[str, float] = {}  # process -> since when (monotonic) its heartbeat is missing
+        self._scanned = self._recalled = 0  # cursors
         self._no_otp = threading.Event()
         self._no_otp.set()
         self._delayed, self.next_due = threading.Event(), math.inf
 
-    # Queue some tasks of one account. Answers what their ids are made from, and which were refused, and why, as
-    # "<number>=<why> ...". A repeated call (its first answer was lost on the way) finds the tasks there and changes
-    # nothing; it is not held against the limits either. The same with an idempotency key gets the first one's answer.
-    ENQUEUE = CLOCK + LIMIT + REMEMBER + """
+    # Queue tasks of one account. A repeated call, whose first answer was lost, finds its tasks there: it changes
+    # nothing, and does not count against the limits. The same idempotency key gets the same answer again.
+    # KEYS: the prefix.
+    # ARGV: account, id of the API key, otp_cooldown (s), otp_hourly_max, otp_minute_max; fingerprint of what came with
+    #       an idempotency key and the key's digest, or "" twice; what the ids are made from; then of each task: id,
+    #       head, body, lane, the address of an OTP or "", a content type that must exist or "", due (ms), recipients.
+    # Answer: "revoked", "conflict", or {what the ids are made from, "<number>=<why> ..." of the tasks refused}.
+    ENQUEUE = ADD_TASK + LIMIT + """
         local prefix, account, key, cooldown, hourly, minute = KEYS[1], unpack(ARGV, 1, 5)
         local fingerprint, digest, first = unpack(ARGV, 6, 8)
         if redis.call('HGET', prefix .. 'UserList', account) ~= key then return 'revoked' end
         local idempotency = prefix .. 'idempotency:' .. digest
         local known = fingerprint ~= '' and redis.call('GET', idempotency)
-        if known then  -- of this registration, or written before there was a word for that
+        if known then  -- of this registration, or of an older version, which did not note the owner
             local before, first, owner, refused = string.match(known, '(%w+) (%w+) ?(%w*) ?(.*)')
             if owner == '' or owner == key then return before == fingerprint and {first, refused} or 'conflict' end
         end
 
         local function too_early(id, address)
             local asked, hour = prefix .. 'otp_asked:' .. address .. ':' .. account, milliseconds - 3600000
-            -- What is still to come was asked for before the clock went back, and does not count.
+            -- What lies in the future was asked for before the clock went back, and does not count.
             local last = redis.call('ZREVRANGEBYSCORE', asked, milliseconds, hour, 'WITHSCORES', 'LIMIT', 0, 1)[2]
             local wait = (last or 0) + cooldown * 1000 - milliseconds
             if tonumber(hourly) > 0 and redis.call('ZCOUNT', asked, '(' .. hour, milliseconds) >= tonumber(hourly) then
@@ -2618,23 +2651,13 @@ class Queue:
         end
 
         local function refusal_of(id, head, body, lane, otp_address, content_type, due, to)
-            local task = prefix .. 'task:' .. id
-            if redis.call('EXISTS', task) == 1 then return end
+            if redis.call('EXISTS', prefix .. 'task:' .. id) == 1 then return end
             if content_type ~= '' and redis.call('HEXISTS', prefix .. 'content:' .. account, content_type) == 0 then
                 return 'unknown'
             end
             local wait = otp_address ~= '' and too_early(id, otp_address)
             if wait then return wait end
-            redis.call('HSET', task, 'head', head, 'body', body, 'account', account, 'key', key, 'lane', lane,
-                       'state', 'queued', 'attempts', 0, 'created', microseconds, 'to', to)
-            remember(prefix, account, id)
-            if tonumber(due) > milliseconds then
-                redis.call('HSET', task, 'state', 'scheduled', 'due', due)
-                redis.call('ZADD', prefix .. 'delayed', due, id)
-                redis.call('ZADD', prefix .. 'scheduled', due, id)
-            else
-                redis.call('LPUSH', prefix .. 'lane:' .. lane, id)
-            end
+            add_task(prefix, id, account, key, lane, due, body, to, 'head', head)
         end
 
         local refused, count = {}, (#ARGV - 8) / 8
@@ -2642,78 +2665,70 @@ class Queue:
             local why = refusal_of(unpack(ARGV, 9 + 8 * number, 16 + 8 * number))
             if why then refused[#refused + 1] = number .. '=' .. why end
         end
-        local said = table.concat(refused, ' ')
+        local refusals = table.concat(refused, ' ')
         if fingerprint ~= '' and #refused < count then
-            local record = {fingerprint, first, key, #refused > 0 and said or nil}
+            local record = {fingerprint, first, key, #refused > 0 and refusals or nil}
             redis.call('SET', idempotency, table.concat(record, ' '), 'EX', 86400)
         end
-        return {first, said}
+        return {first, refusals}
     """
 
     def enqueue(self, account: Account, tasks: Sequence[Json], idempotency_key: str = "",
                 batch: str = "") -> list[str | HTTPError]:
-        """Put checked tasks into their lanes, all in one round trip; a return means that Redis has them.
+        """Put checked tasks into their lanes in one round trip; when it returns, Redis has them.
 
         Returns for each task its id, or the HTTPError that says why it was not queued: 400, there is no such content
-        type; 429, too many OTPs, see Otps. With an idempotency key, for one task or for the `batch` that the tasks
-        are of, the same again within 24 hours queues nothing and returns the same, unless nothing was queued before.
+        type; 429, too many OTPs, see Otps. The idempotency key is that of one task, or of the `batch` that the tasks
+        come from: the same again within 24 hours queues nothing and returns the same, unless nothing was queued before.
 
         Raises:
             HTTPError: 401, the API key was revoked; 422, the idempotency key came with something else before; 503, with
                 durability=fsync, the tasks are not known to be on disk.
         """
-        settings = self.settings
-        args = [account.name, account.key_id, settings.otp_cooldown, settings.otp_hourly_max, settings.otp_minute_max]
+        settings, fingerprint, digest = self.settings, "", ""
         first = f"{time.time_ns() // 1000:013x}{'' if batch or len(tasks) > 1 else '000'}{secrets.token_hex(8)}"
         if idempotency_key:
-            whole = batch or json.dumps(tasks[0], sort_keys=True)
-            args += [hashlib.sha256(whole.encode()).hexdigest(),
-                     hashlib.sha256(json.dumps([account.name, idempotency_key]).encode()).hexdigest(), first]
-        else:
-            args += ["", "", first]
+            fingerprint = hashlib.sha256((batch or json.dumps(tasks[0], sort_keys=True)).encode()).hexdigest()
+            digest = hashlib.sha256(json.dumps([account.name, idempotency_key]).encode()).hexdigest()
+        args = [account.name, account.key_id, settings.otp_cooldown, settings.otp_hourly_max, settings.otp_minute_max,
+                fingerprint, digest, first]
         for task_id, task in zip(self._ids(first, len(tasks)), tasks):
             payload, otp_address, content_type = task["payload"], "", ""
             if task["type"] == "generateOtp":
-                # The OTP is made from this when it is sent, so that a retry sends the same one; see section 8.
+                # The OTP is made from this seed when it is sent, so that a retry sends the same one; see section 12.
                 task = {**task, "payload": {**payload, "seed": secrets.token_hex(16)}}
                 otp_address = fold_address(payload["userId"])
                 self._no_otp.clear()
             elif task["type"] == "subscribe" and "content" not in payload:
                 content_type = payload["content_type"]
-            to = fold_address(" ".join([payload["userId"], *payload.get("cc", ()), *payload.get("bcc", ())]))
+            recipients = fold_address(" ".join([payload["userId"], *payload.get("cc", ()), *payload.get("bcc", ())]))
             args += [task_id, summary_of(task), json.dumps(task), lane_of(task["type"]),
-                     otp_address, content_type, payload.get("send_at", 0) // 1000, to]
+                     otp_address, content_type, payload.get("send_at", 0) // 1000, recipients]
         answer = self._durably(self._enqueue, [self.store.prefix], args)
         if any("send_at" in task["payload"] for task in tasks):
             self._delayed.set()
         if answer == "revoked":
             raise HTTPError(401, "the API key was revoked", None, {"WWW-Authenticate": "Bearer"})
         if answer == "conflict":
-            what = "batch or task" if batch else "task"
-            raise HTTPError(422, f"Idempotency-Key was used with another {what} before", "Idempotency-Key")
-        first, refused = answer
+            subject = "batch or task" if batch else "task"
+            raise HTTPError(422, f"Idempotency-Key was used with another {subject} before", "Idempotency-Key")
+        first, refusals = answer
         results: list[str | HTTPError] = [*self._ids(first, len(tasks))]
-        for number, _, why in (refusal.partition("=") for refusal in refused.split()):
-            results[int(number)] = self._refusal(why)
+        for number, _, why in (refusal.partition("=") for refusal in refusals.split()):
+            results[int(number)] = rate_limited(why) if why != "unknown" else HTTPError(
+                400, "payload.content_type does not exist; POST /task/subscriptionContent defines one, or bring "
+                "payload.subject and payload.content", "payload.content_type")
         return results
 
     @staticmethod
     def _ids(first: str, count: int) -> list[str]:
-        """The ids of tasks that are queued together, in their order: those that are due at one moment leave in it.
+        """The ids of tasks that are queued together, in their order: tasks due at the same moment leave in that order.
 
-        `first` is a moment and chance that they are made from, or the one id itself.
+        `first` is the moment and the random part that the ids are made from, or the id of a single task.
         """
         return [first] if len(first) == 32 else [
             f"{first[:13]}{number:03x}{hashlib.sha256(f'{first}{number}'.encode()).hexdigest()[:16]}"
             for number in range(count)]
-
-    @staticmethod
-    def _refusal(why: str) -> HTTPError:
-        if why == "unknown":
-            return HTTPError(400, "payload.content_type does not exist; POST /task/subscriptionContent defines one, or "
-                           "bring payload.subject and payload.content",
-                           "payload.content_type")
-        return rate_limited(why)
 
     def _durably(self, script: Script, keys: Sequence, args: Sequence) -> Any:
         if self.settings.durability != "fsync":
@@ -2724,37 +2739,43 @@ class Queue:
                           {"Retry-After": "1"})
         return result
 
-    # Settle what the worker had in hand, and take the next task. The first line is the fence: a worker whose
-    # task was given to another in the meantime settles nothing. What is still in the list after that was
-    # taken by a call whose answer was lost, and comes first.
+    # Settle the task that the worker had in hand, and take the next one. LREM is the fence: a worker whose task was
+    # given to another one meanwhile settles nothing. A task that is in the worker's list after that was taken by a call
+    # whose answer was lost, and comes first.
+    # KEYS: the worker's processing list, its lane, the prefix.
+    # ARGV: 1 to take a task or 0, result_ttl and dead_ttl (ms), dead_max, process, worker; then, of a task to settle:
+    #       its id, verdict, detail, delay (ms), recipients that have the mail and addresses to suppress, by spaces;
+    #       and, if it ends, what _summary_args() returns.
+    # Answer: nil, the lane is empty; {}, ask again; or {id, body, account, API key's id, created, attempts, strikes,
+    #         drops, dropped, delivered, the recipients that are suppressed}.
     SETTLE_AND_TAKE = BURY + CONCLUDE + """
-        local own, lane, prefix = KEYS[1], KEYS[2], KEYS[3]
-        local take, id, verdict, error, delay, delivered, suppress = unpack(ARGV)
-        local result_ttl, dead_ttl, dead_max, process, worker = unpack(ARGV, 8)
-        if id ~= '' and redis.call('LREM', own, 1, id) == 1 then
+        local own, lane, prefix = unpack(KEYS)
+        local take, result_ttl, dead_ttl, dead_max, process, worker = unpack(ARGV, 1, 6)
+        local id, verdict, detail, delay, delivered, suppress = unpack(ARGV, 7, 12)
+        if id and redis.call('LREM', own, 1, id) == 1 then
             local task = prefix .. 'task:' .. id
             if delivered ~= '' then redis.call('HSET', task, 'delivered', delivered) end
             for address in string.gmatch(suppress, '%S+') do
                 local account = redis.call('HGET', task, 'account')
                 redis.call('ZADD', prefix .. 'suppressed:' .. account, milliseconds, address)
-                redis.call('HSET', prefix .. 'suppressed_for:' .. account, address, error)
+                redis.call('HSET', prefix .. 'suppressed_for:' .. account, address, detail)
             end
             if verdict == 'succeeded' or verdict == 'cancelled' or verdict == 'suppressed' then
-                conclude(task, verdict, verdict == 'succeeded' and 1 or 0, error, microseconds, result_ttl)
+                conclude(task, verdict, detail, result_ttl, unpack(ARGV, 13))
                 if verdict == 'succeeded' then
                     redis.call('HINCRBY', prefix .. 'metrics', 'executed', 1)
                     redis.call('HINCRBY', prefix .. 'metrics', 'successful', 1)
                 end
             elseif verdict == 'returned' then
-                note(task, verdict, error)
-                redis.call('HSET', task, 'state', 'queued', 'error', error)
+                note(task, verdict, detail)
+                redis.call('HSET', task, 'state', 'queued', 'error', detail)
                 redis.call('RPUSH', lane, id)
             elseif verdict == 'dead' then
                 redis.call('HINCRBY', task, 'attempts', 1)
-                bury(prefix, id, error, dead_ttl, tonumber(dead_max))
+                bury(prefix, id, detail, dead_ttl, tonumber(dead_max))
             else
-                note(task, verdict, error)
-                redis.call('HSET', task, 'state', 'retrying', 'error', error, 'due', milliseconds + delay)
+                note(task, verdict, detail)
+                redis.call('HSET', task, 'state', 'retrying', 'error', detail, 'due', milliseconds + delay)
                 redis.call('ZADD', prefix .. 'delayed', milliseconds + delay, id)
                 if verdict == 'dropped' or verdict == 'in-doubt' then
                     redis.call('HINCRBY', task, 'drops', 1)
@@ -2764,7 +2785,7 @@ class Queue:
                 end
             end
         end
-        if take == '0' then  -- what was waited for goes back: others may be able to do it
+        if take == '0' then  -- what the worker waited for goes back: another may be able to do it
             local back = redis.call('LMOVE', own, lane, 'LEFT', 'RIGHT')
             while back do
                 local task = prefix .. 'task:' .. back
@@ -2773,7 +2794,7 @@ class Queue:
             end
             return false
         end
-        -- Who was taken for dead, and lives, is found again should it die now.
+        -- A process that was taken for dead, and lives, is found again should it die now.
         if redis.call('HEXISTS', prefix .. 'processes', process) == 0 then
             redis.call('HSET', prefix .. 'processes', process, worker)
         end
@@ -2800,58 +2821,71 @@ class Queue:
                 return {next, unpack(found, 1, 10)}
             end
         end
-        return {}  -- these were all of accounts that are no more; the caller asks again, and lets others in between
+        return {}  -- these 200 belonged to accounts that are gone; other calls come in between
     """
 
     def settle_and_take(self, worker: str, lane: str, outcome: Outcome | None = None, take: bool = True) -> Task | None:
-        """Settle `outcome`, then take the next task of `lane`, in one round trip.
+        """Settle `outcome`, then take the next task of `lane`, in one round trip; None where the lane is empty.
 
-        `worker` names the processing list. Returns a Task, or None where the lane is empty. Safe to repeat
-        when a connection failed and nobody knows how far it came.
+        `worker` names the processing list. A call may be repeated when its connection failed and nobody knows how far
+        it came.
         """
-        outcome = outcome or Outcome("", "")
-        settings = self.settings
         keys = [self._processing(worker), self.store.key("lane", lane), self.store.prefix]
-        args = [int(take), outcome.task_id, outcome.verdict, outcome.error or outcome.result, int(outcome.delay * 1000),
-                " ".join(outcome.delivered), " ".join(outcome.suppress), settings.result_ttl * 1000,
-                settings.dead_ttl * 1000, settings.dead_max, self.process, worker]
+        args = [int(take), *self._limits, self.process, worker]
+        if outcome:
+            args += [outcome.task.id, outcome.verdict, outcome.detail, int(outcome.delay * 1000),
+                     " ".join(outcome.delivered), " ".join(outcome.suppress)]
+            if outcome.verdict in (Verdict.SUCCEEDED, Verdict.CANCELLED, Verdict.SUPPRESSED):
+                args += self._summary_args(outcome.task)
         while (found := self._settle_and_take(keys, args)) == []:
             pass
-        if outcome.delay:
+        if outcome and outcome.delay:
             self._delayed.set()
         if found is None:
             return None
         task_id, body, account, key, created, attempts, strikes, drops, dropped, delivered, suppressed = found
         task = json.loads(body)
         if task["type"] == "generateOtp":
-            suppressed = ""  # who asks for an OTP waits for it
+            suppressed = ""  # whoever asks for an OTP waits for it
         return Task(task_id, account, key, task["type"], task["task"], task["retries"], task["payload"], int(created),
                     int(attempts or 0), int(strikes or 0), int(drops or 0), int(dropped or 0),
                     tuple((delivered or "").split()), tuple(suppressed.split()))
 
+    @staticmethod
+    def _summary_args(task: Task) -> list[str | int]:
+        """The arguments of CONCLUDE, from `created` on."""
+        fields = ["u", task.payload["userId"], "n", task.name]
+        try:
+            "".join(fields).encode()
+        except UnicodeEncodeError:  # half a surrogate pair, which an older version took
+            fields = ["head", summary_of({"task": task.name, "type": task.type, "retries": task.retries,
+                                          "payload": task.payload})]
+        return [task.created, f"{'' if task.type == 'message' else task.type} {task.retries}", task.account, *fields]
+
     def give_way(self) -> None:
-        """Let an OTP pass that this process took in a moment ago, before other work goes on; for OTP_FIRST at most."""
+        """Let an OTP that this process has just accepted go before other work; waits for OTP_FIRST at most."""
         if not self._no_otp.wait(self.OTP_FIRST):
             self._no_otp.set()
 
     def otp_passed(self) -> None:
-        """An OTP has been sent, or failed: other work may go on."""
+        """End the waiting of give_way(): an OTP has been sent, or has failed."""
         self._no_otp.set()
 
     def wait(self, worker: str, lane: str, timeout: float) -> bool:
-        """Wait up to `timeout` seconds until `lane` has a task and move it to the worker's processing list.
+        """Wait up to `timeout` seconds until `lane` has a task, and move it to the worker's processing list.
 
-        The next settle_and_take() returns it. False where the lane stayed empty: there is nothing to exchange.
+        Returns whether settle_and_take() may find something.
         """
         try:
             return bool(self.store.redis.brpoplpush(self.store.key("lane", lane), self._processing(worker), timeout))
-        except redis.OutOfMemoryError:  # to wait needs no memory, but might; the next settle_and_take() needs no wait
-            time.sleep(min(timeout, self.LOOK_AGAIN))
+        except redis.OutOfMemoryError:  # a full Redis refuses this command, though it needs no memory here
+            time.sleep(min(timeout, self.POLL))
             return True
 
-    # The next moment at which a mail may go (a generic cell rate algorithm). Urgent mail has a line of its own, which
-    # pushes back the line of the rest; moments that passed unused can be caught up for 50 ms. Where the clock went
-    # back, the lines go with it.
+    # Take the next moment at which a mail may go (a generic cell rate algorithm). Urgent mail has a line of its own,
+    # which pushes back the line of all mail; moments that passed unused can be caught up for 50 ms. Where the clock
+    # went back, the lines go with it.
+    # KEYS: rate. ARGV: microseconds between two mails, lane. Answer: microseconds to wait.
     PACE = CLOCK + """
         local rate, interval, urgent = KEYS[1], tonumber(ARGV[1]), ARGV[2] == 'urgent'
         local now = tonumber(microseconds)
@@ -2880,6 +2914,8 @@ class Queue:
     def _processing(self, worker: str) -> str:
         return self.store.key("processing", self.process, worker)
 
+    # KEYS: the prefix. ARGV: process, its workers by commas, HEARTBEAT_TTL (ms), what is paused, as JSON.
+    # Answer: the hash `resume`.
     BEAT = """
         local prefix, process, workers, ttl, paused = KEYS[1], unpack(ARGV)
         redis.call('HSET', prefix .. 'processes', process, workers)
@@ -2889,16 +2925,16 @@ class Queue:
     """
 
     def beat(self, workers: Sequence[str], paused: Mapping[str, object]) -> dict[str, str]:
-        """Show for the next seconds that this process lives, which workers' lists it has, and what is paused, and why.
+        """Show for HEARTBEAT_TTL that this process lives, the names of its workers, and what is paused and why.
 
         Returns lane -> how often somebody has asked to resume it.
         """
-        asked = self._beat(keys=[self.store.prefix], args=[
+        requests = self._beat(keys=[self.store.prefix], args=[
             self.process, ",".join(workers), int(self.HEARTBEAT_TTL * 1000), json.dumps(paused)])
-        return dict(zip(asked[::2], asked[1::2]))
+        return dict(zip(requests[::2], requests[1::2]))
 
     # KEYS: resume, resumed:<lane>. ARGV: lane, id of this request, milliseconds in which no other is taken.
-    # Answers 0, or the milliseconds to wait.
+    # Answer: 0, or the milliseconds to wait.
     RESUME = """
         local newest = redis.call('GET', KEYS[2])
         if newest == ARGV[2] then return 0 end
@@ -2909,7 +2945,7 @@ class Queue:
     """
 
     def resume(self, lane: str) -> None:
-        """Ask every process to probe at once whether `lane` can go on: each does so on a new connection.
+        """Ask every process to probe at once, on a new connection, whether `lane` can go on.
 
         Raises:
             HTTPError: 429, somebody has asked for that within RESUME_INTERVAL seconds.
@@ -2921,9 +2957,10 @@ class Queue:
             raise HTTPError(429, f"the lane was resumed a moment ago; try again in {seconds} seconds", None,
                           {"Retry-After": str(seconds)})
 
-    # What is due has waited already, so it goes to the head of its lane. What was due first is to leave first, so the
-    # latest is moved first, also where there is more than one call's share; of one moment, by id. Answers how many
-    # these were, and the milliseconds until the next one is due, or -1 where none waits.
+    # Move tasks that are due to the head of their lanes, since they have waited already. The one that was due first
+    # must leave first, so the latest is moved first, also where one call does not reach all; of one moment, by id.
+    # KEYS: the prefix. ARGV: how many at most.
+    # Answer: {how many were moved, milliseconds until the next is due, or -1 where none waits}.
     PROMOTE = CLOCK + """
         local prefix = KEYS[1]
         local due = redis.call('ZREVRANGEBYSCORE', prefix .. 'delayed', milliseconds, '-inf', 'LIMIT', 0, ARGV[1])
@@ -2941,23 +2978,21 @@ class Queue:
     """
 
     def promote(self) -> int:
-        """Move what is due to the lanes; returns how many tasks, at most LOOK.
-
-        `next_due` is then when the next one is due (monotonic), as far as is_due() does not know better.
-        """
+        """Move tasks that are due to their lanes; returns how many, at most BATCH. Sets `next_due` (monotonic)."""
         self._delayed.clear()
         self.next_due = math.inf
-        count, wait = self._promote(keys=[self.store.prefix], args=[self.LOOK])
+        count, wait = self._promote(keys=[self.store.prefix], args=[self.BATCH])
         if wait >= 0:
             self.next_due = time.monotonic() + wait / 1000
         return count
 
     def is_due(self) -> bool:
-        """Whether promote() may find something: by what it found last, and what this process has put off since."""
+        """Whether promote() may find something: this process has delayed a task since, or `next_due` has come."""
         return self._delayed.is_set() or time.monotonic() >= self.next_due
 
-    # Of some tasks that wait, find retries that are further away than retries are ever put off, as they are after the
-    # clock was ahead or goes back, and make them due. Answers where to look on, and how many these were.
+    # Among some delayed tasks, make those retries due that lie further ahead than a retry ever does: the clock was
+    # ahead when they were delayed, or has gone back since.
+    # KEYS: the prefix. ARGV: the cursor, how far ahead a retry may lie (ms). Answer: {the next cursor, how many}.
     RECALL = CLOCK + """
         local prefix, latest, recalled = KEYS[1], milliseconds + ARGV[2], 0
         local cursor, found = unpack(redis.call('ZSCAN', prefix .. 'delayed', ARGV[1], 'COUNT', 200))
@@ -2969,7 +3004,7 @@ class Queue:
                 redis.call('ZADD', prefix .. 'delayed', milliseconds, id)
                 redis.call('HSET', task, 'due', milliseconds)
                 recalled = recalled + 1
-            elseif state == 'scheduled' then  -- by a version that did not keep them apart
+            elseif state == 'scheduled' then  -- by a version that had no set of these
                 redis.call('ZADD', prefix .. 'scheduled', due, id)
             end
         end
@@ -2977,22 +3012,25 @@ class Queue:
     """
 
     def recall(self) -> int:
-        """Make retries due that a wrong clock put off too far, among some of what waits; returns how many."""
+        """Make retries due that a wrong clock delayed too long, among some delayed tasks; returns how many."""
         longest = max(self.settings.retry_delay, self.settings.retry_delay_max)
         self._recalled, count = self._recall(keys=[self.store.prefix], args=[
             self._recalled, int((2 * longest + 60) * 1000)])
         if count:
-            log(logging.WARNING, "retries were put off too far, as by a clock that was wrong", count=count)
+            log(logging.WARNING, "retries lay too far ahead, as after a wrong clock, and are due now", count=count)
         return count
 
-    # Give back what processes have in hand, oldest first to the head of each lane; answers how many tasks of each, or
-    # -1 where it was left alone. Where the process died, a task gets a strike, once for each time it was begun: the
-    # third buries it. When many have been found, the rest of the processes is for the next call.
+    # Give back what processes have in hand, the oldest to the head of its lane. If the process died, a task gets a
+    # strike for each time it was begun, and the last strike buries it.
+    # KEYS: the prefix.
+    # ARGV: 1 if the processes died or 0, MAX_STRIKES, dead_ttl (ms), dead_max, how many tasks are enough for one call,
+    #       HEARTBEAT_TTL (ms), and the processes.
+    # Answer: of each process how many tasks it had, or -1 where it lives or is left to the next call.
     RECLAIM = BURY + """
         local prefix, died, max_strikes, dead_ttl, dead_max = KEYS[1], ARGV[1] == '1', unpack(ARGV, 2, 4)
-        local look, heartbeat_ttl, found, counts = tonumber(ARGV[5]), tonumber(ARGV[6]), {}, {}
+        local enough, heartbeat_ttl, found, counts = tonumber(ARGV[5]), tonumber(ARGV[6]), {}, {}
 
-        -- A heartbeat that ends later than any that was just shown is from before the clock went back.
+        -- A heartbeat that ends later than a new one would is from before the clock went back.
         local function lives(process)
             local left = redis.call('PTTL', prefix .. 'heartbeat:' .. process)
             return left > 0 and left <= heartbeat_ttl
@@ -3003,12 +3041,12 @@ class Queue:
             for worker in string.gmatch(redis.call('HGET', prefix .. 'processes', process) or '', '[^,]+') do
                 local list = prefix .. 'processing:' .. process .. ':' .. worker
                 for _, id in ipairs(redis.call('LRANGE', list, 0, -1)) do
-                    local task = redis.call('HMGET', prefix .. 'task:' .. id,
-                                            'created', 'lane', 'strikes', 'begun', 'state')
-                    if task[1] then
-                        local strikes = tonumber(task[3] or 0)
-                        if died and task[5] == 'running' and (strikes == 0 or task[4]) then strikes = strikes + 1 end
-                        found[#found + 1] = {id = id, created = tonumber(task[1]), lane = task[2], strikes = strikes}
+                    local created, lane, strikes, begun, state = unpack(redis.call('HMGET', prefix .. 'task:' .. id,
+                        'created', 'lane', 'strikes', 'begun', 'state'))
+                    if created then
+                        strikes = tonumber(strikes or 0)
+                        if died and state == 'running' and (strikes == 0 or begun) then strikes = strikes + 1 end
+                        found[#found + 1] = {id = id, created = tonumber(created), lane = lane, strikes = strikes}
                     end
                 end
                 redis.call('UNLINK', list)
@@ -3020,7 +3058,7 @@ class Queue:
         end
 
         for at = 7, #ARGV do
-            counts[#counts + 1] = (#found >= look or died and lives(ARGV[at])) and -1 or collect(ARGV[at])
+            counts[#counts + 1] = (#found >= enough or died and lives(ARGV[at])) and -1 or collect(ARGV[at])
         end
         table.sort(found, function(a, b) return a.created > b.created end)
         for _, task in ipairs(found) do
@@ -3040,8 +3078,8 @@ class Queue:
     def reclaim(self, patience: float = 3.0) -> int:
         """Give the tasks of dead processes back to their lanes; returns how many.
 
-        A process is dead when its heartbeat has been seen missing for `patience` seconds: a live one whose
-        key went with a restart of Redis, or with a jump of its clock, has shown itself again by then.
+        A process is dead when its heartbeat has been missing for `patience` seconds: a live one whose key was lost in a
+        restart of Redis, or in a jump of its clock, has shown itself again by then.
         """
         processes = self.store.redis.hkeys(self.store.key("processes"))
         with self.store.redis.pipeline(transaction=False) as pipeline:
@@ -3052,14 +3090,23 @@ class Queue:
         self._missing = {process: self._missing.get(process, now) for process in processes
                          if not 0 < left[process] <= self.HEARTBEAT_TTL * 1000}
         dead = [process for process, since in self._missing.items() if now - since >= patience]
-        counts = dict(zip(dead, self._give_back(dead, died=True)))
+        counts = {process: count for process, count in zip(dead, self._give_back(dead, died=True)) if count >= 0}
         for process, count in counts.items():
-            if count >= 0:
-                log(logging.WARNING, "reclaimed the tasks of a dead process", process=process, tasks=count)
-        return sum(max(count, 0) for count in counts.values())
+            log(logging.WARNING, "reclaimed the tasks of a dead process", process=process, tasks=count)
+        return sum(counts.values())
 
-    # A list whose worker no process shows belongs to one that was taken for dead too early, and died later. To show
-    # both is enough: they are without a heartbeat.
+    def release(self) -> int:
+        """At a graceful stop: give back what the workers still have, and take the heartbeat down."""
+        return self._give_back([self.process], died=False)[0]
+
+    def _give_back(self, processes: list[str], died: bool) -> list[int]:
+        return self._reclaim(keys=[self.store.prefix], args=[
+            int(died), self.MAX_STRIKES, *self._limits[1:], self.BATCH, int(self.HEARTBEAT_TTL * 1000),
+            *processes]) if processes else []
+
+    # A processing list whose worker no process shows belongs to a process that was taken for dead too early, and died
+    # later. It is enough to show it as a worker again: the process has no heartbeat.
+    # KEYS: the prefix. ARGV: process, worker. Answer: 1 if it was shown again, else 0.
     ADOPT = """
         local prefix, process, worker = KEYS[1], ARGV[1], ARGV[2]
         local workers = redis.call('HGET', prefix .. 'processes', process)
@@ -3072,28 +3119,20 @@ class Queue:
     """
 
     def find_orphans(self) -> int:
-        """Look at some further keys for lists that reclaim() would not look at, and see to it that it does.
+        """Among some 5,000 keys, find processing lists that reclaim() does not know; returns how many, and shows them.
 
-        Returns how many it found among about 5,000 keys; the next call goes on from there.
+        The next call goes on from there.
         """
         self._scanned, lists = self.store.redis.scan(self._scanned, match=self.store.matching("processing:*"),
-                                                     count=5 * self.LOOK)
+                                                     count=5000)
         owners = [key.removeprefix(self.store.key("processing", "")).rpartition(":") for key in lists]
         return sum(self._adopt(keys=[self.store.prefix], args=[process, worker]) for process, _, worker in owners)
 
-    def release(self) -> int:
-        """At a graceful stop: give back what the workers still have, and take the heartbeat down."""
-        return self._give_back([self.process], died=False)[0]
-
-    def _give_back(self, processes: list[str], died: bool) -> list[int]:
-        settings = self.settings
-        return self._reclaim(keys=[self.store.prefix], args=[
-            int(died), self.MAX_STRIKES, settings.dead_ttl * 1000, settings.dead_max, self.LOOK,
-            int(self.HEARTBEAT_TTL * 1000), *processes]) if processes else []
-
-    # Only what waits in the delayed set: what a lane or a worker has, the next moment may send.
+    # Only a task in the delayed set can be cancelled: one in a lane or in hand may be sent at any moment.
+    # KEYS: the prefix. ARGV: id, the account that the task must belong to or "", and the arguments of CONCLUDE from
+    # `ttl` on. Answer: "unknown", "late <state>" or "cancelled".
     CANCEL = CLOCK + CONCLUDE + """
-        local prefix, id, account, ttl = KEYS[1], unpack(ARGV)
+        local prefix, id, account = KEYS[1], ARGV[1], ARGV[2]
         local task = prefix .. 'task:' .. id
         local owner, ended = unpack(redis.call('HMGET', task, 'account', 'd'))
         owner = owner or ended and string.match(ended, '^' .. string.rep('%S* ', 7) .. '(.*)$')
@@ -3103,7 +3142,7 @@ class Queue:
             return 'late ' .. state
         end
         redis.call('ZREM', prefix .. 'scheduled', id)
-        conclude(task, 'cancelled', 0, nil, microseconds, ttl)
+        conclude(task, 'cancelled', nil, unpack(ARGV, 3))
         return 'cancelled'
     """
 
@@ -3113,18 +3152,31 @@ class Queue:
         Raises:
             HTTPError: 404, there is no such task; 409, it does not wait for that.
         """
-        done = self._cancel(keys=[self.store.prefix], args=[task_id, account, self.settings.result_ttl * 1000])
-        if done.startswith("late "):
-            state = done.removeprefix("late ")
-            said = {"queued": "waits in its lane and may be taken at any moment", "running": "is being worked on"}.get(
-                state, f"has ended already ({state})")
-            raise HTTPError(409, f"the task {said}; only one that waits for its send_at or a retry can be cancelled",
+        key = self.store.key("task", task_id)
+        owner, created, head = self.store.redis.hmget(key, "account", "created", "head")
+        head = head or self.store.redis.hget(key, "body") or ""
+        try:
+            task = json.loads(head)
+            summary = self._summary_args(Task(task_id, owner, "", task["type"], task["task"], task["retries"],
+                                              task["payload"], int(created)))
+        except (ValueError, TypeError, KeyError):  # it has ended, or cannot be read
+            summary = [0, " ", owner or "", "head", head]
+        answer = self._cancel(keys=[self.store.prefix], args=[
+            task_id, account, self._limits[0], *summary])
+        if answer.startswith("late "):
+            state = answer.removeprefix("late ")
+            reason = {State.QUEUED: "waits in its lane and may be taken at any moment",
+                      State.RUNNING: "is being worked on"}.get(state, f"has ended already ({state})")
+            raise HTTPError(409, f"the task {reason}; only one that waits for its send_at or a retry can be cancelled",
                           "id")
-        if done != "cancelled":
+        if answer != "cancelled":
             raise HTTPError(404, "there is no such task, or it ended too long ago", "id")
 
-    # Who retries says that the address is good now, so what the server said of it counts no more; what a person
-    # suppressed stays so. Nobody waits for an OTP that died, so it does not stand in the line of those that are new.
+    # Queue a dead letter again, or remove it. Whoever retries says that the address is good now, so what the server
+    # said of it no longer counts; an address that a person suppressed stays so. Nobody waits for an OTP that died, so
+    # it does not delay new ones in the urgent lane.
+    # KEYS: the prefix. ARGV: id, the account that the task must belong to or "", "retry" or "remove".
+    # Answer: 0 if there is no such dead letter, else 1.
     REVIVE = NOTE + """
         local prefix, id, account = KEYS[1], ARGV[1], ARGV[2]
         local task = prefix .. 'task:' .. id
@@ -3134,20 +3186,20 @@ class Queue:
         redis.call('ZREM', prefix .. 'dead:' .. owner, id)
         if ARGV[3] == 'remove' then
             redis.call('UNLINK', task)
-        else
-            redis.call('PERSIST', task)
-            redis.call('HDEL', task, 'started')
-            note(task, 'revived', 'by request')
-            redis.call('HDEL', task, 'error', 'finished', 'strikes', 'drops', 'dropped')
-            redis.call('HSET', task, 'state', 'queued', 'attempts', 0)
-            redis.call('LPUSH', prefix .. 'lane:' .. (lane == 'urgent' and 'normal' or lane), id)
-            local reasons = prefix .. 'suppressed_for:' .. owner
-            for address in string.gmatch(to or '', '%S+') do
-                local reason = redis.call('HGET', reasons, address)
-                if reason and reason ~= 'by request' then
-                    redis.call('HDEL', reasons, address)
-                    redis.call('ZREM', prefix .. 'suppressed:' .. owner, address)
-                end
+            return 1
+        end
+        redis.call('PERSIST', task)
+        redis.call('HDEL', task, 'started')
+        note(task, 'revived', 'by request')
+        redis.call('HDEL', task, 'error', 'finished', 'strikes', 'drops', 'dropped')
+        redis.call('HSET', task, 'state', 'queued', 'attempts', 0)
+        redis.call('LPUSH', prefix .. 'lane:' .. (lane == 'urgent' and 'normal' or lane), id)
+        local reasons = prefix .. 'suppressed_for:' .. owner
+        for address in string.gmatch(to or '', '%S+') do
+            local reason = redis.call('HGET', reasons, address)
+            if reason and reason ~= 'by request' then
+                redis.call('HDEL', reasons, address)
+                redis.call('ZREM', prefix .. 'suppressed:' .. owner, address)
             end
         end
         return 1
@@ -3159,10 +3211,10 @@ class Queue:
 
     def revive_all(self, account: str = "", remove: bool = False,
                    progress: Callable[[int], object] = lambda count: None) -> int:
-        """Queue all dead letters again, or remove them; returns how many. `progress` hears how many so far."""
-        key, count, before = list_key(self.store, "dead", account), 0, self.store.time() * 1000
+        """Queue all dead letters again, or remove them; returns how many. `progress` is given how many so far."""
+        key, count, begun = list_key(self.store, "dead", account), 0, self.store.time() * 1000
         # Letters that die again meanwhile have a later time, so that this ends.
-        while ids := self.store.redis.zrangebyscore(key, "-inf", before, start=0, num=self.BATCH):
+        while ids := self.store.redis.zrangebyscore(key, "-inf", begun, start=0, num=self.REVIVE_BATCH):
             for task_id in ids:
                 self.give_way()
                 if self.revive(task_id, account, remove):
@@ -3174,8 +3226,21 @@ class Queue:
 
 
 def list_key(store: Store, kind: str, account: str) -> str:
-    """The key of an account's own list of a kind, or of the one of all accounts where `account` is empty."""
+    """The key of an account's own list of a kind, or of the list of all accounts where `account` is empty."""
     return store.key(kind, account) if account else store.key(kind)
+
+
+def summary_of(task: Json) -> str:
+    """What is shown of a task, as JSON: nothing of the mail itself."""
+    return json.dumps({"task": task["task"], "type": task["type"], "retries": task["retries"],
+                       "payload": {"userId": task["payload"]["userId"]}})
+
+
+def timestamp(microseconds: float | str) -> str:
+    """RFC 3339 in UTC for microseconds since the epoch; the year 9999 for what is beyond the calendar."""
+    seconds = min(max(float(microseconds) / 1e6, 0.0), 253402300799.0)
+    moment = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 class Suppressions:
@@ -3186,7 +3251,7 @@ class Suppressions:
         self._remove = store.script(self.REMOVE, once=True)
 
     def list(self, account: str, offset: int = 0, limit: int = 100) -> tuple[int, "list[Json]"]:
-        """(how many addresses the account sends nothing to, those from `offset` on), newest first."""
+        """(how many addresses the account has suppressed, those from `offset` on), newest first."""
         key = self.store.key("suppressed", account)
         found = self.store.redis.zrevrange(key, offset, offset + limit - 1, withscores=True) if limit else []
         addresses = [address for address, _ in found]
@@ -3196,12 +3261,13 @@ class Suppressions:
             for (address, moment), reason in zip(found, reasons)]
 
     def add(self, account: str, address: str) -> None:
-        """Send nothing but OTPs to an address any more."""
+        """Suppress an address."""
         with self.store.redis.pipeline() as transaction:
             transaction.zadd(self.store.key("suppressed", account), {fold_address(address): self.store.time() * 1000})
             transaction.hset(self.store.key("suppressed_for", account), fold_address(address), "by request")
             transaction.execute()
 
+    # KEYS: suppressed:<account>, suppressed_for:<account>. ARGV: addresses. Answer: how many of them were suppressed.
     REMOVE = """
         redis.call('HDEL', KEYS[2], unpack(ARGV))
         return redis.call('ZREM', KEYS[1], unpack(ARGV))
@@ -3209,14 +3275,14 @@ class Suppressions:
 
     def remove(self, account: str, address: str) -> bool:
         """Send to an address again. False where it was not suppressed."""
-        keys = [fold_address(address), *([address.casefold()] if self.by_older(account, address) else [])]
-        lists = [self.store.key("suppressed", account), self.store.key("suppressed_for", account)]
-        return bool(self._remove(keys=lists, args=keys))
+        addresses = [fold_address(address), *([address.casefold()] if self.by_older(account, address) else [])]
+        keys = [self.store.key("suppressed", account), self.store.key("suppressed_for", account)]
+        return bool(self._remove(keys=keys, args=addresses))
 
     def by_older(self, account: str, address: str) -> bool:
-        """Whether an address was suppressed by a version that folded more than ASCII letters.
+        """Whether an address was suppressed by an older version, which folded more than ASCII letters.
 
-        What such a version wrote may mean this mailbox or another; mail to neither is what nobody complains about.
+        Such an entry may mean this mailbox or another: no mail goes to either, which nobody complains about.
         """
         if fold_address(address) == address.casefold():
             return False
@@ -3227,20 +3293,17 @@ class Suppressions:
         return moment is not None and moment < float(since or 0)
 
 
-def summary_of(task: Json) -> str:
-    """What is shown of a task, and kept when it has ended, as JSON: nothing of the mail itself."""
-    return json.dumps({"task": task["task"], "type": task["type"], "retries": task["retries"],
-                       "payload": {"userId": task["payload"]["userId"]}})
-
+# --- 8. inspection --------------------------------------------------------------------------------------
+# What an app, the page or an operator looks at: the state of a task, the newest tasks, dead letters, lanes, counters.
 
 def ended_as(digest: str) -> tuple[str, str]:
-    """(state, account) of a task that has ended, from what Queue.CONCLUDE keeps of it."""
+    """(state, account) of a task that has ended, from the field `d` of Queue.CONCLUDE."""
     state, *_, account = digest.split(" ", 7)
-    return state or "succeeded", account
+    return state or State.SUCCEEDED.value, account
 
 
-def concluded(found: Json) -> Json:
-    """The fields of a task, as long as it has not ended, from what Queue.CONCLUDE keeps of it; "task" is its head."""
+def expand_summary(found: Json) -> Json:
+    """The fields of a task that has not ended, from those of Queue.CONCLUDE; "task" has what its head says."""
     _, task_type, retries, attempts, created, begun, ended, _ = found["d"].split(" ", 7)
     started = int(created) + int(begun or 0)
     return {"task": {"task": found["n"], "type": task_type or "message", "retries": int(retries or 0),
@@ -3249,47 +3312,35 @@ def concluded(found: Json) -> Json:
             "finished": started + int(ended)}
 
 
-def timestamp(microseconds: float | str) -> str:
-    """RFC 3339 in UTC for microseconds since the epoch; the year 9999 for what is beyond the calendar."""
-    seconds = min(max(float(microseconds) / 1e6, 0.0), 253402300799.0)
-    moment = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-# --- 8. inspection --------------------------------------------------------------------------------------
-# What an app, the page or an operator looks at: the state of a task, the newest tasks, dead letters, lanes, counters.
-
 class Inspection:
     """Looks at tasks, lanes, dead letters and counters, and changes none of them.
 
     Args:
-        store: the Store.
-        settings: the Settings, for the times to keep things.
         give_way: called between two parts of a long search.
     """
 
-    PART = 200  # tasks that one script of a search looks at
+    SEARCH_BATCH = 200  # tasks in one script
+    FIELDS = ("head", "account", "state", "attempts", "error", "created", "finished", "due", "started", "story",
+              "d", "u", "n")
 
     def __init__(self, store: Store, settings: Settings, give_way: Callable[[], object] = lambda: None) -> None:
         self.store, self.settings, self.give_way = store, settings, give_way
-        self._recent = store.script(self.RECENT_ONES, when_full=False)
+        self._search = store.script(self.SEARCH, when_full=False)
 
     def status(self, task_id: str, account: str = "", story: bool = False) -> Json | None:
-        """What is known of a task, as a dict, or None. With `account`, only of that account's own.
+        """What is known of a task, or None. With `account`, only of that account's own.
 
-        With `story`, also what became of it when: a list of {"time", "event", "seconds" that took, "error"}.
+        With `story`, also its history: a list of {"time", "event", "seconds" that it took, "error"}.
         """
         found = self._statuses([task_id], account, story)
         return found[0] if found else None
 
     def _statuses(self, ids: Sequence[str], account: str = "", story: bool = False) -> list[Json]:
-        """The statuses of those of the tasks that there are, in one round trip; the body is seldom asked for."""
-        fields = ("head", "account", "state", "attempts", "error", "created", "finished", "due", "started", "story",
-                  "d", "u", "n")
+        """The statuses of those tasks that exist, in one round trip; one more for each that has no head."""
         with self.store.redis.pipeline(transaction=False) as pipeline:
             for task_id in ids:
-                pipeline.hmget(self.store.key("task", task_id), fields)
-            tasks = [(task_id, dict(zip(fields, values))) for task_id, values in zip(ids, pipeline.execute())]
+                pipeline.hmget(self.store.key("task", task_id), self.FIELDS)
+            tasks = [(task_id, dict(zip(self.FIELDS, values))) for task_id, values in zip(ids, pipeline.execute())]
         statuses = []
         for task_id, found in tasks:
             if found["d"]:
@@ -3300,47 +3351,48 @@ class Inspection:
                 found["head"] = self.store.redis.hget(self.store.key("task", task_id), "body")
                 if found["head"] is None:  # it ended just now
                     continue
+            owner = {} if account else {"account": found["account"]}
             try:
-                owner = {} if account else {"account": found["account"]}
                 statuses.append(self._status(task_id, found, story) | owner)
-            except (ValueError, TypeError, KeyError) as error:  # one that nobody can read must not hide the others
+            except (ValueError, TypeError, KeyError) as error:  # an unreadable task must not hide the others
                 log(logging.ERROR, "a task cannot be read", task=task_id, error=describe(error))
                 statuses.append({"id": task_id, "task": "", "type": "", "userId": "", "state": found["state"],
                                  "attempts": 0, "retries": 0, "error": "what is kept of this task cannot be read",
-                                 "created": timestamp(0), **({"story": []} if story else {}),
-                                 **({} if account else {"account": found["account"]})})
+                                 "created": timestamp(0), **({"story": []} if story else {}), **owner})
         return statuses
 
     @staticmethod
-    def _status(task_id: str, found: dict, story: bool) -> dict:
+    def _status(task_id: str, found: Json, story: bool) -> Json:
         """The status of a task, from the fields of its hash. Raises ValueError, TypeError or KeyError."""
         if found["d"]:
-            found = found | concluded(found)
+            found = found | expand_summary(found)
         task = found["task"] if found["u"] else json.loads(found["head"])
-        succeeded = found["state"] == "succeeded"  # then "error" in the hash has the Outcome's result
+        succeeded = found["state"] == State.SUCCEEDED  # then the field "error" has the result
         status = {"id": task_id, "task": task["task"], "type": task["type"], "userId": task["payload"]["userId"],
                   "state": found["state"], "attempts": int(found["attempts"]), "retries": task["retries"],
                   "error": not succeeded and found["error"] or None, "created": timestamp(found["created"])}
         if succeeded and found["error"]:
             status["result"] = found["error"]
-        if found["state"] in ("retrying", "scheduled"):
+        if found["state"] in (State.RETRYING, State.SCHEDULED):
             status["due"] = timestamp(float(found["due"]) * 1000)
         if found["finished"]:
             status["finished"] = timestamp(found["finished"])
         return {**status, "story": history_of(found)} if story else status
 
-    # Of the newest tasks, those in a state and to a recipient; and where to look on.
-    RECENT_ONES = """
+    # Find, among the newest tasks, those in a state and to a recipient.
+    # KEYS: the prefix, recent or recent:<account>. ARGV: part of an address or "", state or "", how many tasks are
+    # passed over, how many are looked at, how many are found at most.
+    # Answer: {the offset to go on from, or -1 at the end, id, ...}.
+    SEARCH = """
         local prefix, list = KEYS[1], KEYS[2]
-        local search, wanted, offset, look, most = unpack(ARGV)
+        local search, state, offset, batch, most = unpack(ARGV)
         local at, found = tonumber(offset), {}
-        local ids = redis.call('LRANGE', list, at, at + look - 1)
+        local ids = redis.call('LRANGE', list, at, at + batch - 1)
         for _, id in ipairs(ids) do
             at = at + 1
             local to, now, user, ended = unpack(redis.call('HMGET', prefix .. 'task:' .. id, 'to', 'state', 'u', 'd'))
             if ended then to, now = to or string.lower(user), string.match(ended, '^%S+') or 'succeeded' end
-            if now and (wanted == '' or now == wanted)
-                    and (search == '' or string.find(to or '', search, 1, true)) then
+            if now and (state == '' or now == state) and (search == '' or string.find(to or '', search, 1, true)) then
                 found[#found + 1] = id
                 if #found == tonumber(most) then break end
             end
@@ -3350,12 +3402,12 @@ class Inspection:
 
     def recent(self, account: str = "", search: str = "", state: str = "", offset: int = 0,
                limit: int = 100) -> tuple[list[Json], int | None]:
-        """The newest tasks, of an account or of all, and the offset to look on from, None at the end.
+        """The newest tasks, of an account or of all, and the offset to go on from, None at the end.
 
         Args:
             search: the id of a task, or a part of a recipient's address.
             state: only tasks in this state.
-            offset: how many of the newest are passed over, whether or not they are what is looked for.
+            offset: how many of the newest tasks are passed over, whether or not they match.
         """
         known = self._statuses([search], account) if search else []
         if known and state in ("", known[0]["state"]):
@@ -3364,8 +3416,8 @@ class Inspection:
         ids: list[str] = []
         while offset >= 0 and len(ids) < limit:
             self.give_way()
-            offset, *found = self._recent(keys=[self.store.prefix, key], args=[
-                fold_address(search), state, offset, self.PART, limit - len(ids)])
+            offset, *found = self._search(keys=[self.store.prefix, key], args=[
+                fold_address(search), state, offset, self.SEARCH_BATCH, limit - len(ids)])
             ids += found
         return self._statuses(ids, account), offset if offset >= 0 else None
 
@@ -3377,58 +3429,16 @@ class Inspection:
         return self.store.redis.zcard(key), self._statuses(ids, account)
 
     def oldest(self) -> dict[str, float]:
-        """Seconds that the task which is next has waited since it was accepted, by lane; 0 where none waits."""
+        """By lane, how many seconds ago its next task was accepted; 0 where none waits."""
         with self.store.redis.pipeline(transaction=False) as pipeline:
             for lane in LANES:
                 pipeline.lindex(self.store.key("lane", lane), -1)
-            ids = pipeline.execute()
-            for task_id in ids:
+            for task_id in pipeline.execute():
                 pipeline.hget(self.store.key("task", task_id or ""), "created")
             pipeline.time()
             *created, (seconds, microseconds) = pipeline.execute()
         return {lane: max(0.0, seconds + (microseconds - int(moment)) / 1e6) if moment else 0.0
                 for lane, moment in zip(LANES, created)}
-
-    def waiting(self) -> int | None:
-        """How many tasks wait in the lanes, for a retry or their time; None while a process may have some in hand."""
-        depths = self.depths()
-        return None if self.processes() else sum(depths[name] for name in (*LANES, "retrying"))
-
-    def processes(self) -> int:
-        """How many processes work on this queue."""
-        return self.store.redis.hlen(self.store.key("processes"))
-
-    def lanes(self, depths: Mapping[str, int]) -> list[Json]:
-        """For each lane: what waits there, by `depths`, and in how many of the processes it is paused, and why."""
-        processes = [json.loads(reasons) for reasons in self.store.redis.hvals(self.store.key("paused"))]
-        oldest, lanes = self.oldest(), []
-        for lane in LANES:
-            reasons = [paused[lane] for paused in processes if lane in paused]
-            lanes.append({"lane": lane, "queued": depths[lane], "oldest": round(oldest[lane], 3),
-                          "paused": len(reasons), "reason": reasons[0] if reasons else None})
-        return lanes
-
-    def outage(self, own: Json | None = None) -> Json | None:
-        """In how many processes the SMTP server is out, since when, and why; None where it is out in none.
-
-        `own` is what this process reports: its heartbeat may not have done so yet.
-        """
-        processes = map(json.loads, self.store.redis.hvals(self.store.key("paused")))
-        reports = [process["smtp"] for process in processes if "smtp" in process] or ([own] if own else [])
-        if not reports:
-            return None
-        first = min(reports, key=lambda report: report["since"])
-        return {"state": "out", "processes": len(reports), "since": timestamp(first["since"]),
-                "reason": first["reason"]}
-
-    def counters(self) -> dict[str, int]:
-        """{"executed", "successful", "failed"}: tasks that ended, not attempts; the last two add up to the first."""
-        found = self.store.redis.hgetall(self.store.key("metrics"))
-        return {name: int(found.get(name, 0)) for name in ("executed", "successful", "failed")}
-
-    def scheduled(self) -> int:
-        """How many tasks wait for their send_at. What is due was counted by an older version, or is gone."""
-        return self.store.redis.zcount(self.store.key("scheduled"), int(self.store.time() * 1000), "+inf")
 
     def depths(self) -> dict[str, int]:
         """How many tasks wait in each lane, for a retry or their send_at, and as dead letters."""
@@ -3439,49 +3449,77 @@ class Inspection:
             pipeline.zcard(self.store.key("dead"))
             return dict(zip((*LANES, "retrying", "dead"), pipeline.execute()))
 
+    def scheduled(self) -> int:
+        """How many tasks wait for their send_at. What is due was counted by an older version, or is gone."""
+        return self.store.redis.zcount(self.store.key("scheduled"), int(self.store.time() * 1000), "+inf")
+
+    def waiting(self) -> int | None:
+        """How many tasks wait in the lanes, for a retry or their send_at; None while a process works on some."""
+        depths = self.depths()
+        return None if self.processes() else sum(depths[name] for name in (*LANES, "retrying"))
+
+    def counters(self) -> dict[str, int]:
+        """{"executed", "successful", "failed"}: tasks that ended, not attempts; the last two add up to the first."""
+        found = self.store.redis.hgetall(self.store.key("metrics"))
+        return {name: int(found.get(name, 0)) for name in ("executed", "successful", "failed")}
+
+    def processes(self) -> int:
+        """How many processes work on this queue."""
+        return self.store.redis.hlen(self.store.key("processes"))
+
+    def _pauses(self) -> list[Json]:
+        """What each process reports: lane -> why it is paused, and of an outage "smtp", see SmtpState.report()."""
+        return [json.loads(report) for report in self.store.redis.hvals(self.store.key("paused"))]
+
+    def lanes(self, depths: Mapping[str, int]) -> list[Json]:
+        """For each lane: what waits there, by `depths`, and in how many of the processes it is paused, and why."""
+        reports, oldest, lanes = self._pauses(), self.oldest(), []
+        for lane in LANES:
+            reasons = [report[lane] for report in reports if lane in report]
+            lanes.append({"lane": lane, "queued": depths[lane], "oldest": round(oldest[lane], 3),
+                          "paused": len(reasons), "reason": reasons[0] if reasons else None})
+        return lanes
+
+    def outage(self, own: Json | None = None) -> Json | None:
+        """In how many processes the SMTP server is out, since when, and why; None where it is out in none.
+
+        `own` is the report of this process, in case its heartbeat has not sent it yet.
+        """
+        reports = [report["smtp"] for report in self._pauses() if "smtp" in report] or ([own] if own else [])
+        if not reports:
+            return None
+        first = min(reports, key=lambda report: report["since"])
+        return {"state": "out", "processes": len(reports), "since": timestamp(first["since"]),
+                "reason": first["reason"]}
+
 
 def history_of(task: Json) -> list[Json]:
-    """The story of a task, from the fields of its hash."""
-    events: list[Json] = [{"time": timestamp(task["created"]), "event": "accepted"}]
-    for line in (task["story"] or "").split("\n")[:-1]:
-        moment, started, event, why = line.split(" ", 3)
-        events.append({"time": timestamp(moment), "event": event, **elapsed(started, moment), "error": why or None})
-    if task["state"] in ("succeeded", "cancelled", "suppressed"):
-        events.append({"time": timestamp(task["finished"]), "event": task["state"],
-                       **elapsed(task["started"], task["finished"]),
-                       "error": task["state"] != "succeeded" and task["error"] or None})
-    elif task["state"] == "running":
-        events.append({"time": timestamp(task["started"]), "event": "running"})
-    return events
-
-
-def elapsed(started: str | None, ended: str) -> dict[str, float]:
-    """{"seconds"} between two moments in microseconds, or nothing where it was not begun."""
-    began = int(started or 0)
-    return {"seconds": round((int(ended) - began) / 1e6, 3)} if began else {}
+    """What happened to a task, from the fields of its hash, the oldest event first."""
+    state = task["state"]
+    events = [line.split(" ", 3) for line in (task["story"] or "").split("\n")[:-1]]
+    if state in (State.SUCCEEDED, State.CANCELLED, State.SUPPRESSED):
+        reason = task["error"] if state != State.SUCCEEDED else ""
+        events.append([task["finished"], task["started"], state, reason])
+    history: list[Json] = [{"time": timestamp(task["created"]), "event": "accepted"}]
+    for moment, started, event, reason in events:
+        begun = int(started or 0)
+        seconds = {"seconds": round((int(moment) - begun) / 1e6, 3)} if begun else {}
+        history.append({"time": timestamp(moment), "event": event, **seconds, "error": reason or None})
+    if state == State.RUNNING:
+        history.append({"time": timestamp(task["started"]), "event": "running"})
+    return history
 
 
 # --- 9. metrics -----------------------------------------------------------------------------------------
 # The counters of all processes that Prometheus reads, and the history of the last hour.
 
 class Stats:
-    """Counters of all processes together, kept in Redis, as Prometheus wants them: they only ever grow. Beside them, a
-    history of the last hour, minute by minute, for people to look at.
+    """Counters of all processes together, which only ever grow; and the last hour, minute by minute.
 
-    A process counts for itself and adds what is new to the sum once a second.
+    A process counts for itself, and adds its new counts to the sums in Redis once a second.
     """
 
-    # Add to counters: seconds to keep a minute of the history, then key, field and amount of each.
-    ADD = """
-        for at = 2, #ARGV, 3 do
-            local key, series, amount = unpack(ARGV, at, at + 2)
-            redis.call('HINCRBYFLOAT', KEYS[1] .. key, series, amount)
-            if key ~= 'stats' then redis.call('EXPIRE', KEYS[1] .. key, ARGV[1]) end
-        end
-        return 1
-    """
-    AT_ONCE = 500  # counters in one script
-
+    FLUSH_BATCH = 500  # counters in one script
     MINUTES = 60
     SECONDS = {  # histogram -> the limits of its buckets
         "gomail_smtp_seconds": (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, math.inf),
@@ -3489,7 +3527,7 @@ class Stats:
 
     def __init__(self, store: Store) -> None:
         self.store, self.lock = store, threading.Lock()
-        self.new: collections.Counter[tuple] = collections.Counter()
+        self.new: dict[tuple, float] = collections.defaultdict(int)  # what is not in Redis yet
         self._add = store.script(self.ADD, once=True)
 
     def count(self, name: str, **labels: str) -> None:
@@ -3505,27 +3543,38 @@ class Stats:
             self.new[minute, (event, "")] += 1
 
     def observe(self, name: str, seconds: float, **labels: str) -> None:
-        """Add to a histogram; each bucket by itself until it is read."""
+        """Add to a histogram; its buckets are not cumulative until they are read."""
         limits = self.SECONDS[name]
         limit = limits[bisect.bisect_left(limits, seconds)]
         with self.lock:
             self.new["stats", (f"{name}_bucket", ("le", limit), *labels.items())] += 1
-            self.new["stats", (f"{name}_sum", *labels.items())] += seconds  # type: ignore[assignment]  # a Counter of floats
+            self.new["stats", (f"{name}_sum", *labels.items())] += seconds
+
+    # KEYS: the prefix. ARGV: seconds to keep a minute of the history, then key, field and amount of each counter.
+    ADD = """
+        for at = 2, #ARGV, 3 do
+            local key, series, amount = unpack(ARGV, at, at + 2)
+            redis.call('HINCRBYFLOAT', KEYS[1] .. key, series, amount)
+            if key ~= 'stats' then redis.call('EXPIRE', KEYS[1] .. key, ARGV[1]) end
+        end
+        return 1
+    """
 
     def flush(self) -> None:
-        """Add what is new to the sum. Where Redis is away, it stays for the next time."""
+        """Add the new counts to the sums. Where Redis is away, they stay for the next time."""
         with self.lock:
-            new, self.new = self.new, collections.Counter()
+            new, self.new = self.new, collections.defaultdict(int)
         try:
             while new:
-                some = list(itertools.islice(new.items(), self.AT_ONCE))
+                batch = list(itertools.islice(new.items(), self.FLUSH_BATCH))
                 self._add(keys=[self.store.prefix], args=[(self.MINUTES + 2) * 60, *(
-                    part for (key, series), amount in some for part in (key, json.dumps(series), amount))])
-                for counter, _ in some:
+                    part for (key, series), amount in batch for part in (key, json.dumps(series), amount))])
+                for counter, _ in batch:
                     del new[counter]
         except redis.RedisError:
             with self.lock:
-                self.new.update(new)
+                for counter, amount in new.items():
+                    self.new[counter] += amount
             raise
 
     def read(self) -> dict[tuple, float]:
@@ -3544,21 +3593,21 @@ class Stats:
                 series[(f"{name}_count", *labels)] = total
         return series
 
-    def history(self, owner: Account | None = None) -> list[dict]:
+    def history(self, owner: Account | None = None) -> list[Json]:
         """The last hour of an account, or of all: [{"time", "sent", "retried", "failed"}], this minute last."""
         self.flush()
         events, now = ("sent", "retried", "failed"), int(self.store.time() // 60)
         minutes = range(now - self.MINUTES + 1, now + 1)
-        # An older version left the key out.
-        whose = [(owner.name, owner.key_id), (owner.name,)] if owner and owner.name else [("",)]
+        # An older version left out the key's id.
+        owners = [(owner.name, owner.key_id), (owner.name,)] if owner and owner.name else [("",)]
         with self.store.redis.pipeline(transaction=False) as pipeline:
             for minute in minutes:
-                for labels in whose:
+                for labels in owners:
                     pipeline.hmget(self.store.key("history", str(minute)),
                                    [json.dumps((event, *labels)) for event in events])
             found = pipeline.execute()
-        sums = [[sum(int(float(amount or 0)) for amount in amounts) for amounts in zip(*found[at:at + len(whose)])]
-                for at in range(0, len(found), len(whose))]
+        sums = [[sum(int(float(amount or 0)) for amount in amounts) for amounts in zip(*found[at:at + len(owners)])]
+                for at in range(0, len(found), len(owners))]
         return [{"time": timestamp(minute * 60_000_000), **dict(zip(events, amounts))}
                 for minute, amounts in zip(minutes, sums)]
 
@@ -4001,43 +4050,45 @@ def quoted_phrase(name: str) -> str:
 class DeliveryError(Exception):
     """A mail was not handed over to all of its recipients.
 
-    `certain` says that the server would say the same on another connection, `too_many` that it takes fewer recipients
-    in one transaction, `no_such_address` that it does not know the recipient's address, and never will.
+    Args:
+        certain: another connection would get the same reply.
+        dropped: the failure came in the middle of this mail, which may be its cause.
+        sender: the server answers, but refuses the sender.
     """
 
-    too_many = no_such_address = False
+    too_many = False  # whether the server takes fewer recipients in one transaction
+    no_such_address = False  # whether the server says that the recipient's address does not exist
+    verdict = Verdict.RETRYING  # what becomes of the task
 
-    def __init__(self, error: str, certain: bool = False) -> None:
+    def __init__(self, error: str, certain: bool = False, dropped: bool = False, sender: bool = False) -> None:
         super().__init__(error)
-        self.certain = certain
+        self.certain, self.dropped, self.sender = certain, dropped, sender
 
 
 class TemporaryError(DeliveryError):
-    """The server refused this mail for now (SMTP 4xx): worth another attempt."""
+    """The server refused this mail for now (SMTP 4xx): another attempt may succeed."""
 
 
 class PermanentError(DeliveryError):
-    """This mail will never be taken (SMTP 5xx, or the task itself): no further attempt."""
+    """This mail will never be accepted (SMTP 5xx, or a fault of the task): no further attempt."""
+
+    verdict = Verdict.DEAD
 
 
 class UnavailableError(DeliveryError):
-    """No mail can be handed over now, whatever the mail: the server, the connection or the sender's account is out.
+    """No mail at all can be handed over now: the server, the connection or the sender's account is out of order."""
 
-    `dropped` says that it came up in the middle of this mail, so that the mail may be the cause; `sender` that the
-    server answers, and refuses the sender.
-    """
-
-    def __init__(self, error: str, dropped: bool = False, sender: bool = False) -> None:
-        super().__init__(error)
-        self.dropped, self.sender = dropped, sender
+    def __init__(self, error: str, certain: bool = False, dropped: bool = False, sender: bool = False) -> None:
+        super().__init__(error, certain, dropped, sender)
+        self.verdict = Verdict.DROPPED if dropped else Verdict.RETURNED
 
 
 class InDoubtError(UnavailableError):
     """The server got the whole mail, but its answer never came: the mail may have arrived."""
 
     def __init__(self, error: str) -> None:
-        super().__init__(f"in doubt, the mail may have arrived: {error}", dropped=True)
-        self.certain = True
+        super().__init__(f"in doubt, the mail may have arrived: {error}", certain=True, dropped=True)
+        self.verdict = Verdict.IN_DOUBT
 
 
 class PartialError(DeliveryError):
@@ -4046,14 +4097,28 @@ class PartialError(DeliveryError):
     def __init__(self, delivered: tuple[str, ...], refused: dict[str, DeliveryError]) -> None:
         super().__init__("; ".join(f"{address}: {error}" for address, error in refused.items()))
         self.delivered, self.refused = delivered, refused
+        # An outage decides what becomes of the task, or else a refusal that may pass.
+        self.cause = min(refused.values(), key=lambda error: (
+            not isinstance(error, UnavailableError), error.verdict == Verdict.DEAD))
+        self.verdict = self.cause.verdict
 
 
-class SuppressedError(Exception):
+class SuppressedError(DeliveryError):
     """All recipients are suppressed."""
 
+    verdict = Verdict.SUPPRESSED
 
-class CancelledError(Exception):
-    """Nobody wants this mail any more: it is not sent, and that is no failure."""
+
+class CancelledError(DeliveryError):
+    """The mail is no longer wanted: it is not sent, and that is no failure."""
+
+    verdict = Verdict.CANCELLED
+
+
+class PostponedError(DeliveryError):
+    """The service stops before it can send the mail: the task goes back to its lane."""
+
+    verdict = Verdict.RETURNED
 
 
 class About(enum.StrEnum):
@@ -4936,7 +5001,7 @@ class Newsletters:
     # Queue what is due; answers how many places in the schedule that were, and at how many of them nothing was queued,
     # because the issue before has not ended yet: one that waits is enough, it is filled when it is sent. A boundary
     # that comes too soon after the one before is the same in another time zone, and is passed over.
-    CLAIM = Queue.CLOCK + Queue.REMEMBER + BOUNDARIES + """
+    CLAIM = Queue.ADD_TASK + BOUNDARIES + """
         local prefix, now, most, base = KEYS[1], unpack(ARGV, 1, 3)
         local half = {['@hourly'] = 1800, ['@daily'] = 43200, ['@weekly'] = 302400, ['@monthly'] = 1209600}  -- seconds
         local ended = {succeeded = true, dead = true, suppressed = true, cancelled = true}
@@ -4953,11 +5018,8 @@ class Newsletters:
             end
             local body = cjson.encode({task = content_type, type = 'newsletter', retries = record.retries,
                                        payload = {userId = record.userId, content_type = content_type}})
-            redis.call('HSET', prefix .. 'task:' .. id, 'body', body, 'account', account, 'key', key,
-                       'lane', 'bulk', 'state', 'queued', 'attempts', 0, 'created', microseconds, 'to', address)
-            redis.call('LPUSH', prefix .. 'lane:bulk', id)
+            add_task(prefix, id, account, key, 'bulk', 0, body, address)
             redis.call('HSET', issued, address, id)
-            remember(prefix, account, id)
         end
 
         local due = redis.call('ZRANGE', schedule, '-inf', now, 'BYSCORE', 'LIMIT', 0, most, 'WITHSCORES')
@@ -5252,14 +5314,14 @@ class Newsletters:
 
 
 # --- 14. workers ----------------------------------------------------------------------------------------
-# The thread pool. Each worker belongs to one lane and does one task at a time. When the mail server is out,
-# the breaker of the lane closes, and one worker knocks until it opens again; no task pays for that.
+# The thread pool. Each worker belongs to one lane and does one task at a time. When the mail server is out, the circuit
+# breaker of the lane opens, and one worker probes the server until it closes again; no task pays an attempt for that.
 
 class SmtpState:
     """Whether the SMTP server can be reached, as this process saw it last: one state for all lanes.
 
-    It is "unknown" until the first mail; "out" from a connection, a login or a probe that failed until a new connection
-    succeeds, or else "up". A server that refuses a mail or the sender, or hangs up on a mail, is not out.
+    It is "unknown" until the first mail; "out" from a failed connection, login or probe until a new connection
+    succeeds; otherwise "up". A server that refuses a mail or the sender, or hangs up on a mail, is not out.
 
     Args:
         transport: knows when the server was reached last.
@@ -5267,15 +5329,16 @@ class SmtpState:
 
     def __init__(self, transport: Transport) -> None:
         self.transport, self.lock = transport, threading.Lock()
-        self.state, self.reason, self.since, self.began = "unknown", "", 0.0, 0.0
+        self.state, self.reason = "unknown", ""
+        self.since, self.since_monotonic = 0.0, 0.0  # when the outage began, by both clocks
         self.paused: set[CircuitBreaker] = set()
 
-    def out(self, reason: str, breaker: "CircuitBreaker") -> None:
-        """Note an outage that pauses a lane."""
+    def note_outage(self, reason: str, breaker: "CircuitBreaker") -> None:
+        """Note an outage that pauses the lane of `breaker`."""
         with self.lock:
             if self.state != "out":
                 log(logging.WARNING, "mail server out", server=str(self.transport), error=reason)
-                self.state, self.since, self.began = "out", time.time(), time.monotonic()
+                self.state, self.since, self.since_monotonic = "out", time.time(), time.monotonic()
             self.reason = reason
             self.paused.add(breaker)
 
@@ -5284,30 +5347,30 @@ class SmtpState:
         with self.lock:
             return {"since": int(self.since * 1e6), "reason": self.reason} if self.state == "out" else None
 
-    def passed(self, but: "CircuitBreaker | None" = None) -> None:
-        """Note that the server answered: the lanes that its outage paused go on, except the one of the breaker `but`.
+    def note_answer(self, but: "CircuitBreaker | None" = None) -> None:
+        """Note that the server answered: the lanes that its outage paused resume, except that of the breaker `but`.
 
-        What goes over an older connection proves nothing: the server may serve those and refuse new ones.
+        An answer over an older connection proves nothing: the server may serve those and refuse new ones.
         """
         if self.state == "up":  # as after every mail
             return
         with self.lock:
             if self.state == "out":
-                if self.transport.reached < self.began:
+                if self.transport.reached < self.since_monotonic:
                     return
                 log(logging.INFO, "mail server up again", server=str(self.transport))
             self.state, self.reason = "up", ""
             paused, self.paused = self.paused - {but}, set()
         for breaker in paused:
-            breaker.open()
+            breaker.close()
 
 
 class CircuitBreaker:
-    """Whether a lane may send, from the point of view of this process.
+    """Pauses a lane in this process. It is open while `reason` says why the lane may not send, otherwise closed.
 
     Args:
         lane: its name, for the log.
-        transport: what to probe while the breaker is closed.
+        transport: what is probed while the breaker is open.
         stopping: Event that ends all waiting.
         smtp: the SmtpState of all lanes.
     """
@@ -5316,10 +5379,10 @@ class CircuitBreaker:
 
     def __init__(self, lane: str, transport: Transport, stopping: threading.Event, smtp: SmtpState) -> None:
         self.lane, self.transport, self.stopping, self.smtp = lane, transport, stopping, smtp
-        self.lock, self.prober, self.asked = threading.Lock(), threading.Lock(), threading.Event()
+        self.lock, self.probing, self.probe_requested = threading.Lock(), threading.Lock(), threading.Event()
         self.reason, self.failures = "", 0
 
-    def close(self, reason: str, outage: bool = False) -> None:
+    def open(self, reason: str, outage: bool = False) -> None:
         """Pause the lane; `outage` says that the server is out for all lanes."""
         with self.lock:
             if not self.reason:
@@ -5327,96 +5390,94 @@ class CircuitBreaker:
                 log(logging.WARNING, "lane paused", lane=self.lane, error=reason)
             self.reason = reason
         if outage:
-            self.smtp.out(reason, self)
+            self.smtp.note_outage(reason, self)
 
-    def open(self) -> None:
+    def close(self) -> None:
         """Resume the lane."""
         with self.lock:
             if self.reason:
                 log(logging.INFO, "lane resumed", lane=self.lane)
             self.reason = ""
 
-    def passed(self) -> None:
+    def note_success(self) -> None:
         """Note that the server took a mail: the next pause starts with a short delay again."""
         self.failures = 0
-        self.smtp.passed()
+        self.smtp.note_answer()
 
-    def resume(self) -> None:
-        """Probe at once, and soon again where that fails."""
+    def request_probe(self) -> None:
+        """Have the lane probed at once, and again after a short delay if that fails."""
         self.failures = 0
-        self.asked.set()
+        self.probe_requested.set()
 
     def delay(self) -> float:
         """Seconds until the next probe."""
         return random.uniform(0.5, 1) * min(self.FIRST_DELAY * 2 ** min(self.failures, 20), self.LONGEST_DELAY)
 
-    def rest(self) -> float:
-        """Wait until the next probe is due, somebody asks for it, or the lane is open. False when the service stops."""
+    def wait_for_probe(self) -> None:
+        """Return when a probe is due or requested, when the lane may send, or when the service stops."""
         due = time.monotonic() + self.delay()
-        while self.reason and not self.asked.is_set() and (left := due - time.monotonic()) > 0:
+        while self.reason and not self.probe_requested.is_set() and (left := due - time.monotonic()) > 0:
             if self.stopping.wait(min(left, 0.1)):
-                return False
-        self.asked.clear()
-        return not self.stopping.is_set()
+                return
+        self.probe_requested.clear()
 
-    def wait(self) -> bool:
-        """Return when the lane may send; one of the waiting threads probes. False when the service stops."""
+    def wait(self) -> None:
+        """Return when the lane may send, or when the service stops; one of the waiting threads probes."""
         while self.reason and not self.stopping.is_set():
-            if not self.prober.acquire(timeout=0.2):
-                continue
-            try:
-                while self.reason and self.rest() and self.reason:
-                    try:
-                        self.transport.probe()
-                        self.smtp.passed()
-                    except UnavailableError as error:
-                        self.failures += 1
-                        self.reason = str(error)
-                        log(logging.INFO, "lane still paused", lane=self.lane, error=self.reason)
-                        if error.sender:
-                            self.smtp.passed(but=self)
-                        else:
-                            self.smtp.out(self.reason, self)
-                        continue
-                    except Exception:  # a fault of ours must not keep the lane paused: the next mail will tell
-                        logger.exception("unexpected error in a probe", extra={"fields": {"lane": self.lane}})
-                    self.open()
-            finally:
-                self.prober.release()
-        return not self.stopping.is_set()
+            if self.probing.acquire(timeout=0.2):
+                try:
+                    self.wait_for_probe()
+                    if self.reason and not self.stopping.is_set():
+                        self.probe()
+                finally:
+                    self.probing.release()
 
-
-class PostponedError(Exception):
-    """The service stops: the task goes back to its lane."""
+    def probe(self) -> None:
+        """Find out whether the server takes mail, and resume the lane if so."""
+        try:
+            self.transport.probe()
+            self.smtp.note_answer()
+        except UnavailableError as error:
+            self.failures += 1
+            self.reason = str(error)
+            log(logging.INFO, "lane still paused", lane=self.lane, error=self.reason)
+            if error.sender:
+                self.smtp.note_answer(but=self)
+            else:
+                self.smtp.note_outage(self.reason, self)
+            return
+        except Exception:  # a fault of ours must not keep the lane paused: the next mail will tell
+            logger.exception("unexpected error in a probe", extra={"fields": {"lane": self.lane}})
+        self.close()
 
 
 class Workers:
     """The worker threads of all lanes, and what they do with each type of task.
 
     Args:
-        settings, queue, transport, otps, newsletters: what the tasks need.
-        stats: where they are counted.
+        stats: counts the tasks and their mails.
     """
 
-    WAIT = 1.0  # seconds a worker waits at an empty lane before it looks up
-    SWIFT = 0.002  # seconds for a newsletter's mail, below which the server is not what keeps us waiting
-    REST = 0.1  # seconds
-    SETTLING = 2.0  # seconds to note what became of the tasks in hand, once their connections are cut
+    WAIT = 1.0  # seconds that a worker waits at an empty lane before it checks whether the service stops
+    FAST_MAIL = 0.002  # seconds; a newsletter's mail that takes longer waits for the server
+    REDUNDANT_WAIT = 0.1  # seconds
+    SETTLE_TIMEOUT = 2.0  # seconds to settle the tasks in hand, once their connections are cut
     MAX_DROPS = 3
-    DOUBT = 20  # times retry_delay: before a mail that may have arrived is sent again
-    EVENTS = {"succeeded": "sent", "retrying": "retried", "dropped": "retried", "in-doubt": "retried",
-              "dead": "failed"}  # of a mail
+    DOUBT_FACTOR = 20  # times retry_delay: before a mail that may have arrived is sent again
+    EVENTS = {Verdict.SUCCEEDED: "sent", Verdict.RETRYING: "retried", Verdict.DROPPED: "retried",
+              Verdict.IN_DOUBT: "retried", Verdict.DEAD: "failed"}  # for the history of mails
 
-    def __init__(self, settings: Settings, queue: Queue, suppressions: Suppressions, transport: Transport, otps: Otps,
-                 newsletters: Newsletters, stats: Stats) -> None:
-        self.settings, self.queue, self.suppressions = settings, queue, suppressions
+    def __init__(self, settings: Settings, store: Store, queue: Queue, suppressions: Suppressions, transport: Transport,
+                 otps: Otps, newsletters: Newsletters, stats: Stats) -> None:
+        self.settings, self.store, self.queue, self.suppressions = settings, store, queue, suppressions
         self.transport, self.stats = transport, stats
         self.otps, self.newsletters = otps, newsletters
         self.handlers = {"message": self.send_message, "generateOtp": self.send_otp, "newsletter": self.send_newsletter,
                          "subscribe": newsletters.subscribe, "unsubscribe": newsletters.unsubscribe}
         self.stopping = threading.Event()
         self.smtp = SmtpState(transport)
-        self.breakers = {lane: CircuitBreaker(lane, transport, self.stopping, self.smtp) for lane in LANES}
+        self.breakers: dict[str, CircuitBreaker] = {
+            lane: CircuitBreaker(lane, transport, self.stopping, self.smtp) for lane in LANES}
         self.suspect = threading.Lock()
         # One thread for the changes: they wait for Redis alone, and more threads would make an OTP slower.
         names = [(lane, f"{lane}-{number}") for lane in LANES
@@ -5424,14 +5485,18 @@ class Workers:
         self.threads = {name: threading.Thread(target=self.run, args=(lane, name), daemon=True) for lane, name in names}
 
     @property
-    def names(self) -> list[str]:
-        """The names of the workers, and of their processing lists."""
-        return list(self.threads)
-
-    @property
     def paused(self) -> dict[str, str]:
         """Why lanes are paused in this process: lane -> reason."""
         return {lane: breaker.reason for lane, breaker in self.breakers.items() if breaker.reason}
+
+    def report(self) -> Json:
+        """What the heartbeat shows of the lanes: `paused`, and "smtp" during an outage."""
+        outage = self.smtp.report()
+        return self.paused | ({"smtp": outage} if outage else {})
+
+    def resume(self, lane: str) -> None:
+        """Probe at once whether a paused lane can go on."""
+        self.breakers[lane].request_probe()
 
     def start(self) -> None:
         """Start the threads."""
@@ -5441,10 +5506,11 @@ class Workers:
     def stop(self, timeout: float) -> bool:
         """Take no further tasks, and wait up to `timeout` seconds for those in hand. True when all ended.
 
-        What the server has not answered by then is cut off, so that what may have arrived is noted as such.
+        Then all connections are cut, and a mail that the server has not answered is settled as one that may have
+        arrived.
         """
         self.stopping.set()
-        for patience in (timeout, self.SETTLING):
+        for patience in (timeout, self.SETTLE_TIMEOUT):
             deadline = time.monotonic() + patience
             for thread in self.threads.values():
                 thread.join(max(0.0, deadline - time.monotonic()))
@@ -5453,16 +5519,16 @@ class Workers:
             self.transport.abandon()
         return False
 
-    def run(self, lane: str, name: str) -> None:
+    def run(self, lane: Lane, name: str) -> None:
         """Work until the service stops. An outcome is kept until Redis has it, however long that takes."""
-        outcome, failures, duration = None, 0, self.SWIFT
-        self.queue.store.dedicate()
+        outcome, failures, duration = None, 0, self.FAST_MAIL
+        self.store.dedicate()
         while True:
             try:
-                # A second thread would make newsletters that go swiftly only little faster, and an OTP slower.
-                rest = name != "bulk-0" and lane == "bulk" and duration < self.SWIFT
-                take = not self.stopping.is_set() and not self.breakers[lane].reason and not rest
-                if lane != "urgent":
+                # More than one thread makes fast newsletters only a little faster, and OTPs slower.
+                redundant = lane == Lane.BULK and name != "bulk-0" and duration < self.FAST_MAIL
+                take = not self.stopping.is_set() and not self.breakers[lane].reason and not redundant
+                if lane != Lane.URGENT:
                     self.queue.give_way()
                 task = self.queue.settle_and_take(name, lane, outcome, take)
                 outcome, failures = None, 0
@@ -5472,9 +5538,9 @@ class Workers:
                     duration = time.monotonic() - started
                 elif self.stopping.is_set():
                     break
-                elif rest:
-                    duration = self.SWIFT
-                    self.stopping.wait(self.REST)
+                elif redundant:
+                    duration = self.FAST_MAIL
+                    self.stopping.wait(self.REDUNDANT_WAIT)
                 elif take:
                     self.transport.tidy(SmtpTransport.IDLE)
                     while not (self.queue.wait(name, lane, self.WAIT) or self.stopping.is_set()
@@ -5484,106 +5550,89 @@ class Workers:
                     self.breakers[lane].wait()
             except redis.RedisError as error:
                 failures += 1
-                self.queue.store.note_refusal(error)
+                self.store.note_refusal(error)
                 if failures == 1:
                     log(logging.ERROR, "Redis is not available", worker=name, error=describe(error))
                 if self.stopping.wait(random.uniform(0.5, 1) * min(0.1 * 2 ** min(failures, 10), 5.0)) and failures > 3:
                     break
-            except Exception:  # a fault of ours must not end the thread: the lane would have one worker less for ever
+            except Exception:  # a fault of ours must not end the thread: the lane would lose a worker for ever
                 logger.exception("unexpected error in a worker", extra={"fields": {"worker": name}})
                 self.stopping.wait(1.0)
         self.transport.tidy()
 
-    def perform(self, task: Task, lane: str) -> Outcome:
+    def perform(self, task: Task, lane: Lane) -> Outcome:
         """Do a task, log what became of it, and return the Outcome. Raises nothing."""
-        # A task whose process died may be the cause: it runs while no other such task does, so that it alone
-        # is to blame if it happens again.
+        # A task may be why its process died: it runs while no other such task does, so that it alone is to blame if
+        # the process dies again.
         with self.suspect if task.strikes else contextlib.nullcontext():
             started = time.monotonic()
             outcome = self._perform(task, lane)
-        self.stats.count("gomail_tasks_total", type=task.type, outcome=outcome.verdict)
-        if task.type not in ("subscribe", "unsubscribe") and outcome.verdict in self.EVENTS:
-            self.stats.note(self.EVENTS[outcome.verdict], Account(task.account, task.key))
-        log(dict.fromkeys(("succeeded", "cancelled", "suppressed"), logging.INFO).get(outcome.verdict, logging.WARNING),
-            f"task {outcome.verdict}", task=task.id, type=task.type, account=task.account, attempt=task.attempts + 1,
-            duration=round(time.monotonic() - started, 4), **({"error": outcome.error} if outcome.error else {}),
-            **({"result": outcome.result} if outcome.result else {}))
+        verdict = outcome.verdict
+        self.stats.count("gomail_tasks_total", type=task.type, outcome=verdict)
+        if task.type not in ("subscribe", "unsubscribe") and verdict in self.EVENTS:
+            self.stats.note(self.EVENTS[verdict], Account(task.account, task.key))
+        is_fine = verdict in (Verdict.SUCCEEDED, Verdict.CANCELLED, Verdict.SUPPRESSED)
+        detail = {"result" if verdict == Verdict.SUCCEEDED else "error": outcome.detail} if outcome.detail else {}
+        log(logging.INFO if is_fine else logging.WARNING, f"task {verdict}", task=task.id, type=task.type,
+            account=task.account, attempt=task.attempts + 1, duration=round(time.monotonic() - started, 4), **detail)
         return outcome
 
-    def _perform(self, task: Task, lane: str) -> Outcome:
+    def _perform(self, task: Task, lane: Lane) -> Outcome:
         try:
             if task.strikes:
                 self.queue.begin(task)
-            result = self.handlers[task.type](task)
-        except CancelledError as error:
-            return Outcome(task.id, "cancelled", str(error))
-        except SuppressedError as error:
-            return Outcome(task.id, "suppressed", str(error))
-        except PostponedError as error:
-            return Outcome(task.id, "returned", str(error))
-        except PermanentError as error:
-            return Outcome(task.id, "dead", str(error), suppress=(
-                (fold_address(task.payload["userId"]),) if error.no_such_address else ()))
-        except PartialError as error:
-            outcome = self._partial(task, lane, error)
-            unknown = tuple(fold_address(address) for address, refusal in error.refused.items()
-                            if isinstance(refusal, PermanentError) and refusal.no_such_address)
-            return dataclasses.replace(outcome, delivered=task.delivered + error.delivered, suppress=unknown)
-        except UnavailableError as error:
-            return self._unavailable(task, lane, error, str(error))
+            return Outcome(task, Verdict.SUCCEEDED, self.handlers[task.type](task) or "")
+        except DeliveryError as error:
+            return self._failed(task, lane, error)
         except redis.RedisError as error:
-            return Outcome(task.id, "returned", f"Redis is not available: {describe(error)}")
-        except TemporaryError as error:
-            return self._failed(task, str(error))
+            return Outcome(task, Verdict.RETURNED, f"Redis is not available: {describe(error)}")
         except Exception as error:  # a fault of ours costs one task an attempt, never the worker
             logger.exception("unexpected error", extra={"fields": {"task": task.id}})
-            return self._failed(task, f"internal error ({type(error).__name__})")
-        return Outcome(task.id, "succeeded", result=result or "")
+            return self._failed(task, lane, TemporaryError(f"internal error ({type(error).__name__})"))
 
-    def _partial(self, task: Task, lane: str, error: PartialError) -> Outcome:
-        """What becomes of a task of which some recipients did not get the mail."""
-        for found in error.refused.values():
-            if isinstance(found, UnavailableError):
-                return self._unavailable(task, lane, found, str(error))
-        if all(isinstance(found, PermanentError) for found in error.refused.values()):
-            return Outcome(task.id, "dead", str(error))
-        return self._failed(task, str(error))
+    def _failed(self, task: Task, lane: Lane, error: DeliveryError) -> Outcome:
+        """What becomes of a task whose mail was not handed over to all of its recipients."""
+        cause, refused, delivered, delay = error, {task.payload["userId"]: error}, (), 0.0
+        if isinstance(error, PartialError):
+            cause, refused, delivered = error.cause, error.refused, task.delivered + error.delivered
+        verdict = cause.verdict
+        if isinstance(cause, UnavailableError):
+            self.breakers[lane].open(str(cause), outage=not cause.dropped and not cause.sender)
+        if verdict in (Verdict.DROPPED, Verdict.IN_DOUBT):
+            in_doubt = verdict == Verdict.IN_DOUBT
+            # A mail that makes the server hang up would be sent for ever. It pays an attempt for that from the fourth
+            # time on, if the server has taken other mails since the last.
+            if task.drops >= self.MAX_DROPS and self.transport.accepted * 1e6 >= task.dropped:
+                verdict, delay = Verdict.RETRYING, self.doubt_delay(task.drops) if in_doubt else 0.0
+            else:
+                delay = self.doubt_delay(task.drops) if in_doubt else self.drop_delay(task.drops)
+        if verdict == Verdict.RETRYING:
+            if task.attempts < task.retries:
+                delay = max(delay, self.retry_delay(task.attempts))
+            else:
+                verdict, delay = Verdict.DEAD, 0.0
+        unknown = tuple(fold_address(address) for address, found in refused.items() if found.no_such_address)
+        return Outcome(task, verdict, str(error), delay, delivered, unknown)
 
-    def _unavailable(self, task: Task, lane: str, error: UnavailableError, words: str) -> Outcome:
-        """Pause the lane. The task pays no attempt for it, but where it may itself be the cause."""
-        self.breakers[lane].close(str(error), outage=not error.dropped and not error.sender)
-        if not error.dropped:
-            return Outcome(task.id, "returned", words)
-        doubt = isinstance(error, InDoubtError)
-        # A mail that makes the server hang up would go round for ever. It is charged for that when it is
-        # the third time and the server has taken other mails since the last.
-        if task.drops >= self.MAX_DROPS and self.transport.accepted * 1e6 >= task.dropped:
-            return self._failed(task, words, self.doubt_delay(task.drops) if doubt else 0.0)
-        if doubt:
-            return Outcome(task.id, "in-doubt", words, self.doubt_delay(task.drops))
-        return Outcome(task.id, "dropped", words, self.drop_delay(task.drops))
+    def retry_delay(self, attempts: int) -> float:
+        """Seconds until a task is tried again after `attempts` others."""
+        return min(self.settings.retry_delay * 2 ** attempts, self.settings.retry_delay_max) * random.uniform(0.5, 1)
 
     @staticmethod
     def drop_delay(drops: int) -> float:
-        """Seconds until a mail is tried again whose connection was dropped, for the time after `drops` others."""
+        """Seconds until a mail is tried again whose connection was dropped, after `drops` earlier times."""
         return min(2.0 ** drops, 60.0) * random.uniform(0.5, 1)
 
     def doubt_delay(self, drops: int) -> float:
-        """Seconds until a mail is tried again that may have arrived: late, since it may be on its way, and rarely."""
+        """Seconds until a mail is tried again that may have arrived: long, since it may still be on its way."""
         longest = max(self.settings.retry_delay_max, self.settings.retry_delay)
-        return min(self.DOUBT * self.settings.retry_delay * 2.0 ** drops, longest) * random.uniform(0.75, 1)
-
-    def _failed(self, task: Task, error: str, least: float = 0.0) -> Outcome:
-        if task.attempts >= task.retries:
-            return Outcome(task.id, "dead", error)
-        longest = min(self.settings.retry_delay * 2 ** task.attempts, self.settings.retry_delay_max)
-        return Outcome(task.id, "retrying", error, max(least, random.uniform(0.5, 1) * longest))
+        return min(self.DOUBT_FACTOR * self.settings.retry_delay * 2.0 ** drops, longest) * random.uniform(0.75, 1)
 
     def send_message(self, task: Task) -> None:
         """Send the mail of a message task."""
         payload, (name, address) = task.payload, self.settings.sender
-        attachments = tuple((found["filename"], found["content_type"], found["content"], found.get("content_id", ""))
-                            for found in payload.get("attachments", ()))
+        attachments = tuple((part["filename"], part["content_type"], part["content"], part.get("content_id", ""))
+                            for part in payload.get("attachments", ()))
         self._send(task, Mail(
             (payload.get("from_name", name), address), payload["userId"], payload["subject"], payload["content"],
             text=payload.get("text", ""), cc=tuple(payload.get("cc", ())), bcc=tuple(payload.get("bcc", ())),
@@ -5597,17 +5646,17 @@ class Workers:
             self.queue.otp_passed()
 
     def send_newsletter(self, task: Task) -> None:
-        """Send a newsletter as its content is now."""
+        """Send a newsletter with its current content."""
         subject, content, headers = self.newsletters.mail(task)
         self._send(task, Mail(self.settings.sender, task.payload["userId"], subject, content, headers=headers))
 
     def _send(self, task: Task, mail: Mail) -> None:
-        """Send a mail to those who have not got it yet, and are not suppressed."""
-        wanted = [found for found in mail.recipients if fold_address(found) not in task.suppressed and not (
-            task.type != "generateOtp" and self.suppressions.by_older(task.account, found))]
+        """Send a mail to those recipients who do not have it yet, and are not suppressed."""
+        wanted = [address for address in mail.recipients if fold_address(address) not in task.suppressed and not (
+            task.type != "generateOtp" and self.suppressions.by_older(task.account, address))]
         if not wanted and not task.delivered:
             raise SuppressedError(f"{task.payload['userId']} is suppressed; see GET /suppressions")
-        if recipients := [found for found in wanted if found not in task.delivered]:
+        if recipients := [address for address in wanted if address not in task.delivered]:
             lane, sender = lane_of(task.type), mail.sender[1]
             if (pause := self.queue.pace(lane)) and self.stopping.wait(pause):
                 raise PostponedError("the service stopped before smtp_rate let it go")
@@ -5615,10 +5664,10 @@ class Workers:
             message = compose(mail, f"{task.id}@{sender.rpartition('@')[2]}", moment)
             started = time.monotonic()
             try:
-                self.transport.send(sender, recipients, message, Account(task.account, task.key), lane == "urgent")
+                self.transport.send(sender, recipients, message, Account(task.account, task.key), lane == Lane.URGENT)
             finally:
                 self.stats.observe("gomail_smtp_seconds", time.monotonic() - started)
-            self.breakers[lane].passed()
+            self.breakers[lane].note_success()
 
 
 # --- 15. cron -------------------------------------------------------------------------------------------
@@ -5629,32 +5678,31 @@ class Cron:
 
     Args:
         store: the Store, told whether Redis answers.
-        accounts, queue, newsletters, stats: whose due work it does.
-        workers: the Workers that the heartbeat shows, and whose breakers it opens when somebody asks for that.
+        accounts, queue, newsletters, stats, workers: whose due work it does.
+        transport: a MaildirTransport is cleaned.
         server: the EmbeddedServer to keep running, or None.
     """
 
     TICK = 0.1  # seconds
-    LOOK = 1.0  # seconds until Redis is asked for what else may be due: of newsletters, or put off by other processes
+    POLL = 1.0  # seconds between two looks for newsletters that are due, and for what other processes have delayed
 
     def __init__(self, store: Store, accounts: Accounts, queue: Queue, newsletters: Newsletters, stats: Stats,
-                 workers: Workers, server: EmbeddedServer | None = None) -> None:
-        self.store, self.accounts, self.queue, self.newsletters, self.stats = store, accounts, queue, newsletters, stats
-        self.workers, self.server = workers, server
+                 workers: Workers, transport: Transport, server: EmbeddedServer | None = None) -> None:
+        self.store, self.accounts, self.queue, self.newsletters = store, accounts, queue, newsletters
+        self.stats, self.workers, self.transport, self.server = stats, workers, transport, server
         self.stopping = threading.Event()
         self.thread = threading.Thread(target=self.run, daemon=True)
-        self.beaten = self.looked = float("-inf")
-        self.asked: dict[str, str] = {}
+        self.last_beat = self.last_poll = float("-inf")
+        self.resume_requests: dict[str, str] = {}
 
     def start(self) -> None:
         """Show this process as alive, before its workers take anything, and start the thread."""
-        self.asked = self.beat()
+        self.resume_requests = self.beat()
         self.thread.start()
 
     def beat(self) -> dict[str, str]:
         """Show that this process lives. Returns lane -> how often somebody has asked to resume it."""
-        outage = self.workers.smtp.report()
-        return self.queue.beat(self.workers.names, self.workers.paused | ({"smtp": outage} if outage else {}))
+        return self.queue.beat(list(self.workers.threads), self.workers.report())
 
     def stop(self) -> None:
         """End the thread."""
@@ -5681,20 +5729,21 @@ class Cron:
                 if not failing:
                     failing = True
                     log(logging.ERROR, "Redis is not available", error=describe(error))
-                if not self.store.available:
-                    self.revive_server()
-            except Exception:  # nothing that is due may end the thread that does it
+                if self.server and not self.store.available:
+                    with logging_errors("the embedded server is not started again"):
+                        self.server.ensure()
+            except Exception:  # no error in due work may end this thread
                 logger.exception("unexpected error in the cron thread")
 
     def once(self) -> None:
-        """One round. A long list of what is due is done in parts, so that the heartbeat stays on time."""
+        """Do one round. Long work is done in parts, so that the heartbeat stays on time."""
         now = time.monotonic()
-        if now - self.beaten >= 1.0:
-            before, self.asked = self.asked, self.beat()
+        if now - self.last_beat >= 1.0:
+            before, self.resume_requests = self.resume_requests, self.beat()
             for lane in LANES:
-                if self.asked.get(lane) != before.get(lane):
-                    self.workers.breakers[lane].resume()
-            self.beaten = now
+                if self.resume_requests.get(lane) != before.get(lane):
+                    self.workers.resume(lane)
+            self.last_beat = now
             self.store.tidy()
             self.accounts.restore_secret()
             self.stats.flush()
@@ -5702,23 +5751,17 @@ class Cron:
             self.queue.reclaim()
             self.queue.recall()
             self.newsletters.correct()
-            if isinstance(self.workers.transport, MaildirTransport):
+            if isinstance(self.transport, MaildirTransport):
                 with logging_errors("the Maildir cannot be cleaned"):
-                    self.workers.transport.clean()
-        if now - self.looked < self.LOOK and not self.queue.is_due():
+                    self.transport.clean()
+        if now - self.last_poll < self.POLL and not self.queue.is_due():
             return
-        self.looked, deadline = now, time.monotonic() + 0.5
-        for work, most in ((self.queue.promote, Queue.LOOK), (self.newsletters.enqueue_due, Newsletters.BATCH)):
-            while work() == most:
+        self.last_poll, deadline = now, time.monotonic() + 0.5
+        for work, batch in ((self.queue.promote, Queue.BATCH), (self.newsletters.enqueue_due, Newsletters.BATCH)):
+            while work() == batch:
                 if time.monotonic() >= deadline:
-                    self.looked = float("-inf")  # the rest at the next tick
+                    self.last_poll = float("-inf")  # the rest at the next tick
                     break
-
-    def revive_server(self) -> None:
-        """Start the embedded server again where it died."""
-        if self.server is not None:
-            with logging_errors("the embedded server is not started again"):
-                self.server.ensure()
 
 
 # --- 16. http api ---------------------------------------------------------------------------------------
@@ -6299,7 +6342,7 @@ VERIFICATION = Object({"userEmail": Address(), "otp": Otp()})
 BATCH = Object({"tasks": Array(AnyValue(), 1000, 1)})  # the handler checks and answers each task by itself
 RECIPIENT = Object({"userId": Address()})
 LOGIN = Object({"key": String(4096, ONE_LINE, LINE)})
-STATES = ("queued", "scheduled", "running", "retrying", "succeeded", "dead", "suppressed", "cancelled")
+STATES = tuple(State)
 PAGING = {"offset": Integer(0, 10**9), "limit": Integer(0, 1000)}
 SEARCH = {**PAGING, "search": String(254, ONE_LINE, LINE), "state": Enum(STATES)}
 CURSOR = Pattern("the value of next in the previous answer", r"[0-9]{1,10}-[0-9]{1,19}", 30)
@@ -7152,10 +7195,10 @@ class Service:
                                            settings.public_url, self.clock, settings.max_body)
             self.newsletters.fold_as_now()
             self.stats = Stats(self.store)
-            self.workers = Workers(settings, self.queue, suppressions, self.transport, otps, self.newsletters,
-                                   self.stats)
+            self.workers = Workers(settings, self.store, self.queue, suppressions, self.transport, otps,
+                                   self.newsletters, self.stats)
             self.cron = Cron(self.store, accounts, self.queue, self.newsletters, self.stats, self.workers,
-                             self.server)
+                             self.transport, self.server)
             self.http.api = Api(settings, self.store, accounts, self.queue, self.inspection, suppressions, otps,
                                 self.newsletters, self.transport, self.workers, self.workers.smtp, self.stats)
             self.cron.start()
@@ -8318,7 +8361,7 @@ def restore(settings: Settings, terminal: Terminal, options: argparse.Namespace)
         target.prepare()
         progress = terminal.progress(head["lines"])
         target.restore(file, progress)
-        while queue.promote() == queue.LOOK:
+        while queue.promote() == queue.BATCH:
             pass
         users = Accounts(store, settings.jwt_secret, settings.jwt_secret_previous)
         store.redis.delete(store.key("restoring"))

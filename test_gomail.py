@@ -475,7 +475,7 @@ def services(redis_server, mail_server, tmp_path, monkeypatch):
     monkeypatch.setattr(gomail.CircuitBreaker, "LONGEST_DELAY", 0.2)
     monkeypatch.setattr(gomail.Workers, "drop_delay", staticmethod(lambda drops: 0.05))
     monkeypatch.setattr(gomail.Cron, "TICK", 0.01)
-    monkeypatch.setattr(gomail.Cron, "LOOK", 0.01)
+    monkeypatch.setattr(gomail.Cron, "POLL", 0.01)
     services = Services(redis_server, tmp_path)
     yield services
     services.stop()
@@ -2670,7 +2670,7 @@ def test_retries_wait_longer_each_time_with_jitter_up_to_the_longest_delay(servi
     task = gomail.Task("id", "account", "key", "message", "name", 25, {}, 0)
     for attempts, longest in enumerate((10, 20, 40, 80, 100, 100)):
         task.attempts = attempts
-        delays = {service.workers._failed(task, "error").delay for _ in range(50)}
+        delays = {service.workers.retry_delay(task.attempts) for _ in range(50)}
         assert len(delays) > 1 and longest / 2 <= min(delays) and max(delays) <= longest
 
 
@@ -2793,8 +2793,8 @@ def test_what_is_shown_of_an_ended_task_is_the_same_in_either_form_that_is_kept(
     if is_older and "\ud83d" not in name:  # as a version without heads had queued it
         client.hdel(key, "head")
     for refusal in refusals:
-        until(lambda: queue.settle_and_take("normal-0", lane))
-        queue.settle_and_take("normal-0", lane, gomail.Outcome(task_id, "retrying", refusal), take=False)
+        taken = until(lambda: queue.settle_and_take("normal-0", lane))
+        queue.settle_and_take("normal-0", lane, gomail.Outcome(taken, "retrying", refusal), take=False)
     if verdict == "by request":
         client.zadd(queue.store.key("delayed"), {task_id: 1e14})
         client.lrem(queue.store.key("lane", lane), 0, task_id)
@@ -2802,9 +2802,9 @@ def test_what_is_shown_of_an_ended_task_is_the_same_in_either_form_that_is_kept(
         queue.cancel(task_id, account.name)
         after = {"state": "cancelled"}
     else:
-        until(lambda: queue.settle_and_take("normal-0", lane))
+        taken = until(lambda: queue.settle_and_take("normal-0", lane))
         before = client.hgetall(key)
-        queue.settle_and_take("normal-0", lane, gomail.Outcome(task_id, verdict, error), take=False)
+        queue.settle_and_take("normal-0", lane, gomail.Outcome(taken, verdict, error), take=False)
         after = {"state": verdict, "error": error,
                  "attempts": int(before["attempts"]) + (verdict == "succeeded")}
     *_, begun, ended, _ = client.hget(key, "d").split(" ", 7)
@@ -2900,8 +2900,8 @@ def test_a_story_tells_of_each_attempt_when_how_long_and_why(client, mail_server
 def test_a_story_that_grows_for_ever_keeps_its_newest_lines(queue):
     task_id, = queue.enqueue(queue.account, [MESSAGE])
     for number in range(500):
-        queue.settle_and_take("normal-0", "normal")
-        outcome = gomail.Outcome(task_id, "returned", f"Ünavailable {number}")
+        task = queue.settle_and_take("normal-0", "normal")
+        outcome = gomail.Outcome(task, "returned", f"Ünavailable {number}")
         queue.settle_and_take("normal-0", "normal", outcome, take=False)
     story = look(queue).status(task_id, story=True)["story"]
     assert story[-1]["error"] == "Ünavailable 499" and 50 < len(story) < 200 and story[1]["event"] == "returned"
@@ -3059,8 +3059,9 @@ def test_an_answer_that_was_lost_on_the_way_costs_no_task(queue):
     # What a worker sees when its connection dies between Redis's work and Redis's answer: it asks again.
     ids = [queue.enqueue(queue.account, [MESSAGE])[0] for _ in range(2)]
     assert queue.settle_and_take("normal-0", "normal").id == ids[0]
-    assert queue.settle_and_take("normal-0", "normal").id == ids[0]
-    done = gomail.Outcome(ids[0], "succeeded")
+    task = queue.settle_and_take("normal-0", "normal")
+    done = gomail.Outcome(task, "succeeded")
+    assert task.id == ids[0]
     assert queue.settle_and_take("normal-0", "normal", done).id == ids[1]
     assert queue.settle_and_take("normal-0", "normal", done).id == ids[1]
     assert look(queue).counters()["executed"] == 1
@@ -3102,10 +3103,10 @@ def test_dead_letters_that_are_too_many_or_too_old_go_some_with_each_new_one(ser
 
 def test_a_worker_whose_task_was_given_to_another_settles_nothing(queue):
     task_id = queue.enqueue(queue.account, [MESSAGE])[0]
-    queue.settle_and_take("normal-0", "normal")
+    task = queue.settle_and_take("normal-0", "normal")
     queue.release()
     before = look(queue).counters()
-    assert queue.settle_and_take("normal-0", "normal", gomail.Outcome(task_id, "dead", "late"), take=False) is None
+    assert queue.settle_and_take("normal-0", "normal", gomail.Outcome(task, "dead", "late"), take=False) is None
     assert look(queue).counters() == before and look(queue).status(task_id)["state"] == "queued"
     assert look(queue).depths()["normal"] == 1
 
@@ -3856,7 +3857,7 @@ def test_metrics_show_what_waits_for_how_long_and_which_lanes_are_paused(service
     assert found["gomail_smtp_up",] == 0
     assert client("GET", "/health/ready")[0] == 200
     for lane in gomail.LANES:
-        service.workers.breakers[lane].close("for the test")
+        service.workers.breakers[lane].open("for the test")
     assert client("GET", "/health/ready")[0] == 503
 
 
@@ -4856,7 +4857,7 @@ def test_ehlo_says_smtp_ehlo_where_that_is_set(services, mail_server):
 def test_an_error_in_a_probe_leaves_no_lane_paused(services, mail_server, monkeypatch):
     service = services(mail_server)
     monkeypatch.setattr(service.transport, "probe", lambda: 1 / 0)
-    service.workers.breakers["normal"].close("for the test")
+    service.workers.breakers["normal"].open("for the test")
     client = service.client.sign_up()
     client.state(client.task(), "succeeded")
 
@@ -4870,6 +4871,18 @@ def test_a_copy_that_the_server_cannot_carry_fails_alone(client, mail_server):
     assert message["To"] == "user@example.com" and mail_server.mails[0].raw.isascii()
     assert ([str(address) for address in message["Cc"].addresses] == ["b@example.com"]
             and "grün@example.com" in str(message["Cc"]))
+
+
+@pytest.mark.parametrize("errors, verdict", [
+    ([gomail.PermanentError("550"), gomail.TemporaryError("450"), gomail.UnavailableError("421")], "returned"),
+    ([gomail.TemporaryError("450"), gomail.InDoubtError("timeout")], "in-doubt"),
+    ([gomail.PermanentError("550"), gomail.UnavailableError("421", dropped=True)], "dropped"),
+    ([gomail.PermanentError("550"), gomail.TemporaryError("450")], "retrying"),
+    ([gomail.PermanentError("550"), gomail.PermanentError("552")], "dead")], ids=str)
+def test_of_several_refusals_an_outage_decides_and_then_one_that_may_pass(errors, verdict):
+    error = gomail.PartialError(("a@example.com",), {f"{number}@example.com": error
+                                                    for number, error in enumerate(errors)})
+    assert error.verdict == verdict == error.cause.verdict
 
 
 # --- 8. otp -----------------------------------------------------------------------------------------------
@@ -5510,7 +5523,7 @@ def test_who_unsubscribed_gets_nothing_more_not_even_what_was_queued(dated, mail
     subscribe(client)
     # The bulk lane is closed while the boundary passes, so that the mail is waiting when the address goes.
     mail_server.stop()
-    service.workers.breakers["bulk"].close("for the test")
+    service.workers.breakers["bulk"].open("for the test")
     clock.forward(86400)
     until(lambda: service.newsletters.enqueue_due() == 0 and service.store.redis.keys(service.store.key("task", "*")))
     bulk, = [key for key in service.store.redis.keys(service.store.key("task", "*"))
@@ -5714,7 +5727,7 @@ def test_a_recovery_that_one_lane_sees_resumes_all_that_the_outage_paused_and_no
     mail_server.stop()
     message = client.task()
     until(lambda: breakers["normal"].reason)
-    breakers["bulk"].close("the sender: 550 not you")
+    breakers["bulk"].open("the sender: 550 not you")
     mail_server.start()
     client.state(client.task("generateOtp", userId="otp@example.com"), "succeeded")
     client.state(message, "succeeded")
@@ -5726,7 +5739,7 @@ def test_mail_over_an_older_connection_does_not_say_that_the_server_takes_new_on
     service = services(mail_server, workers=1)
     client, workers = service.client.sign_up(), service.workers
     client.state(client.task("generateOtp", userId="one@example.com"), "succeeded")
-    workers.breakers["normal"].close("421 too many connections", outage=True)
+    workers.breakers["normal"].open("421 too many connections", outage=True)
     client.state(client.task("generateOtp", userId="two@example.com"), "succeeded")
     assert mail_server.connections == 1 and workers.smtp.state == "out" and workers.breakers["normal"].reason
 
@@ -5740,8 +5753,8 @@ def test_a_server_that_refuses_the_sender_or_hangs_up_on_a_mail_is_not_out(servi
     else:
         mail_server.data_replies["user@example.com"] = ["DROP"] * 2
     seen = []
-    out = service.workers.smtp.out
-    service.workers.smtp.out = lambda *arguments: seen.append(arguments) or out(*arguments)
+    note_outage = service.workers.smtp.note_outage
+    service.workers.smtp.note_outage = lambda *arguments: seen.append(arguments) or note_outage(*arguments)
     client.state(client.task(), "succeeded")
     assert not seen and service.workers.smtp.state == "up"
 
@@ -5832,7 +5845,7 @@ def keep_paused(breaker: gomail.CircuitBreaker) -> None:
     """Pause a lane whose probes never succeed, and which does not learn that mails of other lanes do."""
     breaker.transport = gomail.MaildirTransport(os.devnull)
     breaker.smtp = gomail.SmtpState(breaker.transport)
-    breaker.close("for the test")
+    breaker.open("for the test")
 
 
 def test_a_full_lane_delays_no_other(services, mail_server):
@@ -5881,8 +5894,9 @@ def test_subscribes_that_an_older_version_left_in_the_urgent_lane_are_done(queue
 def test_otps_that_died_stand_behind_the_messages_when_they_are_revived(queue, client):
     otp = {"task": "a test", "type": "generateOtp", "retries": 0, "payload": {"userId": "otp@example.com", "length": 6}}
     died, = queue.enqueue(queue.account, [otp])
-    assert queue.settle_and_take("urgent-0", "urgent").id == died
-    queue.settle_and_take("urgent-0", "urgent", gomail.Outcome(died, "dead", "no such user"), take=False)
+    task = queue.settle_and_take("urgent-0", "urgent")
+    assert task.id == died
+    queue.settle_and_take("urgent-0", "urgent", gomail.Outcome(task, "dead", "no such user"), take=False)
     message, = queue.enqueue(queue.account, [MESSAGE])
     assert client.post("/task/dead/retry")["count"] == 1
     assert queue.settle_and_take("urgent-0", "urgent") is None
@@ -5912,7 +5926,7 @@ def test_a_message_with_send_at_waits_until_then_also_through_a_restart(services
 
 
 def test_what_a_process_put_off_is_due_on_time_without_a_look_around(services, mail_server, monkeypatch):
-    monkeypatch.setattr(gomail.Cron, "LOOK", 1e6)
+    monkeypatch.setattr(gomail.Cron, "POLL", 1e6)
     client = services(mail_server, retry_delay=0.2).client.sign_up()
     mail_server.replies["retried@example.com"] = ["450 4.2.0 later", "450 4.2.0 later"]
     late = client.task(send_at=rfc3339(time.time() + 1e6))
@@ -5925,7 +5939,7 @@ def test_what_a_process_put_off_is_due_on_time_without_a_look_around(services, m
 
 def test_what_a_process_put_off_that_is_gone_is_found_by_the_others(services, mail_server, monkeypatch):
     service = services(mail_server)
-    monkeypatch.setattr(gomail.Cron, "LOOK", 0.5)
+    monkeypatch.setattr(gomail.Cron, "POLL", 0.5)
     client = service.client.sign_up()
     gone = gomail.Queue(service.store, service.settings, "gone")
     account = service.http.api.accounts.authenticate(client.key)
@@ -6007,8 +6021,8 @@ def test_other_mail_gives_way_to_an_otp_until_that_is_sent_or_for_a_moment(queue
 
 def test_a_retry_that_a_wrong_clock_put_off_for_years_is_made_due_and_what_is_scheduled_is_not(queue):
     retried, = queue.enqueue(queue.account, [MESSAGE])
-    queue.settle_and_take("normal-0", "normal")
-    queue.settle_and_take("normal-0", "normal", gomail.Outcome(retried, "retrying", "450 later", 1e8), take=False)
+    task = queue.settle_and_take("normal-0", "normal")
+    queue.settle_and_take("normal-0", "normal", gomail.Outcome(task, "retrying", "450 later", 1e8), take=False)
     scheduled, = queue.enqueue(queue.account, [changed("payload.send_at", int((time.time() + 1e8) * 1e6))])
     until(lambda: look(queue).status(retried)["state"] == "queued")
     assert look(queue).status(scheduled)["state"] == "scheduled"
@@ -6016,7 +6030,7 @@ def test_a_retry_that_a_wrong_clock_put_off_for_years_is_made_due_and_what_is_sc
 
 def test_what_is_due_together_goes_in_the_order_in_which_it_was_due_and_accepted(service, queue, monkeypatch):
     service.cron.stop()
-    monkeypatch.setattr(queue, "LOOK", 10)
+    monkeypatch.setattr(queue, "BATCH", 10)
     waiting, = queue.enqueue(queue.account, [MESSAGE])
     now = int(queue.store.time() * 1000)
     ids = []
@@ -6027,8 +6041,8 @@ def test_what_is_due_together_goes_in_the_order_in_which_it_was_due_and_accepted
     taken = []
     while task := queue.settle_and_take(
             "normal-0", "normal", gomail.Outcome(taken[-1], "succeeded") if taken else None):
-        taken.append(task.id)
-    assert taken == [*ids, waiting]
+        taken.append(task)
+    assert [task.id for task in taken] == [*ids, waiting]
 
 
 def test_tasks_of_a_dead_process_go_back_to_their_lanes_oldest_first(service, queue):
@@ -9663,7 +9677,7 @@ def unsubscribing(service, client, mail_server):
 
 def sending_to_an_address_again(service, client, mail_server):
     client.post("/suppressions", {"userId": "user@example.com"})
-    yield service.queue._unsuppress
+    yield service.http.api.suppressions._remove
     delete(client, "/suppressions", {"userId": "user@example.com"})
 
 
