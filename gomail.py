@@ -3609,19 +3609,30 @@ def exposition(series: Mapping[tuple, float]) -> str:
 
 
 # --- 10. mail -------------------------------------------------------------------------------------------
-# A task becomes a message of RFC 5322 and MIME.
+# A Mail becomes the bytes of a message (RFC 5322, MIME). The plain text beside HTML is made by html_to_text().
 
-TOO_MANY = re.compile(r"\d+ ([45]\.5\.3\b|.*too many recipients)", re.IGNORECASE)
+def html_to_text(document: str) -> str:
+    """The plain text of an HTML document.
 
-# The tokens of an HTML document as the HTML standard has them (WHATWG, section 13.2.5), in one expression: tags,
-# comments, and elements whose content is no markup. Each repetition is possessive or goes on to the end of the
-# document: the time grows with the length alone, whatever somebody writes. SVG and MathML are read like HTML.
+    1. HTML_TOKEN splits the document into its tokens, as the HTML standard has them (WHATWG, section 13.2.5), and the
+       text between them. A token is a tag, a comment, or an element that contains no markup, such as a script.
+    2. HtmlText replaces each token: block tags by line breaks, an image by its alternative text, the end of a link by
+       its target, other tags by nothing. Scripts, styles, comments and templates leave nothing behind.
+    3. White space collapses, except in preformatted text.
+
+    The time grows only linearly with the length of the document, because each repetition in the expressions is
+    possessive or goes on to the end of the document. SVG and MathML are read like HTML.
+    """
+    return HtmlText(document).text()
+
+
 SPACE = r" \t\n\f\r"
 NAME_END = f"(?=[{SPACE}/>])"
-ATTRIBUTE = re.compile(rf"[{SPACE}/]*+([^{SPACE}/>][^{SPACE}/>=]*+)(?:[{SPACE}]*+=[{SPACE}]*+"
-                       rf"""(?:"([^"]*+)"?|'([^']*+)'?|([^{SPACE}>"'][^{SPACE}>]*+))?)?""")
-ATTRIBUTES = (rf"(?>[{SPACE}/]*+[^{SPACE}/>][^{SPACE}/>=]*+(?>[{SPACE}]*+=[{SPACE}]*+"
-              rf"""(?>"[^"]*+"?+|'[^']*+'?+|[^{SPACE}>"'][^{SPACE}>]*+)?+)?+)*+[{SPACE}/]*+""")
+ATTRIBUTE_NAME = f"[^{SPACE}/>][^{SPACE}/>=]*+"
+ATTRIBUTE_EQUALS = f"[{SPACE}]*+=[{SPACE}]*+"
+ATTRIBUTE_VALUE = rf"""(?>"[^"]*+"?+|'[^']*+'?+|[^{SPACE}>"'][^{SPACE}>]*+)?+"""
+ATTRIBUTES = f"(?>[{SPACE}/]*+{ATTRIBUTE_NAME}(?>{ATTRIBUTE_EQUALS}{ATTRIBUTE_VALUE})?+)*+[{SPACE}/]*+"
+ATTRIBUTE = re.compile(f"({ATTRIBUTE_NAME})(?:{ATTRIBUTE_EQUALS}({ATTRIBUTE_VALUE}))?")
 
 # A script ends at "</script"; but after "<!--" and then "<script", only at the next one or after "-->".
 SCRIPT_IN_COMMENT = rf"<script{NAME_END}(?>[^-<]++|-(?!->)|<(?!/script{NAME_END}))*+(?></script)?+"
@@ -3630,7 +3641,7 @@ SCRIPT_ELEMENT = rf"script{NAME_END}{ATTRIBUTES}>(?>[^<]++|{SCRIPT_COMMENT}|<(?!
 RAW_ELEMENT = (rf"(style|title|textarea|iframe|noembed|noframes|xmp|plaintext){NAME_END}{ATTRIBUTES}>"
                rf"((?>[^<]++|<(?!/(?!plaintext)\1{NAME_END}))*+)")  # nothing ends <plaintext>
 HTML_TOKEN = re.compile(
-    rf"<(?:(?=[stinxp])(?:{SCRIPT_ELEMENT}|{RAW_ELEMENT})"  # the first letter alone spares most tags the rest
+    rf"<(?:(?=[stinxp])(?:{SCRIPT_ELEMENT}|{RAW_ELEMENT})"  # most tags fail at the check of the first letter
     rf"|(/?[a-z][^{SPACE}/>]*+)({ATTRIBUTES})>"
     r"|!--(?:-?>|.*?--!?>|.*+)"
     r"|(?:[!?]|/(?=[^a-z]))[^>]*+>?+"  # what the standard calls bogus comments, such as <![endif]>
@@ -3641,9 +3652,8 @@ HTML_TOKEN = re.compile(
 ATTRIBUTE_REFERENCE = re.compile(r"&(?:#(?:[0-9]++|[xX][0-9a-fA-F]++);?|([a-zA-Z][a-zA-Z0-9]*+(?:;|(?!=))))")
 DECIMAL_REFERENCE = re.compile(r"(?<=&#)0*([0-9]{1,8})[0-9]*+")
 
-# What the text has instead of a tag; other tags leave nothing behind.
-BREAK = "\0"  # a line break that a tag makes; those of the document itself are white space like any other
-INSTEAD = {
+BREAK = "\0"  # a line break made by a tag; a line break of the document itself is ordinary white space
+REPLACEMENTS = {  # tags that are not listed leave nothing behind
     **{slash + tag: BREAK for slash in ("", "/") for tag in
        "address article aside br caption center dd details div dl dt fieldset figcaption figure footer form header hr "
        "legend main menu nav optgroup option section summary tr".split()},
@@ -3652,96 +3662,69 @@ INSTEAD = {
     **dict.fromkeys("/li /td /th b /b body em /em font /font i /i span /span strong /strong tbody /tbody".split(), "")}
 
 
-def html_to_text(document: str) -> str:
-    """The text of an HTML document for those who read mail without HTML: blocks apart, links with their target.
+class HtmlText:
+    """Steps 2 and 3 of html_to_text().
 
-    In a time that grows with the length alone.
-    """
-    return TextOfHtml(document).text()
-
-
-class TextOfHtml:
-    """The tokens of an HTML document, and what its text has for them.
-
-    `flow` is text, what stands for a tag, text, what stands for a tag, ..., text. Tag n stands at 2n + 1.
+    `flow` alternates between text and replacements, from text to text: the replacement of token n stands at 2n + 1.
     """
 
     def __init__(self, document: str) -> None:
         pieces = HTML_TOKEN.split(document.replace(BREAK, ""))
-        self.raw, self.contents, self.tags, self.attributes = (pieces[group::5] for group in (1, 2, 3, 4))
+        self.raw_names, self.raw_contents, self.tags, self.attributes = (pieces[group::5] for group in (1, 2, 3, 4))
         self.flow: list[str] = [""] * (2 * len(self.tags) + 1)
         self.flow[::2] = [unescape(text) if "&" in text else text for text in pieces[::5]]
-        self.blocks: list[str] = []  # the text so far,
-        self.done = 0  # which is that of so much of `flow`
-        self.link: tuple[str, int] | None = None  # the target of the link that is open, and where in `flow` it began
-        self.preformatted = self.templates = 0  # how many such elements are open
-        self.hidden = 0  # where in `flow` the outermost template began
+        self.blocks: list[str] = []  # finished text,
+        self.block_start = 0  # which covers `flow` up to here
+        self.link: tuple[str, int] | None = None  # the target of the open link, and where its text starts in `flow`
+        self.pre_depth = self.template_depth = 0  # how many such elements are open
 
     def text(self) -> str:
-        """All of the text."""
-        flow = self.flow
+        """The text of the whole document."""
+        flow, known = self.flow, REPLACEMENTS.get
         for number, tag in enumerate(self.tags):
-            instead = INSTEAD.get(tag)
-            flow[2 * number + 1] = self.replacement(number) if instead is None else instead
-        if self.templates:
-            self.hide(len(flow))
+            replacement = None if self.template_depth else known(tag)
+            flow[2 * number + 1] = self.replacement(number) if replacement is None else replacement
+        if self.template_depth:
+            flow[-1] = ""
         flow.append(self.end_link(len(flow)))
         self.end_block(len(flow))
         return "\n\n".join(filter(None, self.blocks)) + "\n"
 
     def replacement(self, number: int) -> str:
-        """What stands for a token that is none of the usual tags."""
-        at, tag = 2 * number + 1, self.tags[number]
-        tag = tag and tag.lower()
-        if tag in ("template", "/template") or self.templates:
-            self.nest_template(tag, at)
-        elif tag is None:
-            return self.verbatim(number)
+        """The replacement of a token that is within a template, or not in REPLACEMENTS as it is written."""
+        position, tag = 2 * number + 1, (self.tags[number] or "").lower()
+        if self.template_depth or tag == "template":  # nobody sees what is within a template
+            if self.template_depth:
+                self.flow[position - 1] = ""
+            self.template_depth += {"template": 1, "/template": -1}.get(tag, 0)
+        elif not tag:  # a comment, or an element that contains no markup
+            name, content = (self.raw_names[number] or "").lower(), self.raw_contents[number]
+            if name in ("textarea", "xmp", "plaintext"):  # the others are invisible
+                return unescape(content) if name == "textarea" else content
         elif tag == "img":
             return attribute("alt", self.attributes[number])
         elif tag in ("a", "/a"):
-            ended = self.end_link(at)  # by a start tag too: there are no links within links
-            self.link = (link_target(self.attributes[number]), at + 1) if tag == "a" else None
-            return ended
-        elif tag == "pre" or tag == "/pre" and self.preformatted:
-            deeper = self.preformatted + (1 if tag == "pre" else -1)
-            if not (self.preformatted and deeper):
-                self.end_block(at)
-            self.preformatted = deeper
+            target = self.end_link(position)  # a start tag ends the link before it, too: links do not nest
+            self.link = (link_target(self.attributes[number]), position + 1) if tag == "a" else None
+            return target
+        elif tag == "pre" or tag == "/pre" and self.pre_depth:
+            depth = self.pre_depth + (1 if tag == "pre" else -1)
+            if not self.pre_depth or not depth:
+                self.end_block(position)
+            self.pre_depth = depth
         else:
-            return INSTEAD.get(tag, "")  # it may have been written in capital letters
+            return REPLACEMENTS.get(tag, "")  # in capital letters, or unknown
         return ""
 
-    def nest_template(self, tag: str | None, at: int) -> None:
-        """Count the templates that are open: nobody sees what is in them."""
-        if tag == "template":
-            self.hidden = self.hidden if self.templates else at
-            self.templates += 1
-        elif tag == "/template" and self.templates:
-            self.templates -= 1
-            if not self.templates:
-                self.hide(at)
-
-    def hide(self, end: int) -> None:
-        """Leave nothing of the outermost template, which ends before `end`."""
-        self.flow[self.hidden:end] = [""] * (end - self.hidden)
-
-    def verbatim(self, number: int) -> str:
-        """What there is to see of an element whose content is no markup; nothing of a comment."""
-        name, content = (self.raw[number] or "").lower(), self.contents[number]
-        if name == "textarea":
-            return unescape(content)
-        return content if name in ("xmp", "plaintext") else ""
-
     def end_link(self, end: int) -> str:
-        """What stands at the end of a link: its target, unless its text has that already."""
+        """What to write at the end of the open link: its target, unless the text of the link contains it."""
         target, start = self.link or ("", 0)
         return f" ({target})" if target and target not in "".join(self.flow[start:end]) else ""
 
     def end_block(self, end: int) -> None:
-        """Put white space in order in what comes before `end`: preformatted text keeps it."""
-        text, self.done = "".join(self.flow[self.done:end]), end
-        if self.preformatted:
+        """Finish the text before `end`: collapse its white space, unless it is preformatted."""
+        text, self.block_start = "".join(self.flow[self.block_start:end]), end
+        if self.pre_depth:
             lines = [line.rstrip() for line in text.replace(BREAK, "\n").splitlines()]
             self.blocks.append("\n".join(lines).strip("\n"))
         else:
@@ -3751,67 +3734,76 @@ class TextOfHtml:
 
 def attribute(name: str, attributes: str) -> str:
     """The value of an HTML attribute, or ""."""
-    for found in ATTRIBUTE.finditer(attributes):
-        if found[1].lower() == name:
-            return ATTRIBUTE_REFERENCE.sub(decode_reference, found[2] or found[3] or found[4] or "")
+    for candidate, value in ATTRIBUTE.findall(attributes):
+        if candidate.lower() == name:
+            if value.startswith(('"', "'")):
+                value = value[1:].removesuffix(value[0])
+            return ATTRIBUTE_REFERENCE.sub(decode_reference, value)
     return ""
 
 
 def decode_reference(reference: re.Match[str]) -> str:
-    """What a character reference in an attribute stands for."""
+    """The text of a character reference in an attribute."""
     name = reference[1]
     return html.entities.html5.get(name, reference[0]) if name else unescape(reference[0])
 
 
 def unescape(text: str) -> str:
-    """Text with its character references replaced: by html.unescape, which fails at numbers of thousands of digits."""
+    """The text with its character references replaced. html.unescape alone fails at numbers of thousands of digits."""
     return html.unescape(DECIMAL_REFERENCE.sub(r"\1", text) if "&#" in text else text)
 
 
 def link_target(attributes: str) -> str:
-    """Where an HTML link leads, "" where that is nowhere outside of the mail. As browsers read it (WHATWG, URL)."""
+    """The target of an HTML link as browsers read it (WHATWG, URL); "" where it leads nowhere outside of the mail."""
     target = re.sub(r"[\t\n\r]", "", attribute("href", attributes)).strip("".join(map(chr, range(33))))
     if not target.lower().startswith(("http:", "https:", "mailto:")):
         return ""
     return re.sub(r"\s", lambda space: urllib.parse.quote(space[0]), target)
 
 
+class Attachment(typing.NamedTuple):
+    """A file in a mail; `content` is base64. The HTML shows a file with a `content_id` (RFC 2392)."""
+
+    filename: str
+    media_type: str
+    content: str
+    content_id: str = ""
+
+
 @dataclasses.dataclass
 class Mail:
-    """A mail before it is put into bytes.
+    """The parts of a mail.
 
-    `sender` is (display name, address); addresses are as parse_address gives them; `subject` is one line. `content`
-    is HTML or plain text; `text` the plain part beside HTML, made from it where there is none. `attachments` are
-    tuples (filename, media type, base64, Content-ID or ""); `headers` further (name, value) in ASCII. `bcc` is for
-    the envelope alone.
+    `sender` is (display name, address). Addresses are as parse_address() returns them; `bcc` is only for the envelope.
+    `subject` is one line. `content` is HTML or plain text; `text` is the plain text beside HTML, by default made from
+    the HTML. `headers` are further (name, value) in ASCII.
     """
 
-    sender: tuple
+    sender: tuple[str, str]
     recipient: str
     subject: str
     content: str
     text: str = ""
-    cc: tuple = ()
-    bcc: tuple = ()
+    cc: tuple[str, ...] = ()
+    bcc: tuple[str, ...] = ()
     reply_to: str = ""
-    attachments: tuple = ()
-    headers: tuple = ()
+    attachments: tuple[Attachment, ...] = ()
+    headers: tuple[tuple[str, str], ...] = ()
 
     @property
     def recipients(self) -> tuple[str, ...]:
-        """All of the envelope, each once."""
+        """The recipients in the envelope, without duplicates."""
         return tuple(dict.fromkeys((self.recipient, *self.cc, *self.bcc)))
 
 
 def compose(mail: Mail, message_id: str, moment: int) -> bytes:
-    """A Mail as bytes, ready for DATA.
+    """A Mail as bytes for DATA: CRLF line ends, lines of at most 998 octets (RFC 5322 section 2.1.1), only ASCII.
+
+    An address beyond ASCII is the exception: it stands there in UTF-8 (RFC 6532).
 
     Args:
         message_id: without the angle brackets.
         moment: the Date, in microseconds since the epoch.
-
-    The result has CRLF line ends, lines of at most 998 octets (RFC 5322 section 2.1.1) and only ASCII, so that any
-    server takes it; but an address that is not ASCII stands as it is, in UTF-8 (RFC 6532).
     """
     headers = [sender_header(mail.sender[0], mailbox(mail.sender[1])), f"To: {mailbox(mail.recipient)}"]
     if mail.cc:
@@ -3820,66 +3812,68 @@ def compose(mail: Mail, message_id: str, moment: int) -> bytes:
         headers.append(f"Reply-To: {mailbox(mail.reply_to)}")
     headers += [folded("Subject", plain_words(mail.subject) or encoded_words(mail.subject, len("Subject: "))),
                 f"Date: {mail_date(moment // 1_000_000)}", f"Message-ID: <{message_id}>",
-                "Auto-Submitted: auto-generated",  # RFC 3834 section 5: no auto-responder answers such mail
+                "Auto-Submitted: auto-generated",  # RFC 3834 section 5: auto-responders do not answer such mail
                 *(f"{name}: {value}" for name, value in mail.headers), "MIME-Version: 1.0", ""]
     return "\r\n".join(headers).encode() + mime_body(mail.content, mail.text, mail.attachments)
 
 
-@functools.lru_cache(maxsize=16)  # mails that wait are of few seconds, and it takes a fiftieth of a mail's time
+@functools.lru_cache(maxsize=16)  # formatting the date took 2 % of the time per mail; mails in a row share few seconds
 def mail_date(second: int) -> str:
     """The value of the header Date (RFC 5322 section 3.3) for seconds since the epoch."""
     return email.utils.formatdate(second)
 
 
-@functools.lru_cache(maxsize=4)
-def mime_body(content: str, text: str = "", attachments: tuple[tuple[str, str, str, str], ...] = ()) -> bytes:
-    """The MIME headers and the body: the same for all mails of a newsletter, so it is made once.
+@functools.lru_cache(maxsize=4)  # the mails of a newsletter share their body
+def mime_body(content: str, text: str = "", attachments: tuple[Attachment, ...] = ()) -> bytes:
+    """The MIME headers and the body.
 
-    With all there can be: multipart/mixed of (multipart/alternative of (text, multipart/related of (HTML, what it
-    shows), invitation), attachments), as RFC 2046 and RFC 2387 have them.
+    The fullest structure is multipart/mixed of (multipart/alternative of (text, multipart/related of (HTML, files that
+    it shows), invitation), attachments), as in RFC 2046 and RFC 2387.
     """
-    def multipart(subtype: str, parts: Sequence[bytes], number: int) -> bytes:
-        # Nobody can write a text that holds the hash of itself, nor does an encoding make "=_".
-        boundary = f"=_{digest}{number}"
-        parameter = '; type="text/html"' if subtype == "related" else ""
-        return (f'Content-Type: multipart/{subtype}; boundary="{boundary}"{parameter}\r\n\r\n'.encode()
-                + b"".join(b"--%s\r\n%s\r\n" % (boundary.encode(), part) for part in parts)
-                + f"--{boundary}--\r\n".encode())
-    digest = hashlib.sha256(repr((content, text, attachments)).encode()).hexdigest()[:32]
-    content, text = (re.sub(r"\r\n?", "\n", found) if "\r" in found else found for found in (content, text))
-    # Mailers offer to accept an invitation where it is an alternative, and show the last one that they can.
-    invitation = next((found for found in attachments if is_invitation(found[1])), None)
-    files = [found for found in attachments if found is not invitation]
-    shown = [mime_attachment(*found, "inline") for found in files if found[3]]
-    further = [mime_attachment(*found, "attachment") for found in files if not found[3]]
+    # No text contains its own hash, and no encoding produces "=_".
+    boundary = "=_" + hashlib.sha256(repr((content, text, attachments)).encode()).hexdigest()[:32]
+    content, text = (re.sub(r"\r\n?", "\n", lines) if "\r" in lines else lines for lines in (content, text))
+    # Mailers offer to accept an invitation that is an alternative. They display the last alternative that they can.
+    invitation = next((file for file in attachments if is_invitation(file.media_type)), None)
+    files = [file for file in attachments if file is not invitation]
+    inline = [mime_attachment(file, "inline") for file in files if file.content_id]
+    attached = [mime_attachment(file, "attachment") for file in files if not file.content_id]
     if text or is_html(content):
         markup = mime_part("html", content)
         alternatives = [mime_part("plain", text or html_to_text(content)),
-                        multipart("related", [markup, *shown], 3) if shown else markup]
+                        multipart("related", boundary + "3", [markup, *inline]) if inline else markup]
     else:
-        alternatives, further = [mime_part("plain", content)], shown + further
+        alternatives, attached = [mime_part("plain", content)], inline + attached
     if invitation:
-        alternatives.append(mime_attachment(*invitation))
-    body = multipart("alternative", alternatives, 2) if len(alternatives) > 1 else alternatives[0]
-    return multipart("mixed", [body, *further], 1) if further else body
+        alternatives.append(mime_attachment(invitation))
+    body = multipart("alternative", boundary + "2", alternatives) if len(alternatives) > 1 else alternatives[0]
+    return multipart("mixed", boundary + "1", [body, *attached]) if attached else body
+
+
+def multipart(subtype: str, boundary: str, parts: Sequence[bytes]) -> bytes:
+    """Several parts as one, with its header (RFC 2046 section 5.1)."""
+    root = '; type="text/html"' if subtype == "related" else ""  # RFC 2387 section 3.1
+    header = f'Content-Type: multipart/{subtype}; boundary="{boundary}"{root}\r\n\r\n'
+    pieces = [b"--%s\r\n%s\r\n" % (boundary.encode(), part) for part in parts]
+    return header.encode() + b"".join(pieces) + f"--{boundary}--\r\n".encode()
 
 
 def mime_part(subtype: str, text: str) -> bytes:
-    """One part with its headers: as it is where it is ASCII of short lines, else in the shorter encoding (RFC 2045)."""
+    """A text part: unencoded if it is short lines of ASCII, else in the shorter encoding (RFC 2045)."""
     octets = (text if text.endswith("\n") else text + "\n").encode()
     encoding = "7bit"
     if not octets.isascii() or max(map(len, octets.split(b"\n"))) > 998:
-        # RFC 2045 section 6.8: the line ends within base64 are CRLF.
-        quoted, base = binascii.b2a_qp(octets), base64.encodebytes(octets.replace(b"\n", b"\r\n"))
-        encoding, octets = ("quoted-printable", quoted) if len(quoted) <= len(base) else ("base64", base)
-    head = f'Content-Type: text/{subtype}; charset="utf-8"\r\nContent-Transfer-Encoding: {encoding}\r\n\r\n'
-    return head.encode() + octets.replace(b"\n", b"\r\n")
+        # RFC 2045 section 6.8: line ends within base64 are CRLF.
+        quotable, base = binascii.b2a_qp(octets), base64.encodebytes(octets.replace(b"\n", b"\r\n"))
+        encoding, octets = ("quoted-printable", quotable) if len(quotable) <= len(base) else ("base64", base)
+    header = f'Content-Type: text/{subtype}; charset="utf-8"\r\nContent-Transfer-Encoding: {encoding}\r\n\r\n'
+    return header.encode() + octets.replace(b"\n", b"\r\n")
 
 
 def parse_media_type(text: str) -> tuple[str, dict[str, str]]:
-    """The type in lower case, and its parameters as they are written: name in lower case -> value.
+    """The type in lower case, and its parameters as written: name in lower case -> value.
 
-    Of a text that MEDIA_TYPE takes. A parameter counts once, and one that names the file not at all.
+    `text` matches MEDIA_TYPE. The first of several parameters with one name counts; file names are left out.
     """
     parameters: dict[str, str] = {}
     for name, value in re.findall(MEDIA_PARAMETER, text):
@@ -3889,23 +3883,23 @@ def parse_media_type(text: str) -> tuple[str, dict[str, str]]:
 
 
 def is_invitation(media_type: str) -> bool:
-    """Whether a file of this media type asks for something, such as to come to a meeting (RFC 6047 section 2.4)."""
+    """Whether a file of this media type is a request, such as an invitation to a meeting (RFC 6047 section 2.4)."""
     kind, parameters = parse_media_type(media_type)
     return kind == "text/calendar" and "method" in parameters
 
 
-def mime_attachment(filename: str, media_type: str, content: str, content_id: str, disposition: str = "") -> bytes:
-    """A part with a file; `content` is in base64."""
-    kind, parameters = parse_media_type(media_type)
+def mime_attachment(file: Attachment, disposition: str = "") -> bytes:
+    """A file as a part with its headers."""
+    kind, parameters = parse_media_type(file.media_type)
     if kind == "text/calendar":
-        parameters.setdefault("charset", "utf-8")  # what it is by RFC 5545 section 3.1.4, but not by MIME
-    lines = [parameterized("Content-Type", kind, [*parameters.items(), ("name", encoded_name(filename))]),
+        parameters.setdefault("charset", "utf-8")  # the default of RFC 5545 section 3.1.4, but not of MIME
+    lines = [parameterized("Content-Type", kind, [*parameters.items(), ("name", encoded_name(file.filename))]),
              "Content-Transfer-Encoding: base64"]
     if disposition:
-        lines.append(parameterized("Content-Disposition", disposition, filename_parameters(filename)))
-    if content_id:
-        lines.append(f"Content-ID: <{content_id}>")
-    lines += ["", *(content[start:start + 76] for start in range(0, len(content), 76)), ""]
+        lines.append(parameterized("Content-Disposition", disposition, filename_parameters(file.filename)))
+    if file.content_id:
+        lines.append(f"Content-ID: <{file.content_id}>")
+    lines += ["", *(file.content[start:start + 76] for start in range(0, len(file.content), 76)), ""]
     return "\r\n".join(lines).encode()
 
 
@@ -3916,7 +3910,7 @@ def parameterized(name: str, value: str, parameters: list[tuple[str, str]]) -> s
 
 
 def is_plain(text: str) -> bool:
-    """Whether a text can stand in a header as it is, where nobody takes it for an encoded word."""
+    """Whether a text can stand in a header unencoded, and is not mistaken for an encoded word."""
     return text.isascii() and text.isprintable() and "=?" not in text
 
 
@@ -3926,31 +3920,33 @@ def quoted(text: str) -> str:
 
 
 def encoded_name(filename: str) -> str:
-    """The name of a file for Content-Type. Encoded words in quotes are no standard, but what older mailers read."""
+    """A file name for Content-Type. No standard has encoded words in quotes, but older mailers read them."""
     return quoted(filename) if is_plain(filename) else '"' + "\r\n ".join(encoded_words(filename, len(' name="'))) + '"'
 
 
 def filename_parameters(filename: str) -> list[tuple[str, str]]:
-    """The name of a file for Content-Disposition: by RFC 2231, and in ASCII for those who cannot read that."""
+    """A file name for Content-Disposition: encoded (RFC 2231), and in ASCII for mailers that cannot decode it."""
     if is_plain(filename):
         return [("filename", quoted(filename))]
     pieces = pack([urllib.parse.quote(character, safe="") for character in filename], 50)
     pieces[0] = "utf-8''" + pieces[0]
     names = [f"filename*{number}*" for number in range(len(pieces))] if len(pieces) > 1 else ["filename*"]
-    # Python's email package takes the first of two names, others prefer the encoded one wherever it stands.
+    # Python's email package takes the first of the two names; others prefer the encoded one wherever it stands.
     return [*zip(names, pieces), ("filename", '"' + re.sub(r"[^ !#->@-\[\]-~]", "_", filename) + '"')]
 
 
 @functools.lru_cache
 def sender_header(name: str, address: str) -> str:
-    """The header From. What needs encoding is encoded without its quotes (RFC 2047 section 5)."""
+    """The header From. A display name that needs encoding stands without quotes (RFC 2047 section 5)."""
     if not name:
         return f"From: {address}"
-    return folded("From", [*(plain_words(quoted_phrase(name)) or encoded_words(name, len("From: "))), f"<{address}>"])
+    # A quoted-string where the name has special characters.
+    phrase = email.utils.formataddr((name, "x@y")).removesuffix(" <x@y>") if name.isascii() else name
+    return folded("From", [*(plain_words(phrase) or encoded_words(name, len("From: "))), f"<{address}>"])
 
 
 def folded(name: str, words: list[str]) -> str:
-    """A header of words, folded between them into lines of at most 76 characters, unless a word is longer."""
+    """A header, folded between its words into lines of at most 76 characters, unless a word is longer."""
     lines = [f"{name}: {words[0]}"]
     for word in words[1:]:
         if len(lines[-1]) + 1 + len(word) > 76:
@@ -3961,47 +3957,44 @@ def folded(name: str, words: list[str]) -> str:
 
 
 def plain_words(text: str) -> list[str]:
-    """The words of a text that can stand in a header as it is, folded between them; none where it has to be encoded."""
+    """The words of a text that can stand in a header unencoded; none if it has to be encoded."""
     words = text.split(" ")
     return words if is_plain(text) and all(0 < len(word) <= 60 for word in words) or not text else []
 
 
 def encoded_words(text: str, column: int) -> list[str]:
-    """A text as encoded words of whole characters (RFC 2047), in the encoding that is shorter.
+    """A text as encoded words of whole characters (RFC 2047), in the shorter encoding.
+
+    Each leaves room for a quote in its line.
 
     Args:
-        column: where the first one begins in its line; the others begin lines. A quote has room behind each.
+        column: where the first word starts in its line; each further word starts a line.
     """
-    room, further = (76 - begin - len('=?utf-8?q??="') for begin in (column, 1))
+    room, further_room = (76 - start - len('=?utf-8?q??="') for start in (column, 1))
     octets, q_encoded = text.encode(), list(map(q_encoding, text))
     if sum(map(len, q_encoded)) <= math.ceil(len(octets) / 3) * 4:
-        return [f"=?utf-8?q?{word}?=" for word in pack(q_encoded, room, further)]
-    packed = pack([character.encode() for character in text], room // 4 * 3, further // 4 * 3)
-    return [f"=?utf-8?b?{base64.b64encode(word).decode()}?=" for word in packed]
+        return [f"=?utf-8?q?{word}?=" for word in pack(q_encoded, room, further_room)]
+    words = pack([character.encode() for character in text], room // 4 * 3, further_room // 4 * 3)
+    return [f"=?utf-8?b?{base64.b64encode(word).decode()}?=" for word in words]
 
 
 def q_encoding(character: str) -> str:
-    """A character in the encoding Q, as it may stand in names too (RFC 2047 section 5(3))."""
+    """A character in the encoding Q, restricted to what may stand in a display name (RFC 2047 section 5(3))."""
     if re.match(r"[A-Za-z0-9!*+/-]", character):
         return character
     return "_" if character == " " else "".join(f"={octet:02X}" for octet in character.encode())
 
 
-def pack(pieces: list, room: int, further: int = 0) -> list:
-    """Join strings (or bytes) as far as they fit in `room`, the rest in `further` each, by default the same."""
+def pack(pieces: list, room: int, further_room: int = 0) -> list:
+    """Join strings (or bytes) into at most `room` characters, then `further_room` each, by default the same."""
     packed = pieces[:1]
     for piece in pieces[1:]:
         if len(packed[-1]) + len(piece) > room:
             packed.append(piece)
-            room = further or room
+            room = further_room or room
         else:
             packed[-1] += piece
     return packed
-
-
-def quoted_phrase(name: str) -> str:
-    """A display name as RFC 5322 section 3.2.5 has it: in quotes where it holds special characters."""
-    return email.utils.formataddr((name, "x@y")).removesuffix(" <x@y>") if name.isascii() else name
 
 
 # --- 11. transports -------------------------------------------------------------------------------------
@@ -4121,6 +4114,9 @@ REPLIES = tuple((about, re.compile(pattern, re.IGNORECASE | re.DOTALL)) for abou
 def one_line(reply: bytes) -> str:
     """The text of a reply on one line, without controls."""
     return printable(reply.decode(errors="replace"))
+
+
+TOO_MANY = re.compile(r"\d+ ([45]\.5\.3\b|.*too many recipients)", re.IGNORECASE)
 
 
 def refusal(stage: str, code: int, text: bytes, taken: bool = False) -> DeliveryError | None:
@@ -5592,8 +5588,8 @@ class Workers:
     def send_message(self, task: Task) -> None:
         """Send the mail of a message task."""
         payload, (name, address) = task.payload, self.settings.sender
-        attachments = tuple((found["filename"], found["content_type"], found["content"], found.get("content_id", ""))
-                            for found in payload.get("attachments", ()))
+        attachments = tuple(Attachment(file["filename"], file["content_type"], file["content"],
+                                       file.get("content_id", "")) for file in payload.get("attachments", ()))
         self._send(task, Mail(
             (payload.get("from_name", name), address), payload["userId"], payload["subject"], payload["content"],
             text=payload.get("text", ""), cc=tuple(payload.get("cc", ())), bcc=tuple(payload.get("bcc", ())),
