@@ -4131,8 +4131,8 @@ def test_the_outbox_keeps_the_newest_outbox_max_mails(services):
 
 @pytest.mark.parametrize("cur", [0, 20], ids=["unread", "read by a mail program"])
 def test_the_outbox_is_cleaned_in_small_steps_of_the_oldest_mails(tmp_path, monkeypatch, cur):
-    monkeypatch.setattr(gomail.MaildirTransport, "NAMES", 10)
-    monkeypatch.setattr(gomail.MaildirTransport, "LOOK", 5)
+    monkeypatch.setattr(gomail.MaildirTransport, "NAME_BATCH", 10)
+    monkeypatch.setattr(gomail.MaildirTransport, "MAIL_BATCH", 5)
     outbox, numbers = outbox_with(tmp_path, 42, 7)
     for path in sorted((tmp_path / "new").iterdir(), key=lambda path: gomail.MaildirTransport._moment(path.name))[:cur]:
         path.rename(tmp_path / "cur" / f"{path.name}:2,S")
@@ -4167,7 +4167,7 @@ def test_a_mail_of_the_outbox_that_was_looked_at_a_moment_ago_is_not_removed(tmp
     for _ in range(5):
         outbox.clean()
     assert numbers() == [8, 7, 2] and outbox.read(shown["id"])
-    monkeypatch.setattr(gomail.MaildirTransport, "IN_VIEW", -1.0)  # later
+    monkeypatch.setattr(gomail.MaildirTransport, "VIEW_TIME", -1.0)  # later
     outbox.send("app@example.org", ["user@example.com"], b"Subject: 9\r\n\r\nx\r\n")
     for _ in range(5):
         outbox.clean()
@@ -9570,7 +9570,7 @@ def removing_a_dead_letter(service, client, mail_server):
 
 
 def creating_content(service, client, mail_server):
-    yield service.newsletters._create
+    yield service.newsletters._define
     define(client)
 
 
