@@ -3734,18 +3734,15 @@ class HtmlText:
 
 def attribute(name: str, attributes: str) -> str:
     """The value of an HTML attribute, or ""."""
+    def decoded(reference: re.Match[str]) -> str:
+        name = reference[1]
+        return html.entities.html5.get(name, reference[0]) if name else unescape(reference[0])
     for candidate, value in ATTRIBUTE.findall(attributes):
         if candidate.lower() == name:
             if value.startswith(('"', "'")):
                 value = value[1:].removesuffix(value[0])
-            return ATTRIBUTE_REFERENCE.sub(decode_reference, value)
+            return ATTRIBUTE_REFERENCE.sub(decoded, value)
     return ""
-
-
-def decode_reference(reference: re.Match[str]) -> str:
-    """The text of a character reference in an attribute."""
-    name = reference[1]
-    return html.entities.html5.get(name, reference[0]) if name else unescape(reference[0])
 
 
 def unescape(text: str) -> str:
@@ -4004,15 +4001,18 @@ def pack(pieces: list, room: int, further_room: int = 0) -> list:
 class DeliveryError(Exception):
     """A mail was not handed over to all of its recipients.
 
-    `certain`: another connection would get the same reply. `too_many`: the server takes fewer recipients in one
-    transaction. `no_such_address`: the server says that the recipient's address does not exist.
+    Args:
+        certain: another connection would get the same reply.
+        dropped: the failure came in the middle of this mail, which may be its cause.
+        sender: the server answers, but refuses the sender.
     """
 
-    too_many = no_such_address = False
+    too_many = False  # whether the server takes fewer recipients in one transaction
+    no_such_address = False  # whether the server says that the recipient's address does not exist
 
-    def __init__(self, error: str, certain: bool = False) -> None:
+    def __init__(self, error: str, certain: bool = False, dropped: bool = False, sender: bool = False) -> None:
         super().__init__(error)
-        self.certain = certain
+        self.certain, self.dropped, self.sender = certain, dropped, sender
 
 
 class TemporaryError(DeliveryError):
@@ -4024,23 +4024,14 @@ class PermanentError(DeliveryError):
 
 
 class UnavailableError(DeliveryError):
-    """No mail at all can be handed over now: the server, the connection or the sender's account is out of order.
-
-    `dropped`: the failure came in the middle of this mail, which may be its cause. `sender`: the server answers, but
-    refuses the sender.
-    """
-
-    def __init__(self, error: str, dropped: bool = False, sender: bool = False) -> None:
-        super().__init__(error)
-        self.dropped, self.sender = dropped, sender
+    """No mail at all can be handed over now: the server, the connection or the sender's account is out of order."""
 
 
 class InDoubtError(UnavailableError):
     """The server got the whole mail, but its answer never came: the mail may have arrived."""
 
     def __init__(self, error: str) -> None:
-        super().__init__(f"in doubt, the mail may have arrived: {error}", dropped=True)
-        self.certain = True
+        super().__init__(f"in doubt, the mail may have arrived: {error}", certain=True, dropped=True)
 
 
 class PartialError(DeliveryError):
@@ -4196,30 +4187,27 @@ class MaildirTransport:
         """Write one mail, and return once it is on disk. `owner` is whose mail it is. Raises UnavailableError."""
         lines = [f"Return-Path: <{mailbox(sender)}>\n", *(f"Delivered-To: {mailbox(each)}\n" for each in recipients),
                  f"{self.OWNER_HEADER}: {urllib.parse.quote(owner.name)} {owner.key_id}\n"]
-        with self._writing(), self.lock:
-            self._maildir().add("".join(lines).encode() + message.replace(b"\r\n", b"\n"))
+        with self.lock, self._maildir() as maildir:
+            maildir.add("".join(lines).encode() + message.replace(b"\r\n", b"\n"))
         self.accepted, self.reached = time.time(), time.monotonic()
 
     def probe(self) -> None:
         """Write and remove a file. Raises UnavailableError."""
-        with self._writing():
-            self._maildir()
+        with self._maildir():
             probe = self.folder / "tmp" / "probe"
             probe.write_bytes(b"." * 65536)
             probe.unlink()
         self.reached = time.monotonic()
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _maildir(self) -> Iterator[Maildir]:
+        """The Maildir, to be written to. Raises UnavailableError if that fails."""
         try:
-            yield
+            for name in ("tmp", "new", "cur"):  # each time: somebody may have removed the folder meanwhile
+                (self.folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+            yield Maildir(self.folder)
         except OSError as error:
             raise UnavailableError(f"the Maildir cannot be written: {describe(error)}") from None
-
-    def _maildir(self) -> Maildir:
-        for name in ("tmp", "new", "cur"):  # each time: somebody may have removed the folder meanwhile
-            (self.folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
-        return Maildir(self.folder)
 
     def tidy(self, idle: float = 0.0) -> None:
         """There is no connection."""
@@ -4878,25 +4866,32 @@ class Newsletters:
         self._correct = store.script(self.CORRECT)
         self._cursor = 0  # where correct() continues in the schedule
 
-    # KEYS: content:<account>.
-    # ARGV: content type, body, 1 to replace what exists or 0 to create it.
-    # Answer: 1, or 0 if that does not fit what is there.
-    DEFINE = """
-        if redis.call('HEXISTS', KEYS[1], ARGV[1]) ~= tonumber(ARGV[3]) then return 0 end
-        redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+    def _keys(self, account: str, content_type: str, address: str = "") -> list[str]:
+        """The KEYS of DEFINE, REMOVE, SUBSCRIBE, UNSUBSCRIBE and REFOLD, as KEYS_BY_NAME names them."""
+        return [self.store.key("content", account), self.store.key("subscribers", content_type, account),
+                self.store.key("schedule"), self.store.key("issued", content_type, account),
+                self.store.key("unsubscribed", content_type, address, account)]
+
+    KEYS_BY_NAME = "local content, subscribers, schedule, issued, unsubscribed = unpack(KEYS)"
+
+    # KEYS: see _keys().
+    # ARGV: content type, body, 1 to replace it or 0 to create it.
+    # Answer: 1, or 0 if there is no such content type, or one already.
+    DEFINE = KEYS_BY_NAME + """
+        local content_type, body, exists = unpack(ARGV)
+        if redis.call('HEXISTS', content, content_type) ~= tonumber(exists) then return 0 end
+        redis.call('HSET', content, content_type, body)
         return 1
     """
 
     def create(self, account: str, content_type: str, subject: str, content: str) -> None:
         """Define a content type. Raises HTTPError (409) if it exists."""
-        if not self._define(keys=[self.store.key("content", account)],
-                            args=[content_type, self._body(subject, content), 0]):
+        if not self._define(self._keys(account, content_type), [content_type, self._body(subject, content), 0]):
             raise HTTPError(409, "content_type exists already; PUT updates it", "content_type")
 
     def update(self, account: str, content_type: str, subject: str, content: str) -> None:
         """Replace subject and content of a content type. Raises HTTPError (404) if it does not exist."""
-        if not self._define(keys=[self.store.key("content", account)],
-                            args=[content_type, self._body(subject, content), 1]):
+        if not self._define(self._keys(account, content_type), [content_type, self._body(subject, content), 1]):
             raise self._unknown()
 
     @staticmethod
@@ -4909,18 +4904,15 @@ class Newsletters:
         return HTTPError(404, "content_type does not exist; POST /task/subscriptionContent defines one", "content_type")
 
     # Subscriptions stay in the schedule; CLAIM drops them when they are due.
-    # KEYS: content:<account>, subscribers:<type>:<account>, issued:<type>:<account>. ARGV: content type.
-    # Answer: 1, or 0 if it does not exist.
-    REMOVE = """
-        redis.call('UNLINK', KEYS[2], KEYS[3])
-        return redis.call('HDEL', KEYS[1], ARGV[1])
+    # KEYS: see _keys(). ARGV: content type. Answer: 1, or 0 if it does not exist.
+    REMOVE = KEYS_BY_NAME + """
+        redis.call('UNLINK', subscribers, issued)
+        return redis.call('HDEL', content, ARGV[1])
     """
 
     def remove(self, account: str, content_type: str) -> None:
         """Remove a content type and end its subscriptions. Raises HTTPError (404) if it does not exist."""
-        if not self._remove(keys=[self.store.key("content", account),
-                                  self.store.key("subscribers", content_type, account),
-                                  self.store.key("issued", content_type, account)], args=[content_type]):
+        if not self._remove(self._keys(account, content_type), [content_type]):
             raise self._unknown()
 
     def read(self, account: str, content_type: str) -> Json:
@@ -5008,12 +5000,11 @@ class Newsletters:
         return json.dumps([account, content_type, fold_address(address)], ensure_ascii=False)
 
     # Workers may do an unsubscribe before the subscribe that came earlier: the later request wins in any order.
-    # KEYS: content:<account>, subscribers:<type>:<account>, schedule, unsubscribed:<type>:<address>:<account>.
+    # KEYS: see _keys().
     # ARGV: content type, address, subscription (JSON), when its task was created (microseconds), member of the
     #       schedule, next boundary (s), body of the content type if it is to be created, or "".
     # Answer: "subscribed", "overtaken", or "unknown" if the content type does not exist.
-    SUBSCRIBE = Queue.LATER + """
-        local content, subscribers, schedule, unsubscribed = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+    SUBSCRIBE = Queue.LATER + KEYS_BY_NAME + """
         local content_type, address, record, created, member, boundary, body = unpack(ARGV)
         if body ~= '' then redis.call('HSETNX', content, content_type, body) end
         if redis.call('HEXISTS', content, content_type) == 0 then return 'unknown' end
@@ -5039,12 +5030,10 @@ class Newsletters:
         body = ""
         if "subject" in payload and "content" in payload:
             body = self._body(payload["subject"], payload["content"])
-        result = self._subscribe(
-            keys=[self.store.key("content", account), self.store.key("subscribers", content_type, account),
-                  self.store.key("schedule"), self.store.key("unsubscribed", content_type, address, account)],
-            args=[content_type, address, json.dumps(record), task.created,
-                  self.schedule_member(account, content_type, address),
-                  next_boundary(payload["frequency"], self.clock(), self.zone), body])
+        result = self._subscribe(self._keys(account, content_type, address), [
+            content_type, address, json.dumps(record), task.created,
+            self.schedule_member(account, content_type, address),
+            next_boundary(payload["frequency"], self.clock(), self.zone), body])
         if result == "unknown":
             raise PermanentError(f"content type {content_type!r} does not exist")
         return result
@@ -5058,11 +5047,10 @@ class Newsletters:
         return self._end_subscription(task.account, task.payload["content_type"], task.payload["userId"], task.created,
                                       task.id)
 
-    # KEYS: subscribers:<type>:<account>, schedule, unsubscribed:<type>:<address>:<account>, issued:<type>:<account>.
+    # KEYS: see _keys().
     # ARGV: address, when this was requested (microseconds), member of the schedule.
     # Answer: that of unsubscribe().
-    UNSUBSCRIBE = Queue.LATER + """
-        local subscribers, schedule, unsubscribed, issued = unpack(KEYS)
+    UNSUBSCRIBE = Queue.LATER + KEYS_BY_NAME + """
         local address, created, member = unpack(ARGV)
         redis.call('SET', unsubscribed, created, 'EX', 86400)
         local before = redis.call('HGET', subscribers, address)
@@ -5078,16 +5066,12 @@ class Newsletters:
         """End a subscription that is older than `moment` (microseconds). `request` is that of Script."""
         address = fold_address(address)
         return self._unsubscribe(
-            keys=[self.store.key("subscribers", content_type, account), self.store.key("schedule"),
-                  self.store.key("unsubscribed", content_type, address, account),
-                  self.store.key("issued", content_type, account)],
-            args=[address, moment, self.schedule_member(account, content_type, address)], request=request)
+            self._keys(account, content_type, address),
+            [address, moment, self.schedule_member(account, content_type, address)], request)
 
     # Move a subscription from one address to another, if it still exists.
-    # KEYS: subscribers:<type>:<account>, schedule.
-    # ARGV: old address, new address, old member of the schedule, new member.
-    REFOLD = """
-        local subscribers, schedule = KEYS[1], KEYS[2]
+    # KEYS: see _keys(). ARGV: old address, new address, old member of the schedule, new member.
+    REFOLD = KEYS_BY_NAME + """
         local older, address, older_member, member = unpack(ARGV)
         local record, boundary = redis.call('HGET', subscribers, older), redis.call('ZSCORE', schedule, older_member)
         if record and redis.call('HSETNX', subscribers, address, record) == 1 and boundary then
@@ -5106,13 +5090,12 @@ class Newsletters:
         if self.store.redis.exists(marker):
             return
         for account, content_type in self._content_types():
-            subscribers = self.store.key("subscribers", content_type, account)
-            for older, record in self.store.redis.hscan_iter(subscribers, count=1000):
+            keys = self._keys(account, content_type)
+            for older, record in self.store.redis.hscan_iter(keys[1], count=1000):  # of the subscribers
                 # The record has the address as it was given, in JSON with escapes.
                 if "\\u" in record and (address := fold_address(json.loads(record)["userId"])) != older:
-                    self._refold(keys=[subscribers, self.store.key("schedule")], args=[
-                        older, address, self.schedule_member(account, content_type, older),
-                        self.schedule_member(account, content_type, address)])
+                    self._refold(keys, [older, address, self.schedule_member(account, content_type, older),
+                                        self.schedule_member(account, content_type, address)])
         self.store.write("SET", marker, now, "NX")
 
     def link(self, account: str, content_type: str, address: str) -> str:
