@@ -3648,19 +3648,30 @@ def exposition(series: Mapping[tuple, float]) -> str:
 
 
 # --- 10. mail -------------------------------------------------------------------------------------------
-# A task becomes a message of RFC 5322 and MIME.
+# A Mail becomes the bytes of a message (RFC 5322, MIME). The plain text beside HTML is made by html_to_text().
 
-TOO_MANY = re.compile(r"\d+ ([45]\.5\.3\b|.*too many recipients)", re.IGNORECASE)
+def html_to_text(document: str) -> str:
+    """The plain text of an HTML document.
 
-# The tokens of an HTML document as the HTML standard has them (WHATWG, section 13.2.5), in one expression: tags,
-# comments, and elements whose content is no markup. Each repetition is possessive or goes on to the end of the
-# document: the time grows with the length alone, whatever somebody writes. SVG and MathML are read like HTML.
+    1. HTML_TOKEN splits the document into its tokens, as the HTML standard has them (WHATWG, section 13.2.5), and the
+       text between them. A token is a tag, a comment, or an element that contains no markup, such as a script.
+    2. HtmlText replaces each token: block tags by line breaks, an image by its alternative text, the end of a link by
+       its target, other tags by nothing. Scripts, styles, comments and templates leave nothing behind.
+    3. White space collapses, except in preformatted text.
+
+    The time grows only linearly with the length of the document, because each repetition in the expressions is
+    possessive or goes on to the end of the document. SVG and MathML are read like HTML.
+    """
+    return HtmlText(document).text()
+
+
 SPACE = r" \t\n\f\r"
 NAME_END = f"(?=[{SPACE}/>])"
-ATTRIBUTE = re.compile(rf"[{SPACE}/]*+([^{SPACE}/>][^{SPACE}/>=]*+)(?:[{SPACE}]*+=[{SPACE}]*+"
-                       rf"""(?:"([^"]*+)"?|'([^']*+)'?|([^{SPACE}>"'][^{SPACE}>]*+))?)?""")
-ATTRIBUTES = (rf"(?>[{SPACE}/]*+[^{SPACE}/>][^{SPACE}/>=]*+(?>[{SPACE}]*+=[{SPACE}]*+"
-              rf"""(?>"[^"]*+"?+|'[^']*+'?+|[^{SPACE}>"'][^{SPACE}>]*+)?+)?+)*+[{SPACE}/]*+""")
+ATTRIBUTE_NAME = f"[^{SPACE}/>][^{SPACE}/>=]*+"
+ATTRIBUTE_EQUALS = f"[{SPACE}]*+=[{SPACE}]*+"
+ATTRIBUTE_VALUE = rf"""(?>"[^"]*+"?+|'[^']*+'?+|[^{SPACE}>"'][^{SPACE}>]*+)?+"""
+ATTRIBUTES = f"(?>[{SPACE}/]*+{ATTRIBUTE_NAME}(?>{ATTRIBUTE_EQUALS}{ATTRIBUTE_VALUE})?+)*+[{SPACE}/]*+"
+ATTRIBUTE = re.compile(f"({ATTRIBUTE_NAME})(?:{ATTRIBUTE_EQUALS}({ATTRIBUTE_VALUE}))?")
 
 # A script ends at "</script"; but after "<!--" and then "<script", only at the next one or after "-->".
 SCRIPT_IN_COMMENT = rf"<script{NAME_END}(?>[^-<]++|-(?!->)|<(?!/script{NAME_END}))*+(?></script)?+"
@@ -3669,7 +3680,7 @@ SCRIPT_ELEMENT = rf"script{NAME_END}{ATTRIBUTES}>(?>[^<]++|{SCRIPT_COMMENT}|<(?!
 RAW_ELEMENT = (rf"(style|title|textarea|iframe|noembed|noframes|xmp|plaintext){NAME_END}{ATTRIBUTES}>"
                rf"((?>[^<]++|<(?!/(?!plaintext)\1{NAME_END}))*+)")  # nothing ends <plaintext>
 HTML_TOKEN = re.compile(
-    rf"<(?:(?=[stinxp])(?:{SCRIPT_ELEMENT}|{RAW_ELEMENT})"  # the first letter alone spares most tags the rest
+    rf"<(?:(?=[stinxp])(?:{SCRIPT_ELEMENT}|{RAW_ELEMENT})"  # most tags fail at the check of the first letter
     rf"|(/?[a-z][^{SPACE}/>]*+)({ATTRIBUTES})>"
     r"|!--(?:-?>|.*?--!?>|.*+)"
     r"|(?:[!?]|/(?=[^a-z]))[^>]*+>?+"  # what the standard calls bogus comments, such as <![endif]>
@@ -3680,9 +3691,8 @@ HTML_TOKEN = re.compile(
 ATTRIBUTE_REFERENCE = re.compile(r"&(?:#(?:[0-9]++|[xX][0-9a-fA-F]++);?|([a-zA-Z][a-zA-Z0-9]*+(?:;|(?!=))))")
 DECIMAL_REFERENCE = re.compile(r"(?<=&#)0*([0-9]{1,8})[0-9]*+")
 
-# What the text has instead of a tag; other tags leave nothing behind.
-BREAK = "\0"  # a line break that a tag makes; those of the document itself are white space like any other
-INSTEAD = {
+BREAK = "\0"  # a line break made by a tag; a line break of the document itself is ordinary white space
+REPLACEMENTS = {  # tags that are not listed leave nothing behind
     **{slash + tag: BREAK for slash in ("", "/") for tag in
        "address article aside br caption center dd details div dl dt fieldset figcaption figure footer form header hr "
        "legend main menu nav optgroup option section summary tr".split()},
@@ -3691,96 +3701,69 @@ INSTEAD = {
     **dict.fromkeys("/li /td /th b /b body em /em font /font i /i span /span strong /strong tbody /tbody".split(), "")}
 
 
-def html_to_text(document: str) -> str:
-    """The text of an HTML document for those who read mail without HTML: blocks apart, links with their target.
+class HtmlText:
+    """Steps 2 and 3 of html_to_text().
 
-    In a time that grows with the length alone.
-    """
-    return TextOfHtml(document).text()
-
-
-class TextOfHtml:
-    """The tokens of an HTML document, and what its text has for them.
-
-    `flow` is text, what stands for a tag, text, what stands for a tag, ..., text. Tag n stands at 2n + 1.
+    `flow` alternates between text and replacements, from text to text: the replacement of token n stands at 2n + 1.
     """
 
     def __init__(self, document: str) -> None:
         pieces = HTML_TOKEN.split(document.replace(BREAK, ""))
-        self.raw, self.contents, self.tags, self.attributes = (pieces[group::5] for group in (1, 2, 3, 4))
+        self.raw_names, self.raw_contents, self.tags, self.attributes = (pieces[group::5] for group in (1, 2, 3, 4))
         self.flow: list[str] = [""] * (2 * len(self.tags) + 1)
         self.flow[::2] = [unescape(text) if "&" in text else text for text in pieces[::5]]
-        self.blocks: list[str] = []  # the text so far,
-        self.done = 0  # which is that of so much of `flow`
-        self.link: tuple[str, int] | None = None  # the target of the link that is open, and where in `flow` it began
-        self.preformatted = self.templates = 0  # how many such elements are open
-        self.hidden = 0  # where in `flow` the outermost template began
+        self.blocks: list[str] = []  # finished text,
+        self.block_start = 0  # which covers `flow` up to here
+        self.link: tuple[str, int] | None = None  # the target of the open link, and where its text starts in `flow`
+        self.pre_depth = self.template_depth = 0  # how many such elements are open
 
     def text(self) -> str:
-        """All of the text."""
-        flow = self.flow
+        """The text of the whole document."""
+        flow, known = self.flow, REPLACEMENTS.get
         for number, tag in enumerate(self.tags):
-            instead = INSTEAD.get(tag)
-            flow[2 * number + 1] = self.replacement(number) if instead is None else instead
-        if self.templates:
-            self.hide(len(flow))
+            replacement = None if self.template_depth else known(tag)
+            flow[2 * number + 1] = self.replacement(number) if replacement is None else replacement
+        if self.template_depth:
+            flow[-1] = ""
         flow.append(self.end_link(len(flow)))
         self.end_block(len(flow))
         return "\n\n".join(filter(None, self.blocks)) + "\n"
 
     def replacement(self, number: int) -> str:
-        """What stands for a token that is none of the usual tags."""
-        at, tag = 2 * number + 1, self.tags[number]
-        tag = tag and tag.lower()
-        if tag in ("template", "/template") or self.templates:
-            self.nest_template(tag, at)
-        elif tag is None:
-            return self.verbatim(number)
+        """The replacement of a token that is within a template, or not in REPLACEMENTS as it is written."""
+        position, tag = 2 * number + 1, (self.tags[number] or "").lower()
+        if self.template_depth or tag == "template":  # nobody sees what is within a template
+            if self.template_depth:
+                self.flow[position - 1] = ""
+            self.template_depth += {"template": 1, "/template": -1}.get(tag, 0)
+        elif not tag:  # a comment, or an element that contains no markup
+            name, content = (self.raw_names[number] or "").lower(), self.raw_contents[number]
+            if name in ("textarea", "xmp", "plaintext"):  # the others are invisible
+                return unescape(content) if name == "textarea" else content
         elif tag == "img":
             return attribute("alt", self.attributes[number])
         elif tag in ("a", "/a"):
-            ended = self.end_link(at)  # by a start tag too: there are no links within links
-            self.link = (link_target(self.attributes[number]), at + 1) if tag == "a" else None
-            return ended
-        elif tag == "pre" or tag == "/pre" and self.preformatted:
-            deeper = self.preformatted + (1 if tag == "pre" else -1)
-            if not (self.preformatted and deeper):
-                self.end_block(at)
-            self.preformatted = deeper
+            target = self.end_link(position)  # a start tag ends the link before it, too: links do not nest
+            self.link = (link_target(self.attributes[number]), position + 1) if tag == "a" else None
+            return target
+        elif tag == "pre" or tag == "/pre" and self.pre_depth:
+            depth = self.pre_depth + (1 if tag == "pre" else -1)
+            if not self.pre_depth or not depth:
+                self.end_block(position)
+            self.pre_depth = depth
         else:
-            return INSTEAD.get(tag, "")  # it may have been written in capital letters
+            return REPLACEMENTS.get(tag, "")  # in capital letters, or unknown
         return ""
 
-    def nest_template(self, tag: str | None, at: int) -> None:
-        """Count the templates that are open: nobody sees what is in them."""
-        if tag == "template":
-            self.hidden = self.hidden if self.templates else at
-            self.templates += 1
-        elif tag == "/template" and self.templates:
-            self.templates -= 1
-            if not self.templates:
-                self.hide(at)
-
-    def hide(self, end: int) -> None:
-        """Leave nothing of the outermost template, which ends before `end`."""
-        self.flow[self.hidden:end] = [""] * (end - self.hidden)
-
-    def verbatim(self, number: int) -> str:
-        """What there is to see of an element whose content is no markup; nothing of a comment."""
-        name, content = (self.raw[number] or "").lower(), self.contents[number]
-        if name == "textarea":
-            return unescape(content)
-        return content if name in ("xmp", "plaintext") else ""
-
     def end_link(self, end: int) -> str:
-        """What stands at the end of a link: its target, unless its text has that already."""
+        """What to write at the end of the open link: its target, unless the text of the link contains it."""
         target, start = self.link or ("", 0)
         return f" ({target})" if target and target not in "".join(self.flow[start:end]) else ""
 
     def end_block(self, end: int) -> None:
-        """Put white space in order in what comes before `end`: preformatted text keeps it."""
-        text, self.done = "".join(self.flow[self.done:end]), end
-        if self.preformatted:
+        """Finish the text before `end`: collapse its white space, unless it is preformatted."""
+        text, self.block_start = "".join(self.flow[self.block_start:end]), end
+        if self.pre_depth:
             lines = [line.rstrip() for line in text.replace(BREAK, "\n").splitlines()]
             self.blocks.append("\n".join(lines).strip("\n"))
         else:
@@ -3790,67 +3773,73 @@ class TextOfHtml:
 
 def attribute(name: str, attributes: str) -> str:
     """The value of an HTML attribute, or ""."""
-    for found in ATTRIBUTE.finditer(attributes):
-        if found[1].lower() == name:
-            return ATTRIBUTE_REFERENCE.sub(decode_reference, found[2] or found[3] or found[4] or "")
+    def decoded(reference: re.Match[str]) -> str:
+        name = reference[1]
+        return html.entities.html5.get(name, reference[0]) if name else unescape(reference[0])
+    for candidate, value in ATTRIBUTE.findall(attributes):
+        if candidate.lower() == name:
+            if value.startswith(('"', "'")):
+                value = value[1:].removesuffix(value[0])
+            return ATTRIBUTE_REFERENCE.sub(decoded, value)
     return ""
 
 
-def decode_reference(reference: re.Match[str]) -> str:
-    """What a character reference in an attribute stands for."""
-    name = reference[1]
-    return html.entities.html5.get(name, reference[0]) if name else unescape(reference[0])
-
-
 def unescape(text: str) -> str:
-    """Text with its character references replaced: by html.unescape, which fails at numbers of thousands of digits."""
+    """The text with its character references replaced. html.unescape alone fails at numbers of thousands of digits."""
     return html.unescape(DECIMAL_REFERENCE.sub(r"\1", text) if "&#" in text else text)
 
 
 def link_target(attributes: str) -> str:
-    """Where an HTML link leads, "" where that is nowhere outside of the mail. As browsers read it (WHATWG, URL)."""
+    """The target of an HTML link as browsers read it (WHATWG, URL); "" where it leads nowhere outside of the mail."""
     target = re.sub(r"[\t\n\r]", "", attribute("href", attributes)).strip("".join(map(chr, range(33))))
     if not target.lower().startswith(("http:", "https:", "mailto:")):
         return ""
     return re.sub(r"\s", lambda space: urllib.parse.quote(space[0]), target)
 
 
+class Attachment(typing.NamedTuple):
+    """A file in a mail; `content` is base64. The HTML shows a file with a `content_id` (RFC 2392)."""
+
+    filename: str
+    media_type: str
+    content: str
+    content_id: str = ""
+
+
 @dataclasses.dataclass
 class Mail:
-    """A mail before it is put into bytes.
+    """The parts of a mail.
 
-    `sender` is (display name, address); addresses are as parse_address gives them; `subject` is one line. `content`
-    is HTML or plain text; `text` the plain part beside HTML, made from it where there is none. `attachments` are
-    tuples (filename, media type, base64, Content-ID or ""); `headers` further (name, value) in ASCII. `bcc` is for
-    the envelope alone.
+    `sender` is (display name, address). Addresses are as parse_address() returns them; `bcc` is only for the envelope.
+    `subject` is one line. `content` is HTML or plain text; `text` is the plain text beside HTML, by default made from
+    the HTML. `headers` are further (name, value) in ASCII.
     """
 
-    sender: tuple
+    sender: tuple[str, str]
     recipient: str
     subject: str
     content: str
     text: str = ""
-    cc: tuple = ()
-    bcc: tuple = ()
+    cc: tuple[str, ...] = ()
+    bcc: tuple[str, ...] = ()
     reply_to: str = ""
-    attachments: tuple = ()
-    headers: tuple = ()
+    attachments: tuple[Attachment, ...] = ()
+    headers: tuple[tuple[str, str], ...] = ()
 
     @property
     def recipients(self) -> tuple[str, ...]:
-        """All of the envelope, each once."""
+        """The recipients in the envelope, without duplicates."""
         return tuple(dict.fromkeys((self.recipient, *self.cc, *self.bcc)))
 
 
 def compose(mail: Mail, message_id: str, moment: int) -> bytes:
-    """A Mail as bytes, ready for DATA.
+    """A Mail as bytes for DATA: CRLF line ends, lines of at most 998 octets (RFC 5322 section 2.1.1), only ASCII.
+
+    An address beyond ASCII is the exception: it stands there in UTF-8 (RFC 6532).
 
     Args:
         message_id: without the angle brackets.
         moment: the Date, in microseconds since the epoch.
-
-    The result has CRLF line ends, lines of at most 998 octets (RFC 5322 section 2.1.1) and only ASCII, so that any
-    server takes it; but an address that is not ASCII stands as it is, in UTF-8 (RFC 6532).
     """
     headers = [sender_header(mail.sender[0], mailbox(mail.sender[1])), f"To: {mailbox(mail.recipient)}"]
     if mail.cc:
@@ -3859,66 +3848,68 @@ def compose(mail: Mail, message_id: str, moment: int) -> bytes:
         headers.append(f"Reply-To: {mailbox(mail.reply_to)}")
     headers += [folded("Subject", plain_words(mail.subject) or encoded_words(mail.subject, len("Subject: "))),
                 f"Date: {mail_date(moment // 1_000_000)}", f"Message-ID: <{message_id}>",
-                "Auto-Submitted: auto-generated",  # RFC 3834 section 5: no auto-responder answers such mail
+                "Auto-Submitted: auto-generated",  # RFC 3834 section 5: auto-responders do not answer such mail
                 *(f"{name}: {value}" for name, value in mail.headers), "MIME-Version: 1.0", ""]
     return "\r\n".join(headers).encode() + mime_body(mail.content, mail.text, mail.attachments)
 
 
-@functools.lru_cache(maxsize=16)  # mails that wait are of few seconds, and it takes a fiftieth of a mail's time
+@functools.lru_cache(maxsize=16)  # formatting the date took 2 % of the time per mail; mails in a row share few seconds
 def mail_date(second: int) -> str:
     """The value of the header Date (RFC 5322 section 3.3) for seconds since the epoch."""
     return email.utils.formatdate(second)
 
 
-@functools.lru_cache(maxsize=4)
-def mime_body(content: str, text: str = "", attachments: tuple[tuple[str, str, str, str], ...] = ()) -> bytes:
-    """The MIME headers and the body: the same for all mails of a newsletter, so it is made once.
+@functools.lru_cache(maxsize=4)  # the mails of a newsletter share their body
+def mime_body(content: str, text: str = "", attachments: tuple[Attachment, ...] = ()) -> bytes:
+    """The MIME headers and the body.
 
-    With all there can be: multipart/mixed of (multipart/alternative of (text, multipart/related of (HTML, what it
-    shows), invitation), attachments), as RFC 2046 and RFC 2387 have them.
+    The fullest structure is multipart/mixed of (multipart/alternative of (text, multipart/related of (HTML, files that
+    it shows), invitation), attachments), as in RFC 2046 and RFC 2387.
     """
-    def multipart(subtype: str, parts: Sequence[bytes], number: int) -> bytes:
-        # Nobody can write a text that holds the hash of itself, nor does an encoding make "=_".
-        boundary = f"=_{digest}{number}"
-        parameter = '; type="text/html"' if subtype == "related" else ""
-        return (f'Content-Type: multipart/{subtype}; boundary="{boundary}"{parameter}\r\n\r\n'.encode()
-                + b"".join(b"--%s\r\n%s\r\n" % (boundary.encode(), part) for part in parts)
-                + f"--{boundary}--\r\n".encode())
-    digest = hashlib.sha256(repr((content, text, attachments)).encode()).hexdigest()[:32]
-    content, text = (re.sub(r"\r\n?", "\n", found) if "\r" in found else found for found in (content, text))
-    # Mailers offer to accept an invitation where it is an alternative, and show the last one that they can.
-    invitation = next((found for found in attachments if is_invitation(found[1])), None)
-    files = [found for found in attachments if found is not invitation]
-    shown = [mime_attachment(*found, "inline") for found in files if found[3]]
-    further = [mime_attachment(*found, "attachment") for found in files if not found[3]]
+    # No text contains its own hash, and no encoding produces "=_".
+    boundary = "=_" + hashlib.sha256(repr((content, text, attachments)).encode()).hexdigest()[:32]
+    content, text = (re.sub(r"\r\n?", "\n", lines) if "\r" in lines else lines for lines in (content, text))
+    # Mailers offer to accept an invitation that is an alternative. They display the last alternative that they can.
+    invitation = next((file for file in attachments if is_invitation(file.media_type)), None)
+    files = [file for file in attachments if file is not invitation]
+    inline = [mime_attachment(file, "inline") for file in files if file.content_id]
+    attached = [mime_attachment(file, "attachment") for file in files if not file.content_id]
     if text or is_html(content):
         markup = mime_part("html", content)
         alternatives = [mime_part("plain", text or html_to_text(content)),
-                        multipart("related", [markup, *shown], 3) if shown else markup]
+                        multipart("related", boundary + "3", [markup, *inline]) if inline else markup]
     else:
-        alternatives, further = [mime_part("plain", content)], shown + further
+        alternatives, attached = [mime_part("plain", content)], inline + attached
     if invitation:
-        alternatives.append(mime_attachment(*invitation))
-    body = multipart("alternative", alternatives, 2) if len(alternatives) > 1 else alternatives[0]
-    return multipart("mixed", [body, *further], 1) if further else body
+        alternatives.append(mime_attachment(invitation))
+    body = multipart("alternative", boundary + "2", alternatives) if len(alternatives) > 1 else alternatives[0]
+    return multipart("mixed", boundary + "1", [body, *attached]) if attached else body
+
+
+def multipart(subtype: str, boundary: str, parts: Sequence[bytes]) -> bytes:
+    """Several parts as one, with its header (RFC 2046 section 5.1)."""
+    root = '; type="text/html"' if subtype == "related" else ""  # RFC 2387 section 3.1
+    header = f'Content-Type: multipart/{subtype}; boundary="{boundary}"{root}\r\n\r\n'
+    pieces = [b"--%s\r\n%s\r\n" % (boundary.encode(), part) for part in parts]
+    return header.encode() + b"".join(pieces) + f"--{boundary}--\r\n".encode()
 
 
 def mime_part(subtype: str, text: str) -> bytes:
-    """One part with its headers: as it is where it is ASCII of short lines, else in the shorter encoding (RFC 2045)."""
+    """A text part: unencoded if it is short lines of ASCII, else in the shorter encoding (RFC 2045)."""
     octets = (text if text.endswith("\n") else text + "\n").encode()
     encoding = "7bit"
     if not octets.isascii() or max(map(len, octets.split(b"\n"))) > 998:
-        # RFC 2045 section 6.8: the line ends within base64 are CRLF.
-        quoted, base = binascii.b2a_qp(octets), base64.encodebytes(octets.replace(b"\n", b"\r\n"))
-        encoding, octets = ("quoted-printable", quoted) if len(quoted) <= len(base) else ("base64", base)
-    head = f'Content-Type: text/{subtype}; charset="utf-8"\r\nContent-Transfer-Encoding: {encoding}\r\n\r\n'
-    return head.encode() + octets.replace(b"\n", b"\r\n")
+        # RFC 2045 section 6.8: line ends within base64 are CRLF.
+        quotable, base = binascii.b2a_qp(octets), base64.encodebytes(octets.replace(b"\n", b"\r\n"))
+        encoding, octets = ("quoted-printable", quotable) if len(quotable) <= len(base) else ("base64", base)
+    header = f'Content-Type: text/{subtype}; charset="utf-8"\r\nContent-Transfer-Encoding: {encoding}\r\n\r\n'
+    return header.encode() + octets.replace(b"\n", b"\r\n")
 
 
 def parse_media_type(text: str) -> tuple[str, dict[str, str]]:
-    """The type in lower case, and its parameters as they are written: name in lower case -> value.
+    """The type in lower case, and its parameters as written: name in lower case -> value.
 
-    Of a text that MEDIA_TYPE takes. A parameter counts once, and one that names the file not at all.
+    `text` matches MEDIA_TYPE. The first of several parameters with one name counts; file names are left out.
     """
     parameters: dict[str, str] = {}
     for name, value in re.findall(MEDIA_PARAMETER, text):
@@ -3928,23 +3919,23 @@ def parse_media_type(text: str) -> tuple[str, dict[str, str]]:
 
 
 def is_invitation(media_type: str) -> bool:
-    """Whether a file of this media type asks for something, such as to come to a meeting (RFC 6047 section 2.4)."""
+    """Whether a file of this media type is a request, such as an invitation to a meeting (RFC 6047 section 2.4)."""
     kind, parameters = parse_media_type(media_type)
     return kind == "text/calendar" and "method" in parameters
 
 
-def mime_attachment(filename: str, media_type: str, content: str, content_id: str, disposition: str = "") -> bytes:
-    """A part with a file; `content` is in base64."""
-    kind, parameters = parse_media_type(media_type)
+def mime_attachment(file: Attachment, disposition: str = "") -> bytes:
+    """A file as a part with its headers."""
+    kind, parameters = parse_media_type(file.media_type)
     if kind == "text/calendar":
-        parameters.setdefault("charset", "utf-8")  # what it is by RFC 5545 section 3.1.4, but not by MIME
-    lines = [parameterized("Content-Type", kind, [*parameters.items(), ("name", encoded_name(filename))]),
+        parameters.setdefault("charset", "utf-8")  # the default of RFC 5545 section 3.1.4, but not of MIME
+    lines = [parameterized("Content-Type", kind, [*parameters.items(), ("name", encoded_name(file.filename))]),
              "Content-Transfer-Encoding: base64"]
     if disposition:
-        lines.append(parameterized("Content-Disposition", disposition, filename_parameters(filename)))
-    if content_id:
-        lines.append(f"Content-ID: <{content_id}>")
-    lines += ["", *(content[start:start + 76] for start in range(0, len(content), 76)), ""]
+        lines.append(parameterized("Content-Disposition", disposition, filename_parameters(file.filename)))
+    if file.content_id:
+        lines.append(f"Content-ID: <{file.content_id}>")
+    lines += ["", *(file.content[start:start + 76] for start in range(0, len(file.content), 76)), ""]
     return "\r\n".join(lines).encode()
 
 
@@ -3955,7 +3946,7 @@ def parameterized(name: str, value: str, parameters: list[tuple[str, str]]) -> s
 
 
 def is_plain(text: str) -> bool:
-    """Whether a text can stand in a header as it is, where nobody takes it for an encoded word."""
+    """Whether a text can stand in a header unencoded, and is not mistaken for an encoded word."""
     return text.isascii() and text.isprintable() and "=?" not in text
 
 
@@ -3965,31 +3956,33 @@ def quoted(text: str) -> str:
 
 
 def encoded_name(filename: str) -> str:
-    """The name of a file for Content-Type. Encoded words in quotes are no standard, but what older mailers read."""
+    """A file name for Content-Type. No standard has encoded words in quotes, but older mailers read them."""
     return quoted(filename) if is_plain(filename) else '"' + "\r\n ".join(encoded_words(filename, len(' name="'))) + '"'
 
 
 def filename_parameters(filename: str) -> list[tuple[str, str]]:
-    """The name of a file for Content-Disposition: by RFC 2231, and in ASCII for those who cannot read that."""
+    """A file name for Content-Disposition: encoded (RFC 2231), and in ASCII for mailers that cannot decode it."""
     if is_plain(filename):
         return [("filename", quoted(filename))]
     pieces = pack([urllib.parse.quote(character, safe="") for character in filename], 50)
     pieces[0] = "utf-8''" + pieces[0]
     names = [f"filename*{number}*" for number in range(len(pieces))] if len(pieces) > 1 else ["filename*"]
-    # Python's email package takes the first of two names, others prefer the encoded one wherever it stands.
+    # Python's email package takes the first of the two names; others prefer the encoded one wherever it stands.
     return [*zip(names, pieces), ("filename", '"' + re.sub(r"[^ !#->@-\[\]-~]", "_", filename) + '"')]
 
 
 @functools.lru_cache
 def sender_header(name: str, address: str) -> str:
-    """The header From. What needs encoding is encoded without its quotes (RFC 2047 section 5)."""
+    """The header From. A display name that needs encoding stands without quotes (RFC 2047 section 5)."""
     if not name:
         return f"From: {address}"
-    return folded("From", [*(plain_words(quoted_phrase(name)) or encoded_words(name, len("From: "))), f"<{address}>"])
+    # A quoted-string where the name has special characters.
+    phrase = email.utils.formataddr((name, "x@y")).removesuffix(" <x@y>") if name.isascii() else name
+    return folded("From", [*(plain_words(phrase) or encoded_words(name, len("From: "))), f"<{address}>"])
 
 
 def folded(name: str, words: list[str]) -> str:
-    """A header of words, folded between them into lines of at most 76 characters, unless a word is longer."""
+    """A header, folded between its words into lines of at most 76 characters, unless a word is longer."""
     lines = [f"{name}: {words[0]}"]
     for word in words[1:]:
         if len(lines[-1]) + 1 + len(word) > 76:
@@ -4000,52 +3993,49 @@ def folded(name: str, words: list[str]) -> str:
 
 
 def plain_words(text: str) -> list[str]:
-    """The words of a text that can stand in a header as it is, folded between them; none where it has to be encoded."""
+    """The words of a text that can stand in a header unencoded; none if it has to be encoded."""
     words = text.split(" ")
     return words if is_plain(text) and all(0 < len(word) <= 60 for word in words) or not text else []
 
 
 def encoded_words(text: str, column: int) -> list[str]:
-    """A text as encoded words of whole characters (RFC 2047), in the encoding that is shorter.
+    """A text as encoded words of whole characters (RFC 2047), in the shorter encoding.
+
+    Each leaves room for a quote in its line.
 
     Args:
-        column: where the first one begins in its line; the others begin lines. A quote has room behind each.
+        column: where the first word starts in its line; each further word starts a line.
     """
-    room, further = (76 - begin - len('=?utf-8?q??="') for begin in (column, 1))
+    room, further_room = (76 - start - len('=?utf-8?q??="') for start in (column, 1))
     octets, q_encoded = text.encode(), list(map(q_encoding, text))
     if sum(map(len, q_encoded)) <= math.ceil(len(octets) / 3) * 4:
-        return [f"=?utf-8?q?{word}?=" for word in pack(q_encoded, room, further)]
-    packed = pack([character.encode() for character in text], room // 4 * 3, further // 4 * 3)
-    return [f"=?utf-8?b?{base64.b64encode(word).decode()}?=" for word in packed]
+        return [f"=?utf-8?q?{word}?=" for word in pack(q_encoded, room, further_room)]
+    words = pack([character.encode() for character in text], room // 4 * 3, further_room // 4 * 3)
+    return [f"=?utf-8?b?{base64.b64encode(word).decode()}?=" for word in words]
 
 
 def q_encoding(character: str) -> str:
-    """A character in the encoding Q, as it may stand in names too (RFC 2047 section 5(3))."""
+    """A character in the encoding Q, restricted to what may stand in a display name (RFC 2047 section 5(3))."""
     if re.match(r"[A-Za-z0-9!*+/-]", character):
         return character
     return "_" if character == " " else "".join(f"={octet:02X}" for octet in character.encode())
 
 
-def pack(pieces: list, room: int, further: int = 0) -> list:
-    """Join strings (or bytes) as far as they fit in `room`, the rest in `further` each, by default the same."""
+def pack(pieces: list, room: int, further_room: int = 0) -> list:
+    """Join strings (or bytes) into at most `room` characters, then `further_room` each, by default the same."""
     packed = pieces[:1]
     for piece in pieces[1:]:
         if len(packed[-1]) + len(piece) > room:
             packed.append(piece)
-            room = further or room
+            room = further_room or room
         else:
             packed[-1] += piece
     return packed
 
 
-def quoted_phrase(name: str) -> str:
-    """A display name as RFC 5322 section 3.2.5 has it: in quotes where it holds special characters."""
-    return email.utils.formataddr((name, "x@y")).removesuffix(" <x@y>") if name.isascii() else name
-
-
 # --- 11. transports -------------------------------------------------------------------------------------
-# SmtpTransport hands a message to the server, MaildirTransport writes it to a Maildir. Both say what went wrong by a
-# DeliveryError, which decides what the worker does; one table, REPLIES, says which of them an SMTP reply means.
+# SmtpTransport hands a message to the server, MaildirTransport writes it to a Maildir. Both report a failure as a
+# DeliveryError, whose class decides what the worker does; the table REPLIES decides which class an SMTP reply means.
 
 class DeliveryError(Exception):
     """A mail was not handed over to all of its recipients.
@@ -4122,7 +4112,7 @@ class PostponedError(DeliveryError):
 
 
 class About(enum.StrEnum):
-    """What an SMTP reply is about. A mail pays an attempt only for what is about itself or its recipient."""
+    """What an SMTP error reply is about. Only replies about the mail or the recipient cost the mail an attempt."""
 
     MAIL = "the mail"
     RECIPIENT = "the recipient"
@@ -4131,15 +4121,18 @@ class About(enum.StrEnum):
     SERVER = "the server"
 
 
-# What a refusal is about, by "STAGE code text", where the text begins with the enhanced code, if there is one; the
-# first line that fits counts, then the stage alone. The stages are MAIL, RCPT, DATA and DOT, the end of the data. An
-# enhanced code is class.subject.detail; RFC 3463 section 3 has the subjects, the IANA registry of RFC 5248 the rest.
+STAGES = {"MAIL": "at MAIL", "RCPT": "at RCPT", "DATA": "at DATA", "DOT": "at the end of the data"}
+TOO_MANY = re.compile(r"\d+ ([45]\.5\.3\b|.*too many recipients)", re.IGNORECASE)
+
+# What an error reply is about, by "STAGE code text"; the text begins with the enhanced code, if there is one. The first
+# line that matches counts, else the stage alone. An enhanced code is class.subject.detail: RFC 3463 section 3 has the
+# subjects, and the IANA registry of RFC 5248 the rest.
 REPLIES = tuple((about, re.compile(pattern, re.IGNORECASE | re.DOTALL)) for about, pattern in (
     # RFC 5321 section 3.8: 421 announces at any stage that the server closes the connection.
     (About.SERVER, r"\w+ 421 "),
     # RFC 3463 section 3.2 and 3.3: the address or the mailbox; RFC 7505: a domain that takes no mail.
     (About.RECIPIENT, r"RCPT \d+ [45]\.(1\.([1-6]|10)|2\.[0-4])\b"),
-    # Postfix (access(5), smtpd) and many others: who does not exist, and what its administrator forbids.
+    # Postfix (access(5), smtpd) and many others: unknown recipients, and those that an administrator forbids.
     (About.RECIPIENT, r"RCPT .*(recipient address rejected|(user|recipient|mailbox) unknown"
                       r"|(unknown|no such) (user|recipient|mailbox))"),
     # RFC 5321 section 4.2.3: 552, exceeded storage; RFC 3463 section 3.3, 3.4, 3.7: too long, its media.
@@ -4148,7 +4141,7 @@ REPLIES = tuple((about, re.compile(pattern, re.IGNORECASE | re.DOTALL)) for abou
     # RFC 5248, RFC 7372, RFC 7505: credentials, SPF, DKIM, reverse DNS. Microsoft's list of NDR codes: from 5.7.50 on.
     (About.SENDER, r"\w+ (53\d |[45]\d\d [45]\.(1\.[78]|7\.([89]|1[0-4]|2[0-7]|57|60|64|139|50[1-38]|511|6[0-4]\d"
                    r"|70[58]|750)|2\.252)\b)"),
-    # Postfix's smtpd_delay_reject says at RCPT what it thinks of HELO, client and sender; so do Exim's ACLs ("relay not
+    # Postfix with smtpd_delay_reject refuses HELO, client and sender only at RCPT; so do Exim's ACLs ("relay not
     # permitted", "Sender verify failed"), Sendmail ("Relaying denied"), qmail ("allowed rcpthosts"), Exchange
     # ("SendAsDenied", "Unable to relay") and, at the end of the data, SES ("Email address is not verified").
     (About.SENDER, r"\w+ .*(sender (address )?(rejected|refused|denied)|sender verif|helo command rejected"
@@ -4157,95 +4150,90 @@ REPLIES = tuple((about, re.compile(pattern, re.IGNORECASE | re.DOTALL)) for abou
                    r"|unable to relay|allowed rcpthosts|not owned by"
                    r"|authentication (is )?required|must (be )?authenticat|not authenticated|sendasdenied"
                    r"|send as this sender|address is not verified)"),
-    # RFC 5321 section 4.2.4 and 4.3.2: commands unknown or out of order. A connection's share: Stalwart ("messages per
+    # RFC 5321 section 4.2.4 and 4.3.2: commands unknown or out of order. Limits per connection: Stalwart ("messages per
     # session"), IONOS ("Mails per session limit"), OpenSMTPD ("Too many messages sent"), Postfix ("too many errors").
-    # Postfix's anvil counts over connections ("too much mail from", "too many recipients from").
+    # Postfix's anvil limits the client over all connections ("too much mail from", "too many recipients from").
     (About.CONNECTION, r"\w+ (50[0234] |.*(too many (messages|mails|e-?mails|transactions|errors|commands)"
                        r"|(messages?|mails?|count) per (session|connection)|session limit|too much mail"
                        r"|too many recipients))"),
-    # RFC 3463 section 3.4, 3.5: the system is full, not accepting, badly set up or congested. RFC 4954, RFC 3207: 454.
+    # RFC 3463 section 3.4, 3.5: the system is full, not accepting, misconfigured or congested. RFC 4954, RFC 3207: 454.
     (About.SERVER, r"\w+ (454 |4\d\d 4\.(3\.[0125]|4\.[25])\b|5\d\d 5\.3\.[125]\b)"),
-    # Postfix, when its milter, policy server or table does not answer.
+    # Postfix while its milter, policy server or table does not answer.
     (About.SERVER, r"\w+ 4.*(service unavailable|server configuration|temporary lookup failure)"),
-    # All mails have the same sender.
+    # At MAIL: all mails have the same sender.
     (About.SERVER, r"MAIL 4"),
     (About.SENDER, r"MAIL "),
 ))
 
-
 def one_line(reply: bytes) -> str:
-    """The text of a reply on one line, without controls."""
+    """The text of a reply on one line, without control characters."""
     return printable(reply.decode(errors="replace"))
 
 
-def refusal(stage: str, code: int, text: bytes, taken: bool = False) -> DeliveryError | None:
-    """What a reply means at a stage (RFC 5321 section 4.2): None for success, else the error to raise.
+def refusal(stage: str, code: int, text: bytes, others_taken: bool = False) -> DeliveryError | None:
+    """The error that a reply at a stage means (RFC 5321 section 4.2), or None for success: any 2yz, at DATA any 3yz.
 
-    Any 2yz is a success, at DATA any 3yz. `taken` says that another recipient was taken in the same transaction, so
-    that the sender is not at fault.
+    `others_taken`: the server took another recipient in this transaction, so the sender cannot be at fault.
     """
     if code // 100 == (3 if stage == "DATA" else 2):
         return None
-    said = f"{code} {one_line(text)}"[:500]
+    reply = f"{code} {one_line(text)}"[:500]
     if not 400 <= code <= 599:
-        return UnavailableError(f"the server said {STAGES[stage]}: {said}", dropped=True)
-    known = next((about for about, pattern in REPLIES if pattern.match(f"{stage} {said}")), None)
+        return UnavailableError(f"the server said {STAGES[stage]}: {reply}", dropped=True)
+    known = next((about for about, pattern in REPLIES if pattern.match(f"{stage} {reply}")), None)
     about = known or (About.RECIPIENT if stage == "RCPT" else About.MAIL)
-    if taken and about in (About.SENDER, About.CONNECTION):
+    if others_taken and about in (About.SENDER, About.CONNECTION):
         about = About.RECIPIENT
-    if about not in (About.MAIL, About.RECIPIENT):
-        words = said if code == 421 else f"{about}, {STAGES[stage]}: {said}"
-        error: DeliveryError = UnavailableError(words, dropped=stage != "MAIL" or code < 500,
-                                                sender=about == About.SENDER)
-    else:
-        error = (TemporaryError if code < 500 else PermanentError)(said, certain=known is not None)
+    if about in (About.MAIL, About.RECIPIENT):
+        error: DeliveryError = (TemporaryError if code < 500 else PermanentError)(reply, certain=known is not None)
         # RFC 3463 section 3.2: 5.1.x is about an address, 5.1.7 and 5.1.8 about the sender's.
-        error.no_such_address = stage == "RCPT" and re.match(r"5\d\d 5\.1\.(?![78]\b)\d", said) is not None
-    error.too_many = stage in ("RCPT", "DATA") and TOO_MANY.match(said) is not None
+        error.no_such_address = stage == "RCPT" and re.match(r"5\d\d 5\.1\.(?![78]\b)\d", reply) is not None
+    else:
+        explanation = reply if code == 421 else f"{about}, {STAGES[stage]}: {reply}"
+        error = UnavailableError(explanation, dropped=stage != "MAIL" or code < 500, sender=about == About.SENDER)
+    error.too_many = stage in ("RCPT", "DATA") and TOO_MANY.match(reply) is not None
     return error
 
 
-STAGES = {"MAIL": "at MAIL", "RCPT": "at RCPT", "DATA": "at DATA", "DOT": "at the end of the data"}
-
-
 class Transport(typing.Protocol):
-    """What hands mails on; many threads call it at once."""
+    """Hands mails over. Many threads call it at once."""
 
-    accepted: float  # when a mail was taken last, in seconds since the epoch
-    reached: float  # when that, or a new connection, was last known to be possible, by time.monotonic()
+    accepted: float  # when a mail was last accepted, in seconds since the epoch
+    reached: float  # when a mail was last accepted or a new connection last succeeded, by time.monotonic()
 
     def send(self, sender: str, recipients: Sequence[str], message: bytes, owner: Account = Account("", ""),
              urgent: bool = False) -> None:
-        """Hand over one mail; a return means that it was taken for all recipients. Raises DeliveryError."""
+        """Hand over one mail; it returns once the mail is accepted for all recipients. Raises DeliveryError."""
 
     def probe(self) -> object:
         """Find out whether mails can be handed over now. Raises UnavailableError."""
 
     def tidy(self, idle: float = 0.0) -> None:
-        """Close what this thread has not used for `idle` seconds."""
+        """Close this thread's connection if it has been idle for `idle` seconds."""
 
     def abandon(self) -> None:
-        """Cut off all that waits for an answer."""
+        """Cut the connections of all threads, so that none waits for an answer."""
 
 
 class MaildirTransport:
     """A transport that delivers into a Maildir, for trying things out without an SMTP server.
 
     Args:
-        folder: of the Maildir, made where it is missing.
-        most: mails that clean() keeps; 0: all.
+        folder: the Maildir; it is created if it is missing.
+        max_mails: how many mails clean() keeps; 0: all.
     """
 
-    OWNER = "X-Account"  # a header in the file, percent-encoded: whose mail it is, and by which API key
-    HEAD = 65536  # bytes of a mail that are read to list it
-    LOOK = 1000  # files that are looked at to list some, or to remove some
-    NAMES = 10_000  # that are read in one step
-    IN_VIEW = 600.0  # seconds in which a mail that somebody has looked at is not removed
+    OWNER_HEADER = "X-Account"  # in each file: account name (percent-encoded) and API key id
+    HEAD_SIZE = 65536  # bytes of a mail that are read to list it
+    MAIL_BATCH = 1000  # mails that one call of list() reads, or one step of clean() removes
+    NAME_BATCH = 10_000  # file names that one step of clean() reads
+    VIEW_TIME = 600.0  # seconds in which a mail that somebody has opened is not removed
 
-    def __init__(self, folder: str | pathlib.Path, most: int = 0) -> None:
-        self.folder, self.most = pathlib.Path(folder).resolve(), most
+    def __init__(self, folder: str | pathlib.Path, max_mails: int = 0) -> None:
+        self.folder, self.max_mails = pathlib.Path(folder).resolve(), max_mails
         self.lock = threading.Lock()
-        self.accepted, self.reached, self.cleaned = 0.0, float("-inf"), -1.0
+        self.accepted, self.reached = 0.0, float("-inf")
+        self.cleaned_until = -1.0  # the value of `accepted` when the last cleaning started
         self.cleaning: Iterator[None] | None = None
 
     def __str__(self) -> str:
@@ -4253,42 +4241,43 @@ class MaildirTransport:
 
     def send(self, sender: str, recipients: Sequence[str], message: bytes, owner: Account = Account("", ""),
              urgent: bool = False) -> None:
-        """Write one mail, on disk when this returns; `owner` says whose it is, for who looks at it later.
-
-        Raises UnavailableError where the disk does not take it.
-        """
-        lines = [f"Return-Path: <{mailbox(sender)}>\n", *(f"Delivered-To: {mailbox(found)}\n" for found in recipients),
-                 f"{self.OWNER}: {urllib.parse.quote(owner.name)} {owner.key_id}\n"]
-        envelope = "".join(lines).encode()
-        try:
-            with self.lock:
-                self._maildir().add(envelope + message.replace(b"\r\n", b"\n"))
-        except OSError as error:
-            raise UnavailableError(f"the Maildir cannot be written: {describe(error)}") from None
+        """Write one mail, and return once it is on disk. `owner` is whose mail it is. Raises UnavailableError."""
+        lines = [f"Return-Path: <{mailbox(sender)}>\n", *(f"Delivered-To: {mailbox(each)}\n" for each in recipients),
+                 f"{self.OWNER_HEADER}: {urllib.parse.quote(owner.name)} {owner.key_id}\n"]
+        with self.lock, self._maildir() as maildir:
+            maildir.add("".join(lines).encode() + message.replace(b"\r\n", b"\n"))
         self.accepted, self.reached = time.time(), time.monotonic()
 
     def probe(self) -> None:
-        """Raise UnavailableError where a mail could not be written."""
-        try:
-            self._maildir()
+        """Write and remove a file. Raises UnavailableError."""
+        with self._maildir():
             probe = self.folder / "tmp" / "probe"
             probe.write_bytes(b"." * 65536)
             probe.unlink()
-        except OSError as error:
-            raise UnavailableError(f"the Maildir cannot be written: {describe(error)}") from None
         self.reached = time.monotonic()
 
+    @contextlib.contextmanager
+    def _maildir(self) -> Iterator[Maildir]:
+        """The Maildir, to be written to. Raises UnavailableError if that fails."""
+        try:
+            for name in ("tmp", "new", "cur"):  # each time: somebody may have removed the folder meanwhile
+                (self.folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+            yield Maildir(self.folder)
+        except OSError as error:
+            raise UnavailableError(f"the Maildir cannot be written: {describe(error)}") from None
+
     def tidy(self, idle: float = 0.0) -> None:
-        """Nothing is kept open."""
+        """There is no connection."""
 
     def abandon(self) -> None:
-        """Nothing waits for an answer."""
+        """There is no connection."""
 
     def list(self, account: Account = Account("", ""), offset: int = 0,
              limit: int = 100) -> tuple[list[Json], int | None]:
-        """The newest mails, of an account or of all, and the offset to look on from, None at the end.
+        """The newest mails of an account, or of all, and the next `offset`, None at the end.
 
-        Of each {"id", "received", "size", "from", "to", "subject"}. `offset` is how many of the newest are passed over.
+        Each is {"id", "received", "size", "from", "to", "subject"}. `offset` is how many of the newest to skip; a page
+        may have fewer than `limit` mails, as one call reads only MAIL_BATCH.
         """
         try:
             files = [entry for name in ("new", "cur") for entry in os.scandir(self.folder / name)]
@@ -4296,109 +4285,108 @@ class MaildirTransport:
             files = []
         files.sort(key=lambda entry: self._moment(entry.name), reverse=True)
         mails: list[Json] = []
-        at = offset
-        for entry in files[offset:offset + self.LOOK]:
+        position = offset
+        for entry in files[offset:offset + self.MAIL_BATCH]:
             if len(mails) == limit:
                 break
-            at += 1
+            position += 1
             with contextlib.suppress(FileNotFoundError), open(entry.path, "rb") as file:
-                head = self._parsed(file.read(self.HEAD).partition(b"\n\n")[0])
+                head = self._parsed(file.read(self.HEAD_SIZE).partition(b"\n\n")[0])
                 if self._is_of(head, account):
                     mails.append({"id": entry.name.partition(":")[0],
                                   **{name: head.get(name, "") for name in ("from", "to", "subject")},
                                   "received": timestamp(self._moment(entry.name)[0] * 1_000_000),
                                   "size": os.fstat(file.fileno()).st_size})
-        return mails, at if at < len(files) else None
+        return mails, position if position < len(files) else None
 
     def read(self, mail_id: str, account: Account = Account("", "")) -> tuple[bytes, email.message.EmailMessage] | None:
         """(bytes, parsed message) of a mail, or None. With `account`, only of that account's own."""
-        for name in ("new", "cur"):
-            for path in (self.folder / name).glob(f"{glob.escape(mail_id)}*") if "/" not in mail_id else ():
-                if path.name.partition(":")[0] == mail_id:
-                    try:
-                        source = path.read_bytes()
-                        os.utime(path, (time.time(), path.stat().st_mtime))  # see _is_in_view()
-                    except FileNotFoundError:  # it was removed just now
-                        return None
+        candidates = [] if "/" in mail_id else [
+            path for name in ("new", "cur") for path in (self.folder / name).glob(f"{glob.escape(mail_id)}*")]
+        for path in candidates:
+            if path.name.partition(":")[0] == mail_id:
+                with contextlib.suppress(FileNotFoundError):  # it was removed just now
+                    source = path.read_bytes()
+                    os.utime(path, (time.time(), path.stat().st_mtime))  # see _is_in_view()
                     message = self._parsed(source)
                     return (source, message) if self._is_of(message, account) else None
         return None
 
     def clean(self) -> None:
-        """Go a step towards keeping the newest `most` mails alone, if mails came in since that was reached."""
-        if not self.cleaning and self.most and self.cleaned != self.accepted:
-            self.cleaned, self.cleaning = self.accepted, self._cleaning()
-        if self.cleaning and next(self.cleaning, self) is self:
+        """Do one step of removing all but the newest `max_mails` mails, if mails have come in since the last time."""
+        if not self.cleaning and self.max_mails and self.cleaned_until != self.accepted:
+            self.cleaned_until, self.cleaning = self.accepted, self._cleaning()
+        if self.cleaning and next(self.cleaning, "ended") == "ended":
             self.cleaning = None
 
     def _cleaning(self) -> Iterator[None]:
-        """Remove the oldest mails, in steps. Mails that are being written lie in tmp, which is left alone."""
+        """Remove the oldest mails, in steps. Mails that are being written are in tmp, which is left alone."""
         files: list[tuple[str, str]] = []
         for name in ("new", "cur"):
             with contextlib.suppress(FileNotFoundError), os.scandir(self.folder / name) as entries:
-                while some := [(entry.name, entry.path) for entry in itertools.islice(entries, self.NAMES)]:
-                    files += some
+                while batch := [(entry.name, entry.path) for entry in itertools.islice(entries, self.NAME_BATCH)]:
+                    files += batch
                     yield
         files.sort(key=lambda file: self._moment(file[0]))
-        surplus = files[:max(0, len(files) - self.most)]
-        for start in range(0, len(surplus), self.LOOK):
-            for _, path in surplus[start:start + self.LOOK]:
+        surplus = files[:max(0, len(files) - self.max_mails)]
+        for start in range(0, len(surplus), self.MAIL_BATCH):
+            for _, path in surplus[start:start + self.MAIL_BATCH]:
                 with contextlib.suppress(FileNotFoundError):  # another process cleans as well
                     if not self._is_in_view(os.stat(path)):
                         os.unlink(path)
             yield
 
-    def _is_in_view(self, found: os.stat_result) -> bool:
-        """Whether somebody has looked at a mail a moment ago, here or with another program."""
-        return found.st_atime > found.st_mtime + 1 and abs(time.time() - found.st_atime) < self.IN_VIEW
+    def _is_in_view(self, status: os.stat_result) -> bool:
+        """Whether somebody has opened a mail in the last VIEW_TIME seconds, here or with another program."""
+        return status.st_atime > status.st_mtime + 1 and abs(time.time() - status.st_atime) < self.VIEW_TIME
 
     @staticmethod
     def _parsed(octets: bytes) -> email.message.EmailMessage:
         return email.message_from_bytes(octets, policy=email.policy.default)
 
     def _is_of(self, message: email.message.EmailMessage, account: Account) -> bool:
-        """Whether a mail is this account's; the admin's are all. One written by an older version names no key."""
-        name, _, key_id = str(message.get(self.OWNER, "")).partition(" ")
-        return not account.name or (
-            urllib.parse.unquote(name) == account.name and key_id in ("", account.key_id))
+        """Whether a mail belongs to this account; all belong to the admin. Older versions wrote no key id."""
+        name, _, key_id = str(message.get(self.OWNER_HEADER, "")).partition(" ")
+        return not account.name or urllib.parse.unquote(name) == account.name and key_id in ("", account.key_id)
 
     @staticmethod
     def _moment(name: str) -> tuple[int, ...]:
-        """(seconds since the epoch, what orders the files of one second) by the name of a file of a Maildir."""
-        seconds, _, rest = name.partition(".")
-        detail = re.match(r"M(\d+)P\d+Q(\d+)", rest)
-        return (int(seconds) if seconds.isdigit() else 0, *(map(int, detail.groups()) if detail else (0, 0)))
-
-    def _maildir(self) -> Maildir:
-        # Looked at each time: the folder may have been emptied or removed meanwhile.
-        for name in ("tmp", "new", "cur"):
-            (self.folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
-        return Maildir(self.folder)
+        """(seconds since the epoch, order within a second) from the name of a file in a Maildir."""
+        seconds, _, unique = name.partition(".")
+        order = re.match(r"M(\d+)P\d+Q(\d+)", unique)
+        return (int(seconds) if seconds.isdigit() else 0, *(map(int, order.groups()) if order else (0, 0)))
 
 
-OpenSmtp: typing.TypeAlias = Any  # an smtplib.SMTP that has its socket, which its hints leave open
+OpenSmtp: typing.TypeAlias = Any  # an smtplib.SMTP with a socket: the hints of smtplib allow None there
+
+
+class ThreadState(threading.local):
+    """The SMTP connection of the current thread."""
+
+    smtp: OpenSmtp = None
+    sent = 0  # mails that it has carried
+    refusals = 0  # transactions in a row that ended without a mail
+    used = 0.0  # when it was last used, by time.monotonic()
+    stage = "MAIL"  # of the transaction: a key of STAGES
 
 
 class SmtpTransport:
-    """A transport that delivers to one SMTP server; each thread has a connection of its own, and reuses it.
+    """A transport that delivers to the server `smtp_server`. Each thread has its own connection, and reuses it.
 
-    A connection is replaced when it has been idle for IDLE seconds, has carried its share of mails, or failed: servers
-    close connections on their own terms, and a fresh one is the cheapest way to be sure of a state. The share is
-    `smtp_mails_per_connection`, for urgent mail at most URGENT_SHARE (Exim puts off what comes after ten mails on a
-    connection); and for MEMORY seconds no more than the server took when a fresh connection went on where an old one
-    was refused.
-
-    Args:
-        settings: the Settings; `smtp_server` is set.
+    A connection is replaced when it has been idle for IDLE seconds, has carried its share of mails, or has failed:
+    servers close connections by rules of their own, and only a new one is in a known state. The share is
+    `smtp_mails_per_connection`, but at most URGENT_SHARE for urgent mail (Exim defers what comes after ten mails on a
+    connection). When a new connection works right after an old one was refused, the number of mails on the old one
+    becomes the share for LEARNT_TIME seconds.
     """
 
     IDLE = 10.0
     URGENT_SHARE = 10
-    MEMORY = 3600.0
+    LEARNT_TIME = 3600.0
     MAX_REFUSALS = 5  # in a row, then a connection is replaced: Postfix answers slowly after ten
     TLS_PORT = 465  # RFC 8314 section 3.3: TLS from the start
-    # Seconds until an answer to a command or progress in sending the data, and until the answer to its end (RFC 5321
-    # section 4.5.3.2): who hangs up earlier sends the mail twice.
+    # Seconds for the answer to a command or for progress in sending the data, and for the answer to the end of the data
+    # (RFC 5321 section 4.5.3.2). A client that hangs up earlier sends the mail twice.
     COMMAND_TIMEOUT = 300.0
     FINAL_TIMEOUT = 600.0
     UTF8 = " SMTPUTF8 BODY=8BITMIME"  # RFC 6531 section 3.4
@@ -4406,7 +4394,7 @@ class SmtpTransport:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.context = ssl.create_default_context(cafile=settings.smtp_ca or None)
-        self.local = threading.local()
+        self.local = ThreadState()
         self.lock = threading.Lock()
         self.connections: set[OpenSmtp] = set()
         self.learnt_share, self.learnt_until = 0, float("-inf")
@@ -4418,86 +4406,35 @@ class SmtpTransport:
 
     def send(self, sender: str, recipients: Sequence[str], message: bytes, owner: Account = Account("", ""),
              urgent: bool = False) -> None:
-        """Hand one mail over; a return means that the server has taken charge of it for all recipients.
+        """Hand one mail over; it returns once the server has accepted it for all recipients.
 
-        What is refused on a connection that has carried mail is offered once more on a fresh one, unless it is
-        certain that this would hear the same: servers limit what a connection may carry, and say so at any stage in
-        any words.
+        Servers limit what a connection may carry, and say so at any stage in any words. So what is refused on a used
+        connection is offered once more on a new one, unless the error is certain.
 
         Raises:
             TemporaryError, PermanentError: the server refused this mail.
-            PartialError: it has taken charge of it for some of the recipients, or refused each for a reason of its own.
-            UnavailableError: the server is out, or refuses the sender; InDoubtError: it may have taken charge.
+            PartialError: it accepted the mail for some recipients, or refused the recipients for different reasons.
+            UnavailableError: the server is out, or refuses the sender; InDoubtError: it may have accepted the mail.
         """
         self.tidy(self.IDLE)
-        carried, idle = 0, 0.0
-        if self._connected():
-            carried, idle = self.local.sent, time.monotonic() - self.local.used
+        local = self.local
+        carried, idle = local.sent, time.monotonic() - local.used
         refused = self._deliver(sender, recipients, message)
-        again = [found for found, error in refused.items() if not error.certain]
-        if carried and again:
+        uncertain = [address for address, error in refused.items() if not error.certain]
+        if carried and uncertain:
             self.tidy()
-            repeated = self._deliver(sender, again, message)
-            if len(repeated) < len(again) and idle < 1.0:  # else it may have been closed for being idle
-                self.learnt_share, self.learnt_until = carried, time.monotonic() + self.MEMORY
-            refused = {found: error for found, error in refused.items() if error.certain} | repeated
-        if self._connected() and (self.local.sent >= self._share(urgent) or self.local.refusals >= self.MAX_REFUSALS):
+            refused_again = self._deliver(sender, uncertain, message)
+            if len(refused_again) < len(uncertain) and idle < 1.0:  # else it may have been closed for being idle
+                self.learnt_share, self.learnt_until = carried, time.monotonic() + self.LEARNT_TIME
+            refused = {address: error for address, error in refused.items() if error.certain} | refused_again
+        if local.sent >= self._share(urgent) or local.refusals >= self.MAX_REFUSALS:
             self.tidy()
-        delivered = tuple(found for found in recipients if found not in refused)
+        delivered = tuple(address for address in recipients if address not in refused)
         if delivered:
             self.accepted = time.time()
         if refused:
             first, *others = dict.fromkeys(refused.values())
             raise PartialError(delivered, refused) if delivered or others else first
-
-    def probe(self) -> str:
-        """Connect, log in, and offer a mail from the sender to itself, without sending it.
-
-        Returns what the server said last; it need not know the sender as a recipient. Raises UnavailableError.
-        """
-        self.tidy()
-        self.local.stage = "MAIL"
-        address, said = self.settings.sender[1], ""
-        utf8 = "" if address.isascii() else self.UTF8
-        try:
-            smtp = self._connect()
-            smtp.sock.settimeout(self.COMMAND_TIMEOUT)
-            for stage, command in (("MAIL", f"MAIL FROM:<{mailbox(address)}>{utf8}\r\n"),
-                                   ("RCPT", f"RCPT TO:<{mailbox(address)}>\r\n")):
-                smtp.send(command.encode())
-                code, text = self._reply(smtp, stage)
-                said = f"{stage}: {code} {one_line(text)}"
-                if isinstance(error := refusal(stage, code, text), UnavailableError):
-                    raise error
-            smtp.rset()
-        except UnavailableError:
-            self._discard()
-            raise
-        except (OSError, smtplib.SMTPException) as error:
-            raise self._broken(error) from None
-        return said
-
-    def tidy(self, idle: float = 0.0) -> None:
-        """Close this thread's connection where it has been idle for `idle` seconds or more."""
-        if not self._connected() or time.monotonic() - self.local.used < idle:
-            return
-        smtp = self.local.smtp
-        with contextlib.suppress(OSError, smtplib.SMTPException):
-            if smtp.sock:
-                smtp.sock.settimeout(1.0)
-            smtp.quit()
-        self._discard()
-
-    def abandon(self) -> None:
-        """Cut the connections of all threads: a thread that waits for an answer learns at once that none will come."""
-        with self.lock:
-            for smtp in self.connections:
-                with contextlib.suppress(OSError, AttributeError):
-                    # Not SSLSocket's own shutdown(), which takes the TLS session away under the thread that reads.
-                    socket.socket.shutdown(smtp.sock, socket.SHUT_RDWR)
-
-    def _connected(self) -> bool:
-        return getattr(self.local, "smtp", None) is not None
 
     def _share(self, urgent: bool) -> int:
         share = self.settings.smtp_mails_per_connection
@@ -4506,23 +4443,23 @@ class SmtpTransport:
         return min(share, self.learnt_share) if time.monotonic() < self.learnt_until else share
 
     def _deliver(self, sender: str, recipients: Sequence[str], message: bytes) -> dict[str, DeliveryError]:
-        """Offer a mail, in further transactions for those who are too many for one (RFC 5321 section 4.5.3.1.10).
+        """Offer a mail, in several transactions if the server takes fewer recipients (RFC 5321 section 4.5.3.1.10).
 
-        Returns recipient -> why it was refused; recipients that share a reason share the exception.
+        Returns recipient -> error for each refused one; recipients refused for one reason share the exception.
         """
         refused = self._transact(sender, recipients, message)
-        rest = [found for found, error in refused.items() if error.too_many]
-        if not rest or len(recipients) == 1:
+        surplus = [address for address, error in refused.items() if error.too_many]
+        if not surplus or len(recipients) == 1:
             return refused
-        refused = {found: error for found, error in refused.items() if found not in rest}
-        # Exim can be told to refuse them all then (recipients_max_reject).
-        half = len(rest) // 2 if len(rest) == len(recipients) else 0
-        for part in (rest[:half], rest[half:]):
-            refused |= self._deliver(sender, part, message) if part else {}
+        refused = {address: error for address, error in refused.items() if not error.too_many}
+        # Exim with recipients_max_reject refuses all of them: then each half goes on its own.
+        half = len(surplus) // 2 if len(surplus) == len(recipients) else 0
+        for part in filter(None, (surplus[:half], surplus[half:])):
+            refused |= self._deliver(sender, part, message)
         return refused
 
     def _transact(self, sender: str, recipients: Sequence[str], message: bytes) -> dict[str, DeliveryError]:
-        """One transaction. Returns as _deliver() does; afterwards the connection is fit for the next one, or gone."""
+        """Do one transaction; returns what _deliver() does. Then the connection is ready for another, or closed."""
         refused: dict[str, DeliveryError] = {}
         self.local.stage = "MAIL"
         try:
@@ -4533,105 +4470,30 @@ class SmtpTransport:
                 elif not sender.isascii():
                     raise UnavailableError("the server takes no sender beyond ASCII (SMTPUTF8)", sender=True)
                 else:
-                    refused = dict.fromkeys((found for found in recipients if not found.isascii()), PermanentError(
-                        "the server takes no addresses beyond ASCII (SMTPUTF8)", certain=True))
+                    error = PermanentError("the server takes no addresses beyond ASCII (SMTPUTF8)", certain=True)
+                    refused = {address: error for address in recipients if not address.isascii()}
                     message = downgraded(message)
             if smtp.has_extn("size"):
                 options += f" SIZE={len(message)}"
-            if wanted := [found for found in recipients if found not in refused]:
-                refused |= self._offer(smtp, sender, options, wanted)
+            if deliverable := [address for address in recipients if address not in refused]:
+                refused |= self._send_envelope(smtp, sender, options, deliverable)
             if len(refused) < len(recipients):
                 self._send_data(smtp, message)
                 smtp.sock.settimeout(self.FINAL_TIMEOUT)
-                if error := refusal("DOT", *self._reply(smtp, "DOT")):
-                    refused |= dict.fromkeys((found for found in recipients if found not in refused), error)
+                if final := refusal("DOT", *self._reply(smtp, "DOT")):
+                    refused = dict.fromkeys(recipients, final) | refused
         except UnavailableError as error:
             refused = dict.fromkeys(recipients, error)
         except (OSError, smtplib.SMTPException) as error:
             refused = dict.fromkeys(recipients, self._broken(error))
-        self._settle(refused, len(refused) < len(recipients))
+        self._finish(refused, len(refused) < len(recipients))
         return refused
-
-    def _settle(self, refused: dict[str, DeliveryError], delivered: bool) -> None:
-        """Make the connection fit for the next transaction, or let go of it."""
-        if any(isinstance(error, UnavailableError) for error in refused.values()):
-            self._discard()
-        elif delivered:
-            self.local.sent, self.local.refusals, self.local.used = self.local.sent + 1, 0, time.monotonic()
-        else:
-            self.local.refusals += 1
-            try:
-                self.local.smtp.rset()
-            except (OSError, smtplib.SMTPException):
-                self._discard()
-
-    def _offer(self, smtp: OpenSmtp, sender: str, options: str, recipients: list[str]) -> dict[str, DeliveryError]:
-        """Send the commands before the data, in one piece where the server takes that (PIPELINING, RFC 2920).
-
-        Returns as _deliver() does; unless all are refused, the server waits for the data.
-        """
-        commands = [("MAIL", f"MAIL FROM:<{mailbox(sender)}>{options}\r\n"),
-                    *(("RCPT", f"RCPT TO:<{mailbox(found)}>\r\n") for found in recipients), ("DATA", "DATA\r\n")]
-        pipelined = smtp.has_extn("pipelining")
-        replies: list[tuple[int, bytes]] = []
-        smtp.sock.settimeout(self.COMMAND_TIMEOUT)
-        if pipelined:
-            smtp.send("".join([command for _, command in commands]).encode())
-        for stage, command in commands:
-            taken = stage == "DATA" and any([code < 300 for code, _ in replies[1:]])
-            if not pipelined:
-                if stage == "DATA" and not taken or stage == "RCPT" and replies[0][0] >= 300:
-                    break
-                smtp.send(command.encode())
-            reply = self._reply(smtp, stage)
-            replies.append(reply)
-            if reply[0] == 421 and (error := refusal(stage, *reply)):  # nothing more will come
-                raise error
-        if error := refusal("MAIL", *replies[0]):
-            refused = dict.fromkeys(recipients, error)
-        else:
-            refused = {found: error for found, reply in zip(recipients, replies[1:])
-                       if (error := refusal("RCPT", *reply, taken=taken))}
-        if len(refused) < len(recipients) and (error := refusal("DATA", *replies[-1])):
-            refused = dict.fromkeys(recipients, error) | refused
-        if len(refused) == len(recipients) and len(replies) == len(commands) and replies[-1][0] == 354:
-            smtp.send(b".\r\n")  # the server waits for a mail all the same: an empty one for nobody
-            self._reply(smtp, "DATA")
-        return refused
-
-    def _send_data(self, smtp: OpenSmtp, message: bytes) -> None:
-        """Send the data and its end, for however long it makes progress."""
-        data = memoryview(message.replace(b"\r\n.", b"\r\n..") + b".\r\n")
-        while data:
-            data = data[smtp.sock.send(data[:65536]):]
-
-    def _reply(self, smtp: OpenSmtp, stage: str) -> tuple[int, bytes]:
-        """(code, text) of the server's next reply."""
-        self.local.stage = stage
-        return smtp.getreply()
-
-    def _broken(self, error: Exception) -> UnavailableError:
-        """What it means that the connection failed at this stage. The connection is let go of."""
-        self._discard()
-        stage, words = self.local.stage, describe(error)
-        if "timed out" in words:
-            seconds = self.FINAL_TIMEOUT if stage == "DOT" else self.COMMAND_TIMEOUT
-            words = f"no answer within {seconds:.0f} s"
-        words = f"the connection failed {STAGES[stage]}: {words}"
-        return InDoubtError(words) if stage == "DOT" else UnavailableError(words, dropped=True)
-
-    def _discard(self) -> None:
-        smtp, self.local.smtp = getattr(self.local, "smtp", None), None
-        if smtp is not None:
-            with self.lock:
-                self.connections.discard(smtp)
-            smtp.close()
 
     def _connect(self) -> OpenSmtp:
         """This thread's connection, logged in. Raises UnavailableError."""
-        if self._connected():
-            return self.local.smtp
-        settings = self.settings
+        local, settings = self.local, self.settings
+        if local.smtp:
+            return local.smtp
         smtp: OpenSmtp = None
         implicit = settings.smtp_tls == "implicit" or settings.smtp_port == self.TLS_PORT
         connect = functools.partial(smtplib.SMTP_SSL, context=self.context) if implicit else smtplib.SMTP
@@ -4653,8 +4515,8 @@ class SmtpTransport:
             raise UnavailableError(f"{self} is not available: {reply_text(error)}") from None
         with self.lock:
             self.connections.add(smtp)
-        self.local.smtp, self.local.sent, self.local.refusals, self.local.used = smtp, 0, 0, time.monotonic()
-        self.reached = self.local.used
+        local.smtp, local.sent, local.refusals, local.used = smtp, 0, 0, time.monotonic()
+        self.reached = local.used
         return smtp
 
     def _log_in(self, smtp: OpenSmtp) -> None:
@@ -4664,18 +4526,16 @@ class SmtpTransport:
         if settings.smtp_token_command:
             token = self._token_other_than(b"")
             try:
-                authenticate(smtp, "XOAUTH2", token, xoauth2(user, token), lambda _: b"")
-            except UnavailableError:  # a token ends some time
-                token = self._token_other_than(token)
-                authenticate(smtp, "XOAUTH2", token, xoauth2(user, token), lambda _: b"")
-            return
+                return xoauth2(smtp, user, token)
+            except UnavailableError:  # the token may have expired
+                return xoauth2(smtp, user, self._token_other_than(token))
         mechanisms: dict[str, tuple] = {
             "PLAIN": (b"\0%s\0%s" % (user, password),),  # RFC 4616
             "LOGIN": (b"", lambda _: user, lambda _: password),
             "CRAM-MD5": (b"", lambda challenge: cram_md5(user, password, challenge))}
         offered = smtp.esmtp_features.get("auth", "").upper().split()
-        known, there = ", ".join(mechanisms), " ".join(offered) or "nothing"
-        failure = UnavailableError(f"it offers none of {known} to log in, but {there}")
+        failure = UnavailableError(
+            f"it offers none of {', '.join(mechanisms)} to log in, but {' '.join(offered) or 'nothing'}")
         for name in mechanisms:
             if name in offered:
                 try:
@@ -4685,7 +4545,7 @@ class SmtpTransport:
         raise failure
 
     def _token_other_than(self, refused: bytes) -> bytes:
-        """The token that `smtp_token_command` writes, kept until the server refuses it. Raises UnavailableError."""
+        """The output of `smtp_token_command`, kept until the server refuses it. Raises UnavailableError."""
         with self.token_lock:
             if self.token == refused:
                 self.token = b""
@@ -4693,21 +4553,145 @@ class SmtpTransport:
                     done = subprocess.run(shlex.split(self.settings.smtp_token_command), stdin=subprocess.DEVNULL,
                                           capture_output=True, timeout=self.settings.smtp_timeout)
                 except (OSError, subprocess.TimeoutExpired) as error:
-                    words = "timed out" if isinstance(error, subprocess.TimeoutExpired) else describe(error)
-                    raise UnavailableError(f"smtp_token_command: {words}") from None
-                if done.returncode or not done.stdout.strip():
-                    raise UnavailableError(f"smtp_token_command: exit code {done.returncode}, "
-                                      f"{len(done.stdout.strip())} bytes of token")
-                self.token = done.stdout.strip()
+                    reason = "timed out" if isinstance(error, subprocess.TimeoutExpired) else describe(error)
+                    raise UnavailableError(f"smtp_token_command: {reason}") from None
+                token = done.stdout.strip()
+                if done.returncode or not token:
+                    raise UnavailableError(
+                        f"smtp_token_command: exit code {done.returncode}, {len(token)} bytes of token")
+                self.token = token
             return self.token
+
+    def _send_envelope(self, smtp: OpenSmtp, sender: str, options: str,
+                       recipients: list[str]) -> dict[str, DeliveryError]:
+        """Send the commands before the data, in one piece if the server allows it (PIPELINING, RFC 2920).
+
+        Returns what _deliver() does; unless all recipients are refused, the server waits for the data.
+        """
+        commands = [("MAIL", f"MAIL FROM:<{mailbox(sender)}>{options}\r\n"),
+                    *(("RCPT", f"RCPT TO:<{mailbox(address)}>\r\n") for address in recipients), ("DATA", "DATA\r\n")]
+        pipelined = smtp.has_extn("pipelining")
+        replies: list[tuple[int, bytes]] = []
+        smtp.sock.settimeout(self.COMMAND_TIMEOUT)
+        if pipelined:
+            smtp.send("".join([command for _, command in commands]).encode())
+        for stage, command in commands:
+            any_taken = stage == "DATA" and any([code < 300 for code, _ in replies[1:]])
+            if not pipelined:
+                if stage == "DATA" and not any_taken or stage == "RCPT" and replies[0][0] >= 300:
+                    break
+                smtp.send(command.encode())
+            reply = self._reply(smtp, stage)
+            replies.append(reply)
+            if reply[0] == 421 and (error := refusal(stage, *reply)):  # the server closes the connection
+                raise error
+        if error := refusal("MAIL", *replies[0]):
+            refused = dict.fromkeys(recipients, error)
+        else:
+            refused = {address: error for address, reply in zip(recipients, replies[1:])
+                       if (error := refusal("RCPT", *reply, others_taken=any_taken))}
+        if len(refused) < len(recipients) and (error := refusal("DATA", *replies[-1])):
+            refused = dict.fromkeys(recipients, error) | refused
+        if len(refused) == len(recipients) and len(replies) == len(commands) and replies[-1][0] == 354:
+            smtp.send(b".\r\n")  # the server waits for the data all the same: an empty mail for nobody
+            self._reply(smtp, "DATA")
+        return refused
+
+    def _send_data(self, smtp: OpenSmtp, message: bytes) -> None:
+        """Send the data and its end. It may take as long as it likes while it makes progress."""
+        data = memoryview(message.replace(b"\r\n.", b"\r\n..") + b".\r\n")
+        while data:
+            data = data[smtp.sock.send(data[:65536]):]
+
+    def _reply(self, smtp: OpenSmtp, stage: str) -> tuple[int, bytes]:
+        """(code, text) of the server's next reply."""
+        self.local.stage = stage
+        return smtp.getreply()
+
+    def _broken(self, error: Exception) -> UnavailableError:
+        """The error for a connection that failed at this stage. The connection is closed."""
+        self._discard()
+        stage, reason = self.local.stage, describe(error)
+        if "timed out" in reason:
+            seconds = self.FINAL_TIMEOUT if stage == "DOT" else self.COMMAND_TIMEOUT
+            reason = f"no answer within {seconds:.0f} s"
+        reason = f"the connection failed {STAGES[stage]}: {reason}"
+        return InDoubtError(reason) if stage == "DOT" else UnavailableError(reason, dropped=True)
+
+    def _finish(self, refused: dict[str, DeliveryError], delivered: bool) -> None:
+        """Make the connection ready for the next transaction, or close it."""
+        local = self.local
+        if any(isinstance(error, UnavailableError) for error in refused.values()):
+            self._discard()
+        elif delivered:
+            local.sent, local.refusals, local.used = local.sent + 1, 0, time.monotonic()
+        else:
+            local.refusals += 1
+            try:
+                local.smtp.rset()
+            except (OSError, smtplib.SMTPException):
+                self._discard()
+
+    def _discard(self) -> None:
+        local = self.local
+        smtp, local.smtp, local.sent, local.refusals = local.smtp, None, 0, 0
+        if smtp:
+            with self.lock:
+                self.connections.discard(smtp)
+            smtp.close()
+
+    def tidy(self, idle: float = 0.0) -> None:
+        """Close this thread's connection if it has been idle for `idle` seconds or more."""
+        smtp = self.local.smtp
+        if not smtp or time.monotonic() - self.local.used < idle:
+            return
+        with contextlib.suppress(OSError, smtplib.SMTPException):
+            if smtp.sock:
+                smtp.sock.settimeout(1.0)
+            smtp.quit()
+        self._discard()
+
+    def abandon(self) -> None:
+        """Cut the connections of all threads: one that waits for an answer learns at once that none will come."""
+        with self.lock:
+            for smtp in self.connections:
+                with contextlib.suppress(OSError, AttributeError):
+                    # SSLSocket.shutdown() would take the TLS session away from the thread that reads.
+                    socket.socket.shutdown(smtp.sock, socket.SHUT_RDWR)
+
+    def probe(self) -> str:
+        """Connect, log in, and offer a mail from the sender to itself, without sending it. Raises UnavailableError.
+
+        Returns the last reply. The server need not know the sender as a recipient.
+        """
+        self.tidy()
+        self.local.stage = "MAIL"
+        address, last_reply = self.settings.sender[1], ""
+        utf8 = "" if address.isascii() else self.UTF8
+        try:
+            smtp = self._connect()
+            smtp.sock.settimeout(self.COMMAND_TIMEOUT)
+            for stage, command in (("MAIL", f"MAIL FROM:<{mailbox(address)}>{utf8}\r\n"),
+                                   ("RCPT", f"RCPT TO:<{mailbox(address)}>\r\n")):
+                smtp.send(command.encode())
+                code, text = self._reply(smtp, stage)
+                last_reply = f"{stage}: {code} {one_line(text)}"
+                if isinstance(error := refusal(stage, code, text), UnavailableError):
+                    raise error
+            smtp.rset()
+        except UnavailableError:
+            self._discard()
+            raise
+        except (OSError, smtplib.SMTPException) as error:
+            raise self._broken(error) from None
+        return last_reply
 
 
 def authenticate(smtp: OpenSmtp, mechanism: str, secret: bytes, initial: bytes,
                  *answers: Callable[[bytes], bytes]) -> None:
-    """Do one exchange of AUTH (RFC 4954 section 4): the initial response, then an answer to each challenge.
+    """Do one AUTH exchange (RFC 4954 section 4): the initial response, then an answer to each challenge.
 
-    Raises:
-        UnavailableError: the server does not accept it; the words hold no part of `secret` or of what was sent.
+    Raises UnavailableError where the server refuses it; its text contains no part of `secret` or of what was sent.
     """
     sent = [base64.b64encode(initial).decode()]
     code, text = smtp.docmd("AUTH", f"{mechanism} {sent[0]}".strip())
@@ -4716,7 +4700,7 @@ def authenticate(smtp: OpenSmtp, mechanism: str, secret: bytes, initial: bytes,
             break
         try:
             sent.append(base64.b64encode(answer(text)).decode())
-        except ValueError:  # no such hash here, or no base64 from the server: "*" cancels
+        except ValueError:  # the hash is not available here, or the challenge is not base64: "*" cancels
             smtp.docmd("*")
             raise UnavailableError(f"{mechanism} cannot be answered on this machine") from None
         code, text = smtp.docmd(sent[-1])
@@ -4724,9 +4708,9 @@ def authenticate(smtp: OpenSmtp, mechanism: str, secret: bytes, initial: bytes,
         raise UnavailableError(without_secrets(f"{code} {one_line(text)}", [*sent, secret.decode(errors="replace")]))
 
 
-def xoauth2(user: bytes, token: bytes) -> bytes:
-    """The initial response of XOAUTH2, as Google and Microsoft document it."""
-    return b"user=%s\x01auth=Bearer %s\x01\x01" % (user, token)
+def xoauth2(smtp: OpenSmtp, user: bytes, token: bytes) -> None:
+    """Log in by XOAUTH2, as Google and Microsoft document it. Raises UnavailableError."""
+    authenticate(smtp, "XOAUTH2", token, b"user=%s\x01auth=Bearer %s\x01\x01" % (user, token), lambda _: b"")
 
 
 def cram_md5(user: bytes, password: bytes, challenge: bytes) -> bytes:
@@ -4735,8 +4719,8 @@ def cram_md5(user: bytes, password: bytes, challenge: bytes) -> bytes:
 
 
 def ehlo_name(connection: socket.socket) -> str:
-    """What EHLO says where `smtp_ehlo` is not set (RFC 5321 section 4.1.3): the machine's name where it is a
-    fully-qualified one, else the address of the connection's own end."""
+    """The name for EHLO where `smtp_ehlo` is not set: the machine's fully-qualified name, else the address of this end
+    of the connection (RFC 5321 section 4.1.3)."""
     name, address = socket.gethostname(), connection.getsockname()[0].partition("%")[0]
     if "." in name and not name.endswith((".localhost", ".localdomain", ".local")) and is_domain(name):
         return name
@@ -4744,26 +4728,26 @@ def ehlo_name(connection: socket.socket) -> str:
 
 
 def tune(connection: socket.socket) -> None:
-    """Send at once, notice a dead network within minutes while an answer is awaited, and hold back little unsent data,
-    so that waiting for the answer begins when the data is on its way."""
+    """Send at once, notice a dead network within minutes while waiting for an answer, and buffer little unsent data, so
+    that the wait for the answer begins when the data is on its way."""
     for level, name, value in (
             (socket.SOL_SOCKET, "SO_KEEPALIVE", 1), (socket.IPPROTO_TCP, "TCP_NODELAY", 1),
             (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 60), (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 15),
             (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", 180_000), (socket.IPPROTO_TCP, "TCP_NOTSENT_LOWAT", 131_072)):
-        if hasattr(socket, name):  # each system has some of them
+        if hasattr(socket, name):  # each operating system has some of them
             connection.setsockopt(level, getattr(socket, name), value)
 
 
 def reply_text(error: Exception) -> str:
-    """What the server answered, or what the system said, for an exception of smtplib or the system."""
+    """The reply of the server, or the words of the system, in an exception of smtplib or the system."""
     if isinstance(error, smtplib.SMTPResponseException):
         return f"{error.smtp_code} {one_line(typing.cast(bytes, error.smtp_error))}"[:500]
     return describe(error)
 
 
 def downgraded(message: bytes) -> bytes:
-    """A message for a server without SMTPUTF8: an address beyond ASCII in its header becomes an empty group whose name
-    is that address (RFC 6854, as RFC 6857 section 3.1.8 does it)."""
+    """A message for a server without SMTPUTF8: an address beyond ASCII in its header becomes an empty group with the
+    address as its name (RFC 6854, as in RFC 6857 section 3.1.8)."""
     head, separator, body = message.partition(b"\r\n\r\n")
     def group(address: re.Match[str]) -> str:
         return "\r\n ".join(encoded_words(address[0], len("Reply-To: "))) + ":;"
@@ -4771,69 +4755,29 @@ def downgraded(message: bytes) -> bytes:
 
 
 # --- 12. otp --------------------------------------------------------------------------------------------
-# One-time passwords. At rest there is only a keyed hash of each. The OTP itself is not kept at all: it is the
-# keyed hash of the random seed that its task got from `secrets`, cut to decimal digits, as HOTP does it with a
-# counter (RFC 4226 section 5.3). So a retry, in this process or another, sends the same digits.
+# One-time passwords. Redis keeps only a keyed hash of each, never the OTP itself: its digits are a keyed hash of the
+# random seed of its task, cut to decimal digits, as HOTP does it with a counter (RFC 4226 section 5.3). So a retry, in
+# this process or another, sends the same digits.
 
 class Otps:
     """Issue and verify one-time passwords.
 
-    An OTP is valid once, and the fifth wrong try ends it. With ten OTPs an hour (`otp_hourly_max`) that makes at most
-    50 guesses an hour, where OWASP ASVS 4.0.3, 2.2.1, allows 100; and after 100 wrong tries in a row, the most that
-    NIST SP 800-63B section 5.2.2 allows, an address has to wait for a day. Both count whether or not there is an
-    OTP to guess, so that the answers do not tell. An OTP should live for ten minutes at most (section 5.1.3.2).
+    An OTP is valid once, and the fifth wrong attempt ends it. With ten OTPs an hour (`otp_hourly_max`) an attacker gets
+    at most 50 guesses an hour; OWASP ASVS 4.0.3, 2.2.1, allows 100. After 100 wrong attempts in a row, the limit of
+    NIST SP 800-63B section 5.2.2, an address has to wait for a day. Both limits count whether or not an OTP exists, so
+    the answers do not reveal that. An OTP should live for at most ten minutes (section 5.1.3.2).
 
     Args:
-        store: the Store.
-        key: the secret behind the hashes, 32 bytes.
-        ttl: seconds an OTP is valid.
-        minute_max: OTP requests of an account in a minute; 0: any number.
-        subject, content: of the mail, with `{{ otp }}` and `{{ minutes }}`; by default a short text.
+        key: the secret of the hashes, 32 bytes.
+        ttl: seconds for which an OTP is valid.
+        minute_max: OTP requests of an account per minute; 0: unlimited.
+        subject, content: templates of the mail, with `{{ otp }}` and `{{ minutes }}`.
     """
 
-    MAX_TRIES = 5
+    MAX_ATTEMPTS = 5
     MAX_FAILURES = 100
     CONTENT = ("Your verification code is {{ otp }}\n\nIt expires in {{ minutes }} minute(s). "
                "If you did not ask for it, you can ignore this mail.\n")
-
-    # An older task's OTP never replaces a newer one's, and one that was used or used up does not come back: the
-    # record outlives its hash until the TTL ends it.
-    KEEP = Queue.LATER + """
-        local seen, owner = unpack(redis.call('HMGET', KEYS[1], 'created', 'key'))
-        if owner and owner ~= ARGV[4] then
-            redis.call('DEL', KEYS[1])
-            seen = false
-        end
-        if seen and later(seen, ARGV[2]) then return 0 end
-        if seen == ARGV[2] and redis.call('HEXISTS', KEYS[1], 'hash') == 0 then return 0 end
-        if seen and seen ~= ARGV[2] then redis.call('DEL', KEYS[1]) end
-        redis.call('HSET', KEYS[1], 'hash', ARGV[1], 'created', ARGV[2], 'key', ARGV[4])
-        redis.call('EXPIRE', KEYS[1], ARGV[3])
-        return 1
-    """
-
-    VERIFY = Queue.LIMIT + """
-        local record, failed, requests = unpack(KEYS)
-        local given, most_tries, most_failures, minute, key = unpack(ARGV)
-        local wait = one_more(requests, minute)
-        if wait then return 'wait ' .. wait end
-        if tonumber(redis.call('GET', failed) or 0) >= tonumber(most_failures) then
-            return 'wait ' .. math.max(1, redis.call('TTL', failed))
-        end
-        local hash, owner = unpack(redis.call('HMGET', record, 'hash', 'key'))
-        if owner and owner ~= key then hash = false end  -- that of an account of this name which is no more
-        if hash == given then
-            redis.call('HDEL', record, 'hash')
-            redis.call('DEL', failed)
-            return 'verified'
-        end
-        redis.call('INCR', failed)
-        redis.call('EXPIRE', failed, 86400)
-        if hash and redis.call('HINCRBY', record, 'tries', 1) >= tonumber(most_tries) then
-            redis.call('HDEL', record, 'hash')
-        end
-        return 'wrong'
-    """
 
     def __init__(self, store: Store, key: bytes, ttl: int, minute_max: int = 0, subject: str = Settings.otp_subject,
                  content: str = "") -> None:
@@ -4842,34 +4786,77 @@ class Otps:
         self._keep = store.script(self.KEEP)
         self._verify = store.script(self.VERIFY, once=True)
 
-    def issue(self, task: Task) -> str:
-        """The OTP of a generateOtp task, verifiable from now on for `ttl` seconds.
+    # Make an OTP the valid one of its address, unless a newer task has issued one. An OTP that was used, or ended by
+    # wrong attempts, does not return: its record stays without a hash until the TTL ends.
+    # KEYS: otp:<address>:<account>.
+    # ARGV: keyed hash of the OTP, when its task was created (microseconds), ttl (s), id of the API key.
+    # Answer: 1, or 0 if the OTP is outdated or has ended.
+    KEEP = Queue.LATER + """
+        local otp, hash, created, ttl, key = KEYS[1], unpack(ARGV)
+        local before, owner = unpack(redis.call('HMGET', otp, 'created', 'key'))
+        if owner and owner ~= key then  -- of an earlier account of this name
+            redis.call('DEL', otp)
+            before = false
+        end
+        if before and later(before, created) then return 0 end
+        if before == created and redis.call('HEXISTS', otp, 'hash') == 0 then return 0 end
+        if before and before ~= created then redis.call('DEL', otp) end
+        redis.call('HSET', otp, 'hash', hash, 'created', created, 'key', key)
+        redis.call('EXPIRE', otp, ttl)
+        return 1
+    """
 
-        Raises:
-            CancelledError: a newer OTP was issued for the address, or this one is used up.
-        """
+    def issue(self, task: Task) -> str:
+        """The OTP of a generateOtp task, valid from now on. Raises CancelledError if it is outdated or ended."""
         number = int.from_bytes(hmac.digest(self.key, task.payload["seed"].encode(), "sha256"))
-        length = task.payload["length"]
+        length, address = task.payload["length"], task.payload["userId"]
         otp = str(number % 10**length).zfill(length)
-        address = task.payload["userId"]
         if not self._keep(keys=[self._record(task.account, address)],
                           args=[self._hash(task.account, address, otp), task.created, self.ttl, task.key]):
             raise CancelledError("a newer OTP replaced this one, or it is used up")
         return otp
 
+    # Compare an OTP with the valid one of its address, and count the attempt.
+    # KEYS: otp:<address>:<account>, otp_failed:<address>:<account>, otp_requests:<account>.
+    # ARGV: keyed hash of the OTP, MAX_ATTEMPTS, MAX_FAILURES, minute_max, id of the API key.
+    # Answer: "verified", "wrong" or "wait <seconds>".
+    VERIFY = Queue.LIMIT + """
+        local otp, failed, requests = unpack(KEYS)
+        local hash, max_attempts, max_failures, minute_max, key = unpack(ARGV)
+        local wait = one_more(requests, minute_max)
+        if wait then return 'wait ' .. wait end
+        if tonumber(redis.call('GET', failed) or 0) >= tonumber(max_failures) then
+            return 'wait ' .. math.max(1, redis.call('TTL', failed))
+        end
+        local valid, owner = unpack(redis.call('HMGET', otp, 'hash', 'key'))
+        if owner and owner ~= key then valid = false end  -- of an earlier account of this name
+        if valid == hash then
+            redis.call('HDEL', otp, 'hash')
+            redis.call('DEL', failed)
+            return 'verified'
+        end
+        redis.call('INCR', failed)
+        redis.call('EXPIRE', failed, 86400)
+        if valid and redis.call('HINCRBY', otp, 'tries', 1) >= tonumber(max_attempts) then
+            redis.call('HDEL', otp, 'hash')
+        end
+        return 'wrong'
+    """
+
     def verify(self, owner: Account, address: str, otp: str) -> bool:
-        """Whether `otp` is the valid one of `address`. Raises HTTPError (429): too many requests or wrong tries."""
+        """Whether `otp` is the valid one of `address`. Raises HTTPError (429): too many requests or wrong attempts."""
         account = owner.name
         result = self._verify(
             keys=[self._record(account, address), self.store.key("otp_failed", fold_address(address), account),
                   self.store.key("otp_requests", account)],
-            args=[self._hash(account, address, otp), self.MAX_TRIES, self.MAX_FAILURES, self.minute_max, owner.key_id])
+            args=[self._hash(account, address, otp), self.MAX_ATTEMPTS, self.MAX_FAILURES, self.minute_max,
+                  owner.key_id])
         if result.startswith("wait "):
             raise rate_limited(result.removeprefix("wait "), "OTP requests or wrong OTPs")
         return result == "verified"
 
     def mail(self, otp: str) -> tuple[str, str]:
-        """(subject, content) of the mail that brings an OTP."""
+        """(subject, content) of the mail with an OTP."""
         variables = {"otp": otp, "minutes": max(1, self.ttl // 60)}
         return fill_template(self.subject, variables), fill_template(self.content, variables)
 
@@ -4881,15 +4868,15 @@ class Otps:
 
 
 # --- 13. newsletters ------------------------------------------------------------------------------------
-# Content types, who is subscribed to them, and the schedule. A due subscription moves to its next boundary and
-# its mail into the bulk lane in one script, so that any number of processes send it once.
+# Content types, their subscriptions, and the schedule. One script moves a due subscription to its next boundary and
+# queues its mail, so that any number of processes send it once.
 
 def next_boundary(frequency: str, now: float, zone: zoneinfo.ZoneInfo) -> int:
     """The first calendar boundary after `now`, both in seconds since the epoch.
 
     @hourly is minute 0; @daily midnight; @weekly midnight before Sunday; @monthly midnight before the 1st; by the
-    clock of `zone`. A midnight that daylight saving skips is the first moment after it; one that it repeats
-    counts once, and an hour that it repeats is an hour like any other.
+    clock of `zone`. If daylight saving skips a midnight, the boundary is the first moment after it; if it repeats one,
+    the first counts. An hour that it repeats is an hour like any other.
     """
     if frequency == "@hourly":
         moment = int(now)
@@ -4912,47 +4899,169 @@ class Newsletters:
     """Content types, subscriptions, and the mails that are due.
 
     Args:
-        store: the Store.
-        zone: the tzinfo of the calendar.
-        accounts: the Accounts, which sign the links to unsubscribe.
-        public_url: what those begin with, or "".
-        max_size: bytes that subject and content of a mail may have.
-        clock: returns the time, seconds since the epoch; by default Redis's, the same for all processes.
+        zone: the time zone of the calendar.
+        accounts: signs the links to unsubscribe.
+        public_url: the start of these links, or "" for mails without them.
+        clock: returns seconds since the epoch; by default Redis's clock, the same for all processes.
+        max_size: how many bytes subject and content of a mail may have.
     """
 
-    BATCH = 500
+    BATCH = 500  # subscriptions that one script looks at
+    CONTROLS = re.compile(ONE_LINE.replace("[^", "[") + "+")  # what a subject must not contain
 
-    CREATE = "return redis.call('HSETNX', KEYS[1], ARGV[1], ARGV[2])"
+    def __init__(self, store: Store, zone: zoneinfo.ZoneInfo, accounts: Accounts, public_url: str = "",
+                 clock: Callable[[], float] | None = None, max_size: int = Settings.max_body) -> None:
+        self.store, self.zone, self.clock, self.max_size = store, zone, clock or store.time, max_size
+        self.accounts, self.public_url = accounts, public_url.rstrip("/")
+        self._define = store.script(self.DEFINE, once=True, when_full=False)
+        self._heads = store.script(self.HEADS, when_full=False)
+        self._remove = store.script(self.REMOVE, once=True)
+        self._subscribe = store.script(self.SUBSCRIBE)
+        self._unsubscribe = store.script(self.UNSUBSCRIBE, once=True)
+        self._refold = store.script(self.REFOLD)
+        self._claim = store.script(self.CLAIM, once=True, when_full=False)
+        self._correct = store.script(self.CORRECT)
+        self._cursor = 0  # where correct() continues in the schedule
 
-    UPDATE = """
-        if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then return 0 end
-        redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+    def _keys(self, account: str, content_type: str, address: str = "") -> list[str]:
+        """The KEYS of DEFINE, REMOVE, SUBSCRIBE, UNSUBSCRIBE and REFOLD, as KEYS_BY_NAME names them."""
+        return [self.store.key("content", account), self.store.key("subscribers", content_type, account),
+                self.store.key("schedule"), self.store.key("issued", content_type, account),
+                self.store.key("unsubscribed", content_type, address, account)]
+
+    KEYS_BY_NAME = "local content, subscribers, schedule, issued, unsubscribed = unpack(KEYS)"
+
+    # KEYS: see _keys().
+    # ARGV: content type, body, 1 to replace it or 0 to create it.
+    # Answer: 1, or 0 if there is no such content type, or one already.
+    DEFINE = KEYS_BY_NAME + """
+        local content_type, body, exists = unpack(ARGV)
+        if redis.call('HEXISTS', content, content_type) ~= tonumber(exists) then return 0 end
+        redis.call('HSET', content, content_type, body)
         return 1
     """
 
-    # Of each account and content type: what stands before the content, as JSON of its own, and how many subscribers.
+    def create(self, account: str, content_type: str, subject: str, content: str) -> None:
+        """Define a content type. Raises HTTPError (409) if it exists."""
+        if not self._define(self._keys(account, content_type), [content_type, self._body(subject, content), 0]):
+            raise HTTPError(409, "content_type exists already; PUT updates it", "content_type")
+
+    def update(self, account: str, content_type: str, subject: str, content: str) -> None:
+        """Replace subject and content of a content type. Raises HTTPError (404) if it does not exist."""
+        if not self._define(self._keys(account, content_type), [content_type, self._body(subject, content), 1]):
+            raise self._unknown()
+
+    @staticmethod
+    def _body(subject: str, content: str) -> str:
+        """A content type as Redis keeps it. HEADS relies on the order and the spaces."""
+        return json.dumps({"subject": subject, "content": content})
+
+    @staticmethod
+    def _unknown() -> HTTPError:
+        return HTTPError(404, "content_type does not exist; POST /task/subscriptionContent defines one", "content_type")
+
+    # Subscriptions stay in the schedule; CLAIM drops them when they are due.
+    # KEYS: see _keys(). ARGV: content type. Answer: 1, or 0 if it does not exist.
+    REMOVE = KEYS_BY_NAME + """
+        redis.call('UNLINK', subscribers, issued)
+        return redis.call('HDEL', content, ARGV[1])
+    """
+
+    def remove(self, account: str, content_type: str) -> None:
+        """Remove a content type and end its subscriptions. Raises HTTPError (404) if it does not exist."""
+        if not self._remove(self._keys(account, content_type), [content_type]):
+            raise self._unknown()
+
+    def read(self, account: str, content_type: str) -> Json:
+        """{"content_type", "subject", "content", "subscribers": how many}. Raises HTTPError (404)."""
+        body = self.store.redis.hget(self.store.key("content", account), content_type)
+        if body is None:
+            raise self._unknown()
+        subscribers = self.store.redis.hlen(self.store.key("subscribers", content_type, account))
+        return {"content_type": content_type, **json.loads(body), "subscribers": subscribers}
+
+    # KEYS: the prefix.
+    # ARGV: account, content type; and so on.
+    # Answer: for each pair the body without its content, or nil, and how many subscribers there are.
     HEADS = """
-        local prefix, found = KEYS[1], {}
+        local prefix, heads = KEYS[1], {}
         for at = 1, #ARGV, 2 do
             local account, content_type = ARGV[at], ARGV[at + 1]
             local body = redis.call('HGET', prefix .. 'content:' .. account, content_type)
             local content = body and string.find(body, ', "content": "', 1, true)
-            found[#found + 1] = content and string.sub(body, 1, content - 1) .. '}' or body
-            found[#found + 1] = redis.call('HLEN', prefix .. 'subscribers:' .. content_type .. ':' .. account)
+            heads[#heads + 1] = content and string.sub(body, 1, content - 1) .. '}' or body
+            heads[#heads + 1] = redis.call('HLEN', prefix .. 'subscribers:' .. content_type .. ':' .. account)
         end
-        return found
+        return heads
     """
 
-    # Places in the schedule stay behind; the script that finds them due, without a subscriber, drops them.
-    REMOVE = """
-        redis.call('UNLINK', KEYS[2], KEYS[3])
-        return redis.call('HDEL', KEYS[1], ARGV[1])
-    """
+    def read_all(self, account: str = "", offset: int = 0, limit: int = 100) -> tuple[int, list[Json]]:
+        """(how many content types an account has, or all have; those from `offset` on, by name).
 
-    # Tasks are worked on side by side, so that an unsubscribe may overtake the subscribe before it: the later
-    # request wins, whichever is worked on first.
-    SUBSCRIBE = Queue.LATER + """
-        local content, subscribers, schedule, unsubscribed = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+        Each is {"content_type", "subject", "subscribers"}, with "account" where all are asked for. Contents may be
+        long, so only read() returns them.
+        """
+        pairs = self._content_types(account)
+        page = pairs[offset:offset + limit]
+        heads = self._heads(keys=[self.store.prefix], args=list(itertools.chain.from_iterable(page)))
+        return len(pairs), [
+            {"content_type": name, "subject": json.loads(head)["subject"], "subscribers": subscribers,
+             **({} if account else {"account": owner})}
+            for (owner, name), head, subscribers in zip(page, heads[::2], heads[1::2]) if head]
+
+    def _content_types(self, account: str = "") -> list[tuple[str, str]]:
+        """(account, content type) for the content types of an account or of all, by name."""
+        owners = [account] if account else self.accounts.names()
+        with self.store.redis.pipeline(transaction=False) as pipeline:
+            for owner in owners:
+                pipeline.hkeys(self.store.key("content", owner))
+            return [(owner, name) for owner, names in zip(owners, pipeline.execute()) for name in sorted(names)]
+
+    def subscriptions(self, account: str = "", content_type: str = "", address: str = "", cursor: str = "",
+                      limit: int = 100) -> tuple[list[Json], str | None]:
+        """About `limit` subscriptions of an account or of all, unordered, and the next `cursor`, None at the end.
+
+        Each is {"account", "content_type", "userId", "frequency", "next", "created"}. A subscription that exists
+        throughout is returned at least once, and rarely twice (Redis's SCAN). An unknown cursor starts again.
+        """
+        pairs = [(owner, name) for owner, name in self._content_types(account) if content_type in ("", name)]
+        number, scan = map(int, cursor.split("-")) if cursor else (0, 0)
+        page: list[tuple[str, str, Json]] = []
+        while number < len(pairs) and len(page) < limit:
+            owner, name = pairs[number]
+            key = self.store.key("subscribers", name, owner)
+            if address:
+                record = self.store.redis.hget(key, fold_address(address))
+                records = {address: record} if record else {}
+            else:
+                scan, records = self.store.redis.hscan(key, scan, count=limit)
+            page += [(owner, name, json.loads(record)) for record in records.values()]
+            if scan == 0:
+                number += 1
+        with self.store.redis.pipeline(transaction=False) as pipeline:
+            for owner, name, record in page:
+                pipeline.zscore(self.store.key("schedule"), self.schedule_member(owner, name, record["userId"]))
+            moments = pipeline.execute()
+        return [{"account": owner, "content_type": name, "userId": record["userId"], "frequency": record["frequency"],
+                 "next": timestamp(moment * 1e6) if moment else None, "created": timestamp(record["created"])}
+                for (owner, name, record), moment in zip(page, moments)], (
+                    f"{number}-{scan}" if number < len(pairs) else None)
+
+    def scheduled(self) -> int:
+        """How many subscriptions are in the schedule. Those of a removed content type stay until they would be due."""
+        return self.store.redis.zcard(self.store.key("schedule"))
+
+    @staticmethod
+    def schedule_member(account: str, content_type: str, address: str) -> str:
+        """A subscription as the schedule names it."""
+        return json.dumps([account, content_type, fold_address(address)], ensure_ascii=False)
+
+    # Workers may do an unsubscribe before the subscribe that came earlier: the later request wins in any order.
+    # KEYS: see _keys().
+    # ARGV: content type, address, subscription (JSON), when its task was created (microseconds), member of the
+    #       schedule, next boundary (s), body of the content type if it is to be created, or "".
+    # Answer: "subscribed", "overtaken", or "unknown" if the content type does not exist.
+    SUBSCRIBE = Queue.LATER + KEYS_BY_NAME + """
         local content_type, address, record, created, member, boundary, body = unpack(ARGV)
         if body ~= '' then redis.call('HSETNX', content, content_type, body) end
         if redis.call('HEXISTS', content, content_type) == 0 then return 'unknown' end
@@ -4965,8 +5074,40 @@ class Newsletters:
         return 'subscribed'
     """
 
-    UNSUBSCRIBE = Queue.LATER + """
-        local subscribers, schedule, unsubscribed, issued = unpack(KEYS)
+    def subscribe(self, task: Task) -> str:
+        """Do a subscribe task: the address gets one subscription, with this frequency from now on.
+
+        Returns "subscribed", or "overtaken" if a later request came first. Raises PermanentError if the content type
+        does not exist and the task brings no content.
+        """
+        payload, account = task.payload, task.account
+        content_type, address = payload["content_type"], fold_address(payload["userId"])
+        record = {"userId": payload["userId"], "frequency": payload["frequency"], "retries": task.retries,
+                  "created": task.created, **({"variables": payload["variables"]} if "variables" in payload else {})}
+        body = ""
+        if "subject" in payload and "content" in payload:
+            body = self._body(payload["subject"], payload["content"])
+        result = self._subscribe(self._keys(account, content_type, address), [
+            content_type, address, json.dumps(record), task.created,
+            self.schedule_member(account, content_type, address),
+            next_boundary(payload["frequency"], self.clock(), self.zone), body])
+        if result == "unknown":
+            raise PermanentError(f"content type {content_type!r} does not exist")
+        return result
+
+    def unsubscribe(self, task: Task) -> str:
+        """Do an unsubscribe task.
+
+        Returns "unsubscribed", "not subscribed", or "overtaken" if the subscription is later than the task. A task that
+        is done again, as after an outage, returns the same.
+        """
+        return self._end_subscription(task.account, task.payload["content_type"], task.payload["userId"], task.created,
+                                      task.id)
+
+    # KEYS: see _keys().
+    # ARGV: address, when this was requested (microseconds), member of the schedule.
+    # Answer: that of unsubscribe().
+    UNSUBSCRIBE = Queue.LATER + KEYS_BY_NAME + """
         local address, created, member = unpack(ARGV)
         redis.call('SET', unsubscribed, created, 'EX', 86400)
         local before = redis.call('HGET', subscribers, address)
@@ -4978,9 +5119,16 @@ class Newsletters:
         return 'unsubscribed'
     """
 
-    # A subscription from one key to another, if it is still there.
-    REFOLD = """
-        local subscribers, schedule = KEYS[1], KEYS[2]
+    def _end_subscription(self, account: str, content_type: str, address: str, moment: int, request: str = "") -> str:
+        """End a subscription that is older than `moment` (microseconds). `request` is that of Script."""
+        address = fold_address(address)
+        return self._unsubscribe(
+            self._keys(account, content_type, address),
+            [address, moment, self.schedule_member(account, content_type, address)], request)
+
+    # Move a subscription from one address to another, if it still exists.
+    # KEYS: see _keys(). ARGV: old address, new address, old member of the schedule, new member.
+    REFOLD = KEYS_BY_NAME + """
         local older, address, older_member, member = unpack(ARGV)
         local record, boundary = redis.call('HGET', subscribers, older), redis.call('ZSCORE', schedule, older_member)
         if record and redis.call('HSETNX', subscribers, address, record) == 1 and boundary then
@@ -4990,17 +5138,93 @@ class Newsletters:
         redis.call('ZREM', schedule, older_member)
     """
 
-    # By frequency, from the fourth argument on: its next two boundaries.
+    def refold(self) -> None:
+        """Once after an upgrade: rename the addresses that an older version folded beyond ASCII, see fold_address().
+
+        Several processes may do it at once.
+        """
+        marker, now = self.store.key("ascii_folded"), int(self.store.time() * 1000)
+        if self.store.redis.exists(marker):
+            return
+        for account, content_type in self._content_types():
+            keys = self._keys(account, content_type)
+            for older, record in self.store.redis.hscan_iter(keys[1], count=1000):  # of the subscribers
+                # The record has the address as it was given, in JSON with escapes.
+                if "\\u" in record and (address := fold_address(json.loads(record)["userId"])) != older:
+                    self._refold(keys, [older, address, self.schedule_member(account, content_type, older),
+                                        self.schedule_member(account, content_type, address)])
+        self.store.write("SET", marker, now, "NX")
+
+    def link(self, account: str, content_type: str, address: str) -> str:
+        """The URL by which its reader ends this subscription; "" without `public_url`."""
+        if not self.public_url:
+            return ""
+        claims = {"sub": account, "content_type": content_type, "email": address}
+        return f"{self.public_url}/unsubscribe/{self.accounts.seal('unsubscribe', claims)}"
+
+    def read_link(self, token: str) -> tuple[str, str, str]:
+        """(account, content type, address) from the token of such a URL. Raises HTTPError (404)."""
+        claims = self.accounts.unseal("unsubscribe", token)
+        if claims is None:
+            raise HTTPError(404, "this link is not valid, or not complete", "token")
+        return claims["sub"], claims["content_type"], claims["email"]
+
+    def follow_link(self, token: str) -> None:
+        """End the subscription of a link, if it has not ended. Raises HTTPError (404)."""
+        self._end_subscription(*self.read_link(token), int(self.store.time() * 1e6))
+
+    def mail(self, task: Task) -> tuple[str, str, tuple[tuple[str, str], ...]]:
+        """(subject, content, headers) of a newsletter at this moment.
+
+        The variables are `email`, `unsubscribe_url` and those of the subscription.
+
+        Raises:
+            CancelledError: the address has unsubscribed, or the content type was removed, since the mail was queued.
+            PermanentError: the subscription lacks a variable that the content names, or its variables are too large.
+        """
+        content_type, address = task.payload["content_type"], task.payload["userId"]
+        with self.store.redis.pipeline(transaction=False) as pipeline:
+            pipeline.hget(self.store.key("content", task.account), content_type)
+            pipeline.hget(self.store.key("subscribers", content_type, task.account), fold_address(address))
+            body, subscription = pipeline.execute()
+        if not body or not subscription:
+            raise CancelledError("no longer subscribed")
+        body, own = json.loads(body), json.loads(subscription).get("variables")
+        url = self.link(task.account, content_type, address)
+        variables = {**(own or {}), "email": address, **({"unsubscribe_url": url} if url else {})}
+        try:
+            subject, content = (
+                fill_template(text, variables, escape, own is None, self.max_size)
+                for text, escape in ((body["subject"], False), (body["content"], is_html(body["content"]))))
+        except KeyError as error:
+            raise PermanentError(f"the subscription has no variable {error.args[0]!r}") from None
+        except TooLarge as error:
+            raise PermanentError(f"with the subscription's variables the mail would have {error.size} bytes, and may "
+                                 f"have {self.max_size} (max_body)") from None
+        return self.CONTROLS.sub(" ", subject), content, self._headers(content_type, url) if url else ()
+
+    def _headers(self, content_type: str, url: str) -> tuple[tuple[str, str], ...]:
+        """Headers by which mailers recognise the newsletter (RFC 2919) and unsubscribe (RFC 2369, RFC 8058)."""
+        # RFC 2369 section 2 allows to fold a URL; no line may be longer than 998.
+        folded_url = "\r\n ".join(url[start:start + 900] for start in range(0, len(url), 900))
+        name = (re.sub(r"[^a-z0-9]+", "-", content_type.lower()).strip("-")
+                or hashlib.sha256(content_type.encode()).hexdigest()[:16])
+        return (("List-Id", f"<{name}.{urllib.parse.urlsplit(self.public_url).hostname}>"),
+                ("List-Unsubscribe", f"<{folded_url}>"), ("List-Unsubscribe-Post", "List-Unsubscribe=One-Click"))
+
+    # The end of ARGV, see _boundaries(): frequency -> its next boundary, and the one after it.
     BOUNDARIES = """
         local next, next_but_one = {}, {}
-        for at = 4, #ARGV, 3 do
+        for at = #ARGV - 11, #ARGV, 3 do
             next[ARGV[at]], next_but_one[ARGV[at]] = tonumber(ARGV[at + 1]), tonumber(ARGV[at + 2])
         end
     """
 
-    # Queue what is due; answers how many places in the schedule that were, and at how many of them nothing was queued,
-    # because the issue before has not ended yet: one that waits is enough, it is filled when it is sent. A boundary
-    # that comes too soon after the one before is the same in another time zone, and is passed over.
+    # Queue what is due, except where the issue before has not ended yet: that one gets the content of the moment when
+    # it is sent. A boundary that follows the last one too soon is the same one in another time zone, and is skipped.
+    # KEYS: the prefix.
+    # ARGV: now (s), how many places of the schedule to look at, what the ids are made from, the boundaries.
+    # Answer: 0, or {how many places were due, at how many of them nothing was queued for an earlier issue}.
     CLAIM = Queue.ADD_TASK + BOUNDARIES + """
         local prefix, now, most, base = KEYS[1], unpack(ARGV, 1, 3)
         local half = {['@hourly'] = 1800, ['@daily'] = 43200, ['@weekly'] = 302400, ['@monthly'] = 1209600}  -- seconds
@@ -5034,22 +5258,32 @@ class Newsletters:
             else
                 local record = cjson.decode(found)
                 local frequency = record.frequency
-                local same = next[frequency] - moment < half[frequency]
-                redis.call('ZADD', schedule, same and next_but_one[frequency] or next[frequency], member)
+                local too_soon = next[frequency] - moment < half[frequency]
+                redis.call('ZADD', schedule, too_soon and next_but_one[frequency] or next[frequency], member)
                 queue(at, account, key, content_type, address, record)
             end
         end
         return #due > 0 and {#due / 2, skipped} or 0
     """
 
-    # Of some places in the schedule, find those that lie too far ahead, as they do after the clock was, and bring them
-    # back to the next boundary. Answers where to look on, and how many these were.
+    def enqueue_due(self) -> int:
+        """Queue the mails that are due, at most BATCH. Returns how many places of the schedule were due."""
+        now = self.clock()
+        due, skipped = self._claim(keys=[self.store.prefix], args=[
+            now, self.BATCH, secrets.token_hex(12), *self._boundaries(now)]) or (0, 0)
+        if skipped:
+            log(logging.WARNING, "newsletters not queued: the issue before still waits", count=skipped)
+        return due
+
+    # Reset places of the schedule that are too far ahead, because a clock was wrong, to their next boundary.
+    # KEYS: the prefix. ARGV: cursor, how many places to look at, the boundaries.
+    # Answer: {the next cursor, how many places were reset}.
     CORRECT = BOUNDARIES + """
-        local prefix, cursor, count, corrected = KEYS[1], ARGV[1], ARGV[2], 0
-        local cursor, places = unpack(redis.call('ZSCAN', prefix .. 'schedule', cursor, 'COUNT', count))
+        local prefix, corrected = KEYS[1], 0
+        local cursor, places = unpack(redis.call('ZSCAN', prefix .. 'schedule', ARGV[1], 'COUNT', ARGV[2]))
         for at = 1, #places, 2 do
             local member, moment = places[at], tonumber(places[at + 1])
-            if moment > next_but_one['@hourly'] then  -- else it is none: no record needs to be read
+            if moment > next_but_one['@hourly'] then  -- others are right: this saves reading their records
                 local account, content_type, address = unpack(cjson.decode(member))
                 local found = redis.call('HGET', prefix .. 'subscribers:' .. content_type .. ':' .. account, address)
                 local frequency = found and cjson.decode(found).frequency
@@ -5062,255 +5296,21 @@ class Newsletters:
         return {cursor, corrected}
     """
 
-    def __init__(self, store: Store, zone: zoneinfo.ZoneInfo, accounts: Accounts, public_url: str = "",
-                 clock: Callable[[], float] | None = None, max_size: int = Settings.max_body) -> None:
-        self.store, self.zone, self.clock, self.max_size = store, zone, clock or store.time, max_size
-        self.accounts, self.public_url = accounts, public_url.rstrip("/")
-        self._create = store.script(self.CREATE, once=True, when_full=False)
-        self._update = store.script(self.UPDATE, when_full=False)
-        self._heads = store.script(self.HEADS, when_full=False)
-        self._remove = store.script(self.REMOVE, once=True)
-        self._subscribe = store.script(self.SUBSCRIBE)
-        self._unsubscribe = store.script(self.UNSUBSCRIBE, once=True)
-        self._refold = store.script(self.REFOLD)
-        self._claim = store.script(self.CLAIM, once=True, when_full=False)
-        self._correct = store.script(self.CORRECT)
-        self._checked = 0
-
-    def create(self, account: str, content_type: str, subject: str, content: str) -> None:
-        """Define a content type. Raises HTTPError (409) where there is one of this name."""
-        body = json.dumps({"subject": subject, "content": content})
-        if not self._create(keys=[self.store.key("content", account)], args=[content_type, body]):
-            raise HTTPError(409, "content_type exists already; PUT updates it", "content_type")
-
-    def update(self, account: str, content_type: str, subject: str, content: str) -> None:
-        """Replace subject and content of a content type. Raises HTTPError (404) where there is none."""
-        body = json.dumps({"subject": subject, "content": content})
-        if not self._update(keys=[self.store.key("content", account)], args=[content_type, body]):
-            raise self._unknown()
-
-    def read(self, account: str, content_type: str) -> Json:
-        """{"content_type", "subject", "content", "subscribers": how many}. Raises HTTPError (404)."""
-        body = self.store.redis.hget(self.store.key("content", account), content_type)
-        if body is None:
-            raise self._unknown()
-        subscribers = self.store.redis.hlen(self.store.key("subscribers", content_type, account))
-        return {"content_type": content_type, **json.loads(body), "subscribers": subscribers}
-
-    def read_all(self, account: str = "", offset: int = 0, limit: int = 100) -> tuple[int, list[Json]]:
-        """(how many content types there are, those from `offset` on, by name), of an account or of all.
-
-        Of each {"content_type", "subject", "subscribers"}, and "account" where all are meant; contents may be long, so
-        read() gives them one at a time.
-        """
-        places = self._places(account)
-        page = places[offset:offset + limit]
-        found = self._heads(keys=[self.store.prefix], args=[part for place in page for part in place])
-        return len(places), [
-            {"content_type": name, "subject": json.loads(head)["subject"], "subscribers": subscribers,
-             **({} if account else {"account": owner})}
-            for (owner, name), head, subscribers in zip(page, found[::2], found[1::2]) if head]
-
-    def _places(self, account: str = "") -> list[tuple[str, str]]:
-        """(account, content type) of all content types of an account or of all, by name."""
-        owners = [account] if account else self.accounts.names()
-        with self.store.redis.pipeline(transaction=False) as pipeline:
-            for owner in owners:
-                pipeline.hkeys(self.store.key("content", owner))
-            return [(owner, name) for owner, names in zip(owners, pipeline.execute()) for name in sorted(names)]
-
-    def subscriptions(self, account: str = "", content_type: str = "", address: str = "", cursor: str = "",
-                      limit: int = 100) -> tuple[list[Json], str | None]:
-        """About `limit` subscriptions of an account or of all, in no order, and the cursor to go on with, or None.
-
-        Of each {"account", "content_type", "userId", "frequency", "next", "created"}. A subscription that is neither
-        made nor ended meanwhile comes at least once, and seldom twice (Redis's SCAN).
-
-        Args:
-            content_type, address: only those of it.
-            cursor: what the call before returned; an unknown one starts anew.
-        """
-        places = [(owner, name) for owner, name in self._places(account) if not content_type or name == content_type]
-        number, scan = map(int, cursor.split("-")) if cursor else (0, 0)
-        found: list[tuple[str, str, Json]] = []
-        while number < len(places) and len(found) < limit:
-            owner, name = places[number]
-            key = self.store.key("subscribers", name, owner)
-            if address:
-                record = self.store.redis.hget(key, fold_address(address))
-                records = {address: record} if record else {}
-            else:
-                scan, records = self.store.redis.hscan(key, scan, count=limit)
-            found += [(owner, name, json.loads(record)) for record in records.values()]
-            number += scan == 0
-        with self.store.redis.pipeline(transaction=False) as pipeline:
-            for owner, name, record in found:
-                pipeline.zscore(self.store.key("schedule"), self._member(owner, name, fold_address(record["userId"])))
-            moments = pipeline.execute()
-        return [{"account": owner, "content_type": name, "userId": record["userId"], "frequency": record["frequency"],
-                 "next": timestamp(moment * 1e6) if moment else None, "created": timestamp(record["created"])}
-                for (owner, name, record), moment in zip(found, moments)], (
-                    f"{number}-{scan}" if number < len(places) else None)
-
-    def scheduled(self) -> int:
-        """How many subscriptions stand in the schedule. Those of a removed content type do until they would be due."""
-        return self.store.redis.zcard(self.store.key("schedule"))
-
-    def remove(self, account: str, content_type: str) -> None:
-        """Remove a content type and end its subscriptions. Raises HTTPError (404) where there is none."""
-        if not self._remove(keys=[self.store.key("content", account),
-                                  self.store.key("subscribers", content_type, account),
-                                  self.store.key("issued", content_type, account)], args=[content_type]):
-            raise self._unknown()
-
-    @staticmethod
-    def _unknown() -> HTTPError:
-        return HTTPError(404, "content_type does not exist; POST /task/subscriptionContent defines one", "content_type")
-
-    def subscribe(self, task: Task) -> str:
-        """Carry out a subscribe task: one subscription for the address, with this frequency from now on.
-
-        Returns what it came to: "subscribed", or "overtaken" where a later task has had its way before.
-
-        Raises:
-            PermanentError: there is no such content type, and the task brings none.
-        """
-        payload, account = task.payload, task.account
-        content_type, address = payload["content_type"], fold_address(payload["userId"])
-        record = {"userId": payload["userId"], "frequency": payload["frequency"], "retries": task.retries,
-                  "created": task.created, **({"variables": payload["variables"]} if "variables" in payload else {})}
-        body = ""
-        if "subject" in payload and "content" in payload:
-            body = json.dumps({"subject": payload["subject"], "content": payload["content"]})
-        done = self._subscribe(
-            keys=[self.store.key("content", account), self.store.key("subscribers", content_type, account),
-                  self.store.key("schedule"), self.store.key("unsubscribed", content_type, address, account)],
-            args=[content_type, address, json.dumps(record), task.created, self._member(account, content_type, address),
-                  next_boundary(payload["frequency"], self.clock(), self.zone), body])
-        if done == "unknown":
-            raise PermanentError(f"content type {content_type!r} does not exist")
-        return done
-
-    def unsubscribe(self, task: Task) -> str:
-        """Carry out an unsubscribe task.
-
-        Returns what it came to: "unsubscribed"; "not subscribed", where nothing was to be done; or "overtaken", where
-        the subscription is a later one. A task that is done again, as after an outage, returns the same.
-        """
-        return self._leave(task.account, task.payload["content_type"], task.payload["userId"], task.created, task.id)
-
-    def _leave(self, account: str, content_type: str, address: str, moment: int, request: str = "") -> str:
-        """End a subscription that is older than `moment` (microseconds). Returns what unsubscribe() returns.
-
-        `request` is that of Script.
-        """
-        address = fold_address(address)
-        return self._unsubscribe(
-            keys=[self.store.key("subscribers", content_type, account), self.store.key("schedule"),
-                  self.store.key("unsubscribed", content_type, address, account),
-                  self.store.key("issued", content_type, account)],
-            args=[address, moment, self._member(account, content_type, address)], request=request)
-
-    def fold_as_now(self) -> None:
-        """Once after an upgrade: give the subscriptions that an older version kept under a further folded address the
-        key they have now. Whoever starts meanwhile may do it too."""
-        marker, now = self.store.key("ascii_folded"), int(self.store.time() * 1000)
-        if self.store.redis.exists(marker):
-            return
-        for account in self.accounts.names():
-            for content_type in self.store.redis.hkeys(self.store.key("content", account)):
-                subscribers = self.store.key("subscribers", content_type, account)
-                for older, record in self.store.redis.hscan_iter(subscribers, count=1000):
-                    # The record has the address as it was given, in JSON with escapes.
-                    if "\\u" in record and (address := fold_address(json.loads(record)["userId"])) != older:
-                        self._refold(keys=[subscribers, self.store.key("schedule")], args=[
-                            older, address, self._member(account, content_type, older),
-                            self._member(account, content_type, address)])
-        self.store.write("SET", marker, now, "NX")
-
-    def link(self, account: str, content_type: str, address: str) -> str:
-        """The URL that ends this subscription, by whoever has it; "" without `public_url`."""
-        if not self.public_url:
-            return ""
-        claims = {"sub": account, "content_type": content_type, "email": address}
-        return f"{self.public_url}/unsubscribe/{self.accounts.seal('unsubscribe', claims)}"
-
-    def read_link(self, token: str) -> tuple[str, str, str]:
-        """(account, content type, address) behind the token of such a URL. Raises HTTPError (404)."""
-        claims = self.accounts.unseal("unsubscribe", token)
-        if claims is None:
-            raise HTTPError(404, "this link is not valid, or not complete", "token")
-        return claims["sub"], claims["content_type"], claims["email"]
-
-    def follow_link(self, token: str) -> None:
-        """End the subscription that a link is about, if it is not over yet. Raises HTTPError (404)."""
-        self._leave(*self.read_link(token), int(self.store.time() * 1e6))
-
-    def mail(self, task: Task) -> tuple[str, str, tuple[tuple[str, str], ...]]:
-        """(subject, content, headers) of a newsletter at this moment.
-
-        The texts are filled with `email`, `unsubscribe_url` and the subscription's own variables. The headers let the
-        reader's mailer tell the newsletter from others (RFC 2919) and unsubscribe (RFC 2369, RFC 8058).
-
-        Raises:
-            CancelledError: the address unsubscribed, or the content type was removed, since the mail was queued.
-            PermanentError: the subscription brings variables, but not all that the content names, or too large ones.
-        """
-        content_type, address = task.payload["content_type"], task.payload["userId"]
-        with self.store.redis.pipeline(transaction=False) as pipeline:
-            pipeline.hget(self.store.key("content", task.account), content_type)
-            pipeline.hget(self.store.key("subscribers", content_type, task.account), fold_address(address))
-            body, subscription = pipeline.execute()
-        if not body or not subscription:
-            raise CancelledError("no longer subscribed")
-        body, own = json.loads(body), json.loads(subscription).get("variables")
-        url = self.link(task.account, content_type, address)
-        variables = {**(own or {}), "email": address, **({"unsubscribe_url": url} if url else {})}
-        try:
-            subject, content = (fill_template(text, variables, escape, own is None, self.max_size) for text, escape in (
-                (body["subject"], False), (body["content"], is_html(body["content"]))))
-        except KeyError as error:
-            raise PermanentError(f"the subscription has no variable {error.args[0]!r}") from None
-        except TooLarge as error:
-            raise PermanentError(f"with the subscription's variables the mail would have {error.size} bytes, and may "
-                                 f"have {self.max_size} (max_body)") from None
-        # RFC 2369 section 2 lets a long URL be folded; no line may be longer than 998.
-        folded = "\r\n ".join(url[start:start + 900] for start in range(0, len(url), 900))
-        name = (re.sub(r"[^a-z0-9]+", "-", content_type.lower()).strip("-")
-                or hashlib.sha256(content_type.encode()).hexdigest()[:16])
-        headers = (("List-Id", f"<{name}.{urllib.parse.urlsplit(self.public_url).hostname}>"),
-                   ("List-Unsubscribe", f"<{folded}>"), ("List-Unsubscribe-Post", "List-Unsubscribe=One-Click"))
-        return re.sub(f"{ONE_LINE.replace('[^', '[')}+", " ", subject), content, headers if url else ()
-
-    def enqueue_due(self) -> int:
-        """Queue the mails that are due, at most BATCH; returns how many places in the schedule that were."""
-        now = self.clock()
-        claimed = self._claim(keys=[self.store.prefix], args=[
-            now, self.BATCH, secrets.token_hex(12), *self._boundaries(now)])
-        due, skipped = claimed or (0, 0)
-        if skipped:
-            log(logging.WARNING, "newsletters not queued: the issue before still waits", count=skipped)
-        return due
-
     def correct(self) -> int:
-        """Bring back what a wrong clock put too far ahead, among some places of the schedule; returns how many."""
-        self._checked, count = self._correct(keys=[self.store.prefix], args=[
-            self._checked, self.BATCH, "", *self._boundaries(self.clock())])
+        """Check the next BATCH places of the schedule. Returns how many were too far ahead and are reset."""
+        self._cursor, count = self._correct(keys=[self.store.prefix], args=[
+            self._cursor, self.BATCH, *self._boundaries(self.clock())])
         if count:
             log(logging.WARNING, "newsletters were scheduled too far ahead, as by a clock that was wrong", count=count)
         return count
 
-    def _boundaries(self, now: float) -> list:
-        """Each frequency and its next two boundaries, one after the other."""
-        found: list = []
+    def _boundaries(self, now: float) -> list[str | int]:
+        """Each frequency, its next boundary, and the one after it: the ARGV of BOUNDARIES."""
+        boundaries: list[str | int] = []
         for frequency in FREQUENCIES:
             boundary = next_boundary(frequency, now, self.zone)
-            found += [frequency, boundary, next_boundary(frequency, boundary, self.zone)]
-        return found
-
-    @staticmethod
-    def _member(account: str, content_type: str, address: str) -> str:
-        return json.dumps([account, content_type, address], ensure_ascii=False)
+            boundaries += [frequency, boundary, next_boundary(frequency, boundary, self.zone)]
+        return boundaries
 
 
 # --- 14. workers ----------------------------------------------------------------------------------------
@@ -5631,8 +5631,8 @@ class Workers:
     def send_message(self, task: Task) -> None:
         """Send the mail of a message task."""
         payload, (name, address) = task.payload, self.settings.sender
-        attachments = tuple((part["filename"], part["content_type"], part["content"], part.get("content_id", ""))
-                            for part in payload.get("attachments", ()))
+        attachments = tuple(Attachment(file["filename"], file["content_type"], file["content"],
+                                       file.get("content_id", "")) for file in payload.get("attachments", ()))
         self._send(task, Mail(
             (payload.get("from_name", name), address), payload["userId"], payload["subject"], payload["content"],
             text=payload.get("text", ""), cc=tuple(payload.get("cc", ())), bcc=tuple(payload.get("bcc", ())),
@@ -7193,7 +7193,7 @@ class Service:
                         settings.otp_subject, settings.otp_content)
             self.newsletters = Newsletters(self.store, zoneinfo.ZoneInfo(settings.timezone), accounts,
                                            settings.public_url, self.clock, settings.max_body)
-            self.newsletters.fold_as_now()
+            self.newsletters.refold()
             self.stats = Stats(self.store)
             self.workers = Workers(settings, self.store, self.queue, suppressions, self.transport, otps,
                                    self.newsletters, self.stats)
@@ -8206,7 +8206,7 @@ class Backup:
         with contextlib.suppress(ValueError, TypeError, KeyError):
             task = json.loads(fields.get("head") or fields["body"])
             if task["type"] == "newsletter" and fields["state"] not in self.ENDED:
-                return Newsletters._member(fields["account"], task["payload"]["content_type"], fields["to"])
+                return Newsletters.schedule_member(fields["account"], task["payload"]["content_type"], fields["to"])
         return ""
 
     def _put_task(self, pipeline: redis.client.Pipeline, task_id: str, fields: dict, ends: int | None) -> None:

@@ -3204,7 +3204,7 @@ def test_a_message_takes_a_text_a_name_a_reply_address_copies_and_attachments(cl
 
 
 def test_an_attachment_of_a_plain_message_stands_beside_its_text():
-    _, message = composed(content="See there", attachments=(("a.txt", "text/plain", base64_of(b"A"), ""),))
+    _, message = composed(content="See there", attachments=(gomail.Attachment("a.txt", "text/plain", base64_of(b"A")),))
     assert [part.get_content_type() for part in message.walk()] == ["multipart/mixed", "text/plain", "text/plain"]
     assert text_of(message) == "See there\n" and list(message.iter_attachments())[0].get_payload(decode=True) == b"A"
 
@@ -3427,7 +3427,7 @@ def test_a_subject_that_its_variables_leave_empty_is_no_fault():
 
 def attached(filename, media_type):
     """The headers, as text and parsed, of the part that an attachment becomes."""
-    raw, message = composed(attachments=((filename, media_type, base64_of(b"A"), ""),))
+    raw, message = composed(attachments=(gomail.Attachment(filename, media_type, base64_of(b"A")),))
     *_, part = message.walk()
     assert part.get_payload(decode=True) == b"A"
     return re.split(rb"\r\n--.*\r\n", raw)[2].partition(b"\r\n\r\n")[0].decode("ascii"), part
@@ -3469,10 +3469,10 @@ def test_any_file_name_reads_back_and_stands_in_ascii_beside_that(filename):
      ["mixed", "alternative", "plain", "related", "html", "png", "calendar", "calendar", "calendar"])])
 def test_an_invitation_is_the_last_alternative_and_other_calendars_are_attached(content, structure):
     invitation = base64_of(b"BEGIN:VCALENDAR\r\n")
-    _, message = composed(content=content, attachments=(
-        ("logo.png", "image/png", PICTURE, "logo"), ("a.ics", "text/calendar", PICTURE, ""),
-        ("invité.ics", "Text/Calendar; Method=REQUEST", invitation, ""),
-        ("b.ics", "text/calendar; method=CANCEL", PICTURE, "")))
+    _, message = composed(content=content, attachments=tuple(itertools.starmap(gomail.Attachment, (
+        ("logo.png", "image/png", PICTURE, "logo"), ("a.ics", "text/calendar", PICTURE),
+        ("invité.ics", "Text/Calendar; Method=REQUEST", invitation),
+        ("b.ics", "text/calendar; method=CANCEL", PICTURE)))))
     parts = list(message.walk())
     assert [part.get_content_subtype() for part in parts] == structure
     part, second, third = (part for part in parts if part.get_content_subtype() == "calendar")
@@ -3483,7 +3483,7 @@ def test_an_invitation_is_the_last_alternative_and_other_calendars_are_attached(
 
 
 def test_a_plain_mail_with_an_invitation_alone_has_two_alternatives():
-    _, message = composed(attachments=(("a.ics", "text/calendar; method=REQUEST", PICTURE, ""),))
+    _, message = composed(attachments=(gomail.Attachment("a.ics", "text/calendar; method=REQUEST", PICTURE),))
     assert [part.get_content_subtype() for part in message.walk()] == ["alternative", "plain", "calendar"]
 
 
@@ -3614,7 +3614,7 @@ def random_mail(chance):
 
     def file(media_type, ending, content_id=""):
         data = chance.randbytes(chance.choice([1, 57, 58, 1000]))
-        return some(4)[:90] + ending, media_type, base64_of(data), content_id
+        return gomail.Attachment(some(4)[:90] + ending, media_type, base64_of(data), content_id)
     attachments = chance.sample([
         file("Application/PDF", ".pdf"), file("text/csv; charset=utf-8; header=present", ".csv"),
         file("image/png", ".png", "picture"), file('application/x-y; title="a; name=\\"b\\""; name=c', ".bin"),
@@ -4195,8 +4195,8 @@ def test_the_outbox_keeps_the_newest_outbox_max_mails(services):
 
 @pytest.mark.parametrize("cur", [0, 20], ids=["unread", "read by a mail program"])
 def test_the_outbox_is_cleaned_in_small_steps_of_the_oldest_mails(tmp_path, monkeypatch, cur):
-    monkeypatch.setattr(gomail.MaildirTransport, "NAMES", 10)
-    monkeypatch.setattr(gomail.MaildirTransport, "LOOK", 5)
+    monkeypatch.setattr(gomail.MaildirTransport, "NAME_BATCH", 10)
+    monkeypatch.setattr(gomail.MaildirTransport, "MAIL_BATCH", 5)
     outbox, numbers = outbox_with(tmp_path, 42, 7)
     for path in sorted((tmp_path / "new").iterdir(), key=lambda path: gomail.MaildirTransport._moment(path.name))[:cur]:
         path.rename(tmp_path / "cur" / f"{path.name}:2,S")
@@ -4231,7 +4231,7 @@ def test_a_mail_of_the_outbox_that_was_looked_at_a_moment_ago_is_not_removed(tmp
     for _ in range(5):
         outbox.clean()
     assert numbers() == [8, 7, 2] and outbox.read(shown["id"])
-    monkeypatch.setattr(gomail.MaildirTransport, "IN_VIEW", -1.0)  # later
+    monkeypatch.setattr(gomail.MaildirTransport, "VIEW_TIME", -1.0)  # later
     outbox.send("app@example.org", ["user@example.com"], b"Subject: 9\r\n\r\nx\r\n")
     for _ in range(5):
         outbox.clean()
@@ -4567,7 +4567,7 @@ ANSWERS = [
     ("DATA", "500 5.5.2 Error: bad syntax", gomail.About.CONNECTION),
     ("RCPT", "452 4.4.5 Insufficient disk space; try again later", gomail.About.SERVER),
     ("RCPT", "451 4.3.5 Server configuration error", gomail.About.SERVER),
-    ("RCPT", "451 4.3.0 <u@c.example>: TemporaryError lookup failure", gomail.About.SERVER),
+    ("RCPT", "451 4.3.0 <u@c.example>: Temporary lookup failure", gomail.About.SERVER),
     ("DOT", "451 4.7.1 Service unavailable - try again later", gomail.About.SERVER),
     ("DOT", "454 Throttling failure: Maximum sending rate exceeded.", gomail.About.SERVER),
     ("RCPT", "550 5.1.1 <u@c.example>: Recipient address rejected: User unknown in local recipient table",
@@ -9658,7 +9658,7 @@ def removing_a_dead_letter(service, client, mail_server):
 
 
 def creating_content(service, client, mail_server):
-    yield service.newsletters._create
+    yield service.newsletters._define
     define(client)
 
 
