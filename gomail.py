@@ -3787,15 +3787,18 @@ class HtmlText:
 
 def attribute(name: str, attributes: str) -> str:
     """The value of an HTML attribute, or ""."""
-    def decoded(reference: re.Match[str]) -> str:
-        name = reference[1]
-        return html.entities.html5.get(name, reference[0]) if name else unescape(reference[0])
     for candidate, value in ATTRIBUTE.findall(attributes):
         if candidate.lower() == name:
             if value.startswith(('"', "'")):
                 value = value[1:].removesuffix(value[0])
-            return ATTRIBUTE_REFERENCE.sub(decoded, value)
+            return ATTRIBUTE_REFERENCE.sub(decode_reference, value)
     return ""
+
+
+def decode_reference(reference: re.Match[str]) -> str:
+    """The text of a character reference in an attribute."""
+    name = reference[1]
+    return html.entities.html5.get(name, reference[0]) if name else unescape(reference[0])
 
 
 def unescape(text: str) -> str:
