@@ -1152,7 +1152,7 @@ def test_the_first_log_lines_say_where_it_listens_where_the_data_lies_and_where_
     until(lambda: len(process.lines) >= 3)
     first, second, third = (json.loads(line)["message"] for line in process.lines[:3])
     assert first.startswith("listening on http://127.0.0.1:")
-    assert "data lies in" in second and str(process.folder.resolve() / "gomail-data") in second
+    assert "data is in" in second and str(process.folder.resolve() / "gomail-data") in second
     assert "mail goes to Maildir" in third and str(process.folder.resolve() / "gomail-data" / "outbox") in third
 
 
@@ -1479,7 +1479,7 @@ def test_no_process_writes_a_password_of_redis_uri_anywhere(processes, guarded_r
         assert (code == (1 if arguments else 78) and "redis_uri: " in said and said.count("\n") <= 3
                 and not re.search("QX|ZJ|de:|pl@y", said))
     process = processes({"redis_uri": f"{user}:{password}@{place}", "key_prefix": "shown:"}).started()
-    assert until(lambda: process.logged("data lies in redis://127.0.0.1:"))
+    assert until(lambda: process.logged("data is in redis://127.0.0.1:"))
     assert process.stop() == 0
     process.reader.join()
     said = "".join(process.lines) + (process.folder / "app.log").read_text() + process.process.stderr.read()
@@ -1591,11 +1591,11 @@ def test_a_redis_user_with_the_documented_permissions_is_enough_for_all_work(
     server.client.delete("gomail:heartbeat:another-process")
     until(queue.find_orphans)
     until(lambda: service.queue.reclaim(patience=0.0))
-    operator = gomail.Operator(service.settings, gomail.Terminal(as_json=True))
+    terminal = gomail.Terminal(as_json=True)
     for arguments in (["status", waiting], ["dead"], ["stats"], ["accounts"],
                       ["accounts", "--remove", "app@example.com", "--yes"]):
         asked = gomail.command_line().parse_args(arguments)
-        assert getattr(operator, asked.command)(asked) == 0
+        assert asked.run(service.settings, terminal, asked) == 0
     refused = [dict(zip(entry[::2], entry[1::2])) for entry in server.client.execute_command("ACL", "LOG")]
     assert {entry["object"] for entry in refused} <= {"info", "client|setinfo", "client"}
     used = {name.removeprefix("cmdstat_").upper() for name in server.client.info("commandstats")}
@@ -6317,7 +6317,7 @@ def test_where_no_key_is_asked_for_a_body_has_at_most_64_kb(service, path):
 @pytest.mark.parametrize("framing, begun", [
     ("Content-Length: 1048576", b""), (CHUNKS, b"80000\r\n" + b" " * 0x80000 + b"\r\n80000\r\n")])
 def test_of_unfinished_bodies_only_so_many_are_held_and_small_requests_are_answered(service, client, framing, begun):
-    budget = service.http.bodies
+    budget = service.http.body_budget
     large = head("POST /task/ HTTP/1.1", JSON, f"Authorization: {client.key}", framing) + begun
     assert budget.left == 64 * 1048576
     with contextlib.ExitStack() as held:
@@ -6335,15 +6335,15 @@ def test_of_unfinished_bodies_only_so_many_are_held_and_small_requests_are_answe
 def test_large_bodies_are_parsed_a_few_at_a_time_and_small_requests_do_not_wait_for_them(service, client):
     start = head("POST /task/ HTTP/1.1", JSON, f"Authorization: {client.key}", "Content-Length: 100000")
     for _ in range(gomail.LARGE_AT_ONCE):
-        assert service.http.large.acquire(blocking=False)
+        assert service.http.large_bodies.acquire(blocking=False)
     with connection_to(service, start, json.dumps(MESSAGE).encode().ljust(100_000)) as waiting:
-        until(lambda: service.http.bodies.left < 64 * 1048576)
+        until(lambda: service.http.body_budget.left < 64 * 1048576)
         assert client.task(userId="small@example.com")
         waiting.setblocking(False)
         with pytest.raises(BlockingIOError):
             waiting.recv(1)
         waiting.settimeout(PATIENCE)
-        service.http.large.release(gomail.LARGE_AT_ONCE)
+        service.http.large_bodies.release(gomail.LARGE_AT_ONCE)
         assert status_of(waiting.recv(65536)) == 200
 
 
@@ -6660,7 +6660,7 @@ def test_the_time_a_connection_was_idle_does_not_count_for_its_next_request(serv
     monkeypatch.setattr(service.http.api.stats, "count", lambda *_, **__: deadlines.extend(
         handler.deadline for handler in service.http.answering))
     with connection_to(service) as connection:
-        until(lambda: service.http.places._value < service.settings.max_connections)
+        until(lambda: service.http.connection_slots._value < service.settings.max_connections)
         for _ in range(2):
             began = time.monotonic()
             connection.sendall(PING)
@@ -6687,12 +6687,12 @@ def test_one_connection_too_many_is_503_at_once_and_later_all_is_as_before(servi
     service = services(max_connections=2)
     address = service.http.server_address[:2]
     held = [socket.create_connection(address) for _ in range(2)]
-    until(lambda: service.http.places._value == 0)
+    until(lambda: service.http.connection_slots._value == 0)
     answer = raw(service)
     assert status_of(answer) == 503 and b"Retry-After: 1" in answer and json.loads(answer.partition(b"\r\n\r\n")[2])
     for connection in held:
         connection.close()
-    until(lambda: service.http.places._value == 2)
+    until(lambda: service.http.connection_slots._value == 2)
     assert status_of(raw(service, PING)) == 200
 
 
@@ -6708,7 +6708,7 @@ def test_one_connection_too_many_gets_its_503_also_while_it_writes_and_holds_up_
         assert status_of(held.recv(65536)) == 200
         with connection_to(service, b"half") as silent:
             assert status_of(rest_of(silent)) == 503
-            until(lambda: not service.http.leaving)
+            until(lambda: not service.http.turned_away)
 
 
 def test_without_file_descriptors_nothing_spins_and_it_goes_on_when_there_are_some(processes, redis_server):
@@ -6745,7 +6745,7 @@ def test_500_slow_connections_leave_a_good_client_an_answer_or_503_at_once(servi
     assert status_of(raw(service)) == 503
     for connection in held:
         connection.close()
-    until(lambda: service.http.places._value == 100)
+    until(lambda: service.http.connection_slots._value == 100)
     assert status_of(raw(service, PING)) == 200
 
 
@@ -7172,8 +7172,8 @@ def test_check_says_what_it_found_sends_nothing_and_exits_0_or_1(processes, mail
 
 
 @pytest.mark.parametrize("reply, code, words", [
-    ("250 2.1.5 Ok", 0, "it said at the last, RCPT: 250 2.1.5 Ok"),
-    ("550 5.1.1 no mailbox of that name", 0, "it said at the last, RCPT: 550 5.1.1 no mailbox of that name"),
+    ("250 2.1.5 Ok", 0, "its last reply: RCPT: 250 2.1.5 Ok"),
+    ("550 5.1.1 no mailbox of that name", 0, "its last reply: RCPT: 550 5.1.1 no mailbox of that name"),
     ("553 5.7.1 <app@example.org>: Sender address rejected: not owned by user app", 1, "not owned by user app")])
 def test_check_offers_a_mail_as_far_as_rcpt_and_says_what_the_server_said(
         processes, mail_server, redis_server, reply, code, words):
@@ -7561,7 +7561,7 @@ def test_a_command_with_another_secret_than_the_service_gives_out_no_key(operate
     command, _ = operated
     code, output, errors = command("accounts", "--add", "x@example.com",
                                    jwt_secret="another secret, of 32 bytes or more")
-    assert (code, output) == (3, "") and "jwt_secret: not that of the gomail that runs" in errors
+    assert (code, output) == (3, "") and "jwt_secret: not that of the running gomail" in errors
 
 
 def test_an_empty_mail_is_not_sent_from_the_command_line(operated):
@@ -7663,7 +7663,7 @@ def test_check_shows_no_control_character_of_what_a_mail_server_says(processes, 
     mail_server.replies["app@example.org"] = ["550 5.1.1 \x1b[2J\x07 no \x7f"]
     environment = {"smtp_server": "127.0.0.1", "smtp_port": str(mail_server.port), "smtp_from": "app@example.org"}
     _, output, _ = processes(environment, arguments=["--check"]).result()
-    assert "it said at the last, RCPT: 550 5.1.1 ?[2J? no ?" in output and not set(output) & set(DECEPTIVE)
+    assert "its last reply: RCPT: 550 5.1.1 ?[2J? no ?" in output and not set(output) & set(DECEPTIVE)
 
 
 def test_the_command_line_makes_its_own_account_and_no_odd_ones(operated):
@@ -7692,7 +7692,7 @@ def contents(client: redis.Redis, prefix: str) -> dict:
     found = {}
     for key in client.scan_iter(match=f"{prefix}*", count=1000):
         name, form = key.removeprefix(prefix), client.type(key)
-        if name.partition(":")[0] in gomail.Backup.LEFT_OUT:
+        if name.partition(":")[0] in gomail.Backup.EXCLUDED:
             continue
         value = {"string": client.get, "hash": client.hgetall, "list": lambda key: client.lrange(key, 0, -1),
                  "zset": lambda key: client.zrange(key, 0, -1, withscores=True)}[form](key)
@@ -7873,7 +7873,7 @@ def test_whatever_bytes_are_kept_a_restore_brings_the_same(redis_server, page, n
         for name in names:
             client.pexpire(at(store.prefix, name), ends)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(gomail.Backup, "PAGE", page)
+        patched.setattr(gomail.Backup, "PAGE_BYTES", page)
         prefix = restored(store, backed_up(store))
     assert client.get(at(prefix, names[0])) == text and client.hgetall(at(prefix, names[1])) == fields
     assert client.lrange(at(prefix, names[2]), 0, -1) == items
@@ -7887,7 +7887,7 @@ def test_whatever_bytes_are_kept_a_restore_brings_the_same(redis_server, page, n
 
 def test_a_backup_under_load_misses_nothing_that_was_answered_before_and_repeats_nothing_that_had_succeeded(
         services, mail_server, monkeypatch):
-    monkeypatch.setattr(gomail.Backup, "AT_ONCE", 3)  # so that it takes a while
+    monkeypatch.setattr(gomail.Backup, "PAGE_KEYS", 3)  # so that it takes a while
     service = services(mail_server, workers=1)
     client = service.client.sign_up()
     tasks = [{**MESSAGE, "payload": {**MESSAGE["payload"], "userId": f"batch-{number}@example.com"}}
@@ -7898,7 +7898,7 @@ def test_a_backup_under_load_misses_nothing_that_was_answered_before_and_repeats
     sender = Sender(300, [service.http.url], client.key)
     until(lambda: len(sender.answered) > 20 and len(mail_server.mails) > 20)
     ids = {answer["id"]: task["payload"]["userId"] for answer, task in zip(answers, tasks)}
-    over = {status["userId"] for status in service.queue._statuses(list(ids)) if status["state"] == "succeeded"}
+    over = {status["userId"] for status in service.inspection._statuses(list(ids)) if status["state"] == "succeeded"}
     answered, sent_before = {*ids.values(), *sender.answered}, len(mail_server.mails)
     file = backed_up(service.store)
     sent = {mail.recipient for mail in list(mail_server.mails)}
@@ -8014,11 +8014,11 @@ def test_a_backup_that_ends_too_early_or_was_changed_is_refused_before_anything_
     environment = {"redis_uri": service.settings.redis_uri, "key_prefix": "untouched:"}
     command = Command(argparse.Namespace(folder=tmp_path), environment)
     for octets, words in [
-            *((whole[:cut], "not whole: it ends too early") for cut in (len(whole) // 2, -9, -1)),
-            *((gzip.compress(b"".join(found)), "not whole") for found in (
+            *((whole[:cut], "not complete: it ends too early") for cut in (len(whole) // 2, -9, -1)),
+            *((gzip.compress(b"".join(found)), "not complete") for found in (
                 lines[:-1], lines[:3] + lines[4:], lines[:1], [*lines[:-1], *lines[3:4], lines[-1]],
                 [*lines[:3], lines[3].replace(b"a", b"b"), *lines[4:]], [*lines, lines[-1]])),
-            (gzip.compress(b"".join([head, *lines[1:]])), "written by gomail 9.9.9, in a format that this one"),
+            (gzip.compress(b"".join([head, *lines[1:]])), "written by gomail 9.9.9, in a format that this version"),
             *((found, "is no backup of gomail") for found in (
                 b"", b"PK", whole[:5], gzip.compress(b"[]"), gzip.compress(b"text"), gzip.compress(b"[" * 9000)))]:
         (tmp_path / "backup").write_bytes(octets)
@@ -8041,13 +8041,13 @@ def test_what_a_backup_or_a_restore_cannot_do_is_said_and_changes_nothing(proces
     assert command("backup", "kept")[0] == 0
     whole = kept.read_bytes()
     for arguments, changes, code, words in [
-            (["backup", "kept"], {"key_prefix": "none:"}, 1, "there is nothing of gomail's behind key_prefix 'none:'"),
+            (["backup", "kept"], {"key_prefix": "none:"}, 1, "there is no data of a gomail under key_prefix 'none:'"),
             (["backup", "kept"], {"redis_uri": "127.0.0.1:1"}, 3, "cannot be reached"),
-            (["backup", "kept"], {"redis_uri": "", "data_dir": "nowhere"}, 3, "there are no data in"),
-            (["backup", "/dev/null"], {}, 1, "/dev/null is no file"),
+            (["backup", "kept"], {"redis_uri": "", "data_dir": "nowhere"}, 3, "there is no data in"),
+            (["backup", "/dev/null"], {}, 1, "/dev/null is not a file"),
             (["backup", "nowhere/file"], {}, 1, "nowhere/file cannot be written: No such file or directory"),
             (["restore", "nowhere"], {}, 2, "nowhere cannot be read: No such file or directory"),
-            (["restore", "kept"], {}, 1, "a gomail works on this Redis; stop it first")]:
+            (["restore", "kept"], {}, 1, "a gomail is running on this Redis; stop it first")]:
         found, output, errors = command(*arguments, **changes)
         assert (found, output) == (code, "") and words in errors and errors.count("\n") == 1, errors
         assert kept.read_bytes() == whole and not list(process.folder.glob(".*.*"))
@@ -8058,7 +8058,7 @@ def test_what_a_backup_or_a_restore_cannot_do_is_said_and_changes_nothing(proces
     assert process.stop() == 0
     before = contents(server.client, "gomail:")
     code, _, errors = command("restore", "kept")
-    assert code == 1 and "data of a gomail are there already, behind key_prefix 'gomail:'" in errors
+    assert code == 1 and "key_prefix 'gomail:' already holds data of a gomail" in errors
     assert_restored(before, contents(server.client, "gomail:"))
 
 
@@ -8078,7 +8078,7 @@ def test_no_gomail_starts_on_what_a_restore_has_not_brought_in_full_and_the_next
     server.client.rpush("there:recent", "half")
     for arguments in ([], ["backup", "again"]):
         code, _, errors = processes(there, folder=process.folder, arguments=arguments).result()
-        assert code == 1 and "a `restore` into this Redis is under way, or was broken off" in errors
+        assert code == 1 and "a `restore` into this Redis is running or was interrupted" in errors
     assert command("restore", "kept", key_prefix="there:")[0] == 0
     assert_restored(contents(server.client, "gomail:"), contents(server.client, "there:"))
     assert Client(processes(there, folder=process.folder).started().url, client.key).get("/task/recent")["tasks"]
@@ -8092,7 +8092,7 @@ def test_a_backup_goes_through_a_pipe_and_its_other_secret_is_said(processes, re
     writer = target.start("restore", "-", "--json", stdin=reader.stdout, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     output, errors = writer.communicate(timeout=PATIENCE)
     assert reader.wait() == writer.returncode == 0 and json.loads(output)["records"] > 0
-    assert b"jwt_secret: is not that of the gomail whose backup this is" in errors
+    assert b"jwt_secret: not that of the gomail that wrote this backup" in errors
     assert server.client.hlen("gomail:UserList") == 1 and not servers_in(data.resolve())
 
 
