@@ -7436,6 +7436,122 @@ def test_no_process_outlives_a_killed_supervisor(processes):
     until(lambda: not any(pathlib.Path(f"/proc/{pid}").exists() for pid in left))
 
 
+# What an earlier version, that of commit fdecb44, left in Redis when it was killed: {"made": Redis's time in seconds,
+# "keys": {account: API key}, "ids": {name: id}, "otp", "once": the body of a task with the Idempotency-Key "one",
+# "data": {key without prefix: [type, value, ttl in ms or -1]}}. JSON, gzip, base85. Of two changes, the keys are signed
+# anew with an older `iat`, and the scripts' answers (answered:*) are left out.
+LEFT_BY_AN_EARLIER_VERSION = """
+    ABzY8000000t4+_X>;4Q7X2$4eO40ei(jYHG;#f$CU)C6ah+v6AOTuRv{j_MW&GdY1xZ<?NQ!c!DEaU*lc{3@xEDC*F1P^trTf|4#NE9w-MBxQ{^G99X
+    gYL{!^x<-*L629`oTdsI3Bz>d~<t<j|PYF;rK5eK06eLpQnGnefB~>hDNvc^w2lDH3$0Y&x5z@>=a)G2XE$QL??%XtAQE+H9h<^8N9kZq-W&q=T|5F(W
+    ~dbj?Pa18oV3*H99&yygoWPygfR2F*qZC^0Slu!OLeare}ZuIXM2bPhUNMdX@eCRX-kIUXfw+$F(vi<mo@+?eW3>t1J8Z+MW)7fAj3-)9v)7e0O{K`%C
+    k=+v`q}zMFmJye{oQe;9uLb?6R$OTvTe;mgs{W$+q0ji$)FhEAVA_vaxyK7BiQb$T>>_55gfcJh=RkwbQTazWmmJiR{qbU|N{eVnex>2C<u<ND}!F|Vg
+    r(VveIRydygx_|zZ@hDNV@Zjm$1(WYiC*s}w;$;8D^tY4W_2IR6ch<dwsf|PDkxNYc8D^FKv)4^-rtsVD$i=a_@V}V3WHxYsG3s@v=4LoC*7usnZgyz%
+    ex(KKb>n&P$%P4gJkACUC*#D8?|*UUr6*JPr(jYr4lM>YW6?Z_!`UG4DhPqGBO#JT1sEYD14Im>p(4sLi%}{l44t#i7Md#&2?EUnNtp|rMn+*_jezFXn
+    NmyTIP(K@#wayBvc?JQ0%&<L85dPhA!8A=q)aIsX^aAGs1-b4o}0n=qS)G@KtO9AQWG&kT&N5on5PO)r!!dEvc{1^651OgtdJaIib!az*CRBrUc+Ijxk
+    eN_XpRNq#xY4XCqk#I7>9jl=c~;{n2xRpGoeyKap#ov>ya^_&{A=)w+aJmg~A+ZX(?5Hmh<trG)WREiT#pT%N6tmjZ7dk_l?Js*~kn_Z6oX3GDQQxhdV
+    <;K{!qAYudRogCs6C4~b1R4g*XX;0<dh2+7tj=SQ`ZWjORQkiwcVYh@@5aTq$y$LqRj6+pL$abXNK+DaN2roDk!lNe9RH$e55gBa-hzS}o(zuT*Ica+G
+    `S*&2D5ugWC<^kq}vLFbpHn_o?Km)0?3vlQVbp|OJD6ND;I8YK;37R~@AA4OBhl9a+G#RFJf8UM4ECG>T7fa0rB|u|E!6?$kxxww#2wcu#5=Cz27vsx^
+    g~@*C?sYzNkJAqyx;^+gA1V9rU*O{8L-%f>(?U#jHI`Dw?y6445&XInO=g`hUpiwma-F-o8i7Aee@<okR&HblLumHXlj+X|9WtYS-@T1p((S!}zkzu#S
+    4=bV7=7%$-@wufoj8I{AD7~5=l|XG8JZi{up*6)DIbh!fix>?(Ck03g1+2q0H2o{^qrX{fiub8<>(Ox@9-$nK`4nbW!iRol(Dn}*w$orvq!Whk|11U&w
+    HRv$_7u3)n(3p+h%tkx*xrDg2>WfrC&!tEoZkTr8r#aLl#W8APCotxA=0`qY^7d$wwbo-Do-ig9>l<G_^R8L~w?qKye}!r$%Vtq7cY2j%6qn1D~rE@{v
+    =>fN)~D3qZKVt_+_t0%Taq!S6d0kkHCVQpcsFp#~piAwWpX4bl`j8&L|b)>x`sKuAQxPFvLJwEI&fsFsXLKhHRxJG<wd&024iwp;PQRtqMW4QK?)fpto
+    V0saS+{lN=Q^XV!%k6j3BURnte$RLPNXqC4s8z@Es0cv3aYe*b(PB;Yt9_)`XO|hXAmYH!L8EHdqyQ`z0Llh4`mt=4*!w5{nGC(a90VR%eEdv`W%`LzL
+    Q5Ax#bA(B3!OoQkID)_?oi^N(T*lCh-Ci&srh^ZCNCQJ}o&Lu{=S6H^c5e;x#qRUjMVbfJbZ-j8y-h-VYwD0IG4l2j#zjWBYZuOwG-bkMkyFNTH1`>d7
+    oQn(YQs4ZAZdZfTH@GR(xv}}NKe2K29`+A766EboP+gX$eT1)P6d(?&J4mRinMYf3WWq?wE!^(*Y7hnpohtIUAlkB0JZlouoc@Z4apPw)Kw6$AkMQ%ox
+    @H5jA)aoRbq=K9C>g86hy>X$i0bnp)3a~Nz*Vvxfe=HLes?T!D83siuYm_M|>exYqgkb2J1$XEyk?O=ZM89GxyKj#Yw!rAE3iw#@-=M%{<P+^MW1KDB1
+    mTpWRGn6VFB$xAe#i>k;Z@1`0oTGk=6u#sPIIQF(9CrQWI=()`?@W-eSY=vH^q+m+4tHraq|u%BtC_$FJZ4fbOj?C>_&Gj6aA-C$q4!6tcw9rv<{;GO|
+    tpbUlp1&Ie(k+j7oOsDH2D77#vW+O-jtsuoF#ArWC1j$DLixYrFBS?P>O=RSx^)tc_78eB}p^|cei%o*iFD^1v@KD)+K_&w_vtpB`l0%90^}DMT3u@M=
+    JXW3m_`ga0-=uy3llpplS=6OUA^d&Q4#+3**-vIXHs$Xh^T5tAN%x$+jm8-|bLrwuMyi-}Ho&A%5ouCNAVnXdRAno&7)VJ0NECL|abl8qWmkML@#T>7c
+    mzoZY#SzH8=uGXQMLz!z8LTz#QO*^PM~A9U(9>?l5c#TOcFEny1)lt_RZAFE59&M`e8CpK(+kaeZ3XFdO2h(qb^FQ`Ji~?K_TUFGsuUJlj%n4mPhU<h5
+    W4~0d@)fNxrFmzW;LnWPdUI493p~f8sTJ@?~J}79TxK^Bi0t!dD3W<M{PSok%lJ`cLA)#dtnlFLZNY?n|Q^tsvjxWEQpX!DJloZV6M=@<~q<ko{~?Z`^
+    !6zg~lu`SPvUl`l=^BW}z57pE8B3Ybeb8$>q`VMECQ2J`T<OLC#ZbYyUah^PJJzfksI|Kux7pRkRWy>LeH&0N{qmG@*xr}QLs$88Yg+sb>TXK{P&Z8dO
+    arvlkQVpi^dS_!RQZj{b!9NuJ&ez7p+n`P)2xY&O{>ES_EAMyV#9E(T+nUMc{X=Vcx46_a(+aEkEC4cDN-NCX}lZC3HbqU2bRMkjpE!M00GS{=Nl)0j2
+    O^Q*c<p^A0|6zJ!sU%si=V7X64N<aWYW>+%J6Fs`TzUA^{NWpC1;rOWZ+$^(>@HVkQ!IQD@mNXb6GMNp+}Nymkh2tg9!+K~M{JjsW5wX6lRJd`ID6$g>
+    >WD%F@B6Y<4Fg+OTXh6cQI@4682iN`+^E}g~`nBy6K6K%>c||UkYC*0o^iOGB>za&PM70%kLlLR9o*kQXBE^%O7zsFABiiCh&_2ztXm|>J%hVK5&>YoX
+    pc33>6?AP<Zt<@cUw&A2mtbXqv>iLwB>;WClO`qVr%pi2JMBC<I$Zf4+mcFJ?-bR&L8+HSN~gz*1PHcPe%O)+!y_z^d9zJy;5BMSdKxXm)nA1WQ%GYN`
+    #jftC8G-GF7jk!5M62`+(E4G0UgTJK1FJz4;e7DcqYyDp>ESSx8kD+}toL8~q?S&vsux>Jvs#)ya?#=JDfjH4o8N>l)As(-ZsmS#7*0jwrPTaQ;Y?Q4Q
+    dA@T#k1);PAm!=iCnkt%Ya1oC6!{91yw|<D=1(RUuzW>L73oN~4T@2wWTn#nqR=5CE`XIROixLlm>K==S;8okH5j4n}^tM6E?^rw>G>VCoCD5uavFYrg
+    4K&JG8m_-NXuc3pgI6%IH#?S_mq(X(7W3<m_17XhK6`O1>`E^u=EPbR(8MVQNj~2dr_!5uD@ZFQQKtmG(4ynj?_|41lI|Kmj7v&mCOQcAoR@=3XFJR7X
+    So@{NOe{xTQ_!r@5K*|+)qa?avxW@-*hzB#(ky<*@?qyh%Mio`&GGH=KiKZkO3jscjP`tlIYH=LPdVAR!nM`S}CeDaW<7!<SeP~IhszK+c?VwCul32rR
+    %w~IKBHOy!}_Qx4_-|R~<Qj>jX7%m<x&Z_vA37VXU*NP-iiP4s4q`4BRQ|1oQZ&#NYBK|6*qDmV;-v!)r@~jdv&7Xey}IY!|MzQX{S8f%h+Sa?EQgy7h
+    nywxc8v6`-nU*BQi}<s|;oiJj{l?4NW>=d6vcNH8vnl|@D?#j3_DG_4qOpO)?b<NMcAYj9q^sLElk?X)X28^GX_mhyP2t6(%-d1?hi5WJH-{{Ai6_ef|
+    Og#Ww9koIz8dv4ONrDrejr|d@VU*IjalXaTxie9<<E-GB>z8mk@wX;dErpl&&UAQGUSKpYn?cwX*q}F<FFdP2EY~O|Sm;4K6&#FK*-Ir_wYVk&3bF(j9
+    u6iI`$@D>JCDTp7g0zCDAErPi^-8UUuhui0@4v1GOEIN6-cC|PTJq=YS?@RT(EmpCHZu48rSc+iuZpSXmtS>_<!(H4jSp_VP~FBBa2jeS)ro8_-y@vYN
+    !|ii{+YXZA>XeE`Hp00x`5w8297vO@0#z#&sW}TJ(v&M6`o!79$zGV-$Z12o6Flnn6x}lMk^F@LuiC4hgC%`<Qy5ho*NZmyNE*#)M$FX(Mk>f%5XP_nq
+    znMRkYZi;JQ0u{mFc`xDu9oiu0xH<purbt8GW_%Fk(yFDdKsJ=xOm9;l5i7)c>^b*9>QYhiQBY+3p`Zmhw*_A<qep>KUHR)D^+zS$(RISw5RK7&;#E+g
+    vQqi}B}#bqt7YW>yI%955=bgRphK60-?X=Q_4PkoBDYQAofuXTZN`Tuud^^l|GEpg@kLi)6rYW4B1*BwDb>h3L-y89oOPWMY{O8@`
+"""
+
+
+def left_by_an_earlier_version(client: redis.Redis, prefix: str) -> dict:
+    """Put the data of an earlier version behind a prefix, as if it had been killed an hour to a day ago; what it left.
+
+    All times in it are moved by whole days, so that the calendar of the newsletters fits.
+    """
+    text = gzip.decompress(base64.b85decode("".join(LEFT_BY_AN_EARLIER_VERSION.split()))).decode()
+    made = json.loads(text)["made"]
+    days = (int(client.time()[0]) - 3600 - made) // 86400
+
+    def moved(match):
+        moment = int(match[1])
+        return f"{moment + days * 86400}{match[2]}" if abs(moment - made) < 4e7 else match[0]
+    left = json.loads(re.sub(r"(?<![\w.])(\d{10})((?:\d{3}|\d{6})?)(?!\w)", moved, text))
+    for name, (kind, value, ttl) in left["data"].items():
+        put = {"string": client.set, "hash": lambda key, value: client.hset(key, mapping=value),
+               "list": lambda key, value: client.rpush(key, *value),
+               "zset": lambda key, value: client.zadd(key, dict(value))}[kind]
+        put(prefix + name, value)
+        if ttl >= 0:
+            client.pexpire(prefix + name, ttl)
+    return left
+
+
+def test_what_an_earlier_version_left_in_every_state_goes_on_with_this_one(services, mail_server, clock, redis_server):
+    prefix = f"{secrets.token_hex(4)}:"
+    left = left_by_an_earlier_version(redis_server.client, prefix)
+    clock.now = left["made"]
+    service = services(mail_server, clock, key_prefix=prefix)
+    client, other = (Client(service.http.url, left["keys"][name]) for name in ("shop@example.com", "other@example.com"))
+    waiting = {"retrying": "retrying", "running": "running", "normal": "normal", "otp waits": "waits"}
+    for name in (*waiting, "subscribe waits", "unsubscribe waits"):
+        client.state(left["ids"][name], "succeeded")
+    until(lambda: mail_server.to("issue@example.com"))
+
+    ended = {"succeeded": "succeeded", "subscribe": "succeeded", "once": "succeeded", "dead": "dead", "gone": "dead",
+             "suppressed": "suppressed", "cancelled": "cancelled", "scheduled": "scheduled"}
+    tasks = {name: client.get(f"/task/{left['ids'][name]}") for name in left["ids"]}
+    assert {name: tasks[name]["state"] for name in ended} == ended
+    stories = {name: [step["event"] for step in task["story"]] for name, task in tasks.items()}
+    assert stories["dead"] == ["accepted", "dead", "revived", "dead"] and tasks["dead"]["error"] == "550 5.2.1 no"
+    assert stories["retrying"] == ["accepted", "retrying", "succeeded"]
+    assert stories["running"] == ["accepted", "orphaned", "succeeded"] and tasks["running"]["attempts"] == 1
+    assert {task["id"] for task in client.get("/task/dead")["tasks"]} == {left["ids"]["dead"], left["ids"]["gone"]}
+    assert recent(client, limit=100)[0] == left["data"]["recent:shop@example.com"][1]
+    suppressed = client.get("/suppressions")["suppressions"]
+    assert {found["userId"] for found in suppressed} == {"never@example.com", "gone@example.com"}
+    assert client.get("/health/metrics")["Jobs Successful"] >= 9 + 7
+    assert client.get("/task/subscriptionContent/news")["subject"] == "News for {{ name }}"
+    assert [found["userId"] for found in other.get("/subscriptions")["subscriptions"]] == ["anna@example.com"]
+    assert {found["userId"]: found["frequency"] for found in client.get("/subscriptions")["subscriptions"]} == {
+        "Anna@example.com": "@daily", "issue@example.com": "@monthly", "new@example.com": "@hourly"}
+
+    verification = {"userEmail": "otp@example.com", "otp": left["otp"]}
+    assert [client.post("/task/verify", verification)["verified"] for _ in range(2)] == [True, False]
+    assert client.post("/task/", left["once"], Idempotency_Key="one")["id"] == left["ids"]["once"]
+    assert client("POST", "/auth/signup", {"id": "shop@example.com"})[0] == 409
+    assert client("DELETE", f"/task/{left['ids']['scheduled']}")[0] == 200
+    client.post(f"/task/dead/{left['ids']['dead']}/retry")
+    client.state(left["ids"]["dead"], "succeeded")
+
+    clock.forward(86400)
+    until(lambda: mail_server.to("Anna@example.com") and mail_server.to("new@example.com"))
+    assert mail_server.one("Anna@example.com")["Subject"] == "News for Anna"
+    until(lambda: not any(service.inspection.depths()[lane] for lane in gomail.LANES))
+    recipients = collections.Counter(mail.recipient for mail in mail_server.mails)
+    assert recipients == dict.fromkeys([*(f"{name}@example.com" for name in (*waiting.values(), "issue", "dead", "new",
+                                                                            "Anna"))], 1)
+
+
 # --- 14. command line -------------------------------------------------------------------------------------
 
 class Command:
@@ -7811,7 +7927,8 @@ def test_a_queue_moves_to_another_server_and_back_with_tasks_in_every_state_and_
     assert third.stop() == 0
 
 
-def backed_up(store: gomail.Store, watched: Callable[[str], object] = lambda pattern: None) -> io.BytesIO:
+def backed_up(store: gomail.Store, watched: Callable[[str], object] = lambda pattern: None,
+              uri: str = "") -> io.BytesIO:
     """A backup of what is behind a Store's prefix; `watched` hears which keys were just looked for."""
     class Watched(gomail.Backup):
         def _names(self, pattern="*"):
@@ -7819,15 +7936,15 @@ def backed_up(store: gomail.Store, watched: Callable[[str], object] = lambda pat
             watched(pattern)
 
     file = io.BytesIO()
-    Watched(reading(store)).write(file, lambda count: None)
+    Watched(reading(store, uri=uri)).write(file, lambda count: None)
     file.seek(0)
     return file
 
 
-def reading(store: gomail.Store, prefix: str = "") -> gomail.Store:
-    """A Store for gomail.Backup on the server of another one."""
-    path = store.redis.connection_pool.connection_kwargs["path"]
-    return gomail.Store(f"unix://{path}", prefix or store.prefix, encoding_errors="surrogateescape",
+def reading(store: gomail.Store, prefix: str = "", uri: str = "") -> gomail.Store:
+    """A Store for gomail.Backup on the server of another one, or on that of a redis_uri."""
+    uri = uri or f"unix://{store.redis.connection_pool.connection_kwargs['path']}"
+    return gomail.Store(uri, prefix or store.prefix, encoding_errors="surrogateescape",
                         retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0))
 
 
@@ -8082,6 +8199,42 @@ def test_no_gomail_starts_on_what_a_restore_has_not_brought_in_full_and_the_next
     assert command("restore", "kept", key_prefix="there:")[0] == 0
     assert_restored(contents(server.client, "gomail:"), contents(server.client, "there:"))
     assert Client(processes(there, folder=process.folder).started().url, client.key).get("/task/recent")["tasks"]
+
+
+def test_a_queue_moves_into_a_cluster_and_out_of_it_and_a_backup_ends_where_its_keys_move(
+        services, mail_server, redis_with_file, redis_server, tmp_path):
+    cluster = RedisCluster(redis_with_file, "{gomail}:")
+    source = services(mail_server)
+    client = source.client.sign_up()
+    client.state(client.task(), "succeeded")
+    source.workers.stop(PATIENCE)
+    ids = [client.task(userId=f"{number}@example.com") for number in range(300)]
+    services.running.remove(source)
+    source.stop()
+    single = {"redis_uri": redis_server.uri, "key_prefix": f"{secrets.token_hex(4)}:"}
+    environments = {"": {**single, "key_prefix": source.settings.key_prefix}, "single": single,
+                    "cluster": {"redis_uri": cluster.uri, "key_prefix": "gomail:"}}
+    for place, words in (("", ("backup", "first")), ("cluster", ("restore", "first")),
+                         ("cluster", ("backup", "second")), ("single", ("restore", "second"))):
+        code, _, errors = Command(argparse.Namespace(folder=tmp_path), environments[place])(*words)
+        assert code == 0, errors
+    assert_restored(contents(cluster.master.client, "{gomail}:"),
+                    contents(redis_server.client, single["key_prefix"]))
+
+    def fails_over():
+        cluster.replica.client.cluster("FAILOVER")
+        until(lambda: cluster.master.client.role()[0] == "slave")
+
+    def moves():
+        owner, target = cluster.replica, next(node for node in cluster.nodes[:3] if node is not cluster.master)
+        target.client.cluster("SETSLOT", cluster.slot, "IMPORTING", cluster.ids[owner])
+        owner.client.cluster("SETSLOT", cluster.slot, "MIGRATING", cluster.ids[target])
+        owner.client.execute_command("MIGRATE", "127.0.0.1", target.port, f"{{gomail}}:task:{ids[0]}", 0, 5000)
+
+    store = gomail.Store(cluster.uri)
+    for happens in (fails_over, moves):
+        with pytest.raises(redis.ConnectionError, match="the Redis Cluster has not, or not all of, the keys now"):
+            backed_up(store, lambda pattern: pattern == "schedule" and happens(), cluster.uri)
 
 
 def test_a_backup_goes_through_a_pipe_and_its_other_secret_is_said(processes, redis_with_file, data):
