@@ -8700,7 +8700,7 @@ def test_a_dead_letter_is_retried_and_deleted_one_or_all(service, browser, mail_
     playwright.sync_api.expect(tab.get_by_role("table", name="Dead letters").locator("tbody tr")).to_have_count(2)
     tab.get_by_role("button", name="Delete all").click()
     tab.get_by_text("No dead letters").wait_for()
-    assert (questions == ["Delete 2 dead letters? Their mails are lost for good."]
+    assert (questions == ["Delete 2 dead letters? They cannot be restored."]
             and client.get("/task/dead")["total"] == 0)
 
 
@@ -8724,11 +8724,11 @@ def test_a_paused_lane_says_why_on_the_page_and_is_resumed_there(services, mail_
     lane = tab.get_by_role("list", name="Lanes").get_by_role("listitem").filter(has_text="normal")
     lane.get_by_text("paused").wait_for()
     assert "Connection refused" in lane.inner_text()
-    tab.get_by_text("The SMTP server is out since").wait_for()
+    tab.get_by_text("The SMTP server has been out since").wait_for()
     idle = tab.get_by_role("list", name="Lanes").get_by_role("listitem").filter(has_text="bulk")
     idle.get_by_text("waits for the SMTP server").wait_for()
     go(tab, "#/tasks")
-    assert "Connection refused" in tab.get_by_text("The SMTP server is out since").inner_text()
+    assert "Connection refused" in tab.get_by_text("The SMTP server has been out since").inner_text()
     assert tab.get_by_text("The lane normal is paused").count() == 0  # it says the same
     go(tab, "#/")
     mail_server.start()
