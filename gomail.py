@@ -6463,10 +6463,10 @@ class Budget:
     def take(self, amount: int) -> bool:
         """Take this amount; False where less than that is left."""
         with self.lock:
-            enough = amount <= self.left
-            if enough:
-                self.left -= amount
-        return enough
+            if amount > self.left:
+                return False
+            self.left -= amount
+            return True
 
     def give_back(self, amount: int) -> None:
         """Return an amount that was taken."""
@@ -6478,15 +6478,15 @@ class OncePerMinute:
     """Limits a log line about something that may happen all the time."""
 
     def __init__(self) -> None:
-        self.last, self.lock = float("-inf"), threading.Lock()
+        self.next, self.lock = float("-inf"), threading.Lock()
 
     def is_due(self) -> bool:
         """Whether to log the line now; then not again for a minute."""
         with self.lock:
-            due = time.monotonic() - self.last >= 60
-            if due:
-                self.last = time.monotonic()
-        return due
+            if time.monotonic() < self.next:
+                return False
+            self.next = time.monotonic() + 60
+            return True
 
 
 class HttpServer(http.server.ThreadingHTTPServer):
@@ -6901,11 +6901,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if "transfer-encoding" in headers:
             self.check_transfer_encoding(headers, minor)
             return None
-        text = headers.get("content-length", "0")
+        text, limit = headers.get("content-length", "0"), self.server.settings.max_body
         if not re.fullmatch(r"[0-9]{1,18}", text):
             raise HTTPError(400, "Content-Length must be a number of bytes")
-        if int(text) > self.server.settings.max_body:
-            raise self.too_large(int(text), self.server.settings.max_body)
+        if int(text) > limit:
+            raise self.too_large(int(text), limit)
         return int(text)
 
     def check_transfer_encoding(self, headers: dict[str, str], minor: int) -> None:
@@ -7155,13 +7155,6 @@ def start_embedded(settings: Settings, pause: Callable[[float], None]) -> Embedd
     return server
 
 
-def make_transport(settings: Settings) -> SmtpTransport | MaildirTransport:
-    """The transport that the settings choose."""
-    if settings.smtp_server:
-        return SmtpTransport(settings)
-    return MaildirTransport(pathlib.Path(settings.data_dir, "outbox"), settings.outbox_max)
-
-
 def plural(number: int, noun: str) -> str:
     """The number with its noun: "1 task", "2 tasks"."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
@@ -7263,7 +7256,8 @@ class Service:
         process = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         accounts = Accounts(store, settings.jwt_secret, settings.jwt_secret_previous, settings.api_key_ttl)
         accounts.announce()
-        self.transport = make_transport(settings)
+        self.transport = SmtpTransport(settings) if settings.smtp_server else MaildirTransport(
+            pathlib.Path(settings.data_dir, "outbox"), settings.outbox_max)
         self.queue = Queue(store, settings, process)
         self.inspection = Inspection(store, settings, self.queue.give_way)
         suppressions = Suppressions(store)
@@ -7441,8 +7435,9 @@ class Supervisor:
             for number in range(settings.processes):
                 self.start(number, started)
             os.close(started)
-            if len(read_all(ready)) < settings.processes:
-                return 1
+            with open(ready, "rb") as file:  # to its end, when each child has started or ended
+                if len(file.read()) < settings.processes:
+                    return 1
             notify_systemd("READY=1")
             while (received := signals.wait(1.0)) != signal.SIGTERM:
                 if received == signal.SIGHUP:
@@ -7541,12 +7536,6 @@ def has_ended(child: int) -> bool:
         return True
 
 
-def read_all(descriptor: int) -> bytes:
-    """All bytes until the other end is closed."""
-    with open(descriptor, "rb") as file:
-        return file.read()
-
-
 def run(settings: Settings) -> int:
     """Run the service until SIGTERM or SIGINT. Returns the exit code."""
     signals = Signals(has_terminal() and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN)  # nohup(1) ignores it
@@ -7595,16 +7584,17 @@ class Terminal:
         text = without_controls(str(text))
         return f"\x1b[{self.COLOURS[colour]}m{text}\x1b[0m" if colour and self.is_coloured else text
 
-    def json(self, value: object) -> None:
-        """Write a value as JSON."""
+    def json(self, value: object) -> int:
+        """Write a value as JSON. Returns the exit code 0."""
         print(Encoder(indent=2, ensure_ascii=False).encode(value))
+        return 0
 
-    def result(self, value: object, text: str) -> int:
-        """Write a command's result, as JSON or as text. Returns the exit code 0."""
+    def result(self, value: object, lines: Sequence[str]) -> int:
+        """Write a result, as JSON or as lines of text. Returns the exit code 0."""
         if self.as_json:
-            self.json(value)
-        else:
-            print(text)
+            return self.json(value)
+        for line in lines:
+            print(line)
         return 0
 
     def say(self, text: str) -> None:
@@ -7719,7 +7709,7 @@ class Operator:
             return self.terminal.fail(2, error.error.replace(field, arguments.get(field, field), 1))
         task_id, = map(str, self.queue.enqueue(account, [task]))  # a single message is never refused
         if not options.wait:
-            return self.terminal.result({"id": task_id}, task_id)
+            return self.terminal.result({"id": task_id}, [task_id])
         self.terminal.say(f"queued as {task_id}; waiting until it is sent")
         while (task := self.inspection.status(task_id, story=True)) and task["state"] in (
                 "queued", "running", "retrying"):
@@ -7731,16 +7721,13 @@ class Operator:
     def status(self, options: argparse.Namespace) -> int:
         """Show a task and its story."""
         task = self.inspection.status(options.id, story=True)
-        if not task:
-            return self.terminal.fail(1, f"there is no task {options.id}, or it ended too long ago")
-        self.show_task(task)
-        return 0
+        return self.show_task(task) if task else self.terminal.fail(
+            1, f"there is no task {options.id}, or it ended too long ago")
 
-    def show_task(self, task: Json) -> None:
+    def show_task(self, task: Json) -> int:
         """Write the status of a task."""
         if self.terminal.as_json:
-            self.terminal.json(task)
-            return
+            return self.terminal.json(task)
         paint, story = self.terminal.paint, task.pop("story")
         for name, value in task.items():
             if value is not None:
@@ -7748,19 +7735,18 @@ class Operator:
         rows = [[step["time"], step["event"], f"{step['seconds']} s" if "seconds" in step else "",
                  step.get("error") or ""] for step in story]
         print("\n".join(["", *self.terminal.table(["when", "what", "took", "why"], rows)]))
+        return 0
 
     def dead(self, options: argparse.Namespace) -> int:
         """List the dead letters."""
         total, tasks = self.inspection.dead(offset=options.offset, limit=options.limit)
-        if self.terminal.as_json:
-            self.terminal.json({"total": total, "tasks": tasks})
-            return 0
-        rows = [[task[name] or "" for name in ("id", "finished", "account", "type", "userId", "error")]
-                for task in tasks]
-        for line in self.terminal.table(["id", "ended", "account", "type", "recipient", "error"], rows):
-            print(line)
-        hint = "; `retry ID` or `retry --all` queues them again" if tasks else ""
-        self.terminal.say(f"{len(tasks)} of {plural(total, 'dead letter')}{hint}")
+        columns = {"id": "id", "ended": "finished", "account": "account", "type": "type", "recipient": "userId",
+                   "error": "error"}
+        rows = [[task[field] or "" for field in columns.values()] for task in tasks]
+        self.terminal.result({"total": total, "tasks": tasks}, self.terminal.table([*columns], rows))
+        if not self.terminal.as_json:
+            hint = "; `retry ID` or `retry --all` queues them again" if tasks else ""
+            self.terminal.say(f"{len(tasks)} of {plural(total, 'dead letter')}{hint}")
         return 0
 
     def retry(self, options: argparse.Namespace) -> int:
@@ -7783,13 +7769,9 @@ class Operator:
                 count = self.queue.revive_all(remove=remove, progress=progress)
         else:
             count = int(self.queue.revive(options.id, remove=remove))
-        if self.terminal.as_json:
-            self.terminal.json({"count": count})
-        elif count or options.all:
-            print(f"{plural(count, 'dead letter')} {outcome}")
-        if count or options.all:
-            return 0
-        return self.terminal.fail(1, f"there is no dead letter {options.id}; `dead` lists them")
+        exists = bool(count or options.all)
+        self.terminal.result({"count": count}, [f"{plural(count, 'dead letter')} {outcome}"] if exists else [])
+        return 0 if exists else self.terminal.fail(1, f"there is no dead letter {options.id}; `dead` lists them")
 
     def show_stats(self, options: argparse.Namespace) -> int:
         """Lanes, counters and the last hour: once, or on a terminal every second until Ctrl-C."""
@@ -7801,8 +7783,7 @@ class Operator:
                            "queued": depths, "jobs": self.inspection.counters(), "minutes": self.stats.history(),
                            "smtp": self.inspection.outage()}
             if self.terminal.as_json:
-                self.terminal.json(stats)
-                return 0
+                return self.terminal.json(stats)
             if lines:
                 print(f"\x1b[{len(lines)}F\x1b[J", end="")
             moment, executed = time.monotonic(), stats["jobs"]["executed"]
@@ -7840,7 +7821,7 @@ class Operator:
         try:
             if options.add:
                 key = self.accounts.sign_up(NEW_ID({"id": options.add})["id"])
-                return self.terminal.result({"apiKey": key}, key)
+                return self.terminal.result({"apiKey": key}, [key])
             if options.remove:
                 return self.remove_account(options.remove, options.yes)
         except HTTPError as error:
@@ -7852,9 +7833,7 @@ class Operator:
                          "contentTypes": self.store.redis.hlen(self.store.key("content", name)),
                          **{event: sum(minute[event] for minute in minutes) for event in ("sent", "failed")}})
         headings = ["account", "dead letters", "content types", "sent in the last hour", "given up"]
-        if self.terminal.as_json or rows or self.terminal.is_live:
-            self.terminal.result(rows, "\n".join(self.terminal.table(headings, [[*row.values()] for row in rows])))
-        return 0
+        return self.terminal.result(rows, self.terminal.table(headings, [[*row.values()] for row in rows]))
 
     def remove_account(self, name: str, confirmed: bool) -> int:
         """Deregister an account, after a question that names what it has. Raises HTTPError where there is none."""
