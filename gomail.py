@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """GoMail: a mail queue in one module.
 
-Apps POST tasks over HTTP and get an answer at once. The tasks wait in Redis; worker threads send the mail by SMTP and
-retry what fails. `python gomail.py` starts the service, and `python gomail.py --help` lists the options.
+Apps POST tasks over HTTP and get an answer at once. The tasks wait in Redis; worker threads hand the mail to a
+transport (SMTP, or a Maildir) and retry what fails. `python gomail.py` starts the service, and
+`python gomail.py --help` lists the options.
 
 The module reads from top to bottom, and each section uses only those above it:
 
@@ -12,19 +13,27 @@ The module reads from top to bottom, and each section uses only those above it:
     4. validation and errors      9. metrics       14. workers        19. command line
     5. accounts                  10. mail          15. cron
 
-The way of one mail, from POST to 250:
+The way of one mail, from POST to 250; the numbers are those of the sections:
 
-    Handler.respond               reads the request, finds its Route and the Account of its API key
-    -> Api.enqueue                is the handler of POST /task, whose body TASK has checked
-    -> Queue.enqueue              stores the task and puts its id into a lane (script ENQUEUE); the app has its answer
-    Workers.run                   is a thread that waits for the next id of its lane
-    -> Queue.settle_and_take      moves the id to the worker's processing list (script SETTLE_AND_TAKE)
-    -> Workers.perform            calls the handler of the task's type, such as Workers.send_message
-    -> compose                    turns the Mail into bytes
-    -> SmtpTransport.send         returns when the server has answered 250, and raises a DeliveryError otherwise
-    -> Outcome                    says what became of the task: succeeded, to be retried, dead, ...
-    -> Queue.settle_and_take      settles it, and takes the next task in the same round trip
-    Queue.promote                 puts the id of a task whose retry is due back into its lane; Cron.once calls it
+    Handler.respond        17  reads the request, finds its Route and the Account of its API key
+    -> Api.enqueue         16  is the handler of POST /task; TASK (6), the Check of the Route, has checked the body
+    -> Queue.enqueue        7  stores the task and puts its id into a lane (script ENQUEUE); the app gets its answer
+    Workers.run            14  is a thread that waits for the next id of its lane
+    -> Queue.settle_and_take   moves the id to the worker's processing list (script SETTLE_AND_TAKE)
+    -> Workers.perform     14  calls the method for the task's type; Workers.send_message turns a "message" into a Mail
+    -> compose             10  turns the Mail into bytes
+    -> SmtpTransport.send  11  returns when the server has answered 250, and raises a DeliveryError otherwise
+    -> Outcome              7  says what became of the task: succeeded, retrying, dead, ...
+    -> Queue.settle_and_take   stores the Outcome of this task, and takes the next one in the same round trip
+    Queue.promote           7  puts the id of a task whose retry is due back into its lane; Cron.once (15) calls it
+
+What a change touches:
+
+    a payload field            PAYLOADS (6), Workers.send_message, Mail and compose
+    a route                    a method of Api, and a row of ROUTES, from which the OpenAPI description is made
+    a transport                a class with the methods of Transport (11), options (1), and Service.start (18)
+    a Redis key                the table in section 3; if it belongs to an account, Accounts.deregister
+    a lane                     Lane (6)
 """
 
 import argparse
@@ -830,8 +839,11 @@ def start_logging(settings: Settings) -> None:
 
 # --- 3. redis -------------------------------------------------------------------------------------------
 # Addresses, connections, scripts and the embedded Valkey. Each change of several keys is one script, so that no crash
-# falls between two of them. These are the keys, behind `key_prefix`. Of a hash, it is "field -> value", or all fields
-# that it may have; times are in microseconds (us), milliseconds (ms) or seconds (s) since the epoch.
+# falls between two of them.
+#
+# This table documents all keys; each begins with `key_prefix`, and code makes it with Store.key(). A hash is described
+# by "field -> value" or by the list of its fields. Times are since the epoch, in microseconds (us), milliseconds (ms)
+# or seconds (s).
 #
 #   UserList                        hash    account -> id of its API key; "" while the account is being removed
 #   jwt_secret                      string  the signing secret, if the settings have none
@@ -841,21 +853,23 @@ def start_logging(settings: Settings) -> None:
 #   task:<id>                       hash    body (JSON); head (what is shown of it, JSON; a newsletter has none);
 #                                           account; key (id of its API key); to (folded addresses); lane; state;
 #                                           created, started, finished (us); due (ms); attempts; error; story (of
-#                                           failed attempts); delivered (to whom); strikes, begun (deaths of its
-#                                           process); drops, dropped (lost connections). When it has ended, unless it
-#                                           is a dead letter: d, u, n, to, error, story, head, see Queue.CONCLUDE
+#                                           failed attempts); delivered (to whom); strikes (how many processes died
+#                                           while they had it); begun (set before a task with strikes is begun);
+#                                           drops (how many connections it lost), dropped (the last time, us).
+#                                           A task that has ended, except a dead letter, keeps only a summary: d, u, n
+#                                           (explained at Queue.CONCLUDE), to, error, story, head
 #   lane:<lane>                     list    ids of waiting tasks; in at the left, out at the right
 #   processing:<process>:<worker>   list    id of the task that the worker has in hand
 #   delayed                         zset    ids of tasks that wait for a retry or their send_at, by due time (ms)
-#   scheduled                       zset    ids of those that wait for their send_at, by due time (ms)
+#   scheduled                       zset    the part of `delayed` that waits for a send_at, to be counted
 #   dead, dead:<account>            zset    ids of dead letters, by time of death (ms)
 #   recent, recent:<account>        list    ids of the newest tasks, newest first
-#   idempotency:<digest>            string  of a request with an Idempotency-Key: its fingerprint, the id of its task
-#                                           (or what the ids of its batch are made from), id of its API key, refusals
-#   suppressed:<account>            zset    addresses that get no mail, by the time since when (ms)
+#   idempotency:<digest>            string  what is known of an Idempotency-Key: fingerprint of the request, id of its
+#                                           task (for a batch the seed of its ids), id of its API key, refusals
+#   suppressed:<account>            zset    addresses that get no mail, by the time when that began (ms)
 #   suppressed_for:<account>        hash    address -> reason
-#   rate                            hash    next sending times under smtp_rate: all, urgent; time of the last call:
-#                                           asked (us)
+#   rate                            hash    smtp_rate: when the next mail may go: all (lanes), urgent (the lane); asked
+#                                           (time of the last call) (us)
 #
 #   processes                       hash    process -> names of its workers, comma-separated
 #   heartbeat:<process>             string  exists while the process lives
@@ -865,8 +879,8 @@ def start_logging(settings: Settings) -> None:
 #
 #   metrics                         hash    executed, successful, failed (tasks)
 #   stats                           hash    counter with its labels, as JSON -> amount
-#   history:<minute>                hash    ["sent", "retried" or "failed", account, id of its API key] -> amount; an
-#                                           empty account and no key stand for all accounts
+#   history:<minute>                hash    ["sent", "retried" or "failed", account, id of its API key] -> amount; the
+#                                           sum of all accounts has "" for the account and no id
 #   otp:<address>:<account>         hash    hash (keyed, of the OTP); tries (wrong ones); created (of its task, us);
 #                                           key (id of its API key)
 #   otp_asked:<address>:<account>   zset    ids of the generateOtp tasks of the last hour, by time (ms)
@@ -876,15 +890,15 @@ def start_logging(settings: Settings) -> None:
 #   content:<account>               hash    content type -> {"subject", "content"}
 #   subscribers:<type>:<account>    hash    address -> {"userId", "frequency", "retries", "created", "variables"}
 #   issued:<type>:<account>         hash    address -> id of the task of the newest newsletter
-#   unsubscribed:<type>:<address>:<account>  string  time of the request (us): an older subscribe loses
+#   unsubscribed:<type>:<address>:<account>  string  time of the request (us); a subscribe that is older has no effect
 #   schedule                        zset    [account, type, address] by its next boundary (s)
-#   ascii_folded                    string  since when only ASCII letters of addresses in keys are folded (ms)
+#   ascii_folded                    string  time of the upgrade to keys that fold only ASCII letters (ms)
 #
-#   answered:<id>                   string  a script's answer, kept for a minute in case the call is sent again
-#   on_disk                         string  written in order to wait until it, and all before it, is on disk
-#   writable                        string  written in order to see whether Redis accepts data
+#   answered:<id>                   string  answer of a script, kept for a minute in case the same call comes again
+#   on_disk                         string  a write for WAITAOF to wait for
+#   writable                        string  a write that shows whether Redis accepts data
 #   restoring                       string  exists from the beginning of a restore to its end
-#   permitted                       string  named in commands that only check permissions; never written
+#   permitted                       string  never written: the key in the commands that test permissions
 
 @dataclasses.dataclass(frozen=True)
 class RedisAddress:
@@ -4755,9 +4769,9 @@ def downgraded(message: bytes) -> bytes:
 
 
 # --- 12. otp --------------------------------------------------------------------------------------------
-# One-time passwords. Redis keeps only a keyed hash of each, never the OTP itself: its digits are a keyed hash of the
-# random seed of its task, cut to decimal digits, as HOTP does it with a counter (RFC 4226 section 5.3). So a retry, in
-# this process or another, sends the same digits.
+# One-time passwords. Redis keeps only a keyed hash of each, never the OTP itself. Each task has a random seed; the
+# digits are the keyed hash of that seed, cut to decimal digits as in HOTP (RFC 4226 section 5.3). So a retry sends the
+# same digits, in this process or another.
 
 class Otps:
     """Issue and verify one-time passwords.
@@ -5315,7 +5329,7 @@ class Newsletters:
 
 # --- 14. workers ----------------------------------------------------------------------------------------
 # The thread pool. Each worker belongs to one lane and does one task at a time. When the mail server is out, the circuit
-# breaker of the lane opens, and one worker probes the server until it closes again; no task pays an attempt for that.
+# breaker of the lane opens, and one worker probes the server until it closes again. This costs no task an attempt.
 
 class SmtpState:
     """Whether the SMTP server can be reached, as this process saw it last: one state for all lanes.
@@ -6501,8 +6515,9 @@ OPENAPI = openapi(ROUTES)
 
 
 # --- 17. http server ------------------------------------------------------------------------------------
-# `http.server` provides the sockets and threads. Requests are parsed here, strictly by RFC 9112: where two parsers read
-# one stream differently, requests can be smuggled. Handler.answer() turns every exception into a JSON error.
+# `http.server` gives the sockets and threads. Requests are parsed here, strictly by RFC 9112: if a proxy and GoMail
+# read one stream differently, an attacker can hide a request in another (request smuggling). Handler.answer() turns
+# exceptions into JSON errors.
 
 def listen(settings: Settings) -> socket.socket:
     """The listening socket. Raises StartError."""
