@@ -31,7 +31,7 @@ What a change touches:
 
     a payload field            PAYLOADS (6), Workers.send_message, Mail and compose
     a route                    a method of Api, and a row of ROUTES, from which the OpenAPI description is made
-    a transport                a class with the methods of Transport (11), options (1), and Service.start (18)
+    a transport                a class with the methods of Transport (11), options (1), and Service._wire (18)
     a Redis key                the table in section 3; if it belongs to an account, Accounts.deregister
     a lane                     Lane (6)
 """
@@ -6519,11 +6519,11 @@ OPENAPI = openapi(ROUTES)
 
 # --- 17. http server ------------------------------------------------------------------------------------
 # `http.server` gives the sockets and threads. Requests are parsed here, strictly by RFC 9112: if a proxy and GoMail
-# read one stream differently, an attacker can hide a request in another (request smuggling). One place turns exceptions
-# into JSON errors.
+# read one stream differently, an attacker can hide a request in another (request smuggling). Handler.answer() turns
+# exceptions into JSON errors.
 
 def listen(settings: Settings) -> socket.socket:
-    """The listening socket. Raises StartError where the address cannot be had."""
+    """The listening socket. Raises StartError."""
     try:
         family, _, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=128,
@@ -6534,92 +6534,94 @@ def listen(settings: Settings) -> socket.socket:
 
 
 class Budget:
-    """An amount that threads take shares of, and give them back."""
+    """An amount that threads share."""
 
     def __init__(self, amount: int) -> None:
         self.left, self.lock = amount, threading.Lock()
 
     def take(self, amount: int) -> bool:
-        """Take so much, where it is there."""
+        """Take this amount; False where less than that is left."""
         with self.lock:
-            enough = amount <= self.left
-            if enough:
-                self.left -= amount
-        return enough
+            if amount > self.left:
+                return False
+            self.left -= amount
+            return True
 
     def give_back(self, amount: int) -> None:
-        """Give back what was taken."""
+        """Return an amount that was taken."""
         with self.lock:
             self.left += amount
 
 
-class Seldom:
-    """Whether to say what happens all the time: yes, but not again for a minute."""
+class OncePerMinute:
+    """Limits a log line about something that may happen all the time."""
 
     def __init__(self) -> None:
-        self.last, self.lock = float("-inf"), threading.Lock()
+        self.next, self.lock = float("-inf"), threading.Lock()
 
-    def __call__(self) -> bool:
+    def is_due(self) -> bool:
+        """Whether to log the line now; then not again for a minute."""
         with self.lock:
-            due = time.monotonic() - self.last >= 60
-            if due:
-                self.last = time.monotonic()
-        return due
+            if time.monotonic() < self.next:
+                return False
+            self.next = time.monotonic() + 60
+            return True
 
 
 class HttpServer(http.server.ThreadingHTTPServer):
     """The HTTP server: a thread for each connection, at most `max_connections` of them.
 
     Args:
-        settings: the Settings.
-        listener: a listening socket that several processes share; by default one of its own.
-
-    Raises:
-        StartError: the address cannot be listened on.
+        listener: a listening socket, which several processes may share.
     """
 
     daemon_threads = True
     block_on_close = False
-    # Bytes, in place of the usual 8 MB, of which huge pages would make 2 MB resident in each of hundreds of threads.
-    # The interpreter stops a recursion before that is used up; where its JSON parser does not, MAX_NESTING does.
+    # Bytes of a thread's stack. With the usual 8 MB, huge pages make 2 MB resident in each of hundreds of threads. The
+    # interpreter stops a recursion before 1 MB is used up; where its JSON parser does not, MAX_NESTING does.
     STACK = 1048576
-    LINGER = 2.0  # seconds to read on after an answer that ends the connection
+    LINGER = 2.0  # seconds for which a connection is still read after its last answer
     BUSY = (b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
             b"Connection: close\r\nContent-Length: 54\r\n\r\n"
             b'{"status": false, "error": "too many connections now"}')
-    MOST_LEAVING = 128  # connections that were answered BUSY and are read on
+    MAX_TURNED_AWAY = 128  # connections that were answered BUSY and are not closed yet
 
-    def __init__(self, settings: Settings, listener: socket.socket | None = None) -> None:
+    api: Api
+    store: Store
+    stats: Stats
+
+    def __init__(self, settings: Settings, listener: socket.socket) -> None:
         self.settings = settings
-        self.api: Any = None  # the Api, before it serves
         self.stopping = False
-        self.places = threading.BoundedSemaphore(settings.max_connections)
+        self.connection_slots = threading.BoundedSemaphore(settings.max_connections)
         self.answering: set[Handler] = set()  # the handlers that have a request in hand
-        self.bodies = Budget(max(64 * 1048576, 8 * settings.max_body))  # bytes of larger bodies, of all connections
-        self.large = threading.BoundedSemaphore(LARGE_AT_ONCE)
-        self.leaving: collections.deque[tuple[float, socket.socket]] = collections.deque()  # (when to close it, which)
-        self.read_on_at = 0.0
-        self.tells_files, self.tells_tls = Seldom(), Seldom()
+        # Bytes of all bodies that are larger than SMALL_BODY.
+        self.body_budget = Budget(max(64 * 1048576, 8 * settings.max_body))
+        self.large_bodies = threading.BoundedSemaphore(LARGE_AT_ONCE)
+        # (when to close it, connection) of those that were answered BUSY
+        self.turned_away: collections.deque[tuple[float, socket.socket]] = collections.deque()
+        self.next_drain = 0.0
+        self.files_warning, self.tls_warning = OncePerMinute(), OncePerMinute()
         self.allowed_hosts = frozenset(map(parse_host, split_list(settings.allowed_hosts)))
         self.host_status = functools.lru_cache(maxsize=128)(self._host_status)
         threading.stack_size(self.STACK)
-        self.socket = listener or listen(settings)
-        # Another process may take the connection that this one was woken for.
+        self.socket = listener
+        # Another process may accept the connection that woke this one.
         self.socket.setblocking(False)
         self.server_address = self.socket.getsockname()
         socketserver.BaseServer.__init__(self, self.server_address, Handler)
 
     @property
     def url(self) -> str:
-        """Where it listens."""
+        """The URL that it listens on."""
         host, port = self.socket.getsockname()[:2]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def _host_status(self, authority: str) -> int:
-        """200 where requests for this host and port are answered; 421 where not, 400 where it is no host.
+        """The status for requests to this host and port: 200, 421 where they are not answered, 400 for no host.
 
-        Without admin_token these are those for localhost alone: a page of another site could have a name of its own
-        resolve to this machine, and call the service as part of that site ("DNS rebinding").
+        Without admin_token only localhost is answered. Otherwise a web site could let a name of its own resolve to this
+        machine, and its pages could call the service ("DNS rebinding").
         """
         host = parse_host(authority)
         if not host:
@@ -6634,48 +6636,48 @@ class HttpServer(http.server.ThreadingHTTPServer):
             return super().get_request()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                if self.tells_files():
+                if self.files_warning.is_due():
                     log(logging.ERROR, "no connection can be accepted", error=describe(error),
                         remedy="a higher limit of open files, or fewer max_connections")
-                time.sleep(0.1)  # the listener has that connection still, and would be ready again at once
+                time.sleep(0.1)  # the connection still waits, so the listener is ready again at once
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if not self.places.acquire(blocking=False):
+        if not self.connection_slots.acquire(blocking=False):
             self.turn_away(request)
             return
         try:
             super().process_request(request, client_address)
-        except RuntimeError:  # no thread to be had
-            self.places.release()
+        except RuntimeError:  # the system has no further thread
+            self.connection_slots.release()
             self.turn_away(request)
 
     def turn_away(self, connection: socket.socket) -> None:
-        """Answer BUSY; service_actions() closes the connection later, as Handler.linger() would."""
+        """Answer BUSY. service_actions() closes the connection later, like Handler.linger()."""
         with contextlib.suppress(OSError):
             connection.setblocking(False)
             connection.send(self.BUSY)
             connection.shutdown(socket.SHUT_WR)
-        self.leaving.append((time.monotonic() + self.LINGER, connection))
-        if len(self.leaving) > self.MOST_LEAVING:
-            self.leaving.popleft()[1].close()
+        self.turned_away.append((time.monotonic() + self.LINGER, connection))
+        if len(self.turned_away) > self.MAX_TURNED_AWAY:
+            self.turned_away.popleft()[1].close()
 
     def service_actions(self) -> None:
-        """Between two connections: read a little from those that were turned away, and close those that are done."""
+        """Read from the connections that were turned away, and close those that are done; called all the time."""
         now = time.monotonic()
-        if now < self.read_on_at:
+        if now < self.next_drain:
             return
-        self.read_on_at = now + 0.05
-        for _ in range(len(self.leaving)):
-            until, connection = self.leaving.popleft()
-            if now < until and self.reads_on(connection):
-                self.leaving.append((until, connection))
+        self.next_drain = now + 0.05
+        for _ in range(len(self.turned_away)):
+            until, connection = self.turned_away.popleft()
+            if now < until and self.drain(connection):
+                self.turned_away.append((until, connection))
             else:
                 connection.close()
 
     @staticmethod
-    def reads_on(connection: socket.socket) -> bool:
-        """Read what has come, half a megabyte at most. Whether more may come."""
+    def drain(connection: socket.socket) -> bool:
+        """Read what has arrived, at most half a megabyte. Returns whether more may come."""
         try:
             return all(connection.recv(65536) for _ in range(8))
         except BlockingIOError:
@@ -6687,18 +6689,18 @@ class HttpServer(http.server.ThreadingHTTPServer):
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self.places.release()
+            self.connection_slots.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         logger.exception("unexpected error in a connection")
 
     def server_close(self) -> None:
         super().server_close()
-        while self.leaving:
-            self.leaving.popleft()[1].close()
+        while self.turned_away:
+            self.turned_away.popleft()[1].close()
 
     def stop(self, timeout: float) -> None:
-        """Accept nothing more, and wait up to `timeout` seconds for requests in flight."""
+        """Accept no more connections, and wait up to `timeout` seconds for requests in flight."""
         self.stopping = True
         self.shutdown()
         self.server_close()
@@ -6714,12 +6716,12 @@ def http_date(second: int) -> str:
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """One connection: reads requests, answers them, and keeps the connection where both sides can."""
+    """One connection: reads its requests and answers them."""
 
     server: HttpServer
     disable_nagle_algorithm = True
     MAX_TARGET = 4096  # bytes
-    MAX_HEAD = 16384  # bytes of request line and headers together; also of what frames the chunks of a body
+    MAX_HEAD = 16384  # bytes of request line and headers together; also of sizes, extensions and trailers of chunks
     MAX_HEADERS = 64
     MAX_CHUNK_LINE = 1024  # bytes of a chunk's size and extensions
     REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) ([!-~]+) HTTP/([0-9])\.([0-9])")
@@ -6733,64 +6735,76 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def handle(self) -> None:
         self.buffer = bytearray()
         try:
-            while self.one_request():
+            while self.serve_request():
                 pass
         except OSError:  # the client went away, or was too slow to read its answer
             pass
 
-    def one_request(self) -> bool:
+    def serve_request(self) -> bool:
         """Read a request and answer it. True where another may follow on this connection."""
-        self.keep, self.head_only = False, False
+        self.keep_alive, self.head_only = False, False
         self.method, self.route, self.group, self.reserved = "", "", "", 0
         self.deadline = time.monotonic() + self.server.settings.request_timeout
-        if not self.begins():
+        if not self.wait_for_request():
             return False
         began = time.monotonic()
         self.server.answering.add(self)
         try:
-            try:
-                status, body, headers = self.respond()
-            except HTTPError as refused:
-                status, body, headers = refused.status, refused.body, refused.headers
-            except redis.RedisError as error:
-                status, headers = 503, {"Retry-After": "1"}
-                words, remedy = "the queue's Redis is not available now", {}
-                if is_full(error):
-                    of_own = not self.server.settings.redis_uri
-                    words = ("the queue's memory is full, since the data has the size that maxmemory allows" if of_own
-                             else "the queue's Redis is full, its own maxmemory is reached")
-                    remedy = {"remedy": "a larger maxmemory" + (" of the Redis" if not of_own else "")}
-                log(logging.WARNING, "request answered 503", error=describe(error), **remedy)
-                body = {"status": False, "error": f"{words}; send the request again"}
-            except MemoryError:
-                log(logging.ERROR, "request answered 503", error="out of memory")
-                status, headers = 503, {"Retry-After": "1"}
-                body = {"status": False, "error": "the service has no memory for this now; send the request again"}
-            except OSError:
-                raise
-            except Exception:
-                logger.exception("unexpected error in a request")
-                status, headers, body = 500, {}, {"status": False, "error": "internal error"}
-            finally:
-                if self.reserved:
-                    self.server.bodies.give_back(self.reserved)
-            stats = self.server.api.stats
+            status, body, headers = self.answer()
+            stats = self.server.stats
             stats.count("gomail_http_requests_total", method=self.method, route=self.route, status=str(status))
             if self.group:
                 stats.observe("gomail_http_seconds", time.monotonic() - began, route=self.group, method=self.method,
                               status=f"{status // 100}xx")
-            self.keep = self.keep and not self.server.stopping and "Connection" not in headers
+            self.keep_alive = self.keep_alive and not self.server.stopping and "Connection" not in headers
             self.send(status, body, headers)
         finally:
             self.server.answering.discard(self)
-        if not self.keep:
+        if not self.keep_alive:
             self.linger()
-        return self.keep
+        return self.keep_alive
+
+    def answer(self) -> tuple[int, object, Mapping[str, str]]:
+        """(status, body, headers) of the answer to the next request, errors included. Raises OSError."""
+        try:
+            return self.respond()
+        except HTTPError as error:
+            return error.status, error.body, error.headers
+        except redis.RedisError as error:
+            return self.unavailable(self.describe_outage(error))
+        except MemoryError:
+            log(logging.ERROR, "request answered 503", error="out of memory")
+            return self.unavailable("the service is out of memory")
+        except OSError:
+            raise
+        except Exception:
+            logger.exception("unexpected error in a request")
+            return 500, {"status": False, "error": "internal error"}, {}
+        finally:
+            if self.reserved:
+                self.server.body_budget.give_back(self.reserved)
+
+    @staticmethod
+    def unavailable(reason: str) -> tuple[int, object, Mapping[str, str]]:
+        """The answer 503."""
+        return 503, {"status": False, "error": f"{reason}; send the request again"}, {"Retry-After": "1"}
+
+    def describe_outage(self, error: redis.RedisError) -> str:
+        """What to tell a client about an error of Redis, which is logged."""
+        reason, remedy = "the queue's Redis is not available now", {}
+        if is_full(error) and self.server.settings.redis_uri:
+            reason = "the queue's Redis is full: it has reached its own maxmemory"
+            remedy = {"remedy": "a larger maxmemory of the Redis"}
+        elif is_full(error):
+            reason = "the queue's memory is full: its data has reached the option maxmemory"
+            remedy = {"remedy": "a larger maxmemory"}
+        log(logging.WARNING, "request answered 503", error=describe(error), **remedy)
+        return reason
 
     def respond(self) -> tuple[int, Any, Mapping[str, str]]:
-        """(status, body, headers) of the answer to the next request. Raises HTTPError, or RedisError: Redis is away.
+        """(status, body, headers) of the answer to the next request. Raises HTTPError or RedisError.
 
-        Who sends a request is known before its body is read. An answer before that ends the connection.
+        The client is authenticated before the body is read. An answer before that ends the connection.
         """
         method, target, minor, headers = self.read_head()
         authority, path, query = self.split_target(method, target)
@@ -6799,38 +6813,38 @@ class Handler(http.server.BaseHTTPRequestHandler):
         check_content_coding(headers)
         expects = self.expects_continue(headers, minor)
         connection = headers.get("connection", "").lower()
-        keep = "close" not in connection and (minor == 1 or "keep-alive" in connection)
-        self.keep = keep and length == 0
+        keep_alive = "close" not in connection and (minor == 1 or "keep-alive" in connection)
+        self.keep_alive = keep_alive and length == 0
         if self.server.stopping:
             raise HTTPError(503, "the service is stopping; send the request again", None, {"Retry-After": "1"})
-        found = find_routes(path)
-        if not found:
+        routes = find_routes(path)
+        if not routes:
             raise HTTPError(404, "there is no such path; GET /openapi.json lists them")
+        allowed = allowed_methods(routes)
         if method == "OPTIONS":
-            return 204, None, {"Allow": allowed_methods(found)}
-        route = next((route for route in found if route.method == ("GET" if method == "HEAD" else method)), None)
+            return 204, None, {"Allow": allowed}
+        route = next((route for route in routes if route.method == ("GET" if method == "HEAD" else method)), None)
         if route is None:
-            allow = {"Allow": allowed_methods(found)}
-            raise HTTPError(405, f"this path takes {allow['Allow']}", None, allow)
+            raise HTTPError(405, f"this path takes {allowed}", None, {"Allow": allowed})
         self.method, self.route, self.group = method, route.path, route.group
         request = Request(headers, route.match(path) or {},
                           dict(urllib.parse.parse_qsl(query, keep_blank_values=True)) if query else {},
                           peer=self.client_address[0])
-        self.keep = False
+        self.keep_alive = False
         request.account = self.with_redis(self.server.api.authenticate, route, request)
         if route.body:
             check_media_type(headers)
         body = self.read_body(length, route.body_limit(self.server.settings), expects)
         # From here on the stream is known to stand at the start of the next request.
-        self.keep = keep
-        with self.server.large if len(body) > SMALL_BODY else contextlib.nullcontext():
+        self.keep_alive = keep_alive
+        with self.server.large_bodies if len(body) > SMALL_BODY else contextlib.nullcontext():
             if route.body:
                 request.body = parse_json(body)
             return 200, self.with_redis(self.server.api.answer, route, request), {}
 
     def with_redis(self, call: Callable, *arguments: object) -> object:
-        """call(*arguments), with a connection to Redis that no other thread uses meanwhile."""
-        store = self.server.api.store
+        """call(*arguments), with a Redis connection that no other thread uses meanwhile."""
+        store = self.server.store
         store.dedicate(for_request=True)
         try:
             return call(*arguments)
@@ -6841,13 +6855,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             store.release()
 
     def set_timeout(self, seconds: float) -> None:
-        if seconds != self.connection.gettimeout():  # it is a system call each time
+        if seconds != self.connection.gettimeout():  # setting it is a system call
             self.connection.settimeout(seconds)
 
     def receive(self) -> None:
-        """Add what comes next to the buffer. Raises HTTPError (408) at the deadline, OSError where nothing comes."""
+        """Read more into the buffer. Raises HTTPError (408) at the deadline, OSError where the client has gone."""
         left = self.deadline - time.monotonic()
-        # A timeout costs a system call where it changes, so the first of a request stays: 0.1 s too long at most.
+        # Changing the timeout is a system call: the first reads of a request keep it, which is up to 0.1 s too long.
         full = self.server.settings.request_timeout
         self.set_timeout(full if left > full - 0.1 else max(0.001, left))
         try:
@@ -6858,8 +6872,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise ConnectionResetError
         self.buffer += data
 
-    def begins(self) -> bool:
-        """Wait for a request, past empty lines (RFC 9112 section 2.2). False where none comes in time, or TLS does."""
+    def wait_for_request(self) -> bool:
+        """Wait for a request, and skip empty lines before it (RFC 9112 section 2.2).
+
+        Returns False where none comes in time, or where the client speaks TLS.
+        """
         waited = False
         while True:
             while self.buffer.startswith(b"\r\n"):
@@ -6871,10 +6888,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.receive()
             except (HTTPError, ConnectionResetError):
                 return False
-        if waited:  # the time it was idle does not count
+        if waited:  # the idle time does not count
             self.deadline = time.monotonic() + self.server.settings.request_timeout
-        if self.buffer[0] == 0x16:  # a record of TLS that begins a handshake (RFC 8446 section 5.1)
-            if self.server.tells_tls():
+        if self.buffer[0] == 0x16:  # the first byte of a TLS handshake (RFC 8446 section 5.1)
+            if self.server.tls_warning.is_due():
                 log(logging.WARNING, "a client speaks TLS, but this port does not; a reverse proxy would",
                     client=self.client_address[0])
             return False
@@ -6897,16 +6914,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise HTTPError(400, "the request line must be METHOD /path HTTP/1.1")
         self.head_only = match[1] == b"HEAD"
         if match[3] != b"1":
-            raise HTTPError(505, "only HTTP/1.0 and HTTP/1.1 are spoken here")
+            raise HTTPError(505, "the HTTP version must be 1.0 or 1.1")
         if len(match[2]) > self.MAX_TARGET:
             raise HTTPError(414, f"the request target may have at most {self.MAX_TARGET} bytes")
         if len(lines) > self.MAX_HEADERS:
             raise HTTPError(431, f"a request may have at most {self.MAX_HEADERS} headers")
-        # A higher minor version is read as the highest that is known (RFC 9110 section 2.5).
+        # A higher minor version is treated as the highest known one (RFC 9110 section 2.5).
         return match[1].decode(), match[2].decode(), min(int(match[4]), 1), self.parse_headers(lines)
 
     def parse_headers(self, lines: Sequence[bytes]) -> dict[str, str]:
-        """Header lines by their lower-case names. Raises HTTPError."""
+        """The headers by their lower-case names. Raises HTTPError."""
         headers: dict[str, str] = {}
         for line in lines:
             header = self.HEADER.fullmatch(line)
@@ -6915,8 +6932,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             name, value = header[1].decode().lower(), header[2].strip(b" \t").decode("latin-1")
             if name in headers:
                 if name in self.ONCE:
-                    raise HTTPError(400, f"the header {name} may come once")
-                # Cookies are the one list that has no commas (RFC 6265 section 4.2.1).
+                    raise HTTPError(400, f"the header {name} may come only once")
+                # Cookies are the only list without commas (RFC 6265 section 4.2.1).
                 value = f"{headers[name]}{'; ' if name == 'cookie' else ', '}{value}"
             headers[name] = value
         return headers
@@ -6924,7 +6941,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def split_target(self, method: str, target: str) -> tuple[str | None, str, str]:
         """(authority of an absolute target, path, query) of a request target (RFC 9112 section 3.2). Raises HTTPError.
 
-        The path comes without a trailing slash, which makes no difference.
+        The path comes without its trailing slash, which is ignored.
         """
         authority = None
         if target == "*" and method == "OPTIONS":
@@ -6942,8 +6959,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def check_host(self, authority: str | None, headers: dict[str, str], minor: int) -> None:
         """Raise HTTPError where the request is not for this service.
 
-        400 where Host is missing or malformed (RFC 9112 section 3.2), 421 where it is another one. The authority of an
-        absolute target counts in its place (section 3.2.2).
+        400: Host is missing or malformed (RFC 9112 section 3.2). 421: it is another host. The authority of an absolute
+        target replaces Host (section 3.2.2).
         """
         host, status = headers.get("host"), 200
         if host is not None:
@@ -6953,25 +6970,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if authority is not None and status != 400:
             status = self.server.host_status(authority)
         if status == 400:
-            raise HTTPError(400, "Host must be a host name or address, and perhaps a port")
+            raise HTTPError(400, "Host must be a host name or address, with or without a port")
         if status == 421:
             raise HTTPError(421, "the host in the URL must be one of allowed_hosts" if self.server.settings.admin_token
                           else "the host in the URL must be localhost: the option admin_token is not set")
 
     def body_length(self, headers: dict[str, str], minor: int) -> int | None:
-        """How many bytes of body follow; None where it comes in chunks. Raises HTTPError where that is in doubt."""
+        """The number of bytes of the body; None where it is chunked. Raises HTTPError where that is ambiguous."""
         if "transfer-encoding" in headers:
             self.check_transfer_encoding(headers, minor)
             return None
-        text = headers.get("content-length", "0")
+        text, limit = headers.get("content-length", "0"), self.server.settings.max_body
         if not re.fullmatch(r"[0-9]{1,18}", text):
             raise HTTPError(400, "Content-Length must be a number of bytes")
-        if int(text) > self.server.settings.max_body:
-            raise self.too_large(int(text), self.server.settings.max_body)
+        if int(text) > limit:
+            raise self.too_large(int(text), limit)
         return int(text)
 
     def check_transfer_encoding(self, headers: dict[str, str], minor: int) -> None:
-        """Raise HTTPError where the body is framed by anything but chunks (RFC 9112 sections 6.1 and 6.3)."""
+        """Raise HTTPError where Transfer-Encoding is anything but chunked (RFC 9112 sections 6.1 and 6.3)."""
         if not minor or "content-length" in headers:
             raise HTTPError(400, "Transfer-Encoding is not allowed in HTTP/1.0, and not beside Content-Length")
         codings = headers["transfer-encoding"].lower()
@@ -6981,20 +6998,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise HTTPError(501, "Transfer-Encoding must be chunked")
 
     def expects_continue(self, headers: dict[str, str], minor: int) -> bool:
-        """Whether the client waits for 100 (Continue). Raises HTTPError (417). HTTP/1.0 does not know of that."""
+        """Whether the client waits for 100 (Continue), which HTTP/1.0 does not have. Raises HTTPError (417)."""
         expected = headers.get("expect", "").lower() if minor else ""
         if expected not in ("", "100-continue"):
             raise HTTPError(417, "only Expect: 100-continue is supported")
         return expected != ""
 
     def too_large(self, size: int | None, limit: int) -> HTTPError:
-        """The error for a body that is too large; `size` is None where it comes in chunks, of which some are unread."""
-        has = f"more than {limit}" if size is None else str(size)
+        """The error for a body that is too large; `size` is None for a chunked body, which is not read to its end."""
+        actual = f"more than {limit}" if size is None else str(size)
         reason = " (max_body)" if limit == self.server.settings.max_body else " on this path"
-        return HTTPError(413, f"the body has {has} bytes, and may have at most {limit}{reason}")
+        return HTTPError(413, f"the body has {actual} bytes, and may have at most {limit}{reason}")
 
     def read_body(self, length: int | None, limit: int, expects_continue: bool) -> bytearray:
-        """The body: `length` bytes, or chunks where that is None. Raises HTTPError."""
+        """The body: `length` bytes, or chunks where `length` is None. Raises HTTPError."""
         if (length or 0) > limit:
             raise self.too_large(length, limit)
         self.reserve(length or 0)
@@ -7009,17 +7026,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return body
 
     def reserve(self, size: int) -> None:
-        """Take a body of so many bytes from the budget until the request is answered. Raises HTTPError (503)."""
+        """Take the bytes of a body from the budget until the request is answered. Raises HTTPError (503)."""
         if size > max(self.reserved, SMALL_BODY):
-            if not self.server.bodies.take(size - self.reserved):
+            if not self.server.body_budget.take(size - self.reserved):
                 raise HTTPError(503, "too many large requests now; send the request again", None, {"Retry-After": "1"})
             self.reserved = size
 
     def read_chunks(self, limit: int) -> bytearray:
-        """A chunked body (RFC 9112 section 7.1). Extensions and trailers are left aside.
+        """A chunked body (RFC 9112 section 7.1). Extensions and trailers are ignored.
 
         Raises:
-            HTTPError: 400 where it is malformed, or mostly frame; 413 where the content has more than `limit` bytes.
+            HTTPError: 400 for a malformed body, or one of tiny chunks only; 413 where it has more than `limit` bytes.
         """
         body, frame = bytearray(), 0
         while True:
@@ -7027,8 +7044,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             frame += len(line) + 4
             chunk = self.CHUNK.fullmatch(line)
             if not chunk or frame > self.MAX_HEAD + len(body):
-                raise HTTPError(400, "a chunk must begin with its size in hexadecimal digits, and not be tiny "
-                                "throughout")
+                raise HTTPError(400, "a chunk must begin with its size in hexadecimal digits, and most chunks must not "
+                                "be tiny")
             size = int(chunk[1], 16)
             if not size:
                 break
@@ -7048,18 +7065,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return body
 
     def skip_trailers(self) -> None:
-        """Read over the fields behind the last chunk. Raises HTTPError."""
+        """Skip the fields after the last chunk. Raises HTTPError."""
         left = self.MAX_HEAD
         while line := self.read_line(left):
             left -= len(line) + 2
             if not self.HEADER.fullmatch(line):
                 raise HTTPError(400, "a trailer line must be Name: value, without control characters")
 
-    def read_line(self, most: int) -> bytes:
-        """The next line of a body's frame, without its CRLF. Raises HTTPError (400) where it is over `most` bytes."""
-        while (end := self.buffer.find(b"\n")) < 0 and len(self.buffer) <= most + 1:
+    def read_line(self, limit: int) -> bytes:
+        """The next line between chunks, at most `limit` bytes without its CRLF. Raises HTTPError (400)."""
+        while (end := self.buffer.find(b"\n")) < 0 and len(self.buffer) <= limit + 1:
             self.receive()
-        if not 0 < end <= most + 1 or self.buffer[end - 1] != 0x0d:
+        if not 0 < end <= limit + 1 or self.buffer[end - 1] != 0x0d:
             raise HTTPError(400, "lines between chunks must be short and end in CRLF")
         line = bytes(self.buffer[:end - 1])
         del self.buffer[:end + 1]
@@ -7067,15 +7084,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send(self, status: int, body: object, headers: Mapping[str, str]) -> None:
         """Send an answer in one piece."""
-        media_type, text = (body.media_type + "; charset=utf-8", body.text) if isinstance(body, Response) else (
-            "application/json", "" if body is None else ENCODER.encode(body) + "\n")
-        content = text.encode()
+        if isinstance(body, Response):
+            media_type, content = body.media_type + "; charset=utf-8", body.text.encode()
+            headers = {**headers, **body.headers}
+        else:
+            media_type = "application/json"
+            content = b"" if body is None else ENCODER.encode(body).encode() + b"\n"
         lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}", f"Date: {http_date(int(time.time()))}",
                  "Cache-Control: no-store", "X-Content-Type-Options: nosniff"]
         if body is not None:
             lines += [f"Content-Type: {media_type}", f"Content-Length: {len(content)}"]
-            headers = {**headers, **body.headers} if isinstance(body, Response) else headers
-        if not self.keep:
+        if not self.keep_alive:
             headers = {**headers, "Connection": "close"}
         lines += [f"{name}: {value}" for name, value in headers.items()]
         self.set_timeout(self.server.settings.request_timeout)
@@ -7083,7 +7102,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.connection.sendall(head if self.head_only else head + content)
 
     def linger(self) -> None:
-        """Read on for a moment before closing: data still on its way would make the system reset the connection,
+        """Keep reading for a moment before closing: data that still arrives would make the system reset the connection,
         and the client would lose the answer."""
         self.connection.shutdown(socket.SHUT_WR)
         self.set_timeout(0.5)
@@ -7093,7 +7112,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 def check_percent_encoding(target: str) -> None:
-    """Raise HTTPError (400) where a `%` of a request target begins no octet, or the octets are not UTF-8."""
+    """Raise HTTPError (400) where a `%` of a request target does not begin %XX, or the bytes are not UTF-8."""
     try:
         if re.search("%(?![0-9A-Fa-f]{2})", target):
             raise ValueError
@@ -7113,24 +7132,24 @@ JSON_MEDIA_TYPE = re.compile(r'application/json[ \t]*(;[ \t]*(charset=("utf-?8"|
 
 
 def check_media_type(headers: dict[str, str]) -> None:
-    """Raise HTTPError where a body is not there (411), or neither JSON nor as it is (415)."""
+    """Raise HTTPError where there is no body (411), or its media type is not that of JSON (415)."""
     if "content-length" not in headers and "transfer-encoding" not in headers:
         raise HTTPError(411, "a JSON body is needed, with Content-Length or in chunks")
     if not JSON_MEDIA_TYPE.fullmatch(headers.get("content-type", "")):
         raise HTTPError(415, "Content-Type must be application/json")
 
 
-MAX_NESTING = 2500  # arrays and objects within each other: a third of what a thread's stack holds in Python 3.13
+MAX_NESTING = 2500  # levels of arrays and objects: measured, a third of what a thread's stack holds in Python 3.13
 STEPS = bytes({0x5b: 1, 0x7b: 1, 0x5d: 255, 0x7d: 255}.get(byte, 0) for byte in range(256))
 NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 def is_deep(body: bytes | bytearray) -> bool:
-    """Whether a JSON text has more than MAX_NESTING arrays and objects within each other.
+    """Whether a JSON text has more than MAX_NESTING levels of arrays and objects.
 
-    The parser calls itself for each, and not every version of Python stops that before a small stack is full.
+    The parser calls itself for each level, and not every version of Python stops that before a small stack is full.
     """
-    if body.count(b"[") + body.count(b"{") <= MAX_NESTING:  # a batch of 1,000 tasks, in a tenth of the time
+    if body.count(b"[") + body.count(b"{") <= MAX_NESTING:  # for a batch of 1,000 tasks, ten times as fast as below
         return False
     outside = b"".join(body.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2])
     steps = memoryview(outside.translate(STEPS, NO_BRACKETS)).cast("b")  # 1 and -1
@@ -7153,142 +7172,26 @@ def parse_json(body: bytes | bytearray) -> object:
     try:
         return DECODER.decode(body.decode())
     except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise HTTPError(400, f"the body is not JSON: {error.msg} at {where}") from None
+        place = f"line {error.lineno}, column {error.colno}"
+        raise HTTPError(400, f"the body is not JSON: {error.msg} at {place}") from None
     except UnicodeDecodeError:
         raise HTTPError(400, "the body is not JSON: it must be UTF-8") from None
     except RecursionError:
         raise HTTPError(400, "the body is nested too deeply") from None
-    except ValueError as error:  # NaN, or a number of thousands of digits
+    except ValueError as error:  # NaN, or a number with thousands of digits
         raise HTTPError(400, f"the body is not JSON: {describe(error)}") from None
 
 
 # --- 18. service ----------------------------------------------------------------------------------------
-# All parts together, start and stop, in one process or several.
-
-class Service:
-    """The whole service in this process.
-
-    Args:
-        settings: the Settings.
-        clock: the newsletters' clock; by default Redis's.
-        shared: the Shared things of the supervisor whose child this process is, or None.
-
-    Raises:
-        StartError: from start().
-    """
-
-    STOPPING = 15.0  # seconds beyond shutdown_timeout that a stop takes at most, whatever hangs
-    RELEASING = 3.0  # of them, for Redis to take back what is left
-
-    def __init__(self, settings: Settings, clock: Callable[[], float] | None = None,
-                 shared: "Shared | None" = None) -> None:
-        self.settings, self.clock, self.shared = settings, clock, shared
-        self.server: EmbeddedServer | None = None
-
-    def start(self, pause: Callable[[float], None] = time.sleep) -> None:
-        """Start everything; returns when requests are answered. `pause` is called to wait for the embedded server."""
-        settings = self.settings
-        with contextlib.ExitStack() as undo:
-            self.http = HttpServer(settings, self.shared.listener if self.shared else None)
-            undo.callback(self.http.server_close)
-            if not settings.redis_uri and not self.shared:
-                self.server = EmbeddedServer(settings.data_dir, settings.durability == "fsync", settings.maxmemory)
-                self.server.start(pause)
-                undo.callback(self.server.stop)
-            self.store = open_store(settings, self.shared.server if self.shared else self.server)
-            if self.store.redis.exists(self.store.key("restoring")):
-                raise TransientStartError("a `restore` into this Redis is under way, or was broken off: run it again")
-            self.transport = SmtpTransport(settings) if settings.smtp_server else MaildirTransport(
-                pathlib.Path(settings.data_dir, "outbox"), settings.outbox_max)
-            process = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-            accounts = Accounts(self.store, settings.jwt_secret, settings.jwt_secret_previous, settings.api_key_ttl)
-            accounts.record_secret()
-            self.queue = Queue(self.store, settings, process)
-            self.inspection = Inspection(self.store, settings, self.queue.give_way)
-            suppressions = Suppressions(self.store)
-            otps = Otps(self.store, accounts.derive("otp"), settings.otp_ttl, settings.otp_minute_max,
-                        settings.otp_subject, settings.otp_content)
-            self.newsletters = Newsletters(self.store, zoneinfo.ZoneInfo(settings.timezone), accounts,
-                                           settings.public_url, self.clock, settings.max_body)
-            self.newsletters.refold()
-            self.stats = Stats(self.store)
-            self.workers = Workers(settings, self.store, self.queue, suppressions, self.transport, otps,
-                                   self.newsletters, self.stats)
-            self.cron = Cron(self.store, accounts, self.queue, self.newsletters, self.stats, self.workers,
-                             self.transport, self.server)
-            self.http.api = Api(settings, self.store, accounts, self.queue, self.inspection, suppressions, otps,
-                                self.newsletters, self.transport, self.workers, self.workers.smtp, self.stats)
-            self.cron.start()
-            self.workers.start()
-            self.listener = threading.Thread(target=self.listen, daemon=True)
-            self.listener.start()
-            undo.pop_all()
-
-    def listen(self) -> None:
-        """Accept connections until the service stops, through errors of this machine."""
-        while not self.http.stopping:
-            with logging_errors("unexpected error while listening"):
-                self.http.serve_forever(0.05)
-            self.workers.stopping.wait(1.0)
-
-    def announce(self) -> None:
-        """Log where it listens, where data lies, and where mail goes."""
-        log(logging.INFO, f"listening on {self.http.url}", version=__version__)
-        if self.settings.redis_uri:
-            log(logging.INFO, f"data lies in {redacted(self.settings.redis_uri)}")
-            warn_of_losses(self.store)
-            if words := unused_data(self.settings):
-                log(logging.WARNING, words)
-            if missing := self.store.forbidden(self.settings.durability == "fsync"):
-                log(logging.WARNING, "the Redis refuses its user what gomail needs", remedy=permitting(missing))
-            if not self.settings.jwt_secret:
-                log(logging.WARNING, "the secret that signs API keys lies in the Redis beside the data: who reads it "
-                    "can make keys", remedy="jwt_secret")
-        else:
-            folder = pathlib.Path(self.settings.data_dir).resolve()
-            log(logging.INFO, f"data lies in the embedded server's folder {folder}")
-        log(logging.INFO, f"mail goes to {self.transport}", sender=self.settings.sender[1])
-        if 0 < len(self.settings.admin_token) < MIN_TOKEN_LENGTH:
-            log(logging.WARNING, "admin_token is so short that it can be guessed",
-                remedy=f"at least {MIN_TOKEN_LENGTH} random characters")
-        warn_of_readers(pathlib.Path(".env"))
-        for warning in warnings_about(self.settings, os.environ):
-            log(logging.WARNING, warning)
-
-    def stop(self) -> None:
-        """Answer no new requests, end the work in flight, leave the rest in Redis, stop the embedded server last."""
-        self.workers.stopping.set()
-        log(logging.INFO, "stopping")
-        deadline = time.monotonic() + self.settings.shutdown_timeout
-        try:
-            self.http.stop(self.settings.shutdown_timeout)
-            finished = self.workers.stop(max(0.0, deadline - time.monotonic()))
-            releasing = threading.Thread(target=self._release, daemon=True)
-            releasing.start()
-            releasing.join(self.RELEASING)
-        finally:
-            if self.server:
-                self.server.stop()
-        log(logging.INFO, "stopped", finished=finished)
-
-    def _release(self) -> None:
-        """Give back to Redis what is left, in a thread of its own: a Redis that hangs takes its time."""
-        try:
-            self.cron.stop()
-            self.queue.release()
-            server, waiting = self.server or self.shared and self.shared.server, self.inspection.waiting()
-            if server and waiting is not None:
-                with logging_errors("the number of waiting tasks is not noted"):
-                    server.write_waiting(waiting)
-            self.stats.flush()
-            self.store.redis.close()
-        except redis.RedisError as error:
-            log(logging.ERROR, "Redis is not available", error=describe(error))
-
+# Service wires all parts together and runs them in one process; Supervisor runs several such processes.
 
 def open_store(settings: Settings, server: EmbeddedServer | None = None, **more: object) -> Store:
-    """The Store that the settings name, reached once; `more` is the Store's. Raises StartError."""
+    """The Store that the settings name, after one contact with Redis. Raises StartError.
+
+    Args:
+        server: the embedded server, where it is used.
+        more: options of the Store.
+    """
     uri = server.uri if server else settings.redis_uri
     try:
         store = Store(uri, settings.key_prefix, settings.redis_connections, **more)
@@ -7297,19 +7200,19 @@ def open_store(settings: Settings, server: EmbeddedServer | None = None, **more:
                          "unix://, redis+sentinel:// or redis+cluster://, with %40 for @ in a user or password, and so "
                          "on") from None
     try:
-        with contextlib.suppress(redis.exceptions.NoPermissionError):  # it answers; --check says what else is refused
+        with contextlib.suppress(redis.exceptions.NoPermissionError):  # --check names what is refused
             store.redis.ping()
-            # In a cluster these are in several slots, unless the prefix has a hash tag.
+            # In a cluster these keys are in several slots, unless the prefix has a hash tag.
             store.redis.exists(*map(store.key, ("UserList", "processes", "metrics", "stats")))
     except ClusterConnection.REDIRECTIONS as error:
         kind = TransientStartError if isinstance(error, redis.exceptions.ClusterDownError) else StartError
         raise kind(f"redis_uri: {redacted(uri)} is a node of a Redis Cluster, expected redis+cluster://host:port,"
                    "host:port, or rediss+cluster:// over TLS") from None
     except redis.RedisError as error:
-        words = f"redis_uri: {redacted(uri)} cannot be reached: {describe(error)}"
-        final = isinstance(error, (redis.AuthenticationError, redis.ResponseError))
-        raise (StartError if final else TransientStartError)(words) from None
-    except (TypeError, ValueError):  # a key without its certificate, a NUL in the name of a file
+        is_final = isinstance(error, (redis.AuthenticationError, redis.ResponseError))
+        kind = StartError if is_final else TransientStartError
+        raise kind(f"redis_uri: {redacted(uri)} cannot be reached: {describe(error)}") from None
+    except (TypeError, ValueError):  # such as a key without its certificate, or a NUL in a file name
         raise StartError(f"redis_uri: the options behind {redacted(uri)} do not fit together") from None
     try:
         if settings.durability == "fsync":
@@ -7322,138 +7225,61 @@ def open_store(settings: Settings, server: EmbeddedServer | None = None, **more:
     return store
 
 
+def start_embedded(settings: Settings, pause: Callable[[float], None]) -> EmbeddedServer | None:
+    """Start the embedded server, unless redis_uri names another. Raises StartError."""
+    if settings.redis_uri:
+        return None
+    server = EmbeddedServer(settings.data_dir, settings.durability == "fsync", settings.maxmemory)
+    server.start(pause)
+    return server
+
+
+def plural(number: int, noun: str) -> str:
+    """The number with its noun: "1 task", "2 tasks"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def unused_data(settings: Settings) -> str:
-    """A sentence where redis_uri is set while tasks wait, or may wait, in the embedded server's data; else ""."""
+    """A warning where redis_uri is set while tasks wait, or may wait, in the embedded server's data; else ""."""
     server = EmbeddedServer(settings.data_dir)
     if not settings.redis_uri or not os.access(server.folder, os.X_OK) or server.is_ready():
         return ""
     waiting = server.read_waiting()
     if waiting == 0:
         return ""
-    found = "may hold tasks that wait" if waiting is None else f"holds {waiting} task{'s' * (waiting != 1)} that wait"
-    return (f"redis_uri is set, but the embedded server's data in {server.folder} {found}: `backup` without redis_uri, "
-            f"then `restore` with it, take all of it along; if it is not needed, move {server.files} away")
+    content = "may hold tasks that wait" if waiting is None else f"holds {plural(waiting, 'task')} that wait"
+    return (f"redis_uri is set, but the embedded server's data in {server.folder} {content}: `backup` without "
+            "redis_uri, then `restore` with it, moves everything; if nothing of it is needed, move "
+            f"{server.files} away")
 
 
-def permitting(missing: Sequence[str]) -> str:
-    """The rules for ACL SETUSER that permit what Store.forbidden() found."""
+def acl_rules(missing: Sequence[str]) -> str:
+    """The rules of ACL SETUSER that grant what Store.forbidden() found missing."""
     return " ".join(rule if rule[0] == "~" else f"+{rule}" for rule in missing)
 
 
 def warn_of_losses(store: Store) -> None:
-    """Log a line for each way in which this Redis, not our own, may lose what it has acknowledged."""
+    """Log a warning for each way in which a Redis of the operator's may lose acknowledged tasks."""
     try:
-        found = store.redis.info("persistence") | store.redis.info("memory")
+        info = store.redis.info("persistence") | store.redis.info("memory")
     except redis.exceptions.NoPermissionError:
         log(logging.INFO, "the Redis does not let this user see whether it may lose tasks", remedy="+info")
         return
-    if not found.get("aof_enabled"):
+    if not info.get("aof_enabled"):
         log(logging.WARNING, "the Redis keeps no append-only file: if it crashes, tasks answered 2xx are lost",
             remedy="appendonly yes")
-    if found.get("maxmemory") and found.get("maxmemory_policy") != "noeviction":
+    if info.get("maxmemory") and info.get("maxmemory_policy") != "noeviction":
         log(logging.WARNING, "the Redis evicts keys when its memory is full: tasks that were answered 2xx may be lost",
             remedy="maxmemory-policy noeviction")
 
 
 def warn_of_readers(path: pathlib.Path) -> None:
-    """Log a line where others than the owner may read a .env file that holds a secret."""
+    """Log a warning where a .env file holds a secret and other users may read it."""
     values = {name.lower(): value for name, value in read_env_file(path).items() if value}
-    secret = values.keys() & {"smtp_pass", "admin_token", "jwt_secret", "jwt_secret_previous"}
-    if (secret or has_password(values.get("redis_uri", ""))) and path.stat().st_mode & 0o077:
+    secrets_set = values.keys() & {"smtp_pass", "admin_token", "jwt_secret", "jwt_secret_previous"}
+    if (secrets_set or has_password(values.get("redis_uri", ""))) and path.stat().st_mode & 0o077:
         log(logging.WARNING, f"other users of this machine may read {path.resolve()}, which holds a secret",
             remedy=f"chmod 600 {shlex.quote(str(path.resolve()))}")
-
-
-def has_terminal() -> bool:
-    """Whether this process has a controlling terminal that is still there."""
-    try:
-        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
-    except OSError:
-        return False
-    return True
-
-
-class Signals:
-    """The signals of this process: SIGTERM and SIGINT stop it, and SIGHUP opens the log file anew.
-
-    SIGHUP stops it as well where it `ends_with_terminal`, and that is gone. Whatever was ignored or blocked before
-    counts, as SIGINT is that a shell ignores for what it starts in the background.
-    """
-
-    def __init__(self, ends_with_terminal: bool = False) -> None:
-        # The system may hand a signal to any thread, and the main thread would sleep on in a lock; a byte on a
-        # socket, which is the signal's number, wakes it in any case.
-        self.socket, self._wake_up = socket.socketpair()
-        self._wake_up.setblocking(False)
-        self.stopping, self.ends_with_terminal = False, ends_with_terminal
-        signal.set_wakeup_fd(self._wake_up.fileno(), warn_on_full_buffer=False)
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-        for number in numbers:
-            signal.signal(number, lambda *_: None)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it is ignored, no child can be waited for
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
-
-    def wait(self, timeout: float | None = None, life: int | None = None) -> int | None:
-        """Wait for a signal, up to `timeout` seconds. Returns SIGTERM: stop; SIGHUP: the log file is open anew; None.
-
-        That the descriptor `life` has something to read, or its end, counts as SIGTERM.
-        """
-        if not self.stopping:
-            watched: list[Any] = [self.socket] if life is None else [self.socket, life]
-            ready = select.select(watched, [], [], timeout)[0]
-            came = set(self.socket.recv(4096)) if self.socket in ready else set()
-            if signal.SIGHUP in came and not (self.ends_with_terminal and not has_terminal()):
-                came.remove(signal.SIGHUP)
-                reopen_log()
-                if not came and life not in ready:
-                    return signal.SIGHUP
-            self.stopping = bool(came) or life in ready
-        return signal.SIGTERM if self.stopping else None
-
-    def pause(self, seconds: float) -> None:
-        """Wait so long in a start. Raises StartError where the start is to end."""
-        if self.wait(seconds) == signal.SIGTERM:
-            raise TransientStartError("stopped by a signal before it had started")
-
-
-def end_by_force_after(seconds: float, server: EmbeddedServer | None) -> None:
-    """End this process and the embedded server in so many seconds, should it still be there, whatever hangs."""
-    def end() -> None:
-        if server:
-            server.kill()
-        os._exit(1)
-    timer = threading.Timer(seconds, end)
-    timer.daemon = True
-    timer.start()
-
-
-def spare_addresses() -> None:
-    """Have glibc allocate from two arenas. By default nearly each thread gets one, and each reserves 64 MB of
-    addresses: a service that may have 400 MB of them (ulimit -v, prlimit --as) would have none left with 50 MB in use.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).mallopt(-8, 2)  # M_ARENA_MAX of malloc.h
-
-
-def run(settings: Settings) -> int:
-    """Run the service until SIGTERM or SIGINT. Returns the exit code."""
-    signals = Signals(has_terminal() and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN)  # nohup(1) ignores it
-    start_logging(settings)
-    gc.freeze()  # what is loaded by now stays; the collector would look at it again and again
-    spare_addresses()
-    if settings.processes > 1:
-        return Supervisor(settings).run(signals)
-    service = Service(settings)
-    service.start(signals.pause)
-    service.announce()
-    notify_systemd("READY=1")
-    while signals.wait() != signal.SIGTERM:
-        pass
-    notify_systemd("STOPPING=1")
-    extend_timeout(settings.shutdown_timeout + Service.STOPPING + 5)
-    end_by_force_after(settings.shutdown_timeout + Service.STOPPING, service.server)
-    service.stop()
-    return 0
 
 
 @dataclasses.dataclass
@@ -7464,10 +7290,212 @@ class Shared:
     server: EmbeddedServer | None = None
 
 
-class Supervisor:
-    """The parent of `processes` services: starts them, starts those again that end, and stops them together.
+class Service:
+    """The whole service in this process.
 
-    It holds what is there once: the listening socket and the embedded server.
+    Args:
+        clock: the newsletters' clock; by default Redis's.
+        shared: what the supervisor shares with this process, its child; None where there is no supervisor.
+    """
+
+    STOPPING = 15.0  # seconds beyond shutdown_timeout that a stop takes at most, whatever hangs
+    RELEASING = 3.0  # of these, the seconds for giving unfinished tasks back to Redis
+
+    def __init__(self, settings: Settings, clock: Callable[[], float] | None = None,
+                 shared: Shared | None = None) -> None:
+        self.settings, self.clock, self.shared = settings, clock, shared
+        self.server: EmbeddedServer | None = None
+
+    def start(self, pause: Callable[[float], None] = time.sleep) -> None:
+        """Start everything; returns when requests are answered. Raises StartError.
+
+        Args:
+            pause: waits that many seconds while the embedded server starts.
+        """
+        with contextlib.ExitStack() as undo:
+            self.http = HttpServer(self.settings, self.shared.listener if self.shared else listen(self.settings))
+            undo.callback(self.http.server_close)
+            if not self.shared:
+                self.server = start_embedded(self.settings, pause)
+                if self.server:
+                    undo.callback(self.server.stop)
+            self.store = open_store(self.settings, self.shared.server if self.shared else self.server)
+            if self.store.redis.exists(self.store.key("restoring")):
+                raise TransientStartError("a `restore` into this Redis is running or was interrupted; run it again")
+            self._wire()
+            self.cron.start()
+            self.workers.start()
+            self.listener = threading.Thread(target=self.listen, daemon=True)
+            self.listener.start()
+            undo.pop_all()
+
+    def _wire(self) -> None:
+        """Make all parts, and hand each what it needs."""
+        settings, store = self.settings, self.store
+        process = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+        accounts = Accounts(store, settings.jwt_secret, settings.jwt_secret_previous, settings.api_key_ttl)
+        accounts.record_secret()
+        self.transport = SmtpTransport(settings) if settings.smtp_server else MaildirTransport(
+            pathlib.Path(settings.data_dir, "outbox"), settings.outbox_max)
+        self.queue = Queue(store, settings, process)
+        self.inspection = Inspection(store, settings, self.queue.give_way)
+        suppressions = Suppressions(store)
+        otps = Otps(store, accounts.derive("otp"), settings.otp_ttl, settings.otp_minute_max, settings.otp_subject,
+                    settings.otp_content)
+        self.newsletters = Newsletters(store, zoneinfo.ZoneInfo(settings.timezone), accounts, settings.public_url,
+                                       self.clock, settings.max_body)
+        self.newsletters.refold()
+        self.stats = Stats(store)
+        self.workers = Workers(settings, store, self.queue, suppressions, self.transport, otps, self.newsletters,
+                               self.stats)
+        self.cron = Cron(store, accounts, self.queue, self.newsletters, self.stats, self.workers, self.transport,
+                         self.server)
+        self.http.store, self.http.stats = store, self.stats
+        self.http.api = Api(settings, store, accounts, self.queue, self.inspection, suppressions, otps,
+                            self.newsletters, self.transport, self.workers, self.workers.smtp, self.stats)
+
+    def listen(self) -> None:
+        """Accept connections until the service stops, in spite of errors of this machine."""
+        while not self.http.stopping:
+            with logging_errors("unexpected error while listening"):
+                self.http.serve_forever(0.05)
+            self.workers.stopping.wait(1.0)
+
+    def announce(self) -> None:
+        """Log where it listens, where its data is and where mail goes, with a warning for each risk of the settings."""
+        settings, store = self.settings, self.store
+        log(logging.INFO, f"listening on {self.http.url}", version=__version__)
+        if settings.redis_uri:
+            log(logging.INFO, f"data is in {redacted(settings.redis_uri)}")
+            warn_of_losses(store)
+            if warning := unused_data(settings):
+                log(logging.WARNING, warning)
+            if missing := store.forbidden(settings.durability == "fsync"):
+                log(logging.WARNING, "the Redis refuses its user what gomail needs", remedy=acl_rules(missing))
+            if not settings.jwt_secret:
+                log(logging.WARNING, "the secret that signs API keys is in Redis with the data: whoever reads it can "
+                    "make keys", remedy="jwt_secret")
+        else:
+            folder = pathlib.Path(settings.data_dir).resolve()
+            log(logging.INFO, f"data is in the embedded server's folder {folder}")
+        log(logging.INFO, f"mail goes to {self.transport}", sender=settings.sender[1])
+        if 0 < len(settings.admin_token) < MIN_TOKEN_LENGTH:
+            log(logging.WARNING, "admin_token is so short that it can be guessed",
+                remedy=f"at least {MIN_TOKEN_LENGTH} random characters")
+        warn_of_readers(pathlib.Path(".env"))
+        for warning in warnings_about(settings, os.environ):
+            log(logging.WARNING, warning)
+
+    def stop(self) -> None:
+        """Answer no new requests, finish the work in flight, leave the rest in Redis, stop the embedded server last."""
+        self.workers.stopping.set()
+        log(logging.INFO, "stopping")
+        deadline = time.monotonic() + self.settings.shutdown_timeout
+        try:
+            self.http.stop(self.settings.shutdown_timeout)
+            finished = self.workers.stop(max(0.0, deadline - time.monotonic()))
+            # In a thread of its own, since Redis may hang.
+            releasing = threading.Thread(target=self._release, daemon=True)
+            releasing.start()
+            releasing.join(self.RELEASING)
+        finally:
+            if self.server:
+                self.server.stop()
+        log(logging.INFO, "stopped", finished=finished)
+
+    def _release(self) -> None:
+        """Give unfinished tasks back to Redis, and note how many wait in the embedded server's data."""
+        try:
+            self.cron.stop()
+            self.queue.release()
+            server = self.shared.server if self.shared else self.server
+            waiting = self.inspection.waiting()
+            if server and waiting is not None:
+                with logging_errors("the number of waiting tasks is not noted"):
+                    server.write_waiting(waiting)
+            self.stats.flush()
+            self.store.redis.close()
+        except redis.RedisError as error:
+            log(logging.ERROR, "Redis is not available", error=describe(error))
+
+
+def has_terminal() -> bool:
+    """Whether this process has a controlling terminal that still exists."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
+
+
+class Signals:
+    """The signals of this process: SIGTERM and SIGINT stop it, and SIGHUP reopens the log file.
+
+    Where it `ends_with_terminal`, SIGHUP stops it too once the terminal is gone. Signals that were ignored or blocked
+    at the start count as well, such as the SIGINT that a shell ignores for background jobs.
+    """
+
+    def __init__(self, ends_with_terminal: bool = False) -> None:
+        # The system may deliver a signal to any thread while the main thread sleeps in a lock. Python therefore writes
+        # the signal's number as a byte to a socket, which wakes select() in every case.
+        self.socket, self._wake_up = socket.socketpair()
+        self._wake_up.setblocking(False)
+        self.stopping, self.ends_with_terminal = False, ends_with_terminal
+        signal.set_wakeup_fd(self._wake_up.fileno(), warn_on_full_buffer=False)
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        for number in numbers:
+            signal.signal(number, lambda *_: None)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it is ignored, no child can be waited for
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+
+    def wait(self, timeout: float | None = None, parent: int | None = None) -> int | None:
+        """Wait for a signal. Returns SIGTERM: stop; SIGHUP: the log file was reopened; None: the timeout passed.
+
+        Args:
+            timeout: seconds.
+            parent: a descriptor that becomes readable when the parent ends, which counts as SIGTERM.
+        """
+        if not self.stopping:
+            watched: list[Any] = [self.socket] if parent is None else [self.socket, parent]
+            ready = select.select(watched, [], [], timeout)[0]
+            received = set(self.socket.recv(4096)) if self.socket in ready else set()
+            if signal.SIGHUP in received and not (self.ends_with_terminal and not has_terminal()):
+                received.remove(signal.SIGHUP)
+                reopen_log()
+                if not received and parent not in ready:
+                    return signal.SIGHUP
+            self.stopping = bool(received) or parent in ready
+        return signal.SIGTERM if self.stopping else None
+
+    def pause(self, seconds: float) -> None:
+        """Wait that long during a start. Raises StartError where a signal ends the start."""
+        if self.wait(seconds) == signal.SIGTERM:
+            raise TransientStartError("stopped by a signal before it had started")
+
+
+def end_by_force_after(seconds: float, server: EmbeddedServer | None) -> None:
+    """End this process and the embedded server after that time, if they are still running, whatever hangs."""
+    def end() -> None:
+        if server:
+            server.kill()
+        os._exit(1)
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+
+
+def limit_malloc_arenas() -> None:
+    """Have glibc allocate from two arenas. By default nearly every thread gets its own, which reserves 64 MB of
+    addresses: a service limited to 400 MB of them (ulimit -v, prlimit --as) would run out with 50 MB in use.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(-8, 2)  # M_ARENA_MAX of malloc.h
+
+
+class Supervisor:
+    """The parent of `processes` services: starts them, replaces those that end, and stops them together.
+
+    It owns the listening socket and the embedded server.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -7475,26 +7503,25 @@ class Supervisor:
         self.children: dict[int, int] = {}  # number -> process id, or 0 where it could not be started
 
     def run(self, signals: Signals) -> int:
-        """Run until `signals` has something to read. Returns the exit code."""
+        """Run until a signal stops it. Returns the exit code."""
         settings = self.settings
         self.shared = Shared(listen(settings))
-        # The children end when this pipe does: with this process, however that ends.
-        self.alive, self.life = os.pipe()
+        # The children end when this pipe is closed, and so with this process, however that ends.
+        self.alive_reader, self.alive_writer = os.pipe()
         ready, started = os.pipe()
         try:
-            if not settings.redis_uri:
-                server = EmbeddedServer(settings.data_dir, settings.durability == "fsync", settings.maxmemory)
-                server.start(signals.pause)
-                self.shared.server = server
-            open_store(settings, self.shared.server).redis.close()  # what is wrong is said once, not by each child
+            self.shared.server = start_embedded(settings, signals.pause)
+            # An error is reported here once, not by each child.
+            open_store(settings, self.shared.server).redis.close()
             for number in range(settings.processes):
                 self.start(number, started)
             os.close(started)
-            if len(read_all(ready)) < settings.processes:
-                return 1
+            with open(ready, "rb") as file:  # to its end, when each child has started or ended
+                if len(file.read()) < settings.processes:
+                    return 1
             notify_systemd("READY=1")
-            while (came := signals.wait(1.0)) != signal.SIGTERM:
-                if came == signal.SIGHUP:
+            while (received := signals.wait(1.0)) != signal.SIGTERM:
+                if received == signal.SIGHUP:
                     self.reopen_logs()
                 self.look_after()
             notify_systemd("STOPPING=1")
@@ -7503,7 +7530,7 @@ class Supervisor:
             self.stop()
 
     def start(self, number: int, started: int | None = None) -> None:
-        """Start a child; it writes a byte to the descriptor `started` when it answers. StartError where it cannot."""
+        """Start a child, which writes a byte to the descriptor `started` when it answers. Raises StartError."""
         flush_log()  # else the child would write these lines again
         self.children[number] = 0
         try:
@@ -7514,21 +7541,7 @@ class Supervisor:
             return
         code = 1
         try:
-            os.close(self.life)
-            if self.shared.server:
-                self.shared.server.owner_lock.close()  # the parent's lock must not outlive it
-            signals = Signals()
-            start_logging(self.settings)
-            service = Service(self.settings, shared=self.shared)
-            service.start()
-            if number == 0:
-                service.announce()
-            if started is not None:
-                os.write(started, b"+")
-                os.close(started)
-            while signals.wait(life=self.alive) != signal.SIGTERM:
-                pass
-            service.stop()
+            self.run_child(number, started)
             code = 0
         except StartError as error:
             print(f"gomail: {error}", file=sys.stderr)
@@ -7537,6 +7550,24 @@ class Supervisor:
         finally:
             flush_log()
             os._exit(code)
+
+    def run_child(self, number: int, started: int | None) -> None:
+        """Run a service in this process, a child, until it stops."""
+        os.close(self.alive_writer)
+        if self.shared.server:
+            self.shared.server.owner_lock.close()  # the parent's lock must not outlive it
+        signals = Signals()
+        start_logging(self.settings)
+        service = Service(self.settings, shared=self.shared)
+        service.start()
+        if number == 0:
+            service.announce()
+        if started is not None:
+            os.write(started, b"+")
+            os.close(started)
+        while signals.wait(parent=self.alive_reader) != signal.SIGTERM:
+            pass
+        service.stop()
 
     def look_after(self) -> None:
         """Start again what has ended."""
@@ -7554,7 +7585,7 @@ class Supervisor:
             flush_log()
 
     def reopen_logs(self) -> None:
-        """Have the children open the log file anew."""
+        """Have the children reopen the log file."""
         for child in self.children.values():
             if not has_ended(child):
                 os.kill(child, signal.SIGHUP)
@@ -7565,12 +7596,12 @@ class Supervisor:
         extend_timeout(allowed + 5)
         end_by_force_after(allowed, self.shared.server)
         self.shared.listener.close()
-        os.close(self.life)
+        os.close(self.alive_writer)
         deadline = time.monotonic() + allowed - EmbeddedServer.STOP_TIMEOUT - 2
-        left = set(self.children.values())
-        while (left := {child for child in left if not has_ended(child)}) and time.monotonic() < deadline:
+        running = set(self.children.values())
+        while (running := {child for child in running if not has_ended(child)}) and time.monotonic() < deadline:
             time.sleep(0.02)
-        for child in left:
+        for child in running:
             os.kill(child, signal.SIGKILL)
         if self.shared.server:
             self.shared.server.stop()
@@ -7579,125 +7610,101 @@ class Supervisor:
 
 
 def has_ended(child: int) -> bool:
-    """Whether a child process has ended; its id is free then. So it is for 0, which is no process."""
+    """Whether a child process has ended, after which its id is free; True for 0, which stands for no process."""
     try:
         return not child or os.waitpid(child, os.WNOHANG)[0] != 0
     except ChildProcessError:
         return True
 
 
-def read_all(descriptor: int) -> bytes:
-    """All bytes until the other end is closed."""
-    with open(descriptor, "rb") as file:
-        return file.read()
+def run(settings: Settings) -> int:
+    """Run the service until SIGTERM or SIGINT. Returns the exit code."""
+    signals = Signals(has_terminal() and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN)  # nohup(1) ignores it
+    start_logging(settings)
+    gc.freeze()  # the collector need not look at what is loaded by now
+    limit_malloc_arenas()
+    if settings.processes > 1:
+        return Supervisor(settings).run(signals)
+    service = Service(settings)
+    service.start(signals.pause)
+    service.announce()
+    notify_systemd("READY=1")
+    while signals.wait() != signal.SIGTERM:
+        pass
+    notify_systemd("STOPPING=1")
+    extend_timeout(settings.shutdown_timeout + Service.STOPPING + 5)
+    end_by_force_after(settings.shutdown_timeout + Service.STOPPING, service.server)
+    service.stop()
+    return 0
 
 
 # --- 19. command line -----------------------------------------------------------------------------------
-# Without a command, the service; the commands look after a gomail that runs, by its Redis, for all accounts. They write
-# for people, or JSON; exit codes: 0 done, 1 no such thing or no success, 2 wrong usage, 3 Redis cannot be reached or a
-# setting is wrong, 130 Ctrl-C. The service: 0 stopped, 1 cannot start now, 78 cannot start with these settings.
-
-def check(settings: Settings) -> bool:
-    """--check: read the settings, reach Redis, log in to SMTP, say what was found. True where all is well."""
-    well = True
-
-    def report(name: str, test: Callable[[], object]) -> None:
-        nonlocal well
-        try:
-            print(without_controls(f"ok       {name}: {test()}"))
-        except (StartError, UnavailableError, redis.RedisError) as error:
-            well = False
-            print(without_controls(f"failed   {name}: {error}"))
-
-    def reach_redis() -> str:
-        server = None if settings.redis_uri else EmbeddedServer(settings.data_dir)
-        if server and not server.is_ready():
-            return f"embedded server, not running, would keep its data in {server.folder} ({server.program()})"
-        store = open_store(settings, server)
-        if missing := store.forbidden(settings.durability == "fsync"):
-            raise StartError("redis_uri: the user lacks permissions that gomail needs: ACL SETUSER <user> "
-                             f"{permitting(missing)}")
-        try:
-            version = store.redis.info("server")
-        except redis.exceptions.NoPermissionError:
-            return "it answers, and permits all that gomail needs"
-        number = version.get("valkey_version", version["redis_version"])
-        return f"{version.get('server_name', 'redis')} {number} answers, and permits all that gomail needs"
-
-    def reach_smtp() -> str:
-        if not settings.smtp_server:
-            outbox = MaildirTransport(pathlib.Path(settings.data_dir, "outbox"))
-            return f"smtp_server is not set, mail goes to the {outbox}"
-        transport = SmtpTransport(settings)
-        said = transport.probe()
-        transport.tidy()
-        return f"{transport} takes mail from {settings.sender[1]}; it said at the last, {said}"
-
-    for warning in filter(None, [*warnings_about(settings, os.environ), unused_data(settings)]):
-        print(without_controls(f"warning  {warning}"))
-    report("settings", lambda: f"sender {settings.sender[1]}, would listen on {settings.host}:{settings.port}")
-    report("redis", reach_redis)
-    report("smtp", reach_smtp)
-    return well
-
-
-def help_text() -> str:
-    """What --help says of the settings."""
-    lines = ["settings, from the environment or a .env file in the working directory:"]
-    for field in dataclasses.fields(Settings):
-        default = field.default if field.default != "" else "(empty)"
-        lines.append(f"  {field.name:<18} {field.metadata['explanation']} [{default}]")
-    return "\n".join(lines)
-
+# Without a command, this runs the service. The commands work on the Redis of a gomail, for all accounts, and write text
+# for people or JSON. Their exit codes: 0 done, 1 not found or no success, 2 wrong usage, 3 Redis cannot be reached or a
+# setting is wrong, 130 Ctrl-C. The service's: 0 stopped, 1 cannot start now, 78 cannot start with these settings.
 
 class Terminal:
-    """Where a command writes: tables for people, JSON for programs (`as_json`); colours on a terminal only.
+    """Where a command writes: text for people, or JSON (`as_json`); in colour on a terminal only.
 
-    NO_COLOR (no-color.org), or a terminal that is dumb, turns colours off.
+    NO_COLOR (no-color.org) and TERM=dumb turn colours off.
     """
 
     COLOURS = {"red": 31, "green": 32, "yellow": 33, "grey": 90, "bold": 1}
-    TONES = {"succeeded": "green", "running": "green", "dead": "red", "paused": "red", "retrying": "yellow",
-             "suppressed": "yellow"}
+    STATE_COLOURS = {"succeeded": "green", "running": "green", "dead": "red", "paused": "red", "retrying": "yellow",
+                     "suppressed": "yellow"}
     BARS = " ▁▂▃▄▅▆▇█"
 
     def __init__(self, as_json: bool = False) -> None:
-        self.as_json, self.live = as_json, sys.stdout.isatty()
-        self.coloured = self.live and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        self.as_json, self.is_live = as_json, sys.stdout.isatty()
+        self.shows_progress = sys.stderr.isatty()
+        self.is_coloured = self.is_live and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         typing.cast(io.TextIOWrapper, sys.stdout).reconfigure(errors="replace")
 
     def paint(self, text: object, colour: str | None = None) -> str:
-        """The text in a colour, and without what a terminal would take for a command."""
+        """The text in a colour, without characters that would command the terminal."""
         text = without_controls(str(text))
-        return f"\x1b[{self.COLOURS[colour]}m{text}\x1b[0m" if colour and self.coloured else text
+        return f"\x1b[{self.COLOURS[colour]}m{text}\x1b[0m" if colour and self.is_coloured else text
 
-    def json(self, value: object) -> None:
-        """Write a value as JSON."""
+    def json(self, value: object) -> int:
+        """Write a value as JSON. Returns the exit code 0."""
         print(Encoder(indent=2, ensure_ascii=False).encode(value))
+        return 0
 
-    def table(self, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-        """The lines of a table; its headings on a terminal only, so that a pipe gets the rows alone. A cell that is a
-        state has its colour."""
-        rows = [[self.paint(cell) for cell in row] for row in rows]
-        widths = [max([len(heading), *(len(row[at]) for row in rows)]) for at, heading in enumerate(headings)]
-        lines = [self.paint("  ".join(map(str.ljust, headings, widths)).rstrip(), "grey")] if self.live else []
-        for row in rows:
-            padded = [cell.ljust(width) for cell, width in zip(row, widths)]
-            padded[-1] = row[-1]
-            lines.append("  ".join(self.paint(cell, self.TONES.get(cell.split(":")[0].strip())) for cell in padded))
+    def result(self, value: object, lines: Sequence[str]) -> int:
+        """Write a result, as JSON or as lines of text. Returns the exit code 0."""
+        if self.as_json:
+            return self.json(value)
+        for line in lines:
+            print(line)
+        return 0
+
+    def say(self, text: str) -> None:
+        """Write a message to standard error."""
+        print(self.paint(text), file=sys.stderr)
+
+    def fail(self, code: int, text: str) -> int:
+        """Write an error message. Returns the exit code."""
+        self.say(text)
+        return code
+
+    def table(self, headings: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+        """The lines of a table, in which states are coloured. Headings are for a terminal only, not for a pipe."""
+        cells = [[self.paint(cell) for cell in row] for row in rows]
+        widths = [max([len(heading), *(len(row[at]) for row in cells)]) for at, heading in enumerate(headings)]
+        lines = [self.paint("  ".join(map(str.ljust, headings, widths)).rstrip(), "grey")] if self.is_live else []
+        for row in cells:
+            padded = [*map(str.ljust, row[:-1], widths), row[-1]]
+            lines.append("  ".join(
+                self.paint(cell, self.STATE_COLOURS.get(cell.split(":")[0].strip())) for cell in padded))
         return lines
 
     def bars(self, numbers: Sequence[int]) -> str:
-        """A line of bars."""
-        most = max([1, *numbers])
-        return "".join(self.BARS[math.ceil(number * 8 / most)] for number in numbers)
-
-    def say(self, text: str) -> None:
-        """A word to the person beside the output, on standard error."""
-        print(self.paint(text), file=sys.stderr)
+        """A bar chart in one line."""
+        highest = max([1, *numbers])
+        return "".join(self.BARS[math.ceil(number * 8 / highest)] for number in numbers)
 
     def confirms(self, question: str) -> bool:
-        """Whether the person at the terminal says yes. Without one, as in a script, that goes without asking."""
+        """Whether the person at the terminal says yes; True without asking where there is no terminal."""
         if not (sys.stdin.isatty() and sys.stderr.isatty()):
             return True
         print(f"{self.paint(question)} [y/N] ", end="", file=sys.stderr, flush=True)
@@ -7706,325 +7713,287 @@ class Terminal:
         self.say("nothing was changed")
         return False
 
-    @staticmethod
-    def progress(total: int) -> Callable[[int], None]:
-        """What shows how far something has come, on a terminal: to be called with how many are done."""
+    @contextlib.contextmanager
+    def progress(self, total: int) -> Iterator[Callable[[int], None]]:
+        """A progress bar on a terminal; yields a function that takes how many are done."""
         def show(done: int) -> None:
-            if sys.stderr.isatty():
-                full = 30 * done // max(1, total)
-                print(f"\r[{'#' * full}{'.' * (30 - full)}] {done} of {total}", end="", file=sys.stderr, flush=True)
-        return show
+            if self.shows_progress and total:
+                full = 30 * min(done, total) // total
+                print(f"\r[{'#' * full}{'.' * (30 - full)}] {min(done, total)} of {total}", end="", file=sys.stderr,
+                      flush=True)
+        yield show
+        show(total)
+        if self.shows_progress and total:
+            self.say("")
 
 
 def format_duration(seconds: float) -> str:
-    """A time in seconds for people."""
+    """A duration for people, such as "5 min"."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
 
 
 class Operator:
-    """The commands, beside a gomail that runs on the same Redis.
+    """The commands that need a running gomail; each returns the exit code.
 
     Raises:
-        StartError: there is none, or Redis cannot be reached.
+        StartError: no gomail is running, or Redis cannot be reached.
     """
 
-    ACCOUNT = Accounts.COMMAND_LINE  # whose tasks `send` makes, where no account is named
+    ACCOUNT = Accounts.COMMAND_LINE  # the account of `send`, where none is named
 
     def __init__(self, settings: Settings, terminal: Terminal) -> None:
         server = None
         if not settings.redis_uri:
             server = EmbeddedServer(settings.data_dir)
             if server.folder.exists() and not os.access(server.folder, os.X_OK):
-                raise StartError(f"data_dir: {str(server.folder)!r} is another user's; call this as the service's user")
+                raise StartError(f"data_dir: {str(server.folder)!r} belongs to another user; run this command as the "
+                                 "service's user")
             if not server.is_ready():
-                raise StartError(f"data_dir: no gomail is running on {str(server.folder)!r}; start it, or call this "
-                                 "where it runs")
+                raise StartError(f"data_dir: no gomail is running on {str(server.folder)!r}; start it, or run this "
+                                 "command where it runs")
         self.store, self.terminal = open_store(settings, server), terminal
-        self.queue, self.metrics = Queue(self.store, settings, "operator"), Stats(self.store)
+        self.queue, self.stats = Queue(self.store, settings, "operator"), Stats(self.store)
         self.inspection = Inspection(self.store, settings)
-        self.known_accounts = Accounts(self.store, settings.jwt_secret, settings.jwt_secret_previous,
-                                       settings.api_key_ttl)
-        if not self.known_accounts.is_current():
-            raise StartError("jwt_secret: not that of the gomail that runs; give this command the same settings")
+        self.accounts = Accounts(self.store, settings.jwt_secret, settings.jwt_secret_previous, settings.api_key_ttl)
+        if not self.accounts.is_current():
+            raise StartError("jwt_secret: not that of the running gomail; give this command the same settings")
 
     def send(self, options: argparse.Namespace) -> int:
-        """Queue one message. Its id is all that goes to standard output."""
+        """Queue one message. Only its id goes to standard output."""
         if options.account == self.ACCOUNT:
-            with contextlib.suppress(HTTPError):  # it is there already
-                self.known_accounts.sign_up(self.ACCOUNT)
-        account = self.known_accounts.find(options.account)
+            with contextlib.suppress(HTTPError):  # it exists already
+                self.accounts.sign_up(self.ACCOUNT)
+        account = self.accounts.find(options.account)
         if account is None:
-            self.terminal.say(f"there is no account {options.account}; `accounts` lists them, and `accounts --add` "
-                              "makes one")
-            return 1
+            return self.terminal.fail(1, f"there is no account {options.account}; `accounts` lists them, and "
+                                      "`accounts --add` makes one")
+        path = options.html or options.text or "-"
+        name = "standard input" if path == "-" else path
         try:
-            content = read_content(options.html or options.text or "-")
-            if not content.strip():
-                self.terminal.say(f"{options.html or options.text or 'standard input'} is empty")
-                return 2
-            payload = {"userId": options.to, "subject": options.subject, "content": content}
-            if not options.html and is_html(content):  # text that looks like HTML, and is not meant so
-                payload |= {"content": f"<pre>{html.escape(content)}</pre>", "text": content}
-            name = SUBJECT(options.subject, "payload.subject")[:256]  # so that one tells it from others
-            task = TASK({"task": name, "type": "message", "retries": options.retries, "payload": payload})
-        except HTTPError as refused:
-            names = {"payload.userId": "TO", "payload.subject": "--subject", "retries": "--retries",
-                     "payload.content": "--html FILE, --text FILE or standard input"}
-            field = refused.field or ""
-            self.terminal.say(refused.message.replace(field, names.get(field, field), 1))
-            return 2
+            content = (sys.stdin.buffer.read() if path == "-" else pathlib.Path(path).read_bytes()).decode()
         except (OSError, UnicodeDecodeError) as error:
-            self.terminal.say(f"{options.html or options.text or 'standard input'} cannot be read: {describe(error)}")
-            return 2
-        task_id, = map(str, self.queue.enqueue(account, [task]))  # which refuses no message by itself
+            return self.terminal.fail(2, f"{name} cannot be read: {describe(error)}")
+        if not content.strip():
+            return self.terminal.fail(2, f"{name} is empty")
+        payload = {"userId": options.to, "subject": options.subject, "content": content}
+        if not options.html and is_html(content):  # plain text that only looks like HTML
+            payload |= {"content": f"<pre>{html.escape(content)}</pre>", "text": content}
+        try:
+            title = SUBJECT(options.subject, "payload.subject")[:256]
+            task = TASK({"task": title, "type": "message", "retries": options.retries, "payload": payload})
+        except HTTPError as error:
+            arguments = {"payload.userId": "TO", "payload.subject": "--subject", "retries": "--retries",
+                         "payload.content": "--html FILE, --text FILE or standard input"}
+            field = error.field or ""
+            return self.terminal.fail(2, error.message.replace(field, arguments.get(field, field), 1))
+        task_id, = map(str, self.queue.enqueue(account, [task]))  # a single message is never refused
         if not options.wait:
-            self.terminal.json({"id": task_id}) if self.terminal.as_json else print(task_id)
-            return 0
+            return self.terminal.result({"id": task_id}, [task_id])
         self.terminal.say(f"queued as {task_id}; waiting until it is sent")
-        waiting = ("queued", "running", "retrying")
-        while (found := self.inspection.status(task_id, story=True)) and found["state"] in waiting:
+        while (task := self.inspection.status(task_id, story=True)) and task["state"] in (
+                "queued", "running", "retrying"):
             time.sleep(0.1)
-        if found:
-            self.show(found)
-        return 0 if found and found["state"] == "succeeded" else 1
+        if task:
+            self.show_task(task)
+        return 0 if task and task["state"] == "succeeded" else 1
 
     def status(self, options: argparse.Namespace) -> int:
         """Show a task and its story."""
-        found = self.inspection.status(options.id, story=True)
-        if not found:
-            self.terminal.say(f"there is no task {options.id}, or it ended too long ago")
-            return 1
-        self.show(found)
-        return 0
+        task = self.inspection.status(options.id, story=True)
+        return self.show_task(task) if task else self.terminal.fail(
+            1, f"there is no task {options.id}, or it ended too long ago")
 
-    def show(self, found: Json) -> None:
+    def show_task(self, task: Json) -> int:
         """Write the status of a task."""
         if self.terminal.as_json:
-            self.terminal.json(found)
-            return
-        paint, story = self.terminal.paint, found.pop("story")
-        for name, value in found.items():
+            return self.terminal.json(task)
+        paint, story = self.terminal.paint, task.pop("story")
+        for name, value in task.items():
             if value is not None:
-                print(f"{paint(name.ljust(9), 'grey')}  {paint(value, self.terminal.TONES.get(value))}")
+                print(f"{paint(name.ljust(9), 'grey')}  {paint(value, self.terminal.STATE_COLOURS.get(value))}")
         rows = [[step["time"], step["event"], f"{step['seconds']} s" if "seconds" in step else "",
                  step.get("error") or ""] for step in story]
         print("\n".join(["", *self.terminal.table(["when", "what", "took", "why"], rows)]))
+        return 0
 
     def dead(self, options: argparse.Namespace) -> int:
         """List the dead letters."""
-        total, letters = self.inspection.dead(offset=options.offset, limit=options.limit)
-        if self.terminal.as_json:
-            self.terminal.json({"total": total, "tasks": letters})
-            return 0
-        rows = [[found[name] or "" for name in ("id", "finished", "account", "type", "userId", "error")]
-                for found in letters]
-        for line in self.terminal.table(["id", "ended", "account", "type", "recipient", "error"], rows):
-            print(line)
-        self.terminal.say(f"{len(letters)} of {total} dead letters" + "; `retry ID` or `retry --all` queues them again"
-                          * bool(letters))
+        total, tasks = self.inspection.dead(offset=options.offset, limit=options.limit)
+        columns = {"id": "id", "ended": "finished", "account": "account", "type": "type", "recipient": "userId",
+                   "error": "error"}
+        rows = [[task[field] or "" for field in columns.values()] for task in tasks]
+        self.terminal.result({"total": total, "tasks": tasks}, self.terminal.table([*columns], rows))
+        if not self.terminal.as_json:
+            hint = "; `retry ID` or `retry --all` queues them again" if tasks else ""
+            self.terminal.say(f"{len(tasks)} of {plural(total, 'dead letter')}{hint}")
         return 0
 
     def retry(self, options: argparse.Namespace) -> int:
         """Queue a dead letter again, or all of them."""
-        return self.revive(options, False, "queued again")
+        return self.end_dead_letters(options, "queued again")
 
     def delete(self, options: argparse.Namespace) -> int:
         """Remove a dead letter, or all of them."""
-        return self.revive(options, True, "removed")
+        if options.all and not options.yes:
+            total, _ = self.inspection.dead(limit=0)
+            if total and not self.terminal.confirms(f"Remove all {plural(total, 'dead letter')}, of all accounts?"):
+                return 1
+        return self.end_dead_letters(options, "removed", remove=True)
 
-    def revive(self, options: argparse.Namespace, remove: bool, words: str) -> int:
-        """What retry() and delete() share."""
+    def end_dead_letters(self, options: argparse.Namespace, outcome: str, remove: bool = False) -> int:
+        """Queue or remove the dead letters that the options name."""
         if options.all:
             total, _ = self.inspection.dead(limit=0)
-            if remove and total and not options.yes and not self.terminal.confirms(
-                    f"Remove all {total} dead letter{'s' * (total != 1)}, of all accounts?"):
-                return 1
-            progress = self.terminal.progress(total)
-            count = self.queue.revive_all(remove=remove, progress=progress)
-            if total and sys.stderr.isatty():
-                self.terminal.say("")
+            with self.terminal.progress(total) as progress:
+                count = self.queue.revive_all(remove=remove, progress=progress)
         else:
             count = int(self.queue.revive(options.id, remove=remove))
-        if self.terminal.as_json:
-            self.terminal.json({"count": count})
-        elif count or options.all:
-            print(f"{count} dead letter{'s' * (count != 1)} {words}")
-        if not count and not options.all:
-            self.terminal.say(f"there is no dead letter {options.id}; `dead` lists them")
-        return 0 if count or options.all else 1
+        exists = bool(count or options.all)
+        self.terminal.result({"count": count}, [f"{plural(count, 'dead letter')} {outcome}"] if exists else [])
+        return 0 if exists else self.terminal.fail(1, f"there is no dead letter {options.id}; `dead` lists them")
 
-    def stats(self, options: argparse.Namespace) -> int:
+    def show_stats(self, options: argparse.Namespace) -> int:
         """Lanes, counters and the last hour: once, or on a terminal every second until Ctrl-C."""
-        before: tuple[float, int] | None = None
+        last: tuple[float, int] | None = None  # (moment, tasks executed by then)
         lines: list[str] = []
         while True:
             depths = self.inspection.depths()
-            now: Json = {"lanes": self.inspection.lanes(depths), "processes": self.inspection.processes(),
-                         "queued": depths, "jobs": self.inspection.counters(), "minutes": self.metrics.history(),
-                         "smtp": self.inspection.outage()}
+            stats: Json = {"lanes": self.inspection.lanes(depths), "processes": self.inspection.processes(),
+                           "queued": depths, "jobs": self.inspection.counters(), "minutes": self.stats.history(),
+                           "smtp": self.inspection.outage()}
             if self.terminal.as_json:
-                self.terminal.json(now)
-                return 0
+                return self.terminal.json(stats)
             if lines:
                 print(f"\x1b[{len(lines)}F\x1b[J", end="")
-            moment = time.monotonic()
-            rate = "" if before is None else (
-                f"; {(now['jobs']['executed'] - before[1]) / (moment - before[0]):.0f} a second now")
-            before, lines = (moment, now["jobs"]["executed"]), self.stats_lines(now, rate)
+            moment, executed = time.monotonic(), stats["jobs"]["executed"]
+            rate = f"; {(executed - last[1]) / (moment - last[0]):.0f} a second now" if last else ""
+            last, lines = (moment, executed), self.stats_lines(stats, rate)
             print("\n".join(lines), flush=True)
-            if not self.terminal.live:
+            if not self.terminal.is_live:
                 return 0
             time.sleep(1)
 
-    def stats_lines(self, now: Json, rate: str) -> list[str]:
-        """What stats() writes."""
-        smtp = now["smtp"]
-        rows = [[lane["lane"], str(lane["queued"]), format_duration(lane["oldest"]) if lane["queued"] else "",
-                 f"paused: {lane['reason']} (in {lane['paused']} of {now['processes']} processes)" if lane["paused"]
-                 else "nobody works on it" if not now["processes"]
-                 else "waits for the SMTP server" if smtp else "running"] for lane in now["lanes"]]
-        out = [f"SMTP server out since {smtp['since']} (in {smtp['processes']} of {now['processes']} processes): "
-               f"{printable(smtp['reason'])}", ""] if smtp else []
-        sums = {name: sum(minute[name] for minute in now["minutes"]) for name in ("sent", "retried", "failed")}
-        return [*out, *self.terminal.table(["lane", "waiting", "oldest", "state"], rows), "",
-                f"{now['queued']['retrying']} wait for a retry or their time, {now['queued']['dead']} dead letters",
-                f"jobs: {now['jobs']['executed']} executed, {now['jobs']['successful']} successful, "
-                f"{now['jobs']['failed']} failed{rate}",
-                f"mails of the last hour: {sums['sent']} sent, {sums['failed']} given up, "
-                f"{sums['retried']} attempts to be repeated",
-                self.terminal.bars([minute["sent"] + minute["failed"] for minute in now["minutes"]])]
+    def stats_lines(self, stats: Json, rate: str) -> list[str]:
+        """The lines that show_stats() writes."""
+        smtp, processes, jobs, queued = stats["smtp"], stats["processes"], stats["jobs"], stats["queued"]
 
-    def accounts(self, options: argparse.Namespace) -> int:
+        def state(lane: Json) -> str:
+            if lane["paused"]:
+                return f"paused: {lane['reason']} (in {lane['paused']} of {processes} processes)"
+            if not processes:
+                return "no process works on it"
+            return "waits for the SMTP server" if smtp else "running"
+        rows = [[lane["lane"], lane["queued"], format_duration(lane["oldest"]) if lane["queued"] else "", state(lane)]
+                for lane in stats["lanes"]]
+        outage = [f"SMTP server out since {smtp['since']} (in {smtp['processes']} of {processes} processes): "
+                  f"{printable(smtp['reason'])}", ""] if smtp else []
+        sent, retried, failed = (sum(minute[name] for minute in stats["minutes"])
+                                 for name in ("sent", "retried", "failed"))
+        return [*outage, *self.terminal.table(["lane", "waiting", "oldest", "state"], rows), "",
+                f"{queued['retrying']} wait for a retry or a set time; {plural(queued['dead'], 'dead letter')}",
+                f"tasks: {jobs['executed']} executed, {jobs['successful']} successful, {jobs['failed']} failed{rate}",
+                f"mails in the last hour: {sent} sent, {failed} given up, {plural(retried, 'attempt')} to be repeated",
+                self.terminal.bars([minute["sent"] + minute["failed"] for minute in stats["minutes"]])]
+
+    def manage_accounts(self, options: argparse.Namespace) -> int:
         """List the accounts, add one, or remove one."""
         try:
             if options.add:
-                key = self.known_accounts.sign_up(NEW_ID({"id": options.add})["id"])
-                self.terminal.json({"apiKey": key}) if self.terminal.as_json else print(key)
-                return 0
+                key = self.accounts.sign_up(NEW_ID({"id": options.add})["id"])
+                return self.terminal.result({"apiKey": key}, [key])
             if options.remove:
-                if self.known_accounts.find(options.remove) and not options.yes and not self.terminal.confirms(
-                        f"Deregister {options.remove}? That ends its key, and removes "
-                        f"{self.possessions(options.remove)}."):
-                    return 1
-                self.known_accounts.deregister(options.remove)
-                self.terminal.say(f"{options.remove} is deregistered; what it had waiting is not sent")
-                return 0
-        except HTTPError as refused:
-            self.terminal.say(refused.message.replace("id", "the account", 1))
-            return 1
+                return self.remove_account(options.remove, options.yes)
+        except HTTPError as error:
+            return self.terminal.fail(1, error.message.replace("id", "the account", 1))
         rows = []
-        for name in self.known_accounts.names():
-            minutes = self.metrics.history(self.known_accounts.find(name))
+        for name in self.accounts.names():
+            minutes = self.stats.history(self.accounts.find(name))
             rows.append({"id": name, "dead": self.store.redis.zcard(self.store.key("dead", name)),
                          "contentTypes": self.store.redis.hlen(self.store.key("content", name)),
                          **{event: sum(minute[event] for minute in minutes) for event in ("sent", "failed")}})
-        if self.terminal.as_json:
-            self.terminal.json(rows)
-            return 0
-        for line in self.terminal.table(["account", "dead letters", "content types", "sent in the last hour", "failed"],
-                                        [list(map(str, row.values())) for row in rows]):
-            print(line)
+        headings = ["account", "dead letters", "content types", "sent in the last hour", "given up"]
+        return self.terminal.result(rows, self.terminal.table(headings, [[*row.values()] for row in rows]))
+
+    def remove_account(self, name: str, confirmed: bool) -> int:
+        """Deregister an account, after a question that names what it has. Raises HTTPError where there is none."""
+        if self.accounts.find(name) and not confirmed:
+            server, key = self.store.redis, self.store.key
+            types = server.hkeys(key("content", name))
+            numbers = {"dead letters": server.zcard(key("dead", name)), "content types": len(types),
+                       "subscriptions": sum(server.hlen(key("subscribers", kind, name)) for kind in types),
+                       "suppressed addresses": server.zcard(key("suppressed", name))}
+            owned = ", ".join(["the tasks that wait", *(f"{noun} ({number})" for noun, number in numbers.items())])
+            if not self.terminal.confirms(f"Deregister {name}? That ends its key, and removes {owned}."):
+                return 1
+        self.accounts.deregister(name)
+        self.terminal.say(f"{name} is deregistered; its waiting tasks are not sent")
         return 0
 
 
-    def possessions(self, name: str) -> str:
-        """What an account has, in numbers."""
-        server, key = self.store.redis, self.store.key
-        types = server.hkeys(key("content", name))
-        numbers = {"dead letters": server.zcard(key("dead", name)), "content types": len(types),
-                   "subscriptions": sum(server.hlen(key("subscribers", found, name)) for found in types),
-                   "suppressed addresses": server.zcard(key("suppressed", name))}
-        return ", ".join(["the tasks that wait", *(f"{noun} ({number})" for noun, number in numbers.items())])
-
-
-def read_content(path: str) -> str:
-    """The text in a file, or on standard input where `path` is "-"."""
-    return (sys.stdin.buffer.read() if path == "-" else pathlib.Path(path).read_bytes()).decode()
-
-
-def repair(settings: Settings, terminal: Terminal, options: argparse.Namespace) -> int:
-    """The command of this name: cut off what the embedded server cannot read. Returns the exit code."""
-    if settings.redis_uri:
-        raise StartError("redis_uri: is set; what is repaired is the file of the embedded server")
-    server = EmbeddedServer(settings.data_dir)
-    server.lock_folder()
-    with open(server.folder / "valkey.lock", "a") as life:
-        if not try_lock(life):
-            raise StartError(f"data_dir: a server that a gomail left behind has {str(server.folder)!r}; end it first")
-        path = server.last_file()
-        size, sound = path.stat().st_size, intact_length(path)
-        terminal.say(f"{path}: {size} bytes, of which the first {sound} are sound")
-        if size == sound:
-            return 0
-        if not options.yes and not terminal.confirms(
-                f"Cut off the last {size - sound} bytes, and keep a copy of the file?"):
-            return 1
-        copy = server.folder / f"{path.name}.{time.strftime('%Y%m%dT%H%M%S')}"
-        shutil.copy2(path, copy)
-        os.truncate(path, sound)
-        terminal.say(f"cut off; the file as it was is {copy}")
-    return 0
-
-
 class BackupError(Exception):
-    """A backup cannot be written, read or restored; says why."""
+    """A backup cannot be written, read or restored; the message says why."""
 
     def __init__(self, message: str) -> None:
         super().__init__(without_controls(message))
 
 
 class Backup:
-    """What a gomail keeps in Redis, as lines of JSON (in gzip) that do not depend on a server's kind or version:
+    """Writes what a gomail keeps in Redis as gzipped JSON lines, and restores it to any kind and version of server:
 
-        {"backup": 1, "version", "secret"}                       the first: the format, gomail's version, and what
-                                                                 tells whether another has the same signing secret
-        {"key", "string" | "hash" | "zset" | "list", "ends"}     a key without prefix; its value, or a part of it, where
-                                                                 further lines have the rest; when it ends, if it does
+        {"backup": 1, "version", "secret"}                       first: the format, gomail's version, and a keyed hash
+                                                                 that identifies its signing secret
+        {"key", "string" | "hash" | "zset" | "list", "ends"}     a key without prefix; its value, which may continue in
+                                                                 further lines; when it expires, if it does
                                                                  (milliseconds since the epoch)
-        {"lines", "sha256"}                                      the last: how many lines are between, and the digest of
-                                                                 all above, so that no part is taken for the whole
+        {"lines", "sha256"}                                      last: the number of lines between, and the digest of
+                                                                 all lines above; so no part passes for the whole
 
-    Bytes that are no UTF-8 are halves of surrogate pairs in it (PEP 383).
+    Bytes that are not UTF-8 are written as halves of surrogate pairs (PEP 383).
 
-    Redis goes on while it is read, and shows no moment as a whole. Still nothing is missing that was there at the
-    beginning. SCAN finds each key that is there all the time. A task is one hash, which moves nowhere: its state tells
-    on restoring where it belongs, once. And what tasks come from is read before them, the schedule and the
-    idempotency keys; what tasks lead to after them, such as subscriptions, which lead to the schedule once more. There
-    the earlier of two moments counts; what that would send twice is found by the time at which its task was made.
+    Redis keeps working meanwhile, so the backup is no snapshot. Still it misses nothing that existed at its beginning:
+    SCAN finds every key that exists throughout. A task is one hash that never moves, and on restoring its state alone
+    decides its place. What creates tasks is read before them (the schedule, the idempotency keys); what tasks create is
+    read after them (such as subscriptions, and the schedule again). Of two moments the earlier counts; what would be
+    sent twice is recognized by the time at which its task was made.
 
     Args:
-        store: a Store whose connections are not made anew, and which reads any bytes; see `reached`.
+        store: a Store that reads any bytes and does not reconnect; see `store_for_backup`.
     """
 
     FORMAT = 1
-    PAGE = 1_000_000  # bytes that are read or written at once, so that Redis has time for others
-    AT_ONCE = 200  # keys read at once
-    # What belongs to processes or to a moment, and the places of tasks.
-    LEFT_OUT = frozenset(("lane", "processing", "delayed", "scheduled", "dead", "processes", "heartbeat", "paused",
+    PAGE_BYTES = 1_000_000  # read or written at once, so that Redis has time for others
+    PAGE_KEYS = 200  # read or written at once
+    # State of processes or of a moment, and the places of tasks.
+    EXCLUDED = frozenset(("lane", "processing", "delayed", "scheduled", "dead", "processes", "heartbeat", "paused",
                           "resume", "resumed", "rate", "answered", "on_disk", "writable", "restoring",
                           "jwt_secret_check"))
-    # What a gomail leaves that was started once and not used.
-    REPLACED = frozenset(("jwt_secret", "ascii_folded", "stats", "history", "metrics"))
+    # What a gomail leaves in Redis even if it was never used.
+    DISPOSABLE = frozenset(("jwt_secret", "ascii_folded", "stats", "history", "metrics"))
     ENDED = frozenset(("succeeded", "suppressed", "cancelled", "dead"))
+    READERS: typing.ClassVar[dict[str, Callable]] = {
+        "string": lambda transaction, key: transaction.get(key),
+        "hash": lambda transaction, key: transaction.hgetall(key),
+        "zset": lambda transaction, key: transaction.zrange(key, 0, -1, withscores=True),
+        "list": lambda transaction, key: transaction.lrange(key, 0, -1)}
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        # One connection for all scans: where a server begins anew, or another takes its place, it ends, and they do.
+        # A single connection: it breaks where the server restarts or another takes its place, and the command fails.
         self.redis: Any = redis.Redis(connection_pool=store.redis.connection_pool, single_connection_client=True)
 
     def _key(self, name: str) -> bytes:
-        return octets(self.store.key(name))
+        return redis_bytes(self.store.key(name))
 
     def write(self, file: IO[bytes], progress: Callable[[int], None]) -> int:
-        """Write a backup; returns how many lines it has. `progress` hears how many so far."""
+        """Write a backup. Returns the number of its lines, of which `progress` is told now and then."""
         packer, digest, count = zlib.compressobj(1, wbits=31), hashlib.sha256(), 0
 
-        def add(line: dict) -> None:
-            line_of_json = json.dumps(line).encode() + b"\n"
-            digest.update(line_of_json)
-            file.write(packer.compress(line_of_json))
+        def add(line: Json) -> None:
+            encoded = json.dumps(line).encode() + b"\n"
+            digest.update(encoded)
+            file.write(packer.compress(encoded))
 
         add({"backup": self.FORMAT, "version": __version__,
              "secret": self.redis.get(self.store.key("jwt_secret_check"))})
@@ -8036,107 +8005,103 @@ class Backup:
         file.write(packer.flush())
         return count
 
-    def _lines(self) -> Iterator[dict]:
-        """A line for each key, or several for a large one, in the order that is told above."""
+    def _lines(self) -> Iterator[Json]:
+        """A line for each key, or several for a large one, in the order that the class explains."""
         for pattern in ("idempotency:*", "schedule", "task:*"):
             for names in self._names(pattern):
                 yield from self._read(names)
-        done = self.LEFT_OUT | {"idempotency", "task"}
+        done = self.EXCLUDED | {"idempotency", "task"}
         for names in self._names():
-            yield from self._read([name for name in names if kind_of(name) not in done])
-        self.redis.ping()
+            yield from self._read([name for name in names if kind_of_key(name) not in done])
 
     def _names(self, pattern: str = "*") -> Iterator[list[str]]:
-        """The names of the keys that are there all the time, and perhaps of others, some at a time."""
+        """The names of all keys that exist throughout, and perhaps of others, a page at a time."""
         cursor = None
         while cursor != 0:
             cursor, keys = self.redis.scan(cursor or 0, match=self.store.matching(pattern), count=1000)
+            # SCAN does not notice that a cluster has begun to move our keys to another node. Asking for a key that does
+            # not exist does: see ClusterConnection.
+            self.redis.exists(self.store.key("absent"))
             yield [key[len(self.store.prefix):] for key in keys]
 
-    def _read(self, names: Sequence[str]) -> Iterator[dict]:
-        """The lines of those of the keys that are still there."""
+    def _read(self, names: Sequence[str]) -> Iterator[Json]:
+        """The lines of those keys that still exist."""
         with self.redis.pipeline(transaction=False) as pipeline:
             for name in names:
                 pipeline.type(self._key(name))
-                pipeline.memory_usage(self._key(name), samples=0 if kind_of(name) == "task" else 20)
-            found = pipeline.execute()
-        some: list[tuple[str, str]] = []
-        size = 0
-        for name, form, weight in zip(names, found[::2], found[1::2]):
-            if form not in ("string", "hash", "zset", "list", "none"):
-                raise BackupError(f"the key {self.store.key(name)} is a {form}, which is none of gomail's")
-            weight = weight or 0
-            if weight > self.PAGE and form != "string" and kind_of(name) != "task":
-                yield from self._parts(name, form)
-            elif form != "none":
-                if some and (size + weight > self.PAGE or len(some) == self.AT_ONCE):
-                    yield from self._whole(some)
-                    some, size = [], 0
-                some.append((name, form))
-                size += weight
-        yield from self._whole(some)
+                pipeline.memory_usage(self._key(name), samples=0 if kind_of_key(name) == "task" else 20)
+            answers = pipeline.execute()
+        page: list[tuple[str, str]] = []
+        page_bytes = 0
+        for name, key_type, size in zip(names, answers[::2], answers[1::2]):
+            if key_type == "none":
+                continue
+            if key_type not in self.READERS:
+                raise BackupError(f"the key {self.store.key(name)} is a {key_type}, which gomail does not use")
+            size = size or 0
+            if size > self.PAGE_BYTES and key_type != "string" and kind_of_key(name) != "task":
+                yield from self._read_in_parts(name, key_type)
+                continue
+            if page and (page_bytes + size > self.PAGE_BYTES or len(page) == self.PAGE_KEYS):
+                yield from self._read_page(page)
+                page, page_bytes = [], 0
+            page.append((name, key_type))
+            page_bytes += size
+        yield from self._read_page(page)
 
-    def _whole(self, keys: Sequence[tuple[str, str]]) -> Iterator[dict]:
+    def _read_page(self, keys: Sequence[tuple[str, str]]) -> Iterator[Json]:
         """The lines of some keys (name, type), all of one moment."""
         with self.redis.pipeline() as transaction:
             transaction.time()
-            for name, form in keys:
-                key = self._key(name)
-                if form == "string":
-                    transaction.get(key)
-                elif form == "hash":
-                    transaction.hgetall(key)
-                elif form == "zset":
-                    transaction.zrange(key, 0, -1, withscores=True)
-                else:
-                    transaction.lrange(key, 0, -1)
-                transaction.pttl(key)
-            now, *found = transaction.execute()
-        for (name, form), value, left in zip(keys, found[::2], found[1::2]):
-            if left != -2:  # else it is no more
-                yield self._line(name, form, value, now, left)
+            for name, key_type in keys:
+                self.READERS[key_type](transaction, self._key(name))
+                transaction.pttl(self._key(name))
+            now, *answers = transaction.execute()
+        for (name, key_type), value, ttl in zip(keys, answers[::2], answers[1::2]):
+            if ttl != -2:  # else it has gone
+                yield self._line(name, key_type, value, now, ttl)
 
-    def _parts(self, name: str, form: str) -> Iterator[dict]:
-        """The lines of a large key. What is in it all the time is found."""
+    def _read_in_parts(self, name: str, key_type: str) -> Iterator[Json]:
+        """The lines of a large key, with everything that is in it throughout."""
         key, cursor, count = self._key(name), None, 10
         with self.redis.pipeline() as transaction:
             transaction.time()
             transaction.pttl(key)
-            now, left = transaction.execute()
-        if left == -2:
+            now, ttl = transaction.execute()
+        if ttl == -2:
             return
-        if form == "list":  # what comes in at the left meanwhile shows some once more, and hides none
+        if key_type == "list":  # additions at the left meanwhile make some members appear twice, and hide none
             pages = (self.redis.lrange(key, at, at + 9999) for at in itertools.count(0, 10_000))
-            ids = dict.fromkeys(itertools.chain.from_iterable(itertools.takewhile(bool, pages)))
-            yield self._line(name, form, list(ids), now, left)
+            members = dict.fromkeys(itertools.chain.from_iterable(itertools.takewhile(bool, pages)))
+            yield self._line(name, key_type, list(members), now, ttl)
             return
         while cursor != 0:
-            cursor, some = (self.redis.hscan if form == "hash" else self.redis.zscan)(key, cursor or 0, count=count)
-            if some:
-                yield self._line(name, form, some, now, left)
-            # They come in no order, so that the next ones are about as long.
-            count = max(1, min(1000, 2 * count, count * self.PAGE // (len(repr(some)) + 1)))
+            cursor, part = (self.redis.hscan if key_type == "hash" else self.redis.zscan)(key, cursor or 0, count=count)
+            if part:
+                yield self._line(name, key_type, part, now, ttl)
+            # The order is random, so the next members are about as long.
+            count = max(1, min(1000, 2 * count, count * self.PAGE_BYTES // (len(repr(part)) + 1)))
 
     @staticmethod
-    def _line(name: str, form: str, value: object, now: tuple[int, int], left: int) -> dict:
-        ends = {"ends": now[0] * 1000 + now[1] // 1000 + left} if left >= 0 else {}
-        return {"key": name, form: value, **ends}
+    def _line(name: str, key_type: str, value: object, now: tuple[int, int], ttl: int) -> Json:
+        ends = {"ends": now[0] * 1000 + now[1] // 1000 + ttl} if ttl >= 0 else {}
+        return {"key": name, key_type: value, **ends}
 
     @classmethod
-    def verify(cls, file: IO[bytes], name: str) -> dict:
-        """The first line of a backup that is whole, with "lines" of the last. Raises BackupError where it is not."""
+    def verify(cls, file: IO[bytes], name: str) -> Json:
+        """The first line of a complete backup, with "lines" of the last. Raises BackupError."""
         digest, count, last = hashlib.sha256(), -1, b""
         try:
-            with gzip.GzipFile(fileobj=file) as packed:
-                first = packed.readline(10_000)
+            with gzip.GzipFile(fileobj=file) as unpacked:
+                first = unpacked.readline(10_000)
                 head = json.loads(first)
                 if not isinstance(head, dict) or "backup" not in head:
                     raise BackupError(f"{name} is no backup of gomail")
                 if head["backup"] != cls.FORMAT:
-                    raise BackupError(f"{name} was written by gomail {head.get('version')}, in a format that this one "
-                                      f"({__version__}) does not read")
+                    raise BackupError(f"{name} was written by gomail {head.get('version')}, in a format that this "
+                                      f"version ({__version__}) cannot read")
                 last = first
-                for line in packed:
+                for line in unpacked:
                     digest.update(last)
                     last = line
                     count += 1
@@ -8146,25 +8111,25 @@ class Backup:
             if not last:
                 raise BackupError(f"{name} is no backup of gomail") from None
         if not isinstance(end, dict) or end != {"lines": count, "sha256": digest.hexdigest()}:
-            raise BackupError(f"{name} is not whole: it ends too early, or was changed; nothing was restored")
+            raise BackupError(f"{name} is not complete: it ends too early, or was changed; nothing was restored")
         return {**head, **end}
 
     def prepare(self) -> None:
-        """Take the Redis for a restore, so that no gomail starts on it, and empty it of what another start left.
+        """Reserve the Redis for a restore, so that no gomail starts on it, and remove what an earlier start left there.
 
         Raises:
-            BackupError: a gomail works on it, or it holds the data of one.
+            BackupError: a gomail is running on it, or it holds the data of one.
         """
-        broken_off = not self.redis.set(self.store.key("restoring"), 1, nx=True)
+        was_interrupted = not self.redis.set(self.store.key("restoring"), 1, nx=True)
         try:
-            kinds = {kind_of(name) for names in self._names() for name in names}
+            kinds = {kind_of_key(name) for names in self._names() for name in names}
             if "heartbeat" in kinds:
-                raise BackupError("a gomail works on this Redis; stop it first")
-            if not broken_off and kinds - self.LEFT_OUT - self.REPLACED:
-                raise BackupError(f"data of a gomail are there already, behind key_prefix {self.store.prefix!r}; a "
-                                  "backup is restored where there are none")
+                raise BackupError("a gomail is running on this Redis; stop it first")
+            if not was_interrupted and kinds - self.EXCLUDED - self.DISPOSABLE:
+                raise BackupError(f"key_prefix {self.store.prefix!r} already holds data of a gomail; a backup can only "
+                                  "be restored where there is none")
         except BackupError:
-            if not broken_off:
+            if not was_interrupted:
                 self.redis.delete(self.store.key("restoring"))
             raise
         for names in self._names():
@@ -8172,64 +8137,70 @@ class Backup:
                 self.redis.unlink(*keys)
 
     def restore(self, file: IO[bytes], progress: Callable[[int], None]) -> None:
-        """Restore a backup that is whole, all but the order of what waits: see Queue.promote()."""
+        """Restore a verified backup. Waiting tasks are then due, and Queue.promote() puts them into lanes in order."""
         batch, size = [], 0
-        with gzip.GzipFile(fileobj=file) as packed:
-            packed.readline()
-            for number, octets in enumerate(packed, 1):
-                line = json.loads(octets)
-                batch += [line] if "key" in line else []
-                size += len(octets)
-                if size > self.PAGE or len(batch) == self.AT_ONCE:
+        with gzip.GzipFile(fileobj=file) as unpacked:
+            unpacked.readline()
+            for number, encoded in enumerate(unpacked, 1):
+                line = json.loads(encoded)
+                if "key" in line:
+                    batch.append(line)
+                size += len(encoded)
+                if size > self.PAGE_BYTES or len(batch) == self.PAGE_KEYS:
                     self._put(batch)
                     batch, size = [], 0
                     progress(number)
         self._put(batch)
 
-    def _put(self, lines: Sequence[dict]) -> None:
-        """Restore some keys. The later of two lines on a task counts."""
+    def finish(self) -> None:
+        """Release the Redis, on which a gomail may start now."""
+        self.redis.delete(self.store.key("restoring"))
+
+    def _put(self, lines: Sequence[Json]) -> None:
+        """Restore some keys. Of two lines about one task, the later counts."""
         tasks = [(line["key"].removeprefix("task:"), line["hash"], line.get("ends"))
-                 for line in lines if kind_of(line["key"]) == "task"]
+                 for line in lines if kind_of_key(line["key"]) == "task"]
         with self.redis.pipeline(transaction=False) as pipeline:
             for line in lines:
-                if kind_of(line["key"]) != "task":
+                if kind_of_key(line["key"]) != "task":
                     self._put_value(pipeline, self._key(line["key"]), line)
             pipeline.execute()
             for _, fields, _ in tasks:
-                pipeline.zscore(self._key("schedule"), octets(self._place_of_issue(fields)))
+                pipeline.zscore(self._key("schedule"), redis_bytes(self._place_of_issue(fields)))
             due = pipeline.execute()
             for (task_id, fields, ends), moment in zip(tasks, due):
-                # What made this issue happened when the schedule had been read: it is due there still, and made again.
+                # An issue that was made after the schedule was read is still due in it, and will be made again.
                 if moment is None or moment * 1e6 > int(fields["created"]):
                     self._put_task(pipeline, task_id, fields, ends)
             pipeline.execute()
 
     @staticmethod
-    def _put_value(pipeline: redis.client.Pipeline, key: bytes, line: dict) -> None:
+    def _put_value(pipeline: redis.client.Pipeline, key: bytes, line: Json) -> None:
         if "string" in line:
-            pipeline.set(key, octets(line["string"]))
+            pipeline.set(key, redis_bytes(line["string"]))
         elif "hash" in line:
-            pipeline.hset(key, mapping={octets(field): octets(value) for field, value in line["hash"].items()})
+            pipeline.hset(key, mapping=bytes_of(line["hash"]))
         elif "zset" in line:
-            pipeline.zadd(key, {octets(member): score for member, score in line["zset"]}, lt=True)
+            pipeline.zadd(key, {redis_bytes(member): score for member, score in line["zset"]}, lt=True)
         else:
             pipeline.unlink(key)
             for at in range(0, len(line["list"]), 1000):
-                pipeline.rpush(key, *map(octets, line["list"][at:at + 1000]))
+                pipeline.rpush(key, *map(redis_bytes, line["list"][at:at + 1000]))
         if "ends" in line:
             pipeline.pexpireat(key, line["ends"])
 
-    def _place_of_issue(self, fields: dict) -> str:
-        """The place in the schedule of a newsletter that waits; "" for any other task."""
+    def _place_of_issue(self, fields: Json) -> str:
+        """The place in the schedule of a newsletter's issue that has not ended; "" for any other task."""
         with contextlib.suppress(ValueError, TypeError, KeyError):
             task = json.loads(fields.get("head") or fields["body"])
             if task["type"] == "newsletter" and fields["state"] not in self.ENDED:
                 return Newsletters.schedule_member(fields["account"], task["payload"]["content_type"], fields["to"])
         return ""
 
-    def _put_task(self, pipeline: redis.client.Pipeline, task_id: str, fields: dict, ends: int | None) -> None:
+    def _put_task(self, pipeline: redis.client.Pipeline, task_id: str, fields: Json, ends: int | None) -> None:
+        """Restore a task, in the place that its state decides."""
         state, account = ended_as(fields["d"]) if "d" in fields else (fields.get("state"), fields.get("account", ""))
-        key, member = self._key(f"task:{task_id}"), octets(task_id)
+        key, member = self._key(f"task:{task_id}"), redis_bytes(task_id)
         letters = [self._key("dead"), self._key(f"dead:{account}")]
         delayed, scheduled = self._key("delayed"), self._key("scheduled")
         pipeline.unlink(key)
@@ -8241,48 +8212,52 @@ class Backup:
         elif state in ("scheduled", "retrying"):
             for place in (delayed, scheduled) if state == "scheduled" else (delayed,):
                 pipeline.zadd(place, {member: fields["due"]})
-        elif state not in self.ENDED and "body" in fields:  # in a lane or in hand; it is promoted by its age
+        elif state not in self.ENDED and "body" in fields:  # in a lane or in hand: promoted in the order of creation
             fields = {**fields, "state": "queued"}
             fields.pop("begun", None)
             pipeline.zadd(delayed, {member: int(fields["created"]) / 1000})
-        pipeline.hset(key, mapping={octets(field): octets(value) for field, value in fields.items()})
+        pipeline.hset(key, mapping=bytes_of(fields))
         if ends and state in self.ENDED:
             pipeline.pexpireat(key, ends)
 
 
-def octets(text: str) -> bytes:
-    """The bytes that Redis had: UTF-8, and others that were read as halves of surrogate pairs."""
+def redis_bytes(text: str) -> bytes:
+    """The bytes in Redis of a text, in which halves of surrogate pairs stand for bytes that are not UTF-8."""
     return text.encode(errors="surrogateescape")
 
 
-def kind_of(name: str) -> str:
-    """What a key without prefix is about: its first word."""
+def bytes_of(fields: Mapping[str, str]) -> dict[Any, Any]:
+    """The same for the fields of a hash."""
+    return {redis_bytes(field): redis_bytes(value) for field, value in fields.items()}
+
+
+def kind_of_key(name: str) -> str:
+    """The first word of a key's name without prefix, such as "task"."""
     return name.partition(":")[0]
 
 
 @contextlib.contextmanager
-def reached(settings: Settings, empty: bool) -> Iterator[Store]:
-    """A Store for Backup. An embedded server that does not run is started, and stopped again.
+def store_for_backup(settings: Settings, may_be_empty: bool) -> Iterator[Store]:
+    """A Store for Backup. An embedded server that is not running is started, and stopped afterwards.
 
     Args:
-        empty: its data_dir may be empty or missing.
+        may_be_empty: data_dir may be empty or missing.
 
     Raises:
-        StartError: it cannot be reached.
+        StartError: Redis cannot be reached.
     """
     more: dict[str, Any] = {"encoding_errors": "surrogateescape", "socket_timeout": 60.0,
                             "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 0)}
-    if settings.redis_uri:
-        yield open_store(settings, **more)
-        return
-    server = EmbeddedServer(settings.data_dir)
-    if server.is_ready():
+    server = None if settings.redis_uri else EmbeddedServer(settings.data_dir)
+    if not server or server.is_ready():
         yield open_store(settings, server, **more)
         return
     if server.folder.exists() and server.folder.stat().st_uid != os.geteuid():
-        raise StartError(f"data_dir: {str(server.folder)!r} is another user's; call this as the service's user")
-    if not empty and not server.manifest.exists():
-        raise StartError(f"data_dir: there are no data in {str(server.folder)!r}; call this where the service runs")
+        raise StartError(f"data_dir: {str(server.folder)!r} belongs to another user; run this command as the service's "
+                         "user")
+    if not may_be_empty and not server.manifest.exists():
+        raise StartError(f"data_dir: there is no data in {str(server.folder)!r}; run this command where the service "
+                         "runs")
     server.start()
     try:
         store = open_store(settings, server, **more)
@@ -8294,19 +8269,19 @@ def reached(settings: Settings, empty: bool) -> Iterator[Store]:
 
 
 @contextlib.contextmanager
-def replacing(path: str) -> Iterator[IO[bytes]]:
-    """A file that is there, and replaces an older one, when all of it is on disk; its owner alone may read it."""
+def atomic_file(path: str) -> Iterator[IO[bytes]]:
+    """A file that only its owner may read, and that replaces an older one once all of it is on disk."""
     if path == "-":
         with open(os.dup(1), "wb") as file:
             try:
                 yield file
             except BaseException:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())  # nobody may read what is buffered still
+                os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())  # drop what is still buffered
                 raise
         return
     target = pathlib.Path(path).resolve()
     if target.exists() and not target.is_file():
-        raise BackupError(f"{path} is no file")
+        raise BackupError(f"{path} is not a file")
     descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     try:
         with open(descriptor, "wb") as file:
@@ -8322,34 +8297,29 @@ def replacing(path: str) -> Iterator[IO[bytes]]:
     os.close(folder)
 
 
-def end_in_order() -> None:
-    """Have SIGTERM and SIGHUP end this command as Ctrl-C does: no part of a file and no server stays behind."""
+def exit_on_signals() -> None:
+    """Have SIGTERM and SIGHUP end this command like Ctrl-C, so that no partial file and no server is left behind."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 
 def backup(settings: Settings, terminal: Terminal, options: argparse.Namespace) -> int:
-    """The command of this name: write all that a gomail keeps to a file. Returns the exit code."""
-    name = "standard output" if options.file == "-" else options.file
+    """Write everything that a gomail keeps in Redis to a file."""
     if options.file == "-" and sys.stdout.isatty():
-        terminal.say("standard output is a terminal; a backup goes to a file or into a pipe")
-        return 2
-    end_in_order()
+        return terminal.fail(2, "standard output is a terminal; write the backup to a file or into a pipe")
+    name = "standard output" if options.file == "-" else options.file
+    exit_on_signals()
     try:
-        with replacing(options.file) as file, reached(settings, empty=False) as store:
+        with atomic_file(options.file) as file, store_for_backup(settings, may_be_empty=False) as store:
             if store.redis.exists(store.key("restoring")):
-                raise BackupError("a `restore` into this Redis is under way, or was broken off")
-            total = store.redis.dbsize()
-            progress = terminal.progress(total)
-            count = Backup(store).write(file, lambda done: progress(min(done, total)))
+                raise BackupError("a `restore` into this Redis is running or was interrupted")
+            with terminal.progress(store.redis.dbsize()) as progress:
+                count = Backup(store).write(file, progress)
             if not count:
-                raise BackupError(f"there is nothing of gomail's behind key_prefix {store.prefix!r}")
+                raise BackupError(f"there is no data of a gomail under key_prefix {store.prefix!r}")
     except OSError as error:
         raise BackupError(f"{name} cannot be written: {describe(error)}") from None
-    if sys.stderr.isatty():
-        progress(total)
-        terminal.say("")
     if terminal.as_json and options.file != "-":
         terminal.json({"records": count})
     else:
@@ -8358,12 +8328,12 @@ def backup(settings: Settings, terminal: Terminal, options: argparse.Namespace) 
 
 
 def restore(settings: Settings, terminal: Terminal, options: argparse.Namespace) -> int:
-    """The command of this name: take what a backup holds into an empty Redis. Returns the exit code."""
+    """Restore a backup into an empty Redis."""
     name = "standard input" if options.file == "-" else options.file
-    end_in_order()
+    exit_on_signals()
     with contextlib.ExitStack() as stack:
         try:
-            if options.file == "-":  # it is read twice
+            if options.file == "-":  # a copy, since it is read twice
                 file: IO[bytes] = stack.enter_context(tempfile.TemporaryFile())
                 shutil.copyfileobj(sys.stdin.buffer, file)
                 file.seek(0)
@@ -8372,22 +8342,18 @@ def restore(settings: Settings, terminal: Terminal, options: argparse.Namespace)
             head = Backup.verify(file, name)
             file.seek(0)
         except OSError as error:
-            terminal.say(f"{name} cannot be read: {describe(error)}")
-            return 2
-        store = stack.enter_context(reached(settings, empty=True))
+            return terminal.fail(2, f"{name} cannot be read: {describe(error)}")
+        store = stack.enter_context(store_for_backup(settings, may_be_empty=True))
         target, queue = Backup(store), Queue(store, settings, "operator")
         target.prepare()
-        progress = terminal.progress(head["lines"])
-        target.restore(file, progress)
-        while queue.promote() == queue.BATCH:
-            pass
-        users = Accounts(store, settings.jwt_secret, settings.jwt_secret_previous)
-        store.redis.delete(store.key("restoring"))
-    if sys.stderr.isatty():
-        progress(head["lines"])
-        terminal.say("")
-    if head["secret"] not in (None, *(users.derive("check", secret).hex() for secret in users.accepted_secrets)):
-        terminal.say("jwt_secret: is not that of the gomail whose backup this is: with these settings its API keys, "
+        with terminal.progress(head["lines"]) as progress:
+            target.restore(file, progress)
+            while queue.promote() == queue.BATCH:
+                pass
+        accounts = Accounts(store, settings.jwt_secret, settings.jwt_secret_previous)
+        target.finish()
+    if head["secret"] not in (None, *(accounts.derive("check", secret).hex() for secret in accounts.accepted_secrets)):
+        terminal.say("jwt_secret: not that of the gomail that wrote this backup; with these settings its API keys, "
                      "OTPs and links are not valid")
     if terminal.as_json:
         terminal.json({"records": head["lines"]})
@@ -8396,65 +8362,146 @@ def restore(settings: Settings, terminal: Terminal, options: argparse.Namespace)
     return 0
 
 
+def repair(settings: Settings, terminal: Terminal, options: argparse.Namespace) -> int:
+    """Cut off the end of the embedded server's file that it cannot read."""
+    if settings.redis_uri:
+        raise StartError("redis_uri: is set; only the file of the embedded server can be repaired")
+    server = EmbeddedServer(settings.data_dir)
+    server.lock_folder()
+    with open(server.folder / "valkey.lock", "a") as lock:
+        if not try_lock(lock):
+            raise StartError(f"data_dir: a server that a gomail left behind uses {str(server.folder)!r}; end it first")
+        path = server.last_file()
+        size, sound = path.stat().st_size, intact_length(path)
+        terminal.say(f"{path}: {size} bytes, of which the first {sound} are sound")
+        if size == sound:
+            return 0
+        if not options.yes and not terminal.confirms(
+                f"Cut off the last {size - sound} bytes, and keep a copy of the file?"):
+            return 1
+        copy = server.folder / f"{path.name}.{time.strftime('%Y%m%dT%H%M%S')}"
+        shutil.copy2(path, copy)
+        os.truncate(path, sound)
+        terminal.say(f"cut off; the original file is {copy}")
+    return 0
+
+
+def check(settings: Settings) -> bool:
+    """--check: test the settings, Redis and the SMTP server, and print the results. True where all is well."""
+    for warning in filter(None, [*warnings_about(settings, os.environ), unused_data(settings)]):
+        print(without_controls(f"warning  {warning}"))
+    listening = f"sender {settings.sender[1]}, would listen on {settings.host}:{settings.port}"
+    return all([passes("settings", lambda: listening), passes("redis", lambda: check_redis(settings)),
+                passes("smtp", lambda: check_smtp(settings))])
+
+
+def passes(name: str, test: Callable[[], str]) -> bool:
+    """Print the result of a test; whether it went well."""
+    try:
+        print(without_controls(f"ok       {name}: {test()}"))
+    except (StartError, UnavailableError, redis.RedisError) as error:
+        print(without_controls(f"failed   {name}: {error}"))
+        return False
+    return True
+
+
+def check_redis(settings: Settings) -> str:
+    """What --check reports of Redis. Raises StartError or RedisError."""
+    server = None if settings.redis_uri else EmbeddedServer(settings.data_dir)
+    if server and not server.is_ready():
+        return f"embedded server, not running, would keep its data in {server.folder} ({server.program()})"
+    store = open_store(settings, server)
+    if missing := store.forbidden(settings.durability == "fsync"):
+        raise StartError("redis_uri: the user lacks permissions that gomail needs: ACL SETUSER <user> "
+                         f"{acl_rules(missing)}")
+    try:
+        info = store.redis.info("server")
+    except redis.exceptions.NoPermissionError:
+        return "it answers, and permits all that gomail needs"
+    number = info.get("valkey_version", info["redis_version"])
+    return f"{info.get('server_name', 'redis')} {number} answers, and permits all that gomail needs"
+
+
+def check_smtp(settings: Settings) -> str:
+    """What --check reports of the SMTP server. Raises UnavailableError."""
+    if not settings.smtp_server:
+        outbox = MaildirTransport(pathlib.Path(settings.data_dir, "outbox"))
+        return f"smtp_server is not set, mail goes to the {outbox}"
+    transport = SmtpTransport(settings)
+    reply = transport.probe()
+    transport.tidy()
+    return f"{transport} takes mail from {settings.sender[1]}; its last reply: {reply}"
+
+
 def command_line() -> argparse.ArgumentParser:
-    """The parser of the command line."""
+    """The parser of the command line. A command's function is its default `run`."""
+    lines = ["settings, from the environment or a .env file in the working directory:"]
+    for field in dataclasses.fields(Settings):
+        default = field.default if field.default != "" else "(empty)"
+        lines.append(f"  {field.name:<18} {field.metadata['explanation']} [{default}]")
     parser = argparse.ArgumentParser(
         prog="gomail.py", description="A mail queue: takes tasks over HTTP, keeps them in Redis, sends them by SMTP.",
-        epilog=help_text(), formatter_class=argparse.RawDescriptionHelpFormatter)
+        epilog="\n".join(lines), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"gomail {__version__}")
-    parser.add_argument("--check", action="store_true",
-                        help="read the settings, reach Redis and the SMTP server, and exit")
-    commands = parser.add_subparsers(dest="command", title="commands, beside a running gomail")
+    parser.add_argument("--check", action="store_true", help="test the settings, Redis and the SMTP server, and exit")
+    commands = parser.add_subparsers(dest="command", title="commands")
 
-    def command(name: str, explanation: str) -> argparse.ArgumentParser:
-        found = commands.add_parser(name, help=explanation, description=explanation)
-        found.add_argument("--json", action="store_true", help="write JSON")
-        return found
+    def command(name: str, run: Callable[[Settings, Terminal, argparse.Namespace], int],
+                explanation: str) -> argparse.ArgumentParser:
+        subparser = commands.add_parser(name, help=explanation, description=explanation)
+        subparser.add_argument("--json", action="store_true", help="write JSON")
+        subparser.set_defaults(run=run)
+        return subparser
 
-    send = command("send", "queue a message and write its id; the content comes from a file or standard input")
+    def operation(name: str, method: Callable[[Operator, argparse.Namespace], int],
+                  explanation: str) -> argparse.ArgumentParser:
+        def run(settings: Settings, terminal: Terminal, options: argparse.Namespace) -> int:
+            return method(Operator(settings, terminal), options)
+        return command(name, run, explanation)
+
+    send = operation("send", Operator.send, "queue a message and write its id")
     send.add_argument("to", metavar="TO", help="the recipient's address")
     send.add_argument("--subject", required=True)
     content = send.add_mutually_exclusive_group()
-    content.add_argument("--html", metavar="FILE", help="the content, HTML; - is standard input")
-    content.add_argument("--text", metavar="FILE", help="the content, plain text; - is standard input")
+    content.add_argument("--html", metavar="FILE", help="the content as HTML; - is standard input")
+    content.add_argument("--text", metavar="FILE", help="the content as plain text; - is standard input (the default)")
     send.add_argument("--retries", type=int, default=8, metavar="N",
-                      help="0 to 25, by default %(default)s: about an hour")
+                      help="0 to 25; the default %(default)s takes about an hour")
     send.add_argument("--account", default=Operator.ACCOUNT, metavar="NAME",
-                      help="whose task it is, by default %(default)s")
-    send.add_argument("--wait", action="store_true",
-                      help="wait until it is sent, and show it; exit code 1 if it is not")
-    command("status", "show a task and what happened to it").add_argument("id", metavar="ID")
-    dead = command("dead", "list the dead letters, newest first")
-    dead.add_argument("--offset", type=int, default=0, metavar="N", help="how many to pass over")
-    dead.add_argument("--limit", type=int, default=100, metavar="N", help="how many to list, by default 100")
-    for name, explanation in (("retry", "queue a dead letter again"), ("delete", "remove a dead letter")):
-        revive = command(name, explanation)
-        which = revive.add_mutually_exclusive_group(required=True)
+                      help="the account that owns the task (default: %(default)s)")
+    send.add_argument("--wait", action="store_true", help="wait until it is sent and show it; exit code 1 if it is not")
+    operation("status", Operator.status, "show a task and what happened to it").add_argument("id", metavar="ID")
+    dead = operation("dead", Operator.dead, "list the dead letters, newest first")
+    dead.add_argument("--offset", type=int, default=0, metavar="N", help="how many to skip (default: 0)")
+    dead.add_argument("--limit", type=int, default=100, metavar="N", help="how many to list (default: 100)")
+    retry = operation("retry", Operator.retry, "queue a dead letter again")
+    delete = operation("delete", Operator.delete, "remove a dead letter")
+    for subparser in (retry, delete):
+        which = subparser.add_mutually_exclusive_group(required=True)
         which.add_argument("id", nargs="?", metavar="ID")
-        which.add_argument("--all", action="store_true", help="all of them")
-        if name == "delete":
-            revive.add_argument("--yes", action="store_true", help="do not ask, as is done at a terminal before --all")
-    command("stats", "show lanes, counters and the last hour; on a terminal every second, until Ctrl-C")
-    accounts = command("accounts", "list the accounts: name, dead letters, content types, mails sent and given up in "
-                       "the last hour")
-    accounts.add_argument("--yes", action="store_true", help="do not ask, as is done at a terminal before --remove")
-    repairing = command("repair", "cut off what the embedded server cannot read at the end of its file, after a crash; "
-                        "gomail must not be running")
-    repairing.add_argument("--yes", action="store_true", help="do not ask, as is done at a terminal")
-    for name, explanation in (
-            ("backup", "write all that gomail keeps in Redis to a file, while it runs or is stopped; the file holds "
-             "secrets and mails"),
-            ("restore", "take what a backup holds into an empty Redis or data_dir; gomail must not be running")):
-        command(name, explanation).add_argument("file", metavar="FILE", help="the backup; - is standard " + (
-            "output" if name == "backup" else "input"))
+        which.add_argument("--all", action="store_true", help="all dead letters, of all accounts")
+    delete.add_argument("--yes", action="store_true", help="do not ask before --all; only a terminal is asked")
+    operation("stats", Operator.show_stats,
+              "show lanes, counters and the last hour; on a terminal every second, until Ctrl-C")
+    accounts = operation("accounts", Operator.manage_accounts, "list the accounts, add one or remove one")
     change = accounts.add_mutually_exclusive_group()
     change.add_argument("--add", metavar="NAME", help="sign up an account and write its API key")
     change.add_argument("--remove", metavar="NAME", help="deregister an account: its key, tasks and subscriptions end")
+    accounts.add_argument("--yes", action="store_true", help="do not ask before --remove; only a terminal is asked")
+    saving = command("backup", backup, "write everything that gomail keeps in Redis to a file, which then has secrets "
+                     "and mails; gomail may be running")
+    saving.add_argument("file", metavar="FILE", help="- is standard output")
+    restoring = command("restore", restore, "restore a backup into an empty Redis or data_dir; gomail must not be "
+                        "running")
+    restoring.add_argument("file", metavar="FILE", help="- is standard input")
+    repairing = command("repair", repair, "after a crash, cut off the end of the embedded server's file that it cannot "
+                        "read; gomail must not be running")
+    repairing.add_argument("--yes", action="store_true", help="do not ask; only a terminal is asked")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit code."""
+    """Run the command line. Returns the exit code."""
     options = command_line().parse_args(arguments)
     os.umask(0o077)
     try:
@@ -8463,14 +8510,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0 if check(settings) else 1
         if not options.command:
             return run(settings)
-        terminal = Terminal(options.json)
-        if options.command == "repair":
-            return repair(settings, terminal, options)
-        if options.command == "backup":
-            return backup(settings, terminal, options)
-        if options.command == "restore":
-            return restore(settings, terminal, options)
-        return getattr(Operator(settings, terminal), options.command)(options)
+        return options.run(settings, Terminal(options.json), options)
     except redis.RedisError as error:
         print(f"gomail: Redis is not available: {describe(error)}", file=sys.stderr)
     except StartError as error:
@@ -8481,8 +8521,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"gomail: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        return 0 if options.command == "stats" else 130  # as a shell has it: 128 and the number of SIGINT
-    except BrokenPipeError:  # who looked has seen enough
+        return 0 if options.command == "stats" else 130  # 128 and the number of SIGINT, as in a shell
+    except BrokenPipeError:  # the reader of the output has ended, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
     return 3 if options.command else 1

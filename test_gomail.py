@@ -1173,7 +1173,7 @@ def test_the_first_log_lines_say_where_it_listens_where_the_data_lies_and_where_
     until(lambda: len(process.lines) >= 3)
     first, second, third = (json.loads(line)["message"] for line in process.lines[:3])
     assert first.startswith("listening on http://127.0.0.1:")
-    assert "data lies in" in second and str(process.folder.resolve() / "gomail-data") in second
+    assert "data is in" in second and str(process.folder.resolve() / "gomail-data") in second
     assert "mail goes to Maildir" in third and str(process.folder.resolve() / "gomail-data" / "outbox") in third
 
 
@@ -1500,7 +1500,7 @@ def test_no_process_writes_a_password_of_redis_uri_anywhere(processes, guarded_r
         assert (code == (1 if arguments else 78) and "redis_uri: " in said and said.count("\n") <= 3
                 and not re.search("QX|ZJ|de:|pl@y", said))
     process = processes({"redis_uri": f"{user}:{password}@{place}", "key_prefix": "shown:"}).started()
-    assert until(lambda: process.logged("data lies in redis://127.0.0.1:"))
+    assert until(lambda: process.logged("data is in redis://127.0.0.1:"))
     assert process.stop() == 0
     process.reader.join()
     said = "".join(process.lines) + (process.folder / "app.log").read_text() + process.process.stderr.read()
@@ -1655,11 +1655,11 @@ def test_a_redis_user_with_the_documented_permissions_is_enough_for_all_work(
     server.client.delete("gomail:heartbeat:another-process")
     until(queue.find_orphans)
     until(lambda: service.queue.reclaim(patience=0.0))
-    operator = gomail.Operator(service.settings, gomail.Terminal(as_json=True))
+    terminal = gomail.Terminal(as_json=True)
     for arguments in (["status", waiting], ["dead"], ["stats"], ["accounts"],
                       ["accounts", "--remove", "app@example.com", "--yes"]):
         asked = gomail.command_line().parse_args(arguments)
-        assert getattr(operator, asked.command)(asked) == 0
+        assert asked.run(service.settings, terminal, asked) == 0
     refused = [dict(zip(entry[::2], entry[1::2])) for entry in server.client.execute_command("ACL", "LOG")]
     assert {entry["object"] for entry in refused} <= {"info", "client|setinfo", "client"}
     used = {name.removeprefix("cmdstat_").upper() for name in server.client.info("commandstats")}
@@ -6407,7 +6407,7 @@ def test_where_no_key_is_asked_for_a_body_has_at_most_64_kb(service, path):
 @pytest.mark.parametrize("framing, begun", [
     ("Content-Length: 1048576", b""), (CHUNKS, b"80000\r\n" + b" " * 0x80000 + b"\r\n80000\r\n")])
 def test_of_unfinished_bodies_only_so_many_are_held_and_small_requests_are_answered(service, client, framing, begun):
-    budget = service.http.bodies
+    budget = service.http.body_budget
     large = head("POST /task/ HTTP/1.1", JSON, f"Authorization: {client.key}", framing) + begun
     assert budget.left == 64 * 1048576
     with contextlib.ExitStack() as held:
@@ -6425,15 +6425,15 @@ def test_of_unfinished_bodies_only_so_many_are_held_and_small_requests_are_answe
 def test_large_bodies_are_parsed_a_few_at_a_time_and_small_requests_do_not_wait_for_them(service, client):
     start = head("POST /task/ HTTP/1.1", JSON, f"Authorization: {client.key}", "Content-Length: 100000")
     for _ in range(gomail.LARGE_AT_ONCE):
-        assert service.http.large.acquire(blocking=False)
+        assert service.http.large_bodies.acquire(blocking=False)
     with connection_to(service, start, json.dumps(MESSAGE).encode().ljust(100_000)) as waiting:
-        until(lambda: service.http.bodies.left < 64 * 1048576)
+        until(lambda: service.http.body_budget.left < 64 * 1048576)
         assert client.task(userId="small@example.com")
         waiting.setblocking(False)
         with pytest.raises(BlockingIOError):
             waiting.recv(1)
         waiting.settimeout(PATIENCE)
-        service.http.large.release(gomail.LARGE_AT_ONCE)
+        service.http.large_bodies.release(gomail.LARGE_AT_ONCE)
         assert status_of(waiting.recv(65536)) == 200
 
 
@@ -6750,7 +6750,7 @@ def test_the_time_a_connection_was_idle_does_not_count_for_its_next_request(serv
     monkeypatch.setattr(service.http.api.stats, "count", lambda *_, **__: deadlines.extend(
         handler.deadline for handler in service.http.answering))
     with connection_to(service) as connection:
-        until(lambda: service.http.places._value < service.settings.max_connections)
+        until(lambda: service.http.connection_slots._value < service.settings.max_connections)
         for _ in range(2):
             began = time.monotonic()
             connection.sendall(PING)
@@ -6777,12 +6777,12 @@ def test_one_connection_too_many_is_503_at_once_and_later_all_is_as_before(servi
     service = services(max_connections=2)
     address = service.http.server_address[:2]
     held = [socket.create_connection(address) for _ in range(2)]
-    until(lambda: service.http.places._value == 0)
+    until(lambda: service.http.connection_slots._value == 0)
     answer = raw(service)
     assert status_of(answer) == 503 and b"Retry-After: 1" in answer and json.loads(answer.partition(b"\r\n\r\n")[2])
     for connection in held:
         connection.close()
-    until(lambda: service.http.places._value == 2)
+    until(lambda: service.http.connection_slots._value == 2)
     assert status_of(raw(service, PING)) == 200
 
 
@@ -6798,7 +6798,7 @@ def test_one_connection_too_many_gets_its_503_also_while_it_writes_and_holds_up_
         assert status_of(held.recv(65536)) == 200
         with connection_to(service, b"half") as silent:
             assert status_of(rest_of(silent)) == 503
-            until(lambda: not service.http.leaving)
+            until(lambda: not service.http.turned_away)
 
 
 def test_without_file_descriptors_nothing_spins_and_it_goes_on_when_there_are_some(processes, redis_server):
@@ -6835,7 +6835,7 @@ def test_500_slow_connections_leave_a_good_client_an_answer_or_503_at_once(servi
     assert status_of(raw(service)) == 503
     for connection in held:
         connection.close()
-    until(lambda: service.http.places._value == 100)
+    until(lambda: service.http.connection_slots._value == 100)
     assert status_of(raw(service, PING)) == 200
 
 
@@ -7262,8 +7262,8 @@ def test_check_says_what_it_found_sends_nothing_and_exits_0_or_1(processes, mail
 
 
 @pytest.mark.parametrize("reply, code, words", [
-    ("250 2.1.5 Ok", 0, "it said at the last, RCPT: 250 2.1.5 Ok"),
-    ("550 5.1.1 no mailbox of that name", 0, "it said at the last, RCPT: 550 5.1.1 no mailbox of that name"),
+    ("250 2.1.5 Ok", 0, "its last reply: RCPT: 250 2.1.5 Ok"),
+    ("550 5.1.1 no mailbox of that name", 0, "its last reply: RCPT: 550 5.1.1 no mailbox of that name"),
     ("553 5.7.1 <app@example.org>: Sender address rejected: not owned by user app", 1, "not owned by user app")])
 def test_check_offers_a_mail_as_far_as_rcpt_and_says_what_the_server_said(
         processes, mail_server, redis_server, reply, code, words):
@@ -7526,6 +7526,122 @@ def test_no_process_outlives_a_killed_supervisor(processes):
     until(lambda: not any(pathlib.Path(f"/proc/{pid}").exists() for pid in left))
 
 
+# What an earlier version, that of commit fdecb44, left in Redis when it was killed: {"made": Redis's time in seconds,
+# "keys": {account: API key}, "ids": {name: id}, "otp", "once": the body of a task with the Idempotency-Key "one",
+# "data": {key without prefix: [type, value, ttl in ms or -1]}}. JSON, gzip, base85. Of two changes, the keys are signed
+# anew with an older `iat`, and the scripts' answers (answered:*) are left out.
+LEFT_BY_AN_EARLIER_VERSION = """
+    ABzY8000000t4+_X>;4Q7X2$4eO40ei(jYHG;#f$CU)C6ah+v6AOTuRv{j_MW&GdY1xZ<?NQ!c!DEaU*lc{3@xEDC*F1P^trTf|4#NE9w-MBxQ{^G99X
+    gYL{!^x<-*L629`oTdsI3Bz>d~<t<j|PYF;rK5eK06eLpQnGnefB~>hDNvc^w2lDH3$0Y&x5z@>=a)G2XE$QL??%XtAQE+H9h<^8N9kZq-W&q=T|5F(W
+    ~dbj?Pa18oV3*H99&yygoWPygfR2F*qZC^0Slu!OLeare}ZuIXM2bPhUNMdX@eCRX-kIUXfw+$F(vi<mo@+?eW3>t1J8Z+MW)7fAj3-)9v)7e0O{K`%C
+    k=+v`q}zMFmJye{oQe;9uLb?6R$OTvTe;mgs{W$+q0ji$)FhEAVA_vaxyK7BiQb$T>>_55gfcJh=RkwbQTazWmmJiR{qbU|N{eVnex>2C<u<ND}!F|Vg
+    r(VveIRydygx_|zZ@hDNV@Zjm$1(WYiC*s}w;$;8D^tY4W_2IR6ch<dwsf|PDkxNYc8D^FKv)4^-rtsVD$i=a_@V}V3WHxYsG3s@v=4LoC*7usnZgyz%
+    ex(KKb>n&P$%P4gJkACUC*#D8?|*UUr6*JPr(jYr4lM>YW6?Z_!`UG4DhPqGBO#JT1sEYD14Im>p(4sLi%}{l44t#i7Md#&2?EUnNtp|rMn+*_jezFXn
+    NmyTIP(K@#wayBvc?JQ0%&<L85dPhA!8A=q)aIsX^aAGs1-b4o}0n=qS)G@KtO9AQWG&kT&N5on5PO)r!!dEvc{1^651OgtdJaIib!az*CRBrUc+Ijxk
+    eN_XpRNq#xY4XCqk#I7>9jl=c~;{n2xRpGoeyKap#ov>ya^_&{A=)w+aJmg~A+ZX(?5Hmh<trG)WREiT#pT%N6tmjZ7dk_l?Js*~kn_Z6oX3GDQQxhdV
+    <;K{!qAYudRogCs6C4~b1R4g*XX;0<dh2+7tj=SQ`ZWjORQkiwcVYh@@5aTq$y$LqRj6+pL$abXNK+DaN2roDk!lNe9RH$e55gBa-hzS}o(zuT*Ica+G
+    `S*&2D5ugWC<^kq}vLFbpHn_o?Km)0?3vlQVbp|OJD6ND;I8YK;37R~@AA4OBhl9a+G#RFJf8UM4ECG>T7fa0rB|u|E!6?$kxxww#2wcu#5=Cz27vsx^
+    g~@*C?sYzNkJAqyx;^+gA1V9rU*O{8L-%f>(?U#jHI`Dw?y6445&XInO=g`hUpiwma-F-o8i7Aee@<okR&HblLumHXlj+X|9WtYS-@T1p((S!}zkzu#S
+    4=bV7=7%$-@wufoj8I{AD7~5=l|XG8JZi{up*6)DIbh!fix>?(Ck03g1+2q0H2o{^qrX{fiub8<>(Ox@9-$nK`4nbW!iRol(Dn}*w$orvq!Whk|11U&w
+    HRv$_7u3)n(3p+h%tkx*xrDg2>WfrC&!tEoZkTr8r#aLl#W8APCotxA=0`qY^7d$wwbo-Do-ig9>l<G_^R8L~w?qKye}!r$%Vtq7cY2j%6qn1D~rE@{v
+    =>fN)~D3qZKVt_+_t0%Taq!S6d0kkHCVQpcsFp#~piAwWpX4bl`j8&L|b)>x`sKuAQxPFvLJwEI&fsFsXLKhHRxJG<wd&024iwp;PQRtqMW4QK?)fpto
+    V0saS+{lN=Q^XV!%k6j3BURnte$RLPNXqC4s8z@Es0cv3aYe*b(PB;Yt9_)`XO|hXAmYH!L8EHdqyQ`z0Llh4`mt=4*!w5{nGC(a90VR%eEdv`W%`LzL
+    Q5Ax#bA(B3!OoQkID)_?oi^N(T*lCh-Ci&srh^ZCNCQJ}o&Lu{=S6H^c5e;x#qRUjMVbfJbZ-j8y-h-VYwD0IG4l2j#zjWBYZuOwG-bkMkyFNTH1`>d7
+    oQn(YQs4ZAZdZfTH@GR(xv}}NKe2K29`+A766EboP+gX$eT1)P6d(?&J4mRinMYf3WWq?wE!^(*Y7hnpohtIUAlkB0JZlouoc@Z4apPw)Kw6$AkMQ%ox
+    @H5jA)aoRbq=K9C>g86hy>X$i0bnp)3a~Nz*Vvxfe=HLes?T!D83siuYm_M|>exYqgkb2J1$XEyk?O=ZM89GxyKj#Yw!rAE3iw#@-=M%{<P+^MW1KDB1
+    mTpWRGn6VFB$xAe#i>k;Z@1`0oTGk=6u#sPIIQF(9CrQWI=()`?@W-eSY=vH^q+m+4tHraq|u%BtC_$FJZ4fbOj?C>_&Gj6aA-C$q4!6tcw9rv<{;GO|
+    tpbUlp1&Ie(k+j7oOsDH2D77#vW+O-jtsuoF#ArWC1j$DLixYrFBS?P>O=RSx^)tc_78eB}p^|cei%o*iFD^1v@KD)+K_&w_vtpB`l0%90^}DMT3u@M=
+    JXW3m_`ga0-=uy3llpplS=6OUA^d&Q4#+3**-vIXHs$Xh^T5tAN%x$+jm8-|bLrwuMyi-}Ho&A%5ouCNAVnXdRAno&7)VJ0NECL|abl8qWmkML@#T>7c
+    mzoZY#SzH8=uGXQMLz!z8LTz#QO*^PM~A9U(9>?l5c#TOcFEny1)lt_RZAFE59&M`e8CpK(+kaeZ3XFdO2h(qb^FQ`Ji~?K_TUFGsuUJlj%n4mPhU<h5
+    W4~0d@)fNxrFmzW;LnWPdUI493p~f8sTJ@?~J}79TxK^Bi0t!dD3W<M{PSok%lJ`cLA)#dtnlFLZNY?n|Q^tsvjxWEQpX!DJloZV6M=@<~q<ko{~?Z`^
+    !6zg~lu`SPvUl`l=^BW}z57pE8B3Ybeb8$>q`VMECQ2J`T<OLC#ZbYyUah^PJJzfksI|Kux7pRkRWy>LeH&0N{qmG@*xr}QLs$88Yg+sb>TXK{P&Z8dO
+    arvlkQVpi^dS_!RQZj{b!9NuJ&ez7p+n`P)2xY&O{>ES_EAMyV#9E(T+nUMc{X=Vcx46_a(+aEkEC4cDN-NCX}lZC3HbqU2bRMkjpE!M00GS{=Nl)0j2
+    O^Q*c<p^A0|6zJ!sU%si=V7X64N<aWYW>+%J6Fs`TzUA^{NWpC1;rOWZ+$^(>@HVkQ!IQD@mNXb6GMNp+}Nymkh2tg9!+K~M{JjsW5wX6lRJd`ID6$g>
+    >WD%F@B6Y<4Fg+OTXh6cQI@4682iN`+^E}g~`nBy6K6K%>c||UkYC*0o^iOGB>za&PM70%kLlLR9o*kQXBE^%O7zsFABiiCh&_2ztXm|>J%hVK5&>YoX
+    pc33>6?AP<Zt<@cUw&A2mtbXqv>iLwB>;WClO`qVr%pi2JMBC<I$Zf4+mcFJ?-bR&L8+HSN~gz*1PHcPe%O)+!y_z^d9zJy;5BMSdKxXm)nA1WQ%GYN`
+    #jftC8G-GF7jk!5M62`+(E4G0UgTJK1FJz4;e7DcqYyDp>ESSx8kD+}toL8~q?S&vsux>Jvs#)ya?#=JDfjH4o8N>l)As(-ZsmS#7*0jwrPTaQ;Y?Q4Q
+    dA@T#k1);PAm!=iCnkt%Ya1oC6!{91yw|<D=1(RUuzW>L73oN~4T@2wWTn#nqR=5CE`XIROixLlm>K==S;8okH5j4n}^tM6E?^rw>G>VCoCD5uavFYrg
+    4K&JG8m_-NXuc3pgI6%IH#?S_mq(X(7W3<m_17XhK6`O1>`E^u=EPbR(8MVQNj~2dr_!5uD@ZFQQKtmG(4ynj?_|41lI|Kmj7v&mCOQcAoR@=3XFJR7X
+    So@{NOe{xTQ_!r@5K*|+)qa?avxW@-*hzB#(ky<*@?qyh%Mio`&GGH=KiKZkO3jscjP`tlIYH=LPdVAR!nM`S}CeDaW<7!<SeP~IhszK+c?VwCul32rR
+    %w~IKBHOy!}_Qx4_-|R~<Qj>jX7%m<x&Z_vA37VXU*NP-iiP4s4q`4BRQ|1oQZ&#NYBK|6*qDmV;-v!)r@~jdv&7Xey}IY!|MzQX{S8f%h+Sa?EQgy7h
+    nywxc8v6`-nU*BQi}<s|;oiJj{l?4NW>=d6vcNH8vnl|@D?#j3_DG_4qOpO)?b<NMcAYj9q^sLElk?X)X28^GX_mhyP2t6(%-d1?hi5WJH-{{Ai6_ef|
+    Og#Ww9koIz8dv4ONrDrejr|d@VU*IjalXaTxie9<<E-GB>z8mk@wX;dErpl&&UAQGUSKpYn?cwX*q}F<FFdP2EY~O|Sm;4K6&#FK*-Ir_wYVk&3bF(j9
+    u6iI`$@D>JCDTp7g0zCDAErPi^-8UUuhui0@4v1GOEIN6-cC|PTJq=YS?@RT(EmpCHZu48rSc+iuZpSXmtS>_<!(H4jSp_VP~FBBa2jeS)ro8_-y@vYN
+    !|ii{+YXZA>XeE`Hp00x`5w8297vO@0#z#&sW}TJ(v&M6`o!79$zGV-$Z12o6Flnn6x}lMk^F@LuiC4hgC%`<Qy5ho*NZmyNE*#)M$FX(Mk>f%5XP_nq
+    znMRkYZi;JQ0u{mFc`xDu9oiu0xH<purbt8GW_%Fk(yFDdKsJ=xOm9;l5i7)c>^b*9>QYhiQBY+3p`Zmhw*_A<qep>KUHR)D^+zS$(RISw5RK7&;#E+g
+    vQqi}B}#bqt7YW>yI%955=bgRphK60-?X=Q_4PkoBDYQAofuXTZN`Tuud^^l|GEpg@kLi)6rYW4B1*BwDb>h3L-y89oOPWMY{O8@`
+"""
+
+
+def left_by_an_earlier_version(client: redis.Redis, prefix: str) -> dict:
+    """Put the data of an earlier version behind a prefix, as if it had been killed an hour to a day ago; what it left.
+
+    All times in it are moved by whole days, so that the calendar of the newsletters fits.
+    """
+    text = gzip.decompress(base64.b85decode("".join(LEFT_BY_AN_EARLIER_VERSION.split()))).decode()
+    made = json.loads(text)["made"]
+    days = (int(client.time()[0]) - 3600 - made) // 86400
+
+    def moved(match):
+        moment = int(match[1])
+        return f"{moment + days * 86400}{match[2]}" if abs(moment - made) < 4e7 else match[0]
+    left = json.loads(re.sub(r"(?<![\w.])(\d{10})((?:\d{3}|\d{6})?)(?!\w)", moved, text))
+    for name, (kind, value, ttl) in left["data"].items():
+        put = {"string": client.set, "hash": lambda key, value: client.hset(key, mapping=value),
+               "list": lambda key, value: client.rpush(key, *value),
+               "zset": lambda key, value: client.zadd(key, dict(value))}[kind]
+        put(prefix + name, value)
+        if ttl >= 0:
+            client.pexpire(prefix + name, ttl)
+    return left
+
+
+def test_what_an_earlier_version_left_in_every_state_goes_on_with_this_one(services, mail_server, clock, redis_server):
+    prefix = f"{secrets.token_hex(4)}:"
+    left = left_by_an_earlier_version(redis_server.client, prefix)
+    clock.now = left["made"]
+    service = services(mail_server, clock, key_prefix=prefix)
+    client, other = (Client(service.http.url, left["keys"][name]) for name in ("shop@example.com", "other@example.com"))
+    waiting = {"retrying": "retrying", "running": "running", "normal": "normal", "otp waits": "waits"}
+    for name in (*waiting, "subscribe waits", "unsubscribe waits"):
+        client.state(left["ids"][name], "succeeded")
+    until(lambda: mail_server.to("issue@example.com"))
+
+    ended = {"succeeded": "succeeded", "subscribe": "succeeded", "once": "succeeded", "dead": "dead", "gone": "dead",
+             "suppressed": "suppressed", "cancelled": "cancelled", "scheduled": "scheduled"}
+    tasks = {name: client.get(f"/task/{left['ids'][name]}") for name in left["ids"]}
+    assert {name: tasks[name]["state"] for name in ended} == ended
+    stories = {name: [step["event"] for step in task["story"]] for name, task in tasks.items()}
+    assert stories["dead"] == ["accepted", "dead", "revived", "dead"] and tasks["dead"]["error"] == "550 5.2.1 no"
+    assert stories["retrying"] == ["accepted", "retrying", "succeeded"]
+    assert stories["running"] == ["accepted", "orphaned", "succeeded"] and tasks["running"]["attempts"] == 1
+    assert {task["id"] for task in client.get("/task/dead")["tasks"]} == {left["ids"]["dead"], left["ids"]["gone"]}
+    assert recent(client, limit=100)[0] == left["data"]["recent:shop@example.com"][1]
+    suppressed = client.get("/suppressions")["suppressions"]
+    assert {found["userId"] for found in suppressed} == {"never@example.com", "gone@example.com"}
+    assert client.get("/health/metrics")["Jobs Successful"] >= 9 + 7
+    assert client.get("/task/subscriptionContent/news")["subject"] == "News for {{ name }}"
+    assert [found["userId"] for found in other.get("/subscriptions")["subscriptions"]] == ["anna@example.com"]
+    assert {found["userId"]: found["frequency"] for found in client.get("/subscriptions")["subscriptions"]} == {
+        "Anna@example.com": "@daily", "issue@example.com": "@monthly", "new@example.com": "@hourly"}
+
+    verification = {"userEmail": "otp@example.com", "otp": left["otp"]}
+    assert [client.post("/task/verify", verification)["verified"] for _ in range(2)] == [True, False]
+    assert client.post("/task/", left["once"], Idempotency_Key="one")["id"] == left["ids"]["once"]
+    assert client("POST", "/auth/signup", {"id": "shop@example.com"})[0] == 409
+    assert client("DELETE", f"/task/{left['ids']['scheduled']}")[0] == 200
+    client.post(f"/task/dead/{left['ids']['dead']}/retry")
+    client.state(left["ids"]["dead"], "succeeded")
+
+    clock.forward(86400)
+    until(lambda: mail_server.to("Anna@example.com") and mail_server.to("new@example.com"))
+    assert mail_server.one("Anna@example.com")["Subject"] == "News for Anna"
+    until(lambda: not any(service.inspection.depths()[lane] for lane in gomail.LANES))
+    recipients = collections.Counter(mail.recipient for mail in mail_server.mails)
+    assert recipients == dict.fromkeys([*(f"{name}@example.com" for name in (*waiting.values(), "issue", "dead", "new",
+                                                                            "Anna"))], 1)
+
+
 # --- 14. command line -------------------------------------------------------------------------------------
 
 class Command:
@@ -7651,7 +7767,7 @@ def test_a_command_with_another_secret_than_the_service_gives_out_no_key(operate
     command, _ = operated
     code, output, errors = command("accounts", "--add", "x@example.com",
                                    jwt_secret="another secret, of 32 bytes or more")
-    assert (code, output) == (3, "") and "jwt_secret: not that of the gomail that runs" in errors
+    assert (code, output) == (3, "") and "jwt_secret: not that of the running gomail" in errors
 
 
 def test_an_empty_mail_is_not_sent_from_the_command_line(operated):
@@ -7753,7 +7869,7 @@ def test_check_shows_no_control_character_of_what_a_mail_server_says(processes, 
     mail_server.replies["app@example.org"] = ["550 5.1.1 \x1b[2J\x07 no \x7f"]
     environment = {"smtp_server": "127.0.0.1", "smtp_port": str(mail_server.port), "smtp_from": "app@example.org"}
     _, output, _ = processes(environment, arguments=["--check"]).result()
-    assert "it said at the last, RCPT: 550 5.1.1 ?[2J? no ?" in output and not set(output) & set(DECEPTIVE)
+    assert "its last reply: RCPT: 550 5.1.1 ?[2J? no ?" in output and not set(output) & set(DECEPTIVE)
 
 
 def test_the_command_line_makes_its_own_account_and_no_odd_ones(operated):
@@ -7782,7 +7898,7 @@ def contents(client: redis.Redis, prefix: str) -> dict:
     found = {}
     for key in client.scan_iter(match=f"{prefix}*", count=1000):
         name, form = key.removeprefix(prefix), client.type(key)
-        if name.partition(":")[0] in gomail.Backup.LEFT_OUT:
+        if name.partition(":")[0] in gomail.Backup.EXCLUDED:
             continue
         value = {"string": client.get, "hash": client.hgetall, "list": lambda key: client.lrange(key, 0, -1),
                  "zset": lambda key: client.zrange(key, 0, -1, withscores=True)}[form](key)
@@ -7901,7 +8017,8 @@ def test_a_queue_moves_to_another_server_and_back_with_tasks_in_every_state_and_
     assert third.stop() == 0
 
 
-def backed_up(store: gomail.Store, watched: Callable[[str], object] = lambda pattern: None) -> io.BytesIO:
+def backed_up(store: gomail.Store, watched: Callable[[str], object] = lambda pattern: None,
+              uri: str = "") -> io.BytesIO:
     """A backup of what is behind a Store's prefix; `watched` hears which keys were just looked for."""
     class Watched(gomail.Backup):
         def _names(self, pattern="*"):
@@ -7909,15 +8026,15 @@ def backed_up(store: gomail.Store, watched: Callable[[str], object] = lambda pat
             watched(pattern)
 
     file = io.BytesIO()
-    Watched(reading(store)).write(file, lambda count: None)
+    Watched(reading(store, uri=uri)).write(file, lambda count: None)
     file.seek(0)
     return file
 
 
-def reading(store: gomail.Store, prefix: str = "") -> gomail.Store:
-    """A Store for gomail.Backup on the server of another one."""
-    path = store.redis.connection_pool.connection_kwargs["path"]
-    return gomail.Store(f"unix://{path}", prefix or store.prefix, encoding_errors="surrogateescape",
+def reading(store: gomail.Store, prefix: str = "", uri: str = "") -> gomail.Store:
+    """A Store for gomail.Backup on the server of another one, or on that of a redis_uri."""
+    uri = uri or f"unix://{store.redis.connection_pool.connection_kwargs['path']}"
+    return gomail.Store(uri, prefix or store.prefix, encoding_errors="surrogateescape",
                         retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0))
 
 
@@ -7963,7 +8080,7 @@ def test_whatever_bytes_are_kept_a_restore_brings_the_same(redis_server, page, n
         for name in names:
             client.pexpire(at(store.prefix, name), ends)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(gomail.Backup, "PAGE", page)
+        patched.setattr(gomail.Backup, "PAGE_BYTES", page)
         prefix = restored(store, backed_up(store))
     assert client.get(at(prefix, names[0])) == text and client.hgetall(at(prefix, names[1])) == fields
     assert client.lrange(at(prefix, names[2]), 0, -1) == items
@@ -7977,7 +8094,7 @@ def test_whatever_bytes_are_kept_a_restore_brings_the_same(redis_server, page, n
 
 def test_a_backup_under_load_misses_nothing_that_was_answered_before_and_repeats_nothing_that_had_succeeded(
         services, mail_server, monkeypatch):
-    monkeypatch.setattr(gomail.Backup, "AT_ONCE", 3)  # so that it takes a while
+    monkeypatch.setattr(gomail.Backup, "PAGE_KEYS", 3)  # so that it takes a while
     service = services(mail_server, workers=1)
     client = service.client.sign_up()
     tasks = [{**MESSAGE, "payload": {**MESSAGE["payload"], "userId": f"batch-{number}@example.com"}}
@@ -8104,11 +8221,11 @@ def test_a_backup_that_ends_too_early_or_was_changed_is_refused_before_anything_
     environment = {"redis_uri": service.settings.redis_uri, "key_prefix": "untouched:"}
     command = Command(argparse.Namespace(folder=tmp_path), environment)
     for octets, words in [
-            *((whole[:cut], "not whole: it ends too early") for cut in (len(whole) // 2, -9, -1)),
-            *((gzip.compress(b"".join(found)), "not whole") for found in (
+            *((whole[:cut], "not complete: it ends too early") for cut in (len(whole) // 2, -9, -1)),
+            *((gzip.compress(b"".join(found)), "not complete") for found in (
                 lines[:-1], lines[:3] + lines[4:], lines[:1], [*lines[:-1], *lines[3:4], lines[-1]],
                 [*lines[:3], lines[3].replace(b"a", b"b"), *lines[4:]], [*lines, lines[-1]])),
-            (gzip.compress(b"".join([head, *lines[1:]])), "written by gomail 9.9.9, in a format that this one"),
+            (gzip.compress(b"".join([head, *lines[1:]])), "written by gomail 9.9.9, in a format that this version"),
             *((found, "is no backup of gomail") for found in (
                 b"", b"PK", whole[:5], gzip.compress(b"[]"), gzip.compress(b"text"), gzip.compress(b"[" * 9000)))]:
         (tmp_path / "backup").write_bytes(octets)
@@ -8131,13 +8248,13 @@ def test_what_a_backup_or_a_restore_cannot_do_is_said_and_changes_nothing(proces
     assert command("backup", "kept")[0] == 0
     whole = kept.read_bytes()
     for arguments, changes, code, words in [
-            (["backup", "kept"], {"key_prefix": "none:"}, 1, "there is nothing of gomail's behind key_prefix 'none:'"),
+            (["backup", "kept"], {"key_prefix": "none:"}, 1, "there is no data of a gomail under key_prefix 'none:'"),
             (["backup", "kept"], {"redis_uri": "127.0.0.1:1"}, 3, "cannot be reached"),
-            (["backup", "kept"], {"redis_uri": "", "data_dir": "nowhere"}, 3, "there are no data in"),
-            (["backup", "/dev/null"], {}, 1, "/dev/null is no file"),
+            (["backup", "kept"], {"redis_uri": "", "data_dir": "nowhere"}, 3, "there is no data in"),
+            (["backup", "/dev/null"], {}, 1, "/dev/null is not a file"),
             (["backup", "nowhere/file"], {}, 1, "nowhere/file cannot be written: No such file or directory"),
             (["restore", "nowhere"], {}, 2, "nowhere cannot be read: No such file or directory"),
-            (["restore", "kept"], {}, 1, "a gomail works on this Redis; stop it first")]:
+            (["restore", "kept"], {}, 1, "a gomail is running on this Redis; stop it first")]:
         found, output, errors = command(*arguments, **changes)
         assert (found, output) == (code, "") and words in errors and errors.count("\n") == 1, errors
         assert kept.read_bytes() == whole and not list(process.folder.glob(".*.*"))
@@ -8148,7 +8265,7 @@ def test_what_a_backup_or_a_restore_cannot_do_is_said_and_changes_nothing(proces
     assert process.stop() == 0
     before = contents(server.client, "gomail:")
     code, _, errors = command("restore", "kept")
-    assert code == 1 and "data of a gomail are there already, behind key_prefix 'gomail:'" in errors
+    assert code == 1 and "key_prefix 'gomail:' already holds data of a gomail" in errors
     assert_restored(before, contents(server.client, "gomail:"))
 
 
@@ -8168,10 +8285,46 @@ def test_no_gomail_starts_on_what_a_restore_has_not_brought_in_full_and_the_next
     server.client.rpush("there:recent", "half")
     for arguments in ([], ["backup", "again"]):
         code, _, errors = processes(there, folder=process.folder, arguments=arguments).result()
-        assert code == 1 and "a `restore` into this Redis is under way, or was broken off" in errors
+        assert code == 1 and "a `restore` into this Redis is running or was interrupted" in errors
     assert command("restore", "kept", key_prefix="there:")[0] == 0
     assert_restored(contents(server.client, "gomail:"), contents(server.client, "there:"))
     assert Client(processes(there, folder=process.folder).started().url, client.key).get("/task/recent")["tasks"]
+
+
+def test_a_queue_moves_into_a_cluster_and_out_of_it_and_a_backup_ends_where_its_keys_move(
+        services, mail_server, redis_with_file, redis_server, tmp_path):
+    cluster = RedisCluster(redis_with_file, "{gomail}:")
+    source = services(mail_server)
+    client = source.client.sign_up()
+    client.state(client.task(), "succeeded")
+    source.workers.stop(PATIENCE)
+    ids = [client.task(userId=f"{number}@example.com") for number in range(300)]
+    services.running.remove(source)
+    source.stop()
+    single = {"redis_uri": redis_server.uri, "key_prefix": f"{secrets.token_hex(4)}:"}
+    environments = {"": {**single, "key_prefix": source.settings.key_prefix}, "single": single,
+                    "cluster": {"redis_uri": cluster.uri, "key_prefix": "gomail:"}}
+    for place, words in (("", ("backup", "first")), ("cluster", ("restore", "first")),
+                         ("cluster", ("backup", "second")), ("single", ("restore", "second"))):
+        code, _, errors = Command(argparse.Namespace(folder=tmp_path), environments[place])(*words)
+        assert code == 0, errors
+    assert_restored(contents(cluster.master.client, "{gomail}:"),
+                    contents(redis_server.client, single["key_prefix"]))
+
+    def fails_over():
+        cluster.replica.client.cluster("FAILOVER")
+        until(lambda: cluster.master.client.role()[0] == "slave")
+
+    def moves():
+        owner, target = cluster.replica, next(node for node in cluster.nodes[:3] if node is not cluster.master)
+        target.client.cluster("SETSLOT", cluster.slot, "IMPORTING", cluster.ids[owner])
+        owner.client.cluster("SETSLOT", cluster.slot, "MIGRATING", cluster.ids[target])
+        owner.client.execute_command("MIGRATE", "127.0.0.1", target.port, f"{{gomail}}:task:{ids[0]}", 0, 5000)
+
+    store = gomail.Store(cluster.uri)
+    for happens in (fails_over, moves):
+        with pytest.raises(redis.ConnectionError, match="does not have all of the keys now"):
+            backed_up(store, lambda pattern: pattern == "schedule" and happens(), cluster.uri)
 
 
 def test_a_backup_goes_through_a_pipe_and_its_other_secret_is_said(processes, redis_with_file, data):
@@ -8182,7 +8335,7 @@ def test_a_backup_goes_through_a_pipe_and_its_other_secret_is_said(processes, re
     writer = target.start("restore", "-", "--json", stdin=reader.stdout, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     output, errors = writer.communicate(timeout=PATIENCE)
     assert reader.wait() == writer.returncode == 0 and json.loads(output)["records"] > 0
-    assert b"jwt_secret: is not that of the gomail whose backup this is" in errors
+    assert b"jwt_secret: not that of the gomail that wrote this backup" in errors
     assert server.client.hlen("gomail:UserList") == 1 and not servers_in(data.resolve())
 
 
@@ -8637,7 +8790,7 @@ def test_a_dead_letter_is_retried_and_deleted_one_or_all(service, browser, mail_
     playwright.sync_api.expect(tab.get_by_role("table", name="Dead letters").locator("tbody tr")).to_have_count(2)
     tab.get_by_role("button", name="Delete all").click()
     tab.get_by_text("No dead letters").wait_for()
-    assert (questions == ["Delete 2 dead letters? Their mails are lost for good."]
+    assert (questions == ["Delete 2 dead letters? They cannot be restored."]
             and client.get("/task/dead")["total"] == 0)
 
 
@@ -8661,11 +8814,11 @@ def test_a_paused_lane_says_why_on_the_page_and_is_resumed_there(services, mail_
     lane = tab.get_by_role("list", name="Lanes").get_by_role("listitem").filter(has_text="normal")
     lane.get_by_text("paused").wait_for()
     assert "Connection refused" in lane.inner_text()
-    tab.get_by_text("The SMTP server is out since").wait_for()
+    tab.get_by_text("The SMTP server has been out since").wait_for()
     idle = tab.get_by_role("list", name="Lanes").get_by_role("listitem").filter(has_text="bulk")
     idle.get_by_text("waits for the SMTP server").wait_for()
     go(tab, "#/tasks")
-    assert "Connection refused" in tab.get_by_text("The SMTP server is out since").inner_text()
+    assert "Connection refused" in tab.get_by_text("The SMTP server has been out since").inner_text()
     assert tab.get_by_text("The lane normal is paused").count() == 0  # it says the same
     go(tab, "#/")
     mail_server.start()
