@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """GoMail beside what a Python user would build instead, and beside the limits of the machine, in one run.
 
-    python bench/bench.py                    all of it; writes bench/results.md after each part, bench/results.png at the end
+    python bench/bench.py                    all of it; writes bench/results.md after each part, a plot at the end
     python bench/bench.py --quick            a small piece of each part, to see that all work; prints only
     python bench/bench.py --only drain,idle  these parts; prints only
 
@@ -48,6 +48,7 @@ ACCOUNT, KEY_ID = "bench@example.org", "0" * 32
 OPTIONS = {"key_prefix": "gomail:", "jwt_secret": "b" * 32, "log_file": "app.log", "otp_cooldown": "0",
            "otp_hourly_max": "0", "otp_minute_max": "0", "smtp_from": "app@example.org"}
 Row = Sequence[str]
+failures: list[str] = []  # what did not work; the rest goes on
 
 
 def mails(count: int) -> list[tuple[str, str, str]]:
@@ -349,8 +350,8 @@ def bury(valkey: Valkey, count: int) -> None:
 def spread(values: Sequence[float | None], digits: int = 0) -> str:
     """Median (least to most) of some runs; a dash, where none could be measured."""
     known = [value for value in values if value is not None]
-    return (f"{statistics.median(known):,.{digits}f} ({min(known):,.{digits}f} to {max(known):,.{digits}f})"
-            if known else "-")
+    around = f" ({min(known):,.{digits}f} to {max(known):,.{digits}f})" if len(known) > 1 else ""
+    return f"{statistics.median(known):,.{digits}f}{around}" if known else "-"
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -360,7 +361,8 @@ def percentile(values: Sequence[float], share: float) -> float:
 @dataclasses.dataclass
 class Contestant:
     """Something that sends mail: `start` it on (Valkey, port of the sink, whether that wants TLS), once its queue was
-    filled in a Valkey, if it has one. `parts` says where it takes part."""
+    filled in a Valkey, if it has one. `parts` names those that it takes part in, with a star where in a quick run too.
+    """
 
     name: str
     parts: str
@@ -368,8 +370,13 @@ class Contestant:
     fill: Callable[[Valkey], None] | None = None
 
 
-def contestants(count: int) -> list[Contestant]:
-    """All that send `count` mails."""
+def contestants(part: str, quick: bool, count: int) -> list[Contestant]:
+    """Those of a part, to send `count` mails."""
+    wanted = {f"{part}*"} if quick else {f"{part}*", part}
+    return [contestant for contestant in all_contestants(count) if wanted & set(contestant.parts.split())]
+
+
+def all_contestants(count: int) -> list[Contestant]:
     def gomail(processes: int, parts: str) -> Contestant:
         return Contestant(f"gomail, processes={processes}", parts, lambda valkey, port, tls: GoMail(
             valkey, port, processes=processes, **({"smtp_ca": certificates()[0]} if tls else {})),
@@ -391,14 +398,14 @@ def contestants(count: int) -> list[Contestant]:
     def environment(uri: str, port: int, tls: bool, which: str = "") -> dict[str, str]:
         return {"PEER": which, "REDIS": uri, "SMTP_PORT": str(port), "SMTP_CA": certificates()[0] if tls else ""}
     found = [
-        gomail(1, "drain tls slow quick"), gomail(2, "drain tls quick"),
-        loop("EmailMessage, send_message", "drain tls slow quick", "everybody", 4),
+        gomail(1, "drain* tls* slow*"), gomail(2, "drain* tls"),
+        loop("EmailMessage, send_message", "drain* tls* slow*", "everybody", 4),
         loop("ready bytes, sendmail", "drain tls", "reused", 4),
-        loop("aiosmtplib, EmailMessage, send_message", "drain tls slow quick", "aiosmtplib", 20),
+        loop("aiosmtplib, EmailMessage, send_message", "drain* tls* slow*", "aiosmtplib", 20),
         loop("aiosmtplib, ready bytes, sendmail", "drain tls", "aiosmtplib_bytes", 20)]
     if go_peer():
         found.append(Contestant(
-            "limit: Go, net/smtp and a channel in memory, 20 connections", "drain tls slow quick",
+            "limit: Go, net/smtp and a channel in memory, 20 connections", "drain* tls* slow*",
             lambda valkey, port, tls: Program(go_peer(), f"127.0.0.1:{port}", 20, count, HTML,
                                               *([certificates()[0]] if tls else []))))
     if source := shutil.which("smtp-source", path=PATH):
@@ -408,15 +415,15 @@ def contestants(count: int) -> list[Contestant]:
     celery = "celery -A peers worker -l INFO --without-gossip --without-mingle"
     rq = "rq worker-pool -u REDIS -q -n 2"
     return found + [
-        peer("Celery, 16 threads", "drain tls slow quick", "celery", "by_idiom", f"{celery} -P threads -c 16"),
+        peer("Celery, 16 threads", "drain* tls slow", "celery", "by_idiom", f"{celery} -P threads -c 16"),
         peer("Celery, prefork 2", "drain tls", "celery", "by_idiom", f"{celery} -c 2"),
         peer("Celery, prefork 2, reused", "drain", "celery", "reused", f"{celery} -c 2"),
         peer("RQ, 2 workers", "drain", "rq", "by_idiom", rq),
-        peer("RQ, 2 SimpleWorkers, reused", "drain", "rq", "reused", f"{rq} -w rq.worker.SimpleWorker"),
+        peer("RQ, 2 SimpleWorkers, reused", "drain*", "rq", "reused", f"{rq} -w rq.worker.SimpleWorker"),
         peer("Huey, 16 threads", "drain slow", "huey", "by_idiom", "huey_consumer peers.huey -w 16"),
-        peer("Huey, 2 processes, reused", "drain tls", "huey", "reused", "huey_consumer peers.huey -k process -w 2"),
+        peer("Huey, 2 processes, reused", "drain* tls", "huey", "reused", "huey_consumer peers.huey -k process -w 2"),
         peer("Dramatiq, 2 x 8", "drain tls slow", "dramatiq", "by_idiom", "dramatiq peers -p 2 -t 8"),
-        peer("Dramatiq, 2 x 8, reused", "drain tls", "dramatiq", "reused", "dramatiq peers -p 2 -t 8")]
+        peer("Dramatiq, 2 x 8, reused", "drain* tls", "dramatiq", "reused", "dramatiq peers -p 2 -t 8")]
 
 
 @dataclasses.dataclass
@@ -458,7 +465,10 @@ def compare(chosen: Sequence[Contestant], rounds: int, count: int, window: float
                 valkey.restore(snapshots[contestant.name])
                 with (Sink(**sink_options) as sink,
                       contestant.start(valkey, sink.port, sink_options.get("tls", False)) as program):
-                    results[contestant.name].append(drain_once(program, valkey, sink, count, window, first))
+                    try:
+                        results[contestant.name].append(drain_once(program, valkey, sink, count, window, first))
+                    except RuntimeError as error:
+                        failures.append(f"{contestant.name} ({error})")
     return results
 
 
@@ -549,11 +559,10 @@ def feed(kind: str, port: str) -> None:
 # --- the parts: each returns the rows of its table ----------------------------------------------------------------
 
 def drain(quick: bool, rounds: int, count: int, window: float, part: str = "drain", **sink_options: Any) -> list[Row]:
-    chosen = [contestant for contestant in contestants(count)
-              if part in contestant.parts.split() and (not quick or "quick" in contestant.parts.split())]
+    found = compare(contestants(part, quick, count), rounds, count, window, count // 20, **sink_options)
     return [(name, spread([run.rate for run in runs]), spread([run.cpu for run in runs], 2),
              spread([run.valkey_cpu for run in runs], 2), spread([run.memory for run in runs]))
-            for name, runs in compare(chosen, rounds, count, window, count // 20, **sink_options).items()]
+            for name, runs in found.items()]
 
 
 def drain_over_tls(quick: bool, **sizes: Any) -> list[Row]:
@@ -561,8 +570,7 @@ def drain_over_tls(quick: bool, **sizes: Any) -> list[Row]:
 
 
 def slow_servers(quick: bool, rounds: int, delays: Sequence[float], count: int, window: float) -> list[Row]:
-    chosen = [contestant for contestant in contestants(count)
-              if "slow" in contestant.parts.split() and (not quick or "quick" in contestant.parts.split())]
+    chosen = contestants("slow", quick, count)
     found = [compare(chosen, rounds, count, window, 20, kind="sink.py", delay=delay) for delay in delays]
     return [(contestant.name, *(spread([run.rate for run in results[contestant.name]]) for results in found))
             for contestant in chosen]
@@ -647,7 +655,9 @@ def idle(quick: bool, settle: float, seconds: float) -> list[Row]:
     rows = []
     for name, processes in (("gomail, default settings", 1), ("gomail, processes=2", 2), ("limit: Valkey alone", 0)):
         with Valkey() as valkey, Sink() as sink, contextlib.ExitStack() as running:
-            program = running.enter_context(GoMail(valkey, sink.port, processes=processes).ready()) if processes else None
+            program = None
+            if processes:
+                program = running.enter_context(GoMail(valkey, sink.port, processes=processes).ready())
             time.sleep(settle)
 
             def now() -> tuple[float, float, int]:
@@ -818,8 +828,9 @@ class Part:
         """The text of its section, and the rows in it."""
         sizes = {**self.sizes, **self.quick} if quick else self.sizes
         rows = self.measure(quick, **sizes)
-        lines = [f"## {self.title.format(**sizes)}\n", "| " + " | ".join(self.head) + " |",
-                 "| " + " | ".join(["---"] + ["---:"] * (len(rows[0]) - 1)) + " |"]
+        columns = len(rows[0])  # a quick run measures less
+        lines = [f"## {self.title.format(**sizes)}\n", "| " + " | ".join(self.head[:columns]) + " |",
+                 "| " + " | ".join(["---"] + ["---:"] * (columns - 1)) + " |"]
         return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n", rows
 
 
@@ -837,12 +848,12 @@ PARTS = {
         slow_servers, "Slow servers: mails/s with default settings, at most {window:g} s a run, {rounds} runs "
         "(sink: sink.py)", ("", "20 ms a round trip", "100 ms"),
         {"rounds": 3, "delays": (0.02, 0.1), "count": 10_000, "window": 10.0},
-        {"rounds": 1, "delays": (0.02, 0.1), "count": 200, "window": 0.5}),
+        {"rounds": 1, "delays": (0.02,), "count": 100, "window": 0.3}),
     "workers": Part(
         workers, "Workers: mails/s by threads of a lane, where these may not grow (sink: sink.py)",
         ("a round trip", *(f"workers={count}" for count in WORKERS)),
         {"counts": WORKERS, "delays": (0.0, 0.02, 0.1), "window": 2.0},
-        {"counts": WORKERS[1:2], "delays": (0.02,), "window": 0.5}),
+        {"counts": WORKERS[:1], "delays": (0.0,), "window": 0.3}),
     "accept": Part(
         accept, "Accept: POST /task/, {seconds} s a run, {rounds} runs",
         ("", "connections", "requests/s", "p50 ms", "p99 ms", "longest ms", "errors", "CPU ms a request",
@@ -859,7 +870,7 @@ PARTS = {
     "latency": Part(
         latency, "Latency: from POST to the sink's 250 (sink: sink.py, where no other is named)",
         ("", "p50 ms", "p99 ms"),
-        {"samples": 300, "waiting": 100_000, "rate": 200}, {"samples": 10, "waiting": 10_000}),
+        {"samples": 300, "waiting": 100_000, "rate": 200}, {"samples": 10, "waiting": 5_000}),
     "promise": Part(
         promise, "An OTP's way to its ack, whatever else the service is fed (sink: " + Sink.NAME + ")",
         ("beside it", "idle, p50 ms", "p50 ms", "p99 ms", "p50 by idle's"),
@@ -885,8 +896,8 @@ def machine(absent: Sequence[str]) -> str:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     missing = f" Not installed, and left out: {', '.join(absent)}." if absent else ""
     go = subprocess.run(["go", "version"], capture_output=True, text=True).stdout.split()[2] if go_peer() else "no Go"
-    return (f"# Benchmark\n\nHow it is run and how to read it: [docs/development.md](../docs/development.md#benchmark).\n\n"
-            f"## Machine\n\n{len(os.sched_getaffinity(0))} cores ({model[1] if model else platform.machine()}), "
+    return ("# Benchmark\n\nHow it is run and how to read it: [docs/development.md](../docs/development.md#benchmark)."
+            f"\n\n## Machine\n\n{len(os.sched_getaffinity(0))} cores ({model[1] if model else platform.machine()}), "
             f"{memory:.0f} GB, load {os.getloadavg()[0]:.1f} at the begin; Python {platform.python_version()}, {go}; "
             f"{versions}. Mails of {len(HTML)} bytes of HTML. Median (least to most) of interleaved runs.{missing}\n")
 
@@ -923,7 +934,7 @@ def main() -> None:
     if unknown := set(chosen) - set(PARTS):
         parser.error(f"no such part: {', '.join(unknown)}; there are {', '.join(PARTS)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started ends with its `with` block
-    began, failed, rows = time.monotonic(), [], {}
+    began, rows = time.monotonic(), {}
     absent = [name for name in ("go", "smtp-sink", "smtp-source", "wrk") if not shutil.which(name, path=PATH)]
     texts = [machine(absent)]
     print(texts[0], flush=True)
@@ -934,7 +945,7 @@ def main() -> None:
             text, rows[name] = PARTS[name].table(options.quick)
         except Exception as error:  # hours of others must not be lost with it
             traceback.print_exc()
-            failed.append(name)
+            failures.append(name)
             text = f"## {name}\n\nThis part failed: {type(error).__name__}: {error}\n"
         texts.append(text)
         print(f"{text}\n({time.monotonic() - began:.0f} s so far)\n", flush=True)
@@ -942,8 +953,8 @@ def main() -> None:
             (HERE / "results.md").write_text("\n".join(texts))
     if {"drain", "accept"} <= rows.keys() and not options.quick and not options.only:
         plot(rows["drain"], rows["accept"], HERE / "results.png")
-    if failed:
-        sys.exit(f"failed: {', '.join(failed)}")
+    if failures:
+        sys.exit(f"failed: {', '.join(failures)}")
 
 
 if __name__ == "__main__":

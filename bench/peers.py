@@ -1,4 +1,4 @@
-"""What a Python user would build instead: the same mail through Celery, RQ, Dramatiq and Huey, and by loops without queue.
+"""What a Python user would build instead: the same mail through Celery, RQ, Dramatiq and Huey, or by a loop.
 
 Each sends by its documented idiom with smtplib, a connection per mail, and once more with ready bytes on a reused
 connection, which favours it. REDIS, SMTP_PORT and SMTP_CA come from the environment; with SMTP_CA (a PEM file of the

@@ -21,12 +21,14 @@ class Sink(asyncio.Protocol):
     def __init__(self, delay: float, context: ssl.SSLContext | None, greets: bool = True) -> None:
         self.delay, self.context, self.greets = delay, context, greets
         self.loop = asyncio.get_running_loop()
+        self.transport: asyncio.Transport | None = None
         self.waiting, self.in_data, self.recipient = b"", False, b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport
         if self.greets:
             transport.write(b"220 sink\r\n")
+        self.arrived(b"")
 
     def data_received(self, data: bytes) -> None:
         if self.delay:
@@ -37,6 +39,8 @@ class Sink(asyncio.Protocol):
     def arrived(self, data: bytes) -> None:
         """Answer whatever is complete, in one piece."""
         self.waiting += data
+        if self.transport is None:  # the end of the handshake came with the first command
+            return
         replies = []
         while True:
             end = b"\r\n.\r\n" if self.in_data else b"\r\n"
@@ -70,9 +74,11 @@ class Sink(asyncio.Protocol):
     async def start_tls(self) -> None:
         protocol = Sink(self.delay, None, greets=False)
         try:
-            protocol.transport = await self.loop.start_tls(self.transport, protocol, self.context, server_side=True)
+            transport = await self.loop.start_tls(self.transport, protocol, self.context, server_side=True)
         except OSError:  # the client was ended meanwhile
             self.transport.close()
+        else:
+            protocol.connection_made(transport)
 
 
 async def main(port: int, delay: float = 0.0, certificate: str = "") -> None:
