@@ -99,7 +99,7 @@ def go_peer() -> str:
 # --- programs -----------------------------------------------------------------------------------------------------
 
 class Program:
-    """A program with all the processes it starts; ended with the `with` block."""
+    """A program with all the processes it starts; killed with the `with` block."""
 
     def __init__(self, *command: object, environment: dict[str, str] = {}, folder: object = HERE,
                  stdout: int = subprocess.DEVNULL) -> None:
@@ -114,11 +114,9 @@ class Program:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(5)
-            os.killpg(self.process.pid, signal.SIGKILL)
+        for pid in self.pids():  # at once: what they would still do is not measured, and takes a second each
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self.process.wait()
 
     def until(self, condition: Callable[[], Any], pause: float = 0.01) -> Any:
@@ -522,6 +520,15 @@ class Loaded:
                 f"{statistics.median(run.valkey_cpu for run in runs):.2f}"]
 
 
+def warm_up(port: int, key: str, body: object) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=HANGS)
+    for _ in range(200):
+        connection.request("POST", "/task/", json.dumps(body),
+                           {"Authorization": key, "Content-Type": "application/json"})
+        connection.getresponse().read()
+    connection.close()
+
+
 def acknowledged(valkey: Valkey, program: GoMail, name: str, count: int) -> list[float]:
     """Seconds from POST to the ack in Redis, of OTPs one after the other."""
     found = []
@@ -609,24 +616,26 @@ def accept(quick: bool, rounds: int, levels: Sequence[int], seconds: int) -> lis
                 program = GoMail(valkey, closed, processes=processes)
                 return program.port, program
             return start
-        servers = {
-            "gomail": gomail(1), "gomail, processes=2": gomail(2),
-            "FastAPI, uvicorn, Celery": server("fastapi", "uvicorn peers:fast --port PORT --no-access-log"),
-            "Flask, gunicorn with 16 threads, RQ": server(
-                "flask", "gunicorn peers:flask_app -b 127.0.0.1:PORT --threads 16 --keep-alive 60"),
-            "limit: bare ThreadingHTTPServer": server("", f"{PYTHON} peers.py bare PORT")}
-        posts = [(name, start, level, "/task/", body) for name, start in servers.items() for level in levels] + [
-            ("gomail, small tasks", gomail(1), 4, "/task/", small),
-            ("gomail, batches of 1,000 small tasks", gomail(1), 4, "/task/batch", {"tasks": [small] * 1000})]
+        full = [("", level, "/task/", body) for level in levels]
+        servers = [
+            ("gomail", gomail(1), full + [
+                (", small tasks", 4, "/task/", small),
+                (", batches of 1,000 small tasks", 4, "/task/batch", {"tasks": [small] * 1000})]),
+            ("gomail, processes=2", gomail(2), full),
+            ("FastAPI, uvicorn, Celery", server("fastapi", "uvicorn peers:fast --port PORT --no-access-log"), full),
+            ("Flask, gunicorn with 16 threads, RQ", server(
+                "flask", "gunicorn peers:flask_app -b 127.0.0.1:PORT --threads 16 --keep-alive 60"), full),
+            ("limit: bare ThreadingHTTPServer", server("", f"{PYTHON} peers.py bare PORT"), full)]
         for _ in range(rounds):
-            for name, start, level, path, content in posts:
+            for name, start, posts in servers:
                 valkey.client.flushall()
                 port, program = start()
                 with program:
                     program.until(lambda: listening(port))
-                    Wrk(port, api_key(), 1, 1, path, content)  # to warm up
-                    results[level, name].append(Loaded.measure(program, valkey, port, api_key(), level, seconds, path,
-                                                               content))
+                    warm_up(port, api_key(), body)
+                    for kind, level, path, content in posts:
+                        results[level, name + kind].append(Loaded.measure(
+                            program, valkey, port, api_key(), level, seconds, path, content))
     return [(name, f"{level}", *Loaded.cells(runs))
             for (level, name), runs in sorted(results.items(), key=lambda item: item[0][0])]
 
@@ -636,7 +645,7 @@ def durable(quick: bool, rounds: int, levels: Sequence[int], seconds: int) -> li
     for _ in range(rounds):
         for durability in ("everysec", "fsync"):
             with GoMail(None, free_port(), durability=durability).ready() as program:
-                Wrk(program.port, program.key, 1, 1, "/task/", body)  # to warm up
+                warm_up(program.port, program.key, body)
                 for level in levels:
                     results[level, durability].append(Wrk(program.port, program.key, level, seconds, "/task/", body))
     rows = []
