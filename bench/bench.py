@@ -856,7 +856,7 @@ PARTS = {
     "slow": Part(
         slow_servers, "Slow servers: mails/s with default settings, at most {window:g} s a run, {rounds} runs "
         "(sink: sink.py)", ("", "20 ms a round trip", "100 ms"),
-        {"rounds": 3, "delays": (0.02, 0.1), "count": 10_000, "window": 10.0},
+        {"rounds": 3, "delays": (0.02, 0.1), "count": 10_000, "window": 5.0},
         {"rounds": 1, "delays": (0.02,), "count": 100, "window": 0.3}),
     "workers": Part(
         workers, "Workers: mails/s by threads of a lane, where these may not grow (sink: sink.py)",
@@ -918,7 +918,7 @@ def plot(drained: list[Row], accepted: list[Row], path: pathlib.Path) -> None:
     figure, axes = pyplot.subplots(2, 1, figsize=(9, 10), height_ratios=(2, 1), layout="constrained")
 
     def bars(rows: Sequence[tuple[str, str]]) -> dict[str, float]:
-        values = {name: float(cell.split()[0].replace(",", "")) for name, cell in rows}
+        values = {name: float(cell.split()[0].replace(",", "")) for name, cell in rows if cell != "-"}
         return dict(sorted(values.items(), key=lambda item: item[1]))
     for axis, values, title in (
             (axes[0], bars([(name, rate) for name, rate, *_ in drained]), "mails/s, 10,000 mails queued"),
