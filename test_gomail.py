@@ -19,6 +19,7 @@ import email.message
 import email.policy
 import email.utils
 import fcntl
+import functools
 import gzip
 import hashlib
 import hmac
@@ -474,7 +475,7 @@ def services(redis_server, mail_server, tmp_path, monkeypatch):
     monkeypatch.setattr(gomail.CircuitBreaker, "LONGEST_DELAY", 0.2)
     monkeypatch.setattr(gomail.Workers, "drop_delay", staticmethod(lambda drops: 0.05))
     monkeypatch.setattr(gomail.Cron, "TICK", 0.01)
-    monkeypatch.setattr(gomail.Cron, "LOOK", 0.01)
+    monkeypatch.setattr(gomail.Cron, "POLL", 0.01)
     services = Services(redis_server, tmp_path)
     yield services
     services.stop()
@@ -650,6 +651,26 @@ class RedisCluster:
               == self.master.client.info("replication")["master_repl_offset"])
 
 
+# --- the module's docstring -------------------------------------------------------------------------------
+
+def test_the_docstring_lists_the_sections_of_the_module():
+    source = (HERE / "gomail.py").read_text()
+    sections = re.findall(r"^# --- (\d+\. [a-z ]+[a-z]) -+$", source, re.MULTILINE)
+    listed = re.findall(r"\d+\. [a-z]+(?: [a-z]+)*", gomail.__doc__.partition("from POST to 250")[0])
+    assert len(sections) == 19 and sorted(listed) == sorted(sections)
+
+
+def test_every_name_on_the_way_of_a_mail_that_the_docstring_tells_is_there():
+    way = gomail.__doc__.partition("from POST to 250")[2].partition("What a change")[0]
+    changes = gomail.__doc__.partition("What a change touches:")[2]
+    names = re.findall(r"(?<=-> )[\w.]+|\b[A-Z]\w*[a-z]\w*(?:\.\w+)?", way)
+    names += [f"Queue.{script}" for script in re.findall(r"\(script (\w+)\)", way)]
+    names += ["PAYLOADS", "ROUTES", *re.findall(r"\b[A-Z][a-z]+\.\w+", changes)]
+    assert len(names) > 15
+    for name in names:
+        functools.reduce(getattr, name.split("."), gomail)
+
+
 # --- 1. settings ------------------------------------------------------------------------------------------
 
 def test_without_a_setting_every_option_has_its_documented_default(tmp_path):
@@ -739,7 +760,7 @@ def test_names_in_the_environment_that_are_almost_options_are_warned_about_and_n
              "SMTP_PASS", "smtp_port", "port", "LOGNAME", "USER", "MAIL", "TZ", "SHLVL", "NOTIFY_SOCKET",
              "STATE_DIRECTORY",
              "CREDENTIALS_DIRECTORY", "INVOCATION_ID", "JOURNAL_STREAM", "PYTHONPATH", "VIRTUAL_ENV", "HISTSIZE"]
-    found = gomail.doubts(gomail.Settings(), dict.fromkeys(names, "x"))
+    found = gomail.warnings_about(gomail.Settings(), dict.fromkeys(names, "x"))
     assert [re.search(r", (\w+) is not an option", line)[1] for line in found] == [
         "Log_Level", "OTP_TIME", "REDIS_URL", "SMTP_SEVER", "worker"]
     assert "did you mean redis_uri?" in found[2]
@@ -747,8 +768,8 @@ def test_names_in_the_environment_that_are_almost_options_are_warned_about_and_n
 
 def test_a_malformed_placeholder_of_the_otp_mail_is_warned_about(tmp_path):
     (tmp_path / ".env").write_text("otp_subject='{{ otp|upper }}'\notp_content='{{ otp }} {{ minutes'\n")
-    found = gomail.doubts(gomail.Settings.load({}, tmp_path), {})
-    assert [line.partition(" is no placeholder")[0] for line in found] == [
+    found = gomail.warnings_about(gomail.Settings.load({}, tmp_path), {})
+    assert [line.partition(" is not a placeholder")[0] for line in found] == [
         "otp_subject: {{ otp|upper }}", "otp_content: {{ minutes"]
 
 
@@ -1203,7 +1224,7 @@ def test_a_log_file_that_is_moved_or_removed_is_opened_anew_in_every_process(pro
 
 def test_processes_rotate_their_log_file_together_and_lose_no_line(processes, mail_server):
     mail_server.replies = collections.defaultdict(lambda: ["550 5.2.1 no"])
-    code = "import gomail, sys; gomail.LogFile.MOST, gomail.LogFile.KEPT = 3000, 1000; sys.exit(gomail.main())"
+    code = "import gomail, sys; gomail.LogFile.MAX_BYTES, gomail.LogFile.BACKUPS = 3000, 1000; sys.exit(gomail.main())"
     process = processes({**sending_to(mail_server), "processes": "2"}, code=code).started()
     client = process.client.sign_up()
     # Each makes a warning, which is written at once.
@@ -1500,6 +1521,49 @@ def test_every_key_begins_with_the_prefix_and_userlist_is_the_hash_of_the_accoun
     assert not strays
 
 
+def documented_keys():
+    """The table of Redis keys in the module: name, as "task:<id>" -> (type, what is said of it)."""
+    source = (HERE / "gomail.py").read_text()
+    rows = re.findall(r"^#   (\S.*?)  +(string|hash|zset|list)  +(.*(?:\n#    .*)*)", source, re.MULTILINE)
+    return {name: (kind, text) for names, kind, text in rows for name in names.split(", ")}
+
+
+def test_the_table_of_keys_has_every_key_that_the_code_names_and_no_other():
+    source = (HERE / "gomail.py").read_text()
+    named = set(re.findall(r"""(?:\.key\(|prefix \.\. |list_key\([\w.]+, )["'](\w+)""", source))
+    table = [name.partition(":")[0] for name in documented_keys()]
+    assert named == set(table) and "scheduled" in table
+
+
+def test_each_key_has_the_type_and_the_fields_of_the_table_of_keys(services, mail_server):
+    service = services(mail_server, smtp_rate=1000.0)
+    client = service.client.sign_up()
+    mail_server.replies = collections.defaultdict(list, {
+        "gone@example.com": ["550 5.1.1 no"], "late@example.com": ["450 4.2.0 no"] * 9})
+    client.state(client.task(headers={"Idempotency-Key": "one"}), "succeeded")
+    client.state(client.task(userId="gone@example.com"), "dead")
+    client.state(client.task(userId="late@example.com", retries=9), "retrying")
+    client.task(send_at="2036-01-01T00:00:00Z")
+    client.state(client.task("generateOtp"), "succeeded")
+    client.post("/task/verify", {"userEmail": "user@example.com", "otp": "wrong"})
+    client.state(client.task("subscribe", frequency="@daily", content_type="news", subject="News", content="News"),
+                 "succeeded")
+    client.state(client.task("unsubscribe", content_type="news"), "succeeded")
+    client.post("/lanes/normal/resume")
+    service.store.script("return 1", once=True)(keys=[service.store.prefix], args=[])
+    until(lambda: service.store.redis.exists(service.store.key("stats")))
+    table, seen = documented_keys(), set()
+    for key in service.store.redis.scan_iter(service.store.matching("*")):
+        name, = [name for name in table if re.fullmatch(
+            re.sub("<[a-z]+>", ".+", name), key.removeprefix(service.store.prefix))]
+        kind, text = table[name]
+        assert kind == service.store.redis.type(key), key
+        if kind == "hash" and "->" not in text:
+            assert set(service.store.redis.hkeys(key)) <= set(re.findall(r"\w+", text)), key
+        seen.add(name)
+    assert len(seen) > 25, set(table) - seen
+
+
 def documented_acl():
     """The rules for ACL SETUSER that the documents show, behind the name of the user."""
     texts = [path.read_text() for path in (HERE / "README.md", *(HERE / "docs").glob("*.md"))]
@@ -1773,7 +1837,8 @@ def slow_data(folder, count=100_000):
 def impatient(seconds):
     """The code of a gomail that gives up an embedded server without progress after so many seconds."""
     return ("import gomail, sys; "
-            f"gomail.EmbeddedServer.STALLED, gomail.EmbeddedServer.TELLING = {seconds}, 0.1; sys.exit(gomail.main())")
+            f"gomail.EmbeddedServer.STALL_TIMEOUT, gomail.EmbeddedServer.PROGRESS_INTERVAL = {seconds}, 0.1; "
+            "sys.exit(gomail.main())")
 
 
 def loading(process):
@@ -1860,8 +1925,8 @@ def test_an_append_only_file_is_sound_up_to_its_last_whole_command_or_transactio
         for rest in (b"", bytes(200), b"\r\n*", b"garbage\n"):
             path.write_bytes(whole[:cut] + rest)
             expected = max(bound for bound in bounds if bound <= cut)
-            assert expected <= gomail.sound_length(path) <= cut + len(rest), (cut, rest)
-            assert rest or gomail.sound_length(path) == expected
+            assert expected <= gomail.intact_length(path) <= cut + len(rest), (cut, rest)
+            assert rest or gomail.intact_length(path) == expected
 
 
 def test_a_file_with_zeros_at_its_end_is_repaired_from_the_command_line_with_a_copy(processes, data):
@@ -1937,7 +2002,7 @@ def memory_limits(process):
 
 def test_the_embedded_server_takes_half_of_the_memory_or_maxmemory_also_one_that_was_taken_over(processes):
     first = processes().started()
-    half = max(gomail.memory_of_machine() // 2 ** 21, gomail.EmbeddedServer.LEAST_MEMORY)
+    half = max(gomail.memory_of_machine() // 2 ** 21, gomail.EmbeddedServer.MIN_MEMORY)
     assert memory_limits(first) == (half, "noeviction")
     first.kill()
     second = processes({"maxmemory": "100", "processes": "2"}, folder=first.folder).started()
@@ -2070,7 +2135,7 @@ def test_requests_share_their_connections_and_those_that_none_needs_are_closed(s
     assert 1 <= len(ids) <= 3 and connections() == len(ids)
     store.tidy()
     assert connections() == len(ids)
-    monkeypatch.setattr(gomail.Store, "SPARE", 0.0)
+    monkeypatch.setattr(gomail.Store, "IDLE", 0.0)
     store.tidy()
     until(lambda: connections() == 0)
 
@@ -2228,7 +2293,7 @@ def test_a_name_of_visible_characters_is_taken(service, name):
 def test_the_command_lines_account_cannot_be_signed_up_over_http_and_one_that_was_before_goes_on(service):
     name = gomail.Operator.ACCOUNT
     status, answer, _ = service.client("POST", "/auth/signup", {"id": name})
-    assert status == 409 and answer["field"] == "id" and "kept for the command line" in answer["error"]
+    assert status == 409 and answer["field"] == "id" and "reserved for the command line" in answer["error"]
     old = Client(service.http.url, service.http.api.accounts.sign_up(name))
     assert old.get("/task/dead")["total"] == 0 and service.client.post("/auth/deregister", {"id": name})["status"]
 
@@ -2253,7 +2318,7 @@ def test_nothing_of_a_deregistered_account_is_sent_even_when_it_signs_up_again(s
 
 def test_deregistering_an_account_with_many_content_types_revokes_its_key_first(client, service, monkeypatch):
     accounts, name = service.http.api.accounts, name_of(client)
-    monkeypatch.setattr(accounts, "AT_ONCE", 2)
+    monkeypatch.setattr(accounts, "CONTENT_TYPES_AT_ONCE", 2)
     for number in range(5):
         define(client, f"news-{number}")
     subscribe(client, content_type="news-0")
@@ -2312,7 +2377,7 @@ BAD_TASKS = [
 def test_a_bad_field_is_refused_by_name_and_changes_nothing(field, value):
     with pytest.raises(gomail.HTTPError) as refused:
         gomail.TASK(changed(field, value))
-    assert refused.value.status == 400 and refused.value.field == field and refused.value.error.startswith(field)
+    assert refused.value.status == 400 and refused.value.field == field and refused.value.message.startswith(field)
 
 
 BAD_OPTIONAL = [
@@ -2353,7 +2418,7 @@ def test_a_bad_optional_field_of_a_message_is_refused_by_name(field, value):
         (payload[parent] if parent else payload)[name] = value
     with pytest.raises(gomail.HTTPError) as refused:
         gomail.TASK({**MESSAGE, "payload": payload})
-    assert refused.value.field == f"payload.{field}" and refused.value.error.startswith(refused.value.field)
+    assert refused.value.field == f"payload.{field}" and refused.value.message.startswith(refused.value.field)
 
 
 @pytest.mark.parametrize("field, value, words", [
@@ -2362,15 +2427,15 @@ def test_a_bad_optional_field_of_a_message_is_refused_by_name(field, value):
     ("task", 7, "task must be a string of 1 to 256 characters, on one line, without control characters, in quotes"),
     ("task", True, "task must be a string of 1 to 256 characters, on one line, without control characters"),
     ("payload.subject", " ", "payload.subject must be a string of 1 to 998 characters, on one line, without control "
-                             "characters, and not blank"),
+                             "characters; it is blank"),
     ("payload.subject", "x" * 1000, "payload.subject must be a string of 1 to 998 characters, on one line, without "
-                                    "control characters, and has 1000"),
+                                    "control characters; it has 1000"),
     ("payload.content", 0.5, "payload.content must be a string that is not empty, without NUL, in quotes"),
     ("payload.userId", 1, "payload.userId must be an e-mail address, such as user@example.com, in quotes")])
 def test_an_error_says_what_is_hard_to_see(field, value, words):
     with pytest.raises(gomail.HTTPError) as refused:
         gomail.TASK(changed(field, value))
-    assert (refused.value.error, refused.value.field) == (words, field)
+    assert (refused.value.message, refused.value.field) == (words, field)
 
 
 def filled(variables=ABSENT, **payload):
@@ -2420,8 +2485,8 @@ def test_a_malformed_placeholder_of_a_message_with_variables_is_refused_by_name_
     with pytest.raises(gomail.HTTPError) as refused:
         filled({"name": "x"}, **{field: f"Hello {{{{ name }}}} {wrong}"})
     assert refused.value.status == 400 and refused.value.field == f"payload.{field}"
-    assert refused.value.error.startswith(f"payload.{field} has {MALFORMED[wrong]}")
-    assert ", expected {{ name }}: a letter" in refused.value.error
+    assert refused.value.message.startswith(f"payload.{field} has {MALFORMED[wrong]}")
+    assert ", expected {{ name }}: a letter" in refused.value.message
     assert filled(**{field: wrong})[field] == wrong  # without variables
 
 
@@ -2535,7 +2600,7 @@ def test_a_text_is_filled_where_it_stays_within_its_bound_and_else_not_even_made
     whole = re.sub(gomail.PLACEHOLDER, lambda found: (html.escape if escape else str)(str(variables.get(found[1], "")))
                    if found[1] in variables else found[0], template)
     try:
-        assert gomail.fill(template, variables, escape, partly=True, most=most) == whole
+        assert gomail.fill_template(template, variables, escape, keep_unknown=True, max_size=most) == whole
     except gomail.TooLarge as error:
         assert error.size > most and error.size >= len(whole.encode())
     else:
@@ -2607,7 +2672,7 @@ def test_retries_wait_longer_each_time_with_jitter_up_to_the_longest_delay(servi
     task = gomail.Task("id", "account", "key", "message", "name", 25, {}, 0)
     for attempts, longest in enumerate((10, 20, 40, 80, 100, 100)):
         task.attempts = attempts
-        delays = {service.workers._failed(task, "error").delay for _ in range(50)}
+        delays = {service.workers.retry_delay(task.attempts) for _ in range(50)}
         assert len(delays) > 1 and longest / 2 <= min(delays) and max(delays) <= longest
 
 
@@ -2730,8 +2795,8 @@ def test_what_is_shown_of_an_ended_task_is_the_same_in_either_form_that_is_kept(
     if is_older and "\ud83d" not in name:  # as a version without heads had queued it
         client.hdel(key, "head")
     for refusal in refusals:
-        until(lambda: queue.settle_and_take("normal-0", lane))
-        queue.settle_and_take("normal-0", lane, gomail.Outcome(task_id, "retrying", refusal), take=False)
+        taken = until(lambda: queue.settle_and_take("normal-0", lane))
+        queue.settle_and_take("normal-0", lane, gomail.Outcome(taken, "retrying", refusal), take=False)
     if verdict == "by request":
         client.zadd(queue.store.key("delayed"), {task_id: 1e14})
         client.lrem(queue.store.key("lane", lane), 0, task_id)
@@ -2739,9 +2804,9 @@ def test_what_is_shown_of_an_ended_task_is_the_same_in_either_form_that_is_kept(
         queue.cancel(task_id, account.name)
         after = {"state": "cancelled"}
     else:
-        until(lambda: queue.settle_and_take("normal-0", lane))
+        taken = until(lambda: queue.settle_and_take("normal-0", lane))
         before = client.hgetall(key)
-        queue.settle_and_take("normal-0", lane, gomail.Outcome(task_id, verdict, error), take=False)
+        queue.settle_and_take("normal-0", lane, gomail.Outcome(taken, verdict, error), take=False)
         after = {"state": verdict, "error": error,
                  "attempts": int(before["attempts"]) + (verdict == "succeeded")}
     *_, begun, ended, _ = client.hget(key, "d").split(" ", 7)
@@ -2837,8 +2902,8 @@ def test_a_story_tells_of_each_attempt_when_how_long_and_why(client, mail_server
 def test_a_story_that_grows_for_ever_keeps_its_newest_lines(queue):
     task_id, = queue.enqueue(queue.account, [MESSAGE])
     for number in range(500):
-        queue.settle_and_take("normal-0", "normal")
-        outcome = gomail.Outcome(task_id, "returned", f"Ünavailable {number}")
+        task = queue.settle_and_take("normal-0", "normal")
+        outcome = gomail.Outcome(task, "returned", f"Ünavailable {number}")
         queue.settle_and_take("normal-0", "normal", outcome, take=False)
     story = look(queue).status(task_id, story=True)["story"]
     assert story[-1]["error"] == "Ünavailable 499" and 50 < len(story) < 200 and story[1]["event"] == "returned"
@@ -2996,8 +3061,9 @@ def test_an_answer_that_was_lost_on_the_way_costs_no_task(queue):
     # What a worker sees when its connection dies between Redis's work and Redis's answer: it asks again.
     ids = [queue.enqueue(queue.account, [MESSAGE])[0] for _ in range(2)]
     assert queue.settle_and_take("normal-0", "normal").id == ids[0]
-    assert queue.settle_and_take("normal-0", "normal").id == ids[0]
-    done = gomail.Outcome(ids[0], "succeeded")
+    task = queue.settle_and_take("normal-0", "normal")
+    done = gomail.Outcome(task, "succeeded")
+    assert task.id == ids[0]
     assert queue.settle_and_take("normal-0", "normal", done).id == ids[1]
     assert queue.settle_and_take("normal-0", "normal", done).id == ids[1]
     assert look(queue).counters()["executed"] == 1
@@ -3039,10 +3105,10 @@ def test_dead_letters_that_are_too_many_or_too_old_go_some_with_each_new_one(ser
 
 def test_a_worker_whose_task_was_given_to_another_settles_nothing(queue):
     task_id = queue.enqueue(queue.account, [MESSAGE])[0]
-    queue.settle_and_take("normal-0", "normal")
+    task = queue.settle_and_take("normal-0", "normal")
     queue.release()
     before = look(queue).counters()
-    assert queue.settle_and_take("normal-0", "normal", gomail.Outcome(task_id, "dead", "late"), take=False) is None
+    assert queue.settle_and_take("normal-0", "normal", gomail.Outcome(task, "dead", "late"), take=False) is None
     assert look(queue).counters() == before and look(queue).status(task_id)["state"] == "queued"
     assert look(queue).depths()["normal"] == 1
 
@@ -3140,7 +3206,7 @@ def test_a_message_takes_a_text_a_name_a_reply_address_copies_and_attachments(cl
 
 
 def test_an_attachment_of_a_plain_message_stands_beside_its_text():
-    _, message = composed(content="See there", attachments=(("a.txt", "text/plain", base64_of(b"A"), ""),))
+    _, message = composed(content="See there", attachments=(gomail.Attachment("a.txt", "text/plain", base64_of(b"A")),))
     assert [part.get_content_type() for part in message.walk()] == ["multipart/mixed", "text/plain", "text/plain"]
     assert text_of(message) == "See there\n" and list(message.iter_attachments())[0].get_payload(decode=True) == b"A"
 
@@ -3363,7 +3429,7 @@ def test_a_subject_that_its_variables_leave_empty_is_no_fault():
 
 def attached(filename, media_type):
     """The headers, as text and parsed, of the part that an attachment becomes."""
-    raw, message = composed(attachments=((filename, media_type, base64_of(b"A"), ""),))
+    raw, message = composed(attachments=(gomail.Attachment(filename, media_type, base64_of(b"A")),))
     *_, part = message.walk()
     assert part.get_payload(decode=True) == b"A"
     return re.split(rb"\r\n--.*\r\n", raw)[2].partition(b"\r\n\r\n")[0].decode("ascii"), part
@@ -3405,10 +3471,10 @@ def test_any_file_name_reads_back_and_stands_in_ascii_beside_that(filename):
      ["mixed", "alternative", "plain", "related", "html", "png", "calendar", "calendar", "calendar"])])
 def test_an_invitation_is_the_last_alternative_and_other_calendars_are_attached(content, structure):
     invitation = base64_of(b"BEGIN:VCALENDAR\r\n")
-    _, message = composed(content=content, attachments=(
-        ("logo.png", "image/png", PICTURE, "logo"), ("a.ics", "text/calendar", PICTURE, ""),
-        ("invité.ics", "Text/Calendar; Method=REQUEST", invitation, ""),
-        ("b.ics", "text/calendar; method=CANCEL", PICTURE, "")))
+    _, message = composed(content=content, attachments=tuple(itertools.starmap(gomail.Attachment, (
+        ("logo.png", "image/png", PICTURE, "logo"), ("a.ics", "text/calendar", PICTURE),
+        ("invité.ics", "Text/Calendar; Method=REQUEST", invitation),
+        ("b.ics", "text/calendar; method=CANCEL", PICTURE)))))
     parts = list(message.walk())
     assert [part.get_content_subtype() for part in parts] == structure
     part, second, third = (part for part in parts if part.get_content_subtype() == "calendar")
@@ -3419,7 +3485,7 @@ def test_an_invitation_is_the_last_alternative_and_other_calendars_are_attached(
 
 
 def test_a_plain_mail_with_an_invitation_alone_has_two_alternatives():
-    _, message = composed(attachments=(("a.ics", "text/calendar; method=REQUEST", PICTURE, ""),))
+    _, message = composed(attachments=(gomail.Attachment("a.ics", "text/calendar; method=REQUEST", PICTURE),))
     assert [part.get_content_subtype() for part in message.walk()] == ["alternative", "plain", "calendar"]
 
 
@@ -3550,7 +3616,7 @@ def random_mail(chance):
 
     def file(media_type, ending, content_id=""):
         data = chance.randbytes(chance.choice([1, 57, 58, 1000]))
-        return some(4)[:90] + ending, media_type, base64_of(data), content_id
+        return gomail.Attachment(some(4)[:90] + ending, media_type, base64_of(data), content_id)
     attachments = chance.sample([
         file("Application/PDF", ".pdf"), file("text/csv; charset=utf-8; header=present", ".csv"),
         file("image/png", ".png", "picture"), file('application/x-y; title="a; name=\\"b\\""; name=c', ".bin"),
@@ -3793,7 +3859,7 @@ def test_metrics_show_what_waits_for_how_long_and_which_lanes_are_paused(service
     assert found["gomail_smtp_up",] == 0
     assert client("GET", "/health/ready")[0] == 200
     for lane in gomail.LANES:
-        service.workers.breakers[lane].close("for the test")
+        service.workers.breakers[lane].open("for the test")
     assert client("GET", "/health/ready")[0] == 503
 
 
@@ -4131,8 +4197,8 @@ def test_the_outbox_keeps_the_newest_outbox_max_mails(services):
 
 @pytest.mark.parametrize("cur", [0, 20], ids=["unread", "read by a mail program"])
 def test_the_outbox_is_cleaned_in_small_steps_of_the_oldest_mails(tmp_path, monkeypatch, cur):
-    monkeypatch.setattr(gomail.MaildirTransport, "NAMES", 10)
-    monkeypatch.setattr(gomail.MaildirTransport, "LOOK", 5)
+    monkeypatch.setattr(gomail.MaildirTransport, "NAME_BATCH", 10)
+    monkeypatch.setattr(gomail.MaildirTransport, "MAIL_BATCH", 5)
     outbox, numbers = outbox_with(tmp_path, 42, 7)
     for path in sorted((tmp_path / "new").iterdir(), key=lambda path: gomail.MaildirTransport._moment(path.name))[:cur]:
         path.rename(tmp_path / "cur" / f"{path.name}:2,S")
@@ -4167,7 +4233,7 @@ def test_a_mail_of_the_outbox_that_was_looked_at_a_moment_ago_is_not_removed(tmp
     for _ in range(5):
         outbox.clean()
     assert numbers() == [8, 7, 2] and outbox.read(shown["id"])
-    monkeypatch.setattr(gomail.MaildirTransport, "IN_VIEW", -1.0)  # later
+    monkeypatch.setattr(gomail.MaildirTransport, "VIEW_TIME", -1.0)  # later
     outbox.send("app@example.org", ["user@example.com"], b"Subject: 9\r\n\r\nx\r\n")
     for _ in range(5):
         outbox.clean()
@@ -4503,7 +4569,7 @@ ANSWERS = [
     ("DATA", "500 5.5.2 Error: bad syntax", gomail.About.CONNECTION),
     ("RCPT", "452 4.4.5 Insufficient disk space; try again later", gomail.About.SERVER),
     ("RCPT", "451 4.3.5 Server configuration error", gomail.About.SERVER),
-    ("RCPT", "451 4.3.0 <u@c.example>: TemporaryError lookup failure", gomail.About.SERVER),
+    ("RCPT", "451 4.3.0 <u@c.example>: Temporary lookup failure", gomail.About.SERVER),
     ("DOT", "451 4.7.1 Service unavailable - try again later", gomail.About.SERVER),
     ("DOT", "454 Throttling failure: Maximum sending rate exceeded.", gomail.About.SERVER),
     ("RCPT", "550 5.1.1 <u@c.example>: Recipient address rejected: User unknown in local recipient table",
@@ -4793,7 +4859,7 @@ def test_ehlo_says_smtp_ehlo_where_that_is_set(services, mail_server):
 def test_an_error_in_a_probe_leaves_no_lane_paused(services, mail_server, monkeypatch):
     service = services(mail_server)
     monkeypatch.setattr(service.transport, "probe", lambda: 1 / 0)
-    service.workers.breakers["normal"].close("for the test")
+    service.workers.breakers["normal"].open("for the test")
     client = service.client.sign_up()
     client.state(client.task(), "succeeded")
 
@@ -4807,6 +4873,18 @@ def test_a_copy_that_the_server_cannot_carry_fails_alone(client, mail_server):
     assert message["To"] == "user@example.com" and mail_server.mails[0].raw.isascii()
     assert ([str(address) for address in message["Cc"].addresses] == ["b@example.com"]
             and "grün@example.com" in str(message["Cc"]))
+
+
+@pytest.mark.parametrize("errors, verdict", [
+    ([gomail.PermanentError("550"), gomail.TemporaryError("450"), gomail.UnavailableError("421")], "returned"),
+    ([gomail.TemporaryError("450"), gomail.InDoubtError("timeout")], "in-doubt"),
+    ([gomail.PermanentError("550"), gomail.UnavailableError("421", dropped=True)], "dropped"),
+    ([gomail.PermanentError("550"), gomail.TemporaryError("450")], "retrying"),
+    ([gomail.PermanentError("550"), gomail.PermanentError("552")], "dead")], ids=str)
+def test_of_several_refusals_an_outage_decides_and_then_one_that_may_pass(errors, verdict):
+    error = gomail.PartialError(("a@example.com",), {f"{number}@example.com": error
+                                                    for number, error in enumerate(errors)})
+    assert error.verdict == verdict == error.cause.verdict
 
 
 # --- 8. otp -----------------------------------------------------------------------------------------------
@@ -5447,7 +5525,7 @@ def test_who_unsubscribed_gets_nothing_more_not_even_what_was_queued(dated, mail
     subscribe(client)
     # The bulk lane is closed while the boundary passes, so that the mail is waiting when the address goes.
     mail_server.stop()
-    service.workers.breakers["bulk"].close("for the test")
+    service.workers.breakers["bulk"].open("for the test")
     clock.forward(86400)
     until(lambda: service.newsletters.enqueue_due() == 0 and service.store.redis.keys(service.store.key("task", "*")))
     bulk, = [key for key in service.store.redis.keys(service.store.key("task", "*"))
@@ -5651,7 +5729,7 @@ def test_a_recovery_that_one_lane_sees_resumes_all_that_the_outage_paused_and_no
     mail_server.stop()
     message = client.task()
     until(lambda: breakers["normal"].reason)
-    breakers["bulk"].close("the sender: 550 not you")
+    breakers["bulk"].open("the sender: 550 not you")
     mail_server.start()
     client.state(client.task("generateOtp", userId="otp@example.com"), "succeeded")
     client.state(message, "succeeded")
@@ -5663,7 +5741,7 @@ def test_mail_over_an_older_connection_does_not_say_that_the_server_takes_new_on
     service = services(mail_server, workers=1)
     client, workers = service.client.sign_up(), service.workers
     client.state(client.task("generateOtp", userId="one@example.com"), "succeeded")
-    workers.breakers["normal"].close("421 too many connections", outage=True)
+    workers.breakers["normal"].open("421 too many connections", outage=True)
     client.state(client.task("generateOtp", userId="two@example.com"), "succeeded")
     assert mail_server.connections == 1 and workers.smtp.state == "out" and workers.breakers["normal"].reason
 
@@ -5677,8 +5755,8 @@ def test_a_server_that_refuses_the_sender_or_hangs_up_on_a_mail_is_not_out(servi
     else:
         mail_server.data_replies["user@example.com"] = ["DROP"] * 2
     seen = []
-    out = service.workers.smtp.out
-    service.workers.smtp.out = lambda *arguments: seen.append(arguments) or out(*arguments)
+    note_outage = service.workers.smtp.note_outage
+    service.workers.smtp.note_outage = lambda *arguments: seen.append(arguments) or note_outage(*arguments)
     client.state(client.task(), "succeeded")
     assert not seen and service.workers.smtp.state == "up"
 
@@ -5769,7 +5847,7 @@ def keep_paused(breaker: gomail.CircuitBreaker) -> None:
     """Pause a lane whose probes never succeed, and which does not learn that mails of other lanes do."""
     breaker.transport = gomail.MaildirTransport(os.devnull)
     breaker.smtp = gomail.SmtpState(breaker.transport)
-    breaker.close("for the test")
+    breaker.open("for the test")
 
 
 def test_a_full_lane_delays_no_other(services, mail_server):
@@ -5818,8 +5896,9 @@ def test_subscribes_that_an_older_version_left_in_the_urgent_lane_are_done(queue
 def test_otps_that_died_stand_behind_the_messages_when_they_are_revived(queue, client):
     otp = {"task": "a test", "type": "generateOtp", "retries": 0, "payload": {"userId": "otp@example.com", "length": 6}}
     died, = queue.enqueue(queue.account, [otp])
-    assert queue.settle_and_take("urgent-0", "urgent").id == died
-    queue.settle_and_take("urgent-0", "urgent", gomail.Outcome(died, "dead", "no such user"), take=False)
+    task = queue.settle_and_take("urgent-0", "urgent")
+    assert task.id == died
+    queue.settle_and_take("urgent-0", "urgent", gomail.Outcome(task, "dead", "no such user"), take=False)
     message, = queue.enqueue(queue.account, [MESSAGE])
     assert client.post("/task/dead/retry")["count"] == 1
     assert queue.settle_and_take("urgent-0", "urgent") is None
@@ -5849,7 +5928,7 @@ def test_a_message_with_send_at_waits_until_then_also_through_a_restart(services
 
 
 def test_what_a_process_put_off_is_due_on_time_without_a_look_around(services, mail_server, monkeypatch):
-    monkeypatch.setattr(gomail.Cron, "LOOK", 1e6)
+    monkeypatch.setattr(gomail.Cron, "POLL", 1e6)
     client = services(mail_server, retry_delay=0.2).client.sign_up()
     mail_server.replies["retried@example.com"] = ["450 4.2.0 later", "450 4.2.0 later"]
     late = client.task(send_at=rfc3339(time.time() + 1e6))
@@ -5862,7 +5941,7 @@ def test_what_a_process_put_off_is_due_on_time_without_a_look_around(services, m
 
 def test_what_a_process_put_off_that_is_gone_is_found_by_the_others(services, mail_server, monkeypatch):
     service = services(mail_server)
-    monkeypatch.setattr(gomail.Cron, "LOOK", 0.5)
+    monkeypatch.setattr(gomail.Cron, "POLL", 0.5)
     client = service.client.sign_up()
     gone = gomail.Queue(service.store, service.settings, "gone")
     account = service.http.api.accounts.authenticate(client.key)
@@ -5944,8 +6023,8 @@ def test_other_mail_gives_way_to_an_otp_until_that_is_sent_or_for_a_moment(queue
 
 def test_a_retry_that_a_wrong_clock_put_off_for_years_is_made_due_and_what_is_scheduled_is_not(queue):
     retried, = queue.enqueue(queue.account, [MESSAGE])
-    queue.settle_and_take("normal-0", "normal")
-    queue.settle_and_take("normal-0", "normal", gomail.Outcome(retried, "retrying", "450 later", 1e8), take=False)
+    task = queue.settle_and_take("normal-0", "normal")
+    queue.settle_and_take("normal-0", "normal", gomail.Outcome(task, "retrying", "450 later", 1e8), take=False)
     scheduled, = queue.enqueue(queue.account, [changed("payload.send_at", int((time.time() + 1e8) * 1e6))])
     until(lambda: look(queue).status(retried)["state"] == "queued")
     assert look(queue).status(scheduled)["state"] == "scheduled"
@@ -5953,7 +6032,7 @@ def test_a_retry_that_a_wrong_clock_put_off_for_years_is_made_due_and_what_is_sc
 
 def test_what_is_due_together_goes_in_the_order_in_which_it_was_due_and_accepted(service, queue, monkeypatch):
     service.cron.stop()
-    monkeypatch.setattr(queue, "LOOK", 10)
+    monkeypatch.setattr(queue, "BATCH", 10)
     waiting, = queue.enqueue(queue.account, [MESSAGE])
     now = int(queue.store.time() * 1000)
     ids = []
@@ -5964,8 +6043,8 @@ def test_what_is_due_together_goes_in_the_order_in_which_it_was_due_and_accepted
     taken = []
     while task := queue.settle_and_take(
             "normal-0", "normal", gomail.Outcome(taken[-1], "succeeded") if taken else None):
-        taken.append(task.id)
-    assert taken == [*ids, waiting]
+        taken.append(task)
+    assert [task.id for task in taken] == [*ids, waiting]
 
 
 def test_tasks_of_a_dead_process_go_back_to_their_lanes_oldest_first(service, queue):
@@ -6182,10 +6261,12 @@ def test_the_openapi_description_has_every_route_its_checks_and_its_answers(serv
     assert description["openapi"] == "3.1.0"
     routes = {(method.upper(), path) for path, methods in description["paths"].items() for method in methods}
     assert routes == {(route.method, route.path) for route in gomail.ROUTES}
-    message, otp, *_ = (description["paths"]["/task"]["post"]["requestBody"]
-                        ["content"]["application/json"]["schema"]["oneOf"])
+    message, otp, *_ = tasks = (description["paths"]["/task"]["post"]["requestBody"]
+                                ["content"]["application/json"]["schema"]["oneOf"])
     assert message["properties"]["payload"]["required"] == ["userId", "subject", "content"]
     assert otp["properties"]["payload"]["properties"]["length"] == {"type": "integer", "minimum": 4, "maximum": 8}
+    assert {"subject": ["content"], "content": ["subject"]} in [
+        task["properties"]["payload"].get("dependentRequired") for task in tasks]
     assert "429" in description["paths"]["/task/verify"]["post"]["responses"]
     assert description["paths"]["/task"]["post"]["security"] == [{"apiKey": []}]
     assert description["paths"]["/task/{id}"]["get"]["security"] == [{"apiKey": []}, {"adminToken": []}]
@@ -6299,10 +6380,19 @@ def test_a_client_without_a_key_gets_its_answer_though_it_sends_a_large_body(ser
     assert connection.getresponse().status == 401
 
 
-def test_the_levels_of_access_are_known_and_another_is_refused(service, client):
-    route = dataclasses.replace(gomail.ROUTES[0], access="anybody")
-    with pytest.raises(ValueError, match="anybody"):
-        service.http.api.authenticate(route, gomail.Request({"authorization": client.key}, {}, {}, peer="127.0.0.1"))
+@pytest.mark.parametrize("access", ["anybody", "", "OPEN", None])
+def test_a_route_whose_level_of_access_is_not_known_lets_nobody_in(governed, monkeypatch, access):
+    service, admin, one, _ = governed
+    route = dataclasses.replace(gomail.find_routes("/accounts")[0], access=access)
+    monkeypatch.setitem(gomail.FIXED, "/accounts", [route])
+    for key in (admin.key, one.key, ""):
+        status, answer, _ = Client(admin.address, key)("GET", "/accounts")
+        assert status == 403 and "access level" in answer["error"]
+
+
+def test_every_level_of_access_is_in_use_and_each_route_has_one():
+    assert {route.access for route in gomail.ROUTES} == set(gomail.Access)
+    assert all(isinstance(route.access, gomail.Access) for route in gomail.ROUTES)
 
 
 @pytest.mark.parametrize("path", ["/auth/signup", "/auth/deregister", "/session", "/unsubscribe/x"])
@@ -6850,19 +6940,19 @@ def test_a_wrong_admin_token_waits_is_logged_and_only_so_many_at_once(governed, 
         began = time.monotonic()
         assert guess(admin.address, method, path, token)[0] == 401 and time.monotonic() - began >= 0.2
         assert said.pop().fields == {"client": "127.0.0.1"} and not said
-    for _ in range(gomail.Api.GUESSES):
-        assert service.http.api.guesses.acquire(blocking=False)
+    for _ in range(gomail.Api.MAX_PENALTIES):
+        assert service.http.api.penalties.acquire(blocking=False)
     status, headers = guess(admin.address, method, path, "another wrong guess")
     assert status == 429 and headers["Retry-After"] == "1" and headers["Connection"] == "close" and not said
     assert admin.get("/accounts") and guess(admin.address, method, path, ADMIN)[0] != 429
-    service.http.api.guesses.release(gomail.Api.GUESSES)
+    service.http.api.penalties.release(gomail.Api.MAX_PENALTIES)
 
 
 def test_who_has_a_key_of_an_account_or_none_does_not_guess(governed, said):
     service, admin, one, two = governed
     admin.post("/auth/deregister", {"id": "two@example.com"})
-    for _ in range(gomail.Api.GUESSES):
-        service.http.api.guesses.acquire()
+    for _ in range(gomail.Api.MAX_PENALTIES):
+        service.http.api.penalties.acquire()
     for key in (one.key, two.key, "", "Bearer"):
         for method, path in ASKING_FOR_ADMIN[:4]:
             assert guess(admin.address, method, path, key)[0] in (200, 401)
@@ -6871,8 +6961,8 @@ def test_who_has_a_key_of_an_account_or_none_does_not_guess(governed, said):
 
 
 def test_without_admin_token_there_is_nothing_to_guess(service, said):
-    for _ in range(gomail.Api.GUESSES):
-        service.http.api.guesses.acquire()
+    for _ in range(gomail.Api.MAX_PENALTIES):
+        service.http.api.penalties.acquire()
     assert service.client("GET", "/task/recent", Authorization="nonsense")[0] == 401 and not said
 
 
@@ -6975,7 +7065,7 @@ def test_a_session_counts_only_with_a_header_that_other_sites_cannot_send(client
 
 def test_a_session_ends_with_its_key_and_after_its_time(client, monkeypatch):
     name = name_of(client)
-    monkeypatch.setattr(gomail.Api, "SESSION", -1)
+    monkeypatch.setattr(gomail.Api, "SESSION_TTL", -1)
     call, _ = logged_in(client, client.key)
     assert call("GET", "/session")[1]["account"] is None and call("GET", "/task/recent")[0] == 401
     monkeypatch.undo()
@@ -7898,7 +7988,7 @@ def test_a_backup_under_load_misses_nothing_that_was_answered_before_and_repeats
     sender = Sender(300, [service.http.url], client.key)
     until(lambda: len(sender.answered) > 20 and len(mail_server.mails) > 20)
     ids = {answer["id"]: task["payload"]["userId"] for answer, task in zip(answers, tasks)}
-    over = {status["userId"] for status in service.queue._statuses(list(ids)) if status["state"] == "succeeded"}
+    over = {status["userId"] for status in service.inspection._statuses(list(ids)) if status["state"] == "succeeded"}
     answered, sent_before = {*ids.values(), *sender.answered}, len(mail_server.mails)
     file = backed_up(service.store)
     sent = {mail.recipient for mail in list(mail_server.mails)}
@@ -8151,7 +8241,7 @@ def test_tasks_that_wait_in_a_data_dir_are_warned_about_where_another_redis_is_u
 def has_lock(path: pathlib.Path) -> bool:
     """Whether somebody has the lock of a file."""
     with open(path) as file:
-        return not gomail.locked(file)
+        return not gomail.try_lock(file)
 
 
 def blocks(name, heading, language):
@@ -9570,7 +9660,7 @@ def removing_a_dead_letter(service, client, mail_server):
 
 
 def creating_content(service, client, mail_server):
-    yield service.newsletters._create
+    yield service.newsletters._define
     define(client)
 
 
@@ -9589,7 +9679,7 @@ def unsubscribing(service, client, mail_server):
 
 def sending_to_an_address_again(service, client, mail_server):
     client.post("/suppressions", {"userId": "user@example.com"})
-    yield service.queue._unsuppress
+    yield service.http.api.suppressions._remove
     delete(client, "/suppressions", {"userId": "user@example.com"})
 
 
