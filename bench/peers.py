@@ -1,18 +1,34 @@
-"""What a Python user would build instead: the same mail through Celery, RQ, Dramatiq and Huey.
+"""What a Python user would build instead: the same mail through Celery, RQ, Dramatiq and Huey, or by a loop.
 
 Each sends by its documented idiom with smtplib, a connection per mail, and once more with ready bytes on a reused
-connection, which favours it. REDIS and SMTP_PORT come from the environment.
+connection, which favours it. REDIS, SMTP_PORT and SMTP_CA come from the environment; with SMTP_CA (a PEM file of the
+certificates to trust), each connection begins with STARTTLS.
 """
 
+import asyncio
+import collections.abc
 import email.message
 import os
+import signal
 import smtplib
+import ssl
 import sys
 import threading
 
 REDIS = os.environ["REDIS"]
 SMTP_PORT = int(os.environ["SMTP_PORT"])
+SMTP_CA = os.environ.get("SMTP_CA", "")
+TLS = ssl.create_default_context(cafile=SMTP_CA) if SMTP_CA else None
+Mail = tuple[str, str, str]  # recipient, subject, HTML
 local = threading.local()
+
+
+def connected() -> smtplib.SMTP:
+    """A connection that is ready for a mail."""
+    smtp = smtplib.SMTP("127.0.0.1", SMTP_PORT)
+    if TLS:
+        smtp.starttls(context=TLS)
+    return smtp
 
 
 def message(recipient, subject, content):
@@ -31,21 +47,21 @@ def ready_bytes(recipient, subject, content):
 
 def by_idiom(recipient, subject, content):
     """A connection for each mail."""
-    with smtplib.SMTP("127.0.0.1", SMTP_PORT) as smtp:
+    with connected() as smtp:
         smtp.send_message(message(recipient, subject, content))
 
 
 def reused(recipient, subject, content):
     """One connection for each thread."""
     if not hasattr(local, "smtp"):
-        local.smtp = smtplib.SMTP("127.0.0.1", SMTP_PORT)
+        local.smtp = connected()
     local.smtp.sendmail("app@example.org", [recipient], ready_bytes(recipient, subject, content))
 
 
 def everybody(recipient, subject, content):
     """The loop everybody writes: EmailMessage and send_message on a reused connection."""
     if not hasattr(local, "smtp"):
-        local.smtp = smtplib.SMTP("127.0.0.1", SMTP_PORT)
+        local.smtp = connected()
     local.smtp.send_message(message(recipient, subject, content))
 
 
@@ -59,6 +75,22 @@ def loop(send, mails, threads):
         worker.start()
     for worker in workers:
         worker.join()
+
+
+async def send_side_by_side(idiomatic: bool, mails: list[Mail], connections: int) -> None:
+    """Send mails by aiosmtplib on reused connections, without any queue: by its idiom, or as ready bytes."""
+    import aiosmtplib
+
+    async def run(mails: collections.abc.Iterator[Mail]) -> None:
+        smtp = aiosmtplib.SMTP(hostname="127.0.0.1", port=SMTP_PORT, start_tls=bool(TLS), tls_context=TLS)
+        await smtp.connect()
+        for mail in mails:
+            if idiomatic:
+                await smtp.send_message(message(*mail))
+            else:
+                await smtp.sendmail("app@example.org", [mail[0]], ready_bytes(*mail))
+    shared = iter(mails)
+    await asyncio.gather(*(run(shared) for _ in range(connections)))
 
 
 which = os.environ.get("PEER", "")
@@ -100,7 +132,7 @@ if which == "fastapi":
     celery_app = celery.Celery("peers", broker=REDIS)
     send_task = celery_app.task(by_idiom)
 
-    class Mail(pydantic.BaseModel):
+    class Payload(pydantic.BaseModel):
         userId: str
         subject: str
         content: str
@@ -109,7 +141,7 @@ if which == "fastapi":
         task: str
         type: str
         retries: int
-        payload: Mail
+        payload: Payload
 
     fast = fastapi.FastAPI()
 
@@ -150,6 +182,11 @@ if __name__ == "__main__":
             def log_message(self, *_):
                 pass
         http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[2])), Handler).serve_forever()
-    else:  # a loop without a queue: peers.py everybody|reused THREADS MAILS
+    else:  # a loop without a queue: peers.py everybody|reused|aiosmtplib|aiosmtplib_bytes CONNECTIONS MAILS
         from bench import mails
-        loop(globals()[sys.argv[1]], mails(int(sys.argv[3])), int(sys.argv[2]))
+        kind, connections, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+        if kind.startswith("aiosmtplib"):
+            asyncio.run(send_side_by_side(kind == "aiosmtplib", mails(count), connections))
+        else:
+            loop(globals()[kind], mails(count), connections)
+        signal.pause()  # it stays, so that its processor time can be read
