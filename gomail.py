@@ -8021,7 +8021,7 @@ class Backup:
             cursor, keys = self.redis.scan(cursor or 0, match=self.store.matching(pattern), count=1000)
             # SCAN does not notice that a cluster has begun to move our keys to another node. Asking for a key that does
             # not exist does: see ClusterConnection.
-            self.redis.exists(self.store.key("absent"))
+            self.redis.exists(self.store.key("restoring"))
             yield [key[len(self.store.prefix):] for key in keys]
 
     def _read(self, names: Sequence[str]) -> Iterator[Json]:

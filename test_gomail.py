@@ -6840,7 +6840,7 @@ def test_500_slow_connections_leave_a_good_client_an_answer_or_503_at_once(servi
 
 
 def test_no_answer_tells_of_the_server_its_machine_or_may_be_cached(client, service, monkeypatch):
-    monkeypatch.setattr(service.queue, "counters", lambda: 1 / 0)
+    monkeypatch.setattr(service.inspection, "counters", lambda: 1 / 0)
     for status, answer, headers in (client("GET", "/health/ping"), client("GET", "/health/metrics"),
                                     client("GET", "/x")):
         assert headers["Cache-Control"] == "no-store" and "Server" not in headers
@@ -8908,7 +8908,7 @@ def test_the_admin_sees_all_accounts_or_one_and_signs_others_up(governed, browse
     go(tab, "#/accounts")
     tab.get_by_label("Name of the new account").fill("three@example.com")
     tab.get_by_role("button", name="Create account").click()
-    tab.get_by_text("The key of three@example.com").wait_for()
+    tab.get_by_text("The API key of three@example.com").wait_for()
     assert Client(admin.address, tab.locator("pre").inner_text().strip()).get("/task/recent")["tasks"] == []
     tab.on("dialog", lambda dialog: dialog.accept())
     tab.get_by_role("button", name="Deregister one@example.com").click()
