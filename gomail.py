@@ -6820,11 +6820,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         routes = find_routes(path)
         if not routes:
             raise HTTPError(404, "there is no such path; GET /openapi.json lists them")
-        allowed = allowed_methods(routes)
         if method == "OPTIONS":
-            return 204, None, {"Allow": allowed}
+            return 204, None, {"Allow": allowed_methods(routes)}
         route = next((route for route in routes if route.method == ("GET" if method == "HEAD" else method)), None)
         if route is None:
+            allowed = allowed_methods(routes)
             raise HTTPError(405, f"this path takes {allowed}", None, {"Allow": allowed})
         self.method, self.route, self.group = method, route.path, route.group
         request = Request(headers, route.match(path) or {},
