@@ -943,13 +943,12 @@ class RedisAddress:
         userinfo, _, places = authority.rpartition("@")
         user, _, password = userinfo.partition(":")
         scheme, path = scheme or "redis", urllib.parse.unquote(path)
-        options = cls._parse_options(query, scheme)
-        options |= {name: urllib.parse.unquote(text)
-                    for name, text in (("username", user), ("password", password)) if text}
+        login = {name: urllib.parse.unquote(text)
+                 for name, text in (("username", user), ("password", password)) if text}
         if scheme == "unix":
             if places or len(path) < 2 or UNPRINTABLE.search(path):
                 raise ValueError("it must be unix:///path/of/the/socket")
-            return cls(scheme, (), path, "", options)
+            return cls(scheme, (), path, "", cls._parse_options(query, scheme) | login)
         if scheme == "redis+sentinel":
             hosts = [cls._parse_host(place, 26379) for place in places.split(",")]
             tail = re.fullmatch(r"/([\w.-]+)(?:/([0-9]{1,9}))?", path)
@@ -959,6 +958,8 @@ class RedisAddress:
             tail = re.fullmatch("()/?([0-9]{0,9})/?", path)
         if not tail:
             raise ValueError("after the host comes the number of a database; for sentinels, first a master's name")
+        # The options come last: in "redis://:a?b=c", which names no host, b is a piece of the password.
+        options = cls._parse_options(query, scheme) | login
         return cls(scheme, tuple(hosts), "", tail[1], {"db": int(tail[2] or 0)} | options)
 
     @classmethod
