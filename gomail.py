@@ -3358,14 +3358,14 @@ class Inspection:
             tasks = [(task_id, dict(zip(self.FIELDS, values))) for task_id, values in zip(ids, pipeline.execute())]
         statuses = []
         for task_id, found in tasks:
+            if found["state"] and not found["head"]:  # a newsletter's body is its head, until it ends, perhaps just now
+                *values, body = self.store.redis.hmget(self.store.key("task", task_id), (*self.FIELDS, "body"))
+                found = dict(zip(self.FIELDS, values))
+                found["head"] = found["head"] or body
             if found["d"]:
                 found["state"], found["account"] = ended_as(found["d"])
             if found["state"] is None or account and found["account"] != account:
                 continue
-            if not found["head"] and not found["d"]:
-                found["head"] = self.store.redis.hget(self.store.key("task", task_id), "body")
-                if found["head"] is None:  # it ended just now
-                    continue
             owner = {} if account else {"account": found["account"]}
             try:
                 statuses.append(self._status(task_id, found, story) | owner)

@@ -2920,6 +2920,21 @@ def test_all_dead_letters_of_an_account_are_removed_and_nobody_elses(client, ser
     assert client.get("/task/dead")["total"] == 0 and other.get("/task/dead")["total"] == 1
 
 
+def test_a_newsletter_that_ends_while_it_is_looked_at_is_shown_as_ended(queue, monkeypatch):
+    task_id, = queue.enqueue(queue.account, [MESSAGE])
+    task = queue.settle_and_take("normal-0", "normal")
+    queue.store.redis.hdel(queue.store.key("task", task_id), "head")  # as a newsletter has none
+    read = redis.Redis.hmget
+
+    def end_first(client, *arguments):
+        if not isinstance(client, redis.client.Pipeline):
+            done = gomail.Outcome(task, gomail.Verdict.SUCCEEDED)
+            queue.settle_and_take("normal-0", "normal", done, take=False)
+        return read(client, *arguments)
+    monkeypatch.setattr(redis.Redis, "hmget", end_first)
+    assert look(queue).status(task_id)["state"] == "succeeded"
+
+
 def test_the_last_hour_counts_mails_by_account_and_together(service, mail_server):
     clients = [service.client.sign_up() for _ in range(2)]
     mail_server.replies["bad@example.com"] = ["450 4.2.1 busy", "550 5.2.1 no"]
