@@ -1405,7 +1405,7 @@ class EmbeddedServer:
 
     def __init__(self, data_dir: str, fsync: bool = False, maxmemory: int = 0) -> None:
         self.folder = pathlib.Path(data_dir).resolve()
-        self.fsync, self.maxmemory = fsync, maxmemory or max(memory_of_machine() // 2 ** 21, self.MIN_MEMORY)
+        self.fsync, self.maxmemory = fsync, maxmemory
         self.socket = self.folder / "valkey.sock"
         self.uri = f"unix://{urllib.parse.quote(str(self.socket))}"
         self.log_file = self.folder / "valkey.log"
@@ -1510,7 +1510,7 @@ class EmbeddedServer:
         self.adopted = None if self._is_child() else self._listener()
         if self.adopted:  # its limit may be an older one
             with self._client() as client, contextlib.suppress(redis.RedisError):
-                client.config_set("maxmemory", f"{self.maxmemory}mb", "maxmemory-policy", "noeviction")
+                client.config_set("maxmemory", self._memory_limit(), "maxmemory-policy", "noeviction")
         self.examine()
 
     def ensure(self) -> None:
@@ -1551,9 +1551,13 @@ class EmbeddedServer:
                 [self.program(), "--port", "0", "--unixsocket", self.socket, "--unixsocketperm", "700",
                  "--dir", self.folder, "--appendonly", "yes", "--save", "",
                  "--appendfsync", "always" if self.fsync else "everysec",
-                 "--maxmemory", f"{self.maxmemory}mb", "--maxmemory-policy", "noeviction",
+                 "--maxmemory", self._memory_limit(), "--maxmemory-policy", "noeviction",
                  "--logfile", self.log_file, "--loglevel", "warning"],
                 stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=[server_lock], start_new_session=True)
+
+    def _memory_limit(self) -> str:
+        """The server's maxmemory. Looked up when a server needs it: commands only look for one that runs."""
+        return f"{self.maxmemory or max(memory_of_machine() // 2 ** 21, self.MIN_MEMORY)}mb"
 
     def _is_child(self) -> bool:
         """Whether the server runs as a child of this process."""
@@ -2451,6 +2455,9 @@ class Verdict(enum.StrEnum):
     SUPPRESSED = "suppressed"  # no recipient is left
 
 
+CONCLUDED = (Verdict.SUCCEEDED, Verdict.CANCELLED, Verdict.SUPPRESSED)  # and so the states: only a summary is kept
+
+
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """What became of a task that a worker had in hand.
@@ -2850,7 +2857,7 @@ class Queue:
         if outcome:
             args += [outcome.task.id, outcome.verdict, outcome.detail, int(outcome.delay * 1000),
                      " ".join(outcome.delivered), " ".join(outcome.suppress)]
-            if outcome.verdict in (Verdict.SUCCEEDED, Verdict.CANCELLED, Verdict.SUPPRESSED):
+            if outcome.verdict in CONCLUDED:
                 args += self._summary_args(outcome.task)
         while (found := self._settle_and_take(keys, args)) == []:
             pass
@@ -3482,29 +3489,30 @@ class Inspection:
         """How many processes work on this queue."""
         return self.store.redis.hlen(self.store.key("processes"))
 
-    def _pauses(self) -> list[Json]:
+    def reports(self) -> list[Json]:
         """What each process reports: lane -> why it is paused, and of an outage "smtp", see SmtpState.report()."""
         return [json.loads(report) for report in self.store.redis.hvals(self.store.key("paused"))]
 
-    def lanes(self, depths: Mapping[str, int]) -> list[Json]:
-        """For each lane: what waits there, by `depths`, and in how many of the processes it is paused, and why."""
-        reports, oldest, lanes = self._pauses(), self.oldest(), []
+    def lanes(self, depths: Mapping[str, int], reports: Sequence[Json]) -> list[Json]:
+        """For each lane: what waits there, by depths(); by reports(), in how many processes it is paused, and why."""
+        oldest, lanes = self.oldest(), []
         for lane in LANES:
             reasons = [report[lane] for report in reports if lane in report]
             lanes.append({"lane": lane, "queued": depths[lane], "oldest": round(oldest[lane], 3),
                           "paused": len(reasons), "reason": reasons[0] if reasons else None})
         return lanes
 
-    def outage(self, own: Json | None = None) -> Json | None:
-        """In how many processes the SMTP server is out, since when, and why; None where it is out in none.
+    @staticmethod
+    def outage(reports: Sequence[Json], own: Json | None = None) -> Json | None:
+        """By reports(), in how many processes the SMTP server is out, since when, and why; None where in none.
 
         `own` is the report of this process, in case its heartbeat has not sent it yet.
         """
-        reports = [report["smtp"] for report in self._pauses() if "smtp" in report] or ([own] if own else [])
-        if not reports:
+        outages = [report["smtp"] for report in reports if "smtp" in report] or ([own] if own else [])
+        if not outages:
             return None
-        first = min(reports, key=lambda report: report["since"])
-        return {"state": "out", "processes": len(reports), "since": timestamp(first["since"]),
+        first = min(outages, key=lambda outage: outage["since"])
+        return {"state": "out", "processes": len(outages), "since": timestamp(first["since"]),
                 "reason": first["reason"]}
 
 
@@ -3512,7 +3520,7 @@ def history_of(task: Json) -> list[Json]:
     """What happened to a task, from the fields of its hash, the oldest event first."""
     state = task["state"]
     events = [line.split(" ", 3) for line in (task["story"] or "").split("\n")[:-1]]
-    if state in (State.SUCCEEDED, State.CANCELLED, State.SUPPRESSED):
+    if state in CONCLUDED:
         reason = task["error"] if state != State.SUCCEEDED else ""
         events.append([task["finished"], task["started"], state, reason])
     history: list[Json] = [{"time": timestamp(task["created"]), "event": "accepted"}]
@@ -5589,9 +5597,8 @@ class Workers:
         self.stats.count("gomail_tasks_total", type=task.type, outcome=verdict)
         if task.type not in ("subscribe", "unsubscribe") and verdict in self.EVENTS:
             self.stats.note(self.EVENTS[verdict], Account(task.account, task.key))
-        is_fine = verdict in (Verdict.SUCCEEDED, Verdict.CANCELLED, Verdict.SUPPRESSED)
         detail = {"result" if verdict == Verdict.SUCCEEDED else "error": outcome.detail} if outcome.detail else {}
-        log(logging.INFO if is_fine else logging.WARNING, f"task {verdict}", task=task.id, type=task.type,
+        log(logging.INFO if verdict in CONCLUDED else logging.WARNING, f"task {verdict}", task=task.id, type=task.type,
             account=task.account, attempt=task.attempts + 1, duration=round(time.monotonic() - started, 4), **detail)
         return outcome
 
@@ -6228,11 +6235,13 @@ class Api:
         return done("Suppression removed successfully")
 
     def list_lanes(self, request: Request) -> Reply:
-        depths, outbox = self.inspection.depths(), isinstance(self.transport, MaildirTransport)
+        depths, reports = self.inspection.depths(), self.inspection.reports()
+        outbox = isinstance(self.transport, MaildirTransport)
         dead, _ = self.inspection.dead(request.account.name, limit=0)
-        smtp = self.inspection.outage(self.smtp.report()) or {
+        smtp = self.inspection.outage(reports, self.smtp.report()) or {
             "state": self.smtp.state, "processes": 0, "since": None, "reason": None}
-        return {"status": True, "lanes": self.inspection.lanes(depths), "processes": self.inspection.processes(),
+        return {"status": True, "lanes": self.inspection.lanes(depths, reports),
+                "processes": self.inspection.processes(),
                 "retrying": depths["retrying"], "dead": dead, "mail_to": "Maildir" if outbox else str(self.transport),
                 "outbox": outbox, "smtp": smtp}
 
@@ -7860,10 +7869,10 @@ class Operator:
         last: tuple[float, int] | None = None  # (moment, tasks executed by then)
         lines: list[str] = []
         while True:
-            depths = self.inspection.depths()
-            stats: Json = {"lanes": self.inspection.lanes(depths), "processes": self.inspection.processes(),
+            depths, reports = self.inspection.depths(), self.inspection.reports()
+            stats: Json = {"lanes": self.inspection.lanes(depths, reports), "processes": self.inspection.processes(),
                            "queued": depths, "jobs": self.inspection.counters(), "minutes": self.stats.history(),
-                           "smtp": self.inspection.outage()}
+                           "smtp": self.inspection.outage(reports)}
             if self.terminal.as_json:
                 return self.terminal.json(stats)
             if lines:
@@ -7972,7 +7981,7 @@ class Backup:
                           "jwt_secret_check"))
     # What a gomail leaves in Redis even if it was never used.
     DISPOSABLE = frozenset(("jwt_secret", "ascii_folded", "stats", "history", "metrics"))
-    ENDED = frozenset(("succeeded", "suppressed", "cancelled", "dead"))
+    ENDED = (*CONCLUDED, State.DEAD)
     READERS: typing.ClassVar[dict[str, Callable]] = {
         "string": lambda transaction, key: transaction.get(key),
         "hash": lambda transaction, key: transaction.hgetall(key),

@@ -8257,13 +8257,18 @@ def test_a_backup_that_ends_too_early_or_was_changed_is_refused_before_anything_
             gomail.Backup.verify(io.BytesIO(whole[:cut]), "it")
 
 
-def test_what_a_backup_or_a_restore_cannot_do_is_said_and_changes_nothing(processes, mail_server, redis_with_file):
+def in_use(processes, mail_server, redis_with_file):
+    """(Redis, environment, process, client, Command) of a gomail that has sent a mail."""
     server = redis_with_file()
     environment = settings_for(server, mail_server)
     process = processes(environment).started()
     client = process.client.sign_up()
     client.state(client.task(), "succeeded")
-    command = Command(process, environment)
+    return server, environment, process, client, Command(process, environment)
+
+
+def test_what_a_backup_or_a_restore_cannot_do_is_said_and_changes_nothing(processes, mail_server, redis_with_file):
+    server, environment, process, _, command = in_use(processes, mail_server, redis_with_file)
     kept = process.folder / "kept"
     assert command("backup", "kept")[0] == 0
     whole = kept.read_bytes()
@@ -8291,12 +8296,7 @@ def test_what_a_backup_or_a_restore_cannot_do_is_said_and_changes_nothing(proces
 
 def test_no_gomail_starts_on_what_a_restore_has_not_brought_in_full_and_the_next_restore_begins_anew(
         processes, mail_server, redis_with_file):
-    server = redis_with_file()
-    environment = settings_for(server, mail_server)
-    process = processes(environment).started()
-    client = process.client.sign_up()
-    client.state(client.task(), "succeeded")
-    command = Command(process, environment)
+    server, environment, process, client, command = in_use(processes, mail_server, redis_with_file)
     assert process.stop() == 0 and command("backup", "kept")[0] == 0
     there = {**environment, "key_prefix": "there:"}
     unused = processes(there, folder=process.folder).started()  # what a gomail leaves that was not used is no data
@@ -10285,8 +10285,7 @@ def test_soak_an_hour_of_all_that_operators_do_at_half_load(processes, redis_wit
                 faults.append((time.monotonic(), f"{what} over"))
 
         threads = [*(Pace(over, rate / 2, send(app)) for app in "ab"), Pace(over, 1, look), Pace(over, 1 / 7, operate),
-                   Pace(over, 1, lambda number: otp("busy", busy.url, key)(number)),
-                   Pace(over, 1, otp("idle", idle.url, idle_key))]
+                   Pace(over, 1, otp("busy", busy.url, key)), Pace(over, 1, otp("idle", idle.url, idle_key))]
         began, samples = time.monotonic(), []
         while (passed := time.monotonic() - began) < length:
             over.wait(min(10.0, length / 20))
