@@ -2475,6 +2475,85 @@ class Outcome:
     suppress: tuple[str, ...] = ()
 
 
+class GroupCommit:
+    """One call for the requests of many threads, as databases commit many transactions by one write to the disk.
+
+    A request that finds a call under way waits. When that ends, the thread that has waited longest makes the next call,
+    for all that wait by then. Each thread makes one call only: it does not work for others while its client waits. A
+    request that meets no other is called at once, by its own thread.
+
+    Args:
+        call: takes the requests of a group, and returns the answer to each. A request may be in several calls, where
+            one failed: that must do no harm.
+    """
+
+    MOST = 100  # weight of a group: Redis answers nobody else for some milliseconds
+
+    class Member:
+        """A request, and what became of it: it leads the next group, or has an answer, or an error, or none of them."""
+
+        def __init__(self, request: Sequence, weight: int) -> None:
+            self.request, self.weight = request, weight
+            self.leads, self.answer = False, None
+            self.error: Exception | None = None
+            self.waits = threading.Lock()  # locked until one of these is set
+            self.waits.acquire()
+
+    def __init__(self, call: Callable[[list], Sequence]) -> None:
+        self._call = call
+        self._lock = threading.Lock()  # guards the next two
+        self._under_way = False
+        self._waiting: collections.deque[GroupCommit.Member] = collections.deque()  # only while a call is under way
+
+    def __call__(self, request: Sequence, weight: int) -> Any:
+        """The answer to a request. Raises what the call raises."""
+        if weight > self.MOST:
+            return self._call([request])[0]
+        own = self.Member(request, weight)
+        with self._lock:
+            if self._under_way:
+                self._waiting.append(own)
+            else:
+                self._under_way = own.leads = True
+        if not own.leads:
+            own.waits.acquire()
+        if own.leads:
+            self._lead(own)
+        if own.error:
+            raise type(own.error)(*own.error.args) from own.error
+        # Where the call for its group failed, each request is called by itself: the error is only that of one.
+        return own.answer or self._call([request])[0]
+
+    def _lead(self, own: Member) -> None:
+        """Make the call for a request and those that wait. Then the next one leads, whatever happened."""
+        group = [own]
+        try:
+            with self._lock:
+                weight = own.weight
+                while self._waiting and (weight := weight + self._waiting[0].weight) <= self.MOST:
+                    group.append(self._waiting.popleft())
+            for member, answer in zip(group, self._call([member.request for member in group])):
+                member.answer = answer
+        except (redis.ConnectionError, redis.TimeoutError) as error:
+            with self._lock:  # one group after the other would wait for the timeout of a Redis that is away
+                group += self._waiting
+                self._waiting.clear()
+            for member in group:
+                member.error = error
+        except Exception:
+            if len(group) == 1:
+                raise
+        finally:
+            with self._lock:
+                following = self._waiting.popleft() if self._waiting else None
+                self._under_way = following is not None
+            if following:
+                following.leads = True
+                following.waits.release()
+            for member in group:
+                member.waits.release()
+
+
 class Queue:
     """Lanes, processing lists, delayed tasks and dead letters.
 
@@ -2490,6 +2569,7 @@ class Queue:
     RESUME_INTERVAL = 5.0  # seconds between two requests to resume a lane, of all processes together
     RECENT = 100_000  # tasks that can be looked up without their id, of an account and of all
     BATCH = 1000  # tasks in one script
+    BYTES_LIKE_A_TASK = 8192  # of a task's body that take Redis as long as a further small task
 
     # Redis's clock, so that the clocks of several machines need not agree.
     CLOCK = """
@@ -2618,6 +2698,7 @@ class Queue:
     def __init__(self, store: Store, settings: Settings, process: str) -> None:
         self.store, self.settings, self.process = store, settings, process
         self._enqueue = store.script(self.ENQUEUE, when_full=False)
+        self._enqueue_in_groups = GroupCommit(self._enqueue_group)
         self._settle_and_take = store.script(self.SETTLE_AND_TAKE)
         self._pace = store.script(self.PACE)
         self._beat = store.script(self.BEAT)
@@ -2636,25 +2717,20 @@ class Queue:
         self._no_otp.set()
         self._delayed, self.next_due = threading.Event(), math.inf
 
-    # Queue tasks of one account. A repeated call, whose first answer was lost, finds its tasks there: it changes
-    # nothing, and does not count against the limits. The same idempotency key gets the same answer again.
+    # Queue the tasks of some requests, one request after the other. A repeated call, whose first answer was lost, finds
+    # its tasks there: it changes nothing, and does not count against the limits. The same idempotency key gets the same
+    # answer again.
     # KEYS: the prefix.
-    # ARGV: account, id of the API key, otp_cooldown (s), otp_hourly_max, otp_minute_max; fingerprint of what came with
-    #       an idempotency key and the key's digest, or "" twice; what the ids are made from; then of each task: id,
-    #       head, body, lane, the address of an OTP or "", a content type that must exist or "", due (ms), recipients.
-    # Answer: "revoked", "conflict", or {what the ids are made from, "<number>=<why> ..." of the tasks refused}.
+    # ARGV: otp_cooldown (s), otp_hourly_max, otp_minute_max; then of each request: account, id of the API key,
+    #       fingerprint of what came with an idempotency key and the key's digest, or "" twice, what the ids are made
+    #       from, the number of tasks; and of each of its tasks: id, head, body, lane, the address of an OTP or "", a
+    #       content type that must exist or "", due (ms), recipients.
+    # Answer: for each request "revoked", "conflict", or {what the ids are made from, "<number>=<why> ..." of the tasks
+    #         refused}.
     ENQUEUE = ADD_TASK + LIMIT + """
-        local prefix, account, key, cooldown, hourly, minute = KEYS[1], unpack(ARGV, 1, 5)
-        local fingerprint, digest, first = unpack(ARGV, 6, 8)
-        if redis.call('HGET', prefix .. 'UserList', account) ~= key then return 'revoked' end
-        local idempotency = prefix .. 'idempotency:' .. digest
-        local known = fingerprint ~= '' and redis.call('GET', idempotency)
-        if known then  -- of this registration, or of an older version, which did not note the owner
-            local before, first, owner, refused = string.match(known, '(%w+) (%w+) ?(%w*) ?(.*)')
-            if owner == '' or owner == key then return before == fingerprint and {first, refused} or 'conflict' end
-        end
+        local prefix, cooldown, hourly, minute = KEYS[1], unpack(ARGV, 1, 3)
 
-        local function too_early(id, address)
+        local function too_early(account, id, address)
             local asked, hour = prefix .. 'otp_asked:' .. address .. ':' .. account, milliseconds - 3600000
             -- What lies in the future was asked for before the clock went back, and does not count.
             local last = redis.call('ZREVRANGEBYSCORE', asked, milliseconds, hour, 'WITHSCORES', 'LIMIT', 0, 1)[2]
@@ -2672,27 +2748,43 @@ class Queue:
             redis.call('EXPIRE', asked, 3600)
         end
 
-        local function refusal_of(id, head, body, lane, otp_address, content_type, due, to)
+        local function refusal_of(account, key, id, head, body, lane, otp_address, content_type, due, to)
             if redis.call('EXISTS', prefix .. 'task:' .. id) == 1 then return end
             if content_type ~= '' and redis.call('HEXISTS', prefix .. 'content:' .. account, content_type) == 0 then
                 return 'unknown'
             end
-            local wait = otp_address ~= '' and too_early(id, otp_address)
+            local wait = otp_address ~= '' and too_early(account, id, otp_address)
             if wait then return wait end
             add_task(prefix, id, account, key, lane, due, body, to, 'head', head)
         end
 
-        local refused, count = {}, (#ARGV - 8) / 8
-        for number = 0, count - 1 do
-            local why = refusal_of(unpack(ARGV, 9 + 8 * number, 16 + 8 * number))
-            if why then refused[#refused + 1] = number .. '=' .. why end
+        local function enqueue(tasks, account, key, fingerprint, digest, first, count)
+            if redis.call('HGET', prefix .. 'UserList', account) ~= key then return 'revoked' end
+            local idempotency = prefix .. 'idempotency:' .. digest
+            local known = fingerprint ~= '' and redis.call('GET', idempotency)
+            if known then  -- of this registration, or of an older version, which did not note the owner
+                local before, first, owner, refused = string.match(known, '(%w+) (%w+) ?(%w*) ?(.*)')
+                if owner == '' or owner == key then return before == fingerprint and {first, refused} or 'conflict' end
+            end
+            local refused = {}
+            for number = 0, count - 1 do
+                local why = refusal_of(account, key, unpack(ARGV, tasks + 8 * number, tasks + 8 * number + 7))
+                if why then refused[#refused + 1] = number .. '=' .. why end
+            end
+            local refusals = table.concat(refused, ' ')
+            if fingerprint ~= '' and #refused < tonumber(count) then
+                local record = {fingerprint, first, key, #refused > 0 and refusals or nil}
+                redis.call('SET', idempotency, table.concat(record, ' '), 'EX', 86400)
+            end
+            return {first, refusals}
         end
-        local refusals = table.concat(refused, ' ')
-        if fingerprint ~= '' and #refused < count then
-            local record = {fingerprint, first, key, #refused > 0 and refusals or nil}
-            redis.call('SET', idempotency, table.concat(record, ' '), 'EX', 86400)
+
+        local answers, at = {}, 4
+        while at <= #ARGV do
+            answers[#answers + 1] = enqueue(at + 6, unpack(ARGV, at, at + 5))
+            at = at + 6 + 8 * ARGV[at + 5]
         end
-        return {first, refusals}
+        return answers
     """
 
     def enqueue(self, account: Account, tasks: Sequence[Json], idempotency_key: str = "",
@@ -2707,13 +2799,12 @@ class Queue:
             HTTPError: 401, the API key was revoked; 422, the idempotency key came with something else before; 503, with
                 durability=fsync, the tasks are not known to be on disk.
         """
-        settings, fingerprint, digest = self.settings, "", ""
+        fingerprint = digest = ""
         first = f"{time.time_ns() // 1000:013x}{'' if batch or len(tasks) > 1 else '000'}{secrets.token_hex(8)}"
         if idempotency_key:
             fingerprint = hashlib.sha256((batch or json.dumps(tasks[0], sort_keys=True)).encode()).hexdigest()
             digest = hashlib.sha256(json.dumps([account.name, idempotency_key]).encode()).hexdigest()
-        args = [account.name, account.key_id, settings.otp_cooldown, settings.otp_hourly_max, settings.otp_minute_max,
-                fingerprint, digest, first]
+        request, size = [account.name, account.key_id, fingerprint, digest, first, len(tasks)], 0
         for task_id, task in zip(self._ids(first, len(tasks)), tasks):
             payload, otp_address, content_type = task["payload"], "", ""
             if task["type"] == "generateOtp":
@@ -2724,11 +2815,16 @@ class Queue:
             elif task["type"] == "subscribe" and "content" not in payload:
                 content_type = payload["content_type"]
             recipients = fold_address(" ".join([payload["userId"], *payload.get("cc", ()), *payload.get("bcc", ())]))
-            args += [task_id, summary_of(task), json.dumps(task), lane_of(task["type"]),
-                     otp_address, content_type, payload.get("send_at", 0) // 1000, recipients]
-        answer = self._durably(self._enqueue, [self.store.prefix], args)
+            body = json.dumps(task)
+            request += [task_id, summary_of(task), body, lane_of(task["type"]),
+                        otp_address, content_type, payload.get("send_at", 0) // 1000, recipients]
+            size += len(body)
+        answer, is_safe = self._enqueue_in_groups(request, len(tasks) + size // self.BYTES_LIKE_A_TASK)
         if any("send_at" in task["payload"] for task in tasks):
             self._delayed.set()
+        if not is_safe:
+            raise HTTPError(503, "the task could not be written to disk in time; send it again", None,
+                          {"Retry-After": "1"})
         if answer == "revoked":
             raise HTTPError(401, "the API key was revoked", None, {"WWW-Authenticate": "Bearer"})
         if answer == "conflict":
@@ -2752,14 +2848,15 @@ class Queue:
             f"{first[:13]}{number:03x}{hashlib.sha256(f'{first}{number}'.encode()).hexdigest()[:16]}"
             for number in range(count)]
 
-    def _durably(self, script: Script, keys: Sequence, args: Sequence) -> Any:
-        if self.settings.durability != "fsync":
-            return script(keys, args)
-        result, on_disk = script.durably(keys, args, 4000)
-        if not on_disk:
-            raise HTTPError(503, "the task could not be written to disk in time; send it again", None,
-                          {"Retry-After": "1"})
-        return result
+    def _enqueue_group(self, requests: Sequence[Sequence]) -> list[tuple[Any, bool]]:
+        """For each of these requests what ENQUEUE answers, and whether that is as safe as `durability` promises."""
+        settings, keys = self.settings, [self.store.prefix]
+        args = [settings.otp_cooldown, settings.otp_hourly_max, settings.otp_minute_max, *itertools.chain(*requests)]
+        if settings.durability == "fsync":
+            answers, is_safe = self._enqueue.durably(keys, args, 4000)
+        else:
+            answers, is_safe = self._enqueue(keys, args), True
+        return [(answer, is_safe) for answer in answers]
 
     # Settle the task that the worker had in hand, and take the next one. LREM is the fence: a worker whose task was
     # given to another one meanwhile settles nothing. A task that is in the worker's list after that was taken by a call
