@@ -3073,6 +3073,237 @@ def queue(service, client):
     queue.release()
 
 
+class Together:
+    """Makes calls that all meet one that is under way: they go in groups, in the order in which they came.
+
+    Args:
+        groups: the GroupCommit whose first call is held up meanwhile.
+    """
+
+    def __init__(self, groups):
+        self.groups, self.run, self.sizes = groups, groups._call, []
+
+    def __call__(self, *calls):
+        """What each call returned or raised, in their order. The first is the one that the others meet."""
+        results, reached, go_on, threads = [None] * len(calls), threading.Event(), threading.Event(), []
+
+        def run(requests):
+            self.sizes.append(len(requests))
+            if not reached.is_set():
+                reached.set()
+                assert go_on.wait(PATIENCE)
+            return self.run(requests)
+
+        def perform(number):
+            try:
+                results[number] = calls[number]()
+            except BaseException as error:
+                results[number] = error
+        self.groups._call, self.sizes = run, []
+        for number in range(len(calls)):
+            waiting = len(self.groups._waiting)
+            threads.append(threading.Thread(target=perform, args=(number,), daemon=True))
+            threads[-1].start()
+            assert reached.wait(PATIENCE)
+            until(lambda: not number or len(self.groups._waiting) > waiting or not threads[-1].is_alive())
+        go_on.set()
+        for thread in threads:
+            thread.join(PATIENCE)
+        self.groups._call = self.run
+        assert not any(thread.is_alive() for thread in threads) and not self.groups._under_way
+        return results
+
+
+def enqueueing(queue, *tasks, account=None, key="", batch=""):
+    """A call that queues these tasks, or else MESSAGE."""
+    return lambda: queue.enqueue(account or queue.account, tasks if tasks or batch else [MESSAGE], key, batch)
+
+
+OTP = {"task": "an OTP", "type": "generateOtp", "retries": 0, "payload": {"userId": "otp@example.com", "length": 6}}
+NEWS = {"task": "news", "type": "subscribe", "retries": 0,
+        "payload": {"userId": "user@example.com", "content_type": "news", "frequency": "@daily"}}
+QUEUEABLE = strategies.sampled_from([
+    MESSAGE, changed("task", "another"), changed("payload.send_at", 4_000_000_000_000_000), OTP,
+    changed("payload.userId", "OTHER@example.com", OTP), NEWS, changed("payload.content_type", "unknown", NEWS)])
+
+
+@hypothesis.settings(deadline=None, max_examples=60,
+                     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.given(most=strategies.sampled_from([5, 100]), requests=strategies.lists(strategies.tuples(
+    strategies.sampled_from(["one", "other", "revoked"]), strategies.sampled_from(["", "", "a key", "another key"]),
+    QUEUEABLE | strategies.lists(QUEUEABLE, max_size=4)), min_size=1, max_size=9))
+def test_requests_that_go_together_get_the_answers_and_leave_the_data_of_one_after_the_other(
+        redis_server, requests, most):
+    settings = gomail.Settings(otp_cooldown=1000, otp_hourly_max=2, otp_minute_max=2)
+
+    def after(perform):
+        """Answers and data, with ids numbered, and without times and seeds."""
+        store = gomail.Store(redis_server.uri, f"{secrets.token_hex(4)}:")
+        store.redis.hset(store.key("UserList"), mapping={"one": "1", "other": "2", "revoked": "3"})
+        store.redis.hset(store.key("content", "one"), "news", "{}")
+        queue, ids = gomail.Queue(store, settings, "a process"), {}
+        accounts = {name: gomail.Account(name, key_id) for name, key_id in (
+            ("one", "1"), ("other", "2"), ("revoked", "old"))}
+        calls = [enqueueing(queue, *(tasks if isinstance(tasks, list) else [tasks]), account=accounts[name], key=key,
+                            batch=json.dumps(tasks, sort_keys=True) if isinstance(tasks, list) else "")
+                 for name, key, tasks in requests]
+        queue._enqueue_in_groups.MOST = most
+        answers = [[found] if isinstance(found, Exception) else found
+                   for found in perform(queue, [enqueueing(queue, account=accounts["one"]), *calls])]
+        for found in itertools.chain(*answers):
+            if isinstance(found, str):
+                ids.setdefault(found, f"id {len(ids)}")
+        data = {}
+        for key in store.redis.keys(f"{store.prefix}*"):
+            name, kind = ids.get(key.rpartition(":")[2], key.removeprefix(store.prefix)), store.redis.type(key)
+            if kind == "hash":
+                data[name] = store.redis.hgetall(key)
+                data[name].pop("created", None)
+                if "body" in data[name]:
+                    data[name]["body"] = re.sub('"seed": "[0-9a-f]+"', "", data[name]["body"])
+            elif kind == "list":
+                data[name] = [ids[found] for found in store.redis.lrange(key, 0, -1)]
+            elif kind == "zset":
+                data[name] = sorted(ids[found] for found in store.redis.zrange(key, 0, -1))
+            else:
+                data[name] = [ids.get(found, ids.get(found[:16], "")) if len(found) in (29, 32) else found
+                              for found in store.redis.get(key).split(" ")]
+        store.redis.delete(*store.redis.keys(f"{store.prefix}*"))
+        return [[ids[found] if isinstance(found, str) else (found.status, found.field) for found in answer]
+                for answer in answers], data, sorted(ids.values())
+
+    def together(queue, calls):
+        meeting = Together(queue._enqueue_in_groups)
+        results = meeting(*calls)
+        assert meeting.sizes[0] == 1 and sum(meeting.sizes) == len(calls)
+        assert most < 100 or len(meeting.sizes) == 1 + (len(calls) > 1)
+        return results
+
+    def perform_alone(queue, calls):
+        results = []
+        for call in calls:
+            try:
+                results.append(call())
+            except gomail.HTTPError as error:
+                results.append(error)
+        return results
+    assert after(together) == after(perform_alone)
+
+
+def test_a_request_whose_data_is_at_fault_spoils_it_for_no_other_in_its_group(queue):
+    spoilt = gomail.Account("spoilt", "1")
+    queue.store.redis.hset(queue.store.key("UserList"), spoilt.name, spoilt.key_id)
+    queue.store.redis.set(queue.store.key("content", spoilt.name), "no hash")
+    unsendable = gomail.Account("\ud800", "1")
+    results = Together(queue._enqueue_in_groups)(
+        enqueueing(queue), enqueueing(queue), enqueueing(queue, NEWS, account=spoilt), enqueueing(queue, MESSAGE, OTP),
+        enqueueing(queue, account=unsendable), enqueueing(queue, key="a key"))
+    assert "WRONGTYPE" in str(results.pop(2)) and isinstance(results.pop(3), UnicodeEncodeError)
+    ids = list(itertools.chain(*results))
+    assert len(set(ids)) == 5 and look(queue).depths()["normal"] == 4 and look(queue).depths()["urgent"] == 1
+    assert queue.enqueue(queue.account, [MESSAGE], "a key") == results[-1]
+
+
+def test_a_full_redis_refuses_each_request_of_a_group_and_keeps_nothing_of_them(redis_with_file):
+    server = redis_with_file()
+    store = gomail.Store(server.uri)
+    store.redis.hset("gomail:UserList", "one", "1")
+    queue = gomail.Queue(store, gomail.Settings(), "a process")
+    queue.account = gomail.Account("one", "1")
+    before = store.redis.dbsize()
+    server.client.config_set("maxmemory", 1)
+    calls = [enqueueing(queue), enqueueing(queue, OTP), enqueueing(queue, key="a key"), enqueueing(queue, MESSAGE, OTP)]
+    assert all(gomail.is_full(error) for error in Together(queue._enqueue_in_groups)(*calls))
+    server.client.config_set("maxmemory", 0)
+    assert store.redis.dbsize() == before
+    assert len(set(itertools.chain(*(call() for call in calls)))) == 5
+
+
+def test_a_group_whose_answer_is_lost_on_the_way_is_queued_once(services, mail_server, cutter):
+    service = services(redis_uri=cutter.uri, smtp_server="")
+    queue = gomail.Queue(service.store, service.settings, "another process")
+    queue.account = service.http.api.accounts.authenticate(service.client.sign_up().key)
+    service.workers.stop(PATIENCE)
+    calls = [enqueueing(queue)] * 5
+
+    def last():
+        cutter.cut(queue._enqueue)
+        return queue.enqueue(queue.account, [MESSAGE])
+    ids = list(itertools.chain(*Together(queue._enqueue_in_groups)(last, *calls)))
+    assert cutter.cuts == 1 and len(set(ids)) == 6
+    waiting = service.store.redis.lrange(service.store.key("lane", "normal"), 0, -1)
+    assert sorted(waiting) == sorted(ids)
+
+
+@pytest.mark.parametrize("durability", ["everysec", "fsync"])
+def test_a_group_takes_one_round_trip_and_one_connection_and_a_lone_request_too(redis_with_file, durability):
+    server = redis_with_file("--appendfsync", "always")
+    if durability == "fsync" and not has_waitaof(server):
+        pytest.skip("this server has no WAITAOF")
+    store = gomail.Store(server.uri, connections=1)
+    store.redis.hset("gomail:UserList", "one", "1")
+    queue = gomail.Queue(store, gomail.Settings(durability=durability), "a process")
+    queue.account = gomail.Account("one", "1")
+    queue.enqueue(queue.account, [MESSAGE])  # the server knows the script from here on
+
+    def for_request():
+        store.dedicate(for_request=True)
+        try:
+            return queue.enqueue(queue.account, [MESSAGE])
+        finally:
+            store.release()
+    for calls in ([for_request], [for_request] * 20):
+        server.client.config_resetstat()
+        meeting = Together(queue._enqueue_in_groups)
+        assert len(set(itertools.chain(*meeting(*calls)))) == len(calls)
+        used = server.client.info("commandstats")
+        groups = min(len(calls), 2)
+        assert used["cmdstat_evalsha"]["calls"] == len(meeting.sizes) == groups and "cmdstat_eval" not in used
+        assert used.get("cmdstat_waitaof", {"calls": 0})["calls"] == (groups if durability == "fsync" else 0)
+
+
+def test_all_who_wait_learn_at_once_that_redis_is_away_and_later_requests_are_queued(redis_with_file):
+    server = redis_with_file()
+    store = gomail.Store(server.uri)
+    store.redis.hset("gomail:UserList", "one", "1")
+    queue = gomail.Queue(store, gomail.Settings(), "a process")
+    queue.account = gomail.Account("one", "1")
+    queue._enqueue_in_groups.MOST = 2  # more wait than go in one group
+
+    meeting = Together(queue._enqueue_in_groups)
+    results = meeting(enqueueing(queue), *[enqueueing(queue)] * 7)
+    assert len(set(itertools.chain(*results))) == 8
+    server.kill()
+    results = meeting(*[enqueueing(queue)] * 8)
+    assert [type(error) for error in results] == [redis.ConnectionError] * 8 and len(meeting.sizes) == 1
+    server.start()
+    assert len(queue.enqueue(queue.account, [MESSAGE])) == 1
+
+
+class Fault(BaseException):
+    """What no `except Exception` catches."""
+
+
+@hypothesis.settings(deadline=None, max_examples=200)
+@hypothesis.given(weights=strategies.lists(strategies.integers(0, 130), min_size=1, max_size=12),
+                  faults=strategies.lists(strategies.sampled_from(
+                      [None, None, Fault, ValueError, redis.ResponseError, redis.TimeoutError]), max_size=9))
+def test_whatever_breaks_in_a_call_each_thread_of_the_group_gets_its_own_answer_or_an_error(weights, faults):
+    faults, calls = iter(faults), []
+
+    def call(requests):
+        calls.append(requests)
+        if fault := next(faults, None):
+            raise fault("a fault")
+        return [f"answer to {request}" for request in requests]
+    groups = gomail.GroupCommit(call)
+    results = Together(groups)(*(functools.partial(groups, number, weight) for number, weight in enumerate(weights)))
+    for number, result in enumerate(results):
+        assert result == f"answer to {number}" or isinstance(result, (Fault, Exception))
+    for requests in calls:
+        assert len(requests) == 1 or sum(weights[number] for number in requests) <= groups.MOST
+
+
 def test_an_answer_that_was_lost_on_the_way_costs_no_task(queue):
     # What a worker sees when its connection dies between Redis's work and Redis's answer: it asks again.
     ids = [queue.enqueue(queue.account, [MESSAGE])[0] for _ in range(2)]
