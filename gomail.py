@@ -6840,7 +6840,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     ONCE = frozenset(("host", "content-length", "content-type", "authorization", "idempotency-key", "expect"))
 
     def handle(self) -> None:
-        self.buffer = bytearray()
+        self.buffer, self.read_timeout = bytearray(), 0.0
         try:
             while self.serve_request():
                 pass
@@ -6962,18 +6962,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
             store.release()
 
     def set_timeout(self, seconds: float) -> None:
-        if seconds != self.connection.gettimeout():  # setting it is a system call
-            self.connection.settimeout(seconds)
+        """Let further reads take so long at most.
+
+        The system watches the time, and the socket blocks. A socket with a timeout of Python's would call poll() before
+        each read and write, and wait for the interpreter once more behind that.
+        """
+        if seconds != self.read_timeout:  # setting it is a system call
+            self.read_timeout = seconds
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO,
+                                       struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6)))
 
     def receive(self) -> None:
         """Read more into the buffer. Raises HTTPError (408) at the deadline, OSError where the client has gone."""
         left = self.deadline - time.monotonic()
-        # Changing the timeout is a system call: the first reads of a request keep it, which is up to 0.1 s too long.
+        # The first reads of a request keep the timeout, which is up to 0.1 s too long.
         full = self.server.settings.request_timeout
         self.set_timeout(full if left > full - 0.1 else max(0.001, left))
         try:
             data = self.connection.recv(65536)
-        except TimeoutError:
+        except BlockingIOError:
             raise HTTPError(408, "the request took too long to arrive") from None
         if not data:
             raise ConnectionResetError
@@ -7123,7 +7130,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise self.too_large(length, limit)
         self.reserve(length or 0)
         if expects_continue and (length is None and not self.buffer or len(self.buffer) < (length or 0)):
-            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.send_bytes(b"HTTP/1.1 100 Continue\r\n\r\n")
         if length is None:
             return self.read_chunks(limit)
         while len(self.buffer) < length:
@@ -7204,9 +7211,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not self.keep_alive:
             headers = {**headers, "Connection": "close"}
         lines += [f"{name}: {value}" for name, value in headers.items()]
-        self.set_timeout(self.server.settings.request_timeout)
         head = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
-        self.connection.sendall(head if self.head_only else head + content)
+        self.send_bytes(head if self.head_only else head + content)
+
+    def send_bytes(self, data: bytes) -> None:
+        """Send all within `request_timeout`. Raises OSError."""
+        sent = 0
+        with contextlib.suppress(BlockingIOError):
+            sent = self.connection.send(data, socket.MSG_DONTWAIT)
+        if sent < len(data):  # the client is slow to read
+            self.connection.settimeout(self.server.settings.request_timeout)
+            self.connection.sendall(memoryview(data)[sent:])
+            self.connection.settimeout(None)
 
     def linger(self) -> None:
         """Keep reading for a moment before closing: data that still arrives would make the system reset the connection,
