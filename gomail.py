@@ -1129,11 +1129,10 @@ class Script:
         """
         if self.once:
             keys = [*keys, self.store.key("answered", request or secrets.token_hex(16))]
-        client = self.store.redis
         try:
-            return client.execute_command("EVALSHA", self.digest, len(keys), *keys, *args)
+            return self.store.execute("EVALSHA", self.digest, len(keys), *keys, *args)
         except redis.exceptions.NoScriptError:
-            return client.execute_command("EVAL", self.source, len(keys), *keys, *args)
+            return self.store.execute("EVAL", self.source, len(keys), *keys, *args)
 
     def durably(self, keys: Sequence, args: Sequence, timeout: int) -> tuple[Any, bool]:
         """The script's answer, and whether all that it wrote is on disk within `timeout` milliseconds.
@@ -1249,6 +1248,22 @@ class Store:
     def script(self, source: str, once: bool = False, when_full: bool = True) -> Script:
         """The Script of this source."""
         return Script(self, source, once, when_full)
+
+    def execute(self, *command: Any) -> Any:
+        """The answer to a command, as Redis gives it.
+
+        On a connection of this thread's own, this is redis-py's execute_command() without the lock and the statistics:
+        these take 13 microseconds, a ninth of the time of a small ENQUEUE.
+        """
+        client = self.redis
+        connection = client.connection
+        if connection is None:
+            return client.execute_command(*command)
+
+        def exchange() -> Any:
+            connection.send_command(*command)
+            return connection.read_response()
+        return connection.retry.call_with_retry(exchange, lambda _: connection.disconnect())
 
     def write(self, *command: Any) -> Any:
         """The answer to a command on a key that must also work when Redis's memory is full."""
