@@ -4672,13 +4672,15 @@ class SmtpTransport:
         local = self.local
         local.share = self._share(lane)
         carried, announced, idle = local.sent, local.announced, time.monotonic() - local.used
+        announce_from = self.announce_from
         refused = self._deliver(sender, recipients, message, following)
         uncertain = [address for address, error in refused.items() if not error.certain]
         if uncertain and (carried or announced and isinstance(refused[uncertain[0]], UnavailableError)):
             self._close()
             refused_again = self._deliver(sender, uncertain, message, following)
-            # Otherwise the old one may have been closed for being idle.
-            if carried and len(refused_again) < len(uncertain) and idle < 1.0:
+            # The old one may also have been closed for being idle, or for what was announced.
+            if (carried and len(refused_again) < len(uncertain) and idle < 1.0
+                    and self.announce_from == announce_from):
                 self.learnt_share, self.learnt_until = carried, time.monotonic() + self.LEARNT_TIME
             refused = {address: error for address, error in refused.items() if error.certain} | refused_again
         if local.sent >= self._share(lane) or local.refusals >= self.MAX_REFUSALS:

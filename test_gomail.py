@@ -4352,6 +4352,332 @@ def test_a_server_that_wants_data_although_it_refused_the_recipient_gets_an_empt
     assert [line.split()[0].upper() for line in heard] == [b"EHLO", b"MAIL", b"RCPT", b"DATA", b".", b"RSET", b"QUIT"]
 
 
+class ScriptedServer(threading.Thread):
+    """An SMTP server on which the test decides each reply.
+
+    `answer(stage, argument)` gives the reply at MAIL, RCPT and DATA (argument: the address, or the sender for DATA) and
+    at DOT (argument: the data); "" is the usual one, "DROP" closes the connection, "SILENT" says nothing. `weakness` is
+    what becomes of commands that came with the end of the data: "loses" them, "hangs up" after its reply, or
+    "hangs up at once"; "" takes them.
+    """
+
+    USUAL = {"MAIL": "250 sender", "RCPT": "250 recipient", "DATA": "354 go on", "DOT": "250 taken"}
+
+    def __init__(self, answer=lambda stage, argument: "", weakness="", extensions=("PIPELINING", "SIZE"), context=None):
+        super().__init__(daemon=True)
+        self.answer, self.weakness, self.extensions, self.context = answer, weakness, extensions, context
+        self.taken, self.commands = [], []  # (sender, recipients, data) of each mail; lines
+        self.connections = self.turns = 0  # turns: how often it waited for the client after its replies
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.start()
+
+    def close(self):
+        self.listener.close()
+
+    def run(self):
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self.listener.accept()
+                self.connections += 1
+                threading.Thread(target=self.serve, args=(connection,), daemon=True).start()
+
+    def serve(self, connection):
+        with contextlib.suppress(OSError, EOFError), contextlib.ExitStack() as stack:
+            if self.context:
+                connection = self.context.wrap_socket(connection, server_side=True)
+            stack.enter_context(connection)
+            self.converse(connection)
+
+    def converse(self, connection):
+        received, replies, sender, recipients = bytearray(), ["220 ready"], "", []
+
+        def line():
+            while b"\r\n" not in received:
+                if replies:
+                    connection.sendall("".join(reply + "\r\n" for reply in replies).encode())
+                    replies.clear()
+                data = connection.recv(65536)
+                self.turns += 1
+                if not data:
+                    raise EOFError
+                received.extend(data)
+            text, _, rest = received.partition(b"\r\n")
+            received[:] = rest
+            return text.decode()
+
+        def reply(stage, argument):
+            text = self.answer(stage, argument) or self.USUAL[stage]
+            if text == "DROP":
+                connection.sendall("".join(each + "\r\n" for each in replies).encode())
+                raise EOFError
+            replies.extend([text] if text != "SILENT" else [])
+            if text.startswith("421"):
+                connection.sendall("".join(each + "\r\n" for each in replies).encode())
+                raise EOFError
+            return int(text[:3]) if text != "SILENT" else 0
+        while True:
+            command = line()
+            self.commands.append(command)
+            verb, address = command[:4].upper(), re.search(r"<(.*)>|$", command)[1]
+            if verb == "EHLO":
+                replies.extend(f"250{'-' if more else ' '}{word}" for word, more in zip(
+                    ["here", *self.extensions], [*self.extensions, ""]))
+            elif verb == "MAIL":
+                sender, recipients = address if reply("MAIL", address) == 250 else "", []
+            elif verb == "RCPT" and sender:
+                recipients += [address] if reply("RCPT", address) == 250 else []
+            elif verb == "DATA" and (recipients or self.weakness == "wants data" and sender):
+                if reply("DATA", sender) == 354:
+                    data = [*iter(line, ".")]
+                    envelope, sender = (sender, tuple(recipients)), ""
+                    if received and self.weakness == "hangs up at once":
+                        raise EOFError
+                    if reply("DOT", "\n".join(data)) == 250 and recipients:
+                        self.taken.append((*envelope, "\n".join(data)))
+                    if received and self.weakness == "hangs up":
+                        connection.sendall(replies[-1].encode() + b"\r\n")
+                        raise EOFError
+                    if self.weakness == "loses":
+                        received.clear()
+            elif verb in ("RSET", "QUIT"):
+                sender = ""
+                replies.append("250 fine")
+            else:
+                replies.append("503 bad sequence of commands")
+
+
+@pytest.fixture
+def scripted():
+    """Starts a ScriptedServer; returns it and an SmtpTransport for it."""
+    with contextlib.ExitStack() as stack:
+        def start(*arguments, options={}, **more):
+            server = stack.enter_context(contextlib.closing(ScriptedServer(*arguments, **more)))
+            return server, gomail.SmtpTransport(gomail.Settings(
+                smtp_server="127.0.0.1", smtp_port=server.port, smtp_from="app@example.org", **options))
+        yield start
+
+
+def envelope_of(number):
+    return gomail.Envelope("app@example.org", (f"{number}@example.com",))
+
+
+def send_all(transport, envelopes, announce=True):
+    """Send a mail by each envelope, the number of which is its text; returns the errors, by number."""
+    errors = {}
+    for number, (envelope, following) in enumerate(zip(envelopes, [*envelopes[1:], None])):
+        try:
+            transport.send(*envelope, f"Subject: x\r\n\r\n{number}\r\n".encode(),
+                           following=following if announce else None)
+        except gomail.DeliveryError as error:
+            errors[number] = error
+    transport.tidy()
+    return errors
+
+
+def received_by(server):
+    """(recipients, text) of each mail that a ScriptedServer took."""
+    return [(recipients, data.splitlines()[-1]) for _, recipients, data in server.taken]
+
+
+@pytest.mark.parametrize("tls", [False, True])
+@pytest.mark.parametrize("announce, turns", [(True, 1), (False, 2)])
+def test_a_mail_costs_one_round_trip_where_the_next_one_is_known_and_two_elsewhere(
+        scripted, certificate, announce, turns, tls):
+    server, transport = scripted(context=certificate if tls else None,
+                                 options={"smtp_tls": "implicit" if tls else "auto"})
+    assert send_all(transport, [envelope_of(number) for number in range(50)], announce) == {}
+    assert received_by(server) == [((f"{number}@example.com",), str(number)) for number in range(50)]
+    # The greeting's, EHLO, the first envelope, and QUIT; TLS may deliver a piece in two records.
+    assert server.connections == 1 and abs(server.turns - 50 * turns) <= 4
+
+
+def test_nothing_is_announced_to_a_server_without_pipelining_or_for_an_address_beyond_ascii(scripted):
+    server, transport = scripted(extensions=("SIZE",))
+    assert send_all(transport, [envelope_of(number) for number in range(3)]) == {} and server.turns >= 12
+    server, transport = scripted(extensions=("PIPELINING", "SMTPUTF8"))
+    envelopes = [gomail.Envelope("app@example.org", (f"{name}@example.com",)) for name in ("a", "jörg", "b", "c")]
+    assert send_all(transport, envelopes) == {}
+    assert [recipients for _, recipients, _ in server.taken] == [envelope.recipients for envelope in envelopes]
+    assert sum("SMTPUTF8" in line for line in server.commands) == 1 and server.connections == 1
+
+
+def test_a_mail_beyond_ascii_is_not_sent_by_an_envelope_that_was_announced_without_smtputf8(scripted):
+    server, transport = scripted(extensions=("PIPELINING", "SMTPUTF8"))
+    transport.send(*envelope_of(1), b"1\r\n", following=envelope_of(2))
+    transport.send(*envelope_of(2), "grün\r\n".encode())
+    assert server.connections == 2 and "SMTPUTF8" in server.commands[-2 if server.commands[-1] == "DATA" else -1] or [
+        line for line in server.commands if "SMTPUTF8" in line]
+    assert [data for _, _, data in server.taken] == ["1", "grün"]
+
+
+@pytest.mark.parametrize("instead", ["another", "more recipients", "another sender", "tidy", "probe"])
+def test_what_was_announced_gets_no_data_of_another_mail_and_no_command(scripted, instead):
+    server, transport = scripted()
+    transport.send(*envelope_of(1), b"1\r\n", following=envelope_of(2))
+    until(lambda: server.commands[-1] == "DATA" and len(server.taken) == 1)
+    if instead in ("tidy", "probe"):
+        getattr(transport, instead)()
+    else:
+        transport.send("app@example.org" if instead != "another sender" else "other@example.org", {
+            "another": ("3@example.com",), "more recipients": ("2@example.com", "3@example.com"),
+            "another sender": ("2@example.com",)}[instead], b"3\r\n")
+    transport.tidy()
+    assert [data for _, _, data in server.taken] == ["1"] + ["3"] * (instead not in ("tidy", "probe"))
+    assert all(re.match("(?i)ehlo|mail|rcpt|data|rset|quit", line) for line in server.commands)
+    assert server.connections == (1 if instead == "tidy" else 2)
+
+
+@pytest.mark.parametrize("weakness", ["loses", "hangs up", "hangs up at once"])
+def test_a_server_that_cannot_take_commands_with_the_end_of_a_mail_gets_them_later_and_no_mail_fails(
+        scripted, monkeypatch, weakness):
+    monkeypatch.setattr(gomail.SmtpTransport, "ANNOUNCED_TIMEOUT", 0.3)
+    server, transport = scripted(weakness=weakness)
+    errors = send_all(transport, [envelope_of(number) for number in range(10)])
+    if weakness == "hangs up at once":  # it may have taken the first mail
+        assert isinstance(errors.pop(0), gomail.InDoubtError)
+    assert errors == {} and server.connections == 2
+    assert received_by(server) == [((f"{number}@example.com",), str(number))
+                                   for number in range(weakness == "hangs up at once", 10)]
+
+
+def test_a_server_that_hangs_up_after_mails_that_were_announced_gets_the_next_ones_announced_too(scripted):
+    numbers = itertools.count(1)
+    server, transport = scripted(lambda stage, argument: "DROP" * (stage == "MAIL" and next(numbers) == 6))
+    assert send_all(transport, [envelope_of(number) for number in range(20)]) == {}
+    assert server.connections > 2 and transport.announce_from == float("-inf") and transport.learnt_share == 5
+    assert sorted(received_by(server)) == sorted(((f"{number}@example.com",), str(number)) for number in range(20))
+
+
+@pytest.mark.parametrize("reply", ["554 no spam", "451 later", "552 too large"])
+def test_a_mail_refused_at_its_end_leaves_the_announced_one_as_it_is(scripted, reply):
+    server, transport = scripted(lambda stage, argument: reply * (stage == "DOT" and argument.endswith("\n1")))
+    errors = send_all(transport, [envelope_of(number) for number in range(3)])
+    assert [number for number in errors] == [1] and str(errors[1]).startswith(reply)
+    assert [text for _, text in received_by(server)] == ["0", "2"]
+
+
+@pytest.mark.parametrize("reply", ["421 closing", "DROP"])
+def test_after_421_or_a_broken_connection_at_the_end_of_a_mail_the_next_has_a_new_one(scripted, reply):
+    server, transport = scripted(lambda stage, argument: reply * (stage == "DOT" and argument.endswith("\n1")))
+    errors = send_all(transport, [envelope_of(number) for number in range(3)])
+    assert [number for number in errors] == [1]
+    assert isinstance(errors[1], gomail.InDoubtError if reply == "DROP" else gomail.UnavailableError)
+    assert [text for _, text in received_by(server)] == ["0", "2"]
+
+
+def test_a_connection_carries_no_more_than_its_share_when_mails_are_announced(scripted):
+    server, transport = scripted(options={"smtp_mails_per_connection": 5})
+    assert send_all(transport, [envelope_of(number) for number in range(20)]) == {}
+    assert server.connections == 4 and len(server.taken) == 20
+    assert sum(line.startswith("MAIL") for line in server.commands) == 20  # none in vain
+    assert sum(line.upper() == "QUIT" for line in server.commands) == 4
+
+
+def test_abandon_ends_the_wait_for_the_replies_to_an_announced_mail(scripted):
+    silent = threading.Event()
+
+    def answer(stage, argument):
+        if (stage, argument) == ("RCPT", "1@example.com"):
+            silent.set()
+            return "SILENT"
+        return "421 stopping" * silent.is_set()
+    server, transport = scripted(answer)
+    transport_errors = []
+    thread = threading.Thread(target=lambda: transport_errors.append(
+        send_all(transport, [envelope_of(number) for number in range(2)])))
+    thread.start()
+    assert silent.wait(PATIENCE)
+    until(lambda: transport.abandon() or not thread.is_alive())
+    assert isinstance(transport_errors[0][1], gomail.UnavailableError) and len(server.taken) == 1
+
+
+# What a server may say of a mail, and which error that is for whom it concerns.
+MAIL_REPLIES = {"": None, "450 later": "Unavailable", "552 too large": "Permanent", "421 no": "Unavailable",
+                "DROP": "Unavailable"}
+RCPT_REPLIES = {"": None, "550 5.1.1 nobody": "Permanent", "450 later": "Temporary", "421 no": "Unavailable",
+                "452 4.5.3 no more": "Temporary", "DROP": "Unavailable"}
+DATA_REPLIES = {"": None, "451 later": "Temporary", "554 no": "Permanent", "421 no": "Unavailable",
+                "DROP": "Unavailable"}
+DOT_REPLIES = {"": None, "451 later": "Temporary", "554 no": "Permanent", "421 no": "Unavailable", "DROP": "InDoubt"}
+
+
+def mostly_fine(replies):
+    return strategies.one_of(strategies.just(""), strategies.just(""), strategies.sampled_from(list(replies)))
+
+
+@strategies.composite
+def conversations(draw):
+    """Envelopes with the replies to them, and steps: (envelope, reply at the end of the data, what is announced) to
+    send a mail, or the name of something else that a thread does."""
+    plans = [(draw(mostly_fine(MAIL_REPLIES)), draw(strategies.lists(mostly_fine(RCPT_REPLIES), min_size=1, max_size=3)),
+              draw(mostly_fine(DATA_REPLIES))) for _ in range(3)]
+    mails = strategies.tuples(strategies.integers(0, 2), mostly_fine(DOT_REPLIES), strategies.sampled_from(
+        ["right", "right", "wrong", None]))
+    steps = draw(strategies.lists(strategies.one_of(mails, mails, mails, mails, mails, strategies.sampled_from(
+        ["tidy", "probe"])), min_size=2, max_size=12))
+    return plans, steps, draw(strategies.sampled_from(["", "wants data"])), draw(strategies.integers(2, 6))
+
+
+@hypothesis.settings(deadline=None, max_examples=150, suppress_health_check=[
+    hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.given(conversations())
+def test_each_mail_reaches_whom_it_should_with_the_errors_of_its_own_whatever_was_announced(scripted, conversation):
+    plans, steps, weakness, share = conversation
+    envelopes = [gomail.Envelope(f"{number}@example.org", tuple(f"{number}-{each}@example.com" for each in range(
+        len(rcpt)))) for number, (_, rcpt, _) in enumerate(plans)]
+
+    def answer(stage, argument):
+        if stage == "DOT":
+            return re.search("dot: (.*)|$", argument)[1] or ""
+        if argument == "app@example.org":  # of a probe
+            return ""
+        mail, rcpt, data = plans[int(argument[0])]
+        return {"MAIL": mail, "DATA": data}.get(stage) or (rcpt[int(argument[2])] if stage == "RCPT" else "")
+
+    def expected(number, dot):
+        """The error for each recipient of a mail, or None."""
+        mail, rcpt, data = plans[number]
+        errors = [RCPT_REPLIES[reply] for reply in rcpt]
+        if MAIL_REPLIES[mail] or "Unavailable" in errors:
+            return [MAIL_REPLIES[mail] or "Unavailable"] * len(rcpt)
+        if (None in errors or weakness) and DATA_REPLIES[data] == "Unavailable":
+            return ["Unavailable"] * len(rcpt)
+        if None in errors and not DATA_REPLIES[data] and dot == "DROP":
+            return ["InDoubt"] * len(rcpt)
+        return [error or DATA_REPLIES[data] or DOT_REPLIES[dot] for error in errors]
+    server, transport = scripted(answer, weakness, options={"smtp_mails_per_connection": share})
+    server.answer = answer
+    sent, wanted = [step for step in steps if step not in ("tidy", "probe")], collections.Counter()
+    position = 0
+    for step in steps:
+        if step in ("tidy", "probe"):
+            getattr(transport, step)()
+            continue
+        number, dot, announced = step
+        position += 1
+        later = sent[position][0] if position < len(sent) else 0
+        following = {"right": envelopes[later], "wrong": envelopes[(later + 1) % 3], None: None}[announced]
+        errors, found = expected(number, dot), dict.fromkeys(envelopes[number].recipients)
+        text = f"{position} dot: {dot}"
+        wanted.update((address, text) for address, error in zip(envelopes[number].recipients, errors) if not error)
+        try:
+            transport.send(*envelopes[number], f"Subject: x\r\n\r\n{text}\r\n".encode(), following=following)
+        except gomail.PartialError as error:
+            found |= error.refused
+        except gomail.DeliveryError as error:
+            found = dict.fromkeys(found, error)
+        assert [error and type(error).__name__.removesuffix("Error") for error in found.values()] == errors, found
+    transport.tidy()
+    assert collections.Counter((address, data.splitlines()[-1]) for _, recipients, data in server.taken
+                               for address in recipients) == wanted
+    assert all(data.splitlines()[0] == "Subject: x" and re.match(r"\S+ dot: ", data.splitlines()[-1])
+               and {sender[0]} == {address[0] for address in recipients}
+               for sender, recipients, data in server.taken)
+    assert all(re.match("(?i)ehlo|mail|rcpt|data|rset|quit|[.]", line) for line in server.commands)
+    server.close()
+
+
 class Logins:
     """An authenticator for aiosmtpd that knows one user."""
 
