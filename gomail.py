@@ -4796,10 +4796,10 @@ class SmtpTransport:
             smtp = connect(settings.smtp_server, settings.smtp_port, "unnamed", timeout=settings.smtp_timeout)
             smtp.local_hostname = settings.smtp_ehlo or ehlo_name(smtp.sock)
             tune(smtp.sock)
-            smtp.ehlo_or_helo_if_needed()
+            say_hello(smtp)
             if not implicit and settings.smtp_tls == "auto" and smtp.has_extn("starttls"):
                 smtp.starttls(context=self.context)
-                smtp.ehlo_or_helo_if_needed()
+                say_hello(smtp)
             if settings.smtp_pass or settings.smtp_token_command:
                 if not isinstance(smtp.sock, ssl.SSLSocket):
                     raise UnavailableError("it offers no STARTTLS, and the password is not sent in the clear")
@@ -5024,6 +5024,15 @@ class SmtpTransport:
         except (OSError, smtplib.SMTPException) as error:
             raise self._broken(error) from None
         return last_reply
+
+
+def say_hello(smtp: OpenSmtp) -> None:
+    """Send EHLO, or else HELO. Raises SMTPHeloError with the server's words, also where it closes the connection."""
+    code, text = smtp.ehlo()
+    if code != 421 and code // 100 != 2:
+        code, text = smtp.helo()
+    if code // 100 != 2:
+        raise smtplib.SMTPHeloError(code, text)
 
 
 def authenticate(smtp: OpenSmtp, mechanism: str, secret: bytes, initial: bytes,

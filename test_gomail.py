@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import base64
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
@@ -73,7 +74,7 @@ import redis.backoff
 import redis.retry
 import selectolax.lexbor
 import trustme
-from hypothesis import strategies
+from hypothesis import stateful, strategies
 
 import gomail
 
@@ -215,6 +216,7 @@ class MailServer(aiosmtpd.controller.Controller):
 
     def __init__(self, port=0, **options):
         self.mails, self.connections, self.refusals, self.host_names = [], 0, 0, set()
+        self.most_open = 0  # connections at once
         self.replies, self.data_replies = collections.defaultdict(list), collections.defaultdict(list)
         self.sender_replies = []
         server = self
@@ -225,6 +227,7 @@ class MailServer(aiosmtpd.controller.Controller):
                 if not isinstance(self.transport, asyncio.Transport):
                     server.connections += 1
                 server.open.add(self)
+                server.most_open = max(server.most_open, len(server.open))
                 super().connection_made(transport)
 
             async def smtp_DATA(self, arg):
@@ -4355,18 +4358,20 @@ def test_a_server_that_wants_data_although_it_refused_the_recipient_gets_an_empt
 class ScriptedServer(threading.Thread):
     """An SMTP server on which the test decides each reply.
 
-    `answer(stage, argument)` gives the reply at MAIL, RCPT and DATA (argument: the address, or the sender for DATA) and
-    at DOT (argument: the data); "" is the usual one, "DROP" closes the connection, "SILENT" says nothing. `weakness` is
-    what becomes of commands that came with the end of the data: "loses" them, "hangs up" after its reply, or
-    "hangs up at once"; "" takes them.
+    `answer(stage, argument)` gives the reply at "greeting", EHLO, MAIL, RCPT and DATA (argument: the address, or the
+    sender for DATA) and at DOT (argument: the data); "" is the usual one, "DROP" closes the connection, "SILENT" says
+    nothing. `weakness` is what becomes of commands that came with the end of the data: "loses" them, "hangs up" after
+    its reply, or "hangs up at once"; "" takes them. One that "wants data" asks for them without recipients too.
     """
 
-    USUAL = {"MAIL": "250 sender", "RCPT": "250 recipient", "DATA": "354 go on", "DOT": "250 taken"}
+    USUAL = {"greeting": "220 ready", "EHLO": "250-here", "MAIL": "250 sender", "RCPT": "250 recipient",
+             "DATA": "354 go on", "DOT": "250 taken"}
 
     def __init__(self, answer=lambda stage, argument: "", weakness="", extensions=("PIPELINING", "SIZE"), context=None):
         super().__init__(daemon=True)
         self.answer, self.weakness, self.extensions, self.context = answer, weakness, extensions, context
         self.taken, self.commands = [], []  # (sender, recipients, data) of each mail; lines
+        self.heard = []  # all that came over each connection
         self.connections = self.turns = 0  # turns: how often it waited for the client after its replies
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
@@ -4390,7 +4395,8 @@ class ScriptedServer(threading.Thread):
             self.converse(connection)
 
     def converse(self, connection):
-        received, replies, sender, recipients = bytearray(), ["220 ready"], "", []
+        received, replies, sender, recipients, heard = bytearray(), [], "", [], bytearray()
+        self.heard.append(heard)
 
         def line():
             while b"\r\n" not in received:
@@ -4402,6 +4408,7 @@ class ScriptedServer(threading.Thread):
                 if not data:
                     raise EOFError
                 received.extend(data)
+                heard.extend(data)
             text, _, rest = received.partition(b"\r\n")
             received[:] = rest
             return text.decode()
@@ -4416,13 +4423,14 @@ class ScriptedServer(threading.Thread):
                 connection.sendall("".join(each + "\r\n" for each in replies).encode())
                 raise EOFError
             return int(text[:3]) if text != "SILENT" else 0
+        reply("greeting", "")
         while True:
             command = line()
             self.commands.append(command)
             verb, address = command[:4].upper(), re.search(r"<(.*)>|$", command)[1]
             if verb == "EHLO":
-                replies.extend(f"250{'-' if more else ' '}{word}" for word, more in zip(
-                    ["here", *self.extensions], [*self.extensions, ""]))
+                reply("EHLO", "")
+                replies.extend([*(f"250-{word}" for word in self.extensions), "250 HELP"])
             elif verb == "MAIL":
                 sender, recipients = address if reply("MAIL", address) == 250 else "", []
             elif verb == "RCPT" and sender:
@@ -4506,8 +4514,7 @@ def test_a_mail_beyond_ascii_is_not_sent_by_an_envelope_that_was_announced_witho
     server, transport = scripted(extensions=("PIPELINING", "SMTPUTF8"))
     transport.send(*envelope_of(1), b"1\r\n", following=envelope_of(2))
     transport.send(*envelope_of(2), "grün\r\n".encode())
-    assert server.connections == 2 and "SMTPUTF8" in server.commands[-2 if server.commands[-1] == "DATA" else -1] or [
-        line for line in server.commands if "SMTPUTF8" in line]
+    assert server.connections == 2 and b"SMTPUTF8" in server.heard[1] and server.heard[0].endswith(b"DATA\r\n")
     assert [data for _, _, data in server.taken] == ["1", "grün"]
 
 
@@ -4524,8 +4531,7 @@ def test_what_was_announced_gets_no_data_of_another_mail_and_no_command(scripted
             "another sender": ("2@example.com",)}[instead], b"3\r\n")
     transport.tidy()
     assert [data for _, _, data in server.taken] == ["1"] + ["3"] * (instead not in ("tidy", "probe"))
-    assert all(re.match("(?i)ehlo|mail|rcpt|data|rset|quit", line) for line in server.commands)
-    assert server.connections == (1 if instead == "tidy" else 2)
+    assert server.connections == (1 if instead == "tidy" else 2) and server.heard[0].endswith(b"DATA\r\n")
 
 
 @pytest.mark.parametrize("weakness", ["loses", "hangs up", "hangs up at once"])
@@ -4551,10 +4557,11 @@ def test_a_server_that_hangs_up_after_mails_that_were_announced_gets_the_next_on
 
 @pytest.mark.parametrize("reply", ["554 no spam", "451 later", "552 too large"])
 def test_a_mail_refused_at_its_end_leaves_the_announced_one_as_it_is(scripted, reply):
-    server, transport = scripted(lambda stage, argument: reply * (stage == "DOT" and argument.endswith("\n1")))
+    server, transport = scripted(lambda stage, argument: reply * (stage == "DOT" and argument.endswith("\n0")))
     errors = send_all(transport, [envelope_of(number) for number in range(3)])
-    assert [number for number in errors] == [1] and str(errors[1]).startswith(reply)
-    assert [text for _, text in received_by(server)] == ["0", "2"]
+    assert [number for number in errors] == [0] and str(errors[0]).startswith(reply)
+    assert [text for _, text in received_by(server)] == ["1", "2"]
+    assert server.connections == 1 and not re.search(b"(?i)rset", server.heard[0])
 
 
 @pytest.mark.parametrize("reply", ["421 closing", "DROP"])
@@ -4610,8 +4617,8 @@ def mostly_fine(replies):
 def conversations(draw):
     """Envelopes with the replies to them, and steps: (envelope, reply at the end of the data, what is announced) to
     send a mail, or the name of something else that a thread does."""
-    plans = [(draw(mostly_fine(MAIL_REPLIES)), draw(strategies.lists(mostly_fine(RCPT_REPLIES), min_size=1, max_size=3)),
-              draw(mostly_fine(DATA_REPLIES))) for _ in range(3)]
+    recipients = strategies.lists(mostly_fine(RCPT_REPLIES), min_size=1, max_size=3)
+    plans = [(draw(mostly_fine(MAIL_REPLIES)), draw(recipients), draw(mostly_fine(DATA_REPLIES))) for _ in range(3)]
     mails = strategies.tuples(strategies.integers(0, 2), mostly_fine(DOT_REPLIES), strategies.sampled_from(
         ["right", "right", "wrong", None]))
     steps = draw(strategies.lists(strategies.one_of(mails, mails, mails, mails, mails, strategies.sampled_from(
@@ -4647,7 +4654,6 @@ def test_each_mail_reaches_whom_it_should_with_the_errors_of_its_own_whatever_wa
             return ["InDoubt"] * len(rcpt)
         return [error or DATA_REPLIES[data] or DOT_REPLIES[dot] for error in errors]
     server, transport = scripted(answer, weakness, options={"smtp_mails_per_connection": share})
-    server.answer = answer
     sent, wanted = [step for step in steps if step not in ("tidy", "probe")], collections.Counter()
     position = 0
     for step in steps:
@@ -4676,6 +4682,294 @@ def test_each_mail_reaches_whom_it_should_with_the_errors_of_its_own_whatever_wa
                for sender, recipients, data in server.taken)
     assert all(re.match("(?i)ehlo|mail|rcpt|data|rset|quit|[.]", line) for line in server.commands)
     server.close()
+
+
+@pytest.fixture
+def processes_of(redis_server):
+    """Makes the SmtpConnections of further processes over one Redis; each is alive until its heartbeat is removed."""
+    prefix, stores = f"{secrets.token_hex(4)}:", []
+
+    def make(limit, name=None):
+        store = gomail.Store(redis_server.uri, prefix)
+        stores.append(store)
+        queue = gomail.Queue(store, gomail.Settings(), name or f"process {len(stores)}")
+        queue.HEARTBEAT_TTL = 600.0
+        store.redis.set(store.key("heartbeat", queue.process), 1, px=4000)
+        return gomail.SmtpConnections(store, queue.process, limit)
+    yield make
+    for store in stores:
+        store.redis.close()
+
+
+def thread_of(call):
+    """Call it in a thread of its own, and raise what it raises."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(call).result(PATIENCE)
+
+
+def taken(bound, lane, number):
+    """How many of `number` places a process gets in a lane."""
+    return sum(bound.take(lane) for _ in range(number))
+
+
+@pytest.mark.parametrize("limit, urgent, normal, bulk", [(20, 1, 1, 18), (3, 1, 1, 1), (2, 1, 0, 1), (1, 1, 0, 1)])
+def test_a_backlog_of_one_lane_leaves_the_others_a_connection_each(processes_of, limit, urgent, normal, bulk):
+    one, other = processes_of(limit), processes_of(limit)
+    assert taken(one, "bulk", limit) + taken(other, "bulk", limit) == bulk
+    assert taken(other, "urgent", limit) == urgent and taken(one, "normal", limit) == normal
+    assert taken(one, "urgent", 1) == taken(one, "bulk", 1) == 0
+
+
+def test_connections_that_one_process_gives_back_or_takes_into_its_grave_are_free_for_another(processes_of):
+    one, other, third = processes_of(5), processes_of(5), processes_of(5)
+    assert taken(one, "normal", 9) == 3 and taken(other, "normal", 1) == 0
+    one.give_back("normal")
+    one.refresh()
+    assert taken(other, "normal", 9) == 1
+    one.store.redis.delete(one.store.key("heartbeat", one.process))
+    assert taken(third, "normal", 9) == 2
+    third.release()
+    assert taken(other, "normal", 9) == 2
+    assert other.store.redis.hgetall(other.store.key("connections")) == {f"normal {other.process}": "3"}
+
+
+def test_places_that_redis_lost_are_there_again_with_the_next_refresh(processes_of):
+    one, other = processes_of(5), processes_of(5)
+    assert taken(one, "normal", 9) == 3
+    one.store.redis.delete(one.store.key("connections"))
+    one.refresh()
+    assert taken(other, "normal", 9) == 0
+
+
+def test_a_server_that_refuses_a_connection_lowers_the_bound_of_all_processes_and_later_it_is_as_before(
+        processes_of, said):
+    one, other = processes_of(20), processes_of(20)
+    assert taken(one, "normal", 4) == 4 and taken(other, "bulk", 4) == 4
+    assert one.lower("normal", "421 too many connections") and one.lower("normal", "421 too many connections")
+    assert one.places["normal"] == 2 and taken(other, "bulk", 1) == taken(one, "normal", 1) == 0
+    key = one.store.key("connections_limit")
+    assert one.store.redis.get(key) == "6" and 590 < one.store.redis.ttl(key) <= 600
+    assert [record.getMessage() for record in said] == ["SMTP server takes no further connection"]
+    assert said[0].fields["error"] == "421 too many connections"
+    one.store.redis.delete(key)  # ten minutes later
+    assert taken(other, "bulk", 20) == 13
+
+
+def test_lanes_with_several_connections_give_some_up_when_the_bound_was_lowered_and_the_urgent_lane_has_its_first(
+        processes_of):
+    one, other = processes_of(20), processes_of(20)
+    assert taken(one, "bulk", 6) == 6 and taken(other, "bulk", 4) == 4
+    assert one.lower("bulk", "421")  # the server takes nine
+    assert other.take("urgent")  # in any case
+    other.refresh(), one.refresh()
+    left = 0
+    while one.must_leave("bulk"):
+        one.give_back("bulk")
+        left += 1
+    one.refresh()
+    assert left == one.surplus + left == 2 and not one.must_leave("bulk")  # one for the urgent, one for the normal lane
+    assert other.take("normal") and not other.take("normal") and not one.must_leave("normal")
+
+
+def test_the_only_connection_is_kept_when_the_server_refuses_it(processes_of):
+    one = processes_of(20)
+    assert one.take("bulk") and not one.lower("bulk", "421")
+    assert one.places["bulk"] == 1 and not one.take("normal") and one.take("urgent")
+
+
+class ConnectionsMachine(stateful.RuleBasedStateMachine):
+    """Processes that take places, give them back, die, come again, and hear that the server takes no more."""
+
+    def __init__(self):
+        super().__init__()
+        self.limit, self.lowered = 6, None
+        self.store = gomail.Store(self.uri, f"{secrets.token_hex(4)}:")
+        self.made = itertools.count()
+        self.alive, self.places = {}, collections.Counter()
+
+    def total(self):
+        return sum(self.places.values())
+
+    @stateful.rule()
+    def begin(self):
+        if len(self.alive) < 3:
+            name = f"{next(self.made)}"
+            self.store.redis.set(self.store.key("heartbeat", name), 1, px=4000)
+            self.alive[name] = gomail.SmtpConnections(self.store, name, self.limit)
+
+    def one(self, data):
+        return data.draw(strategies.sampled_from(sorted(self.alive)))
+
+    @stateful.precondition(lambda self: self.alive)
+    @stateful.rule(data=strategies.data(), lane=strategies.sampled_from(gomail.MAIL_LANES))
+    def take(self, data, lane):
+        name = self.one(data)
+        in_lane = {each: sum(count for (_, of), count in self.places.items() if of == each)
+                   for each in gomail.MAIL_LANES}
+        limit = min(self.limit, self.lowered or self.limit)
+        empty = min(sum(count == 0 for each, count in in_lane.items() if each != lane), limit - 1)
+        wanted = self.total() + empty < limit or lane == "urgent" and in_lane[lane] == 0
+        assert self.alive[name].take(lane) == wanted
+        self.places[name, lane] += wanted
+
+    @stateful.precondition(lambda self: +self.places)
+    @stateful.rule(data=strategies.data())
+    def give_back(self, data):
+        name, lane = data.draw(strategies.sampled_from(sorted(+self.places)))
+        self.alive[name].give_back(lane)
+        self.alive[name].refresh()
+        self.places[name, lane] -= 1
+
+    @stateful.precondition(lambda self: self.alive)
+    @stateful.rule(data=strategies.data(), graceful=strategies.booleans())
+    def end(self, data, graceful):
+        name = self.one(data)
+        bound = self.alive.pop(name)
+        if graceful:
+            bound.release()
+        self.store.redis.delete(self.store.key("heartbeat", name))
+        for lane in gomail.MAIL_LANES:
+            del self.places[name, lane]
+
+    @stateful.precondition(lambda self: +self.places)
+    @stateful.rule(data=strategies.data())
+    def refuse(self, data):
+        name, lane = data.draw(strategies.sampled_from(sorted(+self.places)))
+        others = self.total() > 1
+        assert self.alive[name].lower(lane, "421 too many connections") == others
+        self.places[name, lane] -= others
+        self.lowered = min(self.lowered or self.limit, self.total())
+
+    @stateful.rule()
+    def recover(self):
+        self.store.redis.delete(self.store.key("connections_limit"))
+        self.lowered = None
+
+    @stateful.invariant()
+    def redis_has_what_there_is(self):
+        for bound in self.alive.values():
+            bound.refresh()
+        found = collections.Counter()
+        for field, count in self.store.redis.hgetall(self.store.key("connections")).items():
+            lane, _, name = field.partition(" ")
+            if name in self.alive:
+                found[name, lane] = int(count)
+        assert found == +self.places and self.total() <= self.limit
+
+    def teardown(self):
+        self.store.redis.close()
+
+
+def test_no_sequence_of_takes_deaths_and_refusals_leads_beyond_the_bound_or_loses_a_connection(redis_server):
+    stateful.run_state_machine_as_test(
+        type("Machine", (ConnectionsMachine,), {"uri": redis_server.uri}),
+        settings=hypothesis.settings(deadline=None, max_examples=60, stateful_step_count=40))
+
+
+def test_several_processes_with_a_backlog_in_each_lane_never_have_more_connections_than_the_bound(
+        processes_of, mail_server):
+    stop, sent = threading.Event(), collections.Counter()
+    bounds = [processes_of(7) for _ in range(3)]
+    transports = [gomail.SmtpTransport(gomail.Settings(
+        smtp_server="127.0.0.1", smtp_port=mail_server.port, smtp_from="app@example.org",
+        smtp_mails_per_connection=3), bound) for bound in bounds]
+
+    def work(transport, lane):
+        while not stop.is_set():
+            if transport.ready(lane):
+                transport.send("app@example.org", ["user@example.com"], b"Subject: x\r\n\r\nx\r\n", lane=lane)
+                sent[lane] += 1
+                if random.random() < 0.2:
+                    transport.tidy()
+            else:
+                stop.wait(0.01)
+        transport.tidy()
+    threads = [threading.Thread(target=work, args=(transport, lane), daemon=True)
+               for transport in transports for lane in gomail.MAIL_LANES * 3]
+    for thread in threads:
+        thread.start()
+    until(lambda: min(sent[lane] for lane in gomail.MAIL_LANES) >= 30)
+    stop.set()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert mail_server.most_open == 7 and not any(any(bound.places.values()) for bound in bounds)
+
+
+@pytest.mark.parametrize("stage, reply", [
+    ("greeting", "421 Too many concurrent SMTP connections from this IP address; please try again later"),
+    ("greeting", "421 4.7.0 mx.example.com Error: too many connections from 192.0.2.1"),
+    ("EHLO", "421 4.3.2 The maximum number of concurrent connections has exceeded a limit, closing channel"),
+    ("MAIL", "432 4.3.2 Concurrent connections limit exceeded"), ("MAIL", "421 4.7.0 Too many open sessions"),
+    ("DOT", "432 4.3.2 STOREDRV.ClientSubmit; sender thread limit exceeded")])
+def test_a_refused_connection_is_an_outage_only_where_there_is_no_other(processes_of, scripted, stage, reply):
+    refusing = threading.Event()
+    server, _ = scripted(lambda at, argument: reply * (refusing.is_set() and stage == at))
+    settings = gomail.Settings(smtp_server="127.0.0.1", smtp_port=server.port, smtp_from="app@example.org")
+    bound, other = processes_of(20), processes_of(20)
+    transport = gomail.SmtpTransport(settings, bound)
+    assert other.take("bulk") and transport.ready("normal")
+    refusing.set()
+    with pytest.raises(gomail.TooManyConnectionsError, match=re.escape(reply)) as caught:
+        transport.send(*envelope_of(1), b"1\r\n")
+    assert caught.value.verdict == "returned" and bound.places["normal"] == 0
+    assert not transport.ready("normal") and bound.store.redis.get(bound.store.key("connections_limit")) == "1"
+    other.give_back("bulk")
+    other.refresh()
+    assert transport.ready("normal")
+    with pytest.raises(gomail.UnavailableError) as caught:
+        transport.send(*envelope_of(1), b"1\r\n")
+    assert not isinstance(caught.value, gomail.TooManyConnectionsError) and transport.ready("normal")
+    refusing.clear()
+    transport.send(*envelope_of(1), b"1\r\n")
+    transport.tidy()
+    assert len(server.taken) == 1 and bound.places["normal"] == 0
+
+
+def test_a_connection_that_has_carried_its_share_is_replaced_within_the_same_place(processes_of, mail_server):
+    bound = processes_of(1)
+    transport = gomail.SmtpTransport(gomail.Settings(smtp_server="127.0.0.1", smtp_port=mail_server.port,
+                                                     smtp_from="app@example.org", smtp_mails_per_connection=1), bound)
+    assert transport.ready("normal")
+    for number in range(3):
+        transport.send(*envelope_of(number), b"x\r\n")
+        assert bound.places["normal"] == 1
+    assert mail_server.connections == 3
+    with pytest.raises(gomail.TooManyConnectionsError):
+        thread_of(lambda: transport.send(*envelope_of(4), b"x\r\n", lane="bulk"))
+    transport.tidy()
+    assert bound.places["normal"] == 0
+
+
+def test_a_thread_that_has_a_connection_needs_no_redis_to_go_on_and_another_learns_that_it_is_away(
+        processes_of, mail_server, monkeypatch):
+    bound = processes_of(20)
+    transport = gomail.SmtpTransport(gomail.Settings(smtp_server="127.0.0.1", smtp_port=mail_server.port,
+                                                     smtp_from="app@example.org"), bound)
+    assert transport.ready("normal")
+
+    def away(*arguments, **more):
+        raise redis.ConnectionError("away")
+    monkeypatch.setattr(bound, "_take", away)
+    assert transport.ready("normal")
+    transport.send(*envelope_of(1), b"x\r\n")
+    with pytest.raises(redis.ConnectionError):
+        thread_of(lambda: transport.ready("normal"))
+    transport.tidy()
+    assert not any(bound.places.values())
+
+
+def test_a_service_gives_its_connections_back_when_it_stops_and_the_cron_writes_them_again(services, mail_server):
+    service = services(mail_server)
+    store, key = service.store, service.store.key("connections")
+    client = service.client.sign_up()
+    client.state(client.task(), "succeeded")
+    until(lambda: store.redis.hgetall(key))
+    store.redis.delete(key)
+    until(lambda: store.redis.hgetall(key))
+    services.running.remove(service)
+    service.stop()
+    other = services(mail_server, key_prefix=service.settings.key_prefix)
+    assert other.store.redis.hgetall(key) == {}
 
 
 class Logins:
@@ -9801,6 +10095,39 @@ def test_messages_pass_a_stock_server_once_each_and_otps_overtake_them(services,
     print(f"\n{kind.__name__}: {number + otps} mails sent in {taken:.1f} s, {kept} in its queue then, all delivered "
           f"after {lasted:.1f} s, the OTPs after {[round(wait * 1000) for wait in waits]} ms")
     assert waits[otps // 2] < lasted
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize("kind, refused", [(Postfix, ["smtpd_recipient_restrictions = check_recipient_access "
+                                                      "pcre:{{/^no/ 550 5.1.1 nobody}}", "message_size_limit = 20000"]),
+                                           (Exim, ["MESSAGE_SIZE_LIMIT = 20000", "smtp_accept_max_per_connection = 999",
+                                                   "smtp_accept_queue_per_connection = 0"]),
+                                           (OpenSmtpd, ["smtp max-message-size 20000"])])
+def test_a_stock_server_takes_200_mails_over_one_connection_each_announced_with_the_one_before(real, kind, refused):
+    server = real(kind, *refused)
+    transport = gomail.SmtpTransport(gomail.Settings(smtp_server="127.0.0.1", smtp_port=server.port, smtp_tls="off",
+                                                     smtp_from="app@example.org", smtp_mails_per_connection=1000))
+    connects, connect = [], transport._connect
+    transport._connect = lambda envelope=None: (connects.append(not transport.local.smtp), connect(envelope))[1]
+    # Every tenth is refused at RCPT, every tenth for its size at the end of its data, where nobody said it before.
+    envelopes = [gomail.Envelope("app@example.org", (f"{'no' if number % 10 == 3 else 'user'}-{number:03}@example."
+                                                     f"{'net' if number % 10 == 3 else 'com'}",)) for number in range(200)]
+    errors = {}
+    for number, (envelope, following) in enumerate(zip(envelopes, [*envelopes[1:], None])):
+        text = f"Subject: x\r\n\r\nbody {number:03}\r\n" + "x" * 60 + "\r\n" + (
+            ("y" * 70 + "\r\n") * 500 if number % 10 == 7 else "")
+        try:
+            transport.send(*envelope, text.encode(), following=following)
+        except gomail.DeliveryError as error:
+            errors[number] = error
+    transport.tidy()
+    fine = [number for number in range(200) if number not in errors]
+    print(kind.__name__, sum(connects), len(fine), collections.Counter(map(str, errors.values())).most_common(5))
+    assert {number % 10 for number in errors} == {3, 7} and len(errors) == 40
+    assert delivered(server, len(fine)) == [f"user-{number:03}@example.com" for number in fine]
+    assert {mail.recipient: re.search(rb"body (\d+)", mail.raw)[1].decode() for mail in server.mails()} == {
+        f"user-{number:03}@example.com": f"{number:03}" for number in fine}
+    assert transport.announce_from == float("-inf")
 
 
 @pytest.mark.servers
