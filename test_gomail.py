@@ -421,7 +421,8 @@ class Services:
 
     def __call__(self, mail_server=None, clock=None, **options):
         options = {"redis_uri": self.redis_server.uri, "key_prefix": f"{secrets.token_hex(4)}:", "port": 0,
-                   "retry_delay": 0.02, "data_dir": str(self.folder), "workers": 2, "smtp_timeout": 5.0,
+                   "retry_delay": 0.02, "data_dir": str(self.folder), "workers": 2,
+                   "workers_max": options.get("workers", 2), "smtp_timeout": 5.0,
                    "shutdown_timeout": 5.0, "otp_cooldown": 0, **options}
         if mail_server:
             options |= {"smtp_server": "127.0.0.1", "smtp_port": mail_server.port, "smtp_from": "App <app@example.org>"}
@@ -1651,7 +1652,7 @@ def test_a_redis_user_with_the_documented_permissions_is_enough_for_all_work(
     queue.beat(["normal-0"], {})
     service.workers.stop(PATIENCE)
     waiting = client.task()
-    assert queue.settle_and_take("normal-0", "normal").id == waiting
+    assert take(queue, "normal-0", "normal").id == waiting
     server.client.hdel("gomail:processes", "another-process")
     server.client.delete("gomail:heartbeat:another-process")
     until(queue.find_orphans)
@@ -2796,8 +2797,8 @@ def test_what_is_shown_of_an_ended_task_is_the_same_in_either_form_that_is_kept(
     if is_older and "\ud83d" not in name:  # as a version without heads had queued it
         client.hdel(key, "head")
     for refusal in refusals:
-        taken = until(lambda: queue.settle_and_take("normal-0", lane))
-        queue.settle_and_take("normal-0", lane, gomail.Outcome(taken, "retrying", refusal), take=False)
+        taken = until(lambda: take(queue, "normal-0", lane))
+        take(queue, "normal-0", lane, gomail.Outcome(taken, "retrying", refusal), and_take=False)
     if verdict == "by request":
         client.zadd(queue.store.key("delayed"), {task_id: 1e14})
         client.lrem(queue.store.key("lane", lane), 0, task_id)
@@ -2805,9 +2806,9 @@ def test_what_is_shown_of_an_ended_task_is_the_same_in_either_form_that_is_kept(
         queue.cancel(task_id, account.name)
         after = {"state": "cancelled"}
     else:
-        taken = until(lambda: queue.settle_and_take("normal-0", lane))
+        taken = until(lambda: take(queue, "normal-0", lane))
         before = client.hgetall(key)
-        queue.settle_and_take("normal-0", lane, gomail.Outcome(taken, verdict, error), take=False)
+        take(queue, "normal-0", lane, gomail.Outcome(taken, verdict, error), and_take=False)
         after = {"state": verdict, "error": error,
                  "attempts": int(before["attempts"]) + (verdict == "succeeded")}
     *_, begun, ended, _ = client.hget(key, "d").split(" ", 7)
@@ -2903,9 +2904,9 @@ def test_a_story_tells_of_each_attempt_when_how_long_and_why(client, mail_server
 def test_a_story_that_grows_for_ever_keeps_its_newest_lines(queue):
     task_id, = queue.enqueue(queue.account, [MESSAGE])
     for number in range(500):
-        task = queue.settle_and_take("normal-0", "normal")
+        task = take(queue, "normal-0", "normal")
         outcome = gomail.Outcome(task, "returned", f"Ünavailable {number}")
-        queue.settle_and_take("normal-0", "normal", outcome, take=False)
+        take(queue, "normal-0", "normal", outcome, and_take=False)
     story = look(queue).status(task_id, story=True)["story"]
     assert story[-1]["error"] == "Ünavailable 499" and 50 < len(story) < 200 and story[1]["event"] == "returned"
 
@@ -2922,14 +2923,14 @@ def test_all_dead_letters_of_an_account_are_removed_and_nobody_elses(client, ser
 
 def test_a_newsletter_that_ends_while_it_is_looked_at_is_shown_as_ended(queue, monkeypatch):
     task_id, = queue.enqueue(queue.account, [MESSAGE])
-    task = queue.settle_and_take("normal-0", "normal")
+    task = take(queue, "normal-0", "normal")
     queue.store.redis.hdel(queue.store.key("task", task_id), "head")  # as a newsletter has none
     read = redis.Redis.hmget
 
     def end_first(client, *arguments):
         if not isinstance(client, redis.client.Pipeline):
             done = gomail.Outcome(task, gomail.Verdict.SUCCEEDED)
-            queue.settle_and_take("normal-0", "normal", done, take=False)
+            take(queue, "normal-0", "normal", done, and_take=False)
         return read(client, *arguments)
     monkeypatch.setattr(redis.Redis, "hmget", end_first)
     assert look(queue).status(task_id)["state"] == "succeeded"
@@ -3073,15 +3074,23 @@ def queue(service, client):
     queue.release()
 
 
+def take(queue, worker, lane, outcome=None, and_take=True):
+    """Settle a task's outcome, if any, and take the next task, as a worker that has one in hand at a time."""
+    outcomes = [outcome] if outcome else []
+    if and_take:
+        return next(iter(queue.settle_and_take(worker, lane, outcomes)[0]), None)
+    queue.settle(worker, lane, outcomes, keep=0)
+
+
 def test_an_answer_that_was_lost_on_the_way_costs_no_task(queue):
     # What a worker sees when its connection dies between Redis's work and Redis's answer: it asks again.
     ids = [queue.enqueue(queue.account, [MESSAGE])[0] for _ in range(2)]
-    assert queue.settle_and_take("normal-0", "normal").id == ids[0]
-    task = queue.settle_and_take("normal-0", "normal")
+    assert take(queue, "normal-0", "normal").id == ids[0]
+    task = take(queue, "normal-0", "normal")
     done = gomail.Outcome(task, "succeeded")
     assert task.id == ids[0]
-    assert queue.settle_and_take("normal-0", "normal", done).id == ids[1]
-    assert queue.settle_and_take("normal-0", "normal", done).id == ids[1]
+    assert take(queue, "normal-0", "normal", done).id == ids[1]
+    assert take(queue, "normal-0", "normal", done).id == ids[1]
     assert look(queue).counters()["executed"] == 1
 
 
@@ -3099,7 +3108,7 @@ def test_tasks_of_a_deregistered_account_are_dropped_some_in_each_script(service
         left.append(look(queue).depths()["normal"])
         return found
     monkeypatch.setattr(queue, "_settle_and_take", watched)
-    assert queue.settle_and_take("normal-0", "normal").id == other
+    assert take(queue, "normal-0", "normal").id == other
     assert left == [801, 601, 401, 201, 1, 0]
     assert service.store.redis.keys(service.store.key("task", "*")) == [service.store.key("task", other)]
 
@@ -3121,10 +3130,10 @@ def test_dead_letters_that_are_too_many_or_too_old_go_some_with_each_new_one(ser
 
 def test_a_worker_whose_task_was_given_to_another_settles_nothing(queue):
     task_id = queue.enqueue(queue.account, [MESSAGE])[0]
-    task = queue.settle_and_take("normal-0", "normal")
+    task = take(queue, "normal-0", "normal")
     queue.release()
     before = look(queue).counters()
-    assert queue.settle_and_take("normal-0", "normal", gomail.Outcome(task, "dead", "late"), take=False) is None
+    assert take(queue, "normal-0", "normal", gomail.Outcome(task, "dead", "late"), and_take=False) is None
     assert look(queue).counters() == before and look(queue).status(task_id)["state"] == "queued"
     assert look(queue).depths()["normal"] == 1
 
@@ -5912,13 +5921,13 @@ def test_subscribes_that_an_older_version_left_in_the_urgent_lane_are_done(queue
 def test_otps_that_died_stand_behind_the_messages_when_they_are_revived(queue, client):
     otp = {"task": "a test", "type": "generateOtp", "retries": 0, "payload": {"userId": "otp@example.com", "length": 6}}
     died, = queue.enqueue(queue.account, [otp])
-    task = queue.settle_and_take("urgent-0", "urgent")
+    task = take(queue, "urgent-0", "urgent")
     assert task.id == died
-    queue.settle_and_take("urgent-0", "urgent", gomail.Outcome(task, "dead", "no such user"), take=False)
+    take(queue, "urgent-0", "urgent", gomail.Outcome(task, "dead", "no such user"), and_take=False)
     message, = queue.enqueue(queue.account, [MESSAGE])
     assert client.post("/task/dead/retry")["count"] == 1
-    assert queue.settle_and_take("urgent-0", "urgent") is None
-    taken = queue.settle_and_take("normal-0", "normal"), queue.settle_and_take("normal-1", "normal")
+    assert take(queue, "urgent-0", "urgent") is None
+    taken = take(queue, "normal-0", "normal"), take(queue, "normal-1", "normal")
     assert [task.id for task in taken] == [message, died]
 
 
@@ -6039,8 +6048,8 @@ def test_other_mail_gives_way_to_an_otp_until_that_is_sent_or_for_a_moment(queue
 
 def test_a_retry_that_a_wrong_clock_put_off_for_years_is_made_due_and_what_is_scheduled_is_not(queue):
     retried, = queue.enqueue(queue.account, [MESSAGE])
-    task = queue.settle_and_take("normal-0", "normal")
-    queue.settle_and_take("normal-0", "normal", gomail.Outcome(task, "retrying", "450 later", 1e8), take=False)
+    task = take(queue, "normal-0", "normal")
+    take(queue, "normal-0", "normal", gomail.Outcome(task, "retrying", "450 later", 1e8), and_take=False)
     scheduled, = queue.enqueue(queue.account, [changed("payload.send_at", int((time.time() + 1e8) * 1e6))])
     until(lambda: look(queue).status(retried)["state"] == "queued")
     assert look(queue).status(scheduled)["state"] == "scheduled"
@@ -6057,7 +6066,7 @@ def test_what_is_due_together_goes_in_the_order_in_which_it_was_due_and_accepted
         queue.store.redis.zadd(queue.store.key("delayed"), dict.fromkeys(ids[-2:], now - 1000 + number // 3))
     assert [queue.promote() for _ in range(4)] == [10, 10, 4, 0]
     taken = []
-    while task := queue.settle_and_take(
+    while task := take(queue,
             "normal-0", "normal", gomail.Outcome(taken[-1], "succeeded") if taken else None):
         taken.append(task)
     assert [task.id for task in taken] == [*ids, waiting]
@@ -6065,8 +6074,8 @@ def test_what_is_due_together_goes_in_the_order_in_which_it_was_due_and_accepted
 
 def test_tasks_of_a_dead_process_go_back_to_their_lanes_oldest_first(service, queue):
     ids = [queue.enqueue(queue.account, [MESSAGE])[0] for _ in range(5)]
-    assert queue.settle_and_take("normal-1", "normal").id == ids[0]
-    assert queue.settle_and_take("normal-0", "normal").id == ids[1]
+    assert take(queue, "normal-1", "normal").id == ids[0]
+    assert take(queue, "normal-0", "normal").id == ids[1]
     assert service.queue.reclaim(patience=0) == 0
     queue.store.redis.delete(queue.store.key("heartbeat", queue.process))
     until(lambda: look(queue).depths()["normal"] == 5)  # by the service's own cron thread
@@ -6081,7 +6090,7 @@ def test_tasks_of_several_dead_processes_go_back_oldest_first(queue, monkeypatch
         process.beat(["normal-0", "normal-1"], {})
     for worker in ("normal-0", "normal-1"):
         for process in dead:
-            process.settle_and_take(worker, "normal")
+            take(process, worker, "normal")
     queue.store.redis.delete(*[queue.store.key("heartbeat", process.process) for process in dead])
     until(lambda: look(queue).depths()["normal"] == 6)
     assert queue.store.redis.lrange(queue.store.key("lane", "normal"), 0, -1) == ids[::-1]
@@ -6090,7 +6099,7 @@ def test_tasks_of_several_dead_processes_go_back_oldest_first(queue, monkeypatch
 def test_a_process_that_was_taken_for_dead_and_takes_tasks_again_is_found_when_it_dies(queue):
     queue.enqueue(queue.account, [MESSAGE])
     queue.release()
-    taken = queue.settle_and_take("normal-1", "normal")  # its cron thread has not shown it again
+    taken = take(queue, "normal-1", "normal")  # its cron thread has not shown it again
     assert look(queue).processes() == 2 and look(queue).depths()["normal"] == 0
     until(lambda: look(queue).depths()["normal"] == 1)
     assert look(queue).status(taken.id, story=True)["story"][-1]["event"] == "orphaned"
@@ -6113,14 +6122,14 @@ def test_a_list_that_no_process_owns_is_found_by_the_cron_thread(queue, known):
 
 def test_the_lists_of_a_live_process_are_nobodys_to_reclaim(service, queue):
     queue.enqueue(queue.account, [MESSAGE])
-    assert queue.settle_and_take("normal-0", "normal")
+    assert take(queue, "normal-0", "normal")
     queue.beat(["normal-0"], {})
     assert service.queue.find_orphans() == 0 and service.queue.reclaim(patience=0) == 0
 
 
 def test_a_heartbeat_from_before_the_clock_went_back_keeps_no_dead_process_alive(queue):
     queue.enqueue(queue.account, [MESSAGE])
-    queue.settle_and_take("normal-0", "normal")
+    take(queue, "normal-0", "normal")
     queue.store.redis.pexpire(queue.store.key("heartbeat", queue.process), 3_600_000)
     until(lambda: look(queue).depths()["normal"] == 1)
 
@@ -6130,7 +6139,7 @@ def test_a_task_that_kills_its_process_three_times_is_buried_and_its_neighbours_
     for _ in range(3):
         queue.beat(["normal-0", "normal-1"], {})
         for worker in ("normal-0", "normal-1"):
-            task = queue.settle_and_take(worker, "normal")
+            task = take(queue, worker, "normal")
             if task.id == poison and task.strikes:
                 queue.begin(task)  # the neighbour waits for its turn meanwhile
         queue.store.redis.delete(queue.store.key("heartbeat", queue.process))
@@ -9918,7 +9927,7 @@ def reclaiming(service, client, mail_server):
     dead.beat(["normal-7"], {})
     service.workers.stop(PATIENCE)
     client.task()
-    dead.settle_and_take("normal-7", "normal")
+    take(dead, "normal-7", "normal")
     service.store.redis.delete(service.store.key("heartbeat", "dead"))
     yield service.queue._reclaim
     assert service.queue.reclaim(patience=0) == 1
