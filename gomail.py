@@ -2771,7 +2771,7 @@ class Queue:
     # KEYS: the worker's processing list, its lane, the prefix.
     # ARGV: how many tasks to take, at most the `share`-th part of the lane; or 0, and how many to keep in the list; the
     #       others go back to the head of the lane;
-    #       `share`; 1 if all that is taken is begun at once, or 0 if only the first is;
+    #       `share`; 1 if all that is taken is begun within moments, or 0 if only the first is;
     #       result_ttl and dead_ttl (ms), dead_max, process, worker;
     #       then, of each task to settle: the number of its arguments, its id, verdict, detail, delay (ms), recipients
     #       that have the mail and addresses to suppress, by spaces; and, if it ends, what _summary_args() returns.
@@ -2821,25 +2821,36 @@ class Queue:
             end
         end
 
-        local at = 10
-        while at <= #ARGV do
-            local last = at + ARGV[at]
-            settle(unpack(ARGV, at + 1, last))
-            at = last + 1
-        end
-
         local function begin(task)
             redis.call('HSET', task, 'state', 'running', 'started', microseconds)
         end
-        if most == 0 then
-            while redis.call('LLEN', own) > keep do
-                local task = prefix .. 'task:' .. redis.call('LMOVE', own, lane, 'LEFT', 'RIGHT')
-                if redis.call('EXISTS', task) == 1 then redis.call('HSET', task, 'state', 'queued') end
-            end
-            local task = prefix .. 'task:' .. (redis.call('LINDEX', own, -1) or '')
-            if redis.call('HGET', task, 'state') == 'queued' then begin(task) end
-            return {redis.call('LLEN', lane)}
+
+        local outcomes, is_done, at = {}, {}, 10
+        while at <= #ARGV do
+            local last = at + ARGV[at]
+            outcomes[#outcomes + 1] = {unpack(ARGV, at + 1, last)}
+            is_done[ARGV[at + 1]] = true
+            at = last + 1
         end
+        if most == 0 then
+            local left = {}  -- the next to be begun is the last
+            for _, id in ipairs(redis.call('LRANGE', own, 0, -1)) do
+                if not is_done[id] then left[#left + 1] = id end
+            end
+            for at, id in ipairs(left) do
+                local task, before = prefix .. 'task:' .. id, #left - at
+                if before >= keep then
+                    redis.call('LREM', own, 1, id)
+                    redis.call('RPUSH', lane, id)
+                end
+                local state, is_begun = redis.call('HGET', task, 'state'), keep > 0 and before == 0
+                if state == 'running' and not is_begun then redis.call('HSET', task, 'state', 'queued') end
+                if state == 'queued' and is_begun then begin(task) end
+            end
+        end
+        for _, outcome in ipairs(outcomes) do settle(unpack(outcome)) end
+        if most == 0 then return {0} end
+
         -- A process that was taken for dead, and lives, is found again should it die now.
         if redis.call('HEXISTS', prefix .. 'processes', process) == 0 then
             redis.call('HSET', prefix .. 'processes', process, worker)
@@ -2879,8 +2890,8 @@ class Queue:
 
         `worker` names the processing list, in which no task but these may be. A call may be repeated when its
         connection failed and nobody knows how far it came. A worker takes the `share`-th part of the lane at most, so
-        that the others get some. `begin_all` says that it begins all tasks at once, and not only the first; only a task
-        that was begun is to blame if the process dies.
+        that the others get some. `begin_all` says that it begins all tasks within moments, and not only the first: only
+        those that were begun are to blame if the process dies.
 
         Returns:
             The tasks, in the order in which they are to be done, and how many are left in the lane.
@@ -2892,7 +2903,7 @@ class Queue:
 
     def settle(self, worker: str, lane: str, outcomes: Sequence[Outcome], keep: int = MAX_IN_HAND) -> None:
         """Settle `outcomes`; of the tasks that are left in hand, all but the first `keep` go back to the head of their
-        lane. If any is kept, the first one is begun now, or was before."""
+        lane. The first of those that are kept is begun now, or was before; the others are not."""
         self._settle(worker, lane, outcomes, 0, keep, 1, False)
 
     def _settle(self, worker: str, lane: str, outcomes: Sequence[Outcome], most: int, keep: int, share: int,
@@ -5756,12 +5767,11 @@ class Workers:
             try:
                 if lane != Lane.URGENT:
                     self.queue.give_way()
-                may_begin = not (self.stopping.is_set() or breaker.reason or crew.is_overstaffed)
                 with hand.lock:
-                    has_slot = may_begin and (bool(hand.tasks) or lane not in MAIL_LANES or self.transport.ready(lane))
-                    task = self.next_task(crew, name) if has_slot else None
-                    if not has_slot:
-                        self.give_back(crew, name)
+                    may_begin = not self.stopping.is_set() and not breaker.reason and (
+                        bool(hand.tasks) or not crew.is_overstaffed)
+                    has_slot = may_begin and (lane not in MAIL_LANES or self.transport.ready(lane))
+                    task = self.next_task(crew, name) if has_slot else self.give_back(crew, name)
                 failures = 0
                 if task:
                     hand.end(self.perform(task, lane))
@@ -5812,10 +5822,11 @@ class Workers:
         crew.grow(left)
         return hand.begin()
 
-    def give_back(self, crew: Crew, name: str) -> None:
-        """Settle all outcomes, and give the tasks in hand back to their lane."""
+    def give_back(self, crew: Crew, name: str) -> Task | None:
+        """Settle all outcomes, and give the tasks in hand back to their lane. None is left to be done."""
         self.queue.settle(name, crew.lane, crew.hands[name].outcomes, keep=0)
         crew.hands[name].note_settled(())
+        return None
 
     def wait_for_task(self, crew: Crew, name: str) -> None:
         """Return when the lane has a task or may not send, when there are too many threads, or at a stop."""
@@ -5845,12 +5856,14 @@ class Workers:
                                 hand.lock.release()
 
     def settle_if_due(self, lane: Lane, name: str, hand: Hand) -> None:
-        """Settle what this worker did SETTLE_WITHIN seconds ago. Raises RedisError."""
+        """Settle what this worker did SETTLE_WITHIN seconds ago, or note that it does not begin its tasks within
+        moments; give them back after GIVE_BACK_AFTER seconds. Raises RedisError."""
         now = time.monotonic()
         if hand.tasks and now - hand.begun > self.GIVE_BACK_AFTER:
             self.queue.settle(name, lane, hand.outcomes, keep=1)
             hand.note_settled(())
-        elif now - hand.done > self.SETTLE_WITHIN:
+        elif now - (hand.done if hand.in_turn else min(hand.done, hand.begun)) > self.SETTLE_WITHIN:
+            hand.in_turn = True
             self.queue.settle(name, lane, hand.outcomes)
             hand.note_settled(hand.tasks)
 

@@ -3094,6 +3094,105 @@ def test_an_answer_that_was_lost_on_the_way_costs_no_task(queue):
     assert look(queue).counters()["executed"] == 1
 
 
+def test_a_worker_takes_its_share_of_the_lane_and_no_more_than_it_asks_for(queue):
+    ids = [queue.enqueue(queue.account, [MESSAGE])[0] for _ in range(12)]
+    tasks, left = queue.settle_and_take("normal-0", "normal", most=8, share=4)
+    assert [task.id for task in tasks] == ids[:3] and left == 9
+    tasks, left = queue.settle_and_take("normal-1", "normal", most=8)
+    assert [task.id for task in tasks] == ids[3:11] and left == 1
+    assert [task.id for task in queue.settle_and_take("normal-2", "normal", most=8, share=100)[0]] == ids[11:]
+
+
+def test_only_tasks_that_are_begun_are_running(queue):
+    ids = [queue.enqueue(queue.account, [MESSAGE])[0] for _ in range(4)]
+
+    def states():
+        return [look(queue).status(task_id)["state"] for task_id in ids]
+    tasks, _ = queue.settle_and_take("normal-0", "normal", most=8, begin_all=False)
+    assert states() == ["running", "queued", "queued", "queued"]
+    queue.settle("normal-0", "normal", [gomail.Outcome(tasks[0], "succeeded")])
+    assert states() == ["succeeded", "running", "queued", "queued"]
+    queue.settle("normal-0", "normal", [], keep=1)
+    assert states() == ["succeeded", "running", "queued", "queued"] and look(queue).depths()["normal"] == 2
+    queue.settle("normal-0", "normal", [], keep=0)
+    assert [task.id for task in queue.settle_and_take("normal-0", "normal", most=8)[0]] == ids[1:]
+    assert states() == ["succeeded", "running", "running", "running"]
+    queue.settle("normal-0", "normal", [])  # the first of them takes long
+    assert states() == ["succeeded", "running", "queued", "queued"]
+
+
+def test_a_task_that_may_have_killed_its_process_is_the_last_that_is_taken(queue):
+    ids = [queue.enqueue(queue.account, [MESSAGE])[0] for _ in range(3)]
+    queue.store.redis.hset(queue.store.key("task", ids[1]), "strikes", 1)
+    assert [task.id for task in queue.settle_and_take("normal-0", "normal", most=8)[0]] == ids[:2]
+
+
+WORKERS = strategies.sampled_from(["normal-0", "normal-1", "normal-2"])
+STEPS = strategies.one_of(
+    strategies.tuples(strategies.just("add"), strategies.integers(1, 10)),
+    strategies.tuples(strategies.just("work"), WORKERS, strategies.lists(
+        strategies.sampled_from(["succeeded", "retrying", "dead", "cancelled"]), max_size=8),
+        strategies.integers(1, 8), strategies.integers(1, 3), strategies.booleans()),
+    strategies.tuples(strategies.just("give back"), WORKERS, strategies.sampled_from([None, "succeeded", "returned"]),
+                      strategies.integers(0, 2), strategies.booleans()),
+    strategies.tuples(strategies.just("die")))
+
+
+@hypothesis.settings(deadline=None, max_examples=100,
+                     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.given(steps=strategies.lists(STEPS, max_size=25))
+def test_each_task_is_in_one_place_and_in_its_order_whatever_workers_with_several_in_hand_do(service, queue, steps):
+    service.cron.stop()
+    client, lane, ended = queue.store.redis, [], {}
+    for kind in ("lane", "processing", "task"):
+        client.delete("none", *client.keys(queue.store.key(kind, "*")))
+    hands = {"normal-0": [], "normal-1": [], "normal-2": []}
+    queue.beat([*hands], {})
+    for kind, *arguments in steps:
+        if kind == "add":
+            lane += [queue.enqueue(queue.account, [MESSAGE])[0] for _ in range(*arguments)]
+        elif kind == "work":  # a worker has done some of what it has in hand, and takes more when nothing is left
+            worker, verdicts, most, share, repeated = arguments
+            outcomes = [gomail.Outcome(task, verdict, "why", 1e6) for task, verdict in zip(hands[worker], verdicts)]
+            ended |= {outcome.task.id: outcome.verdict for outcome in outcomes}
+            hands[worker] = hands[worker][len(outcomes):]
+            for _ in range(1 + repeated):  # the answer to the first call may be lost
+                if hands[worker] and [task.id for task in hands[worker]] != lane[:len(hands[worker])]:
+                    queue.settle(worker, "normal", outcomes)
+                    continue
+                count = max(1, len(hands[worker]), min(most, (len(lane) - len(hands[worker])) // share))
+                # One that may have killed its process is the last of those that are taken.
+                suspects = [number for number, task_id in enumerate(lane[:count], 1) if int(
+                    client.hget(queue.store.key("task", task_id), "strikes") or 0)]
+                count = min([count, *suspects])
+                hands[worker], left = queue.settle_and_take(worker, "normal", outcomes, most, share)
+                assert [task.id for task in hands[worker]] == lane[:count] and left == len(lane[count:])
+            lane = [task_id for task_id in lane if task_id not in {task.id for task in hands[worker]}]
+        elif kind == "give back":
+            worker, verdict, keep, repeated = arguments
+            first, kept = hands[worker][:1], hands[worker][bool(verdict):][:keep]
+            outcomes = [gomail.Outcome(task, verdict, "why") for task in first] if verdict else []
+            back = [task.id for task in hands[worker][bool(verdict) + keep:]]
+            for _ in range(1 + repeated):
+                queue.settle(worker, "normal", outcomes, keep)
+            if verdict == "succeeded":
+                ended |= {task.id: verdict for task in first}
+            lane = [task.id for task in first if verdict == "returned"] + back + lane
+            hands[worker] = kept
+        else:
+            client.delete(queue.store.key("heartbeat", queue.process))
+            service.queue.reclaim(patience=0)
+            lane = sorted(task.id for hand in hands.values() for task in hand) + lane
+            hands = dict.fromkeys(hands, [])
+            queue.beat([*hands], {})
+        assert client.lrange(queue.store.key("lane", "normal"), 0, -1) == lane[::-1]
+        for worker, hand in hands.items():
+            assert client.lrange(queue.store.key("processing", queue.process, worker), 0, -1) == [
+                task.id for task in hand][::-1]
+        for task_id, verdict in ended.items():
+            assert look(queue).status(task_id)["state"] == verdict
+
+
 def test_tasks_of_a_deregistered_account_are_dropped_some_in_each_script(service, queue, monkeypatch):
     client = service.client.sign_up()
     account = service.http.api.accounts.authenticate(client.key)
@@ -5929,6 +6028,126 @@ def test_otps_that_died_stand_behind_the_messages_when_they_are_revived(queue, c
     assert take(queue, "urgent-0", "urgent") is None
     taken = take(queue, "normal-0", "normal"), take(queue, "normal-1", "normal")
     assert [task.id for task in taken] == [message, died]
+
+
+class HoldingServer(MailServer):
+    """A mail server that does not answer to the end of a mail whose recipient is in `held`, until it is removed."""
+
+    def __init__(self, *held):
+        super().__init__()
+        self.held, self.holding = set(held), set()
+        self.start()
+
+    async def handle_DATA(self, server, session, envelope):
+        while (recipient := envelope.rcpt_tos[0]) in self.held:
+            self.holding.add(recipient)
+            await asyncio.sleep(0.005)
+        return await super().handle_DATA(server, session, envelope)
+
+
+def numbered(count):
+    """The tasks of a batch: messages to 0@example.com and so on."""
+    return {"tasks": [changed("payload.userId", f"{number}@example.com") for number in range(count)]}
+
+
+def post_batch(client, count):
+    """The ids of that batch."""
+    return [answer["id"] for answer in client.post("/task/batch", numbered(count))["tasks"]]
+
+
+def arrived(mail_server):
+    """The numbers of the mails that arrived, in their order."""
+    return [int(mail.recipient.partition("@")[0]) for mail in list(mail_server.mails)]
+
+
+def test_tasks_that_are_done_within_moments_are_settled_together(services, mail_server, monkeypatch):
+    monkeypatch.setattr(gomail.Workers, "SETTLE_WITHIN", PATIENCE)
+    service = services(mail_server, workers=1)
+    client, calls, script = service.client.sign_up(), [], service.queue._settle_and_take
+    monkeypatch.setattr(service.queue, "_settle_and_take", lambda keys, args: calls.append(args) or script(keys, args))
+    ids = post_batch(client, 80)
+    until(lambda: service.inspection.counters()["executed"] == 80)
+    assert arrived(mail_server) == [*range(80)] and len([args for args in calls if len(args) > 9]) <= 12
+    assert {client.get(f"/task/{task_id}")["state"] for task_id in ids} == {"succeeded"}
+
+
+def test_what_is_done_is_settled_while_the_next_mail_takes_long_and_what_waits_behind_it_goes_to_another_worker(
+        services, monkeypatch):
+    monkeypatch.setattr(gomail.Workers, "GIVE_BACK_AFTER", 0.1)
+    with contextlib.closing(HoldingServer("3@example.com")) as server:
+        service = services(server, workers=2)
+        client = service.client.sign_up()
+        ids = post_batch(client, 20)
+        until(lambda: server.holding and len(server.mails) == 19)
+        for number, task_id in enumerate(ids):
+            client.state(task_id, "running" if number == 3 else "succeeded")
+        server.held.clear()
+        client.state(ids[3], "succeeded")
+        assert sorted(arrived(server)) == [*range(20)]
+
+
+def test_tasks_in_hand_go_back_in_their_order_when_the_lane_is_paused(services, mail_server):
+    service = services(mail_server, workers=1)
+    client = service.client.sign_up()
+    mail_server.data_replies["3@example.com"] = ["421 4.3.2 closing"] * 2
+    ids = post_batch(client, 20)
+    until(lambda: service.inspection.counters()["executed"] == 20)
+    assert sorted(arrived(mail_server)) == [*range(20)]
+    assert [number for number in arrived(mail_server) if number != 3] == [*range(3), *range(4, 20)]
+    for number, task_id in enumerate(ids):
+        events = [line["event"] for line in client.get(f"/task/{task_id}?story=true")["story"]]
+        assert events == ["accepted", *["dropped"] * (number == 3), "succeeded"]
+
+
+def test_a_stop_gives_tasks_back_that_are_not_begun(services):
+    with contextlib.closing(HoldingServer("2@example.com")) as server:
+        service = services(server, workers=1)
+        ids = post_batch(service.client.sign_up(), 20)
+        until(lambda: server.holding)
+        stopping = threading.Thread(target=service.workers.stop, args=(PATIENCE,))
+        stopping.start()
+        server.held.clear()
+        stopping.join()
+        assert arrived(server) == [0, 1, 2]
+        assert service.store.redis.lrange(service.store.key("lane", "normal"), 0, -1) == ids[:2:-1]
+        assert {service.inspection.status(task_id)["state"] for task_id in ids[3:]} == {"queued"}
+
+
+def test_threads_become_more_while_mails_wait_for_the_server_and_fewer_afterwards(services, monkeypatch):
+    monkeypatch.setattr(gomail.Crew, "BUSY", 1000.0)
+    monkeypatch.setattr(gomail.Crew, "IDLE", 0.2)
+    with contextlib.closing(HoldingServer(*(f"{number}@example.com" for number in range(200)))) as server:
+        service = services(server, workers=2, workers_max=10)
+        client, crew = service.client.sign_up(), service.workers.crews["normal"]
+        assert len(crew.threads) == 1
+        crew.note(1.0)
+        post_batch(client, 200)
+        until(lambda: len(server.holding) == 10)
+        assert len(crew.threads) == 10
+        server.held.clear()
+        until(lambda: service.inspection.counters()["executed"] == 200)
+        assert sorted(arrived(server)) == [*range(200)]
+        until(lambda: len(crew.threads) <= 2)
+        client.state(client.task(), "succeeded")
+        crew.note(-crew.duration * 5)  # as after fast mails
+        post_batch(client, 200)
+        until(lambda: service.inspection.counters()["executed"] == 401)
+
+
+def test_a_busy_process_starts_no_further_threads(services, monkeypatch):
+    monkeypatch.setattr(gomail.Crew, "BUSY", 0.0)
+    with contextlib.closing(HoldingServer("0@example.com", "1@example.com")) as server:
+        service = services(server, workers=2, workers_max=10)
+        crew = service.workers.crews["normal"]
+        crew.note(1.0)
+        post_batch(service.client.sign_up(), 50)
+        until(lambda: len(server.holding) == 2)
+        assert len(crew.threads) == 2
+
+
+def test_a_maildir_needs_no_further_threads(services):
+    service = services(workers=2, workers_max=10)
+    assert [crew.most for crew in service.workers.crews.values()] == [2, 2, 2, 1]
 
 
 # --- 11. cron ---------------------------------------------------------------------------------------------
@@ -9619,9 +9838,32 @@ def test_what_a_killed_process_had_in_flight_is_sent_by_another_one(processes, m
     until(lambda: len(sender.answered) == 400)
     doubles = counted(mail_server, sender.answered)
     assert until(lambda: second.logged("reclaimed the tasks of a dead process"))["tasks"] >= 1
-    assert doubles <= 4  # the workers of the lane: what each had between the server's 250 and the ack
+    # What the workers of the lane had been told 250 for and not settled yet.
+    assert doubles <= 4 * gomail.Queue.MAX_IN_HAND
     until(lambda: second.client.get("/health/metrics")["Jobs Successful"] == 400)
     assert second.client.get("/health/metrics")["Jobs Failed"] == 0
+
+
+def test_of_eight_tasks_in_the_hand_of_a_killed_process_only_the_one_that_was_begun_is_sent_twice_and_to_blame(
+        processes, redis_with_file):
+    redis_server = redis_with_file()
+    with contextlib.closing(HoldingServer("3@example.com")) as server:
+        environment = {**settings_for(redis_server, server), "workers": "1", "workers_max": "1"}
+        first = processes(environment).started()
+        ids, client = post_batch(first.client.sign_up(), 30), redis_server.client
+        key = environment.get("key_prefix", "gomail:")
+        until(lambda: server.holding and [client.llen(hand) for hand in client.scan_iter(f"{key}processing:*")] == [5])
+        assert arrived(server) == [0, 1, 2]
+        until(lambda: [client.hget(f"{key}task:{task_id}", "state") for task_id in ids[3:6]] == [
+            "running", "queued", "queued"])
+        first.kill()
+        server.held.clear()
+        second = processes(environment).started()
+        until(lambda: second.client.get("/health/metrics")["Jobs Successful"] == 30)
+    counts = collections.Counter(arrived(server))
+    assert set(counts) == {*range(30)} and {number for number in counts if counts[number] > 1} <= {3}
+    assert [number for number, task_id in enumerate(ids) if "orphaned" in (
+        client.hget(f"{key}task:{task_id}", "story") or "")] == [3]
 
 
 def test_a_restart_under_load_loses_nothing_and_doubles_nothing(processes, mail_server, redis_with_file):
