@@ -207,6 +207,8 @@ class Settings:
     smtp_ehlo: str = option("", "name or [address] in EHLO; empty: this machine's full name, or else its address")
     smtp_rate: float = option(0.0, "mails per second to the SMTP server, from all processes together; 0: no limit",
                               low=0, high=100000, number="a number")
+    smtp_connections: int = option(20, "connections to the SMTP server, of all lanes and processes together", low=1,
+                                   high=10000)
     smtp_timeout: float = option(30.0, "seconds to wait for the connection to the SMTP server and for each answer "
                                  "before the first mail; afterwards the timeouts of RFC 5321 apply", low=0.1, high=600)
     smtp_mails_per_connection: int = option(100, "mails after which a connection is replaced; in the urgent lane at "
@@ -384,8 +386,8 @@ def unknown_option(name: str) -> str:
 def warnings_about(settings: Settings, environment: Mapping[str, str]) -> list[str]:
     """A sentence for each setting that is allowed but probably a mistake.
 
-    Mistakes are names in the environment that are almost those of options, malformed placeholders, and mail that goes
-    to the Maildir although other machines use the service.
+    Mistakes are names in the environment that are almost those of options, malformed placeholders, mail that goes
+    to the Maildir although other machines use the service, and more workers of a lane than connections for them.
     """
     warnings = [f"in the environment, {unknown_option(name)}" for name in sorted(environment) if not is_option(name)
                 and (name.lower().startswith(("smtp_", "otp_", "redis_", "jwt_")) or nearest_option(name, 0.8))]
@@ -395,6 +397,9 @@ def warnings_about(settings: Settings, environment: Mapping[str, str]) -> list[s
     if not settings.smtp_server and (
             settings.public_url or settings.admin_token or not is_loopback(host_to_ascii(settings.host) or "")):
         warnings.append("smtp_server is not set: mail goes to a Maildir on this machine, not to its recipients")
+    if settings.smtp_server and settings.workers > settings.smtp_connections:
+        warnings.append(f"workers is {settings.workers}, but smtp_connections {settings.smtp_connections}: the other "
+                        "workers of a lane wait for a connection")
     return warnings
 
 
@@ -872,6 +877,8 @@ def start_logging(settings: Settings) -> None:
 #   suppressed_for:<account>        hash    address -> reason
 #   rate                            hash    smtp_rate: when the next mail may go: all (lanes), urgent (the lane); asked
 #                                           (time of the last call) (us)
+#   connections                     hash    "<lane> <process>" -> how many SMTP connections it has or opens there
+#   connections_limit               string  how many the server takes, where that is fewer than smtp_connections
 #
 #   processes                       hash    process -> names of its workers, comma-separated
 #   heartbeat:<process>             string  exists while the process lives
@@ -4163,6 +4170,13 @@ class InDoubtError(UnavailableError):
         self.verdict = Verdict.IN_DOUBT
 
 
+class TooManyConnectionsError(UnavailableError):
+    """There is no further connection for this mail; those that there are go on, so that no lane need pause."""
+
+    def __init__(self, error: str) -> None:
+        super().__init__(error, certain=True)
+
+
 class PartialError(DeliveryError):
     """The server took the mail for `delivered`, but not for the recipients in `refused` (address -> DeliveryError)."""
 
@@ -4206,12 +4220,24 @@ class About(enum.StrEnum):
 STAGES = {"MAIL": "at MAIL", "RCPT": "at RCPT", "DATA": "at DATA", "DOT": "at the end of the data"}
 TOO_MANY = re.compile(r"\d+ ([45]\.5\.3\b|.*too many recipients)", re.IGNORECASE)
 
+# What a server says that takes no further connection of this client or user, at any stage. "Too many connections" with
+# "concurrent", "simultaneous", "open" or "SMTP", or "sessions": Postfix (smtpd), Exim (daemon.c, also with this IP
+# address), Sendmail (daemon.c), GoDaddy (help page of IB007), Symantec Messaging Gateway (article 280430), VPOP3.
+# "Concurrent connections limit exceeded", "sender thread limit exceeded": Exchange Online ("Message storage and
+# concurrent connection throttling for SMTP Authenticated Submission"); "the maximum number of concurrent connections
+# [per source] has exceeded a limit": Exchange (MessageRateLimit, MaxInboundConnection). "Concurrency limit reached":
+# Contactlab SmartRelay. "At maximum connection limit": SendGrid. "Maximum number of connections": Dovecot.
+TOO_MANY_CONNECTIONS = re.compile(
+    r"too many (\S+ ){0,3}(connections|sessions)\b|(sender thread|concurrency|connections?) limit (exceeded|reached)"
+    r"|maximum number of (\S+ ){0,3}connections\b|at maximum connection limit", re.IGNORECASE)
+
 # What an error reply is about, by "STAGE code text"; the text begins with the enhanced code, if there is one. The first
 # line that matches counts, else the stage alone. An enhanced code is class.subject.detail: RFC 3463 section 3 has the
 # subjects, and the IANA registry of RFC 5248 the rest.
 REPLIES = tuple((about, re.compile(pattern, re.IGNORECASE | re.DOTALL)) for about, pattern in (
     # RFC 5321 section 3.8: 421 announces at any stage that the server closes the connection.
     (About.SERVER, r"\w+ 421 "),
+    (About.SERVER, rf"\w+ .*({TOO_MANY_CONNECTIONS.pattern})"),
     # RFC 3463 section 3.2 and 3.3: the address or the mailbox; RFC 7505: a domain that takes no mail.
     (About.RECIPIENT, r"RCPT \d+ [45]\.(1\.([1-6]|10)|2\.[0-4])\b"),
     # Postfix (access(5), smtpd) and many others: unknown recipients, and those that an administrator forbids.
@@ -4277,24 +4303,34 @@ def refusal(stage: str, code: int, text: bytes, others_taken: bool = False) -> D
     return error
 
 
+class Envelope(typing.NamedTuple):
+    """Between whom a mail goes, as far as SMTP is concerned."""
+
+    sender: str
+    recipients: tuple[str, ...]
+
+
 class Transport(typing.Protocol):
     """Hands mails over. Many threads call it at once."""
 
     accepted: float  # when a mail was last accepted, in seconds since the epoch
     reached: float  # when a mail was last accepted or a new connection last succeeded, by time.monotonic()
 
-    def send(self, sender: str, recipients: Sequence[str], message: bytes, owner: Account = Account("", ""),
-             urgent: bool = False) -> None:
-        """Hand over one mail; it returns once the mail is accepted for all recipients. Raises DeliveryError."""
-
     def ready(self, lane: str) -> bool:
-        """Whether this thread may send mails of a lane now: whether it has a connection, or may open one."""
+        """Whether this thread may send a mail of this lane now. Raises RedisError."""
 
-    def probe(self) -> object:
-        """Find out whether mails can be handed over now. Raises UnavailableError."""
+    def send(self, sender: str, recipients: Sequence[str], message: bytes, owner: Account = Account("", ""),
+             lane: str = Lane.NORMAL, following: Envelope | None = None) -> None:
+        """Hand over one mail; it returns once the mail is accepted for all recipients. Raises DeliveryError.
+
+        `following` is the envelope of the mail that this thread sends next, as far as it knows: a promise of nothing.
+        """
+
+    def probe(self, lane: str = Lane.NORMAL) -> object:
+        """Find out whether mails of this lane can be handed over now. Raises UnavailableError."""
 
     def tidy(self, idle: float = 0.0) -> None:
-        """Close this thread's connection if it has been idle for `idle` seconds."""
+        """Close this thread's connection if it has been idle for `idle` seconds; another thread may then have one."""
 
     def abandon(self) -> None:
         """Cut the connections of all threads, so that none waits for an answer."""
@@ -4324,8 +4360,12 @@ class MaildirTransport:
     def __str__(self) -> str:
         return f"Maildir {self.folder}"
 
+    def ready(self, lane: str) -> bool:
+        """There is always room for a mail."""
+        return True
+
     def send(self, sender: str, recipients: Sequence[str], message: bytes, owner: Account = Account("", ""),
-             urgent: bool = False) -> None:
+             lane: str = Lane.NORMAL, following: Envelope | None = None) -> None:
         """Write one mail, and return once it is on disk. `owner` is whose mail it is. Raises UnavailableError."""
         lines = [f"Return-Path: <{mailbox(sender)}>\n", *(f"Delivered-To: {mailbox(each)}\n" for each in recipients),
                  f"{self.OWNER_HEADER}: {urllib.parse.quote(owner.name)} {owner.key_id}\n"]
@@ -4333,11 +4373,7 @@ class MaildirTransport:
             maildir.add("".join(lines).encode() + message.replace(b"\r\n", b"\n"))
         self.accepted, self.reached = time.time(), time.monotonic()
 
-    def ready(self, lane: str) -> bool:
-        """A Maildir takes mails at any time."""
-        return True
-
-    def probe(self) -> None:
+    def probe(self, lane: str = Lane.NORMAL) -> None:
         """Write and remove a file. Raises UnavailableError."""
         with self._maildir():
             probe = self.folder / "tmp" / "probe"
@@ -4446,6 +4482,149 @@ class MaildirTransport:
         return (int(seconds) if seconds.isdigit() else 0, *(map(int, order.groups()) if order else (0, 0)))
 
 
+class SmtpConnections:
+    """The bound `smtp_connections`: how many connections all lanes and processes together have.
+
+    A thread takes a place in its lane before it opens a connection, and gives it back after closing the last one. A
+    lane gets no place that another needs for its first, so that no backlog of one takes all; the urgent lane gets its
+    first one in any case. Each process writes how many places its threads have, not what has changed: no mistake
+    outlives the next call. The places of a process without heartbeat are free.
+
+    Args:
+        process: the name of this process in the Queue.
+        limit: how many there may be, unless the server takes fewer.
+    """
+
+    LOWERED_FOR = 600.0  # seconds in which a server that refused a connection is asked for no more than it had
+
+    # Note the places of this process and count all, except those of dead processes. reserved() is how many more must
+    # stay free for the lanes that have none.
+    COUNT = """
+        local prefix, process, ttl, limit, lowered_for, lane = KEYS[1], unpack(ARGV)
+        local key, own, lanes, total = prefix .. 'connections', {}, {}, 0
+        local lowered = redis.call('GET', prefix .. 'connections_limit')
+        limit = math.min(limit, lowered or limit)
+        local function note(name, count)
+            if count > 0 then
+                redis.call('HSET', key, name .. ' ' .. process, count)
+            else
+                redis.call('HDEL', key, name .. ' ' .. process)
+            end
+            local more = count - own[name]
+            own[name], lanes[name], total = count, lanes[name] + more, total + more
+        end
+        for i = 6, #ARGV, 2 do own[ARGV[i]], lanes[ARGV[i]] = 0, 0 end
+        local known = redis.call('HGETALL', key)
+        for i = 1, #known, 2 do
+            local name, owner = string.match(known[i], '^(%S+) (.+)$')
+            local left = redis.call('PTTL', prefix .. 'heartbeat:' .. owner)
+            if owner == process or left > 0 and left <= tonumber(ttl) then
+                lanes[name], total = (lanes[name] or 0) + known[i + 1], total + known[i + 1]
+                if owner == process then own[name] = tonumber(known[i + 1]) end
+            else
+                redis.call('HDEL', key, known[i])
+            end
+        end
+        for i = 6, #ARGV, 2 do
+            local count = tonumber(ARGV[i + 1])
+            if count ~= own[ARGV[i]] then note(ARGV[i], count) end
+        end
+        local function reserved(but)
+            local count = 0
+            for name, places in pairs(lanes) do
+                if places == 0 and name ~= but then count = count + 1 end
+            end
+            return math.min(count, limit - 1)
+        end
+        local function answer(yes)
+            local places = {}
+            for i = 6, #ARGV, 2 do table.insert(places, lanes[ARGV[i]]) end
+            return {yes and 1 or 0, lowered and 1 or 0, limit, total + reserved() - limit, unpack(places)}
+        end
+    """
+
+    # KEYS: the prefix. ARGV: process, HEARTBEAT_TTL (ms), smtp_connections, LOWERED_FOR (ms), the lane that wants one
+    # more place or "", then each mail lane and how many places this process has there.
+    # Answer: {1 if there is one more, else 0; 1 if the bound was lowered; the bound; how many are too many; the number
+    # of each lane}.
+    TAKE = COUNT + """
+        local room = lanes[lane] and (total + reserved(lane) < limit or lane == 'urgent' and lanes[lane] == 0)
+        if room then note(lane, own[lane] + 1) end
+        return answer(room)
+    """
+
+    # Lower the bound, and take back a place in the lane, unless it is the only one of all.
+    # KEYS, ARGV: as above. Answer: {1 if there are other places, else 0; the rest as above}.
+    LOWER = COUNT + """
+        local others = total > 1
+        if others then note(lane, own[lane] - 1) end
+        limit = math.max(1, math.min(limit, total))
+        redis.call('SET', prefix .. 'connections_limit', limit, 'PX', lowered_for)
+        return answer(others)
+    """
+
+    def __init__(self, store: Store, process: str, limit: int) -> None:
+        self.store, self.process, self.limit = store, process, limit
+        self.lock = threading.Lock()  # guards the next three
+        self.places: dict[str, int] = dict.fromkeys(MAIL_LANES, 0)  # of this process, by lane
+        self.totals: dict[str, int] = dict.fromkeys(MAIL_LANES, 0)  # of all, when Redis was last asked
+        self.surplus = 0  # how many of these are too many
+        self._take, self._lower = store.script(self.TAKE), store.script(self.LOWER)
+
+    def take(self, lane: str) -> bool:
+        """Take a place in a lane, if there is one. Raises RedisError."""
+        with self.lock:
+            taken, *_ = self._ask(self._take, lane)
+            self.places[lane] += taken
+            return bool(taken)
+
+    def give_back(self, lane: str) -> None:
+        """Give a place back. Redis hears of it with the next call, at the latest by refresh()."""
+        with self.lock:
+            self.places[lane] -= 1
+
+    def must_leave(self, lane: str) -> bool:
+        """Whether a thread has to close its connection, since there are too many and its lane has others."""
+        if self.surplus <= 0 or lane == Lane.URGENT:
+            return False
+        with self.lock:
+            if self.surplus <= 0 or self.totals[lane] <= 1:
+                return False
+            self.surplus, self.totals[lane] = self.surplus - 1, self.totals[lane] - 1
+            return True
+
+    def lower(self, lane: str, words: str) -> bool:
+        """For LOWERED_FOR, allow no more than there are now without a place in `lane`; `words` are the server's.
+
+        Returns whether there are others; then the place is taken back. Raises RedisError.
+        """
+        with self.lock:
+            others, lowered, limit = self._ask(self._lower, lane)
+            self.places[lane] -= others
+        if not lowered:
+            log(logging.WARNING, "SMTP server takes no further connection", smtp_connections=limit,
+                seconds=self.LOWERED_FOR, error=words)
+        return bool(others)
+
+    def refresh(self) -> None:
+        """Write the places of this process again, in case Redis has lost them, and learn how many there are."""
+        with self.lock:
+            if any(self.places.values()) or any(self.totals.values()):
+                self._ask(self._take, "")
+
+    def release(self) -> None:
+        """At a graceful stop: free all places of this process."""
+        self.store.redis.hdel(self.store.key("connections"), *(f"{lane} {self.process}" for lane in self.places))
+
+    def _ask(self, script: Script, lane: str) -> list[int]:
+        """Run a script; returns the first three numbers of its answer."""
+        places = [each for pair in self.places.items() for each in pair]
+        *answer, self.surplus, urgent, normal, bulk = script(keys=[self.store.prefix], args=[
+            self.process, int(Queue.HEARTBEAT_TTL * 1000), self.limit, int(self.LOWERED_FOR * 1000), lane, *places])
+        self.totals.update(zip(self.places, (urgent, normal, bulk)))
+        return answer
+
+
 OpenSmtp: typing.TypeAlias = Any  # an smtplib.SMTP with a socket: the hints of smtplib allow None there
 
 
@@ -4453,7 +4632,11 @@ class ThreadState(threading.local):
     """The SMTP connection of the current thread."""
 
     smtp: OpenSmtp = None
+    place = ""  # the lane in which it has a place for a connection
     sent = 0  # mails that it has carried
+    share = 0  # mails that it may carry
+    announced: Envelope | None = None  # of which MAIL, RCPT and DATA have been sent: the server waits for its data
+    has_pipelined = False  # whether it has answered commands that were sent with the end of a mail before
     refusals = 0  # transactions in a row that ended without a mail
     used = 0.0  # when it was last used, by time.monotonic()
     stage = "MAIL"  # of the transaction: a key of STAGES
@@ -4467,6 +4650,14 @@ class SmtpTransport:
     `smtp_mails_per_connection`, but at most URGENT_SHARE for urgent mail (Exim defers what comes after ten mails on a
     connection). When a new connection works right after an old one was refused, the number of mails on the old one
     becomes the share for LEARNT_TIME seconds.
+
+    Where the server offers PIPELINING, the commands of the following mail go out with the end of a mail (RFC 2920
+    section 3.1): then a mail costs one round trip. From then on the connection takes the data of that mail and nothing
+    else, not even QUIT; where another mail comes, it is closed. A server that hangs up or falls silent over this gets
+    the commands of each mail after the reply to the one before, for LEARNT_TIME seconds.
+
+    Args:
+        bound: the bound of connections over all processes; None: there is none.
     """
 
     IDLE = 10.0
@@ -4478,23 +4669,47 @@ class SmtpTransport:
     # (RFC 5321 section 4.5.3.2). A client that hangs up earlier sends the mail twice.
     COMMAND_TIMEOUT = 300.0
     FINAL_TIMEOUT = 600.0
+    # Seconds for the answer to a command that was sent with the end of the mail before: a server may have lost it. Then
+    # the mail goes over a new connection, where COMMAND_TIMEOUT applies.
+    ANNOUNCED_TIMEOUT = 30.0
+    TLS_RECORD = 16384  # octets; what fits into one is sent as a whole or not at all (RFC 8446 section 5.1)
     UTF8 = " SMTPUTF8 BODY=8BITMIME"  # RFC 6531 section 3.4
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+    def __init__(self, settings: Settings, bound: SmtpConnections | None = None) -> None:
+        self.settings, self.bound = settings, bound
         self.context = ssl.create_default_context(cafile=settings.smtp_ca or None)
         self.local = ThreadState()
         self.lock = threading.Lock()
         self.connections: set[OpenSmtp] = set()
         self.learnt_share, self.learnt_until = 0, float("-inf")
+        self.announce_from = float("-inf")  # by time.monotonic()
         self.token, self.token_lock = b"", threading.Lock()
         self.accepted, self.reached = 0.0, float("-inf")
 
     def __str__(self) -> str:
         return f"SMTP server {self.settings.smtp_server}:{self.settings.smtp_port}"
 
+    def ready(self, lane: str) -> bool:
+        """Whether this thread has a connection, or a place to open one. Raises RedisError.
+
+        The place is this thread's until tidy() has closed its connection.
+        """
+        local = self.local
+        if not self.bound:
+            return True
+        if not local.place:
+            local.place = lane if self.bound.take(lane) else ""
+        elif self.bound.must_leave(local.place):
+            self.tidy()
+        return bool(local.place)
+
+    def _require_place(self, lane: str) -> None:
+        """Raise TooManyConnectionsError if this thread may open no connection. Raises RedisError."""
+        if not self.local.place and not self.ready(lane):
+            raise TooManyConnectionsError("all connections of smtp_connections are in use")
+
     def send(self, sender: str, recipients: Sequence[str], message: bytes, owner: Account = Account("", ""),
-             urgent: bool = False) -> None:
+             lane: str = Lane.NORMAL, following: Envelope | None = None) -> None:
         """Hand one mail over; it returns once the server has accepted it for all recipients.
 
         Servers limit what a connection may carry, and say so at any stage in any words. So what is refused on a used
@@ -4503,21 +4718,27 @@ class SmtpTransport:
         Raises:
             TemporaryError, PermanentError: the server refused this mail.
             PartialError: it accepted the mail for some recipients, or refused the recipients for different reasons.
-            UnavailableError: the server is out, or refuses the sender; InDoubtError: it may have accepted the mail.
+            UnavailableError: the server is out, or refuses the sender; InDoubtError: it may have accepted the mail;
+                TooManyConnectionsError: other connections work, but there is none for this mail.
+            RedisError: whether there is a connection for it is not known.
         """
-        self.tidy(self.IDLE)
+        self._require_place(lane)
+        self._close(self.IDLE)
+        self._keep_only_for(self._plain_envelope(sender, recipients, message))
         local = self.local
-        carried, idle = local.sent, time.monotonic() - local.used
-        refused = self._deliver(sender, recipients, message)
+        local.share = self._share(lane)
+        carried, announced, idle = local.sent, local.announced, time.monotonic() - local.used
+        refused = self._deliver(sender, recipients, message, following)
         uncertain = [address for address, error in refused.items() if not error.certain]
-        if carried and uncertain:
-            self.tidy()
-            refused_again = self._deliver(sender, uncertain, message)
-            if len(refused_again) < len(uncertain) and idle < 1.0:  # else it may have been closed for being idle
+        if uncertain and (carried or announced and isinstance(refused[uncertain[0]], UnavailableError)):
+            self._close()
+            refused_again = self._deliver(sender, uncertain, message, following)
+            # Otherwise the old one may have been closed for being idle.
+            if carried and len(refused_again) < len(uncertain) and idle < 1.0:
                 self.learnt_share, self.learnt_until = carried, time.monotonic() + self.LEARNT_TIME
             refused = {address: error for address, error in refused.items() if error.certain} | refused_again
-        if local.sent >= self._share(urgent) or local.refusals >= self.MAX_REFUSALS:
-            self.tidy()
+        if local.sent >= self._share(lane) or local.refusals >= self.MAX_REFUSALS:
+            self._close()
         delivered = tuple(address for address in recipients if address not in refused)
         if delivered:
             self.accepted = time.time()
@@ -4525,34 +4746,36 @@ class SmtpTransport:
             first, *others = dict.fromkeys(refused.values())
             raise PartialError(delivered, refused) if delivered or others else first
 
-    def _share(self, urgent: bool) -> int:
+    def _share(self, lane: str) -> int:
         share = self.settings.smtp_mails_per_connection
-        if urgent:
+        if lane == Lane.URGENT:
             share = min(share, self.URGENT_SHARE)
         return min(share, self.learnt_share) if time.monotonic() < self.learnt_until else share
 
-    def _deliver(self, sender: str, recipients: Sequence[str], message: bytes) -> dict[str, DeliveryError]:
+    def _deliver(self, sender: str, recipients: Sequence[str], message: bytes,
+                 following: Envelope | None) -> dict[str, DeliveryError]:
         """Offer a mail, in several transactions if the server takes fewer recipients (RFC 5321 section 4.5.3.1.10).
 
         Returns recipient -> error for each refused one; recipients refused for one reason share the exception.
         """
-        refused = self._transact(sender, recipients, message)
+        refused = self._transact(sender, recipients, message, following)
         surplus = [address for address, error in refused.items() if error.too_many]
         if not surplus or len(recipients) == 1:
             return refused
         refused = {address: error for address, error in refused.items() if not error.too_many}
         # Exim with recipients_max_reject refuses all of them: then each half goes on its own.
         half = len(surplus) // 2 if len(surplus) == len(recipients) else 0
-        for part in filter(None, (surplus[:half], surplus[half:])):
-            refused |= self._deliver(sender, part, message)
-        return refused
+        if half:
+            refused |= self._deliver(sender, surplus[:half], message, None)
+        return refused | self._deliver(sender, surplus[half:], message, following)
 
-    def _transact(self, sender: str, recipients: Sequence[str], message: bytes) -> dict[str, DeliveryError]:
+    def _transact(self, sender: str, recipients: Sequence[str], message: bytes,
+                  following: Envelope | None) -> dict[str, DeliveryError]:
         """Do one transaction; returns what _deliver() does. Then the connection is ready for another, or closed."""
         refused: dict[str, DeliveryError] = {}
         self.local.stage = "MAIL"
         try:
-            smtp, options = self._connect(), ""
+            smtp, options = self._connect(self._plain_envelope(sender, recipients, message)), ""
             if not "".join((sender, *recipients)).isascii() or not message.isascii():
                 if smtp.has_extn("smtputf8"):
                     options = self.UTF8
@@ -4564,10 +4787,10 @@ class SmtpTransport:
                     message = downgraded(message)
             if smtp.has_extn("size"):
                 options += f" SIZE={len(message)}"
-            if deliverable := [address for address in recipients if address not in refused]:
-                refused |= self._send_envelope(smtp, sender, options, deliverable)
+            if deliverable := tuple(address for address in recipients if address not in refused):
+                refused |= self._send_envelope(smtp, Envelope(sender, deliverable), options)
             if len(refused) < len(recipients):
-                self._send_data(smtp, message)
+                self._send_data(smtp, message, following if self._may_announce(smtp, following, refused) else None)
                 smtp.sock.settimeout(self.FINAL_TIMEOUT)
                 if final := refusal("DOT", *self._reply(smtp, "DOT")):
                     refused = dict.fromkeys(recipients, final) | refused
@@ -4576,11 +4799,48 @@ class SmtpTransport:
         except (OSError, smtplib.SMTPException) as error:
             refused = dict.fromkeys(recipients, self._broken(error))
         self._finish(refused, len(refused) < len(recipients))
+        for outage in {error for error in refused.values() if isinstance(error, UnavailableError)}:
+            instead = self._crowded(outage)
+            refused = {address: instead if error is outage else error for address, error in refused.items()}
         return refused
 
-    def _connect(self) -> OpenSmtp:
-        """This thread's connection, logged in. Raises UnavailableError."""
+    @staticmethod
+    def _plain_envelope(sender: str, recipients: Sequence[str], message: bytes) -> Envelope | None:
+        """The envelope of a mail as it may have been announced: one that needs SMTPUTF8 never is."""
+        return Envelope(sender, tuple(recipients)) if message.isascii() else None
+
+    def _keep_only_for(self, envelope: Envelope | None) -> None:
+        """Close a connection on which another envelope was announced: whatever is sent there would be its data."""
+        if self.local.announced not in (None, envelope):
+            self._discard()
+
+    def _may_announce(self, smtp: OpenSmtp, following: Envelope | None, refused: dict[str, DeliveryError]) -> bool:
+        """Whether the following mail can use this connection, once this one is accepted but for those `refused`."""
+        local = self.local
+        return (following is not None and len(following.recipients) > 0 and smtp.has_extn("pipelining")
+                and "".join((following.sender, *following.recipients)).isascii()
+                and local.sent + 1 < local.share and local.refusals + 1 < self.MAX_REFUSALS
+                and time.monotonic() >= self.announce_from
+                # Else this mail itself is offered once more.
+                and not any(error.too_many or local.sent and not error.certain for error in refused.values()))
+
+    def _crowded(self, error: UnavailableError) -> UnavailableError:
+        """The error itself, or what it becomes where the server has refused one connection but serves others."""
+        local = self.local
+        if self.bound and local.place and TOO_MANY_CONNECTIONS.search(str(error)):
+            with contextlib.suppress(redis.RedisError):
+                if self.bound.lower(local.place, str(error)):
+                    local.place = ""
+                    return TooManyConnectionsError(str(error))
+        return error
+
+    def _connect(self, envelope: Envelope | None = None) -> OpenSmtp:
+        """This thread's connection, logged in, for a transaction with this envelope. Raises UnavailableError.
+
+        Where the envelope was announced on it, the replies to its commands are the next that the server sends.
+        """
         local, settings = self.local, self.settings
+        self._keep_only_for(envelope)
         if local.smtp:
             return local.smtp
         smtp: OpenSmtp = None
@@ -4651,18 +4911,18 @@ class SmtpTransport:
                 self.token = token
             return self.token
 
-    def _send_envelope(self, smtp: OpenSmtp, sender: str, options: str,
-                       recipients: list[str]) -> dict[str, DeliveryError]:
+    def _send_envelope(self, smtp: OpenSmtp, envelope: Envelope, options: str) -> dict[str, DeliveryError]:
         """Send the commands before the data, in one piece if the server allows it (PIPELINING, RFC 2920).
+
+        Those that were announced have been sent.
 
         Returns what _deliver() does; unless all recipients are refused, the server waits for the data.
         """
-        commands = [("MAIL", f"MAIL FROM:<{mailbox(sender)}>{options}\r\n"),
-                    *(("RCPT", f"RCPT TO:<{mailbox(address)}>\r\n") for address in recipients), ("DATA", "DATA\r\n")]
-        pipelined = smtp.has_extn("pipelining")
+        local, commands = self.local, self._commands(envelope, options)
+        announced, pipelined = local.announced is not None, smtp.has_extn("pipelining")
         replies: list[tuple[int, bytes]] = []
-        smtp.sock.settimeout(self.COMMAND_TIMEOUT)
-        if pipelined:
+        smtp.sock.settimeout(self.ANNOUNCED_TIMEOUT if announced else self.COMMAND_TIMEOUT)
+        if pipelined and not announced:
             smtp.send("".join([command for _, command in commands]).encode())
         for stage, command in commands:
             any_taken = stage == "DATA" and any([code < 300 for code, _ in replies[1:]])
@@ -4674,6 +4934,8 @@ class SmtpTransport:
             replies.append(reply)
             if reply[0] == 421 and (error := refusal(stage, *reply)):  # the server closes the connection
                 raise error
+        local.announced, local.has_pipelined = None, local.has_pipelined or announced
+        recipients = envelope.recipients
         if error := refusal("MAIL", *replies[0]):
             refused = dict.fromkeys(recipients, error)
         else:
@@ -4686,11 +4948,29 @@ class SmtpTransport:
             self._reply(smtp, "DATA")
         return refused
 
-    def _send_data(self, smtp: OpenSmtp, message: bytes) -> None:
-        """Send the data and its end. It may take as long as it likes while it makes progress."""
-        data = memoryview(message.replace(b"\r\n.", b"\r\n..") + b".\r\n")
-        while data:
-            data = data[smtp.sock.send(data[:65536]):]
+    @staticmethod
+    def _commands(envelope: Envelope, options: str = "") -> list[tuple[str, str]]:
+        """The commands before the data: (stage, line) of each."""
+        return [("MAIL", f"MAIL FROM:<{mailbox(envelope.sender)}>{options}\r\n"),
+                *(("RCPT", f"RCPT TO:<{mailbox(address)}>\r\n") for address in envelope.recipients),
+                ("DATA", "DATA\r\n")]
+
+    def _send_data(self, smtp: OpenSmtp, message: bytes, following: Envelope | None) -> None:
+        """Send the data and its end, and with it the commands of the mail that follows, if there is one.
+
+        It may take as long as it likes while it makes progress.
+        """
+        local, data = self.local, message.replace(b"\r\n.", b"\r\n..") + b".\r\n"
+        end, sent = len(data), 0
+        if following:
+            data += "".join([command for _, command in self._commands(following)]).encode()
+        view = memoryview(data)
+        while sent < len(data):
+            if sent >= end:
+                local.stage = "DOT"  # from here on the mail may have arrived
+            if sent + self.TLS_RECORD > end:
+                local.announced = following
+            sent += smtp.sock.send(view[sent:sent + self.TLS_RECORD])
 
     def _reply(self, smtp: OpenSmtp, stage: str) -> tuple[int, bytes]:
         """(code, text) of the server's next reply."""
@@ -4699,11 +4979,20 @@ class SmtpTransport:
 
     def _broken(self, error: Exception) -> UnavailableError:
         """The error for a connection that failed at this stage. The connection is closed."""
-        self._discard()
-        stage, reason = self.local.stage, describe(error)
-        if "timed out" in reason:
-            seconds = self.FINAL_TIMEOUT if stage == "DOT" else self.COMMAND_TIMEOUT
+        local = self.local
+        stage, reason = local.stage, describe(error)
+        seconds = self.FINAL_TIMEOUT if stage == "DOT" else (
+            self.ANNOUNCED_TIMEOUT if local.announced else self.COMMAND_TIMEOUT)
+        timed_out = "timed out" in reason
+        if timed_out:
             reason = f"no answer within {seconds:.0f} s"
+        # A server that has done it before on this connection, or closes an idle one, can do it.
+        if local.announced and (timed_out or not local.has_pipelined and (
+                stage == "DOT" or time.monotonic() - local.used < 1.0)):
+            self.announce_from = time.monotonic() + self.LEARNT_TIME
+            log(logging.INFO, "SMTP server fails where commands follow the end of a mail at once",
+                server=str(self), error=reason, seconds=self.LEARNT_TIME)
+        self._discard()
         reason = f"the connection failed {STAGES[stage]}: {reason}"
         return InDoubtError(reason) if stage == "DOT" else UnavailableError(reason, dropped=True)
 
@@ -4712,10 +5001,13 @@ class SmtpTransport:
         local = self.local
         if any(isinstance(error, UnavailableError) for error in refused.values()):
             self._discard()
-        elif delivered:
-            local.sent, local.refusals, local.used = local.sent + 1, 0, time.monotonic()
-        else:
-            local.refusals += 1
+            return
+        local.used = time.monotonic()
+        if delivered:
+            local.sent, local.refusals = local.sent + 1, 0
+            return
+        local.refusals += 1
+        if not local.announced:  # else the server waits for data, and the refused transaction is over
             try:
                 local.smtp.rset()
             except (OSError, smtplib.SMTPException):
@@ -4724,21 +5016,31 @@ class SmtpTransport:
     def _discard(self) -> None:
         local = self.local
         smtp, local.smtp, local.sent, local.refusals = local.smtp, None, 0, 0
+        local.announced, local.has_pipelined = None, False
         if smtp:
             with self.lock:
                 self.connections.discard(smtp)
             smtp.close()
 
-    def tidy(self, idle: float = 0.0) -> None:
-        """Close this thread's connection if it has been idle for `idle` seconds or more."""
-        smtp = self.local.smtp
-        if not smtp or time.monotonic() - self.local.used < idle:
-            return
-        with contextlib.suppress(OSError, smtplib.SMTPException):
-            if smtp.sock:
-                smtp.sock.settimeout(1.0)
-            smtp.quit()
+    def _close(self, idle: float = 0.0) -> bool:
+        """Close this thread's connection if it has been idle for `idle` seconds; returns whether none is left."""
+        local = self.local
+        if local.smtp and time.monotonic() - local.used < idle:
+            return False
+        if local.smtp and not local.announced:  # else QUIT would be data
+            with contextlib.suppress(OSError, smtplib.SMTPException):
+                if local.smtp.sock:
+                    local.smtp.sock.settimeout(1.0)
+                local.smtp.quit()
         self._discard()
+        return True
+
+    def tidy(self, idle: float = 0.0) -> None:
+        """Close this thread's connection if it has been idle for `idle` seconds or more, and give its place back."""
+        local = self.local
+        if self._close(idle) and self.bound and local.place:
+            place, local.place = local.place, ""
+            self.bound.give_back(place)
 
     def abandon(self) -> None:
         """Cut the connections of all threads: one that waits for an answer learns at once that none will come."""
@@ -4748,15 +5050,14 @@ class SmtpTransport:
                     # SSLSocket.shutdown() would take the TLS session away from the thread that reads.
                     socket.socket.shutdown(smtp.sock, socket.SHUT_RDWR)
 
-    def ready(self, lane: str) -> bool:
-        return True
-
-    def probe(self) -> str:
+    def probe(self, lane: str = Lane.NORMAL) -> str:
         """Connect, log in, and offer a mail from the sender to itself, without sending it. Raises UnavailableError.
 
         Returns the last reply. The server need not know the sender as a recipient.
         """
-        self.tidy()
+        self._close()
+        with contextlib.suppress(redis.RedisError):
+            self._require_place(lane)
         self.local.stage = "MAIL"
         address, last_reply = self.settings.sender[1], ""
         utf8 = "" if address.isascii() else self.UTF8
@@ -4771,9 +5072,9 @@ class SmtpTransport:
                 if isinstance(error := refusal(stage, code, text), UnavailableError):
                     raise error
             smtp.rset()
-        except UnavailableError:
+        except UnavailableError as error:
             self._discard()
-            raise
+            raise self._crowded(error) from None
         except (OSError, smtplib.SMTPException) as error:
             raise self._broken(error) from None
         return last_reply
@@ -5527,7 +5828,7 @@ class CircuitBreaker:
     def probe(self) -> None:
         """Find out whether the server takes mail, and resume the lane if so."""
         try:
-            self.transport.probe()
+            self.transport.probe(self.lane)
             self.smtp.note_answer()
         except UnavailableError as error:
             self.failures += 1
@@ -5902,7 +6203,7 @@ class Workers:
         if isinstance(error, PartialError):
             cause, refused, delivered = error.cause, error.refused, task.delivered + error.delivered
         verdict = cause.verdict
-        if isinstance(cause, UnavailableError):
+        if isinstance(cause, UnavailableError) and not isinstance(cause, TooManyConnectionsError):
             self.breakers[lane].open(str(cause), outage=not cause.dropped and not cause.sender)
         if verdict in (Verdict.DROPPED, Verdict.IN_DOUBT):
             in_doubt = verdict == Verdict.IN_DOUBT
@@ -5969,12 +6270,20 @@ class Workers:
             message = compose(mail, f"{task.id}@{sender.rpartition('@')[2]}", moment)
             started = time.monotonic()
             try:
-                self.transport.send(sender, recipients, message, Account(task.account, task.key), lane == Lane.URGENT)
+                self.transport.send(sender, recipients, message, Account(task.account, task.key), lane,
+                                    self._envelope(task.following))
             finally:
                 duration = time.monotonic() - started
                 self.crews[lane].note(duration)
                 self.stats.observe("gomail_smtp_seconds", duration)
             self.breakers[lane].note_success()
+
+    def _envelope(self, task: Task | None) -> Envelope | None:
+        """The envelope of the mail that a task will send, as far as that can be known before."""
+        if task is None or task.strikes or task.type not in ("message", "newsletter", "generateOtp"):
+            return None
+        return Envelope(self.settings.sender[1], tuple(
+            address for address in self._recipients(task) if address not in task.delivered))
 
     def _recipients(self, task: Task) -> list[str]:
         """The addresses that a task's mail goes to, except those that are suppressed."""
@@ -6059,6 +6368,8 @@ class Cron:
                     self.workers.resume(lane)
             self.last_beat = now
             self.store.tidy()
+            if isinstance(self.transport, SmtpTransport) and self.transport.bound:
+                self.transport.bound.refresh()
             self.accounts.restore_secret()
             self.stats.flush()
             self.queue.find_orphans()
@@ -7634,7 +7945,8 @@ class Service:
         process = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         accounts = Accounts(store, settings.jwt_secret, settings.jwt_secret_previous, settings.api_key_ttl)
         accounts.record_secret()
-        self.transport = SmtpTransport(settings) if settings.smtp_server else MaildirTransport(
+        self.connections = SmtpConnections(store, process, settings.smtp_connections)
+        self.transport = SmtpTransport(settings, self.connections) if settings.smtp_server else MaildirTransport(
             pathlib.Path(settings.data_dir, "outbox"), settings.outbox_max)
         self.queue = Queue(store, settings, process)
         self.inspection = Inspection(store, settings, self.queue.give_way)
@@ -7707,6 +8019,7 @@ class Service:
         try:
             self.cron.stop()
             self.queue.release()
+            self.connections.release()
             server = self.shared.server if self.shared else self.server
             waiting = self.inspection.waiting()
             if server and waiting is not None:
@@ -8266,8 +8579,8 @@ class Backup:
     PAGE_KEYS = 200  # read or written at once
     # State of processes or of a moment, and the places of tasks.
     EXCLUDED = frozenset(("lane", "processing", "delayed", "scheduled", "dead", "processes", "heartbeat", "paused",
-                          "resume", "resumed", "rate", "answered", "on_disk", "writable", "restoring",
-                          "jwt_secret_check"))
+                          "resume", "resumed", "rate", "connections", "connections_limit", "answered", "on_disk",
+                          "writable", "restoring", "jwt_secret_check"))
     # What a gomail leaves in Redis even if it was never used.
     DISPOSABLE = frozenset(("jwt_secret", "ascii_folded", "stats", "history", "metrics"))
     ENDED = (*CONCLUDED, State.DEAD)
