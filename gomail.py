@@ -18,13 +18,13 @@ The way of one mail, from POST to 250; the numbers are those of the sections:
     Handler.respond        17  reads the request, finds its Route and the Account of its API key
     -> Api.enqueue         16  is the handler of POST /task; TASK (6), the Check of the Route, has checked the body
     -> Queue.enqueue        7  stores the task and puts its id into a lane (script ENQUEUE); the app gets its answer
-    Workers.run            14  is a thread that waits for the next id of its lane
-    -> Queue.settle_and_take   moves the id to the worker's processing list (script SETTLE_AND_TAKE)
+    Workers.run            14  is a thread that waits for the next ids of its lane
+    -> Queue.settle_and_take   moves some of them to the worker's processing list (script SETTLE_AND_TAKE)
     -> Workers.perform     14  calls the method for the task's type; Workers.send_message turns a "message" into a Mail
     -> compose             10  turns the Mail into bytes
     -> SmtpTransport.send  11  returns when the server has answered 250, and raises a DeliveryError otherwise
     -> Outcome              7  says what became of the task: succeeded, retrying, dead, ...
-    -> Queue.settle_and_take   stores the Outcome of this task, and takes the next one in the same round trip
+    -> Queue.settle_and_take   stores the Outcomes of some tasks, and takes the next ones in the same round trip
     Queue.promote           7  puts the id of a task whose retry is due back into its lane; Cron.once (15) calls it
 
 What a change touches:
