@@ -18,13 +18,13 @@ The way of one mail, from POST to 250; the numbers are those of the sections:
     Handler.respond        17  reads the request, finds its Route and the Account of its API key
     -> Api.enqueue         16  is the handler of POST /task; TASK (6), the Check of the Route, has checked the body
     -> Queue.enqueue        7  stores the task and puts its id into a lane (script ENQUEUE); the app gets its answer
-    Workers.run            14  is a thread that waits for the next id of its lane
-    -> Queue.settle_and_take   moves the id to the worker's processing list (script SETTLE_AND_TAKE)
+    Workers.run            14  is a thread that waits for the next ids of its lane
+    -> Queue.settle_and_take   moves some of them to the worker's processing list (script SETTLE_AND_TAKE)
     -> Workers.perform     14  calls the method for the task's type; Workers.send_message turns a "message" into a Mail
     -> compose             10  turns the Mail into bytes
     -> SmtpTransport.send  11  returns when the server has answered 250, and raises a DeliveryError otherwise
     -> Outcome              7  says what became of the task: succeeded, retrying, dead, ...
-    -> Queue.settle_and_take   stores the Outcome of this task, and takes the next one in the same round trip
+    -> Queue.settle_and_take   stores the Outcomes of some tasks, and takes the next ones in the same round trip
     Queue.promote           7  puts the id of a task whose retry is due back into its lane; Cron.once (15) calls it
 
 What a change touches:
@@ -237,6 +237,8 @@ class Settings:
     api_key_ttl: int = option(0, "seconds an API key is valid; 0: until it is deregistered", low=0, high=315360000)
     processes: int = option(1, "processes that share the port and the queue, one for each core to use", low=1, high=64)
     workers: int = option(4, "worker threads of each lane (urgent, normal, bulk), in each process", low=1, high=64)
+    workers_max: int = option(32, "most worker threads of each lane, in each process: as many as that are started "
+                              "while mails wait for the SMTP server", low=1, high=256)
     retry_delay: float = option(15.0, "seconds before the first retry; doubles each time", low=0.01, high=86400)
     retry_delay_max: float = option(3600.0, "most seconds before a retry", low=0.01, high=604800)
     otp_ttl: int = option(300, "seconds an OTP is valid", low=1, high=86400)
@@ -864,7 +866,7 @@ def start_logging(settings: Settings) -> None:
 #                                           A task that has ended, except a dead letter, keeps only a summary: d, u, n
 #                                           (explained at Queue.CONCLUDE), to, error, story, head
 #   lane:<lane>                     list    ids of waiting tasks; in at the left, out at the right
-#   processing:<process>:<worker>   list    id of the task that the worker has in hand
+#   processing:<process>:<worker>   list    ids of the tasks that the worker has in hand; in at the left
 #   delayed                         zset    ids of tasks that wait for a retry or their send_at, by due time (ms)
 #   scheduled                       zset    the part of `delayed` that waits for a send_at, to be counted
 #   dead, dead:<account>            zset    ids of dead letters, by time of death (ms)
@@ -1187,7 +1189,7 @@ class Store:
     COMMANDS = """
         BRPOPLPUSH k k 0, DBSIZE, DEL k, EVAL x 1 k, EVALSHA x 1 k, EXEC, EXISTS k, EXPIRE k 1, GET k, HDEL k x,
         HEXISTS k x, HGET k x, HGETALL k, HINCRBY k x 1, HINCRBYFLOAT k x 1, HKEYS k, HLEN k, HMGET k x, HRANDFIELD k,
-        HSCAN k 0, HSET k x x, HSETNX k x x, HVALS k, INCR k, LINDEX k 0, LLEN k, LMOVE k k LEFT LEFT, LPUSH k x,
+        HSCAN k 0, HSET k x x, HSETNX k x x, HVALS k, INCR k, LINDEX k 0, LLEN k, LPUSH k x,
         LRANGE k 0 0, LREM k 0 x, MEMORY|USAGE k, MULTI, PERSIST k, PEXPIRE k 1, PEXPIREAT k 1, PING, PTTL k, RPOP k,
         RPOPLPUSH k k, RPUSH k x, SCAN 0, SET k x, TIME, TTL k, TYPE k, UNLINK k, ZADD k 1 x, ZCARD k, ZCOUNT k 0 0,
         ZRANGE k 0 0, ZRANGEBYSCORE k 0 0, ZREM k x, ZREMRANGEBYSCORE k 0 0, ZREVRANGE k 0 0, ZREVRANGEBYSCORE k 0 0,
@@ -2430,6 +2432,7 @@ class Task:
     dropped: int = 0  # when the last of them did
     delivered: tuple = ()  # recipients that have the mail already, as fold_address() has them
     suppressed: tuple = ()  # recipients that get none, in the same form
+    following: "Task | None" = None  # the one that the worker has in hand after it
 
 
 # --- 7. queue -------------------------------------------------------------------------------------------
@@ -2490,6 +2493,7 @@ class Queue:
     """
 
     MAX_STRIKES = 3
+    MAX_IN_HAND = 8  # tasks that a worker takes at once
     HEARTBEAT_TTL = 4.0  # seconds
     OTP_FIRST = 0.01  # seconds that other work waits at most for an OTP
     POLL = 0.1  # seconds between two looks at an empty lane, where Redis refuses to wait for it
@@ -2768,20 +2772,26 @@ class Queue:
                           {"Retry-After": "1"})
         return result
 
-    # Settle the task that the worker had in hand, and take the next one. LREM is the fence: a worker whose task was
-    # given to another one meanwhile settles nothing. A task that is in the worker's list after that was taken by a call
-    # whose answer was lost, and comes first.
+    # Settle tasks that a worker has done, and take further ones. LREM is the fence: a worker whose task was given to
+    # another one meanwhile settles nothing. Only a worker with nothing left in hand takes: tasks that are in its list
+    # then were taken by a call whose answer was lost, and come first.
     # KEYS: the worker's processing list, its lane, the prefix.
-    # ARGV: 1 to take a task or 0, result_ttl and dead_ttl (ms), dead_max, process, worker; then, of a task to settle:
-    #       its id, verdict, detail, delay (ms), recipients that have the mail and addresses to suppress, by spaces;
-    #       and, if it ends, what _summary_args() returns.
-    # Answer: nil, the lane is empty; {}, ask again; or {id, body, account, API key's id, created, attempts, strikes,
-    #         drops, dropped, delivered, the recipients that are suppressed}.
+    # ARGV: how many tasks to take, at most the `share`-th part of the lane; or 0, and how many to keep in the list; the
+    #       others go back to the head of the lane;
+    #       `share`; 1 if all that is taken is begun within moments, or 0 if only the first is;
+    #       result_ttl and dead_ttl (ms), dead_max, process, worker;
+    #       then, of each task to settle: the number of its arguments, its id, verdict, detail, delay (ms), recipients
+    #       that have the mail and addresses to suppress, by spaces; and, if it ends, what _summary_args() returns.
+    # Answer: {how many tasks are left in the lane, then of each task taken: {id, body, account, API key's id, created,
+    #         attempts, strikes, drops, dropped, delivered, the recipients that are suppressed}}. No task, although some
+    #         are left, means: ask again.
     SETTLE_AND_TAKE = BURY + CONCLUDE + """
         local own, lane, prefix = unpack(KEYS)
-        local take, result_ttl, dead_ttl, dead_max, process, worker = unpack(ARGV, 1, 6)
-        local id, verdict, detail, delay, delivered, suppress = unpack(ARGV, 7, 12)
-        if id and redis.call('LREM', own, 1, id) == 1 then
+        local most, keep, share, all = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4] == '1'
+        local result_ttl, dead_ttl, dead_max, process, worker = unpack(ARGV, 5, 9)
+
+        local function settle(id, verdict, detail, delay, delivered, suppress, ...)
+            if redis.call('LREM', own, 1, id) == 0 then return end
             local task = prefix .. 'task:' .. id
             if delivered ~= '' then redis.call('HSET', task, 'delivered', delivered) end
             for address in string.gmatch(suppress, '%S+') do
@@ -2790,12 +2800,15 @@ class Queue:
                 redis.call('HSET', prefix .. 'suppressed_for:' .. account, address, detail)
             end
             if verdict == 'succeeded' or verdict == 'cancelled' or verdict == 'suppressed' then
-                conclude(task, verdict, detail, result_ttl, unpack(ARGV, 13))
+                conclude(task, verdict, detail, result_ttl, ...)
                 if verdict == 'succeeded' then
                     redis.call('HINCRBY', prefix .. 'metrics', 'executed', 1)
                     redis.call('HINCRBY', prefix .. 'metrics', 'successful', 1)
                 end
-            elseif verdict == 'returned' then
+                return
+            end
+            redis.call('HDEL', task, 'begun')
+            if verdict == 'returned' then
                 note(task, verdict, detail)
                 redis.call('HSET', task, 'state', 'queued', 'error', detail)
                 redis.call('RPUSH', lane, id)
@@ -2814,65 +2827,109 @@ class Queue:
                 end
             end
         end
-        if take == '0' then  -- what the worker waited for goes back: another may be able to do it
-            local back = redis.call('LMOVE', own, lane, 'LEFT', 'RIGHT')
-            while back do
-                local task = prefix .. 'task:' .. back
-                if redis.call('EXISTS', task) == 1 then redis.call('HSET', task, 'state', 'queued') end
-                back = redis.call('LMOVE', own, lane, 'LEFT', 'RIGHT')
-            end
-            return false
+
+        local function begin(task)
+            redis.call('HSET', task, 'state', 'running', 'started', microseconds)
         end
+
+        local outcomes, is_done, at = {}, {}, 10
+        while at <= #ARGV do
+            local last = at + ARGV[at]
+            outcomes[#outcomes + 1] = {unpack(ARGV, at + 1, last)}
+            is_done[ARGV[at + 1]] = true
+            at = last + 1
+        end
+        if most == 0 then
+            local left = {}  -- the next to be begun is the last
+            for _, id in ipairs(redis.call('LRANGE', own, 0, -1)) do
+                if not is_done[id] then left[#left + 1] = id end
+            end
+            for at, id in ipairs(left) do
+                local task, before = prefix .. 'task:' .. id, #left - at
+                if before >= keep then
+                    redis.call('LREM', own, 1, id)
+                    redis.call('RPUSH', lane, id)
+                end
+                local state, is_begun = redis.call('HGET', task, 'state'), keep > 0 and before == 0
+                if state == 'running' and not is_begun then redis.call('HSET', task, 'state', 'queued') end
+                if state == 'queued' and is_begun then begin(task) end
+            end
+        end
+        for _, outcome in ipairs(outcomes) do settle(unpack(outcome)) end
+        if most == 0 then return {0} end
+
         -- A process that was taken for dead, and lives, is found again should it die now.
         if redis.call('HEXISTS', prefix .. 'processes', process) == 0 then
             redis.call('HSET', prefix .. 'processes', process, worker)
         end
-        for _ = 1, 200 do
-            local next = redis.call('LINDEX', own, -1) or redis.call('RPOPLPUSH', lane, own)
-            if not next then return false end
-            local task = prefix .. 'task:' .. next
-            local found = redis.call('HMGET', task, 'body', 'account', 'key', 'created', 'attempts', 'strikes',
-                                     'drops', 'dropped', 'delivered', 'to')
-            if not found[1] then
-                redis.call('LREM', own, 1, next)
-            elseif redis.call('HGET', prefix .. 'UserList', found[2]) ~= found[3] then
-                redis.call('LREM', own, 1, next)
+        local found = {}
+        most = math.max(1, redis.call('LLEN', own), math.min(most, math.floor(redis.call('LLEN', lane) / share)))
+        for _ = 1, 200 do  -- some may belong to accounts that are gone; other calls come in between
+            local id = redis.call('LINDEX', own, -1 - #found) or redis.call('RPOPLPUSH', lane, own)
+            if not id then break end
+            local task = prefix .. 'task:' .. id
+            local fields = redis.call('HMGET', task, 'body', 'account', 'key', 'created', 'attempts', 'strikes',
+                                      'drops', 'dropped', 'delivered', 'to')
+            if not fields[1] then
+                redis.call('LREM', own, 1, id)
+            elseif redis.call('HGET', prefix .. 'UserList', fields[2]) ~= fields[3] then
+                redis.call('LREM', own, 1, id)
                 redis.call('UNLINK', task)
             else
-                redis.call('HSET', task, 'state', 'running', 'started', microseconds)
-                local to, suppressed = found[10], prefix .. 'suppressed:' .. found[2]
-                found[10] = ''
+                if all or #found == 0 then begin(task) end
+                local to, suppressed = fields[10], prefix .. 'suppressed:' .. fields[2]
+                fields[10] = ''
                 if to and redis.call('EXISTS', suppressed) == 1 then
                     for address in string.gmatch(to, '%S+') do
-                        if redis.call('ZSCORE', suppressed, address) then found[10] = found[10] .. address .. ' ' end
+                        if redis.call('ZSCORE', suppressed, address) then fields[10] = fields[10] .. address .. ' ' end
                     end
                 end
-                return {next, unpack(found, 1, 10)}
+                found[#found + 1] = {id, unpack(fields, 1, 10)}
+                if #found == most or tonumber(fields[6] or 0) > 0 then break end  -- one with strikes is the last
             end
         end
-        return {}  -- these 200 belonged to accounts that are gone; other calls come in between
+        return {redis.call('LLEN', lane), unpack(found)}
     """
 
-    def settle_and_take(self, worker: str, lane: str, outcome: Outcome | None = None, take: bool = True) -> Task | None:
-        """Settle `outcome`, then take the next task of `lane`, in one round trip; None where the lane is empty.
+    def settle_and_take(self, worker: str, lane: str, outcomes: Sequence[Outcome] = (), most: int = 1, share: int = 1,
+                        begin_all: bool = True) -> tuple[list[Task], int]:
+        """Settle `outcomes`, then take up to `most` tasks of `lane`, in one round trip.
 
-        `worker` names the processing list. A call may be repeated when its connection failed and nobody knows how far
-        it came.
+        `worker` names the processing list, in which no task but these may be. A call may be repeated when its
+        connection failed and nobody knows how far it came. A worker takes the `share`-th part of the lane at most, so
+        that the others get some. `begin_all` says that it begins all tasks within moments, and not only the first: only
+        those that were begun are to blame if the process dies.
+
+        Returns:
+            The tasks, in the order in which they are to be done, and how many are left in the lane.
         """
+        while True:
+            left, *found = self._settle(worker, lane, outcomes, most, 0, share, begin_all)
+            if found or not left:
+                return [self._task(*fields) for fields in found], left
+
+    def settle(self, worker: str, lane: str, outcomes: Sequence[Outcome], keep: int = MAX_IN_HAND) -> None:
+        """Settle `outcomes`; of the tasks that are left in hand, all but the first `keep` go back to the head of their
+        lane. The first of those that are kept is begun now, or was before; the others are not."""
+        self._settle(worker, lane, outcomes, 0, keep, 1, False)
+
+    def _settle(self, worker: str, lane: str, outcomes: Sequence[Outcome], most: int, keep: int, share: int,
+                begin_all: bool) -> list:
         keys = [self._processing(worker), self.store.key("lane", lane), self.store.prefix]
-        args = [int(take), *self._limits, self.process, worker]
-        if outcome:
-            args += [outcome.task.id, outcome.verdict, outcome.detail, int(outcome.delay * 1000),
-                     " ".join(outcome.delivered), " ".join(outcome.suppress)]
-            if outcome.verdict in CONCLUDED:
-                args += self._summary_args(outcome.task)
-        while (found := self._settle_and_take(keys, args)) == []:
-            pass
-        if outcome and outcome.delay:
+        args = [most, keep, share, int(begin_all), *self._limits, self.process, worker]
+        for outcome in outcomes:
+            summary = self._summary_args(outcome.task) if outcome.verdict in CONCLUDED else ()
+            args += [6 + len(summary), outcome.task.id, outcome.verdict, outcome.detail, int(outcome.delay * 1000),
+                     " ".join(outcome.delivered), " ".join(outcome.suppress), *summary]
+        answer = self._settle_and_take(keys, args)
+        if any(outcome.delay for outcome in outcomes):
             self._delayed.set()
-        if found is None:
-            return None
-        task_id, body, account, key, created, attempts, strikes, drops, dropped, delivered, suppressed = found
+        return answer
+
+    @staticmethod
+    def _task(task_id: str, body: str, account: str, key: str, created: str, attempts: str | None, strikes: str | None,
+              drops: str | None, dropped: str | None, delivered: str | None, suppressed: str) -> Task:
+        """The Task of these fields."""
         task = json.loads(body)
         if task["type"] == "generateOtp":
             suppressed = ""  # whoever asks for an OTP waits for it
@@ -3050,7 +3107,8 @@ class Queue:
         return count
 
     # Give back what processes have in hand, the oldest to the head of its lane. If the process died, a task gets a
-    # strike for each time it was begun, and the last strike buries it.
+    # strike for each time it was begun, and the last strike buries it. Of several tasks that a worker began within
+    # moments, nobody knows which was the last: each gets its first strike, and is begun alone from then on.
     # KEYS: the prefix.
     # ARGV: 1 if the processes died or 0, MAX_STRIKES, dead_ttl (ms), dead_max, how many tasks are enough for one call,
     #       HEARTBEAT_TTL (ms), and the processes.
@@ -3075,7 +3133,8 @@ class Queue:
                     if created then
                         strikes = tonumber(strikes or 0)
                         if died and state == 'running' and (strikes == 0 or begun) then strikes = strikes + 1 end
-                        found[#found + 1] = {id = id, created = tonumber(created), lane = lane, strikes = strikes}
+                        found[#found + 1] = {id = id, created = tonumber(created), lane = lane, strikes = strikes,
+                                             begun = state == 'running'}
                     end
                 end
                 redis.call('UNLINK', list)
@@ -3092,8 +3151,10 @@ class Queue:
         table.sort(found, function(a, b) return a.created > b.created end)
         for _, task in ipairs(found) do
             redis.call('HDEL', prefix .. 'task:' .. task.id, 'begun')
-            note(prefix .. 'task:' .. task.id, died and 'orphaned' or 'returned',
-                 died and 'its process died' or 'the service stopped')
+            if task.begun then
+                note(prefix .. 'task:' .. task.id, died and 'orphaned' or 'returned',
+                     died and 'its process died' or 'the service stopped')
+            end
             redis.call('HSET', prefix .. 'task:' .. task.id, 'strikes', task.strikes, 'state', 'queued')
             if task.strikes >= tonumber(max_strikes) then
                 bury(prefix, task.id, 'its process died ' .. task.strikes .. ' times', dead_ttl, tonumber(dead_max))
@@ -3858,11 +3919,6 @@ class Mail:
     reply_to: str = ""
     attachments: tuple[Attachment, ...] = ()
     headers: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def recipients(self) -> tuple[str, ...]:
-        """The recipients in the envelope, without duplicates."""
-        return tuple(dict.fromkeys((self.recipient, *self.cc, *self.bcc)))
 
 
 def compose(mail: Mail, message_id: str, moment: int) -> bytes:
@@ -5799,16 +5855,153 @@ class CircuitBreaker:
         self.close()
 
 
+class Hand:
+    """What a worker has in hand: tasks that it has taken and not begun, and outcomes that Redis does not have yet.
+
+    `lock` is held for each round trip that changes the worker's processing list. So nothing is settled twice, and no
+    task is taken again that is only about to be settled.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.tasks: collections.deque[Task] = collections.deque()
+        self.outcomes: list[Outcome] = []
+        self.in_turn = False  # whether Redis is to know when each of `tasks` is begun
+        self.done = self.begun = math.inf  # when the first of `outcomes` was, and when the last task was begun
+
+    def begin(self) -> Task:
+        """The next task, which is begun now."""
+        task, self.begun = self.tasks.popleft(), time.monotonic()
+        task.following = self.tasks[0] if self.tasks else None
+        return task
+
+    def end(self, outcome: Outcome) -> None:
+        """Keep an outcome until it is settled."""
+        with self.lock:
+            self.done = min(self.done, time.monotonic())
+            self.outcomes.append(outcome)
+
+    def note_settled(self, tasks: Sequence[Task]) -> None:
+        """Note that all outcomes are settled, and which tasks are in hand now."""
+        self.outcomes, self.tasks, self.done = [], collections.deque(tasks), math.inf
+
+
+class Crew:
+    """The threads of a lane: more of them while mails wait for the server, fewer afterwards.
+
+    A thread is started when a task is taken and no other thread waits for the next one: up to `least` always; up to
+    `most` while a mail takes SLOW seconds or longer and this process is not busy, so that the server is what the mails
+    wait for. Threads beyond `least` end when some thread has had nothing to do for IDLE seconds, or when a mail takes
+    less than FAST seconds.
+
+    Args:
+        work: what a thread does, given the crew and the thread's name.
+        load: the share of a core that this process uses.
+    """
+
+    SLOW, FAST = 0.002, 0.001
+    BUSY = 0.6  # of a core: further threads would only make the others slower
+    IDLE = 10.0
+    SLOT_WAIT = 0.1  # seconds between two attempts to get one of `smtp_connections`
+
+    def __init__(self, lane: Lane, least: int, most: int, work: Callable[["Crew", str], None],
+                 load: Callable[[], float]) -> None:
+        self.lane, self.least, self.most, self.work, self.load = lane, least, most, work, load
+        self.lock = threading.Lock()
+        self.hands = {f"{lane}-{number}": Hand() for number in range(most)}  # of each thread that there may be
+        self.threads: dict[str, threading.Thread] = {}
+        self.waiting = 0  # threads that wait for a task
+        self.short_of_threads = time.monotonic()  # when none of them waited, the last time
+        self.short_of_slots = -math.inf  # when one of them could not get a connection, the last time
+        self.duration = 0.0  # seconds that handing over a mail takes lately
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether mails take so long that more threads may help."""
+        return self.duration >= self.SLOW
+
+    @property
+    def is_overstaffed(self) -> bool:
+        """Whether there are more threads than are of use."""
+        return len(self.threads) > self.least and (
+            self.duration < self.FAST or time.monotonic() - self.short_of_threads > self.IDLE)
+
+    @property
+    def share(self) -> int:
+        """How many threads may soon share what waits in the lane."""
+        return self.most if self.is_slow else self.least
+
+    def note(self, duration: float) -> None:
+        """Note how many seconds it took to hand over a mail."""
+        self.duration += 0.2 * (duration - self.duration)
+
+    def start_thread(self) -> None:
+        """Start a thread, unless there are `most` of them."""
+        with self.lock:
+            name = next((name for name in self.hands if name not in self.threads), None)
+            if name:
+                self.threads[name] = threading.Thread(target=self.work, args=(self, name), daemon=True)
+                self.threads[name].start()
+
+    def grow(self, left: int) -> None:
+        """Start a thread where one would have something to do. `left` is how many tasks are left in the lane."""
+        if self.waiting:
+            return
+        now, count = time.monotonic(), len(self.threads)
+        self.short_of_threads = now
+        if now - self.short_of_slots > self.SLOT_WAIT and (
+                count < self.least or left and self.is_slow and count < self.most and self.load() < self.BUSY):
+            self.start_thread()
+
+    def leave(self, name: str) -> bool:
+        """Whether this thread, which has nothing in hand, may end now: not the last one."""
+        with self.lock:
+            if len(self.threads) == 1:
+                return False
+            del self.threads[name]
+            return True
+
+    @contextlib.contextmanager
+    def one_more_waiting(self) -> Iterator[None]:
+        """Count this thread among those that wait for a task."""
+        with self.lock:
+            self.waiting += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.waiting -= 1
+
+
+class ProcessorLoad:
+    """The share of a core that this process used lately."""
+
+    INTERVAL = 0.1  # seconds
+
+    def __init__(self) -> None:
+        self.moment, self.used, self.share = time.monotonic(), time.process_time(), 0.0
+
+    def __call__(self) -> float:
+        passed = time.monotonic() - self.moment
+        if passed >= self.INTERVAL:
+            used = time.process_time()
+            self.share, self.used, self.moment = (used - self.used) / passed, used, self.moment + passed
+        return self.share
+
+
 class Workers:
     """The worker threads of all lanes, and what they do with each type of task.
+
+    A worker takes several tasks at once and settles them together, at the latest SETTLE_WITHIN seconds after the first
+    of them was done: a mail that is sent and not settled is sent twice if the process dies.
 
     Args:
         stats: counts the tasks and their mails.
     """
 
     WAIT = 1.0  # seconds that a worker waits at an empty lane before it checks whether the service stops
-    FAST_MAIL = 0.002  # seconds; a newsletter's mail that takes longer waits for the server
-    REDUNDANT_WAIT = 0.1  # seconds
+    SETTLE_WITHIN = 0.005
+    GIVE_BACK_AFTER = 1.0  # seconds that a task in hand waits for the one before it
     SETTLE_TIMEOUT = 2.0  # seconds to settle the tasks in hand, once their connections are cut
     MAX_DROPS = 3
     DOUBT_FACTOR = 20  # times retry_delay: before a mail that may have arrived is sent again
@@ -5827,10 +6020,17 @@ class Workers:
         self.breakers: dict[str, CircuitBreaker] = {
             lane: CircuitBreaker(lane, transport, self.stopping, self.smtp) for lane in LANES}
         self.suspect = threading.Lock()
-        # One thread for the changes: they wait for Redis alone, and more threads would make an OTP slower.
-        names = [(lane, f"{lane}-{number}") for lane in LANES
-                 for number in range(1 if lane == Lane.CHANGES else settings.workers)]
-        self.threads = {name: threading.Thread(target=self.run, args=(lane, name), daemon=True) for lane, name in names}
+        # One thread for the changes, which wait for Redis alone, and for fast newsletters: more threads would make them
+        # only a little faster, and OTPs slower. A Maildir takes one mail at a time.
+        most = max(settings.workers, settings.workers_max) if settings.smtp_server else settings.workers
+        sizes = {Lane.URGENT: (settings.workers, most), Lane.NORMAL: (settings.workers, most), Lane.BULK: (1, most),
+                 Lane.CHANGES: (1, 1)}
+        load = ProcessorLoad()
+        self.crews = {lane: Crew(lane, *sizes[lane], self.run, load) for lane in Lane}
+        self.names = [name for crew in self.crews.values() for name in crew.hands]
+        self.settler = threading.Thread(target=self.settle_in_time, daemon=True)
+        self.in_hand = threading.Event()  # some worker may have several tasks in hand
+        self.stopped = False
 
     @property
     def paused(self) -> dict[str, str]:
@@ -5847,55 +6047,60 @@ class Workers:
         self.breakers[lane].request_probe()
 
     def start(self) -> None:
-        """Start the threads."""
-        for thread in self.threads.values():
-            thread.start()
+        """Start a thread for each lane; others follow when there is something for them to do."""
+        self.settler.start()
+        for crew in self.crews.values():
+            crew.start_thread()
 
     def stop(self, timeout: float) -> bool:
-        """Take no further tasks, and wait up to `timeout` seconds for those in hand. True when all ended.
+        """Begin no further tasks, and wait up to `timeout` seconds for those that were begun. True when all ended.
 
         Then all connections are cut, and a mail that the server has not answered is settled as one that may have
         arrived.
         """
         self.stopping.set()
+        threads = [thread for crew in self.crews.values() for thread in list(crew.threads.values())]
         for patience in (timeout, self.SETTLE_TIMEOUT):
             deadline = time.monotonic() + patience
-            for thread in self.threads.values():
+            for thread in threads:
                 thread.join(max(0.0, deadline - time.monotonic()))
-            if not any(thread.is_alive() for thread in self.threads.values()):
-                return True
+            if not any(thread.is_alive() for thread in threads):
+                break
             self.transport.abandon()
-        return False
+        self.stopped = True
+        self.in_hand.set()
+        return not any(thread.is_alive() for thread in threads)
 
-    def run(self, lane: Lane, name: str) -> None:
-        """Work until the service stops. An outcome is kept until Redis has it, however long that takes."""
-        outcome, failures, duration = None, 0, self.FAST_MAIL
+    def run(self, crew: Crew, name: str) -> None:
+        """Work until the service stops, or until there are too many threads. An outcome is kept until Redis has it."""
+        lane, hand, breaker, failures = crew.lane, crew.hands[name], self.breakers[crew.lane], 0
         self.store.dedicate()
         while True:
             try:
-                # More than one thread makes fast newsletters only a little faster, and OTPs slower.
-                redundant = lane == Lane.BULK and name != "bulk-0" and duration < self.FAST_MAIL
-                take = not self.stopping.is_set() and not self.breakers[lane].reason and not redundant
                 if lane != Lane.URGENT:
                     self.queue.give_way()
-                task = self.queue.settle_and_take(name, lane, outcome, take)
-                outcome, failures = None, 0
+                with hand.lock:
+                    may_begin = not self.stopping.is_set() and not breaker.reason and (
+                        bool(hand.tasks) or not crew.is_overstaffed)
+                    has_slot = may_begin and (lane not in MAIL_LANES or self.transport.ready(lane))
+                    task = self.next_task(crew, name) if has_slot else self.give_back(crew, name)
+                failures = 0
                 if task:
-                    started = time.monotonic()
-                    outcome = self.perform(task, lane)
-                    duration = time.monotonic() - started
+                    hand.end(self.perform(task, lane))
                 elif self.stopping.is_set():
                     break
-                elif redundant:
-                    duration = self.FAST_MAIL
-                    self.stopping.wait(self.REDUNDANT_WAIT)
-                elif take:
-                    self.transport.tidy(SmtpTransport.IDLE)
-                    while not (self.queue.wait(name, lane, self.WAIT) or self.stopping.is_set()
-                               or self.breakers[lane].reason):
-                        self.transport.tidy(SmtpTransport.IDLE)
+                elif breaker.reason:
+                    breaker.wait()
+                elif crew.is_overstaffed:
+                    if crew.leave(name):
+                        break
+                elif not has_slot:
+                    crew.short_of_slots = time.monotonic()
+                    if crew.leave(name):
+                        break
+                    self.stopping.wait(crew.SLOT_WAIT)
                 else:
-                    self.breakers[lane].wait()
+                    self.wait_for_task(crew, name)
             except redis.RedisError as error:
                 failures += 1
                 self.store.note_refusal(error)
@@ -5907,6 +6112,72 @@ class Workers:
                 logger.exception("unexpected error in a worker", extra={"fields": {"worker": name}})
                 self.stopping.wait(1.0)
         self.transport.tidy()
+
+    def next_task(self, crew: Crew, name: str) -> Task | None:
+        """Settle what must be settled now, and begin the next task; None where the lane is empty."""
+        hand, lane = crew.hands[name], crew.lane
+        if hand.tasks:
+            overdue = time.monotonic() + crew.duration > hand.done + self.SETTLE_WITHIN
+            if hand.in_turn or overdue or hand.tasks[0].strikes:
+                self.queue.settle(name, lane, hand.outcomes)
+                hand.note_settled(hand.tasks)
+            return hand.begin()
+        hand.in_turn = crew.duration >= self.SETTLE_WITHIN
+        tasks, left = self.queue.settle_and_take(
+            name, lane, hand.outcomes, 1 if self.settings.smtp_rate else Queue.MAX_IN_HAND,
+            crew.share * self.settings.processes, begin_all=not hand.in_turn)
+        hand.note_settled(tasks)
+        if not tasks:
+            return None
+        if len(tasks) > 1:
+            self.in_hand.set()
+        crew.grow(left)
+        return hand.begin()
+
+    def give_back(self, crew: Crew, name: str) -> Task | None:
+        """Settle all outcomes, and give the tasks in hand back to their lane. None is left to be done."""
+        self.queue.settle(name, crew.lane, crew.hands[name].outcomes, keep=0)
+        crew.hands[name].note_settled(())
+        return None
+
+    def wait_for_task(self, crew: Crew, name: str) -> None:
+        """Return when the lane has a task or may not send, when there are too many threads, or at a stop."""
+        with crew.one_more_waiting():
+            self.transport.tidy(SmtpTransport.IDLE)
+            while not (self.queue.wait(name, crew.lane, self.WAIT) or self.stopping.is_set() or crew.is_overstaffed
+                       or self.breakers[crew.lane].reason):
+                self.transport.tidy(SmtpTransport.IDLE)
+
+    def settle_in_time(self) -> None:
+        """Settle what workers with several tasks in hand cannot settle in time, because the next one takes long; after
+        a longer while, give back the tasks that wait for that."""
+        self.store.dedicate()
+        while self.in_hand.wait() and not self.stopped:
+            self.in_hand.clear()
+            time.sleep(self.SETTLE_WITHIN)
+            for crew in self.crews.values():
+                for name, hand in crew.hands.items():
+                    if hand.tasks or hand.outcomes:
+                        self.in_hand.set()
+                        if hand.lock.acquire(blocking=False):  # otherwise its worker is settling
+                            try:
+                                self.settle_if_due(crew.lane, name, hand)
+                            except redis.RedisError:  # the worker will try it, too, and begins nothing before
+                                pass
+                            finally:
+                                hand.lock.release()
+
+    def settle_if_due(self, lane: Lane, name: str, hand: Hand) -> None:
+        """Settle what this worker did SETTLE_WITHIN seconds ago, or note that it does not begin its tasks within
+        moments; give them back after GIVE_BACK_AFTER seconds. Raises RedisError."""
+        now = time.monotonic()
+        if hand.tasks and now - hand.begun > self.GIVE_BACK_AFTER:
+            self.queue.settle(name, lane, hand.outcomes, keep=1)
+            hand.note_settled(())
+        elif now - (hand.done if hand.in_turn else min(hand.done, hand.begun)) > self.SETTLE_WITHIN:
+            hand.in_turn = True
+            self.queue.settle(name, lane, hand.outcomes)
+            hand.note_settled(hand.tasks)
 
     def perform(self, task: Task, lane: Lane) -> Outcome:
         """Do a task, log what became of it, and return the Outcome. Raises nothing."""
@@ -5943,7 +6214,7 @@ class Workers:
         if isinstance(error, PartialError):
             cause, refused, delivered = error.cause, error.refused, task.delivered + error.delivered
         verdict = cause.verdict
-        if isinstance(cause, UnavailableError):
+        if isinstance(cause, UnavailableError) and not isinstance(cause, TooManyConnectionsError):
             self.breakers[lane].open(str(cause), outage=not cause.dropped and not cause.sender)
         if verdict in (Verdict.DROPPED, Verdict.IN_DOUBT):
             in_doubt = verdict == Verdict.IN_DOUBT
@@ -5999,11 +6270,10 @@ class Workers:
 
     def _send(self, task: Task, mail: Mail) -> None:
         """Send a mail to those recipients who do not have it yet, and are not suppressed."""
-        wanted = [address for address in mail.recipients if fold_address(address) not in task.suppressed and not (
-            task.type != "generateOtp" and self.suppressions.by_older(task.account, address))]
-        if not wanted and not task.delivered:
+        recipients = self._recipients(task)
+        if not recipients and not task.delivered:
             raise SuppressedError(f"{task.payload['userId']} is suppressed; see GET /suppressions")
-        if recipients := [address for address in wanted if address not in task.delivered]:
+        if recipients := [address for address in recipients if address not in task.delivered]:
             lane, sender = lane_of(task.type), mail.sender[1]
             if (pause := self.queue.pace(lane)) and self.stopping.wait(pause):
                 raise PostponedError("the service stopped before smtp_rate let it go")
@@ -6011,10 +6281,27 @@ class Workers:
             message = compose(mail, f"{task.id}@{sender.rpartition('@')[2]}", moment)
             started = time.monotonic()
             try:
-                self.transport.send(sender, recipients, message, Account(task.account, task.key), lane)
+                self.transport.send(sender, recipients, message, Account(task.account, task.key), lane,
+                                    self._envelope(task.following))
             finally:
-                self.stats.observe("gomail_smtp_seconds", time.monotonic() - started)
+                duration = time.monotonic() - started
+                self.crews[lane].note(duration)
+                self.stats.observe("gomail_smtp_seconds", duration)
             self.breakers[lane].note_success()
+
+    def _envelope(self, task: Task | None) -> Envelope | None:
+        """The envelope of the mail that a task will send, as far as that can be known before."""
+        if task is None or task.strikes or task.type not in ("message", "newsletter", "generateOtp"):
+            return None
+        return Envelope(self.settings.sender[1], tuple(
+            address for address in self._recipients(task) if address not in task.delivered))
+
+    def _recipients(self, task: Task) -> list[str]:
+        """The addresses that a task's mail goes to, except those that are suppressed."""
+        payload = task.payload
+        addresses = dict.fromkeys((payload["userId"], *payload.get("cc", ()), *payload.get("bcc", ())))
+        return [address for address in addresses if fold_address(address) not in task.suppressed and not (
+            task.type != "generateOtp" and self.suppressions.by_older(task.account, address))]
 
 
 # --- 15. cron -------------------------------------------------------------------------------------------
@@ -6049,7 +6336,7 @@ class Cron:
 
     def beat(self) -> dict[str, str]:
         """Show that this process lives. Returns lane -> how often somebody has asked to resume it."""
-        return self.queue.beat(list(self.workers.threads), self.workers.report())
+        return self.queue.beat(self.workers.names, self.workers.report())
 
     def stop(self) -> None:
         """End the thread."""

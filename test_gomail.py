@@ -424,7 +424,8 @@ class Services:
 
     def __call__(self, mail_server=None, clock=None, **options):
         options = {"redis_uri": self.redis_server.uri, "key_prefix": f"{secrets.token_hex(4)}:", "port": 0,
-                   "retry_delay": 0.02, "data_dir": str(self.folder), "workers": 2, "smtp_timeout": 5.0,
+                   "retry_delay": 0.02, "data_dir": str(self.folder), "workers": 2,
+                   "workers_max": options.get("workers", 2), "smtp_timeout": 5.0,
                    "shutdown_timeout": 5.0, "otp_cooldown": 0, **options}
         if mail_server:
             options |= {"smtp_server": "127.0.0.1", "smtp_port": mail_server.port, "smtp_from": "App <app@example.org>"}
@@ -1654,7 +1655,7 @@ def test_a_redis_user_with_the_documented_permissions_is_enough_for_all_work(
     queue.beat(["normal-0"], {})
     service.workers.stop(PATIENCE)
     waiting = client.task()
-    assert queue.settle_and_take("normal-0", "normal").id == waiting
+    assert take(queue, "normal-0", "normal").id == waiting
     server.client.hdel("gomail:processes", "another-process")
     server.client.delete("gomail:heartbeat:another-process")
     until(queue.find_orphans)
@@ -2799,8 +2800,8 @@ def test_what_is_shown_of_an_ended_task_is_the_same_in_either_form_that_is_kept(
     if is_older and "\ud83d" not in name:  # as a version without heads had queued it
         client.hdel(key, "head")
     for refusal in refusals:
-        taken = until(lambda: queue.settle_and_take("normal-0", lane))
-        queue.settle_and_take("normal-0", lane, gomail.Outcome(taken, "retrying", refusal), take=False)
+        taken = until(lambda: take(queue, "normal-0", lane))
+        take(queue, "normal-0", lane, gomail.Outcome(taken, "retrying", refusal), and_take=False)
     if verdict == "by request":
         client.zadd(queue.store.key("delayed"), {task_id: 1e14})
         client.lrem(queue.store.key("lane", lane), 0, task_id)
@@ -2808,9 +2809,9 @@ def test_what_is_shown_of_an_ended_task_is_the_same_in_either_form_that_is_kept(
         queue.cancel(task_id, account.name)
         after = {"state": "cancelled"}
     else:
-        taken = until(lambda: queue.settle_and_take("normal-0", lane))
+        taken = until(lambda: take(queue, "normal-0", lane))
         before = client.hgetall(key)
-        queue.settle_and_take("normal-0", lane, gomail.Outcome(taken, verdict, error), take=False)
+        take(queue, "normal-0", lane, gomail.Outcome(taken, verdict, error), and_take=False)
         after = {"state": verdict, "error": error,
                  "attempts": int(before["attempts"]) + (verdict == "succeeded")}
     *_, begun, ended, _ = client.hget(key, "d").split(" ", 7)
@@ -2906,9 +2907,9 @@ def test_a_story_tells_of_each_attempt_when_how_long_and_why(client, mail_server
 def test_a_story_that_grows_for_ever_keeps_its_newest_lines(queue):
     task_id, = queue.enqueue(queue.account, [MESSAGE])
     for number in range(500):
-        task = queue.settle_and_take("normal-0", "normal")
+        task = take(queue, "normal-0", "normal")
         outcome = gomail.Outcome(task, "returned", f"Ünavailable {number}")
-        queue.settle_and_take("normal-0", "normal", outcome, take=False)
+        take(queue, "normal-0", "normal", outcome, and_take=False)
     story = look(queue).status(task_id, story=True)["story"]
     assert story[-1]["error"] == "Ünavailable 499" and 50 < len(story) < 200 and story[1]["event"] == "returned"
 
@@ -2925,14 +2926,14 @@ def test_all_dead_letters_of_an_account_are_removed_and_nobody_elses(client, ser
 
 def test_a_newsletter_that_ends_while_it_is_looked_at_is_shown_as_ended(queue, monkeypatch):
     task_id, = queue.enqueue(queue.account, [MESSAGE])
-    task = queue.settle_and_take("normal-0", "normal")
+    task = take(queue, "normal-0", "normal")
     queue.store.redis.hdel(queue.store.key("task", task_id), "head")  # as a newsletter has none
     read = redis.Redis.hmget
 
     def end_first(client, *arguments):
         if not isinstance(client, redis.client.Pipeline):
             done = gomail.Outcome(task, gomail.Verdict.SUCCEEDED)
-            queue.settle_and_take("normal-0", "normal", done, take=False)
+            take(queue, "normal-0", "normal", done, and_take=False)
         return read(client, *arguments)
     monkeypatch.setattr(redis.Redis, "hmget", end_first)
     assert look(queue).status(task_id)["state"] == "succeeded"
@@ -3076,16 +3077,123 @@ def queue(service, client):
     queue.release()
 
 
+def take(queue, worker, lane, outcome=None, and_take=True):
+    """Settle a task's outcome, if any, and take the next task, as a worker that has one in hand at a time."""
+    outcomes = [outcome] if outcome else []
+    if and_take:
+        return next(iter(queue.settle_and_take(worker, lane, outcomes)[0]), None)
+    queue.settle(worker, lane, outcomes, keep=0)
+
+
 def test_an_answer_that_was_lost_on_the_way_costs_no_task(queue):
     # What a worker sees when its connection dies between Redis's work and Redis's answer: it asks again.
     ids = [queue.enqueue(queue.account, [MESSAGE])[0] for _ in range(2)]
-    assert queue.settle_and_take("normal-0", "normal").id == ids[0]
-    task = queue.settle_and_take("normal-0", "normal")
+    assert take(queue, "normal-0", "normal").id == ids[0]
+    task = take(queue, "normal-0", "normal")
     done = gomail.Outcome(task, "succeeded")
     assert task.id == ids[0]
-    assert queue.settle_and_take("normal-0", "normal", done).id == ids[1]
-    assert queue.settle_and_take("normal-0", "normal", done).id == ids[1]
+    assert take(queue, "normal-0", "normal", done).id == ids[1]
+    assert take(queue, "normal-0", "normal", done).id == ids[1]
     assert look(queue).counters()["executed"] == 1
+
+
+def test_a_worker_takes_its_share_of_the_lane_and_no_more_than_it_asks_for(queue):
+    ids = [queue.enqueue(queue.account, [MESSAGE])[0] for _ in range(12)]
+    tasks, left = queue.settle_and_take("normal-0", "normal", most=8, share=4)
+    assert [task.id for task in tasks] == ids[:3] and left == 9
+    tasks, left = queue.settle_and_take("normal-1", "normal", most=8)
+    assert [task.id for task in tasks] == ids[3:11] and left == 1
+    assert [task.id for task in queue.settle_and_take("normal-2", "normal", most=8, share=100)[0]] == ids[11:]
+
+
+def test_only_tasks_that_are_begun_are_running(queue):
+    ids = [queue.enqueue(queue.account, [MESSAGE])[0] for _ in range(4)]
+
+    def states():
+        return [look(queue).status(task_id)["state"] for task_id in ids]
+    tasks, _ = queue.settle_and_take("normal-0", "normal", most=8, begin_all=False)
+    assert states() == ["running", "queued", "queued", "queued"]
+    queue.settle("normal-0", "normal", [gomail.Outcome(tasks[0], "succeeded")])
+    assert states() == ["succeeded", "running", "queued", "queued"]
+    queue.settle("normal-0", "normal", [], keep=1)
+    assert states() == ["succeeded", "running", "queued", "queued"] and look(queue).depths()["normal"] == 2
+    queue.settle("normal-0", "normal", [], keep=0)
+    assert [task.id for task in queue.settle_and_take("normal-0", "normal", most=8)[0]] == ids[1:]
+    assert states() == ["succeeded", "running", "running", "running"]
+    queue.settle("normal-0", "normal", [])  # the first of them takes long
+    assert states() == ["succeeded", "running", "queued", "queued"]
+
+
+def test_a_task_that_may_have_killed_its_process_is_the_last_that_is_taken(queue):
+    ids = [queue.enqueue(queue.account, [MESSAGE])[0] for _ in range(3)]
+    queue.store.redis.hset(queue.store.key("task", ids[1]), "strikes", 1)
+    assert [task.id for task in queue.settle_and_take("normal-0", "normal", most=8)[0]] == ids[:2]
+
+
+WORKERS = strategies.sampled_from(["normal-0", "normal-1", "normal-2"])
+STEPS = strategies.one_of(
+    strategies.tuples(strategies.just("add"), strategies.integers(1, 10)),
+    strategies.tuples(strategies.just("work"), WORKERS, strategies.lists(
+        strategies.sampled_from(["succeeded", "retrying", "dead", "cancelled"]), max_size=8),
+        strategies.integers(1, 8), strategies.integers(1, 3), strategies.booleans()),
+    strategies.tuples(strategies.just("give back"), WORKERS, strategies.sampled_from([None, "succeeded", "returned"]),
+                      strategies.integers(0, 2), strategies.booleans()),
+    strategies.tuples(strategies.just("die")))
+
+
+@hypothesis.settings(deadline=None, max_examples=100,
+                     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.given(steps=strategies.lists(STEPS, max_size=25))
+def test_each_task_is_in_one_place_and_in_its_order_whatever_workers_with_several_in_hand_do(service, queue, steps):
+    service.cron.stop()
+    client, lane, ended = queue.store.redis, [], {}
+    for kind in ("lane", "processing", "task"):
+        client.delete("none", *client.keys(queue.store.key(kind, "*")))
+    hands = {"normal-0": [], "normal-1": [], "normal-2": []}
+    queue.beat([*hands], {})
+    for kind, *arguments in steps:
+        if kind == "add":
+            lane += [queue.enqueue(queue.account, [MESSAGE])[0] for _ in range(*arguments)]
+        elif kind == "work":  # a worker has done some of what it has in hand, and takes more when nothing is left
+            worker, verdicts, most, share, repeated = arguments
+            outcomes = [gomail.Outcome(task, verdict, "why", 1e6) for task, verdict in zip(hands[worker], verdicts)]
+            ended |= {outcome.task.id: outcome.verdict for outcome in outcomes}
+            hands[worker] = hands[worker][len(outcomes):]
+            for _ in range(1 + repeated):  # the answer to the first call may be lost
+                if hands[worker] and [task.id for task in hands[worker]] != lane[:len(hands[worker])]:
+                    queue.settle(worker, "normal", outcomes)
+                    continue
+                count = max(1, len(hands[worker]), min(most, (len(lane) - len(hands[worker])) // share))
+                # One that may have killed its process is the last of those that are taken.
+                suspects = [number for number, task_id in enumerate(lane[:count], 1) if int(
+                    client.hget(queue.store.key("task", task_id), "strikes") or 0)]
+                count = min([count, *suspects])
+                hands[worker], left = queue.settle_and_take(worker, "normal", outcomes, most, share)
+                assert [task.id for task in hands[worker]] == lane[:count] and left == len(lane[count:])
+            lane = [task_id for task_id in lane if task_id not in {task.id for task in hands[worker]}]
+        elif kind == "give back":
+            worker, verdict, keep, repeated = arguments
+            first, kept = hands[worker][:1], hands[worker][bool(verdict):][:keep]
+            outcomes = [gomail.Outcome(task, verdict, "why") for task in first] if verdict else []
+            back = [task.id for task in hands[worker][bool(verdict) + keep:]]
+            for _ in range(1 + repeated):
+                queue.settle(worker, "normal", outcomes, keep)
+            if verdict == "succeeded":
+                ended |= {task.id: verdict for task in first}
+            lane = [task.id for task in first if verdict == "returned"] + back + lane
+            hands[worker] = kept
+        else:
+            client.delete(queue.store.key("heartbeat", queue.process))
+            service.queue.reclaim(patience=0)
+            lane = sorted(task.id for hand in hands.values() for task in hand) + lane
+            hands = dict.fromkeys(hands, [])
+            queue.beat([*hands], {})
+        assert client.lrange(queue.store.key("lane", "normal"), 0, -1) == lane[::-1]
+        for worker, hand in hands.items():
+            assert client.lrange(queue.store.key("processing", queue.process, worker), 0, -1) == [
+                task.id for task in hand][::-1]
+        for task_id, verdict in ended.items():
+            assert look(queue).status(task_id)["state"] == verdict
 
 
 def test_tasks_of_a_deregistered_account_are_dropped_some_in_each_script(service, queue, monkeypatch):
@@ -3102,7 +3210,7 @@ def test_tasks_of_a_deregistered_account_are_dropped_some_in_each_script(service
         left.append(look(queue).depths()["normal"])
         return found
     monkeypatch.setattr(queue, "_settle_and_take", watched)
-    assert queue.settle_and_take("normal-0", "normal").id == other
+    assert take(queue, "normal-0", "normal").id == other
     assert left == [801, 601, 401, 201, 1, 0]
     assert service.store.redis.keys(service.store.key("task", "*")) == [service.store.key("task", other)]
 
@@ -3124,10 +3232,10 @@ def test_dead_letters_that_are_too_many_or_too_old_go_some_with_each_new_one(ser
 
 def test_a_worker_whose_task_was_given_to_another_settles_nothing(queue):
     task_id = queue.enqueue(queue.account, [MESSAGE])[0]
-    task = queue.settle_and_take("normal-0", "normal")
+    task = take(queue, "normal-0", "normal")
     queue.release()
     before = look(queue).counters()
-    assert queue.settle_and_take("normal-0", "normal", gomail.Outcome(task, "dead", "late"), take=False) is None
+    assert take(queue, "normal-0", "normal", gomail.Outcome(task, "dead", "late"), and_take=False) is None
     assert look(queue).counters() == before and look(queue).status(task_id)["state"] == "queued"
     assert look(queue).depths()["normal"] == 1
 
@@ -6532,14 +6640,134 @@ def test_subscribes_that_an_older_version_left_in_the_urgent_lane_are_done(queue
 def test_otps_that_died_stand_behind_the_messages_when_they_are_revived(queue, client):
     otp = {"task": "a test", "type": "generateOtp", "retries": 0, "payload": {"userId": "otp@example.com", "length": 6}}
     died, = queue.enqueue(queue.account, [otp])
-    task = queue.settle_and_take("urgent-0", "urgent")
+    task = take(queue, "urgent-0", "urgent")
     assert task.id == died
-    queue.settle_and_take("urgent-0", "urgent", gomail.Outcome(task, "dead", "no such user"), take=False)
+    take(queue, "urgent-0", "urgent", gomail.Outcome(task, "dead", "no such user"), and_take=False)
     message, = queue.enqueue(queue.account, [MESSAGE])
     assert client.post("/task/dead/retry")["count"] == 1
-    assert queue.settle_and_take("urgent-0", "urgent") is None
-    taken = queue.settle_and_take("normal-0", "normal"), queue.settle_and_take("normal-1", "normal")
+    assert take(queue, "urgent-0", "urgent") is None
+    taken = take(queue, "normal-0", "normal"), take(queue, "normal-1", "normal")
     assert [task.id for task in taken] == [message, died]
+
+
+class HoldingServer(MailServer):
+    """A mail server that does not answer to the end of a mail whose recipient is in `held`, until it is removed."""
+
+    def __init__(self, *held):
+        super().__init__()
+        self.held, self.holding = set(held), set()
+        self.start()
+
+    async def handle_DATA(self, server, session, envelope):
+        while (recipient := envelope.rcpt_tos[0]) in self.held:
+            self.holding.add(recipient)
+            await asyncio.sleep(0.005)
+        return await super().handle_DATA(server, session, envelope)
+
+
+def numbered(count):
+    """The tasks of a batch: messages to 0@example.com and so on."""
+    return {"tasks": [changed("payload.userId", f"{number}@example.com") for number in range(count)]}
+
+
+def post_batch(client, count):
+    """The ids of that batch."""
+    return [answer["id"] for answer in client.post("/task/batch", numbered(count))["tasks"]]
+
+
+def arrived(mail_server):
+    """The numbers of the mails that arrived, in their order."""
+    return [int(mail.recipient.partition("@")[0]) for mail in list(mail_server.mails)]
+
+
+def test_tasks_that_are_done_within_moments_are_settled_together(services, mail_server, monkeypatch):
+    monkeypatch.setattr(gomail.Workers, "SETTLE_WITHIN", PATIENCE)
+    service = services(mail_server, workers=1)
+    client, calls, script = service.client.sign_up(), [], service.queue._settle_and_take
+    monkeypatch.setattr(service.queue, "_settle_and_take", lambda keys, args: calls.append(args) or script(keys, args))
+    ids = post_batch(client, 80)
+    until(lambda: service.inspection.counters()["executed"] == 80)
+    assert arrived(mail_server) == [*range(80)] and len([args for args in calls if len(args) > 9]) <= 12
+    assert {client.get(f"/task/{task_id}")["state"] for task_id in ids} == {"succeeded"}
+
+
+def test_what_is_done_is_settled_while_the_next_mail_takes_long_and_what_waits_behind_it_goes_to_another_worker(
+        services, monkeypatch):
+    monkeypatch.setattr(gomail.Workers, "GIVE_BACK_AFTER", 0.1)
+    with contextlib.closing(HoldingServer("3@example.com")) as server:
+        service = services(server, workers=2)
+        client = service.client.sign_up()
+        ids = post_batch(client, 20)
+        until(lambda: server.holding and len(server.mails) == 19)
+        for number, task_id in enumerate(ids):
+            client.state(task_id, "running" if number == 3 else "succeeded")
+        server.held.clear()
+        client.state(ids[3], "succeeded")
+        assert sorted(arrived(server)) == [*range(20)]
+
+
+def test_tasks_in_hand_go_back_in_their_order_when_the_lane_is_paused(services, mail_server):
+    service = services(mail_server, workers=1)
+    client = service.client.sign_up()
+    mail_server.data_replies["3@example.com"] = ["421 4.3.2 closing"] * 2
+    ids = post_batch(client, 20)
+    until(lambda: service.inspection.counters()["executed"] == 20)
+    assert sorted(arrived(mail_server)) == [*range(20)]
+    assert [number for number in arrived(mail_server) if number != 3] == [*range(3), *range(4, 20)]
+    for number, task_id in enumerate(ids):
+        events = [line["event"] for line in client.get(f"/task/{task_id}?story=true")["story"]]
+        assert events == ["accepted", *["dropped"] * (number == 3), "succeeded"]
+
+
+def test_a_stop_gives_tasks_back_that_are_not_begun(services):
+    with contextlib.closing(HoldingServer("2@example.com")) as server:
+        service = services(server, workers=1)
+        ids = post_batch(service.client.sign_up(), 20)
+        until(lambda: server.holding)
+        stopping = threading.Thread(target=service.workers.stop, args=(PATIENCE,))
+        stopping.start()
+        server.held.clear()
+        stopping.join()
+        assert arrived(server) == [0, 1, 2]
+        assert service.store.redis.lrange(service.store.key("lane", "normal"), 0, -1) == ids[:2:-1]
+        assert {service.inspection.status(task_id)["state"] for task_id in ids[3:]} == {"queued"}
+
+
+def test_threads_become_more_while_mails_wait_for_the_server_and_fewer_afterwards(services, monkeypatch):
+    monkeypatch.setattr(gomail.Crew, "BUSY", 1000.0)
+    monkeypatch.setattr(gomail.Crew, "IDLE", 0.2)
+    with contextlib.closing(HoldingServer(*(f"{number}@example.com" for number in range(200)))) as server:
+        service = services(server, workers=2, workers_max=10)
+        client, crew = service.client.sign_up(), service.workers.crews["normal"]
+        assert len(crew.threads) == 1
+        crew.note(1.0)
+        post_batch(client, 200)
+        until(lambda: len(server.holding) == 10)
+        assert len(crew.threads) == 10
+        server.held.clear()
+        until(lambda: service.inspection.counters()["executed"] == 200)
+        assert sorted(arrived(server)) == [*range(200)]
+        until(lambda: len(crew.threads) <= 2)
+        client.state(client.task(), "succeeded")
+        crew.note(-crew.duration * 5)  # as after fast mails
+        post_batch(client, 200)
+        until(lambda: service.inspection.counters()["executed"] == 401)
+
+
+def test_a_busy_process_starts_no_further_threads(services, monkeypatch):
+    monkeypatch.setattr(gomail.Crew, "BUSY", 0.0)
+    with contextlib.closing(HoldingServer("0@example.com", "1@example.com")) as server:
+        service = services(server, workers=2, workers_max=10)
+        crew = service.workers.crews["normal"]
+        crew.note(1.0)
+        post_batch(service.client.sign_up(), 50)
+        until(lambda: len(server.holding) == 2)
+        assert len(crew.threads) == 2
+
+
+def test_a_maildir_needs_no_further_threads(services):
+    service = services(workers=2, workers_max=10)
+    assert [crew.most for crew in service.workers.crews.values()] == [2, 2, 2, 1]
 
 
 # --- 11. cron ---------------------------------------------------------------------------------------------
@@ -6659,8 +6887,8 @@ def test_other_mail_gives_way_to_an_otp_until_that_is_sent_or_for_a_moment(queue
 
 def test_a_retry_that_a_wrong_clock_put_off_for_years_is_made_due_and_what_is_scheduled_is_not(queue):
     retried, = queue.enqueue(queue.account, [MESSAGE])
-    task = queue.settle_and_take("normal-0", "normal")
-    queue.settle_and_take("normal-0", "normal", gomail.Outcome(task, "retrying", "450 later", 1e8), take=False)
+    task = take(queue, "normal-0", "normal")
+    take(queue, "normal-0", "normal", gomail.Outcome(task, "retrying", "450 later", 1e8), and_take=False)
     scheduled, = queue.enqueue(queue.account, [changed("payload.send_at", int((time.time() + 1e8) * 1e6))])
     until(lambda: look(queue).status(retried)["state"] == "queued")
     assert look(queue).status(scheduled)["state"] == "scheduled"
@@ -6677,7 +6905,7 @@ def test_what_is_due_together_goes_in_the_order_in_which_it_was_due_and_accepted
         queue.store.redis.zadd(queue.store.key("delayed"), dict.fromkeys(ids[-2:], now - 1000 + number // 3))
     assert [queue.promote() for _ in range(4)] == [10, 10, 4, 0]
     taken = []
-    while task := queue.settle_and_take(
+    while task := take(queue,
             "normal-0", "normal", gomail.Outcome(taken[-1], "succeeded") if taken else None):
         taken.append(task)
     assert [task.id for task in taken] == [*ids, waiting]
@@ -6685,8 +6913,8 @@ def test_what_is_due_together_goes_in_the_order_in_which_it_was_due_and_accepted
 
 def test_tasks_of_a_dead_process_go_back_to_their_lanes_oldest_first(service, queue):
     ids = [queue.enqueue(queue.account, [MESSAGE])[0] for _ in range(5)]
-    assert queue.settle_and_take("normal-1", "normal").id == ids[0]
-    assert queue.settle_and_take("normal-0", "normal").id == ids[1]
+    assert take(queue, "normal-1", "normal").id == ids[0]
+    assert take(queue, "normal-0", "normal").id == ids[1]
     assert service.queue.reclaim(patience=0) == 0
     queue.store.redis.delete(queue.store.key("heartbeat", queue.process))
     until(lambda: look(queue).depths()["normal"] == 5)  # by the service's own cron thread
@@ -6701,7 +6929,7 @@ def test_tasks_of_several_dead_processes_go_back_oldest_first(queue, monkeypatch
         process.beat(["normal-0", "normal-1"], {})
     for worker in ("normal-0", "normal-1"):
         for process in dead:
-            process.settle_and_take(worker, "normal")
+            take(process, worker, "normal")
     queue.store.redis.delete(*[queue.store.key("heartbeat", process.process) for process in dead])
     until(lambda: look(queue).depths()["normal"] == 6)
     assert queue.store.redis.lrange(queue.store.key("lane", "normal"), 0, -1) == ids[::-1]
@@ -6710,7 +6938,7 @@ def test_tasks_of_several_dead_processes_go_back_oldest_first(queue, monkeypatch
 def test_a_process_that_was_taken_for_dead_and_takes_tasks_again_is_found_when_it_dies(queue):
     queue.enqueue(queue.account, [MESSAGE])
     queue.release()
-    taken = queue.settle_and_take("normal-1", "normal")  # its cron thread has not shown it again
+    taken = take(queue, "normal-1", "normal")  # its cron thread has not shown it again
     assert look(queue).processes() == 2 and look(queue).depths()["normal"] == 0
     until(lambda: look(queue).depths()["normal"] == 1)
     assert look(queue).status(taken.id, story=True)["story"][-1]["event"] == "orphaned"
@@ -6733,14 +6961,14 @@ def test_a_list_that_no_process_owns_is_found_by_the_cron_thread(queue, known):
 
 def test_the_lists_of_a_live_process_are_nobodys_to_reclaim(service, queue):
     queue.enqueue(queue.account, [MESSAGE])
-    assert queue.settle_and_take("normal-0", "normal")
+    assert take(queue, "normal-0", "normal")
     queue.beat(["normal-0"], {})
     assert service.queue.find_orphans() == 0 and service.queue.reclaim(patience=0) == 0
 
 
 def test_a_heartbeat_from_before_the_clock_went_back_keeps_no_dead_process_alive(queue):
     queue.enqueue(queue.account, [MESSAGE])
-    queue.settle_and_take("normal-0", "normal")
+    take(queue, "normal-0", "normal")
     queue.store.redis.pexpire(queue.store.key("heartbeat", queue.process), 3_600_000)
     until(lambda: look(queue).depths()["normal"] == 1)
 
@@ -6750,7 +6978,7 @@ def test_a_task_that_kills_its_process_three_times_is_buried_and_its_neighbours_
     for _ in range(3):
         queue.beat(["normal-0", "normal-1"], {})
         for worker in ("normal-0", "normal-1"):
-            task = queue.settle_and_take(worker, "normal")
+            task = take(queue, worker, "normal")
             if task.id == poison and task.strikes:
                 queue.begin(task)  # the neighbour waits for its turn meanwhile
         queue.store.redis.delete(queue.store.key("heartbeat", queue.process))
@@ -10264,9 +10492,32 @@ def test_what_a_killed_process_had_in_flight_is_sent_by_another_one(processes, m
     until(lambda: len(sender.answered) == 400)
     doubles = counted(mail_server, sender.answered)
     assert until(lambda: second.logged("reclaimed the tasks of a dead process"))["tasks"] >= 1
-    assert doubles <= 4  # the workers of the lane: what each had between the server's 250 and the ack
+    # What the workers of the lane had been told 250 for and not settled yet.
+    assert doubles <= 4 * gomail.Queue.MAX_IN_HAND
     until(lambda: second.client.get("/health/metrics")["Jobs Successful"] == 400)
     assert second.client.get("/health/metrics")["Jobs Failed"] == 0
+
+
+def test_of_eight_tasks_in_the_hand_of_a_killed_process_only_the_one_that_was_begun_is_sent_twice_and_to_blame(
+        processes, redis_with_file):
+    redis_server = redis_with_file()
+    with contextlib.closing(HoldingServer("3@example.com")) as server:
+        environment = {**settings_for(redis_server, server), "workers": "1", "workers_max": "1"}
+        first = processes(environment).started()
+        ids, client = post_batch(first.client.sign_up(), 30), redis_server.client
+        key = environment.get("key_prefix", "gomail:")
+        until(lambda: server.holding and [client.llen(hand) for hand in client.scan_iter(f"{key}processing:*")] == [5])
+        assert arrived(server) == [0, 1, 2]
+        until(lambda: [client.hget(f"{key}task:{task_id}", "state") for task_id in ids[3:6]] == [
+            "running", "queued", "queued"])
+        first.kill()
+        server.held.clear()
+        second = processes(environment).started()
+        until(lambda: second.client.get("/health/metrics")["Jobs Successful"] == 30)
+    counts = collections.Counter(arrived(server))
+    assert set(counts) == {*range(30)} and {number for number in counts if counts[number] > 1} <= {3}
+    assert [number for number, task_id in enumerate(ids) if "orphaned" in (
+        client.hget(f"{key}task:{task_id}", "story") or "")] == [3]
 
 
 def test_a_restart_under_load_loses_nothing_and_doubles_nothing(processes, mail_server, redis_with_file):
@@ -10572,7 +10823,7 @@ def reclaiming(service, client, mail_server):
     dead.beat(["normal-7"], {})
     service.workers.stop(PATIENCE)
     client.task()
-    dead.settle_and_take("normal-7", "normal")
+    take(dead, "normal-7", "normal")
     service.store.redis.delete(service.store.key("heartbeat", "dead"))
     yield service.queue._reclaim
     assert service.queue.reclaim(patience=0) == 1
