@@ -879,6 +879,7 @@ def start_logging(settings: Settings) -> None:
 #                                           (time of the last call) (us)
 #   connections                     hash    "<lane> <process>" -> how many SMTP connections it has or opens there
 #   connections_limit               string  how many the server takes, where that is fewer than smtp_connections
+#   connections_wanted              string  a lane that has none and wants one
 #
 #   processes                       hash    process -> names of its workers, comma-separated
 #   heartbeat:<process>             string  exists while the process lives
@@ -4237,12 +4238,12 @@ TOO_MANY_CONNECTIONS = re.compile(
 REPLIES = tuple((about, re.compile(pattern, re.IGNORECASE | re.DOTALL)) for about, pattern in (
     # RFC 5321 section 3.8: 421 announces at any stage that the server closes the connection.
     (About.SERVER, r"\w+ 421 "),
-    (About.SERVER, rf"\w+ .*({TOO_MANY_CONNECTIONS.pattern})"),
     # RFC 3463 section 3.2 and 3.3: the address or the mailbox; RFC 7505: a domain that takes no mail.
     (About.RECIPIENT, r"RCPT \d+ [45]\.(1\.([1-6]|10)|2\.[0-4])\b"),
     # Postfix (access(5), smtpd) and many others: unknown recipients, and those that an administrator forbids.
     (About.RECIPIENT, r"RCPT .*(recipient address rejected|(user|recipient|mailbox) unknown"
                       r"|(unknown|no such) (user|recipient|mailbox))"),
+    (About.SERVER, rf"(MAIL|DATA|DOT) .*({TOO_MANY_CONNECTIONS.pattern})"),
     # RFC 5321 section 4.2.3: 552, exceeded storage; RFC 3463 section 3.3, 3.4, 3.7: too long, its media.
     (About.MAIL, r"\w+ (552 |[45]\d\d [45]\.(2\.3|3\.4|6\.\d+)\b)"),
     # RFC 4954 section 6, RFC 3207 section 4: authentication or TLS first. RFC 3463 section 3.2: the sender's address.
@@ -4487,8 +4488,9 @@ class SmtpConnections:
 
     A thread takes a place in its lane before it opens a connection, and gives it back after closing the last one. A
     lane gets no place that another needs for its first, so that no backlog of one takes all; the urgent lane gets its
-    first one in any case. Each process writes how many places its threads have, not what has changed: no mistake
-    outlives the next call. The places of a process without heartbeat are free.
+    first one in any case. Where there are fewer places than lanes, they go round. Each process writes how many places
+    its threads have, not what has changed: no mistake outlives the next call. The places of a process without heartbeat
+    are free.
 
     Args:
         process: the name of this process in the Queue.
@@ -4496,11 +4498,12 @@ class SmtpConnections:
     """
 
     LOWERED_FOR = 600.0  # seconds in which a server that refused a connection is asked for no more than it had
+    WANTED_FOR = 3.0  # seconds in which a place that becomes free is kept for a lane that has none and asked for one
 
     # Note the places of this process and count all, except those of dead processes. reserved() is how many more must
     # stay free for the lanes that have none.
     COUNT = """
-        local prefix, process, ttl, limit, lowered_for, lane = KEYS[1], unpack(ARGV)
+        local prefix, process, ttl, limit, lowered_for, wanted_for, lane = KEYS[1], unpack(ARGV)
         local key, own, lanes, total = prefix .. 'connections', {}, {}, 0
         local lowered = redis.call('GET', prefix .. 'connections_limit')
         limit = math.min(limit, lowered or limit)
@@ -4513,7 +4516,7 @@ class SmtpConnections:
             local more = count - own[name]
             own[name], lanes[name], total = count, lanes[name] + more, total + more
         end
-        for i = 6, #ARGV, 2 do own[ARGV[i]], lanes[ARGV[i]] = 0, 0 end
+        for i = 7, #ARGV, 2 do own[ARGV[i]], lanes[ARGV[i]] = 0, 0 end
         local known = redis.call('HGETALL', key)
         for i = 1, #known, 2 do
             local name, owner = string.match(known[i], '^(%S+) (.+)$')
@@ -4525,7 +4528,7 @@ class SmtpConnections:
                 redis.call('HDEL', key, known[i])
             end
         end
-        for i = 6, #ARGV, 2 do
+        for i = 7, #ARGV, 2 do
             local count = tonumber(ARGV[i + 1])
             if count ~= own[ARGV[i]] then note(ARGV[i], count) end
         end
@@ -4536,21 +4539,32 @@ class SmtpConnections:
             end
             return math.min(count, limit - 1)
         end
+        local wanted = redis.call('GET', prefix .. 'connections_wanted')
+        if wanted and lanes[wanted] ~= 0 then wanted = nil end
         local function answer(yes)
             local places = {}
-            for i = 6, #ARGV, 2 do table.insert(places, lanes[ARGV[i]]) end
-            return {yes and 1 or 0, lowered and 1 or 0, limit, total + reserved() - limit, unpack(places)}
+            for i = 7, #ARGV, 2 do table.insert(places, lanes[ARGV[i]]) end
+            return {yes and 1 or 0, lowered and 1 or 0, limit, total + reserved() - limit, wanted or '',
+                    unpack(places)}
         end
     """
 
-    # KEYS: the prefix. ARGV: process, HEARTBEAT_TTL (ms), smtp_connections, LOWERED_FOR (ms), the lane that wants one
-    # more place or "", then each mail lane and how many places this process has there.
-    # Answer: {1 if there is one more, else 0; 1 if the bound was lowered; the bound; how many are too many; the number
-    # of each lane}.
+    # KEYS: the prefix. ARGV: process, HEARTBEAT_TTL (ms), smtp_connections, LOWERED_FOR and WANTED_FOR (ms), the lane
+    # that wants one more place or "", then each mail lane and how many places this process has there.
+    # Answer: {1 if there is one more, else 0; 1 if the bound was lowered; the bound; how many are too many; a lane that
+    # has none and wants one, or ""; the number of each lane}.
     TAKE = COUNT + """
-        local room = lanes[lane] and (total + reserved(lane) < limit or lane == 'urgent' and lanes[lane] == 0)
-        if room then note(lane, own[lane] + 1) end
-        return answer(room)
+        if not lanes[lane] then return answer(false) end
+        local first = lanes[lane] == 0
+        local room = total + reserved(lane) < limit and (not wanted or wanted == lane)
+        if room or lane == 'urgent' and first then
+            if wanted == lane then redis.call('DEL', prefix .. 'connections_wanted') end
+            note(lane, own[lane] + 1)
+            return answer(true)
+        elseif first and not wanted then
+            redis.call('SET', prefix .. 'connections_wanted', lane, 'PX', wanted_for)
+        end
+        return answer(false)
     """
 
     # Lower the bound, and take back a place in the lane, unless it is the only one of all.
@@ -4565,10 +4579,10 @@ class SmtpConnections:
 
     def __init__(self, store: Store, process: str, limit: int) -> None:
         self.store, self.process, self.limit = store, process, limit
-        self.lock = threading.Lock()  # guards the next three
+        self.lock = threading.Lock()  # guards the next four
         self.places: dict[str, int] = dict.fromkeys(MAIL_LANES, 0)  # of this process, by lane
         self.totals: dict[str, int] = dict.fromkeys(MAIL_LANES, 0)  # of all, when Redis was last asked
-        self.surplus = 0  # how many of these are too many
+        self.surplus, self.wanted = 0, ""  # how many of these are too many; a lane that has none and wants one
         self._take, self._lower = store.script(self.TAKE), store.script(self.LOWER)
 
     def take(self, lane: str) -> bool:
@@ -4584,14 +4598,15 @@ class SmtpConnections:
             self.places[lane] -= 1
 
     def must_leave(self, lane: str) -> bool:
-        """Whether a thread has to close its connection, since there are too many and its lane has others."""
-        if self.surplus <= 0 or lane == Lane.URGENT:
+        """Whether a thread should close its connection: there are too many, or another lane has none and wants one."""
+        if self.surplus <= 0 and not self.wanted:
             return False
         with self.lock:
-            if self.surplus <= 0 or self.totals[lane] <= 1:
-                return False
-            self.surplus, self.totals[lane] = self.surplus - 1, self.totals[lane] - 1
-            return True
+            if self.surplus > 0 and self.totals[lane] > 1:
+                self.surplus, self.totals[lane] = self.surplus - 1, self.totals[lane] - 1
+                return True
+            wanted, self.wanted = self.wanted, ""
+            return wanted not in ("", lane)
 
     def lower(self, lane: str, words: str) -> bool:
         """For LOWERED_FOR, allow no more than there are now without a place in `lane`; `words` are the server's.
@@ -4607,7 +4622,7 @@ class SmtpConnections:
         return bool(others)
 
     def refresh(self) -> None:
-        """Write the places of this process again, in case Redis has lost them, and learn how many there are."""
+        """Write the places of this process again, in case Redis has lost them, and learn what others want."""
         with self.lock:
             if any(self.places.values()) or any(self.totals.values()):
                 self._ask(self._take, "")
@@ -4619,8 +4634,9 @@ class SmtpConnections:
     def _ask(self, script: Script, lane: str) -> list[int]:
         """Run a script; returns the first three numbers of its answer."""
         places = [each for pair in self.places.items() for each in pair]
-        *answer, self.surplus, urgent, normal, bulk = script(keys=[self.store.prefix], args=[
-            self.process, int(Queue.HEARTBEAT_TTL * 1000), self.limit, int(self.LOWERED_FOR * 1000), lane, *places])
+        *answer, self.surplus, self.wanted, urgent, normal, bulk = script(keys=[self.store.prefix], args=[
+            self.process, int(Queue.HEARTBEAT_TTL * 1000), self.limit, int(self.LOWERED_FOR * 1000),
+            int(self.WANTED_FOR * 1000), lane, *places])
         self.totals.update(zip(self.places, (urgent, normal, bulk)))
         return answer
 
@@ -4699,7 +4715,7 @@ class SmtpTransport:
             return True
         if not local.place:
             local.place = lane if self.bound.take(lane) else ""
-        elif self.bound.must_leave(local.place):
+        elif local.place != Lane.URGENT and self.bound.must_leave(local.place):
             self.tidy()
         return bool(local.place)
 
@@ -5040,6 +5056,8 @@ class SmtpTransport:
     def tidy(self, idle: float = 0.0) -> None:
         """Close this thread's connection if it has been idle for `idle` seconds or more, and give its place back."""
         local = self.local
+        if self.bound and local.place and self.bound.must_leave(local.place):
+            idle = 0.0
         if self._close(idle) and self.bound and local.place:
             place, local.place = local.place, ""
             self.bound.give_back(place)
@@ -8590,8 +8608,8 @@ class Backup:
     PAGE_KEYS = 200  # read or written at once
     # State of processes or of a moment, and the places of tasks.
     EXCLUDED = frozenset(("lane", "processing", "delayed", "scheduled", "dead", "processes", "heartbeat", "paused",
-                          "resume", "resumed", "rate", "connections", "connections_limit", "answered", "on_disk",
-                          "writable", "restoring", "jwt_secret_check"))
+                          "resume", "resumed", "rate", "connections", "connections_limit", "connections_wanted",
+                          "answered", "on_disk", "writable", "restoring", "jwt_secret_check"))
     # What a gomail leaves in Redis even if it was never used.
     DISPOSABLE = frozenset(("jwt_secret", "ascii_folded", "stats", "history", "metrics"))
     ENDED = (*CONCLUDED, State.DEAD)

@@ -4885,12 +4885,74 @@ def test_the_only_connection_is_kept_when_the_server_refuses_it(processes_of):
     assert one.places["bulk"] == 1 and not one.take("normal") and one.take("urgent")
 
 
+@pytest.mark.parametrize("limit", [1, 2])
+def test_where_there_are_fewer_connections_than_lanes_all_lanes_get_on(processes_of, mail_server, limit):
+    stop, sent = threading.Event(), collections.Counter()
+    bound = processes_of(limit)
+    transport = gomail.SmtpTransport(gomail.Settings(
+        smtp_server="127.0.0.1", smtp_port=mail_server.port, smtp_from="app@example.org"), bound)
+
+    def work(lane):
+        while not stop.is_set():
+            if transport.ready(lane):
+                transport.send("app@example.org", ["user@example.com"], b"Subject: x\r\n\r\nx\r\n", lane=lane)
+                sent[lane] += 1
+            else:
+                stop.wait(0.01)
+            if lane == "urgent":  # there is an OTP now and then
+                stop.wait(0.05)
+                transport.tidy(transport.IDLE)
+        transport.tidy()
+    threads = [threading.Thread(target=work, args=(lane,), daemon=True) for lane in gomail.MAIL_LANES * 2]
+    for thread in threads:
+        thread.start()
+    for _ in range(2):
+        before = sent.copy()
+        until(lambda: bound.refresh() or all(sent[lane] > before[lane] + 2 for lane in gomail.MAIL_LANES))
+    stop.set()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert mail_server.most_open <= limit + 1  # the urgent lane's first
+
+
+def test_an_idle_connection_is_closed_at_once_where_another_lane_wants_it(processes_of, mail_server):
+    bound, other = processes_of(1), processes_of(1)
+    transport = gomail.SmtpTransport(gomail.Settings(
+        smtp_server="127.0.0.1", smtp_port=mail_server.port, smtp_from="app@example.org"), bound)
+    assert transport.ready("normal")
+    transport.send(*envelope_of(1), b"x\r\n")
+    bound.refresh()
+    transport.tidy(transport.IDLE)
+    assert transport.local.smtp and not other.take("bulk")
+    bound.refresh()
+    transport.tidy(transport.IDLE)
+    assert not transport.local.smtp and not transport.ready("normal") and other.take("bulk")
+
+
+@pytest.mark.parametrize("words, means_it", [
+    ("421 Too many concurrent SMTP connections; please try again later.", True),
+    ("421 4.7.0 mx.example.com Error: too many connections from 192.0.2.1", True),
+    ("421 4.3.2 The maximum number of concurrent connections per source has exceeded a limit, closing", True),
+    ("432 4.3.2 Concurrent connections limit exceeded. Visit https://aka.ms/concurrent_sending", True),
+    ("432 4.3.2 STOREDRV.ClientSubmit; sender thread limit exceeded", True),
+    ("421 4.4.5 Service unavailable, concurrency limit reached", True),
+    ("421 Connection refused, too many sessions from 192.0.2.1", True),
+    ("421 4.3.2 Too many open connections.", True), ("421 4.7.0 Too many SMTP sessions for this host", True),
+    ("421 Maximum number of connections from user+IP exceeded", True),
+    ("421 Maximum message count per session reached", False), ("451 Mails per session limit", False),
+    ("421 4.7.0 Too many errors on this connection", False), ("421 too many messages in this connection", False),
+    ("452 4.5.3 Too many recipients", False), ("421 4.4.2 Connection timed out", False),
+    ("421 4.3.2 Connection rate limit exceeded.", False), ("421 4.7.0 Try again later, closing connection", False)])
+def test_by_its_words_a_server_takes_no_further_connection(words, means_it):
+    assert bool(gomail.TOO_MANY_CONNECTIONS.search(words)) == means_it
+
+
 class ConnectionsMachine(stateful.RuleBasedStateMachine):
     """Processes that take places, give them back, die, come again, and hear that the server takes no more."""
 
     def __init__(self):
         super().__init__()
-        self.limit, self.lowered = 6, None
+        self.limit, self.lowered, self.wanted = 6, None, None
         self.store = gomail.Store(self.uri, f"{secrets.token_hex(4)}:")
         self.made = itertools.count()
         self.alive, self.places = {}, collections.Counter()
@@ -4902,8 +4964,9 @@ class ConnectionsMachine(stateful.RuleBasedStateMachine):
     def begin(self):
         if len(self.alive) < 3:
             name = f"{next(self.made)}"
-            self.store.redis.set(self.store.key("heartbeat", name), 1, px=4000)
+            self.store.redis.set(self.store.key("heartbeat", name), 1, px=4_000_000)
             self.alive[name] = gomail.SmtpConnections(self.store, name, self.limit)
+            self.alive[name].WANTED_FOR = 600.0
 
     def one(self, data):
         return data.draw(strategies.sampled_from(sorted(self.alive)))
@@ -4916,9 +4979,13 @@ class ConnectionsMachine(stateful.RuleBasedStateMachine):
                    for each in gomail.MAIL_LANES}
         limit = min(self.limit, self.lowered or self.limit)
         empty = min(sum(count == 0 for each, count in in_lane.items() if each != lane), limit - 1)
-        wanted = self.total() + empty < limit or lane == "urgent" and in_lane[lane] == 0
-        assert self.alive[name].take(lane) == wanted
-        self.places[name, lane] += wanted
+        wanted = self.wanted if self.wanted and not in_lane[self.wanted] else None
+        first = in_lane[lane] == 0
+        room = self.total() + empty < limit and wanted in (None, lane) or lane == "urgent" and first
+        assert self.alive[name].take(lane) == room
+        self.places[name, lane] += room
+        if wanted is None and first and not room or wanted == lane and room:
+            self.wanted = None if room else lane
 
     @stateful.precondition(lambda self: +self.places)
     @stateful.rule(data=strategies.data())
@@ -5327,6 +5394,10 @@ ANSWERS = [
     ("RCPT", "550 5.4.1 Recipient address rejected: Access denied", gomail.About.RECIPIENT),
     ("RCPT", "550 5.5.0 Requested action not taken: mailbox unavailable", gomail.About.RECIPIENT),
     ("RCPT", "501 5.1.3 Bad recipient address syntax", gomail.About.RECIPIENT),
+    ("MAIL", "432 4.3.2 Concurrent connections limit exceeded", gomail.About.SERVER),
+    ("DATA", "450 Too many concurrent SMTP connections", gomail.About.SERVER),
+    ("RCPT", "450 <u@c.example>: Recipient address rejected: undeliverable address: host mx said: 421 too many "
+             "connections", gomail.About.RECIPIENT),
     ("DOT", "552 5.2.3 Message too long", gomail.About.MAIL),
     ("DOT", "552-5.7.0 This message was blocked because its content presents a potential security issue",
      gomail.About.MAIL),
