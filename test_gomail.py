@@ -4793,17 +4793,17 @@ def test_each_mail_reaches_whom_it_should_with_the_errors_of_its_own_whatever_wa
 
 
 @pytest.fixture
-def processes_of(redis_server):
+def processes_of(redis_server, monkeypatch):
     """Makes the SmtpConnections of further processes over one Redis; each is alive until its heartbeat is removed."""
+    monkeypatch.setattr(gomail.Queue, "HEARTBEAT_TTL", 600.0)
     prefix, stores = f"{secrets.token_hex(4)}:", []
 
-    def make(limit, name=None):
+    def make(limit):
         store = gomail.Store(redis_server.uri, prefix)
         stores.append(store)
-        queue = gomail.Queue(store, gomail.Settings(), name or f"process {len(stores)}")
-        queue.HEARTBEAT_TTL = 600.0
-        store.redis.set(store.key("heartbeat", queue.process), 1, px=4000)
-        return gomail.SmtpConnections(store, queue.process, limit)
+        name = f"process {len(stores)}"
+        store.redis.set(store.key("heartbeat", name), 1, px=600_000)
+        return gomail.SmtpConnections(store, name, limit)
     yield make
     for store in stores:
         store.redis.close()
@@ -4964,7 +4964,7 @@ class ConnectionsMachine(stateful.RuleBasedStateMachine):
     def begin(self):
         if len(self.alive) < 3:
             name = f"{next(self.made)}"
-            self.store.redis.set(self.store.key("heartbeat", name), 1, px=4_000_000)
+            self.store.redis.set(self.store.key("heartbeat", name), 1, px=600_000)
             self.alive[name] = gomail.SmtpConnections(self.store, name, self.limit)
             self.alive[name].WANTED_FOR = 600.0
 
@@ -5035,7 +5035,9 @@ class ConnectionsMachine(stateful.RuleBasedStateMachine):
         self.store.redis.close()
 
 
-def test_no_sequence_of_takes_deaths_and_refusals_leads_beyond_the_bound_or_loses_a_connection(redis_server):
+def test_no_sequence_of_takes_deaths_and_refusals_leads_beyond_the_bound_or_loses_a_connection(
+        redis_server, monkeypatch):
+    monkeypatch.setattr(gomail.Queue, "HEARTBEAT_TTL", 600.0)
     stateful.run_state_machine_as_test(
         type("Machine", (ConnectionsMachine,), {"uri": redis_server.uri}),
         settings=hypothesis.settings(deadline=None, max_examples=60, stateful_step_count=40))
