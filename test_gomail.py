@@ -4809,6 +4809,19 @@ def processes_of(redis_server, monkeypatch):
         store.redis.close()
 
 
+@contextlib.contextmanager
+def running(stop, *calls):
+    """Runs each in a thread of its own, until the Event `stop` ends them."""
+    with concurrent.futures.ThreadPoolExecutor(len(calls)) as pool:
+        threads = [pool.submit(call) for call in calls]
+        try:
+            yield
+        finally:
+            stop.set()
+        for thread in threads:
+            thread.result(PATIENCE)
+
+
 def thread_of(call):
     """Call it in a thread of its own, and raise what it raises."""
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -4899,19 +4912,14 @@ def test_where_there_are_fewer_connections_than_lanes_all_lanes_get_on(processes
                 sent[lane] += 1
             else:
                 stop.wait(0.01)
-            if lane == "urgent":  # there is an OTP now and then
-                stop.wait(0.05)
+            while lane == "urgent" and transport.local.place and not stop.wait(0.01):  # it has no backlog
                 transport.tidy(transport.IDLE)
+            stop.wait(0.1 * (lane == "urgent"))
         transport.tidy()
-    threads = [threading.Thread(target=work, args=(lane,), daemon=True) for lane in gomail.MAIL_LANES * 2]
-    for thread in threads:
-        thread.start()
-    for _ in range(2):
-        before = sent.copy()
-        until(lambda: bound.refresh() or all(sent[lane] > before[lane] + 2 for lane in gomail.MAIL_LANES))
-    stop.set()
-    for thread in threads:
-        thread.join(PATIENCE)
+    with running(stop, *(functools.partial(work, lane) for lane in ("urgent", *gomail.MAIL_LANES[1:] * 2))):
+        for _ in range(2):
+            before = sent.copy()
+            until(lambda: bound.refresh() or all(sent[lane] > before[lane] for lane in gomail.MAIL_LANES))
     assert mail_server.most_open <= limit + 1  # the urgent lane's first
 
 
@@ -5061,15 +5069,10 @@ def test_several_processes_with_a_backlog_in_each_lane_never_have_more_connectio
             else:
                 stop.wait(0.01)
         transport.tidy()
-    threads = [threading.Thread(target=work, args=(transport, lane), daemon=True)
-               for transport in transports for lane in gomail.MAIL_LANES * 3]
-    for thread in threads:
-        thread.start()
-    until(lambda: min(sent[lane] for lane in gomail.MAIL_LANES) >= 30)
-    stop.set()
-    for thread in threads:
-        thread.join(PATIENCE)
-    assert mail_server.most_open == 7 and not any(any(bound.places.values()) for bound in bounds)
+    with running(stop, *(functools.partial(work, transport, lane)
+                         for transport in transports for lane in gomail.MAIL_LANES * 3)):
+        until(lambda: min(sent[lane] for lane in gomail.MAIL_LANES) >= 30)
+    assert 3 <= mail_server.most_open <= 7 and not any(any(bound.places.values()) for bound in bounds)
 
 
 @pytest.mark.parametrize("stage, reply", [
