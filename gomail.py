@@ -75,6 +75,7 @@ import random
 import re
 import secrets
 import select
+import selectors
 import shlex
 import shutil
 import signal
@@ -748,11 +749,18 @@ class LineBuffer(logging.handlers.MemoryHandler):
     """
 
     lock: Any  # logging.Handler always makes one
+    wakes: tuple[threading.Event, ...] = ()  # set when a line waits to be written
 
     def __init__(self, targets: Sequence[logging.Handler]) -> None:
         super().__init__(capacity=1000, flushLevel=logging.WARNING)
         self.targets = targets
         self.setFormatter(JsonFormatter())
+
+    def emit(self, record: logging.LogRecord) -> None:
+        super().emit(record)
+        for event in LineBuffer.wakes:
+            if not event.is_set():
+                event.set()
 
     def flush(self) -> None:
         with self.lock:
@@ -2205,7 +2213,7 @@ class Accounts:
 
     def names(self) -> list[str]:
         """The names of all accounts, sorted."""
-        return sorted(self.store.redis.hkeys(self.user_list))
+        return sorted({name for name, _ in self.store.redis.hscan_iter(self.user_list, count=1000)})
 
     def authenticate(self, header: str) -> Account:
         """The Account behind an Authorization header, `<jwt>` or `Bearer <jwt>`. Raises HTTPError (401)."""
@@ -2489,7 +2497,7 @@ class Queue:
     REVIVE_BATCH = 200  # dead letters
     RESUME_INTERVAL = 5.0  # seconds between two requests to resume a lane, of all processes together
     RECENT = 100_000  # tasks that can be looked up without their id, of an account and of all
-    BATCH = 1000  # tasks in one script
+    BATCH = 500  # tasks in one script: a millisecond of Redis's time each 100
 
     # Redis's clock, so that the clocks of several machines need not agree.
     CLOCK = """
@@ -2634,7 +2642,8 @@ class Queue:
         self._scanned = self._recalled = 0  # cursors
         self._no_otp = threading.Event()
         self._no_otp.set()
-        self._delayed, self.next_due = threading.Event(), math.inf
+        # `wake`: set beside `_delayed`, for the thread that promotes
+        self._delayed, self.wake, self.next_due = threading.Event(), threading.Event(), math.inf
 
     # Queue tasks of one account. A repeated call, whose first answer was lost, finds its tasks there: it changes
     # nothing, and does not count against the limits. The same idempotency key gets the same answer again.
@@ -2728,7 +2737,7 @@ class Queue:
                      otp_address, content_type, payload.get("send_at", 0) // 1000, recipients]
         answer = self._durably(self._enqueue, [self.store.prefix], args)
         if any("send_at" in task["payload"] for task in tasks):
-            self._delayed.set()
+            self._note_delay()
         if answer == "revoked":
             raise HTTPError(401, "the API key was revoked", None, {"WWW-Authenticate": "Bearer"})
         if answer == "conflict":
@@ -2862,7 +2871,7 @@ class Queue:
         while (found := self._settle_and_take(keys, args)) == []:
             pass
         if outcome and outcome.delay:
-            self._delayed.set()
+            self._note_delay()
         if found is None:
             return None
         task_id, body, account, key, created, attempts, strikes, drops, dropped, delivered, suppressed = found
@@ -3008,6 +3017,10 @@ class Queue:
             self.next_due = time.monotonic() + wait / 1000
         return count
 
+    def _note_delay(self) -> None:
+        self._delayed.set()
+        self.wake.set()
+
     def is_due(self) -> bool:
         """Whether promote() may find something: this process has delayed a task since, or `next_due` has come."""
         return self._delayed.is_set() or time.monotonic() >= self.next_due
@@ -3043,11 +3056,12 @@ class Queue:
         return count
 
     # Give back what processes have in hand, the oldest to the head of its lane. If the process died, a task gets a
-    # strike for each time it was begun, and the last strike buries it.
+    # strike for each time it was begun, and the last strike buries it. Where one call is not enough for a process, the
+    # newest tasks of each of its workers go first, and it stays among the processes until a later call has the rest.
     # KEYS: the prefix.
     # ARGV: 1 if the processes died or 0, MAX_STRIKES, dead_ttl (ms), dead_max, how many tasks are enough for one call,
     #       HEARTBEAT_TTL (ms), and the processes.
-    # Answer: of each process how many tasks it had, or -1 where it lives or is left to the next call.
+    # Answer: of each process how many tasks were given back, or -1 where it lives; and 1 if another call is needed.
     RECLAIM = BURY + """
         local prefix, died, max_strikes, dead_ttl, dead_max = KEYS[1], ARGV[1] == '1', unpack(ARGV, 2, 4)
         local enough, heartbeat_ttl, found, counts = tonumber(ARGV[5]), tonumber(ARGV[6]), {}, {}
@@ -3059,10 +3073,14 @@ class Queue:
         end
 
         local function collect(process)
-            local before = #found
+            local before, lists, left = #found, {}, 0
             for worker in string.gmatch(redis.call('HGET', prefix .. 'processes', process) or '', '[^,]+') do
-                local list = prefix .. 'processing:' .. process .. ':' .. worker
-                for _, id in ipairs(redis.call('LRANGE', list, 0, -1)) do
+                lists[#lists + 1] = prefix .. 'processing:' .. process .. ':' .. worker
+            end
+            local share = math.max(1, math.floor((enough - before) / #lists))
+            for _, list in ipairs(lists) do
+                for _, id in ipairs(redis.call('LRANGE', list, 0, share - 1)) do
+                    redis.call('LREM', list, 1, id)
                     local created, lane, strikes, begun, state = unpack(redis.call('HMGET', prefix .. 'task:' .. id,
                         'created', 'lane', 'strikes', 'begun', 'state'))
                     if created then
@@ -3071,16 +3089,25 @@ class Queue:
                         found[#found + 1] = {id = id, created = tonumber(created), lane = lane, strikes = strikes}
                     end
                 end
-                redis.call('UNLINK', list)
+                left = left + redis.call('LLEN', list)
             end
-            redis.call('HDEL', prefix .. 'processes', process)
-            redis.call('HDEL', prefix .. 'paused', process)
-            redis.call('UNLINK', prefix .. 'heartbeat:' .. process)
-            return #found - before
+            if left == 0 then
+                redis.call('HDEL', prefix .. 'processes', process)
+                redis.call('HDEL', prefix .. 'paused', process)
+                redis.call('UNLINK', prefix .. 'heartbeat:' .. process)
+            end
+            return #found - before, left > 0
         end
 
         for at = 7, #ARGV do
-            counts[#counts + 1] = (#found >= enough or died and lives(ARGV[at])) and -1 or collect(ARGV[at])
+            local count, more = 0, true
+            if died and lives(ARGV[at]) then
+                count, more = -1, false
+            elseif #found < enough then
+                count, more = collect(ARGV[at])
+            end
+            counts[#counts + 1] = count
+            counts[#counts + 1] = more and 1 or 0
         end
         table.sort(found, function(a, b) return a.created > b.created end)
         for _, task in ipairs(found) do
@@ -3112,19 +3139,27 @@ class Queue:
         self._missing = {process: self._missing.get(process, now) for process in processes
                          if not 0 < left[process] <= self.HEARTBEAT_TTL * 1000}
         dead = [process for process, since in self._missing.items() if now - since >= patience]
-        counts = {process: count for process, count in zip(dead, self._give_back(dead, died=True)) if count >= 0}
+        counts = self._give_back(dead, died=True)
         for process, count in counts.items():
             log(logging.WARNING, "reclaimed the tasks of a dead process", process=process, tasks=count)
         return sum(counts.values())
 
     def release(self) -> int:
         """At a graceful stop: give back what the workers still have, and take the heartbeat down."""
-        return self._give_back([self.process], died=False)[0]
+        return self._give_back([self.process], died=False)[self.process]
 
-    def _give_back(self, processes: list[str], died: bool) -> list[int]:
-        return self._reclaim(keys=[self.store.prefix], args=[
-            int(died), self.MAX_STRIKES, *self._limits[1:], self.BATCH, int(self.HEARTBEAT_TTL * 1000),
-            *processes]) if processes else []
+    def _give_back(self, processes: Sequence[str], died: bool) -> dict[str, int]:
+        """Give back what the processes have in hand; returns process -> how many, without those that live."""
+        given: dict[str, int] = {}
+        while processes:
+            answer = self._reclaim(keys=[self.store.prefix], args=[
+                int(died), self.MAX_STRIKES, *self._limits[1:], self.BATCH, int(self.HEARTBEAT_TTL * 1000),
+                *processes])
+            for process, count in zip(processes, answer[::2]):
+                if count >= 0:
+                    given[process] = given.get(process, 0) + count
+            processes = [process for process, more in zip(processes, answer[1::2]) if more]
+        return given
 
     # A processing list whose worker no process shows belongs to a process that was taken for dead too early, and died
     # later. It is enough to show it as a worker again: the process has no heartbeat.
@@ -3335,7 +3370,7 @@ def expand_summary(found: Json) -> Json:
 
 
 class Inspection:
-    """Looks at tasks, lanes, dead letters and counters, and changes none of them.
+    """Looks at tasks, lanes, dead letters and counters, and changes none of them, but that too old letters go.
 
     Args:
         give_way: called between two parts of a long search.
@@ -3348,6 +3383,7 @@ class Inspection:
     def __init__(self, store: Store, settings: Settings, give_way: Callable[[], object] = lambda: None) -> None:
         self.store, self.settings, self.give_way = store, settings, give_way
         self._search = store.script(self.SEARCH, when_full=False)
+        self._forget = store.script(self.FORGET)
 
     def status(self, task_id: str, account: str = "", story: bool = False) -> Json | None:
         """What is known of a task, or None. With `account`, only of that account's own.
@@ -3443,12 +3479,22 @@ class Inspection:
             ids += found
         return self._statuses(ids, account), offset if offset >= 0 else None
 
+    # KEYS: a list of dead letters. ARGV: the time (ms) up to which they are too old, how many may go in this call.
+    # Answer: how many are left that are not too old.
+    FORGET = """
+        local old = redis.call('ZRANGE', KEYS[1], '-inf', ARGV[1], 'BYSCORE', 'LIMIT', 0, ARGV[2])
+        if #old > 0 then redis.call('ZREM', KEYS[1], unpack(old)) end
+        return redis.call('ZCOUNT', KEYS[1], '(' .. ARGV[1], '+inf')
+    """
+
     def dead(self, account: str = "", offset: int = 0, limit: int = 100) -> tuple[int, list[Json]]:
         """(how many dead letters there are, the statuses of those from `offset` on), newest first."""
         key = list_key(self.store, "dead", account)
-        self.store.redis.zremrangebyscore(key, "-inf", (self.store.time() - self.settings.dead_ttl) * 1000)
-        ids = self.store.redis.zrevrange(key, offset, offset + limit - 1) if limit else []
-        return self.store.redis.zcard(key), self._statuses(ids, account)
+        oldest = int((self.store.time() - self.settings.dead_ttl) * 1000)
+        total = self._forget(keys=[key], args=[oldest, Queue.BATCH])
+        end = min(offset + limit, total)  # behind it may be letters that are too old
+        ids = self.store.redis.zrevrange(key, offset, end - 1) if offset < end else []
+        return total, self._statuses(ids, account)
 
     def oldest(self) -> dict[str, float]:
         """By lane, how many seconds ago its next task was accepted; 0 where none waits."""
@@ -4932,7 +4978,7 @@ class Newsletters:
         max_size: how many bytes subject and content of a mail may have.
     """
 
-    BATCH = 500  # subscriptions that one script looks at
+    BATCH = 250  # subscriptions that one script looks at: a millisecond of Redis's time each 50
     CONTROLS = re.compile(ONE_LINE.replace("[^", "[") + "+")  # what a subject must not contain
 
     def __init__(self, store: Store, zone: zoneinfo.ZoneInfo, accounts: Accounts, public_url: str = "",
@@ -5708,7 +5754,8 @@ class Cron:
         server: the EmbeddedServer to keep running, or None.
     """
 
-    TICK = 0.1  # seconds
+    TICK = 0.1  # seconds between two rounds at least, and until lines of the log are written at most
+    BEAT = 1.0  # seconds between two heartbeats
     POLL = 1.0  # seconds between two looks for newsletters that are due, and for what other processes have delayed
 
     def __init__(self, store: Store, accounts: Accounts, queue: Queue, newsletters: Newsletters, stats: Stats,
@@ -5732,13 +5779,25 @@ class Cron:
     def stop(self) -> None:
         """End the thread."""
         self.stopping.set()
+        self.queue.wake.set()
         self.thread.join()
 
+    def wait(self, failing: bool) -> bool:
+        """Wait for the next round: until something is due or, a TICK later, until this process has made something to
+        do. Returns False where the service stops."""
+        now = time.monotonic()
+        due = min(self.queue.next_due, self.last_beat + self.BEAT, self.last_poll + self.POLL)
+        if failing or self.queue.wake.wait(max(0.001, due - now)):
+            self.stopping.wait(self.TICK if failing else min(
+                self.TICK, max(0.001, self.queue.next_due - time.monotonic())))
+        self.queue.wake.clear()
+        return not self.stopping.is_set()
+
     def run(self) -> None:
-        """Do what is due, on time or at the next TICK, until the service stops, through outages of Redis."""
+        """Do what is due, on time or within a TICK, until the service stops, through outages of Redis."""
+        LineBuffer.wakes += (self.queue.wake,)
         failing = False
-        while not self.stopping.wait(self.TICK if failing else min(
-                self.TICK, max(0.001, self.queue.next_due - time.monotonic()))):
+        while self.wait(failing):
             try:
                 flush_log()
                 self.once()
@@ -5759,11 +5818,13 @@ class Cron:
                         self.server.ensure()
             except Exception:  # no error in due work may end this thread
                 logger.exception("unexpected error in the cron thread")
+                self.queue.wake.set()  # so that the next round is a TICK later, whatever is due
+        LineBuffer.wakes = tuple(event for event in LineBuffer.wakes if event is not self.queue.wake)
 
     def once(self) -> None:
         """Do one round. Long work is done in parts, so that the heartbeat stays on time."""
         now = time.monotonic()
-        if now - self.last_beat >= 1.0:
+        if now - self.last_beat >= self.BEAT:
             before, self.resume_requests = self.resume_requests, self.beat()
             for lane in LANES:
                 if self.resume_requests.get(lane) != before.get(lane):
@@ -5785,7 +5846,8 @@ class Cron:
         for work, batch in ((self.queue.promote, Queue.BATCH), (self.newsletters.enqueue_due, Newsletters.BATCH)):
             while work() == batch:
                 if time.monotonic() >= deadline:
-                    self.last_poll = float("-inf")  # the rest at the next tick
+                    self.last_poll = float("-inf")  # the rest in the next round, a TICK later
+                    self.queue.wake.set()
                     break
 
 
@@ -6595,6 +6657,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
             b"Connection: close\r\nContent-Length: 54\r\n\r\n"
             b'{"status": false, "error": "too many connections now"}')
     MAX_TURNED_AWAY = 128  # connections that were answered BUSY and are not closed yet
+    DRAIN_INTERVAL = 0.05  # seconds between two looks at these
 
     api: Api
     store: Store
@@ -6611,6 +6674,8 @@ class HttpServer(http.server.ThreadingHTTPServer):
         # (when to close it, connection) of those that were answered BUSY
         self.turned_away: collections.deque[tuple[float, socket.socket]] = collections.deque()
         self.next_drain = 0.0
+        self.end_of_waiting, self.waker = socket.socketpair()  # closing the second wakes serve_forever()
+        self.listening = threading.Lock()  # held by serve_forever()
         self.files_warning, self.tls_warning = OncePerMinute(), OncePerMinute()
         self.allowed_hosts = frozenset(map(parse_host, split_list(settings.allowed_hosts)))
         self.host_status = functools.lru_cache(maxsize=128)(self._host_status)
@@ -6672,12 +6737,24 @@ class HttpServer(http.server.ThreadingHTTPServer):
         if len(self.turned_away) > self.MAX_TURNED_AWAY:
             self.turned_away.popleft()[1].close()
 
+    def serve_forever(self, poll_interval: float = 1.0) -> None:
+        """Accept connections until stop(). That of the base class would wake up 20 times a second for nothing."""
+        with self.listening, selectors.DefaultSelector() as selector:
+            selector.register(self.socket, selectors.EVENT_READ)
+            selector.register(self.end_of_waiting, selectors.EVENT_READ)
+            while not self.stopping:
+                ready = selector.select(self.DRAIN_INTERVAL if self.turned_away else poll_interval)
+                if not self.stopping and any(key.fileobj is self.socket for key, _ in ready):
+                    # The base class's own loop calls this; handle_request() would wait once more.
+                    self._handle_request_noblock()  # type: ignore[attr-defined]
+                self.service_actions()
+
     def service_actions(self) -> None:
         """Read from the connections that were turned away, and close those that are done; called all the time."""
         now = time.monotonic()
         if now < self.next_drain:
             return
-        self.next_drain = now + 0.05
+        self.next_drain = now + self.DRAIN_INTERVAL
         for _ in range(len(self.turned_away)):
             until, connection = self.turned_away.popleft()
             if now < until and self.drain(connection):
@@ -6706,14 +6783,17 @@ class HttpServer(http.server.ThreadingHTTPServer):
 
     def server_close(self) -> None:
         super().server_close()
+        self.waker.close()
+        self.end_of_waiting.close()
         while self.turned_away:
             self.turned_away.popleft()[1].close()
 
     def stop(self, timeout: float) -> None:
         """Accept no more connections, and wait up to `timeout` seconds for requests in flight."""
         self.stopping = True
-        self.shutdown()
-        self.server_close()
+        self.waker.close()
+        with self.listening:
+            self.server_close()
         deadline = time.monotonic() + timeout
         while self.answering and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -7368,7 +7448,7 @@ class Service:
         """Accept connections until the service stops, in spite of errors of this machine."""
         while not self.http.stopping:
             with logging_errors("unexpected error while listening"):
-                self.http.serve_forever(0.05)
+                self.http.serve_forever()
             self.workers.stopping.wait(1.0)
 
     def announce(self) -> None:
