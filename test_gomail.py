@@ -2341,6 +2341,48 @@ def test_deregistering_an_account_with_many_content_types_revokes_its_key_first(
     assert service.client.sign_up(name).get("/task/subscriptionContent")["contentTypes"] == []
 
 
+def steps(monkeypatch, owner, script, sizes):
+    """A list that each call of a script of `owner` adds to: the answers of sizes() before and after it."""
+    real, seen = getattr(owner, script), []
+
+    def watched(keys, args, *more):
+        before = sizes()
+        answer = real(keys, args, *more)
+        seen.append((before, sizes()))
+        return answer
+    monkeypatch.setattr(owner, script, watched)
+    return seen
+
+
+def most(seen):
+    """By how much a call changed a size at most."""
+    return max(abs(one - other) for before, after in seen for one, other in zip(before, after))
+
+
+def test_deregistering_an_account_with_many_of_everything_revokes_its_key_and_removes_some_at_a_time(
+        client, service, monkeypatch):
+    accounts, store, name = service.http.api.accounts, service.store, name_of(client)
+    define(client)
+    hashes = [store.key("suppressed_for", name), store.key("subscribers", "news", name),
+              store.key("issued", "news", name)]
+    sets = [store.key("suppressed", name), store.key("dead", name)]
+    for key in hashes:
+        store.redis.hset(key, mapping={f"{number}@example.com": "x" for number in range(1500)})
+    for key in sets:
+        store.redis.zadd(key, {f"{number}@example.com": number + 1e15 for number in range(1500)})
+
+    def sizes():
+        with pytest.raises(gomail.HTTPError):
+            accounts.authenticate(client.key)
+        return [*map(store.redis.hlen, hashes), *map(store.redis.zcard, sets)]
+    monkeypatch.setattr(store, "REMOVED_AT_ONCE", 100)
+    seen = steps(monkeypatch, store, "_remove", sizes)
+    accounts.deregister(name)
+    assert most(seen) < 300 and seen[-1][1] == [0] * 5  # SCAN may return some more than it was asked for
+    assert not [key for key in store.redis.keys(store.key("*")) if name in key and ":recent:" not in key]
+    assert accounts.sign_up(name)
+
+
 # --- 5. tasks ---------------------------------------------------------------------------------------------
 
 MESSAGE = {"task": "Welcome", "type": "message", "retries": 3,
@@ -3117,6 +3159,18 @@ def test_dead_letters_that_are_too_many_or_too_old_go_some_with_each_new_one(ser
         client.state(client.task(), "dead")
         sizes.append(service.store.redis.zcard(service.store.key("dead")))
     assert sizes == [300 + 1 - 200, 10, 10, 10]
+
+
+def test_dead_letters_that_are_too_old_go_some_at_a_time_when_somebody_looks(services, mail_server, monkeypatch):
+    service = services(mail_server)
+    client = service.client.sign_up()
+    newest, key = given_up(service, client), service.store.key("dead", name_of(client))
+    service.store.redis.zadd(key, {f"old-{number}": number for number in range(75)})
+    monkeypatch.setattr(gomail.Queue, "BATCH", 10)
+    seen = steps(monkeypatch, service.inspection, "_forget", lambda: [service.store.redis.zcard(key)])
+    answer = client.get("/task/dead")
+    assert answer["total"] == 1 and [task["id"] for task in answer["tasks"]] == [newest]
+    assert len(seen) == 8 and most(seen) == 10
 
 
 def test_a_worker_whose_task_was_given_to_another_settles_nothing(queue):
@@ -5698,6 +5752,59 @@ def test_removing_a_content_type_ends_its_subscriptions(dated, mail_server, cloc
     assert service.inspection.depths()["bulk"] == 0 and not mail_server.mails
 
 
+@pytest.fixture
+def many_subscribers(dated, monkeypatch):
+    """(service, client, keys) of a content type with records of more subscribers than a step of its removal takes."""
+    service, client = dated
+    define(client)
+    keys = [service.store.key(kind, "news", name_of(client)) for kind in ("subscribers", "issued")]
+    for key in keys:
+        service.store.redis.hset(key, mapping={f"{number}@example.com": "{}" for number in range(1000)})
+    monkeypatch.setattr(service.store, "REMOVED_AT_ONCE", 100)
+    return service, client, keys
+
+
+def test_a_content_type_with_many_subscribers_is_gone_at_once_and_they_some_at_a_time(many_subscribers, monkeypatch):
+    service, client, keys = many_subscribers
+    seen = steps(monkeypatch, service.store, "_remove", lambda: [
+        *map(service.store.redis.hlen, keys), service.newsletters.read_all(name_of(client))[0]])
+    assert client("DELETE", "/task/subscriptionContent/news")[0] == 200
+    assert most(seen) < 300 and all(before[-1] == 0 for before, _ in seen)
+    assert not service.store.redis.exists(*keys)
+
+
+@pytest.mark.parametrize("by", ["POST", "subscribe"])
+def test_a_content_type_that_returns_while_its_subscribers_are_removed_has_only_new_ones(
+        many_subscribers, monkeypatch, by):
+    service, client, keys = many_subscribers
+    real, left, other = service.store._remove, [], Client(service.http.url, client.key)
+
+    def interrupted(**arguments):
+        answer = real(**arguments)
+        if not left:
+            left.append(service.store.redis.hlen(keys[0]))
+            if by == "POST":
+                define(other)
+            subscribe(other, "new@example.com", **({} if by == "POST" else {"subject": "S", "content": "C"}))
+        return answer
+    monkeypatch.setattr(service.store, "_remove", interrupted)
+    assert client("DELETE", "/task/subscriptionContent/news")[0] == 200
+    assert left[0] > 0 and service.store.redis.hkeys(keys[0]) == ["new@example.com"]
+    assert not service.store.redis.exists(keys[1])
+
+
+def test_nothing_is_sent_to_a_subscriber_whose_content_type_was_removed_by_a_process_that_died(dated, mail_server, clock):
+    service, client = dated
+    define(client)
+    subscribe(client, frequency="@hourly")
+    service.store.redis.hdel(service.store.key("content", name_of(client)), "news")
+    clock.forward(3600)
+    until(lambda: not service.store.redis.zcard(service.store.key("schedule")))
+    assert service.inspection.depths()["bulk"] == 0 and not mail_server.mails
+    define(client)
+    assert client.get("/task/subscriptionContent/news")["subscribers"] == 0
+
+
 # --- 10. workers ------------------------------------------------------------------------------------------
 
 def test_while_the_mail_server_is_out_no_task_pays_an_attempt_and_all_are_sent_when_it_is_back(services, mail_server):
@@ -6085,6 +6192,44 @@ def test_tasks_of_several_dead_processes_go_back_oldest_first(queue, monkeypatch
     queue.store.redis.delete(*[queue.store.key("heartbeat", process.process) for process in dead])
     until(lambda: look(queue).depths()["normal"] == 6)
     assert queue.store.redis.lrange(queue.store.key("lane", "normal"), 0, -1) == ids[::-1]
+
+
+@pytest.mark.parametrize("died", [True, False])
+def test_what_a_process_with_much_in_hand_leaves_is_given_back_some_at_a_time_oldest_first(
+        service, queue, monkeypatch, died):
+    service.cron.stop()
+    ids = [queue.enqueue(queue.account, [MESSAGE])[0] for _ in range(40)]
+    lane = queue.store.key("lane", "normal")
+    for number in range(36):  # the workers in turn, so that each has nine in hand
+        queue.store.redis.rpoplpush(lane, queue.store.key("processing", queue.process, f"normal-{number % 4}"))
+    queue.beat([f"normal-{number}" for number in range(5)], {})
+    queue.store.redis.delete(queue.store.key("heartbeat", queue.process))
+    giver = service.queue if died else queue
+    monkeypatch.setattr(giver, "BATCH", 10)
+    seen = steps(monkeypatch, giver, "_reclaim", lambda: [look(queue).depths()["normal"]])
+    assert (giver.reclaim(patience=0) if died else giver.release()) == 36
+    assert most(seen) <= 10 and queue.process not in queue.store.redis.hkeys(queue.store.key("processes"))
+    assert queue.store.redis.lrange(lane, 0, -1) == ids[::-1]
+    assert look(queue).status(ids[0], story=True)["story"][-1]["event"] == ("orphaned" if died else "returned")
+
+
+def test_a_process_that_shows_itself_while_it_is_reclaimed_keeps_the_rest(service, queue, monkeypatch):
+    service.cron.stop()
+    for _ in range(30):
+        queue.enqueue(queue.account, [MESSAGE])
+        queue.wait("normal-0", "normal", 1)
+    queue.beat(["normal-0"], {})
+    queue.store.redis.delete(queue.store.key("heartbeat", queue.process))
+    monkeypatch.setattr(service.queue, "BATCH", 10)
+    real = service.queue._reclaim
+
+    def interrupted(keys, args):
+        answer = real(keys, args)
+        queue.beat(["normal-0"], {})
+        return answer
+    monkeypatch.setattr(service.queue, "_reclaim", interrupted)
+    assert service.queue.reclaim(patience=0) == 10 and look(queue).depths()["normal"] == 10
+    assert queue.store.redis.llen(queue.store.key("processing", queue.process, "normal-0")) == 20
 
 
 def test_a_process_that_was_taken_for_dead_and_takes_tasks_again_is_found_when_it_dies(queue):
