@@ -435,6 +435,8 @@ class Services:
         for service in self.running:
             service.stop()
 
+    close = stop
+
 
 def look(queue):
     """What looks at a queue."""
@@ -6090,6 +6092,40 @@ def test_an_idle_service_seldom_asks_redis(mail_server):
             return {name.removeprefix("cmdstat_"): counts["calls"] for name, counts in found.items()}
         found = until(lambda: (found := calls()).get("hgetall", 0) >= 4 and found)  # one for each heartbeat
         assert sum(found.values()) - found["info"] < 100 * found["hgetall"], found
+
+
+def test_an_idle_process_wakes_up_for_its_heartbeat_only(redis_server, mail_server, tmp_path):
+    with contextlib.closing(Services(redis_server, tmp_path)) as services:
+        service, calls = services(mail_server), collections.Counter()
+
+        def counted(owner, name):
+            real = getattr(owner, name)
+
+            def call(*arguments):
+                calls[name] += 1
+                return real(*arguments)
+            setattr(owner, name, call)
+        for owner, name in ((service.queue, "beat"), (service.cron, "once"), (service.http, "service_actions")):
+            counted(owner, name)
+        until(lambda: calls["beat"] >= 4)
+        assert calls["once"] <= 2 * calls["beat"] and calls["service_actions"] <= 3 * calls["beat"]
+
+
+def test_what_is_logged_or_put_off_wakes_the_cron_thread(services, mail_server, monkeypatch, tmp_path):
+    for interval in ("BEAT", "POLL"):
+        monkeypatch.setattr(gomail.Cron, interval, 100 * PATIENCE)
+    service = services(mail_server)
+    client, written = service.client.sign_up(), io.StringIO()
+    lines = gomail.LineBuffer([logging.StreamHandler(written)])
+    until(lambda: service.cron.last_poll > 0 and not service.queue.wake.is_set())
+    gomail.logger.addHandler(lines)
+    try:
+        lines.handle(logging.makeLogRecord({"msg": "a line", "levelno": logging.INFO, "levelname": "INFO"}))
+        until(lambda: "a line" in written.getvalue())
+    finally:
+        gomail.logger.removeHandler(lines)
+    until(lambda: not service.queue.wake.is_set())
+    client.state(client.task(send_at=rfc3339(time.time() + 1)), "succeeded")
 
 
 def test_a_send_at_that_is_over_means_now(client, mail_server):
