@@ -11215,6 +11215,106 @@ def test_100000_subscriptions_due_at_once_are_queued_and_an_otp_overtakes_them(s
     service.store.redis.delete(key("lane", "bulk"))
 
 
+@pytest.mark.timeout(7200)
+@pytest.mark.long
+def test_no_command_keeps_redis_busy_for_long_in_a_queue_of_a_million(mail_server, tmp_path, monkeypatch):
+    """GOMAIL_SIZE says how many of each there are, by default a million.
+
+    What is asserted is the processor time of Redis's main thread: what else a busy machine does counts in SLOWLOG.
+    """
+    size = int(os.environ.get("GOMAIL_SIZE", 1_000_000))
+    with contextlib.ExitStack() as ending:
+        folder = ending.enter_context(tempfile.TemporaryDirectory())
+        # As the embedded server has it.
+        server = RedisServer(folder, "--hash-max-listpack-value", "2048", "--slowlog-log-slower-than", "10000",
+                             "--slowlog-max-len", "1000").start()
+        ending.callback(server.stop)
+        services = Services(server, tmp_path)
+        ending.callback(services.stop)
+        service = services(mail_server, otp_cooldown=0)
+        client = service.client.sign_up()
+        store, queue, name, key = service.store, service.queue, name_of(client), service.store.key
+        account = service.http.api.accounts.authenticate(client.key)
+        define(client)
+        service.cron.stop()  # what it does is done below, and measured
+        service.workers.stop(PATIENCE)
+        queue.beat(["normal-0"], {})
+        longest, main_thread = {}, f"/proc/{server.process.pid}/task/{server.process.pid}/schedstat"
+
+        def busy():
+            return int(pathlib.Path(main_thread).read_text().split()[0]) / 1e6
+
+        def watched(connection, *arguments, **options):
+            before = busy()
+            try:
+                return command(connection, *arguments, **options)
+            finally:
+                what = next((line for script, line in scripts.items() if script in arguments), arguments[0])
+                longest[what] = max(longest.get(what, 0.0), busy() - before)
+        scripts = {script.digest: f"{type(owner).__name__}{attribute}" for owner in (
+            store, queue, service.newsletters, service.inspection, service.http.api.accounts)
+            for attribute, script in vars(owner).items() if isinstance(script, gomail.Script)}
+
+        def fill(source, *arguments):
+            script = server.client.register_script(source)
+            for start in range(0, size, 1000):
+                script(args=[start, min(start + 1000, size) - 1, store.prefix, name, *arguments])
+        task_id, = queue.enqueue(account, [{**MESSAGE, "payload": {**MESSAGE["payload"], "content": "x" * 1000}}])
+        fill("""for number = ARGV[1], ARGV[2] do
+                    local id = string.format('%032x', number)
+                    redis.call('COPY', ARGV[3] .. 'task:' .. ARGV[5], ARGV[3] .. 'task:' .. id)
+                    redis.call('HSET', ARGV[3] .. 'task:' .. id, 'state', 'scheduled', 'due', 1)
+                    redis.call('ZADD', ARGV[3] .. 'delayed', 1, id)
+                    redis.call('ZADD', ARGV[3] .. 'scheduled', 1, id)
+                end""", task_id)
+        fill("""for number = ARGV[1], ARGV[2] do
+                    local address = string.format('reader%d@example.com', number)
+                    redis.call('HSET', ARGV[3] .. 'subscribers:news:' .. ARGV[4], address, cjson.encode(
+                        {userId = address, frequency = '@monthly', retries = 3, created = 1}))
+                    redis.call('ZADD', ARGV[3] .. 'schedule', 1, cjson.encode({ARGV[4], 'news', address}))
+                    redis.call('ZADD', ARGV[3] .. 'suppressed:' .. ARGV[4], number, address)
+                    redis.call('HSET', ARGV[3] .. 'suppressed_for:' .. ARGV[4], address, 'by request')
+                end""")
+        fill("""for number = ARGV[1], ARGV[2] do  -- old ones
+                    redis.call('ZADD', ARGV[3] .. 'dead', number, 'x' .. number)
+                    redis.call('ZADD', ARGV[3] .. 'dead:' .. ARGV[4], number, 'x' .. number)
+                end""")
+        ids = queue.enqueue(account, [MESSAGE] * 1000)
+        server.client.rename(key("lane", "normal"), key("processing", "dead", "normal-0"))
+        server.client.hset(key("processes"), "dead", "normal-0")
+        command = redis.Redis.execute_command
+        monkeypatch.setattr(redis.Redis, "execute_command", watched)
+        assert queue.reclaim(patience=0) == len(ids) + 1
+        while queue.promote() == queue.BATCH:
+            pass
+        while service.newsletters.enqueue_due() == service.newsletters.BATCH:
+            pass
+        assert service.inspection.depths()["normal"] >= size and service.inspection.depths()["bulk"] == size
+        for _ in range(20):
+            service.newsletters.correct()
+            queue.recall()
+            queue.find_orphans()
+        assert service.inspection.dead()[0] == 0 and service.inspection.dead(name)[0] == 0
+        assert service.inspection.recent(search="nobody") == ([], None)
+        for path in ("/lanes", "/health/metrics", "/history", "/task/recent?limit=1000&offset=50000", "/task/dead",
+                     f"/suppressions?limit=1000&offset={size // 2}", "/subscriptions?limit=1000",
+                     "/task/subscriptionContent"):
+            client.get(path)
+        store.redis.delete(key("ascii_folded"))
+        service.newsletters.refold()
+        assert client("DELETE", "/task/subscriptionContent/news")[0] == 200
+        service.http.api.accounts.deregister(name)
+        queue.settle_and_take("normal-0", "normal")
+        monkeypatch.undo()
+        print("\nms of Redis's processor, longest:", {what: round(spent, 1) for what, spent in sorted(
+            longest.items(), key=lambda item: -item[1])[:12]})
+        slow = sorted(((entry["duration"] // 1000, entry["command"].split()[:2])
+                       for entry in server.client.slowlog_get(1000)), reverse=True)
+        print("ms by its SLOWLOG, longest:", [
+            (spent, scripts.get(second.decode(), first.decode())) for spent, (first, second) in slow[:12]])
+        assert max(longest.values()) < 100
+
+
 def test_behind_sentinels_a_new_master_is_found_when_the_old_one_dies(processes, mail_server, redis_with_file):
     master, replica = redis_with_file(port=free_port()), redis_with_file(port=free_port())
     replica.client.replicaof("127.0.0.1", master.port)
