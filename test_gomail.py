@@ -2001,6 +2001,14 @@ def test_an_embedded_server_that_outlived_its_killed_gomail_is_taken_over(proces
         connected(second.embedded).ping()
 
 
+def test_the_embedded_server_keeps_a_small_task_that_waits_in_one_block_of_memory(processes):
+    process = processes().started()
+    client, server = process.client.sign_up(), connected(process.embedded)
+    for content, encoding in (("x" * 1000, "listpack"), ("x" * 10_000, "hashtable")):
+        task_id = client.task(content=content, send_at="2036-01-01T00:00:00Z")
+        assert server.object("encoding", f"gomail:task:{task_id}") == encoding
+
+
 def memory_limits(process):
     """(maxmemory in MB, maxmemory-policy) of a process's embedded server."""
     found = connected(process.embedded).config_get("maxmemory*")
