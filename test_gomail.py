@@ -439,6 +439,8 @@ class Services:
         for service in self.running:
             service.stop()
 
+    close = stop
+
 
 def look(queue):
     """What looks at a queue."""
@@ -2008,6 +2010,14 @@ def test_an_embedded_server_that_outlived_its_killed_gomail_is_taken_over(proces
         connected(second.embedded).ping()
 
 
+def test_the_embedded_server_keeps_a_small_task_that_waits_in_one_block_of_memory(processes):
+    process = processes().started()
+    client, server = process.client.sign_up(), connected(process.embedded)
+    for content, encoding in (("x" * 1000, "listpack"), ("x" * 10_000, "hashtable")):
+        task_id = client.task(content=content, send_at="2036-01-01T00:00:00Z")
+        assert server.object("encoding", f"gomail:task:{task_id}") == encoding
+
+
 def memory_limits(process):
     """(maxmemory in MB, maxmemory-policy) of a process's embedded server."""
     found = connected(process.embedded).config_get("maxmemory*")
@@ -2352,6 +2362,48 @@ def test_deregistering_an_account_with_many_content_types_revokes_its_key_first(
     assert not service.store.redis.keys(service.store.key("content", "*"))
     assert not service.store.redis.keys(service.store.key("subscribers", "*"))
     assert service.client.sign_up(name).get("/task/subscriptionContent")["contentTypes"] == []
+
+
+def steps(monkeypatch, owner, script, sizes):
+    """A list that each call of a script of `owner` adds to: the answers of sizes() before and after it."""
+    real, seen = getattr(owner, script), []
+
+    def watched(keys, args, *more):
+        before = sizes()
+        answer = real(keys, args, *more)
+        seen.append((before, sizes()))
+        return answer
+    monkeypatch.setattr(owner, script, watched)
+    return seen
+
+
+def most(seen):
+    """By how much a call changed a size at most."""
+    return max(abs(one - other) for before, after in seen for one, other in zip(before, after))
+
+
+def test_deregistering_an_account_with_many_of_everything_revokes_its_key_and_removes_some_at_a_time(
+        client, service, monkeypatch):
+    accounts, store, name = service.http.api.accounts, service.store, name_of(client)
+    define(client)
+    hashes = [store.key("suppressed_for", name), store.key("subscribers", "news", name),
+              store.key("issued", "news", name)]
+    sets = [store.key("suppressed", name), store.key("dead", name)]
+    for key in hashes:
+        store.redis.hset(key, mapping={f"{number}@example.com": "x" for number in range(1500)})
+    for key in sets:
+        store.redis.zadd(key, {f"{number}@example.com": number + 1e15 for number in range(1500)})
+
+    def sizes():
+        with pytest.raises(gomail.HTTPError):
+            accounts.authenticate(client.key)
+        return [*map(store.redis.hlen, hashes), *map(store.redis.zcard, sets)]
+    monkeypatch.setattr(store, "REMOVED_AT_ONCE", 100)
+    seen = steps(monkeypatch, store, "_remove", sizes)
+    accounts.deregister(name)
+    assert most(seen) < 300 and seen[-1][1] == [0] * 5  # SCAN may return some more than it was asked for
+    assert not [key for key in store.redis.keys(store.key("*")) if name in key and ":recent:" not in key]
+    assert accounts.sign_up(name)
 
 
 # --- 5. tasks ---------------------------------------------------------------------------------------------
@@ -3237,6 +3289,18 @@ def test_dead_letters_that_are_too_many_or_too_old_go_some_with_each_new_one(ser
         client.state(client.task(), "dead")
         sizes.append(service.store.redis.zcard(service.store.key("dead")))
     assert sizes == [300 + 1 - 200, 10, 10, 10]
+
+
+def test_dead_letters_that_are_too_old_go_some_at_a_time_when_somebody_looks(services, mail_server, monkeypatch):
+    service = services(mail_server)
+    client = service.client.sign_up()
+    newest, key = given_up(service, client), service.store.key("dead", name_of(client))
+    service.store.redis.zadd(key, {f"old-{number}": number for number in range(75)})
+    monkeypatch.setattr(gomail.Queue, "BATCH", 10)
+    seen = steps(monkeypatch, service.inspection, "_forget", lambda: [service.store.redis.zcard(key)])
+    answer = client.get("/task/dead")
+    assert answer["total"] == 1 and [task["id"] for task in answer["tasks"]] == [newest]
+    assert len(seen) == 8 and most(seen) == 10
 
 
 def test_a_worker_whose_task_was_given_to_another_settles_nothing(queue):
@@ -6511,6 +6575,59 @@ def test_removing_a_content_type_ends_its_subscriptions(dated, mail_server, cloc
     assert service.inspection.depths()["bulk"] == 0 and not mail_server.mails
 
 
+@pytest.fixture
+def many_subscribers(dated, monkeypatch):
+    """(service, client, keys) of a content type with records of more subscribers than a step of its removal takes."""
+    service, client = dated
+    define(client)
+    keys = [service.store.key(kind, "news", name_of(client)) for kind in ("subscribers", "issued")]
+    for key in keys:
+        service.store.redis.hset(key, mapping={f"{number}@example.com": "{}" for number in range(1000)})
+    monkeypatch.setattr(service.store, "REMOVED_AT_ONCE", 100)
+    return service, client, keys
+
+
+def test_a_content_type_with_many_subscribers_is_gone_at_once_and_they_some_at_a_time(many_subscribers, monkeypatch):
+    service, client, keys = many_subscribers
+    seen = steps(monkeypatch, service.store, "_remove", lambda: [
+        *map(service.store.redis.hlen, keys), service.newsletters.read_all(name_of(client))[0]])
+    assert client("DELETE", "/task/subscriptionContent/news")[0] == 200
+    assert most(seen) < 300 and all(before[-1] == 0 for before, _ in seen)
+    assert not service.store.redis.exists(*keys)
+
+
+@pytest.mark.parametrize("by", ["POST", "subscribe"])
+def test_a_content_type_that_returns_while_its_subscribers_are_removed_has_only_new_ones(
+        many_subscribers, monkeypatch, by):
+    service, client, keys = many_subscribers
+    real, left, other = service.store._remove, [], Client(service.http.url, client.key)
+
+    def interrupted(**arguments):
+        answer = real(**arguments)
+        if not left:
+            left.append(service.store.redis.hlen(keys[0]))
+            if by == "POST":
+                define(other)
+            subscribe(other, "new@example.com", **({} if by == "POST" else {"subject": "S", "content": "C"}))
+        return answer
+    monkeypatch.setattr(service.store, "_remove", interrupted)
+    assert client("DELETE", "/task/subscriptionContent/news")[0] == 200
+    assert left[0] > 0 and service.store.redis.hkeys(keys[0]) == ["new@example.com"]
+    assert not service.store.redis.exists(keys[1])
+
+
+def test_nothing_is_sent_for_a_content_type_that_was_removed_by_a_process_that_died(dated, mail_server, clock):
+    service, client = dated
+    define(client)
+    subscribe(client, frequency="@hourly")
+    service.store.redis.hdel(service.store.key("content", name_of(client)), "news")
+    clock.forward(3600)
+    until(lambda: not service.store.redis.zcard(service.store.key("schedule")))
+    assert service.inspection.depths()["bulk"] == 0 and not mail_server.mails
+    define(client)
+    assert client.get("/task/subscriptionContent/news")["subscribers"] == 0
+
+
 # --- 10. workers ------------------------------------------------------------------------------------------
 
 def test_while_the_mail_server_is_out_no_task_pays_an_attempt_and_all_are_sent_when_it_is_back(services, mail_server):
@@ -6918,6 +7035,40 @@ def test_an_idle_service_seldom_asks_redis(mail_server):
         assert sum(found.values()) - found["info"] < 100 * found["hgetall"], found
 
 
+def test_an_idle_process_wakes_up_for_its_heartbeat_only(redis_server, mail_server, tmp_path):
+    with contextlib.closing(Services(redis_server, tmp_path)) as services:
+        service, calls = services(mail_server), collections.Counter()
+
+        def counted(owner, name):
+            real = getattr(owner, name)
+
+            def call(*arguments):
+                calls[name] += 1
+                return real(*arguments)
+            setattr(owner, name, call)
+        for owner, name in ((service.queue, "beat"), (service.cron, "once"), (service.http, "service_actions")):
+            counted(owner, name)
+        until(lambda: calls["beat"] >= 4)
+        assert calls["once"] <= 2 * calls["beat"] and calls["service_actions"] <= 3 * calls["beat"]
+
+
+def test_what_is_logged_or_put_off_wakes_the_cron_thread(services, mail_server, monkeypatch, tmp_path):
+    for interval in ("BEAT", "POLL"):
+        monkeypatch.setattr(gomail.Cron, interval, 100 * PATIENCE)
+    service = services(mail_server)
+    client, written = service.client.sign_up(), io.StringIO()
+    lines = gomail.LineBuffer([logging.StreamHandler(written)])
+    until(lambda: service.cron.last_poll > 0 and not service.queue.wake.is_set())
+    gomail.logger.addHandler(lines)
+    try:
+        lines.handle(logging.makeLogRecord({"msg": "a line", "levelno": logging.INFO, "levelname": "INFO"}))
+        until(lambda: "a line" in written.getvalue())
+    finally:
+        gomail.logger.removeHandler(lines)
+    until(lambda: not service.queue.wake.is_set())
+    client.state(client.task(send_at=rfc3339(time.time() + 1)), "succeeded")
+
+
 def test_a_send_at_that_is_over_means_now(client, mail_server):
     client.task(send_at="1999-12-31T23:59:59Z")
     assert date_of(mail_server.one("user@example.com")) > 1e9
@@ -7018,6 +7169,45 @@ def test_tasks_of_several_dead_processes_go_back_oldest_first(queue, monkeypatch
     queue.store.redis.delete(*[queue.store.key("heartbeat", process.process) for process in dead])
     until(lambda: look(queue).depths()["normal"] == 6)
     assert queue.store.redis.lrange(queue.store.key("lane", "normal"), 0, -1) == ids[::-1]
+
+
+@pytest.mark.parametrize("died", [True, False])
+def test_what_a_process_with_much_in_hand_leaves_is_given_back_some_at_a_time_oldest_first(
+        service, queue, monkeypatch, died):
+    service.cron.stop()
+    ids = [queue.enqueue(queue.account, [MESSAGE])[0] for _ in range(40)]
+    lane = queue.store.key("lane", "normal")
+    for number in range(36):  # the workers in turn, so that each has nine in hand
+        queue.store.redis.rpoplpush(lane, queue.store.key("processing", queue.process, f"normal-{number % 4}"))
+        queue.store.redis.hset(queue.store.key("task", ids[number]), "state", "running")
+    queue.beat([f"normal-{number}" for number in range(5)], {})
+    queue.store.redis.delete(queue.store.key("heartbeat", queue.process))
+    giver = service.queue if died else queue
+    monkeypatch.setattr(giver, "BATCH", 10)
+    seen = steps(monkeypatch, giver, "_reclaim", lambda: [look(queue).depths()["normal"]])
+    assert (giver.reclaim(patience=0) if died else giver.release()) == 36
+    assert most(seen) <= 10 and queue.process not in queue.store.redis.hkeys(queue.store.key("processes"))
+    assert queue.store.redis.lrange(lane, 0, -1) == ids[::-1]
+    assert look(queue).status(ids[0], story=True)["story"][-1]["event"] == ("orphaned" if died else "returned")
+
+
+def test_a_process_that_shows_itself_while_it_is_reclaimed_keeps_the_rest(service, queue, monkeypatch):
+    service.cron.stop()
+    for _ in range(30):
+        queue.enqueue(queue.account, [MESSAGE])
+        queue.wait("normal-0", "normal", 1)
+    queue.beat(["normal-0"], {})
+    queue.store.redis.delete(queue.store.key("heartbeat", queue.process))
+    monkeypatch.setattr(service.queue, "BATCH", 10)
+    real = service.queue._reclaim
+
+    def interrupted(keys, args):
+        answer = real(keys, args)
+        queue.beat(["normal-0"], {})
+        return answer
+    monkeypatch.setattr(service.queue, "_reclaim", interrupted)
+    assert service.queue.reclaim(patience=0) == 10 and look(queue).depths()["normal"] == 10
+    assert queue.store.redis.llen(queue.store.key("processing", queue.process, "normal-0")) == 20
 
 
 def test_a_process_that_was_taken_for_dead_and_takes_tasks_again_is_found_when_it_dies(queue):
@@ -11045,6 +11235,106 @@ def test_100000_subscriptions_due_at_once_are_queued_and_an_otp_overtakes_them(s
     assert service.inspection.depths()["bulk"] > 90_000
     assert len(mail_server.to("otp@example.com")) == 1
     service.store.redis.delete(key("lane", "bulk"))
+
+
+@pytest.mark.timeout(7200)
+@pytest.mark.long
+def test_no_command_keeps_redis_busy_for_long_in_a_queue_of_a_million(mail_server, tmp_path, monkeypatch):
+    """GOMAIL_SIZE says how many of each there are, by default a million.
+
+    What is asserted is the processor time of Redis's main thread: what else a busy machine does counts in SLOWLOG.
+    """
+    size = int(os.environ.get("GOMAIL_SIZE", 1_000_000))
+    with contextlib.ExitStack() as ending:
+        folder = ending.enter_context(tempfile.TemporaryDirectory())
+        # As the embedded server has it.
+        server = RedisServer(folder, "--hash-max-listpack-value", "2048", "--slowlog-log-slower-than", "10000",
+                             "--slowlog-max-len", "1000").start()
+        ending.callback(server.stop)
+        services = Services(server, tmp_path)
+        ending.callback(services.stop)
+        service = services(mail_server, otp_cooldown=0)
+        client = service.client.sign_up()
+        store, queue, name, key = service.store, service.queue, name_of(client), service.store.key
+        account = service.http.api.accounts.authenticate(client.key)
+        define(client)
+        service.cron.stop()  # what it does is done below, and measured
+        service.workers.stop(PATIENCE)
+        queue.beat(["normal-0"], {})
+        longest, main_thread = {}, f"/proc/{server.process.pid}/task/{server.process.pid}/schedstat"
+
+        def busy():
+            return int(pathlib.Path(main_thread).read_text().split()[0]) / 1e6
+
+        def watched(connection, *arguments, **options):
+            before = busy()
+            try:
+                return command(connection, *arguments, **options)
+            finally:
+                what = next((line for script, line in scripts.items() if script in arguments), arguments[0])
+                longest[what] = max(longest.get(what, 0.0), busy() - before)
+        scripts = {script.digest: f"{type(owner).__name__}{attribute}" for owner in (
+            store, queue, service.newsletters, service.inspection, service.http.api.accounts)
+            for attribute, script in vars(owner).items() if isinstance(script, gomail.Script)}
+
+        def fill(source, *arguments):
+            script = server.client.register_script(source)
+            for start in range(0, size, 1000):
+                script(args=[start, min(start + 1000, size) - 1, store.prefix, name, *arguments])
+        task_id, = queue.enqueue(account, [{**MESSAGE, "payload": {**MESSAGE["payload"], "content": "x" * 1000}}])
+        fill("""for number = ARGV[1], ARGV[2] do
+                    local id = string.format('%032x', number)
+                    redis.call('COPY', ARGV[3] .. 'task:' .. ARGV[5], ARGV[3] .. 'task:' .. id)
+                    redis.call('HSET', ARGV[3] .. 'task:' .. id, 'state', 'scheduled', 'due', 1)
+                    redis.call('ZADD', ARGV[3] .. 'delayed', 1, id)
+                    redis.call('ZADD', ARGV[3] .. 'scheduled', 1, id)
+                end""", task_id)
+        fill("""for number = ARGV[1], ARGV[2] do
+                    local address = string.format('reader%d@example.com', number)
+                    redis.call('HSET', ARGV[3] .. 'subscribers:news:' .. ARGV[4], address, cjson.encode(
+                        {userId = address, frequency = '@monthly', retries = 3, created = 1}))
+                    redis.call('ZADD', ARGV[3] .. 'schedule', 1, cjson.encode({ARGV[4], 'news', address}))
+                    redis.call('ZADD', ARGV[3] .. 'suppressed:' .. ARGV[4], number, address)
+                    redis.call('HSET', ARGV[3] .. 'suppressed_for:' .. ARGV[4], address, 'by request')
+                end""")
+        fill("""for number = ARGV[1], ARGV[2] do  -- old ones
+                    redis.call('ZADD', ARGV[3] .. 'dead', number, 'x' .. number)
+                    redis.call('ZADD', ARGV[3] .. 'dead:' .. ARGV[4], number, 'x' .. number)
+                end""")
+        ids = queue.enqueue(account, [MESSAGE] * 1000)
+        server.client.rename(key("lane", "normal"), key("processing", "dead", "normal-0"))
+        server.client.hset(key("processes"), "dead", "normal-0")
+        command = redis.Redis.execute_command
+        monkeypatch.setattr(redis.Redis, "execute_command", watched)
+        assert queue.reclaim(patience=0) == len(ids) + 1
+        while queue.promote() == queue.BATCH:
+            pass
+        while service.newsletters.enqueue_due() == service.newsletters.BATCH:
+            pass
+        assert service.inspection.depths()["normal"] >= size and service.inspection.depths()["bulk"] == size
+        for _ in range(20):
+            service.newsletters.correct()
+            queue.recall()
+            queue.find_orphans()
+        assert service.inspection.dead()[0] == 0 and service.inspection.dead(name)[0] == 0
+        assert service.inspection.recent(search="nobody") == ([], None)
+        for path in ("/lanes", "/health/metrics", "/history", "/task/recent?limit=1000&offset=50000", "/task/dead",
+                     f"/suppressions?limit=1000&offset={size // 2}", "/subscriptions?limit=1000",
+                     "/task/subscriptionContent"):
+            client.get(path)
+        store.redis.delete(key("ascii_folded"))
+        service.newsletters.refold()
+        assert client("DELETE", "/task/subscriptionContent/news")[0] == 200
+        service.http.api.accounts.deregister(name)
+        queue.settle_and_take("normal-0", "normal")
+        monkeypatch.undo()
+        print("\nms of Redis's processor, longest:", {what: round(spent, 1) for what, spent in sorted(
+            longest.items(), key=lambda item: -item[1])[:12]})
+        slow = sorted(((entry["duration"] // 1000, entry["command"].split()[:2])
+                       for entry in server.client.slowlog_get(1000)), reverse=True)
+        print("ms by its SLOWLOG, longest:", [
+            (spent, scripts.get(second.decode(), first.decode())) for spent, (first, second) in slow[:12]])
+        assert max(longest.values()) < 100
 
 
 def test_behind_sentinels_a_new_master_is_found_when_the_old_one_dies(processes, mail_server, redis_with_file):
