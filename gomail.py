@@ -2579,7 +2579,7 @@ class GroupCommit:
             one failed: that must do no harm.
     """
 
-    MOST = 100  # weight of a group: Redis answers nobody else for some milliseconds
+    MOST = 100  # weight of a group, for which Redis answers nobody else: about a millisecond
 
     class Member:
         """A request, and what became of it: it leads the next group, or has an answer, or an error, or none of them."""
