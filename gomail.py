@@ -7554,7 +7554,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
             selector.register(self.end_of_waiting, selectors.EVENT_READ)
             while not self.stopping:
                 ready = selector.select(self.DRAIN_INTERVAL if self.turned_away else poll_interval)
-                if not self.stopping and any(key.fileobj is self.socket for key, _ in ready):
+                if ready and not self.stopping:
                     # The base class's own loop calls this; handle_request() would wait once more.
                     self._handle_request_noblock()  # type: ignore[attr-defined]
                 self.service_actions()

@@ -11549,6 +11549,7 @@ def test_no_command_keeps_redis_busy_for_long_in_a_queue_of_a_million(mail_serve
             queue.find_orphans()
         assert service.inspection.dead()[0] == 0 and service.inspection.dead(name)[0] == 0
         assert service.inspection.recent(search="nobody") == ([], None)
+        client = Client(service.http.url, client.key)  # the other's connection was idle for too long
         for path in ("/lanes", "/health/metrics", "/history", "/task/recent?limit=1000&offset=50000", "/task/dead",
                      f"/suppressions?limit=1000&offset={size // 2}", "/subscriptions?limit=1000",
                      "/task/subscriptionContent"):
