@@ -1270,8 +1270,8 @@ class Store:
     def execute(self, *commands: Sequence[Any]) -> list[Any]:
         """The answers to commands that are sent together, as Redis gives them. Raises the first error among them.
 
-        This is redis-py without its statistics and pipelines, which would take 13 microseconds a script, a ninth of a
-        small ENQUEUE, and 80 with durability=fsync.
+        This is redis-py without its statistics and pipelines: measured, they take a sixth of the processor time of a
+        small script, and 60 microseconds of one with WAITAOF.
         """
         client = self.redis
         connection = client.connection or client.connection_pool.get_connection()
