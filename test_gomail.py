@@ -2010,14 +2010,6 @@ def test_an_embedded_server_that_outlived_its_killed_gomail_is_taken_over(proces
         connected(second.embedded).ping()
 
 
-def test_the_embedded_server_keeps_a_small_task_that_waits_in_one_block_of_memory(processes):
-    process = processes().started()
-    client, server = process.client.sign_up(), connected(process.embedded)
-    for content, encoding in (("x" * 1000, "listpack"), ("x" * 10_000, "hashtable")):
-        task_id = client.task(content=content, send_at="2036-01-01T00:00:00Z")
-        assert server.object("encoding", f"gomail:task:{task_id}") == encoding
-
-
 def memory_limits(process):
     """(maxmemory in MB, maxmemory-policy) of a process's embedded server."""
     found = connected(process.embedded).config_get("maxmemory*")
@@ -11478,9 +11470,7 @@ def test_no_command_keeps_redis_busy_for_long_in_a_queue_of_a_million(mail_serve
     size = int(os.environ.get("GOMAIL_SIZE", 1_000_000))
     with contextlib.ExitStack() as ending:
         folder = ending.enter_context(tempfile.TemporaryDirectory())
-        # As the embedded server has it.
-        server = RedisServer(folder, "--hash-max-listpack-value", "2048", "--slowlog-log-slower-than", "10000",
-                             "--slowlog-max-len", "1000").start()
+        server = RedisServer(folder, "--slowlog-log-slower-than", "10000", "--slowlog-max-len", "1000").start()
         ending.callback(server.stop)
         services = Services(server, tmp_path)
         ending.callback(services.stop)
