@@ -25,7 +25,7 @@ The way of one mail, from POST to 250; the numbers are those of the sections:
     -> compose             10  turns the Mail into bytes
     -> SmtpTransport.send  11  returns when the server has answered 250, and raises a DeliveryError otherwise
     -> Outcome              7  says what became of the task: succeeded, retrying, dead, ...
-    -> Queue.settle_and_take   stores the Outcomes of some tasks, and takes the next ones in the same round trip
+    -> Queue.settle_and_take   stores the Outcome of each task, and takes further ones in the same round trip
     Queue.promote           7  puts the id of a task whose retry is due back into its lane; Cron.once (15) calls it
 
 What a change touches:
@@ -1623,9 +1623,6 @@ class EmbeddedServer:
                  "--dir", self.folder, "--appendonly", "yes", "--save", "",
                  "--appendfsync", "always" if self.fsync else "everysec",
                  "--maxmemory", self._memory_limit(), "--maxmemory-policy", "noeviction",
-                 # A small hash with such a value takes a block of memory instead of one for each field: a newsletter
-                 # that waits takes 580 bytes instead of 965, a message of 1 KB 1,620 instead of 1,980.
-                 "--hash-max-listpack-value", "2048",
                  "--logfile", self.log_file, "--loglevel", "warning"],
                 stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=[server_lock], start_new_session=True)
 
@@ -2658,6 +2655,7 @@ class Queue:
     """
 
     MAX_STRIKES = 3
+    MAX_DROPS = 3  # connections that a task may lose without consequences
     MAX_IN_HAND = 8  # tasks that a worker takes at once
     HEARTBEAT_TTL = 4.0  # seconds
     OTP_FIRST = 0.01  # seconds that other work waits at most for an OTP
@@ -3228,19 +3226,20 @@ class Queue:
                           {"Retry-After": str(seconds)})
 
     # Move tasks that are due to the head of their lanes, since they have waited already. The one that was due first
-    # must leave first, so the latest is moved first, also where one call does not reach all; of one moment, by id.
-    # KEYS: the prefix. ARGV: how many at most.
+    # must leave first, so the latest is moved first, also where one call does not reach all; of one moment, by id. One
+    # that has lost several connections goes behind all others, which it must not hold up again.
+    # KEYS: the prefix. ARGV: how many at most, MAX_DROPS.
     # Answer: {how many were moved, milliseconds until the next is due, or -1 where none waits}.
     PROMOTE = CLOCK + """
-        local prefix = KEYS[1]
+        local prefix, max_drops = KEYS[1], tonumber(ARGV[2])
         local due = redis.call('ZREVRANGEBYSCORE', prefix .. 'delayed', milliseconds, '-inf', 'LIMIT', 0, ARGV[1])
         for _, id in ipairs(due) do
             redis.call('ZREM', prefix .. 'delayed', id)
             redis.call('ZREM', prefix .. 'scheduled', id)
-            local lane = redis.call('HGET', prefix .. 'task:' .. id, 'lane')
+            local lane, drops = unpack(redis.call('HMGET', prefix .. 'task:' .. id, 'lane', 'drops'))
             if lane then
                 redis.call('HSET', prefix .. 'task:' .. id, 'state', 'queued')
-                redis.call('RPUSH', prefix .. 'lane:' .. lane, id)
+                redis.call(tonumber(drops or 0) < max_drops and 'RPUSH' or 'LPUSH', prefix .. 'lane:' .. lane, id)
             end
         end
         local next = redis.call('ZRANGE', prefix .. 'delayed', 0, 0, 'WITHSCORES')[2]
@@ -3251,7 +3250,7 @@ class Queue:
         """Move tasks that are due to their lanes; returns how many, at most BATCH. Sets `next_due` (monotonic)."""
         self._delayed.clear()
         self.next_due = math.inf
-        count, wait = self._promote(keys=[self.store.prefix], args=[self.BATCH])
+        count, wait = self._promote(keys=[self.store.prefix], args=[self.BATCH, self.MAX_DROPS])
         if wait >= 0:
             self.next_due = time.monotonic() + wait / 1000
         return count
@@ -5580,8 +5579,8 @@ class Newsletters:
     DEFINE = KEYS_BY_NAME + """
         local content_type, body, exists = unpack(ARGV)
         if redis.call('HEXISTS', content, content_type) ~= tonumber(exists) then return 0 end
+        redis.call('HSET', content, content_type, body)  -- a full Redis refuses this: nothing is written before it
         if exists == '0' then redis.call('UNLINK', subscribers, issued) end  -- what REMOVE has left
-        redis.call('HSET', content, content_type, body)
         return 1
     """
 
@@ -6252,7 +6251,6 @@ class Workers:
     SETTLE_WITHIN = 0.005
     GIVE_BACK_AFTER = 1.0  # seconds that a task in hand waits for the one before it
     SETTLE_TIMEOUT = 2.0  # seconds to settle the tasks in hand, once their connections are cut
-    MAX_DROPS = 3
     DOUBT_FACTOR = 20  # times retry_delay: before a mail that may have arrived is sent again
     EVENTS = {Verdict.SUCCEEDED: "sent", Verdict.RETRYING: "retried", Verdict.DROPPED: "retried",
               Verdict.IN_DOUBT: "retried", Verdict.DEAD: "failed"}  # for the history of mails
@@ -6339,6 +6337,7 @@ class Workers:
                 elif self.stopping.is_set():
                     break
                 elif breaker.reason:
+                    self.transport.tidy()
                     breaker.wait()
                 elif crew.is_overstaffed:
                     if crew.leave(name):
@@ -6469,7 +6468,7 @@ class Workers:
             in_doubt = verdict == Verdict.IN_DOUBT
             # A mail that makes the server hang up would be sent for ever. It pays an attempt for that from the fourth
             # time on, if the server has taken other mails since the last.
-            if task.drops >= self.MAX_DROPS and self.transport.accepted * 1e6 >= task.dropped:
+            if task.drops >= Queue.MAX_DROPS and self.transport.accepted * 1e6 >= task.dropped:
                 verdict, delay = Verdict.RETRYING, self.doubt_delay(task.drops) if in_doubt else 0.0
             else:
                 delay = self.doubt_delay(task.drops) if in_doubt else self.drop_delay(task.drops)
