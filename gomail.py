@@ -18,6 +18,7 @@ The way of one mail, from POST to 250; the numbers are those of the sections:
     Handler.respond        17  reads the request, finds its Route and the Account of its API key
     -> Api.enqueue         16  is the handler of POST /task; TASK (6), the Check of the Route, has checked the body
     -> Queue.enqueue        7  stores the task and puts its id into a lane (script ENQUEUE); the app gets its answer
+    -> GroupCommit          7  makes one call of that script for all requests that wait
     Workers.run            14  is a thread that waits for the next ids of its lane
     -> Queue.settle_and_take   moves some of them to the worker's processing list (script SETTLE_AND_TAKE)
     -> Workers.perform     14  calls the method for the task's type; Workers.send_message turns a "message" into a Mail
@@ -2576,7 +2577,7 @@ class GroupCommit:
             one failed: that must do no harm.
     """
 
-    MOST = 100  # weight of a group, for which Redis answers nobody else: about a millisecond
+    MOST = 100  # weight of a group
 
     class Member:
         """A request, and what became of it: it leads the next group, or has an answer, or an error, or none of them."""
@@ -2595,7 +2596,10 @@ class GroupCommit:
         self._waiting: collections.deque[GroupCommit.Member] = collections.deque()  # only while a call is under way
 
     def __call__(self, request: Sequence, weight: int) -> Any:
-        """The answer to a request. Raises what the call raises."""
+        """The answer to a request of this weight: 1 for a small task, 100 for what keeps Redis busy for a millisecond.
+
+        Raises what the call raises.
+        """
         if weight > self.MOST:
             return self._call([request])[0]
         own = self.Member(request, weight)
