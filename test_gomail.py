@@ -152,7 +152,7 @@ class Cutter:
         server: the RedisServer behind it.
     """
 
-    NOTHING = (b":0\r\n", b"$-1\r\n")  # what scripts answer that found nothing to do
+    NOTHING = (b":0\r\n", b"$-1\r\n", b"*1\r\n:0\r\n")  # what scripts answer that found nothing to do
 
     def __init__(self, server: RedisServer) -> None:
         self.server, self.victim, self.cuts = server, b"", 0
@@ -182,7 +182,7 @@ class Cutter:
                         return
                     if source is client:
                         doomed = doomed or bool(self.victim) and self.victim in data
-                    elif doomed and data not in self.NOTHING:
+                    elif doomed and self.victim and data not in self.NOTHING:  # else another connection was cut
                         self.victim, self.cuts = b"", self.cuts + 1
                         return
                     else:
