@@ -7179,6 +7179,29 @@ def test_threads_become_more_while_mails_wait_for_the_server_and_fewer_afterward
         until(lambda: service.inspection.counters()["executed"] == 401)
 
 
+def test_a_mail_that_hangs_holds_up_no_others(services, monkeypatch):
+    monkeypatch.setattr(gomail.Workers, "GIVE_BACK_AFTER", 0.1)
+    monkeypatch.setattr(gomail.Crew, "STUCK", 0.1)
+    monkeypatch.setattr(gomail.Cron, "BEAT", 0.1)
+    with contextlib.closing(HoldingServer("0@example.com", "5@example.com")) as server:
+        service = services(server, workers=1, workers_max=3)
+        post_batch(service.client.sign_up(), 10)
+        until(lambda: sorted(arrived(server)) == [1, 2, 3, 4, 6, 7, 8, 9])
+        assert len(service.workers.crews["normal"].threads) == 3
+        server.held.clear()
+        until(lambda: service.inspection.counters()["executed"] == 10)
+        assert sorted(arrived(server)) == [*range(10)]
+
+
+def test_a_fast_server_needs_few_threads(services, mail_server, monkeypatch):
+    monkeypatch.setattr(gomail.Crew, "FAST", PATIENCE)
+    monkeypatch.setattr(gomail.Crew, "SLOW", PATIENCE)
+    service = services(mail_server, workers=8)
+    post_batch(service.client.sign_up(), 200)
+    until(lambda: service.inspection.counters()["executed"] == 200)
+    until(lambda: len(service.workers.crews["normal"].threads) <= 2)
+
+
 def test_a_busy_process_starts_no_further_threads(services, monkeypatch):
     monkeypatch.setattr(gomail.Crew, "BUSY", 0.0)
     with contextlib.closing(HoldingServer("0@example.com", "1@example.com")) as server:
