@@ -6450,6 +6450,8 @@ class Workers:
                                 self.settle_if_due(crew.lane, name, hand)
                             except redis.RedisError:  # the worker tries it, too, and begins nothing before
                                 time.sleep(self.REST)
+                            except Exception:  # a fault of ours must not end the thread
+                                logger.exception("unexpected error in settling", extra={"fields": {"worker": name}})
                             finally:
                                 hand.lock.release()
 
