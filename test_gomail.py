@@ -7193,13 +7193,13 @@ def test_a_mail_that_hangs_holds_up_no_others(services, monkeypatch):
         assert sorted(arrived(server)) == [*range(10)]
 
 
-def test_a_fast_server_needs_few_threads(services, mail_server, monkeypatch):
+def test_a_fast_server_needs_one_thread(services, mail_server, monkeypatch):
     monkeypatch.setattr(gomail.Crew, "FAST", PATIENCE)
     monkeypatch.setattr(gomail.Crew, "SLOW", PATIENCE)
     service = services(mail_server, workers=8)
     post_batch(service.client.sign_up(), 200)
     until(lambda: service.inspection.counters()["executed"] == 200)
-    until(lambda: len(service.workers.crews["normal"].threads) <= 2)
+    until(lambda: len(service.workers.crews["normal"].threads) == 1)
 
 
 def test_a_busy_process_starts_no_further_threads(services, monkeypatch):
