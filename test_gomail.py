@@ -3269,18 +3269,23 @@ def test_a_request_whose_data_is_at_fault_spoils_it_for_no_other_in_its_group(qu
     assert queue.enqueue(queue.account, [MESSAGE], "a key") == results[-1]
 
 
+def queue_at(server):
+    """A Queue in an empty Redis, and an account for it."""
+    queue = gomail.Queue(gomail.Store(server.uri), gomail.Settings(), "a process")
+    queue.account = gomail.Account("one", "1")
+    queue.store.redis.hset("gomail:UserList", "one", "1")
+    return queue
+
+
 def test_a_full_redis_refuses_each_request_of_a_group_and_keeps_nothing_of_them(redis_with_file):
     server = redis_with_file()
-    store = gomail.Store(server.uri)
-    store.redis.hset("gomail:UserList", "one", "1")
-    queue = gomail.Queue(store, gomail.Settings(), "a process")
-    queue.account = gomail.Account("one", "1")
-    before = store.redis.dbsize()
+    queue = queue_at(server)
+    before = queue.store.redis.dbsize()
     server.client.config_set("maxmemory", 1)
     calls = [enqueueing(queue), enqueueing(queue, OTP), enqueueing(queue, key="a key"), enqueueing(queue, MESSAGE, OTP)]
     assert all(gomail.is_full(error) for error in Together(queue._enqueue_in_groups)(*calls))
     server.client.config_set("maxmemory", 0)
-    assert store.redis.dbsize() == before
+    assert queue.store.redis.dbsize() == before
     assert len(set(itertools.chain(*(call() for call in calls)))) == 5
 
 
@@ -3329,10 +3334,7 @@ def test_a_group_takes_one_round_trip_and_one_connection_and_a_lone_request_too(
 
 def test_all_who_wait_learn_at_once_that_redis_is_away_and_later_requests_are_queued(redis_with_file):
     server = redis_with_file()
-    store = gomail.Store(server.uri)
-    store.redis.hset("gomail:UserList", "one", "1")
-    queue = gomail.Queue(store, gomail.Settings(), "a process")
-    queue.account = gomail.Account("one", "1")
+    queue = queue_at(server)
     queue._enqueue_in_groups.MOST = 2  # more wait than go in one group
 
     meeting = Together(queue._enqueue_in_groups)
