@@ -1148,10 +1148,7 @@ class Script:
         """
         if self.once:
             keys = [*keys, self.store.key("answered", request or secrets.token_hex(16))]
-        try:
-            return self.store.execute(("EVALSHA", self.digest, len(keys), *keys, *args))[0]
-        except redis.exceptions.NoScriptError:
-            return self.store.execute(("EVAL", self.source, len(keys), *keys, *args))[0]
+        return self._run(keys, args)[0]
 
     def durably(self, keys: Sequence, args: Sequence, timeout: int) -> tuple[Any, bool]:
         """The script's answer, and whether all that it wrote is on disk within `timeout` milliseconds.
@@ -1159,13 +1156,16 @@ class Script:
         WAITAOF waits for writes of its own connection only. When that breaks, the script is sent again and may find
         its work done; the SET behind it is then the write to wait for, since the file has both in their order.
         """
-        behind = ("SET", self.store.key("on_disk"), 1), ("WAITAOF", 1, 0, timeout)
-        try:
-            answers = self.store.execute(("EVALSHA", self.digest, len(keys), *keys, *args), *behind)
-        except redis.exceptions.NoScriptError:
-            answers = self.store.execute(("EVAL", self.source, len(keys), *keys, *args), *behind)
-        answer, _, (on_disk, _) = answers
+        answer, _, (on_disk, _) = self._run(
+            keys, args, ("SET", self.store.key("on_disk"), 1), ("WAITAOF", 1, 0, timeout))
         return answer, bool(on_disk)
+
+    def _run(self, keys: Sequence, args: Sequence, *behind: Sequence) -> list[Any]:
+        """The answers to the script and to the commands that are sent behind it."""
+        try:
+            return self.store.execute(("EVALSHA", self.digest, len(keys), *keys, *args), *behind)
+        except redis.exceptions.NoScriptError:
+            return self.store.execute(("EVAL", self.source, len(keys), *keys, *args), *behind)
 
 
 class Store:
@@ -6445,15 +6445,20 @@ class Workers:
                 for name, hand in crew.hands.items():
                     if hand.tasks or hand.outcomes:
                         self.in_hand.set()
-                        if hand.lock.acquire(blocking=False):  # otherwise its worker is settling
-                            try:
-                                self.settle_if_due(crew.lane, name, hand)
-                            except redis.RedisError:  # the worker tries it, too, and begins nothing before
-                                time.sleep(self.REST)
-                            except Exception:  # a fault of ours must not end the thread
-                                logger.exception("unexpected error in settling", extra={"fields": {"worker": name}})
-                            finally:
-                                hand.lock.release()
+                        self.settle_for(crew.lane, name, hand)
+
+    def settle_for(self, lane: Lane, name: str, hand: Hand) -> None:
+        """Settle for a worker what is due, unless it is settling itself. Raises nothing."""
+        if not hand.lock.acquire(blocking=False):
+            return
+        try:
+            self.settle_if_due(lane, name, hand)
+        except redis.RedisError:  # the worker tries it, too, and begins nothing before
+            time.sleep(self.REST)
+        except Exception:  # a fault of ours must not end the thread
+            logger.exception("unexpected error in settling", extra={"fields": {"worker": name}})
+        finally:
+            hand.lock.release()
 
     def settle_if_due(self, lane: Lane, name: str, hand: Hand) -> None:
         """Settle what this worker did SETTLE_WITHIN seconds ago, or note that it does not begin its tasks within
