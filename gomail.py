@@ -2494,6 +2494,11 @@ def fold_address(address: str) -> str:
     return address.encode().lower().decode()
 
 
+def addresses_of(payload: Json) -> tuple[str, ...]:
+    """All that the mail of a payload goes to."""
+    return payload["userId"], *payload.get("cc", ()), *payload.get("bcc", ())
+
+
 @dataclasses.dataclass
 class Task:
     """A task that a worker has in hand. Times are Redis's, in microseconds since the epoch."""
@@ -2919,7 +2924,7 @@ class Queue:
                 self._no_otp.clear()
             elif task["type"] == "subscribe" and "content" not in payload:
                 content_type = payload["content_type"]
-            recipients = fold_address(" ".join([payload["userId"], *payload.get("cc", ()), *payload.get("bcc", ())]))
+            recipients = fold_address(" ".join(addresses_of(payload)))
             body = json.dumps(task)
             request += [task_id, summary_of(task), body, lane_of(task["type"]),
                         otp_address, content_type, payload.get("send_at", 0) // 1000, recipients]
@@ -6607,8 +6612,7 @@ class Workers:
 
     def _recipients(self, task: Task) -> list[str]:
         """The addresses that a task's mail goes to, except those that are suppressed."""
-        payload = task.payload
-        addresses = dict.fromkeys((payload["userId"], *payload.get("cc", ()), *payload.get("bcc", ())))
+        addresses = dict.fromkeys(addresses_of(task.payload))
         return [address for address in addresses if fold_address(address) not in task.suppressed and not (
             task.type != "generateOtp" and self.suppressions.by_older(task.account, address))]
 
