@@ -2747,7 +2747,7 @@ class Queue:
     #          begun ("", or since it was accepted) and ended (since it was begun), and the account, by spaces
     #   u, n   userId, and the task's name; or, where these are no UTF-8, head as summary_of() has it
     #   to     the recipients in lower case, where there are more than that one
-    #   error, story    where there is one
+    #   error, story    where there is one; what the server said to a mail goes on in r1, r2 and r3
     #
     # The caller passes `ttl` in milliseconds and what never changes of a task: when it was accepted, its type and
     # retries, the account, u and n. To read and decode its head here took a third of the time of this fragment.
@@ -2766,7 +2766,12 @@ class Queue:
                 kept[#kept + 1] = value
             end
             if to and to ~= string.lower(user) then keep('to', to) end
-            if (error or before or '') ~= '' then keep('error', error or before) end
+            local reason = error or before or ''
+            if state == '' and #reason > 64 then
+                for at = 65, #reason, 64 do keep('r' .. (at - 1) / 64, string.sub(reason, at, at + 63)) end
+                reason = string.sub(reason, 1, 64)
+            end
+            if reason ~= '' then keep('error', reason) end
             if story then keep('story', story) end
             redis.call('DEL', task)
             redis.call('HSET', task, unpack(kept))
@@ -3635,7 +3640,7 @@ class Inspection:
 
     SEARCH_BATCH = 200  # tasks in one script
     FIELDS = ("head", "account", "state", "attempts", "error", "created", "finished", "due", "started", "story",
-              "d", "u", "n")
+              "d", "u", "n", "r1", "r2", "r3")
 
     def __init__(self, store: Store, settings: Settings, give_way: Callable[[], object] = lambda: None) -> None:
         self.store, self.settings, self.give_way = store, settings, give_way
@@ -3664,6 +3669,7 @@ class Inspection:
                 found["head"] = found["head"] or body
             if found["d"]:
                 found["state"], found["account"] = ended_as(found["d"])
+                found["error"] = "".join(found[name] or "" for name in ("error", "r1", "r2", "r3"))
             if found["state"] is None or account and found["account"] != account:
                 continue
             owner = {} if account else {"account": found["account"]}
@@ -3824,13 +3830,15 @@ def history_of(task: Json) -> list[Json]:
     state = task["state"]
     events = [line.split(" ", 3) for line in (task["story"] or "").split("\n")[:-1]]
     if state in CONCLUDED:
-        reason = task["error"] if state != State.SUCCEEDED else ""
-        events.append([task["finished"], task["started"], state, reason])
+        events.append([task["finished"], task["started"], state, task["error"]])
     history: list[Json] = [{"time": timestamp(task["created"]), "event": "accepted"}]
     for moment, started, event, reason in events:
         begun = int(started or 0)
         seconds = {"seconds": round((int(moment) - begun) / 1e6, 3)} if begun else {}
-        history.append({"time": timestamp(moment), "event": event, **seconds, "error": reason or None})
+        succeeded = event == State.SUCCEEDED
+        history.append({"time": timestamp(moment), "event": event, **seconds,
+                        "error": None if succeeded else reason or None,
+                        **({"result": reason} if succeeded and reason else {})})
     if state == State.RUNNING:
         history.append({"time": timestamp(task["started"]), "event": "running"})
     return history
@@ -4418,10 +4426,14 @@ class TooManyConnectionsError(UnavailableError):
 
 
 class PartialError(DeliveryError):
-    """The server took the mail for `delivered`, but not for the recipients in `refused` (address -> DeliveryError)."""
+    """The server took the mail for `delivered`, but not for the recipients in `refused` (address -> DeliveryError).
 
-    def __init__(self, delivered: tuple[str, ...], refused: dict[str, DeliveryError]) -> None:
-        super().__init__("; ".join(f"{address}: {error}" for address, error in refused.items()))
+    `reply` is what it said when it took the mail.
+    """
+
+    def __init__(self, delivered: tuple[str, ...], refused: dict[str, DeliveryError], reply: str = "") -> None:
+        reasons = [f"{address}: {error}" for address, error in refused.items()]
+        super().__init__("; ".join(reasons + [f"taken for the others: {reply}"] if reply else reasons))
         self.delivered, self.refused = delivered, refused
         # An outage decides what becomes of the task, or else a refusal that may pass.
         self.cause = min(refused.values(), key=lambda error: (
@@ -4457,6 +4469,7 @@ class About(enum.StrEnum):
     SERVER = "the server"
 
 
+MAX_REPLY = 256  # characters of what a server said when it took a mail
 STAGES = {"MAIL": "at MAIL", "RCPT": "at RCPT", "DATA": "at DATA", "DOT": "at the end of the data"}
 TOO_MANY = re.compile(r"\d+ ([45]\.5\.3\b|.*too many recipients)", re.IGNORECASE)
 
@@ -4561,8 +4574,10 @@ class Transport(typing.Protocol):
 
     def send(self, sender: str, recipients: Sequence[str], message: bytes, owner: Account = Account("", ""),
              lane: str = Lane.NORMAL, following: Envelope | None = None,
-             meanwhile: Callable[[], object] = lambda: None) -> None:
+             meanwhile: Callable[[], object] = lambda: None) -> str:
         """Hand over one mail; it returns once the mail is accepted for all recipients. Raises DeliveryError.
+
+        Returns what the server said to it, at most MAX_REPLY ASCII characters.
 
         `following` is the envelope of the mail that this thread sends next, as far as it knows: a promise of nothing.
         `meanwhile` may be called while the server reads the mail, and must not raise.
@@ -4608,13 +4623,14 @@ class MaildirTransport:
 
     def send(self, sender: str, recipients: Sequence[str], message: bytes, owner: Account = Account("", ""),
              lane: str = Lane.NORMAL, following: Envelope | None = None,
-             meanwhile: Callable[[], object] = lambda: None) -> None:
-        """Write one mail, and return once it is on disk. `owner` is whose mail it is. Raises UnavailableError."""
+             meanwhile: Callable[[], object] = lambda: None) -> str:
+        """Write one mail, and return "" once it is on disk. `owner` is whose mail it is. Raises UnavailableError."""
         lines = [f"Return-Path: <{mailbox(sender)}>\n", *(f"Delivered-To: {mailbox(each)}\n" for each in recipients),
                  f"{self.OWNER_HEADER}: {urllib.parse.quote(owner.name)} {owner.key_id}\n"]
         with self.lock, self._maildir() as maildir:
             maildir.add("".join(lines).encode() + message.replace(b"\r\n", b"\n"))
         self.accepted, self.reached = time.time(), time.monotonic()
+        return ""
 
     def probe(self, lane: str = Lane.NORMAL) -> None:
         """Write and remove a file. Raises UnavailableError."""
@@ -4895,6 +4911,7 @@ class ThreadState(threading.local):
     share = 0  # mails that it may carry
     announced: Envelope | None = None  # of which MAIL, RCPT and DATA have been sent: the server waits for its data
     meanwhile: Callable[[], object]  # to be called while the server reads the mail
+    replies: list[str]  # of the server that took the mail
     has_pipelined = False  # whether it has answered commands that were sent with the end of a mail before
     refusals = 0  # transactions in a row that ended without a mail
     used = 0.0  # when it was last used, by time.monotonic()
@@ -4969,8 +4986,10 @@ class SmtpTransport:
 
     def send(self, sender: str, recipients: Sequence[str], message: bytes, owner: Account = Account("", ""),
              lane: str = Lane.NORMAL, following: Envelope | None = None,
-             meanwhile: Callable[[], object] = lambda: None) -> None:
+             meanwhile: Callable[[], object] = lambda: None) -> str:
         """Hand one mail over; it returns once the server has accepted it for all recipients.
+
+        Returns its replies to the end of the data: one for each transaction that it took.
 
         Servers limit what a connection may carry, and say so at any stage in any words. So what is refused on a used
         connection is offered once more on a new one, unless the error is certain.
@@ -4986,7 +5005,7 @@ class SmtpTransport:
         self._close(self.IDLE)
         self._keep_only_for(self._plain_envelope(sender, recipients, message))
         local = self.local
-        local.share, local.meanwhile = self._share(lane), meanwhile
+        local.share, local.meanwhile, local.replies = self._share(lane), meanwhile, []
         carried, announced, idle = local.sent, local.announced, time.monotonic() - local.used
         announce_from = self.announce_from
         refused = self._deliver(sender, recipients, message, following)
@@ -5002,11 +5021,13 @@ class SmtpTransport:
         if local.sent >= self._share(lane) or local.refusals >= self.MAX_REFUSALS:
             self._close()
         delivered = tuple(address for address in recipients if address not in refused)
+        reply = "; ".join(local.replies)[:MAX_REPLY]
         if delivered:
             self.accepted = time.time()
         if refused:
             first, *others = dict.fromkeys(refused.values())
-            raise PartialError(delivered, refused) if delivered or others else first
+            raise PartialError(delivered, refused, reply) if delivered or others else first
+        return reply
 
     def _share(self, lane: str) -> int:
         share = self.settings.smtp_mails_per_connection
@@ -5055,8 +5076,11 @@ class SmtpTransport:
                 self._send_data(smtp, message, following if self._may_announce(smtp, following, refused) else None)
                 self.local.meanwhile()
                 smtp.sock.settimeout(self.FINAL_TIMEOUT)
-                if final := refusal("DOT", *self._reply(smtp, "DOT")):
+                code, text = self._reply(smtp, "DOT")
+                if final := refusal("DOT", code, text):
                     refused = dict.fromkeys(recipients, final) | refused
+                else:
+                    self.local.replies.append(f"{code} {one_line(text)}".encode("ascii", "replace").decode())
         except UnavailableError as error:
             refused = dict.fromkeys(recipients, error)
         except (OSError, smtplib.SMTPException) as error:
@@ -6497,7 +6521,7 @@ class Workers:
         try:
             if task.strikes:
                 self.queue.begin(task)
-            return Outcome(task, Verdict.SUCCEEDED, self.handlers[task.type](task) or "")
+            return Outcome(task, Verdict.SUCCEEDED, self.handlers[task.type](task))
         except DeliveryError as error:
             return self._failed(task, lane, error)
         except redis.RedisError as error:
@@ -6544,9 +6568,9 @@ class Workers:
         longest = max(self.settings.retry_delay_max, self.settings.retry_delay)
         return min(self.DOUBT_FACTOR * self.settings.retry_delay * 2.0 ** drops, longest) * random.uniform(0.75, 1)
 
-    def send_message(self, task: Task) -> None:
-        """Send the mail of a message task."""
-        self._send(task, self._mail(task))
+    def send_message(self, task: Task) -> str:
+        """Send the mail of a message task; returns the server's reply."""
+        return self._send(task, self._mail(task))
 
     def _mail(self, task: Task) -> Mail:
         """The Mail of a message task."""
@@ -6570,23 +6594,26 @@ class Workers:
             with contextlib.suppress(Exception):  # it comes again when the task has its turn
                 task.message = self._compose(task, self._mail(task))
 
-    def send_otp(self, task: Task) -> None:
-        """Issue the OTP of a generateOtp task and send it."""
+    def send_otp(self, task: Task) -> str:
+        """Issue the OTP of a generateOtp task and send it; returns the server's reply."""
         try:
-            self._send(task, Mail(self.settings.sender, task.payload["userId"], *self.otps.mail(self.otps.issue(task))))
+            subject, content = self.otps.mail(self.otps.issue(task))
+            return self._send(task, Mail(self.settings.sender, task.payload["userId"], subject, content))
         finally:
             self.queue.otp_passed()
 
-    def send_newsletter(self, task: Task) -> None:
-        """Send a newsletter with its current content."""
+    def send_newsletter(self, task: Task) -> str:
+        """Send a newsletter with its current content; returns the server's reply."""
         subject, content, headers = self.newsletters.mail(task)
-        self._send(task, Mail(self.settings.sender, task.payload["userId"], subject, content, headers=headers))
+        return self._send(task, Mail(self.settings.sender, task.payload["userId"], subject, content, headers=headers))
 
-    def _send(self, task: Task, mail: Mail) -> None:
-        """Send a mail to those recipients who do not have it yet, and are not suppressed."""
+    def _send(self, task: Task, mail: Mail) -> str:
+        """Send a mail to those recipients who do not have it yet, and are not suppressed; returns the server's reply,
+        or "" where nobody was left to send it to."""
         recipients = self._recipients(task)
         if not recipients and not task.delivered:
             raise SuppressedError(f"{task.payload['userId']} is suppressed; see GET /suppressions")
+        reply = ""
         if recipients := [address for address in recipients if address not in task.delivered]:
             lane, sender = lane_of(task.type), mail.sender[1]
             if (pause := self.queue.pace(lane)) and self.stopping.wait(pause):
@@ -6594,14 +6621,15 @@ class Workers:
             message = task.message or self._compose(task, mail)
             started = time.monotonic()
             try:
-                self.transport.send(sender, recipients, message, Account(task.account, task.key), lane,
-                                    self._envelope(task.following),
-                                    functools.partial(self._make_message, task.following))
+                reply = self.transport.send(
+                    sender, recipients, message, Account(task.account, task.key), lane,
+                    self._envelope(task.following), functools.partial(self._make_message, task.following))
             finally:
                 duration = time.monotonic() - started
                 self.crews[lane].note(duration)
                 self.stats.observe("gomail_smtp_seconds", duration)
             self.breakers[lane].note_success()
+        return reply
 
     def _envelope(self, task: Task | None) -> Envelope | None:
         """The envelope of the mail that a task will send, as far as that can be known before."""
