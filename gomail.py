@@ -868,16 +868,18 @@ def start_logging(settings: Settings) -> None:
 #
 #   task:<id>                       hash    body (JSON); head (what is shown of it, JSON; a newsletter has none);
 #                                           account; key (id of its API key); to (folded addresses); lane; state;
-#                                           created, started, finished (us); due (ms); attempts; error; story (of
-#                                           failed attempts); delivered (to whom); strikes (how many processes died
-#                                           while they had it); begun (set before a task with strikes is begun);
-#                                           drops (how many connections it lost), dropped (the last time, us).
+#                                           created, started, finished (us); due, expires (ms); attempts; error;
+#                                           story (of failed attempts); delivered (to whom); strikes (how many
+#                                           processes died while they had it); begun (set before a task with strikes
+#                                           is begun); drops (how many connections it lost), dropped (the last time,
+#                                           us).
 #                                           A task that has ended, except a dead letter, keeps only a summary: d, u, n
 #                                           (explained at Queue.CONCLUDE), to, error, story, head
 #   lane:<lane>                     list    ids of waiting tasks; in at the left, out at the right
 #   processing:<process>:<worker>   list    ids of the tasks that the worker has in hand; in at the left
 #   delayed                         zset    ids of tasks that wait for a retry or their send_at, by due time (ms)
 #   scheduled                       zset    the part of `delayed` that waits for a send_at, to be counted
+#   expiring                        zset    ids of tasks with `expires`, by that time (ms); some may have ended
 #   dead, dead:<account>            zset    ids of dead letters, by time of death (ms)
 #   recent, recent:<account>        list    ids of the newest tasks, newest first
 #   idempotency:<digest>            string  what is known of an Idempotency-Key: fingerprint of the request, id of its
@@ -2385,12 +2387,24 @@ CONTENT_ID = Pattern("letters, digits and . _ + -, with at most one @ inside",
 FILENAME = String(100, ONE_LINE[:-1] + r"/\\]", "without control characters, / and \\")
 ATTACHMENT = Object({"filename": FILENAME, "content_type": MEDIA_TYPE, "content": Base64(),
                      "content_id": Nullable(CONTENT_ID)})
+
+
+class Message(Object):
+    """The payload of a message."""
+
+    def __call__(self, value: Any, field: str = "") -> Any:
+        payload = super().__call__(value, field)
+        if "expires_at" in payload and payload["expires_at"] <= payload.get("send_at", 0):
+            raise HTTPError(400, f"{field}.expires_at must be after {field}.send_at", f"{field}.expires_at")
+        return payload
+
+
 PAYLOADS = {
-    "message": Object({"userId": Address(), "subject": SUBJECT, "content": CONTENT, "text": Nullable(CONTENT),
-                       "from_name": Nullable(String(100, ONE_LINE, LINE)), "reply_to": Nullable(Address()),
-                       "cc": Nullable(Array(Address(), 49)), "bcc": Nullable(Array(Address(), 49)),
-                       "attachments": Nullable(Array(ATTACHMENT, 50)), "variables": Nullable(Variables()),
-                       "send_at": Nullable(DateTime())}),
+    "message": Message({"userId": Address(), "subject": SUBJECT, "content": CONTENT, "text": Nullable(CONTENT),
+                        "from_name": Nullable(String(100, ONE_LINE, LINE)), "reply_to": Nullable(Address()),
+                        "cc": Nullable(Array(Address(), 49)), "bcc": Nullable(Array(Address(), 49)),
+                        "attachments": Nullable(Array(ATTACHMENT, 50)), "variables": Nullable(Variables()),
+                        "send_at": Nullable(DateTime()), "expires_at": Nullable(DateTime())}),
     "generateOtp": Object({"userId": Address(), "length": Integer(4, 8)}),
     "subscribe": Object({"userId": Address(), "frequency": Enum(FREQUENCIES), "content_type": CONTENT_TYPE,
                          "subject": Nullable(SUBJECT_TEMPLATE), "content": Nullable(CONTENT_TEMPLATE),
@@ -2515,6 +2529,7 @@ class Task:
     strikes: int = 0  # processes that died while they had it
     drops: int = 0  # connections that broke during it
     dropped: int = 0  # when the last of them did
+    expires: int = 0  # after which it is not to be sent any more, in milliseconds; 0: never
     delivered: tuple = ()  # recipients that have the mail already, as fold_address() has them
     suppressed: tuple = ()  # recipients that get none, in the same form
     following: "Task | None" = None  # the one that the worker has in hand after it
@@ -2536,6 +2551,7 @@ class State(enum.StrEnum):
     DEAD = "dead"
     SUPPRESSED = "suppressed"
     CANCELLED = "cancelled"
+    EXPIRED = "expired"
 
 
 class Verdict(enum.StrEnum):
@@ -2549,9 +2565,11 @@ class Verdict(enum.StrEnum):
     DEAD = "dead"
     CANCELLED = "cancelled"  # nobody wants the mail any more
     SUPPRESSED = "suppressed"  # no recipient is left
+    EXPIRED = "expired"  # it was not sent in time
 
 
-CONCLUDED = (Verdict.SUCCEEDED, Verdict.CANCELLED, Verdict.SUPPRESSED)  # and so the states: only a summary is kept
+# And so the states: only a summary is kept.
+CONCLUDED = (Verdict.SUCCEEDED, Verdict.CANCELLED, Verdict.SUPPRESSED, Verdict.EXPIRED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2708,15 +2726,20 @@ class Queue:
         end
     """
 
-    # The record of a new task: `due` in milliseconds, `to` its recipients as fold_address() has them, and further
-    # fields. It is shown among the newest tasks, and waits in its lane or until it is due.
+    # The record of a new task: `due` and `expires` in milliseconds, `to` its recipients as fold_address() has them, and
+    # further fields. It is shown among the newest tasks, and waits in its lane or until it is due. If it may expire,
+    # `expiring` has it until then, whatever becomes of it before.
     ADD_TASK = CLOCK + f"""
-        local function add_task(prefix, id, account, key, lane, due, body, to, ...)
+        local function add_task(prefix, id, account, key, lane, due, expires, body, to, ...)
             local task = prefix .. 'task:' .. id
             redis.call('HSET', task, 'body', body, 'account', account, 'key', key, 'lane', lane, 'state', 'queued',
                        'attempts', 0, 'created', microseconds, 'to', to, ...)
             for _, list in ipairs({{prefix .. 'recent', prefix .. 'recent:' .. account}}) do
                 if redis.call('LPUSH', list, id) > {RECENT} then redis.call('RPOP', list) end
+            end
+            if tonumber(expires) > 0 then
+                redis.call('HSET', task, 'expires', expires)
+                redis.call('ZADD', prefix .. 'expiring', expires, id)
             end
             if tonumber(due) > milliseconds then
                 redis.call('HSET', task, 'state', 'scheduled', 'due', due)
@@ -2818,6 +2841,7 @@ class Queue:
         self._beat = store.script(self.BEAT)
         self._resume = store.script(self.RESUME)
         self._promote = store.script(self.PROMOTE)
+        self._expire = store.script(self.EXPIRE)
         self._recall = store.script(self.RECALL)
         self._reclaim = store.script(self.RECLAIM, once=True)
         self._adopt = store.script(self.ADOPT)
@@ -2836,14 +2860,14 @@ class Queue:
     # its tasks there: it changes nothing, and does not count against the limits. The same idempotency key gets the same
     # answer again.
     # KEYS: the prefix.
-    # ARGV: otp_cooldown (s), otp_hourly_max, otp_minute_max; then of each request: account, id of the API key,
-    #       fingerprint of what came with an idempotency key and the key's digest, or "" twice, what the ids are made
-    #       from, the number of tasks; and of each of its tasks: id, head, body, lane, the address of an OTP or "", a
-    #       content type that must exist or "", due (ms), recipients.
+    # ARGV: otp_cooldown (s), otp_hourly_max, otp_minute_max, otp_ttl (s); then of each request: account, id of the API
+    #       key, fingerprint of what came with an idempotency key and the key's digest, or "" twice, what the ids are
+    #       made from, the number of tasks; and of each of its tasks: id, head, body, lane, the address of an OTP or "",
+    #       a content type that must exist or "", due (ms), when it expires (ms) or 0, recipients.
     # Answer: for each request "revoked", "conflict", or {what the ids are made from, "<number>=<why> ..." of the tasks
     #         refused}.
     ENQUEUE = ADD_TASK + LIMIT + """
-        local prefix, cooldown, hourly, minute = KEYS[1], unpack(ARGV, 1, 3)
+        local prefix, cooldown, hourly, minute, otp_ttl = KEYS[1], unpack(ARGV, 1, 4)
 
         local function too_early(account, id, address)
             local asked, hour = prefix .. 'otp_asked:' .. address .. ':' .. account, milliseconds - 3600000
@@ -2863,14 +2887,15 @@ class Queue:
             redis.call('EXPIRE', asked, 3600)
         end
 
-        local function refusal_of(account, key, id, head, body, lane, otp_address, content_type, due, to)
+        local function refusal_of(account, key, id, head, body, lane, otp_address, content_type, due, expires, to)
             if redis.call('EXISTS', prefix .. 'task:' .. id) == 1 then return end
             if content_type ~= '' and redis.call('HEXISTS', prefix .. 'content:' .. account, content_type) == 0 then
                 return 'unknown'
             end
             local wait = otp_address ~= '' and too_early(account, id, otp_address)
             if wait then return wait end
-            add_task(prefix, id, account, key, lane, due, body, to, 'head', head)
+            if otp_address ~= '' then expires = milliseconds + otp_ttl * 1000 end
+            add_task(prefix, id, account, key, lane, due, expires, body, to, 'head', head)
         end
 
         local function enqueue(tasks, account, key, fingerprint, digest, first, count)
@@ -2883,7 +2908,7 @@ class Queue:
             end
             local refused = {}
             for number = 0, count - 1 do
-                local why = refusal_of(account, key, unpack(ARGV, tasks + 8 * number, tasks + 8 * number + 7))
+                local why = refusal_of(account, key, unpack(ARGV, tasks + 9 * number, tasks + 9 * number + 8))
                 if why then refused[#refused + 1] = number .. '=' .. why end
             end
             local refusals = table.concat(refused, ' ')
@@ -2894,10 +2919,10 @@ class Queue:
             return {first, refusals}
         end
 
-        local answers, at = {}, 4
+        local answers, at = {}, 5
         while at <= #ARGV do
             answers[#answers + 1] = enqueue(at + 6, unpack(ARGV, at, at + 5))
-            at = at + 6 + 8 * ARGV[at + 5]
+            at = at + 6 + 9 * ARGV[at + 5]
         end
         return answers
     """
@@ -2932,7 +2957,8 @@ class Queue:
             recipients = fold_address(" ".join(addresses_of(payload)))
             body = json.dumps(task)
             request += [task_id, summary_of(task), body, lane_of(task["type"]),
-                        otp_address, content_type, payload.get("send_at", 0) // 1000, recipients]
+                        otp_address, content_type, payload.get("send_at", 0) // 1000,
+                        payload.get("expires_at", 0) // 1000, recipients]
             size += len(body)
         answer, is_safe = self._enqueue_in_groups(request, len(tasks) + size // self.BYTES_LIKE_A_TASK)
         if any("send_at" in task["payload"] for task in tasks):
@@ -2966,7 +2992,8 @@ class Queue:
     def _enqueue_group(self, requests: Sequence[Sequence]) -> list[tuple[Any, bool]]:
         """For each of these requests what ENQUEUE answers, and whether that is as safe as `durability` promises."""
         settings, keys = self.settings, [self.store.prefix]
-        args = [settings.otp_cooldown, settings.otp_hourly_max, settings.otp_minute_max, *itertools.chain(*requests)]
+        args = [settings.otp_cooldown, settings.otp_hourly_max, settings.otp_minute_max, settings.otp_ttl,
+                *itertools.chain(*requests)]
         if settings.durability == "fsync":
             answers, is_safe = self._enqueue.durably(keys, args, 4000)
         else:
@@ -2984,12 +3011,13 @@ class Queue:
     #       then, of each task to settle: the number of its arguments, its id, verdict, detail, delay (ms), recipients
     #       that have the mail and addresses to suppress, by spaces; and, if it ends, what _summary_args() returns.
     # Answer: {how many tasks are left in the lane, then of each task taken: {id, body, account, API key's id, created,
-    #         attempts, strikes, drops, dropped, delivered, the recipients that are suppressed}}. No task, although some
-    #         are left, means: ask again.
+    #         attempts, strikes, drops, dropped, expires, delivered, the recipients that are suppressed}}. No task,
+    #         although some are left, means: ask again.
     SETTLE_AND_TAKE = BURY + CONCLUDE + """
         local own, lane, prefix = unpack(KEYS)
         local most, keep, share, all = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4] == '1'
         local result_ttl, dead_ttl, dead_max, process, worker = unpack(ARGV, 5, 9)
+        local ends = {succeeded = true, cancelled = true, suppressed = true, expired = true}
 
         local function settle(id, verdict, detail, delay, delivered, suppress, ...)
             if redis.call('LREM', own, 1, id) == 0 then return end
@@ -3000,7 +3028,8 @@ class Queue:
                 redis.call('ZADD', prefix .. 'suppressed:' .. account, milliseconds, address)
                 redis.call('HSET', prefix .. 'suppressed_for:' .. account, address, detail)
             end
-            if verdict == 'succeeded' or verdict == 'cancelled' or verdict == 'suppressed' then
+            if ends[verdict] then
+                if verdict == 'expired' and redis.call('HEXISTS', task, 'd') == 1 then return end  -- EXPIRE came first
                 conclude(task, verdict, detail, result_ttl, ...)
                 if verdict == 'succeeded' then
                     redis.call('HINCRBY', prefix .. 'metrics', 'executed', 1)
@@ -3070,7 +3099,7 @@ class Queue:
             if not id then break end
             local task = prefix .. 'task:' .. id
             local fields = redis.call('HMGET', task, 'body', 'account', 'key', 'created', 'attempts', 'strikes',
-                                      'drops', 'dropped', 'delivered', 'to')
+                                      'drops', 'dropped', 'expires', 'delivered', 'to')
             if not fields[1] then
                 redis.call('LREM', own, 1, id)
             elseif redis.call('HGET', prefix .. 'UserList', fields[2]) ~= fields[3] then
@@ -3078,14 +3107,14 @@ class Queue:
                 redis.call('UNLINK', task)
             else
                 if all or #found == 0 then begin(task) end
-                local to, suppressed = fields[10], prefix .. 'suppressed:' .. fields[2]
-                fields[10] = ''
+                local to, suppressed = fields[11], prefix .. 'suppressed:' .. fields[2]
+                fields[11] = ''
                 if to and redis.call('EXISTS', suppressed) == 1 then
                     for address in string.gmatch(to, '%S+') do
-                        if redis.call('ZSCORE', suppressed, address) then fields[10] = fields[10] .. address .. ' ' end
+                        if redis.call('ZSCORE', suppressed, address) then fields[11] = fields[11] .. address .. ' ' end
                     end
                 end
-                found[#found + 1] = {id, unpack(fields, 1, 10)}
+                found[#found + 1] = {id, unpack(fields, 1, 11)}
                 if #found == most or tonumber(fields[6] or 0) > 0 then break end  -- one with strikes is the last
             end
         end
@@ -3129,13 +3158,14 @@ class Queue:
 
     @staticmethod
     def _task(task_id: str, body: str, account: str, key: str, created: str, attempts: str | None, strikes: str | None,
-              drops: str | None, dropped: str | None, delivered: str | None, suppressed: str) -> Task:
+              drops: str | None, dropped: str | None, expires: str | None, delivered: str | None,
+              suppressed: str) -> Task:
         """The Task of these fields."""
         task = json.loads(body)
         if task["type"] == "generateOtp":
             suppressed = ""  # whoever asks for an OTP waits for it
         return Task(task_id, account, key, task["type"], task["task"], task["retries"], task["payload"], int(created),
-                    int(attempts or 0), int(strikes or 0), int(drops or 0), int(dropped or 0),
+                    int(attempts or 0), int(strikes or 0), int(drops or 0), int(dropped or 0), int(expires or 0),
                     tuple((delivered or "").split()), tuple(suppressed.split()))
 
     @staticmethod
@@ -3272,6 +3302,48 @@ class Queue:
         count, wait = self._promote(keys=[self.store.prefix], args=[self.BATCH, self.MAX_DROPS])
         if wait >= 0:
             self.next_due = time.monotonic() + wait / 1000
+        return count
+
+    # End tasks that were not sent in time. The id of one that was in a lane stays there until a worker comes to it. Of
+    # one that is being sent, its worker decides.
+    # KEYS: the prefix. ARGV: how many at most, result_ttl (ms).
+    # Answer: {how many were looked at, and of each that ended now its id, type and account}.
+    EXPIRE = CLOCK + CONCLUDE + """
+        local prefix, ttl, ended = KEYS[1], ARGV[2], {}
+
+        local function expire(id, task, head, created, account, before)
+            redis.call('ZREM', prefix .. 'delayed', id)
+            redis.call('ZREM', prefix .. 'scheduled', id)
+            local shown = cjson.decode(head)
+            conclude(task, 'expired', 'it was not sent in time' .. (before and ': ' .. before or ''), ttl, created,
+                     (shown.type == 'message' and '' or shown.type) .. ' ' .. shown.retries, account,
+                     'u', shown.payload.userId, 'n', shown.task)
+            for _, value in ipairs({id, shown.type, account}) do ended[#ended + 1] = value end
+        end
+
+        local due = redis.call('ZRANGE', prefix .. 'expiring', '-inf', milliseconds, 'BYSCORE', 'LIMIT', 0, ARGV[1])
+        for _, id in ipairs(due) do
+            local task = prefix .. 'task:' .. id
+            local state, head, created, account, before = unpack(redis.call('HMGET', task,
+                'state', 'head', 'created', 'account', 'error'))
+            if state == 'running' then
+                redis.call('ZADD', prefix .. 'expiring', milliseconds + 1000, id)
+            else
+                redis.call('ZREM', prefix .. 'expiring', id)
+                if state and state ~= 'dead' then expire(id, task, head, created, account, before) end
+            end
+        end
+        return {#due, unpack(ended)}
+    """
+
+    def expire(self, note: Callable[[str, str, str], None]) -> int:
+        """End tasks that were not sent in time; returns how many were looked at, at most BATCH.
+
+        `note` is given the id, type and account of each that ended.
+        """
+        count, *ended = self._expire(keys=[self.store.prefix], args=[self.BATCH, self._limits[0]])
+        for fields in zip(ended[::3], ended[1::3], ended[2::3]):
+            note(*fields)
         return count
 
     def _note_delay(self) -> None:
@@ -4453,6 +4525,12 @@ class CancelledError(DeliveryError):
     verdict = Verdict.CANCELLED
 
 
+class ExpiredError(DeliveryError):
+    """The mail was not sent in time, and is not wanted any more."""
+
+    verdict = Verdict.EXPIRED
+
+
 class PostponedError(DeliveryError):
     """The service stops before it can send the mail: the task goes back to its lane."""
 
@@ -5460,7 +5538,7 @@ class Otps:
 
     Args:
         key: the secret of the hashes, 32 bytes.
-        ttl: seconds for which an OTP is valid.
+        ttl: seconds for which an OTP is valid, from the request on.
         minute_max: OTP requests of an account per minute; 0: unlimited.
         subject, content: templates of the mail, with `{{ otp }}` and `{{ minutes }}`.
     """
@@ -5481,7 +5559,7 @@ class Otps:
     # wrong attempts, does not return: its record stays without a hash until the TTL ends.
     # KEYS: otp:<address>:<account>.
     # ARGV: keyed hash of the OTP, when its task was created (microseconds), ttl (s), id of the API key.
-    # Answer: 1, or 0 if the OTP is outdated or has ended.
+    # Answer: "kept", "expired", or "outdated" if there is a newer one, or this one has ended.
     KEEP = Queue.LATER + """
         local otp, hash, created, ttl, key = KEYS[1], unpack(ARGV)
         local before, owner = unpack(redis.call('HMGET', otp, 'created', 'key'))
@@ -5489,21 +5567,30 @@ class Otps:
             redis.call('DEL', otp)
             before = false
         end
-        if before and later(before, created) then return 0 end
-        if before == created and redis.call('HEXISTS', otp, 'hash') == 0 then return 0 end
+        if before and later(before, created) then return 'outdated' end
+        if before == created and redis.call('HEXISTS', otp, 'hash') == 0 then return 'outdated' end
+        -- Created in the future, it is from before the clock went back.
+        local left = ttl * 1000 - math.max(0, math.floor((microseconds - created) / 1000))
+        if left <= 0 then return 'expired' end
         if before and before ~= created then redis.call('DEL', otp) end
         redis.call('HSET', otp, 'hash', hash, 'created', created, 'key', key)
-        redis.call('EXPIRE', otp, ttl)
-        return 1
+        redis.call('PEXPIRE', otp, left)
+        return 'kept'
     """
 
     def issue(self, task: Task) -> str:
-        """The OTP of a generateOtp task, valid from now on. Raises CancelledError if it is outdated or ended."""
+        """The OTP of a generateOtp task, valid until `ttl` seconds after it was asked for.
+
+        Raises CancelledError if it is outdated or ended, ExpiredError if that time is over.
+        """
         number = int.from_bytes(hmac.digest(self.key, task.payload["seed"].encode(), "sha256"))
         length, address = task.payload["length"], task.payload["userId"]
         otp = str(number % 10**length).zfill(length)
-        if not self._keep(keys=[self._record(task.account, address)],
-                          args=[self._hash(task.account, address, otp), task.created, self.ttl, task.key]):
+        answer = self._keep(keys=[self._record(task.account, address)],
+                            args=[self._hash(task.account, address, otp), task.created, self.ttl, task.key])
+        if answer == "expired":
+            raise ExpiredError("it was not sent in time")
+        if answer == "outdated":
             raise CancelledError("a newer OTP replaced this one, or it is used up")
         return otp
 
@@ -5940,7 +6027,7 @@ class Newsletters:
             end
             local body = cjson.encode({task = content_type, type = 'newsletter', retries = record.retries,
                                        payload = {userId = record.userId, content_type = content_type}})
-            add_task(prefix, id, account, key, 'bulk', 0, body, address)
+            add_task(prefix, id, account, key, 'bulk', 0, 0, body, address)
             redis.call('HSET', issued, address, id)
         end
 
@@ -6618,6 +6705,8 @@ class Workers:
             lane, sender = lane_of(task.type), mail.sender[1]
             if (pause := self.queue.pace(lane)) and self.stopping.wait(pause):
                 raise PostponedError("the service stopped before smtp_rate let it go")
+            if task.expires and self.store.time() * 1000 >= task.expires:
+                raise ExpiredError("it was not sent in time")
             message = task.message or self._compose(task, mail)
             started = time.monotonic()
             try:
@@ -6725,6 +6814,14 @@ class Cron:
                 self.queue.wake.set()  # so that the next round is a TICK later, whatever is due
         LineBuffer.wakes = tuple(event for event in LineBuffer.wakes if event is not self.queue.wake)
 
+    def expire(self) -> int:
+        """End tasks that were not sent in time, count and log them; returns what Queue.expire() does."""
+        def note(task_id: str, task_type: str, account: str) -> None:
+            self.stats.count("gomail_tasks_total", type=task_type, outcome=Verdict.EXPIRED)
+            log(logging.WARNING, "task expired", task=task_id, type=task_type, account=account)
+
+        return self.queue.expire(note)
+
     def once(self) -> None:
         """Do one round. Long work is done in parts, so that the heartbeat stays on time."""
         now = time.monotonic()
@@ -6750,7 +6847,8 @@ class Cron:
         if now - self.last_poll < self.POLL and not self.queue.is_due():
             return
         self.last_poll, deadline = now, time.monotonic() + 0.5
-        for work, batch in ((self.queue.promote, Queue.BATCH), (self.newsletters.enqueue_due, Newsletters.BATCH)):
+        for work, batch in ((self.expire, Queue.BATCH), (self.queue.promote, Queue.BATCH),
+                            (self.newsletters.enqueue_due, Newsletters.BATCH)):
             while work() == batch:
                 if time.monotonic() >= deadline:
                     self.last_poll = float("-inf")  # the rest in the next round, a TICK later
@@ -8981,9 +9079,9 @@ class Backup:
     PAGE_BYTES = 1_000_000  # read or written at once, so that Redis has time for others
     PAGE_KEYS = 200  # read or written at once
     # State of processes or of a moment, and the places of tasks.
-    EXCLUDED = frozenset(("lane", "processing", "delayed", "scheduled", "dead", "processes", "heartbeat", "paused",
-                          "resume", "resumed", "rate", "connections", "connections_limit", "connections_wanted",
-                          "answered", "on_disk", "writable", "restoring", "jwt_secret_check"))
+    EXCLUDED = frozenset(("lane", "processing", "delayed", "scheduled", "expiring", "dead", "processes", "heartbeat",
+                          "paused", "resume", "resumed", "rate", "connections", "connections_limit",
+                          "connections_wanted", "answered", "on_disk", "writable", "restoring", "jwt_secret_check"))
     # What a gomail leaves in Redis even if it was never used.
     DISPOSABLE = frozenset(("jwt_secret", "ascii_folded", "stats", "history", "metrics"))
     ENDED = (*CONCLUDED, State.DEAD)
@@ -9217,10 +9315,12 @@ class Backup:
         state, account = ended_as(fields["d"]) if "d" in fields else (fields.get("state"), fields.get("account", ""))
         key, member = self._key(f"task:{task_id}"), redis_bytes(task_id)
         letters = [self._key("dead"), self._key(f"dead:{account}")]
-        delayed, scheduled = self._key("delayed"), self._key("scheduled")
+        delayed, scheduled, expiring = (self._key(name) for name in ("delayed", "scheduled", "expiring"))
         pipeline.unlink(key)
-        for place in (delayed, scheduled, *letters):
+        for place in (delayed, scheduled, expiring, *letters):
             pipeline.zrem(place, member)
+        if "expires" in fields:
+            pipeline.zadd(expiring, {member: fields["expires"]})
         if state == "dead":
             for place in letters:
                 pipeline.zadd(place, {member: int(fields["finished"]) // 1000})

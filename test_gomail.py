@@ -6079,9 +6079,9 @@ def test_an_otp_has_the_asked_number_of_digits_and_is_valid_once(client, mail_se
 
 def test_every_digit_of_an_otp_is_as_likely_as_any_other_leading_zeros_too(service):
     task = gomail.Task("id", "account", "key", "generateOtp", "name", 0, {"userId": "user@example.com", "length": 4}, 0)
-    firsts = collections.Counter()
+    firsts, now = collections.Counter(), int(service.store.time() * 1e6)
     for number in range(2000):
-        task.payload["seed"], task.created = secrets.token_hex(16), number
+        task.payload["seed"], task.created = secrets.token_hex(16), now + number
         firsts[service.workers.otps.issue(task)[0]] += 1
     # 200 expected of each; eight standard deviations are 107.
     assert set(firsts) == set(string.digits) and all(93 < count < 307 for count in firsts.values())
@@ -6212,6 +6212,21 @@ def test_an_otp_ends_after_otp_ttl(services, mail_server):
     otp, address = issued(client, mail_server)
     until(lambda: not service.store.redis.keys(service.store.key("otp", address, "*")))
     assert verified(client, address, otp) is False
+
+
+def test_an_otp_is_valid_from_its_request_on_however_long_its_mail_waited(service, client):
+    def issue(seconds_ago):
+        task = gomail.Task("id", name_of(client), "key", "generateOtp", "t", 0, {
+            "userId": "user@example.com", "length": 6, "seed": "x"}, int((service.store.time() - seconds_ago) * 1e6))
+        service.http.api.otps.issue(task)
+    ttl, record = service.settings.otp_ttl, service.store.key("otp", "user@example.com", name_of(client))
+    issue(ttl - 100)
+    assert 0 < service.store.redis.pttl(record) <= 100_000
+    service.store.redis.delete(record)
+    with pytest.raises(gomail.ExpiredError):
+        issue(ttl)
+    issue(-1e6)  # from before the clock went back
+    assert ttl - 100 < service.store.redis.ttl(record) <= ttl
 
 
 def test_an_otp_belongs_to_the_account_that_asked_for_it(client, service, mail_server):
@@ -7315,6 +7330,79 @@ def test_what_is_logged_or_put_off_wakes_the_cron_thread(services, mail_server, 
         gomail.logger.removeHandler(lines)
     until(lambda: not service.queue.wake.is_set())
     client.state(client.task(send_at=rfc3339(time.time() + 1)), "succeeded")
+
+
+@pytest.mark.parametrize("send_at, expires_at", [
+    ("2030-01-31T09:00:00Z", "2030-01-31T09:00:00Z"), ("2030-01-31T09:00:00Z", "2030-01-31T10:59:59.999999+02:00"),
+    ("2030-01-31T09:00:00Z", "1999-12-31T23:59:59Z"), (None, "1969-12-31T23:59:59Z")])
+def test_a_mail_that_would_expire_before_it_is_due_is_400(client, send_at, expires_at):
+    payload = {**MESSAGE["payload"], "send_at": send_at, "expires_at": expires_at}
+    error = "payload.expires_at must be after payload.send_at"
+    status, answer, _ = client("POST", "/task/", {**MESSAGE, "payload": payload})
+    assert (status, answer["error"], answer["field"]) == (400, error, "payload.expires_at")
+    refused, taken = client.post("/task/batch", {"tasks": [{**MESSAGE, "payload": payload}, MESSAGE]})["tasks"]
+    assert refused["field"] == "tasks[0].payload.expires_at" and taken["status"]
+
+
+def test_what_is_not_sent_in_time_ends_as_expired_while_the_mail_server_is_out_and_is_never_sent(services, mail_server):
+    service = services(mail_server, otp_ttl=1)
+    client = service.client.sign_up()
+    mail_server.stop()
+    client.task(userId="first@example.com")
+    until(lambda: service.workers.paused)
+    moment = time.time() + 1
+    mail, otp = client.task(expires_at=rfc3339(moment)), client.task("generateOtp", userId="otp@example.com")
+    for task_id in (mail, otp):
+        found = client.state(task_id, "expired")
+        assert (found["attempts"], found["error"].partition(":")[0]) == (0, "it was not sent in time")
+        assert found["story"][-1]["event"] == "expired" and time.time() >= moment
+    assert service.workers.paused and client("DELETE", f"/task/{mail}")[0] == 409
+    mail_server.start()
+    mail_server.one("first@example.com")
+    client.state(client.task("generateOtp", userId="another@example.com"), "succeeded")
+    assert len(mail_server.mails) == 2 and service.inspection.counters() == {
+        "executed": 2, "successful": 2, "failed": 0}
+
+
+@pytest.mark.parametrize("payload", [{}, {"send_at": rfc3339(time.time() + 1e7)}])
+def test_what_waits_for_a_retry_or_its_send_at_expires_there_and_keeps_the_reason_of_its_last_attempt(
+        services, mail_server, payload):
+    service = services(mail_server, retry_delay=3600)
+    client = service.client.sign_up()
+    mail_server.replies["user@example.com"] = ["450 4.2.0 later"]
+    task_id = client.task(retries=3, expires_at=rfc3339(time.time() + 1e8), **payload)
+    client.state(task_id, "scheduled" if payload else "retrying")
+    service.store.redis.zadd(service.store.key("expiring"), {task_id: 1})  # as if years had passed
+    found = client.state(task_id, "expired")
+    assert found["error"] == "it was not sent in time" + (": 450 4.2.0 later" if not payload else "")
+    assert found["attempts"] == (0 if payload else 1) and not service.inspection.depths()["retrying"]
+
+
+def test_what_is_in_hand_expires_once_and_what_is_being_sent_does_not(queue):
+    expires = int(queue.store.time() * 1e6) + 2_000_000
+    ids = queue.enqueue(queue.account, [changed("payload.expires_at", expires) for _ in range(3)])
+    (sent, late, _), _ = queue.settle_and_take("normal-0", "normal", most=3, begin_all=False)
+    assert [task.expires for task in (sent, late)] == [expires // 1000] * 2
+    inspection = gomail.Inspection(queue.store, queue.settings)
+    until(lambda: all(inspection.status(task_id)["state"] == "expired" for task_id in ids[1:]))  # the service does it
+    summary = queue.store.redis.hgetall(queue.store.key("task", late.id))
+    take(queue, "normal-0", "normal", gomail.Outcome(late, gomail.Verdict.EXPIRED, "late"), and_take=False)
+    assert queue.store.redis.hgetall(queue.store.key("task", late.id)) == summary
+    assert inspection.status(sent.id)["state"] == "queued" and not queue.store.redis.exists(
+        queue.store.key("processing", "another-process", "normal-0"))
+    assert take(queue, "normal-0", "normal").id == sent.id  # and none of those whose ids were in the lane
+
+
+def test_a_retry_of_what_has_expired_is_not_sent(services, mail_server):
+    service = services(mail_server)
+    client = service.client.sign_up()
+    mail_server.replies["user@example.com"] = ["550 5.7.1 no"]
+    dead = client.task(expires_at=rfc3339(time.time() + 2))
+    client.state(dead, "dead")
+    until(lambda: not service.store.redis.zcard(service.store.key("expiring")))
+    client.post(f"/task/dead/{dead}/retry")
+    client.state(dead, "expired")
+    assert not mail_server.mails
 
 
 def test_a_send_at_that_is_over_means_now(client, mail_server):
