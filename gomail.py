@@ -7,32 +7,32 @@ transport (SMTP, or a Maildir) and retry what fails. `python gomail.py` starts t
 
 The module reads from top to bottom, and each section uses only those above it:
 
-    1. settings                   6. tasks         11. transports     16. http api
-    2. logging                    7. queue         12. otp            17. http server
-    3. redis                      8. inspection    13. newsletters    18. service
-    4. validation and errors      9. metrics       14. workers        19. command line
-    5. accounts                  10. mail          15. cron
+    1. settings                   6. tasks         11. transports     16. cron
+    2. logging                    7. queue         12. otp            17. http api
+    3. redis                      8. inspection    13. newsletters    18. http server
+    4. validation and errors      9. metrics       14. webhooks       19. service
+    5. accounts                  10. mail          15. workers        20. command line
 
 The way of one mail, from POST to 250; the numbers are those of the sections:
 
-    Handler.respond        17  reads the request, finds its Route and the Account of its API key
-    -> Api.enqueue         16  is the handler of POST /task; TASK (6), the Check of the Route, has checked the body
+    Handler.respond        18  reads the request, finds its Route and the Account of its API key
+    -> Api.enqueue         17  is the handler of POST /task; TASK (6), the Check of the Route, has checked the body
     -> Queue.enqueue        7  stores the task and puts its id into a lane (script ENQUEUE); the app gets its answer
     -> GroupCommit          7  makes one call of that script for all requests that wait
-    Workers.run            14  is a thread that waits for the next ids of its lane
+    Workers.run            15  is a thread that waits for the next ids of its lane
     -> Queue.settle_and_take   moves some of them to the worker's processing list (script SETTLE_AND_TAKE)
-    -> Workers.perform     14  calls the method for the task's type; Workers.send_message turns a "message" into a Mail
+    -> Workers.perform     15  calls the method for the task's type; Workers.send_message turns a "message" into a Mail
     -> compose             10  turns the Mail into bytes
     -> SmtpTransport.send  11  returns when the server has answered 250, and raises a DeliveryError otherwise
     -> Outcome              7  says what became of the task: succeeded, retrying, dead, ...
     -> Queue.settle_and_take   stores the Outcome of each task, and takes further ones in the same round trip
-    Queue.promote           7  puts the id of a task whose retry is due back into its lane; Cron.once (15) calls it
+    Queue.promote           7  puts the id of a task whose retry is due back into its lane; Cron.once (16) calls it
 
 What a change touches:
 
     a payload field            PAYLOADS (6), Workers.send_message, Mail and compose
     a route                    a method of Api, and a row of ROUTES, from which the OpenAPI description is made
-    a transport                a class with the methods of Transport (11), options (1), and Service._wire (18)
+    a transport                a class with the methods of Transport (11), options (1), and Service._wire (19)
     a Redis key                the table in section 3; if it belongs to an account, Accounts.deregister
     a lane                     Lane (6)
 """
@@ -2600,7 +2600,8 @@ class Outcome:
 
     `detail` is the result of a success, such as "subscribed", or else the reason; `delay` the seconds until a task with
     the verdict RETRYING, DROPPED or IN_DOUBT is taken again; `delivered` the recipients that have the mail already,
-    where others have not; `suppress` the addresses that do not exist, according to the server.
+    where others have not, and `reply` what the server said when it took it for the last of them; `suppress` the
+    addresses that do not exist, according to the server.
     """
 
     task: Task
@@ -2609,6 +2610,7 @@ class Outcome:
     delay: float = 0.0
     delivered: tuple[str, ...] = ()
     suppress: tuple[str, ...] = ()
+    reply: str = ""
 
 
 class GroupCommit:
@@ -3071,7 +3073,8 @@ class Queue:
     #       `share`; 1 if all that is taken is begun within moments, or 0 if only the first is;
     #       result_ttl and dead_ttl (ms), dead_max, process, worker;
     #       then, of each task to settle: the number of its arguments, its id, verdict, detail, delay (ms), recipients
-    #       that have the mail and addresses to suppress, by spaces; and, if it ends, what _summary_args() returns.
+    #       that have the mail and addresses to suppress, by spaces, the server's reply to the former; and, if it ends,
+    #       what _summary_args() returns.
     # Answer: {how many tasks are left in the lane, then of each task taken: {id, body, account, API key's id, created,
     #         attempts, strikes, drops, dropped, expires, delivered, the recipients that are suppressed}}. No task,
     #         although some are left, means: ask again.
@@ -3083,10 +3086,11 @@ class Queue:
         local events = {succeeded = 'mail.sent', suppressed = 'mail.suppressed', expired = 'mail.failed'}
         if redis.call('EXISTS', prefix .. 'hooks') == 0 then events = {} end
 
-        local function settle(id, verdict, detail, delay, delivered, suppress, ...)
+        local function settle(id, verdict, detail, delay, delivered, suppress, reply, ...)
             if redis.call('LREM', own, 1, id) == 0 then return end
             local task = prefix .. 'task:' .. id
             if delivered ~= '' then redis.call('HSET', task, 'delivered', delivered) end
+            if reply ~= '' then note(task, 'delivered', reply) end
             for address in string.gmatch(suppress, '%S+') do
                 local account = redis.call('HGET', task, 'account')
                 redis.call('ZADD', prefix .. 'suppressed:' .. account, milliseconds, address)
@@ -3222,8 +3226,8 @@ class Queue:
         args = [most, keep, share, int(begin_all), *self._limits, self.process, worker]
         for outcome in outcomes:
             summary = self._summary_args(outcome.task) if outcome.verdict in CONCLUDED else ()
-            args += [6 + len(summary), outcome.task.id, outcome.verdict, outcome.detail, int(outcome.delay * 1000),
-                     " ".join(outcome.delivered), " ".join(outcome.suppress), *summary]
+            args += [7 + len(summary), outcome.task.id, outcome.verdict, outcome.detail, int(outcome.delay * 1000),
+                     " ".join(outcome.delivered), " ".join(outcome.suppress), outcome.reply, *summary]
         answer = self._settle_and_take(keys, args)
         if any(outcome.delay for outcome in outcomes):
             self._note_delay()
@@ -4000,10 +4004,9 @@ def history_of(task: Json) -> list[Json]:
     for moment, started, event, reason in events:
         begun = int(started or 0)
         seconds = {"seconds": round((int(moment) - begun) / 1e6, 3)} if begun else {}
-        succeeded = event == State.SUCCEEDED
-        history.append({"time": timestamp(moment), "event": event, **seconds,
-                        "error": None if succeeded else reason or None,
-                        **({"result": reason} if succeeded and reason else {})})
+        good = event in (State.SUCCEEDED, "delivered")
+        history.append({"time": timestamp(moment), "event": event, **seconds, "error": None if good else reason or None,
+                        **({"result": reason} if good and reason else {})})
     if state == State.RUNNING:
         history.append({"time": timestamp(task["started"]), "event": "running"})
     return history
@@ -4597,9 +4600,8 @@ class PartialError(DeliveryError):
     """
 
     def __init__(self, delivered: tuple[str, ...], refused: dict[str, DeliveryError], reply: str = "") -> None:
-        reasons = [f"{address}: {error}" for address, error in refused.items()]
-        super().__init__("; ".join(reasons + [f"taken for the others: {reply}"] if reply else reasons))
-        self.delivered, self.refused = delivered, refused
+        super().__init__("; ".join(f"{address}: {error}" for address, error in refused.items()))
+        self.delivered, self.refused, self.reply = delivered, refused, reply
         # An outage decides what becomes of the task, or else a refusal that may pass.
         self.cause = min(refused.values(), key=lambda error: (
             not isinstance(error, UnavailableError), error.verdict == Verdict.DEAD))
@@ -5651,10 +5653,11 @@ class Otps:
     # Make an OTP the valid one of its address, unless a newer task has issued one. An OTP that was used, or ended by
     # wrong attempts, does not return: its record stays without a hash until the TTL ends.
     # KEYS: otp:<address>:<account>.
-    # ARGV: keyed hash of the OTP, when its task was created (microseconds), ttl (s), id of the API key.
+    # ARGV: keyed hash of the OTP, when its task was created (microseconds), ttl (s), id of the API key, when it expires
+    #       (ms), or 0 for a task of an older version: then it does `ttl` seconds from now.
     # Answer: "kept", "expired", or "outdated" if there is a newer one, or this one has ended.
     KEEP = Queue.LATER + """
-        local otp, hash, created, ttl, key = KEYS[1], unpack(ARGV)
+        local otp, hash, created, ttl, key, expires = KEYS[1], unpack(ARGV)
         local before, owner = unpack(redis.call('HMGET', otp, 'created', 'key'))
         if owner and owner ~= key then  -- of an earlier account of this name
             redis.call('DEL', otp)
@@ -5662,8 +5665,8 @@ class Otps:
         end
         if before and later(before, created) then return 'outdated' end
         if before == created and redis.call('HEXISTS', otp, 'hash') == 0 then return 'outdated' end
-        -- Created in the future, it is from before the clock went back.
-        local left = ttl * 1000 - math.max(0, math.floor((microseconds - created) / 1000))
+        local left = ttl * 1000
+        if expires ~= '0' then left = math.min(left, expires - milliseconds) end  -- the clock may have gone back
         if left <= 0 then return 'expired' end
         if before and before ~= created then redis.call('DEL', otp) end
         redis.call('HSET', otp, 'hash', hash, 'created', created, 'key', key)
@@ -5680,7 +5683,8 @@ class Otps:
         length, address = task.payload["length"], task.payload["userId"]
         otp = str(number % 10**length).zfill(length)
         answer = self._keep(keys=[self._record(task.account, address)],
-                            args=[self._hash(task.account, address, otp), task.created, self.ttl, task.key])
+                            args=[self._hash(task.account, address, otp), task.created, self.ttl, task.key,
+                                  task.expires])
         if answer == "expired":
             raise ExpiredError("it was not sent in time")
         if answer == "outdated":
@@ -6235,9 +6239,13 @@ class Webhooks:
         self.connections: dict[http.client.HTTPConnection, float] = {}  # -> since when, by time.monotonic()
         self._create = store.script(self.CREATE, once=True, when_full=False)
         self._remove = store.script(self.REMOVE, once=True)
+        self._replace = store.script(self.SWITCH_OFF, once=True)
 
     def find(self, account: str) -> Json:
-        """{"url", "events", "secret", "created", "previous", "until"}; the secret before is good until then (seconds).
+        """{"url", "events", "secret", "created", "previous", "until", "gone"} of the webhook of an account.
+
+        `previous` is the secret before, which is good until then (seconds). `gone` is when the receiver answered 410:
+        it gets nothing since, and `events` are none.
 
         Raises HTTPError (404) if the account has no webhook.
         """
@@ -6252,10 +6260,10 @@ class Webhooks:
     def set(self, account: str, url: str, events: Sequence[str]) -> str | None:
         """Send these events of the account to this URL from now on. Returns the secret of a new webhook, else None."""
         secret, now = self._secret(), self.store.time()
-        hook = {"url": url, "events": events, "secret": secret, "created": now, "previous": "", "until": 0}
+        hook = {"url": url, "events": events, "secret": secret, "created": now, "previous": "", "until": 0, "gone": 0}
         if self._create(keys=[self.key], args=[account, json.dumps(hook)]):
             return secret
-        self._write(account, {**self.find(account), "url": url, "events": events})
+        self._write(account, {**self.find(account), "url": url, "events": events, "gone": 0})
         return None
 
     def replace_secret(self, account: str, overlap: int) -> tuple[str, float]:
@@ -6265,16 +6273,26 @@ class Webhooks:
         self._write(account, hook)
         return hook["secret"], hook["until"]
 
-    # KEYS: hooks. ARGV: account, the webhook as it was read, or "" for any. Answer: whether it was removed.
-    REMOVE = """
-        if ARGV[2] ~= '' and redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then return 0 end
-        return redis.call('HDEL', KEYS[1], ARGV[1])
-    """
+    # KEYS: hooks. ARGV: account. Answer: whether it had a webhook.
+    REMOVE = "return redis.call('HDEL', KEYS[1], ARGV[1])"
 
     def remove(self, account: str) -> None:
         """Send no events of this account any more, nor those that wait. Raises HTTPError (404)."""
-        if not self._remove(keys=[self.key], args=[account, ""]):
+        if not self._remove(keys=[self.key], args=[account]):
             raise HTTPError(404, "there is no webhook")
+
+    # KEYS: hooks. ARGV: account, its webhook as it was read, as it is to be. Answer: whether it was still so.
+    SWITCH_OFF = """
+        if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then return 0 end
+        redis.call('HSET', KEYS[1], ARGV[1], ARGV[3])
+        return 1
+    """
+
+    def _switch_off(self, account: str, found: str) -> None:
+        """Send nothing to a webhook whose receiver is gone, until somebody sets it again."""
+        off = json.dumps({**json.loads(found), "events": [], "gone": self.store.time()})
+        if self._replace(keys=[self.key], args=[account, found, off]):
+            log(logging.WARNING, "webhook switched off: its receiver answers 410 Gone", account=account)
 
     def _write(self, account: str, hook: Json) -> None:
         self.store.write("HSET", self.key, account, json.dumps(hook))
@@ -6287,13 +6305,13 @@ class Webhooks:
         """Send an event; returns the status of the answer.
 
         Raises:
-            CancelledError: the account has no webhook any more, or its receiver is gone (410), which removes it.
+            CancelledError: the webhook does not want this event any more, or its receiver is gone (410).
             TemporaryError: there was no answer in time, or one that is not 2xx; redirects are not followed.
         """
         found = self.store.redis.hget(self.key, task.account)
-        if found is None:
-            raise CancelledError("the webhook was removed")
-        hook = json.loads(found)
+        hook = json.loads(found or '{"events": []}')
+        if task.name not in hook["events"]:
+            raise CancelledError("the webhook does not want this event any more")
         self._ensure_awake(task.account)
         body = self._body(task)
         try:
@@ -6304,8 +6322,7 @@ class Webhooks:
         with self.lock:
             self.resting.pop(task.account, None)
         if status == 410:
-            if self._remove(keys=[self.key], args=[task.account, found]):
-                log(logging.WARNING, "webhook removed: its receiver answers 410 Gone", account=task.account)
+            self._switch_off(task.account, found)
             raise CancelledError("the receiver answered 410: it is gone")
         if not 200 <= status <= 299:
             raise TemporaryError(f"the webhook answered {status}")
@@ -6327,15 +6344,16 @@ class Webhooks:
                 time.monotonic() + min(2.0 ** failures, self.LONGEST_REST), failures, reason)
         raise TemporaryError(reason)
 
-    def _body(self, task: Task) -> bytes:
+    @classmethod
+    def _body(cls, task: Task) -> bytes:
         """The body of an event: its type, when it happened (RFC 3339), and its data."""
         data = dict(task.payload["data"])
         if head := data.pop("head", None):
-            detail, addresses = data.pop("detail")[:self.MAX_DETAIL], data.pop("suppressed").split()
+            detail, addresses = data.pop("detail")[:cls.MAX_DETAIL], data.pop("suppressed").split()
             data |= {"task": head["task"], "type": head["type"], "userId": head["payload"]["userId"],
                      "reply" if data["state"] == State.SUCCEEDED else "error": detail}
             if addresses:
-                data["suppressed"] = addresses[:self.MAX_ADDRESSES]
+                data["suppressed"] = addresses[:cls.MAX_ADDRESSES]
         return json.dumps({"type": task.name, "timestamp": timestamp(task.created), "data": data},
                           ensure_ascii=False).encode()
 
@@ -6877,6 +6895,7 @@ class Workers:
         if task.type in MAIL_TYPES and verdict in self.HISTORY:
             self.stats.note(self.HISTORY[verdict], Account(task.account, task.key))
         detail = {"result" if verdict == Verdict.SUCCEEDED else "error": outcome.detail} if outcome.detail else {}
+        detail |= {"delivered": outcome.reply} if outcome.reply else {}
         log(logging.INFO if verdict in CONCLUDED else logging.WARNING, f"task {verdict}", task=task.id, type=task.type,
             account=task.account, attempt=task.attempts + 1, duration=round(time.monotonic() - started, 4), **detail)
         return outcome
@@ -6896,9 +6915,10 @@ class Workers:
 
     def _failed(self, task: Task, lane: Lane, error: DeliveryError) -> Outcome:
         """What becomes of a task whose mail was not handed over to all of its recipients."""
-        cause, refused, delivered, delay = error, {task.payload["userId"]: error}, (), 0.0
+        cause, refused, delivered, reply, delay = error, {task.payload["userId"]: error}, (), "", 0.0
         if isinstance(error, PartialError):
-            cause, refused, delivered = error.cause, error.refused, task.delivered + error.delivered
+            cause, refused, reply = error.cause, error.refused, error.reply
+            delivered = task.delivered + error.delivered
         verdict = cause.verdict
         if isinstance(cause, UnavailableError) and not isinstance(cause, TooManyConnectionsError):
             self.breakers[lane].open(str(cause), outage=not cause.dropped and not cause.sender)
@@ -6916,7 +6936,7 @@ class Workers:
             else:
                 verdict, delay = Verdict.DEAD, 0.0
         unknown = tuple(fold_address(address) for address, found in refused.items() if found.no_such_address)
-        return Outcome(task, verdict, str(error), delay, delivered, unknown)
+        return Outcome(task, verdict, str(error), delay, delivered, unknown, reply)
 
     def retry_delay(self, attempts: int) -> float:
         """Seconds until a task is tried again after `attempts` others."""
@@ -7581,9 +7601,10 @@ class Api:
     @staticmethod
     def describe_webhook(hook: Json) -> Json:
         """What is shown of a webhook: all but its secrets."""
-        until = timestamp(hook["until"] * 1e6) if hook["until"] > time.time() else None
-        return {"status": True, "url": hook["url"], "events": hook["events"],
-                "created": timestamp(hook["created"] * 1e6), "previousUntil": until}
+        moments = {"created": hook["created"], "gone": hook["gone"],
+                   "previousUntil": hook["until"] if hook["until"] > time.time() else 0}
+        return {"status": True, "url": hook["url"], "events": hook["events"], **{
+            name: timestamp(moment * 1e6) if moment else None for name, moment in moments.items()}}
 
     def set_webhook(self, request: Request) -> Reply:
         name = self.ensure_may_set_webhook(request)
@@ -7766,7 +7787,8 @@ TASK_ANSWER = {"status": bool, "id": str, "task": str, "type": str, "userId": st
                "retries": int, "error": (str, None), "created": str, "story": list}
 PART_ANSWER = {"status": bool, "total": int, "offset": int, "limit": int}
 SESSION_ANSWER = {"status": bool, "account": (str, None), "admin": bool, "signup": bool}
-WEBHOOK_ANSWER = {"status": bool, "url": str, "events": list, "created": str, "previousUntil": (str, None)}
+WEBHOOK_ANSWER = {"status": bool, "url": str, "events": list, "created": str, "gone": (str, None),
+                  "previousUntil": (str, None)}
 LANES_ANSWER = {"status": bool, "lanes": list, "processes": int, "retrying": int, "dead": int, "mail_to": str,
                 "outbox": bool, "smtp": dict}
 MAIL_ANSWER = {"status": bool, "id": str, "headers": list, "text": (str, None), "html": (str, None),
