@@ -6883,10 +6883,10 @@ class Receiver(http.server.ThreadingHTTPServer):
     `seen` has the headers of all requests. Where `secret` is not set, nothing is verified.
     """
 
-    daemon_threads, secret = True, ""
+    daemon_threads = True
 
-    def __init__(self, port=0, context=None):
-        self.events, self.seen, self.answers = [], [], []
+    def __init__(self, port=0, context=None, secret=""):
+        self.events, self.seen, self.answers, self.secret = [], [], [], secret
         super().__init__(("127.0.0.1", port), self.Handler)
         self.url = f"{'https' if context else 'http'}://localhost:{self.server_port}/hooks?a=b"
         if context:
@@ -10010,6 +10010,25 @@ def test_an_idempotency_key_in_a_backup_has_its_task_beside_it(services, mail_se
     client.state(client.task(headers={"Idempotency-Key": "one"}), "succeeded")
 
 
+def test_a_webhook_its_waiting_events_and_what_may_expire_are_in_a_backup(services, mail_server, receiver):
+    first = services(mail_server, retry_delay=3600)
+    client = first.client.sign_up()
+    receiver.hooked(client)
+    receiver.answers += [500]
+    later = {"send_at": rfc3339(time.time() + 1e7), "expires_at": rfc3339(time.time() + 1e8)}
+    sent, expired = client.task(), client.task(**later)
+    until(lambda: first.inspection.depths()["retrying"] == 2)
+    file = backed_up(first.store)
+    first.workers.stop(PATIENCE)
+    second = services(mail_server, key_prefix=restored(first.store, file))
+    store, event_id = second.store, receiver.seen[0]["webhook-id"]
+    assert store.redis.zscore(store.key("expiring"), expired) > time.time() * 1000 + 1e10
+    store.redis.zadd(store.key("delayed"), {event_id: 1})
+    until(lambda: [data["id"] for data in receiver.data("mail.sent")] == [sent])
+    assert receiver.seen[-1]["webhook-id"] == event_id
+    assert Client(second.http.url, client.key).get("/webhook")["url"] == receiver.url
+
+
 def test_a_task_that_redis_shows_twice_while_it_is_read_is_restored_once_as_it_was_last(services, mail_server):
     first = services(mail_server)
     client = first.client.sign_up()
@@ -12126,8 +12145,8 @@ def test_soak_5000_mails_with_an_event_for_each_while_all_is_killed_and_the_rece
             server.start()
         elif victim == "receiver":
             receiver.close()
-            before, receiver = receiver, Receiver(receiver.server_port)
-            receiver.events, receiver.secret = before.events, before.secret
+            events, receiver = receiver.events, Receiver(receiver.server_port, secret=receiver.secret)
+            receiver.events += events
         else:
             receiver.answers += chance.choices([500, 302, 429, stay_silent], k=20)
         assert sum(kills.values()) < 1000
