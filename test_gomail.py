@@ -479,6 +479,7 @@ def services(redis_server, mail_server, tmp_path, monkeypatch):
     monkeypatch.setattr(gomail.Workers, "WAIT", 0.05)
     monkeypatch.setattr(gomail.CircuitBreaker, "FIRST_DELAY", 0.02)
     monkeypatch.setattr(gomail.CircuitBreaker, "LONGEST_DELAY", 0.2)
+    monkeypatch.setattr(gomail.CircuitBreaker, "LONGEST_QUOTA_DELAY", 0.2)
     monkeypatch.setattr(gomail.Workers, "drop_delay", staticmethod(lambda drops: 0.05))
     monkeypatch.setattr(gomail.Cron, "TICK", 0.01)
     monkeypatch.setattr(gomail.Cron, "POLL", 0.01)
@@ -5685,7 +5686,7 @@ ANSWERS = [
     ("RCPT", "451 4.3.5 Server configuration error", gomail.About.SERVER),
     ("RCPT", "451 4.3.0 <u@c.example>: Temporary lookup failure", gomail.About.SERVER),
     ("DOT", "451 4.7.1 Service unavailable - try again later", gomail.About.SERVER),
-    ("DOT", "454 Throttling failure: Maximum sending rate exceeded.", gomail.About.SERVER),
+    ("DOT", "454 Temporary authentication failure", gomail.About.SERVER),
     ("RCPT", "550 5.1.1 <u@c.example>: Recipient address rejected: User unknown in local recipient table",
      gomail.About.RECIPIENT),
     ("RCPT", "550 5.1.1 <u@c.example>: undeliverable address: host mx said: 554 5.7.1 Relay access denied",
