@@ -6106,6 +6106,7 @@ class SmtpState:
         self.state, self.reason = "unknown", ""
         self.since, self.since_monotonic = 0.0, 0.0  # when the outage began, by both clocks
         self.paused: set[CircuitBreaker] = set()
+        self.without_quota: set[CircuitBreaker] = set()
 
     def note_outage(self, reason: str, breaker: "CircuitBreaker") -> None:
         """Note an outage that pauses the lane of `breaker`."""
@@ -6115,6 +6116,20 @@ class SmtpState:
                 self.state, self.since, self.since_monotonic = "out", time.time(), time.monotonic()
             self.reason = reason
             self.paused.add(breaker)
+
+    def note_quota(self, breaker: "CircuitBreaker") -> None:
+        """Note that a used-up quota pauses the lane of `breaker`: the server answered."""
+        with self.lock:
+            self.without_quota.add(breaker)
+        self.note_answer(but=breaker)
+
+    def note_quota_back(self) -> None:
+        """Note that the quota is back for one lane: the others that it paused try a mail at once."""
+        with self.lock:
+            breakers, self.without_quota = self.without_quota, set()
+        for breaker in breakers:
+            if breaker.by_mail:
+                breaker.probe_requested.set()
 
     def report(self) -> Json | None:
         """Since when (microseconds since the epoch) and why the server is out; None where it is not."""
@@ -6177,7 +6192,7 @@ class CircuitBreaker:
         if outage:
             self.smtp.note_outage(reason, self)
         elif by_mail:
-            self.smtp.note_answer(but=self)
+            self.smtp.note_quota(self)
 
     def close(self) -> None:
         """Resume the lane."""
@@ -6200,14 +6215,16 @@ class CircuitBreaker:
         """Note that the server took a mail: the next pause starts with a short delay again."""
         if self.is_tester:
             self.close()
+            self.smtp.note_quota_back()
         if not self.by_mail:  # else the mail of another thread, which was under way
             self.failures = 0
         self.smtp.note_answer()
 
     def leave(self) -> None:
-        """Note that this thread ends: if it is the tester, another one becomes it."""
+        """Note that this thread ends: if it is the tester, another one becomes it at once."""
         if self.is_tester:
             self.tester = None
+            self.probe_requested.set()
 
     def request_probe(self) -> None:
         """Have the lane probed at once, and again after a short delay if that fails."""

@@ -5849,6 +5849,7 @@ def test_a_recipients_full_mailbox_pauses_no_lane(stage, reply):
     assert type(error) is (gomail.TemporaryError if reply < "5" else gomail.PermanentError)
 
 
+@hypothesis.settings(deadline=None)
 @hypothesis.given(strategies.sampled_from(QUOTA_REPLIES), strategies.sampled_from(sorted(gomail.STAGES)),
                   strategies.sampled_from([str.upper, str.lower, str.title, str]), strategies.booleans(),
                   strategies.integers(2, 9), strategies.booleans())
@@ -7240,6 +7241,7 @@ def test_a_mail_that_is_refused_for_its_own_sake_shows_that_the_quota_is_back(se
     service = services(mail_server)
     client, breaker = service.client.sign_up(), service.workers.breakers["normal"]
     breaker.open("the sending quota", by_mail=True)
+    until(lambda: breaker.tester is not None)
     mail_server.replies["nobody@example.com"] = ["550 5.1.1 no such user"]
     client.state(client.task(userId="nobody@example.com"), "dead")
     until(lambda: not breaker.reason)
@@ -7292,6 +7294,21 @@ def test_a_resumed_lane_lets_one_mail_go_at_once_and_goes_on_with_the_rest_if_th
     mail_server.used_up = ("", "")
     client.post("/lanes/normal/resume")
     assert all(client.state(task_id, "succeeded")["attempts"] == 1 for task_id in ids) and mail_server.refusals == 2
+
+
+def test_a_lane_for_which_the_quota_is_back_lets_a_mail_of_each_other_one_try_at_once(
+        services, mail_server, monkeypatch):
+    monkeypatch.setattr(gomail.CircuitBreaker, "FIRST_DELAY", 600)
+    monkeypatch.setattr(gomail.CircuitBreaker, "LONGEST_QUOTA_DELAY", 600)
+    mail_server.share, mail_server.used_up = 0, ("DOT", SES_QUOTA)
+    service = services(mail_server)
+    client, breakers = service.client.sign_up(), service.workers.breakers
+    message, otp = client.task(), client.task("generateOtp", userId="otp@example.com")
+    until(lambda: breakers["normal"].reason and breakers["urgent"].reason)
+    mail_server.used_up = ("", "")
+    client.post("/lanes/normal/resume")
+    client.state(message, "succeeded"), client.state(otp, "succeeded")
+    assert not breakers["normal"].reason and not breakers["urgent"].reason
 
 
 def test_an_outage_while_a_quota_is_used_up_is_probed_like_any_other(services, mail_server):
