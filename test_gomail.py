@@ -7552,6 +7552,13 @@ def test_recipients_that_a_quota_leaves_out_get_the_mail_when_it_is_back_and_the
     assert sorted(mail.recipient[0] for mail in mail_server.mails) == ["b", "c", "u"]
 
 
+def test_a_used_up_quota_decides_before_any_other_reason_for_which_recipients_were_refused():
+    dropped, quota = gomail.UnavailableError("421 closing", dropped=True), gomail.QuotaError("450 quota exceeded")
+    for refused in itertools.permutations((dropped, quota, gomail.PermanentError("550"), gomail.TemporaryError("450"))):
+        error = gomail.PartialError(("taken@example.com",), dict(zip("abcd", refused)))
+        assert error.cause is quota and error.verdict == gomail.Verdict.RETURNED
+
+
 def test_a_mail_that_alone_is_refused_for_a_quota_does_not_hold_up_the_others(services, mail_server):
     client = services(mail_server).client.sign_up()
     mail_server.data_replies["greedy@example.com"] = ["552 Message would take you over your relay quota of 500"] * 1000
