@@ -4673,32 +4673,34 @@ PERIOD = r"(seconds?|minutes?|hours?|days?|weeks?|months?)\b"
 PERIODIC = rf"(hourly|daily|weekly|monthly|(per|24)[ -]{PERIOD})"
 USED_UP = r"(exceed|reached|exhausted|used up|over ?limit|over (your|its|the)\b|hit )"
 QUOTAS = tuple((is_quota, re.compile(pattern, re.IGNORECASE | re.DOTALL)) for is_quota, pattern in (
-    (False, r"\w+ (?![45]\d\d )"),
+    (False, r"\w+ (?![45][1-9]\d )"),  # no reply, or one about the command (RFC 5321 section 4.2.4)
     # Limits of a connection, of connections and logins, of one mail: see TOO_MANY_CONNECTIONS, REPLIES, TOO_MANY.
-    (False, rf".*({TOO_MANY_CONNECTIONS.pattern}|per (session|connection)|session limit|concurren|thread limit"
-            r"|connection (rate|frequency)|(login|authentication) (attempts|failures)|unauthenticated commands"
+    (False, rf".*({TOO_MANY_CONNECTIONS.pattern}|session limit|concurren|thread limit"
+            r"|(per|in|on|for|over) ((this|the|one|a|each) )?(smtp )?(session|connection)\b|connection (rate|frequency)"
+            r"|(login|authentication) (attempts|failures)|too frequent connects|unauthenticated commands"
             r"|(per|in one|(for|in) this) (message|mail|e-?mail|transaction)\b|same message-id"
-            rf"|too many recipients(?!.*(this|per) {PERIOD}))"),
+            rf"|too many recipients(?!.*(today|(this|per) {PERIOD})))"),
     # What a recipient may receive: Gmail ("SMTP errors and codes", 4.2.1, 5.2.1), Exchange Online ("NDRs", 5.2.121 and
     # 5.2.122), rspamd (ratelimit, its buckets "to", "to_ip", "bounce_to"). RFC 3463: addresses that do not exist.
     (False, r"\w+ \d+ [45]\.1\.([1-6]|10)\b|.*(receiv(e|ing)\b|you (are trying|tried) to (contact|reach)"
             r"|(to|for) (this|the) (recipient|address|mailbox|inbox)|recipient( address)?('s| has| is)\b"
             r"|ratelimit \W?(bounce_)?to(_|\b)|undeliverable address|gr[ea]ylist)"),
     # The size or the form of one mail, the limit of look-ups for SPF (RFC 7208), spam scores.
-    (False, r"\w+ \d+ [45]\.(2\.3|3\.4)\b|(?!.*cumulative).*(\bsize\b|too (large|big|long)|\b(bytes|octets)\b"
-            r"|\b[kmg]i?b\b|line length|attachment|headers?\b|\bhops?\b|\bloop|recurs|lookup|\bscore)"),
+    (False, r"\w+ \d+ [45]\.(2\.3|3\.4|6\.\d)|(?!.*cumulative).*(\bsize\b|too (large|big|long)|\b(bytes|octets)\b"
+            r"|\b[kmg]i?b\b|line length|attachment|headers?\b|\bhops?\b|\bloop|recurs|lookup|\bscore|\blinks?\b)"),
     # Gmail ("SMTP errors and codes"): 5.4.5 for the day, x.7.28 an unusual rate. 4.4.5 is also congestion (RFC 3463).
     # Exchange Online ("NDRs"): 5.1.90 recipients a day, 5.7.232, 5.7.233 and 5.7.236 external recipients of the tenant,
     # 4.7.500 "Server busy" for this client.
     (True, r"\w+ \d+ (5\.4\.5|[45]\.7\.28|5\.1\.90|5\.7\.23[236]|4\.7\.500)\b"),
     # Exchange Online ("SMTP AUTH improvements": SubmissionQuotaExceededException; "NDRs": 5.7.508 "exceeded permitted
     # limits", 5.7.705 "tenant has exceeded threshold"), Exchange ("Message rate limits": "Message submission rate").
-    (True, r".*(submission ?(quota|rate)|exceeded (the )?threshold|exceeded permitted limits)"),
+    (True, r".*(submission ?(quota|rate)|tenant has exceeded threshold|exceeded permitted limits)"),
     # SES ("Errors related to the sending quotas": "Throttling failure"), mailcow and Hostinger (rspamd: "Ratelimit ..
     # exceeded"), IONOS ("Rate limit reached"), Outlook.com ("temporarily rate limited"), Postfix ("try again slower"),
     # Mailu ("sending too many emails too fast"), Tencent ("Sender frequency limited"), Purelymail ("rate limit").
     (True, r".*(throttl|rate[ -]?limit|rate (was |has been |is )?(exceeded|too high)|slower|slow down"
-           r"|too (fast|quickly)|frequency limit)"),
+           r"|more slowly|too (fast|quickly|frequent)|too many requests|frequency limit"
+           r"|(reduce|lower|decrease) (your |the )?(\w+ )?(rate|volume)\b)"),
     # Gmail ("unusual rate of unsolicited mail"), Zoho ("Unusual sending activity"), Yahoo ("unexpected volume").
     (True, r".*(unusual (\w+ )?(rate|amount|volume|activity)|unexpected volume)"),
     # Gmail ("Daily SMTP relay limit exceeded"), GoDaddy ("has exceeded its 24-hour sending limit", "over your relay
@@ -4711,22 +4713,23 @@ QUOTAS = tuple((is_quota, re.compile(pattern, re.IGNORECASE | re.DOTALL)) for is
     # ("Credits expired"), Postmark ("ran out of credits").
     (True, r".*(limit on the number of .*outgoing|messaging limits?|not allowed to send: recipient limit"
            r"|credits? (has |have |are |been ){0,2}(exceeded|exhausted|expired|used up)"
-           r"|(no|not enough|insufficient|out of) (\w+ ){0,2}credits?\b)"),
+           r"|(no|not enough|insufficient|out of) (\w+ ){0,2}(credits?|balance)\b)"),
     # cPanel ("exceeded the max emails per hour", "max defers and failures per hour"), Mailgun ("limited to 100 messages
     # / hour"), postfwd ("limit of 400 rcpts per 24 hours", "only 10 messages per day"), GoDaddy (IB504, IB607),
     # Outlook.com (RP-001), policyd and Cluebringer ("Message count quota exceeded", "Cumulative .. quota exceeded").
-    (True, r".*(\b(messages|mails|e-?mails|recipients|rcpts)( \w+){0,3} ?(per|/|this|an?|each|every) ?(\d+ )?"
-           rf"{PERIOD}|failures per {PERIOD}|message (count )?quota|cumulative .*quota)"),
+    (True, r".*(\b(messages|mails|e-?mails|recipients|rcpts)( \w+){0,3} ?(today|(per|/|this|an?|each|every) ?(\d+ )?"
+           rf"{PERIOD})|failures per {PERIOD}|message (count )?quota|cumulative .*quota)"),
     # GMX ("Too many mails (mail bomb), try again in 1 hour(s)"), msndr.net; see QUOTA_OF_NEW for fewer words.
     (True, r".*too (many|much) (recent )?(messages|mails?|e-?mails)\b.{0,60}"
-           rf"(account|user|domain|tenant|again in|today|limit|quota|{PERIOD})"),
+           rf"(account|user|sender|client|domain|tenant|again in|today|limit|quota|{PERIOD})"),
     # A full mailbox or disk (RFC 5321 section 4.2.3, RFC 3463 section 3.3), what a filter found.
     (False, r"\w+ ([45][25]2 |\d+ [45]\.(2\.[1-4]|3\.1|5\.3)\b)|RCPT .*user.{0,20} quota"
             r"|.*(mailbox|inbox|storage|\bdisk|\bspace\b|over ?quota|\bfull\b|spam|virus|malware|phish)"),
     # policyd ("Policy Rejection: Quota exceeded"), StartMail ("Your mail limit has been reached"), AuthSMTP ("over
     # message quota"), Outmail ("You have exceeded your Outmail quota"), Gmail ("Email quota exceeded").
-    (True, r".*((quota|limit)s?( \w+){0,2} (exceeded|reached|exhausted|used up)|quota.?exceeded"
-           r"|\b(exceed\w*|reached|over|hit)( \w+){1,5} (quota|limits?|max\w*)\b)"),
+    (True, r".*((quota|limit|max\w*)s?( \w+){0,5} (exceeded|reached|exhausted|used up)|quota.?exceeded"
+           r"|\b(exceed\w*|reached|over|hit)( \w+){0,5} (quota|limits?|max\w*"
+           r"|number of (messages|mails|e-?mails|recipients))\b)"),
 ))
 
 # What a server says of a limit that may be one of the connection: if a new one is refused so, it is one of the client.

@@ -5782,6 +5782,10 @@ QUOTA_REPLIES = [
     "550 5.7.1 Your mail limit has been reached.", "433 Account is over message quota",
     "452 4.4.5 Messages per second limit exceeded", "452 4.5.3 Daily message limit exceeded",
     "451 4.7.1 Rate limit exceeded, try later", "554 5.7.0 Sending quota exceeded", "550 quota exceeded",
+    "550 5.5.3 Too many recipients today", "450 4.7.1 Limit for outgoing mail exceeded", "451 Too many requests",
+    "550 Maximum daily recipients reached", "550 You exceeded the allowed number of messages",
+    "554 Insufficient balance",
+    "450 4.7.1 Error: too many messages from this sender", "451 4.7.0 Please reduce your sending rate",
 ]
 
 # What sounds like that, and is about one recipient, one mail or one connection.
@@ -5814,6 +5818,10 @@ NO_QUOTA_REPLIES = [
     "452 4.5.3 Error: too many recipients", "552 too many recipients", "550 5.5.3 Recipient limit exceeded",
     "452 4.5.3 Recipient limit per message exceeded", "421 4.7.0 Maximum message count per session reached",
     "452 4.4.5 Maximum number of messages per session exceeded.", "450 Too many messages in this connection",
+    "450 Too many messages in this session, try again in a minute", "554 too many links, limit exceeded",
+    "550 5.6.0 Message content exceeds limit", "554 5.7.1 spam: exceeded spam threshold",
+    "500 5.5.1 Line limit exceeded",
+    "450 too frequent connects from 192.0.2.1, please try again later",
     "451 Mails per session limit", "550 This message has exceeded the max number of messages per session. IB510",
     "432 4.3.2 Concurrent connections limit exceeded", "421 Too many connections, slow down. OFR005_104 [104]",
     "452 4.3.2 Connection rate limit exceeded", "454 4.7.0 Too many login attempts, please try again later.",
