@@ -2599,9 +2599,9 @@ class Outcome:
     """What became of a task that a worker had in hand.
 
     `detail` is the result of a success, such as "subscribed", or else the reason; `delay` the seconds until a task with
-    the verdict RETRYING, DROPPED or IN_DOUBT is taken again; `delivered` the recipients that have the mail already,
-    where others have not, and `reply` what the server said when it took it for the last of them; `suppress` the
-    addresses that do not exist, according to the server.
+    the verdict RETRYING, DROPPED or IN_DOUBT is taken again, while one that is RETURNED with a delay lets the next one
+    go first; `delivered` the recipients that have the mail already, where others have not, and `reply` what the server
+    said when it took it for the last of them; `suppress` the addresses that do not exist, according to the server.
     """
 
     task: Task
@@ -3118,7 +3118,9 @@ class Queue:
             if verdict == 'returned' then
                 note(task, verdict, detail)
                 redis.call('HSET', task, 'state', 'queued', 'error', detail)
+                local ahead = tonumber(delay) > 0 and redis.call('RPOP', lane)
                 redis.call('RPUSH', lane, id)
+                if ahead then redis.call('RPUSH', lane, ahead) end
             elseif verdict == 'dead' then
                 redis.call('HINCRBY', task, 'attempts', 1)
                 bury(prefix, id, detail, dead_ttl, tonumber(dead_max), suppress)
@@ -4586,6 +4588,13 @@ class InDoubtError(UnavailableError):
         self.verdict = Verdict.IN_DOUBT
 
 
+class QuotaError(UnavailableError):
+    """The account's sending quota is used up. A login may succeed all the same: only a mail shows when it is back."""
+
+    def __init__(self, error: str) -> None:
+        super().__init__(error, certain=True, sender=True)
+
+
 class TooManyConnectionsError(UnavailableError):
     """There is no further connection for this mail; those that there are go on, so that no lane need pause."""
 
@@ -4602,9 +4611,9 @@ class PartialError(DeliveryError):
     def __init__(self, delivered: tuple[str, ...], refused: dict[str, DeliveryError], reply: str = "") -> None:
         super().__init__("; ".join(f"{address}: {error}" for address, error in refused.items()))
         self.delivered, self.refused, self.reply = delivered, refused, reply
-        # An outage decides what becomes of the task, or else a refusal that may pass.
+        # A used-up quota decides what becomes of the task, or else an outage, or else a refusal that may pass.
         self.cause = min(refused.values(), key=lambda error: (
-            not isinstance(error, UnavailableError), error.verdict == Verdict.DEAD))
+            not isinstance(error, QuotaError), not isinstance(error, UnavailableError), error.verdict == Verdict.DEAD))
         self.verdict = self.cause.verdict
 
 
@@ -4640,6 +4649,7 @@ class About(enum.StrEnum):
     SENDER = "the sender, the client or the account"
     CONNECTION = "the connection"
     SERVER = "the server"
+    QUOTA = "the sending quota of the account"
 
 
 MAX_REPLY = 256  # characters of what a server said when it took a mail
@@ -4656,6 +4666,77 @@ TOO_MANY = re.compile(r"\d+ ([45]\.5\.3\b|.*too many recipients)", re.IGNORECASE
 TOO_MANY_CONNECTIONS = re.compile(
     r"too many (\S+ ){0,3}(connections|sessions)\b|(sender thread|concurrency|connections?) limit (exceeded|reached)"
     r"|maximum number of (\S+ ){0,3}connections\b|at maximum connection limit", re.IGNORECASE)
+
+# Whether an error reply says that the account has used up its sending quota, or sends too fast; by "STAGE code text"
+# without addresses and URLs, see is_quota(). The first line that matches counts. Beside each stands whose documentation
+# or program has such words; the rules are made so that they also catch the words of others.
+PERIOD = r"(seconds?|minutes?|hours?|days?|weeks?|months?)\b"
+PERIODIC = rf"(hourly|daily|weekly|monthly|(per|24)[ -]{PERIOD})"
+USED_UP = r"(exceed|reached|exhausted|used up|over ?limit|over (your|its|the)\b|hit )"
+QUOTAS = tuple((is_quota, re.compile(pattern, re.IGNORECASE | re.DOTALL)) for is_quota, pattern in (
+    (False, r"\w+ (?![45][1-9]\d )"),  # no reply, or one about the command (RFC 5321 section 4.2.4)
+    # Limits of a connection, of connections and logins, of one mail: see TOO_MANY_CONNECTIONS, REPLIES, TOO_MANY.
+    (False, rf".*({TOO_MANY_CONNECTIONS.pattern}|session limit|concurren|thread limit"
+            r"|(per|in|on|for|over) ((this|the|one|a|each) )?(smtp )?(session|connection)\b|connection (rate|frequency)"
+            r"|(login|authentication) (attempts|failures)|too frequent connects|unauthenticated commands"
+            r"|(per|in one|(for|in) this) (message|mail|e-?mail|transaction)\b|same message-id"
+            rf"|too many recipients(?!.*(today|(this|per) {PERIOD})))"),
+    # What a recipient may receive: Gmail ("SMTP errors and codes", 4.2.1, 5.2.1), Exchange Online ("NDRs", 5.2.121 and
+    # 5.2.122), rspamd (ratelimit, its buckets "to", "to_ip", "bounce_to"). RFC 3463: addresses that do not exist.
+    (False, r"\w+ \d+ [45]\.1\.([1-6]|10)\b|.*(receiv(e|ing)\b|you (are trying|tried) to (contact|reach)"
+            r"|(to|for) (this|the) (recipient|address|mailbox|inbox)|recipient( address)?('s| has| is)\b"
+            r"|ratelimit \W?(bounce_)?to(_|\b)|undeliverable address|gr[ea]ylist)"),
+    # The size or the form of one mail, the limit of look-ups for SPF (RFC 7208), spam scores.
+    (False, r"\w+ \d+ [45]\.(2\.3|3\.4|6\.\d)|(?!.*cumulative).*(\bsize\b|too (large|big|long)|\b(bytes|octets)\b"
+            r"|\b[kmg]i?b\b|line length|attachment|headers?\b|\bhops?\b|\bloop|recurs|lookup|\bscore|\blinks?\b)"),
+    # Gmail ("SMTP errors and codes"): 5.4.5 for the day, x.7.28 an unusual rate. 4.4.5 is also congestion (RFC 3463).
+    # Exchange Online ("NDRs"): 5.1.90 recipients a day, 5.7.232, 5.7.233 and 5.7.236 external recipients of the tenant,
+    # 4.7.500 "Server busy" for this client.
+    (True, r"\w+ \d+ (5\.4\.5|[45]\.7\.28|5\.1\.90|5\.7\.23[236]|4\.7\.500)\b"),
+    # Exchange Online ("SMTP AUTH improvements": SubmissionQuotaExceededException; "NDRs": 5.7.508 "exceeded permitted
+    # limits", 5.7.705 "tenant has exceeded threshold"), Exchange ("Message rate limits": "Message submission rate").
+    (True, r".*(submission ?(quota|rate)|tenant has exceeded threshold|exceeded permitted limits)"),
+    # SES ("Errors related to the sending quotas": "Throttling failure"), mailcow and Hostinger (rspamd: "Ratelimit ..
+    # exceeded"), IONOS ("Rate limit reached"), Outlook.com ("temporarily rate limited"), Postfix ("try again slower"),
+    # Mailu ("sending too many emails too fast"), Tencent ("Sender frequency limited"), Purelymail ("rate limit").
+    (True, r".*(throttl|rate[ -]?limit|rate (was |has been |is )?(exceeded|too high)|slower|slow down"
+           r"|more slowly|too (fast|quickly|frequent)|too many requests|frequency limit"
+           r"|(reduce|lower|decrease) (your |the )?(\w+ )?(rate|volume)\b)"),
+    # Gmail ("unusual rate of unsolicited mail"), Zoho ("Unusual sending activity"), Yahoo ("unexpected volume").
+    (True, r".*(unusual (\w+ )?(rate|amount|volume|activity)|unexpected volume)"),
+    # Gmail ("Daily SMTP relay limit exceeded"), GoDaddy ("has exceeded its 24-hour sending limit", "over your relay
+    # quota"), IONOS ("Mail send limit exceeded"), SparkPost ("Exceed Sending Limit (hourly)"), Emailit ("Daily message
+    # limit exceeded"), Exim (chapter on ACLs, ratelimit: "Sender rate overlimit").
+    (True, rf"(?=.*{USED_UP}).*\b(sen[dt]|sending|sender('s)?|submission|outgoing|outbound|relay(ing)?|{PERIODIC})\b"
+           r".{0,40}\b(quota|limits?|rate|allowance)\b"),
+    # Plesk ("The limit on the number of allowed outgoing messages was exceeded"), SendGrid ("exceeded your messaging
+    # limits", "Maximum credits exceeded"), Mailgun ("not allowed to send: recipient limit exceeded"), ZeptoMail
+    # ("Credits expired"), Postmark ("ran out of credits").
+    (True, r".*(limit on the number of .*outgoing|messaging limits?|not allowed to send: recipient limit"
+           r"|credits? (has |have |are |been ){0,2}(exceeded|exhausted|expired|used up)"
+           r"|(no|not enough|insufficient|out of) (\w+ ){0,2}(credits?|balance)\b)"),
+    # cPanel ("exceeded the max emails per hour", "max defers and failures per hour"), Mailgun ("limited to 100 messages
+    # / hour"), postfwd ("limit of 400 rcpts per 24 hours", "only 10 messages per day"), GoDaddy (IB504, IB607),
+    # Outlook.com (RP-001), policyd and Cluebringer ("Message count quota exceeded", "Cumulative .. quota exceeded").
+    (True, r".*(\b(messages|mails|e-?mails|recipients|rcpts)( \w+){0,3} ?(today|(per|/|this|an?|each|every) ?(\d+ )?"
+           rf"{PERIOD})|failures per {PERIOD}|message (count )?quota|cumulative .*quota)"),
+    # GMX ("Too many mails (mail bomb), try again in 1 hour(s)"), msndr.net; see QUOTA_OF_NEW for fewer words.
+    (True, r".*too (many|much) (recent )?(messages|mails?|e-?mails)\b.{0,60}"
+           rf"(account|user|sender|client|domain|tenant|again in|today|limit|quota|{PERIOD})"),
+    # A full mailbox or disk (RFC 5321 section 4.2.3, RFC 3463 section 3.3), what a filter found.
+    (False, r"\w+ ([45][25]2 |\d+ [45]\.(2\.[1-4]|3\.1|5\.3)\b)|RCPT .*user.{0,20} quota"
+            r"|.*(mailbox|inbox|storage|\bdisk|\bspace\b|over ?quota|\bfull\b|spam|virus|malware|phish)"),
+    # policyd ("Policy Rejection: Quota exceeded"), StartMail ("Your mail limit has been reached"), AuthSMTP ("over
+    # message quota"), Outmail ("You have exceeded your Outmail quota"), Gmail ("Email quota exceeded").
+    (True, r".*((quota|limit|max\w*)s?( \w+){0,5} (exceeded|reached|exhausted|used up)|quota.?exceeded"
+           r"|\b(exceed\w*|reached|over|hit)( \w+){0,5} (quota|limits?|max\w*"
+           r"|number of (messages|mails|e-?mails|recipients))\b)"),
+))
+
+# What a server says of a limit that may be one of the connection: if a new one is refused so, it is one of the client.
+# Postfix (anvil: "too much mail from", "too many recipients from"), OVH ("sorry, too many emails").
+QUOTA_OF_NEW = re.compile(
+    r"too (many|much) (recent )?(messages|mails?|e-?mails)\b|too many recipients from", re.IGNORECASE)
 
 # What an error reply is about, by "STAGE code text"; the text begins with the enhanced code, if there is one. The first
 # line that matches counts, else the stage alone. An enhanced code is class.subject.detail: RFC 3463 section 3 has the
@@ -4704,6 +4785,14 @@ def one_line(reply: bytes) -> str:
     return printable(reply.decode(errors="replace"))
 
 
+def is_quota(stage: str, reply: str) -> bool:
+    """Whether an error reply, "code text", says that the sending quota of the account is used up: see QUOTAS."""
+    # A reply of several lines repeats the enhanced code in each.
+    words = re.sub(r"<[^>]*>|\S*@\S*|\S+://\S*|(?<!^\d{3} )\b[45]\.\d{1,3}\.\d{1,3}\b", "", reply)
+    found = f"{stage} {' '.join(words.split())}"
+    return next((is_one for is_one, pattern in QUOTAS if pattern.match(found)), False)
+
+
 def refusal(stage: str, code: int, text: bytes, others_taken: bool = False) -> DeliveryError | None:
     """The error that a reply at a stage means (RFC 5321 section 4.2), or None for success: any 2yz, at DATA any 3yz.
 
@@ -4714,6 +4803,8 @@ def refusal(stage: str, code: int, text: bytes, others_taken: bool = False) -> D
     reply = f"{code} {one_line(text)}"[:500]
     if not 400 <= code <= 599:
         return UnavailableError(f"the server said {STAGES[stage]}: {reply}", dropped=True)
+    if is_quota(stage, reply):
+        return QuotaError(f"{About.QUOTA}, {STAGES[stage]}: {reply}")
     known = next((about for about, pattern in REPLIES if pattern.match(f"{stage} {reply}")), None)
     about = known or (About.RECIPIENT if stage == "RCPT" else About.MAIL)
     if others_taken and about in (About.SENDER, About.CONNECTION):
@@ -5191,6 +5282,11 @@ class SmtpTransport:
                     and self.announce_from == announce_from):
                 self.learnt_share, self.learnt_until = carried, time.monotonic() + self.LEARNT_TIME
             refused = {address: error for address, error in refused.items() if error.certain} | refused_again
+        # Here, an error that is not certain is what a new connection was told.
+        for error in {error for error in refused.values() if isinstance(error, UnavailableError) and not error.certain}:
+            if QUOTA_OF_NEW.search(str(error)):
+                quota = QuotaError(str(error))
+                refused = {address: quota if each is error else each for address, each in refused.items()}
         if local.sent >= self._share(lane) or local.refusals >= self.MAX_REFUSALS:
             self._close()
         delivered = tuple(address for address in recipients if address not in refused)
@@ -5321,6 +5417,9 @@ class SmtpTransport:
         except (OSError, UnicodeError, smtplib.SMTPException, UnavailableError) as error:
             if smtp is not None:
                 smtp.close()
+            if is_quota("AUTH", reply_text(error)):
+                self.reached = time.monotonic()
+                raise QuotaError(f"{About.QUOTA}, at the login: {reply_text(error)}") from None
             raise UnavailableError(f"{self} is not available: {reply_text(error)}") from None
         with self.lock:
             self.connections.add(smtp)
@@ -6412,6 +6511,7 @@ class SmtpState:
         self.state, self.reason = "unknown", ""
         self.since, self.since_monotonic = 0.0, 0.0  # when the outage began, by both clocks
         self.paused: set[CircuitBreaker] = set()
+        self.without_quota: set[CircuitBreaker] = set()
 
     def note_outage(self, reason: str, breaker: "CircuitBreaker") -> None:
         """Note an outage that pauses the lane of `breaker`."""
@@ -6421,6 +6521,20 @@ class SmtpState:
                 self.state, self.since, self.since_monotonic = "out", time.time(), time.monotonic()
             self.reason = reason
             self.paused.add(breaker)
+
+    def note_quota(self, breaker: "CircuitBreaker") -> None:
+        """Note that a used-up quota pauses the lane of `breaker`: the server answered."""
+        with self.lock:
+            self.without_quota.add(breaker)
+        self.note_answer(but=breaker)
+
+    def note_quota_back(self) -> None:
+        """Note that the quota is back for one lane: the others that it paused try a mail at once."""
+        with self.lock:
+            breakers, self.without_quota = self.without_quota, set()
+        for breaker in breakers:
+            if breaker.by_mail:
+                breaker.probe_requested.set()
 
     def report(self) -> Json | None:
         """Since when (microseconds since the epoch) and why the server is out; None where it is not."""
@@ -6448,6 +6562,9 @@ class SmtpState:
 class CircuitBreaker:
     """Pauses a lane in this process. It is open while `reason` says why the lane may not send, otherwise closed.
 
+    A login does not show whether a used-up quota is back. So where that is the reason, the breaker is half-open after
+    each pause: one thread, the tester, may send until a mail shows it; with an empty lane it waits for the next one.
+
     Args:
         lane: its name, for the log.
         transport: what is probed while the breaker is open.
@@ -6456,33 +6573,63 @@ class CircuitBreaker:
     """
 
     FIRST_DELAY, LONGEST_DELAY = 0.5, 60.0  # seconds between probes
+    LONGEST_QUOTA_DELAY = 3600.0  # the same, while a quota is used up
 
     def __init__(self, lane: str, transport: Transport, stopping: threading.Event, smtp: SmtpState) -> None:
         self.lane, self.transport, self.stopping, self.smtp = lane, transport, stopping, smtp
         self.lock, self.probing, self.probe_requested = threading.Lock(), threading.Lock(), threading.Event()
         self.reason, self.failures = "", 0
+        self.by_mail = False  # whether the quota is used up, so that the next mail is the probe
+        self.tester: int | None = None  # the thread whose mail it is
 
-    def open(self, reason: str, outage: bool = False) -> None:
-        """Pause the lane; `outage` says that the server is out for all lanes."""
+    def open(self, reason: str, outage: bool = False, by_mail: bool = False) -> None:
+        """Pause the lane; `outage` says that the server is out for all lanes, `by_mail` that a quota is used up."""
         with self.lock:
             if not self.reason:
                 self.failures += 1
                 log(logging.WARNING, "lane paused", lane=self.lane, error=reason)
-            self.reason = reason
+            elif self.is_tester:
+                self.failures += 1
+                log(logging.INFO, "lane still paused", lane=self.lane, error=reason)
+            if not self.reason or self.is_tester or not by_mail:
+                self.tester = None
+            self.reason, self.by_mail = reason, by_mail
         if outage:
             self.smtp.note_outage(reason, self)
+        elif by_mail:
+            self.smtp.note_quota(self)
 
     def close(self) -> None:
         """Resume the lane."""
         with self.lock:
             if self.reason:
                 log(logging.INFO, "lane resumed", lane=self.lane)
-            self.reason = ""
+            self.reason, self.by_mail, self.tester = "", False, None
+
+    @property
+    def is_tester(self) -> bool:
+        """Whether a mail of this thread shows whether the quota is back."""
+        return self.tester == threading.get_ident()
+
+    @property
+    def may_send(self) -> bool:
+        """Whether this thread may send."""
+        return not self.reason or self.is_tester
 
     def note_success(self) -> None:
         """Note that the server took a mail: the next pause starts with a short delay again."""
-        self.failures = 0
+        if self.is_tester:
+            self.close()
+            self.smtp.note_quota_back()
+        if not self.by_mail:  # else the mail of another thread, which was under way
+            self.failures = 0
         self.smtp.note_answer()
+
+    def leave(self) -> None:
+        """Note that this thread ends: if it is the tester, another one becomes it at once."""
+        if self.is_tester:
+            self.tester = None
+            self.probe_requested.set()
 
     def request_probe(self) -> None:
         """Have the lane probed at once, and again after a short delay if that fails."""
@@ -6491,7 +6638,8 @@ class CircuitBreaker:
 
     def delay(self) -> float:
         """Seconds until the next probe."""
-        return random.uniform(0.5, 1) * min(self.FIRST_DELAY * 2 ** min(self.failures, 20), self.LONGEST_DELAY)
+        longest = self.LONGEST_QUOTA_DELAY if self.by_mail else self.LONGEST_DELAY
+        return random.uniform(0.5, 1) * min(self.FIRST_DELAY * 2 ** min(self.failures, 20), longest)
 
     def wait_for_probe(self) -> None:
         """Return when a probe is due or requested, when the lane may send, or when the service stops."""
@@ -6502,10 +6650,13 @@ class CircuitBreaker:
         self.probe_requested.clear()
 
     def wait(self) -> None:
-        """Return when the lane may send, or when the service stops; one of the waiting threads probes."""
-        while self.reason and not self.stopping.is_set():
+        """Return when this thread may send, or when the service stops; one of the waiting threads probes."""
+        while not self.may_send and not self.stopping.is_set():
             if self.probing.acquire(timeout=0.2):
                 try:
+                    if self.tester is not None:
+                        self.stopping.wait(0.1)
+                        continue
                     self.wait_for_probe()
                     if self.reason and not self.stopping.is_set():
                         self.probe()
@@ -6513,13 +6664,16 @@ class CircuitBreaker:
                     self.probing.release()
 
     def probe(self) -> None:
-        """Find out whether the server takes mail, and resume the lane if so."""
+        """Find out whether the server takes mail, and resume the lane if so; or let this thread find out by a mail."""
+        if self.by_mail:
+            self.tester = threading.get_ident()
+            return
         try:
             self.transport.probe(self.lane)
             self.smtp.note_answer()
         except UnavailableError as error:
             self.failures += 1
-            self.reason = str(error)
+            self.reason, self.by_mail = str(error), isinstance(error, QuotaError)
             log(logging.INFO, "lane still paused", lane=self.lane, error=self.reason)
             if error.sender:
                 self.smtp.note_answer(but=self)
@@ -6771,7 +6925,7 @@ class Workers:
                 if lane != Lane.URGENT:
                     self.queue.give_way()
                 with hand.lock:
-                    may_begin = not self.stopping.is_set() and not breaker.reason and (
+                    may_begin = not self.stopping.is_set() and breaker.may_send and (
                         bool(hand.tasks) or not crew.is_overstaffed)
                     has_slot = may_begin and (lane not in MAIL_LANES or self.transport.ready(lane))
                     task = self.next_task(crew, name) if has_slot else self.give_back(crew, name)
@@ -6780,7 +6934,7 @@ class Workers:
                     hand.end(self.perform(task, lane))
                 elif self.stopping.is_set():
                     break
-                elif breaker.reason:
+                elif not breaker.may_send:
                     self.transport.tidy()
                     breaker.wait()
                 elif crew.is_overstaffed:
@@ -6803,6 +6957,7 @@ class Workers:
             except Exception:  # a fault of ours must not end the thread: the lane would lose a worker for ever
                 logger.exception("unexpected error in a worker", extra={"fields": {"worker": name}})
                 self.stopping.wait(1.0)
+        breaker.leave()
         self.transport.tidy()
 
     def reinforce(self) -> None:
@@ -6842,7 +6997,7 @@ class Workers:
         with crew.one_more_waiting():
             self.transport.tidy(SmtpTransport.IDLE)
             while not (self.queue.wait(name, crew.lane, self.WAIT) or self.stopping.is_set() or crew.is_overstaffed
-                       or self.breakers[crew.lane].reason):
+                       or not self.breakers[crew.lane].may_send):
                 self.transport.tidy(SmtpTransport.IDLE)
 
     def settle_in_time(self) -> None:
@@ -6919,9 +7074,13 @@ class Workers:
         if isinstance(error, PartialError):
             cause, refused, reply = error.cause, error.refused, error.reply
             delivered = task.delivered + error.delivered
-        verdict = cause.verdict
+        verdict, breaker, quota = cause.verdict, self.breakers[lane], isinstance(cause, QuotaError)
         if isinstance(cause, UnavailableError) and not isinstance(cause, TooManyConnectionsError):
-            self.breakers[lane].open(str(cause), outage=not cause.dropped and not cause.sender)
+            breaker.open(str(cause), outage=not cause.dropped and not cause.sender, by_mail=quota)
+        elif breaker.is_tester and verdict in (Verdict.RETRYING, Verdict.DEAD):
+            breaker.close()  # the mail was refused for its own sake, so the quota is back as far as one can tell
+        if quota:
+            delay = 1.0  # a moment, in which the next mail overtakes: this may be the only one that is refused so
         if verdict in (Verdict.DROPPED, Verdict.IN_DOUBT):
             in_doubt = verdict == Verdict.IN_DOUBT
             # A mail that makes the server hang up would be sent for ever. It pays an attempt for that from the fourth

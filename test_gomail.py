@@ -480,6 +480,7 @@ def services(redis_server, mail_server, tmp_path, monkeypatch):
     monkeypatch.setattr(gomail.Workers, "WAIT", 0.05)
     monkeypatch.setattr(gomail.CircuitBreaker, "FIRST_DELAY", 0.02)
     monkeypatch.setattr(gomail.CircuitBreaker, "LONGEST_DELAY", 0.2)
+    monkeypatch.setattr(gomail.CircuitBreaker, "LONGEST_QUOTA_DELAY", 0.2)
     monkeypatch.setattr(gomail.Workers, "drop_delay", staticmethod(lambda drops: 0.05))
     monkeypatch.setattr(gomail.Cron, "TICK", 0.01)
     monkeypatch.setattr(gomail.Cron, "POLL", 0.01)
@@ -5689,7 +5690,7 @@ ANSWERS = [
     ("RCPT", "451 4.3.5 Server configuration error", gomail.About.SERVER),
     ("RCPT", "451 4.3.0 <u@c.example>: Temporary lookup failure", gomail.About.SERVER),
     ("DOT", "451 4.7.1 Service unavailable - try again later", gomail.About.SERVER),
-    ("DOT", "454 Throttling failure: Maximum sending rate exceeded.", gomail.About.SERVER),
+    ("DOT", "454 Temporary authentication failure", gomail.About.SERVER),
     ("RCPT", "550 5.1.1 <u@c.example>: Recipient address rejected: User unknown in local recipient table",
      gomail.About.RECIPIENT),
     ("RCPT", "550 5.1.1 <u@c.example>: undeliverable address: host mx said: 554 5.7.1 Relay access denied",
@@ -5723,6 +5724,173 @@ def test_a_reply_is_about_the_mail_its_recipient_the_sender_the_connection_or_th
     else:
         assert type(error) is gomail.UnavailableError and f"{code} {text}" in str(error)
         assert code == 421 or str(error).startswith(about)
+
+
+# What providers and mail servers answer a client that has used up its quota or sends too fast, at any stage.
+QUOTA_REPLIES = [
+    "454 Throttling failure: Daily message quota exceeded.", "454 Throttling failure: Maximum sending rate exceeded.",
+    "550 5.4.5 Daily user sending limit exceeded. For more information on Gmail sending limits go to\n"
+    "5.4.5 https://support.google.com/a/answer/166852 - gsmtp",
+    "550 5.4.5 Daily sending quota exceeded. a1b2 - gsmtp",
+    "550 5.4.5 Daily SMTP relay limit exceeded for user. For more information on SMTP relay sending limits please",
+    "550 5.7.1 Daily SMTP relay limit exceeded for customer. For more information on\n5.7.1 SMTP relay sending limits",
+    "450 4.2.1 Peak SMTP relay limit exceeded for customer. This is a temporary error.",
+    "421 4.7.28 Gmail has detected an unusual rate of mail originating from your SPF domain. To protect users",
+    "550 5.7.28 There is an unusual rate of unsolicited mail originating from your IP address.",
+    "421 4.7.0 Our system has detected an unusual rate of unsolicited mail originating from your IP address. To "
+    "protect our users from spam, mail sent from your IP address has been temporarily rate limited.",
+    "421 4.7.0 Try again later, closing connection: rate limited",
+    "554 5.2.0 STOREDRV.Submission.Exception:SubmissionQuotaExceededException; Failed to process message due to a "
+    "permanent exception with message The message can't be submitted because the sender's submission quota was ",
+    "554 5.2.2 Submission quota exceeded",
+    "421 4.4.2 Message submission rate for this client has exceeded the configured limit",
+    "550 5.1.90 Your message can't be sent because you've reached your daily limit for message recipients",
+    "550 5.7.233 Your message can't be sent because your tenant exceeded its daily limit for sending email to external "
+    "recipients (tenant external recipient rate limit)",
+    "451 4.7.500 Server busy. Please try again later from [192.0.2.1]. (S77)",
+    "451 4.7.650 The mail server [192.0.2.1] has been temporarily rate limited due to its reputation",
+    "550 5.7.705 Access denied, tenant has exceeded threshold", "450 4.7.3 Organization queue quota exceeded.",
+    "421 RP-001 Unfortunately, some messages from 192.0.2.1 weren't sent. Please try again. We have limits for how "
+    "many messages can be sent per hour and per day.",
+    "421 Domain mg.example is not allowed to send: recipient limit exceeded, try again after Wed, 22 Feb 2023 10:04",
+    "554 Your account is on probation and domains are limited to 100 messages / hour. It will be enabled in 341 s",
+    "525 5.7.1 Daily sending limit reached", "550 Not allowed to send: you ran out of credits",
+    "550 5.7.1 sorry, too many emails, quota of 200 per hour reached",
+    "421 4.7.0 Email sending limit (200/hour) exceeded",
+    "451 Authentication failed: Maximum credits exceeded", "451 You've exceeded your messaging limits",
+    "535 Authentication Failed. Credits expired.", "420 Exceed Sending Limit (hourly)",
+    "550 5.4.6 Unusual sending activity detected. Please try after sometime.",
+    "421 4.7.0 [TSS04] Messages from 192.0.2.1 temporarily deferred due to unexpected volume or user complaints",
+    "450 Requested mail action not taken: mailbox unavailable\nMail send limit exceeded.",
+    "421 Rate limit reached. Please try again later",
+    "450 4.3.2 Too many mails (mail bomb), try again in 1 hour(s) 25 minute(s) and see ( http://portal.gmx.net/x )",
+    "550 Too many messages. Try again in 92 seconds.", "421 Too many messages, slow down",
+    "550 Domain example.com has exceeded the max emails per hour (200/200 (100%)) allowed. Message discarded.",
+    "550 Domain example.com has exceeded the max defers and failures per hour (5/5 (100%)) allowed. Message discarded.",
+    "554 5.7.0 Your message could not be sent. The limit on the number of allowed outgoing messages was exceeded",
+    "450 4.7.1 <user@example.com>: Recipient address rejected: Policy rejection; Message count quota exceeded",
+    "450 4.7.1 <u@example.com>: Recipient address rejected: Policy rejection; Cumulative message size quota exceeded",
+    "554 5.7.1 <user@example.com>: Recipient address rejected: You have exceeded your Outmail quota.",
+    "450 4.7.1 <user@example.com>: Recipient address rejected: Number messages per hour exceeded",
+    "554 5.7.1 <DATA>: Data command rejected: limit of 400 rcpts per 24 hours for client app@example.org reached",
+    "554 5.7.1 <DATA>: Data command rejected: only 10 messages per day",
+    '451 4.7.1 Ratelimit "user" exceeded', '451 4.7.1 Ratelimit "hostinger_out_ratelimit" exceeded for key "RLaobdhm"',
+    "450 4.7.1 <app@example.org>: SASL login name rejected: You are sending too many emails too fast.",
+    "450 4.7.1 <vm>: Client host rejected: Please try again slower", "550 5.7.1 Sender rate overlimit - 120.0 / 1h",
+    "550 User me@site.example has exceeded its 24-hour sending limit. Messages to 250 recipients out of 250 allowed "
+    "have been sent. Relay quota will reset in 11.27 hours.",
+    "550 This IP has sent too many messages this hour. IB504",
+    "550 This IP has sent too many to too many recipients this hour. IB607",
+    "552 C13ypH Message would take you over your relay quota of 500 Current quota used: 487",
+    "550 5.7.1 Your mail limit has been reached.", "433 Account is over message quota",
+    "452 4.4.5 Messages per second limit exceeded", "452 4.5.3 Daily message limit exceeded",
+    "451 4.7.1 Rate limit exceeded, try later", "554 5.7.0 Sending quota exceeded", "550 quota exceeded",
+    "550 5.5.3 Too many recipients today", "450 4.7.1 Limit for outgoing mail exceeded", "451 Too many requests",
+    "550 Maximum daily recipients reached", "550 You exceeded the allowed number of messages",
+    "554 Insufficient balance",
+    "450 4.7.1 Error: too many messages from this sender", "451 4.7.0 Please reduce your sending rate",
+]
+
+# What sounds like that, and is about one recipient, one mail or one connection.
+NO_QUOTA_REPLIES = [
+    "552 5.2.2 Mailbox over quota", "552 5.2.2 mailbox full", "422 The recipient's mailbox is over its storage limit",
+    "452 4.2.2 The email account that you tried to reach is over quota. Please direct the recipient to\n"
+    "4.2.2 https://support.google.com/mail/?p=OverQuotaTemp - gsmtp",
+    "552 5.2.2 <user@icloud.example>: user is over quota", "550 5.2.2 user quota exceeded (UserSearch)",
+    "554 5.2.2 <user@c.example>: Recipient address rejected: Quota exceeded (mailbox for user is full)",
+    "552 Requested mail action aborted: exceeded storage allocation Quota exceeded.",
+    "550 <user@c.example>: Requested mail action aborted: exceeded storage allocation, Quota exceeded",
+    "552 5.2.2 Mailbox size limit exceeded", "452 4.1.1 <user@c.example> user over quota",
+    "552 Error: disk quota exceeded",
+    "522 5.2.0 Delivery failed: Over quota", "552 5.1.1 <user@c.example> recipient rejected - extended quota violation",
+    "450 4.2.2 Mailbox quota exceeded, try again in a few hours", "550 5.2.2 STOREDRV.Deliver: mailbox full. "
+    "MapiExceptionShutoffQuotaExceeded", "552 sorry, mailbox a@c.example is over quota temporarily (#5.1.1)",
+    "450 4.2.1 The user you are trying to contact is receiving mail at a rate that prevents additional messages from "
+    "being delivered. Please resend your message at a later time.\n4.2.1 https://support.google.com/mail/?p=ReceivingRate",
+    "450 4.2.1 The user you are trying to contact is receiving mail too quickly. Please resend your message later.",
+    "550 5.2.1 The user you are trying to contact is receiving mail at a rate that prevents additional",
+    "450 4.2.1 The recipient has exceeded message rate limit. Try again later.",
+    "554 5.2.121 The sender has exceeded the limit for the number of messages they can send to this recipient per hour",
+    "554 5.2.122 The recipient has exceeded their limit for the number of messages they can receive per hour.",
+    '451 4.7.1 Ratelimit "to" exceeded', "451 4.7.1 Greylisted, try again",
+    "450 4.2.0 <user@c.example>: Recipient address rejected: Greylisted, see http://postgrey.example/limit-exceeded",
+    "552 5.3.4 Message size exceeds fixed limit", "552 5.2.3 Your message exceeded Google's message size limits.",
+    "550 5.7.0 Message too large: limit of 10 MB exceeded",
+    "552 5.3.4 The number of attachments (12) exceeds Google's limit of 10 attachments.",
+    "452 4.5.3 Your message has too many recipients. For more information regarding Google's sending limits, review",
+    "452 4.5.3 Error: too many recipients", "552 too many recipients", "550 5.5.3 Recipient limit exceeded",
+    "452 4.5.3 Recipient limit per message exceeded", "421 4.7.0 Maximum message count per session reached",
+    "452 4.4.5 Maximum number of messages per session exceeded.", "450 Too many messages in this connection",
+    "450 Too many messages in this session, try again in a minute", "554 too many links, limit exceeded",
+    "550 5.6.0 Message content exceeds limit", "554 5.7.1 spam: exceeded spam threshold",
+    "500 5.5.1 Line limit exceeded",
+    "450 too frequent connects from 192.0.2.1, please try again later",
+    "451 Mails per session limit", "550 This message has exceeded the max number of messages per session. IB510",
+    "432 4.3.2 Concurrent connections limit exceeded", "421 Too many connections, slow down. OFR005_104 [104]",
+    "452 4.3.2 Connection rate limit exceeded", "454 4.7.0 Too many login attempts, please try again later.",
+    "554 5.7.1 Message contains spam", "554 5.7.1 Message rejected: spam score 15.2 exceeds the limit of 10",
+    "550 5.7.1 Our system has detected that this message is likely unsolicited mail.",
+    "550 5.7.24 SPF PermError: DNS lookup limit exceeded", "554 5.4.6 Hop count exceeded limit",
+    "550 5.1.1 <quota@limit-exceeded.example>: Recipient address rejected: User unknown",
+    "550 5.1.1 undeliverable address: host mx said: 452 4.2.2 quota exceeded", "452 4.3.1 Insufficient system storage",
+    "452 4.4.5 Insufficient disk space; try again later", "421 4.4.2 Error: timeout exceeded", "421 4.4.5 Server busy",
+    "421 4.7.28 Gmail has detected this message exceeded its quota for sending messages with the same Message-ID:",
+]
+
+
+@pytest.mark.parametrize("reply", QUOTA_REPLIES, ids=lambda reply: reply[:40])
+def test_a_reply_about_the_sending_quota_returns_the_mail_at_every_stage(reply):
+    for stage, others_taken in itertools.product(gomail.STAGES, (False, True)):
+        error = gomail.refusal(stage, int(reply[:3]), reply[4:].encode(), others_taken)
+        assert type(error) is gomail.QuotaError and error.verdict == gomail.Verdict.RETURNED and not error.too_many
+        assert str(error) == f"the sending quota of the account, {gomail.STAGES[stage]}: {' '.join(reply.split())}"
+
+
+@pytest.mark.parametrize("reply", NO_QUOTA_REPLIES, ids=lambda reply: reply[:40])
+def test_a_full_mailbox_and_a_limit_of_one_recipient_mail_or_connection_are_no_used_up_quota(reply):
+    assert not any(isinstance(gomail.refusal(stage, int(reply[:3]), reply[4:].encode()), gomail.QuotaError)
+                   for stage in gomail.STAGES)
+
+
+@pytest.mark.parametrize("stage", ["RCPT", "DOT"])
+@pytest.mark.parametrize("reply", [
+    reply for reply in NO_QUOTA_REPLIES if re.search("(?i)mailbox|over quota|at a rate", reply)],
+    ids=lambda reply: reply[:40])
+def test_a_recipients_full_mailbox_pauses_no_lane(stage, reply):
+    error = gomail.refusal(stage, int(reply[:3]), reply[4:].encode())
+    assert type(error) is (gomail.TemporaryError if reply < "5" else gomail.PermanentError)
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(strategies.sampled_from(QUOTA_REPLIES), strategies.sampled_from(sorted(gomail.STAGES)),
+                  strategies.sampled_from([str.upper, str.lower, str.title, str]), strategies.booleans(),
+                  strategies.integers(2, 9), strategies.booleans())
+def test_a_used_up_quota_is_known_in_any_case_without_its_enhanced_code_and_over_several_lines(
+        reply, stage, spelt, with_code, words, repeated):
+    code, enhanced, text = re.fullmatch(r"(\d+) ([45]\.\d+\.\d+ )?(.*)", reply, re.DOTALL).groups(default="")
+    if not with_code and enhanced != "4.7.500 ":  # "Server busy" alone may mean any client
+        enhanced = ""
+    parts = [part for part in text.split() if part != enhanced.strip()]
+    lines = [" ".join(parts[at:at + words]) for at in range(0, len(parts), words)]
+    said = f"\n{enhanced if repeated else ''}".join(lines)
+    assert isinstance(gomail.refusal(stage, int(code), (enhanced + spelt(said)).encode()), gomail.QuotaError)
+
+
+@pytest.mark.parametrize("stage", ["greeting", "EHLO", "MAIL", "RCPT", "DATA", "DOT"])
+def test_a_quota_may_be_used_up_at_any_stage_and_a_new_connection_is_not_tried_for_it(scripted, stage):
+    server, transport = scripted(lambda at, argument: "421 Rate limit reached. Please try again later" * (at == stage))
+    with pytest.raises(gomail.QuotaError, match="421 Rate limit reached"):
+        transport.send("app@example.org", ["user@example.com"], b"Subject: x\r\n\r\nx\r\n")
+    assert server.connections == 1
+
+
+def test_a_client_that_sends_too_much_for_a_new_connection_has_used_up_its_quota(scripted):
+    replies = iter(["", *["450 4.7.1 Error: too much mail from 192.0.2.1"] * 2])
+    server, transport = scripted(lambda stage, argument: next(replies) if stage == "MAIL" else "")
+    transport.send("app@example.org", ["user@example.com"], b"Subject: x\r\n\r\nx\r\n")
+    with pytest.raises(gomail.QuotaError, match="too much mail"):
+        transport.send("app@example.org", ["user@example.com"], b"Subject: y\r\n\r\ny\r\n")
+    assert server.connections == 2 and len(server.taken) == 1
 
 
 @pytest.mark.parametrize("stage, code", [
@@ -7332,6 +7500,194 @@ def test_a_sender_that_the_server_refuses_pauses_the_lane_instead_of_burying_eve
     service = services(mail_server)
     client = service.client.sign_up()
     assert client.state(client.task(retries=0), "succeeded")["attempts"] == 1
+
+
+SES_QUOTA = "454 Throttling failure: Daily message quota exceeded."
+
+
+GMAIL_QUOTA = "550-5.4.5 Daily user sending\r\n550 5.4.5 limit exceeded. - gsmtp"
+MAILGUN_QUOTA = "421 Domain mg.example is not allowed to send: recipient limit exceeded"
+
+
+@pytest.mark.parametrize("stage, reply", [
+    ("MAIL", GMAIL_QUOTA), ("RCPT", MAILGUN_QUOTA), ("DATA", SES_QUOTA), ("DOT", SES_QUOTA), ("DOT", GMAIL_QUOTA),
+    ("DOT", MAILGUN_QUOTA)], ids=str)
+def test_a_used_up_quota_pauses_the_lane_and_all_is_sent_when_it_is_back_without_a_fault_of_a_mail(
+        services, mail_server, stage, reply):
+    mail_server.share, mail_server.used_up = 0, (stage, reply)
+    service = services(mail_server)
+    client, breaker = service.client.sign_up(), service.workers.breakers["normal"]
+    ids = [answer["id"] for answer in client.post("/task/batch", {"tasks": [
+        {**MESSAGE, "retries": 0, "payload": {**MESSAGE["payload"], "userId": f"{number}@example.com"}}
+        for number in range(20)]})["tasks"]]
+    until(lambda: breaker.failures >= 3)
+    assert breaker.reason.startswith(f"the sending quota of the account, {gomail.STAGES[stage]}: {reply[:3]}")
+    lane = until(lambda: next((lane for lane in client.get("/lanes")["lanes"] if lane["paused"]), None))
+    assert lane["lane"] == "normal" and lane["reason"].startswith("the sending quota of the account")
+    assert service.workers.smtp.state == "up" and not mail_server.mails
+    assert mail_server.refusals <= breaker.failures + service.settings.workers  # one mail after each pause
+    mail_server.used_up = ("", "")
+    for task_id in ids:
+        found = client.state(task_id, "succeeded", "dead")
+        assert (found["state"], found["attempts"]) == ("succeeded", 1)
+        assert {step["event"] for step in found["story"]} <= {"accepted", "returned", "succeeded"}
+    assert len(mail_server.mails) == len({mail.recipient for mail in mail_server.mails}) == 20
+    assert not breaker.reason and breaker.failures == 0
+
+
+@pytest.mark.parametrize("stage", ["MAIL", "RCPT", "DOT"])
+def test_what_each_provider_says_of_a_used_up_quota_costs_no_mail_an_attempt(
+        services, mail_server, monkeypatch, stage):
+    monkeypatch.setattr(gomail.CircuitBreaker, "LONGEST_QUOTA_DELAY", 0.01)
+    client, ids = services(mail_server, workers=1).client.sign_up(), []
+    for number, reply in enumerate(QUOTA_REPLIES):
+        *lines, last = reply[4:].split("\n")
+        text = "".join(f"{reply[:3]}-{line}\r\n" for line in lines) + f"{reply[:3]} {last}"
+        {"MAIL": mail_server.sender_replies, "RCPT": mail_server.replies[f"{number}@example.com"],
+         "DOT": mail_server.data_replies[f"{number}@example.com"]}[stage].append(text)
+    for number in range(len(QUOTA_REPLIES)):
+        ids.append(client.task(userId=f"{number}@example.com"))
+    assert all(client.state(task_id, "succeeded", "dead")["attempts"] == 1 for task_id in ids)
+    assert len(mail_server.mails) == len({mail.recipient for mail in mail_server.mails}) == len(ids)
+
+
+@pytest.mark.parametrize("stage", gomail.STAGES)
+def test_a_quota_that_is_used_up_after_some_mails_of_a_connection_delays_those_that_were_announced(
+        services, mail_server, stage):
+    mail_server.share, mail_server.used_up = 3, (stage, "450 4.2.1 Peak SMTP relay limit exceeded for customer.")
+    client = services(mail_server).client.sign_up()
+    ids = [client.task(userId=f"{number}@example.com") for number in range(20)]
+    assert all(client.state(task_id, "succeeded", "dead")["attempts"] == 1 for task_id in ids)
+    assert len(mail_server.mails) == len({mail.recipient for mail in mail_server.mails}) == 20 and mail_server.refusals
+
+
+def test_recipients_that_a_quota_leaves_out_get_the_mail_when_it_is_back_and_the_others_once(services, mail_server):
+    client = services(mail_server).client.sign_up()
+    mail_server.replies["b@example.com"] = ['451 4.7.1 Ratelimit "user" exceeded'] * 5
+    mail_server.replies["c@example.com"] = ["550 Sending limit exceeded"]
+    found = client.state(client.task(cc=["b@example.com", "c@example.com"]), "succeeded", "dead")
+    assert (found["state"], found["attempts"]) == ("succeeded", 1) and not mail_server.replies["b@example.com"]
+    assert sorted(mail.recipient[0] for mail in mail_server.mails) == ["b", "c", "u"]
+
+
+def test_a_used_up_quota_decides_before_any_other_reason_for_which_recipients_were_refused():
+    dropped, quota = gomail.UnavailableError("421 closing", dropped=True), gomail.QuotaError("450 quota exceeded")
+    for refused in itertools.permutations((dropped, quota, gomail.PermanentError("550"), gomail.TemporaryError("450"))):
+        error = gomail.PartialError(("taken@example.com",), dict(zip("abcd", refused)))
+        assert error.cause is quota and error.verdict == gomail.Verdict.RETURNED
+
+
+def test_a_mail_that_alone_is_refused_for_a_quota_does_not_hold_up_the_others(services, mail_server):
+    client = services(mail_server).client.sign_up()
+    mail_server.data_replies["greedy@example.com"] = ["552 Message would take you over your relay quota of 500"] * 1000
+    greedy = client.task(userId="greedy@example.com")
+    for number in range(3):
+        client.state(client.task(userId=f"{number}@example.com"), "succeeded")
+    assert client.get(f"/task/{greedy}")["attempts"] == 0
+    mail_server.data_replies["greedy@example.com"] = []
+    assert client.state(greedy, "succeeded")["attempts"] == 1
+
+
+def test_while_a_quota_is_used_up_the_pauses_grow_up_to_an_hour():
+    transport = gomail.MaildirTransport(os.devnull)
+    breaker = gomail.CircuitBreaker("bulk", transport, threading.Event(), gomail.SmtpState(transport))
+    delays = []
+    for _ in range(30):
+        breaker.open("the sending quota", by_mail=True)
+        delays.append(breaker.delay())
+        breaker.probe()  # from now on, it is a mail of this thread
+    assert 0.5 <= delays[0] <= 1 and all(earlier <= later for earlier, later in zip(delays[:12], delays[1:12]))
+    assert 1800 <= min(delays[12:]) and max(delays) <= 3600
+    breaker.note_success()
+    assert not breaker.reason and breaker.failures == 0
+
+
+def test_a_mail_that_is_refused_for_its_own_sake_shows_that_the_quota_is_back(services, mail_server):
+    service = services(mail_server)
+    client, breaker = service.client.sign_up(), service.workers.breakers["normal"]
+    breaker.open("the sending quota", by_mail=True)
+    until(lambda: breaker.tester is not None)
+    mail_server.replies["nobody@example.com"] = ["550 5.1.1 no such user"]
+    client.state(client.task(userId="nobody@example.com"), "dead")
+    until(lambda: not breaker.reason)
+
+
+def test_with_an_empty_lane_the_next_mail_finds_out_whether_the_quota_is_back(services, mail_server, monkeypatch):
+    service = services(mail_server, workers=4)
+    client, workers, begun, turns = service.client.sign_up(), service.workers, [], []
+    breaker, wait_for_task, wait = workers.breakers["normal"], workers.wait_for_task, workers.queue.wait
+    client.state(client.task(), "succeeded")
+    monkeypatch.setattr(
+        workers, "wait_for_task", lambda crew, name: begun.append(crew.lane) or wait_for_task(crew, name))
+    monkeypatch.setattr(workers.queue, "wait", lambda name, lane, time: turns.append(lane) or wait(name, lane, time))
+    breaker.open("the sending quota", by_mail=True)
+    until(lambda: breaker.tester is not None)
+    until(lambda: turns.count("normal") >= 10)
+    assert begun.count("normal") <= 4 and breaker.reason == "the sending quota"  # it waits at the lane all the time
+    client.state(client.task(userId="next@example.com"), "succeeded")
+    assert not breaker.reason and breaker.tester is None
+
+
+def test_a_stop_waits_neither_for_a_quota_nor_for_the_mail_that_shows_whether_it_is_back(services, mail_server):
+    for delay in (0.02, 600):
+        service = services(mail_server, workers=4)
+        breaker, crew = service.workers.breakers["normal"], service.workers.crews["normal"]
+        service.client.sign_up().task()
+        until(lambda: mail_server.mails)
+        breaker.FIRST_DELAY = breaker.LONGEST_QUOTA_DELAY = delay
+        breaker.open("the sending quota", by_mail=True)
+        if delay < 1:
+            until(lambda: breaker.tester is not None)
+        services.running.remove(service)
+        service.stop()
+        assert not any(thread.is_alive() for thread in crew.threads.values())
+
+
+def test_a_resumed_lane_lets_one_mail_go_at_once_and_goes_on_with_the_rest_if_that_is_taken(
+        services, mail_server, monkeypatch):
+    monkeypatch.setattr(gomail.CircuitBreaker, "FIRST_DELAY", 600)
+    monkeypatch.setattr(gomail.CircuitBreaker, "LONGEST_QUOTA_DELAY", 600)
+    monkeypatch.setattr(gomail.Queue, "RESUME_INTERVAL", 0.001)
+    mail_server.share, mail_server.used_up = 0, ("DOT", SES_QUOTA)
+    service = services(mail_server, workers=1)
+    client, breaker = service.client.sign_up(), service.workers.breakers["normal"]
+    ids = [client.task(userId=f"{number}@example.com") for number in range(5)]
+    until(lambda: breaker.reason)
+    assert mail_server.refusals == 1
+    client.post("/lanes/normal/resume")
+    until(lambda: mail_server.refusals == 2 and breaker.failures and breaker.tester is None)
+    mail_server.used_up = ("", "")
+    client.post("/lanes/normal/resume")
+    assert all(client.state(task_id, "succeeded")["attempts"] == 1 for task_id in ids) and mail_server.refusals == 2
+
+
+def test_a_lane_for_which_the_quota_is_back_lets_a_mail_of_each_other_one_try_at_once(
+        services, mail_server, monkeypatch):
+    monkeypatch.setattr(gomail.CircuitBreaker, "FIRST_DELAY", 600)
+    monkeypatch.setattr(gomail.CircuitBreaker, "LONGEST_QUOTA_DELAY", 600)
+    mail_server.share, mail_server.used_up = 0, ("DOT", SES_QUOTA)
+    service = services(mail_server)
+    client, breakers = service.client.sign_up(), service.workers.breakers
+    message, otp = client.task(), client.task("generateOtp", userId="otp@example.com")
+    until(lambda: breakers["normal"].reason and breakers["urgent"].reason)
+    mail_server.used_up = ("", "")
+    client.post("/lanes/normal/resume")
+    client.state(message, "succeeded"), client.state(otp, "succeeded")
+    assert not breakers["normal"].reason and not breakers["urgent"].reason
+
+
+def test_an_outage_while_a_quota_is_used_up_is_probed_like_any_other(services, mail_server):
+    service = services(mail_server)
+    client, workers = service.client.sign_up(), service.workers
+    mail_server.share, mail_server.used_up = 0, ("MAIL", SES_QUOTA)
+    task_id = client.task()
+    until(lambda: workers.breakers["normal"].by_mail)
+    mail_server.stop()
+    until(lambda: workers.smtp.state == "out" and not workers.breakers["normal"].by_mail)
+    mail_server.start()
+    until(lambda: workers.smtp.state == "up" and workers.breakers["normal"].by_mail)
+    mail_server.used_up = ("", "")
+    assert client.state(task_id, "succeeded")["attempts"] == 1
 
 
 @pytest.mark.parametrize("stage", ["replies", "data_replies"])
