@@ -4180,13 +4180,14 @@ def test_smtp_rate_spaces_the_mails_of_all_processes_and_urgent_ones_pass(servic
     first.workers.stop(PATIENCE)
     second = gomail.Queue(first.store, first.settings, "another-process")
     began = first.store.time()
-    moments = [first.store.time() + queue.pace("normal") for _ in range(rate * 15) for queue in (first.queue, second)]
+    moments = [first.store.time() + queue.pace("normal").wait
+               for _ in range(rate * 15) for queue in (first.queue, second)]
     assert abs((moments[-1] - began) - 30) < 30 * 0.05
     gaps = [after - before for before, after in zip(moments[100:], moments[101:])]
     assert not gaps or abs(sum(gaps) / len(gaps) - 1 / rate) < 0.05 / rate
-    urgent = [first.store.time() + second.pace("urgent") for _ in range(5)]
+    urgent = [first.store.time() + second.pace("urgent").wait for _ in range(5)]
     assert urgent[0] - first.store.time() < 0.01 and urgent[-1] - began < 30
-    assert first.store.time() + first.queue.pace("bulk") - moments[-1] > 5.5 / rate
+    assert first.store.time() + first.queue.pace("bulk").wait - moments[-1] > 5.5 / rate
 
 
 def test_smtp_rate_goes_on_when_the_clock_goes_back_with_what_was_given_away_by_then(services):
@@ -4196,7 +4197,7 @@ def test_smtp_rate_goes_on_when_the_clock_goes_back_with_what_was_given_away_by_
         service.queue.pace("normal")
     rate, lines = service.store.key("rate"), service.store.redis
     lines.hset(rate, mapping={name: int(moment) + 3_600_000_000 for name, moment in lines.hgetall(rate).items()})
-    assert 3 < service.queue.pace("normal") <= 5 and service.queue.pace("urgent") < 0.01
+    assert 3 < service.queue.pace("normal").wait <= 5 and service.queue.pace("urgent").wait < 0.01
 
 
 def test_smtp_rate_holds_for_what_arrives_and_a_stop_gives_back_what_waits(services, mail_server):
