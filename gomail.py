@@ -369,13 +369,14 @@ class Settings:
         return name, next(filter(None, map(parse_address, candidates)))
 
 
+KEEPS_TENTH = 3600  # seconds from which on a window of smtp_rate keeps its last tenth for the urgent lane
+
+
 class Window(typing.NamedTuple):
     """A part of smtp_rate: at most `limit` recipients in any `seconds`."""
 
     limit: int
     seconds: int
-
-    KEEPS_FROM = 3600  # seconds from which on a window keeps its last tenth for the urgent lane
 
     def __str__(self) -> str:
         """As it may be written in smtp_rate."""
@@ -386,7 +387,7 @@ class Window(typing.NamedTuple):
     @property
     def kept(self) -> int:
         """How many of its recipients only the urgent lane may use: a tenth, but never all."""
-        return min(self.limit - 1, -(-self.limit // 10)) if self.seconds >= self.KEEPS_FROM else 0
+        return min(self.limit - 1, -(-self.limit // 10)) if self.seconds >= KEEPS_TENTH else 0
 
     def most(self, lane: str) -> int:
         """How many recipients this lane may fill it up to."""
@@ -3265,6 +3266,7 @@ class Queue:
             local found = redis.call('HMGET', key, 'total', 'first', 'clock', 'ahead')
             local window = {key = key, width = seconds * 1000, total = tonumber(found[1] or 0), old = {}}
             window.ahead = math.max(tonumber(found[4] or 0), tonumber(found[3] or 0) - now)
+            if window.ahead > tonumber(found[4] or 0) then redis.call('HSET', key, 'ahead', window.ahead) end
             window.bucket = math.floor((now + window.ahead) / window.width)
             local first = tonumber(found[2] or window.bucket)
             window.first = math.max(first, window.bucket - 1000)
