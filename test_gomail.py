@@ -4277,7 +4277,7 @@ class ExactWindows:
 
 
 STEP = strategies.tuples(
-    strategies.sampled_from([0, 0.01, 0.059, 0.061, 1, 20, 59.9, 60, 61, 1200, 3599, 3603, 7300]),
+    strategies.sampled_from([0, 0.01, 0.059, 0.061, 1, 20, 59.9, 59.97, 60, 61, 1200, 3599, 3603, 7300]),
     strategies.sampled_from(["normal", "bulk", "urgent"]), strategies.integers(1, 4),
     strategies.sampled_from([0, 0, 0, 1, 4]), strategies.sampled_from([None, None, 0, 0.5, 61]))
 
@@ -4285,6 +4285,7 @@ STEP = strategies.tuples(
 @hypothesis.settings(deadline=None, max_examples=25,
                      suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 @hypothesis.given(steps=strategies.lists(STEP, max_size=40))
+@hypothesis.example(steps=[(59.97, "urgent", 4, 4 * (number % 2), None) for number in range(20)])
 def test_no_span_has_more_recipients_than_a_window_allows_and_none_waits_longer_than_a_thousandth_of_it(
         redis_server, steps):
     store = gomail.Store(redis_server.uri, f"{secrets.token_hex(4)}:")
@@ -4406,6 +4407,20 @@ def test_a_window_that_has_room_within_seconds_does_not_pause_the_lane(services,
     client, began = service.client.sign_up(), time.monotonic()
     client.state(client.task(), "succeeded")
     assert time.monotonic() - began > 0.5 and not service.workers.breakers["normal"].failures
+
+
+def test_a_mail_waits_in_its_lane_until_a_window_has_room_for_all_of_its_recipients(services, mail_server, monkeypatch):
+    service = services(mail_server, smtp_rate="5/min")
+    client, looks, look = service.client.sign_up(), [], service.queue.look
+    monkeypatch.setattr(service.queue, "look", lambda *arguments: looks.append(arguments) or look(*arguments))
+    service.queue.pace("normal", 3)
+    pass_time(service.store, 40)
+    task_id = client.task(cc=["two@example.com", "three@example.com"])
+    until(lambda: len(looks) > 4)
+    assert set(looks) == {("normal", 3)} and [event["event"] for event in client.get(f"/task/{task_id}")["story"]] == [
+        "accepted", "returned"]
+    pass_time(service.store, 21)
+    client.state(task_id, "succeeded")
 
 
 def test_otps_leave_when_the_other_lanes_have_used_up_their_part_of_a_window(services, mail_server):
