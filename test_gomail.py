@@ -73,6 +73,7 @@ import redis
 import redis.backoff
 import redis.retry
 import selectolax.lexbor
+import standardwebhooks
 import trustme
 from hypothesis import stateful, strategies
 
@@ -6395,9 +6396,9 @@ def test_an_otp_has_the_asked_number_of_digits_and_is_valid_once(client, mail_se
 
 def test_every_digit_of_an_otp_is_as_likely_as_any_other_leading_zeros_too(service):
     task = gomail.Task("id", "account", "key", "generateOtp", "name", 0, {"userId": "user@example.com", "length": 4}, 0)
-    firsts = collections.Counter()
+    firsts, now = collections.Counter(), int(service.store.time() * 1e6)
     for number in range(2000):
-        task.payload["seed"], task.created = secrets.token_hex(16), number
+        task.payload["seed"], task.created = secrets.token_hex(16), now + number
         firsts[service.workers.otps.issue(task)[0]] += 1
     # 200 expected of each; eight standard deviations are 107.
     assert set(firsts) == set(string.digits) and all(93 < count < 307 for count in firsts.values())
@@ -6528,6 +6529,21 @@ def test_an_otp_ends_after_otp_ttl(services, mail_server):
     otp, address = issued(client, mail_server)
     until(lambda: not service.store.redis.keys(service.store.key("otp", address, "*")))
     assert verified(client, address, otp) is False
+
+
+def test_an_otp_is_valid_from_its_request_on_however_long_its_mail_waited(service, client):
+    def issue(seconds_ago):
+        task = gomail.Task("id", name_of(client), "key", "generateOtp", "t", 0, {
+            "userId": "user@example.com", "length": 6, "seed": "x"}, int((service.store.time() - seconds_ago) * 1e6))
+        service.http.api.otps.issue(task)
+    ttl, record = service.settings.otp_ttl, service.store.key("otp", "user@example.com", name_of(client))
+    issue(ttl - 100)
+    assert 0 < service.store.redis.pttl(record) <= 100_000
+    service.store.redis.delete(record)
+    with pytest.raises(gomail.ExpiredError):
+        issue(ttl)
+    issue(-1e6)  # from before the clock went back
+    assert ttl - 100 < service.store.redis.ttl(record) <= ttl
 
 
 def test_an_otp_belongs_to_the_account_that_asked_for_it(client, service, mail_server):
@@ -7169,7 +7185,331 @@ def test_nothing_is_sent_for_a_content_type_that_was_removed_by_a_process_that_d
     assert client.get("/task/subscriptionContent/news")["subscribers"] == 0
 
 
-# --- 10. workers ------------------------------------------------------------------------------------------
+# --- 10. webhooks -----------------------------------------------------------------------------------------
+
+class Receiver(http.server.ThreadingHTTPServer):
+    """A real receiver of webhooks: it keeps the events that it answers 2xx, verified by the published package.
+
+    `answers` are the statuses of its next answers, or functions that answer themselves; then all is answered 204.
+    `seen` has the headers of all requests. Where `secret` is not set, nothing is verified.
+    """
+
+    daemon_threads, secret = True, ""
+
+    def __init__(self, port=0, context=None):
+        self.events, self.seen, self.answers = [], [], []
+        super().__init__(("127.0.0.1", port), self.Handler)
+        self.url = f"{'https' if context else 'http'}://localhost:{self.server_port}/hooks?a=b"
+        if context:
+            self.socket = context.wrap_socket(self.socket, server_side=True)
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            server, body = self.server, self.rfile.read(int(self.headers["Content-Length"]))
+            assert self.path == "/hooks?a=b" and len(body) <= 16384
+            server.seen.append(dict(self.headers))
+            answer = server.answers.pop(0) if server.answers else 204
+            if callable(answer):
+                return answer(self)
+            if answer == 204:
+                event = (standardwebhooks.Webhook(server.secret).verify(body, dict(self.headers)) if server.secret
+                         else json.loads(body))
+                server.events.append(event)
+            self.send_response(answer)
+            self.send_header("Location", server.url)
+            self.end_headers()
+
+        def log_message(self, *arguments):
+            pass
+
+    def close(self):
+        self.shutdown()
+        self.server_close()
+
+    def hooked(self, client, **more):
+        """Let a client's account send its events here."""
+        answer = client("PUT", "/webhook", {"url": self.url, **more})[1]
+        self.secret = answer.get("secret", self.secret)
+        return answer
+
+    def data(self, kind):
+        """The data of the events of a kind."""
+        return [event["data"] for event in list(self.events) if event["type"] == kind]
+
+
+@pytest.fixture
+def receiver():
+    with contextlib.closing(Receiver()) as receiver:
+        yield receiver
+
+
+def test_an_account_learns_what_became_of_its_mails_and_no_content_of_theirs(services, mail_server, receiver):
+    client = services(mail_server).client.sign_up()
+    receiver.hooked(client)
+    mail_server.replies["no@example.com"] = ["550 5.1.1 no such user"]
+    client.post("/suppressions", {"userId": "suppressed@example.com"})
+    sent = client.task(content="secret", cc=["copy@example.com"])
+    failed = client.task(userId="no@example.com", subject="secret")
+    suppressed, expired = client.task(userId="suppressed@example.com"), client.task(expires_at="1999-12-31T23:59:59Z")
+    otp = client.task("generateOtp")
+    until(lambda: len(receiver.events) == 5)
+    own = {"account": name_of(client), "task": "a test"}
+    assert receiver.data("mail.suppressed") == [{
+        **own, "id": suppressed, "type": "message", "userId": "suppressed@example.com", "state": "suppressed",
+        "attempts": 0, "error": client.get(f"/task/{suppressed}")["error"]}]
+    assert sorted(receiver.data("mail.sent"), key=lambda data: data["type"]) == [
+        {**own, "id": task_id, "type": kind, "userId": "user@example.com", "state": "succeeded", "attempts": 1,
+         "reply": "250 OK"} for task_id, kind in ((otp, "generateOtp"), (sent, "message"))]
+    assert sorted(receiver.data("mail.failed"), key=lambda data: data["state"]) == [
+        {**own, "id": failed, "type": "message", "userId": "no@example.com", "state": "dead", "attempts": 1,
+         "error": "550 5.1.1 no such user", "suppressed": ["no@example.com"]},
+        {**own, "id": expired, "type": "message", "userId": "user@example.com", "state": "expired", "attempts": 0,
+         "error": "it was not sent in time"}]
+    assert "secret" not in str(receiver.events)
+    moments = [datetime.datetime.fromisoformat(event["timestamp"]).timestamp() for event in receiver.events]
+    assert all(abs(time.time() - moment) < PATIENCE for moment in moments)
+
+
+def test_a_task_that_killed_its_processes_is_told_of_too(queue, receiver):
+    store = queue.store
+    gomail.Webhooks(store).set(queue.account.name, receiver.url, gomail.EVENTS)
+    task_id, = queue.enqueue(queue.account, [MESSAGE])
+    store.redis.hset(store.key("task", task_id), "strikes", gomail.Queue.MAX_STRIKES - 1)
+    queue.begin(take(queue, "normal-0", "normal"))
+    store.redis.delete(store.key("heartbeat", queue.process))
+    queue.reclaim(patience=0.0)
+    event = json.loads(store.redis.hget(store.key("task", store.redis.lindex(store.key("lane", "hooks"), 0)), "body"))
+    assert event["task"] == "mail.failed" and event["payload"]["data"]["detail"] == "its process died 3 times"
+
+
+def test_an_account_learns_when_a_subscription_starts_and_ends(services, mail_server, receiver, clock):
+    service = services(mail_server, clock, public_url="https://mail.example.com")
+    client = service.client.sign_up()
+    receiver.hooked(client)
+    define(client)
+    for _ in range(2):  # the second time only the frequency might change
+        subscribe(client)
+    client.state(client.task("unsubscribe", content_type="news", userId="User@example.com"), "succeeded")
+    subscribe(client)
+    link = service.newsletters.link(name_of(client), "news", "user@example.com")
+    service.newsletters.follow_link(link.rpartition("/")[2])
+    until(lambda: len(receiver.events) == 4)
+    same = {"account": name_of(client), "content_type": "news"}
+    assert receiver.data("subscription.started") == [
+        {**same, "userId": "user@example.com", "frequency": "@daily"}] * 2
+    assert sorted(receiver.data("subscription.ended"), key=lambda data: data["by"]) == [
+        {**same, "userId": "user@example.com", "by": "link"}, {**same, "userId": "User@example.com", "by": "task"}]
+
+
+def test_only_the_events_that_a_webhook_asks_for_are_made_and_none_without_a_webhook(services, mail_server, receiver):
+    service = services(mail_server)
+    client, other = service.client.sign_up(), service.client.sign_up()
+    mail_server.replies["user@example.com"] = ["550 5.1.1 no"]
+    assert receiver.hooked(client, events=["mail.failed"])["events"] == ["mail.failed"]
+    client.state(client.task(userId="another@example.com"), "succeeded")
+    other.state(other.task(userId="another@example.com"), "succeeded")
+    client.state(client.task(), "dead")
+    until(lambda: receiver.events)
+    assert len(receiver.data("mail.failed")) == len(receiver.events) == 1
+    store = service.store
+    until(lambda: not store.redis.keys(store.key("processing", "*")))
+    assert len(store.redis.keys(store.key("task", "*"))) == 3  # a delivered event leaves nothing behind
+
+
+@pytest.mark.parametrize("answers", [[500], [503, 400], [302], [307, 301], [199 + 205]])
+def test_an_event_is_sent_again_with_the_same_id_until_it_is_answered_2xx_and_no_redirect_is_followed(
+        client, receiver, answers):
+    receiver.hooked(client)
+    receiver.answers += answers
+    client.task()
+    until(lambda: receiver.events)
+    assert len(receiver.seen) == len(answers) + 1 and len({seen["webhook-id"] for seen in receiver.seen}) == 1
+    assert {seen["Content-Type"] for seen in receiver.seen} == {"application/json"}
+
+
+def test_410_ends_the_webhook_but_not_the_one_that_has_replaced_it(service, client, receiver, said):
+    receiver.hooked(client)
+
+    def replaced(handler):
+        receiver.hooked(client, events=["mail.sent"])
+        handler.send_error(410)
+    receiver.answers += [replaced]
+    client.task()
+    until(lambda: len(receiver.seen) == 1)
+    assert client.get("/webhook")["events"] == ["mail.sent"]
+    receiver.answers += [410]
+    client.task()
+    until(lambda: client("GET", "/webhook")[0] == 404)
+    until(lambda: service.inspection.depths()["hooks"] == 0)
+    client.state(client.task(), "succeeded")
+    assert len(receiver.seen) == 2 and not receiver.events
+    assert [record.msg for record in said].count("webhook removed: its receiver answers 410 Gone") == 1
+
+
+def test_a_receiver_that_was_down_gets_every_event_when_it_is_back(client, receiver, monkeypatch):
+    monkeypatch.setattr(gomail.Webhooks, "LONGEST_REST", 0.05)
+    receiver.hooked(client)
+    receiver.close()
+    ids = [client.task() for _ in range(20)]
+    for task_id in ids:
+        client.state(task_id, "succeeded")
+    with contextlib.closing(Receiver(receiver.server_port)) as again:
+        until(lambda: {data["id"] for data in again.data("mail.sent")} == set(ids))
+
+
+def test_a_receiver_that_never_ends_its_answer_is_cut_and_holds_up_no_other_account(
+        services, mail_server, receiver, monkeypatch):
+    monkeypatch.setattr(gomail.Webhooks.cut, "__defaults__", (0.5,))
+    monkeypatch.setattr(gomail.Cron, "BEAT", 0.1)
+    service, over = services(mail_server, workers=1), threading.Event()
+    client, other = service.client.sign_up(), service.client.sign_up()
+
+    def drip(handler):
+        with contextlib.suppress(OSError):
+            while not over.wait(0.05):
+                handler.wfile.write(b"HTTP/1.1 200 OK"[:1])
+    with contextlib.closing(Receiver()) as slow:
+        slow.answers += [drip] * 100
+        slow.hooked(client)
+        receiver.hooked(other)
+        for _ in range(30):
+            client.task()
+        until(lambda: slow.seen)
+        ids = {other.task() for _ in range(20)}
+        until(lambda: {data["id"] for data in receiver.data("mail.sent")} == ids)
+        assert len(slow.seen) < 10 and not slow.events
+        over.set()
+
+
+def test_an_event_that_nobody_takes_becomes_a_dead_letter_that_can_be_sent_again(services, mail_server, receiver):
+    client = services(mail_server, retry_delay_max=0.01).client.sign_up()
+    receiver.hooked(client)
+    receiver.answers += [500] * 26
+    client.task()
+    dead, = until(lambda: client.get("/task/dead")["tasks"])
+    assert (dead["type"], dead["task"], dead["error"]) == ("webhook", "mail.sent", "the webhook answered 500")
+    client.post(f"/task/dead/{dead['id']}/retry")
+    until(lambda: receiver.events)
+    assert len({seen["webhook-id"] for seen in receiver.seen}) == 1 and client.get("/task/dead")["total"] == 0
+
+
+def test_two_secrets_sign_while_one_replaces_the_other(client, receiver):
+    first = receiver.hooked(client)["secret"]
+    assert re.fullmatch("whsec_[A-Za-z0-9+/]{43}=", first) and "secret" not in receiver.hooked(client)
+    answer = client.post("/webhook/secret", {})
+    assert answer["secret"] != first and answer["previousUntil"] == client.get("/webhook")["previousUntil"]
+    for secret in (first, answer["secret"]):
+        receiver.secret = secret
+        receiver.events.clear()
+        client.task()
+        until(lambda: receiver.events)
+    receiver.secret = client.post("/webhook/secret", {"overlap": 0})["secret"]
+    receiver.seen.clear()
+    receiver.events.clear()
+    client.task()
+    until(lambda: receiver.events)
+    assert receiver.seen[0]["webhook-signature"].count("v1,") == 1
+    assert client.get("/webhook")["previousUntil"] is None and "whsec_" not in str(client.get("/webhook"))
+
+
+def test_an_account_sees_and_changes_its_own_webhook_only(service, client, receiver):
+    other = service.client.sign_up()
+    receiver.hooked(client)
+    for method, path, body in (("GET", "/webhook", None), ("DELETE", "/webhook", None),
+                               ("POST", "/webhook/secret", {})):
+        assert other(method, path, body)[0] == 404
+        assert service.client(method, path, body)[0] == 401
+    assert client.get("/webhook")["url"] == receiver.url
+    assert client("DELETE", "/webhook")[0] == 200 and client("GET", "/webhook")[0] == 404
+
+
+def test_with_admin_token_only_the_admin_sets_webhooks_and_his_own_gets_the_events_of_all_and_of_the_lanes(
+        services, mail_server, receiver):
+    service = services(mail_server, admin_token=ADMIN)
+    admin = Client(service.http.url, f"Bearer {ADMIN}")
+    one, other = (Client(service.http.url, admin.post("/auth/signup", {"id": name})["apiKey"])
+                  for name in ("one", "other"))
+    for method, path, body in (("PUT", "/webhook", {"url": receiver.url}), ("DELETE", "/webhook", None),
+                               ("POST", "/webhook/secret", {})):
+        assert one(method, path, body)[0] == 401
+    with contextlib.closing(Receiver()) as ones:
+        ones.secret = admin("PUT", "/webhook?account=one", {"url": ones.url})[1]["secret"]
+        receiver.hooked(admin)
+        assert one.get("/webhook")["url"] == ones.url
+        for client in (one, other):
+            client.state(client.task(), "succeeded")
+        until(lambda: {data["account"] for data in receiver.data("mail.sent")} == {"one", "other"})
+        until(lambda: [data["account"] for data in ones.data("mail.sent")] == ["one"])
+        mail_server.stop()
+        one.task()
+        paused, = until(lambda: receiver.data("lane.paused"))
+        assert paused["lane"] == "normal" and "is not available" in paused["reason"]
+        mail_server.start()
+        until(lambda: receiver.data("lane.resumed") == [{"lane": "normal"}])
+        assert not ones.data("lane.paused") and len(receiver.data("lane.paused")) == 1
+
+
+def test_the_webhook_of_an_account_and_its_waiting_events_end_with_it(service, client, receiver):
+    receiver.hooked(client)
+    receiver.answers += [500] * 1000
+    client.task()
+    until(lambda: receiver.seen)
+    name = name_of(client)
+    client.post("/auth/deregister", {"id": name})
+    client.key = service.client.post("/auth/signup", {"id": name})["apiKey"]
+    assert client("GET", "/webhook")[0] == 404
+    until(lambda: service.inspection.depths()["retrying"] == service.inspection.depths()["hooks"] == 0)
+    assert len(service.store.redis.keys(service.store.key("task", "*"))) == 1
+
+
+def test_a_webhook_over_https_is_sent_only_where_the_certificate_is_good(services, mail_server, monkeypatch, tmp_path):
+    authority = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(context)
+    with contextlib.closing(Receiver(context=context)) as receiver:
+        service = services(mail_server)
+        client = service.client.sign_up()
+        receiver.hooked(client)
+        client.task()
+        until(lambda: any(task["type"] == "webhook" for task in client.get("/task/dead")["tasks"]) or (
+            "CERTIFICATE_VERIFY_FAILED" in str([rest.reason for rest in service.workers.webhooks.resting.values()])))
+        authority.configure_trust(service.workers.webhooks.context)
+        until(lambda: receiver.events)
+
+
+@pytest.mark.parametrize("url", [
+    "ftp://example.com", "//example.com", "example.com/hooks", "http://", "http:///path", "http://user@example.com/",
+    "http://a:b@example.com/", "http://example.com/#x", "http://exa mple.com/", "http://example.com:99999/", "http://a:0/",
+    "http://example.com\\@evil.example/", "http://example.com/\r\nHost: x", "http://bücher.example/", "http://[::1/",
+    "http://" + "a" * 64 + ".example/", "http://example.com/" + "a" * 2000, "", 1, None, ["http://example.com"]])
+def test_a_webhook_needs_a_url_without_user_and_fragment(client, url):
+    status, answer, _ = client("PUT", "/webhook", {"url": url})
+    assert (status, answer["field"]) == (400, "url") and answer["error"].startswith("url must be a URL of up to 2000")
+    assert client("GET", "/webhook")[0] == 404
+
+
+@pytest.mark.parametrize("body, field", [
+    ({}, "url"), ({"url": "http://localhost", "events": []}, "events"),
+    ({"url": "http://localhost", "events": ["mail.sent", "mail.read"]}, "events[1]")])
+def test_a_webhook_takes_known_events_only(client, body, field):
+    assert client("PUT", "/webhook", body)[1]["field"] == field
+
+
+@hypothesis.given(detail=strategies.text(), addresses=strategies.lists(strategies.emails(), max_size=50),
+                  name=strategies.text(min_size=1, max_size=256))
+@hypothesis.example(detail="\U0001f600" * 30_000, addresses=["é" * 120 + "@example.com"] * 50, name="\U0001f600" * 256)
+@hypothesis.example(detail='"' * 30_000, addresses=['a"' * 120 + "@example.com"] * 50, name='"' * 256)
+def test_no_event_is_larger_than_16_kilobytes(detail, addresses, name):
+    head = {"task": name, "type": "message", "retries": 0, "payload": {"userId": "é" * 127}}
+    data = {"id": "x" * 32, "account": "é" * 127, "state": "dead", "attempts": 25, "detail": detail,
+            "suppressed": " ".join(addresses), "head": head}
+    task = gomail.Task("id", "one", "key", "webhook", "mail.failed", 25, {"userId": "", "data": data}, 10**15)
+    body = gomail.Webhooks(gomail.Store("redis://localhost"))._body(task)
+    assert len(body) <= 16384 and json.loads(body)["data"]["error"] == detail[:1000]
+
+
+# --- 11. workers ------------------------------------------------------------------------------------------
 
 def test_while_the_mail_server_is_out_no_task_pays_an_attempt_and_all_are_sent_when_it_is_back(services, mail_server):
     service = services(mail_server)
@@ -7536,7 +7876,7 @@ def test_a_maildir_needs_no_further_threads(services):
     assert [crew.most for crew in service.workers.crews.values()] == [2, 2, 2, 1]
 
 
-# --- 11. cron ---------------------------------------------------------------------------------------------
+# --- 12. cron ---------------------------------------------------------------------------------------------
 
 def rfc3339(moment, zone=datetime.timezone.utc):
     return datetime.datetime.fromtimestamp(moment, zone).isoformat()
@@ -7631,6 +7971,79 @@ def test_what_is_logged_or_put_off_wakes_the_cron_thread(services, mail_server, 
         gomail.logger.removeHandler(lines)
     until(lambda: not service.queue.wake.is_set())
     client.state(client.task(send_at=rfc3339(time.time() + 1)), "succeeded")
+
+
+@pytest.mark.parametrize("send_at, expires_at", [
+    ("2030-01-31T09:00:00Z", "2030-01-31T09:00:00Z"), ("2030-01-31T09:00:00Z", "2030-01-31T10:59:59.999999+02:00"),
+    ("2030-01-31T09:00:00Z", "1999-12-31T23:59:59Z"), (None, "1969-12-31T23:59:59Z")])
+def test_a_mail_that_would_expire_before_it_is_due_is_400(client, send_at, expires_at):
+    payload = {**MESSAGE["payload"], "send_at": send_at, "expires_at": expires_at}
+    error = "payload.expires_at must be after payload.send_at"
+    status, answer, _ = client("POST", "/task/", {**MESSAGE, "payload": payload})
+    assert (status, answer["error"], answer["field"]) == (400, error, "payload.expires_at")
+    refused, taken = client.post("/task/batch", {"tasks": [{**MESSAGE, "payload": payload}, MESSAGE]})["tasks"]
+    assert refused["field"] == "tasks[0].payload.expires_at" and taken["status"]
+
+
+def test_what_is_not_sent_in_time_ends_as_expired_while_the_mail_server_is_out_and_is_never_sent(services, mail_server):
+    service = services(mail_server, otp_ttl=1)
+    client = service.client.sign_up()
+    mail_server.stop()
+    client.task(userId="first@example.com")
+    until(lambda: service.workers.paused)
+    moment = time.time() + 1
+    mail, otp = client.task(expires_at=rfc3339(moment)), client.task("generateOtp", userId="otp@example.com")
+    for task_id in (mail, otp):
+        found = client.state(task_id, "expired")
+        assert (found["attempts"], found["error"].partition(":")[0]) == (0, "it was not sent in time")
+        assert found["story"][-1]["event"] == "expired" and time.time() >= moment
+    assert service.workers.paused and client("DELETE", f"/task/{mail}")[0] == 409
+    mail_server.start()
+    mail_server.one("first@example.com")
+    client.state(client.task("generateOtp", userId="another@example.com"), "succeeded")
+    assert len(mail_server.mails) == 2 and service.inspection.counters() == {
+        "executed": 2, "successful": 2, "failed": 0}
+
+
+@pytest.mark.parametrize("payload", [{}, {"send_at": rfc3339(time.time() + 1e7)}])
+def test_what_waits_for_a_retry_or_its_send_at_expires_there_and_keeps_the_reason_of_its_last_attempt(
+        services, mail_server, payload):
+    service = services(mail_server, retry_delay=3600)
+    client = service.client.sign_up()
+    mail_server.replies["user@example.com"] = ["450 4.2.0 later"]
+    task_id = client.task(retries=3, expires_at=rfc3339(time.time() + 1e8), **payload)
+    client.state(task_id, "scheduled" if payload else "retrying")
+    service.store.redis.zadd(service.store.key("expiring"), {task_id: 1})  # as if years had passed
+    found = client.state(task_id, "expired")
+    assert found["error"] == "it was not sent in time" + (": 450 4.2.0 later" if not payload else "")
+    assert found["attempts"] == (0 if payload else 1) and not service.inspection.depths()["retrying"]
+
+
+def test_what_is_in_hand_expires_once_and_what_is_being_sent_does_not(queue):
+    expires = int(queue.store.time() * 1e6) + 2_000_000
+    ids = queue.enqueue(queue.account, [changed("payload.expires_at", expires) for _ in range(3)])
+    (sent, late, _), _ = queue.settle_and_take("normal-0", "normal", most=3, begin_all=False)
+    assert [task.expires for task in (sent, late)] == [expires // 1000] * 2
+    inspection = gomail.Inspection(queue.store, queue.settings)
+    until(lambda: all(inspection.status(task_id)["state"] == "expired" for task_id in ids[1:]))  # the service does it
+    summary = queue.store.redis.hgetall(queue.store.key("task", late.id))
+    take(queue, "normal-0", "normal", gomail.Outcome(late, gomail.Verdict.EXPIRED, "late"), and_take=False)
+    assert queue.store.redis.hgetall(queue.store.key("task", late.id)) == summary
+    assert inspection.status(sent.id)["state"] == "queued" and not queue.store.redis.exists(
+        queue.store.key("processing", "another-process", "normal-0"))
+    assert take(queue, "normal-0", "normal").id == sent.id  # and none of those whose ids were in the lane
+
+
+def test_a_retry_of_what_has_expired_is_not_sent(services, mail_server):
+    service = services(mail_server)
+    client = service.client.sign_up()
+    mail_server.replies["user@example.com"] = ["550 5.7.1 no"]
+    dead = client.task(expires_at=rfc3339(time.time() + 2))
+    client.state(dead, "dead")
+    until(lambda: not service.store.redis.zcard(service.store.key("expiring")))
+    client.post(f"/task/dead/{dead}/retry")
+    client.state(dead, "expired")
+    assert not mail_server.mails
 
 
 def test_a_send_at_that_is_over_means_now(client, mail_server):
@@ -7840,7 +8253,7 @@ def test_the_embedded_server_is_started_again_when_it_dies(processes):
     assert process.stop() == 0
 
 
-# --- 12. http ---------------------------------------------------------------------------------------------
+# --- 13. http ---------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def connection_to(service, *pieces):
@@ -8910,7 +9323,7 @@ def test_in_400_mb_of_memory_a_service_under_attack_lives_and_answers_others(pro
     assert max(waits) < PATIENCE and refused[413] and not refused[500]
 
 
-# --- 13. service ------------------------------------------------------------------------------------------
+# --- 14. service ------------------------------------------------------------------------------------------
 
 def test_help_names_every_option_and_version_the_version(processes):
     code, output, _ = processes(arguments=["--help"]).result()
@@ -9349,7 +9762,7 @@ def test_what_an_earlier_version_left_in_every_state_goes_on_with_this_one(servi
                                                                             "Anna"))], 1)
 
 
-# --- 14. command line -------------------------------------------------------------------------------------
+# --- 15. command line -------------------------------------------------------------------------------------
 
 class Command:
     """Runs commands beside a gomail process, in its folder and with its settings."""
@@ -10298,7 +10711,7 @@ def test_a_documented_proxy_passes_requests_on_keeps_metrics_private_and_names_t
     assert until(lambda: process.logged("wrong admin_token"))["client"] == "127.0.0.1"
 
 
-# --- 15. page ---------------------------------------------------------------------------------------------
+# --- 16. page ---------------------------------------------------------------------------------------------
 
 class Browser:
     """A headless Chromium of this machine; each open() is a tab of a new visitor, watched for complaints."""
