@@ -208,8 +208,8 @@ class Settings:
                            "off: never (a server on this machine)", choices=("auto", "implicit", "off"))
     smtp_ca: str = option("", "file with CA certificates (PEM) to trust; empty: those of this machine")
     smtp_ehlo: str = option("", "name or [address] in EHLO; empty: this machine's full name, or else its address")
-    smtp_rate: float = option(0.0, "mails per second to the SMTP server, from all processes together; 0: no limit",
-                              low=0, high=100000, number="a number")
+    smtp_rate: str = option("0", "mails per second to the SMTP server, from all processes together; or limits such as "
+                            "14/s, 2000/day, which from a minute on count recipients in a rolling window; 0: no limit")
     smtp_connections: int = option(20, "connections to the SMTP server, of all lanes and processes together", low=1,
                                    high=10000)
     smtp_timeout: float = option(30.0, "seconds to wait for the connection to the SMTP server and for each answer "
@@ -302,6 +302,7 @@ class Settings:
                 raise StartError(f"{name}: (hidden) is too short, at least 32 bytes are needed")
         if self.jwt_secret_previous and not self.jwt_secret:
             raise StartError("jwt_secret_previous: (hidden) is not allowed without jwt_secret")
+        parse_rate(self.smtp_rate)
         for name in ("smtp_from", "otp_subject"):
             if not re.fullmatch(f"{ONE_LINE}*", getattr(self, name)):
                 raise self._wrong(name, f"is not {LINE}")
@@ -367,6 +368,72 @@ class Settings:
         name, address = email.utils.parseaddr(self.smtp_from)
         candidates = (address, self.smtp_user, f"gomail@{socket.gethostname()}", "gomail@localhost")
         return name, next(filter(None, map(parse_address, candidates)))
+
+
+KEEPS_TENTH = 3600  # seconds from which on a window of smtp_rate keeps its last tenth for the urgent lane
+
+
+class Window(typing.NamedTuple):
+    """A part of smtp_rate: at most `limit` recipients in any `seconds`."""
+
+    limit: int
+    seconds: int
+
+    def __str__(self) -> str:
+        """As it may be written in smtp_rate."""
+        size, name = next(unit for unit in ((86400, "day"), (3600, "h"), (60, "min"), (1, "s"))
+                          if self.seconds % unit[0] == 0)
+        return f"{self.limit}/{self.seconds // size if self.seconds > size else ''}{name}"
+
+    @property
+    def kept(self) -> int:
+        """How many of its recipients only the urgent lane may use: a tenth, but never all."""
+        return min(self.limit - 1, -(-self.limit // 10)) if self.seconds >= KEEPS_TENTH else 0
+
+    def most(self, lane: str) -> int:
+        """How many recipients this lane may fill it up to."""
+        return self.limit if lane == Lane.URGENT else self.limit - self.kept
+
+
+class Rate(typing.NamedTuple):
+    """What smtp_rate says: the microseconds between two mails, and the windows, the shortest first."""
+
+    interval: float = 0.0
+    windows: tuple[Window, ...] = ()
+
+
+UNITS = {name: seconds for seconds, names in (
+    (1, "s sec secs second seconds"), (60, "min mins minute minutes"), (3600, "h hour hours"), (86400, "d day days"))
+    for name in names.split()}
+RATE_LIMIT = re.compile(r"\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*/\s*([1-9][0-9]{0,2})?\s*([a-z]+)\s*", re.ASCII)
+MAX_RATE = 100_000  # mails per second
+
+
+def parse_rate(text: str) -> Rate:
+    """The value of smtp_rate: a number of mails per second, or limits such as "14/s, 2000/day, 300/10min".
+
+    Of the limits per less than a minute the lowest counts, as the pace of mails; the others are windows.
+
+    Raises:
+        StartError: it is neither.
+    """
+    with contextlib.suppress(ValueError):
+        if 0 <= (number := float(text)) <= MAX_RATE:
+            return Rate(1e6 / number if number else 0.0)
+    interval = 0.0
+    windows: dict[int, int] = {}
+    # A number alone is not taken in a list: 2,000/day would be two limits.
+    for limit in map(RATE_LIMIT.fullmatch, text.casefold().split(",")):
+        number, seconds = (float(limit[1]), int(limit[2] or 1) * UNITS.get(limit[3], 0)) if limit else (0.0, 0)
+        if 0 < seconds < 60 and 0 < number <= MAX_RATE * seconds:
+            interval = max(interval, 1e6 * seconds / number)
+        elif seconds >= 60 and number >= 1 and number.is_integer():
+            windows[seconds] = min(int(number), windows.get(seconds, int(number)))
+        else:
+            raise StartError(
+                f"smtp_rate: {safe_repr(text)} is not allowed, expected a number from 0 to {MAX_RATE}, or limits such "
+                "as 14/s, 2000/day (per s, min, h or day; per minute or more a whole number of recipients)")
+    return Rate(interval, tuple(Window(windows[seconds], seconds) for seconds in sorted(windows)))
 
 
 def is_option(name: str, upper_case: bool = True) -> bool:
@@ -889,6 +956,8 @@ def start_logging(settings: Settings) -> None:
 #   suppressed_for:<account>        hash    address -> reason
 #   rate                            hash    smtp_rate: when the next mail may go: all (lanes), urgent (the lane); asked
 #                                           (time of the last call) (us)
+#   rate_window:<seconds>           hash    smtp_rate: number of a bucket of time -> recipients; total; first (the
+#                                           oldest bucket); clock (of the last call), ahead (of Redis's clock) (us)
 #   connections                     hash    "<lane> <process>" -> how many SMTP connections it has or opens there
 #   connections_limit               string  how many the server takes, where that is fewer than smtp_connections
 #   connections_wanted              string  a lane that has none and wants one
@@ -2613,6 +2682,21 @@ class Outcome:
     reply: str = ""
 
 
+class Permit(typing.NamedTuple):
+    """What smtp_rate says to a mail: whether it may go, and the seconds to wait before.
+
+    `used_up` says why it may not, or why no other may, and `room_in` for how many seconds. The recipients are counted
+    in `buckets`, one of each window; that is right until a moment of time.monotonic().
+    """
+
+    granted: bool = True
+    wait: float = 0.0
+    used_up: str = ""
+    room_in: float = 0.0
+    buckets: tuple[int, ...] = ()
+    right_until: float = 0.0
+
+
 class GroupCommit:
     """One call for the requests of many threads, as databases commit many transactions by one write to the disk.
 
@@ -2901,7 +2985,9 @@ class Queue:
         self._enqueue = store.script(self.ENQUEUE, when_full=False)
         self._enqueue_in_groups = GroupCommit(self._enqueue_group)
         self._settle_and_take = store.script(self.SETTLE_AND_TAKE)
-        self._pace = store.script(self.PACE)
+        self.rate = parse_rate(str(settings.smtp_rate))
+        self._pace, self._look = store.script(self.PACE), store.script(self.LOOK)
+        self._recount = store.script(self.RECOUNT, once=True)
         self._beat = store.script(self.BEAT)
         self._resume = store.script(self.RESUME)
         self._promote = store.script(self.PROMOTE)
@@ -3278,30 +3364,184 @@ class Queue:
             time.sleep(min(timeout, self.POLL))
             return True
 
-    # Take the next moment at which a mail may go (a generic cell rate algorithm). Urgent mail has a line of its own,
-    # which pushes back the line of all mail; moments that passed unused can be caught up for 50 ms. Where the clock
-    # went back, the lines go with it.
-    # KEYS: rate. ARGV: microseconds between two mails, lane. Answer: microseconds to wait.
-    PACE = CLOCK + """
-        local rate, interval, urgent = KEYS[1], tonumber(ARGV[1]), ARGV[2] == 'urgent'
-        local now = tonumber(microseconds)
-        local lines = redis.call('HMGET', rate, 'all', 'urgent', 'asked')
-        local gone_back = math.max(0, tonumber(lines[3] or 0) - now)
-        local all = math.max(now - 50000, tonumber(lines[1] or 0) - gone_back)
-        local own = math.max(now - 50000, tonumber(lines[2] or 0) - gone_back)
-        redis.call('HSET', rate, 'all', string.format('%.0f', all + interval), 'asked', microseconds)
-        if urgent or gone_back > 0 then
-            redis.call('HSET', rate, 'urgent', string.format('%.0f', urgent and own + interval or own))
+    # A rolling window of `seconds`. Its recipients are counted in buckets of a thousandth of it, each until the whole
+    # bucket is older than the window: so what is used has room again at most a thousandth late, never early, and memory
+    # and time do not grow with the limit. The clock of a window stands still while Redis's has gone back.
+    WINDOW = CLOCK + """
+        local prefix, now = KEYS[1], tonumber(microseconds)
+
+        local function open_window(seconds)
+            local key = prefix .. 'rate_window:' .. seconds
+            local found = redis.call('HMGET', key, 'total', 'first', 'clock', 'ahead')
+            local window = {key = key, width = seconds * 1000, total = tonumber(found[1] or 0), old = {}}
+            window.ahead = math.max(tonumber(found[4] or 0), tonumber(found[3] or 0) - now)
+            if window.ahead > tonumber(found[4] or 0) then redis.call('HSET', key, 'ahead', window.ahead) end
+            window.bucket = math.floor((now + window.ahead) / window.width)
+            local first = tonumber(found[2] or window.bucket)
+            window.first = math.max(first, window.bucket - 1000)
+            for bucket = first, window.first - 1 do  -- few: the key expires a window after the last call
+                local count = redis.call('HGET', key, bucket)
+                if count then
+                    window.total = window.total - count
+                    window.old[#window.old + 1] = bucket
+                end
+            end
+            return window
         end
-        redis.call('PEXPIRE', rate, math.ceil((all + interval - now) / 1000) + 60000)
-        return string.format('%.0f', math.max(0, (urgent and own or all) - now))
+
+        local function add(window, recipients)
+            if #window.old > 0 then redis.call('HDEL', window.key, unpack(window.old)) end
+            window.total = window.total + recipients
+            redis.call('HINCRBY', window.key, window.bucket, recipients)
+            redis.call('HSET', window.key, 'total', window.total, 'first', window.first,
+                       'clock', now + window.ahead, 'ahead', window.ahead)
+            redis.call('PEXPIRE', window.key, math.ceil(1001 * window.width / 1000))
+        end
+
+        -- When there is room for so many more, if there may be `most` in all; 0: now.
+        local function room(window, recipients, most)
+            local surplus, bucket = window.total + recipients - most, window.first - 1
+            if surplus <= 0 then return 0 end
+            while surplus > 0 and bucket < window.bucket do
+                bucket = bucket + 1
+                surplus = surplus - (redis.call('HGET', window.key, bucket) or 0)
+            end
+            return (bucket + 1001) * window.width - window.ahead
+        end
     """
 
-    def pace(self, lane: str) -> float:
-        """Take the next moment at which a mail of this lane may go, by `smtp_rate`; returns the seconds until then."""
-        if not self.settings.smtp_rate:
-            return 0.0
-        return int(self._pace(keys=[self.store.key("rate")], args=[1e6 / self.settings.smtp_rate, lane])) / 1e6
+    # Count the recipients of a mail in all windows, if they have room, and take the next moment at which a mail may go
+    # (a generic cell rate algorithm). Urgent mail has a line of its own, which pushes back the line of all mail;
+    # moments that passed unused can be caught up for 50 ms. Where the clock went back, the lines go with it.
+    # KEYS: the prefix. ARGV: microseconds between two mails, or 0; lane, recipients; then of each window: seconds, how
+    # many recipients this lane may fill it up to.
+    # Answer: {1 if the mail may go, microseconds to wait, number of the window without room for this mail or then for
+    #         one more recipient, or 0, now, when it has room, microseconds in which the count is right, bucket in each
+    #         window}.
+    PACE = WINDOW + """
+        local interval, lane, recipients = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3])
+        local windows, buckets, rightly = {}, {}, math.huge
+        for at = 4, #ARGV, 2 do windows[#windows + 1] = open_window(ARGV[at]) end
+        local function full(recipients)
+            local number, moment = 0, 0
+            for at, window in ipairs(windows) do
+                local free = room(window, recipients, ARGV[3 + 2 * at])
+                if free > moment then number, moment = at, free end
+            end
+            return number, moment
+        end
+        local number, moment = full(recipients)
+        if number > 0 then return {0, 0, number, now, moment, 0} end
+        for at, window in ipairs(windows) do
+            add(window, recipients)
+            buckets[at] = window.bucket
+            rightly = math.min(rightly, (window.bucket + 1) * window.width - now - window.ahead)
+        end
+        number, moment = full(1)
+
+        local rate, wait = prefix .. 'rate', 0
+        if interval > 0 then
+            local urgent, lines = lane == 'urgent', redis.call('HMGET', rate, 'all', 'urgent', 'asked')
+            local gone_back = math.max(0, tonumber(lines[3] or 0) - now)
+            local all = math.max(now - 50000, tonumber(lines[1] or 0) - gone_back)
+            local own = math.max(now - 50000, tonumber(lines[2] or 0) - gone_back)
+            redis.call('HSET', rate, 'all', string.format('%.0f', all + interval), 'asked', microseconds)
+            if urgent or gone_back > 0 then
+                redis.call('HSET', rate, 'urgent', string.format('%.0f', urgent and own + interval or own))
+            end
+            redis.call('PEXPIRE', rate, math.ceil((all + interval - now) / 1000) + 60000)
+            wait = math.max(0, (urgent and own or all) - now)
+        end
+        return {1, wait, number, now, moment, #windows > 0 and rightly or 0, unpack(buckets)}
+    """
+
+    def pace(self, lane: str, recipients: int = 1) -> "Permit":
+        """Take the next moment at which a mail of this lane may go, by `smtp_rate`, and count its recipients.
+
+        Raises:
+            PermanentError: it has more recipients than a window has for this lane.
+        """
+        interval, windows = self.rate
+        if not interval and not windows:
+            return Permit()
+        for window in windows:
+            if recipients > (most := window.most(lane)):
+                raise PermanentError(f"{recipients} recipients are too many for smtp_rate: of {window}, this lane may "
+                                     f"use {most}")
+        asked = time.monotonic()
+        granted, wait, number, now, moment, rightly, *buckets = self._pace(keys=[self.store.prefix], args=[
+            interval, lane, recipients, *self._shares(lane)])
+        used_up = self._used_up(windows[number - 1], lane, moment) if number else ""
+        return Permit(bool(granted), wait / 1e6, used_up, max(0, moment - now) / 1e6, tuple(buckets),
+                      asked + rightly / 1e6)
+
+    def _shares(self, lane: str) -> list[int]:
+        """As scripts take the windows: of each the seconds, and how many recipients this lane may fill it up to."""
+        return [part for window in self.rate.windows for part in (window.seconds, window.most(lane))]
+
+    @staticmethod
+    def _used_up(window: Window, lane: str, moment: int) -> str:
+        """What is said of a window that has room again at a moment (us)."""
+        but = " but for what it keeps for the urgent lane" if window.most(lane) < window.limit else ""
+        return f"smtp_rate: {window} is used up{but}; goes on at {timestamp(moment)}"
+
+    # Correct what was counted: take recipients away, and count others from now on.
+    # KEYS: the prefix. ARGV: recipients that do not count, recipients that count now; then of each window: seconds, the
+    # bucket in which all of them were counted. Answer: 1.
+    RECOUNT = WINDOW + """
+        local back, moved = tonumber(ARGV[1]), tonumber(ARGV[2])
+        for at = 3, #ARGV, 2 do
+            local window, bucket = open_window(ARGV[at]), tonumber(ARGV[at + 1])
+            local counted = bucket >= window.first and tonumber(redis.call('HGET', window.key, bucket) or 0) or 0
+            local off = math.min(counted, back + moved)
+            if off > 0 then redis.call('HINCRBY', window.key, bucket, -off) end
+            if off > 0 or moved > 0 then
+                window.total = window.total - off
+                add(window, moved)
+            end
+        end
+        return 1
+    """
+
+    def recount(self, permit: "Permit", recipients: int, back: int) -> None:
+        """Correct what pace() counted of a mail that went out, or did not: `back` of its recipients do not count, and
+        the others do from now on, when the server's own window has them. Raises nothing: else they count as they did.
+        """
+        if not permit.buckets:
+            return
+        moved = recipients - back if time.monotonic() > permit.right_until else 0
+        if back or moved:
+            with contextlib.suppress(redis.RedisError):
+                pairs = zip(self.rate.windows, permit.buckets)
+                self._recount(keys=[self.store.prefix], args=[back, moved, *(
+                    part for window, bucket in pairs for part in (window.seconds, bucket))])
+
+    # How full the windows are.
+    # KEYS: the prefix. ARGV: recipients; then of each window: seconds, up to how many there may be.
+    # Answer: {now, then of each window: recipients that are counted, when it has room (us; 0: now)}.
+    LOOK = WINDOW + """
+        local answer = {microseconds}
+        for at = 2, #ARGV, 2 do
+            local window = open_window(ARGV[at])
+            answer[#answer + 1] = window.total
+            answer[#answer + 1] = room(window, ARGV[1], ARGV[at + 1])
+        end
+        return answer
+    """
+
+    def look(self, lane: str, recipients: int) -> tuple[str, float]:
+        """Why smtp_rate lets no mail of this lane with so many recipients go, or "", and for how many seconds."""
+        now, *found = self._look(keys=[self.store.prefix], args=[recipients, *self._shares(lane)])
+        moment, window = max(zip(found[1::2], self.rate.windows))
+        return self._used_up(window, lane, moment) if moment else "", max(0, moment - int(now)) / 1e6
+
+    def windows(self) -> list[Json]:
+        """What each window of smtp_rate allows, has left, and keeps for the urgent lane."""
+        if not self.rate.windows:
+            return []
+        _, *found = self._look(keys=[self.store.prefix], args=[0, *self._shares(Lane.URGENT)])
+        return [{"window": str(window), "limit": window.limit, "left": max(0, window.limit - total),
+                 "kept_for_urgent": window.kept} for window, total in zip(self.rate.windows, found[::2])]
 
     def begin(self, task: Task) -> None:
         """Note that a task with strikes is begun now: only then is it to blame if the process dies."""
@@ -4127,6 +4367,8 @@ FAMILIES = {  # name -> (type, help); docs/metrics.md has them all, with their l
     "gomail_tasks_delayed": ("gauge", "Tasks that wait for a retry, and those that wait for their send_at."),
     "gomail_dead_letters": ("gauge", "Dead letters kept."),
     "gomail_subscriptions": ("gauge", "Subscriptions in the calendar of newsletters."),
+    "gomail_smtp_rate_limit": ("gauge", "Recipients that a window of smtp_rate allows."),
+    "gomail_smtp_rate_left": ("gauge", "Recipients that a window of smtp_rate has room for now, in the urgent lane."),
     "gomail_lane_paused": ("gauge", "1 where a lane is paused in the process that answers."),
     "gomail_smtp_up": ("gauge", "0 where the SMTP server is out for the process that answers."),
     "gomail_redis_up": ("gauge", "0 where Redis is away; what only Redis knows is missing then."),
@@ -4636,7 +4878,7 @@ class ExpiredError(DeliveryError):
 
 
 class PostponedError(DeliveryError):
-    """The service stops before it can send the mail: the task goes back to its lane."""
+    """The service stops before it can send the mail, or smtp_rate is used up: the task goes back to its lane."""
 
     verdict = Verdict.RETURNED
 
@@ -6581,9 +6823,15 @@ class CircuitBreaker:
         self.reason, self.failures = "", 0
         self.by_mail = False  # whether the quota is used up, so that the next mail is the probe
         self.tester: int | None = None  # the thread whose mail it is
+        self.look: Callable[[], tuple[str, float]] | None = None
 
-    def open(self, reason: str, outage: bool = False, by_mail: bool = False) -> None:
-        """Pause the lane; `outage` says that the server is out for all lanes, `by_mail` that a quota is used up."""
+    def open(self, reason: str, outage: bool = False, by_mail: bool = False,
+             look: Callable[[], tuple[str, float]] | None = None) -> None:
+        """Pause the lane; `outage` says that the server is out for all lanes, `by_mail` that a quota is used up.
+
+        Where something else than the server pauses it, `look` answers why it still does, or "", and for how many
+        seconds; then the server is not probed.
+        """
         with self.lock:
             if not self.reason:
                 self.failures += 1
@@ -6593,7 +6841,7 @@ class CircuitBreaker:
                 log(logging.INFO, "lane still paused", lane=self.lane, error=reason)
             if not self.reason or self.is_tester or not by_mail:
                 self.tester = None
-            self.reason, self.by_mail = reason, by_mail
+            self.reason, self.by_mail, self.look = reason, by_mail, look
         if outage:
             self.smtp.note_outage(reason, self)
         elif by_mail:
@@ -6638,6 +6886,8 @@ class CircuitBreaker:
 
     def delay(self) -> float:
         """Seconds until the next probe."""
+        if look := self.look:
+            return min(look()[1], self.LONGEST_DELAY)
         longest = self.LONGEST_QUOTA_DELAY if self.by_mail else self.LONGEST_DELAY
         return random.uniform(0.5, 1) * min(self.FIRST_DELAY * 2 ** min(self.failures, 20), longest)
 
@@ -6667,6 +6917,12 @@ class CircuitBreaker:
         """Find out whether the server takes mail, and resume the lane if so; or let this thread find out by a mail."""
         if self.by_mail:
             self.tester = threading.get_ident()
+            return
+        if look := self.look:
+            if reason := look()[0]:
+                self.reason = reason
+            else:
+                self.close()
             return
         try:
             self.transport.probe(self.lane)
@@ -6846,6 +7102,8 @@ class Workers:
     GIVE_BACK_AFTER = 1.0  # seconds that a task in hand waits for the one before it
     REST = 0.1  # seconds after a failure to settle in time
     SETTLE_TIMEOUT = 2.0  # seconds to settle the tasks in hand, once their connections are cut
+    STOPPED = "the service stopped before smtp_rate let it go"
+    LONGEST_WAIT = 5.0  # seconds that a task in hand waits for a window of smtp_rate; if it takes longer, a lane pauses
     DOUBT_FACTOR = 20  # times retry_delay: before a mail that may have arrived is sent again
     HISTORY = {Verdict.SUCCEEDED: "sent", Verdict.RETRYING: "retried", Verdict.DROPPED: "retried",
                Verdict.IN_DOUBT: "retried", Verdict.DEAD: "failed"}
@@ -6976,7 +7234,7 @@ class Workers:
             return hand.begin()
         hand.in_turn = crew.duration >= self.SETTLE_WITHIN
         tasks, left = self.queue.settle_and_take(
-            name, lane, hand.outcomes, 1 if self.settings.smtp_rate else Queue.MAX_IN_HAND,
+            name, lane, hand.outcomes, 1 if self.queue.rate.interval else Queue.MAX_IN_HAND,
             crew.share * self.settings.processes, begin_all=not hand.in_turn)
         hand.note_settled(tasks)
         if not tasks:
@@ -7159,22 +7417,54 @@ class Workers:
         reply = ""
         if recipients := [address for address in recipients if address not in task.delivered]:
             lane, sender = lane_of(task.type), mail.sender[1]
-            if (pause := self.queue.pace(lane)) and self.stopping.wait(pause):
-                raise PostponedError("the service stopped before smtp_rate let it go")
-            if task.expires and self.store.time() * 1000 >= task.expires:
-                raise ExpiredError("it was not sent in time")
-            message = task.message or self._compose(task, mail)
-            started = time.monotonic()
-            try:
-                reply = self.transport.send(
-                    sender, recipients, message, Account(task.account, task.key), lane,
-                    self._envelope(task.following), functools.partial(self._make_message, task.following))
-            finally:
-                duration = time.monotonic() - started
-                self.crews[lane].note(duration)
-                self.stats.observe("gomail_smtp_seconds", duration)
+            with self._within_rate(lane, recipients):
+                if task.expires and self.store.time() * 1000 >= task.expires:
+                    raise ExpiredError("it was not sent in time")
+                message = task.message or self._compose(task, mail)
+                started = time.monotonic()
+                try:
+                    reply = self.transport.send(
+                        sender, recipients, message, Account(task.account, task.key), lane,
+                        self._envelope(task.following), functools.partial(self._make_message, task.following))
+                finally:
+                    duration = time.monotonic() - started
+                    self.crews[lane].note(duration)
+                    self.stats.observe("gomail_smtp_seconds", duration)
             self.breakers[lane].note_success()
         return reply
+
+    @contextlib.contextmanager
+    def _within_rate(self, lane: str, recipients: Sequence[str]) -> Iterator[None]:
+        """Wait until smtp_rate lets a mail go. Afterwards those of its recipients count that may have it.
+
+        Raises:
+            PostponedError: there is no room for it yet, or the service stops.
+        """
+        permit, back = self._permit(lane, len(recipients)), 0
+        try:
+            if permit.wait and self.stopping.wait(permit.wait):
+                raise PostponedError(self.STOPPED)
+            yield
+        except (DeliveryError, redis.RedisError) as error:
+            refused = error.refused if isinstance(error, PartialError) else dict.fromkeys(recipients, error)
+            back = sum(not isinstance(found, InDoubtError) for found in refused.values())
+            raise
+        finally:
+            self.queue.recount(permit, len(recipients), back)
+
+    def _permit(self, lane: str, recipients: int) -> Permit:
+        """The Permit for a mail that may go. A window without room for long pauses the lane. Raises PostponedError."""
+        while True:
+            permit = self.queue.pace(lane, recipients)
+            if permit.room_in > self.LONGEST_WAIT:
+                look = functools.partial(self.queue.look, lane, 1 if permit.granted else recipients)
+                self.breakers[lane].open(permit.used_up, look=look)
+                if not permit.granted:
+                    raise PostponedError(permit.used_up)
+            if permit.granted:
+                return permit
+            if self.stopping.wait(permit.room_in):
+                raise PostponedError(self.STOPPED)
 
     def _envelope(self, task: Task | None) -> Envelope | None:
         """The envelope of the mail that a task will send, as far as that can be known before."""
@@ -7806,7 +8096,7 @@ class Api:
         return {"status": True, "lanes": self.inspection.lanes(depths, reports),
                 "processes": self.inspection.processes(),
                 "retrying": depths["retrying"], "dead": dead, "mail_to": "Maildir" if outbox else str(self.transport),
-                "outbox": outbox, "smtp": smtp}
+                "outbox": outbox, "smtp": smtp, "windows": self.queue.windows()}
 
     def resume_lane(self, request: Request) -> Reply:
         lane = request.path_params["lane"]
@@ -7906,6 +8196,9 @@ class Api:
         for lane, age in self.inspection.oldest().items():
             series[("gomail_queue_depth", ("lane", lane))] = depths[lane]
             series[("gomail_queue_oldest_seconds", ("lane", lane))] = age
+        for window in self.queue.windows():
+            for name in ("limit", "left"):
+                series[(f"gomail_smtp_rate_{name}", ("window", window["window"]))] = window[name]
         return series
 
     def metrics(self, request: Request) -> Reply:
@@ -7949,7 +8242,7 @@ SESSION_ANSWER = {"status": bool, "account": (str, None), "admin": bool, "signup
 WEBHOOK_ANSWER = {"status": bool, "url": str, "events": list, "created": str, "gone": (str, None),
                   "previousUntil": (str, None)}
 LANES_ANSWER = {"status": bool, "lanes": list, "processes": int, "retrying": int, "dead": int, "mail_to": str,
-                "outbox": bool, "smtp": dict}
+                "outbox": bool, "smtp": dict, "windows": list}
 MAIL_ANSWER = {"status": bool, "id": str, "headers": list, "text": (str, None), "html": (str, None),
                "view": (str, None), "attachments": list, "source": str}
 METRICS_ANSWER = {"status": bool, "Total Jobs Executed": int, "Jobs Successful": int, "Jobs Failed": int,

@@ -819,6 +819,9 @@ def test_spaces_around_a_value_belong_to_it_unless_it_is_a_number_or_a_choice(tm
     ("smtp_server", "☃.example", "host name"),
     ("workers", "1000", "a whole number from 1 to 64"),
     ("retry_delay", "nan", "a number of seconds"),
+    *(("smtp_rate", value, "expected a number from 0 to 100000, or limits such as 14/s, 2000/day") for value in (
+        "fast", "-1", "nan", "100001", "100001/s", "0/s", "0/day", "0.5/min", "14/", "/s", "14/fortnight", "14/s,",
+        "2,000/day", "14, 2000/day", "14/s 2000/day", "14/0s", "-1/day", "1e3/day", "\u0661/day", "14/s; 2000/day")),
     ("durability", "sometimes", "everysec, fsync"),
     ("timezone", "Mars/Olympus", "IANA time zone"),
     ("host", "0.0.0.0", "admin_token"),
@@ -841,6 +844,36 @@ def test_a_wrong_value_is_one_line_with_the_option_the_value_and_what_is_allowed
     line = str(refused.value)
     assert line.startswith(f"{name}: ") and allowed in line and "\n" not in line
     assert (repr(value) in line) != name.startswith("jwt_secret")
+
+
+@pytest.mark.parametrize("value, interval, windows", [
+    ("", 0, []), ("0", 0, []), ("14", 1e6 / 14, []), ("0.5", 2e6, []), ("1e3", 1e3, []), (" 20.0 ", 5e4, []),
+    ("14/s", 1e6 / 14, []), ("0.5/sec", 2e6, []), ("10/30s", 3e6, []), ("20/s, 5/seconds", 2e5, []),
+    ("14/s, 2000/day", 1e6 / 14, ["2000/day"]), ("2000/Day,14/S", 1e6 / 14, ["2000/day"]),
+    ("100/min", 0, ["100/min"]), ("100/60s", 0, ["100/min"]), ("90/90s", 0, ["90/90s"]),
+    ("300/10 minutes, 500/h, 2000 / 24h", 0, ["300/10min", "500/h", "2000/day"]), ("7/2hours", 0, ["7/2h"]),
+    ("2000/d, 500/1day", 0, ["500/day"]), ("50000/30days", 0, ["50000/30day"])])
+def test_smtp_rate_is_a_number_of_mails_per_second_or_a_list_of_limits(tmp_path, value, interval, windows):
+    rate = gomail.parse_rate(gomail.Settings.load({"smtp_rate": value}, tmp_path).smtp_rate)
+    assert math.isclose(rate.interval, interval) and [str(window) for window in rate.windows] == windows
+
+
+@hypothesis.given(limits=strategies.dictionaries(
+    strategies.builds(int.__mul__, strategies.integers(1, 999), strategies.sampled_from([60, 3600, 86400])),
+    strategies.integers(1, 10**9 - 1), min_size=1))
+def test_a_window_of_smtp_rate_is_read_as_it_is_shown(limits):
+    windows = tuple(gomail.Window(limit, seconds) for seconds, limit in sorted(limits.items()))
+    assert gomail.parse_rate(",".join(map(str, windows))) == gomail.Rate(0.0, windows)
+
+
+@hypothesis.given(text=strategies.text("0123456789./, smhday-e", max_size=12))
+def test_any_value_of_smtp_rate_is_read_or_refused_with_what_was_expected(text):
+    try:
+        interval, windows = gomail.parse_rate(text)
+    except gomail.StartError as refused:
+        assert "expected a number from 0 to 100000, or limits such as" in str(refused)
+    else:
+        assert interval >= 0 and all(window.limit >= 1 and window.seconds >= 60 for window in windows)
 
 
 @pytest.mark.parametrize("name, value", [
@@ -3194,7 +3227,7 @@ QUEUEABLE = strategies.sampled_from([
     changed("payload.userId", "OTHER@example.com", OTP), NEWS, changed("payload.content_type", "unknown", NEWS)])
 
 
-@hypothesis.settings(deadline=None, max_examples=60,
+@hypothesis.settings(deadline=None, max_examples=25,
                      suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 @hypothesis.given(most=strategies.sampled_from([5, 100]), requests=strategies.lists(strategies.tuples(
     strategies.sampled_from(["one", "other", "revoked"]), strategies.sampled_from(["", "", "a key", "another key"]),
@@ -4185,13 +4218,14 @@ def test_smtp_rate_spaces_the_mails_of_all_processes_and_urgent_ones_pass(servic
     first.workers.stop(PATIENCE)
     second = gomail.Queue(first.store, first.settings, "another-process")
     began = first.store.time()
-    moments = [first.store.time() + queue.pace("normal") for _ in range(rate * 15) for queue in (first.queue, second)]
+    moments = [first.store.time() + queue.pace("normal").wait
+               for _ in range(rate * 15) for queue in (first.queue, second)]
     assert abs((moments[-1] - began) - 30) < 30 * 0.05
     gaps = [after - before for before, after in zip(moments[100:], moments[101:])]
     assert not gaps or abs(sum(gaps) / len(gaps) - 1 / rate) < 0.05 / rate
-    urgent = [first.store.time() + second.pace("urgent") for _ in range(5)]
+    urgent = [first.store.time() + second.pace("urgent").wait for _ in range(5)]
     assert urgent[0] - first.store.time() < 0.01 and urgent[-1] - began < 30
-    assert first.store.time() + first.queue.pace("bulk") - moments[-1] > 5.5 / rate
+    assert first.store.time() + first.queue.pace("bulk").wait - moments[-1] > 5.5 / rate
 
 
 def test_smtp_rate_goes_on_when_the_clock_goes_back_with_what_was_given_away_by_then(services):
@@ -4201,7 +4235,7 @@ def test_smtp_rate_goes_on_when_the_clock_goes_back_with_what_was_given_away_by_
         service.queue.pace("normal")
     rate, lines = service.store.key("rate"), service.store.redis
     lines.hset(rate, mapping={name: int(moment) + 3_600_000_000 for name, moment in lines.hgetall(rate).items()})
-    assert 3 < service.queue.pace("normal") <= 5 and service.queue.pace("urgent") < 0.01
+    assert 3 < service.queue.pace("normal").wait <= 5 and service.queue.pace("urgent").wait < 0.01
 
 
 def test_smtp_rate_holds_for_what_arrives_and_a_stop_gives_back_what_waits(services, mail_server):
@@ -4215,6 +4249,278 @@ def test_smtp_rate_holds_for_what_arrives_and_a_stop_gives_back_what_waits(servi
     service.stop()
     sent, left = len(mail_server.mails), service.store.redis.llen(service.store.key("lane", "normal"))
     assert sent + left == len(ids)
+
+
+@pytest.mark.parametrize("window, others", [
+    ("100/day", 90), ("10/h", 9), ("11/h", 9), ("5/2h", 4), ("2/h", 1), ("1/h", 1), ("10/59min", 10)])
+def test_the_last_tenth_of_a_window_of_an_hour_or_more_is_kept_for_the_urgent_lane(window, others):
+    window, = gomail.parse_rate(window).windows
+    assert [window.most(lane) for lane in ("normal", "bulk", "urgent")] == [others, others, window.limit]
+
+
+def pass_time(store, seconds):
+    """Let `seconds` pass for the windows of smtp_rate."""
+    for key in store.redis.scan_iter(match=store.key("rate_window", "*")):
+        store.redis.hincrby(key, "ahead", round(seconds * 1e6))
+
+
+class ExactWindows:
+    """What the windows of smtp_rate promise, with the moment of each recipient."""
+
+    def __init__(self, windows):
+        self.windows, self.sent = windows, []  # [moment (us), recipients]
+
+    def in_window(self, window, now, late=0.0):
+        """The recipients of the last `seconds`, or a little more."""
+        return sum(count for moment, count in self.sent if now - moment < window.seconds * 1e6 * (1 + late))
+
+    def room(self, lane, recipients, now, late=0.0):
+        """The first moment from `now` on at which all windows have room."""
+        ends = [moment + window.seconds * 1e6 * (1 + late) for window in self.windows for moment, _ in self.sent]
+        return next(moment for moment in sorted([now, *(end for end in ends if end > now)]) if all(
+            self.in_window(window, moment, late) + recipients <= window.most(lane) for window in self.windows))
+
+
+STEP = strategies.tuples(
+    strategies.sampled_from([0, 0.01, 0.059, 0.061, 1, 20, 59.9, 59.97, 60, 61, 1200, 3599, 3603, 7300]),
+    strategies.sampled_from(["normal", "bulk", "urgent"]), strategies.integers(1, 4),
+    strategies.sampled_from([0, 0, 0, 1, 4]), strategies.sampled_from([None, None, 0, 0.5, 61]))
+
+
+@hypothesis.settings(deadline=None, max_examples=25,
+                     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.given(steps=strategies.lists(STEP, max_size=40))
+@hypothesis.example(steps=[(59.97, "urgent", 4, 4 * (number % 2), None) for number in range(20)])
+def test_no_span_has_more_recipients_than_a_window_allows_and_none_waits_longer_than_a_thousandth_of_it(
+        redis_server, steps):
+    store = gomail.Store(redis_server.uri, f"{secrets.token_hex(4)}:")
+    settings = gomail.Settings(smtp_rate="5/min, 12/h")
+    queues = [gomail.Queue(store, settings, name) for name in ("one", "other")]
+    exact = ExactWindows(queues[0].rate.windows)
+    keys = [store.key("rate_window", str(window.seconds)) for window in exact.windows]
+
+    def now():
+        """The moment of the last call that counted something."""
+        return max(int(store.redis.hget(key, "clock") or 0) for key in keys)
+    for key in keys:
+        store.redis.hset(key, "ahead", 0)  # both from the same moment on
+    passed = 0.0
+    for seconds, lane, recipients, refused, late in steps:
+        pass_time(store, seconds)
+        passed += seconds * 1e6
+        queue, before = random.choice(queues), store.time() * 1e6 + passed
+        permit = queue.pace(lane, recipients)
+        if not permit.granted:
+            assert exact.room(lane, recipients, before, 0.001) > before
+            pass_time(store, permit.room_in)  # it goes on then, and neither earlier nor much later
+            passed += permit.room_in * 1e6
+            assert exact.room(lane, recipients, before) <= store.time() * 1e6 + passed
+            assert before + permit.room_in * 1e6 <= exact.room(lane, recipients, before, 0.001) + 1
+            permit = queue.pace(lane, recipients)
+        assert permit.granted
+        exact.sent.append([now(), recipients])
+        for window in exact.windows:
+            assert exact.in_window(window, now()) <= window.most(lane)
+        if late is not None:
+            pass_time(store, late)
+            passed += late * 1e6
+        back = min(refused, recipients)
+        queue.recount(permit._replace(right_until=math.inf if late is None else 0), recipients, back)
+        exact.sent[-1] = [now() if late is not None else exact.sent[-1][0], recipients - back]
+    assert all(store.redis.hlen(key) <= 4 + 1002 for key in keys)
+
+
+def left(service):
+    """How many recipients the only window of smtp_rate has left."""
+    window, = service.queue.windows()
+    return window["left"]
+
+
+def test_windows_are_right_over_two_processes_and_a_restart(services, mail_server):
+    first = services(mail_server, smtp_rate="10/min")
+    more = {"key_prefix": first.store.prefix, "smtp_rate": "10/min"}
+    second, client = services(mail_server, **more), first.client.sign_up()
+    ids = [client.task(userId=f"{number}@example.com") for number in range(24)]
+
+    def paused(*running):
+        return all(service.workers.breakers["normal"].reason for service in running)
+    until(lambda: paused(first, second))
+    assert len(mail_server.mails) == 10
+    for service in (first, second):
+        services.running.remove(service)
+        service.stop()
+    third = services(mail_server, **more)
+    until(lambda: paused(third))
+    assert len(mail_server.mails) == 10 and left(third) == 0
+    pass_time(third.store, 60)  # one minute and the rest of a bucket
+    client = Client(third.http.url, client.key)
+    until(lambda: len(mail_server.mails) == 20 and paused(third))
+    assert third.store.redis.llen(third.store.key("lane", "normal")) == 4
+    pass_time(third.store, 61)
+    assert {client.state(task_id, "succeeded")["attempts"] for task_id in ids} == {1}
+    assert len(mail_server.mails) == len({mail.recipient for mail in mail_server.mails}) == 24
+
+
+def test_what_a_window_has_left_survives_a_restart_of_redis_and_expires_with_it(redis_with_file):
+    server = redis_with_file("--appendfsync", "always")
+    queue = gomail.Queue(gomail.Store(server.uri), gomail.Settings(smtp_rate="3/day"), "a process")
+    assert queue.pace("urgent", 2).granted
+    server.kill()
+    server.start()
+    assert [queue.pace("urgent").granted for _ in range(2)] == [True, False]
+    assert 86400 < queue.store.redis.ttl(queue.store.key("rate_window", "86400")) < 86400 + 90
+
+
+def test_another_limit_counts_what_is_stored_and_another_window_begins_empty(services):
+    service = services(smtp_rate="10/h")
+    service.queue.pace("normal", 6)
+    for rate, found in (("20/h", 14), ("4/60min", 0), ("10/day", 10)):
+        other = services(key_prefix=service.store.prefix, smtp_rate=rate)
+        assert left(other) == found and other.queue.pace("normal").granted == (found > 0)
+        other.queue.store.redis.delete(other.store.key("rate_window", "86400"))
+
+
+def test_a_used_up_window_pauses_the_lane_which_costs_no_attempt_and_resuming_does_not_overrun_it(
+        services, mail_server):
+    service = services(mail_server, smtp_rate="5/min")
+    client, breaker = service.client.sign_up(), service.workers.breakers["normal"]
+    ids = [client.task(userId=f"{number}@example.com") for number in range(8)]
+    until(lambda: breaker.reason and len(mail_server.mails) == 5)
+    lane = next(lane for lane in client.get("/lanes")["lanes"] if lane["lane"] == "normal")
+    reason, moment = breaker.reason.split("; goes on at ")
+    assert reason == "smtp_rate: 5/min is used up" and until(lambda: client.get("/lanes")["lanes"][1]["paused"])
+    assert 50 < datetime.datetime.fromisoformat(moment).timestamp() - time.time() < 61
+    until(lambda: client.get("/lanes")["lanes"][1]["queued"] == 3)
+    assert lane["lane"] == "normal" and service.workers.smtp.state == "up"
+    client.post("/lanes/normal/resume")
+    breaker.request_probe()
+    until(lambda: not breaker.probe_requested.is_set())
+    assert breaker.reason and len(mail_server.mails) == 5
+    found = [client.get(f"/task/{task_id}") for task_id in ids]
+    assert sorted(task["state"] for task in found) == ["queued"] * 3 + ["succeeded"] * 5
+    assert {task["attempts"] for task in found if task["state"] == "queued"} == {0}
+    pass_time(service.store, 61)
+    for task_id in ids:
+        client.state(task_id, "succeeded")
+    assert len(mail_server.mails) == 8
+
+
+def test_a_window_that_has_room_within_seconds_does_not_pause_the_lane(services, mail_server):
+    service = services(mail_server, smtp_rate="2/min")
+    service.queue.pace("normal", 2)
+    pass_time(service.store, 59)
+    client, began = service.client.sign_up(), time.monotonic()
+    client.state(client.task(), "succeeded")
+    assert time.monotonic() - began > 0.5 and not service.workers.breakers["normal"].failures
+
+
+def test_a_mail_waits_in_its_lane_until_a_window_has_room_for_all_of_its_recipients(services, mail_server, monkeypatch):
+    service = services(mail_server, smtp_rate="5/min")
+    client, looks, look = service.client.sign_up(), [], service.queue.look
+    monkeypatch.setattr(service.queue, "look", lambda *arguments: looks.append(arguments) or look(*arguments))
+    service.queue.pace("normal", 3)
+    pass_time(service.store, 40)
+    task_id = client.task(cc=["two@example.com", "three@example.com"])
+    until(lambda: len(looks) > 4)
+    assert set(looks) == {("normal", 3)} and [event["event"] for event in client.get(f"/task/{task_id}")["story"]] == [
+        "accepted", "returned"]
+    pass_time(service.store, 21)
+    client.state(task_id, "succeeded")
+
+
+def test_otps_leave_when_the_other_lanes_have_used_up_their_part_of_a_window(services, mail_server):
+    service = services(mail_server, smtp_rate="10/h")
+    client = service.client.sign_up()
+    ids = [client.task() for _ in range(10)]
+    breakers = service.workers.breakers
+    until(lambda: "for the urgent lane" in breakers["normal"].reason and len(mail_server.mails) == 9)
+    client.state(client.task("generateOtp", userId="otp@example.com"), "succeeded")
+    late = client.task("generateOtp", userId="late@example.com")
+    until(lambda: breakers["urgent"].reason.startswith("smtp_rate: 10/h is used up; goes on at "))
+    assert len(mail_server.mails) == 10 and client.get("/lanes")["windows"] == [
+        {"window": "10/h", "limit": 10, "left": 0, "kept_for_urgent": 1}]
+    pass_time(service.store, 3604)
+    for task_id in (late, *ids):
+        client.state(task_id, "succeeded")
+
+
+def test_recipients_that_the_server_did_not_take_are_given_back_but_not_a_mail_that_may_have_arrived(
+        services, mail_server):
+    service = services(mail_server, smtp_rate="100/min", retry_delay=600.0)
+    client = service.client.sign_up()
+    mail_server.replies["gone@example.com"] = ["550 5.2.1 no"]
+    client.state(client.task(userId="gone@example.com"), "dead")
+    assert until(lambda: left(service) == 100)
+    mail_server.replies["gone@example.com"] = ["550 5.2.1 no"]
+    client.state(client.task(cc=["gone@example.com", "cc@example.com"]), "dead")
+    until(lambda: left(service) == 98)
+    mail_server.replies["later@example.com"] = ["DROP"]
+    client.state(client.task(userId="later@example.com"), "succeeded")
+    until(lambda: left(service) == 97)
+    mail_server.data_replies["full@example.com"] = ["452 4.3.1 later"] * 2
+    client.state(client.task(userId="full@example.com", retries=1), "retrying")
+    until(lambda: left(service) == 97)
+    mail_server.data_replies["doubt@example.com"] = ["DROP"]
+    client.state(client.task(userId="doubt@example.com"), "retrying")
+    assert left(service) == 96
+
+
+def test_a_stop_gives_back_to_the_window_what_waits_for_the_pace(services, mail_server):
+    service = services(mail_server, smtp_rate="0.1/s, 100/min")
+    client = service.client.sign_up()
+    for _ in range(3):
+        client.task()
+    until(lambda: mail_server.mails and left(service) < 99)
+    service.workers.stop(PATIENCE)
+    assert len(mail_server.mails) == 1 and left(service) == 99
+
+
+def test_a_mail_counts_from_when_the_server_took_it(services):
+    queue = services(smtp_rate="2/min").queue
+    permit = queue.pace("normal", 2)
+    pass_time(queue.store, 30)
+    queue.recount(permit._replace(right_until=0), 2, 0)
+    assert 59 < queue.pace("normal").room_in <= 60.1
+    pass_time(queue.store, 59.9)
+    assert not queue.pace("normal").granted
+
+
+def test_a_mail_with_more_recipients_than_a_window_allows_its_lane_is_a_dead_letter_that_says_so(
+        services, mail_server):
+    service = services(mail_server, smtp_rate="10/h")
+    client = service.client.sign_up()
+    copies = [f"{number}@example.com" for number in range(9)]
+    assert client.state(client.task(cc=copies), "dead")["error"] == (
+        "10 recipients are too many for smtp_rate: of 10/h, this lane may use 9")
+    client.state(client.task(cc=copies[:8]), "succeeded")
+
+
+def test_a_window_loses_nothing_and_is_not_blocked_when_the_clock_goes_back(services):
+    queue = services(smtp_rate="3/min").queue
+    assert queue.pace("normal", 3).granted
+    key = queue.store.key("rate_window", "60")
+    for name, value in queue.store.redis.hgetall(key).items():  # as if that had been a year ahead
+        year = 365 * 86400 * 1_000_000
+        if name.isdigit():
+            queue.store.redis.hdel(key, name)
+            queue.store.redis.hset(key, int(name) + year // 60_000, value)
+        elif name in ("clock", "first"):
+            queue.store.redis.hset(key, name, int(value) + year // (1 if name == "clock" else 60_000))
+    permit = queue.pace("normal")
+    assert not permit.granted and 59 < permit.room_in <= 60.1
+    pass_time(queue.store, 59)
+    assert not queue.pace("normal").granted
+    pass_time(queue.store, 1.1)
+    assert queue.pace("normal", 3).granted
+
+
+def test_without_smtp_rate_redis_is_not_asked(services, mail_server, monkeypatch):
+    service = services(mail_server)
+    monkeypatch.setattr(service.queue, "_pace", None)
+    monkeypatch.setattr(service.queue, "_recount", None)
+    client = service.client.sign_up()
+    client.state(client.task(), "succeeded")
+    assert client.get("/lanes")["windows"] == []
 
 
 def samples(text):
@@ -4231,6 +4537,16 @@ def metrics_of(service):
     answer = connection.getresponse()
     assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
     return samples(answer.read().decode())
+
+
+def test_metrics_and_the_page_show_what_a_window_has_left(services, browser):
+    service = services(smtp_rate="2000/day")
+    service.queue.pace("normal", 5)
+    found = metrics_of(service)
+    assert found["gomail_smtp_rate_limit", "2000/day"] == 2000 and found["gomail_smtp_rate_left", "2000/day"] == 1995
+    client = service.client.sign_up()
+    browser.open(client, client.key).get_by_text(
+        "1,995 more recipients can go now, by smtp_rate 2000/day; 200 of them are kept for OTPs.").wait_for()
 
 
 def test_metrics_are_read_by_prometheus_and_add_up_over_processes(services, mail_server):
@@ -4351,7 +4667,7 @@ def metrics_documented() -> dict[str, tuple[str, set[str]]]:
 
 
 def test_docs_metrics_md_names_every_metric_with_its_labels_and_no_other(services, mail_server):
-    service = services(mail_server)
+    service = services(mail_server, smtp_rate="1000/day")
     client = service.client.sign_up()
     client.state(client.task(), "succeeded")
     connection = http.client.HTTPConnection(service.http.url.removeprefix("http://"))
