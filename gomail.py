@@ -7,32 +7,32 @@ transport (SMTP, or a Maildir) and retry what fails. `python gomail.py` starts t
 
 The module reads from top to bottom, and each section uses only those above it:
 
-    1. settings                   6. tasks         11. transports     16. http api
-    2. logging                    7. queue         12. otp            17. http server
-    3. redis                      8. inspection    13. newsletters    18. service
-    4. validation and errors      9. metrics       14. workers        19. command line
-    5. accounts                  10. mail          15. cron
+    1. settings                   6. tasks         11. transports     16. cron
+    2. logging                    7. queue         12. otp            17. http api
+    3. redis                      8. inspection    13. newsletters    18. http server
+    4. validation and errors      9. metrics       14. bounces        19. service
+    5. accounts                  10. mail          15. workers        20. command line
 
 The way of one mail, from POST to 250; the numbers are those of the sections:
 
-    Handler.respond        17  reads the request, finds its Route and the Account of its API key
-    -> Api.enqueue         16  is the handler of POST /task; TASK (6), the Check of the Route, has checked the body
+    Handler.respond        18  reads the request, finds its Route and the Account of its API key
+    -> Api.enqueue         17  is the handler of POST /task; TASK (6), the Check of the Route, has checked the body
     -> Queue.enqueue        7  stores the task and puts its id into a lane (script ENQUEUE); the app gets its answer
     -> GroupCommit          7  makes one call of that script for all requests that wait
-    Workers.run            14  is a thread that waits for the next ids of its lane
+    Workers.run            15  is a thread that waits for the next ids of its lane
     -> Queue.settle_and_take   moves some of them to the worker's processing list (script SETTLE_AND_TAKE)
-    -> Workers.perform     14  calls the method for the task's type; Workers.send_message turns a "message" into a Mail
+    -> Workers.perform     15  calls the method for the task's type; Workers.send_message turns a "message" into a Mail
     -> compose             10  turns the Mail into bytes
     -> SmtpTransport.send  11  returns when the server has answered 250, and raises a DeliveryError otherwise
     -> Outcome              7  says what became of the task: succeeded, retrying, dead, ...
     -> Queue.settle_and_take   stores the Outcome of each task, and takes further ones in the same round trip
-    Queue.promote           7  puts the id of a task whose retry is due back into its lane; Cron.once (15) calls it
+    Queue.promote           7  puts the id of a task whose retry is due back into its lane; Cron.once (16) calls it
 
 What a change touches:
 
     a payload field            PAYLOADS (6), Workers.send_message, Mail and compose
     a route                    a method of Api, and a row of ROUTES, from which the OpenAPI description is made
-    a transport                a class with the methods of Transport (11), options (1), and Service._wire (18)
+    a transport                a class with the methods of Transport (11), options (1), and Service._wire (19)
     a Redis key                the table in section 3; if it belongs to an account, Accounts.deregister
     a lane                     Lane (6)
 """
@@ -243,6 +243,8 @@ class Settings:
                               "while mails wait for the SMTP server", low=1, high=256)
     retry_delay: float = option(15.0, "seconds before the first retry; doubles each time", low=0.01, high=86400)
     retry_delay_max: float = option(3600.0, "most seconds before a retry", low=0.01, high=604800)
+    bounce_imap: str = option("", "mailbox that bounces and complaints come back to, imaps://user:password@host/INBOX; "
+                              "those about mail of this service are moved into its folder GoMail")
     otp_ttl: int = option(300, "seconds an OTP is valid", low=1, high=86400)
     otp_subject: str = option("Your verification code", "subject of the OTP mail; may hold {{ otp }} and {{ minutes }}")
     otp_content: str = option("", "content of the OTP mail, text or HTML; must hold {{ otp }}, may hold "
@@ -321,6 +323,8 @@ class Settings:
                 ssl.create_default_context(cafile=self.smtp_ca)
             except (OSError, ValueError) as error:
                 raise self._wrong("smtp_ca", f"is not a file with certificates (PEM): {describe(error)}") from None
+        if self.bounce_imap:
+            ImapAddress.parse(self.bounce_imap)
         if self.public_url and not re.fullmatch(r"https?://[!-;=?-~]+", self.public_url):
             raise self._wrong("public_url", "is not a URL such as https://mail.example.com")
         for name in ("otp_subject", "otp_content"):
@@ -366,6 +370,49 @@ class Settings:
         name, address = email.utils.parseaddr(self.smtp_from)
         candidates = (address, self.smtp_user, f"gomail@{socket.gethostname()}", "gomail@localhost")
         return name, next(filter(None, map(parse_address, candidates)))
+
+
+class ImapAddress(typing.NamedTuple):
+    """A bounce_imap in its parts."""
+
+    tls: bool  # from the start
+    host: str  # as host_to_ascii() gives it
+    port: int
+    user: str
+    password: str
+    folder: str
+
+    PATTERN = re.compile(r"(imaps?)://([^:@/?#]+):([^:@/?#]+)@(\[[0-9A-Fa-f:.]+\]|[^:@/?#\[\]]+)(:[0-9]{1,5})?"
+                         r"(?:/([^/?#]*))?")
+
+    @classmethod
+    def parse(cls, uri: str) -> "ImapAddress":
+        """The parts of a bounce_imap. Raises StartError, without the value: it has a password."""
+        match, problem = cls.PATTERN.fullmatch(uri), "is not allowed"
+        if match:
+            try:
+                user, password, folder = (urllib.parse.unquote(part or "", errors="strict") for part in match[2, 3, 6])
+            except UnicodeDecodeError:
+                user = password = folder = "\0"
+            host, port = host_to_ascii(match[4].strip("[]")), int((match[5] or ":0")[1:])
+            tls = match[1] == "imaps"
+            if not host:
+                problem = "has no host name or IP address"
+            elif port > 65535:
+                problem = "has a port above 65535"
+            elif re.search(r"[\x00-\x1f\x7f]", user + password + folder):
+                problem = "has control characters or wrong %XX"
+            elif not folder.isascii():
+                problem = "has a folder that is not in ASCII"
+            else:
+                return cls(tls, host, port or (993 if tls else 143), user, password, folder or "INBOX")
+        raise StartError(f"bounce_imap: (hidden) {problem}, expected imaps://user:password@host/INBOX, with %40 for @ in "
+                         "a user or password, and so on")
+
+    def __str__(self) -> str:
+        """Without user and password."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'imaps' if self.tls else 'imap'}://{host}:{self.port}/{self.folder}"
 
 
 def is_option(name: str, upper_case: bool = True) -> bool:
@@ -873,7 +920,8 @@ def start_logging(settings: Settings) -> None:
 #                                           while they had it); begun (set before a task with strikes is begun);
 #                                           drops (how many connections it lost), dropped (the last time, us).
 #                                           A task that has ended, except a dead letter, keeps only a summary: d, u, n
-#                                           (explained at Queue.CONCLUDE), to, error, story, head
+#                                           (explained at Queue.CONCLUDE), to, error, story, head, bounces
+#   reply:<id>                      string  id of the task whose mail the provider gave this id when it took it
 #   lane:<lane>                     list    ids of waiting tasks; in at the left, out at the right
 #   processing:<process>:<worker>   list    ids of the tasks that the worker has in hand; in at the left
 #   delayed                         zset    ids of tasks that wait for a retry or their send_at, by due time (ms)
@@ -889,6 +937,8 @@ def start_logging(settings: Settings) -> None:
 #   connections                     hash    "<lane> <process>" -> how many SMTP connections it has or opens there
 #   connections_limit               string  how many the server takes, where that is fewer than smtp_connections
 #   connections_wanted              string  a lane that has none and wants one
+#
+#   bounce_reader                   string  the process that reads the mailbox of bounces, while it does
 #
 #   processes                       hash    process -> names of its workers, comma-separated
 #   heartbeat:<process>             string  exists while the process lives
@@ -2536,6 +2586,7 @@ class State(enum.StrEnum):
     DEAD = "dead"
     SUPPRESSED = "suppressed"
     CANCELLED = "cancelled"
+    BOUNCED = "bounced"  # it had succeeded, and then came back or was complained about
 
 
 class Verdict(enum.StrEnum):
@@ -2569,6 +2620,48 @@ class Outcome:
     delay: float = 0.0
     delivered: tuple[str, ...] = ()
     suppress: tuple[str, ...] = ()
+
+    @property
+    def reply_ids(self) -> str:
+        """The ids by which a provider will speak of the mail instead of its Message-ID, by spaces."""
+        if self.verdict != Verdict.SUCCEEDED and not self.delivered or "250 " not in self.detail:
+            return ""
+        found = [next(filter(None, match.groups())) for match in PROVIDER_REPLY.finditer(self.detail)]
+        return " ".join(name for name in found if not name.startswith(f"{self.task.id}@"))
+
+
+# The replies to the end of DATA by which providers say which id they gave the mail. Their notifications have it.
+PROVIDER_REPLY = re.compile("|".join((
+    # Amazon SES: its documentation calls this the message ID of the reply; SES replaces the header Message-ID.
+    r"\b250 Ok ([0-9a-f-]{30,80})(?![\w-])",
+    # SendGrid: its support pages call this X-Message-ID; sg_message_id begins with it.
+    r"\b250 Ok: queued as ([\w-]{22})(?![\w-])",
+    # Brevo: logs of relays show the Message-ID of the mail, which may be a new one.
+    r"\b250 2\.0\.0 OK: queued as <([!-;=?-~]{1,200})>")))
+
+
+class Event(enum.StrEnum):
+    """What may become of a mail after the server has taken it."""
+
+    BOUNCED = "bounced"  # it came back for good
+    COMPLAINED = "complained"  # its recipient took it for spam
+    DELAYED = "delayed"  # it is late, or came back for a reason that may pass
+
+
+class Report(typing.NamedTuple):
+    """That a mail bounced, is delayed, or was complained about.
+
+    Args:
+        ids: what may be the id of its task, or the one that the provider gave it.
+        addresses: the recipient, in the forms in which it may be known; none where the report does not name it.
+        sole: addresses of which one must be the task's only recipient, where none of the former is one; "*" is any.
+    """
+
+    event: Event
+    reason: str = ""
+    ids: tuple[str, ...] = ()
+    addresses: tuple[str, ...] = ()
+    sole: tuple[str, ...] = ()
 
 
 class GroupCommit:
@@ -2748,6 +2841,7 @@ class Queue:
     #   u, n   userId, and the task's name; or, where these are no UTF-8, head as summary_of() has it
     #   to     the recipients in lower case, where there are more than that one
     #   error, story    where there is one; what the server said to a mail goes on in r1, r2 and r3
+    #   bounces         lines as those of the story, about what came back afterwards, see BOUNCE
     #
     # The caller passes `ttl` in milliseconds and what never changes of a task: when it was accepted, its type and
     # retries, the account, u and n. To read and decode its head here took a third of the time of this fragment.
@@ -2823,6 +2917,7 @@ class Queue:
         self._adopt = store.script(self.ADOPT)
         self._cancel = store.script(self.CANCEL, once=True)
         self._revive = store.script(self.REVIVE, once=True)
+        self._bounce = store.script(self.BOUNCE)
         # As scripts take them: result_ttl and dead_ttl in milliseconds, dead_max.
         self._limits = [settings.result_ttl * 1000, settings.dead_ttl * 1000, settings.dead_max]
         self._missing: dict[str, float] = {}  # process -> since when (monotonic) its heartbeat is missing
@@ -2982,7 +3077,8 @@ class Queue:
     #       `share`; 1 if all that is taken is begun within moments, or 0 if only the first is;
     #       result_ttl and dead_ttl (ms), dead_max, process, worker;
     #       then, of each task to settle: the number of its arguments, its id, verdict, detail, delay (ms), recipients
-    #       that have the mail and addresses to suppress, by spaces; and, if it ends, what _summary_args() returns.
+    #       that have the mail, addresses to suppress and the ids that its provider gave the mail, by spaces; and, if
+    #       it ends, what _summary_args() returns.
     # Answer: {how many tasks are left in the lane, then of each task taken: {id, body, account, API key's id, created,
     #         attempts, strikes, drops, dropped, delivered, the recipients that are suppressed}}. No task, although some
     #         are left, means: ask again.
@@ -2991,8 +3087,11 @@ class Queue:
         local most, keep, share, all = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4] == '1'
         local result_ttl, dead_ttl, dead_max, process, worker = unpack(ARGV, 5, 9)
 
-        local function settle(id, verdict, detail, delay, delivered, suppress, ...)
+        local function settle(id, verdict, detail, delay, delivered, suppress, replies, ...)
             if redis.call('LREM', own, 1, id) == 0 then return end
+            for reply in string.gmatch(replies, '%S+') do
+                redis.call('SET', prefix .. 'reply:' .. reply, id, 'PX', result_ttl)
+            end
             local task = prefix .. 'task:' .. id
             if delivered ~= '' then redis.call('HSET', task, 'delivered', delivered) end
             for address in string.gmatch(suppress, '%S+') do
@@ -3120,8 +3219,8 @@ class Queue:
         args = [most, keep, share, int(begin_all), *self._limits, self.process, worker]
         for outcome in outcomes:
             summary = self._summary_args(outcome.task) if outcome.verdict in CONCLUDED else ()
-            args += [6 + len(summary), outcome.task.id, outcome.verdict, outcome.detail, int(outcome.delay * 1000),
-                     " ".join(outcome.delivered), " ".join(outcome.suppress), *summary]
+            args += [7 + len(summary), outcome.task.id, outcome.verdict, outcome.detail, int(outcome.delay * 1000),
+                     " ".join(outcome.delivered), " ".join(outcome.suppress), outcome.reply_ids, *summary]
         answer = self._settle_and_take(keys, args)
         if any(outcome.delay for outcome in outcomes):
             self._note_delay()
@@ -3491,9 +3590,9 @@ class Queue:
         if answer != "cancelled":
             raise HTTPError(404, "there is no such task, or it ended too long ago", "id")
 
-    # Queue a dead letter again, or remove it. Whoever retries says that the address is good now, so what the server
-    # said of it no longer counts; an address that a person suppressed stays so. Nobody waits for an OTP that died, so
-    # it does not delay new ones in the urgent lane.
+    # Queue a dead letter again, or remove it. Whoever retries says that the address is good now, so what a server
+    # said of it no longer counts; an address that a person suppressed, or complained from, stays so. Nobody waits for an
+    # OTP that died, so it does not delay new ones in the urgent lane.
     # KEYS: the prefix. ARGV: id, the account that the task must belong to or "", "retry" or "remove".
     # Answer: 0 if there is no such dead letter, else 1.
     REVIVE = NOTE + """
@@ -3516,7 +3615,7 @@ class Queue:
         local reasons = prefix .. 'suppressed_for:' .. owner
         for address in string.gmatch(to or '', '%S+') do
             local reason = redis.call('HGET', reasons, address)
-            if reason and reason ~= 'by request' then
+            if reason and reason ~= 'by request' and not string.find(reason, '^complained') then
                 redis.call('HDEL', reasons, address)
                 redis.call('ZREM', prefix .. 'suppressed:' .. owner, address)
             end
@@ -3542,6 +3641,94 @@ class Queue:
                     self.store.redis.zrem(key, task_id)
             progress(count)
         return count
+
+    # Note what became of a mail after the server had taken it. A line of the story says it once for each recipient and
+    # event, and once more after the task was revived. A bounce or a complaint suppresses the address for the account,
+    # and a task that had succeeded is then in the state "bounced".
+    # KEYS: the prefix.
+    # ARGV: the account that the task must belong to, or ""; Event, reason, ids that may name the task, addresses that
+    #       may be the recipient, addresses of which one is it if the task has no other recipient ("*" is any), the
+    #       last three by spaces; 1 to suppress the first address for the account where there is no such task, or 0.
+    # Answer: "changed", "same", "unknown" (there is no such task) or "address" (it has no such recipient).
+    BOUNCE = CLOCK + """
+        local prefix, account, event, reason, ids, addresses, sole, without_task = KEYS[1], unpack(ARGV)
+        local what = reason ~= '' and ': ' .. reason or ''
+
+        local function find_task()
+            for id in string.gmatch(ids, '%S+') do
+                for _, name in ipairs({id, redis.call('GET', prefix .. 'reply:' .. id) or nil}) do
+                    if redis.call('EXISTS', prefix .. 'task:' .. name) == 1 then return prefix .. 'task:' .. name end
+                end
+            end
+        end
+
+        -- The moment when an address was suppressed stays; a complaint counts for more than what a server said.
+        local function suppress(owner, address)
+            local reasons = prefix .. 'suppressed_for:' .. owner
+            local added = redis.call('ZADD', prefix .. 'suppressed:' .. owner, 'NX', milliseconds, address)
+            local before = redis.call('HGET', reasons, address) or ''
+            if added == 1 or event == 'complained' and before ~= 'by request' then
+                redis.call('HSET', reasons, address, event .. what)
+            end
+            return added == 1
+        end
+
+        local function bounce(task)
+            local owner, key, state, ended, to, user, story, bounces = unpack(redis.call('HMGET', task,
+                'account', 'key', 'state', 'd', 'to', 'u', 'story', 'bounces'))
+            owner = owner or ended and string.match(ended, '^' .. string.rep('%S* ', 7) .. '(.*)$')
+            local registered = owner and redis.call('HGET', prefix .. 'UserList', owner) or ''
+            if registered == '' or registered ~= (key or registered) or account ~= '' and owner ~= account then
+                return 'unknown'
+            end
+
+            local is_recipient, recipients, address = {}, 0
+            for each in string.gmatch(to or string.lower(user or ''), '%S+') do
+                if not is_recipient[each] then recipients = recipients + 1 end
+                is_recipient[each] = true
+            end
+            for each in string.gmatch(addresses, '%S+') do
+                address = address or is_recipient[each] and each
+            end
+            for each in string.gmatch(recipients == 1 and sole or '', '%S+') do
+                address = address or each == '*' and next(is_recipient) or is_recipient[each] and each
+            end
+            if not address then return 'address' end
+
+            local lines = '\n' .. (story or '') .. (bounces or '')
+            lines = string.match(lines, '.*\n%d+ %d+ revived [^\n]*(\n.*)$') or lines
+            local pattern = '\n%d+ %d+ ' .. event .. ' ' .. string.gsub(address, '%W', '%%%0') .. '[:\n]'
+            if string.find(lines, pattern) then return 'same' end
+
+            local has_succeeded = state == 'succeeded' or ended and string.sub(ended, 1, 1) == ' '
+            local field = (ended or has_succeeded) and 'bounces' or 'story'
+            redis.call('HSET', task, field, (field == 'story' and story or bounces or '')
+                       .. microseconds .. ' 0 ' .. event .. ' ' .. address .. what .. '\n')
+            if event ~= 'delayed' then
+                suppress(owner, address)
+                if has_succeeded then
+                    redis.call('HSET', task, ended and 'd' or 'state', 'bounced' .. (ended or ''))
+                end
+            end
+            return 'changed'
+        end
+
+        local task, first = find_task(), string.match(addresses, '%S+')
+        if task then return bounce(task) end
+        if without_task == '0' or not first then return 'unknown' end
+        return event ~= 'delayed' and suppress(account, first) and 'changed' or 'same'
+    """
+
+    def bounce(self, report: Report, account: str = "", without_task: bool = False) -> str:
+        """Note what a Report says, if it has not been noted; returns what BOUNCE answers.
+
+        Args:
+            account: whose task it must be; "" for any.
+            without_task: suppress the address for the account where there is no such task, or no longer.
+        """
+        return self._bounce(keys=[self.store.prefix], args=[
+            account, report.event, report.reason, " ".join(report.ids), " ".join(map(fold_address, report.addresses)),
+            " ".join(map(fold_address, report.sole)), int(without_task)])
 
 
 def list_key(store: Store, kind: str, account: str) -> str:
@@ -3640,7 +3827,7 @@ class Inspection:
 
     SEARCH_BATCH = 200  # tasks in one script
     FIELDS = ("head", "account", "state", "attempts", "error", "created", "finished", "due", "started", "story",
-              "d", "u", "n", "r1", "r2", "r3")
+              "d", "u", "n", "r1", "r2", "r3", "bounces")
 
     def __init__(self, store: Store, settings: Settings, give_way: Callable[[], object] = lambda: None) -> None:
         self.store, self.settings, self.give_way = store, settings, give_way
@@ -3688,10 +3875,12 @@ class Inspection:
         if found["d"]:
             found = found | expand_summary(found)
         task = found["task"] if found["u"] else json.loads(found["head"])
-        succeeded = found["state"] == State.SUCCEEDED  # then the field "error" has the result
+        # Of a success, the field "error" has the result; what came back afterwards is the error then.
+        succeeded = found["state"] in (State.SUCCEEDED, State.BOUNCED)
+        error = found["error"] if not succeeded else "".join(line[3] for line in lines_of(found["bounces"])[-1:])
         status = {"id": task_id, "task": task["task"], "type": task["type"], "userId": task["payload"]["userId"],
                   "state": found["state"], "attempts": int(found["attempts"]), "retries": task["retries"],
-                  "error": not succeeded and found["error"] or None, "created": timestamp(found["created"])}
+                  "error": error if found["state"] != State.SUCCEEDED and error else None, "created": timestamp(found["created"])}
         if succeeded and found["error"]:
             status["result"] = found["error"]
         if found["state"] in (State.RETRYING, State.SCHEDULED):
@@ -3825,12 +4014,19 @@ class Inspection:
                 "reason": first["reason"]}
 
 
+def lines_of(story: str | None) -> list[list[str]]:
+    """[moment, begun, event, reason] of each line of a story."""
+    return [line.split(" ", 3) for line in (story or "").split("\n")[:-1]]
+
+
 def history_of(task: Json) -> list[Json]:
     """What happened to a task, from the fields of its hash, the oldest event first."""
     state = task["state"]
-    events = [line.split(" ", 3) for line in (task["story"] or "").split("\n")[:-1]]
-    if state in CONCLUDED:
-        events.append([task["finished"], task["started"], state, task["error"]])
+    events = lines_of(task["story"])
+    if state in CONCLUDED or state == State.BOUNCED:
+        ended = State.SUCCEEDED if state == State.BOUNCED else state
+        events.append([task["finished"], task["started"], ended, task["error"]])
+    events += lines_of(task["bounces"])
     history: list[Json] = [{"time": timestamp(task["created"]), "event": "accepted"}]
     for moment, started, event, reason in events:
         begun = int(started or 0)
@@ -3949,6 +4145,7 @@ class Stats:
 FAMILIES = {  # name -> (type, help); docs/metrics.md has them all, with their labels
     "gomail_tasks": ("counter", "Times a worker was done with a task, by what became of it."),
     "gomail_smtp_seconds": ("histogram", "Seconds that handing over a mail took."),
+    "gomail_bounces": ("counter", "Mails that bounced, were complained about or are delayed, once for each recipient."),
     "gomail_http_requests": ("counter", "HTTP requests answered."),
     "gomail_http_seconds": ("histogram", "Seconds from the begin of a request to its answer, by group of routes."),
     "gomail_queue_depth": ("gauge", "Tasks that wait in a lane."),
@@ -5926,7 +6123,8 @@ class Newsletters:
     CLAIM = Queue.ADD_TASK + BOUNDARIES + """
         local prefix, now, most, base = KEYS[1], unpack(ARGV, 1, 3)
         local half = {['@hourly'] = 1800, ['@daily'] = 43200, ['@weekly'] = 302400, ['@monthly'] = 1209600}  -- seconds
-        local ended = {succeeded = true, dead = true, suppressed = true, cancelled = true}
+        local ended = {succeeded = true, dead = true, suppressed = true, cancelled = true,
+                       bounced = true}
         local schedule, skipped = prefix .. 'schedule', 0
 
         local function queue(number, account, key, content_type, address, record)
@@ -6014,7 +6212,7 @@ class Newsletters:
         return boundaries
 
 
-# --- 14. workers ----------------------------------------------------------------------------------------
+# --- 15. workers ----------------------------------------------------------------------------------------
 # The thread pool. Each worker belongs to one lane and does one task at a time. When the mail server is out, the circuit
 # breaker of the lane opens, and one worker probes the server until it closes again. This costs no task an attempt.
 
@@ -6645,7 +6843,7 @@ class Workers:
             task.type != "generateOtp" and self.suppressions.by_older(task.account, address))]
 
 
-# --- 15. cron -------------------------------------------------------------------------------------------
+# --- 16. cron -------------------------------------------------------------------------------------------
 # One thread that does what is due: heartbeats, retries, newsletters, and the tasks of dead processes.
 
 class Cron:
@@ -6758,7 +6956,7 @@ class Cron:
                     break
 
 
-# --- 16. http api ---------------------------------------------------------------------------------------
+# --- 17. http api ---------------------------------------------------------------------------------------
 # Api has the handlers: each takes a Request and returns the answer. The table ROUTES behind it says which handler
 # answers which path, who may use it, and what it checks.
 
@@ -7496,7 +7694,7 @@ def openapi(routes: Sequence[Route]) -> Json:
 OPENAPI = openapi(ROUTES)
 
 
-# --- 17. http server ------------------------------------------------------------------------------------
+# --- 18. http server ------------------------------------------------------------------------------------
 # `http.server` gives the sockets and threads. Requests are parsed here, strictly by RFC 9112: if a proxy and GoMail
 # read one stream differently, an attacker can hide a request in another (request smuggling). Handler.answer() turns
 # exceptions into JSON errors.
@@ -8195,7 +8393,7 @@ def parse_json(body: bytes | bytearray) -> object:
         raise HTTPError(400, f"the body is not JSON: {describe(error)}") from None
 
 
-# --- 18. service ----------------------------------------------------------------------------------------
+# --- 19. service ----------------------------------------------------------------------------------------
 # Service wires all parts together and runs them in one process; Supervisor runs several such processes.
 
 def open_store(settings: Settings, server: EmbeddedServer | None = None, **more: object) -> Store:
@@ -8289,7 +8487,7 @@ def warn_of_losses(store: Store) -> None:
 def warn_of_readers(path: pathlib.Path) -> None:
     """Log a warning where a .env file holds a secret and other users may read it."""
     values = {name.lower(): value for name, value in read_env_file(path).items() if value}
-    secrets_set = values.keys() & {"smtp_pass", "admin_token", "jwt_secret", "jwt_secret_previous"}
+    secrets_set = values.keys() & {"smtp_pass", "bounce_imap", "admin_token", "jwt_secret", "jwt_secret_previous"}
     if (secrets_set or has_password(values.get("redis_uri", ""))) and path.stat().st_mode & 0o077:
         log(logging.WARNING, f"other users of this machine may read {path.resolve()}, which holds a secret",
             remedy=f"chmod 600 {shlex.quote(str(path.resolve()))}")
@@ -8653,7 +8851,7 @@ def run(settings: Settings) -> int:
     return 0
 
 
-# --- 19. command line -----------------------------------------------------------------------------------
+# --- 20. command line -----------------------------------------------------------------------------------
 # Without a command, this runs the service. The commands work on the Redis of a gomail, for all accounts, and write text
 # for people or JSON. Their exit codes: 0 done, 1 not found or no success, 2 wrong usage, 3 Redis cannot be reached or a
 # setting is wrong, 130 Ctrl-C. The service's: 0 stopped, 1 cannot start now, 78 cannot start with these settings.
@@ -8983,10 +9181,10 @@ class Backup:
     # State of processes or of a moment, and the places of tasks.
     EXCLUDED = frozenset(("lane", "processing", "delayed", "scheduled", "dead", "processes", "heartbeat", "paused",
                           "resume", "resumed", "rate", "connections", "connections_limit", "connections_wanted",
-                          "answered", "on_disk", "writable", "restoring", "jwt_secret_check"))
+                          "bounce_reader", "answered", "on_disk", "writable", "restoring", "jwt_secret_check"))
     # What a gomail leaves in Redis even if it was never used.
     DISPOSABLE = frozenset(("jwt_secret", "ascii_folded", "stats", "history", "metrics"))
-    ENDED = (*CONCLUDED, State.DEAD)
+    ENDED = (*CONCLUDED, State.BOUNCED, State.DEAD)
     READERS: typing.ClassVar[dict[str, Callable]] = {
         "string": lambda transaction, key: transaction.get(key),
         "hash": lambda transaction, key: transaction.hgetall(key),
