@@ -47,6 +47,7 @@ import ctypes
 import dataclasses
 import datetime
 import difflib
+import email.message
 import email.policy
 import email.utils
 import enum
@@ -61,7 +62,9 @@ import hmac
 import html
 import html.entities
 import http
+import http.client
 import http.server
+import imaplib
 import importlib.util
 import io
 import ipaddress
@@ -372,9 +375,12 @@ class Settings:
         return name, next(filter(None, map(parse_address, candidates)))
 
 
-class ImapAddress(typing.NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class ImapAddress:
     """A bounce_imap in its parts."""
 
+    PATTERN = re.compile(r"(imaps?)://([^:@/?#]+):([^:@/?#]+)@(\[[0-9A-Fa-f:.]+\]|[^:@/?#\[\]]+)(?::([0-9]{1,5}))?"
+                         r"(?:/([^/?#]*))?")
     tls: bool  # from the start
     host: str  # as host_to_ascii() gives it
     port: int
@@ -382,32 +388,26 @@ class ImapAddress(typing.NamedTuple):
     password: str
     folder: str
 
-    PATTERN = re.compile(r"(imaps?)://([^:@/?#]+):([^:@/?#]+)@(\[[0-9A-Fa-f:.]+\]|[^:@/?#\[\]]+)(:[0-9]{1,5})?"
-                         r"(?:/([^/?#]*))?")
-
     @classmethod
     def parse(cls, uri: str) -> "ImapAddress":
         """The parts of a bounce_imap. Raises StartError, without the value: it has a password."""
         match, problem = cls.PATTERN.fullmatch(uri), "is not allowed"
         if match:
-            try:
-                user, password, folder = (urllib.parse.unquote(part or "", errors="strict") for part in match[2, 3, 6])
-            except UnicodeDecodeError:
-                user = password = folder = "\0"
-            host, port = host_to_ascii(match[4].strip("[]")), int((match[5] or ":0")[1:])
-            tls = match[1] == "imaps"
+            tls, host = match[1] == "imaps", host_to_ascii(match[4].strip("[]"))
+            port = int(match[5] or (993 if tls else 143))
+            user, password, folder = (urllib.parse.unquote(match[at] or "") for at in (2, 3, 6))
             if not host:
                 problem = "has no host name or IP address"
-            elif port > 65535:
-                problem = "has a port above 65535"
-            elif re.search(r"[\x00-\x1f\x7f]", user + password + folder):
-                problem = "has control characters or wrong %XX"
+            elif not 0 < port < 65536:
+                problem = "has no port from 1 to 65535"
+            elif UNPRINTABLE.search(user + password + folder):
+                problem = "has control characters"
             elif not folder.isascii():
                 problem = "has a folder that is not in ASCII"
             else:
-                return cls(tls, host, port or (993 if tls else 143), user, password, folder or "INBOX")
-        raise StartError(f"bounce_imap: (hidden) {problem}, expected imaps://user:password@host/INBOX, with %40 for @ in "
-                         "a user or password, and so on")
+                return cls(tls, host, port, user, password, folder or "INBOX")
+        raise StartError(f"bounce_imap: (hidden) {problem}, expected imaps://user:password@host/INBOX, with %40 for @ "
+                         "in a user or password, and so on")
 
     def __str__(self) -> str:
         """Without user and password."""
@@ -2051,6 +2051,14 @@ class Integer(Check):
         return value if self.low <= value <= self.high else None
 
 
+class Boolean(Check):
+    """true or false."""
+
+    types = (bool,)
+    expected = "true or false"
+    schema = {"type": "boolean"}
+
+
 class Enum(Check):
     """One of a few strings."""
 
@@ -3591,8 +3599,8 @@ class Queue:
             raise HTTPError(404, "there is no such task, or it ended too long ago", "id")
 
     # Queue a dead letter again, or remove it. Whoever retries says that the address is good now, so what a server
-    # said of it no longer counts; an address that a person suppressed, or complained from, stays so. Nobody waits for an
-    # OTP that died, so it does not delay new ones in the urgent lane.
+    # said of it no longer counts; an address that a person suppressed, or complained from, stays so. Nobody waits for
+    # an OTP that died, so it does not delay new ones in the urgent lane.
     # KEYS: the prefix. ARGV: id, the account that the task must belong to or "", "retry" or "remove".
     # Answer: 0 if there is no such dead letter, else 1.
     REVIVE = NOTE + """
@@ -3649,7 +3657,8 @@ class Queue:
     # ARGV: the account that the task must belong to, or ""; Event, reason, ids that may name the task, addresses that
     #       may be the recipient, addresses of which one is it if the task has no other recipient ("*" is any), the
     #       last three by spaces; 1 to suppress the first address for the account where there is no such task, or 0.
-    # Answer: "changed", "same", "unknown" (there is no such task) or "address" (it has no such recipient).
+    # Answer: {"changed", "same", "unknown" (there is no such task) or "address" (it has no such recipient); and the id
+    #         of the task and its account, which are "" where there is none}.
     BOUNCE = CLOCK + """
         local prefix, account, event, reason, ids, addresses, sole, without_task = KEYS[1], unpack(ARGV)
         local what = reason ~= '' and ': ' .. reason or ''
@@ -3657,7 +3666,7 @@ class Queue:
         local function find_task()
             for id in string.gmatch(ids, '%S+') do
                 for _, name in ipairs({id, redis.call('GET', prefix .. 'reply:' .. id) or nil}) do
-                    if redis.call('EXISTS', prefix .. 'task:' .. name) == 1 then return prefix .. 'task:' .. name end
+                    if redis.call('EXISTS', prefix .. 'task:' .. name) == 1 then return name end
                 end
             end
         end
@@ -3673,13 +3682,14 @@ class Queue:
             return added == 1
         end
 
-        local function bounce(task)
+        local function bounce(id)
+            local task = prefix .. 'task:' .. id
             local owner, key, state, ended, to, user, story, bounces = unpack(redis.call('HMGET', task,
                 'account', 'key', 'state', 'd', 'to', 'u', 'story', 'bounces'))
-            owner = owner or ended and string.match(ended, '^' .. string.rep('%S* ', 7) .. '(.*)$')
-            local registered = owner and redis.call('HGET', prefix .. 'UserList', owner) or ''
+            owner = owner or ended and string.match(ended, '^' .. string.rep('%S* ', 7) .. '(.*)$') or ''
+            local registered = redis.call('HGET', prefix .. 'UserList', owner) or ''
             if registered == '' or registered ~= (key or registered) or account ~= '' and owner ~= account then
-                return 'unknown'
+                return {'unknown', '', ''}
             end
 
             local is_recipient, recipients, address = {}, 0
@@ -3693,42 +3703,43 @@ class Queue:
             for each in string.gmatch(recipients == 1 and sole or '', '%S+') do
                 address = address or each == '*' and next(is_recipient) or is_recipient[each] and each
             end
-            if not address then return 'address' end
+            if not address then return {'address', id, owner} end
 
-            local lines = '\n' .. (story or '') .. (bounces or '')
-            lines = string.match(lines, '.*\n%d+ %d+ revived [^\n]*(\n.*)$') or lines
-            local pattern = '\n%d+ %d+ ' .. event .. ' ' .. string.gsub(address, '%W', '%%%0') .. '[:\n]'
-            if string.find(lines, pattern) then return 'same' end
+            local lines = '\\n' .. (story or '') .. (bounces or '')
+            lines = string.match(lines, '.*\\n%d+ %d+ revived [^\\n]*(\\n.*)$') or lines
+            local pattern = '\\n%d+ %d+ ' .. event .. ' ' .. string.gsub(address, '%W', '%%%0') .. '[:\\n]'
+            if string.find(lines, pattern) then return {'same', id, owner} end
 
             local has_succeeded = state == 'succeeded' or ended and string.sub(ended, 1, 1) == ' '
             local field = (ended or has_succeeded) and 'bounces' or 'story'
             redis.call('HSET', task, field, (field == 'story' and story or bounces or '')
-                       .. microseconds .. ' 0 ' .. event .. ' ' .. address .. what .. '\n')
+                       .. microseconds .. ' 0 ' .. event .. ' ' .. address .. what .. '\\n')
             if event ~= 'delayed' then
                 suppress(owner, address)
                 if has_succeeded then
                     redis.call('HSET', task, ended and 'd' or 'state', 'bounced' .. (ended or ''))
                 end
             end
-            return 'changed'
+            return {'changed', id, owner}
         end
 
-        local task, first = find_task(), string.match(addresses, '%S+')
-        if task then return bounce(task) end
-        if without_task == '0' or not first then return 'unknown' end
-        return event ~= 'delayed' and suppress(account, first) and 'changed' or 'same'
+        local id, first = find_task(), string.match(addresses, '%S+')
+        if id then return bounce(id) end
+        if without_task == '0' or not first then return {'unknown', '', ''} end
+        return {event ~= 'delayed' and suppress(account, first) and 'changed' or 'same', '', account}
     """
 
-    def bounce(self, report: Report, account: str = "", without_task: bool = False) -> str:
+    def bounce(self, report: Report, account: str = "", without_task: bool = False) -> tuple[str, str, str]:
         """Note what a Report says, if it has not been noted; returns what BOUNCE answers.
 
         Args:
             account: whose task it must be; "" for any.
             without_task: suppress the address for the account where there is no such task, or no longer.
         """
-        return self._bounce(keys=[self.store.prefix], args=[
+        answer, task_id, owner = self._bounce(keys=[self.store.prefix], args=[
             account, report.event, report.reason, " ".join(report.ids), " ".join(map(fold_address, report.addresses)),
             " ".join(map(fold_address, report.sole)), int(without_task)])
+        return answer, task_id, owner
 
 
 def list_key(store: Store, kind: str, account: str) -> str:
@@ -3875,12 +3886,13 @@ class Inspection:
         if found["d"]:
             found = found | expand_summary(found)
         task = found["task"] if found["u"] else json.loads(found["head"])
-        # Of a success, the field "error" has the result; what came back afterwards is the error then.
-        succeeded = found["state"] in (State.SUCCEEDED, State.BOUNCED)
-        error = found["error"] if not succeeded else "".join(line[3] for line in lines_of(found["bounces"])[-1:])
+        succeeded = found["state"] in (State.SUCCEEDED, State.BOUNCED)  # then the field "error" has the result
+        error = None if succeeded else found["error"] or None
+        if found["state"] == State.BOUNCED:
+            error = next(why for *_, event, why in reversed(lines_of(found["bounces"])) if event != Event.DELAYED)
         status = {"id": task_id, "task": task["task"], "type": task["type"], "userId": task["payload"]["userId"],
                   "state": found["state"], "attempts": int(found["attempts"]), "retries": task["retries"],
-                  "error": error if found["state"] != State.SUCCEEDED and error else None, "created": timestamp(found["created"])}
+                  "error": error, "created": timestamp(found["created"])}
         if succeeded and found["error"]:
             status["result"] = found["error"]
         if found["state"] in (State.RETRYING, State.SCHEDULED):
@@ -6212,6 +6224,470 @@ class Newsletters:
         return boundaries
 
 
+# --- 14. bounces ----------------------------------------------------------------------------------------
+# What became of mails after the server took them, as it is heard of: from an app, from a provider's notification, or
+# from a report that comes back as a mail. Each becomes a Report, which Queue.bounce() takes.
+
+class Provider(typing.NamedTuple):
+    """Where the fields of a provider's notification are: paths of names with dots, of which the first found counts.
+
+    Args:
+        types: paths whose values together, with spaces, begin with one of `events`; the longest counts. Others are
+            about nothing that matters here.
+        events: what they mean.
+        ids: all that may name the mail.
+        recipients: of the recipients, each an object; "" is the whole.
+        address: in such an object.
+        reasons: in such an object, or in the whole.
+    """
+
+    types: tuple[str, ...]
+    events: Mapping[str, Event]
+    ids: tuple[str, ...]
+    recipients: tuple[str, ...]
+    address: str
+    reasons: tuple[str, ...]
+
+
+PROVIDERS = {
+    # Amazon SES Developer Guide: "Amazon SNS notification contents for Amazon SES", and "Contents of event data that
+    # Amazon SES publishes to Amazon SNS". A transient bounce was given up, but says nothing of the address.
+    "ses": Provider(
+        ("notificationType", "eventType", "bounce.bounceType"),
+        {"Bounce": Event.DELAYED, "Bounce Permanent": Event.BOUNCED, "Complaint": Event.COMPLAINED,
+         "DeliveryDelay": Event.DELAYED},
+        ("mail.messageId", "mail.commonHeaders.messageId"),
+        ("bounce.bouncedRecipients", "complaint.complainedRecipients", "deliveryDelay.delayedRecipients"),
+        "emailAddress", ("diagnosticCode", "status", "bounce.bounceSubType", "complaint.complaintFeedbackType",
+                         "deliveryDelay.delayType")),
+    # Postmark Developer Documentation: "Bounce webhook", "Spam complaint webhook", and "Bounce API" for the types.
+    # MessageID is Postmark's own and in no reply; Metadata has what postmark_headers() say.
+    "postmark": Provider(
+        ("Type",),
+        {"HardBounce": Event.BOUNCED, "BadEmailAddress": Event.BOUNCED, "ManuallyDeactivated": Event.BOUNCED,
+         "SpamComplaint": Event.COMPLAINED, **dict.fromkeys((
+             "Transient", "SoftBounce", "DnsError", "SpamNotification", "VirusNotification", "Blocked", "DMARCPolicy",
+             "SMTPApiError", "Unknown"), Event.DELAYED)},
+        ("Metadata.gomail", "MessageID"), ("",), "Email", ("Details", "Description", "Name")),
+    # Mailgun Documentation: "Webhook Payloads", and "Event Types" for the severity.
+    "mailgun": Provider(
+        ("event-data.event", "event-data.severity"),
+        {"failed permanent": Event.BOUNCED, "failed": Event.DELAYED, "complained": Event.COMPLAINED},
+        ("event-data.message.headers.message-id",), ("event-data",), "recipient",
+        ("delivery-status.message", "delivery-status.description", "reason")),
+    # Brevo API documentation: "Transactional webhooks". What is blocked was not sent, for reasons of the account's.
+    "brevo": Provider(
+        ("event",),
+        {"hard_bounce": Event.BOUNCED, "invalid_email": Event.BOUNCED, "spam": Event.COMPLAINED,
+         "complaint": Event.COMPLAINED, **dict.fromkeys(("soft_bounce", "deferred", "blocked", "error"),
+                                                        Event.DELAYED)},
+        ("message-id",), ("",), "email", ("reason",)),
+    # Twilio SendGrid Documentation: "Event Webhook Reference". A drop was not sent, mostly for an earlier event.
+    "sendgrid": Provider(
+        ("event", "type", "reason"),
+        {"bounce": Event.BOUNCED, "bounce blocked": Event.DELAYED, "bounce expired": Event.DELAYED,
+         "blocked": Event.DELAYED, "deferred": Event.DELAYED, "spamreport": Event.COMPLAINED,
+         "dropped": Event.DELAYED, "dropped Bounced Address": Event.BOUNCED, "dropped Invalid": Event.BOUNCED,
+         "dropped Spam Reporting Address": Event.COMPLAINED},
+        ("smtp-id", "sg_message_id"), ("",), "email", ("reason", "response", "status")),
+}
+MAX_REPORTS = 10_000  # in a notification
+MAX_REASON = 300  # characters of a reason that are kept
+
+
+def postmark_headers(task_id: str) -> tuple[tuple[str, str], ...]:
+    """Headers by which Postmark keeps the Message-ID, and names the task in its notifications. It removes them."""
+    return ("X-PM-KeepID", "true"), ("X-PM-Metadata-gomail", task_id)
+
+
+def values_at(value: object, path: str) -> list:
+    """What a path of names with dots leads to in a JSON value; arrays are passed through."""
+    found = [value]
+    for name in [*path.split("."), ""] if path else [""]:
+        found = [each for one in found for each in (one if isinstance(one, list) else [one])]
+        if name:
+            found = [each[name] for each in found if isinstance(each, dict) and name in each]
+    return found
+
+
+def first_text(value: object, paths: Sequence[str]) -> str:
+    """The first string that is not blank at one of the paths, as one line; "" if there is none."""
+    texts = (text for path in paths for text in values_at(value, path) if isinstance(text, str))
+    return next(filter(None, map(printable, texts)), "")
+
+
+def reference(message_id: str) -> tuple[str, ...]:
+    """What may name the mail of a Message-ID or of a provider's id: its begin, up to "@" or ".", and all of it.
+
+    That begin is the id of the task, or the provider's: SES and SendGrid add something behind it.
+    """
+    text = message_id.strip("<> \t\r\n")
+    return (re.split("[@.]", text)[0], text) if re.fullmatch("[!-~]{1,998}", text) else ()
+
+
+def known_address(text: str) -> str | None:
+    """The address in a field of a report, with or without a name or <>; None if there is none."""
+    return parse_address(text.strip()) or parse_address(email.utils.parseaddr(text)[1])
+
+
+def reports_of(provider: Provider, body: object) -> list[Report]:
+    """The reports of a provider's notification, which may hold several. Raises HTTPError (400)."""
+    reports = []
+    for event in body if isinstance(body, list) else [body]:
+        if not isinstance(event, dict):
+            raise HTTPError(400, "the body must be a JSON object, or an array of objects")
+        words = [text for path in provider.types if (text := first_text(event, [path]))]
+        meaning = next((provider.events[name] for end in range(len(words), 0, -1)
+                        if (name := " ".join(words[:end])) in provider.events), None)
+        if meaning is None:
+            continue
+        ids = tuple(each for path in provider.ids for each in reference(first_text(event, [path])))
+        for recipient in (found for path in provider.recipients for found in values_at(event, path)):
+            address = known_address(first_text(recipient, [provider.address]))
+            reason = first_text(recipient, provider.reasons) or first_text(event, provider.reasons)
+            reports.append(Report(meaning, reason[:MAX_REASON], ids, (address,) if address else (),
+                                  () if address else ("*",)))
+            if len(reports) > MAX_REPORTS:
+                raise HTTPError(400, f"the body must not be about more than {MAX_REPORTS} recipients")
+    return reports
+
+
+class Bounces:
+    """Takes what is heard of mails that came back, were complained about or are delayed."""
+
+    # The addresses by which Amazon SNS lets a subscription be confirmed: of its own hosts alone, without a port, a user
+    # or anything that two parsers may read in two ways.
+    CONFIRMATION = re.compile(r"https://(sns\.[a-z0-9-]{1,40}\.amazonaws\.com(?:\.cn)?)"
+                              r"(/\?Action=ConfirmSubscription&[\w.~!$&'()*+,;=:@/?%-]{1,2000})", re.ASCII)
+    TIMEOUT = 5.0  # seconds for each step of a confirmation
+
+    def __init__(self, queue: Queue, accounts: Accounts, stats: Stats, public_url: str = "") -> None:
+        self.queue, self.accounts, self.stats, self.public_url = queue, accounts, stats, public_url.rstrip("/")
+
+    def urls(self, account: Account) -> dict[str, str]:
+        """Provider -> the URL for its notifications about an account's mails; a path without `public_url`."""
+        token = self.accounts.seal("bounces", {"account": account.name, "key_id": account.key_id})
+        return {provider: f"{self.public_url}/bounces/{provider}/{token}" for provider in PROVIDERS}
+
+    def account_of(self, token: str) -> Account:
+        """The Account of such a URL. Raises HTTPError (404)."""
+        claims = self.accounts.unseal("bounces", token)
+        account = Account(claims["account"], claims["key_id"]) if claims else None
+        if account is None or self.accounts.find(account.name) != account:
+            raise HTTPError(404, "this URL is not valid, or its account was deregistered; GET /bounces has the URLs",
+                            "token")
+        return account
+
+    def record(self, report: Report, account: str = "", without_task: bool = False) -> str:
+        """Note a report, see Queue.bounce(); count and log it if it is new."""
+        answer, task_id, owner = self.queue.bounce(report, account, without_task)
+        if answer == "changed":
+            self.stats.count("gomail_bounces_total", event=report.event)
+            log(logging.INFO, f"mail {report.event}", task=task_id or None, account=owner, error=report.reason)
+        return answer
+
+    def take(self, account: str, body: Json) -> int:
+        """Take what an app heard, see BOUNCE; returns 1 if it is new, else 0. Raises HTTPError (400, 404)."""
+        name = next((name for name in ("id", "messageId", "userId") if name in body), None)
+        if name is None:
+            raise HTTPError(400, "id, messageId or userId is required", "id")
+        event = Event.COMPLAINED if body["kind"] == "complaint" else (
+            Event.BOUNCED if body.get("permanent", True) else Event.DELAYED)
+        ids = reference(body[name]) if name != "userId" else ()
+        addresses = (body["userId"],) if "userId" in body else ()
+        answer = self.record(Report(event, printable(body.get("reason", ""))[:MAX_REASON], ids, addresses,
+                                    () if addresses else ("*",)), account, without_task=name == "userId")
+        if answer == "unknown":
+            raise HTTPError(404, "there is no such task, or it ended too long ago", name)
+        if answer == "address":
+            raise HTTPError(400, "userId must be one of the task's recipients" if addresses else
+                            "userId is required: the task has several recipients", "userId")
+        return int(answer == "changed")
+
+    def take_notification(self, account: str, provider: str, body: object) -> int:
+        """Take a provider's notification; returns how much of it is new. Raises HTTPError (400, 503).
+
+        An address is suppressed although its task ended too long ago: complaints come days later.
+        """
+        if provider == "ses" and isinstance(body, dict) and "Type" in body:
+            if body["Type"] == "SubscriptionConfirmation":
+                return self.confirm(body.get("SubscribeURL"))
+            body = self.message_of(body.get("Message") if body["Type"] == "Notification" else None)
+        answers = [self.record(report, account, True) for report in reports_of(PROVIDERS[provider], body)]
+        return answers.count("changed")
+
+    @staticmethod
+    def message_of(text: object) -> Json:
+        """The JSON object in the message of an SNS notification; {} for another, such as SES's first test message."""
+        message = None
+        if isinstance(text, str) and text.count("[") + text.count("{") < 1000:  # else it may be nested too deeply
+            with contextlib.suppress(ValueError):
+                message = json.loads(text)
+        return message if isinstance(message, dict) else {}
+
+    def confirm(self, url: object) -> int:
+        """Confirm the subscription of a URL to an SNS topic; returns 1. Raises HTTPError (400, 503)."""
+        match = self.CONFIRMATION.fullmatch(url) if isinstance(url, str) else None
+        if not match:
+            raise HTTPError(400, "SubscribeURL must be one of Amazon SNS: "
+                            "https://sns.<region>.amazonaws.com/?Action=ConfirmSubscription&...", "SubscribeURL")
+        connection = self.connect(match[1])
+        try:
+            connection.request("GET", match[2])
+            if (status := connection.getresponse().status) != 200:
+                raise http.client.HTTPException(f"HTTP {status}")
+        except (OSError, http.client.HTTPException) as error:
+            log(logging.WARNING, "Amazon SNS did not confirm the subscription", error=describe(error))
+            raise HTTPError(503, "Amazon SNS did not confirm the subscription; it asks again", "SubscribeURL",
+                            {"Retry-After": "20"}) from None
+        finally:
+            connection.close()
+        log(logging.INFO, "the subscription at Amazon SNS is confirmed")
+        return 1
+
+    def connect(self, host: str) -> http.client.HTTPSConnection:
+        """A connection to a host, which is opened when it is used."""
+        return http.client.HTTPSConnection(host, timeout=self.TIMEOUT, context=ssl.create_default_context())
+
+
+# RFC 5965 section 3.5 and its registry: what a recipient complains of. The others are no complaints, as not-spam.
+COMPLAINTS = ("abuse", "fraud", "virus", "opt-out")
+
+
+def reports_in_mail(raw: bytes) -> list[Report]:
+    """The reports in a mail: delivery status (RFC 3464, RFC 6533) or feedback (RFC 5965). The mail may be cut off.
+
+    Its other parts, and any other mail, have none. Nothing is expected of it: it may come from anybody.
+    """
+    mail = email.message_from_bytes(raw, policy=email.policy.compat32)
+    kind = str(mail.get_param("report-type", "")).lower()
+    if mail.get_content_type() != "multipart/report" or kind not in ("delivery-status", "feedback-report"):
+        return []
+    fields: list[email.message.Message] = []
+    returned = email.message.Message()
+    for part in parts_of(mail)[:10]:
+        media_type = part.get_content_type()
+        if media_type in ("message/delivery-status", "message/global-delivery-status", "message/feedback-report"):
+            fields += blocks_of(part)
+        elif media_type in ("message/rfc822", "message/global", "text/rfc822-headers", "message/global-headers"):
+            returned = next(blocks_of(part), returned)
+    ids = tuple(each for name, of in (("Message-ID", returned), ("In-Reply-To", mail), ("References", mail))
+                for message_id in " ".join(values(of, name)).split()[:10] for each in reference(message_id))
+    sent_to = tuple(address for _, address in email.utils.getaddresses(
+        [text for name in ("To", "Cc") for text in values(returned, name)])[:100] if parse_address(address))
+    reports = []
+    for block in fields if ids else []:
+        event: Event | None = None
+        reason = ""
+        recipients = [[text] for text in values(block, "Original-Rcpt-To")[:100]] or [[]]
+        if kind == "feedback-report":
+            event = Event.COMPLAINED if first_value(block, "Feedback-Type").lower() in COMPLAINTS else None
+        elif (action := first_value(block, "Action").lower()) in ("failed", "delayed"):
+            status = first_value(block, "Status")
+            # What is given up after a reply 4xx says nothing of the address: its mailbox is full, its server is away.
+            event = Event.BOUNCED if action == "failed" and not status.startswith("4") else Event.DELAYED
+            reason = first_value(block, "Diagnostic-Code").partition(";")[2].strip() or status
+            recipients = [[first_value(block, "Original-Recipient"), first_value(block, "Final-Recipient")]]
+        for texts in recipients:
+            addresses = tuple(filter(None, (known_address(text.rpartition(";")[2]) for text in texts)))
+            if event:
+                reports.append(Report(event, reason[:MAX_REASON], ids, addresses,
+                                      sent_to if addresses else ("*",)))
+    return reports[:MAX_REPORTS]
+
+
+def parts_of(part: email.message.Message) -> list[email.message.Message]:
+    """The parts of a multipart or of a message/..., none where it is something else."""
+    content = part.get_payload()
+    return [each for each in content if isinstance(each, email.message.Message)] if isinstance(content, list) else []
+
+
+def blocks_of(part: email.message.Message) -> Iterator[email.message.Message]:
+    """The blocks of fields in a part of a report; of a mail in it, the first is its header."""
+    text = typing.cast(bytes, part.get_payload(decode=True) or b"").decode(errors="replace")
+    for block in parts_of(part):
+        yield block
+        text = str(block.get_payload())  # the parser takes all but message/delivery-status for a single block
+    for block_text in re.split(r"\r?\n\r?\n", text.strip()):
+        yield email.message_from_string(block_text)
+
+
+def values(block: email.message.Message, name: str) -> list[str]:
+    """The values of the fields of a name, each on one line."""
+    return [printable(str(value)) for value in block.get_all(name, [])]
+
+
+def first_value(block: email.message.Message, name: str) -> str:
+    """The value of the first field of a name, "" if there is none."""
+    return next(iter(values(block, name)), "")
+
+
+MAILBOX_ERRORS = (OSError, imaplib.IMAP4.error, ValueError)  # of imaplib: UnicodeError, too
+
+
+@contextlib.contextmanager
+def open_mailbox(settings: Settings) -> Iterator[tuple[imaplib.IMAP4, int]]:
+    """A connection to the mailbox that bounce_imap names, and the number of mails in it. Raises MAILBOX_ERRORS."""
+    address = ImapAddress.parse(settings.bounce_imap)
+    context, timeout = ssl.create_default_context(cafile=settings.smtp_ca or None), BounceReader.TIMEOUT
+    if address.tls:
+        imap: imaplib.IMAP4 = imaplib.IMAP4_SSL(address.host, address.port, ssl_context=context, timeout=timeout)
+    else:
+        imap = imaplib.IMAP4(address.host, address.port, timeout)
+    try:
+        if not address.tls and not is_loopback(address.host):
+            imap.starttls(context)  # raises where the server does not offer it
+        if "AUTH=PLAIN" in imap.capabilities:
+            imap.authenticate("PLAIN", lambda _: f"\0{address.user}\0{address.password}".encode())
+        else:
+            imap.login(quoted(address.user), address.password)
+        yield imap, int(succeed(imap.select(quoted(address.folder)))[0])
+    finally:
+        try:
+            imap.logout()
+        except MAILBOX_ERRORS:
+            imap.shutdown()
+
+
+def succeed(answer: tuple[str, list[Any]]) -> list[Any]:
+    """The data of an IMAP server's answer. Raises IMAP4.error where it is not OK."""
+    status, data = answer
+    if status != "OK":
+        raise imaplib.IMAP4.error(str(data[0]))
+    return data
+
+
+def describe_mailbox_error(settings: Settings, error: BaseException) -> str:
+    """What is wrong with the mailbox, without its password."""
+    address = ImapAddress.parse(settings.bounce_imap)
+    return f"{address} cannot be read: {without_secrets(describe(error), [address.password])}"
+
+
+class BounceReader:
+    """A thread that reads the mailbox of `bounce_imap`, in one process at a time.
+
+    A mail whose report is noted is moved into the folder FOLDER; all others stay as they are, unseen. If the process
+    dies between the two, the report is read once more, and changes nothing.
+    """
+
+    POLL = 60.0  # seconds between two looks
+    LONGEST_PAUSE = 900.0  # seconds, while the mailbox cannot be read
+    TIMEOUT = 30.0  # seconds for each answer of the server
+    LEASE = 150.0  # seconds until another process may read; longer than the answers of the server for one mail take
+    BATCH = 100  # mails in a round
+    MAX_SIZE = 262144  # bytes of a mail that are read: the report comes before the mail that it returns
+    FOLDER = "GoMail"
+
+    def __init__(self, settings: Settings, store: Store, bounces: Bounces, process: str) -> None:
+        self.settings, self.store, self.bounces, self.process = settings, store, bounces, process
+        self.lease_key = store.key("bounce_reader")
+        self._lease = store.script(self.TAKE_LEASE)
+        self.stopping = threading.Event()
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.validity, self.last = "", 0  # of the folder, and the highest UID in it that was looked at
+        self.failures = 0  # in a row
+
+    def start(self) -> None:
+        """Start the thread."""
+        self.thread.start()
+
+    def stop(self) -> None:
+        """Let another process read, and the thread end after what it is doing."""
+        self.stopping.set()
+        self._lease(keys=[self.lease_key], args=[self.process, 0])
+
+    # KEYS: bounce_reader. ARGV: process, milliseconds, 0 to end the lease.
+    # Answer: 1 if the process has the lease, else 0.
+    TAKE_LEASE = """
+        local holder = redis.call('GET', KEYS[1])
+        if holder and holder ~= ARGV[1] then return 0 end
+        if ARGV[2] == '0' then
+            redis.call('DEL', KEYS[1])
+            return 0
+        end
+        redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+        return 1
+    """
+
+    def holds_lease(self) -> bool:
+        """Whether this process may read; if so, it may for LEASE seconds more."""
+        return not self.stopping.is_set() and bool(
+            self._lease(keys=[self.lease_key], args=[self.process, int(self.LEASE * 1000)]))
+
+    def run(self) -> None:
+        """Read what has come, until the service stops, through outages of the mailbox and of Redis."""
+        pause = 0.0
+        while not self.stopping.wait(pause):
+            pause = self.POLL
+            try:
+                while self.holds_lease():
+                    count = self.read()
+                    if self.failures:
+                        self.failures = 0
+                        log(logging.INFO, "the mailbox of bounces can be read again")
+                    if count < self.BATCH:
+                        break
+            except redis.RedisError:  # the cron thread logs it
+                continue
+            except Exception as error:  # a fault of ours must not end the thread either
+                self.failures += 1
+                pause = min(self.POLL * 2 ** min(self.failures, 10), self.LONGEST_PAUSE)
+                if self.failures == 1 and isinstance(error, MAILBOX_ERRORS):
+                    log(logging.WARNING, "the mailbox of bounces cannot be read",
+                        error=describe_mailbox_error(self.settings, error))
+                elif self.failures == 1:
+                    logger.exception("unexpected error in reading the mailbox of bounces")
+
+    def read(self) -> int:
+        """Look at the reports that have come since the last call, at most BATCH; returns how many.
+
+        Raises MAILBOX_ERRORS or RedisError.
+        """
+        with open_mailbox(self.settings) as (imap, _):
+            validity = str(imap.response("UIDVALIDITY")[1][0])
+            if validity != self.validity:  # the UIDs are others
+                self.validity, self.last = validity, 0
+            found = succeed(imap.uid("SEARCH", f"UID {self.last + 1}:*", "UNDELETED",
+                                     "HEADER Content-Type multipart/report"))[0] or b""
+            # "*" is the last mail, also where that one has a lower UID.
+            uids = sorted(uid for uid in map(int, found.split()) if uid > self.last)[:self.BATCH]
+            for uid in uids:
+                if not self.holds_lease():
+                    break
+                data = succeed(imap.uid("FETCH", str(uid), f"(BODY.PEEK[]<0.{self.MAX_SIZE}>)"))
+                raw = next((part[1] for part in data if isinstance(part, tuple)), b"")  # else it has just gone
+                if self.take(raw):
+                    self.move(imap, str(uid))
+                self.last = uid
+            return len(uids)
+
+    def take(self, raw: bytes) -> bool:
+        """Note the reports in a mail. False where it has none about mail of this service. Raises RedisError."""
+        try:
+            reports = reports_in_mail(raw[:self.MAX_SIZE])
+        except Exception as error:  # whatever a mail holds, the next ones must be read
+            log(logging.WARNING, "a mail in the mailbox of bounces cannot be read", error=describe(error))
+            return False
+        answers = [self.bounces.record(report) for report in reports]
+        return "changed" in answers or "same" in answers
+
+    def move(self, imap: imaplib.IMAP4, uid: str) -> None:
+        """Move a mail into FOLDER, which is made if it is missing. Raises MAILBOX_ERRORS."""
+        capabilities = str(succeed(imap.capability())[-1]).upper()  # there are more of them after the login
+        can_move = re.search(r"\bMOVE\b", capabilities)  # RFC 6851
+        for folder in (self.FOLDER, f"INBOX.{self.FOLDER}", f"INBOX/{self.FOLDER}"):  # some have all below INBOX
+            for attempt in range(2):
+                if imap.uid("MOVE" if can_move else "COPY", uid, folder)[0] == "OK":
+                    if not can_move:
+                        succeed(imap.uid("STORE", uid, "+FLAGS.SILENT", r"(\Deleted)"))
+                        if "UIDPLUS" in capabilities:  # RFC 4315; else others of the user's would go, too
+                            succeed(imap.uid("EXPUNGE", uid))
+                    return
+                if attempt or imap.create(folder)[0] != "OK":
+                    break
+        raise imaplib.IMAP4.error(f"no mail can be moved into the folder {self.FOLDER}")
+
+
 # --- 15. workers ----------------------------------------------------------------------------------------
 # The thread pool. Each worker belongs to one lane and does one task at a time. When the mail server is out, the circuit
 # breaker of the lane opens, and one worker probes the server until it closes again. This costs no task an attempt.
@@ -6780,9 +7256,10 @@ class Workers:
             text=payload.get("text", ""), cc=tuple(payload.get("cc", ())), bcc=tuple(payload.get("bcc", ())),
             reply_to=payload.get("reply_to", ""), attachments=attachments)
 
-    @staticmethod
-    def _compose(task: Task, mail: Mail) -> bytes:
+    def _compose(self, task: Task, mail: Mail) -> bytes:
         """The mail of a task as bytes."""
+        if self.settings.smtp_server.endswith(".postmarkapp.com"):
+            mail = dataclasses.replace(mail, headers=(*mail.headers, *postmark_headers(task.id)))
         moment = max(task.created, task.payload.get("send_at", 0))
         return compose(mail, f"{task.id}@{mail.sender[1].rpartition('@')[2]}", moment)
 
@@ -7056,6 +7533,7 @@ class Access(enum.StrEnum):
     TASK = "task"  # an API key; the queue checks in its own round trip whether it was revoked
     ADMIN = "admin"  # the admin
     OWNER = "owner"  # the admin, or the key of the account concerned
+    TOKEN = "token"  # who has the path, in which Bounces.token() stands
 
 
 DONE = {"status": bool, "msg": str}  # what done() returns
@@ -7075,6 +7553,7 @@ class Route:
     refuses: tuple[int, ...] = ()  # statuses that only this route answers
     needs_redis: bool = True  # refused at once while Redis is away
     idempotency_key: bool = False  # takes the header Idempotency-Key
+    any_media_type: bool = False  # its body is JSON, whatever its Content-Type says
 
     @functools.cached_property
     def pattern(self) -> re.Pattern[str]:
@@ -7093,7 +7572,7 @@ class Route:
 
     def body_limit(self, settings: Settings) -> int:
         """Bytes that a body may have: max_body only for a route that takes a body and asks for a key."""
-        large = self.body and self.access in (Access.KEY, Access.ALL, Access.TASK)
+        large = self.body and self.access in (Access.KEY, Access.ALL, Access.TASK, Access.TOKEN)
         return settings.max_body if large else min(settings.max_body, SMALL_BODY)
 
 
@@ -7105,9 +7584,10 @@ class Api:
     MAX_PENALTIES = 8  # delayed answers at a time, in a process
 
     def __init__(self, settings: Settings, store: Store, accounts: Accounts, queue: Queue, inspection: Inspection,
-                 suppressions: Suppressions, otps: Otps, newsletters: Newsletters, transport: Transport,
-                 workers: Workers, smtp: SmtpState, stats: Stats) -> None:
+                 suppressions: Suppressions, otps: Otps, newsletters: Newsletters, bounces: Bounces,
+                 transport: Transport, workers: Workers, smtp: SmtpState, stats: Stats) -> None:
         self.settings, self.store, self.accounts, self.queue = settings, store, accounts, queue
+        self.bounces = bounces
         self.inspection, self.suppressions = inspection, suppressions
         self.otps, self.newsletters, self.stats = otps, newsletters, stats
         self.transport, self.workers, self.smtp = transport, workers, smtp
@@ -7133,6 +7613,8 @@ class Api:
                 return None
             case Access.TASK:
                 return self.account_for(request)
+            case Access.TOKEN:
+                return self.bounces.account_of(request.path_params["token"])
             case Access.ADMIN | Access.OWNER if self.has_admin_rights(request):
                 return self.admin
             case Access.ADMIN:
@@ -7401,6 +7883,18 @@ class Api:
             raise HTTPError(404, "userId is not suppressed", "userId")
         return done("Suppression removed successfully")
 
+    def list_bounce_urls(self, request: Request) -> Reply:
+        return {"status": True, "urls": self.bounces.urls(request.account)}
+
+    def take_bounce(self, request: Request) -> Reply:
+        return done("Noted", changed=self.bounces.take(request.account.name, request.body))
+
+    def take_notification(self, request: Request) -> Reply:
+        provider = request.path_params["provider"]
+        if provider not in PROVIDERS:
+            raise HTTPError(404, f"provider must be one of {', '.join(PROVIDERS)}", "provider")
+        return done("Noted", changed=self.bounces.take_notification(request.account.name, provider, request.body))
+
     def list_lanes(self, request: Request) -> Reply:
         depths, reports = self.inspection.depths(), self.inspection.reports()
         outbox = isinstance(self.transport, MaildirTransport)
@@ -7536,13 +8030,24 @@ VERIFICATION = Object({"userEmail": Address(), "otp": Otp()})
 BATCH = Object({"tasks": Array(AnyValue(), 1000, 1)})  # the handler checks and answers each task by itself
 RECIPIENT = Object({"userId": Address()})
 LOGIN = Object({"key": String(4096, ONE_LINE, LINE)})
+class Notification(Check):
+    """What a provider sends: Bounces finds what it knows in it."""
+
+    types = (dict, list)
+    expected = "a JSON object, or an array of objects"
+    schema = {"type": ["object", "array"]}
+
+
+BOUNCE = Object({"id": Nullable(String(254, ONE_LINE, LINE)), "messageId": Nullable(String(998, ONE_LINE, LINE)),
+                 "userId": Nullable(Address()), "kind": Enum(("bounce", "complaint")), "permanent": Nullable(Boolean()),
+                 "reason": Nullable(String(2000, ONE_LINE, LINE))})
 STATES = tuple(State)
 PAGING = {"offset": Integer(0, 10**9), "limit": Integer(0, 1000)}
 SEARCH = {**PAGING, "search": String(254, ONE_LINE, LINE), "state": Enum(STATES)}
 CURSOR = Pattern("the value of next in the previous answer", r"[0-9]{1,10}-[0-9]{1,19}", 30)
 SUBSCRIPTIONS = {"content_type": CONTENT_TYPE, "userId": Address(), "cursor": CURSOR, "limit": Integer(1, 1000)}
 
-QUEUED, COUNTED = {**DONE, "id": str}, {**DONE, "count": int}
+QUEUED, COUNTED, CHANGED = {**DONE, "id": str}, {**DONE, "count": int}, {**DONE, "changed": int}
 CONTENT_ANSWER = {"status": bool, "content_type": str, "subject": str, "content": str, "subscribers": int, "view": str}
 TASK_ANSWER = {"status": bool, "id": str, "task": str, "type": str, "userId": str, "state": str, "attempts": int,
                "retries": int, "error": (str, None), "created": str, "story": list}
@@ -7592,6 +8097,10 @@ ROUTES = (
           answer={**PART_ANSWER, "suppressions": list}),
     Route("POST", "/suppressions", Api.suppress, Access.KEY, RECIPIENT),
     Route("DELETE", "/suppressions", Api.unsuppress, Access.KEY, RECIPIENT, refuses=(404,)),
+    Route("GET", "/bounces", Api.list_bounce_urls, Access.KEY, answer={"status": bool, "urls": dict}),
+    Route("POST", "/bounces", Api.take_bounce, Access.KEY, BOUNCE, answer=CHANGED, refuses=(404,)),
+    Route("POST", "/bounces/{provider}/{token}", Api.take_notification, Access.TOKEN, Notification(), answer=CHANGED,
+          refuses=(404,), any_media_type=True),
     Route("GET", "/lanes", Api.list_lanes, Access.ALL, answer=LANES_ANSWER),
     Route("POST", "/lanes/{lane}/resume", Api.resume_lane, Access.ALL, refuses=(404, 429)),
     Route("GET", "/history", Api.read_history, Access.ALL, answer={"status": bool, "minutes": list}),
@@ -7641,6 +8150,7 @@ JSON_TYPES = {str: "string", int: "integer", bool: "boolean", list: "array", dic
 # What OpenAPI says of an access level: (the credentials, one of which is needed, the statuses without them).
 SECURITY = {
     Access.OPEN: ((), ()),
+    Access.TOKEN: ((), ()),
     Access.KEY: (("apiKey", "adminToken"), (401, 404, 429)),
     Access.ALL: (("apiKey", "adminToken"), (401, 404, 429)),
     Access.TASK: (("apiKey",), (401,)),
@@ -8028,7 +8538,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.keep_alive = False
         request.account = self.with_redis(self.server.api.authenticate, route, request)
         if route.body:
-            check_media_type(headers)
+            check_media_type(headers, route.any_media_type)
         body = self.read_body(length, route.body_limit(self.server.settings), expects)
         # From here on the stream is known to stand at the start of the next request.
         self.keep_alive = keep_alive
@@ -8342,11 +8852,11 @@ def check_content_coding(headers: dict[str, str]) -> None:
 JSON_MEDIA_TYPE = re.compile(r'application/json[ \t]*(;[ \t]*(charset=("utf-?8"|utf-?8))?[ \t]*)*', re.IGNORECASE)
 
 
-def check_media_type(headers: dict[str, str]) -> None:
-    """Raise HTTPError where there is no body (411), or its media type is not that of JSON (415)."""
+def check_media_type(headers: dict[str, str], any_media_type: bool = False) -> None:
+    """Raise HTTPError where there is no body (411), or its media type is not allowed (415), by default only JSON's."""
     if "content-length" not in headers and "transfer-encoding" not in headers:
         raise HTTPError(411, "a JSON body is needed, with Content-Length or in chunks")
-    if not JSON_MEDIA_TYPE.fullmatch(headers.get("content-type", "")):
+    if not any_media_type and not JSON_MEDIA_TYPE.fullmatch(headers.get("content-type", "")):
         raise HTTPError(415, "Content-Type must be application/json")
 
 
@@ -8536,6 +9046,8 @@ class Service:
             self._wire()
             self.cron.start()
             self.workers.start()
+            if self.bounce_reader:
+                self.bounce_reader.start()
             self.listener = threading.Thread(target=self.listen, daemon=True)
             self.listener.start()
             undo.pop_all()
@@ -8558,13 +9070,15 @@ class Service:
                                        self.clock, settings.max_body)
         self.newsletters.refold()
         self.stats = Stats(store)
+        bounces = Bounces(self.queue, accounts, self.stats, settings.public_url)
+        self.bounce_reader = BounceReader(settings, store, bounces, process) if settings.bounce_imap else None
         self.workers = Workers(settings, store, self.queue, suppressions, self.transport, otps, self.newsletters,
                                self.stats)
         self.cron = Cron(store, accounts, self.queue, self.newsletters, self.stats, self.workers, self.transport,
                          self.server)
         self.http.store, self.http.stats = store, self.stats
         self.http.api = Api(settings, store, accounts, self.queue, self.inspection, suppressions, otps,
-                            self.newsletters, self.transport, self.workers, self.workers.smtp, self.stats)
+                            self.newsletters, bounces, self.transport, self.workers, self.workers.smtp, self.stats)
 
     def listen(self) -> None:
         """Accept connections until the service stops, in spite of errors of this machine."""
@@ -8619,6 +9133,8 @@ class Service:
         """Give unfinished tasks back to Redis, and note how many wait in the embedded server's data."""
         try:
             self.cron.stop()
+            if self.bounce_reader:
+                self.bounce_reader.stop()
             self.queue.release()
             self.connections.release()
             server = self.shared.server if self.shared else self.server
@@ -9605,7 +10121,8 @@ def check(settings: Settings) -> bool:
         print(without_controls(f"warning  {warning}"))
     listening = f"sender {settings.sender[1]}, would listen on {settings.host}:{settings.port}"
     return all([passes("settings", lambda: listening), passes("redis", lambda: check_redis(settings)),
-                passes("smtp", lambda: check_smtp(settings))])
+                passes("smtp", lambda: check_smtp(settings)),
+                not settings.bounce_imap or passes("bounce_imap", lambda: check_bounce_imap(settings))])
 
 
 def passes(name: str, test: Callable[[], str]) -> bool:
@@ -9644,6 +10161,15 @@ def check_smtp(settings: Settings) -> str:
     reply = transport.probe()
     transport.tidy()
     return f"{transport} takes mail from {settings.sender[1]}; its last reply: {reply}"
+
+
+def check_bounce_imap(settings: Settings) -> str:
+    """What --check reports of the mailbox of bounces. Raises StartError."""
+    try:
+        with open_mailbox(settings) as (_, count):
+            return f"{ImapAddress.parse(settings.bounce_imap)} can be read, and has {plural(count, 'mail')}"
+    except MAILBOX_ERRORS as error:
+        raise StartError(f"bounce_imap: {describe_mailbox_error(settings, error)}") from None
 
 
 def command_line() -> argparse.ArgumentParser:
