@@ -6229,7 +6229,8 @@ class Newsletters:
 # from a report that comes back as a mail. Each becomes a Report, which Queue.bounce() takes.
 
 class Provider(typing.NamedTuple):
-    """Where the fields of a provider's notification are: paths of names with dots, of which the first found counts.
+    """Where the fields of a provider's notification are: paths of names with dots, or several such with "|" between
+    them, of which the first that is found counts.
 
     Args:
         types: paths whose values together, with spaces, begin with one of `events`; the longest counts. Others are
@@ -6238,7 +6239,7 @@ class Provider(typing.NamedTuple):
         ids: all that may name the mail.
         recipients: of the recipients, each an object; "" is the whole.
         address: in such an object.
-        reasons: in such an object, or in the whole.
+        reason: in such an object, or in the whole.
     """
 
     types: tuple[str, ...]
@@ -6246,20 +6247,20 @@ class Provider(typing.NamedTuple):
     ids: tuple[str, ...]
     recipients: tuple[str, ...]
     address: str
-    reasons: tuple[str, ...]
+    reason: str
 
 
 PROVIDERS = {
     # Amazon SES Developer Guide: "Amazon SNS notification contents for Amazon SES", and "Contents of event data that
     # Amazon SES publishes to Amazon SNS". A transient bounce was given up, but says nothing of the address.
     "ses": Provider(
-        ("notificationType", "eventType", "bounce.bounceType"),
+        ("notificationType|eventType", "bounce.bounceType"),
         {"Bounce": Event.DELAYED, "Bounce Permanent": Event.BOUNCED, "Complaint": Event.COMPLAINED,
          "DeliveryDelay": Event.DELAYED},
         ("mail.messageId", "mail.commonHeaders.messageId"),
         ("bounce.bouncedRecipients", "complaint.complainedRecipients", "deliveryDelay.delayedRecipients"),
-        "emailAddress", ("diagnosticCode", "status", "bounce.bounceSubType", "complaint.complaintFeedbackType",
-                         "deliveryDelay.delayType")),
+        "emailAddress", "diagnosticCode|status|bounce.bounceSubType|complaint.complaintFeedbackType"
+                        "|deliveryDelay.delayType"),
     # Postmark Developer Documentation: "Bounce webhook", "Spam complaint webhook", and "Bounce API" for the types.
     # MessageID is Postmark's own and in no reply; Metadata has what postmark_headers() say.
     "postmark": Provider(
@@ -6268,28 +6269,28 @@ PROVIDERS = {
          "SpamComplaint": Event.COMPLAINED, **dict.fromkeys((
              "Transient", "SoftBounce", "DnsError", "SpamNotification", "VirusNotification", "Blocked", "DMARCPolicy",
              "SMTPApiError", "Unknown"), Event.DELAYED)},
-        ("Metadata.gomail", "MessageID"), ("",), "Email", ("Details", "Description", "Name")),
+        ("Metadata.gomail", "MessageID"), ("",), "Email", "Details|Description|Name"),
     # Mailgun Documentation: "Webhook Payloads", and "Event Types" for the severity.
     "mailgun": Provider(
         ("event-data.event", "event-data.severity"),
         {"failed permanent": Event.BOUNCED, "failed": Event.DELAYED, "complained": Event.COMPLAINED},
         ("event-data.message.headers.message-id",), ("event-data",), "recipient",
-        ("delivery-status.message", "delivery-status.description", "reason")),
+        "delivery-status.message|delivery-status.description|reason"),
     # Brevo API documentation: "Transactional webhooks". What is blocked was not sent, for reasons of the account's.
     "brevo": Provider(
         ("event",),
         {"hard_bounce": Event.BOUNCED, "invalid_email": Event.BOUNCED, "spam": Event.COMPLAINED,
          "complaint": Event.COMPLAINED, **dict.fromkeys(("soft_bounce", "deferred", "blocked", "error"),
                                                         Event.DELAYED)},
-        ("message-id",), ("",), "email", ("reason",)),
+        ("message-id",), ("",), "email", "reason"),
     # Twilio SendGrid Documentation: "Event Webhook Reference". A drop was not sent, mostly for an earlier event.
     "sendgrid": Provider(
-        ("event", "type", "reason"),
+        ("event", "type|reason"),
         {"bounce": Event.BOUNCED, "bounce blocked": Event.DELAYED, "bounce expired": Event.DELAYED,
          "blocked": Event.DELAYED, "deferred": Event.DELAYED, "spamreport": Event.COMPLAINED,
          "dropped": Event.DELAYED, "dropped Bounced Address": Event.BOUNCED, "dropped Invalid": Event.BOUNCED,
          "dropped Spam Reporting Address": Event.COMPLAINED},
-        ("smtp-id", "sg_message_id"), ("",), "email", ("reason", "response", "status")),
+        ("smtp-id", "sg_message_id"), ("",), "email", "reason|response|status"),
 }
 MAX_REPORTS = 10_000  # in a notification
 MAX_REASON = 300  # characters of a reason that are kept
@@ -6310,9 +6311,9 @@ def values_at(value: object, path: str) -> list:
     return found
 
 
-def first_text(value: object, paths: Sequence[str]) -> str:
+def first_text(value: object, paths: str) -> str:
     """The first string that is not blank at one of the paths, as one line; "" if there is none."""
-    texts = (text for path in paths for text in values_at(value, path) if isinstance(text, str))
+    texts = (text for path in paths.split("|") for text in values_at(value, path) if isinstance(text, str))
     return next(filter(None, map(printable, texts)), "")
 
 
@@ -6323,6 +6324,11 @@ def reference(message_id: str) -> tuple[str, ...]:
     """
     text = message_id.strip("<> \t\r\n")
     return (re.split("[@.]", text)[0], text) if re.fullmatch("[!-~]{1,998}", text) else ()
+
+
+def diagnosis(text: str) -> str:
+    """What is kept of a reason: one line, without the type of a Diagnostic-Code (RFC 3464 section 2.3.6)."""
+    return re.sub(r"^(smtp|x-[\w-]+) *; *", "", printable(text), flags=re.IGNORECASE)[:MAX_REASON]
 
 
 def known_address(text: str) -> str | None:
@@ -6336,17 +6342,16 @@ def reports_of(provider: Provider, body: object) -> list[Report]:
     for event in body if isinstance(body, list) else [body]:
         if not isinstance(event, dict):
             raise HTTPError(400, "the body must be a JSON object, or an array of objects")
-        words = [text for path in provider.types if (text := first_text(event, [path]))]
+        words = list(itertools.takewhile(bool, (first_text(event, path) for path in provider.types)))
         meaning = next((provider.events[name] for end in range(len(words), 0, -1)
                         if (name := " ".join(words[:end])) in provider.events), None)
         if meaning is None:
             continue
-        ids = tuple(each for path in provider.ids for each in reference(first_text(event, [path])))
+        ids = tuple(each for path in provider.ids for each in reference(first_text(event, path)))
         for recipient in (found for path in provider.recipients for found in values_at(event, path)):
-            address = known_address(first_text(recipient, [provider.address]))
-            reason = first_text(recipient, provider.reasons) or first_text(event, provider.reasons)
-            reports.append(Report(meaning, reason[:MAX_REASON], ids, (address,) if address else (),
-                                  () if address else ("*",)))
+            address = known_address(first_text(recipient, provider.address))
+            reason = diagnosis(first_text(recipient, provider.reason) or first_text(event, provider.reason))
+            reports.append(Report(meaning, reason, ids, (address,) if address else (), () if address else ("*",)))
             if len(reports) > MAX_REPORTS:
                 raise HTTPError(400, f"the body must not be about more than {MAX_REPORTS} recipients")
     return reports
@@ -6395,7 +6400,7 @@ class Bounces:
             Event.BOUNCED if body.get("permanent", True) else Event.DELAYED)
         ids = reference(body[name]) if name != "userId" else ()
         addresses = (body["userId"],) if "userId" in body else ()
-        answer = self.record(Report(event, printable(body.get("reason", ""))[:MAX_REASON], ids, addresses,
+        answer = self.record(Report(event, diagnosis(body.get("reason", "")), ids, addresses,
                                     () if addresses else ("*",)), account, without_task=name == "userId")
         if answer == "unknown":
             raise HTTPError(404, "there is no such task, or it ended too long ago", name)
@@ -6486,13 +6491,12 @@ def reports_in_mail(raw: bytes) -> list[Report]:
             status = first_value(block, "Status")
             # What is given up after a reply 4xx says nothing of the address: its mailbox is full, its server is away.
             event = Event.BOUNCED if action == "failed" and not status.startswith("4") else Event.DELAYED
-            reason = first_value(block, "Diagnostic-Code").partition(";")[2].strip() or status
+            reason = diagnosis(first_value(block, "Diagnostic-Code") or status)
             recipients = [[first_value(block, "Original-Recipient"), first_value(block, "Final-Recipient")]]
         for texts in recipients:
             addresses = tuple(filter(None, (known_address(text.rpartition(";")[2]) for text in texts)))
             if event:
-                reports.append(Report(event, reason[:MAX_REASON], ids, addresses,
-                                      sent_to if addresses else ("*",)))
+                reports.append(Report(event, reason, ids, addresses, sent_to if addresses else ("*",)))
     return reports[:MAX_REPORTS]
 
 
