@@ -10126,7 +10126,7 @@ def check(settings: Settings) -> bool:
     listening = f"sender {settings.sender[1]}, would listen on {settings.host}:{settings.port}"
     return all([passes("settings", lambda: listening), passes("redis", lambda: check_redis(settings)),
                 passes("smtp", lambda: check_smtp(settings)),
-                not settings.bounce_imap or passes("bounce_imap", lambda: check_bounce_imap(settings))])
+                not settings.bounce_imap or passes("bounces", lambda: check_bounce_imap(settings))])
 
 
 def passes(name: str, test: Callable[[], str]) -> bool:

@@ -7332,7 +7332,8 @@ def test_a_notification_tells_of_many_recipients_and_may_be_larger_than_other_op
     recipients = [{"emailAddress": f"{name}@example.com"} for name in ("a", "b")]
     body = notification(ses("Bounce", bounce={**SES_BOUNCE, "bouncedRecipients": recipients}), several)
     assert client.post(paths_of(client)["ses"], body)["changed"] == 2
-    assert {"a@example.com", "b@example.com"} < why_suppressed(client).keys() and "c@example.com" not in why_suppressed(client)
+    found = why_suppressed(client).keys()
+    assert {"a@example.com", "b@example.com"} < found and "c@example.com" not in found
     status, answer, _ = client("POST", paths_of(client)["sendgrid"], [{"event": "bounce"}] * 10_001)
     assert status == 400 and "10000 recipients" in answer["error"]
 
@@ -7454,8 +7455,9 @@ def delivery_report(task_id, recipients=(("failed", "5.1.1", "user@example.com",
         lines = [f"Original-Recipient: rfc822;{original}"] if original else []
         lines += [f"Final-Recipient: rfc822; {address}", f"Action: {action}", f"Status: {status}"]
         fields.append("\r\n".join([*lines, *([f"Diagnostic-Code: smtp; {said}"] if said else []), ""]))
-    mail = f"From: app@example.org\r\nTo: {to}\r\nMessage-ID: <{message_id or task_id + '@example.org'}>\r\nSubject: Hello\r\n\r\n"
-    return report("delivery-status", "message/delivery-status", "\r\n".join(fields), returned, mail + "Hello there\r\n")
+    return report("delivery-status", "message/delivery-status", "\r\n".join(fields), returned, (
+        f"From: app@example.org\r\nTo: {to}\r\nMessage-ID: <{message_id or f'{task_id}@example.org'}>\r\n"
+        "Subject: Hello\r\n\r\nHello there\r\n"))
 
 
 def complaint_report(task_id, kind="abuse", recipients=("user@example.com",), to="user@example.com"):
@@ -7470,7 +7472,8 @@ def report(kind, media_type, fields, returned_type, returned, headers=""):
     """A multipart/report (RFC 6522)."""
     return (f"From: MAILER-DAEMON@mx.example.net\r\nTo: app@example.org\r\nSubject: Undelivered\r\n{headers}"
             f"MIME-Version: 1.0\r\nContent-Type: multipart/report; report-type={kind};\r\n\tboundary=\"B/=\"\r\n\r\n"
-            f"--B/=\r\nContent-Type: text/plain\r\n\r\nSorry.\r\n\r\n--B/=\r\nContent-Type: {media_type}\r\n\r\n{fields}\r\n"
+            f"--B/=\r\nContent-Type: text/plain\r\n\r\nSorry.\r\n\r\n"
+            f"--B/=\r\nContent-Type: {media_type}\r\n\r\n{fields}\r\n"
             f"--B/=\r\nContent-Type: {returned_type}\r\n\r\n{returned}\r\n--B/=--\r\n").encode()
 
 
@@ -7507,16 +7510,16 @@ def test_a_delivery_report_is_read_as_it_was_written(recipients, original, retur
 @pytest.mark.parametrize("recipients", [(), ("user@example.com",), ("a@example.com", "b@example.com")])
 def test_a_complaint_is_read_as_it_was_written(kind, event, recipients):
     found = gomail.reports_in_mail(complaint_report(TASK_ID, kind, recipients))
-    assert [tuple(each) for each in found] == ([(event, "", IDS, (address,), ("user@example.com",))
-                                                for address in recipients] or [(event, "", IDS, (), ("*",))]) * bool(event)
+    expected = [(event, "", IDS, (address,), ("user@example.com",)) for address in recipients]
+    assert [tuple(each) for each in found] == (expected or [(event, "", IDS, (), ("*",))]) * bool(event)
 
 
 @pytest.mark.parametrize("raw", [
     b"", b"\r\n", b"\xff" * 1000, b"Subject: Out of office\r\nIn-Reply-To: <x@example.org>\r\n\r\nI am away\r\n",
-    report("disposition-notification", "message/disposition-notification", "Disposition: displayed", "text/plain", ""),
+    report("disposition-notification", "message/disposition-notification", "Disposition: x", "text/plain", ""),
     report("delivery-status", "text/plain", "Action: failed", "message/rfc822", f"Message-ID: <{TASK_ID}@x>\r\n\r\n"),
     report("delivery-status", "message/delivery-status", "", "message/rfc822", ""),
-    delivery_report(TASK_ID).replace(b"Message-ID", b"X-Message-ID"), delivery_report("a b"),
+    delivery_report(TASK_ID).replace(b"Message-ID", b"X-Message-ID"),
     delivery_report(TASK_ID).replace(b"multipart/report", b"multipart/mixed"),
     delivery_report(TASK_ID).partition(b"--B/=")[0], b"Content-Type: multipart/report; report-type*=x'y'%ff%00\r\n\r\n",
 ])
@@ -7525,8 +7528,8 @@ def test_a_mail_that_is_no_report_has_none(raw):
 
 
 def test_a_report_without_the_mail_is_found_by_what_it_replies_to():
-    raw = report("delivery-status", "message/delivery-status", "Reporting-MTA: dns; x\r\n\r\nAction: failed\r\nStatus: 5.0.0"
-                 "\r\nFinal-Recipient: rfc822;user@example.com\r\n", "text/plain", "",
+    raw = report("delivery-status", "message/delivery-status", "Reporting-MTA: dns; x\r\n\r\nAction: failed\r\n"
+                 "Status: 5.0.0\r\nFinal-Recipient: rfc822;user@example.com\r\n", "text/plain", "",
                  f"References: <other@example.com>\r\n <{TASK_ID}@example.org>\r\n")
     found, = gomail.reports_in_mail(raw)
     assert set(IDS) < set(found.ids) and found.addresses == ("user@example.com",) and found.reason == "5.0.0"
@@ -7542,8 +7545,8 @@ def hostile_mails():
     yield from (deep, rfc822, b"Content-Type: " + b"(" * 100_000, b"x" * 262144, b"\r\n" * 130_000, b"\0" * 1000)
     yield good.replace(b"text/plain", b"text/plain; charset=unknown-8bit") + b"\xff" * 1000
     yield good.replace(b"report-type=delivery-status", b"report-type=" + b"x" * 200_000)
-    yield good.replace(b"Content-Type: message/delivery-status", b"Content-Type: message/delivery-status; charset=\"\xff\""
-                       b"\r\nContent-Transfer-Encoding: base64")
+    yield good.replace(b"Content-Type: message/delivery-status", b"Content-Type: message/delivery-status; "
+                       b"charset=\"\xff\"\r\nContent-Transfer-Encoding: base64")
     yield good.replace(b"Action: failed\r\n", b"Action: failed\r\n" * 10_000)
     yield good.replace(b"\r\n\r\nFinal", b"\r\n\r\nAction: failed" * 10_000 + b"\r\n\r\nFinal")
     yield good.replace(b"To: user@example.com", b"To: " + b"a@example.com, " * 10_000)
@@ -7632,8 +7635,8 @@ class ImapServer:
         name, rest = command.split(" ", 1)
         if name == "SEARCH":
             first = int(re.match(r"UID (\d+):\* UNDELETED HEADER Content-Type multipart/report$", rest)[1])
-            say("* SEARCH " + " ".join(str(uid) for uid, raw in self.mails.items() if b"multipart/report" in raw.lower()
-                                       and (uid >= first or uid == max(self.mails)) and uid not in self.deleted))
+            say("* SEARCH " + " ".join(str(uid) for uid, raw in list(self.mails.items())
+                                       if b"multipart/report" in raw.lower() and (uid >= first or uid == max(self.mails)) and uid not in self.deleted))
             return "OK"
         uid, _, rest = rest.partition(" ")
         uid = int(uid)
@@ -7676,7 +7679,8 @@ def test_reports_in_the_mailbox_are_noted_and_moved_and_all_else_stays(services,
         3: delivery_report(late, [("delayed", "4.4.1", "late@example.com", "")]),
         4: complaint_report(spam, recipients=["spam@example.com"]),
         5: delivery_report("0" * 32), 6: delivery_report(gone, [("failed", "5.1.1", "victim@example.com", "550 no")]),
-        7: delivery_report(several, [("failed", "5.0.0", "b@example.com", "550 no"), ("relayed", "2.0.0", "a@example.com", "")]),
+        7: delivery_report(several, [("failed", "5.0.0", "b@example.com", "550 no"),
+                                     ("relayed", "2.0.0", "a@example.com", "")]),
         8: delivery_report(gone, [("failed", "5.1.1", "gone@example.com", "550 repeated")])}
     until(lambda: server.moved.keys() == {1, 3, 4, 7, 8})
     assert server.mails.keys() == {2, 5, 6} and not any("STORE" in line for line in server.said)
@@ -7745,7 +7749,8 @@ def test_a_crash_between_noting_and_moving_repeats_without_harm(services, mail_s
     until(lambda: sum("MOVE" in line for line in server.said) > 6)
     before = everything(service)
     assert client.get(f"/task/{task_id}")["state"] == "bounced" and before
-    assert [record.getMessage() for record in said].count("the mailbox of bounces cannot be read") == 1
+    assert [record.fields["error"] for record in said] == [
+        f"imap://127.0.0.1:{server.port}/INBOX cannot be read: no mail can be moved into the folder GoMail"]
     server.allowed_folder = "GoMail"
     until(lambda: server.moved)
     assert everything(service) == before
@@ -7761,7 +7766,7 @@ def test_a_mailbox_that_is_out_is_logged_once_without_its_password_and_read_when
     until(lambda: sum("AUTHENTICATE" in line for line in server.said) > 3)
     found = [record for record in said if "mailbox of bounces" in record.getMessage()]
     assert len(found) == 1 and f"imap://127.0.0.1:{server.port}/INBOX" in found[0].fields["error"]
-    assert "p@ss" not in str(found[0].fields) and "wrong password" in found[0].fields["error"]
+    assert "p@ss" not in str(found[0].fields) and "wrong" in found[0].fields["error"]
     server.password = "p@ss word"
     until(lambda: server.moved)
 
@@ -7838,8 +7843,9 @@ def test_a_wrong_bounce_imap_is_one_line_that_names_the_option_and_hides_the_val
 def test_check_tries_the_mailbox_of_bounces(processes, imap, tmp_path):
     server = imap()
     server.mails[1] = b"Subject: x\r\n\r\n"
-    for password, code, words in (("p@ss word", 0, f"ok       bounce_imap: imap://127.0.0.1:{server.port}/INBOX can be "
-                                   "read, and has 1 mail\n"), ("other", 1, "failed   bounce_imap: imap://127.0.0.1")):
+    shown = f"imap://127.0.0.1:{server.port}/INBOX"
+    for password, code, words in (("p@ss word", 0, f"ok       bounces: {shown} can be read, and has 1 mail\n"),
+                                  ("other", 1, f"failed   bounces: bounce_imap: {shown} cannot be read: wrong")):
         server.password = password
         found, output, _ = processes({"bounce_imap": server.uri}, arguments=["--check"]).result()
         assert found == code and words in output and "p@ss" not in output
