@@ -6634,6 +6634,8 @@ class BounceReader:
             except redis.RedisError:  # the cron thread logs it
                 continue
             except Exception as error:  # a fault of ours must not end the thread either
+                if self.stopping.is_set():
+                    return
                 self.failures += 1
                 pause = min(self.POLL * 2 ** min(self.failures, 10), self.LONGEST_PAUSE)
                 if self.failures == 1 and isinstance(error, MAILBOX_ERRORS):

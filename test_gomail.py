@@ -7635,8 +7635,9 @@ class ImapServer:
         name, rest = command.split(" ", 1)
         if name == "SEARCH":
             first = int(re.match(r"UID (\d+):\* UNDELETED HEADER Content-Type multipart/report$", rest)[1])
-            say("* SEARCH " + " ".join(str(uid) for uid, raw in list(self.mails.items())
-                                       if b"multipart/report" in raw.lower() and (uid >= first or uid == max(self.mails)) and uid not in self.deleted))
+            found = [uid for uid, raw in list(self.mails.items()) if b"multipart/report" in raw.lower()
+                     and (uid >= first or uid == max(self.mails)) and uid not in self.deleted]
+            say("* SEARCH " + " ".join(map(str, found)))
             return "OK"
         uid, _, rest = rest.partition(" ")
         uid = int(uid)
