@@ -3097,8 +3097,10 @@ class Queue:
 
         local function settle(id, verdict, detail, delay, delivered, suppress, replies, ...)
             if redis.call('LREM', own, 1, id) == 0 then return end
-            for reply in string.gmatch(replies, '%S+') do
-                redis.call('SET', prefix .. 'reply:' .. reply, id, 'PX', result_ttl)
+            if replies ~= '' then
+                for reply in string.gmatch(replies, '%S+') do
+                    redis.call('SET', prefix .. 'reply:' .. reply, id, 'PX', result_ttl)
+                end
             end
             local task = prefix .. 'task:' .. id
             if delivered ~= '' then redis.call('HSET', task, 'delivered', delivered) end
