@@ -7,32 +7,33 @@ transport (SMTP, or a Maildir) and retry what fails. `python gomail.py` starts t
 
 The module reads from top to bottom, and each section uses only those above it:
 
-    1. settings                   6. tasks         11. transports     16. cron
-    2. logging                    7. queue         12. otp            17. http api
-    3. redis                      8. inspection    13. newsletters    18. http server
-    4. validation and errors      9. metrics       14. bounces        19. service
-    5. accounts                  10. mail          15. workers        20. command line
+    1. settings                   7. queue         12. otp            17. cron
+    2. logging                    8. inspection    13. newsletters    18. http api
+    3. redis                      9. metrics       14. bounces        19. http server
+    4. validation and errors     10. mail          15. webhooks       20. service
+    5. accounts                  11. transports    16. workers        21. command line
+    6. tasks
 
 The way of one mail, from POST to 250; the numbers are those of the sections:
 
-    Handler.respond        18  reads the request, finds its Route and the Account of its API key
-    -> Api.enqueue         17  is the handler of POST /task; TASK (6), the Check of the Route, has checked the body
+    Handler.respond        19  reads the request, finds its Route and the Account of its API key
+    -> Api.enqueue         18  is the handler of POST /task; TASK (6), the Check of the Route, has checked the body
     -> Queue.enqueue        7  stores the task and puts its id into a lane (script ENQUEUE); the app gets its answer
     -> GroupCommit          7  makes one call of that script for all requests that wait
-    Workers.run            15  is a thread that waits for the next ids of its lane
+    Workers.run            16  is a thread that waits for the next ids of its lane
     -> Queue.settle_and_take   moves some of them to the worker's processing list (script SETTLE_AND_TAKE)
-    -> Workers.perform     15  calls the method for the task's type; Workers.send_message turns a "message" into a Mail
+    -> Workers.perform     16  calls the method for the task's type; Workers.send_message turns a "message" into a Mail
     -> compose             10  turns the Mail into bytes
     -> SmtpTransport.send  11  returns when the server has answered 250, and raises a DeliveryError otherwise
     -> Outcome              7  says what became of the task: succeeded, retrying, dead, ...
     -> Queue.settle_and_take   stores the Outcome of each task, and takes further ones in the same round trip
-    Queue.promote           7  puts the id of a task whose retry is due back into its lane; Cron.once (16) calls it
+    Queue.promote           7  puts the id of a task whose retry is due back into its lane; Cron.once (17) calls it
 
 What a change touches:
 
     a payload field            PAYLOADS (6), Workers.send_message, Mail and compose
     a route                    a method of Api, and a row of ROUTES, from which the OpenAPI description is made
-    a transport                a class with the methods of Transport (11), options (1), and Service._wire (19)
+    a transport                a class with the methods of Transport (11), options (1), and Service._wire (20)
     a Redis key                the table in section 3; if it belongs to an account, Accounts.deregister
     a lane                     Lane (6)
 """
@@ -915,10 +916,11 @@ def start_logging(settings: Settings) -> None:
 #
 #   task:<id>                       hash    body (JSON); head (what is shown of it, JSON; a newsletter has none);
 #                                           account; key (id of its API key); to (folded addresses); lane; state;
-#                                           created, started, finished (us); due (ms); attempts; error; story (of
-#                                           failed attempts); delivered (to whom); strikes (how many processes died
-#                                           while they had it); begun (set before a task with strikes is begun);
-#                                           drops (how many connections it lost), dropped (the last time, us).
+#                                           created, started, finished (us); due, expires (ms); attempts; error;
+#                                           story (of failed attempts); delivered (to whom); strikes (how many
+#                                           processes died while they had it); begun (set before a task with strikes
+#                                           is begun); drops (how many connections it lost), dropped (the last time,
+#                                           us).
 #                                           A task that has ended, except a dead letter, keeps only a summary: d, u, n
 #                                           (explained at Queue.CONCLUDE), to, error, story, head, bounces
 #   reply:<id>                      string  id of the task whose mail the provider gave this id when it took it
@@ -926,6 +928,7 @@ def start_logging(settings: Settings) -> None:
 #   processing:<process>:<worker>   list    ids of the tasks that the worker has in hand; in at the left
 #   delayed                         zset    ids of tasks that wait for a retry or their send_at, by due time (ms)
 #   scheduled                       zset    the part of `delayed` that waits for a send_at, to be counted
+#   expiring                        zset    ids of tasks with `expires`, by that time (ms); some may have ended
 #   dead, dead:<account>            zset    ids of dead letters, by time of death (ms)
 #   recent, recent:<account>        list    ids of the newest tasks, newest first
 #   idempotency:<digest>            string  what is known of an Idempotency-Key: fingerprint of the request, id of its
@@ -943,6 +946,7 @@ def start_logging(settings: Settings) -> None:
 #   processes                       hash    process -> names of its workers, comma-separated
 #   heartbeat:<process>             string  exists while the process lives
 #   paused                          hash    process -> lane -> why it is paused, as JSON
+#   paused_announced                hash    lane -> why it is paused, as the admin's webhook knows it
 #   resume                          hash    lane -> number of requests to resume it
 #   resumed:<lane>                  string  id of the newest such request; while it exists, no other is accepted
 #
@@ -956,6 +960,7 @@ def start_logging(settings: Settings) -> None:
 #   otp_failed:<address>:<account>  string  number of wrong tries in a row
 #   otp_requests:<account>          string  number of OTP requests in this minute
 #
+#   hooks                           hash    account, "" for the admin -> its webhook, see Webhooks.set()
 #   content:<account>               hash    content type -> {"subject", "content"}
 #   subscribers:<type>:<account>    hash    address -> {"userId", "frequency", "retries", "created", "variables"}
 #   issued:<type>:<account>         hash    address -> id of the task of the newest newsletter
@@ -2079,6 +2084,22 @@ class Address(Check):
         return parse_address(value)
 
 
+class Url(Check):
+    """An address on the web (RFC 3986), without a user, a password or a fragment; its host in ASCII."""
+
+    MAX_SIZE = 2000
+    expected = (f"a URL of up to {MAX_SIZE} characters in ASCII that begins with http:// or https://, such as "
+                "https://example.com/hooks, without a user or a fragment")
+    schema = {"type": "string", "format": "uri", "maxLength": MAX_SIZE}
+
+    def parse(self, value: str) -> str | None:
+        if len(value) > self.MAX_SIZE or not re.fullmatch(r"https?://[!-~]+", value) or "#" in value or "\\" in value:
+            return None
+        parts = urllib.parse.urlsplit(value)
+        host = parse_host(parts.netloc)
+        return value if host and host_to_ascii(host) and parts.port != 0 else None
+
+
 class AccountName(Check):
     """The name of a new account: not to be mistaken for another, and short enough for the signed tokens in links.
 
@@ -2314,6 +2335,7 @@ class Accounts:
             return 2
         end
         redis.call('HDEL', users, name)
+        redis.call('HDEL', prefix .. 'hooks', name)
         redis.call('UNLINK', unpack(KEYS, 2))
         return 1
     """
@@ -2443,12 +2465,24 @@ CONTENT_ID = Pattern("letters, digits and . _ + -, with at most one @ inside",
 FILENAME = String(100, ONE_LINE[:-1] + r"/\\]", "without control characters, / and \\")
 ATTACHMENT = Object({"filename": FILENAME, "content_type": MEDIA_TYPE, "content": Base64(),
                      "content_id": Nullable(CONTENT_ID)})
+
+
+class Message(Object):
+    """The payload of a message."""
+
+    def __call__(self, value: Any, field: str = "") -> Any:
+        payload = super().__call__(value, field)
+        if "expires_at" in payload and payload["expires_at"] <= payload.get("send_at", 0):
+            raise HTTPError(400, f"{field}.expires_at must be after {field}.send_at", f"{field}.expires_at")
+        return payload
+
+
 PAYLOADS = {
-    "message": Object({"userId": Address(), "subject": SUBJECT, "content": CONTENT, "text": Nullable(CONTENT),
-                       "from_name": Nullable(String(100, ONE_LINE, LINE)), "reply_to": Nullable(Address()),
-                       "cc": Nullable(Array(Address(), 49)), "bcc": Nullable(Array(Address(), 49)),
-                       "attachments": Nullable(Array(ATTACHMENT, 50)), "variables": Nullable(Variables()),
-                       "send_at": Nullable(DateTime())}),
+    "message": Message({"userId": Address(), "subject": SUBJECT, "content": CONTENT, "text": Nullable(CONTENT),
+                        "from_name": Nullable(String(100, ONE_LINE, LINE)), "reply_to": Nullable(Address()),
+                        "cc": Nullable(Array(Address(), 49)), "bcc": Nullable(Array(Address(), 49)),
+                        "attachments": Nullable(Array(ATTACHMENT, 50)), "variables": Nullable(Variables()),
+                        "send_at": Nullable(DateTime()), "expires_at": Nullable(DateTime())}),
     "generateOtp": Object({"userId": Address(), "length": Integer(4, 8)}),
     "subscribe": Object({"userId": Address(), "frequency": Enum(FREQUENCIES), "content_type": CONTENT_TYPE,
                          "subject": Nullable(SUBJECT_TEMPLATE), "content": Nullable(CONTENT_TEMPLATE),
@@ -2528,10 +2562,12 @@ class Lane(enum.StrEnum):
     # Subscribing and unsubscribing send no mail: no OTP waits for them, and they wait for no SMTP server. Older
     # versions put them into the urgent lane, and some may still be there: every worker does every type of task.
     CHANGES = "changes"
+    HOOKS = "hooks"  # events on their way to webhooks
 
 
 LANES: tuple[str, ...] = tuple(Lane)
 MAIL_LANES = (Lane.URGENT, Lane.NORMAL, Lane.BULK)
+MAIL_TYPES = ("message", "generateOtp", "newsletter")  # of tasks that send mail
 
 
 def lane_of(task_type: str) -> Lane:
@@ -2573,6 +2609,7 @@ class Task:
     strikes: int = 0  # processes that died while they had it
     drops: int = 0  # connections that broke during it
     dropped: int = 0  # when the last of them did
+    expires: int = 0  # after which it is not to be sent any more, in milliseconds; 0: never
     delivered: tuple = ()  # recipients that have the mail already, as fold_address() has them
     suppressed: tuple = ()  # recipients that get none, in the same form
     following: "Task | None" = None  # the one that the worker has in hand after it
@@ -2595,6 +2632,7 @@ class State(enum.StrEnum):
     SUPPRESSED = "suppressed"
     CANCELLED = "cancelled"
     BOUNCED = "bounced"  # it had succeeded, and then came back or was complained about
+    EXPIRED = "expired"
 
 
 class Verdict(enum.StrEnum):
@@ -2608,9 +2646,11 @@ class Verdict(enum.StrEnum):
     DEAD = "dead"
     CANCELLED = "cancelled"  # nobody wants the mail any more
     SUPPRESSED = "suppressed"  # no recipient is left
+    EXPIRED = "expired"  # it was not sent in time
 
 
-CONCLUDED = (Verdict.SUCCEEDED, Verdict.CANCELLED, Verdict.SUPPRESSED)  # and so the states: only a summary is kept
+# And so the states: only a summary is kept.
+CONCLUDED = (Verdict.SUCCEEDED, Verdict.CANCELLED, Verdict.SUPPRESSED, Verdict.EXPIRED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2648,7 +2688,7 @@ PROVIDER_REPLY = re.compile("|".join((
     r"\b250 2\.0\.0 OK: queued as <([!-;=?-~]{1,200})>")))
 
 
-class Event(enum.StrEnum):
+class Feedback(enum.StrEnum):
     """What may become of a mail after the server has taken it."""
 
     BOUNCED = "bounced"  # it came back for good
@@ -2665,7 +2705,7 @@ class Report(typing.NamedTuple):
         sole: addresses of which one must be the task's only recipient, where none of the former is one; "*" is any.
     """
 
-    event: Event
+    event: Feedback
     reason: str = ""
     ids: tuple[str, ...] = ()
     addresses: tuple[str, ...] = ()
@@ -2809,15 +2849,20 @@ class Queue:
         end
     """
 
-    # The record of a new task: `due` in milliseconds, `to` its recipients as fold_address() has them, and further
-    # fields. It is shown among the newest tasks, and waits in its lane or until it is due.
+    # The record of a new task: `due` and `expires` in milliseconds, `to` its recipients as fold_address() has them, and
+    # further fields. It is shown among the newest tasks, and waits in its lane or until it is due. If it may expire,
+    # `expiring` has it until then, whatever becomes of it before.
     ADD_TASK = CLOCK + f"""
-        local function add_task(prefix, id, account, key, lane, due, body, to, ...)
+        local function add_task(prefix, id, account, key, lane, due, expires, body, to, ...)
             local task = prefix .. 'task:' .. id
             redis.call('HSET', task, 'body', body, 'account', account, 'key', key, 'lane', lane, 'state', 'queued',
                        'attempts', 0, 'created', microseconds, 'to', to, ...)
             for _, list in ipairs({{prefix .. 'recent', prefix .. 'recent:' .. account}}) do
                 if redis.call('LPUSH', list, id) > {RECENT} then redis.call('RPOP', list) end
+            end
+            if tonumber(expires) > 0 then
+                redis.call('HSET', task, 'expires', expires)
+                redis.call('ZADD', prefix .. 'expiring', expires, id)
             end
             if tonumber(due) > milliseconds then
                 redis.call('HSET', task, 'state', 'scheduled', 'due', due)
@@ -2881,14 +2926,54 @@ class Queue:
         end
     """
 
-    # Make a dead letter of a task: `ttl` in milliseconds, and how many are kept at most.
-    BURY = NOTE + """
-        local function bury(prefix, id, error, ttl, most)
+    # Whether the key that a task came with is still its account's. Events for the admin's webhook have no account.
+    IS_WANTED = """
+        local function is_wanted(prefix, account, key)
+            return account == '' or redis.call('HGET', prefix .. 'UserList', account) == key
+        end
+    """
+
+    # Queue an event for the webhooks that want its kind: that of the account, and the admin's. An event is a task of
+    # the lane `hooks`, which is in no list of the newest tasks. `data` is JSON. See section 15.
+    EVENT = CLOCK + """
+        local function emit(prefix, account, kind, data)
+            if redis.call('EXISTS', prefix .. 'hooks') == 0 then return end
+            for _, owner in ipairs(account == '' and {''} or {account, ''}) do
+                local hook = redis.call('HGET', prefix .. 'hooks', owner)
+                if hook and string.find(hook, '"' .. kind .. '"', 1, true) then
+                    local id = string.sub(redis.sha1hex(owner .. kind .. data .. microseconds), 1, 32)
+                    local body = '{"task": "' .. kind .. '", "type": "webhook", "retries": 25, "payload": '
+                        .. '{"userId": "", "data": ' .. data .. '}}'
+                    local key = owner ~= '' and redis.call('HGET', prefix .. 'UserList', owner) or ''
+                    redis.call('HSET', prefix .. 'task:' .. id, 'body', body, 'account', owner, 'key', key,
+                               'lane', 'hooks', 'state', 'queued', 'attempts', 0, 'created', microseconds)
+                    redis.call('LPUSH', prefix .. 'lane:hooks', id)
+                end
+            end
+        end
+
+        -- The event of a task that has not ended yet. `suppressed`: addresses that are so from now on, by spaces.
+        local function emit_mail(prefix, id, account, kind, state, attempts, detail, suppressed)
+            if redis.call('EXISTS', prefix .. 'hooks') == 0 then return end
             local task = prefix .. 'task:' .. id
-            local owner, key = unpack(redis.call('HMGET', task, 'account', 'key'))
-            if redis.call('HGET', prefix .. 'UserList', owner) ~= key then  -- nobody is left to look at it
+            local head = redis.call('HGET', task, 'head') or redis.call('HGET', task, 'body')
+            emit(prefix, account, kind, '{"id": "' .. id .. '", "account": ' .. cjson.encode(account) .. ', "state": "'
+                 .. state .. '", "attempts": ' .. attempts .. ', "detail": ' .. cjson.encode(detail)
+                 .. ', "suppressed": ' .. cjson.encode(suppressed or '') .. ', "head": ' .. head .. '}')
+        end
+    """
+
+    # Make a dead letter of a task: `ttl` in milliseconds, and how many are kept at most.
+    BURY = NOTE + IS_WANTED + EVENT + """
+        local function bury(prefix, id, error, ttl, most, suppressed)
+            local task = prefix .. 'task:' .. id
+            local owner, key, lane, attempts = unpack(redis.call('HMGET', task, 'account', 'key', 'lane', 'attempts'))
+            if not is_wanted(prefix, owner, key) then  -- nobody is left to look at it
                 redis.call('UNLINK', task)
                 return
+            end
+            if lane ~= 'changes' and lane ~= 'hooks' then
+                emit_mail(prefix, id, owner, 'mail.failed', 'dead', attempts, error, suppressed)
             end
             note(task, 'dead', error)
             redis.call('HSET', task, 'state', 'dead', 'error', error, 'finished', microseconds)
@@ -2920,6 +3005,7 @@ class Queue:
         self._beat = store.script(self.BEAT)
         self._resume = store.script(self.RESUME)
         self._promote = store.script(self.PROMOTE)
+        self._expire = store.script(self.EXPIRE)
         self._recall = store.script(self.RECALL)
         self._reclaim = store.script(self.RECLAIM, once=True)
         self._adopt = store.script(self.ADOPT)
@@ -2939,14 +3025,14 @@ class Queue:
     # its tasks there: it changes nothing, and does not count against the limits. The same idempotency key gets the same
     # answer again.
     # KEYS: the prefix.
-    # ARGV: otp_cooldown (s), otp_hourly_max, otp_minute_max; then of each request: account, id of the API key,
-    #       fingerprint of what came with an idempotency key and the key's digest, or "" twice, what the ids are made
-    #       from, the number of tasks; and of each of its tasks: id, head, body, lane, the address of an OTP or "", a
-    #       content type that must exist or "", due (ms), recipients.
+    # ARGV: otp_cooldown (s), otp_hourly_max, otp_minute_max, otp_ttl (s); then of each request: account, id of the API
+    #       key, fingerprint of what came with an idempotency key and the key's digest, or "" twice, what the ids are
+    #       made from, the number of tasks; and of each of its tasks: id, head, body, lane, the address of an OTP or "",
+    #       a content type that must exist or "", due (ms), when it expires (ms) or 0, recipients.
     # Answer: for each request "revoked", "conflict", or {what the ids are made from, "<number>=<why> ..." of the tasks
     #         refused}.
     ENQUEUE = ADD_TASK + LIMIT + """
-        local prefix, cooldown, hourly, minute = KEYS[1], unpack(ARGV, 1, 3)
+        local prefix, cooldown, hourly, minute, otp_ttl = KEYS[1], unpack(ARGV, 1, 4)
 
         local function too_early(account, id, address)
             local asked, hour = prefix .. 'otp_asked:' .. address .. ':' .. account, milliseconds - 3600000
@@ -2966,14 +3052,15 @@ class Queue:
             redis.call('EXPIRE', asked, 3600)
         end
 
-        local function refusal_of(account, key, id, head, body, lane, otp_address, content_type, due, to)
+        local function refusal_of(account, key, id, head, body, lane, otp_address, content_type, due, expires, to)
             if redis.call('EXISTS', prefix .. 'task:' .. id) == 1 then return end
             if content_type ~= '' and redis.call('HEXISTS', prefix .. 'content:' .. account, content_type) == 0 then
                 return 'unknown'
             end
             local wait = otp_address ~= '' and too_early(account, id, otp_address)
             if wait then return wait end
-            add_task(prefix, id, account, key, lane, due, body, to, 'head', head)
+            if otp_address ~= '' then expires = milliseconds + otp_ttl * 1000 end
+            add_task(prefix, id, account, key, lane, due, expires, body, to, 'head', head)
         end
 
         local function enqueue(tasks, account, key, fingerprint, digest, first, count)
@@ -2986,7 +3073,7 @@ class Queue:
             end
             local refused = {}
             for number = 0, count - 1 do
-                local why = refusal_of(account, key, unpack(ARGV, tasks + 8 * number, tasks + 8 * number + 7))
+                local why = refusal_of(account, key, unpack(ARGV, tasks + 9 * number, tasks + 9 * number + 8))
                 if why then refused[#refused + 1] = number .. '=' .. why end
             end
             local refusals = table.concat(refused, ' ')
@@ -2997,10 +3084,10 @@ class Queue:
             return {first, refusals}
         end
 
-        local answers, at = {}, 4
+        local answers, at = {}, 5
         while at <= #ARGV do
             answers[#answers + 1] = enqueue(at + 6, unpack(ARGV, at, at + 5))
-            at = at + 6 + 8 * ARGV[at + 5]
+            at = at + 6 + 9 * ARGV[at + 5]
         end
         return answers
     """
@@ -3035,7 +3122,8 @@ class Queue:
             recipients = fold_address(" ".join(addresses_of(payload)))
             body = json.dumps(task)
             request += [task_id, summary_of(task), body, lane_of(task["type"]),
-                        otp_address, content_type, payload.get("send_at", 0) // 1000, recipients]
+                        otp_address, content_type, payload.get("send_at", 0) // 1000,
+                        payload.get("expires_at", 0) // 1000, recipients]
             size += len(body)
         answer, is_safe = self._enqueue_in_groups(request, len(tasks) + size // self.BYTES_LIKE_A_TASK)
         if any("send_at" in task["payload"] for task in tasks):
@@ -3069,7 +3157,8 @@ class Queue:
     def _enqueue_group(self, requests: Sequence[Sequence]) -> list[tuple[Any, bool]]:
         """For each of these requests what ENQUEUE answers, and whether that is as safe as `durability` promises."""
         settings, keys = self.settings, [self.store.prefix]
-        args = [settings.otp_cooldown, settings.otp_hourly_max, settings.otp_minute_max, *itertools.chain(*requests)]
+        args = [settings.otp_cooldown, settings.otp_hourly_max, settings.otp_minute_max, settings.otp_ttl,
+                *itertools.chain(*requests)]
         if settings.durability == "fsync":
             answers, is_safe = self._enqueue.durably(keys, args, 4000)
         else:
@@ -3088,12 +3177,15 @@ class Queue:
     #       that have the mail, addresses to suppress and the ids that its provider gave the mail, by spaces; and, if
     #       it ends, what _summary_args() returns.
     # Answer: {how many tasks are left in the lane, then of each task taken: {id, body, account, API key's id, created,
-    #         attempts, strikes, drops, dropped, delivered, the recipients that are suppressed}}. No task, although some
-    #         are left, means: ask again.
+    #         attempts, strikes, drops, dropped, expires, delivered, the recipients that are suppressed}}. No task,
+    #         although some are left, means: ask again.
     SETTLE_AND_TAKE = BURY + CONCLUDE + """
         local own, lane, prefix = unpack(KEYS)
         local most, keep, share, all = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4] == '1'
         local result_ttl, dead_ttl, dead_max, process, worker = unpack(ARGV, 5, 9)
+        local ends = {succeeded = true, cancelled = true, suppressed = true, expired = true}
+        local events = {succeeded = 'mail.sent', suppressed = 'mail.suppressed', expired = 'mail.failed'}
+        if redis.call('EXISTS', prefix .. 'hooks') == 0 then events = {} end
 
         local function settle(id, verdict, detail, delay, delivered, suppress, replies, ...)
             if redis.call('LREM', own, 1, id) == 0 then return end
@@ -3109,7 +3201,17 @@ class Queue:
                 redis.call('ZADD', prefix .. 'suppressed:' .. account, milliseconds, address)
                 redis.call('HSET', prefix .. 'suppressed_for:' .. account, address, detail)
             end
-            if verdict == 'succeeded' or verdict == 'cancelled' or verdict == 'suppressed' then
+            if ends[verdict] then
+                if lane == prefix .. 'lane:hooks' then
+                    redis.call('UNLINK', task)
+                    return
+                end
+                if verdict == 'expired' and redis.call('HEXISTS', task, 'd') == 1 then return end  -- EXPIRE came first
+                if events[verdict] and lane ~= prefix .. 'lane:changes' then
+                    local account, attempts = unpack(redis.call('HMGET', task, 'account', 'attempts'))
+                    emit_mail(prefix, id, account, events[verdict], verdict,
+                              attempts + (verdict == 'succeeded' and 1 or 0), detail)
+                end
                 conclude(task, verdict, detail, result_ttl, ...)
                 if verdict == 'succeeded' then
                     redis.call('HINCRBY', prefix .. 'metrics', 'executed', 1)
@@ -3124,7 +3226,7 @@ class Queue:
                 redis.call('RPUSH', lane, id)
             elseif verdict == 'dead' then
                 redis.call('HINCRBY', task, 'attempts', 1)
-                bury(prefix, id, detail, dead_ttl, tonumber(dead_max))
+                bury(prefix, id, detail, dead_ttl, tonumber(dead_max), suppress)
             else
                 note(task, verdict, detail)
                 redis.call('HSET', task, 'state', 'retrying', 'error', detail, 'due', milliseconds + delay)
@@ -3179,22 +3281,22 @@ class Queue:
             if not id then break end
             local task = prefix .. 'task:' .. id
             local fields = redis.call('HMGET', task, 'body', 'account', 'key', 'created', 'attempts', 'strikes',
-                                      'drops', 'dropped', 'delivered', 'to')
+                                      'drops', 'dropped', 'expires', 'delivered', 'to')
             if not fields[1] then
                 redis.call('LREM', own, 1, id)
-            elseif redis.call('HGET', prefix .. 'UserList', fields[2]) ~= fields[3] then
+            elseif not is_wanted(prefix, fields[2], fields[3]) then
                 redis.call('LREM', own, 1, id)
                 redis.call('UNLINK', task)
             else
                 if all or #found == 0 then begin(task) end
-                local to, suppressed = fields[10], prefix .. 'suppressed:' .. fields[2]
-                fields[10] = ''
+                local to, suppressed = fields[11], prefix .. 'suppressed:' .. fields[2]
+                fields[11] = ''
                 if to and redis.call('EXISTS', suppressed) == 1 then
                     for address in string.gmatch(to, '%S+') do
-                        if redis.call('ZSCORE', suppressed, address) then fields[10] = fields[10] .. address .. ' ' end
+                        if redis.call('ZSCORE', suppressed, address) then fields[11] = fields[11] .. address .. ' ' end
                     end
                 end
-                found[#found + 1] = {id, unpack(fields, 1, 10)}
+                found[#found + 1] = {id, unpack(fields, 1, 11)}
                 if #found == most or tonumber(fields[6] or 0) > 0 then break end  -- one with strikes is the last
             end
         end
@@ -3238,13 +3340,14 @@ class Queue:
 
     @staticmethod
     def _task(task_id: str, body: str, account: str, key: str, created: str, attempts: str | None, strikes: str | None,
-              drops: str | None, dropped: str | None, delivered: str | None, suppressed: str) -> Task:
+              drops: str | None, dropped: str | None, expires: str | None, delivered: str | None,
+              suppressed: str) -> Task:
         """The Task of these fields."""
         task = json.loads(body)
         if task["type"] == "generateOtp":
             suppressed = ""  # whoever asks for an OTP waits for it
         return Task(task_id, account, key, task["type"], task["task"], task["retries"], task["payload"], int(created),
-                    int(attempts or 0), int(strikes or 0), int(drops or 0), int(dropped or 0),
+                    int(attempts or 0), int(strikes or 0), int(drops or 0), int(dropped or 0), int(expires or 0),
                     tuple((delivered or "").split()), tuple(suppressed.split()))
 
     @staticmethod
@@ -3310,13 +3413,30 @@ class Queue:
     def _processing(self, worker: str) -> str:
         return self.store.key("processing", self.process, worker)
 
-    # KEYS: the prefix. ARGV: process, its workers by commas, HEARTBEAT_TTL (ms), what is paused, as JSON.
+    # The webhook of the admin learns when a lane is paused in the first process, and when in none any more.
+    # KEYS: the prefix. ARGV: process, its workers by commas, HEARTBEAT_TTL (ms), what is paused, as JSON; the lanes.
     # Answer: the hash `resume`.
-    BEAT = """
-        local prefix, process, workers, ttl, paused = KEYS[1], unpack(ARGV)
+    BEAT = EVENT + """
+        local prefix, process, workers, ttl, paused = KEYS[1], unpack(ARGV, 1, 4)
         redis.call('HSET', prefix .. 'processes', process, workers)
         redis.call('SET', prefix .. 'heartbeat:' .. process, 1, 'PX', ttl)
         redis.call('HSET', prefix .. 'paused', process, paused)
+        if redis.call('HEXISTS', prefix .. 'hooks', '') == 1 then
+            local announced, reasons = prefix .. 'paused_announced', {}
+            for _, report in ipairs(redis.call('HVALS', prefix .. 'paused')) do
+                for lane, reason in pairs(cjson.decode(report)) do reasons[lane] = reason end
+            end
+            for _, lane in ipairs({unpack(ARGV, 5)}) do
+                local reason, known = reasons[lane], redis.call('HEXISTS', announced, lane) == 1
+                if reason and not known then
+                    redis.call('HSET', announced, lane, reason)
+                    emit(prefix, '', 'lane.paused', cjson.encode({lane = lane, reason = reason}))
+                elseif known and not reason then
+                    redis.call('HDEL', announced, lane)
+                    emit(prefix, '', 'lane.resumed', cjson.encode({lane = lane}))
+                end
+            end
+        end
         return redis.call('HGETALL', prefix .. 'resume')
     """
 
@@ -3326,7 +3446,7 @@ class Queue:
         Returns lane -> how often somebody has asked to resume it.
         """
         requests = self._beat(keys=[self.store.prefix], args=[
-            self.process, ",".join(workers), int(self.HEARTBEAT_TTL * 1000), json.dumps(paused)])
+            self.process, ",".join(workers), int(self.HEARTBEAT_TTL * 1000), json.dumps(paused), *LANES])
         return dict(zip(requests[::2], requests[1::2]))
 
     # KEYS: resume, resumed:<lane>. ARGV: lane, id of this request, milliseconds in which no other is taken.
@@ -3381,6 +3501,51 @@ class Queue:
         count, wait = self._promote(keys=[self.store.prefix], args=[self.BATCH, self.MAX_DROPS])
         if wait >= 0:
             self.next_due = time.monotonic() + wait / 1000
+        return count
+
+    # End tasks that were not sent in time. The id of one that was in a lane stays there until a worker comes to it. Of
+    # one that is being sent, its worker decides.
+    # KEYS: the prefix. ARGV: how many at most, result_ttl (ms).
+    # Answer: {how many were looked at, and of each that ended now its id, type and account}.
+    EXPIRE = EVENT + CONCLUDE + """
+        local prefix, ttl, ended = KEYS[1], ARGV[2], {}
+
+        local function expire(id, task, head, created, account, attempts, before)
+            redis.call('ZREM', prefix .. 'delayed', id)
+            redis.call('ZREM', prefix .. 'scheduled', id)
+            local shown, reason = cjson.decode(head), 'it was not sent in time' .. (before and ': ' .. before or '')
+            emit_mail(prefix, id, account, 'mail.failed', 'expired', attempts, reason)
+            conclude(task, 'expired', reason, ttl, created,
+                     (shown.type == 'message' and '' or shown.type) .. ' ' .. shown.retries, account,
+                     'u', shown.payload.userId, 'n', shown.task)
+            for _, value in ipairs({id, shown.type, account}) do ended[#ended + 1] = value end
+        end
+
+        local due = redis.call('ZRANGE', prefix .. 'expiring', '-inf', milliseconds, 'BYSCORE', 'LIMIT', 0, ARGV[1])
+        for _, id in ipairs(due) do
+            local task = prefix .. 'task:' .. id
+            local state, head, created, account, attempts, before = unpack(redis.call('HMGET', task,
+                'state', 'head', 'created', 'account', 'attempts', 'error'))
+            if state == 'running' then
+                redis.call('ZADD', prefix .. 'expiring', milliseconds + 1000, id)
+            else
+                redis.call('ZREM', prefix .. 'expiring', id)
+                if state and state ~= 'dead' then
+                    expire(id, task, head, created, account, attempts, before)
+                end
+            end
+        end
+        return {#due, unpack(ended)}
+    """
+
+    def expire(self, note: Callable[[str, str, str], None]) -> int:
+        """End tasks that were not sent in time; returns how many were looked at, at most BATCH.
+
+        `note` is given the id, type and account of each that ended.
+        """
+        count, *ended = self._expire(keys=[self.store.prefix], args=[self.BATCH, self._limits[0]])
+        for fields in zip(ended[::3], ended[1::3], ended[2::3]):
+            note(*fields)
         return count
 
     def _note_delay(self) -> None:
@@ -3656,9 +3821,10 @@ class Queue:
     # event, and once more after the task was revived. A bounce or a complaint suppresses the address for the account,
     # and a task that had succeeded is then in the state "bounced".
     # KEYS: the prefix.
-    # ARGV: the account that the task must belong to, or ""; Event, reason, ids that may name the task, addresses that
-    #       may be the recipient, addresses of which one is it if the task has no other recipient ("*" is any), the
-    #       last three by spaces; 1 to suppress the first address for the account where there is no such task, or 0.
+    # ARGV: the account that the task must belong to, or ""; a Feedback and its reason; ids that may name the task,
+    #       addresses that may be the recipient, and addresses of which one is it if the task has no other recipient
+    #       ("*" is any), each by spaces; 1 to suppress the first address for the account where there is no such task,
+    #       or 0.
     # Answer: {"changed", "same", "unknown" (there is no such task) or "address" (it has no such recipient); and the id
     #         of the task and its account, which are "" where there is none}.
     BOUNCE = CLOCK + """
@@ -3891,7 +4057,7 @@ class Inspection:
         succeeded = found["state"] in (State.SUCCEEDED, State.BOUNCED)  # then the field "error" has the result
         error = None if succeeded else found["error"] or None
         if found["state"] == State.BOUNCED:
-            error = next(why for *_, event, why in reversed(lines_of(found["bounces"])) if event != Event.DELAYED)
+            error = next(why for *_, event, why in reversed(lines_of(found["bounces"])) if event != Feedback.DELAYED)
         status = {"id": task_id, "task": task["task"], "type": task["type"], "userId": task["payload"]["userId"],
                   "state": found["state"], "attempts": int(found["attempts"]), "retries": task["retries"],
                   "error": error, "created": timestamp(found["created"])}
@@ -4662,6 +4828,12 @@ class CancelledError(DeliveryError):
     """The mail is no longer wanted: it is not sent, and that is no failure."""
 
     verdict = Verdict.CANCELLED
+
+
+class ExpiredError(DeliveryError):
+    """The mail was not sent in time, and is not wanted any more."""
+
+    verdict = Verdict.EXPIRED
 
 
 class PostponedError(DeliveryError):
@@ -5671,7 +5843,7 @@ class Otps:
 
     Args:
         key: the secret of the hashes, 32 bytes.
-        ttl: seconds for which an OTP is valid.
+        ttl: seconds for which an OTP is valid, from the request on.
         minute_max: OTP requests of an account per minute; 0: unlimited.
         subject, content: templates of the mail, with `{{ otp }}` and `{{ minutes }}`.
     """
@@ -5692,7 +5864,7 @@ class Otps:
     # wrong attempts, does not return: its record stays without a hash until the TTL ends.
     # KEYS: otp:<address>:<account>.
     # ARGV: keyed hash of the OTP, when its task was created (microseconds), ttl (s), id of the API key.
-    # Answer: 1, or 0 if the OTP is outdated or has ended.
+    # Answer: "kept", "expired", or "outdated" if there is a newer one, or this one has ended.
     KEEP = Queue.LATER + """
         local otp, hash, created, ttl, key = KEYS[1], unpack(ARGV)
         local before, owner = unpack(redis.call('HMGET', otp, 'created', 'key'))
@@ -5700,21 +5872,30 @@ class Otps:
             redis.call('DEL', otp)
             before = false
         end
-        if before and later(before, created) then return 0 end
-        if before == created and redis.call('HEXISTS', otp, 'hash') == 0 then return 0 end
+        if before and later(before, created) then return 'outdated' end
+        if before == created and redis.call('HEXISTS', otp, 'hash') == 0 then return 'outdated' end
+        -- Created in the future, it is from before the clock went back.
+        local left = ttl * 1000 - math.max(0, math.floor((microseconds - created) / 1000))
+        if left <= 0 then return 'expired' end
         if before and before ~= created then redis.call('DEL', otp) end
         redis.call('HSET', otp, 'hash', hash, 'created', created, 'key', key)
-        redis.call('EXPIRE', otp, ttl)
-        return 1
+        redis.call('PEXPIRE', otp, left)
+        return 'kept'
     """
 
     def issue(self, task: Task) -> str:
-        """The OTP of a generateOtp task, valid from now on. Raises CancelledError if it is outdated or ended."""
+        """The OTP of a generateOtp task, valid until `ttl` seconds after it was asked for.
+
+        Raises CancelledError if it is outdated or ended, ExpiredError if that time is over.
+        """
         number = int.from_bytes(hmac.digest(self.key, task.payload["seed"].encode(), "sha256"))
         length, address = task.payload["length"], task.payload["userId"]
         otp = str(number % 10**length).zfill(length)
-        if not self._keep(keys=[self._record(task.account, address)],
-                          args=[self._hash(task.account, address, otp), task.created, self.ttl, task.key]):
+        answer = self._keep(keys=[self._record(task.account, address)],
+                            args=[self._hash(task.account, address, otp), task.created, self.ttl, task.key])
+        if answer == "expired":
+            raise ExpiredError("it was not sent in time")
+        if answer == "outdated":
             raise CancelledError("a newer OTP replaced this one, or it is used up")
         return otp
 
@@ -5829,9 +6010,9 @@ class Newsletters:
         """The KEYS of DEFINE, REMOVE, SUBSCRIBE, UNSUBSCRIBE and REFOLD, as KEYS_BY_NAME names them."""
         return [self.store.key("content", account), self.store.key("subscribers", content_type, account),
                 self.store.key("schedule"), self.store.key("issued", content_type, account),
-                self.store.key("unsubscribed", content_type, address, account)]
+                self.store.key("unsubscribed", content_type, address, account), self.store.prefix]
 
-    KEYS_BY_NAME = "local content, subscribers, schedule, issued, unsubscribed = unpack(KEYS)"
+    KEYS_BY_NAME = "local content, subscribers, schedule, issued, unsubscribed, prefix = unpack(KEYS)"
 
     # KEYS: see _keys().
     # ARGV: content type, body, 1 to replace it or 0 to create it.
@@ -5872,7 +6053,7 @@ class Newsletters:
 
     def remove(self, account: str, content_type: str) -> None:
         """Remove a content type and end its subscriptions. Raises HTTPError (404) if it does not exist."""
-        content, subscribers, _, issued, _ = keys = self._keys(account, content_type)
+        content, subscribers, _, issued, *_ = keys = self._keys(account, content_type)
         existed = self._remove(keys, [content_type])
         for key in (subscribers, issued):
             self.store.remove(key, content, content_type)
@@ -5966,10 +6147,11 @@ class Newsletters:
     # Workers may do an unsubscribe before the subscribe that came earlier: the later request wins in any order.
     # KEYS: see _keys().
     # ARGV: content type, address, subscription (JSON), when its task was created (microseconds), member of the
-    #       schedule, next boundary (s), body of the content type if it is to be created, or "".
+    #       schedule, next boundary (s), body of the content type if it is to be created, or ""; account, the data of
+    #       the event.
     # Answer: "subscribed", "overtaken", or "unknown" if the content type does not exist.
-    SUBSCRIBE = Queue.LATER + KEYS_BY_NAME + """
-        local content_type, address, record, created, member, boundary, body = unpack(ARGV)
+    SUBSCRIBE = Queue.LATER + Queue.EVENT + KEYS_BY_NAME + """
+        local content_type, address, record, created, member, boundary, body, account, data = unpack(ARGV)
         if body ~= '' and redis.call('HSETNX', content, content_type, body) == 1 then
             redis.call('UNLINK', subscribers, issued)  -- what REMOVE has left
         end
@@ -5980,6 +6162,7 @@ class Newsletters:
         if before and later(cjson.decode(before).created, created) then return 'overtaken' end
         redis.call('HSET', subscribers, address, record)
         redis.call('ZADD', schedule, boundary, member)
+        if not before then emit(prefix, account, 'subscription.started', data) end
         return 'subscribed'
     """
 
@@ -5999,7 +6182,9 @@ class Newsletters:
         result = self._subscribe(self._keys(account, content_type, address), [
             content_type, address, json.dumps(record), task.created,
             self.schedule_member(account, content_type, address),
-            next_boundary(payload["frequency"], self.clock(), self.zone), body])
+            next_boundary(payload["frequency"], self.clock(), self.zone), body, account,
+            json.dumps({"account": account, "userId": payload["userId"], "content_type": content_type,
+                        "frequency": payload["frequency"]})])
         if result == "unknown":
             raise PermanentError(f"content type {content_type!r} does not exist")
         return result
@@ -6014,10 +6199,10 @@ class Newsletters:
                                       task.id)
 
     # KEYS: see _keys().
-    # ARGV: address, when this was requested (microseconds), member of the schedule.
+    # ARGV: address, when this was requested (microseconds), member of the schedule, account, the data of the event.
     # Answer: that of unsubscribe().
-    UNSUBSCRIBE = Queue.LATER + KEYS_BY_NAME + """
-        local address, created, member = unpack(ARGV)
+    UNSUBSCRIBE = Queue.LATER + Queue.EVENT + KEYS_BY_NAME + """
+        local address, created, member, account, data = unpack(ARGV)
         redis.call('SET', unsubscribed, created, 'EX', 86400)
         local before = redis.call('HGET', subscribers, address)
         if not before then return 'not subscribed' end
@@ -6025,15 +6210,19 @@ class Newsletters:
         redis.call('HDEL', subscribers, address)
         redis.call('HDEL', issued, address)
         redis.call('ZREM', schedule, member)
+        emit(prefix, account, 'subscription.ended', data)
         return 'unsubscribed'
     """
 
     def _end_subscription(self, account: str, content_type: str, address: str, moment: int, request: str = "") -> str:
-        """End a subscription that is older than `moment` (microseconds). `request` is that of Script."""
+        """End a subscription that is older than `moment` (microseconds). `request` is that of Script: the id of a task,
+        or "" where the reader followed a link."""
+        data = {"account": account, "userId": address, "content_type": content_type,
+                "by": "task" if request else "link"}
         address = fold_address(address)
         return self._unsubscribe(
             self._keys(account, content_type, address),
-            [address, moment, self.schedule_member(account, content_type, address)], request)
+            [address, moment, self.schedule_member(account, content_type, address), account, json.dumps(data)], request)
 
     # Move a subscription from one address to another, if it still exists.
     # KEYS: see _keys(). ARGV: old address, new address, old member of the schedule, new member.
@@ -6152,7 +6341,7 @@ class Newsletters:
             end
             local body = cjson.encode({task = content_type, type = 'newsletter', retries = record.retries,
                                        payload = {userId = record.userId, content_type = content_type}})
-            add_task(prefix, id, account, key, 'bulk', 0, body, address)
+            add_task(prefix, id, account, key, 'bulk', 0, 0, body, address)
             redis.call('HSET', issued, address, id)
         end
 
@@ -6245,7 +6434,7 @@ class Provider(typing.NamedTuple):
     """
 
     types: tuple[str, ...]
-    events: Mapping[str, Event]
+    events: Mapping[str, Feedback]
     ids: tuple[str, ...]
     recipients: tuple[str, ...]
     address: str
@@ -6257,8 +6446,8 @@ PROVIDERS = {
     # Amazon SES publishes to Amazon SNS". A transient bounce was given up, but says nothing of the address.
     "ses": Provider(
         ("notificationType|eventType", "bounce.bounceType"),
-        {"Bounce": Event.DELAYED, "Bounce Permanent": Event.BOUNCED, "Complaint": Event.COMPLAINED,
-         "DeliveryDelay": Event.DELAYED},
+        {"Bounce": Feedback.DELAYED, "Bounce Permanent": Feedback.BOUNCED, "Complaint": Feedback.COMPLAINED,
+         "DeliveryDelay": Feedback.DELAYED},
         ("mail.messageId", "mail.commonHeaders.messageId"),
         ("bounce.bouncedRecipients", "complaint.complainedRecipients", "deliveryDelay.delayedRecipients"),
         "emailAddress", "diagnosticCode|status|bounce.bounceSubType|complaint.complaintFeedbackType"
@@ -6267,31 +6456,31 @@ PROVIDERS = {
     # MessageID is Postmark's own and in no reply; Metadata has what postmark_headers() say.
     "postmark": Provider(
         ("Type",),
-        {"HardBounce": Event.BOUNCED, "BadEmailAddress": Event.BOUNCED, "ManuallyDeactivated": Event.BOUNCED,
-         "SpamComplaint": Event.COMPLAINED, **dict.fromkeys((
+        {"HardBounce": Feedback.BOUNCED, "BadEmailAddress": Feedback.BOUNCED, "ManuallyDeactivated": Feedback.BOUNCED,
+         "SpamComplaint": Feedback.COMPLAINED, **dict.fromkeys((
              "Transient", "SoftBounce", "DnsError", "SpamNotification", "VirusNotification", "Blocked", "DMARCPolicy",
-             "SMTPApiError", "Unknown"), Event.DELAYED)},
+             "SMTPApiError", "Unknown"), Feedback.DELAYED)},
         ("Metadata.gomail", "MessageID"), ("",), "Email", "Details|Description|Name"),
     # Mailgun Documentation: "Webhook Payloads", and "Event Types" for the severity.
     "mailgun": Provider(
         ("event-data.event", "event-data.severity"),
-        {"failed permanent": Event.BOUNCED, "failed": Event.DELAYED, "complained": Event.COMPLAINED},
+        {"failed permanent": Feedback.BOUNCED, "failed": Feedback.DELAYED, "complained": Feedback.COMPLAINED},
         ("event-data.message.headers.message-id",), ("event-data",), "recipient",
         "delivery-status.message|delivery-status.description|reason"),
     # Brevo API documentation: "Transactional webhooks". What is blocked was not sent, for reasons of the account's.
     "brevo": Provider(
         ("event",),
-        {"hard_bounce": Event.BOUNCED, "invalid_email": Event.BOUNCED, "spam": Event.COMPLAINED,
-         "complaint": Event.COMPLAINED, **dict.fromkeys(("soft_bounce", "deferred", "blocked", "error"),
-                                                        Event.DELAYED)},
+        {"hard_bounce": Feedback.BOUNCED, "invalid_email": Feedback.BOUNCED, "spam": Feedback.COMPLAINED,
+         "complaint": Feedback.COMPLAINED, **dict.fromkeys(("soft_bounce", "deferred", "blocked", "error"),
+                                                        Feedback.DELAYED)},
         ("message-id",), ("",), "email", "reason"),
     # Twilio SendGrid Documentation: "Event Webhook Reference". A drop was not sent, mostly for an earlier event.
     "sendgrid": Provider(
         ("event", "type|reason"),
-        {"bounce": Event.BOUNCED, "bounce blocked": Event.DELAYED, "bounce expired": Event.DELAYED,
-         "blocked": Event.DELAYED, "deferred": Event.DELAYED, "spamreport": Event.COMPLAINED,
-         "dropped": Event.DELAYED, "dropped Bounced Address": Event.BOUNCED, "dropped Invalid": Event.BOUNCED,
-         "dropped Spam Reporting Address": Event.COMPLAINED},
+        {"bounce": Feedback.BOUNCED, "bounce blocked": Feedback.DELAYED, "bounce expired": Feedback.DELAYED,
+         "blocked": Feedback.DELAYED, "deferred": Feedback.DELAYED, "spamreport": Feedback.COMPLAINED,
+         "dropped": Feedback.DELAYED, "dropped Bounced Address": Feedback.BOUNCED, "dropped Invalid": Feedback.BOUNCED,
+         "dropped Spam Reporting Address": Feedback.COMPLAINED},
         ("smtp-id", "sg_message_id"), ("",), "email", "reason|response|status"),
 }
 MAX_REPORTS = 10_000  # in a notification
@@ -6398,8 +6587,8 @@ class Bounces:
         name = next((name for name in ("id", "messageId", "userId") if name in body), None)
         if name is None:
             raise HTTPError(400, "id, messageId or userId is required", "id")
-        event = Event.COMPLAINED if body["kind"] == "complaint" else (
-            Event.BOUNCED if body.get("permanent", True) else Event.DELAYED)
+        event = Feedback.COMPLAINED if body["kind"] == "complaint" else (
+            Feedback.BOUNCED if body.get("permanent", True) else Feedback.DELAYED)
         ids = reference(body[name]) if name != "userId" else ()
         addresses = (body["userId"],) if "userId" in body else ()
         answer = self.record(Report(event, diagnosis(body.get("reason", "")), ids, addresses,
@@ -6484,15 +6673,15 @@ def reports_in_mail(raw: bytes) -> list[Report]:
         [text for name in ("To", "Cc") for text in values(returned, name)])[:100] if parse_address(address))
     reports = []
     for block in fields if ids else []:
-        event: Event | None = None
+        event: Feedback | None = None
         reason = ""
         recipients = [[text] for text in values(block, "Original-Rcpt-To")[:100]] or [[]]
         if kind == "feedback-report":
-            event = Event.COMPLAINED if first_value(block, "Feedback-Type").lower() in COMPLAINTS else None
+            event = Feedback.COMPLAINED if first_value(block, "Feedback-Type").lower() in COMPLAINTS else None
         elif (action := first_value(block, "Action").lower()) in ("failed", "delayed"):
             status = first_value(block, "Status")
             # What is given up after a reply 4xx says nothing of the address: its mailbox is full, its server is away.
-            event = Event.BOUNCED if action == "failed" and not status.startswith("4") else Event.DELAYED
+            event = Feedback.BOUNCED if action == "failed" and not status.startswith("4") else Feedback.DELAYED
             reason = diagnosis(first_value(block, "Diagnostic-Code") or status)
             recipients = [[first_value(block, "Original-Recipient"), first_value(block, "Final-Recipient")]]
         for texts in recipients:
@@ -6696,7 +6885,180 @@ class BounceReader:
         raise imaplib.IMAP4.error(f"no mail can be moved into the folder {self.FOLDER}")
 
 
-# --- 15. workers ----------------------------------------------------------------------------------------
+# --- 15. webhooks ---------------------------------------------------------------------------------------
+# Accounts learn what became of their mails and subscriptions by HTTP requests to a URL of theirs, signed as Standard
+# Webhooks says (https://github.com/standard-webhooks/standard-webhooks, version 1). An event is queued by the script
+# that makes it happen (Queue.EVENT), so that none is lost, and sent by the workers of the lane `hooks`.
+
+EVENTS = ("mail.sent", "mail.failed", "mail.suppressed", "mail.bounced", "mail.complained", "subscription.started",
+          "subscription.ended", "lane.paused", "lane.resumed")  # the last two for the admin's webhook only
+
+
+class Webhooks:
+    """The webhook of each account, and of the admin, whose account is "": it gets the events of all."""
+
+    TIMEOUT = 10.0  # seconds for the whole request
+    LONGEST_REST = 60.0  # seconds after a receiver gave no answer, in which it gets nothing
+    MAX_DETAIL = 1000  # characters of a reason, ...
+    MAX_ADDRESSES = 20  # ... and addresses in it: with them, a body has at most 16 KB
+
+    @dataclasses.dataclass
+    class Rest:
+        """A receiver that gave no answer lately."""
+
+        until: float  # by time.monotonic()
+        failures: int
+        reason: str
+
+    def __init__(self, store: Store) -> None:
+        self.store, self.key = store, store.key("hooks")
+        self.context = ssl.create_default_context()
+        self.lock = threading.Lock()
+        self.resting: dict[str, Webhooks.Rest] = {}
+        self.connections: dict[http.client.HTTPConnection, float] = {}  # -> since when, by time.monotonic()
+        self._create = store.script(self.CREATE, once=True, when_full=False)
+        self._remove = store.script(self.REMOVE, once=True)
+
+    def find(self, account: str) -> Json:
+        """{"url", "events", "secret", "created", "previous", "until"}; the secret before is good until then (seconds).
+
+        Raises HTTPError (404) if the account has no webhook.
+        """
+        found = self.store.redis.hget(self.key, account)
+        if found is None:
+            raise HTTPError(404, "there is no webhook; PUT /webhook sets one")
+        return json.loads(found)
+
+    # KEYS: hooks. ARGV: account, its webhook. Answer: whether it had none before, and now has this one.
+    CREATE = "return redis.call('HSETNX', KEYS[1], ARGV[1], ARGV[2])"
+
+    def set(self, account: str, url: str, events: Sequence[str]) -> str | None:
+        """Send these events of the account to this URL from now on. Returns the secret of a new webhook, else None."""
+        secret, now = self._secret(), self.store.time()
+        hook = {"url": url, "events": events, "secret": secret, "created": now, "previous": "", "until": 0}
+        if self._create(keys=[self.key], args=[account, json.dumps(hook)]):
+            return secret
+        self._write(account, {**self.find(account), "url": url, "events": events})
+        return None
+
+    def replace_secret(self, account: str, overlap: int) -> tuple[str, float]:
+        """Make a new secret; for `overlap` seconds the one before signs as well. Returns it and when that ends."""
+        hook = self.find(account)
+        hook |= {"secret": self._secret(), "previous": hook["secret"], "until": self.store.time() + overlap}
+        self._write(account, hook)
+        return hook["secret"], hook["until"]
+
+    # KEYS: hooks. ARGV: account, the webhook as it was read, or "" for any. Answer: whether it was removed.
+    REMOVE = """
+        if ARGV[2] ~= '' and redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then return 0 end
+        return redis.call('HDEL', KEYS[1], ARGV[1])
+    """
+
+    def remove(self, account: str) -> None:
+        """Send no events of this account any more, nor those that wait. Raises HTTPError (404)."""
+        if not self._remove(keys=[self.key], args=[account, ""]):
+            raise HTTPError(404, "there is no webhook")
+
+    def _write(self, account: str, hook: Json) -> None:
+        self.store.write("HSET", self.key, account, json.dumps(hook))
+
+    @staticmethod
+    def _secret() -> str:
+        return "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
+
+    def deliver(self, task: Task) -> str:
+        """Send an event; returns the status of the answer.
+
+        Raises:
+            CancelledError: the account has no webhook any more, or its receiver is gone (410), which removes it.
+            TemporaryError: there was no answer in time, or one that is not 2xx; redirects are not followed.
+        """
+        found = self.store.redis.hget(self.key, task.account)
+        if found is None:
+            raise CancelledError("the webhook was removed")
+        hook = json.loads(found)
+        self._ensure_awake(task.account)
+        body = self._body(task)
+        try:
+            status = self._post(hook["url"], body, {"Content-Type": "application/json", **self._signature(
+                task.id, body, hook["secret"], *([hook["previous"]] if hook["until"] > self.store.time() else []))})
+        except (OSError, http.client.HTTPException) as error:
+            self._note_failure(task.account, f"no answer from the webhook: {describe(error)}")
+        with self.lock:
+            self.resting.pop(task.account, None)
+        if status == 410:
+            if self._remove(keys=[self.key], args=[task.account, found]):
+                log(logging.WARNING, "webhook removed: its receiver answers 410 Gone", account=task.account)
+            raise CancelledError("the receiver answered 410: it is gone")
+        if not 200 <= status <= 299:
+            raise TemporaryError(f"the webhook answered {status}")
+        return str(status)
+
+    def _ensure_awake(self, account: str) -> None:
+        """Raise TemporaryError while the receiver rests. Afterwards one event goes ahead of the others."""
+        with self.lock:
+            if rest := self.resting.get(account):
+                if time.monotonic() < rest.until:
+                    raise TemporaryError(rest.reason)
+                rest.until = time.monotonic() + self.TIMEOUT
+
+    def _note_failure(self, account: str, reason: str) -> typing.NoReturn:
+        """Let a receiver rest that gave no answer: others' events must not wait for it. Raises TemporaryError."""
+        with self.lock:
+            failures = self.resting[account].failures + 1 if account in self.resting else 0
+            self.resting[account] = self.Rest(
+                time.monotonic() + min(2.0 ** failures, self.LONGEST_REST), failures, reason)
+        raise TemporaryError(reason)
+
+    def _body(self, task: Task) -> bytes:
+        """The body of an event: its type, when it happened (RFC 3339), and its data."""
+        data = dict(task.payload["data"])
+        if head := data.pop("head", None):
+            detail, addresses = data.pop("detail")[:self.MAX_DETAIL], data.pop("suppressed").split()
+            data |= {"task": head["task"], "type": head["type"], "userId": head["payload"]["userId"],
+                     "reply" if data["state"] == State.SUCCEEDED else "error": detail}
+            if addresses:
+                data["suppressed"] = addresses[:self.MAX_ADDRESSES]
+        return json.dumps({"type": task.name, "timestamp": timestamp(task.created), "data": data},
+                          ensure_ascii=False).encode()
+
+    @staticmethod
+    def _signature(event_id: str, body: bytes, *keys: str) -> dict[str, str]:
+        """The headers that identify and sign an event, by each of these secrets."""
+        moment = str(int(time.time()))
+        content = f"{event_id}.{moment}.".encode() + body
+        signatures = [hmac.digest(base64.b64decode(key.removeprefix("whsec_")), content, "sha256") for key in keys]
+        return {"webhook-id": event_id, "webhook-timestamp": moment, "webhook-signature": " ".join(
+            f"v1,{base64.b64encode(signature).decode()}" for signature in signatures)}
+
+    def _post(self, url: str, body: bytes, headers: dict[str, str]) -> int:
+        """The status of the answer to a POST request. Raises OSError or HTTPException."""
+        parts = urllib.parse.urlsplit(url)
+        host, target = parts.hostname or "", (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        connection = (http.client.HTTPSConnection(host, parts.port, timeout=self.TIMEOUT, context=self.context)
+                      if parts.scheme == "https" else
+                      http.client.HTTPConnection(host, parts.port, timeout=self.TIMEOUT))
+        with self.lock:
+            self.connections[connection] = time.monotonic()
+        try:
+            connection.request("POST", target, body, {"User-Agent": f"GoMail/{__version__}", **headers})
+            return connection.getresponse().status
+        finally:
+            with self.lock:
+                del self.connections[connection]
+            connection.close()
+
+    def cut(self, after: float = TIMEOUT) -> None:
+        """Cut the connections to receivers that are older than so many seconds."""
+        with self.lock:
+            for connection, since in self.connections.items():
+                if time.monotonic() - since >= after:
+                    with contextlib.suppress(OSError, TypeError):  # it may be None yet
+                        # SSLSocket.shutdown() would take the TLS session away from the thread that reads.
+                        socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
+
+
+# --- 16. workers ----------------------------------------------------------------------------------------
 # The thread pool. Each worker belongs to one lane and does one task at a time. When the mail server is out, the circuit
 # breaker of the lane opens, and one worker probes the server until it closes again. This costs no task an attempt.
 
@@ -6996,16 +7358,17 @@ class Workers:
     REST = 0.1  # seconds after a failure to settle in time
     SETTLE_TIMEOUT = 2.0  # seconds to settle the tasks in hand, once their connections are cut
     DOUBT_FACTOR = 20  # times retry_delay: before a mail that may have arrived is sent again
-    EVENTS = {Verdict.SUCCEEDED: "sent", Verdict.RETRYING: "retried", Verdict.DROPPED: "retried",
-              Verdict.IN_DOUBT: "retried", Verdict.DEAD: "failed"}  # for the history of mails
+    HISTORY = {Verdict.SUCCEEDED: "sent", Verdict.RETRYING: "retried", Verdict.DROPPED: "retried",
+               Verdict.IN_DOUBT: "retried", Verdict.DEAD: "failed"}
 
     def __init__(self, settings: Settings, store: Store, queue: Queue, suppressions: Suppressions, transport: Transport,
-                 otps: Otps, newsletters: Newsletters, stats: Stats) -> None:
+                 otps: Otps, newsletters: Newsletters, webhooks: Webhooks, stats: Stats) -> None:
         self.settings, self.store, self.queue, self.suppressions = settings, store, queue, suppressions
-        self.transport, self.stats = transport, stats
+        self.transport, self.webhooks, self.stats = transport, webhooks, stats
         self.otps, self.newsletters = otps, newsletters
         self.handlers = {"message": self.send_message, "generateOtp": self.send_otp, "newsletter": self.send_newsletter,
-                         "subscribe": newsletters.subscribe, "unsubscribe": newsletters.unsubscribe}
+                         "subscribe": newsletters.subscribe, "unsubscribe": newsletters.unsubscribe,
+                         "webhook": self.send_event}
         self.stopping = threading.Event()
         self.smtp = SmtpState(transport)
         self.breakers: dict[str, CircuitBreaker] = {
@@ -7013,9 +7376,10 @@ class Workers:
         self.suspect = threading.Lock()
         # One thread for the changes, which wait for Redis alone, and for fast newsletters: more threads would make them
         # only a little faster, and OTPs slower. A Maildir takes one mail at a time.
-        most = max(settings.workers, settings.workers_max) if settings.smtp_server else settings.workers
+        workers_max = max(settings.workers, settings.workers_max)
+        most = workers_max if settings.smtp_server else settings.workers
         sizes = {Lane.URGENT: (settings.workers, most), Lane.NORMAL: (settings.workers, most), Lane.BULK: (1, most),
-                 Lane.CHANGES: (1, 1)}
+                 Lane.CHANGES: (1, 1), Lane.HOOKS: (1, workers_max)}
         load = ProcessorLoad()
         self.crews = {lane: Crew(lane, *sizes[lane], self.run, load) for lane in Lane}
         self.names = [name for crew in self.crews.values() for name in crew.hands]
@@ -7058,6 +7422,7 @@ class Workers:
             if not any(thread.is_alive() for thread in threads):
                 break
             self.transport.abandon()
+            self.webhooks.cut(after=0.0)
         self.stopped = True
         self.in_hand.set()
         return not any(thread.is_alive() for thread in threads)
@@ -7192,8 +7557,8 @@ class Workers:
             outcome = self._perform(task, lane)
         verdict = outcome.verdict
         self.stats.count("gomail_tasks_total", type=task.type, outcome=verdict)
-        if task.type not in ("subscribe", "unsubscribe") and verdict in self.EVENTS:
-            self.stats.note(self.EVENTS[verdict], Account(task.account, task.key))
+        if task.type in MAIL_TYPES and verdict in self.HISTORY:
+            self.stats.note(self.HISTORY[verdict], Account(task.account, task.key))
         detail = {"result" if verdict == Verdict.SUCCEEDED else "error": outcome.detail} if outcome.detail else {}
         log(logging.INFO if verdict in CONCLUDED else logging.WARNING, f"task {verdict}", task=task.id, type=task.type,
             account=task.account, attempt=task.attempts + 1, duration=round(time.monotonic() - started, 4), **detail)
@@ -7301,6 +7666,8 @@ class Workers:
             lane, sender = lane_of(task.type), mail.sender[1]
             if (pause := self.queue.pace(lane)) and self.stopping.wait(pause):
                 raise PostponedError("the service stopped before smtp_rate let it go")
+            if task.expires and self.store.time() * 1000 >= task.expires:
+                raise ExpiredError("it was not sent in time")
             message = task.message or self._compose(task, mail)
             started = time.monotonic()
             try:
@@ -7316,10 +7683,18 @@ class Workers:
 
     def _envelope(self, task: Task | None) -> Envelope | None:
         """The envelope of the mail that a task will send, as far as that can be known before."""
-        if task is None or task.strikes or task.type not in ("message", "newsletter", "generateOtp"):
+        if task is None or task.strikes or task.type not in MAIL_TYPES:
             return None
         return Envelope(self.settings.sender[1], tuple(
             address for address in self._recipients(task) if address not in task.delivered))
+
+    def send_event(self, task: Task) -> str:
+        """Send an event to a webhook; returns the status of the answer."""
+        started = time.monotonic()
+        try:
+            return self.webhooks.deliver(task)
+        finally:
+            self.crews[Lane.HOOKS].note(time.monotonic() - started)
 
     def _recipients(self, task: Task) -> list[str]:
         """The addresses that a task's mail goes to, except those that are suppressed."""
@@ -7328,7 +7703,7 @@ class Workers:
             task.type != "generateOtp" and self.suppressions.by_older(task.account, address))]
 
 
-# --- 16. cron -------------------------------------------------------------------------------------------
+# --- 17. cron -------------------------------------------------------------------------------------------
 # One thread that does what is due: heartbeats, retries, newsletters, and the tasks of dead processes.
 
 class Cron:
@@ -7408,6 +7783,14 @@ class Cron:
                 self.queue.wake.set()  # so that the next round is a TICK later, whatever is due
         LineBuffer.wakes = tuple(event for event in LineBuffer.wakes if event is not self.queue.wake)
 
+    def expire(self) -> int:
+        """End tasks that were not sent in time, count and log them; returns what Queue.expire() does."""
+        def note(task_id: str, task_type: str, account: str) -> None:
+            self.stats.count("gomail_tasks_total", type=task_type, outcome=Verdict.EXPIRED)
+            log(logging.WARNING, "task expired", task=task_id, type=task_type, account=account)
+
+        return self.queue.expire(note)
+
     def once(self) -> None:
         """Do one round. Long work is done in parts, so that the heartbeat stays on time."""
         now = time.monotonic()
@@ -7422,6 +7805,7 @@ class Cron:
                 self.transport.bound.refresh()
             self.accounts.restore_secret()
             self.workers.reinforce()
+            self.workers.webhooks.cut()
             self.stats.flush()
             self.queue.find_orphans()
             self.queue.reclaim()
@@ -7433,7 +7817,8 @@ class Cron:
         if now - self.last_poll < self.POLL and not self.queue.is_due():
             return
         self.last_poll, deadline = now, time.monotonic() + 0.5
-        for work, batch in ((self.queue.promote, Queue.BATCH), (self.newsletters.enqueue_due, Newsletters.BATCH)):
+        for work, batch in ((self.expire, Queue.BATCH), (self.queue.promote, Queue.BATCH),
+                            (self.newsletters.enqueue_due, Newsletters.BATCH)):
             while work() == batch:
                 if time.monotonic() >= deadline:
                     self.last_poll = float("-inf")  # the rest in the next round, a TICK later
@@ -7441,7 +7826,7 @@ class Cron:
                     break
 
 
-# --- 17. http api ---------------------------------------------------------------------------------------
+# --- 18. http api ---------------------------------------------------------------------------------------
 # Api has the handlers: each takes a Request and returns the answer. The table ROUTES behind it says which handler
 # answers which path, who may use it, and what it checks.
 
@@ -7592,12 +7977,12 @@ class Api:
     MAX_PENALTIES = 8  # delayed answers at a time, in a process
 
     def __init__(self, settings: Settings, store: Store, accounts: Accounts, queue: Queue, inspection: Inspection,
-                 suppressions: Suppressions, otps: Otps, newsletters: Newsletters, bounces: Bounces,
-                 transport: Transport, workers: Workers, smtp: SmtpState, stats: Stats) -> None:
+                 suppressions: Suppressions, otps: Otps, newsletters: Newsletters, webhooks: Webhooks,
+                 bounces: Bounces, transport: Transport, workers: Workers, smtp: SmtpState, stats: Stats) -> None:
         self.settings, self.store, self.accounts, self.queue = settings, store, accounts, queue
         self.bounces = bounces
         self.inspection, self.suppressions = inspection, suppressions
-        self.otps, self.newsletters, self.stats = otps, newsletters, stats
+        self.otps, self.newsletters, self.webhooks, self.stats = otps, newsletters, webhooks, stats
         self.transport, self.workers, self.smtp = transport, workers, smtp
         # A browser sends a host's cookies to all of its ports: two services on one host need two names.
         self.cookie = f"gomail_{accounts.derive('cookie').hex()[:8]}"
@@ -7879,6 +8264,36 @@ class Api:
         self.newsletters.follow_link(request.path_params["token"])
         return small_page("<p>You are unsubscribed.</p>")
 
+    def read_webhook(self, request: Request) -> Reply:
+        return self.describe_webhook(self.webhooks.find(request.account.name))
+
+    @staticmethod
+    def describe_webhook(hook: Json) -> Json:
+        """What is shown of a webhook: all but its secrets."""
+        until = timestamp(hook["until"] * 1e6) if hook["until"] > time.time() else None
+        return {"status": True, "url": hook["url"], "events": hook["events"],
+                "created": timestamp(hook["created"] * 1e6), "previousUntil": until}
+
+    def set_webhook(self, request: Request) -> Reply:
+        name = self.ensure_may_set_webhook(request)
+        secret = self.webhooks.set(name, request.body["url"], request.body.get("events", EVENTS))
+        return {**self.describe_webhook(self.webhooks.find(name)), **({"secret": secret} if secret else {})}
+
+    def replace_webhook_secret(self, request: Request) -> Reply:
+        name = self.ensure_may_set_webhook(request)
+        secret, until = self.webhooks.replace_secret(name, request.body.get("overlap", 86400))
+        return {"status": True, "secret": secret, "previousUntil": timestamp(until * 1e6)}
+
+    def remove_webhook(self, request: Request) -> Reply:
+        self.webhooks.remove(self.ensure_may_set_webhook(request))
+        return done("Webhook removed successfully")
+
+    def ensure_may_set_webhook(self, request: Request) -> str:
+        """The name of the account whose webhook the request is about. Raises HTTPError (401): only the admin may."""
+        if self.settings.admin_token and not self.is_admin(request):
+            raise self.not_admin()
+        return request.account.name
+
     def list_suppressions(self, request: Request) -> Reply:
         return self.part_of_list(request, "suppressions", self.suppressions.list)
 
@@ -8037,6 +8452,8 @@ DEFINITION = Object({"content_type": CONTENT_TYPE, "subject": SUBJECT_TEMPLATE, 
 VERIFICATION = Object({"userEmail": Address(), "otp": Otp()})
 BATCH = Object({"tasks": Array(AnyValue(), 1000, 1)})  # the handler checks and answers each task by itself
 RECIPIENT = Object({"userId": Address()})
+WEBHOOK = Object({"url": Url(), "events": Nullable(Array(Enum(EVENTS), len(EVENTS), 1))})
+OVERLAP = Object({"overlap": Nullable(Integer(0, 2592000))})  # seconds
 LOGIN = Object({"key": String(4096, ONE_LINE, LINE)})
 class Notification(Check):
     """What a provider sends: Bounces finds what it knows in it."""
@@ -8061,6 +8478,7 @@ TASK_ANSWER = {"status": bool, "id": str, "task": str, "type": str, "userId": st
                "retries": int, "error": (str, None), "created": str, "story": list}
 PART_ANSWER = {"status": bool, "total": int, "offset": int, "limit": int}
 SESSION_ANSWER = {"status": bool, "account": (str, None), "admin": bool, "signup": bool}
+WEBHOOK_ANSWER = {"status": bool, "url": str, "events": list, "created": str, "previousUntil": (str, None)}
 LANES_ANSWER = {"status": bool, "lanes": list, "processes": int, "retrying": int, "dead": int, "mail_to": str,
                 "outbox": bool, "smtp": dict}
 MAIL_ANSWER = {"status": bool, "id": str, "headers": list, "text": (str, None), "html": (str, None),
@@ -8109,6 +8527,11 @@ ROUTES = (
     Route("POST", "/bounces", Api.take_bounce, Access.KEY, BOUNCE, answer=CHANGED, refuses=(404,)),
     Route("POST", "/bounces/{provider}/{token}", Api.take_notification, Access.TOKEN, Notification(), answer=CHANGED,
           refuses=(404,), any_media_type=True),
+    Route("GET", "/webhook", Api.read_webhook, Access.ALL, answer=WEBHOOK_ANSWER, refuses=(404,)),
+    Route("PUT", "/webhook", Api.set_webhook, Access.ALL, WEBHOOK, answer=WEBHOOK_ANSWER),
+    Route("DELETE", "/webhook", Api.remove_webhook, Access.ALL, refuses=(404,)),
+    Route("POST", "/webhook/secret", Api.replace_webhook_secret, Access.ALL, OVERLAP,
+          answer={"status": bool, "secret": str, "previousUntil": str}, refuses=(404,)),
     Route("GET", "/lanes", Api.list_lanes, Access.ALL, answer=LANES_ANSWER),
     Route("POST", "/lanes/{lane}/resume", Api.resume_lane, Access.ALL, refuses=(404, 429)),
     Route("GET", "/history", Api.read_history, Access.ALL, answer={"status": bool, "minutes": list}),
@@ -8212,7 +8635,7 @@ def openapi(routes: Sequence[Route]) -> Json:
 OPENAPI = openapi(ROUTES)
 
 
-# --- 18. http server ------------------------------------------------------------------------------------
+# --- 19. http server ------------------------------------------------------------------------------------
 # `http.server` gives the sockets and threads. Requests are parsed here, strictly by RFC 9112: if a proxy and GoMail
 # read one stream differently, an attacker can hide a request in another (request smuggling). Handler.answer() turns
 # exceptions into JSON errors.
@@ -8911,7 +9334,7 @@ def parse_json(body: bytes | bytearray) -> object:
         raise HTTPError(400, f"the body is not JSON: {describe(error)}") from None
 
 
-# --- 19. service ----------------------------------------------------------------------------------------
+# --- 20. service ----------------------------------------------------------------------------------------
 # Service wires all parts together and runs them in one process; Supervisor runs several such processes.
 
 def open_store(settings: Settings, server: EmbeddedServer | None = None, **more: object) -> Store:
@@ -9080,13 +9503,15 @@ class Service:
         self.stats = Stats(store)
         bounces = Bounces(self.queue, accounts, self.stats, settings.public_url)
         self.bounce_reader = BounceReader(settings, store, bounces, process) if settings.bounce_imap else None
+        webhooks = Webhooks(store)
         self.workers = Workers(settings, store, self.queue, suppressions, self.transport, otps, self.newsletters,
-                               self.stats)
+                               webhooks, self.stats)
         self.cron = Cron(store, accounts, self.queue, self.newsletters, self.stats, self.workers, self.transport,
                          self.server)
         self.http.store, self.http.stats = store, self.stats
         self.http.api = Api(settings, store, accounts, self.queue, self.inspection, suppressions, otps,
-                            self.newsletters, bounces, self.transport, self.workers, self.workers.smtp, self.stats)
+                            self.newsletters, webhooks, bounces, self.transport, self.workers, self.workers.smtp,
+                            self.stats)
 
     def listen(self) -> None:
         """Accept connections until the service stops, in spite of errors of this machine."""
@@ -9375,7 +9800,7 @@ def run(settings: Settings) -> int:
     return 0
 
 
-# --- 20. command line -----------------------------------------------------------------------------------
+# --- 21. command line -----------------------------------------------------------------------------------
 # Without a command, this runs the service. The commands work on the Redis of a gomail, for all accounts, and write text
 # for people or JSON. Their exit codes: 0 done, 1 not found or no success, 2 wrong usage, 3 Redis cannot be reached or a
 # setting is wrong, 130 Ctrl-C. The service's: 0 stopped, 1 cannot start now, 78 cannot start with these settings.
@@ -9703,9 +10128,10 @@ class Backup:
     PAGE_BYTES = 1_000_000  # read or written at once, so that Redis has time for others
     PAGE_KEYS = 200  # read or written at once
     # State of processes or of a moment, and the places of tasks.
-    EXCLUDED = frozenset(("lane", "processing", "delayed", "scheduled", "dead", "processes", "heartbeat", "paused",
-                          "resume", "resumed", "rate", "connections", "connections_limit", "connections_wanted",
-                          "bounce_reader", "answered", "on_disk", "writable", "restoring", "jwt_secret_check"))
+    EXCLUDED = frozenset(("lane", "processing", "delayed", "scheduled", "expiring", "dead", "processes", "heartbeat",
+                          "paused", "paused_announced", "resume", "resumed", "rate", "connections", "connections_limit",
+                          "connections_wanted", "bounce_reader", "answered", "on_disk", "writable", "restoring",
+                          "jwt_secret_check"))
     # What a gomail leaves in Redis even if it was never used.
     DISPOSABLE = frozenset(("jwt_secret", "ascii_folded", "stats", "history", "metrics"))
     ENDED = (*CONCLUDED, State.BOUNCED, State.DEAD)
@@ -9939,10 +10365,12 @@ class Backup:
         state, account = ended_as(fields["d"]) if "d" in fields else (fields.get("state"), fields.get("account", ""))
         key, member = self._key(f"task:{task_id}"), redis_bytes(task_id)
         letters = [self._key("dead"), self._key(f"dead:{account}")]
-        delayed, scheduled = self._key("delayed"), self._key("scheduled")
+        delayed, scheduled, expiring = (self._key(name) for name in ("delayed", "scheduled", "expiring"))
         pipeline.unlink(key)
-        for place in (delayed, scheduled, *letters):
+        for place in (delayed, scheduled, expiring, *letters):
             pipeline.zrem(place, member)
+        if "expires" in fields:
+            pipeline.zadd(expiring, {member: fields["expires"]})
         if state == "dead":
             for place in letters:
                 pipeline.zadd(place, {member: int(fields["finished"]) // 1000})

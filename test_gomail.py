@@ -74,6 +74,7 @@ import redis
 import redis.backoff
 import redis.retry
 import selectolax.lexbor
+import standardwebhooks
 import trustme
 from hypothesis import stateful, strategies
 
@@ -664,7 +665,7 @@ def test_the_docstring_lists_the_sections_of_the_module():
     source = (HERE / "gomail.py").read_text()
     sections = re.findall(r"^# --- (\d+\. [a-z ]+[a-z]) -+$", source, re.MULTILINE)
     listed = re.findall(r"\d+\. [a-z]+(?: [a-z]+)*", gomail.__doc__.partition("from POST to 250")[0])
-    assert len(sections) == 20 and sorted(listed) == sorted(sections)
+    assert len(sections) == 21 and sorted(listed) == sorted(sections)
 
 
 def test_every_name_on_the_way_of_a_mail_that_the_docstring_tells_is_there():
@@ -3225,7 +3226,8 @@ def test_requests_that_go_together_get_the_answers_and_leave_the_data_of_one_aft
             name, kind = ids.get(key.rpartition(":")[2], key.removeprefix(store.prefix)), store.redis.type(key)
             if kind == "hash":
                 data[name] = store.redis.hgetall(key)
-                data[name].pop("created", None)
+                for moment in ("created", "expires"):
+                    data[name].pop(moment, None)
                 if "body" in data[name]:
                     data[name]["body"] = re.sub('"seed": "[0-9a-f]+"', "", data[name]["body"])
             elif kind == "list":
@@ -4115,7 +4117,9 @@ def test_a_recipient_that_is_refused_for_good_makes_a_dead_letter_for_him_alone(
     mail_server.replies["c@example.com"] = ["550 5.7.1 no"]
     client = services(mail_server).client.sign_up()
     task_id = client.task(retries=1, cc=["c@example.com"])
-    assert client.state(task_id, "dead")["error"] == "c@example.com: 550 5.7.1 no"
+    found = client.state(task_id, "dead")
+    assert found["error"] == "c@example.com: 550 5.7.1 no" and found["story"][1]["result"] == "250 OK"
+    assert [step["event"] for step in found["story"]] == ["accepted", "delivered", "dead"]
     assert [mail.recipient for mail in mail_server.mails] == ["user@example.com"]
     client.post(f"/task/dead/{task_id}/retry")
     client.state(task_id, "succeeded")
@@ -6217,6 +6221,23 @@ def test_an_otp_ends_after_otp_ttl(services, mail_server):
     assert verified(client, address, otp) is False
 
 
+def test_an_otp_is_valid_from_its_request_on_however_long_its_mail_waited(service, client):
+    record, now = service.store.key("otp", "user@example.com", "one"), service.store.time() * 1000
+
+    def issue(expires):
+        service.store.redis.delete(record)
+        payload = {"userId": "user@example.com", "length": 6, "seed": "x"}
+        service.http.api.otps.issue(gomail.Task(
+            "id", "one", "key", "generateOtp", "t", 0, payload, int(now * 1000), expires=int(expires)))
+        return service.store.redis.pttl(record)
+    ttl = service.settings.otp_ttl * 1000
+    assert 0 < issue(now + ttl - 100_000) <= ttl - 100_000
+    with pytest.raises(gomail.ExpiredError):
+        issue(now)
+    assert ttl - 100_000 < issue(now + 1e9) <= ttl  # the clock has gone back
+    assert ttl - 100_000 < issue(0) <= ttl  # an older version queued it
+
+
 def test_an_otp_belongs_to_the_account_that_asked_for_it(client, service, mail_server):
     otp, address = issued(client, mail_server)
     assert verified(service.client.sign_up(), address, otp) is False
@@ -7865,7 +7886,336 @@ def test_no_password_goes_to_a_mailbox_without_tls_except_on_loopback(monkeypatc
     assert not any("AUTHENTICATE" in line or "LOGIN" in line for line in server.said)
 
 
-# --- 11. workers ------------------------------------------------------------------------------------------
+# --- 11. webhooks -----------------------------------------------------------------------------------------
+
+class Receiver(http.server.ThreadingHTTPServer):
+    """A real receiver of webhooks: it keeps the events that it answers 2xx, verified by the published package.
+
+    `answers` are the statuses of its next answers, or functions that answer themselves; then all is answered 204.
+    `seen` has the headers of all requests. Where `secret` is not set, nothing is verified.
+    """
+
+    daemon_threads, secret = True, ""
+
+    def __init__(self, port=0, context=None):
+        self.events, self.seen, self.answers = [], [], []
+        super().__init__(("127.0.0.1", port), self.Handler)
+        self.url = f"{'https' if context else 'http'}://localhost:{self.server_port}/hooks?a=b"
+        if context:
+            self.socket = context.wrap_socket(self.socket, server_side=True)
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            server, body = self.server, self.rfile.read(int(self.headers["Content-Length"]))
+            assert self.path == "/hooks?a=b" and len(body) <= 16384
+            server.seen.append(dict(self.headers))
+            answer = server.answers.pop(0) if server.answers else 204
+            if callable(answer):
+                return answer(self)
+            if answer == 204:
+                event = (standardwebhooks.Webhook(server.secret).verify(body, dict(self.headers)) if server.secret
+                         else json.loads(body))
+                server.events.append(event)
+            self.send_response(answer)
+            self.send_header("Location", server.url)
+            self.end_headers()
+
+        def log_message(self, *arguments):
+            pass
+
+    def close(self):
+        self.shutdown()
+        self.server_close()
+
+    def hooked(self, client, **more):
+        """Let a client's account send its events here."""
+        answer = client("PUT", "/webhook", {"url": self.url, **more})[1]
+        self.secret = answer.get("secret", self.secret)
+        return answer
+
+    def data(self, kind):
+        """The data of the events of a kind."""
+        return [event["data"] for event in list(self.events) if event["type"] == kind]
+
+
+@pytest.fixture
+def receiver():
+    with contextlib.closing(Receiver()) as receiver:
+        yield receiver
+
+
+def test_an_account_learns_what_became_of_its_mails_and_no_content_of_theirs(services, mail_server, receiver):
+    client = services(mail_server).client.sign_up()
+    receiver.hooked(client)
+    mail_server.replies["no@example.com"] = ["550 5.1.1 no such user"]
+    client.post("/suppressions", {"userId": "suppressed@example.com"})
+    sent = client.task(content="secret", cc=["copy@example.com"])
+    failed = client.task(userId="no@example.com", subject="secret")
+    suppressed, expired = client.task(userId="suppressed@example.com"), client.task(expires_at="1999-12-31T23:59:59Z")
+    otp = client.task("generateOtp")
+    until(lambda: len(receiver.events) == 5)
+    own = {"account": name_of(client), "task": "a test"}
+    assert receiver.data("mail.suppressed") == [{
+        **own, "id": suppressed, "type": "message", "userId": "suppressed@example.com", "state": "suppressed",
+        "attempts": 0, "error": client.get(f"/task/{suppressed}")["error"]}]
+    assert sorted(receiver.data("mail.sent"), key=lambda data: data["type"]) == [
+        {**own, "id": task_id, "type": kind, "userId": "user@example.com", "state": "succeeded", "attempts": 1,
+         "reply": "250 OK"} for task_id, kind in ((otp, "generateOtp"), (sent, "message"))]
+    assert sorted(receiver.data("mail.failed"), key=lambda data: data["state"]) == [
+        {**own, "id": failed, "type": "message", "userId": "no@example.com", "state": "dead", "attempts": 1,
+         "error": "550 5.1.1 no such user", "suppressed": ["no@example.com"]},
+        {**own, "id": expired, "type": "message", "userId": "user@example.com", "state": "expired", "attempts": 0,
+         "error": "it was not sent in time"}]
+    assert "secret" not in str(receiver.events)
+    moments = [datetime.datetime.fromisoformat(event["timestamp"]).timestamp() for event in receiver.events]
+    assert all(abs(time.time() - moment) < PATIENCE for moment in moments)
+
+
+def test_a_task_that_killed_its_processes_is_told_of_too(queue, receiver):
+    store = queue.store
+    gomail.Webhooks(store).set(queue.account.name, receiver.url, gomail.EVENTS)
+    task_id, = queue.enqueue(queue.account, [MESSAGE])
+    store.redis.hset(store.key("task", task_id), "strikes", gomail.Queue.MAX_STRIKES - 1)
+    queue.begin(take(queue, "normal-0", "normal"))
+    store.redis.delete(store.key("heartbeat", queue.process))
+    queue.reclaim(patience=0.0)
+    event = json.loads(store.redis.hget(store.key("task", store.redis.lindex(store.key("lane", "hooks"), 0)), "body"))
+    assert event["task"] == "mail.failed" and event["payload"]["data"]["detail"] == "its process died 3 times"
+
+
+def test_an_account_learns_when_a_subscription_starts_and_ends(services, mail_server, receiver, clock):
+    service = services(mail_server, clock, public_url="https://mail.example.com")
+    client = service.client.sign_up()
+    receiver.hooked(client)
+    define(client)
+    for _ in range(2):  # the second time only the frequency might change
+        subscribe(client)
+    client.state(client.task("unsubscribe", content_type="news", userId="User@example.com"), "succeeded")
+    subscribe(client)
+    link = service.newsletters.link(name_of(client), "news", "user@example.com")
+    service.newsletters.follow_link(link.rpartition("/")[2])
+    until(lambda: len(receiver.events) == 4)
+    same = {"account": name_of(client), "content_type": "news"}
+    assert receiver.data("subscription.started") == [
+        {**same, "userId": "user@example.com", "frequency": "@daily"}] * 2
+    assert sorted(receiver.data("subscription.ended"), key=lambda data: data["by"]) == [
+        {**same, "userId": "user@example.com", "by": "link"}, {**same, "userId": "User@example.com", "by": "task"}]
+
+
+def test_only_the_events_that_a_webhook_asks_for_are_made_and_none_without_a_webhook(services, mail_server, receiver):
+    service = services(mail_server)
+    client, other = service.client.sign_up(), service.client.sign_up()
+    mail_server.replies["user@example.com"] = ["550 5.1.1 no"]
+    assert receiver.hooked(client, events=["mail.failed"])["events"] == ["mail.failed"]
+    client.state(client.task(userId="another@example.com"), "succeeded")
+    other.state(other.task(userId="another@example.com"), "succeeded")
+    client.state(client.task(), "dead")
+    until(lambda: receiver.events)
+    assert len(receiver.data("mail.failed")) == len(receiver.events) == 1
+    store = service.store
+    until(lambda: not store.redis.keys(store.key("processing", "*")))
+    assert len(store.redis.keys(store.key("task", "*"))) == 3  # a delivered event leaves nothing behind
+
+
+@pytest.mark.parametrize("answers", [[500], [503, 400], [302], [307, 301], [199 + 205]])
+def test_an_event_is_sent_again_with_the_same_id_until_it_is_answered_2xx_and_no_redirect_is_followed(
+        client, receiver, answers):
+    receiver.hooked(client)
+    receiver.answers += answers
+    client.task()
+    until(lambda: receiver.events)
+    assert len(receiver.seen) == len(answers) + 1 and len({seen["webhook-id"] for seen in receiver.seen}) == 1
+    assert {seen["Content-Type"] for seen in receiver.seen} == {"application/json"}
+
+
+def test_410_switches_the_webhook_off_until_it_is_set_again_but_not_one_that_has_replaced_it(
+        service, client, receiver, said):
+    receiver.hooked(client)
+
+    def replaced(handler):
+        receiver.hooked(client, events=["mail.sent"])
+        handler.send_error(410)
+    receiver.answers += [replaced]
+    client.task()
+    until(lambda: len(receiver.seen) == 1)
+    assert client.get("/webhook")["events"] == ["mail.sent"]
+    receiver.answers += [410]
+    client.task()
+    until(lambda: client.get("/webhook")["gone"])
+    assert client.get("/webhook")["events"] == []
+    client.state(client.task(), "succeeded")
+    assert receiver.hooked(client)["gone"] is None
+    last = client.task()
+    until(lambda: [data["id"] for data in receiver.data("mail.sent")] == [last])
+    assert len(receiver.seen) == 3
+    assert [record.msg for record in said].count("webhook switched off: its receiver answers 410 Gone") == 1
+
+
+def test_a_receiver_that_was_down_gets_every_event_when_it_is_back(client, receiver, monkeypatch):
+    monkeypatch.setattr(gomail.Webhooks, "LONGEST_REST", 0.05)
+    receiver.hooked(client)
+    receiver.close()
+    ids = [client.task() for _ in range(20)]
+    for task_id in ids:
+        client.state(task_id, "succeeded")
+    with contextlib.closing(Receiver(receiver.server_port)) as again:
+        until(lambda: {data["id"] for data in again.data("mail.sent")} == set(ids))
+
+
+def test_a_receiver_that_never_ends_its_answer_is_cut_and_holds_up_no_other_account(
+        services, mail_server, receiver, monkeypatch):
+    monkeypatch.setattr(gomail.Webhooks.cut, "__defaults__", (0.5,))
+    monkeypatch.setattr(gomail.Cron, "BEAT", 0.1)
+    service, over = services(mail_server, workers=1), threading.Event()
+    client, other = service.client.sign_up(), service.client.sign_up()
+
+    def drip(handler):
+        with contextlib.suppress(OSError):
+            while not over.wait(0.05):
+                handler.wfile.write(b"HTTP/1.1 200 OK"[:1])
+    with contextlib.closing(Receiver()) as slow:
+        slow.answers += [drip] * 100
+        slow.hooked(client)
+        receiver.hooked(other)
+        for _ in range(30):
+            client.task()
+        until(lambda: slow.seen)
+        ids = {other.task() for _ in range(20)}
+        until(lambda: {data["id"] for data in receiver.data("mail.sent")} == ids)
+        assert len(slow.seen) < 10 and not slow.events
+        over.set()
+
+
+def test_an_event_that_nobody_takes_becomes_a_dead_letter_that_can_be_sent_again(services, mail_server, receiver):
+    client = services(mail_server, retry_delay_max=0.01).client.sign_up()
+    receiver.hooked(client)
+    receiver.answers += [500] * 26
+    client.task()
+    dead, = until(lambda: client.get("/task/dead")["tasks"])
+    assert (dead["type"], dead["task"], dead["error"]) == ("webhook", "mail.sent", "the webhook answered 500")
+    client.post(f"/task/dead/{dead['id']}/retry")
+    until(lambda: receiver.events)
+    assert len({seen["webhook-id"] for seen in receiver.seen}) == 1 and client.get("/task/dead")["total"] == 0
+
+
+def test_two_secrets_sign_while_one_replaces_the_other(client, receiver):
+    first = receiver.hooked(client)["secret"]
+    assert re.fullmatch("whsec_[A-Za-z0-9+/]{43}=", first) and "secret" not in receiver.hooked(client)
+    answer = client.post("/webhook/secret", {})
+    assert answer["secret"] != first and answer["previousUntil"] == client.get("/webhook")["previousUntil"]
+    for secret in (first, answer["secret"]):
+        receiver.secret = secret
+        receiver.events.clear()
+        client.task()
+        until(lambda: receiver.events)
+    receiver.secret = client.post("/webhook/secret", {"overlap": 0})["secret"]
+    receiver.seen.clear()
+    receiver.events.clear()
+    client.task()
+    until(lambda: receiver.events)
+    assert receiver.seen[0]["webhook-signature"].count("v1,") == 1
+    assert client.get("/webhook")["previousUntil"] is None and "whsec_" not in str(client.get("/webhook"))
+
+
+def test_an_account_sees_and_changes_its_own_webhook_only(service, client, receiver):
+    other = service.client.sign_up()
+    receiver.hooked(client)
+    for method, path, body in (("GET", "/webhook", None), ("DELETE", "/webhook", None),
+                               ("POST", "/webhook/secret", {})):
+        assert other(method, path, body)[0] == 404
+        assert service.client(method, path, body)[0] == 401
+    assert client.get("/webhook")["url"] == receiver.url
+    assert client("DELETE", "/webhook")[0] == 200 and client("GET", "/webhook")[0] == 404
+
+
+def test_with_admin_token_only_the_admin_sets_webhooks_and_his_own_gets_the_events_of_all_and_of_the_lanes(
+        services, mail_server, receiver):
+    service = services(mail_server, admin_token=ADMIN)
+    admin = Client(service.http.url, f"Bearer {ADMIN}")
+    one, other = (Client(service.http.url, admin.post("/auth/signup", {"id": name})["apiKey"])
+                  for name in ("one", "other"))
+    for method, path, body in (("PUT", "/webhook", {"url": receiver.url}), ("DELETE", "/webhook", None),
+                               ("POST", "/webhook/secret", {})):
+        assert one(method, path, body)[0] == 401
+    with contextlib.closing(Receiver()) as ones:
+        ones.secret = admin("PUT", "/webhook?account=one", {"url": ones.url})[1]["secret"]
+        receiver.hooked(admin)
+        assert one.get("/webhook")["url"] == ones.url
+        for client in (one, other):
+            client.state(client.task(), "succeeded")
+        until(lambda: {data["account"] for data in receiver.data("mail.sent")} == {"one", "other"})
+        until(lambda: [data["account"] for data in ones.data("mail.sent")] == ["one"])
+        mail_server.stop()
+        one.task()
+        paused, = until(lambda: receiver.data("lane.paused"))
+        assert paused["lane"] == "normal" and "is not available" in paused["reason"]
+        mail_server.start()
+        until(lambda: receiver.data("lane.resumed") == [{"lane": "normal"}])
+        assert not ones.data("lane.paused") and len(receiver.data("lane.paused")) == 1
+
+
+def test_the_webhook_of_an_account_and_its_waiting_events_end_with_it(service, client, receiver):
+    receiver.hooked(client)
+    receiver.answers += [500] * 1000
+    client.task()
+    until(lambda: receiver.seen)
+    name = name_of(client)
+    client.post("/auth/deregister", {"id": name})
+    client.key = service.client.post("/auth/signup", {"id": name})["apiKey"]
+    assert client("GET", "/webhook")[0] == 404
+    until(lambda: service.inspection.depths()["retrying"] == service.inspection.depths()["hooks"] == 0)
+    assert len(service.store.redis.keys(service.store.key("task", "*"))) == 1
+
+
+def test_a_webhook_over_https_is_sent_only_where_the_certificate_is_good(services, mail_server, monkeypatch, tmp_path):
+    authority = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(context)
+    with contextlib.closing(Receiver(context=context)) as receiver:
+        service = services(mail_server)
+        client = service.client.sign_up()
+        receiver.hooked(client)
+        client.task()
+        until(lambda: any(task["type"] == "webhook" for task in client.get("/task/dead")["tasks"]) or (
+            "CERTIFICATE_VERIFY_FAILED" in str([rest.reason for rest in service.workers.webhooks.resting.values()])))
+        authority.configure_trust(service.workers.webhooks.context)
+        until(lambda: receiver.events)
+
+
+@pytest.mark.parametrize("url", [
+    "ftp://example.com", "//example.com", "example.com/hooks", "http://", "http:///path", "http://user@example.com/",
+    "http://a:b@example.com/", "http://example.com/#x", "http://exa mple.com/", "http://example.com:99999/", "http://a:0/",
+    "http://example.com\\@evil.example/", "http://example.com/\r\nHost: x", "http://bücher.example/", "http://[::1/",
+    "http://" + "a" * 64 + ".example/", "http://example.com/" + "a" * 2000, "", 1, None, ["http://example.com"]])
+def test_a_webhook_needs_a_url_without_user_and_fragment(client, url):
+    status, answer, _ = client("PUT", "/webhook", {"url": url})
+    assert (status, answer["field"]) == (400, "url") and answer["error"].startswith("url must be a URL of up to 2000")
+    assert client("GET", "/webhook")[0] == 404
+
+
+@pytest.mark.parametrize("body, field", [
+    ({}, "url"), ({"url": "http://localhost", "events": []}, "events"),
+    ({"url": "http://localhost", "events": ["mail.sent", "mail.read"]}, "events[1]")])
+def test_a_webhook_takes_known_events_only(client, body, field):
+    assert client("PUT", "/webhook", body)[1]["field"] == field
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(detail=strategies.text(), addresses=strategies.lists(strategies.emails(), max_size=50),
+                  name=strategies.text(min_size=1, max_size=256))
+@hypothesis.example(detail="\U0001f600" * 30_000, addresses=["é" * 120 + "@example.com"] * 50, name="\U0001f600" * 256)
+@hypothesis.example(detail='"' * 30_000, addresses=['a"' * 120 + "@example.com"] * 50, name='"' * 256)
+def test_no_event_is_larger_than_16_kilobytes(detail, addresses, name):
+    head = {"task": name, "type": "message", "retries": 0, "payload": {"userId": "é" * 127}}
+    data = {"id": "x" * 32, "account": "é" * 127, "state": "dead", "attempts": 25, "detail": detail,
+            "suppressed": " ".join(addresses), "head": head}
+    task = gomail.Task("id", "one", "key", "webhook", "mail.failed", 25, {"userId": "", "data": data}, 10**15)
+    body = gomail.Webhooks._body(task)
+    assert len(body) <= 16384 and json.loads(body)["data"]["error"] == detail[:1000]
+
+
+# --- 12. workers ------------------------------------------------------------------------------------------
 
 def test_while_the_mail_server_is_out_no_task_pays_an_attempt_and_all_are_sent_when_it_is_back(services, mail_server):
     service = services(mail_server)
@@ -8058,7 +8408,7 @@ def test_an_otp_waits_for_no_subscribes_and_they_for_no_smtp_server(services, ma
     mail_server.one("otp@example.com")
     assert client.get(f"/task/{last}")["state"] == "queued" and client.get("/health/metrics")["queued"]["changes"] > 0
     assert {lane["lane"]: lane["queued"] > 0 for lane in client.get("/lanes")["lanes"]} == {
-        "urgent": False, "normal": False, "bulk": False, "changes": True}
+        "urgent": False, "normal": False, "bulk": False, "changes": True, "hooks": False}
     mail_server.stop()
     client.task("generateOtp", userId="otp@example.com")
     until(lambda: service.workers.breakers["urgent"].reason)
@@ -8227,12 +8577,12 @@ def test_a_busy_process_starts_no_further_threads(services, monkeypatch):
         assert len(crew.threads) == 2
 
 
-def test_a_maildir_needs_no_further_threads(services):
+def test_a_maildir_needs_no_further_threads_but_webhooks_do(services):
     service = services(workers=2, workers_max=10)
-    assert [crew.most for crew in service.workers.crews.values()] == [2, 2, 2, 1]
+    assert [crew.most for crew in service.workers.crews.values()] == [2, 2, 2, 1, 10]
 
 
-# --- 12. cron ---------------------------------------------------------------------------------------------
+# --- 13. cron ---------------------------------------------------------------------------------------------
 
 def rfc3339(moment, zone=datetime.timezone.utc):
     return datetime.datetime.fromtimestamp(moment, zone).isoformat()
@@ -8329,6 +8679,79 @@ def test_what_is_logged_or_put_off_wakes_the_cron_thread(services, mail_server, 
     client.state(client.task(send_at=rfc3339(time.time() + 1)), "succeeded")
 
 
+@pytest.mark.parametrize("send_at, expires_at", [
+    ("2030-01-31T09:00:00Z", "2030-01-31T09:00:00Z"), ("2030-01-31T09:00:00Z", "2030-01-31T10:59:59.999999+02:00"),
+    ("2030-01-31T09:00:00Z", "1999-12-31T23:59:59Z"), (None, "1969-12-31T23:59:59Z")])
+def test_a_mail_that_would_expire_before_it_is_due_is_400(client, send_at, expires_at):
+    payload = {**MESSAGE["payload"], "send_at": send_at, "expires_at": expires_at}
+    error = "payload.expires_at must be after payload.send_at"
+    status, answer, _ = client("POST", "/task/", {**MESSAGE, "payload": payload})
+    assert (status, answer["error"], answer["field"]) == (400, error, "payload.expires_at")
+    refused, taken = client.post("/task/batch", {"tasks": [{**MESSAGE, "payload": payload}, MESSAGE]})["tasks"]
+    assert refused["field"] == "tasks[0].payload.expires_at" and taken["status"]
+
+
+def test_what_is_not_sent_in_time_ends_as_expired_while_the_mail_server_is_out_and_is_never_sent(services, mail_server):
+    service = services(mail_server, otp_ttl=1)
+    client = service.client.sign_up()
+    mail_server.stop()
+    client.task(userId="first@example.com")
+    until(lambda: service.workers.paused)
+    moment = time.time() + 1
+    mail, otp = client.task(expires_at=rfc3339(moment)), client.task("generateOtp", userId="otp@example.com")
+    for task_id in (mail, otp):
+        found = client.state(task_id, "expired")
+        assert (found["attempts"], found["error"].partition(":")[0]) == (0, "it was not sent in time")
+        assert found["story"][-1]["event"] == "expired" and time.time() >= moment
+    assert service.workers.paused and client("DELETE", f"/task/{mail}")[0] == 409
+    mail_server.start()
+    mail_server.one("first@example.com")
+    client.state(client.task("generateOtp", userId="another@example.com"), "succeeded")
+    assert len(mail_server.mails) == 2 and service.inspection.counters() == {
+        "executed": 2, "successful": 2, "failed": 0}
+
+
+@pytest.mark.parametrize("payload", [{}, {"send_at": rfc3339(time.time() + 1e7)}])
+def test_what_waits_for_a_retry_or_its_send_at_expires_there_and_keeps_the_reason_of_its_last_attempt(
+        services, mail_server, payload):
+    service = services(mail_server, retry_delay=3600)
+    client = service.client.sign_up()
+    mail_server.replies["user@example.com"] = ["450 4.2.0 later"]
+    task_id = client.task(retries=3, expires_at=rfc3339(time.time() + 1e8), **payload)
+    client.state(task_id, "scheduled" if payload else "retrying")
+    service.store.redis.zadd(service.store.key("expiring"), {task_id: 1})  # as if years had passed
+    found = client.state(task_id, "expired")
+    assert found["error"] == "it was not sent in time" + (": 450 4.2.0 later" if not payload else "")
+    assert found["attempts"] == (0 if payload else 1) and not service.inspection.depths()["retrying"]
+
+
+def test_what_is_in_hand_expires_once_and_what_is_being_sent_does_not(queue):
+    expires = int(queue.store.time() * 1e6) + 2_000_000
+    ids = queue.enqueue(queue.account, [changed("payload.expires_at", expires) for _ in range(3)])
+    (sent, late, _), _ = queue.settle_and_take("normal-0", "normal", most=3, begin_all=False)
+    assert [task.expires for task in (sent, late)] == [expires // 1000] * 2
+    inspection = gomail.Inspection(queue.store, queue.settings)
+    until(lambda: all(inspection.status(task_id)["state"] == "expired" for task_id in ids[1:]))  # the service does it
+    summary = queue.store.redis.hgetall(queue.store.key("task", late.id))
+    take(queue, "normal-0", "normal", gomail.Outcome(late, gomail.Verdict.EXPIRED, "late"), and_take=False)
+    assert queue.store.redis.hgetall(queue.store.key("task", late.id)) == summary
+    assert inspection.status(sent.id)["state"] == "queued" and not queue.store.redis.exists(
+        queue.store.key("processing", "another-process", "normal-0"))
+    assert take(queue, "normal-0", "normal").id == sent.id  # and none of those whose ids were in the lane
+
+
+def test_a_retry_of_what_has_expired_is_not_sent(services, mail_server):
+    service = services(mail_server)
+    client = service.client.sign_up()
+    mail_server.replies["user@example.com"] = ["550 5.7.1 no"]
+    dead = client.task(expires_at=rfc3339(time.time() + 2))
+    client.state(dead, "dead")
+    until(lambda: not service.store.redis.zcard(service.store.key("expiring")))
+    client.post(f"/task/dead/{dead}/retry")
+    client.state(dead, "expired")
+    assert not mail_server.mails
+
+
 def test_a_send_at_that_is_over_means_now(client, mail_server):
     client.task(send_at="1999-12-31T23:59:59Z")
     assert date_of(mail_server.one("user@example.com")) > 1e9
@@ -8348,7 +8771,7 @@ def test_a_task_that_cannot_be_cancelled_says_what_it_does_instead(services, mai
     client, begun, end = service.client.sign_up(), threading.Event(), threading.Event()
     cancelled = client.task(send_at=rfc3339(time.time() + 1e8))
     client("DELETE", f"/task/{cancelled}")
-    service.workers.handlers["message"] = lambda task: begun.set() or end.wait() and None
+    service.workers.handlers["message"] = lambda task: begun.set() or end.wait() and ""
     running, queued = client.task(), client.task()
     assert begun.wait(PATIENCE)
     for task_id, words in ((queued, "waits in its lane and may be taken at any moment"),
@@ -8536,7 +8959,7 @@ def test_the_embedded_server_is_started_again_when_it_dies(processes):
     assert process.stop() == 0
 
 
-# --- 13. http ---------------------------------------------------------------------------------------------
+# --- 14. http ---------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def connection_to(service, *pieces):
@@ -9606,7 +10029,7 @@ def test_in_400_mb_of_memory_a_service_under_attack_lives_and_answers_others(pro
     assert max(waits) < PATIENCE and refused[413] and not refused[500]
 
 
-# --- 14. service ------------------------------------------------------------------------------------------
+# --- 15. service ------------------------------------------------------------------------------------------
 
 def test_help_names_every_option_and_version_the_version(processes):
     code, output, _ = processes(arguments=["--help"]).result()
@@ -10045,7 +10468,7 @@ def test_what_an_earlier_version_left_in_every_state_goes_on_with_this_one(servi
                                                                             "Anna"))], 1)
 
 
-# --- 15. command line -------------------------------------------------------------------------------------
+# --- 16. command line -------------------------------------------------------------------------------------
 
 class Command:
     """Runs commands beside a gomail process, in its folder and with its settings."""
@@ -10216,7 +10639,7 @@ def test_stats_are_shown_once_to_a_program_and_live_at_a_terminal(operated, mail
     command, client = operated
     client.state(client.task(), "succeeded")
     found = json.loads(command("stats", "--json")[1])
-    assert ([lane["lane"] for lane in found["lanes"]] == ["urgent", "normal", "bulk", "changes"]
+    assert ([lane["lane"] for lane in found["lanes"]] == ["urgent", "normal", "bulk", "changes", "hooks"]
             and found["jobs"]["successful"] == 1)
     code, output, _ = command("stats")
     assert (code == 0 and "normal   0" in output and "1 executed, 1 successful, 0 failed" in output
@@ -10994,7 +11417,7 @@ def test_a_documented_proxy_passes_requests_on_keeps_metrics_private_and_names_t
     assert until(lambda: process.logged("wrong admin_token"))["client"] == "127.0.0.1"
 
 
-# --- 16. page ---------------------------------------------------------------------------------------------
+# --- 17. page ---------------------------------------------------------------------------------------------
 
 class Browser:
     """A headless Chromium of this machine; each open() is a tab of a new visitor, watched for complaints."""
@@ -12033,6 +12456,23 @@ def test_what_a_killed_process_had_in_flight_is_sent_by_another_one(processes, m
     assert second.client.get("/health/metrics")["Jobs Failed"] == 0
 
 
+def test_an_event_on_its_way_when_its_process_is_killed_is_sent_again_by_another_one_with_the_same_id(
+        processes, mail_server, redis_with_file, receiver):
+    environment, over = settings_for(redis_with_file(), mail_server), threading.Event()
+    first = processes(environment).started()
+    client = first.client.sign_up()
+    receiver.hooked(client)
+    receiver.answers += [lambda handler: over.wait(PATIENCE)] * 3
+    ids = {client.task(userId=f"{number}@example.com") for number in range(20)}
+    until(lambda: receiver.seen and len(mail_server.mails) == 20)
+    first.kill()
+    processes(environment).started()
+    until(lambda: {data["id"] for data in receiver.data("mail.sent")} == ids)
+    over.set()
+    held = {seen["webhook-id"] for seen in receiver.seen[:1]}
+    assert held <= {seen["webhook-id"] for seen in receiver.seen[1:]}
+
+
 def test_of_eight_tasks_in_the_hand_of_a_killed_process_only_the_one_that_was_begun_is_sent_twice_and_to_blame(
         processes, redis_with_file):
     redis_server = redis_with_file()
@@ -12663,6 +13103,53 @@ def test_soak_20000_tasks_while_everything_is_killed_at_random_times(processes, 
     print(f"\nanswered 2xx {len(answered)}, distinct mails {len({mail.recipient for mail in mail_server.mails})}, "
           f"doubles {doubles}, kills {dict(kills)}, 503 and repeated {sum(len(sender.refused) for sender in senders)}")
     assert doubles <= kills["gomail"] * 4 + kills["smtp"] * 4 + kills["redis"] * 4 and folder.exists()
+
+
+@pytest.mark.timeout(7200)
+@pytest.mark.long
+def test_soak_5000_mails_with_an_event_for_each_while_all_is_killed_and_the_receiver_fails_in_every_way(
+        processes, mail_server, redis_with_file):
+    server, over = redis_with_file(), threading.Event()
+    environment = settings_for(server, mail_server)
+    process = processes(environment).started()
+    receiver = Receiver()
+    client, chance, kills = process.client.sign_up(), random.Random(1), collections.Counter()
+    receiver.hooked(client)
+    failing = {f"app-{number}@example.com" for number in range(0, 5000, 10)}
+    for recipient in failing:
+        mail_server.replies[recipient] = ["550 5.1.1 no such user"] * 9
+    sender = Sender(5000, [process.url], client.key)
+
+    def stay_silent(handler):
+        over.wait(gomail.Webhooks.TIMEOUT + 2)
+
+    def told(kind):
+        return {data["userId"] for data in receiver.data(kind)}
+    while len(sender.answered) < 5000 or min(kills.values(), default=0) < 3 or len(kills) < 4:
+        time.sleep(chance.uniform(0.2, 1))  # the pace of the faults
+        victim = chance.choice(["gomail", "redis", "receiver", "answers"])
+        kills[victim] += 1
+        if victim == "gomail":
+            process.kill()
+            process = processes(environment).started()
+            sender.urls = [process.url]
+        elif victim == "redis":
+            server.kill()
+            server.start()
+        elif victim == "receiver":
+            receiver.close()
+            before, receiver = receiver, Receiver(receiver.server_port)
+            receiver.events, receiver.secret = before.events, before.secret
+        else:
+            receiver.answers += chance.choices([500, 302, 429, stay_silent], k=20)
+        assert sum(kills.values()) < 1000
+    until(lambda: told("mail.sent") | told("mail.failed") == set(sender.answered), 900)
+    over.set()
+    events = [data["id"] for kind in ("mail.sent", "mail.failed") for data in receiver.data(kind)]
+    print(f"\nmails {len(sender.answered)}, events {len(events)}, of them for the first time {len(set(events))}, "
+          f"kills {dict(kills)}")
+    assert told("mail.failed") == failing and told("mail.sent").isdisjoint(failing)
+    receiver.close()
 
 
 class Tally(MailServer):
