@@ -12156,6 +12156,44 @@ class OpenSmtpd(RealServer):
         self.SPOOL.unlink()
 
 
+class Dovecot(RealServer):
+    """Dovecot's IMAP for the Maildir of another server; the password of every user is "secret"."""
+
+    def __init__(self, folder: pathlib.Path, maildir: str) -> None:
+        super().__init__(folder)
+        self.maildir = maildir
+
+    def configure(self, *lines: str) -> None:
+        (self.folder / "dovecot.conf").write_text(f"""
+            protocols = imap
+            base_dir = {self.folder}/run
+            state_dir = {self.folder}/state
+            log_path = {self.folder}/log
+            listen = 127.0.0.1
+            ssl = no
+            mail_location = maildir:{self.maildir}:INDEX=MEMORY
+            passdb {{
+              driver = static
+              args = password=secret
+            }}
+            userdb {{
+              driver = static
+              args = uid=65534 gid=65534 home={self.folder}/maildir
+            }}
+            service imap-login {{
+              inet_listener imap {{
+                port = {self.port}
+              }}
+              inet_listener imaps {{
+                port = 0
+              }}
+            }}
+        """)
+
+    def command(self) -> list:
+        return [self.FILES / "usr/sbin/dovecot", "-F", "-c", self.folder / "dovecot.conf"]
+
+
 @pytest.fixture
 def real():
     """Starts a real mail server and ends it."""
@@ -13336,3 +13374,34 @@ def test_soak_an_hour_of_all_that_operators_do_at_half_load(processes, redis_wit
         print("megabytes and files of gomail, of Redis:", samples[0], samples[len(samples) // 2], samples[-1])
         assert doubles <= 16 * sum(what in ("kill", "redis", "smtp") for _, what in faults)
         assert samples[-1][1] <= samples[0][1] + 20 and samples[-1][0] <= samples[0][0] * 1.3 + 20
+
+
+@pytest.mark.servers
+def test_a_real_bounce_comes_back_through_the_mailbox_and_a_delay_is_told_too(real, services, mail_server, monkeypatch):
+    """Postfix takes both mails; the server of the first domain does not know the address, that of the second waits."""
+    monkeypatch.setattr(gomail.BounceReader, "POLL", 0.2)
+    mail_server.replies["nobody@gone.example"] = ["550 5.1.1 <nobody@gone.example>: no such user"]
+    mail_server.replies["user@late.example"] = ["450 4.2.0 <user@late.example>: greylisted"] * 1000
+    relay = f"smtp:[127.0.0.1]:{mail_server.port}"
+    postfix = real(Postfix, "virtual_mailbox_domains = example.com example.org", "delay_warning_time = 1s",
+                   "minimal_backoff_time = 1s", "maximal_backoff_time = 1s", "queue_run_delay = 1s",
+                   f"transport_maps = inline:{{gone.example={relay}, late.example={relay}, fine.example={relay}}}")
+    dovecot = real(Dovecot, f"{postfix.folder}/maildir")
+    service = services(postfix, bounce_imap=f"imap://app%40example.org:secret@127.0.0.1:{dovecot.port}/INBOX")
+    client = service.client.sign_up()
+    gone, late, fine = (client.task(userId=address) for address in (
+        "nobody@gone.example", "user@late.example", "user@fine.example"))
+    found = client.state(gone, "bounced")
+    assert [step["event"] for step in found["story"]] == ["accepted", "succeeded", "bounced"]
+    assert found["error"].startswith("nobody@gone.example: 550 5.1.1 <nobody@gone.example>: no such user")
+    assert found["result"].startswith("250 2.0.0 Ok: queued as ")
+    story = until(lambda: (story := client.get(f"/task/{late}")["story"])[-1]["event"] == "delayed" and story)
+    assert "450 4.2.0 <user@late.example>: greylisted" in story[-1]["error"]
+    assert client.get(f"/task/{late}")["state"] == client.get(f"/task/{fine}")["state"] == "succeeded"
+    assert why_suppressed(client) == {"nobody@gone.example": "bounced: " + found["error"].partition(": ")[2]}
+    client.state(client.task(userId="nobody@gone.example"), "suppressed")
+    # Both reports are moved, and a mail of a person's stays there unread.
+    until(lambda: len(list(postfix.folder.glob("maildir/.GoMail/*/*"))) == 2)
+    client.state(client.task(userId="app@example.org"), "succeeded")
+    until(lambda: list(postfix.folder.glob("maildir/*/*,")) or list(postfix.folder.glob("maildir/new/*")))
+    assert not [path for path in postfix.folder.glob("maildir/cur/*") if "S" in path.name.partition(":2,")[2]]
