@@ -6708,8 +6708,10 @@ def blocks_of(part: email.message.Message) -> Iterator[email.message.Message]:
 
 
 def values(block: email.message.Message, name: str) -> list[str]:
-    """The values of the fields of a name, each on one line."""
-    return [printable(str(value)) for value in block.get_all(name, [])]
+    """The values of the fields of a name, each on one line; addresses may be in UTF-8 (RFC 6533)."""
+    # get_all() replaces what is beyond ASCII.
+    return [printable(str(value).encode(errors="surrogateescape").decode(errors="replace"))
+            for found, value in block.raw_items() if found.lower() == name.lower()]
 
 
 def first_value(block: email.message.Message, name: str) -> str:

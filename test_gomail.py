@@ -7501,7 +7501,8 @@ def report(kind, media_type, fields, returned_type, returned, headers=""):
 TASK_ID = "661228f98325c000345cac56c53565b5"
 IDS = (TASK_ID, f"{TASK_ID}@example.org")
 LOCAL = strategies.text(string.ascii_letters + string.digits + "._+-", min_size=1, max_size=20)
-ADDRESSES = strategies.builds("{}@{}.example".format, LOCAL, strategies.sampled_from(["a", "b-c", "d.e"]))
+ADDRESSES = strategies.builds("{}@{}.example".format, strategies.one_of(LOCAL, strategies.sampled_from(["δοκιμή", "ü"])),
+                              strategies.sampled_from(["a", "b-c", "d.e"]))
 SAID = strategies.text(strategies.characters(min_codepoint=33, max_codepoint=126), max_size=60)
 
 
