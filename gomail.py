@@ -4074,7 +4074,7 @@ class Queue:
     #       or 0.
     # Answer: {"changed", "same", "unknown" (there is no such task) or "address" (it has no such recipient); and the id
     #         of the task and its account, which are "" where there is none}.
-    BOUNCE = CLOCK + """
+    BOUNCE = EVENT + """
         local prefix, account, event, reason, ids, addresses, sole, without_task = KEYS[1], unpack(ARGV)
         local what = reason ~= '' and ': ' .. reason or ''
 
@@ -4097,10 +4097,15 @@ class Queue:
             return added == 1
         end
 
+        local function tell(owner, address, id, name)
+            emit(prefix, owner, 'mail.' .. event, cjson.encode({
+                account = owner, userId = address, id = id, task = name, error = reason ~= '' and reason or nil}))
+        end
+
         local function bounce(id)
             local task = prefix .. 'task:' .. id
-            local owner, key, state, ended, to, user, story, bounces = unpack(redis.call('HMGET', task,
-                'account', 'key', 'state', 'd', 'to', 'u', 'story', 'bounces'))
+            local owner, key, state, ended, to, user, name, head, story, bounces = unpack(redis.call('HMGET', task,
+                'account', 'key', 'state', 'd', 'to', 'u', 'n', 'head', 'story', 'bounces'))
             owner = owner or ended and string.match(ended, '^' .. string.rep('%S* ', 7) .. '(.*)$') or ''
             local registered = redis.call('HGET', prefix .. 'UserList', owner) or ''
             if registered == '' or registered ~= (key or registered) or account ~= '' and owner ~= account then
@@ -4131,6 +4136,8 @@ class Queue:
                        .. microseconds .. ' 0 ' .. event .. ' ' .. address .. what .. '\\n')
             if event ~= 'delayed' then
                 suppress(owner, address)
+                local readable, shown = pcall(cjson.decode, head)  -- older versions took half a surrogate pair
+                tell(owner, address, id, name or readable and shown.task or nil)
                 if has_succeeded then
                     redis.call('HSET', task, ended and 'd' or 'state', 'bounced' .. (ended or ''))
                 end
@@ -4141,7 +4148,9 @@ class Queue:
         local id, first = find_task(), string.match(addresses, '%S+')
         if id then return bounce(id) end
         if without_task == '0' or not first then return {'unknown', '', ''} end
-        return {event ~= 'delayed' and suppress(account, first) and 'changed' or 'same', '', account}
+        if event == 'delayed' or not suppress(account, first) then return {'same', '', account} end
+        tell(account, first)
+        return {'changed', '', account}
     """
 
     def bounce(self, report: Report, account: str = "", without_task: bool = False) -> tuple[str, str, str]:
@@ -8915,6 +8924,14 @@ class Api:
         return OPENAPI
 
 
+class Notification(Check):
+    """What a provider sends: Bounces finds what it knows in it."""
+
+    types = (dict, list)
+    expected = "a JSON object, or an array of objects"
+    schema = {"type": ["object", "array"]}
+
+
 class Otp(String):
     """The digits that somebody typed. Other characters are a wrong OTP, not an error."""
 
@@ -8932,14 +8949,6 @@ RECIPIENT = Object({"userId": Address()})
 WEBHOOK = Object({"url": Url(), "events": Nullable(Array(Enum(EVENTS), len(EVENTS), 1))})
 OVERLAP = Object({"overlap": Nullable(Integer(0, 2592000))})  # seconds
 LOGIN = Object({"key": String(4096, ONE_LINE, LINE)})
-class Notification(Check):
-    """What a provider sends: Bounces finds what it knows in it."""
-
-    types = (dict, list)
-    expected = "a JSON object, or an array of objects"
-    schema = {"type": ["object", "array"]}
-
-
 BOUNCE = Object({"id": Nullable(String(254, ONE_LINE, LINE)), "messageId": Nullable(String(998, ONE_LINE, LINE)),
                  "userId": Nullable(Address()), "kind": Enum(("bounce", "complaint")), "permanent": Nullable(Boolean()),
                  "reason": Nullable(String(2000, ONE_LINE, LINE))})

@@ -8457,6 +8457,23 @@ def test_an_account_learns_what_became_of_its_mails_and_no_content_of_theirs(ser
     assert all(abs(time.time() - moment) < PATIENCE for moment in moments)
 
 
+def test_an_account_learns_once_that_a_mail_came_back_or_was_complained_about(client, receiver):
+    receiver.hooked(client, events=["mail.bounced", "mail.complained"])
+    sent = client.task(cc=["copy@example.com"])
+    client.state(sent, "succeeded")
+    for _ in range(2):
+        client.post("/bounces", {"id": sent, "userId": "user@example.com", "kind": "bounce", "reason": "550 5.1.1 no"})
+        client.post("/bounces", {"id": sent, "userId": "copy@example.com", "kind": "bounce", "permanent": False})
+        client.post("/bounces", {"id": sent, "userId": "copy@example.com", "kind": "complaint"})
+        client.post("/bounces", {"userId": "another@example.com", "kind": "complaint"})
+    until(lambda: len(receiver.events) == 3)
+    own = {"account": name_of(client)}
+    assert receiver.data("mail.bounced") == [
+        {**own, "id": sent, "task": "a test", "userId": "user@example.com", "error": "550 5.1.1 no"}]
+    assert sorted(receiver.data("mail.complained"), key=len) == [
+        {**own, "userId": "another@example.com"}, {**own, "id": sent, "task": "a test", "userId": "copy@example.com"}]
+
+
 def test_a_task_that_killed_its_processes_is_told_of_too(queue, receiver):
     store = queue.store
     gomail.Webhooks(store).set(queue.account.name, receiver.url, gomail.EVENTS)
