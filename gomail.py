@@ -7054,10 +7054,11 @@ def parts_of(part: email.message.Message) -> list[email.message.Message]:
 
 def blocks_of(part: email.message.Message) -> Iterator[email.message.Message]:
     """The blocks of fields in a part of a report; of a mail in it, the first is its header."""
-    text = typing.cast(bytes, part.get_payload(decode=True) or b"").decode(errors="replace")
+    last = part
     for block in parts_of(part):
         yield block
-        text = str(block.get_payload())  # the parser takes all but message/delivery-status for a single block
+        last = block  # the parser takes all but message/delivery-status for a single block, with the others behind it
+    text = typing.cast(bytes, last.get_payload(decode=True) or b"").decode(errors="replace")
     for block_text in re.split(r"\r?\n\r?\n", text.strip()):
         yield email.message_from_string(block_text)
 
