@@ -7,32 +7,33 @@ transport (SMTP, or a Maildir) and retry what fails. `python gomail.py` starts t
 
 The module reads from top to bottom, and each section uses only those above it:
 
-    1. settings                   6. tasks         11. transports     16. cron
-    2. logging                    7. queue         12. otp            17. http api
-    3. redis                      8. inspection    13. newsletters    18. http server
-    4. validation and errors      9. metrics       14. webhooks       19. service
-    5. accounts                  10. mail          15. workers        20. command line
+    1. settings                   7. queue         12. otp            17. cron
+    2. logging                    8. inspection    13. newsletters    18. http api
+    3. redis                      9. metrics       14. bounces        19. http server
+    4. validation and errors     10. mail          15. webhooks       20. service
+    5. accounts                  11. transports    16. workers        21. command line
+    6. tasks
 
 The way of one mail, from POST to 250; the numbers are those of the sections:
 
-    Handler.respond        18  reads the request, finds its Route and the Account of its API key
-    -> Api.enqueue         17  is the handler of POST /task; TASK (6), the Check of the Route, has checked the body
+    Handler.respond        19  reads the request, finds its Route and the Account of its API key
+    -> Api.enqueue         18  is the handler of POST /task; TASK (6), the Check of the Route, has checked the body
     -> Queue.enqueue        7  stores the task and puts its id into a lane (script ENQUEUE); the app gets its answer
     -> GroupCommit          7  makes one call of that script for all requests that wait
-    Workers.run            15  is a thread that waits for the next ids of its lane
+    Workers.run            16  is a thread that waits for the next ids of its lane
     -> Queue.settle_and_take   moves some of them to the worker's processing list (script SETTLE_AND_TAKE)
-    -> Workers.perform     15  calls the method for the task's type; Workers.send_message turns a "message" into a Mail
+    -> Workers.perform     16  calls the method for the task's type; Workers.send_message turns a "message" into a Mail
     -> compose             10  turns the Mail into bytes
     -> SmtpTransport.send  11  returns when the server has answered 250, and raises a DeliveryError otherwise
     -> Outcome              7  says what became of the task: succeeded, retrying, dead, ...
     -> Queue.settle_and_take   stores the Outcome of each task, and takes further ones in the same round trip
-    Queue.promote           7  puts the id of a task whose retry is due back into its lane; Cron.once (16) calls it
+    Queue.promote           7  puts the id of a task whose retry is due back into its lane; Cron.once (17) calls it
 
 What a change touches:
 
     a payload field            PAYLOADS (6), Workers.send_message, Mail and compose
     a route                    a method of Api, and a row of ROUTES, from which the OpenAPI description is made
-    a transport                a class with the methods of Transport (11), options (1), and Service._wire (19)
+    a transport                a class with the methods of Transport (11), options (1), and Service._wire (20)
     a Redis key                the table in section 3; if it belongs to an account, Accounts.deregister
     a lane                     Lane (6)
 """
@@ -47,6 +48,7 @@ import ctypes
 import dataclasses
 import datetime
 import difflib
+import email.message
 import email.policy
 import email.utils
 import enum
@@ -63,6 +65,7 @@ import html.entities
 import http
 import http.client
 import http.server
+import imaplib
 import importlib.util
 import io
 import ipaddress
@@ -244,6 +247,8 @@ class Settings:
                               "while mails wait for the SMTP server", low=1, high=256)
     retry_delay: float = option(15.0, "seconds before the first retry; doubles each time", low=0.01, high=86400)
     retry_delay_max: float = option(3600.0, "most seconds before a retry", low=0.01, high=604800)
+    bounce_imap: str = option("", "mailbox that bounces and complaints come back to, imaps://user:password@host/INBOX; "
+                              "those about mail of this service are moved into its folder GoMail")
     otp_ttl: int = option(300, "seconds an OTP is valid", low=1, high=86400)
     otp_subject: str = option("Your verification code", "subject of the OTP mail; may hold {{ otp }} and {{ minutes }}")
     otp_content: str = option("", "content of the OTP mail, text or HTML; must hold {{ otp }}, may hold "
@@ -323,6 +328,8 @@ class Settings:
                 ssl.create_default_context(cafile=self.smtp_ca)
             except (OSError, ValueError) as error:
                 raise self._wrong("smtp_ca", f"is not a file with certificates (PEM): {describe(error)}") from None
+        if self.bounce_imap:
+            ImapAddress.parse(self.bounce_imap)
         if self.public_url and not re.fullmatch(r"https?://[!-;=?-~]+", self.public_url):
             raise self._wrong("public_url", "is not a URL such as https://mail.example.com")
         for name in ("otp_subject", "otp_content"):
@@ -434,6 +441,46 @@ def parse_rate(text: str) -> Rate:
                 f"smtp_rate: {safe_repr(text)} is not allowed, expected a number from 0 to {MAX_RATE}, or limits such "
                 "as 14/s, 2000/day (per s, min, h or day; per minute or more a whole number of recipients)")
     return Rate(interval, tuple(Window(windows[seconds], seconds) for seconds in sorted(windows)))
+
+
+@dataclasses.dataclass(frozen=True)
+class ImapAddress:
+    """A bounce_imap in its parts."""
+
+    PATTERN = re.compile(r"(imaps?)://([^:@/?#]+):([^:@/?#]+)@(\[[0-9A-Fa-f:.]+\]|[^:@/?#\[\]]+)(?::([0-9]{1,5}))?"
+                         r"(?:/([^/?#]*))?")
+    tls: bool  # from the start
+    host: str  # as host_to_ascii() gives it
+    port: int
+    user: str
+    password: str
+    folder: str
+
+    @classmethod
+    def parse(cls, uri: str) -> "ImapAddress":
+        """The parts of a bounce_imap. Raises StartError, without the value: it has a password."""
+        match, problem = cls.PATTERN.fullmatch(uri), "is not allowed"
+        if match:
+            tls, host = match[1] == "imaps", host_to_ascii(match[4].strip("[]"))
+            port = int(match[5] or (993 if tls else 143))
+            user, password, folder = (urllib.parse.unquote(match[at] or "") for at in (2, 3, 6))
+            if not host:
+                problem = "has no host name or IP address"
+            elif not 0 < port < 65536:
+                problem = "has no port from 1 to 65535"
+            elif UNPRINTABLE.search(user + password + folder):
+                problem = "has control characters"
+            elif not folder.isascii():
+                problem = "has a folder that is not in ASCII"
+            else:
+                return cls(tls, host, port, user, password, folder or "INBOX")
+        raise StartError(f"bounce_imap: (hidden) {problem}, expected imaps://user:password@host/INBOX, with %40 for @ "
+                         "in a user or password, and so on")
+
+    def __str__(self) -> str:
+        """Without user and password."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'imaps' if self.tls else 'imap'}://{host}:{self.port}/{self.folder}"
 
 
 def is_option(name: str, upper_case: bool = True) -> bool:
@@ -942,7 +989,8 @@ def start_logging(settings: Settings) -> None:
 #                                           is begun); drops (how many connections it lost), dropped (the last time,
 #                                           us).
 #                                           A task that has ended, except a dead letter, keeps only a summary: d, u, n
-#                                           (explained at Queue.CONCLUDE), to, error, story, head
+#                                           (explained at Queue.CONCLUDE), to, error, story, head, bounces
+#   reply:<id>                      string  id of the task whose mail the provider gave this id when it took it
 #   lane:<lane>                     list    ids of waiting tasks; in at the left, out at the right
 #   processing:<process>:<worker>   list    ids of the tasks that the worker has in hand; in at the left
 #   delayed                         zset    ids of tasks that wait for a retry or their send_at, by due time (ms)
@@ -961,6 +1009,8 @@ def start_logging(settings: Settings) -> None:
 #   connections                     hash    "<lane> <process>" -> how many SMTP connections it has or opens there
 #   connections_limit               string  how many the server takes, where that is fewer than smtp_connections
 #   connections_wanted              string  a lane that has none and wants one
+#
+#   bounce_reader                   string  the process that reads the mailbox of bounces, while it does
 #
 #   processes                       hash    process -> names of its workers, comma-separated
 #   heartbeat:<process>             string  exists while the process lives
@@ -2075,6 +2125,14 @@ class Integer(Check):
         return value if self.low <= value <= self.high else None
 
 
+class Boolean(Check):
+    """true or false."""
+
+    types = (bool,)
+    expected = "true or false"
+    schema = {"type": "boolean"}
+
+
 class Enum(Check):
     """One of a few strings."""
 
@@ -2642,6 +2700,7 @@ class State(enum.StrEnum):
     DEAD = "dead"
     SUPPRESSED = "suppressed"
     CANCELLED = "cancelled"
+    BOUNCED = "bounced"  # it had succeeded, and then came back or was complained about
     EXPIRED = "expired"
 
 
@@ -2663,6 +2722,16 @@ class Verdict(enum.StrEnum):
 CONCLUDED = (Verdict.SUCCEEDED, Verdict.CANCELLED, Verdict.SUPPRESSED, Verdict.EXPIRED)
 
 
+# The replies to the end of DATA by which providers say which id they gave the mail. Their notifications have it.
+PROVIDER_REPLY = re.compile("|".join((
+    # Amazon SES: its documentation calls this the message ID of the reply; SES replaces the header Message-ID.
+    r"\b250 Ok ([0-9a-f-]{30,80})(?![\w-])",
+    # SendGrid: its support pages call this X-Message-ID; sg_message_id begins with it.
+    r"\b250 Ok: queued as ([\w-]{22})(?![\w-])",
+    # Brevo: logs of relays show the Message-ID of the mail, which may be a new one.
+    r"\b250 2\.0\.0 OK: queued as <([!-;=?-~]{1,200})>")))
+
+
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """What became of a task that a worker had in hand.
@@ -2681,6 +2750,15 @@ class Outcome:
     suppress: tuple[str, ...] = ()
     reply: str = ""
 
+    @property
+    def reply_ids(self) -> str:
+        """The ids by which a provider will speak of the mail instead of its Message-ID, by spaces."""
+        reply = self.detail if self.verdict == Verdict.SUCCEEDED else self.reply
+        if "250 " not in reply:
+            return ""
+        found = [next(filter(None, match.groups())) for match in PROVIDER_REPLY.finditer(reply)]
+        return " ".join(name for name in found if not name.startswith(f"{self.task.id}@"))
+
 
 class Permit(typing.NamedTuple):
     """What smtp_rate says to a mail: whether it may go, and the seconds to wait before.
@@ -2695,6 +2773,30 @@ class Permit(typing.NamedTuple):
     room_in: float = 0.0
     buckets: tuple[int, ...] = ()
     right_until: float = 0.0
+
+
+class Feedback(enum.StrEnum):
+    """What may become of a mail after the server has taken it."""
+
+    BOUNCED = "bounced"  # it came back for good
+    COMPLAINED = "complained"  # its recipient took it for spam
+    DELAYED = "delayed"  # it is late, or came back for a reason that may pass
+
+
+class Report(typing.NamedTuple):
+    """That a mail bounced, is delayed, or was complained about.
+
+    Args:
+        ids: what may be the id of its task, or the one that the provider gave it.
+        addresses: the recipient, in the forms in which it may be known; none where the report does not name it.
+        sole: addresses of which one must be the task's only recipient, where none of the former is one; "*" is any.
+    """
+
+    event: Feedback
+    reason: str = ""
+    ids: tuple[str, ...] = ()
+    addresses: tuple[str, ...] = ()
+    sole: tuple[str, ...] = ()
 
 
 class GroupCommit:
@@ -2879,6 +2981,7 @@ class Queue:
     #   u, n   userId, and the task's name; or, where these are no UTF-8, head as summary_of() has it
     #   to     the recipients in lower case, where there are more than that one
     #   error, story    where there is one; what the server said to a mail goes on in r1, r2 and r3
+    #   bounces         lines as those of the story, about what came back afterwards, see BOUNCE
     #
     # The caller passes `ttl` in milliseconds and what never changes of a task: when it was accepted, its type and
     # retries, the account, u and n. To read and decode its head here took a third of the time of this fragment.
@@ -2918,7 +3021,7 @@ class Queue:
     """
 
     # Queue an event for the webhooks that want its kind: that of the account, and the admin's. An event is a task of
-    # the lane `hooks`, which is in no list of the newest tasks. `data` is JSON. See section 14.
+    # the lane `hooks`, which is in no list of the newest tasks. `data` is JSON. See section 15.
     EVENT = CLOCK + """
         local function emit(prefix, account, kind, data)
             if redis.call('EXISTS', prefix .. 'hooks') == 0 then return end
@@ -2997,6 +3100,7 @@ class Queue:
         self._adopt = store.script(self.ADOPT)
         self._cancel = store.script(self.CANCEL, once=True)
         self._revive = store.script(self.REVIVE, once=True)
+        self._bounce = store.script(self.BOUNCE)
         # As scripts take them: result_ttl and dead_ttl in milliseconds, dead_max.
         self._limits = [settings.result_ttl * 1000, settings.dead_ttl * 1000, settings.dead_max]
         self._missing: dict[str, float] = {}  # process -> since when (monotonic) its heartbeat is missing
@@ -3159,8 +3263,8 @@ class Queue:
     #       `share`; 1 if all that is taken is begun within moments, or 0 if only the first is;
     #       result_ttl and dead_ttl (ms), dead_max, process, worker;
     #       then, of each task to settle: the number of its arguments, its id, verdict, detail, delay (ms), recipients
-    #       that have the mail and addresses to suppress, by spaces, the server's reply to the former; and, if it ends,
-    #       what _summary_args() returns.
+    #       that have the mail, addresses to suppress and the ids that its provider gave the mail, by spaces; the
+    #       server's reply where only some have it; and, if it ends, what _summary_args() returns.
     # Answer: {how many tasks are left in the lane, then of each task taken: {id, body, account, API key's id, created,
     #         attempts, strikes, drops, dropped, expires, delivered, the recipients that are suppressed}}. No task,
     #         although some are left, means: ask again.
@@ -3172,8 +3276,13 @@ class Queue:
         local events = {succeeded = 'mail.sent', suppressed = 'mail.suppressed', expired = 'mail.failed'}
         if redis.call('EXISTS', prefix .. 'hooks') == 0 then events = {} end
 
-        local function settle(id, verdict, detail, delay, delivered, suppress, reply, ...)
+        local function settle(id, verdict, detail, delay, delivered, suppress, ids, reply, ...)
             if redis.call('LREM', own, 1, id) == 0 then return end
+            if ids ~= '' then
+                for name in string.gmatch(ids, '%S+') do
+                    redis.call('SET', prefix .. 'reply:' .. name, id, 'PX', result_ttl)
+                end
+            end
             local task = prefix .. 'task:' .. id
             if delivered ~= '' then redis.call('HSET', task, 'delivered', delivered) end
             if reply ~= '' then note(task, 'delivered', reply) end
@@ -3314,8 +3423,9 @@ class Queue:
         args = [most, keep, share, int(begin_all), *self._limits, self.process, worker]
         for outcome in outcomes:
             summary = self._summary_args(outcome.task) if outcome.verdict in CONCLUDED else ()
-            args += [7 + len(summary), outcome.task.id, outcome.verdict, outcome.detail, int(outcome.delay * 1000),
-                     " ".join(outcome.delivered), " ".join(outcome.suppress), outcome.reply, *summary]
+            args += [8 + len(summary), outcome.task.id, outcome.verdict, outcome.detail, int(outcome.delay * 1000),
+                     " ".join(outcome.delivered), " ".join(outcome.suppress), outcome.reply_ids, outcome.reply,
+                     *summary]
         answer = self._settle_and_take(keys, args)
         if any(outcome.delay for outcome in outcomes):
             self._note_delay()
@@ -3903,9 +4013,9 @@ class Queue:
         if answer != "cancelled":
             raise HTTPError(404, "there is no such task, or it ended too long ago", "id")
 
-    # Queue a dead letter again, or remove it. Whoever retries says that the address is good now, so what the server
-    # said of it no longer counts; an address that a person suppressed stays so. Nobody waits for an OTP that died, so
-    # it does not delay new ones in the urgent lane.
+    # Queue a dead letter again, or remove it. Whoever retries says that the address is good now, so what a server
+    # said of it no longer counts; an address that a person suppressed, or complained from, stays so. Nobody waits for
+    # an OTP that died, so it does not delay new ones in the urgent lane.
     # KEYS: the prefix. ARGV: id, the account that the task must belong to or "", "retry" or "remove".
     # Answer: 0 if there is no such dead letter, else 1.
     REVIVE = NOTE + """
@@ -3928,7 +4038,7 @@ class Queue:
         local reasons = prefix .. 'suppressed_for:' .. owner
         for address in string.gmatch(to or '', '%S+') do
             local reason = redis.call('HGET', reasons, address)
-            if reason and reason ~= 'by request' then
+            if reason and reason ~= 'by request' and not string.find(reason, '^complained') then
                 redis.call('HDEL', reasons, address)
                 redis.call('ZREM', prefix .. 'suppressed:' .. owner, address)
             end
@@ -3954,6 +4064,107 @@ class Queue:
                     self.store.redis.zrem(key, task_id)
             progress(count)
         return count
+
+    # Note what became of a mail after the server had taken it. A line of the story says it once for each recipient and
+    # event, and once more after the task was revived. A bounce or a complaint suppresses the address for the account,
+    # and a task that had succeeded is then in the state "bounced".
+    # KEYS: the prefix.
+    # ARGV: the account that the task must belong to, or ""; a Feedback and its reason; ids that may name the task,
+    #       addresses that may be the recipient, and addresses of which one is it if the task has no other recipient
+    #       ("*" is any), each by spaces; 1 to suppress the first address for the account where there is no such task,
+    #       or 0.
+    # Answer: {"changed", "same", "unknown" (there is no such task) or "address" (it has no such recipient); and the id
+    #         of the task and its account, which are "" where there is none}.
+    BOUNCE = EVENT + """
+        local prefix, account, event, reason, ids, addresses, sole, without_task = KEYS[1], unpack(ARGV)
+        local what = reason ~= '' and ': ' .. reason or ''
+
+        local function find_task()
+            for id in string.gmatch(ids, '%S+') do
+                for _, name in ipairs({id, redis.call('GET', prefix .. 'reply:' .. id) or nil}) do
+                    if redis.call('EXISTS', prefix .. 'task:' .. name) == 1 then return name end
+                end
+            end
+        end
+
+        -- The moment when an address was suppressed stays; a complaint counts for more than what a server said.
+        local function suppress(owner, address)
+            local reasons = prefix .. 'suppressed_for:' .. owner
+            local added = redis.call('ZADD', prefix .. 'suppressed:' .. owner, 'NX', milliseconds, address)
+            local before = redis.call('HGET', reasons, address) or ''
+            if added == 1 or event == 'complained' and before ~= 'by request' then
+                redis.call('HSET', reasons, address, event .. what)
+            end
+            return added == 1
+        end
+
+        local function tell(owner, address, id, name)
+            emit(prefix, owner, 'mail.' .. event, cjson.encode({
+                account = owner, userId = address, id = id, task = name, error = reason ~= '' and reason or nil}))
+        end
+
+        local function bounce(id)
+            local task = prefix .. 'task:' .. id
+            local owner, key, state, ended, to, user, name, head, story, bounces = unpack(redis.call('HMGET', task,
+                'account', 'key', 'state', 'd', 'to', 'u', 'n', 'head', 'story', 'bounces'))
+            owner = owner or ended and string.match(ended, '^' .. string.rep('%S* ', 7) .. '(.*)$') or ''
+            local registered = redis.call('HGET', prefix .. 'UserList', owner) or ''
+            if registered == '' or registered ~= (key or registered) or account ~= '' and owner ~= account then
+                return {'unknown', '', ''}
+            end
+
+            local is_recipient, recipients, address = {}, 0
+            for each in string.gmatch(to or string.lower(user or ''), '%S+') do
+                if not is_recipient[each] then recipients = recipients + 1 end
+                is_recipient[each] = true
+            end
+            for each in string.gmatch(addresses, '%S+') do
+                address = address or is_recipient[each] and each
+            end
+            for each in string.gmatch(recipients == 1 and sole or '', '%S+') do
+                address = address or each == '*' and next(is_recipient) or is_recipient[each] and each
+            end
+            if not address then return {'address', id, owner} end
+
+            local lines = '\\n' .. (story or '') .. (bounces or '')
+            lines = string.match(lines, '.*\\n%d+ %d+ revived [^\\n]*(\\n.*)$') or lines
+            local pattern = '\\n%d+ %d+ ' .. event .. ' ' .. string.gsub(address, '%W', '%%%0') .. '[:\\n]'
+            if string.find(lines, pattern) then return {'same', id, owner} end
+
+            local has_succeeded = state == 'succeeded' or ended and string.sub(ended, 1, 1) == ' '
+            local field = (ended or has_succeeded) and 'bounces' or 'story'
+            redis.call('HSET', task, field, (field == 'story' and story or bounces or '')
+                       .. microseconds .. ' 0 ' .. event .. ' ' .. address .. what .. '\\n')
+            if event ~= 'delayed' then
+                suppress(owner, address)
+                local readable, shown = pcall(cjson.decode, head)  -- older versions took half a surrogate pair
+                tell(owner, address, id, name or readable and shown.task or nil)
+                if has_succeeded then
+                    redis.call('HSET', task, ended and 'd' or 'state', 'bounced' .. (ended or ''))
+                end
+            end
+            return {'changed', id, owner}
+        end
+
+        local id, first = find_task(), string.match(addresses, '%S+')
+        if id then return bounce(id) end
+        if without_task == '0' or not first then return {'unknown', '', ''} end
+        if event == 'delayed' or not suppress(account, first) then return {'same', '', account} end
+        tell(account, first)
+        return {'changed', '', account}
+    """
+
+    def bounce(self, report: Report, account: str = "", without_task: bool = False) -> tuple[str, str, str]:
+        """Note what a Report says, if it has not been noted; returns what BOUNCE answers.
+
+        Args:
+            account: whose task it must be; "" for any.
+            without_task: suppress the address for the account where there is no such task, or no longer.
+        """
+        answer, task_id, owner = self._bounce(keys=[self.store.prefix], args=[
+            account, report.event, report.reason, " ".join(report.ids), " ".join(map(fold_address, report.addresses)),
+            " ".join(map(fold_address, report.sole)), int(without_task)])
+        return answer, task_id, owner
 
 
 def list_key(store: Store, kind: str, account: str) -> str:
@@ -4052,7 +4263,7 @@ class Inspection:
 
     SEARCH_BATCH = 200  # tasks in one script
     FIELDS = ("head", "account", "state", "attempts", "error", "created", "finished", "due", "started", "story",
-              "d", "u", "n", "r1", "r2", "r3")
+              "d", "u", "n", "r1", "r2", "r3", "bounces")
 
     def __init__(self, store: Store, settings: Settings, give_way: Callable[[], object] = lambda: None) -> None:
         self.store, self.settings, self.give_way = store, settings, give_way
@@ -4100,10 +4311,13 @@ class Inspection:
         if found["d"]:
             found = found | expand_summary(found)
         task = found["task"] if found["u"] else json.loads(found["head"])
-        succeeded = found["state"] == State.SUCCEEDED  # then the field "error" has the result
+        succeeded = found["state"] in (State.SUCCEEDED, State.BOUNCED)  # then the field "error" has the result
+        error = None if succeeded else found["error"] or None
+        if found["state"] == State.BOUNCED:
+            error = next(why for *_, event, why in reversed(lines_of(found["bounces"])) if event != Feedback.DELAYED)
         status = {"id": task_id, "task": task["task"], "type": task["type"], "userId": task["payload"]["userId"],
                   "state": found["state"], "attempts": int(found["attempts"]), "retries": task["retries"],
-                  "error": not succeeded and found["error"] or None, "created": timestamp(found["created"])}
+                  "error": error, "created": timestamp(found["created"])}
         if succeeded and found["error"]:
             status["result"] = found["error"]
         if found["state"] in (State.RETRYING, State.SCHEDULED):
@@ -4237,12 +4451,19 @@ class Inspection:
                 "reason": first["reason"]}
 
 
+def lines_of(story: str | None) -> list[list[str]]:
+    """[moment, begun, event, reason] of each line of a story."""
+    return [line.split(" ", 3) for line in (story or "").split("\n")[:-1]]
+
+
 def history_of(task: Json) -> list[Json]:
     """What happened to a task, from the fields of its hash, the oldest event first."""
     state = task["state"]
-    events = [line.split(" ", 3) for line in (task["story"] or "").split("\n")[:-1]]
-    if state in CONCLUDED:
-        events.append([task["finished"], task["started"], state, task["error"]])
+    events = lines_of(task["story"])
+    if state in CONCLUDED or state == State.BOUNCED:
+        ended = State.SUCCEEDED if state == State.BOUNCED else state
+        events.append([task["finished"], task["started"], ended, task["error"]])
+    events += lines_of(task["bounces"])
     history: list[Json] = [{"time": timestamp(task["created"]), "event": "accepted"}]
     for moment, started, event, reason in events:
         begun = int(started or 0)
@@ -4360,6 +4581,7 @@ class Stats:
 FAMILIES = {  # name -> (type, help); docs/metrics.md has them all, with their labels
     "gomail_tasks": ("counter", "Times a worker was done with a task, by what became of it."),
     "gomail_smtp_seconds": ("histogram", "Seconds that handing over a mail took."),
+    "gomail_bounces": ("counter", "Mails that bounced, were complained about or are delayed, once for each recipient."),
     "gomail_http_requests": ("counter", "HTTP requests answered."),
     "gomail_http_seconds": ("histogram", "Seconds from the begin of a request to its answer, by group of routes."),
     "gomail_queue_depth": ("gauge", "Tasks that wait in a lane."),
@@ -6460,7 +6682,8 @@ class Newsletters:
     CLAIM = Queue.ADD_TASK + BOUNDARIES + """
         local prefix, now, most, base = KEYS[1], unpack(ARGV, 1, 3)
         local half = {['@hourly'] = 1800, ['@daily'] = 43200, ['@weekly'] = 302400, ['@monthly'] = 1209600}  -- seconds
-        local ended = {succeeded = true, dead = true, suppressed = true, cancelled = true}
+        local ended = {succeeded = true, dead = true, suppressed = true, cancelled = true,
+                       bounced = true}
         local schedule, skipped = prefix .. 'schedule', 0
 
         local function queue(number, account, key, content_type, address, record)
@@ -6548,7 +6771,479 @@ class Newsletters:
         return boundaries
 
 
-# --- 14. webhooks ---------------------------------------------------------------------------------------
+# --- 14. bounces ----------------------------------------------------------------------------------------
+# What became of mails after the server took them, as it is heard of: from an app, from a provider's notification, or
+# from a report that comes back as a mail. Each becomes a Report, which Queue.bounce() takes.
+
+class Provider(typing.NamedTuple):
+    """Where the fields of a provider's notification are: paths of names with dots, or several such with "|" between
+    them, of which the first that is found counts.
+
+    Args:
+        types: paths whose values together, with spaces, begin with one of `events`; the longest counts. Others are
+            about nothing that matters here.
+        events: what they mean.
+        ids: all that may name the mail.
+        recipients: of the recipients, each an object; "" is the whole.
+        address: in such an object.
+        reason: in such an object, or in the whole.
+    """
+
+    types: tuple[str, ...]
+    events: Mapping[str, Feedback]
+    ids: tuple[str, ...]
+    recipients: tuple[str, ...]
+    address: str
+    reason: str
+
+
+PROVIDERS = {
+    # Amazon SES Developer Guide: "Amazon SNS notification contents for Amazon SES", and "Contents of event data that
+    # Amazon SES publishes to Amazon SNS". A transient bounce was given up, but says nothing of the address.
+    "ses": Provider(
+        ("notificationType|eventType", "bounce.bounceType"),
+        {"Bounce": Feedback.DELAYED, "Bounce Permanent": Feedback.BOUNCED, "Complaint": Feedback.COMPLAINED,
+         "DeliveryDelay": Feedback.DELAYED},
+        ("mail.messageId", "mail.commonHeaders.messageId"),
+        ("bounce.bouncedRecipients", "complaint.complainedRecipients", "deliveryDelay.delayedRecipients"),
+        "emailAddress", "diagnosticCode|status|bounce.bounceSubType|complaint.complaintFeedbackType"
+                        "|deliveryDelay.delayType"),
+    # Postmark Developer Documentation: "Bounce webhook", "Spam complaint webhook", and "Bounce API" for the types.
+    # MessageID is Postmark's own and in no reply; Metadata has what postmark_headers() say.
+    "postmark": Provider(
+        ("Type",),
+        {"HardBounce": Feedback.BOUNCED, "BadEmailAddress": Feedback.BOUNCED, "ManuallyDeactivated": Feedback.BOUNCED,
+         "SpamComplaint": Feedback.COMPLAINED, **dict.fromkeys((
+             "Transient", "SoftBounce", "DnsError", "SpamNotification", "VirusNotification", "Blocked", "DMARCPolicy",
+             "SMTPApiError", "Unknown"), Feedback.DELAYED)},
+        ("Metadata.gomail", "MessageID"), ("",), "Email", "Details|Description|Name"),
+    # Mailgun Documentation: "Webhook Payloads", and "Event Types" for the severity.
+    "mailgun": Provider(
+        ("event-data.event", "event-data.severity"),
+        {"failed permanent": Feedback.BOUNCED, "failed": Feedback.DELAYED, "complained": Feedback.COMPLAINED},
+        ("event-data.message.headers.message-id",), ("event-data",), "recipient",
+        "delivery-status.message|delivery-status.description|reason"),
+    # Brevo API documentation: "Transactional webhooks". What is blocked was not sent, for reasons of the account's.
+    "brevo": Provider(
+        ("event",),
+        {"hard_bounce": Feedback.BOUNCED, "invalid_email": Feedback.BOUNCED, "spam": Feedback.COMPLAINED,
+         "complaint": Feedback.COMPLAINED, **dict.fromkeys(("soft_bounce", "deferred", "blocked", "error"),
+                                                        Feedback.DELAYED)},
+        ("message-id",), ("",), "email", "reason"),
+    # Twilio SendGrid Documentation: "Event Webhook Reference". A drop was not sent, mostly for an earlier event.
+    "sendgrid": Provider(
+        ("event", "type|reason"),
+        {"bounce": Feedback.BOUNCED, "bounce blocked": Feedback.DELAYED, "bounce expired": Feedback.DELAYED,
+         "blocked": Feedback.DELAYED, "deferred": Feedback.DELAYED, "spamreport": Feedback.COMPLAINED,
+         "dropped": Feedback.DELAYED, "dropped Bounced Address": Feedback.BOUNCED, "dropped Invalid": Feedback.BOUNCED,
+         "dropped Spam Reporting Address": Feedback.COMPLAINED},
+        ("smtp-id", "sg_message_id"), ("",), "email", "reason|response|status"),
+}
+MAX_REPORTS = 10_000  # in a notification
+MAX_REASON = 300  # characters of a reason that are kept
+
+
+def postmark_headers(task_id: str) -> tuple[tuple[str, str], ...]:
+    """Headers by which Postmark keeps the Message-ID, and names the task in its notifications. It removes them."""
+    return ("X-PM-KeepID", "true"), ("X-PM-Metadata-gomail", task_id)
+
+
+def values_at(value: object, path: str) -> list:
+    """What a path of names with dots leads to in a JSON value; arrays are passed through."""
+    found = [value]
+    for name in [*path.split("."), ""] if path else [""]:
+        found = [each for one in found for each in (one if isinstance(one, list) else [one])]
+        if name:
+            found = [each[name] for each in found if isinstance(each, dict) and name in each]
+    return found
+
+
+def first_text(value: object, paths: str) -> str:
+    """The first string that is not blank at one of the paths, as one line; "" if there is none."""
+    texts = (text for path in paths.split("|") for text in values_at(value, path) if isinstance(text, str))
+    return next(filter(None, map(printable, texts)), "")
+
+
+def reference(message_id: str) -> tuple[str, ...]:
+    """What may name the mail of a Message-ID or of a provider's id: its begin, up to "@" or ".", and all of it.
+
+    That begin is the id of the task, or the provider's: SES and SendGrid add something behind it.
+    """
+    text = message_id.strip("<> \t\r\n")
+    return (re.split("[@.]", text)[0], text) if re.fullmatch("[!-~]{1,998}", text) else ()
+
+
+def diagnosis(text: str) -> str:
+    """What is kept of a reason: one line, without the type of a Diagnostic-Code (RFC 3464 section 2.3.6)."""
+    return re.sub(r"^(smtp|x-[\w-]+) *; *", "", printable(text), flags=re.IGNORECASE)[:MAX_REASON]
+
+
+def known_address(text: str) -> str | None:
+    """The address in a field of a report, with or without a name or <>; None if there is none."""
+    return parse_address(text.strip()) or parse_address(email.utils.parseaddr(text)[1])
+
+
+def reports_of(provider: Provider, body: object) -> list[Report]:
+    """The reports of a provider's notification, which may hold several. Raises HTTPError (400)."""
+    reports = []
+    for event in body if isinstance(body, list) else [body]:
+        if not isinstance(event, dict):
+            raise HTTPError(400, "the body must be a JSON object, or an array of objects")
+        words = list(itertools.takewhile(bool, (first_text(event, path) for path in provider.types)))
+        meaning = next((provider.events[name] for end in range(len(words), 0, -1)
+                        if (name := " ".join(words[:end])) in provider.events), None)
+        if meaning is None:
+            continue
+        ids = tuple(each for path in provider.ids for each in reference(first_text(event, path)))
+        for recipient in (found for path in provider.recipients for found in values_at(event, path)):
+            address = known_address(first_text(recipient, provider.address))
+            reason = diagnosis(first_text(recipient, provider.reason) or first_text(event, provider.reason))
+            reports.append(Report(meaning, reason, ids, (address,) if address else (), () if address else ("*",)))
+            if len(reports) > MAX_REPORTS:
+                raise HTTPError(400, f"the body must not be about more than {MAX_REPORTS} recipients")
+    return reports
+
+
+class Bounces:
+    """Takes what is heard of mails that came back, were complained about or are delayed."""
+
+    # The addresses by which Amazon SNS lets a subscription be confirmed: of its own hosts alone, without a port, a user
+    # or anything that two parsers may read in two ways.
+    CONFIRMATION = re.compile(r"https://(sns\.[a-z0-9-]{1,40}\.amazonaws\.com(?:\.cn)?)"
+                              r"(/\?Action=ConfirmSubscription&[\w.~!$&'()*+,;=:@/?%-]{1,2000})", re.ASCII)
+    TIMEOUT = 5.0  # seconds for each step of a confirmation
+
+    def __init__(self, queue: Queue, accounts: Accounts, stats: Stats, public_url: str = "") -> None:
+        self.queue, self.accounts, self.stats, self.public_url = queue, accounts, stats, public_url.rstrip("/")
+
+    def urls(self, account: Account) -> dict[str, str]:
+        """Provider -> the URL for its notifications about an account's mails; a path without `public_url`."""
+        token = self.accounts.seal("bounces", {"account": account.name, "key_id": account.key_id})
+        return {provider: f"{self.public_url}/bounces/{provider}/{token}" for provider in PROVIDERS}
+
+    def account_of(self, token: str) -> Account:
+        """The Account of such a URL. Raises HTTPError (404)."""
+        claims = self.accounts.unseal("bounces", token)
+        account = Account(claims["account"], claims["key_id"]) if claims else None
+        if account is None or self.accounts.find(account.name) != account:
+            raise HTTPError(404, "this URL is not valid, or its account was deregistered; GET /bounces has the URLs",
+                            "token")
+        return account
+
+    def record(self, report: Report, account: str = "", without_task: bool = False) -> str:
+        """Note a report, see Queue.bounce(); count and log it if it is new."""
+        answer, task_id, owner = self.queue.bounce(report, account, without_task)
+        if answer == "changed":
+            self.stats.count("gomail_bounces_total", event=report.event)
+            log(logging.INFO, f"mail {report.event}", task=task_id or None, account=owner, error=report.reason)
+        return answer
+
+    def take(self, account: str, body: Json) -> int:
+        """Take what an app heard, see BOUNCE; returns 1 if it is new, else 0. Raises HTTPError (400, 404)."""
+        name = next((name for name in ("id", "messageId", "userId") if name in body), None)
+        if name is None:
+            raise HTTPError(400, "id, messageId or userId is required", "id")
+        event = Feedback.COMPLAINED if body["kind"] == "complaint" else (
+            Feedback.BOUNCED if body.get("permanent", True) else Feedback.DELAYED)
+        ids = reference(body[name]) if name != "userId" else ()
+        addresses = (body["userId"],) if "userId" in body else ()
+        answer = self.record(Report(event, diagnosis(body.get("reason", "")), ids, addresses,
+                                    () if addresses else ("*",)), account, without_task=name == "userId")
+        if answer == "unknown":
+            raise HTTPError(404, "there is no such task, or it ended too long ago", name)
+        if answer == "address":
+            raise HTTPError(400, "userId must be one of the task's recipients" if addresses else
+                            "userId is required: the task has several recipients", "userId")
+        return int(answer == "changed")
+
+    def take_notification(self, account: str, provider: str, body: object) -> int:
+        """Take a provider's notification; returns how much of it is new. Raises HTTPError (400, 503).
+
+        An address is suppressed although its task ended too long ago: complaints come days later.
+        """
+        if provider == "ses" and isinstance(body, dict) and "Type" in body:
+            if body["Type"] == "SubscriptionConfirmation":
+                return self.confirm(body.get("SubscribeURL"))
+            body = self.message_of(body.get("Message") if body["Type"] == "Notification" else None)
+        answers = [self.record(report, account, True) for report in reports_of(PROVIDERS[provider], body)]
+        return answers.count("changed")
+
+    @staticmethod
+    def message_of(text: object) -> Json:
+        """The JSON object in the message of an SNS notification; {} for another, such as SES's first test message."""
+        message = None
+        if isinstance(text, str) and text.count("[") + text.count("{") < 1000:  # else it may be nested too deeply
+            with contextlib.suppress(ValueError):
+                message = json.loads(text)
+        return message if isinstance(message, dict) else {}
+
+    def confirm(self, url: object) -> int:
+        """Confirm the subscription of a URL to an SNS topic; returns 1. Raises HTTPError (400, 503)."""
+        match = self.CONFIRMATION.fullmatch(url) if isinstance(url, str) else None
+        if not match:
+            raise HTTPError(400, "SubscribeURL must be one of Amazon SNS: "
+                            "https://sns.<region>.amazonaws.com/?Action=ConfirmSubscription&...", "SubscribeURL")
+        connection = self.connect(match[1])
+        try:
+            connection.request("GET", match[2])
+            if (status := connection.getresponse().status) != 200:
+                raise http.client.HTTPException(f"HTTP {status}")
+        except (OSError, http.client.HTTPException) as error:
+            log(logging.WARNING, "Amazon SNS did not confirm the subscription", error=describe(error))
+            raise HTTPError(503, "Amazon SNS did not confirm the subscription; it asks again", "SubscribeURL",
+                            {"Retry-After": "20"}) from None
+        finally:
+            connection.close()
+        log(logging.INFO, "the subscription at Amazon SNS is confirmed")
+        return 1
+
+    def connect(self, host: str) -> http.client.HTTPSConnection:
+        """A connection to a host, which is opened when it is used."""
+        return http.client.HTTPSConnection(host, timeout=self.TIMEOUT, context=ssl.create_default_context())
+
+
+# RFC 5965 section 3.5 and its registry: what a recipient complains of. The others are no complaints, as not-spam.
+COMPLAINTS = ("abuse", "fraud", "virus", "opt-out")
+
+
+def reports_in_mail(raw: bytes) -> list[Report]:
+    """The reports in a mail: delivery status (RFC 3464, RFC 6533) or feedback (RFC 5965). The mail may be cut off.
+
+    Its other parts, and any other mail, have none. Nothing is expected of it: it may come from anybody.
+    """
+    mail = email.message_from_bytes(raw, policy=email.policy.compat32)
+    kind = str(mail.get_param("report-type", "")).lower()
+    if mail.get_content_type() != "multipart/report" or kind not in ("delivery-status", "feedback-report"):
+        return []
+    fields: list[email.message.Message] = []
+    returned = email.message.Message()
+    for part in parts_of(mail)[:10]:
+        media_type = part.get_content_type()
+        if media_type in ("message/delivery-status", "message/global-delivery-status", "message/feedback-report"):
+            fields += blocks_of(part)
+        elif media_type in ("message/rfc822", "message/global", "text/rfc822-headers", "message/global-headers"):
+            returned = next(blocks_of(part), returned)
+    ids = tuple(each for name, of in (("Message-ID", returned), ("In-Reply-To", mail), ("References", mail))
+                for message_id in " ".join(values(of, name)).split()[:10] for each in reference(message_id))
+    sent_to = tuple(address for _, address in email.utils.getaddresses(
+        [text for name in ("To", "Cc") for text in values(returned, name)])[:100] if parse_address(address))
+    reports = []
+    for block in fields if ids else []:
+        event: Feedback | None = None
+        reason = ""
+        recipients = [[text] for text in values(block, "Original-Rcpt-To")[:100]] or [[]]
+        if kind == "feedback-report":
+            event = Feedback.COMPLAINED if first_value(block, "Feedback-Type").lower() in COMPLAINTS else None
+        elif (action := first_value(block, "Action").lower()) in ("failed", "delayed"):
+            status = first_value(block, "Status")
+            # What is given up after a reply 4xx says nothing of the address: its mailbox is full, its server is away.
+            event = Feedback.BOUNCED if action == "failed" and not status.startswith("4") else Feedback.DELAYED
+            reason = diagnosis(first_value(block, "Diagnostic-Code") or status)
+            recipients = [[first_value(block, "Original-Recipient"), first_value(block, "Final-Recipient")]]
+        for texts in recipients:
+            addresses = tuple(filter(None, (known_address(text.rpartition(";")[2]) for text in texts)))
+            if event:
+                reports.append(Report(event, reason, ids, addresses, sent_to if addresses else ("*",)))
+    return reports[:MAX_REPORTS]
+
+
+def parts_of(part: email.message.Message) -> list[email.message.Message]:
+    """The parts of a multipart or of a message/..., none where it is something else."""
+    content = part.get_payload()
+    return [each for each in content if isinstance(each, email.message.Message)] if isinstance(content, list) else []
+
+
+def blocks_of(part: email.message.Message) -> Iterator[email.message.Message]:
+    """The blocks of fields in a part of a report; of a mail in it, the first is its header."""
+    text = typing.cast(bytes, part.get_payload(decode=True) or b"").decode(errors="replace")
+    for block in parts_of(part):
+        yield block
+        text = str(block.get_payload())  # the parser takes all but message/delivery-status for a single block
+    for block_text in re.split(r"\r?\n\r?\n", text.strip()):
+        yield email.message_from_string(block_text)
+
+
+def values(block: email.message.Message, name: str) -> list[str]:
+    """The values of the fields of a name, each on one line; addresses may be in UTF-8 (RFC 6533)."""
+    # get_all() replaces what is beyond ASCII.
+    return [printable(str(value).encode(errors="surrogateescape").decode(errors="replace"))
+            for found, value in block.raw_items() if found.lower() == name.lower()]
+
+
+def first_value(block: email.message.Message, name: str) -> str:
+    """The value of the first field of a name, "" if there is none."""
+    return next(iter(values(block, name)), "")
+
+
+MAILBOX_ERRORS = (OSError, imaplib.IMAP4.error, ValueError)  # of imaplib: UnicodeError, too
+
+
+@contextlib.contextmanager
+def open_mailbox(settings: Settings) -> Iterator[tuple[imaplib.IMAP4, int]]:
+    """A connection to the mailbox that bounce_imap names, and the number of mails in it. Raises MAILBOX_ERRORS."""
+    address = ImapAddress.parse(settings.bounce_imap)
+    context, timeout = ssl.create_default_context(cafile=settings.smtp_ca or None), BounceReader.TIMEOUT
+    if address.tls:
+        imap: imaplib.IMAP4 = imaplib.IMAP4_SSL(address.host, address.port, ssl_context=context, timeout=timeout)
+    else:
+        imap = imaplib.IMAP4(address.host, address.port, timeout)
+    try:
+        if not address.tls and not is_loopback(address.host):
+            imap.starttls(context)  # raises where the server does not offer it
+        if "AUTH=PLAIN" in imap.capabilities:
+            imap.authenticate("PLAIN", lambda _: f"\0{address.user}\0{address.password}".encode())
+        else:
+            imap.login(quoted(address.user), address.password)
+        yield imap, int(succeed(imap.select(quoted(address.folder)))[0])
+    finally:
+        try:
+            imap.logout()
+        except MAILBOX_ERRORS:
+            imap.shutdown()
+
+
+def succeed(answer: tuple[str, list[Any]]) -> list[Any]:
+    """The data of an IMAP server's answer. Raises IMAP4.error where it is not OK."""
+    status, data = answer
+    if status != "OK":
+        raise imaplib.IMAP4.error(str(data[0]))
+    return data
+
+
+def describe_mailbox_error(settings: Settings, error: BaseException) -> str:
+    """What is wrong with the mailbox, without its password."""
+    address = ImapAddress.parse(settings.bounce_imap)
+    return f"{address} cannot be read: {without_secrets(describe(error), [address.password])}"
+
+
+class BounceReader:
+    """A thread that reads the mailbox of `bounce_imap`, in one process at a time.
+
+    A mail whose report is noted is moved into the folder FOLDER; all others stay as they are, unseen. If the process
+    dies between the two, the report is read once more, and changes nothing.
+    """
+
+    POLL = 60.0  # seconds between two looks
+    LONGEST_PAUSE = 900.0  # seconds, while the mailbox cannot be read
+    TIMEOUT = 30.0  # seconds for each answer of the server
+    LEASE = 150.0  # seconds until another process may read; longer than the answers of the server for one mail take
+    BATCH = 100  # mails in a round
+    MAX_SIZE = 262144  # bytes of a mail that are read: the report comes before the mail that it returns
+    FOLDER = "GoMail"
+
+    def __init__(self, settings: Settings, store: Store, bounces: Bounces, process: str) -> None:
+        self.settings, self.store, self.bounces, self.process = settings, store, bounces, process
+        self.lease_key = store.key("bounce_reader")
+        self._lease = store.script(self.TAKE_LEASE)
+        self.stopping = threading.Event()
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.validity, self.last = "", 0  # of the folder, and the highest UID in it that was looked at
+        self.failures = 0  # in a row
+
+    def start(self) -> None:
+        """Start the thread."""
+        self.thread.start()
+
+    def stop(self) -> None:
+        """Let another process read, and the thread end after what it is doing."""
+        self.stopping.set()
+        self._lease(keys=[self.lease_key], args=[self.process, 0])
+
+    # KEYS: bounce_reader. ARGV: process, milliseconds, 0 to end the lease.
+    # Answer: 1 if the process has the lease, else 0.
+    TAKE_LEASE = """
+        local holder = redis.call('GET', KEYS[1])
+        if holder and holder ~= ARGV[1] then return 0 end
+        if ARGV[2] == '0' then
+            redis.call('DEL', KEYS[1])
+            return 0
+        end
+        redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+        return 1
+    """
+
+    def holds_lease(self) -> bool:
+        """Whether this process may read; if so, it may for LEASE seconds more."""
+        return not self.stopping.is_set() and bool(
+            self._lease(keys=[self.lease_key], args=[self.process, int(self.LEASE * 1000)]))
+
+    def run(self) -> None:
+        """Read what has come, until the service stops, through outages of the mailbox and of Redis."""
+        pause = 0.0
+        while not self.stopping.wait(pause):
+            pause = self.POLL
+            try:
+                while self.holds_lease():
+                    count = self.read()
+                    if self.failures:
+                        self.failures = 0
+                        log(logging.INFO, "the mailbox of bounces can be read again")
+                    if count < self.BATCH:
+                        break
+            except redis.RedisError:  # the cron thread logs it
+                continue
+            except Exception as error:  # a fault of ours must not end the thread either
+                if self.stopping.is_set():
+                    return
+                self.failures += 1
+                pause = min(self.POLL * 2 ** min(self.failures, 10), self.LONGEST_PAUSE)
+                if self.failures == 1 and isinstance(error, MAILBOX_ERRORS):
+                    log(logging.WARNING, "the mailbox of bounces cannot be read",
+                        error=describe_mailbox_error(self.settings, error))
+                elif self.failures == 1:
+                    logger.exception("unexpected error in reading the mailbox of bounces")
+
+    def read(self) -> int:
+        """Look at the reports that have come since the last call, at most BATCH; returns how many.
+
+        Raises MAILBOX_ERRORS or RedisError.
+        """
+        with open_mailbox(self.settings) as (imap, _):
+            validity = str(imap.response("UIDVALIDITY")[1][0])
+            if validity != self.validity:  # the UIDs are others
+                self.validity, self.last = validity, 0
+            found = succeed(imap.uid("SEARCH", f"UID {self.last + 1}:*", "UNDELETED",
+                                     "HEADER Content-Type multipart/report"))[0] or b""
+            # "*" is the last mail, also where that one has a lower UID.
+            uids = sorted(uid for uid in map(int, found.split()) if uid > self.last)[:self.BATCH]
+            for uid in uids:
+                if not self.holds_lease():
+                    break
+                data = succeed(imap.uid("FETCH", str(uid), f"(BODY.PEEK[]<0.{self.MAX_SIZE}>)"))
+                raw = next((part[1] for part in data if isinstance(part, tuple)), b"")  # else it has just gone
+                if self.take(raw):
+                    self.move(imap, str(uid))
+                self.last = uid
+            return len(uids)
+
+    def take(self, raw: bytes) -> bool:
+        """Note the reports in a mail. False where it has none about mail of this service. Raises RedisError."""
+        try:
+            reports = reports_in_mail(raw[:self.MAX_SIZE])
+        except Exception as error:  # whatever a mail holds, the next ones must be read
+            log(logging.WARNING, "a mail in the mailbox of bounces cannot be read", error=describe(error))
+            return False
+        answers = [self.bounces.record(report) for report in reports]
+        return "changed" in answers or "same" in answers
+
+    def move(self, imap: imaplib.IMAP4, uid: str) -> None:
+        """Move a mail into FOLDER, which is made if it is missing. Raises MAILBOX_ERRORS."""
+        capabilities = str(succeed(imap.capability())[-1]).upper()  # there are more of them after the login
+        can_move = re.search(r"\bMOVE\b", capabilities)  # RFC 6851
+        for folder in (self.FOLDER, f"INBOX.{self.FOLDER}", f"INBOX/{self.FOLDER}"):  # some have all below INBOX
+            for attempt in range(2):
+                if imap.uid("MOVE" if can_move else "COPY", uid, folder)[0] == "OK":
+                    if not can_move:
+                        succeed(imap.uid("STORE", uid, "+FLAGS.SILENT", r"(\Deleted)"))
+                        if "UIDPLUS" in capabilities:  # RFC 4315; else others of the user's would go, too
+                            succeed(imap.uid("EXPUNGE", uid))
+                    return
+                if attempt or imap.create(folder)[0] != "OK":
+                    break
+        raise imaplib.IMAP4.error(f"no mail can be moved into the folder {self.FOLDER}")
+
+
+# --- 15. webhooks ---------------------------------------------------------------------------------------
 # Accounts learn what became of their mails and subscriptions by HTTP requests to a URL of theirs, signed as Standard
 # Webhooks says (https://github.com/standard-webhooks/standard-webhooks, version 1). An event is queued by the script
 # that makes it happen (Queue.EVENT), so that none is lost, and sent by the workers of the lane `hooks`.
@@ -6735,7 +7430,7 @@ class Webhooks:
                         socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
 
 
-# --- 15. workers ----------------------------------------------------------------------------------------
+# --- 16. workers ----------------------------------------------------------------------------------------
 # The thread pool. Each worker belongs to one lane and does one task at a time. When the mail server is out, the circuit
 # breaker of the lane opens, and one worker probes the server until it closes again. This costs no task an attempt.
 
@@ -7389,9 +8084,10 @@ class Workers:
             text=payload.get("text", ""), cc=tuple(payload.get("cc", ())), bcc=tuple(payload.get("bcc", ())),
             reply_to=payload.get("reply_to", ""), attachments=attachments)
 
-    @staticmethod
-    def _compose(task: Task, mail: Mail) -> bytes:
+    def _compose(self, task: Task, mail: Mail) -> bytes:
         """The mail of a task as bytes."""
+        if self.settings.smtp_server.endswith(".postmarkapp.com"):
+            mail = dataclasses.replace(mail, headers=(*mail.headers, *postmark_headers(task.id)))
         moment = max(task.created, task.payload.get("send_at", 0))
         return compose(mail, f"{task.id}@{mail.sender[1].rpartition('@')[2]}", moment)
 
@@ -7496,7 +8192,7 @@ class Workers:
             task.type != "generateOtp" and self.suppressions.by_older(task.account, address))]
 
 
-# --- 16. cron -------------------------------------------------------------------------------------------
+# --- 17. cron -------------------------------------------------------------------------------------------
 # One thread that does what is due: heartbeats, retries, newsletters, and the tasks of dead processes.
 
 class Cron:
@@ -7619,7 +8315,7 @@ class Cron:
                     break
 
 
-# --- 17. http api ---------------------------------------------------------------------------------------
+# --- 18. http api ---------------------------------------------------------------------------------------
 # Api has the handlers: each takes a Request and returns the answer. The table ROUTES behind it says which handler
 # answers which path, who may use it, and what it checks.
 
@@ -7719,6 +8415,7 @@ class Access(enum.StrEnum):
     TASK = "task"  # an API key; the queue checks in its own round trip whether it was revoked
     ADMIN = "admin"  # the admin
     OWNER = "owner"  # the admin, or the key of the account concerned
+    TOKEN = "token"  # who has the path, in which Bounces.token() stands
 
 
 DONE = {"status": bool, "msg": str}  # what done() returns
@@ -7738,6 +8435,7 @@ class Route:
     refuses: tuple[int, ...] = ()  # statuses that only this route answers
     needs_redis: bool = True  # refused at once while Redis is away
     idempotency_key: bool = False  # takes the header Idempotency-Key
+    any_media_type: bool = False  # its body is JSON, whatever its Content-Type says
 
     @functools.cached_property
     def pattern(self) -> re.Pattern[str]:
@@ -7756,7 +8454,7 @@ class Route:
 
     def body_limit(self, settings: Settings) -> int:
         """Bytes that a body may have: max_body only for a route that takes a body and asks for a key."""
-        large = self.body and self.access in (Access.KEY, Access.ALL, Access.TASK)
+        large = self.body and self.access in (Access.KEY, Access.ALL, Access.TASK, Access.TOKEN)
         return settings.max_body if large else min(settings.max_body, SMALL_BODY)
 
 
@@ -7769,8 +8467,9 @@ class Api:
 
     def __init__(self, settings: Settings, store: Store, accounts: Accounts, queue: Queue, inspection: Inspection,
                  suppressions: Suppressions, otps: Otps, newsletters: Newsletters, webhooks: Webhooks,
-                 transport: Transport, workers: Workers, smtp: SmtpState, stats: Stats) -> None:
+                 bounces: Bounces, transport: Transport, workers: Workers, smtp: SmtpState, stats: Stats) -> None:
         self.settings, self.store, self.accounts, self.queue = settings, store, accounts, queue
+        self.bounces = bounces
         self.inspection, self.suppressions = inspection, suppressions
         self.otps, self.newsletters, self.webhooks, self.stats = otps, newsletters, webhooks, stats
         self.transport, self.workers, self.smtp = transport, workers, smtp
@@ -7796,6 +8495,8 @@ class Api:
                 return None
             case Access.TASK:
                 return self.account_for(request)
+            case Access.TOKEN:
+                return self.bounces.account_of(request.path_params["token"])
             case Access.ADMIN | Access.OWNER if self.has_admin_rights(request):
                 return self.admin
             case Access.ADMIN:
@@ -8095,6 +8796,18 @@ class Api:
             raise HTTPError(404, "userId is not suppressed", "userId")
         return done("Suppression removed successfully")
 
+    def list_bounce_urls(self, request: Request) -> Reply:
+        return {"status": True, "urls": self.bounces.urls(request.account)}
+
+    def take_bounce(self, request: Request) -> Reply:
+        return done("Noted", changed=self.bounces.take(request.account.name, request.body))
+
+    def take_notification(self, request: Request) -> Reply:
+        provider = request.path_params["provider"]
+        if provider not in PROVIDERS:
+            raise HTTPError(404, f"provider must be one of {', '.join(PROVIDERS)}", "provider")
+        return done("Noted", changed=self.bounces.take_notification(request.account.name, provider, request.body))
+
     def list_lanes(self, request: Request) -> Reply:
         depths, reports = self.inspection.depths(), self.inspection.reports()
         outbox = isinstance(self.transport, MaildirTransport)
@@ -8218,6 +8931,14 @@ class Api:
         return OPENAPI
 
 
+class Notification(Check):
+    """What a provider sends: Bounces finds what it knows in it."""
+
+    types = (dict, list)
+    expected = "a JSON object, or an array of objects"
+    schema = {"type": ["object", "array"]}
+
+
 class Otp(String):
     """The digits that somebody typed. Other characters are a wrong OTP, not an error."""
 
@@ -8235,13 +8956,16 @@ RECIPIENT = Object({"userId": Address()})
 WEBHOOK = Object({"url": Url(), "events": Nullable(Array(Enum(EVENTS), len(EVENTS), 1))})
 OVERLAP = Object({"overlap": Nullable(Integer(0, 2592000))})  # seconds
 LOGIN = Object({"key": String(4096, ONE_LINE, LINE)})
+BOUNCE = Object({"id": Nullable(String(254, ONE_LINE, LINE)), "messageId": Nullable(String(998, ONE_LINE, LINE)),
+                 "userId": Nullable(Address()), "kind": Enum(("bounce", "complaint")), "permanent": Nullable(Boolean()),
+                 "reason": Nullable(String(2000, ONE_LINE, LINE))})
 STATES = tuple(State)
 PAGING = {"offset": Integer(0, 10**9), "limit": Integer(0, 1000)}
 SEARCH = {**PAGING, "search": String(254, ONE_LINE, LINE), "state": Enum(STATES)}
 CURSOR = Pattern("the value of next in the previous answer", r"[0-9]{1,10}-[0-9]{1,19}", 30)
 SUBSCRIPTIONS = {"content_type": CONTENT_TYPE, "userId": Address(), "cursor": CURSOR, "limit": Integer(1, 1000)}
 
-QUEUED, COUNTED = {**DONE, "id": str}, {**DONE, "count": int}
+QUEUED, COUNTED, CHANGED = {**DONE, "id": str}, {**DONE, "count": int}, {**DONE, "changed": int}
 CONTENT_ANSWER = {"status": bool, "content_type": str, "subject": str, "content": str, "subscribers": int, "view": str}
 TASK_ANSWER = {"status": bool, "id": str, "task": str, "type": str, "userId": str, "state": str, "attempts": int,
                "retries": int, "error": (str, None), "created": str, "story": list}
@@ -8293,6 +9017,10 @@ ROUTES = (
           answer={**PART_ANSWER, "suppressions": list}),
     Route("POST", "/suppressions", Api.suppress, Access.KEY, RECIPIENT),
     Route("DELETE", "/suppressions", Api.unsuppress, Access.KEY, RECIPIENT, refuses=(404,)),
+    Route("GET", "/bounces", Api.list_bounce_urls, Access.KEY, answer={"status": bool, "urls": dict}),
+    Route("POST", "/bounces", Api.take_bounce, Access.KEY, BOUNCE, answer=CHANGED, refuses=(404,)),
+    Route("POST", "/bounces/{provider}/{token}", Api.take_notification, Access.TOKEN, Notification(), answer=CHANGED,
+          refuses=(404,), any_media_type=True),
     Route("GET", "/webhook", Api.read_webhook, Access.ALL, answer=WEBHOOK_ANSWER, refuses=(404,)),
     Route("PUT", "/webhook", Api.set_webhook, Access.ALL, WEBHOOK, answer=WEBHOOK_ANSWER),
     Route("DELETE", "/webhook", Api.remove_webhook, Access.ALL, refuses=(404,)),
@@ -8347,6 +9075,7 @@ JSON_TYPES = {str: "string", int: "integer", bool: "boolean", list: "array", dic
 # What OpenAPI says of an access level: (the credentials, one of which is needed, the statuses without them).
 SECURITY = {
     Access.OPEN: ((), ()),
+    Access.TOKEN: ((), ()),
     Access.KEY: (("apiKey", "adminToken"), (401, 404, 429)),
     Access.ALL: (("apiKey", "adminToken"), (401, 404, 429)),
     Access.TASK: (("apiKey",), (401,)),
@@ -8400,7 +9129,7 @@ def openapi(routes: Sequence[Route]) -> Json:
 OPENAPI = openapi(ROUTES)
 
 
-# --- 18. http server ------------------------------------------------------------------------------------
+# --- 19. http server ------------------------------------------------------------------------------------
 # `http.server` gives the sockets and threads. Requests are parsed here, strictly by RFC 9112: if a proxy and GoMail
 # read one stream differently, an attacker can hide a request in another (request smuggling). Handler.answer() turns
 # exceptions into JSON errors.
@@ -8734,7 +9463,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.keep_alive = False
         request.account = self.with_redis(self.server.api.authenticate, route, request)
         if route.body:
-            check_media_type(headers)
+            check_media_type(headers, route.any_media_type)
         body = self.read_body(length, route.body_limit(self.server.settings), expects)
         # From here on the stream is known to stand at the start of the next request.
         self.keep_alive = keep_alive
@@ -9048,11 +9777,11 @@ def check_content_coding(headers: dict[str, str]) -> None:
 JSON_MEDIA_TYPE = re.compile(r'application/json[ \t]*(;[ \t]*(charset=("utf-?8"|utf-?8))?[ \t]*)*', re.IGNORECASE)
 
 
-def check_media_type(headers: dict[str, str]) -> None:
-    """Raise HTTPError where there is no body (411), or its media type is not that of JSON (415)."""
+def check_media_type(headers: dict[str, str], any_media_type: bool = False) -> None:
+    """Raise HTTPError where there is no body (411), or its media type is not allowed (415), by default only JSON's."""
     if "content-length" not in headers and "transfer-encoding" not in headers:
         raise HTTPError(411, "a JSON body is needed, with Content-Length or in chunks")
-    if not JSON_MEDIA_TYPE.fullmatch(headers.get("content-type", "")):
+    if not any_media_type and not JSON_MEDIA_TYPE.fullmatch(headers.get("content-type", "")):
         raise HTTPError(415, "Content-Type must be application/json")
 
 
@@ -9099,7 +9828,7 @@ def parse_json(body: bytes | bytearray) -> object:
         raise HTTPError(400, f"the body is not JSON: {describe(error)}") from None
 
 
-# --- 19. service ----------------------------------------------------------------------------------------
+# --- 20. service ----------------------------------------------------------------------------------------
 # Service wires all parts together and runs them in one process; Supervisor runs several such processes.
 
 def open_store(settings: Settings, server: EmbeddedServer | None = None, **more: object) -> Store:
@@ -9193,7 +9922,7 @@ def warn_of_losses(store: Store) -> None:
 def warn_of_readers(path: pathlib.Path) -> None:
     """Log a warning where a .env file holds a secret and other users may read it."""
     values = {name.lower(): value for name, value in read_env_file(path).items() if value}
-    secrets_set = values.keys() & {"smtp_pass", "admin_token", "jwt_secret", "jwt_secret_previous"}
+    secrets_set = values.keys() & {"smtp_pass", "bounce_imap", "admin_token", "jwt_secret", "jwt_secret_previous"}
     if (secrets_set or has_password(values.get("redis_uri", ""))) and path.stat().st_mode & 0o077:
         log(logging.WARNING, f"other users of this machine may read {path.resolve()}, which holds a secret",
             remedy=f"chmod 600 {shlex.quote(str(path.resolve()))}")
@@ -9242,6 +9971,8 @@ class Service:
             self._wire()
             self.cron.start()
             self.workers.start()
+            if self.bounce_reader:
+                self.bounce_reader.start()
             self.listener = threading.Thread(target=self.listen, daemon=True)
             self.listener.start()
             undo.pop_all()
@@ -9264,6 +9995,8 @@ class Service:
                                        self.clock, settings.max_body)
         self.newsletters.refold()
         self.stats = Stats(store)
+        bounces = Bounces(self.queue, accounts, self.stats, settings.public_url)
+        self.bounce_reader = BounceReader(settings, store, bounces, process) if settings.bounce_imap else None
         webhooks = Webhooks(store)
         self.workers = Workers(settings, store, self.queue, suppressions, self.transport, otps, self.newsletters,
                                webhooks, self.stats)
@@ -9271,7 +10004,8 @@ class Service:
                          self.server)
         self.http.store, self.http.stats = store, self.stats
         self.http.api = Api(settings, store, accounts, self.queue, self.inspection, suppressions, otps,
-                            self.newsletters, webhooks, self.transport, self.workers, self.workers.smtp, self.stats)
+                            self.newsletters, webhooks, bounces, self.transport, self.workers, self.workers.smtp,
+                            self.stats)
 
     def listen(self) -> None:
         """Accept connections until the service stops, in spite of errors of this machine."""
@@ -9326,6 +10060,8 @@ class Service:
         """Give unfinished tasks back to Redis, and note how many wait in the embedded server's data."""
         try:
             self.cron.stop()
+            if self.bounce_reader:
+                self.bounce_reader.stop()
             self.queue.release()
             self.connections.release()
             server = self.shared.server if self.shared else self.server
@@ -9558,7 +10294,7 @@ def run(settings: Settings) -> int:
     return 0
 
 
-# --- 20. command line -----------------------------------------------------------------------------------
+# --- 21. command line -----------------------------------------------------------------------------------
 # Without a command, this runs the service. The commands work on the Redis of a gomail, for all accounts, and write text
 # for people or JSON. Their exit codes: 0 done, 1 not found or no success, 2 wrong usage, 3 Redis cannot be reached or a
 # setting is wrong, 130 Ctrl-C. The service's: 0 stopped, 1 cannot start now, 78 cannot start with these settings.
@@ -9888,10 +10624,11 @@ class Backup:
     # State of processes or of a moment, and the places of tasks.
     EXCLUDED = frozenset(("lane", "processing", "delayed", "scheduled", "expiring", "dead", "processes", "heartbeat",
                           "paused", "paused_announced", "resume", "resumed", "rate", "connections", "connections_limit",
-                          "connections_wanted", "answered", "on_disk", "writable", "restoring", "jwt_secret_check"))
+                          "connections_wanted", "bounce_reader", "answered", "on_disk", "writable", "restoring",
+                          "jwt_secret_check"))
     # What a gomail leaves in Redis even if it was never used.
     DISPOSABLE = frozenset(("jwt_secret", "ascii_folded", "stats", "history", "metrics"))
-    ENDED = (*CONCLUDED, State.DEAD)
+    ENDED = (*CONCLUDED, State.BOUNCED, State.DEAD)
     READERS: typing.ClassVar[dict[str, Callable]] = {
         "string": lambda transaction, key: transaction.get(key),
         "hash": lambda transaction, key: transaction.hgetall(key),
@@ -10314,7 +11051,8 @@ def check(settings: Settings) -> bool:
         print(without_controls(f"warning  {warning}"))
     listening = f"sender {settings.sender[1]}, would listen on {settings.host}:{settings.port}"
     return all([passes("settings", lambda: listening), passes("redis", lambda: check_redis(settings)),
-                passes("smtp", lambda: check_smtp(settings))])
+                passes("smtp", lambda: check_smtp(settings)),
+                not settings.bounce_imap or passes("bounces", lambda: check_bounce_imap(settings))])
 
 
 def passes(name: str, test: Callable[[], str]) -> bool:
@@ -10353,6 +11091,15 @@ def check_smtp(settings: Settings) -> str:
     reply = transport.probe()
     transport.tidy()
     return f"{transport} takes mail from {settings.sender[1]}; its last reply: {reply}"
+
+
+def check_bounce_imap(settings: Settings) -> str:
+    """What --check reports of the mailbox of bounces. Raises StartError."""
+    try:
+        with open_mailbox(settings) as (_, count):
+            return f"{ImapAddress.parse(settings.bounce_imap)} can be read, and has {plural(count, 'mail')}"
+    except MAILBOX_ERRORS as error:
+        raise StartError(f"bounce_imap: {describe_mailbox_error(settings, error)}") from None
 
 
 def command_line() -> argparse.ArgumentParser:

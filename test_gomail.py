@@ -26,6 +26,7 @@ import hashlib
 import hmac
 import html
 import http.client
+import http.server
 import io
 import itertools
 import json
@@ -665,7 +666,7 @@ def test_the_docstring_lists_the_sections_of_the_module():
     source = (HERE / "gomail.py").read_text()
     sections = re.findall(r"^# --- (\d+\. [a-z ]+[a-z]) -+$", source, re.MULTILINE)
     listed = re.findall(r"\d+\. [a-z]+(?: [a-z]+)*", gomail.__doc__.partition("from POST to 250")[0])
-    assert len(sections) == 20 and sorted(listed) == sorted(sections)
+    assert len(sections) == 21 and sorted(listed) == sorted(sections)
 
 
 def test_every_name_on_the_way_of_a_mail_that_the_docstring_tells_is_there():
@@ -1064,7 +1065,8 @@ def table_of_routes():
         sent = [f"`?{'&'.join(query)}`"] if query else []
         if "requestBody" in operation:
             schema = operation["requestBody"]["content"]["application/json"]["schema"]
-            sent.append("a [task](#tasks)" if "oneOf" in schema else fields(schema))
+            sent.append("a [task](#tasks)" if "oneOf" in schema else fields(schema) if "properties" in schema
+                        else "the provider's notification")
         (media_type, answer), = operation["responses"]["200"]["content"].items()
         rows.append([f"`{method} {path}`", access.get(needed, "API key or `admin_token`"), " ".join(sent),
                      fields(answer["schema"]) if "properties" in answer["schema"] else f"`{media_type}`",
@@ -4684,6 +4686,7 @@ def test_docs_metrics_md_names_every_metric_with_its_labels_and_no_other(service
     service = services(mail_server, smtp_rate="1000/day")
     client = service.client.sign_up()
     client.state(client.task(), "succeeded")
+    client.post("/bounces", {"userId": "gone@example.com", "kind": "bounce"})
     connection = http.client.HTTPConnection(service.http.url.removeprefix("http://"))
 
     def families():
@@ -7372,7 +7375,1017 @@ def test_nothing_is_sent_for_a_content_type_that_was_removed_by_a_process_that_d
     assert client.get("/task/subscriptionContent/news")["subscribers"] == 0
 
 
-# --- 10. webhooks -----------------------------------------------------------------------------------------
+# --- 10. bounces ------------------------------------------------------------------------------------------
+
+def sent(client, userId="user@example.com", **payload):
+    """The id of a task that has succeeded."""
+    task_id = client.task(userId=userId, **payload)
+    client.state(task_id, "succeeded")
+    return task_id
+
+
+def story_of(client, task_id):
+    """[(event, error)] of a task's story."""
+    return [(step["event"], step.get("error")) for step in client.get(f"/task/{task_id}")["story"]]
+
+
+def why_suppressed(client):
+    """Address -> reason."""
+    return {found["userId"]: found["reason"] for found in client.get("/suppressions")["suppressions"]}
+
+
+def everything(service):
+    """All that is in Redis, but for what time and other requests change."""
+    redis, found = service.store.redis, {}
+    for key in redis.scan_iter(service.store.matching("*")):
+        name = key.removeprefix(service.store.prefix)
+        if name.partition(":")[0] in ("task", "suppressed", "suppressed_for", "reply", "dead"):
+            found[name] = {"hash": redis.hgetall, "string": redis.get, "zset": lambda key: redis.zrange(
+                key, 0, -1, withscores=True)}[redis.type(key)](key)
+    return found
+
+
+def test_a_bounce_makes_a_sent_mails_state_bounced_and_suppresses_the_address(client, service, mail_server):
+    task_id = sent(client, userId="Gone@example.com")
+    key = service.store.key("task", task_id)
+    ttl = service.store.redis.pttl(key)
+    answer = client.post("/bounces", {"id": task_id, "kind": "bounce", "reason": "550 5.1.1 no such user"})
+    assert answer == {"status": True, "msg": "Noted", "changed": 1}
+    found = client.get(f"/task/{task_id}")
+    assert (found["state"], found["attempts"], found["result"]) == ("bounced", 1, "250 OK")
+    assert found["error"] == "gone@example.com: 550 5.1.1 no such user"
+    assert found["finished"] < found["story"][-1]["time"]
+    assert [step["event"] for step in found["story"]] == ["accepted", "succeeded", "bounced"]
+    assert found["story"][1]["result"] == "250 OK" and found["story"][2]["error"] == found["error"]
+    assert why_suppressed(client) == {"gone@example.com": "bounced: 550 5.1.1 no such user"}
+    assert 0 < service.store.redis.pttl(key) <= ttl
+    client.state(client.task(userId="gone@example.com"), "suppressed")
+    client.state(client.task("generateOtp", userId="gone@example.com"), "succeeded")
+    assert [task["id"] for task in client.get("/task/recent?state=bounced")["tasks"]] == [task_id]
+    assert len(mail_server.to("gone@example.com")) == 1 and len(mail_server.to("Gone@example.com")) == 1
+    status, answer, _ = client("DELETE", f"/task/{task_id}")
+    assert status == 409 and "has ended already (bounced)" in answer["error"]
+
+
+def test_a_complaint_suppresses_too_and_a_temporary_bounce_only_adds_a_line(client):
+    task_id = sent(client, cc=["late@example.com"])
+    client.post("/bounces", {"id": task_id, "kind": "bounce", "permanent": False, "userId": "late@example.com",
+                             "reason": "452 4.2.2 mailbox full"})
+    assert client.get(f"/task/{task_id}")["state"] == "succeeded" and not why_suppressed(client)
+    client.post("/bounces", {"id": task_id, "kind": "complaint", "userId": "USER@example.com"})
+    assert client.get(f"/task/{task_id}")["state"] == "bounced"
+    assert story_of(client, task_id)[2:] == [("delayed", "late@example.com: 452 4.2.2 mailbox full"),
+                                             ("complained", "user@example.com")]
+    assert why_suppressed(client) == {"user@example.com": "complained"}
+
+
+@pytest.mark.parametrize("body", [
+    {"kind": "bounce", "reason": "no"}, {"kind": "complaint"}, {"kind": "bounce", "permanent": False, "reason": "no"}])
+def test_what_is_heard_twice_changes_nothing_even_when_a_person_has_allowed_the_address_again(client, service, body):
+    task_id = sent(client)
+    assert client.post("/bounces", {"id": task_id, **body})["changed"] == 1
+    before = everything(service)
+    assert client.post("/bounces", {"id": task_id, **body, "reason": "other words"})["changed"] == 0
+    assert everything(service) == before
+    if why_suppressed(client):
+        assert client("DELETE", "/suppressions", {"userId": "user@example.com"})[0] == 200
+    before = everything(service)
+    assert client.post("/bounces", {"id": task_id, **body, "userId": "user@example.com"})["changed"] == 0
+    assert everything(service) == before and not why_suppressed(client)
+    other = sent(client)
+    assert client.post("/bounces", {"id": other, **body})["changed"] == 1
+    assert bool(why_suppressed(client)) == body.get("permanent", True)
+
+
+def test_a_line_that_repeats_the_words_of_another_event_does_not_hide_it(client):
+    task_id = sent(client, cc=["other@example.com"])
+    client.post("/bounces", {"id": task_id, "kind": "bounce", "userId": "user@example.com",
+                             "reason": "1 0 bounced other@example.com: no"})
+    assert client.post("/bounces", {"id": task_id, "kind": "bounce", "userId": "other@example.com"})["changed"] == 1
+    assert why_suppressed(client).keys() == {"user@example.com", "other@example.com"}
+
+
+def test_a_task_that_has_not_succeeded_keeps_its_state_and_its_story_tells_of_the_bounce(client, mail_server):
+    mail_server.replies["late@example.com"] = ["450 later"] * 9
+    task_id = client.task(cc=["late@example.com"], retries=9)
+    client.state(task_id, "retrying")
+    client.post("/bounces", {"id": task_id, "kind": "bounce", "userId": "user@example.com", "reason": "no"})
+    client.state(task_id, "succeeded")
+    story = story_of(client, task_id)
+    assert ("bounced", "user@example.com: no") in story and story[-1][0] == "succeeded"
+    assert client.post("/bounces", {"id": task_id, "kind": "bounce", "userId": "user@example.com"})["changed"] == 0
+    assert why_suppressed(client) == {"user@example.com": "bounced: no"}
+
+
+def test_a_dead_letter_stays_one_and_when_it_is_sent_again_it_may_bounce_again(client, mail_server):
+    mail_server.replies["user@example.com"] = ["554 not today"]
+    task_id = client.task()
+    client.state(task_id, "dead")
+    client.post("/bounces", {"id": task_id, "kind": "bounce", "reason": "no"})
+    assert client.get(f"/task/{task_id}")["state"] == "dead" and why_suppressed(client)
+    assert client.get("/task/dead")["total"] == 1
+    client.post(f"/task/dead/{task_id}/retry")
+    client.state(task_id, "succeeded")
+    assert not why_suppressed(client)
+    assert client.post("/bounces", {"id": task_id, "kind": "bounce", "reason": "no"})["changed"] == 1
+    assert client.get(f"/task/{task_id}")["state"] == "bounced" and why_suppressed(client)
+    assert [event for event, _ in story_of(client, task_id)] == [
+        "accepted", "dead", "bounced", "revived", "succeeded", "bounced"]
+
+
+def test_to_send_a_dead_letter_again_lifts_no_suppression_that_a_complaint_made(client, mail_server):
+    task_id = sent(client)
+    client.post("/bounces", {"id": task_id, "kind": "bounce"})
+    client.post("/bounces", {"id": task_id, "kind": "complaint", "reason": "abuse"})
+    assert why_suppressed(client) == {"user@example.com": "complained: abuse"}
+    mail_server.replies["other@example.com"] = ["554 no"]
+    dead = client.task(userId="other@example.com", cc=["user@example.com"])
+    client.state(dead, "dead", "retrying")
+    client("POST", f"/task/dead/{dead}/retry")
+    assert why_suppressed(client) == {"user@example.com": "complained: abuse"}
+
+
+def test_an_address_alone_is_suppressed_once_and_not_for_a_temporary_bounce(client, service):
+    bounce = {"userId": "user@example.com", "kind": "bounce", "reason": "550 no"}
+    assert client.post("/bounces", {**bounce, "permanent": False})["changed"] == 0 and not why_suppressed(client)
+    assert client.post("/bounces", bounce)["changed"] == 1
+    before = everything(service)
+    assert client.post("/bounces", bounce)["changed"] == 0 and everything(service) == before
+    assert why_suppressed(client) == {"user@example.com": "bounced: 550 no"}
+    client.post("/suppressions", {"userId": "person@example.com"})
+    client.post("/bounces", {**bounce, "userId": "person@example.com"})
+    assert why_suppressed(client)["person@example.com"] == "by request"
+
+
+@pytest.mark.parametrize("body, field, words", [
+    ({}, "kind", "is required: one of bounce, complaint"),
+    ({"kind": "bounce"}, "id", "id, messageId or userId is required"),
+    ({"kind": "reject", "id": "x"}, "kind", "one of bounce, complaint"),
+    ({"kind": "bounce", "id": "x", "permanent": "yes"}, "permanent", "true or false"),
+    ({"kind": "bounce", "id": "x", "permanent": 1}, "permanent", "true or false"),
+    ({"kind": "bounce", "id": 7}, "id", "a string"),
+    ({"kind": "bounce", "userId": "nobody"}, "userId", "an e-mail address"),
+    ({"kind": "bounce", "messageId": "x" * 999}, "messageId", "it has 999"),
+    ({"kind": "bounce", "id": "x", "reason": "a\nb"}, "reason", "on one line"),
+    ({"kind": "bounce", "id": "OWN", "userId": "other@example.com"}, "userId", "one of the task's recipients"),
+    ({"kind": "bounce", "id": "OWN"}, "userId", "the task has several recipients"),
+])
+def test_a_wrong_bounce_is_400_with_the_field_and_changes_nothing(client, service, body, field, words):
+    task_id = sent(client, cc=["cc@example.com"])
+    before = everything(service)
+    status, answer, _ = client("POST", "/bounces", {**body, **({"id": task_id} if body.get("id") == "OWN" else {})})
+    assert status == 400 and answer["field"] == field and words in answer["error"]
+    assert everything(service) == before
+
+
+def test_a_task_of_another_account_is_as_unknown_as_one_that_never_was(client, service, mail_server):
+    task_id, stranger = sent(client), service.client.sign_up()
+    before = everything(service)
+    for name, value in (("id", task_id), ("messageId", f"<{task_id}@example.org>"), ("id", "0" * 32), ("id", "a b"),
+                        ("messageId", "<none@example.org>"), ("messageId", "a b")):
+        for more in ({}, {"userId": "user@example.com"}):
+            answer = stranger("POST", "/bounces", {name: value, "kind": "bounce", **more})[:2]
+            assert answer == (404, {"status": False, "field": name,
+                                    "error": "there is no such task, or it ended too long ago"})
+    assert everything(service) == before
+
+
+def test_a_mail_is_found_by_its_message_id_in_the_forms_in_which_it_is_known(client, mail_server):
+    for form in ("{}", "<{}>", " <{}> "):
+        task_id = sent(client, f"{secrets.token_hex(4)}@example.com")
+        message_id = mail_server.one(client.get(f"/task/{task_id}")["userId"])["Message-ID"].strip("<>")
+        assert client.post("/bounces", {"messageId": form.format(message_id), "kind": "bounce"})["changed"] == 1
+        assert client.get(f"/task/{task_id}")["state"] == "bounced"
+
+
+SES_ID = "00000138111222aa-33322211-cccc-cccc-cccc-ddddaaaa0680-000000"
+
+
+@pytest.mark.parametrize("reply, known, names", [
+    (f"250 Ok {SES_ID}", SES_ID, [SES_ID, f"<{SES_ID}@email.amazonses.com>", f"<{SES_ID}@eu-west-1.amazonses.com>"]),
+    ("250 Ok: queued as bdT3qimVR7SSpBEKunexIg", "bdT3qimVR7SSpBEKunexIg",
+     ["bdT3qimVR7SSpBEKunexIg.filter0001.16648.5515E0B88.0"]),
+    ("250 2.0.0 OK: queued as <202609281234.1234567@smtp-relay.mailin.fr>", "202609281234.1234567@smtp-relay.mailin.fr",
+     ["<202609281234.1234567@smtp-relay.mailin.fr>"]),
+    ("250 2.0.0 OK: queued as <TASK@example.org>", None, []),
+    ("250 2.0.0 Ok: queued as 6E1CF1681AB", None, ["6E1CF1681AB"]),
+    ("250 OK", None, ["OK"]), ("250 2.0.0 OK  1698765432 d2e1a72fcca58-6bd - gsmtp", None, ["1698765432"]),
+    ("250 Great success", None, []),
+])
+def test_a_mail_is_found_by_the_id_that_its_provider_gave_it_in_the_reply(client, service, mail_server, reply, known,
+                                                                         names):
+    class Handler:
+        async def handle_DATA(self, server, session, envelope):
+            task_id = re.search(rb"Message-ID: <(\w+)@", envelope.original_content)[1].decode()
+            return reply.replace("TASK", task_id)
+    mail_server.handle_DATA = Handler().handle_DATA
+    task_id = sent(client)
+    keys = list(service.store.redis.scan_iter(service.store.matching("reply:*")))
+    assert keys == ([service.store.key("reply", known)] if known else [])
+    assert all(0 < service.store.redis.pttl(key) <= 86_400_000 for key in keys)
+    for name in names:
+        status, answer, _ = client("POST", "/bounces", {"messageId": name, "kind": "bounce"})
+        assert status == (200 if known else 404) and (not known or client.get(f"/task/{task_id}")["state"] == "bounced")
+
+
+def test_a_mail_that_only_some_took_is_found_by_its_providers_id_too(client, service, mail_server):
+    mail_server.replies["late@example.com"] = ["450 later"] * 9
+    mail_server.data_replies["user@example.com"] = [f"250 Ok {SES_ID}"]
+    task_id = client.task(cc=["late@example.com"], retries=9)
+    client.state(task_id, "retrying")
+    assert service.store.redis.get(service.store.key("reply", SES_ID)) == task_id
+
+
+def test_a_bounce_of_a_task_that_an_older_version_ended_is_kept_as_well(client, service):
+    task_id = sent(client)
+    redis, key = service.store.redis, service.store.key("task", task_id)
+    redis.delete(key)
+    redis.hset(key, mapping={
+        "account": name_of(client), "state": "succeeded", "attempts": 1, "created": 1_000_000, "finished": 2_000_000,
+        "to": "user@example.com", "head": gomail.summary_of({"task": "a test", "type": "message", "retries": 0,
+                                                             "payload": {"userId": "user@example.com"}})})
+    client.post("/bounces", {"id": task_id, "kind": "bounce", "reason": "no"})
+    found = client.get(f"/task/{task_id}")
+    assert (found["state"], found["error"]) == ("bounced", "user@example.com: no") and why_suppressed(client)
+    assert [event for event, _ in story_of(client, task_id)] == ["accepted", "succeeded", "bounced"]
+
+
+def test_bounces_and_providers_ids_survive_a_backup(client, service, services, mail_server, redis_with_file, tmp_path):
+    mail_server.data_replies["ses@example.com"] = [f"250 Ok {SES_ID}"]
+    bounced, other = sent(client), sent(client, "ses@example.com")
+    client.post("/bounces", {"id": bounced, "kind": "bounce", "reason": "no"})
+    before = client.get(f"/task/{bounced}"), why_suppressed(client)
+    options = {"redis_uri": service.settings.redis_uri, "key_prefix": service.settings.key_prefix}
+    copy = {"redis_uri": redis_with_file().uri, "key_prefix": "copy:"}
+    for command, at in (("backup", options), ("restore", copy)):
+        result = subprocess.run([sys.executable, HERE / "gomail.py", command, tmp_path / "backup"], cwd=tmp_path,
+                                env={**os.environ, **at}, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+    restored = services(mail_server, **copy)
+    client = Client(restored.http.url, client.key)
+    assert (client.get(f"/task/{bounced}"), why_suppressed(client)) == before
+    assert restored.store.redis.pttl(restored.store.key("task", bounced)) > 0
+    assert client.post("/bounces", {"id": bounced, "kind": "bounce"})["changed"] == 0
+    assert client.post("/bounces", {"messageId": SES_ID, "kind": "bounce"})["changed"] == 1
+    assert client.get(f"/task/{other}")["state"] == "bounced"
+
+
+# What the providers document, with ID and ADDRESS in place of their examples: (provider, body, event, reason).
+def ses(event, message_id="ID", key="notificationType", **more):
+    """A notification of SES, as its example pages have it."""
+    return {key: event, "mail": {
+        "timestamp": "2016-01-27T14:59:38.237Z", "source": "john@example.com", "sourceIp": "127.0.3.0",
+        "messageId": message_id, "destination": ["ADDRESS", "mary@example.com"], "headersTruncated": False,
+        "commonHeaders": {"from": ["John Doe <john@example.com>"], "messageId": "custom-message-ID"}}, **more}
+
+
+def sns(message, kind="Notification", **more):
+    """A message of SNS around another."""
+    return {"Type": kind, "MessageId": "19ba9823-d7f2-53c1-860e-cb10e0d13dfc",
+            "TopicArn": "arn:aws:sns:us-east-1:1234567890:SES_Events", "Subject": "Amazon SES Email Event Notification",
+            "Message": message if isinstance(message, str) else json.dumps(message) + "\n",
+            "Timestamp": "2018-03-26T17:58:59.675Z", "SignatureVersion": "1", "Signature": "EXAMPLE==",
+            "SigningCertURL": "https://sns.us-east-1.amazonaws.com/SimpleNotificationService-12345abcde.pem",
+            "UnsubscribeURL": "https://sns.us-east-1.amazonaws.com/?Action=Unsubscribe&SubscriptionArn=arn", **more}
+
+
+SES_BOUNCE = {"bounceType": "Permanent", "bounceSubType": "General", "reportingMTA": "dns; email.example.com",
+              "bouncedRecipients": [{"emailAddress": "ADDRESS", "status": "5.1.1", "action": "failed",
+                                     "diagnosticCode": "smtp; 550 5.1.1 <ADDRESS>... User unknown"}],
+              "timestamp": "2016-01-27T14:59:44.101Z", "feedbackId": "00000138111222aa-44455566"}
+SES_COMPLAINT = {"userAgent": "AnyCompany Feedback Loop (V0.01)", "complainedRecipients": [{"emailAddress": "ADDRESS"}],
+                 "complaintFeedbackType": "abuse", "timestamp": "2016-01-27T14:59:38.237Z", "feedbackId": "0000013786"}
+SES_DELAY = {"delayType": "TransientCommunicationFailure", "expirationTime": "2020-06-16T00:25:40.914Z",
+             "delayedRecipients": [{"emailAddress": "ADDRESS", "status": "4.4.1", "diagnosticCode": "smtp; 421 4.4.1"}]}
+POSTMARK = {"RecordType": "Bounce", "ID": 42, "Type": "HardBounce", "TypeCode": 1, "Name": "Hard bounce", "Tag": "Test",
+            "MessageID": "883953f4-6105-42a2-a16a-77a8eac79483", "ServerID": 1234, "MessageStream": "outbound",
+            "Description": "The server was unable to deliver your message (ex: unknown user, mailbox not found).",
+            "Details": "Test bounce details", "Email": "ADDRESS", "From": "sender@example.com",
+            "BouncedAt": "2014-08-01T13:28:10.2735393-04:00", "DumpAvailable": True, "Inactive": True,
+            "CanActivate": True, "Subject": "Test subject", "Metadata": {"gomail": "TASK"}}
+MAILGUN = {"signature": {"token": "849dcc", "timestamp": "1529006854", "signature": "d2271d12"},
+           "event-data": {"id": "G9Bn5sl1TC6nu79C8C0bwg", "timestamp": 1521233195.375624, "log-level": "error",
+                          "event": "failed", "severity": "permanent", "reason": "suppress-bounce",
+                          "delivery-status": {"attempt-no": 1, "message": "", "code": 605, "session-seconds": 0,
+                                              "description": "Not delivering to previously bounced address"},
+                          "envelope": {"sender": "bob@mail.example.com", "transport": "smtp", "targets": "ADDRESS"},
+                          "message": {"headers": {"to": "ADDRESS", "message-id": "ID", "from": "Bob <bob@example.com>",
+                                                  "subject": "Test"}, "attachments": [], "size": 111},
+                          "recipient": "ADDRESS", "recipient-domain": "example.com"}}
+BREVO = {"event": "hard_bounce", "email": "ADDRESS", "id": 26224, "date": "2020-10-09 00:00:00", "ts": 1604933619,
+         "message-id": "<ID>", "ts_event": 1604933654, "subject": "My first Transactional", "tag": "[\"x\"]",
+         "sending_ip": "xxx.xxx.xxx.xxx", "ts_epoch": 1604933653, "tags": ["x"], "reason": "server is down"}
+SENDGRID = {"email": "ADDRESS", "timestamp": 1513299569, "smtp-id": "<ID>", "event": "bounce", "type": "bounce",
+            "category": "cat facts", "sg_event_id": "6g4ZI7SA-xmRDv57GoPIPw==", "status": "5.0.0",
+            "sg_message_id": "14c5d75ce93.dfd.64b469.filter0001.16648.5515E0B88.0", "reason": "500 unknown recipient"}
+
+
+def mailgun(**fields):
+    return {**MAILGUN, "event-data": {**MAILGUN["event-data"], **fields}}
+
+
+NOTIFICATIONS = {
+    "ses": ("ses", sns(ses("Bounce", bounce=SES_BOUNCE)), "bounced", "550 5.1.1 <ADDRESS>... User unknown"),
+    "ses, raw": ("ses", ses("Bounce", bounce=SES_BOUNCE), "bounced", "550 5.1.1 <ADDRESS>... User unknown"),
+    "ses, event": ("ses", sns(ses("Bounce", key="eventType", bounce=SES_BOUNCE)), "bounced",
+                   "550 5.1.1 <ADDRESS>... User unknown"),
+    "ses, without DSN": ("ses", sns(ses("Bounce", bounce={**SES_BOUNCE, "bouncedRecipients": [
+        {"emailAddress": "Jane Doe <ADDRESS>"}]})), "bounced", "General"),
+    "ses, transient": ("ses", sns(ses("Bounce", bounce={**SES_BOUNCE, "bounceType": "Transient"})), "delayed",
+                       "550 5.1.1 <ADDRESS>... User unknown"),
+    "ses, undetermined": ("ses", sns(ses("Bounce", bounce={
+        **SES_BOUNCE, "bounceType": "Undetermined", "bouncedRecipients": [{"emailAddress": "ADDRESS"}]})), "delayed",
+                          "General"),
+    "ses, complaint": ("ses", sns(ses("Complaint", complaint=SES_COMPLAINT)), "complained", "abuse"),
+    "ses, complaint event": ("ses", ses("Complaint", key="eventType", complaint=SES_COMPLAINT), "complained", "abuse"),
+    "ses, delay": ("ses", sns(ses("DeliveryDelay", key="eventType", deliveryDelay=SES_DELAY)), "delayed",
+                   "421 4.4.1"),
+    "postmark": ("postmark", POSTMARK, "bounced", "Test bounce details"),
+    "postmark, soft": ("postmark", {**POSTMARK, "Type": "SoftBounce", "TypeCode": 4096, "Details": ""}, "delayed",
+                       POSTMARK["Description"]),
+    "postmark, transient": ("postmark", {**POSTMARK, "Type": "Transient", "TypeCode": 2}, "delayed",
+                            "Test bounce details"),
+    "postmark, bad address": ("postmark", {**POSTMARK, "Type": "BadEmailAddress"}, "bounced", "Test bounce details"),
+    "postmark, complaint": ("postmark", {**POSTMARK, "RecordType": "SpamComplaint", "Type": "SpamComplaint",
+                                         "TypeCode": 512}, "complained", "Test bounce details"),
+    "mailgun": ("mailgun", MAILGUN, "bounced", "Not delivering to previously bounced address"),
+    "mailgun, temporary": ("mailgun", mailgun(severity="temporary", **{"delivery-status": {
+        "message": "451 4.7.1 Greylisted", "code": 451, "retry-seconds": 600}}), "delayed", "451 4.7.1 Greylisted"),
+    "mailgun, complaint": ("mailgun", {"event-data": {name: value for name, value in MAILGUN["event-data"].items()
+                                                      if name not in ("severity", "reason", "delivery-status")} | {
+        "event": "complained"}}, "complained", ""),
+    "brevo": ("brevo", BREVO, "bounced", "server is down"),
+    "brevo, soft": ("brevo", {**BREVO, "event": "soft_bounce"}, "delayed", "server is down"),
+    "brevo, deferred": ("brevo", {**BREVO, "event": "deferred"}, "delayed", "server is down"),
+    "brevo, blocked": ("brevo", {**BREVO, "event": "blocked"}, "delayed", "server is down"),
+    "brevo, invalid": ("brevo", {**BREVO, "event": "invalid_email"}, "bounced", "server is down"),
+    "brevo, spam": ("brevo", {name: value for name, value in BREVO.items() if name != "reason"} | {"event": "spam"},
+                    "complained", ""),
+    "sendgrid": ("sendgrid", [SENDGRID], "bounced", "500 unknown recipient"),
+    "sendgrid, blocked": ("sendgrid", [{**SENDGRID, "type": "blocked"}], "delayed", "500 unknown recipient"),
+    "sendgrid, deferred": ("sendgrid", [{name: value for name, value in SENDGRID.items() if name not in (
+        "type", "reason", "status")} | {"event": "deferred", "response": "400 try again later", "attempt": "5"}],
+                           "delayed", "400 try again later"),
+    "sendgrid, dropped": ("sendgrid", [{name: value for name, value in SENDGRID.items() if name != "type"} | {
+        "event": "dropped", "reason": "Bounced Address", "status": "5.0.0"}], "bounced", "Bounced Address"),
+    "sendgrid, unsubscribed": ("sendgrid", [{name: value for name, value in SENDGRID.items() if name != "type"} | {
+        "event": "dropped", "reason": "Unsubscribed Address"}], "delayed", "Unsubscribed Address"),
+    "sendgrid, spam": ("sendgrid", [{name: SENDGRID[name] for name in (
+        "email", "timestamp", "smtp-id", "sg_event_id", "sg_message_id")} | {"event": "spamreport"}], "complained", ""),
+}
+
+
+def notification(body, task_id, address="user@example.com", message_id=None):
+    """A body of NOTIFICATIONS about a task."""
+    return json.loads(json.dumps(body).replace("ADDRESS", address).replace("TASK", task_id).replace(
+        "ID\\\"", (message_id or f"{task_id}@example.org") + "\\\"").replace('"ID"', json.dumps(
+            message_id or f"{task_id}@example.org")).replace("<ID>", f"<{message_id or f'{task_id}@example.org'}>"))
+
+
+def paths_of(client):
+    """Provider -> the path for its notifications."""
+    return {provider: urllib.parse.urlsplit(url).path for provider, url in client.get("/bounces")["urls"].items()}
+
+
+@pytest.mark.parametrize("name", NOTIFICATIONS)
+def test_a_provider_tells_of_bounces_and_complaints_in_the_form_that_it_documents(client, service, name):
+    provider, body, event, reason = NOTIFICATIONS[name]
+    task_id = sent(client, cc=["mary@example.com"])
+    body, path = notification(body, task_id), paths_of(client)[provider]
+    answers = [Client(service.http.url).post(path, body, Content_Type=media_type)["changed"]
+               for media_type in ("text/plain; charset=UTF-8", "application/json")]
+    assert answers == [1, 0]
+    reason = reason.replace("ADDRESS", "user@example.com")
+    assert story_of(client, task_id)[2:] == [(event, f"user@example.com: {reason}" if reason else "user@example.com")]
+    assert client.get(f"/task/{task_id}")["state"] == ("succeeded" if event == "delayed" else "bounced")
+    expected = {} if event == "delayed" else {"user@example.com": f"{event}: {reason}" if reason else event}
+    assert why_suppressed(client) == expected
+
+
+@pytest.mark.parametrize("name", NOTIFICATIONS)
+def test_a_notification_about_another_accounts_mail_or_another_recipient_changes_nothing(client, service, name):
+    provider, body, _, _ = NOTIFICATIONS[name]
+    task_id, stranger = sent(client, cc=["mary@example.com"]), service.client.sign_up()
+    before = everything(service)
+    anybody, path = Client(service.http.url), paths_of(stranger)[provider]
+    assert anybody.post(path, notification(body, task_id))["changed"] == 0
+    assert anybody.post(paths_of(client)[provider], notification(body, task_id, "other@example.com"))["changed"] == 0
+    assert everything(service) == before
+
+
+@pytest.mark.parametrize("provider", gomail.PROVIDERS)
+def test_a_notification_with_a_token_that_is_forged_or_of_a_deregistered_account_is_404_and_changes_nothing(
+        client, service, provider):
+    task_id, anybody = sent(client), Client(service.http.url)
+    body = next(body for name, body, _, _ in NOTIFICATIONS.values() if name == provider)
+    url, accounts = paths_of(client)[provider], service.http.api.accounts
+    begin, token = url.rpartition("/")[0], url.rpartition("/")[2]
+    account = accounts.find(name_of(client))
+    claims = {"account": account.name, "key_id": account.key_id}
+    forged = [token[:-2], token + "x", "x", jwt.encode(claims, "x" * 32), jwt.encode(claims, "", algorithm="none"),
+              accounts.seal("view", claims), accounts.seal("bounces", {**claims, "key_id": "0" * 32}), client.key]
+    before = everything(service)
+    for wrong in forged:
+        status, answer, headers = anybody("POST", f"{begin}/{wrong}", notification(body, task_id))
+        assert status == 404 and answer["field"] == "token" and headers["Connection"] == "close"
+    assert everything(service) == before
+    service.client.post("/auth/deregister", {"id": account.name})
+    again = service.client.sign_up(account.name)
+    assert anybody("POST", url, notification(body, task_id))[0] == 404
+    assert paths_of(again)[provider] != url and everything(service).keys() <= before.keys()
+
+
+def test_nothing_of_a_body_is_read_before_the_token_is_verified(client, service):
+    with socket.create_connection(("127.0.0.1", service.http.server_address[1])) as connection:
+        connection.sendall(b"POST /bounces/ses/x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 900000\r\n\r\n")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 404 ")
+
+
+def test_the_urls_begin_with_public_url_and_another_provider_is_404(services, mail_server):
+    service = services(mail_server, public_url="https://mail.example.com/")
+    client = service.client.sign_up()
+    urls = client.get("/bounces")["urls"]
+    assert urls.keys() == {"ses", "postmark", "mailgun", "brevo", "sendgrid"}
+    assert all(url.startswith(f"https://mail.example.com/bounces/{provider}/") for provider, url in urls.items())
+    status, answer, _ = client("POST", paths_of(client)["ses"].replace("/ses/", "/other/"), {})
+    assert status == 404 and answer["field"] == "provider" and "sendgrid" in answer["error"]
+
+
+@pytest.mark.parametrize("provider, body", [
+    *[(provider, {}) for provider in gomail.PROVIDERS], *[(provider, []) for provider in gomail.PROVIDERS],
+    ("ses", sns(ses("Delivery", delivery={}))), ("ses", sns(ses("Open", key="eventType", open={}))),
+    ("ses", sns("Successfully validated SNS topic for Amazon SES event publishing.")), ("ses", sns("[" * 9000)),
+    ("ses", sns(json.dumps([1]))), ("ses", {"Type": "Notification"}), ("ses", {"Type": "Notification", "Message": 7}),
+    ("ses", {"Type": "UnsubscribeConfirmation", "SubscribeURL": "https://sns.us-east-1.amazonaws.com/?Action=x"}),
+    ("ses", sns({**ses("Bounce", bounce={**SES_BOUNCE, "bouncedRecipients": "ADDRESS"})})),
+    ("ses", sns({**ses("Bounce", bounce=[SES_BOUNCE, 7]), "mail": 7})),
+    ("postmark", {**POSTMARK, "Type": "AutoResponder"}), ("postmark", {**POSTMARK, "Type": {"x": "HardBounce"}}),
+    ("postmark", {**POSTMARK, "RecordType": "Open", "Type": None}), ("postmark", {**POSTMARK, "Metadata": "TASK"}),
+    ("mailgun", mailgun(event="opened")), ("mailgun", {**MAILGUN, "event-data": [[]]}),
+    ("brevo", {**BREVO, "event": "delivered"}), ("brevo", {**BREVO, "message-id": {"x": 1}}),
+    ("sendgrid", [{**SENDGRID, "event": "open"}, {**SENDGRID, "event": 7}, {**SENDGRID, "smtp-id": "a b"}]),
+])
+def test_what_a_provider_tells_of_nothing_that_matters_is_200_and_changes_no_task(client, service, provider, body):
+    task_id = sent(client, cc=["mary@example.com"])
+    before = {key: value for key, value in everything(service).items() if key.startswith("task:")}
+    status, answer, _ = client("POST", paths_of(client)[provider], notification(body, task_id))
+    assert status == 200, answer
+    assert {key: value for key, value in everything(service).items() if key.startswith("task:")} == before
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b'"x"', b"7", b"null", b"\xff", b"[7]", b"[[]]", b"event=bounce", b"NaN",
+                                  b"[" * 9000])
+def test_a_notification_that_cannot_be_read_is_400(client, body):
+    for path in paths_of(client).values():
+        assert client("POST", path, body)[0] == 400
+
+
+def test_a_notification_tells_of_many_recipients_and_may_be_larger_than_other_open_bodies(client, service):
+    tasks = [sent(client, f"user{number}@example.com") for number in range(3)]
+    events = [notification(SENDGRID, task_id, f"user{number}@example.com", f"{task_id}@example.org")
+              for number, task_id in enumerate(tasks)]
+    opened = [{**SENDGRID, "event": "open", "useragent": "x" * 1000}] * 600
+    assert client.post(paths_of(client)["sendgrid"], [*opened, *events, *opened[:100]])["changed"] == 3
+    assert all(client.get(f"/task/{task_id}")["state"] == "bounced" for task_id in tasks)
+    several = sent(client, "a@example.com", cc=["b@example.com", "c@example.com"])
+    recipients = [{"emailAddress": f"{name}@example.com"} for name in ("a", "b")]
+    body = notification(ses("Bounce", bounce={**SES_BOUNCE, "bouncedRecipients": recipients}), several)
+    assert client.post(paths_of(client)["ses"], body)["changed"] == 2
+    found = why_suppressed(client).keys()
+    assert {"a@example.com", "b@example.com"} < found and "c@example.com" not in found
+    status, answer, _ = client("POST", paths_of(client)["sendgrid"], [{"event": "bounce"}] * 10_001)
+    assert status == 400 and "10000 recipients" in answer["error"]
+
+
+def test_a_bounce_that_comes_after_its_task_is_forgotten_suppresses_the_address_for_the_account_of_the_url(
+        client, service):
+    task_id = sent(client)
+    service.store.redis.delete(service.store.key("task", task_id))
+    assert client.post(paths_of(client)["sendgrid"], notification([SENDGRID], task_id))["changed"] == 1
+    assert why_suppressed(client) == {"user@example.com": "bounced: 500 unknown recipient"}
+
+
+@pytest.fixture
+def amazon(monkeypatch, certificate):
+    """Plays Amazon SNS, for all hosts to which gomail opens a connection: `hosts` and `requests`."""
+    class Confirmation(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            server.requests.append((self.headers["Host"], self.path))
+            self.send_response(server.status)
+            self.send_header("Location", "https://evil.example/")
+            self.end_headers()
+
+        def log_message(self, *arguments):
+            pass
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Confirmation)
+    server.socket = certificate.wrap_socket(server.socket, server_side=True)
+    server.requests, server.hosts, server.status = [], [], 200
+
+    def resolve(host, *arguments, real=socket.getaddrinfo, **options):
+        if host in ("127.0.0.1", "localhost", "::1", "", None):
+            return real(host, *arguments, **options)
+        server.hosts.append(host)
+        return real("127.0.0.1", server.server_address[1], *arguments[1:], **options)
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+CONFIRM = "/?Action=ConfirmSubscription&TopicArn=arn:aws:sns:us-east-1:123456789012:MyTopic&Token=2336412f37"
+
+
+@pytest.fixture
+def trusting(monkeypatch, certificate):
+    """The module trusts the tests' certificates, whatever host they are for."""
+    def context(*arguments, real=ssl.create_default_context, **options):
+        found = real(*arguments, **options)
+        found.check_hostname = False
+        return found
+    monkeypatch.setattr(gomail.ssl, "create_default_context", context)
+
+
+@pytest.mark.parametrize("host", ["sns.us-east-1.amazonaws.com", "sns.cn-north-1.amazonaws.com.cn"])
+def test_a_subscription_is_confirmed_at_amazons_own_host_over_https(client, amazon, trusting, host):
+    body = sns("You have chosen to subscribe", "SubscriptionConfirmation", Token="2336412f37",
+               SubscribeURL=f"https://{host}{CONFIRM}")
+    assert client.post(paths_of(client)["ses"], body, Content_Type="text/plain; charset=UTF-8")["changed"] == 1
+    assert amazon.hosts == [host] and amazon.requests == [(host, CONFIRM)]
+
+
+@pytest.mark.parametrize("status", [302, 403, 500])
+def test_a_confirmation_that_fails_is_503_follows_no_redirect_and_is_tried_once(client, amazon, trusting, status):
+    amazon.status = status
+    body = sns("", "SubscriptionConfirmation", SubscribeURL=f"https://sns.us-east-1.amazonaws.com{CONFIRM}")
+    status, answer, headers = client("POST", paths_of(client)["ses"], body)
+    assert status == 503 and headers["Retry-After"] and len(amazon.requests) == len(amazon.hosts) == 1
+
+
+def test_a_confirmation_needs_amazons_certificate(client, amazon):
+    body = sns("", "SubscriptionConfirmation", SubscribeURL=f"https://sns.us-east-1.amazonaws.com{CONFIRM}")
+    assert client("POST", paths_of(client)["ses"], body)[0] == 503 and not amazon.requests
+
+
+@pytest.mark.parametrize("url", [
+    None, 7, "", [f"https://sns.us-east-1.amazonaws.com{CONFIRM}"], f"http://sns.us-east-1.amazonaws.com{CONFIRM}",
+    f"HTTPS://sns.us-east-1.amazonaws.com{CONFIRM}", f"//sns.us-east-1.amazonaws.com{CONFIRM}",
+    f"https://evil.example{CONFIRM}", f"https://amazonaws.com{CONFIRM}", f"https://us-east-1.amazonaws.com{CONFIRM}",
+    f"https://sns.us-east-1.amazonaws.com@evil.example{CONFIRM}", f"https://user@sns.us-east-1.amazonaws.com{CONFIRM}",
+    f"https://user:pass@sns.us-east-1.amazonaws.com{CONFIRM}", f"https://sns.us-east-1.amazonaws.com:443{CONFIRM}",
+    f"https://sns.us-east-1.amazonaws.com:8443{CONFIRM}", f"https://sns.us-east-1.amazonaws.com.{CONFIRM}",
+    f"https://sns.us-east-1.amazonaws.com.evil.example{CONFIRM}", f"https://sns.us-east-1.amazonaws.comx{CONFIRM}",
+    f"https://evil.example/sns.us-east-1.amazonaws.com{CONFIRM}", f"https://sns.amazonaws.com{CONFIRM}",
+    f"https://sns.evil.example.amazonaws.com{CONFIRM}", f"https://xsns.us-east-1.amazonaws.com{CONFIRM}",
+    f"https://sns.us-east-1.amazonaws\uff0ecom{CONFIRM}", f"https://sns\u3002us-east-1.amazonaws.com{CONFIRM}",
+    f"https://sns.us-east-1.amazonaw\u017f.com{CONFIRM}", f"https://sns.us-east-1.amazonaws.com\\@evil.example{CONFIRM}",
+    f"https://sns.us-east-1.amazonaws.com#@evil.example{CONFIRM}", f"https:///sns.us-east-1.amazonaws.com{CONFIRM}",
+    f" https://sns.us-east-1.amazonaws.com{CONFIRM}", f"https://sns.us-east-1.amazonaws.com{CONFIRM}\r\nX: y",
+    f"https://sns.us-east-1.amazonaws.com{CONFIRM} HTTP/1.1", f"https://sns.us-east-1.amazonaws.com{CONFIRM}\n",
+    "https://sns.us-east-1.amazonaws.com/?Action=Publish&Message=x", "https://sns.us-east-1.amazonaws.com",
+    "https://sns.us-east-1.amazonaws.com/", f"https://[::1]{CONFIRM}", f"https://127.0.0.1{CONFIRM}",
+    f"https://sns.us-east-1.amazonaws.com.cn.evil.example{CONFIRM}", f"https://sns.%75s-east-1.amazonaws.com{CONFIRM}",
+    f"https://sns..amazonaws.com{CONFIRM}", f"https://s3.us-east-1.amazonaws.com{CONFIRM}",
+])
+def test_a_subscription_at_any_other_url_is_400_and_no_connection_is_made(client, amazon, trusting, url):
+    body = sns("", "SubscriptionConfirmation", SubscribeURL=url)
+    status, answer, _ = client("POST", paths_of(client)["ses"], body)
+    assert status == 400 and answer["field"] == "SubscribeURL" and not amazon.hosts and not amazon.requests
+
+
+def test_a_mail_through_postmark_names_its_task_and_others_do_not(services, mail_server):
+    task = gomail.Task("0" * 32, "a", "k", "message", "a test", 0, {
+        "userId": "user@example.com", "subject": "Hello", "content": "Hello"}, 0)
+    for server, expected in (("smtp.postmarkapp.com", [("X-PM-KeepID", "true"), ("X-PM-Metadata-gomail", "0" * 32)]),
+                             ("postmarkapp.com.example", []), ("127.0.0.1", [])):
+        workers = services(mail_server).workers
+        workers.settings = dataclasses.replace(workers.settings, smtp_server=server)
+        mail = parsed(workers._compose(task, workers._mail(task)))
+        assert [(name, value) for name, value in mail.items() if name.startswith("X-PM")] == expected
+
+
+# --- the mailbox: what reports look like, and a server that has them
+
+def delivery_report(task_id, recipients=(("failed", "5.1.1", "user@example.com", "550 5.1.1 no such user"),),
+                    original="", returned="message/rfc822", to="user@example.com", message_id=None):
+    """A report as RFC 3464 has it, of (action, status, final recipient, what the server said)."""
+    fields = ["Reporting-MTA: dns; mx.example.net\r\nArrival-Date: Mon, 1 Jan 2029 00:00:00 +0000\r\n"]
+    for action, status, address, said in recipients:
+        lines = [f"Original-Recipient: rfc822;{original}"] if original else []
+        lines += [f"Final-Recipient: rfc822; {address}", f"Action: {action}", f"Status: {status}"]
+        fields.append("\r\n".join([*lines, *([f"Diagnostic-Code: smtp; {said}"] if said else []), ""]))
+    return report("delivery-status", "message/delivery-status", "\r\n".join(fields), returned, (
+        f"From: app@example.org\r\nTo: {to}\r\nMessage-ID: <{message_id or f'{task_id}@example.org'}>\r\n"
+        "Subject: Hello\r\n\r\nHello there\r\n"))
+
+
+def complaint_report(task_id, kind="abuse", recipients=("user@example.com",), to="user@example.com"):
+    """A report as RFC 5965 has it."""
+    fields = f"Feedback-Type: {kind}\r\nUser-Agent: SomeGenerator/1.0\r\nVersion: 1\r\n" + "".join(
+        f"Original-Rcpt-To: <{address}>\r\n" for address in recipients)
+    return report("feedback-report", "message/feedback-report", fields, "message/rfc822",
+                  f"From: app@example.org\r\nTo: {to}\r\nMessage-ID: <{task_id}@example.org>\r\n\r\nHello there\r\n")
+
+
+def report(kind, media_type, fields, returned_type, returned, headers=""):
+    """A multipart/report (RFC 6522)."""
+    return (f"From: MAILER-DAEMON@mx.example.net\r\nTo: app@example.org\r\nSubject: Undelivered\r\n{headers}"
+            f"MIME-Version: 1.0\r\nContent-Type: multipart/report; report-type={kind};\r\n\tboundary=\"B/=\"\r\n\r\n"
+            f"--B/=\r\nContent-Type: text/plain\r\n\r\nSorry.\r\n\r\n"
+            f"--B/=\r\nContent-Type: {media_type}\r\n\r\n{fields}\r\n"
+            f"--B/=\r\nContent-Type: {returned_type}\r\n\r\n{returned}\r\n--B/=--\r\n").encode()
+
+
+TASK_ID = "661228f98325c000345cac56c53565b5"
+IDS = (TASK_ID, f"{TASK_ID}@example.org")
+LOCAL = strategies.text(string.ascii_letters + string.digits + "._+-", min_size=1, max_size=20)
+ADDRESSES = strategies.builds("{}@{}.example".format, LOCAL | strategies.sampled_from(["δοκιμή", "ü"]),
+                              strategies.sampled_from(["a", "b-c", "d.e"]))
+SAID = strategies.text(strategies.characters(min_codepoint=33, max_codepoint=126), max_size=60)
+
+
+@hypothesis.settings(deadline=None, max_examples=200)
+@hypothesis.given(
+    strategies.lists(strategies.tuples(
+        strategies.sampled_from(["failed", "Failed", "delayed", "delivered", "relayed", "expanded"]),
+        strategies.sampled_from(["5.1.1", "4.4.1", "2.0.0", "5.7.26"]), ADDRESSES, SAID), min_size=1, max_size=5),
+    strategies.one_of(strategies.just(""), ADDRESSES),
+    strategies.sampled_from(["message/rfc822", "text/rfc822-headers", "message/global", "message/global-headers"]),
+    strategies.sampled_from(["message/delivery-status", "message/global-delivery-status"]), strategies.booleans())
+def test_a_delivery_report_is_read_as_it_was_written(recipients, original, returned, media_type, with_crlf):
+    raw = delivery_report(TASK_ID, recipients, original, returned).replace(b"message/delivery-status",
+                                                                           media_type.encode())
+    found = gomail.reports_in_mail(raw if with_crlf else raw.replace(b"\r\n", b"\n"))
+    expected = []
+    for action, status, address, said in recipients:
+        if action.lower() in ("failed", "delayed"):
+            permanent = action.lower() == "failed" and status[0] != "4"
+            expected.append(("bounced" if permanent else "delayed", gomail.diagnosis(said) or status, IDS,
+                             tuple(filter(None, (original, address))), ("user@example.com",)))
+    assert [tuple(each) for each in found] == expected
+
+
+@pytest.mark.parametrize("kind, event", [("abuse", "complained"), ("Fraud", "complained"), ("virus", "complained"),
+                                         ("not-spam", None), ("auth-failure", None), ("other", None), ("", None)])
+@pytest.mark.parametrize("recipients", [(), ("user@example.com",), ("a@example.com", "b@example.com")])
+def test_a_complaint_is_read_as_it_was_written(kind, event, recipients):
+    found = gomail.reports_in_mail(complaint_report(TASK_ID, kind, recipients))
+    expected = [(event, "", IDS, (address,), ("user@example.com",)) for address in recipients]
+    assert [tuple(each) for each in found] == (expected or [(event, "", IDS, (), ("*",))]) * bool(event)
+
+
+@pytest.mark.parametrize("raw", [
+    b"", b"\r\n", b"\xff" * 1000, b"Subject: Out of office\r\nIn-Reply-To: <x@example.org>\r\n\r\nI am away\r\n",
+    report("disposition-notification", "message/disposition-notification", "Disposition: x", "text/plain", ""),
+    report("delivery-status", "text/plain", "Action: failed", "message/rfc822", f"Message-ID: <{TASK_ID}@x>\r\n\r\n"),
+    report("delivery-status", "message/delivery-status", "", "message/rfc822", ""),
+    delivery_report(TASK_ID).replace(b"Message-ID", b"X-Message-ID"),
+    delivery_report(TASK_ID).replace(b"multipart/report", b"multipart/mixed"),
+    delivery_report(TASK_ID).partition(b"--B/=")[0], b"Content-Type: multipart/report; report-type*=x'y'%ff%00\r\n\r\n",
+])
+def test_a_mail_that_is_no_report_has_none(raw):
+    assert gomail.reports_in_mail(raw) == []
+
+
+def test_a_report_without_the_mail_is_found_by_what_it_replies_to():
+    raw = report("delivery-status", "message/delivery-status", "Reporting-MTA: dns; x\r\n\r\nAction: failed\r\n"
+                 "Status: 5.0.0\r\nFinal-Recipient: rfc822;user@example.com\r\n", "text/plain", "",
+                 f"References: <other@example.com>\r\n <{TASK_ID}@example.org>\r\n")
+    found, = gomail.reports_in_mail(raw)
+    assert set(IDS) < set(found.ids) and found.addresses == ("user@example.com",) and found.reason == "5.0.0"
+
+
+def hostile_mails():
+    """Mails that are made to stop their reader."""
+    deep = b"".join(b"Content-Type: multipart/report; report-type=delivery-status; boundary=%d\r\n\r\n--%d\r\n" % (n, n)
+                    for n in range(3000))
+    rfc822 = b"Content-Type: multipart/report; report-type=delivery-status; boundary=x\r\n\r\n--x\r\n" + (
+        b"Content-Type: message/rfc822\r\n\r\n" * 5000)
+    good = delivery_report(TASK_ID)
+    yield from (deep, rfc822, b"Content-Type: " + b"(" * 100_000, b"x" * 262144, b"\r\n" * 130_000, b"\0" * 1000)
+    yield good.replace(b"text/plain", b"text/plain; charset=unknown-8bit") + b"\xff" * 1000
+    yield good.replace(b"report-type=delivery-status", b"report-type=" + b"x" * 200_000)
+    yield good.replace(b"Content-Type: message/delivery-status", b"Content-Type: message/delivery-status; "
+                       b"charset=\"\xff\"\r\nContent-Transfer-Encoding: base64")
+    yield good.replace(b"Action: failed\r\n", b"Action: failed\r\n" * 10_000)
+    yield good.replace(b"\r\n\r\nFinal", b"\r\n\r\nAction: failed" * 10_000 + b"\r\n\r\nFinal")
+    yield good.replace(b"To: user@example.com", b"To: " + b"a@example.com, " * 10_000)
+    yield good.replace(b"To: user@example.com", b"To: " + b"\"(<" * 50_000)
+    yield good.replace(b"rfc822; user@example.com", b"rfc822; " + b"=?utf-8?q?" + b"a" * 50_000 + b"?=")
+    yield good.replace(b"boundary=\"B/=\"", b"boundary*0=\"B\"; boundary*1*=utf-8''%2F%3D; boundary*x=\xff")
+
+
+@pytest.mark.parametrize("number", range(15))
+def test_no_mail_stops_its_reader_or_holds_it_up(client, service, number):
+    reader = gomail.BounceReader(service.settings, service.store, service.http.api.bounces, "a process")
+    raw, begun = list(hostile_mails())[number], time.process_time()
+    reader.take(raw)
+    assert time.process_time() - begun < 30 and len(list(hostile_mails())) == 15
+
+
+class ImapServer:
+    """An IMAP server (RFC 3501) with a mailbox `mails` (UID -> bytes), as far as imaplib and gomail ask it.
+
+    `said` has what clients commanded. `capabilities` are those after the login.
+    """
+
+    def __init__(self, capabilities="UIDPLUS MOVE", before="AUTH=PLAIN"):
+        self.mails, self.moved, self.deleted, self.said, self.folders = {}, {}, set(), [], {"INBOX"}
+        self.capabilities, self.before, self.password, self.hangs = capabilities, before, "p@ss word", False
+        self.most_open = self.open = 0
+        self.allowed_folder = "GoMail"
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    @property
+    def uri(self):
+        return f"imap://app%40example.org:p%40ss%20word@127.0.0.1:{self.port}/INBOX"
+
+    def accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self.listener.accept()
+                threading.Thread(target=self.serve, args=(connection,), daemon=True).start()
+
+    def close(self):
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+
+    def serve(self, connection):
+        self.open += 1
+        self.most_open = max(self.most_open, self.open)
+        with contextlib.suppress(OSError, ValueError), connection, connection.makefile("rwb") as file:
+            def say(line):
+                file.write((line if isinstance(line, bytes) else line.encode()) + b"\r\n")
+                file.flush()
+            if not self.hangs:
+                say("* OK ready")
+            logged_in = False
+            for line in file:
+                tag, command = line.decode().rstrip("\r\n").split(" ", 1)
+                self.said.append(command)
+                name, _, rest = command.partition(" ")
+                if name == "CAPABILITY":
+                    say(f"* CAPABILITY IMAP4rev1 {self.capabilities if logged_in else self.before}")
+                    answer = "OK"
+                elif name == "AUTHENTICATE":
+                    say("+ ")
+                    given = base64.b64decode(file.readline())
+                    logged_in = given == f"\0app@example.org\0{self.password}".encode()
+                    answer = "OK" if logged_in else f"NO wrong password {given.decode()[1:].split(chr(0))[1]}"
+                elif name == "LOGIN":
+                    logged_in = rest == f'"app@example.org" "{self.password}"'
+                    answer = "OK" if logged_in else f"NO cannot log in by {rest}"
+                elif name == "SELECT":
+                    say(f"* {len(self.mails)} EXISTS")
+                    say("* OK [UIDVALIDITY 7] valid")
+                    answer = "OK [READ-WRITE]"
+                elif name == "UID":
+                    answer = self.uid(rest, say)
+                elif name == "CREATE":
+                    answer = "OK" if rest == self.allowed_folder else "NO not here"
+                    self.folders |= {rest} if answer == "OK" else set()
+                else:
+                    answer = "OK" if name == "LOGOUT" else "BAD unknown"
+                say(f"{tag} {answer if ' ' in answer else answer + ' done'}")
+        self.open -= 1
+
+    def uid(self, command, say):
+        name, rest = command.split(" ", 1)
+        if name == "SEARCH":
+            first = int(re.match(r"UID (\d+):\* UNDELETED HEADER Content-Type multipart/report$", rest)[1])
+            found = [uid for uid, raw in list(self.mails.items()) if b"multipart/report" in raw.lower()
+                     and (uid >= first or uid == max(self.mails)) and uid not in self.deleted]
+            say("* SEARCH " + " ".join(map(str, found)))
+            return "OK"
+        uid, _, rest = rest.partition(" ")
+        uid = int(uid)
+        if name == "FETCH":
+            size = int(re.fullmatch(r"\(BODY\.PEEK\[\]<0\.(\d+)>\)", rest)[1])
+            if uid in self.mails:
+                raw = self.mails[uid][:size]
+                say(f"* 1 FETCH (UID {uid} BODY[]<0> {{{len(raw)}}}".encode() + b"\r\n" + raw + b")")
+        elif name in ("MOVE", "COPY"):
+            if rest not in self.folders:
+                return "NO [TRYCREATE] no such folder"
+            self.moved[uid] = self.mails.pop(uid) if name == "MOVE" else self.mails[uid]
+        elif name == "STORE":
+            self.deleted.add(uid)
+        elif name == "EXPUNGE":
+            self.mails.pop(uid)
+        return "OK"
+
+
+@pytest.fixture
+def imap(monkeypatch):
+    """Starts IMAP servers; their mailboxes are looked at all the time."""
+    monkeypatch.setattr(gomail.BounceReader, "POLL", 0.02)
+    monkeypatch.setattr(gomail.BounceReader, "LONGEST_PAUSE", 0.05)
+    with contextlib.ExitStack() as stack:
+        def start(*arguments, **options):
+            return stack.enter_context(contextlib.closing(ImapServer(*arguments, **options)))
+        yield start
+
+
+def test_reports_in_the_mailbox_are_noted_and_moved_and_all_else_stays(services, mail_server, imap):
+    server = imap()
+    service = services(mail_server, bounce_imap=server.uri)
+    client = service.client.sign_up()
+    gone, late, spam = (sent(client, f"{name}@example.com") for name in ("gone", "late", "spam"))
+    several = sent(client, "a@example.com", cc=["b@example.com"])
+    server.mails |= {
+        1: delivery_report(gone, [("failed", "5.1.1", "GONE@example.com", "550 5.1.1 no such user")]),
+        2: b"Subject: Hello\r\n\r\nplain\r\n",
+        3: delivery_report(late, [("delayed", "4.4.1", "late@example.com", "")]),
+        4: complaint_report(spam, recipients=["spam@example.com"]),
+        5: delivery_report("0" * 32), 6: delivery_report(gone, [("failed", "5.1.1", "victim@example.com", "550 no")]),
+        7: delivery_report(several, [("failed", "5.0.0", "b@example.com", "550 no"),
+                                     ("relayed", "2.0.0", "a@example.com", "")]),
+        8: delivery_report(gone, [("failed", "5.1.1", "gone@example.com", "550 repeated")])}
+    until(lambda: server.moved.keys() == {1, 3, 4, 7, 8})
+    assert server.mails.keys() == {2, 5, 6} and not any("STORE" in line for line in server.said)
+    assert {client.get(f"/task/{task_id}")["state"] for task_id in (gone, spam, several)} == {"bounced"}
+    assert client.get(f"/task/{late}")["state"] == "succeeded"
+    assert story_of(client, late)[2:] == [("delayed", "late@example.com: 4.4.1")]
+    assert story_of(client, gone)[2:] == [("bounced", "gone@example.com: 550 5.1.1 no such user")]
+    assert why_suppressed(client) == {"gone@example.com": "bounced: 550 5.1.1 no such user",
+                                      "spam@example.com": "complained", "b@example.com": "bounced: 550 no"}
+    said = len(server.said)
+    until(lambda: sum("SEARCH" in line for line in server.said[said:]) > 2)
+    assert not any("FETCH" in line for line in server.said[said + 8:])  # what is left is not read again
+    server.mails[9] = delivery_report(sent(client, "new@example.com"), [("failed", "5.1.1", "new@example.com", "")])
+    until(lambda: 9 in server.moved)
+
+
+@pytest.mark.parametrize("report, changes", [
+    ({"original": "user@example.com"}, True), ({"original": "user@example.com", "to": "hidden@example.com"}, True),
+    ({}, True), ({"to": "Somebody <User@Example.com>, x@example.com"}, True), ({"to": "victim@example.com"}, False),
+    ({"original": "victim@example.com", "to": "victim@example.com"}, False), ({"to": ""}, False)])
+def test_a_mail_that_was_forwarded_bounces_for_the_recipient_and_a_forged_report_for_nobody(
+        client, service, report, changes):
+    task_id, other = sent(client), sent(client, "a@example.com", cc=["b@example.com"])
+    reader = gomail.BounceReader(service.settings, service.store, service.http.api.bounces, "a process")
+    recipients = [("failed", "5.1.1", "elsewhere@forwarded.example", "550 no")]
+    before = everything(service)
+    assert not reader.take(delivery_report(other, recipients, to="a@example.com"))
+    assert everything(service) == before
+    assert reader.take(delivery_report(task_id, recipients, **report)) == changes
+    assert why_suppressed(client) == ({"user@example.com": "bounced: 550 no"} if changes else {})
+    assert changes or everything(service) == before
+
+
+def test_a_report_of_ses_is_found_by_its_own_message_id(client, service, mail_server):
+    mail_server.data_replies["user@example.com"] = [f"250 Ok {SES_ID}"]
+    task_id = sent(client)
+    reader = gomail.BounceReader(service.settings, service.store, service.http.api.bounces, "a process")
+    assert reader.take(delivery_report("", message_id=f"{SES_ID}@eu-west-1.amazonses.com"))
+    assert client.get(f"/task/{task_id}")["state"] == "bounced"
+
+
+@pytest.mark.parametrize("capabilities, folder", [
+    ("", "GoMail"), ("UIDPLUS", "GoMail"), ("MOVE", "INBOX.GoMail"), ("UIDPLUS", "INBOX/GoMail")])
+def test_reports_are_moved_on_servers_that_offer_less(services, mail_server, imap, capabilities, folder):
+    server = imap(capabilities, before="")  # without AUTH=PLAIN
+    server.allowed_folder = folder
+    client = services(mail_server, bounce_imap=server.uri).client.sign_up()
+    server.mails[1] = delivery_report(sent(client))
+    server.mails[2] = b"Subject: other\r\n\r\n"
+    server.deleted.add(2)  # by its owner
+    until(lambda: 1 in server.moved and ("MOVE" in capabilities or 1 in server.deleted))
+    until(lambda: server.mails.keys() == ({1, 2} if not capabilities else {2}))
+    assert folder in server.folders
+    server.mails[3] = delivery_report(sent(client, "b@example.com"), [("failed", "5.1.1", "b@example.com", "")])
+    until(lambda: 3 in server.moved)
+    assert list(server.moved) == [1, 3]
+
+
+def test_a_crash_between_noting_and_moving_repeats_without_harm(services, mail_server, imap, said):
+    server = imap()
+    service = services(mail_server, bounce_imap=server.uri)
+    client = service.client.sign_up()
+    server.allowed_folder = "nowhere"
+    task_id = sent(client)
+    server.mails[1] = delivery_report(task_id)
+    until(lambda: sum("MOVE" in line for line in server.said) > 6)
+    before = everything(service)
+    assert client.get(f"/task/{task_id}")["state"] == "bounced" and before
+    assert [record.fields["error"] for record in said] == [
+        f"imap://127.0.0.1:{server.port}/INBOX cannot be read: no mail can be moved into the folder GoMail"]
+    server.allowed_folder = "GoMail"
+    until(lambda: server.moved)
+    assert everything(service) == before
+
+
+def test_a_mailbox_that_is_out_is_logged_once_without_its_password_and_read_when_it_is_back(
+        services, mail_server, imap, said):
+    server = imap()
+    server.password = "another"
+    service = services(mail_server, bounce_imap=server.uri)
+    client = service.client.sign_up()
+    server.mails[1] = delivery_report(sent(client))
+    until(lambda: sum("AUTHENTICATE" in line for line in server.said) > 3)
+    found = [record for record in said if "mailbox of bounces" in record.getMessage()]
+    assert len(found) == 1 and f"imap://127.0.0.1:{server.port}/INBOX" in found[0].fields["error"]
+    assert "p@ss" not in str(found[0].fields) and "wrong" in found[0].fields["error"]
+    server.password = "p@ss word"
+    until(lambda: server.moved)
+
+
+def test_a_mailbox_that_hangs_delays_no_heartbeat_and_no_due_work_and_no_stop(services, mail_server, imap, monkeypatch):
+    server = imap()
+    server.hangs = True
+    service = services(mail_server, bounce_imap=server.uri)
+    client = service.client.sign_up()
+    until(lambda: server.open)
+    mail_server.replies["user@example.com"] = ["450 later"] * 3
+    client.state(client.task(retries=3), "succeeded")
+    for _ in range(3):
+        until(lambda: service.store.redis.pttl(service.store.key("heartbeat", service.queue.process)) > 3000)
+    service.stop()
+    services.running.remove(service)
+    assert not service.store.redis.exists(service.store.key("bounce_reader"))
+
+
+def test_of_several_processes_one_reads_the_mailbox_and_another_goes_on_when_it_has_ended(services, mail_server, imap):
+    server = imap()
+    options = {"bounce_imap": server.uri, "key_prefix": f"{secrets.token_hex(4)}:"}
+    first, second = services(mail_server, **options), services(mail_server, **options)
+    until(lambda: sum("SEARCH" in line for line in server.said) > 5)
+    assert first.store.redis.get(first.store.key("bounce_reader")) == first.queue.process
+    assert server.most_open == 1
+    first.stop()
+    services.running.remove(first)
+    client = second.client.sign_up()
+    server.mails[1] = delivery_report(sent(client))
+    until(lambda: server.moved)
+    assert second.store.redis.get(second.store.key("bounce_reader")) == second.queue.process
+
+
+def test_many_reports_are_read_in_several_rounds(services, mail_server, imap, monkeypatch):
+    monkeypatch.setattr(gomail.BounceReader, "BATCH", 3)
+    monkeypatch.setattr(gomail.BounceReader, "POLL", PATIENCE)  # only a full round is followed by another at once
+    server = imap()
+    client = services(mail_server).client.sign_up()
+    tasks = [sent(client, f"user{number}@example.com") for number in range(8)]
+    server.mails |= {number: delivery_report(task_id, [("failed", "5.0.0", f"user{number - 1}@example.com", "")])
+                     for number, task_id in enumerate(tasks, 1)}
+    services(mail_server, bounce_imap=server.uri, key_prefix=services.running[0].settings.key_prefix)
+    until(lambda: len(server.moved) == 8)
+
+
+@pytest.mark.parametrize("uri, parts", [
+    ("imaps://user:pass@mail.example.com/INBOX", (True, "mail.example.com", 993, "user", "pass", "INBOX")),
+    ("imaps://user:pass@mail.example.com", (True, "mail.example.com", 993, "user", "pass", "INBOX")),
+    ("imaps://user:pass@mail.example.com/", (True, "mail.example.com", 993, "user", "pass", "INBOX")),
+    ("imap://me%40example.com:p%3Aa%2Fs%40s%25@127.0.0.1:1143/Sent%20Items%2FBounces",
+     (False, "127.0.0.1", 1143, "me@example.com", "p:a/s@s%", "Sent Items/Bounces")),
+    ("imap://u:p@[::1]:1/x", (False, "::1", 1, "u", "p", "x")),
+    ("imaps://ü:ß@bücher.example/INBOX", (True, "xn--bcher-kva.example", 993, "ü", "ß", "INBOX"))])
+def test_bounce_imap_is_a_url_whose_user_and_password_are_percent_encoded(tmp_path, uri, parts):
+    settings = gomail.Settings.load({"bounce_imap": uri}, tmp_path)
+    found = gomail.ImapAddress.parse(settings.bounce_imap)
+    assert dataclasses.astuple(found) == parts
+    assert parts[4] not in str(found) or parts[4] == "p"
+
+
+@pytest.mark.parametrize("uri", [
+    "imaps://secret7:secret7@host/a/b", "imaps://host/INBOX", "imaps://secret7@host", "pop3://secret7:secret7@host/INBOX",
+    "imaps://secret7:secret7@", "imaps://a@b:secret7@host", "imaps://u:secret7%0d%0a@host", "imaps://u:secret7@host:0/x",
+    "imaps://u:secret7@host:70000/x", "imaps://u:secret7@host/f%C3%BCr", "imaps://u:secret7@a..b/x", "secret7",
+    "imaps://u:secret7@host/INBOX?x", "imaps://:secret7@host", "imaps://u:@secret7/INBOX", "imaps://u:secret7@[host]/x"])
+def test_a_wrong_bounce_imap_is_one_line_that_names_the_option_and_hides_the_value(tmp_path, uri):
+    with pytest.raises(gomail.StartError) as error:
+        gomail.Settings.load({"bounce_imap": uri}, tmp_path)
+    assert str(error.value).startswith("bounce_imap: (hidden) ") and "expected imaps://user:" in str(error.value)
+    assert "secret7" not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_check_tries_the_mailbox_of_bounces(processes, imap, tmp_path):
+    server = imap()
+    server.mails[1] = b"Subject: x\r\n\r\n"
+    shown = f"imap://127.0.0.1:{server.port}/INBOX"
+    for password, code, words in (("p@ss word", 0, f"ok       bounces: {shown} can be read, and has 1 mail\n"),
+                                  ("other", 1, f"failed   bounces: bounce_imap: {shown} cannot be read: wrong")):
+        server.password = password
+        found, output, _ = processes({"bounce_imap": server.uri}, arguments=["--check"]).result()
+        assert found == code and words in output and "p@ss" not in output
+
+
+@pytest.mark.parametrize("host, tls", [("192.0.2.1", False), ("127.0.0.1", True)])
+def test_no_password_goes_to_a_mailbox_without_tls_except_on_loopback(monkeypatch, imap, host, tls):
+    server = imap()
+    real = socket.create_connection
+    monkeypatch.setattr(socket, "create_connection", lambda address, *rest, **more: real(
+        ("127.0.0.1", server.port), *rest, **more))
+    settings = gomail.Settings(bounce_imap=f"imap{'s' * tls}://app:secret@{host}:{server.port}/INBOX")
+    monkeypatch.setattr(gomail.BounceReader, "TIMEOUT", 1.0)
+    with pytest.raises(gomail.MAILBOX_ERRORS), gomail.open_mailbox(settings):
+        pass
+    assert not any("AUTHENTICATE" in line or "LOGIN" in line for line in server.said)
+
+
+# --- 11. webhooks -----------------------------------------------------------------------------------------
 
 class Receiver(http.server.ThreadingHTTPServer):
     """A real receiver of webhooks: it keeps the events that it answers 2xx, verified by the published package.
@@ -7456,6 +8469,23 @@ def test_an_account_learns_what_became_of_its_mails_and_no_content_of_theirs(ser
     assert "secret" not in str(receiver.events)
     moments = [datetime.datetime.fromisoformat(event["timestamp"]).timestamp() for event in receiver.events]
     assert all(abs(time.time() - moment) < PATIENCE for moment in moments)
+
+
+def test_an_account_learns_once_that_a_mail_came_back_or_was_complained_about(client, receiver):
+    receiver.hooked(client, events=["mail.bounced", "mail.complained"])
+    sent = client.task(cc=["copy@example.com"])
+    client.state(sent, "succeeded")
+    for _ in range(2):
+        client.post("/bounces", {"id": sent, "userId": "user@example.com", "kind": "bounce", "reason": "550 5.1.1 no"})
+        client.post("/bounces", {"id": sent, "userId": "copy@example.com", "kind": "bounce", "permanent": False})
+        client.post("/bounces", {"id": sent, "userId": "copy@example.com", "kind": "complaint"})
+        client.post("/bounces", {"userId": "another@example.com", "kind": "complaint"})
+    until(lambda: len(receiver.events) == 3)
+    own = {"account": name_of(client)}
+    assert receiver.data("mail.bounced") == [
+        {**own, "id": sent, "task": "a test", "userId": "user@example.com", "error": "550 5.1.1 no"}]
+    assert sorted(receiver.data("mail.complained"), key=len) == [
+        {**own, "userId": "another@example.com"}, {**own, "id": sent, "task": "a test", "userId": "copy@example.com"}]
 
 
 def test_a_task_that_killed_its_processes_is_told_of_too(queue, receiver):
@@ -7650,8 +8680,7 @@ def test_the_webhook_of_an_account_and_its_waiting_events_end_with_it(service, c
     client.post("/auth/deregister", {"id": name})
     client.key = service.client.post("/auth/signup", {"id": name})["apiKey"]
     assert client("GET", "/webhook")[0] == 404
-    until(lambda: service.inspection.depths()["retrying"] == service.inspection.depths()["hooks"] == 0)
-    assert len(service.store.redis.keys(service.store.key("task", "*"))) == 1
+    until(lambda: len(service.store.redis.keys(service.store.key("task", "*"))) == 1)  # that of the mail
 
 
 def test_a_webhook_over_https_is_sent_only_where_the_certificate_is_good(services, mail_server, monkeypatch, tmp_path):
@@ -7701,7 +8730,7 @@ def test_no_event_is_larger_than_16_kilobytes(detail, addresses, name):
     assert len(body) <= 16384 and json.loads(body)["data"]["error"] == detail[:1000]
 
 
-# --- 11. workers ------------------------------------------------------------------------------------------
+# --- 12. workers ------------------------------------------------------------------------------------------
 
 def test_while_the_mail_server_is_out_no_task_pays_an_attempt_and_all_are_sent_when_it_is_back(services, mail_server):
     service = services(mail_server)
@@ -8256,7 +9285,7 @@ def test_a_maildir_needs_no_further_threads_but_webhooks_do(services):
     assert [crew.most for crew in service.workers.crews.values()] == [2, 2, 2, 1, 10]
 
 
-# --- 12. cron ---------------------------------------------------------------------------------------------
+# --- 13. cron ---------------------------------------------------------------------------------------------
 
 def rfc3339(moment, zone=datetime.timezone.utc):
     return datetime.datetime.fromtimestamp(moment, zone).isoformat()
@@ -8633,7 +9662,7 @@ def test_the_embedded_server_is_started_again_when_it_dies(processes):
     assert process.stop() == 0
 
 
-# --- 13. http ---------------------------------------------------------------------------------------------
+# --- 14. http ---------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def connection_to(service, *pieces):
@@ -9703,7 +10732,7 @@ def test_in_400_mb_of_memory_a_service_under_attack_lives_and_answers_others(pro
     assert max(waits) < PATIENCE and refused[413] and not refused[500]
 
 
-# --- 14. service ------------------------------------------------------------------------------------------
+# --- 15. service ------------------------------------------------------------------------------------------
 
 def test_help_names_every_option_and_version_the_version(processes):
     code, output, _ = processes(arguments=["--help"]).result()
@@ -10142,7 +11171,7 @@ def test_what_an_earlier_version_left_in_every_state_goes_on_with_this_one(servi
                                                                             "Anna"))], 1)
 
 
-# --- 15. command line -------------------------------------------------------------------------------------
+# --- 16. command line -------------------------------------------------------------------------------------
 
 class Command:
     """Runs commands beside a gomail process, in its folder and with its settings."""
@@ -11110,7 +12139,7 @@ def test_a_documented_proxy_passes_requests_on_keeps_metrics_private_and_names_t
     assert until(lambda: process.logged("wrong admin_token"))["client"] == "127.0.0.1"
 
 
-# --- 16. page ---------------------------------------------------------------------------------------------
+# --- 17. page ---------------------------------------------------------------------------------------------
 
 class Browser:
     """A headless Chromium of this machine; each open() is a tab of a new visitor, watched for complaints."""
@@ -11847,6 +12876,44 @@ class OpenSmtpd(RealServer):
     def stop(self) -> None:
         super().stop()
         self.SPOOL.unlink()
+
+
+class Dovecot(RealServer):
+    """Dovecot's IMAP for the Maildir of another server; the password of every user is "secret"."""
+
+    def __init__(self, folder: pathlib.Path, maildir: str) -> None:
+        super().__init__(folder)
+        self.maildir = maildir
+
+    def configure(self, *lines: str) -> None:
+        (self.folder / "dovecot.conf").write_text(f"""
+            protocols = imap
+            base_dir = {self.folder}/run
+            state_dir = {self.folder}/state
+            log_path = {self.folder}/log
+            listen = 127.0.0.1
+            ssl = no
+            mail_location = maildir:{self.maildir}:INDEX=MEMORY
+            passdb {{
+              driver = static
+              args = password=secret
+            }}
+            userdb {{
+              driver = static
+              args = uid=65534 gid=65534 home={self.folder}/maildir
+            }}
+            service imap-login {{
+              inet_listener imap {{
+                port = {self.port}
+              }}
+              inet_listener imaps {{
+                port = 0
+              }}
+            }}
+        """)
+
+    def command(self) -> list:
+        return [self.FILES / "usr/sbin/dovecot", "-F", "-c", self.folder / "dovecot.conf"]
 
 
 @pytest.fixture
@@ -13029,3 +14096,34 @@ def test_soak_an_hour_of_all_that_operators_do_at_half_load(processes, redis_wit
         print("megabytes and files of gomail, of Redis:", samples[0], samples[len(samples) // 2], samples[-1])
         assert doubles <= 16 * sum(what in ("kill", "redis", "smtp") for _, what in faults)
         assert samples[-1][1] <= samples[0][1] + 20 and samples[-1][0] <= samples[0][0] * 1.3 + 20
+
+
+@pytest.mark.servers
+def test_a_real_bounce_comes_back_through_the_mailbox_and_a_delay_is_told_too(real, services, mail_server, monkeypatch):
+    """Postfix takes both mails; the server of the first domain does not know the address, that of the second waits."""
+    monkeypatch.setattr(gomail.BounceReader, "POLL", 0.2)
+    mail_server.replies["nobody@gone.example"] = ["550 5.1.1 <nobody@gone.example>: no such user"]
+    mail_server.replies["user@late.example"] = ["450 4.2.0 <user@late.example>: greylisted"] * 1000
+    relay = f"smtp:[127.0.0.1]:{mail_server.port}"
+    postfix = real(Postfix, "virtual_mailbox_domains = example.com example.org", "delay_warning_time = 1s",
+                   "minimal_backoff_time = 1s", "maximal_backoff_time = 1s", "queue_run_delay = 1s",
+                   f"transport_maps = inline:{{gone.example={relay}, late.example={relay}, fine.example={relay}}}")
+    dovecot = real(Dovecot, f"{postfix.folder}/maildir")
+    service = services(postfix, bounce_imap=f"imap://app%40example.org:secret@127.0.0.1:{dovecot.port}/INBOX")
+    client = service.client.sign_up()
+    gone, late, fine = (client.task(userId=address) for address in (
+        "nobody@gone.example", "user@late.example", "user@fine.example"))
+    found = client.state(gone, "bounced")
+    assert [step["event"] for step in found["story"]] == ["accepted", "succeeded", "bounced"]
+    assert found["error"].startswith("nobody@gone.example: 550 5.1.1 <nobody@gone.example>: no such user")
+    assert found["result"].startswith("250 2.0.0 Ok: queued as ")
+    story = until(lambda: (story := client.get(f"/task/{late}")["story"])[-1]["event"] == "delayed" and story)
+    assert "450 4.2.0 <user@late.example>: greylisted" in story[-1]["error"]
+    assert client.get(f"/task/{late}")["state"] == client.get(f"/task/{fine}")["state"] == "succeeded"
+    assert why_suppressed(client) == {"nobody@gone.example": "bounced: " + found["error"].partition(": ")[2]}
+    client.state(client.task(userId="nobody@gone.example"), "suppressed")
+    # Both reports are moved, and a mail of a person's stays there unread.
+    until(lambda: len(list(postfix.folder.glob("maildir/.GoMail/*/*"))) == 2)
+    client.state(client.task(userId="app@example.org"), "succeeded")
+    until(lambda: list(postfix.folder.glob("maildir/*/*,")) or list(postfix.folder.glob("maildir/new/*")))
+    assert not [path for path in postfix.folder.glob("maildir/cur/*") if "S" in path.name.partition(":2,")[2]]
