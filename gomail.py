@@ -9366,7 +9366,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.buffer, self.read_timeout = bytearray(), 0.0
         try:
             while self.serve_request():
-                breaker.look_again()
+                pass
         except OSError:  # the client went away, or was too slow to read its answer
             pass
 
@@ -11008,7 +11008,7 @@ def restore(settings: Settings, terminal: Terminal, options: argparse.Namespace)
         with terminal.progress(head["lines"]) as progress:
             target.restore(file, progress)
             while queue.promote() == queue.BATCH:
-                breaker.look_again()
+                pass
         accounts = Accounts(store, settings.jwt_secret, settings.jwt_secret_previous)
         target.finish()
     if head["secret"] not in (None, *(accounts.derive("check", secret).hex() for secret in accounts.accepted_secrets)):
