@@ -3088,7 +3088,7 @@ class Queue:
         self._enqueue = store.script(self.ENQUEUE, when_full=False)
         self._enqueue_in_groups = GroupCommit(self._enqueue_group)
         self._settle_and_take = store.script(self.SETTLE_AND_TAKE)
-        self.rate = parse_rate(str(settings.smtp_rate))
+        self.rate = parse_rate(settings.smtp_rate)
         self._pace, self._look = store.script(self.PACE), store.script(self.LOOK)
         self._recount = store.script(self.RECOUNT, once=True)
         self._beat = store.script(self.BEAT)
@@ -3566,7 +3566,8 @@ class Queue:
     """
 
     def pace(self, lane: str, recipients: int = 1) -> "Permit":
-        """Take the next moment at which a mail of this lane may go, by `smtp_rate`, and count its recipients.
+        """Take the next moment at which a mail of this lane may go, by `smtp_rate`, and count its recipients: twice, if
+        the call is repeated because its connection broke.
 
         Raises:
             PermanentError: it has more recipients than a window has for this lane.
@@ -7580,6 +7581,11 @@ class CircuitBreaker:
         self.failures = 0
         self.probe_requested.set()
 
+    def look_again(self) -> None:
+        """Have a lane that something else than the server pauses probed at once."""
+        if self.reason and self.look:
+            self.probe_requested.set()
+
     def delay(self) -> float:
         """Seconds until the next probe."""
         if look := self.look:
@@ -8148,6 +8154,8 @@ class Workers:
             raise
         finally:
             self.queue.recount(permit, len(recipients), back)
+            for breaker in self.breakers.values() if back else ():
+                breaker.look_again()
 
     def _permit(self, lane: str, recipients: int) -> Permit:
         """The Permit for a mail that may go. A window without room for long pauses the lane. Raises PostponedError."""
