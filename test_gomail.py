@@ -11466,7 +11466,8 @@ def test_a_queue_moves_to_another_server_and_back_with_tasks_in_every_state_and_
             return "451 not yet"
         return await MailServer.handle_DATA(mail_server, server, session, envelope)
     mail_server.handle_DATA = hold
-    own = {**sending_to(mail_server), "workers": "1", "retry_delay": "600", "otp_cooldown": "0", "log_file": "off"}
+    own = {**sending_to(mail_server), "workers": "1", "workers_max": "1", "retry_delay": "600", "otp_cooldown": "0",
+           "log_file": "off"}
     first = processes(own).started()
     client = first.client.sign_up()
 
