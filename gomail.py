@@ -408,6 +408,10 @@ class Rate(typing.NamedTuple):
     interval: float = 0.0
     windows: tuple[Window, ...] = ()
 
+    def __bool__(self) -> bool:
+        """Whether there is a limit."""
+        return self.interval > 0 or bool(self.windows)
+
 
 UNITS = {name: seconds for seconds, names in (
     (1, "s sec secs second seconds"), (60, "min mins minute minutes"), (3600, "h hour hours"), (86400, "d day days"))
@@ -2723,13 +2727,13 @@ CONCLUDED = (Verdict.SUCCEEDED, Verdict.CANCELLED, Verdict.SUPPRESSED, Verdict.E
 
 
 # The replies to the end of DATA by which providers say which id they gave the mail. Their notifications have it.
-PROVIDER_REPLY = re.compile("|".join((
+PROVIDER_REPLY = re.compile("250 (?:%s)" % "|".join((
     # Amazon SES: its documentation calls this the message ID of the reply; SES replaces the header Message-ID.
-    r"\b250 Ok ([0-9a-f-]{30,80})(?![\w-])",
+    r"Ok ([0-9a-f-]{30,80})(?![\w-])",
     # SendGrid: its support pages call this X-Message-ID; sg_message_id begins with it.
-    r"\b250 Ok: queued as ([\w-]{22})(?![\w-])",
+    r"Ok: queued as ([\w-]{22})(?![\w-])",
     # Brevo: logs of relays show the Message-ID of the mail, which may be a new one.
-    r"\b250 2\.0\.0 OK: queued as <([!-;=?-~]{1,200})>")))
+    r"2\.0\.0 OK: queued as <([!-;=?-~]{1,200})>")))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2754,8 +2758,6 @@ class Outcome:
     def reply_ids(self) -> str:
         """The ids by which a provider will speak of the mail instead of its Message-ID, by spaces."""
         reply = self.detail if self.verdict == Verdict.SUCCEEDED else self.reply
-        if "250 " not in reply:
-            return ""
         found = [next(filter(None, match.groups())) for match in PROVIDER_REPLY.finditer(reply)]
         return " ".join(name for name in found if not name.startswith(f"{self.task.id}@"))
 
@@ -3573,7 +3575,7 @@ class Queue:
             PermanentError: it has more recipients than a window has for this lane.
         """
         interval, windows = self.rate
-        if not interval and not windows:
+        if not self.rate:
             return Permit()
         for window in windows:
             if recipients > (most := window.most(lane)):
@@ -5814,7 +5816,9 @@ class SmtpTransport:
                 if final := refusal("DOT", code, text):
                     refused = dict.fromkeys(recipients, final) | refused
                 else:
-                    self.local.replies.append(f"{code} {one_line(text)}".encode("ascii", "replace").decode())
+                    reply = f"{code} {one_line(text)}"
+                    self.local.replies.append(
+                        reply if reply.isascii() else reply.encode("ascii", "replace").decode())
         except UnavailableError as error:
             refused = dict.fromkeys(recipients, error)
         except (OSError, smtplib.SMTPException) as error:
@@ -8120,7 +8124,7 @@ class Workers:
         reply = ""
         if recipients := [address for address in recipients if address not in task.delivered]:
             lane, sender = lane_of(task.type), mail.sender[1]
-            with self._within_rate(lane, recipients):
+            with self._within_rate(lane, recipients) if self.queue.rate else contextlib.nullcontext():
                 if task.expires and self.store.time() * 1000 >= task.expires:
                     raise ExpiredError("it was not sent in time")
                 message = task.message or self._compose(task, mail)
