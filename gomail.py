@@ -2685,8 +2685,14 @@ class Task:
     expires: int = 0  # after which it is not to be sent any more, in milliseconds; 0: never
     delivered: tuple = ()  # recipients that have the mail already, as fold_address() has them
     suppressed: tuple = ()  # recipients that get none, in the same form
+    recipients: list[str] | None = None  # who gets its mail, as soon as that is known
     following: "Task | None" = None  # the one that the worker has in hand after it
     message: bytes = b""  # its mail, where that is made before it is begun
+
+    @functools.cached_property
+    def owner(self) -> Account:
+        """The account, with the key that it came with."""
+        return Account(self.account, self.key)
 
 
 # --- 7. queue -------------------------------------------------------------------------------------------
@@ -2736,8 +2742,7 @@ PROVIDER_REPLY = re.compile("250 (?:%s)" % "|".join((
     r"2\.0\.0 OK: queued as <([!-;=?-~]{1,200})>")))
 
 
-@dataclasses.dataclass(frozen=True)
-class Outcome:
+class Outcome(typing.NamedTuple):
     """What became of a task that a worker had in hand.
 
     `detail` is the result of a success, such as "subscribed", or else the reason; `delay` the seconds until a task with
@@ -2758,6 +2763,8 @@ class Outcome:
     def reply_ids(self) -> str:
         """The ids by which a provider will speak of the mail instead of its Message-ID, by spaces."""
         reply = self.detail if self.verdict == Verdict.SUCCEEDED else self.reply
+        if "250 Ok" not in reply and "OK: queued" not in reply:  # most are not searched
+            return ""
         found = [next(filter(None, match.groups())) for match in PROVIDER_REPLY.finditer(reply)]
         return " ".join(name for name in found if not name.startswith(f"{self.task.id}@"))
 
@@ -3017,8 +3024,10 @@ class Queue:
 
     # Whether the key that a task came with is still its account's. Events for the admin's webhook have no account.
     IS_WANTED = """
+        local keys = {}  -- account -> its key, of those that were looked up
         local function is_wanted(prefix, account, key)
-            return account == '' or redis.call('HGET', prefix .. 'UserList', account) == key
+            keys[account] = keys[account] or account == '' and key or redis.call('HGET', prefix .. 'UserList', account)
+            return keys[account] == key
         end
     """
 
@@ -3274,7 +3283,7 @@ class Queue:
         local own, lane, prefix = unpack(KEYS)
         local most, keep, share, all = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4] == '1'
         local result_ttl, dead_ttl, dead_max, process, worker = unpack(ARGV, 5, 9)
-        local ends = {succeeded = true, cancelled = true, suppressed = true, expired = true}
+        local ends, successful = {succeeded = true, cancelled = true, suppressed = true, expired = true}, 0
         local events = {succeeded = 'mail.sent', suppressed = 'mail.suppressed', expired = 'mail.failed'}
         if redis.call('EXISTS', prefix .. 'hooks') == 0 then events = {} end
 
@@ -3305,10 +3314,7 @@ class Queue:
                               attempts + (verdict == 'succeeded' and 1 or 0), detail)
                 end
                 conclude(task, verdict, detail, result_ttl, ...)
-                if verdict == 'succeeded' then
-                    redis.call('HINCRBY', prefix .. 'metrics', 'executed', 1)
-                    redis.call('HINCRBY', prefix .. 'metrics', 'successful', 1)
-                end
+                if verdict == 'succeeded' then successful = successful + 1 end
                 return
             end
             redis.call('HDEL', task, 'begun')
@@ -3362,13 +3368,17 @@ class Queue:
             end
         end
         for _, outcome in ipairs(outcomes) do settle(unpack(outcome)) end
+        if successful > 0 then
+            redis.call('HINCRBY', prefix .. 'metrics', 'executed', successful)
+            redis.call('HINCRBY', prefix .. 'metrics', 'successful', successful)
+        end
         if most == 0 then return {0} end
 
         -- A process that was taken for dead, and lives, is found again should it die now.
         if redis.call('HEXISTS', prefix .. 'processes', process) == 0 then
             redis.call('HSET', prefix .. 'processes', process, worker)
         end
-        local found = {}
+        local found, suppresses = {}, {}  -- the second: key of suppressed addresses -> 1 if it exists, else 0
         most = math.max(1, redis.call('LLEN', own), math.min(most, math.floor(redis.call('LLEN', lane) / share)))
         for _ = 1, 200 do  -- some may belong to accounts that are gone; other calls come in between
             local id = redis.call('LINDEX', own, -1 - #found) or redis.call('RPOPLPUSH', lane, own)
@@ -3385,7 +3395,8 @@ class Queue:
                 if all or #found == 0 then begin(task) end
                 local to, suppressed = fields[11], prefix .. 'suppressed:' .. fields[2]
                 fields[11] = ''
-                if to and redis.call('EXISTS', suppressed) == 1 then
+                suppresses[suppressed] = suppresses[suppressed] or redis.call('EXISTS', suppressed)
+                if to and suppresses[suppressed] == 1 then
                     for address in string.gmatch(to, '%S+') do
                         if redis.call('ZSCORE', suppressed, address) then fields[11] = fields[11] .. address .. ' ' end
                     end
@@ -3424,10 +3435,10 @@ class Queue:
         keys = [self._processing(worker), self.store.key("lane", lane), self.store.prefix]
         args = [most, keep, share, int(begin_all), *self._limits, self.process, worker]
         for outcome in outcomes:
-            summary = self._summary_args(outcome.task) if outcome.verdict in CONCLUDED else ()
-            args += [8 + len(summary), outcome.task.id, outcome.verdict, outcome.detail, int(outcome.delay * 1000),
-                     " ".join(outcome.delivered), " ".join(outcome.suppress), outcome.reply_ids, outcome.reply,
-                     *summary]
+            task, verdict, detail, delay, delivered, suppress, reply = outcome
+            summary = self._summary_args(task) if verdict in CONCLUDED else ()
+            args += [8 + len(summary), task.id, verdict, detail, int(delay * 1000), " ".join(delivered),
+                     " ".join(suppress), outcome.reply_ids, reply, *summary]
         answer = self._settle_and_take(keys, args)
         if any(outcome.delay for outcome in outcomes):
             self._note_delay()
@@ -3458,7 +3469,7 @@ class Queue:
 
     def give_way(self) -> None:
         """Let an OTP that this process has just accepted go before other work; waits for OTP_FIRST at most."""
-        if not self._no_otp.wait(self.OTP_FIRST):
+        if not self._no_otp.is_set() and not self._no_otp.wait(self.OTP_FIRST):
             self._no_otp.set()
 
     def otp_passed(self) -> None:
@@ -5249,7 +5260,8 @@ REPLIES = tuple((about, re.compile(pattern, re.IGNORECASE | re.DOTALL)) for abou
 
 def one_line(reply: bytes) -> str:
     """The text of a reply on one line, without control characters."""
-    return printable(reply.decode(errors="replace"))
+    text = reply.decode(errors="replace")
+    return text if text.isascii() and text.isprintable() else printable(text)
 
 
 def is_quota(stage: str, reply: str) -> bool:
@@ -7826,7 +7838,8 @@ class Workers:
         self.smtp = SmtpState(transport)
         self.breakers: dict[str, CircuitBreaker] = {
             lane: CircuitBreaker(lane, transport, self.stopping, self.smtp) for lane in LANES}
-        self.suspect = threading.Lock()
+        self.suspect, self.at_once = threading.Lock(), contextlib.nullcontext()
+        self.is_limited = bool(queue.rate)
         # One thread for the changes, which wait for Redis alone, and for fast newsletters: more threads would make them
         # only a little faster, and OTPs slower. A Maildir takes one mail at a time.
         workers_max = max(settings.workers, settings.workers_max)
@@ -7972,7 +7985,8 @@ class Workers:
             self.in_hand.clear()
             time.sleep(self.SETTLE_WITHIN)
             for crew in self.crews.values():
-                for name, hand in crew.hands.items():
+                for name in list(crew.threads):
+                    hand = crew.hands[name]
                     if hand.tasks or hand.outcomes:
                         self.in_hand.set()
                         self.settle_for(crew.lane, name, hand)
@@ -8006,13 +8020,13 @@ class Workers:
         """Do a task, log what became of it, and return the Outcome. Raises nothing."""
         # A task may be why its process died: it runs while no other such task does, so that it alone is to blame if
         # the process dies again.
-        with self.suspect if task.strikes else contextlib.nullcontext():
+        with self.suspect if task.strikes else self.at_once:
             started = time.monotonic()
             outcome = self._perform(task, lane)
         verdict = outcome.verdict
         self.stats.count("gomail_tasks_total", type=task.type, outcome=verdict)
         if task.type in MAIL_TYPES and verdict in self.HISTORY:
-            self.stats.note(self.HISTORY[verdict], Account(task.account, task.key))
+            self.stats.note(self.HISTORY[verdict], task.owner)
         detail = {"result" if verdict == Verdict.SUCCEEDED else "error": outcome.detail} if outcome.detail else {}
         detail |= {"delivered": outcome.reply} if outcome.reply else {}
         log(logging.INFO if verdict in CONCLUDED else logging.WARNING, f"task {verdict}", task=task.id, type=task.type,
@@ -8118,21 +8132,20 @@ class Workers:
     def _send(self, task: Task, mail: Mail) -> str:
         """Send a mail to those recipients who do not have it yet, and are not suppressed; returns the server's reply,
         or "" where nobody was left to send it to."""
-        recipients = self._recipients(task)
+        recipients, reply = self._recipients(task), ""
         if not recipients and not task.delivered:
             raise SuppressedError(f"{task.payload['userId']} is suppressed; see GET /suppressions")
-        reply = ""
-        if recipients := [address for address in recipients if address not in task.delivered]:
+        if recipients:
             lane, sender = lane_of(task.type), mail.sender[1]
-            with self._within_rate(lane, recipients) if self.queue.rate else contextlib.nullcontext():
+            with self._within_rate(lane, recipients) if self.is_limited else self.at_once:
                 if task.expires and self.store.time() * 1000 >= task.expires:
                     raise ExpiredError("it was not sent in time")
                 message = task.message or self._compose(task, mail)
                 started = time.monotonic()
                 try:
                     reply = self.transport.send(
-                        sender, recipients, message, Account(task.account, task.key), lane,
-                        self._envelope(task.following), functools.partial(self._make_message, task.following))
+                        sender, recipients, message, task.owner, lane, self._envelope(task.following),
+                        functools.partial(self._make_message, task.following))
                 finally:
                     duration = time.monotonic() - started
                     self.crews[lane].note(duration)
@@ -8179,8 +8192,7 @@ class Workers:
         """The envelope of the mail that a task will send, as far as that can be known before."""
         if task is None or task.strikes or task.type not in MAIL_TYPES:
             return None
-        return Envelope(self.settings.sender[1], tuple(
-            address for address in self._recipients(task) if address not in task.delivered))
+        return Envelope(self.settings.sender[1], tuple(self._recipients(task)))
 
     def send_event(self, task: Task) -> str:
         """Send an event to a webhook; returns the status of the answer."""
@@ -8191,10 +8203,13 @@ class Workers:
             self.crews[Lane.HOOKS].note(time.monotonic() - started)
 
     def _recipients(self, task: Task) -> list[str]:
-        """The addresses that a task's mail goes to, except those that are suppressed."""
-        addresses = dict.fromkeys(addresses_of(task.payload))
-        return [address for address in addresses if fold_address(address) not in task.suppressed and not (
-            task.type != "generateOtp" and self.suppressions.by_older(task.account, address))]
+        """The addresses that a task's mail goes to: not those that have it or are suppressed."""
+        if task.recipients is None:
+            addresses = dict.fromkeys(addresses_of(task.payload))
+            task.recipients = [address for address in addresses if address not in task.delivered
+                               and fold_address(address) not in task.suppressed and not (
+                task.type != "generateOtp" and self.suppressions.by_older(task.account, address))]
+        return task.recipients
 
 
 # --- 17. cron -------------------------------------------------------------------------------------------
