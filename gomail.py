@@ -130,7 +130,7 @@ UNPRINTABLE = re.compile(f"[\x00-\x1f{DECEPTIVE}]")
 
 def without_controls(text: str) -> str:
     """The text with "?" in place of each control character and each character in DECEPTIVE."""
-    return UNPRINTABLE.sub("?", text)
+    return text if text.isascii() and text.isprintable() else UNPRINTABLE.sub("?", text)
 
 
 def printable(text: str) -> str:
@@ -5260,8 +5260,7 @@ REPLIES = tuple((about, re.compile(pattern, re.IGNORECASE | re.DOTALL)) for abou
 
 def one_line(reply: bytes) -> str:
     """The text of a reply on one line, without control characters."""
-    text = reply.decode(errors="replace")
-    return text if text.isascii() and text.isprintable() else printable(text)
+    return printable(reply.decode(errors="replace"))
 
 
 def is_quota(stage: str, reply: str) -> bool:

@@ -8548,14 +8548,16 @@ def test_an_event_is_sent_again_with_the_same_id_until_it_is_answered_2xx_and_no
 def test_410_switches_the_webhook_off_until_it_is_set_again_but_not_one_that_has_replaced_it(
         service, client, receiver, said):
     receiver.hooked(client)
+    another = Client(service.http.url, client.key)
 
     def replaced(handler):
-        receiver.hooked(client, events=["mail.sent"])
+        receiver.hooked(another, events=["mail.sent"])
         handler.send_error(410)
     receiver.answers += [replaced]
     client.task()
-    until(lambda: len(receiver.seen) == 1)
-    assert client.get("/webhook")["events"] == ["mail.sent"]
+    until(lambda: client.get("/webhook")["events"] == ["mail.sent"])
+    until(lambda: service.inspection.depths()["hooks"] == 0)
+    assert client.get("/webhook")["gone"] is None
     receiver.answers += [410]
     client.task()
     until(lambda: client.get("/webhook")["gone"])
