@@ -4738,7 +4738,8 @@ def test_promtool_takes_alerts_and_metrics_and_an_outage_is_told_from_a_sender_t
                 ("GomailSmtpDown", 15, out, "The SMTP server is out. Mail waits, and leaves when it is back; "
                                             "GET /lanes says why."),
                 ("GomailLanePaused", 45, {**out, "lane": "normal"}, "The lane normal is paused though the SMTP server "
-                                                                    "answers. It may refuse the sender."))]}]}))
+                                                                    "answers. It may refuse the sender, or a quota "
+                                                                    "is used up."))]}]}))
     run("test", "rules", str(tmp_path / "test.yml"))
 
 
