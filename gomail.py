@@ -991,7 +991,7 @@ def start_logging(settings: Settings) -> None:
 #                                           story (of failed attempts); delivered (to whom); strikes (how many
 #                                           processes died while they had it); begun (set before a task with strikes
 #                                           is begun); drops (how many connections it lost), dropped (the last time,
-#                                           us).
+#                                           us); refused (how often a used-up quota returned it).
 #                                           A task that has ended, except a dead letter, keeps only a summary: d, u, n
 #                                           (explained at Queue.CONCLUDE), to, error, story, head, bounces
 #   reply:<id>                      string  id of the task whose mail the provider gave this id when it took it
@@ -3032,17 +3032,19 @@ class Queue:
     """
 
     # Queue an event for the webhooks that want its kind: that of the account, and the admin's. An event is a task of
-    # the lane `hooks`, which is in no list of the newest tasks. `data` is JSON. See section 15.
+    # the lane `hooks`, which is in no list of the newest tasks. `data` is JSON. `task_key`: id of the API key of the
+    # task that it is about, if any: the next account of the same name does not hear of it. See section 15.
     EVENT = CLOCK + """
-        local function emit(prefix, account, kind, data)
+        local function emit(prefix, account, kind, data, task_key)
             if redis.call('EXISTS', prefix .. 'hooks') == 0 then return end
             for _, owner in ipairs(account == '' and {''} or {account, ''}) do
                 local hook = redis.call('HGET', prefix .. 'hooks', owner)
-                if hook and string.find(hook, '"' .. kind .. '"', 1, true) then
+                local key = owner ~= '' and redis.call('HGET', prefix .. 'UserList', owner) or ''
+                local is_own = owner == '' or key == (task_key or key)
+                if hook and is_own and string.find(hook, '"' .. kind .. '"', 1, true) then
                     local id = string.sub(redis.sha1hex(owner .. kind .. data .. microseconds), 1, 32)
                     local body = '{"task": "' .. kind .. '", "type": "webhook", "retries": 25, "payload": '
                         .. '{"userId": "", "data": ' .. data .. '}}'
-                    local key = owner ~= '' and redis.call('HGET', prefix .. 'UserList', owner) or ''
                     redis.call('HSET', prefix .. 'task:' .. id, 'body', body, 'account', owner, 'key', key,
                                'lane', 'hooks', 'state', 'queued', 'attempts', 0, 'created', microseconds)
                     redis.call('LPUSH', prefix .. 'lane:hooks', id)
@@ -3054,10 +3056,11 @@ class Queue:
         local function emit_mail(prefix, id, account, kind, state, attempts, detail, suppressed)
             if redis.call('EXISTS', prefix .. 'hooks') == 0 then return end
             local task = prefix .. 'task:' .. id
-            local head = redis.call('HGET', task, 'head') or redis.call('HGET', task, 'body')
+            local head, key = unpack(redis.call('HMGET', task, 'head', 'key'))
+            head = head or redis.call('HGET', task, 'body')
             emit(prefix, account, kind, '{"id": "' .. id .. '", "account": ' .. cjson.encode(account) .. ', "state": "'
                  .. state .. '", "attempts": ' .. attempts .. ', "detail": ' .. cjson.encode(detail)
-                 .. ', "suppressed": ' .. cjson.encode(suppressed or '') .. ', "head": ' .. head .. '}')
+                 .. ', "suppressed": ' .. cjson.encode(suppressed or '') .. ', "head": ' .. head .. '}', key)
         end
     """
 
@@ -3076,8 +3079,13 @@ class Queue:
             note(task, 'dead', error)
             redis.call('HSET', task, 'state', 'dead', 'error', error, 'finished', microseconds)
             redis.call('PEXPIRE', task, ttl)
-            redis.call('HINCRBY', prefix .. 'metrics', 'executed', 1)
-            redis.call('HINCRBY', prefix .. 'metrics', 'failed', 1)
+            if lane ~= 'hooks' then
+                redis.call('HINCRBY', prefix .. 'metrics', 'executed', 1)
+                redis.call('HINCRBY', prefix .. 'metrics', 'failed', 1)
+            elseif redis.call('ZCARD', prefix .. 'dead') >= most / 2 then  -- events push no mails out
+                redis.call('UNLINK', task)
+                return
+            end
             -- Each new letter removes at most 100 that are too old or too many: other calls must not wait for all.
             for _, letters in ipairs({prefix .. 'dead', prefix .. 'dead:' .. owner}) do
                 local old = redis.call('ZRANGE', letters, '-inf', milliseconds - ttl, 'BYSCORE', 'LIMIT', 0, 100)
@@ -3111,7 +3119,7 @@ class Queue:
         self._adopt = store.script(self.ADOPT)
         self._cancel = store.script(self.CANCEL, once=True)
         self._revive = store.script(self.REVIVE, once=True)
-        self._bounce = store.script(self.BOUNCE)
+        self._bounce = store.script(self.BOUNCE, once=True)
         # As scripts take them: result_ttl and dead_ttl in milliseconds, dead_max.
         self._limits = [settings.result_ttl * 1000, settings.dead_ttl * 1000, settings.dead_max]
         self._missing: dict[str, float] = {}  # process -> since when (monotonic) its heartbeat is missing
@@ -3295,6 +3303,7 @@ class Queue:
                 end
             end
             local task = prefix .. 'task:' .. id
+            if redis.call('HEXISTS', task, 'd') == 1 then return end  -- EXPIRE has ended it
             if delivered ~= '' then redis.call('HSET', task, 'delivered', delivered) end
             if reply ~= '' then note(task, 'delivered', reply) end
             for address in string.gmatch(suppress, '%S+') do
@@ -3307,7 +3316,6 @@ class Queue:
                     redis.call('UNLINK', task)
                     return
                 end
-                if verdict == 'expired' and redis.call('HEXISTS', task, 'd') == 1 then return end  -- EXPIRE came first
                 if events[verdict] and lane ~= prefix .. 'lane:changes' then
                     local account, attempts = unpack(redis.call('HMGET', task, 'account', 'attempts'))
                     emit_mail(prefix, id, account, events[verdict], verdict,
@@ -3321,9 +3329,13 @@ class Queue:
             if verdict == 'returned' then
                 note(task, verdict, detail)
                 redis.call('HSET', task, 'state', 'queued', 'error', detail)
-                local ahead = tonumber(delay) > 0 and redis.call('RPOP', lane)
-                redis.call('RPUSH', lane, id)
-                if ahead then redis.call('RPUSH', lane, ahead) end
+                if tonumber(delay) > 0 and redis.call('HINCRBY', task, 'refused', 1) > 1 then
+                    redis.call('LPUSH', lane, id)  -- two such mails would take turns at the head for ever
+                else
+                    local ahead = tonumber(delay) > 0 and redis.call('RPOP', lane)
+                    redis.call('RPUSH', lane, id)
+                    if ahead then redis.call('RPUSH', lane, ahead) end
+                end
             elseif verdict == 'dead' then
                 redis.call('HINCRBY', task, 'attempts', 1)
                 bury(prefix, id, detail, dead_ttl, tonumber(dead_max), suppress)
@@ -3697,6 +3709,8 @@ class Queue:
                     emit(prefix, '', 'lane.resumed', cjson.encode({lane = lane}))
                 end
             end
+        else
+            redis.call('UNLINK', prefix .. 'paused_announced')
         end
         return redis.call('HGETALL', prefix .. 'resume')
     """
@@ -3764,8 +3778,8 @@ class Queue:
             self.next_due = time.monotonic() + wait / 1000
         return count
 
-    # End tasks that were not sent in time. The id of one that was in a lane stays there until a worker comes to it. Of
-    # one that is being sent, its worker decides.
+    # End tasks that were not sent in time. The id of one in the middle of a long lane stays there until its turn comes.
+    # Of one that is being sent, its worker decides.
     # KEYS: the prefix. ARGV: how many at most, result_ttl (ms).
     # Answer: {how many were looked at, and of each that ended now its id, type and account}.
     EXPIRE = EVENT + CONCLUDE + """
@@ -3791,9 +3805,19 @@ class Queue:
                 redis.call('ZADD', prefix .. 'expiring', milliseconds + 1000, id)
             else
                 redis.call('ZREM', prefix .. 'expiring', id)
+                local lane = prefix .. 'lane:' .. (redis.call('HGET', task, 'lane') or '')
+                if state == 'queued' and redis.call('LLEN', lane) <= 1000 then redis.call('LREM', lane, -1, id) end
                 if state and state ~= 'dead' then
                     expire(id, task, head, created, account, attempts, before)
                 end
+            end
+        end
+        for _, name in ipairs({'urgent', 'normal', 'bulk'}) do  -- what comes next in a lane shows how long it waits
+            local lane = prefix .. 'lane:' .. name
+            for _ = 1, 200 do
+                local id = redis.call('LINDEX', lane, -1)
+                if not id or redis.call('HEXISTS', prefix .. 'task:' .. id, 'd') == 0 then break end
+                redis.call('RPOP', lane)
             end
         end
         return {#due, unpack(ended)}
@@ -4105,10 +4129,10 @@ class Queue:
             local reasons = prefix .. 'suppressed_for:' .. owner
             local added = redis.call('ZADD', prefix .. 'suppressed:' .. owner, 'NX', milliseconds, address)
             local before = redis.call('HGET', reasons, address) or ''
-            if added == 1 or event == 'complained' and before ~= 'by request' then
-                redis.call('HSET', reasons, address, event .. what)
-            end
-            return added == 1
+            local is_new = added == 1 or event == 'complained' and before ~= 'by request'
+                and string.sub(before, 1, 10) ~= 'complained'
+            if is_new then redis.call('HSET', reasons, address, event .. what) end
+            return is_new
         end
 
         local function tell(owner, address, id, name)
@@ -5087,7 +5111,9 @@ class PartialError(DeliveryError):
     """
 
     def __init__(self, delivered: tuple[str, ...], refused: dict[str, DeliveryError], reply: str = "") -> None:
-        super().__init__("; ".join(f"{address}: {error}" for address, error in refused.items()))
+        texts = {error: [address for address in refused if refused[address] is error] for error in refused.values()}
+        super().__init__("; ".join(f"{', '.join(addresses[:3])}{' ...' * (len(addresses) > 3)}: {error}"
+                                   for error, addresses in texts.items()))
         self.delivered, self.refused, self.reply = delivered, refused, reply
         # A used-up quota decides what becomes of the task, or else an outage, or else a refusal that may pass.
         self.cause = min(refused.values(), key=lambda error: (
@@ -5980,6 +6006,8 @@ class SmtpTransport:
         else:
             refused = {address: error for address, reply in zip(recipients, replies[1:])
                        if (error := refusal("RCPT", *reply, others_taken=any_taken))}
+            quotas = {str(error): error for error in refused.values() if isinstance(error, QuotaError)}
+            refused = {address: quotas.get(str(error), error) for address, error in refused.items()}
         if len(refused) < len(recipients) and (error := refusal("DATA", *replies[-1])):
             refused = dict.fromkeys(recipients, error) | refused
         if len(refused) == len(recipients) and len(replies) == len(commands) and replies[-1][0] == 354:
@@ -6834,8 +6862,9 @@ PROVIDERS = {
         ("Metadata.gomail", "MessageID"), ("",), "Email", "Details|Description|Name"),
     # Mailgun Documentation: "Webhook Payloads", and "Event Types" for the severity.
     "mailgun": Provider(
-        ("event-data.event", "event-data.severity"),
-        {"failed permanent": Feedback.BOUNCED, "failed": Feedback.DELAYED, "complained": Feedback.COMPLAINED},
+        ("event-data.event", "event-data.severity", "event-data.reason"),
+        {"failed permanent": Feedback.BOUNCED, "failed": Feedback.DELAYED, "failed permanent old": Feedback.DELAYED,
+         "failed permanent espblock": Feedback.DELAYED, "complained": Feedback.COMPLAINED},
         ("event-data.message.headers.message-id",), ("event-data",), "recipient",
         "delivery-status.message|delivery-status.description|reason"),
     # Brevo API documentation: "Transactional webhooks". What is blocked was not sent, for reasons of the account's.
@@ -6895,7 +6924,11 @@ def diagnosis(text: str) -> str:
 
 def known_address(text: str) -> str | None:
     """The address in a field of a report, with or without a name or <>; None if there is none."""
-    return parse_address(text.strip()) or parse_address(email.utils.parseaddr(text)[1])
+    if len(text) > 1000:
+        return None
+    with contextlib.suppress(RecursionError):  # of the parser, by "((((..."
+        return parse_address(text.strip()) or parse_address(email.utils.parseaddr(text)[1])
+    return None
 
 
 def reports_of(provider: Provider, body: object) -> list[Report]:
@@ -6910,9 +6943,10 @@ def reports_of(provider: Provider, body: object) -> list[Report]:
         if meaning is None:
             continue
         ids = tuple(each for path in provider.ids for each in reference(first_text(event, path)))
+        common = diagnosis(first_text(event, provider.reason))
         for recipient in (found for path in provider.recipients for found in values_at(event, path)):
             address = known_address(first_text(recipient, provider.address))
-            reason = diagnosis(first_text(recipient, provider.reason) or first_text(event, provider.reason))
+            reason = diagnosis(first_text(recipient, provider.reason)) or common
             reports.append(Report(meaning, reason, ids, (address,) if address else (), () if address else ("*",)))
             if len(reports) > MAX_REPORTS:
                 raise HTTPError(400, f"the body must not be about more than {MAX_REPORTS} recipients")
@@ -6924,7 +6958,7 @@ class Bounces:
 
     # The addresses by which Amazon SNS lets a subscription be confirmed: of its own hosts alone, without a port, a user
     # or anything that two parsers may read in two ways.
-    CONFIRMATION = re.compile(r"https://(sns\.[a-z0-9-]{1,40}\.amazonaws\.com(?:\.cn)?)"
+    CONFIRMATION = re.compile(r"https://(sns\.[a-z]{2}(?:-[a-z]{1,20}){1,3}-[0-9]{1,2}\.amazonaws\.com(?:\.cn)?)"
                               r"(/\?Action=ConfirmSubscription&[\w.~!$&'()*+,;=:@/?%-]{1,2000})", re.ASCII)
     TIMEOUT = 5.0  # seconds for each step of a confirmation
 
@@ -6987,8 +7021,8 @@ class Bounces:
     def message_of(text: object) -> Json:
         """The JSON object in the message of an SNS notification; {} for another, such as SES's first test message."""
         message = None
-        if isinstance(text, str) and text.count("[") + text.count("{") < 1000:  # else it may be nested too deeply
-            with contextlib.suppress(ValueError):
+        if isinstance(text, str):
+            with contextlib.suppress(ValueError, RecursionError):
                 message = json.loads(text)
         return message if isinstance(message, dict) else {}
 
@@ -7021,11 +7055,18 @@ class Bounces:
 COMPLAINTS = ("abuse", "fraud", "virus", "opt-out")
 
 
+# A header field of a mail or one of its parts, whose parameters the standard library parses in quadratic time.
+PARAMETERS = re.compile(rb"^content-[a-z-]{1,40}[ \t]*:(?:[^\n]*\n[ \t])*[^\n]*", re.IGNORECASE | re.MULTILINE)
+
+
 def reports_in_mail(raw: bytes) -> list[Report]:
     """The reports in a mail: delivery status (RFC 3464, RFC 6533) or feedback (RFC 5965). The mail may be cut off.
 
     Its other parts, and any other mail, have none. Nothing is expected of it: it may come from anybody.
     """
+    if any(len(field[0]) > 2000 for field in PARAMETERS.finditer(
+            raw.replace(b"\r\n", b"\n").replace(b"\r", b"\n"))):
+        return []
     mail = email.message_from_bytes(raw, policy=email.policy.compat32)
     kind = str(mail.get_param("report-type", "")).lower()
     if mail.get_content_type() != "multipart/report" or kind not in ("delivery-status", "feedback-report"):
@@ -7225,10 +7266,16 @@ class BounceReader:
             for uid in uids:
                 if not self.holds_lease():
                     break
-                data = succeed(imap.uid("FETCH", str(uid), f"(BODY.PEEK[]<0.{self.MAX_SIZE}>)"))
-                raw = next((part[1] for part in data if isinstance(part, tuple)), b"")  # else it has just gone
-                if self.take(raw):
-                    self.move(imap, str(uid))
+                try:
+                    data = succeed(imap.uid("FETCH", str(uid), f"(BODY.PEEK[]<0.{self.MAX_SIZE}>)"))
+                    raw = next((part[1] for part in data if isinstance(part, tuple)), b"")  # else it has just gone
+                    if self.take(raw):
+                        self.move(imap, str(uid))
+                except imaplib.IMAP4.abort:
+                    raise
+                except imaplib.IMAP4.error as error:  # of this mail alone: the next process looks at it again
+                    log(logging.WARNING, "a mail of the mailbox of bounces is left there", uid=uid,
+                        error=describe_mailbox_error(self.settings, error))
                 self.last = uid
             return len(uids)
 
@@ -7290,9 +7337,7 @@ class Webhooks:
         self.lock = threading.Lock()
         self.resting: dict[str, Webhooks.Rest] = {}
         self.connections: dict[http.client.HTTPConnection, float] = {}  # -> since when, by time.monotonic()
-        self._create = store.script(self.CREATE, once=True, when_full=False)
-        self._remove = store.script(self.REMOVE, once=True)
-        self._replace = store.script(self.SWITCH_OFF, once=True)
+        self._changed = store.script(self.CHANGE, once=True)
 
     def find(self, account: str) -> Json:
         """{"url", "events", "secret", "created", "previous", "until", "gone"} of the webhook of an account.
@@ -7303,52 +7348,67 @@ class Webhooks:
         Raises HTTPError (404) if the account has no webhook.
         """
         found = self.store.redis.hget(self.key, account)
-        if found is None:
-            raise HTTPError(404, "there is no webhook; PUT /webhook sets one")
-        return json.loads(found)
+        return self._existing(json.loads(found) if found else None)
 
-    # KEYS: hooks. ARGV: account, its webhook. Answer: whether it had none before, and now has this one.
-    CREATE = "return redis.call('HSETNX', KEYS[1], ARGV[1], ARGV[2])"
-
-    def set(self, account: str, url: str, events: Sequence[str]) -> str | None:
-        """Send these events of the account to this URL from now on. Returns the secret of a new webhook, else None."""
-        secret, now = self._secret(), self.store.time()
-        hook = {"url": url, "events": events, "secret": secret, "created": now, "previous": "", "until": 0, "gone": 0}
-        if self._create(keys=[self.key], args=[account, json.dumps(hook)]):
-            return secret
-        self._write(account, {**self.find(account), "url": url, "events": events, "gone": 0})
-        return None
-
-    def replace_secret(self, account: str, overlap: int) -> tuple[str, float]:
-        """Make a new secret; for `overlap` seconds the one before signs as well. Returns it and when that ends."""
-        hook = self.find(account)
-        hook |= {"secret": self._secret(), "previous": hook["secret"], "until": self.store.time() + overlap}
-        self._write(account, hook)
-        return hook["secret"], hook["until"]
-
-    # KEYS: hooks. ARGV: account. Answer: whether it had a webhook.
-    REMOVE = "return redis.call('HDEL', KEYS[1], ARGV[1])"
-
-    def remove(self, account: str) -> None:
-        """Send no events of this account any more, nor those that wait. Raises HTTPError (404)."""
-        if not self._remove(keys=[self.key], args=[account]):
-            raise HTTPError(404, "there is no webhook")
-
-    # KEYS: hooks. ARGV: account, its webhook as it was read, as it is to be. Answer: whether it was still so.
-    SWITCH_OFF = """
-        if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then return 0 end
-        redis.call('HSET', KEYS[1], ARGV[1], ARGV[3])
+    # Change the webhook of an account, unless it is another than was read, or the account has ended or has a new key.
+    # KEYS: the prefix.
+    # ARGV: account, id of its API key, the webhook as it was read, or "", and as it is to be, or "".
+    # Answer: 1; 0 if it is another by now; -1 if the key is not the account's.
+    CHANGE = Queue.IS_WANTED + """
+        local hooks, account, key, before, after = KEYS[1] .. 'hooks', unpack(ARGV)
+        if not is_wanted(KEYS[1], account, key) then return -1 end
+        if (redis.call('HGET', hooks, account) or '') ~= before then return 0 end
+        if after == '' then redis.call('HDEL', hooks, account) else redis.call('HSET', hooks, account, after) end
         return 1
     """
 
-    def _switch_off(self, account: str, found: str) -> None:
-        """Send nothing to a webhook whose receiver is gone, until somebody sets it again."""
-        off = json.dumps({**json.loads(found), "events": [], "gone": self.store.time()})
-        if self._replace(keys=[self.key], args=[account, found, off]):
-            log(logging.WARNING, "webhook switched off: its receiver answers 410 Gone", account=account)
+    def _change(self, owner: Account, change: Callable[[Json | None], Json | None]) -> Json | None:
+        """Make of an account's webhook, or None, what `change` returns; returns that. Raises HTTPError (401)."""
+        while True:
+            found = self.store.redis.hget(self.key, owner.name)
+            hook = change(json.loads(found) if found else None)
+            answer = self._changed(keys=[self.store.prefix], args=[
+                owner.name, owner.key_id, found or "", json.dumps(hook) if hook else ""])
+            if answer == -1:
+                raise HTTPError(401, "the API key was revoked", None, {"WWW-Authenticate": "Bearer"})
+            if answer == 1:
+                return hook
 
-    def _write(self, account: str, hook: Json) -> None:
-        self.store.write("HSET", self.key, account, json.dumps(hook))
+    @staticmethod
+    def _existing(hook: Json | None) -> Json:
+        if hook is None:
+            raise HTTPError(404, "there is no webhook; PUT /webhook sets one")
+        return hook
+
+    def set(self, owner: Account, url: str, events: Sequence[str]) -> str | None:
+        """Send these events of the account to this URL from now on. Returns the secret of a new webhook, else None."""
+        secret = self._secret()
+        new = {"secret": secret, "created": self.store.time(), "previous": "", "until": 0}
+        hook = self._change(owner, lambda hook: {**(hook or new), "url": url, "events": list(events), "gone": 0})
+        return secret if hook and hook["secret"] == secret else None
+
+    def replace_secret(self, owner: Account, overlap: int) -> tuple[str, float]:
+        """Make a new secret; for `overlap` seconds the one before signs as well. Returns it and when that ends.
+
+        Raises HTTPError (404) if the account has no webhook.
+        """
+        secret, until = self._secret(), self.store.time() + overlap
+        self._change(owner, lambda hook: {
+            **self._existing(hook), "secret": secret, "previous": self._existing(hook)["secret"], "until": until})
+        return secret, until
+
+    def remove(self, owner: Account) -> None:
+        """Send no events of this account any more, nor those that wait. Raises HTTPError (404)."""
+        def gone(hook: Json | None) -> None:
+            self._existing(hook)
+        self._change(owner, gone)
+
+    def _switch_off(self, owner: Account, hook: Json) -> None:
+        """Send nothing to a webhook whose receiver is gone, until somebody sets it again."""
+        off = {**hook, "events": [], "gone": self.store.time()}
+        with contextlib.suppress(HTTPError):  # the account has ended
+            if self._change(owner, lambda found: off if found == hook else found) is off:
+                log(logging.WARNING, "webhook switched off: its receiver answers 410 Gone", account=owner.name)
 
     @staticmethod
     def _secret() -> str:
@@ -7363,19 +7423,21 @@ class Webhooks:
         """
         found = self.store.redis.hget(self.key, task.account)
         hook = json.loads(found or '{"events": []}')
-        if task.name not in hook["events"]:
+        if task.name not in hook["events"] or task.created < hook["created"] * 1e6:  # that was another webhook
             raise CancelledError("the webhook does not want this event any more")
         self._ensure_awake(task.account)
         body = self._body(task)
         try:
             status = self._post(hook["url"], body, {"Content-Type": "application/json", **self._signature(
                 task.id, body, hook["secret"], *([hook["previous"]] if hook["until"] > self.store.time() else []))})
-        except (OSError, http.client.HTTPException) as error:
+        except OSError as error:
             self._note_failure(task.account, f"no answer from the webhook: {describe(error)}")
+        except http.client.HTTPException:  # which quotes what came: it may be of another service of this network
+            self._note_failure(task.account, "no answer from the webhook: what it sends is not HTTP")
         with self.lock:
             self.resting.pop(task.account, None)
         if status == 410:
-            self._switch_off(task.account, found)
+            self._switch_off(task.owner, hook)
             raise CancelledError("the receiver answered 410: it is gone")
         if not 200 <= status <= 299:
             raise TemporaryError(f"the webhook answered {status}")
@@ -7430,7 +7492,10 @@ class Webhooks:
             self.connections[connection] = time.monotonic()
         try:
             connection.request("POST", target, body, {"User-Agent": f"GoMail/{__version__}", **headers})
-            return connection.getresponse().status
+            status = connection.getresponse().status
+            if time.monotonic() - self.connections[connection] >= self.TIMEOUT:  # cut() may have ended the answer
+                raise TimeoutError("timed out")
+            return status
         finally:
             with self.lock:
                 del self.connections[connection]
@@ -7545,6 +7610,8 @@ class CircuitBreaker:
         seconds; then the server is not probed.
         """
         with self.lock:
+            if by_mail and not self.by_mail:
+                self.failures = 0  # those of an outage say nothing of a quota
             if not self.reason:
                 self.failures += 1
                 log(logging.WARNING, "lane paused", lane=self.lane, error=reason)
@@ -8784,24 +8851,24 @@ class Api:
             name: timestamp(moment * 1e6) if moment else None for name, moment in moments.items()}}
 
     def set_webhook(self, request: Request) -> Reply:
-        name = self.ensure_may_set_webhook(request)
-        secret = self.webhooks.set(name, request.body["url"], request.body.get("events", EVENTS))
-        return {**self.describe_webhook(self.webhooks.find(name)), **({"secret": secret} if secret else {})}
+        owner = self.ensure_may_set_webhook(request)
+        secret = self.webhooks.set(owner, request.body["url"], request.body.get("events", EVENTS))
+        return {**self.describe_webhook(self.webhooks.find(owner.name)), **({"secret": secret} if secret else {})}
 
     def replace_webhook_secret(self, request: Request) -> Reply:
-        name = self.ensure_may_set_webhook(request)
-        secret, until = self.webhooks.replace_secret(name, request.body.get("overlap", 86400))
+        owner = self.ensure_may_set_webhook(request)
+        secret, until = self.webhooks.replace_secret(owner, request.body.get("overlap", 86400))
         return {"status": True, "secret": secret, "previousUntil": timestamp(until * 1e6)}
 
     def remove_webhook(self, request: Request) -> Reply:
         self.webhooks.remove(self.ensure_may_set_webhook(request))
         return done("Webhook removed successfully")
 
-    def ensure_may_set_webhook(self, request: Request) -> str:
-        """The name of the account whose webhook the request is about. Raises HTTPError (401): only the admin may."""
+    def ensure_may_set_webhook(self, request: Request) -> Account:
+        """The Account whose webhook the request is about. Raises HTTPError (401): only the admin may."""
         if self.settings.admin_token and not self.is_admin(request):
             raise self.not_admin()
-        return request.account.name
+        return request.account
 
     def list_suppressions(self, request: Request) -> Reply:
         return self.part_of_list(request, "suppressions", self.suppressions.list)

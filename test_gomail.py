@@ -8491,7 +8491,7 @@ def test_an_account_learns_once_that_a_mail_came_back_or_was_complained_about(cl
 
 def test_a_task_that_killed_its_processes_is_told_of_too(queue, receiver):
     store = queue.store
-    gomail.Webhooks(store).set(queue.account.name, receiver.url, gomail.EVENTS)
+    gomail.Webhooks(store).set(queue.account, receiver.url, gomail.EVENTS)
     task_id, = queue.enqueue(queue.account, [MESSAGE])
     store.redis.hset(store.key("task", task_id), "strikes", gomail.Queue.MAX_STRIKES - 1)
     queue.begin(take(queue, "normal-0", "normal"))
@@ -8604,6 +8604,80 @@ def test_a_receiver_that_never_ends_its_answer_is_cut_and_holds_up_no_other_acco
         until(lambda: {data["id"] for data in receiver.data("mail.sent")} == ids)
         assert len(slow.seen) < 10 and not slow.events
         over.set()
+
+
+def test_events_that_nobody_takes_push_out_no_dead_letter_of_a_mail_and_count_as_no_failed_job(
+        services, mail_server, receiver):
+    service = services(mail_server, retry_delay_max=0.01, dead_max=4)
+    client = service.client.sign_up()
+    mail_server.replies["no@example.com"] = ["550 5.1.1 no such user"]
+    dead = client.task(userId="no@example.com")
+    client.state(dead, "dead")
+    receiver.hooked(client)
+    receiver.answers += [500] * 500
+    for _ in range(6):
+        client.task()
+    until(lambda: len(receiver.seen) == 6 * 26)
+    until(lambda: not any(service.inspection.depths()[name] for name in ("hooks", "retrying")))
+    assert sorted(task["type"] for task in client.get("/task/dead")["tasks"]) == ["message", "webhook"]
+    assert service.inspection.counters() == {"executed": 7, "successful": 6, "failed": 1}
+
+
+def test_a_webhook_is_changed_by_one_at_a_time_and_by_nobody_whose_account_has_ended(service, client, receiver):
+    webhooks, accounts = service.workers.webhooks, service.http.api.accounts
+    owner = accounts.authenticate(client.key)
+    receiver.hooked(client)
+    asked = []
+
+    def change(hook):
+        asked.append(hook)
+        if len(asked) == 1:
+            client.post("/webhook/secret", {})
+        return {**hook, "url": "http://localhost:1/"}
+    webhooks._change(owner, change)
+    assert len(asked) == 2 and asked[0]["secret"] == asked[1]["previous"] != asked[1]["secret"]
+    client.post("/auth/deregister", {"id": owner.name})
+    client.key = service.client.post("/auth/signup", {"id": owner.name})["apiKey"]
+    with pytest.raises(gomail.HTTPError, match="revoked"):
+        webhooks.set(owner, receiver.url, gomail.EVENTS)
+    assert client("GET", "/webhook")[0] == 404
+
+
+def test_the_next_account_of_the_same_name_hears_nothing_of_the_mails_of_the_one_before(queue, client, receiver):
+    store, name = queue.store, queue.account.name
+    sent, late = queue.enqueue(queue.account, [MESSAGE, changed("payload.expires_at", int(4e15))])
+    task = take(queue, "normal-0", "normal")
+    client.post("/auth/deregister", {"id": name})
+    client.key = ""
+    client.post("/auth/signup", {"id": name})
+    gomail.Webhooks(store).set(gomail.Accounts(store).find(name), receiver.url, gomail.EVENTS)
+    take(queue, "normal-0", "normal", gomail.Outcome(task, gomail.Verdict.SUCCEEDED, "250 OK"), and_take=False)
+    store.redis.zadd(store.key("expiring"), {late: 1})
+    until(lambda: not store.redis.zcard(store.key("expiring")))
+    assert store.redis.llen(store.key("lane", "hooks")) == 0
+
+
+def test_an_event_of_a_webhook_that_was_removed_does_not_go_to_the_next_one(client, receiver):
+    receiver.hooked(client)
+    receiver.answers += [500]
+    client.task()
+    until(lambda: receiver.seen)
+    assert client("DELETE", "/webhook")[0] == 200
+    receiver.hooked(client)
+    last = client.task()
+    until(lambda: receiver.events)
+    assert [data["id"] for data in receiver.data("mail.sent")] == [last]
+
+
+def test_what_answers_in_another_language_than_http_is_not_quoted(client, service):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        client("PUT", "/webhook", {"url": f"http://127.0.0.1:{other.getsockname()[1]}/"})
+        client.task()
+        connection, _ = other.accept()
+        with connection:
+            connection.sendall(b"220 a secret banner\r\n")
+            rest, = until(lambda: list(service.workers.webhooks.resting.values()))
+    assert rest.reason == "no answer from the webhook: what it sends is not HTTP"
 
 
 def test_an_event_that_nobody_takes_becomes_a_dead_letter_that_can_be_sent_again(services, mail_server, receiver):
@@ -9444,6 +9518,29 @@ def test_what_is_in_hand_expires_once_and_what_is_being_sent_does_not(queue):
     assert inspection.status(sent.id)["state"] == "queued" and not queue.store.redis.exists(
         queue.store.key("processing", "another-process", "normal-0"))
     assert take(queue, "normal-0", "normal").id == sent.id  # and none of those whose ids were in the lane
+
+
+@pytest.mark.parametrize("verdict", list(gomail.Verdict))
+def test_whatever_a_worker_says_of_a_task_that_has_expired_in_its_hand_changes_nothing(queue, verdict):
+    store = queue.store
+    queue.enqueue(queue.account, [MESSAGE, changed("payload.expires_at", int(4e15))])
+    (_, late), _ = queue.settle_and_take("normal-0", "normal", most=2, begin_all=False)
+    store.redis.zadd(store.key("expiring"), {late.id: 1})
+    until(lambda: store.redis.hexists(store.key("task", late.id), "d"))
+    summary = store.redis.hgetall(store.key("task", late.id))
+    take(queue, "normal-0", "normal", gomail.Outcome(late, verdict, "why", 1.0), and_take=False)
+    assert store.redis.hgetall(store.key("task", late.id)) == summary
+    assert late.id not in store.redis.lrange(store.key("lane", "normal"), 0, -1)
+    assert not store.redis.zscore(store.key("delayed"), late.id)
+
+
+def test_what_has_expired_in_a_paused_lane_counts_no_longer_in_its_length_and_its_age(queue):
+    store, inspection = queue.store, gomail.Inspection(queue.store, queue.settings)
+    expiring = [changed("payload.expires_at", int(4e15))] * 3
+    ids = queue.enqueue(queue.account, [*expiring, MESSAGE, *expiring])
+    store.redis.zadd(store.key("expiring"), dict.fromkeys(ids[:3] + ids[4:], 1))
+    until(lambda: inspection.depths()["normal"] == 1)
+    assert inspection.oldest()["normal"] > 0
 
 
 def test_a_retry_of_what_has_expired_is_not_sent(services, mail_server):
