@@ -7947,6 +7947,7 @@ def test_a_confirmation_needs_amazons_certificate(client, amazon):
     "https://sns.us-east-1.amazonaws.com/", f"https://[::1]{CONFIRM}", f"https://127.0.0.1{CONFIRM}",
     f"https://sns.us-east-1.amazonaws.com.cn.evil.example{CONFIRM}", f"https://sns.%75s-east-1.amazonaws.com{CONFIRM}",
     f"https://sns..amazonaws.com{CONFIRM}", f"https://s3.us-east-1.amazonaws.com{CONFIRM}",
+    f"https://sns.s3.amazonaws.com{CONFIRM}", f"https://sns.s3-us-west-2.amazonaws.com{CONFIRM}",
 ])
 def test_a_subscription_at_any_other_url_is_400_and_no_connection_is_made(client, amazon, trusting, url):
     body = sns("", "SubscriptionConfirmation", SubscribeURL=url)
@@ -8073,15 +8074,29 @@ def hostile_mails():
     yield good.replace(b"To: user@example.com", b"To: " + b"a@example.com, " * 10_000)
     yield good.replace(b"To: user@example.com", b"To: " + b"\"(<" * 50_000)
     yield good.replace(b"rfc822; user@example.com", b"rfc822; " + b"=?utf-8?q?" + b"a" * 50_000 + b"?=")
+    yield good.replace(b"; report-type", b"; \"" + b";" * 200_000 + b"; report-type")
+    yield good.replace(b"; report-type", b"; \"" + b";\r\n " * 60_000 + b"; report-type")
     yield good.replace(b"boundary=\"B/=\"", b"boundary*0=\"B\"; boundary*1*=utf-8''%2F%3D; boundary*x=\xff")
 
 
-@pytest.mark.parametrize("number", range(15))
+@pytest.mark.parametrize("number", range(17))
 def test_no_mail_stops_its_reader_or_holds_it_up(client, service, number):
     reader = gomail.BounceReader(service.settings, service.store, service.http.api.bounces, "a process")
     raw, begun = list(hostile_mails())[number], time.process_time()
     reader.take(raw)
-    assert time.process_time() - begun < 30 and len(list(hostile_mails())) == 15
+    assert time.process_time() - begun < 30 and len(list(hostile_mails())) == 17
+
+
+def test_no_notification_takes_more_than_linear_time_or_recurses_too_deeply():
+    begun = time.process_time()
+    many = {"notificationType": "Bounce", "mail": {"messageId": "x"}, "bounce": [
+        {"bounceType": "Permanent", "bouncedRecipients": [{}] * 2000}, *([{}] * 300_000)]}
+    assert len(gomail.reports_of(gomail.PROVIDERS["ses"], many)) == 2000
+    assert time.process_time() - begun < 30
+    assert gomail.Bounces.message_of("[" * 100_000) == {}
+    for address in ("(" * 900, "(" * 10_000, ":" * 900):
+        event = {"event": "hard_bounce", "message-id": "<x@y>", "email": address}
+        assert gomail.reports_of(gomail.PROVIDERS["brevo"], event)[0].addresses == ()
 
 
 class ImapServer:
@@ -9022,6 +9037,34 @@ def test_a_mail_that_alone_is_refused_for_a_quota_does_not_hold_up_the_others(se
     assert client.get(f"/task/{greedy}")["attempts"] == 0
     mail_server.data_replies["greedy@example.com"] = []
     assert client.state(greedy, "succeeded")["attempts"] == 1
+
+
+def test_mails_that_alone_are_refused_for_a_quota_do_not_take_turns_at_the_head_of_their_lane(services, mail_server):
+    client = services(mail_server, workers=1).client.sign_up()
+    for number in range(3):
+        mail_server.replies[f"{number}@example.com"] = ["550 <x>: Quota exceeded"] * 1000
+    ids = post_batch(client, 20)
+    until(lambda: sorted(arrived(mail_server)) == [*range(3, 20)])
+    assert [client.get(f"/task/{task_id}")["attempts"] for task_id in ids[:3]] == [0] * 3
+
+
+def test_a_quota_that_is_used_up_after_an_outage_begins_with_a_short_pause(services, mail_server):
+    breaker = services(mail_server).workers.breakers["bulk"]
+    breaker.open("an outage", outage=True)
+    breaker.failures = 20
+    breaker.close()
+    breaker.open("a quota", by_mail=True)
+    assert breaker.failures == 1
+
+
+def test_many_recipients_that_are_refused_for_one_reason_are_told_in_one_line(client, mail_server):
+    addresses = [f"{number}@example.com" for number in range(6)]
+    for address in addresses:
+        mail_server.replies[address] = ["550-5.4.5 Daily user sending limit exceeded\r\n550 5.4.5 for x"]
+    task_id = client.task(cc=addresses)
+    client.state(task_id, "succeeded")
+    error, = {step["error"] for step in client.get(f"/task/{task_id}")["story"] if step["event"] == "returned"}
+    assert error.startswith("0@example.com, 1@example.com, 2@example.com ...: the sending quota") and len(error) < 300
 
 
 def test_while_a_quota_is_used_up_the_pauses_grow_up_to_an_hour():
