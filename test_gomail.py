@@ -6123,6 +6123,22 @@ QUOTA_REPLIES = [
     "550 Maximum daily recipients reached", "550 You exceeded the allowed number of messages",
     "554 Insufficient balance",
     "450 4.7.1 Error: too many messages from this sender", "451 4.7.0 Please reduce your sending rate",
+    "450 4.5.127 Message rejected. Excessive message rate from sender.",
+    "452 4.5.3 Too many recipients in the last hour", "452 Too many recipients received from the sender",
+    "550 5.7.1 Sending limit exceeded. Please visit the link in your control panel",
+    "421 Sending limit exceeded, see kb.example.com",
+    "550 You have reached the maximum number of emails in the last 24 hours. Attachments count too",
+    "552 5.3.4 You have exceeded the maximum message rate",
+    "550 The limit on the number of allowed outgoing messages for the mailbox was exceeded",
+    "550 5.7.1 Your mailbox has reached its limit for sending messages (50 letters per 15 minutes)",
+    "421 RP-001 The mail server IP connecting to Outlook.com server has exceeded the rate limit allowed on this "
+    "connection.",
+    "550 You can send only 50 emails in 1 hour", "550 Sorry, you have sent 750 messages in the last hour",
+    "550 Out of quota", "550 No quota left", "550 Daily message cap reached",
+    "550 You have exceeded your email allowance", "550 You don't have enough credits", "550 Excessive sending",
+    "405 You have run out of credits", "450 You are sending mails too rapidly", "554 Sending paused for this account",
+    "550 quota d'envoi dépassé", "550 límite de envío excedido", "550 limite invio superato",
+    "550 Versandlimit überschritten", "550 Limit für ausgehende E-Mails erreicht", "550 Превышен лимит отправки",
 ]
 
 # What sounds like that, and is about one recipient, one mail or one connection.
@@ -6169,6 +6185,20 @@ NO_QUOTA_REPLIES = [
     "550 5.1.1 undeliverable address: host mx said: 452 4.2.2 quota exceeded", "452 4.3.1 Insufficient system storage",
     "452 4.4.5 Insufficient disk space; try again later", "421 4.4.2 Error: timeout exceeded", "421 4.4.5 Server busy",
     "421 4.7.28 Gmail has detected this message exceeded its quota for sending messages with the same Message-ID:",
+    "450 4.5.0 Message rejected. Excessive message rate from sender to recipient",
+    "550 account is exceeding their quota", "550 u has exceeded quota, bouncing mail",
+    "550 would be over the allowed quota", "550 disc quota exceeded", "550 was automatically rejected: quota exceeded",
+    "450 quota exceeded for this user", "550 Blocks limit exceeded", "550 Inode limit exceeded",
+    "550 Domain quota exceeded", "450 Destination quota exceeded",
+    "450 the user's account has exceeded the allowed quota",
+    "550 this account has reached the maximum number of messages it can hold",
+    "450 4.2.1 Deferred: recipient rate limit", "452 4.2.1 Destination mailbox rate limited",
+    "450 Inbound rate limit exceeded for u@e.example", "421 Message rate limit exceeded for recipient u@e.example",
+    "550 Recipient limit for this mailing list reached", "421 4.4.2 idle time limit exceeded",
+    "451 4.4.1 DATA timeout: time limit exceeded", "451 4.3.2 load limit reached", "421 Load average exceeds limit",
+    "550 maximum redirect depth exceeded", "550 5.5.2 SPF permerror: maximum number of include mechanisms exceeded",
+    "550 5.7.26 SPF check exceeded the maximum number of 10 DNS queries",
+    "421 RP-002 The mail server IP connecting to Outlook.com server has exceeded the connection limit allowed.",
 ]
 
 
