@@ -6038,6 +6038,7 @@ class SmtpTransport:
         else:
             refused = {address: error for address, reply in zip(recipients, replies[1:])
                        if (error := refusal("RCPT", *reply, others_taken=any_taken))}
+        if len(refused) > 1:  # those that a quota leaves out share the error
             quotas = {str(error): error for error in refused.values() if isinstance(error, QuotaError)}
             refused = {address: quotas.get(str(error), error) for address, error in refused.items()}
         if len(refused) < len(recipients) and (error := refusal("DATA", *replies[-1])):
