@@ -2998,10 +2998,11 @@ class Queue:
         local function conclude(task, state, error, ttl, created, type_and_retries, account, ...)
             local started, attempts, before, to, story = unpack(redis.call('HMGET', task,
                 'started', 'attempts', 'error', 'to', 'story'))
+            if not attempts then return false end  -- it has ended before
             local begun, _, user = tonumber(started), ...
-            if state == 'succeeded' then state, attempts = '', (attempts or 0) + 1 end
+            if state == 'succeeded' then state, attempts = '', attempts + 1 end
             local kept = {'d', table.concat({
-                state, type_and_retries, attempts or 0, created,
+                state, type_and_retries, attempts, created,
                 begun and string.format('%.0f', begun - created) or '',
                 string.format('%.0f', microseconds - (begun or created)), account}, ' '), ...}
             local function keep(name, value)
@@ -3019,6 +3020,7 @@ class Queue:
             redis.call('DEL', task)
             redis.call('HSET', task, unpack(kept))
             redis.call('PEXPIRE', task, ttl)
+            return true
         end
     """
 
@@ -3303,7 +3305,8 @@ class Queue:
                 end
             end
             local task = prefix .. 'task:' .. id
-            if redis.call('HEXISTS', task, 'd') == 1 then return end  -- EXPIRE has ended it
+            -- EXPIRE may have ended it; conclude() sees that, too.
+            if verdict ~= 'succeeded' and redis.call('HEXISTS', task, 'd') == 1 then return end
             if delivered ~= '' then redis.call('HSET', task, 'delivered', delivered) end
             if reply ~= '' then note(task, 'delivered', reply) end
             for address in string.gmatch(suppress, '%S+') do
@@ -3318,11 +3321,12 @@ class Queue:
                 end
                 if events[verdict] and lane ~= prefix .. 'lane:changes' then
                     local account, attempts = unpack(redis.call('HMGET', task, 'account', 'attempts'))
+                    if not attempts then return end
                     emit_mail(prefix, id, account, events[verdict], verdict,
                               attempts + (verdict == 'succeeded' and 1 or 0), detail)
                 end
-                conclude(task, verdict, detail, result_ttl, ...)
-                if verdict == 'succeeded' then successful = successful + 1 end
+                local ended = conclude(task, verdict, detail, result_ttl, ...)
+                if ended and verdict == 'succeeded' then successful = successful + 1 end
                 return
             end
             redis.call('HDEL', task, 'begun')
