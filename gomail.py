@@ -5186,7 +5186,7 @@ SPAN = (r"(today|hourly|daily|(\b(per|this|an?|each|every|in|within|over|past|la
 PERIODIC = rf"(hourly|daily|weekly|monthly|(per|24)[ -]{PERIOD})"
 USED_UP = r"(exceed|reached|exhausted|used up|over ?limit|over (your|its|the)\b|hit )"
 QUOTAS = tuple((is_quota, re.compile(pattern, re.IGNORECASE | re.DOTALL)) for is_quota, pattern in (
-    # No reply, or one about the command (RFC 5321 section 4.2.4). 405 about credits: by reports of users.
+    # No reply, or one about the command (RFC 5321 section 4.2.4). 405 about credits: undocumented.
     (False, r"\w+ (?!(4\d|5[1-9])\d )"),
     # Limits of a connection, of connections and logins, of one mail: see TOO_MANY_CONNECTIONS, REPLIES, TOO_MANY. But
     # not Outlook.com (RP-001: "the rate limit allowed on this connection"), Cisco ("recipients received from the
@@ -5199,7 +5199,7 @@ QUOTAS = tuple((is_quota, re.compile(pattern, re.IGNORECASE | re.DOTALL)) for is
             rf"|too many recipients(?!.*({SPAN}|received from)))"),
     # What a recipient may receive: Gmail ("SMTP errors and codes", 4.2.1, 5.2.1), Exchange Online ("NDRs", 5.2.121 and
     # 5.2.122), rspamd (ratelimit, its buckets "to", "to_ip", "bounce_to"), Exchange Online ("rate from sender to
-    # recipient"), by reports of users the rate of a destination. RFC 3463: addresses that do not exist.
+    # recipient"), undocumented the rate of a destination. RFC 3463: addresses that do not exist.
     (False, r"\w+ \d+ [45]\.1\.([1-6]|10)\b|.*(receiv(e|ing)\b|you (are trying|tried) to (contact|reach)"
             r"|(?<!outgoing messages )(to|for) (this|the) (recipient|address|mailbox|inbox)"
             r"|recipient( address)?('s| has| is)\b|(?<!external )(?<!daily )(?<!your )\brecipient rate"
@@ -5207,7 +5207,7 @@ QUOTAS = tuple((is_quota, re.compile(pattern, re.IGNORECASE | re.DOTALL)) for is
             r"|limit for (this|the) mailing"
             r"|ratelimit \W?(bounce_)?to(_|\b)|undeliverable address|gr[ea]ylist)"),
     # The size or the form of one mail, the limit of look-ups for SPF (RFC 7208), spam scores. But not 5.3.4 "exceeded
-    # the maximum message rate", by reports of users.
+    # the maximum message rate", undocumented.
     (False, r"\w+ \d+ [45]\.(2\.3|3\.4|6\.\d)(?!.*message rate)|(?!.*cumulative).*(\bsize\b|too (large|big|long)"
             r"|\b(bytes|octets)\b|\d ?[kmg]i?b\b|line length|(number of|many) attachment|attachments? (limit|exceed)"
             r"|headers?\b|spf (check|permerror)|permerror|dns quer|include mech|\bhops?\b|\bloop|recurs|lookup|\bscore"
@@ -5222,22 +5222,22 @@ QUOTAS = tuple((is_quota, re.compile(pattern, re.IGNORECASE | re.DOTALL)) for is
     # SES ("Errors related to the sending quotas": "Throttling failure"), mailcow and Hostinger (rspamd: "Ratelimit ..
     # exceeded"), IONOS ("Rate limit reached"), Outlook.com ("temporarily rate limited"), Postfix ("try again slower"),
     # Mailu ("sending too many emails too fast"), Tencent ("Sender frequency limited"), Purelymail ("rate limit"), Azure
-    # Communication Services (4.5.127 "Excessive message rate from sender"), "too rapidly" by reports of users.
+    # Communication Services (4.5.127 "Excessive message rate from sender"), "too rapidly" undocumented.
     (True, r".*(throttl|excessive (\w+ )?rate|rate[ -]?limit|rate (was |has been |is )?(exceeded|too high)|slower"
            r"|exceeded the maximum (\w+ )?rate|slow down|more slowly|too (fast|quickly|rapidly|frequent)"
            r"|too many requests|frequency limit"
            r"|(reduce|lower|decrease) (your |the )?(\w+ )?(rate|volume)\b)"),
     # Gmail ("unusual rate of unsolicited mail"), Zoho ("Unusual sending activity"), Yahoo ("unexpected volume"),
-    # "Excessive sending" by reports of users.
+    # "Excessive sending" undocumented.
     (True, r".*(unusual (\w+ )?(rate|amount|volume|activity)|unexpected volume|excessive sending)"),
     # Gmail ("Daily SMTP relay limit exceeded"), GoDaddy ("has exceeded its 24-hour sending limit", "over your relay
     # quota"), IONOS ("Mail send limit exceeded"), SparkPost ("Exceed Sending Limit (hourly)"), Emailit ("Daily message
-    # limit exceeded"), Exim (chapter on ACLs, ratelimit: "Sender rate overlimit"), by reports of users "limit for
+    # limit exceeded"), Exim (chapter on ACLs, ratelimit: "Sender rate overlimit"), undocumented "limit for
     # sending messages" and "cap".
     (True, rf"(?=.*{USED_UP}).*\b(sen[dt]|sending|sender('s)?|submission|outgoing|outbound|relay(ing)?|{PERIODIC})\b"
            r".{0,40}\b(quota|limits?|rate|allowance|cap)\b"
            r"|(?=.*(exceed|reached|used up)).*\b(limit|quota)\b( \w+){0,2} (sending|outgoing|outbound)\b"),
-    # The same in other languages, by reports of users: a word for sending and one for a limit, but not of a size or
+    # The same in other languages, undocumented: a word for sending and one for a limit, but not of a size or
     # of a recipient.
     (True, r"(?=.*(envoi\b|env[ií]os?\b|\binvio\b|versand|ausgehende|отправк))"
            r"(?!.*(taille|tama.o|dimension|größe|groesse|размер|destinat(aire|ario)\b|получателя))"
@@ -5245,20 +5245,20 @@ QUOTAS = tuple((is_quota, re.compile(pattern, re.IGNORECASE | re.DOTALL)) for is
     # Plesk ("The limit on the number of allowed outgoing messages was exceeded"), SendGrid ("exceeded your messaging
     # limits", "Maximum credits exceeded"), Mailgun ("not allowed to send: recipient limit exceeded"), ZeptoMail
     # ("Credits expired"), Postmark ("ran out of credits"), SES ("Sending paused for this account"), "don't have enough
-    # credits" by reports of users.
+    # credits" undocumented.
     (True, r".*(limit on the number of .*outgoing|messaging limits?|not allowed to send: recipient limit"
            r"|credits? (has |have |are |been ){0,2}(exceeded|exhausted|expired|used up)"
            r"|(no|not enough|insufficient|out of|n.?t have enough) (\w+ ){0,2}(credits?|balance)\b|sending paused)"),
     # cPanel ("exceeded the max emails per hour", "max defers and failures per hour"), Mailgun ("limited to 100 messages
     # / hour"), postfwd ("limit of 400 rcpts per 24 hours", "only 10 messages per day"), GoDaddy (IB504, IB607),
     # Outlook.com (RP-001), policyd and Cluebringer ("Message count quota exceeded", "Cumulative .. quota exceeded"),
-    # Cisco ("Too many recipients received from the sender"), by reports of users "emails in 1 hour".
+    # Cisco ("Too many recipients received from the sender"), undocumented "emails in 1 hour".
     (True, rf".*(\b(messages|mails|e-?mails|recipients|rcpts)( (?!again\b)\w+){{0,3}} ?{SPAN}"
            rf"|too many recipients received from|failures per {PERIOD}|message (count )?quota|cumulative .*quota)"),
     # GMX ("Too many mails (mail bomb), try again in 1 hour(s)"), msndr.net; see QUOTA_OF_NEW for fewer words.
     (True, r".*too (many|much) (recent )?(messages|mails?|e-?mails)\b.{0,60}"
            rf"(account|user|sender|client|domain|tenant|again in|today|limit|quota|{PERIOD})"),
-    # A full mailbox or disk (RFC 5321 section 4.2.3, RFC 3463 section 3.3), what a filter found; by reports of users
+    # A full mailbox or disk (RFC 5321 section 4.2.3, RFC 3463 section 3.3), what a filter found; undocumented
     # other words of a recipient's quota, and limits of the server's time, load and redirects.
     (False, r"\w+ ([45][25]2 |\d+ [45]\.(2\.[1-4]|3\.1|5\.3)\b)|RCPT .*user.{0,20} quota"
             r"|.*(mailbox|inbox|storage|\bdisk|\bdisc\b|\bspace\b|over ?quota|\bfull\b|spam|virus|malware|phish"
