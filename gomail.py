@@ -5266,8 +5266,8 @@ QUOTAS = tuple((is_quota, re.compile(pattern, re.IGNORECASE | re.DOTALL)) for is
             r"|\bblocks? limit|\binodes?\b|(domain|destination) quota|\buser's account|can hold|\btime ?limit|\bidle\b"
             r"|\bload (average|limit)|redirect depth)"),
     # policyd ("Policy Rejection: Quota exceeded"), StartMail ("Your mail limit has been reached"), AuthSMTP ("over
-    # message quota"), Outmail ("You have exceeded your Outmail quota"), Gmail ("Email quota exceeded"), by reports of
-    # users "Out of quota", "No quota left" and "email allowance".
+    # message quota"), Outmail ("You have exceeded your Outmail quota"), Gmail ("Email quota exceeded");
+    # undocumented "Out of quota", "No quota left" and "email allowance".
     (True, r".*((quota|limit|max\w*)s?( \w+){0,5} (exceeded|reached|exhausted|used up)|quota.?exceeded"
            r"|\b(out of|no) quota\b|\b(exceed\w*|reached|over|hit)( \w+){0,5} (quota|limits?|max\w*|allowance"
            r"|number of (messages|mails|e-?mails|recipients))\b)"),
