@@ -7300,6 +7300,7 @@ class BounceReader:
                                      "HEADER Content-Type multipart/report"))[0] or b""
             # "*" is the last mail, also where that one has a lower UID.
             uids = sorted(uid for uid in map(int, found.split()) if uid > self.last)[:self.BATCH]
+            failure: imaplib.IMAP4.error | None = None
             for uid in uids:
                 if not self.holds_lease():
                     break
@@ -7310,10 +7311,12 @@ class BounceReader:
                         self.move(imap, str(uid))
                 except imaplib.IMAP4.abort:
                     raise
-                except imaplib.IMAP4.error as error:  # of this mail alone: the next process looks at it again
-                    log(logging.WARNING, "a mail of the mailbox of bounces is left there", uid=uid,
-                        error=describe_mailbox_error(self.settings, error))
-                self.last = uid
+                except imaplib.IMAP4.error as error:  # perhaps of this mail alone: it holds up no other
+                    failure = failure or error
+                if not failure:
+                    self.last = uid
+            if failure:
+                raise failure
             return len(uids)
 
     def take(self, raw: bytes) -> bool:
