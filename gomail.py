@@ -2648,6 +2648,11 @@ def lane_of(task_type: str) -> Lane:
     return {"generateOtp": Lane.URGENT, "message": Lane.NORMAL, "newsletter": Lane.BULK}.get(task_type, Lane.CHANGES)
 
 
+def revoked_key() -> HTTPError:
+    """The error for an API key that was revoked since the request was authenticated."""
+    return HTTPError(401, "the API key was revoked", None, {"WWW-Authenticate": "Bearer"})
+
+
 def rate_limited(seconds: int | str, what: str = "OTP requests") -> HTTPError:
     """The error for a rate-limited OTP request: 429 (RFC 6585), with the seconds to wait."""
     return HTTPError(429, f"too many {what}; try again in {seconds} seconds", None, {"Retry-After": str(seconds)})
@@ -3071,7 +3076,9 @@ class Queue:
         local function bury(prefix, id, error, ttl, most, suppressed)
             local task = prefix .. 'task:' .. id
             local owner, key, lane, attempts = unpack(redis.call('HMGET', task, 'account', 'key', 'lane', 'attempts'))
-            if not is_wanted(prefix, owner, key) then  -- nobody is left to look at it
+            -- Nobody is left to look at it; or it is an event, and those push no mails out.
+            if not is_wanted(prefix, owner, key)
+                    or lane == 'hooks' and redis.call('ZCARD', prefix .. 'dead') >= most / 2 then
                 redis.call('UNLINK', task)
                 return
             end
@@ -3084,9 +3091,6 @@ class Queue:
             if lane ~= 'hooks' then
                 redis.call('HINCRBY', prefix .. 'metrics', 'executed', 1)
                 redis.call('HINCRBY', prefix .. 'metrics', 'failed', 1)
-            elseif redis.call('ZCARD', prefix .. 'dead') >= most / 2 then  -- events push no mails out
-                redis.call('UNLINK', task)
-                return
             end
             -- Each new letter removes at most 100 that are too old or too many: other calls must not wait for all.
             for _, letters in ipairs({prefix .. 'dead', prefix .. 'dead:' .. owner}) do
@@ -3242,7 +3246,7 @@ class Queue:
             raise HTTPError(503, "the task could not be written to disk in time; send it again", None,
                           {"Retry-After": "1"})
         if answer == "revoked":
-            raise HTTPError(401, "the API key was revoked", None, {"WWW-Authenticate": "Bearer"})
+            raise revoked_key()
         if answer == "conflict":
             subject = "batch or task" if batch else "task"
             raise HTTPError(422, f"Idempotency-Key was used with another {subject} before", "Idempotency-Key")
@@ -6152,9 +6156,7 @@ class SmtpTransport:
         """Cut the connections of all threads: one that waits for an answer learns at once that none will come."""
         with self.lock:
             for smtp in self.connections:
-                with contextlib.suppress(OSError, AttributeError):
-                    # SSLSocket.shutdown() would take the TLS session away from the thread that reads.
-                    socket.socket.shutdown(smtp.sock, socket.SHUT_RDWR)
+                cut_off(smtp.sock)
 
     def probe(self, lane: str = Lane.NORMAL) -> str:
         """Connect, log in, and offer a mail from the sender to itself, without sending it. Raises UnavailableError.
@@ -6184,6 +6186,13 @@ class SmtpTransport:
         except (OSError, smtplib.SMTPException) as error:
             raise self._broken(error) from None
         return last_reply
+
+
+def cut_off(connection: socket.socket | None) -> None:
+    """Cut a connection from which another thread may read: that one learns of it at once."""
+    with contextlib.suppress(OSError, TypeError):  # None, where it is not open yet or no longer
+        # SSLSocket.shutdown() would take the TLS session away from the thread that reads.
+        socket.socket.shutdown(typing.cast(socket.socket, connection), socket.SHUT_RDWR)
 
 
 def say_hello(smtp: OpenSmtp) -> None:
@@ -7410,7 +7419,7 @@ class Webhooks:
             answer = self._changed(keys=[self.store.prefix], args=[
                 owner.name, owner.key_id, found or "", json.dumps(hook) if hook else ""])
             if answer == -1:
-                raise HTTPError(401, "the API key was revoked", None, {"WWW-Authenticate": "Bearer"})
+                raise revoked_key()
             if answer == 1:
                 return hook
 
@@ -7546,9 +7555,7 @@ class Webhooks:
         with self.lock:
             for connection, since in self.connections.items():
                 if time.monotonic() - since >= after:
-                    with contextlib.suppress(OSError, TypeError):  # it may be None yet
-                        # SSLSocket.shutdown() would take the TLS session away from the thread that reads.
-                        socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
+                    cut_off(connection.sock)
 
 
 # --- 16. workers ----------------------------------------------------------------------------------------
