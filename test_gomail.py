@@ -7529,7 +7529,7 @@ def test_to_send_a_dead_letter_again_lifts_no_suppression_that_a_complaint_made(
     client.post("/bounces", {"id": task_id, "kind": "bounce"})
     client.post("/bounces", {"id": task_id, "kind": "complaint", "reason": "abuse"})
     assert why_suppressed(client) == {"user@example.com": "complained: abuse"}
-    mail_server.replies["other@example.com"] = ["554 no"]
+    mail_server.replies["other@example.com"] = ["554 no"] * 2
     dead = client.task(userId="other@example.com", cc=["user@example.com"])
     client.state(dead, "dead", "retrying")
     client("POST", f"/task/dead/{dead}/retry")
