@@ -3392,40 +3392,12 @@ class Queue:
             redis.call('HSET', task, 'state', 'running', 'started', microseconds)
         end
 
-        -- What is left of a turn once its list may have run empty.
-        local function end_turn(list)
-            if redis.call('LLEN', prefix .. list) > 0 then
-                redis.call('LPUSH', lane, list)
-            else
-                redis.call('SREM', prefix .. 'turns', list)
-            end
-        end
-
-        local turn, is_only = nil, false  -- the list whose turn it is, and whether no other list has one
-        local function take_next()
-            for _ = 1, 200 do
-                if not is_only then
-                    if turn then end_turn(turn) end
-                    turn = redis.call('RPOP', lane)
-                    if not turn then return end
-                    is_only = redis.call('LLEN', lane) == 0
-                end
-                local id = string.sub(turn, 1, 5) == 'lane:' and redis.call('RPOPLPUSH', prefix .. turn, own)
-                if id then return id end
-                is_only = false
-                local account = redis.call('HGET', prefix .. 'task:' .. turn, 'account')
-                if account then  -- the id of a task, by an older version
-                    put(prefix, lane_name, account, turn, 'last')
-                    turn = nil
-                end
-            end
-        end
-
-        -- How many tasks wait in the lane, without those behind the first one of each account but the next.
-        local function seen()
-            local next = redis.call('LINDEX', lane, -1)
-            if not next then return 0 end
-            return redis.call('LLEN', lane) - 1 + redis.call('LLEN', prefix .. next)
+        -- Give back a turn that the worker has waited for, if this is one.
+        local function give_back_turn(id)
+            if string.sub(id, 1, 5) ~= 'lane:' then return false end
+            redis.call('LREM', own, 1, id)
+            redis.call('RPUSH', lane, id)
+            return true
         end
 
         local outcomes, is_done, at = {}, {}, 12
@@ -3435,16 +3407,10 @@ class Queue:
             is_done[ARGV[at + 1]] = true
             at = last + 1
         end
-        local waited_for = redis.call('LINDEX', own, 0)
-        while waited_for and string.sub(waited_for, 1, 5) == 'lane:' do
-            redis.call('LREM', own, 1, waited_for)
-            redis.call('RPUSH', lane, waited_for)
-            waited_for = redis.call('LINDEX', own, 0)
-        end
         if most == 0 then
             local left = {}  -- the next to be begun is the last
             for _, id in ipairs(redis.call('LRANGE', own, 0, -1)) do
-                if not is_done[id] then left[#left + 1] = id end
+                if not is_done[id] and not give_back_turn(id) then left[#left + 1] = id end
             end
             for at, id in ipairs(left) do
                 local task, before = prefix .. 'task:' .. id, #left - at
@@ -3469,20 +3435,55 @@ class Queue:
         if redis.call('HEXISTS', prefix .. 'processes', process) == 0 then
             redis.call('HSET', prefix .. 'processes', process, worker)
         end
+        local held = redis.call('LLEN', own)
+        while held > 0 and give_back_turn(redis.call('LINDEX', own, 0)) do held = held - 1 end
+        if newcomer ~= '' and redis.call('RPOPLPUSH', lane .. ':' .. newcomer, own) then held = held + 1 end
+
+        -- The list whose turn it is, how many tasks it has, whether it had its turn, and how many others have one.
+        local turn, waiting, is_served, others
+
+        local function end_turn()
+            if not turn then return end
+            if waiting > 0 then
+                redis.call(is_served and 'LPUSH' or 'RPUSH', lane, turn)
+            elseif string.sub(turn, 1, 5) == 'lane:' then
+                redis.call('SREM', prefix .. 'turns', turn)
+            else  -- the id of a task, by an older version
+                local account = redis.call('HGET', prefix .. 'task:' .. turn, 'account')
+                if account then put(prefix, lane_name, account, turn, 'last') end
+            end
+        end
+
+        local function next_turn()
+            end_turn()
+            turn, waiting, is_served, others = redis.call('RPOP', lane), 0, false, 0
+            if turn then waiting, others = redis.call('LLEN', prefix .. turn), redis.call('LLEN', lane) end
+        end
+
+        local function take_next()
+            for _ = 1, 200 do
+                if waiting == 0 or is_served and others > 0 then next_turn() end
+                if not turn then return end
+                if waiting > 0 then
+                    waiting, is_served = waiting - 1, true
+                    return redis.call('RPOPLPUSH', prefix .. turn, own)
+                end
+            end
+        end
+
+        next_turn()
+        most = math.max(1, held, math.min(most, math.floor((waiting + others) / share)))
         local found, suppresses = {}, {}  -- the second: key of suppressed addresses -> 1 if it exists, else 0
-        if newcomer ~= '' then redis.call('RPOPLPUSH', lane .. ':' .. newcomer, own) end
-        most = math.max(1, redis.call('LLEN', own), most > 1 and math.min(most, math.floor(seen() / share)) or 0)
         for _ = 1, 200 do  -- some may belong to accounts that are gone; other calls come in between
-            local id = redis.call('LINDEX', own, -1 - #found) or take_next()
+            local id = #found < held and redis.call('LINDEX', own, -1 - #found) or take_next()
             if not id then break end
             local task = prefix .. 'task:' .. id
             local fields = redis.call('HMGET', task, 'body', 'account', 'key', 'created', 'attempts', 'strikes',
                                       'drops', 'dropped', 'expires', 'delivered', 'to')
-            if not fields[1] then
-                redis.call('LREM', own, 1, id)
-            elseif not is_wanted(prefix, fields[2], fields[3]) then
+            if not fields[1] or not is_wanted(prefix, fields[2], fields[3]) then
                 redis.call('LREM', own, 1, id)
                 redis.call('UNLINK', task)
+                held = held - 1
             else
                 if all or #found == 0 then begin(task) end
                 local to, suppressed = fields[11], prefix .. 'suppressed:' .. fields[2]
@@ -3497,8 +3498,8 @@ class Queue:
                 if #found == most or tonumber(fields[6] or 0) > 0 then break end  -- one with strikes is the last
             end
         end
-        if turn then end_turn(turn) end
-        return {seen(), unpack(found)}
+        end_turn()
+        return {waiting + others, unpack(found)}
     """
 
     def settle_and_take(self, worker: str, lane: str, outcomes: Sequence[Outcome] = (), most: int = 1, share: int = 1,
