@@ -1329,7 +1329,7 @@ class Store:
     COMMANDS = """
         BRPOPLPUSH k k 0, DBSIZE, DEL k, EVAL x 1 k, EVALSHA x 1 k, EXEC, EXISTS k, EXPIRE k 1, GET k, HDEL k x,
         HEXISTS k x, HGET k x, HGETALL k, HINCRBY k x 1, HINCRBYFLOAT k x 1, HKEYS k, HLEN k, HMGET k x, HRANDFIELD k,
-        HSCAN k 0, HSET k x x, HSETNX k x x, HVALS k, INCR k, LINDEX k 0, LLEN k, LPUSH k x,
+        HSCAN k 0, HSET k x x, HSETNX k x x, HVALS k, INCR k, LINDEX k 0, LLEN k, LPOS k x, LPUSH k x,
         LRANGE k 0 0, LREM k 0 x, MEMORY|USAGE k, MULTI, PERSIST k, PEXPIRE k 1, PEXPIREAT k 1, PING, PTTL k, RPOP k,
         RPOPLPUSH k k, RPUSH k x, SADD k x, SCAN 0, SET k x, SREM k x, SSCAN k 0, TIME, TTL k, TYPE k, UNLINK k,
         ZADD k 1 x, ZCARD k, ZCOUNT k 0 0, ZRANGE k 0 0, ZRANGEBYSCORE k 0 0, ZREM k x, ZREMRANGEBYSCORE k 0 0,
@@ -2706,7 +2706,8 @@ class Task:
 
 # --- 7. queue -------------------------------------------------------------------------------------------
 # A task is in exactly one place at any time: a lane, a worker's processing list, the delayed set or the dead letters;
-# or it has ended, and only a summary of it is kept. One script makes each step from one place to another.
+# or it has ended, and only a summary of it is kept. One script makes each step from one place to another. In a lane,
+# accounts take turns: see Queue.PUT.
 
 class State(enum.StrEnum):
     """Where a task is, or how it has ended."""
@@ -3145,13 +3146,14 @@ class Queue:
         self._recall = store.script(self.RECALL)
         self._reclaim = store.script(self.RECLAIM, once=True)
         self._adopt = store.script(self.ADOPT)
+        self._restore_turns = store.script(self.RESTORE_TURNS)
         self._cancel = store.script(self.CANCEL, once=True)
         self._revive = store.script(self.REVIVE, once=True)
         self._bounce = store.script(self.BOUNCE, once=True)
         # As scripts take them: result_ttl and dead_ttl in milliseconds, dead_max.
         self._limits = [settings.result_ttl * 1000, settings.dead_ttl * 1000, settings.dead_max]
         self._missing: dict[str, float] = {}  # process -> since when (monotonic) its heartbeat is missing
-        self._scanned = self._recalled = 0  # cursors
+        self._scanned = self._recalled = self._turn_cursor = 0  # cursors
         # By lane: accounts that had no task there while others have, by tasks that this process has accepted.
         self.newcomers: dict[str, collections.deque[str]] = {lane: collections.deque(maxlen=100) for lane in LANES}
         self._newcomer_came = {lane: threading.Event() for lane in LANES}
@@ -4100,6 +4102,25 @@ class Queue:
                                                      count=5000)
         owners = [key.removeprefix(self.store.key("processing", "")).rpartition(":") for key in lists]
         return sum(self._adopt(keys=[self.store.prefix], args=[process, worker]) for process, _, worker in owners)
+
+    # Give lists with tasks a turn again where it was lost: a process of an older version beside this one takes it for a
+    # task that is gone. If a worker just has it in hand, the list has two until it is empty.
+    # KEYS: the prefix. ARGV: the cursor. Answer: the next cursor.
+    RESTORE_TURNS = """
+        local prefix = KEYS[1]
+        local cursor, lists = unpack(redis.call('SSCAN', prefix .. 'turns', ARGV[1], 'COUNT', 50))
+        for _, list in ipairs(lists) do
+            local lane = prefix .. string.match(list, '^lane:%a+')
+            if redis.call('LLEN', prefix .. list) > 0 and not redis.call('LPOS', lane, list) then
+                redis.call('LPUSH', lane, list)
+            end
+        end
+        return cursor
+    """
+
+    def restore_turns(self) -> None:
+        """Give some 50 lists with tasks their turn again, if it was lost. The next call goes on from there."""
+        self._turn_cursor = self._restore_turns(keys=[self.store.prefix], args=[self._turn_cursor])
 
     # Only a task in the delayed set can be cancelled: one in a lane or in hand may be sent at any moment.
     # KEYS: the prefix. ARGV: id, the account that the task must belong to or "", and the arguments of CONCLUDE from
@@ -8576,6 +8597,7 @@ class Cron:
             self.queue.find_orphans()
             self.queue.reclaim()
             self.queue.recall()
+            self.queue.restore_turns()
             self.newsletters.correct()
             if isinstance(self.transport, MaildirTransport):
                 with logging_errors("the Maildir cannot be cleaned"):

@@ -1708,6 +1708,7 @@ def test_a_redis_user_with_the_documented_permissions_is_enough_for_all_work(
     server.client.delete("gomail:heartbeat:another-process")
     until(queue.find_orphans)
     until(lambda: service.queue.reclaim(patience=0.0))
+    service.queue.restore_turns()
     terminal = gomail.Terminal(as_json=True)
     for arguments in (["status", waiting], ["dead"], ["stats"], ["accounts"],
                       ["accounts", "--remove", "app@example.com", "--yes"]):
@@ -3679,6 +3680,13 @@ def test_tasks_that_an_older_version_queued_are_done_and_accounts_take_turns_for
     assert [at for at, name in enumerate(order) if name == accounts[1].name][-1] < 8
     for account in accounts[:2]:
         assert [task.id for task in taken if task.account == account.name] == ids[account.name]
+
+
+def test_an_account_whose_turn_a_process_of_an_older_version_has_lost_gets_it_again(queue, accounts):
+    ids = [queue.enqueue(account, [MESSAGE])[0] for account in accounts]
+    queue.store.redis.delete(queue.store.key("lane", "normal"))
+    until(lambda: queue.store.redis.llen(queue.store.key("lane", "normal")) == len(ids))
+    assert {take(queue, f"normal-{number}", "normal").id for number in range(len(ids))} == {*ids}
 
 
 @pytest.mark.parametrize("others", [1, 10_000])
