@@ -980,13 +980,16 @@ def start_logging(settings: Settings) -> None:
 # by "field -> value" or by the list of its fields. Times are since the epoch, in microseconds (us), milliseconds (ms)
 # or seconds (s).
 #
-#   UserList                        hash    account -> id of its API key; "" while the account is being removed
+#   UserList                        hash    account -> its registration: the id of its first API key; "" while the
+#                                           account is being removed
+#   keys                            hash    account -> ids of its valid API keys, each with a colon and when it ends
+#                                           (ms; 0: not by a rotation), by spaces; only if a key was ever rotated
 #   jwt_secret                      string  the signing secret, if the settings have none
 #   jwt_secret_check                string  a keyed hash that tells whether another process has the same secret
 #   ended_session:<id>              string  exists if the session was ended before its time
 #
 #   task:<id>                       hash    body (JSON); head (what is shown of it, JSON; a newsletter has none);
-#                                           account; key (id of its API key); to (folded addresses); lane; state;
+#                                           account; key (its registration); to (folded addresses); lane; state;
 #                                           created, started, finished (us); due, expires (ms); attempts; error;
 #                                           story (of failed attempts); delivered (to whom); strikes (how many
 #                                           processes died while they had it); begun (set before a task with strikes
@@ -1003,7 +1006,7 @@ def start_logging(settings: Settings) -> None:
 #   dead, dead:<account>            zset    ids of dead letters, by time of death (ms)
 #   recent, recent:<account>        list    ids of the newest tasks, newest first
 #   idempotency:<digest>            string  what is known of an Idempotency-Key: fingerprint of the request, id of its
-#                                           task (for a batch the seed of its ids), id of its API key, refusals
+#                                           task (for a batch the seed of its ids), registration, refusals
 #   suppressed:<account>            zset    addresses that get no mail, by the time when that began (ms)
 #   suppressed_for:<account>        hash    address -> reason
 #   rate                            hash    smtp_rate: when the next mail may go: all (lanes), urgent (the lane); asked
@@ -1025,10 +1028,10 @@ def start_logging(settings: Settings) -> None:
 #
 #   metrics                         hash    executed, successful, failed (tasks)
 #   stats                           hash    counter with its labels, as JSON -> amount
-#   history:<minute>                hash    ["sent", "retried" or "failed", account, id of its API key] -> amount; the
-#                                           sum of all accounts has "" for the account and no id
+#   history:<minute>                hash    ["sent", "retried" or "failed", account, its registration] -> amount; the
+#                                           sum of all accounts has "" for the account and no registration
 #   otp:<address>:<account>         hash    hash (keyed, of the OTP); tries (wrong ones); created (of its task, us);
-#                                           key (id of its API key)
+#                                           key (the account's registration)
 #   otp_asked:<address>:<account>   zset    ids of the generateOtp tasks of the last hour, by time (ms)
 #   otp_failed:<address>:<account>  string  number of wrong tries in a row
 #   otp_requests:<account>          string  number of OTP requests in this minute
@@ -2298,33 +2301,38 @@ class Variables(Check):
 
 
 # --- 5. accounts ----------------------------------------------------------------------------------------
-# API keys are signed JWTs. UserList maps each account to the id of its one key, so that every process refuses a
-# deregistered key at once.
+# API keys are signed JWTs. UserList maps each account to its registration, and `keys` lists its valid keys as soon as
+# one was rotated, so that every process refuses a key at once that was deregistered or has ended.
 
 @dataclasses.dataclass(frozen=True)
 class Account:
-    """An account and the id of the API key that a request came with. The admin's name is "", for all accounts.
+    """An account, from its signup until it is deregistered. The admin's name is "", for all accounts.
 
+    All that the account has is bound to its registration: a later account of the same name has another one. `key` is
+    the id of the API key that a request came with; "" for the admin and the command line, who act without one.
     `expires` is when the key does (seconds since the epoch).
     """
 
     name: str
-    key_id: str
+    registration: str
+    key: str = dataclasses.field(default="", compare=False)
     expires: float = dataclasses.field(default=math.inf, compare=False)
 
 
 class Accounts:
-    """Signup, deregistration, authentication and sessions.
+    """Signup, deregistration, rotation of keys, authentication and sessions.
 
     Args:
         secret: signs the keys, 32 bytes or more; "": one that is made once and kept in Redis.
         previous_secret: its keys are still accepted; "" for none.
-        ttl: seconds that a key is valid; 0: until it is deregistered.
+        ttl: seconds that a key is valid; 0: until it is deregistered or rotated.
     """
 
     COMMAND_LINE = "command-line"  # the account that the command line makes for itself
     CONTENT_TYPES_AT_ONCE = 100  # that one call of DEREGISTER removes
     MANY = 1000  # elements of a key that are not removed in one call
+    MAX_KEYS = 10  # valid keys of an account
+    OVERLAP = 86400  # seconds that a key is valid after a rotation, unless something else is asked for
 
     def __init__(self, store: Store, secret: str = "", previous_secret: str = "", ttl: int = 0) -> None:
         self.store, self.ttl, self.keeps_secret = store, ttl, not secret
@@ -2337,6 +2345,8 @@ class Accounts:
         # An app sends the same key with every request, and a valid signature stays valid.
         self._claims = functools.lru_cache(maxsize=1000)(self._verified)
         self._sign_up = store.script(self.SIGN_UP, once=True, when_full=False)
+        self._rotate = store.script(self.ROTATE, once=True, when_full=False)
+        self._active = store.script(self.ACTIVE, when_full=False)
         self._deregister = store.script(self.DEREGISTER, once=True)
         self._restore = store.script(self.RESTORE)
 
@@ -2377,18 +2387,93 @@ class Accounts:
         """The claims of a token that seal() made, or None."""
         return self._decode(token, [self.derive(purpose, secret) for secret in self.accepted_secrets])
 
+    # Redis's clock, so that the clocks of several machines need not agree.
+    CLOCK = """
+        local time = redis.call('TIME')
+        local microseconds = string.format('%.0f', time[1] * 1000000 + time[2])
+        local milliseconds = math.floor(microseconds / 1000)
+    """
+
+    # Whether an API key is one of the valid keys of an account with this registration, by CLOCK. Without a key ("") it
+    # is the admin or the command line that acts for the account.
+    IS_ACTIVE = """
+        local function is_active(prefix, account, registration, key)
+            if redis.call('HGET', prefix .. 'UserList', account) ~= registration then return false end
+            local keys = key ~= '' and redis.call('HGET', prefix .. 'keys', account)
+            if not keys then return key == '' or key == registration end
+            for id, ends in string.gmatch(keys, '(%S+):(%d+)') do
+                if id == key then return ends == '0' or tonumber(ends) > milliseconds end
+            end
+            return false
+        end
+    """
+
     # KEYS: UserList; ARGV: account, key id. Answers 0 if the account is registered: its key stays valid.
     SIGN_UP = "return redis.call('HSETNX', KEYS[1], ARGV[1], ARGV[2])"
 
     def sign_up(self, name: str) -> str:
         """Register `name` and return its API key. Raises HTTPError (409) if it is registered already."""
-        key_id = secrets.token_hex(16)
-        if not self._sign_up(keys=[self.user_list], args=[name, key_id]):
-            raise HTTPError(409, "id is registered already; deregister it to get a new key", "id")
-        claims: Json = {"sub": name, "jti": key_id, "iat": int(time.time())}
+        registration = secrets.token_hex(16)
+        if not self._sign_up(keys=[self.user_list], args=[name, registration]):
+            raise HTTPError(409, "id is registered already; POST /auth/rotate gives a new key, and so does "
+                            "`accounts --rotate` on the command line", "id")
+        return self._sign(Account(name, registration, registration), int(time.time()))
+
+    def _sign(self, account: Account, moment: int) -> str:
+        """The API key of an account whose id is `account.key`, made at a moment (s)."""
+        claims: Json = {"sub": account.name, "jti": account.key, "iat": moment}
+        if account.key != account.registration:
+            claims["registration"] = account.registration
         if self.ttl:
-            claims["exp"] = claims["iat"] + self.ttl
+            claims["exp"] = moment + self.ttl
         return jwt.encode(claims, self.secret, algorithm="HS256")
+
+    # Make a new key of an account. Each key that was valid until it is rotated ends after the overlap; one that ends
+    # already does so when it was said. Without an overlap, all other keys end now.
+    # KEYS: the prefix. ARGV: account, registration, id of the key that asks or "", id of the new key, overlap (ms),
+    #       MAX_KEYS.
+    # Answer: 0 if the key that asks is not valid (any more); minus the milliseconds until the first of too many keys
+    #         ends; or {now (ms), when the key that asks ends, or the newest of the others for who has none (ms)}.
+    ROTATE = CLOCK + IS_ACTIVE + """
+        local prefix, account, registration, key, new, overlap, most = KEYS[1], unpack(ARGV)
+        if not is_active(prefix, account, registration, key) then return 0 end
+        local before = redis.call('HGET', prefix .. 'keys', account) or registration .. ':0'
+        local ends, first, previous, valid = milliseconds + overlap, math.huge, milliseconds, {}
+        if tonumber(overlap) > 0 then
+            for id, moment in string.gmatch(before, '(%S+):(%d+)') do
+                local is_newest = moment == '0'
+                moment = is_newest and ends or tonumber(moment)
+                if moment > milliseconds then
+                    valid[#valid + 1] = id .. ':' .. string.format('%.0f', moment)
+                    first = math.min(first, moment)
+                    if id == key or key == '' and is_newest then previous = moment end
+                end
+            end
+        end
+        if #valid >= tonumber(most) then return milliseconds - first end
+        valid[#valid + 1] = new .. ':0'
+        redis.call('HSET', prefix .. 'keys', account, table.concat(valid, ' '))
+        return {milliseconds, previous}
+    """
+
+    def rotate(self, account: Account, overlap: int) -> tuple[str, float]:
+        """A new API key of an account, and when the one that `account` came with ends (s); or the newest one before,
+        for who came without a key. Both are valid until then: `overlap` seconds, or what is left of the key that asks.
+        Without overlap, all keys but the new one end at once.
+
+        Raises:
+            HTTPError: 401, the key is not valid; 404, the account is not registered; 409, it has MAX_KEYS keys.
+        """
+        new = dataclasses.replace(account, key=secrets.token_hex(16))
+        answer = self._rotate(keys=[self.store.prefix], args=[
+            account.name, account.registration, account.key, new.key, overlap * 1000, self.MAX_KEYS])
+        if answer == 0:
+            raise revoked_key() if account.key else self._not_registered()
+        if isinstance(answer, int):
+            raise HTTPError(409, f"id has {self.MAX_KEYS} keys, and can have no more: the first of them ends in "
+                            f"{math.ceil(-answer / 1000)} seconds; with an overlap of 0 all others end at once", "id")
+        made, ends = answer
+        return self._sign(new, made // 1000), min(ends / 1000, account.expires)
 
     # KEYS: UserList, the account's content types, its other keys; ARGV: account, key prefix, content types to remove.
     # Answers 0 if the account is not registered, 1 if it is removed, 2 if content types are left: until they are gone,
@@ -2408,23 +2493,23 @@ class Accounts:
             return 2
         end
         redis.call('HDEL', users, name)
-        redis.call('HDEL', prefix .. 'hooks', name)
+        for _, hash in ipairs({'hooks', 'keys', 'settings'}) do redis.call('HDEL', prefix .. hash, name) end
         redis.call('UNLINK', unpack(KEYS, 2))
         return 1
     """
 
     def deregister(self, name: str) -> None:
-        """Revoke the key of an account and end all it has waiting. Raises HTTPError (404) if it is not registered."""
+        """Revoke the keys of an account and end all it has waiting. Raises HTTPError (404) if it is not registered."""
         keys = [self.user_list, *(self.store.key(kind, name) for kind in (
             "content", "dead", "suppressed", "suppressed_for", "recent"))]
         many, at_once = self._keys_of_many(name), self.CONTENT_TYPES_AT_ONCE
-        # Removing no content types only revokes the key.
+        # Removing no content types only revokes the keys.
         while (answer := self._deregister(keys=keys, args=[name, self.store.prefix, 0 if many else at_once])) == 2:
             for key in many:
                 self.store.remove(key, self.user_list, name)
             many = []
         if answer == 0:
-            raise HTTPError(404, "id is not registered", "id")
+            raise self._not_registered()
 
     def _keys_of_many(self, name: str) -> list[str]:
         """The keys of an account that have more elements than one call removes."""
@@ -2441,9 +2526,16 @@ class Accounts:
             return [key for key, size in zip(keys + hashes, pipeline.execute()) if size > self.MANY]
 
     def find(self, name: str) -> Account | None:
-        """The Account of this name, or None."""
-        key_id = self.store.redis.hget(self.user_list, name)
-        return Account(name, key_id) if key_id else None
+        """The Account of this name, without a key; or None."""
+        registration = self.store.redis.hget(self.user_list, name)
+        return Account(name, registration) if registration else None
+
+    def named(self, name: str) -> Account:
+        """As find(). Raises HTTPError (404) if it is not registered."""
+        account = self.find(name)
+        if account is None:
+            raise self._not_registered()
+        return account
 
     def names(self) -> list[str]:
         """The names of all accounts, sorted."""
@@ -2456,14 +2548,25 @@ class Accounts:
     def decode_key(self, header: str) -> Account:
         """As authenticate(), but the caller checks revocation itself."""
         claims = self._claims(strip_bearer(header))
-        if claims is None or "exp" in claims and claims["exp"] <= time.time():
+        if claims is None:
             raise self._invalid_key()
-        return Account(claims["sub"], claims["jti"], claims.get("exp", math.inf))
+        if "exp" in claims and claims["exp"] <= time.time():
+            raise self._invalid_key("the API key has expired; POST /auth/rotate with the admin_token gives a new one, "
+                                    "and so does `accounts --rotate` on the command line")
+        return Account(claims["sub"], claims.get("registration", claims["jti"]), claims["jti"],
+                       claims.get("exp", math.inf))
+
+    # KEYS: the prefix. ARGV: account, registration, id of the API key. Answer: 1 if the key is valid, else 0.
+    ACTIVE = CLOCK + IS_ACTIVE + "return is_active(KEYS[1], unpack(ARGV)) and 1 or 0"
+
+    def is_active(self, account: Account) -> bool:
+        """Whether the account is registered, and the key that it came with valid."""
+        return bool(self._active([self.store.prefix], [account.name, account.registration, account.key]))
 
     def ensure_active(self, account: Account) -> Account:
-        """The same account. Raises HTTPError (401) if its key was revoked."""
-        if self.store.redis.hget(self.user_list, account.name) != account.key_id:
-            raise self._invalid_key()
+        """The same account. Raises HTTPError (401) if its key was revoked, or ended after a rotation."""
+        if not self.is_active(account):
+            raise revoked_key()
         return account
 
     def is_signed(self, header: str) -> bool:
@@ -2473,15 +2576,17 @@ class Accounts:
     def create_session(self, account: Account, seconds: float) -> str:
         """A token that stands for an account's key for so many seconds, unless it or the key ends before."""
         expires = int(min(time.time() + seconds, account.expires))
-        return self.seal("session", {"name": account.name, "key_id": account.key_id, "exp": expires,
+        return self.seal("session", {"name": account.name, "key_id": account.key or account.registration,
+                                     "registration": account.registration, "exp": expires,
                                      "jti": secrets.token_hex(16)})
 
     def read_session(self, token: str) -> Account | None:
-        """The Account of a session's token, or None. The caller checks whether its key was revoked."""
+        """The Account of a session's token, or None. The caller checks whether its key is still valid."""
         claims = self.unseal("session", token)
         if claims is None or self.store.redis.exists(self.store.key("ended_session", claims.get("jti", ""))):
             return None
-        return Account(claims["name"], claims["key_id"])
+        # Older versions had one key for each registration.
+        return Account(claims["name"], claims.get("registration", claims["key_id"]), claims["key_id"])
 
     def end_session(self, token: str) -> None:
         """End a session in all processes and for all copies of its token. Any other token is ignored."""
@@ -2501,9 +2606,12 @@ class Accounts:
         return None
 
     @staticmethod
-    def _invalid_key() -> HTTPError:
-        return HTTPError(401, "Authorization must hold a valid API key; /auth/signup gives one", None,
-                         {"WWW-Authenticate": "Bearer"})
+    def _invalid_key(message: str = "Authorization must hold a valid API key; /auth/signup gives one") -> HTTPError:
+        return HTTPError(401, message, None, {"WWW-Authenticate": "Bearer"})
+
+    @staticmethod
+    def _not_registered() -> HTTPError:
+        return HTTPError(404, "id is not registered", "id")
 
 
 def strip_bearer(header: str) -> str:
@@ -2649,8 +2757,9 @@ def lane_of(task_type: str) -> Lane:
 
 
 def revoked_key() -> HTTPError:
-    """The error for an API key that was revoked since the request was authenticated."""
-    return HTTPError(401, "the API key was revoked", None, {"WWW-Authenticate": "Bearer"})
+    """The error for an API key that was revoked, or ended after a rotation."""
+    return HTTPError(401, "the API key was revoked: its account has a newer key, or was deregistered", None,
+                     {"WWW-Authenticate": "Bearer"})
 
 
 def rate_limited(seconds: int | str, what: str = "OTP requests") -> HTTPError:
@@ -2677,7 +2786,7 @@ class Task:
 
     id: str
     account: str
-    key: str  # the id of the API key it came with
+    registration: str  # of the account
     type: str
     name: str
     retries: int
@@ -2696,8 +2805,8 @@ class Task:
 
     @functools.cached_property
     def owner(self) -> Account:
-        """The account, with the key that it came with."""
-        return Account(self.account, self.key)
+        """The account, as it was registered when it sent the task."""
+        return Account(self.account, self.registration)
 
 
 # --- 7. queue -------------------------------------------------------------------------------------------
@@ -2922,12 +3031,7 @@ class Queue:
     BATCH = 500  # tasks in one script: a millisecond of Redis's time each 100
     BYTES_LIKE_A_TASK = 8192  # of a task's body that take Redis as long as a further small task
 
-    # Redis's clock, so that the clocks of several machines need not agree.
-    CLOCK = """
-        local time = redis.call('TIME')
-        local microseconds = string.format('%.0f', time[1] * 1000000 + time[2])
-        local milliseconds = math.floor(microseconds / 1000)
-    """
+    CLOCK = Accounts.CLOCK
 
     # Whether the first of two moments (microseconds) is the later one. A moment in the future was noted before the
     # clock went back, so it is the earlier one.
@@ -3029,17 +3133,18 @@ class Queue:
         end
     """
 
-    # Whether the key that a task came with is still its account's. Events for the admin's webhook have no account.
+    # Whether the account of a task is still registered as it was then. Events for the admin's webhook have no account.
     IS_WANTED = """
-        local keys = {}  -- account -> its key, of those that were looked up
+        local known = {}  -- account -> its registration, of those that were looked up
         local function is_wanted(prefix, account, key)
-            keys[account] = keys[account] or account == '' and key or redis.call('HGET', prefix .. 'UserList', account)
-            return keys[account] == key
+            known[account] = known[account] or account == '' and key
+                or redis.call('HGET', prefix .. 'UserList', account)
+            return known[account] == key
         end
     """
 
     # Queue an event for the webhooks that want its kind: that of the account, and the admin's. An event is a task of
-    # the lane `hooks`, which is in no list of the newest tasks. `data` is JSON. `task_key`: id of the API key of the
+    # the lane `hooks`, which is in no list of the newest tasks. `data` is JSON. `task_key`: the registration of the
     # task that it is about, if any: the next account of the same name does not hear of it. See section 15.
     EVENT = CLOCK + """
         local function emit(prefix, account, kind, data, task_key)
@@ -3139,13 +3244,13 @@ class Queue:
     # its tasks there: it changes nothing, and does not count against the limits. The same idempotency key gets the same
     # answer again.
     # KEYS: the prefix.
-    # ARGV: otp_cooldown (s), otp_hourly_max, otp_minute_max, otp_ttl (s); then of each request: account, id of the API
-    #       key, fingerprint of what came with an idempotency key and the key's digest, or "" twice, what the ids are
-    #       made from, the number of tasks; and of each of its tasks: id, head, body, lane, the address of an OTP or "",
-    #       a content type that must exist or "", due (ms), when it expires (ms) or 0, recipients.
+    # ARGV: otp_cooldown (s), otp_hourly_max, otp_minute_max, otp_ttl (s); then of each request: account, registration,
+    #       id of the API key or "", fingerprint of what came with an idempotency key and the key's digest, or "" twice,
+    #       what the ids are made from, the number of tasks; and of each of its tasks: id, head, body, lane, the address
+    #       of an OTP or "", a content type that must exist or "", due (ms), when it expires (ms) or 0, recipients.
     # Answer: for each request "revoked", "conflict", or {what the ids are made from, "<number>=<why> ..." of the tasks
     #         refused}.
-    ENQUEUE = ADD_TASK + LIMIT + """
+    ENQUEUE = ADD_TASK + LIMIT + Accounts.IS_ACTIVE + """
         local prefix, cooldown, hourly, minute, otp_ttl = KEYS[1], unpack(ARGV, 1, 4)
 
         local function too_early(account, id, address)
@@ -3177,22 +3282,24 @@ class Queue:
             add_task(prefix, id, account, key, lane, due, expires, body, to, 'head', head)
         end
 
-        local function enqueue(tasks, account, key, fingerprint, digest, first, count)
-            if redis.call('HGET', prefix .. 'UserList', account) ~= key then return 'revoked' end
+        local function enqueue(tasks, account, registration, key, fingerprint, digest, first, count)
+            if not is_active(prefix, account, registration, key) then return 'revoked' end
             local idempotency = prefix .. 'idempotency:' .. digest
             local known = fingerprint ~= '' and redis.call('GET', idempotency)
             if known then  -- of this registration, or of an older version, which did not note the owner
                 local before, first, owner, refused = string.match(known, '(%w+) (%w+) ?(%w*) ?(.*)')
-                if owner == '' or owner == key then return before == fingerprint and {first, refused} or 'conflict' end
+                if owner == '' or owner == registration then
+                    return before == fingerprint and {first, refused} or 'conflict'
+                end
             end
             local refused = {}
             for number = 0, count - 1 do
-                local why = refusal_of(account, key, unpack(ARGV, tasks + 9 * number, tasks + 9 * number + 8))
+                local why = refusal_of(account, registration, unpack(ARGV, tasks + 9 * number, tasks + 9 * number + 8))
                 if why then refused[#refused + 1] = number .. '=' .. why end
             end
             local refusals = table.concat(refused, ' ')
             if fingerprint ~= '' and #refused < tonumber(count) then
-                local record = {fingerprint, first, key, #refused > 0 and refusals or nil}
+                local record = {fingerprint, first, registration, #refused > 0 and refusals or nil}
                 redis.call('SET', idempotency, table.concat(record, ' '), 'EX', 86400)
             end
             return {first, refusals}
@@ -3200,8 +3307,8 @@ class Queue:
 
         local answers, at = {}, 5
         while at <= #ARGV do
-            answers[#answers + 1] = enqueue(at + 6, unpack(ARGV, at, at + 5))
-            at = at + 6 + 9 * ARGV[at + 5]
+            answers[#answers + 1] = enqueue(at + 7, unpack(ARGV, at, at + 6))
+            at = at + 7 + 9 * ARGV[at + 6]
         end
         return answers
     """
@@ -3223,7 +3330,8 @@ class Queue:
         if idempotency_key:
             fingerprint = hashlib.sha256((batch or json.dumps(tasks[0], sort_keys=True)).encode()).hexdigest()
             digest = hashlib.sha256(json.dumps([account.name, idempotency_key]).encode()).hexdigest()
-        request, size = [account.name, account.key_id, fingerprint, digest, first, len(tasks)], 0
+        request, size = [
+            account.name, account.registration, account.key, fingerprint, digest, first, len(tasks)], 0
         for task_id, task in zip(self._ids(first, len(tasks)), tasks):
             payload, otp_address, content_type = task["payload"], "", ""
             if task["type"] == "generateOtp":
@@ -3290,7 +3398,7 @@ class Queue:
     #       then, of each task to settle: the number of its arguments, its id, verdict, detail, delay (ms), recipients
     #       that have the mail, addresses to suppress and the ids that its provider gave the mail, by spaces; the
     #       server's reply where only some have it; and, if it ends, what _summary_args() returns.
-    # Answer: {how many tasks are left in the lane, then of each task taken: {id, body, account, API key's id, created,
+    # Answer: {how many tasks are left in the lane, then of each task taken: {id, body, account, registration, created,
     #         attempts, strikes, drops, dropped, expires, delivered, the recipients that are suppressed}}. No task,
     #         although some are left, means: ask again.
     SETTLE_AND_TAKE = BURY + CONCLUDE + """
@@ -3465,16 +3573,16 @@ class Queue:
         return answer
 
     @staticmethod
-    def _task(task_id: str, body: str, account: str, key: str, created: str, attempts: str | None, strikes: str | None,
-              drops: str | None, dropped: str | None, expires: str | None, delivered: str | None,
+    def _task(task_id: str, body: str, account: str, registration: str, created: str, attempts: str | None,
+              strikes: str | None, drops: str | None, dropped: str | None, expires: str | None, delivered: str | None,
               suppressed: str) -> Task:
         """The Task of these fields."""
         task = json.loads(body)
         if task["type"] == "generateOtp":
             suppressed = ""  # whoever asks for an OTP waits for it
-        return Task(task_id, account, key, task["type"], task["task"], task["retries"], task["payload"], int(created),
-                    int(attempts or 0), int(strikes or 0), int(drops or 0), int(dropped or 0), int(expires or 0),
-                    tuple((delivered or "").split()), tuple(suppressed.split()))
+        return Task(task_id, account, registration, task["type"], task["task"], task["retries"], task["payload"],
+                    int(created), int(attempts or 0), int(strikes or 0), int(drops or 0), int(dropped or 0),
+                    int(expires or 0), tuple((delivered or "").split()), tuple(suppressed.split()))
 
     @staticmethod
     def _summary_args(task: Task) -> list[str | int]:
@@ -4550,7 +4658,7 @@ class Stats:
         """Add one to the "sent", "retried" or "failed" mails of this minute."""
         minute = f"history:{int(time.time() // 60)}"
         with self.lock:
-            self.new[minute, (event, owner.name, owner.key_id)] += 1
+            self.new[minute, (event, owner.name, owner.registration)] += 1
             self.new[minute, (event, "")] += 1
 
     def observe(self, name: str, seconds: float, **labels: str) -> None:
@@ -4610,7 +4718,7 @@ class Stats:
         events, now = ("sent", "retried", "failed"), int(self.store.time() // 60)
         minutes = range(now - self.MINUTES + 1, now + 1)
         # An older version left out the key's id.
-        owners = [(owner.name, owner.key_id), (owner.name,)] if owner and owner.name else [("",)]
+        owners = [(owner.name, owner.registration), (owner.name,)] if owner and owner.name else [("",)]
         with self.store.redis.pipeline(transaction=False) as pipeline:
             for minute in minutes:
                 for labels in owners:
@@ -5434,7 +5542,7 @@ class MaildirTransport:
              meanwhile: Callable[[], object] = lambda: None) -> str:
         """Write one mail, and return "" once it is on disk. `owner` is whose mail it is. Raises UnavailableError."""
         lines = [f"Return-Path: <{mailbox(sender)}>\n", *(f"Delivered-To: {mailbox(each)}\n" for each in recipients),
-                 f"{self.OWNER_HEADER}: {urllib.parse.quote(owner.name)} {owner.key_id}\n"]
+                 f"{self.OWNER_HEADER}: {urllib.parse.quote(owner.name)} {owner.registration}\n"]
         with self.lock, self._maildir() as maildir:
             maildir.add("".join(lines).encode() + message.replace(b"\r\n", b"\n"))
         self.accepted, self.reached = time.time(), time.monotonic()
@@ -5538,8 +5646,9 @@ class MaildirTransport:
 
     def _is_of(self, message: email.message.EmailMessage, account: Account) -> bool:
         """Whether a mail belongs to this account; all belong to the admin. Older versions wrote no key id."""
-        name, _, key_id = str(message.get(self.OWNER_HEADER, "")).partition(" ")
-        return not account.name or urllib.parse.unquote(name) == account.name and key_id in ("", account.key_id)
+        name, _, registration = str(message.get(self.OWNER_HEADER, "")).partition(" ")
+        return not account.name or urllib.parse.unquote(name) == account.name and registration in (
+            "", account.registration)
 
     @staticmethod
     def _moment(name: str) -> tuple[int, ...]:
@@ -6336,7 +6445,7 @@ class Otps:
         length, address = task.payload["length"], task.payload["userId"]
         otp = str(number % 10**length).zfill(length)
         answer = self._keep(keys=[self._record(task.account, address)],
-                            args=[self._hash(task.account, address, otp), task.created, self.ttl, task.key,
+                            args=[self._hash(task.account, address, otp), task.created, self.ttl, task.registration,
                                   task.expires])
         if answer == "expired":
             raise ExpiredError("it was not sent in time")
@@ -6378,7 +6487,7 @@ class Otps:
             keys=[self._record(account, address), self.store.key("otp_failed", fold_address(address), account),
                   self.store.key("otp_requests", account)],
             args=[self._hash(account, address, otp), self.MAX_ATTEMPTS, self.MAX_FAILURES, self.minute_max,
-                  owner.key_id])
+                  owner.registration])
         if result.startswith("wait "):
             raise rate_limited(result.removeprefix("wait "), "OTP requests or wrong OTPs")
         return result == "verified"
@@ -7013,7 +7122,7 @@ class Bounces:
 
     def urls(self, account: Account) -> dict[str, str]:
         """Provider -> the URL for its notifications about an account's mails; a path without `public_url`."""
-        token = self.accounts.seal("bounces", {"account": account.name, "key_id": account.key_id})
+        token = self.accounts.seal("bounces", {"account": account.name, "key_id": account.registration})
         return {provider: f"{self.public_url}/bounces/{provider}/{token}" for provider in PROVIDERS}
 
     def account_of(self, token: str) -> Account:
@@ -7399,10 +7508,10 @@ class Webhooks:
         found = self.store.redis.hget(self.key, account)
         return self._existing(json.loads(found) if found else None)
 
-    # Change the webhook of an account, unless it is another than was read, or the account has ended or has a new key.
+    # Change the webhook of an account, unless it is another than was read, or the account has ended.
     # KEYS: the prefix.
-    # ARGV: account, id of its API key, the webhook as it was read, or "", and as it is to be, or "".
-    # Answer: 1; 0 if it is another by now; -1 if the key is not the account's.
+    # ARGV: account, its registration, the webhook as it was read, or "", and as it is to be, or "".
+    # Answer: 1; 0 if it is another by now; -1 if the account is not registered any more.
     CHANGE = Queue.IS_WANTED + """
         local hooks, account, key, before, after = KEYS[1] .. 'hooks', unpack(ARGV)
         if not is_wanted(KEYS[1], account, key) then return -1 end
@@ -7417,7 +7526,7 @@ class Webhooks:
             found = self.store.redis.hget(self.key, owner.name)
             hook = change(json.loads(found) if found else None)
             answer = self._changed(keys=[self.store.prefix], args=[
-                owner.name, owner.key_id, found or "", json.dumps(hook) if hook else ""])
+                owner.name, owner.registration, found or "", json.dumps(hook) if hook else ""])
             if answer == -1:
                 raise revoked_key()
             if answer == 1:
@@ -8742,12 +8851,24 @@ class Api:
         self.accounts.deregister(name)
         return done("Deregistered successfully!")
 
+    def rotate(self, request: Request) -> Reply:
+        name, account = request.body["id"], request.account
+        if account == self.admin:
+            account = self.accounts.named(name)
+            with contextlib.suppress(HTTPError):  # without admin_token, also who sends a key is the admin
+                own = self.accounts.ensure_active(self.account_for(request))
+                account = own if own == account else account
+        elif account.name != name:
+            raise self.not_admin()
+        key, until = self.accounts.rotate(account, request.body.get("overlap", Accounts.OVERLAP))
+        return {"apiKey": key, "previousUntil": timestamp(until * 1e6)}
+
     def list_accounts(self, request: Request) -> Reply:
         return {"status": True, "accounts": [{"id": name} for name in self.accounts.names()]}
 
     def read_session(self, request: Request) -> Reply:
         account = self.session_account(request)
-        if account and account not in (self.admin, self.accounts.find(account.name)):
+        if account and account != self.admin and not self.accounts.is_active(account):
             account = None
         return self.describe_session(request, account)
 
@@ -8993,7 +9114,7 @@ class Api:
 
     def view_path(self, account: Account, **claims: Any) -> str:
         """The path that shows a mail or a content type in a frame, which sends no key. It is valid for a minute."""
-        claims |= {"account": account.name, "key_id": account.key_id, "exp": int(time.time()) + 60}
+        claims |= {"account": account.name, "key_id": account.registration, "exp": int(time.time()) + 60}
         return f"/view/{self.accounts.seal('view', claims)}"
 
     def view(self, request: Request) -> Reply:
@@ -9088,6 +9209,7 @@ BATCH = Object({"tasks": Array(AnyValue(), 1000, 1)})  # the handler checks and 
 RECIPIENT = Object({"userId": Address()})
 WEBHOOK = Object({"url": Url(), "events": Nullable(Array(Enum(EVENTS), len(EVENTS), 1))})
 OVERLAP = Object({"overlap": Nullable(Integer(0, 2592000))})  # seconds
+ROTATION = Object({**ID.fields, **OVERLAP.fields})
 LOGIN = Object({"key": String(4096, ONE_LINE, LINE)})
 BOUNCE = Object({"id": Nullable(String(254, ONE_LINE, LINE)), "messageId": Nullable(String(998, ONE_LINE, LINE)),
                  "userId": Nullable(Address()), "kind": Enum(("bounce", "complaint")), "permanent": Nullable(Boolean()),
@@ -9117,6 +9239,8 @@ OPENAPI_ANSWER = {"openapi": str, "info": dict, "paths": dict, "components": dic
 ROUTES = (
     Route("POST", "/auth/signup", Api.sign_up, Access.ADMIN, NEW_ID, answer={"apiKey": str}, refuses=(409,)),
     Route("POST", "/auth/deregister", Api.deregister, Access.OWNER, ID, refuses=(404,)),
+    Route("POST", "/auth/rotate", Api.rotate, Access.OWNER, ROTATION, answer={"apiKey": str, "previousUntil": str},
+          refuses=(404, 409)),
     Route("GET", "/accounts", Api.list_accounts, Access.ADMIN, answer={"status": bool, "accounts": list}),
     Route("GET", "/session", Api.read_session, Access.OPEN, answer=SESSION_ANSWER),
     Route("POST", "/session", Api.open_session, Access.OPEN, LOGIN, answer=SESSION_ANSWER, refuses=(401, 429)),
@@ -10687,14 +10811,23 @@ class Operator:
                 self.terminal.bars([minute["sent"] + minute["failed"] for minute in stats["minutes"]])]
 
     def manage_accounts(self, options: argparse.Namespace) -> int:
-        """List the accounts, add one, or remove one."""
+        """List the accounts, add one, make a new key of one, or remove one."""
         try:
             if options.add:
                 key = self.accounts.sign_up(NEW_ID({"id": options.add})["id"])
                 return self.terminal.result({"apiKey": key}, [key])
+            if options.rotate:
+                overlap = OVERLAP({"overlap": options.overlap}).get("overlap", Accounts.OVERLAP)
+                key, until = self.accounts.rotate(self.accounts.named(options.rotate), overlap)
+                previous = timestamp(until * 1e6)
+                self.terminal.say(f"the keys before end at {previous}, or when it was said earlier" if overlap else
+                                  "all other keys of the account have ended")
+                return self.terminal.result({"apiKey": key, "previousUntil": previous}, [key])
             if options.remove:
                 return self.remove_account(options.remove, options.yes)
         except HTTPError as error:
+            if error.field == "overlap":
+                return self.terminal.fail(2, error.message.replace("overlap", "--overlap", 1))
             return self.terminal.fail(1, error.message.replace("id", "the account", 1))
         rows = []
         for name in self.accounts.names():
@@ -11285,10 +11418,14 @@ def command_line() -> argparse.ArgumentParser:
     delete.add_argument("--yes", action="store_true", help="do not ask before --all; only a terminal is asked")
     operation("stats", Operator.show_stats,
               "show lanes, counters and the last hour; on a terminal every second, until Ctrl-C")
-    accounts = operation("accounts", Operator.manage_accounts, "list the accounts, add one or remove one")
+    accounts = operation("accounts", Operator.manage_accounts,
+                         "list the accounts, add or remove one, or make a new key of one")
     change = accounts.add_mutually_exclusive_group()
     change.add_argument("--add", metavar="NAME", help="sign up an account and write its API key")
-    change.add_argument("--remove", metavar="NAME", help="deregister an account: its key, tasks and subscriptions end")
+    change.add_argument("--rotate", metavar="NAME", help="write a new API key of an account, which keeps all it has")
+    change.add_argument("--remove", metavar="NAME", help="deregister an account: its keys, tasks and subscriptions end")
+    accounts.add_argument("--overlap", type=int, metavar="SECONDS", help="how long the keys before --rotate stay "
+                          f"valid: 0 to 2592000 (default: {Accounts.OVERLAP}); 0 ends them at once")
     accounts.add_argument("--yes", action="store_true", help="do not ask before --remove; only a terminal is asked")
     saving = command("backup", backup, "write everything that gomail keeps in Redis to a file, which then has secrets "
                      "and mails; gomail may be running")

@@ -2233,10 +2233,10 @@ def test_the_key_is_taken_bare_and_as_bearer(client):
         assert client("GET", "/task/subscriptionContent", Authorization=header)[0] == 200
 
 
-def test_who_is_registered_must_deregister_before_getting_a_new_key(service):
+def test_who_is_registered_gets_no_other_key_by_signup(service):
     first = service.client.post("/auth/signup", {"id": "user@example.com"})["apiKey"]
     status, answer, _ = service.client("POST", "/auth/signup", {"id": "user@example.com"})
-    assert status == 409 and answer["field"] == "id"
+    assert status == 409 and answer["field"] == "id" and "/auth/rotate" in answer["error"]
     assert Client(service.http.url, first).get("/task/subscriptionContent")
     assert service.client.post("/auth/deregister", {"id": "user@example.com"}) == {
         "status": True, "msg": "Deregistered successfully!"}
@@ -2288,7 +2288,203 @@ def test_a_key_ends_after_api_key_ttl(services, monkeypatch):
     assert client("GET", "/task/dead")[0] == 200
     now = time.time
     monkeypatch.setattr(gomail.time, "time", lambda: now() + 61)
-    assert client("GET", "/task/dead")[0] == 401
+    for status, answer, _ in (client("GET", "/task/dead"), client("POST", "/task/", MESSAGE)):
+        assert status == 401 and "has expired; POST /auth/rotate with the admin_token" in answer["error"]
+
+
+def rotated(client, sender=None, **body):
+    """(a client with a new key of the account of `client`, when the one that asked ends (s))."""
+    answer = (sender or client).post("/auth/rotate", {"id": name_of(client), **body})
+    return Client(client.address, answer["apiKey"]), datetime.datetime.fromisoformat(
+        answer["previousUntil"]).timestamp()
+
+
+def works(client):
+    """Whether every way to check a key takes that of a client."""
+    found = {client("GET", "/task/dead")[0], client("POST", "/task/", MESSAGE)[0],
+             client("POST", "/session", {"key": client.key})[0]}
+    assert found in ({200}, {401})
+    return found == {200}
+
+
+def has_ended(service, client):
+    """As if the time were over until which a rotation left a client's key valid."""
+    name, claims = name_of(client), jwt.decode(client.key, options={"verify_signature": False})
+    store = service.store
+    keys = store.redis.hget(store.key("keys"), name)
+    store.redis.hset(store.key("keys"), name, re.sub(rf"{claims['jti']}:\d+", f"{claims['jti']}:1", keys))
+
+
+def test_a_new_key_keeps_all_that_an_account_has_and_the_one_before_works_until_the_overlap_ends(services, mail_server):
+    first = services(mail_server)
+    second = services(mail_server, key_prefix=first.settings.key_prefix)
+    old = first.client.sign_up("app@example.com")
+    define(old, "news")
+    old.post("/suppressions", {"userId": "never@example.com"})
+    waiting = old.task(send_at=rfc3339(time.time() + 3600))
+    old.post("/bounces", {"userId": "gone@example.com", "kind": "bounce"})
+    urls, before = old.get("/bounces"), time.time()
+    new, until = rotated(old, overlap=3600)
+    assert before + 3590 < until < time.time() + 3601
+    claims = jwt.decode(new.key, options={"verify_signature": False})
+    assert claims["registration"] == jwt.decode(old.key, options={"verify_signature": False})["jti"] != claims["jti"]
+    for service in (first, second):
+        for client in (old, new):
+            there = Client(service.http.url, client.key)
+            assert works(there) and there.get(f"/task/{waiting}")["state"] == "scheduled"
+            assert {entry["userId"] for entry in there.get("/suppressions")["suppressions"]} == {
+                "never@example.com", "gone@example.com"}
+            assert there.get("/task/subscriptionContent")["total"] == 1 and there.get("/bounces")["urls"].keys() == (
+                urls["urls"].keys())
+    has_ended(first, old)
+    for service in (first, second):
+        assert works(Client(service.http.url, new.key)) and not works(Client(service.http.url, old.key))
+    assert new("DELETE", f"/task/{waiting}")[0] == 200
+    assert Client(first.http.url)("POST", urls["urls"]["postmark"], {"RecordType": "Open"})[0] == 200
+    new.post("/auth/deregister", {"id": "app@example.com"})
+    assert not works(new) and not first.store.redis.hlen(first.store.key("keys"))
+
+
+def test_the_mails_of_a_key_that_has_ended_are_sent(services, mail_server):
+    service = services(mail_server, workers=0)
+    old = service.client.sign_up()
+    ids = [old.task(), old.task("generateOtp", userId="otp@example.com")]
+    new, _ = rotated(old, overlap=0)
+    assert not works(old)
+    working = services(mail_server, key_prefix=service.settings.key_prefix)
+    there = Client(working.http.url, new.key)
+    for task_id in ids:
+        assert there.state(task_id, "succeeded")
+    assert verified(there, "otp@example.com", otp_of(parsed(mail_server.to("otp@example.com")[0].raw)))
+
+
+def test_without_an_overlap_all_other_keys_and_the_sessions_opened_with_them_end_at_once(services):
+    service = services(admin_token=ADMIN)
+    admin = Client(service.http.url, ADMIN)
+    keys = [Client(admin.address, admin.post("/auth/signup", {"id": "app@example.com"})["apiKey"])]
+    for _ in range(2):
+        keys.append(rotated(keys[-1])[0])
+    browsers = [logged_in(client, client.key)[0] for client in keys]
+    assert [account_of(browser) for browser in browsers] == ["app@example.com"] * 3
+    before = time.time()
+    newest, until = rotated(keys[0], admin, overlap=0)
+    assert until <= time.time() + 1 and until >= before - 1
+    assert works(newest) and not any(works(client) for client in keys)
+    assert [account_of(browser) for browser in browsers] == [None] * 3
+    assert account_of(logged_in(newest, newest.key)[0]) == "app@example.com"
+
+
+def account_of(browser):
+    """The account of a session, or None, which all that it may do agrees with."""
+    name = browser("GET", "/session")[1]["account"]
+    assert browser("GET", "/task/dead")[0] == browser("POST", "/task/", MESSAGE)[0] == (401 if name is None else 200)
+    return name
+
+
+def test_a_session_of_the_version_before_works_until_its_key_ends(service, client, monkeypatch):
+    claims = jwt.decode(client.key, options={"verify_signature": False})
+    monkeypatch.setattr(gomail.Accounts, "create_session", lambda accounts, *_: accounts.seal("session", {
+        "name": claims["sub"], "key_id": claims["jti"], "exp": int(time.time()) + 60, "jti": "0" * 32}))
+    browser, _ = logged_in(client, client.key)
+    assert account_of(browser) == name_of(client)
+    rotated(client)
+    assert account_of(browser) == name_of(client)
+    has_ended(service, client)
+    assert account_of(browser) is None
+
+
+def test_each_rotation_keeps_what_earlier_ones_promised_and_10_keys_are_enough(services):
+    service = services()
+    clients, ends = [service.client.sign_up()], {}
+    for number in range(9):
+        asking = clients[0] if number % 2 else clients[-1]
+        newest, until = rotated(clients[-1], asking, overlap=1000 * (10 - number))
+        assert ends.setdefault(asking, until) == until  # also if another rotation promised it
+        clients.append(newest)
+    assert all(map(works, clients)) and len(set(ends.values())) > 3
+    status, answer, _ = clients[0]("POST", "/auth/rotate", {"id": name_of(clients[0])})
+    assert status == 409 and answer["field"] == "id" and "10 keys" in answer["error"]
+    assert "overlap of 0" in answer["error"]
+    has_ended(service, clients[3])
+    clients[3], _ = rotated(clients[-1])
+    assert all(map(works, clients))
+
+
+@hypothesis.settings(deadline=None, max_examples=100)
+@hypothesis.given(rotations=strategies.lists(strategies.tuples(
+    strategies.integers(0, 20), strategies.sampled_from((0, 60, 3600, 86400, 2592000)), strategies.booleans(),
+    strategies.integers(0, 20)), max_size=25))
+def test_a_key_is_valid_exactly_as_long_as_the_rotations_said(redis_server, rotations):
+    store = gomail.Store(redis_server.uri, f"{secrets.token_hex(4)}:")
+    accounts = gomail.Accounts(store, "s" * 32)
+    keys = [accounts.decode_key(accounts.sign_up("app"))]
+    ends = {keys[0].key: math.inf}  # key -> when it ends; 0 where it has
+    for asks, overlap, by_admin, ended in rotations:
+        account = accounts.find("app") if by_admin else keys[asks % len(keys)]
+        now, valid = store.time(), [key for key, moment in ends.items() if moment]
+        if account.key and not ends[account.key]:
+            with pytest.raises(gomail.HTTPError, match="revoked"):
+                accounts.rotate(account, overlap)
+        elif overlap and len(valid) == 10:
+            with pytest.raises(gomail.HTTPError, match="10 keys"):
+                accounts.rotate(account, overlap)
+        else:
+            key, until = accounts.rotate(account, overlap)
+            for name, moment in ends.items():
+                ends[name] = 0 if not overlap or not moment else now + overlap if moment == math.inf else moment
+            asked = account.key or next(name for name in reversed(ends) if ends[name] or not overlap)
+            assert until == pytest.approx(ends[asked] or now, abs=5)
+            keys.append(accounts.decode_key(key))
+            ends[keys[-1].key] = math.inf
+        # One that ends at some time does so now.
+        name = keys[ended % len(keys)].key
+        if 0 < ends[name] < math.inf:
+            listed = store.redis.hget(store.key("keys"), "app")
+            store.redis.hset(store.key("keys"), "app", re.sub(rf"{name}:\d+", f"{name}:1", listed))
+            ends[name] = 0
+        assert [accounts.is_active(key) for key in keys] == [bool(ends[key.key]) for key in keys]
+        assert store.redis.hget(store.key("UserList"), "app") == keys[0].registration == keys[-1].registration
+        assert len((store.redis.hget(store.key("keys"), "app") or "").split()) <= 10
+
+
+def test_only_a_valid_key_of_the_account_and_the_admin_make_a_new_key(services):
+    service = services(admin_token=ADMIN)
+    admin = Client(service.http.url, ADMIN)
+    one, other = (Client(admin.address, admin.post("/auth/signup", {"id": name})["apiKey"]) for name in ("one", "two"))
+    for sender, name, expected in ((one, "two", 401), (Client(admin.address), "one", 401), (admin, "nobody", 404),
+                                   (Client(admin.address, other.key + "x"), "two", 401), (admin, "one", 200),
+                                   (one, "one", 200)):
+        status, answer, _ = sender("POST", "/auth/rotate", {"id": name})
+        assert status == expected and (status == 200 or answer["status"] is False)
+    assert admin("POST", "/auth/rotate", {})[1]["field"] == "id"
+    for overlap in (-1, 2592001, "0", True, 1.5):
+        status, answer, _ = admin("POST", "/auth/rotate", {"id": "one", "overlap": overlap})
+        assert status == 400 and answer["field"] == "overlap"
+    assert works(one) and works(other)
+    admin.post("/auth/deregister", {"id": "one"})
+    assert one("POST", "/auth/rotate", {"id": "one"})[0] == 401
+    admin.post("/auth/signup", {"id": "one"})
+    assert one("POST", "/auth/rotate", {"id": "one"})[0] == 401
+    service.store.redis.hset(service.store.key("UserList"), "one", "")  # it is being removed
+    assert admin("POST", "/auth/rotate", {"id": "one"})[0] == 404
+
+
+def test_with_api_key_ttl_a_new_key_has_all_of_it_and_promises_no_more_than_the_old_one_has(services, monkeypatch):
+    admin = Client(services(api_key_ttl=1000, admin_token=ADMIN).http.url, ADMIN)
+    old = admin.sign_up()
+    expires = jwt.decode(old.key, options={"verify_signature": False})["exp"]
+    now = time.time
+    monkeypatch.setattr(gomail.time, "time", lambda: now() + 600)
+    new, until = rotated(old, overlap=86400)
+    assert until == expires
+    monkeypatch.setattr(gomail.time, "time", lambda: now() + 1001)
+    assert not works(old) and old("POST", "/auth/rotate", {"id": name_of(old)})[0] == 401
+    newest, _ = rotated(old, admin)
+    monkeypatch.setattr(gomail.time, "time", now)
+    assert works(newest)
+    for client in (new, newest):
+        claims = jwt.decode(client.key, options={"verify_signature": False})
+        assert claims["exp"] == claims["iat"] + 1000
 
 
 def test_with_admin_token_signup_and_deregister_need_it_and_a_key_deregisters_only_itself(services):
@@ -2882,7 +3078,7 @@ ENDED_TASKS = strategies.one_of(
 def test_what_is_shown_of_an_ended_task_is_the_same_in_either_form_that_is_kept(
         queue, task, name, retries, owner, refusals, verdict, error, is_older):
     client, account = queue.store.redis, queue.account if owner else gomail.Account("an app @ home", "0123456789")
-    client.hset(queue.store.key("UserList"), account.name, account.key_id)
+    client.hset(queue.store.key("UserList"), account.name, account.registration)
     lane = gomail.lane_of(task["type"])
     task_id, = queue.enqueue(account, [{**task, "task": name, "retries": retries}])
     key = queue.store.key("task", task_id)
@@ -3295,7 +3491,7 @@ def test_requests_that_go_together_get_the_answers_and_leave_the_data_of_one_aft
 
 def test_a_request_whose_data_is_at_fault_spoils_it_for_no_other_in_its_group(queue):
     spoilt = gomail.Account("spoilt", "1")
-    queue.store.redis.hset(queue.store.key("UserList"), spoilt.name, spoilt.key_id)
+    queue.store.redis.hset(queue.store.key("UserList"), spoilt.name, spoilt.registration)
     queue.store.redis.set(queue.store.key("content", spoilt.name), "no hash")
     unsendable = gomail.Account("\ud800", "1")
     results = Together(queue._enqueue_in_groups)(
@@ -7812,7 +8008,7 @@ def test_a_notification_with_a_token_that_is_forged_or_of_a_deregistered_account
     url, accounts = paths_of(client)[provider], service.http.api.accounts
     begin, token = url.rpartition("/")[0], url.rpartition("/")[2]
     account = accounts.find(name_of(client))
-    claims = {"account": account.name, "key_id": account.key_id}
+    claims = {"account": account.name, "key_id": account.registration}
     forged = [token[:-2], token + "x", "x", jwt.encode(claims, "x" * 32), jwt.encode(claims, "", algorithm="none"),
               accounts.seal("view", claims), accounts.seal("bounces", {**claims, "key_id": "0" * 32}), client.key]
     before = everything(service)
@@ -11583,6 +11779,21 @@ def test_the_command_line_makes_its_own_account_and_no_odd_ones(operated):
     assert code == 0
     _, task_id, _ = command("send", "user@example.com", "--subject", "x", given="x")
     assert Client(client.address, key.strip()).get(f"/task/{task_id.strip()}")["userId"] == "user@example.com"
+
+
+def test_the_command_line_makes_a_new_key_of_an_account(operated):
+    command, client = operated
+    code, key, errors = command("accounts", "--rotate", name_of(client))
+    new = Client(client.address, key.strip())
+    assert code == 0 and works(new) and works(client) and "end at 20" in errors
+    code, output, errors = command("accounts", "--rotate", name_of(client), "--overlap", "0", "--json")
+    newest = Client(client.address, json.loads(output)["apiKey"])
+    assert code == 0 and works(newest) and not works(new) and not works(client) and "have ended" in errors
+    code, output, errors = command("accounts", "--rotate", "nobody")
+    assert (code, output) == (1, "") and "the account is not registered" in errors
+    code, output, errors = command("accounts", "--rotate", name_of(client), "--overlap", "-1")
+    assert (code, output) == (2, "") and "--overlap must be a whole number from 0 to 2592000" in errors
+    assert works(newest)
 
 
 def test_what_takes_long_shows_at_a_terminal_how_far_it_has_come(operated, mail_server):
