@@ -739,6 +739,29 @@ def mailbox(address: str) -> str:
     return f'"{local}"@{domain}'
 
 
+SENDER = re.compile(r'(?:"((?:[^"\\]|\\.)*)"\s*|([^"<>]*))<([^<>]*)>')
+
+
+def parse_sender(text: str) -> tuple[str, str] | None:
+    """(display name, address as parse_address() gives it) of `Name <address>` or `address`; None if it is not valid.
+
+    The name has up to 100 characters, in one line. It may be in quotes (RFC 5322 section 3.2.4).
+    """
+    match = SENDER.fullmatch(text.strip())
+    quoted_name, name, address = match.groups() if match else (None, "", text)
+    name = (name if quoted_name is None else re.sub(r"\\(.)", r"\1", quoted_name)).strip()
+    parsed = parse_address(address)
+    return (name, parsed) if parsed and len(name) <= 100 and re.fullmatch(f"{ONE_LINE}*", name) else None
+
+
+def format_sender(name: str, address: str) -> str:
+    """The text from which parse_sender() makes a display name and an address."""
+    if re.search(r'[][\\()<>@,:;".]', name):
+        escaped = re.sub(r'["\\]', r"\\\g<0>", name)
+        name = f'"{escaped}"'
+    return f"{name} <{address}>" if name else address
+
+
 # --- 2. logging -----------------------------------------------------------------------------------------
 # Each line is a JSON object, on stdout and in a rotating file. Callers name its fields: log(..., task=...). No line
 # has a password, an API key, an OTP or the content of a mail.
@@ -984,6 +1007,7 @@ def start_logging(settings: Settings) -> None:
 #                                           account is being removed
 #   keys                            hash    account -> ids of its valid API keys, each with a colon and when it ends
 #                                           (ms; 0: not by a rotation), by spaces; only if a key was ever rotated
+#   settings                        hash    account -> {"senders", "reply_to"}; only where there are any
 #   jwt_secret                      string  the signing secret, if the settings have none
 #   jwt_secret_check                string  a keyed hash that tells whether another process has the same secret
 #   ended_session:<id>              string  exists if the session was ended before its time
@@ -2160,6 +2184,22 @@ class Address(Check):
         return parse_address(value)
 
 
+class Sender(Check):
+    """A sender that an account may use, see parse_sender(); or `@` and a domain, for all addresses there."""
+
+    expected = '"Name <address>", an address, or "@domain"'
+    schema = {"type": "string", "maxLength": 500}
+
+    def parse(self, value: str) -> str | None:
+        if len(value) > 500 or SURROGATES.search(value):
+            return None
+        if value.startswith("@"):
+            address = parse_address(f"x{value}")
+            return address and address[1:]
+        sender = parse_sender(value)
+        return sender and format_sender(*sender)
+
+
 class Url(Check):
     """An address on the web (RFC 3986), without a user, a password or a fragment; its host in ASCII."""
 
@@ -2250,6 +2290,28 @@ class Object(Check):
         return result
 
 
+class Changes(Object):
+    """The fields of an object that a request changes: one that is null is removed, and one that is missing stays."""
+
+    def __init__(self, fields: Mapping[str, Check]) -> None:
+        super().__init__({name: Nullable(check) for name, check in fields.items()})
+
+    def __call__(self, value: Any, field: str = "") -> Any:
+        changes = super().__call__(value, field)
+        return {name: changes.get(name) for name in self.fields if name in value}
+
+
+class OrEmpty(Check):
+    """A string that its Check allows, or the empty one."""
+
+    def __init__(self, check: Check) -> None:
+        self.check, self.expected = check, f"{check.expected}, or empty"
+        self.schema = {"anyOf": [check.schema, {"const": ""}]}
+
+    def parse(self, value: str) -> str | None:
+        return value and self.check.parse(value)
+
+
 class Array(Check):
     """A JSON array of `minimum` to `maximum` elements."""
 
@@ -2319,6 +2381,61 @@ class Account:
     expires: float = dataclasses.field(default=math.inf, compare=False)
 
 
+class Records:
+    """What hashes keep of each account, as JSON: its settings, and its webhook; the admin's name is ""."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._changed = store.script(self.CHANGE, once=True)
+
+    def read(self, account: str, *hashes: str) -> list[Any]:
+        """What each of these hashes keeps of an account, or None."""
+        with self.store.redis.pipeline(transaction=False) as pipeline:
+            for name in hashes:
+                pipeline.hget(self.store.key(name), account)
+            return [json.loads(found) if found else None for found in pipeline.execute()]
+
+    # Change what hashes keep of an account, unless that is something else than was read, or the account has ended.
+    # KEYS: the prefix.
+    # ARGV: account, its registration, what to answer; then of each hash: its name, the value as it was read, or "", and
+    #       as it is to be, or "".
+    # Answer: 0 if a value is another by now; -1 if the account is not registered any more; else what was asked for.
+    CHANGE = """
+        local prefix, account, registration, answer = KEYS[1], unpack(ARGV)
+        if account ~= '' and redis.call('HGET', prefix .. 'UserList', account) ~= registration then return -1 end
+        for at = 4, #ARGV, 3 do
+            if (redis.call('HGET', prefix .. ARGV[at], account) or '') ~= ARGV[at + 1] then return 0 end
+        end
+        for at = 4, #ARGV, 3 do
+            local hash, value = prefix .. ARGV[at], ARGV[at + 2]
+            if value == '' then redis.call('HDEL', hash, account) else redis.call('HSET', hash, account, value) end
+        end
+        return answer
+    """
+
+    def change(self, owner: Account, hashes: Sequence[str], change: Callable[..., tuple]) -> Any:
+        """Make of what these hashes keep of an account, each a value or None, what `change` returns.
+
+        `change` also returns, as the last, what this method returns: a value of JSON. It may be called several times.
+
+        Raises:
+            HTTPError: 401, the account was deregistered; and what `change` raises.
+        """
+        while True:
+            with self.store.redis.pipeline(transaction=False) as pipeline:
+                for name in hashes:
+                    pipeline.hget(self.store.key(name), owner.name)
+                before = [found or "" for found in pipeline.execute()]
+            *values, result = change(*(json.loads(found) if found else None for found in before))
+            after = [json.dumps(value) if value else "" for value in values]
+            answer = self._changed(keys=[self.store.prefix], args=[
+                owner.name, owner.registration, json.dumps(result), *itertools.chain(*zip(hashes, before, after))])
+            if answer == -1:
+                raise revoked_key()
+            if answer != 0:
+                return json.loads(answer)
+
+
 class Accounts:
     """Signup, deregistration, rotation of keys, authentication and sessions.
 
@@ -2332,6 +2449,7 @@ class Accounts:
     CONTENT_TYPES_AT_ONCE = 100  # that one call of DEREGISTER removes
     MANY = 1000  # elements of a key that are not removed in one call
     MAX_KEYS = 10  # valid keys of an account
+    NO_SETTINGS: typing.ClassVar[Json] = {"senders": [], "reply_to": ""}
     OVERLAP = 86400  # seconds that a key is valid after a rotation, unless something else is asked for
 
     def __init__(self, store: Store, secret: str = "", previous_secret: str = "", ttl: int = 0) -> None:
@@ -2341,7 +2459,7 @@ class Accounts:
             secret = store.redis.get(store.key("jwt_secret"))
         self.secret = secret.encode()
         self.accepted_secrets = [self.secret, previous_secret.encode()] if previous_secret else [self.secret]
-        self.user_list = store.key("UserList")
+        self.user_list, self.records = store.key("UserList"), Records(store)
         # An app sends the same key with every request, and a valid signature stays valid.
         self._claims = functools.lru_cache(maxsize=1000)(self._verified)
         self._sign_up = store.script(self.SIGN_UP, once=True, when_full=False)
@@ -2537,6 +2655,11 @@ class Accounts:
             raise self._not_registered()
         return account
 
+    def settings(self, name: str) -> Json:
+        """The settings of an account: {"senders", "reply_to"}."""
+        found, = self.records.read(name, "settings")
+        return {**self.NO_SETTINGS, **(found or {})}
+
     def names(self) -> list[str]:
         """The names of all accounts, sorted."""
         return sorted({name for name, _ in self.store.redis.hscan_iter(self.user_list, count=1000)})
@@ -2553,7 +2676,7 @@ class Accounts:
         if "exp" in claims and claims["exp"] <= time.time():
             raise self._invalid_key("the API key has expired; POST /auth/rotate with the admin_token gives a new one, "
                                     "and so does `accounts --rotate` on the command line")
-        return Account(claims["sub"], claims.get("registration", claims["jti"]), claims["jti"],
+        return Account(claims["sub"], claims.get("registration") or claims["jti"], claims["jti"],
                        claims.get("exp", math.inf))
 
     # KEYS: the prefix. ARGV: account, registration, id of the API key. Answer: 1 if the key is valid, else 0.
@@ -2586,7 +2709,7 @@ class Accounts:
         if claims is None or self.store.redis.exists(self.store.key("ended_session", claims.get("jti", ""))):
             return None
         # Older versions had one key for each registration.
-        return Account(claims["name"], claims.get("registration", claims["key_id"]), claims["key_id"])
+        return Account(claims["name"], claims.get("registration") or claims["key_id"], claims["key_id"])
 
     def end_session(self, token: str) -> None:
         """End a session in all processes and for all copies of its token. Any other token is ignored."""
@@ -7490,12 +7613,11 @@ class Webhooks:
         reason: str
 
     def __init__(self, store: Store) -> None:
-        self.store, self.key = store, store.key("hooks")
+        self.store, self.key, self.records = store, store.key("hooks"), Records(store)
         self.context = ssl.create_default_context()
         self.lock = threading.Lock()
         self.resting: dict[str, Webhooks.Rest] = {}
         self.connections: dict[http.client.HTTPConnection, float] = {}  # -> since when, by time.monotonic()
-        self._changed = store.script(self.CHANGE, once=True)
 
     def find(self, account: str) -> Json:
         """{"url", "events", "secret", "created", "previous", "until", "gone"} of the webhook of an account.
@@ -7505,32 +7627,11 @@ class Webhooks:
 
         Raises HTTPError (404) if the account has no webhook.
         """
-        found = self.store.redis.hget(self.key, account)
-        return self._existing(json.loads(found) if found else None)
+        return self._existing(*self.records.read(account, "hooks"))
 
-    # Change the webhook of an account, unless it is another than was read, or the account has ended.
-    # KEYS: the prefix.
-    # ARGV: account, its registration, the webhook as it was read, or "", and as it is to be, or "".
-    # Answer: 1; 0 if it is another by now; -1 if the account is not registered any more.
-    CHANGE = Queue.IS_WANTED + """
-        local hooks, account, key, before, after = KEYS[1] .. 'hooks', unpack(ARGV)
-        if not is_wanted(KEYS[1], account, key) then return -1 end
-        if (redis.call('HGET', hooks, account) or '') ~= before then return 0 end
-        if after == '' then redis.call('HDEL', hooks, account) else redis.call('HSET', hooks, account, after) end
-        return 1
-    """
-
-    def _change(self, owner: Account, change: Callable[[Json | None], Json | None]) -> Json | None:
-        """Make of an account's webhook, or None, what `change` returns; returns that. Raises HTTPError (401)."""
-        while True:
-            found = self.store.redis.hget(self.key, owner.name)
-            hook = change(json.loads(found) if found else None)
-            answer = self._changed(keys=[self.store.prefix], args=[
-                owner.name, owner.registration, found or "", json.dumps(hook) if hook else ""])
-            if answer == -1:
-                raise revoked_key()
-            if answer == 1:
-                return hook
+    def _change(self, owner: Account, change: Callable[[Json | None], tuple[Json | None, Any]]) -> Any:
+        """Make of an account's webhook, or None, what `change` returns, and return what it returns beside."""
+        return self.records.change(owner, ("hooks",), change)
 
     @staticmethod
     def _existing(hook: Json | None) -> Json:
@@ -7538,34 +7639,45 @@ class Webhooks:
             raise HTTPError(404, "there is no webhook; PUT /webhook sets one")
         return hook
 
-    def set(self, owner: Account, url: str, events: Sequence[str]) -> str | None:
-        """Send these events of the account to this URL from now on. Returns the secret of a new webhook, else None."""
-        secret = self._secret()
-        new = {"secret": secret, "created": self.store.time(), "previous": "", "until": 0}
-        hook = self._change(owner, lambda hook: {**(hook or new), "url": url, "events": list(events), "gone": 0})
-        return secret if hook and hook["secret"] == secret else None
+    def revise(self, hook: Json | None, url: str, events: Sequence[str]) -> tuple[Json, str | None]:
+        """(the webhook with this URL and these events, its secret if it is new), of a webhook or None."""
+        new = {"secret": self._secret(), "created": self.store.time(), "previous": "", "until": 0}
+        return ({**(hook or new), "url": url, "events": list(events), "gone": 0},
+                None if hook else typing.cast(str, new["secret"]))
+
+    def set(self, owner: Account, url: str, events: Sequence[str]) -> tuple[Json, str | None]:
+        """Send these events of the account to this URL from now on. Returns what revise() does."""
+        def revise(hook: Json | None) -> tuple[Json, Any]:
+            revised = self.revise(hook, url, events)
+            return revised[0], revised
+        hook, secret = self._change(owner, revise)
+        return hook, secret
 
     def replace_secret(self, owner: Account, overlap: int) -> tuple[str, float]:
         """Make a new secret; for `overlap` seconds the one before signs as well. Returns it and when that ends.
 
         Raises HTTPError (404) if the account has no webhook.
         """
-        secret, until = self._secret(), self.store.time() + overlap
-        self._change(owner, lambda hook: {
-            **self._existing(hook), "secret": secret, "previous": self._existing(hook)["secret"], "until": until})
+        new = self._secret(), self.store.time() + overlap
+
+        def replace(hook: Json | None) -> tuple[Json, Any]:
+            before = self._existing(hook)
+            return {**before, "secret": new[0], "previous": before["secret"], "until": new[1]}, new
+        secret, until = self._change(owner, replace)
         return secret, until
 
     def remove(self, owner: Account) -> None:
         """Send no events of this account any more, nor those that wait. Raises HTTPError (404)."""
-        def gone(hook: Json | None) -> None:
+        def gone(hook: Json | None) -> tuple[None, bool]:
             self._existing(hook)
+            return None, True
         self._change(owner, gone)
 
     def _switch_off(self, owner: Account, hook: Json) -> None:
         """Send nothing to a webhook whose receiver is gone, until somebody sets it again."""
         off = {**hook, "events": [], "gone": self.store.time()}
         with contextlib.suppress(HTTPError):  # the account has ended
-            if self._change(owner, lambda found: off if found == hook else found) is off:
+            if self._change(owner, lambda found: (off, True) if found == hook else (found, False)):
                 log(logging.WARNING, "webhook switched off: its receiver answers 410 Gone", account=owner.name)
 
     @staticmethod
@@ -9008,20 +9120,21 @@ class Api:
         return small_page("<p>You are unsubscribed.</p>")
 
     def read_webhook(self, request: Request) -> Reply:
-        return self.describe_webhook(self.webhooks.find(request.account.name))
+        return {"status": True, **self.describe_webhook(self.webhooks.find(request.account.name))}
 
     @staticmethod
-    def describe_webhook(hook: Json) -> Json:
-        """What is shown of a webhook: all but its secrets."""
+    def describe_webhook(hook: Json, secret: str | None = None) -> Json:
+        """What is shown of a webhook: all but its secrets. `secret` is one that is shown only now."""
         moments = {"created": hook["created"], "gone": hook["gone"],
                    "previousUntil": hook["until"] if hook["until"] > time.time() else 0}
-        return {"status": True, "url": hook["url"], "events": hook["events"], **{
-            name: timestamp(moment * 1e6) if moment else None for name, moment in moments.items()}}
+        return {"url": hook["url"], "events": hook["events"], **{
+            name: timestamp(moment * 1e6) if moment else None for name, moment in moments.items()},
+            **({"secret": secret} if secret else {})}
 
     def set_webhook(self, request: Request) -> Reply:
         owner = self.ensure_may_set_webhook(request)
-        secret = self.webhooks.set(owner, request.body["url"], request.body.get("events", EVENTS))
-        return {**self.describe_webhook(self.webhooks.find(owner.name)), **({"secret": secret} if secret else {})}
+        revised = self.webhooks.set(owner, request.body["url"], request.body.get("events", EVENTS))
+        return {"status": True, **self.describe_webhook(*revised)}
 
     def replace_webhook_secret(self, request: Request) -> Reply:
         owner = self.ensure_may_set_webhook(request)
@@ -9034,9 +9147,49 @@ class Api:
 
     def ensure_may_set_webhook(self, request: Request) -> Account:
         """The Account whose webhook the request is about. Raises HTTPError (401): only the admin may."""
-        if self.settings.admin_token and not self.is_admin(request):
+        if not self.may_set_webhook(request):
             raise self.not_admin()
         return request.account
+
+    def may_set_webhook(self, request: Request) -> bool:
+        """Whether the request may change a webhook, or the senders of an account."""
+        return not self.settings.admin_token or self.is_admin(request)
+
+    def read_account(self, request: Request) -> Reply:
+        return self.describe_account(request, *self.accounts.records.read(request.account.name, "settings", "hooks"))
+
+    def describe_account(self, request: Request, settings: Json | None, hook: Json | None,
+                         secret: str | None = None) -> Json:
+        """The answer about an account. `secret` is that of a new webhook."""
+        return {"status": True, "id": request.account.name, **Accounts.NO_SETTINGS, **(settings or {}),
+                "webhook": hook and self.describe_webhook(hook, secret)}
+
+    def set_account(self, request: Request) -> Reply:
+        may_set = self.may_set_webhook(request)
+
+        def change(settings: Json | None, hook: Json | None) -> tuple:
+            before, secret = ({**Accounts.NO_SETTINGS, **(settings or {})}, hook), None
+            wanted = {name: request.body.get(name, value) or Accounts.NO_SETTINGS[name]
+                      for name, value in before[0].items()}
+            if "webhook" in request.body:
+                hook, secret = self.revise_webhook(hook, request.body["webhook"])
+            if not may_set and (wanted["senders"], hook) != (before[0]["senders"], before[1]):
+                raise self.not_admin()
+            return wanted if wanted != Accounts.NO_SETTINGS else None, hook, [wanted, hook, secret]
+        changed = self.accounts.records.change(request.account, ("settings", "hooks"), change)
+        return self.describe_account(request, *changed)
+
+    def revise_webhook(self, hook: Json | None, wanted: Json | None) -> tuple[Json | None, str | None]:
+        """As Webhooks.revise(), of what PUT /account brings. One that is wanted as it is stays, also if it is gone."""
+        if wanted is None:
+            return None, None
+        events = wanted.get("events", EVENTS)
+        if hook and hook["url"] == wanted["url"] and set(hook["events"]) == set(events):
+            return hook, None
+        if not events:
+            raise HTTPError(400, "webhook.events must have at least one event; null as webhook removes it",
+                            "webhook.events")
+        return self.webhooks.revise(hook, wanted["url"], events)
 
     def list_suppressions(self, request: Request) -> Reply:
         return self.part_of_list(request, "suppressions", self.suppressions.list)
@@ -9208,6 +9361,8 @@ VERIFICATION = Object({"userEmail": Address(), "otp": Otp()})
 BATCH = Object({"tasks": Array(AnyValue(), 1000, 1)})  # the handler checks and answers each task by itself
 RECIPIENT = Object({"userId": Address()})
 WEBHOOK = Object({"url": Url(), "events": Nullable(Array(Enum(EVENTS), len(EVENTS), 1))})
+SETTINGS = Changes({"senders": Array(Sender(), 20), "reply_to": OrEmpty(Address()), "webhook": Object({
+    "url": Url(), "events": Nullable(Array(Enum(EVENTS), len(EVENTS)))})})
 OVERLAP = Object({"overlap": Nullable(Integer(0, 2592000))})  # seconds
 ROTATION = Object({**ID.fields, **OVERLAP.fields})
 LOGIN = Object({"key": String(4096, ONE_LINE, LINE)})
@@ -9228,6 +9383,7 @@ PART_ANSWER = {"status": bool, "total": int, "offset": int, "limit": int}
 SESSION_ANSWER = {"status": bool, "account": (str, None), "admin": bool, "signup": bool}
 WEBHOOK_ANSWER = {"status": bool, "url": str, "events": list, "created": str, "gone": (str, None),
                   "previousUntil": (str, None)}
+ACCOUNT_ANSWER = {"status": bool, "id": str, "senders": list, "reply_to": str, "webhook": (dict, None)}
 LANES_ANSWER = {"status": bool, "lanes": list, "processes": int, "retrying": int, "dead": int, "mail_to": str,
                 "outbox": bool, "smtp": dict, "windows": list}
 MAIL_ANSWER = {"status": bool, "id": str, "headers": list, "text": (str, None), "html": (str, None),
@@ -9242,6 +9398,8 @@ ROUTES = (
     Route("POST", "/auth/rotate", Api.rotate, Access.OWNER, ROTATION, answer={"apiKey": str, "previousUntil": str},
           refuses=(404, 409)),
     Route("GET", "/accounts", Api.list_accounts, Access.ADMIN, answer={"status": bool, "accounts": list}),
+    Route("GET", "/account", Api.read_account, Access.KEY, answer=ACCOUNT_ANSWER),
+    Route("PUT", "/account", Api.set_account, Access.KEY, SETTINGS, answer=ACCOUNT_ANSWER),
     Route("GET", "/session", Api.read_session, Access.OPEN, answer=SESSION_ANSWER),
     Route("POST", "/session", Api.open_session, Access.OPEN, LOGIN, answer=SESSION_ANSWER, refuses=(401, 429)),
     Route("DELETE", "/session", Api.close_session, Access.OPEN),

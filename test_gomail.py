@@ -2487,6 +2487,125 @@ def test_with_api_key_ttl_a_new_key_has_all_of_it_and_promises_no_more_than_the_
         assert claims["exp"] == claims["iat"] + 1000
 
 
+def put_account(client, expected=200, **body):
+    """The answer to a change of a client's account."""
+    status, answer, _ = client("PUT", "/account", body)
+    assert status == expected, answer
+    return answer
+
+
+def test_an_account_has_settings_of_which_a_change_leaves_out_what_it_does_not_name(service, client):
+    name = name_of(client)
+    empty = {"status": True, "id": name, "senders": [], "reply_to": "", "webhook": None}
+    assert client.get("/account") == put_account(client) == empty
+    senders = ["Ann <ann@a.example>", "BOB@b.example", "@c.example"]
+    assert put_account(client, senders=senders)["senders"] == senders
+    changed = put_account(client, reply_to="help@Bücher.example", webhook={"url": "http://127.0.0.1:1/", "events": [
+        "mail.sent"]})
+    secret, hook = changed["webhook"].pop("secret"), changed["webhook"]
+    assert changed == client.get("/account") == {**empty, "senders": senders, "webhook": hook,
+                                                 "reply_to": "help@xn--bcher-kva.example"}
+    assert {"status": True, **hook} == client.get("/webhook") and secret.startswith("whsec_")
+    assert service.http.api.accounts.settings(name) == {"senders": senders, "reply_to": "help@xn--bcher-kva.example"}
+    assert put_account(client, **changed) == changed  # what was read may be written
+    moved = put_account(client, webhook={"url": "http://127.0.0.1:2/"})["webhook"]
+    assert moved["url"] == "http://127.0.0.1:2/" and moved["events"] == list(gomail.EVENTS) and "secret" not in moved
+    assert put_account(client, reply_to="")["reply_to"] == "" and client.get("/account")["senders"] == senders
+    assert put_account(client, senders=[], webhook=None) == empty
+    put_account(client, senders=senders, reply_to="a@example.com")
+    assert put_account(client, senders=None, reply_to=None) == empty
+    assert not service.store.redis.hlen(service.store.key("settings")) + service.store.redis.hlen(
+        service.store.key("hooks"))
+
+
+@pytest.mark.parametrize("body, field", [
+    ({"senders": "a@example.com"}, "senders"), ({"senders": ["a@example.com"] * 21}, "senders"),
+    ({"senders": ["a@example.com", "b"]}, "senders[1]"), ({"senders": ["@"]}, "senders[0]"),
+    ({"senders": ["A <a@example.com>, b@example.com"]}, "senders[0]"), ({"senders": [""]}, "senders[0]"),
+    ({"senders": ["A\nB <a@example.com>"]}, "senders[0]"), ({"senders": ["\ud800 <a@example.com>"]}, "senders[0]"),
+    ({"senders": [f"{'a' * 101} <a@example.com>"]}, "senders[0]"), ({"senders": [None]}, "senders[0]"),
+    ({"reply_to": "A <a@example.com>"}, "reply_to"), ({"reply_to": []}, "reply_to"),
+    ({"webhook": {"url": "ftp://example.com"}}, "webhook.url"), ({"webhook": {}}, "webhook.url"),
+    ({"webhook": {"url": "http://127.0.0.1/", "events": []}}, "webhook.events"), ({"webhook": []}, "webhook"),
+    ({"webhook": {"url": "http://127.0.0.1/", "events": ["no"]}}, "webhook.events[0]")])
+def test_a_setting_that_is_not_valid_changes_nothing(client, body, field):
+    before = client.get("/account")
+    answer = put_account(client, 400, **{"reply_to": "b@example.com", **body})
+    assert answer["field"] == field and client.get("/account") == before
+    assert not field.startswith("senders[") or '"Name <address>"' in answer["error"]
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(name=strategies.text(max_size=100), domain=strategies.sampled_from(["a.example", "Bücher.example"]))
+@hypothesis.example(name='"\\', domain="a.example")
+@hypothesis.example(name="a, b", domain="a.example")
+def test_a_sender_is_kept_in_a_form_that_means_the_same(name, domain):
+    quoted = '"%s"' % re.sub(r'["\\]', r"\\\g<0>", name)
+    parsed = gomail.parse_sender(f"{quoted} <Me@{domain}>")
+    if parsed is None:
+        assert not re.fullmatch(f"{gomail.ONE_LINE}*", name)
+        return
+    assert parsed == (name.strip(), f"Me@{gomail.domain_to_ascii(domain)}")
+    kept = gomail.Sender()(f"{quoted} <Me@{domain}>") if not gomail.SURROGATES.search(name) else ""
+    assert not kept or gomail.parse_sender(kept) == parsed and gomail.Sender()(kept) == kept
+
+
+def test_with_admin_token_only_the_admin_changes_senders_and_the_webhook(services):
+    admin = Client(services(admin_token=ADMIN).http.url, ADMIN)
+    one, other = (Client(admin.address, admin.post("/auth/signup", {"id": name})["apiKey"]) for name in ("one", "two"))
+    for method, body in (("GET", None), ("PUT", {"senders": []})):
+        status, answer, _ = admin(method, "/account", body)
+        assert status == 400 and answer["field"] == "account"
+        assert admin(method, "/account?account=nobody", body)[0] == 404
+        assert Client(admin.address)(method, "/account", body)[0] == 401
+    hook = {"url": "http://127.0.0.1:1/", "events": ["mail.sent", "mail.failed"]}
+    status, answer, _ = admin("PUT", "/account?account=one", {"senders": ["@a.example"], "webhook": hook})
+    assert status == 200 and answer["webhook"]["secret"] and answer["id"] == "one"
+    for body in ({"senders": ["@b.example"]}, {"senders": None}, {"webhook": None}, {"senders": ["@a.example"] * 2},
+                 {"webhook": {**hook, "url": "http://127.0.0.1:2/"}}, {"webhook": {"url": hook["url"]}}):
+        assert "admin_token" in put_account(one, 401, reply_to="x@example.com", **body)["error"]
+        assert one.get("/account")["reply_to"] == ""
+    same = put_account(one, senders=["@A.example"], webhook={**hook, "events": hook["events"][::-1]},
+                       reply_to="x@example.com")
+    assert same == one.get("/account") and same["reply_to"] == "x@example.com"
+    assert other.get("/account")["senders"] == [] and other.get("/account")["webhook"] is None
+    # Who is not the admin cannot name another.
+    assert other("PUT", "/account?account=one", {"reply_to": "y@example.com"})[1]["id"] == "two"
+    assert one.get("/account")["reply_to"] == "x@example.com"
+
+
+def test_settings_are_changed_by_one_at_a_time_and_end_with_the_account(service, client, monkeypatch):
+    put_account(client, senders=["a@example.com"])
+    records, owner = service.http.api.accounts.records, service.http.api.accounts.authenticate(client.key)
+    real, calls = records._changed, []
+
+    def meanwhile(**call):
+        calls.append(call)
+        if len(calls) == 1:
+            client.get("/health/ping")
+            service.store.redis.hset(service.store.key("settings"), owner.name, '{"senders": ["b@example.com"]}')
+        return real(**call)
+    monkeypatch.setattr(records, "_changed", meanwhile)
+    answer = service.http.api.set_account(gomail.Request({}, {}, {}, {"reply_to": "r@example.com"}, owner))
+    assert len(calls) == 2 and (answer["senders"], answer["reply_to"]) == (["b@example.com"], "r@example.com")
+    client.post("/auth/deregister", {"id": owner.name})
+    again = client.sign_up(owner.name)
+    assert again.get("/account")["senders"] == []
+    with pytest.raises(gomail.HTTPError, match="revoked"):
+        service.http.api.set_account(gomail.Request({}, {}, {}, {"reply_to": "r@example.com"}, owner))
+    assert again.get("/account")["reply_to"] == ""
+
+
+def test_a_webhook_that_is_gone_stays_so_when_the_settings_are_written_as_they_were_read(client, receiver):
+    receiver.hooked(client)
+    receiver.answers += [410]
+    client.task()
+    until(lambda: client.get("/webhook")["gone"])
+    before = client.get("/account")
+    assert before["webhook"]["events"] == [] and put_account(client, **before) == before
+    assert put_account(client, webhook={"url": receiver.url})["webhook"]["gone"] is None
+
+
 def test_with_admin_token_signup_and_deregister_need_it_and_a_key_deregisters_only_itself(services):
     service = services(admin_token="let me in")
     admin = Client(service.http.url, "Bearer let me in")
@@ -8874,7 +8993,7 @@ def test_a_webhook_is_changed_by_one_at_a_time_and_by_nobody_whose_account_has_e
         asked.append(hook)
         if len(asked) == 1:
             client.post("/webhook/secret", {})
-        return {**hook, "url": "http://localhost:1/"}
+        return {**hook, "url": "http://localhost:1/"}, None
     webhooks._change(owner, change)
     assert len(asked) == 2 and asked[0]["secret"] == asked[1]["previous"] != asked[1]["secret"]
     client.post("/auth/deregister", {"id": owner.name})
@@ -12127,6 +12246,18 @@ def test_a_webhook_its_waiting_events_and_what_may_expire_are_in_a_backup(servic
     until(lambda: [data["id"] for data in receiver.data("mail.sent")] == [sent])
     assert receiver.seen[-1]["webhook-id"] == event_id
     assert Client(second.http.url, client.key).get("/webhook")["url"] == receiver.url
+
+
+def test_rotated_keys_and_the_settings_of_accounts_are_in_a_backup(services, mail_server):
+    first = services(mail_server)
+    old = first.client.sign_up()
+    ended, (new, _) = rotated(old, overlap=0)[0], rotated(old.sign_up())
+    put_account(ended, senders=["a@example.com"], reply_to="b@example.com")
+    latest, _ = rotated(ended)
+    second = services(mail_server, key_prefix=restored(first.store, backed_up(first.store)))
+    old, ended, latest, new = (Client(second.http.url, client.key) for client in (old, ended, latest, new))
+    assert not works(old) and works(ended) and works(latest) and works(new)
+    assert latest.get("/account")["senders"] == ["a@example.com"]
 
 
 def test_a_task_that_redis_shows_twice_while_it_is_read_is_restored_once_as_it_was_last(services, mail_server):
