@@ -1019,8 +1019,8 @@ def start_logging(settings: Settings) -> None:
 #                                           processes died while they had it); begun (set before a task with strikes
 #                                           is begun); drops (how many connections it lost), dropped (the last time,
 #                                           us); refused (how often a used-up quota returned it).
-#                                           A task that has ended, except a dead letter, keeps only a summary: d, u, n
-#                                           (explained at Queue.CONCLUDE), to, error, story, head, bounces
+#                                           A task that has ended, except a dead letter, keeps only a summary: d, k, u
+#                                           and n (explained at Queue.CONCLUDE), to, error, story, head, bounces
 #   reply:<id>                      string  id of the task whose mail the provider gave this id when it took it
 #   lane:<lane>                     list    ids of waiting tasks; in at the left, out at the right
 #   processing:<process>:<worker>   list    ids of the tasks that the worker has in hand; in at the left
@@ -2381,6 +2381,9 @@ class Account:
     expires: float = dataclasses.field(default=math.inf, compare=False)
 
 
+EVERYBODY = Account("", "")  # stands for all accounts
+
+
 class Records:
     """What hashes keep of each account, as JSON: its settings, and its webhook; the admin's name is ""."""
 
@@ -3219,6 +3222,7 @@ class Queue:
     #
     #   d      state ("" is succeeded), type ("" is message), retries, attempts, when it was accepted (microseconds),
     #          begun ("", or since it was accepted) and ended (since it was begun), and the account, by spaces
+    #   k      the first 8 characters of the account's registration; older versions did not keep it
     #   u, n   userId, and the task's name; or, where these are no UTF-8, head as summary_of() has it
     #   to     the recipients in lower case, where there are more than that one
     #   error, story    where there is one; what the server said to a mail goes on in r1, r2 and r3
@@ -3228,8 +3232,8 @@ class Queue:
     # retries, the account, u and n. To read and decode its head here took a third of the time of this fragment.
     CONCLUDE = """
         local function conclude(task, state, error, ttl, created, type_and_retries, account, ...)
-            local started, attempts, before, to, story = unpack(redis.call('HMGET', task,
-                'started', 'attempts', 'error', 'to', 'story'))
+            local started, attempts, before, to, story, registration = unpack(redis.call('HMGET', task,
+                'started', 'attempts', 'error', 'to', 'story', 'key'))
             if not attempts then return false end  -- it has ended before
             local begun, _, user = tonumber(started), ...
             if state == 'succeeded' then state, attempts = '', attempts + 1 end
@@ -3241,6 +3245,7 @@ class Queue:
                 kept[#kept + 1] = name
                 kept[#kept + 1] = value
             end
+            if registration then keep('k', string.sub(registration, 1, 8)) end
             if to and to ~= string.lower(user) then keep('to', to) end
             local reason = error or before or ''
             if state == '' and #reason > 64 then
@@ -3253,6 +3258,16 @@ class Queue:
             redis.call('HSET', task, unpack(kept))
             redis.call('PEXPIRE', task, ttl)
             return true
+        end
+    """
+
+    # Whether a task belongs to an account, by the fields of its hash, and not to an earlier one of that name; any does
+    # where no account is asked for (""). What an older version left of ended tasks counts as the account's.
+    IS_OWN = """
+        local function is_own(account, registration, owner, key, ended, part)
+            owner = owner or ended and string.match(ended, '^' .. string.rep('%S* ', 7) .. '(.*)$')
+            if not owner or account == '' then return owner and true or false end
+            return owner == account and (key or part or '') == string.sub(registration, 1, #(key or part or ''))
         end
     """
 
@@ -4246,25 +4261,24 @@ class Queue:
         return sum(self._adopt(keys=[self.store.prefix], args=[process, worker]) for process, _, worker in owners)
 
     # Only a task in the delayed set can be cancelled: one in a lane or in hand may be sent at any moment.
-    # KEYS: the prefix. ARGV: id, the account that the task must belong to or "", and the arguments of CONCLUDE from
-    # `ttl` on. Answer: "unknown", "late <state>" or "cancelled".
-    CANCEL = CLOCK + CONCLUDE + """
-        local prefix, id, account = KEYS[1], ARGV[1], ARGV[2]
+    # KEYS: the prefix. ARGV: id, the account that the task must belong to or "", its registration, and the arguments of
+    # CONCLUDE from `ttl` on. Answer: "unknown", "late <state>" or "cancelled".
+    CANCEL = CLOCK + CONCLUDE + IS_OWN + """
+        local prefix, id, account, registration = KEYS[1], unpack(ARGV, 1, 3)
         local task = prefix .. 'task:' .. id
-        local owner, ended = unpack(redis.call('HMGET', task, 'account', 'd'))
-        owner = owner or ended and string.match(ended, '^' .. string.rep('%S* ', 7) .. '(.*)$')
-        if not owner or account ~= '' and owner ~= account then return 'unknown' end
+        local owner, key, ended, part = unpack(redis.call('HMGET', task, 'account', 'key', 'd', 'k'))
+        if not is_own(account, registration, owner, key, ended, part) then return 'unknown' end
         if redis.call('ZREM', prefix .. 'delayed', id) == 0 then
             local state = ended and string.match(ended, '^%S+') or redis.call('HGET', task, 'state') or 'succeeded'
             return 'late ' .. state
         end
         redis.call('ZREM', prefix .. 'scheduled', id)
-        conclude(task, 'cancelled', nil, unpack(ARGV, 3))
+        conclude(task, 'cancelled', nil, unpack(ARGV, 4))
         return 'cancelled'
     """
 
-    def cancel(self, task_id: str, account: str = "") -> None:
-        """End a task that waits for its `send_at` or for a retry. With `account`, only one of that account's own.
+    def cancel(self, task_id: str, account: Account = EVERYBODY) -> None:
+        """End a task of an account, or of any, that waits for its `send_at` or for a retry.
 
         Raises:
             HTTPError: 404, there is no such task; 409, it does not wait for that.
@@ -4279,7 +4293,7 @@ class Queue:
         except (ValueError, TypeError, KeyError):  # it has ended, or cannot be read
             summary = [0, " ", owner or "", "head", head]
         answer = self._cancel(keys=[self.store.prefix], args=[
-            task_id, account, self._limits[0], *summary])
+            task_id, account.name, account.registration, self._limits[0], *summary])
         if answer.startswith("late "):
             state = answer.removeprefix("late ")
             reason = {State.QUEUED: "waits in its lane and may be taken at any moment",
@@ -4292,16 +4306,16 @@ class Queue:
     # Queue a dead letter again, or remove it. Whoever retries says that the address is good now, so what a server
     # said of it no longer counts; an address that a person suppressed, or complained from, stays so. Nobody waits for
     # an OTP that died, so it does not delay new ones in the urgent lane.
-    # KEYS: the prefix. ARGV: id, the account that the task must belong to or "", "retry" or "remove".
+    # KEYS: the prefix. ARGV: id, the account that the task must belong to or "", its registration, "retry" or "remove".
     # Answer: 0 if there is no such dead letter, else 1.
-    REVIVE = NOTE + """
-        local prefix, id, account = KEYS[1], ARGV[1], ARGV[2]
+    REVIVE = NOTE + IS_OWN + """
+        local prefix, id, account, registration, action = KEYS[1], unpack(ARGV)
         local task = prefix .. 'task:' .. id
-        local owner, lane, to = unpack(redis.call('HMGET', task, 'account', 'lane', 'to'))
-        if not owner or account ~= '' and owner ~= account then return 0 end
+        local owner, key, lane, to = unpack(redis.call('HMGET', task, 'account', 'key', 'lane', 'to'))
+        if not is_own(account, registration, owner, key) then return 0 end
         if redis.call('ZREM', prefix .. 'dead', id) == 0 then return 0 end
         redis.call('ZREM', prefix .. 'dead:' .. owner, id)
-        if ARGV[3] == 'remove' then
+        if action == 'remove' then
             redis.call('UNLINK', task)
             return 1
         end
@@ -4322,14 +4336,15 @@ class Queue:
         return 1
     """
 
-    def revive(self, task_id: str, account: str = "", remove: bool = False) -> bool:
-        """Queue a dead letter again, with all its attempts, or remove it. False where there is none."""
-        return bool(self._revive(keys=[self.store.prefix], args=[task_id, account, "remove" if remove else "retry"]))
+    def revive(self, task_id: str, account: Account = EVERYBODY, remove: bool = False) -> bool:
+        """Queue a dead letter again, with all its attempts, or remove it. False where the account has none such."""
+        return bool(self._revive(keys=[self.store.prefix], args=[
+            task_id, account.name, account.registration, "remove" if remove else "retry"]))
 
-    def revive_all(self, account: str = "", remove: bool = False,
+    def revive_all(self, account: Account = EVERYBODY, remove: bool = False,
                    progress: Callable[[int], object] = lambda count: None) -> int:
         """Queue all dead letters again, or remove them; returns how many. `progress` is given how many so far."""
-        key, count, begun = list_key(self.store, "dead", account), 0, self.store.time() * 1000
+        key, count, begun = list_key(self.store, "dead", account.name), 0, self.store.time() * 1000
         # Letters that die again meanwhile have a later time, so that this ends.
         while ids := self.store.redis.zrangebyscore(key, "-inf", begun, start=0, num=self.REVIVE_BATCH):
             for task_id in ids:
@@ -4345,14 +4360,14 @@ class Queue:
     # event, and once more after the task was revived. A bounce or a complaint suppresses the address for the account,
     # and a task that had succeeded is then in the state "bounced".
     # KEYS: the prefix.
-    # ARGV: the account that the task must belong to, or ""; a Feedback and its reason; ids that may name the task,
-    #       addresses that may be the recipient, and addresses of which one is it if the task has no other recipient
-    #       ("*" is any), each by spaces; 1 to suppress the first address for the account where there is no such task,
-    #       or 0.
+    # ARGV: the account that the task must belong to, or "", and its registration; a Feedback and its reason; ids that
+    #       may name the task, addresses that may be the recipient, and addresses of which one is it if the task has no
+    #       other recipient ("*" is any), each by spaces; 1 to suppress the first address for the account where there is
+    #       no such task, or 0.
     # Answer: {"changed", "same", "unknown" (there is no such task) or "address" (it has no such recipient); and the id
     #         of the task and its account, which are "" where there is none}.
-    BOUNCE = EVENT + """
-        local prefix, account, event, reason, ids, addresses, sole, without_task = KEYS[1], unpack(ARGV)
+    BOUNCE = EVENT + IS_OWN + """
+        local prefix, account, registration, event, reason, ids, addresses, sole, without_task = KEYS[1], unpack(ARGV)
         local what = reason ~= '' and ': ' .. reason or ''
 
         local function find_task()
@@ -4381,11 +4396,12 @@ class Queue:
 
         local function bounce(id)
             local task = prefix .. 'task:' .. id
-            local owner, key, state, ended, to, user, name, head, story, bounces = unpack(redis.call('HMGET', task,
-                'account', 'key', 'state', 'd', 'to', 'u', 'n', 'head', 'story', 'bounces'))
+            local owner, key, state, ended, part, to, user, name, head, story, bounces = unpack(redis.call('HMGET',
+                task, 'account', 'key', 'state', 'd', 'k', 'to', 'u', 'n', 'head', 'story', 'bounces'))
             owner = owner or ended and string.match(ended, '^' .. string.rep('%S* ', 7) .. '(.*)$') or ''
             local registered = redis.call('HGET', prefix .. 'UserList', owner) or ''
-            if registered == '' or registered ~= (key or registered) or account ~= '' and owner ~= account then
+            if registered == '' or account ~= '' and (owner ~= account or registration ~= registered)
+                    or not is_own(owner, registered, owner, key, ended, part) then
                 return {'unknown', '', ''}
             end
 
@@ -4430,16 +4446,18 @@ class Queue:
         return {'changed', '', account}
     """
 
-    def bounce(self, report: Report, account: str = "", without_task: bool = False) -> tuple[str, str, str]:
+    def bounce(self, report: Report, account: Account = EVERYBODY,
+               without_task: bool = False) -> tuple[str, str, str]:
         """Note what a Report says, if it has not been noted; returns what BOUNCE answers.
 
         Args:
-            account: whose task it must be; "" for any.
+            account: whose task it must be.
             without_task: suppress the address for the account where there is no such task, or no longer.
         """
         answer, task_id, owner = self._bounce(keys=[self.store.prefix], args=[
-            account, report.event, report.reason, " ".join(report.ids), " ".join(map(fold_address, report.addresses)),
-            " ".join(map(fold_address, report.sole)), int(without_task)])
+            account.name, account.registration, report.event, report.reason, " ".join(report.ids),
+            " ".join(map(fold_address, report.addresses)), " ".join(map(fold_address, report.sole)),
+            int(without_task)])
         return answer, task_id, owner
 
 
@@ -4539,23 +4557,27 @@ class Inspection:
 
     SEARCH_BATCH = 200  # tasks in one script
     FIELDS = ("head", "account", "state", "attempts", "error", "created", "finished", "due", "started", "story",
-              "d", "u", "n", "r1", "r2", "r3", "bounces")
+              "key", "d", "k", "u", "n", "r1", "r2", "r3", "bounces")
 
     def __init__(self, store: Store, settings: Settings, give_way: Callable[[], object] = lambda: None) -> None:
         self.store, self.settings, self.give_way = store, settings, give_way
         self._search = store.script(self.SEARCH, when_full=False)
         self._forget = store.script(self.FORGET)
 
-    def status(self, task_id: str, account: str = "", story: bool = False) -> Json | None:
-        """What is known of a task, or None. With `account`, only of that account's own.
+    def status(self, task_id: str, account: Account = EVERYBODY, story: bool = False) -> Json | None:
+        """What is known of a task of an account, or of any; or None.
 
         With `story`, also its history: a list of {"time", "event", "seconds" that it took, "error"}.
         """
         found = self._statuses([task_id], account, story)
         return found[0] if found else None
 
-    def _statuses(self, ids: Sequence[str], account: str = "", story: bool = False) -> list[Json]:
-        """The statuses of those tasks that exist, in one round trip; one more for each that has no head."""
+    def _statuses(self, ids: Sequence[str], account: Account = EVERYBODY, story: bool = False) -> list[Json]:
+        """The statuses of those tasks that exist, in one round trip; one more for each that has no head.
+
+        Tasks of an earlier account of the same name are left out. What an older version left of those that have ended
+        does not tell.
+        """
         with self.store.redis.pipeline(transaction=False) as pipeline:
             for task_id in ids:
                 pipeline.hmget(self.store.key("task", task_id), self.FIELDS)
@@ -4569,9 +4591,11 @@ class Inspection:
             if found["d"]:
                 found["state"], found["account"] = ended_as(found["d"])
                 found["error"] = "".join(found[name] or "" for name in ("error", "r1", "r2", "r3"))
-            if found["state"] is None or account and found["account"] != account:
+            registration = found["key"] or found["k"] or ""
+            if found["state"] is None or account.name and (
+                    found["account"] != account.name or not account.registration.startswith(registration)):
                 continue
-            owner = {} if account else {"account": found["account"]}
+            owner = {} if account.name else {"account": found["account"]}
             try:
                 statuses.append(self._status(task_id, found, story) | owner)
             except (ValueError, TypeError, KeyError) as error:  # an unreadable task must not hide the others
@@ -4623,7 +4647,7 @@ class Inspection:
         return {at < redis.call('LLEN', list) and at or -1, unpack(found)}
     """
 
-    def recent(self, account: str = "", search: str = "", state: str = "", offset: int = 0,
+    def recent(self, account: Account = EVERYBODY, search: str = "", state: str = "", offset: int = 0,
                limit: int = 100) -> tuple[list[Json], int | None]:
         """The newest tasks, of an account or of all, and the offset to go on from, None at the end.
 
@@ -4635,7 +4659,7 @@ class Inspection:
         known = self._statuses([search], account) if search else []
         if known and state in ("", known[0]["state"]):
             return known, None
-        key = list_key(self.store, "recent", account)
+        key = list_key(self.store, "recent", account.name)
         ids: list[str] = []
         while offset >= 0 and len(ids) < limit:
             self.give_way()
@@ -4652,9 +4676,9 @@ class Inspection:
         return #old
     """
 
-    def dead(self, account: str = "", offset: int = 0, limit: int = 100) -> tuple[int, list[Json]]:
+    def dead(self, account: Account = EVERYBODY, offset: int = 0, limit: int = 100) -> tuple[int, list[Json]]:
         """(how many dead letters there are, the statuses of those from `offset` on), newest first."""
-        key = list_key(self.store, "dead", account)
+        key = list_key(self.store, "dead", account.name)
         newest = int((self.store.time() - self.settings.dead_ttl) * 1000)
         while self._forget(keys=[key], args=[newest, Queue.BATCH]) == Queue.BATCH:
             self.give_way()
@@ -5611,7 +5635,7 @@ class Transport(typing.Protocol):
     def ready(self, lane: str) -> bool:
         """Whether this thread may send a mail of this lane now. Raises RedisError."""
 
-    def send(self, sender: str, recipients: Sequence[str], message: bytes, owner: Account = Account("", ""),
+    def send(self, sender: str, recipients: Sequence[str], message: bytes, owner: Account = EVERYBODY,
              lane: str = Lane.NORMAL, following: Envelope | None = None,
              meanwhile: Callable[[], object] = lambda: None) -> str:
         """Hand over one mail; it returns once the mail is accepted for all recipients. Raises DeliveryError.
@@ -5660,7 +5684,7 @@ class MaildirTransport:
         """There is always room for a mail."""
         return True
 
-    def send(self, sender: str, recipients: Sequence[str], message: bytes, owner: Account = Account("", ""),
+    def send(self, sender: str, recipients: Sequence[str], message: bytes, owner: Account = EVERYBODY,
              lane: str = Lane.NORMAL, following: Envelope | None = None,
              meanwhile: Callable[[], object] = lambda: None) -> str:
         """Write one mail, and return "" once it is on disk. `owner` is whose mail it is. Raises UnavailableError."""
@@ -5695,7 +5719,7 @@ class MaildirTransport:
     def abandon(self) -> None:
         """There is no connection."""
 
-    def list(self, account: Account = Account("", ""), offset: int = 0,
+    def list(self, account: Account = EVERYBODY, offset: int = 0,
              limit: int = 100) -> tuple[list[Json], int | None]:
         """The newest mails of an account, or of all, and the next `offset`, None at the end.
 
@@ -5722,7 +5746,7 @@ class MaildirTransport:
                                   "size": os.fstat(file.fileno()).st_size})
         return mails, position if position < len(files) else None
 
-    def read(self, mail_id: str, account: Account = Account("", "")) -> tuple[bytes, email.message.EmailMessage] | None:
+    def read(self, mail_id: str, account: Account = EVERYBODY) -> tuple[bytes, email.message.EmailMessage] | None:
         """(bytes, parsed message) of a mail, or None. With `account`, only of that account's own."""
         candidates = [] if "/" in mail_id else [
             path for name in ("new", "cur") for path in (self.folder / name).glob(f"{glob.escape(mail_id)}*")]
@@ -6024,7 +6048,7 @@ class SmtpTransport:
         if not self.local.place and not self.ready(lane):
             raise TooManyConnectionsError("all connections of smtp_connections are in use")
 
-    def send(self, sender: str, recipients: Sequence[str], message: bytes, owner: Account = Account("", ""),
+    def send(self, sender: str, recipients: Sequence[str], message: bytes, owner: Account = EVERYBODY,
              lane: str = Lane.NORMAL, following: Envelope | None = None,
              meanwhile: Callable[[], object] = lambda: None) -> str:
         """Hand one mail over; it returns once the server has accepted it for all recipients.
@@ -7257,7 +7281,7 @@ class Bounces:
                             "token")
         return account
 
-    def record(self, report: Report, account: str = "", without_task: bool = False) -> str:
+    def record(self, report: Report, account: Account = EVERYBODY, without_task: bool = False) -> str:
         """Note a report, see Queue.bounce(); count and log it if it is new."""
         answer, task_id, owner = self.queue.bounce(report, account, without_task)
         if answer == "changed":
@@ -7265,7 +7289,7 @@ class Bounces:
             log(logging.INFO, f"mail {report.event}", task=task_id or None, account=owner, error=report.reason)
         return answer
 
-    def take(self, account: str, body: Json) -> int:
+    def take(self, account: Account, body: Json) -> int:
         """Take what an app heard, see BOUNCE; returns 1 if it is new, else 0. Raises HTTPError (400, 404)."""
         name = next((name for name in ("id", "messageId", "userId") if name in body), None)
         if name is None:
@@ -7283,7 +7307,7 @@ class Bounces:
                             "userId is required: the task has several recipients", "userId")
         return int(answer == "changed")
 
-    def take_notification(self, account: str, provider: str, body: object) -> int:
+    def take_notification(self, account: Account, provider: str, body: object) -> int:
         """Take a provider's notification; returns how much of it is new. Raises HTTPError (400, 503).
 
         An address is suppressed although its task ended too long ago: complaints come days later.
@@ -9041,21 +9065,22 @@ class Api:
         return {"type": "otp verification", "verified": verified}
 
     def read_task(self, request: Request) -> Reply:
-        status = self.inspection.status(request.path_params["id"], request.account.name, story=True)
+        status = self.inspection.status(request.path_params["id"], request.account, story=True)
         if status is None:
             raise HTTPError(404, "there is no such task, or it ended too long ago", "id")
         return {"status": True, **status}
 
     def cancel_task(self, request: Request) -> Reply:
-        self.queue.cancel(request.path_params["id"], request.account.name)
+        self.queue.cancel(request.path_params["id"], request.account)
         return done("Task cancelled successfully")
 
     def list_recent(self, request: Request) -> Reply:
-        tasks, next_offset = self.inspection.recent(request.account.name, **request.query)
+        tasks, next_offset = self.inspection.recent(request.account, **request.query)
         return {"status": True, "tasks": tasks, "next": next_offset}
 
     def list_dead(self, request: Request) -> Reply:
-        return self.part_of_list(request, "tasks", self.inspection.dead)
+        return self.part_of_list(
+            request, "tasks", lambda _, **paging: self.inspection.dead(request.account, **paging))
 
     def part_of_list(self, request: Request, name: str, read: Callable[..., tuple[int, list]]) -> Json:
         """The part of a list that the query asks for, as the field `name`. `read` returns (length of all, the part)."""
@@ -9073,16 +9098,16 @@ class Api:
     def take_dead(self, request: Request, remove: bool = False) -> str:
         """Queue a dead letter again, or remove it. Returns its id. Raises HTTPError (404)."""
         task_id = request.path_params["id"]
-        if not self.queue.revive(task_id, request.account.name, remove):
+        if not self.queue.revive(task_id, request.account, remove):
             raise HTTPError(404, "there is no dead letter of this id; GET /task/dead lists them", "id")
         return task_id
 
     def retry_all_dead(self, request: Request) -> Reply:
-        return done("Tasks enqueued successfully", count=self.queue.revive_all(request.account.name))
+        return done("Tasks enqueued successfully", count=self.queue.revive_all(request.account))
 
     def remove_all_dead(self, request: Request) -> Reply:
         return done("Dead letters removed successfully",
-                    count=self.queue.revive_all(request.account.name, remove=True))
+                    count=self.queue.revive_all(request.account, remove=True))
 
     def list_content(self, request: Request) -> Reply:
         return self.part_of_list(request, "contentTypes", self.newsletters.read_all)
@@ -9207,18 +9232,18 @@ class Api:
         return {"status": True, "urls": self.bounces.urls(request.account)}
 
     def take_bounce(self, request: Request) -> Reply:
-        return done("Noted", changed=self.bounces.take(request.account.name, request.body))
+        return done("Noted", changed=self.bounces.take(request.account, request.body))
 
     def take_notification(self, request: Request) -> Reply:
         provider = request.path_params["provider"]
         if provider not in PROVIDERS:
             raise HTTPError(404, f"provider must be one of {', '.join(PROVIDERS)}", "provider")
-        return done("Noted", changed=self.bounces.take_notification(request.account.name, provider, request.body))
+        return done("Noted", changed=self.bounces.take_notification(request.account, provider, request.body))
 
     def list_lanes(self, request: Request) -> Reply:
         depths, reports = self.inspection.depths(), self.inspection.reports()
         outbox = isinstance(self.transport, MaildirTransport)
-        dead, _ = self.inspection.dead(request.account.name, limit=0)
+        dead, _ = self.inspection.dead(request.account, limit=0)
         smtp = self.inspection.outage(reports, self.smtp.report()) or {
             "state": self.smtp.state, "processes": 0, "since": None, "reason": None}
         return {"status": True, "lanes": self.inspection.lanes(depths, reports),

@@ -2321,7 +2321,8 @@ def test_a_new_key_keeps_all_that_an_account_has_and_the_one_before_works_until_
     old = first.client.sign_up("app@example.com")
     define(old, "news")
     old.post("/suppressions", {"userId": "never@example.com"})
-    waiting = old.task(send_at=rfc3339(time.time() + 3600))
+    waiting, sent = old.task(send_at=rfc3339(time.time() + 3600)), old.task()
+    old.state(sent, "succeeded")
     old.post("/bounces", {"userId": "gone@example.com", "kind": "bounce"})
     urls, before = old.get("/bounces"), time.time()
     new, until = rotated(old, overlap=3600)
@@ -2332,6 +2333,7 @@ def test_a_new_key_keeps_all_that_an_account_has_and_the_one_before_works_until_
         for client in (old, new):
             there = Client(service.http.url, client.key)
             assert works(there) and there.get(f"/task/{waiting}")["state"] == "scheduled"
+            assert there.get(f"/task/{sent}")["state"] == "succeeded"
             assert {entry["userId"] for entry in there.get("/suppressions")["suppressions"]} == {
                 "never@example.com", "gone@example.com"}
             assert there.get("/task/subscriptionContent")["total"] == 1 and there.get("/bounces")["urls"].keys() == (
@@ -2485,6 +2487,35 @@ def test_with_api_key_ttl_a_new_key_has_all_of_it_and_promises_no_more_than_the_
     for client in (new, newest):
         claims = jwt.decode(client.key, options={"verify_signature": False})
         assert claims["exp"] == claims["iat"] + 1000
+
+
+def test_the_next_account_of_the_same_name_sees_and_changes_no_task_of_the_one_before(service, client, mail_server):
+    name, admin = name_of(client), service.client
+    scheduled, cancelled = (client.task(send_at=rfc3339(time.time() + 3600)) for _ in range(2))
+    assert client("DELETE", f"/task/{cancelled}")[0] == 200
+    sent, bounced, dead = client.task(), client.task(userId="bounced@example.com"), given_up(service, client)
+    for task_id in (sent, bounced):
+        client.state(task_id, "succeeded")
+    client.post("/bounces", {"id": bounced, "kind": "bounce"})
+    expected = {scheduled: "scheduled", cancelled: "cancelled", sent: "succeeded", bounced: "bounced", dead: "dead"}
+    client.post("/auth/deregister", {"id": name})
+    again = admin.sign_up(name)
+
+    def outcomes(task_id):
+        """What the account may do with a task."""
+        (found, _), (status, *_) = recent(again, search=task_id), again("GET", f"/task/{task_id}")
+        calls = [again("DELETE", f"/task/{task_id}"), again("POST", f"/task/dead/{task_id}/retry"),
+                 again("DELETE", f"/task/dead/{task_id}"),
+                 again("POST", "/bounces", {"id": task_id, "kind": "complaint"})]
+        return status, found, {status for status, *_ in calls}
+    for task_id, state in expected.items():
+        assert outcomes(task_id) == (404, [], {404})
+        assert service.inspection.status(task_id)["state"] == state
+    assert again.get("/suppressions")["total"] == 0
+    # A version before did not note whose the tasks were that have ended.
+    for task_id in (sent, bounced, cancelled):
+        assert service.store.redis.hdel(service.store.key("task", task_id), "k") == 1
+        assert outcomes(task_id)[:2] == (200, [task_id])
 
 
 def put_account(client, expected=200, **body):
@@ -3211,7 +3242,7 @@ def test_what_is_shown_of_an_ended_task_is_the_same_in_either_form_that_is_kept(
         client.zadd(queue.store.key("delayed"), {task_id: 1e14})
         client.lrem(queue.store.key("lane", lane), 0, task_id)
         before = client.hgetall(key)
-        queue.cancel(task_id, account.name)
+        queue.cancel(task_id, account)
         after = {"state": "cancelled"}
     else:
         taken = until(lambda: take(queue, "normal-0", lane))
@@ -3222,17 +3253,19 @@ def test_what_is_shown_of_an_ended_task_is_the_same_in_either_form_that_is_kept(
     *_, begun, ended, _ = client.hget(key, "d").split(" ", 7)
     finished = int(before["created"]) + int(begun or 0) + int(ended)
 
+    another = dataclasses.replace(account, name="another")
+
     def shown():
-        return (look(queue).status(task_id, story=True), look(queue).status(task_id, account.name),
-                look(queue).status(task_id, "another"), look(queue).recent(account.name, search="CC@", limit=1),
-                look(queue).recent(account.name, limit=1),
-                look(queue).recent("", search="user@", state=after["state"], limit=1))
+        return (look(queue).status(task_id, story=True), look(queue).status(task_id, account),
+                look(queue).status(task_id, another), look(queue).recent(account, search="CC@", limit=1),
+                look(queue).recent(account, limit=1),
+                look(queue).recent(search="user@", state=after["state"], limit=1))
 
     assert "Hello" not in str(client.hgetall(key)) and 0 < client.ttl(key) <= queue.settings.result_ttl
     new = shown()
     with pytest.raises(gomail.HTTPError, match=rf"has ended already \({after['state']}\)"):
-        queue.cancel(task_id, account.name)
-    for someone in ("another", account.name[:-1]):
+        queue.cancel(task_id, account)
+    for someone in (another, dataclasses.replace(account, name=account.name[:-1])):
         with pytest.raises(gomail.HTTPError, match="there is no such task"):
             queue.cancel(task_id, someone)
     # As the version before left it.
@@ -14290,7 +14323,7 @@ def test_no_command_keeps_redis_busy_for_long_in_a_queue_of_a_million(mail_serve
             service.newsletters.correct()
             queue.recall()
             queue.find_orphans()
-        assert service.inspection.dead()[0] == 0 and service.inspection.dead(name)[0] == 0
+        assert service.inspection.dead()[0] == 0 and service.inspection.dead(gomail.Account(name, ""))[0] == 0
         assert service.inspection.recent(search="nobody") == ([], None)
         client = Client(service.http.url, client.key)  # the other's connection was idle for too long
         for path in ("/lanes", "/health/metrics", "/history", "/task/recent?limit=1000&offset=50000", "/task/dead",
