@@ -1030,7 +1030,8 @@ def start_logging(settings: Settings) -> None:
 #   dead, dead:<account>            zset    ids of dead letters, by time of death (ms)
 #   recent, recent:<account>        list    ids of the newest tasks, newest first
 #   idempotency:<digest>            string  what is known of an Idempotency-Key: fingerprint of the request, id of its
-#                                           task (for a batch the seed of its ids), registration, refusals
+#                                           task (for a batch the seed of its ids), registration, refusals; where it
+#                                           makes no tasks, fingerprint and answer of the script that does it
 #   suppressed:<account>            zset    addresses that get no mail, by the time when that began (ms)
 #   suppressed_for:<account>        hash    address -> reason
 #   rate                            hash    smtp_rate: when the next mail may go: all (lanes), urgent (the lane); asked
@@ -1260,13 +1261,25 @@ class SecureClusterConnection(ClusterConnection, redis.SSLConnection):
     """The same over TLS."""
 
 
+class Once(typing.NamedTuple):
+    """A request with an Idempotency-Key, which is done once: the same again gets the same answer.
+
+    Args:
+        id: a digest of the key, of whose it is, and of what it is for.
+        fingerprint: a digest of what the request asks for, 64 characters.
+    """
+
+    id: str
+    fingerprint: str
+
+
 class Script:
     """A Lua script that Redis runs as a whole.
 
     Args:
         source: the script. Its first key is the prefix of all keys, or begins with it.
-        once: if the connection breaks before the answer comes, the call is sent again but runs once. The answer 0 is
-            not kept: it must mean that nothing was changed. Without `once`, running twice must do no harm.
+        once: if the connection breaks before the answer comes, the call is sent again but runs once. An answer of 0 or
+            less is not kept: it must mean that nothing was changed. Without `once`, running twice must do no harm.
         when_full: the script also runs when Redis's memory is full. What settles, takes or removes makes room.
     """
 
@@ -1274,17 +1287,26 @@ class Script:
     # half-way. This write needs no memory and changes nothing. (The flag allow-oom is unknown to Redis 6.2.)
     WHEN_FULL = "redis.call('UNLINK', KEYS[1] .. ':')\n"
 
-    # The last key is that of the answer; the script itself does not see it.
+    KEPT = 86400  # seconds, of the answer to a request with an Idempotency-Key
+
+    # The last key is that of the answer, and the last arguments are the fingerprint of the request, or "", and for how
+    # many seconds the answer is kept; the script itself does not see them.
     BEFORE_ONCE = """
-        local answered = table.remove(KEYS)
+        local answered, seconds = table.remove(KEYS), table.remove(ARGV)
+        local fingerprint = table.remove(ARGV)
         local before = redis.call('GET', answered)
-        if before then return cjson.decode(before) end
+        if before and string.sub(before, 1, #fingerprint) ~= fingerprint then
+            return redis.error_reply('REUSED Idempotency-Key')
+        end
+        if before then return cjson.decode(string.sub(before, #fingerprint + 1)) end
         local function run()
     """
     AFTER_ONCE = """
         end
         local answer = run()
-        if answer ~= 0 then redis.call('SET', answered, cjson.encode(answer), 'EX', 60) end
+        if type(answer) ~= 'number' or answer > 0 then
+            redis.call('SET', answered, fingerprint .. cjson.encode(answer), 'EX', seconds)
+        end
         return answer
     """
 
@@ -1295,15 +1317,39 @@ class Script:
         self.source = self.WHEN_FULL + source if when_full else source
         self.digest = hashlib.sha1(self.source.encode()).hexdigest()
 
-    def __call__(self, keys: Sequence, args: Sequence, request: str = "") -> Any:
+    def __call__(self, keys: Sequence, args: Sequence, request: str | Once = "") -> Any:
         """Run the script and return its answer.
 
         Args:
             request: identifies the call of a script that runs once; by default, each call is a new one.
+
+        Raises:
+            HTTPError: 422, the Idempotency-Key of the request came with another one before.
         """
-        if self.once:
-            keys = [*keys, self.store.key("answered", request or secrets.token_hex(16))]
-        return self._run(keys, args)[0]
+        if isinstance(request, Once):
+            keys = [*keys, self.store.key("idempotency", request.id)]
+            args = [*args, request.fingerprint, self.KEPT]
+        elif self.once:
+            keys, args = [*keys, self.store.key("answered", request or secrets.token_hex(16))], [*args, "", 60]
+        try:
+            return self._run(keys, args)[0]
+        except redis.ResponseError as error:
+            if "REUSED Idempotency-Key" in str(error):
+                raise self._reused() from None
+            raise
+
+    def known(self, request: str | Once) -> Any:
+        """The answer that is kept of an earlier call with this Idempotency-Key, or None. Raises HTTPError (422)."""
+        if not isinstance(request, Once):
+            return None
+        found = self.store.redis.get(self.store.key("idempotency", request.id))
+        if found and not found.startswith(request.fingerprint):
+            raise self._reused()
+        return json.loads(found.removeprefix(request.fingerprint)) if found else None
+
+    @staticmethod
+    def _reused() -> "HTTPError":
+        return HTTPError(422, "Idempotency-Key was used with another request before", "Idempotency-Key")
 
     def durably(self, keys: Sequence, args: Sequence, timeout: int) -> tuple[Any, bool]:
         """The script's answer, and whether all that it wrote is on disk within `timeout` milliseconds.
@@ -2416,14 +2462,17 @@ class Records:
         return answer
     """
 
-    def change(self, owner: Account, hashes: Sequence[str], change: Callable[..., tuple]) -> Any:
+    def change(self, owner: Account, hashes: Sequence[str], change: Callable[..., tuple],
+               request: str | Once = "") -> Any:
         """Make of what these hashes keep of an account, each a value or None, what `change` returns.
 
         `change` also returns, as the last, what this method returns: a value of JSON. It may be called several times.
 
         Raises:
-            HTTPError: 401, the account was deregistered; and what `change` raises.
+            HTTPError: 401, the account was deregistered; 422, see Script; and what `change` raises.
         """
+        if (known := self._changed.known(request)) is not None:
+            return json.loads(known)
         while True:
             with self.store.redis.pipeline(transaction=False) as pipeline:
                 for name in hashes:
@@ -2432,7 +2481,8 @@ class Records:
             *values, result = change(*(json.loads(found) if found else None for found in before))
             after = [json.dumps(value) if value else "" for value in values]
             answer = self._changed(keys=[self.store.prefix], args=[
-                owner.name, owner.registration, json.dumps(result), *itertools.chain(*zip(hashes, before, after))])
+                owner.name, owner.registration, json.dumps(result), *itertools.chain(*zip(hashes, before, after))],
+                request=request)
             if answer == -1:
                 raise revoked_key()
             if answer != 0:
@@ -2529,34 +2579,49 @@ class Accounts:
         end
     """
 
-    # KEYS: UserList; ARGV: account, key id. Answers 0 if the account is registered: its key stays valid.
-    SIGN_UP = "return redis.call('HSETNX', KEYS[1], ARGV[1], ARGV[2])"
+    # KEYS: UserList; ARGV: account, key id, now (s), ttl of the key (s).
+    # Answer: 0 if the account is registered: its key stays valid; else {key id, now, ttl}, of which the key is made.
+    SIGN_UP = """
+        if redis.call('HSETNX', KEYS[1], ARGV[1], ARGV[2]) == 0 then return 0 end
+        return {ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])}
+    """
 
-    def sign_up(self, name: str) -> str:
-        """Register `name` and return its API key. Raises HTTPError (409) if it is registered already."""
-        registration = secrets.token_hex(16)
-        if not self._sign_up(keys=[self.user_list], args=[name, registration]):
+    def sign_up(self, name: str, request: str | Once = "") -> str:
+        """Register `name` and return its API key. `request` is that of Script.
+
+        Raises:
+            HTTPError: 409, the name is registered already; 422, see Script, or the account that the request made has
+                been deregistered since.
+        """
+        own = secrets.token_hex(16)
+        made = self._sign_up([self.user_list], [name, own, int(time.time()), self.ttl], request)
+        if not made:
             raise HTTPError(409, "id is registered already; POST /auth/rotate gives a new key, and so does "
                             "`accounts --rotate` on the command line", "id")
-        return self._sign(Account(name, registration, registration), int(time.time()))
+        registration, moment, ttl = made
+        if registration != own and self.find(name) != Account(name, registration):
+            raise HTTPError(422, "Idempotency-Key was used for an account that has been deregistered since",
+                            "Idempotency-Key")
+        return self._sign(Account(name, registration, registration), moment, ttl)
 
-    def _sign(self, account: Account, moment: int) -> str:
-        """The API key of an account whose id is `account.key`, made at a moment (s)."""
+    def _sign(self, account: Account, moment: int, ttl: int) -> str:
+        """The API key of an account whose id is `account.key`, made at a moment (s), valid for `ttl` seconds."""
         claims: Json = {"sub": account.name, "jti": account.key, "iat": moment}
         if account.key != account.registration:
             claims["registration"] = account.registration
-        if self.ttl:
-            claims["exp"] = moment + self.ttl
+        if ttl:
+            claims["exp"] = moment + ttl
         return jwt.encode(claims, self.secret, algorithm="HS256")
 
     # Make a new key of an account. Each key that was valid until it is rotated ends after the overlap; one that ends
     # already does so when it was said. Without an overlap, all other keys end now.
     # KEYS: the prefix. ARGV: account, registration, id of the key that asks or "", id of the new key, overlap (ms),
-    #       MAX_KEYS.
+    #       MAX_KEYS, ttl of the new key (s).
     # Answer: 0 if the key that asks is not valid (any more); minus the milliseconds until the first of too many keys
-    #         ends; or {now (ms), when the key that asks ends, or the newest of the others for who has none (ms)}.
+    #         ends; or {id of the new key, now (s), ttl, when the key that asks ends (ms), or for who has none the newest
+    #         of the others}.
     ROTATE = CLOCK + IS_ACTIVE + """
-        local prefix, account, registration, key, new, overlap, most = KEYS[1], unpack(ARGV)
+        local prefix, account, registration, key, new, overlap, most, ttl = KEYS[1], unpack(ARGV)
         if not is_active(prefix, account, registration, key) then return 0 end
         local before = redis.call('HGET', prefix .. 'keys', account) or registration .. ':0'
         local ends, first, previous, valid = milliseconds + overlap, math.huge, milliseconds, {}
@@ -2574,27 +2639,28 @@ class Accounts:
         if #valid >= tonumber(most) then return milliseconds - first end
         valid[#valid + 1] = new .. ':0'
         redis.call('HSET', prefix .. 'keys', account, table.concat(valid, ' '))
-        return {milliseconds, previous}
+        return {new, tonumber(time[1]), tonumber(ttl), previous}
     """
 
-    def rotate(self, account: Account, overlap: int) -> tuple[str, float]:
+    def rotate(self, account: Account, overlap: int, request: str | Once = "") -> tuple[str, float]:
         """A new API key of an account, and when the one that `account` came with ends (s); or the newest one before,
         for who came without a key. Both are valid until then: `overlap` seconds, or what is left of the key that asks.
-        Without overlap, all keys but the new one end at once.
+        Without overlap, all keys but the new one end at once. `request` is that of Script.
 
         Raises:
-            HTTPError: 401, the key is not valid; 404, the account is not registered; 409, it has MAX_KEYS keys.
+            HTTPError: 401, the key is not valid; 404, the account is not registered; 409, it has MAX_KEYS keys; 422,
+                see Script.
         """
-        new = dataclasses.replace(account, key=secrets.token_hex(16))
-        answer = self._rotate(keys=[self.store.prefix], args=[
-            account.name, account.registration, account.key, new.key, overlap * 1000, self.MAX_KEYS])
+        answer = self._rotate([self.store.prefix], [
+            account.name, account.registration, account.key, secrets.token_hex(16), overlap * 1000, self.MAX_KEYS,
+            self.ttl], request)
         if answer == 0:
             raise revoked_key() if account.key else self._not_registered()
         if isinstance(answer, int):
             raise HTTPError(409, f"id has {self.MAX_KEYS} keys, and can have no more: the first of them ends in "
                             f"{math.ceil(-answer / 1000)} seconds; with an overlap of 0 all others end at once", "id")
-        made, ends = answer
-        return self._sign(new, made // 1000), min(ends / 1000, account.expires)
+        key, moment, ttl, ends = answer
+        return self._sign(dataclasses.replace(account, key=key), moment, ttl), min(ends / 1000, account.expires)
 
     # KEYS: UserList, the account's content types, its other keys; ARGV: account, key prefix, content types to remove.
     # Answers 0 if the account is not registered, 1 if it is removed, 2 if content types are left: until they are gone,
@@ -2614,7 +2680,9 @@ class Accounts:
             return 2
         end
         redis.call('HDEL', users, name)
-        for _, hash in ipairs({'hooks', 'keys', 'settings'}) do redis.call('HDEL', prefix .. hash, name) end
+        redis.call('HDEL', prefix .. 'hooks', name)
+        redis.call('HDEL', prefix .. 'keys', name)
+        redis.call('HDEL', prefix .. 'settings', name)
         redis.call('UNLINK', unpack(KEYS, 2))
         return 1
     """
@@ -4336,10 +4404,14 @@ class Queue:
         return 1
     """
 
-    def revive(self, task_id: str, account: Account = EVERYBODY, remove: bool = False) -> bool:
-        """Queue a dead letter again, with all its attempts, or remove it. False where the account has none such."""
-        return bool(self._revive(keys=[self.store.prefix], args=[
-            task_id, account.name, account.registration, "remove" if remove else "retry"]))
+    def revive(self, task_id: str, account: Account = EVERYBODY, remove: bool = False,
+               request: str | Once = "") -> bool:
+        """Queue a dead letter again, with all its attempts, or remove it. False where the account has none such.
+
+        `request` is that of Script, which may raise HTTPError (422).
+        """
+        return bool(self._revive([self.store.prefix], [
+            task_id, account.name, account.registration, "remove" if remove else "retry"], request))
 
     def revive_all(self, account: Account = EVERYBODY, remove: bool = False,
                    progress: Callable[[int], object] = lambda count: None) -> int:
@@ -6726,9 +6798,10 @@ class Newsletters:
         return 1
     """
 
-    def create(self, account: str, content_type: str, subject: str, content: str) -> None:
-        """Define a content type. Raises HTTPError (409) if it exists."""
-        if not self._define(self._keys(account, content_type), [content_type, self._body(subject, content), 0]):
+    def create(self, account: str, content_type: str, subject: str, content: str, request: str | Once = "") -> None:
+        """Define a content type. `request` is that of Script. Raises HTTPError: 409, it exists; 422, see Script."""
+        if not self._define(self._keys(account, content_type), [content_type, self._body(subject, content), 0],
+                            request):
             raise HTTPError(409, "content_type exists already; PUT updates it", "content_type")
 
     def update(self, account: str, content_type: str, subject: str, content: str) -> None:
@@ -7653,9 +7726,10 @@ class Webhooks:
         """
         return self._existing(*self.records.read(account, "hooks"))
 
-    def _change(self, owner: Account, change: Callable[[Json | None], tuple[Json | None, Any]]) -> Any:
+    def _change(self, owner: Account, change: Callable[[Json | None], tuple[Json | None, Any]],
+                request: str | Once = "") -> Any:
         """Make of an account's webhook, or None, what `change` returns, and return what it returns beside."""
-        return self.records.change(owner, ("hooks",), change)
+        return self.records.change(owner, ("hooks",), change, request)
 
     @staticmethod
     def _existing(hook: Json | None) -> Json:
@@ -7669,15 +7743,16 @@ class Webhooks:
         return ({**(hook or new), "url": url, "events": list(events), "gone": 0},
                 None if hook else typing.cast(str, new["secret"]))
 
-    def set(self, owner: Account, url: str, events: Sequence[str]) -> tuple[Json, str | None]:
+    def set(self, owner: Account, url: str, events: Sequence[str],
+            request: str | Once = "") -> tuple[Json, str | None]:
         """Send these events of the account to this URL from now on. Returns what revise() does."""
         def revise(hook: Json | None) -> tuple[Json, Any]:
             revised = self.revise(hook, url, events)
             return revised[0], revised
-        hook, secret = self._change(owner, revise)
+        hook, secret = self._change(owner, revise, request)
         return hook, secret
 
-    def replace_secret(self, owner: Account, overlap: int) -> tuple[str, float]:
+    def replace_secret(self, owner: Account, overlap: int, request: str | Once = "") -> tuple[str, float]:
         """Make a new secret; for `overlap` seconds the one before signs as well. Returns it and when that ends.
 
         Raises HTTPError (404) if the account has no webhook.
@@ -7687,7 +7762,7 @@ class Webhooks:
         def replace(hook: Json | None) -> tuple[Json, Any]:
             before = self._existing(hook)
             return {**before, "secret": new[0], "previous": before["secret"], "until": new[1]}, new
-        secret, until = self._change(owner, replace)
+        secret, until = self._change(owner, replace, request)
         return secret, until
 
     def remove(self, owner: Account) -> None:
@@ -8718,6 +8793,7 @@ class Request:
     account: Any = None  # the Account that sends it, unless its route is open
     peer: str = ""  # the address that the connection comes from
     idempotency_key: str = ""  # if its route takes one
+    once: str | Once = ""  # the same, for a Script
 
     @property
     def client(self) -> str:
@@ -8813,6 +8889,7 @@ class Route:
     refuses: tuple[int, ...] = ()  # statuses that only this route answers
     needs_redis: bool = True  # refused at once while Redis is away
     idempotency_key: bool = False  # takes the header Idempotency-Key
+    checks_key: bool = False  # the handler checks whether the key is still valid
     any_media_type: bool = False  # its body is JSON, whatever its Content-Type says
 
     @functools.cached_property
@@ -8883,7 +8960,8 @@ class Api:
             case Access.KEY | Access.ALL if self.is_admin(request):
                 return self.account_named(request, route)
             case Access.KEY | Access.ALL | Access.OWNER:
-                return self.accounts.ensure_active(self.account_or_penalty(request))
+                account = self.account_or_penalty(request)
+                return account if route.checks_key else self.accounts.ensure_active(account)
         raise HTTPError(403, "nobody may use this route: its access level is not known")
 
     def answer(self, route: Route, request: Request) -> Reply:
@@ -8895,7 +8973,22 @@ class Api:
             request.idempotency_key = request.headers.get("idempotency-key", "")
             if len(request.idempotency_key) > 255:
                 raise HTTPError(400, "Idempotency-Key must have at most 255 characters", "Idempotency-Key")
+            if request.idempotency_key:
+                request.once = self.once(route, request)
         return route.handler(self, request)
+
+    @staticmethod
+    def once(route: Route, request: Request) -> Once:
+        """What a request with an Idempotency-Key is known by.
+
+        An account does not get the answers to what the admin asked for it. After a rotation, only the very key that
+        asked for it gets the new one again: the others may be those that had to end.
+        """
+        owner = request.account
+        whose = [owner.name, owner.registration, owner.key if route.checks_key else bool(owner.key)]
+        digests = [hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest() for parts in (
+            [route.method, route.path, request.path_params, *whose, request.idempotency_key], request.body)]
+        return Once(*digests)
 
     def account_named(self, request: Request, route: Route) -> Account:
         """The Account that the admin names by `?account=`. Without it, all accounts, if the route allows that."""
@@ -8978,7 +9071,7 @@ class Api:
     def sign_up(self, request: Request) -> Reply:
         if request.body["id"] == Accounts.COMMAND_LINE:  # its key would show what the operator sends
             raise HTTPError(409, "id is reserved for the command line; choose another", "id")
-        return {"apiKey": self.accounts.sign_up(request.body["id"])}
+        return {"apiKey": self.accounts.sign_up(request.body["id"], request.once)}
 
     def deregister(self, request: Request) -> Reply:
         name = request.body["id"]
@@ -8992,11 +9085,11 @@ class Api:
         if account == self.admin:
             account = self.accounts.named(name)
             with contextlib.suppress(HTTPError):  # without admin_token, also who sends a key is the admin
-                own = self.accounts.ensure_active(self.account_for(request))
+                own = self.account_for(request)
                 account = own if own == account else account
         elif account.name != name:
             raise self.not_admin()
-        key, until = self.accounts.rotate(account, request.body.get("overlap", Accounts.OVERLAP))
+        key, until = self.accounts.rotate(account, request.body.get("overlap", Accounts.OVERLAP), request.once)
         return {"apiKey": key, "previousUntil": timestamp(until * 1e6)}
 
     def list_accounts(self, request: Request) -> Reply:
@@ -9098,7 +9191,7 @@ class Api:
     def take_dead(self, request: Request, remove: bool = False) -> str:
         """Queue a dead letter again, or remove it. Returns its id. Raises HTTPError (404)."""
         task_id = request.path_params["id"]
-        if not self.queue.revive(task_id, request.account, remove):
+        if not self.queue.revive(task_id, request.account, remove, request.once):
             raise HTTPError(404, "there is no dead letter of this id; GET /task/dead lists them", "id")
         return task_id
 
@@ -9113,7 +9206,7 @@ class Api:
         return self.part_of_list(request, "contentTypes", self.newsletters.read_all)
 
     def create_content(self, request: Request) -> Reply:
-        self.newsletters.create(request.account.name, **request.body)
+        self.newsletters.create(request.account.name, **request.body, request=request.once)
         return done("Content Type created successfully")
 
     def update_content(self, request: Request) -> Reply:
@@ -9158,12 +9251,12 @@ class Api:
 
     def set_webhook(self, request: Request) -> Reply:
         owner = self.ensure_may_set_webhook(request)
-        revised = self.webhooks.set(owner, request.body["url"], request.body.get("events", EVENTS))
+        revised = self.webhooks.set(owner, request.body["url"], request.body.get("events", EVENTS), request.once)
         return {"status": True, **self.describe_webhook(*revised)}
 
     def replace_webhook_secret(self, request: Request) -> Reply:
         owner = self.ensure_may_set_webhook(request)
-        secret, until = self.webhooks.replace_secret(owner, request.body.get("overlap", 86400))
+        secret, until = self.webhooks.replace_secret(owner, request.body.get("overlap", 86400), request.once)
         return {"status": True, "secret": secret, "previousUntil": timestamp(until * 1e6)}
 
     def remove_webhook(self, request: Request) -> Reply:
@@ -9201,7 +9294,7 @@ class Api:
             if not may_set and (wanted["senders"], hook) != (before[0]["senders"], before[1]):
                 raise self.not_admin()
             return wanted if wanted != Accounts.NO_SETTINGS else None, hook, [wanted, hook, secret]
-        changed = self.accounts.records.change(request.account, ("settings", "hooks"), change)
+        changed = self.accounts.records.change(request.account, ("settings", "hooks"), change, request.once)
         return self.describe_account(request, *changed)
 
     def revise_webhook(self, hook: Json | None, wanted: Json | None) -> tuple[Json | None, str | None]:
@@ -9418,13 +9511,15 @@ METRICS_ANSWER = {"status": bool, "Total Jobs Executed": int, "Jobs Successful":
 OPENAPI_ANSWER = {"openapi": str, "info": dict, "paths": dict, "components": dict}
 
 ROUTES = (
-    Route("POST", "/auth/signup", Api.sign_up, Access.ADMIN, NEW_ID, answer={"apiKey": str}, refuses=(409,)),
+    Route("POST", "/auth/signup", Api.sign_up, Access.ADMIN, NEW_ID, answer={"apiKey": str}, refuses=(409, 422),
+          idempotency_key=True),
     Route("POST", "/auth/deregister", Api.deregister, Access.OWNER, ID, refuses=(404,)),
     Route("POST", "/auth/rotate", Api.rotate, Access.OWNER, ROTATION, answer={"apiKey": str, "previousUntil": str},
-          refuses=(404, 409)),
+          refuses=(404, 409, 422), idempotency_key=True, checks_key=True),
     Route("GET", "/accounts", Api.list_accounts, Access.ADMIN, answer={"status": bool, "accounts": list}),
     Route("GET", "/account", Api.read_account, Access.KEY, answer=ACCOUNT_ANSWER),
-    Route("PUT", "/account", Api.set_account, Access.KEY, SETTINGS, answer=ACCOUNT_ANSWER),
+    Route("PUT", "/account", Api.set_account, Access.KEY, SETTINGS, answer=ACCOUNT_ANSWER, refuses=(422,),
+          idempotency_key=True),
     Route("GET", "/session", Api.read_session, Access.OPEN, answer=SESSION_ANSWER),
     Route("POST", "/session", Api.open_session, Access.OPEN, LOGIN, answer=SESSION_ANSWER, refuses=(401, 429)),
     Route("DELETE", "/session", Api.close_session, Access.OPEN),
@@ -9437,7 +9532,8 @@ ROUTES = (
           refuses=(429,)),
     Route("GET", "/task/subscriptionContent", Api.list_content, Access.ALL, query=PAGING,
           answer={**PART_ANSWER, "contentTypes": list}),
-    Route("POST", "/task/subscriptionContent", Api.create_content, Access.KEY, DEFINITION, refuses=(409,)),
+    Route("POST", "/task/subscriptionContent", Api.create_content, Access.KEY, DEFINITION, refuses=(409, 422),
+          idempotency_key=True),
     Route("PUT", "/task/subscriptionContent", Api.update_content, Access.KEY, DEFINITION, refuses=(404,)),
     Route("GET", "/task/subscriptionContent/{content_type}", Api.read_content, Access.KEY,
           answer=CONTENT_ANSWER, refuses=(404,)),
@@ -9447,7 +9543,8 @@ ROUTES = (
     Route("GET", "/task/dead", Api.list_dead, Access.ALL, query=PAGING, answer={**PART_ANSWER, "tasks": list}),
     Route("DELETE", "/task/dead", Api.remove_all_dead, Access.ALL, answer=COUNTED),
     Route("POST", "/task/dead/retry", Api.retry_all_dead, Access.ALL, answer=COUNTED),
-    Route("POST", "/task/dead/{id}/retry", Api.retry_dead, Access.ALL, answer=QUEUED, refuses=(404,)),
+    Route("POST", "/task/dead/{id}/retry", Api.retry_dead, Access.ALL, answer=QUEUED, refuses=(404, 422),
+          idempotency_key=True),
     Route("DELETE", "/task/dead/{id}", Api.remove_dead, Access.ALL, refuses=(404,)),
     Route("GET", "/task/{id}", Api.read_task, Access.ALL, answer=TASK_ANSWER, refuses=(404,)),
     Route("DELETE", "/task/{id}", Api.cancel_task, Access.ALL, refuses=(404, 409)),
@@ -9462,10 +9559,11 @@ ROUTES = (
     Route("POST", "/bounces/{provider}/{token}", Api.take_notification, Access.TOKEN, Notification(), answer=CHANGED,
           refuses=(404,), any_media_type=True),
     Route("GET", "/webhook", Api.read_webhook, Access.ALL, answer=WEBHOOK_ANSWER, refuses=(404,)),
-    Route("PUT", "/webhook", Api.set_webhook, Access.ALL, WEBHOOK, answer=WEBHOOK_ANSWER),
+    Route("PUT", "/webhook", Api.set_webhook, Access.ALL, WEBHOOK, answer=WEBHOOK_ANSWER, refuses=(422,),
+          idempotency_key=True),
     Route("DELETE", "/webhook", Api.remove_webhook, Access.ALL, refuses=(404,)),
     Route("POST", "/webhook/secret", Api.replace_webhook_secret, Access.ALL, OVERLAP,
-          answer={"status": bool, "secret": str, "previousUntil": str}, refuses=(404,)),
+          answer={"status": bool, "secret": str, "previousUntil": str}, refuses=(404, 422), idempotency_key=True),
     Route("GET", "/lanes", Api.list_lanes, Access.ALL, answer=LANES_ANSWER),
     Route("POST", "/lanes/{lane}/resume", Api.resume_lane, Access.ALL, refuses=(404, 429)),
     Route("GET", "/history", Api.read_history, Access.ALL, answer={"status": bool, "minutes": list}),
@@ -9557,7 +9655,7 @@ def openapi(routes: Sequence[Route]) -> Json:
                 "required": True, "content": {"application/json": {"schema": route.body.schema}}}
         if route.idempotency_key:
             operation["parameters"].append({"name": "Idempotency-Key", "in": "header", "description": (
-                "The same key and body within 24 hours queue nothing again and get the same answer."),
+                "The same key and body within 24 hours do nothing again and get the same answer."),
                                             "schema": {"type": "string", "maxLength": 255}})
         paths.setdefault(route.path, {})[route.method.lower()] = operation
     return {"openapi": "3.1.0", "info": {"title": "GoMail", "version": __version__}, "paths": paths, "components": {

@@ -2518,6 +2518,99 @@ def test_the_next_account_of_the_same_name_sees_and_changes_no_task_of_the_one_b
         assert outcomes(task_id)[:2] == (200, [task_id])
 
 
+def with_lost_answer(client, method, path, body):
+    """What a client gets that did not get the answer to its request, and sends it again with its Idempotency-Key."""
+    key = secrets.token_hex(8)
+    first, again = (client(method, path, body, Idempotency_Key=key) for _ in range(2))
+    assert first[:2] == again[:2] and first[0] == 200
+    status, answer, _ = client(method, path, {**body, **OTHER_BODIES[path.partition("?")[0]]}, Idempotency_Key=key)
+    assert (status, answer["field"]) == (422, "Idempotency-Key")
+    return first[1]
+
+
+OTHER_BODIES = {
+    "/auth/signup": {"id": "another"}, "/auth/rotate": {"overlap": 60}, "/task/subscriptionContent": {"content": "x"},
+    "/webhook": {"url": "http://127.0.0.1:2/"}, "/webhook/secret": {"overlap": 60}, "/account": {"senders": []}}
+
+
+@pytest.mark.parametrize("governed_by", ["", "the token of the admin"])
+def test_what_makes_something_makes_it_once_for_an_idempotency_key_and_answers_the_same(services, governed_by):
+    service = services(admin_token=governed_by)
+    admin = Client(service.http.url, governed_by)
+    client = Client(admin.address, with_lost_answer(admin, "POST", "/auth/signup", {"id": "app"})["apiKey"])
+    assert works(client)
+    client = Client(admin.address, with_lost_answer(client, "POST", "/auth/rotate", {"id": "app"})["apiKey"])
+    assert works(client) and len(service.store.redis.hget(service.store.key("keys"), "app").split()) == 2
+    answer = with_lost_answer(client, "POST", "/auth/rotate", {"id": "app", "overlap": 0})
+    assert not works(client) and works(Client(admin.address, answer["apiKey"]))
+    client = Client(admin.address, answer["apiKey"])
+    with_lost_answer(client, "POST", "/task/subscriptionContent", {
+        "content_type": "news", "subject": "News", "content": "What is new"})
+    setter, query = (admin, "?account=app") if governed_by else (client, "")
+    secret = with_lost_answer(setter, "PUT", f"/webhook{query}", {"url": "http://127.0.0.1:1/"})["secret"]
+    newer = with_lost_answer(setter, "POST", f"/webhook/secret{query}", {})["secret"]
+    kept, = service.http.api.accounts.records.read("app", "hooks")
+    assert newer != secret and (kept["secret"], kept["previous"]) == (newer, secret)
+    setter("DELETE", f"/webhook{query}")
+    hook = with_lost_answer(setter, "PUT", f"/account{query}", {
+        "senders": ["a@example.com"], "webhook": {"url": "http://127.0.0.1:1/"}})["webhook"]
+    assert hook["secret"] == service.http.api.accounts.records.read("app", "hooks")[0]["secret"]
+    kept = str(contents(service.store.redis, service.store.prefix))
+    assert hook["secret"] in kept and client.key.split(".")[2] not in kept  # no API key is kept
+
+
+def test_an_idempotency_key_that_changed_nothing_is_not_used_up(service, client):
+    name, key = name_of(client), {"Idempotency_Key": "one"}
+    content = {"content_type": "news", "subject": "News", "content": "What is new"}
+    define(client, "news")
+    assert client("POST", "/task/subscriptionContent", content, **key)[0] == 409
+    client("DELETE", "/task/subscriptionContent/news")
+    for _ in range(2):
+        assert client("POST", "/task/subscriptionContent", content, **key)[0] == 200
+    assert client("POST", "/webhook/secret", {}, **key)[0] == 404
+    client("PUT", "/webhook", {"url": "http://127.0.0.1:1/"})
+    first = client.post("/webhook/secret", {}, **key)
+    client("DELETE", "/webhook")
+    assert client.post("/webhook/secret", {}, **key) == first  # though there is none any more
+    assert service.client("POST", "/auth/signup", {"id": name}, **key)[0] == 409
+    client.post("/auth/deregister", {"id": name})
+    again = Client(client.address, service.client.post("/auth/signup", {"id": name}, **key)["apiKey"])
+    assert again("POST", "/webhook/secret", {}, **key)[0] == 404  # the key of the account before
+    again.post("/auth/deregister", {"id": name})
+    status, answer, _ = service.client("POST", "/auth/signup", {"id": name}, **key)
+    assert (status, answer["field"]) == (422, "Idempotency-Key") and "deregistered since" in answer["error"]
+    assert service.client("POST", "/auth/signup", {"id": name})[0] == 200
+
+
+def test_an_idempotency_key_shows_no_answer_to_who_was_not_asked_for_it(services):
+    admin = Client(services(admin_token=ADMIN).http.url, ADMIN)
+    one, other = (Client(admin.address, admin.post("/auth/signup", {"id": name})["apiKey"]) for name in ("one", "two"))
+    key, hook = {"Idempotency_Key": "one"}, {"url": "http://127.0.0.1:1/"}
+    status, answer, _ = admin("PUT", "/account?account=one", {"webhook": hook}, **key)
+    assert status == 200 and answer["webhook"]["secret"]
+    assert "secret" not in put_account(one)["webhook"]
+    assert one("PUT", "/account", {"webhook": {**hook, "events": ["mail.sent"]}}, **key)[0] == 401
+    status, answer, _ = one("PUT", "/account", {"webhook": hook}, **key)
+    assert status == 200 and "secret" not in answer["webhook"]
+    assert other("PUT", "/account", {"webhook": hook}, **key)[0] == 401
+    # A key that had to end does not get the one that replaced it.
+    two, _ = rotated(one)
+    new = two.post("/auth/rotate", {"id": "one", "overlap": 0}, **key)
+    assert two.post("/auth/rotate", {"id": "one", "overlap": 0}, **key) == new
+    for client in (one, other, Client(admin.address)):
+        assert client("POST", "/auth/rotate", {"id": "one", "overlap": 0}, **key)[0] == 401
+    assert not works(two) and works(Client(admin.address, new["apiKey"]))
+
+
+def test_a_dead_letter_is_queued_again_once_for_an_idempotency_key(service, client):
+    dead, key = given_up(service, client), {"Idempotency_Key": "one"}
+    for _ in range(2):
+        assert client.post(f"/task/dead/{dead}/retry", **key)["id"] == dead
+    assert client.state(dead, "succeeded", "dead")
+    assert client("POST", f"/task/dead/{dead}/retry")[0] == 404
+    assert [step["event"] for step in client.get(f"/task/{dead}")["story"]].count("revived") == 1
+
+
 def put_account(client, expected=200, **body):
     """The answer to a change of a client's account."""
     status, answer, _ = client("PUT", "/account", body)
