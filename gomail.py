@@ -2618,8 +2618,8 @@ class Accounts:
     # KEYS: the prefix. ARGV: account, registration, id of the key that asks or "", id of the new key, overlap (ms),
     #       MAX_KEYS, ttl of the new key (s).
     # Answer: 0 if the key that asks is not valid (any more); minus the milliseconds until the first of too many keys
-    #         ends; or {id of the new key, now (s), ttl, when the key that asks ends (ms), or for who has none the newest
-    #         of the others}.
+    #         ends; or {id of the new key, now (s), ttl, when the key that asks ends (ms)}; for who has no key, when the
+    #         newest of the others ends.
     ROTATE = CLOCK + IS_ACTIVE + """
         local prefix, account, registration, key, new, overlap, most, ttl = KEYS[1], unpack(ARGV)
         if not is_active(prefix, account, registration, key) then return 0 end

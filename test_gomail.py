@@ -11716,12 +11716,59 @@ LEFT_BY_AN_EARLIER_VERSION = """
 """
 
 
-def left_by_an_earlier_version(client: redis.Redis, prefix: str) -> dict:
+# The same of commit 4685af7, the last one before keys could be rotated; also "batch", a body with the key "two", and
+# its "answer"; "secret" of the webhook of shop@example.com, and the path for bounces of its mails. The name of the
+# process is changed, and the counters (stats, history) are left out.
+LEFT_BEFORE_ROTATION = """
+    ABzY8000000t4+^>r>mf7XMc~`J7U{Epg}0Y`e7Fv?Xj?*p^3!k!6_}5+@rwQ0VZ#-y_?3*s)94W#P`wZ9gQ~N76Y*zw?yxqchT>?QCOTaUqDWShsU&Z
+    _>{8k4`!mPkyoA^=LA*TV_1!Y<KL<yFsvP;{Ett@9?&V`*APrC7-zYwI_O)ldr%3`c7>D(QWvp=ZJ3guDbrX`#U@Og0F+!!`Ts0Suehhb@FM_yBNp)(M
+    Pnu6UKX^H+XL+933AV$Nk$^X#dM0I^O*>*t>XpvA6T)d;j(_{_yL&$<f!3@&3gdx_@v;`WHR;e5<zJTJ!o-d~0@sII^F=_C}whkG~!7r13|5gkRgwYG{
+    V?@a!{r-RpEa<7{B3e^IWhaCa~?m#>F*_ibi&zYjl*`d7hc7&Mw7{TT+04)OlM5y)h|_rLT<{V#{t`#YDYzcUyf9}F(~2ff?9+jp187kk&aKEAv~pbsY
+    }?q3|;z~}eq;}(jpZ}tv?;bi#U=e_Ai@`}$Qe{l9YI@sq|{p|Dcf3mN^*T6E=x$Ab~u-LenG1i7Q1j&TJgmV&V%PoR`6g~~nQbfK81oA;4!FZOK3UMHb
+    Z-7`BrLZ!>QeR^#G!Un=$z*ENv`QaZ>?UUl8LJo%U|1jw0{YPERZ5uEhCnH`&;oHE3o96*1}M+RiCv{6N;n=!WKcjNsTs@^5$kv`0~^kU6&4I<Im?Di6
+    @)kh`LQH81ahN6ykVVOQRQa$0~vA^AdG#cwc~hdv*}HooUc*~V!6|YMS-Ri8x;_ND0OIpxmPKrU``cAp$H2W5Y0qrNtokqvPu{-L)?^vVM#UfsSgtSP7
+    &8S&Qi2O8xk&^dbNsV#3V*O*NElI=d`#&8w5@dzS2r)!%^fD?$cmSODeP$J6Z~Ba|JpJ5vYUeIW1kKr6`|QS{W!tEaJv6WBfTStI!hP$wrZHnUAs7T*H
+    2pO7L>}3OU0$Iis2gE-{Ow3?u3gT_{aq$~j(W`$s3!=_NeR|Lk_Mn~B?l5x`QP+j0wI3u~ZmXQFS0V~4>Xompz9y|5ft@c<6j!G$#$yxcD)HRB|+$>PB
+    sFcav^4Cc$j>?hB~NHX^Fg}cwgz&Bt)C+W4F=H4dL*$h_5rZd}JQBC!ET(LfFYz`(vjJC#?;4Mf*G3@wqT%?C747Ahf7}hB!KEdC-(Jalpz<Szy_j$kX
+    jSFtOohY`$aD}ikSvwQh54E!=V|~F)AOLnwzSJ7f9gtrS;Op5N3W4Xh>-YFJmVdl|^Y)_{hcfFOyy>&!=w`==t1p6z$@%&D$A2$esss7U^6SgVIL$_Sd
+    iiqGSTi^x{j2Z`cX1&$WN>BPG{u{2Xn$9eV>kHX__DuqPLD3$4f+SK=<(=~99@{}{?2gN-~DuXbkO^Lbo=W2-htu01Z^c3uhQ37<JbF1@968Eoc@-4*c
+    %G-q5tCj;KTl>v*7kU=SPQqh-1!?>rA`tJ_P7|h*MC_NoSzbfdgSfrXWHleQ<vq`H>ZY53#|rFw_J*4)|Kt7KphLFa&cGLA;WRF=?$doKQ-@CAcW}0)G
+    Ser6!KgqVX_~awo9QQ|Gd~okb#p6(OC17yz6AM&faju5z7>rz1TCC`IF`eSu#Hh)z^t=OJNaXEr?t)VI98Tg>cCW4l3=m38d3L&A^KxoMqtw!PC%A0B%
+    !xA)_Rm*|o8?(R-IU3gJWT2TE5BG<S=a#vq`UHgCk+C^AD>D;DZB;Avf4FddPX9z}Q3w`UJY!K^L24Oeo+j99vxu1=np}w(IjX+WqaDf$95Z<B)i6}t8
+    gEgA^G6MCLlQBg&gy<Rvtr<r#h!dY-j%tHib092H$u=T<$+rDIiF3PY)Ld(ZQm`N>D1p~B*BZ-L2l-;j!occj7FeBaHyGNgU3a?FXVQ%rk1x}EypO|s?
+    !XHmKir3x)-VOeZ0IIg`jssu8REpfhfMe?9?#NZm14{+$>O1Vfbzel!{X&2%O=||Ut$6q4gc{rep%4lE3mhGhLck$#^T{tnU9}#zPa}<EzYM~*j^mk(P
+    Ru}YHqd}*2-WX+^Q8qQa|vq;XJgyhDa6#u-(}BM4BK7BLN8Hh`6*3&>dhQ39abZN^sCXgJG`&*h^p*TLP%UG$KJ{1QtpuN=+!ENEsXWglgZ1T7zRq2qU
+    i&S~21bsKMMcOe+HK{*WL69)M9^6H?I-!&(9ui2@1Gmz-(=jA$W{WgPpELa+c+C6NuR60izz!EHbp*nzDA2|R&hG^89<WOYDH=tn-3MZQmsf^ZT_A434
+    rNKtSd5v5V6bV#KQ2;?ZnyD!z>SWfKZytvNJ=DEfSmx6_yF-0-aG}6w{LdJc>6|#m$@C|m<C>im{K<yP_ADox~m4^{luz`LV`IfVvLCs_?D{Dkd_()-+
+    BZ8wS2t+`jXv46Zz%L+O5LfnLW+S2uh={<M5E39o7>PKJ$~A^MvD-x~b<+=BZcy<Et;N6wwZ*-qO6f*MF3&X;w_v|pGt2U-52HM<g{nABqZzQ-kxqUvw
+    *2)XoI|w%p}gWuei~i#PngVN7CIZ0jw|1X=mGX70t~gYqJpuAPyi=~a*SJHNEB*qsj^`J@1@9d?84JHUY8LDvL4~8o=bbPNk(<or5s>I`BIX+)Ox5mA&
+    OK00m!#B1f&4~Al6_JLM17+gzeKHoB}5xB4o8<;AoTuAERM|C4{*)aeM)qd9XNK7UG;iT5rRRw&%g2tkiZMl?olQ`l6d@a&6`N;$f+n<;n|jr}mGTO|!
+    IdorMiUqRLBlCwi6^Dad?3n^M;wi!d^oj-5T&^u8fQBK!h%%P+WFSUWr^zu;~#8(zZS`3LTrflkhC3J>yNz4*knwLymUu)jT@z0sSrwKu+PJ~3{dxTVL
+    k$;5NTH2c361e6m`t;vh)2aN1Km2>TG(pK7_OSM7M>)xuodw=(!yGa{vgPz_7O~MV@jvF*GH|UCP&|=-7Yr8=gctH}#avK#1iJ>@%LTcnHyBZQK4J09?
+    YK8|0b^!8BBCC*YE{f|QZ(XiBSCbR`zrFn5Uj7H{<sM_0A68V-11R;@tfMFgUBjmMrjtZh-+wEz20(#8W$6zS)lK8!^VB$PY3w|-xsc9+)J)^RPSb72&
+    Ci=;buNn{zUWgI74)k$Ih=G+o+m+-SP=aZLQ;QIyefO&i(0&?nkSInB0=5jD?N>MFf0bZ+OFxfT=}$fx5%8<B>P!X{Y-*krC`IvLj{{3?)^NwP3%=|Cs
+    )#0M97xJ)S<KNWVBLBQJ~oMINFFReYPcoXOM&4)A_tw>n;a3UYS-ek3H)o<zZ-dovG~(=g8w*cnf>8<T4pwCv(NQGl%VaJ;Dlit~Bx%IP#E(*S5|RLV8
+    emac@n`Zf6GL>$ri(2|U(bRtPvhIaw?d0=s$Z!Ix-_>9#n$A=9NHc`&_)DP!Kcwf|+Vm007t%|F+<t}_dvixW>$;t>e0s7=MrOn=5~Hf|vDjH!*8%R~S
+    _`|s!SNJ{JSw1%XbJS9rk#1aw#Ua*g;hY2IBO|C}6Y~F{G=hZW<iUlj`0~d3K8YVtX76J>hCU9Grt_i#}d?zznm02o6h39kXQ6fc~#0@U1S>825FHXJX
+    ^8fNuYrWk!2j0v1!~9%nE~3A-r>)7#iikOm+@VH|!(bfV6am9cSvc*2<02Bc^WNfVdF0z1Aj*^9(*Li<p8A@__{v#PehSojI^?X}<}sw((Z;~`yF=54O
+    >if%wv^J*W|<vL@_PVyMf-(^CE#I`aek(o#Oa{kNJ4}?q%T&qDBac;P0Hr>6jG4QIO0KZW92Dzo@);jG;LstDU!b&Pj4Eu;MHk8H@mm0#@zl0cVWesa?
+    Ju;)9pGu*Ms!m56}9V{~PdJO#s?3iV4j(?oly{!P#N?6c}Asd@DvVQaCrq28`xf@anXy7+uk21*mErsBHyE9jJ>s=Bd%zxbUBaY(B~+;hE0gR*Eb_$>x
+    Y&mUR_a=a=(lj-WF2qeB)ePM*ZAwrGD@-PF+3(yOQ?9*fI^^}GWU1fksXFc+=q<6>}o;!)-e3axY4)^MrgeSTr_(cw;iuJERH|9%I(xSrYSq#4H^gW!j
+    }Aq<%=alU$U;?Z#qHkr@**Kz)*)ZXr%!38tk?4F5WwBnv~T5rCBSJUKabG_TzJiMm}!=N$WnH2U2{MBYe4ObMC<&DSY(n?{r#${U<^gb?`JD~HJP{1XV
+    kIE%!<8r;7yBU`laS3cH@wjaAH8$HC({(n_ZDOZ@o&9W5=Quyz_NWhQ`G~4kj<d-F%G5c_Y%P6gZMWCmX>tAfsdI<*RiD6>&XQ!!lRmy@^eL1kPmuvM>
+    9E}|0%jF&bZD)IH;qui&jJ<v&x8sSh&>rp@WxPKN{SY!v>XLCLWMjFRLIjp<&T-2H5D6=j1&%K;*%kTY*bUU9vwG=fj$cu=syz-(tkQI&<(-Ra@C*_4D
+    4CJ!2Xe75Rh*?85r1xU}(9TQU^oRO~VJlVI|>ys60(;7jq14a-Izwl_=U$wj3g8Bw?>Yp9CQz4AD?Zssd^-1HhZ`SyGJRHr{==P&bFiqpLL6N&ef5mE*
+    MXml3Tgh~vA0t$Tl8vU;tv0YBB>8dOETwt>5`xh5{*KbN-{;C?Dre|g$;<_P4cow#^?-w|j|TLLK`&~Wc%A>MK;?;f+Wl#IRNcaL5)9gmy?^h!-_d%rG
+    zWadq6lwZZIHlE7g`Lvz%NT0Jm(|s*|4%2d`l^@SG_I{9}m~pSpz_R!AFj?oVp}V{P0$EEq&Qd@C00
+"""
+
+
+def left_by_an_earlier_version(client: redis.Redis, prefix: str, packed: str = LEFT_BY_AN_EARLIER_VERSION) -> dict:
     """Put the data of an earlier version behind a prefix, as if it had been killed an hour to a day ago; what it left.
 
     All times in it are moved by whole days, so that the calendar of the newsletters fits.
     """
-    text = gzip.decompress(base64.b85decode("".join(LEFT_BY_AN_EARLIER_VERSION.split()))).decode()
+    text = gzip.decompress(base64.b85decode("".join(packed.split()))).decode()
     made = json.loads(text)["made"]
     days = (int(client.time()[0]) - 3600 - made) // 86400
 
@@ -11783,6 +11830,47 @@ def test_what_an_earlier_version_left_in_every_state_goes_on_with_this_one(servi
     recipients = collections.Counter(mail.recipient for mail in mail_server.mails)
     assert recipients == dict.fromkeys([*(f"{name}@example.com" for name in (*waiting.values(), "issue", "dead", "new",
                                                                             "Anna"))], 1)
+
+
+def test_what_the_version_before_rotation_left_goes_on_with_old_and_new_keys(
+        services, mail_server, clock, redis_server):
+    prefix, name = f"{secrets.token_hex(4)}:", "shop@example.com"
+    left = left_by_an_earlier_version(redis_server.client, prefix, LEFT_BEFORE_ROTATION)
+    clock.now = left["made"]
+    service = services(mail_server, clock, key_prefix=prefix)
+    old, other = (Client(service.http.url, left["keys"][account]) for account in (name, "other@example.com"))
+    assert works(old) and works(other)
+    new, _ = rotated(old)
+    for number in range(5):
+        assert old.state(left["ids"][f"waits{number}"], "succeeded")
+    assert new.state(left["ids"]["otp waits"], "expired") and new.state(left["ids"]["retrying"], "succeeded")
+    states = {"succeeded": "succeeded", "bounced": "bounced", "suppressed": "suppressed", "dead": "dead",
+              "gone": "dead", "scheduled": "scheduled", "cancelled": "cancelled", "once": "succeeded"}
+    for client in (old, new):
+        tasks = {task: client.get(f"/task/{left['ids'][task]}") for task in states}
+        assert {task: found["state"] for task, found in tasks.items()} == states
+        assert tasks["dead"]["error"] == "550 5.2.1 no" and tasks["suppressed"]["story"][-1]["event"] == "suppressed"
+        assert {task["id"] for task in client.get("/task/dead")["tasks"]} == {left["ids"]["dead"], left["ids"]["gone"]}
+        assert {found["userId"] for found in client.get("/suppressions")["suppressions"]} == {
+            "never@example.com", "bounced@example.com", "gone@example.com"}
+        assert client.get("/task/subscriptionContent/news")["subscribers"] == 1
+        assert client.get("/account")["webhook"]["events"] == ["mail.bounced"]
+        assert set(left["data"][f"recent:{name}"][1]) < set(recent(client, limit=1000)[0])
+        assert client.post("/task/", left["once"], Idempotency_Key="one")["id"] == left["ids"]["once"]
+        assert client.post("/task/batch", left["batch"], Idempotency_Key="two") == left["answer"]
+        assert other("GET", f"/task/{left['ids']['dead']}")[0] == 404
+    assert rotated(new, overlap=0) and not works(old) and works(other)
+    client = rotated(new, service.client)[0]
+    assert verified(client, "otp@example.com", left["otp"]) and not verified(client, "otp@example.com", left["otp"])
+    assert service.http.api.accounts.records.read(name, "hooks")[0]["secret"] == left["secret"]
+    assert Client(service.http.url)("POST", left["bounces"], {"RecordType": "Open"})[0] == 200
+    assert client("DELETE", f"/task/{left['ids']['scheduled']}")[0] == 200
+    client.post(f"/task/dead/{left['ids']['dead']}/retry")
+    client.state(left["ids"]["dead"], "succeeded")
+    clock.forward(86400)
+    until(lambda: len(mail_server.to("Anna@example.com")) == 2)  # of both accounts
+    client.post("/auth/deregister", {"id": name})
+    assert not works(client) and works(other)
 
 
 # --- 16. command line -------------------------------------------------------------------------------------
@@ -13101,8 +13189,31 @@ def test_the_admin_sees_all_accounts_or_one_and_signs_others_up(governed, browse
     tab.get_by_text("The API key of three@example.com").wait_for()
     assert Client(admin.address, tab.locator("pre").inner_text().strip()).get("/task/recent")["tasks"] == []
     tab.on("dialog", lambda dialog: dialog.accept())
+    tab.get_by_role("button", name="New key of two@example.com").click()
+    tab.get_by_text("The API key of two@example.com").wait_for()
+    assert works(Client(admin.address, tab.locator("pre").inner_text().strip())) and works(two)
     tab.get_by_role("button", name="Deregister one@example.com").click()
     until(lambda: one("GET", "/task/recent")[0] == 401)
+
+
+def test_an_account_gets_a_new_key_on_the_page_where_it_stays_logged_in(services, browser):
+    service = services(admin_token=ADMIN)
+    old = Client(service.http.url, ADMIN).sign_up("me@example.com")
+    tab, questions = browser.open(old, old.key), []
+    tab.on("dialog", lambda dialog: (questions.append(dialog.message), dialog.accept()))
+    tab.get_by_role("link", name="Account").click()
+    tab.get_by_text("GoMail's own").wait_for()
+    clients = [old]
+    for choice in ("work for 24 more hours", "end at once"):
+        tab.get_by_label("the keys before").select_option(choice)
+        tab.get_by_role("button", name="New key").click()
+        tab.get_by_role("status").get_by_text("me@example.com has a new key.").wait_for()
+        clients.append(Client(old.address, tab.locator("pre").inner_text().strip()))
+        assert works(clients[-1]) and works(old) == (choice != "end at once")
+    assert not works(clients[1]) and "works for 24 more hours" in questions[0] and "end at once" in questions[1]
+    tab.reload()
+    tab.get_by_role("heading", name="Account").wait_for()
+    assert clients[-1].key not in tab.content()
 
 
 def test_a_service_that_goes_away_and_comes_back_is_said_and_seen(services, mail_server, browser):
