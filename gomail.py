@@ -11115,9 +11115,11 @@ class Operator:
             minutes = self.stats.history(self.accounts.find(name))
             rows.append({"id": name, "dead": self.store.redis.zcard(self.store.key("dead", name)),
                          "contentTypes": self.store.redis.hlen(self.store.key("content", name)),
-                         **{event: sum(minute[event] for minute in minutes) for event in ("sent", "failed")}})
-        headings = ["account", "dead letters", "content types", "sent in the last hour", "given up"]
-        return self.terminal.result(rows, self.terminal.table(headings, [[*row.values()] for row in rows]))
+                         **{event: sum(minute[event] for minute in minutes) for event in ("sent", "failed")},
+                         "senders": self.accounts.settings(name)["senders"]})
+        headings = ["account", "dead letters", "content types", "sent in the last hour", "given up", "senders"]
+        return self.terminal.result(rows, self.terminal.table(headings, [
+            [*row.values()][:-1] + [", ".join(row["senders"])] for row in rows]))
 
     def remove_account(self, name: str, confirmed: bool) -> int:
         """Deregister an account, after a question that names what it has. Raises HTTPError where there is none."""

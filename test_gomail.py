@@ -12014,9 +12014,12 @@ def test_accounts_are_listed_added_and_removed_from_the_command_line(operated):
     new = Client(client.address, key.strip())
     assert recent(new) == ([], None)
     rows = until(lambda: (found := json.loads(command("accounts", "--json")[1]))[0]["sent"] and found)
-    assert rows == [{"id": "app@example.com", "dead": 0, "contentTypes": 0, "sent": 1, "failed": 0},
-                    {"id": "new@example.com", "dead": 0, "contentTypes": 0, "sent": 0, "failed": 0}]
-    assert [line.split()[0] for line in command("accounts")[1].splitlines()] == ["app@example.com", "new@example.com"]
+    assert rows == [{"id": "app@example.com", "dead": 0, "contentTypes": 0, "sent": 1, "failed": 0, "senders": []},
+                    {"id": "new@example.com", "dead": 0, "contentTypes": 0, "sent": 0, "failed": 0, "senders": []}]
+    put_account(new, senders=["Ann <ann@a.example>", "@b.example"])
+    lines = command("accounts")[1].splitlines()
+    assert [line.split()[0] for line in lines] == ["app@example.com", "new@example.com"]
+    assert lines[1].endswith("Ann <ann@a.example>, @b.example")
     assert command("accounts", "--remove", "new@example.com")[0] == 0 and new("GET", "/task/recent")[0] == 401
 
 
@@ -13272,7 +13275,7 @@ def test_the_keyboard_alone_gets_everywhere_and_focus_follows(service, browser):
 
 
 VIEWS = ["#/", "#/tasks", "#/tasks/{task}", "#/dead", "#/newsletters", "#/newsletters/news", "#/new-content", "#/mails",
-         "#/mails/{mail}", "#/suppressions"]
+         "#/mails/{mail}", "#/suppressions", "#/account"]
 
 
 @pytest.mark.parametrize("scheme, width", [("light", 360), ("dark", 360), ("light", 1280), ("dark", 1280)])
