@@ -739,6 +739,29 @@ def mailbox(address: str) -> str:
     return f'"{local}"@{domain}'
 
 
+SENDER = re.compile(r'(?:"((?:[^"\\]|\\.)*)"\s*|([^"<>]*))<([^<>]*)>')
+
+
+def parse_sender(text: str) -> tuple[str, str] | None:
+    """(display name, address as parse_address() gives it) of `Name <address>` or `address`; None if it is not valid.
+
+    The name has up to 100 characters, in one line. It may be in quotes (RFC 5322 section 3.2.4).
+    """
+    match = SENDER.fullmatch(text.strip())
+    quoted_name, name, address = match.groups() if match else (None, "", text)
+    name = (name if quoted_name is None else re.sub(r"\\(.)", r"\1", quoted_name)).strip()
+    parsed = parse_address(address)
+    return (name, parsed) if parsed and len(name) <= 100 and re.fullmatch(f"{ONE_LINE}*", name) else None
+
+
+def format_sender(name: str, address: str) -> str:
+    """The text from which parse_sender() makes a display name and an address."""
+    if re.search(r'[][\\()<>@,:;".]', name):
+        escaped = re.sub(r'["\\]', r"\\\g<0>", name)
+        name = f'"{escaped}"'
+    return f"{name} <{address}>" if name else address
+
+
 # --- 2. logging -----------------------------------------------------------------------------------------
 # Each line is a JSON object, on stdout and in a rotating file. Callers name its fields: log(..., task=...). No line
 # has a password, an API key, an OTP or the content of a mail.
@@ -980,20 +1003,24 @@ def start_logging(settings: Settings) -> None:
 # by "field -> value" or by the list of its fields. Times are since the epoch, in microseconds (us), milliseconds (ms)
 # or seconds (s).
 #
-#   UserList                        hash    account -> id of its API key; "" while the account is being removed
+#   UserList                        hash    account -> its registration: the id of its first API key; "" while the
+#                                           account is being removed
+#   keys                            hash    account -> ids of its valid API keys, each with a colon and when it ends
+#                                           (ms; 0: not by a rotation), by spaces; only if a key was ever rotated
+#   settings                        hash    account -> {"senders", "reply_to"}; only where there are any
 #   jwt_secret                      string  the signing secret, if the settings have none
 #   jwt_secret_check                string  a keyed hash that tells whether another process has the same secret
 #   ended_session:<id>              string  exists if the session was ended before its time
 #
 #   task:<id>                       hash    body (JSON); head (what is shown of it, JSON; a newsletter has none);
-#                                           account; key (id of its API key); to (folded addresses); lane; state;
+#                                           account; key (its registration); to (folded addresses); lane; state;
 #                                           created, started, finished (us); due, expires (ms); attempts; error;
 #                                           story (of failed attempts); delivered (to whom); strikes (how many
 #                                           processes died while they had it); begun (set before a task with strikes
 #                                           is begun); drops (how many connections it lost), dropped (the last time,
 #                                           us); refused (how often a used-up quota returned it).
-#                                           A task that has ended, except a dead letter, keeps only a summary: d, u, n
-#                                           (explained at Queue.CONCLUDE), to, error, story, head, bounces
+#                                           A task that has ended, except a dead letter, keeps only a summary: d, k, u
+#                                           and n (explained at Queue.CONCLUDE), to, error, story, head, bounces
 #   reply:<id>                      string  id of the task whose mail the provider gave this id when it took it
 #   lane:<lane>:<account>           list    ids of waiting tasks; in at the left, out at the right
 #   lane:<lane>                     list    turns: the names of those lists without `key_prefix`; in at the left, out at
@@ -1007,7 +1034,8 @@ def start_logging(settings: Settings) -> None:
 #   dead, dead:<account>            zset    ids of dead letters, by time of death (ms)
 #   recent, recent:<account>        list    ids of the newest tasks, newest first
 #   idempotency:<digest>            string  what is known of an Idempotency-Key: fingerprint of the request, id of its
-#                                           task (for a batch the seed of its ids), id of its API key, refusals
+#                                           task (for a batch the seed of its ids), registration, refusals; where it
+#                                           makes no tasks, fingerprint and answer of the script that does it
 #   suppressed:<account>            zset    addresses that get no mail, by the time when that began (ms)
 #   suppressed_for:<account>        hash    address -> reason
 #   rate                            hash    smtp_rate: when the next mail may go: all (lanes), urgent (the lane); asked
@@ -1029,10 +1057,10 @@ def start_logging(settings: Settings) -> None:
 #
 #   metrics                         hash    executed, successful, failed (tasks)
 #   stats                           hash    counter with its labels, as JSON -> amount
-#   history:<minute>                hash    ["sent", "retried" or "failed", account, id of its API key] -> amount; the
-#                                           sum of all accounts has "" for the account and no id
+#   history:<minute>                hash    ["sent", "retried" or "failed", account, its registration] -> amount; the
+#                                           sum of all accounts has "" for the account and no registration
 #   otp:<address>:<account>         hash    hash (keyed, of the OTP); tries (wrong ones); created (of its task, us);
-#                                           key (id of its API key)
+#                                           key (the account's registration)
 #   otp_asked:<address>:<account>   zset    ids of the generateOtp tasks of the last hour, by time (ms)
 #   otp_failed:<address>:<account>  string  number of wrong tries in a row
 #   otp_requests:<account>          string  number of OTP requests in this minute
@@ -1237,13 +1265,25 @@ class SecureClusterConnection(ClusterConnection, redis.SSLConnection):
     """The same over TLS."""
 
 
+class Once(typing.NamedTuple):
+    """A request with an Idempotency-Key, which is done once: the same again gets the same answer.
+
+    Args:
+        id: a digest of the key, of whose it is, and of what it is for.
+        fingerprint: a digest of what the request asks for, 64 characters.
+    """
+
+    id: str
+    fingerprint: str
+
+
 class Script:
     """A Lua script that Redis runs as a whole.
 
     Args:
         source: the script. Its first key is the prefix of all keys, or begins with it.
-        once: if the connection breaks before the answer comes, the call is sent again but runs once. The answer 0 is
-            not kept: it must mean that nothing was changed. Without `once`, running twice must do no harm.
+        once: if the connection breaks before the answer comes, the call is sent again but runs once. An answer of 0 or
+            less is not kept: it must mean that nothing was changed. Without `once`, running twice must do no harm.
         when_full: the script also runs when Redis's memory is full. What settles, takes or removes makes room.
     """
 
@@ -1251,17 +1291,26 @@ class Script:
     # half-way. This write needs no memory and changes nothing. (The flag allow-oom is unknown to Redis 6.2.)
     WHEN_FULL = "redis.call('UNLINK', KEYS[1] .. ':')\n"
 
-    # The last key is that of the answer; the script itself does not see it.
+    KEPT = 86400  # seconds, of the answer to a request with an Idempotency-Key
+
+    # The last key is that of the answer, and the last arguments are the fingerprint of the request, or "", and for how
+    # many seconds the answer is kept; the script itself does not see them.
     BEFORE_ONCE = """
-        local answered = table.remove(KEYS)
+        local answered, seconds = table.remove(KEYS), table.remove(ARGV)
+        local fingerprint = table.remove(ARGV)
         local before = redis.call('GET', answered)
-        if before then return cjson.decode(before) end
+        if before and string.sub(before, 1, #fingerprint) ~= fingerprint then
+            return redis.error_reply('REUSED Idempotency-Key')
+        end
+        if before then return cjson.decode(string.sub(before, #fingerprint + 1)) end
         local function run()
     """
     AFTER_ONCE = """
         end
         local answer = run()
-        if answer ~= 0 then redis.call('SET', answered, cjson.encode(answer), 'EX', 60) end
+        if type(answer) ~= 'number' or answer > 0 then
+            redis.call('SET', answered, fingerprint .. cjson.encode(answer), 'EX', seconds)
+        end
         return answer
     """
 
@@ -1272,15 +1321,39 @@ class Script:
         self.source = self.WHEN_FULL + source if when_full else source
         self.digest = hashlib.sha1(self.source.encode()).hexdigest()
 
-    def __call__(self, keys: Sequence, args: Sequence, request: str = "") -> Any:
+    def __call__(self, keys: Sequence, args: Sequence, request: str | Once = "") -> Any:
         """Run the script and return its answer.
 
         Args:
             request: identifies the call of a script that runs once; by default, each call is a new one.
+
+        Raises:
+            HTTPError: 422, the Idempotency-Key of the request came with another one before.
         """
-        if self.once:
-            keys = [*keys, self.store.key("answered", request or secrets.token_hex(16))]
-        return self._run(keys, args)[0]
+        if isinstance(request, Once):
+            keys = [*keys, self.store.key("idempotency", request.id)]
+            args = [*args, request.fingerprint, self.KEPT]
+        elif self.once:
+            keys, args = [*keys, self.store.key("answered", request or secrets.token_hex(16))], [*args, "", 60]
+        try:
+            return self._run(keys, args)[0]
+        except redis.ResponseError as error:
+            if "REUSED Idempotency-Key" in str(error):
+                raise self._reused() from None
+            raise
+
+    def known(self, request: str | Once) -> Any:
+        """The answer that is kept of an earlier call with this Idempotency-Key, or None. Raises HTTPError (422)."""
+        if not isinstance(request, Once):
+            return None
+        found = self.store.redis.get(self.store.key("idempotency", request.id))
+        if found and not found.startswith(request.fingerprint):
+            raise self._reused()
+        return json.loads(found.removeprefix(request.fingerprint)) if found else None
+
+    @staticmethod
+    def _reused() -> "HTTPError":
+        return HTTPError(422, "Idempotency-Key was used with another request before", "Idempotency-Key")
 
     def durably(self, keys: Sequence, args: Sequence, timeout: int) -> tuple[Any, bool]:
         """The script's answer, and whether all that it wrote is on disk within `timeout` milliseconds.
@@ -2161,6 +2234,22 @@ class Address(Check):
         return parse_address(value)
 
 
+class Sender(Check):
+    """A sender that an account may use, see parse_sender(); or `@` and a domain, for all addresses there."""
+
+    expected = '"Name <address>", an address, or "@domain"'
+    schema = {"type": "string", "maxLength": 500}
+
+    def parse(self, value: str) -> str | None:
+        if len(value) > 500 or SURROGATES.search(value):
+            return None
+        if value.startswith("@"):
+            address = parse_address(f"x{value}")
+            return address and address[1:]
+        sender = parse_sender(value)
+        return sender and format_sender(*sender)
+
+
 class Url(Check):
     """An address on the web (RFC 3986), without a user, a password or a fragment; its host in ASCII."""
 
@@ -2251,6 +2340,28 @@ class Object(Check):
         return result
 
 
+class Changes(Object):
+    """The fields of an object that a request changes: one that is null is removed, and one that is missing stays."""
+
+    def __init__(self, fields: Mapping[str, Check]) -> None:
+        super().__init__({name: Nullable(check) for name, check in fields.items()})
+
+    def __call__(self, value: Any, field: str = "") -> Any:
+        changes = super().__call__(value, field)
+        return {name: changes.get(name) for name in self.fields if name in value}
+
+
+class OrEmpty(Check):
+    """A string that its Check allows, or the empty one."""
+
+    def __init__(self, check: Check) -> None:
+        self.check, self.expected = check, f"{check.expected}, or empty"
+        self.schema = {"anyOf": [check.schema, {"const": ""}]}
+
+    def parse(self, value: str) -> str | None:
+        return value and self.check.parse(value)
+
+
 class Array(Check):
     """A JSON array of `minimum` to `maximum` elements."""
 
@@ -2302,33 +2413,101 @@ class Variables(Check):
 
 
 # --- 5. accounts ----------------------------------------------------------------------------------------
-# API keys are signed JWTs. UserList maps each account to the id of its one key, so that every process refuses a
-# deregistered key at once.
+# API keys are signed JWTs. UserList maps each account to its registration, and `keys` lists its valid keys as soon as
+# one was rotated, so that every process refuses a key at once that was deregistered or has ended.
 
 @dataclasses.dataclass(frozen=True)
 class Account:
-    """An account and the id of the API key that a request came with. The admin's name is "", for all accounts.
+    """An account, from its signup until it is deregistered. The admin's name is "", for all accounts.
 
+    All that the account has is bound to its registration: a later account of the same name has another one. `key` is
+    the id of the API key that a request came with; "" for the admin and the command line, who act without one.
     `expires` is when the key does (seconds since the epoch).
     """
 
     name: str
-    key_id: str
+    registration: str
+    key: str = dataclasses.field(default="", compare=False)
     expires: float = dataclasses.field(default=math.inf, compare=False)
 
 
+EVERYBODY = Account("", "")  # stands for all accounts
+
+
+class Records:
+    """What hashes keep of each account, as JSON: its settings, and its webhook; the admin's name is ""."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._changed = store.script(self.CHANGE, once=True)
+
+    def read(self, account: str, *hashes: str) -> list[Any]:
+        """What each of these hashes keeps of an account, or None."""
+        with self.store.redis.pipeline(transaction=False) as pipeline:
+            for name in hashes:
+                pipeline.hget(self.store.key(name), account)
+            return [json.loads(found) if found else None for found in pipeline.execute()]
+
+    # Change what hashes keep of an account, unless that is something else than was read, or the account has ended.
+    # KEYS: the prefix.
+    # ARGV: account, its registration, what to answer; then of each hash: its name, the value as it was read, or "", and
+    #       as it is to be, or "".
+    # Answer: 0 if a value is another by now; -1 if the account is not registered any more; else what was asked for.
+    CHANGE = """
+        local prefix, account, registration, answer = KEYS[1], unpack(ARGV)
+        if account ~= '' and redis.call('HGET', prefix .. 'UserList', account) ~= registration then return -1 end
+        for at = 4, #ARGV, 3 do
+            if (redis.call('HGET', prefix .. ARGV[at], account) or '') ~= ARGV[at + 1] then return 0 end
+        end
+        for at = 4, #ARGV, 3 do
+            local hash, value = prefix .. ARGV[at], ARGV[at + 2]
+            if value == '' then redis.call('HDEL', hash, account) else redis.call('HSET', hash, account, value) end
+        end
+        return answer
+    """
+
+    def change(self, owner: Account, hashes: Sequence[str], change: Callable[..., tuple],
+               request: str | Once = "") -> Any:
+        """Make of what these hashes keep of an account, each a value or None, what `change` returns.
+
+        `change` also returns, as the last, what this method returns: a value of JSON. It may be called several times.
+
+        Raises:
+            HTTPError: 401, the account was deregistered; 422, see Script; and what `change` raises.
+        """
+        if (known := self._changed.known(request)) is not None:
+            return json.loads(known)
+        while True:
+            with self.store.redis.pipeline(transaction=False) as pipeline:
+                for name in hashes:
+                    pipeline.hget(self.store.key(name), owner.name)
+                before = [found or "" for found in pipeline.execute()]
+            *values, result = change(*(json.loads(found) if found else None for found in before))
+            after = [json.dumps(value) if value else "" for value in values]
+            answer = self._changed(keys=[self.store.prefix], args=[
+                owner.name, owner.registration, json.dumps(result), *itertools.chain(*zip(hashes, before, after))],
+                request=request)
+            if answer == -1:
+                raise revoked_key()
+            if answer != 0:
+                return json.loads(answer)
+
+
 class Accounts:
-    """Signup, deregistration, authentication and sessions.
+    """Signup, deregistration, rotation of keys, authentication and sessions.
 
     Args:
         secret: signs the keys, 32 bytes or more; "": one that is made once and kept in Redis.
         previous_secret: its keys are still accepted; "" for none.
-        ttl: seconds that a key is valid; 0: until it is deregistered.
+        ttl: seconds that a key is valid; 0: until it is deregistered or rotated.
     """
 
     COMMAND_LINE = "command-line"  # the account that the command line makes for itself
     CONTENT_TYPES_AT_ONCE = 100  # that one call of DEREGISTER removes
     MANY = 1000  # elements of a key that are not removed in one call
+    MAX_KEYS = 10  # valid keys of an account
+    NO_SETTINGS: typing.ClassVar[Json] = {"senders": [], "reply_to": ""}
+    OVERLAP = 86400  # seconds that a key is valid after a rotation, unless something else is asked for
 
     def __init__(self, store: Store, secret: str = "", previous_secret: str = "", ttl: int = 0) -> None:
         self.store, self.ttl, self.keeps_secret = store, ttl, not secret
@@ -2337,10 +2516,12 @@ class Accounts:
             secret = store.redis.get(store.key("jwt_secret"))
         self.secret = secret.encode()
         self.accepted_secrets = [self.secret, previous_secret.encode()] if previous_secret else [self.secret]
-        self.user_list = store.key("UserList")
+        self.user_list, self.records = store.key("UserList"), Records(store)
         # An app sends the same key with every request, and a valid signature stays valid.
         self._claims = functools.lru_cache(maxsize=1000)(self._verified)
         self._sign_up = store.script(self.SIGN_UP, once=True, when_full=False)
+        self._rotate = store.script(self.ROTATE, once=True, when_full=False)
+        self._active = store.script(self.ACTIVE, when_full=False)
         self._deregister = store.script(self.DEREGISTER, once=True)
         self._restore = store.script(self.RESTORE)
 
@@ -2381,18 +2562,109 @@ class Accounts:
         """The claims of a token that seal() made, or None."""
         return self._decode(token, [self.derive(purpose, secret) for secret in self.accepted_secrets])
 
-    # KEYS: UserList; ARGV: account, key id. Answers 0 if the account is registered: its key stays valid.
-    SIGN_UP = "return redis.call('HSETNX', KEYS[1], ARGV[1], ARGV[2])"
+    # Redis's clock, so that the clocks of several machines need not agree.
+    CLOCK = """
+        local time = redis.call('TIME')
+        local microseconds = string.format('%.0f', time[1] * 1000000 + time[2])
+        local milliseconds = math.floor(microseconds / 1000)
+    """
 
-    def sign_up(self, name: str) -> str:
-        """Register `name` and return its API key. Raises HTTPError (409) if it is registered already."""
-        key_id = secrets.token_hex(16)
-        if not self._sign_up(keys=[self.user_list], args=[name, key_id]):
-            raise HTTPError(409, "id is registered already; deregister it to get a new key", "id")
-        claims: Json = {"sub": name, "jti": key_id, "iat": int(time.time())}
-        if self.ttl:
-            claims["exp"] = claims["iat"] + self.ttl
+    # Whether an API key is one of the valid keys of an account with this registration, by CLOCK. Without a key ("") it
+    # is the admin or the command line that acts for the account.
+    IS_ACTIVE = """
+        local function is_active(prefix, account, registration, key)
+            if redis.call('HGET', prefix .. 'UserList', account) ~= registration then return false end
+            local keys = key ~= '' and redis.call('HGET', prefix .. 'keys', account)
+            if not keys then return key == '' or key == registration end
+            for id, ends in string.gmatch(keys, '(%S+):(%d+)') do
+                if id == key then return ends == '0' or tonumber(ends) > milliseconds end
+            end
+            return false
+        end
+    """
+
+    # KEYS: UserList; ARGV: account, key id, now (s), ttl of the key (s).
+    # Answer: 0 if the account is registered: its key stays valid; else {key id, now, ttl}, of which the key is made.
+    SIGN_UP = """
+        if redis.call('HSETNX', KEYS[1], ARGV[1], ARGV[2]) == 0 then return 0 end
+        return {ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])}
+    """
+
+    def sign_up(self, name: str, request: str | Once = "") -> str:
+        """Register `name` and return its API key. `request` is that of Script.
+
+        Raises:
+            HTTPError: 409, the name is registered already; 422, see Script, or the account that the request made has
+                been deregistered since.
+        """
+        own = secrets.token_hex(16)
+        made = self._sign_up([self.user_list], [name, own, int(time.time()), self.ttl], request)
+        if not made:
+            raise HTTPError(409, "id is registered already; POST /auth/rotate gives a new key, and so does "
+                            "`accounts --rotate` on the command line", "id")
+        registration, moment, ttl = made
+        if registration != own and self.find(name) != Account(name, registration):
+            raise HTTPError(422, "Idempotency-Key was used for an account that has been deregistered since",
+                            "Idempotency-Key")
+        return self._sign(Account(name, registration, registration), moment, ttl)
+
+    def _sign(self, account: Account, moment: int, ttl: int) -> str:
+        """The API key of an account whose id is `account.key`, made at a moment (s), valid for `ttl` seconds."""
+        claims: Json = {"sub": account.name, "jti": account.key, "iat": moment}
+        if account.key != account.registration:
+            claims["registration"] = account.registration
+        if ttl:
+            claims["exp"] = moment + ttl
         return jwt.encode(claims, self.secret, algorithm="HS256")
+
+    # Make a new key of an account. Each key that was valid until it is rotated ends after the overlap; one that ends
+    # already does so when it was said. Without an overlap, all other keys end now.
+    # KEYS: the prefix. ARGV: account, registration, id of the key that asks or "", id of the new key, overlap (ms),
+    #       MAX_KEYS, ttl of the new key (s).
+    # Answer: 0 if the key that asks is not valid (any more); minus the milliseconds until the first of too many keys
+    #         ends; or {id of the new key, now (s), ttl, when the key that asks ends (ms)}; for who has no key, when the
+    #         newest of the others ends.
+    ROTATE = CLOCK + IS_ACTIVE + """
+        local prefix, account, registration, key, new, overlap, most, ttl = KEYS[1], unpack(ARGV)
+        if not is_active(prefix, account, registration, key) then return 0 end
+        local before = redis.call('HGET', prefix .. 'keys', account) or registration .. ':0'
+        local ends, first, previous, valid = milliseconds + overlap, math.huge, milliseconds, {}
+        if tonumber(overlap) > 0 then
+            for id, moment in string.gmatch(before, '(%S+):(%d+)') do
+                local is_newest = moment == '0'
+                moment = is_newest and ends or tonumber(moment)
+                if moment > milliseconds then
+                    valid[#valid + 1] = id .. ':' .. string.format('%.0f', moment)
+                    first = math.min(first, moment)
+                    if id == key or key == '' and is_newest then previous = moment end
+                end
+            end
+        end
+        if #valid >= tonumber(most) then return milliseconds - first end
+        valid[#valid + 1] = new .. ':0'
+        redis.call('HSET', prefix .. 'keys', account, table.concat(valid, ' '))
+        return {new, tonumber(time[1]), tonumber(ttl), previous}
+    """
+
+    def rotate(self, account: Account, overlap: int, request: str | Once = "") -> tuple[str, float]:
+        """A new API key of an account, and when the one that `account` came with ends (s); or the newest one before,
+        for who came without a key. Both are valid until then: `overlap` seconds, or what is left of the key that asks.
+        Without overlap, all keys but the new one end at once. `request` is that of Script.
+
+        Raises:
+            HTTPError: 401, the key is not valid; 404, the account is not registered; 409, it has MAX_KEYS keys; 422,
+                see Script.
+        """
+        answer = self._rotate([self.store.prefix], [
+            account.name, account.registration, account.key, secrets.token_hex(16), overlap * 1000, self.MAX_KEYS,
+            self.ttl], request)
+        if answer == 0:
+            raise revoked_key() if account.key else self._not_registered()
+        if isinstance(answer, int):
+            raise HTTPError(409, f"id has {self.MAX_KEYS} keys, and can have no more: the first of them ends in "
+                            f"{math.ceil(-answer / 1000)} seconds; with an overlap of 0 all others end at once", "id")
+        key, moment, ttl, ends = answer
+        return self._sign(dataclasses.replace(account, key=key), moment, ttl), min(ends / 1000, account.expires)
 
     # KEYS: UserList, the account's content types, its other keys; ARGV: account, key prefix, content types to remove.
     # Answers 0 if the account is not registered, 1 if it is removed, 2 if content types are left: until they are gone,
@@ -2413,22 +2685,24 @@ class Accounts:
         end
         redis.call('HDEL', users, name)
         redis.call('HDEL', prefix .. 'hooks', name)
+        redis.call('HDEL', prefix .. 'keys', name)
+        redis.call('HDEL', prefix .. 'settings', name)
         redis.call('UNLINK', unpack(KEYS, 2))
         return 1
     """
 
     def deregister(self, name: str) -> None:
-        """Revoke the key of an account and end all it has waiting. Raises HTTPError (404) if it is not registered."""
+        """Revoke the keys of an account and end all it has waiting. Raises HTTPError (404) if it is not registered."""
         keys = [self.user_list, *(self.store.key(kind, name) for kind in (
             "content", "dead", "suppressed", "suppressed_for", "recent"))]
         many, at_once = self._keys_of_many(name), self.CONTENT_TYPES_AT_ONCE
-        # Removing no content types only revokes the key.
+        # Removing no content types only revokes the keys.
         while (answer := self._deregister(keys=keys, args=[name, self.store.prefix, 0 if many else at_once])) == 2:
             for key in many:
                 self.store.remove(key, self.user_list, name)
             many = []
         if answer == 0:
-            raise HTTPError(404, "id is not registered", "id")
+            raise self._not_registered()
 
     def _keys_of_many(self, name: str) -> list[str]:
         """The keys of an account that have more elements than one call removes."""
@@ -2445,9 +2719,21 @@ class Accounts:
             return [key for key, size in zip(keys + hashes, pipeline.execute()) if size > self.MANY]
 
     def find(self, name: str) -> Account | None:
-        """The Account of this name, or None."""
-        key_id = self.store.redis.hget(self.user_list, name)
-        return Account(name, key_id) if key_id else None
+        """The Account of this name, without a key; or None."""
+        registration = self.store.redis.hget(self.user_list, name)
+        return Account(name, registration) if registration else None
+
+    def named(self, name: str) -> Account:
+        """As find(). Raises HTTPError (404) if it is not registered."""
+        account = self.find(name)
+        if account is None:
+            raise self._not_registered()
+        return account
+
+    def settings(self, name: str) -> Json:
+        """The settings of an account: {"senders", "reply_to"}."""
+        found, = self.records.read(name, "settings")
+        return {**self.NO_SETTINGS, **(found or {})}
 
     def names(self) -> list[str]:
         """The names of all accounts, sorted."""
@@ -2460,14 +2746,25 @@ class Accounts:
     def decode_key(self, header: str) -> Account:
         """As authenticate(), but the caller checks revocation itself."""
         claims = self._claims(strip_bearer(header))
-        if claims is None or "exp" in claims and claims["exp"] <= time.time():
+        if claims is None:
             raise self._invalid_key()
-        return Account(claims["sub"], claims["jti"], claims.get("exp", math.inf))
+        if "exp" in claims and claims["exp"] <= time.time():
+            raise self._invalid_key("the API key has expired; POST /auth/rotate with the admin_token gives a new one, "
+                                    "and so does `accounts --rotate` on the command line")
+        return Account(claims["sub"], claims.get("registration") or claims["jti"], claims["jti"],
+                       claims.get("exp", math.inf))
+
+    # KEYS: the prefix. ARGV: account, registration, id of the API key. Answer: 1 if the key is valid, else 0.
+    ACTIVE = CLOCK + IS_ACTIVE + "return is_active(KEYS[1], unpack(ARGV)) and 1 or 0"
+
+    def is_active(self, account: Account) -> bool:
+        """Whether the account is registered, and the key that it came with valid."""
+        return bool(self._active([self.store.prefix], [account.name, account.registration, account.key]))
 
     def ensure_active(self, account: Account) -> Account:
-        """The same account. Raises HTTPError (401) if its key was revoked."""
-        if self.store.redis.hget(self.user_list, account.name) != account.key_id:
-            raise self._invalid_key()
+        """The same account. Raises HTTPError (401) if its key was revoked, or ended after a rotation."""
+        if not self.is_active(account):
+            raise revoked_key()
         return account
 
     def is_signed(self, header: str) -> bool:
@@ -2477,15 +2774,17 @@ class Accounts:
     def create_session(self, account: Account, seconds: float) -> str:
         """A token that stands for an account's key for so many seconds, unless it or the key ends before."""
         expires = int(min(time.time() + seconds, account.expires))
-        return self.seal("session", {"name": account.name, "key_id": account.key_id, "exp": expires,
+        return self.seal("session", {"name": account.name, "key_id": account.key or account.registration,
+                                     "registration": account.registration, "exp": expires,
                                      "jti": secrets.token_hex(16)})
 
     def read_session(self, token: str) -> Account | None:
-        """The Account of a session's token, or None. The caller checks whether its key was revoked."""
+        """The Account of a session's token, or None. The caller checks whether its key is still valid."""
         claims = self.unseal("session", token)
         if claims is None or self.store.redis.exists(self.store.key("ended_session", claims.get("jti", ""))):
             return None
-        return Account(claims["name"], claims["key_id"])
+        # Older versions had one key for each registration.
+        return Account(claims["name"], claims.get("registration") or claims["key_id"], claims["key_id"])
 
     def end_session(self, token: str) -> None:
         """End a session in all processes and for all copies of its token. Any other token is ignored."""
@@ -2505,9 +2804,12 @@ class Accounts:
         return None
 
     @staticmethod
-    def _invalid_key() -> HTTPError:
-        return HTTPError(401, "Authorization must hold a valid API key; /auth/signup gives one", None,
-                         {"WWW-Authenticate": "Bearer"})
+    def _invalid_key(message: str = "Authorization must hold a valid API key; /auth/signup gives one") -> HTTPError:
+        return HTTPError(401, message, None, {"WWW-Authenticate": "Bearer"})
+
+    @staticmethod
+    def _not_registered() -> HTTPError:
+        return HTTPError(404, "id is not registered", "id")
 
 
 def strip_bearer(header: str) -> str:
@@ -2653,8 +2955,9 @@ def lane_of(task_type: str) -> Lane:
 
 
 def revoked_key() -> HTTPError:
-    """The error for an API key that was revoked since the request was authenticated."""
-    return HTTPError(401, "the API key was revoked", None, {"WWW-Authenticate": "Bearer"})
+    """The error for an API key that was revoked, or ended after a rotation."""
+    return HTTPError(401, "the API key was revoked: its account has a newer key, or was deregistered", None,
+                     {"WWW-Authenticate": "Bearer"})
 
 
 def rate_limited(seconds: int | str, what: str = "OTP requests") -> HTTPError:
@@ -2681,7 +2984,7 @@ class Task:
 
     id: str
     account: str
-    key: str  # the id of the API key it came with
+    registration: str  # of the account
     type: str
     name: str
     retries: int
@@ -2700,8 +3003,8 @@ class Task:
 
     @functools.cached_property
     def owner(self) -> Account:
-        """The account, with the key that it came with."""
-        return Account(self.account, self.key)
+        """The account, as it was registered when it sent the task."""
+        return Account(self.account, self.registration)
 
 
 # --- 7. queue -------------------------------------------------------------------------------------------
@@ -2927,12 +3230,7 @@ class Queue:
     BATCH = 500  # tasks in one script: a millisecond of Redis's time each 100
     BYTES_LIKE_A_TASK = 8192  # of a task's body that take Redis as long as a further small task
 
-    # Redis's clock, so that the clocks of several machines need not agree.
-    CLOCK = """
-        local time = redis.call('TIME')
-        local microseconds = string.format('%.0f', time[1] * 1000000 + time[2])
-        local milliseconds = math.floor(microseconds / 1000)
-    """
+    CLOCK = Accounts.CLOCK
 
     # Whether the first of two moments (microseconds) is the later one. A moment in the future was noted before the
     # clock went back, so it is the earlier one.
@@ -3015,6 +3313,7 @@ class Queue:
     #
     #   d      state ("" is succeeded), type ("" is message), retries, attempts, when it was accepted (microseconds),
     #          begun ("", or since it was accepted) and ended (since it was begun), and the account, by spaces
+    #   k      the first 8 characters of the account's registration; older versions did not keep it
     #   u, n   userId, and the task's name; or, where these are no UTF-8, head as summary_of() has it
     #   to     the recipients in lower case, where there are more than that one
     #   error, story    where there is one; what the server said to a mail goes on in r1, r2 and r3
@@ -3024,8 +3323,8 @@ class Queue:
     # retries, the account, u and n. To read and decode its head here took a third of the time of this fragment.
     CONCLUDE = """
         local function conclude(task, state, error, ttl, created, type_and_retries, account, ...)
-            local started, attempts, before, to, story = unpack(redis.call('HMGET', task,
-                'started', 'attempts', 'error', 'to', 'story'))
+            local started, attempts, before, to, story, registration = unpack(redis.call('HMGET', task,
+                'started', 'attempts', 'error', 'to', 'story', 'key'))
             if not attempts then return false end  -- it has ended before
             local begun, _, user = tonumber(started), ...
             if state == 'succeeded' then state, attempts = '', attempts + 1 end
@@ -3037,6 +3336,7 @@ class Queue:
                 kept[#kept + 1] = name
                 kept[#kept + 1] = value
             end
+            if registration then keep('k', string.sub(registration, 1, 8)) end
             if to and to ~= string.lower(user) then keep('to', to) end
             local reason = error or before or ''
             if state == '' and #reason > 64 then
@@ -3052,17 +3352,28 @@ class Queue:
         end
     """
 
-    # Whether the key that a task came with is still its account's. Events for the admin's webhook have no account.
+    # Whether a task belongs to an account, by the fields of its hash, and not to an earlier one of that name; any does
+    # where no account is asked for (""). What an older version left of ended tasks counts as the account's.
+    IS_OWN = """
+        local function is_own(account, registration, owner, key, ended, part)
+            owner = owner or ended and string.match(ended, '^' .. string.rep('%S* ', 7) .. '(.*)$')
+            if not owner or account == '' then return owner and true or false end
+            return owner == account and (key or part or '') == string.sub(registration, 1, #(key or part or ''))
+        end
+    """
+
+    # Whether the account of a task is still registered as it was then. Events for the admin's webhook have no account.
     IS_WANTED = """
-        local keys = {}  -- account -> its key, of those that were looked up
+        local known = {}  -- account -> its registration, of those that were looked up
         local function is_wanted(prefix, account, key)
-            keys[account] = keys[account] or account == '' and key or redis.call('HGET', prefix .. 'UserList', account)
-            return keys[account] == key
+            known[account] = known[account] or account == '' and key
+                or redis.call('HGET', prefix .. 'UserList', account)
+            return known[account] == key
         end
     """
 
     # Queue an event for the webhooks that want its kind: that of the account, and the admin's. An event is a task of
-    # the lane `hooks`, which is in no list of the newest tasks. `data` is JSON. `task_key`: id of the API key of the
+    # the lane `hooks`, which is in no list of the newest tasks. `data` is JSON. `task_key`: the registration of the
     # task that it is about, if any: the next account of the same name does not hear of it. See section 15.
     EVENT = CLOCK + PUT + """
         local function emit(prefix, account, kind, data, task_key)
@@ -3166,13 +3477,13 @@ class Queue:
     # its tasks there: it changes nothing, and does not count against the limits. The same idempotency key gets the same
     # answer again.
     # KEYS: the prefix.
-    # ARGV: otp_cooldown (s), otp_hourly_max, otp_minute_max, otp_ttl (s); then of each request: account, id of the API
-    #       key, fingerprint of what came with an idempotency key and the key's digest, or "" twice, what the ids are
-    #       made from, the number of tasks; and of each of its tasks: id, head, body, lane, the address of an OTP or "",
-    #       a content type that must exist or "", due (ms), when it expires (ms) or 0, recipients.
+    # ARGV: otp_cooldown (s), otp_hourly_max, otp_minute_max, otp_ttl (s); then of each request: account, registration,
+    #       id of the API key or "", fingerprint of what came with an idempotency key and the key's digest, or "" twice,
+    #       what the ids are made from, the number of tasks; and of each of its tasks: id, head, body, lane, the address
+    #       of an OTP or "", a content type that must exist or "", due (ms), when it expires (ms) or 0, recipients.
     # Answer: for each request "revoked", "conflict", or {what the ids are made from, "<number>=<why> ..." of the tasks
     #         refused, the lanes in which the account is new among others}.
-    ENQUEUE = ADD_TASK + LIMIT + """
+    ENQUEUE = ADD_TASK + LIMIT + Accounts.IS_ACTIVE + """
         local prefix, cooldown, hourly, minute, otp_ttl = KEYS[1], unpack(ARGV, 1, 4)
 
         local function too_early(account, id, address)
@@ -3206,24 +3517,25 @@ class Queue:
             if is_new then new_in[#new_in + 1] = lane end
         end
 
-        local function enqueue(tasks, account, key, fingerprint, digest, first, count)
-            if redis.call('HGET', prefix .. 'UserList', account) ~= key then return 'revoked' end
+        local function enqueue(tasks, account, registration, key, fingerprint, digest, first, count)
+            if not is_active(prefix, account, registration, key) then return 'revoked' end
             local idempotency = prefix .. 'idempotency:' .. digest
             local known = fingerprint ~= '' and redis.call('GET', idempotency)
             if known then  -- of this registration, or of an older version, which did not note the owner
                 local before, first, owner, refused = string.match(known, '(%w+) (%w+) ?(%w*) ?(.*)')
-                if owner == '' or owner == key then
+                if owner == '' or owner == registration then
                     return before == fingerprint and {first, refused, {}} or 'conflict'
                 end
             end
             local refused, new_in = {}, {}
             for number = 0, count - 1 do
-                local why = refusal_of(new_in, account, key, unpack(ARGV, tasks + 9 * number, tasks + 9 * number + 8))
+                local at = tasks + 9 * number
+                local why = refusal_of(new_in, account, registration, unpack(ARGV, at, at + 8))
                 if why then refused[#refused + 1] = number .. '=' .. why end
             end
             local refusals = table.concat(refused, ' ')
             if fingerprint ~= '' and #refused < tonumber(count) then
-                local record = {fingerprint, first, key, #refused > 0 and refusals or nil}
+                local record = {fingerprint, first, registration, #refused > 0 and refusals or nil}
                 redis.call('SET', idempotency, table.concat(record, ' '), 'EX', 86400)
             end
             return {first, refusals, new_in}
@@ -3231,8 +3543,8 @@ class Queue:
 
         local answers, at = {}, 5
         while at <= #ARGV do
-            answers[#answers + 1] = enqueue(at + 6, unpack(ARGV, at, at + 5))
-            at = at + 6 + 9 * ARGV[at + 5]
+            answers[#answers + 1] = enqueue(at + 7, unpack(ARGV, at, at + 6))
+            at = at + 7 + 9 * ARGV[at + 6]
         end
         return answers
     """
@@ -3254,7 +3566,8 @@ class Queue:
         if idempotency_key:
             fingerprint = hashlib.sha256((batch or json.dumps(tasks[0], sort_keys=True)).encode()).hexdigest()
             digest = hashlib.sha256(json.dumps([account.name, idempotency_key]).encode()).hexdigest()
-        request, size = [account.name, account.key_id, fingerprint, digest, first, len(tasks)], 0
+        request, size = [
+            account.name, account.registration, account.key, fingerprint, digest, first, len(tasks)], 0
         for task_id, task in zip(self._ids(first, len(tasks)), tasks):
             payload, otp_address, content_type = task["payload"], "", ""
             if task["type"] == "generateOtp":
@@ -3325,9 +3638,9 @@ class Queue:
     #       then, of each task to settle: the number of its arguments, its id, verdict, detail, delay (ms), recipients
     #       that have the mail, addresses to suppress and the ids that its provider gave the mail, by spaces; the
     #       server's reply where only some have it; and, if it ends, what _summary_args() returns.
-    # Answer: {how many tasks are seen to be left in the lane, then of each task taken: {id, body, account, API key's
-    #         id, created, attempts, strikes, drops, dropped, expires, delivered, the recipients that are suppressed}}.
-    #         No task, although some are left, means: ask again.
+    # Answer: {how many tasks are seen to be left in the lane, then of each task taken: {id, body, account,
+    #         registration, created, attempts, strikes, drops, dropped, expires, delivered, the recipients that are
+    #         suppressed}}. No task, although some are left, means: ask again.
     SETTLE_AND_TAKE = BURY + CONCLUDE + """
         local own, lane, prefix = unpack(KEYS)
         local most, keep, share, all = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4] == '1'
@@ -3549,16 +3862,16 @@ class Queue:
         return answer
 
     @staticmethod
-    def _task(task_id: str, body: str, account: str, key: str, created: str, attempts: str | None, strikes: str | None,
-              drops: str | None, dropped: str | None, expires: str | None, delivered: str | None,
+    def _task(task_id: str, body: str, account: str, registration: str, created: str, attempts: str | None,
+              strikes: str | None, drops: str | None, dropped: str | None, expires: str | None, delivered: str | None,
               suppressed: str) -> Task:
         """The Task of these fields."""
         task = json.loads(body)
         if task["type"] == "generateOtp":
             suppressed = ""  # whoever asks for an OTP waits for it
-        return Task(task_id, account, key, task["type"], task["task"], task["retries"], task["payload"], int(created),
-                    int(attempts or 0), int(strikes or 0), int(drops or 0), int(dropped or 0), int(expires or 0),
-                    tuple((delivered or "").split()), tuple(suppressed.split()))
+        return Task(task_id, account, registration, task["type"], task["task"], task["retries"], task["payload"],
+                    int(created), int(attempts or 0), int(strikes or 0), int(drops or 0), int(dropped or 0),
+                    int(expires or 0), tuple((delivered or "").split()), tuple(suppressed.split()))
 
     @staticmethod
     def _summary_args(task: Task) -> list[str | int]:
@@ -4123,25 +4436,24 @@ class Queue:
         self._turn_cursor = self._restore_turns(keys=[self.store.prefix], args=[self._turn_cursor])
 
     # Only a task in the delayed set can be cancelled: one in a lane or in hand may be sent at any moment.
-    # KEYS: the prefix. ARGV: id, the account that the task must belong to or "", and the arguments of CONCLUDE from
-    # `ttl` on. Answer: "unknown", "late <state>" or "cancelled".
-    CANCEL = CLOCK + CONCLUDE + """
-        local prefix, id, account = KEYS[1], ARGV[1], ARGV[2]
+    # KEYS: the prefix. ARGV: id, the account that the task must belong to or "", its registration, and the arguments of
+    # CONCLUDE from `ttl` on. Answer: "unknown", "late <state>" or "cancelled".
+    CANCEL = CLOCK + CONCLUDE + IS_OWN + """
+        local prefix, id, account, registration = KEYS[1], unpack(ARGV, 1, 3)
         local task = prefix .. 'task:' .. id
-        local owner, ended = unpack(redis.call('HMGET', task, 'account', 'd'))
-        owner = owner or ended and string.match(ended, '^' .. string.rep('%S* ', 7) .. '(.*)$')
-        if not owner or account ~= '' and owner ~= account then return 'unknown' end
+        local owner, key, ended, part = unpack(redis.call('HMGET', task, 'account', 'key', 'd', 'k'))
+        if not is_own(account, registration, owner, key, ended, part) then return 'unknown' end
         if redis.call('ZREM', prefix .. 'delayed', id) == 0 then
             local state = ended and string.match(ended, '^%S+') or redis.call('HGET', task, 'state') or 'succeeded'
             return 'late ' .. state
         end
         redis.call('ZREM', prefix .. 'scheduled', id)
-        conclude(task, 'cancelled', nil, unpack(ARGV, 3))
+        conclude(task, 'cancelled', nil, unpack(ARGV, 4))
         return 'cancelled'
     """
 
-    def cancel(self, task_id: str, account: str = "") -> None:
-        """End a task that waits for its `send_at` or for a retry. With `account`, only one of that account's own.
+    def cancel(self, task_id: str, account: Account = EVERYBODY) -> None:
+        """End a task of an account, or of any, that waits for its `send_at` or for a retry.
 
         Raises:
             HTTPError: 404, there is no such task; 409, it does not wait for that.
@@ -4156,7 +4468,7 @@ class Queue:
         except (ValueError, TypeError, KeyError):  # it has ended, or cannot be read
             summary = [0, " ", owner or "", "head", head]
         answer = self._cancel(keys=[self.store.prefix], args=[
-            task_id, account, self._limits[0], *summary])
+            task_id, account.name, account.registration, self._limits[0], *summary])
         if answer.startswith("late "):
             state = answer.removeprefix("late ")
             reason = {State.QUEUED: "waits in its lane and may be taken at any moment",
@@ -4169,16 +4481,16 @@ class Queue:
     # Queue a dead letter again, or remove it. Whoever retries says that the address is good now, so what a server
     # said of it no longer counts; an address that a person suppressed, or complained from, stays so. Nobody waits for
     # an OTP that died, so it does not delay new ones in the urgent lane.
-    # KEYS: the prefix. ARGV: id, the account that the task must belong to or "", "retry" or "remove".
+    # KEYS: the prefix. ARGV: id, the account that the task must belong to or "", its registration, "retry" or "remove".
     # Answer: 0 if there is no such dead letter, else 1.
-    REVIVE = NOTE + PUT + """
-        local prefix, id, account = KEYS[1], ARGV[1], ARGV[2]
+    REVIVE = NOTE + PUT + IS_OWN + """
+        local prefix, id, account, registration, action = KEYS[1], unpack(ARGV)
         local task = prefix .. 'task:' .. id
-        local owner, lane, to = unpack(redis.call('HMGET', task, 'account', 'lane', 'to'))
-        if not owner or account ~= '' and owner ~= account then return 0 end
+        local owner, key, lane, to = unpack(redis.call('HMGET', task, 'account', 'key', 'lane', 'to'))
+        if not is_own(account, registration, owner, key) then return 0 end
         if redis.call('ZREM', prefix .. 'dead', id) == 0 then return 0 end
         redis.call('ZREM', prefix .. 'dead:' .. owner, id)
-        if ARGV[3] == 'remove' then
+        if action == 'remove' then
             redis.call('UNLINK', task)
             return 1
         end
@@ -4199,14 +4511,19 @@ class Queue:
         return 1
     """
 
-    def revive(self, task_id: str, account: str = "", remove: bool = False) -> bool:
-        """Queue a dead letter again, with all its attempts, or remove it. False where there is none."""
-        return bool(self._revive(keys=[self.store.prefix], args=[task_id, account, "remove" if remove else "retry"]))
+    def revive(self, task_id: str, account: Account = EVERYBODY, remove: bool = False,
+               request: str | Once = "") -> bool:
+        """Queue a dead letter again, with all its attempts, or remove it. False where the account has none such.
 
-    def revive_all(self, account: str = "", remove: bool = False,
+        `request` is that of Script, which may raise HTTPError (422).
+        """
+        return bool(self._revive([self.store.prefix], [
+            task_id, account.name, account.registration, "remove" if remove else "retry"], request))
+
+    def revive_all(self, account: Account = EVERYBODY, remove: bool = False,
                    progress: Callable[[int], object] = lambda count: None) -> int:
         """Queue all dead letters again, or remove them; returns how many. `progress` is given how many so far."""
-        key, count, begun = list_key(self.store, "dead", account), 0, self.store.time() * 1000
+        key, count, begun = list_key(self.store, "dead", account.name), 0, self.store.time() * 1000
         # Letters that die again meanwhile have a later time, so that this ends.
         while ids := self.store.redis.zrangebyscore(key, "-inf", begun, start=0, num=self.REVIVE_BATCH):
             for task_id in ids:
@@ -4222,14 +4539,14 @@ class Queue:
     # event, and once more after the task was revived. A bounce or a complaint suppresses the address for the account,
     # and a task that had succeeded is then in the state "bounced".
     # KEYS: the prefix.
-    # ARGV: the account that the task must belong to, or ""; a Feedback and its reason; ids that may name the task,
-    #       addresses that may be the recipient, and addresses of which one is it if the task has no other recipient
-    #       ("*" is any), each by spaces; 1 to suppress the first address for the account where there is no such task,
-    #       or 0.
+    # ARGV: the account that the task must belong to, or "", and its registration; a Feedback and its reason; ids that
+    #       may name the task, addresses that may be the recipient, and addresses of which one is it if the task has no
+    #       other recipient ("*" is any), each by spaces; 1 to suppress the first address for the account where there is
+    #       no such task, or 0.
     # Answer: {"changed", "same", "unknown" (there is no such task) or "address" (it has no such recipient); and the id
     #         of the task and its account, which are "" where there is none}.
-    BOUNCE = EVENT + """
-        local prefix, account, event, reason, ids, addresses, sole, without_task = KEYS[1], unpack(ARGV)
+    BOUNCE = EVENT + IS_OWN + """
+        local prefix, account, registration, event, reason, ids, addresses, sole, without_task = KEYS[1], unpack(ARGV)
         local what = reason ~= '' and ': ' .. reason or ''
 
         local function find_task()
@@ -4258,11 +4575,12 @@ class Queue:
 
         local function bounce(id)
             local task = prefix .. 'task:' .. id
-            local owner, key, state, ended, to, user, name, head, story, bounces = unpack(redis.call('HMGET', task,
-                'account', 'key', 'state', 'd', 'to', 'u', 'n', 'head', 'story', 'bounces'))
+            local owner, key, state, ended, part, to, user, name, head, story, bounces = unpack(redis.call('HMGET',
+                task, 'account', 'key', 'state', 'd', 'k', 'to', 'u', 'n', 'head', 'story', 'bounces'))
             owner = owner or ended and string.match(ended, '^' .. string.rep('%S* ', 7) .. '(.*)$') or ''
             local registered = redis.call('HGET', prefix .. 'UserList', owner) or ''
-            if registered == '' or registered ~= (key or registered) or account ~= '' and owner ~= account then
+            if registered == '' or account ~= '' and (owner ~= account or registration ~= registered)
+                    or not is_own(owner, registered, owner, key, ended, part) then
                 return {'unknown', '', ''}
             end
 
@@ -4307,16 +4625,18 @@ class Queue:
         return {'changed', '', account}
     """
 
-    def bounce(self, report: Report, account: str = "", without_task: bool = False) -> tuple[str, str, str]:
+    def bounce(self, report: Report, account: Account = EVERYBODY,
+               without_task: bool = False) -> tuple[str, str, str]:
         """Note what a Report says, if it has not been noted; returns what BOUNCE answers.
 
         Args:
-            account: whose task it must be; "" for any.
+            account: whose task it must be.
             without_task: suppress the address for the account where there is no such task, or no longer.
         """
         answer, task_id, owner = self._bounce(keys=[self.store.prefix], args=[
-            account, report.event, report.reason, " ".join(report.ids), " ".join(map(fold_address, report.addresses)),
-            " ".join(map(fold_address, report.sole)), int(without_task)])
+            account.name, account.registration, report.event, report.reason, " ".join(report.ids),
+            " ".join(map(fold_address, report.addresses)), " ".join(map(fold_address, report.sole)),
+            int(without_task)])
         return answer, task_id, owner
 
 
@@ -4416,7 +4736,7 @@ class Inspection:
 
     SEARCH_BATCH = 200  # tasks in one script
     FIELDS = ("head", "account", "state", "attempts", "error", "created", "finished", "due", "started", "story",
-              "d", "u", "n", "r1", "r2", "r3", "bounces")
+              "key", "d", "k", "u", "n", "r1", "r2", "r3", "bounces")
 
     def __init__(self, store: Store, settings: Settings, give_way: Callable[[], object] = lambda: None) -> None:
         self.store, self.settings, self.give_way = store, settings, give_way
@@ -4424,16 +4744,20 @@ class Inspection:
         self._look = store.script(self.LISTS, when_full=False)
         self._forget = store.script(self.FORGET)
 
-    def status(self, task_id: str, account: str = "", story: bool = False) -> Json | None:
-        """What is known of a task, or None. With `account`, only of that account's own.
+    def status(self, task_id: str, account: Account = EVERYBODY, story: bool = False) -> Json | None:
+        """What is known of a task of an account, or of any; or None.
 
         With `story`, also its history: a list of {"time", "event", "seconds" that it took, "error"}.
         """
         found = self._statuses([task_id], account, story)
         return found[0] if found else None
 
-    def _statuses(self, ids: Sequence[str], account: str = "", story: bool = False) -> list[Json]:
-        """The statuses of those tasks that exist, in one round trip; one more for each that has no head."""
+    def _statuses(self, ids: Sequence[str], account: Account = EVERYBODY, story: bool = False) -> list[Json]:
+        """The statuses of those tasks that exist, in one round trip; one more for each that has no head.
+
+        Tasks of an earlier account of the same name are left out. What an older version left of those that have ended
+        does not tell.
+        """
         with self.store.redis.pipeline(transaction=False) as pipeline:
             for task_id in ids:
                 pipeline.hmget(self.store.key("task", task_id), self.FIELDS)
@@ -4447,9 +4771,11 @@ class Inspection:
             if found["d"]:
                 found["state"], found["account"] = ended_as(found["d"])
                 found["error"] = "".join(found[name] or "" for name in ("error", "r1", "r2", "r3"))
-            if found["state"] is None or account and found["account"] != account:
+            registration = found["key"] or found["k"] or ""
+            if found["state"] is None or account.name and (
+                    found["account"] != account.name or not account.registration.startswith(registration)):
                 continue
-            owner = {} if account else {"account": found["account"]}
+            owner = {} if account.name else {"account": found["account"]}
             try:
                 statuses.append(self._status(task_id, found, story) | owner)
             except (ValueError, TypeError, KeyError) as error:  # an unreadable task must not hide the others
@@ -4501,7 +4827,7 @@ class Inspection:
         return {at < redis.call('LLEN', list) and at or -1, unpack(found)}
     """
 
-    def recent(self, account: str = "", search: str = "", state: str = "", offset: int = 0,
+    def recent(self, account: Account = EVERYBODY, search: str = "", state: str = "", offset: int = 0,
                limit: int = 100) -> tuple[list[Json], int | None]:
         """The newest tasks, of an account or of all, and the offset to go on from, None at the end.
 
@@ -4513,7 +4839,7 @@ class Inspection:
         known = self._statuses([search], account) if search else []
         if known and state in ("", known[0]["state"]):
             return known, None
-        key = list_key(self.store, "recent", account)
+        key = list_key(self.store, "recent", account.name)
         ids: list[str] = []
         while offset >= 0 and len(ids) < limit:
             self.give_way()
@@ -4530,9 +4856,9 @@ class Inspection:
         return #old
     """
 
-    def dead(self, account: str = "", offset: int = 0, limit: int = 100) -> tuple[int, list[Json]]:
+    def dead(self, account: Account = EVERYBODY, offset: int = 0, limit: int = 100) -> tuple[int, list[Json]]:
         """(how many dead letters there are, the statuses of those from `offset` on), newest first."""
-        key = list_key(self.store, "dead", account)
+        key = list_key(self.store, "dead", account.name)
         newest = int((self.store.time() - self.settings.dead_ttl) * 1000)
         while self._forget(keys=[key], args=[newest, Queue.BATCH]) == Queue.BATCH:
             self.give_way()
@@ -4684,7 +5010,7 @@ class Stats:
         """Add one to the "sent", "retried" or "failed" mails of this minute."""
         minute = f"history:{int(time.time() // 60)}"
         with self.lock:
-            self.new[minute, (event, owner.name, owner.key_id)] += 1
+            self.new[minute, (event, owner.name, owner.registration)] += 1
             self.new[minute, (event, "")] += 1
 
     def observe(self, name: str, seconds: float, **labels: str) -> None:
@@ -4744,7 +5070,7 @@ class Stats:
         events, now = ("sent", "retried", "failed"), int(self.store.time() // 60)
         minutes = range(now - self.MINUTES + 1, now + 1)
         # An older version left out the key's id.
-        owners = [(owner.name, owner.key_id), (owner.name,)] if owner and owner.name else [("",)]
+        owners = [(owner.name, owner.registration), (owner.name,)] if owner and owner.name else [("",)]
         with self.store.redis.pipeline(transaction=False) as pipeline:
             for minute in minutes:
                 for labels in owners:
@@ -5514,7 +5840,7 @@ class Transport(typing.Protocol):
     def ready(self, lane: str, is_express: bool = False) -> bool:
         """Whether this thread may send a mail of this lane now. Raises RedisError."""
 
-    def send(self, sender: str, recipients: Sequence[str], message: bytes, owner: Account = Account("", ""),
+    def send(self, sender: str, recipients: Sequence[str], message: bytes, owner: Account = EVERYBODY,
              lane: str = Lane.NORMAL, following: Envelope | None = None,
              meanwhile: Callable[[], object] = lambda: None) -> str:
         """Hand over one mail; it returns once the mail is accepted for all recipients. Raises DeliveryError.
@@ -5563,12 +5889,12 @@ class MaildirTransport:
         """There is always room for a mail."""
         return True
 
-    def send(self, sender: str, recipients: Sequence[str], message: bytes, owner: Account = Account("", ""),
+    def send(self, sender: str, recipients: Sequence[str], message: bytes, owner: Account = EVERYBODY,
              lane: str = Lane.NORMAL, following: Envelope | None = None,
              meanwhile: Callable[[], object] = lambda: None) -> str:
         """Write one mail, and return "" once it is on disk. `owner` is whose mail it is. Raises UnavailableError."""
         lines = [f"Return-Path: <{mailbox(sender)}>\n", *(f"Delivered-To: {mailbox(each)}\n" for each in recipients),
-                 f"{self.OWNER_HEADER}: {urllib.parse.quote(owner.name)} {owner.key_id}\n"]
+                 f"{self.OWNER_HEADER}: {urllib.parse.quote(owner.name)} {owner.registration}\n"]
         with self.lock, self._maildir() as maildir:
             maildir.add("".join(lines).encode() + message.replace(b"\r\n", b"\n"))
         self.accepted, self.reached = time.time(), time.monotonic()
@@ -5598,7 +5924,7 @@ class MaildirTransport:
     def abandon(self) -> None:
         """There is no connection."""
 
-    def list(self, account: Account = Account("", ""), offset: int = 0,
+    def list(self, account: Account = EVERYBODY, offset: int = 0,
              limit: int = 100) -> tuple[list[Json], int | None]:
         """The newest mails of an account, or of all, and the next `offset`, None at the end.
 
@@ -5625,7 +5951,7 @@ class MaildirTransport:
                                   "size": os.fstat(file.fileno()).st_size})
         return mails, position if position < len(files) else None
 
-    def read(self, mail_id: str, account: Account = Account("", "")) -> tuple[bytes, email.message.EmailMessage] | None:
+    def read(self, mail_id: str, account: Account = EVERYBODY) -> tuple[bytes, email.message.EmailMessage] | None:
         """(bytes, parsed message) of a mail, or None. With `account`, only of that account's own."""
         candidates = [] if "/" in mail_id else [
             path for name in ("new", "cur") for path in (self.folder / name).glob(f"{glob.escape(mail_id)}*")]
@@ -5672,8 +5998,9 @@ class MaildirTransport:
 
     def _is_of(self, message: email.message.EmailMessage, account: Account) -> bool:
         """Whether a mail belongs to this account; all belong to the admin. Older versions wrote no key id."""
-        name, _, key_id = str(message.get(self.OWNER_HEADER, "")).partition(" ")
-        return not account.name or urllib.parse.unquote(name) == account.name and key_id in ("", account.key_id)
+        name, _, registration = str(message.get(self.OWNER_HEADER, "")).partition(" ")
+        return not account.name or urllib.parse.unquote(name) == account.name and registration in (
+            "", account.registration)
 
     @staticmethod
     def _moment(name: str) -> tuple[int, ...]:
@@ -5935,7 +6262,7 @@ class SmtpTransport:
         if not self.local.place and not self.ready(lane):
             raise TooManyConnectionsError("all connections of smtp_connections are in use")
 
-    def send(self, sender: str, recipients: Sequence[str], message: bytes, owner: Account = Account("", ""),
+    def send(self, sender: str, recipients: Sequence[str], message: bytes, owner: Account = EVERYBODY,
              lane: str = Lane.NORMAL, following: Envelope | None = None,
              meanwhile: Callable[[], object] = lambda: None) -> str:
         """Hand one mail over; it returns once the server has accepted it for all recipients.
@@ -6449,8 +6776,8 @@ class Otps:
     # Make an OTP the valid one of its address, unless a newer task has issued one. An OTP that was used, or ended by
     # wrong attempts, does not return: its record stays without a hash until the TTL ends.
     # KEYS: otp:<address>:<account>.
-    # ARGV: keyed hash of the OTP, when its task was created (microseconds), ttl (s), id of the API key, when it expires
-    #       (ms), or 0 for a task of an older version: then it does `ttl` seconds from now.
+    # ARGV: keyed hash of the OTP, when its task was created (microseconds), ttl (s), registration of the account, when
+    #       it expires (ms), or 0 for a task of an older version: then it does `ttl` seconds from now.
     # Answer: "kept", "expired", or "outdated" if there is a newer one, or this one has ended.
     KEEP = Queue.LATER + """
         local otp, hash, created, ttl, key, expires = KEYS[1], unpack(ARGV)
@@ -6479,7 +6806,7 @@ class Otps:
         length, address = task.payload["length"], task.payload["userId"]
         otp = str(number % 10**length).zfill(length)
         answer = self._keep(keys=[self._record(task.account, address)],
-                            args=[self._hash(task.account, address, otp), task.created, self.ttl, task.key,
+                            args=[self._hash(task.account, address, otp), task.created, self.ttl, task.registration,
                                   task.expires])
         if answer == "expired":
             raise ExpiredError("it was not sent in time")
@@ -6489,7 +6816,7 @@ class Otps:
 
     # Compare an OTP with the valid one of its address, and count the attempt.
     # KEYS: otp:<address>:<account>, otp_failed:<address>:<account>, otp_requests:<account>.
-    # ARGV: keyed hash of the OTP, MAX_ATTEMPTS, MAX_FAILURES, minute_max, id of the API key.
+    # ARGV: keyed hash of the OTP, MAX_ATTEMPTS, MAX_FAILURES, minute_max, registration of the account.
     # Answer: "verified", "wrong" or "wait <seconds>".
     VERIFY = Queue.LIMIT + """
         local otp, failed, requests = unpack(KEYS)
@@ -6521,7 +6848,7 @@ class Otps:
             keys=[self._record(account, address), self.store.key("otp_failed", fold_address(address), account),
                   self.store.key("otp_requests", account)],
             args=[self._hash(account, address, otp), self.MAX_ATTEMPTS, self.MAX_FAILURES, self.minute_max,
-                  owner.key_id])
+                  owner.registration])
         if result.startswith("wait "):
             raise rate_limited(result.removeprefix("wait "), "OTP requests or wrong OTPs")
         return result == "verified"
@@ -6613,9 +6940,10 @@ class Newsletters:
         return 1
     """
 
-    def create(self, account: str, content_type: str, subject: str, content: str) -> None:
-        """Define a content type. Raises HTTPError (409) if it exists."""
-        if not self._define(self._keys(account, content_type), [content_type, self._body(subject, content), 0]):
+    def create(self, account: str, content_type: str, subject: str, content: str, request: str | Once = "") -> None:
+        """Define a content type. `request` is that of Script. Raises HTTPError: 409, it exists; 422, see Script."""
+        if not self._define(self._keys(account, content_type), [content_type, self._body(subject, content), 0],
+                            request):
             raise HTTPError(409, "content_type exists already; PUT updates it", "content_type")
 
     def update(self, account: str, content_type: str, subject: str, content: str) -> None:
@@ -7156,7 +7484,7 @@ class Bounces:
 
     def urls(self, account: Account) -> dict[str, str]:
         """Provider -> the URL for its notifications about an account's mails; a path without `public_url`."""
-        token = self.accounts.seal("bounces", {"account": account.name, "key_id": account.key_id})
+        token = self.accounts.seal("bounces", {"account": account.name, "key_id": account.registration})
         return {provider: f"{self.public_url}/bounces/{provider}/{token}" for provider in PROVIDERS}
 
     def account_of(self, token: str) -> Account:
@@ -7168,7 +7496,7 @@ class Bounces:
                             "token")
         return account
 
-    def record(self, report: Report, account: str = "", without_task: bool = False) -> str:
+    def record(self, report: Report, account: Account = EVERYBODY, without_task: bool = False) -> str:
         """Note a report, see Queue.bounce(); count and log it if it is new."""
         answer, task_id, owner = self.queue.bounce(report, account, without_task)
         if answer == "changed":
@@ -7176,7 +7504,7 @@ class Bounces:
             log(logging.INFO, f"mail {report.event}", task=task_id or None, account=owner, error=report.reason)
         return answer
 
-    def take(self, account: str, body: Json) -> int:
+    def take(self, account: Account, body: Json) -> int:
         """Take what an app heard, see BOUNCE; returns 1 if it is new, else 0. Raises HTTPError (400, 404)."""
         name = next((name for name in ("id", "messageId", "userId") if name in body), None)
         if name is None:
@@ -7194,7 +7522,7 @@ class Bounces:
                             "userId is required: the task has several recipients", "userId")
         return int(answer == "changed")
 
-    def take_notification(self, account: str, provider: str, body: object) -> int:
+    def take_notification(self, account: Account, provider: str, body: object) -> int:
         """Take a provider's notification; returns how much of it is new. Raises HTTPError (400, 503).
 
         An address is suppressed although its task ended too long ago: complaints come days later.
@@ -7524,12 +7852,11 @@ class Webhooks:
         reason: str
 
     def __init__(self, store: Store) -> None:
-        self.store, self.key = store, store.key("hooks")
+        self.store, self.key, self.records = store, store.key("hooks"), Records(store)
         self.context = ssl.create_default_context()
         self.lock = threading.Lock()
         self.resting: dict[str, Webhooks.Rest] = {}
         self.connections: dict[http.client.HTTPConnection, float] = {}  # -> since when, by time.monotonic()
-        self._changed = store.script(self.CHANGE, once=True)
 
     def find(self, account: str) -> Json:
         """{"url", "events", "secret", "created", "previous", "until", "gone"} of the webhook of an account.
@@ -7539,32 +7866,12 @@ class Webhooks:
 
         Raises HTTPError (404) if the account has no webhook.
         """
-        found = self.store.redis.hget(self.key, account)
-        return self._existing(json.loads(found) if found else None)
+        return self._existing(*self.records.read(account, "hooks"))
 
-    # Change the webhook of an account, unless it is another than was read, or the account has ended or has a new key.
-    # KEYS: the prefix.
-    # ARGV: account, id of its API key, the webhook as it was read, or "", and as it is to be, or "".
-    # Answer: 1; 0 if it is another by now; -1 if the key is not the account's.
-    CHANGE = Queue.IS_WANTED + """
-        local hooks, account, key, before, after = KEYS[1] .. 'hooks', unpack(ARGV)
-        if not is_wanted(KEYS[1], account, key) then return -1 end
-        if (redis.call('HGET', hooks, account) or '') ~= before then return 0 end
-        if after == '' then redis.call('HDEL', hooks, account) else redis.call('HSET', hooks, account, after) end
-        return 1
-    """
-
-    def _change(self, owner: Account, change: Callable[[Json | None], Json | None]) -> Json | None:
-        """Make of an account's webhook, or None, what `change` returns; returns that. Raises HTTPError (401)."""
-        while True:
-            found = self.store.redis.hget(self.key, owner.name)
-            hook = change(json.loads(found) if found else None)
-            answer = self._changed(keys=[self.store.prefix], args=[
-                owner.name, owner.key_id, found or "", json.dumps(hook) if hook else ""])
-            if answer == -1:
-                raise revoked_key()
-            if answer == 1:
-                return hook
+    def _change(self, owner: Account, change: Callable[[Json | None], tuple[Json | None, Any]],
+                request: str | Once = "") -> Any:
+        """Make of an account's webhook, or None, what `change` returns, and return what it returns beside."""
+        return self.records.change(owner, ("hooks",), change, request)
 
     @staticmethod
     def _existing(hook: Json | None) -> Json:
@@ -7572,34 +7879,46 @@ class Webhooks:
             raise HTTPError(404, "there is no webhook; PUT /webhook sets one")
         return hook
 
-    def set(self, owner: Account, url: str, events: Sequence[str]) -> str | None:
-        """Send these events of the account to this URL from now on. Returns the secret of a new webhook, else None."""
-        secret = self._secret()
-        new = {"secret": secret, "created": self.store.time(), "previous": "", "until": 0}
-        hook = self._change(owner, lambda hook: {**(hook or new), "url": url, "events": list(events), "gone": 0})
-        return secret if hook and hook["secret"] == secret else None
+    def revise(self, hook: Json | None, url: str, events: Sequence[str]) -> tuple[Json, str | None]:
+        """(the webhook with this URL and these events, its secret if it is new), of a webhook or None."""
+        new = {"secret": self._secret(), "created": self.store.time(), "previous": "", "until": 0}
+        return ({**(hook or new), "url": url, "events": list(events), "gone": 0},
+                None if hook else typing.cast(str, new["secret"]))
 
-    def replace_secret(self, owner: Account, overlap: int) -> tuple[str, float]:
+    def set(self, owner: Account, url: str, events: Sequence[str],
+            request: str | Once = "") -> tuple[Json, str | None]:
+        """Send these events of the account to this URL from now on. Returns what revise() does."""
+        def revise(hook: Json | None) -> tuple[Json, Any]:
+            revised = self.revise(hook, url, events)
+            return revised[0], revised
+        hook, secret = self._change(owner, revise, request)
+        return hook, secret
+
+    def replace_secret(self, owner: Account, overlap: int, request: str | Once = "") -> tuple[str, float]:
         """Make a new secret; for `overlap` seconds the one before signs as well. Returns it and when that ends.
 
         Raises HTTPError (404) if the account has no webhook.
         """
-        secret, until = self._secret(), self.store.time() + overlap
-        self._change(owner, lambda hook: {
-            **self._existing(hook), "secret": secret, "previous": self._existing(hook)["secret"], "until": until})
+        new = self._secret(), self.store.time() + overlap
+
+        def replace(hook: Json | None) -> tuple[Json, Any]:
+            before = self._existing(hook)
+            return {**before, "secret": new[0], "previous": before["secret"], "until": new[1]}, new
+        secret, until = self._change(owner, replace, request)
         return secret, until
 
     def remove(self, owner: Account) -> None:
         """Send no events of this account any more, nor those that wait. Raises HTTPError (404)."""
-        def gone(hook: Json | None) -> None:
+        def gone(hook: Json | None) -> tuple[None, bool]:
             self._existing(hook)
+            return None, True
         self._change(owner, gone)
 
     def _switch_off(self, owner: Account, hook: Json) -> None:
         """Send nothing to a webhook whose receiver is gone, until somebody sets it again."""
         off = {**hook, "events": [], "gone": self.store.time()}
         with contextlib.suppress(HTTPError):  # the account has ended
-            if self._change(owner, lambda found: off if found == hook else found) is off:
+            if self._change(owner, lambda found: (off, True) if found == hook else (found, False)):
                 log(logging.WARNING, "webhook switched off: its receiver answers 410 Gone", account=owner.name)
 
     @staticmethod
@@ -8639,6 +8958,7 @@ class Request:
     account: Any = None  # the Account that sends it, unless its route is open
     peer: str = ""  # the address that the connection comes from
     idempotency_key: str = ""  # if its route takes one
+    once: str | Once = ""  # the same, for a Script
 
     @property
     def client(self) -> str:
@@ -8734,6 +9054,7 @@ class Route:
     refuses: tuple[int, ...] = ()  # statuses that only this route answers
     needs_redis: bool = True  # refused at once while Redis is away
     idempotency_key: bool = False  # takes the header Idempotency-Key
+    checks_key: bool = False  # the handler checks whether the key is still valid
     any_media_type: bool = False  # its body is JSON, whatever its Content-Type says
 
     @functools.cached_property
@@ -8804,7 +9125,8 @@ class Api:
             case Access.KEY | Access.ALL if self.is_admin(request):
                 return self.account_named(request, route)
             case Access.KEY | Access.ALL | Access.OWNER:
-                return self.accounts.ensure_active(self.account_or_penalty(request))
+                account = self.account_or_penalty(request)
+                return account if route.checks_key else self.accounts.ensure_active(account)
         raise HTTPError(403, "nobody may use this route: its access level is not known")
 
     def answer(self, route: Route, request: Request) -> Reply:
@@ -8816,7 +9138,22 @@ class Api:
             request.idempotency_key = request.headers.get("idempotency-key", "")
             if len(request.idempotency_key) > 255:
                 raise HTTPError(400, "Idempotency-Key must have at most 255 characters", "Idempotency-Key")
+            if request.idempotency_key:
+                request.once = self.once(route, request)
         return route.handler(self, request)
+
+    @staticmethod
+    def once(route: Route, request: Request) -> Once:
+        """What a request with an Idempotency-Key is known by.
+
+        An account does not get the answers to what the admin asked for it. After a rotation, only the very key that
+        asked for it gets the new one again: the others may be those that had to end.
+        """
+        owner = request.account
+        whose = [owner.name, owner.registration, owner.key if route.checks_key else bool(owner.key)]
+        digests = [hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest() for parts in (
+            [route.method, route.path, request.path_params, *whose, request.idempotency_key], request.body)]
+        return Once(*digests)
 
     def account_named(self, request: Request, route: Route) -> Account:
         """The Account that the admin names by `?account=`. Without it, all accounts, if the route allows that."""
@@ -8899,7 +9236,7 @@ class Api:
     def sign_up(self, request: Request) -> Reply:
         if request.body["id"] == Accounts.COMMAND_LINE:  # its key would show what the operator sends
             raise HTTPError(409, "id is reserved for the command line; choose another", "id")
-        return {"apiKey": self.accounts.sign_up(request.body["id"])}
+        return {"apiKey": self.accounts.sign_up(request.body["id"], request.once)}
 
     def deregister(self, request: Request) -> Reply:
         name = request.body["id"]
@@ -8908,12 +9245,24 @@ class Api:
         self.accounts.deregister(name)
         return done("Deregistered successfully!")
 
+    def rotate(self, request: Request) -> Reply:
+        name, account = request.body["id"], request.account
+        if account == self.admin:
+            account = self.accounts.named(name)
+            with contextlib.suppress(HTTPError):  # without admin_token, also who sends a key is the admin
+                own = self.account_for(request)
+                account = own if own == account else account
+        elif account.name != name:
+            raise self.not_admin()
+        key, until = self.accounts.rotate(account, request.body.get("overlap", Accounts.OVERLAP), request.once)
+        return {"apiKey": key, "previousUntil": timestamp(until * 1e6)}
+
     def list_accounts(self, request: Request) -> Reply:
         return {"status": True, "accounts": [{"id": name} for name in self.accounts.names()]}
 
     def read_session(self, request: Request) -> Reply:
         account = self.session_account(request)
-        if account and account not in (self.admin, self.accounts.find(account.name)):
+        if account and account != self.admin and not self.accounts.is_active(account):
             account = None
         return self.describe_session(request, account)
 
@@ -8974,21 +9323,22 @@ class Api:
         return {"type": "otp verification", "verified": verified}
 
     def read_task(self, request: Request) -> Reply:
-        status = self.inspection.status(request.path_params["id"], request.account.name, story=True)
+        status = self.inspection.status(request.path_params["id"], request.account, story=True)
         if status is None:
             raise HTTPError(404, "there is no such task, or it ended too long ago", "id")
         return {"status": True, **status}
 
     def cancel_task(self, request: Request) -> Reply:
-        self.queue.cancel(request.path_params["id"], request.account.name)
+        self.queue.cancel(request.path_params["id"], request.account)
         return done("Task cancelled successfully")
 
     def list_recent(self, request: Request) -> Reply:
-        tasks, next_offset = self.inspection.recent(request.account.name, **request.query)
+        tasks, next_offset = self.inspection.recent(request.account, **request.query)
         return {"status": True, "tasks": tasks, "next": next_offset}
 
     def list_dead(self, request: Request) -> Reply:
-        return self.part_of_list(request, "tasks", self.inspection.dead)
+        return self.part_of_list(
+            request, "tasks", lambda _, **paging: self.inspection.dead(request.account, **paging))
 
     def part_of_list(self, request: Request, name: str, read: Callable[..., tuple[int, list]]) -> Json:
         """The part of a list that the query asks for, as the field `name`. `read` returns (length of all, the part)."""
@@ -9006,22 +9356,22 @@ class Api:
     def take_dead(self, request: Request, remove: bool = False) -> str:
         """Queue a dead letter again, or remove it. Returns its id. Raises HTTPError (404)."""
         task_id = request.path_params["id"]
-        if not self.queue.revive(task_id, request.account.name, remove):
+        if not self.queue.revive(task_id, request.account, remove, request.once):
             raise HTTPError(404, "there is no dead letter of this id; GET /task/dead lists them", "id")
         return task_id
 
     def retry_all_dead(self, request: Request) -> Reply:
-        return done("Tasks enqueued successfully", count=self.queue.revive_all(request.account.name))
+        return done("Tasks enqueued successfully", count=self.queue.revive_all(request.account))
 
     def remove_all_dead(self, request: Request) -> Reply:
         return done("Dead letters removed successfully",
-                    count=self.queue.revive_all(request.account.name, remove=True))
+                    count=self.queue.revive_all(request.account, remove=True))
 
     def list_content(self, request: Request) -> Reply:
         return self.part_of_list(request, "contentTypes", self.newsletters.read_all)
 
     def create_content(self, request: Request) -> Reply:
-        self.newsletters.create(request.account.name, **request.body)
+        self.newsletters.create(request.account.name, **request.body, request=request.once)
         return done("Content Type created successfully")
 
     def update_content(self, request: Request) -> Reply:
@@ -9053,24 +9403,25 @@ class Api:
         return small_page("<p>You are unsubscribed.</p>")
 
     def read_webhook(self, request: Request) -> Reply:
-        return self.describe_webhook(self.webhooks.find(request.account.name))
+        return {"status": True, **self.describe_webhook(self.webhooks.find(request.account.name))}
 
     @staticmethod
-    def describe_webhook(hook: Json) -> Json:
-        """What is shown of a webhook: all but its secrets."""
+    def describe_webhook(hook: Json, secret: str | None = None) -> Json:
+        """What is shown of a webhook: all but its secrets. `secret` is one that is shown only now."""
         moments = {"created": hook["created"], "gone": hook["gone"],
                    "previousUntil": hook["until"] if hook["until"] > time.time() else 0}
-        return {"status": True, "url": hook["url"], "events": hook["events"], **{
-            name: timestamp(moment * 1e6) if moment else None for name, moment in moments.items()}}
+        return {"url": hook["url"], "events": hook["events"], **{
+            name: timestamp(moment * 1e6) if moment else None for name, moment in moments.items()},
+            **({"secret": secret} if secret else {})}
 
     def set_webhook(self, request: Request) -> Reply:
         owner = self.ensure_may_set_webhook(request)
-        secret = self.webhooks.set(owner, request.body["url"], request.body.get("events", EVENTS))
-        return {**self.describe_webhook(self.webhooks.find(owner.name)), **({"secret": secret} if secret else {})}
+        revised = self.webhooks.set(owner, request.body["url"], request.body.get("events", EVENTS), request.once)
+        return {"status": True, **self.describe_webhook(*revised)}
 
     def replace_webhook_secret(self, request: Request) -> Reply:
         owner = self.ensure_may_set_webhook(request)
-        secret, until = self.webhooks.replace_secret(owner, request.body.get("overlap", 86400))
+        secret, until = self.webhooks.replace_secret(owner, request.body.get("overlap", 86400), request.once)
         return {"status": True, "secret": secret, "previousUntil": timestamp(until * 1e6)}
 
     def remove_webhook(self, request: Request) -> Reply:
@@ -9079,9 +9430,49 @@ class Api:
 
     def ensure_may_set_webhook(self, request: Request) -> Account:
         """The Account whose webhook the request is about. Raises HTTPError (401): only the admin may."""
-        if self.settings.admin_token and not self.is_admin(request):
+        if not self.may_set_webhook(request):
             raise self.not_admin()
         return request.account
+
+    def may_set_webhook(self, request: Request) -> bool:
+        """Whether the request may change a webhook, or the senders of an account."""
+        return not self.settings.admin_token or self.is_admin(request)
+
+    def read_account(self, request: Request) -> Reply:
+        return self.describe_account(request, *self.accounts.records.read(request.account.name, "settings", "hooks"))
+
+    def describe_account(self, request: Request, settings: Json | None, hook: Json | None,
+                         secret: str | None = None) -> Json:
+        """The answer about an account. `secret` is that of a new webhook."""
+        return {"status": True, "id": request.account.name, **Accounts.NO_SETTINGS, **(settings or {}),
+                "webhook": hook and self.describe_webhook(hook, secret)}
+
+    def set_account(self, request: Request) -> Reply:
+        may_set = self.may_set_webhook(request)
+
+        def change(settings: Json | None, hook: Json | None) -> tuple:
+            before, secret = ({**Accounts.NO_SETTINGS, **(settings or {})}, hook), None
+            wanted = {name: request.body.get(name, value) or Accounts.NO_SETTINGS[name]
+                      for name, value in before[0].items()}
+            if "webhook" in request.body:
+                hook, secret = self.revise_webhook(hook, request.body["webhook"])
+            if not may_set and (wanted["senders"], hook) != (before[0]["senders"], before[1]):
+                raise self.not_admin()
+            return wanted if wanted != Accounts.NO_SETTINGS else None, hook, [wanted, hook, secret]
+        changed = self.accounts.records.change(request.account, ("settings", "hooks"), change, request.once)
+        return self.describe_account(request, *changed)
+
+    def revise_webhook(self, hook: Json | None, wanted: Json | None) -> tuple[Json | None, str | None]:
+        """As Webhooks.revise(), of what PUT /account brings. One that is wanted as it is stays, also if it is gone."""
+        if wanted is None:
+            return None, None
+        events = wanted.get("events", EVENTS)
+        if hook and hook["url"] == wanted["url"] and set(hook["events"]) == set(events):
+            return hook, None
+        if not events:
+            raise HTTPError(400, "webhook.events must have at least one event; null as webhook removes it",
+                            "webhook.events")
+        return self.webhooks.revise(hook, wanted["url"], events)
 
     def list_suppressions(self, request: Request) -> Reply:
         return self.part_of_list(request, "suppressions", self.suppressions.list)
@@ -9099,18 +9490,18 @@ class Api:
         return {"status": True, "urls": self.bounces.urls(request.account)}
 
     def take_bounce(self, request: Request) -> Reply:
-        return done("Noted", changed=self.bounces.take(request.account.name, request.body))
+        return done("Noted", changed=self.bounces.take(request.account, request.body))
 
     def take_notification(self, request: Request) -> Reply:
         provider = request.path_params["provider"]
         if provider not in PROVIDERS:
             raise HTTPError(404, f"provider must be one of {', '.join(PROVIDERS)}", "provider")
-        return done("Noted", changed=self.bounces.take_notification(request.account.name, provider, request.body))
+        return done("Noted", changed=self.bounces.take_notification(request.account, provider, request.body))
 
     def list_lanes(self, request: Request) -> Reply:
         depths, reports = self.inspection.depths(), self.inspection.reports()
         outbox = isinstance(self.transport, MaildirTransport)
-        dead, _ = self.inspection.dead(request.account.name, limit=0)
+        dead, _ = self.inspection.dead(request.account, limit=0)
         smtp = self.inspection.outage(reports, self.smtp.report()) or {
             "state": self.smtp.state, "processes": 0, "since": None, "reason": None}
         return {"status": True, "lanes": self.inspection.lanes(depths, reports),
@@ -9159,7 +9550,7 @@ class Api:
 
     def view_path(self, account: Account, **claims: Any) -> str:
         """The path that shows a mail or a content type in a frame, which sends no key. It is valid for a minute."""
-        claims |= {"account": account.name, "key_id": account.key_id, "exp": int(time.time()) + 60}
+        claims |= {"account": account.name, "key_id": account.registration, "exp": int(time.time()) + 60}
         return f"/view/{self.accounts.seal('view', claims)}"
 
     def view(self, request: Request) -> Reply:
@@ -9253,7 +9644,10 @@ VERIFICATION = Object({"userEmail": Address(), "otp": Otp()})
 BATCH = Object({"tasks": Array(AnyValue(), 1000, 1)})  # the handler checks and answers each task by itself
 RECIPIENT = Object({"userId": Address()})
 WEBHOOK = Object({"url": Url(), "events": Nullable(Array(Enum(EVENTS), len(EVENTS), 1))})
+SETTINGS = Changes({"senders": Array(Sender(), 20), "reply_to": OrEmpty(Address()), "webhook": Object({
+    "url": Url(), "events": Nullable(Array(Enum(EVENTS), len(EVENTS)))})})
 OVERLAP = Object({"overlap": Nullable(Integer(0, 2592000))})  # seconds
+ROTATION = Object({**ID.fields, **OVERLAP.fields})
 LOGIN = Object({"key": String(4096, ONE_LINE, LINE)})
 BOUNCE = Object({"id": Nullable(String(254, ONE_LINE, LINE)), "messageId": Nullable(String(998, ONE_LINE, LINE)),
                  "userId": Nullable(Address()), "kind": Enum(("bounce", "complaint")), "permanent": Nullable(Boolean()),
@@ -9272,6 +9666,7 @@ PART_ANSWER = {"status": bool, "total": int, "offset": int, "limit": int}
 SESSION_ANSWER = {"status": bool, "account": (str, None), "admin": bool, "signup": bool}
 WEBHOOK_ANSWER = {"status": bool, "url": str, "events": list, "created": str, "gone": (str, None),
                   "previousUntil": (str, None)}
+ACCOUNT_ANSWER = {"status": bool, "id": str, "senders": list, "reply_to": str, "webhook": (dict, None)}
 LANES_ANSWER = {"status": bool, "lanes": list, "processes": int, "retrying": int, "dead": int, "mail_to": str,
                 "outbox": bool, "smtp": dict, "windows": list}
 MAIL_ANSWER = {"status": bool, "id": str, "headers": list, "text": (str, None), "html": (str, None),
@@ -9281,9 +9676,15 @@ METRICS_ANSWER = {"status": bool, "Total Jobs Executed": int, "Jobs Successful":
 OPENAPI_ANSWER = {"openapi": str, "info": dict, "paths": dict, "components": dict}
 
 ROUTES = (
-    Route("POST", "/auth/signup", Api.sign_up, Access.ADMIN, NEW_ID, answer={"apiKey": str}, refuses=(409,)),
+    Route("POST", "/auth/signup", Api.sign_up, Access.ADMIN, NEW_ID, answer={"apiKey": str}, refuses=(409, 422),
+          idempotency_key=True),
     Route("POST", "/auth/deregister", Api.deregister, Access.OWNER, ID, refuses=(404,)),
+    Route("POST", "/auth/rotate", Api.rotate, Access.OWNER, ROTATION, answer={"apiKey": str, "previousUntil": str},
+          refuses=(404, 409, 422), idempotency_key=True, checks_key=True),
     Route("GET", "/accounts", Api.list_accounts, Access.ADMIN, answer={"status": bool, "accounts": list}),
+    Route("GET", "/account", Api.read_account, Access.KEY, answer=ACCOUNT_ANSWER),
+    Route("PUT", "/account", Api.set_account, Access.KEY, SETTINGS, answer=ACCOUNT_ANSWER, refuses=(422,),
+          idempotency_key=True),
     Route("GET", "/session", Api.read_session, Access.OPEN, answer=SESSION_ANSWER),
     Route("POST", "/session", Api.open_session, Access.OPEN, LOGIN, answer=SESSION_ANSWER, refuses=(401, 429)),
     Route("DELETE", "/session", Api.close_session, Access.OPEN),
@@ -9296,7 +9697,8 @@ ROUTES = (
           refuses=(429,)),
     Route("GET", "/task/subscriptionContent", Api.list_content, Access.ALL, query=PAGING,
           answer={**PART_ANSWER, "contentTypes": list}),
-    Route("POST", "/task/subscriptionContent", Api.create_content, Access.KEY, DEFINITION, refuses=(409,)),
+    Route("POST", "/task/subscriptionContent", Api.create_content, Access.KEY, DEFINITION, refuses=(409, 422),
+          idempotency_key=True),
     Route("PUT", "/task/subscriptionContent", Api.update_content, Access.KEY, DEFINITION, refuses=(404,)),
     Route("GET", "/task/subscriptionContent/{content_type}", Api.read_content, Access.KEY,
           answer=CONTENT_ANSWER, refuses=(404,)),
@@ -9306,7 +9708,8 @@ ROUTES = (
     Route("GET", "/task/dead", Api.list_dead, Access.ALL, query=PAGING, answer={**PART_ANSWER, "tasks": list}),
     Route("DELETE", "/task/dead", Api.remove_all_dead, Access.ALL, answer=COUNTED),
     Route("POST", "/task/dead/retry", Api.retry_all_dead, Access.ALL, answer=COUNTED),
-    Route("POST", "/task/dead/{id}/retry", Api.retry_dead, Access.ALL, answer=QUEUED, refuses=(404,)),
+    Route("POST", "/task/dead/{id}/retry", Api.retry_dead, Access.ALL, answer=QUEUED, refuses=(404, 422),
+          idempotency_key=True),
     Route("DELETE", "/task/dead/{id}", Api.remove_dead, Access.ALL, refuses=(404,)),
     Route("GET", "/task/{id}", Api.read_task, Access.ALL, answer=TASK_ANSWER, refuses=(404,)),
     Route("DELETE", "/task/{id}", Api.cancel_task, Access.ALL, refuses=(404, 409)),
@@ -9321,10 +9724,11 @@ ROUTES = (
     Route("POST", "/bounces/{provider}/{token}", Api.take_notification, Access.TOKEN, Notification(), answer=CHANGED,
           refuses=(404,), any_media_type=True),
     Route("GET", "/webhook", Api.read_webhook, Access.ALL, answer=WEBHOOK_ANSWER, refuses=(404,)),
-    Route("PUT", "/webhook", Api.set_webhook, Access.ALL, WEBHOOK, answer=WEBHOOK_ANSWER),
+    Route("PUT", "/webhook", Api.set_webhook, Access.ALL, WEBHOOK, answer=WEBHOOK_ANSWER, refuses=(422,),
+          idempotency_key=True),
     Route("DELETE", "/webhook", Api.remove_webhook, Access.ALL, refuses=(404,)),
     Route("POST", "/webhook/secret", Api.replace_webhook_secret, Access.ALL, OVERLAP,
-          answer={"status": bool, "secret": str, "previousUntil": str}, refuses=(404,)),
+          answer={"status": bool, "secret": str, "previousUntil": str}, refuses=(404, 422), idempotency_key=True),
     Route("GET", "/lanes", Api.list_lanes, Access.ALL, answer=LANES_ANSWER),
     Route("POST", "/lanes/{lane}/resume", Api.resume_lane, Access.ALL, refuses=(404, 429)),
     Route("GET", "/history", Api.read_history, Access.ALL, answer={"status": bool, "minutes": list}),
@@ -9416,7 +9820,7 @@ def openapi(routes: Sequence[Route]) -> Json:
                 "required": True, "content": {"application/json": {"schema": route.body.schema}}}
         if route.idempotency_key:
             operation["parameters"].append({"name": "Idempotency-Key", "in": "header", "description": (
-                "The same key and body within 24 hours queue nothing again and get the same answer."),
+                "The same key and body within 24 hours do nothing again and get the same answer."),
                                             "schema": {"type": "string", "maxLength": 255}})
         paths.setdefault(route.path, {})[route.method.lower()] = operation
     return {"openapi": "3.1.0", "info": {"title": "GoMail", "version": __version__}, "paths": paths, "components": {
@@ -10853,23 +11257,34 @@ class Operator:
                 self.terminal.bars([minute["sent"] + minute["failed"] for minute in stats["minutes"]])]
 
     def manage_accounts(self, options: argparse.Namespace) -> int:
-        """List the accounts, add one, or remove one."""
+        """List the accounts, add one, make a new key of one, or remove one."""
         try:
             if options.add:
                 key = self.accounts.sign_up(NEW_ID({"id": options.add})["id"])
                 return self.terminal.result({"apiKey": key}, [key])
+            if options.rotate:
+                overlap = OVERLAP({"overlap": options.overlap}).get("overlap", Accounts.OVERLAP)
+                key, until = self.accounts.rotate(self.accounts.named(options.rotate), overlap)
+                previous = timestamp(until * 1e6)
+                self.terminal.say(f"the keys before end at {previous}, or when it was said earlier" if overlap else
+                                  "all other keys of the account have ended")
+                return self.terminal.result({"apiKey": key, "previousUntil": previous}, [key])
             if options.remove:
                 return self.remove_account(options.remove, options.yes)
         except HTTPError as error:
+            if error.field == "overlap":
+                return self.terminal.fail(2, error.message.replace("overlap", "--overlap", 1))
             return self.terminal.fail(1, error.message.replace("id", "the account", 1))
         rows = []
         for name in self.accounts.names():
             minutes = self.stats.history(self.accounts.find(name))
             rows.append({"id": name, "dead": self.store.redis.zcard(self.store.key("dead", name)),
                          "contentTypes": self.store.redis.hlen(self.store.key("content", name)),
-                         **{event: sum(minute[event] for minute in minutes) for event in ("sent", "failed")}})
-        headings = ["account", "dead letters", "content types", "sent in the last hour", "given up"]
-        return self.terminal.result(rows, self.terminal.table(headings, [[*row.values()] for row in rows]))
+                         **{event: sum(minute[event] for minute in minutes) for event in ("sent", "failed")},
+                         "senders": self.accounts.settings(name)["senders"]})
+        headings = ["account", "dead letters", "content types", "sent in the last hour", "given up", "senders"]
+        return self.terminal.result(rows, self.terminal.table(headings, [
+            [*row.values()][:-1] + [", ".join(row["senders"])] for row in rows]))
 
     def remove_account(self, name: str, confirmed: bool) -> int:
         """Deregister an account, after a question that names what it has. Raises HTTPError where there is none."""
@@ -11451,10 +11866,14 @@ def command_line() -> argparse.ArgumentParser:
     delete.add_argument("--yes", action="store_true", help="do not ask before --all; only a terminal is asked")
     operation("stats", Operator.show_stats,
               "show lanes, counters and the last hour; on a terminal every second, until Ctrl-C")
-    accounts = operation("accounts", Operator.manage_accounts, "list the accounts, add one or remove one")
+    accounts = operation("accounts", Operator.manage_accounts,
+                         "list the accounts, add or remove one, or make a new key of one")
     change = accounts.add_mutually_exclusive_group()
     change.add_argument("--add", metavar="NAME", help="sign up an account and write its API key")
-    change.add_argument("--remove", metavar="NAME", help="deregister an account: its key, tasks and subscriptions end")
+    change.add_argument("--rotate", metavar="NAME", help="write a new API key of an account, which keeps all it has")
+    change.add_argument("--remove", metavar="NAME", help="deregister an account: its keys, tasks and subscriptions end")
+    accounts.add_argument("--overlap", type=int, metavar="SECONDS", help="how long the keys before --rotate stay "
+                          f"valid: 0 to 2592000 (default: {Accounts.OVERLAP}); 0 ends them at once")
     accounts.add_argument("--yes", action="store_true", help="do not ask before --remove; only a terminal is asked")
     saving = command("backup", backup, "write everything that gomail keeps in Redis to a file, which then has secrets "
                      "and mails; gomail may be running")

@@ -2234,10 +2234,10 @@ def test_the_key_is_taken_bare_and_as_bearer(client):
         assert client("GET", "/task/subscriptionContent", Authorization=header)[0] == 200
 
 
-def test_who_is_registered_must_deregister_before_getting_a_new_key(service):
+def test_who_is_registered_gets_no_other_key_by_signup(service):
     first = service.client.post("/auth/signup", {"id": "user@example.com"})["apiKey"]
     status, answer, _ = service.client("POST", "/auth/signup", {"id": "user@example.com"})
-    assert status == 409 and answer["field"] == "id"
+    assert status == 409 and answer["field"] == "id" and "/auth/rotate" in answer["error"]
     assert Client(service.http.url, first).get("/task/subscriptionContent")
     assert service.client.post("/auth/deregister", {"id": "user@example.com"}) == {
         "status": True, "msg": "Deregistered successfully!"}
@@ -2289,7 +2289,446 @@ def test_a_key_ends_after_api_key_ttl(services, monkeypatch):
     assert client("GET", "/task/dead")[0] == 200
     now = time.time
     monkeypatch.setattr(gomail.time, "time", lambda: now() + 61)
-    assert client("GET", "/task/dead")[0] == 401
+    for status, answer, _ in (client("GET", "/task/dead"), client("POST", "/task/", MESSAGE)):
+        assert status == 401 and "has expired; POST /auth/rotate with the admin_token" in answer["error"]
+
+
+def rotated(client, sender=None, **body):
+    """(a client with a new key of the account of `client`, when the one that asked ends (s))."""
+    answer = (sender or client).post("/auth/rotate", {"id": name_of(client), **body})
+    return Client(client.address, answer["apiKey"]), datetime.datetime.fromisoformat(
+        answer["previousUntil"]).timestamp()
+
+
+def works(client):
+    """Whether every way to check a key takes that of a client."""
+    found = {client("GET", "/task/dead")[0], client("POST", "/task/", MESSAGE)[0],
+             client("POST", "/session", {"key": client.key})[0]}
+    assert found in ({200}, {401})
+    return found == {200}
+
+
+def has_ended(service, client):
+    """As if the time were over until which a rotation left a client's key valid."""
+    name, claims = name_of(client), jwt.decode(client.key, options={"verify_signature": False})
+    store = service.store
+    keys = store.redis.hget(store.key("keys"), name)
+    store.redis.hset(store.key("keys"), name, re.sub(rf"{claims['jti']}:\d+", f"{claims['jti']}:1", keys))
+
+
+def test_a_new_key_keeps_all_that_an_account_has_and_the_one_before_works_until_the_overlap_ends(services, mail_server):
+    first = services(mail_server)
+    second = services(mail_server, key_prefix=first.settings.key_prefix)
+    old = first.client.sign_up("app@example.com")
+    define(old, "news")
+    old.post("/suppressions", {"userId": "never@example.com"})
+    waiting, sent = old.task(send_at=rfc3339(time.time() + 3600)), old.task()
+    old.state(sent, "succeeded")
+    old.post("/bounces", {"userId": "gone@example.com", "kind": "bounce"})
+    urls, before = old.get("/bounces"), time.time()
+    new, until = rotated(old, overlap=3600)
+    assert before + 3590 < until < time.time() + 3601
+    claims = jwt.decode(new.key, options={"verify_signature": False})
+    assert claims["registration"] == jwt.decode(old.key, options={"verify_signature": False})["jti"] != claims["jti"]
+    for service in (first, second):
+        for client in (old, new):
+            there = Client(service.http.url, client.key)
+            assert works(there) and there.get(f"/task/{waiting}")["state"] == "scheduled"
+            assert there.get(f"/task/{sent}")["state"] == "succeeded"
+            assert {entry["userId"] for entry in there.get("/suppressions")["suppressions"]} == {
+                "never@example.com", "gone@example.com"}
+            assert there.get("/task/subscriptionContent")["total"] == 1 and there.get("/bounces")["urls"].keys() == (
+                urls["urls"].keys())
+    has_ended(first, old)
+    for service in (first, second):
+        assert works(Client(service.http.url, new.key)) and not works(Client(service.http.url, old.key))
+    assert new("DELETE", f"/task/{waiting}")[0] == 200
+    assert Client(first.http.url)("POST", urls["urls"]["postmark"], {"RecordType": "Open"})[0] == 200
+    new.post("/auth/deregister", {"id": "app@example.com"})
+    assert not works(new) and not first.store.redis.hlen(first.store.key("keys"))
+
+
+def test_the_mails_of_a_key_that_has_ended_are_sent(services, mail_server):
+    service = services(mail_server, workers=0)
+    old = service.client.sign_up()
+    ids = [old.task(), old.task("generateOtp", userId="otp@example.com")]
+    new, _ = rotated(old, overlap=0)
+    assert not works(old)
+    working = services(mail_server, key_prefix=service.settings.key_prefix)
+    there = Client(working.http.url, new.key)
+    for task_id in ids:
+        assert there.state(task_id, "succeeded")
+    assert verified(there, "otp@example.com", otp_of(parsed(mail_server.to("otp@example.com")[0].raw)))
+
+
+def test_without_an_overlap_all_other_keys_and_the_sessions_opened_with_them_end_at_once(services):
+    service = services(admin_token=ADMIN)
+    admin = Client(service.http.url, ADMIN)
+    keys = [Client(admin.address, admin.post("/auth/signup", {"id": "app@example.com"})["apiKey"])]
+    for _ in range(2):
+        keys.append(rotated(keys[-1])[0])
+    browsers = [logged_in(client, client.key)[0] for client in keys]
+    assert [account_of(browser) for browser in browsers] == ["app@example.com"] * 3
+    before = time.time()
+    newest, until = rotated(keys[0], admin, overlap=0)
+    assert until <= time.time() + 1 and until >= before - 1
+    assert works(newest) and not any(works(client) for client in keys)
+    assert [account_of(browser) for browser in browsers] == [None] * 3
+    assert account_of(logged_in(newest, newest.key)[0]) == "app@example.com"
+
+
+def account_of(browser):
+    """The account of a session, or None, which all that it may do agrees with."""
+    name = browser("GET", "/session")[1]["account"]
+    assert browser("GET", "/task/dead")[0] == browser("POST", "/task/", MESSAGE)[0] == (401 if name is None else 200)
+    return name
+
+
+def test_a_session_of_the_version_before_works_until_its_key_ends(service, client, monkeypatch):
+    claims = jwt.decode(client.key, options={"verify_signature": False})
+    monkeypatch.setattr(gomail.Accounts, "create_session", lambda accounts, *_: accounts.seal("session", {
+        "name": claims["sub"], "key_id": claims["jti"], "exp": int(time.time()) + 60, "jti": "0" * 32}))
+    browser, _ = logged_in(client, client.key)
+    assert account_of(browser) == name_of(client)
+    rotated(client)
+    assert account_of(browser) == name_of(client)
+    has_ended(service, client)
+    assert account_of(browser) is None
+
+
+def test_each_rotation_keeps_what_earlier_ones_promised_and_10_keys_are_enough(services):
+    service = services()
+    clients, ends = [service.client.sign_up()], {}
+    for number in range(9):
+        asking = clients[0] if number % 2 else clients[-1]
+        newest, until = rotated(clients[-1], asking, overlap=1000 * (10 - number))
+        assert ends.setdefault(asking, until) == until  # also if another rotation promised it
+        clients.append(newest)
+    assert all(map(works, clients)) and len(set(ends.values())) > 3
+    status, answer, _ = clients[0]("POST", "/auth/rotate", {"id": name_of(clients[0])})
+    assert status == 409 and answer["field"] == "id" and "10 keys" in answer["error"]
+    assert "overlap of 0" in answer["error"]
+    has_ended(service, clients[3])
+    clients[3], _ = rotated(clients[-1])
+    assert all(map(works, clients))
+
+
+@hypothesis.settings(deadline=None, max_examples=100)
+@hypothesis.given(rotations=strategies.lists(strategies.tuples(
+    strategies.integers(0, 20), strategies.sampled_from((0, 60, 3600, 86400, 2592000)), strategies.booleans(),
+    strategies.integers(0, 20)), max_size=25))
+def test_a_key_is_valid_exactly_as_long_as_the_rotations_said(redis_server, rotations):
+    store = gomail.Store(redis_server.uri, f"{secrets.token_hex(4)}:")
+    accounts = gomail.Accounts(store, "s" * 32)
+    keys = [accounts.decode_key(accounts.sign_up("app"))]
+    ends = {keys[0].key: math.inf}  # key -> when it ends; 0 where it has
+    for asks, overlap, by_admin, ended in rotations:
+        account = accounts.find("app") if by_admin else keys[asks % len(keys)]
+        now, valid = store.time(), [key for key, moment in ends.items() if moment]
+        if account.key and not ends[account.key]:
+            with pytest.raises(gomail.HTTPError, match="revoked"):
+                accounts.rotate(account, overlap)
+        elif overlap and len(valid) == 10:
+            with pytest.raises(gomail.HTTPError, match="10 keys"):
+                accounts.rotate(account, overlap)
+        else:
+            key, until = accounts.rotate(account, overlap)
+            for name, moment in ends.items():
+                ends[name] = 0 if not overlap or not moment else now + overlap if moment == math.inf else moment
+            asked = account.key or next(name for name in reversed(ends) if ends[name] or not overlap)
+            assert until == pytest.approx(ends[asked] or now, abs=5)
+            keys.append(accounts.decode_key(key))
+            ends[keys[-1].key] = math.inf
+        # One that ends at some time does so now.
+        name = keys[ended % len(keys)].key
+        if 0 < ends[name] < math.inf:
+            listed = store.redis.hget(store.key("keys"), "app")
+            store.redis.hset(store.key("keys"), "app", re.sub(rf"{name}:\d+", f"{name}:1", listed))
+            ends[name] = 0
+        assert [accounts.is_active(key) for key in keys] == [bool(ends[key.key]) for key in keys]
+        assert store.redis.hget(store.key("UserList"), "app") == keys[0].registration == keys[-1].registration
+        assert len((store.redis.hget(store.key("keys"), "app") or "").split()) <= 10
+
+
+def test_only_a_valid_key_of_the_account_and_the_admin_make_a_new_key(services):
+    service = services(admin_token=ADMIN)
+    admin = Client(service.http.url, ADMIN)
+    one, other = (Client(admin.address, admin.post("/auth/signup", {"id": name})["apiKey"]) for name in ("one", "two"))
+    for sender, name, expected in ((one, "two", 401), (Client(admin.address), "one", 401), (admin, "nobody", 404),
+                                   (Client(admin.address, other.key + "x"), "two", 401), (admin, "one", 200),
+                                   (one, "one", 200)):
+        status, answer, _ = sender("POST", "/auth/rotate", {"id": name})
+        assert status == expected and (status == 200 or answer["status"] is False)
+    assert admin("POST", "/auth/rotate", {})[1]["field"] == "id"
+    for overlap in (-1, 2592001, "0", True, 1.5):
+        status, answer, _ = admin("POST", "/auth/rotate", {"id": "one", "overlap": overlap})
+        assert status == 400 and answer["field"] == "overlap"
+    assert works(one) and works(other)
+    admin.post("/auth/deregister", {"id": "one"})
+    assert one("POST", "/auth/rotate", {"id": "one"})[0] == 401
+    admin.post("/auth/signup", {"id": "one"})
+    assert one("POST", "/auth/rotate", {"id": "one"})[0] == 401
+    service.store.redis.hset(service.store.key("UserList"), "one", "")  # it is being removed
+    assert admin("POST", "/auth/rotate", {"id": "one"})[0] == 404
+
+
+def test_with_api_key_ttl_a_new_key_has_all_of_it_and_promises_no_more_than_the_old_one_has(services, monkeypatch):
+    admin = Client(services(api_key_ttl=1000, admin_token=ADMIN).http.url, ADMIN)
+    old = admin.sign_up()
+    expires = jwt.decode(old.key, options={"verify_signature": False})["exp"]
+    now = time.time
+    monkeypatch.setattr(gomail.time, "time", lambda: now() + 600)
+    new, until = rotated(old, overlap=86400)
+    assert until == expires
+    monkeypatch.setattr(gomail.time, "time", lambda: now() + 1001)
+    assert not works(old) and old("POST", "/auth/rotate", {"id": name_of(old)})[0] == 401
+    newest, _ = rotated(old, admin)
+    monkeypatch.setattr(gomail.time, "time", now)
+    assert works(newest)
+    for client in (new, newest):
+        claims = jwt.decode(client.key, options={"verify_signature": False})
+        assert claims["exp"] == claims["iat"] + 1000
+
+
+def test_the_next_account_of_the_same_name_sees_and_changes_no_task_of_the_one_before(service, client, mail_server):
+    name, admin = name_of(client), service.client
+    scheduled, cancelled = (client.task(send_at=rfc3339(time.time() + 3600)) for _ in range(2))
+    assert client("DELETE", f"/task/{cancelled}")[0] == 200
+    sent, bounced, dead = client.task(), client.task(userId="bounced@example.com"), given_up(service, client)
+    for task_id in (sent, bounced):
+        client.state(task_id, "succeeded")
+    client.post("/bounces", {"id": bounced, "kind": "bounce"})
+    expected = {scheduled: "scheduled", cancelled: "cancelled", sent: "succeeded", bounced: "bounced", dead: "dead"}
+    client.post("/auth/deregister", {"id": name})
+    again = admin.sign_up(name)
+
+    def outcomes(task_id):
+        """What the account may do with a task."""
+        (found, _), (status, *_) = recent(again, search=task_id), again("GET", f"/task/{task_id}")
+        calls = [again("DELETE", f"/task/{task_id}"), again("POST", f"/task/dead/{task_id}/retry"),
+                 again("DELETE", f"/task/dead/{task_id}"),
+                 again("POST", "/bounces", {"id": task_id, "kind": "complaint"})]
+        return status, found, {status for status, *_ in calls}
+    for task_id, state in expected.items():
+        assert outcomes(task_id) == (404, [], {404})
+        assert service.inspection.status(task_id)["state"] == state
+    assert again.get("/suppressions")["total"] == 0
+    # A version before did not note whose the tasks were that have ended.
+    for task_id in (sent, bounced, cancelled):
+        assert service.store.redis.hdel(service.store.key("task", task_id), "k") == 1
+        assert outcomes(task_id)[:2] == (200, [task_id])
+
+
+def with_lost_answer(client, method, path, body):
+    """What a client gets that did not get the answer to its request, and sends it again with its Idempotency-Key."""
+    key = secrets.token_hex(8)
+    first, again = (client(method, path, body, Idempotency_Key=key) for _ in range(2))
+    assert first[:2] == again[:2] and first[0] == 200
+    status, answer, _ = client(method, path, {**body, **OTHER_BODIES[path.partition("?")[0]]}, Idempotency_Key=key)
+    assert (status, answer["field"]) == (422, "Idempotency-Key")
+    return first[1]
+
+
+OTHER_BODIES = {
+    "/auth/signup": {"id": "another"}, "/auth/rotate": {"overlap": 60}, "/task/subscriptionContent": {"content": "x"},
+    "/webhook": {"url": "http://127.0.0.1:2/"}, "/webhook/secret": {"overlap": 60}, "/account": {"senders": []}}
+
+
+@pytest.mark.parametrize("governed_by", ["", "the token of the admin"])
+def test_what_makes_something_makes_it_once_for_an_idempotency_key_and_answers_the_same(services, governed_by):
+    service = services(admin_token=governed_by)
+    admin = Client(service.http.url, governed_by)
+    client = Client(admin.address, with_lost_answer(admin, "POST", "/auth/signup", {"id": "app"})["apiKey"])
+    assert works(client)
+    client = Client(admin.address, with_lost_answer(client, "POST", "/auth/rotate", {"id": "app"})["apiKey"])
+    assert works(client) and len(service.store.redis.hget(service.store.key("keys"), "app").split()) == 2
+    answer = with_lost_answer(client, "POST", "/auth/rotate", {"id": "app", "overlap": 0})
+    assert not works(client) and works(Client(admin.address, answer["apiKey"]))
+    client = Client(admin.address, answer["apiKey"])
+    with_lost_answer(client, "POST", "/task/subscriptionContent", {
+        "content_type": "news", "subject": "News", "content": "What is new"})
+    setter, query = (admin, "?account=app") if governed_by else (client, "")
+    secret = with_lost_answer(setter, "PUT", f"/webhook{query}", {"url": "http://127.0.0.1:1/"})["secret"]
+    newer = with_lost_answer(setter, "POST", f"/webhook/secret{query}", {})["secret"]
+    kept, = service.http.api.accounts.records.read("app", "hooks")
+    assert newer != secret and (kept["secret"], kept["previous"]) == (newer, secret)
+    setter("DELETE", f"/webhook{query}")
+    hook = with_lost_answer(setter, "PUT", f"/account{query}", {
+        "senders": ["a@example.com"], "webhook": {"url": "http://127.0.0.1:1/"}})["webhook"]
+    assert hook["secret"] == service.http.api.accounts.records.read("app", "hooks")[0]["secret"]
+    kept = str(contents(service.store.redis, service.store.prefix))
+    assert hook["secret"] in kept and client.key.split(".")[2] not in kept  # no API key is kept
+
+
+def test_an_idempotency_key_that_changed_nothing_is_not_used_up(service, client):
+    name, key = name_of(client), {"Idempotency_Key": "one"}
+    content = {"content_type": "news", "subject": "News", "content": "What is new"}
+    define(client, "news")
+    assert client("POST", "/task/subscriptionContent", content, **key)[0] == 409
+    client("DELETE", "/task/subscriptionContent/news")
+    for _ in range(2):
+        assert client("POST", "/task/subscriptionContent", content, **key)[0] == 200
+    assert client("POST", "/webhook/secret", {}, **key)[0] == 404
+    client("PUT", "/webhook", {"url": "http://127.0.0.1:1/"})
+    first = client.post("/webhook/secret", {}, **key)
+    client("DELETE", "/webhook")
+    assert client.post("/webhook/secret", {}, **key) == first  # though there is none any more
+    assert service.client("POST", "/auth/signup", {"id": name}, **key)[0] == 409
+    client.post("/auth/deregister", {"id": name})
+    again = Client(client.address, service.client.post("/auth/signup", {"id": name}, **key)["apiKey"])
+    assert again("POST", "/webhook/secret", {}, **key)[0] == 404  # the key of the account before
+    again.post("/auth/deregister", {"id": name})
+    status, answer, _ = service.client("POST", "/auth/signup", {"id": name}, **key)
+    assert (status, answer["field"]) == (422, "Idempotency-Key") and "deregistered since" in answer["error"]
+    assert service.client("POST", "/auth/signup", {"id": name})[0] == 200
+
+
+def test_an_idempotency_key_shows_no_answer_to_who_was_not_asked_for_it(services):
+    admin = Client(services(admin_token=ADMIN).http.url, ADMIN)
+    one, other = (Client(admin.address, admin.post("/auth/signup", {"id": name})["apiKey"]) for name in ("one", "two"))
+    key, hook = {"Idempotency_Key": "one"}, {"url": "http://127.0.0.1:1/"}
+    status, answer, _ = admin("PUT", "/account?account=one", {"webhook": hook}, **key)
+    assert status == 200 and answer["webhook"]["secret"]
+    assert "secret" not in put_account(one)["webhook"]
+    assert one("PUT", "/account", {"webhook": {**hook, "events": ["mail.sent"]}}, **key)[0] == 401
+    status, answer, _ = one("PUT", "/account", {"webhook": hook}, **key)
+    assert status == 200 and "secret" not in answer["webhook"]
+    assert other("PUT", "/account", {"webhook": hook}, **key)[0] == 401
+    # A key that had to end does not get the one that replaced it.
+    two, _ = rotated(one)
+    new = two.post("/auth/rotate", {"id": "one", "overlap": 0}, **key)
+    assert two.post("/auth/rotate", {"id": "one", "overlap": 0}, **key) == new
+    for client in (one, other, Client(admin.address)):
+        assert client("POST", "/auth/rotate", {"id": "one", "overlap": 0}, **key)[0] == 401
+    assert not works(two) and works(Client(admin.address, new["apiKey"]))
+
+
+def test_a_dead_letter_is_queued_again_once_for_an_idempotency_key(service, client):
+    dead, key = given_up(service, client), {"Idempotency_Key": "one"}
+    for _ in range(2):
+        assert client.post(f"/task/dead/{dead}/retry", **key)["id"] == dead
+    assert client.state(dead, "succeeded", "dead")
+    assert client("POST", f"/task/dead/{dead}/retry")[0] == 404
+    assert [step["event"] for step in client.get(f"/task/{dead}")["story"]].count("revived") == 1
+
+
+def put_account(client, expected=200, **body):
+    """The answer to a change of a client's account."""
+    status, answer, _ = client("PUT", "/account", body)
+    assert status == expected, answer
+    return answer
+
+
+def test_an_account_has_settings_of_which_a_change_leaves_out_what_it_does_not_name(service, client):
+    name = name_of(client)
+    empty = {"status": True, "id": name, "senders": [], "reply_to": "", "webhook": None}
+    assert client.get("/account") == put_account(client) == empty
+    senders = ["Ann <ann@a.example>", "BOB@b.example", "@c.example"]
+    assert put_account(client, senders=senders)["senders"] == senders
+    changed = put_account(client, reply_to="help@Bücher.example", webhook={"url": "http://127.0.0.1:1/", "events": [
+        "mail.sent"]})
+    secret, hook = changed["webhook"].pop("secret"), changed["webhook"]
+    assert changed == client.get("/account") == {**empty, "senders": senders, "webhook": hook,
+                                                 "reply_to": "help@xn--bcher-kva.example"}
+    assert {"status": True, **hook} == client.get("/webhook") and secret.startswith("whsec_")
+    assert service.http.api.accounts.settings(name) == {"senders": senders, "reply_to": "help@xn--bcher-kva.example"}
+    assert put_account(client, **changed) == changed  # what was read may be written
+    moved = put_account(client, webhook={"url": "http://127.0.0.1:2/"})["webhook"]
+    assert moved["url"] == "http://127.0.0.1:2/" and moved["events"] == list(gomail.EVENTS) and "secret" not in moved
+    assert put_account(client, reply_to="")["reply_to"] == "" and client.get("/account")["senders"] == senders
+    assert put_account(client, senders=[], webhook=None) == empty
+    put_account(client, senders=senders, reply_to="a@example.com")
+    assert put_account(client, senders=None, reply_to=None) == empty
+    assert not service.store.redis.hlen(service.store.key("settings")) + service.store.redis.hlen(
+        service.store.key("hooks"))
+
+
+@pytest.mark.parametrize("body, field", [
+    ({"senders": "a@example.com"}, "senders"), ({"senders": ["a@example.com"] * 21}, "senders"),
+    ({"senders": ["a@example.com", "b"]}, "senders[1]"), ({"senders": ["@"]}, "senders[0]"),
+    ({"senders": ["A <a@example.com>, b@example.com"]}, "senders[0]"), ({"senders": [""]}, "senders[0]"),
+    ({"senders": ["A\nB <a@example.com>"]}, "senders[0]"), ({"senders": ["\ud800 <a@example.com>"]}, "senders[0]"),
+    ({"senders": [f"{'a' * 101} <a@example.com>"]}, "senders[0]"), ({"senders": [None]}, "senders[0]"),
+    ({"reply_to": "A <a@example.com>"}, "reply_to"), ({"reply_to": []}, "reply_to"),
+    ({"webhook": {"url": "ftp://example.com"}}, "webhook.url"), ({"webhook": {}}, "webhook.url"),
+    ({"webhook": {"url": "http://127.0.0.1/", "events": []}}, "webhook.events"), ({"webhook": []}, "webhook"),
+    ({"webhook": {"url": "http://127.0.0.1/", "events": ["no"]}}, "webhook.events[0]")])
+def test_a_setting_that_is_not_valid_changes_nothing(client, body, field):
+    before = client.get("/account")
+    answer = put_account(client, 400, **{"reply_to": "b@example.com", **body})
+    assert answer["field"] == field and client.get("/account") == before
+    assert not field.startswith("senders[") or '"Name <address>"' in answer["error"]
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(name=strategies.text(max_size=100), domain=strategies.sampled_from(["a.example", "Bücher.example"]))
+@hypothesis.example(name='"\\', domain="a.example")
+@hypothesis.example(name="a, b", domain="a.example")
+def test_a_sender_is_kept_in_a_form_that_means_the_same(name, domain):
+    quoted = '"%s"' % re.sub(r'["\\]', r"\\\g<0>", name)
+    parsed = gomail.parse_sender(f"{quoted} <Me@{domain}>")
+    if parsed is None:
+        assert not re.fullmatch(f"{gomail.ONE_LINE}*", name)
+        return
+    assert parsed == (name.strip(), f"Me@{gomail.domain_to_ascii(domain)}")
+    kept = gomail.Sender()(f"{quoted} <Me@{domain}>") if not gomail.SURROGATES.search(name) else ""
+    assert not kept or gomail.parse_sender(kept) == parsed and gomail.Sender()(kept) == kept
+
+
+def test_with_admin_token_only_the_admin_changes_senders_and_the_webhook(services):
+    admin = Client(services(admin_token=ADMIN).http.url, ADMIN)
+    one, other = (Client(admin.address, admin.post("/auth/signup", {"id": name})["apiKey"]) for name in ("one", "two"))
+    for method, body in (("GET", None), ("PUT", {"senders": []})):
+        status, answer, _ = admin(method, "/account", body)
+        assert status == 400 and answer["field"] == "account"
+        assert admin(method, "/account?account=nobody", body)[0] == 404
+        assert Client(admin.address)(method, "/account", body)[0] == 401
+    hook = {"url": "http://127.0.0.1:1/", "events": ["mail.sent", "mail.failed"]}
+    status, answer, _ = admin("PUT", "/account?account=one", {"senders": ["@a.example"], "webhook": hook})
+    assert status == 200 and answer["webhook"]["secret"] and answer["id"] == "one"
+    for body in ({"senders": ["@b.example"]}, {"senders": None}, {"webhook": None}, {"senders": ["@a.example"] * 2},
+                 {"webhook": {**hook, "url": "http://127.0.0.1:2/"}}, {"webhook": {"url": hook["url"]}}):
+        assert "admin_token" in put_account(one, 401, reply_to="x@example.com", **body)["error"]
+        assert one.get("/account")["reply_to"] == ""
+    same = put_account(one, senders=["@A.example"], webhook={**hook, "events": hook["events"][::-1]},
+                       reply_to="x@example.com")
+    assert same == one.get("/account") and same["reply_to"] == "x@example.com"
+    assert other.get("/account")["senders"] == [] and other.get("/account")["webhook"] is None
+    # Who is not the admin cannot name another.
+    assert other("PUT", "/account?account=one", {"reply_to": "y@example.com"})[1]["id"] == "two"
+    assert one.get("/account")["reply_to"] == "x@example.com"
+
+
+def test_settings_are_changed_by_one_at_a_time_and_end_with_the_account(service, client, monkeypatch):
+    put_account(client, senders=["a@example.com"])
+    records, owner = service.http.api.accounts.records, service.http.api.accounts.authenticate(client.key)
+    real, calls = records._changed, []
+
+    def meanwhile(**call):
+        calls.append(call)
+        if len(calls) == 1:
+            client.get("/health/ping")
+            service.store.redis.hset(service.store.key("settings"), owner.name, '{"senders": ["b@example.com"]}')
+        return real(**call)
+    monkeypatch.setattr(records, "_changed", meanwhile)
+    answer = service.http.api.set_account(gomail.Request({}, {}, {}, {"reply_to": "r@example.com"}, owner))
+    assert len(calls) == 2 and (answer["senders"], answer["reply_to"]) == (["b@example.com"], "r@example.com")
+    client.post("/auth/deregister", {"id": owner.name})
+    again = client.sign_up(owner.name)
+    assert again.get("/account")["senders"] == []
+    with pytest.raises(gomail.HTTPError, match="revoked"):
+        service.http.api.set_account(gomail.Request({}, {}, {}, {"reply_to": "r@example.com"}, owner))
+    assert again.get("/account")["reply_to"] == ""
+
+
+def test_a_webhook_that_is_gone_stays_so_when_the_settings_are_written_as_they_were_read(client, receiver):
+    receiver.hooked(client)
+    receiver.answers += [410]
+    client.task()
+    until(lambda: client.get("/webhook")["gone"])
+    before = client.get("/account")
+    assert before["webhook"]["events"] == [] and put_account(client, **before) == before
+    assert put_account(client, webhook={"url": receiver.url})["webhook"]["gone"] is None
 
 
 def test_with_admin_token_signup_and_deregister_need_it_and_a_key_deregisters_only_itself(services):
@@ -2883,7 +3322,7 @@ ENDED_TASKS = strategies.one_of(
 def test_what_is_shown_of_an_ended_task_is_the_same_in_either_form_that_is_kept(
         queue, task, name, retries, owner, refusals, verdict, error, is_older):
     client, account = queue.store.redis, queue.account if owner else gomail.Account("an app @ home", "0123456789")
-    client.hset(queue.store.key("UserList"), account.name, account.key_id)
+    client.hset(queue.store.key("UserList"), account.name, account.registration)
     lane = gomail.lane_of(task["type"])
     task_id, = queue.enqueue(account, [{**task, "task": name, "retries": retries}])
     key = queue.store.key("task", task_id)
@@ -2897,7 +3336,7 @@ def test_what_is_shown_of_an_ended_task_is_the_same_in_either_form_that_is_kept(
         client.zadd(queue.store.key("delayed"), {task_id: 1e14})
         client.lrem(queue.store.key("lane", lane, account.name), 0, task_id)
         before = client.hgetall(key)
-        queue.cancel(task_id, account.name)
+        queue.cancel(task_id, account)
         after = {"state": "cancelled"}
     else:
         taken = until(lambda: take(queue, "normal-0", lane))
@@ -2908,17 +3347,19 @@ def test_what_is_shown_of_an_ended_task_is_the_same_in_either_form_that_is_kept(
     *_, begun, ended, _ = client.hget(key, "d").split(" ", 7)
     finished = int(before["created"]) + int(begun or 0) + int(ended)
 
+    another = dataclasses.replace(account, name="another")
+
     def shown():
-        return (look(queue).status(task_id, story=True), look(queue).status(task_id, account.name),
-                look(queue).status(task_id, "another"), look(queue).recent(account.name, search="CC@", limit=1),
-                look(queue).recent(account.name, limit=1),
-                look(queue).recent("", search="user@", state=after["state"], limit=1))
+        return (look(queue).status(task_id, story=True), look(queue).status(task_id, account),
+                look(queue).status(task_id, another), look(queue).recent(account, search="CC@", limit=1),
+                look(queue).recent(account, limit=1),
+                look(queue).recent(search="user@", state=after["state"], limit=1))
 
     assert "Hello" not in str(client.hgetall(key)) and 0 < client.ttl(key) <= queue.settings.result_ttl
     new = shown()
     with pytest.raises(gomail.HTTPError, match=rf"has ended already \({after['state']}\)"):
-        queue.cancel(task_id, account.name)
-    for someone in ("another", account.name[:-1]):
+        queue.cancel(task_id, account)
+    for someone in (another, dataclasses.replace(account, name=account.name[:-1])):
         with pytest.raises(gomail.HTTPError, match="there is no such task"):
             queue.cancel(task_id, someone)
     # As the version before left it.
@@ -3301,7 +3742,7 @@ def test_requests_that_go_together_get_the_answers_and_leave_the_data_of_one_aft
 
 def test_a_request_whose_data_is_at_fault_spoils_it_for_no_other_in_its_group(queue):
     spoilt = gomail.Account("spoilt", "1")
-    queue.store.redis.hset(queue.store.key("UserList"), spoilt.name, spoilt.key_id)
+    queue.store.redis.hset(queue.store.key("UserList"), spoilt.name, spoilt.registration)
     queue.store.redis.set(queue.store.key("content", spoilt.name), "no hash")
     unsendable = gomail.Account("\ud800", "1")
     results = Together(queue._enqueue_in_groups)(
@@ -8001,7 +8442,7 @@ def test_a_notification_with_a_token_that_is_forged_or_of_a_deregistered_account
     url, accounts = paths_of(client)[provider], service.http.api.accounts
     begin, token = url.rpartition("/")[0], url.rpartition("/")[2]
     account = accounts.find(name_of(client))
-    claims = {"account": account.name, "key_id": account.key_id}
+    claims = {"account": account.name, "key_id": account.registration}
     forged = [token[:-2], token + "x", "x", jwt.encode(claims, "x" * 32), jwt.encode(claims, "", algorithm="none"),
               accounts.seal("view", claims), accounts.seal("bounces", {**claims, "key_id": "0" * 32}), client.key]
     before = everything(service)
@@ -8867,7 +9308,7 @@ def test_a_webhook_is_changed_by_one_at_a_time_and_by_nobody_whose_account_has_e
         asked.append(hook)
         if len(asked) == 1:
             client.post("/webhook/secret", {})
-        return {**hook, "url": "http://localhost:1/"}
+        return {**hook, "url": "http://localhost:1/"}, None
     webhooks._change(owner, change)
     assert len(asked) == 2 and asked[0]["secret"] == asked[1]["previous"] != asked[1]["secret"]
     client.post("/auth/deregister", {"id": owner.name})
@@ -11463,12 +11904,59 @@ LEFT_BY_AN_EARLIER_VERSION = """
 """
 
 
-def left_by_an_earlier_version(client: redis.Redis, prefix: str) -> dict:
+# The same of commit 4685af7, the last one before keys could be rotated; also "batch", a body with the key "two", and
+# its "answer"; "secret" of the webhook of shop@example.com, and the path for bounces of its mails. The name of the
+# process is changed, and the counters (stats, history) are left out.
+LEFT_BEFORE_ROTATION = """
+    ABzY8000000t4+^>r>mf7XMc~`J7U{Epg}0Y`e7Fv?Xj?*p^3!k!6_}5+@rwQ0VZ#-y_?3*s)94W#P`wZ9gQ~N76Y*zw?yxqchT>?QCOTaUqDWShsU&Z
+    _>{8k4`!mPkyoA^=LA*TV_1!Y<KL<yFsvP;{Ett@9?&V`*APrC7-zYwI_O)ldr%3`c7>D(QWvp=ZJ3guDbrX`#U@Og0F+!!`Ts0Suehhb@FM_yBNp)(M
+    Pnu6UKX^H+XL+933AV$Nk$^X#dM0I^O*>*t>XpvA6T)d;j(_{_yL&$<f!3@&3gdx_@v;`WHR;e5<zJTJ!o-d~0@sII^F=_C}whkG~!7r13|5gkRgwYG{
+    V?@a!{r-RpEa<7{B3e^IWhaCa~?m#>F*_ibi&zYjl*`d7hc7&Mw7{TT+04)OlM5y)h|_rLT<{V#{t`#YDYzcUyf9}F(~2ff?9+jp187kk&aKEAv~pbsY
+    }?q3|;z~}eq;}(jpZ}tv?;bi#U=e_Ai@`}$Qe{l9YI@sq|{p|Dcf3mN^*T6E=x$Ab~u-LenG1i7Q1j&TJgmV&V%PoR`6g~~nQbfK81oA;4!FZOK3UMHb
+    Z-7`BrLZ!>QeR^#G!Un=$z*ENv`QaZ>?UUl8LJo%U|1jw0{YPERZ5uEhCnH`&;oHE3o96*1}M+RiCv{6N;n=!WKcjNsTs@^5$kv`0~^kU6&4I<Im?Di6
+    @)kh`LQH81ahN6ykVVOQRQa$0~vA^AdG#cwc~hdv*}HooUc*~V!6|YMS-Ri8x;_ND0OIpxmPKrU``cAp$H2W5Y0qrNtokqvPu{-L)?^vVM#UfsSgtSP7
+    &8S&Qi2O8xk&^dbNsV#3V*O*NElI=d`#&8w5@dzS2r)!%^fD?$cmSODeP$J6Z~Ba|JpJ5vYUeIW1kKr6`|QS{W!tEaJv6WBfTStI!hP$wrZHnUAs7T*H
+    2pO7L>}3OU0$Iis2gE-{Ow3?u3gT_{aq$~j(W`$s3!=_NeR|Lk_Mn~B?l5x`QP+j0wI3u~ZmXQFS0V~4>Xompz9y|5ft@c<6j!G$#$yxcD)HRB|+$>PB
+    sFcav^4Cc$j>?hB~NHX^Fg}cwgz&Bt)C+W4F=H4dL*$h_5rZd}JQBC!ET(LfFYz`(vjJC#?;4Mf*G3@wqT%?C747Ahf7}hB!KEdC-(Jalpz<Szy_j$kX
+    jSFtOohY`$aD}ikSvwQh54E!=V|~F)AOLnwzSJ7f9gtrS;Op5N3W4Xh>-YFJmVdl|^Y)_{hcfFOyy>&!=w`==t1p6z$@%&D$A2$esss7U^6SgVIL$_Sd
+    iiqGSTi^x{j2Z`cX1&$WN>BPG{u{2Xn$9eV>kHX__DuqPLD3$4f+SK=<(=~99@{}{?2gN-~DuXbkO^Lbo=W2-htu01Z^c3uhQ37<JbF1@968Eoc@-4*c
+    %G-q5tCj;KTl>v*7kU=SPQqh-1!?>rA`tJ_P7|h*MC_NoSzbfdgSfrXWHleQ<vq`H>ZY53#|rFw_J*4)|Kt7KphLFa&cGLA;WRF=?$doKQ-@CAcW}0)G
+    Ser6!KgqVX_~awo9QQ|Gd~okb#p6(OC17yz6AM&faju5z7>rz1TCC`IF`eSu#Hh)z^t=OJNaXEr?t)VI98Tg>cCW4l3=m38d3L&A^KxoMqtw!PC%A0B%
+    !xA)_Rm*|o8?(R-IU3gJWT2TE5BG<S=a#vq`UHgCk+C^AD>D;DZB;Avf4FddPX9z}Q3w`UJY!K^L24Oeo+j99vxu1=np}w(IjX+WqaDf$95Z<B)i6}t8
+    gEgA^G6MCLlQBg&gy<Rvtr<r#h!dY-j%tHib092H$u=T<$+rDIiF3PY)Ld(ZQm`N>D1p~B*BZ-L2l-;j!occj7FeBaHyGNgU3a?FXVQ%rk1x}EypO|s?
+    !XHmKir3x)-VOeZ0IIg`jssu8REpfhfMe?9?#NZm14{+$>O1Vfbzel!{X&2%O=||Ut$6q4gc{rep%4lE3mhGhLck$#^T{tnU9}#zPa}<EzYM~*j^mk(P
+    Ru}YHqd}*2-WX+^Q8qQa|vq;XJgyhDa6#u-(}BM4BK7BLN8Hh`6*3&>dhQ39abZN^sCXgJG`&*h^p*TLP%UG$KJ{1QtpuN=+!ENEsXWglgZ1T7zRq2qU
+    i&S~21bsKMMcOe+HK{*WL69)M9^6H?I-!&(9ui2@1Gmz-(=jA$W{WgPpELa+c+C6NuR60izz!EHbp*nzDA2|R&hG^89<WOYDH=tn-3MZQmsf^ZT_A434
+    rNKtSd5v5V6bV#KQ2;?ZnyD!z>SWfKZytvNJ=DEfSmx6_yF-0-aG}6w{LdJc>6|#m$@C|m<C>im{K<yP_ADox~m4^{luz`LV`IfVvLCs_?D{Dkd_()-+
+    BZ8wS2t+`jXv46Zz%L+O5LfnLW+S2uh={<M5E39o7>PKJ$~A^MvD-x~b<+=BZcy<Et;N6wwZ*-qO6f*MF3&X;w_v|pGt2U-52HM<g{nABqZzQ-kxqUvw
+    *2)XoI|w%p}gWuei~i#PngVN7CIZ0jw|1X=mGX70t~gYqJpuAPyi=~a*SJHNEB*qsj^`J@1@9d?84JHUY8LDvL4~8o=bbPNk(<or5s>I`BIX+)Ox5mA&
+    OK00m!#B1f&4~Al6_JLM17+gzeKHoB}5xB4o8<;AoTuAERM|C4{*)aeM)qd9XNK7UG;iT5rRRw&%g2tkiZMl?olQ`l6d@a&6`N;$f+n<;n|jr}mGTO|!
+    IdorMiUqRLBlCwi6^Dad?3n^M;wi!d^oj-5T&^u8fQBK!h%%P+WFSUWr^zu;~#8(zZS`3LTrflkhC3J>yNz4*knwLymUu)jT@z0sSrwKu+PJ~3{dxTVL
+    k$;5NTH2c361e6m`t;vh)2aN1Km2>TG(pK7_OSM7M>)xuodw=(!yGa{vgPz_7O~MV@jvF*GH|UCP&|=-7Yr8=gctH}#avK#1iJ>@%LTcnHyBZQK4J09?
+    YK8|0b^!8BBCC*YE{f|QZ(XiBSCbR`zrFn5Uj7H{<sM_0A68V-11R;@tfMFgUBjmMrjtZh-+wEz20(#8W$6zS)lK8!^VB$PY3w|-xsc9+)J)^RPSb72&
+    Ci=;buNn{zUWgI74)k$Ih=G+o+m+-SP=aZLQ;QIyefO&i(0&?nkSInB0=5jD?N>MFf0bZ+OFxfT=}$fx5%8<B>P!X{Y-*krC`IvLj{{3?)^NwP3%=|Cs
+    )#0M97xJ)S<KNWVBLBQJ~oMINFFReYPcoXOM&4)A_tw>n;a3UYS-ek3H)o<zZ-dovG~(=g8w*cnf>8<T4pwCv(NQGl%VaJ;Dlit~Bx%IP#E(*S5|RLV8
+    emac@n`Zf6GL>$ri(2|U(bRtPvhIaw?d0=s$Z!Ix-_>9#n$A=9NHc`&_)DP!Kcwf|+Vm007t%|F+<t}_dvixW>$;t>e0s7=MrOn=5~Hf|vDjH!*8%R~S
+    _`|s!SNJ{JSw1%XbJS9rk#1aw#Ua*g;hY2IBO|C}6Y~F{G=hZW<iUlj`0~d3K8YVtX76J>hCU9Grt_i#}d?zznm02o6h39kXQ6fc~#0@U1S>825FHXJX
+    ^8fNuYrWk!2j0v1!~9%nE~3A-r>)7#iikOm+@VH|!(bfV6am9cSvc*2<02Bc^WNfVdF0z1Aj*^9(*Li<p8A@__{v#PehSojI^?X}<}sw((Z;~`yF=54O
+    >if%wv^J*W|<vL@_PVyMf-(^CE#I`aek(o#Oa{kNJ4}?q%T&qDBac;P0Hr>6jG4QIO0KZW92Dzo@);jG;LstDU!b&Pj4Eu;MHk8H@mm0#@zl0cVWesa?
+    Ju;)9pGu*Ms!m56}9V{~PdJO#s?3iV4j(?oly{!P#N?6c}Asd@DvVQaCrq28`xf@anXy7+uk21*mErsBHyE9jJ>s=Bd%zxbUBaY(B~+;hE0gR*Eb_$>x
+    Y&mUR_a=a=(lj-WF2qeB)ePM*ZAwrGD@-PF+3(yOQ?9*fI^^}GWU1fksXFc+=q<6>}o;!)-e3axY4)^MrgeSTr_(cw;iuJERH|9%I(xSrYSq#4H^gW!j
+    }Aq<%=alU$U;?Z#qHkr@**Kz)*)ZXr%!38tk?4F5WwBnv~T5rCBSJUKabG_TzJiMm}!=N$WnH2U2{MBYe4ObMC<&DSY(n?{r#${U<^gb?`JD~HJP{1XV
+    kIE%!<8r;7yBU`laS3cH@wjaAH8$HC({(n_ZDOZ@o&9W5=Quyz_NWhQ`G~4kj<d-F%G5c_Y%P6gZMWCmX>tAfsdI<*RiD6>&XQ!!lRmy@^eL1kPmuvM>
+    9E}|0%jF&bZD)IH;qui&jJ<v&x8sSh&>rp@WxPKN{SY!v>XLCLWMjFRLIjp<&T-2H5D6=j1&%K;*%kTY*bUU9vwG=fj$cu=syz-(tkQI&<(-Ra@C*_4D
+    4CJ!2Xe75Rh*?85r1xU}(9TQU^oRO~VJlVI|>ys60(;7jq14a-Izwl_=U$wj3g8Bw?>Yp9CQz4AD?Zssd^-1HhZ`SyGJRHr{==P&bFiqpLL6N&ef5mE*
+    MXml3Tgh~vA0t$Tl8vU;tv0YBB>8dOETwt>5`xh5{*KbN-{;C?Dre|g$;<_P4cow#^?-w|j|TLLK`&~Wc%A>MK;?;f+Wl#IRNcaL5)9gmy?^h!-_d%rG
+    zWadq6lwZZIHlE7g`Lvz%NT0Jm(|s*|4%2d`l^@SG_I{9}m~pSpz_R!AFj?oVp}V{P0$EEq&Qd@C00
+"""
+
+
+def left_by_an_earlier_version(client: redis.Redis, prefix: str, packed: str = LEFT_BY_AN_EARLIER_VERSION) -> dict:
     """Put the data of an earlier version behind a prefix, as if it had been killed an hour to a day ago; what it left.
 
     All times in it are moved by whole days, so that the calendar of the newsletters fits.
     """
-    text = gzip.decompress(base64.b85decode("".join(LEFT_BY_AN_EARLIER_VERSION.split()))).decode()
+    text = gzip.decompress(base64.b85decode("".join(packed.split()))).decode()
     made = json.loads(text)["made"]
     days = (int(client.time()[0]) - 3600 - made) // 86400
 
@@ -11530,6 +12018,47 @@ def test_what_an_earlier_version_left_in_every_state_goes_on_with_this_one(servi
     recipients = collections.Counter(mail.recipient for mail in mail_server.mails)
     assert recipients == dict.fromkeys([*(f"{name}@example.com" for name in (*waiting.values(), "issue", "dead", "new",
                                                                             "Anna"))], 1)
+
+
+def test_what_the_version_before_rotation_left_goes_on_with_old_and_new_keys(
+        services, mail_server, clock, redis_server):
+    prefix, name = f"{secrets.token_hex(4)}:", "shop@example.com"
+    left = left_by_an_earlier_version(redis_server.client, prefix, LEFT_BEFORE_ROTATION)
+    clock.now = left["made"]
+    service = services(mail_server, clock, key_prefix=prefix)
+    old, other = (Client(service.http.url, left["keys"][account]) for account in (name, "other@example.com"))
+    assert works(old) and works(other)
+    new, _ = rotated(old)
+    for number in range(5):
+        assert old.state(left["ids"][f"waits{number}"], "succeeded")
+    assert new.state(left["ids"]["otp waits"], "expired") and new.state(left["ids"]["retrying"], "succeeded")
+    states = {"succeeded": "succeeded", "bounced": "bounced", "suppressed": "suppressed", "dead": "dead",
+              "gone": "dead", "scheduled": "scheduled", "cancelled": "cancelled", "once": "succeeded"}
+    for client in (old, new):
+        tasks = {task: client.get(f"/task/{left['ids'][task]}") for task in states}
+        assert {task: found["state"] for task, found in tasks.items()} == states
+        assert tasks["dead"]["error"] == "550 5.2.1 no" and tasks["suppressed"]["story"][-1]["event"] == "suppressed"
+        assert {task["id"] for task in client.get("/task/dead")["tasks"]} == {left["ids"]["dead"], left["ids"]["gone"]}
+        assert {found["userId"] for found in client.get("/suppressions")["suppressions"]} == {
+            "never@example.com", "bounced@example.com", "gone@example.com"}
+        assert client.get("/task/subscriptionContent/news")["subscribers"] == 1
+        assert client.get("/account")["webhook"]["events"] == ["mail.bounced"]
+        assert set(left["data"][f"recent:{name}"][1]) < set(recent(client, limit=1000)[0])
+        assert client.post("/task/", left["once"], Idempotency_Key="one")["id"] == left["ids"]["once"]
+        assert client.post("/task/batch", left["batch"], Idempotency_Key="two") == left["answer"]
+        assert other("GET", f"/task/{left['ids']['dead']}")[0] == 404
+    assert rotated(new, overlap=0) and not works(old) and works(other)
+    client = rotated(new, service.client)[0]
+    assert verified(client, "otp@example.com", left["otp"]) and not verified(client, "otp@example.com", left["otp"])
+    assert service.http.api.accounts.records.read(name, "hooks")[0]["secret"] == left["secret"]
+    assert Client(service.http.url)("POST", left["bounces"], {"RecordType": "Open"})[0] == 200
+    assert client("DELETE", f"/task/{left['ids']['scheduled']}")[0] == 200
+    client.post(f"/task/dead/{left['ids']['dead']}/retry")
+    client.state(left["ids"]["dead"], "succeeded")
+    clock.forward(86400)
+    until(lambda: len(mail_server.to("Anna@example.com")) == 2)  # of both accounts
+    client.post("/auth/deregister", {"id": name})
+    assert not works(client) and works(other)
 
 
 # --- 16. command line -------------------------------------------------------------------------------------
@@ -11673,9 +12202,12 @@ def test_accounts_are_listed_added_and_removed_from_the_command_line(operated):
     new = Client(client.address, key.strip())
     assert recent(new) == ([], None)
     rows = until(lambda: (found := json.loads(command("accounts", "--json")[1]))[0]["sent"] and found)
-    assert rows == [{"id": "app@example.com", "dead": 0, "contentTypes": 0, "sent": 1, "failed": 0},
-                    {"id": "new@example.com", "dead": 0, "contentTypes": 0, "sent": 0, "failed": 0}]
-    assert [line.split()[0] for line in command("accounts")[1].splitlines()] == ["app@example.com", "new@example.com"]
+    assert rows == [{"id": "app@example.com", "dead": 0, "contentTypes": 0, "sent": 1, "failed": 0, "senders": []},
+                    {"id": "new@example.com", "dead": 0, "contentTypes": 0, "sent": 0, "failed": 0, "senders": []}]
+    put_account(new, senders=["Ann <ann@a.example>", "@b.example"])
+    lines = command("accounts")[1].splitlines()
+    assert [line.split()[0] for line in lines] == ["app@example.com", "new@example.com"]
+    assert lines[1].endswith("Ann <ann@a.example>, @b.example")
     assert command("accounts", "--remove", "new@example.com")[0] == 0 and new("GET", "/task/recent")[0] == 401
 
 
@@ -11771,6 +12303,21 @@ def test_the_command_line_makes_its_own_account_and_no_odd_ones(operated):
     assert code == 0
     _, task_id, _ = command("send", "user@example.com", "--subject", "x", given="x")
     assert Client(client.address, key.strip()).get(f"/task/{task_id.strip()}")["userId"] == "user@example.com"
+
+
+def test_the_command_line_makes_a_new_key_of_an_account(operated):
+    command, client = operated
+    code, key, errors = command("accounts", "--rotate", name_of(client))
+    new = Client(client.address, key.strip())
+    assert code == 0 and works(new) and works(client) and "end at 20" in errors
+    code, output, errors = command("accounts", "--rotate", name_of(client), "--overlap", "0", "--json")
+    newest = Client(client.address, json.loads(output)["apiKey"])
+    assert code == 0 and works(newest) and not works(new) and not works(client) and "have ended" in errors
+    code, output, errors = command("accounts", "--rotate", "nobody")
+    assert (code, output) == (1, "") and "the account is not registered" in errors
+    code, output, errors = command("accounts", "--rotate", name_of(client), "--overlap", "-1")
+    assert (code, output) == (2, "") and "--overlap must be a whole number from 0 to 2592000" in errors
+    assert works(newest)
 
 
 def test_what_takes_long_shows_at_a_terminal_how_far_it_has_come(operated, mail_server):
@@ -12104,6 +12651,18 @@ def test_a_webhook_its_waiting_events_and_what_may_expire_are_in_a_backup(servic
     until(lambda: [data["id"] for data in receiver.data("mail.sent")] == [sent])
     assert receiver.seen[-1]["webhook-id"] == event_id
     assert Client(second.http.url, client.key).get("/webhook")["url"] == receiver.url
+
+
+def test_rotated_keys_and_the_settings_of_accounts_are_in_a_backup(services, mail_server):
+    first = services(mail_server)
+    old = first.client.sign_up()
+    ended, (new, _) = rotated(old, overlap=0)[0], rotated(old.sign_up())
+    put_account(ended, senders=["a@example.com"], reply_to="b@example.com")
+    latest, _ = rotated(ended)
+    second = services(mail_server, key_prefix=restored(first.store, backed_up(first.store)))
+    old, ended, latest, new = (Client(second.http.url, client.key) for client in (old, ended, latest, new))
+    assert not works(old) and works(ended) and works(latest) and works(new)
+    assert latest.get("/account")["senders"] == ["a@example.com"]
 
 
 def test_a_task_that_redis_shows_twice_while_it_is_read_is_restored_once_as_it_was_last(services, mail_server):
@@ -12821,8 +13380,31 @@ def test_the_admin_sees_all_accounts_or_one_and_signs_others_up(governed, browse
     tab.get_by_text("The API key of three@example.com").wait_for()
     assert Client(admin.address, tab.locator("pre").inner_text().strip()).get("/task/recent")["tasks"] == []
     tab.on("dialog", lambda dialog: dialog.accept())
+    tab.get_by_role("button", name="New key of two@example.com").click()
+    tab.get_by_text("The API key of two@example.com").wait_for()
+    assert works(Client(admin.address, tab.locator("pre").inner_text().strip())) and works(two)
     tab.get_by_role("button", name="Deregister one@example.com").click()
     until(lambda: one("GET", "/task/recent")[0] == 401)
+
+
+def test_an_account_gets_a_new_key_on_the_page_where_it_stays_logged_in(services, browser):
+    service = services(admin_token=ADMIN)
+    old = Client(service.http.url, ADMIN).sign_up("me@example.com")
+    tab, questions = browser.open(old, old.key), []
+    tab.on("dialog", lambda dialog: (questions.append(dialog.message), dialog.accept()))
+    tab.get_by_role("link", name="Account").click()
+    tab.get_by_text("GoMail's own").wait_for()
+    clients = [old]
+    for choice in ("work for 24 more hours", "end at once"):
+        tab.get_by_label("the keys before").select_option(choice)
+        tab.get_by_role("button", name="New key").click()
+        tab.get_by_role("status").get_by_text("me@example.com has a new key.").wait_for()
+        clients.append(Client(old.address, tab.locator("pre").inner_text().strip()))
+        assert works(clients[-1]) and works(old) == (choice != "end at once")
+    assert not works(clients[1]) and "works for 24 more hours" in questions[0] and "end at once" in questions[1]
+    tab.reload()
+    tab.get_by_role("heading", name="Account").wait_for()
+    assert clients[-1].key not in tab.content()
 
 
 def test_a_service_that_goes_away_and_comes_back_is_said_and_seen(services, mail_server, browser):
@@ -12881,7 +13463,7 @@ def test_the_keyboard_alone_gets_everywhere_and_focus_follows(service, browser):
 
 
 VIEWS = ["#/", "#/tasks", "#/tasks/{task}", "#/dead", "#/newsletters", "#/newsletters/news", "#/new-content", "#/mails",
-         "#/mails/{mail}", "#/suppressions"]
+         "#/mails/{mail}", "#/suppressions", "#/account"]
 
 
 @pytest.mark.parametrize("scheme, width", [("light", 360), ("dark", 360), ("light", 1280), ("dark", 1280)])
@@ -14136,7 +14718,7 @@ def test_no_command_keeps_redis_busy_for_long_in_a_queue_of_a_million(mail_serve
             service.newsletters.correct()
             queue.recall()
             queue.find_orphans()
-        assert service.inspection.dead()[0] == 0 and service.inspection.dead(name)[0] == 0
+        assert service.inspection.dead()[0] == 0 and service.inspection.dead(gomail.Account(name, ""))[0] == 0
         assert service.inspection.recent(search="nobody") == ([], None)
         client = Client(service.http.url, client.key)  # the other's connection was idle for too long
         for path in ("/lanes", "/health/metrics", "/history", "/task/recent?limit=1000&offset=50000", "/task/dead",
