@@ -993,7 +993,7 @@ def start_logging(settings: Settings) -> None:
 #                                           is begun); drops (how many connections it lost), dropped (the last time,
 #                                           us); refused (how often a used-up quota returned it).
 #                                           A task that has ended, except a dead letter, keeps only a summary: d, u, n
-#                                           (explained at Queue.CONCLUDE), to, error, story, head, bounces
+#                                           and m (explained at Queue.CONCLUDE), to, error, story, head, bounces
 #   reply:<id>                      string  id of the task whose mail the provider gave this id when it took it
 #   lane:<lane>                     list    ids of waiting tasks; in at the left, out at the right
 #   processing:<process>:<worker>   list    ids of the tasks that the worker has in hand; in at the left
@@ -2279,6 +2279,18 @@ class Variable(Check):
         return value if len(value) <= 10000 and "\0" not in value and not SURROGATES.search(value) else None
 
 
+class Datum(Variable):
+    """What an app notes about a task: a short string, or a number as of a Variable."""
+
+    expected = f"a string of up to 100 characters, {LINE}, or a number below 1e30"
+    schema = {**Variable.schema, "maxLength": 100, "pattern": f"^{ONE_LINE}*$"}
+
+    def parse(self, value: str | int | float) -> str | int | float | None:
+        if isinstance(value, str) and (len(value) > 100 or not re.fullmatch(f"{ONE_LINE}*", value)):
+            return None
+        return super().parse(value)
+
+
 class Variables(Check):
     """The variables of a template: a flat JSON object."""
 
@@ -2295,6 +2307,60 @@ class Variables(Check):
     def __call__(self, value: Any, field: str = "") -> Any:
         variables = super().__call__(value, field)
         return {name: self.variable(given, f"{field}.{name}") for name, given in variables.items()}
+
+
+class Metadata(Check):
+    """What an app notes about a task, and is given back with it: a flat JSON object."""
+
+    NAME = "[A-Za-z0-9_.-]{1,40}"
+    types = (dict,)
+    datum = Datum()
+    expected = ("an object of up to 20 names (up to 40 letters, digits and _ . -) with strings of up to 100 characters "
+                "on one line, or numbers below 1e30")
+    schema = {"type": "object", "maxProperties": 20, "propertyNames": {"pattern": f"^{NAME}$"},
+              "additionalProperties": datum.schema}
+
+    def parse(self, value: Json) -> Json | None:
+        return value if len(value) <= 20 and all(re.fullmatch(self.NAME, name) for name in value) else None
+
+    def __call__(self, value: Any, field: str = "") -> Any:
+        metadata = super().__call__(value, field)
+        return {name: self.datum(given, f"{field}.{name}") for name, given in metadata.items()} or None
+
+
+class Headers(Check):
+    """An app's own header fields of a mail: name (RFC 5322 section 2.2) -> value."""
+
+    NAME = "[!-9;-~]{1,76}"
+    # Those that GoMail or the servers on the way make. Two mailers may read a second From, To or Content-Type in two
+    # ways. With a Delivered-To, Postfix takes a mail for one that goes round.
+    TAKEN = re.compile("from|to|cc|bcc|subject|date|message-id|reply-to|sender|return-path|received.*|mime-version"
+                       "|content-.*|resent-.*|dkim-signature|domainkey-signature|arc-.*|authentication-results"
+                       "|delivered-to|x-original-to|envelope-to|delivery-date|apparently-to|x-account"
+                       "|x-pm-keepid|x-pm-metadata-gomail", re.IGNORECASE)
+    FIELDS = {"from": "from", "to": "userId", "cc": "cc", "bcc": "bcc", "subject": "subject", "reply-to": "reply_to"}
+    types = (dict,)
+    value = String(998, ONE_LINE, LINE)
+    expected = ("an object of up to 20 names of header fields (up to 76 printable characters of ASCII, without spaces "
+                "and :) with strings")
+    schema = {"type": "object", "maxProperties": 20, "propertyNames": {"pattern": f"^{NAME}$"},
+              "additionalProperties": value.schema}
+
+    def parse(self, value: Json) -> Json | None:
+        return value if len(value) <= 20 and all(re.fullmatch(self.NAME, name) for name in value) else None
+
+    def __call__(self, value: Any, field: str = "") -> Any:
+        headers: dict[str, str] = {}
+        for name, given in super().__call__(value, field).items():
+            if self.TAKEN.fullmatch(name):
+                own = self.FIELDS.get(name.lower())
+                hint = f"the field {own} of the payload makes it" if own else "GoMail or a mail server makes it"
+                raise HTTPError(400, f"{field}.{name} is not allowed: {hint}", f"{field}.{name}")
+            if name.lower() in map(str.lower, headers):
+                raise HTTPError(400, f"{field}.{name} must be there only once; case is ignored in a header's name",
+                                f"{field}.{name}")
+            headers[name] = self.value(given, f"{field}.{name}")
+        return headers or None
 
 
 # --- 5. accounts ----------------------------------------------------------------------------------------
@@ -2515,6 +2581,22 @@ def strip_bearer(header: str) -> str:
 # --- 6. tasks -------------------------------------------------------------------------------------------
 # The tasks that a caller may send: the Check of each type's payload, and the lane that the type waits in.
 
+class Lane(enum.StrEnum):
+    """The tasks of a lane wait for each other, and for no other lane's."""
+
+    URGENT = "urgent"
+    NORMAL = "normal"
+    BULK = "bulk"
+    # Subscribing and unsubscribing send no mail: no OTP waits for them, and they wait for no SMTP server. Older
+    # versions put them into the urgent lane, and some may still be there: every worker does every type of task.
+    CHANGES = "changes"
+    HOOKS = "hooks"  # events on their way to webhooks
+
+
+LANES: tuple[str, ...] = tuple(Lane)
+MAIL_LANES = (Lane.URGENT, Lane.NORMAL, Lane.BULK)
+MAIL_TYPES = ("message", "generateOtp", "newsletter")  # of tasks that send mail
+
 SUBJECT, SUBJECT_TEMPLATE = String(998, ONE_LINE, LINE), Template(998, ONE_LINE, LINE)
 CONTENT, CONTENT_TEMPLATE = String(UNBOUNDED), Template(UNBOUNDED)
 
@@ -2522,6 +2604,7 @@ CONTENT, CONTENT_TEMPLATE = String(UNBOUNDED), Template(UNBOUNDED)
 # other clients.
 CONTENT_TYPE = Pattern("a string of 1 to 100 characters, only letters, digits, spaces and . _ -, but not . or ..",
                        r"(?!\.{1,2}$| +$)[\w. -]+", 100)
+LANE = Enum(MAIL_LANES)
 FREQUENCIES = ("@hourly", "@daily", "@weekly", "@monthly")
 
 # RFC 2045 section 5.1, with names as in RFC 6838 section 4.2. The patterns also stand in schemas, which have no flag to
@@ -2555,8 +2638,10 @@ PAYLOADS = {
                         "from_name": Nullable(String(100, ONE_LINE, LINE)), "reply_to": Nullable(Address()),
                         "cc": Nullable(Array(Address(), 49)), "bcc": Nullable(Array(Address(), 49)),
                         "attachments": Nullable(Array(ATTACHMENT, 50)), "variables": Nullable(Variables()),
-                        "send_at": Nullable(DateTime()), "expires_at": Nullable(DateTime())}),
-    "generateOtp": Object({"userId": Address(), "length": Integer(4, 8)}),
+                        "send_at": Nullable(DateTime()), "expires_at": Nullable(DateTime()),
+                        "lane": Nullable(LANE), "headers": Nullable(Headers()), "metadata": Nullable(Metadata())}),
+    "generateOtp": Object({"userId": Address(), "length": Integer(4, 8), "lane": Nullable(LANE),
+                           "metadata": Nullable(Metadata())}),
     "subscribe": Object({"userId": Address(), "frequency": Enum(FREQUENCIES), "content_type": CONTENT_TYPE,
                          "subject": Nullable(SUBJECT_TEMPLATE), "content": Nullable(CONTENT_TEMPLATE),
                          "variables": Nullable(Variables())},
@@ -2626,26 +2711,10 @@ def fill_message(task: Json, path: str, max_size: int) -> int:
     return size
 
 
-class Lane(enum.StrEnum):
-    """The tasks of a lane wait for each other, and for no other lane's."""
-
-    URGENT = "urgent"
-    NORMAL = "normal"
-    BULK = "bulk"
-    # Subscribing and unsubscribing send no mail: no OTP waits for them, and they wait for no SMTP server. Older
-    # versions put them into the urgent lane, and some may still be there: every worker does every type of task.
-    CHANGES = "changes"
-    HOOKS = "hooks"  # events on their way to webhooks
-
-
-LANES: tuple[str, ...] = tuple(Lane)
-MAIL_LANES = (Lane.URGENT, Lane.NORMAL, Lane.BULK)
-MAIL_TYPES = ("message", "generateOtp", "newsletter")  # of tasks that send mail
-
-
-def lane_of(task_type: str) -> Lane:
-    """The lane that tasks of this type wait in."""
-    return {"generateOtp": Lane.URGENT, "message": Lane.NORMAL, "newsletter": Lane.BULK}.get(task_type, Lane.CHANGES)
+def lane_of(task: Json) -> str:
+    """The lane that a task waits in: the one that its payload names, or that of its type."""
+    by_type = {"generateOtp": Lane.URGENT, "message": Lane.NORMAL, "newsletter": Lane.BULK}
+    return task["payload"].get("lane") or by_type.get(task["type"], Lane.CHANGES)
 
 
 def revoked_key() -> HTTPError:
@@ -2690,6 +2759,7 @@ class Task:
     expires: int = 0  # after which it is not to be sent any more, in milliseconds; 0: never
     delivered: tuple = ()  # recipients that have the mail already, as fold_address() has them
     suppressed: tuple = ()  # recipients that get none, in the same form
+    lane: str = Lane.NORMAL  # that it was taken from
     recipients: list[str] | None = None  # who gets its mail, as soon as that is known
     following: "Task | None" = None  # the one that the worker has in hand after it
     message: bytes = b""  # its mail, where that is made before it is begun
@@ -2993,12 +3063,13 @@ class Queue:
     #   d      state ("" is succeeded), type ("" is message), retries, attempts, when it was accepted (microseconds),
     #          begun ("", or since it was accepted) and ended (since it was begun), and the account, by spaces
     #   u, n   userId, and the task's name; or, where these are no UTF-8, head as summary_of() has it
+    #   m      its metadata, as JSON, where it has some
     #   to     the recipients in lower case, where there are more than that one
     #   error, story    where there is one; what the server said to a mail goes on in r1, r2 and r3
     #   bounces         lines as those of the story, about what came back afterwards, see BOUNCE
     #
     # The caller passes `ttl` in milliseconds and what never changes of a task: when it was accepted, its type and
-    # retries, the account, u and n. To read and decode its head here took a third of the time of this fragment.
+    # retries, the account, u and n, and m. To read and decode its head here took a third of the time of this fragment.
     CONCLUDE = """
         local function conclude(task, state, error, ttl, created, type_and_retries, account, ...)
             local started, attempts, before, to, story = unpack(redis.call('HMGET', task,
@@ -3068,6 +3139,15 @@ class Queue:
             emit(prefix, account, kind, '{"id": "' .. id .. '", "account": ' .. cjson.encode(account) .. ', "state": "'
                  .. state .. '", "attempts": ' .. attempts .. ', "detail": ' .. cjson.encode(detail)
                  .. ', "suppressed": ' .. cjson.encode(suppressed or '') .. ', "head": ' .. head .. '}', key)
+        end
+    """
+
+    # The metadata of a task, as JSON, or nil. It ends the head, as summary_of() writes it, and stays as it was written:
+    # cjson would change long numbers.
+    METADATA = """
+        local function metadata_in(head)
+            local at = head and string.find(head, '"metadata": ', 1, true)
+            return at and string.sub(head, at + 12, -3) or nil
         end
     """
 
@@ -3225,17 +3305,18 @@ class Queue:
             digest = hashlib.sha256(json.dumps([account.name, idempotency_key]).encode()).hexdigest()
         request, size = [account.name, account.key_id, fingerprint, digest, first, len(tasks)], 0
         for task_id, task in zip(self._ids(first, len(tasks)), tasks):
-            payload, otp_address, content_type = task["payload"], "", ""
+            payload, lane, otp_address, content_type = task["payload"], lane_of(task), "", ""
             if task["type"] == "generateOtp":
                 # The OTP is made from this seed when it is sent, so that a retry sends the same one; see section 12.
                 task = {**task, "payload": {**payload, "seed": secrets.token_hex(16)}}
                 otp_address = fold_address(payload["userId"])
-                self._no_otp.clear()
+                if lane == Lane.URGENT:
+                    self._no_otp.clear()
             elif task["type"] == "subscribe" and "content" not in payload:
                 content_type = payload["content_type"]
             recipients = fold_address(" ".join(addresses_of(payload)))
             body = json.dumps(task)
-            request += [task_id, summary_of(task), body, lane_of(task["type"]),
+            request += [task_id, summary_of(task), body, lane,
                         otp_address, content_type, payload.get("send_at", 0) // 1000,
                         payload.get("expires_at", 0) // 1000, recipients]
             size += len(body)
@@ -3443,7 +3524,7 @@ class Queue:
         while True:
             left, *found = self._settle(worker, lane, outcomes, most, 0, share, begin_all)
             if found or not left:
-                return [self._task(*fields) for fields in found], left
+                return [self._task(lane, *fields) for fields in found], left
 
     def settle(self, worker: str, lane: str, outcomes: Sequence[Outcome], keep: int = MAX_IN_HAND) -> None:
         """Settle `outcomes`; of the tasks that are left in hand, all but the first `keep` go back to the head of their
@@ -3465,8 +3546,8 @@ class Queue:
         return answer
 
     @staticmethod
-    def _task(task_id: str, body: str, account: str, key: str, created: str, attempts: str | None, strikes: str | None,
-              drops: str | None, dropped: str | None, expires: str | None, delivered: str | None,
+    def _task(lane: str, task_id: str, body: str, account: str, key: str, created: str, attempts: str | None,
+              strikes: str | None, drops: str | None, dropped: str | None, expires: str | None, delivered: str | None,
               suppressed: str) -> Task:
         """The Task of these fields."""
         task = json.loads(body)
@@ -3474,12 +3555,14 @@ class Queue:
             suppressed = ""  # whoever asks for an OTP waits for it
         return Task(task_id, account, key, task["type"], task["task"], task["retries"], task["payload"], int(created),
                     int(attempts or 0), int(strikes or 0), int(drops or 0), int(dropped or 0), int(expires or 0),
-                    tuple((delivered or "").split()), tuple(suppressed.split()))
+                    tuple((delivered or "").split()), tuple(suppressed.split()), lane)
 
     @staticmethod
     def _summary_args(task: Task) -> list[str | int]:
         """The arguments of CONCLUDE, from `created` on."""
         fields = ["u", task.payload["userId"], "n", task.name]
+        if "metadata" in task.payload:
+            fields += ["m", json.dumps(task.payload["metadata"])]
         try:
             "".join(fields).encode()
         except UnicodeEncodeError:  # half a surrogate pair, which an older version took
@@ -3790,17 +3873,18 @@ class Queue:
     # Of one that is being sent, its worker decides.
     # KEYS: the prefix. ARGV: how many at most, result_ttl (ms).
     # Answer: {how many were looked at, and of each that ended now its id, type and account}.
-    EXPIRE = EVENT + CONCLUDE + """
+    EXPIRE = EVENT + CONCLUDE + METADATA + """
         local prefix, ttl, ended = KEYS[1], ARGV[2], {}
 
         local function expire(id, task, head, created, account, attempts, before)
             redis.call('ZREM', prefix .. 'delayed', id)
             redis.call('ZREM', prefix .. 'scheduled', id)
             local shown, reason = cjson.decode(head), 'it was not sent in time' .. (before and ': ' .. before or '')
+            local own = metadata_in(head)
             emit_mail(prefix, id, account, 'mail.failed', 'expired', attempts, reason)
             conclude(task, 'expired', reason, ttl, created,
                      (shown.type == 'message' and '' or shown.type) .. ' ' .. shown.retries, account,
-                     'u', shown.payload.userId, 'n', shown.task)
+                     'u', shown.payload.userId, 'n', shown.task, unpack(own and {'m', own} or {}))
             for _, value in ipairs({id, shown.type, account}) do ended[#ended + 1] = value end
         end
 
@@ -4120,7 +4204,7 @@ class Queue:
     #       or 0.
     # Answer: {"changed", "same", "unknown" (there is no such task) or "address" (it has no such recipient); and the id
     #         of the task and its account, which are "" where there is none}.
-    BOUNCE = EVENT + """
+    BOUNCE = EVENT + METADATA + """
         local prefix, account, event, reason, ids, addresses, sole, without_task = KEYS[1], unpack(ARGV)
         local what = reason ~= '' and ': ' .. reason or ''
 
@@ -4143,15 +4227,17 @@ class Queue:
             return is_new
         end
 
-        local function tell(owner, address, id, name)
-            emit(prefix, owner, 'mail.' .. event, cjson.encode({
-                account = owner, userId = address, id = id, task = name, error = reason ~= '' and reason or nil}))
+        local function tell(owner, address, id, name, metadata)
+            local data = cjson.encode({
+                account = owner, userId = address, id = id, task = name, error = reason ~= '' and reason or nil})
+            if metadata then data = string.sub(data, 1, -2) .. ', "metadata": ' .. metadata .. '}' end
+            emit(prefix, owner, 'mail.' .. event, data)
         end
 
         local function bounce(id)
             local task = prefix .. 'task:' .. id
-            local owner, key, state, ended, to, user, name, head, story, bounces = unpack(redis.call('HMGET', task,
-                'account', 'key', 'state', 'd', 'to', 'u', 'n', 'head', 'story', 'bounces'))
+            local owner, key, state, ended, to, user, name, head, story, bounces, own = unpack(redis.call('HMGET', task,
+                'account', 'key', 'state', 'd', 'to', 'u', 'n', 'head', 'story', 'bounces', 'm'))
             owner = owner or ended and string.match(ended, '^' .. string.rep('%S* ', 7) .. '(.*)$') or ''
             local registered = redis.call('HGET', prefix .. 'UserList', owner) or ''
             if registered == '' or registered ~= (key or registered) or account ~= '' and owner ~= account then
@@ -4183,7 +4269,7 @@ class Queue:
             if event ~= 'delayed' then
                 suppress(owner, address)
                 local readable, shown = pcall(cjson.decode, head)  -- older versions took half a surrogate pair
-                tell(owner, address, id, name or readable and shown.task or nil)
+                tell(owner, address, id, name or readable and shown.task or nil, own or metadata_in(head))
                 if has_succeeded then
                     redis.call('HSET', task, ended and 'd' or 'state', 'bounced' .. (ended or ''))
                 end
@@ -4219,8 +4305,8 @@ def list_key(store: Store, kind: str, account: str) -> str:
 
 def summary_of(task: Json) -> str:
     """What is shown of a task, as JSON: nothing of the mail itself."""
-    return json.dumps({"task": task["task"], "type": task["type"], "retries": task["retries"],
-                       "payload": {"userId": task["payload"]["userId"]}})
+    shown = {name: task["payload"][name] for name in ("userId", "metadata") if name in task["payload"]}
+    return json.dumps({"task": task["task"], "type": task["type"], "retries": task["retries"], "payload": shown})
 
 
 def timestamp(microseconds: float | str) -> str:
@@ -4294,7 +4380,7 @@ def expand_summary(found: Json) -> Json:
     _, task_type, retries, attempts, created, begun, ended, _ = found["d"].split(" ", 7)
     started = int(created) + int(begun or 0)
     return {"task": {"task": found["n"], "type": task_type or "message", "retries": int(retries or 0),
-                     "payload": {"userId": found["u"]}},
+                     "payload": {"userId": found["u"], **({"metadata": json.loads(found["m"])} if found["m"] else {})}},
             "attempts": attempts, "created": created, "started": started if begun else None,
             "finished": started + int(ended)}
 
@@ -4308,7 +4394,7 @@ class Inspection:
 
     SEARCH_BATCH = 200  # tasks in one script
     FIELDS = ("head", "account", "state", "attempts", "error", "created", "finished", "due", "started", "story",
-              "d", "u", "n", "r1", "r2", "r3", "bounces")
+              "d", "u", "n", "m", "r1", "r2", "r3", "bounces")
 
     def __init__(self, store: Store, settings: Settings, give_way: Callable[[], object] = lambda: None) -> None:
         self.store, self.settings, self.give_way = store, settings, give_way
@@ -4363,6 +4449,8 @@ class Inspection:
         status = {"id": task_id, "task": task["task"], "type": task["type"], "userId": task["payload"]["userId"],
                   "state": found["state"], "attempts": int(found["attempts"]), "retries": task["retries"],
                   "error": error, "created": timestamp(found["created"])}
+        if "metadata" in task["payload"]:
+            status["metadata"] = task["payload"]["metadata"]
         if succeeded and found["error"]:
             status["result"] = found["error"]
         if found["state"] in (State.RETRYING, State.SCHEDULED):
@@ -4863,9 +4951,11 @@ def compose(mail: Mail, message_id: str, moment: int) -> bytes:
         headers.append("Cc: " + ",\r\n ".join(map(mailbox, mail.cc)))
     if mail.reply_to:
         headers.append(f"Reply-To: {mailbox(mail.reply_to)}")
+    own_names = [name.lower() for name, _ in mail.headers]
     headers += [folded("Subject", plain_words(mail.subject) or encoded_words(mail.subject, len("Subject: "))),
                 f"Date: {mail_date(moment // 1_000_000)}", f"Message-ID: <{message_id}>",
-                "Auto-Submitted: auto-generated",  # RFC 3834 section 5: auto-responders do not answer such mail
+                # RFC 3834 section 5: auto-responders do not answer such mail.
+                *(["Auto-Submitted: auto-generated"] if "auto-submitted" not in own_names else []),
                 *(f"{name}: {value}" for name, value in mail.headers), "MIME-Version: 1.0", ""]
     return "\r\n".join(headers).encode() + mime_body(mail.content, mail.text, mail.attachments)
 
@@ -5007,6 +5097,15 @@ def folded(name: str, words: list[str]) -> str:
         else:
             lines[-1] += f" {word}"
     return "\r\n".join(lines)
+
+
+def own_header(name: str, value: str) -> tuple[str, str]:
+    """An app's own header field as a Mail has it: unencoded where it is in ASCII, since values with a grammar may have
+    no encoded words; folded where there is one space."""
+    words = re.split(r"(?<=[^ ]) (?=[^ ])", value)
+    if not is_plain(value) or value != value.strip(" ") or max(map(len, words)) > 900:
+        words = encoded_words(value, len(f"{name}: "))
+    return name, folded(name, words).removeprefix(f"{name}: ")
 
 
 def plain_words(text: str) -> list[str]:
@@ -7370,7 +7469,7 @@ class Webhooks:
     TIMEOUT = 10.0  # seconds for the whole request
     LONGEST_REST = 60.0  # seconds after a receiver gave no answer, in which it gets nothing
     MAX_DETAIL = 1000  # characters of a reason, ...
-    MAX_ADDRESSES = 20  # ... and addresses in it: with them, a body has at most 16 KB
+    MAX_ADDRESSES = 20  # ... and addresses in it: with them and metadata, a body has at most 24 KB
 
     @dataclasses.dataclass
     class Rest:
@@ -7518,6 +7617,8 @@ class Webhooks:
                      "reply" if data["state"] == State.SUCCEEDED else "error": detail}
             if addresses:
                 data["suppressed"] = addresses[:cls.MAX_ADDRESSES]
+            if "metadata" in head["payload"]:
+                data["metadata"] = head["payload"]["metadata"]
         return json.dumps({"type": task.name, "timestamp": timestamp(task.created), "data": data},
                           ensure_ascii=False).encode()
 
@@ -8214,7 +8315,8 @@ class Workers:
         return Mail(
             (payload.get("from_name", name), address), payload["userId"], payload["subject"], payload["content"],
             text=payload.get("text", ""), cc=tuple(payload.get("cc", ())), bcc=tuple(payload.get("bcc", ())),
-            reply_to=payload.get("reply_to", ""), attachments=attachments)
+            reply_to=payload.get("reply_to", ""), attachments=attachments,
+            headers=tuple(own_header(*header) for header in payload.get("headers", {}).items()))
 
     def _compose(self, task: Task, mail: Mail) -> bytes:
         """The mail of a task as bytes."""
@@ -8249,7 +8351,7 @@ class Workers:
         if not recipients and not task.delivered:
             raise SuppressedError(f"{task.payload['userId']} is suppressed; see GET /suppressions")
         if recipients:
-            lane, sender = lane_of(task.type), mail.sender[1]
+            lane, sender = task.lane, mail.sender[1]
             with self._within_rate(lane, recipients) if self.is_limited else self.at_once:
                 if task.expires and self.store.time() * 1000 >= task.expires:
                     raise ExpiredError("it was not sent in time")
@@ -10601,6 +10703,7 @@ class Operator:
         paint, story = self.terminal.paint, task.pop("story")
         for name, value in task.items():
             if value is not None:
+                value = json.dumps(value) if name == "metadata" else value
                 print(f"{paint(name.ljust(9), 'grey')}  {paint(value, self.terminal.STATE_COLOURS.get(value))}")
         rows = [[step["time"], step["event"], f"{step['seconds']} s" if "seconds" in step else "",
                  step.get("error") or ""] for step in story]
