@@ -3568,9 +3568,8 @@ class Queue:
                         if redis.call('ZSCORE', suppressed, address) then fields[11] = fields[11] .. address .. ' ' end
                     end
                 end
-                local account = fields[2]
-                settings[account] = settings[account] or redis.call('HGET', prefix .. 'settings', account) or ''
-                fields[12] = settings[account]
+                fields[12] = settings[fields[2]] or redis.call('HGET', prefix .. 'settings', fields[2]) or ''
+                settings[fields[2]] = fields[12]
                 found[#found + 1] = {id, unpack(fields, 1, 12)}
                 if #found == most or tonumber(fields[6] or 0) > 0 then break end  -- one with strikes is the last
             end
@@ -4374,7 +4373,10 @@ def list_key(store: Store, kind: str, account: str) -> str:
 
 def summary_of(task: Json) -> str:
     """What is shown of a task, as JSON: nothing of the mail itself."""
-    shown = {name: task["payload"][name] for name in ("userId", "metadata") if name in task["payload"]}
+    payload = task["payload"]
+    shown = {"userId": payload["userId"]}
+    if "metadata" in payload:
+        shown["metadata"] = payload["metadata"]
     return json.dumps({"task": task["task"], "type": task["type"], "retries": task["retries"], "payload": shown})
 
 
@@ -5020,11 +5022,11 @@ def compose(mail: Mail, message_id: str, moment: int) -> bytes:
         headers.append("Cc: " + ",\r\n ".join(map(mailbox, mail.cc)))
     if mail.reply_to:
         headers.append(f"Reply-To: {mailbox(mail.reply_to)}")
-    own_names = [name.lower() for name, _ in mail.headers]
+    is_own = bool(mail.headers) and any(name.lower() == "auto-submitted" for name, _ in mail.headers)
     headers += [folded("Subject", plain_words(mail.subject) or encoded_words(mail.subject, len("Subject: "))),
                 f"Date: {mail_date(moment // 1_000_000)}", f"Message-ID: <{message_id}>",
                 # RFC 3834 section 5: auto-responders do not answer such mail.
-                *(["Auto-Submitted: auto-generated"] if "auto-submitted" not in own_names else []),
+                *(() if is_own else ("Auto-Submitted: auto-generated",)),
                 *(f"{name}: {value}" for name, value in mail.headers), "MIME-Version: 1.0", ""]
     return "\r\n".join(headers).encode() + mime_body(mail.content, mail.text, mail.attachments)
 
@@ -8408,7 +8410,7 @@ class Workers:
             (payload.get("from_name", name), address), payload["userId"], payload["subject"], payload["content"],
             text=payload.get("text", ""), cc=tuple(payload.get("cc", ())), bcc=tuple(payload.get("bcc", ())),
             reply_to=payload.get("reply_to") or self._reply_to(task), attachments=attachments,
-            headers=tuple(own_header(*header) for header in payload.get("headers", {}).items()))
+            headers=tuple(itertools.starmap(own_header, payload["headers"].items())) if "headers" in payload else ())
 
     def _sender(self, task: Task) -> tuple[str, str]:
         """(display name, address) of the sender of a task's mail: its own, its account's or the service's."""
