@@ -1012,6 +1012,8 @@ def start_logging(settings: Settings) -> None:
 #   jwt_secret_check                string  a keyed hash that tells whether another process has the same secret
 #   ended_session:<id>              string  exists if the session was ended before its time
 #
+#   settings                        hash    account -> {"senders", "reply_to"}, see Accounts.settings()
+#
 #   task:<id>                       hash    body (JSON); head (what is shown of it, JSON; a newsletter has none);
 #                                           account; key (its registration); to (folded addresses); lane; state;
 #                                           created, started, finished (us); due, expires (ms); attempts; error;
@@ -1019,8 +1021,8 @@ def start_logging(settings: Settings) -> None:
 #                                           processes died while they had it); begun (set before a task with strikes
 #                                           is begun); drops (how many connections it lost), dropped (the last time,
 #                                           us); refused (how often a used-up quota returned it).
-#                                           A task that has ended, except a dead letter, keeps only a summary: d, k, u
-#                                           and n (explained at Queue.CONCLUDE), to, error, story, head, bounces
+#                                           A task that has ended, except a dead letter, keeps only a summary: d, k, u,
+#                                           n and m (explained at Queue.CONCLUDE), to, error, story, head, bounces
 #   reply:<id>                      string  id of the task whose mail the provider gave this id when it took it
 #   lane:<lane>:<account>           list    ids of waiting tasks; in at the left, out at the right
 #   lane:<lane>                     list    turns: the names of those lists without `key_prefix`; in at the left, out at
@@ -2235,19 +2237,30 @@ class Address(Check):
 
 
 class Sender(Check):
-    """A sender that an account may use, see parse_sender(); or `@` and a domain, for all addresses there."""
+    """The sender of a mail, see parse_sender(), as format_sender() has it."""
 
-    expected = '"Name <address>", an address, or "@domain"'
-    schema = {"type": "string", "maxLength": 500}
+    MAX_SIZE = 500
+    expected = ("Name <address> or an e-mail address, such as Shop <shop@example.com>, with a name of up to 100 "
+                f"characters {LINE}")
+    schema = {"type": "string", "maxLength": MAX_SIZE, "pattern": f"^{ONE_LINE}+$"}
 
     def parse(self, value: str) -> str | None:
-        if len(value) > 500 or SURROGATES.search(value):
+        if len(value) > self.MAX_SIZE or not re.fullmatch(f"{ONE_LINE}+", value) or SURROGATES.search(value):
             return None
+        sender = parse_sender(value)
+        return sender and format_sender(*sender)
+
+
+class SenderRule(Sender):
+    """A sender that an account may use; or `@` and a domain, for all addresses there."""
+
+    expected = f"{Sender.expected}; or @ and a domain"
+
+    def parse(self, value: str) -> str | None:
         if value.startswith("@"):
             address = parse_address(f"x{value}")
             return address and address[1:]
-        sender = parse_sender(value)
-        return sender and format_sender(*sender)
+        return super().parse(value)
 
 
 class Url(Check):
@@ -2394,6 +2407,18 @@ class Variable(Check):
         return value if len(value) <= 10000 and "\0" not in value and not SURROGATES.search(value) else None
 
 
+class Datum(Variable):
+    """What an app notes about a task: a short string, or a number as of a Variable."""
+
+    expected = f"a string of up to 100 characters, {LINE}, or a number below 1e30"
+    schema = {**Variable.schema, "maxLength": 100, "pattern": f"^{ONE_LINE}*$"}
+
+    def parse(self, value: str | int | float) -> str | int | float | None:
+        if isinstance(value, str) and (len(value) > 100 or not re.fullmatch(f"{ONE_LINE}*", value)):
+            return None
+        return super().parse(value)
+
+
 class Variables(Check):
     """The variables of a template: a flat JSON object."""
 
@@ -2410,6 +2435,60 @@ class Variables(Check):
     def __call__(self, value: Any, field: str = "") -> Any:
         variables = super().__call__(value, field)
         return {name: self.variable(given, f"{field}.{name}") for name, given in variables.items()}
+
+
+class Metadata(Check):
+    """What an app notes about a task, and is given back with it: a flat JSON object."""
+
+    NAME = "[A-Za-z0-9_.-]{1,40}"
+    types = (dict,)
+    datum = Datum()
+    expected = ("an object of up to 20 names (up to 40 letters, digits and _ . -) with strings of up to 100 characters "
+                "on one line, or numbers below 1e30")
+    schema = {"type": "object", "maxProperties": 20, "propertyNames": {"pattern": f"^{NAME}$"},
+              "additionalProperties": datum.schema}
+
+    def parse(self, value: Json) -> Json | None:
+        return value if len(value) <= 20 and all(re.fullmatch(self.NAME, name) for name in value) else None
+
+    def __call__(self, value: Any, field: str = "") -> Any:
+        metadata = super().__call__(value, field)
+        return {name: self.datum(given, f"{field}.{name}") for name, given in metadata.items()} or None
+
+
+class Headers(Check):
+    """An app's own header fields of a mail: name (RFC 5322 section 2.2) -> value."""
+
+    NAME = "[!-9;-~]{1,76}"
+    # Those that GoMail or the servers on the way make. Two mailers may read a second From, To or Content-Type in two
+    # ways. With a Delivered-To, Postfix takes a mail for one that goes round.
+    TAKEN = re.compile("from|to|cc|bcc|subject|date|message-id|reply-to|sender|return-path|received.*|mime-version"
+                       "|content-.*|resent-.*|dkim-signature|domainkey-signature|arc-.*|authentication-results"
+                       "|delivered-to|x-original-to|envelope-to|delivery-date|apparently-to|x-account"
+                       "|x-pm-keepid|x-pm-metadata-gomail", re.IGNORECASE)
+    FIELDS = {"from": "from", "to": "userId", "cc": "cc", "bcc": "bcc", "subject": "subject", "reply-to": "reply_to"}
+    types = (dict,)
+    value = String(998, ONE_LINE, LINE)
+    expected = ("an object of up to 20 names of header fields (up to 76 printable characters of ASCII, without spaces "
+                "and :) with strings")
+    schema = {"type": "object", "maxProperties": 20, "propertyNames": {"pattern": f"^{NAME}$"},
+              "additionalProperties": value.schema}
+
+    def parse(self, value: Json) -> Json | None:
+        return value if len(value) <= 20 and all(re.fullmatch(self.NAME, name) for name in value) else None
+
+    def __call__(self, value: Any, field: str = "") -> Any:
+        headers: dict[str, str] = {}
+        for name, given in super().__call__(value, field).items():
+            if self.TAKEN.fullmatch(name):
+                own = self.FIELDS.get(name.lower())
+                hint = f"the field {own} of the payload makes it" if own else "GoMail or a mail server makes it"
+                raise HTTPError(400, f"{field}.{name} is not allowed: {hint}", f"{field}.{name}")
+            if name.lower() in map(str.lower, headers):
+                raise HTTPError(400, f"{field}.{name} must be there only once; case is ignored in a header's name",
+                                f"{field}.{name}")
+            headers[name] = self.value(given, f"{field}.{name}")
+        return headers or None
 
 
 # --- 5. accounts ----------------------------------------------------------------------------------------
@@ -2731,7 +2810,11 @@ class Accounts:
         return account
 
     def settings(self, name: str) -> Json:
-        """The settings of an account: {"senders", "reply_to"}."""
+        """What an account's mails have by default: {"senders": [...], "reply_to"}.
+
+        `senders` are what payload.from may be, each `Name <address>`, `address` or `@domain`; the first address is the
+        default.
+        """
         found, = self.records.read(name, "settings")
         return {**self.NO_SETTINGS, **(found or {})}
 
@@ -2821,6 +2904,22 @@ def strip_bearer(header: str) -> str:
 # --- 6. tasks -------------------------------------------------------------------------------------------
 # The tasks that a caller may send: the Check of each type's payload, and the lane that the type waits in.
 
+class Lane(enum.StrEnum):
+    """The tasks of a lane wait for each other, and for no other lane's."""
+
+    URGENT = "urgent"
+    NORMAL = "normal"
+    BULK = "bulk"
+    # Subscribing and unsubscribing send no mail: no OTP waits for them, and they wait for no SMTP server. Older
+    # versions put them into the urgent lane, and some may still be there: every worker does every type of task.
+    CHANGES = "changes"
+    HOOKS = "hooks"  # events on their way to webhooks
+
+
+LANES: tuple[str, ...] = tuple(Lane)
+MAIL_LANES = (Lane.URGENT, Lane.NORMAL, Lane.BULK)
+MAIL_TYPES = ("message", "generateOtp", "newsletter")  # of tasks that send mail
+
 SUBJECT, SUBJECT_TEMPLATE = String(998, ONE_LINE, LINE), Template(998, ONE_LINE, LINE)
 CONTENT, CONTENT_TEMPLATE = String(UNBOUNDED), Template(UNBOUNDED)
 
@@ -2828,6 +2927,7 @@ CONTENT, CONTENT_TEMPLATE = String(UNBOUNDED), Template(UNBOUNDED)
 # other clients.
 CONTENT_TYPE = Pattern("a string of 1 to 100 characters, only letters, digits, spaces and . _ -, but not . or ..",
                        r"(?!\.{1,2}$| +$)[\w. -]+", 100)
+LANE = Enum(MAIL_LANES)
 FREQUENCIES = ("@hourly", "@daily", "@weekly", "@monthly")
 
 # RFC 2045 section 5.1, with names as in RFC 6838 section 4.2. The patterns also stand in schemas, which have no flag to
@@ -2861,8 +2961,11 @@ PAYLOADS = {
                         "from_name": Nullable(String(100, ONE_LINE, LINE)), "reply_to": Nullable(Address()),
                         "cc": Nullable(Array(Address(), 49)), "bcc": Nullable(Array(Address(), 49)),
                         "attachments": Nullable(Array(ATTACHMENT, 50)), "variables": Nullable(Variables()),
-                        "send_at": Nullable(DateTime()), "expires_at": Nullable(DateTime())}),
-    "generateOtp": Object({"userId": Address(), "length": Integer(4, 8)}),
+                        "send_at": Nullable(DateTime()), "expires_at": Nullable(DateTime()),
+                        "from": Nullable(Sender()), "lane": Nullable(LANE), "headers": Nullable(Headers()),
+                        "metadata": Nullable(Metadata())}),
+    "generateOtp": Object({"userId": Address(), "length": Integer(4, 8), "from": Nullable(Sender()),
+                           "lane": Nullable(LANE), "metadata": Nullable(Metadata())}),
     "subscribe": Object({"userId": Address(), "frequency": Enum(FREQUENCIES), "content_type": CONTENT_TYPE,
                          "subject": Nullable(SUBJECT_TEMPLATE), "content": Nullable(CONTENT_TEMPLATE),
                          "variables": Nullable(Variables())},
@@ -2932,26 +3035,10 @@ def fill_message(task: Json, path: str, max_size: int) -> int:
     return size
 
 
-class Lane(enum.StrEnum):
-    """The tasks of a lane wait for each other, and for no other lane's."""
-
-    URGENT = "urgent"
-    NORMAL = "normal"
-    BULK = "bulk"
-    # Subscribing and unsubscribing send no mail: no OTP waits for them, and they wait for no SMTP server. Older
-    # versions put them into the urgent lane, and some may still be there: every worker does every type of task.
-    CHANGES = "changes"
-    HOOKS = "hooks"  # events on their way to webhooks
-
-
-LANES: tuple[str, ...] = tuple(Lane)
-MAIL_LANES = (Lane.URGENT, Lane.NORMAL, Lane.BULK)
-MAIL_TYPES = ("message", "generateOtp", "newsletter")  # of tasks that send mail
-
-
-def lane_of(task_type: str) -> Lane:
-    """The lane that tasks of this type wait in."""
-    return {"generateOtp": Lane.URGENT, "message": Lane.NORMAL, "newsletter": Lane.BULK}.get(task_type, Lane.CHANGES)
+def lane_of(task: Json) -> str:
+    """The lane that a task waits in: the one that its payload names, or that of its type."""
+    by_type = {"generateOtp": Lane.URGENT, "message": Lane.NORMAL, "newsletter": Lane.BULK}
+    return task["payload"].get("lane") or by_type.get(task["type"], Lane.CHANGES)
 
 
 def revoked_key() -> HTTPError:
@@ -2971,6 +3058,29 @@ def fold_address(address: str) -> str:
     Further folding would make one key of two mailboxes ("ß" and "ss"), and one's owner would get the other's mail.
     """
     return address.encode().lower().decode()
+
+
+def check_sender(task: Json, path: str, allowed: Sequence[str]) -> None:
+    """Raise HTTPError (400) for a payload.from that none of `allowed` matches: `Name <address>`, `address`, `@domain`.
+
+    `path` is that of the task, "" for the whole body.
+    """
+    _, address = parse_sender(task["payload"]["from"]) or ("", "")
+    own = fold_address(address)
+    for sender in allowed:
+        _, other = ("", sender) if sender.startswith("@") else parse_sender(sender) or ("", "")
+        if other and fold_address(other) in (own, own[own.rindex("@"):]):
+            return
+    field = f"{path}.payload.from" if path else "payload.from"
+    raise HTTPError(400, f"{field} must be one of the account's senders: {', '.join(allowed)}", field)
+
+
+@functools.lru_cache
+def sender_defaults(settings: str) -> tuple[tuple[str, str] | None, str]:
+    """(default sender or None, default Reply-To or "") from an account's settings as Redis keeps them."""
+    found = json.loads(settings)
+    addresses = filter(None, (parse_sender(sender) for sender in found.get("senders", ()) if sender[:1] != "@"))
+    return next(addresses, None), found.get("reply_to", "")
 
 
 def addresses_of(payload: Json) -> tuple[str, ...]:
@@ -2997,6 +3107,8 @@ class Task:
     expires: int = 0  # after which it is not to be sent any more, in milliseconds; 0: never
     delivered: tuple = ()  # recipients that have the mail already, as fold_address() has them
     suppressed: tuple = ()  # recipients that get none, in the same form
+    lane: str = Lane.NORMAL  # that it was taken from
+    settings: str = ""  # of its account, as JSON; "" where there are none
     recipients: list[str] | None = None  # who gets its mail, as soon as that is known
     following: "Task | None" = None  # the one that the worker has in hand after it
     message: bytes = b""  # its mail, where that is made before it is begun
@@ -3315,12 +3427,13 @@ class Queue:
     #          begun ("", or since it was accepted) and ended (since it was begun), and the account, by spaces
     #   k      the first 8 characters of the account's registration; older versions did not keep it
     #   u, n   userId, and the task's name; or, where these are no UTF-8, head as summary_of() has it
+    #   m      its metadata, as JSON, where it has some
     #   to     the recipients in lower case, where there are more than that one
     #   error, story    where there is one; what the server said to a mail goes on in r1, r2 and r3
     #   bounces         lines as those of the story, about what came back afterwards, see BOUNCE
     #
     # The caller passes `ttl` in milliseconds and what never changes of a task: when it was accepted, its type and
-    # retries, the account, u and n. To read and decode its head here took a third of the time of this fragment.
+    # retries, the account, u and n, and m. To read and decode its head here took a third of the time of this fragment.
     CONCLUDE = """
         local function conclude(task, state, error, ttl, created, type_and_retries, account, ...)
             local started, attempts, before, to, story, registration = unpack(redis.call('HMGET', task,
@@ -3402,6 +3515,15 @@ class Queue:
             emit(prefix, account, kind, '{"id": "' .. id .. '", "account": ' .. cjson.encode(account) .. ', "state": "'
                  .. state .. '", "attempts": ' .. attempts .. ', "detail": ' .. cjson.encode(detail)
                  .. ', "suppressed": ' .. cjson.encode(suppressed or '') .. ', "head": ' .. head .. '}', key)
+        end
+    """
+
+    # The metadata of a task, as JSON, or nil. It ends the head, as summary_of() writes it, and stays as it was written:
+    # cjson would change long numbers.
+    METADATA = """
+        local function metadata_in(head)
+            local at = head and string.find(head, '"metadata": ', 1, true)
+            return at and string.sub(head, at + 12, -3) or nil
         end
     """
 
@@ -3569,17 +3691,18 @@ class Queue:
         request, size = [
             account.name, account.registration, account.key, fingerprint, digest, first, len(tasks)], 0
         for task_id, task in zip(self._ids(first, len(tasks)), tasks):
-            payload, otp_address, content_type = task["payload"], "", ""
+            payload, lane, otp_address, content_type = task["payload"], lane_of(task), "", ""
             if task["type"] == "generateOtp":
                 # The OTP is made from this seed when it is sent, so that a retry sends the same one; see section 12.
                 task = {**task, "payload": {**payload, "seed": secrets.token_hex(16)}}
                 otp_address = fold_address(payload["userId"])
-                self._no_otp.clear()
+                if lane == Lane.URGENT:
+                    self._no_otp.clear()
             elif task["type"] == "subscribe" and "content" not in payload:
                 content_type = payload["content_type"]
             recipients = fold_address(" ".join(addresses_of(payload)))
             body = json.dumps(task)
-            request += [task_id, summary_of(task), body, lane_of(task["type"]),
+            request += [task_id, summary_of(task), body, lane,
                         otp_address, content_type, payload.get("send_at", 0) // 1000,
                         payload.get("expires_at", 0) // 1000, recipients]
             size += len(body)
@@ -3640,7 +3763,7 @@ class Queue:
     #       server's reply where only some have it; and, if it ends, what _summary_args() returns.
     # Answer: {how many tasks are seen to be left in the lane, then of each task taken: {id, body, account,
     #         registration, created, attempts, strikes, drops, dropped, expires, delivered, the recipients that are
-    #         suppressed}}. No task, although some are left, means: ask again.
+    #         suppressed, the account's settings or ""}}. No task, although some are left, means: ask again.
     SETTLE_AND_TAKE = BURY + CONCLUDE + """
         local own, lane, prefix = unpack(KEYS)
         local most, keep, share, all = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4] == '1'
@@ -3796,6 +3919,7 @@ class Queue:
         end
         most = math.max(1, held, math.min(most, math.floor((waiting + others) / share)))
         local found, suppresses = {}, {}  -- the second: key of suppressed addresses -> 1 if it exists, else 0
+        local settings = {}  -- account -> its settings, or ''
         for _ = 1, 200 do  -- some may belong to accounts that are gone; other calls come in between
             local id = #found < held and redis.call('LINDEX', own, -1 - #found) or only == '' and take_next()
             if not id then break end
@@ -3816,7 +3940,9 @@ class Queue:
                         if redis.call('ZSCORE', suppressed, address) then fields[11] = fields[11] .. address .. ' ' end
                     end
                 end
-                found[#found + 1] = {id, unpack(fields, 1, 11)}
+                fields[12] = settings[fields[2]] or redis.call('HGET', prefix .. 'settings', fields[2]) or ''
+                settings[fields[2]] = fields[12]
+                found[#found + 1] = {id, unpack(fields, 1, 12)}
                 if #found == most or tonumber(fields[6] or 0) > 0 then break end  -- one with strikes is the last
             end
         end
@@ -3840,7 +3966,7 @@ class Queue:
         while True:
             left, *found = self._settle(worker, lane, outcomes, most, 0, share, begin_all, only)
             if found or not left:
-                return [self._task(*fields) for fields in found], left
+                return [self._task(lane, *fields) for fields in found], left
 
     def settle(self, worker: str, lane: str, outcomes: Sequence[Outcome], keep: int = MAX_IN_HAND) -> None:
         """Settle `outcomes`; of the tasks that are left in hand, all but the first `keep` go back to the head of their
@@ -3862,21 +3988,23 @@ class Queue:
         return answer
 
     @staticmethod
-    def _task(task_id: str, body: str, account: str, registration: str, created: str, attempts: str | None,
+    def _task(lane: str, task_id: str, body: str, account: str, registration: str, created: str, attempts: str | None,
               strikes: str | None, drops: str | None, dropped: str | None, expires: str | None, delivered: str | None,
-              suppressed: str) -> Task:
+              suppressed: str, settings: str) -> Task:
         """The Task of these fields."""
         task = json.loads(body)
         if task["type"] == "generateOtp":
             suppressed = ""  # whoever asks for an OTP waits for it
         return Task(task_id, account, registration, task["type"], task["task"], task["retries"], task["payload"],
                     int(created), int(attempts or 0), int(strikes or 0), int(drops or 0), int(dropped or 0),
-                    int(expires or 0), tuple((delivered or "").split()), tuple(suppressed.split()))
+                    int(expires or 0), tuple((delivered or "").split()), tuple(suppressed.split()), lane, settings)
 
     @staticmethod
     def _summary_args(task: Task) -> list[str | int]:
         """The arguments of CONCLUDE, from `created` on."""
         fields = ["u", task.payload["userId"], "n", task.name]
+        if "metadata" in task.payload:
+            fields += ["m", json.dumps(task.payload["metadata"])]
         try:
             "".join(fields).encode()
         except UnicodeEncodeError:  # half a surrogate pair, which an older version took
@@ -4193,17 +4321,18 @@ class Queue:
     # Of one that is being sent, its worker decides.
     # KEYS: the prefix. ARGV: how many at most, result_ttl (ms).
     # Answer: {how many were looked at, and of each that ended now its id, type and account}.
-    EXPIRE = EVENT + CONCLUDE + """
+    EXPIRE = EVENT + CONCLUDE + METADATA + """
         local prefix, ttl, ended = KEYS[1], ARGV[2], {}
 
         local function expire(id, task, head, created, account, attempts, before)
             redis.call('ZREM', prefix .. 'delayed', id)
             redis.call('ZREM', prefix .. 'scheduled', id)
             local shown, reason = cjson.decode(head), 'it was not sent in time' .. (before and ': ' .. before or '')
+            local own = metadata_in(head)
             emit_mail(prefix, id, account, 'mail.failed', 'expired', attempts, reason)
             conclude(task, 'expired', reason, ttl, created,
                      (shown.type == 'message' and '' or shown.type) .. ' ' .. shown.retries, account,
-                     'u', shown.payload.userId, 'n', shown.task)
+                     'u', shown.payload.userId, 'n', shown.task, unpack(own and {'m', own} or {}))
             for _, value in ipairs({id, shown.type, account}) do ended[#ended + 1] = value end
         end
 
@@ -4545,7 +4674,7 @@ class Queue:
     #       no such task, or 0.
     # Answer: {"changed", "same", "unknown" (there is no such task) or "address" (it has no such recipient); and the id
     #         of the task and its account, which are "" where there is none}.
-    BOUNCE = EVENT + IS_OWN + """
+    BOUNCE = EVENT + IS_OWN + METADATA + """
         local prefix, account, registration, event, reason, ids, addresses, sole, without_task = KEYS[1], unpack(ARGV)
         local what = reason ~= '' and ': ' .. reason or ''
 
@@ -4568,15 +4697,17 @@ class Queue:
             return is_new
         end
 
-        local function tell(owner, address, id, name)
-            emit(prefix, owner, 'mail.' .. event, cjson.encode({
-                account = owner, userId = address, id = id, task = name, error = reason ~= '' and reason or nil}))
+        local function tell(owner, address, id, name, metadata)
+            local data = cjson.encode({
+                account = owner, userId = address, id = id, task = name, error = reason ~= '' and reason or nil})
+            if metadata then data = string.sub(data, 1, -2) .. ', "metadata": ' .. metadata .. '}' end
+            emit(prefix, owner, 'mail.' .. event, data)
         end
 
         local function bounce(id)
             local task = prefix .. 'task:' .. id
-            local owner, key, state, ended, part, to, user, name, head, story, bounces = unpack(redis.call('HMGET',
-                task, 'account', 'key', 'state', 'd', 'k', 'to', 'u', 'n', 'head', 'story', 'bounces'))
+            local owner, key, state, ended, part, to, user, name, head, story, bounces, own = unpack(redis.call('HMGET',
+                task, 'account', 'key', 'state', 'd', 'k', 'to', 'u', 'n', 'head', 'story', 'bounces', 'm'))
             owner = owner or ended and string.match(ended, '^' .. string.rep('%S* ', 7) .. '(.*)$') or ''
             local registered = redis.call('HGET', prefix .. 'UserList', owner) or ''
             if registered == '' or account ~= '' and (owner ~= account or registration ~= registered)
@@ -4609,7 +4740,7 @@ class Queue:
             if event ~= 'delayed' then
                 suppress(owner, address)
                 local readable, shown = pcall(cjson.decode, head)  -- older versions took half a surrogate pair
-                tell(owner, address, id, name or readable and shown.task or nil)
+                tell(owner, address, id, name or readable and shown.task or nil, own or metadata_in(head))
                 if has_succeeded then
                     redis.call('HSET', task, ended and 'd' or 'state', 'bounced' .. (ended or ''))
                 end
@@ -4647,8 +4778,11 @@ def list_key(store: Store, kind: str, account: str) -> str:
 
 def summary_of(task: Json) -> str:
     """What is shown of a task, as JSON: nothing of the mail itself."""
-    return json.dumps({"task": task["task"], "type": task["type"], "retries": task["retries"],
-                       "payload": {"userId": task["payload"]["userId"]}})
+    payload = task["payload"]
+    shown = {"userId": payload["userId"]}
+    if "metadata" in payload:
+        shown["metadata"] = payload["metadata"]
+    return json.dumps({"task": task["task"], "type": task["type"], "retries": task["retries"], "payload": shown})
 
 
 def timestamp(microseconds: float | str) -> str:
@@ -4722,7 +4856,7 @@ def expand_summary(found: Json) -> Json:
     _, task_type, retries, attempts, created, begun, ended, _ = found["d"].split(" ", 7)
     started = int(created) + int(begun or 0)
     return {"task": {"task": found["n"], "type": task_type or "message", "retries": int(retries or 0),
-                     "payload": {"userId": found["u"]}},
+                     "payload": {"userId": found["u"], **({"metadata": json.loads(found["m"])} if found["m"] else {})}},
             "attempts": attempts, "created": created, "started": started if begun else None,
             "finished": started + int(ended)}
 
@@ -4736,7 +4870,7 @@ class Inspection:
 
     SEARCH_BATCH = 200  # tasks in one script
     FIELDS = ("head", "account", "state", "attempts", "error", "created", "finished", "due", "started", "story",
-              "key", "d", "k", "u", "n", "r1", "r2", "r3", "bounces")
+              "key", "d", "k", "u", "n", "m", "r1", "r2", "r3", "bounces")
 
     def __init__(self, store: Store, settings: Settings, give_way: Callable[[], object] = lambda: None) -> None:
         self.store, self.settings, self.give_way = store, settings, give_way
@@ -4798,6 +4932,8 @@ class Inspection:
         status = {"id": task_id, "task": task["task"], "type": task["type"], "userId": task["payload"]["userId"],
                   "state": found["state"], "attempts": int(found["attempts"]), "retries": task["retries"],
                   "error": error, "created": timestamp(found["created"])}
+        if "metadata" in task["payload"]:
+            status["metadata"] = task["payload"]["metadata"]
         if succeeded and found["error"]:
             status["result"] = found["error"]
         if found["state"] in (State.RETRYING, State.SCHEDULED):
@@ -5323,9 +5459,11 @@ def compose(mail: Mail, message_id: str, moment: int) -> bytes:
         headers.append("Cc: " + ",\r\n ".join(map(mailbox, mail.cc)))
     if mail.reply_to:
         headers.append(f"Reply-To: {mailbox(mail.reply_to)}")
+    is_own = bool(mail.headers) and any(name.lower() == "auto-submitted" for name, _ in mail.headers)
     headers += [folded("Subject", plain_words(mail.subject) or encoded_words(mail.subject, len("Subject: "))),
                 f"Date: {mail_date(moment // 1_000_000)}", f"Message-ID: <{message_id}>",
-                "Auto-Submitted: auto-generated",  # RFC 3834 section 5: auto-responders do not answer such mail
+                # RFC 3834 section 5: auto-responders do not answer such mail.
+                *(() if is_own else ("Auto-Submitted: auto-generated",)),
                 *(f"{name}: {value}" for name, value in mail.headers), "MIME-Version: 1.0", ""]
     return "\r\n".join(headers).encode() + mime_body(mail.content, mail.text, mail.attachments)
 
@@ -5469,6 +5607,15 @@ def folded(name: str, words: list[str]) -> str:
     return "\r\n".join(lines)
 
 
+def own_header(name: str, value: str) -> tuple[str, str]:
+    """An app's own header field as a Mail has it: unencoded where it is in ASCII, since values with a grammar may have
+    no encoded words; folded where there is one space."""
+    words = re.split(r"(?<=[^ ]) (?=[^ ])", value)
+    if not is_plain(value) or value != value.strip(" ") or max(map(len, words)) > 900:
+        words = encoded_words(value, len(f"{name}: "))
+    return name, folded(name, words).removeprefix(f"{name}: ")
+
+
 def plain_words(text: str) -> list[str]:
     """The words of a text that can stand in a header unencoded; none if it has to be encoded."""
     words = text.split(" ")
@@ -5520,7 +5667,7 @@ class DeliveryError(Exception):
     Args:
         certain: another connection would get the same reply.
         dropped: the failure came in the middle of this mail, which may be its cause.
-        sender: the server answers, but refuses the sender.
+        sender: the server answers, but refuses the sender, the client or the account.
     """
 
     too_many = False  # whether the server takes fewer recipients in one transaction
@@ -5618,7 +5765,8 @@ class About(enum.StrEnum):
 
     MAIL = "the mail"
     RECIPIENT = "the recipient"
-    SENDER = "the sender, the client or the account"
+    SENDER = "the sender"
+    CLIENT = "the client or the account"
     CONNECTION = "the connection"
     SERVER = "the server"
     QUOTA = "the sending quota of the account"
@@ -5756,19 +5904,24 @@ REPLIES = tuple((about, re.compile(pattern, re.IGNORECASE | re.DOTALL)) for abou
     (About.SERVER, rf"(MAIL|DATA|DOT) .*({TOO_MANY_CONNECTIONS.pattern})"),
     # RFC 5321 section 4.2.3: 552, exceeded storage; RFC 3463 section 3.3, 3.4, 3.7: too long, its media.
     (About.MAIL, r"\w+ (552 |[45]\d\d [45]\.(2\.3|3\.4|6\.\d+)\b)"),
-    # RFC 4954 section 6, RFC 3207 section 4: authentication or TLS first. RFC 3463 section 3.2: the sender's address.
-    # RFC 5248, RFC 7372, RFC 7505: credentials, SPF, DKIM, reverse DNS. Microsoft's list of NDR codes: from 5.7.50 on.
-    (About.SENDER, r"\w+ (53\d |[45]\d\d [45]\.(1\.[78]|7\.([89]|1[0-4]|2[0-7]|57|60|64|139|50[1-38]|511|6[0-4]\d"
-                   r"|70[58]|750)|2\.252)\b)"),
+    # RFC 3463 section 3.2: the sender's address. RFC 7372, RFC 7505: SPF, DKIM, a domain without mail. Microsoft's list
+    # of NDR codes: 5.7.60 and 5.2.252, the sender is not the account's.
+    (About.SENDER, r"\w+ (?!53\d)[45]\d\d [45]\.(1\.[78]|7\.(2[0-4]|2[67]|60)|2\.252)\b"),
+    # RFC 4954 section 6, RFC 3207 section 4: authentication or TLS first. RFC 5248, RFC 7372: credentials, reverse DNS.
+    # Microsoft's list of NDR codes: from 5.7.57 on.
+    (About.CLIENT, r"\w+ (53\d |[45]\d\d [45]\.7\.([89]|1[0-4]|25|57|64|139|50[1-38]|511|6[0-4]\d|70[58]|750)\b)"),
     # Postfix with smtpd_delay_reject refuses HELO, client and sender only at RCPT; so do Exim's ACLs ("relay not
     # permitted", "Sender verify failed"), Sendmail ("Relaying denied"), qmail ("allowed rcpthosts"), Exchange
-    # ("SendAsDenied", "Unable to relay") and, at the end of the data, SES ("Email address is not verified").
-    (About.SENDER, r"\w+ .*(sender (address )?(rejected|refused|denied)|sender verif|helo command rejected"
+    # ("SendAsDenied", "Unable to relay") and, at the end of the data, SES ("Email address is not verified"). Zoho
+    # ("Sender is not allowed to relay") and Gmail's relay mean the sender's domain by "relay".
+    (About.SENDER, r"\w+ .*(sender (address )?(rejected|refused|denied)|sender verif|not owned by|sendasdenied"
+                   r"|send as this sender|address is not verified|sender is not allowed to relay"
+                   r"|relay denied.*as obtained from helo and mail from)"),
+    (About.CLIENT, r"\w+ .*(helo command rejected"
                    r"|client host rejected|client .*blocked using|not (permitted|allowed|authorized) to relay"
                    r"|relay(ing)? (access )?(is )?(denied|not (permitted|allowed))"
-                   r"|unable to relay|allowed rcpthosts|not owned by"
-                   r"|authentication (is )?required|must (be )?authenticat|not authenticated|sendasdenied"
-                   r"|send as this sender|address is not verified)"),
+                   r"|unable to relay|allowed rcpthosts"
+                   r"|authentication (is )?required|must (be )?authenticat|not authenticated)"),
     # RFC 5321 section 4.2.4 and 4.3.2: commands unknown or out of order. Limits per connection: Stalwart ("messages per
     # session"), IONOS ("Mails per session limit"), OpenSMTPD ("Too many messages sent"), Postfix ("too many errors").
     # Postfix's anvil limits the client over all connections ("too much mail from", "too many recipients from").
@@ -5779,8 +5932,9 @@ REPLIES = tuple((about, re.compile(pattern, re.IGNORECASE | re.DOTALL)) for abou
     (About.SERVER, r"\w+ (454 |4\d\d 4\.(3\.[0125]|4\.[25])\b|5\d\d 5\.3\.[125]\b)"),
     # Postfix while its milter, policy server or table does not answer.
     (About.SERVER, r"\w+ 4.*(service unavailable|server configuration|temporary lookup failure)"),
-    # At MAIL: all mails have the same sender.
+    # At MAIL nothing else than these has been said yet.
     (About.SERVER, r"MAIL 4"),
+    (About.CLIENT, r"MAIL .*(\b(helo|ehlo|your ip|client ip|ip address)\b(?!.*mail from)|starttls|\blog ?in first\b)"),
     (About.SENDER, r"MAIL "),
 ))
 
@@ -5797,10 +5951,12 @@ def is_quota(stage: str, reply: str) -> bool:
     return next((is_one for is_one, pattern in QUOTAS if pattern.match(found)), False)
 
 
-def refusal(stage: str, code: int, text: bytes, others_taken: bool = False) -> DeliveryError | None:
+def refusal(stage: str, code: int, text: bytes, others_taken: bool = False,
+            own_sender: str = "") -> DeliveryError | None:
     """The error that a reply at a stage means (RFC 5321 section 4.2), or None for success: any 2yz, at DATA any 3yz.
 
     `others_taken`: the server took another recipient in this transaction, so the sender cannot be at fault.
+    `own_sender`: the mail's sender, where that is not the one of the service: if it is refused, others need not be.
     """
     if code // 100 == (3 if stage == "DATA" else 2):
         return None
@@ -5811,15 +5967,21 @@ def refusal(stage: str, code: int, text: bytes, others_taken: bool = False) -> D
         return QuotaError(f"{About.QUOTA}, {STAGES[stage]}: {reply}")
     known = next((about for about, pattern in REPLIES if pattern.match(f"{stage} {reply}")), None)
     about = known or (About.RECIPIENT if stage == "RCPT" else About.MAIL)
-    if others_taken and about in (About.SENDER, About.CONNECTION):
+    if others_taken and about in (About.SENDER, About.CLIENT, About.CONNECTION):
         about = About.RECIPIENT
-    if about in (About.MAIL, About.RECIPIENT):
-        error: DeliveryError = (TemporaryError if code < 500 else PermanentError)(reply, certain=known is not None)
+    if own_sender and about == About.SENDER and code >= 500:
+        # At MAIL any words count, also those for a limit of the connection.
+        error: DeliveryError = PermanentError(
+            f"{about} {own_sender}, {STAGES[stage]}: {reply}", certain=stage != "MAIL")
+    elif about in (About.MAIL, About.RECIPIENT):
+        error = (TemporaryError if code < 500 else PermanentError)(reply, certain=known is not None)
         # RFC 3463 section 3.2: 5.1.x is about an address, 5.1.7 and 5.1.8 about the sender's.
         error.no_such_address = stage == "RCPT" and re.match(r"5\d\d 5\.1\.(?![78]\b)\d", reply) is not None
     else:
         explanation = reply if code == 421 else f"{about}, {STAGES[stage]}: {reply}"
-        error = UnavailableError(explanation, dropped=stage != "MAIL" or code < 500, sender=about == About.SENDER)
+        # A mail whose sender is its own may be the only one that the server says this to: it is not returned for ever.
+        error = UnavailableError(explanation, dropped=stage != "MAIL" or code < 500 or bool(own_sender),
+                                 sender=about in (About.SENDER, About.CLIENT))
     error.too_many = stage in ("RCPT", "DATA") and TOO_MANY.match(reply) is not None
     return error
 
@@ -6346,7 +6508,10 @@ class SmtpTransport:
                 if smtp.has_extn("smtputf8"):
                     options = self.UTF8
                 elif not sender.isascii():
-                    raise UnavailableError("the server takes no sender beyond ASCII (SMTPUTF8)", sender=True)
+                    reason = "the server takes no sender beyond ASCII (SMTPUTF8)"
+                    if not self._own_sender(sender):
+                        raise UnavailableError(reason, sender=True)
+                    refused = dict.fromkeys(recipients, PermanentError(reason, certain=True))
                 else:
                     error = PermanentError("the server takes no addresses beyond ASCII (SMTPUTF8)", certain=True)
                     refused = {address: error for address in recipients if not address.isascii()}
@@ -6360,7 +6525,7 @@ class SmtpTransport:
                 self.local.meanwhile()
                 smtp.sock.settimeout(self.FINAL_TIMEOUT)
                 code, text = self._reply(smtp, "DOT")
-                if final := refusal("DOT", code, text):
+                if final := refusal("DOT", code, text, own_sender=self._own_sender(sender)):
                     refused = dict.fromkeys(recipients, final) | refused
                 else:
                     reply = f"{code} {one_line(text)}"
@@ -6510,21 +6675,26 @@ class SmtpTransport:
             if reply[0] == 421 and (error := refusal(stage, *reply)):  # the server closes the connection
                 raise error
         local.announced, local.has_pipelined = None, local.has_pipelined or announced
-        recipients = envelope.recipients
-        if error := refusal("MAIL", *replies[0]):
+        recipients, own = envelope.recipients, self._own_sender(envelope.sender)
+        if error := refusal("MAIL", *replies[0], own_sender=own):
             refused = dict.fromkeys(recipients, error)
         else:
             refused = {address: error for address, reply in zip(recipients, replies[1:])
-                       if (error := refusal("RCPT", *reply, others_taken=any_taken))}
+                       if (error := refusal("RCPT", *reply, others_taken=any_taken, own_sender=own))}
         if len(refused) > 1:  # those that a quota leaves out share the error
             quotas = {str(error): error for error in refused.values() if isinstance(error, QuotaError)}
             refused = {address: quotas.get(str(error), error) for address, error in refused.items()}
-        if len(refused) < len(recipients) and (error := refusal("DATA", *replies[-1])):
+        if len(refused) < len(recipients) and (error := refusal("DATA", *replies[-1], own_sender=own)):
             refused = dict.fromkeys(recipients, error) | refused
         if len(refused) == len(recipients) and len(replies) == len(commands) and replies[-1][0] == 354:
             smtp.send(b".\r\n")  # the server waits for the data all the same: an empty mail for nobody
             self._reply(smtp, "DATA")
         return refused
+
+    def _own_sender(self, sender: str) -> str:
+        """The sender of a mail, or "" where it is the service's: then the server may refuse all mails for it."""
+        service = self.settings.sender[1]
+        return "" if sender == service or fold_address(sender) == fold_address(service) else sender
 
     @staticmethod
     def _commands(envelope: Envelope, options: str = "") -> list[tuple[str, str]]:
@@ -7841,7 +8011,7 @@ class Webhooks:
     TIMEOUT = 10.0  # seconds for the whole request
     LONGEST_REST = 60.0  # seconds after a receiver gave no answer, in which it gets nothing
     MAX_DETAIL = 1000  # characters of a reason, ...
-    MAX_ADDRESSES = 20  # ... and addresses in it: with them, a body has at most 16 KB
+    MAX_ADDRESSES = 20  # ... and addresses in it: with them and metadata, a body has at most 24 KB
 
     @dataclasses.dataclass
     class Rest:
@@ -7980,6 +8150,8 @@ class Webhooks:
                      "reply" if data["state"] == State.SUCCEEDED else "error": detail}
             if addresses:
                 data["suppressed"] = addresses[:cls.MAX_ADDRESSES]
+            if "metadata" in head["payload"]:
+                data["metadata"] = head["payload"]["metadata"]
         return json.dumps({"type": task.name, "timestamp": timestamp(task.created), "data": data},
                           ensure_ascii=False).encode()
 
@@ -8427,7 +8599,7 @@ class Workers:
         sizes = {Lane.URGENT: (settings.workers, most), Lane.NORMAL: (settings.workers, most), Lane.BULK: (1, most),
                  Lane.CHANGES: (1, 1), Lane.HOOKS: (1, workers_max)}
         load = ProcessorLoad()
-        self.crews = {lane: Crew(lane, *sizes[lane], self.run, load) for lane in Lane}
+        self.crews: dict[str, Crew] = {lane: Crew(lane, *sizes[lane], self.run, load) for lane in Lane}
         self.express = {lane: Crew(lane, 1, 1, self.run, load, is_express=True) for lane in MAIL_LANES}
         self.all_crews = [*self.crews.values(), *self.express.values()]
         self.names = [name for crew in self.all_crews for name in crew.hands]
@@ -8692,13 +8864,26 @@ class Workers:
 
     def _mail(self, task: Task) -> Mail:
         """The Mail of a message task."""
-        payload, (name, address) = task.payload, self.settings.sender
+        payload, (name, address) = task.payload, self._sender(task)
         attachments = tuple(Attachment(file["filename"], file["content_type"], file["content"],
                                        file.get("content_id", "")) for file in payload.get("attachments", ()))
         return Mail(
             (payload.get("from_name", name), address), payload["userId"], payload["subject"], payload["content"],
             text=payload.get("text", ""), cc=tuple(payload.get("cc", ())), bcc=tuple(payload.get("bcc", ())),
-            reply_to=payload.get("reply_to", ""), attachments=attachments)
+            reply_to=payload.get("reply_to") or self._reply_to(task), attachments=attachments,
+            headers=tuple(itertools.starmap(own_header, payload["headers"].items())) if "headers" in payload else ())
+
+    def _sender(self, task: Task) -> tuple[str, str]:
+        """(display name, address) of the sender of a task's mail: its own, its account's or the service's."""
+        if "from" in task.payload and (sender := parse_sender(task.payload["from"])):
+            return sender
+        default = sender_defaults(task.settings)[0] if task.settings else None
+        return default or self.settings.sender
+
+    @staticmethod
+    def _reply_to(task: Task) -> str:
+        """The Reply-To of the mails of a task's account, or ""."""
+        return sender_defaults(task.settings)[1] if task.settings else ""
 
     def _compose(self, task: Task, mail: Mail) -> bytes:
         """The mail of a task as bytes."""
@@ -8717,14 +8902,16 @@ class Workers:
         """Issue the OTP of a generateOtp task and send it; returns the server's reply."""
         try:
             subject, content = self.otps.mail(self.otps.issue(task))
-            return self._send(task, Mail(self.settings.sender, task.payload["userId"], subject, content))
+            return self._send(task, Mail(self._sender(task), task.payload["userId"], subject, content,
+                                         reply_to=self._reply_to(task)))
         finally:
             self.queue.otp_passed()
 
     def send_newsletter(self, task: Task) -> str:
         """Send a newsletter with its current content; returns the server's reply."""
         subject, content, headers = self.newsletters.mail(task)
-        return self._send(task, Mail(self.settings.sender, task.payload["userId"], subject, content, headers=headers))
+        return self._send(task, Mail(self._sender(task), task.payload["userId"], subject, content,
+                                     reply_to=self._reply_to(task), headers=headers))
 
     def _send(self, task: Task, mail: Mail) -> str:
         """Send a mail to those recipients who do not have it yet, and are not suppressed; returns the server's reply,
@@ -8733,7 +8920,7 @@ class Workers:
         if not recipients and not task.delivered:
             raise SuppressedError(f"{task.payload['userId']} is suppressed; see GET /suppressions")
         if recipients:
-            lane, sender = lane_of(task.type), mail.sender[1]
+            lane, sender = task.lane, mail.sender[1]
             with self._within_rate(lane, recipients) if self.is_limited else self.at_once:
                 if task.expires and self.store.time() * 1000 >= task.expires:
                     raise ExpiredError("it was not sent in time")
@@ -8789,7 +8976,7 @@ class Workers:
         """The envelope of the mail that a task will send, as far as that can be known before."""
         if task is None or task.strikes or task.type not in MAIL_TYPES:
             return None
-        return Envelope(self.settings.sender[1], tuple(self._recipients(task)))
+        return Envelope(self._sender(task)[1], tuple(self._recipients(task)))
 
     def send_event(self, task: Task) -> str:
         """Send an event to a webhook; returns the status of the answer."""
@@ -9288,7 +9475,14 @@ class Api:
         return Response("application/json", ENCODER.encode(body) + "\n", {
             "Set-Cookie": f"{self.cookie}={value}; HttpOnly; SameSite=Strict; Path=/; Max-Age={seconds}{attributes}"})
 
+    def allowed_senders(self, account: Account) -> list[str]:
+        """What payload.from may be: the account's senders, or else the service's. Raises HTTPError (401)."""
+        self.accounts.ensure_active(account)  # nobody with a revoked key learns them
+        return self.accounts.settings(account.name)["senders"] or [self.settings.sender[1]]
+
     def enqueue(self, request: Request) -> Reply:
+        if "from" in request.body["payload"]:
+            check_sender(request.body, "", self.allowed_senders(request.account))
         fill_message(request.body, "", self.settings.max_body)
         result, = self.queue.enqueue(request.account, [request.body], request.idempotency_key)
         if isinstance(result, HTTPError):
@@ -9306,6 +9500,14 @@ class Api:
                 results.append(checked)
             except HTTPError as error:
                 results.append(error)
+        if named := [number for number, result in enumerate(results)
+                     if isinstance(result, dict) and "from" in result["payload"]]:
+            allowed = self.allowed_senders(request.account)
+            for number in named:
+                try:
+                    check_sender(results[number], f"tasks[{number}]", allowed)
+                except HTTPError as error:
+                    results[number] = error
         accepted = [number for number, result in enumerate(results) if isinstance(result, dict)]
         # A repeated batch is the same only if the same tasks are accepted: their answers are kept in that order.
         batch = json.dumps([accepted, request.body], sort_keys=True) if request.idempotency_key else ""
@@ -9644,7 +9846,7 @@ VERIFICATION = Object({"userEmail": Address(), "otp": Otp()})
 BATCH = Object({"tasks": Array(AnyValue(), 1000, 1)})  # the handler checks and answers each task by itself
 RECIPIENT = Object({"userId": Address()})
 WEBHOOK = Object({"url": Url(), "events": Nullable(Array(Enum(EVENTS), len(EVENTS), 1))})
-SETTINGS = Changes({"senders": Array(Sender(), 20), "reply_to": OrEmpty(Address()), "webhook": Object({
+SETTINGS = Changes({"senders": Array(SenderRule(), 20), "reply_to": OrEmpty(Address()), "webhook": Object({
     "url": Url(), "events": Nullable(Array(Enum(EVENTS), len(EVENTS)))})})
 OVERLAP = Object({"overlap": Nullable(Integer(0, 2592000))})  # seconds
 ROTATION = Object({**ID.fields, **OVERLAP.fields})
@@ -11171,6 +11373,7 @@ class Operator:
         paint, story = self.terminal.paint, task.pop("story")
         for name, value in task.items():
             if value is not None:
+                value = json.dumps(value) if name == "metadata" else value
                 print(f"{paint(name.ljust(9), 'grey')}  {paint(value, self.terminal.STATE_COLOURS.get(value))}")
         rows = [[step["time"], step["event"], f"{step['seconds']} s" if "seconds" in step else "",
                  step.get("error") or ""] for step in story]

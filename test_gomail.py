@@ -210,7 +210,8 @@ class MailServer(aiosmtpd.controller.Controller):
 
     `replies` maps a recipient to the replies its next RCPT commands get; `data_replies` maps a recipient to the
     replies after its data. A reply "DROP" closes the connection instead. `pipelining` says whether it offers that.
-    From the mail after `share` on, a session is answered `used_up` at a stage: (stage, reply).
+    From the mail after `share` on, a session is answered `used_up` at a stage: (stage, reply). `refused_senders` maps a
+    sender to the stage and the reply at which its mails are refused.
     """
 
     pipelining = True
@@ -220,7 +221,7 @@ class MailServer(aiosmtpd.controller.Controller):
         self.mails, self.connections, self.refusals, self.host_names = [], 0, 0, set()
         self.most_open = 0  # connections at once
         self.replies, self.data_replies = collections.defaultdict(list), collections.defaultdict(list)
-        self.sender_replies = []
+        self.sender_replies, self.refused_senders = [], {}
         server = self
 
         class Session(aiosmtpd.smtp.SMTP):
@@ -284,6 +285,11 @@ class MailServer(aiosmtpd.controller.Controller):
             self.refusals += 1
             return self.drop(server) if self.used_up[1] == "DROP" else self.used_up[1]
 
+    def refused_at(self, stage, sender):
+        """What a mail of this sender is answered at this stage, or None."""
+        refused, reply = self.refused_senders.get(sender, ("", ""))
+        return reply if refused == stage else None
+
     async def handle_EHLO(self, server, session, envelope, host_name, replies):
         session.host_name = host_name
         self.host_names.add(host_name)
@@ -292,6 +298,8 @@ class MailServer(aiosmtpd.controller.Controller):
     async def handle_MAIL(self, server, session, envelope, address, options):
         if self.sender_replies:
             return self.sender_replies.pop(0)
+        if reply := self.refused_at("MAIL", address):
+            return reply
         if reply := self.refusal("MAIL", server):
             return reply
         envelope.mail_from = address
@@ -300,6 +308,7 @@ class MailServer(aiosmtpd.controller.Controller):
 
     async def handle_RCPT(self, server, session, envelope, address, options):
         reply = self.replies[address].pop(0) if self.replies[address] else self.refusal("RCPT", server) or "250 OK"
+        reply = self.refused_at("RCPT", envelope.mail_from) or reply
         if reply == "DROP":
             return self.drop(server)
         if reply.startswith("2"):
@@ -310,6 +319,7 @@ class MailServer(aiosmtpd.controller.Controller):
         recipient = envelope.rcpt_tos[0]
         reply = (self.data_replies[recipient].pop(0) if self.data_replies[recipient]
                  else self.refusal("DOT", server) or "250 OK")
+        reply = self.refused_at("DOT", envelope.mail_from) or reply
         if reply == "DROP":
             return self.drop(server)
         if not reply.startswith("2"):
@@ -411,6 +421,12 @@ class Client:
         """A client with the key of a new account."""
         name = name or f"{secrets.token_hex(4)}@example.com"
         return Client(self.address, self.post("/auth/signup", {"id": name})["apiKey"])
+
+
+def settle_on(service, client, *senders, reply_to=""):
+    """Set the senders and the Reply-To of a client's account."""
+    service.store.redis.hset(service.store.key("settings"), name_of(client),
+                             json.dumps({"senders": senders, "reply_to": reply_to}))
 
 
 def name_of(client):
@@ -2657,7 +2673,7 @@ def test_a_setting_that_is_not_valid_changes_nothing(client, body, field):
     before = client.get("/account")
     answer = put_account(client, 400, **{"reply_to": "b@example.com", **body})
     assert answer["field"] == field and client.get("/account") == before
-    assert not field.startswith("senders[") or '"Name <address>"' in answer["error"]
+    assert not field.startswith("senders[") or "Name <address>" in answer["error"]
 
 
 @hypothesis.settings(deadline=None)
@@ -3179,6 +3195,138 @@ def test_the_contracts_example_with_all_attributes_is_taken_and_only_its_types_f
     assert gomail.TASK(example)["payload"] == {"userId": "example@gmail.com", "length": 6}
 
 
+@pytest.mark.parametrize("kind", ["message", "generateOtp"])
+@pytest.mark.parametrize("lane", ["changes", "hooks", "Urgent", "", 1, True])
+def test_a_mail_may_name_one_of_the_three_lanes_of_mail(kind, lane):
+    base = {**MESSAGE, "type": kind, "payload": {**MESSAGE["payload"], "length": 6}}
+    for good in ("urgent", "normal", "bulk"):
+        assert gomail.TASK(changed("payload.lane", good, base))["payload"]["lane"] == good
+    assert "lane" not in gomail.TASK(changed("payload.lane", None, base))["payload"]
+    with pytest.raises(gomail.HTTPError, match="^payload.lane must be one of urgent, normal, bulk"):
+        gomail.TASK(changed("payload.lane", lane, base))
+
+
+@pytest.mark.parametrize("text, sender", [
+    ("shop@example.com", ("", "shop@example.com")), ("<shop@example.com>", ("", "shop@example.com")),
+    ("The Shop <Shop@Example.COM>", ("The Shop", "Shop@example.com")), ("Shop<s@b.example>", ("Shop", "s@b.example")),
+    ('"Ann, \\"the\\" Shop" <s@b.example>', ('Ann, "the" Shop', "s@b.example")),
+    ("Jörg <jörg@bücher.example>", ("Jörg", "jörg@xn--bcher-kva.example")),
+    ("a <b> <s@b.example>", ("a <b>", "s@b.example")), ('" <s@b.example>', ('"', "s@b.example")),
+    *[(text, None) for text in (
+        "", " ", "Shop", "@b.example", "Shop <@b.example>", "Shop <>", "a@b.example, c@d.example",
+        "Shop <s@b.example> x", " s@b.example", "s@b.example ", "Shop <s@b.example>>", "Shop < s@b.example>",
+        "Shop <s@b.example", "s@b.example (Shop)", "Shop\r\nBcc: x <s@b.example>", "Shop\n<s@b.example>",
+        "s@[192.0.2.1]", "\0 <s@b.c>", "\ud83d <s@b.example>", "x" * 101 + " <s@b.example>", 7, ["s@b.example"])]])
+@pytest.mark.parametrize("kind", ["message", "generateOtp"])
+def test_from_is_an_address_with_or_without_a_name_before_it(kind, text, sender):
+    base = {**MESSAGE, "type": kind, "payload": {**MESSAGE["payload"], "length": 6}}
+    if sender:
+        assert gomail.TASK(changed("payload.from", text, base))["payload"]["from"] == text
+        assert gomail.parse_sender(text) == sender
+    else:
+        with pytest.raises(gomail.HTTPError, match="^payload.from must be Name <address> or an e-mail address"):
+            gomail.TASK(changed("payload.from", text, base))
+
+
+SENDERS_OF_AN_ACCOUNT = ["@c.example", "Ann <Ann@a.example>", "bob@b.example", "@xn--bcher-kva.example"]
+
+
+@pytest.mark.parametrize("allowed, sender, matches", [
+    *[(SENDERS_OF_AN_ACCOUNT, sender, True) for sender in (
+        "ann@a.example", "Someone else <ANN@A.example>", "bob@B.example", "x@c.example", "X <y@C.Example>",
+        "z@bücher.example")],
+    *[(SENDERS_OF_AN_ACCOUNT, sender, False) for sender in (
+        "bob@a.example", "ann@b.example", "x@sub.c.example", "x@cc.example", "x@c.example.org", "c.example@d.example",
+        "app@example.org", "Ann <x@a.example>", "Ann <Ann@a.example> <x@d.example>")],
+    (["app@example.org"], "App <APP@example.org>", True), (["app@example.org"], "x@example.org", False)])
+def test_from_must_be_one_of_the_senders_whole_or_of_exactly_a_domain(allowed, sender, matches):
+    task = gomail.TASK(changed("payload.from", sender, MESSAGE))
+    if matches:
+        return gomail.check_sender(task, "", allowed)
+    with pytest.raises(gomail.HTTPError) as error:
+        gomail.check_sender(task, "tasks[3]", allowed)
+    assert error.value.status == 400 and error.value.field == "tasks[3].payload.from"
+    assert error.value.message == f"tasks[3].payload.from must be one of the account's senders: {', '.join(allowed)}"
+
+
+def test_a_sender_that_is_not_the_accounts_is_refused_before_anything_is_queued(service, client):
+    other = service.client.sign_up()
+    settle_on(service, client, "@c.example", "Ann <ann@a.example>")
+
+    def answers(client, sender):
+        body = changed("payload.from", sender, MESSAGE)
+        batch = client.post("/task/batch", {"tasks": [MESSAGE, body]})["tasks"]
+        status, answer, _ = client("POST", "/task/", body)
+        assert batch[0]["status"] and batch[1]["status"] == (status == 200)
+        assert status == 200 or batch[1]["error"] == f"tasks[1].{answer['error']}" and answer["field"] == "payload.from"
+        return status, answer.get("error")
+
+    assert answers(client, "ann@a.example") == answers(client, "X <x@c.example>") == (200, None)
+    assert answers(client, "app@example.org") == (
+        400, "payload.from must be one of the account's senders: @c.example, Ann <ann@a.example>")
+    assert answers(other, "Another name <APP@example.org>") == (200, None)
+    assert answers(other, "ann@a.example") == (
+        400, "payload.from must be one of the account's senders: app@example.org")
+    until(lambda: service.client.get("/health/metrics")["Jobs Successful"] == 11)
+
+
+def test_nobody_with_a_revoked_key_learns_the_senders_of_an_account(service, client):
+    settle_on(service, client, "ann@a.example")
+    service.client.post("/auth/deregister", {"id": name_of(client)})
+    service.client.sign_up(name_of(client))
+    body = changed("payload.from", "x@c.example", MESSAGE)
+    for path, sent in (("/task/", body), ("/task/batch", {"tasks": [body]})):
+        status, answer, _ = client("POST", path, sent)
+        assert status == 401 and "ann" not in str(answer)
+
+
+@pytest.mark.parametrize("headers, field, words", [
+    ([], "payload.headers", "an object of up to 20 names"),
+    ({f"X-{n}": "x" for n in range(21)}, "payload.headers", "an object of up to 20 names"),
+    *[({name: "x"}, "payload.headers", "an object of up to 20 names") for name in (
+        "", "X Y", "X:", "X\r\nBcc", "X\n", "Xé", "X" * 77, "X\x7f", "\tX")],
+    *[({name: "x"}, f"payload.headers.{name}", "GoMail or a mail server makes it") for name in (
+        "Date", "message-ID", "Sender", "Return-Path", "RECEIVED", "Received-SPF", "MIME-Version", "Content-Type",
+        "Content-Language", "content-", "Resent-To", "DKIM-Signature", "ARC-Seal", "Authentication-Results",
+        "Delivered-To", "X-Account", "X-PM-KeepID")],
+    *[({name: "x"}, f"payload.headers.{name}", f"the field {own} of the payload makes it") for name, own in (
+        ("FROM", "from"), ("To", "userId"), ("cC", "cc"), ("Bcc", "bcc"), ("Subject", "subject"),
+        ("reply-to", "reply_to"))],
+    ({"X-A": "1", "x-a": "2"}, "payload.headers.x-a", "only once"),
+    *[({"X-A": value}, "payload.headers.X-A", "a string of 1 to 998 characters, on one line") for value in (
+        "", " ", 1, None, ["x"], "a\nBcc: b@example.com", "a\rb", "a\0b", "a\tb", "a\x85b", "a\u2028b", "\ud83d",
+        "x" * 999)]])
+def test_headers_are_up_to_20_lines_with_names_of_their_own(headers, field, words):
+    with pytest.raises(gomail.HTTPError, match=re.escape(words)) as error:
+        gomail.TASK(changed("payload.headers", headers, MESSAGE))
+    assert error.value.status == 400 and error.value.field == field
+
+
+def test_headers_that_servers_and_mailers_only_read_may_be_set():
+    headers = {name: "<x@example.com>" for name in (
+        "References", "In-Reply-To", "List-Unsubscribe", "List-Unsubscribe-Post", "List-Id", "Auto-Submitted",
+        "Precedence", "Importance", "X-Priority", "Feedback-ID", "X-SES-CONFIGURATION-SET",
+        "Disposition-Notification-To", "Tocc", "From-X", "!#$%&'*+-.^_`|~", "X" * 76)}
+    assert gomail.TASK(changed("payload.headers", headers, MESSAGE))["payload"]["headers"] == headers
+    assert "headers" not in gomail.TASK(changed("payload.headers", {}, MESSAGE))["payload"]
+
+
+@pytest.mark.parametrize("kind", ["message", "generateOtp"])
+@pytest.mark.parametrize("metadata, field", [
+    ([], "payload.metadata"), ({str(n): n for n in range(21)}, "payload.metadata"), ({"": 1}, "payload.metadata"),
+    ({"a b": 1}, "payload.metadata"), ({"a" * 41: 1}, "payload.metadata"), ({"é": 1}, "payload.metadata"),
+    *[({"a": value}, "payload.metadata.a") for value in (
+        "x" * 101, "a\nb", "\0", "\ud83d", True, None, [], {}, 1e30, -1e30, math.inf, 10**40)]])
+def test_metadata_is_up_to_20_short_strings_or_numbers(kind, metadata, field):
+    base = {**MESSAGE, "type": kind, "payload": {**MESSAGE["payload"], "length": 6}}
+    good = {"order.id": 2**63 + 1, "a-B_9": "Grüße \U0001f600" * 10, "empty": "", "price": -0.5}
+    assert gomail.TASK(changed("payload.metadata", good, base))["payload"]["metadata"] == good
+    assert "metadata" not in gomail.TASK(changed("payload.metadata", {}, base))["payload"]
+    with pytest.raises(gomail.HTTPError) as error:
+        gomail.TASK(changed("payload.metadata", metadata, base))
+    assert error.value.status == 400 and error.value.field == field
+
+
 @pytest.mark.parametrize("retries", [0, 25])
 def test_retries_is_0_to_25(retries):
     assert gomail.TASK({**MESSAGE, "retries": retries})["retries"] == retries
@@ -3323,7 +3471,7 @@ def test_what_is_shown_of_an_ended_task_is_the_same_in_either_form_that_is_kept(
         queue, task, name, retries, owner, refusals, verdict, error, is_older):
     client, account = queue.store.redis, queue.account if owner else gomail.Account("an app @ home", "0123456789")
     client.hset(queue.store.key("UserList"), account.name, account.registration)
-    lane = gomail.lane_of(task["type"])
+    lane = gomail.lane_of(task)
     task_id, = queue.enqueue(account, [{**task, "task": name, "retries": retries}])
     key = queue.store.key("task", task_id)
     queue.beat(["normal-0"], {})
@@ -4206,6 +4354,55 @@ def test_a_worker_whose_task_was_given_to_another_settles_nothing(queue):
     assert look(queue).depths()["normal"] == 1
 
 
+@pytest.mark.parametrize("kind", ["message", "generateOtp"])
+@pytest.mark.parametrize("lane", ["urgent", "normal", "bulk", None])
+def test_a_mail_waits_in_the_lane_that_it_names_and_is_revived_there_but_not_in_the_urgent_one(queue, kind, lane):
+    own = {"message": "normal", "generateOtp": "urgent"}[kind]
+    task = gomail.TASK({**MESSAGE, "type": kind, "payload": {**MESSAGE["payload"], "length": 6, "lane": lane}})
+    task_id, = queue.enqueue(queue.account, [task])
+    lane = lane or own
+    assert look(queue).depths()[lane] == 1
+    taken = take(queue, f"{lane}-0", lane)
+    assert (taken.id, taken.lane) == (task_id, lane)
+    take(queue, f"{lane}-0", lane, gomail.Outcome(taken, "dead", "no such user"), and_take=False)
+    assert queue.revive(task_id)
+    revived = "normal" if lane == "urgent" else lane
+    assert take(queue, f"{revived}-0", revived).lane == revived
+
+
+METADATA = {"order": 2**63 + 1, "price": 9.5, "who": 'Grüße "metadata": {}} \\', "metadata": "", "n": 12345678901234.5}
+
+
+@pytest.mark.parametrize("name", ["a test", "half of \ud83d a pair", '"metadata": {"a": 1}}'])
+def test_metadata_is_shown_with_a_task_wherever_it_is_until_it_is_forgotten(queue, name):
+    body = {**MESSAGE, "task": name, "payload": {**MESSAGE["payload"], "metadata": METADATA}}
+
+    def metadata_of(task_id, state):
+        found, = [task for task in look(queue).recent()[0] if task["id"] == task_id]
+        assert found["state"] == state == look(queue).status(task_id)["state"]
+        assert look(queue).status(task_id)["metadata"] == found["metadata"]
+        return found["metadata"]
+
+    ids = queue.enqueue(queue.account, [body, body, {**body, "payload": {
+        **body["payload"], "send_at": int(time.time() * 1e6 + 1e9)}}, {**body, "payload": {
+            **body["payload"], "expires_at": int(time.time() * 1e6) - 1}}])
+    assert [metadata_of(ids[0], "queued"), metadata_of(ids[2], "scheduled")] == [METADATA] * 2
+    sent, dead = take(queue, "normal-0", "normal"), take(queue, "normal-1", "normal")
+    assert metadata_of(ids[0], "running") == METADATA and sent.payload["metadata"] == METADATA
+    take(queue, "normal-0", "normal", gomail.Outcome(sent, "succeeded"), and_take=False)
+    take(queue, "normal-1", "normal", gomail.Outcome(dead, "dead", "no"), and_take=False)
+    queue.cancel(ids[2], queue.account.name)
+    if "\ud83d" not in name:  # cjson reads no half of a pair, and such names came from older versions only
+        queue.expire(lambda *_: None)  # or it was done already
+        assert metadata_of(ids[3], "expired") == METADATA
+    assert metadata_of(ids[0], "succeeded") == metadata_of(ids[2], "cancelled") == METADATA
+    assert metadata_of(ids[1], "dead") == look(queue).dead()[1][0]["metadata"] == METADATA
+
+
+def test_a_task_without_metadata_shows_none(client):
+    assert "metadata" not in client.state(client.task(), "succeeded")
+
+
 # --- 7. mail ----------------------------------------------------------------------------------------------
 
 def composed(subject="Hello", content="Hello", recipient="user@example.com", sender=("", "app@example.org"), **further):
@@ -4223,6 +4420,146 @@ def test_a_message_has_from_to_subject_date_message_id_and_mime_version(client, 
     assert abs(date_of(message) - time.time()) < 3600
     mail, = mail_server.mails
     assert mail.sender == "app@example.org" and mail.recipient == "user@example.com"
+
+
+def test_a_message_has_the_headers_of_its_own_beside_those_that_every_mail_has(client, mail_server):
+    url = "<https://example.com/" + "u" * 300 + ">"
+    headers = {"References": "<" + "a" * 70 + "@example.com> <b@example.com>", "X-Greeting": "Grüße " * 30,
+               "List-Unsubscribe": url, "X-JSON": '{"a":  1, "b": "=?utf-8?q?x?="}', "x-two": "a  b", "X-Space": " a "}
+    client.post("/task/", changed("payload.headers", headers, MESSAGE))
+    message = mail_server.one("user@example.com")
+    assert {name: message[name] for name in headers} == headers and message["Auto-Submitted"] == "auto-generated"
+    raw = mail_server.mails[0].raw
+    assert b"\r\nList-Unsubscribe: " + url.encode() + b"\r\n" in raw and b"\r\nx-two: a  b\r\n" in raw
+    assert b"X-Greeting: =?utf-8?" in raw and max(map(len, raw.split(b"\r\n"))) <= len(f"List-Unsubscribe: {url}")
+
+
+@pytest.mark.parametrize("name", ["Auto-Submitted", "auto-submitted"])
+def test_auto_submitted_may_be_replaced(client, mail_server, name):
+    client.post("/task/", changed("payload.headers", {name: "auto-replied"}, MESSAGE))
+    assert mail_server.one("user@example.com").get_all("Auto-Submitted") == ["auto-replied"]
+
+
+def test_every_kind_of_mail_says_that_no_auto_responder_need_answer(client, mail_server, service):
+    client.task("generateOtp", userId="otp@example.com")
+    define(client)
+    subscribe(client)
+    service.newsletters.clock = lambda: time.time() + 86400 * 40
+    for recipient in ("otp@example.com", "user@example.com"):
+        assert mail_server.one(recipient).get_all("Auto-Submitted") == ["auto-generated"]
+
+
+HEADER_NAMES = strategies.from_regex(r"\A[!-9;-~]{1,76}\Z").filter(
+    lambda name: not gomail.Headers.TAKEN.fullmatch(name))
+HEADER_VALUES = strategies.text(strategies.one_of(
+    strategies.characters(codec="utf-8"), strategies.sampled_from(" =?_\r\n\t:,;\"<>@\u2028é\U0001f600")), max_size=300)
+
+
+@hypothesis.settings(deadline=None, max_examples=300)
+@hypothesis.given(headers=strategies.dictionaries(HEADER_NAMES, HEADER_VALUES, max_size=5))
+def test_headers_of_its_own_make_no_further_line_or_header_of_a_mail_and_are_read_back_as_they_were(headers):
+    try:
+        taken = gomail.Headers()(headers, "headers") or {}
+    except gomail.HTTPError as error:
+        assert error.status == 400 and error.field.startswith("headers")
+        taken = {}
+    raw, message = composed(headers=tuple(gomail.own_header(*header) for header in taken.items()))
+    bare, plain = composed()
+    names = [name.lower() for name in plain.keys() if name.lower() not in map(str.lower, taken)]
+    assert sorted(map(str.lower, message.keys())) == sorted([*names, *map(str.lower, taken)])
+    # The standard library's header classes understand some names; what stands there counts.
+    for name, value in email.message_from_bytes(raw, policy=email.policy.compat32).items():
+        if name in taken:
+            unfolded = value.replace("\r\n", "")
+            assert str(email.header.make_header(email.header.decode_header(unfolded))) == taken[name]
+    head, _, body = raw.partition(b"\r\n\r\n")
+    assert body == bare.partition(b"\r\n\r\n")[2] and head.isascii() and b"\n" not in head.replace(b"\r\n", b"")
+    assert all(0 < len(line) <= 998 and line.strip() for line in head.split(b"\r\n"))
+
+
+def sender_of(mail_server, recipient):
+    """(From, envelope sender, domain of the Message-ID, Reply-To) of the one mail to a recipient."""
+    message, mail = mail_server.one(recipient), mail_server.to(recipient)[0]
+    return (message["From"], mail.sender, message["Message-ID"].rpartition("@")[2].strip(">"), message["Reply-To"])
+
+
+def test_a_mail_goes_out_from_its_own_sender_its_accounts_or_the_services(service, client, mail_server):
+    numbers = map(str, itertools.count())
+
+    def sent(kind="message", **payload):
+        recipient = f"{next(numbers)}@example.com"
+        client.task(kind, userId=recipient, **payload)
+        return sender_of(mail_server, recipient)
+
+    service_sender = ("App <app@example.org>", "app@example.org", "example.org")
+    assert sent() == sent("generateOtp") == (*service_sender, None)
+    settle_on(service, client, "@c.example", "Ann <ann@a.example>", "bob@b.example", reply_to="help@a.example")
+    for kind in ("message", "generateOtp"):
+        assert sent(kind) == ("Ann <ann@a.example>", "ann@a.example", "a.example", "help@a.example")
+        assert sent(kind, **{"from": "bob@b.example"}) == (
+            "bob@b.example", "bob@b.example", "b.example", "help@a.example")
+        assert sent(kind, **{"from": "Jo Doe <X@c.example>"})[:3] == (
+            "Jo Doe <X@c.example>", "X@c.example", "c.example")
+    assert sent(from_name="Bo", reply_to="me@d.example") == (
+        "Bo <ann@a.example>", "ann@a.example", "a.example", "me@d.example")
+    assert sent(from_name="Bo", **{"from": "Jo <x@c.example>"})[0] == "Bo <x@c.example>"
+    settle_on(service, client, "@c.example")
+    assert sent() == (*service_sender, None)
+    settle_on(service, client, reply_to="help@a.example")
+    assert sent() == (*service_sender, "help@a.example")
+
+
+def test_a_newsletter_goes_out_from_its_accounts_sender_with_the_list_of_the_service(services, mail_server, clock):
+    service = services(mail_server, clock, public_url="https://mail.example.com")
+    client = service.client.sign_up()
+    settle_on(service, client, "Ann <ann@a.example>", reply_to="help@a.example")
+    define(client)
+    subscribe(client)
+    clock.forward(86400)
+    assert sender_of(mail_server, "user@example.com") == (
+        "Ann <ann@a.example>", "ann@a.example", "a.example", "help@a.example")
+    message = mail_server.one("user@example.com")
+    assert message["List-Id"] == "<news.mail.example.com>"
+    assert message["List-Unsubscribe"].startswith("<https://mail.example.com/unsubscribe/")
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(name=strategies.text(max_size=100), address=strategies.sampled_from(
+    ["s@b.example", "a..b@b.example", "jörg@bücher.example"]), quotes=strategies.booleans())
+def test_a_senders_name_makes_no_header_or_address_of_a_mail(name, address, quotes):
+    escaped = re.sub(r'(["\\\\])', r"\\\1", name)
+    text = f'"{escaped}" <{address}>' if quotes else f"{name} <{address}>"
+    try:
+        sender = gomail.parse_sender(gomail.Sender()(text, "from"))
+    except gomail.HTTPError:
+        return
+    raw, message = composed(sender=sender)
+    found, = message["From"].addresses
+    _, plain = composed(sender=("", sender[1]))
+    assert message.keys() == plain.keys() and raw.count(b"\r\n") - raw.count(b"\r\n ") == 11
+    if sender[1].isascii():
+        assert found.addr_spec in (sender[1], gomail.mailbox(sender[1]))
+
+
+def test_mails_of_many_senders_share_a_connection_and_each_has_its_own(services, mail_server):
+    service = services(mail_server, workers=1, workers_max=1)
+    clients = [service.client.sign_up() for _ in range(4)]
+    for number, client in enumerate(clients[1:]):
+        settle_on(service, client, f"sender-{number}@{number}.example", "@any.example")
+    mail_server.stop()
+    expected = {}
+    for number in range(40):
+        client, recipient = clients[number % 4], f"user-{number}@example.com"
+        own = {"from": f"own-{number}@any.example"} if number % 4 and number % 3 == 0 else {}
+        client.task(userId=recipient, **own)
+        expected[recipient] = own.get("from") or (
+            f"sender-{number % 4 - 1}@{number % 4 - 1}.example" if number % 4 else "app@example.org")
+    mail_server.start()
+    until(lambda: len(mail_server.mails) >= 40)
+    assert {mail.recipient: mail.sender for mail in mail_server.mails} == expected
+    for mail in mail_server.mails:
+        assert parsed(mail.raw)["From"].addresses[0].addr_spec == mail.sender
+    assert len(mail_server.mails) == 40 and mail_server.connections <= 2  # one may have been a probe
 
 
 def test_local_parts_that_are_no_dot_string_stand_in_quotes_in_every_header():
@@ -6619,21 +6956,21 @@ ANSWERS = [
     ("MAIL", "452 4.3.1 Insufficient system storage", gomail.About.SERVER),
     ("MAIL", "550 5.7.1 not you", gomail.About.SENDER),
     ("MAIL", "552 5.3.4 Message size exceeds fixed limit", gomail.About.MAIL),
-    ("RCPT", "504 5.5.2 <vm>: Helo command rejected: need fully-qualified hostname", gomail.About.SENDER),
-    ("RCPT", "450 4.7.1 <vm>: Helo command rejected: Host not found", gomail.About.SENDER),
+    ("RCPT", "504 5.5.2 <vm>: Helo command rejected: need fully-qualified hostname", gomail.About.CLIENT),
+    ("RCPT", "450 4.7.1 <vm>: Helo command rejected: Host not found", gomail.About.CLIENT),
     ("RCPT", "553 5.7.1 <a@b.example>: Sender address rejected: not owned by user app", gomail.About.SENDER),
     ("RCPT", "550 5.1.8 <a@b.example>: Sender address rejected: Domain not found", gomail.About.SENDER),
     ("RCPT", "450 4.1.8 <a@b.example>: Sender address rejected: Domain not found", gomail.About.SENDER),
-    ("RCPT", "554 5.7.1 <u@c.example>: Relay access denied", gomail.About.SENDER),
-    ("RCPT", "554 5.7.1 Service unavailable; Client host [192.0.2.1] blocked using dnsbl.example", gomail.About.SENDER),
-    ("RCPT", "450 4.7.25 Client host rejected: cannot find your hostname, [192.0.2.1]", gomail.About.SENDER),
-    ("RCPT", "550 relay not permitted", gomail.About.SENDER),
+    ("RCPT", "554 5.7.1 <u@c.example>: Relay access denied", gomail.About.CLIENT),
+    ("RCPT", "554 5.7.1 Service unavailable; Client host [192.0.2.1] blocked using dnsbl.example", gomail.About.CLIENT),
+    ("RCPT", "450 4.7.25 Client host rejected: cannot find your hostname, [192.0.2.1]", gomail.About.CLIENT),
+    ("RCPT", "550 relay not permitted", gomail.About.CLIENT),
     ("RCPT", "550-Verification failed for <a@b.example> Sender verify failed", gomail.About.SENDER),
-    ("RCPT", "550 5.7.1 Relaying denied. Proper authentication required.", gomail.About.SENDER),
-    ("RCPT", "553 sorry, that domain isn't in my list of allowed rcpthosts (#5.7.1)", gomail.About.SENDER),
-    ("RCPT", "550 5.7.64 TenantAttribution; Relay Access Denied", gomail.About.SENDER),
-    ("RCPT", "530 5.7.0 Must issue a STARTTLS command first", gomail.About.SENDER),
-    ("DATA", "530 5.7.57 Client not authenticated to send mail", gomail.About.SENDER),
+    ("RCPT", "550 5.7.1 Relaying denied. Proper authentication required.", gomail.About.CLIENT),
+    ("RCPT", "553 sorry, that domain isn't in my list of allowed rcpthosts (#5.7.1)", gomail.About.CLIENT),
+    ("RCPT", "550 5.7.64 TenantAttribution; Relay Access Denied", gomail.About.CLIENT),
+    ("RCPT", "530 5.7.0 Must issue a STARTTLS command first", gomail.About.CLIENT),
+    ("DATA", "530 5.7.57 Client not authenticated to send mail", gomail.About.CLIENT),
     ("DOT", "554 5.2.252 SendAsDenied; a@b.example not allowed to send as c@b.example", gomail.About.SENDER),
     ("DOT", "550 5.7.60 SMTP; Client does not have permissions to send as this sender", gomail.About.SENDER),
     ("DOT", "554 Message rejected: Email address is not verified. The following identities failed",
@@ -6645,8 +6982,8 @@ ANSWERS = [
     ("RCPT", "450 4.7.1 Error: too many recipients from 192.0.2.1", gomail.About.CONNECTION),
     ("MAIL", "452 4.5.3 Too many recipients: Too many messages sent", gomail.About.CONNECTION),
     ("MAIL", "450 4.7.1 Error: too much mail from 192.0.2.1", gomail.About.CONNECTION),
-    ("RCPT", "454 4.7.1 <u@c.example>: Relay access denied", gomail.About.SENDER),
-    ("DOT", "554 5.7.1 <localhost[192.0.2.1]>: Client host rejected: no", gomail.About.SENDER),
+    ("RCPT", "454 4.7.1 <u@c.example>: Relay access denied", gomail.About.CLIENT),
+    ("DOT", "554 5.7.1 <localhost[192.0.2.1]>: Client host rejected: no", gomail.About.CLIENT),
     ("RCPT", "550 restricted characters in address", gomail.About.RECIPIENT),
     ("DOT", "550 maximum allowed line length is 998 octets, got 1100", gomail.About.MAIL),
     ("DATA", "500 5.5.2 Error: bad syntax", gomail.About.CONNECTION),
@@ -6688,6 +7025,20 @@ def test_a_reply_is_about_the_mail_its_recipient_the_sender_the_connection_or_th
     else:
         assert type(error) is gomail.UnavailableError and f"{code} {text}" in str(error)
         assert code == 421 or str(error).startswith(about)
+
+
+@pytest.mark.parametrize("stage, reply, about", ANSWERS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize("others_taken", [False, True])
+def test_only_a_lasting_refusal_of_the_sender_is_another_error_for_a_mail_with_a_sender_of_its_own(
+        stage, reply, about, others_taken):
+    code, text = int(reply[:3]), reply[4:].encode()
+    plain = gomail.refusal(stage, code, text, others_taken)
+    own = gomail.refusal(stage, code, text, others_taken, own_sender="a@b.example")
+    if about == gomail.About.SENDER and code >= 500 and not others_taken:
+        assert type(own) is gomail.PermanentError and own.verdict == "dead" and not own.no_such_address
+        assert str(own) == f"the sender a@b.example, {gomail.STAGES[stage]}: {code} {reply[4:]}"
+    else:
+        assert (type(own), str(own), own.no_such_address) == (type(plain), str(plain), plain.no_such_address)
 
 
 # What providers and mail servers answer a client that has used up its quota or sends too fast, at any stage.
@@ -6988,6 +7339,97 @@ def test_a_mail_that_alone_is_refused_like_a_sender_does_not_hold_up_the_others_
         client.state(client.task(userId=f"{next(numbers)}@example.com"), "succeeded")
         return client.get(f"/task/{far}")["state"] == "dead"
     until(others_go_on)
+
+
+OWN_SENDERS = [("MAIL", "550 5.7.1 not you"), ("MAIL", "553 Sender address rejected: not owned by user app"),
+               ("MAIL", "501 5.5.4 You are not allowed to send from this address."),
+               ("RCPT", "553 5.7.1 <bob@b.example>: Sender address rejected: not owned by user app"),
+               ("RCPT", "550 5.1.8 <bob@b.example>: Sender address rejected: Domain not found"),
+               ("RCPT", "550-Verification failed for <bob@b.example>\n550 Sender verify failed"),
+               ("DOT", "554 5.2.252 SendAsDenied; app@example.org not allowed to send as bob@b.example"),
+               ("DOT", "554 Message rejected: Email address is not verified. The following identities failed"),
+               ("DOT", "550 5.7.60 SMTP; Client does not have permissions to send as this sender")]
+
+
+@pytest.mark.parametrize("pipelining", [True, False])
+@pytest.mark.parametrize("stage, reply", OWN_SENDERS, ids=lambda value: value[:30])
+def test_a_refused_sender_that_is_not_the_services_fails_its_own_mails_and_pauses_nothing(
+        services, mail_server, said, stage, reply, pipelining):
+    mail_server.pipelining, mail_server.refused_senders["bob@b.example"] = pipelining, (stage, reply)
+    service = services(mail_server, workers=1, workers_max=1)
+    client, other = service.client.sign_up(), service.client.sign_up()
+    settle_on(service, client, "ann@a.example", "bob@b.example")
+    ids, others = [], []
+    for number in range(6):
+        ids.append(client.task(retries=5, cc=["copy@example.com"], **{"from": "bob@b.example"}))
+        others += [other.task(userId=f"{number}@example.com"), client.task(userId=f"ann-{number}@example.com")]
+    for number, task_id in enumerate(others):
+        assert (client if number % 2 else other).state(task_id, "succeeded")["attempts"] == 1
+    for task_id in ids:
+        found = client.state(task_id, "dead", "succeeded")
+        assert (found["state"], found["attempts"]) == ("dead", 1)
+        assert f"the sender bob@b.example, {gomail.STAGES[stage]}: {reply[:3]} {reply[4:20]}" in found["error"]
+        assert [step["event"] for step in found["story"]] == ["accepted", "dead"]
+    assert len(mail_server.mails) == 12 and not service.workers.paused
+    assert not [record for record in said if "paused" in record.getMessage()]
+    assert client.get("/suppressions")["total"] == 0
+
+
+@pytest.mark.parametrize("sender", ["app@example.org", "Another name <APP@example.org>", None])
+@pytest.mark.parametrize("stage, reply", OWN_SENDERS[:1] + OWN_SENDERS[3:], ids=lambda value: str(value)[:30])
+def test_the_services_own_sender_pauses_the_lane_when_it_is_refused_whoever_names_it(
+        services, mail_server, sender, stage, reply):
+    for address in ("app@example.org", "APP@example.org"):
+        mail_server.refused_senders[address] = stage, reply
+    service = services(mail_server)
+    client = service.client.sign_up()
+    settle_on(service, client, "ann@a.example" if sender is None else "app@example.org", "APP@example.org")
+    if sender is None:
+        service.store.redis.hdel(service.store.key("settings"), name_of(client))
+    task_id = client.task(retries=0, **({"from": sender} if sender else {}))
+    assert reply[4:20] in until(lambda: service.workers.breakers["normal"].reason)
+    mail_server.refused_senders.clear()
+    assert client.state(task_id, "succeeded")["attempts"] == 1
+
+
+@pytest.mark.parametrize("stage, reply", [
+    ("MAIL", "530 5.7.0 Authentication required"), ("MAIL", "554 5.7.1 <host[192.0.2.1]>: Client host rejected: no"),
+    ("MAIL", "550 Access denied - Invalid HELO name"), ("RCPT", "554 5.7.1 <user@example.com>: Relay access denied"),
+    ("RCPT", "450 4.1.8 <bob@b.example>: Sender address rejected: Domain not found"),
+    ("DOT", "530 5.7.57 Client not authenticated to send mail"), ("MAIL", "451 4.3.0 later")])
+def test_what_is_about_the_client_the_login_relaying_or_passes_pauses_the_lane_whoever_sends(
+        services, mail_server, stage, reply):
+    mail_server.refused_senders |= {sender: (stage, reply) for sender in ("bob@b.example", "app@example.org")}
+    service = services(mail_server)
+    client = service.client.sign_up()
+    settle_on(service, client, "bob@b.example")
+    task_id = client.task(retries=0)
+    assert reply in until(lambda: service.workers.breakers["normal"].reason)
+    mail_server.refused_senders.clear()
+    assert client.state(task_id, "succeeded")["attempts"] == 1
+
+
+def test_a_sender_that_alone_is_refused_as_if_for_the_client_does_not_hold_up_the_others_for_ever(
+        services, mail_server):
+    mail_server.refused_senders["bob@b.example"] = "MAIL", "550 5.7.1 Client host rejected: Access denied"
+    service = services(mail_server, workers=1, workers_max=1)
+    client, numbers = service.client.sign_up(), itertools.count()
+    settle_on(service, client, "ann@a.example", "bob@b.example")
+    task_id = client.task(retries=0, **{"from": "bob@b.example"})
+
+    def others_go_on():
+        client.state(client.task(userId=f"{next(numbers)}@example.com"), "succeeded")
+        return client.get(f"/task/{task_id}")["state"] == "dead"
+    until(others_go_on)
+
+
+def test_a_sender_beyond_ascii_fails_its_own_mails_where_the_server_takes_none(service, client, mail_server):
+    settle_on(service, client, "jörg@b.example")
+    assert client.state(client.task(retries=3), "dead")["error"] == (
+        "the server takes no sender beyond ASCII (SMTPUTF8)")
+    assert not service.workers.paused
+    other = service.client.sign_up()
+    assert other.state(other.task(), "succeeded")
 
 
 @pytest.mark.parametrize("pipelining", [True, False])
@@ -9083,7 +9525,7 @@ class Receiver(http.server.ThreadingHTTPServer):
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
             server, body = self.server, self.rfile.read(int(self.headers["Content-Length"]))
-            assert self.path == "/hooks?a=b" and len(body) <= 16384
+            assert self.path == "/hooks?a=b" and len(body) <= 24576
             server.seen.append(dict(self.headers))
             answer = server.answers.pop(0) if server.answers else 204
             if callable(answer):
@@ -9145,6 +9587,25 @@ def test_an_account_learns_what_became_of_its_mails_and_no_content_of_theirs(ser
     assert "secret" not in str(receiver.events)
     moments = [datetime.datetime.fromisoformat(event["timestamp"]).timestamp() for event in receiver.events]
     assert all(abs(time.time() - moment) < PATIENCE for moment in moments)
+
+
+def test_every_event_of_a_mail_has_its_metadata(services, mail_server, receiver):
+    client = services(mail_server).client.sign_up()
+    receiver.hooked(client)
+    mail_server.replies["no@example.com"] = ["550 5.1.1 no such user"]
+    client.post("/suppressions", {"userId": "suppressed@example.com"})
+    for kind, payload in (("message", {}), ("message", {"userId": "no@example.com"}), ("generateOtp", {}),
+                          ("message", {"userId": "suppressed@example.com"}),
+                          ("message", {"expires_at": "1999-12-31T23:59:59Z"})):
+        sent = client.task(kind, metadata=METADATA, **payload)
+    last = client.task(metadata=METADATA)
+    client.state(last, "succeeded")
+    client.post("/bounces", {"id": last, "kind": "bounce"})
+    dead, = until(lambda: client.get("/task/dead")["tasks"])
+    client.post("/bounces", {"id": dead["id"], "kind": "complaint"})
+    until(lambda: len(receiver.events) == 8)
+    assert [event["data"]["metadata"] for event in receiver.events] == [METADATA] * 8
+    assert client.state(last, "bounced")["metadata"] == METADATA and sent != last
 
 
 def test_an_account_learns_once_that_a_mail_came_back_or_was_complained_about(client, receiver):
@@ -13924,6 +14385,35 @@ def test_what_postfix_refuses_of_all_mails_pauses_the_lane_and_costs_no_attempt(
     postfix.reload("virtual_mailbox_domains = example.com, example.net")
     client.state(task_id, "succeeded")
     assert delivered(postfix, 1) == [recipient] and postfix.accepted() == 1
+
+
+OWNED = "smtpd_sender_restrictions = check_sender_access inline:{{bob@b.example = 553 5.7.1 not owned by user app}}"
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize("kind, lines, words", [
+    (Postfix, [OWNED], "553 5.7.1 <bob@b.example>: Sender address rejected: not owned by user app"),
+    (Postfix, [OWNED, "smtpd_delay_reject = no"], "at MAIL: 553 5.7.1 <bob@b.example>: Sender address rejected"),
+    (Exim, ["MAIN_ACL_CHECK_MAIL = ${if eq{$sender_address}{bob@b.example}{deny message = not yours}{accept}}"],
+     "the sender bob@b.example, at MAIL: 550 not yours")],
+    ids=["Postfix at RCPT", "Postfix at MAIL", "Exim"])
+def test_a_sender_that_a_stock_server_refuses_fails_its_own_mails_and_no_other_waits(
+        services, real, said, kind, lines, words):
+    server = real(kind, *lines)
+    service = services(server, smtp_tls="off", workers=1, workers_max=1)
+    client = service.client.sign_up()
+    settle_on(service, client, "ann@a.example", "bob@b.example")
+    for number in range(20):
+        client.task(userId=f"{number:02}@example.com")
+        refused = client.task(userId="no@example.com", retries=3, **{"from": "bob@b.example"})
+    until(lambda: client.get("/health/metrics")["Total Jobs Executed"] == 40)
+    if kind is Exim:
+        server.run_queue()  # it leaves there what comes after ten mails on a connection
+    assert delivered(server, 20) == [f"{number:02}@example.com" for number in range(20)]
+    found = client.state(refused, "dead")
+    assert words in found["error"] and found["attempts"] == 1
+    assert client.get("/task/dead")["total"] == 20 and not [
+        record for record in said if "paused" in record.getMessage()]
 
 
 @pytest.mark.servers
