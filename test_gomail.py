@@ -1075,9 +1075,14 @@ def table_of_routes():
 
 
 def table_of_payloads():
-    found = {}  # (field, value) -> the types that require it, and those that allow it
+    found = {}  # (field, value) -> the types that require it, unless they name a content type, and those that allow it
     for kind, form in gomail.PAYLOADS.items():
-        for name, check in form.fields.items():
+        named = {name: gomail.Nullable(check) for name, check in getattr(form, "named", form).fields.items()}
+        fields = {name: named[name] if isinstance(check, gomail.Absent) else check
+                  for name, check in {**named, **form.fields}.items() if name in form.names}
+        for name, check in fields.items():
+            while isinstance(getattr(check, "check", None), gomail.Nullable):
+                check = check.check
             required, allowed = found.setdefault((name, getattr(check, "check", check).expected), ([], []))
             (allowed if hasattr(check, "check") else required).append(f"`{kind}`")
     return table(["field", "required for", "optional for", "value"], [
