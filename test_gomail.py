@@ -66,6 +66,7 @@ import axe_playwright_python.sync_playwright
 import dotenv.parser
 import hypothesis
 import idna
+import jsonschema_rs
 import jwt
 import playwright.sync_api
 import prometheus_client.parser
@@ -2742,6 +2743,151 @@ def test_the_contracts_example_with_all_attributes_is_taken_and_only_its_types_f
         "userId": "example@gmail.com", "content_type": "weekly_newsletter", "length": 6, "frequency": "@weekly",
         "subject": "Your Weekly Engineering Update", "content": "<h1>Hello!</h1>"}}
     assert gomail.TASK(example)["payload"] == {"userId": "example@gmail.com", "length": 6}
+
+
+def test_the_contracts_example_with_all_attributes_names_no_content_type_and_has_no_unknown_field():
+    payload = {"userId": "example@gmail.com", "content_type": "weekly_newsletter", "length": 6, "frequency": "@weekly",
+               "subject": "Your Weekly Engineering Update", "content": "<h1>Hello!</h1>"}
+    for kind in gomail.PAYLOADS:
+        task = {"task": "User Login Verification", "type": kind, "retries": 3, "payload": payload}
+        assert gomail.named_text(gomail.TASK(task)) is None and gomail.TASK.unknown(task) == []
+
+
+@pytest.mark.parametrize("kind", ["message", "generateOtp"])
+def test_a_client_that_sends_empty_strings_for_what_it_does_not_use_is_understood(kind):
+    payload = {"userId": "user@example.com", "content_type": "", "length": 6, "frequency": ""}
+    texts = {"subject": "S", "content": "C"} if kind == "message" else {"subject": "", "content": ""}
+    task = {"task": "t", "type": kind, "retries": 0, "payload": {**payload, **texts}}
+    assert gomail.named_text(gomail.TASK(task)) is None
+    for empty in ("", None):
+        task["payload"] = {**payload, "content_type": "Login", "subject": empty, "content": empty, "text": empty}
+        assert gomail.named_text(gomail.TASK(task)) == ("Login", "")
+
+
+NAMED = {**MESSAGE, "payload": {"userId": "user@example.com", "content_type": "Login", "locale": "pt-BR"}}
+
+
+@pytest.mark.parametrize("field, value", [
+    *[("content_type", value) for value in ("a/b", "..", 7, [], "x" * 101)],
+    *[("locale", value) for value in ("", "pt_BR", "-pt", "pt-", "pt--BR", "x" * 9, "pt-" + "a" * 9, 5, "pt-BR\n",
+                                      "aa" + "-bb" * 12, "p\u00f6")],
+    *[("variables", value) for value in ([], {"a b": "x"})],
+    ("text", "T")])
+@pytest.mark.parametrize("kind", ["message", "generateOtp"])
+def test_a_bad_field_beside_a_content_type_is_refused_by_name(kind, field, value):
+    task = changed(f"payload.{field}", value, {**NAMED, "type": kind, "payload": {**NAMED["payload"], "length": 6}})
+    with pytest.raises(gomail.HTTPError, match=f"^payload.{field} must be") as refused:
+        gomail.TASK(task)
+    assert refused.value.status == 400 and refused.value.field == f"payload.{field}"
+
+
+@pytest.mark.parametrize("kind, field, value", [
+    ("message", "locale", "pt"), ("generateOtp", "locale", "pt"), ("generateOtp", "variables", {"a": "b"})])
+@pytest.mark.parametrize("more", [{}, {"subject": "S", "content": "C", "content_type": "Login"}])
+def test_what_belongs_to_a_content_type_is_refused_where_none_counts(kind, field, value, more):
+    payload = {**MESSAGE["payload"]} if kind == "message" else {"userId": "user@example.com", "length": 6}
+    with pytest.raises(gomail.HTTPError, match=f"^payload.{field} must be left out: it belongs to a content_type"):
+        gomail.TASK({**MESSAGE, "type": kind, "payload": {**payload, **more, field: value}})
+
+
+@hypothesis.settings(deadline=None, max_examples=1000)
+@hypothesis.given(strategies.sampled_from(["message", "generateOtp", "subscribe", "unsubscribe"]),
+                  strategies.fixed_dictionaries({"userId": strategies.just("a@example.com")}, optional={
+                      **{name: strategies.sampled_from([None, "", "x", 5]) for name in (
+                          "subject", "content", "text", "content_type", "purpose", "x")},
+                      "locale": strategies.sampled_from([None, "", "pt-BR", "-", 5]),
+                      "variables": strategies.sampled_from([None, "", {}, {"a": 1}, {"a": None}]),
+                      "length": strategies.sampled_from([None, 3, 6]),
+                      "frequency": strategies.sampled_from(["", "@daily"])}))
+def test_a_tasks_texts_are_taken_exactly_where_the_openapi_description_allows_them(kind, payload):
+    task = {"task": "t", "type": kind, "retries": 0, "payload": payload}
+    try:
+        taken = bool(gomail.TASK(task))
+    except gomail.HTTPError:
+        taken = False
+    # A null beside what must come together is no field to the Check, and one to JSON Schema.
+    hypothesis.assume(kind != "subscribe" or None not in (payload.get("subject", ""), payload.get("content", "")))
+    assert jsonschema_rs.is_valid(gomail.TASK.schema, task) == taken
+
+
+@pytest.mark.parametrize("locale, names", [
+    ("", ["Login"]), ("pt", ["Login.pt", "Login"]), ("pt-BR", ["Login.pt-BR", "Login.pt", "Login"]),
+    ("PT-br", ["Login.pt-BR", "Login.pt", "Login"]),
+    ("zh-hant-tw", ["Login.zh-Hant-TW", "Login.zh-Hant", "Login.zh", "Login"]),
+    ("zh-Hant-CN-x-private1-private2", ["Login.zh-Hant-CN-x-private1-private2", "Login.zh-Hant-CN-x-private1",
+                                        "Login.zh-Hant-CN", "Login.zh-Hant", "Login.zh", "Login"]),
+    ("sl-rozaj-biske-1994", ["Login.sl-rozaj-biske-1994", "Login.sl-rozaj-biske", "Login.sl-rozaj", "Login.sl",
+                             "Login"]),
+    ("i-klingon", ["Login.i-klingon", "Login"]), ("en-a-bb-x-bb", ["Login.en-a-bb-x-bb", "Login.en-a-bb", "Login.en",
+                                                                  "Login"])])
+def test_a_text_is_looked_for_in_ever_shorter_locales_and_then_without_one(locale, names):
+    found = gomail.candidates("Login", locale)
+    assert [spellings[0] for spellings in found] == names
+    for spellings in found[:-1]:
+        assert {name.lower() for name in spellings} == {spellings[0].lower()}
+    if locale:
+        assert f"Login.{locale}" in found[0]
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(strategies.from_regex(gomail.LOCALE.pattern, fullmatch=True).filter(lambda text: len(text) <= 35))
+def test_no_locale_is_looked_for_under_more_than_50_names(locale):
+    found = gomail.candidates("Login", gomail.LOCALE(locale))
+    assert sum(map(len, found)) <= 50 and found[-1] == ["Login"]
+    assert all(gomail.LOCALE(gomail.canonical_locale(locale)) == name.partition(".")[2] for name in found[0][:1])
+
+
+UNKNOWN = strategies.text(max_size=8).map("x".__add__)  # no field of a task begins so
+WHOLE = {"task": "Welcome", "type": "message", "retries": 3, "payload": {
+    **MESSAGE["payload"], "cc": ["a@example.com"], "variables": {"a": "x"}, "reply_to": "b@example.com", "attachments": [
+        {"filename": "a", "content_type": "text/plain", "content": "QQ=="} for _ in range(2)]}}
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(strategies.sets(UNKNOWN), strategies.sets(UNKNOWN), strategies.sets(UNKNOWN), strategies.booleans())
+def test_the_unknown_fields_of_a_task_are_found_wherever_they_are_and_change_nothing(outside, inside, within, named):
+    task = json.loads(json.dumps(WHOLE))
+    if named:
+        task["payload"] |= {"content_type": "Login", "locale": "pt", "subject": None, "content": ""}
+    before = gomail.TASK(task)
+    assert gomail.TASK.unknown(task) == []
+    task |= dict.fromkeys(outside, "y")
+    task["payload"] |= dict.fromkeys(inside, {"z": "y"})
+    task["payload"]["attachments"][1] |= dict.fromkeys(within)
+    for field, path in (("", ""), ("tasks[3]", "tasks[3].")):
+        assert sorted(f"{found.parent}{found.name}" for found in gomail.TASK.unknown(task, field)) == sorted([
+            *(path + name for name in outside), *(f"{path}payload.{name}" for name in inside),
+            *(f"{path}payload.attachments[1].{name}" for name in within)])
+    assert gomail.TASK(task) == before
+
+
+@pytest.mark.parametrize("name", [name for payload in gomail.PAYLOADS.values() for name in payload.names])
+def test_a_field_of_another_type_of_task_is_known(name):
+    for kind in gomail.PAYLOADS:
+        payload = {"userId": "user@example.com", "length": 6, "subject": "S", "content": "C", "frequency": "@daily",
+                   "content_type": "news"}
+        task = {"task": "t", "type": kind, "retries": 0, "payload": {name: None, **payload}}
+        assert gomail.TASK.unknown(task) == []
+
+
+@pytest.mark.parametrize("kind, field, words", [
+    ("message", "payload.reply-to", "did you mean payload.reply_to?"),
+    ("message", "payload.Reply_To", "did you mean payload.reply_to?"),
+    ("message", "payload.sendAt", "did you mean payload.send_at?"),
+    ("message", "payload.contenttype", "did you mean payload.content_type?"),
+    ("generateOtp", "payload.porpose", "did you mean payload.purpose?"),
+    ("message", "Retries", "did you mean retries?"),
+    ("message", "zzz", "known are task, type, retries, payload"),
+    ("unsubscribe", "payload.zzz", "known are userId, content_type"),
+    ("message", "payload.attachments[0].contentid", "did you mean payload.attachments[0].content_id?")])
+def test_the_error_for_an_unknown_field_suggests_the_nearest_known_name(kind, field, words):
+    task = json.loads(json.dumps({**WHOLE, "type": kind}))
+    parent, _, name = field.rpartition(".")
+    place = {"": task, "payload": task["payload"]}.get(parent, task["payload"]["attachments"][0])
+    place[name] = "x"
+    found, = gomail.TASK.unknown(task)
+    assert found.path == found.error().field == field and found.error().status == 400
+    assert found.error().message == f"{field} is not a known field; {words}"
 
 
 @pytest.mark.parametrize("retries", [0, 25])
