@@ -2256,9 +2256,6 @@ class Absent(Nullable):
         if value is not None and value != "":
             raise HTTPError(400, f"{field} must be {self.expected}", field)
 
-    def unknown(self, value: Any, field: str = "") -> list[UnknownField]:
-        return []
-
 
 class Object(Check):
     """A JSON object. Fields that are null or not in `fields` are left out.
@@ -2676,9 +2673,9 @@ class TaskCheck(Check):
         self.schema = {"oneOf": [check.schema for check in (*self.by_type.values(), *(
             self.of_types((name,), payload) for name, payload in named.items()))]}
         payloads = (*PAYLOADS.values(), *named.values())
-        self.fields, self.payload_fields, self.nested = frozenset(self.unknown_type.fields), *(
-            frozenset(itertools.chain.from_iterable(names)) for names in (
-                (payload.fields for payload in payloads), (payload.nested for payload in payloads)))
+        self.fields = frozenset(self.unknown_type.fields)
+        self.payload_fields = frozenset[str]().union(*(payload.fields for payload in payloads))
+        self.nested = frozenset[str]().union(*(payload.nested for payload in payloads))
 
     @staticmethod
     def of_types(types: Sequence[str], payload: Object) -> Object:
@@ -2708,8 +2705,9 @@ class NamedText(typing.NamedTuple):
     """What a task's content type and locale name."""
 
     content_type: str
-    subject: str
-    content: str
+    subject: str = ""
+    content: str = ""
+    is_left_out: bool = False  # those that were sought together are too large
 
 
 def named_text(task: Json) -> tuple[str, str] | None:
@@ -2761,7 +2759,7 @@ def fill_message(task: Json, path: str, max_size: int,
 
     Raises:
         HTTPError: 400, there is no such content type, a placeholder is malformed, its variable is missing, or a filled
-            text is not allowed; 413, the texts would be larger.
+            text is not allowed; 413, the texts are too large.
     """
     payload = task["payload"]
     if "variables" not in payload and "content_type" not in payload:  # as nearly always
@@ -2774,6 +2772,9 @@ def fill_message(task: Json, path: str, max_size: int,
             sought = ", ".join(spellings[0] for spellings in candidates(*name))
             raise HTTPError(400, f"{field} does not exist: there is no content type {sought}; "
                             "POST /task/subscriptionContent defines one", field)
+        if source.is_left_out:
+            raise HTTPError(413, f"{field}: the content types that the tasks name are too large together; send fewer "
+                            "tasks at once", field)
         if is_otp and "otp" not in PLACEHOLDER.findall(source.subject + source.content):
             raise HTTPError(400, f"{field} must name a content type with {{{{ otp }}}}, and {source.content_type} has "
                             "none", field)
@@ -6791,19 +6792,14 @@ class Newsletters:
     """
 
     def texts(self, account: str, names: Sequence[tuple[str, str]]) -> dict[tuple[str, str], NamedText | None]:
-        """What each (content type, locale or "") names, None where there is nothing; in one round trip.
-
-        Raises HTTPError (413) where they are too large together.
-        """
+        """What each (content type, locale or "") names, None where there is nothing; in one round trip."""
         args: list[str | int] = [12 * self.max_size]  # twice max_body, where each byte takes six in JSON
         for name in names:
             sought = [*itertools.chain.from_iterable(candidates(*name))]
             args += [len(sought), *sought]
         answers = self._texts(keys=[self.store.key("content", account)], args=args)
-        if any(len(answer) == 1 for answer in answers):
-            raise HTTPError(413, "the content types that the tasks name are too large together; send fewer at once")
-        return {name: NamedText(answer[0], **json.loads(answer[1])) if answer else None
-                for name, answer in zip(names, answers)}
+        return {name: None if not answer else NamedText(answer[0], is_left_out=True) if len(answer) == 1
+                else NamedText(answer[0], **json.loads(answer[1])) for name, answer in zip(names, answers)}
 
     def _content_types(self, account: str = "") -> list[tuple[str, str]]:
         """(account, content type) for the content types of an account or of all, by name."""
@@ -9043,7 +9039,7 @@ class Api:
         # What is kept as it came has no unknown field: this is faster than to look for one.
         ignored = {} if task == request.sent else self.ignored(request, TASK, request.sent)
         texts = self.texts_of(request.account, [task]) if "content_type" in task["payload"] else {}
-        if texts and request.idempotency_key:  # what was sent may mean something else when it is repeated
+        if texts and request.idempotency_key:  # the texts may have changed when it is repeated
             batch = json.dumps(task, sort_keys=True)
         try:
             fill_message(task, "", self.settings.max_body, texts)
@@ -9077,7 +9073,7 @@ class Api:
         if not texts:
             accepted = [number for number in accepted if isinstance(results[number], dict)]
         # A repeated batch is the same only if the same tasks are accepted: their answers are kept in that order. Where
-        # content types are named, what they were then counts, so that the queue keeps those errors, too.
+        # it names content types, the queue keeps these errors, too: they may have changed when it is repeated.
         batch = json.dumps([accepted, request.body], sort_keys=True) if request.idempotency_key else ""
         queued = self.queue.enqueue(request.account, [results[number] for number in accepted],
                                     request.idempotency_key, batch)
