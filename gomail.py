@@ -1063,7 +1063,9 @@ def start_logging(settings: Settings) -> None:
 #                                           sum of all accounts has "" for the account and no registration
 #   otp:<address>:<account>         hash    hash (keyed, of the OTP); tries (wrong ones); created (of its task, us);
 #                                           key (the account's registration)
-#   otp_asked:<address>:<account>   zset    ids of the generateOtp tasks of the last hour, by time (ms)
+#   otp_for:<digest>                hash    the same of an OTP with a purpose; see Otps._record()
+#   otp_asked:<address>:<account>   zset    ids of the generateOtp tasks of the last hour, by time (ms); of one with a
+#                                           purpose "<the purpose's digest> <id>"
 #   otp_failed:<address>:<account>  string  number of wrong tries in a row
 #   otp_requests:<account>          string  number of OTP requests in this minute
 #
@@ -2093,6 +2095,7 @@ class Check:
     types: tuple[type, ...] = (str,)  # of JSON values that may be allowed
     expected: str  # the allowed values in words, to follow "must be"
     schema: Json  # the allowed values as JSON Schema, for OpenAPI
+    has_fields = False  # whether such a value may have fields that no Check knows
 
     def parse(self, value: Any) -> Any:
         """A value of one of `types` as the service keeps it. None or a ValueError means that it is not allowed."""
@@ -2115,6 +2118,29 @@ class Check:
         if parsed is None:
             raise HTTPError(400, f"{field or 'the body'} must be {self.expected}{self.hint(value)}", field or None)
         return parsed
+
+    def unknown(self, value: Any, field: str = "") -> "list[UnknownField]":
+        """The fields that no Check knows in a value that this one allows, at any depth."""
+        return []
+
+
+class UnknownField(typing.NamedTuple):
+    """A field that no Check knows."""
+
+    parent: str  # the path of its object, with a dot behind it, or "" for the whole body
+    name: str
+    known: Sequence[str]  # the names that this object may have
+
+    @property
+    def path(self) -> str:
+        """The path of the field, at most 200 characters of it."""
+        return f"{self.parent}{self.name}"[:200]
+
+    def error(self) -> HTTPError:
+        """The error (400) for the field."""
+        nearest = difflib.get_close_matches(self.name[:100].lower(), self.known, 1)
+        hint = f"did you mean {self.parent}{nearest[0]}?" if nearest else f"known are {', '.join(self.known)}"
+        return HTTPError(400, f"{self.path} is not a known field; {hint}", self.path)
 
 
 UNBOUNDED = 100_000_000  # characters: more than max_body lets through
@@ -2312,11 +2338,29 @@ class Nullable(Check):
     """A value that may be null, or missing in an Object."""
 
     def __init__(self, check: Check) -> None:
-        self.check, self.expected = check, check.expected
+        self.check, self.expected, self.has_fields = check, check.expected, check.has_fields
         self.schema = {"anyOf": [check.schema, {"type": "null"}]}
 
     def __call__(self, value: Any, field: str = "") -> Any:
         return None if value is None else self.check(value, field)
+
+    def unknown(self, value: Any, field: str = "") -> list[UnknownField]:
+        return [] if value is None else self.check.unknown(value, field)
+
+
+class Absent(Nullable):
+    """A field of an Object that must be missing, null or "".
+
+    Args:
+        reason: why, to follow "must be left out: ".
+    """
+
+    def __init__(self, reason: str) -> None:
+        self.expected, self.schema = f"left out: {reason}", {"enum": [None, ""]}
+
+    def __call__(self, value: Any, field: str = "") -> Any:
+        if value is not None and value != "":
+            raise HTTPError(400, f"{field} must be {self.expected}", field)
 
 
 class Object(Check):
@@ -2328,11 +2372,15 @@ class Object(Check):
 
     types = (dict,)
     expected = "a JSON object"
+    has_fields = True
 
     def __init__(self, fields: Mapping[str, Check], dependent_required: Sequence[str] = ()) -> None:
         self.fields, self.dependent_required = fields, dependent_required
+        self.nested = {name: check for name, check in fields.items() if check.has_fields}
+        self.names = [name for name, check in fields.items() if not isinstance(check, Absent)]
+        self.rules = [(name, check, not isinstance(check, Nullable)) for name, check in fields.items()]
         self.schema = {"type": "object", "properties": {name: check.schema for name, check in fields.items()}}
-        if required := [name for name, check in fields.items() if not isinstance(check, Nullable)]:
+        if required := [name for name, _, is_required in self.rules if is_required]:
             self.schema["required"] = required
         if dependent_required:
             self.schema["dependentRequired"] = {
@@ -2340,17 +2388,25 @@ class Object(Check):
 
     def __call__(self, value: Any, field: str = "") -> Any:
         given, path, result = super().__call__(value, field), f"{field}." if field else "", {}
-        for name, check in self.fields.items():
+        for name, check, is_required in self.rules:
             if name in given:
                 if (parsed := check(given[name], path + name)) is not None:
                     result[name] = parsed
-            elif not isinstance(check, Nullable):
+            elif is_required:
                 raise HTTPError(400, f"{path}{name} is required: {check.expected}", path + name)
         missing = [name for name in self.dependent_required if name not in result]
         if 0 < len(missing) < len(self.dependent_required):
             raise HTTPError(400, f"{path}{missing[0]} is required too: {' and '.join(self.dependent_required)} must "
                             "come together", path + missing[0])
         return result
+
+    def unknown(self, value: Any, field: str = "") -> list[UnknownField]:
+        path = f"{field}." if field else ""
+        found = [UnknownField(path, name, self.names) for name in value if name not in self.fields]
+        for name, check in self.nested.items():
+            if name in value:
+                found += check.unknown(value[name], path + name)
+        return found
 
 
 class Changes(Object):
@@ -2381,7 +2437,7 @@ class Array(Check):
     types = (list,)
 
     def __init__(self, element: Check, maximum: int, minimum: int = 0) -> None:
-        self.element, self.maximum, self.minimum = element, maximum, minimum
+        self.element, self.maximum, self.minimum, self.has_fields = element, maximum, minimum, element.has_fields
         self.expected = f"an array of {minimum} to {maximum} elements"
         self.schema = {"type": "array", "minItems": minimum, "maxItems": maximum, "items": element.schema}
 
@@ -2391,6 +2447,10 @@ class Array(Check):
     def __call__(self, value: Any, field: str = "") -> Any:
         elements = super().__call__(value, field)
         return [self.element(element, f"{field}[{number}]") for number, element in enumerate(elements)]
+
+    def unknown(self, value: Any, field: str = "") -> list[UnknownField]:
+        return [found for number, element in enumerate(value if self.has_fields else ())
+                for found in self.element.unknown(element, f"{field}[{number}]")]
 
 
 class Variable(Check):
@@ -2929,6 +2989,9 @@ CONTENT_TYPE = Pattern("a string of 1 to 100 characters, only letters, digits, s
                        r"(?!\.{1,2}$| +$)[\w. -]+", 100)
 LANE = Enum(MAIL_LANES)
 FREQUENCIES = ("@hourly", "@daily", "@weekly", "@monthly")
+LOCALE = Pattern("a language tag of up to 35 characters (BCP 47), such as pt-BR",
+                 "[A-Za-z]{1,8}(-[A-Za-z0-9]{1,8})*", 35)
+PURPOSE = String(50, ONE_LINE, LINE)
 
 # RFC 2045 section 5.1, with names as in RFC 6838 section 4.2. The patterns also stand in schemas, which have no flag to
 # ignore case.
@@ -2946,26 +3009,59 @@ ATTACHMENT = Object({"filename": FILENAME, "content_type": MEDIA_TYPE, "content"
                      "content_id": Nullable(CONTENT_ID)})
 
 
-class Message(Object):
-    """The payload of a message."""
+class MailPayload(Object):
+    """The payload of a mail that may name a content type in place of its own subject and content.
+
+    Only that of a payload without them counts: the example of all attributes, which clients send with every type of
+    task, has all three. Then it is not looked at, and an empty string is as good as no field. What the Check returns
+    has "content_type" where it counts.
+
+    `fields` are those of a payload that names none.
+    """
+
+    UNNAMED = "it belongs to a content_type, which counts only without subject and content"
+    NAMED: typing.ClassVar[dict[str, Check]] = {
+        "subject": Absent(""), "content": Absent(""), "text": Absent("content_type brings the texts"),
+        "content_type": CONTENT_TYPE, "variables": Nullable(Variables()), "locale": Nullable(LOCALE)}
+
+    def __init__(self, fields: Mapping[str, Check]) -> None:
+        super().__init__(fields)
+        self.named = Object({**fields, **self.NAMED})
+        self.names = self.named.names = list(dict.fromkeys((*self.names, *self.named.names)))
+        if "content" not in fields:  # it brings no texts of its own: what is not `named` must be told from it
+            given = ({"required": [name], "properties": {name: {"not": Absent("").schema}}}
+                     for name in ("subject", "content"))
+            self.schema["anyOf"] = [{"properties": {"content_type": Absent("").schema}}, *given]
+
+    @staticmethod
+    def names_texts(value: Json) -> bool:
+        """Whether the content type of this payload counts."""
+        return value.get("content_type") not in (None, "") and all(
+            value.get(name) in (None, "") for name in ("subject", "content"))
 
     def __call__(self, value: Any, field: str = "") -> Any:
-        payload = super().__call__(value, field)
+        is_named = isinstance(value, dict) and "content_type" in value and self.names_texts(value)
+        payload = self.named(value, field) if is_named else super().__call__(value, field)
         if "expires_at" in payload and payload["expires_at"] <= payload.get("send_at", 0):
             raise HTTPError(400, f"{field}.expires_at must be after {field}.send_at", f"{field}.expires_at")
         return payload
 
+    def unknown(self, value: Any, field: str = "") -> list[UnknownField]:
+        return self.named.unknown(value, field) if self.names_texts(value) else super().unknown(value, field)
+
 
 PAYLOADS = {
-    "message": Message({"userId": Address(), "subject": SUBJECT, "content": CONTENT, "text": Nullable(CONTENT),
-                        "from_name": Nullable(String(100, ONE_LINE, LINE)), "reply_to": Nullable(Address()),
-                        "cc": Nullable(Array(Address(), 49)), "bcc": Nullable(Array(Address(), 49)),
-                        "attachments": Nullable(Array(ATTACHMENT, 50)), "variables": Nullable(Variables()),
-                        "send_at": Nullable(DateTime()), "expires_at": Nullable(DateTime()),
-                        "from": Nullable(Sender()), "lane": Nullable(LANE), "headers": Nullable(Headers()),
-                        "metadata": Nullable(Metadata())}),
-    "generateOtp": Object({"userId": Address(), "length": Integer(4, 8), "from": Nullable(Sender()),
-                           "lane": Nullable(LANE), "metadata": Nullable(Metadata())}),
+    "message": MailPayload({"userId": Address(), "subject": SUBJECT, "content": CONTENT, "text": Nullable(CONTENT),
+                            "from_name": Nullable(String(100, ONE_LINE, LINE)), "reply_to": Nullable(Address()),
+                            "cc": Nullable(Array(Address(), 49)), "bcc": Nullable(Array(Address(), 49)),
+                            "attachments": Nullable(Array(ATTACHMENT, 50)), "variables": Nullable(Variables()),
+                            "locale": Absent(MailPayload.UNNAMED),
+                            "send_at": Nullable(DateTime()), "expires_at": Nullable(DateTime()),
+                            "from": Nullable(Sender()), "lane": Nullable(LANE), "headers": Nullable(Headers()),
+                            "metadata": Nullable(Metadata())}),
+    "generateOtp": MailPayload({"userId": Address(), "length": Integer(4, 8), "purpose": Nullable(PURPOSE),
+                                "variables": Absent(MailPayload.UNNAMED), "locale": Absent(MailPayload.UNNAMED),
+                                "from": Nullable(Sender()), "lane": Nullable(LANE), "metadata": Nullable(Metadata())}),
     "subscribe": Object({"userId": Address(), "frequency": Enum(FREQUENCIES), "content_type": CONTENT_TYPE,
                          "subject": Nullable(SUBJECT_TEMPLATE), "content": Nullable(CONTENT_TEMPLATE),
                          "variables": Nullable(Variables())},
@@ -2982,7 +3078,13 @@ class TaskCheck(Check):
     def __init__(self) -> None:
         self.by_type = {name: self.of_types((name,), payload) for name, payload in PAYLOADS.items()}
         self.unknown_type = self.of_types(tuple(PAYLOADS), Object({}))
-        self.schema = {"oneOf": [check.schema for check in self.by_type.values()]}
+        named = {name: payload.named for name, payload in PAYLOADS.items() if isinstance(payload, MailPayload)}
+        self.schema = {"oneOf": [check.schema for check in (*self.by_type.values(), *(
+            self.of_types((name,), payload) for name, payload in named.items()))]}
+        payloads = (*PAYLOADS.values(), *named.values())
+        self.fields = frozenset(self.unknown_type.fields)
+        self.payload_fields = frozenset[str]().union(*(payload.fields for payload in payloads))
+        self.nested = frozenset[str]().union(*(payload.nested for payload in payloads))
 
     @staticmethod
     def of_types(types: Sequence[str], payload: Object) -> Object:
@@ -2995,43 +3097,128 @@ class TaskCheck(Check):
         check = self.by_type.get(task_type) if isinstance(task_type, str) else None
         return (check or self.unknown_type)(value, field)
 
+    def unknown(self, value: Any, field: str = "") -> list[UnknownField]:
+        """As that of any Check. What is a field of another type of task is known: the example of all attributes."""
+        payload, parent = value["payload"], f"{field}.payload." if field else "payload."
+        if (self.fields.issuperset(value) and self.payload_fields.issuperset(payload)
+                and self.nested.isdisjoint(payload)):  # as nearly always
+            return []
+        return [found for found in self.by_type[value["type"]].unknown(value, field)
+                if found.parent != parent or found.name not in self.payload_fields]
+
 
 TASK = TaskCheck()
 
 
-def fill_message(task: Json, path: str, max_size: int) -> int:
+class NamedText(typing.NamedTuple):
+    """What a task's content type and locale name."""
+
+    content_type: str
+    subject: str = ""
+    content: str = ""
+    is_left_out: bool = False  # those that were sought together are too large
+
+
+def named_text(task: Json) -> tuple[str, str] | None:
+    """(content type, locale or "") of the text that a checked message or generateOtp task names, or None."""
+    payload = task["payload"]
+    if "content_type" not in payload or not isinstance(PAYLOADS[task["type"]], MailPayload):
+        return None
+    return payload["content_type"], payload.get("locale", "")
+
+
+def canonical_locale(locale: str) -> str:
+    """A language tag in its usual spelling, such as zh-Hant-TW (RFC 5646 section 2.1.1)."""
+    first, *others = locale.lower().split("-")
+    for at, subtag in enumerate(others):
+        if len((first, *others)[at]) > 1:  # behind a single character, all are in lower case
+            others[at] = {2: subtag.upper(), 4: subtag.title()}.get(len(subtag), subtag)
+    return "-".join((first, *others))
+
+
+def candidates(content_type: str, locale: str) -> list[list[str]]:
+    """The names of the content types that a text is looked for by, best first, each with its further spellings.
+
+    For Login and pt-BR: Login.pt-BR, Login.pt, Login (RFC 4647 section 3.4). A locale is found as it was given, in its
+    usual spelling, and in lower case.
+    """
+    found, subtags = [], locale.split("-") if locale else []
+    while subtags:
+        tag = "-".join(subtags)
+        found.append([f"{content_type}.{name}" for name in dict.fromkeys((canonical_locale(tag), tag, tag.lower()))])
+        subtags.pop()
+        if subtags and len(subtags[-1]) == 1:
+            subtags.pop()
+    return [*found, [content_type]]
+
+
+def fill_message(task: Json, path: str, max_size: int,
+                 texts: Mapping[tuple[str, str], NamedText | None] | None = None) -> int:
     """Fill the texts of a message task with its variables, and remove those. Other tasks stay as they are.
+
+    A task that names a content type gets its texts in place of the name. Those of an OTP are filled when it is sent;
+    here it is only tried whether that will succeed.
 
     Args:
         path: of the task, "" for the whole body.
         max_size: bytes that the texts may have together.
+        texts: what Newsletters.texts() has found for named_text() of the task, where that is not None.
 
     Returns how many bytes the filled texts have.
 
     Raises:
-        HTTPError: 400, a placeholder is malformed, its variable is missing, or a filled text is not allowed; 413, the
-            texts would be larger.
+        HTTPError: 400, there is no such content type, a placeholder is malformed, its variable is missing, or a filled
+            text is not allowed; 413, the texts are too large.
     """
-    payload, path = task["payload"], f"{path}.payload" if path else "payload"
-    if task["type"] != "message" or "variables" not in payload:
+    payload = task["payload"]
+    if "variables" not in payload and "content_type" not in payload:  # as nearly always
         return 0
-    variables, size = payload.pop("variables"), 0
-    for name, check in (("subject", SUBJECT), ("text", CONTENT), ("content", CONTENT)):
-        if name not in payload:
+    path, is_otp = f"{path}.payload" if path else "payload", task["type"] == "generateOtp"
+    name, source, field, size = named_text(task), None, None, 0
+    if name is not None:
+        source, field = (texts or {}).get(name), f"{path}.content_type"
+        if source is None:
+            sought = ", ".join(spellings[0] for spellings in candidates(*name))
+            raise HTTPError(400, f"{field} does not exist: there is no content type {sought}; "
+                            "POST /task/subscriptionContent defines one", field)
+        if source.is_left_out:
+            raise HTTPError(413, f"{field}: the content types that the tasks name are too large together; send fewer "
+                            "tasks at once", field)
+        if is_otp and "otp" not in PLACEHOLDER.findall(source.subject + source.content):
+            raise HTTPError(400, f"{field} must name a content type with {{{{ otp }}}}, and {source.content_type} has "
+                            "none", field)
+        del payload["content_type"]
+        payload.pop("locale", None)
+        payload |= {"subject": source.subject, "content": source.content}
+    elif task["type"] != "message" or "variables" not in payload:
+        return 0
+    variables = payload.get("variables", {}) if is_otp else payload.pop("variables", {})
+    trial = {"otp": "0" * payload["length"], "minutes": 10**6} if is_otp else {}
+    for variable in trial.keys() & variables.keys():
+        raise HTTPError(400, f"{path}.variables.{variable} must be left out: it is that of the OTP",
+                        f"{path}.variables.{variable}")
+    for part, check in (("subject", SUBJECT), ("text", CONTENT), ("content", CONTENT)):
+        if part not in payload:
             continue
-        field, text, left = f"{path}.{name}", payload[name], max_size - size
-        check_placeholders(text, field)
+        where = f"the {part} of content type {source.content_type}" if source else f"{path}.{part}"
+        text, left = payload[part], max_size - size
+        if not source:  # content types have been checked, apart from those that are older than the rule
+            check_placeholders(text, where)
         try:
-            filled = fill_template(text, variables, escape=name == "content" and is_html(text), max_size=left)
+            filled = check(fill_template(text, {**variables, **trial}, escape=part == "content" and is_html(text),
+                                         max_size=left), where)
         except KeyError as error:
             variable = f"{path}.variables.{error.args[0]}"
-            raise HTTPError(400, f"{variable} is required: {field} names it", variable) from None
+            raise HTTPError(400, f"{variable} is required: {where} names it", variable) from None
         except TooLarge as error:
-            raise HTTPError(413, f"{field} would have {error.size} bytes with its variables, and may have {left}: "
+            raise HTTPError(413, f"{where} would have {error.size} bytes with its variables, and may have {left}: "
                             "max_body limits the filled texts of a message, twice max_body those of a batch",
-                            f"{path}.variables") from None
-        payload[name] = check(filled, field)
-        size += len(filled.encode())
+                            field or f"{path}.variables") from None
+        except HTTPError as error:
+            error.field = field or error.field
+            raise
+        payload[part] = text if is_otp else filled
+        size += max(len(filled.encode()), len(text.encode()) if is_otp else 0)
     return size
 
 
@@ -3065,6 +3252,8 @@ def check_sender(task: Json, path: str, allowed: Sequence[str]) -> None:
 
     `path` is that of the task, "" for the whole body.
     """
+    if "from" not in task["payload"]:
+        return
     _, address = parse_sender(task["payload"]["from"]) or ("", "")
     own = fold_address(address)
     for sender in allowed:
@@ -3602,17 +3791,28 @@ class Queue:
     # ARGV: otp_cooldown (s), otp_hourly_max, otp_minute_max, otp_ttl (s); then of each request: account, registration,
     #       id of the API key or "", fingerprint of what came with an idempotency key and the key's digest, or "" twice,
     #       what the ids are made from, the number of tasks; and of each of its tasks: id, head, body, lane, the address
-    #       of an OTP or "", a content type that must exist or "", due (ms), when it expires (ms) or 0, recipients.
+    #       of an OTP, with the digest of its purpose, if any, behind a space, or "", a content type that must exist or
+    #       "", due (ms), when it expires (ms) or 0, recipients. Of a task that is refused anyway: id, why, and "" seven
+    #       times.
     # Answer: for each request "revoked", "conflict", or {what the ids are made from, "<number>=<why> ..." of the tasks
     #         refused, the lanes in which the account is new among others}.
     ENQUEUE = ADD_TASK + LIMIT + Accounts.IS_ACTIVE + """
         local prefix, cooldown, hourly, minute, otp_ttl = KEYS[1], unpack(ARGV, 1, 4)
 
         local function too_early(account, id, address)
+            local address, purpose = string.match(address, '(%S+) ?(%S*)')
             local asked, hour = prefix .. 'otp_asked:' .. address .. ':' .. account, milliseconds - 3600000
-            -- What lies in the future was asked for before the clock went back, and does not count.
-            local last = redis.call('ZREVRANGEBYSCORE', asked, milliseconds, hour, 'WITHSCORES', 'LIMIT', 0, 1)[2]
-            local wait = (last or 0) + cooldown * 1000 - milliseconds
+            if purpose ~= '' then id = purpose .. ' ' .. id end
+            -- What lies in the future was asked for before the clock went back, and does not count. Each purpose has a
+            -- cooldown of its own, so that there is one request of each in that time; all share the limit of an hour.
+            local latest, wait = redis.call('ZREVRANGEBYSCORE', asked, milliseconds, math.max(
+                hour, milliseconds - cooldown * 1000), 'WITHSCORES', 'LIMIT', 0, 100), 0
+            for at = 1, #latest, 2 do
+                if (string.match(latest[at], '(%S+) ') or '') == purpose then
+                    wait = latest[at + 1] + cooldown * 1000 - milliseconds
+                    break
+                end
+            end
             if tonumber(hourly) > 0 and redis.call('ZCOUNT', asked, '(' .. hour, milliseconds) >= tonumber(hourly) then
                 local first = redis.call('ZRANGEBYSCORE', asked, '(' .. hour, milliseconds, 'WITHSCORES', 'LIMIT', 0, 1)
                 wait = math.max(wait, first[2] - hour)
@@ -3628,6 +3828,7 @@ class Queue:
 
         local function refusal_of(new_in, account, key, id, head, body, lane, otp_address, content_type, due, expires,
                                   to)
+            if body == '' then return head end
             if redis.call('EXISTS', prefix .. 'task:' .. id) == 1 then return end
             if content_type ~= '' and redis.call('HEXISTS', prefix .. 'content:' .. account, content_type) == 0 then
                 return 'unknown'
@@ -3671,13 +3872,14 @@ class Queue:
         return answers
     """
 
-    def enqueue(self, account: Account, tasks: Sequence[Json], idempotency_key: str = "",
+    def enqueue(self, account: Account, tasks: Sequence[Json | HTTPError], idempotency_key: str = "",
                 batch: str = "") -> list[str | HTTPError]:
         """Put checked tasks into their lanes in one round trip; when it returns, Redis has them.
 
         Returns for each task its id, or the HTTPError that says why it was not queued: 400, there is no such content
         type; 429, too many OTPs, see Otps. The idempotency key is that of one task, or of the `batch` that the tasks
         come from: the same again within 24 hours queues nothing and returns the same, unless nothing was queued before.
+        So an HTTPError in place of a task is returned, unless the first of such requests met none.
 
         Raises:
             HTTPError: 401, the API key was revoked; 422, the idempotency key came with something else before; 503, with
@@ -3688,18 +3890,25 @@ class Queue:
         if idempotency_key:
             fingerprint = hashlib.sha256((batch or json.dumps(tasks[0], sort_keys=True)).encode()).hexdigest()
             digest = hashlib.sha256(json.dumps([account.name, idempotency_key]).encode()).hexdigest()
-        request, size = [
-            account.name, account.registration, account.key, fingerprint, digest, first, len(tasks)], 0
+        request, size, is_delayed = [
+            account.name, account.registration, account.key, fingerprint, digest, first, len(tasks)], 0, False
         for task_id, task in zip(self._ids(first, len(tasks)), tasks):
+            if isinstance(task, HTTPError):
+                error = json.dumps([task.status, task.message, task.field])
+                request += [task_id, urllib.parse.quote(error), *[""] * 7]
+                continue
             payload, lane, otp_address, content_type = task["payload"], lane_of(task), "", ""
             if task["type"] == "generateOtp":
                 # The OTP is made from this seed when it is sent, so that a retry sends the same one; see section 12.
                 task = {**task, "payload": {**payload, "seed": secrets.token_hex(16)}}
                 otp_address = fold_address(payload["userId"])
+                if "purpose" in payload:
+                    otp_address += f" {hashlib.sha256(payload['purpose'].encode()).hexdigest()[:16]}"
                 if lane == Lane.URGENT:
                     self._no_otp.clear()
             elif task["type"] == "subscribe" and "content" not in payload:
                 content_type = payload["content_type"]
+            is_delayed = is_delayed or "send_at" in payload
             recipients = fold_address(" ".join(addresses_of(payload)))
             body = json.dumps(task)
             request += [task_id, summary_of(task), body, lane,
@@ -3707,7 +3916,7 @@ class Queue:
                         payload.get("expires_at", 0) // 1000, recipients]
             size += len(body)
         answer, is_safe = self._enqueue_in_groups(request, len(tasks) + size // self.BYTES_LIKE_A_TASK)
-        if any("send_at" in task["payload"] for task in tasks):
+        if is_delayed:
             self._note_delay()
         if not is_safe:
             raise HTTPError(503, "the task could not be written to disk in time; send it again", None,
@@ -3723,9 +3932,14 @@ class Queue:
             self._newcomer_came[lane].set()
         results: list[str | HTTPError] = [*self._ids(first, len(tasks))]
         for number, _, why in (refusal.partition("=") for refusal in refusals.split()):
-            results[int(number)] = rate_limited(why) if why != "unknown" else HTTPError(
-                400, "payload.content_type does not exist; POST /task/subscriptionContent defines one, or bring "
-                "payload.subject and payload.content", "payload.content_type")
+            if why.isdigit():
+                results[int(number)] = rate_limited(why)
+            elif why != "unknown":
+                results[int(number)] = HTTPError(*json.loads(urllib.parse.unquote(why)))
+            else:
+                results[int(number)] = HTTPError(
+                    400, "payload.content_type does not exist; POST /task/subscriptionContent defines one, or bring "
+                    "payload.subject and payload.content", "payload.content_type")
         return results
 
     @staticmethod
@@ -6919,6 +7133,9 @@ def downgraded(message: bytes) -> bytes:
 class Otps:
     """Issue and verify one-time passwords.
 
+    An OTP with a purpose is valid for that purpose only, beside those of other purposes. All limits below count the
+    requests and attempts of all purposes of an address together, except for the five attempts of each OTP.
+
     An OTP is valid once, and the fifth wrong attempt ends it. With ten OTPs an hour (`otp_hourly_max`) an attacker gets
     at most 50 guesses an hour; OWASP ASVS 4.0.3, 2.2.1, allows 100. After 100 wrong attempts in a row, the limit of
     NIST SP 800-63B section 5.2.2, an address has to wait for a day. Both limits count whether or not an OTP exists, so
@@ -6945,7 +7162,7 @@ class Otps:
 
     # Make an OTP the valid one of its address, unless a newer task has issued one. An OTP that was used, or ended by
     # wrong attempts, does not return: its record stays without a hash until the TTL ends.
-    # KEYS: otp:<address>:<account>.
+    # KEYS: what _record() returns.
     # ARGV: keyed hash of the OTP, when its task was created (microseconds), ttl (s), registration of the account, when
     #       it expires (ms), or 0 for a task of an older version: then it does `ttl` seconds from now.
     # Answer: "kept", "expired", or "outdated" if there is a newer one, or this one has ended.
@@ -6973,10 +7190,11 @@ class Otps:
         Raises CancelledError if it is outdated or ended, ExpiredError if that time is over.
         """
         number = int.from_bytes(hmac.digest(self.key, task.payload["seed"].encode(), "sha256"))
-        length, address = task.payload["length"], task.payload["userId"]
+        length, address, purpose = task.payload["length"], task.payload["userId"], task.payload.get("purpose", "")
         otp = str(number % 10**length).zfill(length)
-        answer = self._keep(keys=[self._record(task.account, address)],
-                            args=[self._hash(task.account, address, otp), task.created, self.ttl, task.registration,
+        answer = self._keep(keys=[self._record(task.account, address, purpose)],
+                            args=[self._hash(task.account, address, otp, purpose), task.created, self.ttl,
+                                  task.registration,
                                   task.expires])
         if answer == "expired":
             raise ExpiredError("it was not sent in time")
@@ -6985,7 +7203,7 @@ class Otps:
         return otp
 
     # Compare an OTP with the valid one of its address, and count the attempt.
-    # KEYS: otp:<address>:<account>, otp_failed:<address>:<account>, otp_requests:<account>.
+    # KEYS: what _record() returns, otp_failed:<address>:<account>, otp_requests:<account>.
     # ARGV: keyed hash of the OTP, MAX_ATTEMPTS, MAX_FAILURES, minute_max, registration of the account.
     # Answer: "verified", "wrong" or "wait <seconds>".
     VERIFY = Queue.LIMIT + """
@@ -7011,28 +7229,39 @@ class Otps:
         return 'wrong'
     """
 
-    def verify(self, owner: Account, address: str, otp: str) -> bool:
-        """Whether `otp` is the valid one of `address`. Raises HTTPError (429): too many requests or wrong attempts."""
+    def verify(self, owner: Account, address: str, otp: str, purpose: str = "") -> bool:
+        """Whether `otp` is the valid one of `address` for this purpose; "" is a purpose like any other.
+
+        Raises HTTPError (429): too many requests or wrong attempts.
+        """
         account = owner.name
         result = self._verify(
-            keys=[self._record(account, address), self.store.key("otp_failed", fold_address(address), account),
+            keys=[self._record(account, address, purpose),
+                  self.store.key("otp_failed", fold_address(address), account),
                   self.store.key("otp_requests", account)],
-            args=[self._hash(account, address, otp), self.MAX_ATTEMPTS, self.MAX_FAILURES, self.minute_max,
+            args=[self._hash(account, address, otp, purpose), self.MAX_ATTEMPTS, self.MAX_FAILURES, self.minute_max,
                   owner.registration])
         if result.startswith("wait "):
             raise rate_limited(result.removeprefix("wait "), "OTP requests or wrong OTPs")
         return result == "verified"
 
-    def mail(self, otp: str) -> tuple[str, str]:
-        """(subject, content) of the mail with an OTP."""
-        variables = {"otp": otp, "minutes": max(1, self.ttl // 60)}
-        return fill_template(self.subject, variables), fill_template(self.content, variables)
+    def mail(self, otp: str, payload: Json) -> tuple[str, str]:
+        """(subject, content) of the mail with an OTP: from its payload's templates, if it has some."""
+        variables = {**payload.get("variables", {}), "otp": otp, "minutes": max(1, self.ttl // 60)}
+        subject, content = payload.get("subject", self.subject), payload.get("content", self.content)
+        return (fill_template(subject, variables),
+                fill_template(content, variables, escape="content" in payload and is_html(content)))
 
-    def _record(self, account: str, address: str) -> str:
-        return self.store.key("otp", fold_address(address), account)
+    def _record(self, account: str, address: str, purpose: str) -> str:
+        """The key of an OTP's record. With a purpose it has a digest, which no names of others can imitate."""
+        if not purpose:
+            return self.store.key("otp", fold_address(address), account)
+        return self.store.key("otp_for", hashlib.sha256(json.dumps(
+            [account, fold_address(address), purpose]).encode()).hexdigest())
 
-    def _hash(self, account: str, address: str, otp: str) -> str:
-        return hmac.new(self.key, json.dumps([account, fold_address(address), otp]).encode(), "sha256").hexdigest()
+    def _hash(self, account: str, address: str, otp: str, purpose: str) -> str:
+        parts = [account, fold_address(address), otp, *([purpose] if purpose else [])]
+        return hmac.new(self.key, json.dumps(parts).encode(), "sha256").hexdigest()
 
 
 # --- 13. newsletters ------------------------------------------------------------------------------------
@@ -7083,6 +7312,7 @@ class Newsletters:
         self.accounts, self.public_url = accounts, public_url.rstrip("/")
         self._define = store.script(self.DEFINE, once=True, when_full=False)
         self._heads = store.script(self.HEADS, when_full=False)
+        self._texts = store.script(self.TEXTS, when_full=False)
         self._remove = store.script(self.REMOVE, once=True)
         self._subscribe = store.script(self.SUBSCRIBE)
         self._unsubscribe = store.script(self.UNSUBSCRIBE, once=True)
@@ -7182,6 +7412,39 @@ class Newsletters:
             {"content_type": name, "subject": json.loads(head)["subject"], "subscribers": subscribers,
              **({} if account else {"account": owner})}
             for (owner, name), head, subscribers in zip(page, heads[::2], heads[1::2]) if head]
+
+    # KEYS: the account's content types.
+    # ARGV: how many bytes the bodies may have together, then for each text that is sought: the number of names, and the
+    #       names, best first.
+    # Answer: for each text {name, body} of the first content type that exists, {name} where that would be too much, or
+    #         {} if there is none.
+    TEXTS = """
+        local content, left, texts, at = KEYS[1], tonumber(ARGV[1]), {}, 2
+        while at <= #ARGV do
+            local last, found = at + ARGV[at], {}
+            for each = at + 1, last do
+                local body = redis.call('HGET', content, ARGV[each])
+                if body then
+                    left = left - #body
+                    found = {ARGV[each], left >= 0 and body or nil}
+                    break
+                end
+            end
+            texts[#texts + 1] = found
+            at = last + 1
+        end
+        return texts
+    """
+
+    def texts(self, account: str, names: Sequence[tuple[str, str]]) -> dict[tuple[str, str], NamedText | None]:
+        """What each (content type, locale or "") names, None where there is nothing; in one round trip."""
+        args: list[str | int] = [12 * self.max_size]  # twice max_body, where each byte takes six in JSON
+        for name in names:
+            sought = [*itertools.chain.from_iterable(candidates(*name))]
+            args += [len(sought), *sought]
+        answers = self._texts(keys=[self.store.key("content", account)], args=args)
+        return {name: None if not answer else NamedText(answer[0], is_left_out=True) if len(answer) == 1
+                else NamedText(answer[0], **json.loads(answer[1])) for name, answer in zip(names, answers)}
 
     def _content_types(self, account: str = "") -> list[tuple[str, str]]:
         """(account, content type) for the content types of an account or of all, by name."""
@@ -8901,7 +9164,7 @@ class Workers:
     def send_otp(self, task: Task) -> str:
         """Issue the OTP of a generateOtp task and send it; returns the server's reply."""
         try:
-            subject, content = self.otps.mail(self.otps.issue(task))
+            subject, content = self.otps.mail(self.otps.issue(task), task.payload)
             return self._send(task, Mail(self._sender(task), task.payload["userId"], subject, content,
                                          reply_to=self._reply_to(task)))
         finally:
@@ -9142,6 +9405,7 @@ class Request:
     path_params: dict  # the values of the path's placeholders
     query: dict
     body: Any = None
+    sent: Any = None  # the body as it came, before it was checked
     account: Any = None  # the Account that sends it, unless its route is open
     peer: str = ""  # the address that the connection comes from
     idempotency_key: str = ""  # if its route takes one
@@ -9237,7 +9501,8 @@ class Route:
     access: Access
     body: Check | None = None
     query: Mapping[str, Check] = dataclasses.field(default_factory=dict)
-    answer: Mapping[str, Any] | str = dataclasses.field(default_factory=lambda: DONE)  # field -> type; or a media type
+    # field -> type, with a ? behind the name of a field that may be missing; or a media type
+    answer: Mapping[str, Any] | str = dataclasses.field(default_factory=lambda: DONE)
     refuses: tuple[int, ...] = ()  # statuses that only this route answers
     needs_redis: bool = True  # refused at once while Redis is away
     idempotency_key: bool = False  # takes the header Idempotency-Key
@@ -9319,7 +9584,7 @@ class Api:
     def answer(self, route: Route, request: Request) -> Reply:
         """The answer of `route` to an authenticated request. Raises HTTPError, or RedisError if Redis is away."""
         if route.body:
-            request.body = route.body(request.body)
+            request.sent, request.body = request.body, route.body(request.body)
         request.query = parse_query(route.query, request.query)
         if route.idempotency_key:
             request.idempotency_key = request.headers.get("idempotency-key", "")
@@ -9475,53 +9740,85 @@ class Api:
         return Response("application/json", ENCODER.encode(body) + "\n", {
             "Set-Cookie": f"{self.cookie}={value}; HttpOnly; SameSite=Strict; Path=/; Max-Age={seconds}{attributes}"})
 
-    def allowed_senders(self, account: Account) -> list[str]:
-        """What payload.from may be: the account's senders, or else the service's. Raises HTTPError (401)."""
-        self.accounts.ensure_active(account)  # nobody with a revoked key learns them
-        return self.accounts.settings(account.name)["senders"] or [self.settings.sender[1]]
-
     def enqueue(self, request: Request) -> Reply:
-        if "from" in request.body["payload"]:
-            check_sender(request.body, "", self.allowed_senders(request.account))
-        fill_message(request.body, "", self.settings.max_body)
-        result, = self.queue.enqueue(request.account, [request.body], request.idempotency_key)
+        task, batch = request.body, ""
+        # What is kept as it came has no unknown field: this is faster than to look for one.
+        ignored = {} if task == request.sent else self.ignored(request, TASK, request.sent)
+        texts, senders = self.texts_of(request.account, [task]), self.allowed_senders(request.account, [task])
+        may_change = bool(texts or senders)  # until the request is repeated
+        if may_change and request.idempotency_key:
+            batch = json.dumps(task, sort_keys=True)
+        try:
+            check_sender(task, "", senders)
+            fill_message(task, "", self.settings.max_body, texts)
+        except HTTPError as error:
+            if not may_change:
+                raise
+            task = error
+        result, = self.queue.enqueue(request.account, [task], request.idempotency_key, batch)
         if isinstance(result, HTTPError):
             raise result
-        return done("Task enqueued successfully", id=result)
+        return done("Task enqueued successfully", id=result, **ignored)
 
     def enqueue_batch(self, request: Request) -> Reply:
         results: list[Any] = []  # for each task: an HTTPError, or the task until it is queued, and then its id
-        left = 2 * self.settings.max_body  # bytes that the filled texts of the batch may have together
+        more, ignored = self.ignored(request, BATCH, request.sent), {}
         for number, task in enumerate(request.body["tasks"]):
             path = f"tasks[{number}]"
             try:
-                checked = TASK(task, path)
-                left -= fill_message(checked, path, min(left, self.settings.max_body))
-                results.append(checked)
+                results.append(TASK(task, path))
+                ignored[number] = self.ignored(request, TASK, task, path)
             except HTTPError as error:
-                results.append(error)
-        if named := [number for number, result in enumerate(results)
-                     if isinstance(result, dict) and "from" in result["payload"]]:
-            allowed = self.allowed_senders(request.account)
-            for number in named:
-                try:
-                    check_sender(results[number], f"tasks[{number}]", allowed)
-                except HTTPError as error:
-                    results[number] = error
+                results[number:] = [error]
         accepted = [number for number, result in enumerate(results) if isinstance(result, dict)]
-        # A repeated batch is the same only if the same tasks are accepted: their answers are kept in that order.
+        tasks = [results[number] for number in accepted]
+        texts, senders = self.texts_of(request.account, tasks), self.allowed_senders(request.account, tasks)
+        may_change = bool(texts or senders)
+        left = 2 * self.settings.max_body  # bytes that the filled texts of the batch may have together
+        for number in accepted:
+            try:
+                check_sender(results[number], f"tasks[{number}]", senders)
+                left -= fill_message(results[number], f"tasks[{number}]", min(left, self.settings.max_body), texts)
+            except HTTPError as error:
+                results[number] = error
+        if not may_change:
+            accepted = [number for number in accepted if isinstance(results[number], dict)]
+        # A repeated batch is the same only if the same tasks are accepted: their answers are kept in that order. Where
+        # it names content types or senders, which may have changed by then, the queue keeps their errors, too.
         batch = json.dumps([accepted, request.body], sort_keys=True) if request.idempotency_key else ""
         queued = self.queue.enqueue(request.account, [results[number] for number in accepted],
                                     request.idempotency_key, batch)
         for number, result in zip(accepted, queued):
-            if isinstance(result, HTTPError) and result.field:
+            if isinstance(result, HTTPError) and result.field and not result.field.startswith("tasks["):
                 result.field = f"tasks[{number}].{result.field}"
             results[number] = result
-        return {"status": True, "tasks": [result.body if isinstance(result, HTTPError) else
-                                          {"status": True, "id": result} for result in results]}
+        return {"status": True, "tasks": [
+            result.body if isinstance(result, HTTPError) else {"status": True, "id": result, **ignored[number]}
+            for number, result in enumerate(results)], **more}
+
+    def allowed_senders(self, account: Account, tasks: Sequence[Json]) -> list[str]:
+        """What payload.from may be, where one of the tasks has it: the account's senders, or else the service's."""
+        if not any("from" in task["payload"] for task in tasks):
+            return []
+        return self.accounts.settings(account.name)["senders"] or [self.settings.sender[1]]
+
+    def texts_of(self, account: Account, tasks: Sequence[Json]) -> dict[tuple[str, str], NamedText | None]:
+        """The texts that tasks name. The queue tells whether the key was revoked, before anything is told of them."""
+        names = dict.fromkeys(name for task in tasks if (name := named_text(task)))
+        return self.newsletters.texts(account.name, [*names]) if names else {}
+
+    @staticmethod
+    def ignored(request: Request, check: Check, value: Any, field: str = "") -> Json:
+        """{"ignored": the paths of unknown fields, at most 20}, or {} if there are none. Raises HTTPError (400) for
+        the first of them where the query has `strict=true`."""
+        unknown = check.unknown(value, field)
+        if unknown and request.query.get("strict"):
+            raise unknown[0].error()
+        return {"ignored": [found.path for found in unknown[:20]]} if unknown else {}
 
     def verify(self, request: Request) -> Reply:
-        verified = self.otps.verify(request.account, request.body["userEmail"], request.body["otp"])
+        body = request.body
+        verified = self.otps.verify(request.account, body["userEmail"], body["otp"], body.get("purpose", ""))
         return {"type": "otp verification", "verified": verified}
 
     def read_task(self, request: Request) -> Reply:
@@ -9842,7 +10139,7 @@ class Otp(String):
 ID = Object({"id": String(254, ONE_LINE, LINE)})  # older versions allowed more names than NEW_ID does
 NEW_ID = Object({"id": AccountName()})
 DEFINITION = Object({"content_type": CONTENT_TYPE, "subject": SUBJECT_TEMPLATE, "content": CONTENT_TEMPLATE})
-VERIFICATION = Object({"userEmail": Address(), "otp": Otp()})
+VERIFICATION = Object({"userEmail": Address(), "otp": Otp(), "purpose": Nullable(PURPOSE)})
 BATCH = Object({"tasks": Array(AnyValue(), 1000, 1)})  # the handler checks and answers each task by itself
 RECIPIENT = Object({"userId": Address()})
 WEBHOOK = Object({"url": Url(), "events": Nullable(Array(Enum(EVENTS), len(EVENTS), 1))})
@@ -9861,6 +10158,7 @@ CURSOR = Pattern("the value of next in the previous answer", r"[0-9]{1,10}-[0-9]
 SUBSCRIPTIONS = {"content_type": CONTENT_TYPE, "userId": Address(), "cursor": CURSOR, "limit": Integer(1, 1000)}
 
 QUEUED, COUNTED, CHANGED = {**DONE, "id": str}, {**DONE, "count": int}, {**DONE, "changed": int}
+STRICT = {"strict": Boolean()}
 CONTENT_ANSWER = {"status": bool, "content_type": str, "subject": str, "content": str, "subscribers": int, "view": str}
 TASK_ANSWER = {"status": bool, "id": str, "task": str, "type": str, "userId": str, "state": str, "attempts": int,
                "retries": int, "error": (str, None), "created": str, "story": list}
@@ -9890,11 +10188,12 @@ ROUTES = (
     Route("GET", "/session", Api.read_session, Access.OPEN, answer=SESSION_ANSWER),
     Route("POST", "/session", Api.open_session, Access.OPEN, LOGIN, answer=SESSION_ANSWER, refuses=(401, 429)),
     Route("DELETE", "/session", Api.close_session, Access.OPEN),
-    Route("POST", "/task", Api.enqueue, Access.TASK, TASK, answer=QUEUED, refuses=(422, 429), idempotency_key=True),
-    Route("POST", "/task/task", Api.enqueue, Access.TASK, TASK, answer=QUEUED, refuses=(422, 429),
+    Route("POST", "/task", Api.enqueue, Access.TASK, TASK, STRICT, {**QUEUED, "ignored?": list}, refuses=(422, 429),
           idempotency_key=True),
-    Route("POST", "/task/batch", Api.enqueue_batch, Access.TASK, BATCH, answer={"status": bool, "tasks": list},
-          refuses=(422,), idempotency_key=True),
+    Route("POST", "/task/task", Api.enqueue, Access.TASK, TASK, STRICT, {**QUEUED, "ignored?": list},
+          refuses=(422, 429), idempotency_key=True),
+    Route("POST", "/task/batch", Api.enqueue_batch, Access.TASK, BATCH, STRICT,
+          {"status": bool, "tasks": list, "ignored?": list}, refuses=(422,), idempotency_key=True),
     Route("POST", "/task/verify", Api.verify, Access.KEY, VERIFICATION, answer={"type": str, "verified": bool},
           refuses=(429,)),
     Route("GET", "/task/subscriptionContent", Api.list_content, Access.ALL, query=PAGING,
@@ -9968,10 +10267,14 @@ def allowed_methods(routes: Sequence[Route]) -> str:
 def parse_query(checks: Mapping[str, Check], query: Mapping[str, str]) -> Json:
     """The parameters of a query that have a Check; others are ignored. Raises HTTPError (400)."""
     values: Json = {}
-    for name, check in checks.items():
+    for name, check in checks.items() if query else ():
         if (text := query.get(name)) is not None:
-            is_number = isinstance(check, Integer) and re.fullmatch("[0-9]{1,10}", text)
-            values[name] = check(int(text) if is_number else text, name)
+            value: Any = text
+            if isinstance(check, Integer) and re.fullmatch("[0-9]{1,10}", text):
+                value = int(text)
+            elif isinstance(check, Boolean):
+                value = {"true": True, "false": False}.get(text, text)
+            values[name] = check(value, name)
     return values
 
 
@@ -9993,8 +10296,8 @@ def openapi(routes: Sequence[Route]) -> Json:
     """The OpenAPI 3.1 description of `routes`, from their checks and answers."""
     def object_schema(fields: Mapping[str, Any]) -> Json:
         types = {name: kinds if isinstance(kinds, tuple) else (kinds,) for name, kinds in fields.items()}
-        return {"type": "object", "required": list(fields), "properties": {
-            name: {"type": [JSON_TYPES[kind] for kind in kinds]} for name, kinds in types.items()}}
+        return {"type": "object", "required": [name for name in fields if name[-1] != "?"], "properties": {
+            name.rstrip("?"): {"type": [JSON_TYPES[kind] for kind in kinds]} for name, kinds in types.items()}}
 
     def response(status: int, schema: Mapping[str, Any], media_type: str = "application/json") -> Json:
         return {"description": http.HTTPStatus(status).phrase, "content": {media_type: {"schema": schema}}}

@@ -66,6 +66,7 @@ import axe_playwright_python.sync_playwright
 import dotenv.parser
 import hypothesis
 import idna
+import jsonschema_rs
 import jwt
 import playwright.sync_api
 import prometheus_client.parser
@@ -1091,11 +1092,15 @@ def table_of_routes():
 
 
 def table_of_payloads():
-    found = {}  # (field, value) -> the types that require it, and those that allow it
+    found = {}  # (field, value) -> the types that require it, unless they name a content type, and those that allow it
     for kind, form in gomail.PAYLOADS.items():
-        for name, check in form.fields.items():
+        named = getattr(form, "named", form).fields
+        for name in form.names:
+            check = form.fields.get(name, named[name])
+            is_own = name in form.fields and not isinstance(check, gomail.Absent)
+            check = check if is_own else named[name]
             required, allowed = found.setdefault((name, getattr(check, "check", check).expected), ([], []))
-            (allowed if hasattr(check, "check") else required).append(f"`{kind}`")
+            (required if is_own and not hasattr(check, "check") else allowed).append(f"`{kind}`")
     return table(["field", "required for", "optional for", "value"], [
         [f"`{name}`", ", ".join(required), ", ".join(allowed), value]
         for (name, value), (required, allowed) in found.items()])
@@ -3325,6 +3330,149 @@ def test_metadata_is_up_to_20_short_strings_or_numbers(kind, metadata, field):
     with pytest.raises(gomail.HTTPError) as error:
         gomail.TASK(changed("payload.metadata", metadata, base))
     assert error.value.status == 400 and error.value.field == field
+def test_the_contracts_example_with_all_attributes_names_no_content_type_and_has_no_unknown_field():
+    payload = {"userId": "example@gmail.com", "content_type": "weekly_newsletter", "length": 6, "frequency": "@weekly",
+               "subject": "Your Weekly Engineering Update", "content": "<h1>Hello!</h1>"}
+    for kind in gomail.PAYLOADS:
+        task = {"task": "User Login Verification", "type": kind, "retries": 3, "payload": payload}
+        assert gomail.named_text(gomail.TASK(task)) is None and gomail.TASK.unknown(task) == []
+
+
+@pytest.mark.parametrize("kind", ["message", "generateOtp"])
+def test_a_client_that_sends_empty_strings_for_what_it_does_not_use_is_understood(kind):
+    payload = {"userId": "user@example.com", "content_type": "", "length": 6, "frequency": ""}
+    texts = {"subject": "S", "content": "C"} if kind == "message" else {"subject": "", "content": ""}
+    task = {"task": "t", "type": kind, "retries": 0, "payload": {**payload, **texts}}
+    assert gomail.named_text(gomail.TASK(task)) is None
+    for empty in ("", None):
+        task["payload"] = {**payload, "content_type": "Login", "subject": empty, "content": empty, "text": empty}
+        assert gomail.named_text(gomail.TASK(task)) == ("Login", "")
+
+
+NAMED = {**MESSAGE, "payload": {"userId": "user@example.com", "content_type": "Login", "locale": "pt-BR"}}
+
+
+@pytest.mark.parametrize("field, value", [
+    *[("content_type", value) for value in ("a/b", "..", 7, [], "x" * 101)],
+    *[("locale", value) for value in ("", "pt_BR", "-pt", "pt-", "pt--BR", "x" * 9, "pt-" + "a" * 9, 5, "pt-BR\n",
+                                      "aa" + "-bb" * 12, "p\u00f6")],
+    *[("variables", value) for value in ([], {"a b": "x"})],
+    ("text", "T")])
+@pytest.mark.parametrize("kind", ["message", "generateOtp"])
+def test_a_bad_field_beside_a_content_type_is_refused_by_name(kind, field, value):
+    task = changed(f"payload.{field}", value, {**NAMED, "type": kind, "payload": {**NAMED["payload"], "length": 6}})
+    with pytest.raises(gomail.HTTPError, match=f"^payload.{field} must be") as refused:
+        gomail.TASK(task)
+    assert refused.value.status == 400 and refused.value.field == f"payload.{field}"
+
+
+@pytest.mark.parametrize("kind, field, value", [
+    ("message", "locale", "pt"), ("generateOtp", "locale", "pt"), ("generateOtp", "variables", {"a": "b"})])
+@pytest.mark.parametrize("more", [{}, {"subject": "S", "content": "C", "content_type": "Login"}])
+def test_what_belongs_to_a_content_type_is_refused_where_none_counts(kind, field, value, more):
+    payload = {**MESSAGE["payload"]} if kind == "message" else {"userId": "user@example.com", "length": 6}
+    with pytest.raises(gomail.HTTPError, match=f"^payload.{field} must be left out: it belongs to a content_type"):
+        gomail.TASK({**MESSAGE, "type": kind, "payload": {**payload, **more, field: value}})
+
+
+@hypothesis.settings(deadline=None, max_examples=1000)
+@hypothesis.given(strategies.sampled_from(["message", "generateOtp", "subscribe", "unsubscribe"]),
+                  strategies.fixed_dictionaries({"userId": strategies.just("a@example.com")}, optional={
+                      **{name: strategies.sampled_from([None, "", "x", 5]) for name in (
+                          "subject", "content", "text", "content_type", "purpose", "x")},
+                      "locale": strategies.sampled_from([None, "", "pt-BR", "-", 5]),
+                      "variables": strategies.sampled_from([None, "", {}, {"a": 1}, {"a": None}]),
+                      "length": strategies.sampled_from([None, 3, 6]),
+                      "frequency": strategies.sampled_from(["", "@daily"])}))
+def test_a_tasks_texts_are_taken_exactly_where_the_openapi_description_allows_them(kind, payload):
+    task = {"task": "t", "type": kind, "retries": 0, "payload": payload}
+    try:
+        taken = bool(gomail.TASK(task))
+    except gomail.HTTPError:
+        taken = False
+    # A null beside what must come together is no field to the Check, and one to JSON Schema.
+    hypothesis.assume(kind != "subscribe" or None not in (payload.get("subject", ""), payload.get("content", "")))
+    assert jsonschema_rs.is_valid(gomail.TASK.schema, task) == taken
+
+
+@pytest.mark.parametrize("locale, names", [
+    ("", ["Login"]), ("pt", ["Login.pt", "Login"]), ("pt-BR", ["Login.pt-BR", "Login.pt", "Login"]),
+    ("PT-br", ["Login.pt-BR", "Login.pt", "Login"]),
+    ("zh-hant-tw", ["Login.zh-Hant-TW", "Login.zh-Hant", "Login.zh", "Login"]),
+    ("zh-Hant-CN-x-private1-private2", ["Login.zh-Hant-CN-x-private1-private2", "Login.zh-Hant-CN-x-private1",
+                                        "Login.zh-Hant-CN", "Login.zh-Hant", "Login.zh", "Login"]),
+    ("sl-rozaj-biske-1994", ["Login.sl-rozaj-biske-1994", "Login.sl-rozaj-biske", "Login.sl-rozaj", "Login.sl",
+                             "Login"]),
+    ("i-klingon", ["Login.i-klingon", "Login"]), ("en-a-bb-x-bb", ["Login.en-a-bb-x-bb", "Login.en-a-bb", "Login.en",
+                                                                  "Login"])])
+def test_a_text_is_looked_for_in_ever_shorter_locales_and_then_without_one(locale, names):
+    found = gomail.candidates("Login", locale)
+    assert [spellings[0] for spellings in found] == names
+    for spellings in found[:-1]:
+        assert {name.lower() for name in spellings} == {spellings[0].lower()}
+    if locale:
+        assert f"Login.{locale}" in found[0]
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(strategies.from_regex(gomail.LOCALE.pattern, fullmatch=True).filter(lambda text: len(text) <= 35))
+def test_no_locale_is_looked_for_under_more_than_50_names(locale):
+    found = gomail.candidates("Login", gomail.LOCALE(locale))
+    assert sum(map(len, found)) <= 50 and found[-1] == ["Login"]
+    assert all(gomail.LOCALE(gomail.canonical_locale(locale)) == name.partition(".")[2] for name in found[0][:1])
+
+
+UNKNOWN = strategies.text(max_size=8).map("x".__add__)  # no field of a task begins so
+WHOLE = {"task": "Welcome", "type": "message", "retries": 3, "payload": {
+    **MESSAGE["payload"], "cc": ["a@example.com"], "variables": {"a": "x"}, "reply_to": "b@example.com",
+    "attachments": [{"filename": "a", "content_type": "text/plain", "content": "QQ=="} for _ in range(2)]}}
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(strategies.sets(UNKNOWN), strategies.sets(UNKNOWN), strategies.sets(UNKNOWN), strategies.booleans())
+def test_the_unknown_fields_of_a_task_are_found_wherever_they_are_and_change_nothing(outside, inside, within, named):
+    task = json.loads(json.dumps(WHOLE))
+    if named:
+        task["payload"] |= {"content_type": "Login", "locale": "pt", "subject": None, "content": ""}
+    before = gomail.TASK(task)
+    assert gomail.TASK.unknown(task) == []
+    task |= dict.fromkeys(outside, "y")
+    task["payload"] |= dict.fromkeys(inside, {"z": "y"})
+    task["payload"]["attachments"][1] |= dict.fromkeys(within)
+    for field, path in (("", ""), ("tasks[3]", "tasks[3].")):
+        assert sorted(f"{found.parent}{found.name}" for found in gomail.TASK.unknown(task, field)) == sorted([
+            *(path + name for name in outside), *(f"{path}payload.{name}" for name in inside),
+            *(f"{path}payload.attachments[1].{name}" for name in within)])
+    assert gomail.TASK(task) == before
+
+
+@pytest.mark.parametrize("name", [name for payload in gomail.PAYLOADS.values() for name in payload.names])
+def test_a_field_of_another_type_of_task_is_known(name):
+    for kind in gomail.PAYLOADS:
+        payload = {"userId": "user@example.com", "length": 6, "subject": "S", "content": "C", "frequency": "@daily",
+                   "content_type": "news"}
+        task = {"task": "t", "type": kind, "retries": 0, "payload": {name: None, **payload}}
+        assert gomail.TASK.unknown(task) == []
+
+
+@pytest.mark.parametrize("kind, field, words", [
+    ("message", "payload.reply-to", "did you mean payload.reply_to?"),
+    ("message", "payload.Reply_To", "did you mean payload.reply_to?"),
+    ("message", "payload.sendAt", "did you mean payload.send_at?"),
+    ("message", "payload.contenttype", "did you mean payload.content_type?"),
+    ("generateOtp", "payload.porpose", "did you mean payload.purpose?"),
+    ("message", "Retries", "did you mean retries?"),
+    ("message", "zzz", "known are task, type, retries, payload"),
+    ("unsubscribe", "payload.zzz", "known are userId, content_type"),
+    ("message", "payload.attachments[0].contentid", "did you mean payload.attachments[0].content_id?")])
+def test_the_error_for_an_unknown_field_suggests_the_nearest_known_name(kind, field, words):
+    task = json.loads(json.dumps({**WHOLE, "type": kind}))
+    parent, _, name = field.rpartition(".")
+    place = {"": task, "payload": task["payload"]}.get(parent, task["payload"]["attachments"][0])
+    place[name] = "x"
+    found, = gomail.TASK.unknown(task)
+    assert found.path == found.error().field == field and found.error().status == 400
+    assert found.error().message == f"{field} is not a known field; {words}"
 
 
 @pytest.mark.parametrize("retries", [0, 25])
@@ -3720,6 +3868,47 @@ def test_a_batch_of_which_nothing_was_queued_may_be_tried_again_with_its_idempot
     assert [found["status"] for found in client.post("/task/batch", batch, **key)["tasks"]] == [False, False]
     client.post("/task/subscriptionContent", {"content_type": "news", "subject": "News", "content": "News"})
     assert [found["status"] for found in client.post("/task/batch", batch, **key)["tasks"]] == [True, False]
+
+
+@pytest.mark.parametrize("change", ["removed", "changed"])
+def test_a_repeated_task_that_names_a_content_type_gets_its_answer_whatever_became_of_that(client, mail_server, change):
+    define(client, "Login.pt", "Oi", "Oi")
+    first = client.post("/task/", NAMED, Idempotency_Key="order")
+    if change == "removed":
+        client("DELETE", "/task/subscriptionContent/Login.pt")
+    else:
+        client("PUT", "/task/subscriptionContent", {"content_type": "Login.pt", "subject": "New", "content": "{{ x }}"})
+    assert client.post("/task/", NAMED, Idempotency_Key="order") == first
+    for other in (changed("payload.locale", "pt", NAMED), changed("payload.variables", {"x": "y"}, NAMED), MESSAGE):
+        assert client("POST", "/task/", other, Idempotency_Key="order")[0] == 422
+    assert client("POST", "/task/", NAMED, Idempotency_Key="new")[0] == 400
+    define(client, "Login", "Hi", "Hi")
+    assert (client("POST", "/task/", NAMED, Idempotency_Key="new")[0] == 200) == (change == "removed")
+    assert mail_server.one("user@example.com")["Subject"] == "Oi" or change == "removed"
+
+
+def test_a_repeated_batch_that_names_content_types_gets_its_errors_and_its_tasks_again(client, mail_server):
+    define(client, "Login.pt", "Oi", "Oi {{ name }}")
+    none = changed("payload.content_type", "none", NAMED)
+    own = {**MESSAGE, "payload": {**MESSAGE["payload"], "content": "{{ a }}", "variables": {"b": "c"}}}
+    batch = {"tasks": [MESSAGE, NAMED, none, own, changed("payload.variables", {"name": "Ann"}, NAMED)]}
+    first = client.post("/task/batch", batch, Idempotency_Key="orders")
+    assert [answer.get("field") for answer in first["tasks"]] == [
+        None, "tasks[1].payload.variables.name", "tasks[2].payload.content_type", "tasks[3].payload.variables.a", None]
+    assert all(answer["error"].startswith(answer["field"]) for answer in first["tasks"][1:4])
+    define(client, "none", "Now", "it exists")
+    client("DELETE", "/task/subscriptionContent/Login.pt")
+    assert client.post("/task/batch", batch, Idempotency_Key="orders") == first
+    assert client("POST", "/task/batch", {"tasks": batch["tasks"][1:]}, Idempotency_Key="orders")[0] == 422
+    until(lambda: len(mail_server.mails) == 2)
+    assert len(recent(client)[0]) == 2
+
+
+def test_a_batch_of_which_every_text_is_missing_may_be_tried_again_with_its_idempotency_key(client):
+    batch, key = {"tasks": [NAMED, NAMED]}, {"Idempotency_Key": "all"}
+    assert not any(answer["status"] for answer in client.post("/task/batch", batch, **key)["tasks"])
+    define(client, "Login")
+    assert all(answer["status"] for answer in client.post("/task/batch", batch, **key)["tasks"])
 
 
 def test_an_idempotency_key_of_a_batch_may_have_255_characters(client):
@@ -7772,6 +7961,137 @@ def test_a_repeated_otp_request_with_its_idempotency_key_is_not_one_more(service
     assert too_early(client, "user@example.com") is not None
 
 
+def otp_task(address="user@example.com", **payload):
+    return {"task": "login", "type": "generateOtp", "retries": 5,
+            "payload": {"userId": address, "length": 6, **payload}}
+
+
+def otp_mailed(client, mail_server, **payload):
+    """The OTP that arrives for this payload."""
+    before = len(mail_server.mails)
+    client.post("/task/", otp_task(**payload))
+    until(lambda: len(mail_server.mails) > before)
+    return otp_of(parsed(mail_server.mails[-1].raw))
+
+
+def verified_for(client, otp, purpose, address="user@example.com"):
+    return client.post("/task/verify", {"userEmail": address, "otp": otp, "purpose": purpose})["verified"]
+
+
+def test_an_otp_opens_only_what_it_was_issued_for_and_each_purpose_has_one_of_its_own(client, mail_server):
+    login, reset, plain = (otp_mailed(client, mail_server, **more) for more in (
+        {"purpose": "login"}, {"purpose": "reset"}, {}))
+    for otp, purpose in ((login, "reset"), (reset, "login"), (plain, "login"), (login, None), (login, "Login")):
+        assert not verified_for(client, otp, purpose) or otp in (login, reset) and login == reset
+    assert [verified_for(client, otp, purpose) for otp, purpose in (
+        (login, "login"), (reset, "reset"), (plain, None))] == [True] * 3
+    assert not any(verified_for(client, otp, purpose) for otp, purpose in (
+        (login, "login"), (reset, "reset"), (plain, None)))
+
+
+def test_a_newer_otp_replaces_the_older_one_of_its_purpose_only(client, mail_server):
+    older, reset, newer = (otp_mailed(client, mail_server, purpose=purpose) for purpose in ("login", "reset", "login"))
+    assert not verified_for(client, older, "login") or older == newer
+    assert verified_for(client, newer, "login") and verified_for(client, reset, "reset")
+
+
+def test_an_account_cannot_take_an_account_and_a_purpose_for_its_name(service, mail_server):
+    one, other = service.client.sign_up("one"), service.client.sign_up("one:login")
+    otp = otp_mailed(one, mail_server, purpose="login")
+    assert not verified(other, "user@example.com", otp) and not verified_for(other, otp, "login")
+    otp_mailed(other, mail_server)
+    assert verified_for(one, otp, "login")
+
+
+@pytest.mark.parametrize("purpose", ["", " ", 5, "x" * 51, "a\nb"])
+def test_a_purpose_that_is_not_one_line_of_1_to_50_characters_is_refused_by_name(client, purpose):
+    for path, body, field in (("/task/", otp_task(purpose=purpose), "payload.purpose"),
+                              ("/task/verify", {"userEmail": "a@b.de", "otp": "1", "purpose": purpose}, "purpose")):
+        status, answer, _ = client("POST", path, body)
+        assert status == 400 and answer["field"] == field and "1 to 50 characters, on one line" in answer["error"]
+
+
+def test_each_purpose_has_its_own_cooldown(services, mail_server):
+    client = services(mail_server, otp_cooldown=60).client.sign_up()
+    for purpose in ({"purpose": "reset"}, {"purpose": "login"}, {}):
+        assert client("POST", "/task/", otp_task(**purpose))[0] == 200
+    for purpose in ({"purpose": "reset"}, {"purpose": "login"}, {}):
+        status, _, headers = client("POST", "/task/", otp_task(**purpose))
+        assert status == 429 and 50 < int(headers["Retry-After"]) <= 60
+    assert client("POST", "/task/", otp_task(purpose="another"))[0] == 200
+
+
+def test_the_limit_of_an_hour_and_that_of_wrong_tries_are_those_of_all_purposes_together(services, mail_server):
+    client = services(mail_server, otp_hourly_max=3, otp_minute_max=0).client.sign_up()
+    otps = {purpose: otp_mailed(client, mail_server, purpose=purpose) for purpose in ("a", "b", "c")}
+    for purpose in ("a", "d", None):
+        status, _, headers = client("POST", "/task/", otp_task(purpose=purpose))
+        assert status == 429 and 3500 < int(headers["Retry-After"]) <= 3600
+    for number in range(100):
+        assert not verified_for(client, "wrong", f"purpose {number}")
+    for purpose in ("a", None):
+        body = {"userEmail": "user@example.com", "otp": otps["a"], "purpose": purpose}
+        assert client("POST", "/task/verify", body)[0] == 429
+
+
+def test_five_wrong_tries_end_the_otp_of_one_purpose_only(client, mail_server):
+    login, reset = (otp_mailed(client, mail_server, purpose=purpose) for purpose in ("login", "reset"))
+    for _ in range(5):
+        assert not verified_for(client, "wrong", "login")
+    assert not verified_for(client, login, "login") and verified_for(client, reset, "reset")
+
+
+def test_an_otp_with_a_purpose_ends_with_its_time_and_with_its_account(services, mail_server):
+    service = services(mail_server)
+    client = service.client.sign_up("one")
+    otp = otp_mailed(client, mail_server, purpose="login")
+    record, = service.store.redis.keys(service.store.key("otp_for", "*"))
+    assert 0 < service.store.redis.pttl(record) <= service.settings.otp_ttl * 1000
+    client.post("/auth/deregister", {"id": "one"})
+    assert not verified_for(client.sign_up("one"), otp, "login")
+
+
+def test_an_otp_may_have_the_texts_of_a_content_type_in_the_language_of_its_reader(client, mail_server):
+    define(client, "Login", "Your code", "Your code is {{ otp }}")
+    define(client, "Login.pt", "C\u00f3digo de {{ app }}", "<p>{{ app }}: <b>{{ otp }}</b>, {{ minutes }} min</p>")
+    given = {"content_type": "Login", "locale": "pt-BR", "variables": {"app": "A & B"}}
+    client.post("/task/", otp_task(**given))
+    mail = mail_server.one("user@example.com")
+    content = mail.get_body(("html",)).get_content().strip()
+    otp = re.fullmatch(r"<p>A &amp; B: <b>(\d{6})</b>, 5 min</p>", content)[1]
+    assert mail["Subject"] == "C\u00f3digo de A & B" and verified(client, "user@example.com", otp)
+    client.post("/task/", otp_task("ann@example.com", **{**given, "locale": "fr"}))
+    assert otp_of(mail_server.one("ann@example.com")) and mail_server.one("ann@example.com")["Subject"] == "Your code"
+
+
+def test_an_otp_is_sent_with_the_texts_of_its_request_though_they_change_and_its_mail_is_retried(
+        client, mail_server):
+    define(client, "Login", "Older", "Your code is {{ otp }}")
+    mail_server.data_replies["user@example.com"] = ["450 later"]
+    task_id = client.post("/task/", otp_task(content_type="Login", variables={"unused": 1}))["id"]
+    client("PUT", "/task/subscriptionContent", {"content_type": "Login", "subject": "Newer", "content": "{{ gone }}"})
+    client.state(task_id, "succeeded")
+    mail = mail_server.one("user@example.com")
+    assert mail["Subject"] == "Older" and verified(client, "user@example.com", otp_of(mail))
+
+
+def test_the_content_type_of_an_otp_must_name_it_and_all_its_variables_are_asked_for_at_once(client):
+    define(client, "none", "Hello", "{{ minutes }} {{ otps }} { otp }")
+    define(client, "subject", "{{ otp }}", "{{ name }}")
+    for payload, field, words in (
+            ({"content_type": "none"}, "payload.content_type", "must name a content type with {{ otp }}, and none has"),
+            ({"content_type": "subject"}, "payload.variables.name",
+             "payload.variables.name is required: the content of content type subject names it"),
+            ({"content_type": "subject", "variables": {"name": "x", "otp": "123456"}}, "payload.variables.otp",
+             "payload.variables.otp must be left out"),
+            ({"content_type": "Login", "locale": "pt-br"}, "payload.content_type",
+             "payload.content_type does not exist: there is no content type Login.pt-BR, Login.pt, Login; POST")):
+        status, answer, _ = client("POST", "/task/", otp_task(**payload))
+        assert status == 400 and answer["field"] == field and words in answer["error"]
+    assert recent(client) == ([], None)
+    assert client("POST", "/task/", otp_task(content_type="subject", variables={"name": "x"}))[0] == 200
+
+
 def test_after_100_wrong_tries_in_a_row_an_address_waits_for_a_day(service, client, mail_server):
     otp, address = issued(client, mail_server)
     for _ in range(4):
@@ -11079,6 +11399,139 @@ def test_500_random_requests_to_each_operation_get_only_what_openapi_says(servic
     print(run.stdout[-6000:])
     assert run.returncode == 0, run.stdout
     assert Client(service.http.url).get("/health/ping") == {"message": "pong"}
+
+
+def test_a_message_may_name_a_content_type_and_gets_the_nearest_locale(client, mail_server):
+    define(client, "Welcome", "Hello {{ name }}", "<p>Hello {{ name }}</p>")
+    define(client, "Welcome.pt", "Oi {{ name }}", "Oi {{ name }}")
+    define(client, "Welcome.zh-Hant", "{{ name }}", "\u4f60\u597d {{ name }}")
+    define(client, "Welcome.DE-at", "Servus", "Servus")
+    for number, (locale, subject) in enumerate([
+            (None, "Hello <Ann>"), ("pt-BR", "Oi <Ann>"), ("PT", "Oi <Ann>"), ("ZH-hant-tw", "<Ann>"),
+            ("zh", "Hello <Ann>"), ("DE-at", "Servus"), ("fr", "Hello <Ann>")]):
+        client.post("/task/", {**MESSAGE, "payload": {
+            "userId": f"{number}@example.com", "content_type": "Welcome", "locale": locale,
+            "variables": {"name": "<Ann>"}}})
+        assert mail_server.one(f"{number}@example.com")["Subject"] == subject
+    html_part = mail_server.one("0@example.com").get_body(("html",)).get_content()
+    assert html_part.strip() == "<p>Hello &lt;Ann&gt;</p>"
+    assert text_of(mail_server.one("3@example.com")).strip() == "\u4f60\u597d <Ann>"
+
+
+def test_a_message_that_names_what_does_not_exist_is_400_and_nothing_is_queued(client):
+    define(client, "Welcome", "Hello {{ name }}", "{{ a }}")
+    for payload, field, words in (
+            ({"content_type": "welcome"}, "payload.content_type",
+             "does not exist: there is no content type welcome; POST /task/subscriptionContent defines one"),
+            ({"content_type": "Login", "locale": "zh-hant-TW"}, "payload.content_type",
+             "there is no content type Login.zh-Hant-TW, Login.zh-Hant, Login.zh, Login; POST"),
+            ({"content_type": "Welcome"}, "payload.variables.name",
+             "is required: the subject of content type Welcome names it"),
+            ({"content_type": "Welcome", "variables": {"name": "x"}}, "payload.variables.a",
+             "is required: the content of content type Welcome names it"),
+            ({"content_type": "Welcome", "variables": {"name": "x" * 999, "a": "b"}}, "payload.content_type",
+             "the subject of content type Welcome must be a string of 1 to 998 characters"),
+            ({"content_type": "Welcome", "variables": {"name": "a\nBcc: x@example.com", "a": "b"}},
+             "payload.content_type", "on one line")):
+        for path, prefix in (("/task/", ""), ("/task/batch", "tasks[0].")):
+            task = {**MESSAGE, "payload": {"userId": "user@example.com", **payload}}
+            status, answer, _ = client("POST", path, {"tasks": [task]} if prefix else task)
+            if prefix:
+                answer, = answer["tasks"]
+            assert status == (200 if prefix else 400) and answer["field"] == prefix + field and words in answer["error"]
+    assert recent(client) == ([], None)
+
+
+def test_a_content_type_of_another_account_and_that_of_a_revoked_key_cannot_be_named(service, client):
+    define(client, "Login")
+    other = service.client.sign_up()
+    assert other("POST", "/task/", NAMED)[1]["field"] == "payload.content_type"
+    client.post("/auth/deregister", {"id": name_of(client)})
+    define(service.client.sign_up(name_of(client)), "Login", "S", "{{ secret }}")
+    for task in (NAMED, otp_task(content_type="Login"), otp_task(content_type="none")):
+        for path, body in (("/task/", task), ("/task/batch", {"tasks": [task]})):
+            status, answer, _ = client("POST", path, body)
+            assert status == 401 and answer["error"] == "the API key was revoked"
+
+
+def test_the_texts_that_are_named_count_for_max_body_with_and_without_variables(services):
+    client = services(max_body=20_000).client.sign_up()
+    define(client, "long", "S", "x" * 15_000)
+    define(client, "code", "S", "{{ otp }}" + "x" * 15_000)
+    define(client, "twice", "S", "{{ a }}{{ a }}{{ a }}")
+    message = changed("payload.content_type", "long", NAMED)
+    for task in (message, otp_task(content_type="code")):
+        answers = client.post("/task/batch", {"tasks": [task] * 4})["tasks"]
+        assert [answer["status"] for answer in answers] == [True, True, False, False]
+        assert answers[2]["field"] == "tasks[2].payload.content_type" and "max_body" in answers[2]["error"]
+    status, answer, _ = client("POST", "/task/", {**MESSAGE, "payload": {
+        "userId": "user@example.com", "content_type": "twice", "variables": {"a": "x" * 9999}}})
+    assert status == 413 and answer["field"] == "payload.content_type"
+    for number in range(20):
+        define(client, f"text {number}", "S", "x" * 15_000)
+    tasks = [changed("payload.content_type", f"text {number}", NAMED) for number in range(20)]
+    answers = client.post("/task/batch", {"tasks": tasks})["tasks"]
+    assert [answer["status"] for answer in answers] == [True] * 2 + [False] * 18
+    assert "send fewer tasks at once" in answers[-1]["error"] and answers[-1]["field"].startswith("tasks[19].")
+
+
+def test_a_content_type_that_is_older_than_the_rule_for_braces_is_filled_where_it_can_be(service, client, mail_server):
+    body = json.dumps({"subject": "Hello {{ name }}", "content": "{{ a.b }} {{ name }}"})
+    service.store.redis.hset(service.store.key("content", name_of(client)), "Login", body)
+    client.post("/task/", changed("payload.variables", {"name": "Ann"}, NAMED))
+    assert text_of(mail_server.one("user@example.com")).strip() == "{{ a.b }} Ann"
+
+
+MISSPELT = {**WHOLE, "prio": 1, "payload": {**WHOLE["payload"], "reply-to": "c@example.com", "attachments": [
+    {**WHOLE["payload"]["attachments"][0], "contentid": "x"}]}}
+PATHS = ["prio", "payload.reply-to", "payload.attachments[0].contentid"]
+
+
+@pytest.mark.parametrize("path", ["/task/", "/task/task", "/task/?strict=false"])
+def test_the_answer_to_a_task_lists_its_unknown_fields_and_so_does_its_repetition(client, path):
+    first = client.post(path, MISSPELT, Idempotency_Key="one")
+    assert first["ignored"] == PATHS and client.post(path, MISSPELT, Idempotency_Key="one") == first
+    assert "ignored" not in client.post(path, WHOLE)
+
+
+def test_the_answer_to_a_batch_lists_the_unknown_fields_of_each_task_and_its_own(client):
+    bad = changed("payload.userId", ABSENT, MISSPELT)
+    answer = client.post("/task/batch", {"tasks": [MISSPELT, WHOLE, bad, MISSPELT], "prio": 1})
+    first, second, third, fourth = answer["tasks"]
+    assert first["ignored"] == [f"tasks[0].{path}" for path in PATHS] and answer["ignored"] == ["prio"]
+    assert "ignored" not in second and third["status"] is False
+    assert fourth["ignored"] == [f"tasks[3].{path}" for path in PATHS]
+
+
+def test_with_strict_an_unknown_field_is_400_and_nothing_is_queued(client):
+    status, answer, _ = client("POST", "/task/?strict=true", changed("prio", ABSENT, MISSPELT))
+    assert status == 400 and answer["field"] == "payload.reply-to" and (
+        answer["error"] == "payload.reply-to is not a known field; did you mean payload.reply_to?")
+    assert recent(client) == ([], None)
+    status, answer, _ = client("POST", "/task/batch?strict=true", {"tasks": [WHOLE], "prio": 1})
+    assert status == 400 and answer["field"] == "prio" and recent(client) == ([], None)
+    one, other = client.post("/task/batch?strict=true", {"tasks": [MISSPELT, WHOLE]})["tasks"]
+    assert one["field"] == "tasks[0].prio" and other["status"] and "ignored" not in other
+    assert client.post("/task/?strict=true", WHOLE)["id"]
+
+
+@pytest.mark.parametrize("path", ["/task/", "/task/task", "/task/batch"])
+@pytest.mark.parametrize("strict", ["", "1", "True", "yes", "true "])
+def test_strict_is_true_or_false(client, path, strict):
+    status, answer, _ = client("POST", f"{path}?strict={urllib.parse.quote(strict)}", {**MESSAGE, "tasks": [MESSAGE]})
+    assert status == 400 and answer == {"status": False, "error": "strict must be true or false", "field": "strict"}
+
+
+@pytest.mark.parametrize("name", ["x" * 10_000, "\ud800", "a\r\nb", "", "\x1b[31m", "a.b", "x[0]"])
+def test_an_unknown_field_of_any_name_is_listed_in_at_most_200_characters(client, name):
+    assert client.post("/task/", {**MESSAGE, name: 1})["ignored"] == [name[:200]]
+    status, answer, _ = client("POST", "/task/?strict=true", {**MESSAGE, name: 1})
+    assert status == 400 and len(answer["error"]) < 300
+
+
+def test_at_most_20_unknown_fields_are_listed(client):
+    task = {**MESSAGE, "payload": {**MESSAGE["payload"], **{f"x{number}": 1 for number in range(30)}}}
+    assert client.post("/task/", task)["ignored"] == [f"payload.x{number}" for number in range(20)]
 
 
 @pytest.mark.parametrize("path", ["/nothing", "/task/a/b", "/Task", "/task/dead/x/y", "//task"])
