@@ -12060,6 +12060,15 @@ def test_the_operator_looks_after_dead_letters_from_the_command_line(operated, m
     assert code == 3 and "no gomail is running" in errors
 
 
+def test_the_command_line_shows_the_metadata_of_a_task(operated):
+    command, client = operated
+    task_id = client.task(metadata=METADATA)
+    client.state(task_id, "succeeded")
+    assert json.loads(command("status", task_id, "--json")[1])["metadata"] == METADATA
+    shown = re.search("^metadata +(.*)$", command("status", task_id)[1], re.MULTILINE)[1]
+    assert json.loads(shown) == METADATA and shown.isascii()
+
+
 def test_a_message_is_sent_from_the_command_line(operated, mail_server):
     command, client = operated
     (command.folder / "mail.html").write_text("<h1>Grüße</h1>")
@@ -12557,6 +12566,28 @@ def test_a_webhook_its_waiting_events_and_what_may_expire_are_in_a_backup(servic
     until(lambda: [data["id"] for data in receiver.data("mail.sent")] == [sent])
     assert receiver.seen[-1]["webhook-id"] == event_id
     assert Client(second.http.url, client.key).get("/webhook")["url"] == receiver.url
+
+
+def test_senders_lanes_headers_and_metadata_are_in_a_backup(services, mail_server):
+    first = services(mail_server)
+    client = first.client.sign_up()
+    settle_on(first, client, "Ann <ann@a.example>", "@c.example", reply_to="help@a.example")
+    sent = client.task(metadata=METADATA)
+    client.state(sent, "succeeded")
+    mail_server.one("user@example.com")
+    waiting = changed("payload.headers", {"X-Order": "4711"}, MESSAGE)
+    waiting["payload"] |= {"userId": "later@example.com", "lane": "bulk", "metadata": METADATA, "from": "x@c.example",
+                           "send_at": rfc3339(time.time() + 1e7)}
+    later = client.post("/task/", waiting)["id"]
+    file = backed_up(first.store)
+    first.stop()
+    second = services(mail_server, key_prefix=restored(first.store, file))
+    client = Client(second.http.url, client.key)
+    assert client.get(f"/task/{sent}")["metadata"] == client.get(f"/task/{later}")["metadata"] == METADATA
+    second.store.redis.zadd(second.store.key("delayed"), {later: 1})
+    client.state(later, "succeeded")
+    assert sender_of(mail_server, "later@example.com") == ("x@c.example", "x@c.example", "c.example", "help@a.example")
+    assert mail_server.one("later@example.com")["X-Order"] == "4711"
 
 
 def test_a_task_that_redis_shows_twice_while_it_is_read_is_restored_once_as_it_was_last(services, mail_server):
