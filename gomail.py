@@ -2962,7 +2962,7 @@ def strip_bearer(header: str) -> str:
 
 
 # --- 6. tasks -------------------------------------------------------------------------------------------
-# The tasks that a caller may send: the Check of each type's payload, and the lane that the type waits in.
+# The tasks that a caller may send: the Check of each type's payload, and the lane that a task waits in.
 
 class Lane(enum.StrEnum):
     """The tasks of a lane wait for each other, and for no other lane's."""

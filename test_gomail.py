@@ -1598,7 +1598,7 @@ def test_every_key_begins_with_the_prefix_and_userlist_is_the_hash_of_the_accoun
 def documented_keys():
     """The table of Redis keys in the module: name, as "task:<id>" -> (type, what is said of it)."""
     source = (HERE / "gomail.py").read_text()
-    rows = re.findall(r"^#   (\S.*?)  +(string|hash|zset|list)  +(.*(?:\n#    .*)*)", source, re.MULTILINE)
+    rows = re.findall(r"^#   (\S.*?)  +(string|hash|zset|list|set)  +(.*(?:\n#    .*)*)", source, re.MULTILINE)
     return {name: (kind, text) for names, kind, text in rows for name in names.split(", ")}
 
 
@@ -3216,18 +3216,18 @@ def test_a_mail_may_name_one_of_the_three_lanes_of_mail(kind, lane):
     ("The Shop <Shop@Example.COM>", ("The Shop", "Shop@example.com")), ("Shop<s@b.example>", ("Shop", "s@b.example")),
     ('"Ann, \\"the\\" Shop" <s@b.example>', ('Ann, "the" Shop', "s@b.example")),
     ("Jörg <jörg@bücher.example>", ("Jörg", "jörg@xn--bcher-kva.example")),
-    ("a <b> <s@b.example>", ("a <b>", "s@b.example")), ('" <s@b.example>', ('"', "s@b.example")),
+    (" s@b.example ", ("", "s@b.example")),
     *[(text, None) for text in (
         "", " ", "Shop", "@b.example", "Shop <@b.example>", "Shop <>", "a@b.example, c@d.example",
-        "Shop <s@b.example> x", " s@b.example", "s@b.example ", "Shop <s@b.example>>", "Shop < s@b.example>",
+        "Shop <s@b.example> x", "Shop <s@b.example>>", "Shop < s@b.example>",
         "Shop <s@b.example", "s@b.example (Shop)", "Shop\r\nBcc: x <s@b.example>", "Shop\n<s@b.example>",
-        "s@[192.0.2.1]", "\0 <s@b.c>", "\ud83d <s@b.example>", "x" * 101 + " <s@b.example>", 7, ["s@b.example"])]])
+        '" <s@b.example>', "a <b> <s@b.example>", "s@[192.0.2.1]", "\0 <s@b.c>", "\ud83d <s@b.example>", "x" * 101 + " <s@b.example>", 7, ["s@b.example"])]])
 @pytest.mark.parametrize("kind", ["message", "generateOtp"])
 def test_from_is_an_address_with_or_without_a_name_before_it(kind, text, sender):
     base = {**MESSAGE, "type": kind, "payload": {**MESSAGE["payload"], "length": 6}}
     if sender:
-        assert gomail.TASK(changed("payload.from", text, base))["payload"]["from"] == text
-        assert gomail.parse_sender(text) == sender
+        kept = gomail.TASK(changed("payload.from", text, base))["payload"]["from"]
+        assert gomail.parse_sender(kept) == gomail.parse_sender(text) == sender
     else:
         with pytest.raises(gomail.HTTPError, match="^payload.from must be Name <address> or an e-mail address"):
             gomail.TASK(changed("payload.from", text, base))
@@ -13050,6 +13050,15 @@ def test_the_operator_looks_after_dead_letters_from_the_command_line(operated, m
     assert code == 3 and "no gomail is running" in errors
 
 
+def test_the_command_line_shows_the_metadata_of_a_task(operated):
+    command, client = operated
+    task_id = client.task(metadata=METADATA)
+    client.state(task_id, "succeeded")
+    assert json.loads(command("status", task_id, "--json")[1])["metadata"] == METADATA
+    shown = re.search("^metadata +(.*)$", command("status", task_id)[1], re.MULTILINE)[1]
+    assert json.loads(shown) == METADATA and shown.isascii()
+
+
 def test_a_message_is_sent_from_the_command_line(operated, mail_server):
     command, client = operated
     (command.folder / "mail.html").write_text("<h1>Grüße</h1>")
@@ -13577,6 +13586,28 @@ def test_rotated_keys_and_the_settings_of_accounts_are_in_a_backup(services, mai
     old, ended, latest, new = (Client(second.http.url, client.key) for client in (old, ended, latest, new))
     assert not works(old) and works(ended) and works(latest) and works(new)
     assert latest.get("/account")["senders"] == ["a@example.com"]
+
+
+def test_senders_lanes_headers_and_metadata_are_in_a_backup(services, mail_server):
+    first = services(mail_server)
+    client = first.client.sign_up()
+    settle_on(first, client, "Ann <ann@a.example>", "@c.example", reply_to="help@a.example")
+    sent = client.task(metadata=METADATA)
+    client.state(sent, "succeeded")
+    mail_server.one("user@example.com")
+    waiting = changed("payload.headers", {"X-Order": "4711"}, MESSAGE)
+    waiting["payload"] |= {"userId": "later@example.com", "lane": "bulk", "metadata": METADATA, "from": "x@c.example",
+                           "send_at": rfc3339(time.time() + 1e7)}
+    later = client.post("/task/", waiting)["id"]
+    file = backed_up(first.store)
+    first.stop()
+    second = services(mail_server, key_prefix=restored(first.store, file))
+    client = Client(second.http.url, client.key)
+    assert client.get(f"/task/{sent}")["metadata"] == client.get(f"/task/{later}")["metadata"] == METADATA
+    second.store.redis.zadd(second.store.key("delayed"), {later: 1})
+    client.state(later, "succeeded")
+    assert sender_of(mail_server, "later@example.com") == ("x@c.example", "x@c.example", "c.example", "help@a.example")
+    assert mail_server.one("later@example.com")["X-Order"] == "4711"
 
 
 def test_a_task_that_redis_shows_twice_while_it_is_read_is_restored_once_as_it_was_last(services, mail_server):
