@@ -747,7 +747,8 @@ def parse_sender(text: str) -> tuple[str, str] | None:
 
     The name has up to 100 characters, in one line. It may be in quotes (RFC 5322 section 3.2.4).
     """
-    match = SENDER.fullmatch(text.strip())
+    text = text.strip()
+    match = SENDER.fullmatch(text)
     quoted_name, name, address = match.groups() if match else (None, "", text)
     name = (name if quoted_name is None else re.sub(r"\\(.)", r"\1", quoted_name)).strip()
     parsed = parse_address(address)
@@ -6183,9 +6184,9 @@ def refusal(stage: str, code: int, text: bytes, others_taken: bool = False,
     about = known or (About.RECIPIENT if stage == "RCPT" else About.MAIL)
     if others_taken and about in (About.SENDER, About.CLIENT, About.CONNECTION):
         about = About.RECIPIENT
-    if own_sender and about == About.SENDER and code >= 500:
+    if own_sender and about == About.SENDER:
         # At MAIL any words count, also those for a limit of the connection.
-        error: DeliveryError = PermanentError(
+        error: DeliveryError = (TemporaryError if code < 500 else PermanentError)(
             f"{about} {own_sender}, {STAGES[stage]}: {reply}", certain=stage != "MAIL")
     elif about in (About.MAIL, About.RECIPIENT):
         error = (TemporaryError if code < 500 else PermanentError)(reply, certain=known is not None)

@@ -2692,7 +2692,9 @@ def test_a_sender_is_kept_in_a_form_that_means_the_same(name, domain):
         assert not re.fullmatch(f"{gomail.ONE_LINE}*", name)
         return
     assert parsed == (name.strip(), f"Me@{gomail.domain_to_ascii(domain)}")
-    kept = gomail.Sender()(f"{quoted} <Me@{domain}>") if not gomail.SURROGATES.search(name) else ""
+    kept = ""
+    if re.fullmatch(f"{gomail.ONE_LINE}*", name) and not gomail.SURROGATES.search(name):
+        kept = gomail.Sender()(f"{quoted} <Me@{domain}>")
     assert not kept or gomail.parse_sender(kept) == parsed and gomail.Sender()(kept) == kept
 
 
@@ -3221,7 +3223,8 @@ def test_a_mail_may_name_one_of_the_three_lanes_of_mail(kind, lane):
         "", " ", "Shop", "@b.example", "Shop <@b.example>", "Shop <>", "a@b.example, c@d.example",
         "Shop <s@b.example> x", "Shop <s@b.example>>", "Shop < s@b.example>",
         "Shop <s@b.example", "s@b.example (Shop)", "Shop\r\nBcc: x <s@b.example>", "Shop\n<s@b.example>",
-        '" <s@b.example>', "a <b> <s@b.example>", "s@[192.0.2.1]", "\0 <s@b.c>", "\ud83d <s@b.example>", "x" * 101 + " <s@b.example>", 7, ["s@b.example"])]])
+        '" <s@b.example>', "a <b> <s@b.example>", "s@[192.0.2.1]",
+        "\0 <s@b.c>", "\ud83d <s@b.example>", "x" * 101 + " <s@b.example>", 7, ["s@b.example"])]])
 @pytest.mark.parametrize("kind", ["message", "generateOtp"])
 def test_from_is_an_address_with_or_without_a_name_before_it(kind, text, sender):
     base = {**MESSAGE, "type": kind, "payload": {**MESSAGE["payload"], "length": 6}}
@@ -3242,7 +3245,7 @@ SENDERS_OF_AN_ACCOUNT = ["@c.example", "Ann <Ann@a.example>", "bob@b.example", "
         "z@bücher.example")],
     *[(SENDERS_OF_AN_ACCOUNT, sender, False) for sender in (
         "bob@a.example", "ann@b.example", "x@sub.c.example", "x@cc.example", "x@c.example.org", "c.example@d.example",
-        "app@example.org", "Ann <x@a.example>", "Ann <Ann@a.example> <x@d.example>")],
+        "app@example.org", "Ann <x@a.example>", "Ann <x@d.example>")],
     (["app@example.org"], "App <APP@example.org>", True), (["app@example.org"], "x@example.org", False)])
 def test_from_must_be_one_of_the_senders_whole_or_of_exactly_a_domain(allowed, sender, matches):
     task = gomail.TASK(changed("payload.from", sender, MESSAGE))
