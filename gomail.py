@@ -1402,7 +1402,7 @@ class Store:
     COMMANDS = """
         BRPOPLPUSH k k 0, DBSIZE, DEL k, EVAL x 1 k, EVALSHA x 1 k, EXEC, EXISTS k, EXPIRE k 1, GET k, HDEL k x,
         HEXISTS k x, HGET k x, HGETALL k, HINCRBY k x 1, HINCRBYFLOAT k x 1, HKEYS k, HLEN k, HMGET k x, HRANDFIELD k,
-        HSCAN k 0, HSET k x x, HSETNX k x x, HVALS k, INCR k, LINDEX k 0, LLEN k, LPUSH k x,
+        HSCAN k 0, HSET k x x, HSETNX k x x, HVALS k, INCR k, LINDEX k 0, LLEN k, LPOS k x, LPUSH k x,
         LRANGE k 0 0, LREM k 0 x, MEMORY|USAGE k, MULTI, PERSIST k, PEXPIRE k 1, PEXPIREAT k 1, PING, PTTL k, RPOP k,
         RPOPLPUSH k k, RPUSH k x, SADD k x, SCAN 0, SET k x, SREM k x, SSCAN k 0, TIME, TTL k, TYPE k, UNLINK k,
         ZADD k 1 x, ZCARD k, ZCOUNT k 0 0, ZRANGE k 0 0, ZRANGEBYSCORE k 0 0, ZREM k x, ZREMRANGEBYSCORE k 0 0,
@@ -3009,7 +3009,8 @@ class Task:
 
 # --- 7. queue -------------------------------------------------------------------------------------------
 # A task is in exactly one place at any time: a lane, a worker's processing list, the delayed set or the dead letters;
-# or it has ended, and only a summary of it is kept. One script makes each step from one place to another.
+# or it has ended, and only a summary of it is kept. One script makes each step from one place to another. In a lane,
+# accounts take turns: see Queue.PUT.
 
 class State(enum.StrEnum):
     """Where a task is, or how it has ended."""
@@ -3255,15 +3256,18 @@ class Queue:
     # Accounts with tasks in a lane take turns. Each has a list of its own there, and the lane is a list of turns: it
     # has the name of each list with tasks once. A list may run empty and leave its turn behind. `put` puts a task into
     # its lane: before the account's other tasks ("first"), behind the next one of them ("second"), or behind all
-    # ("last"). It answers whether the account has got a turn behind others.
+    # ("last"). It answers whether the account had none there, while others have.
     PUT = """
         local function put(prefix, lane, account, id, place)
             local lane, list = 'lane:' .. lane, 'lane:' .. lane .. ':' .. account
             local ahead = place == 'second' and redis.call('RPOP', prefix .. list)
             local waiting = redis.call(place == 'last' and 'LPUSH' or 'RPUSH', prefix .. list, id)
             if ahead then redis.call('RPUSH', prefix .. list, ahead) end
-            return waiting == 1 and redis.call('SADD', prefix .. 'turns', list) == 1
-                and redis.call(place == 'first' and 'RPUSH' or 'LPUSH', prefix .. lane, list) > 1
+            if waiting > 1 then return false end
+            local is_without_turn = redis.call('SADD', prefix .. 'turns', list) == 1
+            local turns = is_without_turn and redis.call(place == 'first' and 'RPUSH' or 'LPUSH', prefix .. lane, list)
+                or redis.call('LLEN', prefix .. lane)
+            return turns > 1
         end
     """
 
@@ -3453,16 +3457,17 @@ class Queue:
         self._recall = store.script(self.RECALL)
         self._reclaim = store.script(self.RECLAIM, once=True)
         self._adopt = store.script(self.ADOPT)
+        self._restore_turns = store.script(self.RESTORE_TURNS)
         self._cancel = store.script(self.CANCEL, once=True)
         self._revive = store.script(self.REVIVE, once=True)
         self._bounce = store.script(self.BOUNCE, once=True)
         # As scripts take them: result_ttl and dead_ttl in milliseconds, dead_max.
         self._limits = [settings.result_ttl * 1000, settings.dead_ttl * 1000, settings.dead_max]
         self._missing: dict[str, float] = {}  # process -> since when (monotonic) its heartbeat is missing
-        self._scanned = self._recalled = 0  # cursors
-        # By lane: accounts that have got a turn behind others, of which one task is taken first: else a lone message
-        # would wait for one of each account, and for a thread that has nothing else in hand.
-        self._newcomers: dict[str, collections.deque[str]] = {lane: collections.deque(maxlen=100) for lane in LANES}
+        self._scanned = self._recalled = self._turn_cursor = 0  # cursors
+        # By lane: accounts that had no task there while others have, by tasks that this process has accepted.
+        self.newcomers: dict[str, collections.deque[str]] = {lane: collections.deque(maxlen=100) for lane in LANES}
+        self._newcomer_came = {lane: threading.Event() for lane in LANES}
         self._no_otp = threading.Event()
         self._no_otp.set()
         # `wake`: set beside `_delayed`, for the thread that promotes
@@ -3590,9 +3595,9 @@ class Queue:
             subject = "batch or task" if batch else "task"
             raise HTTPError(422, f"Idempotency-Key was used with another {subject} before", "Idempotency-Key")
         first, refusals, new_in = answer
-        for newcomers in (self._newcomers[lane] for lane in new_in):
-            if account.name not in newcomers:
-                newcomers.append(account.name)
+        for lane in new_in:
+            self.newcomers[lane].append(account.name)
+            self._newcomer_came[lane].set()
         results: list[str | HTTPError] = [*self._ids(first, len(tasks))]
         for number, _, why in (refusal.partition("=") for refusal in refusals.split()):
             results[int(number)] = rate_limited(why) if why != "unknown" else HTTPError(
@@ -3628,8 +3633,8 @@ class Queue:
     # ARGV: how many tasks to take, at most the `share`-th part of what is seen to wait; or 0, and how many to keep in
     #       the list; the others go back to the head of the lane;
     #       `share`; 1 if all that is taken is begun within moments, or 0 if only the first is;
-    #       result_ttl and dead_ttl (ms), dead_max, process, worker, name of the lane;
-    #       an account whose turn it is at once, or "";
+    #       result_ttl and dead_ttl (ms), dead_max, process, worker, name of the lane; the only account of which a task
+    #       is taken, or "";
     #       then, of each task to settle: the number of its arguments, its id, verdict, detail, delay (ms), recipients
     #       that have the mail, addresses to suppress and the ids that its provider gave the mail, by spaces; the
     #       server's reply where only some have it; and, if it ends, what _summary_args() returns.
@@ -3639,7 +3644,7 @@ class Queue:
     SETTLE_AND_TAKE = BURY + CONCLUDE + """
         local own, lane, prefix = unpack(KEYS)
         local most, keep, share, all = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4] == '1'
-        local result_ttl, dead_ttl, dead_max, process, worker, lane_name, newcomer = unpack(ARGV, 5, 11)
+        local result_ttl, dead_ttl, dead_max, process, worker, lane_name, only = unpack(ARGV, 5, 11)
         local ends, successful = {succeeded = true, cancelled = true, suppressed = true, expired = true}, 0
         local events = {succeeded = 'mail.sent', suppressed = 'mail.suppressed', expired = 'mail.failed'}
         if redis.call('EXISTS', prefix .. 'hooks') == 0 then events = {} end
@@ -3750,7 +3755,6 @@ class Queue:
         end
         local held = redis.call('LLEN', own)
         while held > 0 and give_back_turn(redis.call('LINDEX', own, 0)) do held = held - 1 end
-        if newcomer ~= '' and redis.call('RPOPLPUSH', lane .. ':' .. newcomer, own) then held = held + 1 end
 
         -- The list whose turn it is, how many tasks it has, whether it had its turn, and how many others have one.
         local turn, waiting, is_served, others
@@ -3784,11 +3788,16 @@ class Queue:
             end
         end
 
-        next_turn()
+        if only ~= '' then
+            turn, waiting, others = false, 0, 0
+            if redis.call('RPOPLPUSH', lane .. ':' .. only, own) then held = held + 1 end
+        else
+            next_turn()
+        end
         most = math.max(1, held, math.min(most, math.floor((waiting + others) / share)))
         local found, suppresses = {}, {}  -- the second: key of suppressed addresses -> 1 if it exists, else 0
         for _ = 1, 200 do  -- some may belong to accounts that are gone; other calls come in between
-            local id = #found < held and redis.call('LINDEX', own, -1 - #found) or take_next()
+            local id = #found < held and redis.call('LINDEX', own, -1 - #found) or only == '' and take_next()
             if not id then break end
             local task = prefix .. 'task:' .. id
             local fields = redis.call('HMGET', task, 'body', 'account', 'key', 'created', 'attempts', 'strikes',
@@ -3816,8 +3825,8 @@ class Queue:
     """
 
     def settle_and_take(self, worker: str, lane: str, outcomes: Sequence[Outcome] = (), most: int = 1, share: int = 1,
-                        begin_all: bool = True) -> tuple[list[Task], int]:
-        """Settle `outcomes`, then take up to `most` tasks of `lane`, in one round trip.
+                        begin_all: bool = True, only: str = "") -> tuple[list[Task], int]:
+        """Settle `outcomes`, then take up to `most` tasks of `lane`, or one of the account `only`, in one round trip.
 
         `worker` names the processing list, in which no task but these may be. A call may be repeated when its
         connection failed and nobody knows how far it came. A worker takes the `share`-th part of the lane at most, so
@@ -3829,7 +3838,7 @@ class Queue:
             the account that comes next shows.
         """
         while True:
-            left, *found = self._settle(worker, lane, outcomes, most, 0, share, begin_all)
+            left, *found = self._settle(worker, lane, outcomes, most, 0, share, begin_all, only)
             if found or not left:
                 return [self._task(*fields) for fields in found], left
 
@@ -3839,13 +3848,9 @@ class Queue:
         self._settle(worker, lane, outcomes, 0, keep, 1, False)
 
     def _settle(self, worker: str, lane: str, outcomes: Sequence[Outcome], most: int, keep: int, share: int,
-                begin_all: bool) -> list:
+                begin_all: bool, only: str = "") -> list:
         keys = [self._processing(worker), self.store.key("lane", lane), self.store.prefix]
-        newcomer = ""
-        if most > 1:  # so that those whose turn it is get something as well
-            with contextlib.suppress(IndexError):
-                newcomer = self._newcomers[lane].popleft()
-        args = [most, keep, share, int(begin_all), *self._limits, self.process, worker, lane, newcomer]
+        args = [most, keep, share, int(begin_all), *self._limits, self.process, worker, lane, only]
         for outcome in outcomes:
             task, verdict, detail, delay, delivered, suppress, reply = outcome
             summary = self._summary_args(task) if verdict in CONCLUDED else ()
@@ -3898,6 +3903,11 @@ class Queue:
         except redis.OutOfMemoryError:  # a full Redis refuses this command, though it needs no memory here
             time.sleep(min(timeout, self.POLL))
             return True
+
+    def wait_for_newcomer(self, lane: str, timeout: float) -> None:
+        """Wait up to `timeout` seconds until this process accepts a task of an account that is new in a busy lane."""
+        self._newcomer_came[lane].wait(timeout)
+        self._newcomer_came[lane].clear()
 
     # A rolling window of `seconds`. Its recipients are counted in buckets of a thousandth of it, each until the whole
     # bucket is older than the window: so what is used has room again at most a thousandth late, never early, and memory
@@ -4405,6 +4415,25 @@ class Queue:
                                                      count=5000)
         owners = [key.removeprefix(self.store.key("processing", "")).rpartition(":") for key in lists]
         return sum(self._adopt(keys=[self.store.prefix], args=[process, worker]) for process, _, worker in owners)
+
+    # Give lists with tasks a turn again where it was lost: a process of an older version beside this one takes it for a
+    # task that is gone. If a worker just has it in hand, the list has two until it is empty.
+    # KEYS: the prefix. ARGV: the cursor. Answer: the next cursor.
+    RESTORE_TURNS = """
+        local prefix = KEYS[1]
+        local cursor, lists = unpack(redis.call('SSCAN', prefix .. 'turns', ARGV[1], 'COUNT', 50))
+        for _, list in ipairs(lists) do
+            local lane = prefix .. string.match(list, '^lane:%a+')
+            if redis.call('LLEN', prefix .. list) > 0 and not redis.call('LPOS', lane, list) then
+                redis.call('LPUSH', lane, list)
+            end
+        end
+        return cursor
+    """
+
+    def restore_turns(self) -> None:
+        """Give some 50 lists with tasks their turn again, if it was lost. The next call goes on from there."""
+        self._turn_cursor = self._restore_turns(keys=[self.store.prefix], args=[self._turn_cursor])
 
     # Only a task in the delayed set can be cancelled: one in a lane or in hand may be sent at any moment.
     # KEYS: the prefix. ARGV: id, the account that the task must belong to or "", its registration, and the arguments of
@@ -5808,7 +5837,7 @@ class Transport(typing.Protocol):
     accepted: float  # when a mail was last accepted, in seconds since the epoch
     reached: float  # when a mail was last accepted or a new connection last succeeded, by time.monotonic()
 
-    def ready(self, lane: str) -> bool:
+    def ready(self, lane: str, is_express: bool = False) -> bool:
         """Whether this thread may send a mail of this lane now. Raises RedisError."""
 
     def send(self, sender: str, recipients: Sequence[str], message: bytes, owner: Account = EVERYBODY,
@@ -5856,7 +5885,7 @@ class MaildirTransport:
     def __str__(self) -> str:
         return f"Maildir {self.folder}"
 
-    def ready(self, lane: str) -> bool:
+    def ready(self, lane: str, is_express: bool = False) -> bool:
         """There is always room for a mail."""
         return True
 
@@ -5997,6 +6026,7 @@ class SmtpConnections:
 
     LOWERED_FOR = 600.0  # seconds in which a server that refused a connection is asked for no more than it had
     WANTED_FOR = 3.0  # seconds in which a place that becomes free is kept for a lane that has none and asked for one
+    SPARES = 4  # places in a lane of this process, from which on one is left to the express thread
 
     # Note the places of this process and count all, except those of dead processes. reserved() is how many more must
     # stay free for the lanes that have none.
@@ -6081,6 +6111,7 @@ class SmtpConnections:
         self.places: dict[str, int] = dict.fromkeys(MAIL_LANES, 0)  # of this process, by lane
         self.totals: dict[str, int] = dict.fromkeys(MAIL_LANES, 0)  # of all, when Redis was last asked
         self.surplus, self.wanted = 0, ""  # how many of these are too many; a lane that has none and wants one
+        self.short_of_express: set[str] = set()  # lanes whose express thread has none and wants one
         self._take, self._lower = store.script(self.TAKE), store.script(self.LOWER)
 
     def take(self, lane: str) -> bool:
@@ -6096,7 +6127,11 @@ class SmtpConnections:
             self.places[lane] -= 1
 
     def must_leave(self, lane: str) -> bool:
-        """Whether a thread should close its connection: there are too many, or another lane has none and wants one."""
+        """Whether a thread should close its connection: there are too many, or another lane has none and wants one, or
+        the express thread of its own lane."""
+        if lane in self.short_of_express:
+            self.short_of_express.discard(lane)
+            return self.places[lane] >= self.SPARES
         if self.surplus <= 0 and not self.wanted:
             return False
         with self.lock:
@@ -6205,16 +6240,19 @@ class SmtpTransport:
     def __str__(self) -> str:
         return f"SMTP server {self.settings.smtp_server}:{self.settings.smtp_port}"
 
-    def ready(self, lane: str) -> bool:
+    def ready(self, lane: str, is_express: bool = False) -> bool:
         """Whether this thread has a connection, or a place to open one. Raises RedisError.
 
-        The place is this thread's until tidy() has closed its connection.
+        The place is this thread's until tidy() has closed its connection. If there is none for the express thread of a
+        lane, one of the others will leave its own.
         """
         local = self.local
         if not self.bound:
             return True
         if not local.place:
             local.place = lane if self.bound.take(lane) else ""
+            if is_express and not local.place:
+                self.bound.short_of_express.add(lane)
         elif local.place != Lane.URGENT and self.bound.must_leave(local.place):
             self.tidy()
         return bool(local.place)
@@ -8239,6 +8277,8 @@ class Crew:
     Args:
         work: what a thread does, given the crew and the thread's name.
         load: the share of a core that this process uses.
+        is_express: its thread takes a task of each account that comes to a busy lane, and no others: so this task does
+            not wait until a thread has done what it has in hand.
     """
 
     SLOW, FAST = 0.002, 0.001
@@ -8247,13 +8287,15 @@ class Crew:
     SLOT_WAIT = 0.1  # seconds between two attempts to get one of `smtp_connections`
 
     def __init__(self, lane: Lane, least: int, most: int, work: Callable[["Crew", str], None],
-                 load: Callable[[], float]) -> None:
+                 load: Callable[[], float], is_express: bool = False) -> None:
         self.lane, self.least, self.most, self.work, self.load = lane, least, most, work, load
+        self.is_express = is_express
         # To a fast server, several threads send hardly more than one, and take a quarter more of the processor's time
         # for each mail. But an OTP does not wait for a thread that is at another.
         self.few = least if lane == Lane.URGENT else 1
         self.lock = threading.Lock()
-        self.hands = {f"{lane}-{number}": Hand() for number in range(most)}  # of each thread that there may be
+        names = [f"{lane}-express"] if is_express else [f"{lane}-{number}" for number in range(most)]
+        self.hands = {name: Hand() for name in names}  # of each thread that there may be
         self.threads: dict[str, threading.Thread] = {}
         self.waiting = 0  # threads that wait for a task
         self.short_of_threads = time.monotonic()  # when none of them waited, the last time
@@ -8354,6 +8396,7 @@ class Workers:
 
     WAIT = 1.0  # seconds that a worker waits at an empty lane before it checks whether the service stops
     SETTLE_WITHIN = 0.005
+    LEAVING = 0.02  # seconds in which another thread may leave its connection to the express thread
     GIVE_BACK_AFTER = 1.0  # seconds that a task in hand waits for the one before it
     REST = 0.1  # seconds after a failure to settle in time
     SETTLE_TIMEOUT = 2.0  # seconds to settle the tasks in hand, once their connections are cut
@@ -8385,7 +8428,9 @@ class Workers:
                  Lane.CHANGES: (1, 1), Lane.HOOKS: (1, workers_max)}
         load = ProcessorLoad()
         self.crews = {lane: Crew(lane, *sizes[lane], self.run, load) for lane in Lane}
-        self.names = [name for crew in self.crews.values() for name in crew.hands]
+        self.express = {lane: Crew(lane, 1, 1, self.run, load, is_express=True) for lane in MAIL_LANES}
+        self.all_crews = [*self.crews.values(), *self.express.values()]
+        self.names = [name for crew in self.all_crews for name in crew.hands]
         self.settler = threading.Thread(target=self.settle_in_time, daemon=True)
         self.in_hand = threading.Event()  # some worker may have several tasks in hand
         self.stopped = False
@@ -8417,7 +8462,7 @@ class Workers:
         arrived.
         """
         self.stopping.set()
-        threads = [thread for crew in self.crews.values() for thread in list(crew.threads.values())]
+        threads = [thread for crew in self.all_crews for thread in list(crew.threads.values())]
         for patience in (timeout, self.SETTLE_TIMEOUT):
             deadline = time.monotonic() + patience
             for thread in threads:
@@ -8440,8 +8485,10 @@ class Workers:
                     self.queue.give_way()
                 with hand.lock:
                     may_begin = not self.stopping.is_set() and breaker.may_send and (
+                        bool(self.queue.newcomers[lane]) if crew.is_express else
                         bool(hand.tasks) or not crew.is_overstaffed)
-                    has_slot = may_begin and (lane not in MAIL_LANES or self.transport.ready(lane))
+                    has_slot = may_begin and (
+                        lane not in MAIL_LANES or self.transport.ready(lane, crew.is_express))
                     task = self.next_task(crew, name) if has_slot else self.give_back(crew, name)
                 failures = 0
                 if task:
@@ -8451,6 +8498,12 @@ class Workers:
                 elif not breaker.may_send:
                     self.transport.tidy()
                     breaker.wait()
+                elif crew.is_express:
+                    if may_begin and not has_slot:
+                        self.stopping.wait(self.LEAVING)
+                    else:
+                        self.transport.tidy(SmtpTransport.IDLE)
+                        self.queue.wait_for_newcomer(lane, self.WAIT)
                 elif crew.is_overstaffed:
                     if crew.leave(name):
                         break
@@ -8478,6 +8531,9 @@ class Workers:
         """Start threads where a lane has none that could take a task."""
         for crew in self.crews.values():
             crew.reinforce()
+        for lane, crew in self.express.items():
+            if self.queue.newcomers[lane] and not crew.threads:
+                crew.start_thread()
 
     def next_task(self, crew: Crew, name: str) -> Task | None:
         """Settle what must be settled now, and begin the next task; None where the lane is empty."""
@@ -8488,6 +8544,10 @@ class Workers:
                 self.queue.settle(name, lane, hand.outcomes)
                 hand.note_settled(hand.tasks)
             return hand.begin()
+        if crew.is_express:
+            tasks, _ = self.queue.settle_and_take(name, lane, hand.outcomes, only=self.queue.newcomers[lane].popleft())
+            hand.note_settled(tasks)
+            return hand.begin() if tasks else None
         hand.in_turn = crew.duration >= self.SETTLE_WITHIN
         tasks, left = self.queue.settle_and_take(
             name, lane, hand.outcomes, 1 if self.queue.rate.interval else Queue.MAX_IN_HAND,
@@ -8521,7 +8581,7 @@ class Workers:
         while self.in_hand.wait() and not self.stopped:
             self.in_hand.clear()
             time.sleep(self.SETTLE_WITHIN)
-            for crew in self.crews.values():
+            for crew in self.all_crews:
                 for name in list(crew.threads):
                     hand = crew.hands[name]
                     if hand.tasks or hand.outcomes:
@@ -8856,6 +8916,7 @@ class Cron:
             self.queue.find_orphans()
             self.queue.reclaim()
             self.queue.recall()
+            self.queue.restore_turns()
             self.newsletters.correct()
             if isinstance(self.transport, MaildirTransport):
                 with logging_errors("the Maildir cannot be cleaned"):
