@@ -2733,6 +2733,7 @@ def test_settings_are_changed_by_one_at_a_time_and_end_with_the_account(service,
             client.get("/health/ping")
             service.store.redis.hset(service.store.key("settings"), owner.name, '{"senders": ["b@example.com"]}')
         return real(**call)
+    meanwhile.known = real.known
     monkeypatch.setattr(records, "_changed", meanwhile)
     answer = service.http.api.set_account(gomail.Request({}, {}, {}, {"reply_to": "r@example.com"}, owner))
     assert len(calls) == 2 and (answer["senders"], answer["reply_to"]) == (["b@example.com"], "r@example.com")
