@@ -728,6 +728,20 @@ def parse_address(text: str) -> str | None:
     return f"{local}@{name}"
 
 
+def parse_sender(text: str) -> tuple[str, str] | None:
+    """(display name or "", address as parse_address gives it) of `Name <address>` or `address`; None if it is neither.
+
+    The name may stand in quotes (RFC 5322 section 3.2.4).
+    """
+    name, found, address = "", re.fullmatch(r"(.*?) *<([^<>]*)>", text), text
+    if found:
+        name, address = found.groups()
+        if len(name) > 1 and name[0] == name[-1] == '"':
+            name = re.sub(r"\\(.)", r"\1", name[1:-1])
+    parsed = parse_address(address)
+    return (name.strip(" "), parsed) if parsed else None
+
+
 def mailbox(address: str) -> str:
     """An address from parse_address() in the form for SMTP commands and headers.
 
@@ -984,6 +998,8 @@ def start_logging(settings: Settings) -> None:
 #   jwt_secret                      string  the signing secret, if the settings have none
 #   jwt_secret_check                string  a keyed hash that tells whether another process has the same secret
 #   ended_session:<id>              string  exists if the session was ended before its time
+#
+#   settings                        hash    account -> {"senders", "reply_to"}, see Accounts.settings()
 #
 #   task:<id>                       hash    body (JSON); head (what is shown of it, JSON; a newsletter has none);
 #                                           account; key (id of its API key); to (folded addresses); lane; state;
@@ -2157,6 +2173,21 @@ class Address(Check):
         return parse_address(value)
 
 
+class SenderCheck(Check):
+    """The sender of a mail, see parse_sender()."""
+
+    MAX_SIZE = 400
+    expected = ("Name <address> or an e-mail address, such as Shop <shop@example.com>, with a name of up to 100 "
+                f"characters {LINE}")
+    schema = {"type": "string", "maxLength": MAX_SIZE, "pattern": f"^{ONE_LINE}+$"}
+
+    def parse(self, value: str) -> str | None:
+        if len(value) > self.MAX_SIZE or not re.fullmatch(f"{ONE_LINE}+", value) or SURROGATES.search(value):
+            return None
+        parsed = parse_sender(value)
+        return value if parsed and len(parsed[0]) <= 100 else None
+
+
 class Url(Check):
     """An address on the web (RFC 3986), without a user, a password or a fragment; its host in ASCII."""
 
@@ -2511,6 +2542,15 @@ class Accounts:
         key_id = self.store.redis.hget(self.user_list, name)
         return Account(name, key_id) if key_id else None
 
+    def settings(self, name: str) -> Json:
+        """What an account's mails have by default: {"senders": [...], "reply_to"}.
+
+        `senders` are what payload.from may be, each `Name <address>`, `address` or `@domain`; the first address is the
+        default.
+        """
+        found = self.store.redis.hget(self.store.key("settings"), name)
+        return {"senders": [], "reply_to": "", **json.loads(found or "{}")}
+
     def names(self) -> list[str]:
         """The names of all accounts, sorted."""
         return sorted({name for name, _ in self.store.redis.hscan_iter(self.user_list, count=1000)})
@@ -2639,9 +2679,10 @@ PAYLOADS = {
                         "cc": Nullable(Array(Address(), 49)), "bcc": Nullable(Array(Address(), 49)),
                         "attachments": Nullable(Array(ATTACHMENT, 50)), "variables": Nullable(Variables()),
                         "send_at": Nullable(DateTime()), "expires_at": Nullable(DateTime()),
-                        "lane": Nullable(LANE), "headers": Nullable(Headers()), "metadata": Nullable(Metadata())}),
-    "generateOtp": Object({"userId": Address(), "length": Integer(4, 8), "lane": Nullable(LANE),
-                           "metadata": Nullable(Metadata())}),
+                        "from": Nullable(SenderCheck()), "lane": Nullable(LANE), "headers": Nullable(Headers()),
+                        "metadata": Nullable(Metadata())}),
+    "generateOtp": Object({"userId": Address(), "length": Integer(4, 8), "from": Nullable(SenderCheck()),
+                           "lane": Nullable(LANE), "metadata": Nullable(Metadata())}),
     "subscribe": Object({"userId": Address(), "frequency": Enum(FREQUENCIES), "content_type": CONTENT_TYPE,
                          "subject": Nullable(SUBJECT_TEMPLATE), "content": Nullable(CONTENT_TEMPLATE),
                          "variables": Nullable(Variables())},
@@ -2735,6 +2776,29 @@ def fold_address(address: str) -> str:
     return address.encode().lower().decode()
 
 
+def check_sender(task: Json, path: str, allowed: Sequence[str]) -> None:
+    """Raise HTTPError (400) for a payload.from that none of `allowed` matches: `Name <address>`, `address`, `@domain`.
+
+    `path` is that of the task, "" for the whole body.
+    """
+    _, address = parse_sender(task["payload"]["from"]) or ("", "")
+    own = fold_address(address)
+    for sender in allowed:
+        _, other = ("", sender) if sender.startswith("@") else parse_sender(sender) or ("", "")
+        if other and fold_address(other) in (own, own[own.rindex("@"):]):
+            return
+    field = f"{path}.payload.from" if path else "payload.from"
+    raise HTTPError(400, f"{field} must be one of the account's senders: {', '.join(allowed)}", field)
+
+
+@functools.lru_cache
+def sender_defaults(settings: str) -> tuple[tuple[str, str] | None, str]:
+    """(default sender or None, default Reply-To or "") from an account's settings as Redis keeps them."""
+    found = json.loads(settings)
+    addresses = filter(None, (parse_sender(sender) for sender in found.get("senders", ()) if sender[:1] != "@"))
+    return next(addresses, None), found.get("reply_to", "")
+
+
 def addresses_of(payload: Json) -> tuple[str, ...]:
     """All that the mail of a payload goes to."""
     return payload["userId"], *payload.get("cc", ()), *payload.get("bcc", ())
@@ -2760,6 +2824,7 @@ class Task:
     delivered: tuple = ()  # recipients that have the mail already, as fold_address() has them
     suppressed: tuple = ()  # recipients that get none, in the same form
     lane: str = Lane.NORMAL  # that it was taken from
+    settings: str = ""  # of its account, as JSON; "" where there are none
     recipients: list[str] | None = None  # who gets its mail, as soon as that is known
     following: "Task | None" = None  # the one that the worker has in hand after it
     message: bytes = b""  # its mail, where that is made before it is begun
@@ -3372,8 +3437,8 @@ class Queue:
     #       that have the mail, addresses to suppress and the ids that its provider gave the mail, by spaces; the
     #       server's reply where only some have it; and, if it ends, what _summary_args() returns.
     # Answer: {how many tasks are left in the lane, then of each task taken: {id, body, account, API key's id, created,
-    #         attempts, strikes, drops, dropped, expires, delivered, the recipients that are suppressed}}. No task,
-    #         although some are left, means: ask again.
+    #         attempts, strikes, drops, dropped, expires, delivered, the recipients that are suppressed, the account's
+    #         settings or ""}}. No task, although some are left, means: ask again.
     SETTLE_AND_TAKE = BURY + CONCLUDE + """
         local own, lane, prefix = unpack(KEYS)
         local most, keep, share, all = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4] == '1'
@@ -3480,6 +3545,7 @@ class Queue:
             redis.call('HSET', prefix .. 'processes', process, worker)
         end
         local found, suppresses = {}, {}  -- the second: key of suppressed addresses -> 1 if it exists, else 0
+        local settings = {}  -- account -> its settings, or ''
         most = math.max(1, redis.call('LLEN', own), math.min(most, math.floor(redis.call('LLEN', lane) / share)))
         for _ = 1, 200 do  -- some may belong to accounts that are gone; other calls come in between
             local id = redis.call('LINDEX', own, -1 - #found) or redis.call('RPOPLPUSH', lane, own)
@@ -3502,7 +3568,10 @@ class Queue:
                         if redis.call('ZSCORE', suppressed, address) then fields[11] = fields[11] .. address .. ' ' end
                     end
                 end
-                found[#found + 1] = {id, unpack(fields, 1, 11)}
+                local account = fields[2]
+                settings[account] = settings[account] or redis.call('HGET', prefix .. 'settings', account) or ''
+                fields[12] = settings[account]
+                found[#found + 1] = {id, unpack(fields, 1, 12)}
                 if #found == most or tonumber(fields[6] or 0) > 0 then break end  -- one with strikes is the last
             end
         end
@@ -3548,14 +3617,14 @@ class Queue:
     @staticmethod
     def _task(lane: str, task_id: str, body: str, account: str, key: str, created: str, attempts: str | None,
               strikes: str | None, drops: str | None, dropped: str | None, expires: str | None, delivered: str | None,
-              suppressed: str) -> Task:
+              suppressed: str, settings: str) -> Task:
         """The Task of these fields."""
         task = json.loads(body)
         if task["type"] == "generateOtp":
             suppressed = ""  # whoever asks for an OTP waits for it
         return Task(task_id, account, key, task["type"], task["task"], task["retries"], task["payload"], int(created),
                     int(attempts or 0), int(strikes or 0), int(drops or 0), int(dropped or 0), int(expires or 0),
-                    tuple((delivered or "").split()), tuple(suppressed.split()), lane)
+                    tuple((delivered or "").split()), tuple(suppressed.split()), lane, settings)
 
     @staticmethod
     def _summary_args(task: Task) -> list[str | int]:
@@ -5159,7 +5228,7 @@ class DeliveryError(Exception):
     Args:
         certain: another connection would get the same reply.
         dropped: the failure came in the middle of this mail, which may be its cause.
-        sender: the server answers, but refuses the sender.
+        sender: the server answers, but refuses the sender, the client or the account.
     """
 
     too_many = False  # whether the server takes fewer recipients in one transaction
@@ -5257,7 +5326,8 @@ class About(enum.StrEnum):
 
     MAIL = "the mail"
     RECIPIENT = "the recipient"
-    SENDER = "the sender, the client or the account"
+    SENDER = "the sender"
+    CLIENT = "the client or the account"
     CONNECTION = "the connection"
     SERVER = "the server"
     QUOTA = "the sending quota of the account"
@@ -5395,19 +5465,24 @@ REPLIES = tuple((about, re.compile(pattern, re.IGNORECASE | re.DOTALL)) for abou
     (About.SERVER, rf"(MAIL|DATA|DOT) .*({TOO_MANY_CONNECTIONS.pattern})"),
     # RFC 5321 section 4.2.3: 552, exceeded storage; RFC 3463 section 3.3, 3.4, 3.7: too long, its media.
     (About.MAIL, r"\w+ (552 |[45]\d\d [45]\.(2\.3|3\.4|6\.\d+)\b)"),
-    # RFC 4954 section 6, RFC 3207 section 4: authentication or TLS first. RFC 3463 section 3.2: the sender's address.
-    # RFC 5248, RFC 7372, RFC 7505: credentials, SPF, DKIM, reverse DNS. Microsoft's list of NDR codes: from 5.7.50 on.
-    (About.SENDER, r"\w+ (53\d |[45]\d\d [45]\.(1\.[78]|7\.([89]|1[0-4]|2[0-7]|57|60|64|139|50[1-38]|511|6[0-4]\d"
-                   r"|70[58]|750)|2\.252)\b)"),
+    # RFC 3463 section 3.2: the sender's address. RFC 7372, RFC 7505: SPF, DKIM, a domain without mail. Microsoft's list
+    # of NDR codes: 5.7.60 and 5.2.252, the sender is not the account's.
+    (About.SENDER, r"\w+ (?!53\d)[45]\d\d [45]\.(1\.[78]|7\.(2[0-4]|2[67]|60)|2\.252)\b"),
+    # RFC 4954 section 6, RFC 3207 section 4: authentication or TLS first. RFC 5248, RFC 7372: credentials, reverse DNS.
+    # Microsoft's list of NDR codes: from 5.7.57 on.
+    (About.CLIENT, r"\w+ (53\d |[45]\d\d [45]\.7\.([89]|1[0-4]|25|57|64|139|50[1-38]|511|6[0-4]\d|70[58]|750)\b)"),
     # Postfix with smtpd_delay_reject refuses HELO, client and sender only at RCPT; so do Exim's ACLs ("relay not
     # permitted", "Sender verify failed"), Sendmail ("Relaying denied"), qmail ("allowed rcpthosts"), Exchange
-    # ("SendAsDenied", "Unable to relay") and, at the end of the data, SES ("Email address is not verified").
-    (About.SENDER, r"\w+ .*(sender (address )?(rejected|refused|denied)|sender verif|helo command rejected"
+    # ("SendAsDenied", "Unable to relay") and, at the end of the data, SES ("Email address is not verified"). Zoho
+    # ("Sender is not allowed to relay") and Gmail's relay mean the sender's domain by "relay".
+    (About.SENDER, r"\w+ .*(sender (address )?(rejected|refused|denied)|sender verif|not owned by|sendasdenied"
+                   r"|send as this sender|address is not verified|sender is not allowed to relay"
+                   r"|relay denied.*as obtained from helo and mail from)"),
+    (About.CLIENT, r"\w+ .*(helo command rejected"
                    r"|client host rejected|client .*blocked using|not (permitted|allowed|authorized) to relay"
                    r"|relay(ing)? (access )?(is )?(denied|not (permitted|allowed))"
-                   r"|unable to relay|allowed rcpthosts|not owned by"
-                   r"|authentication (is )?required|must (be )?authenticat|not authenticated|sendasdenied"
-                   r"|send as this sender|address is not verified)"),
+                   r"|unable to relay|allowed rcpthosts"
+                   r"|authentication (is )?required|must (be )?authenticat|not authenticated)"),
     # RFC 5321 section 4.2.4 and 4.3.2: commands unknown or out of order. Limits per connection: Stalwart ("messages per
     # session"), IONOS ("Mails per session limit"), OpenSMTPD ("Too many messages sent"), Postfix ("too many errors").
     # Postfix's anvil limits the client over all connections ("too much mail from", "too many recipients from").
@@ -5418,8 +5493,9 @@ REPLIES = tuple((about, re.compile(pattern, re.IGNORECASE | re.DOTALL)) for abou
     (About.SERVER, r"\w+ (454 |4\d\d 4\.(3\.[0125]|4\.[25])\b|5\d\d 5\.3\.[125]\b)"),
     # Postfix while its milter, policy server or table does not answer.
     (About.SERVER, r"\w+ 4.*(service unavailable|server configuration|temporary lookup failure)"),
-    # At MAIL: all mails have the same sender.
+    # At MAIL nothing else than these has been said yet.
     (About.SERVER, r"MAIL 4"),
+    (About.CLIENT, r"MAIL .*(\b(helo|ehlo|your ip|client ip|ip address)\b(?!.*mail from)|starttls|\blog ?in first\b)"),
     (About.SENDER, r"MAIL "),
 ))
 
@@ -5436,10 +5512,12 @@ def is_quota(stage: str, reply: str) -> bool:
     return next((is_one for is_one, pattern in QUOTAS if pattern.match(found)), False)
 
 
-def refusal(stage: str, code: int, text: bytes, others_taken: bool = False) -> DeliveryError | None:
+def refusal(stage: str, code: int, text: bytes, others_taken: bool = False,
+            own_sender: str = "") -> DeliveryError | None:
     """The error that a reply at a stage means (RFC 5321 section 4.2), or None for success: any 2yz, at DATA any 3yz.
 
     `others_taken`: the server took another recipient in this transaction, so the sender cannot be at fault.
+    `own_sender`: the mail's sender, where that is not the one of the service: if it is refused, others need not be.
     """
     if code // 100 == (3 if stage == "DATA" else 2):
         return None
@@ -5450,15 +5528,21 @@ def refusal(stage: str, code: int, text: bytes, others_taken: bool = False) -> D
         return QuotaError(f"{About.QUOTA}, {STAGES[stage]}: {reply}")
     known = next((about for about, pattern in REPLIES if pattern.match(f"{stage} {reply}")), None)
     about = known or (About.RECIPIENT if stage == "RCPT" else About.MAIL)
-    if others_taken and about in (About.SENDER, About.CONNECTION):
+    if others_taken and about in (About.SENDER, About.CLIENT, About.CONNECTION):
         about = About.RECIPIENT
-    if about in (About.MAIL, About.RECIPIENT):
-        error: DeliveryError = (TemporaryError if code < 500 else PermanentError)(reply, certain=known is not None)
+    if own_sender and about == About.SENDER and code >= 500:
+        # At MAIL any words count, also those for a limit of the connection.
+        error: DeliveryError = PermanentError(
+            f"{about} {own_sender}, {STAGES[stage]}: {reply}", certain=stage != "MAIL")
+    elif about in (About.MAIL, About.RECIPIENT):
+        error = (TemporaryError if code < 500 else PermanentError)(reply, certain=known is not None)
         # RFC 3463 section 3.2: 5.1.x is about an address, 5.1.7 and 5.1.8 about the sender's.
         error.no_such_address = stage == "RCPT" and re.match(r"5\d\d 5\.1\.(?![78]\b)\d", reply) is not None
     else:
         explanation = reply if code == 421 else f"{about}, {STAGES[stage]}: {reply}"
-        error = UnavailableError(explanation, dropped=stage != "MAIL" or code < 500, sender=about == About.SENDER)
+        # A mail whose sender is its own may be the only one that the server says this to: it is not returned for ever.
+        error = UnavailableError(explanation, dropped=stage != "MAIL" or code < 500 or bool(own_sender),
+                                 sender=about in (About.SENDER, About.CLIENT))
     error.too_many = stage in ("RCPT", "DATA") and TOO_MANY.match(reply) is not None
     return error
 
@@ -5975,7 +6059,10 @@ class SmtpTransport:
                 if smtp.has_extn("smtputf8"):
                     options = self.UTF8
                 elif not sender.isascii():
-                    raise UnavailableError("the server takes no sender beyond ASCII (SMTPUTF8)", sender=True)
+                    reason = "the server takes no sender beyond ASCII (SMTPUTF8)"
+                    if not self._own_sender(sender):
+                        raise UnavailableError(reason, sender=True)
+                    refused = dict.fromkeys(recipients, PermanentError(reason, certain=True))
                 else:
                     error = PermanentError("the server takes no addresses beyond ASCII (SMTPUTF8)", certain=True)
                     refused = {address: error for address in recipients if not address.isascii()}
@@ -5989,7 +6076,7 @@ class SmtpTransport:
                 self.local.meanwhile()
                 smtp.sock.settimeout(self.FINAL_TIMEOUT)
                 code, text = self._reply(smtp, "DOT")
-                if final := refusal("DOT", code, text):
+                if final := refusal("DOT", code, text, own_sender=self._own_sender(sender)):
                     refused = dict.fromkeys(recipients, final) | refused
                 else:
                     reply = f"{code} {one_line(text)}"
@@ -6139,21 +6226,26 @@ class SmtpTransport:
             if reply[0] == 421 and (error := refusal(stage, *reply)):  # the server closes the connection
                 raise error
         local.announced, local.has_pipelined = None, local.has_pipelined or announced
-        recipients = envelope.recipients
-        if error := refusal("MAIL", *replies[0]):
+        recipients, own = envelope.recipients, self._own_sender(envelope.sender)
+        if error := refusal("MAIL", *replies[0], own_sender=own):
             refused = dict.fromkeys(recipients, error)
         else:
             refused = {address: error for address, reply in zip(recipients, replies[1:])
-                       if (error := refusal("RCPT", *reply, others_taken=any_taken))}
+                       if (error := refusal("RCPT", *reply, others_taken=any_taken, own_sender=own))}
         if len(refused) > 1:  # those that a quota leaves out share the error
             quotas = {str(error): error for error in refused.values() if isinstance(error, QuotaError)}
             refused = {address: quotas.get(str(error), error) for address, error in refused.items()}
-        if len(refused) < len(recipients) and (error := refusal("DATA", *replies[-1])):
+        if len(refused) < len(recipients) and (error := refusal("DATA", *replies[-1], own_sender=own)):
             refused = dict.fromkeys(recipients, error) | refused
         if len(refused) == len(recipients) and len(replies) == len(commands) and replies[-1][0] == 354:
             smtp.send(b".\r\n")  # the server waits for the data all the same: an empty mail for nobody
             self._reply(smtp, "DATA")
         return refused
+
+    def _own_sender(self, sender: str) -> str:
+        """The sender of a mail, or "" where it is the service's: then the server may refuse all mails for it."""
+        service = self.settings.sender[1]
+        return "" if sender == service or fold_address(sender) == fold_address(service) else sender
 
     @staticmethod
     def _commands(envelope: Envelope, options: str = "") -> list[tuple[str, str]]:
@@ -8061,7 +8153,7 @@ class Workers:
         sizes = {Lane.URGENT: (settings.workers, most), Lane.NORMAL: (settings.workers, most), Lane.BULK: (1, most),
                  Lane.CHANGES: (1, 1), Lane.HOOKS: (1, workers_max)}
         load = ProcessorLoad()
-        self.crews = {lane: Crew(lane, *sizes[lane], self.run, load) for lane in Lane}
+        self.crews: dict[str, Crew] = {lane: Crew(lane, *sizes[lane], self.run, load) for lane in Lane}
         self.names = [name for crew in self.crews.values() for name in crew.hands]
         self.settler = threading.Thread(target=self.settle_in_time, daemon=True)
         self.in_hand = threading.Event()  # some worker may have several tasks in hand
@@ -8309,14 +8401,26 @@ class Workers:
 
     def _mail(self, task: Task) -> Mail:
         """The Mail of a message task."""
-        payload, (name, address) = task.payload, self.settings.sender
+        payload, (name, address) = task.payload, self._sender(task)
         attachments = tuple(Attachment(file["filename"], file["content_type"], file["content"],
                                        file.get("content_id", "")) for file in payload.get("attachments", ()))
         return Mail(
             (payload.get("from_name", name), address), payload["userId"], payload["subject"], payload["content"],
             text=payload.get("text", ""), cc=tuple(payload.get("cc", ())), bcc=tuple(payload.get("bcc", ())),
-            reply_to=payload.get("reply_to", ""), attachments=attachments,
+            reply_to=payload.get("reply_to") or self._reply_to(task), attachments=attachments,
             headers=tuple(own_header(*header) for header in payload.get("headers", {}).items()))
+
+    def _sender(self, task: Task) -> tuple[str, str]:
+        """(display name, address) of the sender of a task's mail: its own, its account's or the service's."""
+        if "from" in task.payload and (sender := parse_sender(task.payload["from"])):
+            return sender
+        default = sender_defaults(task.settings)[0] if task.settings else None
+        return default or self.settings.sender
+
+    @staticmethod
+    def _reply_to(task: Task) -> str:
+        """The Reply-To of the mails of a task's account, or ""."""
+        return sender_defaults(task.settings)[1] if task.settings else ""
 
     def _compose(self, task: Task, mail: Mail) -> bytes:
         """The mail of a task as bytes."""
@@ -8335,14 +8439,16 @@ class Workers:
         """Issue the OTP of a generateOtp task and send it; returns the server's reply."""
         try:
             subject, content = self.otps.mail(self.otps.issue(task))
-            return self._send(task, Mail(self.settings.sender, task.payload["userId"], subject, content))
+            return self._send(task, Mail(self._sender(task), task.payload["userId"], subject, content,
+                                         reply_to=self._reply_to(task)))
         finally:
             self.queue.otp_passed()
 
     def send_newsletter(self, task: Task) -> str:
         """Send a newsletter with its current content; returns the server's reply."""
         subject, content, headers = self.newsletters.mail(task)
-        return self._send(task, Mail(self.settings.sender, task.payload["userId"], subject, content, headers=headers))
+        return self._send(task, Mail(self._sender(task), task.payload["userId"], subject, content,
+                                     reply_to=self._reply_to(task), headers=headers))
 
     def _send(self, task: Task, mail: Mail) -> str:
         """Send a mail to those recipients who do not have it yet, and are not suppressed; returns the server's reply,
@@ -8407,7 +8513,7 @@ class Workers:
         """The envelope of the mail that a task will send, as far as that can be known before."""
         if task is None or task.strikes or task.type not in MAIL_TYPES:
             return None
-        return Envelope(self.settings.sender[1], tuple(self._recipients(task)))
+        return Envelope(self._sender(task)[1], tuple(self._recipients(task)))
 
     def send_event(self, task: Task) -> str:
         """Send an event to a webhook; returns the status of the answer."""
@@ -8875,7 +8981,14 @@ class Api:
         return Response("application/json", ENCODER.encode(body) + "\n", {
             "Set-Cookie": f"{self.cookie}={value}; HttpOnly; SameSite=Strict; Path=/; Max-Age={seconds}{attributes}"})
 
+    def allowed_senders(self, account: Account) -> list[str]:
+        """What payload.from may be: the account's senders, or else the service's. Raises HTTPError (401)."""
+        self.accounts.ensure_active(account)  # nobody with a revoked key learns them
+        return self.accounts.settings(account.name)["senders"] or [self.settings.sender[1]]
+
     def enqueue(self, request: Request) -> Reply:
+        if "from" in request.body["payload"]:
+            check_sender(request.body, "", self.allowed_senders(request.account))
         fill_message(request.body, "", self.settings.max_body)
         result, = self.queue.enqueue(request.account, [request.body], request.idempotency_key)
         if isinstance(result, HTTPError):
@@ -8893,6 +9006,14 @@ class Api:
                 results.append(checked)
             except HTTPError as error:
                 results.append(error)
+        if named := [number for number, result in enumerate(results)
+                     if isinstance(result, dict) and "from" in result["payload"]]:
+            allowed = self.allowed_senders(request.account)
+            for number in named:
+                try:
+                    check_sender(results[number], f"tasks[{number}]", allowed)
+                except HTTPError as error:
+                    results[number] = error
         accepted = [number for number, result in enumerate(results) if isinstance(result, dict)]
         # A repeated batch is the same only if the same tasks are accepted: their answers are kept in that order.
         batch = json.dumps([accepted, request.body], sort_keys=True) if request.idempotency_key else ""

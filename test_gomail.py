@@ -223,7 +223,8 @@ class MailServer(aiosmtpd.controller.Controller):
 
     `replies` maps a recipient to the replies its next RCPT commands get; `data_replies` maps a recipient to the
     replies after its data. A reply "DROP" closes the connection instead. `pipelining` says whether it offers that.
-    From the mail after `share` on, a session is answered `used_up` at a stage: (stage, reply).
+    From the mail after `share` on, a session is answered `used_up` at a stage: (stage, reply). `refused_senders` maps a
+    sender to the stage and the reply at which its mails are refused.
     """
 
     pipelining = True
@@ -233,7 +234,7 @@ class MailServer(aiosmtpd.controller.Controller):
         self.mails, self.connections, self.refusals, self.host_names = [], 0, 0, set()
         self.most_open = 0  # connections at once
         self.replies, self.data_replies = collections.defaultdict(list), collections.defaultdict(list)
-        self.sender_replies = []
+        self.sender_replies, self.refused_senders = [], {}
         server = self
 
         class Session(aiosmtpd.smtp.SMTP):
@@ -297,6 +298,11 @@ class MailServer(aiosmtpd.controller.Controller):
             self.refusals += 1
             return self.drop(server) if self.used_up[1] == "DROP" else self.used_up[1]
 
+    def refused_at(self, stage, sender):
+        """What a mail of this sender is answered at this stage, or None."""
+        refused, reply = self.refused_senders.get(sender, ("", ""))
+        return reply if refused == stage else None
+
     async def handle_EHLO(self, server, session, envelope, host_name, replies):
         session.host_name = host_name
         self.host_names.add(host_name)
@@ -305,6 +311,8 @@ class MailServer(aiosmtpd.controller.Controller):
     async def handle_MAIL(self, server, session, envelope, address, options):
         if self.sender_replies:
             return self.sender_replies.pop(0)
+        if reply := self.refused_at("MAIL", address):
+            return reply
         if reply := self.refusal("MAIL", server):
             return reply
         envelope.mail_from = address
@@ -313,6 +321,7 @@ class MailServer(aiosmtpd.controller.Controller):
 
     async def handle_RCPT(self, server, session, envelope, address, options):
         reply = self.replies[address].pop(0) if self.replies[address] else self.refusal("RCPT", server) or "250 OK"
+        reply = self.refused_at("RCPT", envelope.mail_from) or reply
         if reply == "DROP":
             return self.drop(server)
         if reply.startswith("2"):
@@ -323,6 +332,7 @@ class MailServer(aiosmtpd.controller.Controller):
         recipient = envelope.rcpt_tos[0]
         reply = (self.data_replies[recipient].pop(0) if self.data_replies[recipient]
                  else self.refusal("DOT", server) or "250 OK")
+        reply = self.refused_at("DOT", envelope.mail_from) or reply
         if reply == "DROP":
             return self.drop(server)
         if not reply.startswith("2"):
@@ -424,6 +434,12 @@ class Client:
         """A client with the key of a new account."""
         name = name or f"{secrets.token_hex(4)}@example.com"
         return Client(self.address, self.post("/auth/signup", {"id": name})["apiKey"])
+
+
+def settle_on(service, client, *senders, reply_to=""):
+    """Set the senders and the Reply-To of a client's account."""
+    service.store.redis.hset(service.store.key("settings"), name_of(client),
+                             json.dumps({"senders": senders, "reply_to": reply_to}))
 
 
 def name_of(client):
@@ -2763,6 +2779,80 @@ def test_a_mail_may_name_one_of_the_three_lanes_of_mail(kind, lane):
         gomail.TASK(changed("payload.lane", lane, base))
 
 
+@pytest.mark.parametrize("text, sender", [
+    ("shop@example.com", ("", "shop@example.com")), ("<shop@example.com>", ("", "shop@example.com")),
+    ("The Shop <Shop@Example.COM>", ("The Shop", "Shop@example.com")), ("Shop<s@b.example>", ("Shop", "s@b.example")),
+    ('"Ann, \\"the\\" Shop" <s@b.example>', ('Ann, "the" Shop', "s@b.example")),
+    ("Jörg <jörg@bücher.example>", ("Jörg", "jörg@xn--bcher-kva.example")),
+    ("a <b> <s@b.example>", ("a <b>", "s@b.example")), ('" <s@b.example>', ('"', "s@b.example")),
+    *[(text, None) for text in (
+        "", " ", "Shop", "@b.example", "Shop <@b.example>", "Shop <>", "a@b.example, c@d.example",
+        "Shop <s@b.example> x", " s@b.example", "s@b.example ", "Shop <s@b.example>>", "Shop < s@b.example>",
+        "Shop <s@b.example", "s@b.example (Shop)", "Shop\r\nBcc: x <s@b.example>", "Shop\n<s@b.example>",
+        "s@[192.0.2.1]", "\0 <s@b.c>", "\ud83d <s@b.example>", "x" * 101 + " <s@b.example>", 7, ["s@b.example"])]])
+@pytest.mark.parametrize("kind", ["message", "generateOtp"])
+def test_from_is_an_address_with_or_without_a_name_before_it(kind, text, sender):
+    base = {**MESSAGE, "type": kind, "payload": {**MESSAGE["payload"], "length": 6}}
+    if sender:
+        assert gomail.TASK(changed("payload.from", text, base))["payload"]["from"] == text
+        assert gomail.parse_sender(text) == sender
+    else:
+        with pytest.raises(gomail.HTTPError, match="^payload.from must be Name <address> or an e-mail address"):
+            gomail.TASK(changed("payload.from", text, base))
+
+
+SENDERS_OF_AN_ACCOUNT = ["@c.example", "Ann <Ann@a.example>", "bob@b.example", "@xn--bcher-kva.example"]
+
+
+@pytest.mark.parametrize("allowed, sender, matches", [
+    *[(SENDERS_OF_AN_ACCOUNT, sender, True) for sender in (
+        "ann@a.example", "Someone else <ANN@A.example>", "bob@B.example", "x@c.example", "X <y@C.Example>",
+        "z@bücher.example")],
+    *[(SENDERS_OF_AN_ACCOUNT, sender, False) for sender in (
+        "bob@a.example", "ann@b.example", "x@sub.c.example", "x@cc.example", "x@c.example.org", "c.example@d.example",
+        "app@example.org", "Ann <x@a.example>", "Ann <Ann@a.example> <x@d.example>")],
+    (["app@example.org"], "App <APP@example.org>", True), (["app@example.org"], "x@example.org", False)])
+def test_from_must_be_one_of_the_senders_whole_or_of_exactly_a_domain(allowed, sender, matches):
+    task = gomail.TASK(changed("payload.from", sender, MESSAGE))
+    if matches:
+        return gomail.check_sender(task, "", allowed)
+    with pytest.raises(gomail.HTTPError) as error:
+        gomail.check_sender(task, "tasks[3]", allowed)
+    assert error.value.status == 400 and error.value.field == "tasks[3].payload.from"
+    assert error.value.message == f"tasks[3].payload.from must be one of the account's senders: {', '.join(allowed)}"
+
+
+def test_a_sender_that_is_not_the_accounts_is_refused_before_anything_is_queued(service, client):
+    other = service.client.sign_up()
+    settle_on(service, client, "@c.example", "Ann <ann@a.example>")
+
+    def answers(client, sender):
+        body = changed("payload.from", sender, MESSAGE)
+        batch = client.post("/task/batch", {"tasks": [MESSAGE, body]})["tasks"]
+        status, answer, _ = client("POST", "/task/", body)
+        assert batch[0]["status"] and batch[1]["status"] == (status == 200)
+        assert status == 200 or batch[1]["error"] == f"tasks[1].{answer['error']}" and answer["field"] == "payload.from"
+        return status, answer.get("error")
+
+    assert answers(client, "ann@a.example") == answers(client, "X <x@c.example>") == (200, None)
+    assert answers(client, "app@example.org") == (
+        400, "payload.from must be one of the account's senders: @c.example, Ann <ann@a.example>")
+    assert answers(other, "Another name <APP@example.org>") == (200, None)
+    assert answers(other, "ann@a.example") == (
+        400, "payload.from must be one of the account's senders: app@example.org")
+    until(lambda: service.client.get("/health/metrics")["Jobs Successful"] == 11)
+
+
+def test_nobody_with_a_revoked_key_learns_the_senders_of_an_account(service, client):
+    settle_on(service, client, "ann@a.example")
+    service.client.post("/auth/deregister", {"id": name_of(client)})
+    service.client.sign_up(name_of(client))
+    body = changed("payload.from", "x@c.example", MESSAGE)
+    for path, sent in (("/task/", body), ("/task/batch", {"tasks": [body]})):
+        status, answer, _ = client("POST", path, sent)
+        assert status == 401 and "ann" not in str(answer)
+
+
 @pytest.mark.parametrize("headers, field, words", [
     ([], "payload.headers", "an object of up to 20 names"),
     ({f"X-{n}": "x" for n in range(21)}, "payload.headers", "an object of up to 20 names"),
@@ -3767,6 +3857,91 @@ def test_headers_of_its_own_make_no_further_line_or_header_of_a_mail_and_are_rea
     head, _, body = raw.partition(b"\r\n\r\n")
     assert body == bare.partition(b"\r\n\r\n")[2] and head.isascii() and b"\n" not in head.replace(b"\r\n", b"")
     assert all(0 < len(line) <= 998 and line.strip() for line in head.split(b"\r\n"))
+
+
+def sender_of(mail_server, recipient):
+    """(From, envelope sender, domain of the Message-ID, Reply-To) of the one mail to a recipient."""
+    message, mail = mail_server.one(recipient), mail_server.to(recipient)[0]
+    return (message["From"], mail.sender, message["Message-ID"].rpartition("@")[2].strip(">"), message["Reply-To"])
+
+
+def test_a_mail_goes_out_from_its_own_sender_its_accounts_or_the_services(service, client, mail_server):
+    numbers = map(str, itertools.count())
+
+    def sent(kind="message", **payload):
+        recipient = f"{next(numbers)}@example.com"
+        client.task(kind, userId=recipient, **payload)
+        return sender_of(mail_server, recipient)
+
+    service_sender = ("App <app@example.org>", "app@example.org", "example.org")
+    assert sent() == sent("generateOtp") == (*service_sender, None)
+    settle_on(service, client, "@c.example", "Ann <ann@a.example>", "bob@b.example", reply_to="help@a.example")
+    for kind in ("message", "generateOtp"):
+        assert sent(kind) == ("Ann <ann@a.example>", "ann@a.example", "a.example", "help@a.example")
+        assert sent(kind, **{"from": "bob@b.example"}) == (
+            "bob@b.example", "bob@b.example", "b.example", "help@a.example")
+        assert sent(kind, **{"from": "Jo Doe <X@c.example>"})[:3] == (
+            "Jo Doe <X@c.example>", "X@c.example", "c.example")
+    assert sent(from_name="Bo", reply_to="me@d.example") == (
+        "Bo <ann@a.example>", "ann@a.example", "a.example", "me@d.example")
+    assert sent(from_name="Bo", **{"from": "Jo <x@c.example>"})[0] == "Bo <x@c.example>"
+    settle_on(service, client, "@c.example")
+    assert sent() == (*service_sender, None)
+    settle_on(service, client, reply_to="help@a.example")
+    assert sent() == (*service_sender, "help@a.example")
+
+
+def test_a_newsletter_goes_out_from_its_accounts_sender_with_the_list_of_the_service(services, mail_server, clock):
+    service = services(mail_server, clock, public_url="https://mail.example.com")
+    client = service.client.sign_up()
+    settle_on(service, client, "Ann <ann@a.example>", reply_to="help@a.example")
+    define(client)
+    subscribe(client)
+    clock.forward(86400)
+    assert sender_of(mail_server, "user@example.com") == (
+        "Ann <ann@a.example>", "ann@a.example", "a.example", "help@a.example")
+    message = mail_server.one("user@example.com")
+    assert message["List-Id"] == "<news.mail.example.com>"
+    assert message["List-Unsubscribe"].startswith("<https://mail.example.com/unsubscribe/")
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(name=strategies.text(max_size=100), address=strategies.sampled_from(
+    ["s@b.example", "a..b@b.example", "jörg@bücher.example"]), quotes=strategies.booleans())
+def test_a_senders_name_makes_no_header_or_address_of_a_mail(name, address, quotes):
+    escaped = re.sub(r'(["\\\\])', r"\\\1", name)
+    text = f'"{escaped}" <{address}>' if quotes else f"{name} <{address}>"
+    try:
+        sender = gomail.parse_sender(gomail.SenderCheck()(text, "from"))
+    except gomail.HTTPError:
+        return
+    raw, message = composed(sender=sender)
+    found, = message["From"].addresses
+    _, plain = composed(sender=("", sender[1]))
+    assert message.keys() == plain.keys() and raw.count(b"\r\n") - raw.count(b"\r\n ") == 11
+    if sender[1].isascii():
+        assert found.addr_spec in (sender[1], gomail.mailbox(sender[1]))
+
+
+def test_mails_of_many_senders_share_a_connection_and_each_has_its_own(services, mail_server):
+    service = services(mail_server, workers=1, workers_max=1)
+    clients = [service.client.sign_up() for _ in range(4)]
+    for number, client in enumerate(clients[1:]):
+        settle_on(service, client, f"sender-{number}@{number}.example", "@any.example")
+    mail_server.stop()
+    expected = {}
+    for number in range(40):
+        client, recipient = clients[number % 4], f"user-{number}@example.com"
+        own = {"from": f"own-{number}@any.example"} if number % 4 and number % 3 == 0 else {}
+        client.task(userId=recipient, **own)
+        expected[recipient] = own.get("from") or (
+            f"sender-{number % 4 - 1}@{number % 4 - 1}.example" if number % 4 else "app@example.org")
+    mail_server.start()
+    until(lambda: len(mail_server.mails) >= 40)
+    assert {mail.recipient: mail.sender for mail in mail_server.mails} == expected
+    for mail in mail_server.mails:
+        assert parsed(mail.raw)["From"].addresses[0].addr_spec == mail.sender
+    assert len(mail_server.mails) == 40 and mail_server.connections <= 2  # one may have been a probe
 
 
 def test_local_parts_that_are_no_dot_string_stand_in_quotes_in_every_header():
@@ -6163,21 +6338,21 @@ ANSWERS = [
     ("MAIL", "452 4.3.1 Insufficient system storage", gomail.About.SERVER),
     ("MAIL", "550 5.7.1 not you", gomail.About.SENDER),
     ("MAIL", "552 5.3.4 Message size exceeds fixed limit", gomail.About.MAIL),
-    ("RCPT", "504 5.5.2 <vm>: Helo command rejected: need fully-qualified hostname", gomail.About.SENDER),
-    ("RCPT", "450 4.7.1 <vm>: Helo command rejected: Host not found", gomail.About.SENDER),
+    ("RCPT", "504 5.5.2 <vm>: Helo command rejected: need fully-qualified hostname", gomail.About.CLIENT),
+    ("RCPT", "450 4.7.1 <vm>: Helo command rejected: Host not found", gomail.About.CLIENT),
     ("RCPT", "553 5.7.1 <a@b.example>: Sender address rejected: not owned by user app", gomail.About.SENDER),
     ("RCPT", "550 5.1.8 <a@b.example>: Sender address rejected: Domain not found", gomail.About.SENDER),
     ("RCPT", "450 4.1.8 <a@b.example>: Sender address rejected: Domain not found", gomail.About.SENDER),
-    ("RCPT", "554 5.7.1 <u@c.example>: Relay access denied", gomail.About.SENDER),
-    ("RCPT", "554 5.7.1 Service unavailable; Client host [192.0.2.1] blocked using dnsbl.example", gomail.About.SENDER),
-    ("RCPT", "450 4.7.25 Client host rejected: cannot find your hostname, [192.0.2.1]", gomail.About.SENDER),
-    ("RCPT", "550 relay not permitted", gomail.About.SENDER),
+    ("RCPT", "554 5.7.1 <u@c.example>: Relay access denied", gomail.About.CLIENT),
+    ("RCPT", "554 5.7.1 Service unavailable; Client host [192.0.2.1] blocked using dnsbl.example", gomail.About.CLIENT),
+    ("RCPT", "450 4.7.25 Client host rejected: cannot find your hostname, [192.0.2.1]", gomail.About.CLIENT),
+    ("RCPT", "550 relay not permitted", gomail.About.CLIENT),
     ("RCPT", "550-Verification failed for <a@b.example> Sender verify failed", gomail.About.SENDER),
-    ("RCPT", "550 5.7.1 Relaying denied. Proper authentication required.", gomail.About.SENDER),
-    ("RCPT", "553 sorry, that domain isn't in my list of allowed rcpthosts (#5.7.1)", gomail.About.SENDER),
-    ("RCPT", "550 5.7.64 TenantAttribution; Relay Access Denied", gomail.About.SENDER),
-    ("RCPT", "530 5.7.0 Must issue a STARTTLS command first", gomail.About.SENDER),
-    ("DATA", "530 5.7.57 Client not authenticated to send mail", gomail.About.SENDER),
+    ("RCPT", "550 5.7.1 Relaying denied. Proper authentication required.", gomail.About.CLIENT),
+    ("RCPT", "553 sorry, that domain isn't in my list of allowed rcpthosts (#5.7.1)", gomail.About.CLIENT),
+    ("RCPT", "550 5.7.64 TenantAttribution; Relay Access Denied", gomail.About.CLIENT),
+    ("RCPT", "530 5.7.0 Must issue a STARTTLS command first", gomail.About.CLIENT),
+    ("DATA", "530 5.7.57 Client not authenticated to send mail", gomail.About.CLIENT),
     ("DOT", "554 5.2.252 SendAsDenied; a@b.example not allowed to send as c@b.example", gomail.About.SENDER),
     ("DOT", "550 5.7.60 SMTP; Client does not have permissions to send as this sender", gomail.About.SENDER),
     ("DOT", "554 Message rejected: Email address is not verified. The following identities failed",
@@ -6189,8 +6364,8 @@ ANSWERS = [
     ("RCPT", "450 4.7.1 Error: too many recipients from 192.0.2.1", gomail.About.CONNECTION),
     ("MAIL", "452 4.5.3 Too many recipients: Too many messages sent", gomail.About.CONNECTION),
     ("MAIL", "450 4.7.1 Error: too much mail from 192.0.2.1", gomail.About.CONNECTION),
-    ("RCPT", "454 4.7.1 <u@c.example>: Relay access denied", gomail.About.SENDER),
-    ("DOT", "554 5.7.1 <localhost[192.0.2.1]>: Client host rejected: no", gomail.About.SENDER),
+    ("RCPT", "454 4.7.1 <u@c.example>: Relay access denied", gomail.About.CLIENT),
+    ("DOT", "554 5.7.1 <localhost[192.0.2.1]>: Client host rejected: no", gomail.About.CLIENT),
     ("RCPT", "550 restricted characters in address", gomail.About.RECIPIENT),
     ("DOT", "550 maximum allowed line length is 998 octets, got 1100", gomail.About.MAIL),
     ("DATA", "500 5.5.2 Error: bad syntax", gomail.About.CONNECTION),
@@ -6232,6 +6407,20 @@ def test_a_reply_is_about_the_mail_its_recipient_the_sender_the_connection_or_th
     else:
         assert type(error) is gomail.UnavailableError and f"{code} {text}" in str(error)
         assert code == 421 or str(error).startswith(about)
+
+
+@pytest.mark.parametrize("stage, reply, about", ANSWERS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize("others_taken", [False, True])
+def test_only_a_lasting_refusal_of_the_sender_is_another_error_for_a_mail_with_a_sender_of_its_own(
+        stage, reply, about, others_taken):
+    code, text = int(reply[:3]), reply[4:].encode()
+    plain = gomail.refusal(stage, code, text, others_taken)
+    own = gomail.refusal(stage, code, text, others_taken, own_sender="a@b.example")
+    if about == gomail.About.SENDER and code >= 500 and not others_taken:
+        assert type(own) is gomail.PermanentError and own.verdict == "dead" and not own.no_such_address
+        assert str(own) == f"the sender a@b.example, {gomail.STAGES[stage]}: {code} {reply[4:]}"
+    else:
+        assert (type(own), str(own), own.no_such_address) == (type(plain), str(plain), plain.no_such_address)
 
 
 # What providers and mail servers answer a client that has used up its quota or sends too fast, at any stage.
@@ -6532,6 +6721,97 @@ def test_a_mail_that_alone_is_refused_like_a_sender_does_not_hold_up_the_others_
         client.state(client.task(userId=f"{next(numbers)}@example.com"), "succeeded")
         return client.get(f"/task/{far}")["state"] == "dead"
     until(others_go_on)
+
+
+OWN_SENDERS = [("MAIL", "550 5.7.1 not you"), ("MAIL", "553 Sender address rejected: not owned by user app"),
+               ("MAIL", "501 5.5.4 You are not allowed to send from this address."),
+               ("RCPT", "553 5.7.1 <bob@b.example>: Sender address rejected: not owned by user app"),
+               ("RCPT", "550 5.1.8 <bob@b.example>: Sender address rejected: Domain not found"),
+               ("RCPT", "550-Verification failed for <bob@b.example>\n550 Sender verify failed"),
+               ("DOT", "554 5.2.252 SendAsDenied; app@example.org not allowed to send as bob@b.example"),
+               ("DOT", "554 Message rejected: Email address is not verified. The following identities failed"),
+               ("DOT", "550 5.7.60 SMTP; Client does not have permissions to send as this sender")]
+
+
+@pytest.mark.parametrize("pipelining", [True, False])
+@pytest.mark.parametrize("stage, reply", OWN_SENDERS, ids=lambda value: value[:30])
+def test_a_refused_sender_that_is_not_the_services_fails_its_own_mails_and_pauses_nothing(
+        services, mail_server, said, stage, reply, pipelining):
+    mail_server.pipelining, mail_server.refused_senders["bob@b.example"] = pipelining, (stage, reply)
+    service = services(mail_server, workers=1, workers_max=1)
+    client, other = service.client.sign_up(), service.client.sign_up()
+    settle_on(service, client, "ann@a.example", "bob@b.example")
+    ids, others = [], []
+    for number in range(6):
+        ids.append(client.task(retries=5, cc=["copy@example.com"], **{"from": "bob@b.example"}))
+        others += [other.task(userId=f"{number}@example.com"), client.task(userId=f"ann-{number}@example.com")]
+    for number, task_id in enumerate(others):
+        assert (client if number % 2 else other).state(task_id, "succeeded")["attempts"] == 1
+    for task_id in ids:
+        found = client.state(task_id, "dead", "succeeded")
+        assert (found["state"], found["attempts"]) == ("dead", 1)
+        assert f"the sender bob@b.example, {gomail.STAGES[stage]}: {reply[:3]} {reply[4:20]}" in found["error"]
+        assert [step["event"] for step in found["story"]] == ["accepted", "dead"]
+    assert len(mail_server.mails) == 12 and not service.workers.paused
+    assert not [record for record in said if "paused" in record.getMessage()]
+    assert client.get("/suppressions")["total"] == 0
+
+
+@pytest.mark.parametrize("sender", ["app@example.org", "Another name <APP@example.org>", None])
+@pytest.mark.parametrize("stage, reply", OWN_SENDERS[:1] + OWN_SENDERS[3:], ids=lambda value: str(value)[:30])
+def test_the_services_own_sender_pauses_the_lane_when_it_is_refused_whoever_names_it(
+        services, mail_server, sender, stage, reply):
+    for address in ("app@example.org", "APP@example.org"):
+        mail_server.refused_senders[address] = stage, reply
+    service = services(mail_server)
+    client = service.client.sign_up()
+    settle_on(service, client, "ann@a.example" if sender is None else "app@example.org", "APP@example.org")
+    if sender is None:
+        service.store.redis.hdel(service.store.key("settings"), name_of(client))
+    task_id = client.task(retries=0, **({"from": sender} if sender else {}))
+    assert reply[4:20] in until(lambda: service.workers.breakers["normal"].reason)
+    mail_server.refused_senders.clear()
+    assert client.state(task_id, "succeeded")["attempts"] == 1
+
+
+@pytest.mark.parametrize("stage, reply", [
+    ("MAIL", "530 5.7.0 Authentication required"), ("MAIL", "554 5.7.1 <host[192.0.2.1]>: Client host rejected: no"),
+    ("MAIL", "550 Access denied - Invalid HELO name"), ("RCPT", "554 5.7.1 <user@example.com>: Relay access denied"),
+    ("RCPT", "450 4.1.8 <bob@b.example>: Sender address rejected: Domain not found"),
+    ("DOT", "530 5.7.57 Client not authenticated to send mail"), ("MAIL", "451 4.3.0 later")])
+def test_what_is_about_the_client_the_login_relaying_or_passes_pauses_the_lane_whoever_sends(
+        services, mail_server, stage, reply):
+    mail_server.refused_senders |= {sender: (stage, reply) for sender in ("bob@b.example", "app@example.org")}
+    service = services(mail_server)
+    client = service.client.sign_up()
+    settle_on(service, client, "bob@b.example")
+    task_id = client.task(retries=0)
+    assert reply in until(lambda: service.workers.breakers["normal"].reason)
+    mail_server.refused_senders.clear()
+    assert client.state(task_id, "succeeded")["attempts"] == 1
+
+
+def test_a_sender_that_alone_is_refused_as_if_for_the_client_does_not_hold_up_the_others_for_ever(
+        services, mail_server):
+    mail_server.refused_senders["bob@b.example"] = "MAIL", "550 5.7.1 Client host rejected: Access denied"
+    service = services(mail_server, workers=1, workers_max=1)
+    client, numbers = service.client.sign_up(), itertools.count()
+    settle_on(service, client, "ann@a.example", "bob@b.example")
+    task_id = client.task(retries=0, **{"from": "bob@b.example"})
+
+    def others_go_on():
+        client.state(client.task(userId=f"{next(numbers)}@example.com"), "succeeded")
+        return client.get(f"/task/{task_id}")["state"] == "dead"
+    until(others_go_on)
+
+
+def test_a_sender_beyond_ascii_fails_its_own_mails_where_the_server_takes_none(service, client, mail_server):
+    settle_on(service, client, "jörg@b.example")
+    assert client.state(client.task(retries=3), "dead")["error"] == (
+        "the server takes no sender beyond ASCII (SMTPUTF8)")
+    assert not service.workers.paused
+    other = service.client.sign_up()
+    assert other.state(other.task(), "succeeded")
 
 
 @pytest.mark.parametrize("pipelining", [True, False])
