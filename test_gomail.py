@@ -12649,12 +12649,13 @@ def test_the_recipes_of_the_documentation_work(title, count, shop, tmp_path):
 
 
 def test_every_recipe_is_tested():
-    assert RECIPES.keys() == {"curl", "Python, standard library", "Python, requests", "Django", "Flask", "JavaScript", "Go"}
+    assert RECIPES.keys() == {"curl", "Python, standard library", "Python, requests", "Django", "Flask", "JavaScript",
+                              "Go"}
 
 
 DJANGO_MAIL = {"subject": "Subject", "body": "Content", "from_email": "orders@example.com", "to": ["to@example.com"]}
 LONG_LINE = "В южных морях " * 60
-PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg==")
+PIXEL = b"\x89PNG\r\n\x1a\n" + bytes(range(256))
 
 
 @pytest.fixture
@@ -12755,7 +12756,8 @@ def of_django(mail):
     """What Django lets a caller say in a mail, as it arrived or as Django makes it."""
     bodies = [mail.get_body([kind]) for kind in ("plain", "html")]
     ours = {"date", "message-id", "mime-version", "content-type", "content-transfer-encoding", "auto-submitted"}
-    readers = [reader.addr_spec for name in ("To", "Cc") if mail[name] for reader in mail[name].addresses if reader.addr_spec]
+    readers = [reader.addr_spec for header in (mail["To"], mail["Cc"]) if header
+               for reader in header.addresses if reader.addr_spec]
     files = [(file.get_filename("attachment" + (mimetypes.guess_extension(file.get_content_type()) or "")),
               file.get_content_type(), file.get_param("method"), file["Content-ID"],
               file.get_content_charset() if file.get_content_maintype() == "text" else "",
@@ -12784,14 +12786,13 @@ def test_the_django_recipe_has_at_most_40_lines():
 
 def test_the_django_recipe_queues_many_messages_in_one_request(django_mail, shop, mail_server):
     recipients = [f"to{number}@example.com" for number in range(3)]
-    messages = [django_mail.EmailMessage(from_email="app@example.org", to=[one]) for one in recipients]
+    messages = [django_mail.EmailMessage(to=[one]) for one in recipients]
     for kind in (list, iter):
         mail_server.mails.clear()
         assert django_mail.get_connection().send_messages(kind(messages)) == 3
         for one in recipients:
             assert (mail_server.one(one)["Subject"], text_of(mail_server.one(one))) == ("-", "-\n")
-        first, *_, last = sorted(recent(shop)[0][:3])
-        assert int(last, 16) - int(first, 16) == 2  # a batch has ids in a row
+        assert len({task_id[:13] for task_id in recent(shop)[0][:3]}) == 1  # the moment of their batch
 
 
 def test_the_django_recipe_sends_a_message_with_only_bcc_to_each_reader_alone(django_mail, mail_server):
@@ -12821,21 +12822,21 @@ def test_the_django_recipe_serves_send_mail_and_the_mails_to_admins_and_managers
     for recipient, subject, is_html in (("ann", "[Django] Subject", True), ("bob", "[Django] Subject", False),
                                         ("nobody", "Subject", True)):
         mail = mail_server.one(f"{recipient}@example.com")
-        assert (mail["From"], mail["Subject"]) == (SHOP[0], subject)  # Django's own senders are root and webmaster@localhost
+        assert (mail["From"], mail["Subject"]) == (SHOP[0], subject)  # in place of root@ and webmaster@localhost
         assert text_of(mail) == "Content\n" and mail.is_multipart() == is_html
         assert not is_html or mail.get_body(["html"]).get_content() == "HTML Content\n"
 
 
 def test_the_django_recipe_never_sends_text_as_html(django_mail, mail_server):
     text = 'Ann <ann@example.com> says:\n  <b>1 & 2</b> <a href="https://evil.example">{{ here }}</a>\n'
-    assert django_message(body=text, from_email="app@example.org").send() == 1
+    assert django_message(body=text).send() == 1
     mail = mail_server.one("to@example.com")
     page = selectolax.lexbor.LexborHTMLParser(mail.get_body(["html"]).get_content())
     assert text_of(mail) == text and page.body.text() == text and not page.css("b, a")
 
 
 def test_the_django_recipe_sends_html_without_a_text(django_mail, mail_server):
-    message = django_message(body="<p>Hello</p>", from_email="app@example.org")
+    message = django_message(body="<p>Hello</p>")
     message.content_subtype = "html"
     assert message.send() == 1
     mail = mail_server.one("to@example.com")
@@ -12845,7 +12846,7 @@ def test_the_django_recipe_sends_html_without_a_text(django_mail, mail_server):
 def test_the_django_recipe_sends_a_mail_in_the_mail_as_a_file(django_mail, mail_server):
     inner = django_message(("in.txt", "inner", "text/plain"), subject="Inner")
     assert django_message(("a.eml", inner, "message/rfc822"), (None, inner.message().as_bytes(), "message/rfc822"),
-                          ("b.txt", "outer", "text/plain"), from_email="app@example.org").send() == 1
+                          ("b.txt", "outer", "text/plain")).send() == 1
     first, second, last = mail_server.one("to@example.com").iter_attachments()
     assert [file.get_filename() for file in (first, second, last)] == ["a.eml", "mail.eml", "b.txt"]
     for file in (first, second):
@@ -12855,7 +12856,7 @@ def test_the_django_recipe_sends_a_mail_in_the_mail_as_a_file(django_mail, mail_
 
 
 def test_the_django_recipe_takes_further_fields_of_the_payload(django_mail, shop):
-    message = django_message(from_email="app@example.org")
+    message = django_message()
     message.gomail = {"lane": "urgent", "metadata": {"order": 4711}}
     message.send()
     task_id, = recent(shop)[0]
@@ -12866,11 +12867,11 @@ def test_the_django_recipe_takes_further_fields_of_the_payload(django_mail, shop
     ({"from_email": "boss@example.com"}, "from"), ({"from_email": "tester"}, "from"), ({"to": ["django"]}, "userId"),
     ({"to": ["Ann"], "cc": ["cc@example.com"]}, "userId"), ({"cc": ["django"]}, "cc[0]"),
     ({"headers": {"Message-ID": "<1@example.com>"}}, "headers.Message-ID"),
-    ({"headers": {"To": "list@example.com"}}, "headers.To"), ({"reply_to": ["a@example.com", "b@example.com"]}, "reply_to"),
-    ({"attachments": [email.mime.multipart.MIMEMultipart(_subparts=[email.mime.text.MIMEText("x")])]}, ""),
+    ({"headers": {"To": "list@example.com"}}, "headers.To"), ({"bcc": DJANGO_MAIL["to"] * 50}, "bcc"),
+    ({"reply_to": ["a@example.com", "b@example.com"]}, "reply_to"),
 ])
 def test_the_django_recipe_raises_what_gomail_refuses_and_sends_the_rest(wrong, field, django_mail, mail_server):
-    messages = [django_message(**{**DJANGO_MAIL, **wrong}), django_message(to=["fine@example.com"], from_email="app@example.org")]
+    messages = [django_message(**wrong), django_message(to=["fine@example.com"])]
     with pytest.raises(smtplib.SMTPException, match=re.escape(f"payload.{field}")):
         django_mail.get_connection().send_messages(messages)
     mail_server.one("fine@example.com")
@@ -12880,7 +12881,7 @@ def test_the_django_recipe_raises_what_gomail_refuses_and_sends_the_rest(wrong, 
 
 def test_the_django_recipe_lets_nobody_add_a_header(django_mail, shop):
     for fields in ({"subject": "x\nBcc: a@example.com"}, {"headers": {"X-Name": "x\nBcc: a@example.com"}},
-                   {"to": ["to@example.com\nBcc: a@example.com"]}, {"from_email": "app@example.org\nBcc: a@example.com"}):
+                   {"to": ["to@example.com\nBcc: a@example.com"]}, {"from_email": "a@example.net\nBcc: a@example.com"}):
         with pytest.raises((ValueError, smtplib.SMTPException)):
             django_message(**fields).send()
     assert recent(shop)[0] == []
@@ -12923,7 +12924,7 @@ def test_the_django_recipe_repeats_a_request_whose_answer_was_lost_and_the_mail_
         thread = threading.Thread(target=forwarder.serve_forever)
         thread.start()
         monkeypatch.setenv("GOMAIL_URL", f"http://127.0.0.1:{forwarder.server_port}")
-        assert django_message(from_email="app@example.org").send() == 1
+        assert django_message().send() == 1
         forwarder.shutdown()
         thread.join()
     assert answers == [] and len(keys) == 1
@@ -12932,7 +12933,7 @@ def test_the_django_recipe_repeats_a_request_whose_answer_was_lost_and_the_mail_
 
 
 def test_the_django_recipe_fails_as_a_mail_server_that_is_down_would(django_mail, monkeypatch):
-    monkeypatch.setenv("GOMAIL_URL", f"http://127.0.0.1:{closed_port()}")
+    monkeypatch.setenv("GOMAIL_URL", "http://127.0.0.1:1")
     with pytest.raises(smtplib.SMTPException, match="refused"):
         django_message().send()
     assert django_message().send(fail_silently=True) == 0
@@ -12941,7 +12942,7 @@ def test_the_django_recipe_fails_as_a_mail_server_that_is_down_would(django_mail
 def test_the_django_recipe_can_be_opened_and_closed(django_mail, mail_server):
     django_mail.get_connection(username="", password="").close()
     with django_mail.get_connection() as connection:
-        assert connection.send_messages([django_message(from_email="app@example.org")]) == 1
+        assert connection.send_messages([django_message()]) == 1
     mail_server.one("to@example.com")
 
 
