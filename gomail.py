@@ -1011,8 +1011,12 @@ def start_logging(settings: Settings) -> None:
 #                                           A task that has ended, except a dead letter, keeps only a summary: d, u, n
 #                                           and m (explained at Queue.CONCLUDE), to, error, story, head, bounces
 #   reply:<id>                      string  id of the task whose mail the provider gave this id when it took it
-#   lane:<lane>                     list    ids of waiting tasks; in at the left, out at the right
-#   processing:<process>:<worker>   list    ids of the tasks that the worker has in hand; in at the left
+#   lane:<lane>:<account>           list    ids of waiting tasks; in at the left, out at the right
+#   lane:<lane>                     list    turns: the names of those lists without `key_prefix`; in at the left, out at
+#                                           the right (older versions kept the ids here)
+#   turns                           set     the lists that have a turn in a lane
+#   processing:<process>:<worker>   list    ids of the tasks that the worker has in hand; in at the left; or a turn that
+#                                           it has waited for
 #   delayed                         zset    ids of tasks that wait for a retry or their send_at, by due time (ms)
 #   scheduled                       zset    the part of `delayed` that waits for a send_at, to be counted
 #   expiring                        zset    ids of tasks with `expires`, by that time (ms); some may have ended
@@ -1343,9 +1347,9 @@ class Store:
         HEXISTS k x, HGET k x, HGETALL k, HINCRBY k x 1, HINCRBYFLOAT k x 1, HKEYS k, HLEN k, HMGET k x, HRANDFIELD k,
         HSCAN k 0, HSET k x x, HSETNX k x x, HVALS k, INCR k, LINDEX k 0, LLEN k, LPUSH k x,
         LRANGE k 0 0, LREM k 0 x, MEMORY|USAGE k, MULTI, PERSIST k, PEXPIRE k 1, PEXPIREAT k 1, PING, PTTL k, RPOP k,
-        RPOPLPUSH k k, RPUSH k x, SCAN 0, SET k x, TIME, TTL k, TYPE k, UNLINK k, ZADD k 1 x, ZCARD k, ZCOUNT k 0 0,
-        ZRANGE k 0 0, ZRANGEBYSCORE k 0 0, ZREM k x, ZREMRANGEBYSCORE k 0 0, ZREVRANGE k 0 0, ZREVRANGEBYSCORE k 0 0,
-        ZSCAN k 0, ZSCORE k x
+        RPOPLPUSH k k, RPUSH k x, SADD k x, SCAN 0, SET k x, SREM k x, SSCAN k 0, TIME, TTL k, TYPE k, UNLINK k,
+        ZADD k 1 x, ZCARD k, ZCOUNT k 0 0, ZRANGE k 0 0, ZRANGEBYSCORE k 0 0, ZREM k x, ZREMRANGEBYSCORE k 0 0,
+        ZREVRANGE k 0 0, ZREVRANGEBYSCORE k 0 0, ZSCAN k 0, ZSCORE k x
     """
     FSYNC_COMMANDS = "WAITAOF 1 0 0"  # with durability=fsync
 
@@ -3085,10 +3089,25 @@ class Queue:
         end
     """
 
+    # Accounts with tasks in a lane take turns. Each has a list of its own there, and the lane is a list of turns: it
+    # has the name of each list with tasks once. A list may run empty and leave its turn behind. `put` puts a task into
+    # its lane: before the account's other tasks ("first"), behind the next one of them ("second"), or behind all
+    # ("last"). It answers whether the account has got a turn behind others.
+    PUT = """
+        local function put(prefix, lane, account, id, place)
+            local lane, list = 'lane:' .. lane, 'lane:' .. lane .. ':' .. account
+            local ahead = place == 'second' and redis.call('RPOP', prefix .. list)
+            local waiting = redis.call(place == 'last' and 'LPUSH' or 'RPUSH', prefix .. list, id)
+            if ahead then redis.call('RPUSH', prefix .. list, ahead) end
+            return waiting == 1 and redis.call('SADD', prefix .. 'turns', list) == 1
+                and redis.call(place == 'first' and 'RPUSH' or 'LPUSH', prefix .. lane, list) > 1
+        end
+    """
+
     # The record of a new task: `due` and `expires` in milliseconds, `to` its recipients as fold_address() has them, and
     # further fields. It is shown among the newest tasks, and waits in its lane or until it is due. If it may expire,
-    # `expiring` has it until then, whatever becomes of it before.
-    ADD_TASK = CLOCK + f"""
+    # `expiring` has it until then, whatever becomes of it before. Answers what `put` does.
+    ADD_TASK = CLOCK + PUT + f"""
         local function add_task(prefix, id, account, key, lane, due, expires, body, to, ...)
             local task = prefix .. 'task:' .. id
             redis.call('HSET', task, 'body', body, 'account', account, 'key', key, 'lane', lane, 'state', 'queued',
@@ -3105,7 +3124,7 @@ class Queue:
                 redis.call('ZADD', prefix .. 'delayed', due, id)
                 redis.call('ZADD', prefix .. 'scheduled', due, id)
             else
-                redis.call('LPUSH', prefix .. 'lane:' .. lane, id)
+                return put(prefix, lane, account, id, 'last')
             end
         end
     """
@@ -3177,7 +3196,7 @@ class Queue:
     # Queue an event for the webhooks that want its kind: that of the account, and the admin's. An event is a task of
     # the lane `hooks`, which is in no list of the newest tasks. `data` is JSON. `task_key`: id of the API key of the
     # task that it is about, if any: the next account of the same name does not hear of it. See section 15.
-    EVENT = CLOCK + """
+    EVENT = CLOCK + PUT + """
         local function emit(prefix, account, kind, data, task_key)
             if redis.call('EXISTS', prefix .. 'hooks') == 0 then return end
             for _, owner in ipairs(account == '' and {''} or {account, ''}) do
@@ -3190,7 +3209,7 @@ class Queue:
                         .. '{"userId": "", "data": ' .. data .. '}}'
                     redis.call('HSET', prefix .. 'task:' .. id, 'body', body, 'account', owner, 'key', key,
                                'lane', 'hooks', 'state', 'queued', 'attempts', 0, 'created', microseconds)
-                    redis.call('LPUSH', prefix .. 'lane:hooks', id)
+                    put(prefix, 'hooks', owner, id, 'last')
                 end
             end
         end
@@ -3275,6 +3294,9 @@ class Queue:
         self._limits = [settings.result_ttl * 1000, settings.dead_ttl * 1000, settings.dead_max]
         self._missing: dict[str, float] = {}  # process -> since when (monotonic) its heartbeat is missing
         self._scanned = self._recalled = 0  # cursors
+        # By lane: accounts that have got a turn behind others, of which one task is taken first: else a lone message
+        # would wait for one of each account, and for a thread that has nothing else in hand.
+        self._newcomers: dict[str, collections.deque[str]] = {lane: collections.deque(maxlen=100) for lane in LANES}
         self._no_otp = threading.Event()
         self._no_otp.set()
         # `wake`: set beside `_delayed`, for the thread that promotes
@@ -3289,7 +3311,7 @@ class Queue:
     #       made from, the number of tasks; and of each of its tasks: id, head, body, lane, the address of an OTP or "",
     #       a content type that must exist or "", due (ms), when it expires (ms) or 0, recipients.
     # Answer: for each request "revoked", "conflict", or {what the ids are made from, "<number>=<why> ..." of the tasks
-    #         refused}.
+    #         refused, the lanes in which the account is new among others}.
     ENQUEUE = ADD_TASK + LIMIT + """
         local prefix, cooldown, hourly, minute, otp_ttl = KEYS[1], unpack(ARGV, 1, 4)
 
@@ -3311,7 +3333,8 @@ class Queue:
             redis.call('EXPIRE', asked, 3600)
         end
 
-        local function refusal_of(account, key, id, head, body, lane, otp_address, content_type, due, expires, to)
+        local function refusal_of(new_in, account, key, id, head, body, lane, otp_address, content_type, due, expires,
+                                  to)
             if redis.call('EXISTS', prefix .. 'task:' .. id) == 1 then return end
             if content_type ~= '' and redis.call('HEXISTS', prefix .. 'content:' .. account, content_type) == 0 then
                 return 'unknown'
@@ -3319,7 +3342,8 @@ class Queue:
             local wait = otp_address ~= '' and too_early(account, id, otp_address)
             if wait then return wait end
             if otp_address ~= '' then expires = milliseconds + otp_ttl * 1000 end
-            add_task(prefix, id, account, key, lane, due, expires, body, to, 'head', head)
+            local is_new = add_task(prefix, id, account, key, lane, due, expires, body, to, 'head', head)
+            if is_new then new_in[#new_in + 1] = lane end
         end
 
         local function enqueue(tasks, account, key, fingerprint, digest, first, count)
@@ -3328,11 +3352,13 @@ class Queue:
             local known = fingerprint ~= '' and redis.call('GET', idempotency)
             if known then  -- of this registration, or of an older version, which did not note the owner
                 local before, first, owner, refused = string.match(known, '(%w+) (%w+) ?(%w*) ?(.*)')
-                if owner == '' or owner == key then return before == fingerprint and {first, refused} or 'conflict' end
+                if owner == '' or owner == key then
+                    return before == fingerprint and {first, refused, {}} or 'conflict'
+                end
             end
-            local refused = {}
+            local refused, new_in = {}, {}
             for number = 0, count - 1 do
-                local why = refusal_of(account, key, unpack(ARGV, tasks + 9 * number, tasks + 9 * number + 8))
+                local why = refusal_of(new_in, account, key, unpack(ARGV, tasks + 9 * number, tasks + 9 * number + 8))
                 if why then refused[#refused + 1] = number .. '=' .. why end
             end
             local refusals = table.concat(refused, ' ')
@@ -3340,7 +3366,7 @@ class Queue:
                 local record = {fingerprint, first, key, #refused > 0 and refusals or nil}
                 redis.call('SET', idempotency, table.concat(record, ' '), 'EX', 86400)
             end
-            return {first, refusals}
+            return {first, refusals, new_in}
         end
 
         local answers, at = {}, 5
@@ -3396,7 +3422,10 @@ class Queue:
         if answer == "conflict":
             subject = "batch or task" if batch else "task"
             raise HTTPError(422, f"Idempotency-Key was used with another {subject} before", "Idempotency-Key")
-        first, refusals = answer
+        first, refusals, new_in = answer
+        for newcomers in (self._newcomers[lane] for lane in new_in):
+            if account.name not in newcomers:
+                newcomers.append(account.name)
         results: list[str | HTTPError] = [*self._ids(first, len(tasks))]
         for number, _, why in (refusal.partition("=") for refusal in refusals.split()):
             results[int(number)] = rate_limited(why) if why != "unknown" else HTTPError(
@@ -3425,24 +3454,25 @@ class Queue:
             answers, is_safe = self._enqueue(keys, args), True
         return [(answer, is_safe) for answer in answers]
 
-    # Settle tasks that a worker has done, and take further ones. LREM is the fence: a worker whose task was given to
-    # another one meanwhile settles nothing. Only a worker with nothing left in hand takes: tasks that are in its list
-    # then were taken by a call whose answer was lost, and come first.
+    # Settle tasks that a worker has done, and take further ones, as it is the accounts' turn. LREM is the fence: a
+    # worker whose task was given to another one meanwhile settles nothing. Only a worker with nothing left in hand
+    # takes: tasks that are in its list then were taken by a call whose answer was lost, and come first.
     # KEYS: the worker's processing list, its lane, the prefix.
-    # ARGV: how many tasks to take, at most the `share`-th part of the lane; or 0, and how many to keep in the list; the
-    #       others go back to the head of the lane;
+    # ARGV: how many tasks to take, at most the `share`-th part of what is seen to wait; or 0, and how many to keep in
+    #       the list; the others go back to the head of the lane;
     #       `share`; 1 if all that is taken is begun within moments, or 0 if only the first is;
-    #       result_ttl and dead_ttl (ms), dead_max, process, worker;
+    #       result_ttl and dead_ttl (ms), dead_max, process, worker, name of the lane;
+    #       an account whose turn it is at once, or "";
     #       then, of each task to settle: the number of its arguments, its id, verdict, detail, delay (ms), recipients
     #       that have the mail, addresses to suppress and the ids that its provider gave the mail, by spaces; the
     #       server's reply where only some have it; and, if it ends, what _summary_args() returns.
-    # Answer: {how many tasks are left in the lane, then of each task taken: {id, body, account, API key's id, created,
-    #         attempts, strikes, drops, dropped, expires, delivered, the recipients that are suppressed, the account's
-    #         settings or ""}}. No task, although some are left, means: ask again.
+    # Answer: {how many tasks are seen to be left in the lane, then of each task taken: {id, body, account, API key's
+    #         id, created, attempts, strikes, drops, dropped, expires, delivered, the recipients that are suppressed,
+    #         the account's settings or ""}}. No task, although some are left, means: ask again.
     SETTLE_AND_TAKE = BURY + CONCLUDE + """
         local own, lane, prefix = unpack(KEYS)
         local most, keep, share, all = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4] == '1'
-        local result_ttl, dead_ttl, dead_max, process, worker = unpack(ARGV, 5, 9)
+        local result_ttl, dead_ttl, dead_max, process, worker, lane_name, newcomer = unpack(ARGV, 5, 11)
         local ends, successful = {succeeded = true, cancelled = true, suppressed = true, expired = true}, 0
         local events = {succeeded = 'mail.sent', suppressed = 'mail.suppressed', expired = 'mail.failed'}
         if redis.call('EXISTS', prefix .. 'hooks') == 0 then events = {} end
@@ -3465,11 +3495,11 @@ class Queue:
                 redis.call('HSET', prefix .. 'suppressed_for:' .. account, address, detail)
             end
             if ends[verdict] then
-                if lane == prefix .. 'lane:hooks' then
+                if lane_name == 'hooks' then
                     redis.call('UNLINK', task)
                     return
                 end
-                if events[verdict] and lane ~= prefix .. 'lane:changes' then
+                if events[verdict] and lane_name ~= 'changes' then
                     local account, attempts = unpack(redis.call('HMGET', task, 'account', 'attempts'))
                     if not attempts then return end
                     emit_mail(prefix, id, account, events[verdict], verdict,
@@ -3483,13 +3513,11 @@ class Queue:
             if verdict == 'returned' then
                 note(task, verdict, detail)
                 redis.call('HSET', task, 'state', 'queued', 'error', detail)
-                if tonumber(delay) > 0 and redis.call('HINCRBY', task, 'refused', 1) > 1 then
-                    redis.call('LPUSH', lane, id)  -- two such mails would take turns at the head for ever
-                else
-                    local ahead = tonumber(delay) > 0 and redis.call('RPOP', lane)
-                    redis.call('RPUSH', lane, id)
-                    if ahead then redis.call('RPUSH', lane, ahead) end
+                local place = tonumber(delay) == 0 and 'first' or 'second'
+                if place == 'second' and redis.call('HINCRBY', task, 'refused', 1) > 1 then
+                    place = 'last'  -- two such mails would take turns at the head for ever
                 end
+                put(prefix, lane_name, redis.call('HGET', task, 'account'), id, place)
             elseif verdict == 'dead' then
                 redis.call('HINCRBY', task, 'attempts', 1)
                 bury(prefix, id, detail, dead_ttl, tonumber(dead_max), suppress)
@@ -3510,7 +3538,15 @@ class Queue:
             redis.call('HSET', task, 'state', 'running', 'started', microseconds)
         end
 
-        local outcomes, is_done, at = {}, {}, 10
+        -- Give back a turn that the worker has waited for, if this is one.
+        local function give_back_turn(id)
+            if string.sub(id, 1, 5) ~= 'lane:' then return false end
+            redis.call('LREM', own, 1, id)
+            redis.call('RPUSH', lane, id)
+            return true
+        end
+
+        local outcomes, is_done, at = {}, {}, 12
         while at <= #ARGV do
             local last = at + ARGV[at]
             outcomes[#outcomes + 1] = {unpack(ARGV, at + 1, last)}
@@ -3520,15 +3556,16 @@ class Queue:
         if most == 0 then
             local left = {}  -- the next to be begun is the last
             for _, id in ipairs(redis.call('LRANGE', own, 0, -1)) do
-                if not is_done[id] then left[#left + 1] = id end
+                if not is_done[id] and not give_back_turn(id) then left[#left + 1] = id end
             end
             for at, id in ipairs(left) do
                 local task, before = prefix .. 'task:' .. id, #left - at
+                local state, account = unpack(redis.call('HMGET', task, 'state', 'account'))
+                local is_begun = keep > 0 and before == 0
                 if before >= keep then
                     redis.call('LREM', own, 1, id)
-                    redis.call('RPUSH', lane, id)
+                    if account then put(prefix, lane_name, account, id, 'first') end
                 end
-                local state, is_begun = redis.call('HGET', task, 'state'), keep > 0 and before == 0
                 if state == 'running' and not is_begun then redis.call('HSET', task, 'state', 'queued') end
                 if state == 'queued' and is_begun then begin(task) end
             end
@@ -3544,20 +3581,56 @@ class Queue:
         if redis.call('HEXISTS', prefix .. 'processes', process) == 0 then
             redis.call('HSET', prefix .. 'processes', process, worker)
         end
+        local held = redis.call('LLEN', own)
+        while held > 0 and give_back_turn(redis.call('LINDEX', own, 0)) do held = held - 1 end
+        if newcomer ~= '' and redis.call('RPOPLPUSH', lane .. ':' .. newcomer, own) then held = held + 1 end
+
+        -- The list whose turn it is, how many tasks it has, whether it had its turn, and how many others have one.
+        local turn, waiting, is_served, others
+
+        local function end_turn()
+            if not turn then return end
+            if waiting > 0 then
+                redis.call(is_served and 'LPUSH' or 'RPUSH', lane, turn)
+            elseif string.sub(turn, 1, 5) == 'lane:' then
+                redis.call('SREM', prefix .. 'turns', turn)
+            else  -- the id of a task, by an older version
+                local account = redis.call('HGET', prefix .. 'task:' .. turn, 'account')
+                if account then put(prefix, lane_name, account, turn, 'last') end
+            end
+        end
+
+        local function next_turn()
+            end_turn()
+            turn, waiting, is_served, others = redis.call('RPOP', lane), 0, false, 0
+            if turn then waiting, others = redis.call('LLEN', prefix .. turn), redis.call('LLEN', lane) end
+        end
+
+        local function take_next()
+            for _ = 1, 200 do
+                if waiting == 0 or is_served and others > 0 then next_turn() end
+                if not turn then return end
+                if waiting > 0 then
+                    waiting, is_served = waiting - 1, true
+                    return redis.call('RPOPLPUSH', prefix .. turn, own)
+                end
+            end
+        end
+
+        next_turn()
+        most = math.max(1, held, math.min(most, math.floor((waiting + others) / share)))
         local found, suppresses = {}, {}  -- the second: key of suppressed addresses -> 1 if it exists, else 0
         local settings = {}  -- account -> its settings, or ''
-        most = math.max(1, redis.call('LLEN', own), math.min(most, math.floor(redis.call('LLEN', lane) / share)))
         for _ = 1, 200 do  -- some may belong to accounts that are gone; other calls come in between
-            local id = redis.call('LINDEX', own, -1 - #found) or redis.call('RPOPLPUSH', lane, own)
+            local id = #found < held and redis.call('LINDEX', own, -1 - #found) or take_next()
             if not id then break end
             local task = prefix .. 'task:' .. id
             local fields = redis.call('HMGET', task, 'body', 'account', 'key', 'created', 'attempts', 'strikes',
                                       'drops', 'dropped', 'expires', 'delivered', 'to')
-            if not fields[1] then
-                redis.call('LREM', own, 1, id)
-            elseif not is_wanted(prefix, fields[2], fields[3]) then
+            if not fields[1] or not is_wanted(prefix, fields[2], fields[3]) then
                 redis.call('LREM', own, 1, id)
                 redis.call('UNLINK', task)
+                held = held - 1
             else
                 if all or #found == 0 then begin(task) end
                 local to, suppressed = fields[11], prefix .. 'suppressed:' .. fields[2]
@@ -3575,7 +3648,8 @@ class Queue:
                 if #found == most or tonumber(fields[6] or 0) > 0 then break end  -- one with strikes is the last
             end
         end
-        return {redis.call('LLEN', lane), unpack(found)}
+        end_turn()
+        return {waiting + others, unpack(found)}
     """
 
     def settle_and_take(self, worker: str, lane: str, outcomes: Sequence[Outcome] = (), most: int = 1, share: int = 1,
@@ -3588,7 +3662,8 @@ class Queue:
         those that were begun are to blame if the process dies.
 
         Returns:
-            The tasks, in the order in which they are to be done, and how many are left in the lane.
+            The tasks, in the order in which they are to be done, and how many are left in the lane, as far as a look at
+            the account that comes next shows.
         """
         while True:
             left, *found = self._settle(worker, lane, outcomes, most, 0, share, begin_all)
@@ -3603,7 +3678,11 @@ class Queue:
     def _settle(self, worker: str, lane: str, outcomes: Sequence[Outcome], most: int, keep: int, share: int,
                 begin_all: bool) -> list:
         keys = [self._processing(worker), self.store.key("lane", lane), self.store.prefix]
-        args = [most, keep, share, int(begin_all), *self._limits, self.process, worker]
+        newcomer = ""
+        if most > 1:  # so that those whose turn it is get something as well
+            with contextlib.suppress(IndexError):
+                newcomer = self._newcomers[lane].popleft()
+        args = [most, keep, share, int(begin_all), *self._limits, self.process, worker, lane, newcomer]
         for outcome in outcomes:
             task, verdict, detail, delay, delivered, suppress, reply = outcome
             summary = self._summary_args(task) if verdict in CONCLUDED else ()
@@ -3649,7 +3728,7 @@ class Queue:
         self._no_otp.set()
 
     def wait(self, worker: str, lane: str, timeout: float) -> bool:
-        """Wait up to `timeout` seconds until `lane` has a task, and move it to the worker's processing list.
+        """Wait up to `timeout` seconds until `lane` has a turn, and move it to the worker's processing list.
 
         Returns whether settle_and_take() may find something.
         """
@@ -3913,16 +3992,17 @@ class Queue:
     # that has lost several connections goes behind all others, which it must not hold up again.
     # KEYS: the prefix. ARGV: how many at most, MAX_DROPS.
     # Answer: {how many were moved, milliseconds until the next is due, or -1 where none waits}.
-    PROMOTE = CLOCK + """
+    PROMOTE = CLOCK + PUT + """
         local prefix, max_drops = KEYS[1], tonumber(ARGV[2])
         local due = redis.call('ZREVRANGEBYSCORE', prefix .. 'delayed', milliseconds, '-inf', 'LIMIT', 0, ARGV[1])
         for _, id in ipairs(due) do
             redis.call('ZREM', prefix .. 'delayed', id)
             redis.call('ZREM', prefix .. 'scheduled', id)
-            local lane, drops = unpack(redis.call('HMGET', prefix .. 'task:' .. id, 'lane', 'drops'))
+            local lane, account, drops = unpack(redis.call('HMGET', prefix .. 'task:' .. id,
+                'lane', 'account', 'drops'))
             if lane then
                 redis.call('HSET', prefix .. 'task:' .. id, 'state', 'queued')
-                redis.call(tonumber(drops or 0) < max_drops and 'RPUSH' or 'LPUSH', prefix .. 'lane:' .. lane, id)
+                put(prefix, lane, account, id, tonumber(drops or 0) < max_drops and 'first' or 'last')
             end
         end
         local next = redis.call('ZRANGE', prefix .. 'delayed', 0, 0, 'WITHSCORES')[2]
@@ -3960,25 +4040,22 @@ class Queue:
         local due = redis.call('ZRANGE', prefix .. 'expiring', '-inf', milliseconds, 'BYSCORE', 'LIMIT', 0, ARGV[1])
         for _, id in ipairs(due) do
             local task = prefix .. 'task:' .. id
-            local state, head, created, account, attempts, before = unpack(redis.call('HMGET', task,
-                'state', 'head', 'created', 'account', 'attempts', 'error'))
+            local state, head, created, account, attempts, before, lane = unpack(redis.call('HMGET', task,
+                'state', 'head', 'created', 'account', 'attempts', 'error', 'lane'))
             if state == 'running' then
                 redis.call('ZADD', prefix .. 'expiring', milliseconds + 1000, id)
             else
                 redis.call('ZREM', prefix .. 'expiring', id)
-                local lane = prefix .. 'lane:' .. (redis.call('HGET', task, 'lane') or '')
-                if state == 'queued' and redis.call('LLEN', lane) <= 1000 then redis.call('LREM', lane, -1, id) end
+                local list = prefix .. 'lane:' .. (lane or '') .. ':' .. (account or '')
+                if state == 'queued' and redis.call('LLEN', list) <= 1000 then redis.call('LREM', list, -1, id) end
                 if state and state ~= 'dead' then
                     expire(id, task, head, created, account, attempts, before)
                 end
-            end
-        end
-        for _, name in ipairs({'urgent', 'normal', 'bulk'}) do  -- what comes next in a lane shows how long it waits
-            local lane = prefix .. 'lane:' .. name
-            for _ = 1, 200 do
-                local id = redis.call('LINDEX', lane, -1)
-                if not id or redis.call('HEXISTS', prefix .. 'task:' .. id, 'd') == 0 then break end
-                redis.call('RPOP', lane)
+                for _ = 1, 200 do  -- what comes next shows how long it waits
+                    local next = redis.call('LINDEX', list, -1)
+                    if not next or redis.call('HEXISTS', prefix .. 'task:' .. next, 'd') == 0 then break end
+                    redis.call('RPOP', list)
+                end
             end
         end
         return {#due, unpack(ended)}
@@ -4060,13 +4137,15 @@ class Queue:
             for _, list in ipairs(lists) do
                 for _, id in ipairs(redis.call('LRANGE', list, 0, share - 1)) do
                     redis.call('LREM', list, 1, id)
-                    local created, lane, strikes, begun, state = unpack(redis.call('HMGET', prefix .. 'task:' .. id,
-                        'created', 'lane', 'strikes', 'begun', 'state'))
+                    local created, lane, account, strikes, begun, state = unpack(redis.call('HMGET',
+                        prefix .. 'task:' .. id, 'created', 'lane', 'account', 'strikes', 'begun', 'state'))
                     if created then
                         strikes = tonumber(strikes or 0)
                         if died and state == 'running' and (strikes == 0 or begun) then strikes = strikes + 1 end
-                        found[#found + 1] = {id = id, created = tonumber(created), lane = lane, strikes = strikes,
-                                             begun = state == 'running'}
+                        found[#found + 1] = {id = id, created = tonumber(created), lane = lane, account = account,
+                                             strikes = strikes, begun = state == 'running'}
+                    elseif string.sub(id, 1, 5) == 'lane:' then  -- a turn that the worker had waited for
+                        redis.call('RPUSH', prefix .. string.match(id, '^lane:%a+'), id)
                     end
                 end
                 left = left + redis.call('LLEN', list)
@@ -4100,7 +4179,7 @@ class Queue:
             if task.strikes >= tonumber(max_strikes) then
                 bury(prefix, task.id, 'its process died ' .. task.strikes .. ' times', dead_ttl, tonumber(dead_max))
             else
-                redis.call('RPUSH', prefix .. 'lane:' .. task.lane, task.id)
+                put(prefix, task.lane, task.account, task.id, 'first')
             end
         end
         return counts
@@ -4216,7 +4295,7 @@ class Queue:
     # an OTP that died, so it does not delay new ones in the urgent lane.
     # KEYS: the prefix. ARGV: id, the account that the task must belong to or "", "retry" or "remove".
     # Answer: 0 if there is no such dead letter, else 1.
-    REVIVE = NOTE + """
+    REVIVE = NOTE + PUT + """
         local prefix, id, account = KEYS[1], ARGV[1], ARGV[2]
         local task = prefix .. 'task:' .. id
         local owner, lane, to = unpack(redis.call('HMGET', task, 'account', 'lane', 'to'))
@@ -4232,7 +4311,7 @@ class Queue:
         note(task, 'revived', 'by request')
         redis.call('HDEL', task, 'error', 'finished', 'strikes', 'drops', 'dropped')
         redis.call('HSET', task, 'state', 'queued', 'attempts', 0)
-        redis.call('LPUSH', prefix .. 'lane:' .. (lane == 'urgent' and 'normal' or lane), id)
+        put(prefix, lane == 'urgent' and 'normal' or lane, owner, id, 'last')
         local reasons = prefix .. 'suppressed_for:' .. owner
         for address in string.gmatch(to or '', '%S+') do
             local reason = redis.call('HGET', reasons, address)
@@ -4468,6 +4547,7 @@ class Inspection:
     def __init__(self, store: Store, settings: Settings, give_way: Callable[[], object] = lambda: None) -> None:
         self.store, self.settings, self.give_way = store, settings, give_way
         self._search = store.script(self.SEARCH, when_full=False)
+        self._look = store.script(self.LISTS, when_full=False)
         self._forget = store.script(self.FORGET)
 
     def status(self, task_id: str, account: str = "", story: bool = False) -> Json | None:
@@ -4587,17 +4667,39 @@ class Inspection:
         ids = self.store.redis.zrevrange(key, offset, offset + limit - 1) if limit else []
         return self.store.redis.zcard(key), self._statuses(ids, account)
 
+    # Look at the lists of some accounts.
+    # KEYS: the prefix. ARGV: the cursor.
+    # Answer: {the next cursor, then of each list: its lane, how many tasks it has, when the next one was accepted}.
+    LISTS = """
+        local prefix = KEYS[1]
+        local cursor, lists = unpack(redis.call('SSCAN', prefix .. 'turns', ARGV[1], 'COUNT', 500))
+        local answer = {cursor}
+        for _, list in ipairs(lists) do
+            local next = redis.call('LINDEX', prefix .. list, -1)
+            answer[#answer + 1] = string.match(list, '^lane:(%a+)')
+            answer[#answer + 1] = redis.call('LLEN', prefix .. list)
+            answer[#answer + 1] = next and redis.call('HGET', prefix .. 'task:' .. next, 'created') or ''
+        end
+        return answer
+    """
+
+    def _lists(self) -> list[tuple[str, int, int]]:
+        """(lane, how many tasks, when the next one was accepted in us, or 0 where none waits), of each account's."""
+        lists: list[tuple[str, int, int]] = []
+        cursor: Any = None
+        while cursor != "0":
+            cursor, *found = self._look(keys=[self.store.prefix], args=[cursor or 0])
+            lists += [(lane, count, int(created or 0)) for lane, count, created in zip(
+                found[::3], found[1::3], found[2::3])]
+        return lists
+
     def oldest(self) -> dict[str, float]:
-        """By lane, how many seconds ago its next task was accepted; 0 where none waits."""
-        with self.store.redis.pipeline(transaction=False) as pipeline:
-            for lane in LANES:
-                pipeline.lindex(self.store.key("lane", lane), -1)
-            for task_id in pipeline.execute():
-                pipeline.hget(self.store.key("task", task_id or ""), "created")
-            pipeline.time()
-            *created, (seconds, microseconds) = pipeline.execute()
-        return {lane: max(0.0, seconds + (microseconds - int(moment)) / 1e6) if moment else 0.0
-                for lane, moment in zip(LANES, created)}
+        """By lane, how many seconds ago the first of its tasks was accepted; 0 where none waits."""
+        now, oldest = self.store.time(), dict.fromkeys(LANES, 0.0)
+        for lane, _, created in self._lists():
+            if created:
+                oldest[lane] = max(oldest[lane], now - created / 1e6)
+        return oldest
 
     def depths(self) -> dict[str, int]:
         """How many tasks wait in each lane, for a retry or their send_at, and as dead letters."""
@@ -4606,7 +4708,10 @@ class Inspection:
                 pipeline.llen(self.store.key("lane", lane))
             pipeline.zcard(self.store.key("delayed"))
             pipeline.zcard(self.store.key("dead"))
-            return dict(zip((*LANES, "retrying", "dead"), pipeline.execute()))
+            depths = dict(zip((*LANES, "retrying", "dead"), pipeline.execute()))
+        for lane, count, _ in self._lists():
+            depths[lane] += count - 1  # and not the turn
+        return {name: max(0, depth) for name, depth in depths.items()}
 
     def scheduled(self) -> int:
         """How many tasks wait for their send_at. What is due was counted by an older version, or is gone."""
@@ -10979,10 +11084,10 @@ class Backup:
     PAGE_BYTES = 1_000_000  # read or written at once, so that Redis has time for others
     PAGE_KEYS = 200  # read or written at once
     # State of processes or of a moment, and the places of tasks.
-    EXCLUDED = frozenset(("lane", "processing", "delayed", "scheduled", "expiring", "dead", "processes", "heartbeat",
-                          "paused", "paused_announced", "resume", "resumed", "rate", "connections", "connections_limit",
-                          "connections_wanted", "bounce_reader", "answered", "on_disk", "writable", "restoring",
-                          "jwt_secret_check"))
+    EXCLUDED = frozenset(("lane", "turns", "processing", "delayed", "scheduled", "expiring", "dead", "processes",
+                          "heartbeat", "paused", "paused_announced", "resume", "resumed", "rate", "connections",
+                          "connections_limit", "connections_wanted", "bounce_reader", "answered", "on_disk", "writable",
+                          "restoring", "jwt_secret_check"))
     # What a gomail leaves in Redis even if it was never used.
     DISPOSABLE = frozenset(("jwt_secret", "ascii_folded", "stats", "history", "metrics"))
     ENDED = (*CONCLUDED, State.BOUNCED, State.DEAD)

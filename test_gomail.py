@@ -3055,7 +3055,7 @@ def test_what_is_shown_of_an_ended_task_is_the_same_in_either_form_that_is_kept(
         take(queue, "normal-0", lane, gomail.Outcome(taken, "retrying", refusal), and_take=False)
     if verdict == "by request":
         client.zadd(queue.store.key("delayed"), {task_id: 1e14})
-        client.lrem(queue.store.key("lane", lane), 0, task_id)
+        client.lrem(queue.store.key("lane", lane, account.name), 0, task_id)
         before = client.hgetall(key)
         queue.cancel(task_id, account.name)
         after = {"state": "cancelled"}
@@ -3336,6 +3336,11 @@ def take(queue, worker, lane, outcome=None, and_take=True):
     queue.settle(worker, lane, outcomes, keep=0)
 
 
+def waiting_ids(queue, lane="normal"):
+    """The ids of the tasks that wait in a lane for the account of a queue, the next one last."""
+    return queue.store.redis.lrange(queue.store.key("lane", lane, queue.account.name), 0, -1)
+
+
 class Together:
     """Makes calls that all meet one that is under way: they go in groups, in the order in which they came.
 
@@ -3500,8 +3505,7 @@ def test_a_group_whose_answer_is_lost_on_the_way_is_queued_once(services, mail_s
         return queue.enqueue(queue.account, [MESSAGE])
     ids = list(itertools.chain(*Together(queue._enqueue_in_groups)(last, *calls)))
     assert cutter.cuts == 1 and len(set(ids)) == 6
-    waiting = service.store.redis.lrange(service.store.key("lane", "normal"), 0, -1)
-    assert sorted(waiting) == sorted(ids)
+    assert sorted(waiting_ids(queue)) == sorted(ids)
 
 
 @pytest.mark.parametrize("durability", ["everysec", "fsync"])
@@ -3632,8 +3636,8 @@ STEPS = strategies.one_of(
 def test_each_task_is_in_one_place_and_in_its_order_whatever_workers_with_several_in_hand_do(service, queue, steps):
     service.cron.stop()
     client, lane, ended = queue.store.redis, [], {}
-    for kind in ("lane", "processing", "task"):
-        client.delete("none", *client.keys(queue.store.key(kind, "*")))
+    for kind in ("lane", "turns", "processing", "task"):
+        client.delete("none", *client.keys(queue.store.key(f"{kind}*")))
     hands = {"normal-0": [], "normal-1": [], "normal-2": []}
     queue.beat([*hands], {})
     for kind, *arguments in steps:
@@ -3673,12 +3677,189 @@ def test_each_task_is_in_one_place_and_in_its_order_whatever_workers_with_severa
             lane = sorted(task.id for hand in hands.values() for task in hand) + lane
             hands = dict.fromkeys(hands, [])
             queue.beat([*hands], {})
-        assert client.lrange(queue.store.key("lane", "normal"), 0, -1) == lane[::-1]
+        assert waiting_ids(queue) == lane[::-1]
         for worker, hand in hands.items():
             assert client.lrange(queue.store.key("processing", queue.process, worker), 0, -1) == [
                 task.id for task in hand][::-1]
         for task_id, verdict in ended.items():
             assert look(queue).status(task_id)["state"] == verdict
+
+
+@pytest.fixture
+def accounts(queue):
+    """Five further accounts."""
+    return [gomail.Account(name, queue.store.redis.hget(queue.store.key("UserList"), name)) for name in (
+        register(queue.store, f"{number} account: {queue.account.name}") for number in range(5))]
+
+
+def register(store, name):
+    """Register an account in a store; returns its name."""
+    gomail.Accounts(store).sign_up(name)
+    return name
+
+
+def test_a_message_does_not_wait_for_the_many_that_another_account_has_queued_before(services, mail_server):
+    service = services(mail_server, workers=1)
+    breaker = service.workers.breakers["normal"]
+    keep_paused(breaker)
+    many, one = service.client.sign_up("many@example.com"), Client(service.http.url).sign_up("one@example.com")
+    ids = post_batch(many, 1000)
+    overtaking = one.task(userId="other@example.com")
+    breaker.transport, breaker.reason = service.transport, ""
+    one.state(overtaking, "succeeded")
+    many.state(ids[-1], "succeeded")
+    recipients = [mail.recipient for mail in mail_server.mails]
+    assert recipients.index("other@example.com") <= 2 * gomail.Queue.MAX_IN_HAND and len(recipients) == 1001
+
+
+@pytest.mark.parametrize("lane, task_type", [
+    ("urgent", "generateOtp"), ("normal", "message"), ("changes", "subscribe")])
+def test_accounts_take_turns_in_each_lane_and_the_tasks_of_each_keep_their_order(queue, accounts, lane, task_type):
+    more = {"generateOtp": {"length": 6}, "subscribe": {"content_type": "news", "frequency": "@daily"}}
+    tasks = [{**MESSAGE, "type": task_type, "payload": {
+        **MESSAGE["payload"], **more.get(task_type, {}), "userId": f"{number}@example.com"}} for number in range(3)]
+    ids = {account.name: queue.enqueue(account, tasks) for account in accounts[:3]}
+    for count, account in zip((1, 2), accounts[3:]):
+        ids[account.name] = queue.enqueue(account, tasks[:count])
+    taken, hand = [], []
+    process = gomail.Queue(queue.store, queue.settings, "a third process")  # which has not accepted them
+    while hand := process.settle_and_take("normal-0", lane, [gomail.Outcome(task, "succeeded") for task in hand],
+                                          most=4)[0]:
+        taken += hand
+    rounds = [accounts, [*accounts[:3], accounts[4]], accounts[:3]]
+    assert [task.account for task in taken] == [account.name for each in rounds for account in each]
+    for account in accounts:
+        assert [task.id for task in taken if task.account == account.name] == ids[account.name]
+
+
+WORKER = strategies.sampled_from(["normal-0", "normal-1"])
+TURNS = strategies.one_of(
+    strategies.tuples(strategies.just("add"), strategies.integers(0, 2), strategies.integers(1, 12)),
+    strategies.tuples(strategies.just("take"), WORKER, strategies.integers(1, 8), strategies.integers(1, 3)),
+    strategies.tuples(strategies.just("wait"), WORKER),
+    strategies.tuples(strategies.just("expire"), strategies.integers(0, 2)))
+
+
+@hypothesis.settings(deadline=None, max_examples=150, suppress_health_check=[
+    hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.given(strategies.lists(TURNS, max_size=30))
+def test_no_account_passes_another_that_waits_and_no_task_or_turn_is_lost(service, queue, accounts, steps):
+    service.cron.stop()
+    client, key = queue.store.redis, queue.store.key
+    for kind in ("lane", "turns", "processing", "task", "expiring"):
+        client.delete("none", *client.keys(key(f"{kind}*")))
+    names = [account.name for account in accounts[:3]]
+    for newcomers in queue._newcomers.values():
+        newcomers.clear()
+    queued, ended, taken, hands = {name: [] for name in names}, set(), [], {"normal-0": [], "normal-1": []}
+    passed = dict.fromkeys(itertools.permutations(names, 2), 0)  # (who waits, who is served) -> how often since
+
+    def waiting(name):
+        return [task_id for task_id in queued[name] if task_id not in ended and task_id not in taken]
+
+    def in_hand():  # turns that a worker has waited for
+        return [turn for worker in hands for turn in client.lrange(key("processing", queue.process, worker), 0, -1)
+                if turn.startswith("lane:")]
+
+    def work(worker, most, share):
+        outcomes = [gomail.Outcome(task, "succeeded") for task in hands[worker]]
+        hands[worker], left = queue.settle_and_take(worker, "normal", outcomes, most, share)
+        held = in_hand()
+        assert left or hands[worker] or not any(map(waiting, names)) or held
+        for task in hands[worker]:
+            assert task.id == waiting(task.account)[0]
+            taken.append(task.id)
+            for other in names:
+                if other != task.account:
+                    is_free = f"lane:normal:{other}" not in held
+                    passed[other, task.account] += bool(waiting(other)) and is_free
+                    passed[task.account, other] = 0
+        assert max(passed.values()) <= 3  # a turn just before the other's, and two as a newcomer
+
+    for kind, *arguments in steps:
+        if kind == "add":
+            number, count = arguments
+            task = changed("payload.expires_at", int(4e15))
+            queued[names[number]] += queue.enqueue(accounts[number], [task] * count)
+        elif kind == "take":
+            work(*arguments)
+        elif kind == "wait":
+            if not hands[arguments[0]]:
+                queue.wait(arguments[0], "normal", 0.01)
+        elif ids := waiting(names[arguments[0]]):
+            client.zadd(key("expiring"), dict.fromkeys(ids[:2], 1))
+            queue.expire(lambda *_: None)
+            ended.update(ids[:2])
+        turns = client.lrange(key("lane", "normal"), 0, -1) + in_hand()
+        assert sorted(turns) == sorted(client.smembers(key("turns")))
+    while any(map(waiting, names)) or any(hands.values()):
+        for worker in hands:
+            work(worker, 8, 1)
+    assert sorted(taken) == sorted(set(itertools.chain(*queued.values())) - ended)
+    for worker in hands:
+        assert queue.settle_and_take(worker, "normal") == ([], 0)
+    assert not client.keys(key("lane", "normal*")) and not client.exists(key("turns"))
+
+
+def test_a_newcomer_goes_first_where_all_workers_have_something_in_hand(queue, accounts):
+    many, one, other = accounts[:3]
+    queue.enqueue(many, [MESSAGE] * 40)
+    hand, _ = queue.settle_and_take("normal-0", "normal", most=8)
+    ids = [queue.enqueue(account, [MESSAGE])[0] for account in (one, other)]
+    for newcomer in ids:
+        outcomes = [gomail.Outcome(task, "succeeded") for task in hand]
+        hand, _ = queue.settle_and_take("normal-0", "normal", outcomes, most=2)
+        assert hand[0].id == newcomer and hand[1].account == many.name
+
+
+def test_tasks_that_go_back_are_the_next_of_their_account_and_those_of_others_keep_their_turn(queue, accounts):
+    one, other = accounts[:2]
+    ids = queue.enqueue(one, [MESSAGE] * 4)
+    hand, _ = queue.settle_and_take("normal-0", "normal", most=3)
+    others = queue.enqueue(other, [MESSAGE] * 2)
+    queue.settle("normal-0", "normal", [], keep=0)
+    taken = [take(queue, f"normal-{number}", "normal") for number in range(6)]
+    assert [task.id for task in hand] == ids[:3] and {task.strikes for task in taken} == {0}
+    for account, expected in ((one, ids), (other, others)):
+        assert [task.id for task in taken if task.account == account.name] == expected
+
+
+def test_tasks_that_an_older_version_queued_are_done_and_accounts_take_turns_for_them_as_well(queue, accounts):
+    client, key = queue.store.redis, queue.store.key
+    ids = {account.name: queue.enqueue(account, [MESSAGE] * count) for account, count in zip(accounts, (450, 2))}
+    client.delete(key("turns"), *client.keys(key("lane", "*")))
+    client.lpush(key("lane", "normal"), *itertools.chain(*ids.values()))
+    assert look(queue).depths()["normal"] == 452
+    queue.wait("normal-0", "normal", 1)  # an older version's id, and so a task
+    taken, outcomes = [], []
+    while hand := queue.settle_and_take("normal-0", "normal", outcomes, most=8)[0]:
+        taken += hand
+        outcomes = [gomail.Outcome(task, "succeeded") for task in hand]
+    order = [task.account for task in taken]
+    assert collections.Counter(order) == {accounts[0].name: 450, accounts[1].name: 2}
+    assert [at for at, name in enumerate(order) if name == accounts[1].name][-1] < 8
+    for account in accounts[:2]:
+        assert [task.id for task in taken if task.account == account.name] == ids[account.name]
+
+
+@pytest.mark.parametrize("others", [1, 10_000])
+def test_a_call_does_as_much_for_one_account_as_beside_ten_thousand(redis_with_file, others):
+    server = redis_with_file()
+    queue = queue_at(server)
+    with queue.store.redis.pipeline(transaction=False) as pipeline:
+        for number in range(others):
+            pipeline.hset("gomail:UserList", f"account {number}", "1")
+        pipeline.execute()
+    for number in range(others):
+        queue.enqueue(gomail.Account(f"account {number}", "1"), [MESSAGE] * 3)
+    server.client.config_resetstat()
+    assert queue.settle_and_take("normal-0", "normal", most=1)[0]
+    queue.enqueue(queue.account, [MESSAGE])
+    calls = {name.removeprefix("cmdstat_"): found["calls"] for name, found in
+             server.client.info("commandstats").items()}
+    assert sum(calls.values()) < 60 and not {"lrange", "smembers", "sscan", "linsert"} & {*calls}
+    inspection = look(queue)
+    assert inspection.depths()["normal"] == 3 * others and inspection.oldest()["normal"] > 0
 
 
 def test_tasks_of_a_deregistered_account_are_dropped_some_in_each_script(service, queue, monkeypatch):
@@ -4598,7 +4779,7 @@ def test_smtp_rate_holds_for_what_arrives_and_a_stop_gives_back_what_waits(servi
     assert arrived[9] - arrived[0] > 7 / 20
     services.running.remove(service)
     service.stop()
-    sent, left = len(mail_server.mails), service.store.redis.llen(service.store.key("lane", "normal"))
+    sent, left = len(mail_server.mails), service.inspection.depths()["normal"]
     assert sent + left == len(ids)
 
 
@@ -4706,7 +4887,7 @@ def test_windows_are_right_over_two_processes_and_a_restart(services, mail_serve
     pass_time(third.store, 60)  # one minute and the rest of a bucket
     client = Client(third.http.url, client.key)
     until(lambda: len(mail_server.mails) == 20 and paused(third))
-    assert third.store.redis.llen(third.store.key("lane", "normal")) == 4
+    assert third.inspection.depths()["normal"] == 4
     pass_time(third.store, 61)
     assert {client.state(task_id, "succeeded")["attempts"] for task_id in ids} == {1}
     assert len(mail_server.mails) == len({mail.recipient for mail in mail_server.mails}) == 24
@@ -9015,7 +9196,7 @@ def test_a_task_that_killed_its_processes_is_told_of_too(queue, receiver):
     queue.begin(take(queue, "normal-0", "normal"))
     store.redis.delete(store.key("heartbeat", queue.process))
     queue.reclaim(patience=0.0)
-    event = json.loads(store.redis.hget(store.key("task", store.redis.lindex(store.key("lane", "hooks"), 0)), "body"))
+    event = json.loads(store.redis.hget(store.key("task", waiting_ids(queue, "hooks")[0]), "body"))
     assert event["task"] == "mail.failed" and event["payload"]["data"]["detail"] == "its process died 3 times"
 
 
@@ -9172,7 +9353,7 @@ def test_the_next_account_of_the_same_name_hears_nothing_of_the_mails_of_the_one
     take(queue, "normal-0", "normal", gomail.Outcome(task, gomail.Verdict.SUCCEEDED, "250 OK"), and_take=False)
     store.redis.zadd(store.key("expiring"), {late: 1})
     until(lambda: not store.redis.zcard(store.key("expiring")))
-    assert store.redis.llen(store.key("lane", "hooks")) == 0
+    assert not waiting_ids(queue, "hooks")
 
 
 def test_an_event_of_a_webhook_that_was_removed_does_not_go_to_the_next_one(client, receiver):
@@ -9837,14 +10018,15 @@ def test_tasks_in_hand_go_back_in_their_order_when_the_lane_is_paused(services, 
 def test_a_stop_gives_tasks_back_that_are_not_begun(services):
     with contextlib.closing(HoldingServer("2@example.com")) as server:
         service = services(server, workers=1)
-        ids = post_batch(service.client.sign_up(), 20)
+        client = service.client.sign_up()
+        ids = post_batch(client, 20)
         until(lambda: server.holding)
         stopping = threading.Thread(target=service.workers.stop, args=(PATIENCE,))
         stopping.start()
         server.held.clear()
         stopping.join()
         assert arrived(server) == [0, 1, 2]
-        assert service.store.redis.lrange(service.store.key("lane", "normal"), 0, -1) == ids[:2:-1]
+        assert service.store.redis.lrange(service.store.key("lane", "normal", name_of(client)), 0, -1) == ids[:2:-1]
         assert {service.inspection.status(task_id)["state"] for task_id in ids[3:]} == {"queued"}
 
 
@@ -10076,7 +10258,7 @@ def test_whatever_a_worker_says_of_a_task_that_has_expired_in_its_hand_changes_n
     summary = store.redis.hgetall(store.key("task", late.id))
     take(queue, "normal-0", "normal", gomail.Outcome(late, verdict, "why", 1.0), and_take=False)
     assert store.redis.hgetall(store.key("task", late.id)) == summary
-    assert late.id not in store.redis.lrange(store.key("lane", "normal"), 0, -1)
+    assert late.id not in waiting_ids(queue)
     assert not store.redis.zscore(store.key("delayed"), late.id)
 
 
@@ -10186,7 +10368,7 @@ def test_tasks_of_a_dead_process_go_back_to_their_lanes_oldest_first(service, qu
     assert service.queue.reclaim(patience=0) == 0
     queue.store.redis.delete(queue.store.key("heartbeat", queue.process))
     until(lambda: look(queue).depths()["normal"] == 5)  # by the service's own cron thread
-    assert queue.store.redis.lrange(queue.store.key("lane", "normal"), 0, -1) == ids[::-1]
+    assert waiting_ids(queue) == ids[::-1]
     assert queue.store.redis.hkeys(queue.store.key("processes")) == [service.queue.process]
 
 
@@ -10200,7 +10382,7 @@ def test_tasks_of_several_dead_processes_go_back_oldest_first(queue, monkeypatch
             take(process, worker, "normal")
     queue.store.redis.delete(*[queue.store.key("heartbeat", process.process) for process in dead])
     until(lambda: look(queue).depths()["normal"] == 6)
-    assert queue.store.redis.lrange(queue.store.key("lane", "normal"), 0, -1) == ids[::-1]
+    assert waiting_ids(queue) == ids[::-1]
 
 
 @pytest.mark.parametrize("died", [True, False])
@@ -10208,7 +10390,7 @@ def test_what_a_process_with_much_in_hand_leaves_is_given_back_some_at_a_time_ol
         service, queue, monkeypatch, died):
     service.cron.stop()
     ids = [queue.enqueue(queue.account, [MESSAGE])[0] for _ in range(40)]
-    lane = queue.store.key("lane", "normal")
+    lane = queue.store.key("lane", "normal", queue.account.name)
     for number in range(36):  # the workers in turn, so that each has nine in hand
         queue.store.redis.rpoplpush(lane, queue.store.key("processing", queue.process, f"normal-{number % 4}"))
         queue.store.redis.hset(queue.store.key("task", ids[number]), "state", "running")
@@ -10219,15 +10401,14 @@ def test_what_a_process_with_much_in_hand_leaves_is_given_back_some_at_a_time_ol
     seen = steps(monkeypatch, giver, "_reclaim", lambda: [look(queue).depths()["normal"]])
     assert (giver.reclaim(patience=0) if died else giver.release()) == 36
     assert most(seen) <= 10 and queue.process not in queue.store.redis.hkeys(queue.store.key("processes"))
-    assert queue.store.redis.lrange(lane, 0, -1) == ids[::-1]
+    assert waiting_ids(queue) == ids[::-1]
     assert look(queue).status(ids[0], story=True)["story"][-1]["event"] == ("orphaned" if died else "returned")
 
 
 def test_a_process_that_shows_itself_while_it_is_reclaimed_keeps_the_rest(service, queue, monkeypatch):
     service.cron.stop()
-    for _ in range(30):
-        queue.enqueue(queue.account, [MESSAGE])
-        queue.wait("normal-0", "normal", 1)
+    queue.enqueue(queue.account, [MESSAGE] * 30)
+    queue.settle_and_take("normal-0", "normal", most=30)
     queue.beat(["normal-0"], {})
     queue.store.redis.delete(queue.store.key("heartbeat", queue.process))
     monkeypatch.setattr(service.queue, "BATCH", 10)
@@ -10253,7 +10434,7 @@ def test_a_process_that_was_taken_for_dead_and_takes_tasks_again_is_found_when_i
 
 @pytest.mark.parametrize("known", [None, "normal-0"])
 def test_a_list_that_no_process_owns_is_found_by_the_cron_thread(queue, known):
-    # A worker whose process was taken for dead waited for a task, got it, and died before it could say so.
+    # A worker whose process was taken for dead waited for a turn, got it, and died before it could say so.
     task_id, = queue.enqueue(queue.account, [MESSAGE])
     queue.store.redis.delete(queue.store.key("heartbeat", queue.process))
     queue.store.redis.hdel(queue.store.key("processes"), queue.process)
@@ -10262,8 +10443,7 @@ def test_a_list_that_no_process_owns_is_found_by_the_cron_thread(queue, known):
     queue.wait("normal-1", "normal", 1)
     assert look(queue).depths()["normal"] == 0
     until(lambda: look(queue).depths()["normal"] == 1)
-    strikes = queue.store.redis.hget(queue.store.key("task", task_id), "strikes")
-    assert look(queue).status(task_id)["state"] == "queued" and strikes == "0"  # it was not begun
+    assert look(queue).status(task_id)["state"] == "queued" and take(queue, "normal-0", "normal").strikes == 0
 
 
 def test_the_lists_of_a_live_process_are_nobodys_to_reclaim(service, queue):
@@ -14671,7 +14851,7 @@ def test_100000_subscriptions_due_at_once_are_queued_and_an_otp_overtakes_them(s
     client.state(client.task("generateOtp", userId="otp@example.com"), "succeeded")
     assert service.inspection.depths()["bulk"] > 90_000
     assert len(mail_server.to("otp@example.com")) == 1
-    service.store.redis.delete(key("lane", "bulk"))
+    service.store.redis.delete(key("lane", "bulk", account))
 
 
 @pytest.mark.timeout(7200)
@@ -14737,7 +14917,7 @@ def test_no_command_keeps_redis_busy_for_long_in_a_queue_of_a_million(mail_serve
                     redis.call('ZADD', ARGV[3] .. 'dead:' .. ARGV[4], number, 'x' .. number)
                 end""")
         ids = queue.enqueue(account, [MESSAGE] * 1000)
-        server.client.rename(key("lane", "normal"), key("processing", "dead", "normal-0"))
+        server.client.rename(key("lane", "normal", account.name), key("processing", "dead", "normal-0"))
         server.client.hset(key("processes"), "dead", "normal-0")
         command = redis.Redis.execute_command
         monkeypatch.setattr(redis.Redis, "execute_command", watched)

@@ -310,8 +310,8 @@ def queue_messages(valkey: Valkey, count: int) -> None:
             for number = ARGV[1], ARGV[2] do
                 local id = string.format('%sx%d', ARGV[3], number)
                 redis.call('COPY', 'gomail:task:' .. ARGV[3], 'gomail:task:' .. id)
-                redis.call('LPUSH', 'gomail:lane:normal', id)
-            end""", valkey.client.lindex("gomail:lane:normal", 0))
+                redis.call('LPUSH', 'gomail:lane:normal:' .. ARGV[4], id)
+            end""", valkey.client.lindex(f"gomail:lane:normal:{ACCOUNT}", 0), ACCOUNT)
 
 
 def queue_subscribes(valkey: Valkey, count: int) -> None:
@@ -337,7 +337,7 @@ def bury(valkey: Valkey, count: int) -> None:
     """Make `count` of the messages that wait dead letters."""
     valkey.in_steps(count, """
         for number = ARGV[1], ARGV[2] do
-            local id = redis.call('RPOP', 'gomail:lane:normal')
+            local id = redis.call('RPOP', 'gomail:lane:normal:' .. ARGV[3])
             redis.call('HSET', 'gomail:task:' .. id, 'state', 'dead', 'finished', ARGV[4] * 1000)
             redis.call('ZADD', 'gomail:dead', ARGV[4], id)
             redis.call('ZADD', 'gomail:dead:' .. ARGV[3], ARGV[4], id)
