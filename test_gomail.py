@@ -14139,6 +14139,35 @@ def test_what_postfix_refuses_of_all_mails_pauses_the_lane_and_costs_no_attempt(
     assert delivered(postfix, 1) == [recipient] and postfix.accepted() == 1
 
 
+OWNED = "smtpd_sender_restrictions = check_sender_access inline:{{bob@b.example = 553 5.7.1 not owned by user app}}"
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize("kind, lines, words", [
+    (Postfix, [OWNED], "553 5.7.1 <bob@b.example>: Sender address rejected: not owned by user app"),
+    (Postfix, [OWNED, "smtpd_delay_reject = no"], "at MAIL: 553 5.7.1 <bob@b.example>: Sender address rejected"),
+    (Exim, ["MAIN_ACL_CHECK_MAIL = ${if eq{$sender_address}{bob@b.example}{deny message = not yours}{accept}}"],
+     "the sender bob@b.example, at MAIL: 550 not yours")],
+    ids=["Postfix at RCPT", "Postfix at MAIL", "Exim"])
+def test_a_sender_that_a_stock_server_refuses_fails_its_own_mails_and_no_other_waits(
+        services, real, said, kind, lines, words):
+    server = real(kind, *lines)
+    service = services(server, smtp_tls="off", workers=1, workers_max=1)
+    client = service.client.sign_up()
+    settle_on(service, client, "ann@a.example", "bob@b.example")
+    for number in range(20):
+        client.task(userId=f"{number:02}@example.com")
+        refused = client.task(userId="no@example.com", retries=3, **{"from": "bob@b.example"})
+    until(lambda: client.get("/health/metrics")["Total Jobs Executed"] == 40)
+    if kind is Exim:
+        server.run_queue()  # it leaves there what comes after ten mails on a connection
+    assert delivered(server, 20) == [f"{number:02}@example.com" for number in range(20)]
+    found = client.state(refused, "dead")
+    assert words in found["error"] and found["attempts"] == 1
+    assert client.get("/task/dead")["total"] == 20 and not [
+        record for record in said if "paused" in record.getMessage()]
+
+
 @pytest.mark.servers
 @pytest.mark.parametrize("lines, words", [([], None), *REFUSALS.values()], ids=["nothing", *REFUSALS])
 def test_check_says_what_postfix_refuses_of_all_mails(processes, real, redis_server, lines, words):
