@@ -14,9 +14,14 @@ import contextlib
 import dataclasses
 import datetime
 import email
+import email.encoders
 import email.header
 import email.headerregistry
 import email.message
+import email.mime.application
+import email.mime.base
+import email.mime.multipart
+import email.mime.text
 import email.policy
 import email.utils
 import fcntl
@@ -32,6 +37,7 @@ import itertools
 import json
 import logging
 import math
+import mimetypes
 import os
 import pathlib
 import pty
@@ -43,6 +49,7 @@ import select
 import shlex
 import shutil
 import signal
+import smtplib
 import socket
 import ssl
 import string
@@ -52,6 +59,7 @@ import tempfile
 import threading
 import time
 import tomllib
+import types
 import unicodedata
 import urllib.error
 import urllib.parse
@@ -63,6 +71,11 @@ from collections.abc import Callable
 import aiosmtpd.controller
 import aiosmtpd.smtp
 import axe_playwright_python.sync_playwright
+import django.conf
+import django.core.mail
+import django.core.mail.message
+import django.test.utils
+import django.utils.functional
 import dotenv.parser
 import hypothesis
 import idna
@@ -13832,21 +13845,351 @@ def test_the_first_two_minutes_of_the_readme_go_as_it_says(processes):
     assert len(list((process.folder / "gomail-data" / "outbox" / "new").iterdir())) == 2
 
 
-RECIPES = {"sh": ["sh", "-eu", "-c"], "python": [sys.executable, "-c"], "js": ["node", "-e"]}
+RECIPES = {title: (language, code) for title, language, code in re.findall(
+    r"^\*\*(.+?)\*\*.*?^```(\w+)\n(.*?)^```", page("api").partition("## Recipes\n")[2], re.MULTILINE | re.DOTALL)}
+COMMANDS = {"sh": ["sh", "-eu"], "python": [sys.executable], "js": ["node"], "go": ["go", "run"]}
+SHOP = ["App <app@example.org>", "Shop <orders@example.com>", "@example.net"]  # what the recipes send from, and more
 
 
-@pytest.mark.parametrize("language", RECIPES)
-def test_the_recipes_of_the_documentation_work(language, service, client, mail_server):
-    found = blocks("api", "Recipes", language)
-    for number, code in enumerate(found):
-        if not shutil.which(RECIPES[language][0]):
-            pytest.skip(f"no {RECIPES[language][0]} to try the recipe with")
-        run = subprocess.run([*RECIPES[language], code], capture_output=True, text=True, timeout=PATIENCE, env={
-            "PATH": os.environ["PATH"], "GOMAIL_URL": service.http.url, "GOMAIL_KEY": client.key})
-        assert run.returncode == 0 and run.stdout, (number, run)
-    assert found and len(recent(client)[0]) == {"sh": 3, "python": 2, "js": 1}[language]
-    for task_id in recent(client)[0]:
-        client.state(task_id, "succeeded")
+@pytest.fixture
+def shop(service, client, monkeypatch):
+    """The client of an account with senders, as the recipes find it."""
+    store = service.queue.store
+    store.redis.hset(store.key("settings"), name_of(client), json.dumps({"senders": SHOP, "reply_to": ""}))
+    monkeypatch.setenv("GOMAIL_URL", service.http.url)
+    monkeypatch.setenv("GOMAIL_KEY", client.key)
+    return client
+
+
+def recipe(title):
+    """A recipe in Python as a module that a test may import."""
+    module = types.ModuleType(title.lower())
+    exec(compile(RECIPES[title][1], title, "exec"), module.__dict__)
+    return module
+
+
+@pytest.mark.parametrize("title, count", {"curl": 3, "Python, standard library": 1, "Python, requests": 1,
+                                          "JavaScript": 2, "Go": 1}.items())
+def test_the_recipes_of_the_documentation_work(title, count, shop, tmp_path):
+    language, code = RECIPES[title]
+    if not shutil.which(COMMANDS[language][0]):
+        pytest.skip(f"no {COMMANDS[language][0]} to try the recipe with")
+    (tmp_path / f"recipe.{language}").write_text(code)
+    environment = {**os.environ, "GOPROXY": "off", "GOTOOLCHAIN": "local"}
+    run = subprocess.run([*COMMANDS[language], f"recipe.{language}"], cwd=tmp_path, env=environment, text=True,
+                         capture_output=True, timeout=4 * PATIENCE)  # Go compiles its library, unless it has before
+    assert run.returncode == 0 and run.stdout, run
+    assert len(recent(shop)[0]) == count
+    for task_id in recent(shop)[0]:
+        shop.state(task_id, "succeeded")
+
+
+def test_every_recipe_is_tested():
+    assert RECIPES.keys() == {"curl", "Python, standard library", "Python, requests", "Django", "Flask", "JavaScript",
+                              "Go"}
+
+
+DJANGO_MAIL = {"subject": "Subject", "body": "Content", "from_email": "orders@example.com", "to": ["to@example.com"]}
+LONG_LINE = "В южных морях " * 60
+PIXEL = b"\x89PNG\r\n\x1a\n" + bytes(range(256))
+
+
+@pytest.fixture
+def django_mail(shop, monkeypatch):
+    """django.core.mail with the recipe as its backend."""
+    if not django.conf.settings.configured:
+        django.conf.settings.configure(EMAIL_BACKEND="gomail_django.EmailBackend")
+    module = recipe("Django")
+    monkeypatch.setattr(module, "RETRY", module.RETRY.new(backoff_factor=0))
+    monkeypatch.setitem(sys.modules, "gomail_django", module)
+    return django.core.mail
+
+
+def django_message(*files, alternatives=(), **fields):
+    """A message of Django's; each of `files` is what attach() takes."""
+    message = django.core.mail.EmailMultiAlternatives(**{**DJANGO_MAIL, **fields})
+    for alternative in alternatives:
+        message.attach_alternative(*alternative)
+    for file in files:
+        message.attach(*file)
+    return message
+
+
+def related(message):
+    """A message whose attachments are shown in its HTML, as Django's users do it."""
+    message.mixed_subtype = "related"
+    return message
+
+
+def latin(message):
+    message.encoding = "iso-8859-1"
+    return message
+
+
+def part(maintype, subtype, content, **headers):
+    """A file as a MIMEBase."""
+    found = email.mime.base.MIMEBase(maintype, subtype)
+    found.set_payload(content)
+    email.encoders.encode_base64(found)
+    for name, value in headers.items():
+        found[name.replace("_", "-")] = value
+    return found
+
+
+def lazy(text):
+    """A text that Django makes when it is needed, such as a translated one."""
+    return django.utils.functional.lazystr(text)
+
+
+DJANGO_MESSAGES = {
+    "text": lambda: django_message(),
+    "text beyond ASCII": lambda: django_message(subject="Chère maman", body="Je t'aime très fort"),
+    "long lines": lambda: django_message(body=LONG_LINE),
+    "another encoding": lambda: latin(django_message(body="Firstname Sürname is a great guy.")),
+    "lines that begin with From and with dots": lambda: django_message(body="From the future\n.\n..\nFrom"),
+    "braces": lambda: django_message(subject="{{ name }}", body="{{ name }} {{"),
+    "a sender's name": lambda: django_message(from_email='"Firstname Sürname" <orders@example.com>'),
+    "a sender's name with commas": lambda: django_message(from_email='"Shop, Ltd." <any@example.net>'),
+    "a From header beside the envelope": lambda: django_message(
+        from_email="app@example.org", headers={"From": "Shop <orders@example.com>"}),
+    "names of recipients": lambda: django_message(to=['"To, Ann" <to@example.com>'], cc=["Çç <cc@example.com>"]),
+    "domains beyond ASCII": lambda: django_message(to=["to@öäü.com"], cc=["cc@öäü.com"]),
+    "several in To, Cc and Bcc": lambda: django_message(
+        to=["to@example.com", "other@example.com"], cc=["cc@example.com", "cc.other@example.com"],
+        bcc=["bcc@example.com", "bcc.other@example.com"]),
+    "no To": lambda: django_message(to=[], cc=["cc@example.com"], bcc=["bcc@example.com"]),
+    "empty recipients": lambda: django_message(to=["to@example.com", ""], cc=["", "cc@example.com"], bcc=[""]),
+    "lazy texts": lambda: django_message(
+        subject=lazy("Subject"), from_email=lazy("orders@example.com"), to=[lazy("to@example.com")],
+        cc=[lazy("cc@example.com")], bcc=[lazy("bcc@example.com")], reply_to=[lazy("reply@example.com")]),
+    "an answer to": lambda: django_message(reply_to=["reply@example.com"]),
+    "an answer to, as a header": lambda: django_message(
+        reply_to=["no@example.com"], headers={"Reply-To": "reply@example.com"}),
+    "headers": lambda: django_message(headers={"X-Order": "4711", "X-Name": "Gżegżółka", "Precedence": "bulk",
+                                               "References": "<1@example.com>"}),
+    "HTML beside the text": lambda: django_message(alternatives=[("<p>This is <b>HTML</b>.</p>", "text/html")]),
+    "HTML without tags beside the text": lambda: django_message(alternatives=[("HTML Content", "text/html")]),
+    "an invitation": lambda: django_message(
+        alternatives=[("<p>Come</p>", "text/html"), ("BEGIN:VCALENDAR", "text/calendar; method=REQUEST")]),
+    "attachments": lambda: django_message(
+        ("example.txt", "Text file content\n", "text/plain"), ("пример.txt", b"Text\n"), ("a.pdf", b"\0%PDF\xff"),
+        ("no.idea", b"\1"), ("latin.txt", "Sürname".encode("iso-8859-1"), "text/plain"),
+        ("sheet", b"\2", "application/vnd.ms-excel")),
+    "attachments beside two bodies": lambda: django_message(
+        ("a.txt", "one", "text/plain"), ("b.html", "<p>two</p>", "text/html"),
+        alternatives=[("<p>HTML</p>", "text/html")]),
+    "MIME attachments": lambda: django_message(
+        (part("image", "png", PIXEL, Content_Disposition='attachment; filename="a.png"'),),
+        (email.mime.application.MIMEApplication(b"\0", Name="ä" * 70, _subtype="pdf"),),
+        (email.mime.text.MIMEText("unnamed", "csv"),), body="See below"),
+    "pictures in the HTML": lambda: related(django_message(
+        (part("image", "png", PIXEL, Content_ID="<logo@shop>", Content_Disposition='inline; filename="logo.png"'),),
+        alternatives=[('<p><img src="cid:logo@shop"></p>', "text/html")])),
+}
+
+
+def of_django(mail):
+    """What Django lets a caller say in a mail, as it arrived or as Django makes it."""
+    bodies = [mail.get_body([kind]) for kind in ("plain", "html")]
+    ours = {"date", "message-id", "mime-version", "content-type", "content-transfer-encoding", "auto-submitted"}
+    readers = [reader.addr_spec for header in (mail["To"], mail["Cc"]) if header
+               for reader in header.addresses if reader.addr_spec]
+    files = [(file.get_filename("attachment" + (mimetypes.guess_extension(file.get_content_type()) or "")),
+              file.get_content_type(), file.get_param("method"), file["Content-ID"],
+              file.get_content_charset() if file.get_content_maintype() == "text" else "",
+              file.get_payload(decode=True))
+             for file in mail.walk() if not file.is_multipart() and file not in bodies]
+    return {"readers": readers, "bodies": [body and body.get_content().rstrip() for body in bodies], "files": files,
+            **{name.title(): str(value) for name, value in mail.items() if name.lower() not in ours | {"to", "cc"}}}
+
+
+@pytest.mark.parametrize("kind", DJANGO_MESSAGES)
+def test_the_django_recipe_sends_what_django_would_send(kind, django_mail, shop, mail_server):
+    message = DJANGO_MESSAGES[kind]()
+    assert message.send() == 1
+    task_id, = recent(shop)[0]
+    shop.state(task_id, "succeeded")
+    readers = {address.replace("öäü", "xn--4ca9at") for _, address in email.utils.getaddresses(
+        [str(reader) for reader in message.recipients()])}
+    assert {mail.recipient for mail in mail_server.mails} == readers
+    arrived = parsed(mail_server.mails[0].raw)
+    assert of_django(arrived) == of_django(parsed(message.message().as_bytes(linesep="\r\n")))
+
+
+def test_the_django_recipe_has_at_most_40_lines():
+    assert sum(bool(line) for line in RECIPES["Django"][1].splitlines()) <= 40
+
+
+def test_the_django_recipe_queues_many_messages_in_one_request(django_mail, shop, mail_server):
+    recipients = [f"to{number}@example.com" for number in range(3)]
+    messages = [django_mail.EmailMessage(to=[one]) for one in recipients]
+    for kind in (list, iter):
+        mail_server.mails.clear()
+        assert django_mail.get_connection().send_messages(kind(messages)) == 3
+        for one in recipients:
+            assert (mail_server.one(one)["Subject"], text_of(mail_server.one(one))) == ("-", "-\n")
+        assert len({task_id[:13] for task_id in recent(shop)[0][:3]}) == 1  # the moment of their batch
+
+
+def test_the_django_recipe_sends_a_message_with_only_bcc_to_each_reader_alone(django_mail, mail_server):
+    readers = [f"bcc{number}@example.com" for number in range(60)]
+    message = django_message(to=[], bcc=readers)
+    assert message.send() == 1
+    for reader in readers:
+        mail = mail_server.one(reader)
+        assert (mail["To"], mail["Cc"]) == (reader, None)
+
+
+def test_the_django_recipe_makes_no_request_where_there_is_nothing_to_send(django_mail, monkeypatch):
+    monkeypatch.setenv("GOMAIL_URL", "http://127.0.0.1:1")
+    connection = django_mail.get_connection()
+    assert connection.send_messages([]) == connection.send_messages([django_message(to=[])]) == 0
+    with django.test.utils.override_settings(ADMINS=[], MANAGERS=[]):
+        django_mail.mail_admins("hi", "there")
+        django_mail.mail_managers("hi", "there")
+
+
+def test_the_django_recipe_serves_send_mail_and_the_mails_to_admins_and_managers(django_mail, mail_server):
+    people = {"ADMINS": [("Ann", "ann@example.com")], "MANAGERS": [("Bob", "bob@example.com")]}
+    with django.test.utils.override_settings(**people):
+        django_mail.mail_admins(lazy("Subject"), "Content", html_message="HTML Content")
+        django_mail.mail_managers("Subject", "Content")
+    assert django_mail.send_mail("Subject", "Content", None, ["nobody@example.com"], html_message="HTML Content") == 1
+    for recipient, subject, is_html in (("ann", "[Django] Subject", True), ("bob", "[Django] Subject", False),
+                                        ("nobody", "Subject", True)):
+        mail = mail_server.one(f"{recipient}@example.com")
+        assert (mail["From"], mail["Subject"]) == (SHOP[0], subject)  # in place of root@ and webmaster@localhost
+        assert text_of(mail) == "Content\n" and mail.is_multipart() == is_html
+        assert not is_html or mail.get_body(["html"]).get_content() == "HTML Content\n"
+
+
+def test_the_django_recipe_never_sends_text_as_html(django_mail, mail_server):
+    text = 'Ann <ann@example.com> says:\n  <b>1 & 2</b> <a href="https://evil.example">{{ here }}</a>\n'
+    assert django_message(body=text).send() == 1
+    mail = mail_server.one("to@example.com")
+    page = selectolax.lexbor.LexborHTMLParser(mail.get_body(["html"]).get_content())
+    assert text_of(mail) == text and page.body.text() == text and not page.css("b, a")
+
+
+def test_the_django_recipe_sends_html_without_a_text(django_mail, mail_server):
+    message = django_message(body="<p>Hello</p>")
+    message.content_subtype = "html"
+    assert message.send() == 1
+    mail = mail_server.one("to@example.com")
+    assert (text_of(mail), mail.get_body(["html"]).get_content()) == ("Hello\n", "<p>Hello</p>\n")
+
+
+def test_the_django_recipe_sends_a_mail_in_the_mail_as_a_file(django_mail, mail_server):
+    inner = django_message(("in.txt", "inner", "text/plain"), subject="Inner")
+    assert django_message(("a.eml", inner, "message/rfc822"), (None, inner.message().as_bytes(), "message/rfc822"),
+                          ("b.txt", "outer", "text/plain")).send() == 1
+    first, second, last = mail_server.one("to@example.com").iter_attachments()
+    assert [file.get_filename() for file in (first, second, last)] == ["a.eml", "mail.eml", "b.txt"]
+    for file in (first, second):
+        assert file.get_content_type() == "application/octet-stream"
+        found = email.message_from_bytes(file.get_content(), policy=email.policy.default)
+        assert found["Subject"] == "Inner" and next(found.iter_attachments()).get_content() == "inner"
+
+
+def test_the_django_recipe_takes_further_fields_of_the_payload(django_mail, shop):
+    message = django_message()
+    message.gomail = {"lane": "urgent", "metadata": {"order": 4711}}
+    message.send()
+    task_id, = recent(shop)[0]
+    assert shop.state(task_id, "succeeded")["metadata"] == {"order": 4711}
+
+
+@pytest.mark.parametrize("wrong, field", [
+    ({"from_email": "boss@example.com"}, "from"), ({"from_email": "tester"}, "from"), ({"to": ["django"]}, "userId"),
+    ({"to": ["Ann"], "cc": ["cc@example.com"]}, "userId"), ({"cc": ["django"]}, "cc[0]"),
+    ({"headers": {"Message-ID": "<1@example.com>"}}, "headers.Message-ID"),
+    ({"headers": {"To": "list@example.com"}}, "headers.To"), ({"bcc": DJANGO_MAIL["to"] * 50}, "bcc"),
+    ({"reply_to": ["a@example.com", "b@example.com"]}, "reply_to"),
+])
+def test_the_django_recipe_raises_what_gomail_refuses_and_sends_the_rest(wrong, field, django_mail, mail_server):
+    messages = [django_message(**wrong), django_message(to=["fine@example.com"])]
+    with pytest.raises(smtplib.SMTPException, match=re.escape(f"payload.{field}")):
+        django_mail.get_connection().send_messages(messages)
+    mail_server.one("fine@example.com")
+    assert django_mail.get_connection(fail_silently=True).send_messages(messages) == 1
+    until(lambda: len(mail_server.mails) == 2)
+
+
+def test_the_django_recipe_lets_nobody_add_a_header(django_mail, shop):
+    for fields in ({"subject": "x\nBcc: a@example.com"}, {"headers": {"X-Name": "x\nBcc: a@example.com"}},
+                   {"to": ["to@example.com\nBcc: a@example.com"]}, {"from_email": "a@example.net\nBcc: a@example.com"}):
+        with pytest.raises((ValueError, smtplib.SMTPException)):
+            django_message(**fields).send()
+    assert recent(shop)[0] == []
+
+
+def test_the_django_recipe_divides_a_batch_that_is_too_large(services, django_mail, mail_server, monkeypatch):
+    service = services(mail_server, max_body=4096)
+    client = service.client.sign_up()
+    monkeypatch.setenv("GOMAIL_URL", service.http.url)
+    monkeypatch.setenv("GOMAIL_KEY", client.key)
+    sizes = (3000, 10, 5000, 3000, 10)
+    messages = [django_message(to=[f"to{number}@example.com"], body="x" * size, from_email="app@example.org")
+                for number, size in enumerate(sizes)]
+    with pytest.raises(smtplib.SMTPException, match="the body has 5[0-9]* bytes, and may have at most 4096"):
+        django_mail.get_connection().send_messages(messages)
+    assert len(recent(client)[0]) == 4
+    for number in (0, 1, 3, 4):
+        mail_server.one(f"to{number}@example.com")
+
+
+def test_the_django_recipe_repeats_a_request_whose_answer_was_lost_and_the_mail_is_sent_once(
+        django_mail, shop, mail_server, monkeypatch):
+    answers = [None, 503, 200]  # the connection is closed instead; GoMail says to come back; the answer arrives
+    keys = set()
+
+    class Forwarder(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            keys.add(self.headers["Idempotency-Key"])
+            status, answer, _ = Client(shop.address, shop.key)("POST", self.path, body, **self.headers)
+            if wanted := answers.pop(0):
+                self.send_response(wanted)
+                self.end_headers()
+                self.wfile.write(json.dumps(answer).encode())
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Forwarder) as forwarder:
+        thread = threading.Thread(target=forwarder.serve_forever)
+        thread.start()
+        monkeypatch.setenv("GOMAIL_URL", f"http://127.0.0.1:{forwarder.server_port}")
+        assert django_message().send() == 1
+        forwarder.shutdown()
+        thread.join()
+    assert answers == [] and len(keys) == 1
+    mail_server.one("to@example.com")
+    assert len(recent(shop)[0]) == 1
+
+
+def test_the_django_recipe_fails_as_a_mail_server_that_is_down_would(django_mail, monkeypatch):
+    monkeypatch.setenv("GOMAIL_URL", "http://127.0.0.1:1")
+    with pytest.raises(smtplib.SMTPException, match="refused"):
+        django_message().send()
+    assert django_message().send(fail_silently=True) == 0
+
+
+def test_the_django_recipe_can_be_opened_and_closed(django_mail, mail_server):
+    django_mail.get_connection(username="", password="").close()
+    with django_mail.get_connection() as connection:
+        assert connection.send_messages([django_message()]) == 1
+    mail_server.one("to@example.com")
+
+
+def test_the_flask_recipe_confirms_an_order_once(shop, mail_server):
+    browser = recipe("Flask").app.test_client()
+    answers = [browser.post("/orders/4711/confirmation", data={"email": "user@example.com"}) for _ in range(2)]
+    assert [answer.status_code for answer in answers] == [202, 202] and answers[0].json == answers[1].json
+    status = shop.state(answers[0].json["mail"], "succeeded")
+    assert status["metadata"] == {"order": 4711} and mail_server.one("user@example.com")["From"] == SHOP[1]
+    assert browser.post("/orders/4712/confirmation", data={"email": "nobody"}).status_code == 400
+    assert len(recent(shop)[0]) == 1
 
 
 REDIS_CLI = """

@@ -45,6 +45,7 @@ PYTHON = sys.executable
 PATH = os.environ["PATH"] + ":/usr/sbin"
 HANGS = 1800.0  # seconds until something counts as hanging, on the slowest machine
 ACCOUNT, KEY_ID = "bench@example.org", "0" * 32
+OTHER_ACCOUNT, OTHER_KEY_ID = "other@example.org", "1" * 32
 OPTIONS = {"key_prefix": "gomail:", "jwt_secret": "b" * 32, "log_file": "app.log", "otp_cooldown": "0",
            "otp_hourly_max": "0", "otp_minute_max": "0", "smtp_from": "app@example.org"}
 Row = Sequence[str]
@@ -276,9 +277,9 @@ class GoMail(Program):
         return self.call("/task/", {"task": "bench", "type": kind, "retries": 0, "payload": payload})["id"]
 
 
-def api_key() -> str:
+def api_key(account: str = ACCOUNT, key_id: str = KEY_ID) -> str:
     import jwt
-    return jwt.encode({"sub": ACCOUNT, "jti": KEY_ID, "iat": 0}, OPTIONS["jwt_secret"], algorithm="HS256")
+    return jwt.encode({"sub": account, "jti": key_id, "iat": 0}, OPTIONS["jwt_secret"], algorithm="HS256")
 
 
 # --- what waits ---------------------------------------------------------------------------------------------------
@@ -549,6 +550,18 @@ def acknowledged(valkey: Valkey, program: GoMail, name: str, count: int) -> list
     return found
 
 
+def arrive(program: GoMail, sink: Sink, name: str, count: int, pause: float) -> list[float]:
+    """Seconds from POST to the sink's 250, of messages that are posted every `pause` seconds."""
+    sent, html = {}, HTML.format(number=1)
+    for number in range(count):
+        recipient = f"{name}{number}@example.com"
+        time.sleep(pause)
+        sent[recipient] = time.monotonic()
+        program.post("message", userId=recipient, subject="Hello", content=html)
+    program.until(lambda: sent.keys() <= sink.times.keys())
+    return [sink.times[recipient] - moment for recipient, moment in sent.items()]
+
+
 def feed(kind: str, port: str) -> None:
     """A client that keeps a service busy, in a process of its own, until that is ended: with 1,000 tasks a second, ten
     looks a second, or one call after the other that goes through all dead letters."""
@@ -714,18 +727,7 @@ def round_trips(valkey: Valkey, sink: Sink) -> list[float]:
 
 def latency(quick: bool, samples: int, waiting: int, rate: int) -> list[Row]:
     """The sink that knows when each mail came is itself too slow to judge an OTP among thousands of newsletters."""
-    results, html = {}, HTML.format(number=1)
-
-    def arrive(program: GoMail, sink: Sink, name: str, count: int, pause: float) -> list[float]:
-        sent = {}
-        for number in range(count):
-            recipient = f"{name}{number}@example.com"
-            time.sleep(pause)
-            sent[recipient] = time.monotonic()
-            program.post("message", userId=recipient, subject="Hello", content=html)
-        program.until(lambda: sent.keys() <= sink.times.keys())
-        return [sink.times[recipient] - moment for recipient, moment in sent.items()]
-
+    results = {}
     with Valkey() as valkey:
         with Sink("sink.py") as sink:
             results["bare round trips: HTTP + Redis + SMTP"] = round_trips(valkey, sink)
@@ -780,6 +782,42 @@ def promise(quick: bool, samples: int, waiting: int, loads: Sequence[str] = tupl
             for name in loads] + [
         row(f"{waiting:,} {name} that wait", False, lambda valkey, *_: BACKLOGS[name](valkey, waiting))
         for name in backlogs]
+
+
+def two_accounts(quick: bool, rounds: int, delays: Sequence[float], waiting: int, samples: int, pause: float,
+                 workers: int) -> list[Row]:
+    """An account's messages on a service with nothing else to do, and while those of another account wait."""
+    ways: dict[tuple[float, bool], list[float]] = collections.defaultdict(list)
+    with Valkey() as valkey:
+        queue_messages(valkey, waiting)
+        full = valkey.snapshot()
+        for _ in range(rounds):
+            for delay in delays:
+                for busy in (False, True):
+                    valkey.restore(full if busy else [])
+                    valkey.client.hset("gomail:UserList", OTHER_ACCOUNT, OTHER_KEY_ID)
+                    with (Sink("sink.py", delay) as sink,
+                          GoMail(valkey, sink.port, workers=workers, workers_max=workers,
+                                 smtp_connections=workers + 2) as program):
+                        program.ready().key = api_key(OTHER_ACCOUNT, OTHER_KEY_ID)
+                        if busy:
+                            program.until(lambda: sink.arrivals > workers)
+                        else:
+                            arrive(program, sink, "warm", workers, 0.01)
+                        found = arrive(program, sink, "other", samples, pause)
+                        ways[delay, busy] += found
+                        posted = sink.times[f"other{samples - 1}@example.com"] - found[-1]
+                        assert not busy or posted < max(
+                            moment for recipient, moment in sink.times.items() if recipient.startswith("user")
+                        ), "the one account's messages were gone before the other's were posted"
+    rows = []
+    for delay in delays:
+        cells = []
+        for share in (0.5, 0.95):
+            idle, beside = (percentile(ways[delay, busy], share) * 1000 for busy in (False, True))
+            cells += [f"{idle:,.2f}", f"{beside:,.2f}", f"{beside / idle:.2f}"]
+        rows.append((f"{2 * delay * 1000:g} ms" if delay else "at once", *cells))
+    return rows
 
 
 def growth(quick: bool, sizes: Sequence[int], window: float) -> list[Row]:
@@ -890,6 +928,14 @@ PARTS = {
         ("beside it", "idle, p50 ms", "p50 ms", "p99 ms", "p50 by idle's"),
         {"samples": 200, "waiting": 50_000},
         {"samples": 10, "waiting": 2_000, "loads": ["lists of everything"], "backlogs": ["subscribes"]}),
+    "accounts": Part(
+        two_accounts, "Two accounts: one's message from POST to the sink's 250, while {waiting:,} of another's wait, "
+        "{workers} workers, {rounds} runs (sink: sink.py)",
+        ("the server takes a mail in", "idle, p50 ms", "p50 ms", "p50 by idle's", "idle, p95 ms", "p95 ms",
+         "p95 by idle's"),
+        # A mail waits for the server twice: after its recipients, and after its data.
+        {"rounds": 3, "delays": (0.0, 0.01, 0.025), "waiting": 100_000, "samples": 100, "pause": 0.1, "workers": 16},
+        {"rounds": 1, "delays": (0.025,), "waiting": 1_000, "samples": 10, "pause": 0.02}),
     "growth": Part(
         growth, "Growth: tasks that wait (sink: sink.py)",
         ("tasks queued", "drain, mails/s", "accept, requests/s", "gomail MB", "Valkey MB", "OTP ms"),
