@@ -2748,13 +2748,13 @@ def test_settings_are_changed_by_one_at_a_time_and_end_with_the_account(service,
         return real(**call)
     meanwhile.known = real.known
     monkeypatch.setattr(records, "_changed", meanwhile)
-    answer = service.http.api.set_account(gomail.Request({}, {}, {}, {"reply_to": "r@example.com"}, owner))
+    answer = service.http.api.set_account(gomail.Request({}, {}, {}, {"reply_to": "r@example.com"}, account=owner))
     assert len(calls) == 2 and (answer["senders"], answer["reply_to"]) == (["b@example.com"], "r@example.com")
     client.post("/auth/deregister", {"id": owner.name})
     again = client.sign_up(owner.name)
     assert again.get("/account")["senders"] == []
     with pytest.raises(gomail.HTTPError, match="revoked"):
-        service.http.api.set_account(gomail.Request({}, {}, {}, {"reply_to": "r@example.com"}, owner))
+        service.http.api.set_account(gomail.Request({}, {}, {}, {"reply_to": "r@example.com"}, account=owner))
     assert again.get("/account")["reply_to"] == ""
 
 
