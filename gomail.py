@@ -1008,12 +1008,11 @@ def start_logging(settings: Settings) -> None:
 #                                           account is being removed
 #   keys                            hash    account -> ids of its valid API keys, each with a colon and when it ends
 #                                           (ms; 0: not by a rotation), by spaces; only if a key was ever rotated
-#   settings                        hash    account -> {"senders", "reply_to"}; only where there are any
+#   settings                        hash    account -> {"senders", "reply_to"}, see Accounts.settings(); only where
+#                                           there are any
 #   jwt_secret                      string  the signing secret, if the settings have none
 #   jwt_secret_check                string  a keyed hash that tells whether another process has the same secret
 #   ended_session:<id>              string  exists if the session was ended before its time
-#
-#   settings                        hash    account -> {"senders", "reply_to"}, see Accounts.settings()
 #
 #   task:<id>                       hash    body (JSON); head (what is shown of it, JSON; a newsletter has none);
 #                                           account; key (its registration); to (folded addresses); lane; state;

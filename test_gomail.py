@@ -4065,8 +4065,10 @@ def test_requests_that_go_together_get_the_answers_and_leave_the_data_of_one_aft
                     data[name].pop(moment, None)
                 if "body" in data[name]:
                     data[name]["body"] = re.sub('"seed": "[0-9a-f]+"', "", data[name]["body"])
-            elif kind == "list":
-                data[name] = [ids[found] for found in store.redis.lrange(key, 0, -1)]
+            elif kind == "list":  # of ids, or of turns
+                data[name] = [ids.get(found, found) for found in store.redis.lrange(key, 0, -1)]
+            elif kind == "set":
+                data[name] = store.redis.smembers(key)
             elif kind == "zset":
                 data[name] = sorted(ids[found] for found in store.redis.zrange(key, 0, -1))
             else:
@@ -4518,8 +4520,10 @@ def test_tasks_of_a_deregistered_account_are_dropped_some_in_each_script(service
         left.append(look(queue).depths()["normal"])
         return found
     monkeypatch.setattr(queue, "_settle_and_take", watched)
-    assert take(queue, "normal-0", "normal").id == other
-    assert left == [801, 601, 401, 201, 1, 0]
+    taken = take(queue, "normal-0", "normal")
+    assert taken.id == other and left == [999]
+    assert take(queue, "normal-0", "normal", gomail.Outcome(taken, "returned", "why")).id == other
+    assert not take(queue, "normal-1", "normal") and left[2:] == [799, 599, 399, 199, 0]
     assert service.store.redis.keys(service.store.key("task", "*")) == [service.store.key("task", other)]
 
 
@@ -7235,13 +7239,14 @@ def test_a_reply_is_about_the_mail_its_recipient_the_sender_the_connection_or_th
 
 @pytest.mark.parametrize("stage, reply, about", ANSWERS, ids=lambda value: str(value)[:40])
 @pytest.mark.parametrize("others_taken", [False, True])
-def test_only_a_lasting_refusal_of_the_sender_is_another_error_for_a_mail_with_a_sender_of_its_own(
+def test_only_a_refusal_of_the_sender_is_another_error_for_a_mail_with_a_sender_of_its_own(
         stage, reply, about, others_taken):
     code, text = int(reply[:3]), reply[4:].encode()
     plain = gomail.refusal(stage, code, text, others_taken)
     own = gomail.refusal(stage, code, text, others_taken, own_sender="a@b.example")
-    if about == gomail.About.SENDER and code >= 500 and not others_taken:
-        assert type(own) is gomail.PermanentError and own.verdict == "dead" and not own.no_such_address
+    if about == gomail.About.SENDER and not others_taken:
+        assert type(own) is (gomail.PermanentError if code >= 500 else gomail.TemporaryError)
+        assert not own.no_such_address
         assert str(own) == f"the sender a@b.example, {gomail.STAGES[stage]}: {code} {reply[4:]}"
     else:
         assert (type(own), str(own), own.no_such_address) == (type(plain), str(plain), plain.no_such_address)
@@ -7601,9 +7606,8 @@ def test_the_services_own_sender_pauses_the_lane_when_it_is_refused_whoever_name
 @pytest.mark.parametrize("stage, reply", [
     ("MAIL", "530 5.7.0 Authentication required"), ("MAIL", "554 5.7.1 <host[192.0.2.1]>: Client host rejected: no"),
     ("MAIL", "550 Access denied - Invalid HELO name"), ("RCPT", "554 5.7.1 <user@example.com>: Relay access denied"),
-    ("RCPT", "450 4.1.8 <bob@b.example>: Sender address rejected: Domain not found"),
     ("DOT", "530 5.7.57 Client not authenticated to send mail"), ("MAIL", "451 4.3.0 later")])
-def test_what_is_about_the_client_the_login_relaying_or_passes_pauses_the_lane_whoever_sends(
+def test_what_is_about_the_client_the_login_relaying_or_the_server_pauses_the_lane_whoever_sends(
         services, mail_server, stage, reply):
     mail_server.refused_senders |= {sender: (stage, reply) for sender in ("bob@b.example", "app@example.org")}
     service = services(mail_server)
@@ -7613,6 +7617,20 @@ def test_what_is_about_the_client_the_login_relaying_or_passes_pauses_the_lane_w
     assert reply in until(lambda: service.workers.breakers["normal"].reason)
     mail_server.refused_senders.clear()
     assert client.state(task_id, "succeeded")["attempts"] == 1
+
+
+def test_a_sender_of_an_account_that_is_refused_for_now_costs_its_own_mail_an_attempt_and_pauses_nothing(
+        services, mail_server):
+    mail_server.refused_senders["bob@b.example"] = "RCPT", "450 4.1.8 <bob@b.example>: Sender address rejected"
+    service = services(mail_server)
+    client, other = service.client.sign_up(), Client(service.http.url).sign_up("other@example.com")
+    settle_on(service, client, "bob@b.example")
+    task_id = client.task(retries=5)
+    assert "the sender bob@b.example" in client.state(task_id, "retrying")["error"]
+    other.state(other.task(), "succeeded")
+    assert not service.workers.breakers["normal"].reason
+    mail_server.refused_senders.clear()
+    assert client.state(task_id, "succeeded")["attempts"] > 1
 
 
 def test_a_sender_that_alone_is_refused_as_if_for_the_client_does_not_hold_up_the_others_for_ever(
