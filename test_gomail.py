@@ -11486,7 +11486,7 @@ def test_a_content_type_of_another_account_and_that_of_a_revoked_key_cannot_be_n
     for task in (NAMED, otp_task(content_type="Login"), otp_task(content_type="none")):
         for path, body in (("/task/", task), ("/task/batch", {"tasks": [task]})):
             status, answer, _ = client("POST", path, body)
-            assert status == 401 and answer["error"] == "the API key was revoked"
+            assert status == 401 and answer["error"].startswith("the API key was revoked")
 
 
 def test_the_texts_that_are_named_count_for_max_body_with_and_without_variables(services):
