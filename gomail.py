@@ -1013,8 +1013,6 @@ def start_logging(settings: Settings) -> None:
 #   jwt_secret_check                string  a keyed hash that tells whether another process has the same secret
 #   ended_session:<id>              string  exists if the session was ended before its time
 #
-#   settings                        hash    account -> {"senders", "reply_to"}, see Accounts.settings()
-#
 #   task:<id>                       hash    body (JSON); head (what is shown of it, JSON; a newsletter has none);
 #                                           account; key (its registration); to (folded addresses); lane; state;
 #                                           created, started, finished (us); due, expires (ms); attempts; error;
@@ -1270,7 +1268,7 @@ class SecureClusterConnection(ClusterConnection, redis.SSLConnection):
     """The same over TLS."""
 
 
-class Once(typing.NamedTuple):
+class IdempotentRequest(typing.NamedTuple):
     """A request with an Idempotency-Key, which is done once: the same again gets the same answer.
 
     Args:
@@ -1326,7 +1324,7 @@ class Script:
         self.source = self.WHEN_FULL + source if when_full else source
         self.digest = hashlib.sha1(self.source.encode()).hexdigest()
 
-    def __call__(self, keys: Sequence, args: Sequence, request: str | Once = "") -> Any:
+    def __call__(self, keys: Sequence, args: Sequence, request: str | IdempotentRequest = "") -> Any:
         """Run the script and return its answer.
 
         Args:
@@ -1335,7 +1333,7 @@ class Script:
         Raises:
             HTTPError: 422, the Idempotency-Key of the request came with another one before.
         """
-        if isinstance(request, Once):
+        if isinstance(request, IdempotentRequest):
             keys = [*keys, self.store.key("idempotency", request.id)]
             args = [*args, request.fingerprint, self.KEPT]
         elif self.once:
@@ -1347,9 +1345,9 @@ class Script:
                 raise self._reused() from None
             raise
 
-    def known(self, request: str | Once) -> Any:
+    def known(self, request: str | IdempotentRequest) -> Any:
         """The answer that is kept of an earlier call with this Idempotency-Key, or None. Raises HTTPError (422)."""
-        if not isinstance(request, Once):
+        if not isinstance(request, IdempotentRequest):
             return None
         found = self.store.redis.get(self.store.key("idempotency", request.id))
         if found and not found.startswith(request.fingerprint):
@@ -2583,10 +2581,13 @@ class Records:
 
     def read(self, account: str, *hashes: str) -> list[Any]:
         """What each of these hashes keeps of an account, or None."""
+        return [json.loads(found) if found else None for found in self._read(account, hashes)]
+
+    def _read(self, account: str, hashes: Sequence[str]) -> list[str | None]:
         with self.store.redis.pipeline(transaction=False) as pipeline:
             for name in hashes:
                 pipeline.hget(self.store.key(name), account)
-            return [json.loads(found) if found else None for found in pipeline.execute()]
+            return pipeline.execute()
 
     # Change what hashes keep of an account, unless that is something else than was read, or the account has ended.
     # KEYS: the prefix.
@@ -2606,31 +2607,27 @@ class Records:
         return answer
     """
 
-    def change(self, owner: Account, hashes: Sequence[str], change: Callable[..., tuple],
-               request: str | Once = "") -> Any:
+    def change(self, owner: Account, hashes: Sequence[str], change: Callable[..., Sequence],
+               request: str | IdempotentRequest = "") -> list[Any]:
         """Make of what these hashes keep of an account, each a value or None, what `change` returns.
 
-        `change` also returns, as the last, what this method returns: a value of JSON. It may be called several times.
+        It may return more values of JSON, which are not kept. This method returns all. `change` may be called again,
+        if somebody else changes the same meanwhile.
 
         Raises:
             HTTPError: 401, the account was deregistered; 422, see Script; and what `change` raises.
         """
-        if (known := self._changed.known(request)) is not None:
-            return json.loads(known)
-        while True:
-            with self.store.redis.pipeline(transaction=False) as pipeline:
-                for name in hashes:
-                    pipeline.hget(self.store.key(name), owner.name)
-                before = [found or "" for found in pipeline.execute()]
-            *values, result = change(*(json.loads(found) if found else None for found in before))
+        answer = self._changed.known(request)
+        while not answer:
+            before = [found or "" for found in self._read(owner.name, hashes)]
+            values = change(*(json.loads(found) if found else None for found in before))
             after = [json.dumps(value) if value else "" for value in values]
             answer = self._changed(keys=[self.store.prefix], args=[
-                owner.name, owner.registration, json.dumps(result), *itertools.chain(*zip(hashes, before, after))],
+                owner.name, owner.registration, json.dumps(values), *itertools.chain(*zip(hashes, before, after))],
                 request=request)
             if answer == -1:
                 raise revoked_key()
-            if answer != 0:
-                return json.loads(answer)
+        return json.loads(answer)
 
 
 class Accounts:
@@ -2730,7 +2727,7 @@ class Accounts:
         return {ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])}
     """
 
-    def sign_up(self, name: str, request: str | Once = "") -> str:
+    def sign_up(self, name: str, request: str | IdempotentRequest = "") -> str:
         """Register `name` and return its API key. `request` is that of Script.
 
         Raises:
@@ -2786,7 +2783,7 @@ class Accounts:
         return {new, tonumber(time[1]), tonumber(ttl), previous}
     """
 
-    def rotate(self, account: Account, overlap: int, request: str | Once = "") -> tuple[str, float]:
+    def rotate(self, account: Account, overlap: int, request: str | IdempotentRequest = "") -> tuple[str, float]:
         """A new API key of an account, and when the one that `account` came with ends (s); or the newest one before,
         for who came without a key. Both are valid until then: `overlap` seconds, or what is left of the key that asks.
         Without overlap, all keys but the new one end at once. `request` is that of Script.
@@ -2871,13 +2868,17 @@ class Accounts:
         return account
 
     def settings(self, name: str) -> Json:
-        """What an account's mails have by default: {"senders": [...], "reply_to"}.
+        """The settings of an account, see complete_settings()."""
+        return self.complete_settings(*self.records.read(name, "settings"))
+
+    @classmethod
+    def complete_settings(cls, kept: Json | None) -> Json:
+        """What an account's mails have by default, {"senders": [...], "reply_to"}, from what Redis keeps of it.
 
         `senders` are what payload.from may be, each `Name <address>`, `address` or `@domain`; the first address is the
         default.
         """
-        found, = self.records.read(name, "settings")
-        return {**self.NO_SETTINGS, **(found or {})}
+        return {**cls.NO_SETTINGS, **(kept or {})}
 
     def names(self) -> list[str]:
         """The names of all accounts, sorted."""
@@ -4856,7 +4857,7 @@ class Queue:
     """
 
     def revive(self, task_id: str, account: Account = EVERYBODY, remove: bool = False,
-               request: str | Once = "") -> bool:
+               request: str | IdempotentRequest = "") -> bool:
         """Queue a dead letter again, with all its attempts, or remove it. False where the account has none such.
 
         `request` is that of Script, which may raise HTTPError (422).
@@ -7341,7 +7342,8 @@ class Newsletters:
         return 1
     """
 
-    def create(self, account: str, content_type: str, subject: str, content: str, request: str | Once = "") -> None:
+    def create(self, account: str, content_type: str, subject: str, content: str,
+               request: str | IdempotentRequest = "") -> None:
         """Define a content type. `request` is that of Script. Raises HTTPError: 409, it exists; 422, see Script."""
         if not self._define(self._keys(account, content_type), [content_type, self._body(subject, content), 0],
                             request):
@@ -8302,11 +8304,6 @@ class Webhooks:
         """
         return self._existing(*self.records.read(account, "hooks"))
 
-    def _change(self, owner: Account, change: Callable[[Json | None], tuple[Json | None, Any]],
-                request: str | Once = "") -> Any:
-        """Make of an account's webhook, or None, what `change` returns, and return what it returns beside."""
-        return self.records.change(owner, ("hooks",), change, request)
-
     @staticmethod
     def _existing(hook: Json | None) -> Json:
         if hook is None:
@@ -8315,44 +8312,41 @@ class Webhooks:
 
     def revise(self, hook: Json | None, url: str, events: Sequence[str]) -> tuple[Json, str | None]:
         """(the webhook with this URL and these events, its secret if it is new), of a webhook or None."""
-        new = {"secret": self._secret(), "created": self.store.time(), "previous": "", "until": 0}
-        return ({**(hook or new), "url": url, "events": list(events), "gone": 0},
-                None if hook else typing.cast(str, new["secret"]))
+        secret = None if hook else self._secret()
+        new = hook or {"secret": secret, "created": self.store.time(), "previous": "", "until": 0}
+        return {**new, "url": url, "events": list(events), "gone": 0}, secret
 
     def set(self, owner: Account, url: str, events: Sequence[str],
-            request: str | Once = "") -> tuple[Json, str | None]:
+            request: str | IdempotentRequest = "") -> tuple[Json, str | None]:
         """Send these events of the account to this URL from now on. Returns what revise() does."""
-        def revise(hook: Json | None) -> tuple[Json, Any]:
-            revised = self.revise(hook, url, events)
-            return revised[0], revised
-        hook, secret = self._change(owner, revise, request)
+        hook, secret = self.records.change(owner, ["hooks"], lambda hook: self.revise(hook, url, events), request)
         return hook, secret
 
-    def replace_secret(self, owner: Account, overlap: int, request: str | Once = "") -> tuple[str, float]:
+    def replace_secret(self, owner: Account, overlap: int, request: str | IdempotentRequest = "") -> tuple[str, float]:
         """Make a new secret; for `overlap` seconds the one before signs as well. Returns it and when that ends.
 
         Raises HTTPError (404) if the account has no webhook.
         """
-        new = self._secret(), self.store.time() + overlap
+        secret, until = self._secret(), self.store.time() + overlap
 
-        def replace(hook: Json | None) -> tuple[Json, Any]:
+        def replace(hook: Json | None) -> list[Json]:
             before = self._existing(hook)
-            return {**before, "secret": new[0], "previous": before["secret"], "until": new[1]}, new
-        secret, until = self._change(owner, replace, request)
-        return secret, until
+            return [{**before, "secret": secret, "previous": before["secret"], "until": until}]
+        hook, = self.records.change(owner, ["hooks"], replace, request)
+        return hook["secret"], hook["until"]
 
     def remove(self, owner: Account) -> None:
         """Send no events of this account any more, nor those that wait. Raises HTTPError (404)."""
-        def gone(hook: Json | None) -> tuple[None, bool]:
+        def remove(hook: Json | None) -> list[None]:
             self._existing(hook)
-            return None, True
-        self._change(owner, gone)
+            return [None]
+        self.records.change(owner, ["hooks"], remove)
 
     def _switch_off(self, owner: Account, hook: Json) -> None:
         """Send nothing to a webhook whose receiver is gone, until somebody sets it again."""
         off = {**hook, "events": [], "gone": self.store.time()}
         with contextlib.suppress(HTTPError):  # the account has ended
-            if self._change(owner, lambda found: (off, True) if found == hook else (found, False)):
+            if self.records.change(owner, ["hooks"], lambda found: [off if found == hook else found]) == [off]:
                 log(logging.WARNING, "webhook switched off: its receiver answers 410 Gone", account=owner.name)
 
     @staticmethod
@@ -9410,7 +9404,7 @@ class Request:
     account: Any = None  # the Account that sends it, unless its route is open
     peer: str = ""  # the address that the connection comes from
     idempotency_key: str = ""  # if its route takes one
-    once: str | Once = ""  # the same, for a Script
+    idempotent: str | IdempotentRequest = ""  # the same, for a Script
 
     @property
     def client(self) -> str:
@@ -9592,11 +9586,11 @@ class Api:
             if len(request.idempotency_key) > 255:
                 raise HTTPError(400, "Idempotency-Key must have at most 255 characters", "Idempotency-Key")
             if request.idempotency_key:
-                request.once = self.once(route, request)
+                request.idempotent = self.idempotent(route, request)
         return route.handler(self, request)
 
     @staticmethod
-    def once(route: Route, request: Request) -> Once:
+    def idempotent(route: Route, request: Request) -> IdempotentRequest:
         """What a request with an Idempotency-Key is known by.
 
         An account does not get the answers to what the admin asked for it. After a rotation, only the very key that
@@ -9606,7 +9600,7 @@ class Api:
         whose = [owner.name, owner.registration, owner.key if route.checks_key else bool(owner.key)]
         digests = [hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest() for parts in (
             [route.method, route.path, request.path_params, *whose, request.idempotency_key], request.body)]
-        return Once(*digests)
+        return IdempotentRequest(*digests)
 
     def account_named(self, request: Request, route: Route) -> Account:
         """The Account that the admin names by `?account=`. Without it, all accounts, if the route allows that."""
@@ -9689,7 +9683,7 @@ class Api:
     def sign_up(self, request: Request) -> Reply:
         if request.body["id"] == Accounts.COMMAND_LINE:  # its key would show what the operator sends
             raise HTTPError(409, "id is reserved for the command line; choose another", "id")
-        return {"apiKey": self.accounts.sign_up(request.body["id"], request.once)}
+        return {"apiKey": self.accounts.sign_up(request.body["id"], request.idempotent)}
 
     def deregister(self, request: Request) -> Reply:
         name = request.body["id"]
@@ -9707,7 +9701,7 @@ class Api:
                 account = own if own == account else account
         elif account.name != name:
             raise self.not_admin()
-        key, until = self.accounts.rotate(account, request.body.get("overlap", Accounts.OVERLAP), request.once)
+        key, until = self.accounts.rotate(account, request.body.get("overlap", Accounts.OVERLAP), request.idempotent)
         return {"apiKey": key, "previousUntil": timestamp(until * 1e6)}
 
     def list_accounts(self, request: Request) -> Reply:
@@ -9856,7 +9850,7 @@ class Api:
     def take_dead(self, request: Request, remove: bool = False) -> str:
         """Queue a dead letter again, or remove it. Returns its id. Raises HTTPError (404)."""
         task_id = request.path_params["id"]
-        if not self.queue.revive(task_id, request.account, remove, request.once):
+        if not self.queue.revive(task_id, request.account, remove, request.idempotent):
             raise HTTPError(404, "there is no dead letter of this id; GET /task/dead lists them", "id")
         return task_id
 
@@ -9871,7 +9865,7 @@ class Api:
         return self.part_of_list(request, "contentTypes", self.newsletters.read_all)
 
     def create_content(self, request: Request) -> Reply:
-        self.newsletters.create(request.account.name, **request.body, request=request.once)
+        self.newsletters.create(request.account.name, **request.body, request=request.idempotent)
         return done("Content Type created successfully")
 
     def update_content(self, request: Request) -> Reply:
@@ -9916,12 +9910,12 @@ class Api:
 
     def set_webhook(self, request: Request) -> Reply:
         owner = self.ensure_may_set_webhook(request)
-        revised = self.webhooks.set(owner, request.body["url"], request.body.get("events", EVENTS), request.once)
+        revised = self.webhooks.set(owner, request.body["url"], request.body.get("events", EVENTS), request.idempotent)
         return {"status": True, **self.describe_webhook(*revised)}
 
     def replace_webhook_secret(self, request: Request) -> Reply:
         owner = self.ensure_may_set_webhook(request)
-        secret, until = self.webhooks.replace_secret(owner, request.body.get("overlap", 86400), request.once)
+        secret, until = self.webhooks.replace_secret(owner, request.body.get("overlap", 86400), request.idempotent)
         return {"status": True, "secret": secret, "previousUntil": timestamp(until * 1e6)}
 
     def remove_webhook(self, request: Request) -> Reply:
@@ -9944,22 +9938,22 @@ class Api:
     def describe_account(self, request: Request, settings: Json | None, hook: Json | None,
                          secret: str | None = None) -> Json:
         """The answer about an account. `secret` is that of a new webhook."""
-        return {"status": True, "id": request.account.name, **Accounts.NO_SETTINGS, **(settings or {}),
+        return {"status": True, "id": request.account.name, **Accounts.complete_settings(settings),
                 "webhook": hook and self.describe_webhook(hook, secret)}
 
     def set_account(self, request: Request) -> Reply:
         may_set = self.may_set_webhook(request)
 
-        def change(settings: Json | None, hook: Json | None) -> tuple:
-            before, secret = ({**Accounts.NO_SETTINGS, **(settings or {})}, hook), None
-            wanted = {name: request.body.get(name, value) or Accounts.NO_SETTINGS[name]
-                      for name, value in before[0].items()}
+        def change(kept: Json | None, hook: Json | None) -> list[Any]:
+            before, new_hook, secret = Accounts.complete_settings(kept), hook, None
+            after = {name: request.body.get(name, value) or Accounts.NO_SETTINGS[name]
+                     for name, value in before.items()}
             if "webhook" in request.body:
-                hook, secret = self.revise_webhook(hook, request.body["webhook"])
-            if not may_set and (wanted["senders"], hook) != (before[0]["senders"], before[1]):
+                new_hook, secret = self.revise_webhook(hook, request.body["webhook"])
+            if not may_set and (after["senders"], new_hook) != (before["senders"], hook):
                 raise self.not_admin()
-            return wanted if wanted != Accounts.NO_SETTINGS else None, hook, [wanted, hook, secret]
-        changed = self.accounts.records.change(request.account, ("settings", "hooks"), change, request.once)
+            return [after if after != Accounts.NO_SETTINGS else None, new_hook, secret]
+        changed = self.accounts.records.change(request.account, ("settings", "hooks"), change, request.idempotent)
         return self.describe_account(request, *changed)
 
     def revise_webhook(self, hook: Json | None, wanted: Json | None) -> tuple[Json | None, str | None]:
