@@ -2455,7 +2455,8 @@ class Array(Check):
 class Variable(Check):
     """What a `{{ name }}` stands for: a string, or a number that is neither infinite nor printed in many digits."""
 
-    LIMIT = 1e30
+    LIMIT, MAX_LENGTH = 1e30, 10000
+    allowed = re.compile(r"[^\x00]*")
     types = (str, int, float)
     expected = "a string of up to 10000 characters, or a number below 1e30"
     schema = {"type": ["string", "number"], "maxLength": 10000, "exclusiveMinimum": -LIMIT, "exclusiveMaximum": LIMIT}
@@ -2463,62 +2464,65 @@ class Variable(Check):
     def parse(self, value: str | int | float) -> str | int | float | None:
         if not isinstance(value, str):
             return value if abs(value) < self.LIMIT else None  # NaN is not below anything
-        return value if len(value) <= 10000 and "\0" not in value and not SURROGATES.search(value) else None
+        is_allowed = len(value) <= self.MAX_LENGTH and self.allowed.fullmatch(value) and not SURROGATES.search(value)
+        return value if is_allowed else None
 
 
 class Datum(Variable):
     """What an app notes about a task: a short string, or a number as of a Variable."""
 
+    MAX_LENGTH = 100
+    allowed = re.compile(f"{ONE_LINE}*")
     expected = f"a string of up to 100 characters, {LINE}, or a number below 1e30"
     schema = {**Variable.schema, "maxLength": 100, "pattern": f"^{ONE_LINE}*$"}
 
-    def parse(self, value: str | int | float) -> str | int | float | None:
-        if isinstance(value, str) and (len(value) > 100 or not re.fullmatch(f"{ONE_LINE}*", value)):
-            return None
-        return super().parse(value)
 
-
-class Variables(Check):
-    """The variables of a template: a flat JSON object."""
+class Dictionary(Check):
+    """A flat JSON object, of up to `maximum` names that match `name`, with values that `value` allows."""
 
     types = (dict,)
-    variable = Variable()
+    name: str  # a regular expression
+    value: Check
+    maximum: int
+    keeps_empty = False  # or an empty object is as good as none
+
+    def __init__(self) -> None:
+        self.schema = {"type": "object", "maxProperties": self.maximum, "propertyNames": {"pattern": f"^{self.name}$"},
+                       "additionalProperties": self.value.schema}
+
+    def parse(self, value: Json) -> Json | None:
+        return value if len(value) <= self.maximum and all(re.fullmatch(self.name, name) for name in value) else None
+
+    def __call__(self, value: Any, field: str = "") -> Any:
+        values: Json = {}
+        for name, given in super().__call__(value, field).items():
+            self.check_name(name, values, f"{field}.{name}")
+            values[name] = self.value(given, f"{field}.{name}")
+        return values if values or self.keeps_empty else None
+
+    def check_name(self, name: str, before: Json, field: str) -> None:
+        """Raise HTTPError (400) if a name that matches is not allowed behind those before it. By default, any is."""
+
+
+class Variables(Dictionary):
+    """The variables of a template."""
+
+    name, value, maximum, keeps_empty = VARIABLE, Variable(), 100, True
     expected = ("an object of up to 100 names (letters, digits, _) with strings of up to 10000 characters, or numbers "
                 "below 1e30")
-    schema = {"type": "object", "maxProperties": 100, "propertyNames": {"pattern": f"^{VARIABLE}$"},
-              "additionalProperties": variable.schema}
-
-    def parse(self, value: Json) -> Json | None:
-        return value if len(value) <= 100 and all(re.fullmatch(VARIABLE, name) for name in value) else None
-
-    def __call__(self, value: Any, field: str = "") -> Any:
-        variables = super().__call__(value, field)
-        return {name: self.variable(given, f"{field}.{name}") for name, given in variables.items()}
 
 
-class Metadata(Check):
-    """What an app notes about a task, and is given back with it: a flat JSON object."""
+class Metadata(Dictionary):
+    """What an app notes about a task, and is given back with it."""
 
-    NAME = "[A-Za-z0-9_.-]{1,40}"
-    types = (dict,)
-    datum = Datum()
+    name, value, maximum = "[A-Za-z0-9_.-]{1,40}", Datum(), 20
     expected = ("an object of up to 20 names (up to 40 letters, digits and _ . -) with strings of up to 100 characters "
                 "on one line, or numbers below 1e30")
-    schema = {"type": "object", "maxProperties": 20, "propertyNames": {"pattern": f"^{NAME}$"},
-              "additionalProperties": datum.schema}
-
-    def parse(self, value: Json) -> Json | None:
-        return value if len(value) <= 20 and all(re.fullmatch(self.NAME, name) for name in value) else None
-
-    def __call__(self, value: Any, field: str = "") -> Any:
-        metadata = super().__call__(value, field)
-        return {name: self.datum(given, f"{field}.{name}") for name, given in metadata.items()} or None
 
 
-class Headers(Check):
+class Headers(Dictionary):
     """An app's own header fields of a mail: name (RFC 5322 section 2.2) -> value."""
 
-    NAME = "[!-9;-~]{1,76}"
     # Those that GoMail or the servers on the way make. Two mailers may read a second From, To or Content-Type in two
     # ways. With a Delivered-To, Postfix takes a mail for one that goes round.
     TAKEN = re.compile("from|to|cc|bcc|subject|date|message-id|reply-to|sender|return-path|received.*|mime-version"
@@ -2526,28 +2530,17 @@ class Headers(Check):
                        "|delivered-to|x-original-to|envelope-to|delivery-date|apparently-to|x-account"
                        "|x-pm-keepid|x-pm-metadata-gomail", re.IGNORECASE)
     FIELDS = {"from": "from", "to": "userId", "cc": "cc", "bcc": "bcc", "subject": "subject", "reply-to": "reply_to"}
-    types = (dict,)
-    value = String(998, ONE_LINE, LINE)
+    name, value, maximum = "[!-9;-~]{1,76}", String(998, ONE_LINE, LINE), 20
     expected = ("an object of up to 20 names of header fields (up to 76 printable characters of ASCII, without spaces "
                 "and :) with strings")
-    schema = {"type": "object", "maxProperties": 20, "propertyNames": {"pattern": f"^{NAME}$"},
-              "additionalProperties": value.schema}
 
-    def parse(self, value: Json) -> Json | None:
-        return value if len(value) <= 20 and all(re.fullmatch(self.NAME, name) for name in value) else None
-
-    def __call__(self, value: Any, field: str = "") -> Any:
-        headers: dict[str, str] = {}
-        for name, given in super().__call__(value, field).items():
-            if self.TAKEN.fullmatch(name):
-                own = self.FIELDS.get(name.lower())
-                hint = f"the field {own} of the payload makes it" if own else "GoMail or a mail server makes it"
-                raise HTTPError(400, f"{field}.{name} is not allowed: {hint}", f"{field}.{name}")
-            if name.lower() in map(str.lower, headers):
-                raise HTTPError(400, f"{field}.{name} must be there only once; case is ignored in a header's name",
-                                f"{field}.{name}")
-            headers[name] = self.value(given, f"{field}.{name}")
-        return headers or None
+    def check_name(self, name: str, before: Json, field: str) -> None:
+        if self.TAKEN.fullmatch(name):
+            own = self.FIELDS.get(name.lower())
+            hint = f"the field {own} of the payload makes it" if own else "GoMail or a mail server makes it"
+            raise HTTPError(400, f"{field} is not allowed: {hint}", field)
+        if name.lower() in map(str.lower, before):
+            raise HTTPError(400, f"{field} must be there only once; case is ignored in a header's name", field)
 
 
 # --- 5. accounts ----------------------------------------------------------------------------------------

@@ -10106,8 +10106,8 @@ def test_a_webhook_is_changed_by_one_at_a_time_and_by_nobody_whose_account_has_e
         asked.append(hook)
         if len(asked) == 1:
             client.post("/webhook/secret", {})
-        return {**hook, "url": "http://localhost:1/"}, None
-    webhooks._change(owner, change)
+        return [{**hook, "url": "http://localhost:1/"}]
+    webhooks.records.change(owner, ["hooks"], change)
     assert len(asked) == 2 and asked[0]["secret"] == asked[1]["previous"] != asked[1]["secret"]
     client.post("/auth/deregister", {"id": owner.name})
     client.key = service.client.post("/auth/signup", {"id": owner.name})["apiKey"]
