@@ -2036,6 +2036,11 @@ class HTTPError(Exception):
         return {"status": False, "error": self.message, **({"field": self.field} if self.field else {})}
 
 
+def unauthorized(message: str) -> HTTPError:
+    """The error (401) for a request without valid credentials."""
+    return HTTPError(401, message, None, {"WWW-Authenticate": "Bearer"})
+
+
 MARKUP = re.compile(
     r"<(!doctype|/?(html|head|body|div|span|p|br|hr|h[1-6]|a|b|i|u|em|strong|small|img|table|tr|td|th|ul|ol|li|pre|code"
     r"|blockquote|center|font|section|article|header|footer|style|main|button))(\s[^<>]*)?/?>", re.IGNORECASE)
@@ -2565,6 +2570,11 @@ class Account:
 EVERYBODY = Account("", "")  # stands for all accounts
 
 
+def revoked_key() -> HTTPError:
+    """The error for an API key that was revoked, or ended after a rotation."""
+    return unauthorized("the API key was revoked: its account has a newer key, or was deregistered")
+
+
 class Records:
     """What hashes keep of each account, as JSON: its settings, and its webhook; the admin's name is ""."""
 
@@ -2885,10 +2895,10 @@ class Accounts:
         """As authenticate(), but the caller checks revocation itself."""
         claims = self._claims(strip_bearer(header))
         if claims is None:
-            raise self._invalid_key()
+            raise unauthorized("Authorization must hold a valid API key; /auth/signup gives one")
         if "exp" in claims and claims["exp"] <= time.time():
-            raise self._invalid_key("the API key has expired; POST /auth/rotate with the admin_token gives a new one, "
-                                    "and so does `accounts --rotate` on the command line")
+            raise unauthorized("the API key has expired; POST /auth/rotate with the admin_token gives a new one, and "
+                               "so does `accounts --rotate` on the command line")
         return Account(claims["sub"], claims.get("registration") or claims["jti"], claims["jti"],
                        claims.get("exp", math.inf))
 
@@ -2940,10 +2950,6 @@ class Accounts:
             with contextlib.suppress(jwt.InvalidTokenError):
                 return jwt.decode(token, secret, algorithms=["HS256"], options=options)
         return None
-
-    @staticmethod
-    def _invalid_key(message: str = "Authorization must hold a valid API key; /auth/signup gives one") -> HTTPError:
-        return HTTPError(401, message, None, {"WWW-Authenticate": "Bearer"})
 
     @staticmethod
     def _not_registered() -> HTTPError:
@@ -3221,12 +3227,6 @@ def lane_of(task: Json) -> str:
     """The lane that a task waits in: the one that its payload names, or that of its type."""
     by_type = {"generateOtp": Lane.URGENT, "message": Lane.NORMAL, "newsletter": Lane.BULK}
     return task["payload"].get("lane") or by_type.get(task["type"], Lane.CHANGES)
-
-
-def revoked_key() -> HTTPError:
-    """The error for an API key that was revoked, or ended after a rotation."""
-    return HTTPError(401, "the API key was revoked: its account has a newer key, or was deregistered", None,
-                     {"WWW-Authenticate": "Bearer"})
 
 
 def rate_limited(seconds: int | str, what: str = "OTP requests") -> HTTPError:
@@ -9649,7 +9649,7 @@ class Api:
     def not_admin(self) -> HTTPError:
         """The error for a request without the admin's rights."""
         if self.settings.admin_token:
-            return HTTPError(401, "Authorization must hold the admin_token", None, {"WWW-Authenticate": "Bearer"})
+            return unauthorized("Authorization must hold the admin_token")
         return HTTPError(403, "without the option admin_token, this is not allowed through a proxy")
 
     def penalize(self, request: Request) -> None:
