@@ -3013,15 +3013,15 @@ ATTACHMENT = Object({"filename": FILENAME, "content_type": MEDIA_TYPE, "content"
 class MailPayload(Object):
     """The payload of a mail that may name a content type in place of its own subject and content.
 
-    Only that of a payload without them counts: the example of all attributes, which clients send with every type of
-    task, has all three. Then it is not looked at, and an empty string is as good as no field. What the Check returns
-    has "content_type" where it counts.
+    A content type counts only where subject and content are missing, null or "": clients send the contract's example of
+    all attributes, which has all three, with every type of task. The Check leaves out one that does not count.
 
-    `fields` are those of a payload that names none.
+    Args:
+        fields: those of a payload without a content type.
     """
 
-    UNNAMED = "it belongs to a content_type, which counts only without subject and content"
-    NAMED: typing.ClassVar[dict[str, Check]] = {
+    NEEDS_CONTENT_TYPE = "it belongs to a content_type, which counts only without subject and content"
+    NAMED: typing.ClassVar[dict[str, Check]] = {  # further fields of a payload with one
         "subject": Absent(""), "content": Absent(""), "text": Absent("content_type brings the texts"),
         "content_type": CONTENT_TYPE, "variables": Nullable(Variables()), "locale": Nullable(LOCALE)}
 
@@ -3029,7 +3029,7 @@ class MailPayload(Object):
         super().__init__(fields)
         self.named = Object({**fields, **self.NAMED})
         self.names = self.named.names = list(dict.fromkeys((*self.names, *self.named.names)))
-        if "content" not in fields:  # it brings no texts of its own: what is not `named` must be told from it
+        if "content" not in fields:  # it needs no texts of its own: its schema must exclude what is `named`
             given = ({"required": [name], "properties": {name: {"not": Absent("").schema}}}
                      for name in ("subject", "content"))
             self.schema["anyOf"] = [{"properties": {"content_type": Absent("").schema}}, *given]
@@ -3056,12 +3056,13 @@ PAYLOADS = {
                             "from_name": Nullable(String(100, ONE_LINE, LINE)), "reply_to": Nullable(Address()),
                             "cc": Nullable(Array(Address(), 49)), "bcc": Nullable(Array(Address(), 49)),
                             "attachments": Nullable(Array(ATTACHMENT, 50)), "variables": Nullable(Variables()),
-                            "locale": Absent(MailPayload.UNNAMED),
+                            "locale": Absent(MailPayload.NEEDS_CONTENT_TYPE),
                             "send_at": Nullable(DateTime()), "expires_at": Nullable(DateTime()),
                             "from": Nullable(Sender()), "lane": Nullable(LANE), "headers": Nullable(Headers()),
                             "metadata": Nullable(Metadata())}),
     "generateOtp": MailPayload({"userId": Address(), "length": Integer(4, 8), "purpose": Nullable(PURPOSE),
-                                "variables": Absent(MailPayload.UNNAMED), "locale": Absent(MailPayload.UNNAMED),
+                                "variables": Absent(MailPayload.NEEDS_CONTENT_TYPE),
+                                "locale": Absent(MailPayload.NEEDS_CONTENT_TYPE),
                                 "from": Nullable(Sender()), "lane": Nullable(LANE), "metadata": Nullable(Metadata())}),
     "subscribe": Object({"userId": Address(), "frequency": Enum(FREQUENCIES), "content_type": CONTENT_TYPE,
                          "subject": Nullable(SUBJECT_TEMPLATE), "content": Nullable(CONTENT_TEMPLATE),
@@ -3079,13 +3080,12 @@ class TaskCheck(Check):
     def __init__(self) -> None:
         self.by_type = {name: self.of_types((name,), payload) for name, payload in PAYLOADS.items()}
         self.unknown_type = self.of_types(tuple(PAYLOADS), Object({}))
-        named = {name: payload.named for name, payload in PAYLOADS.items() if isinstance(payload, MailPayload)}
-        self.schema = {"oneOf": [check.schema for check in (*self.by_type.values(), *(
-            self.of_types((name,), payload) for name, payload in named.items()))]}
-        payloads = (*PAYLOADS.values(), *named.values())
+        payloads = [*PAYLOADS.items(), *(
+            (name, payload.named) for name, payload in PAYLOADS.items() if isinstance(payload, MailPayload))]
+        self.schema = {"oneOf": [self.of_types((name,), payload).schema for name, payload in payloads]}
         self.fields = frozenset(self.unknown_type.fields)
-        self.payload_fields = frozenset[str]().union(*(payload.fields for payload in payloads))
-        self.nested = frozenset[str]().union(*(payload.nested for payload in payloads))
+        self.payload_fields = frozenset(name for _, payload in payloads for name in payload.fields)
+        self.nested = frozenset(name for _, payload in payloads for name in payload.nested)
 
     @staticmethod
     def of_types(types: Sequence[str], payload: Object) -> Object:
@@ -3111,8 +3111,11 @@ class TaskCheck(Check):
 TASK = TaskCheck()
 
 
+TextName = tuple[str, str]  # a content type, and a locale or ""
+
+
 class NamedText(typing.NamedTuple):
-    """What a task's content type and locale name."""
+    """The content type that was found for a TextName."""
 
     content_type: str
     subject: str = ""
@@ -3120,8 +3123,8 @@ class NamedText(typing.NamedTuple):
     is_left_out: bool = False  # those that were sought together are too large
 
 
-def named_text(task: Json) -> tuple[str, str] | None:
-    """(content type, locale or "") of the text that a checked message or generateOtp task names, or None."""
+def text_name(task: Json) -> TextName | None:
+    """The name of the text that a checked message or generateOtp task is to have, or None if it has its own."""
     payload = task["payload"]
     if "content_type" not in payload or not isinstance(PAYLOADS[task["type"]], MailPayload):
         return None
@@ -3131,10 +3134,12 @@ def named_text(task: Json) -> tuple[str, str] | None:
 def canonical_locale(locale: str) -> str:
     """A language tag in its usual spelling, such as zh-Hant-TW (RFC 5646 section 2.1.1)."""
     first, *others = locale.lower().split("-")
-    for at, subtag in enumerate(others):
-        if len((first, *others)[at]) > 1:  # behind a single character, all are in lower case
-            others[at] = {2: subtag.upper(), 4: subtag.title()}.get(len(subtag), subtag)
-    return "-".join((first, *others))
+    spelt = [first]
+    for subtag in others:
+        if len(spelt[-1]) > 1:  # what follows a single character stays in lower case
+            subtag = {2: subtag.upper(), 4: subtag.title()}.get(len(subtag), subtag)
+        spelt.append(subtag)
+    return "-".join(spelt)
 
 
 def candidates(content_type: str, locale: str) -> list[list[str]]:
@@ -3153,8 +3158,33 @@ def candidates(content_type: str, locale: str) -> list[list[str]]:
     return [*found, [content_type]]
 
 
-def fill_message(task: Json, path: str, max_size: int,
-                 texts: Mapping[tuple[str, str], NamedText | None] | None = None) -> int:
+def insert_text(task: Json, path: str, texts: Mapping[TextName, NamedText | None]) -> NamedText | None:
+    """Give a task the texts of the content type that it names, in place of the name; returns it, or None.
+
+    Raises:
+        HTTPError: 400, there is no such content type, or it is for an OTP and does not show it; 413, it is left out.
+    """
+    name, payload, field = text_name(task), task["payload"], f"{path}.content_type"
+    if name is None:
+        return None
+    text = texts[name]
+    if text is None:
+        sought = ", ".join(spellings[0] for spellings in candidates(*name))
+        raise HTTPError(400, f"{field} does not exist: there is no content type {sought}; "
+                        "POST /task/subscriptionContent defines one", field)
+    if text.is_left_out:
+        raise HTTPError(413, f"{field}: the content types that the tasks name are too large together; send fewer "
+                        "tasks at once", field)
+    if task["type"] == "generateOtp" and "otp" not in PLACEHOLDER.findall(text.subject + text.content):
+        raise HTTPError(400, f"{field} must name a content type with {{{{ otp }}}}, and {text.content_type} has none",
+                        field)
+    del payload["content_type"]
+    payload.pop("locale", None)
+    payload |= {"subject": text.subject, "content": text.content}
+    return text
+
+
+def fill_message(task: Json, path: str, max_size: int, texts: Mapping[TextName, NamedText | None]) -> int:
     """Fill the texts of a message task with its variables, and remove those. Other tasks stay as they are.
 
     A task that names a content type gets its texts in place of the name. Those of an OTP are filled when it is sent;
@@ -3163,35 +3193,21 @@ def fill_message(task: Json, path: str, max_size: int,
     Args:
         path: of the task, "" for the whole body.
         max_size: bytes that the texts may have together.
-        texts: what Newsletters.texts() has found for named_text() of the task, where that is not None.
+        texts: what Newsletters.texts() has found for text_name() of the task, where that is not None.
 
     Returns how many bytes the filled texts have.
 
     Raises:
-        HTTPError: 400, there is no such content type, a placeholder is malformed, its variable is missing, or a filled
-            text is not allowed; 413, the texts are too large.
+        HTTPError: as insert_text(); 400, a placeholder is malformed, its variable is missing, or a filled text is not
+            allowed; 413, the texts are too large.
     """
-    payload = task["payload"]
+    payload, is_otp, size = task["payload"], task["type"] == "generateOtp", 0
     if "variables" not in payload and "content_type" not in payload:  # as nearly always
         return 0
-    path, is_otp = f"{path}.payload" if path else "payload", task["type"] == "generateOtp"
-    name, source, field, size = named_text(task), None, None, 0
-    if name is not None:
-        source, field = (texts or {}).get(name), f"{path}.content_type"
-        if source is None:
-            sought = ", ".join(spellings[0] for spellings in candidates(*name))
-            raise HTTPError(400, f"{field} does not exist: there is no content type {sought}; "
-                            "POST /task/subscriptionContent defines one", field)
-        if source.is_left_out:
-            raise HTTPError(413, f"{field}: the content types that the tasks name are too large together; send fewer "
-                            "tasks at once", field)
-        if is_otp and "otp" not in PLACEHOLDER.findall(source.subject + source.content):
-            raise HTTPError(400, f"{field} must name a content type with {{{{ otp }}}}, and {source.content_type} has "
-                            "none", field)
-        del payload["content_type"]
-        payload.pop("locale", None)
-        payload |= {"subject": source.subject, "content": source.content}
-    elif task["type"] != "message" or "variables" not in payload:
+    path = f"{path}.payload" if path else "payload"
+    source = insert_text(task, path, texts)
+    field = f"{path}.content_type" if source else None
+    if not source and task["type"] != "message":
         return 0
     variables = payload.get("variables", {}) if is_otp else payload.pop("variables", {})
     trial = {"otp": "0" * payload["length"], "minutes": 10**6} if is_otp else {}
@@ -3218,7 +3234,8 @@ def fill_message(task: Json, path: str, max_size: int,
         except HTTPError as error:
             error.field = field or error.field
             raise
-        payload[part] = text if is_otp else filled
+        if not is_otp:
+            payload[part] = filled
         size += max(len(filled.encode()), len(text.encode()) if is_otp else 0)
     return size
 
@@ -7432,8 +7449,8 @@ class Newsletters:
         return texts
     """
 
-    def texts(self, account: str, names: Sequence[tuple[str, str]]) -> dict[tuple[str, str], NamedText | None]:
-        """What each (content type, locale or "") names, None where there is nothing; in one round trip."""
+    def texts(self, account: str, names: Sequence[TextName]) -> dict[TextName, NamedText | None]:
+        """What is found for each name, None where there is nothing; in one round trip."""
         args: list[str | int] = [12 * self.max_size]  # twice max_body, where each byte takes six in JSON
         for name in names:
             sought = [*itertools.chain.from_iterable(candidates(*name))]
@@ -9729,20 +9746,11 @@ class Api:
             "Set-Cookie": f"{self.cookie}={value}; HttpOnly; SameSite=Strict; Path=/; Max-Age={seconds}{attributes}"})
 
     def enqueue(self, request: Request) -> Reply:
-        task, batch = request.body, ""
-        # What is kept as it came has no unknown field: this is faster than to look for one.
-        ignored = {} if task == request.sent else self.ignored(request, TASK, request.sent)
-        texts, senders = self.texts_of(request.account, [task]), self.allowed_senders(request.account, [task])
-        may_change = bool(texts or senders)  # until the request is repeated
-        if may_change and request.idempotency_key:
-            batch = json.dumps(task, sort_keys=True)
-        try:
-            check_sender(task, "", senders)
-            fill_message(task, "", self.settings.max_body, texts)
-        except HTTPError as error:
-            if not may_change:
-                raise
-            task = error
+        ignored = self.ignored(request, TASK, request.sent)
+        (task,), may_change = self.complete(request.account, {"": request.body})
+        if isinstance(task, HTTPError) and not may_change:
+            raise task
+        batch = json.dumps(request.body, sort_keys=True) if may_change and request.idempotency_key else ""
         result, = self.queue.enqueue(request.account, [task], request.idempotency_key, batch)
         if isinstance(result, HTTPError):
             raise result
@@ -9759,20 +9767,13 @@ class Api:
             except HTTPError as error:
                 results[number:] = [error]
         accepted = [number for number, result in enumerate(results) if isinstance(result, dict)]
-        tasks = [results[number] for number in accepted]
-        texts, senders = self.texts_of(request.account, tasks), self.allowed_senders(request.account, tasks)
-        may_change = bool(texts or senders)
-        left = 2 * self.settings.max_body  # bytes that the filled texts of the batch may have together
-        for number in accepted:
-            try:
-                check_sender(results[number], f"tasks[{number}]", senders)
-                left -= fill_message(results[number], f"tasks[{number}]", min(left, self.settings.max_body), texts)
-            except HTTPError as error:
-                results[number] = error
+        completed, may_change = self.complete(
+            request.account, {f"tasks[{number}]": results[number] for number in accepted})
+        for number, task in zip(accepted, completed):
+            results[number] = task
         if not may_change:
             accepted = [number for number in accepted if isinstance(results[number], dict)]
-        # A repeated batch is the same only if the same tasks are accepted: their answers are kept in that order. Where
-        # it names content types or senders, which may have changed by then, the queue keeps their errors, too.
+        # A repeated batch is the same only if the same tasks are accepted: their answers are kept in that order.
         batch = json.dumps([accepted, request.body], sort_keys=True) if request.idempotency_key else ""
         queued = self.queue.enqueue(request.account, [results[number] for number in accepted],
                                     request.idempotency_key, batch)
@@ -9784,16 +9785,28 @@ class Api:
             result.body if isinstance(result, HTTPError) else {"status": True, "id": result, **ignored[number]}
             for number, result in enumerate(results)], **more}
 
-    def allowed_senders(self, account: Account, tasks: Sequence[Json]) -> list[str]:
-        """What payload.from may be, where one of the tasks has it: the account's senders, or else the service's."""
-        if not any("from" in task["payload"] for task in tasks):
-            return []
-        return self.accounts.settings(account.name)["senders"] or [self.settings.sender[1]]
+    def complete(self, account: Account, tasks: Mapping[str, Json]) -> tuple[list[Json | HTTPError], bool]:
+        """Fill the texts of checked tasks, by their paths, and check their senders; an HTTPError for a task at fault.
 
-    def texts_of(self, account: Account, tasks: Sequence[Json]) -> dict[tuple[str, str], NamedText | None]:
-        """The texts that tasks name. The queue tells whether the key was revoked, before anything is told of them."""
-        names = dict.fromkeys(name for task in tasks if (name := named_text(task)))
-        return self.newsletters.texts(account.name, [*names]) if names else {}
+        Also returns whether they name content types or senders of the account. Those may change, and a revoked key must
+        not learn of them: then the queue takes the errors, too, and keeps them for an idempotency key.
+        """
+        names = dict.fromkeys(filter(None, map(text_name, tasks.values())))
+        texts = self.newsletters.texts(account.name, [*names]) if names else {}
+        senders: list[str] = []
+        if any("from" in task["payload"] for task in tasks.values()):
+            senders = self.accounts.settings(account.name)["senders"] or [self.settings.sender[1]]
+        completed: list[Json | HTTPError] = []
+        left = 2 * self.settings.max_body  # bytes that the filled texts may have together
+        for path, task in tasks.items():
+            filled = {**task, "payload": {**task["payload"]}}
+            try:
+                check_sender(filled, path, senders)
+                left -= fill_message(filled, path, min(left, self.settings.max_body), texts)
+                completed.append(filled)
+            except HTTPError as error:
+                completed.append(error)
+        return completed, bool(names or senders)
 
     @staticmethod
     def ignored(request: Request, check: Check, value: Any, field: str = "") -> Json:
