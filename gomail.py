@@ -2737,13 +2737,13 @@ class Accounts:
             HTTPError: 409, the name is registered already; 422, see Script, or the account that the request made has
                 been deregistered since.
         """
-        own = secrets.token_hex(16)
-        made = self._sign_up([self.user_list], [name, own, int(time.time()), self.ttl], request)
-        if not made:
+        new = secrets.token_hex(16)
+        answer = self._sign_up([self.user_list], [name, new, int(time.time()), self.ttl], request)
+        if answer == 0:
             raise HTTPError(409, "id is registered already; POST /auth/rotate gives a new key, and so does "
                             "`accounts --rotate` on the command line", "id")
-        registration, moment, ttl = made
-        if registration != own and self.find(name) != Account(name, registration):
+        registration, moment, ttl = answer
+        if registration != new and self.find(name) != Account(name, registration):
             raise HTTPError(422, "Idempotency-Key was used for an account that has been deregistered since",
                             "Idempotency-Key")
         return self._sign(Account(name, registration, registration), moment, ttl)
@@ -2757,13 +2757,12 @@ class Accounts:
             claims["exp"] = moment + ttl
         return jwt.encode(claims, self.secret, algorithm="HS256")
 
-    # Make a new key of an account. Each key that was valid until it is rotated ends after the overlap; one that ends
-    # already does so when it was said. Without an overlap, all other keys end now.
+    # Make a new key of an account. The newest key before it then ends after the overlap; older ones end when an earlier
+    # rotation said. Without an overlap, all other keys end now.
     # KEYS: the prefix. ARGV: account, registration, id of the key that asks or "", id of the new key, overlap (ms),
     #       MAX_KEYS, ttl of the new key (s).
-    # Answer: 0 if the key that asks is not valid (any more); minus the milliseconds until the first of too many keys
-    #         ends; or {id of the new key, now (s), ttl, when the key that asks ends (ms)}; for who has no key, when the
-    #         newest of the others ends.
+    # Answer: 0 if the key that asks is not valid; if there are too many, minus the milliseconds until the next one ends;
+    #         or {id of the new key, now (s), ttl, when the key that asks ends (ms), or without one the newest before}.
     ROTATE = CLOCK + IS_ACTIVE + """
         local prefix, account, registration, key, new, overlap, most, ttl = KEYS[1], unpack(ARGV)
         if not is_active(prefix, account, registration, key) then return 0 end
@@ -2787,9 +2786,10 @@ class Accounts:
     """
 
     def rotate(self, account: Account, overlap: int, request: str | IdempotentRequest = "") -> tuple[str, float]:
-        """A new API key of an account, and when the one that `account` came with ends (s); or the newest one before,
-        for who came without a key. Both are valid until then: `overlap` seconds, or what is left of the key that asks.
-        Without overlap, all keys but the new one end at once. `request` is that of Script.
+        """Make a new API key of an account; the one before it stays valid for `overlap` seconds, if it does not end
+        earlier. Without overlap, all other keys end at once. `request` is that of Script.
+
+        Returns the key, and when the one that `account` came with ends (s); without one, the newest before.
 
         Raises:
             HTTPError: 401, the key is not valid; 404, the account is not registered; 409, it has MAX_KEYS keys; 422,
@@ -8298,7 +8298,7 @@ class Webhooks:
         reason: str
 
     def __init__(self, store: Store) -> None:
-        self.store, self.key, self.records = store, store.key("hooks"), Records(store)
+        self.store, self.records = store, Records(store)
         self.context = ssl.create_default_context()
         self.lock = threading.Lock()
         self.resting: dict[str, Webhooks.Rest] = {}
@@ -8370,9 +8370,9 @@ class Webhooks:
             CancelledError: the webhook does not want this event any more, or its receiver is gone (410).
             TemporaryError: there was no answer in time, or one that is not 2xx; redirects are not followed.
         """
-        found = self.store.redis.hget(self.key, task.account)
-        hook = json.loads(found or '{"events": []}')
-        if task.name not in hook["events"] or task.created < hook["created"] * 1e6:  # that was another webhook
+        hook, = self.records.read(task.account, "hooks")
+        # What is older than the webhook was for another one.
+        if not hook or task.name not in hook["events"] or task.created < hook["created"] * 1e6:
             raise CancelledError("the webhook does not want this event any more")
         self._ensure_awake(task.account)
         body = self._body(task)
@@ -9510,7 +9510,7 @@ class Route:
     answer: Mapping[str, Any] | str = dataclasses.field(default_factory=lambda: DONE)
     refuses: tuple[int, ...] = ()  # statuses that only this route answers
     needs_redis: bool = True  # refused at once while Redis is away
-    idempotency_key: bool = False  # takes the header Idempotency-Key
+    idempotency_key: bool = False  # takes the header Idempotency-Key, and answers 422 if it is used twice
     checks_key: bool = False  # the handler checks whether the key is still valid
     any_media_type: bool = False  # its body is JSON, whatever its Content-Type says
 
@@ -10159,7 +10159,7 @@ CURSOR = Pattern("the value of next in the previous answer", r"[0-9]{1,10}-[0-9]
 SUBSCRIPTIONS = {"content_type": CONTENT_TYPE, "userId": Address(), "cursor": CURSOR, "limit": Integer(1, 1000)}
 
 QUEUED, COUNTED, CHANGED = {**DONE, "id": str}, {**DONE, "count": int}, {**DONE, "changed": int}
-STRICT = {"strict": Boolean()}
+STRICT, TASK_QUEUED = {"strict": Boolean()}, {**QUEUED, "ignored?": list}
 CONTENT_ANSWER = {"status": bool, "content_type": str, "subject": str, "content": str, "subscribers": int, "view": str}
 TASK_ANSWER = {"status": bool, "id": str, "task": str, "type": str, "userId": str, "state": str, "attempts": int,
                "retries": int, "error": (str, None), "created": str, "story": list}
@@ -10177,29 +10177,27 @@ METRICS_ANSWER = {"status": bool, "Total Jobs Executed": int, "Jobs Successful":
 OPENAPI_ANSWER = {"openapi": str, "info": dict, "paths": dict, "components": dict}
 
 ROUTES = (
-    Route("POST", "/auth/signup", Api.sign_up, Access.ADMIN, NEW_ID, answer={"apiKey": str}, refuses=(409, 422),
+    Route("POST", "/auth/signup", Api.sign_up, Access.ADMIN, NEW_ID, answer={"apiKey": str}, refuses=(409,),
           idempotency_key=True),
     Route("POST", "/auth/deregister", Api.deregister, Access.OWNER, ID, refuses=(404,)),
     Route("POST", "/auth/rotate", Api.rotate, Access.OWNER, ROTATION, answer={"apiKey": str, "previousUntil": str},
-          refuses=(404, 409, 422), idempotency_key=True, checks_key=True),
+          refuses=(404, 409), idempotency_key=True, checks_key=True),
     Route("GET", "/accounts", Api.list_accounts, Access.ADMIN, answer={"status": bool, "accounts": list}),
     Route("GET", "/account", Api.read_account, Access.KEY, answer=ACCOUNT_ANSWER),
-    Route("PUT", "/account", Api.set_account, Access.KEY, SETTINGS, answer=ACCOUNT_ANSWER, refuses=(422,),
-          idempotency_key=True),
+    Route("PUT", "/account", Api.set_account, Access.KEY, SETTINGS, answer=ACCOUNT_ANSWER, idempotency_key=True),
     Route("GET", "/session", Api.read_session, Access.OPEN, answer=SESSION_ANSWER),
     Route("POST", "/session", Api.open_session, Access.OPEN, LOGIN, answer=SESSION_ANSWER, refuses=(401, 429)),
     Route("DELETE", "/session", Api.close_session, Access.OPEN),
-    Route("POST", "/task", Api.enqueue, Access.TASK, TASK, STRICT, {**QUEUED, "ignored?": list}, refuses=(422, 429),
+    Route("POST", "/task", Api.enqueue, Access.TASK, TASK, STRICT, TASK_QUEUED, refuses=(429,), idempotency_key=True),
+    Route("POST", "/task/task", Api.enqueue, Access.TASK, TASK, STRICT, TASK_QUEUED, refuses=(429,),
           idempotency_key=True),
-    Route("POST", "/task/task", Api.enqueue, Access.TASK, TASK, STRICT, {**QUEUED, "ignored?": list},
-          refuses=(422, 429), idempotency_key=True),
     Route("POST", "/task/batch", Api.enqueue_batch, Access.TASK, BATCH, STRICT,
-          {"status": bool, "tasks": list, "ignored?": list}, refuses=(422,), idempotency_key=True),
+          {"status": bool, "tasks": list, "ignored?": list}, idempotency_key=True),
     Route("POST", "/task/verify", Api.verify, Access.KEY, VERIFICATION, answer={"type": str, "verified": bool},
           refuses=(429,)),
     Route("GET", "/task/subscriptionContent", Api.list_content, Access.ALL, query=PAGING,
           answer={**PART_ANSWER, "contentTypes": list}),
-    Route("POST", "/task/subscriptionContent", Api.create_content, Access.KEY, DEFINITION, refuses=(409, 422),
+    Route("POST", "/task/subscriptionContent", Api.create_content, Access.KEY, DEFINITION, refuses=(409,),
           idempotency_key=True),
     Route("PUT", "/task/subscriptionContent", Api.update_content, Access.KEY, DEFINITION, refuses=(404,)),
     Route("GET", "/task/subscriptionContent/{content_type}", Api.read_content, Access.KEY,
@@ -10210,7 +10208,7 @@ ROUTES = (
     Route("GET", "/task/dead", Api.list_dead, Access.ALL, query=PAGING, answer={**PART_ANSWER, "tasks": list}),
     Route("DELETE", "/task/dead", Api.remove_all_dead, Access.ALL, answer=COUNTED),
     Route("POST", "/task/dead/retry", Api.retry_all_dead, Access.ALL, answer=COUNTED),
-    Route("POST", "/task/dead/{id}/retry", Api.retry_dead, Access.ALL, answer=QUEUED, refuses=(404, 422),
+    Route("POST", "/task/dead/{id}/retry", Api.retry_dead, Access.ALL, answer=QUEUED, refuses=(404,),
           idempotency_key=True),
     Route("DELETE", "/task/dead/{id}", Api.remove_dead, Access.ALL, refuses=(404,)),
     Route("GET", "/task/{id}", Api.read_task, Access.ALL, answer=TASK_ANSWER, refuses=(404,)),
@@ -10226,11 +10224,10 @@ ROUTES = (
     Route("POST", "/bounces/{provider}/{token}", Api.take_notification, Access.TOKEN, Notification(), answer=CHANGED,
           refuses=(404,), any_media_type=True),
     Route("GET", "/webhook", Api.read_webhook, Access.ALL, answer=WEBHOOK_ANSWER, refuses=(404,)),
-    Route("PUT", "/webhook", Api.set_webhook, Access.ALL, WEBHOOK, answer=WEBHOOK_ANSWER, refuses=(422,),
-          idempotency_key=True),
+    Route("PUT", "/webhook", Api.set_webhook, Access.ALL, WEBHOOK, answer=WEBHOOK_ANSWER, idempotency_key=True),
     Route("DELETE", "/webhook", Api.remove_webhook, Access.ALL, refuses=(404,)),
     Route("POST", "/webhook/secret", Api.replace_webhook_secret, Access.ALL, OVERLAP,
-          answer={"status": bool, "secret": str, "previousUntil": str}, refuses=(404, 422), idempotency_key=True),
+          answer={"status": bool, "secret": str, "previousUntil": str}, refuses=(404,), idempotency_key=True),
     Route("GET", "/lanes", Api.list_lanes, Access.ALL, answer=LANES_ANSWER),
     Route("POST", "/lanes/{lane}/resume", Api.resume_lane, Access.ALL, refuses=(404, 429)),
     Route("GET", "/history", Api.read_history, Access.ALL, answer={"status": bool, "minutes": list}),
@@ -10307,7 +10304,7 @@ def openapi(routes: Sequence[Route]) -> Json:
     for route in routes:
         credentials, refusals = SECURITY[route.access]
         statuses = {400, 408, 413, 414, 415, 417, 421, 431, 500, 501, 503, 505, *refusals, *route.refuses}
-        statuses |= {411} if route.body else set()
+        statuses |= ({411} if route.body else set()) | ({422} if route.idempotency_key else set())
         error = {"$ref": "#/components/schemas/Error"}
         operation: Json = {
             "operationId": f"{route.handler.__name__}_{route.path.replace('/', '_')}".strip("_"),
