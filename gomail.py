@@ -2761,7 +2761,7 @@ class Accounts:
     # rotation said. Without an overlap, all other keys end now.
     # KEYS: the prefix. ARGV: account, registration, id of the key that asks or "", id of the new key, overlap (ms),
     #       MAX_KEYS, ttl of the new key (s).
-    # Answer: 0 if the key that asks is not valid; if there are too many, minus the milliseconds until the next one ends;
+    # Answer: 0 if the key that asks is not valid; if there are too many, minus the milliseconds until one of them ends;
     #         or {id of the new key, now (s), ttl, when the key that asks ends (ms), or without one the newest before}.
     ROTATE = CLOCK + IS_ACTIVE + """
         local prefix, account, registration, key, new, overlap, most, ttl = KEYS[1], unpack(ARGV)
