@@ -1269,7 +1269,7 @@ class SecureClusterConnection(ClusterConnection, redis.SSLConnection):
     """The same over TLS."""
 
 
-class Once(typing.NamedTuple):
+class IdempotentRequest(typing.NamedTuple):
     """A request with an Idempotency-Key, which is done once: the same again gets the same answer.
 
     Args:
@@ -1325,7 +1325,7 @@ class Script:
         self.source = self.WHEN_FULL + source if when_full else source
         self.digest = hashlib.sha1(self.source.encode()).hexdigest()
 
-    def __call__(self, keys: Sequence, args: Sequence, request: str | Once = "") -> Any:
+    def __call__(self, keys: Sequence, args: Sequence, request: str | IdempotentRequest = "") -> Any:
         """Run the script and return its answer.
 
         Args:
@@ -1334,7 +1334,7 @@ class Script:
         Raises:
             HTTPError: 422, the Idempotency-Key of the request came with another one before.
         """
-        if isinstance(request, Once):
+        if isinstance(request, IdempotentRequest):
             keys = [*keys, self.store.key("idempotency", request.id)]
             args = [*args, request.fingerprint, self.KEPT]
         elif self.once:
@@ -1346,9 +1346,9 @@ class Script:
                 raise self._reused() from None
             raise
 
-    def known(self, request: str | Once) -> Any:
+    def known(self, request: str | IdempotentRequest) -> Any:
         """The answer that is kept of an earlier call with this Idempotency-Key, or None. Raises HTTPError (422)."""
-        if not isinstance(request, Once):
+        if not isinstance(request, IdempotentRequest):
             return None
         found = self.store.redis.get(self.store.key("idempotency", request.id))
         if found and not found.startswith(request.fingerprint):
@@ -2037,6 +2037,11 @@ class HTTPError(Exception):
         return {"status": False, "error": self.message, **({"field": self.field} if self.field else {})}
 
 
+def unauthorized(message: str) -> HTTPError:
+    """The error (401) for a request without valid credentials."""
+    return HTTPError(401, message, None, {"WWW-Authenticate": "Bearer"})
+
+
 MARKUP = re.compile(
     r"<(!doctype|/?(html|head|body|div|span|p|br|hr|h[1-6]|a|b|i|u|em|strong|small|img|table|tr|td|th|ul|ol|li|pre|code"
     r"|blockquote|center|font|section|article|header|footer|style|main|button))(\s[^<>]*)?/?>", re.IGNORECASE)
@@ -2456,7 +2461,8 @@ class Array(Check):
 class Variable(Check):
     """What a `{{ name }}` stands for: a string, or a number that is neither infinite nor printed in many digits."""
 
-    LIMIT = 1e30
+    LIMIT, MAX_LENGTH = 1e30, 10000
+    allowed = re.compile(r"[^\x00]*")
     types = (str, int, float)
     expected = "a string of up to 10000 characters, or a number below 1e30"
     schema = {"type": ["string", "number"], "maxLength": 10000, "exclusiveMinimum": -LIMIT, "exclusiveMaximum": LIMIT}
@@ -2464,62 +2470,65 @@ class Variable(Check):
     def parse(self, value: str | int | float) -> str | int | float | None:
         if not isinstance(value, str):
             return value if abs(value) < self.LIMIT else None  # NaN is not below anything
-        return value if len(value) <= 10000 and "\0" not in value and not SURROGATES.search(value) else None
+        is_allowed = len(value) <= self.MAX_LENGTH and self.allowed.fullmatch(value) and not SURROGATES.search(value)
+        return value if is_allowed else None
 
 
 class Datum(Variable):
     """What an app notes about a task: a short string, or a number as of a Variable."""
 
+    MAX_LENGTH = 100
+    allowed = re.compile(f"{ONE_LINE}*")
     expected = f"a string of up to 100 characters, {LINE}, or a number below 1e30"
     schema = {**Variable.schema, "maxLength": 100, "pattern": f"^{ONE_LINE}*$"}
 
-    def parse(self, value: str | int | float) -> str | int | float | None:
-        if isinstance(value, str) and (len(value) > 100 or not re.fullmatch(f"{ONE_LINE}*", value)):
-            return None
-        return super().parse(value)
 
-
-class Variables(Check):
-    """The variables of a template: a flat JSON object."""
+class Dictionary(Check):
+    """A flat JSON object, of up to `maximum` names that match `name`, with values that `value` allows."""
 
     types = (dict,)
-    variable = Variable()
+    name: str  # a regular expression
+    value: Check
+    maximum: int
+    keeps_empty = False  # or an empty object is as good as none
+
+    def __init__(self) -> None:
+        self.schema = {"type": "object", "maxProperties": self.maximum, "propertyNames": {"pattern": f"^{self.name}$"},
+                       "additionalProperties": self.value.schema}
+
+    def parse(self, value: Json) -> Json | None:
+        return value if len(value) <= self.maximum and all(re.fullmatch(self.name, name) for name in value) else None
+
+    def __call__(self, value: Any, field: str = "") -> Any:
+        values: Json = {}
+        for name, given in super().__call__(value, field).items():
+            self.check_name(name, values, f"{field}.{name}")
+            values[name] = self.value(given, f"{field}.{name}")
+        return values if values or self.keeps_empty else None
+
+    def check_name(self, name: str, before: Json, field: str) -> None:
+        """Raise HTTPError (400) if a name that matches is not allowed behind those before it. By default, any is."""
+
+
+class Variables(Dictionary):
+    """The variables of a template."""
+
+    name, value, maximum, keeps_empty = VARIABLE, Variable(), 100, True
     expected = ("an object of up to 100 names (letters, digits, _) with strings of up to 10000 characters, or numbers "
                 "below 1e30")
-    schema = {"type": "object", "maxProperties": 100, "propertyNames": {"pattern": f"^{VARIABLE}$"},
-              "additionalProperties": variable.schema}
-
-    def parse(self, value: Json) -> Json | None:
-        return value if len(value) <= 100 and all(re.fullmatch(VARIABLE, name) for name in value) else None
-
-    def __call__(self, value: Any, field: str = "") -> Any:
-        variables = super().__call__(value, field)
-        return {name: self.variable(given, f"{field}.{name}") for name, given in variables.items()}
 
 
-class Metadata(Check):
-    """What an app notes about a task, and is given back with it: a flat JSON object."""
+class Metadata(Dictionary):
+    """What an app notes about a task, and is given back with it."""
 
-    NAME = "[A-Za-z0-9_.-]{1,40}"
-    types = (dict,)
-    datum = Datum()
+    name, value, maximum = "[A-Za-z0-9_.-]{1,40}", Datum(), 20
     expected = ("an object of up to 20 names (up to 40 letters, digits and _ . -) with strings of up to 100 characters "
                 "on one line, or numbers below 1e30")
-    schema = {"type": "object", "maxProperties": 20, "propertyNames": {"pattern": f"^{NAME}$"},
-              "additionalProperties": datum.schema}
-
-    def parse(self, value: Json) -> Json | None:
-        return value if len(value) <= 20 and all(re.fullmatch(self.NAME, name) for name in value) else None
-
-    def __call__(self, value: Any, field: str = "") -> Any:
-        metadata = super().__call__(value, field)
-        return {name: self.datum(given, f"{field}.{name}") for name, given in metadata.items()} or None
 
 
-class Headers(Check):
+class Headers(Dictionary):
     """An app's own header fields of a mail: name (RFC 5322 section 2.2) -> value."""
 
-    NAME = "[!-9;-~]{1,76}"
     # Those that GoMail or the servers on the way make. Two mailers may read a second From, To or Content-Type in two
     # ways. With a Delivered-To, Postfix takes a mail for one that goes round.
     TAKEN = re.compile("from|to|cc|bcc|subject|date|message-id|reply-to|sender|return-path|received.*|mime-version"
@@ -2527,28 +2536,17 @@ class Headers(Check):
                        "|delivered-to|x-original-to|envelope-to|delivery-date|apparently-to|x-account"
                        "|x-pm-keepid|x-pm-metadata-gomail", re.IGNORECASE)
     FIELDS = {"from": "from", "to": "userId", "cc": "cc", "bcc": "bcc", "subject": "subject", "reply-to": "reply_to"}
-    types = (dict,)
-    value = String(998, ONE_LINE, LINE)
+    name, value, maximum = "[!-9;-~]{1,76}", String(998, ONE_LINE, LINE), 20
     expected = ("an object of up to 20 names of header fields (up to 76 printable characters of ASCII, without spaces "
                 "and :) with strings")
-    schema = {"type": "object", "maxProperties": 20, "propertyNames": {"pattern": f"^{NAME}$"},
-              "additionalProperties": value.schema}
 
-    def parse(self, value: Json) -> Json | None:
-        return value if len(value) <= 20 and all(re.fullmatch(self.NAME, name) for name in value) else None
-
-    def __call__(self, value: Any, field: str = "") -> Any:
-        headers: dict[str, str] = {}
-        for name, given in super().__call__(value, field).items():
-            if self.TAKEN.fullmatch(name):
-                own = self.FIELDS.get(name.lower())
-                hint = f"the field {own} of the payload makes it" if own else "GoMail or a mail server makes it"
-                raise HTTPError(400, f"{field}.{name} is not allowed: {hint}", f"{field}.{name}")
-            if name.lower() in map(str.lower, headers):
-                raise HTTPError(400, f"{field}.{name} must be there only once; case is ignored in a header's name",
-                                f"{field}.{name}")
-            headers[name] = self.value(given, f"{field}.{name}")
-        return headers or None
+    def check_name(self, name: str, before: Json, field: str) -> None:
+        if self.TAKEN.fullmatch(name):
+            own = self.FIELDS.get(name.lower())
+            hint = f"the field {own} of the payload makes it" if own else "GoMail or a mail server makes it"
+            raise HTTPError(400, f"{field} is not allowed: {hint}", field)
+        if name.lower() in map(str.lower, before):
+            raise HTTPError(400, f"{field} must be there only once; case is ignored in a header's name", field)
 
 
 # --- 5. accounts ----------------------------------------------------------------------------------------
@@ -2573,6 +2571,11 @@ class Account:
 EVERYBODY = Account("", "")  # stands for all accounts
 
 
+def revoked_key() -> HTTPError:
+    """The error for an API key that was revoked, or ended after a rotation."""
+    return unauthorized("the API key was revoked: its account has a newer key, or was deregistered")
+
+
 class Records:
     """What hashes keep of each account, as JSON: its settings, and its webhook; the admin's name is ""."""
 
@@ -2582,10 +2585,13 @@ class Records:
 
     def read(self, account: str, *hashes: str) -> list[Any]:
         """What each of these hashes keeps of an account, or None."""
+        return [json.loads(found) if found else None for found in self._read(account, hashes)]
+
+    def _read(self, account: str, hashes: Sequence[str]) -> list[str | None]:
         with self.store.redis.pipeline(transaction=False) as pipeline:
             for name in hashes:
                 pipeline.hget(self.store.key(name), account)
-            return [json.loads(found) if found else None for found in pipeline.execute()]
+            return pipeline.execute()
 
     # Change what hashes keep of an account, unless that is something else than was read, or the account has ended.
     # KEYS: the prefix.
@@ -2605,31 +2611,27 @@ class Records:
         return answer
     """
 
-    def change(self, owner: Account, hashes: Sequence[str], change: Callable[..., tuple],
-               request: str | Once = "") -> Any:
+    def change(self, owner: Account, hashes: Sequence[str], change: Callable[..., Sequence],
+               request: str | IdempotentRequest = "") -> list[Any]:
         """Make of what these hashes keep of an account, each a value or None, what `change` returns.
 
-        `change` also returns, as the last, what this method returns: a value of JSON. It may be called several times.
+        It may return more values of JSON, which are not kept. This method returns all. `change` may be called again,
+        if somebody else changes the same meanwhile.
 
         Raises:
             HTTPError: 401, the account was deregistered; 422, see Script; and what `change` raises.
         """
-        if (known := self._changed.known(request)) is not None:
-            return json.loads(known)
-        while True:
-            with self.store.redis.pipeline(transaction=False) as pipeline:
-                for name in hashes:
-                    pipeline.hget(self.store.key(name), owner.name)
-                before = [found or "" for found in pipeline.execute()]
-            *values, result = change(*(json.loads(found) if found else None for found in before))
+        answer = self._changed.known(request)
+        while not answer:
+            before = [found or "" for found in self._read(owner.name, hashes)]
+            values = change(*(json.loads(found) if found else None for found in before))
             after = [json.dumps(value) if value else "" for value in values]
             answer = self._changed(keys=[self.store.prefix], args=[
-                owner.name, owner.registration, json.dumps(result), *itertools.chain(*zip(hashes, before, after))],
+                owner.name, owner.registration, json.dumps(values), *itertools.chain(*zip(hashes, before, after))],
                 request=request)
             if answer == -1:
                 raise revoked_key()
-            if answer != 0:
-                return json.loads(answer)
+        return json.loads(answer)
 
 
 class Accounts:
@@ -2729,20 +2731,20 @@ class Accounts:
         return {ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])}
     """
 
-    def sign_up(self, name: str, request: str | Once = "") -> str:
+    def sign_up(self, name: str, request: str | IdempotentRequest = "") -> str:
         """Register `name` and return its API key. `request` is that of Script.
 
         Raises:
             HTTPError: 409, the name is registered already; 422, see Script, or the account that the request made has
                 been deregistered since.
         """
-        own = secrets.token_hex(16)
-        made = self._sign_up([self.user_list], [name, own, int(time.time()), self.ttl], request)
-        if not made:
+        new = secrets.token_hex(16)
+        answer = self._sign_up([self.user_list], [name, new, int(time.time()), self.ttl], request)
+        if answer == 0:
             raise HTTPError(409, "id is registered already; POST /auth/rotate gives a new key, and so does "
                             "`accounts --rotate` on the command line", "id")
-        registration, moment, ttl = made
-        if registration != own and self.find(name) != Account(name, registration):
+        registration, moment, ttl = answer
+        if registration != new and self.find(name) != Account(name, registration):
             raise HTTPError(422, "Idempotency-Key was used for an account that has been deregistered since",
                             "Idempotency-Key")
         return self._sign(Account(name, registration, registration), moment, ttl)
@@ -2756,13 +2758,12 @@ class Accounts:
             claims["exp"] = moment + ttl
         return jwt.encode(claims, self.secret, algorithm="HS256")
 
-    # Make a new key of an account. Each key that was valid until it is rotated ends after the overlap; one that ends
-    # already does so when it was said. Without an overlap, all other keys end now.
+    # Make a new key of an account. The newest key before it then ends after the overlap; older ones end when an earlier
+    # rotation said. Without an overlap, all other keys end now.
     # KEYS: the prefix. ARGV: account, registration, id of the key that asks or "", id of the new key, overlap (ms),
     #       MAX_KEYS, ttl of the new key (s).
-    # Answer: 0 if the key that asks is not valid (any more); minus the milliseconds until the first of too many keys
-    #         ends; or {id of the new key, now (s), ttl, when the key that asks ends (ms)}; for who has no key, when the
-    #         newest of the others ends.
+    # Answer: 0 if the key that asks is not valid; if there are too many, minus the milliseconds until one of them ends;
+    #         or {id of the new key, now (s), ttl, when the key that asks ends (ms), or without one the newest before}.
     ROTATE = CLOCK + IS_ACTIVE + """
         local prefix, account, registration, key, new, overlap, most, ttl = KEYS[1], unpack(ARGV)
         if not is_active(prefix, account, registration, key) then return 0 end
@@ -2785,10 +2786,11 @@ class Accounts:
         return {new, tonumber(time[1]), tonumber(ttl), previous}
     """
 
-    def rotate(self, account: Account, overlap: int, request: str | Once = "") -> tuple[str, float]:
-        """A new API key of an account, and when the one that `account` came with ends (s); or the newest one before,
-        for who came without a key. Both are valid until then: `overlap` seconds, or what is left of the key that asks.
-        Without overlap, all keys but the new one end at once. `request` is that of Script.
+    def rotate(self, account: Account, overlap: int, request: str | IdempotentRequest = "") -> tuple[str, float]:
+        """Make a new API key of an account; the one before it stays valid for `overlap` seconds, if it does not end
+        earlier. Without overlap, all other keys end at once. `request` is that of Script.
+
+        Returns the key, and when the one that `account` came with ends (s); without one, the newest before.
 
         Raises:
             HTTPError: 401, the key is not valid; 404, the account is not registered; 409, it has MAX_KEYS keys; 422,
@@ -2870,13 +2872,17 @@ class Accounts:
         return account
 
     def settings(self, name: str) -> Json:
-        """What an account's mails have by default: {"senders": [...], "reply_to"}.
+        """The settings of an account, see complete_settings()."""
+        return self.complete_settings(*self.records.read(name, "settings"))
+
+    @classmethod
+    def complete_settings(cls, kept: Json | None) -> Json:
+        """What an account's mails have by default, {"senders": [...], "reply_to"}, from what Redis keeps of it.
 
         `senders` are what payload.from may be, each `Name <address>`, `address` or `@domain`; the first address is the
         default.
         """
-        found, = self.records.read(name, "settings")
-        return {**self.NO_SETTINGS, **(found or {})}
+        return {**cls.NO_SETTINGS, **(kept or {})}
 
     def names(self) -> list[str]:
         """The names of all accounts, sorted."""
@@ -2890,10 +2896,10 @@ class Accounts:
         """As authenticate(), but the caller checks revocation itself."""
         claims = self._claims(strip_bearer(header))
         if claims is None:
-            raise self._invalid_key()
+            raise unauthorized("Authorization must hold a valid API key; /auth/signup gives one")
         if "exp" in claims and claims["exp"] <= time.time():
-            raise self._invalid_key("the API key has expired; POST /auth/rotate with the admin_token gives a new one, "
-                                    "and so does `accounts --rotate` on the command line")
+            raise unauthorized("the API key has expired; POST /auth/rotate with the admin_token gives a new one, and "
+                               "so does `accounts --rotate` on the command line")
         return Account(claims["sub"], claims.get("registration") or claims["jti"], claims["jti"],
                        claims.get("exp", math.inf))
 
@@ -2945,10 +2951,6 @@ class Accounts:
             with contextlib.suppress(jwt.InvalidTokenError):
                 return jwt.decode(token, secret, algorithms=["HS256"], options=options)
         return None
-
-    @staticmethod
-    def _invalid_key(message: str = "Authorization must hold a valid API key; /auth/signup gives one") -> HTTPError:
-        return HTTPError(401, message, None, {"WWW-Authenticate": "Bearer"})
 
     @staticmethod
     def _not_registered() -> HTTPError:
@@ -3012,15 +3014,15 @@ ATTACHMENT = Object({"filename": FILENAME, "content_type": MEDIA_TYPE, "content"
 class MailPayload(Object):
     """The payload of a mail that may name a content type in place of its own subject and content.
 
-    Only that of a payload without them counts: the example of all attributes, which clients send with every type of
-    task, has all three. Then it is not looked at, and an empty string is as good as no field. What the Check returns
-    has "content_type" where it counts.
+    A content type counts only where subject and content are missing, null or "": clients send the contract's example of
+    all attributes, which has all three, with every type of task. The Check leaves out one that does not count.
 
-    `fields` are those of a payload that names none.
+    Args:
+        fields: those of a payload without a content type.
     """
 
-    UNNAMED = "it belongs to a content_type, which counts only without subject and content"
-    NAMED: typing.ClassVar[dict[str, Check]] = {
+    NEEDS_CONTENT_TYPE = "it belongs to a content_type, which counts only without subject and content"
+    NAMED: typing.ClassVar[dict[str, Check]] = {  # further fields of a payload with one
         "subject": Absent(""), "content": Absent(""), "text": Absent("content_type brings the texts"),
         "content_type": CONTENT_TYPE, "variables": Nullable(Variables()), "locale": Nullable(LOCALE)}
 
@@ -3028,7 +3030,7 @@ class MailPayload(Object):
         super().__init__(fields)
         self.named = Object({**fields, **self.NAMED})
         self.names = self.named.names = list(dict.fromkeys((*self.names, *self.named.names)))
-        if "content" not in fields:  # it brings no texts of its own: what is not `named` must be told from it
+        if "content" not in fields:  # it needs no texts of its own: its schema must exclude what is `named`
             given = ({"required": [name], "properties": {name: {"not": Absent("").schema}}}
                      for name in ("subject", "content"))
             self.schema["anyOf"] = [{"properties": {"content_type": Absent("").schema}}, *given]
@@ -3055,12 +3057,13 @@ PAYLOADS = {
                             "from_name": Nullable(String(100, ONE_LINE, LINE)), "reply_to": Nullable(Address()),
                             "cc": Nullable(Array(Address(), 49)), "bcc": Nullable(Array(Address(), 49)),
                             "attachments": Nullable(Array(ATTACHMENT, 50)), "variables": Nullable(Variables()),
-                            "locale": Absent(MailPayload.UNNAMED),
+                            "locale": Absent(MailPayload.NEEDS_CONTENT_TYPE),
                             "send_at": Nullable(DateTime()), "expires_at": Nullable(DateTime()),
                             "from": Nullable(Sender()), "lane": Nullable(LANE), "headers": Nullable(Headers()),
                             "metadata": Nullable(Metadata())}),
     "generateOtp": MailPayload({"userId": Address(), "length": Integer(4, 8), "purpose": Nullable(PURPOSE),
-                                "variables": Absent(MailPayload.UNNAMED), "locale": Absent(MailPayload.UNNAMED),
+                                "variables": Absent(MailPayload.NEEDS_CONTENT_TYPE),
+                                "locale": Absent(MailPayload.NEEDS_CONTENT_TYPE),
                                 "from": Nullable(Sender()), "lane": Nullable(LANE), "metadata": Nullable(Metadata())}),
     "subscribe": Object({"userId": Address(), "frequency": Enum(FREQUENCIES), "content_type": CONTENT_TYPE,
                          "subject": Nullable(SUBJECT_TEMPLATE), "content": Nullable(CONTENT_TEMPLATE),
@@ -3078,13 +3081,12 @@ class TaskCheck(Check):
     def __init__(self) -> None:
         self.by_type = {name: self.of_types((name,), payload) for name, payload in PAYLOADS.items()}
         self.unknown_type = self.of_types(tuple(PAYLOADS), Object({}))
-        named = {name: payload.named for name, payload in PAYLOADS.items() if isinstance(payload, MailPayload)}
-        self.schema = {"oneOf": [check.schema for check in (*self.by_type.values(), *(
-            self.of_types((name,), payload) for name, payload in named.items()))]}
-        payloads = (*PAYLOADS.values(), *named.values())
+        payloads = [*PAYLOADS.items(), *(
+            (name, payload.named) for name, payload in PAYLOADS.items() if isinstance(payload, MailPayload))]
+        self.schema = {"oneOf": [self.of_types((name,), payload).schema for name, payload in payloads]}
         self.fields = frozenset(self.unknown_type.fields)
-        self.payload_fields = frozenset[str]().union(*(payload.fields for payload in payloads))
-        self.nested = frozenset[str]().union(*(payload.nested for payload in payloads))
+        self.payload_fields = frozenset(name for _, payload in payloads for name in payload.fields)
+        self.nested = frozenset(name for _, payload in payloads for name in payload.nested)
 
     @staticmethod
     def of_types(types: Sequence[str], payload: Object) -> Object:
@@ -3110,8 +3112,11 @@ class TaskCheck(Check):
 TASK = TaskCheck()
 
 
+TextName = tuple[str, str]  # a content type, and a locale or ""
+
+
 class NamedText(typing.NamedTuple):
-    """What a task's content type and locale name."""
+    """The content type that was found for a TextName."""
 
     content_type: str
     subject: str = ""
@@ -3119,8 +3124,8 @@ class NamedText(typing.NamedTuple):
     is_left_out: bool = False  # those that were sought together are too large
 
 
-def named_text(task: Json) -> tuple[str, str] | None:
-    """(content type, locale or "") of the text that a checked message or generateOtp task names, or None."""
+def text_name(task: Json) -> TextName | None:
+    """The name of the text that a checked message or generateOtp task is to have, or None if it has its own."""
     payload = task["payload"]
     if "content_type" not in payload or not isinstance(PAYLOADS[task["type"]], MailPayload):
         return None
@@ -3130,10 +3135,12 @@ def named_text(task: Json) -> tuple[str, str] | None:
 def canonical_locale(locale: str) -> str:
     """A language tag in its usual spelling, such as zh-Hant-TW (RFC 5646 section 2.1.1)."""
     first, *others = locale.lower().split("-")
-    for at, subtag in enumerate(others):
-        if len((first, *others)[at]) > 1:  # behind a single character, all are in lower case
-            others[at] = {2: subtag.upper(), 4: subtag.title()}.get(len(subtag), subtag)
-    return "-".join((first, *others))
+    spelt = [first]
+    for subtag in others:
+        if len(spelt[-1]) > 1:  # what follows a single character stays in lower case
+            subtag = {2: subtag.upper(), 4: subtag.title()}.get(len(subtag), subtag)
+        spelt.append(subtag)
+    return "-".join(spelt)
 
 
 def candidates(content_type: str, locale: str) -> list[list[str]]:
@@ -3152,8 +3159,33 @@ def candidates(content_type: str, locale: str) -> list[list[str]]:
     return [*found, [content_type]]
 
 
-def fill_message(task: Json, path: str, max_size: int,
-                 texts: Mapping[tuple[str, str], NamedText | None] | None = None) -> int:
+def insert_text(task: Json, path: str, texts: Mapping[TextName, NamedText | None]) -> NamedText | None:
+    """Give a task the texts of the content type that it names, in place of the name; returns it, or None.
+
+    Raises:
+        HTTPError: 400, there is no such content type, or it is for an OTP and does not show it; 413, it is left out.
+    """
+    name, payload, field = text_name(task), task["payload"], f"{path}.content_type"
+    if name is None:
+        return None
+    text = texts[name]
+    if text is None:
+        sought = ", ".join(spellings[0] for spellings in candidates(*name))
+        raise HTTPError(400, f"{field} does not exist: there is no content type {sought}; "
+                        "POST /task/subscriptionContent defines one", field)
+    if text.is_left_out:
+        raise HTTPError(413, f"{field}: the content types that the tasks name are too large together; send fewer "
+                        "tasks at once", field)
+    if task["type"] == "generateOtp" and "otp" not in PLACEHOLDER.findall(text.subject + text.content):
+        raise HTTPError(400, f"{field} must name a content type with {{{{ otp }}}}, and {text.content_type} has none",
+                        field)
+    del payload["content_type"]
+    payload.pop("locale", None)
+    payload |= {"subject": text.subject, "content": text.content}
+    return text
+
+
+def fill_message(task: Json, path: str, max_size: int, texts: Mapping[TextName, NamedText | None]) -> int:
     """Fill the texts of a message task with its variables, and remove those. Other tasks stay as they are.
 
     A task that names a content type gets its texts in place of the name. Those of an OTP are filled when it is sent;
@@ -3162,35 +3194,21 @@ def fill_message(task: Json, path: str, max_size: int,
     Args:
         path: of the task, "" for the whole body.
         max_size: bytes that the texts may have together.
-        texts: what Newsletters.texts() has found for named_text() of the task, where that is not None.
+        texts: what Newsletters.texts() has found for text_name() of the task, where that is not None.
 
     Returns how many bytes the filled texts have.
 
     Raises:
-        HTTPError: 400, there is no such content type, a placeholder is malformed, its variable is missing, or a filled
-            text is not allowed; 413, the texts are too large.
+        HTTPError: as insert_text(); 400, a placeholder is malformed, its variable is missing, or a filled text is not
+            allowed; 413, the texts are too large.
     """
-    payload = task["payload"]
+    payload, is_otp, size = task["payload"], task["type"] == "generateOtp", 0
     if "variables" not in payload and "content_type" not in payload:  # as nearly always
         return 0
-    path, is_otp = f"{path}.payload" if path else "payload", task["type"] == "generateOtp"
-    name, source, field, size = named_text(task), None, None, 0
-    if name is not None:
-        source, field = (texts or {}).get(name), f"{path}.content_type"
-        if source is None:
-            sought = ", ".join(spellings[0] for spellings in candidates(*name))
-            raise HTTPError(400, f"{field} does not exist: there is no content type {sought}; "
-                            "POST /task/subscriptionContent defines one", field)
-        if source.is_left_out:
-            raise HTTPError(413, f"{field}: the content types that the tasks name are too large together; send fewer "
-                            "tasks at once", field)
-        if is_otp and "otp" not in PLACEHOLDER.findall(source.subject + source.content):
-            raise HTTPError(400, f"{field} must name a content type with {{{{ otp }}}}, and {source.content_type} has "
-                            "none", field)
-        del payload["content_type"]
-        payload.pop("locale", None)
-        payload |= {"subject": source.subject, "content": source.content}
-    elif task["type"] != "message" or "variables" not in payload:
+    path = f"{path}.payload" if path else "payload"
+    source = insert_text(task, path, texts)
+    field = f"{path}.content_type" if source else None
+    if not source and task["type"] != "message":
         return 0
     variables = payload.get("variables", {}) if is_otp else payload.pop("variables", {})
     trial = {"otp": "0" * payload["length"], "minutes": 10**6} if is_otp else {}
@@ -3217,7 +3235,8 @@ def fill_message(task: Json, path: str, max_size: int,
         except HTTPError as error:
             error.field = field or error.field
             raise
-        payload[part] = text if is_otp else filled
+        if not is_otp:
+            payload[part] = filled
         size += max(len(filled.encode()), len(text.encode()) if is_otp else 0)
     return size
 
@@ -3226,12 +3245,6 @@ def lane_of(task: Json) -> str:
     """The lane that a task waits in: the one that its payload names, or that of its type."""
     by_type = {"generateOtp": Lane.URGENT, "message": Lane.NORMAL, "newsletter": Lane.BULK}
     return task["payload"].get("lane") or by_type.get(task["type"], Lane.CHANGES)
-
-
-def revoked_key() -> HTTPError:
-    """The error for an API key that was revoked, or ended after a rotation."""
-    return HTTPError(401, "the API key was revoked: its account has a newer key, or was deregistered", None,
-                     {"WWW-Authenticate": "Bearer"})
 
 
 def rate_limited(seconds: int | str, what: str = "OTP requests") -> HTTPError:
@@ -4855,7 +4868,7 @@ class Queue:
     """
 
     def revive(self, task_id: str, account: Account = EVERYBODY, remove: bool = False,
-               request: str | Once = "") -> bool:
+               request: str | IdempotentRequest = "") -> bool:
         """Queue a dead letter again, with all its attempts, or remove it. False where the account has none such.
 
         `request` is that of Script, which may raise HTTPError (422).
@@ -7340,7 +7353,8 @@ class Newsletters:
         return 1
     """
 
-    def create(self, account: str, content_type: str, subject: str, content: str, request: str | Once = "") -> None:
+    def create(self, account: str, content_type: str, subject: str, content: str,
+               request: str | IdempotentRequest = "") -> None:
         """Define a content type. `request` is that of Script. Raises HTTPError: 409, it exists; 422, see Script."""
         if not self._define(self._keys(account, content_type), [content_type, self._body(subject, content), 0],
                             request):
@@ -7436,8 +7450,8 @@ class Newsletters:
         return texts
     """
 
-    def texts(self, account: str, names: Sequence[tuple[str, str]]) -> dict[tuple[str, str], NamedText | None]:
-        """What each (content type, locale or "") names, None where there is nothing; in one round trip."""
+    def texts(self, account: str, names: Sequence[TextName]) -> dict[TextName, NamedText | None]:
+        """What is found for each name, None where there is nothing; in one round trip."""
         args: list[str | int] = [12 * self.max_size]  # twice max_body, where each byte takes six in JSON
         for name in names:
             sought = [*itertools.chain.from_iterable(candidates(*name))]
@@ -8285,7 +8299,7 @@ class Webhooks:
         reason: str
 
     def __init__(self, store: Store) -> None:
-        self.store, self.key, self.records = store, store.key("hooks"), Records(store)
+        self.store, self.records = store, Records(store)
         self.context = ssl.create_default_context()
         self.lock = threading.Lock()
         self.resting: dict[str, Webhooks.Rest] = {}
@@ -8301,11 +8315,6 @@ class Webhooks:
         """
         return self._existing(*self.records.read(account, "hooks"))
 
-    def _change(self, owner: Account, change: Callable[[Json | None], tuple[Json | None, Any]],
-                request: str | Once = "") -> Any:
-        """Make of an account's webhook, or None, what `change` returns, and return what it returns beside."""
-        return self.records.change(owner, ("hooks",), change, request)
-
     @staticmethod
     def _existing(hook: Json | None) -> Json:
         if hook is None:
@@ -8314,44 +8323,41 @@ class Webhooks:
 
     def revise(self, hook: Json | None, url: str, events: Sequence[str]) -> tuple[Json, str | None]:
         """(the webhook with this URL and these events, its secret if it is new), of a webhook or None."""
-        new = {"secret": self._secret(), "created": self.store.time(), "previous": "", "until": 0}
-        return ({**(hook or new), "url": url, "events": list(events), "gone": 0},
-                None if hook else typing.cast(str, new["secret"]))
+        secret = None if hook else self._secret()
+        new = hook or {"secret": secret, "created": self.store.time(), "previous": "", "until": 0}
+        return {**new, "url": url, "events": list(events), "gone": 0}, secret
 
     def set(self, owner: Account, url: str, events: Sequence[str],
-            request: str | Once = "") -> tuple[Json, str | None]:
+            request: str | IdempotentRequest = "") -> tuple[Json, str | None]:
         """Send these events of the account to this URL from now on. Returns what revise() does."""
-        def revise(hook: Json | None) -> tuple[Json, Any]:
-            revised = self.revise(hook, url, events)
-            return revised[0], revised
-        hook, secret = self._change(owner, revise, request)
+        hook, secret = self.records.change(owner, ["hooks"], lambda hook: self.revise(hook, url, events), request)
         return hook, secret
 
-    def replace_secret(self, owner: Account, overlap: int, request: str | Once = "") -> tuple[str, float]:
+    def replace_secret(self, owner: Account, overlap: int, request: str | IdempotentRequest = "") -> tuple[str, float]:
         """Make a new secret; for `overlap` seconds the one before signs as well. Returns it and when that ends.
 
         Raises HTTPError (404) if the account has no webhook.
         """
-        new = self._secret(), self.store.time() + overlap
+        secret, until = self._secret(), self.store.time() + overlap
 
-        def replace(hook: Json | None) -> tuple[Json, Any]:
+        def replace(hook: Json | None) -> list[Json]:
             before = self._existing(hook)
-            return {**before, "secret": new[0], "previous": before["secret"], "until": new[1]}, new
-        secret, until = self._change(owner, replace, request)
-        return secret, until
+            return [{**before, "secret": secret, "previous": before["secret"], "until": until}]
+        hook, = self.records.change(owner, ["hooks"], replace, request)
+        return hook["secret"], hook["until"]
 
     def remove(self, owner: Account) -> None:
         """Send no events of this account any more, nor those that wait. Raises HTTPError (404)."""
-        def gone(hook: Json | None) -> tuple[None, bool]:
+        def remove(hook: Json | None) -> list[None]:
             self._existing(hook)
-            return None, True
-        self._change(owner, gone)
+            return [None]
+        self.records.change(owner, ["hooks"], remove)
 
     def _switch_off(self, owner: Account, hook: Json) -> None:
         """Send nothing to a webhook whose receiver is gone, until somebody sets it again."""
         off = {**hook, "events": [], "gone": self.store.time()}
         with contextlib.suppress(HTTPError):  # the account has ended
-            if self._change(owner, lambda found: (off, True) if found == hook else (found, False)):
+            if self.records.change(owner, ["hooks"], lambda found: [off if found == hook else found]) == [off]:
                 log(logging.WARNING, "webhook switched off: its receiver answers 410 Gone", account=owner.name)
 
     @staticmethod
@@ -8365,9 +8371,9 @@ class Webhooks:
             CancelledError: the webhook does not want this event any more, or its receiver is gone (410).
             TemporaryError: there was no answer in time, or one that is not 2xx; redirects are not followed.
         """
-        found = self.store.redis.hget(self.key, task.account)
-        hook = json.loads(found or '{"events": []}')
-        if task.name not in hook["events"] or task.created < hook["created"] * 1e6:  # that was another webhook
+        hook, = self.records.read(task.account, "hooks")
+        # What is older than the webhook was for another one.
+        if not hook or task.name not in hook["events"] or task.created < hook["created"] * 1e6:
             raise CancelledError("the webhook does not want this event any more")
         self._ensure_awake(task.account)
         body = self._body(task)
@@ -9409,7 +9415,7 @@ class Request:
     account: Any = None  # the Account that sends it, unless its route is open
     peer: str = ""  # the address that the connection comes from
     idempotency_key: str = ""  # if its route takes one
-    once: str | Once = ""  # the same, for a Script
+    idempotent: str | IdempotentRequest = ""  # the same, for a Script
 
     @property
     def client(self) -> str:
@@ -9505,7 +9511,7 @@ class Route:
     answer: Mapping[str, Any] | str = dataclasses.field(default_factory=lambda: DONE)
     refuses: tuple[int, ...] = ()  # statuses that only this route answers
     needs_redis: bool = True  # refused at once while Redis is away
-    idempotency_key: bool = False  # takes the header Idempotency-Key
+    idempotency_key: bool = False  # takes the header Idempotency-Key, and answers 422 if it is used twice
     checks_key: bool = False  # the handler checks whether the key is still valid
     any_media_type: bool = False  # its body is JSON, whatever its Content-Type says
 
@@ -9591,11 +9597,11 @@ class Api:
             if len(request.idempotency_key) > 255:
                 raise HTTPError(400, "Idempotency-Key must have at most 255 characters", "Idempotency-Key")
             if request.idempotency_key:
-                request.once = self.once(route, request)
+                request.idempotent = self.idempotent(route, request)
         return route.handler(self, request)
 
     @staticmethod
-    def once(route: Route, request: Request) -> Once:
+    def idempotent(route: Route, request: Request) -> IdempotentRequest:
         """What a request with an Idempotency-Key is known by.
 
         An account does not get the answers to what the admin asked for it. After a rotation, only the very key that
@@ -9605,7 +9611,7 @@ class Api:
         whose = [owner.name, owner.registration, owner.key if route.checks_key else bool(owner.key)]
         digests = [hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest() for parts in (
             [route.method, route.path, request.path_params, *whose, request.idempotency_key], request.body)]
-        return Once(*digests)
+        return IdempotentRequest(*digests)
 
     def account_named(self, request: Request, route: Route) -> Account:
         """The Account that the admin names by `?account=`. Without it, all accounts, if the route allows that."""
@@ -9661,7 +9667,7 @@ class Api:
     def not_admin(self) -> HTTPError:
         """The error for a request without the admin's rights."""
         if self.settings.admin_token:
-            return HTTPError(401, "Authorization must hold the admin_token", None, {"WWW-Authenticate": "Bearer"})
+            return unauthorized("Authorization must hold the admin_token")
         return HTTPError(403, "without the option admin_token, this is not allowed through a proxy")
 
     def penalize(self, request: Request) -> None:
@@ -9688,7 +9694,7 @@ class Api:
     def sign_up(self, request: Request) -> Reply:
         if request.body["id"] == Accounts.COMMAND_LINE:  # its key would show what the operator sends
             raise HTTPError(409, "id is reserved for the command line; choose another", "id")
-        return {"apiKey": self.accounts.sign_up(request.body["id"], request.once)}
+        return {"apiKey": self.accounts.sign_up(request.body["id"], request.idempotent)}
 
     def deregister(self, request: Request) -> Reply:
         name = request.body["id"]
@@ -9706,7 +9712,7 @@ class Api:
                 account = own if own == account else account
         elif account.name != name:
             raise self.not_admin()
-        key, until = self.accounts.rotate(account, request.body.get("overlap", Accounts.OVERLAP), request.once)
+        key, until = self.accounts.rotate(account, request.body.get("overlap", Accounts.OVERLAP), request.idempotent)
         return {"apiKey": key, "previousUntil": timestamp(until * 1e6)}
 
     def list_accounts(self, request: Request) -> Reply:
@@ -9741,20 +9747,11 @@ class Api:
             "Set-Cookie": f"{self.cookie}={value}; HttpOnly; SameSite=Strict; Path=/; Max-Age={seconds}{attributes}"})
 
     def enqueue(self, request: Request) -> Reply:
-        task, batch = request.body, ""
-        # What is kept as it came has no unknown field: this is faster than to look for one.
-        ignored = {} if task == request.sent else self.ignored(request, TASK, request.sent)
-        texts, senders = self.texts_of(request.account, [task]), self.allowed_senders(request.account, [task])
-        may_change = bool(texts or senders)  # until the request is repeated
-        if may_change and request.idempotency_key:
-            batch = json.dumps(task, sort_keys=True)
-        try:
-            check_sender(task, "", senders)
-            fill_message(task, "", self.settings.max_body, texts)
-        except HTTPError as error:
-            if not may_change:
-                raise
-            task = error
+        ignored = self.ignored(request, TASK, request.sent)
+        (task,), may_change = self.complete(request.account, {"": request.body})
+        if isinstance(task, HTTPError) and not may_change:
+            raise task
+        batch = json.dumps(request.body, sort_keys=True) if may_change and request.idempotency_key else ""
         result, = self.queue.enqueue(request.account, [task], request.idempotency_key, batch)
         if isinstance(result, HTTPError):
             raise result
@@ -9771,20 +9768,13 @@ class Api:
             except HTTPError as error:
                 results[number:] = [error]
         accepted = [number for number, result in enumerate(results) if isinstance(result, dict)]
-        tasks = [results[number] for number in accepted]
-        texts, senders = self.texts_of(request.account, tasks), self.allowed_senders(request.account, tasks)
-        may_change = bool(texts or senders)
-        left = 2 * self.settings.max_body  # bytes that the filled texts of the batch may have together
-        for number in accepted:
-            try:
-                check_sender(results[number], f"tasks[{number}]", senders)
-                left -= fill_message(results[number], f"tasks[{number}]", min(left, self.settings.max_body), texts)
-            except HTTPError as error:
-                results[number] = error
+        completed, may_change = self.complete(
+            request.account, {f"tasks[{number}]": results[number] for number in accepted})
+        for number, task in zip(accepted, completed):
+            results[number] = task
         if not may_change:
             accepted = [number for number in accepted if isinstance(results[number], dict)]
-        # A repeated batch is the same only if the same tasks are accepted: their answers are kept in that order. Where
-        # it names content types or senders, which may have changed by then, the queue keeps their errors, too.
+        # A repeated batch is the same only if the same tasks are accepted: their answers are kept in that order.
         batch = json.dumps([accepted, request.body], sort_keys=True) if request.idempotency_key else ""
         queued = self.queue.enqueue(request.account, [results[number] for number in accepted],
                                     request.idempotency_key, batch)
@@ -9796,16 +9786,28 @@ class Api:
             result.body if isinstance(result, HTTPError) else {"status": True, "id": result, **ignored[number]}
             for number, result in enumerate(results)], **more}
 
-    def allowed_senders(self, account: Account, tasks: Sequence[Json]) -> list[str]:
-        """What payload.from may be, where one of the tasks has it: the account's senders, or else the service's."""
-        if not any("from" in task["payload"] for task in tasks):
-            return []
-        return self.accounts.settings(account.name)["senders"] or [self.settings.sender[1]]
+    def complete(self, account: Account, tasks: Mapping[str, Json]) -> tuple[list[Json | HTTPError], bool]:
+        """Fill the texts of checked tasks, by their paths, and check their senders; an HTTPError for a task at fault.
 
-    def texts_of(self, account: Account, tasks: Sequence[Json]) -> dict[tuple[str, str], NamedText | None]:
-        """The texts that tasks name. The queue tells whether the key was revoked, before anything is told of them."""
-        names = dict.fromkeys(name for task in tasks if (name := named_text(task)))
-        return self.newsletters.texts(account.name, [*names]) if names else {}
+        Also returns whether they name content types or senders of the account. Those may change, and a revoked key must
+        not learn of them: then the queue takes the errors, too, and keeps them for an idempotency key.
+        """
+        names = dict.fromkeys(filter(None, map(text_name, tasks.values())))
+        texts = self.newsletters.texts(account.name, [*names]) if names else {}
+        senders: list[str] = []
+        if any("from" in task["payload"] for task in tasks.values()):
+            senders = self.accounts.settings(account.name)["senders"] or [self.settings.sender[1]]
+        completed: list[Json | HTTPError] = []
+        left = 2 * self.settings.max_body  # bytes that the filled texts may have together
+        for path, task in tasks.items():
+            filled = {**task, "payload": {**task["payload"]}}
+            try:
+                check_sender(filled, path, senders)
+                left -= fill_message(filled, path, min(left, self.settings.max_body), texts)
+                completed.append(filled)
+            except HTTPError as error:
+                completed.append(error)
+        return completed, bool(names or senders)
 
     @staticmethod
     def ignored(request: Request, check: Check, value: Any, field: str = "") -> Json:
@@ -9855,7 +9857,7 @@ class Api:
     def take_dead(self, request: Request, remove: bool = False) -> str:
         """Queue a dead letter again, or remove it. Returns its id. Raises HTTPError (404)."""
         task_id = request.path_params["id"]
-        if not self.queue.revive(task_id, request.account, remove, request.once):
+        if not self.queue.revive(task_id, request.account, remove, request.idempotent):
             raise HTTPError(404, "there is no dead letter of this id; GET /task/dead lists them", "id")
         return task_id
 
@@ -9870,7 +9872,7 @@ class Api:
         return self.part_of_list(request, "contentTypes", self.newsletters.read_all)
 
     def create_content(self, request: Request) -> Reply:
-        self.newsletters.create(request.account.name, **request.body, request=request.once)
+        self.newsletters.create(request.account.name, **request.body, request=request.idempotent)
         return done("Content Type created successfully")
 
     def update_content(self, request: Request) -> Reply:
@@ -9915,12 +9917,12 @@ class Api:
 
     def set_webhook(self, request: Request) -> Reply:
         owner = self.ensure_may_set_webhook(request)
-        revised = self.webhooks.set(owner, request.body["url"], request.body.get("events", EVENTS), request.once)
+        revised = self.webhooks.set(owner, request.body["url"], request.body.get("events", EVENTS), request.idempotent)
         return {"status": True, **self.describe_webhook(*revised)}
 
     def replace_webhook_secret(self, request: Request) -> Reply:
         owner = self.ensure_may_set_webhook(request)
-        secret, until = self.webhooks.replace_secret(owner, request.body.get("overlap", 86400), request.once)
+        secret, until = self.webhooks.replace_secret(owner, request.body.get("overlap", 86400), request.idempotent)
         return {"status": True, "secret": secret, "previousUntil": timestamp(until * 1e6)}
 
     def remove_webhook(self, request: Request) -> Reply:
@@ -9943,22 +9945,22 @@ class Api:
     def describe_account(self, request: Request, settings: Json | None, hook: Json | None,
                          secret: str | None = None) -> Json:
         """The answer about an account. `secret` is that of a new webhook."""
-        return {"status": True, "id": request.account.name, **Accounts.NO_SETTINGS, **(settings or {}),
+        return {"status": True, "id": request.account.name, **Accounts.complete_settings(settings),
                 "webhook": hook and self.describe_webhook(hook, secret)}
 
     def set_account(self, request: Request) -> Reply:
         may_set = self.may_set_webhook(request)
 
-        def change(settings: Json | None, hook: Json | None) -> tuple:
-            before, secret = ({**Accounts.NO_SETTINGS, **(settings or {})}, hook), None
-            wanted = {name: request.body.get(name, value) or Accounts.NO_SETTINGS[name]
-                      for name, value in before[0].items()}
+        def change(kept: Json | None, hook: Json | None) -> list[Any]:
+            before, new_hook, secret = Accounts.complete_settings(kept), hook, None
+            after = {name: request.body.get(name, value) or Accounts.NO_SETTINGS[name]
+                     for name, value in before.items()}
             if "webhook" in request.body:
-                hook, secret = self.revise_webhook(hook, request.body["webhook"])
-            if not may_set and (wanted["senders"], hook) != (before[0]["senders"], before[1]):
+                new_hook, secret = self.revise_webhook(hook, request.body["webhook"])
+            if not may_set and (after["senders"], new_hook) != (before["senders"], hook):
                 raise self.not_admin()
-            return wanted if wanted != Accounts.NO_SETTINGS else None, hook, [wanted, hook, secret]
-        changed = self.accounts.records.change(request.account, ("settings", "hooks"), change, request.once)
+            return [after if after != Accounts.NO_SETTINGS else None, new_hook, secret]
+        changed = self.accounts.records.change(request.account, ("settings", "hooks"), change, request.idempotent)
         return self.describe_account(request, *changed)
 
     def revise_webhook(self, hook: Json | None, wanted: Json | None) -> tuple[Json | None, str | None]:
@@ -10158,7 +10160,7 @@ CURSOR = Pattern("the value of next in the previous answer", r"[0-9]{1,10}-[0-9]
 SUBSCRIPTIONS = {"content_type": CONTENT_TYPE, "userId": Address(), "cursor": CURSOR, "limit": Integer(1, 1000)}
 
 QUEUED, COUNTED, CHANGED = {**DONE, "id": str}, {**DONE, "count": int}, {**DONE, "changed": int}
-STRICT = {"strict": Boolean()}
+STRICT, TASK_QUEUED = {"strict": Boolean()}, {**QUEUED, "ignored?": list}
 CONTENT_ANSWER = {"status": bool, "content_type": str, "subject": str, "content": str, "subscribers": int, "view": str}
 TASK_ANSWER = {"status": bool, "id": str, "task": str, "type": str, "userId": str, "state": str, "attempts": int,
                "retries": int, "error": (str, None), "created": str, "story": list}
@@ -10176,29 +10178,27 @@ METRICS_ANSWER = {"status": bool, "Total Jobs Executed": int, "Jobs Successful":
 OPENAPI_ANSWER = {"openapi": str, "info": dict, "paths": dict, "components": dict}
 
 ROUTES = (
-    Route("POST", "/auth/signup", Api.sign_up, Access.ADMIN, NEW_ID, answer={"apiKey": str}, refuses=(409, 422),
+    Route("POST", "/auth/signup", Api.sign_up, Access.ADMIN, NEW_ID, answer={"apiKey": str}, refuses=(409,),
           idempotency_key=True),
     Route("POST", "/auth/deregister", Api.deregister, Access.OWNER, ID, refuses=(404,)),
     Route("POST", "/auth/rotate", Api.rotate, Access.OWNER, ROTATION, answer={"apiKey": str, "previousUntil": str},
-          refuses=(404, 409, 422), idempotency_key=True, checks_key=True),
+          refuses=(404, 409), idempotency_key=True, checks_key=True),
     Route("GET", "/accounts", Api.list_accounts, Access.ADMIN, answer={"status": bool, "accounts": list}),
     Route("GET", "/account", Api.read_account, Access.KEY, answer=ACCOUNT_ANSWER),
-    Route("PUT", "/account", Api.set_account, Access.KEY, SETTINGS, answer=ACCOUNT_ANSWER, refuses=(422,),
-          idempotency_key=True),
+    Route("PUT", "/account", Api.set_account, Access.KEY, SETTINGS, answer=ACCOUNT_ANSWER, idempotency_key=True),
     Route("GET", "/session", Api.read_session, Access.OPEN, answer=SESSION_ANSWER),
     Route("POST", "/session", Api.open_session, Access.OPEN, LOGIN, answer=SESSION_ANSWER, refuses=(401, 429)),
     Route("DELETE", "/session", Api.close_session, Access.OPEN),
-    Route("POST", "/task", Api.enqueue, Access.TASK, TASK, STRICT, {**QUEUED, "ignored?": list}, refuses=(422, 429),
+    Route("POST", "/task", Api.enqueue, Access.TASK, TASK, STRICT, TASK_QUEUED, refuses=(429,), idempotency_key=True),
+    Route("POST", "/task/task", Api.enqueue, Access.TASK, TASK, STRICT, TASK_QUEUED, refuses=(429,),
           idempotency_key=True),
-    Route("POST", "/task/task", Api.enqueue, Access.TASK, TASK, STRICT, {**QUEUED, "ignored?": list},
-          refuses=(422, 429), idempotency_key=True),
     Route("POST", "/task/batch", Api.enqueue_batch, Access.TASK, BATCH, STRICT,
-          {"status": bool, "tasks": list, "ignored?": list}, refuses=(422,), idempotency_key=True),
+          {"status": bool, "tasks": list, "ignored?": list}, idempotency_key=True),
     Route("POST", "/task/verify", Api.verify, Access.KEY, VERIFICATION, answer={"type": str, "verified": bool},
           refuses=(429,)),
     Route("GET", "/task/subscriptionContent", Api.list_content, Access.ALL, query=PAGING,
           answer={**PART_ANSWER, "contentTypes": list}),
-    Route("POST", "/task/subscriptionContent", Api.create_content, Access.KEY, DEFINITION, refuses=(409, 422),
+    Route("POST", "/task/subscriptionContent", Api.create_content, Access.KEY, DEFINITION, refuses=(409,),
           idempotency_key=True),
     Route("PUT", "/task/subscriptionContent", Api.update_content, Access.KEY, DEFINITION, refuses=(404,)),
     Route("GET", "/task/subscriptionContent/{content_type}", Api.read_content, Access.KEY,
@@ -10209,7 +10209,7 @@ ROUTES = (
     Route("GET", "/task/dead", Api.list_dead, Access.ALL, query=PAGING, answer={**PART_ANSWER, "tasks": list}),
     Route("DELETE", "/task/dead", Api.remove_all_dead, Access.ALL, answer=COUNTED),
     Route("POST", "/task/dead/retry", Api.retry_all_dead, Access.ALL, answer=COUNTED),
-    Route("POST", "/task/dead/{id}/retry", Api.retry_dead, Access.ALL, answer=QUEUED, refuses=(404, 422),
+    Route("POST", "/task/dead/{id}/retry", Api.retry_dead, Access.ALL, answer=QUEUED, refuses=(404,),
           idempotency_key=True),
     Route("DELETE", "/task/dead/{id}", Api.remove_dead, Access.ALL, refuses=(404,)),
     Route("GET", "/task/{id}", Api.read_task, Access.ALL, answer=TASK_ANSWER, refuses=(404,)),
@@ -10225,11 +10225,10 @@ ROUTES = (
     Route("POST", "/bounces/{provider}/{token}", Api.take_notification, Access.TOKEN, Notification(), answer=CHANGED,
           refuses=(404,), any_media_type=True),
     Route("GET", "/webhook", Api.read_webhook, Access.ALL, answer=WEBHOOK_ANSWER, refuses=(404,)),
-    Route("PUT", "/webhook", Api.set_webhook, Access.ALL, WEBHOOK, answer=WEBHOOK_ANSWER, refuses=(422,),
-          idempotency_key=True),
+    Route("PUT", "/webhook", Api.set_webhook, Access.ALL, WEBHOOK, answer=WEBHOOK_ANSWER, idempotency_key=True),
     Route("DELETE", "/webhook", Api.remove_webhook, Access.ALL, refuses=(404,)),
     Route("POST", "/webhook/secret", Api.replace_webhook_secret, Access.ALL, OVERLAP,
-          answer={"status": bool, "secret": str, "previousUntil": str}, refuses=(404, 422), idempotency_key=True),
+          answer={"status": bool, "secret": str, "previousUntil": str}, refuses=(404,), idempotency_key=True),
     Route("GET", "/lanes", Api.list_lanes, Access.ALL, answer=LANES_ANSWER),
     Route("POST", "/lanes/{lane}/resume", Api.resume_lane, Access.ALL, refuses=(404, 429)),
     Route("GET", "/history", Api.read_history, Access.ALL, answer={"status": bool, "minutes": list}),
@@ -10306,7 +10305,7 @@ def openapi(routes: Sequence[Route]) -> Json:
     for route in routes:
         credentials, refusals = SECURITY[route.access]
         statuses = {400, 408, 413, 414, 415, 417, 421, 431, 500, 501, 503, 505, *refusals, *route.refuses}
-        statuses |= {411} if route.body else set()
+        statuses |= ({411} if route.body else set()) | ({422} if route.idempotency_key else set())
         error = {"$ref": "#/components/schemas/Error"}
         operation: Json = {
             "operationId": f"{route.handler.__name__}_{route.path.replace('/', '_')}".strip("_"),

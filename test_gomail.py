@@ -3013,7 +3013,7 @@ def test_an_error_says_what_is_hard_to_see(field, value, words):
 def filled(variables=ABSENT, **payload):
     payload = {**MESSAGE["payload"], **payload, **({} if variables is ABSENT else {"variables": variables})}
     task = gomail.TASK({**MESSAGE, "payload": payload})
-    gomail.fill_message(task, "", 1_000_000)
+    gomail.fill_message(task, "", 1_000_000, {})
     return task["payload"]
 
 
@@ -3352,7 +3352,7 @@ def test_the_contracts_example_with_all_attributes_names_no_content_type_and_has
                "subject": "Your Weekly Engineering Update", "content": "<h1>Hello!</h1>"}
     for kind in gomail.PAYLOADS:
         task = {"task": "User Login Verification", "type": kind, "retries": 3, "payload": payload}
-        assert gomail.named_text(gomail.TASK(task)) is None and gomail.TASK.unknown(task) == []
+        assert gomail.text_name(gomail.TASK(task)) is None and gomail.TASK.unknown(task) == []
 
 
 @pytest.mark.parametrize("kind", ["message", "generateOtp"])
@@ -3360,10 +3360,10 @@ def test_a_client_that_sends_empty_strings_for_what_it_does_not_use_is_understoo
     payload = {"userId": "user@example.com", "content_type": "", "length": 6, "frequency": ""}
     texts = {"subject": "S", "content": "C"} if kind == "message" else {"subject": "", "content": ""}
     task = {"task": "t", "type": kind, "retries": 0, "payload": {**payload, **texts}}
-    assert gomail.named_text(gomail.TASK(task)) is None
+    assert gomail.text_name(gomail.TASK(task)) is None
     for empty in ("", None):
         task["payload"] = {**payload, "content_type": "Login", "subject": empty, "content": empty, "text": empty}
-        assert gomail.named_text(gomail.TASK(task)) == ("Login", "")
+        assert gomail.text_name(gomail.TASK(task)) == ("Login", "")
 
 
 NAMED = {**MESSAGE, "payload": {"userId": "user@example.com", "content_type": "Login", "locale": "pt-BR"}}
@@ -10124,8 +10124,8 @@ def test_a_webhook_is_changed_by_one_at_a_time_and_by_nobody_whose_account_has_e
         asked.append(hook)
         if len(asked) == 1:
             client.post("/webhook/secret", {})
-        return {**hook, "url": "http://localhost:1/"}, None
-    webhooks._change(owner, change)
+        return [{**hook, "url": "http://localhost:1/"}]
+    webhooks.records.change(owner, ["hooks"], change)
     assert len(asked) == 2 and asked[0]["secret"] == asked[1]["previous"] != asked[1]["secret"]
     client.post("/auth/deregister", {"id": owner.name})
     client.key = service.client.post("/auth/signup", {"id": owner.name})["apiKey"]
