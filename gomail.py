@@ -3789,6 +3789,7 @@ class Queue:
         self._limits = [settings.result_ttl * 1000, settings.dead_ttl * 1000, settings.dead_max]
         self._missing: dict[str, float] = {}  # process -> since when (monotonic) its heartbeat is missing
         self._scanned = self._recalled = self._turn_cursor = 0  # cursors
+        self._lost_turns: list[str] = []
         # By lane: accounts that had no task there while others have, by tasks that this process has accepted.
         self.newcomers: dict[str, collections.deque[str]] = {lane: collections.deque(maxlen=100) for lane in LANES}
         self._newcomer_came = {lane: threading.Event() for lane in LANES}
@@ -4772,24 +4773,31 @@ class Queue:
         owners = [key.removeprefix(self.store.key("processing", "")).rpartition(":") for key in lists]
         return sum(self._adopt(keys=[self.store.prefix], args=[process, worker]) for process, _, worker in owners)
 
-    # Give lists with tasks a turn again where it was lost: a process of an older version beside this one takes it for a
-    # task that is gone. If a worker just has it in hand, the list has two until it is empty.
-    # KEYS: the prefix. ARGV: the cursor. Answer: the next cursor.
+    # Find lists with tasks whose turn was lost: a process of an older version beside this one takes it for a task that is
+    # gone. A worker may just have it in hand, so a list gets a new one only if it is still lost a second later.
+    # KEYS: the prefix. ARGV: the cursor, the lists that the call before has found.
+    # Answer: {the next cursor, the lists that have lost their turn}.
     RESTORE_TURNS = """
         local prefix = KEYS[1]
-        local cursor, lists = unpack(redis.call('SSCAN', prefix .. 'turns', ARGV[1], 'COUNT', 50))
-        for _, list in ipairs(lists) do
-            local lane = prefix .. string.match(list, '^lane:%a+')
-            if redis.call('LLEN', prefix .. list) > 0 and not redis.call('LPOS', lane, list) then
-                redis.call('LPUSH', lane, list)
-            end
+        local function is_lost(list)
+            return redis.call('LLEN', prefix .. list) > 0
+                and not redis.call('LPOS', prefix .. string.match(list, '^lane:%a+'), list)
         end
-        return cursor
+        for at = 2, #ARGV do
+            if is_lost(ARGV[at]) then redis.call('LPUSH', prefix .. string.match(ARGV[at], '^lane:%a+'), ARGV[at]) end
+        end
+        local cursor, lists = unpack(redis.call('SSCAN', prefix .. 'turns', ARGV[1], 'COUNT', 50))
+        local answer = {cursor}
+        for _, list in ipairs(lists) do
+            if is_lost(list) then answer[#answer + 1] = list end
+        end
+        return answer
     """
 
     def restore_turns(self) -> None:
-        """Give some 50 lists with tasks their turn again, if it was lost. The next call goes on from there."""
-        self._turn_cursor = self._restore_turns(keys=[self.store.prefix], args=[self._turn_cursor])
+        """Look at some 50 lists with tasks, and give those a turn that had none in the last call either."""
+        self._turn_cursor, *self._lost_turns = self._restore_turns(
+            keys=[self.store.prefix], args=[self._turn_cursor, *self._lost_turns])
 
     # Only a task in the delayed set can be cancelled: one in a lane or in hand may be sent at any moment.
     # KEYS: the prefix. ARGV: id, the account that the task must belong to or "", its registration, and the arguments of

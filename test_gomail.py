@@ -1742,7 +1742,7 @@ def test_a_redis_user_with_the_documented_permissions_is_enough_for_all_work(
     server.client.delete("gomail:heartbeat:another-process")
     until(queue.find_orphans)
     until(lambda: service.queue.reclaim(patience=0.0))
-    service.queue.restore_turns()
+    service.queue.restore_turns()  # that of what has just been given back
     terminal = gomail.Terminal(as_json=True)
     for arguments in (["status", waiting], ["dead"], ["stats"], ["accounts"],
                       ["accounts", "--remove", "app@example.com", "--yes"]):
