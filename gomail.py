@@ -1006,8 +1006,9 @@ def start_logging(settings: Settings) -> None:
 #
 #   UserList                        hash    account -> its registration: the id of its first API key; "" while the
 #                                           account is being removed
-#   keys                            hash    account -> ids of its valid API keys, each with a colon and when it ends
-#                                           (ms; 0: not by a rotation), by spaces; only if a key was ever rotated
+#   keys                            hash    account -> its API keys, as "<id>:<when a rotation ends it (ms), 0 for the
+#                                           newest>:<when it expires (ms), 0: never or not known>", by spaces; only if
+#                                           a key was ever rotated
 #   settings                        hash    account -> {"senders", "reply_to"}, see Accounts.settings(); only where
 #                                           there are any
 #   jwt_secret                      string  the signing secret, if the settings have none
@@ -1406,7 +1407,7 @@ class Store:
     COMMANDS = """
         BRPOPLPUSH k k 0, DBSIZE, DEL k, EVAL x 1 k, EVALSHA x 1 k, EXEC, EXISTS k, EXPIRE k 1, GET k, HDEL k x,
         HEXISTS k x, HGET k x, HGETALL k, HINCRBY k x 1, HINCRBYFLOAT k x 1, HKEYS k, HLEN k, HMGET k x, HRANDFIELD k,
-        HSCAN k 0, HSET k x x, HSETNX k x x, HVALS k, INCR k, LINDEX k 0, LLEN k, LPOS k x, LPUSH k x,
+        HSCAN k 0, HSET k x x, HSETNX k x x, HSTRLEN k x, HVALS k, INCR k, LINDEX k 0, LLEN k, LPOS k x, LPUSH k x,
         LRANGE k 0 0, LREM k 0 x, MEMORY|USAGE k, MULTI, PERSIST k, PEXPIRE k 1, PEXPIREAT k 1, PING, PTTL k, RPOP k,
         RPOPLPUSH k k, RPUSH k x, SADD k x, SCAN 0, SET k x, SREM k x, SSCAN k 0, TIME, TTL k, TYPE k, UNLINK k,
         ZADD k 1 x, ZCARD k, ZCOUNT k 0 0, ZRANGE k 0 0, ZRANGEBYSCORE k 0 0, ZREM k x, ZREMRANGEBYSCORE k 0 0,
@@ -2354,17 +2355,17 @@ class Nullable(Check):
 
 
 class Absent(Nullable):
-    """A field of an Object that must be missing, null or "".
+    """A field of an Object that must be missing, or say nothing: null, "" or {}.
 
     Args:
         reason: why, to follow "must be left out: ".
     """
 
     def __init__(self, reason: str) -> None:
-        self.expected, self.schema = f"left out: {reason}", {"enum": [None, ""]}
+        self.expected, self.schema = f"left out: {reason}", {"enum": [None, "", {}]}
 
     def __call__(self, value: Any, field: str = "") -> Any:
-        if value is not None and value != "":
+        if value not in (None, "", {}):
             raise HTTPError(400, f"{field} must be {self.expected}", field)
 
 
@@ -2717,18 +2718,22 @@ class Accounts:
             if redis.call('HGET', prefix .. 'UserList', account) ~= registration then return false end
             local keys = key ~= '' and redis.call('HGET', prefix .. 'keys', account)
             if not keys then return key == '' or key == registration end
-            for id, ends in string.gmatch(keys, '(%S+):(%d+)') do
+            for id, ends in string.gmatch(keys, '(%S+):(%d+):%d+') do
                 if id == key then return ends == '0' or tonumber(ends) > milliseconds end
             end
             return false
         end
     """
 
-    # KEYS: UserList; ARGV: account, key id, now (s), ttl of the key (s).
+    # KEYS: the prefix. ARGV: account, key id, now (s), ttl of the key (s).
     # Answer: 0 if the account is registered: its key stays valid; else {key id, now, ttl}, of which the key is made.
     SIGN_UP = """
-        if redis.call('HSETNX', KEYS[1], ARGV[1], ARGV[2]) == 0 then return 0 end
-        return {ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])}
+        local prefix, account, key, now, ttl = KEYS[1], unpack(ARGV)
+        if redis.call('HSETNX', prefix .. 'UserList', account, key) == 0 then return 0 end
+        for _, hash in ipairs({'keys', 'settings', 'hooks'}) do  -- left by an older version that deregistered the name
+            redis.call('HDEL', prefix .. hash, account)
+        end
+        return {key, tonumber(now), tonumber(ttl)}
     """
 
     def sign_up(self, name: str, request: str | IdempotentRequest = "") -> str:
@@ -2739,15 +2744,20 @@ class Accounts:
                 been deregistered since.
         """
         new = secrets.token_hex(16)
-        answer = self._sign_up([self.user_list], [name, new, int(time.time()), self.ttl], request)
+        answer = self._sign_up([self.store.prefix], [name, new, int(time.time()), self.ttl], request)
         if answer == 0:
             raise HTTPError(409, "id is registered already; POST /auth/rotate gives a new key, and so does "
                             "`accounts --rotate` on the command line", "id")
         registration, moment, ttl = answer
-        if registration != new and self.find(name) != Account(name, registration):
-            raise HTTPError(422, "Idempotency-Key was used for an account that has been deregistered since",
-                            "Idempotency-Key")
-        return self._sign(Account(name, registration, registration), moment, ttl)
+        account = Account(name, registration, registration)
+        if registration != new:
+            self._ensure_made_key_is_active(account)
+        return self._sign(account, moment, ttl)
+
+    def _ensure_made_key_is_active(self, account: Account) -> None:
+        """Raise HTTPError (422) if a key that an earlier call of the request has made is valid no more."""
+        if not self.is_active(account):
+            raise HTTPError(422, "Idempotency-Key was used for an API key that has ended since", "Idempotency-Key")
 
     def _sign(self, account: Account, moment: int, ttl: int) -> str:
         """The API key of an account whose id is `account.key`, made at a moment (s), valid for `ttl` seconds."""
@@ -2760,30 +2770,34 @@ class Accounts:
 
     # Make a new key of an account. The newest key before it then ends after the overlap; older ones end when an earlier
     # rotation said. Without an overlap, all other keys end now.
-    # KEYS: the prefix. ARGV: account, registration, id of the key that asks or "", id of the new key, overlap (ms),
-    #       MAX_KEYS, ttl of the new key (s).
+    # KEYS: the prefix. ARGV: account, registration, id of the key that asks or "", when that expires (ms) or 0, id of
+    #       the new key, overlap (ms), MAX_KEYS, ttl of the new key (s).
     # Answer: 0 if the key that asks is not valid; if there are too many, minus the milliseconds until one of them ends;
-    #         or {id of the new key, now (s), ttl, when the key that asks ends (ms), or without one the newest before}.
+    #         or {registration, id of the new key, now (s), ttl, when the key that asks ends (ms), or without one the
+    #         newest before}.
     ROTATE = CLOCK + IS_ACTIVE + """
-        local prefix, account, registration, key, new, overlap, most, ttl = KEYS[1], unpack(ARGV)
+        local prefix, account, registration, key, own_end, new, overlap, most, ttl = KEYS[1], unpack(ARGV)
         if not is_active(prefix, account, registration, key) then return 0 end
-        local before = redis.call('HGET', prefix .. 'keys', account) or registration .. ':0'
-        local ends, first, previous, valid = milliseconds + overlap, math.huge, milliseconds, {}
+        local before = redis.call('HGET', prefix .. 'keys', account) or registration .. ':0:0'
+        local first, previous, valid = math.huge, milliseconds, {}
         if tonumber(overlap) > 0 then
-            for id, moment in string.gmatch(before, '(%S+):(%d+)') do
-                local is_newest = moment == '0'
-                moment = is_newest and ends or tonumber(moment)
-                if moment > milliseconds then
-                    valid[#valid + 1] = id .. ':' .. string.format('%.0f', moment)
-                    first = math.min(first, moment)
-                    if id == key or key == '' and is_newest then previous = moment end
+            for id, ends, expires in string.gmatch(before, '(%S+):(%d+):(%d+)') do
+                local is_newest = ends == '0'
+                ends = is_newest and milliseconds + overlap or tonumber(ends)
+                if id == key then expires = own_end end
+                if expires ~= '0' then ends = math.min(ends, expires) end
+                if ends > milliseconds then
+                    valid[#valid + 1] = id .. ':' .. string.format('%.0f', ends) .. ':' .. expires
+                    first = math.min(first, ends)
+                    if id == key or key == '' and is_newest then previous = ends end
                 end
             end
         end
         if #valid >= tonumber(most) then return milliseconds - first end
-        valid[#valid + 1] = new .. ':0'
+        local expires = ttl == '0' and '0' or string.format('%.0f', (time[1] + ttl) * 1000)
+        valid[#valid + 1] = new .. ':0:' .. expires
         redis.call('HSET', prefix .. 'keys', account, table.concat(valid, ' '))
-        return {new, tonumber(time[1]), tonumber(ttl), previous}
+        return {registration, new, tonumber(time[1]), tonumber(ttl), previous}
     """
 
     def rotate(self, account: Account, overlap: int, request: str | IdempotentRequest = "") -> tuple[str, float]:
@@ -2796,16 +2810,20 @@ class Accounts:
             HTTPError: 401, the key is not valid; 404, the account is not registered; 409, it has MAX_KEYS keys; 422,
                 see Script.
         """
+        new, own_end = secrets.token_hex(16), 0 if account.expires == math.inf else int(account.expires * 1000)
         answer = self._rotate([self.store.prefix], [
-            account.name, account.registration, account.key, secrets.token_hex(16), overlap * 1000, self.MAX_KEYS,
-            self.ttl], request)
+            account.name, account.registration, account.key, own_end, new, overlap * 1000, self.MAX_KEYS, self.ttl],
+            request)
         if answer == 0:
             raise revoked_key() if account.key else self._not_registered()
         if isinstance(answer, int):
             raise HTTPError(409, f"id has {self.MAX_KEYS} keys, and can have no more: the first of them ends in "
                             f"{math.ceil(-answer / 1000)} seconds; with an overlap of 0 all others end at once", "id")
-        key, moment, ttl, ends = answer
-        return self._sign(dataclasses.replace(account, key=key), moment, ttl), min(ends / 1000, account.expires)
+        registration, key, moment, ttl, ends = answer
+        made = Account(account.name, registration, key)
+        if key != new:
+            self._ensure_made_key_is_active(made)
+        return self._sign(made, moment, ttl), ends / 1000
 
     # KEYS: UserList, the account's content types, its other keys; ARGV: account, key prefix, content types to remove.
     # Answers 0 if the account is not registered, 1 if it is removed, 2 if content types are left: until they are gone,
@@ -2943,7 +2961,8 @@ class Accounts:
             self.store.redis.set(self.store.key("ended_session", claims["jti"]), 1, ex=left)
 
     def _verified(self, token: str) -> Json | None:
-        return self._decode(token, self.accepted_secrets, {"require": ["sub", "jti"], "verify_iat": False})
+        return self._decode(token, self.accepted_secrets, {
+            "require": ["sub", "jti"], "verify_iat": False, "verify_exp": False})  # decode_key() verifies the latter
 
     @staticmethod
     def _decode(token: str, accepted_secrets: Sequence[bytes], options: Any = None) -> Json | None:
@@ -3076,6 +3095,8 @@ PAYLOADS = {
 class TaskCheck(Check):
     """A task, with the payload of its type."""
 
+    # The fields of the example that clients send with every type of task: where a type does not use one, it is known.
+    IN_EXAMPLE = frozenset(("userId", "content_type", "length", "frequency", "subject", "content"))
     expected = "a task"
 
     def __init__(self) -> None:
@@ -3085,7 +3106,8 @@ class TaskCheck(Check):
             (name, payload.named) for name, payload in PAYLOADS.items() if isinstance(payload, MailPayload))]
         self.schema = {"oneOf": [self.of_types((name,), payload).schema for name, payload in payloads]}
         self.fields = frozenset(self.unknown_type.fields)
-        self.payload_fields = frozenset(name for _, payload in payloads for name in payload.fields)
+        self.payload_fields = {task_type: self.IN_EXAMPLE.union(*(
+            payload.fields for name, payload in payloads if name == task_type)) for task_type in PAYLOADS}
         self.nested = frozenset(name for _, payload in payloads for name in payload.nested)
 
     @staticmethod
@@ -3100,13 +3122,14 @@ class TaskCheck(Check):
         return (check or self.unknown_type)(value, field)
 
     def unknown(self, value: Any, field: str = "") -> list[UnknownField]:
-        """As that of any Check. What is a field of another type of task is known: the example of all attributes."""
-        payload, parent = value["payload"], f"{field}.payload." if field else "payload."
-        if (self.fields.issuperset(value) and self.payload_fields.issuperset(payload)
+        """As that of any Check, but for the fields of IN_EXAMPLE."""
+        payload, known = value["payload"], self.payload_fields[value["type"]]
+        if (self.fields.issuperset(value) and known.issuperset(payload)
                 and self.nested.isdisjoint(payload)):  # as nearly always
             return []
+        parent = f"{field}.payload." if field else "payload."
         return [found for found in self.by_type[value["type"]].unknown(value, field)
-                if found.parent != parent or found.name not in self.payload_fields]
+                if found.parent != parent or found.name not in self.IN_EXAMPLE]
 
 
 TASK = TaskCheck()
@@ -3170,8 +3193,9 @@ def insert_text(task: Json, path: str, texts: Mapping[TextName, NamedText | None
         return None
     text = texts[name]
     if text is None:
-        sought = ", ".join(spellings[0] for spellings in candidates(*name))
-        raise HTTPError(400, f"{field} does not exist: there is no content type {sought}; "
+        sought = [spellings[0] for spellings in candidates(*name)]
+        shown = ", ".join(sought if len(sought) <= 4 else [*sought[:3], "...", sought[-1]])
+        raise HTTPError(400, f"{field} does not exist: there is no content type {shown}; "
                         "POST /task/subscriptionContent defines one", field)
     if text.is_left_out:
         raise HTTPError(413, f"{field}: the content types that the tasks name are too large together; send fewer "
@@ -3223,6 +3247,8 @@ def fill_message(task: Json, path: str, max_size: int, texts: Mapping[TextName, 
         if not source:  # content types have been checked, apart from those that are older than the rule
             check_placeholders(text, where)
         try:
+            if source and len(text) > left:  # it also counts as it is: a batch may name it a thousand times
+                raise TooLarge(len(text.encode()))
             filled = check(fill_template(text, {**variables, **trial}, escape=part == "content" and is_html(text),
                                          max_size=left), where)
         except KeyError as error:
@@ -3237,7 +3263,7 @@ def fill_message(task: Json, path: str, max_size: int, texts: Mapping[TextName, 
             raise
         if not is_otp:
             payload[part] = filled
-        size += max(len(filled.encode()), len(text.encode()) if is_otp else 0)
+        size += max(len(filled.encode()), len(text.encode()) if source else 0)
     return size
 
 
@@ -3274,7 +3300,8 @@ def check_sender(task: Json, path: str, allowed: Sequence[str]) -> None:
         if other and fold_address(other) in (own, own[own.rindex("@"):]):
             return
     field = f"{path}.payload.from" if path else "payload.from"
-    raise HTTPError(400, f"{field} must be one of the account's senders: {', '.join(allowed)}", field)
+    shown = ", ".join(allowed) if len(allowed) <= 5 else f"{', '.join(allowed[:5])}, ...; GET /account lists them"
+    raise HTTPError(400, f"{field} must be one of the account's senders: {shown}", field)
 
 
 @functools.lru_cache
@@ -3908,8 +3935,9 @@ class Queue:
             account.name, account.registration, account.key, fingerprint, digest, first, len(tasks)], 0, False
         for task_id, task in zip(self._ids(first, len(tasks)), tasks):
             if isinstance(task, HTTPError):
-                error = json.dumps([task.status, task.message, task.field])
-                request += [task_id, urllib.parse.quote(error), *[""] * 7]
+                error = urllib.parse.quote(json.dumps([task.status, task.message, task.field]))
+                request += [task_id, error, *[""] * 7]
+                size += len(error)
                 continue
             payload, lane, otp_address, content_type = task["payload"], lane_of(task), "", ""
             if task["type"] == "generateOtp":
@@ -4773,8 +4801,8 @@ class Queue:
         owners = [key.removeprefix(self.store.key("processing", "")).rpartition(":") for key in lists]
         return sum(self._adopt(keys=[self.store.prefix], args=[process, worker]) for process, _, worker in owners)
 
-    # Find lists with tasks whose turn was lost: a process of an older version beside this one takes it for a task that is
-    # gone. A worker may just have it in hand, so a list gets a new one only if it is still lost a second later.
+    # Find lists with tasks whose turn was lost: a process of an older version beside this one takes it for a task that
+    # is gone. A worker may just have it in hand, so a list gets a new one only if it is still lost a second later.
     # KEYS: the prefix. ARGV: the cursor, the lists that the call before has found.
     # Answer: {the next cursor, the lists that have lost their turn}.
     RESTORE_TURNS = """
@@ -7226,14 +7254,14 @@ class Otps:
     # Compare an OTP with the valid one of its address, and count the attempt.
     # KEYS: what _record() returns, otp_failed:<address>:<account>, otp_requests:<account>.
     # ARGV: keyed hash of the OTP, MAX_ATTEMPTS, MAX_FAILURES, minute_max, registration of the account.
-    # Answer: "verified", "wrong" or "wait <seconds>".
+    # Answer: "verified", "wrong", or minus the seconds to wait.
     VERIFY = Queue.LIMIT + """
         local otp, failed, requests = unpack(KEYS)
         local hash, max_attempts, max_failures, minute_max, key = unpack(ARGV)
         local wait = one_more(requests, minute_max)
-        if wait then return 'wait ' .. wait end
+        if wait then return -wait end
         if tonumber(redis.call('GET', failed) or 0) >= tonumber(max_failures) then
-            return 'wait ' .. math.max(1, redis.call('TTL', failed))
+            return -math.max(1, redis.call('TTL', failed))
         end
         local valid, owner = unpack(redis.call('HMGET', otp, 'hash', 'key'))
         if owner and owner ~= key then valid = false end  -- of an earlier account of this name
@@ -7250,10 +7278,11 @@ class Otps:
         return 'wrong'
     """
 
-    def verify(self, owner: Account, address: str, otp: str, purpose: str = "") -> bool:
+    def verify(self, owner: Account, address: str, otp: str, purpose: str = "",
+               request: str | IdempotentRequest = "") -> bool:
         """Whether `otp` is the valid one of `address` for this purpose; "" is a purpose like any other.
 
-        Raises HTTPError (429): too many requests or wrong attempts.
+        `request` is that of Script. Raises HTTPError: 429, too many requests or wrong attempts; 422, see Script.
         """
         account = owner.name
         result = self._verify(
@@ -7261,9 +7290,9 @@ class Otps:
                   self.store.key("otp_failed", fold_address(address), account),
                   self.store.key("otp_requests", account)],
             args=[self._hash(account, address, otp, purpose), self.MAX_ATTEMPTS, self.MAX_FAILURES, self.minute_max,
-                  owner.registration])
-        if result.startswith("wait "):
-            raise rate_limited(result.removeprefix("wait "), "OTP requests or wrong OTPs")
+                  owner.registration], request=request)
+        if isinstance(result, int):
+            raise rate_limited(-result, "OTP requests or wrong OTPs")
         return result == "verified"
 
     def mail(self, otp: str, payload: Json) -> tuple[str, str]:
@@ -7445,10 +7474,10 @@ class Newsletters:
         while at <= #ARGV do
             local last, found = at + ARGV[at], {}
             for each = at + 1, last do
-                local body = redis.call('HGET', content, ARGV[each])
-                if body then
-                    left = left - #body
-                    found = {ARGV[each], left >= 0 and body or nil}
+                local size = redis.call('HSTRLEN', content, ARGV[each])
+                if size > 0 then
+                    left = left - size
+                    found = {ARGV[each], left >= 0 and redis.call('HGET', content, ARGV[each]) or nil}
                     break
                 end
             end
@@ -9499,6 +9528,7 @@ class Access(enum.StrEnum):
     TASK = "task"  # an API key; the queue checks in its own round trip whether it was revoked
     ADMIN = "admin"  # the admin
     OWNER = "owner"  # the admin, or the key of the account concerned
+    SELF = "self"  # the admin_token, or an API key of the account concerned; its script checks whether that is valid
     TOKEN = "token"  # who has the path, in which Bounces.token() stands
 
 
@@ -9520,7 +9550,6 @@ class Route:
     refuses: tuple[int, ...] = ()  # statuses that only this route answers
     needs_redis: bool = True  # refused at once while Redis is away
     idempotency_key: bool = False  # takes the header Idempotency-Key, and answers 422 if it is used twice
-    checks_key: bool = False  # the handler checks whether the key is still valid
     any_media_type: bool = False  # its body is JSON, whatever its Content-Type says
 
     @functools.cached_property
@@ -9591,8 +9620,9 @@ class Api:
             case Access.KEY | Access.ALL if self.is_admin(request):
                 return self.account_named(request, route)
             case Access.KEY | Access.ALL | Access.OWNER:
-                account = self.account_or_penalty(request)
-                return account if route.checks_key else self.accounts.ensure_active(account)
+                return self.accounts.ensure_active(self.account_or_penalty(request))
+            case Access.SELF:
+                return self.admin if self.is_admin(request) else self.account_or_penalty(request)
         raise HTTPError(403, "nobody may use this route: its access level is not known")
 
     def answer(self, route: Route, request: Request) -> Reply:
@@ -9616,7 +9646,7 @@ class Api:
         asked for it gets the new one again: the others may be those that had to end.
         """
         owner = request.account
-        whose = [owner.name, owner.registration, owner.key if route.checks_key else bool(owner.key)]
+        whose = [owner.name, owner.registration, owner.key if route.access == Access.SELF else bool(owner.key)]
         digests = [hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest() for parts in (
             [route.method, route.path, request.path_params, *whose, request.idempotency_key], request.body)]
         return IdempotentRequest(*digests)
@@ -9700,9 +9730,14 @@ class Api:
             self.penalties.release()
 
     def sign_up(self, request: Request) -> Reply:
-        if request.body["id"] == Accounts.COMMAND_LINE:  # its key would show what the operator sends
-            raise HTTPError(409, "id is reserved for the command line; choose another", "id")
+        self.ensure_not_reserved(request.body["id"])
         return {"apiKey": self.accounts.sign_up(request.body["id"], request.idempotent)}
+
+    @staticmethod
+    def ensure_not_reserved(name: str) -> None:
+        """Raise HTTPError (409) for the account of the command line: its key would show what the operator sends."""
+        if name == Accounts.COMMAND_LINE:
+            raise HTTPError(409, "id is reserved for the command line; choose another", "id")
 
     def deregister(self, request: Request) -> Reply:
         name = request.body["id"]
@@ -9713,13 +9748,11 @@ class Api:
 
     def rotate(self, request: Request) -> Reply:
         name, account = request.body["id"], request.account
+        self.ensure_not_reserved(name)
         if account == self.admin:
             account = self.accounts.named(name)
-            with contextlib.suppress(HTTPError):  # without admin_token, also who sends a key is the admin
-                own = self.account_for(request)
-                account = own if own == account else account
         elif account.name != name:
-            raise self.not_admin()
+            raise unauthorized("Authorization must hold an API key of this account, or the admin_token")
         key, until = self.accounts.rotate(account, request.body.get("overlap", Accounts.OVERLAP), request.idempotent)
         return {"apiKey": key, "previousUntil": timestamp(until * 1e6)}
 
@@ -9828,7 +9861,8 @@ class Api:
 
     def verify(self, request: Request) -> Reply:
         body = request.body
-        verified = self.otps.verify(request.account, body["userEmail"], body["otp"], body.get("purpose", ""))
+        verified = self.otps.verify(request.account, body["userEmail"], body["otp"], body.get("purpose", ""),
+                                    request.idempotent)
         return {"type": "otp verification", "verified": verified}
 
     def read_task(self, request: Request) -> Reply:
@@ -9968,8 +10002,11 @@ class Api:
             if not may_set and (after["senders"], new_hook) != (before["senders"], hook):
                 raise self.not_admin()
             return [after if after != Accounts.NO_SETTINGS else None, new_hook, secret]
+        # What was read may be written back.
+        ignored = [found.path for found in SETTINGS.unknown(request.sent)
+                   if found.name not in {**ACCOUNT_ANSWER, **WEBHOOK_ANSWER}][:20]
         changed = self.accounts.records.change(request.account, ("settings", "hooks"), change, request.idempotent)
-        return self.describe_account(request, *changed)
+        return {**self.describe_account(request, *changed), **({"ignored": ignored} if ignored else {})}
 
     def revise_webhook(self, hook: Json | None, wanted: Json | None) -> tuple[Json | None, str | None]:
         """As Webhooks.revise(), of what PUT /account brings. One that is wanted as it is stays, also if it is gone."""
@@ -10189,11 +10226,12 @@ ROUTES = (
     Route("POST", "/auth/signup", Api.sign_up, Access.ADMIN, NEW_ID, answer={"apiKey": str}, refuses=(409,),
           idempotency_key=True),
     Route("POST", "/auth/deregister", Api.deregister, Access.OWNER, ID, refuses=(404,)),
-    Route("POST", "/auth/rotate", Api.rotate, Access.OWNER, ROTATION, answer={"apiKey": str, "previousUntil": str},
-          refuses=(404, 409), idempotency_key=True, checks_key=True),
+    Route("POST", "/auth/rotate", Api.rotate, Access.SELF, ROTATION, answer={"apiKey": str, "previousUntil": str},
+          refuses=(404, 409), idempotency_key=True),
     Route("GET", "/accounts", Api.list_accounts, Access.ADMIN, answer={"status": bool, "accounts": list}),
     Route("GET", "/account", Api.read_account, Access.KEY, answer=ACCOUNT_ANSWER),
-    Route("PUT", "/account", Api.set_account, Access.KEY, SETTINGS, answer=ACCOUNT_ANSWER, idempotency_key=True),
+    Route("PUT", "/account", Api.set_account, Access.KEY, SETTINGS, answer={**ACCOUNT_ANSWER, "ignored?": list},
+          idempotency_key=True),
     Route("GET", "/session", Api.read_session, Access.OPEN, answer=SESSION_ANSWER),
     Route("POST", "/session", Api.open_session, Access.OPEN, LOGIN, answer=SESSION_ANSWER, refuses=(401, 429)),
     Route("DELETE", "/session", Api.close_session, Access.OPEN),
@@ -10203,7 +10241,7 @@ ROUTES = (
     Route("POST", "/task/batch", Api.enqueue_batch, Access.TASK, BATCH, STRICT,
           {"status": bool, "tasks": list, "ignored?": list}, idempotency_key=True),
     Route("POST", "/task/verify", Api.verify, Access.KEY, VERIFICATION, answer={"type": str, "verified": bool},
-          refuses=(429,)),
+          refuses=(429,), idempotency_key=True),
     Route("GET", "/task/subscriptionContent", Api.list_content, Access.ALL, query=PAGING,
           answer={**PART_ANSWER, "contentTypes": list}),
     Route("POST", "/task/subscriptionContent", Api.create_content, Access.KEY, DEFINITION, refuses=(409,),
@@ -10296,6 +10334,7 @@ SECURITY = {
     Access.TASK: (("apiKey",), (401,)),
     Access.ADMIN: (("adminToken",), (401, 403, 429)),
     Access.OWNER: (("apiKey", "adminToken"), (401, 403, 429)),
+    Access.SELF: (("apiKey", "adminToken"), (401, 429)),
 }
 
 
