@@ -3211,9 +3211,9 @@ def fill_message(task: Json, path: str, max_size: int, texts: Mapping[TextName, 
         return 0
     variables = payload.get("variables", {}) if is_otp else payload.pop("variables", {})
     trial = {"otp": "0" * payload["length"], "minutes": 10**6} if is_otp else {}
-    for variable in trial.keys() & variables.keys():
-        raise HTTPError(400, f"{path}.variables.{variable} must be left out: it is that of the OTP",
-                        f"{path}.variables.{variable}")
+    if taken := trial.keys() & variables.keys():
+        variable = f"{path}.variables.{min(taken)}"
+        raise HTTPError(400, f"{variable} must be left out: it is that of the OTP", variable)
     for part, check in (("subject", SUBJECT), ("text", CONTENT), ("content", CONTENT)):
         if part not in payload:
             continue
@@ -3280,8 +3280,8 @@ def check_sender(task: Json, path: str, allowed: Sequence[str]) -> None:
 def sender_defaults(settings: str) -> tuple[tuple[str, str] | None, str]:
     """(default sender or None, default Reply-To or "") from an account's settings as Redis keeps them."""
     found = json.loads(settings)
-    addresses = filter(None, (parse_sender(sender) for sender in found.get("senders", ()) if sender[:1] != "@"))
-    return next(addresses, None), found.get("reply_to", "")
+    senders = filter(None, map(parse_sender, found.get("senders", ())))  # no sender is made of `@domain`
+    return next(senders, None), found.get("reply_to", "")
 
 
 def addresses_of(payload: Json) -> tuple[str, ...]:
@@ -3666,11 +3666,16 @@ class Queue:
         end
     """
 
-    # Whether a task belongs to an account, by the fields of its hash, and not to an earlier one of that name; any does
-    # where no account is asked for (""). What an older version left of ended tasks counts as the account's.
+    # The account of a task, by the fields `account` and `d` of its hash; and whether a task belongs to an account, and
+    # not to an earlier one of that name, by the fields `account`, `key`, `d` and `k`. Any task does where no account is
+    # asked for (""). What an older version left of ended tasks counts as the account's.
     IS_OWN = """
+        local function owner_of(account, ended)
+            return account or ended and string.match(ended, '^' .. string.rep('%S* ', 7) .. '(.*)$')
+        end
+
         local function is_own(account, registration, owner, key, ended, part)
-            owner = owner or ended and string.match(ended, '^' .. string.rep('%S* ', 7) .. '(.*)$')
+            owner = owner_of(owner, ended)
             if not owner or account == '' then return owner and true or false end
             return owner == account and (key or part or '') == string.sub(registration, 1, #(key or part or ''))
         end
@@ -4934,7 +4939,7 @@ class Queue:
             local task = prefix .. 'task:' .. id
             local owner, key, state, ended, part, to, user, name, head, story, bounces, own = unpack(redis.call('HMGET',
                 task, 'account', 'key', 'state', 'd', 'k', 'to', 'u', 'n', 'head', 'story', 'bounces', 'm'))
-            owner = owner or ended and string.match(ended, '^' .. string.rep('%S* ', 7) .. '(.*)$') or ''
+            owner = owner_of(owner, ended) or ''
             local registered = redis.call('HGET', prefix .. 'UserList', owner) or ''
             if registered == '' or account ~= '' and (owner ~= account or registration ~= registered)
                     or not is_own(owner, registered, owner, key, ended, part) then
