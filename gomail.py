@@ -2473,7 +2473,7 @@ class Variable(Check):
         return value if is_allowed else None
 
 
-class Datum(Variable):
+class MetadataValue(Variable):
     """What an app notes about a task: a short string, or a number as of a Variable."""
 
     MAX_LENGTH = 100
@@ -2520,7 +2520,7 @@ class Variables(Dictionary):
 class Metadata(Dictionary):
     """What an app notes about a task, and is given back with it."""
 
-    name, value, maximum = "[A-Za-z0-9_.-]{1,40}", Datum(), 20
+    name, value, maximum = "[A-Za-z0-9_.-]{1,40}", MetadataValue(), 20
     expected = ("an object of up to 20 names (up to 40 letters, digits and _ . -) with strings of up to 100 characters "
                 "on one line, or numbers below 1e30")
 
@@ -2863,11 +2863,11 @@ class Accounts:
         registration = self.store.redis.hget(self.user_list, name)
         return Account(name, registration) if registration else None
 
-    def named(self, name: str) -> Account:
-        """As find(). Raises HTTPError (404) if it is not registered."""
+    def named(self, name: str, field: str = "id") -> Account:
+        """As find(). Raises HTTPError (404) if the account that the field names is not registered."""
         account = self.find(name)
         if account is None:
-            raise self._not_registered()
+            raise self._not_registered(field)
         return account
 
     def settings(self, name: str) -> Json:
@@ -2952,8 +2952,8 @@ class Accounts:
         return None
 
     @staticmethod
-    def _not_registered() -> HTTPError:
-        return HTTPError(404, "id is not registered", "id")
+    def _not_registered(field: str = "id") -> HTTPError:
+        return HTTPError(404, f"{field} is not registered", field)
 
 
 def strip_bearer(header: str) -> str:
@@ -9623,10 +9623,7 @@ class Api:
         if not name and route.access != Access.ALL:
             raise HTTPError(400, "account is required with the admin_token: add ?account= and an account's name",
                             "account")
-        account = self.accounts.find(name) if name else self.admin
-        if account is None:
-            raise HTTPError(404, "account is not registered", "account")
-        return account
+        return self.accounts.named(name, "account") if name else self.admin
 
     def account_for(self, request: Request) -> Account:
         """The Account of the session or the key, even if its key was revoked. Raises HTTPError (401)."""
@@ -9934,14 +9931,10 @@ class Api:
         return done("Webhook removed successfully")
 
     def ensure_may_set_webhook(self, request: Request) -> Account:
-        """The Account whose webhook the request is about. Raises HTTPError (401): only the admin may."""
-        if not self.may_set_webhook(request):
+        """The Account whose webhook or senders the request changes. Raises HTTPError (401): only the admin may."""
+        if self.settings.admin_token and not self.is_admin(request):
             raise self.not_admin()
         return request.account
-
-    def may_set_webhook(self, request: Request) -> bool:
-        """Whether the request may change a webhook, or the senders of an account."""
-        return not self.settings.admin_token or self.is_admin(request)
 
     def read_account(self, request: Request) -> Reply:
         return self.describe_account(request, *self.accounts.records.read(request.account.name, "settings", "hooks"))
@@ -9953,16 +9946,14 @@ class Api:
                 "webhook": hook and self.describe_webhook(hook, secret)}
 
     def set_account(self, request: Request) -> Reply:
-        may_set = self.may_set_webhook(request)
-
         def change(kept: Json | None, hook: Json | None) -> list[Any]:
             before, new_hook, secret = Accounts.complete_settings(kept), hook, None
             after = {name: request.body.get(name, value) or Accounts.NO_SETTINGS[name]
                      for name, value in before.items()}
             if "webhook" in request.body:
                 new_hook, secret = self.revise_webhook(hook, request.body["webhook"])
-            if not may_set and (after["senders"], new_hook) != (before["senders"], hook):
-                raise self.not_admin()
+            if (after["senders"], new_hook) != (before["senders"], hook):
+                self.ensure_may_set_webhook(request)
             return [after if after != Accounts.NO_SETTINGS else None, new_hook, secret]
         changed = self.accounts.records.change(request.account, ("settings", "hooks"), change, request.idempotent)
         return self.describe_account(request, *changed)
