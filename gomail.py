@@ -3099,7 +3099,7 @@ class TaskCheck(Check):
         return (check or self.unknown_type)(value, field)
 
     def unknown(self, value: Any, field: str = "") -> list[UnknownField]:
-        """As that of any Check. What is a field of another type of task is known: the example of all attributes."""
+        """As Check.unknown(). Fields of other types are known: clients send the example of all attributes with any."""
         payload, parent = value["payload"], f"{field}.payload." if field else "payload."
         if (self.fields.issuperset(value) and self.payload_fields.issuperset(payload)
                 and self.nested.isdisjoint(payload)):  # as nearly always
@@ -3896,7 +3896,7 @@ class Queue:
         Returns for each task its id, or the HTTPError that says why it was not queued: 400, there is no such content
         type; 429, too many OTPs, see Otps. The idempotency key is that of one task, or of the `batch` that the tasks
         come from: the same again within 24 hours queues nothing and returns the same, unless nothing was queued before.
-        So an HTTPError in place of a task is returned, unless the first of such requests met none.
+        An HTTPError in place of a task is returned as well; but what the first request got counts for the same again.
 
         Raises:
             HTTPError: 401, the API key was revoked; 422, the idempotency key came with something else before; 503, with
@@ -5120,8 +5120,8 @@ class Inspection:
     def _statuses(self, ids: Sequence[str], account: Account = EVERYBODY, story: bool = False) -> list[Json]:
         """The statuses of those tasks that exist, in one round trip; one more for each that has no head.
 
-        Tasks of an earlier account of the same name are left out. What an older version left of those that have ended
-        does not tell.
+        Tasks of an earlier account of the same name are left out, except those that had ended in an older version,
+        which did not note whose they were.
         """
         with self.store.redis.pipeline(transaction=False) as pipeline:
             for task_id in ids:
@@ -9959,7 +9959,8 @@ class Api:
         return self.describe_account(request, *changed)
 
     def revise_webhook(self, hook: Json | None, wanted: Json | None) -> tuple[Json | None, str | None]:
-        """As Webhooks.revise(), of what PUT /account brings. One that is wanted as it is stays, also if it is gone."""
+        """As Webhooks.revise(), for the webhook that PUT /account asks for, or None. One with this URL and these events
+        stays as it is, even if its receiver is gone."""
         if wanted is None:
             return None, None
         events = wanted.get("events", EVENTS)
