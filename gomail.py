@@ -2475,7 +2475,7 @@ class Variable(Check):
         return value if is_allowed else None
 
 
-class Datum(Variable):
+class MetadataValue(Variable):
     """What an app notes about a task: a short string, or a number as of a Variable."""
 
     MAX_LENGTH = 100
@@ -2522,7 +2522,7 @@ class Variables(Dictionary):
 class Metadata(Dictionary):
     """What an app notes about a task, and is given back with it."""
 
-    name, value, maximum = "[A-Za-z0-9_.-]{1,40}", Datum(), 20
+    name, value, maximum = "[A-Za-z0-9_.-]{1,40}", MetadataValue(), 20
     expected = ("an object of up to 20 names (up to 40 letters, digits and _ . -) with strings of up to 100 characters "
                 "on one line, or numbers below 1e30")
 
@@ -2882,11 +2882,11 @@ class Accounts:
         registration = self.store.redis.hget(self.user_list, name)
         return Account(name, registration) if registration else None
 
-    def named(self, name: str) -> Account:
-        """As find(). Raises HTTPError (404) if it is not registered."""
+    def named(self, name: str, field: str = "id") -> Account:
+        """As find(). Raises HTTPError (404) if the account that the field names is not registered."""
         account = self.find(name)
         if account is None:
-            raise self._not_registered()
+            raise self._not_registered(field)
         return account
 
     def settings(self, name: str) -> Json:
@@ -2972,8 +2972,8 @@ class Accounts:
         return None
 
     @staticmethod
-    def _not_registered() -> HTTPError:
-        return HTTPError(404, "id is not registered", "id")
+    def _not_registered(field: str = "id") -> HTTPError:
+        return HTTPError(404, f"{field} is not registered", field)
 
 
 def strip_bearer(header: str) -> str:
@@ -3122,7 +3122,7 @@ class TaskCheck(Check):
         return (check or self.unknown_type)(value, field)
 
     def unknown(self, value: Any, field: str = "") -> list[UnknownField]:
-        """As that of any Check, but for the fields of IN_EXAMPLE."""
+        """As Check.unknown(), but for the fields of IN_EXAMPLE."""
         payload, known = value["payload"], self.payload_fields[value["type"]]
         if (self.fields.issuperset(value) and known.issuperset(payload)
                 and self.nested.isdisjoint(payload)):  # as nearly always
@@ -3236,9 +3236,9 @@ def fill_message(task: Json, path: str, max_size: int, texts: Mapping[TextName, 
         return 0
     variables = payload.get("variables", {}) if is_otp else payload.pop("variables", {})
     trial = {"otp": "0" * payload["length"], "minutes": 10**6} if is_otp else {}
-    for variable in trial.keys() & variables.keys():
-        raise HTTPError(400, f"{path}.variables.{variable} must be left out: it is that of the OTP",
-                        f"{path}.variables.{variable}")
+    if taken := trial.keys() & variables.keys():
+        variable = f"{path}.variables.{min(taken)}"
+        raise HTTPError(400, f"{variable} must be left out: it is that of the OTP", variable)
     for part, check in (("subject", SUBJECT), ("text", CONTENT), ("content", CONTENT)):
         if part not in payload:
             continue
@@ -3308,8 +3308,8 @@ def check_sender(task: Json, path: str, allowed: Sequence[str]) -> None:
 def sender_defaults(settings: str) -> tuple[tuple[str, str] | None, str]:
     """(default sender or None, default Reply-To or "") from an account's settings as Redis keeps them."""
     found = json.loads(settings)
-    addresses = filter(None, (parse_sender(sender) for sender in found.get("senders", ()) if sender[:1] != "@"))
-    return next(addresses, None), found.get("reply_to", "")
+    senders = filter(None, map(parse_sender, found.get("senders", ())))  # no sender is made of `@domain`
+    return next(senders, None), found.get("reply_to", "")
 
 
 def addresses_of(payload: Json) -> tuple[str, ...]:
@@ -3694,11 +3694,16 @@ class Queue:
         end
     """
 
-    # Whether a task belongs to an account, by the fields of its hash, and not to an earlier one of that name; any does
-    # where no account is asked for (""). What an older version left of ended tasks counts as the account's.
+    # The account of a task, by the fields `account` and `d` of its hash; and whether a task belongs to an account, and
+    # not to an earlier one of that name, by the fields `account`, `key`, `d` and `k`. Any task does where no account is
+    # asked for (""). What an older version left of ended tasks counts as the account's.
     IS_OWN = """
+        local function owner_of(account, ended)
+            return account or ended and string.match(ended, '^' .. string.rep('%S* ', 7) .. '(.*)$')
+        end
+
         local function is_own(account, registration, owner, key, ended, part)
-            owner = owner or ended and string.match(ended, '^' .. string.rep('%S* ', 7) .. '(.*)$')
+            owner = owner_of(owner, ended)
             if not owner or account == '' then return owner and true or false end
             return owner == account and (key or part or '') == string.sub(registration, 1, #(key or part or ''))
         end
@@ -3920,7 +3925,7 @@ class Queue:
         Returns for each task its id, or the HTTPError that says why it was not queued: 400, there is no such content
         type; 429, too many OTPs, see Otps. The idempotency key is that of one task, or of the `batch` that the tasks
         come from: the same again within 24 hours queues nothing and returns the same, unless nothing was queued before.
-        So an HTTPError in place of a task is returned, unless the first of such requests met none.
+        An HTTPError in place of a task is returned as well; but what the first request got counts for the same again.
 
         Raises:
             HTTPError: 401, the API key was revoked; 422, the idempotency key came with something else before; 503, with
@@ -4185,7 +4190,7 @@ class Queue:
             if not fields[1] or not is_wanted(prefix, fields[2], fields[3]) then
                 redis.call('LREM', own, 1, id)
                 redis.call('UNLINK', task)
-                held = held - 1
+                if #found < held then held = held - 1 else is_served = false end  -- the account's turn goes on
             else
                 if all or #found == 0 then begin(task) end
                 local to, suppressed = fields[11], prefix .. 'suppressed:' .. fields[2]
@@ -4971,7 +4976,7 @@ class Queue:
             local task = prefix .. 'task:' .. id
             local owner, key, state, ended, part, to, user, name, head, story, bounces, own = unpack(redis.call('HMGET',
                 task, 'account', 'key', 'state', 'd', 'k', 'to', 'u', 'n', 'head', 'story', 'bounces', 'm'))
-            owner = owner or ended and string.match(ended, '^' .. string.rep('%S* ', 7) .. '(.*)$') or ''
+            owner = owner_of(owner, ended) or ''
             local registered = redis.call('HGET', prefix .. 'UserList', owner) or ''
             if registered == '' or account ~= '' and (owner ~= account or registration ~= registered)
                     or not is_own(owner, registered, owner, key, ended, part) then
@@ -5152,8 +5157,8 @@ class Inspection:
     def _statuses(self, ids: Sequence[str], account: Account = EVERYBODY, story: bool = False) -> list[Json]:
         """The statuses of those tasks that exist, in one round trip; one more for each that has no head.
 
-        Tasks of an earlier account of the same name are left out. What an older version left of those that have ended
-        does not tell.
+        Tasks of an earlier account of the same name are left out, except those that had ended in an older version,
+        which did not note whose they were.
         """
         with self.store.redis.pipeline(transaction=False) as pipeline:
             for task_id in ids:
@@ -6228,7 +6233,8 @@ def refusal(stage: str, code: int, text: bytes, others_taken: bool = False,
         return UnavailableError(f"the server said {STAGES[stage]}: {reply}", dropped=True)
     if is_quota(stage, reply):
         return QuotaError(f"{About.QUOTA}, {STAGES[stage]}: {reply}")
-    known = next((about for about, pattern in REPLIES if pattern.match(f"{stage} {reply}")), None)
+    words = re.sub(re.escape(own_sender), "", reply, flags=re.IGNORECASE) if own_sender else reply
+    known = next((about for about, pattern in REPLIES if pattern.match(f"{stage} {words}")), None)
     about = known or (About.RECIPIENT if stage == "RCPT" else About.MAIL)
     if others_taken and about in (About.SENDER, About.CLIENT, About.CONNECTION):
         about = About.RECIPIENT
@@ -8874,7 +8880,7 @@ class Workers:
 
     WAIT = 1.0  # seconds that a worker waits at an empty lane before it checks whether the service stops
     SETTLE_WITHIN = 0.005
-    LEAVING = 0.02  # seconds in which another thread may leave its connection to the express thread
+    LEAVING = 0.05  # seconds in which another thread may leave its connection to the express thread
     GIVE_BACK_AFTER = 1.0  # seconds that a task in hand waits for the one before it
     REST = 0.1  # seconds after a failure to settle in time
     SETTLE_TIMEOUT = 2.0  # seconds to settle the tasks in hand, once their connections are cut
@@ -8973,15 +8979,11 @@ class Workers:
                     hand.end(self.perform(task, lane))
                 elif self.stopping.is_set():
                     break
+                elif crew.is_express:
+                    self.wait_for_newcomer(crew, may_begin)
                 elif not breaker.may_send:
                     self.transport.tidy()
                     breaker.wait()
-                elif crew.is_express:
-                    if may_begin and not has_slot:
-                        self.stopping.wait(self.LEAVING)
-                    else:
-                        self.transport.tidy(SmtpTransport.IDLE)
-                        self.queue.wait_for_newcomer(lane, self.WAIT)
                 elif crew.is_overstaffed:
                     if crew.leave(name):
                         break
@@ -9023,7 +9025,10 @@ class Workers:
                 hand.note_settled(hand.tasks)
             return hand.begin()
         if crew.is_express:
-            tasks, _ = self.queue.settle_and_take(name, lane, hand.outcomes, only=self.queue.newcomers[lane].popleft())
+            newcomer = self.queue.newcomers[lane].popleft()
+            if any(task.account == newcomer for other in self.crews[crew.lane].hands.values() for task in [*other.tasks]):
+                return None  # it would overtake these
+            tasks, _ = self.queue.settle_and_take(name, lane, hand.outcomes, only=newcomer)
             hand.note_settled(tasks)
             return hand.begin() if tasks else None
         hand.in_turn = crew.duration >= self.SETTLE_WITHIN
@@ -9051,6 +9056,19 @@ class Workers:
             while not (self.queue.wait(name, crew.lane, self.WAIT) or self.stopping.is_set() or crew.is_overstaffed
                        or not self.breakers[crew.lane].may_send):
                 self.transport.tidy(SmtpTransport.IDLE)
+
+    def wait_for_newcomer(self, crew: Crew, has_one: bool) -> None:
+        """Return when the express thread may have something to do, or at a stop. If it `has_one`, it lacks a place.
+
+        It never probes a paused lane, and gives its connection back as soon as another thread of the lane lacks one.
+        """
+        if has_one:
+            self.stopping.wait(self.LEAVING)
+            return
+        is_short = time.monotonic() - self.crews[crew.lane].short_of_slots < self.WAIT
+        is_idle = is_short or not self.breakers[crew.lane].may_send
+        self.transport.tidy(0.0 if is_idle else SmtpTransport.IDLE)
+        self.queue.wait_for_newcomer(crew.lane, self.WAIT)
 
     def settle_in_time(self) -> None:
         """Settle what workers with several tasks in hand cannot settle in time, because the next one takes long; after
@@ -9657,10 +9675,7 @@ class Api:
         if not name and route.access != Access.ALL:
             raise HTTPError(400, "account is required with the admin_token: add ?account= and an account's name",
                             "account")
-        account = self.accounts.find(name) if name else self.admin
-        if account is None:
-            raise HTTPError(404, "account is not registered", "account")
-        return account
+        return self.accounts.named(name, "account") if name else self.admin
 
     def account_for(self, request: Request) -> Account:
         """The Account of the session or the key, even if its key was revoked. Raises HTTPError (401)."""
@@ -9972,14 +9987,10 @@ class Api:
         return done("Webhook removed successfully")
 
     def ensure_may_set_webhook(self, request: Request) -> Account:
-        """The Account whose webhook the request is about. Raises HTTPError (401): only the admin may."""
-        if not self.may_set_webhook(request):
+        """The Account whose webhook or senders the request changes. Raises HTTPError (401): only the admin may."""
+        if self.settings.admin_token and not self.is_admin(request):
             raise self.not_admin()
         return request.account
-
-    def may_set_webhook(self, request: Request) -> bool:
-        """Whether the request may change a webhook, or the senders of an account."""
-        return not self.settings.admin_token or self.is_admin(request)
 
     def read_account(self, request: Request) -> Reply:
         return self.describe_account(request, *self.accounts.records.read(request.account.name, "settings", "hooks"))
@@ -9991,16 +10002,14 @@ class Api:
                 "webhook": hook and self.describe_webhook(hook, secret)}
 
     def set_account(self, request: Request) -> Reply:
-        may_set = self.may_set_webhook(request)
-
         def change(kept: Json | None, hook: Json | None) -> list[Any]:
             before, new_hook, secret = Accounts.complete_settings(kept), hook, None
             after = {name: request.body.get(name, value) or Accounts.NO_SETTINGS[name]
                      for name, value in before.items()}
             if "webhook" in request.body:
                 new_hook, secret = self.revise_webhook(hook, request.body["webhook"])
-            if not may_set and (after["senders"], new_hook) != (before["senders"], hook):
-                raise self.not_admin()
+            if (after["senders"], new_hook) != (before["senders"], hook):
+                self.ensure_may_set_webhook(request)
             return [after if after != Accounts.NO_SETTINGS else None, new_hook, secret]
         # What was read may be written back.
         ignored = [found.path for found in SETTINGS.unknown(request.sent)
@@ -10009,7 +10018,8 @@ class Api:
         return {**self.describe_account(request, *changed), **({"ignored": ignored} if ignored else {})}
 
     def revise_webhook(self, hook: Json | None, wanted: Json | None) -> tuple[Json | None, str | None]:
-        """As Webhooks.revise(), of what PUT /account brings. One that is wanted as it is stays, also if it is gone."""
+        """As Webhooks.revise(), for the webhook that PUT /account asks for, or None. One with this URL and these events
+        stays as it is, even if its receiver is gone."""
         if wanted is None:
             return None, None
         events = wanted.get("events", EVENTS)
