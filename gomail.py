@@ -3813,6 +3813,7 @@ class Queue:
         self._recall = store.script(self.RECALL)
         self._reclaim = store.script(self.RECLAIM, once=True)
         self._adopt = store.script(self.ADOPT)
+        self._sort_in = store.script(self.SORT_IN)
         self._restore_turns = store.script(self.RESTORE_TURNS)
         self._cancel = store.script(self.CANCEL, once=True)
         self._revive = store.script(self.REVIVE, once=True)
@@ -4805,6 +4806,29 @@ class Queue:
                                                      count=5000)
         owners = [key.removeprefix(self.store.key("processing", "")).rpartition(":") for key in lists]
         return sum(self._adopt(keys=[self.store.prefix], args=[process, worker]) for process, _, worker in owners)
+
+    # Put the ids that an older version has left in a lane, its next task first, into the lists of their accounts.
+    # KEYS: the prefix. ARGV: the lane, how many at most. Answer: 1 if there may be more, else 0.
+    SORT_IN = PUT + """
+        local prefix, lane, most = KEYS[1], unpack(ARGV)
+        for _ = 1, most do
+            local id = redis.call('RPOP', prefix .. 'lane:' .. lane)
+            if not id then return 0 end
+            if string.sub(id, 1, 5) == 'lane:' then
+                redis.call('RPUSH', prefix .. 'lane:' .. lane, id)
+                return 0
+            end
+            local account = redis.call('HGET', prefix .. 'task:' .. id, 'account')
+            if account then put(prefix, lane, account, id, 'last') end
+        end
+        return 1
+    """
+
+    def sort_in(self) -> None:
+        """Once after an upgrade, before further tasks are accepted: give each account a list of its tasks in a lane."""
+        for lane in LANES:
+            while self._sort_in(keys=[self.store.prefix], args=[lane, self.BATCH]):
+                pass
 
     # Find lists with tasks whose turn was lost: a process of an older version beside this one takes it for a task that
     # is gone. A worker may just have it in hand, so a list gets a new one only if it is still lost a second later.
@@ -5940,6 +5964,7 @@ class DeliveryError(Exception):
 
     too_many = False  # whether the server takes fewer recipients in one transaction
     no_such_address = False  # whether the server says that the recipient's address does not exist
+    is_about_sender = False  # whether it refuses the sender's address
     verdict = Verdict.RETRYING  # what becomes of the task
 
     def __init__(self, error: str, certain: bool = False, dropped: bool = False, sender: bool = False) -> None:
@@ -6252,6 +6277,7 @@ def refusal(stage: str, code: int, text: bytes, others_taken: bool = False,
         error = UnavailableError(explanation, dropped=stage != "MAIL" or code < 500 or bool(own_sender),
                                  sender=about in (About.SENDER, About.CLIENT))
     error.too_many = stage in ("RCPT", "DATA") and TOO_MANY.match(reply) is not None
+    error.is_about_sender = about == About.SENDER
     return error
 
 
@@ -8592,12 +8618,14 @@ class CircuitBreaker:
         self.lock, self.probing, self.probe_requested = threading.Lock(), threading.Lock(), threading.Event()
         self.reason, self.failures = "", 0
         self.by_mail = False  # whether the quota is used up, so that the next mail is the probe
+        self.by_sender = False  # whether the sender of the service is refused
         self.tester: int | None = None  # the thread whose mail it is
         self.look: Callable[[], tuple[str, float]] | None = None
 
-    def open(self, reason: str, outage: bool = False, by_mail: bool = False,
+    def open(self, reason: str, outage: bool = False, by_mail: bool = False, by_sender: bool = False,
              look: Callable[[], tuple[str, float]] | None = None) -> None:
-        """Pause the lane; `outage` says that the server is out for all lanes, `by_mail` that a quota is used up.
+        """Pause the lane; `outage` says that the server is out for all lanes, `by_mail` that a quota is used up,
+        `by_sender` that the server refuses the sender of the service.
 
         Where something else than the server pauses it, `look` answers why it still does, or "", and for how many
         seconds; then the server is not probed.
@@ -8613,7 +8641,7 @@ class CircuitBreaker:
                 log(logging.INFO, "lane still paused", lane=self.lane, error=reason)
             if not self.reason or self.is_tester or not by_mail:
                 self.tester = None
-            self.reason, self.by_mail, self.look = reason, by_mail, look
+            self.reason, self.by_mail, self.by_sender, self.look = reason, by_mail, by_sender, look
         if outage:
             self.smtp.note_outage(reason, self)
         elif by_mail:
@@ -8705,14 +8733,15 @@ class CircuitBreaker:
             self.transport.probe(self.lane)
             self.smtp.note_answer()
         except UnavailableError as error:
-            self.failures += 1
-            self.reason, self.by_mail = str(error), isinstance(error, QuotaError)
-            log(logging.INFO, "lane still paused", lane=self.lane, error=self.reason)
             if error.sender:
                 self.smtp.note_answer(but=self)
-            else:
-                self.smtp.note_outage(self.reason, self)
-            return
+            if not error.is_about_sender or self.by_sender:  # else there may be mails from other senders
+                self.failures += 1
+                self.reason, self.by_mail = str(error), isinstance(error, QuotaError)
+                log(logging.INFO, "lane still paused", lane=self.lane, error=self.reason)
+                if not error.sender:
+                    self.smtp.note_outage(self.reason, self)
+                return
         except Exception:  # a fault of ours must not keep the lane paused: the next mail will tell
             logger.exception("unexpected error in a probe", extra={"fields": {"lane": self.lane}})
         self.close()
@@ -8980,7 +9009,7 @@ class Workers:
                 elif self.stopping.is_set():
                     break
                 elif crew.is_express:
-                    self.wait_for_newcomer(crew, may_begin)
+                    self.wait_for_newcomer(crew, lacks_place=may_begin and not has_slot)
                 elif not breaker.may_send:
                     self.transport.tidy()
                     breaker.wait()
@@ -9026,7 +9055,8 @@ class Workers:
             return hand.begin()
         if crew.is_express:
             newcomer = self.queue.newcomers[lane].popleft()
-            if any(task.account == newcomer for other in self.crews[crew.lane].hands.values() for task in [*other.tasks]):
+            hands = self.crews[crew.lane].hands.values()
+            if any(task.account == newcomer for other in hands for task in [*other.tasks]):
                 return None  # it would overtake these
             tasks, _ = self.queue.settle_and_take(name, lane, hand.outcomes, only=newcomer)
             hand.note_settled(tasks)
@@ -9057,12 +9087,12 @@ class Workers:
                        or not self.breakers[crew.lane].may_send):
                 self.transport.tidy(SmtpTransport.IDLE)
 
-    def wait_for_newcomer(self, crew: Crew, has_one: bool) -> None:
-        """Return when the express thread may have something to do, or at a stop. If it `has_one`, it lacks a place.
+    def wait_for_newcomer(self, crew: Crew, lacks_place: bool) -> None:
+        """Return when the express thread may have something to do, or at a stop.
 
         It never probes a paused lane, and gives its connection back as soon as another thread of the lane lacks one.
         """
-        if has_one:
+        if lacks_place:
             self.stopping.wait(self.LEAVING)
             return
         is_short = time.monotonic() - self.crews[crew.lane].short_of_slots < self.WAIT
@@ -9147,7 +9177,8 @@ class Workers:
             delivered = task.delivered + error.delivered
         verdict, breaker, quota = cause.verdict, self.breakers[lane], isinstance(cause, QuotaError)
         if isinstance(cause, UnavailableError) and not isinstance(cause, TooManyConnectionsError):
-            breaker.open(str(cause), outage=not cause.dropped and not cause.sender, by_mail=quota)
+            breaker.open(str(cause), outage=not cause.dropped and not cause.sender, by_mail=quota,
+                         by_sender=cause.is_about_sender)
         elif breaker.is_tester and verdict in (Verdict.RETRYING, Verdict.DEAD):
             breaker.close()  # the mail was refused for its own sake, so the quota is back as far as one can tell
         if quota:
@@ -11258,6 +11289,7 @@ class Service:
         self.newsletters = Newsletters(store, zoneinfo.ZoneInfo(settings.timezone), accounts, settings.public_url,
                                        self.clock, settings.max_body)
         self.newsletters.refold()
+        self.queue.sort_in()
         self.stats = Stats(store)
         bounces = Bounces(self.queue, accounts, self.stats, settings.public_url)
         self.bounce_reader = BounceReader(settings, store, bounces, process) if settings.bounce_imap else None

@@ -4493,6 +4493,61 @@ def test_tasks_that_an_older_version_queued_are_done_and_accounts_take_turns_for
         assert [task.id for task in taken if task.account == account.name] == ids[account.name]
 
 
+def test_after_an_upgrade_a_new_task_waits_for_those_that_its_account_has_queued_before(services, mail_server):
+    first = services(mail_server)
+    client = first.client.sign_up()
+    keep_paused(first.workers.breakers["normal"])
+    post_batch(client, 600)
+    first.stop()
+    services.running.remove(first)
+    store = gomail.Store(first.settings.redis_uri, first.store.prefix)
+    lists = store.redis.lrange(store.key("lane", "normal", name_of(client)), 0, -1)
+    store.redis.delete(store.key("turns"), *store.redis.keys(store.key("lane", "normal*")))
+    store.redis.rpush(store.key("lane", "normal"), *lists)
+    second = services(mail_server, key_prefix=first.store.prefix, workers=1, workers_max=1)
+    client = Client(second.http.url, client.key)
+    client.state(client.task(userId="600@example.com"), "succeeded")
+    assert arrived(mail_server) == [*range(601)]
+
+
+def test_the_express_thread_is_not_who_finds_out_whether_a_quota_is_back(services):
+    service = services(workers=1, workers_max=1)
+    breaker, crew = service.workers.breakers["normal"], service.workers.express["normal"]
+    crew.start_thread()
+    for _ in range(3):
+        breaker.open("a quota", by_mail=True)
+        breaker.request_probe()
+        tester = until(lambda: breaker.tester)
+        assert tester not in [thread.ident for thread in crew.threads.values()]
+        breaker.close()
+
+
+def test_a_newcomer_overtakes_no_task_of_its_account_that_a_thread_has_in_hand(services):
+    with contextlib.closing(HoldingServer("0@example.com")) as server:
+        service = services(server, workers=1, workers_max=1)
+        many, one = service.client.sign_up("many@example.com"), Client(service.http.url).sign_up("one@example.com")
+        keep_paused(breaker := service.workers.breakers["normal"])
+        post_batch(many, 20)
+        ids = [one.task(userId=f"{number}@one.example.com") for number in range(3)]
+        breaker.transport, breaker.reason = service.transport, ""
+        until(lambda: server.holding)
+        ids.append(one.task(userId="3@one.example.com"))
+        service.workers.reinforce()
+        server.held.clear()
+        one.state(ids[-1], "succeeded")
+        assert [mail.recipient[0] for mail in server.mails if "one." in mail.recipient] == ["0", "1", "2", "3"]
+
+
+def test_ids_of_tasks_that_are_gone_cost_their_account_no_turn(queue, accounts):
+    one, other = accounts[:2]
+    gone = queue.enqueue(one, [MESSAGE] * 150)
+    queue.store.redis.delete(*(queue.store.key("task", task_id) for task_id in gone))
+    last, = queue.enqueue(one, [MESSAGE])
+    queue.enqueue(other, [MESSAGE] * 10)
+    taken = [take(queue, f"normal-{number}", "normal") for number in range(2)]
+    assert last in [task.id for task in taken]
+
+
 def test_an_account_whose_turn_a_process_of_an_older_version_has_lost_gets_it_again(queue, accounts):
     ids = [queue.enqueue(account, [MESSAGE])[0] for account in accounts]
     queue.store.redis.delete(queue.store.key("lane", "normal"))
@@ -7631,6 +7686,19 @@ def test_what_is_about_the_client_the_login_relaying_or_the_server_pauses_the_la
     assert reply in until(lambda: service.workers.breakers["normal"].reason)
     mail_server.refused_senders.clear()
     assert client.state(task_id, "succeeded")["attempts"] == 1
+
+
+def test_after_an_outage_a_refused_sender_of_the_service_holds_up_no_mail_of_another_sender(services, mail_server):
+    mail_server.refused_senders["app@example.org"] = "MAIL", "553 5.7.1 <app@example.org>: Sender address rejected"
+    service = services(mail_server)
+    client, other = service.client.sign_up(), Client(service.http.url).sign_up("other@example.com")
+    settle_on(service, client, "shop@example.com")
+    service.workers.breakers["normal"].open("an outage", outage=True)
+    client.state(client.task(), "succeeded")
+    task_id = other.task()
+    assert "the sender" in until(lambda: service.workers.breakers["normal"].reason)
+    mail_server.refused_senders.clear()
+    other.state(task_id, "succeeded")
 
 
 def test_a_sender_of_an_account_that_is_refused_for_now_costs_its_own_mail_an_attempt_and_pauses_nothing(
