@@ -3267,10 +3267,12 @@ def fill_message(task: Json, path: str, max_size: int, texts: Mapping[TextName, 
     return size
 
 
+LANE_OF_TYPE = {"generateOtp": Lane.URGENT, "message": Lane.NORMAL, "newsletter": Lane.BULK}
+
+
 def lane_of(task: Json) -> str:
     """The lane that a task waits in: the one that its payload names, or that of its type."""
-    by_type = {"generateOtp": Lane.URGENT, "message": Lane.NORMAL, "newsletter": Lane.BULK}
-    return task["payload"].get("lane") or by_type.get(task["type"], Lane.CHANGES)
+    return task["payload"].get("lane") or LANE_OF_TYPE.get(task["type"], Lane.CHANGES)
 
 
 def rate_limited(seconds: int | str, what: str = "OTP requests") -> HTTPError:
@@ -3894,7 +3896,7 @@ class Queue:
             if known then  -- of this registration, or of an older version, which did not note the owner
                 local before, first, owner, refused = string.match(known, '(%w+) (%w+) ?(%w*) ?(.*)')
                 if owner == '' or owner == registration then
-                    return before == fingerprint and {first, refused, {}} or 'conflict'
+                    return before == fingerprint and {first, refused, ''} or 'conflict'
                 end
             end
             local refused, new_in = {}, {}
@@ -3908,7 +3910,7 @@ class Queue:
                 local record = {fingerprint, first, registration, #refused > 0 and refusals or nil}
                 redis.call('SET', idempotency, table.concat(record, ' '), 'EX', 86400)
             end
-            return {first, refusals, new_in}
+            return {first, refusals, table.concat(new_in, ' ')}
         end
 
         local answers, at = {}, 5
@@ -3975,7 +3977,7 @@ class Queue:
             subject = "batch or task" if batch else "task"
             raise HTTPError(422, f"Idempotency-Key was used with another {subject} before", "Idempotency-Key")
         first, refusals, new_in = answer
-        for lane in new_in:
+        for lane in new_in.split():
             self.newcomers[lane].append(account.name)
             self._newcomer_came[lane].set()
         results: list[str | HTTPError] = [*self._ids(first, len(tasks))]
@@ -9215,7 +9217,7 @@ class Workers:
 
     def send_message(self, task: Task) -> str:
         """Send the mail of a message task; returns the server's reply."""
-        return self._send(task, self._mail(task))
+        return self._send(task, None if task.message else self._mail(task))
 
     def _mail(self, task: Task) -> Mail:
         """The Mail of a message task."""
@@ -9268,18 +9270,18 @@ class Workers:
         return self._send(task, Mail(self._sender(task), task.payload["userId"], subject, content,
                                      reply_to=self._reply_to(task), headers=headers))
 
-    def _send(self, task: Task, mail: Mail) -> str:
+    def _send(self, task: Task, mail: Mail | None) -> str:
         """Send a mail to those recipients who do not have it yet, and are not suppressed; returns the server's reply,
-        or "" where nobody was left to send it to."""
+        or "" where nobody was left to send it to. `mail` is None where task.message has it already."""
         recipients, reply = self._recipients(task), ""
         if not recipients and not task.delivered:
             raise SuppressedError(f"{task.payload['userId']} is suppressed; see GET /suppressions")
         if recipients:
-            lane, sender = task.lane, mail.sender[1]
+            lane, sender = task.lane, self._sender(task)[1]
             with self._within_rate(lane, recipients) if self.is_limited else self.at_once:
                 if task.expires and self.store.time() * 1000 >= task.expires:
                     raise ExpiredError("it was not sent in time")
-                message = task.message or self._compose(task, mail)
+                message = self._compose(task, mail) if mail else task.message
                 started = time.monotonic()
                 try:
                     reply = self.transport.send(
@@ -9628,6 +9630,7 @@ class Api:
     SESSION_TTL = 43200  # seconds until one has to log in again
     PENALTY = 1.0  # seconds that the answer to a wrong admin_token is delayed
     MAX_PENALTIES = 8  # delayed answers at a time, in a process
+    COMPLETED = frozenset(("variables", "content_type", "from"))  # fields of payloads that complete() is about
 
     def __init__(self, settings: Settings, store: Store, accounts: Accounts, queue: Queue, inspection: Inspection,
                  suppressions: Suppressions, otps: Otps, newsletters: Newsletters, webhooks: Webhooks,
@@ -9879,6 +9882,8 @@ class Api:
         Also returns whether they name content types or senders of the account. Those may change, and a revoked key must
         not learn of them: then the queue takes the errors, too, and keeps them for an idempotency key.
         """
+        if all(self.COMPLETED.isdisjoint(task["payload"]) for task in tasks.values()):  # as nearly always
+            return [*tasks.values()], False
         names = dict.fromkeys(filter(None, map(text_name, tasks.values())))
         texts = self.newsletters.texts(account.name, [*names]) if names else {}
         senders: list[str] = []
