@@ -6299,6 +6299,9 @@ class Transport(typing.Protocol):
     def ready(self, lane: str, is_express: bool = False) -> bool:
         """Whether this thread may send a mail of this lane now. Raises RedisError."""
 
+    def has_spares(self, lane: str) -> bool:
+        """Whether the express thread of a lane may keep an idle connection."""
+
     def send(self, sender: str, recipients: Sequence[str], message: bytes, owner: Account = EVERYBODY,
              lane: str = Lane.NORMAL, following: Envelope | None = None,
              meanwhile: Callable[[], object] = lambda: None) -> str:
@@ -6346,6 +6349,10 @@ class MaildirTransport:
 
     def ready(self, lane: str, is_express: bool = False) -> bool:
         """There is always room for a mail."""
+        return True
+
+    def has_spares(self, lane: str) -> bool:
+        """There is no connection."""
         return True
 
     def send(self, sender: str, recipients: Sequence[str], message: bytes, owner: Account = EVERYBODY,
@@ -6590,7 +6597,7 @@ class SmtpConnections:
         the express thread of its own lane."""
         if lane in self.short_of_express:
             self.short_of_express.discard(lane)
-            return self.places[lane] >= self.SPARES
+            return self.has_spares(lane)
         if self.surplus <= 0 and not self.wanted:
             return False
         with self.lock:
@@ -6599,6 +6606,10 @@ class SmtpConnections:
                 return True
             wanted, self.wanted = self.wanted, ""
             return wanted not in ("", lane)
+
+    def has_spares(self, lane: str) -> bool:
+        """Whether this process has so many places in a lane that its express thread may have one."""
+        return self.places[lane] >= self.SPARES
 
     def lower(self, lane: str, words: str) -> bool:
         """For LOWERED_FOR, allow no more than there are now without a place in `lane`; `words` are the server's.
@@ -6715,6 +6726,10 @@ class SmtpTransport:
         elif local.place != Lane.URGENT and self.bound.must_leave(local.place):
             self.tidy()
         return bool(local.place)
+
+    def has_spares(self, lane: str) -> bool:
+        """Whether the express thread of a lane may keep an idle connection."""
+        return not self.bound or self.bound.has_spares(lane)
 
     def _require_place(self, lane: str) -> None:
         """Raise TooManyConnectionsError if this thread may open no connection. Raises RedisError."""
@@ -8943,7 +8958,7 @@ class Workers:
                  Lane.CHANGES: (1, 1), Lane.HOOKS: (1, workers_max)}
         load = ProcessorLoad()
         self.crews: dict[str, Crew] = {lane: Crew(lane, *sizes[lane], self.run, load) for lane in Lane}
-        self.express = {lane: Crew(lane, 1, 1, self.run, load, is_express=True) for lane in MAIL_LANES}
+        self.express: dict[str, Crew] = {lane: Crew(lane, 1, 1, self.run, load, is_express=True) for lane in MAIL_LANES}
         self.all_crews = [*self.crews.values(), *self.express.values()]
         self.names = [name for crew in self.all_crews for name in crew.hands]
         self.settler = threading.Thread(target=self.settle_in_time, daemon=True)
@@ -9042,9 +9057,14 @@ class Workers:
         """Start threads where a lane has none that could take a task."""
         for crew in self.crews.values():
             crew.reinforce()
-        for lane, crew in self.express.items():
-            if self.queue.newcomers[lane] and not crew.threads:
-                crew.start_thread()
+        for lane in self.express:
+            self.start_express(lane)
+
+    def start_express(self, lane: str) -> None:
+        """Start the express thread of a lane, if it has something to do for the first time."""
+        crew = self.express.get(lane)
+        if crew and self.queue.newcomers[lane] and not crew.threads:
+            crew.start_thread()
 
     def next_task(self, crew: Crew, name: str) -> Task | None:
         """Settle what must be settled now, and begin the next task; None where the lane is empty."""
@@ -9072,6 +9092,7 @@ class Workers:
             return None
         if len(tasks) > 1:
             self.in_hand.set()
+            self.start_express(lane)
         crew.grow(left)
         return hand.begin()
 
@@ -9092,14 +9113,14 @@ class Workers:
     def wait_for_newcomer(self, crew: Crew, lacks_place: bool) -> None:
         """Return when the express thread may have something to do, or at a stop.
 
-        It never probes a paused lane, and gives its connection back as soon as another thread of the lane lacks one.
+        It never probes a paused lane, and keeps no idle connection where the lane has few and another thread lacks one.
         """
         if lacks_place:
             self.stopping.wait(self.LEAVING)
             return
         is_short = time.monotonic() - self.crews[crew.lane].short_of_slots < self.WAIT
-        is_idle = is_short or not self.breakers[crew.lane].may_send
-        self.transport.tidy(0.0 if is_idle else SmtpTransport.IDLE)
+        leaves = is_short and not self.transport.has_spares(crew.lane) or not self.breakers[crew.lane].may_send
+        self.transport.tidy(0.0 if leaves else SmtpTransport.IDLE)
         self.queue.wait_for_newcomer(crew.lane, self.WAIT)
 
     def settle_in_time(self) -> None:
