@@ -9079,7 +9079,7 @@ class Workers:
             newcomer = self.queue.newcomers[lane].popleft()
             hands = self.crews[crew.lane].hands.values()
             if any(task.account == newcomer for other in hands for task in [*other.tasks]):
-                return None  # it would overtake these
+                return self.give_back(crew, name)  # it would overtake these
             tasks, _ = self.queue.settle_and_take(name, lane, hand.outcomes, only=newcomer)
             hand.note_settled(tasks)
             return hand.begin() if tasks else None
@@ -11878,6 +11878,8 @@ class Operator:
 
     def manage_accounts(self, options: argparse.Namespace) -> int:
         """List the accounts, add one, make a new key of one, or remove one."""
+        if options.overlap is not None and not options.rotate:
+            return self.terminal.fail(2, "--overlap belongs to --rotate")
         try:
             if options.add:
                 key = self.accounts.sign_up(NEW_ID({"id": options.add})["id"])
