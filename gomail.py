@@ -3107,7 +3107,7 @@ class TaskCheck(Check):
         self.schema = {"oneOf": [self.of_types((name,), payload).schema for name, payload in payloads]}
         self.fields = frozenset(self.unknown_type.fields)
         self.payload_fields = {task_type: self.IN_EXAMPLE.union(*(
-            payload.fields for name, payload in payloads if name == task_type)) for task_type in PAYLOADS}
+            payload.names for name, payload in payloads if name == task_type)) for task_type in PAYLOADS}
         self.nested = frozenset(name for _, payload in payloads for name in payload.nested)
 
     @staticmethod
