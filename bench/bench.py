@@ -784,8 +784,8 @@ def promise(quick: bool, samples: int, waiting: int, loads: Sequence[str] = tupl
         for name in backlogs]
 
 
-def two_accounts(quick: bool, rounds: int, delays: Sequence[float], waiting: int, samples: int, pause: float,
-                 workers: int) -> list[Row]:
+def two_accounts(quick: bool, rounds: int, delays: Sequence[float], waiting: int, samples: int,
+                 pause: float) -> list[Row]:
     """An account's messages on a service with nothing else to do, and while those of another account wait."""
     ways: dict[tuple[float, bool], list[float]] = collections.defaultdict(list)
     with Valkey() as valkey:
@@ -796,14 +796,12 @@ def two_accounts(quick: bool, rounds: int, delays: Sequence[float], waiting: int
                 for busy in (False, True):
                     valkey.restore(full if busy else [])
                     valkey.client.hset("gomail:UserList", OTHER_ACCOUNT, OTHER_KEY_ID)
-                    with (Sink("sink.py", delay) as sink,
-                          GoMail(valkey, sink.port, workers=workers, workers_max=workers,
-                                 smtp_connections=workers + 2) as program):
+                    with Sink("sink.py", delay) as sink, GoMail(valkey, sink.port) as program:
                         program.ready().key = api_key(OTHER_ACCOUNT, OTHER_KEY_ID)
                         if busy:
-                            program.until(lambda: sink.arrivals > workers)
+                            program.until(lambda: sink.arrivals > waiting // 200)
                         else:
-                            arrive(program, sink, "warm", workers, 0.01)
+                            arrive(program, sink, "warm", 10, 0.01)
                         found = arrive(program, sink, "other", samples, pause)
                         ways[delay, busy] += found
                         posted = sink.times[f"other{samples - 1}@example.com"] - found[-1]
@@ -930,11 +928,11 @@ PARTS = {
         {"samples": 10, "waiting": 2_000, "loads": ["lists of everything"], "backlogs": ["subscribes"]}),
     "accounts": Part(
         two_accounts, "Two accounts: one's message from POST to the sink's 250, while {waiting:,} of another's wait, "
-        "{workers} workers, {rounds} runs (sink: sink.py)",
+        "{rounds} runs (sink: sink.py)",
         ("the server takes a mail in", "idle, p50 ms", "p50 ms", "p50 by idle's", "idle, p95 ms", "p95 ms",
          "p95 by idle's"),
         # A mail waits for the server twice: after its recipients, and after its data.
-        {"rounds": 3, "delays": (0.0, 0.01, 0.025), "waiting": 100_000, "samples": 100, "pause": 0.1, "workers": 16},
+        {"rounds": 3, "delays": (0.0, 0.01, 0.025), "waiting": 100_000, "samples": 100, "pause": 0.1},
         {"rounds": 1, "delays": (0.025,), "waiting": 1_000, "samples": 10, "pause": 0.02}),
     "growth": Part(
         growth, "Growth: tasks that wait (sink: sink.py)",
