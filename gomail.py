@@ -742,6 +742,7 @@ def mailbox(address: str) -> str:
 SENDER = re.compile(r'(?:"((?:[^"\\]|\\.)*)"\s*|([^"<>]*))<([^<>]*)>')
 
 
+@functools.lru_cache(maxsize=1000)  # the tasks of a batch are compared with the same few senders
 def parse_sender(text: str) -> tuple[str, str] | None:
     """(display name, address as parse_address() gives it) of `Name <address>` or `address`; None if it is not valid.
 
@@ -3599,8 +3600,11 @@ class Queue:
     # Accounts with tasks in a lane take turns. Each has a list of its own there, and the lane is a list of turns: it
     # has the name of each list with tasks once. A list may run empty and leave its turn behind. `put` puts a task into
     # its lane: before the account's other tasks ("first"), behind the next one of them ("second"), or behind all
-    # ("last"). It answers whether the account had none there, while others have.
+    # ("last"). It answers whether the account had none there, while others have. `is_turn` tells a turn from the id of
+    # a task, which stands beside it in a processing list, or in a lane that an older version has left.
     PUT = """
+        local function is_turn(id) return string.sub(id, 1, 5) == 'lane:' end
+
         local function put(prefix, lane, account, id, place)
             local lane, list = 'lane:' .. lane, 'lane:' .. lane .. ':' .. account
             local ahead = place == 'second' and redis.call('RPOP', prefix .. list)
@@ -4099,7 +4103,7 @@ class Queue:
 
         -- Give back a turn that the worker has waited for, if this is one.
         local function give_back_turn(id)
-            if string.sub(id, 1, 5) ~= 'lane:' then return false end
+            if not is_turn(id) then return false end
             redis.call('LREM', own, 1, id)
             redis.call('RPUSH', lane, id)
             return true
@@ -4150,7 +4154,7 @@ class Queue:
             if not turn then return end
             if waiting > 0 then
                 redis.call(is_served and 'LPUSH' or 'RPUSH', lane, turn)
-            elseif string.sub(turn, 1, 5) == 'lane:' then
+            elseif is_turn(turn) then
                 redis.call('SREM', prefix .. 'turns', turn)
             else  -- the id of a task, by an older version
                 local account = redis.call('HGET', prefix .. 'task:' .. turn, 'account')
@@ -4707,7 +4711,7 @@ class Queue:
                         if died and state == 'running' and (strikes == 0 or begun) then strikes = strikes + 1 end
                         found[#found + 1] = {id = id, created = tonumber(created), lane = lane, account = account,
                                              strikes = strikes, begun = state == 'running'}
-                    elseif string.sub(id, 1, 5) == 'lane:' then  -- a turn that the worker had waited for
+                    elseif is_turn(id) then  -- a turn that the worker had waited for
                         redis.call('RPUSH', prefix .. string.match(id, '^lane:%a+'), id)
                     end
                 end
@@ -4816,7 +4820,7 @@ class Queue:
         for _ = 1, most do
             local id = redis.call('RPOP', prefix .. 'lane:' .. lane)
             if not id then return 0 end
-            if string.sub(id, 1, 5) == 'lane:' then
+            if is_turn(id) then
                 redis.call('RPUSH', prefix .. 'lane:' .. lane, id)
                 return 0
             end
@@ -5499,7 +5503,7 @@ class Stats:
         self.flush()
         events, now = ("sent", "retried", "failed"), int(self.store.time() // 60)
         minutes = range(now - self.MINUTES + 1, now + 1)
-        # An older version left out the key's id.
+        # An older version left out the registration.
         owners = [(owner.name, owner.registration), (owner.name,)] if owner and owner.name else [("",)]
         with self.store.redis.pipeline(transaction=False) as pipeline:
             for minute in minutes:
@@ -6463,7 +6467,7 @@ class MaildirTransport:
         return email.message_from_bytes(octets, policy=email.policy.default)
 
     def _is_of(self, message: email.message.EmailMessage, account: Account) -> bool:
-        """Whether a mail belongs to this account; all belong to the admin. Older versions wrote no key id."""
+        """Whether a mail belongs to this account; all belong to the admin. Older versions wrote no registration."""
         name, _, registration = str(message.get(self.OWNER_HEADER, "")).partition(" ")
         return not account.name or urllib.parse.unquote(name) == account.name and registration in (
             "", account.registration)
@@ -7292,8 +7296,7 @@ class Otps:
         otp = str(number % 10**length).zfill(length)
         answer = self._keep(keys=[self._record(task.account, address, purpose)],
                             args=[self._hash(task.account, address, otp, purpose), task.created, self.ttl,
-                                  task.registration,
-                                  task.expires])
+                                  task.registration, task.expires])
         if answer == "expired":
             raise ExpiredError("it was not sent in time")
         if answer == "outdated":
