@@ -10154,8 +10154,9 @@ class Api:
                 "text": plain and plain.get_content(), "html": markup, "source": source.decode(errors="replace"),
                 "view": None if markup is None else self.view_path(request.account, mail=mail_id),
                 "attachments": [{"filename": part.get_filename(), "content_type": part.get_content_type(),
-                                 "size": len(part.get_payload(decode=True) or b"")}
-                                for part in message.iter_attachments()]}
+                                 "size": len(data), "content": base64.b64encode(data).decode()}
+                                for part in message.iter_attachments()
+                                for data in (part.get_payload(decode=True) or b"",)]}
 
     def mail_in_outbox(self, mail_id: str, account: Account) -> tuple[bytes, email.message.EmailMessage]:
         """(bytes, parsed message) of a mail in the outbox. Raises HTTPError (404)."""

@@ -5807,7 +5807,7 @@ def test_metrics_and_the_page_show_what_a_window_has_left(services, browser):
     assert found["gomail_smtp_rate_limit", "2000/day"] == 2000 and found["gomail_smtp_rate_left", "2000/day"] == 1995
     client = service.client.sign_up()
     browser.open(client, client.key).get_by_text(
-        "1,995 more recipients can go now, by smtp_rate 2000/day; 200 of them are kept for OTPs.").wait_for()
+        "1,995 more recipients can go now, by the limit 2000/day; 200 of them are kept for one-time passwords.").wait_for()
 
 
 def test_metrics_are_read_by_prometheus_and_add_up_over_processes(services, mail_server):
@@ -14705,7 +14705,7 @@ def test_a_content_type_is_made_edited_seen_and_deleted_on_the_page(service, bro
             and found["subject"] == "This week")
     subscribe(client, content_type="Weekly Lettér", frequency="@monthly")
     go(tab, "#/newsletters")
-    tab.get_by_role("row", name="user@example.com").get_by_text("@monthly").wait_for()
+    tab.get_by_role("row", name="user@example.com").get_by_text("on the 1st of every month").wait_for()
     tab.get_by_role("link", name="Weekly Lettér").click()
     # What is still loading would be missed.
     tab.frame_locator("iframe").get_by_role("heading", name="Second").wait_for()
