@@ -15095,7 +15095,7 @@ def test_somebody_is_found_and_erased_on_the_page(service, browser, mail_server)
     tab.get_by_label("Address").fill("ann@example.com")
     tab.get_by_role("heading", name="ann@example.com").wait_for()
     assert "no such user" in tab.inner_text("dl")
-    tab.get_by_role("table", name="Newsletters").get_by_role("row", name="news").wait_for()
+    tab.get_by_role("table", name="Newsletters").get_by_role("row", name="every day").wait_for()
     assert tab.get_by_role("table", name="Newest tasks").locator("tbody tr").count() == 2
     tab.reload()  # the address is in that of the page
     tab.get_by_role("button", name="Erase").click()
