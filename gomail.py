@@ -5275,7 +5275,7 @@ def summary_of(task: Json) -> str:
     """What is shown of a task, as JSON: nothing of the mail itself but its subject. The metadata comes last."""
     payload = task["payload"]
     shown = {"userId": payload["userId"]}
-    if task["type"] == "message":
+    if task["type"] == "message" and "subject" in payload:  # heads of older versions have none
         shown["subject"] = subject_shown(payload["subject"])
     if "metadata" in payload:
         shown["metadata"] = payload["metadata"]

@@ -1673,7 +1673,7 @@ def test_the_documented_commands_are_those_of_the_code():
     source = (HERE / "gomail.py").read_text()
     in_scripts = set(re.findall(r"redis\.p?call\('(\w+)'", source))
     methods = set(re.findall(r"(?:\bredis|\bserver|pipeline|transaction)\.(\w+)\(", source))
-    named = {"delete": "DEL", "hscan_iter": "HSCAN", "memory_usage": "MEMORY|USAGE"}
+    named = {"delete": "DEL", "hscan_iter": "HSCAN", "sscan_iter": "SSCAN", "memory_usage": "MEMORY|USAGE"}
     by_client = {named.get(method, method.upper()) for method in methods if hasattr(redis.Redis, method)}
     known = {command.split()[0] for command in gomail.Store.COMMANDS.split(",")}
     not_for_all = {"INFO", "PIPELINE", "EXECUTE_COMMAND", "CLOSE", "SENTINEL"}
@@ -1728,6 +1728,9 @@ def test_a_redis_user_with_the_documented_permissions_is_enough_for_all_work(
     client.state(client.post("/task/", changed("payload.content_type", "news", NAMED))["id"], "succeeded")
     later = client.task(send_at="2036-01-01T00:00:00Z")
     assert client("DELETE", f"/task/{later}")[0] == 200
+    client.post("/lanes/normal/pause")
+    client.task()
+    assert client("DELETE", "/task?type=message")[1]["count"] == 1
     for path in ("/lanes", "/health/metrics", "/health/ready", "/history", "/task/recent?search=user"):
         client.get(path)
     client.post("/lanes/normal/resume")
