@@ -99,7 +99,7 @@ import typing
 import urllib.parse
 import zlib
 import zoneinfo
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from mailbox import Maildir
 from typing import IO, Any
 
@@ -1409,10 +1409,10 @@ class Store:
         BRPOPLPUSH k k 0, DBSIZE, DEL k, EVAL x 1 k, EVALSHA x 1 k, EXEC, EXISTS k, EXPIRE k 1, GET k, HDEL k x,
         HEXISTS k x, HGET k x, HGETALL k, HINCRBY k x 1, HINCRBYFLOAT k x 1, HKEYS k, HLEN k, HMGET k x, HRANDFIELD k,
         HSCAN k 0, HSET k x x, HSETNX k x x, HSTRLEN k x, HVALS k, INCR k, LINDEX k 0, LLEN k, LPOS k x, LPUSH k x,
-        LRANGE k 0 0, LREM k 0 x, MEMORY|USAGE k, MULTI, PERSIST k, PEXPIRE k 1, PEXPIREAT k 1, PING, PTTL k, RPOP k,
-        RPOPLPUSH k k, RPUSH k x, SADD k x, SCAN 0, SET k x, SREM k x, SSCAN k 0, TIME, TTL k, TYPE k, UNLINK k,
-        ZADD k 1 x, ZCARD k, ZCOUNT k 0 0, ZRANGE k 0 0, ZRANGEBYSCORE k 0 0, ZREM k x, ZREMRANGEBYSCORE k 0 0,
-        ZREVRANGE k 0 0, ZREVRANGEBYSCORE k 0 0, ZSCAN k 0, ZSCORE k x
+        LRANGE k 0 0, LREM k 0 x, LSET k 0 x, MEMORY|USAGE k, MULTI, PERSIST k, PEXPIRE k 1, PEXPIREAT k 1, PING,
+        PTTL k, RPOP k, RPOPLPUSH k k, RPUSH k x, SADD k x, SCAN 0, SET k x, SREM k x, SSCAN k 0, TIME, TTL k, TYPE k,
+        UNLINK k, ZADD k 1 x, ZCARD k, ZCOUNT k 0 0, ZRANGE k 0 0, ZRANGEBYSCORE k 0 0, ZREM k x,
+        ZREMRANGEBYSCORE k 0 0, ZREVRANGE k 0 0, ZREVRANGEBYSCORE k 0 0, ZSCAN k 0, ZSCORE k x
     """
     FSYNC_COMMANDS = "WAITAOF 1 0 0"  # with durability=fsync
 
@@ -3315,6 +3315,12 @@ def sender_defaults(settings: str) -> tuple[tuple[str, str] | None, str]:
     return next(senders, None), found.get("reply_to", "")
 
 
+def subject_shown(subject: str) -> str:
+    """What is shown of the subject of a mail: 60 bytes, as Queue.CONCLUDE needs it. Of an OTP's nothing is shown: it
+    may have the code in it."""
+    return subject.encode(errors="replace")[:60].decode(errors="ignore")
+
+
 def addresses_of(payload: Json) -> tuple[str, ...]:
     """All that the mail of a payload goes to."""
     return payload["userId"], *payload.get("cc", ()), *payload.get("bcc", ())
@@ -3344,6 +3350,7 @@ class Task:
     recipients: list[str] | None = None  # who gets its mail, as soon as that is known
     following: "Task | None" = None  # the one that the worker has in hand after it
     message: bytes = b""  # its mail, where that is made before it is begun
+    subject: str = ""  # of its mail, as subject_shown() has it
 
     @functools.cached_property
     def owner(self) -> Account:
@@ -3569,6 +3576,7 @@ class Queue:
     OTP_FIRST = 0.01  # seconds that other work waits at most for an OTP
     POLL = 0.1  # seconds between two looks at an empty lane, where Redis refuses to wait for it
     REVIVE_BATCH = 200  # dead letters
+    BY_REQUEST = "by request"  # why a lane that somebody has paused sends nothing
     RESUME_INTERVAL = 5.0  # seconds between two requests to resume a lane, of all processes together
     RECENT = 100_000  # tasks that can be looked up without their id, of an account and of all
     BATCH = 500  # tasks in one script: a millisecond of Redis's time each 100
@@ -3654,21 +3662,31 @@ class Queue:
         end
     """
 
+    # The metadata of a task, as JSON, or nil. It ends the head, as summary_of() writes it, and stays as it was written:
+    # cjson would change long numbers.
+    METADATA = """
+        local function metadata_in(head)
+            local at = head and string.find(head, '"metadata": ', 1, true)
+            return at and string.sub(head, at + 12, -3) or nil
+        end
+    """
+
     # The summary of a task that has ended, dead letters apart. There are as many summaries as mails in `result_ttl`, so
     # they have few fields of at most 64 bytes (hash-max-listpack-value): that is a quarter of the memory of a hash with
-    # larger ones, and fast to write. Nothing of the mail itself is kept.
+    # larger ones, and fast to write. Of the mail itself, only its subject is kept.
     #
     #   d      state ("" is succeeded), type ("" is message), retries, attempts, when it was accepted (microseconds),
     #          begun ("", or since it was accepted) and ended (since it was begun), and the account, by spaces
     #   k      the first 8 characters of the account's registration; older versions did not keep it
     #   u, n   userId, and the task's name; or, where these are no UTF-8, head as summary_of() has it
+    #   s      the subject, as subject_shown() has it, where it is known
     #   m      its metadata, as JSON, where it has some
     #   to     the recipients in lower case, where there are more than that one
     #   error, story    where there is one; what the server said to a mail goes on in r1, r2 and r3
     #   bounces         lines as those of the story, about what came back afterwards, see BOUNCE
     #
     # The caller passes `ttl` in milliseconds and what never changes of a task: when it was accepted, its type and
-    # retries, the account, u and n, and m. To read and decode its head here took a third of the time of this fragment.
+    # retries, the account, u and n, s and m. To read and decode its head here took a third of the fragment's time.
     CONCLUDE = """
         local function conclude(task, state, error, ttl, created, type_and_retries, account, ...)
             local started, attempts, before, to, story, registration = unpack(redis.call('HMGET', task,
@@ -3758,12 +3776,26 @@ class Queue:
         end
     """
 
-    # The metadata of a task, as JSON, or nil. It ends the head, as summary_of() writes it, and stays as it was written:
-    # cjson would change long numbers.
-    METADATA = """
-        local function metadata_in(head)
-            local at = head and string.find(head, '"metadata": ', 1, true)
-            return at and string.sub(head, at + 12, -3) or nil
+    # End a task that waits, and that no worker has in hand: see CONCLUDE. Its head, or the body of a newsletter, says
+    # what is kept. Answers its type, which is '' where that cannot be read: older versions took half a surrogate pair.
+    CONCLUDE_WAITING = CONCLUDE + METADATA + """
+        local function conclude_waiting(prefix, id, state, error, ttl)
+            local task = prefix .. 'task:' .. id
+            local summary, created, account = unpack(redis.call('HMGET', task, 'head', 'created', 'account'))
+            local head = summary or redis.call('HGET', task, 'body')
+            local readable, shown = pcall(cjson.decode, head)
+            if not readable then
+                conclude(task, state, error, ttl, created, ' ', account, 'head', head)
+                return ''
+            end
+            local kept, own = {'u', shown.payload.userId, 'n', shown.task}, metadata_in(head)
+            for name, value in pairs({s = summary and shown.payload.subject or nil, m = own}) do
+                kept[#kept + 1] = name
+                kept[#kept + 1] = value
+            end
+            conclude(task, state, error, ttl, created,
+                     (shown.type == 'message' and '' or shown.type) .. ' ' .. shown.retries, account, unpack(kept))
+            return shown.type
         end
     """
 
@@ -3813,6 +3845,7 @@ class Queue:
         self._pace, self._look = store.script(self.PACE), store.script(self.LOOK)
         self._recount = store.script(self.RECOUNT, once=True)
         self._beat = store.script(self.BEAT)
+        self._hold = store.script(self.HOLD)
         self._resume = store.script(self.RESUME)
         self._promote = store.script(self.PROMOTE)
         self._expire = store.script(self.EXPIRE)
@@ -3822,6 +3855,8 @@ class Queue:
         self._sort_in = store.script(self.SORT_IN)
         self._restore_turns = store.script(self.RESTORE_TURNS)
         self._cancel = store.script(self.CANCEL, once=True)
+        self._purge = store.script(self.PURGE, once=True)
+        self._move = store.script(self.MOVE, once=True, when_full=False)
         self._revive = store.script(self.REVIVE, once=True)
         self._bounce = store.script(self.BOUNCE, once=True)
         # As scripts take them: result_ttl and dead_ttl in milliseconds, dead_max.
@@ -4196,7 +4231,7 @@ class Queue:
                                       'drops', 'dropped', 'expires', 'delivered', 'to')
             if not fields[1] or not is_wanted(prefix, fields[2], fields[3]) then
                 redis.call('LREM', own, 1, id)
-                redis.call('UNLINK', task)
+                if fields[1] then redis.call('UNLINK', task) end  -- and not the summary of one that has ended
                 if #found < held then held = held - 1 else is_served = false end  -- the account's turn goes on
             else
                 if all or #found == 0 then begin(task) end
@@ -4263,14 +4298,18 @@ class Queue:
         task = json.loads(body)
         if task["type"] == "generateOtp":
             suppressed = ""  # whoever asks for an OTP waits for it
+        subject = subject_shown(task["payload"]["subject"]) if task["type"] == "message" else ""
         return Task(task_id, account, registration, task["type"], task["task"], task["retries"], task["payload"],
                     int(created), int(attempts or 0), int(strikes or 0), int(drops or 0), int(dropped or 0),
-                    int(expires or 0), tuple((delivered or "").split()), tuple(suppressed.split()), lane, settings)
+                    int(expires or 0), tuple((delivered or "").split()), tuple(suppressed.split()), lane, settings,
+                    subject=subject)
 
     @staticmethod
     def _summary_args(task: Task) -> list[str | int]:
         """The arguments of CONCLUDE, from `created` on."""
         fields = ["u", task.payload["userId"], "n", task.name]
+        if task.subject:
+            fields += ["s", task.subject]
         if "metadata" in task.payload:
             fields += ["m", json.dumps(task.payload["metadata"])]
         try:
@@ -4494,7 +4533,7 @@ class Queue:
 
     # The webhook of the admin learns when a lane is paused in the first process, and when in none any more.
     # KEYS: the prefix. ARGV: process, its workers by commas, HEARTBEAT_TTL (ms), what is paused, as JSON; the lanes.
-    # Answer: the hash `resume`.
+    # Answer: the hash `resume`, and the lanes that are held.
     BEAT = EVENT + """
         local prefix, process, workers, ttl, paused = KEYS[1], unpack(ARGV, 1, 4)
         redis.call('HSET', prefix .. 'processes', process, workers)
@@ -4518,22 +4557,40 @@ class Queue:
         else
             redis.call('UNLINK', prefix .. 'paused_announced')
         end
-        return redis.call('HGETALL', prefix .. 'resume')
+        return {redis.call('HGETALL', prefix .. 'resume'), redis.call('HKEYS', prefix .. 'held')}
     """
 
-    def beat(self, workers: Sequence[str], paused: Mapping[str, object]) -> dict[str, str]:
+    def beat(self, workers: Sequence[str], paused: Mapping[str, object]) -> tuple[dict[str, str], list[str]]:
         """Show for HEARTBEAT_TTL that this process lives, the names of its workers, and what is paused and why.
 
-        Returns lane -> how often somebody has asked to resume it.
+        Returns lane -> how often somebody has asked to resume it, and the lanes that somebody has paused.
         """
-        requests = self._beat(keys=[self.store.prefix], args=[
+        requests, held = self._beat(keys=[self.store.prefix], args=[
             self.process, ",".join(workers), int(self.HEARTBEAT_TTL * 1000), json.dumps(paused), *LANES])
-        return dict(zip(requests[::2], requests[1::2]))
+        return dict(zip(requests[::2], requests[1::2])), held
 
-    # KEYS: resume, resumed:<lane>. ARGV: lane, id of this request, milliseconds in which no other is taken.
+    # KEYS: the prefix. ARGV: lane. Answer: 1.
+    HOLD = CLOCK + """
+        redis.call('HSETNX', KEYS[1] .. 'held', ARGV[1], microseconds)
+        return 1
+    """
+
+    def pause(self, lane: str) -> None:
+        """Ask every process to take nothing from `lane` until somebody resumes it, whatever starts or ends meanwhile.
+
+        A mail that a worker has begun is still sent. Each process hears of it with its next heartbeat.
+        """
+        self._hold(keys=[self.store.prefix], args=[lane])
+
+    def held(self) -> dict[str, int]:
+        """The lanes that somebody has paused, and since when (microseconds since the epoch)."""
+        found = self.store.redis.hgetall(self.store.key("held"))
+        return {lane: int(since) for lane, since in found.items()}
+
+    # KEYS: resume, resumed:<lane>, held. ARGV: lane, id of this request, milliseconds in which no other is taken.
     # Answer: 0, or the milliseconds to wait.
     RESUME = """
-        local newest = redis.call('GET', KEYS[2])
+        local newest = redis.call('HDEL', KEYS[3], ARGV[1]) == 0 and redis.call('GET', KEYS[2])
         if newest == ARGV[2] then return 0 end
         if newest then return redis.call('PTTL', KEYS[2]) end
         redis.call('SET', KEYS[2], ARGV[2], 'PX', ARGV[3])
@@ -4542,12 +4599,13 @@ class Queue:
     """
 
     def resume(self, lane: str) -> None:
-        """Ask every process to probe at once, on a new connection, whether `lane` can go on.
+        """End the pause that somebody has asked for, and ask every process to probe at once, on a new connection,
+        whether `lane` can go on.
 
         Raises:
-            HTTPError: 429, somebody has asked for that within RESUME_INTERVAL seconds.
+            HTTPError: 429, somebody has asked for that within RESUME_INTERVAL seconds, and has not paused it since.
         """
-        wait = self._resume(keys=[self.store.key("resume"), self.store.key("resumed", lane)],
+        wait = self._resume(keys=[self.store.key("resume"), self.store.key("resumed", lane), self.store.key("held")],
                             args=[lane, secrets.token_hex(8), int(self.RESUME_INTERVAL * 1000)])
         if wait:
             seconds = math.ceil(wait / 1000)
@@ -4589,26 +4647,23 @@ class Queue:
     # Of one that is being sent, its worker decides.
     # KEYS: the prefix. ARGV: how many at most, result_ttl (ms).
     # Answer: {how many were looked at, and of each that ended now its id, type and account}.
-    EXPIRE = EVENT + CONCLUDE + METADATA + """
+    EXPIRE = EVENT + CONCLUDE_WAITING + """
         local prefix, ttl, ended = KEYS[1], ARGV[2], {}
 
-        local function expire(id, task, head, created, account, attempts, before)
+        local function expire(id, account, attempts, before)
             redis.call('ZREM', prefix .. 'delayed', id)
             redis.call('ZREM', prefix .. 'scheduled', id)
-            local shown, reason = cjson.decode(head), 'it was not sent in time' .. (before and ': ' .. before or '')
-            local own = metadata_in(head)
+            local reason = 'it was not sent in time' .. (before and ': ' .. before or '')
             emit_mail(prefix, id, account, 'mail.failed', 'expired', attempts, reason)
-            conclude(task, 'expired', reason, ttl, created,
-                     (shown.type == 'message' and '' or shown.type) .. ' ' .. shown.retries, account,
-                     'u', shown.payload.userId, 'n', shown.task, unpack(own and {'m', own} or {}))
-            for _, value in ipairs({id, shown.type, account}) do ended[#ended + 1] = value end
+            local type = conclude_waiting(prefix, id, 'expired', reason, ttl)
+            for _, value in ipairs({id, type, account}) do ended[#ended + 1] = value end
         end
 
         local due = redis.call('ZRANGE', prefix .. 'expiring', '-inf', milliseconds, 'BYSCORE', 'LIMIT', 0, ARGV[1])
         for _, id in ipairs(due) do
             local task = prefix .. 'task:' .. id
-            local state, head, created, account, attempts, before, lane = unpack(redis.call('HMGET', task,
-                'state', 'head', 'created', 'account', 'attempts', 'error', 'lane'))
+            local state, account, attempts, before, lane = unpack(redis.call('HMGET', task,
+                'state', 'account', 'attempts', 'error', 'lane'))
             if state == 'running' then
                 redis.call('ZADD', prefix .. 'expiring', milliseconds + 1000, id)
             else
@@ -4616,7 +4671,7 @@ class Queue:
                 local list = prefix .. 'lane:' .. (lane or '') .. ':' .. (account or '')
                 if state == 'queued' and redis.call('LLEN', list) <= 1000 then redis.call('LREM', list, -1, id) end
                 if state and state ~= 'dead' then
-                    expire(id, task, head, created, account, attempts, before)
+                    expire(id, account, attempts, before)
                 end
                 for _ = 1, 200 do  -- what comes next shows how long it waits
                     local next = redis.call('LINDEX', list, -1)
@@ -4862,48 +4917,190 @@ class Queue:
         self._turn_cursor, *self._lost_turns = self._restore_turns(
             keys=[self.store.prefix], args=[self._turn_cursor, *self._lost_turns])
 
-    # Only a task in the delayed set can be cancelled: one in a lane or in hand may be sent at any moment.
-    # KEYS: the prefix. ARGV: id, the account that the task must belong to or "", its registration, and the arguments of
-    # CONCLUDE from `ttl` on. Answer: "unknown", "late <state>" or "cancelled".
-    CANCEL = CLOCK + CONCLUDE + IS_OWN + """
-        local prefix, id, account, registration = KEYS[1], unpack(ARGV, 1, 3)
-        local task = prefix .. 'task:' .. id
-        local owner, key, ended, part = unpack(redis.call('HMGET', task, 'account', 'key', 'd', 'k'))
-        if not is_own(account, registration, owner, key, ended, part) then return 'unknown' end
-        if redis.call('ZREM', prefix .. 'delayed', id) == 0 then
-            local state = ended and string.match(ended, '^%S+') or redis.call('HGET', task, 'state') or 'succeeded'
-            return 'late ' .. state
+    # Whether the mail of a task that waits may have been sent: its process died during an attempt, or the connection
+    # broke when the server had it all. It is sent again, to be sure, and not cancelled: none is both.
+    MAY_BE_SENT = """
+        local function may_be_sent(story)
+            local lines = '\\n' .. (story or '')
+            return string.find(lines, '\\n%d+ %d+ orphaned ') or string.find(lines, '\\n%d+ %d+ in%-doubt ')
         end
-        redis.call('ZREM', prefix .. 'scheduled', id)
-        conclude(task, 'cancelled', nil, unpack(ARGV, 4))
-        return 'cancelled'
     """
 
-    def cancel(self, task_id: str, account: Account = EVERYBODY) -> None:
-        """End a task of an account, or of any, that waits for its `send_at` or for a retry.
+    # What can be cancelled: a task in the delayed set, or in its lane. One that a worker has in hand may be sent at any
+    # moment, and nothing takes it away.
+    # KEYS: the prefix. ARGV: id, the account that the task must belong to or "", its registration, result_ttl (ms).
+    # Answer: {"unknown"}, {"late", state} or {"cancelled", type of the task}.
+    CANCEL = CLOCK + CONCLUDE_WAITING + IS_OWN + MAY_BE_SENT + """
+        local prefix, id, account, registration, ttl = KEYS[1], unpack(ARGV)
+        local owner, key, ended, part, state, lane, story = unpack(redis.call('HMGET', prefix .. 'task:' .. id,
+            'account', 'key', 'd', 'k', 'state', 'lane', 'story'))
+        if not is_own(account, registration, owner, key, ended, part) then return {'unknown'} end
+        if (state == 'queued' or state == 'retrying') and may_be_sent(story) then return {'late', 'in-doubt'} end
+        if redis.call('ZREM', prefix .. 'delayed', id) == 1 then
+            redis.call('ZREM', prefix .. 'scheduled', id)
+        elseif state ~= 'queued' or redis.call('LREM', prefix .. 'lane:' .. lane .. ':' .. owner, 1, id) == 0 then
+            return {'late', ended and string.match(ended, '^%S+') or state or 'succeeded'}
+        end
+        return {'cancelled', conclude_waiting(prefix, id, 'cancelled', nil, ttl)}
+    """
+
+    def cancel(self, task_id: str, account: Account = EVERYBODY) -> str:
+        """End a task of an account, or of any, that waits in its lane, for its `send_at` or for a retry; returns its
+        type.
 
         Raises:
-            HTTPError: 404, there is no such task; 409, it does not wait for that.
+            HTTPError: 404, there is no such task; 409, a worker has it, or it has ended.
         """
-        key = self.store.key("task", task_id)
-        owner, created, head = self.store.redis.hmget(key, "account", "created", "head")
-        head = head or self.store.redis.hget(key, "body") or ""
-        try:
-            task = json.loads(head)
-            summary = self._summary_args(Task(task_id, owner, "", task["type"], task["task"], task["retries"],
-                                              task["payload"], int(created)))
-        except (ValueError, TypeError, KeyError):  # it has ended, or cannot be read
-            summary = [0, " ", owner or "", "head", head]
-        answer = self._cancel(keys=[self.store.prefix], args=[
-            task_id, account.name, account.registration, self._limits[0], *summary])
-        if answer.startswith("late "):
-            state = answer.removeprefix("late ")
-            reason = {State.QUEUED: "waits in its lane and may be taken at any moment",
-                      State.RUNNING: "is being worked on"}.get(state, f"has ended already ({state})")
-            raise HTTPError(409, f"the task {reason}; only one that waits for its send_at or a retry can be cancelled",
-                          "id")
-        if answer != "cancelled":
-            raise HTTPError(404, "there is no such task, or it ended too long ago", "id")
+        answer, *detail = self._cancel(keys=[self.store.prefix], args=[
+            task_id, account.name, account.registration, self._limits[0]])
+        if answer == "unknown":
+            raise self._no_such_task()
+        if answer == "late":
+            raise HTTPError(409, f"the task {self._late(*detail)}; only one that waits can be cancelled", "id")
+        return detail[0]
+
+    @staticmethod
+    def _no_such_task() -> HTTPError:
+        return HTTPError(404, "there is no such task, or it ended too long ago", "id")
+
+    @staticmethod
+    def _late(state: str) -> str:
+        """Why a task in this state is not to be changed, to follow "the task"."""
+        return {"queued": "is next and may be sent at any moment", "running": "is being worked on",
+                "scheduled": "waits for its send_at", "retrying": "waits for a retry",
+                "in-doubt": "may have been sent already, and is sent again to be sure"}.get(
+                    state, f"has ended already ({state})")
+
+    # Cancel, or only count, those that match among some tasks of a list of a lane, newest first, or of the delayed set.
+    # So of a list the workers take one end, and this the other. What is accepted meanwhile stays.
+    # KEYS: the prefix.
+    # ARGV: the list, or "" for the delayed set; where to go on in it, how many to look at; 1 to cancel or 0 to count,
+    #       result_ttl (ms), the newest moment of acceptance (us); the account that the tasks must belong to or "", its
+    #       registration; the state, type, name, content type and recipient that they must have, or "" for any.
+    # Answer: {where to go on, or "" at the end; then the type of each task that was cancelled, or would be}.
+    PURGE = CLOCK + CONCLUDE_WAITING + IS_OWN + MAY_BE_SENT + """
+        local prefix, list, at, most, cancels, ttl, newest, account, registration = KEYS[1], unpack(ARGV, 1, 8)
+        local state, type, name, content_type, recipient = unpack(ARGV, 9)
+        local waits = {queued = list ~= '', scheduled = list == '', retrying = list == ''}
+
+        local function is_wanted(id)
+            local task = prefix .. 'task:' .. id
+            local owner, key, now, created, to, head, story = unpack(redis.call('HMGET', task,
+                'account', 'key', 'state', 'created', 'to', 'head', 'story'))
+            if not waits[now] or may_be_sent(story) or not is_own(account, registration, owner, key)
+                    or state ~= '' and now ~= state or tonumber(created) > tonumber(newest)
+                    or recipient ~= '' and string.match(to or '', '^%S+') ~= recipient then
+                return false
+            end
+            if type == '' and name == '' and content_type == '' then return true end
+            local readable, shown = pcall(cjson.decode, head or redis.call('HGET', task, 'body'))
+            if not readable or type ~= '' and shown.type ~= type or name ~= '' and shown.task ~= name then
+                return false
+            end
+            if content_type == '' then return true end
+            if shown.type == 'subscribe' or shown.type == 'unsubscribe' then
+                shown = cjson.decode(redis.call('HGET', task, 'body'))
+            end
+            return shown.payload.content_type == content_type
+        end
+
+        local answer = {''}
+        local function cancel(id)
+            answer[#answer + 1] = cancels == '1' and conclude_waiting(prefix, id, 'cancelled', nil, ttl) or ''
+        end
+
+        if list == '' then
+            local cursor, found = unpack(redis.call('ZSCAN', prefix .. 'delayed', at, 'COUNT', most))
+            if cursor ~= '0' then answer[1] = cursor end
+            for each = 1, #found, 2 do
+                local id = found[each]
+                if is_wanted(id) then
+                    if cancels == '1' then
+                        redis.call('ZREM', prefix .. 'delayed', id)
+                        redis.call('ZREM', prefix .. 'scheduled', id)
+                    end
+                    cancel(id)
+                end
+            end
+            return answer
+        end
+        list = prefix .. list
+        local ids = redis.call('LRANGE', list, at, at + most - 1)
+        for each, id in ipairs(ids) do
+            if is_wanted(id) then
+                if cancels == '1' then redis.call('LSET', list, at + each - 1, '') end  -- removed below, in one pass
+                cancel(id)
+            end
+        end
+        local removed = cancels == '1' and #answer > 1 and redis.call('LREM', list, #answer - 1, '') or 0
+        if #ids == tonumber(most) then answer[1] = at + most - removed end
+        return answer
+    """
+
+    def purge(self, account: Account = EVERYBODY, state: str = "", type: str = "", task: str = "",
+              content_type: str = "", recipient: str = "", only_count: bool = False,
+              progress: Callable[[int], object] = lambda count: None) -> collections.Counter[str]:
+        """Cancel what waits, of an account or of all, and matches all that is given; returns how many of each type.
+
+        A task that a worker has in hand is sent, and one that may have been sent already is sent again: each is either
+        sent or cancelled. With `only_count` nothing is cancelled, and the type is "". `progress` is given how many were
+        cancelled so far.
+        """
+        cancelled: collections.Counter[str] = collections.Counter()
+        at: int | str
+        found = self.store.redis.sscan_iter(self.store.key("turns"), count=1000)
+        lists = [f"lane:{lane}:{account.name}" for lane in LANES] if account.name else [*found]
+        lists = [name for name in lists if not name.startswith(f"lane:{Lane.HOOKS}:")]  # no events
+        newest = int(self.store.time() * 1e6)
+        for name in [*(lists if state in ("", State.QUEUED) else ()), *([""] if state != State.QUEUED else ())]:
+            at = 0
+            while at != "":
+                self.give_way()
+                at, *types = self._purge(keys=[self.store.prefix], args=[
+                    name, at, self.BATCH, int(not only_count), self._limits[0], newest, account.name,
+                    account.registration, state, type, task, content_type, fold_address(recipient)])
+                cancelled.update(types)
+                progress(cancelled.total())
+        return cancelled
+
+    # Give a scheduled task another time.
+    # KEYS: the prefix. ARGV: id, account, registration, its new body, when it is due (ms).
+    # Answer: "unknown", "late <state>", "expires <ms>" where that is not later, or "moved".
+    MOVE = IS_OWN + """
+        local prefix, id, account, registration, body, due = KEYS[1], unpack(ARGV)
+        local task = prefix .. 'task:' .. id
+        local owner, key, ended, part, state, expires = unpack(redis.call('HMGET', task,
+            'account', 'key', 'd', 'k', 'state', 'expires'))
+        if not is_own(account, registration, owner, key, ended, part) then return 'unknown' end
+        if state ~= 'scheduled' or not redis.call('ZSCORE', prefix .. 'delayed', id) then
+            return 'late ' .. (ended and string.match(ended, '^%S+') or state or 'succeeded')
+        end
+        if expires and tonumber(due) >= tonumber(expires) then return 'expires ' .. expires end
+        redis.call('HSET', task, 'body', body, 'due', due)
+        redis.call('ZADD', prefix .. 'delayed', due, id)
+        redis.call('ZADD', prefix .. 'scheduled', due, id)
+        return 'moved'
+    """
+
+    def move(self, task_id: str, moment: int, account: Account = EVERYBODY) -> None:
+        """Have a task of an account, or of any, that waits for its `send_at` wait until a moment (us) instead.
+
+        Raises:
+            HTTPError: 404, there is no such task; 409, it does not wait for that; 400, it expires before.
+        """
+        task = json.loads(self.store.redis.hget(self.store.key("task", task_id), "body") or '{"payload": {}}')
+        body = json.dumps({**task, "payload": {**task["payload"], "send_at": moment}})
+        answer, _, detail = self._move(keys=[self.store.prefix], args=[
+            task_id, account.name, account.registration, body, moment // 1000]).partition(" ")
+        if answer == "unknown":
+            raise self._no_such_task()
+        if answer == "expires":
+            raise HTTPError(400, f"send_at must be before the task's expires_at, {timestamp(int(detail) * 1000)}",
+                            "send_at")
+        if answer == "late":
+            raise HTTPError(409, f"the task {self._late(detail)}; only one that waits for its send_at can be moved",
+                            "id")
+        self._note_delay()
 
     # Queue a dead letter again, or remove it. Whoever retries says that the address is good now, so what a server
     # said of it no longer counts; an address that a person suppressed, or complained from, stays so. Nobody waits for
@@ -5075,9 +5272,11 @@ def list_key(store: Store, kind: str, account: str) -> str:
 
 
 def summary_of(task: Json) -> str:
-    """What is shown of a task, as JSON: nothing of the mail itself."""
+    """What is shown of a task, as JSON: nothing of the mail itself but its subject. The metadata comes last."""
     payload = task["payload"]
     shown = {"userId": payload["userId"]}
+    if task["type"] == "message" and "subject" in payload:  # heads of older versions have none
+        shown["subject"] = subject_shown(payload["subject"])
     if "metadata" in payload:
         shown["metadata"] = payload["metadata"]
     return json.dumps({"task": task["task"], "type": task["type"], "retries": task["retries"], "payload": shown})
@@ -5153,8 +5352,10 @@ def expand_summary(found: Json) -> Json:
     """The fields of a task that has not ended, from those of Queue.CONCLUDE; "task" has what its head says."""
     _, task_type, retries, attempts, created, begun, ended, _ = found["d"].split(" ", 7)
     started = int(created) + int(begun or 0)
+    payload = {"userId": found["u"], **({"subject": found["s"]} if found["s"] else {}),
+               **({"metadata": json.loads(found["m"])} if found["m"] else {})}
     return {"task": {"task": found["n"], "type": task_type or "message", "retries": int(retries or 0),
-                     "payload": {"userId": found["u"], **({"metadata": json.loads(found["m"])} if found["m"] else {})}},
+                     "payload": payload},
             "attempts": attempts, "created": created, "started": started if begun else None,
             "finished": started + int(ended)}
 
@@ -5168,7 +5369,7 @@ class Inspection:
 
     SEARCH_BATCH = 200  # tasks in one script
     FIELDS = ("head", "account", "state", "attempts", "error", "created", "finished", "due", "started", "story",
-              "key", "d", "k", "u", "n", "m", "r1", "r2", "r3", "bounces")
+              "key", "d", "k", "u", "n", "s", "m", "r1", "r2", "r3", "bounces")
 
     def __init__(self, store: Store, settings: Settings, give_way: Callable[[], object] = lambda: None) -> None:
         self.store, self.settings, self.give_way = store, settings, give_way
@@ -5230,6 +5431,8 @@ class Inspection:
         status = {"id": task_id, "task": task["task"], "type": task["type"], "userId": task["payload"]["userId"],
                   "state": found["state"], "attempts": int(found["attempts"]), "retries": task["retries"],
                   "error": error, "created": timestamp(found["created"])}
+        if "subject" in task["payload"]:
+            status["subject"] = subject_shown(task["payload"]["subject"])
         if "metadata" in task["payload"]:
             status["metadata"] = task["payload"]["metadata"]
         if succeeded and found["error"]:
@@ -5367,13 +5570,20 @@ class Inspection:
         """What each process reports: lane -> why it is paused, and of an outage "smtp", see SmtpState.report()."""
         return [json.loads(report) for report in self.store.redis.hvals(self.store.key("paused"))]
 
-    def lanes(self, depths: Mapping[str, int], reports: Sequence[Json]) -> list[Json]:
-        """For each lane: what waits there, by depths(); by reports(), in how many processes it is paused, and why."""
+    def lanes(self, depths: Mapping[str, int], reports: Sequence[Json], held: Mapping[str, int]) -> list[Json]:
+        """For each lane: what waits there, by depths(); by reports(), in how many processes it is paused, and why; by
+        Queue.held(), since when it is so by request, and what would pause it otherwise."""
         oldest, lanes = self.oldest(), []
         for lane in LANES:
-            reasons = [report[lane] for report in reports if lane in report]
+            # A heartbeat may be a second older than the request.
+            reasons = [report[lane] for report in reports if report.get(lane, Queue.BY_REQUEST) != Queue.BY_REQUEST
+                       or lane in held and lane in report]
+            beneath = [report["beneath"][lane] for report in reports if lane in report.get("beneath", ())]
             lanes.append({"lane": lane, "queued": depths[lane], "oldest": round(oldest[lane], 3),
-                          "paused": len(reasons), "reason": reasons[0] if reasons else None})
+                          "paused": len(reasons),
+                          "reason": Queue.BY_REQUEST if lane in held else reasons[0] if reasons else None,
+                          "by_request": timestamp(held[lane]) if lane in held else None,
+                          "beneath": beneath[0] if beneath else None})
         return lanes
 
     @staticmethod
@@ -5435,10 +5645,10 @@ class Stats:
         self.new: dict[tuple, float] = collections.defaultdict(int)  # what is not in Redis yet
         self._add = store.script(self.ADD, once=True)
 
-    def count(self, name: str, **labels: str) -> None:
-        """Add one to a counter."""
+    def count(self, name: str, amount: int = 1, **labels: str) -> None:
+        """Add to a counter."""
         with self.lock:
-            self.new["stats", (name, *labels.items())] += 1
+            self.new["stats", (name, *labels.items())] += amount
 
     def note(self, event: str, owner: Account) -> None:
         """Add one to the "sent", "retried" or "failed" mails of this minute."""
@@ -8619,6 +8829,7 @@ class SmtpState:
 
 class CircuitBreaker:
     """Pauses a lane in this process. It is open while `reason` says why the lane may not send, otherwise closed.
+    Whatever it says, a lane that is `held` sends nothing.
 
     A login does not show whether a used-up quota is back. So where that is the reason, the breaker is half-open after
     each pause: one thread, the tester, may send until a mail shows it; with an empty lane it waits for the next one.
@@ -8639,6 +8850,7 @@ class CircuitBreaker:
         self.reason, self.failures = "", 0
         self.by_mail = False  # whether the quota is used up, so that the next mail is the probe
         self.by_sender = False  # whether the sender of the service is refused
+        self.held = False  # by request: also while there is no `reason`, and until somebody resumes the lane
         self.tester: int | None = None  # the thread whose mail it is
         self.look: Callable[[], tuple[str, float]] | None = None
 
@@ -8682,7 +8894,7 @@ class CircuitBreaker:
     @property
     def may_send(self) -> bool:
         """Whether this thread may send."""
-        return not self.reason or self.is_tester
+        return not self.held and (not self.reason or self.is_tester)
 
     def note_success(self) -> None:
         """Note that the server took a mail: the next pause starts with a short delay again."""
@@ -8725,9 +8937,14 @@ class CircuitBreaker:
         self.probe_requested.clear()
 
     def wait(self) -> None:
-        """Return when this thread may send, or when the service stops; one of the waiting threads probes."""
+        """Return when this thread may send, or when the service stops; one of the waiting threads probes.
+
+        A lane that is held is probed as well, to show an outage and its end, but not by a mail.
+        """
         while not self.may_send and not self.stopping.is_set():
-            if self.probing.acquire(timeout=0.2):
+            if self.held and (self.by_mail or not self.reason):
+                self.stopping.wait(0.1)
+            elif self.probing.acquire(timeout=0.2):
                 try:
                     if self.tester is not None:
                         self.stopping.wait(0.1)
@@ -8971,12 +9188,27 @@ class Workers:
     @property
     def paused(self) -> dict[str, str]:
         """Why lanes are paused in this process: lane -> reason."""
+        return {lane: Queue.BY_REQUEST if breaker.held else breaker.reason
+                for lane, breaker in self.breakers.items() if breaker.held or breaker.reason}
+
+    @property
+    def failing(self) -> dict[str, str]:
+        """Why lanes would be paused in this process if nobody had asked for that: lane -> reason."""
         return {lane: breaker.reason for lane, breaker in self.breakers.items() if breaker.reason}
 
     def report(self) -> Json:
-        """What the heartbeat shows of the lanes: `paused`, and "smtp" during an outage."""
+        """What the heartbeat shows of the lanes: `paused`; "beneath", of those that are held; "smtp" in an outage."""
         outage = self.smtp.report()
-        return self.paused | ({"smtp": outage} if outage else {})
+        beneath = {lane: reason for lane, reason in self.failing.items() if self.breakers[lane].held}
+        return self.paused | ({"smtp": outage} if outage else {}) | ({"beneath": beneath} if beneath else {})
+
+    def hold(self, lanes: Collection[str]) -> None:
+        """Begin nothing in these lanes, which somebody has paused, and hold no others."""
+        for lane, breaker in self.breakers.items():
+            if breaker.held != (lane in lanes):
+                breaker.held = lane in lanes
+                log(logging.WARNING if breaker.held else logging.INFO,
+                    f"lane {'paused' if breaker.held else 'resumed'} by request", lane=lane)
 
     def resume(self, lane: str) -> None:
         """Probe at once whether a paused lane can go on."""
@@ -9291,6 +9523,7 @@ class Workers:
     def send_newsletter(self, task: Task) -> str:
         """Send a newsletter with its current content; returns the server's reply."""
         subject, content, headers = self.newsletters.mail(task)
+        task.subject = subject_shown(subject)
         return self._send(task, Mail(self._sender(task), task.payload["userId"], subject, content,
                                      reply_to=self._reply_to(task), headers=headers))
 
@@ -9409,8 +9642,13 @@ class Cron:
         self.thread.start()
 
     def beat(self) -> dict[str, str]:
-        """Show that this process lives. Returns lane -> how often somebody has asked to resume it."""
-        return self.queue.beat(self.workers.names, self.workers.report())
+        """Show that this process lives, and hold the lanes that somebody has paused.
+
+        Returns lane -> how often somebody has asked to resume it.
+        """
+        requests, held = self.queue.beat(self.workers.names, self.workers.report())
+        self.workers.hold(held)
+        return requests
 
     def stop(self) -> None:
         """End the thread."""
@@ -9592,6 +9830,16 @@ def html_of(message: email.message.EmailMessage, max_length: int = 8_000_000) ->
             if len(text) + len(reference.findall(text)) * len(url) <= max_length:
                 text = reference.sub(lambda _: url, text)
     return text
+
+
+def cancel_all(queue: Queue, stats: Stats, account: Account, filters: Mapping[str, Any],
+               progress: Callable[[int], object] = lambda count: None) -> int:
+    """Do Queue.purge(), count and log it; returns how many tasks were cancelled."""
+    cancelled = queue.purge(account, **filters, progress=progress)
+    for task_type, count in cancelled.items():
+        stats.count("gomail_tasks_total", count, type=task_type, outcome=Verdict.CANCELLED)
+    log(logging.WARNING, "tasks cancelled by request", count=cancelled.total(), account=account.name, **filters)
+    return cancelled.total()
 
 
 class Access(enum.StrEnum):
@@ -9947,8 +10195,29 @@ class Api:
         return {"status": True, **status}
 
     def cancel_task(self, request: Request) -> Reply:
-        self.queue.cancel(request.path_params["id"], request.account)
+        task_type = self.queue.cancel(request.path_params["id"], request.account)
+        self.stats.count("gomail_tasks_total", type=task_type, outcome=Verdict.CANCELLED)
         return done("Task cancelled successfully")
+
+    @staticmethod
+    def filters(request: Request) -> Json:
+        """The arguments of Queue.purge() that the query names."""
+        return {"recipient" if name == "userId" else name: value for name, value in request.query.items()}
+
+    def count_tasks(self, request: Request) -> Reply:
+        waiting = self.queue.purge(request.account, **self.filters(request), only_count=True)
+        return {"status": True, "count": waiting.total()}
+
+    def cancel_tasks(self, request: Request) -> Reply:
+        filters = self.filters(request)
+        if not filters.keys() - {"state"}:
+            raise HTTPError(400, "type, task, content_type or userId is required: at least one says what to cancel")
+        count = cancel_all(self.queue, self.stats, request.account, filters)
+        return done("Tasks cancelled successfully", count=count)
+
+    def move_task(self, request: Request) -> Reply:
+        self.queue.move(request.path_params["id"], request.body["send_at"], request.account)
+        return done("Task moved successfully")
 
     def list_recent(self, request: Request) -> Reply:
         tasks, next_offset = self.inspection.recent(request.account, **request.query)
@@ -10120,17 +10389,33 @@ class Api:
         dead, _ = self.inspection.dead(request.account, limit=0)
         smtp = self.inspection.outage(reports, self.smtp.report()) or {
             "state": self.smtp.state, "processes": 0, "since": None, "reason": None}
-        return {"status": True, "lanes": self.inspection.lanes(depths, reports),
+        return {"status": True, "lanes": self.inspection.lanes(depths, reports, self.queue.held()),
                 "processes": self.inspection.processes(),
                 "retrying": depths["retrying"], "dead": dead, "mail_to": "Maildir" if outbox else str(self.transport),
                 "outbox": outbox, "smtp": smtp, "windows": self.queue.windows()}
 
+    def pause_lane(self, request: Request) -> Reply:
+        lane = self.lane_in(request)
+        self.queue.pause(lane)
+        self.workers.hold({*self.queue.held(), lane})
+        return done("The lane is paused until somebody resumes it")
+
     def resume_lane(self, request: Request) -> Reply:
+        lane = self.lane_in(request)
+        held = self.queue.held()
+        if lane in held and not self.has_admin_rights(request):
+            raise HTTPError(403, "the lane is paused by request, which only the admin may end")
+        self.queue.resume(lane)
+        self.workers.hold(held.keys() - {lane})
+        return done("The lane resumes as soon as the SMTP server takes mail")
+
+    @staticmethod
+    def lane_in(request: Request) -> str:
+        """The lane that the path names. Raises HTTPError (404)."""
         lane = request.path_params["lane"]
         if lane not in LANES:
             raise HTTPError(404, f"lane must be one of {', '.join(LANES)}", "lane")
-        self.queue.resume(lane)
-        return done("The lane resumes as soon as the SMTP server takes mail")
+        return lane
 
     def read_history(self, request: Request) -> Reply:
         return {"status": True, "minutes": self.stats.history(request.account)}
@@ -10195,8 +10480,9 @@ class Api:
         return {"message": "pong"}
 
     def ready(self, request: Request) -> Reply:
-        state, paused = self.smtp.state, self.workers.paused
-        if all(lane in paused for lane in MAIL_LANES):
+        # Lanes that somebody has paused do not count: tasks are taken, and all is as it was asked for.
+        state, failing = self.smtp.state, self.workers.failing
+        if all(lane in failing for lane in MAIL_LANES):
             reason = "the SMTP server is out" if state == "out" else "no mail can be handed over"
             raise HTTPError(503, f"all lanes are paused: {reason}", None, {"Retry-After": "10"})
         self.store.ensure_writable()
@@ -10264,13 +10550,17 @@ SETTINGS = Changes({"senders": Array(SenderRule(), 20), "reply_to": OrEmpty(Addr
     "url": Url(), "events": Nullable(Array(Enum(EVENTS), len(EVENTS)))})})
 OVERLAP = Object({"overlap": Nullable(Integer(0, 2592000))})  # seconds
 ROTATION = Object({**ID.fields, **OVERLAP.fields})
+MOVE = Object({"send_at": DateTime()})
 LOGIN = Object({"key": String(4096, ONE_LINE, LINE)})
 BOUNCE = Object({"id": Nullable(String(254, ONE_LINE, LINE)), "messageId": Nullable(String(998, ONE_LINE, LINE)),
                  "userId": Nullable(Address()), "kind": Enum(("bounce", "complaint")), "permanent": Nullable(Boolean()),
                  "reason": Nullable(String(2000, ONE_LINE, LINE))})
 STATES = tuple(State)
+WAITING, CANCELLABLE = ("queued", "scheduled", "retrying"), (*PAYLOADS, "newsletter")  # states, types
 PAGING = {"offset": Integer(0, 10**9), "limit": Integer(0, 1000)}
 SEARCH = {**PAGING, "search": String(254, ONE_LINE, LINE), "state": Enum(STATES)}
+FILTERS = {"state": Enum(WAITING), "type": Enum(CANCELLABLE), "task": String(256, ONE_LINE, LINE),
+           "content_type": CONTENT_TYPE, "userId": Address()}
 CURSOR = Pattern("the value of next in the previous answer", r"[0-9]{1,10}-[0-9]{1,19}", 30)
 SUBSCRIPTIONS = {"content_type": CONTENT_TYPE, "userId": Address(), "cursor": CURSOR, "limit": Integer(1, 1000)}
 
@@ -10330,6 +10620,9 @@ ROUTES = (
     Route("DELETE", "/task/dead/{id}", Api.remove_dead, Access.ALL, refuses=(404,)),
     Route("GET", "/task/{id}", Api.read_task, Access.ALL, answer=TASK_ANSWER, refuses=(404,)),
     Route("DELETE", "/task/{id}", Api.cancel_task, Access.ALL, refuses=(404, 409)),
+    Route("PATCH", "/task/{id}", Api.move_task, Access.ALL, MOVE, refuses=(404, 409)),
+    Route("GET", "/task", Api.count_tasks, Access.ALL, query=FILTERS, answer={"status": bool, "count": int}),
+    Route("DELETE", "/task", Api.cancel_tasks, Access.ALL, query=FILTERS, answer=COUNTED),
     Route("GET", "/subscriptions", Api.list_subscriptions, Access.ALL, query=SUBSCRIPTIONS,
           answer={"status": bool, "subscriptions": list, "next": (str, None)}),
     Route("GET", "/suppressions", Api.list_suppressions, Access.KEY, query=PAGING,
@@ -10346,7 +10639,8 @@ ROUTES = (
     Route("POST", "/webhook/secret", Api.replace_webhook_secret, Access.ALL, OVERLAP,
           answer={"status": bool, "secret": str, "previousUntil": str}, refuses=(404,), idempotency_key=True),
     Route("GET", "/lanes", Api.list_lanes, Access.ALL, answer=LANES_ANSWER),
-    Route("POST", "/lanes/{lane}/resume", Api.resume_lane, Access.ALL, refuses=(404, 429)),
+    Route("POST", "/lanes/{lane}/pause", Api.pause_lane, Access.ADMIN, refuses=(404,)),
+    Route("POST", "/lanes/{lane}/resume", Api.resume_lane, Access.ALL, refuses=(403, 404, 429)),
     Route("GET", "/history", Api.read_history, Access.ALL, answer={"status": bool, "minutes": list}),
     Route("GET", "/outbox", Api.list_outbox, Access.ALL, query=PAGING,
           answer={"status": bool, "mails": list, "next": (int, None)}, refuses=(404,)),
@@ -11836,14 +12130,58 @@ class Operator:
         self.terminal.result({"count": count}, [f"{plural(count, 'dead letter')} {outcome}"] if exists else [])
         return 0 if exists else self.terminal.fail(1, f"there is no dead letter {options.id}; `dead` lists them")
 
+    def cancel(self, options: argparse.Namespace) -> int:
+        """Cancel a task that waits, or all that match."""
+        filters = {name: getattr(options, name) for name in ("state", "type", "task", "content_type", "recipient")
+                   if getattr(options, name)}
+        if bool(options.id) == bool(filters.keys() - {"state"}):
+            return self.terminal.fail(2, "give the ID of a task, or one of --type, --task, --content-type and --to")
+        account = EVERYBODY
+        try:
+            if options.account:
+                account = self.accounts.named(options.account, "account")
+            if options.recipient:
+                filters["recipient"] = Address()(options.recipient, "--to")
+            if options.id:
+                task_type, count = self.queue.cancel(options.id, account), 1
+                self.stats.count("gomail_tasks_total", type=task_type, outcome=Verdict.CANCELLED)
+            else:
+                total = self.queue.purge(account, **filters, only_count=True).total()
+                whose = options.account or "all accounts"
+                question = f"Cancel {plural(total, 'task')} of {whose}?"
+                if total and not options.yes and not self.terminal.confirms(question):
+                    return 1
+                with self.terminal.progress(total) as progress:
+                    count = cancel_all(self.queue, self.stats, account, filters, progress)
+        except HTTPError as error:
+            return self.terminal.fail(1, error.message)
+        self.stats.flush()
+        return self.terminal.result({"count": count}, [f"{plural(count, 'task')} cancelled"])
+
+    def pause(self, options: argparse.Namespace) -> int:
+        """Pause a lane until it is resumed."""
+        self.queue.pause(options.lane)
+        return self.terminal.result({"lane": options.lane, "paused": True}, [
+            f"{options.lane} is paused within a second; `resume {options.lane}` ends that"])
+
+    def resume(self, options: argparse.Namespace) -> int:
+        """Resume a lane."""
+        try:
+            self.queue.resume(options.lane)
+        except HTTPError as error:
+            return self.terminal.fail(1, error.message)
+        return self.terminal.result({"lane": options.lane, "paused": False}, [
+            f"{options.lane} goes on as soon as the SMTP server takes mail"])
+
     def show_stats(self, options: argparse.Namespace) -> int:
         """Lanes, counters and the last hour: once, or on a terminal every second until Ctrl-C."""
         last: tuple[float, int] | None = None  # (moment, tasks executed by then)
         lines: list[str] = []
         while True:
             depths, reports = self.inspection.depths(), self.inspection.reports()
-            stats: Json = {"lanes": self.inspection.lanes(depths, reports), "processes": self.inspection.processes(),
-                           "queued": depths, "jobs": self.inspection.counters(), "minutes": self.stats.history(),
+            stats: Json = {"lanes": self.inspection.lanes(depths, reports, self.queue.held()),
+                           "processes": self.inspection.processes(), "queued": depths,
+                           "jobs": self.inspection.counters(), "minutes": self.stats.history(),
                            "smtp": self.inspection.outage(reports)}
             if self.terminal.as_json:
                 return self.terminal.json(stats)
@@ -11862,6 +12200,9 @@ class Operator:
         smtp, processes, jobs, queued = stats["smtp"], stats["processes"], stats["jobs"], stats["queued"]
 
         def state(lane: Json) -> str:
+            if lane["by_request"]:
+                return f"paused by request since {lane['by_request']}" + (
+                    f"; and: {lane['beneath']}" if lane["beneath"] else "")
             if lane["paused"]:
                 return f"paused: {lane['reason']} (in {lane['paused']} of {processes} processes)"
             if not processes:
@@ -12489,6 +12830,18 @@ def command_line() -> argparse.ArgumentParser:
         which.add_argument("id", nargs="?", metavar="ID")
         which.add_argument("--all", action="store_true", help="all dead letters, of all accounts")
     delete.add_argument("--yes", action="store_true", help="do not ask before --all; only a terminal is asked")
+    cancel = operation("cancel", Operator.cancel, "cancel a task that waits, or all that match")
+    cancel.add_argument("id", nargs="?", metavar="ID")
+    cancel.add_argument("--state", choices=WAITING, help="only in this state")
+    cancel.add_argument("--type", choices=CANCELLABLE, help="only tasks of this type")
+    cancel.add_argument("--task", metavar="NAME", help="only tasks of this name")
+    cancel.add_argument("--content-type", metavar="NAME", help="only newsletters and subscriptions of it")
+    cancel.add_argument("--to", dest="recipient", metavar="ADDRESS", help="only tasks to this address")
+    cancel.add_argument("--account", metavar="NAME", help="only tasks of this account")
+    cancel.add_argument("--yes", action="store_true", help="do not ask; only a terminal is asked")
+    for name, method, explanation in (("pause", Operator.pause, "take nothing from a lane until it is resumed"),
+                                      ("resume", Operator.resume, "end the pause of a lane, whoever caused it")):
+        operation(name, method, explanation).add_argument("lane", choices=LANES, metavar="LANE", help=", ".join(LANES))
     operation("stats", Operator.show_stats,
               "show lanes, counters and the last hour; on a terminal every second, until Ctrl-C")
     accounts = operation("accounts", Operator.manage_accounts,

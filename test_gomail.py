@@ -1673,7 +1673,7 @@ def test_the_documented_commands_are_those_of_the_code():
     source = (HERE / "gomail.py").read_text()
     in_scripts = set(re.findall(r"redis\.p?call\('(\w+)'", source))
     methods = set(re.findall(r"(?:\bredis|\bserver|pipeline|transaction)\.(\w+)\(", source))
-    named = {"delete": "DEL", "hscan_iter": "HSCAN", "memory_usage": "MEMORY|USAGE"}
+    named = {"delete": "DEL", "hscan_iter": "HSCAN", "sscan_iter": "SSCAN", "memory_usage": "MEMORY|USAGE"}
     by_client = {named.get(method, method.upper()) for method in methods if hasattr(redis.Redis, method)}
     known = {command.split()[0] for command in gomail.Store.COMMANDS.split(",")}
     not_for_all = {"INFO", "PIPELINE", "EXECUTE_COMMAND", "CLOSE", "SENTINEL"}
@@ -1728,6 +1728,9 @@ def test_a_redis_user_with_the_documented_permissions_is_enough_for_all_work(
     client.state(client.post("/task/", changed("payload.content_type", "news", NAMED))["id"], "succeeded")
     later = client.task(send_at="2036-01-01T00:00:00Z")
     assert client("DELETE", f"/task/{later}")[0] == 200
+    client.post("/lanes/normal/pause")
+    client.task()
+    assert client("DELETE", "/task?type=message")[1]["count"] == 1
     for path in ("/lanes", "/health/metrics", "/health/ready", "/history", "/task/recent?search=user"):
         client.get(path)
     client.post("/lanes/normal/resume")
@@ -3636,7 +3639,7 @@ ENDED_TASKS = strategies.one_of(
     strategies.fixed_dictionaries({"type": strategies.just("message"), "payload": strategies.fixed_dictionaries(
         {"userId": strategies.sampled_from(["User@Example.com", "user@example.com", "Grüße@bücher.example",
                                             f"{'a' * 64}@example.com"]),
-         "subject": strategies.just("Hello"), "content": strategies.just("Hello")},
+         "subject": strategies.sampled_from(["Hi", "Grüße" * 20]), "content": strategies.just("Hello")},
         optional={"cc": strategies.just(["Cc@example.com"]), "bcc": strategies.just(["bcc@example.com"])})}),
     strategies.just({"type": "unsubscribe", "payload": {"userId": "user@example.com", "content_type": "news"}}))
 
@@ -3678,10 +3681,14 @@ def test_what_is_shown_of_an_ended_task_is_the_same_in_either_form_that_is_kept(
     another = dataclasses.replace(account, name="another")
 
     def shown():
-        return (look(queue).status(task_id, story=True), look(queue).status(task_id, account),
-                look(queue).status(task_id, another), look(queue).recent(account, search="CC@", limit=1),
-                look(queue).recent(account, limit=1),
-                look(queue).recent(search="user@", state=after["state"], limit=1))
+        found = (look(queue).status(task_id, story=True), look(queue).status(task_id, account),
+                 look(queue).status(task_id, another), look(queue).recent(account, search="CC@", limit=1),
+                 look(queue).recent(account, limit=1),
+                 look(queue).recent(search="user@", state=after["state"], limit=1))
+        if is_older:  # then the subject is only in the body
+            for status in (*found[:2], *(tasks[0] for tasks, _ in found[3:] if tasks)):
+                status.pop("subject", None)
+        return found
 
     assert "Hello" not in str(client.hgetall(key)) and 0 < client.ttl(key) <= queue.settings.result_ttl
     new = shown()
@@ -10503,6 +10510,75 @@ def test_a_paused_lane_says_why_and_probes_at_once_when_somebody_asks_any_of_the
     assert client.get("/lanes")["processes"] == 2
 
 
+def lane_named(client, lane):
+    """What GET /lanes says of a lane."""
+    return next(found for found in client.get("/lanes")["lanes"] if found["lane"] == lane)
+
+
+def test_a_lane_is_paused_by_request_in_all_processes_through_restarts_until_somebody_resumes_it(
+        services, mail_server, caplog):
+    one = services(mail_server)
+    services(mail_server, key_prefix=one.settings.key_prefix)
+    client = one.client.sign_up()
+    since = client.post("/lanes/normal/pause") and lane_named(client, "normal")["by_request"]
+    until(lambda: lane_named(client, "normal")["paused"] == 2)
+    client.post("/lanes/normal/pause")  # once more changes nothing
+    ids = [client.task(userId=f"{number}@example.com") for number in range(20)]
+    client.state(client.task("generateOtp", userId="otp@example.com"), "succeeded")  # other lanes go on
+    third = services(mail_server, key_prefix=one.settings.key_prefix)
+    assert third.workers.paused == {"normal": "by request"}  # as soon as it has started
+    lane = until(lambda: (found := lane_named(client, "normal"))["paused"] == 3 and found)
+    assert lane == {**lane, "queued": 20, "reason": "by request", "by_request": since, "beneath": None}
+    assert client.get("/health/ready")["status"] and len(mail_server.mails) == 1
+    client.post("/lanes/normal/resume")
+    for task_id in ids:
+        assert client.state(task_id, "succeeded")["attempts"] == 1
+    assert until(lambda: (found := lane_named(client, "normal"))["paused"] == 0 and found)["by_request"] is None
+    assert [record.message for record in caplog.records] == ["lane paused by request"] * 3
+
+
+@pytest.mark.parametrize("lane", gomail.LANES)
+def test_each_lane_can_be_paused_and_its_work_waits_meanwhile(services, mail_server, receiver, lane):
+    service = services(mail_server)
+    client = service.client.sign_up()
+    client.post(f"/lanes/{lane}/pause")
+    assert service.workers.paused == {lane: "by request"} and not service.workers.breakers[lane].may_send
+    for other in gomail.LANES:
+        assert other == lane or service.workers.breakers[other].may_send
+    assert client("POST", "/lanes/none/pause")[0] == 404
+
+
+def test_a_mail_that_is_under_way_when_its_lane_is_paused_is_sent_and_those_in_hand_go_back(services):
+    with contextlib.closing(HoldingServer("0@example.com")) as server:
+        service = services(server, workers=1)
+        client = service.client.sign_up()
+        ids = post_batch(client, 6)
+        until(lambda: server.holding)
+        client.post("/lanes/normal/pause")
+        server.held.clear()
+        client.state(ids[0], "succeeded")
+        until(lambda: {client.get(f"/task/{task_id}")["state"] for task_id in ids[1:]} == {"queued"})
+        assert client("DELETE", "/task?type=message")[1]["count"] == 5 and arrived(server) == [0]
+
+
+def test_an_outage_beneath_a_pause_by_request_is_shown_and_its_end_as_well(services, mail_server, monkeypatch):
+    monkeypatch.setattr(gomail.CircuitBreaker, "LONGEST_DELAY", 0.1)
+    service = services(mail_server)
+    client = service.client.sign_up()
+    client.state(client.task(), "succeeded")
+    mail_server.stop()
+    task_id = client.task(userId="later@example.com")
+    until(lambda: lane_named(client, "normal")["reason"])
+    client.post("/lanes/normal/pause")
+    lane = until(lambda: (found := lane_named(client, "normal"))["beneath"] and found)
+    assert lane["reason"] == "by request" and "Connection refused" in lane["beneath"]
+    mail_server.start()
+    until(lambda: lane_named(client, "normal")["beneath"] is None)
+    assert lane_named(client, "normal")["paused"] and client.get(f"/task/{task_id}")["state"] == "queued"
+    client.post("/lanes/normal/resume")
+    client.state(task_id, "succeeded")
+
+
 def test_a_sender_that_the_server_refuses_pauses_the_lane_instead_of_burying_every_mail(services, mail_server):
     mail_server.sender_replies = ["550 not you"] * 3
     service = services(mail_server)
@@ -11170,22 +11246,131 @@ def test_a_scheduled_task_can_be_cancelled_while_it_waits_and_only_by_its_accoun
     assert not service.inspection.depths()["retrying"] and client("DELETE", "/task/none")[0] == 404
 
 
-def test_a_task_that_cannot_be_cancelled_says_what_it_does_instead(services, mail_server):
+def test_a_queued_task_is_cancelled_out_of_its_lane_and_never_sent(services, mail_server):
+    service = services(mail_server, workers=1)
+    service.queue.pause("normal")
+    until(lambda: service.workers.paused)
+    client = service.client.sign_up()
+    ids = [client.task(userId=f"{number}@example.com", subject="Secret plans") for number in range(3)]
+    assert client.sign_up()("DELETE", f"/task/{ids[1]}")[0] == 404
+    client("DELETE", f"/task/{ids[1]}")
+    assert client.get(f"/task/{ids[1]}")["state"] == "cancelled" and service.inspection.depths()["normal"] == 2
+    client.post("/lanes/normal/resume")
+    for task_id in (ids[0], ids[2]):
+        client.state(task_id, "succeeded")
+    assert sorted(mail.recipient for mail in mail_server.mails) == ["0@example.com", "2@example.com"]
+    assert client.get(f"/task/{ids[1]}")["subject"] == "Secret plans"
+    assert service.stats.read()["gomail_tasks_total", ("type", "message"), ("outcome", "cancelled")] == 1
+
+
+def test_a_task_that_cannot_be_cancelled_or_moved_says_what_it_does_instead(services, mail_server):
     service = services(mail_server, workers=1)
     client, begun, end = service.client.sign_up(), threading.Event(), threading.Event()
     cancelled = client.task(send_at=rfc3339(time.time() + 1e8))
     client("DELETE", f"/task/{cancelled}")
     service.workers.handlers["message"] = lambda task: begun.set() or end.wait() and ""
-    running, queued = client.task(), client.task()
+    running = client.task()
     assert begun.wait(PATIENCE)
-    for task_id, words in ((queued, "waits in its lane and may be taken at any moment"),
-                           (running, "is being worked on"), (cancelled, "has ended already (cancelled)")):
-        status, answer, _ = client("DELETE", f"/task/{task_id}")
-        assert (status, answer["field"]) == (409, "id") and answer["error"] == (
-            f"the task {words}; only one that waits for its send_at or a retry can be cancelled")
+    for task_id, words in ((running, "is being worked on"), (cancelled, "has ended already (cancelled)")):
+        for method, body, which in (("DELETE", None, "waits can be cancelled"),
+                                    ("PATCH", {"send_at": rfc3339(1e9)}, "waits for its send_at can be moved")):
+            status, answer, _ = client(method, f"/task/{task_id}", body)
+            assert (status, answer["field"]) == (409, "id")
+            assert answer["error"] == f"the task {words}; only one that {which}"
     end.set()
     client.state(running, "succeeded")
     assert "has ended already (succeeded)" in client("DELETE", f"/task/{running}")[1]["error"]
+
+
+def test_a_scheduled_task_is_moved_to_another_time_or_to_now_and_only_by_its_account(client, service, mail_server):
+    soon, late = (rfc3339(time.time() + seconds) for seconds in (1e4, 1e5))
+    task_id = client.task(send_at=soon, expires_at=late, metadata={"order": 7})
+    assert client.sign_up()("PATCH", f"/task/{task_id}", {"send_at": soon})[0] == 404
+    for body, status, field in (({"send_at": "tomorrow"}, 400, "send_at"), ({}, 400, "send_at"),
+                                ({"send_at": late}, 400, "send_at"), ({"send_at": rfc3339(1e9)}, 200, None)):
+        found, answer, _ = client("PATCH", f"/task/{task_id}", body)
+        assert (found, answer.get("field")) == (status, field)
+        if status == 400:
+            assert client.get(f"/task/{task_id}")["state"] == "scheduled"
+    assert client.state(task_id, "succeeded")["metadata"] == {"order": 7}
+    other = client.task(send_at=soon, userId="other@example.com")
+    client("PATCH", f"/task/{other}", {"send_at": late})
+    assert client.get(f"/task/{other}")["due"][:19] == late[:19] and service.inspection.scheduled() == 1
+
+
+@pytest.fixture
+def many_waiting(services, mail_server):
+    """(service whose lanes are held, client, another client, ids of what waits: by what it is)."""
+    service = services(mail_server, public_url="http://127.0.0.1")
+    for lane in gomail.LANES:
+        service.queue.pause(lane)
+    until(lambda: len(service.workers.paused) == len(gomail.LANES))
+    client = service.client.sign_up()
+    other = client.sign_up()
+    later = rfc3339(time.time() + 1e8)
+    named = changed("payload.userId", "Ann@example.com", changed("task", "campaign"))
+    ids = {"message": client.task(), "named": client.post("/task", named)["id"],
+           "otp": client.task("generateOtp"), "scheduled": client.task(send_at=later),
+           "unsubscribe": client.task("unsubscribe", userId="ann@example.com", content_type="News"),
+           "other": other.task()}
+    return service, client, other, ids
+
+
+@pytest.mark.parametrize(("query", "cancelled"), [
+    ("type=message", {"message", "named", "scheduled"}), ("type=message&state=queued", {"message", "named"}),
+    ("type=message&state=scheduled", {"scheduled"}), ("task=campaign", {"named"}), ("type=generateOtp", {"otp"}),
+    ("userId=ANN@example.com", {"named", "unsubscribe"}), ("content_type=News", {"unsubscribe"}),
+    ("content_type=News&type=message", set()), ("type=newsletter", set())])
+def test_all_that_waits_and_matches_is_counted_and_cancelled_and_nothing_else(many_waiting, query, cancelled):
+    service, client, _, ids = many_waiting
+    assert client.get(f"/task?{query}")["count"] == len(cancelled)
+    assert client("DELETE", f"/task?{query}")[1] == {
+        "status": True, "msg": "Tasks cancelled successfully", "count": len(cancelled)}
+    states = {name: service.inspection.status(task_id)["state"] for name, task_id in ids.items()}
+    assert {name for name, state in states.items() if state == "cancelled"} == cancelled
+    assert client.get(f"/task?{query}")["count"] == client("DELETE", f"/task?{query}")[1]["count"] == 0
+    assert sum(service.inspection.depths()[lane] for lane in gomail.LANES) == 5 - len(cancelled - {"scheduled"})
+
+
+@pytest.mark.parametrize(("query", "field"), [("", None), ("state=queued", None), ("type=webhook", "type"),
+                                              ("state=running&type=message", "state"), ("userId=nobody", "userId"),
+                                              ("content_type=a/b", "content_type")])
+def test_cancelling_needs_a_filter_that_is_valid(client, query, field):
+    status, answer, _ = client("DELETE", f"/task?{query}")
+    assert (status, answer.get("field")) == (400, field)
+
+
+def test_of_a_long_list_what_matches_is_cancelled_and_the_rest_keeps_its_order(queue):
+    chance = random.Random(5)
+    names = [chance.choice(["a", "b"]) for _ in range(1500)]
+    ids = []
+    for start in range(0, 1500, 500):
+        ids += queue.enqueue(queue.account, [changed("task", name) for name in names[start:start + 500]])
+    queue.settle_and_take("normal-0", "normal", most=3, begin_all=False)  # these are in a hand, and stay
+    told = []
+    assert queue.purge(queue.account, task="b", progress=told.append) == {"message": names[3:].count("b")}
+    assert waiting_ids(queue)[::-1] == [task_id for task_id, name in zip(ids[3:], names[3:]) if name == "a"]
+    assert told[-1] == names[3:].count("b") and told == sorted(told)
+    assert not queue.purge(dataclasses.replace(queue.account, registration="another"), type="message")
+
+
+def test_a_task_that_died_of_an_unreadable_letter_of_an_older_version_is_cancelled_as_well(queue):
+    task_id, = queue.enqueue(queue.account, [changed("task", "half of \ud83d a pair")])
+    assert queue.purge(recipient="user@example.com") == {"": 1}
+    assert look(queue).status(task_id)["state"] == "cancelled"
+
+
+def test_a_subject_is_shown_with_its_task_but_not_that_of_an_otp(services, mail_server):
+    service = services(mail_server, otp_subject="{{ otp }} is your code")
+    client = service.client.sign_up()
+    mail_server.replies["dead@example.com"] = ["550 5.1.1 no such user"]
+    sent, otp = client.task(subject="x" * 100), client.task("generateOtp")
+    dead = client.task(subject="ü" * 50, userId="dead@example.com")
+    assert client.state(sent, "succeeded")["subject"] == "x" * 60
+    assert client.state(dead, "dead")["subject"] == "ü" * 30
+    client.state(otp, "succeeded")
+    assert {task["id"]: task.get("subject") for task in client.get("/task/recent")["tasks"]} == {
+        sent: "x" * 60, dead: "ü" * 30, otp: None}
 
 
 def test_other_mail_gives_way_to_an_otp_until_that_is_sent_or_for_a_moment(queue, monkeypatch):
@@ -12356,6 +12541,26 @@ def test_a_short_admin_token_is_warned_about_at_the_start(processes, redis_serve
         assert bool(process.logged("admin_token is so short")) is warned and token not in "".join(process.lines)
 
 
+def test_only_the_admin_pauses_a_lane_and_resumes_one_that_is_paused_by_request(governed):
+    _, admin, one, _ = governed
+    assert one("POST", "/lanes/bulk/pause")[0] == 401
+    admin.post("/lanes/bulk/pause")
+    status, answer, _ = one("POST", "/lanes/bulk/resume")
+    assert status == 403 and "only the admin" in answer["error"]
+    assert lane_named(one, "bulk")["reason"] == "by request"
+    admin.post("/lanes/bulk/resume")
+    admin.post("/lanes/bulk/pause")
+    admin.post("/lanes/bulk/resume")  # at once: it ends a new pause
+    assert not lane_named(one, "bulk")["paused"]
+
+
+def test_without_admin_token_nobody_pauses_or_resumes_a_lane_through_a_proxy(client):
+    assert client("POST", "/lanes/bulk/pause", X_Forwarded_For="192.0.2.1")[0] == 403
+    client.post("/lanes/bulk/pause")
+    assert client("POST", "/lanes/bulk/resume", X_Forwarded_For="192.0.2.1")[0] == 403
+    client.post("/lanes/bulk/resume")
+
+
 def test_a_lane_is_resumed_once_in_five_seconds_by_all_processes(governed, services, mail_server, monkeypatch):
     service, admin, one, two = governed
     other = services(mail_server, key_prefix=service.settings.key_prefix, admin_token=ADMIN)
@@ -13358,6 +13563,25 @@ def test_the_command_line_makes_a_new_key_of_an_account(operated):
     code, output, errors = command("accounts", "--rotate", name_of(client), "--overlap", "-1")
     assert (code, output) == (2, "") and "--overlap must be a whole number from 0 to 2592000" in errors
     assert works(newest)
+
+
+def test_lanes_are_paused_and_resumed_and_what_waits_is_cancelled_by_commands(operated, mail_server):
+    command, client = operated
+    assert command("pause", "normal")[0] == 0 and command("pause", "none")[0] == 2
+    until(lambda: lane_named(client, "normal")["paused"])
+    assert re.search(r"normal .* paused by request since 20\d\d-", command("stats")[1])
+    ids = [client.task(userId=f"{number}@example.com") for number in range(4)]
+    assert command("cancel", ids[0])[1] == "1 task cancelled\n" and command("cancel", ids[0])[0] == 1
+    for arguments in ((), (ids[1], "--type", "message"), ("--state", "queued"), ("--to", "nobody")):
+        assert command("cancel", *arguments)[0] in (1, 2)
+    assert command("cancel", "--type", "message", "--account", "nobody")[0] == 1
+    assert command("cancel", "--to", "1@EXAMPLE.com", "--json")[1] == '{\n  "count": 1\n}\n'
+    code, output = command.at_terminal("cancel", "--type", "message", typed="n\n")
+    assert code == 1 and "Cancel 2 tasks of all accounts? [y/N]" in output
+    code, output = command.at_terminal("cancel", "--type", "message", "--account", name_of(client), typed="y\n")
+    assert code == 0 and f"[{'#' * 30}] 2 of 2" in output and "2 tasks cancelled" in output
+    assert command("resume", "normal")[0] == 0 and command("resume", "normal")[0] == 1  # a moment ago
+    assert {client.get(f"/task/{task_id}")["state"] for task_id in ids} == {"cancelled"} and not mail_server.mails
 
 
 def test_what_takes_long_shows_at_a_terminal_how_far_it_has_come(operated, mail_server):
@@ -16228,6 +16452,47 @@ def test_soak_20000_tasks_while_everything_is_killed_at_random_times(processes, 
     print(f"\nanswered 2xx {len(answered)}, distinct mails {len({mail.recipient for mail in mail_server.mails})}, "
           f"doubles {doubles}, kills {dict(kills)}, 503 and repeated {sum(len(sender.refused) for sender in senders)}")
     assert doubles <= kills["gomail"] * 4 + kills["smtp"] * 4 + kills["redis"] * 4 and folder.exists()
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.long
+def test_of_20000_tasks_each_is_sent_or_cancelled_and_none_both_beside_8_workers_and_sigkill(
+        processes, mail_server, redis_with_file):
+    environment = {**settings_for(redis_with_file(), mail_server), "workers": "8", "workers_max": "8",
+                   "result_ttl": "86400"}
+    process = processes(environment).started()
+    client = process.client.sign_up()
+    everybody = [f"{number}@example.com" for number in range(20_000)]
+    process.client.post("/lanes/normal/pause")
+    for start in range(0, 20_000, 1000):
+        client.post("/task/batch", {"tasks": [
+            changed("payload.userId", address, changed("task", "wrong" if number % 4 else "right"))
+            for number, address in enumerate(everybody[start:start + 1000], start)]})
+    client.post("/lanes/normal/resume")
+    until(lambda: len(mail_server.mails) > 2000, 120)
+    for cut_off in (True, False):  # the first call is cut off half-way
+        process.kill()
+        process = processes(environment).started()
+        client, sent = Client(process.url, client.key), len(mail_server.mails)
+        until(lambda: len(mail_server.mails) > sent + 500, 120)
+        if cut_off:
+            threading.Timer(0.2, process.process.kill).start()
+        with contextlib.nullcontext() if not cut_off else contextlib.suppress(OSError, http.client.HTTPException):
+            status, answer, _ = client("DELETE", "/task?task=wrong")
+            assert cut_off or status == 200, answer
+    until(lambda: not client.get("/lanes")["lanes"][1]["queued"] and not client.get("/lanes")["retrying"]
+          and not client.get("/task/recent?state=running&limit=1")["tasks"], 300)
+    states, offset = collections.defaultdict(set), 0
+    while offset is not None:
+        found = client.get(f"/task/recent?limit=1000&offset={offset}")
+        offset = found["next"]
+        for task in found["tasks"]:
+            states[task["state"]].add(task["userId"])
+    arrived = {mail.recipient for mail in mail_server.mails}
+    print(f"\nsent {len(arrived)}, cancelled {len(states['cancelled'])}, twice {len(mail_server.mails) - len(arrived)}")
+    assert {state for state, found in states.items() if found} == {"succeeded", "cancelled"}
+    assert arrived == states["succeeded"] and arrived.isdisjoint(states["cancelled"])
+    assert arrived | states["cancelled"] == set(everybody) and len(states["cancelled"]) > 1000
 
 
 @pytest.mark.timeout(7200)
