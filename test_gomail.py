@@ -2907,7 +2907,7 @@ def test_deregistering_an_account_with_many_of_everything_revokes_its_key_and_re
     accounts, store, name = service.http.api.accounts, service.store, name_of(client)
     define(client)
     hashes = [store.key("suppressed_for", name), store.key("subscribers", "news", name),
-              store.key("issued", "news", name)]
+              store.key("issued", "news", name), store.key("got", "news", name)]
     sets = [store.key("suppressed", name), store.key("dead", name)]
     for key in hashes:
         store.redis.hset(key, mapping={f"{number}@example.com": "x" for number in range(1500)})
@@ -2921,7 +2921,7 @@ def test_deregistering_an_account_with_many_of_everything_revokes_its_key_and_re
     monkeypatch.setattr(store, "REMOVED_AT_ONCE", 100)
     seen = steps(monkeypatch, store, "_remove", sizes)
     accounts.deregister(name)
-    assert most(seen) < 300 and seen[-1][1] == [0] * 5  # SCAN may return some more than it was asked for
+    assert most(seen) < 300 and seen[-1][1] == [0] * 6  # SCAN may return some more than it was asked for
     assert not [key for key in store.redis.keys(store.key("*")) if name in key and ":recent:" not in key]
     assert accounts.sign_up(name)
 
@@ -8866,7 +8866,7 @@ def many_subscribers(dated, monkeypatch):
     """(service, client, keys) of a content type with records of more subscribers than a step of its removal takes."""
     service, client = dated
     define(client)
-    keys = [service.store.key(kind, "news", name_of(client)) for kind in ("subscribers", "issued")]
+    keys = [service.store.key(kind, "news", name_of(client)) for kind in ("subscribers", "issued", "got")]
     for key in keys:
         service.store.redis.hset(key, mapping={f"{number}@example.com": "{}" for number in range(1000)})
     monkeypatch.setattr(service.store, "REMOVED_AT_ONCE", 100)
@@ -8912,6 +8912,413 @@ def test_nothing_is_sent_for_a_content_type_that_was_removed_by_a_process_that_d
     assert service.inspection.depths()["bulk"] == 0 and not mail_server.mails
     define(client)
     assert client.get("/task/subscriptionContent/news")["subscribers"] == 0
+
+
+def send_now(client, content_type="news", **body):
+    return client.post(f"/task/subscriptionContent/{content_type}/send", body)
+
+
+def never_again(service, client, content_type="news"):
+    """Set "resend": false of a content type."""
+    key = service.store.key("content", name_of(client))
+    text = json.loads(service.store.redis.hget(key, content_type))
+    service.store.redis.hset(key, content_type, json.dumps({
+        "subject": text["subject"], "content": text["content"], "resend": False}))
+
+
+def issues(client, content_type="news"):
+    return client.get(f"/task/subscriptionContent/{content_type}/issues")["issues"]
+
+
+def last_of(client, recipient="user@example.com"):
+    found, = client.get(f"/subscriptions?userId={recipient}")["subscriptions"]
+    return found["last"]
+
+
+def executed(service, count):
+    """Wait until so many tasks have been done."""
+    return until(lambda: service.inspection.counters()["executed"] == count)
+
+
+def test_a_newsletter_is_sent_now_to_each_subscriber_and_the_schedule_stays_as_it_is(dated, mail_server, clock):
+    service, client = dated
+    define(client)
+    for number in range(3):
+        subscribe(client, f"User{number}@example.com", frequency="@monthly")
+    places = service.store.redis.zrange(service.store.key("schedule"), 0, -1, withscores=True)
+    answer = send_now(client)
+    assert answer["count"] == 3 and "id" not in answer
+    until(lambda: len(mail_server.mails) == 3)
+    assert {mail.recipient for mail in mail_server.mails} == {f"User{number}@example.com" for number in range(3)}
+    assert text_of(mail_server.one("User1@example.com")) == "What is new\n"
+    assert service.store.redis.zrange(service.store.key("schedule"), 0, -1, withscores=True) == places
+    until(lambda: not service.store.redis.exists(service.store.key("sends")))
+    executed(service, 6)
+    clock.now = at("2026-04-01T00:00:00")
+    until(lambda: len(mail_server.mails) == 6)
+
+
+def test_to_send_to_nobody_counts_0_and_what_cannot_be_sent_says_why(service, client):
+    define(client)
+    assert send_now(client)["count"] == 0 and not service.store.redis.exists(service.store.key("sends"))
+    path = "/task/subscriptionContent"
+    for method, where, body, status, field in (
+            ("POST", "other/send", {}, 404, "content_type"), ("GET", "other/issues", None, 404, "content_type"),
+            ("POST", "other/send", {"to": "me@example.com"}, 404, "content_type"),
+            ("POST", "news/send", {"variables": {"name": "x"}}, 400, "variables"),
+            ("POST", "news/send", {"to": "nobody"}, 400, "to")):
+        answer = client(method, f"{path}/{where}", body)
+        assert (answer[0], answer[1]["field"]) == (status, field)
+
+
+def subscribers_of(service, client, count=500):
+    """Give a content type subscribers of whom the schedule knows nothing; returns their addresses."""
+    records = {f"{number}@example.com": json.dumps({
+        "userId": f"{number}@example.com", "frequency": "@monthly", "retries": 0, "created": 1})
+        for number in range(count)}
+    service.store.redis.hset(service.store.key("subscribers", "news", name_of(client)), mapping=records)
+    return sorted(records)
+
+
+def recipients_of_tasks(service):
+    """Of those that have not ended; "" for each that has."""
+    return sorted(service.store.redis.hget(key, "to") or "" for key in service.store.redis.keys(
+        service.store.key("task", "*")))
+
+
+def by_hand(service, mail_server):
+    """Nothing is queued or sent but by the test: returns what queues a few mails of a newsletter that is being sent."""
+    mail_server.stop()
+    service.cron.stop()
+    service.newsletters.BATCH = 10
+    return service.newsletters.send_some
+
+
+def test_a_newsletter_is_queued_in_parts_and_nobody_is_left_out_or_comes_twice(service, client, mail_server):
+    send_some = by_hand(service, mail_server)
+    define(client)
+    everybody = subscribers_of(service, client)
+    assert send_now(client)["count"] == 500
+    status, answer, _ = client("POST", "/task/subscriptionContent/news/send", {})
+    assert status == 409 and "being sent already" in answer["error"]
+    parts = 0
+    while send_some():
+        parts += 1
+    assert parts > 20 and recipients_of_tasks(service) == everybody
+    assert send_now(client)["count"] == 500  # their issue before has not ended yet
+    while send_some():
+        pass
+    assert recipients_of_tasks(service) == everybody
+
+
+def test_several_processes_queue_one_newsletter_together(service, client, mail_server):
+    send_some = by_hand(service, mail_server)
+    define(client)
+    everybody = subscribers_of(service, client)
+    send_now(client)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for worker in [pool.submit(lambda: collections.deque(iter(send_some, 0))) for _ in range(4)]:
+            worker.result()
+    assert recipients_of_tasks(service) == everybody
+
+
+@pytest.mark.parametrize("order", ["", "what came first on another server"])
+def test_who_comes_up_again_while_a_newsletter_is_queued_gets_no_second_mail(service, client, mail_server, order):
+    define(client)
+    everybody = subscribers_of(service, client, 30)
+    service.cron.stop()
+    service.newsletters.BATCH = 10
+    send_now(client)
+    sends = service.store.key("sends")
+    (field, job), = service.store.redis.hgetall(sends).items()
+    while service.newsletters.send_some():
+        pass
+    until(lambda: len(mail_server.mails) == 30)
+    executed(service, 30)
+    service.store.redis.hset(sends, field, json.dumps({**json.loads(job), "order": order}))
+    service.store.redis.delete(service.store.key("issued", "news", name_of(client)))
+    while service.newsletters.send_some():
+        pass
+    assert recipients_of_tasks(service) == [""] * 30 and len(mail_server.mails) == 30
+    assert sorted(mail.recipient for mail in mail_server.mails) == everybody
+
+
+def test_a_restart_of_redis_in_the_middle_of_a_newsletter_leaves_nobody_out(services, mail_server, redis_with_file):
+    # After it, HSCAN goes through the subscribers in another order: a cursor of before would skip some.
+    server = redis_with_file()
+    service = services(mail_server, redis_uri=server.uri)
+    client = service.client.sign_up()
+    send_some = by_hand(service, mail_server)
+    define(client)
+    everybody = subscribers_of(service, client, 300)
+    send_now(client)
+    for _ in range(8):
+        for _ in range(3):
+            send_some()
+        server.stop()
+        server.start()
+    while send_some():
+        pass
+    assert recipients_of_tasks(service) == everybody
+
+
+def test_a_newsletter_whose_answer_is_lost_is_queued_once(services, mail_server, cutter):
+    service = services(mail_server, redis_uri=cutter.uri)
+    client = service.client.sign_up()
+    send_some = by_hand(service, mail_server)
+    define(client)
+    everybody = subscribers_of(service, client)
+    for script in (service.newsletters._send, service.newsletters._send_some):
+        cutter.cut(script)
+        send_now(client) if script is service.newsletters._send else send_some()
+    while send_some():
+        pass
+    assert cutter.cuts == 2 and recipients_of_tasks(service) == everybody
+
+
+def test_a_request_to_send_that_comes_again_with_its_idempotency_key_sends_once(dated, mail_server):
+    service, client = dated
+    define(client)
+    subscribe(client)
+    path, key = "/task/subscriptionContent/news/send", {"Idempotency_Key": "one"}
+    first = client.post(path, {}, **key)
+    executed(service, 2)
+    assert client.post(path, {}, **key) == first
+    assert client("POST", path, {"to": "me@example.com"}, **key)[0] == 422
+    test, key = {"to": "me@example.com"}, {"Idempotency_Key": "another"}
+    first = client.post(path, test, **key)
+    client.state(first["id"], "succeeded")
+    client("DELETE", "/task/subscriptionContent/news")
+    assert client.post(path, test, **key) == first
+    assert sorted(mail.recipient for mail in mail_server.mails) == ["me@example.com", "user@example.com"]
+
+
+@pytest.mark.parametrize("by", ["content type", "account", "both again"])
+def test_what_is_removed_while_it_is_being_sent_is_sent_to_nobody_more(service, client, mail_server, by):
+    send_some = by_hand(service, mail_server)
+    define(client)
+    subscribers_of(service, client)
+    send_now(client)
+    send_some()
+    name, before = name_of(client), len(recipients_of_tasks(service))
+    assert 0 < before < 100
+    if by == "content type":
+        client("DELETE", "/task/subscriptionContent/news")
+    else:
+        client.post("/auth/deregister", {"id": name})
+    if by == "both again":
+        client = service.client.sign_up(name)
+        define(client)
+        subscribers_of(service, client)
+    while send_some():
+        pass
+    # Those of an account that has gone are dropped by whoever takes them.
+    assert len(recipients_of_tasks(service)) <= before and not service.store.redis.exists(service.store.key("sends"))
+    assert by != "content type" or len(recipients_of_tasks(service)) == before
+
+
+def test_to_stop_the_sending_of_newsletters_leaves_those_who_were_not_looked_at(service, client, mail_server):
+    send_some = by_hand(service, mail_server)
+    other = service.client.sign_up()
+    for each in (client, other):
+        for content_type in ("news", "other"):
+            define(each, content_type)
+        subscribers_of(service, each)
+        send_now(each)
+    accounts, stop = service.http.api.accounts, service.newsletters.stop_sends
+    own, newsletters = accounts.find(name_of(client)), service.store.key("sends")
+    assert stop(own, "other") == stop(dataclasses.replace(own, registration="an earlier one")) == 0
+    for _ in range(4):
+        send_some()
+    queued = len(recipients_of_tasks(service))
+    left = stop(own, "news")
+    assert service.store.redis.hlen(newsletters) == 1
+    assert left + stop() == 1000 - queued and queued > 0
+    assert send_some() == 0 == stop() and len(recipients_of_tasks(service)) == queued
+
+
+def test_a_newsletter_that_is_being_sent_goes_on_after_a_backup_and_doubles_nothing(
+        service, client, services, mail_server, redis_with_file, tmp_path):
+    send_some = by_hand(service, mail_server)
+    define(client)
+    everybody = subscribers_of(service, client, 300)
+    send_now(client)
+    for _ in range(9):
+        send_some()
+    options = {"redis_uri": service.settings.redis_uri, "key_prefix": service.settings.key_prefix}
+    copy = {"redis_uri": redis_with_file().uri, "key_prefix": "copy:"}
+    for command, where in (("backup", options), ("restore", copy)):
+        result = subprocess.run([sys.executable, HERE / "gomail.py", command, tmp_path / "backup"], cwd=tmp_path,
+                                env={**os.environ, **where}, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+    services.running.remove(service)
+    service.stop()
+    mail_server.start()
+    services(mail_server, **copy)
+    until(lambda: len(mail_server.mails) >= 300)
+    assert sorted(mail.recipient for mail in mail_server.mails) == everybody
+
+
+def test_a_test_goes_to_one_address_with_the_variables_of_the_request_and_is_no_issue(linked, mail_server):
+    service, client = linked
+    path = "/task/subscriptionContent/news/send"
+    status, answer, _ = client("POST", path, {"to": "Me@example.com"})
+    assert (status, answer["field"]) == (400, "variables.name")
+    answer = send_now(client, to="Me@example.com", variables={"name": "Eve"})
+    assert answer["count"] == 1 and client.state(answer["id"], "succeeded")["userId"] == "Me@example.com"
+    message = mail_server.one("Me@example.com")
+    assert message["Subject"] == "Hi Eve" and "List-Unsubscribe" not in message
+    token, = re.findall(r"/unsubscribe/(\w+)", message.get_body(("html",)).get_content())
+    assert client("POST", f"/unsubscribe/{token}")[0] == 404
+    assert issues(client) == [] and last_of(client) is None
+    recorded = service.store.redis.hgetall(service.store.key("got", "news", name_of(client)))
+    assert not recorded and not mail_server.to("user@example.com")
+
+
+def test_a_test_to_a_subscriber_has_her_variables_and_her_link(linked, mail_server):
+    service, client = linked
+    answer = send_now(client, to="User@example.com", variables={"name": "Eve"})
+    client.state(answer["id"], "succeeded")
+    message = mail_server.one("User@example.com")
+    assert message["Subject"] == "Hi Ann & Bob X"
+    link = message["List-Unsubscribe"].strip("<>")
+    connection = http.client.HTTPConnection(client.address)
+    connection.request("POST", link.removeprefix("https://mail.example.com"))
+    assert connection.getresponse().status == 200
+    assert client.get("/task/subscriptionContent/news")["subscribers"] == 0
+
+
+def test_a_test_to_a_suppressed_address_is_a_409_with_the_reason(client):
+    define(client)
+    client.post("/suppressions", {"userId": "Me@example.com"})
+    status, answer, _ = client("POST", "/task/subscriptionContent/news/send", {"to": "me@example.com"})
+    assert status == 409 and answer["field"] == "to" and "by request" in answer["error"]
+
+
+def test_a_test_does_not_wait_behind_the_newsletters_of_the_bulk_lane(service, client, mail_server):
+    define(client)
+    subscribers_of(service, client, 10)
+    service.workers.breakers["bulk"].open("for the test", look=lambda: ("still", 3600.0))
+    send_now(client)
+    client.state(send_now(client, to="me@example.com")["id"], "succeeded")
+    assert {mail.recipient for mail in mail_server.mails} == {"me@example.com"}
+
+
+def test_who_got_which_issue_is_known_with_its_numbers(dated, mail_server, clock):
+    service, client = dated
+    define(client)
+    for number in range(3):
+        subscribe(client, f"User{number}@example.com")
+    mail_server.replies["User2@example.com"] = ["550 5.2.1 no"]
+    before = time.time()
+    send_now(client)
+    executed(service, 6)
+    first, = issues(client)
+    digest = gomail.text_digest("News", "What is new")
+    assert first.pop("first") <= first.pop("last") and first == {"issue": digest, "subject": "News", "sent": 2}
+    last = last_of(client, "user1@example.com")
+    assert at(last.pop("time").rstrip("Z")) >= before - 1 and last == {"issue": digest, "subject": "News"}
+    assert last_of(client, "user2@example.com") is None
+    client("PUT", "/task/subscriptionContent", {"content_type": "news", "subject": "Newer", "content": "Newest"})
+    clock.forward(86400)
+    executed(service, 9)
+    assert [(issue["subject"], issue["sent"]) for issue in issues(client)] == [("Newer", 3), ("News", 2)]
+    assert last_of(client, "user1@example.com")["subject"] == "Newer"
+    assert {row["last"]["subject"] for row in client.get("/subscriptions")["subscriptions"]} == {"Newer"}
+    # It ends with the subscription, and with the content type.
+    client.state(client.task("unsubscribe", userId="user1@example.com", content_type="news"), "succeeded")
+    subscribe(client, "user1@example.com")
+    assert last_of(client, "user1@example.com") is None
+    client("DELETE", "/task/subscriptionContent/news")
+    define(client)
+    subscribe(client, "user0@example.com")
+    assert issues(client) == [] and last_of(client, "user0@example.com") is None
+
+
+def test_only_the_hundred_issues_that_were_sent_last_are_known(service, client):
+    define(client)
+    subscribe(client)
+    for number in range(103):
+        client("PUT", "/task/subscriptionContent", {
+            "content_type": "news", "subject": f"News {number if number != 101 else 50}", "content": "What is new"})
+        send_now(client)
+        executed(service, number + 2)
+    expected = [f"News {number}" for number in (102, 50, *range(100, 50, -1), *range(49, 1, -1))]
+    assert [issue["subject"] for issue in issues(client)] == expected
+    assert issues(client)[1]["sent"] == 2
+    assert service.store.redis.hlen(service.store.key("issues", "news", name_of(client))) == 400
+
+
+def test_a_newsletter_that_arrives_after_all_has_gone_leaves_nothing_behind(service, client, mail_server):
+    define(client)
+    subscribe(client)
+    gone, waits = threading.Event(), threading.Event()
+    real = service.workers.transport.send
+
+    def send(*arguments):
+        waits.set()
+        assert gone.wait(PATIENCE)
+        return real(*arguments)
+    service.workers.transport.send = send
+    send_now(client)
+    assert waits.wait(PATIENCE)
+    client("DELETE", "/task/subscriptionContent/news")
+    gone.set()
+    executed(service, 2)
+    assert not service.store.redis.keys(service.store.key("got", "*"))
+    assert not service.store.redis.keys(service.store.key("issues", "*"))
+
+
+@pytest.mark.parametrize("content", ["What is new", 'quoted ", \\"resend\\": false, \u00e9 \U0001f600\n"', "/\\/\x7f"])
+def test_with_resend_false_who_got_this_very_text_does_not_get_it_again(dated, mail_server, clock, content):
+    service, client = dated
+    define(client, content=content)
+    for number in range(2):
+        subscribe(client, f"{number}@example.com")
+    clock.forward(86400)
+    executed(service, 4)
+    clock.forward(86400)
+    executed(service, 6)  # by default, they do
+    never_again(service, client)
+    subscribe(client, "new@example.com")
+    clock.forward(86400)
+    executed(service, 8)
+    send_now(client)
+    until(lambda: not service.store.redis.exists(service.store.key("sends")))
+    assert len(mail_server.to("new@example.com")) == 1 and len(mail_server.mails) == 5
+    clock.forward(86400)
+    until(lambda: service.newsletters.enqueue_due() == 0)
+    client("PUT", "/task/subscriptionContent", {"content_type": "news", "subject": "News", "content": "Newer"})
+    never_again(service, client)
+    send_now(client)
+    executed(service, 11)
+    clock.forward(86400)
+    until(lambda: service.newsletters.enqueue_due() == 0)
+    places = service.store.redis.zrange(service.store.key("schedule"), 0, -1, withscores=True)
+    assert len(mail_server.mails) == 8 and {moment for _, moment in places} == {at("2026-03-16T00:00:00")}
+
+
+def test_with_resend_false_a_mail_that_waited_while_its_text_changed_back_is_cancelled(dated, mail_server):
+    service, client = dated
+    define(client)
+    subscribe(client)
+    never_again(service, client)
+    send_now(client)
+    executed(service, 2)
+    client("PUT", "/task/subscriptionContent", {"content_type": "news", "subject": "News", "content": "Newer"})
+    never_again(service, client)
+    mail_server.replies["user@example.com"] = ["450 4.2.0 later"]
+    service.workers.retry_delay = lambda attempts: 0.5
+    key = service.store.key("subscribers", "news", name_of(client))
+    record = json.loads(service.store.redis.hget(key, "user@example.com"))
+    service.store.redis.hset(key, "user@example.com", json.dumps({**record, "retries": 9}))
+    send_now(client)
+    until(lambda: service.inspection.depths()["retrying"])
+    task_id, = service.store.redis.zrange(service.store.key("delayed"), 0, -1)
+    client("PUT", "/task/subscriptionContent", {"content_type": "news", "subject": "News", "content": "What is new"})
+    never_again(service, client)
+    assert "resend is false" in client.state(task_id, "cancelled")["error"]
+    assert len(mail_server.mails) == 1
 
 
 # --- 10. bounces ------------------------------------------------------------------------------------------
