@@ -41,6 +41,7 @@ What a change touches:
 import argparse
 import base64
 import bisect
+import calendar
 import binascii
 import collections
 import contextlib
@@ -1073,8 +1074,10 @@ def start_logging(settings: Settings) -> None:
 #
 #   hooks                           hash    account, "" for the admin -> its webhook, see Webhooks.set()
 #   content:<account>               hash    content type -> {"subject", "content"}
-#   subscribers:<type>:<account>    hash    address -> {"userId", "frequency", "retries", "created", "variables"}
-#   issued:<type>:<account>         hash    address -> id of the task of the newest newsletter
+#   subscribers:<type>:<account>    hash    address -> {"userId", "frequency", "retries", "created", "variables", "at",
+#                                           "day", "timezone"}
+#   issued:<type>:<account>         hash    address -> id of the task of the newest newsletter, and the newest boundary
+#                                           at which one was queued (s), by a space
 #   got:<type>:<account>            hash    address -> the last text that was sent to her, as text_digest() has it, and
 #                                           when (ms), by a space
 #   issues:<type>:<account>         hash    text_digest() -> {"subject"}; "<text_digest()> sent" -> number of mails,
@@ -3020,6 +3023,7 @@ CONTENT_TYPE = Pattern("a string of 1 to 100 characters, only letters, digits, s
                        r"(?!\.{1,2}$| +$)[\w. -]+", 100)
 LANE = Enum(MAIL_LANES)
 FREQUENCIES = ("@hourly", "@daily", "@weekly", "@monthly")
+WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 LOCALE = Pattern("a language tag of up to 35 characters (BCP 47), such as pt-BR",
                  "[A-Za-z]{1,8}(-[A-Za-z0-9]{1,8})*", 35)
 PURPOSE = String(50, ONE_LINE, LINE)
@@ -3038,6 +3042,59 @@ CONTENT_ID = Pattern("letters, digits and . _ + -, with at most one @ inside",
 FILENAME = String(100, ONE_LINE[:-1] + r"/\\]", "without control characters, / and \\")
 ATTACHMENT = Object({"filename": FILENAME, "content_type": MEDIA_TYPE, "content": Base64(),
                      "content_id": Nullable(CONTENT_ID)})
+
+
+class TimeZone(Check):
+    """An IANA time zone that this machine knows."""
+
+    expected = "an IANA time zone, such as Europe/Berlin"
+    schema: typing.ClassVar[Json] = {"type": "string", "maxLength": 64}
+    known = staticmethod(functools.lru_cache(zoneinfo.available_timezones))  # it reads some hundred files
+
+    def parse(self, value: str) -> str | None:
+        return value if value in self.known() else None
+
+    def hint(self, value: Any) -> str:
+        if type(value) is not str or not value:
+            return super().hint(value)
+        names = {name.lower(): name for name in self.known()}
+        nearest = difflib.get_close_matches(value[:64].lower().replace(" ", "_"), names, 1)
+        return f"; did you mean {names[nearest[0]]}?" if nearest else ""
+
+
+class Day(Check):
+    """The day of a week or of a month on which a newsletter comes."""
+
+    types = (str, int)
+    expected = f"one of {', '.join(WEEKDAYS)} with the frequency @weekly, or a whole number from 1 to 31 with @monthly"
+    schema: typing.ClassVar[Json] = {
+        "anyOf": [{"enum": list(WEEKDAYS)}, {"type": "integer", "minimum": 1, "maximum": 31}]}
+
+    def parse(self, value: str | int) -> str | int | None:
+        return value if value in WEEKDAYS or isinstance(value, int) and 1 <= value <= 31 else None
+
+
+class Subscription(Object):
+    """The payload of a subscribe task: a `day` must be one of its frequency, and no hour has an `at`."""
+
+    CALENDAR: typing.ClassVar[dict[str, Check]] = {
+        "at": Nullable(Pattern("a time from 00:00 to 23:59, such as 09:30", "([01][0-9]|2[0-3]):[0-5][0-9]", 5)),
+        "day": Nullable(Day()), "timezone": Nullable(TimeZone())}
+
+    def __init__(self, fields: Mapping[str, Check], dependent_required: Sequence[str] = ()) -> None:
+        super().__init__({**fields, **self.CALENDAR}, dependent_required)
+
+    def __call__(self, value: Any, field: str = "") -> Any:
+        payload, path = super().__call__(value, field), f"{field}." if field else ""
+        frequency, day = payload["frequency"], payload.get("day")
+        if frequency == "@hourly" and "at" in payload:
+            raise HTTPError(400, f"{path}at must be left out with the frequency @hourly", f"{path}at")
+        if day is not None and frequency not in ("@weekly", "@monthly"):
+            raise HTTPError(400, f"{path}day must be left out with the frequency {frequency}", f"{path}day")
+        if day is not None and isinstance(day, int) != (frequency == "@monthly"):
+            expected = "a whole number from 1 to 31" if frequency == "@monthly" else f"one of {', '.join(WEEKDAYS)}"
+            raise HTTPError(400, f"{path}day must be {expected} with the frequency {frequency}", f"{path}day")
+        return payload
 
 
 class MailPayload(Object):
@@ -3094,10 +3151,10 @@ PAYLOADS = {
                                 "variables": Absent(MailPayload.NEEDS_CONTENT_TYPE),
                                 "locale": Absent(MailPayload.NEEDS_CONTENT_TYPE),
                                 "from": Nullable(Sender()), "lane": Nullable(LANE), "metadata": Nullable(Metadata())}),
-    "subscribe": Object({"userId": Address(), "frequency": Enum(FREQUENCIES), "content_type": CONTENT_TYPE,
-                         "subject": Nullable(SUBJECT_TEMPLATE), "content": Nullable(CONTENT_TEMPLATE),
-                         "variables": Nullable(Variables())},
-                        dependent_required=("subject", "content")),
+    "subscribe": Subscription({"userId": Address(), "frequency": Enum(FREQUENCIES), "content_type": CONTENT_TYPE,
+                               "subject": Nullable(SUBJECT_TEMPLATE), "content": Nullable(CONTENT_TEMPLATE),
+                               "variables": Nullable(Variables())},
+                              dependent_required=("subject", "content")),
     "unsubscribe": Object({"userId": Address(), "content_type": CONTENT_TYPE}),
 }
 
@@ -7411,12 +7468,15 @@ class Otps:
 # Content types, their subscriptions, and the schedule. One script moves a due subscription to its next boundary and
 # queues its mail, so that any number of processes send it once.
 
-def next_boundary(frequency: str, now: float, zone: zoneinfo.ZoneInfo) -> int:
+def next_boundary(frequency: str, now: float, zone: zoneinfo.ZoneInfo, at: str = "00:00",
+                  day: str | int | None = None) -> int:
     """The first calendar boundary after `now`, both in seconds since the epoch.
 
-    @hourly is minute 0; @daily midnight; @weekly midnight before Sunday; @monthly midnight before the 1st; by the
-    clock of `zone`. If daylight saving skips a midnight, the boundary is the first moment after it; if it repeats one,
-    the first counts. An hour that it repeats is an hour like any other.
+    @hourly is minute 0; @daily the time `at`; @weekly that time on `day`, one of WEEKDAYS, by default Sunday; @monthly
+    that time on the day of this number, by default the 1st, or on the last of a month that has no such day; by the
+    clock of `zone`. A time that daylight saving skips is that of the clock before the change: 02:30 becomes 03:30, and
+    a skipped midnight the first moment after it. Of a time that it repeats, the first counts. (Both are as in RFC 5545
+    section 3.3.5.) An hour that it repeats is an hour like any other.
     """
     if frequency == "@hourly":
         moment = int(now)
@@ -7425,14 +7485,16 @@ def next_boundary(frequency: str, now: float, zone: zoneinfo.ZoneInfo) -> int:
             moment += 3600 - local.minute * 60 - local.second
             if datetime.datetime.fromtimestamp(moment, zone).minute == 0:
                 return moment
-    day = datetime.datetime.fromtimestamp(now, zone).date()
+    time_of_day = datetime.time.fromisoformat(at)
+    date = datetime.datetime.fromtimestamp(now, zone).date() - datetime.timedelta(days=1)  # a gap may be a whole day
     while True:
-        day += datetime.timedelta(days=1)
-        if frequency == "@weekly" and day.isoweekday() != 7 or frequency == "@monthly" and day.day != 1:
-            continue
-        boundary = datetime.datetime.combine(day, datetime.time(), zone).timestamp()
-        if boundary > now:
-            return int(boundary)
+        last = calendar.monthrange(date.year, date.month)[1]
+        if (frequency == "@daily" or frequency == "@weekly" and WEEKDAYS[date.weekday()] == (day or "sun")
+                or frequency == "@monthly" and date.day == min(int(day or 1), last)):
+            boundary = datetime.datetime.combine(date, time_of_day, zone).timestamp()  # fold=0: as the RFC has it
+            if boundary > now:
+                return int(boundary)
+        date += datetime.timedelta(days=1)
 
 
 def text_digest(subject: str, content: str) -> str:
@@ -7453,6 +7515,10 @@ class Newsletters:
 
     BATCH = 200  # subscriptions that one script looks at: a millisecond of Redis's time each 50
     TEST_RETRIES = 3  # of a newsletter that is sent as a test
+    CALENDARS_KEPT = 100  # of those that are not only a frequency: known to each look for what is due
+    HALF: typing.ClassVar[dict[str, int]] = {  # half a period in seconds: two boundaries that are closer are the same
+        "@hourly": 1800, "@daily": 43200, "@weekly": 302400, "@monthly": 1209600}
+    HALF_AS_JSON = json.dumps(HALF)
     CONTROLS = re.compile(ONE_LINE.replace("[^", "[") + "+")  # what a subject must not contain
 
     def __init__(self, store: Store, zone: zoneinfo.ZoneInfo, accounts: Accounts, public_url: str = "",
@@ -7473,6 +7539,8 @@ class Newsletters:
         self.sending = threading.Event()  # set where this process knows of newsletters that are to be queued
         self._correct = store.script(self.CORRECT)
         self._cursor = 0  # where correct() continues in the schedule
+        self._calendars: dict[str, None] = dict.fromkeys(FREQUENCIES)  # whose boundaries are passed to CLAIM
+        self._found: dict[str, tuple[float, int, int]] = {}  # calendar -> since when its next two boundaries are these
 
     def _keys(self, account: str, content_type: str, address: str = "") -> list[str]:
         """The KEYS of DEFINE, REMOVE, SUBSCRIBE, UNSUBSCRIBE and REFOLD, as KEYS_BY_NAME names them."""
@@ -7615,7 +7683,8 @@ class Newsletters:
                       limit: int = 100) -> tuple[list[Json], str | None]:
         """About `limit` subscriptions of an account or of all, unordered, and the next `cursor`, None at the end.
 
-        Each is {"account", "content_type", "userId", "frequency", "next", "created", "last"}; the last is the issue
+        Each is {"account", "content_type", "userId", "frequency", "next", "created", "last"}, and "at", "day" and
+        "timezone" where it has them; the last is the issue
         that was sent last, {"time", "issue", "subject" (None if that was too long ago)}, or None. A subscription that
         exists throughout is returned at least once, and rarely twice (Redis's SCAN). An unknown cursor starts again.
         """
@@ -7641,7 +7710,7 @@ class Newsletters:
         lasts = self._last_issues([(owner, name, got) for (owner, name, _), got in zip(page, answers[1::2])])
         return [{"account": owner, "content_type": name, "userId": record["userId"], "frequency": record["frequency"],
                  "next": timestamp(moment * 1e6) if moment else None, "created": timestamp(record["created"]),
-                 "last": last}
+                 **{name: record[name] for name in Subscription.CALENDAR if name in record}, "last": last}
                 for (owner, name, record), moment, last in zip(page, answers[::2], lasts)], (
                     f"{number}-{scan}" if number < len(pairs) else None)
 
@@ -7669,11 +7738,12 @@ class Newsletters:
     # Workers may do an unsubscribe before the subscribe that came earlier: the later request wins in any order.
     # KEYS: see _keys().
     # ARGV: content type, address, subscription (JSON), when its task was created (microseconds), member of the
-    #       schedule, next boundary (s), body of the content type if it is to be created, or ""; account, the data of
-    #       the event.
+    #       schedule, now, next boundary and the one after it (s), half a period (s), body of the content type if it is
+    #       to be created, or ""; account, the data of the event.
     # Answer: "subscribed", "overtaken", or "unknown" if the content type does not exist.
     SUBSCRIBE = Queue.LATER + Queue.EVENT + KEYS_BY_NAME + """
-        local content_type, address, record, created, member, boundary, body, account, data = unpack(ARGV)
+        local content_type, address, record, created, member, now, boundary, next_but_one, half = unpack(ARGV, 1, 9)
+        local body, account, data = unpack(ARGV, 10)
         if body ~= '' and redis.call('HSETNX', content, content_type, body) == 1 then
             redis.call('UNLINK', subscribers, issued, got, issues)  -- what REMOVE has left
         end
@@ -7683,30 +7753,44 @@ class Newsletters:
         if left and later(left, created) then return 'overtaken' end
         if before and later(cjson.decode(before).created, created) then return 'overtaken' end
         redis.call('HSET', subscribers, address, record)
-        redis.call('ZADD', schedule, boundary, member)
+        -- Another time for the same frequency brings no second issue of this hour, day, week or month; and if an issue
+        -- is due, it comes first.
+        local is_due = false
+        if before and cjson.decode(before).frequency == cjson.decode(record).frequency then
+            local last = string.match(redis.call('HGET', issued, address) or '', ' (%d+)$')
+            if last and tonumber(last) <= tonumber(now) and boundary - last < tonumber(half) then
+                boundary = next_but_one
+            end
+            local moment = redis.call('ZSCORE', schedule, member)
+            is_due = moment and tonumber(moment) <= tonumber(now)
+        end
+        if not is_due then redis.call('ZADD', schedule, boundary, member) end
         if not before then emit(prefix, account, 'subscription.started', data) end
         return 'subscribed'
     """
 
     def subscribe(self, task: Task) -> str:
-        """Do a subscribe task: the address gets one subscription, with this frequency from now on.
+        """Do a subscribe task: the address gets one subscription, with this frequency and calendar from now on.
 
         Returns "subscribed", or "overtaken" if a later request came first. Raises PermanentError if the content type
         does not exist and the task brings no content.
         """
         payload, account = task.payload, task.account
         content_type, address = payload["content_type"], fold_address(payload["userId"])
+        chosen = {name: payload[name] for name in Subscription.CALENDAR if name in payload}
         record = {"userId": payload["userId"], "frequency": payload["frequency"], "retries": task.retries,
-                  "created": task.created, **({"variables": payload["variables"]} if "variables" in payload else {})}
+                  "created": task.created, **({"variables": payload["variables"]} if "variables" in payload else {}),
+                  **chosen}
         body = ""
         if "subject" in payload and "content" in payload:
             body = self._body(payload["subject"], payload["content"])
+        now = self.clock()
         result = self._subscribe(self._keys(account, content_type, address), [
             content_type, address, json.dumps(record), task.created,
-            self.schedule_member(account, content_type, address),
-            next_boundary(payload["frequency"], self.clock(), self.zone), body, account,
+            self.schedule_member(account, content_type, address), now,
+            *self._next_two(self.calendar_of(record), now), self.HALF[payload["frequency"]], body, account,
             json.dumps({"account": account, "userId": payload["userId"], "content_type": content_type,
-                        "frequency": payload["frequency"]})])
+                        "frequency": payload["frequency"], **chosen})])
         if result == "unknown":
             raise PermanentError(f"content type {content_type!r} does not exist")
         return result
@@ -7861,16 +7945,28 @@ class Newsletters:
         return (("List-Id", f"<{name}.{urllib.parse.urlsplit(self.public_url).hostname}>"),
                 ("List-Unsubscribe", f"<{folded_url}>"), ("List-Unsubscribe-Post", "List-Unsubscribe=One-Click"))
 
-    # The end of ARGV, see _boundaries(): frequency -> its next boundary, and the one after it.
+    # The end of ARGV, see _boundaries(): calendar -> its next boundary, and the one after it. `calendar_of` answers the
+    # calendar of a subscription, as the Python method does, or nothing if ARGV does not have it: then `unknown` does.
     BOUNDARIES = """
-        local next, next_but_one = {}, {}
-        for at = #ARGV - 11, #ARGV, 3 do
+        local next, next_but_one, unknown, is_unknown = {}, {}, {}, {}
+        for at = #ARGV - 3 * ARGV[#ARGV], #ARGV - 1, 3 do
             next[ARGV[at]], next_but_one[ARGV[at]] = tonumber(ARGV[at + 1]), tonumber(ARGV[at + 2])
+        end
+
+        local function calendar_of(record)
+            local calendar = record.frequency
+            if record.at or record.day or record.timezone then
+                calendar = table.concat({calendar, record.at or '-', record.day or '-', record.timezone or '-'}, ' ')
+            end
+            if next[calendar] then return calendar end
+            if not is_unknown[calendar] then unknown[#unknown + 1] = calendar end
+            is_unknown[calendar] = true
         end
     """
 
     # Queue the mail of an issue, except where the issue before has not ended yet: that one gets the content of the
     # moment when it is sent; or where the subscriber got this very text, and the content type says "resend": false.
+    # `boundary`: the one that it is queued at, if any; `more`: further fields of its payload.
     # Answers "queued", "waits" or "got". `texts`: the text that is not sent again, by content type, "" for any, false
     # without the content type. A quotation mark within a text has a backslash before it, so this finds no part of one.
     QUEUE_ISSUE = Queue.ADD_TASK + """
@@ -7891,10 +7987,10 @@ class Newsletters:
             return texts[name]
         end
 
-        local function queue_issue(id, account, key, content_type, address, record, more)
+        local function queue_issue(id, account, key, content_type, address, record, boundary, more)
             local type_and_account = content_type .. ':' .. account
             local issued = prefix .. 'issued:' .. type_and_account
-            local before = redis.call('HGET', issued, address)
+            local before, last = string.match(redis.call('HGET', issued, address) or '', '^(%S+) ?(%d*)')
             local state = before and redis.call('HGET', prefix .. 'task:' .. before, 'state')
             if state and not ended[state] then return 'waits' end
             local text = text_of(account, content_type)
@@ -7905,7 +8001,8 @@ class Newsletters:
             local body = cjson.encode({task = content_type, type = 'newsletter', retries = record.retries,
                                        payload = payload})
             add_task(prefix, id, account, key, 'bulk', 0, 0, body, address)
-            redis.call('HSET', issued, address, id)
+            boundary = boundary or last or ''
+            redis.call('HSET', issued, address, boundary == '' and id or id .. ' ' .. boundary)
             return 'queued'
         end
     """
@@ -7913,11 +8010,13 @@ class Newsletters:
     # Queue what is due, as QUEUE_ISSUE does. A boundary that follows the last one too soon is the same one in another
     # time zone, and is skipped.
     # KEYS: the prefix.
-    # ARGV: now (s), how many places of the schedule to look at, what the ids are made from, the boundaries.
-    # Answer: 0, or {how many places were due, at how many of them nothing was queued for an earlier issue}.
+    # ARGV: now (s), how many places of the schedule to look at, what the ids are made from, HALF as JSON, the
+    #       boundaries.
+    # Answer: 0, or {how many places were due, at how many of them nothing was queued for an earlier issue, the
+    #         calendars that ARGV does not have: their places are left as they are}.
     CLAIM = QUEUE_ISSUE + BOUNDARIES + """
         local now, most, base = unpack(ARGV, 1, 3)
-        local half = {['@hourly'] = 1800, ['@daily'] = 43200, ['@weekly'] = 302400, ['@monthly'] = 1209600}  -- seconds
+        local half = cjson.decode(ARGV[4])
         local schedule, skipped = prefix .. 'schedule', 0
 
         local due = redis.call('ZRANGE', schedule, '-inf', now, 'BYSCORE', 'LIMIT', 0, most, 'WITHSCORES')
@@ -7931,26 +8030,31 @@ class Newsletters:
                 redis.call('ZREM', schedule, member)
             else
                 local record = cjson.decode(found)
-                local frequency = record.frequency
-                local too_soon = next[frequency] - moment < half[frequency]
-                redis.call('ZADD', schedule, too_soon and next_but_one[frequency] or next[frequency], member)
-                local id = base .. string.format('%08x', at)
-                if queue_issue(id, account, key, content_type, address, record) == 'waits' then
-                    skipped = skipped + 1
+                local calendar = calendar_of(record)
+                if calendar then
+                    local too_soon = next[calendar] - moment < half[record.frequency]
+                    redis.call('ZADD', schedule, too_soon and next_but_one[calendar] or next[calendar], member)
+                    local id = base .. string.format('%08x', at)
+                    if queue_issue(id, account, key, content_type, address, record, moment) == 'waits' then
+                        skipped = skipped + 1
+                    end
                 end
             end
         end
-        return #due > 0 and {#due / 2, skipped} or 0
+        return #due > 0 and {#due / 2, skipped, unknown} or 0
     """
 
     def enqueue_due(self) -> int:
         """Queue the mails that are due, at most BATCH. Returns how many places of the schedule were due."""
         now = self.clock()
-        due, skipped = self._claim(keys=[self.store.prefix], args=[
-            now, self.BATCH, secrets.token_hex(12), *self._boundaries(now)]) or (0, 0)
-        if skipped:
-            log(logging.WARNING, "newsletters not queued: the issue before still waits", count=skipped)
-        return due
+        while True:
+            due, skipped, unknown = self._claim(keys=[self.store.prefix], args=[
+                now, self.BATCH, secrets.token_hex(12), self.HALF_AS_JSON, *self._boundaries(now)]) or (0, 0, [])
+            if skipped:
+                log(logging.WARNING, "newsletters not queued: the issue before still waits", count=skipped)
+            if not unknown:
+                return due
+            self._learn(unknown)
 
     # Begin to queue a newsletter for all subscribers; or queue one mail as a test.
     # KEYS: the prefix.
@@ -8050,9 +8154,9 @@ class Newsletters:
         for at = 1, #found, 2 do
             local address, id = found[at], string.sub(redis.sha1hex(job.id .. ' ' .. found[at]), 1, 32)
             if redis.call('EXISTS', prefix .. 'task:' .. id) == 0
-                    and redis.call('HGET', prefix .. 'issued:' .. field, address) ~= id
+                    and string.sub(redis.call('HGET', prefix .. 'issued:' .. field, address) or '', 1, 32) ~= id
                     and queue_issue(id, account, job.registration, content_type, address,
-                                    cjson.decode(found[at + 1]), {send = job.id}) == 'queued' then
+                                    cjson.decode(found[at + 1]), nil, {send = job.id}) == 'queued' then
                 job.queued = job.queued + 1
             end
         end
@@ -8114,7 +8218,7 @@ class Newsletters:
 
     # Reset places of the schedule that are too far ahead, because a clock was wrong, to their next boundary.
     # KEYS: the prefix. ARGV: cursor, how many places to look at, the boundaries.
-    # Answer: {the next cursor, how many places were reset}.
+    # Answer: {the next cursor, how many places were reset, the calendars that ARGV does not have}.
     CORRECT = BOUNDARIES + """
         local prefix, corrected = KEYS[1], 0
         local cursor, places = unpack(redis.call('ZSCAN', prefix .. 'schedule', ARGV[1], 'COUNT', ARGV[2]))
@@ -8123,31 +8227,65 @@ class Newsletters:
             if moment > next_but_one['@hourly'] then  -- others are right: this saves reading their records
                 local account, content_type, address = unpack(cjson.decode(member))
                 local found = redis.call('HGET', prefix .. 'subscribers:' .. content_type .. ':' .. account, address)
-                local frequency = found and cjson.decode(found).frequency
-                if found and moment > next_but_one[frequency] then
-                    redis.call('ZADD', prefix .. 'schedule', next[frequency], member)
+                local calendar = found and calendar_of(cjson.decode(found))
+                if calendar and moment > next_but_one[calendar] then
+                    redis.call('ZADD', prefix .. 'schedule', next[calendar], member)
                     corrected = corrected + 1
                 end
             end
         end
-        return {cursor, corrected}
+        return {cursor, corrected, unknown}
     """
 
     def correct(self) -> int:
         """Check the next BATCH places of the schedule. Returns how many were too far ahead and are reset."""
-        self._cursor, count = self._correct(keys=[self.store.prefix], args=[
-            self._cursor, self.BATCH, *self._boundaries(self.clock())])
+        count, unknown = 0, [""]
+        while unknown:
+            cursor, corrected, unknown = self._correct(keys=[self.store.prefix], args=[
+                self._cursor, self.BATCH, *self._boundaries(self.clock())])
+            count += corrected
+            self._learn(unknown)
+        self._cursor = cursor
         if count:
             log(logging.WARNING, "newsletters were scheduled too far ahead, as by a clock that was wrong", count=count)
         return count
 
+    @staticmethod
+    def calendar_of(record: Json) -> str:
+        """What the boundaries of a subscription depend on, but for the service's time zone: its frequency, and its own
+        `at`, `day` and `timezone`, where it has any."""
+        chosen = [str(record.get(name, "-")) for name in Subscription.CALENDAR]
+        return " ".join([record["frequency"], *chosen]) if chosen != ["-"] * 3 else record["frequency"]
+
+    def _learn(self, calendars: Sequence[str]) -> None:
+        """Know the boundaries of these calendars in the next call, beside some of those before."""
+        kept = [known for known in self._calendars if known not in FREQUENCIES][-self.CALENDARS_KEPT:]
+        self._calendars = dict.fromkeys([*FREQUENCIES, *kept, *calendars])
+
     def _boundaries(self, now: float) -> list[str | int]:
-        """Each frequency, its next boundary, and the one after it: the ARGV of BOUNDARIES."""
+        """Each calendar that is known, its next boundary, and the one after it; and how many these are: the ARGV of
+        BOUNDARIES."""
         boundaries: list[str | int] = []
-        for frequency in FREQUENCIES:
-            boundary = next_boundary(frequency, now, self.zone)
-            boundaries += [frequency, boundary, next_boundary(frequency, boundary, self.zone)]
-        return boundaries
+        for known in self._calendars:
+            boundaries += [known, *self._next_two(known, now)]
+        return [*boundaries, len(self._calendars)]
+
+    def _next_two(self, known: str, now: float) -> tuple[int, int]:
+        """The next boundary of a calendar, and the one after it. What was found is kept while it is right."""
+        since, *found = self._found.get(known, (math.inf, 0, 0))
+        if not since <= now < found[0]:
+            frequency, at, day, timezone = [*known.split(" "), "-", "-", "-"][:4]
+            zone = self.zone
+            if timezone != "-":
+                with contextlib.suppress(zoneinfo.ZoneInfoNotFoundError):  # restored where the time zones are older
+                    zone = zoneinfo.ZoneInfo(timezone)
+            own = {"at": at if at != "-" else "00:00", "day": int(day) if day.isdigit() else day.strip("-") or None}
+            boundary = next_boundary(frequency, now, zone, **own)
+            found = [boundary, next_boundary(frequency, boundary, zone, **own)]
+            if len(self._found) > 1000:
+                self._found.clear()
+            self._found[known] = (now, *found)
+        return found[0], found[1]
 
 
 # --- 14. bounces ----------------------------------------------------------------------------------------
