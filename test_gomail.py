@@ -8387,6 +8387,83 @@ def test_boundaries_of_a_year_are_each_met_once_whatever_daylight_saving_does(zo
             assert gomail.next_boundary(frequency, earlier + 1, zone) == later
 
 
+@pytest.mark.parametrize("calendar, now, expected, zone", [
+    ({"frequency": "@daily", "at": "09:30"}, "2026-03-10T09:29:59", "2026-03-10T09:30:00", "UTC"),
+    ({"frequency": "@daily", "at": "09:30"}, "2026-03-10T09:30:00", "2026-03-11T09:30:00", "UTC"),
+    ({"frequency": "@daily", "at": "09:30"}, "2026-12-31T10:00:00", "2027-01-01T09:30:00", "Asia/Kolkata"),
+    ({"frequency": "@weekly", "at": "09:00"}, "2026-03-15T08:00:00", "2026-03-15T09:00:00", "UTC"),  # a Sunday
+    ({"frequency": "@weekly", "day": "tue"}, "2026-03-10T10:00:00", "2026-03-17T00:00:00", "UTC"),  # a Tuesday
+    ({"frequency": "@weekly", "day": "wed", "at": "23:59"}, "2026-03-10T10:00:00", "2026-03-11T23:59:00", "UTC"),
+    ({"frequency": "@monthly", "day": 15}, "2026-03-10T10:00:00", "2026-03-15T00:00:00", "UTC"),
+    ({"frequency": "@monthly", "day": 31}, "2026-01-31T00:00:00", "2026-02-28T00:00:00", "UTC"),
+    ({"frequency": "@monthly", "day": 31, "at": "08:00"}, "2028-02-10T00:00:00", "2028-02-29T08:00:00", "UTC"),
+    ({"frequency": "@monthly", "day": 30}, "2026-02-28T00:00:00", "2026-03-30T00:00:00", "UTC"),
+    ({"frequency": "@monthly", "at": "12:00"}, "2026-12-01T12:00:00", "2027-01-01T12:00:00", "UTC"),
+    # Daylight saving skips 02:30 on 29 March, and repeats it on 25 October.
+    ({"frequency": "@daily", "at": "02:30"}, "2026-03-28T12:00:00", "2026-03-29T03:30:00", "Europe/Berlin"),
+    ({"frequency": "@daily", "at": "02:30"}, "2026-03-29T04:00:00", "2026-03-30T02:30:00", "Europe/Berlin"),
+    ({"frequency": "@daily", "at": "02:30"}, "2026-10-24T12:00:00", "2026-10-25T02:30:00", "Europe/Berlin"),
+    # Samoa had no 30 December.
+    ({"frequency": "@daily", "at": "09:00"}, "2011-12-29T10:00:00", "2011-12-31T09:00:00", "Pacific/Apia"),
+])
+def test_a_time_and_a_day_mean_the_next_such_moment_in_the_time_zone(calendar, now, expected, zone):
+    found = gomail.next_boundary(now=at(now, zone), zone=zoneinfo.ZoneInfo(zone), **calendar)
+    assert found == at(expected, zone)
+
+
+def test_of_a_time_that_daylight_saving_repeats_only_the_first_counts():
+    zone, first = zoneinfo.ZoneInfo("Europe/Berlin"), at("2026-10-25T00:30:00")
+    assert gomail.next_boundary("@daily", first - 1, zone, "02:30") == first
+    for moment in (first, first + 3599, first + 3600):
+        assert gomail.next_boundary("@daily", moment, zone, "02:30") == at("2026-10-26T01:30:00")
+
+
+def calendars():
+    """Subscriptions' own `at` and `day`, with a frequency that allows them."""
+    times = strategies.builds("{:02}:{:02}".format, strategies.integers(0, 23), strategies.integers(0, 59))
+    times = strategies.one_of(times, strategies.sampled_from(["00:00", "01:00", "02:00", "02:30", "23:59"]))
+    days = {"@daily": strategies.none(), "@weekly": strategies.sampled_from([None, *gomail.WEEKDAYS]),
+            "@monthly": strategies.one_of(strategies.none(), strategies.integers(1, 31))}
+    return strategies.one_of(*(strategies.fixed_dictionaries({
+        "frequency": strategies.just(frequency), "at": times, "day": day}) for frequency, day in days.items()))
+
+
+def is_its_day(date, frequency, day):
+    if frequency == "@weekly":
+        return date.strftime("%a").lower() == (day or "sun")
+    tomorrow = date + datetime.timedelta(days=1)
+    return frequency == "@daily" or date.day == (day or 1) or tomorrow.day == 1 and date.day < (day or 1)
+
+
+def moment_of(date, time_of_day, zone):
+    """RFC 5545 section 3.3.5: the first moment at which a clock shows this; if none does, by the offset before."""
+    local = datetime.datetime.combine(date, datetime.time.fromisoformat(time_of_day))
+    noon = local.replace(tzinfo=datetime.timezone.utc)
+    around = [(noon + datetime.timedelta(hours=hours)).astimezone(zone).utcoffset() for hours in range(-30, 31)]
+    shown = [moment for moment in (noon - offset for offset in dict.fromkeys(around))
+             if moment.astimezone(zone).replace(tzinfo=None) == local]
+    return min(shown or [noon - around[0]]).timestamp()
+
+
+@hypothesis.settings(deadline=None, max_examples=300)
+@hypothesis.given(strategies.sampled_from(sorted(zoneinfo.available_timezones())), calendars(),
+                  strategies.one_of(strategies.integers(0, 4_000_000_000), strategies.integers(0, 1_000_000)))
+def test_in_each_zone_and_at_any_moment_the_next_boundary_is_the_first_one_of_the_calendar(name, calendar, moment):
+    zone = zoneinfo.ZoneInfo(name)
+    if moment <= 1_000_000:  # near a change of the clock, if the zone has any in a year
+        offsets = [datetime.datetime.fromtimestamp(moment + 3600 * hour, zone).utcoffset() for hour in range(8800)]
+        changes = [hour for hour in range(1, 8800) if offsets[hour] != offsets[hour - 1]]
+        moment += 3600 * (changes[0] - 24) if changes else 0
+    found = gomail.next_boundary(now=moment, zone=zone, **calendar)
+    today = datetime.datetime.fromtimestamp(moment, zone).date()
+    dates = [today + datetime.timedelta(days=days) for days in range(-2, 64)]
+    expected = min(boundary for boundary in (
+        moment_of(date, calendar["at"], zone) for date in dates if is_its_day(
+            date, calendar["frequency"], calendar["day"])) if boundary > moment)
+    assert found == expected
+    assert gomail.next_boundary(now=found - 1, zone=zone, **calendar) == found
+
+
 @pytest.fixture
 def dated(services, mail_server, clock):
     """(service, client of a new account) with a clock that the test sets."""
@@ -9319,6 +9396,160 @@ def test_with_resend_false_a_mail_that_waited_while_its_text_changed_back_is_can
     never_again(service, client)
     assert "resend is false" in client.state(task_id, "cancelled")["error"]
     assert len(mail_server.mails) == 1
+
+
+def next_of(client, recipient="user@example.com"):
+    found, = client.get(f"/subscriptions?userId={recipient}")["subscriptions"]
+    return found["next"]
+
+
+def claim_all(service):
+    """Queue all that is due."""
+    until(lambda: not service.store.redis.zcount(service.store.key("schedule"), "-inf", service.newsletters.clock()))
+
+
+@pytest.mark.parametrize("calendar, moments", [
+    ({"frequency": "@daily", "at": "09:00"}, ["2026-03-11T09:00", "2026-03-12T09:00"]),
+    ({"frequency": "@daily", "at": "09:00", "timezone": "Asia/Tokyo"}, ["2026-03-11T00:00", "2026-03-12T00:00"]),
+    ({"frequency": "@weekly", "day": "tue", "at": "12:15"}, ["2026-03-10T12:15", "2026-03-17T12:15"]),
+    ({"frequency": "@weekly", "timezone": "America/New_York"}, ["2026-03-15T04:00", "2026-03-22T04:00"]),
+    ({"frequency": "@monthly", "day": 31}, ["2026-03-31T00:00", "2026-04-30T00:00"]),
+    ({"frequency": "@hourly", "timezone": "Asia/Kolkata"}, ["2026-03-10T10:30", "2026-03-10T11:30"])])
+def test_a_subscription_comes_at_its_own_time_day_and_time_zone(dated, mail_server, clock, calendar, moments):
+    service, client = dated
+    define(client)
+    subscribe(client, **calendar)
+    subscribe(client, "other@example.com", calendar["frequency"])
+    for number, moment in enumerate(moments):
+        assert next_of(client) == f"{moment}:00.000Z"
+        clock.now = at(moment) - 1
+        claim_all(service)
+        assert len(mail_server.to("user@example.com")) == number
+        clock.now = at(moment)
+        until(lambda: len(mail_server.to("user@example.com")) == number + 1)
+    shown, = client.get("/subscriptions?userId=user@example.com")["subscriptions"]
+    assert {name: value for name, value in shown.items() if name in calendar} == calendar
+    other, = client.get("/subscriptions?userId=other@example.com")["subscriptions"]
+    assert not {"at", "day", "timezone"} & other.keys()
+
+
+@pytest.mark.parametrize("payload, field, words", [
+    ({"frequency": "@hourly", "at": "09:00"}, "at", "left out with the frequency @hourly"),
+    ({"frequency": "@hourly", "day": "tue"}, "day", "left out with the frequency @hourly"),
+    ({"frequency": "@daily", "day": 1}, "day", "left out with the frequency @daily"),
+    ({"frequency": "@weekly", "day": 1}, "day", "one of mon, tue"),
+    ({"frequency": "@monthly", "day": "mon"}, "day", "a whole number from 1 to 31"),
+    ({"frequency": "@monthly", "day": 32}, "day", "from 1 to 31"),
+    ({"frequency": "@weekly", "day": "Tuesday"}, "day", "one of mon, tue"),
+    ({"frequency": "@monthly", "day": True}, "day", "from 1 to 31"),
+    ({"frequency": "@monthly", "day": 1.5}, "day", "from 1 to 31"),
+    *(({"frequency": "@daily", "at": wrong}, "at", "00:00 to 23:59") for wrong in ("9:00", "24:00", "09:60", "", 9)),
+    ({"frequency": "@daily", "timezone": "europe/berlin"}, "timezone", "did you mean Europe/Berlin?"),
+    ({"frequency": "@daily", "timezone": "../etc/passwd"}, "timezone", "an IANA time zone"),
+    ({"frequency": "@daily", "timezone": "right/Europe/Berlin"}, "timezone", "an IANA time zone"),
+    ({"frequency": "@daily", "timezone": ""}, "timezone", "an IANA time zone")])
+def test_a_time_or_a_day_that_the_frequency_does_not_have_is_a_400_with_its_field(client, payload, field, words):
+    define(client)
+    task = {"task": "t", "type": "subscribe", "retries": 0,
+            "payload": {"userId": "user@example.com", "content_type": "news", **payload}}
+    status, answer, _ = client("POST", "/task/", task)
+    assert status == 400 and answer["field"] == f"payload.{field}" and words in answer["error"]
+    batch = client.post("/task/batch", {"tasks": [task]})
+    assert batch["tasks"][0]["field"] == f"tasks[0].payload.{field}"
+
+
+@pytest.mark.parametrize("before, after, moment, following", [
+    ({"at": "09:00"}, {"at": "10:00"}, "2026-03-11T09:30", "2026-03-12T10:00"),  # it has had that day's
+    ({"at": "09:00"}, {"at": "08:00"}, "2026-03-11T09:30", "2026-03-12T08:00"),
+    ({"at": "09:00"}, {"timezone": "America/New_York", "at": "09:00"}, "2026-03-11T09:30", "2026-03-12T13:00"),
+    ({}, {"at": "09:00"}, "2026-03-11T00:30", "2026-03-12T09:00"),
+    ({"at": "09:00"}, {"at": "10:00"}, "2026-03-11T08:30", "2026-03-11T10:00")])  # none yet
+def test_another_time_for_a_subscription_neither_doubles_nor_loses_an_issue(
+        dated, mail_server, clock, before, after, moment, following):
+    service, client = dated
+    define(client)
+    subscribe(client, **before)
+    clock.now = at(moment)
+    claim_all(service)
+    count = 1 if at(moment) > at("2026-03-11T09:00") or not before else 0
+    until(lambda: len(mail_server.mails) == count)
+    for _ in range(2):  # and then once more
+        subscribe(client, **after)
+        assert next_of(client) == f"{following}:00.000Z"
+    clock.now = at(following)
+    until(lambda: len(mail_server.mails) == count + 1)
+    assert at(next_of(client).rstrip("Z")) == at(following) + 86400
+
+
+def test_an_issue_that_is_due_when_its_subscription_is_renewed_is_sent_once(services, mail_server, clock):
+    service = services(mail_server, clock=clock)
+    client = service.client.sign_up()
+    define(client)
+    subscribe(client, at="12:00")
+    service.cron.stop()
+    clock.now = at("2026-03-10T12:00:01")
+    subscribe(client, at="13:00")
+    assert next_of(client) == "2026-03-10T12:00:00.000Z"
+    assert service.newsletters.enqueue_due() == 1 and next_of(client) == "2026-03-11T13:00:00.000Z"
+    mail_server.one("user@example.com")
+
+
+def test_many_calendars_that_nobody_has_met_yet_are_all_done_in_one_look(services, mail_server, clock, monkeypatch):
+    service = services(mail_server, clock=clock)
+    client = service.client.sign_up()
+    service.cron.stop()
+    define(client)
+    monkeypatch.setattr(gomail.Newsletters, "CALENDARS_KEPT", 3)
+    zones = sorted(zoneinfo.available_timezones())[:60]
+    for number, zone in enumerate(zones):
+        service.newsletters.subscribe(gomail.Task(f"{number}", name_of(client), "", "subscribe", "name", 0, {
+            "userId": f"{number}@example.com", "content_type": "news", "frequency": "@monthly", "timezone": zone,
+            "at": f"{number % 24:02}:00", "day": 1 + number % 28}, 1))
+    other = gomail.Newsletters(service.store, service.newsletters.zone, service.http.api.accounts, clock=clock)
+    calls = steps(monkeypatch, other, "_claim", lambda: [])
+    clock.now = at("2026-04-20T12:00:00")
+    due = service.store.redis.zcount(service.store.key("schedule"), "-inf", clock.now)
+    assert due > 50 and other.enqueue_due() == due and len(calls) == 2
+    places = dict(service.store.redis.zrange(service.store.key("schedule"), 0, -1, withscores=True))
+    for number, zone in enumerate(zones):
+        member = service.newsletters.schedule_member(name_of(client), "news", f"{number}@example.com")
+        expected = gomail.next_boundary("@monthly", clock.now, zoneinfo.ZoneInfo(zone), f"{number % 24:02}:00",
+                                        1 + number % 28)
+        assert places[member] in (expected, gomail.next_boundary(
+            "@monthly", expected, zoneinfo.ZoneInfo(zone), f"{number % 24:02}:00", 1 + number % 28))
+    clock.now = at("2026-03-12T12:00:00")  # the clock was ahead
+    assert other.correct() > 0 and other.correct() == 0
+
+
+def test_a_time_zone_that_this_machine_does_not_know_is_that_of_the_service(dated, mail_server, clock):
+    service, client = dated
+    define(client)
+    subscribe(client, at="12:00", timezone="Asia/Tokyo")
+    key = service.store.key("subscribers", "news", name_of(client))
+    record = json.loads(service.store.redis.hget(key, "user@example.com"))
+    service.store.redis.hset(key, "user@example.com", json.dumps({**record, "timezone": "Mars/Olympus"}))
+    clock.now = at("2026-03-11T03:00:00")
+    mail_server.one("user@example.com")
+    assert next_of(client) == "2026-03-12T12:00:00.000Z"
+
+
+def test_a_subscription_and_an_issue_of_the_version_before_go_on(dated, mail_server, clock):
+    service, client = dated
+    define(client)
+    subscribe(client)
+    clock.forward(86400)
+    executed(service, 2)
+    issued, = service.store.redis.keys(service.store.key("issued", "*"))
+    task_id = service.store.redis.hget(issued, "user@example.com").split()[0]
+    service.store.redis.hset(issued, "user@example.com", task_id)
+    service.store.redis.delete(*service.store.redis.keys(service.store.key("got", "*")),
+                               *service.store.redis.keys(service.store.key("issues", "*")))
+    assert last_of(client) is None and issues(client) == []
+    subscribe(client, at="12:00")
+    assert next_of(client) == "2026-03-11T12:00:00.000Z"
+    clock.now = at("2026-03-11T12:00:00")
+    executed(service, 4)
+    assert len(mail_server.mails) == 2
 
 
 # --- 10. bounces ------------------------------------------------------------------------------------------
