@@ -41,6 +41,7 @@ What a change touches:
 import argparse
 import base64
 import bisect
+import calendar
 import binascii
 import collections
 import contextlib
@@ -1073,8 +1074,17 @@ def start_logging(settings: Settings) -> None:
 #
 #   hooks                           hash    account, "" for the admin -> its webhook, see Webhooks.set()
 #   content:<account>               hash    content type -> {"subject", "content"}
-#   subscribers:<type>:<account>    hash    address -> {"userId", "frequency", "retries", "created", "variables"}
-#   issued:<type>:<account>         hash    address -> id of the task of the newest newsletter
+#   subscribers:<type>:<account>    hash    address -> {"userId", "frequency", "retries", "created", "variables", "at",
+#                                           "day", "timezone"}
+#   issued:<type>:<account>         hash    address -> id of the task of the newest newsletter, and the newest boundary
+#                                           at which one was queued (s), by a space
+#   got:<type>:<account>            hash    address -> the last text that was sent to her, as text_digest() has it, and
+#                                           when (ms), by a space
+#   issues:<type>:<account>         hash    text_digest() -> {"subject"}; "<text_digest()> sent" -> number of mails,
+#                                           "... first" and "... last" -> when (ms)
+#   sends                           hash    "<type>:<account>" -> a newsletter that is being queued for all subscribers:
+#                                           {"id", "account", "registration", "content_type", "cursor" of HSCAN, "order"
+#                                           (see Newsletters.SEND_SOME), "seen", "queued" (subscribers)}
 #   unsubscribed:<type>:<address>:<account>  string  time of the request (us); a subscribe that is older has no effect
 #   schedule                        zset    [account, type, address] by its next boundary (s)
 #   ascii_folded                    string  time of the upgrade to keys that fold only ASCII letters (ms)
@@ -2836,8 +2846,10 @@ class Accounts:
         local types = redis.call('HRANDFIELD', content, most)
         for _, content_type in ipairs(types) do
             redis.call('HDEL', content, content_type)
-            redis.call('UNLINK', prefix .. 'subscribers:' .. content_type .. ':' .. name,
-                       prefix .. 'issued:' .. content_type .. ':' .. name)
+            local type_and_name = content_type .. ':' .. name
+            redis.call('UNLINK', prefix .. 'subscribers:' .. type_and_name, prefix .. 'issued:' .. type_and_name,
+                       prefix .. 'got:' .. type_and_name, prefix .. 'issues:' .. type_and_name)
+            redis.call('HDEL', prefix .. 'sends', type_and_name)
         end
         if #types == most then
             redis.call('HSET', users, name, '')
@@ -2873,7 +2885,7 @@ class Accounts:
                 pipeline.zcard(key)
             hashes = [self.store.key("suppressed_for", name), *(
                 self.store.key(kind, content_type, name) for content_type in types for kind in (
-                    "subscribers", "issued"))]
+                    "subscribers", "issued", "got"))]
             for key in hashes:
                 pipeline.hlen(key)
             return [key for key, size in zip(keys + hashes, pipeline.execute()) if size > self.MANY]
@@ -3011,6 +3023,7 @@ CONTENT_TYPE = Pattern("a string of 1 to 100 characters, only letters, digits, s
                        r"(?!\.{1,2}$| +$)[\w. -]+", 100)
 LANE = Enum(MAIL_LANES)
 FREQUENCIES = ("@hourly", "@daily", "@weekly", "@monthly")
+WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 LOCALE = Pattern("a language tag of up to 35 characters (BCP 47), such as pt-BR",
                  "[A-Za-z]{1,8}(-[A-Za-z0-9]{1,8})*", 35)
 PURPOSE = String(50, ONE_LINE, LINE)
@@ -3029,6 +3042,59 @@ CONTENT_ID = Pattern("letters, digits and . _ + -, with at most one @ inside",
 FILENAME = String(100, ONE_LINE[:-1] + r"/\\]", "without control characters, / and \\")
 ATTACHMENT = Object({"filename": FILENAME, "content_type": MEDIA_TYPE, "content": Base64(),
                      "content_id": Nullable(CONTENT_ID)})
+
+
+class TimeZone(Check):
+    """An IANA time zone that this machine knows."""
+
+    expected = "an IANA time zone, such as Europe/Berlin"
+    schema: typing.ClassVar[Json] = {"type": "string", "maxLength": 64}
+    known = staticmethod(functools.lru_cache(zoneinfo.available_timezones))  # it reads some hundred files
+
+    def parse(self, value: str) -> str | None:
+        return value if value in self.known() else None
+
+    def hint(self, value: Any) -> str:
+        if type(value) is not str or not value:
+            return super().hint(value)
+        names = {name.lower(): name for name in self.known()}
+        nearest = difflib.get_close_matches(value[:64].lower().replace(" ", "_"), names, 1)
+        return f"; did you mean {names[nearest[0]]}?" if nearest else ""
+
+
+class Day(Check):
+    """The day of a week or of a month on which a newsletter comes."""
+
+    types = (str, int)
+    expected = f"one of {', '.join(WEEKDAYS)} with the frequency @weekly, or a whole number from 1 to 31 with @monthly"
+    schema: typing.ClassVar[Json] = {
+        "anyOf": [{"enum": list(WEEKDAYS)}, {"type": "integer", "minimum": 1, "maximum": 31}]}
+
+    def parse(self, value: str | int) -> str | int | None:
+        return value if value in WEEKDAYS or isinstance(value, int) and 1 <= value <= 31 else None
+
+
+class Subscription(Object):
+    """The payload of a subscribe task: a `day` must be one of its frequency, and no hour has an `at`."""
+
+    CALENDAR: typing.ClassVar[dict[str, Check]] = {
+        "at": Nullable(Pattern("a time from 00:00 to 23:59, such as 09:30", "([01][0-9]|2[0-3]):[0-5][0-9]", 5)),
+        "day": Nullable(Day()), "timezone": Nullable(TimeZone())}
+
+    def __init__(self, fields: Mapping[str, Check], dependent_required: Sequence[str] = ()) -> None:
+        super().__init__({**fields, **self.CALENDAR}, dependent_required)
+
+    def __call__(self, value: Any, field: str = "") -> Any:
+        payload, path = super().__call__(value, field), f"{field}." if field else ""
+        frequency, day = payload["frequency"], payload.get("day")
+        if frequency == "@hourly" and "at" in payload:
+            raise HTTPError(400, f"{path}at must be left out with the frequency @hourly", f"{path}at")
+        if day is not None and frequency not in ("@weekly", "@monthly"):
+            raise HTTPError(400, f"{path}day must be left out with the frequency {frequency}", f"{path}day")
+        if day is not None and isinstance(day, int) != (frequency == "@monthly"):
+            expected = "a whole number from 1 to 31" if frequency == "@monthly" else f"one of {', '.join(WEEKDAYS)}"
+            raise HTTPError(400, f"{path}day must be {expected} with the frequency {frequency}", f"{path}day")
+        return payload
 
 
 class MailPayload(Object):
@@ -3085,10 +3151,10 @@ PAYLOADS = {
                                 "variables": Absent(MailPayload.NEEDS_CONTENT_TYPE),
                                 "locale": Absent(MailPayload.NEEDS_CONTENT_TYPE),
                                 "from": Nullable(Sender()), "lane": Nullable(LANE), "metadata": Nullable(Metadata())}),
-    "subscribe": Object({"userId": Address(), "frequency": Enum(FREQUENCIES), "content_type": CONTENT_TYPE,
-                         "subject": Nullable(SUBJECT_TEMPLATE), "content": Nullable(CONTENT_TEMPLATE),
-                         "variables": Nullable(Variables())},
-                        dependent_required=("subject", "content")),
+    "subscribe": Subscription({"userId": Address(), "frequency": Enum(FREQUENCIES), "content_type": CONTENT_TYPE,
+                               "subject": Nullable(SUBJECT_TEMPLATE), "content": Nullable(CONTENT_TEMPLATE),
+                               "variables": Nullable(Variables())},
+                              dependent_required=("subject", "content")),
     "unsubscribe": Object({"userId": Address(), "content_type": CONTENT_TYPE}),
 }
 
@@ -3351,6 +3417,7 @@ class Task:
     following: "Task | None" = None  # the one that the worker has in hand after it
     message: bytes = b""  # its mail, where that is made before it is begun
     subject: str = ""  # of its mail, as subject_shown() has it
+    issue: str = ""  # of a newsletter, as soon as its mail is made: see Newsletters.issue_of()
 
     @functools.cached_property
     def owner(self) -> Account:
@@ -3412,7 +3479,8 @@ class Outcome(typing.NamedTuple):
     `detail` is the result of a success, such as "subscribed", or else the reason; `delay` the seconds until a task with
     the verdict RETRYING, DROPPED or IN_DOUBT is taken again, while one that is RETURNED with a delay lets the next one
     go first; `delivered` the recipients that have the mail already, where others have not, and `reply` what the server
-    said when it took it for the last of them; `suppress` the addresses that do not exist, according to the server.
+    said when it took it for the last of them; `suppress` the addresses that do not exist, according to the server;
+    `issue` what a newsletter was sent with, see Newsletters.issue_of().
     """
 
     task: Task
@@ -3422,6 +3490,7 @@ class Outcome(typing.NamedTuple):
     delivered: tuple[str, ...] = ()
     suppress: tuple[str, ...] = ()
     reply: str = ""
+    issue: str = ""
 
     @property
     def reply_ids(self) -> str:
@@ -4063,7 +4132,7 @@ class Queue:
     #       is taken, or "";
     #       then, of each task to settle: the number of its arguments, its id, verdict, detail, delay (ms), recipients
     #       that have the mail, addresses to suppress and the ids that its provider gave the mail, by spaces; the
-    #       server's reply where only some have it; and, if it ends, what _summary_args() returns.
+    #       server's reply where only some have it; issue; and, if it ends, what _summary_args() returns.
     # Answer: {how many tasks are seen to be left in the lane, then of each task taken: {id, body, account,
     #         registration, created, attempts, strikes, drops, dropped, expires, delivered, the recipients that are
     #         suppressed, the account's settings or ""}}. No task, although some are left, means: ask again.
@@ -4075,7 +4144,34 @@ class Queue:
         local events = {succeeded = 'mail.sent', suppressed = 'mail.suppressed', expired = 'mail.failed'}
         if redis.call('EXISTS', prefix .. 'hooks') == 0 then events = {} end
 
-        local function settle(id, verdict, detail, delay, delivered, suppress, ids, reply, ...)
+        -- Note what a subscriber was sent, unless her account or the content type has gone meanwhile.
+        local function note_issue(account, key, issue)
+            local digest, content_type, address, subject = unpack(cjson.decode(issue))
+            if not is_wanted(prefix, account, key)
+                    or redis.call('HEXISTS', prefix .. 'content:' .. account, content_type) == 0 then
+                return
+            end
+            local type_and_account = content_type .. ':' .. account
+            local issues = prefix .. 'issues:' .. type_and_account
+            if redis.call('HEXISTS', prefix .. 'subscribers:' .. type_and_account, address) == 1 then
+                redis.call('HSET', prefix .. 'got:' .. type_and_account, address, digest .. ' ' .. milliseconds)
+            end
+            local is_new = redis.call('HINCRBY', issues, digest .. ' sent', 1) == 1
+            redis.call('HSET', issues, digest .. ' last', milliseconds)
+            if not is_new then return end
+            redis.call('HSET', issues, digest, cjson.encode({subject = subject}), digest .. ' first', milliseconds)
+            if redis.call('HLEN', issues) <= 4 * 100 then return end
+            local oldest, latest, fields = nil, math.huge, redis.call('HGETALL', issues)
+            for at = 1, #fields, 2 do
+                local other = string.match(fields[at], '^(%x+) last$')
+                if other and tonumber(fields[at + 1]) < latest then
+                    oldest, latest = other, tonumber(fields[at + 1])
+                end
+            end
+            redis.call('HDEL', issues, oldest, oldest .. ' sent', oldest .. ' first', oldest .. ' last')
+        end
+
+        local function settle(id, verdict, detail, delay, delivered, suppress, ids, reply, issue, ...)
             if redis.call('LREM', own, 1, id) == 0 then return end
             if ids ~= '' then
                 for name in string.gmatch(ids, '%S+') do
@@ -4103,8 +4199,10 @@ class Queue:
                     emit_mail(prefix, id, account, events[verdict], verdict,
                               attempts + (verdict == 'succeeded' and 1 or 0), detail)
                 end
+                local key = issue ~= '' and redis.call('HGET', task, 'key')
                 local ended = conclude(task, verdict, detail, result_ttl, ...)
                 if ended and verdict == 'succeeded' then successful = successful + 1 end
+                if ended and key then note_issue(select(3, ...), key, issue) end
                 return
             end
             redis.call('HDEL', task, 'begun')
@@ -4281,10 +4379,10 @@ class Queue:
         keys = [self._processing(worker), self.store.key("lane", lane), self.store.prefix]
         args = [most, keep, share, int(begin_all), *self._limits, self.process, worker, lane, only]
         for outcome in outcomes:
-            task, verdict, detail, delay, delivered, suppress, reply = outcome
+            task, verdict, detail, delay, delivered, suppress, reply, issue = outcome
             summary = self._summary_args(task) if verdict in CONCLUDED else ()
-            args += [8 + len(summary), task.id, verdict, detail, int(delay * 1000), " ".join(delivered),
-                     " ".join(suppress), outcome.reply_ids, reply, *summary]
+            args += [9 + len(summary), task.id, verdict, detail, int(delay * 1000), " ".join(delivered),
+                     " ".join(suppress), outcome.reply_ids, reply, issue, *summary]
         answer = self._settle_and_take(keys, args)
         if any(outcome.delay for outcome in outcomes):
             self._note_delay()
@@ -7580,12 +7678,15 @@ class Otps:
 # Content types, their subscriptions, and the schedule. One script moves a due subscription to its next boundary and
 # queues its mail, so that any number of processes send it once.
 
-def next_boundary(frequency: str, now: float, zone: zoneinfo.ZoneInfo) -> int:
+def next_boundary(frequency: str, now: float, zone: zoneinfo.ZoneInfo, at: str = "00:00",
+                  day: str | int | None = None) -> int:
     """The first calendar boundary after `now`, both in seconds since the epoch.
 
-    @hourly is minute 0; @daily midnight; @weekly midnight before Sunday; @monthly midnight before the 1st; by the
-    clock of `zone`. If daylight saving skips a midnight, the boundary is the first moment after it; if it repeats one,
-    the first counts. An hour that it repeats is an hour like any other.
+    @hourly is minute 0; @daily the time `at`; @weekly that time on `day`, one of WEEKDAYS, by default Sunday; @monthly
+    that time on the day of this number, by default the 1st, or on the last of a month that has no such day; by the
+    clock of `zone`. A time that daylight saving skips is that of the clock before the change: 02:30 becomes 03:30, and
+    a skipped midnight the first moment after it. Of a time that it repeats, the first counts. (Both are as in RFC 5545
+    section 3.3.5.) An hour that it repeats is an hour like any other.
     """
     if frequency == "@hourly":
         moment = int(now)
@@ -7594,14 +7695,21 @@ def next_boundary(frequency: str, now: float, zone: zoneinfo.ZoneInfo) -> int:
             moment += 3600 - local.minute * 60 - local.second
             if datetime.datetime.fromtimestamp(moment, zone).minute == 0:
                 return moment
-    day = datetime.datetime.fromtimestamp(now, zone).date()
+    time_of_day = datetime.time.fromisoformat(at)
+    date = datetime.datetime.fromtimestamp(now, zone).date() - datetime.timedelta(days=1)  # a gap may be a whole day
     while True:
-        day += datetime.timedelta(days=1)
-        if frequency == "@weekly" and day.isoweekday() != 7 or frequency == "@monthly" and day.day != 1:
-            continue
-        boundary = datetime.datetime.combine(day, datetime.time(), zone).timestamp()
-        if boundary > now:
-            return int(boundary)
+        last = calendar.monthrange(date.year, date.month)[1]
+        if (frequency == "@daily" or frequency == "@weekly" and WEEKDAYS[date.weekday()] == (day or "sun")
+                or frequency == "@monthly" and date.day == min(int(day or 1), last)):
+            boundary = datetime.datetime.combine(date, time_of_day, zone).timestamp()  # fold=0: as the RFC has it
+            if boundary > now:
+                return int(boundary)
+        date += datetime.timedelta(days=1)
+
+
+def text_digest(subject: str, content: str) -> str:
+    """What names an issue of a newsletter: a digest of its text, before that is filled."""
+    return hashlib.sha1(f"{subject}\n{content}".encode()).hexdigest()[:16]
 
 
 class Newsletters:
@@ -7616,6 +7724,11 @@ class Newsletters:
     """
 
     BATCH = 200  # subscriptions that one script looks at: a millisecond of Redis's time each 50
+    TEST_RETRIES = 3  # of a newsletter that is sent as a test
+    CALENDARS_KEPT = 100  # of those that are not only a frequency: known to each look for what is due
+    HALF: typing.ClassVar[dict[str, int]] = {  # half a period in seconds: two boundaries that are closer are the same
+        "@hourly": 1800, "@daily": 43200, "@weekly": 302400, "@monthly": 1209600}
+    HALF_AS_JSON = json.dumps(HALF)
     CONTROLS = re.compile(ONE_LINE.replace("[^", "[") + "+")  # what a subject must not contain
 
     def __init__(self, store: Store, zone: zoneinfo.ZoneInfo, accounts: Accounts, public_url: str = "",
@@ -7630,16 +7743,24 @@ class Newsletters:
         self._unsubscribe = store.script(self.UNSUBSCRIBE, once=True)
         self._refold = store.script(self.REFOLD)
         self._claim = store.script(self.CLAIM, once=True, when_full=False)
+        self._send = store.script(self.SEND, once=True, when_full=False)
+        self._send_some = store.script(self.SEND_SOME, when_full=False)
+        self._stop_send = store.script(self.STOP_SEND, once=True)
+        self.sending = threading.Event()  # set where this process knows of newsletters that are to be queued
         self._correct = store.script(self.CORRECT)
         self._cursor = 0  # where correct() continues in the schedule
+        self._calendars: dict[str, None] = dict.fromkeys(FREQUENCIES)  # whose boundaries are passed to CLAIM
+        self._found: dict[str, tuple[float, int, int]] = {}  # calendar -> since when its next two boundaries are these
 
     def _keys(self, account: str, content_type: str, address: str = "") -> list[str]:
         """The KEYS of DEFINE, REMOVE, SUBSCRIBE, UNSUBSCRIBE and REFOLD, as KEYS_BY_NAME names them."""
         return [self.store.key("content", account), self.store.key("subscribers", content_type, account),
                 self.store.key("schedule"), self.store.key("issued", content_type, account),
-                self.store.key("unsubscribed", content_type, address, account), self.store.prefix]
+                self.store.key("unsubscribed", content_type, address, account),
+                self.store.key("got", content_type, account), self.store.key("issues", content_type, account),
+                self.store.prefix]
 
-    KEYS_BY_NAME = "local content, subscribers, schedule, issued, unsubscribed, prefix = unpack(KEYS)"
+    KEYS_BY_NAME = "local content, subscribers, schedule, issued, unsubscribed, got, issues, prefix = unpack(KEYS)"
 
     # KEYS: see _keys().
     # ARGV: content type, body, 1 to replace it or 0 to create it.
@@ -7648,7 +7769,7 @@ class Newsletters:
         local content_type, body, exists = unpack(ARGV)
         if redis.call('HEXISTS', content, content_type) ~= tonumber(exists) then return 0 end
         redis.call('HSET', content, content_type, body)  -- a full Redis refuses this: nothing is written before it
-        if exists == '0' then redis.call('UNLINK', subscribers, issued) end  -- what REMOVE has left
+        if exists == '0' then redis.call('UNLINK', subscribers, issued, got, issues) end  -- what REMOVE has left
         return 1
     """
 
@@ -7675,16 +7796,17 @@ class Newsletters:
 
     # Subscriptions stay in the schedule; CLAIM drops them when they are due. Without their content type they count no
     # more; remove() removes their records, or else whoever creates a content type of this name.
-    # KEYS: see _keys(). ARGV: content type. Answer: 1, or 0 if it does not exist.
+    # KEYS: see _keys(). ARGV: content type, field in `sends`. Answer: 1, or 0 if it does not exist.
     REMOVE = KEYS_BY_NAME + """
+        redis.call('HDEL', prefix .. 'sends', ARGV[2])
         return redis.call('HDEL', content, ARGV[1])
     """
 
     def remove(self, account: str, content_type: str) -> None:
         """Remove a content type and end its subscriptions. Raises HTTPError (404) if it does not exist."""
-        content, subscribers, _, issued, *_ = keys = self._keys(account, content_type)
-        existed = self._remove(keys, [content_type])
-        for key in (subscribers, issued):
+        content, subscribers, _, issued, _, got, issues, *_ = keys = self._keys(account, content_type)
+        existed = self._remove(keys, [content_type, f"{content_type}:{account}"])
+        for key in (subscribers, issued, got, issues):
             self.store.remove(key, content, content_type)
         if not existed:
             raise self._unknown()
@@ -7771,8 +7893,10 @@ class Newsletters:
                       limit: int = 100) -> tuple[list[Json], str | None]:
         """About `limit` subscriptions of an account or of all, unordered, and the next `cursor`, None at the end.
 
-        Each is {"account", "content_type", "userId", "frequency", "next", "created"}. A subscription that exists
-        throughout is returned at least once, and rarely twice (Redis's SCAN). An unknown cursor starts again.
+        Each is {"account", "content_type", "userId", "frequency", "next", "created", "last"}, and "at", "day" and
+        "timezone" where it has them; the last is the issue
+        that was sent last, {"time", "issue", "subject" (None if that was too long ago)}, or None. A subscription that
+        exists throughout is returned at least once, and rarely twice (Redis's SCAN). An unknown cursor starts again.
         """
         pairs = [(owner, name) for owner, name in self._content_types(account) if content_type in ("", name)]
         number, scan = map(int, cursor.split("-")) if cursor else (0, 0)
@@ -7791,11 +7915,26 @@ class Newsletters:
         with self.store.redis.pipeline(transaction=False) as pipeline:
             for owner, name, record in page:
                 pipeline.zscore(self.store.key("schedule"), self.schedule_member(owner, name, record["userId"]))
-            moments = pipeline.execute()
+                pipeline.hget(self.store.key("got", name, owner), fold_address(record["userId"]))
+            answers = pipeline.execute()
+        lasts = self._last_issues([(owner, name, got) for (owner, name, _), got in zip(page, answers[1::2])])
         return [{"account": owner, "content_type": name, "userId": record["userId"], "frequency": record["frequency"],
-                 "next": timestamp(moment * 1e6) if moment else None, "created": timestamp(record["created"])}
-                for (owner, name, record), moment in zip(page, moments)], (
+                 "next": timestamp(moment * 1e6) if moment else None, "created": timestamp(record["created"]),
+                 **{name: record[name] for name in Subscription.CALENDAR if name in record}, "last": last}
+                for (owner, name, record), moment, last in zip(page, answers[::2], lasts)], (
                     f"{number}-{scan}" if number < len(pairs) else None)
+
+    def _last_issues(self, found: "Sequence[tuple[str, str, str | None]]") -> "list[Json | None]":
+        """What (account, content type, field of `got`) stands for: {"time", "issue", "subject"}, or None."""
+        digests = [(owner, name, *got.split()) if got else None for owner, name, got in found]
+        with self.store.redis.pipeline(transaction=False) as pipeline:
+            sought = {known[:3]: None for known in digests if known}
+            for owner, name, digest in sought:
+                pipeline.hget(self.store.key("issues", name, owner), digest)
+            heads = dict(zip(sought, pipeline.execute()))
+        return [known and {"time": timestamp(1000 * int(known[3])), "issue": known[2],
+                           "subject": json.loads(heads[known[:3]])["subject"] if heads[known[:3]] else None}
+                for known in digests]
 
     def scheduled(self) -> int:
         """How many subscriptions are in the schedule. Those of a removed content type stay until they would be due."""
@@ -7809,13 +7948,14 @@ class Newsletters:
     # Workers may do an unsubscribe before the subscribe that came earlier: the later request wins in any order.
     # KEYS: see _keys().
     # ARGV: content type, address, subscription (JSON), when its task was created (microseconds), member of the
-    #       schedule, next boundary (s), body of the content type if it is to be created, or ""; account, the data of
-    #       the event.
+    #       schedule, now, next boundary and the one after it (s), half a period (s), body of the content type if it is
+    #       to be created, or ""; account, the data of the event.
     # Answer: "subscribed", "overtaken", or "unknown" if the content type does not exist.
     SUBSCRIBE = Queue.LATER + Queue.EVENT + KEYS_BY_NAME + """
-        local content_type, address, record, created, member, boundary, body, account, data = unpack(ARGV)
+        local content_type, address, record, created, member, now, boundary, next_but_one, half = unpack(ARGV, 1, 9)
+        local body, account, data = unpack(ARGV, 10)
         if body ~= '' and redis.call('HSETNX', content, content_type, body) == 1 then
-            redis.call('UNLINK', subscribers, issued)  -- what REMOVE has left
+            redis.call('UNLINK', subscribers, issued, got, issues)  -- what REMOVE has left
         end
         if redis.call('HEXISTS', content, content_type) == 0 then return 'unknown' end
         local left = redis.call('GET', unsubscribed)
@@ -7823,30 +7963,44 @@ class Newsletters:
         if left and later(left, created) then return 'overtaken' end
         if before and later(cjson.decode(before).created, created) then return 'overtaken' end
         redis.call('HSET', subscribers, address, record)
-        redis.call('ZADD', schedule, boundary, member)
+        -- Another time for the same frequency brings no second issue of this hour, day, week or month; and if an issue
+        -- is due, it comes first.
+        local is_due = false
+        if before and cjson.decode(before).frequency == cjson.decode(record).frequency then
+            local last = string.match(redis.call('HGET', issued, address) or '', ' (%d+)$')
+            if last and tonumber(last) <= tonumber(now) and boundary - last < tonumber(half) then
+                boundary = next_but_one
+            end
+            local moment = redis.call('ZSCORE', schedule, member)
+            is_due = moment and tonumber(moment) <= tonumber(now)
+        end
+        if not is_due then redis.call('ZADD', schedule, boundary, member) end
         if not before then emit(prefix, account, 'subscription.started', data) end
         return 'subscribed'
     """
 
     def subscribe(self, task: Task) -> str:
-        """Do a subscribe task: the address gets one subscription, with this frequency from now on.
+        """Do a subscribe task: the address gets one subscription, with this frequency and calendar from now on.
 
         Returns "subscribed", or "overtaken" if a later request came first. Raises PermanentError if the content type
         does not exist and the task brings no content.
         """
         payload, account = task.payload, task.account
         content_type, address = payload["content_type"], fold_address(payload["userId"])
+        chosen = {name: payload[name] for name in Subscription.CALENDAR if name in payload}
         record = {"userId": payload["userId"], "frequency": payload["frequency"], "retries": task.retries,
-                  "created": task.created, **({"variables": payload["variables"]} if "variables" in payload else {})}
+                  "created": task.created, **({"variables": payload["variables"]} if "variables" in payload else {}),
+                  **chosen}
         body = ""
         if "subject" in payload and "content" in payload:
             body = self._body(payload["subject"], payload["content"])
+        now = self.clock()
         result = self._subscribe(self._keys(account, content_type, address), [
             content_type, address, json.dumps(record), task.created,
-            self.schedule_member(account, content_type, address),
-            next_boundary(payload["frequency"], self.clock(), self.zone), body, account,
+            self.schedule_member(account, content_type, address), now,
+            *self._next_two(self.calendar_of(record), now), self.HALF[payload["frequency"]], body, account,
             json.dumps({"account": account, "userId": payload["userId"], "content_type": content_type,
-                        "frequency": payload["frequency"]})])
+                        "frequency": payload["frequency"], **chosen})])
         if result == "unknown":
             raise PermanentError(f"content type {content_type!r} does not exist")
         return result
@@ -7871,6 +8025,7 @@ class Newsletters:
         if later(cjson.decode(before).created, created) then return 'overtaken' end
         redis.call('HDEL', subscribers, address)
         redis.call('HDEL', issued, address)
+        redis.call('HDEL', got, address)
         redis.call('ZREM', schedule, member)
         emit(prefix, account, 'subscription.ended', data)
         return 'unsubscribed'
@@ -7939,29 +8094,57 @@ class Newsletters:
         The variables are `email`, `unsubscribe_url` and those of the subscription.
 
         Raises:
-            CancelledError: the address has unsubscribed, or the content type was removed, since the mail was queued.
+            CancelledError: the address has unsubscribed, or the content type was removed, since the mail was queued; or
+                the subscriber got this text meanwhile, and shall not get it again.
             PermanentError: the subscription lacks a variable that the content names, or its variables are too large.
         """
         content_type, address = task.payload["content_type"], task.payload["userId"]
-        with self.store.redis.pipeline(transaction=False) as pipeline:
-            pipeline.hget(self.store.key("content", task.account), content_type)
-            pipeline.hget(self.store.key("subscribers", content_type, task.account), fold_address(address))
-            body, subscription = pipeline.execute()
-        if not body or not subscription:
+        body, subscription, got = self._read_for_mail(task)
+        if not body or not (subscription or "test" in task.payload):
             raise CancelledError("no longer subscribed")
-        body, own = json.loads(body), json.loads(subscription).get("variables")
-        url = self.link(task.account, content_type, address)
-        variables = {**(own or {}), "email": address, **({"unsubscribe_url": url} if url else {})}
+        text = json.loads(body)
+        if "test" not in task.payload:
+            task.issue = self.issue_of(text, content_type, address)
+            if not text.get("resend", True) and got and task.issue.startswith(f'["{got.split()[0]}"'):
+                raise CancelledError("has got this text already, and resend is false")
         try:
-            subject, content = (
-                fill_template(text, variables, escape, own is None, self.max_size)
-                for text, escape in ((body["subject"], False), (body["content"], is_html(body["content"]))))
+            subject, content, url = self._fill_mail(task, text, subscription)
         except KeyError as error:
             raise PermanentError(f"the subscription has no variable {error.args[0]!r}") from None
         except TooLarge as error:
             raise PermanentError(f"with the subscription's variables the mail would have {error.size} bytes, and may "
                                  f"have {self.max_size} (max_body)") from None
-        return self.CONTROLS.sub(" ", subject), content, self._headers(content_type, url) if url else ()
+        return (self.CONTROLS.sub(" ", subject), content,
+                self._headers(content_type, url) if url and subscription else ())
+
+    def _read_for_mail(self, task: Task) -> list[str | None]:
+        """What Redis has of a newsletter: its content type, the subscription, and what the subscriber got last."""
+        content_type, address = task.payload["content_type"], fold_address(task.payload["userId"])
+        with self.store.redis.pipeline(transaction=False) as pipeline:
+            pipeline.hget(self.store.key("content", task.account), content_type)
+            for kind in ("subscribers", "got"):
+                pipeline.hget(self.store.key(kind, content_type, task.account), address)
+            return pipeline.execute()
+
+    def _fill_mail(self, task: Task, text: Json, subscription: str | None) -> tuple[str, str, str]:
+        """(subject, content, the link to unsubscribe or "") of a newsletter. Raises KeyError, TooLarge."""
+        address, own = task.payload["userId"], json.loads(subscription).get("variables") if subscription else None
+        url = self.link(task.account, task.payload["content_type"], address)
+        if "test" in task.payload:
+            own = (own or {}) if subscription else {**text.get("defaults", {}), **task.payload["test"]}
+            if url and not subscription:
+                url = f"{self.public_url}/unsubscribe/example"  # it ends nothing: there is no subscription
+        variables = {**(own or {}), "email": address, **({"unsubscribe_url": url} if url else {})}
+        subject, content = (
+            fill_template(template, variables, escape, own is None, self.max_size)
+            for template, escape in ((text["subject"], False), (text["content"], is_html(text["content"]))))
+        return subject, content, url
+
+    @staticmethod
+    def issue_of(text: Json, content_type: str, address: str) -> str:
+        """What SETTLE_AND_TAKE notes of a newsletter that was sent: [text_digest(), content type, address, subject]."""
+        return json.dumps([text_digest(text["subject"], text["content"]), content_type, fold_address(address),
+                           text["subject"]])
 
     def _headers(self, content_type: str, url: str) -> tuple[tuple[str, str], ...]:
         """Headers by which mailers recognise the newsletter (RFC 2919) and unsubscribe (RFC 2369, RFC 8058)."""
@@ -7972,40 +8155,79 @@ class Newsletters:
         return (("List-Id", f"<{name}.{urllib.parse.urlsplit(self.public_url).hostname}>"),
                 ("List-Unsubscribe", f"<{folded_url}>"), ("List-Unsubscribe-Post", "List-Unsubscribe=One-Click"))
 
-    # The end of ARGV, see _boundaries(): frequency -> its next boundary, and the one after it.
+    # The end of ARGV, see _boundaries(): calendar -> its next boundary, and the one after it. `calendar_of` answers the
+    # calendar of a subscription, as the Python method does, or nothing if ARGV does not have it: then `unknown` does.
     BOUNDARIES = """
-        local next, next_but_one = {}, {}
-        for at = #ARGV - 11, #ARGV, 3 do
+        local next, next_but_one, unknown, is_unknown = {}, {}, {}, {}
+        for at = #ARGV - 3 * ARGV[#ARGV], #ARGV - 1, 3 do
             next[ARGV[at]], next_but_one[ARGV[at]] = tonumber(ARGV[at + 1]), tonumber(ARGV[at + 2])
+        end
+
+        local function calendar_of(record)
+            local calendar = record.frequency
+            if record.at or record.day or record.timezone then
+                calendar = table.concat({calendar, record.at or '-', record.day or '-', record.timezone or '-'}, ' ')
+            end
+            if next[calendar] then return calendar end
+            if not is_unknown[calendar] then unknown[#unknown + 1] = calendar end
+            is_unknown[calendar] = true
         end
     """
 
-    # Queue what is due, except where the issue before has not ended yet: that one gets the content of the moment when
-    # it is sent. A boundary that follows the last one too soon is the same one in another time zone, and is skipped.
-    # KEYS: the prefix.
-    # ARGV: now (s), how many places of the schedule to look at, what the ids are made from, the boundaries.
-    # Answer: 0, or {how many places were due, at how many of them nothing was queued for an earlier issue}.
-    CLAIM = Queue.ADD_TASK + BOUNDARIES + """
-        local prefix, now, most, base = KEYS[1], unpack(ARGV, 1, 3)
-        local half = {['@hourly'] = 1800, ['@daily'] = 43200, ['@weekly'] = 302400, ['@monthly'] = 1209600}  -- seconds
+    # Queue the mail of an issue, except where the issue before has not ended yet: that one gets the content of the
+    # moment when it is sent; or where the subscriber got this very text, and the content type says "resend": false.
+    # `boundary`: the one that it is queued at, if any; `more`: further fields of its payload.
+    # Answers "queued", "waits" or "got". `texts`: the text that is not sent again, by content type, "" for any, false
+    # without the content type. A quotation mark within a text has a backslash before it, so this finds no part of one.
+    QUEUE_ISSUE = Queue.ADD_TASK + """
         local ended = {succeeded = true, dead = true, suppressed = true, cancelled = true,
-                       bounced = true}
-        local schedule, skipped = prefix .. 'schedule', 0
+                       bounced = true, expired = true}
+        local prefix, texts = KEYS[1], {}
 
-        local function queue(number, account, key, content_type, address, record)
-            local issued = prefix .. 'issued:' .. content_type .. ':' .. account
-            local id = base .. string.format('%08x', number)
-            local before = redis.call('HGET', issued, address)
-            local state = before and redis.call('HGET', prefix .. 'task:' .. before, 'state')
-            if state and not ended[state] then
-                skipped = skipped + 1
-                return
+        local function text_of(account, content_type)
+            local name = content_type .. ':' .. account
+            if texts[name] == nil then
+                local body = redis.call('HGET', prefix .. 'content:' .. account, content_type)
+                texts[name] = body and ''
+                if body and string.find(body, '", "resend": false', 1, true) then
+                    local text = cjson.decode(body)
+                    texts[name] = string.sub(redis.sha1hex(text.subject .. '\\n' .. text.content), 1, 16)
+                end
             end
-            local body = cjson.encode({task = content_type, type = 'newsletter', retries = record.retries,
-                                       payload = {userId = record.userId, content_type = content_type}})
-            add_task(prefix, id, account, key, 'bulk', 0, 0, body, address)
-            redis.call('HSET', issued, address, id)
+            return texts[name]
         end
+
+        local function queue_issue(id, account, key, content_type, address, record, boundary, more)
+            local type_and_account = content_type .. ':' .. account
+            local issued = prefix .. 'issued:' .. type_and_account
+            local before, last = string.match(redis.call('HGET', issued, address) or '', '^(%S+) ?(%d*)')
+            local state = before and redis.call('HGET', prefix .. 'task:' .. before, 'state')
+            if state and not ended[state] then return 'waits' end
+            local text = text_of(account, content_type)
+            local got = text ~= '' and redis.call('HGET', prefix .. 'got:' .. type_and_account, address)
+            if got and string.sub(got, 1, 16) == text then return 'got' end
+            local payload = more or {}
+            payload.userId, payload.content_type = record.userId, content_type
+            local body = cjson.encode({task = content_type, type = 'newsletter', retries = record.retries,
+                                       payload = payload})
+            add_task(prefix, id, account, key, 'bulk', 0, 0, body, address)
+            boundary = boundary or last or ''
+            redis.call('HSET', issued, address, boundary == '' and id or id .. ' ' .. boundary)
+            return 'queued'
+        end
+    """
+
+    # Queue what is due, as QUEUE_ISSUE does. A boundary that follows the last one too soon is the same one in another
+    # time zone, and is skipped.
+    # KEYS: the prefix.
+    # ARGV: now (s), how many places of the schedule to look at, what the ids are made from, HALF as JSON, the
+    #       boundaries.
+    # Answer: 0, or {how many places were due, at how many of them nothing was queued for an earlier issue, the
+    #         calendars that ARGV does not have: their places are left as they are}.
+    CLAIM = QUEUE_ISSUE + BOUNDARIES + """
+        local now, most, base = unpack(ARGV, 1, 3)
+        local half = cjson.decode(ARGV[4])
+        local schedule, skipped = prefix .. 'schedule', 0
 
         local due = redis.call('ZRANGE', schedule, '-inf', now, 'BYSCORE', 'LIMIT', 0, most, 'WITHSCORES')
         for at = 1, #due, 2 do
@@ -8014,34 +8236,202 @@ class Newsletters:
             local key = redis.call('HGET', prefix .. 'UserList', account)
             local subscribers = prefix .. 'subscribers:' .. content_type .. ':' .. account
             local found = key and key ~= '' and redis.call('HGET', subscribers, address)
-            if found and redis.call('HEXISTS', prefix .. 'content:' .. account, content_type) == 0 then
-                found = nil
-            end
-            if not found then
+            if not found or not text_of(account, content_type) then
                 redis.call('ZREM', schedule, member)
             else
                 local record = cjson.decode(found)
-                local frequency = record.frequency
-                local too_soon = next[frequency] - moment < half[frequency]
-                redis.call('ZADD', schedule, too_soon and next_but_one[frequency] or next[frequency], member)
-                queue(at, account, key, content_type, address, record)
+                local calendar = calendar_of(record)
+                if calendar then
+                    local too_soon = next[calendar] - moment < half[record.frequency]
+                    redis.call('ZADD', schedule, too_soon and next_but_one[calendar] or next[calendar], member)
+                    local id = base .. string.format('%08x', at)
+                    if queue_issue(id, account, key, content_type, address, record, moment) == 'waits' then
+                        skipped = skipped + 1
+                    end
+                end
             end
         end
-        return #due > 0 and {#due / 2, skipped} or 0
+        return #due > 0 and {#due / 2, skipped, unknown} or 0
     """
 
     def enqueue_due(self) -> int:
         """Queue the mails that are due, at most BATCH. Returns how many places of the schedule were due."""
         now = self.clock()
-        due, skipped = self._claim(keys=[self.store.prefix], args=[
-            now, self.BATCH, secrets.token_hex(12), *self._boundaries(now)]) or (0, 0)
-        if skipped:
-            log(logging.WARNING, "newsletters not queued: the issue before still waits", count=skipped)
-        return due
+        while True:
+            due, skipped, unknown = self._claim(keys=[self.store.prefix], args=[
+                now, self.BATCH, secrets.token_hex(12), self.HALF_AS_JSON, *self._boundaries(now)]) or (0, 0, [])
+            if skipped:
+                log(logging.WARNING, "newsletters not queued: the issue before still waits", count=skipped)
+            if not unknown:
+                return due
+            self._learn(unknown)
+
+    # Begin to queue a newsletter for all subscribers; or queue one mail as a test.
+    # KEYS: the prefix.
+    # ARGV: account, registration, content type, id of the job or of the test's task; of a test its head, body and
+    #       recipient, else "" three times.
+    # Answer: {id, how many mails}; 0 if there is no such content type, -1 if it is being queued already, -2 if the
+    #         recipient of the test is suppressed.
+    SEND = Queue.ADD_TASK + """
+        local prefix, account, registration, content_type, id, head, body, to = KEYS[1], unpack(ARGV)
+        local sends, field = prefix .. 'sends', content_type .. ':' .. account
+        if redis.call('HEXISTS', prefix .. 'content:' .. account, content_type) == 0 then return 0 end
+        if body ~= '' then
+            if redis.call('ZSCORE', prefix .. 'suppressed:' .. account, to) then return -2 end
+            add_task(prefix, id, account, registration, 'normal', 0, 0, body, to, 'head', head)
+            return {id, 1}
+        end
+        local before = redis.call('HGET', sends, field)
+        if before and cjson.decode(before).registration == registration then return -1 end
+        local subscribers = redis.call('HLEN', prefix .. 'subscribers:' .. field)
+        if subscribers > 0 then
+            redis.call('HSET', sends, field, cjson.encode({
+                id = id, account = account, registration = registration, content_type = content_type, cursor = '0',
+                order = '', seen = 0, queued = 0}))
+        end
+        return {id, subscribers}
+    """
+
+    def send(self, account: Account, content_type: str, to: str = "", variables: Json | None = None,
+             request: str | IdempotentRequest = "") -> tuple[str, int]:
+        """Send a newsletter now: begin to queue its mails to all subscribers, or queue one to the address `to`, as a
+        test, which is no issue. `variables` are those of a test to somebody who has no subscription.
+
+        Returns (id of the test's task, or "" ; to how many subscribers). `request` is that of Script.
+
+        Raises:
+            HTTPError: 400, the test lacks a variable; 404, there is no such content type; 409, the newsletter is being
+                queued already, or `to` is suppressed; 413, the test would be too large; 422, see Script.
+        """
+        args: list[str] = [account.name, account.registration, content_type, secrets.token_hex(16), "", "", ""]
+        if to and not self._send.known(request):
+            payload = {"userId": to, "content_type": content_type, "test": variables or {}}
+            task = {"task": content_type, "type": "newsletter", "retries": self.TEST_RETRIES, "payload": payload}
+            self._try_mail(Task("", account.name, account.registration, retries=self.TEST_RETRIES, type="newsletter",
+                                name=content_type, payload=payload, created=0))
+            args[4:] = [summary_of(task), json.dumps(task), fold_address(to)]
+        answer = self._send([self.store.prefix], args, request)
+        if answer == 0:
+            raise self._unknown()
+        if answer == -1:
+            raise HTTPError(409, "content_type is being sent already: its mails are still being queued", "content_type")
+        if answer == -2:
+            reason = self.store.redis.hget(self.store.key("suppressed_for", account.name), fold_address(to))
+            raise HTTPError(409, f"to is suppressed ({reason or 'by request'}): it gets no mail", "to")
+        send_id, count = answer
+        self.sending.set()
+        return send_id if to else "", count
+
+    def _try_mail(self, task: Task) -> None:
+        """Raise HTTPError if the mail of a test cannot be made."""
+        body, subscription, _ = self._read_for_mail(task)
+        if not body:
+            raise self._unknown()
+        try:
+            self._fill_mail(task, json.loads(body), subscription)
+        except KeyError as error:
+            field = "to" if subscription else f"variables.{error.args[0]}"
+            raise HTTPError(400, f"the subscription of {field} has no variable {error.args[0]!r}" if subscription else
+                            f"{field} is required: the newsletter names it", field) from None
+        except TooLarge as error:
+            raise HTTPError(413, f"the mail would have {error.size} bytes with its variables, and may have "
+                            f"{self.max_size} (max_body)", "variables") from None
+
+    # Queue a further part of a newsletter that is being sent to all subscribers. The ids of the tasks are made of the
+    # job and the address: who comes up twice gets one mail. HSCAN's order is another one after a restart of Redis, on
+    # a replica or after a restore, where a cursor of before would leave subscribers out. What comes first tells: if
+    # that has changed, all are looked at again.
+    # KEYS: the prefix. ARGV: about how many subscribers to look at.
+    # Answer: 0 if no newsletter is being sent, else 1 if there is more to do, or what has become of it, as JSON.
+    SEND_SOME = QUEUE_ISSUE + """
+        local sends = prefix .. 'sends'
+        local field = redis.call('HRANDFIELD', sends)
+        if not field then return 0 end
+        local job = cjson.decode(redis.call('HGET', sends, field))
+        local account, content_type = job.account, job.content_type
+        if redis.call('HGET', prefix .. 'UserList', account) ~= job.registration
+                or not text_of(account, content_type) then
+            redis.call('HDEL', sends, field)
+            return 1
+        end
+        local subscribers = prefix .. 'subscribers:' .. field
+        local first = redis.call('HSCAN', subscribers, '0', 'COUNT', 3)[2]
+        for at = #first, 1, -2 do table.remove(first, at) end
+        table.sort(first)
+        local order = redis.sha1hex(table.concat(first, ' '))
+        if order ~= job.order then job.order, job.cursor, job.seen = order, '0', 0 end
+        local cursor, found = unpack(redis.call('HSCAN', subscribers, job.cursor, 'COUNT', ARGV[1]))
+        for at = 1, #found, 2 do
+            local address, id = found[at], string.sub(redis.sha1hex(job.id .. ' ' .. found[at]), 1, 32)
+            if redis.call('EXISTS', prefix .. 'task:' .. id) == 0
+                    and string.sub(redis.call('HGET', prefix .. 'issued:' .. field, address) or '', 1, 32) ~= id
+                    and queue_issue(id, account, job.registration, content_type, address,
+                                    cjson.decode(found[at + 1]), nil, {send = job.id}) == 'queued' then
+                job.queued = job.queued + 1
+            end
+        end
+        job.cursor, job.seen = cursor, job.seen + #found / 2
+        if cursor ~= '0' then
+            redis.call('HSET', sends, field, cjson.encode(job))
+            return 1
+        end
+        redis.call('HDEL', sends, field)
+        return cjson.encode(job)
+    """
+
+    def send_some(self) -> int:
+        """Queue about BATCH mails of the newsletters that are being sent. Returns BATCH if there may be more to do, and
+        0 if not."""
+        self.sending.clear()
+        answer = self._send_some(keys=[self.store.prefix], args=[self.BATCH])
+        if isinstance(answer, str):
+            job = json.loads(answer)
+            log(logging.INFO, "newsletter queued for all subscribers", account=job["account"],
+                content_type=job["content_type"], mails=job["queued"])
+        return self.BATCH if answer else 0
+
+    # KEYS: the prefix. ARGV: field in `sends`, registration of its account or "" for any, 1 to end it or 0 to count.
+    # Answer: how many subscribers have not been looked at, or -1 if nothing is being sent.
+    STOP_SEND = """
+        local prefix, field, registration, ends = KEYS[1], unpack(ARGV)
+        local found = redis.call('HGET', prefix .. 'sends', field)
+        local job = found and cjson.decode(found)
+        if not job or registration ~= '' and job.registration ~= registration then return -1 end
+        if ends == '1' then redis.call('HDEL', prefix .. 'sends', field) end
+        return math.max(0, redis.call('HLEN', prefix .. 'subscribers:' .. field) - job.seen)
+    """
+
+    def stop_sends(self, account: Account = EVERYBODY, content_type: str = "", only_count: bool = False) -> int:
+        """End the sending of newsletters of an account, or of all, whose mails are not all queued yet; or only count.
+
+        Those that are queued stay so. Returns for how many subscribers none was queued.
+        """
+        left = 0
+        for field in self.store.redis.hkeys(self.store.key("sends")):
+            own_type, _, owner = field.partition(":")
+            if account.name in ("", owner) and content_type in ("", own_type):
+                left += max(0, self._stop_send([self.store.prefix], [
+                    field, account.registration, int(not only_count)]))
+        return left
+
+    def issues(self, account: str, content_type: str) -> list[Json]:
+        """The texts of a newsletter that were sent, each {"issue": text_digest(), "subject", "sent": mails, "first",
+        "last": when}, newest first. Raises HTTPError (404)."""
+        with self.store.redis.pipeline(transaction=False) as pipeline:
+            pipeline.hexists(self.store.key("content", account), content_type)
+            pipeline.hgetall(self.store.key("issues", content_type, account))
+            exists, kept = pipeline.execute()
+        if not exists:
+            raise self._unknown()
+        digests = sorted((name for name in kept if " " not in name), reverse=True,
+                         key=lambda digest: int(kept[f"{digest} last"]))
+        return [{"issue": digest, "subject": json.loads(kept[digest])["subject"], "sent": int(kept[f"{digest} sent"]),
+                 **{name: timestamp(1000 * int(kept[f"{digest} {name}"])) for name in ("first", "last")}}
+                for digest in digests]
 
     # Reset places of the schedule that are too far ahead, because a clock was wrong, to their next boundary.
     # KEYS: the prefix. ARGV: cursor, how many places to look at, the boundaries.
-    # Answer: {the next cursor, how many places were reset}.
+    # Answer: {the next cursor, how many places were reset, the calendars that ARGV does not have}.
     CORRECT = BOUNDARIES + """
         local prefix, corrected = KEYS[1], 0
         local cursor, places = unpack(redis.call('ZSCAN', prefix .. 'schedule', ARGV[1], 'COUNT', ARGV[2]))
@@ -8050,31 +8440,65 @@ class Newsletters:
             if moment > next_but_one['@hourly'] then  -- others are right: this saves reading their records
                 local account, content_type, address = unpack(cjson.decode(member))
                 local found = redis.call('HGET', prefix .. 'subscribers:' .. content_type .. ':' .. account, address)
-                local frequency = found and cjson.decode(found).frequency
-                if found and moment > next_but_one[frequency] then
-                    redis.call('ZADD', prefix .. 'schedule', next[frequency], member)
+                local calendar = found and calendar_of(cjson.decode(found))
+                if calendar and moment > next_but_one[calendar] then
+                    redis.call('ZADD', prefix .. 'schedule', next[calendar], member)
                     corrected = corrected + 1
                 end
             end
         end
-        return {cursor, corrected}
+        return {cursor, corrected, unknown}
     """
 
     def correct(self) -> int:
         """Check the next BATCH places of the schedule. Returns how many were too far ahead and are reset."""
-        self._cursor, count = self._correct(keys=[self.store.prefix], args=[
-            self._cursor, self.BATCH, *self._boundaries(self.clock())])
+        count, unknown = 0, [""]
+        while unknown:
+            cursor, corrected, unknown = self._correct(keys=[self.store.prefix], args=[
+                self._cursor, self.BATCH, *self._boundaries(self.clock())])
+            count += corrected
+            self._learn(unknown)
+        self._cursor = cursor
         if count:
             log(logging.WARNING, "newsletters were scheduled too far ahead, as by a clock that was wrong", count=count)
         return count
 
+    @staticmethod
+    def calendar_of(record: Json) -> str:
+        """What the boundaries of a subscription depend on, but for the service's time zone: its frequency, and its own
+        `at`, `day` and `timezone`, where it has any."""
+        chosen = [str(record.get(name, "-")) for name in Subscription.CALENDAR]
+        return " ".join([record["frequency"], *chosen]) if chosen != ["-"] * 3 else record["frequency"]
+
+    def _learn(self, calendars: Sequence[str]) -> None:
+        """Know the boundaries of these calendars in the next call, beside some of those before."""
+        kept = [known for known in self._calendars if known not in FREQUENCIES][-self.CALENDARS_KEPT:]
+        self._calendars = dict.fromkeys([*FREQUENCIES, *kept, *calendars])
+
     def _boundaries(self, now: float) -> list[str | int]:
-        """Each frequency, its next boundary, and the one after it: the ARGV of BOUNDARIES."""
+        """Each calendar that is known, its next boundary, and the one after it; and how many these are: the ARGV of
+        BOUNDARIES."""
         boundaries: list[str | int] = []
-        for frequency in FREQUENCIES:
-            boundary = next_boundary(frequency, now, self.zone)
-            boundaries += [frequency, boundary, next_boundary(frequency, boundary, self.zone)]
-        return boundaries
+        for known in self._calendars:
+            boundaries += [known, *self._next_two(known, now)]
+        return [*boundaries, len(self._calendars)]
+
+    def _next_two(self, known: str, now: float) -> tuple[int, int]:
+        """The next boundary of a calendar, and the one after it. What was found is kept while it is right."""
+        since, *found = self._found.get(known, (math.inf, 0, 0))
+        if not since <= now < found[0]:
+            frequency, at, day, timezone = [*known.split(" "), "-", "-", "-"][:4]
+            zone = self.zone
+            if timezone != "-":
+                with contextlib.suppress(zoneinfo.ZoneInfoNotFoundError):  # restored where the time zones are older
+                    zone = zoneinfo.ZoneInfo(timezone)
+            own = {"at": at if at != "-" else "00:00", "day": int(day) if day.isdigit() else day.strip("-") or None}
+            boundary = next_boundary(frequency, now, zone, **own)
+            found = [boundary, next_boundary(frequency, boundary, zone, **own)]
+            if len(self._found) > 1000:
+                self._found.clear()
+            self._found[known] = (now, *found)
+        return found[0], found[1]
 
 
 # --- 14. bounces ----------------------------------------------------------------------------------------
@@ -9418,7 +9842,8 @@ class Workers:
         try:
             if task.strikes:
                 self.queue.begin(task)
-            return Outcome(task, Verdict.SUCCEEDED, self.handlers[task.type](task))
+            result = self.handlers[task.type](task)
+            return Outcome(task, Verdict.SUCCEEDED, result, issue=task.issue)
         except DeliveryError as error:
             return self._failed(task, lane, error)
         except redis.RedisError as error:
@@ -9727,11 +10152,12 @@ class Cron:
             if isinstance(self.transport, MaildirTransport):
                 with logging_errors("the Maildir cannot be cleaned"):
                     self.transport.clean()
-        if now - self.last_poll < self.POLL and not self.queue.is_due():
+        if now - self.last_poll < self.POLL and not self.queue.is_due() and not self.newsletters.sending.is_set():
             return
         self.last_poll, deadline = now, time.monotonic() + 0.5
         for work, batch in ((self.expire, Queue.BATCH), (self.queue.promote, Queue.BATCH),
-                            (self.newsletters.enqueue_due, Newsletters.BATCH)):
+                            (self.newsletters.enqueue_due, Newsletters.BATCH),
+                            (self.newsletters.send_some, Newsletters.BATCH)):
             while work() == batch:
                 if time.monotonic() >= deadline:
                     self.last_poll = float("-inf")  # the rest in the next round, a TICK later
@@ -9832,10 +10258,21 @@ def html_of(message: email.message.EmailMessage, max_length: int = 8_000_000) ->
     return text
 
 
-def cancel_all(queue: Queue, stats: Stats, account: Account, filters: Mapping[str, Any],
-               progress: Callable[[int], object] = lambda count: None) -> int:
-    """Do Queue.purge(), count and log it; returns how many tasks were cancelled."""
-    cancelled = queue.purge(account, **filters, progress=progress)
+def count_waiting(queue: Queue, newsletters: Newsletters, account: Account, filters: Mapping[str, Any],
+                  cancel: bool = False, progress: Callable[[int], object] = lambda count: None) -> collections.Counter:
+    """What Queue.purge() does; a newsletter that is still being queued counts with the subscribers that are left."""
+    left, names = 0, {filters.get("content_type", ""), filters.get("task", "")} - {""}  # a newsletter has the one name
+    if (filters.get("type", "newsletter") == "newsletter" and filters.get("state", "queued") == "queued"
+            and "recipient" not in filters and len(names) <= 1):
+        left = newsletters.stop_sends(account, min(names, default=""), only_count=not cancel)
+    found = queue.purge(account, **filters, only_count=not cancel, progress=progress)
+    return found + collections.Counter(newsletter=left)
+
+
+def cancel_waiting(queue: Queue, newsletters: Newsletters, stats: Stats, account: Account, filters: Mapping[str, Any],
+                   progress: Callable[[int], object] = lambda count: None) -> int:
+    """Cancel what waits and matches, count and log it; returns how many."""
+    cancelled = count_waiting(queue, newsletters, account, filters, cancel=True, progress=progress)
     for task_type, count in cancelled.items():
         stats.count("gomail_tasks_total", count, type=task_type, outcome=Verdict.CANCELLED)
     log(logging.WARNING, "tasks cancelled by request", count=cancelled.total(), account=account.name, **filters)
@@ -10205,14 +10642,14 @@ class Api:
         return {"recipient" if name == "userId" else name: value for name, value in request.query.items()}
 
     def count_tasks(self, request: Request) -> Reply:
-        waiting = self.queue.purge(request.account, **self.filters(request), only_count=True)
+        waiting = count_waiting(self.queue, self.newsletters, request.account, self.filters(request))
         return {"status": True, "count": waiting.total()}
 
     def cancel_tasks(self, request: Request) -> Reply:
         filters = self.filters(request)
         if not filters.keys() - {"state"}:
             raise HTTPError(400, "type, task, content_type or userId is required: at least one says what to cancel")
-        count = cancel_all(self.queue, self.stats, request.account, filters)
+        count = cancel_waiting(self.queue, self.newsletters, self.stats, request.account, filters)
         return done("Tasks cancelled successfully", count=count)
 
     def move_task(self, request: Request) -> Reply:
@@ -10273,6 +10710,19 @@ class Api:
     def remove_content(self, request: Request) -> Reply:
         self.newsletters.remove(request.account.name, request.path_params["content_type"])
         return done("Content Type removed successfully")
+
+    def send_content(self, request: Request) -> Reply:
+        to, variables = request.body.get("to", ""), request.body.get("variables")
+        if variables is not None and not to:
+            raise HTTPError(400, "variables must be left out without to: each subscription has its own", "variables")
+        task_id, count = self.newsletters.send(request.account, request.path_params["content_type"], to, variables,
+                                               request.idempotent)
+        self.queue.wake.set()
+        return done("Newsletter is being sent", count=count, **({"id": task_id} if to else {}))
+
+    def list_issues(self, request: Request) -> Reply:
+        return {"status": True, "issues": self.newsletters.issues(request.account.name,
+                                                                  request.path_params["content_type"])}
 
     def list_subscriptions(self, request: Request) -> Reply:
         query = {"address" if name == "userId" else name: value for name, value in request.query.items()}
@@ -10542,6 +10992,7 @@ class Otp(String):
 ID = Object({"id": String(254, ONE_LINE, LINE)})  # older versions allowed more names than NEW_ID does
 NEW_ID = Object({"id": AccountName()})
 DEFINITION = Object({"content_type": CONTENT_TYPE, "subject": SUBJECT_TEMPLATE, "content": CONTENT_TEMPLATE})
+SEND = Object({"to": Nullable(Address()), "variables": Nullable(Variables())})
 VERIFICATION = Object({"userEmail": Address(), "otp": Otp(), "purpose": Nullable(PURPOSE)})
 BATCH = Object({"tasks": Array(AnyValue(), 1000, 1)})  # the handler checks and answers each task by itself
 RECIPIENT = Object({"userId": Address()})
@@ -10610,6 +11061,10 @@ ROUTES = (
     Route("GET", "/task/subscriptionContent/{content_type}", Api.read_content, Access.KEY,
           answer=CONTENT_ANSWER, refuses=(404,)),
     Route("DELETE", "/task/subscriptionContent/{content_type}", Api.remove_content, Access.KEY, refuses=(404,)),
+    Route("POST", "/task/subscriptionContent/{content_type}/send", Api.send_content, Access.KEY, SEND,
+          answer={**COUNTED, "id?": str}, refuses=(404, 409), idempotency_key=True),
+    Route("GET", "/task/subscriptionContent/{content_type}/issues", Api.list_issues, Access.KEY,
+          answer={"status": bool, "issues": list}, refuses=(404,)),
     Route("GET", "/task/recent", Api.list_recent, Access.ALL, query=SEARCH,
           answer={"status": bool, "tasks": list, "next": (int, None)}),
     Route("GET", "/task/dead", Api.list_dead, Access.ALL, query=PAGING, answer={**PART_ANSWER, "tasks": list}),
@@ -12146,13 +12601,13 @@ class Operator:
                 task_type, count = self.queue.cancel(options.id, account), 1
                 self.stats.count("gomail_tasks_total", type=task_type, outcome=Verdict.CANCELLED)
             else:
-                total = self.queue.purge(account, **filters, only_count=True).total()
+                total = count_waiting(self.queue, self.newsletters, account, filters).total()
                 whose = options.account or "all accounts"
                 question = f"Cancel {plural(total, 'task')} of {whose}?"
                 if total and not options.yes and not self.terminal.confirms(question):
                     return 1
                 with self.terminal.progress(total) as progress:
-                    count = cancel_all(self.queue, self.stats, account, filters, progress)
+                    count = cancel_waiting(self.queue, self.newsletters, self.stats, account, filters, progress)
         except HTTPError as error:
             return self.terminal.fail(1, error.message)
         self.stats.flush()
@@ -12290,7 +12745,8 @@ class Backup:
 
     Redis keeps working meanwhile, so the backup is no snapshot. Still it misses nothing that existed at its beginning:
     SCAN finds every key that exists throughout. A task is one hash that never moves, and on restoring its state alone
-    decides its place. What creates tasks is read before them (the schedule, the idempotency keys); what tasks create is
+    decides its place. What creates tasks is read before them (the schedule, newsletters that are being queued for all
+    subscribers, the idempotency keys); what tasks create is
     read after them (such as subscriptions, and the schedule again). Of two moments the earlier counts; what would be
     sent twice is recognized by the time at which its task was made.
 
@@ -12344,10 +12800,10 @@ class Backup:
 
     def _lines(self) -> Iterator[Json]:
         """A line for each key, or several for a large one, in the order that the class explains."""
-        for pattern in ("idempotency:*", "schedule", "task:*"):
+        for pattern in ("idempotency:*", "schedule", "sends", "task:*"):
             for names in self._names(pattern):
                 yield from self._read(names)
-        done = self.EXCLUDED | {"idempotency", "task"}
+        done = self.EXCLUDED | {"idempotency", "sends", "task"}
         for names in self._names():
             yield from self._read([name for name in names if kind_of_key(name) not in done])
 
@@ -12527,10 +12983,11 @@ class Backup:
             pipeline.pexpireat(key, line["ends"])
 
     def _place_of_issue(self, fields: Json) -> str:
-        """The place in the schedule of a newsletter's issue that has not ended; "" for any other task."""
+        """The place in the schedule of an issue that it has queued, and that has not ended; "" for any other task."""
         with contextlib.suppress(ValueError, TypeError, KeyError):
             task = json.loads(fields.get("head") or fields["body"])
-            if task["type"] == "newsletter" and fields["state"] not in self.ENDED:
+            is_scheduled = task["type"] == "newsletter" and not {"send", "test"} & task["payload"].keys()
+            if is_scheduled and fields["state"] not in self.ENDED:
                 return Newsletters.schedule_member(fields["account"], task["payload"]["content_type"], fields["to"])
         return ""
 

@@ -2910,7 +2910,7 @@ def test_deregistering_an_account_with_many_of_everything_revokes_its_key_and_re
     accounts, store, name = service.http.api.accounts, service.store, name_of(client)
     define(client)
     hashes = [store.key("suppressed_for", name), store.key("subscribers", "news", name),
-              store.key("issued", "news", name)]
+              store.key("issued", "news", name), store.key("got", "news", name)]
     sets = [store.key("suppressed", name), store.key("dead", name)]
     for key in hashes:
         store.redis.hset(key, mapping={f"{number}@example.com": "x" for number in range(1500)})
@@ -2924,7 +2924,7 @@ def test_deregistering_an_account_with_many_of_everything_revokes_its_key_and_re
     monkeypatch.setattr(store, "REMOVED_AT_ONCE", 100)
     seen = steps(monkeypatch, store, "_remove", sizes)
     accounts.deregister(name)
-    assert most(seen) < 300 and seen[-1][1] == [0] * 5  # SCAN may return some more than it was asked for
+    assert most(seen) < 300 and seen[-1][1] == [0] * 6  # SCAN may return some more than it was asked for
     assert not [key for key in store.redis.keys(store.key("*")) if name in key and ":recent:" not in key]
     assert accounts.sign_up(name)
 
@@ -8394,6 +8394,83 @@ def test_boundaries_of_a_year_are_each_met_once_whatever_daylight_saving_does(zo
             assert gomail.next_boundary(frequency, earlier + 1, zone) == later
 
 
+@pytest.mark.parametrize("calendar, now, expected, zone", [
+    ({"frequency": "@daily", "at": "09:30"}, "2026-03-10T09:29:59", "2026-03-10T09:30:00", "UTC"),
+    ({"frequency": "@daily", "at": "09:30"}, "2026-03-10T09:30:00", "2026-03-11T09:30:00", "UTC"),
+    ({"frequency": "@daily", "at": "09:30"}, "2026-12-31T10:00:00", "2027-01-01T09:30:00", "Asia/Kolkata"),
+    ({"frequency": "@weekly", "at": "09:00"}, "2026-03-15T08:00:00", "2026-03-15T09:00:00", "UTC"),  # a Sunday
+    ({"frequency": "@weekly", "day": "tue"}, "2026-03-10T10:00:00", "2026-03-17T00:00:00", "UTC"),  # a Tuesday
+    ({"frequency": "@weekly", "day": "wed", "at": "23:59"}, "2026-03-10T10:00:00", "2026-03-11T23:59:00", "UTC"),
+    ({"frequency": "@monthly", "day": 15}, "2026-03-10T10:00:00", "2026-03-15T00:00:00", "UTC"),
+    ({"frequency": "@monthly", "day": 31}, "2026-01-31T00:00:00", "2026-02-28T00:00:00", "UTC"),
+    ({"frequency": "@monthly", "day": 31, "at": "08:00"}, "2028-02-10T00:00:00", "2028-02-29T08:00:00", "UTC"),
+    ({"frequency": "@monthly", "day": 30}, "2026-02-28T00:00:00", "2026-03-30T00:00:00", "UTC"),
+    ({"frequency": "@monthly", "at": "12:00"}, "2026-12-01T12:00:00", "2027-01-01T12:00:00", "UTC"),
+    # Daylight saving skips 02:30 on 29 March, and repeats it on 25 October.
+    ({"frequency": "@daily", "at": "02:30"}, "2026-03-28T12:00:00", "2026-03-29T03:30:00", "Europe/Berlin"),
+    ({"frequency": "@daily", "at": "02:30"}, "2026-03-29T04:00:00", "2026-03-30T02:30:00", "Europe/Berlin"),
+    ({"frequency": "@daily", "at": "02:30"}, "2026-10-24T12:00:00", "2026-10-25T02:30:00", "Europe/Berlin"),
+    # Samoa had no 30 December.
+    ({"frequency": "@daily", "at": "09:00"}, "2011-12-29T10:00:00", "2011-12-31T09:00:00", "Pacific/Apia"),
+])
+def test_a_time_and_a_day_mean_the_next_such_moment_in_the_time_zone(calendar, now, expected, zone):
+    found = gomail.next_boundary(now=at(now, zone), zone=zoneinfo.ZoneInfo(zone), **calendar)
+    assert found == at(expected, zone)
+
+
+def test_of_a_time_that_daylight_saving_repeats_only_the_first_counts():
+    zone, first = zoneinfo.ZoneInfo("Europe/Berlin"), at("2026-10-25T00:30:00")
+    assert gomail.next_boundary("@daily", first - 1, zone, "02:30") == first
+    for moment in (first, first + 3599, first + 3600):
+        assert gomail.next_boundary("@daily", moment, zone, "02:30") == at("2026-10-26T01:30:00")
+
+
+def calendars():
+    """Subscriptions' own `at` and `day`, with a frequency that allows them."""
+    times = strategies.builds("{:02}:{:02}".format, strategies.integers(0, 23), strategies.integers(0, 59))
+    times = strategies.one_of(times, strategies.sampled_from(["00:00", "01:00", "02:00", "02:30", "23:59"]))
+    days = {"@daily": strategies.none(), "@weekly": strategies.sampled_from([None, *gomail.WEEKDAYS]),
+            "@monthly": strategies.one_of(strategies.none(), strategies.integers(1, 31))}
+    return strategies.one_of(*(strategies.fixed_dictionaries({
+        "frequency": strategies.just(frequency), "at": times, "day": day}) for frequency, day in days.items()))
+
+
+def is_its_day(date, frequency, day):
+    if frequency == "@weekly":
+        return date.strftime("%a").lower() == (day or "sun")
+    tomorrow = date + datetime.timedelta(days=1)
+    return frequency == "@daily" or date.day == (day or 1) or tomorrow.day == 1 and date.day < (day or 1)
+
+
+def moment_of(date, time_of_day, zone):
+    """RFC 5545 section 3.3.5: the first moment at which a clock shows this; if none does, by the offset before."""
+    local = datetime.datetime.combine(date, datetime.time.fromisoformat(time_of_day))
+    noon = local.replace(tzinfo=datetime.timezone.utc)
+    around = [(noon + datetime.timedelta(hours=hours)).astimezone(zone).utcoffset() for hours in range(-30, 31)]
+    shown = [moment for moment in (noon - offset for offset in dict.fromkeys(around))
+             if moment.astimezone(zone).replace(tzinfo=None) == local]
+    return min(shown or [noon - around[0]]).timestamp()
+
+
+@hypothesis.settings(deadline=None, max_examples=300)
+@hypothesis.given(strategies.sampled_from(sorted(zoneinfo.available_timezones())), calendars(),
+                  strategies.one_of(strategies.integers(0, 4_000_000_000), strategies.integers(0, 1_000_000)))
+def test_in_each_zone_and_at_any_moment_the_next_boundary_is_the_first_one_of_the_calendar(name, calendar, moment):
+    zone = zoneinfo.ZoneInfo(name)
+    if moment <= 1_000_000:  # near a change of the clock, if the zone has any in a year
+        offsets = [datetime.datetime.fromtimestamp(moment + 3600 * hour, zone).utcoffset() for hour in range(8800)]
+        changes = [hour for hour in range(1, 8800) if offsets[hour] != offsets[hour - 1]]
+        moment += 3600 * (changes[0] - 24) if changes else 0
+    found = gomail.next_boundary(now=moment, zone=zone, **calendar)
+    today = datetime.datetime.fromtimestamp(moment, zone).date()
+    dates = [today + datetime.timedelta(days=days) for days in range(-2, 64)]
+    expected = min(boundary for boundary in (
+        moment_of(date, calendar["at"], zone) for date in dates if is_its_day(
+            date, calendar["frequency"], calendar["day"])) if boundary > moment)
+    assert found == expected
+    assert gomail.next_boundary(now=found - 1, zone=zone, **calendar) == found
+
+
 @pytest.fixture
 def dated(services, mail_server, clock):
     """(service, client of a new account) with a clock that the test sets."""
@@ -8873,7 +8950,7 @@ def many_subscribers(dated, monkeypatch):
     """(service, client, keys) of a content type with records of more subscribers than a step of its removal takes."""
     service, client = dated
     define(client)
-    keys = [service.store.key(kind, "news", name_of(client)) for kind in ("subscribers", "issued")]
+    keys = [service.store.key(kind, "news", name_of(client)) for kind in ("subscribers", "issued", "got")]
     for key in keys:
         service.store.redis.hset(key, mapping={f"{number}@example.com": "{}" for number in range(1000)})
     monkeypatch.setattr(service.store, "REMOVED_AT_ONCE", 100)
@@ -8919,6 +8996,567 @@ def test_nothing_is_sent_for_a_content_type_that_was_removed_by_a_process_that_d
     assert service.inspection.depths()["bulk"] == 0 and not mail_server.mails
     define(client)
     assert client.get("/task/subscriptionContent/news")["subscribers"] == 0
+
+
+def send_now(client, content_type="news", **body):
+    return client.post(f"/task/subscriptionContent/{content_type}/send", body)
+
+
+def never_again(service, client, content_type="news"):
+    """Set "resend": false of a content type."""
+    key = service.store.key("content", name_of(client))
+    text = json.loads(service.store.redis.hget(key, content_type))
+    service.store.redis.hset(key, content_type, json.dumps({
+        "subject": text["subject"], "content": text["content"], "resend": False}))
+
+
+def issues(client, content_type="news"):
+    return client.get(f"/task/subscriptionContent/{content_type}/issues")["issues"]
+
+
+def last_of(client, recipient="user@example.com"):
+    found, = client.get(f"/subscriptions?userId={recipient}")["subscriptions"]
+    return found["last"]
+
+
+def executed(service, count):
+    """Wait until so many tasks have been done."""
+    return until(lambda: service.inspection.counters()["executed"] == count)
+
+
+def test_a_newsletter_is_sent_now_to_each_subscriber_and_the_schedule_stays_as_it_is(dated, mail_server, clock):
+    service, client = dated
+    define(client)
+    for number in range(3):
+        subscribe(client, f"User{number}@example.com", frequency="@monthly")
+    places = service.store.redis.zrange(service.store.key("schedule"), 0, -1, withscores=True)
+    answer = send_now(client)
+    assert answer["count"] == 3 and "id" not in answer
+    until(lambda: len(mail_server.mails) == 3)
+    assert {mail.recipient for mail in mail_server.mails} == {f"User{number}@example.com" for number in range(3)}
+    assert text_of(mail_server.one("User1@example.com")) == "What is new\n"
+    assert service.store.redis.zrange(service.store.key("schedule"), 0, -1, withscores=True) == places
+    until(lambda: not service.store.redis.exists(service.store.key("sends")))
+    executed(service, 6)
+    clock.now = at("2026-04-01T00:00:00")
+    until(lambda: len(mail_server.mails) == 6)
+
+
+def test_to_send_to_nobody_counts_0_and_what_cannot_be_sent_says_why(service, client):
+    define(client)
+    assert send_now(client)["count"] == 0 and not service.store.redis.exists(service.store.key("sends"))
+    path = "/task/subscriptionContent"
+    for method, where, body, status, field in (
+            ("POST", "other/send", {}, 404, "content_type"), ("GET", "other/issues", None, 404, "content_type"),
+            ("POST", "other/send", {"to": "me@example.com"}, 404, "content_type"),
+            ("POST", "news/send", {"variables": {"name": "x"}}, 400, "variables"),
+            ("POST", "news/send", {"to": "nobody"}, 400, "to")):
+        answer = client(method, f"{path}/{where}", body)
+        assert (answer[0], answer[1]["field"]) == (status, field)
+
+
+def subscribers_of(service, client, count=500):
+    """Give a content type subscribers of whom the schedule knows nothing; returns their addresses."""
+    records = {f"{number}@example.com": json.dumps({
+        "userId": f"{number}@example.com", "frequency": "@monthly", "retries": 0, "created": 1})
+        for number in range(count)}
+    service.store.redis.hset(service.store.key("subscribers", "news", name_of(client)), mapping=records)
+    return sorted(records)
+
+
+def recipients_of_tasks(service):
+    """Of those that have not ended; "" for each that has."""
+    return sorted(service.store.redis.hget(key, "to") or "" for key in service.store.redis.keys(
+        service.store.key("task", "*")))
+
+
+def by_hand(service, mail_server):
+    """Nothing is queued or sent but by the test: returns what queues a few mails of a newsletter that is being sent."""
+    mail_server.stop()
+    service.cron.stop()
+    service.newsletters.BATCH = 10
+    return service.newsletters.send_some
+
+
+def test_a_newsletter_is_queued_in_parts_and_nobody_is_left_out_or_comes_twice(service, client, mail_server):
+    send_some = by_hand(service, mail_server)
+    define(client)
+    everybody = subscribers_of(service, client)
+    assert send_now(client)["count"] == 500
+    status, answer, _ = client("POST", "/task/subscriptionContent/news/send", {})
+    assert status == 409 and "being sent already" in answer["error"]
+    parts = 0
+    while send_some():
+        parts += 1
+    assert parts > 20 and recipients_of_tasks(service) == everybody
+    assert send_now(client)["count"] == 500  # their issue before has not ended yet
+    while send_some():
+        pass
+    assert recipients_of_tasks(service) == everybody
+
+
+def test_several_processes_queue_one_newsletter_together(service, client, mail_server):
+    send_some = by_hand(service, mail_server)
+    define(client)
+    everybody = subscribers_of(service, client)
+    send_now(client)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for worker in [pool.submit(lambda: collections.deque(iter(send_some, 0))) for _ in range(4)]:
+            worker.result()
+    assert recipients_of_tasks(service) == everybody
+
+
+@pytest.mark.parametrize("order", ["", "what came first on another server"])
+def test_who_comes_up_again_while_a_newsletter_is_queued_gets_no_second_mail(service, client, mail_server, order):
+    define(client)
+    everybody = subscribers_of(service, client, 30)
+    service.cron.stop()
+    service.newsletters.BATCH = 10
+    send_now(client)
+    sends = service.store.key("sends")
+    (field, job), = service.store.redis.hgetall(sends).items()
+    while service.newsletters.send_some():
+        pass
+    until(lambda: len(mail_server.mails) == 30)
+    executed(service, 30)
+    service.store.redis.hset(sends, field, json.dumps({**json.loads(job), "order": order}))
+    service.store.redis.delete(service.store.key("issued", "news", name_of(client)))
+    while service.newsletters.send_some():
+        pass
+    assert recipients_of_tasks(service) == [""] * 30 and len(mail_server.mails) == 30
+    assert sorted(mail.recipient for mail in mail_server.mails) == everybody
+
+
+def test_a_restart_of_redis_in_the_middle_of_a_newsletter_leaves_nobody_out(services, mail_server, redis_with_file):
+    # After it, HSCAN goes through the subscribers in another order: a cursor of before would skip some.
+    server = redis_with_file()
+    service = services(mail_server, redis_uri=server.uri)
+    client = service.client.sign_up()
+    send_some = by_hand(service, mail_server)
+    define(client)
+    everybody = subscribers_of(service, client, 300)
+    send_now(client)
+    for _ in range(8):
+        for _ in range(3):
+            send_some()
+        server.stop()
+        server.start()
+    while send_some():
+        pass
+    assert recipients_of_tasks(service) == everybody
+
+
+def test_a_newsletter_whose_answer_is_lost_is_queued_once(services, mail_server, cutter):
+    service = services(mail_server, redis_uri=cutter.uri)
+    client = service.client.sign_up()
+    send_some = by_hand(service, mail_server)
+    define(client)
+    everybody = subscribers_of(service, client)
+    for script in (service.newsletters._send, service.newsletters._send_some):
+        cutter.cut(script)
+        send_now(client) if script is service.newsletters._send else send_some()
+    while send_some():
+        pass
+    assert cutter.cuts == 2 and recipients_of_tasks(service) == everybody
+
+
+def test_a_request_to_send_that_comes_again_with_its_idempotency_key_sends_once(dated, mail_server):
+    service, client = dated
+    define(client)
+    subscribe(client)
+    path, key = "/task/subscriptionContent/news/send", {"Idempotency_Key": "one"}
+    first = client.post(path, {}, **key)
+    executed(service, 2)
+    assert client.post(path, {}, **key) == first
+    assert client("POST", path, {"to": "me@example.com"}, **key)[0] == 422
+    test, key = {"to": "me@example.com"}, {"Idempotency_Key": "another"}
+    first = client.post(path, test, **key)
+    client.state(first["id"], "succeeded")
+    client("DELETE", "/task/subscriptionContent/news")
+    assert client.post(path, test, **key) == first
+    assert sorted(mail.recipient for mail in mail_server.mails) == ["me@example.com", "user@example.com"]
+
+
+@pytest.mark.parametrize("by", ["content type", "account", "both again"])
+def test_what_is_removed_while_it_is_being_sent_is_sent_to_nobody_more(service, client, mail_server, by):
+    send_some = by_hand(service, mail_server)
+    define(client)
+    subscribers_of(service, client)
+    send_now(client)
+    send_some()
+    name, before = name_of(client), len(recipients_of_tasks(service))
+    assert 0 < before < 100
+    if by == "content type":
+        client("DELETE", "/task/subscriptionContent/news")
+    else:
+        client.post("/auth/deregister", {"id": name})
+    if by == "both again":
+        client = service.client.sign_up(name)
+        define(client)
+        subscribers_of(service, client)
+    while send_some():
+        pass
+    # Those of an account that has gone are dropped by whoever takes them.
+    assert len(recipients_of_tasks(service)) <= before and not service.store.redis.exists(service.store.key("sends"))
+    assert by != "content type" or len(recipients_of_tasks(service)) == before
+
+
+def test_to_stop_the_sending_of_newsletters_leaves_those_who_were_not_looked_at(service, client, mail_server):
+    send_some = by_hand(service, mail_server)
+    other = service.client.sign_up()
+    for each in (client, other):
+        for content_type in ("news", "other"):
+            define(each, content_type)
+        subscribers_of(service, each)
+        send_now(each)
+    accounts, stop = service.http.api.accounts, service.newsletters.stop_sends
+    own, newsletters = accounts.find(name_of(client)), service.store.key("sends")
+    assert stop(own, "other") == stop(dataclasses.replace(own, registration="an earlier one")) == 0
+    for _ in range(4):
+        send_some()
+    queued = len(recipients_of_tasks(service))
+    left = stop(own, "news")
+    assert service.store.redis.hlen(newsletters) == 1
+    assert left + stop() == 1000 - queued and queued > 0
+    assert send_some() == 0 == stop() and len(recipients_of_tasks(service)) == queued
+
+
+def test_a_newsletter_that_is_being_sent_goes_on_after_a_backup_and_doubles_nothing(
+        service, client, services, mail_server, redis_with_file, tmp_path):
+    send_some = by_hand(service, mail_server)
+    define(client)
+    everybody = subscribers_of(service, client, 300)
+    send_now(client)
+    for _ in range(9):
+        send_some()
+    options = {"redis_uri": service.settings.redis_uri, "key_prefix": service.settings.key_prefix}
+    copy = {"redis_uri": redis_with_file().uri, "key_prefix": "copy:"}
+    for command, where in (("backup", options), ("restore", copy)):
+        result = subprocess.run([sys.executable, HERE / "gomail.py", command, tmp_path / "backup"], cwd=tmp_path,
+                                env={**os.environ, **where}, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+    services.running.remove(service)
+    service.stop()
+    mail_server.start()
+    services(mail_server, **copy)
+    until(lambda: len(mail_server.mails) >= 300)
+    assert sorted(mail.recipient for mail in mail_server.mails) == everybody
+
+
+def test_a_test_goes_to_one_address_with_the_variables_of_the_request_and_is_no_issue(linked, mail_server):
+    service, client = linked
+    path = "/task/subscriptionContent/news/send"
+    status, answer, _ = client("POST", path, {"to": "Me@example.com"})
+    assert (status, answer["field"]) == (400, "variables.name")
+    answer = send_now(client, to="Me@example.com", variables={"name": "Eve"})
+    assert answer["count"] == 1 and client.state(answer["id"], "succeeded")["userId"] == "Me@example.com"
+    message = mail_server.one("Me@example.com")
+    assert message["Subject"] == "Hi Eve" and "List-Unsubscribe" not in message
+    token, = re.findall(r"/unsubscribe/(\w+)", message.get_body(("html",)).get_content())
+    assert client("POST", f"/unsubscribe/{token}")[0] == 404
+    assert issues(client) == [] and last_of(client) is None
+    recorded = service.store.redis.hgetall(service.store.key("got", "news", name_of(client)))
+    assert not recorded and not mail_server.to("user@example.com")
+
+
+def test_a_test_to_a_subscriber_has_her_variables_and_her_link(linked, mail_server):
+    service, client = linked
+    answer = send_now(client, to="User@example.com", variables={"name": "Eve"})
+    client.state(answer["id"], "succeeded")
+    message = mail_server.one("User@example.com")
+    assert message["Subject"] == "Hi Ann & Bob X"
+    link = message["List-Unsubscribe"].strip("<>")
+    connection = http.client.HTTPConnection(client.address)
+    connection.request("POST", link.removeprefix("https://mail.example.com"))
+    assert connection.getresponse().status == 200
+    assert client.get("/task/subscriptionContent/news")["subscribers"] == 0
+
+
+def test_a_test_to_a_suppressed_address_is_a_409_with_the_reason(client):
+    define(client)
+    client.post("/suppressions", {"userId": "Me@example.com"})
+    status, answer, _ = client("POST", "/task/subscriptionContent/news/send", {"to": "me@example.com"})
+    assert status == 409 and answer["field"] == "to" and "by request" in answer["error"]
+
+
+def test_a_test_does_not_wait_behind_the_newsletters_of_the_bulk_lane(service, client, mail_server):
+    define(client)
+    subscribers_of(service, client, 10)
+    service.workers.breakers["bulk"].open("for the test", look=lambda: ("still", 3600.0))
+    send_now(client)
+    client.state(send_now(client, to="me@example.com")["id"], "succeeded")
+    assert {mail.recipient for mail in mail_server.mails} == {"me@example.com"}
+
+
+def test_who_got_which_issue_is_known_with_its_numbers(dated, mail_server, clock):
+    service, client = dated
+    define(client)
+    for number in range(3):
+        subscribe(client, f"User{number}@example.com")
+    mail_server.replies["User2@example.com"] = ["550 5.2.1 no"]
+    before = time.time()
+    send_now(client)
+    executed(service, 6)
+    first, = issues(client)
+    digest = gomail.text_digest("News", "What is new")
+    assert first.pop("first") <= first.pop("last") and first == {"issue": digest, "subject": "News", "sent": 2}
+    last = last_of(client, "user1@example.com")
+    assert at(last.pop("time").rstrip("Z")) >= before - 1 and last == {"issue": digest, "subject": "News"}
+    assert last_of(client, "user2@example.com") is None
+    client("PUT", "/task/subscriptionContent", {"content_type": "news", "subject": "Newer", "content": "Newest"})
+    clock.forward(86400)
+    executed(service, 9)
+    assert [(issue["subject"], issue["sent"]) for issue in issues(client)] == [("Newer", 3), ("News", 2)]
+    assert last_of(client, "user1@example.com")["subject"] == "Newer"
+    assert {row["last"]["subject"] for row in client.get("/subscriptions")["subscriptions"]} == {"Newer"}
+    # It ends with the subscription, and with the content type.
+    client.state(client.task("unsubscribe", userId="user1@example.com", content_type="news"), "succeeded")
+    subscribe(client, "user1@example.com")
+    assert last_of(client, "user1@example.com") is None
+    client("DELETE", "/task/subscriptionContent/news")
+    define(client)
+    subscribe(client, "user0@example.com")
+    assert issues(client) == [] and last_of(client, "user0@example.com") is None
+
+
+def test_only_the_hundred_issues_that_were_sent_last_are_known(service, client):
+    define(client)
+    subscribe(client)
+    for number in range(103):
+        client("PUT", "/task/subscriptionContent", {
+            "content_type": "news", "subject": f"News {number if number != 101 else 50}", "content": "What is new"})
+        send_now(client)
+        executed(service, number + 2)
+    expected = [f"News {number}" for number in (102, 50, *range(100, 50, -1), *range(49, 1, -1))]
+    assert [issue["subject"] for issue in issues(client)] == expected
+    assert issues(client)[1]["sent"] == 2
+    assert service.store.redis.hlen(service.store.key("issues", "news", name_of(client))) == 400
+
+
+def test_a_newsletter_that_arrives_after_all_has_gone_leaves_nothing_behind(service, client, mail_server):
+    define(client)
+    subscribe(client)
+    gone, waits = threading.Event(), threading.Event()
+    real = service.workers.transport.send
+
+    def send(*arguments):
+        waits.set()
+        assert gone.wait(PATIENCE)
+        return real(*arguments)
+    service.workers.transport.send = send
+    send_now(client)
+    assert waits.wait(PATIENCE)
+    client("DELETE", "/task/subscriptionContent/news")
+    gone.set()
+    executed(service, 2)
+    assert not service.store.redis.keys(service.store.key("got", "*"))
+    assert not service.store.redis.keys(service.store.key("issues", "*"))
+
+
+@pytest.mark.parametrize("content", ["What is new", 'quoted ", \\"resend\\": false, \u00e9 \U0001f600\n"', "/\\/\x7f"])
+def test_with_resend_false_who_got_this_very_text_does_not_get_it_again(dated, mail_server, clock, content):
+    service, client = dated
+    define(client, content=content)
+    for number in range(2):
+        subscribe(client, f"{number}@example.com")
+    clock.forward(86400)
+    executed(service, 4)
+    clock.forward(86400)
+    executed(service, 6)  # by default, they do
+    never_again(service, client)
+    subscribe(client, "new@example.com")
+    clock.forward(86400)
+    executed(service, 8)
+    send_now(client)
+    until(lambda: not service.store.redis.exists(service.store.key("sends")))
+    assert len(mail_server.to("new@example.com")) == 1 and len(mail_server.mails) == 5
+    clock.forward(86400)
+    until(lambda: service.newsletters.enqueue_due() == 0)
+    client("PUT", "/task/subscriptionContent", {"content_type": "news", "subject": "News", "content": "Newer"})
+    never_again(service, client)
+    send_now(client)
+    executed(service, 11)
+    clock.forward(86400)
+    until(lambda: service.newsletters.enqueue_due() == 0)
+    places = service.store.redis.zrange(service.store.key("schedule"), 0, -1, withscores=True)
+    assert len(mail_server.mails) == 8 and {moment for _, moment in places} == {at("2026-03-16T00:00:00")}
+
+
+def test_with_resend_false_a_mail_that_waited_while_its_text_changed_back_is_cancelled(dated, mail_server):
+    service, client = dated
+    define(client)
+    subscribe(client)
+    never_again(service, client)
+    send_now(client)
+    executed(service, 2)
+    client("PUT", "/task/subscriptionContent", {"content_type": "news", "subject": "News", "content": "Newer"})
+    never_again(service, client)
+    mail_server.replies["user@example.com"] = ["450 4.2.0 later"]
+    service.workers.retry_delay = lambda attempts: 0.5
+    key = service.store.key("subscribers", "news", name_of(client))
+    record = json.loads(service.store.redis.hget(key, "user@example.com"))
+    service.store.redis.hset(key, "user@example.com", json.dumps({**record, "retries": 9}))
+    send_now(client)
+    until(lambda: service.inspection.depths()["retrying"])
+    task_id, = service.store.redis.zrange(service.store.key("delayed"), 0, -1)
+    client("PUT", "/task/subscriptionContent", {"content_type": "news", "subject": "News", "content": "What is new"})
+    never_again(service, client)
+    assert "resend is false" in client.state(task_id, "cancelled")["error"]
+    assert len(mail_server.mails) == 1
+
+
+def next_of(client, recipient="user@example.com"):
+    found, = client.get(f"/subscriptions?userId={recipient}")["subscriptions"]
+    return found["next"]
+
+
+def claim_all(service):
+    """Queue all that is due."""
+    until(lambda: not service.store.redis.zcount(service.store.key("schedule"), "-inf", service.newsletters.clock()))
+
+
+@pytest.mark.parametrize("calendar, moments", [
+    ({"frequency": "@daily", "at": "09:00"}, ["2026-03-11T09:00", "2026-03-12T09:00"]),
+    ({"frequency": "@daily", "at": "09:00", "timezone": "Asia/Tokyo"}, ["2026-03-11T00:00", "2026-03-12T00:00"]),
+    ({"frequency": "@weekly", "day": "tue", "at": "12:15"}, ["2026-03-10T12:15", "2026-03-17T12:15"]),
+    ({"frequency": "@weekly", "timezone": "America/New_York"}, ["2026-03-15T04:00", "2026-03-22T04:00"]),
+    ({"frequency": "@monthly", "day": 31}, ["2026-03-31T00:00", "2026-04-30T00:00"]),
+    ({"frequency": "@hourly", "timezone": "Asia/Kolkata"}, ["2026-03-10T10:30", "2026-03-10T11:30"])])
+def test_a_subscription_comes_at_its_own_time_day_and_time_zone(dated, mail_server, clock, calendar, moments):
+    service, client = dated
+    define(client)
+    subscribe(client, **calendar)
+    subscribe(client, "other@example.com", calendar["frequency"])
+    for number, moment in enumerate(moments):
+        assert next_of(client) == f"{moment}:00.000Z"
+        clock.now = at(moment) - 1
+        claim_all(service)
+        assert len(mail_server.to("user@example.com")) == number
+        clock.now = at(moment)
+        until(lambda: len(mail_server.to("user@example.com")) == number + 1)
+    shown, = client.get("/subscriptions?userId=user@example.com")["subscriptions"]
+    assert {name: value for name, value in shown.items() if name in calendar} == calendar
+    other, = client.get("/subscriptions?userId=other@example.com")["subscriptions"]
+    assert not {"at", "day", "timezone"} & other.keys()
+
+
+@pytest.mark.parametrize("payload, field, words", [
+    ({"frequency": "@hourly", "at": "09:00"}, "at", "left out with the frequency @hourly"),
+    ({"frequency": "@hourly", "day": "tue"}, "day", "left out with the frequency @hourly"),
+    ({"frequency": "@daily", "day": 1}, "day", "left out with the frequency @daily"),
+    ({"frequency": "@weekly", "day": 1}, "day", "one of mon, tue"),
+    ({"frequency": "@monthly", "day": "mon"}, "day", "a whole number from 1 to 31"),
+    ({"frequency": "@monthly", "day": 32}, "day", "from 1 to 31"),
+    ({"frequency": "@weekly", "day": "Tuesday"}, "day", "one of mon, tue"),
+    ({"frequency": "@monthly", "day": True}, "day", "from 1 to 31"),
+    ({"frequency": "@monthly", "day": 1.5}, "day", "from 1 to 31"),
+    *(({"frequency": "@daily", "at": wrong}, "at", "00:00 to 23:59") for wrong in ("9:00", "24:00", "09:60", "", 9)),
+    ({"frequency": "@daily", "timezone": "europe/berlin"}, "timezone", "did you mean Europe/Berlin?"),
+    ({"frequency": "@daily", "timezone": "../etc/passwd"}, "timezone", "an IANA time zone"),
+    ({"frequency": "@daily", "timezone": "right/Europe/Berlin"}, "timezone", "an IANA time zone"),
+    ({"frequency": "@daily", "timezone": ""}, "timezone", "an IANA time zone")])
+def test_a_time_or_a_day_that_the_frequency_does_not_have_is_a_400_with_its_field(client, payload, field, words):
+    define(client)
+    task = {"task": "t", "type": "subscribe", "retries": 0,
+            "payload": {"userId": "user@example.com", "content_type": "news", **payload}}
+    status, answer, _ = client("POST", "/task/", task)
+    assert status == 400 and answer["field"] == f"payload.{field}" and words in answer["error"]
+    batch = client.post("/task/batch", {"tasks": [task]})
+    assert batch["tasks"][0]["field"] == f"tasks[0].payload.{field}"
+
+
+@pytest.mark.parametrize("before, after, moment, following", [
+    ({"at": "09:00"}, {"at": "10:00"}, "2026-03-11T09:30", "2026-03-12T10:00"),  # it has had that day's
+    ({"at": "09:00"}, {"at": "08:00"}, "2026-03-11T09:30", "2026-03-12T08:00"),
+    ({"at": "09:00"}, {"timezone": "America/New_York", "at": "09:00"}, "2026-03-11T09:30", "2026-03-12T13:00"),
+    ({}, {"at": "09:00"}, "2026-03-11T00:30", "2026-03-12T09:00"),
+    ({"at": "09:00"}, {"at": "10:00"}, "2026-03-11T08:30", "2026-03-11T10:00")])  # none yet
+def test_another_time_for_a_subscription_neither_doubles_nor_loses_an_issue(
+        dated, mail_server, clock, before, after, moment, following):
+    service, client = dated
+    define(client)
+    subscribe(client, **before)
+    clock.now = at(moment)
+    claim_all(service)
+    count = 1 if at(moment) > at("2026-03-11T09:00") or not before else 0
+    until(lambda: len(mail_server.mails) == count)
+    for _ in range(2):  # and then once more
+        subscribe(client, **after)
+        assert next_of(client) == f"{following}:00.000Z"
+    clock.now = at(following)
+    until(lambda: len(mail_server.mails) == count + 1)
+    assert at(next_of(client).rstrip("Z")) == at(following) + 86400
+
+
+def test_an_issue_that_is_due_when_its_subscription_is_renewed_is_sent_once(services, mail_server, clock):
+    service = services(mail_server, clock=clock)
+    client = service.client.sign_up()
+    define(client)
+    subscribe(client, at="12:00")
+    service.cron.stop()
+    clock.now = at("2026-03-10T12:00:01")
+    subscribe(client, at="13:00")
+    assert next_of(client) == "2026-03-10T12:00:00.000Z"
+    assert service.newsletters.enqueue_due() == 1 and next_of(client) == "2026-03-11T13:00:00.000Z"
+    mail_server.one("user@example.com")
+
+
+def test_many_calendars_that_nobody_has_met_yet_are_all_done_in_one_look(services, mail_server, clock, monkeypatch):
+    service = services(mail_server, clock=clock)
+    client = service.client.sign_up()
+    service.cron.stop()
+    define(client)
+    monkeypatch.setattr(gomail.Newsletters, "CALENDARS_KEPT", 3)
+    zones = sorted(zoneinfo.available_timezones())[:60]
+    for number, zone in enumerate(zones):
+        service.newsletters.subscribe(gomail.Task(f"{number}", name_of(client), "", "subscribe", "name", 0, {
+            "userId": f"{number}@example.com", "content_type": "news", "frequency": "@monthly", "timezone": zone,
+            "at": f"{number % 24:02}:00", "day": 1 + number % 28}, 1))
+    other = gomail.Newsletters(service.store, service.newsletters.zone, service.http.api.accounts, clock=clock)
+    calls = steps(monkeypatch, other, "_claim", lambda: [])
+    clock.now = at("2026-04-20T12:00:00")
+    due = service.store.redis.zcount(service.store.key("schedule"), "-inf", clock.now)
+    assert due > 50 and other.enqueue_due() == due and len(calls) == 2
+    places = dict(service.store.redis.zrange(service.store.key("schedule"), 0, -1, withscores=True))
+    for number, zone in enumerate(zones):
+        member = service.newsletters.schedule_member(name_of(client), "news", f"{number}@example.com")
+        expected = gomail.next_boundary("@monthly", clock.now, zoneinfo.ZoneInfo(zone), f"{number % 24:02}:00",
+                                        1 + number % 28)
+        assert places[member] in (expected, gomail.next_boundary(
+            "@monthly", expected, zoneinfo.ZoneInfo(zone), f"{number % 24:02}:00", 1 + number % 28))
+    clock.now = at("2026-03-12T12:00:00")  # the clock was ahead
+    assert other.correct() > 0 and other.correct() == 0
+
+
+def test_a_time_zone_that_this_machine_does_not_know_is_that_of_the_service(dated, mail_server, clock):
+    service, client = dated
+    define(client)
+    subscribe(client, at="12:00", timezone="Asia/Tokyo")
+    key = service.store.key("subscribers", "news", name_of(client))
+    record = json.loads(service.store.redis.hget(key, "user@example.com"))
+    service.store.redis.hset(key, "user@example.com", json.dumps({**record, "timezone": "Mars/Olympus"}))
+    clock.now = at("2026-03-11T03:00:00")
+    mail_server.one("user@example.com")
+    assert next_of(client) == "2026-03-12T12:00:00.000Z"
+
+
+def test_a_subscription_and_an_issue_of_the_version_before_go_on(dated, mail_server, clock):
+    service, client = dated
+    define(client)
+    subscribe(client)
+    clock.forward(86400)
+    executed(service, 2)
+    issued, = service.store.redis.keys(service.store.key("issued", "*"))
+    task_id = service.store.redis.hget(issued, "user@example.com").split()[0]
+    service.store.redis.hset(issued, "user@example.com", task_id)
+    service.store.redis.delete(*service.store.redis.keys(service.store.key("got", "*")),
+                               *service.store.redis.keys(service.store.key("issues", "*")))
+    assert last_of(client) is None and issues(client) == []
+    subscribe(client, at="12:00")
+    assert next_of(client) == "2026-03-11T12:00:00.000Z"
+    clock.now = at("2026-03-11T12:00:00")
+    executed(service, 4)
+    assert len(mail_server.mails) == 2
 
 
 # --- 10. bounces ------------------------------------------------------------------------------------------
