@@ -1076,6 +1076,11 @@ def start_logging(settings: Settings) -> None:
 #   subscribers:<type>:<account>    hash    address -> {"userId", "frequency", "retries", "created", "variables"}
 #   issued:<type>:<account>         hash    address -> id of the task of the newest newsletter
 #   unsubscribed:<type>:<address>:<account>  string  time of the request (us); a subscribe that is older has no effect
+#   left:<type>:<account>           hash    address -> {"userId", "when" (us), "how", "record"}: who unsubscribed, and
+#                                           which subscription ended then, if any; stays when the content type is
+#                                           removed. An erased address has a keyed hash as its field, and no userId
+#   left_types:<account>            hash    content type -> 1: those that somebody left
+#   erasure_key                     string  the secret of the names that stand for erased addresses
 #   schedule                        zset    [account, type, address] by its next boundary (s)
 #   ascii_folded                    string  time of the upgrade to keys that fold only ASCII letters (ms)
 #
@@ -1209,6 +1214,11 @@ def hash_tagged(prefix: str) -> str:
         return prefix
     name = prefix.rstrip(":")
     return f"{{{name}}}{prefix[len(name):]}" if name and name[0] != "}" else f"{{gomail}}{prefix}"
+
+
+def escape_glob(text: str) -> str:
+    """The pattern that matches this text alone."""
+    return re.sub(r"[*?\[\]\\]", r"\\\g<0>", text)
 
 
 class ClusterConnection(redis.Connection):
@@ -1468,7 +1478,7 @@ class Store:
 
     def matching(self, pattern: str) -> str:
         """The pattern of SCAN for keys whose names, without the prefix, match `pattern`."""
-        return re.sub(r"[*?\[\]\\]", r"\\\g<0>", self.prefix) + pattern
+        return escape_glob(self.prefix) + pattern
 
     def time(self) -> float:
         """Redis's clock, seconds since the epoch: the one clock that all processes share."""
@@ -2826,12 +2836,14 @@ class Accounts:
             self._ensure_made_key_is_active(made)
         return self._sign(made, moment, ttl), ends / 1000
 
-    # KEYS: UserList, the account's content types, its other keys; ARGV: account, key prefix, content types to remove.
+    # KEYS: UserList, the account's content types, those that somebody left, its other keys; ARGV: account, key prefix,
+    # content types to remove.
     # Answers 0 if the account is not registered, 1 if it is removed, 2 if content types are left: until they are gone,
     # the name stays taken, and no key is valid. The waiting tasks and the schedule are not searched: what comes up
     # there without its owner is dropped.
     DEREGISTER = """
-        local users, content, name, prefix, most = KEYS[1], KEYS[2], ARGV[1], ARGV[2], tonumber(ARGV[3])
+        local users, content, left_types = unpack(KEYS)
+        local name, prefix, most = ARGV[1], ARGV[2], tonumber(ARGV[3])
         if redis.call('HEXISTS', users, name) == 0 then return 0 end
         local types = redis.call('HRANDFIELD', content, most)
         for _, content_type in ipairs(types) do
@@ -2839,7 +2851,12 @@ class Accounts:
             redis.call('UNLINK', prefix .. 'subscribers:' .. content_type .. ':' .. name,
                        prefix .. 'issued:' .. content_type .. ':' .. name)
         end
-        if #types == most then
+        local left = redis.call('HRANDFIELD', left_types, most)
+        for _, content_type in ipairs(left) do
+            redis.call('HDEL', left_types, content_type)
+            redis.call('UNLINK', prefix .. 'left:' .. content_type .. ':' .. name)
+        end
+        if #types == most or #left == most then
             redis.call('HSET', users, name, '')
             return 2
         end
@@ -2854,7 +2871,7 @@ class Accounts:
     def deregister(self, name: str) -> None:
         """Revoke the keys of an account and end all it has waiting. Raises HTTPError (404) if it is not registered."""
         keys = [self.user_list, *(self.store.key(kind, name) for kind in (
-            "content", "dead", "suppressed", "suppressed_for", "recent"))]
+            "content", "left_types", "dead", "suppressed", "suppressed_for", "recent"))]
         many, at_once = self._keys_of_many(name), self.CONTENT_TYPES_AT_ONCE
         # Removing no content types only revokes the keys.
         while (answer := self._deregister(keys=keys, args=[name, self.store.prefix, 0 if many else at_once])) == 2:
@@ -2866,14 +2883,15 @@ class Accounts:
 
     def _keys_of_many(self, name: str) -> list[str]:
         """The keys of an account that have more elements than one call removes."""
-        types = self.store.redis.hkeys(self.store.key("content", name))
+        types, left_types = (self.store.redis.hkeys(self.store.key(kind, name)) for kind in ("content", "left_types"))
         with self.store.redis.pipeline(transaction=False) as pipeline:
             keys = [self.store.key(kind, name) for kind in ("dead", "suppressed")]
             for key in keys:
                 pipeline.zcard(key)
             hashes = [self.store.key("suppressed_for", name), *(
                 self.store.key(kind, content_type, name) for content_type in types for kind in (
-                    "subscribers", "issued"))]
+                    "subscribers", "issued")), *(
+                self.store.key("left", content_type, name) for content_type in left_types)]
             for key in hashes:
                 pipeline.hlen(key)
             return [key for key, size in zip(keys + hashes, pipeline.execute()) if size > self.MANY]
@@ -3087,7 +3105,7 @@ PAYLOADS = {
                                 "from": Nullable(Sender()), "lane": Nullable(LANE), "metadata": Nullable(Metadata())}),
     "subscribe": Object({"userId": Address(), "frequency": Enum(FREQUENCIES), "content_type": CONTENT_TYPE,
                          "subject": Nullable(SUBJECT_TEMPLATE), "content": Nullable(CONTENT_TEMPLATE),
-                         "variables": Nullable(Variables())},
+                         "variables": Nullable(Variables()), "again": Nullable(Boolean())},
                         dependent_required=("subject", "content")),
     "unsubscribe": Object({"userId": Address(), "content_type": CONTENT_TYPE}),
 }
@@ -5435,10 +5453,10 @@ class Stats:
         self.new: dict[tuple, float] = collections.defaultdict(int)  # what is not in Redis yet
         self._add = store.script(self.ADD, once=True)
 
-    def count(self, name: str, **labels: str) -> None:
-        """Add one to a counter."""
+    def count(self, name: str, amount: int = 1, **labels: str) -> None:
+        """Add one, or `amount`, to a counter."""
         with self.lock:
-            self.new["stats", (name, *labels.items())] += 1
+            self.new["stats", (name, *labels.items())] += amount
 
     def note(self, event: str, owner: Account) -> None:
         """Add one to the "sent", "retried" or "failed" mails of this minute."""
@@ -5528,6 +5546,7 @@ FAMILIES = {  # name -> (type, help); docs/metrics.md has them all, with their l
     "gomail_retries_waiting": ("gauge", "Tasks that wait for a retry or their send_at."),
     "gomail_tasks_delayed": ("gauge", "Tasks that wait for a retry, and those that wait for their send_at."),
     "gomail_dead_letters": ("gauge", "Dead letters kept."),
+    "gomail_subscriptions_left_out": ("counter", "Subscribes without effect: the address had unsubscribed before."),
     "gomail_subscriptions": ("gauge", "Subscriptions in the calendar of newsletters."),
     "gomail_smtp_rate_limit": ("gauge", "Recipients that a window of smtp_rate allows."),
     "gomail_smtp_rate_left": ("gauge", "Recipients that a window of smtp_rate has room for now, in the urgent lane."),
@@ -7394,6 +7413,13 @@ def next_boundary(frequency: str, now: float, zone: zoneinfo.ZoneInfo) -> int:
             return int(boundary)
 
 
+class SubscriptionState(enum.StrEnum):
+    """Whether an address gets a newsletter."""
+
+    SUBSCRIBED = "subscribed"
+    UNSUBSCRIBED = "unsubscribed"
+
+
 class Newsletters:
     """Content types, subscriptions, and the mails that are due.
 
@@ -7406,6 +7432,8 @@ class Newsletters:
     """
 
     BATCH = 200  # subscriptions that one script looks at: a millisecond of Redis's time each 50
+    SCANS = 100  # calls of HSCAN for one page of a search
+    LEFT_OUT = "left out: unsubscribed"  # the result of a subscribe task
     CONTROLS = re.compile(ONE_LINE.replace("[^", "[") + "+")  # what a subject must not contain
 
     def __init__(self, store: Store, zone: zoneinfo.ZoneInfo, accounts: Accounts, public_url: str = "",
@@ -7427,9 +7455,22 @@ class Newsletters:
         """The KEYS of DEFINE, REMOVE, SUBSCRIBE, UNSUBSCRIBE and REFOLD, as KEYS_BY_NAME names them."""
         return [self.store.key("content", account), self.store.key("subscribers", content_type, account),
                 self.store.key("schedule"), self.store.key("issued", content_type, account),
-                self.store.key("unsubscribed", content_type, address, account), self.store.prefix]
+                self.store.key("unsubscribed", content_type, address, account),
+                self.store.key("left", content_type, account), self.store.key("left_types", account), self.store.prefix]
 
-    KEYS_BY_NAME = "local content, subscribers, schedule, issued, unsubscribed, prefix = unpack(KEYS)"
+    KEYS_BY_NAME = "local content, subscribers, schedule, issued, unsubscribed, left, left_types, prefix = unpack(KEYS)"
+
+    # The field of the hash `left` that has a folded address: that address, or the name that stands for it since it was
+    # erased; nil if it has not unsubscribed.
+    FIND_LEFT = """
+        local function find_left(prefix, left, address)
+            if redis.call('EXISTS', left) == 0 then return end
+            if redis.call('HEXISTS', left, address) == 1 then return address end
+            local key = redis.call('GET', prefix .. 'erasure_key')
+            local erased = key and redis.sha1hex(key .. redis.sha1hex(key .. address))
+            return erased and redis.call('HEXISTS', left, erased) == 1 and erased or nil
+        end
+    """
 
     # KEYS: see _keys().
     # ARGV: content type, body, 1 to replace it or 0 to create it.
@@ -7549,43 +7590,68 @@ class Newsletters:
         return {name: None if not answer else NamedText(answer[0], is_left_out=True) if len(answer) == 1
                 else NamedText(answer[0], **json.loads(answer[1])) for name, answer in zip(names, answers)}
 
-    def _content_types(self, account: str = "") -> list[tuple[str, str]]:
-        """(account, content type) for the content types of an account or of all, by name."""
+    def _content_types(self, account: str = "", kind: str = "content") -> list[tuple[str, str]]:
+        """(account, content type) for the content types of an account or of all, by name; with the kind "left_types"
+        for those that somebody has left, and which may not exist any more."""
         owners = [account] if account else self.accounts.names()
         with self.store.redis.pipeline(transaction=False) as pipeline:
             for owner in owners:
-                pipeline.hkeys(self.store.key("content", owner))
+                pipeline.hkeys(self.store.key(kind, owner))
             return [(owner, name) for owner, names in zip(owners, pipeline.execute()) for name in sorted(names)]
 
     def subscriptions(self, account: str = "", content_type: str = "", address: str = "", cursor: str = "",
-                      limit: int = 100) -> tuple[list[Json], str | None]:
+                      limit: int = 100, state: str = SubscriptionState.SUBSCRIBED, search: str = "",
+                      with_variables: bool = False) -> tuple[list[Json], str | None]:
         """About `limit` subscriptions of an account or of all, unordered, and the next `cursor`, None at the end.
 
-        Each is {"account", "content_type", "userId", "frequency", "next", "created"}. A subscription that exists
-        throughout is returned at least once, and rarely twice (Redis's SCAN). An unknown cursor starts again.
+        Each is {"account", "content_type", "userId", "state", "frequency", "next", "created"}, with its "variables"
+        where they are asked for, or where one address is. Who unsubscribed is {"account", "content_type", "userId",
+        "state", "since", "how"}. A subscription that exists throughout is returned at least once, and rarely twice
+        (Redis's SCAN). An unknown cursor starts again.
+
+        Args:
+            search: a part of the address; case is ignored in ASCII. Then `limit` is rough, and a page may be empty.
         """
-        pairs = [(owner, name) for owner, name in self._content_types(account) if content_type in ("", name)]
+        has_left = state == SubscriptionState.UNSUBSCRIBED
+        pairs = [(owner, name) for owner, name in self._content_types(account, "left_types" if has_left else "content")
+                 if content_type in ("", name)]
         number, scan = map(int, cursor.split("-")) if cursor else (0, 0)
         page: list[tuple[str, str, Json]] = []
-        while number < len(pairs) and len(page) < limit:
+        pattern, scans = f"*{escape_glob(fold_address(search))}*" if search else None, 0
+        fields = [fold_address(address), *(self._erased_names(address) if address and has_left else ())]
+        while number < len(pairs) and len(page) < limit and scans < self.SCANS:
             owner, name = pairs[number]
-            key = self.store.key("subscribers", name, owner)
+            key = self.store.key("left" if has_left else "subscribers", name, owner)
             if address:
-                record = self.store.redis.hget(key, fold_address(address))
-                records = {address: record} if record else {}
+                records = self.store.redis.hmget(key, fields)
             else:
-                scan, records = self.store.redis.hscan(key, scan, count=limit)
-            page += [(owner, name, json.loads(record)) for record in records.values()]
+                scan, found = self.store.redis.hscan(key, scan, pattern, max(limit, 1000) if pattern else limit)
+                records, scans = found.values(), scans + 1
+            page += [(owner, name, json.loads(record)) for record in records if record]
             if scan == 0:
                 number += 1
+        next_cursor = f"{number}-{scan}" if number < len(pairs) else None
+        if has_left:  # an erased address is known to who asks for it
+            return [{"account": owner, "content_type": name, "userId": record.get("userId", address), "state": state,
+                     "since": timestamp(record["when"]), "how": record["how"]}
+                    for owner, name, record in page if "userId" in record or address], next_cursor
         with self.store.redis.pipeline(transaction=False) as pipeline:
             for owner, name, record in page:
                 pipeline.zscore(self.store.key("schedule"), self.schedule_member(owner, name, record["userId"]))
             moments = pipeline.execute()
-        return [{"account": owner, "content_type": name, "userId": record["userId"], "frequency": record["frequency"],
-                 "next": timestamp(moment * 1e6) if moment else None, "created": timestamp(record["created"])}
-                for (owner, name, record), moment in zip(page, moments)], (
-                    f"{number}-{scan}" if number < len(pairs) else None)
+        return [{"account": owner, "content_type": name, "userId": record["userId"], "state": state,
+                 "frequency": record["frequency"], "next": timestamp(moment * 1e6) if moment else None,
+                 "created": timestamp(record["created"]),
+                 **({"variables": record.get("variables", {})} if address or with_variables else {})}
+                for (owner, name, record), moment in zip(page, moments)], next_cursor
+
+    def _erased_names(self, address: str) -> list[str]:
+        """The name that stands for an address where that was erased; none where nothing was ever erased."""
+        key = self.store.redis.get(self.store.key("erasure_key"))
+        if not key:
+            return []
+        inner = hashlib.sha1((key + fold_address(address)).encode()).hexdigest()
+        return [hashlib.sha1((key + inner).encode()).hexdigest()]
 
     def scheduled(self) -> int:
         """How many subscriptions are in the schedule. Those of a removed content type stay until they would be due."""
@@ -7596,50 +7662,75 @@ class Newsletters:
         """A subscription as the schedule names it."""
         return json.dumps([account, content_type, fold_address(address)], ensure_ascii=False)
 
-    # Workers may do an unsubscribe before the subscribe that came earlier: the later request wins in any order.
+    # Workers may do an unsubscribe before the subscribe that came earlier: the later request wins in any order. Who has
+    # unsubscribed stays so, unless the request says `again`.
+    # `enter` subscribes an address, with a request of the moment `created`, and answers what SUBSCRIBE does.
+    ENTER = Queue.LATER + Queue.EVENT + FIND_LEFT + KEYS_BY_NAME + """
+        local function enter(unsubscribed, address, record, created, member, boundary, again, account, data)
+            local overtaking = redis.call('GET', unsubscribed)
+            if overtaking and later(overtaking, created) then return 'overtaken' end
+            local before = redis.call('HGET', subscribers, address)
+            if before and later(cjson.decode(before).created, created) then return 'overtaken' end
+            local field = find_left(prefix, left, address)
+            if field and again == '0' then
+                emit(prefix, account, 'subscription.left_out', data)
+                return 'left out'
+            end
+            redis.call('HSET', subscribers, address, record)
+            redis.call('ZADD', schedule, boundary, member)
+            if field then redis.call('HDEL', left, field) end
+            if not before then emit(prefix, account, 'subscription.started', data) end
+            return 'subscribed'
+        end
+    """
+
     # KEYS: see _keys().
     # ARGV: content type, address, subscription (JSON), when its task was created (microseconds), member of the
-    #       schedule, next boundary (s), body of the content type if it is to be created, or ""; account, the data of
-    #       the event.
-    # Answer: "subscribed", "overtaken", or "unknown" if the content type does not exist.
-    SUBSCRIBE = Queue.LATER + Queue.EVENT + KEYS_BY_NAME + """
-        local content_type, address, record, created, member, boundary, body, account, data = unpack(ARGV)
+    #       schedule, next boundary (s), 1 to subscribe also who unsubscribed before, or 0, account, the data of the
+    #       event; body of the content type if it is to be created, or "".
+    # Answer: "subscribed", "overtaken", "left out" or "unknown" if the content type does not exist.
+    SUBSCRIBE = ENTER + """
+        local content_type, body = ARGV[1], ARGV[10]
         if body ~= '' and redis.call('HSETNX', content, content_type, body) == 1 then
             redis.call('UNLINK', subscribers, issued)  -- what REMOVE has left
         end
         if redis.call('HEXISTS', content, content_type) == 0 then return 'unknown' end
-        local left = redis.call('GET', unsubscribed)
-        local before = redis.call('HGET', subscribers, address)
-        if left and later(left, created) then return 'overtaken' end
-        if before and later(cjson.decode(before).created, created) then return 'overtaken' end
-        redis.call('HSET', subscribers, address, record)
-        redis.call('ZADD', schedule, boundary, member)
-        if not before then emit(prefix, account, 'subscription.started', data) end
-        return 'subscribed'
+        return enter(unsubscribed, unpack(ARGV, 2, 9))
     """
 
     def subscribe(self, task: Task) -> str:
         """Do a subscribe task: the address gets one subscription, with this frequency from now on.
 
-        Returns "subscribed", or "overtaken" if a later request came first. Raises PermanentError if the content type
-        does not exist and the task brings no content.
+        Returns "subscribed", "overtaken" if a later request came first, or LEFT_OUT if the address had unsubscribed and
+        the task does not say `again`. Raises PermanentError if the content type does not exist and the task brings no
+        content.
         """
         payload, account = task.payload, task.account
         content_type, address = payload["content_type"], fold_address(payload["userId"])
-        record = {"userId": payload["userId"], "frequency": payload["frequency"], "retries": task.retries,
-                  "created": task.created, **({"variables": payload["variables"]} if "variables" in payload else {})}
         body = ""
         if "subject" in payload and "content" in payload:
             body = self._body(payload["subject"], payload["content"])
         result = self._subscribe(self._keys(account, content_type, address), [
-            content_type, address, json.dumps(record), task.created,
-            self.schedule_member(account, content_type, address),
-            next_boundary(payload["frequency"], self.clock(), self.zone), body, account,
-            json.dumps({"account": account, "userId": payload["userId"], "content_type": content_type,
-                        "frequency": payload["frequency"]})])
+            content_type, *self._entry(account, content_type, self._record(payload, task.retries, task.created),
+                                       payload.get("again", False)), body])
         if result == "unknown":
             raise PermanentError(f"content type {content_type!r} does not exist")
-        return result
+        return self.LEFT_OUT if result == "left out" else result
+
+    @staticmethod
+    def _record(payload: Json, retries: int, created: int) -> Json:
+        """A subscription as Redis keeps it, from the payload of a subscribe task."""
+        return {"userId": payload["userId"], "frequency": payload["frequency"], "retries": retries,
+                "created": created, **({"variables": payload["variables"]} if "variables" in payload else {})}
+
+    def _entry(self, account: str, content_type: str, record: Json, again: bool) -> list[str | int]:
+        """The arguments of `enter` behind the first."""
+        address = record["userId"]
+        return [fold_address(address), json.dumps(record), record["created"],
+                self.schedule_member(account, content_type, address),
+                next_boundary(record["frequency"], self.clock(), self.zone), int(again), account,
+                json.dumps({"account": account, "userId": address, "content_type": content_type,
+                            "frequency": record["frequency"]})]
 
     def unsubscribe(self, task: Task) -> str:
         """Do an unsubscribe task.
@@ -7648,17 +7739,24 @@ class Newsletters:
         is done again, as after an outage, returns the same.
         """
         return self._end_subscription(task.account, task.payload["content_type"], task.payload["userId"], task.created,
-                                      task.id)
+                                      "task", task.id)
 
     # KEYS: see _keys().
-    # ARGV: address, when this was requested (microseconds), member of the schedule, account, the data of the event.
+    # ARGV: content type, address, when this was requested (microseconds), member of the schedule, account, the data of
+    #       the event, what is remembered (JSON).
     # Answer: that of unsubscribe().
-    UNSUBSCRIBE = Queue.LATER + Queue.EVENT + KEYS_BY_NAME + """
-        local address, created, member, account, data = unpack(ARGV)
+    UNSUBSCRIBE = Queue.LATER + Queue.EVENT + FIND_LEFT + KEYS_BY_NAME + """
+        local content_type, address, created, member, account, data, leaving = unpack(ARGV)
         redis.call('SET', unsubscribed, created, 'EX', 86400)
         local before = redis.call('HGET', subscribers, address)
+        if before and later(cjson.decode(before).created, created) then return 'overtaken' end
+        local is_registered = (redis.call('HGET', prefix .. 'UserList', account) or '') ~= ''
+        if is_registered and not find_left(prefix, left, address) then
+            if before then leaving = string.sub(leaving, 1, -2) .. ', "record": ' .. before .. '}' end
+            redis.call('HSET', left, address, leaving)
+            redis.call('HSET', left_types, content_type, 1)
+        end
         if not before then return 'not subscribed' end
-        if later(cjson.decode(before).created, created) then return 'overtaken' end
         redis.call('HDEL', subscribers, address)
         redis.call('HDEL', issued, address)
         redis.call('ZREM', schedule, member)
@@ -7666,15 +7764,22 @@ class Newsletters:
         return 'unsubscribed'
     """
 
-    def _end_subscription(self, account: str, content_type: str, address: str, moment: int, request: str = "") -> str:
-        """End a subscription that is older than `moment` (microseconds). `request` is that of Script: the id of a task,
-        or "" where the reader followed a link."""
+    def _end_subscription(self, account: str, content_type: str, address: str, moment: int, how: str,
+                          request: str = "") -> str:
+        """End a subscription that is older than `moment` (microseconds), and remember that the address unsubscribed.
+
+        Args:
+            how: "task", "link" or "one-click".
+            request: that of Script: the id of a task, or "" where the reader followed a link.
+        """
         data = {"account": account, "userId": address, "content_type": content_type,
-                "by": "task" if request else "link"}
+                "by": "task" if how == "task" else "link"}
+        leaving = json.dumps({"userId": address, "when": moment, "how": how})
         address = fold_address(address)
         return self._unsubscribe(
             self._keys(account, content_type, address),
-            [address, moment, self.schedule_member(account, content_type, address), account, json.dumps(data)], request)
+            [content_type, address, moment, self.schedule_member(account, content_type, address), account,
+             json.dumps(data), leaving], request)
 
     # Move a subscription from one address to another, if it still exists.
     # KEYS: see _keys(). ARGV: old address, new address, old member of the schedule, new member.
@@ -7719,9 +7824,30 @@ class Newsletters:
             raise HTTPError(404, "this link is not valid, or not complete", "token")
         return claims["sub"], claims["content_type"], claims["email"]
 
-    def follow_link(self, token: str) -> None:
-        """End the subscription of a link, if it has not ended. Raises HTTPError (404)."""
-        self._end_subscription(*self.read_link(token), int(self.store.time() * 1e6))
+    def follow_link(self, token: str, how: str = "one-click") -> bool:
+        """End the subscription of a link, if it has not ended. Returns whether subscribe_again() can undo that.
+
+        Raises HTTPError (404).
+        """
+        account, content_type, address = self.read_link(token)
+        self._end_subscription(account, content_type, address, int(self.store.time() * 1e6), how)
+        return self._ended_by_reader(account, content_type, address) is not None
+
+    def _ended_by_reader(self, account: str, content_type: str, address: str) -> Json | None:
+        """The subscription that its reader ended last by a link, as it was; or None."""
+        found = self.store.redis.hget(self.store.key("left", content_type, account), fold_address(address))
+        leaving = json.loads(found) if found else {}
+        return leaving.get("record") if leaving.get("how") != "task" else None
+
+    def subscribe_again(self, token: str) -> bool:
+        """Give the reader of a link the subscription back that she has ended by it. Returns False where there is none,
+        or an app has ended it. Raises HTTPError (404)."""
+        account, content_type, address = self.read_link(token)
+        record, keys = self._ended_by_reader(account, content_type, address), self._keys(account, content_type, address)
+        if record is None:
+            return bool(self.store.redis.hexists(keys[1], fold_address(address)))  # the button was pressed twice
+        entry = self._entry(account, content_type, {**record, "created": int(self.store.time() * 1e6)}, again=True)
+        return self._subscribe(keys, [content_type, *entry, ""]) == "subscribed"
 
     def mail(self, task: Task) -> tuple[str, str, tuple[tuple[str, str], ...]]:
         """(subject, content, headers) of a newsletter at this moment.
@@ -8368,7 +8494,8 @@ class BounceReader:
 # that makes it happen (Queue.EVENT), so that none is lost, and sent by the workers of the lane `hooks`.
 
 EVENTS = ("mail.sent", "mail.failed", "mail.suppressed", "mail.bounced", "mail.complained", "subscription.started",
-          "subscription.ended", "lane.paused", "lane.resumed")  # the last two for the admin's webhook only
+          "subscription.ended", "subscription.left_out",
+          "lane.paused", "lane.resumed")  # these two for the admin's webhook only
 
 
 class Webhooks:
@@ -8945,7 +9072,7 @@ class Workers:
         self.transport, self.webhooks, self.stats = transport, webhooks, stats
         self.otps, self.newsletters = otps, newsletters
         self.handlers = {"message": self.send_message, "generateOtp": self.send_otp, "newsletter": self.send_newsletter,
-                         "subscribe": newsletters.subscribe, "unsubscribe": newsletters.unsubscribe,
+                         "subscribe": self.subscribe, "unsubscribe": newsletters.unsubscribe,
                          "webhook": self.send_event}
         self.stopping = threading.Event()
         self.smtp = SmtpState(transport)
@@ -9358,6 +9485,13 @@ class Workers:
         if task is None or task.strikes or task.type not in MAIL_TYPES:
             return None
         return Envelope(self._sender(task)[1], tuple(self._recipients(task)))
+
+    def subscribe(self, task: Task) -> str:
+        """Do a subscribe task; returns what became of it."""
+        result = self.newsletters.subscribe(task)
+        if result == Newsletters.LEFT_OUT:
+            self.stats.count("gomail_subscriptions_left_out_total")
+        return result
 
     def send_event(self, task: Task) -> str:
         """Send an event to a webhook; returns the status of the answer."""
@@ -10014,11 +10148,18 @@ class Api:
         _, content_type, address = self.newsletters.read_link(request.path_params["token"])
         # Mail scanners follow links, so only the button's POST ends the subscription.
         return small_page(f"<p>Unsubscribe {html.escape(address)} from {html.escape(content_type)}?</p>"
-                          "<form method=post><button>Unsubscribe</button></form>")
+                          "<form method=post action='?by=button'><button>Unsubscribe</button></form>")
 
     def follow_link(self, request: Request) -> Reply:
-        self.newsletters.follow_link(request.path_params["token"])
-        return small_page("<p>You are unsubscribed.</p>")
+        token, how = request.path_params["token"], "link" if "by" in request.query else "one-click"
+        can_undo = self.newsletters.follow_link(token, how)
+        again = f"<form method=post action='{token}/again'><button>Subscribe again</button></form>" if can_undo else ""
+        return small_page(f"<p>You are unsubscribed.</p>{again}")
+
+    def subscribe_again(self, request: Request) -> Reply:
+        if not self.newsletters.subscribe_again(request.path_params["token"]):
+            raise HTTPError(410, "this subscription cannot be renewed by its link", "token")
+        return small_page("<p>You are subscribed again.</p>")
 
     def read_webhook(self, request: Request) -> Reply:
         return {"status": True, **self.describe_webhook(self.webhooks.find(request.account.name))}
@@ -10272,7 +10413,8 @@ STATES = tuple(State)
 PAGING = {"offset": Integer(0, 10**9), "limit": Integer(0, 1000)}
 SEARCH = {**PAGING, "search": String(254, ONE_LINE, LINE), "state": Enum(STATES)}
 CURSOR = Pattern("the value of next in the previous answer", r"[0-9]{1,10}-[0-9]{1,19}", 30)
-SUBSCRIPTIONS = {"content_type": CONTENT_TYPE, "userId": Address(), "cursor": CURSOR, "limit": Integer(1, 1000)}
+SUBSCRIPTIONS = {"content_type": CONTENT_TYPE, "userId": Address(), "cursor": CURSOR, "limit": Integer(1, 1000),
+                 "state": Enum(tuple(SubscriptionState)), "search": String(254, ONE_LINE, LINE)}
 
 QUEUED, COUNTED, CHANGED = {**DONE, "id": str}, {**DONE, "count": int}, {**DONE, "changed": int}
 STRICT, TASK_QUEUED = {"strict": Boolean()}, {**QUEUED, "ignored?": list}
@@ -10353,7 +10495,10 @@ ROUTES = (
     Route("GET", "/outbox/{id}", Api.read_outbox, Access.ALL, answer=MAIL_ANSWER, refuses=(404,)),
     Route("GET", "/view/{token}", Api.view, Access.OPEN, answer="text/html", refuses=(404,)),
     Route("GET", "/unsubscribe/{token}", Api.ask_to_unsubscribe, Access.OPEN, answer="text/html", refuses=(404,)),
-    Route("POST", "/unsubscribe/{token}", Api.follow_link, Access.OPEN, answer="text/html", refuses=(404,)),
+    Route("POST", "/unsubscribe/{token}", Api.follow_link, Access.OPEN, query={"by": Enum(("button",))},
+          answer="text/html", refuses=(404,)),
+    Route("POST", "/unsubscribe/{token}/again", Api.subscribe_again, Access.OPEN, answer="text/html",
+          refuses=(404, 410)),
     Route("GET", "/health/ping", Api.ping, Access.OPEN, answer={"message": str}, needs_redis=False),
     Route("GET", "/health/ready", Api.ready, Access.OPEN, answer={"status": bool, "smtp": str}),
     Route("GET", "/metrics", Api.prometheus, Access.OPEN, answer="text/plain", needs_redis=False),

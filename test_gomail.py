@@ -8498,7 +8498,7 @@ def test_an_unsubscribe_counts_though_the_clock_went_back_since_the_subscribe(se
     assert not service.store.redis.exists(subscribers)
     unsubscribed, = service.store.redis.keys(service.store.key("unsubscribed", "*"))
     service.store.redis.incrby(unsubscribed, 3_600_000_000)
-    subscribe(client)
+    subscribe(client, again=True)
     assert service.store.redis.exists(subscribers)
 
 
@@ -8581,14 +8581,16 @@ def test_one_click_unsubscribes_and_looking_does_not(linked, mail_server, clock)
         return answer.status, answer.headers["Content-Type"], answer.read().decode()
     status, media_type, page = ask("GET")
     assert (status == 200 and media_type == "text/html; charset=utf-8"
-            and "user@example.com" in page and "<form method=post>" in page)
+            and "user@example.com" in page and "<form method=post" in page)
     assert client.get("/task/subscriptionContent/news")["subscribers"] == 1
     for _ in range(2):  # the second time there is nothing left to do
         status, _, page = ask("POST", "List-Unsubscribe=One-Click",
                               **{"Content-Type": "application/x-www-form-urlencoded"})
         assert status == 200 and "You are unsubscribed" in page
         assert client.get("/task/subscriptionContent/news")["subscribers"] == 0
-    subscribe(client, variables={"name": "x"})
+    assert subscribe(client, variables={"name": "x"})["result"] == "left out: unsubscribed"
+    assert client.get("/task/subscriptionContent/news")["subscribers"] == 0
+    subscribe(client, variables={"name": "x"}, again=True)
     assert client.get("/task/subscriptionContent/news")["subscribers"] == 1
 
 
@@ -8725,7 +8727,7 @@ def test_unsubscribing_who_is_not_subscribed_succeeds_and_the_task_says_what_it_
     assert unsubscribed() == ("succeeded", 1, "not subscribed")  # nor is there such a content type
     define(client)
     assert unsubscribed() == ("succeeded", 1, "not subscribed")
-    assert subscribe(client)["result"] == "subscribed" and subscribe(client)["result"] == "subscribed"
+    assert subscribe(client, again=True)["result"] == "subscribed" and subscribe(client)["result"] == "subscribed"
     assert [unsubscribed()[2] for _ in range(3)] == ["unsubscribed", "not subscribed", "not subscribed"]
     assert client.get("/task/dead")["total"] == 0
     assert client.state(client.task(), "succeeded")["result"].startswith("250 ")  # the server's
@@ -8760,9 +8762,170 @@ def test_the_later_request_wins_when_an_unsubscribe_overtakes_its_subscribe(serv
     assert service.newsletters.unsubscribe(task(now + 1)) == "not subscribed"
     assert service.newsletters.subscribe(task(now)) == "overtaken"
     assert client.get("/task/subscriptionContent/news")["subscribers"] == 0
-    assert service.newsletters.subscribe(task(now + 3)) == "subscribed"
+    assert service.newsletters.subscribe(task(now + 3)) == "left out: unsubscribed"
+    assert service.newsletters.subscribe(task(now + 3, again=True)) == "subscribed"
     assert service.newsletters.unsubscribe(task(now + 2)) == "overtaken"
     assert client.get("/task/subscriptionContent/news")["subscribers"] == 1
+
+
+def unsubscribed(client, query=""):
+    """Who has unsubscribed, as the list says."""
+    return client.get(f"/subscriptions?state=unsubscribed{query}")["subscriptions"]
+
+
+def visit(service, method, path):
+    """(status, text) of a page."""
+    connection = http.client.HTTPConnection(service.client.address, timeout=PATIENCE)
+    with contextlib.closing(connection):
+        connection.request(method, path)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+
+
+def leave(service, client, how, content_type="news", address="user@example.com"):
+    """Unsubscribe in one of the three ways."""
+    if how == "task":
+        return client.state(client.task("unsubscribe", userId=address, content_type=content_type), "succeeded")
+    path = service.newsletters.link(name_of(client), content_type, address).removeprefix("https://mail.example.com")
+    if how == "link":  # as the button of the page does
+        status, page = visit(service, "GET", path)
+        assert status == 200
+        path = urllib.parse.urljoin(path, html.unescape(re.search("action=['\"]?([^'\" >]+)", page)[1]))
+    status, page = visit(service, "POST", path)
+    assert status == 200
+    return path.partition("?")[0], page
+
+
+@pytest.mark.parametrize("how", ["task", "link", "one-click"])
+def test_who_unsubscribed_is_known_as_such_and_comes_back_only_where_the_task_says_again(linked, how):
+    service, client = linked
+    before = service.store.time()
+    leave(service, client, how)
+    assert client.get("/subscriptions")["subscriptions"] == []
+    found, = unsubscribed(client, "&userId=USER@example.com")
+    assert unsubscribed(client) == unsubscribed(client, "&content_type=news&search=ser@EX") == [found]
+    since = datetime.datetime.fromisoformat(found.pop("since")).timestamp()
+    assert before - 0.001 <= since <= service.store.time() and found == {
+        "account": name_of(client), "content_type": "news", "userId": "user@example.com", "state": "unsubscribed",
+        "how": how}
+    assert unsubscribed(service.client.sign_up()) == unsubscribed(client, "&content_type=other") == []
+    for more in ({}, {"again": False}):
+        assert subscribe(client, "User@example.com", variables={"name": "x"}, **more)["result"] == (
+            "left out: unsubscribed")
+    assert client.get("/subscriptions")["subscriptions"] == [] and unsubscribed(client) == [
+        {**found, "since": gomail.timestamp(since * 1e6)}]
+    assert subscribe(client, variables={"name": "x"}, again=True)["result"] == "subscribed"
+    assert unsubscribed(client) == [] and subscribe(client, variables={"name": "x"})["result"] == "subscribed"
+    shown, = client.get("/subscriptions?userId=user@example.com")["subscriptions"]
+    assert (shown["state"], shown["variables"]) == ("subscribed", {"name": "x"})
+
+
+def test_who_was_left_out_is_counted_and_told_to_webhooks(service, client, receiver):
+    receiver.hooked(client)
+    define(client)
+    for kind in ("unsubscribe", "subscribe"):
+        client.state(client.task(kind, content_type="news", frequency="@daily"), "succeeded")
+    assert until(lambda: receiver.data("subscription.left_out")) == [{
+        "account": name_of(client), "userId": "user@example.com", "content_type": "news", "frequency": "@daily"}]
+    assert metrics_of(service)["gomail_subscriptions_left_out_total",] == 1
+
+
+def test_an_unsubscribe_is_remembered_whoever_was_subscribed_and_its_first_moment_counts(service, client):
+    client.state(client.task("unsubscribe", content_type="news"), "succeeded")  # there is no such content type yet
+    first = unsubscribed(client)
+    assert [found["how"] for found in first] == ["task"]
+    define(client)
+    client.state(client.task("unsubscribe", content_type="news"), "succeeded")
+    assert unsubscribed(client) == first
+    assert subscribe(client)["result"] == "left out: unsubscribed"
+    delete(client, "/task/subscriptionContent/news")
+    assert unsubscribed(client) == first
+    define(client)
+    assert subscribe(client)["result"] == "left out: unsubscribed"
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_who_unsubscribed_is_forgotten_with_the_account(service, client, monkeypatch, many):
+    if many:
+        monkeypatch.setattr(gomail.Accounts, "MANY", 1)
+        monkeypatch.setattr(gomail.Accounts, "CONTENT_TYPES_AT_ONCE", 2)
+    for number in range(9):
+        client.state(client.task("unsubscribe", content_type=f"news {number % 5}", userId=f"user{number}@example.com"),
+                     "succeeded")
+    account = name_of(client)
+    link = service.newsletters.accounts.seal("unsubscribe", {
+        "sub": account, "content_type": "news 1", "email": "user@example.com"})
+    client.post("/auth/deregister", {"id": account})
+    assert visit(service, "POST", f"/unsubscribe/{link}")[0] == 200  # of a mail that is still in her mailbox
+    assert not service.store.redis.keys(service.store.key("left*"))
+    assert unsubscribed(service.client.sign_up(account)) == []
+
+
+def test_an_erased_address_stays_unsubscribed_by_its_keyed_hash(service, client):
+    client.state(client.task("unsubscribe", content_type="news"), "succeeded")
+    define(client)
+    # As it is after an erasure.
+    store, left = service.store, service.store.key("left", "news", name_of(client))
+    store.redis.set(store.key("erasure_key"), "00ff")
+    inner = hashlib.sha1(b"00ffuser@example.com").hexdigest()
+    erased = hashlib.sha1(f"00ff{inner}".encode()).hexdigest()
+    record = {name: value for name, value in json.loads(store.redis.hget(left, "user@example.com")).items()
+              if name != "userId"}
+    store.redis.hdel(left, "user@example.com")
+    store.redis.hset(left, erased, json.dumps(record))
+    assert subscribe(client, "User@Example.com")["result"] == "left out: unsubscribed"
+    client.state(client.task("unsubscribe", content_type="news"), "succeeded")
+    assert store.redis.hkeys(left) == [erased] and unsubscribed(client) == []
+    found, = unsubscribed(client, "&userId=USER@example.com")
+    assert found["userId"] == "USER@example.com" and found["how"] == "task"
+    assert subscribe(client, again=True)["result"] == "subscribed" and not store.redis.exists(left)
+
+
+def test_a_reader_who_left_by_the_link_can_subscribe_again_behind_it(linked):
+    service, client = linked
+    for how in ("link", "one-click"):
+        before, = client.get("/subscriptions?userId=user@example.com")["subscriptions"]
+        path, page = leave(service, client, how)
+        again = urllib.parse.urljoin(path, re.search("action=['\"]?([^'\" >]+)", page)[1])
+        assert again == f"{path}/again" and client.get("/subscriptions")["subscriptions"] == []
+        for _ in range(2):  # the button may be pressed twice
+            assert visit(service, "POST", again)[0] == 200
+        after, = client.get("/subscriptions?userId=user@example.com")["subscriptions"]
+        assert after == {**before, "created": after["created"]} and unsubscribed(client) == []
+    assert visit(service, "GET", again)[0] == 405
+    leave(service, client, "task")  # an app that ended it does not want it back
+    assert visit(service, "POST", again)[0] == 410
+    assert "again" not in leave(service, client, "link")[1]
+    assert visit(service, "POST", f"{path[:-2]}/again")[0] == 404
+    assert client.get("/subscriptions")["subscriptions"] == []
+
+
+def test_subscriptions_are_searched_by_a_part_of_the_address(service, client):
+    define(client)
+    addresses = {"a*b@example.com", "axb@example.com", "x?y@example.com", "Anna@example.com"}
+    for address in addresses:
+        subscribe(client, address)
+    for text, expected in (("A*B", {"a*b@example.com"}), ("X?Y", {"x?y@example.com"}), ("anna", {"Anna@example.com"}),
+                           ("@EXAMPLE.com", addresses), ("zzz", set())):
+        answer = client.get(f"/subscriptions?search={urllib.parse.quote(text)}")
+        assert {found["userId"] for found in answer["subscriptions"]} == expected and answer["next"] is None
+    for query in ("state=x", "search="):
+        assert client("GET", f"/subscriptions?{query}")[0] == 400
+
+
+def test_a_search_in_many_addresses_goes_on_with_the_next_cursor(service, client, monkeypatch):
+    monkeypatch.setattr(gomail.Newsletters, "SCANS", 1)
+    define(client)
+    subscribers = service.store.key("subscribers", "news", name_of(client))
+    service.store.redis.hset(subscribers, mapping={
+        address: json.dumps({"userId": address, "frequency": "@daily", "retries": 0, "created": 1})
+        for address in (f"user{number}@example.com" for number in range(5000))})
+    found, cursor, pages = [], "", 0
+    while cursor is not None:
+        answer = client.get(f"/subscriptions?search=r4321@{cursor}")
+        found, pages = found + answer["subscriptions"], pages + 1
+        cursor = answer["next"] and f"&cursor={answer['next']}"
+    assert [row["userId"] for row in found] == ["user4321@example.com"] and 3 < pages < 20
 
 
 def test_a_boundary_missed_while_the_service_was_down_is_sent_once_and_late(services, mail_server, clock):
@@ -10081,7 +10244,7 @@ def test_an_account_learns_when_a_subscription_starts_and_ends(services, mail_se
     for _ in range(2):  # the second time only the frequency might change
         subscribe(client)
     client.state(client.task("unsubscribe", content_type="news", userId="User@example.com"), "succeeded")
-    subscribe(client)
+    subscribe(client, again=True)
     link = service.newsletters.link(name_of(client), "news", "user@example.com")
     service.newsletters.follow_link(link.rpartition("/")[2])
     until(lambda: len(receiver.events) == 4)
