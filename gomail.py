@@ -44,6 +44,7 @@ import bisect
 import binascii
 import collections
 import contextlib
+import csv
 import ctypes
 import dataclasses
 import datetime
@@ -99,7 +100,7 @@ import typing
 import urllib.parse
 import zlib
 import zoneinfo
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from mailbox import Maildir
 from typing import IO, Any
 
@@ -7413,6 +7414,125 @@ def next_boundary(frequency: str, now: float, zone: zoneinfo.ZoneInfo) -> int:
             return int(boundary)
 
 
+# The columns of a file with subscribers: those of an export, before the variables; and by which names an import knows
+# the address. TIMES also are fields of a subscribe task's payload.
+TIMES = ("frequency", "at", "day", "timezone")
+EXPORT_COLUMNS = ("userId", "state", *TIMES, "created", "last", "since", "how")
+ADDRESS_COLUMNS = ("userid", "email", "e-mail", "address")
+KNOWN_COLUMNS = frozenset((*map(str.lower, EXPORT_COLUMNS), *ADDRESS_COLUMNS))
+
+# A spreadsheet takes such a cell for a formula, which may send what stands in others (OWASP, CSV injection). An export
+# puts a ' before it, by which spreadsheets know a text; an import removes it.
+FORMULA = re.compile("'*[=+@\t\r\n\uff1d\uff0b\uff20\uff0d-]")
+
+
+def protect_cell(value: Any) -> str:
+    """A value as a cell of a CSV file that spreadsheets take for no formula."""
+    text = "" if value is None else str(value)
+    return f"'{text}" if FORMULA.match(text) else text
+
+
+def plain_cell(text: str) -> str:
+    """What protect_cell() was given."""
+    return text[1:] if text.startswith("'") and FORMULA.match(text) else text
+
+
+class SubscriberFile:
+    """Reads the subscribers of a CSV file (RFC 4180), with a header line; the cells are separated by , or ; or tabs.
+
+    The columns are those of an export; only the address (see ADDRESS_COLUMNS) is needed, and case is ignored. Any other
+    column is a variable, and so is `variables.<name>` in any case. An empty cell is as good as none. A file that was
+    exported also says who has unsubscribed.
+
+    Args:
+        lines: of the file, with their ends.
+        defaults: what a row without it has: frequency, at, day, timezone.
+        first: the number of the first line.
+
+    Raises:
+        HTTPError: 400, the header line is wrong.
+    """
+
+    HISTORY = ("created", "last", "since", "how")  # columns of an export that tell what was
+
+    def __init__(self, lines: Iterable[str], defaults: Json, first: int = 1) -> None:
+        lines = iter(lines)
+        header = next(lines, "").removeprefix("\ufeff")
+        self.defaults, self.first, self.columns = defaults, first, [""]
+        for delimiter in (",", ";", "\t"):
+            with contextlib.suppress(csv.Error):
+                self.rows = csv.reader(itertools.chain([header], lines), delimiter=delimiter, strict=True)
+                names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter, strict=True), [])]
+                # These belong to an export only together: somebody's file may have one of them for a variable.
+                known = self.HISTORY if {*self.HISTORY} <= {*map(str.lower, names)} else ()
+                self.columns = [self._column(name, (*TIMES, "state", *known, "")) for name in names]
+                if "userId" in self.columns:
+                    break
+        else:
+            raise HTTPError(400, "csv must begin with a header line that has a column userId (or email, e-mail, "
+                            "address)", "csv")
+        next(self.rows)
+        for at, column in enumerate(self.columns):
+            if column and column in self.columns[:at]:
+                raise HTTPError(400, f"csv has the column {column} twice", "csv")
+            name = column.removeprefix("variables.")
+            if column.startswith("variables.") and not re.fullmatch(VARIABLE, name):
+                hint = re.sub("[^A-Za-z0-9_]+", "_", name)[:64]
+                raise HTTPError(400, f"csv has a column {name!r}, which is no name of a variable (letters, digits, _); "
+                                f"{hint!r} would be one", "csv")
+
+    @staticmethod
+    def _column(name: str, known: Sequence[str]) -> str:
+        """What a column means: userId, one of those that are known, in lower case, or variables.<name>."""
+        if name.lower() in ADDRESS_COLUMNS:
+            return "userId"
+        if name.lower() in known:
+            return name.lower()
+        return name if name.startswith("variables.") else f"variables.{name}"
+
+    def __iter__(self) -> Iterator[tuple[int, Json | HTTPError]]:
+        """(its line, the payload of a subscribe task with its "state") of each row; or where it says that the address has
+        unsubscribed, {"userId", "state", "since" (us, or 0), "how"}; or the HTTPError that says what is wrong."""
+        while True:
+            line = self.first + self.rows.line_num
+            try:
+                cells = next(self.rows)
+                if any(cells):
+                    yield line, self._subscriber(cells)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                words = "its quote is not closed, so that nothing behind it could be read" if "end of data" in str(
+                    error) else str(error)
+                yield line, HTTPError(400, f"the line is no CSV: {words}")
+            except HTTPError as error:
+                yield line, error
+
+    def _subscriber(self, cells: Sequence[str]) -> Json:
+        """The payload of a row. Raises HTTPError (400)."""
+        if any(cells[len(self.columns):]):
+            raise HTTPError(400, f"it has {len(cells)} cells, and the header line {len(self.columns)}")
+        if any(map(SURROGATES.search, cells)):
+            raise HTTPError(400, "it is not UTF-8")
+        row: Json = {column: plain_cell(cell if column.startswith("variables.") else cell.strip())
+                     for column, cell in zip(self.columns, cells) if column and cell.strip()}
+        state, history = row.pop("state", ""), {name: row.pop(name, "") for name in self.HISTORY}
+        if state.lower() == SubscriptionState.UNSUBSCRIBED:
+            how, since = history["how"] if history["how"] in ("link", "one-click") else "task", 0
+            with contextlib.suppress(ValueError, OverflowError):
+                since = int(datetime.datetime.fromisoformat(history["since"]).timestamp() * 1e6)
+            address = PAYLOADS["unsubscribe"].fields["userId"](row.get("userId"), "userId")
+            return {"userId": address, "state": SubscriptionState.UNSUBSCRIBED, "since": since, "how": how}
+        if state.lower() not in ("", SubscriptionState.SUBSCRIBED):
+            row["variables.state"] = state
+        variables = {name.removeprefix("variables."): row.pop(name) for name in [*row] if name.startswith("variables.")}
+        if row.get("day", "").isdecimal():
+            row["day"] = int(row["day"])
+        payload = {**({} if "frequency" in row else self.defaults), **row, "content_type": "-",
+                   **({"variables": variables} if variables else {})}
+        return {**PAYLOADS["subscribe"](payload), "state": SubscriptionState.SUBSCRIBED}
+
+
 class SubscriptionState(enum.StrEnum):
     """Whether an address gets a newsletter."""
 
@@ -7432,6 +7552,8 @@ class Newsletters:
     """
 
     BATCH = 200  # subscriptions that one script looks at: a millisecond of Redis's time each 50
+    IMPORT_BATCH = 200  # rows in one script
+    IMPORT_RETRIES = 8  # of the mails of an imported subscription, which take about an hour
     SCANS = 100  # calls of HSCAN for one page of a search
     LEFT_OUT = "left out: unsubscribed"  # the result of a subscribe task
     CONTROLS = re.compile(ONE_LINE.replace("[^", "[") + "+")  # what a subject must not contain
@@ -7445,6 +7567,7 @@ class Newsletters:
         self._texts = store.script(self.TEXTS, when_full=False)
         self._remove = store.script(self.REMOVE, once=True)
         self._subscribe = store.script(self.SUBSCRIBE)
+        self._import = store.script(self.IMPORT, when_full=False)
         self._unsubscribe = store.script(self.UNSUBSCRIBE, once=True)
         self._refold = store.script(self.REFOLD)
         self._claim = store.script(self.CLAIM, once=True, when_full=False)
@@ -7460,8 +7583,8 @@ class Newsletters:
 
     KEYS_BY_NAME = "local content, subscribers, schedule, issued, unsubscribed, left, left_types, prefix = unpack(KEYS)"
 
-    # The field of the hash `left` that has a folded address: that address, or the name that stands for it since it was
-    # erased; nil if it has not unsubscribed.
+    # `find_left` answers the field of the hash `left` that has a folded address: that address, or the name that stands
+    # for it since it was erased; nil if it has not unsubscribed.
     FIND_LEFT = """
         local function find_left(prefix, left, address)
             if redis.call('EXISTS', left) == 0 then return end
@@ -7469,6 +7592,14 @@ class Newsletters:
             local key = redis.call('GET', prefix .. 'erasure_key')
             local erased = key and redis.sha1hex(key .. redis.sha1hex(key .. address))
             return erased and redis.call('HEXISTS', left, erased) == 1 and erased or nil
+        end
+
+        -- Remember that an address has unsubscribed, unless that is known. `leaving` is JSON.
+        local function remember(prefix, left, left_types, account, content_type, address, leaving)
+            local is_registered = (redis.call('HGET', prefix .. 'UserList', account) or '') ~= ''
+            if not is_registered or find_left(prefix, left, address) then return end
+            redis.call('HSET', left, address, leaving)
+            redis.call('HSET', left_types, content_type, 1)
         end
     """
 
@@ -7723,14 +7854,123 @@ class Newsletters:
         return {"userId": payload["userId"], "frequency": payload["frequency"], "retries": retries,
                 "created": created, **({"variables": payload["variables"]} if "variables" in payload else {})}
 
-    def _entry(self, account: str, content_type: str, record: Json, again: bool) -> list[str | int]:
-        """The arguments of `enter` behind the first."""
-        address = record["userId"]
+    def _entry(self, account: str, content_type: str, record: Json, again: bool,
+               boundaries: dict[tuple, int] | None = None) -> list[str | int]:
+        """The arguments of `enter` behind the first. `boundaries` keeps what was computed for records before."""
+        address, boundaries = record["userId"], {} if boundaries is None else boundaries
+        times = tuple(map(record.get, TIMES))
+        if times not in boundaries:
+            boundaries[times] = next_boundary(record["frequency"], self.clock(), self.zone)
         return [fold_address(address), json.dumps(record), record["created"],
-                self.schedule_member(account, content_type, address),
-                next_boundary(record["frequency"], self.clock(), self.zone), int(again), account,
+                self.schedule_member(account, content_type, address), boundaries[times], int(again), account,
                 json.dumps({"account": account, "userId": address, "content_type": content_type,
                             "frequency": record["frequency"]})]
+
+    # KEYS: see _keys().
+    # ARGV: content type; then of each row what SUBSCRIBE has from the address to the data of the event; or, of one that
+    #       is only to be known as unsubscribed, "" for the subscription, and what is remembered (JSON) for that data.
+    # Answer: "unknown" if the content type does not exist, or for each row what `enter` does.
+    IMPORT = ENTER + """
+        local content_type, answers = ARGV[1], {}
+        if redis.call('HEXISTS', content, content_type) == 0 then return 'unknown' end
+        for at = 2, #ARGV, 8 do
+            local address, record, account, data = ARGV[at], ARGV[at + 1], ARGV[at + 6], ARGV[at + 7]
+            if record ~= '' then
+                local unsubscribed = table.concat({prefix .. 'unsubscribed', content_type, address, account}, ':')
+                answers[#answers + 1] = enter(unsubscribed, unpack(ARGV, at, at + 7))
+            else
+                if redis.call('HEXISTS', subscribers, address) == 0 then
+                    remember(prefix, left, left_types, account, content_type, address, data)
+                end
+                answers[#answers + 1] = 'left out'
+            end
+        end
+        return answers
+    """
+
+    def take_rows(self, account: str, content_type: str, rows: Iterable[tuple[int, Json | HTTPError]],
+                  again: bool = False, note: Callable[[int, str], None] = lambda line, error: None,
+                  progress: Callable[[int], None] = lambda line: None) -> Json:
+        """Subscribe the addresses of a file, IMPORT_BATCH rows in one script each.
+
+        Who unsubscribed before is left out, except with `again`; and so are rows that say `unsubscribed` themselves,
+        which are remembered as such if they are not subscribed here.
+
+        Args:
+            rows: of a SubscriberFile.
+            note: is told the line and the error of each row that cannot be taken.
+            progress: is told the line of the last row of each script.
+
+        Returns {"subscribed", "left_out", "failed"}: how many. Raises HTTPError (404) if the content type does not
+        exist.
+        """
+        if not self.store.redis.hexists(self.store.key("content", account), content_type):
+            raise self._unknown()
+        counts, rows = {"subscribed": 0, "left_out": 0, "failed": 0}, iter(rows)
+        while batch := list(itertools.islice(rows, self.IMPORT_BATCH)):
+            args: list[Any] = []
+            now, boundaries = int(self.store.time() * 1e6), dict[tuple, int]()
+            for line, row in batch:
+                if isinstance(row, HTTPError):
+                    counts["failed"] += 1
+                    note(line, row.message)
+                elif row["state"] == SubscriptionState.UNSUBSCRIBED:
+                    leaving = {"userId": row["userId"], "when": row["since"] or now, "how": row["how"]}
+                    args += [fold_address(row["userId"]), "", 0, "", 0, 0, account, json.dumps(leaving)]
+                else:
+                    record = self._record(row, self.IMPORT_RETRIES, now)
+                    args += self._entry(account, content_type, record, again, boundaries)
+            answers = self._import(self._keys(account, content_type), [content_type, *args])
+            if answers == "unknown":
+                raise self._unknown()
+            subscribed = answers.count("subscribed")
+            counts["subscribed"] += subscribed
+            counts["left_out"] += len(answers) - subscribed
+            progress(batch[-1][0])
+        return counts
+
+    def export(self, account: str, content_type: str) -> Iterator[str]:
+        """The lines of a CSV file (RFC 4180) with who is subscribed, and who has unsubscribed, see EXPORT_COLUMNS.
+
+        SubscriberFile reads it. Raises HTTPError (404) if nothing is known of the content type.
+        """
+        with self.store.redis.pipeline(transaction=False) as pipeline:
+            pipeline.hexists(self.store.key("content", account), content_type)
+            pipeline.hexists(self.store.key("left_types", account), content_type)
+            if not any(pipeline.execute()):
+                raise self._unknown()
+        names: set[str] = set()
+        for item in self._all_subscriptions(account, content_type, (SubscriptionState.SUBSCRIBED,)):
+            names.update(item["variables"])
+        columns = {name: f"variables.{name}" if name.lower() in KNOWN_COLUMNS else name for name in sorted(names)}
+        return self._export(account, content_type, columns)
+
+    def _export(self, account: str, content_type: str, columns: Mapping[str, str]) -> Iterator[str]:
+        """The lines of export(), with these variables, each in the column of this name."""
+        line = io.StringIO()
+        writer = csv.writer(line)
+        writer.writerow([*EXPORT_COLUMNS, *columns.values()])
+        for item in self._all_subscriptions(account, content_type, tuple(SubscriptionState)):
+            last, variables = item.get("last") or {}, item.get("variables", {})
+            cells = {**item, "last": last.get("time")}
+            writer.writerow([protect_cell(cells.get(name)) for name in EXPORT_COLUMNS]
+                            + [protect_cell(variables.get(name)) for name in columns])
+            yield line.getvalue()
+            line.seek(0)
+            line.truncate()
+        yield line.getvalue()
+
+    def _all_subscriptions(self, account: str, content_type: str, states: Sequence[str]) -> Iterator[Json]:
+        """All that subscriptions() lists of a content type, each address once."""
+        for state in states:
+            cursor: str | None = ""
+            seen: set[str] = set()
+            while cursor is not None:
+                page, cursor = self.subscriptions(account, content_type, "", cursor, 1000, state, with_variables=True)
+                for item in page:
+                    if item["userId"] not in seen:
+                        seen.add(item["userId"])
+                        yield item
 
     def unsubscribe(self, task: Task) -> str:
         """Do an unsubscribe task.
@@ -7750,12 +7990,8 @@ class Newsletters:
         redis.call('SET', unsubscribed, created, 'EX', 86400)
         local before = redis.call('HGET', subscribers, address)
         if before and later(cjson.decode(before).created, created) then return 'overtaken' end
-        local is_registered = (redis.call('HGET', prefix .. 'UserList', account) or '') ~= ''
-        if is_registered and not find_left(prefix, left, address) then
-            if before then leaving = string.sub(leaving, 1, -2) .. ', "record": ' .. before .. '}' end
-            redis.call('HSET', left, address, leaving)
-            redis.call('HSET', left_types, content_type, 1)
-        end
+        if before then leaving = string.sub(leaving, 1, -2) .. ', "record": ' .. before .. '}' end
+        remember(prefix, left, left_types, account, content_type, address, leaving)
         if not before then return 'not subscribed' end
         redis.call('HDEL', subscribers, address)
         redis.call('HDEL', issued, address)
@@ -9788,6 +10024,7 @@ class Api:
     SESSION_TTL = 43200  # seconds until one has to log in again
     PENALTY = 1.0  # seconds that the answer to a wrong admin_token is delayed
     MAX_PENALTIES = 8  # delayed answers at a time, in a process
+    MAX_IMPORT_ERRORS = 100  # bad rows that an answer lists
     COMPLETED = frozenset(("variables", "content_type", "from"))  # fields of payloads that complete() is about
 
     def __init__(self, settings: Settings, store: Store, accounts: Accounts, queue: Queue, inspection: Inspection,
@@ -10139,6 +10376,27 @@ class Api:
         self.newsletters.remove(request.account.name, request.path_params["content_type"])
         return done("Content Type removed successfully")
 
+    def import_subscribers(self, request: Request) -> Reply:
+        body, errors = request.body, list[Json]()
+
+        def note(line: int, error: str) -> None:
+            if len(errors) < self.MAX_IMPORT_ERRORS:
+                errors.append({"line": line, "error": error})
+        rows = SubscriberFile(io.StringIO(body["csv"], newline=""), {
+            name: body[name] for name in TIMES if name in body}, body.get("line", 1))
+        counts = self.newsletters.take_rows(
+            request.account.name, request.path_params["content_type"], rows, body.get("again", False), note)
+        if counts["left_out"]:
+            self.stats.count("gomail_subscriptions_left_out_total", counts["left_out"])
+        return done("Subscribers imported", subscribed=counts["subscribed"], left_out=counts["left_out"],
+                    errors=errors, failed=counts["failed"])
+
+    def export_subscribers(self, request: Request) -> Reply:
+        content_type = request.path_params["content_type"]
+        text = "".join(self.newsletters.export(request.account.name, content_type))
+        name = urllib.parse.quote(f"{content_type}.csv", safe="")
+        return Response("text/csv", text, {"Content-Disposition": f"attachment; filename*=UTF-8''{name}"})
+
     def list_subscriptions(self, request: Request) -> Reply:
         query = {"address" if name == "userId" else name: value for name, value in request.query.items()}
         subscriptions, cursor = self.newsletters.subscriptions(request.account.name, **query)
@@ -10397,6 +10655,9 @@ class Otp(String):
 ID = Object({"id": String(254, ONE_LINE, LINE)})  # older versions allowed more names than NEW_ID does
 NEW_ID = Object({"id": AccountName()})
 DEFINITION = Object({"content_type": CONTENT_TYPE, "subject": SUBJECT_TEMPLATE, "content": CONTENT_TEMPLATE})
+IMPORT = Object({"csv": String(UNBOUNDED), "line": Nullable(Integer(1, 10**9)), "again": Nullable(Boolean()), **{
+    name: check if isinstance(check, Nullable) else Nullable(check)
+    for name, check in PAYLOADS["subscribe"].fields.items() if name in TIMES}})
 VERIFICATION = Object({"userEmail": Address(), "otp": Otp(), "purpose": Nullable(PURPOSE)})
 BATCH = Object({"tasks": Array(AnyValue(), 1000, 1)})  # the handler checks and answers each task by itself
 RECIPIENT = Object({"userId": Address()})
@@ -10462,6 +10723,10 @@ ROUTES = (
     Route("GET", "/task/subscriptionContent/{content_type}", Api.read_content, Access.KEY,
           answer=CONTENT_ANSWER, refuses=(404,)),
     Route("DELETE", "/task/subscriptionContent/{content_type}", Api.remove_content, Access.KEY, refuses=(404,)),
+    Route("POST", "/task/subscriptionContent/{content_type}/import", Api.import_subscribers, Access.KEY, IMPORT,
+          answer={**DONE, "subscribed": int, "left_out": int, "errors": list, "failed": int}, refuses=(404,)),
+    Route("GET", "/task/subscriptionContent/{content_type}/export", Api.export_subscribers, Access.KEY,
+          answer="text/csv", refuses=(404,)),
     Route("GET", "/task/recent", Api.list_recent, Access.ALL, query=SEARCH,
           answer={"status": bool, "tasks": list, "next": (int, None)}),
     Route("GET", "/task/dead", Api.list_dead, Access.ALL, query=PAGING, answer={**PART_ANSWER, "tasks": list}),
@@ -11883,6 +12148,8 @@ class Operator:
         self.queue, self.stats = Queue(self.store, settings, "operator"), Stats(self.store)
         self.inspection = Inspection(self.store, settings)
         self.accounts = Accounts(self.store, settings.jwt_secret, settings.jwt_secret_previous, settings.api_key_ttl)
+        self.newsletters = Newsletters(self.store, zoneinfo.ZoneInfo(settings.timezone), self.accounts,
+                                       settings.public_url, max_size=settings.max_body)
         if not self.accounts.is_current():
             raise StartError("jwt_secret: not that of the running gomail; give this command the same settings")
 
@@ -11893,8 +12160,7 @@ class Operator:
                 self.accounts.sign_up(self.ACCOUNT)
         account = self.accounts.find(options.account)
         if account is None:
-            return self.terminal.fail(1, f"there is no account {options.account}; `accounts` lists them, and "
-                                      "`accounts --add` makes one")
+            return self.no_account(options.account)
         path = options.html or options.text or "-"
         name = "standard input" if path == "-" else path
         try:
@@ -11924,6 +12190,11 @@ class Operator:
         if task:
             self.show_task(task)
         return 0 if task and task["state"] == "succeeded" else 1
+
+    def no_account(self, name: str) -> int:
+        """Say that there is no account of this name. Returns the exit code."""
+        return self.terminal.fail(1, f"there is no account {name}; `accounts` lists them, and `accounts --add` makes "
+                                  "one")
 
     def status(self, options: argparse.Namespace) -> int:
         """Show a task and its story."""
@@ -12023,6 +12294,61 @@ class Operator:
                 f"tasks: {jobs['executed']} executed, {jobs['successful']} successful, {jobs['failed']} failed{rate}",
                 f"mails in the last hour: {sent} sent, {failed} given up, {plural(retried, 'attempt')} to be repeated",
                 self.terminal.bars([minute["sent"] + minute["failed"] for minute in stats["minutes"]])]
+
+    def import_subscribers(self, options: argparse.Namespace) -> int:
+        """Subscribe the addresses of a CSV file to a newsletter; each line that cannot be taken is said."""
+        if not self.accounts.find(options.account):
+            return self.no_account(options.account)
+        name = "standard input" if options.file == "-" else options.file
+
+        def note(line: int, error: str) -> None:
+            if self.terminal.shows_progress:
+                print("\r\x1b[K", end="", file=sys.stderr)  # the bar, which comes again below
+            self.terminal.say(f"{name}, line {line}: {error}")
+        try:
+            defaults = {field: check(getattr(options, field), f"--{field}") for field, check in IMPORT.fields.items()
+                        if field in TIMES and getattr(options, field)}
+            with open(0 if options.file == "-" else options.file, encoding="utf-8", errors="surrogateescape",
+                      newline="", closefd=options.file != "-") as file:
+                total = sum(1 for _ in file) if options.file != "-" and os.path.isfile(options.file) else 0
+                if total:
+                    file.seek(0)
+                with self.terminal.progress(total) as progress:
+                    counts = self.newsletters.take_rows(options.account, options.type, SubscriberFile(file, defaults),
+                                                        options.again, note, progress)
+        except OSError as error:
+            return self.terminal.fail(2, f"{name} cannot be read: {describe(error)}")
+        except HTTPError as error:
+            return self.terminal.fail(1 if error.status == 404 else 2, error.message.replace("csv", name, 1))
+        if counts["left_out"]:
+            self.stats.count("gomail_subscriptions_left_out_total", counts["left_out"])
+            self.stats.flush()
+        self.terminal.result(counts, [f"{counts['subscribed']} subscribed, {counts['left_out']} left out because they "
+                                      f"had unsubscribed, {plural(counts['failed'], 'line')} not taken"])
+        return 1 if counts["failed"] else 0
+
+    def export_subscribers(self, options: argparse.Namespace) -> int:
+        """Write who is subscribed to a newsletter, and who has unsubscribed, as CSV."""
+        if not self.accounts.find(options.account):
+            return self.no_account(options.account)
+        store, count = self.store, -1
+        try:
+            lines = self.newsletters.export(options.account, options.type)
+        except HTTPError as error:
+            return self.terminal.fail(1, error.message)
+        sizes = [store.redis.hlen(store.key(kind, options.type, options.account)) for kind in ("subscribers", "left")]
+        try:
+            with atomic_file(options.file) as file, self.terminal.progress(
+                    0 if options.file == "-" else sum(sizes)) as progress:
+                for count, line in enumerate(lines):
+                    file.write(line.encode())
+                    if count % 1000 == 0:
+                        progress(count)
+        except OSError as error:
+            raise BackupError(f"{options.file} cannot be written: {describe(error)}") from None
+        if options.file != "-":
+            self.terminal.result({"addresses": count}, [f"{count} addresses are in {options.file}"])
+        return 0
 
     def manage_accounts(self, options: argparse.Namespace) -> int:
         """List the accounts, add one, make a new key of one, or remove one."""
@@ -12645,6 +12971,19 @@ def command_line() -> argparse.ArgumentParser:
     accounts.add_argument("--overlap", type=int, metavar="SECONDS", help="how long the keys before --rotate stay "
                           f"valid: 0 to 2592000 (default: {Accounts.OVERLAP}); 0 ends them at once")
     accounts.add_argument("--yes", action="store_true", help="do not ask before --remove; only a terminal is asked")
+    taking = operation("import", Operator.import_subscribers, "subscribe the addresses of a CSV file to a newsletter")
+    giving = operation("export", Operator.export_subscribers,
+                       "write who is subscribed to a newsletter, and who has unsubscribed, as CSV")
+    for subparser in (taking, giving):
+        subparser.add_argument("type", metavar="TYPE", help="the content type of the newsletter")
+        subparser.add_argument("--account", required=True, metavar="NAME", help="the account that owns it")
+    taking.add_argument("file", metavar="FILE", help="CSV with a header line that has a column userId or email; - is "
+                        "standard input")
+    giving.add_argument("file", nargs="?", default="-", metavar="FILE", help="- is standard output (the default)")
+    for name in TIMES:
+        if name in IMPORT.fields:
+            taking.add_argument(f"--{name}", help="of the rows that do not say it: " + IMPORT.fields[name].expected)
+    taking.add_argument("--again", action="store_true", help="also who has unsubscribed before")
     saving = command("backup", backup, "write everything that gomail keeps in Redis to a file, which then has secrets "
                      "and mails; gomail may be running")
     saving.add_argument("file", metavar="FILE", help="- is standard output")

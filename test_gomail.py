@@ -11,6 +11,7 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
+import csv
 import dataclasses
 import datetime
 import email
@@ -8926,6 +8927,190 @@ def test_a_search_in_many_addresses_goes_on_with_the_next_cursor(service, client
         found, pages = found + answer["subscriptions"], pages + 1
         cursor = answer["next"] and f"&cursor={answer['next']}"
     assert [row["userId"] for row in found] == ["user4321@example.com"] and 3 < pages < 20
+
+
+def import_csv(client, text, content_type="news", **more):
+    return client.post(f"/task/subscriptionContent/{urllib.parse.quote(content_type)}/import", {"csv": text, **more})
+
+
+def export_csv(client, content_type="news"):
+    """The text of an export, and the headers."""
+    connection = http.client.HTTPConnection(client.address, timeout=PATIENCE)
+    with contextlib.closing(connection):
+        connection.request("GET", f"/task/subscriptionContent/{urllib.parse.quote(content_type)}/export",
+                           headers={"Authorization": client.key})
+        answer = connection.getresponse()
+        return answer.read().decode(), dict(answer.headers)
+
+
+def subscribed(client):
+    """address -> (frequency, variables) of all subscribers."""
+    return {found["userId"]: (found["frequency"], client.get(
+        f"/subscriptions?userId={urllib.parse.quote(found['userId'])}")["subscriptions"][0]["variables"])
+        for found in client.get("/subscriptions?limit=1000")["subscriptions"]}
+
+
+@pytest.mark.parametrize("head", ["userId", "email", "E-Mail", "\ufeffAddress"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_subscribers_come_from_csv_in_the_forms_that_spreadsheets_write(
+        dated, mail_server, clock, head, delimiter, end):
+    service, client = dated
+    define(client, content="Hello {{ name }}")
+    rows = [[f" {head} ", "name", "Frequency", ""], ["a@example.com", '"Ann ""A"" ; , \t B"', "@weekly", ""],
+            ["", "", "", ""], [" B@Bücher.example ", '"two\r\nlines"', "", ""], ["c@example.com", "Cid"]]
+    text = end.join(map(delimiter.join, rows)) + end
+    text = text.replace(f" {head} ", head) if "\ufeff" in head else text
+    found = import_csv(client, text, frequency="@hourly")
+    assert found == {"status": True, "msg": found["msg"], "subscribed": 3, "left_out": 0, "errors": [], "failed": 0}
+    assert subscribed(client) == {
+        "a@example.com": ("@weekly", {"name": 'Ann "A" ; , \t B'}), "c@example.com": ("@hourly", {"name": "Cid"}),
+        "B@xn--bcher-kva.example": ("@hourly", {"name": "two\r\nlines"})}
+    clock.forward(3600)
+    assert text_of(mail_server.one("c@example.com")) == "Hello Cid\n"
+
+
+def test_bad_rows_are_listed_with_their_line_and_good_ones_are_taken(client):
+    define(client)
+    text = "\n".join([
+        "userId,frequency,name", "no address,@daily,", 'ok1@example.com,@daily,"two', 'lines"',
+        "ok2@example.com,@yearly,", "ok3@example.com,,", "", "ok4@example.com,@daily,a,b", ",@daily,x",
+        '"ok5@example.com"x,@daily,', f"ok6@example.com,@daily,{'x' * 10_001}", "ok7@example.com,@daily,",
+        'last@example.com,@daily,"open', "more,@daily\n"])
+    found = import_csv(client, text, line=100)
+    lines = {error["line"]: error["error"] for error in found["errors"]}
+    words = {101: "userId must be an e-mail address", 104: "frequency must be one of @hourly",
+             105: "frequency is required", 107: "it has 4 cells, and the header line 3", 108: "userId is required",
+             109: "no CSV", 110: "variables.name must be", 112: "quote is not closed"}
+    assert lines.keys() == words.keys() and all(words[line] in lines[line] for line in words)
+    assert (found["subscribed"], found["failed"]) == (2, 8)
+    assert set(subscribed(client)) == {"ok1@example.com", "ok7@example.com"}
+
+
+def test_an_answer_lists_a_hundred_bad_rows_and_counts_all(client, monkeypatch):
+    monkeypatch.setattr(gomail.Newsletters, "IMPORT_BATCH", 7)
+    define(client)
+    found = import_csv(client, "email\n" + "x\ngood@example.com\n" * 120, frequency="@daily")
+    assert (found["subscribed"], found["failed"], len(found["errors"])) == (120, 120, 100)
+    assert [error["line"] for error in found["errors"]] == [*range(2, 202, 2)]
+
+
+@pytest.mark.parametrize("text, words", [
+    ("", "is required"), ("name\nx\n", "a column userId"), ("userId,email\n", "userId twice"),
+    ("email,name,name\n", "variables.name twice"), ("email,First Name\n", "'First_Name' would be one"),
+    ('"email\nx\n', "a column userId")])
+def test_a_file_without_a_header_line_that_is_understood_is_refused(client, text, words):
+    define(client)
+    status, answer, _ = client("POST", "/task/subscriptionContent/news/import", {"csv": text})
+    assert status == 400 and answer["field"] == "csv" and (words in answer["error"] or not text)
+
+
+def test_an_import_or_export_needs_a_content_type_and_the_account_that_owns_it(client, service):
+    define(client)
+    for other, path in ((service.client.sign_up(), "news"), (client, "other")):
+        for text in ("email\n", "email\nuser@example.com\n"):
+            assert other("POST", f"/task/subscriptionContent/{path}/import", {
+                "csv": text, "frequency": "@daily"})[0] == 404
+        assert other("GET", f"/task/subscriptionContent/{path}/export")[0] == 404
+    assert client.get("/subscriptions")["subscriptions"] == []
+
+
+def test_an_import_brings_nobody_back_who_unsubscribed_except_where_it_says_again(service, client, receiver):
+    receiver.hooked(client)
+    define(client)
+    subscribe(client)
+    client.state(client.task("unsubscribe", content_type="news"), "succeeded")
+    text = "email,frequency\nUser@example.com,@daily\nnew@example.com,@daily\n"
+    found = import_csv(client, text)
+    assert (found["subscribed"], found["left_out"], found["failed"]) == (1, 1, 0)
+    assert until(lambda: [data["userId"] for data in receiver.data("subscription.left_out")]) == ["User@example.com"]
+    assert metrics_of(service)["gomail_subscriptions_left_out_total",] == 1
+    assert set(subscribed(client)) == {"new@example.com"}
+    assert import_csv(client, text, again=True)["subscribed"] == 2
+    assert set(subscribed(client)) == {"new@example.com", "User@example.com"} and unsubscribed(client) == []
+
+
+def test_an_export_has_who_is_subscribed_and_who_has_left_and_brings_both_to_another_account(linked):
+    service, client = linked
+    subscribe(client, "b@example.com", "@monthly", variables={"name": "=1+1", "number": -5, "state": "NY", "empty": ""})
+    subscribe(client, "+c@example.com", "@hourly", variables={"name": "'=x", "how": "'tis"})
+    leave(service, client, "link")
+    text, headers = export_csv(client)
+    assert headers["Content-Type"] == "text/csv; charset=utf-8"
+    assert headers["Content-Disposition"] == "attachment; filename*=UTF-8''news.csv"
+    rows = {row["userId"]: row for row in csv.DictReader(io.StringIO(text, newline=""))}
+    assert list(rows["user@example.com"]) == [
+        "userId", "state", "frequency", "at", "day", "timezone", "created", "last", "since", "how", "empty",
+        "variables.how", "name", "number", "variables.state"]
+    assert {name: value for name, value in rows["user@example.com"].items() if value} == {
+        "userId": "user@example.com", "state": "unsubscribed", "how": "link", "since": unsubscribed(client)[0]["since"]}
+    assert rows["b@example.com"]["name"] == "'=1+1" and rows["b@example.com"]["number"] == "'-5"
+    assert rows["'+c@example.com"]["name"] == "''=x"
+    other = service.client.sign_up()
+    define(other)
+    found = import_csv(other, text)
+    assert (found["subscribed"], found["left_out"], found["errors"]) == (2, 1, [])
+    assert subscribed(other) == {
+        "b@example.com": ("@monthly", {"name": "=1+1", "number": "-5", "state": "NY"}),
+        "+c@example.com": ("@hourly", {"name": "'=x", "how": "'tis"})}
+    assert [{**row, "account": ""} for row in unsubscribed(other)] == [
+        {**row, "account": ""} for row in unsubscribed(client)]
+    assert subscribe(other)["result"] == "left out: unsubscribed"
+
+
+def test_a_row_that_says_unsubscribed_neither_subscribes_nor_ends_a_subscription(client):
+    define(client)
+    subscribe(client, "stays@example.com")
+    text = "email,state,how\nStays@example.com,unsubscribed,x\nleft@example.com,Unsubscribed,x\nny@example.com,NY,x\n"
+    found = import_csv(client, text, frequency="@daily", again=True)
+    assert (found["subscribed"], found["left_out"]) == (1, 2)
+    assert set(subscribed(client)) == {"stays@example.com", "ny@example.com"}
+    assert subscribed(client)["ny@example.com"][1] == {"state": "NY", "how": "x"}
+    assert [(row["userId"], row["how"]) for row in unsubscribed(client)] == [("left@example.com", "task")]
+
+
+@pytest.fixture(scope="module")
+def bare_newsletters(redis_server):
+    """The Newsletters of a content type `news` of the account `app`, without a service."""
+    store = gomail.Store(redis_server.uri, f"{secrets.token_hex(4)}:")
+    accounts = gomail.Accounts(store, "s" * 32)
+    accounts.sign_up("app")
+    newsletters = gomail.Newsletters(store, zoneinfo.ZoneInfo("UTC"), accounts)
+    newsletters.create("app", "news", "News", "News")
+    return newsletters
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(people=strategies.dictionaries(
+    strategies.from_regex("[a-z0-9=+@'-]{1,9}", fullmatch=True).filter(lambda local: gomail.parse_address(
+        f"{local}@example.com")).map("{}@example.com".format),
+    strategies.tuples(strategies.sampled_from(gomail.FREQUENCIES), strategies.dictionaries(
+        strategies.from_regex(gomail.VARIABLE, fullmatch=True) | strategies.sampled_from(["userId", "how", "STATE"]),
+        (strategies.text() | strategies.from_regex("['=+@\t\r\n,;-]{1,4}x", fullmatch=True)).filter(
+            lambda text: text.strip() and "\0" not in text and not gomail.SURROGATES.search(text)), max_size=3)),
+    max_size=3), delimiter=strategies.sampled_from(",;\t"))
+def test_whatever_is_exported_is_safe_for_spreadsheets_and_comes_back_as_it_was(bare_newsletters, people, delimiter):
+    newsletters = bare_newsletters
+    newsletters.remove("app", "news")
+    newsletters.create("app", "news", "News", "News")
+    for address, (frequency, variables) in people.items():
+        newsletters.subscribe(gomail.Task("id", "app", "", "subscribe", "t", 0, {
+            "userId": address, "content_type": "news", "frequency": frequency, "variables": variables},
+            int(time.time() * 1e6)))
+
+    def known():
+        return sorted((item["userId"], item["frequency"], item["variables"])
+                      for item in newsletters.subscriptions("app", with_variables=True)[0])
+    before, text = known(), "".join(newsletters.export("app", "news"))
+    rows = [*csv.reader(io.StringIO(text, newline=""))]
+    assert not [cell for row in rows[1:] for cell in row if cell[:1] in {*"=+-@\t\r\n"} - {""}]
+    line = io.StringIO()
+    csv.writer(line, delimiter=delimiter).writerows(rows)
+    newsletters.remove("app", "news")
+    newsletters.create("app", "news", "News", "News")
+    file = gomail.SubscriberFile(io.StringIO(line.getvalue(), newline=""), {})
+    assert newsletters.take_rows("app", "news", file) == {"subscribed": len(people), "left_out": 0, "failed": 0}
+    assert known() == before == sorted((address, *found) for address, found in people.items())
 
 
 def test_a_boundary_missed_while_the_service_was_down_is_sent_once_and_late(services, mail_server, clock):
