@@ -7491,8 +7491,8 @@ class SubscriberFile:
         return name if name.startswith("variables.") else f"variables.{name}"
 
     def __iter__(self) -> Iterator[tuple[int, Json | HTTPError]]:
-        """(its line, the payload of a subscribe task with its "state") of each row; or where it says that the address has
-        unsubscribed, {"userId", "state", "since" (us, or 0), "how"}; or the HTTPError that says what is wrong."""
+        """(its line, the payload of a subscribe task with its "state") of each row; or, where it says that the address
+        has unsubscribed, {"userId", "state", "since" (us, or 0), "how"}; or the HTTPError that says what is wrong."""
         while True:
             line = self.first + self.rows.line_num
             try:

@@ -13708,6 +13708,51 @@ def test_the_command_line_makes_a_new_key_of_an_account(operated):
     assert works(newest)
 
 
+def test_subscribers_come_in_and_go_out_by_the_command_line(operated):
+    command, client = operated
+    define(client)
+    (command.folder / "people.csv").write_bytes(
+        "\ufeffE-Mail;name;frequency\r\na@example.com;Ann;\r\nno;x;\r\nb@example.com;Bob;@weekly\r\n".encode()
+        + b"c@example.com;\xff;\r\n")
+    arguments = ["import", "news", "people.csv", "--account", "app@example.com", "--frequency", "@daily"]
+    code, output, errors = command(*arguments)
+    assert (code, output) == (1, "2 subscribed, 0 left out because they had unsubscribed, 2 lines not taken\n")
+    assert errors.splitlines() == [
+        "people.csv, line 3: userId must be an e-mail address, such as user@example.com",
+        "people.csv, line 5: it is not UTF-8"]
+    assert subscribed(client) == {
+        "a@example.com": ("@daily", {"name": "Ann"}), "b@example.com": ("@weekly", {"name": "Bob"})}
+    client.state(client.task("unsubscribe", userId="a@example.com", content_type="news"), "succeeded")
+    code, exported, errors = command("export", "news", "--account", "app@example.com")
+    assert (code, errors) == (0, "") and exported == export_csv(client)[0].replace("\r\n", "\n")
+    assert command("export", "news", "out.csv", "--account", "app@example.com")[1] == "2 addresses are in out.csv\n"
+    assert (command.folder / "out.csv").read_bytes().decode() == export_csv(client)[0]
+    code, output, errors = command("import", "news", "-", "--account", "app@example.com", "--json", given=exported)
+    assert (code, errors) == (0, "") and json.loads(output) == {"subscribed": 1, "left_out": 1, "failed": 0}
+    assert command(*arguments, "--again")[1].startswith("2 subscribed, 0 left out")
+    code, output = command.at_terminal(*arguments)
+    assert code == 1 and f"[{'#' * 30}] 5 of 5" in output and "people.csv, line 5: it is not UTF-8" in output
+
+
+def test_an_import_or_export_that_cannot_be_done_is_said(operated):
+    command, client = operated
+    define(client)
+    (command.folder / "people.csv").write_text("email,frequency\na@example.com,@daily\n")
+    (command.folder / "bad.csv").write_text("name\na@example.com\n")
+    for arguments, code, words in (
+            ("import news people.csv --account who", 1, "there is no account who; `accounts` lists them"),
+            ("import other people.csv --account app@example.com", 1, "content_type does not exist"),
+            ("import news none.csv --account app@example.com", 2, "none.csv cannot be read: No such file"),
+            ("import news bad.csv --account app@example.com", 2, "bad.csv must begin with a header line"),
+            ("import news people.csv --account app@example.com --frequency often", 2, "--frequency must be one of @hour"),
+            ("export other --account app@example.com", 1, "content_type does not exist"),
+            ("export news --account who", 1, "there is no account who"),
+            ("export news none/out.csv --account app@example.com", 1, "none/out.csv cannot be written")):
+        found, output, errors = command(*arguments.split())
+        assert (found, output) == (code, "") and words in errors, arguments
+    assert subscribed(client) == {}
+
+
 def test_what_takes_long_shows_at_a_terminal_how_far_it_has_come(operated, mail_server):
     command, client = operated
     mail_server.replies["user@example.com"] = ["550 5.2.1 no"] * 3
