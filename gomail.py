@@ -45,6 +45,7 @@ import calendar
 import binascii
 import collections
 import contextlib
+import csv
 import ctypes
 import dataclasses
 import datetime
@@ -100,7 +101,7 @@ import typing
 import urllib.parse
 import zlib
 import zoneinfo
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from mailbox import Maildir
 from typing import IO, Any
 
@@ -1086,6 +1087,11 @@ def start_logging(settings: Settings) -> None:
 #                                           {"id", "account", "registration", "content_type", "cursor" of HSCAN, "order"
 #                                           (see Newsletters.SEND_SOME), "seen", "queued" (subscribers)}
 #   unsubscribed:<type>:<address>:<account>  string  time of the request (us); a subscribe that is older has no effect
+#   left:<type>:<account>           hash    address -> {"userId", "when" (us), "how", "record"}: who unsubscribed, and
+#                                           which subscription ended then, if any; stays when the content type is
+#                                           removed. An erased address has a keyed hash as its field, and no userId
+#   left_types:<account>            hash    content type -> 1: those that somebody left
+#   erasure_key                     string  the secret of the names that stand for erased addresses
 #   schedule                        zset    [account, type, address] by its next boundary (s)
 #   ascii_folded                    string  time of the upgrade to keys that fold only ASCII letters (ms)
 #
@@ -1219,6 +1225,11 @@ def hash_tagged(prefix: str) -> str:
         return prefix
     name = prefix.rstrip(":")
     return f"{{{name}}}{prefix[len(name):]}" if name and name[0] != "}" else f"{{gomail}}{prefix}"
+
+
+def escape_glob(text: str) -> str:
+    """The pattern that matches this text alone."""
+    return re.sub(r"[*?\[\]\\]", r"\\\g<0>", text)
 
 
 class ClusterConnection(redis.Connection):
@@ -1478,7 +1489,7 @@ class Store:
 
     def matching(self, pattern: str) -> str:
         """The pattern of SCAN for keys whose names, without the prefix, match `pattern`."""
-        return re.sub(r"[*?\[\]\\]", r"\\\g<0>", self.prefix) + pattern
+        return escape_glob(self.prefix) + pattern
 
     def time(self) -> float:
         """Redis's clock, seconds since the epoch: the one clock that all processes share."""
@@ -2836,12 +2847,14 @@ class Accounts:
             self._ensure_made_key_is_active(made)
         return self._sign(made, moment, ttl), ends / 1000
 
-    # KEYS: UserList, the account's content types, its other keys; ARGV: account, key prefix, content types to remove.
+    # KEYS: UserList, the account's content types, those that somebody left, its other keys; ARGV: account, key prefix,
+    # content types to remove.
     # Answers 0 if the account is not registered, 1 if it is removed, 2 if content types are left: until they are gone,
     # the name stays taken, and no key is valid. The waiting tasks and the schedule are not searched: what comes up
     # there without its owner is dropped.
     DEREGISTER = """
-        local users, content, name, prefix, most = KEYS[1], KEYS[2], ARGV[1], ARGV[2], tonumber(ARGV[3])
+        local users, content, left_types = unpack(KEYS)
+        local name, prefix, most = ARGV[1], ARGV[2], tonumber(ARGV[3])
         if redis.call('HEXISTS', users, name) == 0 then return 0 end
         local types = redis.call('HRANDFIELD', content, most)
         for _, content_type in ipairs(types) do
@@ -2851,7 +2864,12 @@ class Accounts:
                        prefix .. 'got:' .. type_and_name, prefix .. 'issues:' .. type_and_name)
             redis.call('HDEL', prefix .. 'sends', type_and_name)
         end
-        if #types == most then
+        local left = redis.call('HRANDFIELD', left_types, most)
+        for _, content_type in ipairs(left) do
+            redis.call('HDEL', left_types, content_type)
+            redis.call('UNLINK', prefix .. 'left:' .. content_type .. ':' .. name)
+        end
+        if #types == most or #left == most then
             redis.call('HSET', users, name, '')
             return 2
         end
@@ -2866,7 +2884,7 @@ class Accounts:
     def deregister(self, name: str) -> None:
         """Revoke the keys of an account and end all it has waiting. Raises HTTPError (404) if it is not registered."""
         keys = [self.user_list, *(self.store.key(kind, name) for kind in (
-            "content", "dead", "suppressed", "suppressed_for", "recent"))]
+            "content", "left_types", "dead", "suppressed", "suppressed_for", "recent"))]
         many, at_once = self._keys_of_many(name), self.CONTENT_TYPES_AT_ONCE
         # Removing no content types only revokes the keys.
         while (answer := self._deregister(keys=keys, args=[name, self.store.prefix, 0 if many else at_once])) == 2:
@@ -2878,14 +2896,15 @@ class Accounts:
 
     def _keys_of_many(self, name: str) -> list[str]:
         """The keys of an account that have more elements than one call removes."""
-        types = self.store.redis.hkeys(self.store.key("content", name))
+        types, left_types = (self.store.redis.hkeys(self.store.key(kind, name)) for kind in ("content", "left_types"))
         with self.store.redis.pipeline(transaction=False) as pipeline:
             keys = [self.store.key(kind, name) for kind in ("dead", "suppressed")]
             for key in keys:
                 pipeline.zcard(key)
             hashes = [self.store.key("suppressed_for", name), *(
                 self.store.key(kind, content_type, name) for content_type in types for kind in (
-                    "subscribers", "issued", "got"))]
+                    "subscribers", "issued", "got")), *(
+                self.store.key("left", content_type, name) for content_type in left_types)]
             for key in hashes:
                 pipeline.hlen(key)
             return [key for key, size in zip(keys + hashes, pipeline.execute()) if size > self.MANY]
@@ -3048,7 +3067,7 @@ class TimeZone(Check):
     """An IANA time zone that this machine knows."""
 
     expected = "an IANA time zone, such as Europe/Berlin"
-    schema: typing.ClassVar[Json] = {"type": "string", "maxLength": 64}
+    schema: Json = {"type": "string", "maxLength": 64}  # noqa: RUF012
     known = staticmethod(functools.lru_cache(zoneinfo.available_timezones))  # it reads some hundred files
 
     def parse(self, value: str) -> str | None:
@@ -3067,7 +3086,7 @@ class Day(Check):
 
     types = (str, int)
     expected = f"one of {', '.join(WEEKDAYS)} with the frequency @weekly, or a whole number from 1 to 31 with @monthly"
-    schema: typing.ClassVar[Json] = {
+    schema: Json = {  # noqa: RUF012
         "anyOf": [{"enum": list(WEEKDAYS)}, {"type": "integer", "minimum": 1, "maximum": 31}]}
 
     def parse(self, value: str | int) -> str | int | None:
@@ -3153,7 +3172,7 @@ PAYLOADS = {
                                 "from": Nullable(Sender()), "lane": Nullable(LANE), "metadata": Nullable(Metadata())}),
     "subscribe": Subscription({"userId": Address(), "frequency": Enum(FREQUENCIES), "content_type": CONTENT_TYPE,
                                "subject": Nullable(SUBJECT_TEMPLATE), "content": Nullable(CONTENT_TEMPLATE),
-                               "variables": Nullable(Variables())},
+                               "variables": Nullable(Variables()), "again": Nullable(Boolean())},
                               dependent_required=("subject", "content")),
     "unsubscribe": Object({"userId": Address(), "content_type": CONTENT_TYPE}),
 }
@@ -5836,6 +5855,7 @@ FAMILIES = {  # name -> (type, help); docs/metrics.md has them all, with their l
     "gomail_retries_waiting": ("gauge", "Tasks that wait for a retry or their send_at."),
     "gomail_tasks_delayed": ("gauge", "Tasks that wait for a retry, and those that wait for their send_at."),
     "gomail_dead_letters": ("gauge", "Dead letters kept."),
+    "gomail_subscriptions_left_out": ("counter", "Subscribes without effect: the address had unsubscribed before."),
     "gomail_subscriptions": ("gauge", "Subscriptions in the calendar of newsletters."),
     "gomail_smtp_rate_limit": ("gauge", "Recipients that a window of smtp_rate allows."),
     "gomail_smtp_rate_left": ("gauge", "Recipients that a window of smtp_rate has room for now, in the urgent lane."),
@@ -7712,6 +7732,132 @@ def text_digest(subject: str, content: str) -> str:
     return hashlib.sha1(f"{subject}\n{content}".encode()).hexdigest()[:16]
 
 
+# The columns of a file with subscribers: those of an export, before the variables; and by which names an import knows
+# the address. TIMES also are fields of a subscribe task's payload.
+TIMES = ("frequency", "at", "day", "timezone")
+EXPORT_COLUMNS = ("userId", "state", *TIMES, "created", "last", "since", "how")
+ADDRESS_COLUMNS = ("userid", "email", "e-mail", "address")
+KNOWN_COLUMNS = frozenset((*map(str.lower, EXPORT_COLUMNS), *ADDRESS_COLUMNS))
+
+# A spreadsheet takes such a cell for a formula, which may send what stands in others (OWASP, CSV injection). An export
+# puts a ' before it, by which spreadsheets know a text; an import removes it.
+FORMULA = re.compile("'*[=+@\t\r\n\uff1d\uff0b\uff20\uff0d-]")
+
+
+def protect_cell(value: Any) -> str:
+    """A value as a cell of a CSV file that spreadsheets take for no formula."""
+    text = "" if value is None else str(value)
+    return f"'{text}" if FORMULA.match(text) else text
+
+
+def plain_cell(text: str) -> str:
+    """What protect_cell() was given."""
+    return text[1:] if text.startswith("'") and FORMULA.match(text) else text
+
+
+class SubscriberFile:
+    """Reads the subscribers of a CSV file (RFC 4180), with a header line; the cells are separated by , or ; or tabs.
+
+    The columns are those of an export; only the address (see ADDRESS_COLUMNS) is needed, and case is ignored. Any other
+    column is a variable, and so is `variables.<name>` in any case. An empty cell is as good as none. A file that was
+    exported also says who has unsubscribed.
+
+    Args:
+        lines: of the file, with their ends.
+        defaults: what a row without it has: frequency, at, day, timezone.
+        first: the number of the first line.
+
+    Raises:
+        HTTPError: 400, the header line is wrong.
+    """
+
+    HISTORY = ("created", "last", "since", "how")  # columns of an export that tell what was
+
+    def __init__(self, lines: Iterable[str], defaults: Json, first: int = 1) -> None:
+        lines = iter(lines)
+        header = next(lines, "").removeprefix("\ufeff")
+        self.defaults, self.first, self.columns = defaults, first, [""]
+        for delimiter in (",", ";", "\t"):
+            with contextlib.suppress(csv.Error):
+                self.rows = csv.reader(itertools.chain([header], lines), delimiter=delimiter, strict=True)
+                names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter, strict=True), [])]
+                # These belong to an export only together: somebody's file may have one of them for a variable.
+                known = self.HISTORY if {*self.HISTORY} <= {*map(str.lower, names)} else ()
+                self.columns = [self._column(name, (*TIMES, "state", *known, "")) for name in names]
+                if "userId" in self.columns:
+                    break
+        else:
+            raise HTTPError(400, "csv must begin with a header line that has a column userId (or email, e-mail, "
+                            "address)", "csv")
+        next(self.rows)
+        for at, column in enumerate(self.columns):
+            if column and column in self.columns[:at]:
+                raise HTTPError(400, f"csv has the column {column} twice", "csv")
+            name = column.removeprefix("variables.")
+            if column.startswith("variables.") and not re.fullmatch(VARIABLE, name):
+                hint = re.sub("[^A-Za-z0-9_]+", "_", name)[:64]
+                raise HTTPError(400, f"csv has a column {name!r}, which is no name of a variable (letters, digits, _); "
+                                f"{hint!r} would be one", "csv")
+
+    @staticmethod
+    def _column(name: str, known: Sequence[str]) -> str:
+        """What a column means: userId, one of those that are known, in lower case, or variables.<name>."""
+        if name.lower() in ADDRESS_COLUMNS:
+            return "userId"
+        if name.lower() in known:
+            return name.lower()
+        return name if name.startswith("variables.") else f"variables.{name}"
+
+    def __iter__(self) -> Iterator[tuple[int, Json | HTTPError]]:
+        """(its line, the payload of a subscribe task with its "state") of each row; or, where it says that the address
+        has unsubscribed, {"userId", "state", "since" (us, or 0), "how"}; or the HTTPError that says what is wrong."""
+        while True:
+            line = self.first + self.rows.line_num
+            try:
+                cells = next(self.rows)
+                if any(cells):
+                    yield line, self._subscriber(cells)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                words = "its quote is not closed, so that nothing behind it could be read" if "end of data" in str(
+                    error) else str(error)
+                yield line, HTTPError(400, f"the line is no CSV: {words}")
+            except HTTPError as error:
+                yield line, error
+
+    def _subscriber(self, cells: Sequence[str]) -> Json:
+        """The payload of a row. Raises HTTPError (400)."""
+        if any(cells[len(self.columns):]):
+            raise HTTPError(400, f"it has {len(cells)} cells, and the header line {len(self.columns)}")
+        if any(map(SURROGATES.search, cells)):
+            raise HTTPError(400, "it is not UTF-8")
+        row: Json = {column: plain_cell(cell if column.startswith("variables.") else cell.strip())
+                     for column, cell in zip(self.columns, cells) if column and cell.strip()}
+        state, history = row.pop("state", ""), {name: row.pop(name, "") for name in self.HISTORY}
+        if state.lower() == SubscriptionState.UNSUBSCRIBED:
+            how, since = history["how"] if history["how"] in ("link", "one-click") else "task", 0
+            with contextlib.suppress(ValueError, OverflowError):
+                since = int(datetime.datetime.fromisoformat(history["since"]).timestamp() * 1e6)
+            address = PAYLOADS["unsubscribe"].fields["userId"](row.get("userId"), "userId")
+            return {"userId": address, "state": SubscriptionState.UNSUBSCRIBED, "since": since, "how": how}
+        if state.lower() not in ("", SubscriptionState.SUBSCRIBED):
+            row["variables.state"] = state
+        variables = {name.removeprefix("variables."): row.pop(name) for name in [*row] if name.startswith("variables.")}
+        if row.get("day", "").isdecimal():
+            row["day"] = int(row["day"])
+        payload = {**({} if "frequency" in row else self.defaults), **row, "content_type": "-",
+                   **({"variables": variables} if variables else {})}
+        return {**PAYLOADS["subscribe"](payload), "state": SubscriptionState.SUBSCRIBED}
+
+
+class SubscriptionState(enum.StrEnum):
+    """Whether an address gets a newsletter."""
+
+    SUBSCRIBED = "subscribed"
+    UNSUBSCRIBED = "unsubscribed"
+
+
 class Newsletters:
     """Content types, subscriptions, and the mails that are due.
 
@@ -7729,6 +7875,10 @@ class Newsletters:
     HALF: typing.ClassVar[dict[str, int]] = {  # half a period in seconds: two boundaries that are closer are the same
         "@hourly": 1800, "@daily": 43200, "@weekly": 302400, "@monthly": 1209600}
     HALF_AS_JSON = json.dumps(HALF)
+    IMPORT_BATCH = 200  # rows in one script
+    IMPORT_RETRIES = 8  # of the mails of an imported subscription, which take about an hour
+    SCANS = 100  # calls of HSCAN for one page of a search
+    LEFT_OUT = "left out: unsubscribed"  # the result of a subscribe task
     CONTROLS = re.compile(ONE_LINE.replace("[^", "[") + "+")  # what a subject must not contain
 
     def __init__(self, store: Store, zone: zoneinfo.ZoneInfo, accounts: Accounts, public_url: str = "",
@@ -7740,6 +7890,7 @@ class Newsletters:
         self._texts = store.script(self.TEXTS, when_full=False)
         self._remove = store.script(self.REMOVE, once=True)
         self._subscribe = store.script(self.SUBSCRIBE)
+        self._import = store.script(self.IMPORT, when_full=False)
         self._unsubscribe = store.script(self.UNSUBSCRIBE, once=True)
         self._refold = store.script(self.REFOLD)
         self._claim = store.script(self.CLAIM, once=True, when_full=False)
@@ -7758,9 +7909,31 @@ class Newsletters:
                 self.store.key("schedule"), self.store.key("issued", content_type, account),
                 self.store.key("unsubscribed", content_type, address, account),
                 self.store.key("got", content_type, account), self.store.key("issues", content_type, account),
-                self.store.prefix]
+                self.store.key("left", content_type, account), self.store.key("left_types", account), self.store.prefix]
 
-    KEYS_BY_NAME = "local content, subscribers, schedule, issued, unsubscribed, got, issues, prefix = unpack(KEYS)"
+    KEYS_BY_NAME = """
+        local content, subscribers, schedule, issued, unsubscribed, got, issues, left, left_types, prefix = unpack(KEYS)
+    """
+
+    # `find_left` answers the field of the hash `left` that has a folded address: that address, or the name that stands
+    # for it since it was erased; nil if it has not unsubscribed.
+    FIND_LEFT = """
+        local function find_left(prefix, left, address)
+            if redis.call('EXISTS', left) == 0 then return end
+            if redis.call('HEXISTS', left, address) == 1 then return address end
+            local key = redis.call('GET', prefix .. 'erasure_key')
+            local erased = key and redis.sha1hex(key .. redis.sha1hex(key .. address))
+            return erased and redis.call('HEXISTS', left, erased) == 1 and erased or nil
+        end
+
+        -- Remember that an address has unsubscribed, unless that is known. `leaving` is JSON.
+        local function remember(prefix, left, left_types, account, content_type, address, leaving)
+            local is_registered = (redis.call('HGET', prefix .. 'UserList', account) or '') ~= ''
+            if not is_registered or find_left(prefix, left, address) then return end
+            redis.call('HSET', left, address, leaving)
+            redis.call('HSET', left_types, content_type, 1)
+        end
+    """
 
     # KEYS: see _keys().
     # ARGV: content type, body, 1 to replace it or 0 to create it.
@@ -7881,60 +8054,87 @@ class Newsletters:
         return {name: None if not answer else NamedText(answer[0], is_left_out=True) if len(answer) == 1
                 else NamedText(answer[0], **json.loads(answer[1])) for name, answer in zip(names, answers)}
 
-    def _content_types(self, account: str = "") -> list[tuple[str, str]]:
-        """(account, content type) for the content types of an account or of all, by name."""
+    def _content_types(self, account: str = "", kind: str = "content") -> list[tuple[str, str]]:
+        """(account, content type) for the content types of an account or of all, by name; with the kind "left_types"
+        for those that somebody has left, and which may not exist any more."""
         owners = [account] if account else self.accounts.names()
         with self.store.redis.pipeline(transaction=False) as pipeline:
             for owner in owners:
-                pipeline.hkeys(self.store.key("content", owner))
+                pipeline.hkeys(self.store.key(kind, owner))
             return [(owner, name) for owner, names in zip(owners, pipeline.execute()) for name in sorted(names)]
 
     def subscriptions(self, account: str = "", content_type: str = "", address: str = "", cursor: str = "",
-                      limit: int = 100) -> tuple[list[Json], str | None]:
+                      limit: int = 100, state: str = SubscriptionState.SUBSCRIBED, search: str = "",
+                      with_variables: bool = False) -> tuple[list[Json], str | None]:
         """About `limit` subscriptions of an account or of all, unordered, and the next `cursor`, None at the end.
 
-        Each is {"account", "content_type", "userId", "frequency", "next", "created", "last"}, and "at", "day" and
-        "timezone" where it has them; the last is the issue
-        that was sent last, {"time", "issue", "subject" (None if that was too long ago)}, or None. A subscription that
-        exists throughout is returned at least once, and rarely twice (Redis's SCAN). An unknown cursor starts again.
+        Each is {"account", "content_type", "userId", "state", "frequency", "next", "created", "last"}, and "at", "day"
+        and "timezone" where it has them, and its "variables" where they are asked for, or where one address is. The
+        last is the issue that was sent last, {"time", "issue", "subject" (None if that was too long ago)}, or None. Who
+        unsubscribed is {"account", "content_type", "userId", "state", "since", "how"}. A subscription that exists
+        throughout is returned at least once, and rarely twice (Redis's SCAN). An unknown cursor starts again.
+
+        Args:
+            search: a part of the address; case is ignored in ASCII. Then `limit` is rough, and a page may be empty.
         """
-        pairs = [(owner, name) for owner, name in self._content_types(account) if content_type in ("", name)]
+        has_left = state == SubscriptionState.UNSUBSCRIBED
+        pairs = [(owner, name) for owner, name in self._content_types(account, "left_types" if has_left else "content")
+                 if content_type in ("", name)]
         number, scan = map(int, cursor.split("-")) if cursor else (0, 0)
         page: list[tuple[str, str, Json]] = []
-        while number < len(pairs) and len(page) < limit:
+        pattern, scans = f"*{escape_glob(fold_address(search))}*" if search else None, 0
+        fields = [fold_address(address), *(self._erased_names(address) if address and has_left else ())]
+        while number < len(pairs) and len(page) < limit and scans < self.SCANS:
             owner, name = pairs[number]
-            key = self.store.key("subscribers", name, owner)
+            key = self.store.key("left" if has_left else "subscribers", name, owner)
             if address:
-                record = self.store.redis.hget(key, fold_address(address))
-                records = {address: record} if record else {}
+                records = self.store.redis.hmget(key, fields)
             else:
-                scan, records = self.store.redis.hscan(key, scan, count=limit)
-            page += [(owner, name, json.loads(record)) for record in records.values()]
+                scan, found = self.store.redis.hscan(key, scan, pattern, max(limit, 1000) if pattern else limit)
+                records, scans = found.values(), scans + 1
+            page += [(owner, name, json.loads(record)) for record in records if record]
             if scan == 0:
                 number += 1
+        next_cursor = f"{number}-{scan}" if number < len(pairs) else None
+        if has_left:  # an erased address is known to who asks for it
+            return [{"account": owner, "content_type": name, "userId": record.get("userId", address), "state": state,
+                     "since": timestamp(record["when"]), "how": record["how"]}
+                    for owner, name, record in page if "userId" in record or address], next_cursor
         with self.store.redis.pipeline(transaction=False) as pipeline:
             for owner, name, record in page:
                 pipeline.zscore(self.store.key("schedule"), self.schedule_member(owner, name, record["userId"]))
                 pipeline.hget(self.store.key("got", name, owner), fold_address(record["userId"]))
             answers = pipeline.execute()
         lasts = self._last_issues([(owner, name, got) for (owner, name, _), got in zip(page, answers[1::2])])
-        return [{"account": owner, "content_type": name, "userId": record["userId"], "frequency": record["frequency"],
-                 "next": timestamp(moment * 1e6) if moment else None, "created": timestamp(record["created"]),
-                 **{name: record[name] for name in Subscription.CALENDAR if name in record}, "last": last}
-                for (owner, name, record), moment, last in zip(page, answers[::2], lasts)], (
-                    f"{number}-{scan}" if number < len(pairs) else None)
+        return [{"account": owner, "content_type": name, "userId": record["userId"], "state": state,
+                 "frequency": record["frequency"], "next": timestamp(moment * 1e6) if moment else None,
+                 "created": timestamp(record["created"]),
+                 **{name: record[name] for name in Subscription.CALENDAR if name in record}, "last": last,
+                 **({"variables": record.get("variables", {})} if address or with_variables else {})}
+                for (owner, name, record), moment, last in zip(page, answers[::2], lasts)], next_cursor
+
+    def _erased_names(self, address: str) -> list[str]:
+        """The name that stands for an address where that was erased; none where nothing was ever erased."""
+        key = self.store.redis.get(self.store.key("erasure_key"))
+        if not key:
+            return []
+        inner = hashlib.sha1((key + fold_address(address)).encode()).hexdigest()
+        return [hashlib.sha1((key + inner).encode()).hexdigest()]
 
     def _last_issues(self, found: "Sequence[tuple[str, str, str | None]]") -> "list[Json | None]":
         """What (account, content type, field of `got`) stands for: {"time", "issue", "subject"}, or None."""
-        digests = [(owner, name, *got.split()) if got else None for owner, name, got in found]
+        sought = dict.fromkeys((owner, name, got.split()[0]) for owner, name, got in found if got)
         with self.store.redis.pipeline(transaction=False) as pipeline:
-            sought = {known[:3]: None for known in digests if known}
             for owner, name, digest in sought:
                 pipeline.hget(self.store.key("issues", name, owner), digest)
             heads = dict(zip(sought, pipeline.execute()))
-        return [known and {"time": timestamp(1000 * int(known[3])), "issue": known[2],
-                           "subject": json.loads(heads[known[:3]])["subject"] if heads[known[:3]] else None}
-                for known in digests]
+        lasts: list[Json | None] = []
+        for owner, name, got in found:
+            digest, moment = got.split() if got else ("", "")
+            head = heads.get((owner, name, digest))
+            lasts.append({"time": timestamp(1000 * int(moment)), "issue": digest,
+                          "subject": json.loads(head)["subject"] if head else None} if got else None)
+        return lasts
 
     def scheduled(self) -> int:
         """How many subscriptions are in the schedule. Those of a removed content type stay until they would be due."""
@@ -7945,65 +8145,195 @@ class Newsletters:
         """A subscription as the schedule names it."""
         return json.dumps([account, content_type, fold_address(address)], ensure_ascii=False)
 
-    # Workers may do an unsubscribe before the subscribe that came earlier: the later request wins in any order.
+    # Workers may do an unsubscribe before the subscribe that came earlier: the later request wins in any order. Who has
+    # unsubscribed stays so, unless the request says `again`.
+    # `enter` subscribes an address, with a request of the moment `created`, and answers what SUBSCRIBE does.
+    ENTER = Queue.LATER + Queue.EVENT + FIND_LEFT + KEYS_BY_NAME + """
+        local function enter(unsubscribed, address, record, created, member, now, boundary, next_but_one, half, again,
+                             account, data)
+            local overtaking = redis.call('GET', unsubscribed)
+            if overtaking and later(overtaking, created) then return 'overtaken' end
+            local before = redis.call('HGET', subscribers, address)
+            if before and later(cjson.decode(before).created, created) then return 'overtaken' end
+            local field = find_left(prefix, left, address)
+            if field and again == '0' then
+                emit(prefix, account, 'subscription.left_out', data)
+                return 'left out'
+            end
+            redis.call('HSET', subscribers, address, record)
+            -- Another time for the same frequency brings no second issue of this hour, day, week or month; and if an
+            -- issue is due, it comes first.
+            local is_due = false
+            if before and cjson.decode(before).frequency == cjson.decode(record).frequency then
+                local last = string.match(redis.call('HGET', issued, address) or '', ' (%d+)$')
+                if last and tonumber(last) <= tonumber(now) and boundary - last < tonumber(half) then
+                    boundary = next_but_one
+                end
+                local moment = redis.call('ZSCORE', schedule, member)
+                is_due = moment and tonumber(moment) <= tonumber(now)
+            end
+            if not is_due then redis.call('ZADD', schedule, boundary, member) end
+            if field then redis.call('HDEL', left, field) end
+            if not before then emit(prefix, account, 'subscription.started', data) end
+            return 'subscribed'
+        end
+    """
+
     # KEYS: see _keys().
     # ARGV: content type, address, subscription (JSON), when its task was created (microseconds), member of the
-    #       schedule, now, next boundary and the one after it (s), half a period (s), body of the content type if it is
-    #       to be created, or ""; account, the data of the event.
-    # Answer: "subscribed", "overtaken", or "unknown" if the content type does not exist.
-    SUBSCRIBE = Queue.LATER + Queue.EVENT + KEYS_BY_NAME + """
-        local content_type, address, record, created, member, now, boundary, next_but_one, half = unpack(ARGV, 1, 9)
-        local body, account, data = unpack(ARGV, 10)
+    #       schedule, now, next boundary and the one after it (s), half a period (s), 1 to subscribe also who
+    #       unsubscribed before, or 0, account, the data of the event; body of the content type if it is to be created,
+    #       or "".
+    # Answer: "subscribed", "overtaken", "left out" or "unknown" if the content type does not exist.
+    SUBSCRIBE = ENTER + """
+        local content_type, body = ARGV[1], ARGV[13]
         if body ~= '' and redis.call('HSETNX', content, content_type, body) == 1 then
             redis.call('UNLINK', subscribers, issued, got, issues)  -- what REMOVE has left
         end
         if redis.call('HEXISTS', content, content_type) == 0 then return 'unknown' end
-        local left = redis.call('GET', unsubscribed)
-        local before = redis.call('HGET', subscribers, address)
-        if left and later(left, created) then return 'overtaken' end
-        if before and later(cjson.decode(before).created, created) then return 'overtaken' end
-        redis.call('HSET', subscribers, address, record)
-        -- Another time for the same frequency brings no second issue of this hour, day, week or month; and if an issue
-        -- is due, it comes first.
-        local is_due = false
-        if before and cjson.decode(before).frequency == cjson.decode(record).frequency then
-            local last = string.match(redis.call('HGET', issued, address) or '', ' (%d+)$')
-            if last and tonumber(last) <= tonumber(now) and boundary - last < tonumber(half) then
-                boundary = next_but_one
-            end
-            local moment = redis.call('ZSCORE', schedule, member)
-            is_due = moment and tonumber(moment) <= tonumber(now)
-        end
-        if not is_due then redis.call('ZADD', schedule, boundary, member) end
-        if not before then emit(prefix, account, 'subscription.started', data) end
-        return 'subscribed'
+        return enter(unsubscribed, unpack(ARGV, 2, 12))
     """
 
     def subscribe(self, task: Task) -> str:
         """Do a subscribe task: the address gets one subscription, with this frequency and calendar from now on.
 
-        Returns "subscribed", or "overtaken" if a later request came first. Raises PermanentError if the content type
-        does not exist and the task brings no content.
+        Returns "subscribed", "overtaken" if a later request came first, or LEFT_OUT if the address had unsubscribed and
+        the task does not say `again`. Raises PermanentError if the content type does not exist and the task brings no
+        content.
         """
         payload, account = task.payload, task.account
         content_type, address = payload["content_type"], fold_address(payload["userId"])
-        chosen = {name: payload[name] for name in Subscription.CALENDAR if name in payload}
-        record = {"userId": payload["userId"], "frequency": payload["frequency"], "retries": task.retries,
-                  "created": task.created, **({"variables": payload["variables"]} if "variables" in payload else {}),
-                  **chosen}
         body = ""
         if "subject" in payload and "content" in payload:
             body = self._body(payload["subject"], payload["content"])
-        now = self.clock()
         result = self._subscribe(self._keys(account, content_type, address), [
-            content_type, address, json.dumps(record), task.created,
-            self.schedule_member(account, content_type, address), now,
-            *self._next_two(self.calendar_of(record), now), self.HALF[payload["frequency"]], body, account,
-            json.dumps({"account": account, "userId": payload["userId"], "content_type": content_type,
-                        "frequency": payload["frequency"], **chosen})])
+            content_type, *self._entry(account, content_type, self._record(payload, task.retries, task.created),
+                                       payload.get("again", False), self.clock()), body])
         if result == "unknown":
             raise PermanentError(f"content type {content_type!r} does not exist")
-        return result
+        return self.LEFT_OUT if result == "left out" else result
+
+    @staticmethod
+    def _record(payload: Json, retries: int, created: int) -> Json:
+        """A subscription as Redis keeps it, from the payload of a subscribe task."""
+        return {"userId": payload["userId"], "frequency": payload["frequency"], "retries": retries,
+                "created": created,
+                **{name: payload[name] for name in ("variables", *Subscription.CALENDAR) if name in payload}}
+
+    def _entry(self, account: str, content_type: str, record: Json, again: bool, now: float) -> list[str | int | float]:
+        """The arguments of `enter` behind the first."""
+        address, frequency = record["userId"], record["frequency"]
+        return [fold_address(address), json.dumps(record), record["created"],
+                self.schedule_member(account, content_type, address), now,
+                *self._next_two(self.calendar_of(record), now), self.HALF[frequency], int(again), account,
+                json.dumps({"account": account, "userId": address, "content_type": content_type,
+                            **{name: record[name] for name in TIMES if name in record}})]
+
+    # KEYS: see _keys().
+    # ARGV: content type; then of each row what SUBSCRIBE has from the address to the data of the event; or, of one that
+    #       is only to be known as unsubscribed, "" for the subscription, and what is remembered (JSON) for that data.
+    # Answer: "unknown" if the content type does not exist, or for each row what `enter` does.
+    IMPORT = ENTER + """
+        local content_type, answers = ARGV[1], {}
+        if redis.call('HEXISTS', content, content_type) == 0 then return 'unknown' end
+        for at = 2, #ARGV, 11 do
+            local address, record, account, data = ARGV[at], ARGV[at + 1], ARGV[at + 9], ARGV[at + 10]
+            if record ~= '' then
+                local unsubscribed = table.concat({prefix .. 'unsubscribed', content_type, address, account}, ':')
+                answers[#answers + 1] = enter(unsubscribed, unpack(ARGV, at, at + 10))
+            else
+                if redis.call('HEXISTS', subscribers, address) == 0 then
+                    remember(prefix, left, left_types, account, content_type, address, data)
+                end
+                answers[#answers + 1] = 'left out'
+            end
+        end
+        return answers
+    """
+
+    def take_rows(self, account: str, content_type: str, rows: Iterable[tuple[int, Json | HTTPError]],
+                  again: bool = False, note: Callable[[int, str], None] = lambda line, error: None,
+                  progress: Callable[[int], None] = lambda line: None) -> Json:
+        """Subscribe the addresses of a file, IMPORT_BATCH rows in one script each.
+
+        Who unsubscribed before is left out, except with `again`; and so are rows that say `unsubscribed` themselves,
+        which are remembered as such if they are not subscribed here.
+
+        Args:
+            rows: of a SubscriberFile.
+            note: is told the line and the error of each row that cannot be taken.
+            progress: is told the line of the last row of each script.
+
+        Returns {"subscribed", "left_out", "failed"}: how many. Raises HTTPError (404) if the content type does not
+        exist.
+        """
+        if not self.store.redis.hexists(self.store.key("content", account), content_type):
+            raise self._unknown()
+        counts, rows = {"subscribed": 0, "left_out": 0, "failed": 0}, iter(rows)
+        while batch := list(itertools.islice(rows, self.IMPORT_BATCH)):
+            args: list[Any] = []
+            now, by_clock = int(self.store.time() * 1e6), self.clock()
+            for line, row in batch:
+                if isinstance(row, HTTPError):
+                    counts["failed"] += 1
+                    note(line, row.message)
+                elif row["state"] == SubscriptionState.UNSUBSCRIBED:
+                    leaving = {"userId": row["userId"], "when": row["since"] or now, "how": row["how"]}
+                    args += [fold_address(row["userId"]), "", *[0] * 7, account, json.dumps(leaving)]
+                else:
+                    record = self._record(row, self.IMPORT_RETRIES, now)
+                    args += self._entry(account, content_type, record, again, by_clock)
+            answers = self._import(self._keys(account, content_type), [content_type, *args])
+            if answers == "unknown":
+                raise self._unknown()
+            subscribed = answers.count("subscribed")
+            counts["subscribed"] += subscribed
+            counts["left_out"] += len(answers) - subscribed
+            progress(batch[-1][0])
+        return counts
+
+    def export(self, account: str, content_type: str) -> Iterator[str]:
+        """The lines of a CSV file (RFC 4180) with who is subscribed, and who has unsubscribed, see EXPORT_COLUMNS.
+
+        SubscriberFile reads it. Raises HTTPError (404) if nothing is known of the content type.
+        """
+        with self.store.redis.pipeline(transaction=False) as pipeline:
+            pipeline.hexists(self.store.key("content", account), content_type)
+            pipeline.hexists(self.store.key("left_types", account), content_type)
+            if not any(pipeline.execute()):
+                raise self._unknown()
+        names: set[str] = set()
+        for item in self._all_subscriptions(account, content_type, (SubscriptionState.SUBSCRIBED,)):
+            names.update(item["variables"])
+        columns = {name: f"variables.{name}" if name.lower() in KNOWN_COLUMNS else name for name in sorted(names)}
+        return self._export(account, content_type, columns)
+
+    def _export(self, account: str, content_type: str, columns: Mapping[str, str]) -> Iterator[str]:
+        """The lines of export(), with these variables, each in the column of this name."""
+        line = io.StringIO()
+        writer = csv.writer(line)
+        writer.writerow([*EXPORT_COLUMNS, *columns.values()])
+        for item in self._all_subscriptions(account, content_type, tuple(SubscriptionState)):
+            last, variables = item.get("last") or {}, item.get("variables", {})
+            cells = {**item, "last": last.get("time")}
+            writer.writerow([protect_cell(cells.get(name)) for name in EXPORT_COLUMNS]
+                            + [protect_cell(variables.get(name)) for name in columns])
+            yield line.getvalue()
+            line.seek(0)
+            line.truncate()
+        yield line.getvalue()
+
+    def _all_subscriptions(self, account: str, content_type: str, states: Sequence[str]) -> Iterator[Json]:
+        """All that subscriptions() lists of a content type, each address once."""
+        for state in states:
+            cursor: str | None = ""
+            seen: set[str] = set()
+            while cursor is not None:
+                page, cursor = self.subscriptions(account, content_type, "", cursor, 1000, state, with_variables=True)
+                for item in page:
+                    if item["userId"] not in seen:
+                        seen.add(item["userId"])
+                        yield item
 
     def unsubscribe(self, task: Task) -> str:
         """Do an unsubscribe task.
@@ -8012,17 +8342,20 @@ class Newsletters:
         is done again, as after an outage, returns the same.
         """
         return self._end_subscription(task.account, task.payload["content_type"], task.payload["userId"], task.created,
-                                      task.id)
+                                      "task", task.id)
 
     # KEYS: see _keys().
-    # ARGV: address, when this was requested (microseconds), member of the schedule, account, the data of the event.
+    # ARGV: content type, address, when this was requested (microseconds), member of the schedule, account, the data of
+    #       the event, what is remembered (JSON).
     # Answer: that of unsubscribe().
-    UNSUBSCRIBE = Queue.LATER + Queue.EVENT + KEYS_BY_NAME + """
-        local address, created, member, account, data = unpack(ARGV)
+    UNSUBSCRIBE = Queue.LATER + Queue.EVENT + FIND_LEFT + KEYS_BY_NAME + """
+        local content_type, address, created, member, account, data, leaving = unpack(ARGV)
         redis.call('SET', unsubscribed, created, 'EX', 86400)
         local before = redis.call('HGET', subscribers, address)
+        if before and later(cjson.decode(before).created, created) then return 'overtaken' end
+        if before then leaving = string.sub(leaving, 1, -2) .. ', "record": ' .. before .. '}' end
+        remember(prefix, left, left_types, account, content_type, address, leaving)
         if not before then return 'not subscribed' end
-        if later(cjson.decode(before).created, created) then return 'overtaken' end
         redis.call('HDEL', subscribers, address)
         redis.call('HDEL', issued, address)
         redis.call('HDEL', got, address)
@@ -8031,15 +8364,22 @@ class Newsletters:
         return 'unsubscribed'
     """
 
-    def _end_subscription(self, account: str, content_type: str, address: str, moment: int, request: str = "") -> str:
-        """End a subscription that is older than `moment` (microseconds). `request` is that of Script: the id of a task,
-        or "" where the reader followed a link."""
+    def _end_subscription(self, account: str, content_type: str, address: str, moment: int, how: str,
+                          request: str = "") -> str:
+        """End a subscription that is older than `moment` (microseconds), and remember that the address unsubscribed.
+
+        Args:
+            how: "task", "link" or "one-click".
+            request: that of Script: the id of a task, or "" where the reader followed a link.
+        """
         data = {"account": account, "userId": address, "content_type": content_type,
-                "by": "task" if request else "link"}
+                "by": "task" if how == "task" else "link"}
+        leaving = json.dumps({"userId": address, "when": moment, "how": how})
         address = fold_address(address)
         return self._unsubscribe(
             self._keys(account, content_type, address),
-            [address, moment, self.schedule_member(account, content_type, address), account, json.dumps(data)], request)
+            [content_type, address, moment, self.schedule_member(account, content_type, address), account,
+             json.dumps(data), leaving], request)
 
     # Move a subscription from one address to another, if it still exists.
     # KEYS: see _keys(). ARGV: old address, new address, old member of the schedule, new member.
@@ -8084,9 +8424,31 @@ class Newsletters:
             raise HTTPError(404, "this link is not valid, or not complete", "token")
         return claims["sub"], claims["content_type"], claims["email"]
 
-    def follow_link(self, token: str) -> None:
-        """End the subscription of a link, if it has not ended. Raises HTTPError (404)."""
-        self._end_subscription(*self.read_link(token), int(self.store.time() * 1e6))
+    def follow_link(self, token: str, how: str = "one-click") -> bool:
+        """End the subscription of a link, if it has not ended. Returns whether subscribe_again() can undo that.
+
+        Raises HTTPError (404).
+        """
+        account, content_type, address = self.read_link(token)
+        self._end_subscription(account, content_type, address, int(self.store.time() * 1e6), how)
+        return self._ended_by_reader(account, content_type, address) is not None
+
+    def _ended_by_reader(self, account: str, content_type: str, address: str) -> Json | None:
+        """The subscription that its reader ended last by a link, as it was; or None."""
+        found = self.store.redis.hget(self.store.key("left", content_type, account), fold_address(address))
+        leaving = json.loads(found) if found else {}
+        return leaving.get("record") if leaving.get("how") != "task" else None
+
+    def subscribe_again(self, token: str) -> bool:
+        """Give the reader of a link the subscription back that she has ended by it. Returns False where there is none,
+        or an app has ended it. Raises HTTPError (404)."""
+        account, content_type, address = self.read_link(token)
+        record, keys = self._ended_by_reader(account, content_type, address), self._keys(account, content_type, address)
+        if record is None:
+            return bool(self.store.redis.hexists(keys[1], fold_address(address)))  # the button was pressed twice
+        entry = self._entry(account, content_type, {**record, "created": int(self.store.time() * 1e6)}, True,
+                            self.clock())
+        return self._subscribe(keys, [content_type, *entry, ""]) == "subscribed"
 
     def mail(self, task: Task) -> tuple[str, str, tuple[tuple[str, str], ...]]:
         """(subject, content, headers) of a newsletter at this moment.
@@ -8485,20 +8847,20 @@ class Newsletters:
 
     def _next_two(self, known: str, now: float) -> tuple[int, int]:
         """The next boundary of a calendar, and the one after it. What was found is kept while it is right."""
-        since, *found = self._found.get(known, (math.inf, 0, 0))
-        if not since <= now < found[0]:
+        since, first, second = self._found.get(known, (math.inf, 0, 0))
+        if not since <= now < first:
             frequency, at, day, timezone = [*known.split(" "), "-", "-", "-"][:4]
             zone = self.zone
             if timezone != "-":
                 with contextlib.suppress(zoneinfo.ZoneInfoNotFoundError):  # restored where the time zones are older
                     zone = zoneinfo.ZoneInfo(timezone)
-            own = {"at": at if at != "-" else "00:00", "day": int(day) if day.isdigit() else day.strip("-") or None}
-            boundary = next_boundary(frequency, now, zone, **own)
-            found = [boundary, next_boundary(frequency, boundary, zone, **own)]
+            at, own_day = at if at != "-" else "00:00", int(day) if day.isdigit() else day.strip("-") or None
+            first = next_boundary(frequency, now, zone, at, own_day)
+            second = next_boundary(frequency, first, zone, at, own_day)
             if len(self._found) > 1000:
                 self._found.clear()
-            self._found[known] = (now, *found)
-        return found[0], found[1]
+            self._found[known] = (now, first, second)
+        return first, second
 
 
 # --- 14. bounces ----------------------------------------------------------------------------------------
@@ -9002,7 +9364,8 @@ class BounceReader:
 # that makes it happen (Queue.EVENT), so that none is lost, and sent by the workers of the lane `hooks`.
 
 EVENTS = ("mail.sent", "mail.failed", "mail.suppressed", "mail.bounced", "mail.complained", "subscription.started",
-          "subscription.ended", "lane.paused", "lane.resumed")  # the last two for the admin's webhook only
+          "subscription.ended", "subscription.left_out",
+          "lane.paused", "lane.resumed")  # these two for the admin's webhook only
 
 
 class Webhooks:
@@ -9586,7 +9949,7 @@ class Workers:
         self.transport, self.webhooks, self.stats = transport, webhooks, stats
         self.otps, self.newsletters = otps, newsletters
         self.handlers = {"message": self.send_message, "generateOtp": self.send_otp, "newsletter": self.send_newsletter,
-                         "subscribe": newsletters.subscribe, "unsubscribe": newsletters.unsubscribe,
+                         "subscribe": self.subscribe, "unsubscribe": newsletters.unsubscribe,
                          "webhook": self.send_event}
         self.stopping = threading.Event()
         self.smtp = SmtpState(transport)
@@ -10017,6 +10380,13 @@ class Workers:
             return None
         return Envelope(self._sender(task)[1], tuple(self._recipients(task)))
 
+    def subscribe(self, task: Task) -> str:
+        """Do a subscribe task; returns what became of it."""
+        result = self.newsletters.subscribe(task)
+        if result == Newsletters.LEFT_OUT:
+            self.stats.count("gomail_subscriptions_left_out_total")
+        return result
+
     def send_event(self, task: Task) -> str:
         """Send an event to a webhook; returns the status of the answer."""
         started = time.monotonic()
@@ -10339,6 +10709,7 @@ class Api:
     SESSION_TTL = 43200  # seconds until one has to log in again
     PENALTY = 1.0  # seconds that the answer to a wrong admin_token is delayed
     MAX_PENALTIES = 8  # delayed answers at a time, in a process
+    MAX_IMPORT_ERRORS = 100  # bad rows that an answer lists
     COMPLETED = frozenset(("variables", "content_type", "from"))  # fields of payloads that complete() is about
 
     def __init__(self, settings: Settings, store: Store, accounts: Accounts, queue: Queue, inspection: Inspection,
@@ -10723,6 +11094,26 @@ class Api:
     def list_issues(self, request: Request) -> Reply:
         return {"status": True, "issues": self.newsletters.issues(request.account.name,
                                                                   request.path_params["content_type"])}
+    def import_subscribers(self, request: Request) -> Reply:
+        body, errors = request.body, list[Json]()
+
+        def note(line: int, error: str) -> None:
+            if len(errors) < self.MAX_IMPORT_ERRORS:
+                errors.append({"line": line, "error": error})
+        rows = SubscriberFile(io.StringIO(body["csv"], newline=""), {
+            name: body[name] for name in TIMES if name in body}, body.get("line", 1))
+        counts = self.newsletters.take_rows(
+            request.account.name, request.path_params["content_type"], rows, body.get("again", False), note)
+        if counts["left_out"]:
+            self.stats.count("gomail_subscriptions_left_out_total", counts["left_out"])
+        return done("Subscribers imported", subscribed=counts["subscribed"], left_out=counts["left_out"],
+                    errors=errors, failed=counts["failed"])
+
+    def export_subscribers(self, request: Request) -> Reply:
+        content_type = request.path_params["content_type"]
+        text = "".join(self.newsletters.export(request.account.name, content_type))
+        name = urllib.parse.quote(f"{content_type}.csv", safe="")
+        return Response("text/csv", text, {"Content-Disposition": f"attachment; filename*=UTF-8''{name}"})
 
     def list_subscriptions(self, request: Request) -> Reply:
         query = {"address" if name == "userId" else name: value for name, value in request.query.items()}
@@ -10733,11 +11124,18 @@ class Api:
         _, content_type, address = self.newsletters.read_link(request.path_params["token"])
         # Mail scanners follow links, so only the button's POST ends the subscription.
         return small_page(f"<p>Unsubscribe {html.escape(address)} from {html.escape(content_type)}?</p>"
-                          "<form method=post><button>Unsubscribe</button></form>")
+                          "<form method=post action='?by=button'><button>Unsubscribe</button></form>")
 
     def follow_link(self, request: Request) -> Reply:
-        self.newsletters.follow_link(request.path_params["token"])
-        return small_page("<p>You are unsubscribed.</p>")
+        token, how = request.path_params["token"], "link" if "by" in request.query else "one-click"
+        can_undo = self.newsletters.follow_link(token, how)
+        again = f"<form method=post action='{token}/again'><button>Subscribe again</button></form>" if can_undo else ""
+        return small_page(f"<p>You are unsubscribed.</p>{again}")
+
+    def subscribe_again(self, request: Request) -> Reply:
+        if not self.newsletters.subscribe_again(request.path_params["token"]):
+            raise HTTPError(410, "this subscription cannot be renewed by its link", "token")
+        return small_page("<p>You are subscribed again.</p>")
 
     def read_webhook(self, request: Request) -> Reply:
         return {"status": True, **self.describe_webhook(self.webhooks.find(request.account.name))}
@@ -10992,6 +11390,9 @@ class Otp(String):
 ID = Object({"id": String(254, ONE_LINE, LINE)})  # older versions allowed more names than NEW_ID does
 NEW_ID = Object({"id": AccountName()})
 DEFINITION = Object({"content_type": CONTENT_TYPE, "subject": SUBJECT_TEMPLATE, "content": CONTENT_TEMPLATE})
+IMPORT = Object({"csv": String(UNBOUNDED), "line": Nullable(Integer(1, 10**9)), "again": Nullable(Boolean()), **{
+    name: check if isinstance(check, Nullable) else Nullable(check)
+    for name, check in PAYLOADS["subscribe"].fields.items() if name in TIMES}})
 SEND = Object({"to": Nullable(Address()), "variables": Nullable(Variables())})
 VERIFICATION = Object({"userEmail": Address(), "otp": Otp(), "purpose": Nullable(PURPOSE)})
 BATCH = Object({"tasks": Array(AnyValue(), 1000, 1)})  # the handler checks and answers each task by itself
@@ -11013,7 +11414,8 @@ SEARCH = {**PAGING, "search": String(254, ONE_LINE, LINE), "state": Enum(STATES)
 FILTERS = {"state": Enum(WAITING), "type": Enum(CANCELLABLE), "task": String(256, ONE_LINE, LINE),
            "content_type": CONTENT_TYPE, "userId": Address()}
 CURSOR = Pattern("the value of next in the previous answer", r"[0-9]{1,10}-[0-9]{1,19}", 30)
-SUBSCRIPTIONS = {"content_type": CONTENT_TYPE, "userId": Address(), "cursor": CURSOR, "limit": Integer(1, 1000)}
+SUBSCRIPTIONS = {"content_type": CONTENT_TYPE, "userId": Address(), "cursor": CURSOR, "limit": Integer(1, 1000),
+                 "state": Enum(tuple(SubscriptionState)), "search": String(254, ONE_LINE, LINE)}
 
 QUEUED, COUNTED, CHANGED = {**DONE, "id": str}, {**DONE, "count": int}, {**DONE, "changed": int}
 STRICT, TASK_QUEUED = {"strict": Boolean()}, {**QUEUED, "ignored?": list}
@@ -11065,6 +11467,10 @@ ROUTES = (
           answer={**COUNTED, "id?": str}, refuses=(404, 409), idempotency_key=True),
     Route("GET", "/task/subscriptionContent/{content_type}/issues", Api.list_issues, Access.KEY,
           answer={"status": bool, "issues": list}, refuses=(404,)),
+    Route("POST", "/task/subscriptionContent/{content_type}/import", Api.import_subscribers, Access.KEY, IMPORT,
+          answer={**DONE, "subscribed": int, "left_out": int, "errors": list, "failed": int}, refuses=(404,)),
+    Route("GET", "/task/subscriptionContent/{content_type}/export", Api.export_subscribers, Access.KEY,
+          answer="text/csv", refuses=(404,)),
     Route("GET", "/task/recent", Api.list_recent, Access.ALL, query=SEARCH,
           answer={"status": bool, "tasks": list, "next": (int, None)}),
     Route("GET", "/task/dead", Api.list_dead, Access.ALL, query=PAGING, answer={**PART_ANSWER, "tasks": list}),
@@ -11102,7 +11508,10 @@ ROUTES = (
     Route("GET", "/outbox/{id}", Api.read_outbox, Access.ALL, answer=MAIL_ANSWER, refuses=(404,)),
     Route("GET", "/view/{token}", Api.view, Access.OPEN, answer="text/html", refuses=(404,)),
     Route("GET", "/unsubscribe/{token}", Api.ask_to_unsubscribe, Access.OPEN, answer="text/html", refuses=(404,)),
-    Route("POST", "/unsubscribe/{token}", Api.follow_link, Access.OPEN, answer="text/html", refuses=(404,)),
+    Route("POST", "/unsubscribe/{token}", Api.follow_link, Access.OPEN, query={"by": Enum(("button",))},
+          answer="text/html", refuses=(404,)),
+    Route("POST", "/unsubscribe/{token}/again", Api.subscribe_again, Access.OPEN, answer="text/html",
+          refuses=(404, 410)),
     Route("GET", "/health/ping", Api.ping, Access.OPEN, answer={"message": str}, needs_redis=False),
     Route("GET", "/health/ready", Api.ready, Access.OPEN, answer={"status": bool, "smtp": str}),
     Route("GET", "/metrics", Api.prometheus, Access.OPEN, answer="text/plain", needs_redis=False),
@@ -12487,6 +12896,8 @@ class Operator:
         self.queue, self.stats = Queue(self.store, settings, "operator"), Stats(self.store)
         self.inspection = Inspection(self.store, settings)
         self.accounts = Accounts(self.store, settings.jwt_secret, settings.jwt_secret_previous, settings.api_key_ttl)
+        self.newsletters = Newsletters(self.store, zoneinfo.ZoneInfo(settings.timezone), self.accounts,
+                                       settings.public_url, max_size=settings.max_body)
         if not self.accounts.is_current():
             raise StartError("jwt_secret: not that of the running gomail; give this command the same settings")
 
@@ -12497,8 +12908,7 @@ class Operator:
                 self.accounts.sign_up(self.ACCOUNT)
         account = self.accounts.find(options.account)
         if account is None:
-            return self.terminal.fail(1, f"there is no account {options.account}; `accounts` lists them, and "
-                                      "`accounts --add` makes one")
+            return self.no_account(options.account)
         path = options.html or options.text or "-"
         name = "standard input" if path == "-" else path
         try:
@@ -12528,6 +12938,11 @@ class Operator:
         if task:
             self.show_task(task)
         return 0 if task and task["state"] == "succeeded" else 1
+
+    def no_account(self, name: str) -> int:
+        """Say that there is no account of this name. Returns the exit code."""
+        return self.terminal.fail(1, f"there is no account {name}; `accounts` lists them, and `accounts --add` makes "
+                                  "one")
 
     def status(self, options: argparse.Namespace) -> int:
         """Show a task and its story."""
@@ -12674,6 +13089,61 @@ class Operator:
                 f"tasks: {jobs['executed']} executed, {jobs['successful']} successful, {jobs['failed']} failed{rate}",
                 f"mails in the last hour: {sent} sent, {failed} given up, {plural(retried, 'attempt')} to be repeated",
                 self.terminal.bars([minute["sent"] + minute["failed"] for minute in stats["minutes"]])]
+
+    def import_subscribers(self, options: argparse.Namespace) -> int:
+        """Subscribe the addresses of a CSV file to a newsletter; each line that cannot be taken is said."""
+        if not self.accounts.find(options.account):
+            return self.no_account(options.account)
+        name = "standard input" if options.file == "-" else options.file
+
+        def note(line: int, error: str) -> None:
+            if self.terminal.shows_progress:
+                print("\r\x1b[K", end="", file=sys.stderr)  # the bar, which comes again below
+            self.terminal.say(f"{name}, line {line}: {error}")
+        try:
+            defaults = {field: check(getattr(options, field), f"--{field}") for field, check in IMPORT.fields.items()
+                        if field in TIMES and getattr(options, field)}
+            with open(0 if options.file == "-" else options.file, encoding="utf-8", errors="surrogateescape",
+                      newline="", closefd=options.file != "-") as file:
+                total = sum(1 for _ in file) if options.file != "-" and os.path.isfile(options.file) else 0
+                if total:
+                    file.seek(0)
+                with self.terminal.progress(total) as progress:
+                    counts = self.newsletters.take_rows(options.account, options.type, SubscriberFile(file, defaults),
+                                                        options.again, note, progress)
+        except OSError as error:
+            return self.terminal.fail(2, f"{name} cannot be read: {describe(error)}")
+        except HTTPError as error:
+            return self.terminal.fail(1 if error.status == 404 else 2, error.message.replace("csv", name, 1))
+        if counts["left_out"]:
+            self.stats.count("gomail_subscriptions_left_out_total", counts["left_out"])
+            self.stats.flush()
+        self.terminal.result(counts, [f"{counts['subscribed']} subscribed, {counts['left_out']} left out because they "
+                                      f"had unsubscribed, {plural(counts['failed'], 'line')} not taken"])
+        return 1 if counts["failed"] else 0
+
+    def export_subscribers(self, options: argparse.Namespace) -> int:
+        """Write who is subscribed to a newsletter, and who has unsubscribed, as CSV."""
+        if not self.accounts.find(options.account):
+            return self.no_account(options.account)
+        store, count = self.store, -1
+        try:
+            lines = self.newsletters.export(options.account, options.type)
+        except HTTPError as error:
+            return self.terminal.fail(1, error.message)
+        sizes = [store.redis.hlen(store.key(kind, options.type, options.account)) for kind in ("subscribers", "left")]
+        try:
+            with atomic_file(options.file) as file, self.terminal.progress(
+                    0 if options.file == "-" else sum(sizes)) as progress:
+                for count, line in enumerate(lines):
+                    file.write(line.encode())
+                    if count % 1000 == 0:
+                        progress(count)
+        except OSError as error:
+            raise BackupError(f"{options.file} cannot be written: {describe(error)}") from None
+        if options.file != "-":
+            self.terminal.result({"addresses": count}, [f"{count} addresses are in {options.file}"])
+        return 0
 
     def manage_accounts(self, options: argparse.Namespace) -> int:
         """List the accounts, add one, make a new key of one, or remove one."""
@@ -13310,6 +13780,19 @@ def command_line() -> argparse.ArgumentParser:
     accounts.add_argument("--overlap", type=int, metavar="SECONDS", help="how long the keys before --rotate stay "
                           f"valid: 0 to 2592000 (default: {Accounts.OVERLAP}); 0 ends them at once")
     accounts.add_argument("--yes", action="store_true", help="do not ask before --remove; only a terminal is asked")
+    taking = operation("import", Operator.import_subscribers, "subscribe the addresses of a CSV file to a newsletter")
+    giving = operation("export", Operator.export_subscribers,
+                       "write who is subscribed to a newsletter, and who has unsubscribed, as CSV")
+    for subparser in (taking, giving):
+        subparser.add_argument("type", metavar="TYPE", help="the content type of the newsletter")
+        subparser.add_argument("--account", required=True, metavar="NAME", help="the account that owns it")
+    taking.add_argument("file", metavar="FILE", help="CSV with a header line that has a column userId or email; - is "
+                        "standard input")
+    giving.add_argument("file", nargs="?", default="-", metavar="FILE", help="- is standard output (the default)")
+    for name in TIMES:
+        if name in IMPORT.fields:
+            taking.add_argument(f"--{name}", help="of the rows that do not say it: " + IMPORT.fields[name].expected)
+    taking.add_argument("--again", action="store_true", help="also who has unsubscribed before")
     saving = command("backup", backup, "write everything that gomail keeps in Redis to a file, which then has secrets "
                      "and mails; gomail may be running")
     saving.add_argument("file", metavar="FILE", help="- is standard output")

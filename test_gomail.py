@@ -11,6 +11,7 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
+import csv
 import dataclasses
 import datetime
 import email
@@ -8582,7 +8583,7 @@ def test_an_unsubscribe_counts_though_the_clock_went_back_since_the_subscribe(se
     assert not service.store.redis.exists(subscribers)
     unsubscribed, = service.store.redis.keys(service.store.key("unsubscribed", "*"))
     service.store.redis.incrby(unsubscribed, 3_600_000_000)
-    subscribe(client)
+    subscribe(client, again=True)
     assert service.store.redis.exists(subscribers)
 
 
@@ -8665,14 +8666,16 @@ def test_one_click_unsubscribes_and_looking_does_not(linked, mail_server, clock)
         return answer.status, answer.headers["Content-Type"], answer.read().decode()
     status, media_type, page = ask("GET")
     assert (status == 200 and media_type == "text/html; charset=utf-8"
-            and "user@example.com" in page and "<form method=post>" in page)
+            and "user@example.com" in page and "<form method=post" in page)
     assert client.get("/task/subscriptionContent/news")["subscribers"] == 1
     for _ in range(2):  # the second time there is nothing left to do
         status, _, page = ask("POST", "List-Unsubscribe=One-Click",
                               **{"Content-Type": "application/x-www-form-urlencoded"})
         assert status == 200 and "You are unsubscribed" in page
         assert client.get("/task/subscriptionContent/news")["subscribers"] == 0
-    subscribe(client, variables={"name": "x"})
+    assert subscribe(client, variables={"name": "x"})["result"] == "left out: unsubscribed"
+    assert client.get("/task/subscriptionContent/news")["subscribers"] == 0
+    subscribe(client, variables={"name": "x"}, again=True)
     assert client.get("/task/subscriptionContent/news")["subscribers"] == 1
 
 
@@ -8809,7 +8812,7 @@ def test_unsubscribing_who_is_not_subscribed_succeeds_and_the_task_says_what_it_
     assert unsubscribed() == ("succeeded", 1, "not subscribed")  # nor is there such a content type
     define(client)
     assert unsubscribed() == ("succeeded", 1, "not subscribed")
-    assert subscribe(client)["result"] == "subscribed" and subscribe(client)["result"] == "subscribed"
+    assert subscribe(client, again=True)["result"] == "subscribed" and subscribe(client)["result"] == "subscribed"
     assert [unsubscribed()[2] for _ in range(3)] == ["unsubscribed", "not subscribed", "not subscribed"]
     assert client.get("/task/dead")["total"] == 0
     assert client.state(client.task(), "succeeded")["result"].startswith("250 ")  # the server's
@@ -8844,9 +8847,354 @@ def test_the_later_request_wins_when_an_unsubscribe_overtakes_its_subscribe(serv
     assert service.newsletters.unsubscribe(task(now + 1)) == "not subscribed"
     assert service.newsletters.subscribe(task(now)) == "overtaken"
     assert client.get("/task/subscriptionContent/news")["subscribers"] == 0
-    assert service.newsletters.subscribe(task(now + 3)) == "subscribed"
+    assert service.newsletters.subscribe(task(now + 3)) == "left out: unsubscribed"
+    assert service.newsletters.subscribe(task(now + 3, again=True)) == "subscribed"
     assert service.newsletters.unsubscribe(task(now + 2)) == "overtaken"
     assert client.get("/task/subscriptionContent/news")["subscribers"] == 1
+
+
+def unsubscribed(client, query=""):
+    """Who has unsubscribed, as the list says."""
+    return client.get(f"/subscriptions?state=unsubscribed{query}")["subscriptions"]
+
+
+def visit(service, method, path):
+    """(status, text) of a page."""
+    connection = http.client.HTTPConnection(service.client.address, timeout=PATIENCE)
+    with contextlib.closing(connection):
+        connection.request(method, path)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+
+
+def leave(service, client, how, content_type="news", address="user@example.com"):
+    """Unsubscribe in one of the three ways."""
+    if how == "task":
+        return client.state(client.task("unsubscribe", userId=address, content_type=content_type), "succeeded")
+    path = service.newsletters.link(name_of(client), content_type, address).removeprefix("https://mail.example.com")
+    if how == "link":  # as the button of the page does
+        status, page = visit(service, "GET", path)
+        assert status == 200
+        path = urllib.parse.urljoin(path, html.unescape(re.search("action=['\"]?([^'\" >]+)", page)[1]))
+    status, page = visit(service, "POST", path)
+    assert status == 200
+    return path.partition("?")[0], page
+
+
+@pytest.mark.parametrize("how", ["task", "link", "one-click"])
+def test_who_unsubscribed_is_known_as_such_and_comes_back_only_where_the_task_says_again(linked, how):
+    service, client = linked
+    before = service.store.time()
+    leave(service, client, how)
+    assert client.get("/subscriptions")["subscriptions"] == []
+    found, = unsubscribed(client, "&userId=USER@example.com")
+    assert unsubscribed(client) == unsubscribed(client, "&content_type=news&search=ser@EX") == [found]
+    since = datetime.datetime.fromisoformat(found.pop("since")).timestamp()
+    assert before - 0.001 <= since <= service.store.time() and found == {
+        "account": name_of(client), "content_type": "news", "userId": "user@example.com", "state": "unsubscribed",
+        "how": how}
+    assert unsubscribed(service.client.sign_up()) == unsubscribed(client, "&content_type=other") == []
+    for more in ({}, {"again": False}):
+        assert subscribe(client, "User@example.com", variables={"name": "x"}, **more)["result"] == (
+            "left out: unsubscribed")
+    assert client.get("/subscriptions")["subscriptions"] == [] and unsubscribed(client) == [
+        {**found, "since": gomail.timestamp(since * 1e6)}]
+    assert subscribe(client, variables={"name": "x"}, again=True)["result"] == "subscribed"
+    assert unsubscribed(client) == [] and subscribe(client, variables={"name": "x"})["result"] == "subscribed"
+    shown, = client.get("/subscriptions?userId=user@example.com")["subscriptions"]
+    assert (shown["state"], shown["variables"]) == ("subscribed", {"name": "x"})
+
+
+def test_who_was_left_out_is_counted_and_told_to_webhooks(service, client, receiver):
+    receiver.hooked(client)
+    define(client)
+    for kind in ("unsubscribe", "subscribe"):
+        client.state(client.task(kind, content_type="news", frequency="@daily"), "succeeded")
+    assert until(lambda: receiver.data("subscription.left_out")) == [{
+        "account": name_of(client), "userId": "user@example.com", "content_type": "news", "frequency": "@daily"}]
+    assert metrics_of(service)["gomail_subscriptions_left_out_total",] == 1
+
+
+def test_an_unsubscribe_is_remembered_whoever_was_subscribed_and_its_first_moment_counts(service, client):
+    client.state(client.task("unsubscribe", content_type="news"), "succeeded")  # there is no such content type yet
+    first = unsubscribed(client)
+    assert [found["how"] for found in first] == ["task"]
+    define(client)
+    client.state(client.task("unsubscribe", content_type="news"), "succeeded")
+    assert unsubscribed(client) == first
+    assert subscribe(client)["result"] == "left out: unsubscribed"
+    delete(client, "/task/subscriptionContent/news")
+    assert unsubscribed(client) == first
+    define(client)
+    assert subscribe(client)["result"] == "left out: unsubscribed"
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_who_unsubscribed_is_forgotten_with_the_account(service, client, monkeypatch, many):
+    if many:
+        monkeypatch.setattr(gomail.Accounts, "MANY", 1)
+        monkeypatch.setattr(gomail.Accounts, "CONTENT_TYPES_AT_ONCE", 2)
+    for number in range(9):
+        client.state(client.task("unsubscribe", content_type=f"news {number % 5}", userId=f"user{number}@example.com"),
+                     "succeeded")
+    account = name_of(client)
+    link = service.newsletters.accounts.seal("unsubscribe", {
+        "sub": account, "content_type": "news 1", "email": "user@example.com"})
+    client.post("/auth/deregister", {"id": account})
+    assert visit(service, "POST", f"/unsubscribe/{link}")[0] == 200  # of a mail that is still in her mailbox
+    assert not service.store.redis.keys(service.store.key("left*"))
+    assert unsubscribed(service.client.sign_up(account)) == []
+
+
+def test_an_erased_address_stays_unsubscribed_by_its_keyed_hash(service, client):
+    client.state(client.task("unsubscribe", content_type="news"), "succeeded")
+    define(client)
+    # As it is after an erasure.
+    store, left = service.store, service.store.key("left", "news", name_of(client))
+    store.redis.set(store.key("erasure_key"), "00ff")
+    inner = hashlib.sha1(b"00ffuser@example.com").hexdigest()
+    erased = hashlib.sha1(f"00ff{inner}".encode()).hexdigest()
+    record = {name: value for name, value in json.loads(store.redis.hget(left, "user@example.com")).items()
+              if name != "userId"}
+    store.redis.hdel(left, "user@example.com")
+    store.redis.hset(left, erased, json.dumps(record))
+    assert subscribe(client, "User@Example.com")["result"] == "left out: unsubscribed"
+    client.state(client.task("unsubscribe", content_type="news"), "succeeded")
+    assert store.redis.hkeys(left) == [erased] and unsubscribed(client) == []
+    found, = unsubscribed(client, "&userId=USER@example.com")
+    assert found["userId"] == "USER@example.com" and found["how"] == "task"
+    assert subscribe(client, again=True)["result"] == "subscribed" and not store.redis.exists(left)
+
+
+def test_a_reader_who_left_by_the_link_can_subscribe_again_behind_it(linked):
+    service, client = linked
+    for how in ("link", "one-click"):
+        before, = client.get("/subscriptions?userId=user@example.com")["subscriptions"]
+        path, page = leave(service, client, how)
+        again = urllib.parse.urljoin(path, re.search("action=['\"]?([^'\" >]+)", page)[1])
+        assert again == f"{path}/again" and client.get("/subscriptions")["subscriptions"] == []
+        for _ in range(2):  # the button may be pressed twice
+            assert visit(service, "POST", again)[0] == 200
+        after, = client.get("/subscriptions?userId=user@example.com")["subscriptions"]
+        assert after == {**before, "created": after["created"]} and unsubscribed(client) == []
+    assert visit(service, "GET", again)[0] == 405
+    leave(service, client, "task")  # an app that ended it does not want it back
+    assert visit(service, "POST", again)[0] == 410
+    assert "again" not in leave(service, client, "link")[1]
+    assert visit(service, "POST", f"{path[:-2]}/again")[0] == 404
+    assert client.get("/subscriptions")["subscriptions"] == []
+
+
+def test_subscriptions_are_searched_by_a_part_of_the_address(service, client):
+    define(client)
+    addresses = {"a*b@example.com", "axb@example.com", "x?y@example.com", "Anna@example.com"}
+    for address in addresses:
+        subscribe(client, address)
+    for text, expected in (("A*B", {"a*b@example.com"}), ("X?Y", {"x?y@example.com"}), ("anna", {"Anna@example.com"}),
+                           ("@EXAMPLE.com", addresses), ("zzz", set())):
+        answer = client.get(f"/subscriptions?search={urllib.parse.quote(text)}")
+        assert {found["userId"] for found in answer["subscriptions"]} == expected and answer["next"] is None
+    for query in ("state=x", "search="):
+        assert client("GET", f"/subscriptions?{query}")[0] == 400
+
+
+def test_a_search_in_many_addresses_goes_on_with_the_next_cursor(service, client, monkeypatch):
+    monkeypatch.setattr(gomail.Newsletters, "SCANS", 1)
+    define(client)
+    subscribers = service.store.key("subscribers", "news", name_of(client))
+    service.store.redis.hset(subscribers, mapping={
+        address: json.dumps({"userId": address, "frequency": "@daily", "retries": 0, "created": 1})
+        for address in (f"user{number}@example.com" for number in range(5000))})
+    found, cursor, pages = [], "", 0
+    while cursor is not None:
+        answer = client.get(f"/subscriptions?search=r4321@{cursor}")
+        found, pages = found + answer["subscriptions"], pages + 1
+        cursor = answer["next"] and f"&cursor={answer['next']}"
+    assert [row["userId"] for row in found] == ["user4321@example.com"] and 3 < pages < 20
+
+
+def import_csv(client, text, content_type="news", **more):
+    return client.post(f"/task/subscriptionContent/{urllib.parse.quote(content_type)}/import", {"csv": text, **more})
+
+
+def export_csv(client, content_type="news"):
+    """The text of an export, and the headers."""
+    connection = http.client.HTTPConnection(client.address, timeout=PATIENCE)
+    with contextlib.closing(connection):
+        connection.request("GET", f"/task/subscriptionContent/{urllib.parse.quote(content_type)}/export",
+                           headers={"Authorization": client.key})
+        answer = connection.getresponse()
+        return answer.read().decode(), dict(answer.headers)
+
+
+def subscribed(client):
+    """address -> (frequency, variables) of all subscribers."""
+    return {found["userId"]: (found["frequency"], client.get(
+        f"/subscriptions?userId={urllib.parse.quote(found['userId'])}")["subscriptions"][0]["variables"])
+        for found in client.get("/subscriptions?limit=1000")["subscriptions"]}
+
+
+@pytest.mark.parametrize("head", ["userId", "email", "E-Mail", "\ufeffAddress"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_subscribers_come_from_csv_in_the_forms_that_spreadsheets_write(
+        dated, mail_server, clock, head, delimiter, end):
+    service, client = dated
+    define(client, content="Hello {{ name }}")
+    rows = [[f" {head} ", "name", "Frequency", ""], ["a@example.com", '"Ann ""A"" ; , \t B"', "@weekly", ""],
+            ["", "", "", ""], [" B@Bücher.example ", '"two\r\nlines"', "", ""], ["c@example.com", "Cid"]]
+    text = end.join(map(delimiter.join, rows)) + end
+    text = text.replace(f" {head} ", head) if "\ufeff" in head else text
+    found = import_csv(client, text, frequency="@hourly")
+    assert found == {"status": True, "msg": found["msg"], "subscribed": 3, "left_out": 0, "errors": [], "failed": 0}
+    assert subscribed(client) == {
+        "a@example.com": ("@weekly", {"name": 'Ann "A" ; , \t B'}), "c@example.com": ("@hourly", {"name": "Cid"}),
+        "B@xn--bcher-kva.example": ("@hourly", {"name": "two\r\nlines"})}
+    clock.forward(3600)
+    assert text_of(mail_server.one("c@example.com")) == "Hello Cid\n"
+
+
+def test_bad_rows_are_listed_with_their_line_and_good_ones_are_taken(client):
+    define(client)
+    text = "\n".join([
+        "userId,frequency,name", "no address,@daily,", 'ok1@example.com,@daily,"two', 'lines"',
+        "ok2@example.com,@yearly,", "ok3@example.com,,", "", "ok4@example.com,@daily,a,b", ",@daily,x",
+        '"ok5@example.com"x,@daily,', f"ok6@example.com,@daily,{'x' * 10_001}", "ok7@example.com,@daily,",
+        'last@example.com,@daily,"open', "more,@daily\n"])
+    found = import_csv(client, text, line=100)
+    lines = {error["line"]: error["error"] for error in found["errors"]}
+    words = {101: "userId must be an e-mail address", 104: "frequency must be one of @hourly",
+             105: "frequency is required", 107: "it has 4 cells, and the header line 3", 108: "userId is required",
+             109: "no CSV", 110: "variables.name must be", 112: "quote is not closed"}
+    assert lines.keys() == words.keys() and all(words[line] in lines[line] for line in words)
+    assert (found["subscribed"], found["failed"]) == (2, 8)
+    assert set(subscribed(client)) == {"ok1@example.com", "ok7@example.com"}
+
+
+def test_an_answer_lists_a_hundred_bad_rows_and_counts_all(client, monkeypatch):
+    monkeypatch.setattr(gomail.Newsletters, "IMPORT_BATCH", 7)
+    define(client)
+    found = import_csv(client, "email\n" + "x\ngood@example.com\n" * 120, frequency="@daily")
+    assert (found["subscribed"], found["failed"], len(found["errors"])) == (120, 120, 100)
+    assert [error["line"] for error in found["errors"]] == [*range(2, 202, 2)]
+
+
+@pytest.mark.parametrize("text, words", [
+    ("", "is required"), ("name\nx\n", "a column userId"), ("userId,email\n", "userId twice"),
+    ("email,name,name\n", "variables.name twice"), ("email,First Name\n", "'First_Name' would be one"),
+    ('"email\nx\n', "a column userId")])
+def test_a_file_without_a_header_line_that_is_understood_is_refused(client, text, words):
+    define(client)
+    status, answer, _ = client("POST", "/task/subscriptionContent/news/import", {"csv": text})
+    assert status == 400 and answer["field"] == "csv" and (words in answer["error"] or not text)
+
+
+def test_an_import_or_export_needs_a_content_type_and_the_account_that_owns_it(client, service):
+    define(client)
+    for other, path in ((service.client.sign_up(), "news"), (client, "other")):
+        for text in ("email\n", "email\nuser@example.com\n"):
+            assert other("POST", f"/task/subscriptionContent/{path}/import", {
+                "csv": text, "frequency": "@daily"})[0] == 404
+        assert other("GET", f"/task/subscriptionContent/{path}/export")[0] == 404
+    assert client.get("/subscriptions")["subscriptions"] == []
+
+
+def test_an_import_brings_nobody_back_who_unsubscribed_except_where_it_says_again(service, client, receiver):
+    receiver.hooked(client)
+    define(client)
+    subscribe(client)
+    client.state(client.task("unsubscribe", content_type="news"), "succeeded")
+    text = "email,frequency\nUser@example.com,@daily\nnew@example.com,@daily\n"
+    found = import_csv(client, text)
+    assert (found["subscribed"], found["left_out"], found["failed"]) == (1, 1, 0)
+    assert until(lambda: [data["userId"] for data in receiver.data("subscription.left_out")]) == ["User@example.com"]
+    assert metrics_of(service)["gomail_subscriptions_left_out_total",] == 1
+    assert set(subscribed(client)) == {"new@example.com"}
+    assert import_csv(client, text, again=True)["subscribed"] == 2
+    assert set(subscribed(client)) == {"new@example.com", "User@example.com"} and unsubscribed(client) == []
+
+
+def test_an_export_has_who_is_subscribed_and_who_has_left_and_brings_both_to_another_account(linked):
+    service, client = linked
+    subscribe(client, "b@example.com", "@monthly", variables={"name": "=1+1", "number": -5, "state": "NY", "empty": ""})
+    subscribe(client, "+c@example.com", "@hourly", variables={"name": "'=x", "how": "'tis"})
+    leave(service, client, "link")
+    text, headers = export_csv(client)
+    assert headers["Content-Type"] == "text/csv; charset=utf-8"
+    assert headers["Content-Disposition"] == "attachment; filename*=UTF-8''news.csv"
+    rows = {row["userId"]: row for row in csv.DictReader(io.StringIO(text, newline=""))}
+    assert list(rows["user@example.com"]) == [
+        "userId", "state", "frequency", "at", "day", "timezone", "created", "last", "since", "how", "empty",
+        "variables.how", "name", "number", "variables.state"]
+    assert {name: value for name, value in rows["user@example.com"].items() if value} == {
+        "userId": "user@example.com", "state": "unsubscribed", "how": "link", "since": unsubscribed(client)[0]["since"]}
+    assert rows["b@example.com"]["name"] == "'=1+1" and rows["b@example.com"]["number"] == "'-5"
+    assert rows["'+c@example.com"]["name"] == "''=x"
+    other = service.client.sign_up()
+    define(other)
+    found = import_csv(other, text)
+    assert (found["subscribed"], found["left_out"], found["errors"]) == (2, 1, [])
+    assert subscribed(other) == {
+        "b@example.com": ("@monthly", {"name": "=1+1", "number": "-5", "state": "NY"}),
+        "+c@example.com": ("@hourly", {"name": "'=x", "how": "'tis"})}
+    assert [{**row, "account": ""} for row in unsubscribed(other)] == [
+        {**row, "account": ""} for row in unsubscribed(client)]
+    assert subscribe(other)["result"] == "left out: unsubscribed"
+
+
+def test_a_row_that_says_unsubscribed_neither_subscribes_nor_ends_a_subscription(client):
+    define(client)
+    subscribe(client, "stays@example.com")
+    text = "email,state,how\nStays@example.com,unsubscribed,x\nleft@example.com,Unsubscribed,x\nny@example.com,NY,x\n"
+    found = import_csv(client, text, frequency="@daily", again=True)
+    assert (found["subscribed"], found["left_out"]) == (1, 2)
+    assert set(subscribed(client)) == {"stays@example.com", "ny@example.com"}
+    assert subscribed(client)["ny@example.com"][1] == {"state": "NY", "how": "x"}
+    assert [(row["userId"], row["how"]) for row in unsubscribed(client)] == [("left@example.com", "task")]
+
+
+@pytest.fixture(scope="module")
+def bare_newsletters(redis_server):
+    """The Newsletters of a content type `news` of the account `app`, without a service."""
+    store = gomail.Store(redis_server.uri, f"{secrets.token_hex(4)}:")
+    accounts = gomail.Accounts(store, "s" * 32)
+    accounts.sign_up("app")
+    newsletters = gomail.Newsletters(store, zoneinfo.ZoneInfo("UTC"), accounts)
+    newsletters.create("app", "news", "News", "News")
+    return newsletters
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(people=strategies.dictionaries(
+    strategies.from_regex("[a-z0-9=+@'-]{1,9}", fullmatch=True).filter(lambda local: gomail.parse_address(
+        f"{local}@example.com")).map("{}@example.com".format),
+    strategies.tuples(strategies.sampled_from(gomail.FREQUENCIES), strategies.dictionaries(
+        strategies.from_regex(gomail.VARIABLE, fullmatch=True) | strategies.sampled_from(["userId", "how", "STATE"]),
+        (strategies.text() | strategies.from_regex("['=+@\t\r\n,;-]{1,4}x", fullmatch=True)).filter(
+            lambda text: text.strip() and "\0" not in text and not gomail.SURROGATES.search(text)), max_size=3)),
+    max_size=3), delimiter=strategies.sampled_from(",;\t"))
+def test_whatever_is_exported_is_safe_for_spreadsheets_and_comes_back_as_it_was(bare_newsletters, people, delimiter):
+    newsletters = bare_newsletters
+    newsletters.remove("app", "news")
+    newsletters.create("app", "news", "News", "News")
+    for address, (frequency, variables) in people.items():
+        newsletters.subscribe(gomail.Task("id", "app", "", "subscribe", "t", 0, {
+            "userId": address, "content_type": "news", "frequency": frequency, "variables": variables},
+            int(time.time() * 1e6)))
+
+    def known():
+        return sorted((item["userId"], item["frequency"], item["variables"])
+                      for item in newsletters.subscriptions("app", with_variables=True)[0])
+    before, text = known(), "".join(newsletters.export("app", "news"))
+    rows = [*csv.reader(io.StringIO(text, newline=""))]
+    assert not [cell for row in rows[1:] for cell in row if cell[:1] in {*"=+-@\t\r\n"} - {""}]
+    line = io.StringIO()
+    csv.writer(line, delimiter=delimiter).writerows(rows)
+    newsletters.remove("app", "news")
+    newsletters.create("app", "news", "News", "News")
+    file = gomail.SubscriberFile(io.StringIO(line.getvalue(), newline=""), {})
+    assert newsletters.take_rows("app", "news", file) == {"subscribed": len(people), "left_out": 0, "failed": 0}
+    assert known() == before == sorted((address, *found) for address, found in people.items())
 
 
 def test_a_boundary_missed_while_the_service_was_down_is_sent_once_and_late(services, mail_server, clock):
@@ -10726,7 +11074,7 @@ def test_an_account_learns_when_a_subscription_starts_and_ends(services, mail_se
     for _ in range(2):  # the second time only the frequency might change
         subscribe(client)
     client.state(client.task("unsubscribe", content_type="news", userId="User@example.com"), "succeeded")
-    subscribe(client)
+    subscribe(client, again=True)
     link = service.newsletters.link(name_of(client), "news", "user@example.com")
     service.newsletters.follow_link(link.rpartition("/")[2])
     until(lambda: len(receiver.events) == 4)
@@ -14220,6 +14568,49 @@ def test_lanes_are_paused_and_resumed_and_what_waits_is_cancelled_by_commands(op
     assert code == 0 and f"[{'#' * 30}] 2 of 2" in output and "2 tasks cancelled" in output
     assert command("resume", "normal")[0] == 0 and command("resume", "normal")[0] == 1  # a moment ago
     assert {client.get(f"/task/{task_id}")["state"] for task_id in ids} == {"cancelled"} and not mail_server.mails
+def test_subscribers_come_in_and_go_out_by_the_command_line(operated):
+    command, client = operated
+    define(client)
+    (command.folder / "people.csv").write_bytes(
+        "\ufeffE-Mail;name;frequency\r\na@example.com;Ann;\r\nno;x;\r\nb@example.com;Bob;@weekly\r\n".encode()
+        + b"c@example.com;\xff;\r\n")
+    arguments = ["import", "news", "people.csv", "--account", "app@example.com", "--frequency", "@daily"]
+    code, output, errors = command(*arguments)
+    assert (code, output) == (1, "2 subscribed, 0 left out because they had unsubscribed, 2 lines not taken\n")
+    assert errors.splitlines() == [
+        "people.csv, line 3: userId must be an e-mail address, such as user@example.com",
+        "people.csv, line 5: it is not UTF-8"]
+    assert subscribed(client) == {
+        "a@example.com": ("@daily", {"name": "Ann"}), "b@example.com": ("@weekly", {"name": "Bob"})}
+    client.state(client.task("unsubscribe", userId="a@example.com", content_type="news"), "succeeded")
+    code, exported, errors = command("export", "news", "--account", "app@example.com")
+    assert (code, errors) == (0, "") and exported == export_csv(client)[0].replace("\r\n", "\n")
+    assert command("export", "news", "out.csv", "--account", "app@example.com")[1] == "2 addresses are in out.csv\n"
+    assert (command.folder / "out.csv").read_bytes().decode() == export_csv(client)[0]
+    code, output, errors = command("import", "news", "-", "--account", "app@example.com", "--json", given=exported)
+    assert (code, errors) == (0, "") and json.loads(output) == {"subscribed": 1, "left_out": 1, "failed": 0}
+    assert command(*arguments, "--again")[1].startswith("2 subscribed, 0 left out")
+    code, output = command.at_terminal(*arguments)
+    assert code == 1 and f"[{'#' * 30}] 5 of 5" in output and "people.csv, line 5: it is not UTF-8" in output
+
+
+def test_an_import_or_export_that_cannot_be_done_is_said(operated):
+    command, client = operated
+    define(client)
+    (command.folder / "people.csv").write_text("email,frequency\na@example.com,@daily\n")
+    (command.folder / "bad.csv").write_text("name\na@example.com\n")
+    for arguments, code, words in (
+            ("import news people.csv --account who", 1, "there is no account who; `accounts` lists them"),
+            ("import other people.csv --account app@example.com", 1, "content_type does not exist"),
+            ("import news none.csv --account app@example.com", 2, "none.csv cannot be read: No such file"),
+            ("import news bad.csv --account app@example.com", 2, "bad.csv must begin with a header line"),
+            ("import news people.csv --account app@example.com --frequency often", 2, "--frequency must be one of @"),
+            ("export other --account app@example.com", 1, "content_type does not exist"),
+            ("export news --account who", 1, "there is no account who"),
+            ("export news none/out.csv --account app@example.com", 1, "none/out.csv cannot be written")):
+        found, output, errors = command(*arguments.split())
+        assert (found, output) == (code, "") and words in errors, arguments
+    assert subscribed(client) == {}
 
 
 def test_what_takes_long_shows_at_a_terminal_how_far_it_has_come(operated, mail_server):
