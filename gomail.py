@@ -3048,7 +3048,7 @@ class TimeZone(Check):
     """An IANA time zone that this machine knows."""
 
     expected = "an IANA time zone, such as Europe/Berlin"
-    schema: typing.ClassVar[Json] = {"type": "string", "maxLength": 64}
+    schema = {"type": "string", "maxLength": 64}
     known = staticmethod(functools.lru_cache(zoneinfo.available_timezones))  # it reads some hundred files
 
     def parse(self, value: str) -> str | None:
@@ -3067,8 +3067,7 @@ class Day(Check):
 
     types = (str, int)
     expected = f"one of {', '.join(WEEKDAYS)} with the frequency @weekly, or a whole number from 1 to 31 with @monthly"
-    schema: typing.ClassVar[Json] = {
-        "anyOf": [{"enum": list(WEEKDAYS)}, {"type": "integer", "minimum": 1, "maximum": 31}]}
+    schema = {"anyOf": [{"enum": list(WEEKDAYS)}, {"type": "integer", "minimum": 1, "maximum": 31}]}
 
     def parse(self, value: str | int) -> str | int | None:
         return value if value in WEEKDAYS or isinstance(value, int) and 1 <= value <= 31 else None
@@ -7716,15 +7715,18 @@ class Newsletters:
 
     def _last_issues(self, found: "Sequence[tuple[str, str, str | None]]") -> "list[Json | None]":
         """What (account, content type, field of `got`) stands for: {"time", "issue", "subject"}, or None."""
-        digests = [(owner, name, *got.split()) if got else None for owner, name, got in found]
+        sought = list(dict.fromkeys((owner, name, got.split()[0]) for owner, name, got in found if got))
         with self.store.redis.pipeline(transaction=False) as pipeline:
-            sought = {known[:3]: None for known in digests if known}
             for owner, name, digest in sought:
                 pipeline.hget(self.store.key("issues", name, owner), digest)
             heads = dict(zip(sought, pipeline.execute()))
-        return [known and {"time": timestamp(1000 * int(known[3])), "issue": known[2],
-                           "subject": json.loads(heads[known[:3]])["subject"] if heads[known[:3]] else None}
-                for known in digests]
+        lasts: list[Json | None] = []
+        for owner, name, got in found:
+            digest, _, moment = (got or "").partition(" ")
+            head = heads.get((owner, name, digest))
+            lasts.append({"time": timestamp(1000 * int(moment)), "issue": digest,
+                          "subject": json.loads(head)["subject"] if head else None} if got else None)
+        return lasts
 
     def scheduled(self) -> int:
         """How many subscriptions are in the schedule. Those of a removed content type stay until they would be due."""
@@ -8272,20 +8274,21 @@ class Newsletters:
 
     def _next_two(self, known: str, now: float) -> tuple[int, int]:
         """The next boundary of a calendar, and the one after it. What was found is kept while it is right."""
-        since, *found = self._found.get(known, (math.inf, 0, 0))
-        if not since <= now < found[0]:
+        since, boundary, following = self._found.get(known, (math.inf, 0, 0))
+        if not since <= now < boundary:
             frequency, at, day, timezone = [*known.split(" "), "-", "-", "-"][:4]
             zone = self.zone
             if timezone != "-":
                 with contextlib.suppress(zoneinfo.ZoneInfoNotFoundError):  # restored where the time zones are older
                     zone = zoneinfo.ZoneInfo(timezone)
-            own = {"at": at if at != "-" else "00:00", "day": int(day) if day.isdigit() else day.strip("-") or None}
-            boundary = next_boundary(frequency, now, zone, **own)
-            found = [boundary, next_boundary(frequency, boundary, zone, **own)]
+            after = functools.partial(next_boundary, frequency, zone=zone, at="00:00" if at == "-" else at,
+                                      day=int(day) if day.isdigit() else None if day == "-" else day)
+            boundary = after(now)
+            following = after(boundary)
             if len(self._found) > 1000:
                 self._found.clear()
-            self._found[known] = (now, *found)
-        return found[0], found[1]
+            self._found[known] = now, boundary, following
+        return boundary, following
 
 
 # --- 14. bounces ----------------------------------------------------------------------------------------
