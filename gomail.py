@@ -3067,7 +3067,7 @@ class TimeZone(Check):
     """An IANA time zone that this machine knows."""
 
     expected = "an IANA time zone, such as Europe/Berlin"
-    schema: Json = {"type": "string", "maxLength": 64}  # noqa: RUF012
+    schema = {"type": "string", "maxLength": 64}
     known = staticmethod(functools.lru_cache(zoneinfo.available_timezones))  # it reads some hundred files
 
     def parse(self, value: str) -> str | None:
@@ -3086,8 +3086,7 @@ class Day(Check):
 
     types = (str, int)
     expected = f"one of {', '.join(WEEKDAYS)} with the frequency @weekly, or a whole number from 1 to 31 with @monthly"
-    schema: Json = {  # noqa: RUF012
-        "anyOf": [{"enum": list(WEEKDAYS)}, {"type": "integer", "minimum": 1, "maximum": 31}]}
+    schema = {"anyOf": [{"enum": list(WEEKDAYS)}, {"type": "integer", "minimum": 1, "maximum": 31}]}
 
     def parse(self, value: str | int) -> str | int | None:
         return value if value in WEEKDAYS or isinstance(value, int) and 1 <= value <= 31 else None
@@ -8123,14 +8122,14 @@ class Newsletters:
 
     def _last_issues(self, found: "Sequence[tuple[str, str, str | None]]") -> "list[Json | None]":
         """What (account, content type, field of `got`) stands for: {"time", "issue", "subject"}, or None."""
-        sought = dict.fromkeys((owner, name, got.split()[0]) for owner, name, got in found if got)
+        sought = list(dict.fromkeys((owner, name, got.split()[0]) for owner, name, got in found if got))
         with self.store.redis.pipeline(transaction=False) as pipeline:
             for owner, name, digest in sought:
                 pipeline.hget(self.store.key("issues", name, owner), digest)
             heads = dict(zip(sought, pipeline.execute()))
         lasts: list[Json | None] = []
         for owner, name, got in found:
-            digest, moment = got.split() if got else ("", "")
+            digest, _, moment = (got or "").partition(" ")
             head = heads.get((owner, name, digest))
             lasts.append({"time": timestamp(1000 * int(moment)), "issue": digest,
                           "subject": json.loads(head)["subject"] if head else None} if got else None)
@@ -8847,20 +8846,21 @@ class Newsletters:
 
     def _next_two(self, known: str, now: float) -> tuple[int, int]:
         """The next boundary of a calendar, and the one after it. What was found is kept while it is right."""
-        since, first, second = self._found.get(known, (math.inf, 0, 0))
-        if not since <= now < first:
+        since, boundary, following = self._found.get(known, (math.inf, 0, 0))
+        if not since <= now < boundary:
             frequency, at, day, timezone = [*known.split(" "), "-", "-", "-"][:4]
             zone = self.zone
             if timezone != "-":
                 with contextlib.suppress(zoneinfo.ZoneInfoNotFoundError):  # restored where the time zones are older
                     zone = zoneinfo.ZoneInfo(timezone)
-            at, own_day = at if at != "-" else "00:00", int(day) if day.isdigit() else day.strip("-") or None
-            first = next_boundary(frequency, now, zone, at, own_day)
-            second = next_boundary(frequency, first, zone, at, own_day)
+            after = functools.partial(next_boundary, frequency, zone=zone, at="00:00" if at == "-" else at,
+                                      day=int(day) if day.isdigit() else None if day == "-" else day)
+            boundary = after(now)
+            following = after(boundary)
             if len(self._found) > 1000:
                 self._found.clear()
-            self._found[known] = (now, first, second)
-        return first, second
+            self._found[known] = now, boundary, following
+        return boundary, following
 
 
 # --- 14. bounces ----------------------------------------------------------------------------------------
