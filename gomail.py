@@ -189,7 +189,8 @@ MIN_TOKEN_LENGTH = 16  # of admin_token, beyond loopback
 VARIABLE = "[A-Za-z_][A-Za-z0-9_]{0,63}"
 ONE_LINE = r"[^\x00-\x1f\x7f-\x9f\u2028\u2029]"  # some mailers break a header at the last two, Unicode's line ends
 LINE = "on one line, without control characters"
-PLACEHOLDER = re.compile(rf"\{{\{{ *({VARIABLE}) *\}}\}}")  # {{ name }}, see fill_template()
+# {{ name }} or {{ name | default: "text" }}: the name, and the default in its quotes; see fill_template().
+PLACEHOLDER = re.compile(rf"""\{{\{{ *({VARIABLE}) *(?:\| *default *: *("[^"{{}}\r\n]*"|'[^'{{}}\r\n]*') *)?\}}\}}""")
 
 # A placeholder, or, as the group `wrong`, a malformed one. The outer braces of {{{ name }}} are text.
 BRACES = re.compile(rf"{PLACEHOLDER.pattern}"
@@ -333,10 +334,10 @@ class Settings:
         if self.public_url and not re.fullmatch(r"https?://[!-;=?-~]+", self.public_url):
             raise self._wrong("public_url", "is not a URL such as https://mail.example.com")
         for name in ("otp_subject", "otp_content"):
-            if unknown := set(PLACEHOLDER.findall(getattr(self, name))) - {"otp", "minutes"}:
+            if unknown := placeholder_names(getattr(self, name)) - {"otp", "minutes"}:
                 raise StartError(f"{name}: {{{{ {min(unknown)} }}}} is not known, expected "
                                  "{{ otp }} or {{ minutes }}")
-        if self.otp_content and "otp" not in PLACEHOLDER.findall(self.otp_content):
+        if self.otp_content and "otp" not in placeholder_names(self.otp_content):
             raise StartError("otp_content: must hold {{ otp }}")
         for name in split_list(self.allowed_hosts):
             if parse_host(name) is None or parse_host(f"{name}:80") is None:
@@ -522,6 +523,11 @@ def warnings_about(settings: Settings, environment: Mapping[str, str]) -> list[s
         warnings.append(f"workers is {settings.workers}, but smtp_connections {settings.smtp_connections}: the other "
                         "workers of a lane wait for a connection")
     return warnings
+
+
+def placeholder_names(text: str, with_default: bool = True) -> set[str]:
+    """The variables that a template names; without `with_default` only those that it cannot be filled without."""
+    return {place[1] for place in PLACEHOLDER.finditer(text) if with_default or not place[2]}
 
 
 def malformed_placeholders(text: str) -> str:
@@ -1072,7 +1078,8 @@ def start_logging(settings: Settings) -> None:
 #   otp_requests:<account>          string  number of OTP requests in this minute
 #
 #   hooks                           hash    account, "" for the admin -> its webhook, see Webhooks.set()
-#   content:<account>               hash    content type -> {"subject", "content"}
+#   content:<account>               hash    content type -> {"subject", "content", "resend", "defaults"}, see
+#                                           Newsletters._body()
 #   subscribers:<type>:<account>    hash    address -> {"userId", "frequency", "retries", "created", "variables"}
 #   issued:<type>:<account>         hash    address -> id of the task of the newest newsletter
 #   unsubscribed:<type>:<address>:<account>  string  time of the request (us); a subscribe that is older has no effect
@@ -2054,6 +2061,11 @@ def is_html(content: str) -> bool:
     return MARKUP.search(content) is not None
 
 
+def with_defaults(variables: Mapping[str, Any], defaults: Mapping[str, Any]) -> Json:
+    """Variables, with a default for each that is missing or empty."""
+    return {**defaults, **{name: value for name, value in variables.items() if value != "" or name not in defaults}}
+
+
 class TooLarge(ValueError):
     """A result would have `size` bytes, which is more than allowed."""
 
@@ -2066,34 +2078,42 @@ def fill_template(template: str, variables: Mapping[str, Any], escape: bool = Fa
                   max_size: float = math.inf) -> str:
     """`template` with each `{{ name }}` replaced by the variable of that name. Nothing in it is ever evaluated.
 
-    A name is a letter or `_`, then letters, digits or `_`; spaces around it are ignored.
+    A name is a letter or `_`, then letters, digits or `_`; spaces around it are ignored. Where the variable is missing
+    or empty, `{{ name | default: "text" }}` becomes the text.
 
     Args:
         variables: name -> string or number.
-        escape: escape the values for HTML.
-        keep_unknown: leave placeholders without a variable as they are.
+        escape: escape the values and the defaults for HTML.
+        keep_unknown: leave placeholders with neither a variable nor a default as they are.
         max_size: bytes that the result may have: a short template can repeat a long value many times.
 
     Raises:
         KeyError: there is no variable of that name.
         TooLarge: the result would be larger; it was not made.
     """
-    places = [place for place in PLACEHOLDER.finditer(template) if not keep_unknown or place[1] in variables]
-    values = {name: str(variables[name]) for name in {place[1] for place in places}}
-    if escape:
-        values = {name: html.escape(value) for name, value in values.items()}
-    sizes = {name: len(value.encode()) for name, value in values.items()}
-    size = len(template.encode()) + sum(sizes[place[1]] - len(place[0]) for place in places)
+    values: dict[str, str] = {}  # placeholder -> what takes its place
+    size = len(template.encode())
+    for place in PLACEHOLDER.finditer(template):
+        placeholder, name, default = place[0], place[1], place[2]
+        if placeholder not in values:
+            if default and variables.get(name, "") == "":
+                value = default[1:-1]
+            elif name in variables or not keep_unknown:
+                value = str(variables[name])
+            else:
+                continue
+            values[placeholder] = html.escape(value) if escape else value
+        size += len(values[placeholder].encode()) - len(placeholder.encode())
     if size > max_size:
         raise TooLarge(size)
-    return PLACEHOLDER.sub(lambda place: values.get(place[1], place[0]), template)
+    return PLACEHOLDER.sub(lambda place: values.get(place[0], place[0]), template)
 
 
 def check_placeholders(text: str, field: str) -> None:
     """Raise HTTPError (400) for a `{{` that begins no placeholder: fill_template() would leave it as it is."""
     if malformed := malformed_placeholders(text):
         raise HTTPError(400, f"{field} has {malformed}, expected {{{{ name }}}}: a letter or _, then up to 63 letters, "
-                        "digits or _, in two braces on each side", field)
+                        "digits or _, in two braces on each side; or {{ name | default: \"text\" }}", field)
 
 
 class Check:
@@ -3145,7 +3165,13 @@ class NamedText(typing.NamedTuple):
     content_type: str
     subject: str = ""
     content: str = ""
+    defaults: Mapping[str, Any] = {}
     is_left_out: bool = False  # those that were sought together are too large
+
+    @classmethod
+    def of(cls, content_type: str, body: Json) -> "NamedText":
+        """The content type whose body this is."""
+        return cls(content_type, body["subject"], body["content"], body.get("defaults", {}))
 
 
 def text_name(task: Json) -> TextName | None:
@@ -3201,7 +3227,7 @@ def insert_text(task: Json, path: str, texts: Mapping[TextName, NamedText | None
     if text.is_left_out:
         raise HTTPError(413, f"{field}: the content types that the tasks name are too large together; send fewer "
                         "tasks at once", field)
-    if task["type"] == "generateOtp" and "otp" not in PLACEHOLDER.findall(text.subject + text.content):
+    if task["type"] == "generateOtp" and "otp" not in placeholder_names(text.subject + text.content):
         raise HTTPError(400, f"{field} must name a content type with {{{{ otp }}}}, and {text.content_type} has none",
                         field)
     del payload["content_type"]
@@ -3240,6 +3266,10 @@ def fill_message(task: Json, path: str, max_size: int, texts: Mapping[TextName, 
     if taken := trial.keys() & variables.keys():
         variable = f"{path}.variables.{min(taken)}"
         raise HTTPError(400, f"{variable} must be left out: it is that of the OTP", variable)
+    if source and source.defaults:
+        variables = with_defaults(variables, source.defaults)
+        if is_otp:
+            payload["variables"] = variables
     for part, check in (("subject", SUBJECT), ("text", CONTENT), ("content", CONTENT)):
         if part not in payload:
             continue
@@ -7443,21 +7473,31 @@ class Newsletters:
     """
 
     def create(self, account: str, content_type: str, subject: str, content: str,
-               request: str | IdempotentRequest = "") -> None:
-        """Define a content type. `request` is that of Script. Raises HTTPError: 409, it exists; 422, see Script."""
-        if not self._define(self._keys(account, content_type), [content_type, self._body(subject, content), 0],
-                            request):
+               request: str | IdempotentRequest = "", **more: Any) -> None:
+        """Define a content type; `more` is what else _body() takes. `request` is that of Script.
+
+        Raises HTTPError: 409, it exists; 422, see Script.
+        """
+        body = self._body(subject, content, **more)
+        if not self._define(self._keys(account, content_type), [content_type, body, 0], request):
             raise HTTPError(409, "content_type exists already; PUT updates it", "content_type")
 
-    def update(self, account: str, content_type: str, subject: str, content: str) -> None:
-        """Replace subject and content of a content type. Raises HTTPError (404) if it does not exist."""
-        if not self._define(self._keys(account, content_type), [content_type, self._body(subject, content), 1]):
+    def update(self, account: str, content_type: str, subject: str, content: str, **more: Any) -> None:
+        """Replace all that a content type has, see create(). Raises HTTPError (404) if it does not exist."""
+        body = self._body(subject, content, **more)
+        if not self._define(self._keys(account, content_type), [content_type, body, 1]):
             raise self._unknown()
 
     @staticmethod
-    def _body(subject: str, content: str) -> str:
-        """A content type as Redis keeps it. HEADS relies on the order and the spaces."""
-        return json.dumps({"subject": subject, "content": content})
+    def _body(subject: str, content: str, resend: bool = True, defaults: Mapping[str, Any] | None = None) -> str:
+        """A content type as Redis keeps it. HEADS relies on the order and the spaces.
+
+        Args:
+            resend: whether a subscriber gets the same text again.
+            defaults: the variables of who has none of that name, or an empty one.
+        """
+        return json.dumps({"subject": subject, "content": content, **({} if resend else {"resend": False}),
+                           **({"defaults": defaults} if defaults else {})})
 
     @staticmethod
     def _unknown() -> HTTPError:
@@ -7480,12 +7520,16 @@ class Newsletters:
             raise self._unknown()
 
     def read(self, account: str, content_type: str) -> Json:
-        """{"content_type", "subject", "content", "subscribers": how many}. Raises HTTPError (404)."""
+        """{"content_type", "subject", "content", "resend", "defaults", "subscribers": how many}.
+
+        Raises HTTPError (404).
+        """
         body = self.store.redis.hget(self.store.key("content", account), content_type)
         if body is None:
             raise self._unknown()
         subscribers = self.store.redis.hlen(self.store.key("subscribers", content_type, account))
-        return {"content_type": content_type, **json.loads(body), "subscribers": subscribers}
+        return {"content_type": content_type, "resend": True, "defaults": {}, **json.loads(body),
+                "subscribers": subscribers}
 
     # KEYS: the prefix.
     # ARGV: account, content type; and so on.
@@ -7547,7 +7591,7 @@ class Newsletters:
             args += [len(sought), *sought]
         answers = self._texts(keys=[self.store.key("content", account)], args=args)
         return {name: None if not answer else NamedText(answer[0], is_left_out=True) if len(answer) == 1
-                else NamedText(answer[0], **json.loads(answer[1])) for name, answer in zip(names, answers)}
+                else NamedText.of(answer[0], json.loads(answer[1])) for name, answer in zip(names, answers)}
 
     def _content_types(self, account: str = "") -> list[tuple[str, str]]:
         """(account, content type) for the content types of an account or of all, by name."""
@@ -7739,12 +7783,12 @@ class Newsletters:
             body, subscription = pipeline.execute()
         if not body or not subscription:
             raise CancelledError("no longer subscribed")
-        body, own = json.loads(body), json.loads(subscription).get("variables")
+        body, own = json.loads(body), json.loads(subscription).get("variables", {})
         url = self.link(task.account, content_type, address)
-        variables = {**(own or {}), "email": address, **({"unsubscribe_url": url} if url else {})}
+        variables = self._variables(body, own, address, url)
         try:
             subject, content = (
-                fill_template(text, variables, escape, own is None, self.max_size)
+                fill_template(text, variables, escape, max_size=self.max_size)
                 for text, escape in ((body["subject"], False), (body["content"], is_html(body["content"]))))
         except KeyError as error:
             raise PermanentError(f"the subscription has no variable {error.args[0]!r}") from None
@@ -7752,6 +7796,12 @@ class Newsletters:
             raise PermanentError(f"with the subscription's variables the mail would have {error.size} bytes, and may "
                                  f"have {self.max_size} (max_body)") from None
         return self.CONTROLS.sub(" ", subject), content, self._headers(content_type, url) if url else ()
+
+    @staticmethod
+    def _variables(body: Json, own: Mapping[str, Any], address: str, url: str) -> Json:
+        """What fills a content type for one reader, whose variables `own` are. `url` is her link, or ""."""
+        return {**with_defaults(own, body.get("defaults", {})), "email": address,
+                **({"unsubscribe_url": url} if url else {})}
 
     def _headers(self, content_type: str, url: str) -> tuple[tuple[str, str], ...]:
         """Headers by which mailers recognise the newsletter (RFC 2919) and unsubscribe (RFC 2369, RFC 8058)."""
@@ -10255,7 +10305,8 @@ class Otp(String):
 
 ID = Object({"id": String(254, ONE_LINE, LINE)})  # older versions allowed more names than NEW_ID does
 NEW_ID = Object({"id": AccountName()})
-DEFINITION = Object({"content_type": CONTENT_TYPE, "subject": SUBJECT_TEMPLATE, "content": CONTENT_TEMPLATE})
+DEFINITION = Object({"content_type": CONTENT_TYPE, "subject": SUBJECT_TEMPLATE, "content": CONTENT_TEMPLATE,
+                     "resend": Nullable(Boolean()), "defaults": Nullable(Variables())})
 VERIFICATION = Object({"userEmail": Address(), "otp": Otp(), "purpose": Nullable(PURPOSE)})
 BATCH = Object({"tasks": Array(AnyValue(), 1000, 1)})  # the handler checks and answers each task by itself
 RECIPIENT = Object({"userId": Address()})
@@ -10276,7 +10327,8 @@ SUBSCRIPTIONS = {"content_type": CONTENT_TYPE, "userId": Address(), "cursor": CU
 
 QUEUED, COUNTED, CHANGED = {**DONE, "id": str}, {**DONE, "count": int}, {**DONE, "changed": int}
 STRICT, TASK_QUEUED = {"strict": Boolean()}, {**QUEUED, "ignored?": list}
-CONTENT_ANSWER = {"status": bool, "content_type": str, "subject": str, "content": str, "subscribers": int, "view": str}
+CONTENT_ANSWER = {"status": bool, "content_type": str, "subject": str, "content": str, "resend": bool, "defaults": dict,
+                  "subscribers": int, "view": str}
 TASK_ANSWER = {"status": bool, "id": str, "task": str, "type": str, "userId": str, "state": str, "attempts": int,
                "retries": int, "error": (str, None), "created": str, "story": list}
 PART_ANSWER = {"status": bool, "total": int, "offset": int, "limit": int}

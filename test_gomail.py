@@ -3062,7 +3062,11 @@ MALFORMED = {  # text -> what the error says of it
     **{text: text for text in (
         "{{ a.b }}", "{{ a|upper }}", "{{ }}", "{{}}", "{{ name", "{{ 2x }}", "{{ n\u00e4me }}")},
     "{{ name }": "{{ name", "{{\tname }}": r"{{\tname }}", "{{ {name} }}": "{{", "{{{{ name }}}}": "{{",
-    "{{ %s }}" % ("a" * 65): "{{ aaa"}
+    "{{ %s }}" % ("a" * 65): "{{ aaa",
+    **{text: text for text in (
+        "{{ a | default }}", "{{ a | default: x }}", "{{ a | default: 'x\" }}", "{{ a | upper: 'x' }}",
+        "{{ a | default: 'x' | default: 'y' }}")},
+    "{{ a | default: '{{ b }}' }}": "{{ a | default: '", "{{ a | default: 'x\ny' }}": "{{ a | default: 'x"}
 
 
 @pytest.mark.parametrize("field", ["subject", "text", "content"])
@@ -3095,7 +3099,8 @@ def test_a_malformed_placeholder_of_a_newsletter_is_refused_where_it_is_defined(
 
 @hypothesis.settings(deadline=None, max_examples=300)
 @hypothesis.given(strategies.lists(strategies.one_of(strategies.text(max_size=4), strategies.sampled_from(
-    ["{", "}", "{{", "}}", "{{ a }}", "{{a}}", " ", "a", "{{ a.b }}", "\n"])), max_size=12).map("".join))
+    ["{", "}", "{{", "}}", "{{ a }}", "{{a}}", " ", "a", "{{ a.b }}", "\n", "{{ a | default: \"x\" }}", "|", "default:",
+     "'", '"'])), max_size=12).map("".join))
 def test_two_braces_are_malformed_wherever_they_neither_belong_to_a_placeholder_nor_stand_around_one(text):
     places = [found.span() for found in gomail.PLACEHOLDER.finditer(text)]
     wrong = [at for at in range(len(text)) if text.startswith("{{", at)
@@ -3171,7 +3176,8 @@ def test_a_moment_at_the_edge_of_the_calendar_is_refused_or_means_now(text):
 
 NAMES = strategies.sampled_from(["a", "b", "_c"])
 PIECES = strategies.lists(strategies.one_of(
-    strategies.text(max_size=8), NAMES.map("{{{{ {} }}}}".format), NAMES.map("{{{{{}}}}}".format)),
+    strategies.text(max_size=8), NAMES.map("{{{{ {} }}}}".format), NAMES.map("{{{{{}}}}}".format),
+    NAMES.map("{{{{ {} | default: \"d>\" }}}}".format), NAMES.map("{{{{{}|default:''}}}}".format)),
     max_size=12).map("".join)
 VALUES = strategies.one_of(strategies.text(max_size=20), strategies.integers(), strategies.floats())
 
@@ -3183,8 +3189,13 @@ def test_a_text_is_filled_where_it_stays_within_its_bound_and_else_not_even_made
     template, variables = template.encode(errors="ignore").decode(), {
         name: value.encode(errors="ignore").decode() if isinstance(value, str) else value
         for name, value in variables.items()}
-    whole = re.sub(gomail.PLACEHOLDER, lambda found: (html.escape if escape else str)(str(variables.get(found[1], "")))
-                   if found[1] in variables else found[0], template)
+
+    def fill(found):
+        value, default = variables.get(found[1], ""), found[2]
+        if default and value == "":
+            value = default.strip("'\"")
+        return found[0] if found[1] not in variables and not default else (html.escape if escape else str)(str(value))
+    whole = re.sub(gomail.PLACEHOLDER, fill, template)
     try:
         assert gomail.fill_template(template, variables, escape, keep_unknown=True, max_size=most) == whole
     except gomail.TooLarge as error:
@@ -8625,14 +8636,53 @@ def test_the_longest_names_of_account_content_type_and_address_give_links_that_w
     assert status == 200 and len(headers["Set-Cookie"]) < 4096  # what browsers keep
 
 
-def test_without_public_url_a_newsletter_has_no_link_and_unknown_names_stay(dated, mail_server, clock):
+def test_without_public_url_a_newsletter_has_no_link_but_that_of_the_subscription(dated, mail_server, clock):
     _, client = dated
-    define(client, content="{{ email }} {{ unsubscribe_url }} {{ name }}")
-    subscribe(client)
+    define(client, content="{{ email }} {{ unsubscribe_url }}")
+    subscribe(client, variables={"unsubscribe_url": "https://app.example.com/leave"})
     clock.forward(86400)
     message = mail_server.one("user@example.com")
     assert ("List-Unsubscribe" not in message
-            and text_of(message) == "user@example.com {{ unsubscribe_url }} {{ name }}\n")
+            and text_of(message) == "user@example.com https://app.example.com/leave\n")
+
+
+def test_a_content_types_defaults_fill_what_a_subscription_lacks_and_end_with_the_next_put(dated, mail_server, clock):
+    _, client = dated
+    path, news = "/task/subscriptionContent", {
+        "content_type": "news", "subject": "Hi {{ name }}", "content": "<p>{{ name }}, {{ city | default: 'R&D' }}</p>"}
+    client.post(path, {**news, "resend": False, "defaults": {"name": "reader <3"}})
+    found = client.get(f"{path}/news")
+    assert (found["resend"], found["defaults"]) == (False, {"name": "reader <3"})
+    for number, variables in enumerate(({}, {"name": "", "city": ""}, {"name": "Ann", "city": "Rome"})):
+        subscribe(client, f"user{number}@example.com", variables=variables)
+    clock.forward(86400)
+    until(lambda: len(mail_server.mails) == 3)
+    for number, (subject, content) in enumerate([
+            ("Hi reader <3", "<p>reader &lt;3, R&amp;D</p>")] * 2 + [("Hi Ann", "<p>Ann, Rome</p>")]):
+        message = mail_server.one(f"user{number}@example.com")
+        assert (message["Subject"], message.get_body(("html",)).get_content().strip()) == (subject, content)
+    assert client("PUT", path, news)[0] == 200
+    found = client.get(f"{path}/news")
+    assert (found["resend"], found["defaults"]) == (True, {})
+
+
+@pytest.mark.parametrize("field, value", [("resend", "no"), ("defaults", ["name"]), ("defaults", {"a b": "x"})])
+def test_a_wrong_resend_or_default_is_refused_by_its_field(client, field, value):
+    body = {"content_type": "news", "subject": "S", "content": "C", field: value}
+    for method in ("POST", "PUT"):
+        status, answer, _ = client(method, "/task/subscriptionContent", body)
+        assert status == 400 and answer["field"] == field
+
+
+def test_the_defaults_of_a_content_type_fill_the_messages_and_otps_that_name_it(client, mail_server):
+    client.post("/task/subscriptionContent", {"content_type": "Login", "subject": "{{ app }}: {{ otp | default: 'x' }}",
+                                              "content": "{{ app }}", "defaults": {"app": "Example", "otp": "none"}})
+    for kind, address, subject in (("message", "a@example.com", "Example: none"),
+                                   ("generateOtp", "b@example.com", r"Example: \d{6}")):
+        client.state(client.task(kind, userId=address, content_type="Login", subject=None, content=None, length=6),
+                     "succeeded")
+        message = mail_server.one(address)
+        assert re.fullmatch(subject, message["Subject"]) and text_of(message) == "Example\n"
 
 
 def test_a_subscription_whose_variables_lack_one_that_the_content_names_makes_a_dead_letter(dated, clock):
@@ -11430,10 +11480,12 @@ def test_content_types_are_created_updated_read_listed_and_removed(client):
     assert client("PUT", path, {**body, "subject": "S2"})[:2] == (
         200, {"status": True, "msg": "Content Type updated successfully"})
     assert client("PUT", path, {**body, "content_type": "other"})[0] == 404
-    one = {"content_type": "Weekly Lettér", "subject": "S2", "content": "C", "subscribers": 0}
+    one = {"content_type": "Weekly Lettér", "subject": "S2", "content": "C", "resend": True, "defaults": {},
+           "subscribers": 0}
     found = client.get(path + "/Weekly%20Lett%C3%A9r")
     assert found.pop("view") and found == {"status": True, **one}
-    one.pop("content")
+    for name in ("content", "resend", "defaults"):
+        one.pop(name)
     assert client.get(path)["contentTypes"] == [one]
     assert client("DELETE", path + "/Weekly%20Lett%C3%A9r")[0] == 200
     assert client("GET", path + "/Weekly%20Lett%C3%A9r")[0] == 404
