@@ -3102,8 +3102,7 @@ PAYLOADS = {
                             "from": Nullable(Sender()), "lane": Nullable(LANE), "headers": Nullable(Headers()),
                             "metadata": Nullable(Metadata())}),
     "generateOtp": MailPayload({"userId": Address(), "length": Integer(4, 8), "purpose": Nullable(PURPOSE),
-                                "variables": Absent(MailPayload.NEEDS_CONTENT_TYPE),
-                                "locale": Absent(MailPayload.NEEDS_CONTENT_TYPE),
+                                "variables": Absent(MailPayload.NEEDS_CONTENT_TYPE), "locale": Nullable(LOCALE),
                                 "from": Nullable(Sender()), "lane": Nullable(LANE), "metadata": Nullable(Metadata())}),
     "subscribe": Object({"userId": Address(), "frequency": Enum(FREQUENCIES), "content_type": CONTENT_TYPE,
                          "subject": Nullable(SUBJECT_TEMPLATE), "content": Nullable(CONTENT_TEMPLATE),
@@ -5985,6 +5984,149 @@ def pack(pieces: list, room: int, further_room: int = 0) -> list:
     return packed
 
 
+# What GoMail itself says to readers: language -> page or mail -> its title, its text, the label of its button, and what
+# stands below that; a page without a label has no button. `minutes` are one of them, and several.
+READER_TEXTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "en": {
+        "unsubscribe": ("Unsubscribe", "Do you want no more mails of “{content_type}” at {address}?", "Unsubscribe"),
+        "unsubscribed": ("You are unsubscribed", "{address} gets no more mails of “{content_type}”.",
+                         "Subscribe again"),
+        "confirm": ("Confirm your subscription", "Do you want to get “{content_type}” at {address}?", "Subscribe"),
+        "subscribed": ("You are subscribed", "{address} will get “{content_type}”."),
+        "not_valid": ("This link is not valid", "Perhaps it was cut off. Please open it from the mail again, or copy "
+                      "all of it."),
+        "over": ("This link has been used or has expired", "If you still want these mails, please subscribe again."),
+        "later": ("Please try again in a moment", "The link could not be opened just now."),
+        "confirm_mail": ("Please confirm your subscription", "Somebody, probably you, wants “{content_type}” to be "
+                         "sent to {address}.", "Confirm", "The link is valid for 7 days. If it was not you, you can "
+                         "ignore this mail."),
+        "otp": ("Your verification code", "Your verification code is", "", "It expires in {minutes}. If you did not "
+                "ask for it, you can ignore this mail."),
+        "minutes": ("{number} minute", "{number} minutes")},
+    "de": {
+        "unsubscribe": ("Abmelden", "Möchten Sie „{content_type}“ an {address} nicht mehr erhalten?", "Abmelden"),
+        "unsubscribed": ("Sie sind abgemeldet", "{address} erhält „{content_type}“ nicht mehr.", "Wieder anmelden"),
+        "confirm": ("Bestätigen Sie Ihre Anmeldung", "Möchten Sie „{content_type}“ an {address} erhalten?",
+                    "Anmelden"),
+        "subscribed": ("Sie sind angemeldet", "{address} erhält von nun an „{content_type}“."),
+        "not_valid": ("Dieser Link ist ungültig", "Vielleicht wurde er abgeschnitten. Bitte öffnen Sie ihn noch "
+                      "einmal aus der Mail, oder kopieren Sie ihn ganz."),
+        "over": ("Dieser Link wurde schon benutzt oder ist abgelaufen", "Wenn Sie diese Mails noch erhalten möchten, "
+                 "melden Sie sich bitte wieder an."),
+        "later": ("Bitte versuchen Sie es gleich noch einmal", "Der Link ließ sich gerade nicht öffnen."),
+        "confirm_mail": ("Bitte bestätigen Sie Ihre Anmeldung", "Jemand, wahrscheinlich Sie, möchte „{content_type}“ "
+                         "an {address} erhalten.", "Bestätigen", "Der Link gilt 7 Tage. Falls Sie es nicht waren, "
+                         "können Sie diese Mail ignorieren."),
+        "otp": ("Ihr Bestätigungscode", "Ihr Bestätigungscode lautet", "", "Er läuft in {minutes} ab. Falls Sie ihn "
+                "nicht angefordert haben, können Sie diese Mail ignorieren."),
+        "minutes": ("{number} Minute", "{number} Minuten")},
+    "fr": {
+        "unsubscribe": ("Se désabonner", "Ne plus recevoir « {content_type} » à l’adresse {address} ?",
+                        "Se désabonner"),
+        "unsubscribed": ("Vous êtes désabonné(e)", "{address} ne recevra plus « {content_type} ».", "Se réabonner"),
+        "confirm": ("Confirmez votre abonnement", "Voulez-vous recevoir « {content_type} » à l’adresse {address} ?",
+                    "S’abonner"),
+        "subscribed": ("Vous êtes abonné(e)", "{address} recevra « {content_type} »."),
+        "not_valid": ("Ce lien n’est pas valable", "Il a peut-être été coupé. Veuillez l’ouvrir à nouveau depuis le "
+                      "message, ou le copier en entier."),
+        "over": ("Ce lien a déjà servi ou a expiré", "Si vous voulez encore recevoir ces messages, veuillez vous "
+                 "abonner à nouveau."),
+        "later": ("Veuillez réessayer dans un instant", "Le lien n’a pas pu être ouvert."),
+        "confirm_mail": ("Veuillez confirmer votre abonnement", "Quelqu’un, sans doute vous, souhaite recevoir « "
+                         "{content_type} » à l’adresse {address}.", "Confirmer", "Le lien est valable 7 jours. Si ce "
+                         "n’était pas vous, vous pouvez ignorer ce message."),
+        "otp": ("Votre code de vérification", "Votre code de vérification est", "", "Il expire dans {minutes}. Si "
+                "vous ne l’avez pas demandé, vous pouvez ignorer ce message."),
+        "minutes": ("{number} minute", "{number} minutes")},
+    "es": {
+        "unsubscribe": ("Cancelar la suscripción", "¿Quiere dejar de recibir «{content_type}» en {address}?",
+                        "Cancelar la suscripción"),
+        "unsubscribed": ("Su suscripción está cancelada", "{address} ya no recibirá «{content_type}».",
+                         "Volver a suscribirse"),
+        "confirm": ("Confirme su suscripción", "¿Quiere recibir «{content_type}» en {address}?", "Suscribirse"),
+        "subscribed": ("Su suscripción está activa", "{address} recibirá «{content_type}»."),
+        "not_valid": ("Este enlace no es válido", "Quizá esté cortado. Ábralo otra vez desde el correo o cópielo "
+                      "entero."),
+        "over": ("Este enlace ya se usó o ha caducado", "Si todavía quiere recibir estos correos, suscríbase de "
+                 "nuevo."),
+        "later": ("Inténtelo de nuevo en un momento", "El enlace no se pudo abrir."),
+        "confirm_mail": ("Confirme su suscripción", "Alguien, probablemente usted, quiere recibir «{content_type}» en "
+                         "{address}.", "Confirmar", "El enlace es válido durante 7 días. Si no fue usted, puede "
+                         "ignorar este correo."),
+        "otp": ("Su código de verificación", "Su código de verificación es", "", "Caduca en {minutes}. Si no lo ha "
+                "pedido, puede ignorar este correo."),
+        "minutes": ("{number} minuto", "{number} minutos")},
+    "pt": {
+        "unsubscribe": ("Cancelar a subscrição", "Quer deixar de receber “{content_type}” em {address}?",
+                        "Cancelar a subscrição"),
+        "unsubscribed": ("A sua subscrição foi cancelada", "{address} já não receberá “{content_type}”.",
+                         "Subscrever de novo"),
+        "confirm": ("Confirme a sua subscrição", "Quer receber “{content_type}” em {address}?", "Subscrever"),
+        "subscribed": ("A sua subscrição está ativa", "{address} receberá “{content_type}”."),
+        "not_valid": ("Este link não é válido", "Talvez esteja cortado. Abra-o de novo a partir do e-mail ou copie-o "
+                      "por inteiro."),
+        "over": ("Este link já foi usado ou expirou", "Se ainda quiser receber estes e-mails, subscreva de novo."),
+        "later": ("Tente de novo dentro de momentos", "Não foi possível abrir o link."),
+        "confirm_mail": ("Confirme a sua subscrição", "Alguém, provavelmente você, quer receber “{content_type}” em "
+                         "{address}.", "Confirmar", "O link é válido durante 7 dias. Se não foi você, pode ignorar "
+                         "este e-mail."),
+        "otp": ("O seu código de verificação", "O seu código de verificação é", "", "Expira em {minutes}. Se não o "
+                "pediu, pode ignorar este e-mail."),
+        "minutes": ("{number} minuto", "{number} minutos")},
+}
+LANGUAGE_RANGE = re.compile(
+    r"\s*([A-Za-z]{1,8}|\*)(?:-[A-Za-z0-9]{1,8})*\s*(?:;\s*q=([01](?:\.\d{0,3})?)\s*)?", re.ASCII)
+
+
+class ReaderText(typing.NamedTuple):
+    """One of READER_TEXTS, in one language."""
+
+    title: str
+    text: str
+    label: str = ""
+    note: str = ""
+
+    @classmethod
+    def of(cls, language: str, what: str, values: Mapping[str, str]) -> "ReaderText":
+        """The text with these values in it."""
+        return cls(*(part.format(**values) for part in READER_TEXTS[language][what]))
+
+
+def nearest_language(locale: str) -> str:
+    """The language of READER_TEXTS for a language tag (RFC 4647 section 3.4), English where there is none."""
+    language = locale.partition("-")[0].lower()
+    return language if language in READER_TEXTS else "en"
+
+
+def preferred_language(accept_language: str) -> str:
+    """The language of READER_TEXTS that a header Accept-Language (RFC 9110 section 12.5.4) prefers, or English."""
+    preferred, most = "en", 0.0
+    for found in filter(None, map(LANGUAGE_RANGE.fullmatch, accept_language.split(","))):
+        language, weight = found[1].lower().replace("*", "en"), float(found[2] or 1)
+        if language in READER_TEXTS and weight > most:
+            preferred, most = language, weight
+    return preferred
+
+
+def built_in_mail(language: str, what: str, code: str = "", url: str = "", **values: str) -> tuple[str, str, str]:
+    """(subject, content as HTML, text) of a mail of READER_TEXTS, with a code or with a button that leads to `url`.
+
+    `values` fill the texts.
+    """
+    mail = ReaderText.of(language, what, values)
+    link = html.escape(url)
+    focus = (f'<p style="margin:24px 0;font:bold 36px/1.2 monospace;letter-spacing:4px">{code}</p>' if code else
+             f'<p style="margin:24px 0"><a href="{link}" style="display:inline-block;padding:12px 24px;'
+             f'border-radius:8px;background:#05c;color:#fff;font-weight:bold;text-decoration:none">'
+             f'{html.escape(mail.label)}</a></p>')
+    content = (f'<!DOCTYPE html><html lang="{language}"><head><meta charset="utf-8">'
+               f'<title>{html.escape(mail.title)}</title><meta name="color-scheme" content="light dark"></head>'
+               f'<body style="font:16px/1.5 sans-serif"><p>{html.escape(mail.text)}</p>{focus}'
+               f'<p>{html.escape(mail.note)}</p></body></html>\n')
+    text = f"{mail.text} {code}" if code else f"{mail.text}\n\n{mail.label}: {url}"
+    return mail.title, content, f"{text}\n\n{mail.note}\n"
+
+
 # --- 11. transports -------------------------------------------------------------------------------------
 # SmtpTransport hands a message to the server, MaildirTransport writes it to a Maildir. Both report a failure as a
 # DeliveryError, whose class decides what the worker does; the table REPLIES decides which class an SMTP reply means.
@@ -7277,18 +7419,17 @@ class Otps:
         key: the secret of the hashes, 32 bytes.
         ttl: seconds for which an OTP is valid, from the request on.
         minute_max: OTP requests of an account per minute; 0: unlimited.
-        subject, content: templates of the mail, with `{{ otp }}` and `{{ minutes }}`.
+        subject, content: templates of the mail, with `{{ otp }}` and `{{ minutes }}`; in the place of the default
+            subject and of an empty content, GoMail has its own, in the languages of READER_TEXTS.
     """
 
     MAX_ATTEMPTS = 5
     MAX_FAILURES = 100
-    CONTENT = ("Your verification code is {{ otp }}\n\nIt expires in {{ minutes }} minute(s). "
-               "If you did not ask for it, you can ignore this mail.\n")
 
     def __init__(self, store: Store, key: bytes, ttl: int, minute_max: int = 0, subject: str = Settings.otp_subject,
                  content: str = "") -> None:
         self.store, self.key, self.ttl, self.minute_max = store, key, ttl, minute_max
-        self.subject, self.content = subject, content or self.CONTENT
+        self.subject, self.content = subject, content
         self._keep = store.script(self.KEEP)
         self._verify = store.script(self.VERIFY, once=True)
 
@@ -7377,12 +7518,21 @@ class Otps:
             raise rate_limited(-result, "OTP requests or wrong OTPs")
         return result == "verified"
 
-    def mail(self, otp: str, payload: Json) -> tuple[str, str]:
-        """(subject, content) of the mail with an OTP: from its payload's templates, if it has some."""
-        variables = {**payload.get("variables", {}), "otp": otp, "minutes": max(1, self.ttl // 60)}
-        subject, content = payload.get("subject", self.subject), payload.get("content", self.content)
-        return (fill_template(subject, variables),
-                fill_template(content, variables, escape="content" in payload and is_html(content)))
+    def mail(self, otp: str, payload: Json) -> tuple[str, str, str]:
+        """(subject, content, text or "") of the mail with an OTP: from its payload's templates, if it has some."""
+        minutes = max(1, self.ttl // 60)
+        variables = {**payload.get("variables", {}), "otp": otp, "minutes": minutes}
+        if "content" in payload:
+            subject, content = payload["subject"], payload["content"]
+            return fill_template(subject, variables), fill_template(content, variables, is_html(content)), ""
+        language = nearest_language(payload.get("locale", ""))
+        duration = READER_TEXTS[language]["minutes"][minutes != 1].format(number=minutes)
+        subject, content, text = built_in_mail(language, "otp", otp, minutes=duration)
+        if self.subject != Settings.otp_subject:
+            subject = fill_template(self.subject, variables)
+        if self.content:
+            content, text = fill_template(self.content, variables), ""
+        return subject, content, text
 
     def _record(self, account: str, address: str, purpose: str) -> str:
         """The key of an OTP's record. With a purpose it has a digest, which no names of others can imitate."""
@@ -9332,8 +9482,8 @@ class Workers:
     def send_otp(self, task: Task) -> str:
         """Issue the OTP of a generateOtp task and send it; returns the server's reply."""
         try:
-            subject, content = self.otps.mail(self.otps.issue(task), task.payload)
-            return self._send(task, Mail(self._sender(task), task.payload["userId"], subject, content,
+            subject, content, text = self.otps.mail(self.otps.issue(task), task.payload)
+            return self._send(task, Mail(self._sender(task), task.payload["userId"], subject, content, text=text,
                                          reply_to=self._reply_to(task)))
         finally:
             self.queue.otp_passed()
@@ -9602,6 +9752,7 @@ class Response:
     media_type: str
     text: str
     headers: dict = dataclasses.field(default_factory=dict)
+    status: int = 200
 
 
 Reply = Json | Response  # what a handler returns
@@ -9618,11 +9769,59 @@ def done(message: str, **fields: Any) -> Json:
     return {"status": True, "msg": message, **fields}
 
 
-def small_page(body: str) -> Response:
-    """A page for a reader of newsletters."""
-    return Response("text/html", '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>Newsletter</title>'
-                    '<meta name="viewport" content="width=device-width"><body style="font: 1.2em sans-serif; '
-                    f'margin: 3em auto; max-width: 30em">{body}</body></html>\n')
+# The paths of links in mails: whoever opens one reads a page, whatever is answered.
+READER_PATH = re.compile("/(unsubscribe|confirm)(/.*)?")
+READER_STYLE = """
+:root { color-scheme: light dark }
+body { margin: 0; min-height: 100vh; display: grid; place-items: center; font: 18px/1.5 system-ui, sans-serif;
+  background: #fff; color: #1c1e21 }
+main { box-sizing: border-box; width: 100%; max-width: 32rem; padding: 2rem 1.25rem; text-align: center;
+  overflow-wrap: anywhere }
+h1 { margin: .5rem 0 1rem; font-size: 1.6rem; line-height: 1.25 }
+p { margin: 0 0 1.5rem }
+button { padding: .75rem 1.75rem; border: 0; border-radius: .5rem; background: #05c; color: #fff; font: inherit;
+  font-weight: 600; cursor: pointer }
+button:focus-visible { outline: 3px solid currentColor; outline-offset: 3px }
+@media (prefers-color-scheme: dark) {
+  body { background: #17191c; color: #e8eaed }
+  button { background: #8ab4f8; color: #101318 }
+}
+"""
+READER_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'sha256-"
+    f"{base64.b64encode(hashlib.sha256(READER_STYLE.encode()).digest()).decode()}'; img-src data:; "
+    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'", "Referrer-Policy": "no-referrer"}
+
+
+def reader_page(accept_language: str, what: str, sender: str = "", action: str = "", status: int = 200,
+                **values: str) -> Response:
+    """A page for a reader of newsletters, in the language of her browser.
+
+    Args:
+        what: the page, a name in READER_TEXTS.
+        sender: who sends the newsletter, as readers know him; "" where that is not known.
+        action: where its button posts to, relative to the page; "": the page's own URL. To "unsubscribed" belongs a
+            button only with it.
+        values: what fills the texts.
+    """
+    language = preferred_language(accept_language)
+    title, text, label, _ = (html.escape(part) for part in ReaderText.of(language, what, values))
+    sender, target = html.escape(sender), f' action="{html.escape(action)}"' if action else ""
+    form = f"<form method=post{target}><button>{label}</button></form>" if label and (
+        action or what != "unsubscribed") else ""
+    return Response("text/html", (
+        f'<!DOCTYPE html><html lang="{language}"><head><meta charset="utf-8">'
+        f'<title>{title}{f" – {sender}" if sender else ""}</title><meta name="robots" content="noindex">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{READER_STYLE}</style>'
+        '<link rel="icon" href="data:,"></head><body><main>'
+        f'{f"<div>{sender}</div>" if sender else ""}<h1>{title}</h1><p>{text}</p>{form}</main></body></html>\n'),
+        READER_HEADERS, status)
+
+
+def page_of_error(accept_language: str, status: int) -> Response:
+    """The page for a reader whose link is answered with an error."""
+    what = "over" if status == 410 else "later" if status in (408, 429) or status >= 500 else "not_valid"
+    return reader_page(accept_language, what, status=status)
 
 
 def html_of(message: email.message.EmailMessage, max_length: int = 8_000_000) -> str | None:
@@ -10060,15 +10259,25 @@ class Api:
         subscriptions, cursor = self.newsletters.subscriptions(request.account.name, **query)
         return {"status": True, "subscriptions": subscriptions, "next": cursor}
 
+    def sender_name(self, account: str) -> str:
+        """The sender of an account's newsletters, as its readers know him."""
+        senders = self.accounts.settings(account)["senders"]
+        name, address = next(filter(None, map(parse_sender, senders)), ("", ""))
+        return name or address or self.settings.sender[0] or account
+
+    def page_for(self, request: Request, what: str, account: str, content_type: str, address: str) -> Response:
+        """The page for the reader of a newsletter, see reader_page()."""
+        return reader_page(request.headers.get("accept-language", ""), what, self.sender_name(account),
+                           content_type=content_type, address=address)
+
     def ask_to_unsubscribe(self, request: Request) -> Reply:
-        _, content_type, address = self.newsletters.read_link(request.path_params["token"])
         # Mail scanners follow links, so only the button's POST ends the subscription.
-        return small_page(f"<p>Unsubscribe {html.escape(address)} from {html.escape(content_type)}?</p>"
-                          "<form method=post><button>Unsubscribe</button></form>")
+        return self.page_for(request, "unsubscribe", *self.newsletters.read_link(request.path_params["token"]))
 
     def follow_link(self, request: Request) -> Reply:
-        self.newsletters.follow_link(request.path_params["token"])
-        return small_page("<p>You are unsubscribed.</p>")
+        token = request.path_params["token"]
+        self.newsletters.follow_link(token)
+        return self.page_for(request, "unsubscribed", *self.newsletters.read_link(token))
 
     def read_webhook(self, request: Request) -> Reply:
         return {"status": True, **self.describe_webhook(self.webhooks.find(request.account.name))}
@@ -10475,12 +10684,13 @@ def openapi(routes: Sequence[Route]) -> Json:
         credentials, refusals = SECURITY[route.access]
         statuses = {400, 408, 413, 414, 415, 417, 421, 431, 500, 501, 503, 505, *refusals, *route.refuses}
         statuses |= ({411} if route.body else set()) | ({422} if route.idempotency_key else set())
-        error = {"$ref": "#/components/schemas/Error"}
+        refused = (({"type": "string"}, "text/html") if READER_PATH.fullmatch(route.path)
+                   else ({"$ref": "#/components/schemas/Error"},))
         operation: Json = {
             "operationId": f"{route.handler.__name__}_{route.path.replace('/', '_')}".strip("_"),
             "responses": {"200": response(200, {"type": "string"}, route.answer) if isinstance(route.answer, str)
                           else response(200, object_schema(route.answer)),
-                          **{str(status): response(status, error) for status in sorted(statuses)}},
+                          **{str(status): response(status, *refused) for status in sorted(statuses)}},
             "parameters": [{"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
                            for name in re.findall(r"\{(\w+)\}", route.path)]
             + [{"name": name, "in": "query", "schema": check.schema} for name, check in route.query.items()],
@@ -10750,6 +10960,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Read a request and answer it. True where another may follow on this connection."""
         self.keep_alive, self.head_only = False, False
         self.method, self.route, self.group, self.reserved = "", "", "", 0
+        self.reader_language: str | None = None  # of a reader who follows a link, as Accept-Language
         self.deadline = time.monotonic() + self.server.settings.request_timeout
         if not self.wait_for_request():
             return False
@@ -10757,6 +10968,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.answering.add(self)
         try:
             status, body, headers = self.answer()
+            if status >= 400 and self.reader_language is not None:
+                body = page_of_error(self.reader_language, status)
             stats = self.server.stats
             stats.count("gomail_http_requests_total", method=self.method, route=self.route, status=str(status))
             if self.group:
@@ -10814,6 +11027,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """
         method, target, minor, headers = self.read_head()
         authority, path, query = self.split_target(method, target)
+        if READER_PATH.fullmatch(path):
+            self.reader_language = headers.get("accept-language", "")
         self.check_host(authority, headers, minor)
         length = self.body_length(headers, minor)
         check_content_coding(headers)
@@ -10846,7 +11061,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with self.server.large_bodies if len(body) > SMALL_BODY else contextlib.nullcontext():
             if route.body:
                 request.body = parse_json(body)
-            return 200, self.with_redis(self.server.api.answer, route, request), {}
+            reply = self.with_redis(self.server.api.answer, route, request)
+            return reply.status if isinstance(reply, Response) else 200, reply, {}
 
     def with_redis(self, call: Callable, *arguments: object) -> object:
         """call(*arguments), with a Redis connection that no other thread uses meanwhile."""

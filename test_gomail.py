@@ -393,7 +393,7 @@ class Client:
         self.connection = http.client.HTTPConnection(self.address, timeout=PATIENCE)
 
     def __call__(self, method, path, body=None, **headers):
-        """(status, JSON body, headers) of an answer. Header names are given with underscores."""
+        """(status, body as JSON or the bytes of a page, headers) of an answer. Header names have underscores."""
         headers = {name.replace("_", "-"): value for name, value in headers.items()}
         if self.key:
             headers.setdefault("Authorization", self.key)
@@ -404,7 +404,9 @@ class Client:
         self.connection.request(method, path, body, headers)
         answer = self.connection.getresponse()
         content = answer.read()
-        return answer.status, json.loads(content) if content else None, answer.headers
+        if content and not answer.headers["Content-Type"].startswith("text/html"):
+            content = json.loads(content)
+        return answer.status, content or None, answer.headers
 
     def post(self, path, body=None, **headers):
         """The JSON body of a 200 answer."""
@@ -3409,7 +3411,7 @@ def test_a_bad_field_beside_a_content_type_is_refused_by_name(kind, field, value
 
 
 @pytest.mark.parametrize("kind, field, value", [
-    ("message", "locale", "pt"), ("generateOtp", "locale", "pt"), ("generateOtp", "variables", {"a": "b"})])
+    ("message", "locale", "pt"), ("generateOtp", "variables", {"a": "b"})])
 @pytest.mark.parametrize("more", [{}, {"subject": "S", "content": "C", "content_type": "Login"}])
 def test_what_belongs_to_a_content_type_is_refused_where_none_counts(kind, field, value, more):
     payload = {**MESSAGE["payload"]} if kind == "message" else {"userId": "user@example.com", "length": 6}
@@ -7929,6 +7931,26 @@ def test_of_several_refusals_an_outage_decides_and_then_one_that_may_pass(errors
     assert error.verdict == verdict == error.cause.verdict
 
 
+@pytest.mark.parametrize("header, language", [
+    ("", "en"), ("de", "de"), ("DE-ch", "de"), ("nl, fr;q=0.5", "fr"), ("en;q=0.3, pt-BR;q=0.9, es;q=0.8", "pt"),
+    ("*", "en"), ("fr;q=0, es;q=0.1", "es"), ("fr;q=0", "en"), ("*;q=0.5, de;q=0.4", "en"), ("nl,ja", "en"),
+    ("fr; q=x, es", "es"), ("de;q=1.000,fr", "de"), ("de,fr;q=1.0", "de"), ("zz" * 5000, "en"), (",;q=,=;-", "en")])
+def test_the_language_of_a_browser_is_the_one_that_it_prefers(header, language):
+    assert gomail.preferred_language(header) == language
+
+
+def test_each_text_is_there_in_each_language_and_is_filled_by_the_same_values():
+    table = gomail.READER_TEXTS
+    for texts in table.values():
+        assert texts.keys() == table["en"].keys()
+        for what, parts in texts.items():
+            english = table["en"][what]
+            assert [bool(part) for part in parts] == [bool(part) for part in english]
+            for part, other in zip(parts, english):
+                assert sorted(re.findall(r"{\w*}", part)) == sorted(re.findall(r"{\w*}", other))
+                assert "  " not in part and part == part.strip()
+
+
 # --- 8. otp -----------------------------------------------------------------------------------------------
 
 def issued(client, mail_server, length=6, recipient=None):
@@ -8189,6 +8211,47 @@ def test_an_otp_may_have_the_texts_of_a_content_type_in_the_language_of_its_read
     assert mail["Subject"] == "C\u00f3digo de A & B" and verified(client, "user@example.com", otp)
     client.post("/task/", otp_task("ann@example.com", **{**given, "locale": "fr"}))
     assert otp_of(mail_server.one("ann@example.com")) and mail_server.one("ann@example.com")["Subject"] == "Your code"
+
+
+@pytest.mark.parametrize("locale, language, subject, text", [
+    (None, "en", "Your verification code", "Your verification code is 123456\n\nIt expires in 5 minutes. If you"),
+    ("de-CH", "de", "Ihr Bestätigungscode", "Ihr Bestätigungscode lautet 123456\n\nEr läuft in 5 Minuten ab. Falls"),
+    ("FR", "fr", "Votre code de vérification", "Votre code de vérification est 123456\n\nIl expire dans 5 minutes."),
+    ("es-419", "es", "Su código de verificación", "Su código de verificación es 123456\n\nCaduca en 5 minutos. Si"),
+    ("pt-BR", "pt", "O seu código de verificação", "O seu código de verificação é 123456\n\nExpira em 5 minutos. Se"),
+    ("nl-BE", "en", "Your verification code", "Your verification code is 123456\n\nIt expires in 5 minutes. If you")])
+def test_the_mail_of_an_otp_is_in_the_language_of_its_reader_with_the_code_large(
+        services, mail_server, locale, language, subject, text):
+    client = services(mail_server).client.sign_up()
+    client.post("/task/", otp_task(locale=locale))
+    mail = mail_server.one("user@example.com")
+    plain, markup = text_of(mail), mail.get_body(("html",)).get_content()
+    otp, = re.findall(r"\d{6}", plain)
+    assert mail["Subject"] == subject and plain.replace(otp, "123456").startswith(text)
+    assert f'<html lang="{language}">' in markup and verified(client, "user@example.com", otp)
+    assert re.search(r"font:bold 36px[^>]*>([^<]*)<", markup)[1] == otp
+    for line in filter(None, plain.replace(otp, "").splitlines()):
+        assert html.escape(line.strip()) in markup
+
+
+@pytest.mark.parametrize("ttl, minutes", [(1, "1 minute"), (60, "1 minute"), (119, "1 minute"), (120, "2 minutes")])
+def test_the_minutes_of_an_otp_are_in_the_right_number(service, ttl, minutes):
+    texts = gomail.Otps(service.store, b"", ttl).mail("123456", {})
+    assert f"It expires in {minutes}. " in texts[1] and f"It expires in {minutes}. " in texts[2]
+
+
+def test_the_subject_of_an_otp_has_the_code_where_its_option_says_so_and_an_options_text_stays_as_it_is(
+        services, mail_server):
+    client = services(mail_server, otp_subject="{{ otp }} is your code").client.sign_up()
+    client.post("/task/", otp_task(locale="de"))
+    mail = mail_server.one("user@example.com")
+    otp = re.search(r"lautet (\d{6})", text_of(mail))[1]
+    assert mail["Subject"] == f"{otp} is your code"
+    client = services(mail_server, otp_content="{{ otp }}, {{ minutes }} <3").client.sign_up()
+    client.post("/task/", otp_task("ann@example.com", locale="de"))
+    mail = mail_server.one("ann@example.com")
+    assert re.fullmatch(r"\d{6}, 5 <3\n", text_of(mail)) and not mail.is_multipart()
+    assert mail["Subject"] == "Ihr Best\u00e4tigungscode"
 
 
 def test_an_otp_is_sent_with_the_texts_of_its_request_though_they_change_and_its_mail_is_retried(
@@ -8612,6 +8675,53 @@ def test_a_link_that_was_changed_or_made_of_an_api_key_unsubscribes_nobody(linke
             assert owner(method, f"/unsubscribe/{bad}")[0] == 404
     assert service.client("GET", "/health/ping", Authorization=token)[0] == 200
     assert service.client("GET", "/task/dead", Authorization=token)[0] == 401
+
+
+def test_a_link_that_was_cut_anywhere_shows_a_page_in_the_readers_language(linked):
+    service, owner = linked
+    path = "/unsubscribe/" + service.newsletters.link("a", "news", "user@example.com").rpartition("/")[2]
+    for at in {*range(len("/unsubscribe"), len(path), 7), len(path) - 1}:
+        for method in ("GET", "POST"):
+            status, page, headers = owner(method, path[:at], Accept_Language="de-DE, en;q=0.5")
+            assert (status, headers["Content-Type"]) == (404, "text/html; charset=utf-8")
+            assert "Dieser Link ist ung\u00fcltig" in page.decode() and '<html lang="de">' in page.decode()
+            assert "form-action 'self'" in headers["Content-Security-Policy"]
+    assert owner("GET", "/unsubscribed")[1]["status"] is False  # of a path that is no link
+
+
+@pytest.mark.parametrize("language", gomail.READER_TEXTS)
+def test_the_page_to_unsubscribe_is_in_the_readers_language_and_names_the_sender(linked, language):
+    service, client = linked
+    client("PUT", "/account", {"senders": ["@example.com", "The Shop & Co <shop@example.com>"]})
+    path = "/unsubscribe/" + service.newsletters.link(name_of(client), "news", "user@example.com").rpartition("/")[2]
+    for method, what in (("GET", "unsubscribe"), ("POST", "unsubscribed")):
+        status, page, _ = client(method, path, Accept_Language=language)
+        title, text, *_ = gomail.READER_TEXTS[language][what]
+        page = page.decode()
+        assert status == 200 and f'<html lang="{language}">' in page
+        assert f"<title>{html.escape(title)} \u2013 The Shop &amp; Co</title>" in page
+        assert html.escape(text).format(content_type="news", address="user@example.com") in page
+
+
+@pytest.mark.parametrize("options, senders, name", [
+    ({}, [], "an account"), ({"smtp_from": "Shop <app@example.org>"}, [], "Shop"),
+    ({"smtp_from": "Shop <app@example.org>"}, ["@example.com"], "Shop"),
+    ({"smtp_from": "Shop <app@example.org>"}, ["own@example.com"], "own@example.com"),
+    ({}, ["@example.com", "Own <own@example.com>"], "Own")])
+def test_readers_know_a_sender_by_his_name_or_else_by_the_account(services, options, senders, name):
+    service = services(**options)
+    client = service.client.sign_up("an account")
+    client("PUT", "/account", {"senders": senders})
+    assert service.http.api.sender_name("an account") == name
+
+
+def test_while_redis_is_away_a_reader_is_asked_to_try_again(linked):
+    service, client = linked
+    path = "/unsubscribe/" + service.newsletters.link(name_of(client), "news", "user@example.com").rpartition("/")[2]
+    service.store.available = False
+    status, page, headers = client("POST", path)
+    assert status == 503 and headers["Retry-After"] == "1" and b"Please try again in a moment" in page
+    assert client("GET", "/task/recent")[1]["status"] is False
 
 
 @pytest.mark.parametrize("name", ["\u00e9" * 127, "\U0001d400" * 63 + "ab", '"' * 254])
@@ -14939,6 +15049,32 @@ def test_axe_finds_nothing_and_nothing_is_wider_than_the_screen(services, browse
         check(f"{view} of the admin")
     # What axe itself tries to say to the sandboxed frame of a mail.
     tab.complaints = [line for line in tab.complaints if "postMessage" not in line]
+
+
+@pytest.mark.parametrize("scheme, width", [("light", 360), ("dark", 360), ("light", 1280), ("dark", 1280)])
+def test_axe_finds_nothing_in_the_pages_for_readers_whose_button_unsubscribes(services, browser, scheme, width):
+    service = services(public_url="https://mail.example.com", smtp_from=f'"{"Sender" * 20}" <app@example.com>')
+    client, content_type = service.client.sign_up(), "news-" * 15
+    address = "a" * 60 + "@example.com"
+    define(client, content_type)
+    subscribe(client, address, content_type=content_type)
+    path = "/unsubscribe/" + service.newsletters.link(name_of(client), content_type, address).rpartition("/")[2]
+    tab = browser.open(client, address=path[1:], color_scheme=scheme, locale="fr-FR",
+                       viewport={"width": width, "height": 800})
+    checker = axe_playwright_python.sync_playwright.Axe()
+
+    def check(title):
+        tab.get_by_role("heading", name=title).wait_for()
+        violations = checker.run(tab).response["violations"]
+        assert not violations, (title, json.dumps(violations, indent=1)[:3000])
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width, title
+    check("Se d\u00e9sabonner")
+    tab.get_by_role("button", name="Se d\u00e9sabonner").click()
+    check("Vous \u00eates d\u00e9sabonn\u00e9(e)")
+    assert client.get(f"/task/subscriptionContent/{content_type}")["subscribers"] == 0
+    tab.goto(tab.url[:-3])
+    check("Ce lien n\u2019est pas valable")
+    tab.complaints = [line for line in tab.complaints if "404" not in line]  # the page's own status
 
 
 @pytest.mark.timeout(7200)
