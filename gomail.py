@@ -1080,11 +1080,13 @@ def start_logging(settings: Settings) -> None:
 #   hooks                           hash    account, "" for the admin -> its webhook, see Webhooks.set()
 #   content:<account>               hash    content type -> {"subject", "content", "resend", "defaults"}, see
 #                                           Newsletters._body()
+#   needs:<account>                 hash    content type -> the variables that it cannot be filled without, by spaces
 #   subscribers:<type>:<account>    hash    address -> {"userId", "frequency", "retries", "created", "variables"}
 #   issued:<type>:<account>         hash    address -> id of the task of the newest newsletter
 #   unsubscribed:<type>:<address>:<account>  string  time of the request (us); a subscribe that is older has no effect
 #   schedule                        zset    [account, type, address] by its next boundary (s)
 #   ascii_folded                    string  time of the upgrade to keys that fold only ASCII letters (ms)
+#   needs_noted                     string  time of the upgrade to `needs` (ms)
 #
 #   answered:<id>                   string  answer of a script, kept for a minute in case the same call comes again
 #   on_disk                         string  a write for WAITAOF to wait for
@@ -2109,6 +2111,23 @@ def fill_template(template: str, variables: Mapping[str, Any], escape: bool = Fa
     return PLACEHOLDER.sub(lambda place: values.get(place[0], place[0]), template)
 
 
+# What GoMail itself fills in newsletters: without and with public_url.
+READER_VARIABLES = (("email",), ("email", "unsubscribe_url"))
+
+
+def needs(body: Json) -> list[str]:
+    """The variables that a content type, {"subject", "content", "defaults"}, cannot be filled without."""
+    names = placeholder_names(body["subject"], with_default=False) | placeholder_names(body["content"], False)
+    return sorted(names - body.get("defaults", {}).keys())
+
+
+def lacks_variable(name: str) -> HTTPError:
+    """The error (400) for a subscription that lacks a variable."""
+    field = f"payload.variables.{name}"
+    hint = "; the option public_url makes it" if name == "unsubscribe_url" else ""
+    return HTTPError(400, f"{field} is required: the newsletter names it, without a default{hint}", field)
+
+
 def check_placeholders(text: str, field: str) -> None:
     """Raise HTTPError (400) for a `{{` that begins no placeholder: fill_template() would leave it as it is."""
     if malformed := malformed_placeholders(text):
@@ -2851,11 +2870,13 @@ class Accounts:
     # the name stays taken, and no key is valid. The waiting tasks and the schedule are not searched: what comes up
     # there without its owner is dropped.
     DEREGISTER = """
-        local users, content, name, prefix, most = KEYS[1], KEYS[2], ARGV[1], ARGV[2], tonumber(ARGV[3])
+        local users, content, needs, name, prefix = KEYS[1], KEYS[2], KEYS[3], ARGV[1], ARGV[2]
+        local most = tonumber(ARGV[3])
         if redis.call('HEXISTS', users, name) == 0 then return 0 end
         local types = redis.call('HRANDFIELD', content, most)
         for _, content_type in ipairs(types) do
             redis.call('HDEL', content, content_type)
+            redis.call('HDEL', needs, content_type)
             redis.call('UNLINK', prefix .. 'subscribers:' .. content_type .. ':' .. name,
                        prefix .. 'issued:' .. content_type .. ':' .. name)
         end
@@ -2874,7 +2895,7 @@ class Accounts:
     def deregister(self, name: str) -> None:
         """Revoke the keys of an account and end all it has waiting. Raises HTTPError (404) if it is not registered."""
         keys = [self.user_list, *(self.store.key(kind, name) for kind in (
-            "content", "dead", "suppressed", "suppressed_for", "recent"))]
+            "content", "needs", "dead", "suppressed", "suppressed_for", "recent"))]
         many, at_once = self._keys_of_many(name), self.CONTENT_TYPES_AT_ONCE
         # Removing no content types only revokes the keys.
         while (answer := self._deregister(keys=keys, args=[name, self.store.prefix, 0 if many else at_once])) == 2:
@@ -3873,8 +3894,8 @@ class Queue:
     # ARGV: otp_cooldown (s), otp_hourly_max, otp_minute_max, otp_ttl (s); then of each request: account, registration,
     #       id of the API key or "", fingerprint of what came with an idempotency key and the key's digest, or "" twice,
     #       what the ids are made from, the number of tasks; and of each of its tasks: id, head, body, lane, the address
-    #       of an OTP, with the digest of its purpose, if any, behind a space, or "", a content type that must exist or
-    #       "", due (ms), when it expires (ms) or 0, recipients. Of a task that is refused anyway: id, why, and "" seven
+    #       of an OTP, with the digest of its purpose, if any, behind a space, or "", what lacking() takes or "", due
+    #       (ms), when it expires (ms) or 0, recipients. Of a task that is refused anyway: id, why, and "" seven
     #       times.
     # Answer: for each request "revoked", "conflict", or {what the ids are made from, "<number>=<why> ..." of the tasks
     #         refused, the lanes in which the account is new among others}.
@@ -3908,13 +3929,25 @@ class Queue:
             redis.call('EXPIRE', asked, 3600)
         end
 
-        local function refusal_of(new_in, account, key, id, head, body, lane, otp_address, content_type, due, expires,
-                                  to)
-            if body == '' then return head end
-            if redis.call('EXISTS', prefix .. 'task:' .. id) == 1 then return end
-            if content_type ~= '' and redis.call('HEXISTS', prefix .. 'content:' .. account, content_type) == 0 then
+        -- What a subscribe task lacks. `wanted` has three lines: the content type; the variables given, each between
+        -- two spaces; and those that the task's own content needs, or a dash if it has none.
+        local function lacking(account, wanted)
+            local content_type, given, names = string.match(wanted, '^(.-)\\n(.-)\\n(.*)$')
+            if redis.call('HEXISTS', prefix .. 'content:' .. account, content_type) == 1 then
+                names = redis.call('HGET', prefix .. 'needs:' .. account, content_type) or ''
+            elseif names == '-' then
                 return 'unknown'
             end
+            for name in string.gmatch(names, '%S+') do
+                if not string.find(given, ' ' .. name .. ' ', 1, true) then return 'lacks:' .. name end
+            end
+        end
+
+        local function refusal_of(new_in, account, key, id, head, body, lane, otp_address, wanted, due, expires, to)
+            if body == '' then return head end
+            if redis.call('EXISTS', prefix .. 'task:' .. id) == 1 then return end
+            local lack = wanted ~= '' and lacking(account, wanted)
+            if lack then return lack end
             local wait = otp_address ~= '' and too_early(account, id, otp_address)
             if wait then return wait end
             if otp_address ~= '' then expires = milliseconds + otp_ttl * 1000 end
@@ -3959,9 +3992,10 @@ class Queue:
         """Put checked tasks into their lanes in one round trip; when it returns, Redis has them.
 
         Returns for each task its id, or the HTTPError that says why it was not queued: 400, there is no such content
-        type; 429, too many OTPs, see Otps. The idempotency key is that of one task, or of the `batch` that the tasks
-        come from: the same again within 24 hours queues nothing and returns the same, unless nothing was queued before.
-        An HTTPError in place of a task is returned as well; but what the first request got counts for the same again.
+        type, or a subscription lacks a variable; 429, too many OTPs, see Otps. The idempotency key is that of one task,
+        or of the `batch` that the tasks come from: the same again within 24 hours queues nothing and returns the same,
+        unless nothing was queued before. An HTTPError in place of a task is returned as well; but what the first
+        request got counts for the same again.
 
         Raises:
             HTTPError: 401, the API key was revoked; 422, the idempotency key came with something else before; 503, with
@@ -3980,7 +4014,7 @@ class Queue:
                 request += [task_id, error, *[""] * 7]
                 size += len(error)
                 continue
-            payload, lane, otp_address, content_type = task["payload"], lane_of(task), "", ""
+            payload, lane, otp_address, wanted = task["payload"], lane_of(task), "", ""
             if task["type"] == "generateOtp":
                 # The OTP is made from this seed when it is sent, so that a retry sends the same one; see section 12.
                 task = {**task, "payload": {**payload, "seed": secrets.token_hex(16)}}
@@ -3989,13 +4023,15 @@ class Queue:
                     otp_address += f" {hashlib.sha256(payload['purpose'].encode()).hexdigest()[:16]}"
                 if lane == Lane.URGENT:
                     self._no_otp.clear()
-            elif task["type"] == "subscribe" and "content" not in payload:
-                content_type = payload["content_type"]
+            elif task["type"] == "subscribe":
+                given = {*payload.get("variables", ()), *READER_VARIABLES[bool(self.settings.public_url)]}
+                wanted = "\n".join((payload["content_type"], f" {'  '.join(given)} ",
+                                    " ".join(needs(payload)) if "content" in payload else "-"))
             is_delayed = is_delayed or "send_at" in payload
             recipients = fold_address(" ".join(addresses_of(payload)))
             body = json.dumps(task)
             request += [task_id, summary_of(task), body, lane,
-                        otp_address, content_type, payload.get("send_at", 0) // 1000,
+                        otp_address, wanted, payload.get("send_at", 0) // 1000,
                         payload.get("expires_at", 0) // 1000, recipients]
             size += len(body)
         answer, is_safe = self._enqueue_in_groups(request, len(tasks) + size // self.BYTES_LIKE_A_TASK)
@@ -4017,6 +4053,8 @@ class Queue:
         for number, _, why in (refusal.partition("=") for refusal in refusals.split()):
             if why.isdigit():
                 results[int(number)] = rate_limited(why)
+            elif why.startswith("lacks:"):
+                results[int(number)] = lacks_variable(why.partition(":")[2])
             elif why != "unknown":
                 results[int(number)] = HTTPError(*json.loads(urllib.parse.unquote(why)))
             else:
@@ -7601,23 +7639,26 @@ class Newsletters:
         self._refold = store.script(self.REFOLD)
         self._claim = store.script(self.CLAIM, once=True, when_full=False)
         self._correct = store.script(self.CORRECT)
+        self._note_needs = store.script(self.NOTE_NEEDS)
         self._cursor = 0  # where correct() continues in the schedule
 
     def _keys(self, account: str, content_type: str, address: str = "") -> list[str]:
         """The KEYS of DEFINE, REMOVE, SUBSCRIBE, UNSUBSCRIBE and REFOLD, as KEYS_BY_NAME names them."""
         return [self.store.key("content", account), self.store.key("subscribers", content_type, account),
                 self.store.key("schedule"), self.store.key("issued", content_type, account),
-                self.store.key("unsubscribed", content_type, address, account), self.store.prefix]
+                self.store.key("unsubscribed", content_type, address, account), self.store.key("needs", account),
+                self.store.prefix]
 
-    KEYS_BY_NAME = "local content, subscribers, schedule, issued, unsubscribed, prefix = unpack(KEYS)"
+    KEYS_BY_NAME = "local content, subscribers, schedule, issued, unsubscribed, needs, prefix = unpack(KEYS)"
 
     # KEYS: see _keys().
-    # ARGV: content type, body, 1 to replace it or 0 to create it.
+    # ARGV: content type, body, what it needs, 1 to replace it or 0 to create it.
     # Answer: 1, or 0 if there is no such content type, or one already.
     DEFINE = KEYS_BY_NAME + """
-        local content_type, body, exists = unpack(ARGV)
+        local content_type, body, needed, exists = unpack(ARGV)
         if redis.call('HEXISTS', content, content_type) ~= tonumber(exists) then return 0 end
         redis.call('HSET', content, content_type, body)  -- a full Redis refuses this: nothing is written before it
+        redis.call('HSET', needs, content_type, needed)
         if exists == '0' then redis.call('UNLINK', subscribers, issued) end  -- what REMOVE has left
         return 1
     """
@@ -7629,25 +7670,43 @@ class Newsletters:
         Raises HTTPError: 409, it exists; 422, see Script.
         """
         body = self._body(subject, content, **more)
-        if not self._define(self._keys(account, content_type), [content_type, body, 0], request):
+        if not self._define(self._keys(account, content_type), [content_type, *self._kept(body), 0], request):
             raise HTTPError(409, "content_type exists already; PUT updates it", "content_type")
 
-    def update(self, account: str, content_type: str, subject: str, content: str, **more: Any) -> None:
-        """Replace all that a content type has, see create(). Raises HTTPError (404) if it does not exist."""
+    def update(self, account: str, content_type: str, subject: str, content: str, **more: Any) -> Json:
+        """Replace all that a content type has, see create().
+
+        Returns {"unfilled": how many of its subscribers lack variables, "missing": which}, or {} if none do.
+
+        Raises HTTPError (404) if it does not exist.
+        """
         body = self._body(subject, content, **more)
-        if not self._define(self._keys(account, content_type), [content_type, body, 1]):
+        if not self._define(self._keys(account, content_type), [content_type, *self._kept(body), 1]):
             raise self._unknown()
+        needed = {*needs(body)}.difference(READER_VARIABLES[bool(self.public_url)])
+        unfilled, missing = set(), set()
+        subscribers = self.store.key("subscribers", content_type, account)
+        for address, record in self.store.redis.hscan_iter(subscribers, count=1000) if needed else ():
+            if lacked := needed - json.loads(record).get("variables", {}).keys():
+                unfilled.add(address)
+                missing |= lacked
+        return {"unfilled": len(unfilled), "missing": sorted(missing)} if missing else {}
 
     @staticmethod
-    def _body(subject: str, content: str, resend: bool = True, defaults: Mapping[str, Any] | None = None) -> str:
-        """A content type as Redis keeps it. HEADS relies on the order and the spaces.
+    def _body(subject: str, content: str, resend: bool = True, defaults: Mapping[str, Any] | None = None) -> Json:
+        """All that a content type has.
 
         Args:
             resend: whether a subscriber gets the same text again.
             defaults: the variables of who has none of that name, or an empty one.
         """
-        return json.dumps({"subject": subject, "content": content, **({} if resend else {"resend": False}),
-                           **({"defaults": defaults} if defaults else {})})
+        return {"subject": subject, "content": content, **({} if resend else {"resend": False}),
+                **({"defaults": defaults} if defaults else {})}
+
+    @staticmethod
+    def _kept(body: Json) -> tuple[str, str]:
+        """A content type and what it needs as Redis keeps them. HEADS relies on the order and the spaces."""
+        return json.dumps(body), " ".join(needs(body))
 
     @staticmethod
     def _unknown() -> HTTPError:
@@ -7657,6 +7716,7 @@ class Newsletters:
     # more; remove() removes their records, or else whoever creates a content type of this name.
     # KEYS: see _keys(). ARGV: content type. Answer: 1, or 0 if it does not exist.
     REMOVE = KEYS_BY_NAME + """
+        redis.call('HDEL', needs, ARGV[1])
         return redis.call('HDEL', content, ARGV[1])
     """
 
@@ -7794,11 +7854,12 @@ class Newsletters:
     # KEYS: see _keys().
     # ARGV: content type, address, subscription (JSON), when its task was created (microseconds), member of the
     #       schedule, next boundary (s), body of the content type if it is to be created, or ""; account, the data of
-    #       the event.
+    #       the event, what the body needs.
     # Answer: "subscribed", "overtaken", or "unknown" if the content type does not exist.
     SUBSCRIBE = Queue.LATER + Queue.EVENT + KEYS_BY_NAME + """
-        local content_type, address, record, created, member, boundary, body, account, data = unpack(ARGV)
+        local content_type, address, record, created, member, boundary, body, account, data, needed = unpack(ARGV)
         if body ~= '' and redis.call('HSETNX', content, content_type, body) == 1 then
+            redis.call('HSET', needs, content_type, needed)
             redis.call('UNLINK', subscribers, issued)  -- what REMOVE has left
         end
         if redis.call('HEXISTS', content, content_type) == 0 then return 'unknown' end
@@ -7822,15 +7883,15 @@ class Newsletters:
         content_type, address = payload["content_type"], fold_address(payload["userId"])
         record = {"userId": payload["userId"], "frequency": payload["frequency"], "retries": task.retries,
                   "created": task.created, **({"variables": payload["variables"]} if "variables" in payload else {})}
-        body = ""
+        body = needed = ""
         if "subject" in payload and "content" in payload:
-            body = self._body(payload["subject"], payload["content"])
+            body, needed = self._kept(self._body(payload["subject"], payload["content"]))
         result = self._subscribe(self._keys(account, content_type, address), [
             content_type, address, json.dumps(record), task.created,
             self.schedule_member(account, content_type, address),
             next_boundary(payload["frequency"], self.clock(), self.zone), body, account,
             json.dumps({"account": account, "userId": payload["userId"], "content_type": content_type,
-                        "frequency": payload["frequency"]})])
+                        "frequency": payload["frequency"]}), needed])
         if result == "unknown":
             raise PermanentError(f"content type {content_type!r} does not exist")
         return result
@@ -7897,6 +7958,27 @@ class Newsletters:
                 if "\\u" in record and (address := fold_address(json.loads(record)["userId"])) != older:
                     self._refold(keys, [older, address, self.schedule_member(account, content_type, older),
                                         self.schedule_member(account, content_type, address)])
+        self.store.write("SET", marker, now, "NX")
+
+    # Note what a content type needs, unless it was changed since it was read.
+    # KEYS: see _keys(). ARGV: content type, body, what it needs.
+    NOTE_NEEDS = KEYS_BY_NAME + """
+        local content_type, body, needed = unpack(ARGV)
+        if redis.call('HGET', content, content_type) == body then
+            redis.call('HSETNX', needs, content_type, needed)
+        end
+    """
+
+    def note_needs(self) -> None:
+        """Once after an upgrade: note what the content types of an older version need. Several processes may do it at
+        once."""
+        marker, now = self.store.key("needs_noted"), int(self.store.time() * 1000)
+        if self.store.redis.exists(marker):
+            return
+        for account, content_type in self._content_types():
+            if body := self.store.redis.hget(self.store.key("content", account), content_type):
+                needed = " ".join(needs(json.loads(body)))
+                self._note_needs(self._keys(account, content_type), [content_type, body, needed])
         self.store.write("SET", marker, now, "NX")
 
     def link(self, account: str, content_type: str, address: str) -> str:
@@ -10239,11 +10321,19 @@ class Api:
 
     def create_content(self, request: Request) -> Reply:
         self.newsletters.create(request.account.name, **request.body, request=request.idempotent)
-        return done("Content Type created successfully")
+        return done("Content Type created successfully", **self.hint(request.body))
 
     def update_content(self, request: Request) -> Reply:
-        self.newsletters.update(request.account.name, **request.body)
-        return done("Content Type updated successfully")
+        unfilled = self.newsletters.update(request.account.name, **request.body)
+        return done("Content Type updated successfully", **unfilled, **self.hint(request.body))
+
+    def hint(self, body: Json) -> Json:
+        """{"hint"} where a content type does not show the link to unsubscribe, and is not that of an OTP; else {}."""
+        named = placeholder_names(body["subject"] + body["content"])
+        if not self.settings.public_url or named & {"unsubscribe_url", "otp"}:
+            return {}
+        return {"hint": "a newsletter should show {{ unsubscribe_url }}, and this content does not; the headers of its "
+                "mails have it in any case"}
 
     def read_content(self, request: Request) -> Reply:
         content_type = request.path_params["content_type"]
@@ -10575,9 +10665,10 @@ ROUTES = (
           refuses=(429,), idempotency_key=True),
     Route("GET", "/task/subscriptionContent", Api.list_content, Access.ALL, query=PAGING,
           answer={**PART_ANSWER, "contentTypes": list}),
-    Route("POST", "/task/subscriptionContent", Api.create_content, Access.KEY, DEFINITION, refuses=(409,),
-          idempotency_key=True),
-    Route("PUT", "/task/subscriptionContent", Api.update_content, Access.KEY, DEFINITION, refuses=(404,)),
+    Route("POST", "/task/subscriptionContent", Api.create_content, Access.KEY, DEFINITION,
+          answer={**DONE, "hint?": str}, refuses=(409,), idempotency_key=True),
+    Route("PUT", "/task/subscriptionContent", Api.update_content, Access.KEY, DEFINITION,
+          answer={**DONE, "unfilled?": int, "missing?": list, "hint?": str}, refuses=(404,)),
     Route("GET", "/task/subscriptionContent/{content_type}", Api.read_content, Access.KEY,
           answer=CONTENT_ANSWER, refuses=(404,)),
     Route("DELETE", "/task/subscriptionContent/{content_type}", Api.remove_content, Access.KEY, refuses=(404,)),
@@ -11586,6 +11677,7 @@ class Service:
         self.newsletters = Newsletters(store, zoneinfo.ZoneInfo(settings.timezone), accounts, settings.public_url,
                                        self.clock, settings.max_body)
         self.newsletters.refold()
+        self.newsletters.note_needs()
         self.queue.sort_in()
         self.stats = Stats(store)
         bounces = Bounces(self.queue, accounts, self.stats, settings.public_url)
@@ -12234,7 +12326,7 @@ class Backup:
                           "connections_limit", "connections_wanted", "bounce_reader", "answered", "on_disk", "writable",
                           "restoring", "jwt_secret_check"))
     # What a gomail leaves in Redis even if it was never used.
-    DISPOSABLE = frozenset(("jwt_secret", "ascii_folded", "stats", "history", "metrics"))
+    DISPOSABLE = frozenset(("jwt_secret", "ascii_folded", "needs_noted", "stats", "history", "metrics"))
     ENDED = (*CONCLUDED, State.BOUNCED, State.DEAD)
     READERS: typing.ClassVar[dict[str, Callable]] = {
         "string": lambda transaction, key: transaction.get(key),
