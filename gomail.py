@@ -1082,6 +1082,7 @@ def start_logging(settings: Settings) -> None:
 #                                           Newsletters._body()
 #   needs:<account>                 hash    content type -> the variables that it cannot be filled without, by spaces
 #   subscribers:<type>:<account>    hash    address -> {"userId", "frequency", "retries", "created", "variables"}
+#   preview:<type>:<account>        string  HTML of the newest preview, for a minute
 #   issued:<type>:<account>         hash    address -> id of the task of the newest newsletter
 #   unsubscribed:<type>:<address>:<account>  string  time of the request (us); a subscribe that is older has no effect
 #   schedule                        zset    [account, type, address] by its next boundary (s)
@@ -8035,6 +8036,43 @@ class Newsletters:
         return {**with_defaults(own, body.get("defaults", {})), "email": address,
                 **({"unsubscribe_url": url} if url else {})}
 
+    SAMPLE: typing.ClassVar[Json] = {"otp": "123456", "minutes": 5}  # in the preview of a text for OTPs
+
+    def preview(self, account: str, content_type: str, edits: Json, address: str = "",
+                variables: Mapping[str, Any] | None = None) -> tuple[str, str, list[str]]:
+        """(subject, content, variables that are missing) of a mail as a subscriber would get it, or some reader.
+
+        Args:
+            edits: what of the content type is another than it is saved.
+            address: of the subscriber whose variables are taken, or "".
+            variables: further ones, which replace hers.
+
+        Raises:
+            HTTPError: 404, there is no such content type or subscriber; 413, the texts are too large.
+        """
+        with self.store.redis.pipeline(transaction=False) as pipeline:
+            pipeline.hget(self.store.key("content", account), content_type)
+            pipeline.hget(self.store.key("subscribers", content_type, account), fold_address(address))
+            saved, subscription = pipeline.execute()
+        if not saved and not {"subject", "content"} <= edits.keys():
+            raise self._unknown()
+        if address and not subscription:
+            raise HTTPError(404, "userId is not subscribed to this content type", "userId")
+        body = {**json.loads(saved or "{}"), **edits}
+        own = {**json.loads(subscription or "{}").get("variables", {}), **(variables or {})}
+        known = self._variables(body, own, address or "reader@example.com",
+                                self.public_url and f"{self.public_url}/unsubscribe/preview")
+        if not address and "otp" in placeholder_names(body["subject"] + body["content"]):
+            known = {**self.SAMPLE, **known}
+        try:
+            subject, content = (
+                fill_template(text, known, escape, keep_unknown=True, max_size=self.max_size)
+                for text, escape in ((body["subject"], False), (body["content"], is_html(body["content"]))))
+        except TooLarge as error:
+            raise HTTPError(413, f"with these variables the mail would have {error.size} bytes, and may have "
+                            f"{self.max_size} (max_body)", "variables") from None
+        return self.CONTROLS.sub(" ", subject), content, [name for name in needs(body) if name not in known]
+
     def _headers(self, content_type: str, url: str) -> tuple[tuple[str, str], ...]:
         """Headers by which mailers recognise the newsletter (RFC 2919) and unsubscribe (RFC 2369, RFC 8058)."""
         # RFC 2369 section 2 allows to fold a URL; no line may be longer than 998.
@@ -9906,6 +9944,11 @@ def page_of_error(accept_language: str, status: int) -> Response:
     return reader_page(accept_language, what, status=status)
 
 
+def shown(content: str) -> str:
+    """The content of a mail as HTML."""
+    return content if is_html(content) else f"<pre>{html.escape(content)}</pre>"
+
+
 def html_of(message: email.message.EmailMessage, max_length: int = 8_000_000) -> str | None:
     """The HTML of a parsed mail, with the pictures that it refers to by `cid:` as data; None if it has no HTML.
 
@@ -10340,6 +10383,17 @@ class Api:
         return {"status": True, **self.newsletters.read(request.account.name, content_type),
                 "view": self.view_path(request.account, content_type=content_type)}
 
+    def preview_content(self, request: Request) -> Reply:
+        account, content_type = request.account, request.path_params["content_type"]
+        edits = {name: request.body[name] for name in ("subject", "content", "defaults") if name in request.body}
+        subject, content, missing = self.newsletters.preview(
+            account.name, content_type, edits, request.body.get("userId", ""), request.body.get("variables"))
+        # Unsaved edits do not fit into a path.
+        self.store.redis.set(self.store.key("preview", content_type, account.name), shown(content), ex=60)
+        return {"status": True, "subject": subject, "missing": missing,
+                "text": html_to_text(content) if is_html(content) else content,
+                "view": self.view_path(account, preview=content_type, pictures=request.body.get("pictures", False))}
+
     def remove_content(self, request: Request) -> Reply:
         self.newsletters.remove(request.account.name, request.path_params["content_type"])
         return done("Content Type removed successfully")
@@ -10525,10 +10579,15 @@ class Api:
             raise HTTPError(404, "this link is not valid, or has expired", "token")
         if "mail" in claims:
             text = html_of(self.mail_in_outbox(claims["mail"], account)[1]) or ""
+        elif "preview" in claims:
+            text = self.store.redis.get(self.store.key("preview", claims["preview"], account.name)) or ""
         else:
-            text = self.newsletters.read(account.name, claims["content_type"])["content"]
-            text = text if is_html(text) else f"<pre>{html.escape(text)}</pre>"
-        return Response("text/html", text, MAIL_HEADERS)
+            text = shown(self.newsletters.read(account.name, claims["content_type"])["content"])
+        headers = MAIL_HEADERS
+        if claims.get("pictures"):
+            policy = headers["Content-Security-Policy"].replace("img-src data:", "img-src data: https: http:")
+            headers = {**headers, "Content-Security-Policy": policy}
+        return Response("text/html", text, headers)
 
     def show_page(self, request: Request) -> Reply:
         if self.page is None:
@@ -10606,6 +10665,9 @@ ID = Object({"id": String(254, ONE_LINE, LINE)})  # older versions allowed more 
 NEW_ID = Object({"id": AccountName()})
 DEFINITION = Object({"content_type": CONTENT_TYPE, "subject": SUBJECT_TEMPLATE, "content": CONTENT_TEMPLATE,
                      "resend": Nullable(Boolean()), "defaults": Nullable(Variables())})
+PREVIEW = Object({"subject": Nullable(SUBJECT_TEMPLATE), "content": Nullable(CONTENT_TEMPLATE),
+                  "defaults": Nullable(Variables()), "userId": Nullable(Address()), "variables": Nullable(Variables()),
+                  "pictures": Nullable(Boolean())})
 VERIFICATION = Object({"userEmail": Address(), "otp": Otp(), "purpose": Nullable(PURPOSE)})
 BATCH = Object({"tasks": Array(AnyValue(), 1000, 1)})  # the handler checks and answers each task by itself
 RECIPIENT = Object({"userId": Address()})
@@ -10671,6 +10733,8 @@ ROUTES = (
           answer={**DONE, "unfilled?": int, "missing?": list, "hint?": str}, refuses=(404,)),
     Route("GET", "/task/subscriptionContent/{content_type}", Api.read_content, Access.KEY,
           answer=CONTENT_ANSWER, refuses=(404,)),
+    Route("POST", "/task/subscriptionContent/{content_type}/preview", Api.preview_content, Access.KEY, PREVIEW,
+          answer={"status": bool, "subject": str, "text": str, "view": str, "missing": list}, refuses=(404,)),
     Route("DELETE", "/task/subscriptionContent/{content_type}", Api.remove_content, Access.KEY, refuses=(404,)),
     Route("GET", "/task/recent", Api.list_recent, Access.ALL, query=SEARCH,
           answer={"status": bool, "tasks": list, "next": (int, None)}),
@@ -12324,7 +12388,7 @@ class Backup:
     EXCLUDED = frozenset(("lane", "turns", "processing", "delayed", "scheduled", "expiring", "dead", "processes",
                           "heartbeat", "paused", "paused_announced", "resume", "resumed", "rate", "connections",
                           "connections_limit", "connections_wanted", "bounce_reader", "answered", "on_disk", "writable",
-                          "restoring", "jwt_secret_check"))
+                          "restoring", "jwt_secret_check", "preview"))
     # What a gomail leaves in Redis even if it was never used.
     DISPOSABLE = frozenset(("jwt_secret", "ascii_folded", "needs_noted", "stats", "history", "metrics"))
     ENDED = (*CONCLUDED, State.BOUNCED, State.DEAD)

@@ -8796,13 +8796,174 @@ def test_the_defaults_of_a_content_type_fill_the_messages_and_otps_that_name_it(
         assert re.fullmatch(subject, message["Subject"]) and text_of(message) == "Example\n"
 
 
-def test_a_subscription_whose_variables_lack_one_that_the_content_names_makes_a_dead_letter(dated, clock):
-    _, client = dated
-    define(client, content="{{ name }}")
-    subscribe(client, variables={"nam": "x"})
+@pytest.mark.parametrize("variables", [{"nam": "x"}, ABSENT, {}])
+def test_a_subscription_whose_variables_lack_one_that_the_content_names_makes_a_dead_letter(
+        dated, mail_server, clock, variables):
+    service, client = dated
+    define(client)
+    subscribe(client, **({} if variables is ABSENT else {"variables": variables}))
+    # As a content type that is saved now says, too.
+    assert client("PUT", "/task/subscriptionContent", {
+        "content_type": "news", "subject": "News", "content": "<p>{{ name }}</p>"})[1]["unfilled"] == 1
     clock.forward(86400)
     letter, = until(lambda: client.get("/task/dead")["tasks"])
-    assert letter["error"] == "the subscription has no variable 'name'"
+    assert letter["error"] == "the subscription has no variable 'name'" and not mail_server.mails
+
+
+def subscription(content_type="news", **more):
+    return {"task": "t", "type": "subscribe", "retries": 0, "payload": {
+        "userId": "user@example.com", "frequency": "@daily", "content_type": content_type, **more}}
+
+
+NEEDY = {"subject": "{{ name }} {{ city | default: 'Rome' }} {{ email }}",
+         "content": "{{ name }} {{ plan }} {{ colour }}"}
+
+
+def test_a_subscribe_that_lacks_a_variable_without_default_is_refused_by_its_name(client):
+    client.post("/task/subscriptionContent", {"content_type": "news", **NEEDY, "defaults": {"colour": "red"}})
+    for variables, lacked in (({}, "name"), ({"name": "x"}, "plan"), ({"plan": "x", "nam": "x"}, "name")):
+        status, answer, _ = client("POST", "/task/", subscription(variables=variables))
+        assert status == 400 and answer["field"] == f"payload.variables.{lacked}"
+        assert answer["error"].startswith(f"payload.variables.{lacked} is required: the newsletter names it")
+    good = subscription(variables={"name": "", "plan": 1})  # an empty one is one, too
+    tasks = [subscription(), good, subscription(variables={"name": "x"})]
+    answers = client.post("/task/batch", {"tasks": tasks})["tasks"]
+    assert [answer["status"] for answer in answers] == [False, True, False]
+    assert [answer.get("field") for answer in answers] == [
+        "tasks[0].payload.variables.name", None, "tasks[2].payload.variables.plan"]
+    client.state(answers[1]["id"], "succeeded")
+    assert client.get("/task/subscriptionContent/news")["subscribers"] == 1
+
+
+def test_what_a_subscribe_must_bring_follows_each_change_of_its_content_type(client):
+    def refused():
+        return client("POST", "/task/", subscription())[1].get("field")
+    path = "/task/subscriptionContent"
+    client.post(path, {"content_type": "news", "subject": "{{ a }}", "content": "x"})
+    assert refused() == "payload.variables.a"
+    client("PUT", path, {"content_type": "news", "subject": "S", "content": "{{ b }}"})
+    assert refused() == "payload.variables.b"
+    client("PUT", path, {"content_type": "news", "subject": "S", "content": "{{ b }}", "defaults": {"b": 1}})
+    assert refused() is None
+    delete(client, f"{path}/news")
+    assert refused() == "payload.content_type"
+    client.post(path, {"content_type": "news", "subject": "S", "content": "{{ c }}"})
+    assert refused() == "payload.variables.c"
+
+
+def test_a_subscribe_that_brings_its_content_brings_its_variables_unless_there_is_another_content(service, client):
+    status, answer, _ = client("POST", "/task/", subscription(**NEEDY))
+    assert status == 400 and answer["field"] == "payload.variables.colour"
+    assert subscribe(client, **NEEDY, variables={"name": 1, "plan": 2, "colour": 3})["state"] == "succeeded"
+    assert client("POST", "/task/", subscription())[1]["field"] == "payload.variables.colour"
+    define(client, "plain")
+    assert subscribe(client, content_type="plain", **NEEDY)["state"] == "succeeded"
+
+
+def test_with_public_url_a_subscribe_lacks_no_unsubscribe_url_and_without_it_is_told_of_the_option(services):
+    for url, refused in (("https://mail.example.com", None), ("", "payload.variables.unsubscribe_url")):
+        client = services(public_url=url).client.sign_up()
+        define(client, content="{{ unsubscribe_url }}")
+        answer = client("POST", "/task/", subscription())[1]
+        assert answer.get("field") == refused and ("public_url" in answer.get("error", "")) == bool(refused)
+
+
+def test_what_the_content_types_of_an_older_version_need_is_known_after_an_upgrade(services, mail_server):
+    service = services(mail_server)
+    client, store = service.client.sign_up(), service.store
+    define(client, content="{{ name }}")
+    define(client, "plain")
+    store.redis.delete(store.key("needs", name_of(client)), store.key("needs_noted"))
+    assert subscribe(client)["state"] == "succeeded"
+    assert client("PUT", "/task/subscriptionContent", {
+        "content_type": "plain", "subject": "S", "content": "{{ newer }}"})[0] == 200
+    for _ in range(2):  # the second time there is nothing left to do
+        service.newsletters.note_needs()
+        assert store.redis.hgetall(store.key("needs", name_of(client))) == {"news": "name", "plain": "newer"}
+    assert client("POST", "/task/", subscription())[1]["field"] == "payload.variables.name"
+    client.post("/auth/deregister", {"id": name_of(client)})
+    assert not store.redis.keys(store.key("needs", "*"))
+
+
+def test_saving_a_content_type_says_how_many_subscribers_cannot_fill_it_and_what_they_lack(client):
+    define(client)
+    for number, variables in enumerate([{}, {"name": "x"}, {"name": "x", "plan": 1}, {"plan": 2}]):
+        subscribe(client, f"user{number}@example.com", variables=variables)
+
+    def saved(content, **more):
+        status, answer, _ = client("PUT", "/task/subscriptionContent", {
+            "content_type": "news", "subject": "{{ email }}", "content": content, **more})
+        assert status == 200 and answer.pop("msg") == "Content Type updated successfully"
+        return answer
+    assert saved("{{ name }} {{ plan }}") == {"status": True, "unfilled": 3, "missing": ["name", "plan"]}
+    assert saved("{{ name }}{{ plan }}", defaults={"plan": ""}) == {"status": True, "unfilled": 2, "missing": ["name"]}
+    assert saved("{{ name | default: 'x' }}") == saved("{{ unknown }}", defaults={"unknown": 0}) == {"status": True}
+
+
+def viewed(client, path):
+    """(text, policy) of what a path shows without a key."""
+    connection = http.client.HTTPConnection(client.address, timeout=PATIENCE)
+    connection.request("GET", path)
+    answer = connection.getresponse()
+    assert answer.status == 200 and answer.headers["Content-Type"] == "text/html; charset=utf-8"
+    return answer.read().decode(), answer.headers["Content-Security-Policy"]
+
+
+def test_a_preview_is_filled_with_unsaved_edits_and_a_subscribers_variables_and_names_what_is_missing(services):
+    service = services(public_url="https://mail.example.com")
+    client, path = service.client.sign_up(), "/task/subscriptionContent/news/preview"
+    define(client, subject="Hi {{ name }}", content="<p>{{ name }}</p>")
+    subscribe(client, variables={"name": "A & B"})
+    found = client.post(path, {"userId": "User@example.com"})
+    view = found.pop("view")
+    assert found == {"status": True, "subject": "Hi A & B", "text": "A & B\n", "missing": []}
+    text, policy = viewed(client, view)
+    assert text == "<p>A &amp; B</p>" and "img-src data:;" in policy and policy.startswith("sandbox;")
+    found = client.post(path, {"content": "{{ name }} {{ plan }} {{ x }} {{ email }} <3", "defaults": {"x": "y"},
+                               "variables": {"name": "Ann"}, "pictures": True})
+    assert (found["subject"], found["text"], found["missing"]) == (
+        "Hi Ann", "Ann {{ plan }} y reader@example.com <3", ["plan"])
+    text, policy = viewed(client, found["view"])
+    assert text == "<pre>Ann {{ plan }} y reader@example.com &lt;3</pre>" and "img-src data: https: http:;" in policy
+    link = client.post(path, {"userId": "user@example.com", "content": "{{ unsubscribe_url }}"})["text"]
+    for method in ("GET", "POST"):
+        assert client(method, link.removeprefix(service.settings.public_url))[0] == 404
+    assert client.get("/task/subscriptionContent/news")["subscribers"] == 1
+    assert client.get("/task/subscriptionContent/news")["content"] == "<p>{{ name }}</p>"
+
+
+def test_a_preview_needs_no_saved_content_type_where_it_has_both_texts_and_shows_a_sample_of_an_otp(client):
+    path = "/task/subscriptionContent/Login/preview"
+    found = client.post(path, {"subject": "S", "content": "{{ otp }} for {{ minutes }} min"})
+    assert (found["text"], found["missing"]) == ("123456 for 5 min", [])
+    assert client.get("/task/subscriptionContent")["total"] == 0
+    for body, status, field in (
+            ({"subject": "S"}, 404, "content_type"), ({"subject": "S", "content": "{{ a.b }}"}, 400, "content"),
+            ({"subject": "S", "content": "C", "userId": "user@example.com"}, 404, "userId"),
+            ({"subject": "{{ a }}", "content": "{{ a }}" * 200, "variables": {"a": "x" * 10000}}, 413, "variables")):
+        got, answer, _ = client("POST", path, body)
+        assert (got, answer["field"]) == (status, field)
+
+
+def test_a_preview_is_seen_for_a_minute_and_by_its_own_account_alone(service, client):
+    found = client.post("/task/subscriptionContent/news/preview", {"subject": "S", "content": "Secret"})
+    key, = service.store.redis.keys(service.store.key("preview", "*"))
+    assert 0 < service.store.redis.ttl(key) <= 60 and "Secret" in viewed(client, found["view"])[0]
+    other = service.client.sign_up()
+    other.post("/task/subscriptionContent/news/preview", {"subject": "S", "content": "Another"})
+    assert "Secret" in viewed(client, found["view"])[0]
+    client.post("/auth/deregister", {"id": name_of(client)})
+    assert client("GET", found["view"])[0] == 404
+
+
+def test_saving_a_newsletter_without_its_link_to_unsubscribe_says_so_where_there_is_one(services):
+    client = services(public_url="https://mail.example.com").client.sign_up()
+    contents = {"News": True, "{{ unsubscribe_url }}": False, "{{ otp }}": False}
+    for number, (content, hinted) in enumerate(contents.items()):
+        body = {"content_type": f"news{number}", "subject": "S", "content": content}
+        for method in ("POST", "PUT"):
+            answer = client(method, "/task/subscriptionContent", body)[1]
+            assert ("{{ unsubscribe_url }}" in answer.get("hint", "")) == hinted
 
 
 def test_subscribing_again_replaces_the_frequency_and_never_doubles(dated, mail_server, clock):
