@@ -191,7 +191,8 @@ MIN_TOKEN_LENGTH = 16  # of admin_token, beyond loopback
 VARIABLE = "[A-Za-z_][A-Za-z0-9_]{0,63}"
 ONE_LINE = r"[^\x00-\x1f\x7f-\x9f\u2028\u2029]"  # some mailers break a header at the last two, Unicode's line ends
 LINE = "on one line, without control characters"
-PLACEHOLDER = re.compile(rf"\{{\{{ *({VARIABLE}) *\}}\}}")  # {{ name }}, see fill_template()
+# {{ name }} or {{ name | default: "text" }}: the name, and the default in its quotes; see fill_template().
+PLACEHOLDER = re.compile(rf"""\{{\{{ *({VARIABLE}) *(?:\| *default *: *("[^"{{}}\r\n]*"|'[^'{{}}\r\n]*') *)?\}}\}}""")
 
 # A placeholder, or, as the group `wrong`, a malformed one. The outer braces of {{{ name }}} are text.
 BRACES = re.compile(rf"{PLACEHOLDER.pattern}"
@@ -335,10 +336,10 @@ class Settings:
         if self.public_url and not re.fullmatch(r"https?://[!-;=?-~]+", self.public_url):
             raise self._wrong("public_url", "is not a URL such as https://mail.example.com")
         for name in ("otp_subject", "otp_content"):
-            if unknown := set(PLACEHOLDER.findall(getattr(self, name))) - {"otp", "minutes"}:
+            if unknown := placeholder_names(getattr(self, name)) - {"otp", "minutes"}:
                 raise StartError(f"{name}: {{{{ {min(unknown)} }}}} is not known, expected "
                                  "{{ otp }} or {{ minutes }}")
-        if self.otp_content and "otp" not in PLACEHOLDER.findall(self.otp_content):
+        if self.otp_content and "otp" not in placeholder_names(self.otp_content):
             raise StartError("otp_content: must hold {{ otp }}")
         for name in split_list(self.allowed_hosts):
             if parse_host(name) is None or parse_host(f"{name}:80") is None:
@@ -524,6 +525,11 @@ def warnings_about(settings: Settings, environment: Mapping[str, str]) -> list[s
         warnings.append(f"workers is {settings.workers}, but smtp_connections {settings.smtp_connections}: the other "
                         "workers of a lane wait for a connection")
     return warnings
+
+
+def placeholder_names(text: str, with_default: bool = True) -> set[str]:
+    """The variables that a template names; without `with_default` only those that it cannot be filled without."""
+    return {place[1] for place in PLACEHOLDER.finditer(text) if with_default or not place[2]}
 
 
 def malformed_placeholders(text: str) -> str:
@@ -1074,9 +1080,12 @@ def start_logging(settings: Settings) -> None:
 #   otp_requests:<account>          string  number of OTP requests in this minute
 #
 #   hooks                           hash    account, "" for the admin -> its webhook, see Webhooks.set()
-#   content:<account>               hash    content type -> {"subject", "content"}
+#   content:<account>               hash    content type -> {"subject", "content", "resend", "defaults"}, see
+#                                           Newsletters._body()
+#   needs:<account>                 hash    content type -> the variables that it cannot be filled without, by spaces
 #   subscribers:<type>:<account>    hash    address -> {"userId", "frequency", "retries", "created", "variables", "at",
 #                                           "day", "timezone"}
+#   preview:<type>:<account>        string  HTML of the newest preview, for a minute
 #   issued:<type>:<account>         hash    address -> id of the task of the newest newsletter, and the newest boundary
 #                                           at which one was queued (s), by a space
 #   got:<type>:<account>            hash    address -> the last text that was sent to her, as text_digest() has it, and
@@ -1094,6 +1103,7 @@ def start_logging(settings: Settings) -> None:
 #   erasure_key                     string  the secret of the names that stand for erased addresses
 #   schedule                        zset    [account, type, address] by its next boundary (s)
 #   ascii_folded                    string  time of the upgrade to keys that fold only ASCII letters (ms)
+#   needs_noted                     string  time of the upgrade to `needs` (ms)
 #
 #   answered:<id>                   string  answer of a script, kept for a minute in case the same call comes again
 #   on_disk                         string  a write for WAITAOF to wait for
@@ -2075,6 +2085,11 @@ def is_html(content: str) -> bool:
     return MARKUP.search(content) is not None
 
 
+def with_defaults(variables: Mapping[str, Any], defaults: Mapping[str, Any]) -> Json:
+    """Variables, with a default for each that is missing or empty."""
+    return {**defaults, **{name: value for name, value in variables.items() if value != "" or name not in defaults}}
+
+
 class TooLarge(ValueError):
     """A result would have `size` bytes, which is more than allowed."""
 
@@ -2087,34 +2102,59 @@ def fill_template(template: str, variables: Mapping[str, Any], escape: bool = Fa
                   max_size: float = math.inf) -> str:
     """`template` with each `{{ name }}` replaced by the variable of that name. Nothing in it is ever evaluated.
 
-    A name is a letter or `_`, then letters, digits or `_`; spaces around it are ignored.
+    A name is a letter or `_`, then letters, digits or `_`; spaces around it are ignored. Where the variable is missing
+    or empty, `{{ name | default: "text" }}` becomes the text.
 
     Args:
         variables: name -> string or number.
-        escape: escape the values for HTML.
-        keep_unknown: leave placeholders without a variable as they are.
+        escape: escape the values and the defaults for HTML.
+        keep_unknown: leave placeholders with neither a variable nor a default as they are.
         max_size: bytes that the result may have: a short template can repeat a long value many times.
 
     Raises:
         KeyError: there is no variable of that name.
         TooLarge: the result would be larger; it was not made.
     """
-    places = [place for place in PLACEHOLDER.finditer(template) if not keep_unknown or place[1] in variables]
-    values = {name: str(variables[name]) for name in {place[1] for place in places}}
-    if escape:
-        values = {name: html.escape(value) for name, value in values.items()}
-    sizes = {name: len(value.encode()) for name, value in values.items()}
-    size = len(template.encode()) + sum(sizes[place[1]] - len(place[0]) for place in places)
+    values: dict[str, str] = {}  # placeholder -> what takes its place
+    size = len(template.encode())
+    for place in PLACEHOLDER.finditer(template):
+        placeholder, name, default = place[0], place[1], place[2]
+        if placeholder not in values:
+            if default and variables.get(name, "") == "":
+                value = default[1:-1]
+            elif name in variables or not keep_unknown:
+                value = str(variables[name])
+            else:
+                continue
+            values[placeholder] = html.escape(value) if escape else value
+        size += len(values[placeholder].encode()) - len(placeholder.encode())
     if size > max_size:
         raise TooLarge(size)
-    return PLACEHOLDER.sub(lambda place: values.get(place[1], place[0]), template)
+    return PLACEHOLDER.sub(lambda place: values.get(place[0], place[0]), template)
+
+
+# What GoMail itself fills in newsletters: without and with public_url.
+READER_VARIABLES = (("email",), ("email", "unsubscribe_url"))
+
+
+def needs(body: Json) -> list[str]:
+    """The variables that a content type, {"subject", "content", "defaults"}, cannot be filled without."""
+    names = placeholder_names(body["subject"], with_default=False) | placeholder_names(body["content"], False)
+    return sorted(names - body.get("defaults", {}).keys())
+
+
+def lacks_variable(name: str) -> HTTPError:
+    """The error (400) for a subscription that lacks a variable."""
+    field = f"payload.variables.{name}"
+    hint = "; the option public_url makes it" if name == "unsubscribe_url" else ""
+    return HTTPError(400, f"{field} is required: the newsletter names it, without a default{hint}", field)
 
 
 def check_placeholders(text: str, field: str) -> None:
     """Raise HTTPError (400) for a `{{` that begins no placeholder: fill_template() would leave it as it is."""
     if malformed := malformed_placeholders(text):
         raise HTTPError(400, f"{field} has {malformed}, expected {{{{ name }}}}: a letter or _, then up to 63 letters, "
-                        "digits or _, in two braces on each side", field)
+                        "digits or _, in two braces on each side; or {{ name | default: \"text\" }}", field)
 
 
 class Check:
@@ -2853,12 +2893,13 @@ class Accounts:
     # the name stays taken, and no key is valid. The waiting tasks and the schedule are not searched: what comes up
     # there without its owner is dropped.
     DEREGISTER = """
-        local users, content, left_types = unpack(KEYS)
+        local users, content, left_types, needs = unpack(KEYS)
         local name, prefix, most = ARGV[1], ARGV[2], tonumber(ARGV[3])
         if redis.call('HEXISTS', users, name) == 0 then return 0 end
         local types = redis.call('HRANDFIELD', content, most)
         for _, content_type in ipairs(types) do
             redis.call('HDEL', content, content_type)
+            redis.call('HDEL', needs, content_type)
             local type_and_name = content_type .. ':' .. name
             redis.call('UNLINK', prefix .. 'subscribers:' .. type_and_name, prefix .. 'issued:' .. type_and_name,
                        prefix .. 'got:' .. type_and_name, prefix .. 'issues:' .. type_and_name)
@@ -2884,7 +2925,7 @@ class Accounts:
     def deregister(self, name: str) -> None:
         """Revoke the keys of an account and end all it has waiting. Raises HTTPError (404) if it is not registered."""
         keys = [self.user_list, *(self.store.key(kind, name) for kind in (
-            "content", "left_types", "dead", "suppressed", "suppressed_for", "recent"))]
+            "content", "left_types", "needs", "dead", "suppressed", "suppressed_for", "recent"))]
         many, at_once = self._keys_of_many(name), self.CONTENT_TYPES_AT_ONCE
         # Removing no content types only revokes the keys.
         while (answer := self._deregister(keys=keys, args=[name, self.store.prefix, 0 if many else at_once])) == 2:
@@ -3166,8 +3207,7 @@ PAYLOADS = {
                             "from": Nullable(Sender()), "lane": Nullable(LANE), "headers": Nullable(Headers()),
                             "metadata": Nullable(Metadata())}),
     "generateOtp": MailPayload({"userId": Address(), "length": Integer(4, 8), "purpose": Nullable(PURPOSE),
-                                "variables": Absent(MailPayload.NEEDS_CONTENT_TYPE),
-                                "locale": Absent(MailPayload.NEEDS_CONTENT_TYPE),
+                                "variables": Absent(MailPayload.NEEDS_CONTENT_TYPE), "locale": Nullable(LOCALE),
                                 "from": Nullable(Sender()), "lane": Nullable(LANE), "metadata": Nullable(Metadata())}),
     "subscribe": Subscription({"userId": Address(), "frequency": Enum(FREQUENCIES), "content_type": CONTENT_TYPE,
                                "subject": Nullable(SUBJECT_TEMPLATE), "content": Nullable(CONTENT_TEMPLATE),
@@ -3229,7 +3269,13 @@ class NamedText(typing.NamedTuple):
     content_type: str
     subject: str = ""
     content: str = ""
+    defaults: Mapping[str, Any] = {}
     is_left_out: bool = False  # those that were sought together are too large
+
+    @classmethod
+    def of(cls, content_type: str, body: Json) -> "NamedText":
+        """The content type whose body this is."""
+        return cls(content_type, body["subject"], body["content"], body.get("defaults", {}))
 
 
 def text_name(task: Json) -> TextName | None:
@@ -3285,7 +3331,7 @@ def insert_text(task: Json, path: str, texts: Mapping[TextName, NamedText | None
     if text.is_left_out:
         raise HTTPError(413, f"{field}: the content types that the tasks name are too large together; send fewer "
                         "tasks at once", field)
-    if task["type"] == "generateOtp" and "otp" not in PLACEHOLDER.findall(text.subject + text.content):
+    if task["type"] == "generateOtp" and "otp" not in placeholder_names(text.subject + text.content):
         raise HTTPError(400, f"{field} must name a content type with {{{{ otp }}}}, and {text.content_type} has none",
                         field)
     del payload["content_type"]
@@ -3324,6 +3370,10 @@ def fill_message(task: Json, path: str, max_size: int, texts: Mapping[TextName, 
     if taken := trial.keys() & variables.keys():
         variable = f"{path}.variables.{min(taken)}"
         raise HTTPError(400, f"{variable} must be left out: it is that of the OTP", variable)
+    if source and source.defaults:
+        variables = with_defaults(variables, source.defaults)
+        if is_otp:
+            payload["variables"] = variables
     for part, check in (("subject", SUBJECT), ("text", CONTENT), ("content", CONTENT)):
         if part not in payload:
             continue
@@ -3966,8 +4016,8 @@ class Queue:
     # ARGV: otp_cooldown (s), otp_hourly_max, otp_minute_max, otp_ttl (s); then of each request: account, registration,
     #       id of the API key or "", fingerprint of what came with an idempotency key and the key's digest, or "" twice,
     #       what the ids are made from, the number of tasks; and of each of its tasks: id, head, body, lane, the address
-    #       of an OTP, with the digest of its purpose, if any, behind a space, or "", a content type that must exist or
-    #       "", due (ms), when it expires (ms) or 0, recipients. Of a task that is refused anyway: id, why, and "" seven
+    #       of an OTP, with the digest of its purpose, if any, behind a space, or "", what lacking() takes or "", due
+    #       (ms), when it expires (ms) or 0, recipients. Of a task that is refused anyway: id, why, and "" seven
     #       times.
     # Answer: for each request "revoked", "conflict", or {what the ids are made from, "<number>=<why> ..." of the tasks
     #         refused, the lanes in which the account is new among others}.
@@ -4001,13 +4051,25 @@ class Queue:
             redis.call('EXPIRE', asked, 3600)
         end
 
-        local function refusal_of(new_in, account, key, id, head, body, lane, otp_address, content_type, due, expires,
-                                  to)
-            if body == '' then return head end
-            if redis.call('EXISTS', prefix .. 'task:' .. id) == 1 then return end
-            if content_type ~= '' and redis.call('HEXISTS', prefix .. 'content:' .. account, content_type) == 0 then
+        -- What a subscribe task lacks. `wanted` has three lines: the content type; the variables given, each between
+        -- two spaces; and those that the task's own content needs, or a dash if it has none.
+        local function lacking(account, wanted)
+            local content_type, given, names = string.match(wanted, '^(.-)\\n(.-)\\n(.*)$')
+            if redis.call('HEXISTS', prefix .. 'content:' .. account, content_type) == 1 then
+                names = redis.call('HGET', prefix .. 'needs:' .. account, content_type) or ''
+            elseif names == '-' then
                 return 'unknown'
             end
+            for name in string.gmatch(names, '%S+') do
+                if not string.find(given, ' ' .. name .. ' ', 1, true) then return 'lacks:' .. name end
+            end
+        end
+
+        local function refusal_of(new_in, account, key, id, head, body, lane, otp_address, wanted, due, expires, to)
+            if body == '' then return head end
+            if redis.call('EXISTS', prefix .. 'task:' .. id) == 1 then return end
+            local lack = wanted ~= '' and lacking(account, wanted)
+            if lack then return lack end
             local wait = otp_address ~= '' and too_early(account, id, otp_address)
             if wait then return wait end
             if otp_address ~= '' then expires = milliseconds + otp_ttl * 1000 end
@@ -4052,9 +4114,10 @@ class Queue:
         """Put checked tasks into their lanes in one round trip; when it returns, Redis has them.
 
         Returns for each task its id, or the HTTPError that says why it was not queued: 400, there is no such content
-        type; 429, too many OTPs, see Otps. The idempotency key is that of one task, or of the `batch` that the tasks
-        come from: the same again within 24 hours queues nothing and returns the same, unless nothing was queued before.
-        An HTTPError in place of a task is returned as well; but what the first request got counts for the same again.
+        type, or a subscription lacks a variable; 429, too many OTPs, see Otps. The idempotency key is that of one task,
+        or of the `batch` that the tasks come from: the same again within 24 hours queues nothing and returns the same,
+        unless nothing was queued before. An HTTPError in place of a task is returned as well; but what the first
+        request got counts for the same again.
 
         Raises:
             HTTPError: 401, the API key was revoked; 422, the idempotency key came with something else before; 503, with
@@ -4073,7 +4136,7 @@ class Queue:
                 request += [task_id, error, *[""] * 7]
                 size += len(error)
                 continue
-            payload, lane, otp_address, content_type = task["payload"], lane_of(task), "", ""
+            payload, lane, otp_address, wanted = task["payload"], lane_of(task), "", ""
             if task["type"] == "generateOtp":
                 # The OTP is made from this seed when it is sent, so that a retry sends the same one; see section 12.
                 task = {**task, "payload": {**payload, "seed": secrets.token_hex(16)}}
@@ -4082,13 +4145,15 @@ class Queue:
                     otp_address += f" {hashlib.sha256(payload['purpose'].encode()).hexdigest()[:16]}"
                 if lane == Lane.URGENT:
                     self._no_otp.clear()
-            elif task["type"] == "subscribe" and "content" not in payload:
-                content_type = payload["content_type"]
+            elif task["type"] == "subscribe":
+                given = {*payload.get("variables", ()), *READER_VARIABLES[bool(self.settings.public_url)]}
+                wanted = "\n".join((payload["content_type"], f" {'  '.join(given)} ",
+                                    " ".join(needs(payload)) if "content" in payload else "-"))
             is_delayed = is_delayed or "send_at" in payload
             recipients = fold_address(" ".join(addresses_of(payload)))
             body = json.dumps(task)
             request += [task_id, summary_of(task), body, lane,
-                        otp_address, content_type, payload.get("send_at", 0) // 1000,
+                        otp_address, wanted, payload.get("send_at", 0) // 1000,
                         payload.get("expires_at", 0) // 1000, recipients]
             size += len(body)
         answer, is_safe = self._enqueue_in_groups(request, len(tasks) + size // self.BYTES_LIKE_A_TASK)
@@ -4110,6 +4175,8 @@ class Queue:
         for number, _, why in (refusal.partition("=") for refusal in refusals.split()):
             if why.isdigit():
                 results[int(number)] = rate_limited(why)
+            elif why.startswith("lacks:"):
+                results[int(number)] = lacks_variable(why.partition(":")[2])
             elif why != "unknown":
                 results[int(number)] = HTTPError(*json.loads(urllib.parse.unquote(why)))
             else:
@@ -6282,6 +6349,149 @@ def pack(pieces: list, room: int, further_room: int = 0) -> list:
     return packed
 
 
+# What GoMail itself says to readers: language -> page or mail -> its title, its text, the label of its button, and what
+# stands below that; a page without a label has no button. `minutes` are one of them, and several.
+READER_TEXTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "en": {
+        "unsubscribe": ("Unsubscribe", "Do you want no more mails of “{content_type}” at {address}?", "Unsubscribe"),
+        "unsubscribed": ("You are unsubscribed", "{address} gets no more mails of “{content_type}”.",
+                         "Subscribe again"),
+        "confirm": ("Confirm your subscription", "Do you want to get “{content_type}” at {address}?", "Subscribe"),
+        "subscribed": ("You are subscribed", "{address} will get “{content_type}”."),
+        "not_valid": ("This link is not valid", "Perhaps it was cut off. Please open it from the mail again, or copy "
+                      "all of it."),
+        "over": ("This link has been used or has expired", "If you still want these mails, please subscribe again."),
+        "later": ("Please try again in a moment", "The link could not be opened just now."),
+        "confirm_mail": ("Please confirm your subscription", "Somebody, probably you, wants “{content_type}” to be "
+                         "sent to {address}.", "Confirm", "The link is valid for 7 days. If it was not you, you can "
+                         "ignore this mail."),
+        "otp": ("Your verification code", "Your verification code is", "", "It expires in {minutes}. If you did not "
+                "ask for it, you can ignore this mail."),
+        "minutes": ("{number} minute", "{number} minutes")},
+    "de": {
+        "unsubscribe": ("Abmelden", "Möchten Sie „{content_type}“ an {address} nicht mehr erhalten?", "Abmelden"),
+        "unsubscribed": ("Sie sind abgemeldet", "{address} erhält „{content_type}“ nicht mehr.", "Wieder anmelden"),
+        "confirm": ("Bestätigen Sie Ihre Anmeldung", "Möchten Sie „{content_type}“ an {address} erhalten?",
+                    "Anmelden"),
+        "subscribed": ("Sie sind angemeldet", "{address} erhält von nun an „{content_type}“."),
+        "not_valid": ("Dieser Link ist ungültig", "Vielleicht wurde er abgeschnitten. Bitte öffnen Sie ihn noch "
+                      "einmal aus der Mail, oder kopieren Sie ihn ganz."),
+        "over": ("Dieser Link wurde schon benutzt oder ist abgelaufen", "Wenn Sie diese Mails noch erhalten möchten, "
+                 "melden Sie sich bitte wieder an."),
+        "later": ("Bitte versuchen Sie es gleich noch einmal", "Der Link ließ sich gerade nicht öffnen."),
+        "confirm_mail": ("Bitte bestätigen Sie Ihre Anmeldung", "Jemand, wahrscheinlich Sie, möchte „{content_type}“ "
+                         "an {address} erhalten.", "Bestätigen", "Der Link gilt 7 Tage. Falls Sie es nicht waren, "
+                         "können Sie diese Mail ignorieren."),
+        "otp": ("Ihr Bestätigungscode", "Ihr Bestätigungscode lautet", "", "Er läuft in {minutes} ab. Falls Sie ihn "
+                "nicht angefordert haben, können Sie diese Mail ignorieren."),
+        "minutes": ("{number} Minute", "{number} Minuten")},
+    "fr": {
+        "unsubscribe": ("Se désabonner", "Ne plus recevoir « {content_type} » à l’adresse {address} ?",
+                        "Se désabonner"),
+        "unsubscribed": ("Vous êtes désabonné(e)", "{address} ne recevra plus « {content_type} ».", "Se réabonner"),
+        "confirm": ("Confirmez votre abonnement", "Voulez-vous recevoir « {content_type} » à l’adresse {address} ?",
+                    "S’abonner"),
+        "subscribed": ("Vous êtes abonné(e)", "{address} recevra « {content_type} »."),
+        "not_valid": ("Ce lien n’est pas valable", "Il a peut-être été coupé. Veuillez l’ouvrir à nouveau depuis le "
+                      "message, ou le copier en entier."),
+        "over": ("Ce lien a déjà servi ou a expiré", "Si vous voulez encore recevoir ces messages, veuillez vous "
+                 "abonner à nouveau."),
+        "later": ("Veuillez réessayer dans un instant", "Le lien n’a pas pu être ouvert."),
+        "confirm_mail": ("Veuillez confirmer votre abonnement", "Quelqu’un, sans doute vous, souhaite recevoir « "
+                         "{content_type} » à l’adresse {address}.", "Confirmer", "Le lien est valable 7 jours. Si ce "
+                         "n’était pas vous, vous pouvez ignorer ce message."),
+        "otp": ("Votre code de vérification", "Votre code de vérification est", "", "Il expire dans {minutes}. Si "
+                "vous ne l’avez pas demandé, vous pouvez ignorer ce message."),
+        "minutes": ("{number} minute", "{number} minutes")},
+    "es": {
+        "unsubscribe": ("Cancelar la suscripción", "¿Quiere dejar de recibir «{content_type}» en {address}?",
+                        "Cancelar la suscripción"),
+        "unsubscribed": ("Su suscripción está cancelada", "{address} ya no recibirá «{content_type}».",
+                         "Volver a suscribirse"),
+        "confirm": ("Confirme su suscripción", "¿Quiere recibir «{content_type}» en {address}?", "Suscribirse"),
+        "subscribed": ("Su suscripción está activa", "{address} recibirá «{content_type}»."),
+        "not_valid": ("Este enlace no es válido", "Quizá esté cortado. Ábralo otra vez desde el correo o cópielo "
+                      "entero."),
+        "over": ("Este enlace ya se usó o ha caducado", "Si todavía quiere recibir estos correos, suscríbase de "
+                 "nuevo."),
+        "later": ("Inténtelo de nuevo en un momento", "El enlace no se pudo abrir."),
+        "confirm_mail": ("Confirme su suscripción", "Alguien, probablemente usted, quiere recibir «{content_type}» en "
+                         "{address}.", "Confirmar", "El enlace es válido durante 7 días. Si no fue usted, puede "
+                         "ignorar este correo."),
+        "otp": ("Su código de verificación", "Su código de verificación es", "", "Caduca en {minutes}. Si no lo ha "
+                "pedido, puede ignorar este correo."),
+        "minutes": ("{number} minuto", "{number} minutos")},
+    "pt": {
+        "unsubscribe": ("Cancelar a subscrição", "Quer deixar de receber “{content_type}” em {address}?",
+                        "Cancelar a subscrição"),
+        "unsubscribed": ("A sua subscrição foi cancelada", "{address} já não receberá “{content_type}”.",
+                         "Subscrever de novo"),
+        "confirm": ("Confirme a sua subscrição", "Quer receber “{content_type}” em {address}?", "Subscrever"),
+        "subscribed": ("A sua subscrição está ativa", "{address} receberá “{content_type}”."),
+        "not_valid": ("Este link não é válido", "Talvez esteja cortado. Abra-o de novo a partir do e-mail ou copie-o "
+                      "por inteiro."),
+        "over": ("Este link já foi usado ou expirou", "Se ainda quiser receber estes e-mails, subscreva de novo."),
+        "later": ("Tente de novo dentro de momentos", "Não foi possível abrir o link."),
+        "confirm_mail": ("Confirme a sua subscrição", "Alguém, provavelmente você, quer receber “{content_type}” em "
+                         "{address}.", "Confirmar", "O link é válido durante 7 dias. Se não foi você, pode ignorar "
+                         "este e-mail."),
+        "otp": ("O seu código de verificação", "O seu código de verificação é", "", "Expira em {minutes}. Se não o "
+                "pediu, pode ignorar este e-mail."),
+        "minutes": ("{number} minuto", "{number} minutos")},
+}
+LANGUAGE_RANGE = re.compile(
+    r"\s*([A-Za-z]{1,8}|\*)(?:-[A-Za-z0-9]{1,8})*\s*(?:;\s*q=([01](?:\.\d{0,3})?)\s*)?", re.ASCII)
+
+
+class ReaderText(typing.NamedTuple):
+    """One of READER_TEXTS, in one language."""
+
+    title: str
+    text: str
+    label: str = ""
+    note: str = ""
+
+    @classmethod
+    def of(cls, language: str, what: str, values: Mapping[str, str]) -> "ReaderText":
+        """The text with these values in it."""
+        return cls(*(part.format(**values) for part in READER_TEXTS[language][what]))
+
+
+def nearest_language(locale: str) -> str:
+    """The language of READER_TEXTS for a language tag (RFC 4647 section 3.4), English where there is none."""
+    language = locale.partition("-")[0].lower()
+    return language if language in READER_TEXTS else "en"
+
+
+def preferred_language(accept_language: str) -> str:
+    """The language of READER_TEXTS that a header Accept-Language (RFC 9110 section 12.5.4) prefers, or English."""
+    preferred, most = "en", 0.0
+    for found in filter(None, map(LANGUAGE_RANGE.fullmatch, accept_language.split(","))):
+        language, weight = found[1].lower().replace("*", "en"), float(found[2] or 1)
+        if language in READER_TEXTS and weight > most:
+            preferred, most = language, weight
+    return preferred
+
+
+def built_in_mail(language: str, what: str, code: str = "", url: str = "", **values: str) -> tuple[str, str, str]:
+    """(subject, content as HTML, text) of a mail of READER_TEXTS, with a code or with a button that leads to `url`.
+
+    `values` fill the texts.
+    """
+    mail = ReaderText.of(language, what, values)
+    link = html.escape(url)
+    focus = (f'<p style="margin:24px 0;font:bold 36px/1.2 monospace;letter-spacing:4px">{code}</p>' if code else
+             f'<p style="margin:24px 0"><a href="{link}" style="display:inline-block;padding:12px 24px;'
+             f'border-radius:8px;background:#05c;color:#fff;font-weight:bold;text-decoration:none">'
+             f'{html.escape(mail.label)}</a></p>')
+    content = (f'<!DOCTYPE html><html lang="{language}"><head><meta charset="utf-8">'
+               f'<title>{html.escape(mail.title)}</title><meta name="color-scheme" content="light dark"></head>'
+               f'<body style="font:16px/1.5 sans-serif"><p>{html.escape(mail.text)}</p>{focus}'
+               f'<p>{html.escape(mail.note)}</p></body></html>\n')
+    text = f"{mail.text} {code}" if code else f"{mail.text}\n\n{mail.label}: {url}"
+    return mail.title, content, f"{text}\n\n{mail.note}\n"
+
+
 # --- 11. transports -------------------------------------------------------------------------------------
 # SmtpTransport hands a message to the server, MaildirTransport writes it to a Maildir. Both report a failure as a
 # DeliveryError, whose class decides what the worker does; the table REPLIES decides which class an SMTP reply means.
@@ -7574,18 +7784,17 @@ class Otps:
         key: the secret of the hashes, 32 bytes.
         ttl: seconds for which an OTP is valid, from the request on.
         minute_max: OTP requests of an account per minute; 0: unlimited.
-        subject, content: templates of the mail, with `{{ otp }}` and `{{ minutes }}`.
+        subject, content: templates of the mail, with `{{ otp }}` and `{{ minutes }}`; in the place of the default
+            subject and of an empty content, GoMail has its own, in the languages of READER_TEXTS.
     """
 
     MAX_ATTEMPTS = 5
     MAX_FAILURES = 100
-    CONTENT = ("Your verification code is {{ otp }}\n\nIt expires in {{ minutes }} minute(s). "
-               "If you did not ask for it, you can ignore this mail.\n")
 
     def __init__(self, store: Store, key: bytes, ttl: int, minute_max: int = 0, subject: str = Settings.otp_subject,
                  content: str = "") -> None:
         self.store, self.key, self.ttl, self.minute_max = store, key, ttl, minute_max
-        self.subject, self.content = subject, content or self.CONTENT
+        self.subject, self.content = subject, content
         self._keep = store.script(self.KEEP)
         self._verify = store.script(self.VERIFY, once=True)
 
@@ -7674,12 +7883,21 @@ class Otps:
             raise rate_limited(-result, "OTP requests or wrong OTPs")
         return result == "verified"
 
-    def mail(self, otp: str, payload: Json) -> tuple[str, str]:
-        """(subject, content) of the mail with an OTP: from its payload's templates, if it has some."""
-        variables = {**payload.get("variables", {}), "otp": otp, "minutes": max(1, self.ttl // 60)}
-        subject, content = payload.get("subject", self.subject), payload.get("content", self.content)
-        return (fill_template(subject, variables),
-                fill_template(content, variables, escape="content" in payload and is_html(content)))
+    def mail(self, otp: str, payload: Json) -> tuple[str, str, str]:
+        """(subject, content, text or "") of the mail with an OTP: from its payload's templates, if it has some."""
+        minutes = max(1, self.ttl // 60)
+        variables = {**payload.get("variables", {}), "otp": otp, "minutes": minutes}
+        if "content" in payload:
+            subject, content = payload["subject"], payload["content"]
+            return fill_template(subject, variables), fill_template(content, variables, is_html(content)), ""
+        language = nearest_language(payload.get("locale", ""))
+        duration = READER_TEXTS[language]["minutes"][minutes != 1].format(number=minutes)
+        subject, content, text = built_in_mail(language, "otp", otp, minutes=duration)
+        if self.subject != Settings.otp_subject:
+            subject = fill_template(self.subject, variables)
+        if self.content:
+            content, text = fill_template(self.content, variables), ""
+        return subject, content, text
 
     def _record(self, account: str, address: str, purpose: str) -> str:
         """The key of an OTP's record. With a purpose it has a digest, which no names of others can imitate."""
@@ -7898,6 +8116,7 @@ class Newsletters:
         self._stop_send = store.script(self.STOP_SEND, once=True)
         self.sending = threading.Event()  # set where this process knows of newsletters that are to be queued
         self._correct = store.script(self.CORRECT)
+        self._note_needs = store.script(self.NOTE_NEEDS)
         self._cursor = 0  # where correct() continues in the schedule
         self._calendars: dict[str, None] = dict.fromkeys(FREQUENCIES)  # whose boundaries are passed to CLAIM
         self._found: dict[str, tuple[float, int, int]] = {}  # calendar -> since when its next two boundaries are these
@@ -7908,10 +8127,12 @@ class Newsletters:
                 self.store.key("schedule"), self.store.key("issued", content_type, account),
                 self.store.key("unsubscribed", content_type, address, account),
                 self.store.key("got", content_type, account), self.store.key("issues", content_type, account),
-                self.store.key("left", content_type, account), self.store.key("left_types", account), self.store.prefix]
+                self.store.key("left", content_type, account), self.store.key("left_types", account),
+                self.store.key("needs", account), self.store.prefix]
 
     KEYS_BY_NAME = """
-        local content, subscribers, schedule, issued, unsubscribed, got, issues, left, left_types, prefix = unpack(KEYS)
+        local content, subscribers, schedule, issued, unsubscribed, got, issues, left, left_types, needs, prefix
+            = unpack(KEYS)
     """
 
     # `find_left` answers the field of the hash `left` that has a folded address: that address, or the name that stands
@@ -7935,32 +8156,61 @@ class Newsletters:
     """
 
     # KEYS: see _keys().
-    # ARGV: content type, body, 1 to replace it or 0 to create it.
+    # ARGV: content type, body, what it needs, 1 to replace it or 0 to create it.
     # Answer: 1, or 0 if there is no such content type, or one already.
     DEFINE = KEYS_BY_NAME + """
-        local content_type, body, exists = unpack(ARGV)
+        local content_type, body, needed, exists = unpack(ARGV)
         if redis.call('HEXISTS', content, content_type) ~= tonumber(exists) then return 0 end
         redis.call('HSET', content, content_type, body)  -- a full Redis refuses this: nothing is written before it
+        redis.call('HSET', needs, content_type, needed)
         if exists == '0' then redis.call('UNLINK', subscribers, issued, got, issues) end  -- what REMOVE has left
         return 1
     """
 
     def create(self, account: str, content_type: str, subject: str, content: str,
-               request: str | IdempotentRequest = "") -> None:
-        """Define a content type. `request` is that of Script. Raises HTTPError: 409, it exists; 422, see Script."""
-        if not self._define(self._keys(account, content_type), [content_type, self._body(subject, content), 0],
-                            request):
+               request: str | IdempotentRequest = "", **more: Any) -> None:
+        """Define a content type; `more` is what else _body() takes. `request` is that of Script.
+
+        Raises HTTPError: 409, it exists; 422, see Script.
+        """
+        body = self._body(subject, content, **more)
+        if not self._define(self._keys(account, content_type), [content_type, *self._kept(body), 0], request):
             raise HTTPError(409, "content_type exists already; PUT updates it", "content_type")
 
-    def update(self, account: str, content_type: str, subject: str, content: str) -> None:
-        """Replace subject and content of a content type. Raises HTTPError (404) if it does not exist."""
-        if not self._define(self._keys(account, content_type), [content_type, self._body(subject, content), 1]):
+    def update(self, account: str, content_type: str, subject: str, content: str, **more: Any) -> Json:
+        """Replace all that a content type has, see create().
+
+        Returns {"unfilled": how many of its subscribers lack variables, "missing": which}, or {} if none do.
+
+        Raises HTTPError (404) if it does not exist.
+        """
+        body = self._body(subject, content, **more)
+        if not self._define(self._keys(account, content_type), [content_type, *self._kept(body), 1]):
             raise self._unknown()
+        needed = {*needs(body)}.difference(READER_VARIABLES[bool(self.public_url)])
+        unfilled, missing = set(), set()
+        subscribers = self.store.key("subscribers", content_type, account)
+        for address, record in self.store.redis.hscan_iter(subscribers, count=1000) if needed else ():
+            if lacked := needed - json.loads(record).get("variables", {}).keys():
+                unfilled.add(address)
+                missing |= lacked
+        return {"unfilled": len(unfilled), "missing": sorted(missing)} if missing else {}
 
     @staticmethod
-    def _body(subject: str, content: str) -> str:
-        """A content type as Redis keeps it. HEADS relies on the order and the spaces."""
-        return json.dumps({"subject": subject, "content": content})
+    def _body(subject: str, content: str, resend: bool = True, defaults: Mapping[str, Any] | None = None) -> Json:
+        """All that a content type has.
+
+        Args:
+            resend: whether a subscriber gets the same text again.
+            defaults: the variables of who has none of that name, or an empty one.
+        """
+        return {"subject": subject, "content": content, **({} if resend else {"resend": False}),
+                **({"defaults": defaults} if defaults else {})}
+
+    @staticmethod
+    def _kept(body: Json) -> tuple[str, str]:
+        """A content type and what it needs as Redis keeps them. HEADS relies on the order and the spaces."""
+        return json.dumps(body), " ".join(needs(body))
 
     @staticmethod
     def _unknown() -> HTTPError:
@@ -7971,6 +8221,7 @@ class Newsletters:
     # KEYS: see _keys(). ARGV: content type, field in `sends`. Answer: 1, or 0 if it does not exist.
     REMOVE = KEYS_BY_NAME + """
         redis.call('HDEL', prefix .. 'sends', ARGV[2])
+        redis.call('HDEL', needs, ARGV[1])
         return redis.call('HDEL', content, ARGV[1])
     """
 
@@ -7984,12 +8235,16 @@ class Newsletters:
             raise self._unknown()
 
     def read(self, account: str, content_type: str) -> Json:
-        """{"content_type", "subject", "content", "subscribers": how many}. Raises HTTPError (404)."""
+        """{"content_type", "subject", "content", "resend", "defaults", "subscribers": how many}.
+
+        Raises HTTPError (404).
+        """
         body = self.store.redis.hget(self.store.key("content", account), content_type)
         if body is None:
             raise self._unknown()
         subscribers = self.store.redis.hlen(self.store.key("subscribers", content_type, account))
-        return {"content_type": content_type, **json.loads(body), "subscribers": subscribers}
+        return {"content_type": content_type, "resend": True, "defaults": {}, **json.loads(body),
+                "subscribers": subscribers}
 
     # KEYS: the prefix.
     # ARGV: account, content type; and so on.
@@ -8051,7 +8306,7 @@ class Newsletters:
             args += [len(sought), *sought]
         answers = self._texts(keys=[self.store.key("content", account)], args=args)
         return {name: None if not answer else NamedText(answer[0], is_left_out=True) if len(answer) == 1
-                else NamedText(answer[0], **json.loads(answer[1])) for name, answer in zip(names, answers)}
+                else NamedText.of(answer[0], json.loads(answer[1])) for name, answer in zip(names, answers)}
 
     def _content_types(self, account: str = "", kind: str = "content") -> list[tuple[str, str]]:
         """(account, content type) for the content types of an account or of all, by name; with the kind "left_types"
@@ -8182,11 +8437,12 @@ class Newsletters:
     # ARGV: content type, address, subscription (JSON), when its task was created (microseconds), member of the
     #       schedule, now, next boundary and the one after it (s), half a period (s), 1 to subscribe also who
     #       unsubscribed before, or 0, account, the data of the event; body of the content type if it is to be created,
-    #       or "".
+    #       or "", and what it needs.
     # Answer: "subscribed", "overtaken", "left out" or "unknown" if the content type does not exist.
     SUBSCRIBE = ENTER + """
-        local content_type, body = ARGV[1], ARGV[13]
+        local content_type, body, needed = ARGV[1], ARGV[13], ARGV[14]
         if body ~= '' and redis.call('HSETNX', content, content_type, body) == 1 then
+            redis.call('HSET', needs, content_type, needed)
             redis.call('UNLINK', subscribers, issued, got, issues)  -- what REMOVE has left
         end
         if redis.call('HEXISTS', content, content_type) == 0 then return 'unknown' end
@@ -8202,12 +8458,12 @@ class Newsletters:
         """
         payload, account = task.payload, task.account
         content_type, address = payload["content_type"], fold_address(payload["userId"])
-        body = ""
+        body = needed = ""
         if "subject" in payload and "content" in payload:
-            body = self._body(payload["subject"], payload["content"])
+            body, needed = self._kept(self._body(payload["subject"], payload["content"]))
         result = self._subscribe(self._keys(account, content_type, address), [
             content_type, *self._entry(account, content_type, self._record(payload, task.retries, task.created),
-                                       payload.get("again", False), self.clock()), body])
+                                       payload.get("again", False), self.clock()), body, needed])
         if result == "unknown":
             raise PermanentError(f"content type {content_type!r} does not exist")
         return self.LEFT_OUT if result == "left out" else result
@@ -8409,6 +8665,27 @@ class Newsletters:
                                         self.schedule_member(account, content_type, address)])
         self.store.write("SET", marker, now, "NX")
 
+    # Note what a content type needs, unless it was changed since it was read.
+    # KEYS: see _keys(). ARGV: content type, body, what it needs.
+    NOTE_NEEDS = KEYS_BY_NAME + """
+        local content_type, body, needed = unpack(ARGV)
+        if redis.call('HGET', content, content_type) == body then
+            redis.call('HSETNX', needs, content_type, needed)
+        end
+    """
+
+    def note_needs(self) -> None:
+        """Once after an upgrade: note what the content types of an older version need. Several processes may do it at
+        once."""
+        marker, now = self.store.key("needs_noted"), int(self.store.time() * 1000)
+        if self.store.redis.exists(marker):
+            return
+        for account, content_type in self._content_types():
+            if body := self.store.redis.hget(self.store.key("content", account), content_type):
+                needed = " ".join(needs(json.loads(body)))
+                self._note_needs(self._keys(account, content_type), [content_type, body, needed])
+        self.store.write("SET", marker, now, "NX")
+
     def link(self, account: str, content_type: str, address: str) -> str:
         """The URL by which its reader ends this subscription; "" without `public_url`."""
         if not self.public_url:
@@ -8489,15 +8766,15 @@ class Newsletters:
 
     def _fill_mail(self, task: Task, text: Json, subscription: str | None) -> tuple[str, str, str]:
         """(subject, content, the link to unsubscribe or "") of a newsletter. Raises KeyError, TooLarge."""
-        address, own = task.payload["userId"], json.loads(subscription).get("variables") if subscription else None
+        address, own = task.payload["userId"], task.payload.get("test", {})
         url = self.link(task.account, task.payload["content_type"], address)
-        if "test" in task.payload:
-            own = (own or {}) if subscription else {**text.get("defaults", {}), **task.payload["test"]}
-            if url and not subscription:
-                url = f"{self.public_url}/unsubscribe/example"  # it ends nothing: there is no subscription
-        variables = {**(own or {}), "email": address, **({"unsubscribe_url": url} if url else {})}
+        if subscription:
+            own = json.loads(subscription).get("variables", {})
+        elif url:
+            url = f"{self.public_url}/unsubscribe/example"  # it ends nothing: there is no subscription
+        variables = self._variables(text, own, address, url)
         subject, content = (
-            fill_template(template, variables, escape, own is None, self.max_size)
+            fill_template(template, variables, escape, max_size=self.max_size)
             for template, escape in ((text["subject"], False), (text["content"], is_html(text["content"]))))
         return subject, content, url
 
@@ -8506,6 +8783,49 @@ class Newsletters:
         """What SETTLE_AND_TAKE notes of a newsletter that was sent: [text_digest(), content type, address, subject]."""
         return json.dumps([text_digest(text["subject"], text["content"]), content_type, fold_address(address),
                            text["subject"]])
+
+    @staticmethod
+    def _variables(body: Json, own: Mapping[str, Any], address: str, url: str) -> Json:
+        """What fills a content type for one reader, whose variables `own` are. `url` is her link, or ""."""
+        return {**with_defaults(own, body.get("defaults", {})), "email": address,
+                **({"unsubscribe_url": url} if url else {})}
+
+    SAMPLE: typing.ClassVar[Json] = {"otp": "123456", "minutes": 5}  # in the preview of a text for OTPs
+
+    def preview(self, account: str, content_type: str, edits: Json, address: str = "",
+                variables: Mapping[str, Any] | None = None) -> tuple[str, str, list[str]]:
+        """(subject, content, variables that are missing) of a mail as a subscriber would get it, or some reader.
+
+        Args:
+            edits: what of the content type is another than it is saved.
+            address: of the subscriber whose variables are taken, or "".
+            variables: further ones, which replace hers.
+
+        Raises:
+            HTTPError: 404, there is no such content type or subscriber; 413, the texts are too large.
+        """
+        with self.store.redis.pipeline(transaction=False) as pipeline:
+            pipeline.hget(self.store.key("content", account), content_type)
+            pipeline.hget(self.store.key("subscribers", content_type, account), fold_address(address))
+            saved, subscription = pipeline.execute()
+        if not saved and not {"subject", "content"} <= edits.keys():
+            raise self._unknown()
+        if address and not subscription:
+            raise HTTPError(404, "userId is not subscribed to this content type", "userId")
+        body = {**json.loads(saved or "{}"), **edits}
+        own = {**json.loads(subscription or "{}").get("variables", {}), **(variables or {})}
+        known = self._variables(body, own, address or "reader@example.com",
+                                self.public_url and f"{self.public_url}/unsubscribe/preview")
+        if not address and "otp" in placeholder_names(body["subject"] + body["content"]):
+            known = {**self.SAMPLE, **known}
+        try:
+            subject, content = (
+                fill_template(text, known, escape, keep_unknown=True, max_size=self.max_size)
+                for text, escape in ((body["subject"], False), (body["content"], is_html(body["content"]))))
+        except TooLarge as error:
+            raise HTTPError(413, f"with these variables the mail would have {error.size} bytes, and may have "
+                            f"{self.max_size} (max_body)", "variables") from None
+        return self.CONTROLS.sub(" ", subject), content, [name for name in needs(body) if name not in known]
 
     def _headers(self, content_type: str, url: str) -> tuple[tuple[str, str], ...]:
         """Headers by which mailers recognise the newsletter (RFC 2919) and unsubscribe (RFC 2369, RFC 8058)."""
@@ -10302,8 +10622,8 @@ class Workers:
     def send_otp(self, task: Task) -> str:
         """Issue the OTP of a generateOtp task and send it; returns the server's reply."""
         try:
-            subject, content = self.otps.mail(self.otps.issue(task), task.payload)
-            return self._send(task, Mail(self._sender(task), task.payload["userId"], subject, content,
+            subject, content, text = self.otps.mail(self.otps.issue(task), task.payload)
+            return self._send(task, Mail(self._sender(task), task.payload["userId"], subject, content, text=text,
                                          reply_to=self._reply_to(task)))
         finally:
             self.queue.otp_passed()
@@ -10586,6 +10906,7 @@ class Response:
     media_type: str
     text: str
     headers: dict = dataclasses.field(default_factory=dict)
+    status: int = 200
 
 
 Reply = Json | Response  # what a handler returns
@@ -10602,11 +10923,64 @@ def done(message: str, **fields: Any) -> Json:
     return {"status": True, "msg": message, **fields}
 
 
-def small_page(body: str) -> Response:
-    """A page for a reader of newsletters."""
-    return Response("text/html", '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>Newsletter</title>'
-                    '<meta name="viewport" content="width=device-width"><body style="font: 1.2em sans-serif; '
-                    f'margin: 3em auto; max-width: 30em">{body}</body></html>\n')
+# The paths of links in mails: whoever opens one reads a page, whatever is answered.
+READER_PATH = re.compile("/(unsubscribe|confirm)(/.*)?")
+READER_STYLE = """
+:root { color-scheme: light dark }
+body { margin: 0; min-height: 100vh; display: grid; place-items: center; font: 18px/1.5 system-ui, sans-serif;
+  background: #fff; color: #1c1e21 }
+main { box-sizing: border-box; width: 100%; max-width: 32rem; padding: 2rem 1.25rem; text-align: center;
+  overflow-wrap: anywhere }
+h1 { margin: .5rem 0 1rem; font-size: 1.6rem; line-height: 1.25 }
+p { margin: 0 0 1.5rem }
+button { padding: .75rem 1.75rem; border: 0; border-radius: .5rem; background: #05c; color: #fff; font: inherit;
+  font-weight: 600; cursor: pointer }
+button:focus-visible { outline: 3px solid currentColor; outline-offset: 3px }
+@media (prefers-color-scheme: dark) {
+  body { background: #17191c; color: #e8eaed }
+  button { background: #8ab4f8; color: #101318 }
+}
+"""
+READER_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'sha256-"
+    f"{base64.b64encode(hashlib.sha256(READER_STYLE.encode()).digest()).decode()}'; img-src data:; "
+    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'", "Referrer-Policy": "no-referrer"}
+
+
+def reader_page(accept_language: str, what: str, sender: str = "", action: str = "", status: int = 200,
+                **values: str) -> Response:
+    """A page for a reader of newsletters, in the language of her browser.
+
+    Args:
+        what: the page, a name in READER_TEXTS.
+        sender: who sends the newsletter, as readers know him; "" where that is not known.
+        action: where its button posts to, relative to the page; "": the page's own URL. To "unsubscribed" belongs a
+            button only with it.
+        values: what fills the texts.
+    """
+    language = preferred_language(accept_language)
+    title, text, label, _ = (html.escape(part) for part in ReaderText.of(language, what, values))
+    sender, target = html.escape(sender), f' action="{html.escape(action)}"' if action else ""
+    form = f"<form method=post{target}><button>{label}</button></form>" if label and (
+        action or what != "unsubscribed") else ""
+    return Response("text/html", (
+        f'<!DOCTYPE html><html lang="{language}"><head><meta charset="utf-8">'
+        f'<title>{title}{f" – {sender}" if sender else ""}</title><meta name="robots" content="noindex">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{READER_STYLE}</style>'
+        '<link rel="icon" href="data:,"></head><body><main>'
+        f'{f"<div>{sender}</div>" if sender else ""}<h1>{title}</h1><p>{text}</p>{form}</main></body></html>\n'),
+        READER_HEADERS, status)
+
+
+def page_of_error(accept_language: str, status: int) -> Response:
+    """The page for a reader whose link is answered with an error."""
+    what = "over" if status == 410 else "later" if status in (408, 429) or status >= 500 else "not_valid"
+    return reader_page(accept_language, what, status=status)
+
+
+def shown(content: str) -> str:
+    """The content of a mail as HTML."""
+    return content if is_html(content) else f"<pre>{html.escape(content)}</pre>"
 
 
 def html_of(message: email.message.EmailMessage, max_length: int = 8_000_000) -> str | None:
@@ -11067,16 +11441,35 @@ class Api:
 
     def create_content(self, request: Request) -> Reply:
         self.newsletters.create(request.account.name, **request.body, request=request.idempotent)
-        return done("Content Type created successfully")
+        return done("Content Type created successfully", **self.hint(request.body))
 
     def update_content(self, request: Request) -> Reply:
-        self.newsletters.update(request.account.name, **request.body)
-        return done("Content Type updated successfully")
+        unfilled = self.newsletters.update(request.account.name, **request.body)
+        return done("Content Type updated successfully", **unfilled, **self.hint(request.body))
+
+    def hint(self, body: Json) -> Json:
+        """{"hint"} where a content type does not show the link to unsubscribe, and is not that of an OTP; else {}."""
+        named = placeholder_names(body["subject"] + body["content"])
+        if not self.settings.public_url or named & {"unsubscribe_url", "otp"}:
+            return {}
+        return {"hint": "a newsletter should show {{ unsubscribe_url }}, and this content does not; the headers of its "
+                "mails have it in any case"}
 
     def read_content(self, request: Request) -> Reply:
         content_type = request.path_params["content_type"]
         return {"status": True, **self.newsletters.read(request.account.name, content_type),
                 "view": self.view_path(request.account, content_type=content_type)}
+
+    def preview_content(self, request: Request) -> Reply:
+        account, content_type = request.account, request.path_params["content_type"]
+        edits = {name: request.body[name] for name in ("subject", "content", "defaults") if name in request.body}
+        subject, content, missing = self.newsletters.preview(
+            account.name, content_type, edits, request.body.get("userId", ""), request.body.get("variables"))
+        # Unsaved edits do not fit into a path.
+        self.store.redis.set(self.store.key("preview", content_type, account.name), shown(content), ex=60)
+        return {"status": True, "subject": subject, "missing": missing,
+                "text": html_to_text(content) if is_html(content) else content,
+                "view": self.view_path(account, preview=content_type, pictures=request.body.get("pictures", False))}
 
     def remove_content(self, request: Request) -> Reply:
         self.newsletters.remove(request.account.name, request.path_params["content_type"])
@@ -11094,6 +11487,7 @@ class Api:
     def list_issues(self, request: Request) -> Reply:
         return {"status": True, "issues": self.newsletters.issues(request.account.name,
                                                                   request.path_params["content_type"])}
+
     def import_subscribers(self, request: Request) -> Reply:
         body, errors = request.body, list[Json]()
 
@@ -11120,22 +11514,34 @@ class Api:
         subscriptions, cursor = self.newsletters.subscriptions(request.account.name, **query)
         return {"status": True, "subscriptions": subscriptions, "next": cursor}
 
+    def sender_name(self, account: str) -> str:
+        """The sender of an account's newsletters, as its readers know him."""
+        senders = self.accounts.settings(account)["senders"]
+        name, address = next(filter(None, map(parse_sender, senders)), ("", ""))
+        return name or address or self.settings.sender[0] or account
+
+    def page_for(self, request: Request, what: str, account: str, content_type: str, address: str,
+                 action: str = "") -> Response:
+        """The page for the reader of a newsletter, see reader_page()."""
+        return reader_page(request.headers.get("accept-language", ""), what, self.sender_name(account), action,
+                           content_type=content_type, address=address)
+
     def ask_to_unsubscribe(self, request: Request) -> Reply:
-        _, content_type, address = self.newsletters.read_link(request.path_params["token"])
         # Mail scanners follow links, so only the button's POST ends the subscription.
-        return small_page(f"<p>Unsubscribe {html.escape(address)} from {html.escape(content_type)}?</p>"
-                          "<form method=post action='?by=button'><button>Unsubscribe</button></form>")
+        return self.page_for(request, "unsubscribe", *self.newsletters.read_link(request.path_params["token"]),
+                             action="?by=button")
 
     def follow_link(self, request: Request) -> Reply:
         token, how = request.path_params["token"], "link" if "by" in request.query else "one-click"
         can_undo = self.newsletters.follow_link(token, how)
-        again = f"<form method=post action='{token}/again'><button>Subscribe again</button></form>" if can_undo else ""
-        return small_page(f"<p>You are unsubscribed.</p>{again}")
+        return self.page_for(request, "unsubscribed", *self.newsletters.read_link(token),
+                             action=f"{token}/again" if can_undo else "")
 
     def subscribe_again(self, request: Request) -> Reply:
-        if not self.newsletters.subscribe_again(request.path_params["token"]):
+        token = request.path_params["token"]
+        if not self.newsletters.subscribe_again(token):
             raise HTTPError(410, "this subscription cannot be renewed by its link", "token")
-        return small_page("<p>You are subscribed again.</p>")
+        return self.page_for(request, "subscribed", *self.newsletters.read_link(token))
 
     def read_webhook(self, request: Request) -> Reply:
         return {"status": True, **self.describe_webhook(self.webhooks.find(request.account.name))}
@@ -11309,10 +11715,15 @@ class Api:
             raise HTTPError(404, "this link is not valid, or has expired", "token")
         if "mail" in claims:
             text = html_of(self.mail_in_outbox(claims["mail"], account)[1]) or ""
+        elif "preview" in claims:
+            text = self.store.redis.get(self.store.key("preview", claims["preview"], account.name)) or ""
         else:
-            text = self.newsletters.read(account.name, claims["content_type"])["content"]
-            text = text if is_html(text) else f"<pre>{html.escape(text)}</pre>"
-        return Response("text/html", text, MAIL_HEADERS)
+            text = shown(self.newsletters.read(account.name, claims["content_type"])["content"])
+        headers = MAIL_HEADERS
+        if claims.get("pictures"):
+            policy = headers["Content-Security-Policy"].replace("img-src data:", "img-src data: https: http:")
+            headers = {**headers, "Content-Security-Policy": policy}
+        return Response("text/html", text, headers)
 
     def show_page(self, request: Request) -> Reply:
         if self.page is None:
@@ -11389,7 +11800,11 @@ class Otp(String):
 
 ID = Object({"id": String(254, ONE_LINE, LINE)})  # older versions allowed more names than NEW_ID does
 NEW_ID = Object({"id": AccountName()})
-DEFINITION = Object({"content_type": CONTENT_TYPE, "subject": SUBJECT_TEMPLATE, "content": CONTENT_TEMPLATE})
+DEFINITION = Object({"content_type": CONTENT_TYPE, "subject": SUBJECT_TEMPLATE, "content": CONTENT_TEMPLATE,
+                     "resend": Nullable(Boolean()), "defaults": Nullable(Variables())})
+PREVIEW = Object({"subject": Nullable(SUBJECT_TEMPLATE), "content": Nullable(CONTENT_TEMPLATE),
+                  "defaults": Nullable(Variables()), "userId": Nullable(Address()), "variables": Nullable(Variables()),
+                  "pictures": Nullable(Boolean())})
 IMPORT = Object({"csv": String(UNBOUNDED), "line": Nullable(Integer(1, 10**9)), "again": Nullable(Boolean()), **{
     name: check if isinstance(check, Nullable) else Nullable(check)
     for name, check in PAYLOADS["subscribe"].fields.items() if name in TIMES}})
@@ -11419,7 +11834,8 @@ SUBSCRIPTIONS = {"content_type": CONTENT_TYPE, "userId": Address(), "cursor": CU
 
 QUEUED, COUNTED, CHANGED = {**DONE, "id": str}, {**DONE, "count": int}, {**DONE, "changed": int}
 STRICT, TASK_QUEUED = {"strict": Boolean()}, {**QUEUED, "ignored?": list}
-CONTENT_ANSWER = {"status": bool, "content_type": str, "subject": str, "content": str, "subscribers": int, "view": str}
+CONTENT_ANSWER = {"status": bool, "content_type": str, "subject": str, "content": str, "resend": bool, "defaults": dict,
+                  "subscribers": int, "view": str}
 TASK_ANSWER = {"status": bool, "id": str, "task": str, "type": str, "userId": str, "state": str, "attempts": int,
                "retries": int, "error": (str, None), "created": str, "story": list}
 PART_ANSWER = {"status": bool, "total": int, "offset": int, "limit": int}
@@ -11457,9 +11873,10 @@ ROUTES = (
           refuses=(429,), idempotency_key=True),
     Route("GET", "/task/subscriptionContent", Api.list_content, Access.ALL, query=PAGING,
           answer={**PART_ANSWER, "contentTypes": list}),
-    Route("POST", "/task/subscriptionContent", Api.create_content, Access.KEY, DEFINITION, refuses=(409,),
-          idempotency_key=True),
-    Route("PUT", "/task/subscriptionContent", Api.update_content, Access.KEY, DEFINITION, refuses=(404,)),
+    Route("POST", "/task/subscriptionContent", Api.create_content, Access.KEY, DEFINITION,
+          answer={**DONE, "hint?": str}, refuses=(409,), idempotency_key=True),
+    Route("PUT", "/task/subscriptionContent", Api.update_content, Access.KEY, DEFINITION,
+          answer={**DONE, "unfilled?": int, "missing?": list, "hint?": str}, refuses=(404,)),
     Route("GET", "/task/subscriptionContent/{content_type}", Api.read_content, Access.KEY,
           answer=CONTENT_ANSWER, refuses=(404,)),
     Route("DELETE", "/task/subscriptionContent/{content_type}", Api.remove_content, Access.KEY, refuses=(404,)),
@@ -11471,6 +11888,8 @@ ROUTES = (
           answer={**DONE, "subscribed": int, "left_out": int, "errors": list, "failed": int}, refuses=(404,)),
     Route("GET", "/task/subscriptionContent/{content_type}/export", Api.export_subscribers, Access.KEY,
           answer="text/csv", refuses=(404,)),
+    Route("POST", "/task/subscriptionContent/{content_type}/preview", Api.preview_content, Access.KEY, PREVIEW,
+          answer={"status": bool, "subject": str, "text": str, "view": str, "missing": list}, refuses=(404,)),
     Route("GET", "/task/recent", Api.list_recent, Access.ALL, query=SEARCH,
           answer={"status": bool, "tasks": list, "next": (int, None)}),
     Route("GET", "/task/dead", Api.list_dead, Access.ALL, query=PAGING, answer={**PART_ANSWER, "tasks": list}),
@@ -11581,12 +12000,13 @@ def openapi(routes: Sequence[Route]) -> Json:
         credentials, refusals = SECURITY[route.access]
         statuses = {400, 408, 413, 414, 415, 417, 421, 431, 500, 501, 503, 505, *refusals, *route.refuses}
         statuses |= ({411} if route.body else set()) | ({422} if route.idempotency_key else set())
-        error = {"$ref": "#/components/schemas/Error"}
+        refused = (({"type": "string"}, "text/html") if READER_PATH.fullmatch(route.path)
+                   else ({"$ref": "#/components/schemas/Error"},))
         operation: Json = {
             "operationId": f"{route.handler.__name__}_{route.path.replace('/', '_')}".strip("_"),
             "responses": {"200": response(200, {"type": "string"}, route.answer) if isinstance(route.answer, str)
                           else response(200, object_schema(route.answer)),
-                          **{str(status): response(status, error) for status in sorted(statuses)}},
+                          **{str(status): response(status, *refused) for status in sorted(statuses)}},
             "parameters": [{"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
                            for name in re.findall(r"\{(\w+)\}", route.path)]
             + [{"name": name, "in": "query", "schema": check.schema} for name, check in route.query.items()],
@@ -11856,6 +12276,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Read a request and answer it. True where another may follow on this connection."""
         self.keep_alive, self.head_only = False, False
         self.method, self.route, self.group, self.reserved = "", "", "", 0
+        self.reader_language: str | None = None  # of a reader who follows a link, as Accept-Language
         self.deadline = time.monotonic() + self.server.settings.request_timeout
         if not self.wait_for_request():
             return False
@@ -11863,6 +12284,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.answering.add(self)
         try:
             status, body, headers = self.answer()
+            if status >= 400 and self.reader_language is not None:
+                body = page_of_error(self.reader_language, status)
             stats = self.server.stats
             stats.count("gomail_http_requests_total", method=self.method, route=self.route, status=str(status))
             if self.group:
@@ -11920,6 +12343,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """
         method, target, minor, headers = self.read_head()
         authority, path, query = self.split_target(method, target)
+        if READER_PATH.fullmatch(path):
+            self.reader_language = headers.get("accept-language", "")
         self.check_host(authority, headers, minor)
         length = self.body_length(headers, minor)
         check_content_coding(headers)
@@ -11952,7 +12377,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with self.server.large_bodies if len(body) > SMALL_BODY else contextlib.nullcontext():
             if route.body:
                 request.body = parse_json(body)
-            return 200, self.with_redis(self.server.api.answer, route, request), {}
+            reply = self.with_redis(self.server.api.answer, route, request)
+            return reply.status if isinstance(reply, Response) else 200, reply, {}
 
     def with_redis(self, call: Callable, *arguments: object) -> object:
         """call(*arguments), with a Redis connection that no other thread uses meanwhile."""
@@ -12476,6 +12902,7 @@ class Service:
         self.newsletters = Newsletters(store, zoneinfo.ZoneInfo(settings.timezone), accounts, settings.public_url,
                                        self.clock, settings.max_body)
         self.newsletters.refold()
+        self.newsletters.note_needs()
         self.queue.sort_in()
         self.stats = Stats(store)
         bounces = Bounces(self.queue, accounts, self.stats, settings.public_url)
@@ -13231,9 +13658,9 @@ class Backup:
     EXCLUDED = frozenset(("lane", "turns", "processing", "delayed", "scheduled", "expiring", "dead", "processes",
                           "heartbeat", "paused", "paused_announced", "resume", "resumed", "rate", "connections",
                           "connections_limit", "connections_wanted", "bounce_reader", "answered", "on_disk", "writable",
-                          "restoring", "jwt_secret_check"))
+                          "restoring", "jwt_secret_check", "preview"))
     # What a gomail leaves in Redis even if it was never used.
-    DISPOSABLE = frozenset(("jwt_secret", "ascii_folded", "stats", "history", "metrics"))
+    DISPOSABLE = frozenset(("jwt_secret", "ascii_folded", "needs_noted", "stats", "history", "metrics"))
     ENDED = (*CONCLUDED, State.BOUNCED, State.DEAD)
     READERS: typing.ClassVar[dict[str, Callable]] = {
         "string": lambda transaction, key: transaction.get(key),

@@ -394,7 +394,7 @@ class Client:
         self.connection = http.client.HTTPConnection(self.address, timeout=PATIENCE)
 
     def __call__(self, method, path, body=None, **headers):
-        """(status, JSON body, headers) of an answer. Header names are given with underscores."""
+        """(status, body as JSON or the bytes of a page, headers) of an answer. Header names have underscores."""
         headers = {name.replace("_", "-"): value for name, value in headers.items()}
         if self.key:
             headers.setdefault("Authorization", self.key)
@@ -405,7 +405,9 @@ class Client:
         self.connection.request(method, path, body, headers)
         answer = self.connection.getresponse()
         content = answer.read()
-        return answer.status, json.loads(content) if content else None, answer.headers
+        if content and not answer.headers["Content-Type"].startswith("text/html"):
+            content = json.loads(content)
+        return answer.status, content or None, answer.headers
 
     def post(self, path, body=None, **headers):
         """The JSON body of a 200 answer."""
@@ -3066,7 +3068,11 @@ MALFORMED = {  # text -> what the error says of it
     **{text: text for text in (
         "{{ a.b }}", "{{ a|upper }}", "{{ }}", "{{}}", "{{ name", "{{ 2x }}", "{{ n\u00e4me }}")},
     "{{ name }": "{{ name", "{{\tname }}": r"{{\tname }}", "{{ {name} }}": "{{", "{{{{ name }}}}": "{{",
-    "{{ %s }}" % ("a" * 65): "{{ aaa"}
+    "{{ %s }}" % ("a" * 65): "{{ aaa",
+    **{text: text for text in (
+        "{{ a | default }}", "{{ a | default: x }}", "{{ a | default: 'x\" }}", "{{ a | upper: 'x' }}",
+        "{{ a | default: 'x' | default: 'y' }}")},
+    "{{ a | default: '{{ b }}' }}": "{{ a | default: '", "{{ a | default: 'x\ny' }}": "{{ a | default: 'x"}
 
 
 @pytest.mark.parametrize("field", ["subject", "text", "content"])
@@ -3099,7 +3105,8 @@ def test_a_malformed_placeholder_of_a_newsletter_is_refused_where_it_is_defined(
 
 @hypothesis.settings(deadline=None, max_examples=300)
 @hypothesis.given(strategies.lists(strategies.one_of(strategies.text(max_size=4), strategies.sampled_from(
-    ["{", "}", "{{", "}}", "{{ a }}", "{{a}}", " ", "a", "{{ a.b }}", "\n"])), max_size=12).map("".join))
+    ["{", "}", "{{", "}}", "{{ a }}", "{{a}}", " ", "a", "{{ a.b }}", "\n", "{{ a | default: \"x\" }}", "|", "default:",
+     "'", '"'])), max_size=12).map("".join))
 def test_two_braces_are_malformed_wherever_they_neither_belong_to_a_placeholder_nor_stand_around_one(text):
     places = [found.span() for found in gomail.PLACEHOLDER.finditer(text)]
     wrong = [at for at in range(len(text)) if text.startswith("{{", at)
@@ -3175,7 +3182,8 @@ def test_a_moment_at_the_edge_of_the_calendar_is_refused_or_means_now(text):
 
 NAMES = strategies.sampled_from(["a", "b", "_c"])
 PIECES = strategies.lists(strategies.one_of(
-    strategies.text(max_size=8), NAMES.map("{{{{ {} }}}}".format), NAMES.map("{{{{{}}}}}".format)),
+    strategies.text(max_size=8), NAMES.map("{{{{ {} }}}}".format), NAMES.map("{{{{{}}}}}".format),
+    NAMES.map("{{{{ {} | default: \"d>\" }}}}".format), NAMES.map("{{{{{}|default:''}}}}".format)),
     max_size=12).map("".join)
 VALUES = strategies.one_of(strategies.text(max_size=20), strategies.integers(), strategies.floats())
 
@@ -3187,8 +3195,13 @@ def test_a_text_is_filled_where_it_stays_within_its_bound_and_else_not_even_made
     template, variables = template.encode(errors="ignore").decode(), {
         name: value.encode(errors="ignore").decode() if isinstance(value, str) else value
         for name, value in variables.items()}
-    whole = re.sub(gomail.PLACEHOLDER, lambda found: (html.escape if escape else str)(str(variables.get(found[1], "")))
-                   if found[1] in variables else found[0], template)
+
+    def fill(found):
+        value, default = variables.get(found[1], ""), found[2]
+        if default and value == "":
+            value = default.strip("'\"")
+        return found[0] if found[1] not in variables and not default else (html.escape if escape else str)(str(value))
+    whole = re.sub(gomail.PLACEHOLDER, fill, template)
     try:
         assert gomail.fill_template(template, variables, escape, keep_unknown=True, max_size=most) == whole
     except gomail.TooLarge as error:
@@ -3402,7 +3415,7 @@ def test_a_bad_field_beside_a_content_type_is_refused_by_name(kind, field, value
 
 
 @pytest.mark.parametrize("kind, field, value", [
-    ("message", "locale", "pt"), ("generateOtp", "locale", "pt"), ("generateOtp", "variables", {"a": "b"})])
+    ("message", "locale", "pt"), ("generateOtp", "variables", {"a": "b"})])
 @pytest.mark.parametrize("more", [{}, {"subject": "S", "content": "C", "content_type": "Login"}])
 def test_what_belongs_to_a_content_type_is_refused_where_none_counts(kind, field, value, more):
     payload = {**MESSAGE["payload"]} if kind == "message" else {"userId": "user@example.com", "length": 6}
@@ -7926,6 +7939,26 @@ def test_of_several_refusals_an_outage_decides_and_then_one_that_may_pass(errors
     assert error.verdict == verdict == error.cause.verdict
 
 
+@pytest.mark.parametrize("header, language", [
+    ("", "en"), ("de", "de"), ("DE-ch", "de"), ("nl, fr;q=0.5", "fr"), ("en;q=0.3, pt-BR;q=0.9, es;q=0.8", "pt"),
+    ("*", "en"), ("fr;q=0, es;q=0.1", "es"), ("fr;q=0", "en"), ("*;q=0.5, de;q=0.4", "en"), ("nl,ja", "en"),
+    ("fr; q=x, es", "es"), ("de;q=1.000,fr", "de"), ("de,fr;q=1.0", "de"), ("zz" * 5000, "en"), (",;q=,=;-", "en")])
+def test_the_language_of_a_browser_is_the_one_that_it_prefers(header, language):
+    assert gomail.preferred_language(header) == language
+
+
+def test_each_text_is_there_in_each_language_and_is_filled_by_the_same_values():
+    table = gomail.READER_TEXTS
+    for texts in table.values():
+        assert texts.keys() == table["en"].keys()
+        for what, parts in texts.items():
+            english = table["en"][what]
+            assert [bool(part) for part in parts] == [bool(part) for part in english]
+            for part, other in zip(parts, english):
+                assert sorted(re.findall(r"{\w*}", part)) == sorted(re.findall(r"{\w*}", other))
+                assert "  " not in part and part == part.strip()
+
+
 # --- 8. otp -----------------------------------------------------------------------------------------------
 
 def issued(client, mail_server, length=6, recipient=None):
@@ -8186,6 +8219,47 @@ def test_an_otp_may_have_the_texts_of_a_content_type_in_the_language_of_its_read
     assert mail["Subject"] == "C\u00f3digo de A & B" and verified(client, "user@example.com", otp)
     client.post("/task/", otp_task("ann@example.com", **{**given, "locale": "fr"}))
     assert otp_of(mail_server.one("ann@example.com")) and mail_server.one("ann@example.com")["Subject"] == "Your code"
+
+
+@pytest.mark.parametrize("locale, language, subject, text", [
+    (None, "en", "Your verification code", "Your verification code is 123456\n\nIt expires in 5 minutes. If you"),
+    ("de-CH", "de", "Ihr Bestätigungscode", "Ihr Bestätigungscode lautet 123456\n\nEr läuft in 5 Minuten ab. Falls"),
+    ("FR", "fr", "Votre code de vérification", "Votre code de vérification est 123456\n\nIl expire dans 5 minutes."),
+    ("es-419", "es", "Su código de verificación", "Su código de verificación es 123456\n\nCaduca en 5 minutos. Si"),
+    ("pt-BR", "pt", "O seu código de verificação", "O seu código de verificação é 123456\n\nExpira em 5 minutos. Se"),
+    ("nl-BE", "en", "Your verification code", "Your verification code is 123456\n\nIt expires in 5 minutes. If you")])
+def test_the_mail_of_an_otp_is_in_the_language_of_its_reader_with_the_code_large(
+        services, mail_server, locale, language, subject, text):
+    client = services(mail_server).client.sign_up()
+    client.post("/task/", otp_task(locale=locale))
+    mail = mail_server.one("user@example.com")
+    plain, markup = text_of(mail), mail.get_body(("html",)).get_content()
+    otp, = re.findall(r"\d{6}", plain)
+    assert mail["Subject"] == subject and plain.replace(otp, "123456").startswith(text)
+    assert f'<html lang="{language}">' in markup and verified(client, "user@example.com", otp)
+    assert re.search(r"font:bold 36px[^>]*>([^<]*)<", markup)[1] == otp
+    for line in filter(None, plain.replace(otp, "").splitlines()):
+        assert html.escape(line.strip()) in markup
+
+
+@pytest.mark.parametrize("ttl, minutes", [(1, "1 minute"), (60, "1 minute"), (119, "1 minute"), (120, "2 minutes")])
+def test_the_minutes_of_an_otp_are_in_the_right_number(service, ttl, minutes):
+    texts = gomail.Otps(service.store, b"", ttl).mail("123456", {})
+    assert f"It expires in {minutes}. " in texts[1] and f"It expires in {minutes}. " in texts[2]
+
+
+def test_the_subject_of_an_otp_has_the_code_where_its_option_says_so_and_an_options_text_stays_as_it_is(
+        services, mail_server):
+    client = services(mail_server, otp_subject="{{ otp }} is your code").client.sign_up()
+    client.post("/task/", otp_task(locale="de"))
+    mail = mail_server.one("user@example.com")
+    otp = re.search(r"lautet (\d{6})", text_of(mail))[1]
+    assert mail["Subject"] == f"{otp} is your code"
+    client = services(mail_server, otp_content="{{ otp }}, {{ minutes }} <3").client.sign_up()
+    client.post("/task/", otp_task("ann@example.com", locale="de"))
+    mail = mail_server.one("ann@example.com")
+    assert re.fullmatch(r"\d{6}, 5 <3\n", text_of(mail)) and not mail.is_multipart()
+    assert mail["Subject"] == "Ihr Best\u00e4tigungscode"
 
 
 def test_an_otp_is_sent_with_the_texts_of_its_request_though_they_change_and_its_mail_is_retried(
@@ -8690,6 +8764,54 @@ def test_a_link_that_was_changed_or_made_of_an_api_key_unsubscribes_nobody(linke
     assert service.client("GET", "/task/dead", Authorization=token)[0] == 401
 
 
+def test_a_link_that_was_cut_anywhere_shows_a_page_in_the_readers_language(linked):
+    service, owner = linked
+    path = "/unsubscribe/" + service.newsletters.link("a", "news", "user@example.com").rpartition("/")[2]
+    for at in {*range(len("/unsubscribe"), len(path), 7), len(path) - 1}:
+        for method in ("GET", "POST"):
+            status, page, headers = owner(method, path[:at], Accept_Language="de-DE, en;q=0.5")
+            assert (status, headers["Content-Type"]) == (404, "text/html; charset=utf-8")
+            assert "Dieser Link ist ung\u00fcltig" in page.decode() and '<html lang="de">' in page.decode()
+            assert "form-action 'self'" in headers["Content-Security-Policy"]
+    assert owner("GET", "/unsubscribed")[1]["status"] is False  # of a path that is no link
+
+
+@pytest.mark.parametrize("language", gomail.READER_TEXTS)
+def test_the_page_to_unsubscribe_is_in_the_readers_language_and_names_the_sender(linked, language):
+    service, client = linked
+    client("PUT", "/account", {"senders": ["@example.com", "The Shop & Co <shop@example.com>"]})
+    path = "/unsubscribe/" + service.newsletters.link(name_of(client), "news", "user@example.com").rpartition("/")[2]
+    for method, what in (("GET", "unsubscribe"), ("POST", "unsubscribed")):
+        status, page, _ = client(method, path, Accept_Language=language)
+        title, text, *_ = gomail.READER_TEXTS[language][what]
+        page = page.decode()
+        assert status == 200 and f'<html lang="{language}">' in page
+        assert f"<title>{html.escape(title)} \u2013 The Shop &amp; Co</title>" in page
+        assert html.escape(text).format(content_type="news", address="user@example.com") in page
+
+
+@pytest.mark.parametrize("options, senders, name", [
+    ({}, [], "an account"), ({"smtp_from": "Shop <app@example.org>"}, [], "Shop"),
+    ({"smtp_from": "Shop <app@example.org>"}, ["@example.com"], "Shop"),
+    ({"smtp_from": "Shop <app@example.org>"}, ["own@example.com"], "own@example.com"),
+    ({}, ["@example.com", "Own <own@example.com>"], "Own")])
+def test_readers_know_a_sender_by_his_name_or_else_by_the_account(services, options, senders, name):
+    service = services(**options)
+    client = service.client.sign_up("an account")
+    client("PUT", "/account", {"senders": senders})
+    assert service.http.api.sender_name("an account") == name
+
+
+@pytest.mark.parametrize("status, title", [
+    (400, "This link is not valid"), (404, "This link is not valid"), (405, "This link is not valid"),
+    (410, "This link has been used or has expired"), (408, "Please try again in a moment"),
+    (429, "Please try again in a moment"), (500, "Please try again in a moment"),
+    (503, "Please try again in a moment")])
+def test_a_reader_is_told_whether_to_try_a_link_again(status, title):
+    page = gomail.page_of_error("", status)
+    assert page.status == status and f"<title>{title}</title>" in page.text and "<form" not in page.text
+
+
 @pytest.mark.parametrize("name", ["\u00e9" * 127, "\U0001d400" * 63 + "ab", '"' * 254])
 def test_the_longest_names_of_account_content_type_and_address_give_links_that_work(services, mail_server, name):
     service = services(mail_server, public_url="https://mail.example.com/gomail")
@@ -8712,23 +8834,223 @@ def test_the_longest_names_of_account_content_type_and_address_give_links_that_w
     assert status == 200 and len(headers["Set-Cookie"]) < 4096  # what browsers keep
 
 
-def test_without_public_url_a_newsletter_has_no_link_and_unknown_names_stay(dated, mail_server, clock):
+def test_without_public_url_a_newsletter_has_no_link_but_that_of_the_subscription(dated, mail_server, clock):
     _, client = dated
-    define(client, content="{{ email }} {{ unsubscribe_url }} {{ name }}")
-    subscribe(client)
+    define(client, content="{{ email }} {{ unsubscribe_url }}")
+    subscribe(client, variables={"unsubscribe_url": "https://app.example.com/leave"})
     clock.forward(86400)
     message = mail_server.one("user@example.com")
     assert ("List-Unsubscribe" not in message
-            and text_of(message) == "user@example.com {{ unsubscribe_url }} {{ name }}\n")
+            and text_of(message) == "user@example.com https://app.example.com/leave\n")
 
 
-def test_a_subscription_whose_variables_lack_one_that_the_content_names_makes_a_dead_letter(dated, clock):
+def test_a_content_types_defaults_fill_what_a_subscription_lacks_and_end_with_the_next_put(dated, mail_server, clock):
     _, client = dated
-    define(client, content="{{ name }}")
-    subscribe(client, variables={"nam": "x"})
+    path, news = "/task/subscriptionContent", {
+        "content_type": "news", "subject": "Hi {{ name }}", "content": "<p>{{ name }}, {{ city | default: 'R&D' }}</p>"}
+    client.post(path, {**news, "resend": False, "defaults": {"name": "reader <3"}})
+    found = client.get(f"{path}/news")
+    assert (found["resend"], found["defaults"]) == (False, {"name": "reader <3"})
+    for number, variables in enumerate(({}, {"name": "", "city": ""}, {"name": "Ann", "city": "Rome"})):
+        subscribe(client, f"user{number}@example.com", variables=variables)
+    clock.forward(86400)
+    until(lambda: len(mail_server.mails) == 3)
+    for number, (subject, content) in enumerate([
+            ("Hi reader <3", "<p>reader &lt;3, R&amp;D</p>")] * 2 + [("Hi Ann", "<p>Ann, Rome</p>")]):
+        message = mail_server.one(f"user{number}@example.com")
+        assert (message["Subject"], message.get_body(("html",)).get_content().strip()) == (subject, content)
+    assert client("PUT", path, news)[0] == 200
+    found = client.get(f"{path}/news")
+    assert (found["resend"], found["defaults"]) == (True, {})
+
+
+@pytest.mark.parametrize("field, value", [("resend", "no"), ("defaults", ["name"]), ("defaults", {"a b": "x"})])
+def test_a_wrong_resend_or_default_is_refused_by_its_field(client, field, value):
+    body = {"content_type": "news", "subject": "S", "content": "C", field: value}
+    for method in ("POST", "PUT"):
+        status, answer, _ = client(method, "/task/subscriptionContent", body)
+        assert status == 400 and answer["field"] == field
+
+
+def test_the_defaults_of_a_content_type_fill_the_messages_and_otps_that_name_it(client, mail_server):
+    client.post("/task/subscriptionContent", {"content_type": "Login", "subject": "{{ app }}: {{ otp | default: 'x' }}",
+                                              "content": "{{ app }}", "defaults": {"app": "Example", "otp": "none"}})
+    for kind, address, subject in (("message", "a@example.com", "Example: none"),
+                                   ("generateOtp", "b@example.com", r"Example: \d{6}")):
+        client.state(client.task(kind, userId=address, content_type="Login", subject=None, content=None, length=6),
+                     "succeeded")
+        message = mail_server.one(address)
+        assert re.fullmatch(subject, message["Subject"]) and text_of(message) == "Example\n"
+
+
+@pytest.mark.parametrize("variables", [{"nam": "x"}, ABSENT, {}])
+def test_a_subscription_whose_variables_lack_one_that_the_content_names_makes_a_dead_letter(
+        dated, mail_server, clock, variables):
+    service, client = dated
+    define(client)
+    subscribe(client, **({} if variables is ABSENT else {"variables": variables}))
+    # As a content type that is saved now says, too.
+    assert client("PUT", "/task/subscriptionContent", {
+        "content_type": "news", "subject": "News", "content": "<p>{{ name }}</p>"})[1]["unfilled"] == 1
     clock.forward(86400)
     letter, = until(lambda: client.get("/task/dead")["tasks"])
-    assert letter["error"] == "the subscription has no variable 'name'"
+    assert letter["error"] == "the subscription has no variable 'name'" and not mail_server.mails
+
+
+def subscription(content_type="news", **more):
+    return {"task": "t", "type": "subscribe", "retries": 0, "payload": {
+        "userId": "user@example.com", "frequency": "@daily", "content_type": content_type, **more}}
+
+
+NEEDY = {"subject": "{{ name }} {{ city | default: 'Rome' }} {{ email }}",
+         "content": "{{ name }} {{ plan }} {{ colour }}"}
+
+
+def test_a_subscribe_that_lacks_a_variable_without_default_is_refused_by_its_name(client):
+    client.post("/task/subscriptionContent", {"content_type": "news", **NEEDY, "defaults": {"colour": "red"}})
+    for variables, lacked in (({}, "name"), ({"name": "x"}, "plan"), ({"plan": "x", "nam": "x"}, "name")):
+        status, answer, _ = client("POST", "/task/", subscription(variables=variables))
+        assert status == 400 and answer["field"] == f"payload.variables.{lacked}"
+        assert answer["error"].startswith(f"payload.variables.{lacked} is required: the newsletter names it")
+    good = subscription(variables={"name": "", "plan": 1})  # an empty one is one, too
+    tasks = [subscription(), good, subscription(variables={"name": "x"})]
+    answers = client.post("/task/batch", {"tasks": tasks})["tasks"]
+    assert [answer["status"] for answer in answers] == [False, True, False]
+    assert [answer.get("field") for answer in answers] == [
+        "tasks[0].payload.variables.name", None, "tasks[2].payload.variables.plan"]
+    client.state(answers[1]["id"], "succeeded")
+    assert client.get("/task/subscriptionContent/news")["subscribers"] == 1
+
+
+def test_what_a_subscribe_must_bring_follows_each_change_of_its_content_type(client):
+    def refused():
+        return client("POST", "/task/", subscription())[1].get("field")
+    path = "/task/subscriptionContent"
+    client.post(path, {"content_type": "news", "subject": "{{ a }}", "content": "x"})
+    assert refused() == "payload.variables.a"
+    client("PUT", path, {"content_type": "news", "subject": "S", "content": "{{ b }}"})
+    assert refused() == "payload.variables.b"
+    client("PUT", path, {"content_type": "news", "subject": "S", "content": "{{ b }}", "defaults": {"b": 1}})
+    assert refused() is None
+    delete(client, f"{path}/news")
+    assert refused() == "payload.content_type"
+    client.post(path, {"content_type": "news", "subject": "S", "content": "{{ c }}"})
+    assert refused() == "payload.variables.c"
+
+
+def test_a_subscribe_that_brings_its_content_brings_its_variables_unless_there_is_another_content(service, client):
+    status, answer, _ = client("POST", "/task/", subscription(**NEEDY))
+    assert status == 400 and answer["field"] == "payload.variables.colour"
+    assert subscribe(client, **NEEDY, variables={"name": 1, "plan": 2, "colour": 3})["state"] == "succeeded"
+    assert client("POST", "/task/", subscription())[1]["field"] == "payload.variables.colour"
+    define(client, "plain")
+    assert subscribe(client, content_type="plain", **NEEDY)["state"] == "succeeded"
+
+
+def test_with_public_url_a_subscribe_lacks_no_unsubscribe_url_and_without_it_is_told_of_the_option(services):
+    for url, refused in (("https://mail.example.com", None), ("", "payload.variables.unsubscribe_url")):
+        client = services(public_url=url).client.sign_up()
+        define(client, content="{{ unsubscribe_url }}")
+        answer = client("POST", "/task/", subscription())[1]
+        assert answer.get("field") == refused and ("public_url" in answer.get("error", "")) == bool(refused)
+
+
+def test_what_the_content_types_of_an_older_version_need_is_known_after_an_upgrade(services, mail_server):
+    service = services(mail_server)
+    client, store = service.client.sign_up(), service.store
+    define(client, content="{{ name }}")
+    define(client, "plain")
+    store.redis.delete(store.key("needs", name_of(client)), store.key("needs_noted"))
+    assert subscribe(client)["state"] == "succeeded"
+    assert client("PUT", "/task/subscriptionContent", {
+        "content_type": "plain", "subject": "S", "content": "{{ newer }}"})[0] == 200
+    for _ in range(2):  # the second time there is nothing left to do
+        service.newsletters.note_needs()
+        assert store.redis.hgetall(store.key("needs", name_of(client))) == {"news": "name", "plain": "newer"}
+    assert client("POST", "/task/", subscription())[1]["field"] == "payload.variables.name"
+    client.post("/auth/deregister", {"id": name_of(client)})
+    assert not store.redis.keys(store.key("needs", "*"))
+
+
+def test_saving_a_content_type_says_how_many_subscribers_cannot_fill_it_and_what_they_lack(client):
+    define(client)
+    for number, variables in enumerate([{}, {"name": "x"}, {"name": "x", "plan": 1}, {"plan": 2}]):
+        subscribe(client, f"user{number}@example.com", variables=variables)
+
+    def saved(content, **more):
+        status, answer, _ = client("PUT", "/task/subscriptionContent", {
+            "content_type": "news", "subject": "{{ email }}", "content": content, **more})
+        assert status == 200 and answer.pop("msg") == "Content Type updated successfully"
+        return answer
+    assert saved("{{ name }} {{ plan }}") == {"status": True, "unfilled": 3, "missing": ["name", "plan"]}
+    assert saved("{{ name }}{{ plan }}", defaults={"plan": ""}) == {"status": True, "unfilled": 2, "missing": ["name"]}
+    assert saved("{{ name | default: 'x' }}") == saved("{{ unknown }}", defaults={"unknown": 0}) == {"status": True}
+
+
+def viewed(client, path):
+    """(text, policy) of what a path shows without a key."""
+    connection = http.client.HTTPConnection(client.address, timeout=PATIENCE)
+    connection.request("GET", path)
+    answer = connection.getresponse()
+    assert answer.status == 200 and answer.headers["Content-Type"] == "text/html; charset=utf-8"
+    return answer.read().decode(), answer.headers["Content-Security-Policy"]
+
+
+def test_a_preview_is_filled_with_unsaved_edits_and_a_subscribers_variables_and_names_what_is_missing(services):
+    service = services(public_url="https://mail.example.com")
+    client, path = service.client.sign_up(), "/task/subscriptionContent/news/preview"
+    define(client, subject="Hi {{ name }}", content="<p>{{ name }}</p>")
+    subscribe(client, variables={"name": "A & B"})
+    found = client.post(path, {"userId": "User@example.com"})
+    view = found.pop("view")
+    assert found == {"status": True, "subject": "Hi A & B", "text": "A & B\n", "missing": []}
+    text, policy = viewed(client, view)
+    assert text == "<p>A &amp; B</p>" and "img-src data:;" in policy and policy.startswith("sandbox;")
+    found = client.post(path, {"content": "{{ name }} {{ plan }} {{ x }} {{ email }} <3", "defaults": {"x": "y"},
+                               "variables": {"name": "Ann"}, "pictures": True})
+    assert (found["subject"], found["text"], found["missing"]) == (
+        "Hi Ann", "Ann {{ plan }} y reader@example.com <3", ["plan"])
+    text, policy = viewed(client, found["view"])
+    assert text == "<pre>Ann {{ plan }} y reader@example.com &lt;3</pre>" and "img-src data: https: http:;" in policy
+    link = client.post(path, {"userId": "user@example.com", "content": "{{ unsubscribe_url }}"})["text"]
+    for method in ("GET", "POST"):
+        assert client(method, link.removeprefix(service.settings.public_url))[0] == 404
+    assert client.get("/task/subscriptionContent/news")["subscribers"] == 1
+    assert client.get("/task/subscriptionContent/news")["content"] == "<p>{{ name }}</p>"
+
+
+def test_a_preview_needs_no_saved_content_type_where_it_has_both_texts_and_shows_a_sample_of_an_otp(client):
+    path = "/task/subscriptionContent/Login/preview"
+    found = client.post(path, {"subject": "S", "content": "{{ otp }} for {{ minutes }} min"})
+    assert (found["text"], found["missing"]) == ("123456 for 5 min", [])
+    assert client.get("/task/subscriptionContent")["total"] == 0
+    for body, status, field in (
+            ({"subject": "S"}, 404, "content_type"), ({"subject": "S", "content": "{{ a.b }}"}, 400, "content"),
+            ({"subject": "S", "content": "C", "userId": "user@example.com"}, 404, "userId"),
+            ({"subject": "{{ a }}", "content": "{{ a }}" * 200, "variables": {"a": "x" * 10000}}, 413, "variables")):
+        got, answer, _ = client("POST", path, body)
+        assert (got, answer["field"]) == (status, field)
+
+
+def test_a_preview_is_seen_for_a_minute_and_by_its_own_account_alone(service, client):
+    found = client.post("/task/subscriptionContent/news/preview", {"subject": "S", "content": "Secret"})
+    key, = service.store.redis.keys(service.store.key("preview", "*"))
+    assert 0 < service.store.redis.ttl(key) <= 60 and "Secret" in viewed(client, found["view"])[0]
+    other = service.client.sign_up()
+    other.post("/task/subscriptionContent/news/preview", {"subject": "S", "content": "Another"})
+    assert "Secret" in viewed(client, found["view"])[0]
+    client.post("/auth/deregister", {"id": name_of(client)})
+    assert client("GET", found["view"])[0] == 404
+
+
+def test_saving_a_newsletter_without_its_link_to_unsubscribe_says_so_where_there_is_one(services):
+    client = services(public_url="https://mail.example.com").client.sign_up()
+    contents = {"News": True, "{{ unsubscribe_url }}": False, "{{ otp }}": False}
+    for number, (content, hinted) in enumerate(contents.items()):
+        body = {"content_type": f"news{number}", "subject": "S", "content": content}
+        for method in ("POST", "PUT"):
+            answer = client(method, "/task/subscriptionContent", body)[1]
+            assert ("{{ unsubscribe_url }}" in answer.get("hint", "")) == hinted
 
 
 def test_subscribing_again_replaces_the_frequency_and_never_doubles(dated, mail_server, clock):
@@ -12601,10 +12923,12 @@ def test_content_types_are_created_updated_read_listed_and_removed(client):
     assert client("PUT", path, {**body, "subject": "S2"})[:2] == (
         200, {"status": True, "msg": "Content Type updated successfully"})
     assert client("PUT", path, {**body, "content_type": "other"})[0] == 404
-    one = {"content_type": "Weekly Lettér", "subject": "S2", "content": "C", "subscribers": 0}
+    one = {"content_type": "Weekly Lettér", "subject": "S2", "content": "C", "resend": True, "defaults": {},
+           "subscribers": 0}
     found = client.get(path + "/Weekly%20Lett%C3%A9r")
     assert found.pop("view") and found == {"status": True, **one}
-    one.pop("content")
+    for name in ("content", "resend", "defaults"):
+        one.pop(name)
     assert client.get(path)["contentTypes"] == [one]
     assert client("DELETE", path + "/Weekly%20Lett%C3%A9r")[0] == 200
     assert client("GET", path + "/Weekly%20Lett%C3%A9r")[0] == 404
@@ -16141,6 +16465,32 @@ def test_axe_finds_nothing_and_nothing_is_wider_than_the_screen(services, browse
         check(f"{view} of the admin")
     # What axe itself tries to say to the sandboxed frame of a mail.
     tab.complaints = [line for line in tab.complaints if "postMessage" not in line]
+
+
+@pytest.mark.parametrize("scheme, width", [("light", 360), ("dark", 360), ("light", 1280), ("dark", 1280)])
+def test_axe_finds_nothing_in_the_pages_for_readers_whose_button_unsubscribes(services, browser, scheme, width):
+    service = services(public_url="https://mail.example.com", smtp_from=f'"{"Sender" * 20}" <app@example.com>')
+    client, content_type = service.client.sign_up(), "news-" * 15
+    address = "a" * 60 + "@example.com"
+    define(client, content_type)
+    subscribe(client, address, content_type=content_type)
+    path = "/unsubscribe/" + service.newsletters.link(name_of(client), content_type, address).rpartition("/")[2]
+    tab = browser.open(client, address=path[1:], color_scheme=scheme, locale="fr-FR",
+                       viewport={"width": width, "height": 800})
+    checker = axe_playwright_python.sync_playwright.Axe()
+
+    def check(title):
+        tab.get_by_role("heading", name=title).wait_for()
+        violations = checker.run(tab).response["violations"]
+        assert not violations, (title, json.dumps(violations, indent=1)[:3000])
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width, title
+    check("Se d\u00e9sabonner")
+    tab.get_by_role("button", name="Se d\u00e9sabonner").click()
+    check("Vous \u00eates d\u00e9sabonn\u00e9(e)")
+    assert client.get(f"/task/subscriptionContent/{content_type}")["subscribers"] == 0
+    tab.goto(tab.url[:-3])
+    check("Ce lien n\u2019est pas valable")
+    tab.complaints = [line for line in tab.complaints if "404" not in line]  # the page's own status
 
 
 @pytest.mark.timeout(7200)
