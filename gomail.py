@@ -1081,6 +1081,9 @@ def start_logging(settings: Settings) -> None:
 #                                           which subscription ended then, if any; stays when the content type is
 #                                           removed. An erased address has a keyed hash as its field, and no userId
 #   left_types:<account>            hash    content type -> 1: those that somebody left
+#   unconfirmed:<digest>            string  {"account", "registration", "content_type", "userId", "record", "asked"
+#                                           (ms)}: a subscription that waits for its confirmation, see
+#                                           Newsletters.ASK
 #   erasure_key                     string  the secret of the names that stand for erased addresses
 #   schedule                        zset    [account, type, address] by its next boundary (s)
 #   ascii_folded                    string  time of the upgrade to keys that fold only ASCII letters (ms)
@@ -3106,7 +3109,8 @@ PAYLOADS = {
                                 "from": Nullable(Sender()), "lane": Nullable(LANE), "metadata": Nullable(Metadata())}),
     "subscribe": Object({"userId": Address(), "frequency": Enum(FREQUENCIES), "content_type": CONTENT_TYPE,
                          "subject": Nullable(SUBJECT_TEMPLATE), "content": Nullable(CONTENT_TEMPLATE),
-                         "variables": Nullable(Variables()), "again": Nullable(Boolean())},
+                         "variables": Nullable(Variables()), "again": Nullable(Boolean()),
+                         "confirm": Nullable(Boolean()), "locale": Nullable(LOCALE)},
                         dependent_required=("subject", "content")),
     "unsubscribe": Object({"userId": Address(), "content_type": CONTENT_TYPE}),
 }
@@ -3306,6 +3310,13 @@ def fold_address(address: str) -> str:
     Further folding would make one key of two mailboxes ("ß" and "ss"), and one's owner would get the other's mail.
     """
     return address.encode().lower().decode()
+
+
+def check_confirm(task: Json, path: str, public_url: str) -> None:
+    """Raise HTTPError (400) for a payload.confirm where there is no public_url. `path` is that of the task, or ""."""
+    if task["payload"].get("confirm") and not public_url:
+        field = f"{path}.payload.confirm" if path else "payload.confirm"
+        raise HTTPError(400, f"{field} needs the option public_url: the mail that asks to confirm has a link", field)
 
 
 def check_sender(task: Json, path: str, allowed: Sequence[str]) -> None:
@@ -7523,6 +7534,8 @@ class SubscriberFile:
                 since = int(datetime.datetime.fromisoformat(history["since"]).timestamp() * 1e6)
             address = PAYLOADS["unsubscribe"].fields["userId"](row.get("userId"), "userId")
             return {"userId": address, "state": SubscriptionState.UNSUBSCRIBED, "since": since, "how": how}
+        if state.lower() == SubscriptionState.UNCONFIRMED:
+            raise HTTPError(400, "it is unconfirmed")
         if state.lower() not in ("", SubscriptionState.SUBSCRIBED):
             row["variables.state"] = state
         variables = {name.removeprefix("variables."): row.pop(name) for name in [*row] if name.startswith("variables.")}
@@ -7538,6 +7551,7 @@ class SubscriptionState(enum.StrEnum):
 
     SUBSCRIBED = "subscribed"
     UNSUBSCRIBED = "unsubscribed"
+    UNCONFIRMED = "unconfirmed"  # it was asked to confirm, see Newsletters.ASK
 
 
 class Newsletters:
@@ -7552,6 +7566,12 @@ class Newsletters:
     """
 
     BATCH = 200  # subscriptions that one script looks at: a millisecond of Redis's time each 50
+    CONFIRM = "Confirm"  # the content type of the mail that asks to confirm
+    CONFIRM_TTL = 604800  # seconds in which a subscription can be confirmed
+    CONFIRM_PAUSE = 3600  # seconds between two mails that ask an address to confirm the same
+    CONFIRM_TEXT = ("Please confirm your subscription", "Somebody, probably you, wants {{ content_type }} to be sent "
+                    "to {{ email }}. To confirm, open this link:\n\n{{ confirm_url }}\n\nIt is valid for 7 days. If it "
+                    "was not you, you can ignore this mail.\n")
     IMPORT_BATCH = 200  # rows in one script
     IMPORT_RETRIES = 8  # of the mails of an imported subscription, which take about an hour
     SCANS = 100  # calls of HSCAN for one page of a search
@@ -7567,6 +7587,8 @@ class Newsletters:
         self._texts = store.script(self.TEXTS, when_full=False)
         self._remove = store.script(self.REMOVE, once=True)
         self._subscribe = store.script(self.SUBSCRIBE)
+        self._ask_to_confirm = store.script(self.ASK, when_full=False)
+        self._confirm = store.script(self.SUBSCRIBE, once=True)
         self._import = store.script(self.IMPORT, when_full=False)
         self._unsubscribe = store.script(self.UNSUBSCRIBE, once=True)
         self._refold = store.script(self.REFOLD)
@@ -7732,17 +7754,22 @@ class Newsletters:
 
     def subscriptions(self, account: str = "", content_type: str = "", address: str = "", cursor: str = "",
                       limit: int = 100, state: str = SubscriptionState.SUBSCRIBED, search: str = "",
-                      with_variables: bool = False) -> tuple[list[Json], str | None]:
+                      for_export: bool = False) -> tuple[list[Json], str | None]:
         """About `limit` subscriptions of an account or of all, unordered, and the next `cursor`, None at the end.
 
         Each is {"account", "content_type", "userId", "state", "frequency", "next", "created"}, with its "variables"
-        where they are asked for, or where one address is. Who unsubscribed is {"account", "content_type", "userId",
-        "state", "since", "how"}. A subscription that exists throughout is returned at least once, and rarely twice
-        (Redis's SCAN). An unknown cursor starts again.
+        where one address is asked for. Who unsubscribed is {"account", "content_type", "userId", "state", "since",
+        "how"}. What waits for its confirmation is known by its address alone. A subscription that exists throughout is
+        returned at least once, and rarely twice (Redis's SCAN). An unknown cursor starts again.
 
         Args:
             search: a part of the address; case is ignored in ASCII. Then `limit` is rough, and a page may be empty.
+            for_export: with the variables, and without `next`.
+
+        Raises HTTPError (400): the state is "unconfirmed", and there is no address.
         """
+        if state == SubscriptionState.UNCONFIRMED:
+            return self._unconfirmed(account, content_type, address), None
         has_left = state == SubscriptionState.UNSUBSCRIBED
         pairs = [(owner, name) for owner, name in self._content_types(account, "left_types" if has_left else "content")
                  if content_type in ("", name)]
@@ -7767,14 +7794,28 @@ class Newsletters:
                      "since": timestamp(record["when"]), "how": record["how"]}
                     for owner, name, record in page if "userId" in record or address], next_cursor
         with self.store.redis.pipeline(transaction=False) as pipeline:
-            for owner, name, record in page:
+            for owner, name, record in page if not for_export else ():
                 pipeline.zscore(self.store.key("schedule"), self.schedule_member(owner, name, record["userId"]))
             moments = pipeline.execute()
         return [{"account": owner, "content_type": name, "userId": record["userId"], "state": state,
                  "frequency": record["frequency"], "next": timestamp(moment * 1e6) if moment else None,
                  "created": timestamp(record["created"]),
-                 **({"variables": record.get("variables", {})} if address or with_variables else {})}
-                for (owner, name, record), moment in zip(page, moments)], next_cursor
+                 **({"variables": record.get("variables", {})} if address or for_export else {})}
+                for (owner, name, record), moment in itertools.zip_longest(page, moments)], next_cursor
+
+    def _unconfirmed(self, account: str, content_type: str, address: str) -> list[Json]:
+        """The subscriptions of an address that wait for its confirmation, as subscriptions() has them."""
+        if not address:
+            raise HTTPError(400, "state unconfirmed needs a userId", "state")
+        with self.store.redis.pipeline(transaction=False) as pipeline:
+            for owner, name in self._content_types(account):
+                if content_type in ("", name):
+                    pipeline.get(self.store.key("unconfirmed", self._digest(owner, name, address)))
+            found = [json.loads(asking) for asking in pipeline.execute() if asking]
+        return [{"account": asking["account"], "content_type": asking["content_type"], "userId": asking["userId"],
+                 "state": SubscriptionState.UNCONFIRMED, "frequency": asking["record"]["frequency"], "next": None,
+                 "created": timestamp(asking["record"]["created"]),
+                 "variables": asking["record"].get("variables", {})} for asking in found]
 
     def _erased_names(self, address: str) -> list[str]:
         """The name that stands for an address where that was erased; none where nothing was ever erased."""
@@ -7819,13 +7860,19 @@ class Newsletters:
     # ARGV: content type, address, subscription (JSON), when its task was created (microseconds), member of the
     #       schedule, next boundary (s), 1 to subscribe also who unsubscribed before, or 0, account, the data of the
     #       event; body of the content type if it is to be created, or "".
-    # Answer: "subscribed", "overtaken", "left out" or "unknown" if the content type does not exist.
+    #       Where somebody confirms: also _digest(), and the registration of the account.
+    # Answer: "subscribed", "overtaken", "left out", "unknown" if the content type does not exist, or "over" if there is
+    #         nothing to confirm any more.
     SUBSCRIBE = ENTER + """
-        local content_type, body = ARGV[1], ARGV[10]
+        local content_type, account, body, digest, registration = ARGV[1], ARGV[8], ARGV[10], ARGV[11], ARGV[12]
         if body ~= '' and redis.call('HSETNX', content, content_type, body) == 1 then
             redis.call('UNLINK', subscribers, issued)  -- what REMOVE has left
         end
         if redis.call('HEXISTS', content, content_type) == 0 then return 'unknown' end
+        if digest and (redis.call('HGET', prefix .. 'UserList', account) ~= registration
+                       or redis.call('DEL', prefix .. 'unconfirmed:' .. digest) == 0) then
+            return 'over'
+        end
         return enter(unsubscribed, unpack(ARGV, 2, 9))
     """
 
@@ -7833,20 +7880,135 @@ class Newsletters:
         """Do a subscribe task: the address gets one subscription, with this frequency from now on.
 
         Returns "subscribed", "overtaken" if a later request came first, or LEFT_OUT if the address had unsubscribed and
-        the task does not say `again`. Raises PermanentError if the content type does not exist and the task brings no
-        content.
+        the task does not say `again`; with `confirm`, what _ask() returns. Raises PermanentError if the content type
+        does not exist and the task brings no content.
         """
+        if task.payload.get("confirm"):
+            return self._ask(task)
         payload, account = task.payload, task.account
         content_type, address = payload["content_type"], fold_address(payload["userId"])
-        body = ""
-        if "subject" in payload and "content" in payload:
-            body = self._body(payload["subject"], payload["content"])
+        body = self._own_body(payload)
         result = self._subscribe(self._keys(account, content_type, address), [
             content_type, *self._entry(account, content_type, self._record(payload, task.retries, task.created),
                                        payload.get("again", False)), body])
         if result == "unknown":
             raise PermanentError(f"content type {content_type!r} does not exist")
         return self.LEFT_OUT if result == "left out" else result
+
+    def _own_body(self, payload: Json) -> str:
+        """The body of the content type that a subscribe task brings, or ""."""
+        return self._body(payload["subject"], payload["content"]) if "content" in payload else ""
+
+    # Have an address asked by a mail whether it wants to be subscribed, at most once in `pause`: an app that is misused
+    # must be no mail bomb. The newest request is the one that is confirmed. A repeated call finds its mail there.
+    # KEYS: see _keys().
+    # ARGV: content type, its body if it is to be created, or "", when the task was created (microseconds), _digest(),
+    #       what is to be kept (JSON, without "asked"), for how long, and the pause (both ms); id, account,
+    #       registration, body, recipient and head of the task that sends the mail.
+    # Answer: "asked", "asked before", "overtaken", or "unknown" if the content type does not exist.
+    ASK = Queue.ADD_TASK + Queue.LATER + KEYS_BY_NAME + """
+        local content_type, body, created, digest, asking, kept, pause, id, account, key, mail, to, head = unpack(ARGV)
+        if body ~= '' and redis.call('HSETNX', content, content_type, body) == 1 then
+            redis.call('UNLINK', subscribers, issued)  -- what REMOVE has left
+        end
+        if redis.call('HEXISTS', content, content_type) == 0 then return 'unknown' end
+        if redis.call('EXISTS', prefix .. 'task:' .. id) == 1 then return 'asked' end
+        local overtaking = redis.call('GET', unsubscribed)
+        if overtaking and later(overtaking, created) then return 'overtaken' end
+        local unconfirmed = prefix .. 'unconfirmed:' .. digest
+        local before, asked = redis.call('GET', unconfirmed), nil
+        if before then
+            before = cjson.decode(before)
+            if before.registration == key and later(before.record.created, created) then return 'overtaken' end
+            if before.asked > milliseconds - pause and before.asked <= milliseconds then asked = before.asked end
+        end
+        asking = string.sub(asking, 1, -2) .. ', "asked": ' .. string.format('%.0f', asked or milliseconds) .. '}'
+        if asked then
+            redis.call('SET', unconfirmed, asking, 'KEEPTTL')
+            return 'asked before'
+        end
+        redis.call('SET', unconfirmed, asking, 'PX', kept)
+        add_task(prefix, id, account, key, 'normal', 0, 0, mail, to, 'head', head)
+        return 'asked'
+    """
+
+    def _ask(self, task: Task) -> str:
+        """Do a subscribe task with `confirm`: the address gets a mail with a link first, and confirm() subscribes it.
+
+        Returns what became of it, with the id of the task that sends the mail. Raises PermanentError if there is no
+        public_url, or no such content type, or it cannot fill the content type CONFIRM.
+        """
+        payload, account, content_type = task.payload, task.account, task.payload["content_type"]
+        if not self.public_url:
+            raise PermanentError("confirm needs public_url")
+        address, digest = fold_address(payload["userId"]), self._digest(account, content_type, payload["userId"])
+        until = int(self.store.time()) + self.CONFIRM_TTL
+        url = f"{self.public_url}/confirm/{self.accounts.seal('confirm', {'of': digest, 'until': until})}"
+        mail = {"task": f"Confirm {content_type}", "type": "message", "retries": task.retries,
+                "payload": {"userId": payload["userId"], **self._confirmation(account, payload, url)}}
+        asking = {"account": account, "registration": task.registration, "content_type": content_type,
+                  "userId": payload["userId"], "record": self._record(payload, task.retries, task.created)}
+        mail_id = task.id[:16] + hashlib.sha256(f"confirm {task.id}".encode()).hexdigest()[:16]
+        result = self._ask_to_confirm(self._keys(account, content_type, address), [
+            content_type, self._own_body(payload), task.created, digest, json.dumps(asking), self.CONFIRM_TTL * 1000,
+            self.CONFIRM_PAUSE * 1000, mail_id, account, task.registration, json.dumps(mail), address,
+            summary_of(mail)])
+        if result == "unknown":
+            raise PermanentError(f"content type {content_type!r} does not exist")
+        return {"asked": f"asked to confirm by task {mail_id}", "asked before": "asked to confirm less than an hour ago"
+                }.get(result, result)
+
+    def _confirmation(self, account: str, payload: Json, url: str) -> Json:
+        """{"subject", "content"} of the mail that asks to confirm a subscribe task's payload: from the content type
+        CONFIRM in the task's locale, if it has the link, or else the built-in one. Raises PermanentError."""
+        name = (self.CONFIRM, payload.get("locale", ""))
+        text = self.texts(account, [name])[name]
+        if not text or all(place[1] != "confirm_url" for place in PLACEHOLDER.finditer(text.content)):
+            text = NamedText("", *self.CONFIRM_TEXT)
+        variables = {**payload.get("variables", {}), "email": payload["userId"],
+                     "content_type": payload["content_type"], "confirm_url": url}
+        try:
+            return {"subject": self.CONTROLS.sub(" ", fill_template(text.subject, variables, max_size=self.max_size)),
+                    "content": fill_template(text.content, variables, is_html(text.content), max_size=self.max_size)}
+        except KeyError as error:
+            raise PermanentError(f"content type {text.content_type!r} needs the variable {error.args[0]!r}, which the "
+                                 "subscription lacks") from None
+        except TooLarge as error:
+            raise PermanentError(f"with its variables the mail would have {error.size} bytes, and may have "
+                                 f"{self.max_size} (max_body)") from None
+
+    @staticmethod
+    def _digest(account: str, content_type: str, address: str) -> str:
+        """What an unconfirmed subscription is known by."""
+        return hashlib.sha256(json.dumps([account, content_type, fold_address(address)]).encode()).hexdigest()
+
+    def read_confirmation(self, token: str) -> Json:
+        """What is kept of the unconfirmed subscription of a link: {"account", "registration", "content_type", "userId",
+        "record"}. Raises HTTPError: 404, the link is not valid; 410, it has been used, or has expired."""
+        claims = self.accounts.unseal("confirm", token)
+        if claims is None:
+            raise HTTPError(404, "this link is not valid, or not complete", "token")
+        found = self.store.redis.get(self.store.key("unconfirmed", claims["of"]))
+        asking = json.loads(found) if found and claims["until"] > self.store.time() else {}
+        owner = asking and self.accounts.find(asking["account"])
+        if not owner or owner.registration != asking["registration"]:
+            raise self._over()
+        return asking
+
+    def confirm(self, token: str) -> Json:
+        """Subscribe the address of a link, once. Returns what read_confirmation() does, and raises the same."""
+        asking = self.read_confirmation(token)
+        account, content_type, address = asking["account"], asking["content_type"], asking["userId"]
+        entry = self._entry(account, content_type, {**asking["record"], "created": int(self.store.time() * 1e6)}, True)
+        result = self._confirm(self._keys(account, content_type, fold_address(address)), [
+            content_type, *entry, "", self._digest(account, content_type, address), asking["registration"]])
+        if result != "subscribed":
+            raise self._over()
+        return asking
+
+    @staticmethod
+    def _over() -> HTTPError:
+        return HTTPError(410, "this link has been used, or has expired", "token")
 
     @staticmethod
     def _record(payload: Json, retries: int, created: int) -> Json:
@@ -7940,8 +8102,8 @@ class Newsletters:
             if not any(pipeline.execute()):
                 raise self._unknown()
         names: set[str] = set()
-        for item in self._all_subscriptions(account, content_type, (SubscriptionState.SUBSCRIBED,)):
-            names.update(item["variables"])
+        for _, record in self.store.redis.hscan_iter(self.store.key("subscribers", content_type, account), count=1000):
+            names.update(json.loads(record).get("variables", ()))
         columns = {name: f"variables.{name}" if name.lower() in KNOWN_COLUMNS else name for name in sorted(names)}
         return self._export(account, content_type, columns)
 
@@ -7950,7 +8112,8 @@ class Newsletters:
         line = io.StringIO()
         writer = csv.writer(line)
         writer.writerow([*EXPORT_COLUMNS, *columns.values()])
-        for item in self._all_subscriptions(account, content_type, tuple(SubscriptionState)):
+        for item in self._all_subscriptions(account, content_type, (
+                SubscriptionState.SUBSCRIBED, SubscriptionState.UNSUBSCRIBED)):
             last, variables = item.get("last") or {}, item.get("variables", {})
             cells = {**item, "last": last.get("time")}
             writer.writerow([protect_cell(cells.get(name)) for name in EXPORT_COLUMNS]
@@ -7966,7 +8129,7 @@ class Newsletters:
             cursor: str | None = ""
             seen: set[str] = set()
             while cursor is not None:
-                page, cursor = self.subscriptions(account, content_type, "", cursor, 1000, state, with_variables=True)
+                page, cursor = self.subscriptions(account, content_type, "", cursor, 1000, state, for_export=True)
                 for item in page:
                     if item["userId"] not in seen:
                         seen.add(item["userId"])
@@ -10290,6 +10453,7 @@ class Api:
             filled = {**task, "payload": {**task["payload"]}}
             try:
                 check_sender(filled, path, senders)
+                check_confirm(filled, path, self.settings.public_url)
                 left -= fill_message(filled, path, min(left, self.settings.max_body), texts)
                 completed.append(filled)
             except HTTPError as error:
@@ -10413,6 +10577,15 @@ class Api:
         can_undo = self.newsletters.follow_link(token, how)
         again = f"<form method=post action='{token}/again'><button>Subscribe again</button></form>" if can_undo else ""
         return small_page(f"<p>You are unsubscribed.</p>{again}")
+
+    def ask_to_confirm(self, request: Request) -> Reply:
+        asking = self.newsletters.read_confirmation(request.path_params["token"])
+        return small_page(f"<p>Subscribe {html.escape(asking['userId'])} to {html.escape(asking['content_type'])}?</p>"
+                          "<form method=post><button>Subscribe</button></form>")
+
+    def confirm(self, request: Request) -> Reply:
+        self.newsletters.confirm(request.path_params["token"])
+        return small_page("<p>You are subscribed.</p>")
 
     def subscribe_again(self, request: Request) -> Reply:
         if not self.newsletters.subscribe_again(request.path_params["token"]):
@@ -10764,6 +10937,8 @@ ROUTES = (
           answer="text/html", refuses=(404,)),
     Route("POST", "/unsubscribe/{token}/again", Api.subscribe_again, Access.OPEN, answer="text/html",
           refuses=(404, 410)),
+    Route("GET", "/confirm/{token}", Api.ask_to_confirm, Access.OPEN, answer="text/html", refuses=(404, 410)),
+    Route("POST", "/confirm/{token}", Api.confirm, Access.OPEN, answer="text/html", refuses=(404, 410)),
     Route("GET", "/health/ping", Api.ping, Access.OPEN, answer={"message": str}, needs_redis=False),
     Route("GET", "/health/ready", Api.ready, Access.OPEN, answer={"status": bool, "smtp": str}),
     Route("GET", "/metrics", Api.prometheus, Access.OPEN, answer="text/plain", needs_redis=False),
