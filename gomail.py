@@ -5558,6 +5558,7 @@ FAMILIES = {  # name -> (type, help); docs/metrics.md has them all, with their l
     "gomail_retries_waiting": ("gauge", "Tasks that wait for a retry or their send_at."),
     "gomail_tasks_delayed": ("gauge", "Tasks that wait for a retry, and those that wait for their send_at."),
     "gomail_dead_letters": ("gauge", "Dead letters kept."),
+    "gomail_unsubscribed": ("counter", "Subscriptions that ended because somebody unsubscribed, by how."),
     "gomail_subscriptions_left_out": ("counter", "Subscribes without effect: the address had unsubscribed before."),
     "gomail_subscriptions": ("gauge", "Subscriptions in the calendar of newsletters."),
     "gomail_smtp_rate_limit": ("gauge", "Recipients that a window of smtp_rate allows."),
@@ -8004,6 +8005,7 @@ class Newsletters:
             content_type, *entry, "", self._digest(account, content_type, address), asking["registration"]])
         if result != "subscribed":
             raise self._over()
+        log(logging.INFO, "subscription confirmed", account=account, content_type=content_type)
         return asking
 
     @staticmethod
@@ -8223,14 +8225,14 @@ class Newsletters:
             raise HTTPError(404, "this link is not valid, or not complete", "token")
         return claims["sub"], claims["content_type"], claims["email"]
 
-    def follow_link(self, token: str, how: str = "one-click") -> bool:
-        """End the subscription of a link, if it has not ended. Returns whether subscribe_again() can undo that.
-
-        Raises HTTPError (404).
-        """
+    def follow_link(self, token: str, how: str = "one-click") -> tuple[str, bool]:
+        """End the subscription of a link, if it has not ended. Returns what unsubscribe() does, and whether
+        subscribe_again() can undo it. Raises HTTPError (404)."""
         account, content_type, address = self.read_link(token)
-        self._end_subscription(account, content_type, address, int(self.store.time() * 1e6), how)
-        return self._ended_by_reader(account, content_type, address) is not None
+        result = self._end_subscription(account, content_type, address, int(self.store.time() * 1e6), how)
+        log(logging.INFO, "link to unsubscribe followed", account=account, content_type=content_type, how=how,
+            result=result)
+        return result, self._ended_by_reader(account, content_type, address) is not None
 
     def _ended_by_reader(self, account: str, content_type: str, address: str) -> Json | None:
         """The subscription that its reader ended last by a link, as it was; or None."""
@@ -9471,7 +9473,7 @@ class Workers:
         self.transport, self.webhooks, self.stats = transport, webhooks, stats
         self.otps, self.newsletters = otps, newsletters
         self.handlers = {"message": self.send_message, "generateOtp": self.send_otp, "newsletter": self.send_newsletter,
-                         "subscribe": self.subscribe, "unsubscribe": newsletters.unsubscribe,
+                         "subscribe": self.subscribe, "unsubscribe": self.unsubscribe,
                          "webhook": self.send_event}
         self.stopping = threading.Event()
         self.smtp = SmtpState(transport)
@@ -9890,6 +9892,13 @@ class Workers:
         result = self.newsletters.subscribe(task)
         if result == Newsletters.LEFT_OUT:
             self.stats.count("gomail_subscriptions_left_out_total")
+        return result
+
+    def unsubscribe(self, task: Task) -> str:
+        """Do an unsubscribe task; returns what became of it."""
+        result = self.newsletters.unsubscribe(task)
+        if result == "unsubscribed":
+            self.stats.count("gomail_unsubscribed_total", how="task")
         return result
 
     def send_event(self, task: Task) -> str:
@@ -10552,6 +10561,8 @@ class Api:
             request.account.name, request.path_params["content_type"], rows, body.get("again", False), note)
         if counts["left_out"]:
             self.stats.count("gomail_subscriptions_left_out_total", counts["left_out"])
+        log(logging.INFO, "subscribers imported", account=request.account.name,
+            content_type=request.path_params["content_type"], **counts)
         return done("Subscribers imported", subscribed=counts["subscribed"], left_out=counts["left_out"],
                     errors=errors, failed=counts["failed"])
 
@@ -10574,7 +10585,9 @@ class Api:
 
     def follow_link(self, request: Request) -> Reply:
         token, how = request.path_params["token"], "link" if "by" in request.query else "one-click"
-        can_undo = self.newsletters.follow_link(token, how)
+        result, can_undo = self.newsletters.follow_link(token, how)
+        if result == "unsubscribed":
+            self.stats.count("gomail_unsubscribed_total", how=how)
         again = f"<form method=post action='{token}/again'><button>Subscribe again</button></form>" if can_undo else ""
         return small_page(f"<p>You are unsubscribed.</p>{again}")
 

@@ -5933,6 +5933,9 @@ def test_docs_metrics_md_names_every_metric_with_its_labels_and_no_other(service
     client = service.client.sign_up()
     client.state(client.task(), "succeeded")
     client.post("/bounces", {"userId": "gone@example.com", "kind": "bounce"})
+    define(client)
+    subscribe(client)
+    client.state(client.task("unsubscribe", content_type="news"), "succeeded")
     connection = http.client.HTTPConnection(service.http.url.removeprefix("http://"))
 
     def families():
@@ -8802,6 +8805,7 @@ def test_who_unsubscribed_is_known_as_such_and_comes_back_only_where_the_task_sa
     service, client = linked
     before = service.store.time()
     leave(service, client, how)
+    assert metrics_of(service)["gomail_unsubscribed_total", how] == 1
     assert client.get("/subscriptions")["subscriptions"] == []
     found, = unsubscribed(client, "&userId=USER@example.com")
     assert unsubscribed(client) == unsubscribed(client, "&content_type=news&search=ser@EX") == [found]
