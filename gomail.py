@@ -205,6 +205,8 @@ class Settings:
     smtp_user: str = option("", "SMTP user name")
     smtp_pass: str = option("", "SMTP password; it is only sent over TLS")
     smtp_from: str = option("", 'sender, "Name <address>" or "address"; empty: smtp_user, if it is an address')
+    redirect_to: str = option("", "address that gets every mail instead of its recipients, who stand in the header "
+                              "X-Original-To; for staging; empty: mail goes to its recipients")
     smtp_token_command: str = option("", "instead of smtp_pass: a command that writes an access token for XOAUTH2; it "
                                      "runs again when the server refuses the token")
     smtp_tls: str = option("auto", "auto: STARTTLS if the server offers it; implicit: TLS from the start, on any port; "
@@ -314,6 +316,8 @@ class Settings:
         if self.smtp_from and not parse_address(email.utils.parseaddr(self.smtp_from)[1]):
             raise self._wrong("smtp_from", "is not an address, or a name with <address>")
         self._check_hosts()
+        if self.redirect_to and not parse_address(self.redirect_to):
+            raise self._wrong("redirect_to", "is not an address such as you@example.com")
         if self.smtp_server and not self.smtp_from and not parse_address(self.smtp_user):
             raise StartError("smtp_from: not set, and smtp_user is not an address; most servers only take mail from a "
                              "sender that they know: set smtp_from to the sender's address, such as app@example.com")
@@ -508,7 +512,8 @@ def warnings_about(settings: Settings, environment: Mapping[str, str]) -> list[s
     """A sentence for each setting that is allowed but probably a mistake.
 
     Mistakes are names in the environment that are almost those of options, malformed placeholders, mail that goes
-    to the Maildir although other machines use the service, and more workers of a lane than connections for them.
+    to the Maildir although other machines use the service, more workers of a lane than connections for them, and
+    redirect_to outside of staging.
     """
     warnings = [f"in the environment, {unknown_option(name)}" for name in sorted(environment) if not is_option(name)
                 and (name.lower().startswith(("smtp_", "otp_", "redis_", "jwt_")) or nearest_option(name, 0.8))]
@@ -518,6 +523,8 @@ def warnings_about(settings: Settings, environment: Mapping[str, str]) -> list[s
     if not settings.smtp_server and (
             settings.public_url or settings.admin_token or not is_loopback(host_to_ascii(settings.host) or "")):
         warnings.append("smtp_server is not set: mail goes to a Maildir on this machine, not to its recipients")
+    if settings.redirect_to:
+        warnings.append(f"redirect_to is set: every mail goes to {settings.redirect_to}, not to its recipients")
     if settings.smtp_server and settings.workers > settings.smtp_connections:
         warnings.append(f"workers is {settings.workers}, but smtp_connections {settings.smtp_connections}: the other "
                         "workers of a lane wait for a connection")
@@ -6308,13 +6315,14 @@ class Transport(typing.Protocol):
 
     def send(self, sender: str, recipients: Sequence[str], message: bytes, owner: Account = EVERYBODY,
              lane: str = Lane.NORMAL, following: Envelope | None = None,
-             meanwhile: Callable[[], object] = lambda: None) -> str:
+             meanwhile: Callable[[], object] = lambda: None, tried: int = 0) -> str:
         """Hand over one mail; it returns once the mail is accepted for all recipients. Raises DeliveryError.
 
         Returns what the server said to it, at most MAX_REPLY ASCII characters.
 
         `following` is the envelope of the mail that this thread sends next, as far as it knows: a promise of nothing.
-        `meanwhile` may be called while the server reads the mail, and must not raise.
+        `meanwhile` may be called while the server reads the mail, and must not raise. `tried` says how often the mail
+        was handed over in vain before.
         """
 
     def probe(self, lane: str = Lane.NORMAL) -> object:
@@ -6330,16 +6338,29 @@ class Transport(typing.Protocol):
 class MaildirTransport:
     """A transport that delivers into a Maildir, for trying things out without an SMTP server.
 
+    Addresses at gomail.test answer as their names say, see TESTER: `550@gomail.test` is refused with this code, as an
+    SMTP server would refuse it, `451-twice@` at the first two attempts; `bounce@` and `complaint@` are taken and
+    reported afterwards; `slow-5s@` takes 5 seconds. A label changes nothing: `bounce+1@`. All others are taken.
+
     Args:
         folder: the Maildir; it is created if it is missing.
         max_mails: how many mails clean() keeps; 0: all.
     """
+
+    TESTER = re.compile(r"(?:(?P<code>[45]\d\d)(?:-(?P<times>once|twice|thrice))?|(?P<feedback>bounce|complaint)"
+                        r"|slow-(?P<seconds>[1-9]|[1-5]\d|60)s)(?:\+.*)?@gomail\.test", re.ASCII)
+    TIMES: typing.ClassVar[dict[str | None, float]] = {None: math.inf, "once": 1, "twice": 2, "thrice": 3}
+    FEEDBACK: typing.ClassVar[dict[str | None, Report]] = {
+        "bounce": Report(Feedback.BOUNCED, "550 5.1.1 this address of gomail.test returns all mail"),
+        "complaint": Report(Feedback.COMPLAINED, "abuse")}
 
     OWNER_HEADER = "X-Account"  # in each file: account name (percent-encoded) and API key id
     HEAD_SIZE = 65536  # bytes of a mail that are read to list it
     MAIL_BATCH = 1000  # mails that one call of list() reads, or one step of clean() removes
     NAME_BATCH = 10_000  # file names that one step of clean() reads
     VIEW_TIME = 600.0  # seconds in which a mail that somebody has opened is not removed
+    WAIT_STEP = 0.1  # seconds between two looks for a mail that somebody waits for
+    RECIPIENT_HEADERS = ("Delivered-To", "X-Original-To")  # the second: see redirect_to
 
     def __init__(self, folder: str | pathlib.Path, max_mails: int = 0) -> None:
         self.folder, self.max_mails = pathlib.Path(folder).resolve(), max_mails
@@ -6347,6 +6368,10 @@ class MaildirTransport:
         self.accepted, self.reached = 0.0, float("-inf")
         self.cleaned_until = -1.0  # the value of `accepted` when the last cleaning started
         self.cleaning: Iterator[None] | None = None
+        self.abandoned, self.came = threading.Event(), threading.Condition()
+        self._head = functools.lru_cache(maxsize=2 * self.MAIL_BATCH)(self._read_head)  # parsing takes 0.3 ms
+        # What is to be reported of mails to gomail.test, as soon as their tasks have ended.
+        self.returning: collections.deque[Report] = collections.deque(maxlen=10_000)
 
     def __str__(self) -> str:
         return f"Maildir {self.folder}"
@@ -6361,14 +6386,59 @@ class MaildirTransport:
 
     def send(self, sender: str, recipients: Sequence[str], message: bytes, owner: Account = EVERYBODY,
              lane: str = Lane.NORMAL, following: Envelope | None = None,
-             meanwhile: Callable[[], object] = lambda: None) -> str:
-        """Write one mail, and return "" once it is on disk. `owner` is whose mail it is. Raises UnavailableError."""
+             meanwhile: Callable[[], object] = lambda: None, tried: int = 0) -> str:
+        """Write one mail, and return "" once it is on disk. `owner` is whose mail it is.
+
+        Raises DeliveryError: the Maildir cannot be written, or a recipient at gomail.test asks for it.
+        """
+        testers = {address: found for address in recipients if (found := self.TESTER.fullmatch(fold_address(address)))}
+        refused = self._refusals(testers, tried, len(testers) < len(recipients))
+        delivered = tuple(address for address in recipients if address not in refused)
+        if delivered:
+            self._write(sender, delivered, message, owner, max(
+                [int(testers[address]["seconds"] or 0) for address in delivered if address in testers], default=0))
+            for address in filter(testers.__contains__, delivered):
+                if (report := self.FEEDBACK.get(testers[address]["feedback"])) and (task := self._task_of(message)):
+                    self.returning.append(report._replace(ids=(task,), addresses=(address,)))
+        if refused:
+            first, *others = dict.fromkeys(refused.values())
+            raise PartialError(delivered, refused) if delivered or others else first
+        return ""
+
+    def _refusals(self, testers: Mapping[str, re.Match[str]], tried: int, others: bool) -> dict[str, DeliveryError]:
+        """Which addresses of gomail.test refuse a mail that was `tried` before, with the errors that an SMTP server's
+        replies would be. `others`: the mail has further recipients. Raises UnavailableError (421)."""
+        refusing = {address: int(found["code"]) for address, found in testers.items()
+                    if found["code"] and tried < self.TIMES[found["times"]]}
+        refused: dict[str, DeliveryError] = {}
+        for address, code in refusing.items():
+            error = refusal("RCPT", code, f"{code // 100}.0.0 {mailbox(address)} is an address for tests".encode(),
+                            others_taken=others or len(refusing) < len(testers))
+            if isinstance(error, UnavailableError):
+                self.accepted = time.time()  # so that the mail pays for it like one at which a server hangs up
+                if code == 421:  # the server hangs up
+                    raise error
+            if error:
+                refused[address] = error
+        return refused
+
+    def _write(self, sender: str, recipients: Sequence[str], message: bytes, owner: Account, seconds: int) -> None:
+        """Write one mail, after some seconds. Raises UnavailableError; PostponedError if the service stops before."""
+        if seconds and self.abandoned.wait(seconds):
+            raise PostponedError("the service stopped before the mail was taken")
         lines = [f"Return-Path: <{mailbox(sender)}>\n", *(f"Delivered-To: {mailbox(each)}\n" for each in recipients),
                  f"{self.OWNER_HEADER}: {urllib.parse.quote(owner.name)} {owner.registration}\n"]
         with self.lock, self._maildir() as maildir:
             maildir.add("".join(lines).encode() + message.replace(b"\r\n", b"\n"))
         self.accepted, self.reached = time.time(), time.monotonic()
-        return ""
+        with self.came:
+            self.came.notify_all()
+
+    @staticmethod
+    def _task_of(head: bytes) -> str | None:
+        """The id of the task that a mail is of, from its headers; None where its Message-ID is not one of GoMail's."""
+        found = re.search(rb"^Message-ID: <([^@>\s]{1,64})@", head, re.MULTILINE)
+        return found[1].decode() if found else None
 
     def probe(self, lane: str = Lane.NORMAL) -> None:
         """Write and remove a file. Raises UnavailableError."""
@@ -6392,34 +6462,78 @@ class MaildirTransport:
         """There is no connection."""
 
     def abandon(self) -> None:
-        """There is no connection."""
+        """Let no thread wait any longer for `slow-5s@gomail.test`."""
+        self.abandoned.set()
 
-    def list(self, account: Account = EVERYBODY, offset: int = 0,
-             limit: int = 100) -> tuple[list[Json], int | None]:
+    def list(self, account: Account = EVERYBODY, offset: int = 0, limit: int = 100, to: str = "", subject: str = "",
+             task: str = "") -> tuple[list[Json], int | None]:
         """The newest mails of an account, or of all, and the next `offset`, None at the end.
 
-        Each is {"id", "received", "size", "from", "to", "subject"}. `offset` is how many of the newest to skip; a page
-        may have fewer than `limit` mails, as one call reads only MAIL_BATCH.
+        Each is {"id", "received", "size", "from", "to", "subject", "task": the id, or None}. `offset` is how many of
+        the newest to skip; a page may have fewer than `limit` mails, as one call reads only MAIL_BATCH.
+
+        Args:
+            to: what the address of a recipient begins with, or a part of it, if there is no @ behind a name.
+            subject: a part of the subject; as in `to`, case is ignored.
         """
-        try:
-            files = [entry for name in ("new", "cur") for entry in os.scandir(self.folder / name)]
-        except FileNotFoundError:
-            files = []
-        files.sort(key=lambda entry: self._moment(entry.name), reverse=True)
+        to, subject = fold_address(to), subject.casefold()
         mails: list[Json] = []
-        position = offset
+        position, files = offset, self._files()
         for entry in files[offset:offset + self.MAIL_BATCH]:
             if len(mails) == limit:
                 break
             position += 1
-            with contextlib.suppress(FileNotFoundError), open(entry.path, "rb") as file:
-                head = self._parsed(file.read(self.HEAD_SIZE).partition(b"\n\n")[0])
-                if self._is_of(head, account):
-                    mails.append({"id": entry.name.partition(":")[0],
-                                  **{name: head.get(name, "") for name in ("from", "to", "subject")},
-                                  "received": timestamp(self._moment(entry.name)[0] * 1_000_000),
-                                  "size": os.fstat(file.fileno()).st_size})
+            with contextlib.suppress(FileNotFoundError):
+                mail, owner, recipients = self._head(entry.path)
+                if (self._belongs(owner, account) and task in ("", mail["task"])
+                        and subject in mail["subject"].casefold()
+                        and any(each.startswith(to) if "@" in to[1:] else to in each for each in recipients)):
+                    mails.append(dict(mail))
         return mails, position if position < len(files) else None
+
+    def _files(self) -> Sequence[os.DirEntry[str]]:
+        """The files of all mails, the newest first."""
+        try:
+            files = [entry for name in ("new", "cur") for entry in os.scandir(self.folder / name)]
+        except FileNotFoundError:
+            files = []
+        return sorted(files, key=lambda entry: self._moment(entry.name), reverse=True)
+
+    def _read_head(self, path: str) -> tuple[Json, str, tuple[str, ...]]:
+        """(what list() shows of a mail, its OWNER_HEADER, its recipients as fold_address() has them)."""
+        with open(path, "rb") as file:
+            octets, size = file.read(self.HEAD_SIZE).partition(b"\n\n")[0], os.fstat(file.fileno()).st_size
+        head, name = self._parsed(octets), os.path.basename(path)
+        recipients = [str(value) for header in self.RECIPIENT_HEADERS for value in head.get_all(header, ())]
+        return {"id": name.partition(":")[0],
+                **{header: str(head.get(header, "")) for header in ("from", "to", "subject")},
+                "received": timestamp(self._moment(name)[0] * 1_000_000), "size": size,
+                "task": self._task_of(octets)}, str(head.get(self.OWNER_HEADER, "")), (
+                    tuple(map(fold_address, recipients)) or ("",))
+
+    def wait(self, stopping: threading.Event, deadline: float, look: Callable[[], bool]) -> None:
+        """Return when `look` has found what it looks for, at a moment of time.monotonic(), or when the service stops.
+
+        It is called whenever mails have come in, but only once in WAIT_STEP; those of another process are seen a moment
+        later.
+        """
+        while not stopping.is_set():
+            seen, next_look = self._state(), time.monotonic() + self.WAIT_STEP
+            if look():
+                return
+            while self._state() == seen or time.monotonic() < next_look:
+                left = deadline - time.monotonic()
+                if left <= 0 or stopping.is_set():
+                    return
+                with self.came:
+                    self.came.wait(min(left, self.WAIT_STEP))
+
+    def _state(self) -> tuple[float, int]:
+        """What is another value after a mail has come in."""
+        try:
+            return self.accepted, os.stat(self.folder / "new").st_mtime_ns
+        except FileNotFoundError:
+            return self.accepted, 0
 
     def read(self, mail_id: str, account: Account = EVERYBODY) -> tuple[bytes, email.message.EmailMessage] | None:
         """(bytes, parsed message) of a mail, or None. With `account`, only of that account's own."""
@@ -6431,7 +6545,8 @@ class MaildirTransport:
                     source = path.read_bytes()
                     os.utime(path, (time.time(), path.stat().st_mtime))  # see _is_in_view()
                     message = self._parsed(source)
-                    return (source, message) if self._is_of(message, account) else None
+                    owner = str(message.get(self.OWNER_HEADER, ""))
+                    return (source, message) if self._belongs(owner, account) else None
         return None
 
     def clean(self) -> None:
@@ -6466,9 +6581,11 @@ class MaildirTransport:
     def _parsed(octets: bytes) -> email.message.EmailMessage:
         return email.message_from_bytes(octets, policy=email.policy.default)
 
-    def _is_of(self, message: email.message.EmailMessage, account: Account) -> bool:
-        """Whether a mail belongs to this account; all belong to the admin. Older versions wrote no registration."""
-        name, _, registration = str(message.get(self.OWNER_HEADER, "")).partition(" ")
+    @staticmethod
+    def _belongs(owner: str, account: Account) -> bool:
+        """Whether a mail with this OWNER_HEADER is the account's; all are the admin's. Older versions wrote no
+        registration."""
+        name, _, registration = owner.partition(" ")
         return not account.name or urllib.parse.unquote(name) == account.name and registration in (
             "", account.registration)
 
@@ -6742,7 +6859,7 @@ class SmtpTransport:
 
     def send(self, sender: str, recipients: Sequence[str], message: bytes, owner: Account = EVERYBODY,
              lane: str = Lane.NORMAL, following: Envelope | None = None,
-             meanwhile: Callable[[], object] = lambda: None) -> str:
+             meanwhile: Callable[[], object] = lambda: None, tried: int = 0) -> str:
         """Hand one mail over; it returns once the server has accepted it for all recipients.
 
         Returns its replies to the end of the data: one for each transaction that it took.
@@ -8017,6 +8134,7 @@ class Bounces:
 
     def __init__(self, queue: Queue, accounts: Accounts, stats: Stats, public_url: str = "") -> None:
         self.queue, self.accounts, self.stats, self.public_url = queue, accounts, stats, public_url.rstrip("/")
+        self.redirect_to = queue.settings.redirect_to
 
     def urls(self, account: Account) -> dict[str, str]:
         """Provider -> the URL for its notifications about an account's mails; a path without `public_url`."""
@@ -8033,7 +8151,10 @@ class Bounces:
         return account
 
     def record(self, report: Report, account: Account = EVERYBODY, without_task: bool = False) -> str:
-        """Note a report, see Queue.bounce(); count and log it if it is new."""
+        """Note a report, see Queue.bounce(); count and log it if it is new. With redirect_to, none is about a mail that
+        went to its recipients, so nothing is noted."""
+        if self.redirect_to:
+            return "same"
         answer, task_id, owner = self.queue.bounce(report, account, without_task)
         if answer == "changed":
             self.stats.count("gomail_bounces_total", event=report.event)
@@ -8952,6 +9073,7 @@ class Workers:
         self.breakers: dict[str, CircuitBreaker] = {
             lane: CircuitBreaker(lane, transport, self.stopping, self.smtp) for lane in LANES}
         self.suspect, self.at_once = threading.Lock(), contextlib.nullcontext()
+        self.redirect_to = parse_address(settings.redirect_to)
         self.is_limited = bool(queue.rate)
         # One thread for the changes, which wait for Redis alone, and for fast newsletters: more threads would make them
         # only a little faster, and OTPs slower. A Maildir takes one mail at a time.
@@ -9205,6 +9327,8 @@ class Workers:
         if isinstance(cause, UnavailableError) and not isinstance(cause, TooManyConnectionsError):
             breaker.open(str(cause), outage=not cause.dropped and not cause.sender, by_mail=quota,
                          by_sender=cause.is_about_sender)
+            if cause.dropped and isinstance(self.transport, MaildirTransport):
+                breaker.failures = 0  # 421@gomail.test: other mail must not wait for long
         elif breaker.is_tester and verdict in (Verdict.RETRYING, Verdict.DEAD):
             breaker.close()  # the mail was refused for its own sake, so the quota is back as far as one can tell
         if quota:
@@ -9270,6 +9394,9 @@ class Workers:
         """The mail of a task as bytes."""
         if self.settings.smtp_server.endswith(".postmarkapp.com"):
             mail = dataclasses.replace(mail, headers=(*mail.headers, *postmark_headers(task.id)))
+        if self.redirect_to:
+            mail = dataclasses.replace(mail, headers=(*mail.headers, *(
+                ("X-Original-To", mailbox(address)) for address in self._recipients(task))))
         moment = max(task.created, task.payload.get("send_at", 0))
         return compose(mail, f"{task.id}@{mail.sender[1].rpartition('@')[2]}", moment)
 
@@ -9302,6 +9429,7 @@ class Workers:
             raise SuppressedError(f"{task.payload['userId']} is suppressed; see GET /suppressions")
         if recipients:
             lane, sender = task.lane, self._sender(task)[1]
+            recipients = self._redirected(recipients)
             with self._within_rate(lane, recipients) if self.is_limited else self.at_once:
                 if task.expires and self.store.time() * 1000 >= task.expires:
                     raise ExpiredError("it was not sent in time")
@@ -9310,7 +9438,11 @@ class Workers:
                 try:
                     reply = self.transport.send(
                         sender, recipients, message, task.owner, lane, self._envelope(task.following),
-                        functools.partial(self._make_message, task.following))
+                        functools.partial(self._make_message, task.following), task.attempts + task.drops)
+                except DeliveryError as error:
+                    if self.redirect_to:
+                        error.no_such_address = False  # it says nothing of the true recipients
+                    raise
                 finally:
                     duration = time.monotonic() - started
                     self.crews[lane].note(duration)
@@ -9357,7 +9489,11 @@ class Workers:
         """The envelope of the mail that a task will send, as far as that can be known before."""
         if task is None or task.strikes or task.type not in MAIL_TYPES:
             return None
-        return Envelope(self._sender(task)[1], tuple(self._recipients(task)))
+        return Envelope(self._sender(task)[1], tuple(self._redirected(self._recipients(task))))
+
+    def _redirected(self, recipients: Sequence[str]) -> Sequence[str]:
+        """Those to whom a mail for these recipients goes: with redirect_to, that address instead."""
+        return [self.redirect_to] if self.redirect_to and recipients else recipients
 
     def send_event(self, task: Task) -> str:
         """Send an event to a webhook; returns the status of the answer."""
@@ -9395,8 +9531,10 @@ class Cron:
     POLL = 1.0  # seconds between two looks for newsletters that are due, and for what other processes have delayed
 
     def __init__(self, store: Store, accounts: Accounts, queue: Queue, newsletters: Newsletters, stats: Stats,
-                 workers: Workers, transport: Transport, server: EmbeddedServer | None = None) -> None:
+                 workers: Workers, transport: Transport, bounces: Bounces,
+                 server: EmbeddedServer | None = None) -> None:
         self.store, self.accounts, self.queue, self.newsletters = store, accounts, queue, newsletters
+        self.bounces = bounces
         self.stats, self.workers, self.transport, self.server = stats, workers, transport, server
         self.stopping = threading.Event()
         self.thread = threading.Thread(target=self.run, daemon=True)
@@ -9465,6 +9603,16 @@ class Cron:
 
         return self.queue.expire(note)
 
+    def report_returned(self, reports: collections.deque[Report]) -> None:
+        """Take the reports about mails to gomail.test whose tasks have ended, as if they came from a server."""
+        for _ in range(len(reports)):
+            state = self.store.redis.hget(self.store.key("task", reports[0].ids[0]), "state")
+            if has_ended := state not in (State.QUEUED, State.RUNNING):
+                self.bounces.record(reports[0])
+            report = reports.popleft()
+            if not has_ended:
+                reports.append(report)
+
     def once(self) -> None:
         """Do one round. Long work is done in parts, so that the heartbeat stays on time."""
         now = time.monotonic()
@@ -9489,6 +9637,7 @@ class Cron:
             if isinstance(self.transport, MaildirTransport):
                 with logging_errors("the Maildir cannot be cleaned"):
                     self.transport.clean()
+                self.report_returned(self.transport.returning)
         if now - self.last_poll < self.POLL and not self.queue.is_due():
             return
         self.last_poll, deadline = now, time.monotonic() + 0.5
@@ -9668,6 +9817,7 @@ class Api:
         self.cookie = f"gomail_{accounts.derive('cookie').hex()[:8]}"
         self.admin = Account("", accounts.derive(f"admin {settings.admin_token}").hex())
         self.penalties = threading.BoundedSemaphore(self.MAX_PENALTIES)
+        self.waiting = threading.BoundedSemaphore(max(1, settings.max_connections // 4))  # of GET /outbox
         self.page = PAGE_FILE.read_text() if PAGE_FILE.exists() else None
 
     def authenticate(self, route: Route, request: Request) -> Account | None:
@@ -10123,7 +10273,8 @@ class Api:
         return {"status": True, "lanes": self.inspection.lanes(depths, reports),
                 "processes": self.inspection.processes(),
                 "retrying": depths["retrying"], "dead": dead, "mail_to": "Maildir" if outbox else str(self.transport),
-                "outbox": outbox, "smtp": smtp, "windows": self.queue.windows()}
+                "outbox": outbox, "smtp": smtp, "windows": self.queue.windows(),
+                "redirect_to": self.workers.redirect_to}
 
     def resume_lane(self, request: Request) -> Reply:
         lane = request.path_params["lane"]
@@ -10142,7 +10293,26 @@ class Api:
         return self.transport
 
     def list_outbox(self, request: Request) -> Reply:
-        mails, next_offset = self.outbox().list(request.account, **request.query)
+        outbox, account, query = self.outbox(), request.account, dict(request.query)
+        deadline = time.monotonic() + query.pop("wait", 0)
+        found: tuple[list[Json], int | None] = ([], None)
+
+        def look() -> bool:
+            nonlocal found
+            found = outbox.list(account, **query)
+            return bool(found[0])
+
+        if not look() and deadline > time.monotonic():
+            if not self.waiting.acquire(blocking=False):
+                raise HTTPError(429, "too many requests wait for a mail now; try again in a second, or without wait",
+                                "wait", {"Retry-After": "1"})
+            try:
+                outbox.wait(self.workers.stopping, deadline, look)
+            finally:
+                self.waiting.release()
+            if account.key:  # it may have been revoked meanwhile
+                self.accounts.ensure_active(account)
+        mails, next_offset = found
         return {"status": True, "mails": mails, "next": next_offset}
 
     def read_outbox(self, request: Request) -> Reply:
@@ -10271,6 +10441,8 @@ BOUNCE = Object({"id": Nullable(String(254, ONE_LINE, LINE)), "messageId": Nulla
 STATES = tuple(State)
 PAGING = {"offset": Integer(0, 10**9), "limit": Integer(0, 1000)}
 SEARCH = {**PAGING, "search": String(254, ONE_LINE, LINE), "state": Enum(STATES)}
+OUTBOX_SEARCH = {**PAGING, "to": String(254, ONE_LINE, LINE), "subject": String(254, ONE_LINE, LINE),
+                 "task": String(64, ONE_LINE, LINE), "wait": Integer(0, 60)}
 CURSOR = Pattern("the value of next in the previous answer", r"[0-9]{1,10}-[0-9]{1,19}", 30)
 SUBSCRIPTIONS = {"content_type": CONTENT_TYPE, "userId": Address(), "cursor": CURSOR, "limit": Integer(1, 1000)}
 
@@ -10285,7 +10457,7 @@ WEBHOOK_ANSWER = {"status": bool, "url": str, "events": list, "created": str, "g
                   "previousUntil": (str, None)}
 ACCOUNT_ANSWER = {"status": bool, "id": str, "senders": list, "reply_to": str, "webhook": (dict, None)}
 LANES_ANSWER = {"status": bool, "lanes": list, "processes": int, "retrying": int, "dead": int, "mail_to": str,
-                "outbox": bool, "smtp": dict, "windows": list}
+                "outbox": bool, "smtp": dict, "windows": list, "redirect_to": (str, None)}
 MAIL_ANSWER = {"status": bool, "id": str, "headers": list, "text": (str, None), "html": (str, None),
                "view": (str, None), "attachments": list, "source": str}
 METRICS_ANSWER = {"status": bool, "Total Jobs Executed": int, "Jobs Successful": int, "Jobs Failed": int,
@@ -10348,7 +10520,7 @@ ROUTES = (
     Route("GET", "/lanes", Api.list_lanes, Access.ALL, answer=LANES_ANSWER),
     Route("POST", "/lanes/{lane}/resume", Api.resume_lane, Access.ALL, refuses=(404, 429)),
     Route("GET", "/history", Api.read_history, Access.ALL, answer={"status": bool, "minutes": list}),
-    Route("GET", "/outbox", Api.list_outbox, Access.ALL, query=PAGING,
+    Route("GET", "/outbox", Api.list_outbox, Access.ALL, query=OUTBOX_SEARCH,
           answer={"status": bool, "mails": list, "next": (int, None)}, refuses=(404,)),
     Route("GET", "/outbox/{id}", Api.read_outbox, Access.ALL, answer=MAIL_ANSWER, refuses=(404,)),
     Route("GET", "/view/{token}", Api.view, Access.OPEN, answer="text/html", refuses=(404,)),
@@ -11326,7 +11498,7 @@ class Service:
         self.workers = Workers(settings, store, self.queue, suppressions, self.transport, otps, self.newsletters,
                                webhooks, self.stats)
         self.cron = Cron(store, accounts, self.queue, self.newsletters, self.stats, self.workers, self.transport,
-                         self.server)
+                         bounces, self.server)
         self.http.store, self.http.stats = store, self.stats
         self.http.api = Api(settings, store, accounts, self.queue, self.inspection, suppressions, otps,
                             self.newsletters, webhooks, bounces, self.transport, self.workers, self.workers.smtp,

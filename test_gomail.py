@@ -831,6 +831,14 @@ def test_a_service_for_others_whose_mail_goes_to_the_maildir_is_warned_about(pro
     assert [line.split()[0] for line in checked.splitlines()] == ["warning", "warning", "ok", "ok", "ok"]
 
 
+def test_redirect_to_is_warned_about_at_the_start_and_by_check(processes):
+    words = "redirect_to is set: every mail goes to me@example.net, not to its recipients"
+    process = processes({"redirect_to": "me@example.net"}).started()
+    assert until(lambda: process.logged(words))["level"] == "WARNING"
+    checked = processes({"redirect_to": "me@example.net", "log_file": "off"}, arguments=["--check"]).result()[1]
+    assert f"warning  {words}\n" in checked
+
+
 def test_spaces_around_a_value_belong_to_it_unless_it_is_a_number_or_a_choice(tmp_path):
     (tmp_path / ".env").write_text("port=' 1 '\nretry_delay=' 0.5 '\ndurability=' fsync '\nsmtp_pass=' a '\n")
     (tmp_path / "otp_subject").write_text(" Code \n")
@@ -854,6 +862,8 @@ def test_spaces_around_a_value_belong_to_it_unless_it_is_a_number_or_a_choice(tm
         "fast", "-1", "nan", "100001", "100001/s", "0/s", "0/day", "0.5/min", "14/", "/s", "14/fortnight", "14/s,",
         "2,000/day", "14, 2000/day", "14/s 2000/day", "14/0s", "-1/day", "1e3/day", "\u0661/day", "14/s; 2000/day")),
     ("durability", "sometimes", "everysec, fsync"),
+    *(("redirect_to", value, "is not an address such as you@example.com") for value in (
+        "me", "me@example.com, you@example.com", "Me <me@example.com>", "me@example.com\nBcc: eve@example.com")),
     ("timezone", "Mars/Olympus", "IANA time zone"),
     ("host", "0.0.0.0", "admin_token"),
     ("host", "localhost:8080", "the port goes into port"),
@@ -6247,6 +6257,213 @@ def test_a_mail_of_the_outbox_that_was_looked_at_a_moment_ago_is_not_removed(tmp
     for _ in range(5):
         outbox.clean()
     assert numbers() == [9, 8] and outbox.read(shown["id"]) is None
+
+
+def test_a_test_address_refuses_with_its_code_as_an_smtp_server_would_and_a_label_changes_nothing(tmp_path):
+    outbox = gomail.MaildirTransport(tmp_path)
+    for code in (*range(400, 500), *range(500, 600)):
+        address = f"{code}+Any.Label@gomail.test"
+        with pytest.raises(gomail.DeliveryError, match=f"{code} {code // 100}.0.0 ") as refused:
+            outbox.send("app@example.org", [address], b"Subject: x\r\n\r\nx\r\n")
+        expected = gomail.refusal("RCPT", code, f"{code // 100}.0.0 {address} is an address for tests".encode())
+        assert (type(refused.value), str(refused.value)) == (type(expected), str(expected))
+        assert not refused.value.no_such_address  # so that the next test is refused as well, and not suppressed
+    assert outbox.list() == ([], None)
+
+
+@hypothesis.settings(max_examples=50, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.given(strategies.from_regex(
+    "[3-6][0-9]{1,3}(-(once|twice|thirdly))?([+]x)?|[a-z0-9]{1,9}", fullmatch=True))
+def test_what_is_no_test_address_is_an_ordinary_one(tmp_path, local):
+    refuses = re.fullmatch(r"[45]\d\d(-once|-twice)?(\+x)?", local)
+    for domain in ("gomail.test", "example.com", "a.gomail.test", "gomail.test.example"):
+        with pytest.raises(gomail.DeliveryError) if refuses and domain == "gomail.test" else contextlib.nullcontext():
+            gomail.MaildirTransport(tmp_path).send("app@example.org", [f"{local}@{domain}"], b"Subject: x\r\n\r\nx\r\n")
+
+
+@pytest.mark.parametrize("local, times", [("451-once", 1), ("451-TWICE+a", 2), ("452-thrice", 3), ("421-twice", 2)])
+def test_a_test_address_takes_the_mail_after_as_many_refusals_as_its_name_says(services, local, times):
+    client = services(workers=1).client.sign_up()
+    found = client.state(client.task(userId=f"{local}@GoMail.test", retries=5), "succeeded")
+    refused = [step for step in client.get(f"/task/{found['id']}")["story"] if step["event"] in ("retrying", "dropped")]
+    assert len(refused) == times and all(local[:3] in step["error"] for step in refused)
+    assert len(client.get("/outbox")["mails"]) == 1
+
+
+def test_a_mail_to_several_test_addresses_goes_to_those_that_take_it(services):
+    client = services().client.sign_up()
+    found = client.state(client.task(userId="550@gomail.test", cc=["ann@gomail.test", "451-once@gomail.test"],
+                                     bcc=["bob@example.com"], retries=3), "dead")
+    assert "550 5.0.0" in found["error"] and "451" not in found["error"]
+    assert {mail["task"] for mail in client.get("/outbox")["mails"]} == {found["id"]}
+    for address, count in (("ann@gomail.test", 1), ("bob@example.com", 1), ("451-once@gomail.test", 1), ("550@", 0)):
+        assert len(client.get(f"/outbox?to={address}")["mails"]) == count, address
+
+
+def test_the_test_address_of_a_server_that_is_out_delays_other_mail_only_for_a_moment_and_dies_in_the_end(
+        services, monkeypatch):
+    service = services()
+    client = service.client.sign_up()
+    opened = []
+    monkeypatch.setattr(gomail.CircuitBreaker, "delay", lambda breaker: opened.append(breaker.failures) or 0.02)
+    out = client.task(userId="421@gomail.test", retries=1)
+    client.state(out, "dead")
+    client.state(client.task(), "succeeded")
+    assert opened and set(opened) == {0}  # no pause is longer than the first
+    assert "dropped" in [step["event"] for step in client.get(f"/task/{out}")["story"]]
+    assert client.get("/lanes")["smtp"]["state"] == "up"
+
+
+@pytest.mark.parametrize("local, event", [("bounce", "bounced"), ("complaint+1", "complained")])
+def test_a_test_address_takes_a_mail_and_it_comes_back_or_is_complained_about(services, local, event):
+    client = services().client.sign_up()
+    address = f"{local}@gomail.test"
+    for kind in ("message", "generateOtp"):
+        task = client.task(kind, userId=address, cc=["ann@gomail.test"]) if kind == "message" else client.task(
+            kind, userId=address)
+        client.state(task, "bounced")
+        assert event in [step["event"] for step in client.get(f"/task/{task}")["story"]]
+    suppressed, = client.get("/suppressions")["suppressions"]
+    assert suppressed["userId"] == address and suppressed["reason"].startswith(event)
+    client.state(client.task(userId=address), "suppressed")
+
+
+def test_the_test_address_of_a_slow_server_takes_its_time_and_does_not_hold_up_the_end(services, monkeypatch):
+    service = services()
+    client = service.client.sign_up()
+    started = time.monotonic()
+    client.state(client.task(userId="slow-1s@gomail.test"), "succeeded")
+    assert time.monotonic() - started >= 1
+    waiting = client.task(userId="slow-60s@gomail.test")
+    client.state(waiting, "running")
+    service.settings = dataclasses.replace(service.settings, shutdown_timeout=0.1)
+    service.stop()
+    assert service.workers.stopped and time.monotonic() - started < 50
+    redis_of = gomail.Store(service.settings.redis_uri, service.settings.key_prefix).redis
+    assert redis_of.hget(f"{service.settings.key_prefix}task:{waiting}", "state") == "queued"
+
+
+def test_with_an_smtp_server_a_test_address_is_an_ordinary_one(client, mail_server):
+    client.state(client.task(userId="550@gomail.test"), "succeeded")
+    assert mail_server.to("550@gomail.test")
+
+
+def test_the_outbox_is_searched_by_recipient_subject_and_task(services):
+    client = services().client.sign_up()
+    tasks = [client.task(subject=subject, userId=to, bcc=bcc) for subject, to, bcc in (
+        ("Order 1", "ann@example.com", []), ("Grüße", "Joann@example.com", ["Carl@Example.org"]))]
+    for task in tasks:
+        client.state(task, "succeeded")
+    for query, found in (
+            ("to=ann@example.com", [0]), ("to=ANN@example.c", [0]), ("to=ann", [1, 0]), ("to=carl@example", [1]),
+            ("to=@example.org", [1]), ("to=bob", []), ("subject=order", [0]), ("subject=GR%C3%9C", [1]),
+            (f"task={tasks[0]}", [0]), ("task=x", []), (f"to=ann&subject=order&task={tasks[1]}", [])):
+        assert [mail["task"] for mail in client.get(f"/outbox?{query}")["mails"]] == [tasks[at] for at in found], query
+
+
+def test_the_outbox_answers_as_soon_as_a_mail_that_matches_comes_in_from_any_process(services, monkeypatch):
+    monkeypatch.setattr(gomail.MaildirTransport, "WAIT_STEP", 0.05)
+    services = [services(key_prefix="outbox:"), services(key_prefix="outbox:")]
+    client = services[0].client.sign_up()
+    reader, answers = Client(services[1].http.url, client.key), []
+    waiting = threading.Thread(
+        target=lambda: answers.append(reader.get("/outbox?to=ann@example.com&subject=code&wait=60")["mails"]))
+    waiting.start()
+    client.state(client.task(userId="bob@example.com", subject="Your code"), "succeeded")
+    client.state(client.task(userId="ann@example.com", subject="Hello"), "succeeded")
+    assert waiting.is_alive() and not answers
+    client.state(client.task(userId="ann@example.com", subject="Your code is 123456"), "succeeded")
+    waiting.join(PATIENCE)
+    assert [mail["subject"] for mail in answers[0]] == ["Your code is 123456"]
+    assert len(reader.get("/outbox?to=ann@example.com&wait=60")["mails"]) == 2  # at once
+    assert reader.get("/outbox?to=nobody@example.com&wait=1")["mails"] == []
+    for wrong in ("-1", "61", "1.5", "soon"):
+        assert reader("GET", f"/outbox?wait={wrong}")[1]["field"] == "wait"
+
+
+def test_requests_that_wait_for_a_mail_use_up_no_more_than_a_quarter_of_the_connections_and_end_with_the_service(
+        services):
+    service = services(max_connections=8)
+    client = service.client.sign_up()
+    answers = []
+    waiting = [threading.Thread(target=lambda: answers.append(Client(service.http.url, client.key)(
+        "GET", "/outbox?wait=60")[0])) for _ in range(2)]
+    for thread in waiting:
+        thread.start()
+    until(lambda: service.http.api.waiting._value == 0)
+    status, answer, headers = client("GET", "/outbox?wait=60")
+    assert status == 429 and answer["field"] == "wait" and headers["Retry-After"] == "1"
+    assert client.get("/outbox")["mails"] == []
+    service.stop()
+    for thread in waiting:
+        thread.join(PATIENCE)
+    assert answers == [200, 200]
+
+
+def test_a_key_that_is_revoked_while_it_waits_for_a_mail_gets_none(services):
+    service = services()
+    client = service.client.sign_up()
+    reader, answers = Client(service.http.url, client.key), []
+    waiting = threading.Thread(target=lambda: answers.append(reader("GET", "/outbox?wait=60")))
+    waiting.start()
+    until(lambda: service.http.api.waiting._value < 64)
+    service.client.post("/auth/deregister", {"id": name_of(client)})
+    service.transport.send("a@example.org", ["b@example.org"], b"Subject: x\r\n\r\nx\r\n",
+                           gomail.Account(name_of(client), jwt.decode(client.key, options={
+                               "verify_signature": False})["jti"]))
+    waiting.join(PATIENCE)
+    assert answers[0][0] == 401
+
+
+def redirected(message):
+    """(to whom a mail went, the true recipients) of a mail that was redirected."""
+    return message["To"], [str(value) for value in message.get_all("X-Original-To")]
+
+
+@pytest.mark.parametrize("kind", ["message", "generateOtp", "newsletter"])
+def test_with_redirect_to_every_mail_goes_there_and_names_its_true_recipients(services, mail_server, clock, kind):
+    service = services(mail_server, clock, redirect_to="Me@Example.NET")
+    client = service.client.sign_up()
+    if kind == "newsletter":
+        client.state(client.task("subscribe", frequency="@hourly", content_type="news", subject="News", content="News"),
+                     "succeeded")
+        clock.forward(3600)
+    else:
+        copies = {"cc": ["ann@example.com"], "bcc": ["bob@example.com"]} if kind == "message" else {}
+        client.state(client.task(kind, **copies), "succeeded")
+    mail, = until(lambda: mail_server.mails)
+    assert mail.recipient == "Me@example.net"
+    true = ["user@example.com", *(["ann@example.com", "bob@example.com"] if kind == "message" else [])]
+    assert redirected(parsed(mail.raw)) == ("user@example.com", true)
+    assert client.get("/lanes")["redirect_to"] == "Me@example.net"
+
+
+def test_without_redirect_to_no_mail_has_its_header_and_the_lanes_say_so(client, mail_server):
+    client.state(client.task(), "succeeded")
+    assert "X-Original-To" not in parsed(mail_server.mails[0].raw)
+    assert client.get("/lanes")["redirect_to"] is None
+
+
+def test_what_is_said_of_redirect_to_suppresses_nobody(services, mail_server):
+    service = services(mail_server, redirect_to="me@example.net")
+    client = service.client.sign_up()
+    mail_server.replies = collections.defaultdict(list, {"me@example.net": ["550 5.1.1 no such user"]})
+    client.state(client.task(), "dead")
+    sent = client.state(client.task(), "succeeded")["id"]
+    for body in ({"id": sent, "kind": "complaint"}, {"userId": "me@example.net", "kind": "bounce"}):
+        assert client.post("/bounces", body)["changed"] == 0
+    assert client.get("/suppressions")["total"] == 0 and client.get(f"/task/{sent}")["state"] == "succeeded"
+    client.post("/suppressions", {"userId": "user@example.com"})
+    client.state(client.task(), "suppressed")  # as it would be without redirect_to
+
+
+@hypothesis.given(strategies.text(max_size=40))
+def test_no_recipient_brings_a_line_into_the_header_of_a_redirected_mail(local):
+    if address := gomail.parse_address(f"{local}@example.com"):
+        mail = gomail.Mail(("", "app@example.org"), address, "Hello", "Hello",
+                           headers=(("X-Original-To", gomail.mailbox(address)),))
+        lines = gomail.compose(mail, "id@example.org", 0).decode().split("\r\n")
+        assert [line for line in lines if "X-Original-To" in line] == [f"X-Original-To: {gomail.mailbox(address)}"]
 
 
 def test_with_an_smtp_server_there_is_no_outbox(client):
