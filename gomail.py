@@ -1049,6 +1049,8 @@ def start_logging(settings: Settings) -> None:
 #                                           makes no tasks, fingerprint and answer of the script that does it
 #   suppressed:<account>            zset    addresses that get no mail, by the time when that began (ms)
 #   suppressed_for:<account>        hash    address -> reason
+#   erased:<account>                zset    erased_name() of suppressed addresses that were erased, by that time (ms)
+#   erasure_key                     string  the key of these names, random; made when an address is first erased
 #   rate                            hash    smtp_rate: when the next mail may go: all (lanes), urgent (the lane); asked
 #                                           (time of the last call) (us)
 #   rate_window:<seconds>           hash    smtp_rate: number of a bucket of time -> recipients; total; first (the
@@ -1475,7 +1477,12 @@ class Store:
 
     def matching(self, pattern: str) -> str:
         """The pattern of SCAN for keys whose names, without the prefix, match `pattern`."""
-        return re.sub(r"[*?\[\]\\]", r"\\\g<0>", self.prefix) + pattern
+        return self.literal(self.prefix) + pattern
+
+    @staticmethod
+    def literal(text: str) -> str:
+        """The pattern of SCAN for this very text."""
+        return re.sub(r"[*?\[\]\\]", r"\\\g<0>", text)
 
     def time(self) -> float:
         """Redis's clock, seconds since the epoch: the one clock that all processes share."""
@@ -2861,7 +2868,7 @@ class Accounts:
     def deregister(self, name: str) -> None:
         """Revoke the keys of an account and end all it has waiting. Raises HTTPError (404) if it is not registered."""
         keys = [self.user_list, *(self.store.key(kind, name) for kind in (
-            "content", "dead", "suppressed", "suppressed_for", "recent"))]
+            "content", "dead", "suppressed", "suppressed_for", "erased", "recent"))]
         many, at_once = self._keys_of_many(name), self.CONTENT_TYPES_AT_ONCE
         # Removing no content types only revokes the keys.
         while (answer := self._deregister(keys=keys, args=[name, self.store.prefix, 0 if many else at_once])) == 2:
@@ -2875,7 +2882,7 @@ class Accounts:
         """The keys of an account that have more elements than one call removes."""
         types = self.store.redis.hkeys(self.store.key("content", name))
         with self.store.redis.pipeline(transaction=False) as pipeline:
-            keys = [self.store.key(kind, name) for kind in ("dead", "suppressed")]
+            keys = [self.store.key(kind, name) for kind in ("dead", "suppressed", "erased")]
             for key in keys:
                 pipeline.zcard(key)
             hashes = [self.store.key("suppressed_for", name), *(
@@ -3294,6 +3301,12 @@ def fold_address(address: str) -> str:
     Further folding would make one key of two mailboxes ("ß" and "ss"), and one's owner would get the other's mail.
     """
     return address.encode().lower().decode()
+
+
+def erased_name(key: str, address: str) -> str:
+    """What is kept of an address that was erased, in place of its form as a key. Queue.ERASED_NAME makes the same."""
+    inner = hashlib.sha1(f"{key}{fold_address(address)}".encode()).hexdigest()
+    return hashlib.sha1(f"{key}{inner}".encode()).hexdigest()
 
 
 def check_sender(task: Json, path: str, allowed: Sequence[str]) -> None:
@@ -3722,6 +3735,14 @@ class Queue:
         end
     """
 
+    # As erased_name().
+    ERASED_NAME = """
+        local function erased_name(prefix, address)
+            local key = redis.call('GET', prefix .. 'erasure_key') or ''
+            return redis.sha1hex(key .. redis.sha1hex(key .. address))
+        end
+    """
+
     # Whether the account of a task is still registered as it was then. Events for the admin's webhook have no account.
     IS_WANTED = """
         local known = {}  -- account -> its registration, of those that were looked up
@@ -4039,7 +4060,7 @@ class Queue:
     # Answer: {how many tasks are seen to be left in the lane, then of each task taken: {id, body, account,
     #         registration, created, attempts, strikes, drops, dropped, expires, delivered, the recipients that are
     #         suppressed, the account's settings or ""}}. No task, although some are left, means: ask again.
-    SETTLE_AND_TAKE = BURY + CONCLUDE + """
+    SETTLE_AND_TAKE = BURY + CONCLUDE + ERASED_NAME + """
         local own, lane, prefix = unpack(KEYS)
         local most, keep, share, all = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4] == '1'
         local result_ttl, dead_ttl, dead_max, process, worker, lane_name, only = unpack(ARGV, 5, 11)
@@ -4193,7 +4214,8 @@ class Queue:
             next_turn()
         end
         most = math.max(1, held, math.min(most, math.floor((waiting + others) / share)))
-        local found, suppresses = {}, {}  -- the second: key of suppressed addresses -> 1 if it exists, else 0
+        local found = {}
+        local suppresses, erases = {}, {}  -- account -> how many keys of suppressed addresses it has; of erased ones
         local settings = {}  -- account -> its settings, or ''
         for _ = 1, 200 do  -- some may belong to accounts that are gone; other calls come in between
             local id = #found < held and redis.call('LINDEX', own, -1 - #found) or only == '' and take_next()
@@ -4207,12 +4229,17 @@ class Queue:
                 if #found < held then held = held - 1 else is_served = false end  -- the account's turn goes on
             else
                 if all or #found == 0 then begin(task) end
-                local to, suppressed = fields[11], prefix .. 'suppressed:' .. fields[2]
+                local to, account = fields[11], fields[2]
+                local suppressed, erased = prefix .. 'suppressed:' .. account, prefix .. 'erased:' .. account
                 fields[11] = ''
-                suppresses[suppressed] = suppresses[suppressed] or redis.call('EXISTS', suppressed)
-                if to and suppresses[suppressed] == 1 then
+                suppresses[account] = suppresses[account] or redis.call('EXISTS', suppressed, erased)
+                if to and suppresses[account] > 0 then
+                    erases[account] = erases[account] or redis.call('EXISTS', erased)
                     for address in string.gmatch(to, '%S+') do
-                        if redis.call('ZSCORE', suppressed, address) then fields[11] = fields[11] .. address .. ' ' end
+                        if redis.call('ZSCORE', suppressed, address) or erases[account] == 1
+                                and redis.call('ZSCORE', erased, erased_name(prefix, address)) then
+                            fields[11] = fields[11] .. address .. ' '
+                        end
                     end
                 end
                 fields[12] = settings[fields[2]] or redis.call('HGET', prefix .. 'settings', fields[2]) or ''
@@ -5103,6 +5130,7 @@ class Suppressions:
     def __init__(self, store: Store) -> None:
         self.store = store
         self._remove = store.script(self.REMOVE, once=True)
+        self._erase = store.script(self.ERASE)
 
     def list(self, account: str, offset: int = 0, limit: int = 100) -> tuple[int, "list[Json]"]:
         """(how many addresses the account has suppressed, those from `offset` on), newest first."""
@@ -5121,17 +5149,41 @@ class Suppressions:
             transaction.hset(self.store.key("suppressed_for", account), fold_address(address), "by request")
             transaction.execute()
 
-    # KEYS: suppressed:<account>, suppressed_for:<account>. ARGV: addresses. Answer: how many of them were suppressed.
+    # KEYS: suppressed:<account>, suppressed_for:<account>, erased:<account>.
+    # ARGV: the name that it has if it was erased, addresses. Answer: how many of these were suppressed.
     REMOVE = """
-        redis.call('HDEL', KEYS[2], unpack(ARGV))
-        return redis.call('ZREM', KEYS[1], unpack(ARGV))
+        redis.call('HDEL', KEYS[2], unpack(ARGV, 2))
+        return redis.call('ZREM', KEYS[1], unpack(ARGV, 2)) + redis.call('ZREM', KEYS[3], ARGV[1])
     """
 
     def remove(self, account: str, address: str) -> bool:
         """Send to an address again. False where it was not suppressed."""
         addresses = [fold_address(address), *([address.casefold()] if self.by_older(account, address) else [])]
-        keys = [self.store.key("suppressed", account), self.store.key("suppressed_for", account)]
-        return bool(self._remove(keys=keys, args=addresses))
+        keys = [self.store.key(kind, account) for kind in ("suppressed", "suppressed_for", "erased")]
+        return bool(self._remove(keys=keys, args=[self.erased_name(address), *addresses]))
+
+    def erased_name(self, address: str) -> str:
+        """The name that an address has where it was erased."""
+        return erased_name(self.store.redis.get(self.store.key("erasure_key")) or "", address)
+
+    # KEYS: the prefix. ARGV: account, addresses.
+    ERASE = Accounts.CLOCK + Queue.ERASED_NAME + """
+        local prefix, account = KEYS[1], ARGV[1]
+        for at = 2, #ARGV do
+            if redis.call('ZREM', prefix .. 'suppressed:' .. account, ARGV[at]) == 1 then
+                redis.call('ZADD', prefix .. 'erased:' .. account, milliseconds, erased_name(prefix, ARGV[2]))
+                redis.call('HDEL', prefix .. 'suppressed_for:' .. account, ARGV[at])
+            end
+        end
+    """
+
+    def erase(self, account: str, address: str) -> None:
+        """Keep no more of an address than the name by which it stays suppressed, if it is."""
+        key = self.store.key("erasure_key")
+        if not self.store.redis.exists(key):
+            self.store.write("SET", key, secrets.token_hex(32), "NX")
+        addresses = [fold_address(address), *([address.casefold()] if self.by_older(account, address) else [])]
+        self._erase(keys=[self.store.prefix], args=[account, *addresses])
 
     def by_older(self, account: str, address: str) -> bool:
         """Whether an address was suppressed by an older version, which folded more than ASCII letters.
@@ -5260,7 +5312,8 @@ class Inspection:
             at = at + 1
             local to, now, user, ended = unpack(redis.call('HMGET', prefix .. 'task:' .. id, 'to', 'state', 'u', 'd'))
             if ended then to, now = to or string.lower(user), string.match(ended, '^%S+') or 'succeeded' end
-            if now and (state == '' or now == state) and (search == '' or string.find(to or '', search, 1, true)) then
+            to = ' ' .. (to or '') .. ' '
+            if now and (state == '' or now == state) and (search == '' or string.find(to, search, 1, true)) then
                 found[#found + 1] = id
                 if #found == tonumber(most) then break end
             end
@@ -5273,7 +5326,7 @@ class Inspection:
         """The newest tasks, of an account or of all, and the offset to go on from, None at the end.
 
         Args:
-            search: the id of a task, or a part of a recipient's address.
+            search: the id of a task, or a part of a recipient's address; between spaces, the whole of one.
             state: only tasks in this state.
             offset: how many of the newest tasks are passed over, whether or not they match.
         """
@@ -6360,7 +6413,7 @@ class MaildirTransport:
     NAME_BATCH = 10_000  # file names that one step of clean() reads
     VIEW_TIME = 600.0  # seconds in which a mail that somebody has opened is not removed
     WAIT_STEP = 0.1  # seconds between two looks for a mail that somebody waits for
-    RECIPIENT_HEADERS = ("Delivered-To", "X-Original-To")  # the second: see redirect_to
+    RECIPIENT = re.compile("^(?:Delivered-To|X-Original-To): (.*)$", re.MULTILINE)  # the second: see redirect_to
 
     def __init__(self, folder: str | pathlib.Path, max_mails: int = 0) -> None:
         self.folder, self.max_mails = pathlib.Path(folder).resolve(), max_mails
@@ -6504,7 +6557,7 @@ class MaildirTransport:
         with open(path, "rb") as file:
             octets, size = file.read(self.HEAD_SIZE).partition(b"\n\n")[0], os.fstat(file.fileno()).st_size
         head, name = self._parsed(octets), os.path.basename(path)
-        recipients = [str(value) for header in self.RECIPIENT_HEADERS for value in head.get_all(header, ())]
+        recipients = self.RECIPIENT.findall(octets.decode(errors="replace").replace('"', ""))
         return {"id": name.partition(":")[0],
                 **{header: str(head.get(header, "")) for header in ("from", "to", "subject")},
                 "received": timestamp(self._moment(name)[0] * 1_000_000), "size": size,
@@ -6548,6 +6601,18 @@ class MaildirTransport:
                     owner = str(message.get(self.OWNER_HEADER, ""))
                     return (source, message) if self._belongs(owner, account) else None
         return None
+
+    def erase(self, address: str, account: Account = EVERYBODY) -> int:
+        """Remove the mails of an account, or of all, that went to an address; returns how many."""
+        sought, count = fold_address(address), 0
+        for entry in self._files():
+            with contextlib.suppress(FileNotFoundError):  # it was removed just now
+                _, owner, recipients = self._read_head(entry.path)
+                if sought in recipients and self._belongs(owner, account):
+                    os.unlink(entry.path)
+                    count += 1
+        self._head.cache_clear()
+        return count
 
     def clean(self) -> None:
         """Do one step of removing all but the newest `max_mails` mails, if mails have come in since the last time."""
@@ -8483,6 +8548,301 @@ class BounceReader:
         raise imaplib.IMAP4.error(f"no mail can be moved into the folder {self.FOLDER}")
 
 
+class Recipients:
+    """What is known of one address, and its erasure.
+
+    Args:
+        outbox: the Maildir that mails may lie in.
+    """
+
+    TASKS = 100  # that read() shows
+    ACCOUNTS = 100  # that one round trip asks about
+    PATIENCE = 5.0  # seconds that an erasure waits for the end of mails that are being sent
+    KEYS = 1000  # that one step of an erasure looks at
+    BY_ADDRESS = ("subscribers", "issued", "got")  # hashes address -> ..., each named by content type and account
+    # Keys with the address in their names, before the account.
+    WITH_ADDRESS = ("otp", "otp_asked", "otp_failed")
+
+    def __init__(self, store: Store, settings: Settings, accounts: Accounts, inspection: Inspection,
+                 suppressions: Suppressions, newsletters: Newsletters, outbox: MaildirTransport) -> None:
+        self.store, self.settings, self.accounts, self.inspection = store, settings, accounts, inspection
+        self.suppressions, self.newsletters, self.outbox = suppressions, newsletters, outbox
+        self._erase_tasks = store.script(self.ERASE_TASKS)
+
+    def read(self, address: str, account: Account = EVERYBODY) -> Json:
+        """All that is known of an address, of an account or of all, and in "answer" why it got nothing lately.
+
+        "suppression" and "otp", the limits in force, are an account's. Of all accounts they are those of the first that
+        has any, and "suppressions" and "otps" list them all; everything then names its account.
+        """
+        owners = [account.name] if account.name else self.accounts.names()
+        suppressions, otps = self._of_accounts(address, owners)
+        found: Json = {"userId": address, "answer": "", "suppression": next(iter(suppressions), None),
+                       "subscriptions": self.newsletters.subscriptions(account.name, address=address, limit=1000)[0],
+                       **self._of_newsletters(address, account), "otp": next(iter(otps), None),
+                       "tasks": self.inspection.recent(account, f" {fold_address(address)} ", limit=self.TASKS)[0]}
+        if not account.name:
+            found |= {"suppressions": suppressions, "otps": otps}
+        found["answer"] = self._answer(found)
+        return found
+
+    def _of_accounts(self, address: str, owners: Sequence[str]) -> tuple[list[Json], list[Json]]:
+        """(the suppressions of an address, its limits of OTPs), of these accounts. Of several, limits only count where
+        there are requests or wrong OTPs."""
+        folded, name, key = fold_address(address), self.suppressions.erased_name(address), self.store.key
+        now, suppressions, otps = self.store.time(), [], []
+        for start in range(0, len(owners), self.ACCOUNTS):
+            page = owners[start:start + self.ACCOUNTS]
+            with self.store.redis.pipeline(transaction=False) as pipeline:
+                for owner in page:
+                    pipeline.zscore(key("suppressed", owner), folded)
+                    pipeline.hget(key("suppressed_for", owner), folded)
+                    pipeline.zscore(key("erased", owner), name)
+                    pipeline.zrange(key("otp_asked", folded, owner), 0, -1, withscores=True)
+                    pipeline.get(key("otp_failed", folded, owner))
+                    pipeline.pttl(key("otp_failed", folded, owner))
+                answers = iter(pipeline.execute())
+            for owner, since, reason, erased, asked, wrong, left in zip(page, *[answers] * 6):
+                named = {} if len(owners) == 1 else {"account": owner}
+                if since is None and self.suppressions.by_older(owner, address):
+                    since, reason = 0, "an address that an older version took for the same"
+                if since is not None or erased is not None:
+                    suppressions.append({**named, "reason": reason if since is not None else
+                                         "the address was erased, and stays suppressed",
+                                         "created": timestamp((erased if since is None else since) * 1000)})
+                if asked or wrong or len(owners) == 1:
+                    otps.append({**named, **self._limits([moment / 1000 for _, moment in asked], int(wrong or 0), now,
+                                                         now + left / 1000)})
+        return suppressions, otps
+
+    def _limits(self, asked: Sequence[float], wrong: int, now: float, failures_end: float) -> Json:
+        """The limits of OTPs of an address, by the moments (s) when it asked for one and its wrong OTPs in a row.
+
+        "cooldown": seconds until the next one may be asked for; "hourly_left": how many more in this hour, None: any
+        number; "next": when one may be asked for, None: now; "wrong"; "blocked_until": when OTPs are verified again.
+        """
+        settings = self.settings
+        asked = [moment for moment in asked if now - 3600 < moment <= now]
+        free = max([moment + settings.otp_cooldown for moment in asked], default=now)
+        left = max(0, settings.otp_hourly_max - len(asked)) if settings.otp_hourly_max else None
+        free = max(free, asked[0] + 3600) if left == 0 and asked else free
+        return {"cooldown": max(0, math.ceil(free - now)), "hourly_left": left,
+                "next": timestamp(free * 1e6) if free > now else None, "wrong": wrong,
+                "blocked_until": timestamp(failures_end * 1e6) if wrong >= Otps.MAX_FAILURES else None}
+
+    def _of_newsletters(self, address: str, account: Account) -> Json:
+        """{"unsubscribed": from which newsletters, "unconfirmed": the subscriptions that wait for a click}."""
+        folded, pairs = fold_address(address), self.newsletters._content_types(account.name)
+        names = [folded, self.suppressions.erased_name(address)]
+        waiting = [hashlib.sha256(json.dumps([owner, content_type, folded]).encode()).hexdigest()
+                   for owner, content_type in pairs]
+        key = self.store.key
+        with self.store.redis.pipeline(transaction=False) as pipeline:
+            for (owner, content_type), digest in zip(pairs, waiting):
+                pipeline.hmget(key("left", content_type, owner), names)
+                pipeline.pttl(key("unconfirmed", digest))
+            answers, now = pipeline.execute(), self.store.time()
+        found: Json = {"unsubscribed": [], "unconfirmed": []}
+        for (owner, content_type), left, ttl in zip(pairs, answers[::2], answers[1::2]):
+            common = {"account": owner, "content_type": content_type, "userId": address}
+            if record := left[0] or left[1]:
+                kept = json.loads(record)
+                found["unsubscribed"].append({**common, "state": "unsubscribed", "since": timestamp(kept["when"]),
+                                              "how": kept["how"]})
+            if ttl > 0:
+                found["unconfirmed"].append({**common, "state": "unconfirmed",
+                                             "until": timestamp(now * 1e6 + ttl * 1000)})
+        return found
+
+    def _answer(self, found: Json) -> str:
+        """Why an address got nothing lately, or that all is fine, in one sentence."""
+        suppression, otps = found["suppression"], found.get("otps", [found["otp"]])
+        mail = next((task for task in found["tasks"] if task["type"] in MAIL_TYPES), None)
+        blocked = max((otp["blocked_until"] for otp in otps if otp and otp["blocked_until"]), default=None)
+        if suppression:
+            return (f"It gets no mail but OTPs: it has been suppressed since {suppression['created']} "
+                    f"({suppression['reason']}).")
+        if blocked:
+            return f"Its OTPs are not verified until {blocked}, since {Otps.MAX_FAILURES} in a row were wrong."
+        if mail and mail["state"] not in (State.SUCCEEDED, State.CANCELLED):
+            return self._trouble(mail)
+        later = max((otp["next"] for otp in otps if otp and otp["next"]), default=None)
+        hindrances = [
+            *(f"it has not confirmed its subscription to {each['content_type']} yet" for each in found["unconfirmed"]),
+            *(f"it unsubscribed from {each['content_type']} at {each['since']}" for each in found["unsubscribed"]),
+            *([f"it may ask for a further OTP at {later}"] if later else [])]
+        sent = mail and mail["state"] == State.SUCCEEDED
+        return (f"The newest mail to it was handed over at {mail['finished']}" if mail and sent else
+                "No mail to it is known of") + "; " + (
+                    " and ".join(hindrances) or "nothing keeps further mail from it") + "."
+
+    def _trouble(self, mail: Json) -> str:
+        """Why the newest mail to an address has not arrived, or not yet."""
+        due, error = mail.get("due"), mail["error"] or "no reason is known"
+        return "The newest mail to it " + {
+            State.QUEUED: f"waits in its lane{self._pause(mail['id'])}.",
+            State.RUNNING: "is being sent.",
+            State.SCHEDULED: f"waits for its time, {due}.",
+            State.RETRYING: f"is tried again at {due}: {error}",
+            State.DEAD: f"was given up: {error}",
+            State.SUPPRESSED: f"was not sent: {error}",
+            State.EXPIRED: f"was not sent in time: {error}",
+            State.BOUNCED: f"came back, or was complained about: {error}"}[mail["state"]]
+
+    def _pause(self, task_id: str) -> str:
+        """Why the lane of a waiting task is paused, as the end of a sentence; or ""."""
+        lane = self.store.redis.hget(self.store.key("task", task_id), "lane")
+        reason = next((report[lane] for report in self.inspection.reports() if lane in report), "")
+        return f", which is paused: {reason}" if reason else ""
+
+    # Erase tasks to an address, and events about it that have not reached their webhook. A task to others as well stays
+    # until it has ended, and so does one that a worker has in hand.
+    # KEYS: the prefix.
+    # ARGV: the account that the tasks must belong to or "", its registration, the address, the address as a string of
+    #       JSON, ids. Answer: {how many were erased, then of each that is left: its id, "in hand" or "several"}.
+    ERASE_TASKS = Queue.IS_OWN + """
+        local prefix, account, registration, address, quoted = KEYS[1], unpack(ARGV, 1, 5)
+        local waits, answer = {queued = true, scheduled = true, running = true, retrying = true}, {0}
+
+        local function is_about(lane, to, task)
+            if lane ~= 'hooks' then return string.find(' ' .. to .. ' ', ' ' .. address .. ' ', 1, true) end
+            local body = string.lower(redis.call('HGET', task, 'body') or '')
+            return string.find(body, quoted, 1, true) or string.find(body, '"' .. address .. '"', 1, true)
+        end
+
+        local function erase(id)
+            local task = prefix .. 'task:' .. id
+            local owner, key, state, to, user, lane, ended, part = unpack(redis.call('HMGET', task,
+                'account', 'key', 'state', 'to', 'u', 'lane', 'd', 'k'))
+            if not is_about(lane, to or string.lower(user or ''), task)
+                    or not is_own(account, registration, owner, key, ended, part) then return end
+            if not ended and waits[state] then
+                for each in string.gmatch(lane ~= 'hooks' and to or '', '%S+') do
+                    if each ~= address then return 'several' end
+                end
+                if redis.call('ZREM', prefix .. 'delayed', id) == 0
+                        and redis.call('LREM', prefix .. 'lane:' .. lane .. ':' .. owner, 1, id) == 0 then
+                    return 'in hand'
+                end
+                redis.call('ZREM', prefix .. 'scheduled', id)
+                redis.call('ZREM', prefix .. 'expiring', id)
+            elseif state == 'dead' then
+                redis.call('ZREM', prefix .. 'dead', id)
+                redis.call('ZREM', prefix .. 'dead:' .. owner, id)
+            end
+            redis.call('UNLINK', task)
+            answer[1] = answer[1] + 1
+        end
+
+        for at = 6, #ARGV do
+            local reason = erase(ARGV[at])
+            if reason then
+                answer[#answer + 1] = ARGV[at]
+                answer[#answer + 1] = reason
+            end
+        end
+        return answer
+    """
+
+    def erase(self, address: str, account: Account = EVERYBODY,
+              progress: Callable[[int], object] = lambda count: None) -> Json:
+        """Erase all that an account, or all, have of an address; that it is suppressed or unsubscribed stays known by
+        erased_name().
+
+        Returns {"tasks", "subscriptions", "unconfirmed", "mails" in the Maildir: how many were erased; "remaining":
+        [{"id" of a task, "reason" why it could not be erased yet}]}. `progress` is given how many keys were looked at.
+        """
+        owners = [account.name] if account.name else self.accounts.names()
+        for owner in owners:
+            self.suppressions.erase(owner, address)
+        counts = dict.fromkeys(("tasks", "subscriptions", "unconfirmed", "mails"), 0)
+        self._end_subscriptions(address, account, counts)  # so that no further newsletters come
+        left = self._scan(address, account, counts, progress)
+        deadline = time.monotonic() + self.PATIENCE
+        while (waiting := [task_id for task_id, reason in left if reason == "in hand"]) and time.monotonic() < deadline:
+            time.sleep(0.1)
+            left = [each for each in left if each[1] != "in hand"] + self._erase_of(address, account, waiting, counts)
+            self._end_subscriptions(address, account, counts)  # one of them may be a subscribe
+        counts["mails"] = self.outbox.erase(address, account)
+        reasons = {"in hand": "it is just being sent; erase the address again in a moment",
+                   "several": "it goes to several recipients and has not ended; cancel it, or erase the address again "
+                              "when it has"}
+        log(logging.INFO, "recipient erased", account=account.name or None, **counts, remaining=len(left))
+        return {**counts, "remaining": [{"id": task_id, "reason": reasons[reason]} for task_id, reason in left]}
+
+    def _scan(self, address: str, account: Account, counts: dict[str, int],
+              progress: Callable[[int], object]) -> list[tuple[str, str]]:
+        """Look at all keys, and erase those about an address; returns (id, reason) of the tasks that are left."""
+        left: list[tuple[str, str]] = []
+        looked_at, cursor = 0, None
+        while cursor != 0:
+            self.inspection.give_way()
+            cursor, keys = self.store.redis.scan(cursor or 0, match=self.store.matching("*"), count=self.KEYS)
+            names = [key.removeprefix(self.store.prefix) for key in keys]
+            left += self._erase_of(address, account, [
+                name.removeprefix("task:") for name in names if name.startswith("task:")], counts)
+            for name in names:
+                self._erase_key(name, address, account, counts)
+            looked_at += len(names)
+            progress(looked_at)
+        return left
+
+    def _erase_of(self, address: str, account: Account, ids: Sequence[str],
+                  counts: dict[str, int]) -> list[tuple[str, str]]:
+        """Erase those of these tasks that are to an address; returns (id, reason) of those that are left."""
+        left: list[tuple[str, str]] = []
+        folded, step = fold_address(address), self.inspection.SEARCH_BATCH
+        for start in range(0, len(ids), step):
+            count, *found = self._erase_tasks(keys=[self.store.prefix], args=[
+                account.name, account.registration, folded, json.dumps(folded), *ids[start:start + step]])
+            counts["tasks"] += count
+            left += zip(found[::2], found[1::2])
+        return left
+
+    def _erase_key(self, name: str, address: str, account: Account, counts: dict[str, int]) -> None:
+        """Erase what a key, named without prefix, has of an address, unless it is that of a task."""
+        folded, (kind, _, rest) = fold_address(address), name.partition(":")
+        content_type, _, owner = rest.partition(":")
+        if kind in (*self.BY_ADDRESS, "left") and account.name in ("", owner):
+            self._erase_field(kind, owner, content_type, address, counts)
+        elif kind == "unconfirmed":
+            record = json.loads(self.store.redis.get(self.store.key(name)) or "null")
+            if record and fold_address(record["userId"]) == folded and account.name in ("", record["account"]):
+                counts["unconfirmed"] += self.store.redis.delete(self.store.key(name))
+        elif kind in self.WITH_ADDRESS or kind == "unsubscribed":
+            rest = owner if kind == "unsubscribed" else rest
+            if rest == f"{folded}:{account.name}" or not account.name and rest.startswith(f"{folded}:"):
+                self.store.redis.delete(self.store.key(name))
+
+    def _erase_field(self, kind: str, owner: str, content_type: str, address: str, counts: dict[str, int]) -> None:
+        """Erase an address from a hash BY_ADDRESS, or from that of who unsubscribed, which keeps its erased_name()."""
+        key, folded = self.store.key(kind, content_type, owner), fold_address(address)
+        record = self.store.redis.hget(key, folded)
+        if record is None:
+            return
+        with self.store.redis.pipeline() as transaction:
+            if kind == "left":
+                kept = {name: value for name, value in json.loads(record).items() if name != "userId"}
+                transaction.hset(key, self.suppressions.erased_name(address), json.dumps(kept))
+            if kind == "subscribers":
+                transaction.zrem(self.store.key("schedule"),
+                                 self.newsletters.schedule_member(owner, content_type, address))
+                counts["subscriptions"] += 1
+            transaction.hdel(key, folded)
+            transaction.execute()
+
+    def _end_subscriptions(self, address: str, account: Account, counts: dict[str, int]) -> None:
+        """End the subscriptions of an address, and its places in the schedule that content types have left."""
+        for owner, content_type in self.newsletters._content_types(account.name):
+            for kind in (*self.BY_ADDRESS, "left"):
+                self._erase_field(kind, owner, content_type, address, counts)
+        end = self.store.literal(f", {json.dumps(fold_address(address), ensure_ascii=False)}]")
+        key = self.store.key("schedule")
+        for member, _ in list(self.store.redis.zscan_iter(key, f"*{end}", count=self.KEYS)):
+            if account.name in ("", json.loads(member)[0]):
+                self.store.redis.zrem(key, member)
+
+
 # --- 15. webhooks ---------------------------------------------------------------------------------------
 # Accounts learn what became of their mails and subscriptions by HTTP requests to a URL of theirs, signed as Standard
 # Webhooks says (https://github.com/standard-webhooks/standard-webhooks, version 1). An event is queued by the script
@@ -9429,7 +9789,7 @@ class Workers:
             raise SuppressedError(f"{task.payload['userId']} is suppressed; see GET /suppressions")
         if recipients:
             lane, sender = task.lane, self._sender(task)[1]
-            recipients = self._redirected(recipients)
+            recipients = [*self._redirected(recipients)]
             with self._within_rate(lane, recipients) if self.is_limited else self.at_once:
                 if task.expires and self.store.time() * 1000 >= task.expires:
                     raise ExpiredError("it was not sent in time")
@@ -9807,9 +10167,10 @@ class Api:
 
     def __init__(self, settings: Settings, store: Store, accounts: Accounts, queue: Queue, inspection: Inspection,
                  suppressions: Suppressions, otps: Otps, newsletters: Newsletters, webhooks: Webhooks,
-                 bounces: Bounces, transport: Transport, workers: Workers, smtp: SmtpState, stats: Stats) -> None:
+                 bounces: Bounces, transport: Transport, workers: Workers, smtp: SmtpState, stats: Stats,
+                 recipients: Recipients) -> None:
         self.settings, self.store, self.accounts, self.queue = settings, store, accounts, queue
-        self.bounces = bounces
+        self.bounces, self.recipients = bounces, recipients
         self.inspection, self.suppressions = inspection, suppressions
         self.otps, self.newsletters, self.webhooks, self.stats = otps, newsletters, webhooks, stats
         self.transport, self.workers, self.smtp = transport, workers, smtp
@@ -10252,6 +10613,16 @@ class Api:
             raise HTTPError(404, "userId is not suppressed", "userId")
         return done("Suppression removed successfully")
 
+    def read_recipient(self, request: Request) -> Reply:
+        address = Address()(request.path_params["address"], "address")
+        return {"status": True, **self.recipients.read(address, request.account)}
+
+    def erase_recipient(self, request: Request) -> Reply:
+        address = Address()(request.path_params["address"], "address")
+        erased = self.recipients.erase(address, request.account)
+        return done("Recipient erased, except for the tasks that remain" if erased["remaining"] else
+                    "Recipient erased successfully", **erased)
+
     def list_bounce_urls(self, request: Request) -> Reply:
         return {"status": True, "urls": self.bounces.urls(request.account)}
 
@@ -10458,6 +10829,9 @@ WEBHOOK_ANSWER = {"status": bool, "url": str, "events": list, "created": str, "g
 ACCOUNT_ANSWER = {"status": bool, "id": str, "senders": list, "reply_to": str, "webhook": (dict, None)}
 LANES_ANSWER = {"status": bool, "lanes": list, "processes": int, "retrying": int, "dead": int, "mail_to": str,
                 "outbox": bool, "smtp": dict, "windows": list, "redirect_to": (str, None)}
+RECIPIENT_ANSWER = {"status": bool, "userId": str, "answer": str, "suppression": (dict, None), "subscriptions": list,
+                    "unsubscribed": list, "unconfirmed": list, "otp": (dict, None), "tasks": list,
+                    "suppressions?": list, "otps?": list}
 MAIL_ANSWER = {"status": bool, "id": str, "headers": list, "text": (str, None), "html": (str, None),
                "view": (str, None), "attachments": list, "source": str}
 METRICS_ANSWER = {"status": bool, "Total Jobs Executed": int, "Jobs Successful": int, "Jobs Failed": int,
@@ -10508,6 +10882,9 @@ ROUTES = (
           answer={**PART_ANSWER, "suppressions": list}),
     Route("POST", "/suppressions", Api.suppress, Access.KEY, RECIPIENT),
     Route("DELETE", "/suppressions", Api.unsuppress, Access.KEY, RECIPIENT, refuses=(404,)),
+    Route("GET", "/recipients/{address}", Api.read_recipient, Access.ALL, answer=RECIPIENT_ANSWER),
+    Route("DELETE", "/recipients/{address}", Api.erase_recipient, Access.ALL, answer={
+        **DONE, "tasks": int, "subscriptions": int, "unconfirmed": int, "mails": int, "remaining": list}),
     Route("GET", "/bounces", Api.list_bounce_urls, Access.KEY, answer={"status": bool, "urls": dict}),
     Route("POST", "/bounces", Api.take_bounce, Access.KEY, BOUNCE, answer=CHANGED, refuses=(404,)),
     Route("POST", "/bounces/{provider}/{token}", Api.take_notification, Access.TOKEN, Notification(), answer=CHANGED,
@@ -11495,6 +11872,9 @@ class Service:
         bounces = Bounces(self.queue, accounts, self.stats, settings.public_url)
         self.bounce_reader = BounceReader(settings, store, bounces, process) if settings.bounce_imap else None
         webhooks = Webhooks(store)
+        outbox = self.transport if isinstance(self.transport, MaildirTransport) else MaildirTransport(
+            pathlib.Path(settings.data_dir, "outbox"))  # from before there was an SMTP server
+        recipients = Recipients(store, settings, accounts, self.inspection, suppressions, self.newsletters, outbox)
         self.workers = Workers(settings, store, self.queue, suppressions, self.transport, otps, self.newsletters,
                                webhooks, self.stats)
         self.cron = Cron(store, accounts, self.queue, self.newsletters, self.stats, self.workers, self.transport,
@@ -11502,7 +11882,7 @@ class Service:
         self.http.store, self.http.stats = store, self.stats
         self.http.api = Api(settings, store, accounts, self.queue, self.inspection, suppressions, otps,
                             self.newsletters, webhooks, bounces, self.transport, self.workers, self.workers.smtp,
-                            self.stats)
+                            self.stats, recipients)
 
     def listen(self) -> None:
         """Accept connections until the service stops, in spite of errors of this machine."""
@@ -11908,7 +12288,7 @@ class Operator:
                                  "command where it runs")
         self.store, self.terminal = open_store(settings, server), terminal
         self.queue, self.stats = Queue(self.store, settings, "operator"), Stats(self.store)
-        self.inspection = Inspection(self.store, settings)
+        self.settings, self.inspection = settings, Inspection(self.store, settings)
         self.accounts = Accounts(self.store, settings.jwt_secret, settings.jwt_secret_previous, settings.api_key_ttl)
         if not self.accounts.is_current():
             raise StartError("jwt_secret: not that of the running gomail; give this command the same settings")
@@ -12007,6 +12387,43 @@ class Operator:
         exists = bool(count or options.all)
         self.terminal.result({"count": count}, [f"{plural(count, 'dead letter')} {outcome}"] if exists else [])
         return 0 if exists else self.terminal.fail(1, f"there is no dead letter {options.id}; `dead` lists them")
+
+    def recipient(self, options: argparse.Namespace) -> int:
+        """Show what is known of an address, or erase it."""
+        try:
+            address = Address()(options.address, "ADDRESS")
+        except HTTPError as error:
+            return self.terminal.fail(2, error.message)
+        account = self.accounts.find(options.account) if options.account else EVERYBODY
+        if account is None:
+            return self.terminal.fail(1, f"there is no account {options.account}; `accounts` lists them")
+        newsletters = Newsletters(self.store, zoneinfo.ZoneInfo(self.settings.timezone), self.accounts)
+        recipients = Recipients(self.store, self.settings, self.accounts, self.inspection, Suppressions(self.store),
+                                newsletters, MaildirTransport(pathlib.Path(self.settings.data_dir, "outbox")))
+        if options.erase:
+            return self.erase_recipient(recipients, address, account, options.yes)
+        found = recipients.read(address, account)
+        rows = [[task["created"], task.get("account", account.name), task["type"], task["state"], task["id"],
+                 task["error"] or ""] for task in found["tasks"]]
+        details = [f"{kind}: {each['content_type']} ({each['account']})"
+                   for kind in ("subscriptions", "unsubscribed", "unconfirmed") for each in found[kind]]
+        return self.terminal.result(found, [found["answer"], *details, "", *self.terminal.table(
+            ["accepted", "account", "type", "state", "id", "error"], rows)])
+
+    def erase_recipient(self, recipients: Recipients, address: str, account: Account, confirmed: bool) -> int:
+        """Erase an address, after a question. The exit code is 1 where tasks remain."""
+        owners = f"the account {account.name}" if account.name else "all accounts"
+        if not confirmed and not self.terminal.confirms(
+                f"Erase all that {owners} have of {address}? Mails that wait are not sent, and subscriptions end."):
+            return 1
+        with self.terminal.progress(self.store.redis.dbsize()) as progress:
+            erased = recipients.erase(address, account, progress)
+        counts = ", ".join([plural(erased["tasks"], "task"), plural(erased["subscriptions"], "subscription"),
+                            plural(erased["mails"], "mail")])
+        lines = [f"erased: {counts} in the Maildir"]
+        lines += [f"task {each['id']} remains: {each['reason']}" for each in erased["remaining"]]
+        self.terminal.result(erased, lines)
+        return 1 if erased["remaining"] else 0
 
     def show_stats(self, options: argparse.Namespace) -> int:
         """Lanes, counters and the last hour: once, or on a terminal every second until Ctrl-C."""
@@ -12661,6 +13078,12 @@ def command_line() -> argparse.ArgumentParser:
         which.add_argument("id", nargs="?", metavar="ID")
         which.add_argument("--all", action="store_true", help="all dead letters, of all accounts")
     delete.add_argument("--yes", action="store_true", help="do not ask before --all; only a terminal is asked")
+    recipient = operation("recipient", Operator.recipient, "show what is known of an address, or erase it")
+    recipient.add_argument("address", metavar="ADDRESS")
+    recipient.add_argument("--account", metavar="NAME", help="only what this account has (default: all accounts)")
+    recipient.add_argument("--erase", action="store_true", help="erase it: tasks, subscriptions, OTPs, mails of the "
+                           "Maildir; that it is suppressed or unsubscribed stays known by a keyed hash")
+    recipient.add_argument("--yes", action="store_true", help="do not ask before --erase; only a terminal is asked")
     operation("stats", Operator.show_stats,
               "show lanes, counters and the last hour; on a terminal every second, until Ctrl-C")
     accounts = operation("accounts", Operator.manage_accounts,

@@ -1683,7 +1683,7 @@ def test_the_documented_commands_are_those_of_the_code():
     source = (HERE / "gomail.py").read_text()
     in_scripts = set(re.findall(r"redis\.p?call\('(\w+)'", source))
     methods = set(re.findall(r"(?:\bredis|\bserver|pipeline|transaction)\.(\w+)\(", source))
-    named = {"delete": "DEL", "hscan_iter": "HSCAN", "memory_usage": "MEMORY|USAGE"}
+    named = {"delete": "DEL", "hscan_iter": "HSCAN", "zscan_iter": "ZSCAN", "memory_usage": "MEMORY|USAGE"}
     by_client = {named.get(method, method.upper()) for method in methods if hasattr(redis.Redis, method)}
     known = {command.split()[0] for command in gomail.Store.COMMANDS.split(",")}
     not_for_all = {"INFO", "PIPELINE", "EXECUTE_COMMAND", "CLOSE", "SENTINEL"}
