@@ -8701,7 +8701,7 @@ class Recipients:
     # ARGV: the account that the tasks must belong to or "", its registration, the address, the address as a string of
     #       JSON, ids. Answer: {how many were erased, then of each that is left: its id, "in hand" or "several"}.
     ERASE_TASKS = Queue.IS_OWN + """
-        local prefix, account, registration, address, quoted = KEYS[1], unpack(ARGV, 1, 5)
+        local prefix, account, registration, address, quoted = KEYS[1], unpack(ARGV, 1, 4)
         local waits, answer = {queued = true, scheduled = true, running = true, retrying = true}, {0}
 
         local function is_about(lane, to, task)
@@ -8714,6 +8714,9 @@ class Recipients:
             local task = prefix .. 'task:' .. id
             local owner, key, state, to, user, lane, ended, part = unpack(redis.call('HMGET', task,
                 'account', 'key', 'state', 'to', 'u', 'lane', 'd', 'k'))
+            if not to and not user then  -- of an older version
+                user = string.match(redis.call('HGET', task, 'head') or '', '"userId": "([^"]*)"')
+            end
             if not is_about(lane, to or string.lower(user or ''), task)
                     or not is_own(account, registration, owner, key, ended, part) then return end
             if not ended and waits[state] then
@@ -8734,7 +8737,7 @@ class Recipients:
             answer[1] = answer[1] + 1
         end
 
-        for at = 6, #ARGV do
+        for at = 5, #ARGV do
             local reason = erase(ARGV[at])
             if reason then
                 answer[#answer + 1] = ARGV[at]
@@ -12407,7 +12410,8 @@ class Operator:
                  task["error"] or ""] for task in found["tasks"]]
         details = [f"{kind}: {each['content_type']} ({each['account']})"
                    for kind in ("subscriptions", "unsubscribed", "unconfirmed") for each in found[kind]]
-        return self.terminal.result(found, [found["answer"], *details, "", *self.terminal.table(
+        lines = [str(self.terminal.paint(line)) for line in (found["answer"], *details, "")]
+        return self.terminal.result(found, [*lines, *self.terminal.table(
             ["accepted", "account", "type", "state", "id", "error"], rows)])
 
     def erase_recipient(self, recipients: Recipients, address: str, account: Account, confirmed: bool) -> int:

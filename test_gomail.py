@@ -1738,8 +1738,10 @@ def test_a_redis_user_with_the_documented_permissions_is_enough_for_all_work(
     client.state(client.post("/task/", changed("payload.content_type", "news", NAMED))["id"], "succeeded")
     later = client.task(send_at="2036-01-01T00:00:00Z")
     assert client("DELETE", f"/task/{later}")[0] == 200
-    for path in ("/lanes", "/health/metrics", "/health/ready", "/history", "/task/recent?search=user"):
+    for path in ("/lanes", "/health/metrics", "/health/ready", "/history", "/task/recent?search=user",
+                 "/recipients/user@example.com"):
         client.get(path)
+    assert client("DELETE", "/recipients/user@example.com")[0] == 200
     client.post("/lanes/normal/resume")
     assert client("DELETE", "/task/subscriptionContent/news")[0] == 200
     # What a dead process and a wrong clock leave behind.
@@ -10156,6 +10158,285 @@ def test_no_password_goes_to_a_mailbox_without_tls_except_on_loopback(monkeypatc
     assert not any("AUTHENTICATE" in line or "LOGIN" in line for line in server.said)
 
 
+# --- one address
+
+ANN = "Ann.O'Neil+x@example.com"
+
+
+def recipient(client, address=ANN, method="GET", **query):
+    """The answer to a request about an address."""
+    path = f"/recipients/{urllib.parse.quote(address, safe='')}?{urllib.parse.urlencode(query)}"
+    status, answer, _ = client(method, path)
+    assert status == 200, answer
+    return answer
+
+
+def pause(service, lane="normal"):
+    """Pause a lane until the test closes its breaker."""
+    service.workers.breakers[lane].open("for the test", look=lambda: ("for the test", 60.0))
+
+
+def kept_of(service, text, not_behind="\n"):
+    """The keys of a service that have a text in their name or anywhere in their value, case ignored."""
+    server, found = service.store.redis, []
+    read = {"string": server.get, "hash": server.hgetall, "zset": lambda key: server.zrange(key, 0, -1),
+            "list": lambda key: server.lrange(key, 0, -1), "set": server.smembers}
+    for key in server.scan_iter(service.store.matching("*")):
+        if re.search(f"(?<!{not_behind}){re.escape(text)}", f"{key} {read[server.type(key)](key)}", re.IGNORECASE):
+            found.append(key.removeprefix(service.store.prefix))
+    return found
+
+
+def test_an_address_is_answered_with_all_that_is_known_of_it_and_nothing_of_one_that_it_is_part_of(services):
+    service = services(otp_cooldown=30)
+    client = service.client.sign_up()
+    ids = [client.task(userId=ANN), client.task(userId="other@example.com", bcc=[ANN.upper()]),
+           client.task("generateOtp", userId=ANN)]
+    client.state(client.task("subscribe", userId=ANN, frequency="@daily", content_type="news", subject="A",
+                             content="B"), "succeeded")
+    for near in (f"Jo{ANN}", f"{ANN}.org", "someone@example.com"):
+        client.task(userId=near)
+    for task_id in ids:
+        client.state(task_id, "succeeded")
+    found = recipient(client, ANN.lower())
+    assert [task["id"] for task in found["tasks"]][1:] == ids[::-1]  # the first is the subscribe
+    subscription, = found["subscriptions"]
+    assert (subscription["userId"], subscription["content_type"]) == (ANN, "news")
+    assert found["suppression"] is None and found["unsubscribed"] == found["unconfirmed"] == []
+    assert 0 < found["otp"]["cooldown"] <= 30 and found["otp"]["hourly_left"] == 9 and found["otp"]["wrong"] == 0
+    assert "may ask for a further OTP at" in found["answer"] and "suppressions" not in found
+    nothing = recipient(client.sign_up())
+    assert nothing["tasks"] == nothing["subscriptions"] == [] and nothing["otp"]["hourly_left"] == 10
+    assert nothing["answer"] == "No mail to it is known of; nothing keeps further mail from it."
+
+
+@pytest.mark.parametrize("address", ["nobody", "a b@example.com", "a@example.com%0Ab", "%00"])
+def test_what_is_no_address_has_no_recipient(client, address):
+    for method in ("GET", "DELETE"):
+        status, answer, _ = client(method, f"/recipients/{urllib.parse.quote(address)}")
+        assert status == 400 and answer["field"] == "address"
+
+
+@pytest.mark.parametrize("address", ["Ann/b@example.com", "ann@BÜCHER.example", "añn@example.com", "a%25@example.com"])
+def test_any_address_is_found_by_its_percent_encoded_form(services, address):
+    client = services().client.sign_up()
+    address = address.replace("%25", "%")
+    task_id = client.task(userId=address)
+    client.state(task_id, "succeeded")
+    assert [task["id"] for task in recipient(client, address)["tasks"]] == [task_id]
+    assert recipient(client, address, "DELETE")["tasks"] == 1
+    assert recipient(client, address)["tasks"] == client.get("/outbox")["mails"] == []
+
+
+def test_the_answer_says_in_one_sentence_why_an_address_got_nothing(services, mail_server):
+    service = services(mail_server, retry_delay=60.0, otp_hourly_max=1)
+    client = service.client.sign_up()
+    mail_server.replies = collections.defaultdict(list, {
+        "late@example.com": ["450 4.2.0 busy"], "dead@example.com": ["554 5.7.1 spam"]})
+    client.state(client.task(userId="late@example.com", retries=1), "retrying")
+    client.state(client.task(userId="dead@example.com"), "dead")
+    client.task(userId="later@example.com", send_at="2036-01-01T00:00:00Z")
+    client.post("/suppressions", {"userId": "no@example.com"})
+    back = client.state(client.task(userId="back@example.com"), "succeeded")["id"]
+    client.post("/bounces", {"id": back, "kind": "bounce", "reason": "no such user"})
+    assert client("DELETE", "/suppressions", {"userId": "back@example.com"})[0] == 200
+    client.state(client.task("generateOtp", userId="otp@example.com"), "succeeded")
+    client.state(client.task(userId="fine@example.com"), "succeeded")
+    pause(service)
+    client.task(userId="waits@example.com")
+    until(lambda: "paused" in recipient(client, "waits@example.com")["answer"])
+    failed = service.store.key("otp_failed", "wrong@example.com", name_of(client))
+    service.store.redis.set(failed, 100, ex=1000)
+    for address, words in (
+            ("late", "is tried again at 20.*: 450 4.2.0 busy"), ("dead", "was given up: 554 5.7.1 spam"),
+            ("later", "waits for its time, 2036-01-01T00:00:00.000Z"), ("no", "suppressed since 20.* \\(by req"),
+            ("back", "came back, .*: .*no such user"),
+            ("otp", "handed over at 20.*; it may ask for a further OTP at 20"),
+            ("fine", "handed over at 20.*; nothing keeps further mail from it"),
+            ("waits", "waits in its lane, which is paused: for the test"),
+            ("wrong", "not verified until 20.*100 in a row")):
+        answer = recipient(client, f"{address}@example.com")["answer"]
+        assert re.search(words, answer) and "\n" not in answer, answer
+    assert recipient(client, "otp@example.com")["otp"]["hourly_left"] == 0
+    assert recipient(client, "wrong@example.com")["otp"]["blocked_until"].startswith("20")
+
+
+def test_the_admin_is_answered_over_all_accounts_or_for_the_one_that_he_names(services):
+    service = services(admin_token=ADMIN)
+    admin = Client(service.http.url, ADMIN)
+    clients = [admin.sign_up(f"app{number}@example.com") for number in range(3)]
+    for client in clients[:2]:
+        client.state(client.task("generateOtp", userId=ANN), "succeeded")
+        client.post("/suppressions", {"userId": ANN})
+    found = recipient(admin)
+    names = [name_of(client) for client in clients]
+    assert {task["account"] for task in found["tasks"]} == set(names[:2])
+    assert [[each["account"] for each in found[name]] for name in ("suppressions", "otps")] == [names[:2]] * 2
+    assert found["suppression"] == found["suppressions"][0]
+    assert recipient(admin, account=names[2])["suppression"] is None
+    assert recipient(admin, account=names[1])["suppression"]["reason"] == "by request"
+    assert recipient(admin, method="DELETE")["tasks"] == 2
+    assert all(recipient(client)["suppression"] and not recipient(client)["tasks"] for client in clients[:2])
+
+
+def test_what_is_erased_of_an_address_is_nowhere_any_more_and_nothing_of_others_is_gone(services, receiver):
+    service = services(otp_minute_max=0)
+    client, other = service.client.sign_up(), service.client.sign_up()
+    receiver.hooked(client)
+    receiver.answers = collections.defaultdict(lambda: 503)
+    key, server = service.store.key, service.store.redis
+    everybody = [(client, ANN), (client, f"jo{ANN}"), (other, ANN)]
+    for owner, address in everybody:
+        name, folded = name_of(owner), address.lower()
+        owner.state(owner.task(userId=address, metadata={"who": "m"}), "succeeded")
+        owner.state(owner.task(userId="550@gomail.test", cc=[address]), "dead")
+        owner.state(owner.task(userId="452@gomail.test", bcc=[address]), "dead")
+        owner.task(userId=address, send_at="2036-01-01T00:00:00Z")
+        owner.state(owner.task("generateOtp", userId=address), "succeeded")
+        owner.state(owner.task("generateOtp", userId=address, purpose="p"), "succeeded")
+        owner.post("/task/verify", {"userEmail": address, "otp": "wrong"})
+        owner.state(owner.task("unsubscribe", userId=address, content_type="gone"), "succeeded")
+        for content_type in ("news", "removed"):
+            owner.state(owner.task("subscribe", userId=address, frequency="@daily", content_type=content_type,
+                                   subject="A", content="B"), "succeeded")
+        server.hset(key("issued", "news", name), folded, "an id")
+        server.hset(key("got", "news", name), folded, "digest 1")
+        record = {"account": name, "userId": address, "content_type": "news", "record": {}}
+        server.set(key("unconfirmed", hashlib.sha256(json.dumps([name, "news", folded]).encode()).hexdigest()),
+                   json.dumps(record), ex=1000)
+        for content_type in ("news", "removed"):
+            server.hset(key("left", content_type, name), folded, json.dumps(
+                {"userId": address, "when": 1700000000123456, "how": "link"}))
+        owner.post("/suppressions", {"userId": address})
+    for owner in (client, other):
+        assert owner("DELETE", "/task/subscriptionContent/removed")[0] == 200
+    until(lambda: server.zcard(key("delayed")) >= 3)
+    pause(service)
+    for owner, address in everybody:
+        owner.task(userId=address, headers={"Idempotency-Key": address})
+    assert recipient(client)["unsubscribed"][0]["since"] == "2023-11-14T22:13:20.123Z"
+    assert recipient(client)["unconfirmed"][0]["content_type"] == "news"
+
+    def of_others():
+        found = [recipient(client, f"jo{ANN}"), recipient(other)]
+        for each in found:
+            assert each["unconfirmed"].pop().pop("until").startswith("20")  # by Redis's clock and what is left
+        return found
+    others = of_others()
+    erased = recipient(client, method="DELETE")
+    assert erased["remaining"] == [] and erased["tasks"] >= 10 and erased["mails"] >= 4
+    assert erased["subscriptions"] == erased["unconfirmed"] == 1
+    assert of_others() == others
+    assert len(client.get("/outbox")["mails"]) == len(other.get("/outbox")["mails"]) > 0
+    other.post("/auth/deregister", {"id": name_of(other)})
+    server.delete(*[service.store.prefix + name for name in kept_of(service, name_of(other))])
+    assert kept_of(service, ANN, not_behind="jo") == []
+    found = recipient(client)
+    assert found["tasks"] == found["subscriptions"] == found["unconfirmed"] == []
+    assert found["unsubscribed"][0]["since"] == "2023-11-14T22:13:20.123Z" and found["suppression"]["created"]
+
+
+def test_of_an_erased_address_of_the_only_account_nothing_is_left_in_redis(services):
+    service = services()
+    client = service.client.sign_up()
+    for kind, more in (("message", {"bcc": ["bob@example.com"]}), ("generateOtp", {"purpose": "login"}), (
+            "subscribe", {"frequency": "@daily", "content_type": "news", "subject": "A", "content": "B"}), (
+            "unsubscribe", {"content_type": "old"})):
+        client.state(client.task(kind, userId=ANN, **more), "succeeded")
+    client.task(userId=ANN, send_at="2036-01-01T00:00:00Z")
+    client.post("/task/verify", {"userEmail": ANN, "otp": "wrong"})
+    client.post("/suppressions", {"userId": ANN})
+    assert len(kept_of(service, ANN)) > 8
+    recipient(client, method="DELETE")
+    assert kept_of(service, ANN) == [] and not list((service.transport.folder / "new").iterdir())
+
+
+@pytest.mark.parametrize("address", [ANN, "añn@example.com"])
+def test_an_erased_address_stays_suppressed_until_somebody_lifts_that(services, address):
+    service = services()
+    client, other = service.client.sign_up(), service.client.sign_up()
+    client.post("/suppressions", {"userId": address})
+    recipient(client, address, "DELETE")
+    assert client.get("/suppressions")["total"] == 0 and kept_of(service, address.lower()) == []
+    for name in (address, address.upper().replace("Ñ", "ñ")):
+        client.state(client.task(userId=name), "suppressed")
+        client.state(client.task("generateOtp", userId=name), "succeeded")
+    client.state(client.task(userId="bob@example.com", cc=[address]), "succeeded")
+    other.state(other.task(userId=address), "succeeded")
+    assert client.get(f"/outbox?to={urllib.parse.quote(address)}&subject=Hello")["mails"] == []
+    assert recipient(client, address, "DELETE")["tasks"] == 5  # once more: it stays so
+    client.state(client.task(userId=address), "suppressed")
+    assert client("DELETE", "/suppressions", {"userId": address})[0] == 200
+    assert client("DELETE", "/suppressions", {"userId": address})[0] == 404
+    client.state(client.task(userId=address), "succeeded")
+
+
+def test_an_address_that_is_not_suppressed_is_not_so_after_its_erasure(services):
+    client = services().client.sign_up()
+    client.state(client.task(userId=ANN), "succeeded")
+    recipient(client, method="DELETE")
+    assert recipient(client)["suppression"] is None
+    client.state(client.task(userId=ANN), "succeeded")
+
+
+def test_the_erased_addresses_of_an_account_end_with_it(services):
+    service = services()
+    client = service.client.sign_up()
+    client.post("/suppressions", {"userId": ANN})
+    recipient(client, method="DELETE")
+    assert service.store.redis.exists(service.store.key("erased", name_of(client)))
+    service.client.post("/auth/deregister", {"id": name_of(client)})
+    assert not service.store.redis.exists(service.store.key("erased", name_of(client)))
+
+
+def test_a_waiting_mail_to_others_as_well_and_one_that_is_being_sent_are_named_as_what_remains(services, monkeypatch):
+    monkeypatch.setattr(gomail.Recipients, "PATIENCE", 0.2)
+    service = services()
+    client = service.client.sign_up()
+    sent = client.task(userId=ANN, cc=["slow-2s@gomail.test"])
+    alone = client.task(userId="slow-60s@gomail.test")
+    client.state(alone, "running")
+    client.state(sent, "running")
+    several = client.task(userId="bob@example.com", cc=[ANN], send_at="2036-01-01T00:00:00Z")
+    found = recipient(client, method="DELETE")
+    assert {each["id"] for each in found["remaining"]} == {sent, several} and found["tasks"] == 0
+    assert "several recipients" in str(found["remaining"])
+    assert [each["reason"] for each in recipient(client, "slow-60s@gomail.test", "DELETE")["remaining"]] == [
+        "it is just being sent; erase the address again in a moment"]
+    client.state(sent, "succeeded")
+    assert client("DELETE", f"/task/{several}")[0] == 200
+    found = recipient(client, method="DELETE")
+    assert found["remaining"] == [] and found["tasks"] == 2 and found["mails"] == 1
+
+
+def test_an_erasure_waits_for_the_end_of_a_mail_that_is_being_sent(services):
+    client = services().client.sign_up()
+    task_id = client.task(userId="slow-1s@gomail.test")
+    client.state(task_id, "running")
+    found = recipient(client, "slow-1s@gomail.test", "DELETE")
+    assert found["remaining"] == [] and found["tasks"] == found["mails"] == 1
+
+
+def test_a_mail_that_waits_in_a_lane_is_erased_and_not_sent_and_those_around_it_are(services):
+    service = services()
+    client = service.client.sign_up()
+    pause(service)
+    ids = [client.task(userId=address) for address in ("a@example.com", ANN, "b@example.com")]
+    assert recipient(client, method="DELETE")["tasks"] == 1
+    service.workers.breakers["normal"].close()
+    for task_id in (ids[0], ids[2]):
+        client.state(task_id, "succeeded")
+    assert client("GET", f"/task/{ids[1]}")[0] == 404 and len(client.get("/outbox")["mails"]) == 2
+
+
+def test_tasks_that_are_no_more_among_the_newest_are_erased_too(services):
+    service = services()
+    client = service.client.sign_up()
+    client.state(client.task(userId=ANN), "succeeded")
+    service.store.redis.delete(service.store.key("recent"), service.store.key("recent", name_of(client)))
+    assert recipient(client)["tasks"] == [] and recipient(client, method="DELETE")["tasks"] == 1
+
+
 # --- 11. webhooks -----------------------------------------------------------------------------------------
 
 class Receiver(http.server.ThreadingHTTPServer):
@@ -13381,6 +13662,25 @@ def test_the_operator_looks_after_dead_letters_from_the_command_line(operated, m
     assert command.process.stop() == 0
     code, _, errors = command("dead")
     assert code == 3 and "no gomail is running" in errors
+
+
+def test_the_operator_learns_of_an_address_and_erases_it_from_the_command_line(operated, mail_server):
+    command, client = operated
+    mail_server.replies["user@example.com"].append("554 5.7.1 not\x1b[31m wanted")
+    task_id = client.task()
+    client.state(task_id, "dead")
+    code, output, _ = command("recipient", "user@EXAMPLE.com")
+    assert code == 0 and output.startswith("The newest mail to it was given up: 554 5.7.1 not")
+    assert task_id in output and "app@example.com" in output and "\x1b" not in output
+    found = json.loads(command("recipient", "user@example.com", "--account", "app@example.com", "--json")[1])
+    assert [task["id"] for task in found["tasks"]] == [task_id]
+    assert command("recipient", "nobody")[0] == 2 and "ADDRESS must be" in command("recipient", "nobody")[2]
+    assert command("recipient", "user@example.com", "--account", "who")[0] == 1
+    code, output = command.at_terminal("recipient", "user@example.com", "--erase", typed="n\n")
+    assert code == 1 and "user@example.com" in output and client.get(f"/task/{task_id}")
+    code, output, _ = command("recipient", "user@example.com", "--erase", "--yes")
+    assert (code, output) == (0, "erased: 1 task, 0 subscriptions, 0 mails in the Maildir\n")
+    assert client("GET", f"/task/{task_id}")[0] == 404
 
 
 def test_the_command_line_shows_the_metadata_of_a_task(operated):
