@@ -10435,6 +10435,22 @@ def test_a_mail_that_waits_in_a_lane_is_erased_and_not_sent_and_those_around_it_
     assert client("GET", f"/task/{ids[1]}")[0] == 404 and len(client.get("/outbox")["mails"]) == 2
 
 
+def test_beside_workers_each_mail_to_an_erased_address_is_sent_once_or_not_at_all_and_none_after_the_answer(
+        services, mail_server):
+    service = services(mail_server, workers=4)
+    client = service.client.sign_up()
+    pause(service)
+    for number in range(300):
+        client.task(userId=ANN if number % 2 else "bob@example.com", subject=str(number))
+    service.workers.breakers["normal"].close()
+    until(lambda: mail_server.to(ANN))
+    assert recipient(client, method="DELETE")["remaining"] == []
+    sent = [parsed(mail.raw)["Subject"] for mail in mail_server.to(ANN)]
+    until(lambda: len(mail_server.to("bob@example.com")) == 150)
+    assert [parsed(mail.raw)["Subject"] for mail in mail_server.to(ANN)] == sent and len(set(sent)) == len(sent)
+    assert kept_of(service, ANN) == []
+
+
 def test_tasks_that_are_no_more_among_the_newest_are_erased_too(services):
     service = services()
     client = service.client.sign_up()
