@@ -208,6 +208,8 @@ class Settings:
     smtp_user: str = option("", "SMTP user name")
     smtp_pass: str = option("", "SMTP password; it is only sent over TLS")
     smtp_from: str = option("", 'sender, "Name <address>" or "address"; empty: smtp_user, if it is an address')
+    redirect_to: str = option("", "address that gets every mail instead of its recipients, who stand in the header "
+                              "X-Original-To; for staging; empty: mail goes to its recipients")
     smtp_token_command: str = option("", "instead of smtp_pass: a command that writes an access token for XOAUTH2; it "
                                      "runs again when the server refuses the token")
     smtp_tls: str = option("auto", "auto: STARTTLS if the server offers it; implicit: TLS from the start, on any port; "
@@ -317,6 +319,8 @@ class Settings:
         if self.smtp_from and not parse_address(email.utils.parseaddr(self.smtp_from)[1]):
             raise self._wrong("smtp_from", "is not an address, or a name with <address>")
         self._check_hosts()
+        if self.redirect_to and not parse_address(self.redirect_to):
+            raise self._wrong("redirect_to", "is not an address such as you@example.com")
         if self.smtp_server and not self.smtp_from and not parse_address(self.smtp_user):
             raise StartError("smtp_from: not set, and smtp_user is not an address; most servers only take mail from a "
                              "sender that they know: set smtp_from to the sender's address, such as app@example.com")
@@ -511,7 +515,8 @@ def warnings_about(settings: Settings, environment: Mapping[str, str]) -> list[s
     """A sentence for each setting that is allowed but probably a mistake.
 
     Mistakes are names in the environment that are almost those of options, malformed placeholders, mail that goes
-    to the Maildir although other machines use the service, and more workers of a lane than connections for them.
+    to the Maildir although other machines use the service, more workers of a lane than connections for them, and
+    redirect_to outside of staging.
     """
     warnings = [f"in the environment, {unknown_option(name)}" for name in sorted(environment) if not is_option(name)
                 and (name.lower().startswith(("smtp_", "otp_", "redis_", "jwt_")) or nearest_option(name, 0.8))]
@@ -521,6 +526,8 @@ def warnings_about(settings: Settings, environment: Mapping[str, str]) -> list[s
     if not settings.smtp_server and (
             settings.public_url or settings.admin_token or not is_loopback(host_to_ascii(settings.host) or "")):
         warnings.append("smtp_server is not set: mail goes to a Maildir on this machine, not to its recipients")
+    if settings.redirect_to:
+        warnings.append(f"redirect_to is set: every mail goes to {settings.redirect_to}, not to its recipients")
     if settings.smtp_server and settings.workers > settings.smtp_connections:
         warnings.append(f"workers is {settings.workers}, but smtp_connections {settings.smtp_connections}: the other "
                         "workers of a lane wait for a connection")
@@ -1050,6 +1057,8 @@ def start_logging(settings: Settings) -> None:
 #                                           makes no tasks, fingerprint and answer of the script that does it
 #   suppressed:<account>            zset    addresses that get no mail, by the time when that began (ms)
 #   suppressed_for:<account>        hash    address -> reason
+#   erased:<account>                zset    erased_name() of suppressed addresses that were erased, by that time (ms)
+#   erasure_key                     string  the key of these names, random; made when an address is first erased
 #   rate                            hash    smtp_rate: when the next mail may go: all (lanes), urgent (the lane); asked
 #                                           (time of the last call) (us)
 #   rate_window:<seconds>           hash    smtp_rate: number of a bucket of time -> recipients; total; first (the
@@ -2928,7 +2937,7 @@ class Accounts:
     def deregister(self, name: str) -> None:
         """Revoke the keys of an account and end all it has waiting. Raises HTTPError (404) if it is not registered."""
         keys = [self.user_list, *(self.store.key(kind, name) for kind in (
-            "content", "left_types", "needs", "dead", "suppressed", "suppressed_for", "recent"))]
+            "content", "left_types", "needs", "dead", "suppressed", "suppressed_for", "erased", "recent"))]
         many, at_once = self._keys_of_many(name), self.CONTENT_TYPES_AT_ONCE
         # Removing no content types only revokes the keys.
         while (answer := self._deregister(keys=keys, args=[name, self.store.prefix, 0 if many else at_once])) == 2:
@@ -2942,7 +2951,7 @@ class Accounts:
         """The keys of an account that have more elements than one call removes."""
         types, left_types = (self.store.redis.hkeys(self.store.key(kind, name)) for kind in ("content", "left_types"))
         with self.store.redis.pipeline(transaction=False) as pipeline:
-            keys = [self.store.key(kind, name) for kind in ("dead", "suppressed")]
+            keys = [self.store.key(kind, name) for kind in ("dead", "suppressed", "erased")]
             for key in keys:
                 pipeline.zcard(key)
             hashes = [self.store.key("suppressed_for", name), *(
@@ -3434,6 +3443,13 @@ def check_confirm(task: Json, path: str, public_url: str) -> None:
         raise HTTPError(400, f"{field} needs the option public_url: the mail that asks to confirm has a link", field)
 
 
+def erased_name(store: Store, address: str) -> str:
+    """What is kept of an address that was erased, in place of its form as a key. Queue.ERASED_NAME makes the same."""
+    key = store.redis.get(store.key("erasure_key")) or ""
+    inner = hashlib.sha1(f"{key}{fold_address(address)}".encode()).hexdigest()
+    return hashlib.sha1(f"{key}{inner}".encode()).hexdigest()
+
+
 def check_sender(task: Json, path: str, allowed: Sequence[str]) -> None:
     """Raise HTTPError (400) for a payload.from that none of `allowed` matches: `Name <address>`, `address`, `@domain`.
 
@@ -3881,6 +3897,14 @@ class Queue:
         end
     """
 
+    # As erased_name().
+    ERASED_NAME = """
+        local function erased_name(prefix, address)
+            local key = redis.call('GET', prefix .. 'erasure_key') or ''
+            return redis.sha1hex(key .. redis.sha1hex(key .. address))
+        end
+    """
+
     # Whether the account of a task is still registered as it was then. Events for the admin's webhook have no account.
     IS_WANTED = """
         local known = {}  -- account -> its registration, of those that were looked up
@@ -4232,7 +4256,7 @@ class Queue:
     # Answer: {how many tasks are seen to be left in the lane, then of each task taken: {id, body, account,
     #         registration, created, attempts, strikes, drops, dropped, expires, delivered, the recipients that are
     #         suppressed, the account's settings or ""}}. No task, although some are left, means: ask again.
-    SETTLE_AND_TAKE = BURY + CONCLUDE + """
+    SETTLE_AND_TAKE = BURY + CONCLUDE + ERASED_NAME + """
         local own, lane, prefix = unpack(KEYS)
         local most, keep, share, all = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4] == '1'
         local result_ttl, dead_ttl, dead_max, process, worker, lane_name, only = unpack(ARGV, 5, 11)
@@ -4415,7 +4439,8 @@ class Queue:
             next_turn()
         end
         most = math.max(1, held, math.min(most, math.floor((waiting + others) / share)))
-        local found, suppresses = {}, {}  -- the second: key of suppressed addresses -> 1 if it exists, else 0
+        local found = {}
+        local suppresses, erases = {}, {}  -- account -> how many keys of suppressed addresses it has; of erased ones
         local settings = {}  -- account -> its settings, or ''
         for _ = 1, 200 do  -- some may belong to accounts that are gone; other calls come in between
             local id = #found < held and redis.call('LINDEX', own, -1 - #found) or only == '' and take_next()
@@ -4429,12 +4454,17 @@ class Queue:
                 if #found < held then held = held - 1 else is_served = false end  -- the account's turn goes on
             else
                 if all or #found == 0 then begin(task) end
-                local to, suppressed = fields[11], prefix .. 'suppressed:' .. fields[2]
+                local to, account = fields[11], fields[2]
+                local suppressed, erased = prefix .. 'suppressed:' .. account, prefix .. 'erased:' .. account
                 fields[11] = ''
-                suppresses[suppressed] = suppresses[suppressed] or redis.call('EXISTS', suppressed)
-                if to and suppresses[suppressed] == 1 then
+                suppresses[account] = suppresses[account] or redis.call('EXISTS', suppressed, erased)
+                if to and suppresses[account] > 0 then
+                    erases[account] = erases[account] or redis.call('EXISTS', erased)
                     for address in string.gmatch(to, '%S+') do
-                        if redis.call('ZSCORE', suppressed, address) then fields[11] = fields[11] .. address .. ' ' end
+                        if redis.call('ZSCORE', suppressed, address) or erases[account] == 1
+                                and redis.call('ZSCORE', erased, erased_name(prefix, address)) then
+                            fields[11] = fields[11] .. address .. ' '
+                        end
                     end
                 end
                 fields[12] = settings[fields[2]] or redis.call('HGET', prefix .. 'settings', fields[2]) or ''
@@ -5489,6 +5519,7 @@ class Suppressions:
     def __init__(self, store: Store) -> None:
         self.store = store
         self._remove = store.script(self.REMOVE, once=True)
+        self._erase = store.script(self.ERASE)
 
     def list(self, account: str, offset: int = 0, limit: int = 100) -> tuple[int, "list[Json]"]:
         """(how many addresses the account has suppressed, those from `offset` on), newest first."""
@@ -5507,17 +5538,37 @@ class Suppressions:
             transaction.hset(self.store.key("suppressed_for", account), fold_address(address), "by request")
             transaction.execute()
 
-    # KEYS: suppressed:<account>, suppressed_for:<account>. ARGV: addresses. Answer: how many of them were suppressed.
+    # KEYS: suppressed:<account>, suppressed_for:<account>, erased:<account>.
+    # ARGV: the name that it has if it was erased, addresses. Answer: how many of these were suppressed.
     REMOVE = """
-        redis.call('HDEL', KEYS[2], unpack(ARGV))
-        return redis.call('ZREM', KEYS[1], unpack(ARGV))
+        redis.call('HDEL', KEYS[2], unpack(ARGV, 2))
+        return redis.call('ZREM', KEYS[1], unpack(ARGV, 2)) + redis.call('ZREM', KEYS[3], ARGV[1])
     """
 
     def remove(self, account: str, address: str) -> bool:
         """Send to an address again. False where it was not suppressed."""
         addresses = [fold_address(address), *([address.casefold()] if self.by_older(account, address) else [])]
-        keys = [self.store.key("suppressed", account), self.store.key("suppressed_for", account)]
-        return bool(self._remove(keys=keys, args=addresses))
+        keys = [self.store.key(kind, account) for kind in ("suppressed", "suppressed_for", "erased")]
+        return bool(self._remove(keys=keys, args=[erased_name(self.store, address), *addresses]))
+
+    # KEYS: the prefix. ARGV: account, addresses.
+    ERASE = Accounts.CLOCK + Queue.ERASED_NAME + """
+        local prefix, account = KEYS[1], ARGV[1]
+        for at = 2, #ARGV do
+            if redis.call('ZREM', prefix .. 'suppressed:' .. account, ARGV[at]) == 1 then
+                redis.call('ZADD', prefix .. 'erased:' .. account, milliseconds, erased_name(prefix, ARGV[2]))
+                redis.call('HDEL', prefix .. 'suppressed_for:' .. account, ARGV[at])
+            end
+        end
+    """
+
+    def erase(self, account: str, address: str) -> None:
+        """Keep no more of an address than the name by which it stays suppressed, if it is."""
+        key = self.store.key("erasure_key")
+        if not self.store.redis.exists(key):
+            self.store.write("SET", key, secrets.token_hex(32), "NX")
+        addresses = [fold_address(address), *([address.casefold()] if self.by_older(account, address) else [])]
+        self._erase(keys=[self.store.prefix], args=[account, *addresses])
 
     def by_older(self, account: str, address: str) -> bool:
         """Whether an address was suppressed by an older version, which folded more than ASCII letters.
@@ -5650,7 +5701,8 @@ class Inspection:
             at = at + 1
             local to, now, user, ended = unpack(redis.call('HMGET', prefix .. 'task:' .. id, 'to', 'state', 'u', 'd'))
             if ended then to, now = to or string.lower(user), string.match(ended, '^%S+') or 'succeeded' end
-            if now and (state == '' or now == state) and (search == '' or string.find(to or '', search, 1, true)) then
+            to = ' ' .. (to or '') .. ' '
+            if now and (state == '' or now == state) and (search == '' or string.find(to, search, 1, true)) then
                 found[#found + 1] = id
                 if #found == tonumber(most) then break end
             end
@@ -5663,7 +5715,7 @@ class Inspection:
         """The newest tasks, of an account or of all, and the offset to go on from, None at the end.
 
         Args:
-            search: the id of a task, or a part of a recipient's address.
+            search: the id of a task, or a part of a recipient's address; between spaces, the whole of one.
             state: only tasks in this state.
             offset: how many of the newest tasks are passed over, whether or not they match.
         """
@@ -6857,13 +6909,14 @@ class Transport(typing.Protocol):
 
     def send(self, sender: str, recipients: Sequence[str], message: bytes, owner: Account = EVERYBODY,
              lane: str = Lane.NORMAL, following: Envelope | None = None,
-             meanwhile: Callable[[], object] = lambda: None) -> str:
+             meanwhile: Callable[[], object] = lambda: None, tried: int = 0) -> str:
         """Hand over one mail; it returns once the mail is accepted for all recipients. Raises DeliveryError.
 
         Returns what the server said to it, at most MAX_REPLY ASCII characters.
 
         `following` is the envelope of the mail that this thread sends next, as far as it knows: a promise of nothing.
-        `meanwhile` may be called while the server reads the mail, and must not raise.
+        `meanwhile` may be called while the server reads the mail, and must not raise. `tried` says how often the mail
+        was handed over in vain before.
         """
 
     def probe(self, lane: str = Lane.NORMAL) -> object:
@@ -6879,16 +6932,29 @@ class Transport(typing.Protocol):
 class MaildirTransport:
     """A transport that delivers into a Maildir, for trying things out without an SMTP server.
 
+    Addresses at gomail.test answer as their names say, see TESTER: `550@gomail.test` is refused with this code, as an
+    SMTP server would refuse it, `451-twice@` at the first two attempts; `bounce@` and `complaint@` are taken and
+    reported afterwards; `slow-5s@` takes 5 seconds. A label changes nothing: `bounce+1@`. All others are taken.
+
     Args:
         folder: the Maildir; it is created if it is missing.
         max_mails: how many mails clean() keeps; 0: all.
     """
+
+    TESTER = re.compile(r"(?:(?P<code>[45]\d\d)(?:-(?P<times>once|twice|thrice))?|(?P<feedback>bounce|complaint)"
+                        r"|slow-(?P<seconds>[1-9]|[1-5]\d|60)s)(?:\+.*)?@gomail\.test", re.ASCII)
+    TIMES: typing.ClassVar[dict[str | None, float]] = {None: math.inf, "once": 1, "twice": 2, "thrice": 3}
+    FEEDBACK: typing.ClassVar[dict[str | None, Report]] = {
+        "bounce": Report(Feedback.BOUNCED, "550 5.1.1 this address of gomail.test returns all mail"),
+        "complaint": Report(Feedback.COMPLAINED, "abuse")}
 
     OWNER_HEADER = "X-Account"  # in each file: account name (percent-encoded) and API key id
     HEAD_SIZE = 65536  # bytes of a mail that are read to list it
     MAIL_BATCH = 1000  # mails that one call of list() reads, or one step of clean() removes
     NAME_BATCH = 10_000  # file names that one step of clean() reads
     VIEW_TIME = 600.0  # seconds in which a mail that somebody has opened is not removed
+    WAIT_STEP = 0.1  # seconds between two looks for a mail that somebody waits for
+    RECIPIENT = re.compile("^(?:Delivered-To|X-Original-To): (.*)$", re.MULTILINE)  # the second: see redirect_to
 
     def __init__(self, folder: str | pathlib.Path, max_mails: int = 0) -> None:
         self.folder, self.max_mails = pathlib.Path(folder).resolve(), max_mails
@@ -6896,6 +6962,10 @@ class MaildirTransport:
         self.accepted, self.reached = 0.0, float("-inf")
         self.cleaned_until = -1.0  # the value of `accepted` when the last cleaning started
         self.cleaning: Iterator[None] | None = None
+        self.abandoned, self.came = threading.Event(), threading.Condition()
+        self._head = functools.lru_cache(maxsize=2 * self.MAIL_BATCH)(self._read_head)  # parsing takes 0.3 ms
+        # What is to be reported of mails to gomail.test, as soon as their tasks have ended.
+        self.returning: collections.deque[Report] = collections.deque(maxlen=10_000)
 
     def __str__(self) -> str:
         return f"Maildir {self.folder}"
@@ -6910,14 +6980,59 @@ class MaildirTransport:
 
     def send(self, sender: str, recipients: Sequence[str], message: bytes, owner: Account = EVERYBODY,
              lane: str = Lane.NORMAL, following: Envelope | None = None,
-             meanwhile: Callable[[], object] = lambda: None) -> str:
-        """Write one mail, and return "" once it is on disk. `owner` is whose mail it is. Raises UnavailableError."""
+             meanwhile: Callable[[], object] = lambda: None, tried: int = 0) -> str:
+        """Write one mail, and return "" once it is on disk. `owner` is whose mail it is.
+
+        Raises DeliveryError: the Maildir cannot be written, or a recipient at gomail.test asks for it.
+        """
+        testers = {address: found for address in recipients if (found := self.TESTER.fullmatch(fold_address(address)))}
+        refused = self._refusals(testers, tried, len(testers) < len(recipients))
+        delivered = tuple(address for address in recipients if address not in refused)
+        if delivered:
+            self._write(sender, delivered, message, owner, max(
+                [int(testers[address]["seconds"] or 0) for address in delivered if address in testers], default=0))
+            for address in filter(testers.__contains__, delivered):
+                if (report := self.FEEDBACK.get(testers[address]["feedback"])) and (task := self._task_of(message)):
+                    self.returning.append(report._replace(ids=(task,), addresses=(address,)))
+        if refused:
+            first, *others = dict.fromkeys(refused.values())
+            raise PartialError(delivered, refused) if delivered or others else first
+        return ""
+
+    def _refusals(self, testers: Mapping[str, re.Match[str]], tried: int, others: bool) -> dict[str, DeliveryError]:
+        """Which addresses of gomail.test refuse a mail that was `tried` before, with the errors that an SMTP server's
+        replies would be. `others`: the mail has further recipients. Raises UnavailableError (421)."""
+        refusing = {address: int(found["code"]) for address, found in testers.items()
+                    if found["code"] and tried < self.TIMES[found["times"]]}
+        refused: dict[str, DeliveryError] = {}
+        for address, code in refusing.items():
+            error = refusal("RCPT", code, f"{code // 100}.0.0 {mailbox(address)} is an address for tests".encode(),
+                            others_taken=others or len(refusing) < len(testers))
+            if isinstance(error, UnavailableError):
+                self.accepted = time.time()  # so that the mail pays for it like one at which a server hangs up
+                if code == 421:  # the server hangs up
+                    raise error
+            if error:
+                refused[address] = error
+        return refused
+
+    def _write(self, sender: str, recipients: Sequence[str], message: bytes, owner: Account, seconds: int) -> None:
+        """Write one mail, after some seconds. Raises UnavailableError; PostponedError if the service stops before."""
+        if seconds and self.abandoned.wait(seconds):
+            raise PostponedError("the service stopped before the mail was taken")
         lines = [f"Return-Path: <{mailbox(sender)}>\n", *(f"Delivered-To: {mailbox(each)}\n" for each in recipients),
                  f"{self.OWNER_HEADER}: {urllib.parse.quote(owner.name)} {owner.registration}\n"]
         with self.lock, self._maildir() as maildir:
             maildir.add("".join(lines).encode() + message.replace(b"\r\n", b"\n"))
         self.accepted, self.reached = time.time(), time.monotonic()
-        return ""
+        with self.came:
+            self.came.notify_all()
+
+    @staticmethod
+    def _task_of(head: bytes) -> str | None:
+        """The id of the task that a mail is of, from its headers; None where its Message-ID is not one of GoMail's."""
+        found = re.search(rb"^Message-ID: <([^@>\s]{1,64})@", head, re.MULTILINE)
+        return found[1].decode() if found else None
 
     def probe(self, lane: str = Lane.NORMAL) -> None:
         """Write and remove a file. Raises UnavailableError."""
@@ -6941,34 +7056,78 @@ class MaildirTransport:
         """There is no connection."""
 
     def abandon(self) -> None:
-        """There is no connection."""
+        """Let no thread wait any longer for `slow-5s@gomail.test`."""
+        self.abandoned.set()
 
-    def list(self, account: Account = EVERYBODY, offset: int = 0,
-             limit: int = 100) -> tuple[list[Json], int | None]:
+    def list(self, account: Account = EVERYBODY, offset: int = 0, limit: int = 100, to: str = "", subject: str = "",
+             task: str = "") -> tuple[list[Json], int | None]:
         """The newest mails of an account, or of all, and the next `offset`, None at the end.
 
-        Each is {"id", "received", "size", "from", "to", "subject"}. `offset` is how many of the newest to skip; a page
-        may have fewer than `limit` mails, as one call reads only MAIL_BATCH.
+        Each is {"id", "received", "size", "from", "to", "subject", "task": the id, or None}. `offset` is how many of
+        the newest to skip; a page may have fewer than `limit` mails, as one call reads only MAIL_BATCH.
+
+        Args:
+            to: what the address of a recipient begins with, or a part of it, if there is no @ behind a name.
+            subject: a part of the subject; as in `to`, case is ignored.
         """
-        try:
-            files = [entry for name in ("new", "cur") for entry in os.scandir(self.folder / name)]
-        except FileNotFoundError:
-            files = []
-        files.sort(key=lambda entry: self._moment(entry.name), reverse=True)
+        to, subject = fold_address(to), subject.casefold()
         mails: list[Json] = []
-        position = offset
+        position, files = offset, self._files()
         for entry in files[offset:offset + self.MAIL_BATCH]:
             if len(mails) == limit:
                 break
             position += 1
-            with contextlib.suppress(FileNotFoundError), open(entry.path, "rb") as file:
-                head = self._parsed(file.read(self.HEAD_SIZE).partition(b"\n\n")[0])
-                if self._is_of(head, account):
-                    mails.append({"id": entry.name.partition(":")[0],
-                                  **{name: head.get(name, "") for name in ("from", "to", "subject")},
-                                  "received": timestamp(self._moment(entry.name)[0] * 1_000_000),
-                                  "size": os.fstat(file.fileno()).st_size})
+            with contextlib.suppress(FileNotFoundError):
+                mail, owner, recipients = self._head(entry.path)
+                if (self._belongs(owner, account) and task in ("", mail["task"])
+                        and subject in mail["subject"].casefold()
+                        and any(each.startswith(to) if "@" in to[1:] else to in each for each in recipients)):
+                    mails.append(dict(mail))
         return mails, position if position < len(files) else None
+
+    def _files(self) -> Sequence[os.DirEntry[str]]:
+        """The files of all mails, the newest first."""
+        try:
+            files = [entry for name in ("new", "cur") for entry in os.scandir(self.folder / name)]
+        except FileNotFoundError:
+            files = []
+        return sorted(files, key=lambda entry: self._moment(entry.name), reverse=True)
+
+    def _read_head(self, path: str) -> tuple[Json, str, tuple[str, ...]]:
+        """(what list() shows of a mail, its OWNER_HEADER, its recipients as fold_address() has them)."""
+        with open(path, "rb") as file:
+            octets, size = file.read(self.HEAD_SIZE).partition(b"\n\n")[0], os.fstat(file.fileno()).st_size
+        head, name = self._parsed(octets), os.path.basename(path)
+        recipients = self.RECIPIENT.findall(octets.decode(errors="replace").replace('"', ""))
+        return {"id": name.partition(":")[0],
+                **{header: str(head.get(header, "")) for header in ("from", "to", "subject")},
+                "received": timestamp(self._moment(name)[0] * 1_000_000), "size": size,
+                "task": self._task_of(octets)}, str(head.get(self.OWNER_HEADER, "")), (
+                    tuple(map(fold_address, recipients)) or ("",))
+
+    def wait(self, stopping: threading.Event, deadline: float, look: Callable[[], bool]) -> None:
+        """Return when `look` has found what it looks for, at a moment of time.monotonic(), or when the service stops.
+
+        It is called whenever mails have come in, but only once in WAIT_STEP; those of another process are seen a moment
+        later.
+        """
+        while not stopping.is_set():
+            seen, next_look = self._state(), time.monotonic() + self.WAIT_STEP
+            if look():
+                return
+            while self._state() == seen or time.monotonic() < next_look:
+                left = deadline - time.monotonic()
+                if left <= 0 or stopping.is_set():
+                    return
+                with self.came:
+                    self.came.wait(min(left, self.WAIT_STEP))
+
+    def _state(self) -> tuple[float, int]:
+        """What is another value after a mail has come in."""
+        try:
+            return self.accepted, os.stat(self.folder / "new").st_mtime_ns
+        except FileNotFoundError:
+            return self.accepted, 0
 
     def read(self, mail_id: str, account: Account = EVERYBODY) -> tuple[bytes, email.message.EmailMessage] | None:
         """(bytes, parsed message) of a mail, or None. With `account`, only of that account's own."""
@@ -6980,8 +7139,21 @@ class MaildirTransport:
                     source = path.read_bytes()
                     os.utime(path, (time.time(), path.stat().st_mtime))  # see _is_in_view()
                     message = self._parsed(source)
-                    return (source, message) if self._is_of(message, account) else None
+                    owner = str(message.get(self.OWNER_HEADER, ""))
+                    return (source, message) if self._belongs(owner, account) else None
         return None
+
+    def erase(self, address: str, account: Account = EVERYBODY) -> int:
+        """Remove the mails of an account, or of all, that went to an address; returns how many."""
+        sought, count = fold_address(address), 0
+        for entry in self._files():
+            with contextlib.suppress(FileNotFoundError):  # it was removed just now
+                _, owner, recipients = self._read_head(entry.path)
+                if sought in recipients and self._belongs(owner, account):
+                    os.unlink(entry.path)
+                    count += 1
+        self._head.cache_clear()
+        return count
 
     def clean(self) -> None:
         """Do one step of removing all but the newest `max_mails` mails, if mails have come in since the last time."""
@@ -7015,9 +7187,11 @@ class MaildirTransport:
     def _parsed(octets: bytes) -> email.message.EmailMessage:
         return email.message_from_bytes(octets, policy=email.policy.default)
 
-    def _is_of(self, message: email.message.EmailMessage, account: Account) -> bool:
-        """Whether a mail belongs to this account; all belong to the admin. Older versions wrote no registration."""
-        name, _, registration = str(message.get(self.OWNER_HEADER, "")).partition(" ")
+    @staticmethod
+    def _belongs(owner: str, account: Account) -> bool:
+        """Whether a mail with this OWNER_HEADER is the account's; all are the admin's. Older versions wrote no
+        registration."""
+        name, _, registration = owner.partition(" ")
         return not account.name or urllib.parse.unquote(name) == account.name and registration in (
             "", account.registration)
 
@@ -7291,7 +7465,7 @@ class SmtpTransport:
 
     def send(self, sender: str, recipients: Sequence[str], message: bytes, owner: Account = EVERYBODY,
              lane: str = Lane.NORMAL, following: Envelope | None = None,
-             meanwhile: Callable[[], object] = lambda: None) -> str:
+             meanwhile: Callable[[], object] = lambda: None, tried: int = 0) -> str:
         """Hand one mail over; it returns once the server has accepted it for all recipients.
 
         Returns its replies to the end of the data: one for each transaction that it took.
@@ -8157,13 +8331,12 @@ class Newsletters:
 
     # `find_left` answers the field of the hash `left` that has a folded address: that address, or the name that stands
     # for it since it was erased; nil if it has not unsubscribed.
-    FIND_LEFT = """
+    FIND_LEFT = Queue.ERASED_NAME + """
         local function find_left(prefix, left, address)
             if redis.call('EXISTS', left) == 0 then return end
             if redis.call('HEXISTS', left, address) == 1 then return address end
-            local key = redis.call('GET', prefix .. 'erasure_key')
-            local erased = key and redis.sha1hex(key .. redis.sha1hex(key .. address))
-            return erased and redis.call('HEXISTS', left, erased) == 1 and erased or nil
+            local erased = erased_name(prefix, address)
+            return redis.call('HEXISTS', left, erased) == 1 and erased or nil
         end
 
         -- Remember that an address has unsubscribed, unless that is known. `leaving` is JSON.
@@ -8367,7 +8540,7 @@ class Newsletters:
         number, scan = map(int, cursor.split("-")) if cursor else (0, 0)
         page: list[tuple[str, str, Json]] = []
         pattern, scans = f"*{escape_glob(fold_address(search))}*" if search else None, 0
-        fields = [fold_address(address), *(self._erased_names(address) if address and has_left else ())]
+        fields = [fold_address(address), *([erased_name(self.store, address)] if address and has_left else ())]
         while number < len(pairs) and len(page) < limit and scans < self.SCANS:
             owner, name = pairs[number]
             key = self.store.key("left" if has_left else "subscribers", name, owner)
@@ -8411,14 +8584,6 @@ class Newsletters:
                  "created": timestamp(asking["record"]["created"]),
                  **{name: asking["record"][name] for name in Subscription.CALENDAR if name in asking["record"]},
                  "variables": asking["record"].get("variables", {})} for asking in found]
-
-    def _erased_names(self, address: str) -> list[str]:
-        """The name that stands for an address where that was erased; none where nothing was ever erased."""
-        key = self.store.redis.get(self.store.key("erasure_key"))
-        if not key:
-            return []
-        inner = hashlib.sha1((key + fold_address(address)).encode()).hexdigest()
-        return [hashlib.sha1((key + inner).encode()).hexdigest()]
 
     def _last_issues(self, found: "Sequence[tuple[str, str, str | None]]") -> "list[Json | None]":
         """What (account, content type, field of `got`) stands for: {"time", "issue", "subject"}, or None."""
@@ -9511,6 +9676,7 @@ class Bounces:
 
     def __init__(self, queue: Queue, accounts: Accounts, stats: Stats, public_url: str = "") -> None:
         self.queue, self.accounts, self.stats, self.public_url = queue, accounts, stats, public_url.rstrip("/")
+        self.redirect_to = queue.settings.redirect_to
 
     def urls(self, account: Account) -> dict[str, str]:
         """Provider -> the URL for its notifications about an account's mails; a path without `public_url`."""
@@ -9527,7 +9693,10 @@ class Bounces:
         return account
 
     def record(self, report: Report, account: Account = EVERYBODY, without_task: bool = False) -> str:
-        """Note a report, see Queue.bounce(); count and log it if it is new."""
+        """Note a report, see Queue.bounce(); count and log it if it is new. With redirect_to, none is about a mail that
+        went to its recipients, so nothing is noted."""
+        if self.redirect_to:
+            return "same"
         answer, task_id, owner = self.queue.bounce(report, account, without_task)
         if answer == "changed":
             self.stats.count("gomail_bounces_total", event=report.event)
@@ -9854,6 +10023,304 @@ class BounceReader:
                 if attempt or imap.create(folder)[0] != "OK":
                     break
         raise imaplib.IMAP4.error(f"no mail can be moved into the folder {self.FOLDER}")
+
+
+class Recipients:
+    """What is known of one address, and its erasure.
+
+    Args:
+        outbox: the Maildir that mails may lie in.
+    """
+
+    TASKS = 100  # that read() shows
+    ACCOUNTS = 100  # that one round trip asks about
+    PATIENCE = 5.0  # seconds that an erasure waits for the end of mails that are being sent
+    KEYS = 1000  # that one step of an erasure looks at
+    BY_ADDRESS = ("subscribers", "issued", "got")  # hashes address -> ..., each named by content type and account
+    # Keys with the address in their names, before the account.
+    WITH_ADDRESS = ("otp", "otp_asked", "otp_failed")
+
+    def __init__(self, store: Store, settings: Settings, accounts: Accounts, inspection: Inspection,
+                 suppressions: Suppressions, newsletters: Newsletters, outbox: MaildirTransport) -> None:
+        self.store, self.settings, self.accounts, self.inspection = store, settings, accounts, inspection
+        self.suppressions, self.newsletters, self.outbox = suppressions, newsletters, outbox
+        self._erase_tasks = store.script(self.ERASE_TASKS)
+
+    def read(self, address: str, account: Account = EVERYBODY) -> Json:
+        """All that is known of an address, of an account or of all, and in "answer" why it got nothing lately.
+
+        "suppression" and "otp", the limits in force, are an account's. Of all accounts they are those of the first that
+        has any, and "suppressions" and "otps" list them all; everything then names its account.
+        """
+        owners = [account.name] if account.name else self.accounts.names()
+        suppressions, otps = self._of_accounts(address, owners)
+        found: Json = {"userId": address, "answer": "", "suppression": next(iter(suppressions), None),
+                       "subscriptions": self.newsletters.subscriptions(account.name, address=address, limit=1000)[0],
+                       **self._of_newsletters(address, account), "otp": next(iter(otps), None),
+                       "tasks": self.inspection.recent(account, f" {fold_address(address)} ", limit=self.TASKS)[0]}
+        if not account.name:
+            found |= {"suppressions": suppressions, "otps": otps}
+        found["answer"] = self._answer(found)
+        return found
+
+    def _of_accounts(self, address: str, owners: Sequence[str]) -> tuple[list[Json], list[Json]]:
+        """(the suppressions of an address, its limits of OTPs), of these accounts. Of several, limits only count where
+        there are requests or wrong OTPs."""
+        folded, name, key = fold_address(address), erased_name(self.store, address), self.store.key
+        now, suppressions, otps = self.store.time(), [], []
+        for start in range(0, len(owners), self.ACCOUNTS):
+            page = owners[start:start + self.ACCOUNTS]
+            with self.store.redis.pipeline(transaction=False) as pipeline:
+                for owner in page:
+                    pipeline.zscore(key("suppressed", owner), folded)
+                    pipeline.hget(key("suppressed_for", owner), folded)
+                    pipeline.zscore(key("erased", owner), name)
+                    pipeline.zrange(key("otp_asked", folded, owner), 0, -1, withscores=True)
+                    pipeline.get(key("otp_failed", folded, owner))
+                    pipeline.pttl(key("otp_failed", folded, owner))
+                answers = iter(pipeline.execute())
+            for owner, since, reason, erased, asked, wrong, left in zip(page, *[answers] * 6):
+                named = {} if len(owners) == 1 else {"account": owner}
+                if since is None and self.suppressions.by_older(owner, address):
+                    since, reason = 0, "an address that an older version took for the same"
+                if since is not None or erased is not None:
+                    suppressions.append({**named, "reason": reason if since is not None else
+                                         "the address was erased, and stays suppressed",
+                                         "created": timestamp((erased if since is None else since) * 1000)})
+                if asked or wrong or len(owners) == 1:
+                    otps.append({**named, **self._limits([moment / 1000 for _, moment in asked], int(wrong or 0), now,
+                                                         now + left / 1000)})
+        return suppressions, otps
+
+    def _limits(self, asked: Sequence[float], wrong: int, now: float, failures_end: float) -> Json:
+        """The limits of OTPs of an address, by the moments (s) when it asked for one and its wrong OTPs in a row.
+
+        "cooldown": seconds until the next one may be asked for; "hourly_left": how many more in this hour, None: any
+        number; "next": when one may be asked for, None: now; "wrong"; "blocked_until": when OTPs are verified again.
+        """
+        settings = self.settings
+        asked = [moment for moment in asked if now - 3600 < moment <= now]
+        free = max([moment + settings.otp_cooldown for moment in asked], default=now)
+        left = max(0, settings.otp_hourly_max - len(asked)) if settings.otp_hourly_max else None
+        free = max(free, asked[0] + 3600) if left == 0 and asked else free
+        return {"cooldown": max(0, math.ceil(free - now)), "hourly_left": left,
+                "next": timestamp(free * 1e6) if free > now else None, "wrong": wrong,
+                "blocked_until": timestamp(failures_end * 1e6) if wrong >= Otps.MAX_FAILURES else None}
+
+    def _of_newsletters(self, address: str, account: Account) -> Json:
+        """{"unsubscribed": from which newsletters, "unconfirmed": the subscriptions that wait for a click}."""
+        folded, pairs = fold_address(address), self.newsletters._content_types(account.name)
+        names = [folded, erased_name(self.store, address)]
+        waiting = [hashlib.sha256(json.dumps([owner, content_type, folded]).encode()).hexdigest()
+                   for owner, content_type in pairs]
+        key = self.store.key
+        with self.store.redis.pipeline(transaction=False) as pipeline:
+            for (owner, content_type), digest in zip(pairs, waiting):
+                pipeline.hmget(key("left", content_type, owner), names)
+                pipeline.pttl(key("unconfirmed", digest))
+            answers, now = pipeline.execute(), self.store.time()
+        found: Json = {"unsubscribed": [], "unconfirmed": []}
+        for (owner, content_type), left, ttl in zip(pairs, answers[::2], answers[1::2]):
+            common = {"account": owner, "content_type": content_type, "userId": address}
+            if record := left[0] or left[1]:
+                kept = json.loads(record)
+                found["unsubscribed"].append({**common, "state": "unsubscribed", "since": timestamp(kept["when"]),
+                                              "how": kept["how"]})
+            if ttl > 0:
+                found["unconfirmed"].append({**common, "state": "unconfirmed",
+                                             "until": timestamp(now * 1e6 + ttl * 1000)})
+        return found
+
+    def _answer(self, found: Json) -> str:
+        """Why an address got nothing lately, or that all is fine, in one sentence."""
+        suppression, otps = found["suppression"], found.get("otps", [found["otp"]])
+        mail = next((task for task in found["tasks"] if task["type"] in MAIL_TYPES), None)
+        blocked = max((otp["blocked_until"] for otp in otps if otp and otp["blocked_until"]), default=None)
+        if suppression:
+            return (f"It gets no mail but OTPs: it has been suppressed since {suppression['created']} "
+                    f"({suppression['reason']}).")
+        if blocked:
+            return f"Its OTPs are not verified until {blocked}, since {Otps.MAX_FAILURES} in a row were wrong."
+        if mail and mail["state"] not in (State.SUCCEEDED, State.CANCELLED):
+            return self._trouble(mail)
+        later = max((otp["next"] for otp in otps if otp and otp["next"]), default=None)
+        hindrances = [
+            *(f"it has not confirmed its subscription to {each['content_type']} yet" for each in found["unconfirmed"]),
+            *(f"it unsubscribed from {each['content_type']} at {each['since']}" for each in found["unsubscribed"]),
+            *([f"it may ask for a further OTP at {later}"] if later else [])]
+        sent = mail and mail["state"] == State.SUCCEEDED
+        return (f"The newest mail to it was handed over at {mail['finished']}" if mail and sent else
+                "No mail to it is known of") + "; " + (
+                    " and ".join(hindrances) or "nothing keeps further mail from it") + "."
+
+    def _trouble(self, mail: Json) -> str:
+        """Why the newest mail to an address has not arrived, or not yet."""
+        due, error = mail.get("due"), mail["error"] or "no reason is known"
+        return "The newest mail to it " + {
+            State.QUEUED: f"waits in its lane{self._pause(mail['id'])}.",
+            State.RUNNING: "is being sent.",
+            State.SCHEDULED: f"waits for its time, {due}.",
+            State.RETRYING: f"is tried again at {due}: {error}",
+            State.DEAD: f"was given up: {error}",
+            State.SUPPRESSED: f"was not sent: {error}",
+            State.EXPIRED: f"was not sent in time: {error}",
+            State.BOUNCED: f"came back, or was complained about: {error}"}[mail["state"]]
+
+    def _pause(self, task_id: str) -> str:
+        """Why the lane of a waiting task is paused, as the end of a sentence; or ""."""
+        lane = self.store.redis.hget(self.store.key("task", task_id), "lane")
+        reason = next((report[lane] for report in self.inspection.reports() if lane in report), "")
+        return f", which is paused: {reason}" if reason else ""
+
+    # Erase tasks to an address, and events about it that have not reached their webhook. A task to others as well stays
+    # until it has ended, and so does one that a worker has in hand.
+    # KEYS: the prefix.
+    # ARGV: the account that the tasks must belong to or "", its registration, the address, the address as a string of
+    #       JSON, ids. Answer: {how many were erased, then of each that is left: its id, "in hand" or "several"}.
+    ERASE_TASKS = Queue.IS_OWN + """
+        local prefix, account, registration, address, quoted = KEYS[1], unpack(ARGV, 1, 4)
+        local waits, answer = {queued = true, scheduled = true, running = true, retrying = true}, {0}
+
+        local function is_about(lane, to, task)
+            if lane ~= 'hooks' then return string.find(' ' .. to .. ' ', ' ' .. address .. ' ', 1, true) end
+            local body = string.lower(redis.call('HGET', task, 'body') or '')
+            return string.find(body, quoted, 1, true) or string.find(body, '"' .. address .. '"', 1, true)
+        end
+
+        local function erase(id)
+            local task = prefix .. 'task:' .. id
+            local owner, key, state, to, user, lane, ended, part = unpack(redis.call('HMGET', task,
+                'account', 'key', 'state', 'to', 'u', 'lane', 'd', 'k'))
+            if not to and not user then  -- of an older version
+                user = string.match(redis.call('HGET', task, 'head') or '', '"userId": "([^"]*)"')
+            end
+            if not is_about(lane, to or string.lower(user or ''), task)
+                    or not is_own(account, registration, owner, key, ended, part) then return end
+            if not ended and waits[state] then
+                for each in string.gmatch(lane ~= 'hooks' and to or '', '%S+') do
+                    if each ~= address then return 'several' end
+                end
+                if redis.call('ZREM', prefix .. 'delayed', id) == 0
+                        and redis.call('LREM', prefix .. 'lane:' .. lane .. ':' .. owner, 1, id) == 0 then
+                    return 'in hand'
+                end
+                redis.call('ZREM', prefix .. 'scheduled', id)
+                redis.call('ZREM', prefix .. 'expiring', id)
+            elseif state == 'dead' then
+                redis.call('ZREM', prefix .. 'dead', id)
+                redis.call('ZREM', prefix .. 'dead:' .. owner, id)
+            end
+            redis.call('UNLINK', task)
+            answer[1] = answer[1] + 1
+        end
+
+        for at = 5, #ARGV do
+            local reason = erase(ARGV[at])
+            if reason then
+                answer[#answer + 1] = ARGV[at]
+                answer[#answer + 1] = reason
+            end
+        end
+        return answer
+    """
+
+    def erase(self, address: str, account: Account = EVERYBODY,
+              progress: Callable[[int], object] = lambda count: None) -> Json:
+        """Erase all that an account, or all, have of an address; that it is suppressed or unsubscribed stays known by
+        erased_name().
+
+        Returns {"tasks", "subscriptions", "unconfirmed", "mails" in the Maildir: how many were erased; "remaining":
+        [{"id" of a task, "reason" why it could not be erased yet}]}. `progress` is given how many keys were looked at.
+        """
+        owners = [account.name] if account.name else self.accounts.names()
+        for owner in owners:
+            self.suppressions.erase(owner, address)
+        counts = dict.fromkeys(("tasks", "subscriptions", "unconfirmed", "mails"), 0)
+        self._end_subscriptions(address, account, counts)  # so that no further newsletters come
+        left = self._scan(address, account, counts, progress)
+        deadline = time.monotonic() + self.PATIENCE
+        while (waiting := [task_id for task_id, reason in left if reason == "in hand"]) and time.monotonic() < deadline:
+            time.sleep(0.1)
+            left = [each for each in left if each[1] != "in hand"] + self._erase_of(address, account, waiting, counts)
+            self._end_subscriptions(address, account, counts)  # one of them may be a subscribe
+        counts["mails"] = self.outbox.erase(address, account)
+        reasons = {"in hand": "it is just being sent; erase the address again in a moment",
+                   "several": "it goes to several recipients and has not ended; cancel it, or erase the address again "
+                              "when it has"}
+        log(logging.INFO, "recipient erased", account=account.name or None, **counts, remaining=len(left))
+        return {**counts, "remaining": [{"id": task_id, "reason": reasons[reason]} for task_id, reason in left]}
+
+    def _scan(self, address: str, account: Account, counts: dict[str, int],
+              progress: Callable[[int], object]) -> list[tuple[str, str]]:
+        """Look at all keys, and erase those about an address; returns (id, reason) of the tasks that are left."""
+        left: list[tuple[str, str]] = []
+        looked_at, cursor = 0, None
+        while cursor != 0:
+            self.inspection.give_way()
+            cursor, keys = self.store.redis.scan(cursor or 0, match=self.store.matching("*"), count=self.KEYS)
+            names = [key.removeprefix(self.store.prefix) for key in keys]
+            left += self._erase_of(address, account, [
+                name.removeprefix("task:") for name in names if name.startswith("task:")], counts)
+            for name in names:
+                self._erase_key(name, address, account, counts)
+            looked_at += len(names)
+            progress(looked_at)
+        return left
+
+    def _erase_of(self, address: str, account: Account, ids: Sequence[str],
+                  counts: dict[str, int]) -> list[tuple[str, str]]:
+        """Erase those of these tasks that are to an address; returns (id, reason) of those that are left."""
+        left: list[tuple[str, str]] = []
+        folded, step = fold_address(address), self.inspection.SEARCH_BATCH
+        for start in range(0, len(ids), step):
+            count, *found = self._erase_tasks(keys=[self.store.prefix], args=[
+                account.name, account.registration, folded, json.dumps(folded), *ids[start:start + step]])
+            counts["tasks"] += count
+            left += zip(found[::2], found[1::2])
+        return left
+
+    def _erase_key(self, name: str, address: str, account: Account, counts: dict[str, int]) -> None:
+        """Erase what a key, named without prefix, has of an address, unless it is that of a task."""
+        folded, (kind, _, rest) = fold_address(address), name.partition(":")
+        content_type, _, owner = rest.partition(":")
+        if kind in (*self.BY_ADDRESS, "left") and account.name in ("", owner):
+            self._erase_field(kind, owner, content_type, address, counts)
+        elif kind == "unconfirmed":
+            record = json.loads(self.store.redis.get(self.store.key(name)) or "null")
+            if record and fold_address(record["userId"]) == folded and account.name in ("", record["account"]):
+                counts["unconfirmed"] += self.store.redis.delete(self.store.key(name))
+        elif kind in self.WITH_ADDRESS or kind == "unsubscribed":
+            rest = owner if kind == "unsubscribed" else rest
+            if rest == f"{folded}:{account.name}" or not account.name and rest.startswith(f"{folded}:"):
+                self.store.redis.delete(self.store.key(name))
+
+    def _erase_field(self, kind: str, owner: str, content_type: str, address: str, counts: dict[str, int]) -> None:
+        """Erase an address from a hash BY_ADDRESS, or from that of who unsubscribed, which keeps its erased_name()."""
+        key, folded = self.store.key(kind, content_type, owner), fold_address(address)
+        record = self.store.redis.hget(key, folded)
+        if record is None:
+            return
+        with self.store.redis.pipeline() as transaction:
+            if kind == "left":
+                kept = {name: value for name, value in json.loads(record).items() if name != "userId"}
+                transaction.hset(key, erased_name(self.store, address), json.dumps(kept))
+            if kind == "subscribers":
+                transaction.zrem(self.store.key("schedule"),
+                                 self.newsletters.schedule_member(owner, content_type, address))
+                counts["subscriptions"] += 1
+            transaction.hdel(key, folded)
+            transaction.execute()
+
+    def _end_subscriptions(self, address: str, account: Account, counts: dict[str, int]) -> None:
+        """End the subscriptions of an address, and its places in the schedule that content types have left."""
+        for owner, content_type in self.newsletters._content_types(account.name):
+            for kind in (*self.BY_ADDRESS, "left"):
+                self._erase_field(kind, owner, content_type, address, counts)
+        end = escape_glob(f", {json.dumps(fold_address(address), ensure_ascii=False)}]")
+        key = self.store.key("schedule")
+        for member, _ in list(self.store.redis.zscan_iter(key, f"*{end}", count=self.KEYS)):
+            if account.name in ("", json.loads(member)[0]):
+                self.store.redis.zrem(key, member)
 
 
 # --- 15. webhooks ---------------------------------------------------------------------------------------
@@ -10454,6 +10921,7 @@ class Workers:
         self.breakers: dict[str, CircuitBreaker] = {
             lane: CircuitBreaker(lane, transport, self.stopping, self.smtp) for lane in LANES}
         self.suspect, self.at_once = threading.Lock(), contextlib.nullcontext()
+        self.redirect_to = parse_address(settings.redirect_to)
         self.is_limited = bool(queue.rate)
         # One thread for the changes, which wait for Redis alone, and for fast newsletters: more threads would make them
         # only a little faster, and OTPs slower. A Maildir takes one mail at a time.
@@ -10723,6 +11191,8 @@ class Workers:
         if isinstance(cause, UnavailableError) and not isinstance(cause, TooManyConnectionsError):
             breaker.open(str(cause), outage=not cause.dropped and not cause.sender, by_mail=quota,
                          by_sender=cause.is_about_sender)
+            if cause.dropped and isinstance(self.transport, MaildirTransport):
+                breaker.failures = 0  # 421@gomail.test: other mail must not wait for long
         elif breaker.is_tester and verdict in (Verdict.RETRYING, Verdict.DEAD):
             breaker.close()  # the mail was refused for its own sake, so the quota is back as far as one can tell
         if quota:
@@ -10788,6 +11258,9 @@ class Workers:
         """The mail of a task as bytes."""
         if self.settings.smtp_server.endswith(".postmarkapp.com"):
             mail = dataclasses.replace(mail, headers=(*mail.headers, *postmark_headers(task.id)))
+        if self.redirect_to:
+            mail = dataclasses.replace(mail, headers=(*mail.headers, *(
+                ("X-Original-To", mailbox(address)) for address in self._recipients(task))))
         moment = max(task.created, task.payload.get("send_at", 0))
         return compose(mail, f"{task.id}@{mail.sender[1].rpartition('@')[2]}", moment)
 
@@ -10821,6 +11294,7 @@ class Workers:
             raise SuppressedError(f"{task.payload['userId']} is suppressed; see GET /suppressions")
         if recipients:
             lane, sender = task.lane, self._sender(task)[1]
+            recipients = [*self._redirected(recipients)]
             with self._within_rate(lane, recipients) if self.is_limited else self.at_once:
                 if task.expires and self.store.time() * 1000 >= task.expires:
                     raise ExpiredError("it was not sent in time")
@@ -10829,7 +11303,11 @@ class Workers:
                 try:
                     reply = self.transport.send(
                         sender, recipients, message, task.owner, lane, self._envelope(task.following),
-                        functools.partial(self._make_message, task.following))
+                        functools.partial(self._make_message, task.following), task.attempts + task.drops)
+                except DeliveryError as error:
+                    if self.redirect_to:
+                        error.no_such_address = False  # it says nothing of the true recipients
+                    raise
                 finally:
                     duration = time.monotonic() - started
                     self.crews[lane].note(duration)
@@ -10876,7 +11354,11 @@ class Workers:
         """The envelope of the mail that a task will send, as far as that can be known before."""
         if task is None or task.strikes or task.type not in MAIL_TYPES:
             return None
-        return Envelope(self._sender(task)[1], tuple(self._recipients(task)))
+        return Envelope(self._sender(task)[1], tuple(self._redirected(self._recipients(task))))
+
+    def _redirected(self, recipients: Sequence[str]) -> Sequence[str]:
+        """Those to whom a mail for these recipients goes: with redirect_to, that address instead."""
+        return [self.redirect_to] if self.redirect_to and recipients else recipients
 
     def subscribe(self, task: Task) -> str:
         """Do a subscribe task; returns what became of it."""
@@ -10928,8 +11410,10 @@ class Cron:
     POLL = 1.0  # seconds between two looks for newsletters that are due, and for what other processes have delayed
 
     def __init__(self, store: Store, accounts: Accounts, queue: Queue, newsletters: Newsletters, stats: Stats,
-                 workers: Workers, transport: Transport, server: EmbeddedServer | None = None) -> None:
+                 workers: Workers, transport: Transport, bounces: Bounces,
+                 server: EmbeddedServer | None = None) -> None:
         self.store, self.accounts, self.queue, self.newsletters = store, accounts, queue, newsletters
+        self.bounces = bounces
         self.stats, self.workers, self.transport, self.server = stats, workers, transport, server
         self.stopping = threading.Event()
         self.thread = threading.Thread(target=self.run, daemon=True)
@@ -11003,6 +11487,16 @@ class Cron:
 
         return self.queue.expire(note)
 
+    def report_returned(self, reports: collections.deque[Report]) -> None:
+        """Take the reports about mails to gomail.test whose tasks have ended, as if they came from a server."""
+        for _ in range(len(reports)):
+            state = self.store.redis.hget(self.store.key("task", reports[0].ids[0]), "state")
+            if has_ended := state not in (State.QUEUED, State.RUNNING):
+                self.bounces.record(reports[0])
+            report = reports.popleft()
+            if not has_ended:
+                reports.append(report)
+
     def once(self) -> None:
         """Do one round. Long work is done in parts, so that the heartbeat stays on time."""
         now = time.monotonic()
@@ -11027,6 +11521,7 @@ class Cron:
             if isinstance(self.transport, MaildirTransport):
                 with logging_errors("the Maildir cannot be cleaned"):
                     self.transport.clean()
+                self.report_returned(self.transport.returning)
         if now - self.last_poll < self.POLL and not self.queue.is_due() and not self.newsletters.sending.is_set():
             return
         self.last_poll, deadline = now, time.monotonic() + 0.5
@@ -11273,9 +11768,10 @@ class Api:
 
     def __init__(self, settings: Settings, store: Store, accounts: Accounts, queue: Queue, inspection: Inspection,
                  suppressions: Suppressions, otps: Otps, newsletters: Newsletters, webhooks: Webhooks,
-                 bounces: Bounces, transport: Transport, workers: Workers, smtp: SmtpState, stats: Stats) -> None:
+                 bounces: Bounces, transport: Transport, workers: Workers, smtp: SmtpState, stats: Stats,
+                 recipients: Recipients) -> None:
         self.settings, self.store, self.accounts, self.queue = settings, store, accounts, queue
-        self.bounces = bounces
+        self.bounces, self.recipients = bounces, recipients
         self.inspection, self.suppressions = inspection, suppressions
         self.otps, self.newsletters, self.webhooks, self.stats = otps, newsletters, webhooks, stats
         self.transport, self.workers, self.smtp = transport, workers, smtp
@@ -11283,6 +11779,7 @@ class Api:
         self.cookie = f"gomail_{accounts.derive('cookie').hex()[:8]}"
         self.admin = Account("", accounts.derive(f"admin {settings.admin_token}").hex())
         self.penalties = threading.BoundedSemaphore(self.MAX_PENALTIES)
+        self.waiting = threading.BoundedSemaphore(max(1, settings.max_connections // 4))  # of GET /outbox
         self.page = PAGE_FILE.read_text() if PAGE_FILE.exists() else None
 
     def authenticate(self, route: Route, request: Request) -> Account | None:
@@ -11823,6 +12320,16 @@ class Api:
             raise HTTPError(404, "userId is not suppressed", "userId")
         return done("Suppression removed successfully")
 
+    def read_recipient(self, request: Request) -> Reply:
+        address = Address()(request.path_params["address"], "address")
+        return {"status": True, **self.recipients.read(address, request.account)}
+
+    def erase_recipient(self, request: Request) -> Reply:
+        address = Address()(request.path_params["address"], "address")
+        erased = self.recipients.erase(address, request.account)
+        return done("Recipient erased, except for the tasks that remain" if erased["remaining"] else
+                    "Recipient erased successfully", **erased)
+
     def list_bounce_urls(self, request: Request) -> Reply:
         return {"status": True, "urls": self.bounces.urls(request.account)}
 
@@ -11844,7 +12351,8 @@ class Api:
         return {"status": True, "lanes": self.inspection.lanes(depths, reports, self.queue.held()),
                 "processes": self.inspection.processes(),
                 "retrying": depths["retrying"], "dead": dead, "mail_to": "Maildir" if outbox else str(self.transport),
-                "outbox": outbox, "smtp": smtp, "windows": self.queue.windows()}
+                "outbox": outbox, "smtp": smtp, "windows": self.queue.windows(),
+                "redirect_to": self.workers.redirect_to}
 
     def pause_lane(self, request: Request) -> Reply:
         lane = self.lane_in(request)
@@ -11879,7 +12387,26 @@ class Api:
         return self.transport
 
     def list_outbox(self, request: Request) -> Reply:
-        mails, next_offset = self.outbox().list(request.account, **request.query)
+        outbox, account, query = self.outbox(), request.account, dict(request.query)
+        deadline = time.monotonic() + query.pop("wait", 0)
+        found: tuple[list[Json], int | None] = ([], None)
+
+        def look() -> bool:
+            nonlocal found
+            found = outbox.list(account, **query)
+            return bool(found[0])
+
+        if not look() and deadline > time.monotonic():
+            if not self.waiting.acquire(blocking=False):
+                raise HTTPError(429, "too many requests wait for a mail now; try again in a second, or without wait",
+                                "wait", {"Retry-After": "1"})
+            try:
+                outbox.wait(self.workers.stopping, deadline, look)
+            finally:
+                self.waiting.release()
+            if account.key:  # it may have been revoked meanwhile
+                self.accounts.ensure_active(account)
+        mails, next_offset = found
         return {"status": True, "mails": mails, "next": next_offset}
 
     def read_outbox(self, request: Request) -> Reply:
@@ -12026,6 +12553,8 @@ PAGING = {"offset": Integer(0, 10**9), "limit": Integer(0, 1000)}
 SEARCH = {**PAGING, "search": String(254, ONE_LINE, LINE), "state": Enum(STATES)}
 FILTERS = {"state": Enum(WAITING), "type": Enum(CANCELLABLE), "task": String(256, ONE_LINE, LINE),
            "content_type": CONTENT_TYPE, "userId": Address()}
+OUTBOX_SEARCH = {**PAGING, "to": String(254, ONE_LINE, LINE), "subject": String(254, ONE_LINE, LINE),
+                 "task": String(64, ONE_LINE, LINE), "wait": Integer(0, 60)}
 CURSOR = Pattern("the value of next in the previous answer", r"[0-9]{1,10}-[0-9]{1,19}", 30)
 SUBSCRIPTIONS = {"content_type": CONTENT_TYPE, "userId": Address(), "cursor": CURSOR, "limit": Integer(1, 1000),
                  "state": Enum(tuple(SubscriptionState)), "search": String(254, ONE_LINE, LINE)}
@@ -12042,7 +12571,10 @@ WEBHOOK_ANSWER = {"status": bool, "url": str, "events": list, "created": str, "g
                   "previousUntil": (str, None)}
 ACCOUNT_ANSWER = {"status": bool, "id": str, "senders": list, "reply_to": str, "webhook": (dict, None)}
 LANES_ANSWER = {"status": bool, "lanes": list, "processes": int, "retrying": int, "dead": int, "mail_to": str,
-                "outbox": bool, "smtp": dict, "windows": list}
+                "outbox": bool, "smtp": dict, "windows": list, "redirect_to": (str, None)}
+RECIPIENT_ANSWER = {"status": bool, "userId": str, "answer": str, "suppression": (dict, None), "subscriptions": list,
+                    "unsubscribed": list, "unconfirmed": list, "otp": (dict, None), "tasks": list,
+                    "suppressions?": list, "otps?": list}
 MAIL_ANSWER = {"status": bool, "id": str, "headers": list, "text": (str, None), "html": (str, None),
                "view": (str, None), "attachments": list, "source": str}
 METRICS_ANSWER = {"status": bool, "Total Jobs Executed": int, "Jobs Successful": int, "Jobs Failed": int,
@@ -12107,6 +12639,9 @@ ROUTES = (
           answer={**PART_ANSWER, "suppressions": list}),
     Route("POST", "/suppressions", Api.suppress, Access.KEY, RECIPIENT),
     Route("DELETE", "/suppressions", Api.unsuppress, Access.KEY, RECIPIENT, refuses=(404,)),
+    Route("GET", "/recipients/{address}", Api.read_recipient, Access.ALL, answer=RECIPIENT_ANSWER),
+    Route("DELETE", "/recipients/{address}", Api.erase_recipient, Access.ALL, answer={
+        **DONE, "tasks": int, "subscriptions": int, "unconfirmed": int, "mails": int, "remaining": list}),
     Route("GET", "/bounces", Api.list_bounce_urls, Access.KEY, answer={"status": bool, "urls": dict}),
     Route("POST", "/bounces", Api.take_bounce, Access.KEY, BOUNCE, answer=CHANGED, refuses=(404,)),
     Route("POST", "/bounces/{provider}/{token}", Api.take_notification, Access.TOKEN, Notification(), answer=CHANGED,
@@ -12120,7 +12655,7 @@ ROUTES = (
     Route("POST", "/lanes/{lane}/pause", Api.pause_lane, Access.ADMIN, refuses=(404,)),
     Route("POST", "/lanes/{lane}/resume", Api.resume_lane, Access.ALL, refuses=(403, 404, 429)),
     Route("GET", "/history", Api.read_history, Access.ALL, answer={"status": bool, "minutes": list}),
-    Route("GET", "/outbox", Api.list_outbox, Access.ALL, query=PAGING,
+    Route("GET", "/outbox", Api.list_outbox, Access.ALL, query=OUTBOX_SEARCH,
           answer={"status": bool, "mails": list, "next": (int, None)}, refuses=(404,)),
     Route("GET", "/outbox/{id}", Api.read_outbox, Access.ALL, answer=MAIL_ANSWER, refuses=(404,)),
     Route("GET", "/view/{token}", Api.view, Access.OPEN, answer="text/html", refuses=(404,)),
@@ -13108,14 +13643,17 @@ class Service:
         bounces = Bounces(self.queue, accounts, self.stats, settings.public_url)
         self.bounce_reader = BounceReader(settings, store, bounces, process) if settings.bounce_imap else None
         webhooks = Webhooks(store)
+        outbox = self.transport if isinstance(self.transport, MaildirTransport) else MaildirTransport(
+            pathlib.Path(settings.data_dir, "outbox"))  # from before there was an SMTP server
+        recipients = Recipients(store, settings, accounts, self.inspection, suppressions, self.newsletters, outbox)
         self.workers = Workers(settings, store, self.queue, suppressions, self.transport, otps, self.newsletters,
                                webhooks, self.stats)
         self.cron = Cron(store, accounts, self.queue, self.newsletters, self.stats, self.workers, self.transport,
-                         self.server)
+                         bounces, self.server)
         self.http.store, self.http.stats = store, self.stats
         self.http.api = Api(settings, store, accounts, self.queue, self.inspection, suppressions, otps,
                             self.newsletters, webhooks, bounces, self.transport, self.workers, self.workers.smtp,
-                            self.stats)
+                            self.stats, recipients)
 
     def listen(self) -> None:
         """Accept connections until the service stops, in spite of errors of this machine."""
@@ -13521,7 +14059,7 @@ class Operator:
                                  "command where it runs")
         self.store, self.terminal = open_store(settings, server), terminal
         self.queue, self.stats = Queue(self.store, settings, "operator"), Stats(self.store)
-        self.inspection = Inspection(self.store, settings)
+        self.settings, self.inspection = settings, Inspection(self.store, settings)
         self.accounts = Accounts(self.store, settings.jwt_secret, settings.jwt_secret_previous, settings.api_key_ttl)
         self.newsletters = Newsletters(self.store, zoneinfo.ZoneInfo(settings.timezone), self.accounts,
                                        settings.public_url, max_size=settings.max_body)
@@ -13669,6 +14207,44 @@ class Operator:
             return self.terminal.fail(1, error.message)
         return self.terminal.result({"lane": options.lane, "paused": False}, [
             f"{options.lane} goes on as soon as the SMTP server takes mail"])
+
+    def recipient(self, options: argparse.Namespace) -> int:
+        """Show what is known of an address, or erase it."""
+        try:
+            address = Address()(options.address, "ADDRESS")
+        except HTTPError as error:
+            return self.terminal.fail(2, error.message)
+        account = self.accounts.find(options.account) if options.account else EVERYBODY
+        if account is None:
+            return self.terminal.fail(1, f"there is no account {options.account}; `accounts` lists them")
+        newsletters = Newsletters(self.store, zoneinfo.ZoneInfo(self.settings.timezone), self.accounts)
+        recipients = Recipients(self.store, self.settings, self.accounts, self.inspection, Suppressions(self.store),
+                                newsletters, MaildirTransport(pathlib.Path(self.settings.data_dir, "outbox")))
+        if options.erase:
+            return self.erase_recipient(recipients, address, account, options.yes)
+        found = recipients.read(address, account)
+        rows = [[task["created"], task.get("account", account.name), task["type"], task["state"], task["id"],
+                 task["error"] or ""] for task in found["tasks"]]
+        details = [f"{kind}: {each['content_type']} ({each['account']})"
+                   for kind in ("subscriptions", "unsubscribed", "unconfirmed") for each in found[kind]]
+        lines = [str(self.terminal.paint(line)) for line in (found["answer"], *details, "")]
+        return self.terminal.result(found, [*lines, *self.terminal.table(
+            ["accepted", "account", "type", "state", "id", "error"], rows)])
+
+    def erase_recipient(self, recipients: Recipients, address: str, account: Account, confirmed: bool) -> int:
+        """Erase an address, after a question. The exit code is 1 where tasks remain."""
+        owners = f"the account {account.name}" if account.name else "all accounts"
+        if not confirmed and not self.terminal.confirms(
+                f"Erase all that {owners} have of {address}? Mails that wait are not sent, and subscriptions end."):
+            return 1
+        with self.terminal.progress(self.store.redis.dbsize()) as progress:
+            erased = recipients.erase(address, account, progress)
+        counts = ", ".join([plural(erased["tasks"], "task"), plural(erased["subscriptions"], "subscription"),
+                            plural(erased["mails"], "mail")])
+        lines = [f"erased: {counts} in the Maildir"]
+        lines += [f"task {each['id']} remains: {each['reason']}" for each in erased["remaining"]]
+        self.terminal.result(erased, lines)
+        return 1 if erased["remaining"] else 0
 
     def show_stats(self, options: argparse.Namespace) -> int:
         """Lanes, counters and the last hour: once, or on a terminal every second until Ctrl-C."""
@@ -14396,6 +14972,12 @@ def command_line() -> argparse.ArgumentParser:
     for name, method, explanation in (("pause", Operator.pause, "take nothing from a lane until it is resumed"),
                                       ("resume", Operator.resume, "end the pause of a lane, whoever caused it")):
         operation(name, method, explanation).add_argument("lane", choices=LANES, metavar="LANE", help=", ".join(LANES))
+    recipient = operation("recipient", Operator.recipient, "show what is known of an address, or erase it")
+    recipient.add_argument("address", metavar="ADDRESS")
+    recipient.add_argument("--account", metavar="NAME", help="only what this account has (default: all accounts)")
+    recipient.add_argument("--erase", action="store_true", help="erase it: tasks, subscriptions, OTPs, mails of the "
+                           "Maildir; that it is suppressed or unsubscribed stays known by a keyed hash")
+    recipient.add_argument("--yes", action="store_true", help="do not ask before --erase; only a terminal is asked")
     operation("stats", Operator.show_stats,
               "show lanes, counters and the last hour; on a terminal every second, until Ctrl-C")
     accounts = operation("accounts", Operator.manage_accounts,
