@@ -8558,7 +8558,7 @@ class Newsletters:
                      "since": timestamp(record["when"]), "how": record["how"]}
                     for owner, name, record in page if "userId" in record or address], next_cursor
         with self.store.redis.pipeline(transaction=False) as pipeline:
-            for owner, name, record in page if not for_export else ():
+            for owner, name, record in page:
                 pipeline.zscore(self.store.key("schedule"), self.schedule_member(owner, name, record["userId"]))
                 pipeline.hget(self.store.key("got", name, owner), fold_address(record["userId"]))
             answers = pipeline.execute()

@@ -17012,7 +17012,7 @@ def test_a_content_type_is_made_edited_seen_and_deleted_on_the_page(service, bro
     subscribe(client, content_type="Weekly Lettér", frequency="@monthly")
     go(tab, "#/newsletters")
     tab.get_by_role("row", name="user@example.com").get_by_text("on the 1st of every month").wait_for()
-    tab.get_by_role("link", name="Weekly Lettér").click()
+    tab.get_by_role("link", name="Weekly Lettér", exact=True).click()
     # What is still loading would be missed.
     tab.frame_locator("iframe").get_by_role("heading", name="Second").wait_for()
     tab.on("dialog", lambda dialog: dialog.accept())
