@@ -17143,6 +17143,12 @@ def test_a_lane_is_paused_and_resumed_by_hand_on_the_page(services, mail_server,
     lane.get_by_text("running").wait_for()
 
 
+def test_where_all_mail_is_redirected_the_page_says_so(services, mail_server, browser):
+    client = services(mail_server, redirect_to="you@example.com").client.sign_up()
+    tab = browser.open(client, client.key, "#/tasks")
+    assert "you@example.com" in tab.get_by_text("Every mail goes to").inner_text()
+
+
 def test_a_lane_is_paused_on_the_page_by_the_admin_alone_where_there_is_one(governed, browser):
     service, admin, one, _ = governed
     tab = browser.open(one, one.key)
@@ -17373,6 +17379,9 @@ def test_a_text_is_seen_as_a_subscriber_gets_it_before_it_is_saved(service, brow
     tab.get_by_label("As this person sees it").fill("")
     tab.get_by_label("Name, for subscribers").fill("reader")
     shown.get_by_text("Hello reader").wait_for()
+    with tab.expect_request("**/preview*") as request:
+        tab.get_by_label("Load pictures").check()
+    assert request.value.post_data_json["pictures"] is True
     tab.get_by_label("Send the same text again").uncheck()
     tab.get_by_role("button", name="Save").click()
     tab.get_by_role("status").get_by_text("Saved.").wait_for()
