@@ -9327,13 +9327,14 @@ class Newsletters:
                 queued already, or `to` is suppressed; 413, the test would be too large; 422, see Script.
         """
         args: list[str] = [account.name, account.registration, content_type, secrets.token_hex(16), "", "", ""]
-        if to and not self._send.known(request):
+        answer = self._send.known(request)
+        if to and not answer:
             payload = {"userId": to, "content_type": content_type, "test": variables or {}}
             task = {"task": content_type, "type": "newsletter", "retries": self.TEST_RETRIES, "payload": payload}
             self._try_mail(Task("", account.name, account.registration, retries=self.TEST_RETRIES, type="newsletter",
                                 name=content_type, payload=payload, created=0))
             args[4:] = [summary_of(task), json.dumps(task), fold_address(to)]
-        answer = self._send([self.store.prefix], args, request)
+        answer = answer or self._send([self.store.prefix], args, request)
         if answer == 0:
             raise self._unknown()
         if answer == -1:
@@ -12163,6 +12164,11 @@ class Api:
         return done("Content Type removed successfully")
 
     def send_content(self, request: Request) -> Reply:
+        # A mistake in a test must not send the newsletter to everybody.
+        if unknown := SEND.unknown(request.sent):
+            raise unknown[0].error()
+        if request.sent.get("to", "") is None:
+            raise HTTPError(400, "to must be an e-mail address; without it, all subscribers get the newsletter", "to")
         to, variables = request.body.get("to", ""), request.body.get("variables")
         if variables is not None and not to:
             raise HTTPError(400, "variables must be left out without to: each subscription has its own", "variables")
