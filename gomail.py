@@ -1039,7 +1039,7 @@ def start_logging(settings: Settings) -> None:
 #                                           is begun); drops (how many connections it lost), dropped (the last time,
 #                                           us); refused (how often a used-up quota returned it).
 #                                           A task that has ended, except a dead letter, keeps only a summary: d, k, u,
-#                                           n and m (explained at Queue.CONCLUDE), to, error, story, head, bounces
+#                                           n, s and m (explained at Queue.CONCLUDE), to, error, story, head, bounces
 #   reply:<id>                      string  id of the task whose mail the provider gave this id when it took it
 #   lane:<lane>:<account>           list    ids of waiting tasks; in at the left, out at the right
 #   lane:<lane>                     list    turns: the names of those lists without `key_prefix`; in at the left, out at
@@ -1072,6 +1072,7 @@ def start_logging(settings: Settings) -> None:
 #   processes                       hash    process -> names of its workers, comma-separated
 #   heartbeat:<process>             string  exists while the process lives
 #   paused                          hash    process -> lane -> why it is paused, as JSON
+#   held                            hash    lane -> since when it is paused by request (us)
 #   paused_announced                hash    lane -> why it is paused, as the admin's webhook knows it
 #   resume                          hash    lane -> number of requests to resume it
 #   resumed:<lane>                  string  id of the newest such request; while it exists, no other is accepted
