@@ -1039,7 +1039,7 @@ def start_logging(settings: Settings) -> None:
 #                                           is begun); drops (how many connections it lost), dropped (the last time,
 #                                           us); refused (how often a used-up quota returned it).
 #                                           A task that has ended, except a dead letter, keeps only a summary: d, k, u,
-#                                           n and m (explained at Queue.CONCLUDE), to, error, story, head, bounces
+#                                           n, s and m (explained at Queue.CONCLUDE), to, error, story, head, bounces
 #   reply:<id>                      string  id of the task whose mail the provider gave this id when it took it
 #   lane:<lane>:<account>           list    ids of waiting tasks; in at the left, out at the right
 #   lane:<lane>                     list    turns: the names of those lists without `key_prefix`; in at the left, out at
@@ -1072,6 +1072,7 @@ def start_logging(settings: Settings) -> None:
 #   processes                       hash    process -> names of its workers, comma-separated
 #   heartbeat:<process>             string  exists while the process lives
 #   paused                          hash    process -> lane -> why it is paused, as JSON
+#   held                            hash    lane -> since when it is paused by request (us)
 #   paused_announced                hash    lane -> why it is paused, as the admin's webhook knows it
 #   resume                          hash    lane -> number of requests to resume it
 #   resumed:<lane>                  string  id of the newest such request; while it exists, no other is accepted
@@ -9327,13 +9328,14 @@ class Newsletters:
                 queued already, or `to` is suppressed; 413, the test would be too large; 422, see Script.
         """
         args: list[str] = [account.name, account.registration, content_type, secrets.token_hex(16), "", "", ""]
-        if to and not self._send.known(request):
+        answer = self._send.known(request)
+        if to and not answer:
             payload = {"userId": to, "content_type": content_type, "test": variables or {}}
             task = {"task": content_type, "type": "newsletter", "retries": self.TEST_RETRIES, "payload": payload}
             self._try_mail(Task("", account.name, account.registration, retries=self.TEST_RETRIES, type="newsletter",
                                 name=content_type, payload=payload, created=0))
             args[4:] = [summary_of(task), json.dumps(task), fold_address(to)]
-        answer = self._send([self.store.prefix], args, request)
+        answer = answer or self._send([self.store.prefix], args, request)
         if answer == 0:
             raise self._unknown()
         if answer == -1:
@@ -12163,6 +12165,11 @@ class Api:
         return done("Content Type removed successfully")
 
     def send_content(self, request: Request) -> Reply:
+        # A mistake in a test must not send the newsletter to everybody.
+        if unknown := SEND.unknown(request.sent):
+            raise unknown[0].error()
+        if request.sent.get("to", "") is None:
+            raise HTTPError(400, "to must be an e-mail address; without it, all subscribers get the newsletter", "to")
         to, variables = request.body.get("to", ""), request.body.get("variables")
         if variables is not None and not to:
             raise HTTPError(400, "variables must be left out without to: each subscription has its own", "variables")

@@ -10128,7 +10128,8 @@ def test_to_send_to_nobody_counts_0_and_what_cannot_be_sent_says_why(service, cl
             ("POST", "other/send", {}, 404, "content_type"), ("GET", "other/issues", None, 404, "content_type"),
             ("POST", "other/send", {"to": "me@example.com"}, 404, "content_type"),
             ("POST", "news/send", {"variables": {"name": "x"}}, 400, "variables"),
-            ("POST", "news/send", {"to": "nobody"}, 400, "to")):
+            ("POST", "news/send", {"to": "nobody"}, 400, "to"), ("POST", "news/send", {"to": None}, 400, "to"),
+            ("POST", "news/send", {"To": "me@example.com"}, 400, "To"), ("POST", "news/send", {"to": ""}, 400, "to")):
         answer = client(method, f"{path}/{where}", body)
         assert (answer[0], answer[1]["field"]) == (status, field)
 
