@@ -17450,7 +17450,7 @@ def test_the_admin_sees_all_accounts_or_one_and_signs_others_up(governed, browse
     playwright.sync_api.expect(tab.get_by_role("table", name="Newest tasks").locator("tbody tr")).to_have_count(1)
     tab.get_by_label("Account").select_option("")
     go(tab, "#/newsletters")
-    tab.get_by_role("row", name="two@example.com").get_by_role("link", name="news").click()
+    tab.get_by_role("row", name="two@example.com").get_by_role("link", name="news", exact=True).click()
     tab.get_by_label("Subject").fill("Changed")
     tab.get_by_role("button", name="Save").click()
     tab.get_by_role("status").get_by_text("Saved.").wait_for()
