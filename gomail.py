@@ -208,6 +208,8 @@ class Settings:
     smtp_user: str = option("", "SMTP user name")
     smtp_pass: str = option("", "SMTP password; it is only sent over TLS")
     smtp_from: str = option("", 'sender, "Name <address>" or "address"; empty: smtp_user, if it is an address')
+    redirect_to: str = option("", "address that gets every mail instead of its recipients, who stand in the header "
+                              "X-Original-To; for staging; empty: mail goes to its recipients")
     smtp_token_command: str = option("", "instead of smtp_pass: a command that writes an access token for XOAUTH2; it "
                                      "runs again when the server refuses the token")
     smtp_tls: str = option("auto", "auto: STARTTLS if the server offers it; implicit: TLS from the start, on any port; "
@@ -317,6 +319,8 @@ class Settings:
         if self.smtp_from and not parse_address(email.utils.parseaddr(self.smtp_from)[1]):
             raise self._wrong("smtp_from", "is not an address, or a name with <address>")
         self._check_hosts()
+        if self.redirect_to and not parse_address(self.redirect_to):
+            raise self._wrong("redirect_to", "is not an address such as you@example.com")
         if self.smtp_server and not self.smtp_from and not parse_address(self.smtp_user):
             raise StartError("smtp_from: not set, and smtp_user is not an address; most servers only take mail from a "
                              "sender that they know: set smtp_from to the sender's address, such as app@example.com")
@@ -511,7 +515,8 @@ def warnings_about(settings: Settings, environment: Mapping[str, str]) -> list[s
     """A sentence for each setting that is allowed but probably a mistake.
 
     Mistakes are names in the environment that are almost those of options, malformed placeholders, mail that goes
-    to the Maildir although other machines use the service, and more workers of a lane than connections for them.
+    to the Maildir although other machines use the service, more workers of a lane than connections for them, and
+    redirect_to outside of staging.
     """
     warnings = [f"in the environment, {unknown_option(name)}" for name in sorted(environment) if not is_option(name)
                 and (name.lower().startswith(("smtp_", "otp_", "redis_", "jwt_")) or nearest_option(name, 0.8))]
@@ -521,6 +526,8 @@ def warnings_about(settings: Settings, environment: Mapping[str, str]) -> list[s
     if not settings.smtp_server and (
             settings.public_url or settings.admin_token or not is_loopback(host_to_ascii(settings.host) or "")):
         warnings.append("smtp_server is not set: mail goes to a Maildir on this machine, not to its recipients")
+    if settings.redirect_to:
+        warnings.append(f"redirect_to is set: every mail goes to {settings.redirect_to}, not to its recipients")
     if settings.smtp_server and settings.workers > settings.smtp_connections:
         warnings.append(f"workers is {settings.workers}, but smtp_connections {settings.smtp_connections}: the other "
                         "workers of a lane wait for a connection")
@@ -1050,6 +1057,8 @@ def start_logging(settings: Settings) -> None:
 #                                           makes no tasks, fingerprint and answer of the script that does it
 #   suppressed:<account>            zset    addresses that get no mail, by the time when that began (ms)
 #   suppressed_for:<account>        hash    address -> reason
+#   erased:<account>                zset    erased_name() of suppressed addresses that were erased, by that time (ms)
+#   erasure_key                     string  the key of these names, random; made when an address is first erased
 #   rate                            hash    smtp_rate: when the next mail may go: all (lanes), urgent (the lane); asked
 #                                           (time of the last call) (us)
 #   rate_window:<seconds>           hash    smtp_rate: number of a bucket of time -> recipients; total; first (the
@@ -1083,9 +1092,9 @@ def start_logging(settings: Settings) -> None:
 #   content:<account>               hash    content type -> {"subject", "content", "resend", "defaults"}, see
 #                                           Newsletters._body()
 #   needs:<account>                 hash    content type -> the variables that it cannot be filled without, by spaces
-#   preview:<type>:<account>        string  HTML of the newest preview, for a minute
 #   subscribers:<type>:<account>    hash    address -> {"userId", "frequency", "retries", "created", "variables", "at",
 #                                           "day", "timezone"}
+#   preview:<type>:<account>        string  HTML of the newest preview, for a minute
 #   issued:<type>:<account>         hash    address -> id of the task of the newest newsletter, and the newest boundary
 #                                           at which one was queued (s), by a space
 #   got:<type>:<account>            hash    address -> the last text that was sent to her, as text_digest() has it, and
@@ -1100,6 +1109,9 @@ def start_logging(settings: Settings) -> None:
 #                                           which subscription ended then, if any; stays when the content type is
 #                                           removed. An erased address has a keyed hash as its field, and no userId
 #   left_types:<account>            hash    content type -> 1: those that somebody left
+#   unconfirmed:<digest>            string  {"account", "registration", "content_type", "userId", "record", "asked"
+#                                           (ms)}: a subscription that waits for its confirmation, see
+#                                           Newsletters.ASK
 #   erasure_key                     string  the secret of the names that stand for erased addresses
 #   schedule                        zset    [account, type, address] by its next boundary (s)
 #   ascii_folded                    string  time of the upgrade to keys that fold only ASCII letters (ms)
@@ -2143,9 +2155,9 @@ def needs(body: Json) -> list[str]:
     return sorted(names - body.get("defaults", {}).keys())
 
 
-def lacks_variable(name: str) -> HTTPError:
+def lacks_variable(name: str, path: str = "payload.variables") -> HTTPError:
     """The error (400) for a subscription that lacks a variable."""
-    field = f"payload.variables.{name}"
+    field = f"{path}.{name}"
     hint = "; the option public_url makes it" if name == "unsubscribe_url" else ""
     return HTTPError(400, f"{field} is required: the newsletter names it, without a default{hint}", field)
 
@@ -2925,7 +2937,7 @@ class Accounts:
     def deregister(self, name: str) -> None:
         """Revoke the keys of an account and end all it has waiting. Raises HTTPError (404) if it is not registered."""
         keys = [self.user_list, *(self.store.key(kind, name) for kind in (
-            "content", "left_types", "needs", "dead", "suppressed", "suppressed_for", "recent"))]
+            "content", "left_types", "needs", "dead", "suppressed", "suppressed_for", "erased", "recent"))]
         many, at_once = self._keys_of_many(name), self.CONTENT_TYPES_AT_ONCE
         # Removing no content types only revokes the keys.
         while (answer := self._deregister(keys=keys, args=[name, self.store.prefix, 0 if many else at_once])) == 2:
@@ -2939,7 +2951,7 @@ class Accounts:
         """The keys of an account that have more elements than one call removes."""
         types, left_types = (self.store.redis.hkeys(self.store.key(kind, name)) for kind in ("content", "left_types"))
         with self.store.redis.pipeline(transaction=False) as pipeline:
-            keys = [self.store.key(kind, name) for kind in ("dead", "suppressed")]
+            keys = [self.store.key(kind, name) for kind in ("dead", "suppressed", "erased")]
             for key in keys:
                 pipeline.zcard(key)
             hashes = [self.store.key("suppressed_for", name), *(
@@ -3108,7 +3120,7 @@ class TimeZone(Check):
     """An IANA time zone that this machine knows."""
 
     expected = "an IANA time zone, such as Europe/Berlin"
-    schema: Json = {"type": "string", "maxLength": 64}  # noqa: RUF012
+    schema = {"type": "string", "maxLength": 64}
     known = staticmethod(functools.lru_cache(zoneinfo.available_timezones))  # it reads some hundred files
 
     def parse(self, value: str) -> str | None:
@@ -3127,8 +3139,7 @@ class Day(Check):
 
     types = (str, int)
     expected = f"one of {', '.join(WEEKDAYS)} with the frequency @weekly, or a whole number from 1 to 31 with @monthly"
-    schema: Json = {  # noqa: RUF012
-        "anyOf": [{"enum": list(WEEKDAYS)}, {"type": "integer", "minimum": 1, "maximum": 31}]}
+    schema = {"anyOf": [{"enum": list(WEEKDAYS)}, {"type": "integer", "minimum": 1, "maximum": 31}]}
 
     def parse(self, value: str | int) -> str | int | None:
         return value if value in WEEKDAYS or isinstance(value, int) and 1 <= value <= 31 else None
@@ -3212,7 +3223,8 @@ PAYLOADS = {
                                 "from": Nullable(Sender()), "lane": Nullable(LANE), "metadata": Nullable(Metadata())}),
     "subscribe": Subscription({"userId": Address(), "frequency": Enum(FREQUENCIES), "content_type": CONTENT_TYPE,
                                "subject": Nullable(SUBJECT_TEMPLATE), "content": Nullable(CONTENT_TEMPLATE),
-                               "variables": Nullable(Variables()), "again": Nullable(Boolean())},
+                               "variables": Nullable(Variables()), "again": Nullable(Boolean()),
+                               "confirm": Nullable(Boolean()), "locale": Nullable(LOCALE)},
                               dependent_required=("subject", "content")),
     "unsubscribe": Object({"userId": Address(), "content_type": CONTENT_TYPE}),
 }
@@ -3422,6 +3434,20 @@ def fold_address(address: str) -> str:
     Further folding would make one key of two mailboxes ("ß" and "ss"), and one's owner would get the other's mail.
     """
     return address.encode().lower().decode()
+
+
+def check_confirm(task: Json, path: str, public_url: str) -> None:
+    """Raise HTTPError (400) for a payload.confirm where there is no public_url. `path` is that of the task, or ""."""
+    if task["payload"].get("confirm") and not public_url:
+        field = f"{path}.payload.confirm" if path else "payload.confirm"
+        raise HTTPError(400, f"{field} needs the option public_url: the mail that asks to confirm has a link", field)
+
+
+def erased_name(store: Store, address: str) -> str:
+    """What is kept of an address that was erased, in place of its form as a key. Queue.ERASED_NAME makes the same."""
+    key = store.redis.get(store.key("erasure_key")) or ""
+    inner = hashlib.sha1(f"{key}{fold_address(address)}".encode()).hexdigest()
+    return hashlib.sha1(f"{key}{inner}".encode()).hexdigest()
 
 
 def check_sender(task: Json, path: str, allowed: Sequence[str]) -> None:
@@ -3871,6 +3897,14 @@ class Queue:
         end
     """
 
+    # As erased_name().
+    ERASED_NAME = """
+        local function erased_name(prefix, address)
+            local key = redis.call('GET', prefix .. 'erasure_key') or ''
+            return redis.sha1hex(key .. redis.sha1hex(key .. address))
+        end
+    """
+
     # Whether the account of a task is still registered as it was then. Events for the admin's webhook have no account.
     IS_WANTED = """
         local known = {}  -- account -> its registration, of those that were looked up
@@ -4222,7 +4256,7 @@ class Queue:
     # Answer: {how many tasks are seen to be left in the lane, then of each task taken: {id, body, account,
     #         registration, created, attempts, strikes, drops, dropped, expires, delivered, the recipients that are
     #         suppressed, the account's settings or ""}}. No task, although some are left, means: ask again.
-    SETTLE_AND_TAKE = BURY + CONCLUDE + """
+    SETTLE_AND_TAKE = BURY + CONCLUDE + ERASED_NAME + """
         local own, lane, prefix = unpack(KEYS)
         local most, keep, share, all = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4] == '1'
         local result_ttl, dead_ttl, dead_max, process, worker, lane_name, only = unpack(ARGV, 5, 11)
@@ -4405,7 +4439,8 @@ class Queue:
             next_turn()
         end
         most = math.max(1, held, math.min(most, math.floor((waiting + others) / share)))
-        local found, suppresses = {}, {}  -- the second: key of suppressed addresses -> 1 if it exists, else 0
+        local found = {}
+        local suppresses, erases = {}, {}  -- account -> how many keys of suppressed addresses it has; of erased ones
         local settings = {}  -- account -> its settings, or ''
         for _ = 1, 200 do  -- some may belong to accounts that are gone; other calls come in between
             local id = #found < held and redis.call('LINDEX', own, -1 - #found) or only == '' and take_next()
@@ -4419,12 +4454,17 @@ class Queue:
                 if #found < held then held = held - 1 else is_served = false end  -- the account's turn goes on
             else
                 if all or #found == 0 then begin(task) end
-                local to, suppressed = fields[11], prefix .. 'suppressed:' .. fields[2]
+                local to, account = fields[11], fields[2]
+                local suppressed, erased = prefix .. 'suppressed:' .. account, prefix .. 'erased:' .. account
                 fields[11] = ''
-                suppresses[suppressed] = suppresses[suppressed] or redis.call('EXISTS', suppressed)
-                if to and suppresses[suppressed] == 1 then
+                suppresses[account] = suppresses[account] or redis.call('EXISTS', suppressed, erased)
+                if to and suppresses[account] > 0 then
+                    erases[account] = erases[account] or redis.call('EXISTS', erased)
                     for address in string.gmatch(to, '%S+') do
-                        if redis.call('ZSCORE', suppressed, address) then fields[11] = fields[11] .. address .. ' ' end
+                        if redis.call('ZSCORE', suppressed, address) or erases[account] == 1
+                                and redis.call('ZSCORE', erased, erased_name(prefix, address)) then
+                            fields[11] = fields[11] .. address .. ' '
+                        end
                     end
                 end
                 fields[12] = settings[fields[2]] or redis.call('HGET', prefix .. 'settings', fields[2]) or ''
@@ -5479,6 +5519,7 @@ class Suppressions:
     def __init__(self, store: Store) -> None:
         self.store = store
         self._remove = store.script(self.REMOVE, once=True)
+        self._erase = store.script(self.ERASE)
 
     def list(self, account: str, offset: int = 0, limit: int = 100) -> tuple[int, "list[Json]"]:
         """(how many addresses the account has suppressed, those from `offset` on), newest first."""
@@ -5497,17 +5538,37 @@ class Suppressions:
             transaction.hset(self.store.key("suppressed_for", account), fold_address(address), "by request")
             transaction.execute()
 
-    # KEYS: suppressed:<account>, suppressed_for:<account>. ARGV: addresses. Answer: how many of them were suppressed.
+    # KEYS: suppressed:<account>, suppressed_for:<account>, erased:<account>.
+    # ARGV: the name that it has if it was erased, addresses. Answer: how many of these were suppressed.
     REMOVE = """
-        redis.call('HDEL', KEYS[2], unpack(ARGV))
-        return redis.call('ZREM', KEYS[1], unpack(ARGV))
+        redis.call('HDEL', KEYS[2], unpack(ARGV, 2))
+        return redis.call('ZREM', KEYS[1], unpack(ARGV, 2)) + redis.call('ZREM', KEYS[3], ARGV[1])
     """
 
     def remove(self, account: str, address: str) -> bool:
         """Send to an address again. False where it was not suppressed."""
         addresses = [fold_address(address), *([address.casefold()] if self.by_older(account, address) else [])]
-        keys = [self.store.key("suppressed", account), self.store.key("suppressed_for", account)]
-        return bool(self._remove(keys=keys, args=addresses))
+        keys = [self.store.key(kind, account) for kind in ("suppressed", "suppressed_for", "erased")]
+        return bool(self._remove(keys=keys, args=[erased_name(self.store, address), *addresses]))
+
+    # KEYS: the prefix. ARGV: account, addresses.
+    ERASE = Accounts.CLOCK + Queue.ERASED_NAME + """
+        local prefix, account = KEYS[1], ARGV[1]
+        for at = 2, #ARGV do
+            if redis.call('ZREM', prefix .. 'suppressed:' .. account, ARGV[at]) == 1 then
+                redis.call('ZADD', prefix .. 'erased:' .. account, milliseconds, erased_name(prefix, ARGV[2]))
+                redis.call('HDEL', prefix .. 'suppressed_for:' .. account, ARGV[at])
+            end
+        end
+    """
+
+    def erase(self, account: str, address: str) -> None:
+        """Keep no more of an address than the name by which it stays suppressed, if it is."""
+        key = self.store.key("erasure_key")
+        if not self.store.redis.exists(key):
+            self.store.write("SET", key, secrets.token_hex(32), "NX")
+        addresses = [fold_address(address), *([address.casefold()] if self.by_older(account, address) else [])]
+        self._erase(keys=[self.store.prefix], args=[account, *addresses])
 
     def by_older(self, account: str, address: str) -> bool:
         """Whether an address was suppressed by an older version, which folded more than ASCII letters.
@@ -5640,7 +5701,8 @@ class Inspection:
             at = at + 1
             local to, now, user, ended = unpack(redis.call('HMGET', prefix .. 'task:' .. id, 'to', 'state', 'u', 'd'))
             if ended then to, now = to or string.lower(user), string.match(ended, '^%S+') or 'succeeded' end
-            if now and (state == '' or now == state) and (search == '' or string.find(to or '', search, 1, true)) then
+            to = ' ' .. (to or '') .. ' '
+            if now and (state == '' or now == state) and (search == '' or string.find(to, search, 1, true)) then
                 found[#found + 1] = id
                 if #found == tonumber(most) then break end
             end
@@ -5653,7 +5715,7 @@ class Inspection:
         """The newest tasks, of an account or of all, and the offset to go on from, None at the end.
 
         Args:
-            search: the id of a task, or a part of a recipient's address.
+            search: the id of a task, or a part of a recipient's address; between spaces, the whole of one.
             state: only tasks in this state.
             offset: how many of the newest tasks are passed over, whether or not they match.
         """
@@ -5922,6 +5984,7 @@ FAMILIES = {  # name -> (type, help); docs/metrics.md has them all, with their l
     "gomail_retries_waiting": ("gauge", "Tasks that wait for a retry or their send_at."),
     "gomail_tasks_delayed": ("gauge", "Tasks that wait for a retry, and those that wait for their send_at."),
     "gomail_dead_letters": ("gauge", "Dead letters kept."),
+    "gomail_unsubscribed": ("counter", "Subscriptions that ended because somebody unsubscribed, by how."),
     "gomail_subscriptions_left_out": ("counter", "Subscribes without effect: the address had unsubscribed before."),
     "gomail_subscriptions": ("gauge", "Subscriptions in the calendar of newsletters."),
     "gomail_smtp_rate_limit": ("gauge", "Recipients that a window of smtp_rate allows."),
@@ -6846,13 +6909,14 @@ class Transport(typing.Protocol):
 
     def send(self, sender: str, recipients: Sequence[str], message: bytes, owner: Account = EVERYBODY,
              lane: str = Lane.NORMAL, following: Envelope | None = None,
-             meanwhile: Callable[[], object] = lambda: None) -> str:
+             meanwhile: Callable[[], object] = lambda: None, tried: int = 0) -> str:
         """Hand over one mail; it returns once the mail is accepted for all recipients. Raises DeliveryError.
 
         Returns what the server said to it, at most MAX_REPLY ASCII characters.
 
         `following` is the envelope of the mail that this thread sends next, as far as it knows: a promise of nothing.
-        `meanwhile` may be called while the server reads the mail, and must not raise.
+        `meanwhile` may be called while the server reads the mail, and must not raise. `tried` says how often the mail
+        was handed over in vain before.
         """
 
     def probe(self, lane: str = Lane.NORMAL) -> object:
@@ -6868,16 +6932,29 @@ class Transport(typing.Protocol):
 class MaildirTransport:
     """A transport that delivers into a Maildir, for trying things out without an SMTP server.
 
+    Addresses at gomail.test answer as their names say, see TESTER: `550@gomail.test` is refused with this code, as an
+    SMTP server would refuse it, `451-twice@` at the first two attempts; `bounce@` and `complaint@` are taken and
+    reported afterwards; `slow-5s@` takes 5 seconds. A label changes nothing: `bounce+1@`. All others are taken.
+
     Args:
         folder: the Maildir; it is created if it is missing.
         max_mails: how many mails clean() keeps; 0: all.
     """
+
+    TESTER = re.compile(r"(?:(?P<code>[45]\d\d)(?:-(?P<times>once|twice|thrice))?|(?P<feedback>bounce|complaint)"
+                        r"|slow-(?P<seconds>[1-9]|[1-5]\d|60)s)(?:\+.*)?@gomail\.test", re.ASCII)
+    TIMES: typing.ClassVar[dict[str | None, float]] = {None: math.inf, "once": 1, "twice": 2, "thrice": 3}
+    FEEDBACK: typing.ClassVar[dict[str | None, Report]] = {
+        "bounce": Report(Feedback.BOUNCED, "550 5.1.1 this address of gomail.test returns all mail"),
+        "complaint": Report(Feedback.COMPLAINED, "abuse")}
 
     OWNER_HEADER = "X-Account"  # in each file: account name (percent-encoded) and API key id
     HEAD_SIZE = 65536  # bytes of a mail that are read to list it
     MAIL_BATCH = 1000  # mails that one call of list() reads, or one step of clean() removes
     NAME_BATCH = 10_000  # file names that one step of clean() reads
     VIEW_TIME = 600.0  # seconds in which a mail that somebody has opened is not removed
+    WAIT_STEP = 0.1  # seconds between two looks for a mail that somebody waits for
+    RECIPIENT = re.compile("^(?:Delivered-To|X-Original-To): (.*)$", re.MULTILINE)  # the second: see redirect_to
 
     def __init__(self, folder: str | pathlib.Path, max_mails: int = 0) -> None:
         self.folder, self.max_mails = pathlib.Path(folder).resolve(), max_mails
@@ -6885,6 +6962,10 @@ class MaildirTransport:
         self.accepted, self.reached = 0.0, float("-inf")
         self.cleaned_until = -1.0  # the value of `accepted` when the last cleaning started
         self.cleaning: Iterator[None] | None = None
+        self.abandoned, self.came = threading.Event(), threading.Condition()
+        self._head = functools.lru_cache(maxsize=2 * self.MAIL_BATCH)(self._read_head)  # parsing takes 0.3 ms
+        # What is to be reported of mails to gomail.test, as soon as their tasks have ended.
+        self.returning: collections.deque[Report] = collections.deque(maxlen=10_000)
 
     def __str__(self) -> str:
         return f"Maildir {self.folder}"
@@ -6899,14 +6980,59 @@ class MaildirTransport:
 
     def send(self, sender: str, recipients: Sequence[str], message: bytes, owner: Account = EVERYBODY,
              lane: str = Lane.NORMAL, following: Envelope | None = None,
-             meanwhile: Callable[[], object] = lambda: None) -> str:
-        """Write one mail, and return "" once it is on disk. `owner` is whose mail it is. Raises UnavailableError."""
+             meanwhile: Callable[[], object] = lambda: None, tried: int = 0) -> str:
+        """Write one mail, and return "" once it is on disk. `owner` is whose mail it is.
+
+        Raises DeliveryError: the Maildir cannot be written, or a recipient at gomail.test asks for it.
+        """
+        testers = {address: found for address in recipients if (found := self.TESTER.fullmatch(fold_address(address)))}
+        refused = self._refusals(testers, tried, len(testers) < len(recipients))
+        delivered = tuple(address for address in recipients if address not in refused)
+        if delivered:
+            self._write(sender, delivered, message, owner, max(
+                [int(testers[address]["seconds"] or 0) for address in delivered if address in testers], default=0))
+            for address in filter(testers.__contains__, delivered):
+                if (report := self.FEEDBACK.get(testers[address]["feedback"])) and (task := self._task_of(message)):
+                    self.returning.append(report._replace(ids=(task,), addresses=(address,)))
+        if refused:
+            first, *others = dict.fromkeys(refused.values())
+            raise PartialError(delivered, refused) if delivered or others else first
+        return ""
+
+    def _refusals(self, testers: Mapping[str, re.Match[str]], tried: int, others: bool) -> dict[str, DeliveryError]:
+        """Which addresses of gomail.test refuse a mail that was `tried` before, with the errors that an SMTP server's
+        replies would be. `others`: the mail has further recipients. Raises UnavailableError (421)."""
+        refusing = {address: int(found["code"]) for address, found in testers.items()
+                    if found["code"] and tried < self.TIMES[found["times"]]}
+        refused: dict[str, DeliveryError] = {}
+        for address, code in refusing.items():
+            error = refusal("RCPT", code, f"{code // 100}.0.0 {mailbox(address)} is an address for tests".encode(),
+                            others_taken=others or len(refusing) < len(testers))
+            if isinstance(error, UnavailableError):
+                self.accepted = time.time()  # so that the mail pays for it like one at which a server hangs up
+                if code == 421:  # the server hangs up
+                    raise error
+            if error:
+                refused[address] = error
+        return refused
+
+    def _write(self, sender: str, recipients: Sequence[str], message: bytes, owner: Account, seconds: int) -> None:
+        """Write one mail, after some seconds. Raises UnavailableError; PostponedError if the service stops before."""
+        if seconds and self.abandoned.wait(seconds):
+            raise PostponedError("the service stopped before the mail was taken")
         lines = [f"Return-Path: <{mailbox(sender)}>\n", *(f"Delivered-To: {mailbox(each)}\n" for each in recipients),
                  f"{self.OWNER_HEADER}: {urllib.parse.quote(owner.name)} {owner.registration}\n"]
         with self.lock, self._maildir() as maildir:
             maildir.add("".join(lines).encode() + message.replace(b"\r\n", b"\n"))
         self.accepted, self.reached = time.time(), time.monotonic()
-        return ""
+        with self.came:
+            self.came.notify_all()
+
+    @staticmethod
+    def _task_of(head: bytes) -> str | None:
+        """The id of the task that a mail is of, from its headers; None where its Message-ID is not one of GoMail's."""
+        found = re.search(rb"^Message-ID: <([^@>\s]{1,64})@", head, re.MULTILINE)
+        return found[1].decode() if found else None
 
     def probe(self, lane: str = Lane.NORMAL) -> None:
         """Write and remove a file. Raises UnavailableError."""
@@ -6930,34 +7056,78 @@ class MaildirTransport:
         """There is no connection."""
 
     def abandon(self) -> None:
-        """There is no connection."""
+        """Let no thread wait any longer for `slow-5s@gomail.test`."""
+        self.abandoned.set()
 
-    def list(self, account: Account = EVERYBODY, offset: int = 0,
-             limit: int = 100) -> tuple[list[Json], int | None]:
+    def list(self, account: Account = EVERYBODY, offset: int = 0, limit: int = 100, to: str = "", subject: str = "",
+             task: str = "") -> tuple[list[Json], int | None]:
         """The newest mails of an account, or of all, and the next `offset`, None at the end.
 
-        Each is {"id", "received", "size", "from", "to", "subject"}. `offset` is how many of the newest to skip; a page
-        may have fewer than `limit` mails, as one call reads only MAIL_BATCH.
+        Each is {"id", "received", "size", "from", "to", "subject", "task": the id, or None}. `offset` is how many of
+        the newest to skip; a page may have fewer than `limit` mails, as one call reads only MAIL_BATCH.
+
+        Args:
+            to: what the address of a recipient begins with, or a part of it, if there is no @ behind a name.
+            subject: a part of the subject; as in `to`, case is ignored.
         """
-        try:
-            files = [entry for name in ("new", "cur") for entry in os.scandir(self.folder / name)]
-        except FileNotFoundError:
-            files = []
-        files.sort(key=lambda entry: self._moment(entry.name), reverse=True)
+        to, subject = fold_address(to), subject.casefold()
         mails: list[Json] = []
-        position = offset
+        position, files = offset, self._files()
         for entry in files[offset:offset + self.MAIL_BATCH]:
             if len(mails) == limit:
                 break
             position += 1
-            with contextlib.suppress(FileNotFoundError), open(entry.path, "rb") as file:
-                head = self._parsed(file.read(self.HEAD_SIZE).partition(b"\n\n")[0])
-                if self._is_of(head, account):
-                    mails.append({"id": entry.name.partition(":")[0],
-                                  **{name: head.get(name, "") for name in ("from", "to", "subject")},
-                                  "received": timestamp(self._moment(entry.name)[0] * 1_000_000),
-                                  "size": os.fstat(file.fileno()).st_size})
+            with contextlib.suppress(FileNotFoundError):
+                mail, owner, recipients = self._head(entry.path)
+                if (self._belongs(owner, account) and task in ("", mail["task"])
+                        and subject in mail["subject"].casefold()
+                        and any(each.startswith(to) if "@" in to[1:] else to in each for each in recipients)):
+                    mails.append(dict(mail))
         return mails, position if position < len(files) else None
+
+    def _files(self) -> Sequence[os.DirEntry[str]]:
+        """The files of all mails, the newest first."""
+        try:
+            files = [entry for name in ("new", "cur") for entry in os.scandir(self.folder / name)]
+        except FileNotFoundError:
+            files = []
+        return sorted(files, key=lambda entry: self._moment(entry.name), reverse=True)
+
+    def _read_head(self, path: str) -> tuple[Json, str, tuple[str, ...]]:
+        """(what list() shows of a mail, its OWNER_HEADER, its recipients as fold_address() has them)."""
+        with open(path, "rb") as file:
+            octets, size = file.read(self.HEAD_SIZE).partition(b"\n\n")[0], os.fstat(file.fileno()).st_size
+        head, name = self._parsed(octets), os.path.basename(path)
+        recipients = self.RECIPIENT.findall(octets.decode(errors="replace").replace('"', ""))
+        return {"id": name.partition(":")[0],
+                **{header: str(head.get(header, "")) for header in ("from", "to", "subject")},
+                "received": timestamp(self._moment(name)[0] * 1_000_000), "size": size,
+                "task": self._task_of(octets)}, str(head.get(self.OWNER_HEADER, "")), (
+                    tuple(map(fold_address, recipients)) or ("",))
+
+    def wait(self, stopping: threading.Event, deadline: float, look: Callable[[], bool]) -> None:
+        """Return when `look` has found what it looks for, at a moment of time.monotonic(), or when the service stops.
+
+        It is called whenever mails have come in, but only once in WAIT_STEP; those of another process are seen a moment
+        later.
+        """
+        while not stopping.is_set():
+            seen, next_look = self._state(), time.monotonic() + self.WAIT_STEP
+            if look():
+                return
+            while self._state() == seen or time.monotonic() < next_look:
+                left = deadline - time.monotonic()
+                if left <= 0 or stopping.is_set():
+                    return
+                with self.came:
+                    self.came.wait(min(left, self.WAIT_STEP))
+
+    def _state(self) -> tuple[float, int]:
+        """What is another value after a mail has come in."""
+        try:
+            return self.accepted, os.stat(self.folder / "new").st_mtime_ns
+        except FileNotFoundError:
+            return self.accepted, 0
 
     def read(self, mail_id: str, account: Account = EVERYBODY) -> tuple[bytes, email.message.EmailMessage] | None:
         """(bytes, parsed message) of a mail, or None. With `account`, only of that account's own."""
@@ -6969,8 +7139,21 @@ class MaildirTransport:
                     source = path.read_bytes()
                     os.utime(path, (time.time(), path.stat().st_mtime))  # see _is_in_view()
                     message = self._parsed(source)
-                    return (source, message) if self._is_of(message, account) else None
+                    owner = str(message.get(self.OWNER_HEADER, ""))
+                    return (source, message) if self._belongs(owner, account) else None
         return None
+
+    def erase(self, address: str, account: Account = EVERYBODY) -> int:
+        """Remove the mails of an account, or of all, that went to an address; returns how many."""
+        sought, count = fold_address(address), 0
+        for entry in self._files():
+            with contextlib.suppress(FileNotFoundError):  # it was removed just now
+                _, owner, recipients = self._read_head(entry.path)
+                if sought in recipients and self._belongs(owner, account):
+                    os.unlink(entry.path)
+                    count += 1
+        self._head.cache_clear()
+        return count
 
     def clean(self) -> None:
         """Do one step of removing all but the newest `max_mails` mails, if mails have come in since the last time."""
@@ -7004,9 +7187,11 @@ class MaildirTransport:
     def _parsed(octets: bytes) -> email.message.EmailMessage:
         return email.message_from_bytes(octets, policy=email.policy.default)
 
-    def _is_of(self, message: email.message.EmailMessage, account: Account) -> bool:
-        """Whether a mail belongs to this account; all belong to the admin. Older versions wrote no registration."""
-        name, _, registration = str(message.get(self.OWNER_HEADER, "")).partition(" ")
+    @staticmethod
+    def _belongs(owner: str, account: Account) -> bool:
+        """Whether a mail with this OWNER_HEADER is the account's; all are the admin's. Older versions wrote no
+        registration."""
+        name, _, registration = owner.partition(" ")
         return not account.name or urllib.parse.unquote(name) == account.name and registration in (
             "", account.registration)
 
@@ -7280,7 +7465,7 @@ class SmtpTransport:
 
     def send(self, sender: str, recipients: Sequence[str], message: bytes, owner: Account = EVERYBODY,
              lane: str = Lane.NORMAL, following: Envelope | None = None,
-             meanwhile: Callable[[], object] = lambda: None) -> str:
+             meanwhile: Callable[[], object] = lambda: None, tried: int = 0) -> str:
         """Hand one mail over; it returns once the server has accepted it for all recipients.
 
         Returns its replies to the end of the data: one for each transaction that it took.
@@ -8059,6 +8244,8 @@ class SubscriberFile:
                 since = int(datetime.datetime.fromisoformat(history["since"]).timestamp() * 1e6)
             address = PAYLOADS["unsubscribe"].fields["userId"](row.get("userId"), "userId")
             return {"userId": address, "state": SubscriptionState.UNSUBSCRIBED, "since": since, "how": how}
+        if state.lower() == SubscriptionState.UNCONFIRMED:
+            raise HTTPError(400, "it is unconfirmed")
         if state.lower() not in ("", SubscriptionState.SUBSCRIBED):
             row["variables.state"] = state
         variables = {name.removeprefix("variables."): row.pop(name) for name in [*row] if name.startswith("variables.")}
@@ -8074,6 +8261,7 @@ class SubscriptionState(enum.StrEnum):
 
     SUBSCRIBED = "subscribed"
     UNSUBSCRIBED = "unsubscribed"
+    UNCONFIRMED = "unconfirmed"  # it was asked to confirm, see Newsletters.ASK
 
 
 class Newsletters:
@@ -8093,6 +8281,9 @@ class Newsletters:
     HALF: typing.ClassVar[dict[str, int]] = {  # half a period in seconds: two boundaries that are closer are the same
         "@hourly": 1800, "@daily": 43200, "@weekly": 302400, "@monthly": 1209600}
     HALF_AS_JSON = json.dumps(HALF)
+    CONFIRM = "Confirm"  # the content type of the mail that asks to confirm
+    CONFIRM_TTL = 604800  # seconds in which a subscription can be confirmed
+    CONFIRM_PAUSE = 3600  # seconds between two mails that ask an address to confirm the same
     IMPORT_BATCH = 200  # rows in one script
     IMPORT_RETRIES = 8  # of the mails of an imported subscription, which take about an hour
     SCANS = 100  # calls of HSCAN for one page of a search
@@ -8103,12 +8294,13 @@ class Newsletters:
                  clock: Callable[[], float] | None = None, max_size: int = Settings.max_body) -> None:
         self.store, self.zone, self.clock, self.max_size = store, zone, clock or store.time, max_size
         self.accounts, self.public_url = accounts, public_url.rstrip("/")
-        self.example_link = self.public_url and f"{self.public_url}/unsubscribe/example"
         self._define = store.script(self.DEFINE, once=True, when_full=False)
         self._heads = store.script(self.HEADS, when_full=False)
         self._texts = store.script(self.TEXTS, when_full=False)
         self._remove = store.script(self.REMOVE, once=True)
         self._subscribe = store.script(self.SUBSCRIBE)
+        self._ask_to_confirm = store.script(self.ASK, when_full=False)
+        self._confirm = store.script(self.SUBSCRIBE, once=True)
         self._import = store.script(self.IMPORT, when_full=False)
         self._unsubscribe = store.script(self.UNSUBSCRIBE, once=True)
         self._refold = store.script(self.REFOLD)
@@ -8133,19 +8325,18 @@ class Newsletters:
                 self.store.key("needs", account), self.store.prefix]
 
     KEYS_BY_NAME = """
-        local content, subscribers, schedule, issued, unsubscribed, got, issues, left, left_types = unpack(KEYS)
-        local needs, prefix = unpack(KEYS, 10)
+        local content, subscribers, schedule, issued, unsubscribed, got, issues, left, left_types, needs, prefix
+            = unpack(KEYS)
     """
 
     # `find_left` answers the field of the hash `left` that has a folded address: that address, or the name that stands
     # for it since it was erased; nil if it has not unsubscribed.
-    FIND_LEFT = """
+    FIND_LEFT = Queue.ERASED_NAME + """
         local function find_left(prefix, left, address)
             if redis.call('EXISTS', left) == 0 then return end
             if redis.call('HEXISTS', left, address) == 1 then return address end
-            local key = redis.call('GET', prefix .. 'erasure_key')
-            local erased = key and redis.sha1hex(key .. redis.sha1hex(key .. address))
-            return erased and redis.call('HEXISTS', left, erased) == 1 and erased or nil
+            local erased = erased_name(prefix, address)
+            return redis.call('HEXISTS', left, erased) == 1 and erased or nil
         end
 
         -- Remember that an address has unsubscribed, unless that is known. `leaving` is JSON.
@@ -8189,7 +8380,7 @@ class Newsletters:
         body = self._body(subject, content, **more)
         if not self._define(self._keys(account, content_type), [content_type, *self._kept(body), 1]):
             raise self._unknown()
-        needed = {*needs(body)}.difference(READER_VARIABLES[bool(self.public_url)])
+        needed = self._needed(needs(body))
         unfilled, missing = set(), set()
         subscribers = self.store.key("subscribers", content_type, account)
         for address, record in self.store.redis.hscan_iter(subscribers, count=1000) if needed else ():
@@ -8197,6 +8388,10 @@ class Newsletters:
                 unfilled.add(address)
                 missing |= lacked
         return {"unfilled": len(unfilled), "missing": sorted(missing)} if missing else {}
+
+    def _needed(self, names: Sequence[str]) -> set[str]:
+        """The variables among these that a subscription must bring."""
+        return {*names}.difference(READER_VARIABLES[bool(self.public_url)])
 
     @staticmethod
     def _body(subject: str, content: str, resend: bool = True, defaults: Mapping[str, Any] | None = None) -> Json:
@@ -8222,8 +8417,8 @@ class Newsletters:
     # more; remove() removes their records, or else whoever creates a content type of this name.
     # KEYS: see _keys(). ARGV: content type, field in `sends`. Answer: 1, or 0 if it does not exist.
     REMOVE = KEYS_BY_NAME + """
-        redis.call('HDEL', needs, ARGV[1])
         redis.call('HDEL', prefix .. 'sends', ARGV[2])
+        redis.call('HDEL', needs, ARGV[1])
         return redis.call('HDEL', content, ARGV[1])
     """
 
@@ -8321,25 +8516,31 @@ class Newsletters:
 
     def subscriptions(self, account: str = "", content_type: str = "", address: str = "", cursor: str = "",
                       limit: int = 100, state: str = SubscriptionState.SUBSCRIBED, search: str = "",
-                      with_variables: bool = False) -> tuple[list[Json], str | None]:
+                      for_export: bool = False) -> tuple[list[Json], str | None]:
         """About `limit` subscriptions of an account or of all, unordered, and the next `cursor`, None at the end.
 
         Each is {"account", "content_type", "userId", "state", "frequency", "next", "created", "last"}, and "at", "day"
-        and "timezone" where it has them, and its "variables" where they are asked for, or where one address is. The
-        last is the issue that was sent last, {"time", "issue", "subject" (None if that was too long ago)}, or None. Who
-        unsubscribed is {"account", "content_type", "userId", "state", "since", "how"}. A subscription that exists
-        throughout is returned at least once, and rarely twice (Redis's SCAN). An unknown cursor starts again.
+        and "timezone" where it has them, and its "variables" where one address is asked for. The last is the issue that
+        was sent last, {"time", "issue", "subject" (None if that was too long ago)}, or None. Who unsubscribed is
+        {"account", "content_type", "userId", "state", "since", "how"}. What waits for its confirmation is known by its
+        address alone. A subscription that exists throughout is returned at least once, and rarely twice (Redis's SCAN).
+        An unknown cursor starts again.
 
         Args:
             search: a part of the address; case is ignored in ASCII. Then `limit` is rough, and a page may be empty.
+            for_export: with the variables, and without `next`.
+
+        Raises HTTPError (400): the state is "unconfirmed", and there is no address.
         """
+        if state == SubscriptionState.UNCONFIRMED:
+            return self._unconfirmed(account, content_type, address), None
         has_left = state == SubscriptionState.UNSUBSCRIBED
         pairs = [(owner, name) for owner, name in self._content_types(account, "left_types" if has_left else "content")
                  if content_type in ("", name)]
         number, scan = map(int, cursor.split("-")) if cursor else (0, 0)
         page: list[tuple[str, str, Json]] = []
         pattern, scans = f"*{escape_glob(fold_address(search))}*" if search else None, 0
-        fields = [fold_address(address), *(self._erased_names(address) if address and has_left else ())]
+        fields = [fold_address(address), *([erased_name(self.store, address)] if address and has_left else ())]
         while number < len(pairs) and len(page) < limit and scans < self.SCANS:
             owner, name = pairs[number]
             key = self.store.key("left" if has_left else "subscribers", name, owner)
@@ -8357,7 +8558,7 @@ class Newsletters:
                      "since": timestamp(record["when"]), "how": record["how"]}
                     for owner, name, record in page if "userId" in record or address], next_cursor
         with self.store.redis.pipeline(transaction=False) as pipeline:
-            for owner, name, record in page:
+            for owner, name, record in page if not for_export else ():
                 pipeline.zscore(self.store.key("schedule"), self.schedule_member(owner, name, record["userId"]))
                 pipeline.hget(self.store.key("got", name, owner), fold_address(record["userId"]))
             answers = pipeline.execute()
@@ -8366,27 +8567,34 @@ class Newsletters:
                  "frequency": record["frequency"], "next": timestamp(moment * 1e6) if moment else None,
                  "created": timestamp(record["created"]),
                  **{name: record[name] for name in Subscription.CALENDAR if name in record}, "last": last,
-                 **({"variables": record.get("variables", {})} if address or with_variables else {})}
+                 **({"variables": record.get("variables", {})} if address or for_export else {})}
                 for (owner, name, record), moment, last in zip(page, answers[::2], lasts)], next_cursor
 
-    def _erased_names(self, address: str) -> list[str]:
-        """The name that stands for an address where that was erased; none where nothing was ever erased."""
-        key = self.store.redis.get(self.store.key("erasure_key"))
-        if not key:
-            return []
-        inner = hashlib.sha1((key + fold_address(address)).encode()).hexdigest()
-        return [hashlib.sha1((key + inner).encode()).hexdigest()]
+    def _unconfirmed(self, account: str, content_type: str, address: str) -> list[Json]:
+        """The subscriptions of an address that wait for its confirmation, as subscriptions() has them."""
+        if not address:
+            raise HTTPError(400, "state unconfirmed needs a userId", "state")
+        with self.store.redis.pipeline(transaction=False) as pipeline:
+            for owner, name in self._content_types(account):
+                if content_type in ("", name):
+                    pipeline.get(self.store.key("unconfirmed", self._digest(owner, name, address)))
+            found = [json.loads(asking) for asking in pipeline.execute() if asking]
+        return [{"account": asking["account"], "content_type": asking["content_type"], "userId": asking["userId"],
+                 "state": SubscriptionState.UNCONFIRMED, "frequency": asking["record"]["frequency"], "next": None,
+                 "created": timestamp(asking["record"]["created"]),
+                 **{name: asking["record"][name] for name in Subscription.CALENDAR if name in asking["record"]},
+                 "variables": asking["record"].get("variables", {})} for asking in found]
 
     def _last_issues(self, found: "Sequence[tuple[str, str, str | None]]") -> "list[Json | None]":
         """What (account, content type, field of `got`) stands for: {"time", "issue", "subject"}, or None."""
-        sought = dict.fromkeys((owner, name, got.split()[0]) for owner, name, got in found if got)
+        sought = list(dict.fromkeys((owner, name, got.split()[0]) for owner, name, got in found if got))
         with self.store.redis.pipeline(transaction=False) as pipeline:
             for owner, name, digest in sought:
                 pipeline.hget(self.store.key("issues", name, owner), digest)
             heads = dict(zip(sought, pipeline.execute()))
         lasts: list[Json | None] = []
         for owner, name, got in found:
-            digest, moment = got.split() if got else ("", "")
+            digest, _, moment = (got or "").partition(" ")
             head = heads.get((owner, name, digest))
             lasts.append({"time": timestamp(1000 * int(moment)), "issue": digest,
                           "subject": json.loads(head)["subject"] if head else None} if got else None)
@@ -8439,15 +8647,20 @@ class Newsletters:
     # ARGV: content type, address, subscription (JSON), when its task was created (microseconds), member of the
     #       schedule, now, next boundary and the one after it (s), half a period (s), 1 to subscribe also who
     #       unsubscribed before, or 0, account, the data of the event; body of the content type if it is to be created,
-    #       or "", and what it needs.
-    # Answer: "subscribed", "overtaken", "left out" or "unknown" if the content type does not exist.
+    #       or "", and what it needs. Where somebody confirms: also _digest(), and the registration of the account.
+    # Answer: "subscribed", "overtaken", "left out", "unknown" if the content type does not exist, or "over" if there is
+    #         nothing to confirm any more.
     SUBSCRIBE = ENTER + """
-        local content_type, body, needed = ARGV[1], ARGV[13], ARGV[14]
+        local content_type, account, body, needed, digest, registration = ARGV[1], ARGV[11], unpack(ARGV, 13)
         if body ~= '' and redis.call('HSETNX', content, content_type, body) == 1 then
             redis.call('HSET', needs, content_type, needed)
             redis.call('UNLINK', subscribers, issued, got, issues)  -- what REMOVE has left
         end
         if redis.call('HEXISTS', content, content_type) == 0 then return 'unknown' end
+        if digest and (redis.call('HGET', prefix .. 'UserList', account) ~= registration
+                       or redis.call('DEL', prefix .. 'unconfirmed:' .. digest) == 0) then
+            return 'over'
+        end
         return enter(unsubscribed, unpack(ARGV, 2, 12))
     """
 
@@ -8455,20 +8668,143 @@ class Newsletters:
         """Do a subscribe task: the address gets one subscription, with this frequency and calendar from now on.
 
         Returns "subscribed", "overtaken" if a later request came first, or LEFT_OUT if the address had unsubscribed and
-        the task does not say `again`. Raises PermanentError if the content type does not exist and the task brings no
-        content.
+        the task does not say `again`; with `confirm`, what _ask() returns. Raises PermanentError if the content type
+        does not exist and the task brings no content.
         """
+        if task.payload.get("confirm"):
+            return self._ask(task)
         payload, account = task.payload, task.account
         content_type, address = payload["content_type"], fold_address(payload["userId"])
-        body = needed = ""
-        if "subject" in payload and "content" in payload:
-            body, needed = self._kept(self._body(payload["subject"], payload["content"]))
+        body, needed = self._own_body(payload)
         result = self._subscribe(self._keys(account, content_type, address), [
             content_type, *self._entry(account, content_type, self._record(payload, task.retries, task.created),
                                        payload.get("again", False), self.clock()), body, needed])
         if result == "unknown":
             raise PermanentError(f"content type {content_type!r} does not exist")
         return self.LEFT_OUT if result == "left out" else result
+
+    def _own_body(self, payload: Json) -> tuple[str, str]:
+        """The content type that a subscribe task brings, and what it needs, as Redis keeps them, or "" twice."""
+        return self._kept(self._body(payload["subject"], payload["content"])) if "content" in payload else ("", "")
+
+    # Have an address asked by a mail whether it wants to be subscribed, at most once in `pause`: an app that is misused
+    # must be no mail bomb. The newest request is the one that is confirmed. A repeated call finds its mail there.
+    # KEYS: see _keys().
+    # ARGV: content type, its body if it is to be created, or "", when the task was created (microseconds), _digest(),
+    #       what is to be kept (JSON, without "asked"), for how long, and the pause (both ms); id, account,
+    #       registration, body, recipient and head of the task that sends the mail; what the body needs.
+    # Answer: "asked", "asked before", "overtaken", or "unknown" if the content type does not exist.
+    ASK = Queue.ADD_TASK + Queue.LATER + KEYS_BY_NAME + """
+        local content_type, body, created, digest, asking, kept, pause = unpack(ARGV, 1, 7)
+        local id, account, key, mail, to, head, needed = unpack(ARGV, 8)
+        if body ~= '' and redis.call('HSETNX', content, content_type, body) == 1 then
+            redis.call('HSET', needs, content_type, needed)
+            redis.call('UNLINK', subscribers, issued, got, issues)  -- what REMOVE has left
+        end
+        if redis.call('HEXISTS', content, content_type) == 0 then return 'unknown' end
+        if redis.call('EXISTS', prefix .. 'task:' .. id) == 1 then return 'asked' end
+        local overtaking = redis.call('GET', unsubscribed)
+        if overtaking and later(overtaking, created) then return 'overtaken' end
+        local unconfirmed = prefix .. 'unconfirmed:' .. digest
+        local before, asked = redis.call('GET', unconfirmed), nil
+        if before then
+            before = cjson.decode(before)
+            if before.registration == key and later(before.record.created, created) then return 'overtaken' end
+            if before.asked > milliseconds - pause and before.asked <= milliseconds then asked = before.asked end
+        end
+        asking = string.sub(asking, 1, -2) .. ', "asked": ' .. string.format('%.0f', asked or milliseconds) .. '}'
+        if asked then
+            redis.call('SET', unconfirmed, asking, 'KEEPTTL')
+            return 'asked before'
+        end
+        redis.call('SET', unconfirmed, asking, 'PX', kept)
+        add_task(prefix, id, account, key, 'normal', 0, 0, mail, to, 'head', head)
+        return 'asked'
+    """
+
+    def _ask(self, task: Task) -> str:
+        """Do a subscribe task with `confirm`: the address gets a mail with a link first, and confirm() subscribes it.
+
+        Returns what became of it, with the id of the task that sends the mail. Raises PermanentError if there is no
+        public_url, or no such content type, or it cannot fill the content type CONFIRM.
+        """
+        payload, account, content_type = task.payload, task.account, task.payload["content_type"]
+        if not self.public_url:
+            raise PermanentError("confirm needs public_url")
+        address, digest = fold_address(payload["userId"]), self._digest(account, content_type, payload["userId"])
+        until = int(self.store.time()) + self.CONFIRM_TTL
+        url = f"{self.public_url}/confirm/{self.accounts.seal('confirm', {'of': digest, 'until': until})}"
+        mail = {"task": f"Confirm {content_type}", "type": "message", "retries": task.retries,
+                "payload": {"userId": payload["userId"], **self._confirmation(account, payload, url)}}
+        asking = {"account": account, "registration": task.registration, "content_type": content_type,
+                  "userId": payload["userId"], "record": self._record(payload, task.retries, task.created)}
+        mail_id = task.id[:16] + hashlib.sha256(f"confirm {task.id}".encode()).hexdigest()[:16]
+        body, needed = self._own_body(payload)
+        result = self._ask_to_confirm(self._keys(account, content_type, address), [
+            content_type, body, task.created, digest, json.dumps(asking), self.CONFIRM_TTL * 1000,
+            self.CONFIRM_PAUSE * 1000, mail_id, account, task.registration, json.dumps(mail), address,
+            summary_of(mail), needed])
+        if result == "unknown":
+            raise PermanentError(f"content type {content_type!r} does not exist")
+        return {"asked": f"asked to confirm by task {mail_id}", "asked before": "asked to confirm less than an hour ago"
+                }.get(result, result)
+
+    def _confirmation(self, account: str, payload: Json, url: str) -> Json:
+        """{"subject", "content", "text"} of the mail that asks to confirm a subscribe task's payload: from the content
+        type CONFIRM in the task's locale, if it has the link, or else the built-in one. Raises PermanentError."""
+        name = (self.CONFIRM, payload.get("locale", ""))
+        text = self.texts(account, [name])[name]
+        if not text or "confirm_url" not in placeholder_names(text.content):
+            subject, content, plain = built_in_mail(
+                nearest_language(payload.get("locale", "")), "confirm_mail", url=url, address=payload["userId"],
+                content_type=payload["content_type"])
+            return {"subject": subject, "content": content, "text": plain}
+        variables = {**with_defaults(payload.get("variables", {}), text.defaults), "email": payload["userId"],
+                     "content_type": payload["content_type"], "confirm_url": url}
+        try:
+            return {"subject": self.CONTROLS.sub(" ", fill_template(text.subject, variables, max_size=self.max_size)),
+                    "content": fill_template(text.content, variables, is_html(text.content), max_size=self.max_size)}
+        except KeyError as error:
+            raise PermanentError(f"content type {text.content_type!r} needs the variable {error.args[0]!r}, which the "
+                                 "subscription lacks") from None
+        except TooLarge as error:
+            raise PermanentError(f"with its variables the mail would have {error.size} bytes, and may have "
+                                 f"{self.max_size} (max_body)") from None
+
+    @staticmethod
+    def _digest(account: str, content_type: str, address: str) -> str:
+        """What an unconfirmed subscription is known by."""
+        return hashlib.sha256(json.dumps([account, content_type, fold_address(address)]).encode()).hexdigest()
+
+    def read_confirmation(self, token: str) -> Json:
+        """What is kept of the unconfirmed subscription of a link: {"account", "registration", "content_type", "userId",
+        "record"}. Raises HTTPError: 404, the link is not valid; 410, it has been used, or has expired."""
+        claims = self.accounts.unseal("confirm", token)
+        if claims is None:
+            raise HTTPError(404, "this link is not valid, or not complete", "token")
+        found = self.store.redis.get(self.store.key("unconfirmed", claims["of"]))
+        asking = json.loads(found) if found and claims["until"] > self.store.time() else {}
+        owner = asking and self.accounts.find(asking["account"])
+        if not owner or owner.registration != asking["registration"]:
+            raise self._over()
+        return asking
+
+    def confirm(self, token: str) -> Json:
+        """Subscribe the address of a link, once. Returns what read_confirmation() does, and raises the same."""
+        asking = self.read_confirmation(token)
+        account, content_type, address = asking["account"], asking["content_type"], asking["userId"]
+        entry = self._entry(account, content_type, {**asking["record"], "created": int(self.store.time() * 1e6)}, True,
+                            self.clock())
+        result = self._confirm(self._keys(account, content_type, fold_address(address)), [
+            content_type, *entry, "", "", self._digest(account, content_type, address), asking["registration"]])
+        if result != "subscribed":
+            raise self._over()
+        log(logging.INFO, "subscription confirmed", account=account, content_type=content_type)
+        return asking
+
+    @staticmethod
+    def _over() -> HTTPError:
+        return HTTPError(410, "this link has been used, or has expired", "token")
 
     @staticmethod
     def _record(payload: Json, retries: int, created: int) -> Json:
@@ -8524,13 +8860,9 @@ class Newsletters:
         Returns {"subscribed", "left_out", "failed"}: how many. Raises HTTPError (404) if the content type does not
         exist.
         """
-        with self.store.redis.pipeline(transaction=False) as pipeline:
-            pipeline.hexists(self.store.key("content", account), content_type)
-            pipeline.hget(self.store.key("needs", account), content_type)
-            exists, needed = pipeline.execute()
-        if not exists:
+        if not self.store.redis.hexists(self.store.key("content", account), content_type):
             raise self._unknown()
-        needed = {*(needed or "").split()}.difference(READER_VARIABLES[bool(self.public_url)])
+        needed = self._needed((self.store.redis.hget(self.store.key("needs", account), content_type) or "").split())
         counts, rows = {"subscribed": 0, "left_out": 0, "failed": 0}, iter(rows)
         while batch := list(itertools.islice(rows, self.IMPORT_BATCH)):
             args: list[Any] = []
@@ -8544,7 +8876,7 @@ class Newsletters:
                     args += [fold_address(row["userId"]), "", *[0] * 7, account, json.dumps(leaving)]
                 elif lacked := needed - row.get("variables", {}).keys():
                     counts["failed"] += 1
-                    note(line, lacks_variable(min(lacked)).message.removeprefix("payload."))
+                    note(line, lacks_variable(min(lacked), "variables").message)
                 else:
                     record = self._record(row, self.IMPORT_RETRIES, now)
                     args += self._entry(account, content_type, record, again, by_clock)
@@ -8568,8 +8900,8 @@ class Newsletters:
             if not any(pipeline.execute()):
                 raise self._unknown()
         names: set[str] = set()
-        for item in self._all_subscriptions(account, content_type, (SubscriptionState.SUBSCRIBED,)):
-            names.update(item["variables"])
+        for _, record in self.store.redis.hscan_iter(self.store.key("subscribers", content_type, account), count=1000):
+            names.update(json.loads(record).get("variables", ()))
         columns = {name: f"variables.{name}" if name.lower() in KNOWN_COLUMNS else name for name in sorted(names)}
         return self._export(account, content_type, columns)
 
@@ -8578,7 +8910,8 @@ class Newsletters:
         line = io.StringIO()
         writer = csv.writer(line)
         writer.writerow([*EXPORT_COLUMNS, *columns.values()])
-        for item in self._all_subscriptions(account, content_type, tuple(SubscriptionState)):
+        for item in self._all_subscriptions(account, content_type, (
+                SubscriptionState.SUBSCRIBED, SubscriptionState.UNSUBSCRIBED)):
             last, variables = item.get("last") or {}, item.get("variables", {})
             cells = {**item, "last": last.get("time")}
             writer.writerow([protect_cell(cells.get(name)) for name in EXPORT_COLUMNS]
@@ -8594,7 +8927,7 @@ class Newsletters:
             cursor: str | None = ""
             seen: set[str] = set()
             while cursor is not None:
-                page, cursor = self.subscriptions(account, content_type, "", cursor, 1000, state, with_variables=True)
+                page, cursor = self.subscriptions(account, content_type, "", cursor, 1000, state, for_export=True)
                 for item in page:
                     if item["userId"] not in seen:
                         seen.add(item["userId"])
@@ -8710,14 +9043,14 @@ class Newsletters:
             raise HTTPError(404, "this link is not valid, or not complete", "token")
         return claims["sub"], claims["content_type"], claims["email"]
 
-    def follow_link(self, token: str, how: str = "one-click") -> bool:
-        """End the subscription of a link, if it has not ended. Returns whether subscribe_again() can undo that.
-
-        Raises HTTPError (404).
-        """
+    def follow_link(self, token: str, how: str = "one-click") -> tuple[str, bool]:
+        """End the subscription of a link, if it has not ended. Returns what unsubscribe() does, and whether
+        subscribe_again() can undo it. Raises HTTPError (404)."""
         account, content_type, address = self.read_link(token)
-        self._end_subscription(account, content_type, address, int(self.store.time() * 1e6), how)
-        return self._ended_by_reader(account, content_type, address) is not None
+        result = self._end_subscription(account, content_type, address, int(self.store.time() * 1e6), how)
+        log(logging.INFO, "link to unsubscribe followed", account=account, content_type=content_type, how=how,
+            result=result)
+        return result, self._ended_by_reader(account, content_type, address) is not None
 
     def _ended_by_reader(self, account: str, content_type: str, address: str) -> Json | None:
         """The subscription that its reader ended last by a link, as it was; or None."""
@@ -8776,11 +9109,12 @@ class Newsletters:
 
     def _fill_mail(self, task: Task, text: Json, subscription: str | None) -> tuple[str, str, str]:
         """(subject, content, the link to unsubscribe or "") of a newsletter. Raises KeyError, TooLarge."""
-        address = task.payload["userId"]
-        own = json.loads(subscription).get("variables", {}) if subscription else task.payload["test"]
+        address, own = task.payload["userId"], task.payload.get("test", {})
         url = self.link(task.account, task.payload["content_type"], address)
-        if url and not subscription:
-            url = self.example_link  # it ends nothing: there is no subscription
+        if subscription:
+            own = json.loads(subscription).get("variables", {})
+        elif url:
+            url = f"{self.public_url}/unsubscribe/example"  # it ends nothing: there is no subscription
         variables = self._variables(text, own, address, url)
         subject, content = (
             fill_template(template, variables, escape, max_size=self.max_size)
@@ -8824,7 +9158,7 @@ class Newsletters:
         body = {**json.loads(saved or "{}"), **edits}
         own = {**json.loads(subscription or "{}").get("variables", {}), **(variables or {})}
         known = self._variables(body, own, address or "reader@example.com",
-                                self.example_link)
+                                self.public_url and f"{self.public_url}/unsubscribe/preview")
         if not address and "otp" in placeholder_names(body["subject"] + body["content"]):
             known = {**self.SAMPLE, **known}
         try:
@@ -9175,20 +9509,21 @@ class Newsletters:
 
     def _next_two(self, known: str, now: float) -> tuple[int, int]:
         """The next boundary of a calendar, and the one after it. What was found is kept while it is right."""
-        since, first, second = self._found.get(known, (math.inf, 0, 0))
-        if not since <= now < first:
+        since, boundary, following = self._found.get(known, (math.inf, 0, 0))
+        if not since <= now < boundary:
             frequency, at, day, timezone = [*known.split(" "), "-", "-", "-"][:4]
             zone = self.zone
             if timezone != "-":
                 with contextlib.suppress(zoneinfo.ZoneInfoNotFoundError):  # restored where the time zones are older
                     zone = zoneinfo.ZoneInfo(timezone)
-            at, own_day = at if at != "-" else "00:00", int(day) if day.isdigit() else day.strip("-") or None
-            first = next_boundary(frequency, now, zone, at, own_day)
-            second = next_boundary(frequency, first, zone, at, own_day)
+            after = functools.partial(next_boundary, frequency, zone=zone, at="00:00" if at == "-" else at,
+                                      day=int(day) if day.isdigit() else None if day == "-" else day)
+            boundary = after(now)
+            following = after(boundary)
             if len(self._found) > 1000:
                 self._found.clear()
-            self._found[known] = (now, first, second)
-        return first, second
+            self._found[known] = now, boundary, following
+        return boundary, following
 
 
 # --- 14. bounces ----------------------------------------------------------------------------------------
@@ -9341,6 +9676,7 @@ class Bounces:
 
     def __init__(self, queue: Queue, accounts: Accounts, stats: Stats, public_url: str = "") -> None:
         self.queue, self.accounts, self.stats, self.public_url = queue, accounts, stats, public_url.rstrip("/")
+        self.redirect_to = queue.settings.redirect_to
 
     def urls(self, account: Account) -> dict[str, str]:
         """Provider -> the URL for its notifications about an account's mails; a path without `public_url`."""
@@ -9357,7 +9693,10 @@ class Bounces:
         return account
 
     def record(self, report: Report, account: Account = EVERYBODY, without_task: bool = False) -> str:
-        """Note a report, see Queue.bounce(); count and log it if it is new."""
+        """Note a report, see Queue.bounce(); count and log it if it is new. With redirect_to, none is about a mail that
+        went to its recipients, so nothing is noted."""
+        if self.redirect_to:
+            return "same"
         answer, task_id, owner = self.queue.bounce(report, account, without_task)
         if answer == "changed":
             self.stats.count("gomail_bounces_total", event=report.event)
@@ -9684,6 +10023,304 @@ class BounceReader:
                 if attempt or imap.create(folder)[0] != "OK":
                     break
         raise imaplib.IMAP4.error(f"no mail can be moved into the folder {self.FOLDER}")
+
+
+class Recipients:
+    """What is known of one address, and its erasure.
+
+    Args:
+        outbox: the Maildir that mails may lie in.
+    """
+
+    TASKS = 100  # that read() shows
+    ACCOUNTS = 100  # that one round trip asks about
+    PATIENCE = 5.0  # seconds that an erasure waits for the end of mails that are being sent
+    KEYS = 1000  # that one step of an erasure looks at
+    BY_ADDRESS = ("subscribers", "issued", "got")  # hashes address -> ..., each named by content type and account
+    # Keys with the address in their names, before the account.
+    WITH_ADDRESS = ("otp", "otp_asked", "otp_failed")
+
+    def __init__(self, store: Store, settings: Settings, accounts: Accounts, inspection: Inspection,
+                 suppressions: Suppressions, newsletters: Newsletters, outbox: MaildirTransport) -> None:
+        self.store, self.settings, self.accounts, self.inspection = store, settings, accounts, inspection
+        self.suppressions, self.newsletters, self.outbox = suppressions, newsletters, outbox
+        self._erase_tasks = store.script(self.ERASE_TASKS)
+
+    def read(self, address: str, account: Account = EVERYBODY) -> Json:
+        """All that is known of an address, of an account or of all, and in "answer" why it got nothing lately.
+
+        "suppression" and "otp", the limits in force, are an account's. Of all accounts they are those of the first that
+        has any, and "suppressions" and "otps" list them all; everything then names its account.
+        """
+        owners = [account.name] if account.name else self.accounts.names()
+        suppressions, otps = self._of_accounts(address, owners)
+        found: Json = {"userId": address, "answer": "", "suppression": next(iter(suppressions), None),
+                       "subscriptions": self.newsletters.subscriptions(account.name, address=address, limit=1000)[0],
+                       **self._of_newsletters(address, account), "otp": next(iter(otps), None),
+                       "tasks": self.inspection.recent(account, f" {fold_address(address)} ", limit=self.TASKS)[0]}
+        if not account.name:
+            found |= {"suppressions": suppressions, "otps": otps}
+        found["answer"] = self._answer(found)
+        return found
+
+    def _of_accounts(self, address: str, owners: Sequence[str]) -> tuple[list[Json], list[Json]]:
+        """(the suppressions of an address, its limits of OTPs), of these accounts. Of several, limits only count where
+        there are requests or wrong OTPs."""
+        folded, name, key = fold_address(address), erased_name(self.store, address), self.store.key
+        now, suppressions, otps = self.store.time(), [], []
+        for start in range(0, len(owners), self.ACCOUNTS):
+            page = owners[start:start + self.ACCOUNTS]
+            with self.store.redis.pipeline(transaction=False) as pipeline:
+                for owner in page:
+                    pipeline.zscore(key("suppressed", owner), folded)
+                    pipeline.hget(key("suppressed_for", owner), folded)
+                    pipeline.zscore(key("erased", owner), name)
+                    pipeline.zrange(key("otp_asked", folded, owner), 0, -1, withscores=True)
+                    pipeline.get(key("otp_failed", folded, owner))
+                    pipeline.pttl(key("otp_failed", folded, owner))
+                answers = iter(pipeline.execute())
+            for owner, since, reason, erased, asked, wrong, left in zip(page, *[answers] * 6):
+                named = {} if len(owners) == 1 else {"account": owner}
+                if since is None and self.suppressions.by_older(owner, address):
+                    since, reason = 0, "an address that an older version took for the same"
+                if since is not None or erased is not None:
+                    suppressions.append({**named, "reason": reason if since is not None else
+                                         "the address was erased, and stays suppressed",
+                                         "created": timestamp((erased if since is None else since) * 1000)})
+                if asked or wrong or len(owners) == 1:
+                    otps.append({**named, **self._limits([moment / 1000 for _, moment in asked], int(wrong or 0), now,
+                                                         now + left / 1000)})
+        return suppressions, otps
+
+    def _limits(self, asked: Sequence[float], wrong: int, now: float, failures_end: float) -> Json:
+        """The limits of OTPs of an address, by the moments (s) when it asked for one and its wrong OTPs in a row.
+
+        "cooldown": seconds until the next one may be asked for; "hourly_left": how many more in this hour, None: any
+        number; "next": when one may be asked for, None: now; "wrong"; "blocked_until": when OTPs are verified again.
+        """
+        settings = self.settings
+        asked = [moment for moment in asked if now - 3600 < moment <= now]
+        free = max([moment + settings.otp_cooldown for moment in asked], default=now)
+        left = max(0, settings.otp_hourly_max - len(asked)) if settings.otp_hourly_max else None
+        free = max(free, asked[0] + 3600) if left == 0 and asked else free
+        return {"cooldown": max(0, math.ceil(free - now)), "hourly_left": left,
+                "next": timestamp(free * 1e6) if free > now else None, "wrong": wrong,
+                "blocked_until": timestamp(failures_end * 1e6) if wrong >= Otps.MAX_FAILURES else None}
+
+    def _of_newsletters(self, address: str, account: Account) -> Json:
+        """{"unsubscribed": from which newsletters, "unconfirmed": the subscriptions that wait for a click}."""
+        folded, pairs = fold_address(address), self.newsletters._content_types(account.name)
+        names = [folded, erased_name(self.store, address)]
+        waiting = [hashlib.sha256(json.dumps([owner, content_type, folded]).encode()).hexdigest()
+                   for owner, content_type in pairs]
+        key = self.store.key
+        with self.store.redis.pipeline(transaction=False) as pipeline:
+            for (owner, content_type), digest in zip(pairs, waiting):
+                pipeline.hmget(key("left", content_type, owner), names)
+                pipeline.pttl(key("unconfirmed", digest))
+            answers, now = pipeline.execute(), self.store.time()
+        found: Json = {"unsubscribed": [], "unconfirmed": []}
+        for (owner, content_type), left, ttl in zip(pairs, answers[::2], answers[1::2]):
+            common = {"account": owner, "content_type": content_type, "userId": address}
+            if record := left[0] or left[1]:
+                kept = json.loads(record)
+                found["unsubscribed"].append({**common, "state": "unsubscribed", "since": timestamp(kept["when"]),
+                                              "how": kept["how"]})
+            if ttl > 0:
+                found["unconfirmed"].append({**common, "state": "unconfirmed",
+                                             "until": timestamp(now * 1e6 + ttl * 1000)})
+        return found
+
+    def _answer(self, found: Json) -> str:
+        """Why an address got nothing lately, or that all is fine, in one sentence."""
+        suppression, otps = found["suppression"], found.get("otps", [found["otp"]])
+        mail = next((task for task in found["tasks"] if task["type"] in MAIL_TYPES), None)
+        blocked = max((otp["blocked_until"] for otp in otps if otp and otp["blocked_until"]), default=None)
+        if suppression:
+            return (f"It gets no mail but OTPs: it has been suppressed since {suppression['created']} "
+                    f"({suppression['reason']}).")
+        if blocked:
+            return f"Its OTPs are not verified until {blocked}, since {Otps.MAX_FAILURES} in a row were wrong."
+        if mail and mail["state"] not in (State.SUCCEEDED, State.CANCELLED):
+            return self._trouble(mail)
+        later = max((otp["next"] for otp in otps if otp and otp["next"]), default=None)
+        hindrances = [
+            *(f"it has not confirmed its subscription to {each['content_type']} yet" for each in found["unconfirmed"]),
+            *(f"it unsubscribed from {each['content_type']} at {each['since']}" for each in found["unsubscribed"]),
+            *([f"it may ask for a further OTP at {later}"] if later else [])]
+        sent = mail and mail["state"] == State.SUCCEEDED
+        return (f"The newest mail to it was handed over at {mail['finished']}" if mail and sent else
+                "No mail to it is known of") + "; " + (
+                    " and ".join(hindrances) or "nothing keeps further mail from it") + "."
+
+    def _trouble(self, mail: Json) -> str:
+        """Why the newest mail to an address has not arrived, or not yet."""
+        due, error = mail.get("due"), mail["error"] or "no reason is known"
+        return "The newest mail to it " + {
+            State.QUEUED: f"waits in its lane{self._pause(mail['id'])}.",
+            State.RUNNING: "is being sent.",
+            State.SCHEDULED: f"waits for its time, {due}.",
+            State.RETRYING: f"is tried again at {due}: {error}",
+            State.DEAD: f"was given up: {error}",
+            State.SUPPRESSED: f"was not sent: {error}",
+            State.EXPIRED: f"was not sent in time: {error}",
+            State.BOUNCED: f"came back, or was complained about: {error}"}[mail["state"]]
+
+    def _pause(self, task_id: str) -> str:
+        """Why the lane of a waiting task is paused, as the end of a sentence; or ""."""
+        lane = self.store.redis.hget(self.store.key("task", task_id), "lane")
+        reason = next((report[lane] for report in self.inspection.reports() if lane in report), "")
+        return f", which is paused: {reason}" if reason else ""
+
+    # Erase tasks to an address, and events about it that have not reached their webhook. A task to others as well stays
+    # until it has ended, and so does one that a worker has in hand.
+    # KEYS: the prefix.
+    # ARGV: the account that the tasks must belong to or "", its registration, the address, the address as a string of
+    #       JSON, ids. Answer: {how many were erased, then of each that is left: its id, "in hand" or "several"}.
+    ERASE_TASKS = Queue.IS_OWN + """
+        local prefix, account, registration, address, quoted = KEYS[1], unpack(ARGV, 1, 4)
+        local waits, answer = {queued = true, scheduled = true, running = true, retrying = true}, {0}
+
+        local function is_about(lane, to, task)
+            if lane ~= 'hooks' then return string.find(' ' .. to .. ' ', ' ' .. address .. ' ', 1, true) end
+            local body = string.lower(redis.call('HGET', task, 'body') or '')
+            return string.find(body, quoted, 1, true) or string.find(body, '"' .. address .. '"', 1, true)
+        end
+
+        local function erase(id)
+            local task = prefix .. 'task:' .. id
+            local owner, key, state, to, user, lane, ended, part = unpack(redis.call('HMGET', task,
+                'account', 'key', 'state', 'to', 'u', 'lane', 'd', 'k'))
+            if not to and not user then  -- of an older version
+                user = string.match(redis.call('HGET', task, 'head') or '', '"userId": "([^"]*)"')
+            end
+            if not is_about(lane, to or string.lower(user or ''), task)
+                    or not is_own(account, registration, owner, key, ended, part) then return end
+            if not ended and waits[state] then
+                for each in string.gmatch(lane ~= 'hooks' and to or '', '%S+') do
+                    if each ~= address then return 'several' end
+                end
+                if redis.call('ZREM', prefix .. 'delayed', id) == 0
+                        and redis.call('LREM', prefix .. 'lane:' .. lane .. ':' .. owner, 1, id) == 0 then
+                    return 'in hand'
+                end
+                redis.call('ZREM', prefix .. 'scheduled', id)
+                redis.call('ZREM', prefix .. 'expiring', id)
+            elseif state == 'dead' then
+                redis.call('ZREM', prefix .. 'dead', id)
+                redis.call('ZREM', prefix .. 'dead:' .. owner, id)
+            end
+            redis.call('UNLINK', task)
+            answer[1] = answer[1] + 1
+        end
+
+        for at = 5, #ARGV do
+            local reason = erase(ARGV[at])
+            if reason then
+                answer[#answer + 1] = ARGV[at]
+                answer[#answer + 1] = reason
+            end
+        end
+        return answer
+    """
+
+    def erase(self, address: str, account: Account = EVERYBODY,
+              progress: Callable[[int], object] = lambda count: None) -> Json:
+        """Erase all that an account, or all, have of an address; that it is suppressed or unsubscribed stays known by
+        erased_name().
+
+        Returns {"tasks", "subscriptions", "unconfirmed", "mails" in the Maildir: how many were erased; "remaining":
+        [{"id" of a task, "reason" why it could not be erased yet}]}. `progress` is given how many keys were looked at.
+        """
+        owners = [account.name] if account.name else self.accounts.names()
+        for owner in owners:
+            self.suppressions.erase(owner, address)
+        counts = dict.fromkeys(("tasks", "subscriptions", "unconfirmed", "mails"), 0)
+        self._end_subscriptions(address, account, counts)  # so that no further newsletters come
+        left = self._scan(address, account, counts, progress)
+        deadline = time.monotonic() + self.PATIENCE
+        while (waiting := [task_id for task_id, reason in left if reason == "in hand"]) and time.monotonic() < deadline:
+            time.sleep(0.1)
+            left = [each for each in left if each[1] != "in hand"] + self._erase_of(address, account, waiting, counts)
+            self._end_subscriptions(address, account, counts)  # one of them may be a subscribe
+        counts["mails"] = self.outbox.erase(address, account)
+        reasons = {"in hand": "it is just being sent; erase the address again in a moment",
+                   "several": "it goes to several recipients and has not ended; cancel it, or erase the address again "
+                              "when it has"}
+        log(logging.INFO, "recipient erased", account=account.name or None, **counts, remaining=len(left))
+        return {**counts, "remaining": [{"id": task_id, "reason": reasons[reason]} for task_id, reason in left]}
+
+    def _scan(self, address: str, account: Account, counts: dict[str, int],
+              progress: Callable[[int], object]) -> list[tuple[str, str]]:
+        """Look at all keys, and erase those about an address; returns (id, reason) of the tasks that are left."""
+        left: list[tuple[str, str]] = []
+        looked_at, cursor = 0, None
+        while cursor != 0:
+            self.inspection.give_way()
+            cursor, keys = self.store.redis.scan(cursor or 0, match=self.store.matching("*"), count=self.KEYS)
+            names = [key.removeprefix(self.store.prefix) for key in keys]
+            left += self._erase_of(address, account, [
+                name.removeprefix("task:") for name in names if name.startswith("task:")], counts)
+            for name in names:
+                self._erase_key(name, address, account, counts)
+            looked_at += len(names)
+            progress(looked_at)
+        return left
+
+    def _erase_of(self, address: str, account: Account, ids: Sequence[str],
+                  counts: dict[str, int]) -> list[tuple[str, str]]:
+        """Erase those of these tasks that are to an address; returns (id, reason) of those that are left."""
+        left: list[tuple[str, str]] = []
+        folded, step = fold_address(address), self.inspection.SEARCH_BATCH
+        for start in range(0, len(ids), step):
+            count, *found = self._erase_tasks(keys=[self.store.prefix], args=[
+                account.name, account.registration, folded, json.dumps(folded), *ids[start:start + step]])
+            counts["tasks"] += count
+            left += zip(found[::2], found[1::2])
+        return left
+
+    def _erase_key(self, name: str, address: str, account: Account, counts: dict[str, int]) -> None:
+        """Erase what a key, named without prefix, has of an address, unless it is that of a task."""
+        folded, (kind, _, rest) = fold_address(address), name.partition(":")
+        content_type, _, owner = rest.partition(":")
+        if kind in (*self.BY_ADDRESS, "left") and account.name in ("", owner):
+            self._erase_field(kind, owner, content_type, address, counts)
+        elif kind == "unconfirmed":
+            record = json.loads(self.store.redis.get(self.store.key(name)) or "null")
+            if record and fold_address(record["userId"]) == folded and account.name in ("", record["account"]):
+                counts["unconfirmed"] += self.store.redis.delete(self.store.key(name))
+        elif kind in self.WITH_ADDRESS or kind == "unsubscribed":
+            rest = owner if kind == "unsubscribed" else rest
+            if rest == f"{folded}:{account.name}" or not account.name and rest.startswith(f"{folded}:"):
+                self.store.redis.delete(self.store.key(name))
+
+    def _erase_field(self, kind: str, owner: str, content_type: str, address: str, counts: dict[str, int]) -> None:
+        """Erase an address from a hash BY_ADDRESS, or from that of who unsubscribed, which keeps its erased_name()."""
+        key, folded = self.store.key(kind, content_type, owner), fold_address(address)
+        record = self.store.redis.hget(key, folded)
+        if record is None:
+            return
+        with self.store.redis.pipeline() as transaction:
+            if kind == "left":
+                kept = {name: value for name, value in json.loads(record).items() if name != "userId"}
+                transaction.hset(key, erased_name(self.store, address), json.dumps(kept))
+            if kind == "subscribers":
+                transaction.zrem(self.store.key("schedule"),
+                                 self.newsletters.schedule_member(owner, content_type, address))
+                counts["subscriptions"] += 1
+            transaction.hdel(key, folded)
+            transaction.execute()
+
+    def _end_subscriptions(self, address: str, account: Account, counts: dict[str, int]) -> None:
+        """End the subscriptions of an address, and its places in the schedule that content types have left."""
+        for owner, content_type in self.newsletters._content_types(account.name):
+            for kind in (*self.BY_ADDRESS, "left"):
+                self._erase_field(kind, owner, content_type, address, counts)
+        end = escape_glob(f", {json.dumps(fold_address(address), ensure_ascii=False)}]")
+        key = self.store.key("schedule")
+        for member, _ in list(self.store.redis.zscan_iter(key, f"*{end}", count=self.KEYS)):
+            if account.name in ("", json.loads(member)[0]):
+                self.store.redis.zrem(key, member)
 
 
 # --- 15. webhooks ---------------------------------------------------------------------------------------
@@ -10277,13 +10914,14 @@ class Workers:
         self.transport, self.webhooks, self.stats = transport, webhooks, stats
         self.otps, self.newsletters = otps, newsletters
         self.handlers = {"message": self.send_message, "generateOtp": self.send_otp, "newsletter": self.send_newsletter,
-                         "subscribe": self.subscribe, "unsubscribe": newsletters.unsubscribe,
+                         "subscribe": self.subscribe, "unsubscribe": self.unsubscribe,
                          "webhook": self.send_event}
         self.stopping = threading.Event()
         self.smtp = SmtpState(transport)
         self.breakers: dict[str, CircuitBreaker] = {
             lane: CircuitBreaker(lane, transport, self.stopping, self.smtp) for lane in LANES}
         self.suspect, self.at_once = threading.Lock(), contextlib.nullcontext()
+        self.redirect_to = parse_address(settings.redirect_to)
         self.is_limited = bool(queue.rate)
         # One thread for the changes, which wait for Redis alone, and for fast newsletters: more threads would make them
         # only a little faster, and OTPs slower. A Maildir takes one mail at a time.
@@ -10553,6 +11191,8 @@ class Workers:
         if isinstance(cause, UnavailableError) and not isinstance(cause, TooManyConnectionsError):
             breaker.open(str(cause), outage=not cause.dropped and not cause.sender, by_mail=quota,
                          by_sender=cause.is_about_sender)
+            if cause.dropped and isinstance(self.transport, MaildirTransport):
+                breaker.failures = 0  # 421@gomail.test: other mail must not wait for long
         elif breaker.is_tester and verdict in (Verdict.RETRYING, Verdict.DEAD):
             breaker.close()  # the mail was refused for its own sake, so the quota is back as far as one can tell
         if quota:
@@ -10618,6 +11258,9 @@ class Workers:
         """The mail of a task as bytes."""
         if self.settings.smtp_server.endswith(".postmarkapp.com"):
             mail = dataclasses.replace(mail, headers=(*mail.headers, *postmark_headers(task.id)))
+        if self.redirect_to:
+            mail = dataclasses.replace(mail, headers=(*mail.headers, *(
+                ("X-Original-To", mailbox(address)) for address in self._recipients(task))))
         moment = max(task.created, task.payload.get("send_at", 0))
         return compose(mail, f"{task.id}@{mail.sender[1].rpartition('@')[2]}", moment)
 
@@ -10651,6 +11294,7 @@ class Workers:
             raise SuppressedError(f"{task.payload['userId']} is suppressed; see GET /suppressions")
         if recipients:
             lane, sender = task.lane, self._sender(task)[1]
+            recipients = [*self._redirected(recipients)]
             with self._within_rate(lane, recipients) if self.is_limited else self.at_once:
                 if task.expires and self.store.time() * 1000 >= task.expires:
                     raise ExpiredError("it was not sent in time")
@@ -10659,7 +11303,11 @@ class Workers:
                 try:
                     reply = self.transport.send(
                         sender, recipients, message, task.owner, lane, self._envelope(task.following),
-                        functools.partial(self._make_message, task.following))
+                        functools.partial(self._make_message, task.following), task.attempts + task.drops)
+                except DeliveryError as error:
+                    if self.redirect_to:
+                        error.no_such_address = False  # it says nothing of the true recipients
+                    raise
                 finally:
                     duration = time.monotonic() - started
                     self.crews[lane].note(duration)
@@ -10706,13 +11354,24 @@ class Workers:
         """The envelope of the mail that a task will send, as far as that can be known before."""
         if task is None or task.strikes or task.type not in MAIL_TYPES:
             return None
-        return Envelope(self._sender(task)[1], tuple(self._recipients(task)))
+        return Envelope(self._sender(task)[1], tuple(self._redirected(self._recipients(task))))
+
+    def _redirected(self, recipients: Sequence[str]) -> Sequence[str]:
+        """Those to whom a mail for these recipients goes: with redirect_to, that address instead."""
+        return [self.redirect_to] if self.redirect_to and recipients else recipients
 
     def subscribe(self, task: Task) -> str:
         """Do a subscribe task; returns what became of it."""
         result = self.newsletters.subscribe(task)
         if result == Newsletters.LEFT_OUT:
             self.stats.count("gomail_subscriptions_left_out_total")
+        return result
+
+    def unsubscribe(self, task: Task) -> str:
+        """Do an unsubscribe task; returns what became of it."""
+        result = self.newsletters.unsubscribe(task)
+        if result == "unsubscribed":
+            self.stats.count("gomail_unsubscribed_total", how="task")
         return result
 
     def send_event(self, task: Task) -> str:
@@ -10751,8 +11410,10 @@ class Cron:
     POLL = 1.0  # seconds between two looks for newsletters that are due, and for what other processes have delayed
 
     def __init__(self, store: Store, accounts: Accounts, queue: Queue, newsletters: Newsletters, stats: Stats,
-                 workers: Workers, transport: Transport, server: EmbeddedServer | None = None) -> None:
+                 workers: Workers, transport: Transport, bounces: Bounces,
+                 server: EmbeddedServer | None = None) -> None:
         self.store, self.accounts, self.queue, self.newsletters = store, accounts, queue, newsletters
+        self.bounces = bounces
         self.stats, self.workers, self.transport, self.server = stats, workers, transport, server
         self.stopping = threading.Event()
         self.thread = threading.Thread(target=self.run, daemon=True)
@@ -10826,6 +11487,16 @@ class Cron:
 
         return self.queue.expire(note)
 
+    def report_returned(self, reports: collections.deque[Report]) -> None:
+        """Take the reports about mails to gomail.test whose tasks have ended, as if they came from a server."""
+        for _ in range(len(reports)):
+            state = self.store.redis.hget(self.store.key("task", reports[0].ids[0]), "state")
+            if has_ended := state not in (State.QUEUED, State.RUNNING):
+                self.bounces.record(reports[0])
+            report = reports.popleft()
+            if not has_ended:
+                reports.append(report)
+
     def once(self) -> None:
         """Do one round. Long work is done in parts, so that the heartbeat stays on time."""
         now = time.monotonic()
@@ -10850,6 +11521,7 @@ class Cron:
             if isinstance(self.transport, MaildirTransport):
                 with logging_errors("the Maildir cannot be cleaned"):
                     self.transport.clean()
+                self.report_returned(self.transport.returning)
         if now - self.last_poll < self.POLL and not self.queue.is_due() and not self.newsletters.sending.is_set():
             return
         self.last_poll, deadline = now, time.monotonic() + 0.5
@@ -11096,9 +11768,10 @@ class Api:
 
     def __init__(self, settings: Settings, store: Store, accounts: Accounts, queue: Queue, inspection: Inspection,
                  suppressions: Suppressions, otps: Otps, newsletters: Newsletters, webhooks: Webhooks,
-                 bounces: Bounces, transport: Transport, workers: Workers, smtp: SmtpState, stats: Stats) -> None:
+                 bounces: Bounces, transport: Transport, workers: Workers, smtp: SmtpState, stats: Stats,
+                 recipients: Recipients) -> None:
         self.settings, self.store, self.accounts, self.queue = settings, store, accounts, queue
-        self.bounces = bounces
+        self.bounces, self.recipients = bounces, recipients
         self.inspection, self.suppressions = inspection, suppressions
         self.otps, self.newsletters, self.webhooks, self.stats = otps, newsletters, webhooks, stats
         self.transport, self.workers, self.smtp = transport, workers, smtp
@@ -11106,6 +11779,7 @@ class Api:
         self.cookie = f"gomail_{accounts.derive('cookie').hex()[:8]}"
         self.admin = Account("", accounts.derive(f"admin {settings.admin_token}").hex())
         self.penalties = threading.BoundedSemaphore(self.MAX_PENALTIES)
+        self.waiting = threading.BoundedSemaphore(max(1, settings.max_connections // 4))  # of GET /outbox
         self.page = PAGE_FILE.read_text() if PAGE_FILE.exists() else None
 
     def authenticate(self, route: Route, request: Request) -> Account | None:
@@ -11357,6 +12031,7 @@ class Api:
             filled = {**task, "payload": {**task["payload"]}}
             try:
                 check_sender(filled, path, senders)
+                check_confirm(filled, path, self.settings.public_url)
                 left -= fill_message(filled, path, min(left, self.settings.max_body), texts)
                 completed.append(filled)
             except HTTPError as error:
@@ -11495,6 +12170,7 @@ class Api:
     def list_issues(self, request: Request) -> Reply:
         return {"status": True, "issues": self.newsletters.issues(request.account.name,
                                                                   request.path_params["content_type"])}
+
     def import_subscribers(self, request: Request) -> Reply:
         body, errors = request.body, list[Json]()
 
@@ -11507,6 +12183,8 @@ class Api:
             request.account.name, request.path_params["content_type"], rows, body.get("again", False), note)
         if counts["left_out"]:
             self.stats.count("gomail_subscriptions_left_out_total", counts["left_out"])
+        log(logging.INFO, "subscribers imported", account=request.account.name,
+            content_type=request.path_params["content_type"], **counts)
         return done("Subscribers imported", subscribed=counts["subscribed"], left_out=counts["left_out"],
                     errors=errors, failed=counts["failed"])
 
@@ -11527,28 +12205,38 @@ class Api:
         name, address = next(filter(None, map(parse_sender, senders)), ("", ""))
         return name or address or self.settings.sender[0] or account
 
-    def page_for(self, request: Request, what: str, action: str, account: str, content_type: str,
-                 address: str) -> Response:
+    def page_for(self, request: Request, what: str, account: str, content_type: str, address: str,
+                 action: str = "") -> Response:
         """The page for the reader of a newsletter, see reader_page()."""
         return reader_page(request.headers.get("accept-language", ""), what, self.sender_name(account), action,
                            content_type=content_type, address=address)
 
     def ask_to_unsubscribe(self, request: Request) -> Reply:
         # Mail scanners follow links, so only the button's POST ends the subscription.
-        return self.page_for(request, "unsubscribe", "?by=button",
-                             *self.newsletters.read_link(request.path_params["token"]))
+        return self.page_for(request, "unsubscribe", *self.newsletters.read_link(request.path_params["token"]),
+                             action="?by=button")
 
     def follow_link(self, request: Request) -> Reply:
         token, how = request.path_params["token"], "link" if "by" in request.query else "one-click"
-        can_undo = self.newsletters.follow_link(token, how)
-        return self.page_for(request, "unsubscribed", f"{urllib.parse.quote(token)}/again" if can_undo else "",
-                             *self.newsletters.read_link(token))
+        result, can_undo = self.newsletters.follow_link(token, how)
+        if result == "unsubscribed":
+            self.stats.count("gomail_unsubscribed_total", how=how)
+        return self.page_for(request, "unsubscribed", *self.newsletters.read_link(token),
+                             action=f"{token}/again" if can_undo else "")
+
+    def ask_to_confirm(self, request: Request) -> Reply:
+        asking = self.newsletters.read_confirmation(request.path_params["token"])
+        return self.page_for(request, "confirm", asking["account"], asking["content_type"], asking["userId"])
+
+    def confirm(self, request: Request) -> Reply:
+        asking = self.newsletters.confirm(request.path_params["token"])
+        return self.page_for(request, "subscribed", asking["account"], asking["content_type"], asking["userId"])
 
     def subscribe_again(self, request: Request) -> Reply:
         token = request.path_params["token"]
         if not self.newsletters.subscribe_again(token):
             raise HTTPError(410, "this subscription cannot be renewed by its link", "token")
-        return self.page_for(request, "subscribed", "", *self.newsletters.read_link(token))
+        return self.page_for(request, "subscribed", *self.newsletters.read_link(token))
 
     def read_webhook(self, request: Request) -> Reply:
         return {"status": True, **self.describe_webhook(self.webhooks.find(request.account.name))}
@@ -11632,6 +12320,16 @@ class Api:
             raise HTTPError(404, "userId is not suppressed", "userId")
         return done("Suppression removed successfully")
 
+    def read_recipient(self, request: Request) -> Reply:
+        address = Address()(request.path_params["address"], "address")
+        return {"status": True, **self.recipients.read(address, request.account)}
+
+    def erase_recipient(self, request: Request) -> Reply:
+        address = Address()(request.path_params["address"], "address")
+        erased = self.recipients.erase(address, request.account)
+        return done("Recipient erased, except for the tasks that remain" if erased["remaining"] else
+                    "Recipient erased successfully", **erased)
+
     def list_bounce_urls(self, request: Request) -> Reply:
         return {"status": True, "urls": self.bounces.urls(request.account)}
 
@@ -11653,7 +12351,8 @@ class Api:
         return {"status": True, "lanes": self.inspection.lanes(depths, reports, self.queue.held()),
                 "processes": self.inspection.processes(),
                 "retrying": depths["retrying"], "dead": dead, "mail_to": "Maildir" if outbox else str(self.transport),
-                "outbox": outbox, "smtp": smtp, "windows": self.queue.windows()}
+                "outbox": outbox, "smtp": smtp, "windows": self.queue.windows(),
+                "redirect_to": self.workers.redirect_to}
 
     def pause_lane(self, request: Request) -> Reply:
         lane = self.lane_in(request)
@@ -11688,7 +12387,26 @@ class Api:
         return self.transport
 
     def list_outbox(self, request: Request) -> Reply:
-        mails, next_offset = self.outbox().list(request.account, **request.query)
+        outbox, account, query = self.outbox(), request.account, dict(request.query)
+        deadline = time.monotonic() + query.pop("wait", 0)
+        found: tuple[list[Json], int | None] = ([], None)
+
+        def look() -> bool:
+            nonlocal found
+            found = outbox.list(account, **query)
+            return bool(found[0])
+
+        if not look() and deadline > time.monotonic():
+            if not self.waiting.acquire(blocking=False):
+                raise HTTPError(429, "too many requests wait for a mail now; try again in a second, or without wait",
+                                "wait", {"Retry-After": "1"})
+            try:
+                outbox.wait(self.workers.stopping, deadline, look)
+            finally:
+                self.waiting.release()
+            if account.key:  # it may have been revoked meanwhile
+                self.accounts.ensure_active(account)
+        mails, next_offset = found
         return {"status": True, "mails": mails, "next": next_offset}
 
     def read_outbox(self, request: Request) -> Reply:
@@ -11835,6 +12553,8 @@ PAGING = {"offset": Integer(0, 10**9), "limit": Integer(0, 1000)}
 SEARCH = {**PAGING, "search": String(254, ONE_LINE, LINE), "state": Enum(STATES)}
 FILTERS = {"state": Enum(WAITING), "type": Enum(CANCELLABLE), "task": String(256, ONE_LINE, LINE),
            "content_type": CONTENT_TYPE, "userId": Address()}
+OUTBOX_SEARCH = {**PAGING, "to": String(254, ONE_LINE, LINE), "subject": String(254, ONE_LINE, LINE),
+                 "task": String(64, ONE_LINE, LINE), "wait": Integer(0, 60)}
 CURSOR = Pattern("the value of next in the previous answer", r"[0-9]{1,10}-[0-9]{1,19}", 30)
 SUBSCRIPTIONS = {"content_type": CONTENT_TYPE, "userId": Address(), "cursor": CURSOR, "limit": Integer(1, 1000),
                  "state": Enum(tuple(SubscriptionState)), "search": String(254, ONE_LINE, LINE)}
@@ -11851,7 +12571,10 @@ WEBHOOK_ANSWER = {"status": bool, "url": str, "events": list, "created": str, "g
                   "previousUntil": (str, None)}
 ACCOUNT_ANSWER = {"status": bool, "id": str, "senders": list, "reply_to": str, "webhook": (dict, None)}
 LANES_ANSWER = {"status": bool, "lanes": list, "processes": int, "retrying": int, "dead": int, "mail_to": str,
-                "outbox": bool, "smtp": dict, "windows": list}
+                "outbox": bool, "smtp": dict, "windows": list, "redirect_to": (str, None)}
+RECIPIENT_ANSWER = {"status": bool, "userId": str, "answer": str, "suppression": (dict, None), "subscriptions": list,
+                    "unsubscribed": list, "unconfirmed": list, "otp": (dict, None), "tasks": list,
+                    "suppressions?": list, "otps?": list}
 MAIL_ANSWER = {"status": bool, "id": str, "headers": list, "text": (str, None), "html": (str, None),
                "view": (str, None), "attachments": list, "source": str}
 METRICS_ANSWER = {"status": bool, "Total Jobs Executed": int, "Jobs Successful": int, "Jobs Failed": int,
@@ -11887,8 +12610,6 @@ ROUTES = (
     Route("GET", "/task/subscriptionContent/{content_type}", Api.read_content, Access.KEY,
           answer=CONTENT_ANSWER, refuses=(404,)),
     Route("DELETE", "/task/subscriptionContent/{content_type}", Api.remove_content, Access.KEY, refuses=(404,)),
-    Route("POST", "/task/subscriptionContent/{content_type}/preview", Api.preview_content, Access.KEY, PREVIEW,
-          answer={"status": bool, "subject": str, "text": str, "view": str, "missing": list}, refuses=(404,)),
     Route("POST", "/task/subscriptionContent/{content_type}/send", Api.send_content, Access.KEY, SEND,
           answer={**COUNTED, "id?": str}, refuses=(404, 409), idempotency_key=True),
     Route("GET", "/task/subscriptionContent/{content_type}/issues", Api.list_issues, Access.KEY,
@@ -11897,6 +12618,8 @@ ROUTES = (
           answer={**DONE, "subscribed": int, "left_out": int, "errors": list, "failed": int}, refuses=(404,)),
     Route("GET", "/task/subscriptionContent/{content_type}/export", Api.export_subscribers, Access.KEY,
           answer="text/csv", refuses=(404,)),
+    Route("POST", "/task/subscriptionContent/{content_type}/preview", Api.preview_content, Access.KEY, PREVIEW,
+          answer={"status": bool, "subject": str, "text": str, "view": str, "missing": list}, refuses=(404,)),
     Route("GET", "/task/recent", Api.list_recent, Access.ALL, query=SEARCH,
           answer={"status": bool, "tasks": list, "next": (int, None)}),
     Route("GET", "/task/dead", Api.list_dead, Access.ALL, query=PAGING, answer={**PART_ANSWER, "tasks": list}),
@@ -11916,6 +12639,9 @@ ROUTES = (
           answer={**PART_ANSWER, "suppressions": list}),
     Route("POST", "/suppressions", Api.suppress, Access.KEY, RECIPIENT),
     Route("DELETE", "/suppressions", Api.unsuppress, Access.KEY, RECIPIENT, refuses=(404,)),
+    Route("GET", "/recipients/{address}", Api.read_recipient, Access.ALL, answer=RECIPIENT_ANSWER),
+    Route("DELETE", "/recipients/{address}", Api.erase_recipient, Access.ALL, answer={
+        **DONE, "tasks": int, "subscriptions": int, "unconfirmed": int, "mails": int, "remaining": list}),
     Route("GET", "/bounces", Api.list_bounce_urls, Access.KEY, answer={"status": bool, "urls": dict}),
     Route("POST", "/bounces", Api.take_bounce, Access.KEY, BOUNCE, answer=CHANGED, refuses=(404,)),
     Route("POST", "/bounces/{provider}/{token}", Api.take_notification, Access.TOKEN, Notification(), answer=CHANGED,
@@ -11929,7 +12655,7 @@ ROUTES = (
     Route("POST", "/lanes/{lane}/pause", Api.pause_lane, Access.ADMIN, refuses=(404,)),
     Route("POST", "/lanes/{lane}/resume", Api.resume_lane, Access.ALL, refuses=(403, 404, 429)),
     Route("GET", "/history", Api.read_history, Access.ALL, answer={"status": bool, "minutes": list}),
-    Route("GET", "/outbox", Api.list_outbox, Access.ALL, query=PAGING,
+    Route("GET", "/outbox", Api.list_outbox, Access.ALL, query=OUTBOX_SEARCH,
           answer={"status": bool, "mails": list, "next": (int, None)}, refuses=(404,)),
     Route("GET", "/outbox/{id}", Api.read_outbox, Access.ALL, answer=MAIL_ANSWER, refuses=(404,)),
     Route("GET", "/view/{token}", Api.view, Access.OPEN, answer="text/html", refuses=(404,)),
@@ -11938,6 +12664,8 @@ ROUTES = (
           answer="text/html", refuses=(404,)),
     Route("POST", "/unsubscribe/{token}/again", Api.subscribe_again, Access.OPEN, answer="text/html",
           refuses=(404, 410)),
+    Route("GET", "/confirm/{token}", Api.ask_to_confirm, Access.OPEN, answer="text/html", refuses=(404, 410)),
+    Route("POST", "/confirm/{token}", Api.confirm, Access.OPEN, answer="text/html", refuses=(404, 410)),
     Route("GET", "/health/ping", Api.ping, Access.OPEN, answer={"message": str}, needs_redis=False),
     Route("GET", "/health/ready", Api.ready, Access.OPEN, answer={"status": bool, "smtp": str}),
     Route("GET", "/metrics", Api.prometheus, Access.OPEN, answer="text/plain", needs_redis=False),
@@ -12915,14 +13643,17 @@ class Service:
         bounces = Bounces(self.queue, accounts, self.stats, settings.public_url)
         self.bounce_reader = BounceReader(settings, store, bounces, process) if settings.bounce_imap else None
         webhooks = Webhooks(store)
+        outbox = self.transport if isinstance(self.transport, MaildirTransport) else MaildirTransport(
+            pathlib.Path(settings.data_dir, "outbox"))  # from before there was an SMTP server
+        recipients = Recipients(store, settings, accounts, self.inspection, suppressions, self.newsletters, outbox)
         self.workers = Workers(settings, store, self.queue, suppressions, self.transport, otps, self.newsletters,
                                webhooks, self.stats)
         self.cron = Cron(store, accounts, self.queue, self.newsletters, self.stats, self.workers, self.transport,
-                         self.server)
+                         bounces, self.server)
         self.http.store, self.http.stats = store, self.stats
         self.http.api = Api(settings, store, accounts, self.queue, self.inspection, suppressions, otps,
                             self.newsletters, webhooks, bounces, self.transport, self.workers, self.workers.smtp,
-                            self.stats)
+                            self.stats, recipients)
 
     def listen(self) -> None:
         """Accept connections until the service stops, in spite of errors of this machine."""
@@ -13328,7 +14059,7 @@ class Operator:
                                  "command where it runs")
         self.store, self.terminal = open_store(settings, server), terminal
         self.queue, self.stats = Queue(self.store, settings, "operator"), Stats(self.store)
-        self.inspection = Inspection(self.store, settings)
+        self.settings, self.inspection = settings, Inspection(self.store, settings)
         self.accounts = Accounts(self.store, settings.jwt_secret, settings.jwt_secret_previous, settings.api_key_ttl)
         self.newsletters = Newsletters(self.store, zoneinfo.ZoneInfo(settings.timezone), self.accounts,
                                        settings.public_url, max_size=settings.max_body)
@@ -13476,6 +14207,44 @@ class Operator:
             return self.terminal.fail(1, error.message)
         return self.terminal.result({"lane": options.lane, "paused": False}, [
             f"{options.lane} goes on as soon as the SMTP server takes mail"])
+
+    def recipient(self, options: argparse.Namespace) -> int:
+        """Show what is known of an address, or erase it."""
+        try:
+            address = Address()(options.address, "ADDRESS")
+        except HTTPError as error:
+            return self.terminal.fail(2, error.message)
+        account = self.accounts.find(options.account) if options.account else EVERYBODY
+        if account is None:
+            return self.terminal.fail(1, f"there is no account {options.account}; `accounts` lists them")
+        newsletters = Newsletters(self.store, zoneinfo.ZoneInfo(self.settings.timezone), self.accounts)
+        recipients = Recipients(self.store, self.settings, self.accounts, self.inspection, Suppressions(self.store),
+                                newsletters, MaildirTransport(pathlib.Path(self.settings.data_dir, "outbox")))
+        if options.erase:
+            return self.erase_recipient(recipients, address, account, options.yes)
+        found = recipients.read(address, account)
+        rows = [[task["created"], task.get("account", account.name), task["type"], task["state"], task["id"],
+                 task["error"] or ""] for task in found["tasks"]]
+        details = [f"{kind}: {each['content_type']} ({each['account']})"
+                   for kind in ("subscriptions", "unsubscribed", "unconfirmed") for each in found[kind]]
+        lines = [str(self.terminal.paint(line)) for line in (found["answer"], *details, "")]
+        return self.terminal.result(found, [*lines, *self.terminal.table(
+            ["accepted", "account", "type", "state", "id", "error"], rows)])
+
+    def erase_recipient(self, recipients: Recipients, address: str, account: Account, confirmed: bool) -> int:
+        """Erase an address, after a question. The exit code is 1 where tasks remain."""
+        owners = f"the account {account.name}" if account.name else "all accounts"
+        if not confirmed and not self.terminal.confirms(
+                f"Erase all that {owners} have of {address}? Mails that wait are not sent, and subscriptions end."):
+            return 1
+        with self.terminal.progress(self.store.redis.dbsize()) as progress:
+            erased = recipients.erase(address, account, progress)
+        counts = ", ".join([plural(erased["tasks"], "task"), plural(erased["subscriptions"], "subscription"),
+                            plural(erased["mails"], "mail")])
+        lines = [f"erased: {counts} in the Maildir"]
+        lines += [f"task {each['id']} remains: {each['reason']}" for each in erased["remaining"]]
+        self.terminal.result(erased, lines)
+        return 1 if erased["remaining"] else 0
 
     def show_stats(self, options: argparse.Namespace) -> int:
         """Lanes, counters and the last hour: once, or on a terminal every second until Ctrl-C."""
@@ -14203,6 +14972,12 @@ def command_line() -> argparse.ArgumentParser:
     for name, method, explanation in (("pause", Operator.pause, "take nothing from a lane until it is resumed"),
                                       ("resume", Operator.resume, "end the pause of a lane, whoever caused it")):
         operation(name, method, explanation).add_argument("lane", choices=LANES, metavar="LANE", help=", ".join(LANES))
+    recipient = operation("recipient", Operator.recipient, "show what is known of an address, or erase it")
+    recipient.add_argument("address", metavar="ADDRESS")
+    recipient.add_argument("--account", metavar="NAME", help="only what this account has (default: all accounts)")
+    recipient.add_argument("--erase", action="store_true", help="erase it: tasks, subscriptions, OTPs, mails of the "
+                           "Maildir; that it is suppressed or unsubscribed stays known by a keyed hash")
+    recipient.add_argument("--yes", action="store_true", help="do not ask before --erase; only a terminal is asked")
     operation("stats", Operator.show_stats,
               "show lanes, counters and the last hour; on a terminal every second, until Ctrl-C")
     accounts = operation("accounts", Operator.manage_accounts,

@@ -834,6 +834,14 @@ def test_a_service_for_others_whose_mail_goes_to_the_maildir_is_warned_about(pro
     assert [line.split()[0] for line in checked.splitlines()] == ["warning", "warning", "ok", "ok", "ok"]
 
 
+def test_redirect_to_is_warned_about_at_the_start_and_by_check(processes):
+    words = "redirect_to is set: every mail goes to me@example.net, not to its recipients"
+    process = processes({"redirect_to": "me@example.net"}).started()
+    assert until(lambda: process.logged(words))["level"] == "WARNING"
+    checked = processes({"redirect_to": "me@example.net", "log_file": "off"}, arguments=["--check"]).result()[1]
+    assert f"warning  {words}\n" in checked
+
+
 def test_spaces_around_a_value_belong_to_it_unless_it_is_a_number_or_a_choice(tmp_path):
     (tmp_path / ".env").write_text("port=' 1 '\nretry_delay=' 0.5 '\ndurability=' fsync '\nsmtp_pass=' a '\n")
     (tmp_path / "otp_subject").write_text(" Code \n")
@@ -857,6 +865,8 @@ def test_spaces_around_a_value_belong_to_it_unless_it_is_a_number_or_a_choice(tm
         "fast", "-1", "nan", "100001", "100001/s", "0/s", "0/day", "0.5/min", "14/", "/s", "14/fortnight", "14/s,",
         "2,000/day", "14, 2000/day", "14/s 2000/day", "14/0s", "-1/day", "1e3/day", "\u0661/day", "14/s; 2000/day")),
     ("durability", "sometimes", "everysec, fsync"),
+    *(("redirect_to", value, "is not an address such as you@example.com") for value in (
+        "me", "me@example.com, you@example.com", "Me <me@example.com>", "me@example.com\nBcc: eve@example.com")),
     ("timezone", "Mars/Olympus", "IANA time zone"),
     ("host", "0.0.0.0", "admin_token"),
     ("host", "localhost:8080", "the port goes into port"),
@@ -1676,7 +1686,8 @@ def test_the_documented_commands_are_those_of_the_code():
     source = (HERE / "gomail.py").read_text()
     in_scripts = set(re.findall(r"redis\.p?call\('(\w+)'", source))
     methods = set(re.findall(r"(?:\bredis|\bserver|pipeline|transaction)\.(\w+)\(", source))
-    named = {"delete": "DEL", "hscan_iter": "HSCAN", "sscan_iter": "SSCAN", "memory_usage": "MEMORY|USAGE"}
+    named = {"delete": "DEL", "hscan_iter": "HSCAN", "sscan_iter": "SSCAN", "zscan_iter": "ZSCAN",
+             "memory_usage": "MEMORY|USAGE"}
     by_client = {named.get(method, method.upper()) for method in methods if hasattr(redis.Redis, method)}
     known = {command.split()[0] for command in gomail.Store.COMMANDS.split(",")}
     not_for_all = {"INFO", "PIPELINE", "EXECUTE_COMMAND", "CLOSE", "SENTINEL"}
@@ -1734,8 +1745,10 @@ def test_a_redis_user_with_the_documented_permissions_is_enough_for_all_work(
     client.post("/lanes/normal/pause")
     client.task()
     assert client("DELETE", "/task?type=message")[1]["count"] == 1
-    for path in ("/lanes", "/health/metrics", "/health/ready", "/history", "/task/recent?search=user"):
+    for path in ("/lanes", "/health/metrics", "/health/ready", "/history", "/task/recent?search=user",
+                 "/recipients/user@example.com"):
         client.get(path)
+    assert client("DELETE", "/recipients/user@example.com")[0] == 200
     client.post("/lanes/normal/resume")
     assert client("DELETE", "/task/subscriptionContent/news")[0] == 200
     # What a dead process and a wrong clock leave behind.
@@ -5953,6 +5966,9 @@ def test_docs_metrics_md_names_every_metric_with_its_labels_and_no_other(service
     client = service.client.sign_up()
     client.state(client.task(), "succeeded")
     client.post("/bounces", {"userId": "gone@example.com", "kind": "bounce"})
+    define(client)
+    subscribe(client)
+    client.state(client.task("unsubscribe", content_type="news"), "succeeded")
     connection = http.client.HTTPConnection(service.http.url.removeprefix("http://"))
 
     def families():
@@ -6268,6 +6284,213 @@ def test_a_mail_of_the_outbox_that_was_looked_at_a_moment_ago_is_not_removed(tmp
     for _ in range(5):
         outbox.clean()
     assert numbers() == [9, 8] and outbox.read(shown["id"]) is None
+
+
+def test_a_test_address_refuses_with_its_code_as_an_smtp_server_would_and_a_label_changes_nothing(tmp_path):
+    outbox = gomail.MaildirTransport(tmp_path)
+    for code in (*range(400, 500), *range(500, 600)):
+        address = f"{code}+Any.Label@gomail.test"
+        with pytest.raises(gomail.DeliveryError, match=f"{code} {code // 100}.0.0 ") as refused:
+            outbox.send("app@example.org", [address], b"Subject: x\r\n\r\nx\r\n")
+        expected = gomail.refusal("RCPT", code, f"{code // 100}.0.0 {address} is an address for tests".encode())
+        assert (type(refused.value), str(refused.value)) == (type(expected), str(expected))
+        assert not refused.value.no_such_address  # so that the next test is refused as well, and not suppressed
+    assert outbox.list() == ([], None)
+
+
+@hypothesis.settings(max_examples=50, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.given(strategies.from_regex(
+    "[3-6][0-9]{1,3}(-(once|twice|thirdly))?([+]x)?|[a-z0-9]{1,9}", fullmatch=True))
+def test_what_is_no_test_address_is_an_ordinary_one(tmp_path, local):
+    refuses = re.fullmatch(r"[45]\d\d(-once|-twice)?(\+x)?", local)
+    for domain in ("gomail.test", "example.com", "a.gomail.test", "gomail.test.example"):
+        with pytest.raises(gomail.DeliveryError) if refuses and domain == "gomail.test" else contextlib.nullcontext():
+            gomail.MaildirTransport(tmp_path).send("app@example.org", [f"{local}@{domain}"], b"Subject: x\r\n\r\nx\r\n")
+
+
+@pytest.mark.parametrize("local, times", [("451-once", 1), ("451-TWICE+a", 2), ("452-thrice", 3), ("421-twice", 2)])
+def test_a_test_address_takes_the_mail_after_as_many_refusals_as_its_name_says(services, local, times):
+    client = services(workers=1).client.sign_up()
+    found = client.state(client.task(userId=f"{local}@GoMail.test", retries=5), "succeeded")
+    refused = [step for step in client.get(f"/task/{found['id']}")["story"] if step["event"] in ("retrying", "dropped")]
+    assert len(refused) == times and all(local[:3] in step["error"] for step in refused)
+    assert len(client.get("/outbox")["mails"]) == 1
+
+
+def test_a_mail_to_several_test_addresses_goes_to_those_that_take_it(services):
+    client = services().client.sign_up()
+    found = client.state(client.task(userId="550@gomail.test", cc=["ann@gomail.test", "451-once@gomail.test"],
+                                     bcc=["bob@example.com"], retries=3), "dead")
+    assert "550 5.0.0" in found["error"] and "451" not in found["error"]
+    assert {mail["task"] for mail in client.get("/outbox")["mails"]} == {found["id"]}
+    for address, count in (("ann@gomail.test", 1), ("bob@example.com", 1), ("451-once@gomail.test", 1), ("550@", 0)):
+        assert len(client.get(f"/outbox?to={address}")["mails"]) == count, address
+
+
+def test_the_test_address_of_a_server_that_is_out_delays_other_mail_only_for_a_moment_and_dies_in_the_end(
+        services, monkeypatch):
+    service = services()
+    client = service.client.sign_up()
+    opened = []
+    monkeypatch.setattr(gomail.CircuitBreaker, "delay", lambda breaker: opened.append(breaker.failures) or 0.02)
+    out = client.task(userId="421@gomail.test", retries=1)
+    client.state(out, "dead")
+    client.state(client.task(), "succeeded")
+    assert opened and set(opened) == {0}  # no pause is longer than the first
+    assert "dropped" in [step["event"] for step in client.get(f"/task/{out}")["story"]]
+    assert client.get("/lanes")["smtp"]["state"] == "up"
+
+
+@pytest.mark.parametrize("local, event", [("bounce", "bounced"), ("complaint+1", "complained")])
+def test_a_test_address_takes_a_mail_and_it_comes_back_or_is_complained_about(services, local, event):
+    client = services().client.sign_up()
+    address = f"{local}@gomail.test"
+    for kind in ("message", "generateOtp"):
+        task = client.task(kind, userId=address, cc=["ann@gomail.test"]) if kind == "message" else client.task(
+            kind, userId=address)
+        client.state(task, "bounced")
+        assert event in [step["event"] for step in client.get(f"/task/{task}")["story"]]
+    suppressed, = client.get("/suppressions")["suppressions"]
+    assert suppressed["userId"] == address and suppressed["reason"].startswith(event)
+    client.state(client.task(userId=address), "suppressed")
+
+
+def test_the_test_address_of_a_slow_server_takes_its_time_and_does_not_hold_up_the_end(services, monkeypatch):
+    service = services()
+    client = service.client.sign_up()
+    started = time.monotonic()
+    client.state(client.task(userId="slow-1s@gomail.test"), "succeeded")
+    assert time.monotonic() - started >= 1
+    waiting = client.task(userId="slow-60s@gomail.test")
+    client.state(waiting, "running")
+    service.settings = dataclasses.replace(service.settings, shutdown_timeout=0.1)
+    service.stop()
+    assert service.workers.stopped and time.monotonic() - started < 50
+    redis_of = gomail.Store(service.settings.redis_uri, service.settings.key_prefix).redis
+    assert redis_of.hget(f"{service.settings.key_prefix}task:{waiting}", "state") == "queued"
+
+
+def test_with_an_smtp_server_a_test_address_is_an_ordinary_one(client, mail_server):
+    client.state(client.task(userId="550@gomail.test"), "succeeded")
+    assert mail_server.to("550@gomail.test")
+
+
+def test_the_outbox_is_searched_by_recipient_subject_and_task(services):
+    client = services().client.sign_up()
+    tasks = [client.task(subject=subject, userId=to, bcc=bcc) for subject, to, bcc in (
+        ("Order 1", "ann@example.com", []), ("Grüße", "Joann@example.com", ["Carl@Example.org"]))]
+    for task in tasks:
+        client.state(task, "succeeded")
+    for query, found in (
+            ("to=ann@example.com", [0]), ("to=ANN@example.c", [0]), ("to=ann", [1, 0]), ("to=carl@example", [1]),
+            ("to=@example.org", [1]), ("to=bob", []), ("subject=order", [0]), ("subject=GR%C3%9C", [1]),
+            (f"task={tasks[0]}", [0]), ("task=x", []), (f"to=ann&subject=order&task={tasks[1]}", [])):
+        assert [mail["task"] for mail in client.get(f"/outbox?{query}")["mails"]] == [tasks[at] for at in found], query
+
+
+def test_the_outbox_answers_as_soon_as_a_mail_that_matches_comes_in_from_any_process(services, monkeypatch):
+    monkeypatch.setattr(gomail.MaildirTransport, "WAIT_STEP", 0.05)
+    services = [services(key_prefix="outbox:"), services(key_prefix="outbox:")]
+    client = services[0].client.sign_up()
+    reader, answers = Client(services[1].http.url, client.key), []
+    waiting = threading.Thread(
+        target=lambda: answers.append(reader.get("/outbox?to=ann@example.com&subject=code&wait=60")["mails"]))
+    waiting.start()
+    client.state(client.task(userId="bob@example.com", subject="Your code"), "succeeded")
+    client.state(client.task(userId="ann@example.com", subject="Hello"), "succeeded")
+    assert waiting.is_alive() and not answers
+    client.state(client.task(userId="ann@example.com", subject="Your code is 123456"), "succeeded")
+    waiting.join(PATIENCE)
+    assert [mail["subject"] for mail in answers[0]] == ["Your code is 123456"]
+    assert len(reader.get("/outbox?to=ann@example.com&wait=60")["mails"]) == 2  # at once
+    assert reader.get("/outbox?to=nobody@example.com&wait=1")["mails"] == []
+    for wrong in ("-1", "61", "1.5", "soon"):
+        assert reader("GET", f"/outbox?wait={wrong}")[1]["field"] == "wait"
+
+
+def test_requests_that_wait_for_a_mail_use_up_no_more_than_a_quarter_of_the_connections_and_end_with_the_service(
+        services):
+    service = services(max_connections=8)
+    client = service.client.sign_up()
+    answers = []
+    waiting = [threading.Thread(target=lambda: answers.append(Client(service.http.url, client.key)(
+        "GET", "/outbox?wait=60")[0])) for _ in range(2)]
+    for thread in waiting:
+        thread.start()
+    until(lambda: service.http.api.waiting._value == 0)
+    status, answer, headers = client("GET", "/outbox?wait=60")
+    assert status == 429 and answer["field"] == "wait" and headers["Retry-After"] == "1"
+    assert client.get("/outbox")["mails"] == []
+    service.stop()
+    for thread in waiting:
+        thread.join(PATIENCE)
+    assert answers == [200, 200]
+
+
+def test_a_key_that_is_revoked_while_it_waits_for_a_mail_gets_none(services):
+    service = services()
+    client = service.client.sign_up()
+    reader, answers = Client(service.http.url, client.key), []
+    waiting = threading.Thread(target=lambda: answers.append(reader("GET", "/outbox?wait=60")))
+    waiting.start()
+    until(lambda: service.http.api.waiting._value < 64)
+    service.client.post("/auth/deregister", {"id": name_of(client)})
+    service.transport.send("a@example.org", ["b@example.org"], b"Subject: x\r\n\r\nx\r\n",
+                           gomail.Account(name_of(client), jwt.decode(client.key, options={
+                               "verify_signature": False})["jti"]))
+    waiting.join(PATIENCE)
+    assert answers[0][0] == 401
+
+
+def redirected(message):
+    """(to whom a mail went, the true recipients) of a mail that was redirected."""
+    return message["To"], [str(value) for value in message.get_all("X-Original-To")]
+
+
+@pytest.mark.parametrize("kind", ["message", "generateOtp", "newsletter"])
+def test_with_redirect_to_every_mail_goes_there_and_names_its_true_recipients(services, mail_server, clock, kind):
+    service = services(mail_server, clock, redirect_to="Me@Example.NET")
+    client = service.client.sign_up()
+    if kind == "newsletter":
+        client.state(client.task("subscribe", frequency="@hourly", content_type="news", subject="News", content="News"),
+                     "succeeded")
+        clock.forward(3600)
+    else:
+        copies = {"cc": ["ann@example.com"], "bcc": ["bob@example.com"]} if kind == "message" else {}
+        client.state(client.task(kind, **copies), "succeeded")
+    mail, = until(lambda: mail_server.mails)
+    assert mail.recipient == "Me@example.net"
+    true = ["user@example.com", *(["ann@example.com", "bob@example.com"] if kind == "message" else [])]
+    assert redirected(parsed(mail.raw)) == ("user@example.com", true)
+    assert client.get("/lanes")["redirect_to"] == "Me@example.net"
+
+
+def test_without_redirect_to_no_mail_has_its_header_and_the_lanes_say_so(client, mail_server):
+    client.state(client.task(), "succeeded")
+    assert "X-Original-To" not in parsed(mail_server.mails[0].raw)
+    assert client.get("/lanes")["redirect_to"] is None
+
+
+def test_what_is_said_of_redirect_to_suppresses_nobody(services, mail_server):
+    service = services(mail_server, redirect_to="me@example.net")
+    client = service.client.sign_up()
+    mail_server.replies = collections.defaultdict(list, {"me@example.net": ["550 5.1.1 no such user"]})
+    client.state(client.task(), "dead")
+    sent = client.state(client.task(), "succeeded")["id"]
+    for body in ({"id": sent, "kind": "complaint"}, {"userId": "me@example.net", "kind": "bounce"}):
+        assert client.post("/bounces", body)["changed"] == 0
+    assert client.get("/suppressions")["total"] == 0 and client.get(f"/task/{sent}")["state"] == "succeeded"
+    client.post("/suppressions", {"userId": "user@example.com"})
+    client.state(client.task(), "suppressed")  # as it would be without redirect_to
+
+
+@hypothesis.given(strategies.text(max_size=40))
+def test_no_recipient_brings_a_line_into_the_header_of_a_redirected_mail(local):
+    if address := gomail.parse_address(f"{local}@example.com"):
+        mail = gomail.Mail(("", "app@example.org"), address, "Hello", "Hello",
+                           headers=(("X-Original-To", gomail.mailbox(address)),))
+        lines = gomail.compose(mail, "id@example.org", 0).decode().split("\r\n")
+        assert [line for line in lines if "X-Original-To" in line] == [f"X-Original-To: {gomail.mailbox(address)}"]
 
 
 def test_with_an_smtp_server_there_is_no_outbox(client):
@@ -9217,6 +9440,7 @@ def test_who_unsubscribed_is_known_as_such_and_comes_back_only_where_the_task_sa
     service, client = linked
     before = service.store.time()
     leave(service, client, how)
+    assert metrics_of(service)["gomail_unsubscribed_total", how] == 1
     assert client.get("/subscriptions")["subscriptions"] == []
     found, = unsubscribed(client, "&userId=USER@example.com")
     assert unsubscribed(client) == unsubscribed(client, "&content_type=news&search=ser@EX") == [found]
@@ -9342,6 +9566,190 @@ def test_a_search_in_many_addresses_goes_on_with_the_next_cursor(service, client
         found, pages = found + answer["subscriptions"], pages + 1
         cursor = answer["next"] and f"&cursor={answer['next']}"
     assert [row["userId"] for row in found] == ["user4321@example.com"] and 3 < pages < 20
+
+
+@pytest.fixture
+def confirming(services, mail_server, clock):
+    """A service that the internet reaches, and a client with a newsletter."""
+    service = services(mail_server, clock, public_url="https://mail.example.com/")
+    client = service.client.sign_up()
+    define(client)
+    return service, client
+
+
+def link_in(mail_server, address="user@example.com", number=0):
+    """The path of the link in the mail that asked an address to confirm."""
+    mail = until(lambda: mail_server.to(address)[number:])[0]
+    content = parsed(mail.raw).get_body(("plain", "html")).get_content()
+    return re.search(r"https://mail\.example\.com(/confirm/[\w.-]+)", content)[1]
+
+
+def test_a_subscription_that_is_to_be_confirmed_begins_with_the_readers_click_and_once(confirming, mail_server):
+    service, client = confirming
+    told = subscribe(client, "User@example.com", "@weekly", variables={"name": "x"}, confirm=True)
+    assert told["state"] == "succeeded" and client.get("/subscriptions")["subscriptions"] == []
+    found, = client.get("/subscriptions?state=unconfirmed&userId=user@example.com")["subscriptions"]
+    assert found == {"account": name_of(client), "content_type": "news", "userId": "User@example.com", "next": None,
+                     "state": "unconfirmed", "frequency": "@weekly", "created": told["created"],
+                     "variables": {"name": "x"}}
+    asking = re.fullmatch("asked to confirm by task ([0-9a-f]{32})", told["result"])[1]
+    assert client.state(asking, "succeeded")["userId"] == "User@example.com"
+    assert parsed(mail_server.to("User@example.com")[0].raw)["Subject"] == "Please confirm your subscription"
+    path = link_in(mail_server, "User@example.com")
+    for method in ("GET", "HEAD", "GET"):  # as mail scanners do
+        status, page = visit(service, method, path)
+        assert status == 200 and ("<form method=post" in page and "User@example.com" in page or method == "HEAD")
+    assert client.get("/subscriptions")["subscriptions"] == []
+    before = service.store.time()
+    assert visit(service, "POST", path)[0] == 200
+    found, = client.get("/subscriptions?userId=user@example.com")["subscriptions"]
+    assert (found["userId"], found["frequency"], found["variables"], found["next"]) == (
+        "User@example.com", "@weekly", {"name": "x"}, "2026-03-15T00:00:00.000Z")
+    assert datetime.datetime.fromisoformat(found["created"]).timestamp() >= before - 0.001
+    client.state(client.task("unsubscribe", content_type="news"), "succeeded")
+    for method in ("GET", "POST"):  # a used link brings nobody back
+        assert visit(service, method, path)[0] == 410
+    assert client.get("/subscriptions")["subscriptions"] == []
+    assert client.get("/subscriptions?state=unconfirmed&userId=user@example.com")["subscriptions"] == []
+    assert client("GET", "/subscriptions?state=unconfirmed")[1]["field"] == "state"
+
+
+def test_confirming_needs_public_url_and_that_is_said_at_once(client):
+    define(client)
+    task = {"task": "t", "type": "subscribe", "retries": 0, "payload": {
+        "userId": "user@example.com", "frequency": "@daily", "content_type": "news", "confirm": True}}
+    status, answer, _ = client("POST", "/task/", task)
+    assert status == 400 and answer["field"] == "payload.confirm" and "public_url" in answer["error"]
+    answers = client.post("/task/batch", {"tasks": [task, changed("payload.confirm", False, task)]})["tasks"]
+    assert answers[0]["field"] == "tasks[0].payload.confirm" and answers[1]["status"]
+
+
+def test_rows_that_lack_a_variable_of_the_newsletter_are_not_taken(client):
+    define(client, content="Hello {{ name }}, {{ town | default: 'there' }}")
+    answer = client.post("/task/subscriptionContent/news/import", {
+        "csv": "email,name,state\na@example.com,Ann,\nb@example.com,,\nc@example.com,,unsubscribed\n",
+        "frequency": "@daily"})
+    assert (answer["subscribed"], answer["left_out"], answer["failed"]) == (1, 1, 1)
+    assert answer["errors"] == [{"line": 3, "error": "variables.name is required: the newsletter names it, without a "
+                                 "default"}]
+    assert [*subscribed(client)] == ["a@example.com"]
+
+
+def test_who_unsubscribed_comes_back_by_confirming(confirming, mail_server):
+    service, client = confirming
+    client.state(client.task("unsubscribe", content_type="news"), "succeeded")
+    assert subscribe(client, confirm=True)["result"].startswith("asked to confirm")
+    assert len(unsubscribed(client)) == 1
+    assert visit(service, "POST", link_in(mail_server))[0] == 200
+    assert unsubscribed(client) == [] and len(client.get("/subscriptions")["subscriptions"]) == 1
+
+
+def test_an_address_is_asked_once_an_hour_and_confirms_the_newest_request(confirming, mail_server):
+    service, client = confirming
+    define(client, "other")
+    results = [subscribe(client, address, frequency, confirm=True)["result"] for address, frequency in (
+        ("user@example.com", "@daily"), ("USER@example.com", "@weekly"), ("User@example.com", "@monthly"))]
+    assert results[1:] == ["asked to confirm less than an hour ago"] * 2
+    subscribe(client, content_type="other", confirm=True)
+    until(lambda: len(mail_server.mails) == 2)
+    key, = [key for key in service.store.redis.keys(service.store.key("unconfirmed", "*"))
+            if '"news"' in service.store.redis.get(key)]
+    waiting = json.loads(service.store.redis.get(key))
+    assert service.store.redis.ttl(key) > 604800 - 60
+    service.store.redis.set(key, json.dumps({**waiting, "asked": waiting["asked"] - 3_600_000}), ex=1000)
+    assert subscribe(client, "User@example.com", "@monthly", confirm=True)["result"].startswith("asked to confirm by")
+    assert service.store.redis.ttl(key) > 1000
+    until(lambda: len(mail_server.mails) == 3)
+    first = [path for path in (link_in(mail_server, number=0), link_in(mail_server, number=1))
+             if "to news?" in visit(service, "GET", path)[1]][0]
+    assert visit(service, "POST", first)[0] == 200  # that of the first mail is as good
+    found, = client.get("/subscriptions")["subscriptions"]
+    assert (found["userId"], found["frequency"]) == ("User@example.com", "@monthly")
+    assert visit(service, "POST", link_in(mail_server, "User@example.com"))[0] == 410
+
+
+def test_a_link_to_confirm_ends_with_its_time_the_account_and_the_content_type(confirming, mail_server):
+    service, client = confirming
+    subscribe(client, confirm=True)
+    path = link_in(mail_server)
+    key, = service.store.redis.keys(service.store.key("unconfirmed", "*"))
+    account, token = name_of(client), path.rpartition("/")[2]
+    unsubscribing = service.newsletters.link(account, "news", "user@example.com").rpartition("/")[2]
+    for bad in (token[:-2], token + "x", unsubscribing, client.key, "x"):
+        for method in ("GET", "POST"):
+            assert visit(service, method, f"/confirm/{bad}")[0] == 404
+    assert visit(service, "GET", f"/unsubscribe/{token}")[0] == 404
+    claims = {**service.newsletters.accounts.unseal("confirm", token), "until": service.store.time() - 1}
+    assert visit(service, "POST", f"/confirm/{service.newsletters.accounts.seal('confirm', claims)}")[0] == 410
+    delete(client, "/task/subscriptionContent/news")
+    assert visit(service, "POST", path)[0] == 410
+    define(client)
+    assert visit(service, "GET", path)[0] == 200
+    client.post("/auth/deregister", {"id": account})
+    client = service.client.sign_up(account)
+    define(client)
+    for method in ("GET", "POST"):
+        assert visit(service, method, path)[0] == 410
+    service.store.redis.delete(key)
+    assert visit(service, "POST", path)[0] == 410
+    assert client.get("/subscriptions")["subscriptions"] == []
+
+
+def test_a_link_to_confirm_works_after_a_restart(confirming, services, mail_server, clock):
+    service, client = confirming
+    subscribe(client, confirm=True)
+    path = link_in(mail_server)
+    services.running.remove(service)
+    service.stop()
+    service = services(mail_server, clock, public_url="https://mail.example.com", key_prefix=service.store.prefix)
+    assert visit(service, "POST", path)[0] == 200
+    assert len(Client(service.http.url, client.key).get("/subscriptions")["subscriptions"]) == 1
+
+
+def test_the_mail_that_asks_to_confirm_is_the_content_type_confirm_in_the_readers_language(confirming, mail_server):
+    service, client = confirming
+    define(client, "Confirm", "A newsletter", "of somebody who called it so")
+    subscribe(client, "a@example.com", confirm=True)
+    assert mail_server.one("a@example.com")["Subject"] == "Please confirm your subscription"
+    assert client("PUT", "/task/subscriptionContent", {
+        "content_type": "Confirm", "subject": "Hi {{ name }}",
+        "content": "<p>{{ content_type }} to {{ email }}? {{ confirm_url }}</p>"})[0] == 200
+    define(client, "Confirm.pt", "Olá", "<a href='{{ confirm_url }}'>{{ name }}</a>")
+    subscribe(client, "b@example.com", variables={"name": "B & \nB"}, confirm=True, locale="de-CH")
+    message = mail_server.one("b@example.com")
+    assert message["Subject"] == "Hi B &  B" and "news to b@example.com? https://" in message.get_body(
+        ("html",)).get_content()
+    subscribe(client, "c@example.com", variables={"name": "C & C"}, confirm=True, locale="pt-BR")
+    message = mail_server.one("c@example.com")
+    assert message["Subject"] == "Olá" and ">C &amp; C</a>" in message.get_body(("html",)).get_content()
+    found = subscribe(client, "d@example.com", confirm=True)
+    assert (found["state"], found["error"]) == (
+        "dead", "content type 'Confirm' needs the variable 'name', which the subscription lacks")
+
+
+def test_who_is_suppressed_is_not_asked_and_the_mails_task_says_so(confirming, mail_server):
+    _, client = confirming
+    client.post("/suppressions", {"userId": "user@example.com"})
+    asking = subscribe(client, confirm=True)["result"].rpartition(" ")[2]
+    assert client.state(asking, "suppressed") and not mail_server.mails
+
+
+def test_the_later_request_wins_also_where_it_is_to_be_confirmed(confirming, mail_server):
+    service, client = confirming
+    account, now = service.http.api.accounts.find(name_of(client)), int(service.store.time() * 1e6)
+
+    def task(created, frequency="@daily"):
+        return gomail.Task(f"{created:032}", account.name, account.registration, "subscribe", "t", 0, {
+            "userId": "user@example.com", "content_type": "news", "frequency": frequency, "confirm": True}, created)
+    for _ in range(2):  # as after an outage
+        assert service.newsletters.subscribe(task(now, "@weekly")).startswith("asked to confirm by task")
+    assert service.newsletters.subscribe(task(now - 1)) == "overtaken"
+    client.state(client.task("unsubscribe", content_type="news"), "succeeded")
+    assert service.newsletters.subscribe(task(now + 1)) == "overtaken"
+    path = link_in(mail_server)
+    assert visit(service, "POST", path)[0] == 200  # she wants it after all
+    assert [found["frequency"] for found in client.get("/subscriptions")["subscriptions"]] == ["@weekly"]
+    assert len(mail_server.mails) == 1
 
 
 def import_csv(client, text, content_type="news", **more):
@@ -9515,7 +9923,7 @@ def test_whatever_is_exported_is_safe_for_spreadsheets_and_comes_back_as_it_was(
 
     def known():
         return sorted((item["userId"], item["frequency"], item["variables"])
-                      for item in newsletters.subscriptions("app", with_variables=True)[0])
+                      for item in newsletters.subscriptions("app", for_export=True)[0])
     before, text = known(), "".join(newsletters.export("app", "news"))
     rows = [*csv.reader(io.StringIO(text, newline=""))]
     assert not [cell for row in rows[1:] for cell in row if cell[:1] in {*"=+-@\t\r\n"} - {""}]
@@ -9990,7 +10398,7 @@ def test_who_got_which_issue_is_known_with_its_numbers(dated, mail_server, clock
     assert {row["last"]["subject"] for row in client.get("/subscriptions")["subscriptions"]} == {"Newer"}
     # It ends with the subscription, and with the content type.
     client.state(client.task("unsubscribe", userId="user1@example.com", content_type="news"), "succeeded")
-    subscribe(client, "user1@example.com")
+    subscribe(client, "user1@example.com", again=True)
     assert last_of(client, "user1@example.com") is None
     client("DELETE", "/task/subscriptionContent/news")
     define(client)
@@ -11261,6 +11669,307 @@ def test_no_password_goes_to_a_mailbox_without_tls_except_on_loopback(monkeypatc
     with pytest.raises(gomail.MAILBOX_ERRORS), gomail.open_mailbox(settings):
         pass
     assert not any("AUTHENTICATE" in line or "LOGIN" in line for line in server.said)
+
+
+# --- one address
+
+ANN = "Ann.O'Neil+x@example.com"
+
+
+def recipient(client, address=ANN, method="GET", **query):
+    """The answer to a request about an address."""
+    path = f"/recipients/{urllib.parse.quote(address, safe='')}?{urllib.parse.urlencode(query)}"
+    status, answer, _ = client(method, path)
+    assert status == 200, answer
+    return answer
+
+
+def pause(service, lane="normal"):
+    """Pause a lane until the test closes its breaker."""
+    service.workers.breakers[lane].open("for the test", look=lambda: ("for the test", 60.0))
+
+
+def kept_of(service, text, not_behind="\n"):
+    """The keys of a service that have a text in their name or anywhere in their value, case ignored."""
+    server, found = service.store.redis, []
+    read = {"string": server.get, "hash": server.hgetall, "zset": lambda key: server.zrange(key, 0, -1),
+            "list": lambda key: server.lrange(key, 0, -1), "set": lambda key: list(server.smembers(key))}
+    for key in server.scan_iter(service.store.matching("*")):
+        value = json.dumps(read[server.type(key)](key), ensure_ascii=False)
+        if re.search(f"(?<!{not_behind}){re.escape(text)}", f"{key} {value}", re.IGNORECASE):
+            found.append(key.removeprefix(service.store.prefix))
+    return found
+
+
+def test_an_address_is_answered_with_all_that_is_known_of_it_and_nothing_of_one_that_it_is_part_of(services):
+    service = services(otp_cooldown=30)
+    client = service.client.sign_up()
+    ids = [client.task(userId=ANN), client.task(userId="other@example.com", bcc=[ANN.upper()]),
+           client.task("generateOtp", userId=ANN)]
+    client.state(client.task("subscribe", userId=ANN, frequency="@daily", content_type="news", subject="A",
+                             content="B"), "succeeded")
+    for near in (f"Jo{ANN}", f"{ANN}.org", "someone@example.com"):
+        client.task(userId=near)
+    for task_id in ids:
+        client.state(task_id, "succeeded")
+    found = recipient(client, ANN.lower())
+    assert [task["id"] for task in found["tasks"]][1:] == ids[::-1]  # the first is the subscribe
+    subscription, = found["subscriptions"]
+    assert (subscription["userId"], subscription["content_type"]) == (ANN, "news")
+    assert found["suppression"] is None and found["unsubscribed"] == found["unconfirmed"] == []
+    assert 0 < found["otp"]["cooldown"] <= 30 and found["otp"]["hourly_left"] == 9 and found["otp"]["wrong"] == 0
+    assert "may ask for a further OTP at" in found["answer"] and "suppressions" not in found
+    nothing = recipient(client.sign_up())
+    assert nothing["tasks"] == nothing["subscriptions"] == [] and nothing["otp"]["hourly_left"] == 10
+    assert nothing["answer"] == "No mail to it is known of; nothing keeps further mail from it."
+
+
+@pytest.mark.parametrize("address", ["nobody", "a b@example.com", "a@example.com%0Ab", "%00"])
+def test_what_is_no_address_has_no_recipient(client, address):
+    for method in ("GET", "DELETE"):
+        status, answer, _ = client(method, f"/recipients/{urllib.parse.quote(address)}")
+        assert status == 400 and answer["field"] == "address"
+
+
+@pytest.mark.parametrize("address", ["Ann/b@example.com", "ann@BÜCHER.example", "añn@example.com", "a%25@example.com"])
+def test_any_address_is_found_by_its_percent_encoded_form(services, address):
+    client = services().client.sign_up()
+    address = address.replace("%25", "%")
+    task_id = client.task(userId=address)
+    client.state(task_id, "succeeded")
+    assert [task["id"] for task in recipient(client, address)["tasks"]] == [task_id]
+    assert recipient(client, address, "DELETE")["tasks"] == 1
+    assert recipient(client, address)["tasks"] == client.get("/outbox")["mails"] == []
+
+
+def test_the_answer_says_in_one_sentence_why_an_address_got_nothing(services, mail_server):
+    service = services(mail_server, retry_delay=60.0, otp_hourly_max=1)
+    client = service.client.sign_up()
+    mail_server.replies = collections.defaultdict(list, {
+        "late@example.com": ["450 4.2.0 busy"], "dead@example.com": ["554 5.7.1 spam"]})
+    client.state(client.task(userId="late@example.com", retries=1), "retrying")
+    client.state(client.task(userId="dead@example.com"), "dead")
+    client.task(userId="later@example.com", send_at="2036-01-01T00:00:00Z")
+    client.post("/suppressions", {"userId": "no@example.com"})
+    back = client.state(client.task(userId="back@example.com"), "succeeded")["id"]
+    client.post("/bounces", {"id": back, "kind": "bounce", "reason": "no such user"})
+    assert client("DELETE", "/suppressions", {"userId": "back@example.com"})[0] == 200
+    client.state(client.task("generateOtp", userId="otp@example.com"), "succeeded")
+    client.state(client.task(userId="fine@example.com"), "succeeded")
+    pause(service)
+    client.task(userId="waits@example.com")
+    until(lambda: "paused" in recipient(client, "waits@example.com")["answer"])
+    failed = service.store.key("otp_failed", "wrong@example.com", name_of(client))
+    service.store.redis.set(failed, 100, ex=1000)
+    for address, words in (
+            ("late", "is tried again at 20.*: 450 4.2.0 busy"), ("dead", "was given up: 554 5.7.1 spam"),
+            ("later", "waits for its time, 2036-01-01T00:00:00.000Z"), ("no", "suppressed since 20.* \\(by req"),
+            ("back", "came back, .*: .*no such user"),
+            ("otp", "handed over at 20.*; it may ask for a further OTP at 20"),
+            ("fine", "handed over at 20.*; nothing keeps further mail from it"),
+            ("waits", "waits in its lane, which is paused: for the test"),
+            ("wrong", "not verified until 20.*100 in a row")):
+        answer = recipient(client, f"{address}@example.com")["answer"]
+        assert re.search(words, answer) and "\n" not in answer, answer
+    assert recipient(client, "otp@example.com")["otp"]["hourly_left"] == 0
+    assert recipient(client, "wrong@example.com")["otp"]["blocked_until"].startswith("20")
+
+
+def test_the_admin_is_answered_over_all_accounts_or_for_the_one_that_he_names(services):
+    service = services(admin_token=ADMIN)
+    admin = Client(service.http.url, ADMIN)
+    clients = [admin.sign_up(f"app{number}@example.com") for number in range(3)]
+    for client in clients[:2]:
+        client.state(client.task("generateOtp", userId=ANN), "succeeded")
+        client.post("/suppressions", {"userId": ANN})
+    found = recipient(admin)
+    names = [name_of(client) for client in clients]
+    assert {task["account"] for task in found["tasks"]} == set(names[:2])
+    assert [[each["account"] for each in found[name]] for name in ("suppressions", "otps")] == [names[:2]] * 2
+    assert found["suppression"] == found["suppressions"][0]
+    assert recipient(admin, account=names[2])["suppression"] is None
+    assert recipient(admin, account=names[1])["suppression"]["reason"] == "by request"
+    assert recipient(admin, method="DELETE")["tasks"] == 2
+    assert all(recipient(client)["suppression"] and not recipient(client)["tasks"] for client in clients[:2])
+
+
+def test_what_is_erased_of_an_address_is_nowhere_any_more_and_nothing_of_others_is_gone(services, receiver):
+    service = services(otp_minute_max=0, retry_delay=600.0)
+    client, other = service.client.sign_up(), service.client.sign_up()
+    receiver.hooked(client)
+    receiver.answers = [503] * 10_000
+    key, server = service.store.key, service.store.redis
+    everybody = [(client, ANN), (client, f"jo{ANN}"), (other, ANN)]
+    for owner, address in everybody:
+        name, folded = name_of(owner), address.lower()
+        owner.state(owner.task(userId=address, metadata={"who": "m"}), "succeeded")
+        owner.state(owner.task(userId="550@gomail.test", cc=[address]), "dead")
+        owner.state(owner.task(userId="452@gomail.test", bcc=[address]), "dead")
+        owner.task(userId=address, send_at="2036-01-01T00:00:00Z")
+        owner.state(owner.task("generateOtp", userId=address), "succeeded")
+        owner.state(owner.task("generateOtp", userId=address, purpose="p"), "succeeded")
+        owner.post("/task/verify", {"userEmail": address, "otp": "wrong"})
+        owner.state(owner.task("unsubscribe", userId=address, content_type="gone"), "succeeded")
+        for content_type in ("news", "removed"):
+            owner.state(owner.task("subscribe", userId=address, frequency="@daily", content_type=content_type,
+                                   subject="A", content="B"), "succeeded")
+        server.hset(key("issued", "news", name), folded, "an id")
+        server.hset(key("got", "news", name), folded, "digest 1")
+        record = {"account": name, "userId": address, "content_type": "news", "record": {}}
+        server.set(key("unconfirmed", hashlib.sha256(json.dumps([name, "news", folded]).encode()).hexdigest()),
+                   json.dumps(record), ex=1000)
+        for content_type in ("news", "removed"):
+            server.hset(key("left", content_type, name), folded, json.dumps(
+                {"userId": address, "when": 1700000000123456, "how": "link"}))
+        owner.post("/suppressions", {"userId": address})
+    for owner in (client, other):
+        assert owner("DELETE", "/task/subscriptionContent/removed")[0] == 200
+    until(lambda: server.zcard(key("delayed")) >= 3)
+    pause(service)
+    for owner, address in everybody:
+        owner.task(userId=address, headers={"Idempotency-Key": address})
+    assert recipient(client)["unsubscribed"][0]["since"] == "2023-11-14T22:13:20.123Z"
+    assert recipient(client)["unconfirmed"][0]["content_type"] == "news"
+
+    def events():
+        return [name for name in kept_of(service, ANN, not_behind="jo") if name.startswith("task:")
+                and server.hget(key(name), "lane") == "hooks"]
+
+    def of_others():
+        found = [recipient(client, f"jo{ANN}"), recipient(other)]
+        for each in found:
+            assert each["unconfirmed"].pop().pop("until").startswith("20")  # by Redis's clock and what is left
+        return found
+    others = of_others()
+    assert events()
+    erased = recipient(client, method="DELETE")
+    assert erased["remaining"] == [] and erased["tasks"] >= 10 and erased["mails"] >= 4
+    assert erased["subscriptions"] == erased["unconfirmed"] == 1
+    assert of_others() == others
+    assert len(client.get("/outbox")["mails"]) == len(other.get("/outbox")["mails"]) > 0
+    other.post("/auth/deregister", {"id": name_of(other)})
+    server.delete(*[service.store.prefix + name for name in kept_of(service, name_of(other))])
+    assert kept_of(service, ANN, not_behind="jo") == []
+    found = recipient(client)
+    assert found["tasks"] == found["subscriptions"] == found["unconfirmed"] == []
+    assert found["unsubscribed"][0]["since"] == "2023-11-14T22:13:20.123Z" and found["suppression"]["created"]
+
+
+def test_of_an_erased_address_of_the_only_account_nothing_is_left_in_redis(services):
+    service = services()
+    client = service.client.sign_up()
+    for kind, more in (("message", {"bcc": ["bob@example.com"]}), ("generateOtp", {"purpose": "login"}), (
+            "subscribe", {"frequency": "@daily", "content_type": "news", "subject": "A", "content": "B"}), (
+            "unsubscribe", {"content_type": "old"})):
+        client.state(client.task(kind, userId=ANN, **more), "succeeded")
+    client.task(userId=ANN, send_at="2036-01-01T00:00:00Z")
+    client.post("/task/verify", {"userEmail": ANN, "otp": "wrong"})
+    client.post("/suppressions", {"userId": ANN})
+    assert len(kept_of(service, ANN)) > 8
+    recipient(client, method="DELETE")
+    assert kept_of(service, ANN) == [] and not list((service.transport.folder / "new").iterdir())
+
+
+@pytest.mark.parametrize("address", [ANN, "añn@example.com"])
+def test_an_erased_address_stays_suppressed_until_somebody_lifts_that(services, address):
+    service = services()
+    client, other = service.client.sign_up(), service.client.sign_up()
+    client.post("/suppressions", {"userId": address})
+    recipient(client, address, "DELETE")
+    assert client.get("/suppressions")["total"] == 0 and kept_of(service, address.lower()) == []
+    for name in (address, address.upper().replace("Ñ", "ñ")):
+        client.state(client.task(userId=name), "suppressed")
+        client.state(client.task("generateOtp", userId=name), "succeeded")
+    client.state(client.task(userId="bob@example.com", cc=[address]), "succeeded")
+    other.state(other.task(userId=address), "succeeded")
+    assert client.get(f"/outbox?to={urllib.parse.quote(address)}&subject=Hello")["mails"] == []
+    assert recipient(client, address, "DELETE")["tasks"] == 5  # once more: it stays so
+    client.state(client.task(userId=address), "suppressed")
+    assert client("DELETE", "/suppressions", {"userId": address})[0] == 200
+    assert client("DELETE", "/suppressions", {"userId": address})[0] == 404
+    client.state(client.task(userId=address), "succeeded")
+
+
+def test_an_address_that_is_not_suppressed_is_not_so_after_its_erasure(services):
+    client = services().client.sign_up()
+    client.state(client.task(userId=ANN), "succeeded")
+    recipient(client, method="DELETE")
+    assert recipient(client)["suppression"] is None
+    client.state(client.task(userId=ANN), "succeeded")
+
+
+def test_the_erased_addresses_of_an_account_end_with_it(services):
+    service = services()
+    client = service.client.sign_up()
+    client.post("/suppressions", {"userId": ANN})
+    recipient(client, method="DELETE")
+    assert service.store.redis.exists(service.store.key("erased", name_of(client)))
+    service.client.post("/auth/deregister", {"id": name_of(client)})
+    assert not service.store.redis.exists(service.store.key("erased", name_of(client)))
+
+
+def test_a_waiting_mail_to_others_as_well_and_one_that_is_being_sent_are_named_as_what_remains(services, monkeypatch):
+    monkeypatch.setattr(gomail.Recipients, "PATIENCE", 0.2)
+    service = services()
+    client = service.client.sign_up()
+    sent = client.task(userId=ANN, cc=["slow-2s@gomail.test"])
+    alone = client.task(userId="slow-60s@gomail.test")
+    client.state(alone, "running")
+    client.state(sent, "running")
+    several = client.task(userId="bob@example.com", cc=[ANN], send_at="2036-01-01T00:00:00Z")
+    found = recipient(client, method="DELETE")
+    assert {each["id"] for each in found["remaining"]} == {sent, several} and found["tasks"] == 0
+    assert "several recipients" in str(found["remaining"])
+    assert [each["reason"] for each in recipient(client, "slow-60s@gomail.test", "DELETE")["remaining"]] == [
+        "it is just being sent; erase the address again in a moment"]
+    client.state(sent, "succeeded")
+    assert client("DELETE", f"/task/{several}")[0] == 200
+    found = recipient(client, method="DELETE")
+    assert found["remaining"] == [] and found["tasks"] == 2 and found["mails"] == 1
+
+
+def test_an_erasure_waits_for_the_end_of_a_mail_that_is_being_sent(services):
+    client = services().client.sign_up()
+    task_id = client.task(userId="slow-1s@gomail.test")
+    client.state(task_id, "running")
+    found = recipient(client, "slow-1s@gomail.test", "DELETE")
+    assert found["remaining"] == [] and found["tasks"] == found["mails"] == 1
+
+
+def test_a_mail_that_waits_in_a_lane_is_erased_and_not_sent_and_those_around_it_are(services):
+    service = services()
+    client = service.client.sign_up()
+    pause(service)
+    ids = [client.task(userId=address) for address in ("a@example.com", ANN, "b@example.com")]
+    assert recipient(client, method="DELETE")["tasks"] == 1
+    service.workers.breakers["normal"].close()
+    for task_id in (ids[0], ids[2]):
+        client.state(task_id, "succeeded")
+    assert client("GET", f"/task/{ids[1]}")[0] == 404 and len(client.get("/outbox")["mails"]) == 2
+
+
+def test_beside_workers_each_mail_to_an_erased_address_is_sent_once_or_not_at_all_and_none_after_the_answer(
+        services, mail_server):
+    service = services(mail_server, workers=4)
+    client = service.client.sign_up()
+    pause(service)
+    for number in range(300):
+        client.task(userId=ANN if number % 2 else "bob@example.com", subject=str(number))
+    service.workers.breakers["normal"].close()
+    until(lambda: mail_server.to(ANN))
+    assert recipient(client, method="DELETE")["remaining"] == []
+    sent = [parsed(mail.raw)["Subject"] for mail in mail_server.to(ANN)]
+    until(lambda: len(mail_server.to("bob@example.com")) == 150)
+    assert [parsed(mail.raw)["Subject"] for mail in mail_server.to(ANN)] == sent and len(set(sent)) == len(sent)
+    assert kept_of(service, ANN) == []
+
+
+def test_tasks_that_are_no_more_among_the_newest_are_erased_too(services):
+    service = services()
+    client = service.client.sign_up()
+    client.state(client.task(userId=ANN), "succeeded")
+    service.store.redis.delete(service.store.key("recent"), service.store.key("recent", name_of(client)))
+    assert recipient(client)["tasks"] == [] and recipient(client, method="DELETE")["tasks"] == 1
 
 
 # --- 11. webhooks -----------------------------------------------------------------------------------------
@@ -14690,6 +15399,25 @@ def test_the_operator_looks_after_dead_letters_from_the_command_line(operated, m
     assert code == 3 and "no gomail is running" in errors
 
 
+def test_the_operator_learns_of_an_address_and_erases_it_from_the_command_line(operated, mail_server):
+    command, client = operated
+    mail_server.replies["user@example.com"].append("554 5.7.1 not\x1b[31m wanted")
+    task_id = client.task()
+    client.state(task_id, "dead")
+    code, output, _ = command("recipient", "user@EXAMPLE.com")
+    assert code == 0 and output.startswith("The newest mail to it was given up: 554 5.7.1 not")
+    assert task_id in output and "app@example.com" in output and "\x1b" not in output
+    found = json.loads(command("recipient", "user@example.com", "--account", "app@example.com", "--json")[1])
+    assert [task["id"] for task in found["tasks"]] == [task_id]
+    assert command("recipient", "nobody")[0] == 2 and "ADDRESS must be" in command("recipient", "nobody")[2]
+    assert command("recipient", "user@example.com", "--account", "who")[0] == 1
+    code, output = command.at_terminal("recipient", "user@example.com", "--erase", typed="n\n")
+    assert code == 1 and "user@example.com" in output and client.get(f"/task/{task_id}")
+    code, output, _ = command("recipient", "user@example.com", "--erase", "--yes")
+    assert (code, output) == (0, "erased: 1 task, 0 subscriptions, 0 mails in the Maildir\n")
+    assert client("GET", f"/task/{task_id}")[0] == 404
+
+
 def test_the_command_line_shows_the_metadata_of_a_task(operated):
     command, client = operated
     task_id = client.task(metadata=METADATA)
@@ -14897,6 +15625,7 @@ def test_lanes_are_paused_and_resumed_and_what_waits_is_cancelled_by_commands(op
     assert command("cancel", "--to", "1@EXAMPLE.com", "--json")[1] == '{\n  "count": 1\n}\n'
     code, output = command.at_terminal("cancel", "--type", "message", typed="n\n")
     assert code == 1 and "Cancel 2 tasks of all accounts? [y/N]" in output
+    client = Client(client.address, client.key)  # the commands may have taken longer than a connection idles
     code, output = command.at_terminal("cancel", "--type", "message", "--account", name_of(client), typed="y\n")
     assert code == 0 and f"[{'#' * 30}] 2 of 2" in output and "2 tasks cancelled" in output
     assert command("resume", "normal")[0] == 0 and command("resume", "normal")[0] == 1  # a moment ago
@@ -17517,6 +18246,32 @@ def subscribing(service, client, mail_server):
     assert subscribe(client)["state"] == "succeeded"
 
 
+def asking_to_confirm(service, client, mail_server):
+    define(client)
+    service.newsletters.public_url = "https://mail.example.com"
+    yield service.newsletters._ask_to_confirm
+    account = service.http.api.accounts.find(name_of(client))
+    assert service.newsletters.subscribe(gomail.Task(
+        "0" * 32, account.name, account.registration, "subscribe", "t", 0, {
+            "userId": "user@example.com", "content_type": "news", "frequency": "@daily", "confirm": True},
+        int(service.store.time() * 1e6))).startswith("asked to confirm by")
+    mail_server.one("user@example.com")
+
+
+def confirming_a_subscription(service, client, mail_server):
+    list(asking_to_confirm(service, client, mail_server))
+    yield service.newsletters._confirm
+    assert visit(service, "POST", link_in(mail_server))[0] == 200
+
+
+def importing(service, client, mail_server):
+    define(client)
+    client.state(client.task("unsubscribe", content_type="news"), "succeeded")
+    yield service.newsletters._import
+    found = import_csv(client, "email,frequency\na@example.com,@daily\nuser@example.com,@daily\n")
+    assert (found["subscribed"], found["left_out"], found["failed"]) == (1, 1, 0)
+
+
 def retrying(service, client, mail_server):
     mail_server.replies["user@example.com"] = ["450 later"]
     yield service.queue._promote
@@ -17561,7 +18316,8 @@ def dead_letter(client, mail_server):
 @pytest.mark.parametrize("change", [
     signing_up, deregistering, cancelling, retrying_a_dead_letter, removing_a_dead_letter, creating_content,
     removing_content, unsubscribing, sending_to_an_address_again, verifying_an_otp, verifying_a_wrong_otp, enqueuing,
-    taking_and_settling, issuing_an_otp, subscribing, retrying, counting, reclaiming],
+    taking_and_settling, issuing_an_otp, subscribing, retrying, counting, reclaiming, asking_to_confirm,
+    confirming_a_subscription, importing],
     ids=lambda change: change.__name__)
 def test_a_lost_answer_changes_nothing_twice_and_its_repetition_answers_the_same(services, mail_server, cutter, change):
     service = services(mail_server, redis_uri=cutter.uri)
