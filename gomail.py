@@ -255,9 +255,10 @@ class Settings:
     bounce_imap: str = option("", "mailbox that bounces and complaints come back to, imaps://user:password@host/INBOX; "
                               "those about mail of this service are moved into its folder GoMail")
     otp_ttl: int = option(300, "seconds an OTP is valid", low=1, high=86400)
-    otp_subject: str = option("Your verification code", "subject of the OTP mail; may hold {{ otp }} and {{ minutes }}")
+    otp_subject: str = option("Your verification code", "subject of the OTP mail; may hold {{ otp }} and {{ minutes }}; "
+                              "this default is sent in the reader's language")
     otp_content: str = option("", "content of the OTP mail, text or HTML; must hold {{ otp }}, may hold "
-                              "{{ minutes }}; empty: a short text")
+                              "{{ minutes }}; empty: GoMail's own, in the reader's language")
     otp_cooldown: int = option(30, "seconds between two OTPs for one address; 0: none", low=0, high=3600)
     otp_hourly_max: int = option(10, "OTPs for one address in an hour; 0: no limit", low=0, high=1000)
     otp_minute_max: int = option(600, "OTPs that an account generates or verifies in a minute; 0: no limit",
@@ -6451,19 +6452,19 @@ READER_TEXTS: dict[str, dict[str, tuple[str, ...]]] = {
                 "nicht angefordert haben, können Sie diese Mail ignorieren."),
         "minutes": ("{number} Minute", "{number} Minuten")},
     "fr": {
-        "unsubscribe": ("Se désabonner", "Ne plus recevoir « {content_type} » à l’adresse {address} ?",
+        "unsubscribe": ("Se désabonner", "Ne plus recevoir “{content_type}” à l’adresse {address}\u00a0?",
                         "Se désabonner"),
-        "unsubscribed": ("Vous êtes désabonné(e)", "{address} ne recevra plus « {content_type} ».", "Se réabonner"),
-        "confirm": ("Confirmez votre abonnement", "Voulez-vous recevoir « {content_type} » à l’adresse {address} ?",
+        "unsubscribed": ("Vous êtes désabonné(e)", "{address} ne recevra plus “{content_type}”.", "Se réabonner"),
+        "confirm": ("Confirmez votre abonnement", "Voulez-vous recevoir “{content_type}” à l’adresse {address}\u00a0?",
                     "S’abonner"),
-        "subscribed": ("Vous êtes abonné(e)", "{address} recevra « {content_type} »."),
+        "subscribed": ("Vous êtes abonné(e)", "{address} recevra “{content_type}”."),
         "not_valid": ("Ce lien n’est pas valable", "Il a peut-être été coupé. Veuillez l’ouvrir à nouveau depuis le "
                       "message, ou le copier en entier."),
         "over": ("Ce lien a déjà servi ou a expiré", "Si vous voulez encore recevoir ces messages, veuillez vous "
                  "abonner à nouveau."),
         "later": ("Veuillez réessayer dans un instant", "Le lien n’a pas pu être ouvert."),
-        "confirm_mail": ("Veuillez confirmer votre abonnement", "Quelqu’un, sans doute vous, souhaite recevoir « "
-                         "{content_type} » à l’adresse {address}.", "Confirmer", "Le lien est valable 7 jours. Si ce "
+        "confirm_mail": ("Veuillez confirmer votre abonnement", "Quelqu’un, sans doute vous, souhaite recevoir "
+                         "“{content_type}” à l’adresse {address}.", "Confirmer", "Le lien est valable 7 jours. Si ce "
                          "n’était pas vous, vous pouvez ignorer ce message."),
         "otp": ("Votre code de vérification", "Votre code de vérification est", "", "Il expire dans {minutes}. Si "
                 "vous ne l’avez pas demandé, vous pouvez ignorer ce message."),

@@ -9195,6 +9195,15 @@ def test_what_the_content_types_of_an_older_version_need_is_known_after_an_upgra
     assert not store.redis.keys(store.key("needs", "*"))
 
 
+def test_a_row_of_a_file_that_lacks_a_variable_is_listed_and_the_others_are_taken(client):
+    client.post("/task/subscriptionContent", {"content_type": "news", **NEEDY, "defaults": {"colour": "red"}})
+    found = import_csv(client, "email,name,plan\na@example.com,Ann,1\nb@example.com,,1\nc@example.com,Carl,\n",
+                       frequency="@daily")
+    assert (found["subscribed"], found["failed"]) == (1, 2)
+    assert [(error["line"], error["error"].partition(" ")[0]) for error in found["errors"]] == [
+        (3, "variables.name"), (4, "variables.plan")]
+
+
 def test_saving_a_content_type_says_how_many_subscribers_cannot_fill_it_and_what_they_lack(client):
     define(client)
     for number, variables in enumerate([{}, {"name": "x"}, {"name": "x", "plan": 1}, {"plan": 2}]):
@@ -17217,7 +17226,10 @@ def test_axe_finds_nothing_in_the_pages_for_readers_whose_button_unsubscribes(se
     tab.get_by_role("button", name="Se d\u00e9sabonner").click()
     check("Vous \u00eates d\u00e9sabonn\u00e9(e)")
     assert client.get(f"/task/subscriptionContent/{content_type}")["subscribers"] == 0
-    tab.goto(tab.url[:-3])
+    tab.get_by_role("button", name="Se r\u00e9abonner").click()
+    check("Vous \u00eates abonn\u00e9(e)")
+    assert client.get(f"/task/subscriptionContent/{content_type}")["subscribers"] == 1
+    tab.goto(tab.url.removesuffix("/again")[:-3])
     check("Ce lien n\u2019est pas valable")
     tab.complaints = [line for line in tab.complaints if "404" not in line]  # the page's own status
 
