@@ -41,6 +41,7 @@ What a change touches:
 import argparse
 import base64
 import bisect
+import calendar
 import binascii
 import collections
 import contextlib
@@ -100,7 +101,7 @@ import typing
 import urllib.parse
 import zlib
 import zoneinfo
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from mailbox import Maildir
 from typing import IO, Any
 
@@ -1074,8 +1075,17 @@ def start_logging(settings: Settings) -> None:
 #
 #   hooks                           hash    account, "" for the admin -> its webhook, see Webhooks.set()
 #   content:<account>               hash    content type -> {"subject", "content"}
-#   subscribers:<type>:<account>    hash    address -> {"userId", "frequency", "retries", "created", "variables"}
-#   issued:<type>:<account>         hash    address -> id of the task of the newest newsletter
+#   subscribers:<type>:<account>    hash    address -> {"userId", "frequency", "retries", "created", "variables", "at",
+#                                           "day", "timezone"}
+#   issued:<type>:<account>         hash    address -> id of the task of the newest newsletter, and the newest boundary
+#                                           at which one was queued (s), by a space
+#   got:<type>:<account>            hash    address -> the last text that was sent to her, as text_digest() has it, and
+#                                           when (ms), by a space
+#   issues:<type>:<account>         hash    text_digest() -> {"subject"}; "<text_digest()> sent" -> number of mails,
+#                                           "... first" and "... last" -> when (ms)
+#   sends                           hash    "<type>:<account>" -> a newsletter that is being queued for all subscribers:
+#                                           {"id", "account", "registration", "content_type", "cursor" of HSCAN, "order"
+#                                           (see Newsletters.SEND_SOME), "seen", "queued" (subscribers)}
 #   unsubscribed:<type>:<address>:<account>  string  time of the request (us); a subscribe that is older has no effect
 #   left:<type>:<account>           hash    address -> {"userId", "when" (us), "how", "record"}: who unsubscribed, and
 #                                           which subscription ended then, if any; stays when the content type is
@@ -1423,10 +1433,10 @@ class Store:
         BRPOPLPUSH k k 0, DBSIZE, DEL k, EVAL x 1 k, EVALSHA x 1 k, EXEC, EXISTS k, EXPIRE k 1, GET k, HDEL k x,
         HEXISTS k x, HGET k x, HGETALL k, HINCRBY k x 1, HINCRBYFLOAT k x 1, HKEYS k, HLEN k, HMGET k x, HRANDFIELD k,
         HSCAN k 0, HSET k x x, HSETNX k x x, HSTRLEN k x, HVALS k, INCR k, LINDEX k 0, LLEN k, LPOS k x, LPUSH k x,
-        LRANGE k 0 0, LREM k 0 x, MEMORY|USAGE k, MULTI, PERSIST k, PEXPIRE k 1, PEXPIREAT k 1, PING, PTTL k, RPOP k,
-        RPOPLPUSH k k, RPUSH k x, SADD k x, SCAN 0, SET k x, SREM k x, SSCAN k 0, TIME, TTL k, TYPE k, UNLINK k,
-        ZADD k 1 x, ZCARD k, ZCOUNT k 0 0, ZRANGE k 0 0, ZRANGEBYSCORE k 0 0, ZREM k x, ZREMRANGEBYSCORE k 0 0,
-        ZREVRANGE k 0 0, ZREVRANGEBYSCORE k 0 0, ZSCAN k 0, ZSCORE k x
+        LRANGE k 0 0, LREM k 0 x, LSET k 0 x, MEMORY|USAGE k, MULTI, PERSIST k, PEXPIRE k 1, PEXPIREAT k 1, PING,
+        PTTL k, RPOP k, RPOPLPUSH k k, RPUSH k x, SADD k x, SCAN 0, SET k x, SREM k x, SSCAN k 0, TIME, TTL k, TYPE k,
+        UNLINK k, ZADD k 1 x, ZCARD k, ZCOUNT k 0 0, ZRANGE k 0 0, ZRANGEBYSCORE k 0 0, ZREM k x,
+        ZREMRANGEBYSCORE k 0 0, ZREVRANGE k 0 0, ZREVRANGEBYSCORE k 0 0, ZSCAN k 0, ZSCORE k x
     """
     FSYNC_COMMANDS = "WAITAOF 1 0 0"  # with durability=fsync
 
@@ -2852,8 +2862,10 @@ class Accounts:
         local types = redis.call('HRANDFIELD', content, most)
         for _, content_type in ipairs(types) do
             redis.call('HDEL', content, content_type)
-            redis.call('UNLINK', prefix .. 'subscribers:' .. content_type .. ':' .. name,
-                       prefix .. 'issued:' .. content_type .. ':' .. name)
+            local type_and_name = content_type .. ':' .. name
+            redis.call('UNLINK', prefix .. 'subscribers:' .. type_and_name, prefix .. 'issued:' .. type_and_name,
+                       prefix .. 'got:' .. type_and_name, prefix .. 'issues:' .. type_and_name)
+            redis.call('HDEL', prefix .. 'sends', type_and_name)
         end
         local left = redis.call('HRANDFIELD', left_types, most)
         for _, content_type in ipairs(left) do
@@ -2894,7 +2906,7 @@ class Accounts:
                 pipeline.zcard(key)
             hashes = [self.store.key("suppressed_for", name), *(
                 self.store.key(kind, content_type, name) for content_type in types for kind in (
-                    "subscribers", "issued")), *(
+                    "subscribers", "issued", "got")), *(
                 self.store.key("left", content_type, name) for content_type in left_types)]
             for key in hashes:
                 pipeline.hlen(key)
@@ -3033,6 +3045,7 @@ CONTENT_TYPE = Pattern("a string of 1 to 100 characters, only letters, digits, s
                        r"(?!\.{1,2}$| +$)[\w. -]+", 100)
 LANE = Enum(MAIL_LANES)
 FREQUENCIES = ("@hourly", "@daily", "@weekly", "@monthly")
+WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 LOCALE = Pattern("a language tag of up to 35 characters (BCP 47), such as pt-BR",
                  "[A-Za-z]{1,8}(-[A-Za-z0-9]{1,8})*", 35)
 PURPOSE = String(50, ONE_LINE, LINE)
@@ -3051,6 +3064,58 @@ CONTENT_ID = Pattern("letters, digits and . _ + -, with at most one @ inside",
 FILENAME = String(100, ONE_LINE[:-1] + r"/\\]", "without control characters, / and \\")
 ATTACHMENT = Object({"filename": FILENAME, "content_type": MEDIA_TYPE, "content": Base64(),
                      "content_id": Nullable(CONTENT_ID)})
+
+
+class TimeZone(Check):
+    """An IANA time zone that this machine knows."""
+
+    expected = "an IANA time zone, such as Europe/Berlin"
+    schema = {"type": "string", "maxLength": 64}
+    known = staticmethod(functools.lru_cache(zoneinfo.available_timezones))  # it reads some hundred files
+
+    def parse(self, value: str) -> str | None:
+        return value if value in self.known() else None
+
+    def hint(self, value: Any) -> str:
+        if type(value) is not str or not value:
+            return super().hint(value)
+        names = {name.lower(): name for name in self.known()}
+        nearest = difflib.get_close_matches(value[:64].lower().replace(" ", "_"), names, 1)
+        return f"; did you mean {names[nearest[0]]}?" if nearest else ""
+
+
+class Day(Check):
+    """The day of a week or of a month on which a newsletter comes."""
+
+    types = (str, int)
+    expected = f"one of {', '.join(WEEKDAYS)} with the frequency @weekly, or a whole number from 1 to 31 with @monthly"
+    schema = {"anyOf": [{"enum": list(WEEKDAYS)}, {"type": "integer", "minimum": 1, "maximum": 31}]}
+
+    def parse(self, value: str | int) -> str | int | None:
+        return value if value in WEEKDAYS or isinstance(value, int) and 1 <= value <= 31 else None
+
+
+class Subscription(Object):
+    """The payload of a subscribe task: a `day` must be one of its frequency, and no hour has an `at`."""
+
+    CALENDAR: typing.ClassVar[dict[str, Check]] = {
+        "at": Nullable(Pattern("a time from 00:00 to 23:59, such as 09:30", "([01][0-9]|2[0-3]):[0-5][0-9]", 5)),
+        "day": Nullable(Day()), "timezone": Nullable(TimeZone())}
+
+    def __init__(self, fields: Mapping[str, Check], dependent_required: Sequence[str] = ()) -> None:
+        super().__init__({**fields, **self.CALENDAR}, dependent_required)
+
+    def __call__(self, value: Any, field: str = "") -> Any:
+        payload, path = super().__call__(value, field), f"{field}." if field else ""
+        frequency, day = payload["frequency"], payload.get("day")
+        if frequency == "@hourly" and "at" in payload:
+            raise HTTPError(400, f"{path}at must be left out with the frequency @hourly", f"{path}at")
+        if day is not None and frequency not in ("@weekly", "@monthly"):
+            raise HTTPError(400, f"{path}day must be left out with the frequency {frequency}", f"{path}day")
+        if day is not None and isinstance(day, int) != (frequency == "@monthly"):
+            expected = "a whole number from 1 to 31" if frequency == "@monthly" else f"one of {', '.join(WEEKDAYS)}"
+            raise HTTPError(400, f"{path}day must be {expected} with the frequency {frequency}", f"{path}day")
+        return payload
 
 
 class MailPayload(Object):
@@ -3107,11 +3172,11 @@ PAYLOADS = {
                                 "variables": Absent(MailPayload.NEEDS_CONTENT_TYPE),
                                 "locale": Absent(MailPayload.NEEDS_CONTENT_TYPE),
                                 "from": Nullable(Sender()), "lane": Nullable(LANE), "metadata": Nullable(Metadata())}),
-    "subscribe": Object({"userId": Address(), "frequency": Enum(FREQUENCIES), "content_type": CONTENT_TYPE,
-                         "subject": Nullable(SUBJECT_TEMPLATE), "content": Nullable(CONTENT_TEMPLATE),
-                         "variables": Nullable(Variables()), "again": Nullable(Boolean()),
-                         "confirm": Nullable(Boolean()), "locale": Nullable(LOCALE)},
-                        dependent_required=("subject", "content")),
+    "subscribe": Subscription({"userId": Address(), "frequency": Enum(FREQUENCIES), "content_type": CONTENT_TYPE,
+                               "subject": Nullable(SUBJECT_TEMPLATE), "content": Nullable(CONTENT_TEMPLATE),
+                               "variables": Nullable(Variables()), "again": Nullable(Boolean()),
+                               "confirm": Nullable(Boolean()), "locale": Nullable(LOCALE)},
+                              dependent_required=("subject", "content")),
     "unsubscribe": Object({"userId": Address(), "content_type": CONTENT_TYPE}),
 }
 
@@ -3345,6 +3410,12 @@ def sender_defaults(settings: str) -> tuple[tuple[str, str] | None, str]:
     return next(senders, None), found.get("reply_to", "")
 
 
+def subject_shown(subject: str) -> str:
+    """What is shown of the subject of a mail: 60 bytes, as Queue.CONCLUDE needs it. Of an OTP's nothing is shown: it
+    may have the code in it."""
+    return subject.encode(errors="replace")[:60].decode(errors="ignore")
+
+
 def addresses_of(payload: Json) -> tuple[str, ...]:
     """All that the mail of a payload goes to."""
     return payload["userId"], *payload.get("cc", ()), *payload.get("bcc", ())
@@ -3374,6 +3445,8 @@ class Task:
     recipients: list[str] | None = None  # who gets its mail, as soon as that is known
     following: "Task | None" = None  # the one that the worker has in hand after it
     message: bytes = b""  # its mail, where that is made before it is begun
+    subject: str = ""  # of its mail, as subject_shown() has it
+    issue: str = ""  # of a newsletter, as soon as its mail is made: see Newsletters.issue_of()
 
     @functools.cached_property
     def owner(self) -> Account:
@@ -3435,7 +3508,8 @@ class Outcome(typing.NamedTuple):
     `detail` is the result of a success, such as "subscribed", or else the reason; `delay` the seconds until a task with
     the verdict RETRYING, DROPPED or IN_DOUBT is taken again, while one that is RETURNED with a delay lets the next one
     go first; `delivered` the recipients that have the mail already, where others have not, and `reply` what the server
-    said when it took it for the last of them; `suppress` the addresses that do not exist, according to the server.
+    said when it took it for the last of them; `suppress` the addresses that do not exist, according to the server;
+    `issue` what a newsletter was sent with, see Newsletters.issue_of().
     """
 
     task: Task
@@ -3445,6 +3519,7 @@ class Outcome(typing.NamedTuple):
     delivered: tuple[str, ...] = ()
     suppress: tuple[str, ...] = ()
     reply: str = ""
+    issue: str = ""
 
     @property
     def reply_ids(self) -> str:
@@ -3599,6 +3674,7 @@ class Queue:
     OTP_FIRST = 0.01  # seconds that other work waits at most for an OTP
     POLL = 0.1  # seconds between two looks at an empty lane, where Redis refuses to wait for it
     REVIVE_BATCH = 200  # dead letters
+    BY_REQUEST = "by request"  # why a lane that somebody has paused sends nothing
     RESUME_INTERVAL = 5.0  # seconds between two requests to resume a lane, of all processes together
     RECENT = 100_000  # tasks that can be looked up without their id, of an account and of all
     BATCH = 500  # tasks in one script: a millisecond of Redis's time each 100
@@ -3684,21 +3760,31 @@ class Queue:
         end
     """
 
+    # The metadata of a task, as JSON, or nil. It ends the head, as summary_of() writes it, and stays as it was written:
+    # cjson would change long numbers.
+    METADATA = """
+        local function metadata_in(head)
+            local at = head and string.find(head, '"metadata": ', 1, true)
+            return at and string.sub(head, at + 12, -3) or nil
+        end
+    """
+
     # The summary of a task that has ended, dead letters apart. There are as many summaries as mails in `result_ttl`, so
     # they have few fields of at most 64 bytes (hash-max-listpack-value): that is a quarter of the memory of a hash with
-    # larger ones, and fast to write. Nothing of the mail itself is kept.
+    # larger ones, and fast to write. Of the mail itself, only its subject is kept.
     #
     #   d      state ("" is succeeded), type ("" is message), retries, attempts, when it was accepted (microseconds),
     #          begun ("", or since it was accepted) and ended (since it was begun), and the account, by spaces
     #   k      the first 8 characters of the account's registration; older versions did not keep it
     #   u, n   userId, and the task's name; or, where these are no UTF-8, head as summary_of() has it
+    #   s      the subject, as subject_shown() has it, where it is known
     #   m      its metadata, as JSON, where it has some
     #   to     the recipients in lower case, where there are more than that one
     #   error, story    where there is one; what the server said to a mail goes on in r1, r2 and r3
     #   bounces         lines as those of the story, about what came back afterwards, see BOUNCE
     #
     # The caller passes `ttl` in milliseconds and what never changes of a task: when it was accepted, its type and
-    # retries, the account, u and n, and m. To read and decode its head here took a third of the time of this fragment.
+    # retries, the account, u and n, s and m. To read and decode its head here took a third of the fragment's time.
     CONCLUDE = """
         local function conclude(task, state, error, ttl, created, type_and_retries, account, ...)
             local started, attempts, before, to, story, registration = unpack(redis.call('HMGET', task,
@@ -3788,12 +3874,26 @@ class Queue:
         end
     """
 
-    # The metadata of a task, as JSON, or nil. It ends the head, as summary_of() writes it, and stays as it was written:
-    # cjson would change long numbers.
-    METADATA = """
-        local function metadata_in(head)
-            local at = head and string.find(head, '"metadata": ', 1, true)
-            return at and string.sub(head, at + 12, -3) or nil
+    # End a task that waits, and that no worker has in hand: see CONCLUDE. Its head, or the body of a newsletter, says
+    # what is kept. Answers its type, which is '' where that cannot be read: older versions took half a surrogate pair.
+    CONCLUDE_WAITING = CONCLUDE + METADATA + """
+        local function conclude_waiting(prefix, id, state, error, ttl)
+            local task = prefix .. 'task:' .. id
+            local summary, created, account = unpack(redis.call('HMGET', task, 'head', 'created', 'account'))
+            local head = summary or redis.call('HGET', task, 'body')
+            local readable, shown = pcall(cjson.decode, head)
+            if not readable then
+                conclude(task, state, error, ttl, created, ' ', account, 'head', head)
+                return ''
+            end
+            local kept, own = {'u', shown.payload.userId, 'n', shown.task}, metadata_in(head)
+            for name, value in pairs({s = summary and shown.payload.subject or nil, m = own}) do
+                kept[#kept + 1] = name
+                kept[#kept + 1] = value
+            end
+            conclude(task, state, error, ttl, created,
+                     (shown.type == 'message' and '' or shown.type) .. ' ' .. shown.retries, account, unpack(kept))
+            return shown.type
         end
     """
 
@@ -3843,6 +3943,7 @@ class Queue:
         self._pace, self._look = store.script(self.PACE), store.script(self.LOOK)
         self._recount = store.script(self.RECOUNT, once=True)
         self._beat = store.script(self.BEAT)
+        self._hold = store.script(self.HOLD)
         self._resume = store.script(self.RESUME)
         self._promote = store.script(self.PROMOTE)
         self._expire = store.script(self.EXPIRE)
@@ -3852,6 +3953,8 @@ class Queue:
         self._sort_in = store.script(self.SORT_IN)
         self._restore_turns = store.script(self.RESTORE_TURNS)
         self._cancel = store.script(self.CANCEL, once=True)
+        self._purge = store.script(self.PURGE, once=True)
+        self._move = store.script(self.MOVE, once=True, when_full=False)
         self._revive = store.script(self.REVIVE, once=True)
         self._bounce = store.script(self.BOUNCE, once=True)
         # As scripts take them: result_ttl and dead_ttl in milliseconds, dead_max.
@@ -4058,7 +4161,7 @@ class Queue:
     #       is taken, or "";
     #       then, of each task to settle: the number of its arguments, its id, verdict, detail, delay (ms), recipients
     #       that have the mail, addresses to suppress and the ids that its provider gave the mail, by spaces; the
-    #       server's reply where only some have it; and, if it ends, what _summary_args() returns.
+    #       server's reply where only some have it; issue; and, if it ends, what _summary_args() returns.
     # Answer: {how many tasks are seen to be left in the lane, then of each task taken: {id, body, account,
     #         registration, created, attempts, strikes, drops, dropped, expires, delivered, the recipients that are
     #         suppressed, the account's settings or ""}}. No task, although some are left, means: ask again.
@@ -4070,7 +4173,34 @@ class Queue:
         local events = {succeeded = 'mail.sent', suppressed = 'mail.suppressed', expired = 'mail.failed'}
         if redis.call('EXISTS', prefix .. 'hooks') == 0 then events = {} end
 
-        local function settle(id, verdict, detail, delay, delivered, suppress, ids, reply, ...)
+        -- Note what a subscriber was sent, unless her account or the content type has gone meanwhile.
+        local function note_issue(account, key, issue)
+            local digest, content_type, address, subject = unpack(cjson.decode(issue))
+            if not is_wanted(prefix, account, key)
+                    or redis.call('HEXISTS', prefix .. 'content:' .. account, content_type) == 0 then
+                return
+            end
+            local type_and_account = content_type .. ':' .. account
+            local issues = prefix .. 'issues:' .. type_and_account
+            if redis.call('HEXISTS', prefix .. 'subscribers:' .. type_and_account, address) == 1 then
+                redis.call('HSET', prefix .. 'got:' .. type_and_account, address, digest .. ' ' .. milliseconds)
+            end
+            local is_new = redis.call('HINCRBY', issues, digest .. ' sent', 1) == 1
+            redis.call('HSET', issues, digest .. ' last', milliseconds)
+            if not is_new then return end
+            redis.call('HSET', issues, digest, cjson.encode({subject = subject}), digest .. ' first', milliseconds)
+            if redis.call('HLEN', issues) <= 4 * 100 then return end
+            local oldest, latest, fields = nil, math.huge, redis.call('HGETALL', issues)
+            for at = 1, #fields, 2 do
+                local other = string.match(fields[at], '^(%x+) last$')
+                if other and tonumber(fields[at + 1]) < latest then
+                    oldest, latest = other, tonumber(fields[at + 1])
+                end
+            end
+            redis.call('HDEL', issues, oldest, oldest .. ' sent', oldest .. ' first', oldest .. ' last')
+        end
+
+        local function settle(id, verdict, detail, delay, delivered, suppress, ids, reply, issue, ...)
             if redis.call('LREM', own, 1, id) == 0 then return end
             if ids ~= '' then
                 for name in string.gmatch(ids, '%S+') do
@@ -4098,8 +4228,10 @@ class Queue:
                     emit_mail(prefix, id, account, events[verdict], verdict,
                               attempts + (verdict == 'succeeded' and 1 or 0), detail)
                 end
+                local key = issue ~= '' and redis.call('HGET', task, 'key')
                 local ended = conclude(task, verdict, detail, result_ttl, ...)
                 if ended and verdict == 'succeeded' then successful = successful + 1 end
+                if ended and key then note_issue(select(3, ...), key, issue) end
                 return
             end
             redis.call('HDEL', task, 'begun')
@@ -4226,7 +4358,7 @@ class Queue:
                                       'drops', 'dropped', 'expires', 'delivered', 'to')
             if not fields[1] or not is_wanted(prefix, fields[2], fields[3]) then
                 redis.call('LREM', own, 1, id)
-                redis.call('UNLINK', task)
+                if fields[1] then redis.call('UNLINK', task) end  -- and not the summary of one that has ended
                 if #found < held then held = held - 1 else is_served = false end  -- the account's turn goes on
             else
                 if all or #found == 0 then begin(task) end
@@ -4276,10 +4408,10 @@ class Queue:
         keys = [self._processing(worker), self.store.key("lane", lane), self.store.prefix]
         args = [most, keep, share, int(begin_all), *self._limits, self.process, worker, lane, only]
         for outcome in outcomes:
-            task, verdict, detail, delay, delivered, suppress, reply = outcome
+            task, verdict, detail, delay, delivered, suppress, reply, issue = outcome
             summary = self._summary_args(task) if verdict in CONCLUDED else ()
-            args += [8 + len(summary), task.id, verdict, detail, int(delay * 1000), " ".join(delivered),
-                     " ".join(suppress), outcome.reply_ids, reply, *summary]
+            args += [9 + len(summary), task.id, verdict, detail, int(delay * 1000), " ".join(delivered),
+                     " ".join(suppress), outcome.reply_ids, reply, issue, *summary]
         answer = self._settle_and_take(keys, args)
         if any(outcome.delay for outcome in outcomes):
             self._note_delay()
@@ -4293,14 +4425,18 @@ class Queue:
         task = json.loads(body)
         if task["type"] == "generateOtp":
             suppressed = ""  # whoever asks for an OTP waits for it
+        subject = subject_shown(task["payload"]["subject"]) if task["type"] == "message" else ""
         return Task(task_id, account, registration, task["type"], task["task"], task["retries"], task["payload"],
                     int(created), int(attempts or 0), int(strikes or 0), int(drops or 0), int(dropped or 0),
-                    int(expires or 0), tuple((delivered or "").split()), tuple(suppressed.split()), lane, settings)
+                    int(expires or 0), tuple((delivered or "").split()), tuple(suppressed.split()), lane, settings,
+                    subject=subject)
 
     @staticmethod
     def _summary_args(task: Task) -> list[str | int]:
         """The arguments of CONCLUDE, from `created` on."""
         fields = ["u", task.payload["userId"], "n", task.name]
+        if task.subject:
+            fields += ["s", task.subject]
         if "metadata" in task.payload:
             fields += ["m", json.dumps(task.payload["metadata"])]
         try:
@@ -4524,7 +4660,7 @@ class Queue:
 
     # The webhook of the admin learns when a lane is paused in the first process, and when in none any more.
     # KEYS: the prefix. ARGV: process, its workers by commas, HEARTBEAT_TTL (ms), what is paused, as JSON; the lanes.
-    # Answer: the hash `resume`.
+    # Answer: the hash `resume`, and the lanes that are held.
     BEAT = EVENT + """
         local prefix, process, workers, ttl, paused = KEYS[1], unpack(ARGV, 1, 4)
         redis.call('HSET', prefix .. 'processes', process, workers)
@@ -4548,22 +4684,40 @@ class Queue:
         else
             redis.call('UNLINK', prefix .. 'paused_announced')
         end
-        return redis.call('HGETALL', prefix .. 'resume')
+        return {redis.call('HGETALL', prefix .. 'resume'), redis.call('HKEYS', prefix .. 'held')}
     """
 
-    def beat(self, workers: Sequence[str], paused: Mapping[str, object]) -> dict[str, str]:
+    def beat(self, workers: Sequence[str], paused: Mapping[str, object]) -> tuple[dict[str, str], list[str]]:
         """Show for HEARTBEAT_TTL that this process lives, the names of its workers, and what is paused and why.
 
-        Returns lane -> how often somebody has asked to resume it.
+        Returns lane -> how often somebody has asked to resume it, and the lanes that somebody has paused.
         """
-        requests = self._beat(keys=[self.store.prefix], args=[
+        requests, held = self._beat(keys=[self.store.prefix], args=[
             self.process, ",".join(workers), int(self.HEARTBEAT_TTL * 1000), json.dumps(paused), *LANES])
-        return dict(zip(requests[::2], requests[1::2]))
+        return dict(zip(requests[::2], requests[1::2])), held
 
-    # KEYS: resume, resumed:<lane>. ARGV: lane, id of this request, milliseconds in which no other is taken.
+    # KEYS: the prefix. ARGV: lane. Answer: 1.
+    HOLD = CLOCK + """
+        redis.call('HSETNX', KEYS[1] .. 'held', ARGV[1], microseconds)
+        return 1
+    """
+
+    def pause(self, lane: str) -> None:
+        """Ask every process to take nothing from `lane` until somebody resumes it, whatever starts or ends meanwhile.
+
+        A mail that a worker has begun is still sent. Each process hears of it with its next heartbeat.
+        """
+        self._hold(keys=[self.store.prefix], args=[lane])
+
+    def held(self) -> dict[str, int]:
+        """The lanes that somebody has paused, and since when (microseconds since the epoch)."""
+        found = self.store.redis.hgetall(self.store.key("held"))
+        return {lane: int(since) for lane, since in found.items()}
+
+    # KEYS: resume, resumed:<lane>, held. ARGV: lane, id of this request, milliseconds in which no other is taken.
     # Answer: 0, or the milliseconds to wait.
     RESUME = """
-        local newest = redis.call('GET', KEYS[2])
+        local newest = redis.call('HDEL', KEYS[3], ARGV[1]) == 0 and redis.call('GET', KEYS[2])
         if newest == ARGV[2] then return 0 end
         if newest then return redis.call('PTTL', KEYS[2]) end
         redis.call('SET', KEYS[2], ARGV[2], 'PX', ARGV[3])
@@ -4572,12 +4726,13 @@ class Queue:
     """
 
     def resume(self, lane: str) -> None:
-        """Ask every process to probe at once, on a new connection, whether `lane` can go on.
+        """End the pause that somebody has asked for, and ask every process to probe at once, on a new connection,
+        whether `lane` can go on.
 
         Raises:
-            HTTPError: 429, somebody has asked for that within RESUME_INTERVAL seconds.
+            HTTPError: 429, somebody has asked for that within RESUME_INTERVAL seconds, and has not paused it since.
         """
-        wait = self._resume(keys=[self.store.key("resume"), self.store.key("resumed", lane)],
+        wait = self._resume(keys=[self.store.key("resume"), self.store.key("resumed", lane), self.store.key("held")],
                             args=[lane, secrets.token_hex(8), int(self.RESUME_INTERVAL * 1000)])
         if wait:
             seconds = math.ceil(wait / 1000)
@@ -4619,26 +4774,23 @@ class Queue:
     # Of one that is being sent, its worker decides.
     # KEYS: the prefix. ARGV: how many at most, result_ttl (ms).
     # Answer: {how many were looked at, and of each that ended now its id, type and account}.
-    EXPIRE = EVENT + CONCLUDE + METADATA + """
+    EXPIRE = EVENT + CONCLUDE_WAITING + """
         local prefix, ttl, ended = KEYS[1], ARGV[2], {}
 
-        local function expire(id, task, head, created, account, attempts, before)
+        local function expire(id, account, attempts, before)
             redis.call('ZREM', prefix .. 'delayed', id)
             redis.call('ZREM', prefix .. 'scheduled', id)
-            local shown, reason = cjson.decode(head), 'it was not sent in time' .. (before and ': ' .. before or '')
-            local own = metadata_in(head)
+            local reason = 'it was not sent in time' .. (before and ': ' .. before or '')
             emit_mail(prefix, id, account, 'mail.failed', 'expired', attempts, reason)
-            conclude(task, 'expired', reason, ttl, created,
-                     (shown.type == 'message' and '' or shown.type) .. ' ' .. shown.retries, account,
-                     'u', shown.payload.userId, 'n', shown.task, unpack(own and {'m', own} or {}))
-            for _, value in ipairs({id, shown.type, account}) do ended[#ended + 1] = value end
+            local type = conclude_waiting(prefix, id, 'expired', reason, ttl)
+            for _, value in ipairs({id, type, account}) do ended[#ended + 1] = value end
         end
 
         local due = redis.call('ZRANGE', prefix .. 'expiring', '-inf', milliseconds, 'BYSCORE', 'LIMIT', 0, ARGV[1])
         for _, id in ipairs(due) do
             local task = prefix .. 'task:' .. id
-            local state, head, created, account, attempts, before, lane = unpack(redis.call('HMGET', task,
-                'state', 'head', 'created', 'account', 'attempts', 'error', 'lane'))
+            local state, account, attempts, before, lane = unpack(redis.call('HMGET', task,
+                'state', 'account', 'attempts', 'error', 'lane'))
             if state == 'running' then
                 redis.call('ZADD', prefix .. 'expiring', milliseconds + 1000, id)
             else
@@ -4646,7 +4798,7 @@ class Queue:
                 local list = prefix .. 'lane:' .. (lane or '') .. ':' .. (account or '')
                 if state == 'queued' and redis.call('LLEN', list) <= 1000 then redis.call('LREM', list, -1, id) end
                 if state and state ~= 'dead' then
-                    expire(id, task, head, created, account, attempts, before)
+                    expire(id, account, attempts, before)
                 end
                 for _ = 1, 200 do  -- what comes next shows how long it waits
                     local next = redis.call('LINDEX', list, -1)
@@ -4892,48 +5044,190 @@ class Queue:
         self._turn_cursor, *self._lost_turns = self._restore_turns(
             keys=[self.store.prefix], args=[self._turn_cursor, *self._lost_turns])
 
-    # Only a task in the delayed set can be cancelled: one in a lane or in hand may be sent at any moment.
-    # KEYS: the prefix. ARGV: id, the account that the task must belong to or "", its registration, and the arguments of
-    # CONCLUDE from `ttl` on. Answer: "unknown", "late <state>" or "cancelled".
-    CANCEL = CLOCK + CONCLUDE + IS_OWN + """
-        local prefix, id, account, registration = KEYS[1], unpack(ARGV, 1, 3)
-        local task = prefix .. 'task:' .. id
-        local owner, key, ended, part = unpack(redis.call('HMGET', task, 'account', 'key', 'd', 'k'))
-        if not is_own(account, registration, owner, key, ended, part) then return 'unknown' end
-        if redis.call('ZREM', prefix .. 'delayed', id) == 0 then
-            local state = ended and string.match(ended, '^%S+') or redis.call('HGET', task, 'state') or 'succeeded'
-            return 'late ' .. state
+    # Whether the mail of a task that waits may have been sent: its process died during an attempt, or the connection
+    # broke when the server had it all. It is sent again, to be sure, and not cancelled: none is both.
+    MAY_BE_SENT = """
+        local function may_be_sent(story)
+            local lines = '\\n' .. (story or '')
+            return string.find(lines, '\\n%d+ %d+ orphaned ') or string.find(lines, '\\n%d+ %d+ in%-doubt ')
         end
-        redis.call('ZREM', prefix .. 'scheduled', id)
-        conclude(task, 'cancelled', nil, unpack(ARGV, 4))
-        return 'cancelled'
     """
 
-    def cancel(self, task_id: str, account: Account = EVERYBODY) -> None:
-        """End a task of an account, or of any, that waits for its `send_at` or for a retry.
+    # What can be cancelled: a task in the delayed set, or in its lane. One that a worker has in hand may be sent at any
+    # moment, and nothing takes it away.
+    # KEYS: the prefix. ARGV: id, the account that the task must belong to or "", its registration, result_ttl (ms).
+    # Answer: {"unknown"}, {"late", state} or {"cancelled", type of the task}.
+    CANCEL = CLOCK + CONCLUDE_WAITING + IS_OWN + MAY_BE_SENT + """
+        local prefix, id, account, registration, ttl = KEYS[1], unpack(ARGV)
+        local owner, key, ended, part, state, lane, story = unpack(redis.call('HMGET', prefix .. 'task:' .. id,
+            'account', 'key', 'd', 'k', 'state', 'lane', 'story'))
+        if not is_own(account, registration, owner, key, ended, part) then return {'unknown'} end
+        if (state == 'queued' or state == 'retrying') and may_be_sent(story) then return {'late', 'in-doubt'} end
+        if redis.call('ZREM', prefix .. 'delayed', id) == 1 then
+            redis.call('ZREM', prefix .. 'scheduled', id)
+        elseif state ~= 'queued' or redis.call('LREM', prefix .. 'lane:' .. lane .. ':' .. owner, 1, id) == 0 then
+            return {'late', ended and string.match(ended, '^%S+') or state or 'succeeded'}
+        end
+        return {'cancelled', conclude_waiting(prefix, id, 'cancelled', nil, ttl)}
+    """
+
+    def cancel(self, task_id: str, account: Account = EVERYBODY) -> str:
+        """End a task of an account, or of any, that waits in its lane, for its `send_at` or for a retry; returns its
+        type.
 
         Raises:
-            HTTPError: 404, there is no such task; 409, it does not wait for that.
+            HTTPError: 404, there is no such task; 409, a worker has it, or it has ended.
         """
-        key = self.store.key("task", task_id)
-        owner, created, head = self.store.redis.hmget(key, "account", "created", "head")
-        head = head or self.store.redis.hget(key, "body") or ""
-        try:
-            task = json.loads(head)
-            summary = self._summary_args(Task(task_id, owner, "", task["type"], task["task"], task["retries"],
-                                              task["payload"], int(created)))
-        except (ValueError, TypeError, KeyError):  # it has ended, or cannot be read
-            summary = [0, " ", owner or "", "head", head]
-        answer = self._cancel(keys=[self.store.prefix], args=[
-            task_id, account.name, account.registration, self._limits[0], *summary])
-        if answer.startswith("late "):
-            state = answer.removeprefix("late ")
-            reason = {State.QUEUED: "waits in its lane and may be taken at any moment",
-                      State.RUNNING: "is being worked on"}.get(state, f"has ended already ({state})")
-            raise HTTPError(409, f"the task {reason}; only one that waits for its send_at or a retry can be cancelled",
-                          "id")
-        if answer != "cancelled":
-            raise HTTPError(404, "there is no such task, or it ended too long ago", "id")
+        answer, *detail = self._cancel(keys=[self.store.prefix], args=[
+            task_id, account.name, account.registration, self._limits[0]])
+        if answer == "unknown":
+            raise self._no_such_task()
+        if answer == "late":
+            raise HTTPError(409, f"the task {self._late(*detail)}; only one that waits can be cancelled", "id")
+        return detail[0]
+
+    @staticmethod
+    def _no_such_task() -> HTTPError:
+        return HTTPError(404, "there is no such task, or it ended too long ago", "id")
+
+    @staticmethod
+    def _late(state: str) -> str:
+        """Why a task in this state is not to be changed, to follow "the task"."""
+        return {"queued": "is next and may be sent at any moment", "running": "is being worked on",
+                "scheduled": "waits for its send_at", "retrying": "waits for a retry",
+                "in-doubt": "may have been sent already, and is sent again to be sure"}.get(
+                    state, f"has ended already ({state})")
+
+    # Cancel, or only count, those that match among some tasks of a list of a lane, newest first, or of the delayed set.
+    # So of a list the workers take one end, and this the other. What is accepted meanwhile stays.
+    # KEYS: the prefix.
+    # ARGV: the list, or "" for the delayed set; where to go on in it, how many to look at; 1 to cancel or 0 to count,
+    #       result_ttl (ms), the newest moment of acceptance (us); the account that the tasks must belong to or "", its
+    #       registration; the state, type, name, content type and recipient that they must have, or "" for any.
+    # Answer: {where to go on, or "" at the end; then the type of each task that was cancelled, or would be}.
+    PURGE = CLOCK + CONCLUDE_WAITING + IS_OWN + MAY_BE_SENT + """
+        local prefix, list, at, most, cancels, ttl, newest, account, registration = KEYS[1], unpack(ARGV, 1, 8)
+        local state, type, name, content_type, recipient = unpack(ARGV, 9)
+        local waits = {queued = list ~= '', scheduled = list == '', retrying = list == ''}
+
+        local function is_wanted(id)
+            local task = prefix .. 'task:' .. id
+            local owner, key, now, created, to, head, story = unpack(redis.call('HMGET', task,
+                'account', 'key', 'state', 'created', 'to', 'head', 'story'))
+            if not waits[now] or may_be_sent(story) or not is_own(account, registration, owner, key)
+                    or state ~= '' and now ~= state or tonumber(created) > tonumber(newest)
+                    or recipient ~= '' and string.match(to or '', '^%S+') ~= recipient then
+                return false
+            end
+            if type == '' and name == '' and content_type == '' then return true end
+            local readable, shown = pcall(cjson.decode, head or redis.call('HGET', task, 'body'))
+            if not readable or type ~= '' and shown.type ~= type or name ~= '' and shown.task ~= name then
+                return false
+            end
+            if content_type == '' then return true end
+            if shown.type == 'subscribe' or shown.type == 'unsubscribe' then
+                shown = cjson.decode(redis.call('HGET', task, 'body'))
+            end
+            return shown.payload.content_type == content_type
+        end
+
+        local answer = {''}
+        local function cancel(id)
+            answer[#answer + 1] = cancels == '1' and conclude_waiting(prefix, id, 'cancelled', nil, ttl) or ''
+        end
+
+        if list == '' then
+            local cursor, found = unpack(redis.call('ZSCAN', prefix .. 'delayed', at, 'COUNT', most))
+            if cursor ~= '0' then answer[1] = cursor end
+            for each = 1, #found, 2 do
+                local id = found[each]
+                if is_wanted(id) then
+                    if cancels == '1' then
+                        redis.call('ZREM', prefix .. 'delayed', id)
+                        redis.call('ZREM', prefix .. 'scheduled', id)
+                    end
+                    cancel(id)
+                end
+            end
+            return answer
+        end
+        list = prefix .. list
+        local ids = redis.call('LRANGE', list, at, at + most - 1)
+        for each, id in ipairs(ids) do
+            if is_wanted(id) then
+                if cancels == '1' then redis.call('LSET', list, at + each - 1, '') end  -- removed below, in one pass
+                cancel(id)
+            end
+        end
+        local removed = cancels == '1' and #answer > 1 and redis.call('LREM', list, #answer - 1, '') or 0
+        if #ids == tonumber(most) then answer[1] = at + most - removed end
+        return answer
+    """
+
+    def purge(self, account: Account = EVERYBODY, state: str = "", type: str = "", task: str = "",
+              content_type: str = "", recipient: str = "", only_count: bool = False,
+              progress: Callable[[int], object] = lambda count: None) -> collections.Counter[str]:
+        """Cancel what waits, of an account or of all, and matches all that is given; returns how many of each type.
+
+        A task that a worker has in hand is sent, and one that may have been sent already is sent again: each is either
+        sent or cancelled. With `only_count` nothing is cancelled, and the type is "". `progress` is given how many were
+        cancelled so far.
+        """
+        cancelled: collections.Counter[str] = collections.Counter()
+        at: int | str
+        found = self.store.redis.sscan_iter(self.store.key("turns"), count=1000)
+        lists = [f"lane:{lane}:{account.name}" for lane in LANES] if account.name else [*found]
+        lists = [name for name in lists if not name.startswith(f"lane:{Lane.HOOKS}:")]  # no events
+        newest = int(self.store.time() * 1e6)
+        for name in [*(lists if state in ("", State.QUEUED) else ()), *([""] if state != State.QUEUED else ())]:
+            at = 0
+            while at != "":
+                self.give_way()
+                at, *types = self._purge(keys=[self.store.prefix], args=[
+                    name, at, self.BATCH, int(not only_count), self._limits[0], newest, account.name,
+                    account.registration, state, type, task, content_type, fold_address(recipient)])
+                cancelled.update(types)
+                progress(cancelled.total())
+        return cancelled
+
+    # Give a scheduled task another time.
+    # KEYS: the prefix. ARGV: id, account, registration, its new body, when it is due (ms).
+    # Answer: "unknown", "late <state>", "expires <ms>" where that is not later, or "moved".
+    MOVE = IS_OWN + """
+        local prefix, id, account, registration, body, due = KEYS[1], unpack(ARGV)
+        local task = prefix .. 'task:' .. id
+        local owner, key, ended, part, state, expires = unpack(redis.call('HMGET', task,
+            'account', 'key', 'd', 'k', 'state', 'expires'))
+        if not is_own(account, registration, owner, key, ended, part) then return 'unknown' end
+        if state ~= 'scheduled' or not redis.call('ZSCORE', prefix .. 'delayed', id) then
+            return 'late ' .. (ended and string.match(ended, '^%S+') or state or 'succeeded')
+        end
+        if expires and tonumber(due) >= tonumber(expires) then return 'expires ' .. expires end
+        redis.call('HSET', task, 'body', body, 'due', due)
+        redis.call('ZADD', prefix .. 'delayed', due, id)
+        redis.call('ZADD', prefix .. 'scheduled', due, id)
+        return 'moved'
+    """
+
+    def move(self, task_id: str, moment: int, account: Account = EVERYBODY) -> None:
+        """Have a task of an account, or of any, that waits for its `send_at` wait until a moment (us) instead.
+
+        Raises:
+            HTTPError: 404, there is no such task; 409, it does not wait for that; 400, it expires before.
+        """
+        task = json.loads(self.store.redis.hget(self.store.key("task", task_id), "body") or '{"payload": {}}')
+        body = json.dumps({**task, "payload": {**task["payload"], "send_at": moment}})
+        answer, _, detail = self._move(keys=[self.store.prefix], args=[
+            task_id, account.name, account.registration, body, moment // 1000]).partition(" ")
+        if answer == "unknown":
+            raise self._no_such_task()
+        if answer == "expires":
+            raise HTTPError(400, f"send_at must be before the task's expires_at, {timestamp(int(detail) * 1000)}",
+                            "send_at")
+        if answer == "late":
+            raise HTTPError(409, f"the task {self._late(detail)}; only one that waits for its send_at can be moved",
+                            "id")
+        self._note_delay()
 
     # Queue a dead letter again, or remove it. Whoever retries says that the address is good now, so what a server
     # said of it no longer counts; an address that a person suppressed, or complained from, stays so. Nobody waits for
@@ -5105,9 +5399,11 @@ def list_key(store: Store, kind: str, account: str) -> str:
 
 
 def summary_of(task: Json) -> str:
-    """What is shown of a task, as JSON: nothing of the mail itself."""
+    """What is shown of a task, as JSON: nothing of the mail itself but its subject. The metadata comes last."""
     payload = task["payload"]
     shown = {"userId": payload["userId"]}
+    if task["type"] == "message" and "subject" in payload:  # heads of older versions have none
+        shown["subject"] = subject_shown(payload["subject"])
     if "metadata" in payload:
         shown["metadata"] = payload["metadata"]
     return json.dumps({"task": task["task"], "type": task["type"], "retries": task["retries"], "payload": shown})
@@ -5183,8 +5479,10 @@ def expand_summary(found: Json) -> Json:
     """The fields of a task that has not ended, from those of Queue.CONCLUDE; "task" has what its head says."""
     _, task_type, retries, attempts, created, begun, ended, _ = found["d"].split(" ", 7)
     started = int(created) + int(begun or 0)
+    payload = {"userId": found["u"], **({"subject": found["s"]} if found["s"] else {}),
+               **({"metadata": json.loads(found["m"])} if found["m"] else {})}
     return {"task": {"task": found["n"], "type": task_type or "message", "retries": int(retries or 0),
-                     "payload": {"userId": found["u"], **({"metadata": json.loads(found["m"])} if found["m"] else {})}},
+                     "payload": payload},
             "attempts": attempts, "created": created, "started": started if begun else None,
             "finished": started + int(ended)}
 
@@ -5198,7 +5496,7 @@ class Inspection:
 
     SEARCH_BATCH = 200  # tasks in one script
     FIELDS = ("head", "account", "state", "attempts", "error", "created", "finished", "due", "started", "story",
-              "key", "d", "k", "u", "n", "m", "r1", "r2", "r3", "bounces")
+              "key", "d", "k", "u", "n", "s", "m", "r1", "r2", "r3", "bounces")
 
     def __init__(self, store: Store, settings: Settings, give_way: Callable[[], object] = lambda: None) -> None:
         self.store, self.settings, self.give_way = store, settings, give_way
@@ -5260,6 +5558,8 @@ class Inspection:
         status = {"id": task_id, "task": task["task"], "type": task["type"], "userId": task["payload"]["userId"],
                   "state": found["state"], "attempts": int(found["attempts"]), "retries": task["retries"],
                   "error": error, "created": timestamp(found["created"])}
+        if "subject" in task["payload"]:
+            status["subject"] = subject_shown(task["payload"]["subject"])
         if "metadata" in task["payload"]:
             status["metadata"] = task["payload"]["metadata"]
         if succeeded and found["error"]:
@@ -5397,13 +5697,20 @@ class Inspection:
         """What each process reports: lane -> why it is paused, and of an outage "smtp", see SmtpState.report()."""
         return [json.loads(report) for report in self.store.redis.hvals(self.store.key("paused"))]
 
-    def lanes(self, depths: Mapping[str, int], reports: Sequence[Json]) -> list[Json]:
-        """For each lane: what waits there, by depths(); by reports(), in how many processes it is paused, and why."""
+    def lanes(self, depths: Mapping[str, int], reports: Sequence[Json], held: Mapping[str, int]) -> list[Json]:
+        """For each lane: what waits there, by depths(); by reports(), in how many processes it is paused, and why; by
+        Queue.held(), since when it is so by request, and what would pause it otherwise."""
         oldest, lanes = self.oldest(), []
         for lane in LANES:
-            reasons = [report[lane] for report in reports if lane in report]
+            # A heartbeat may be a second older than the request.
+            reasons = [report[lane] for report in reports if report.get(lane, Queue.BY_REQUEST) != Queue.BY_REQUEST
+                       or lane in held and lane in report]
+            beneath = [report["beneath"][lane] for report in reports if lane in report.get("beneath", ())]
             lanes.append({"lane": lane, "queued": depths[lane], "oldest": round(oldest[lane], 3),
-                          "paused": len(reasons), "reason": reasons[0] if reasons else None})
+                          "paused": len(reasons),
+                          "reason": Queue.BY_REQUEST if lane in held else reasons[0] if reasons else None,
+                          "by_request": timestamp(held[lane]) if lane in held else None,
+                          "beneath": beneath[0] if beneath else None})
         return lanes
 
     @staticmethod
@@ -5466,7 +5773,7 @@ class Stats:
         self._add = store.script(self.ADD, once=True)
 
     def count(self, name: str, amount: int = 1, **labels: str) -> None:
-        """Add one, or `amount`, to a counter."""
+        """Add to a counter."""
         with self.lock:
             self.new["stats", (name, *labels.items())] += amount
 
@@ -7402,12 +7709,15 @@ class Otps:
 # Content types, their subscriptions, and the schedule. One script moves a due subscription to its next boundary and
 # queues its mail, so that any number of processes send it once.
 
-def next_boundary(frequency: str, now: float, zone: zoneinfo.ZoneInfo) -> int:
+def next_boundary(frequency: str, now: float, zone: zoneinfo.ZoneInfo, at: str = "00:00",
+                  day: str | int | None = None) -> int:
     """The first calendar boundary after `now`, both in seconds since the epoch.
 
-    @hourly is minute 0; @daily midnight; @weekly midnight before Sunday; @monthly midnight before the 1st; by the
-    clock of `zone`. If daylight saving skips a midnight, the boundary is the first moment after it; if it repeats one,
-    the first counts. An hour that it repeats is an hour like any other.
+    @hourly is minute 0; @daily the time `at`; @weekly that time on `day`, one of WEEKDAYS, by default Sunday; @monthly
+    that time on the day of this number, by default the 1st, or on the last of a month that has no such day; by the
+    clock of `zone`. A time that daylight saving skips is that of the clock before the change: 02:30 becomes 03:30, and
+    a skipped midnight the first moment after it. Of a time that it repeats, the first counts. (Both are as in RFC 5545
+    section 3.3.5.) An hour that it repeats is an hour like any other.
     """
     if frequency == "@hourly":
         moment = int(now)
@@ -7416,14 +7726,21 @@ def next_boundary(frequency: str, now: float, zone: zoneinfo.ZoneInfo) -> int:
             moment += 3600 - local.minute * 60 - local.second
             if datetime.datetime.fromtimestamp(moment, zone).minute == 0:
                 return moment
-    day = datetime.datetime.fromtimestamp(now, zone).date()
+    time_of_day = datetime.time.fromisoformat(at)
+    date = datetime.datetime.fromtimestamp(now, zone).date() - datetime.timedelta(days=1)  # a gap may be a whole day
     while True:
-        day += datetime.timedelta(days=1)
-        if frequency == "@weekly" and day.isoweekday() != 7 or frequency == "@monthly" and day.day != 1:
-            continue
-        boundary = datetime.datetime.combine(day, datetime.time(), zone).timestamp()
-        if boundary > now:
-            return int(boundary)
+        last = calendar.monthrange(date.year, date.month)[1]
+        if (frequency == "@daily" or frequency == "@weekly" and WEEKDAYS[date.weekday()] == (day or "sun")
+                or frequency == "@monthly" and date.day == min(int(day or 1), last)):
+            boundary = datetime.datetime.combine(date, time_of_day, zone).timestamp()  # fold=0: as the RFC has it
+            if boundary > now:
+                return int(boundary)
+        date += datetime.timedelta(days=1)
+
+
+def text_digest(subject: str, content: str) -> str:
+    """What names an issue of a newsletter: a digest of its text, before that is filled."""
+    return hashlib.sha1(f"{subject}\n{content}".encode()).hexdigest()[:16]
 
 
 # The columns of a file with subscribers: those of an export, before the variables; and by which names an import knows
@@ -7573,6 +7890,11 @@ class Newsletters:
     CONFIRM_TEXT = ("Please confirm your subscription", "Somebody, probably you, wants {{ content_type }} to be sent "
                     "to {{ email }}. To confirm, open this link:\n\n{{ confirm_url }}\n\nIt is valid for 7 days. If it "
                     "was not you, you can ignore this mail.\n")
+    TEST_RETRIES = 3  # of a newsletter that is sent as a test
+    CALENDARS_KEPT = 100  # of those that are not only a frequency: known to each look for what is due
+    HALF: typing.ClassVar[dict[str, int]] = {  # half a period in seconds: two boundaries that are closer are the same
+        "@hourly": 1800, "@daily": 43200, "@weekly": 302400, "@monthly": 1209600}
+    HALF_AS_JSON = json.dumps(HALF)
     IMPORT_BATCH = 200  # rows in one script
     IMPORT_RETRIES = 8  # of the mails of an imported subscription, which take about an hour
     SCANS = 100  # calls of HSCAN for one page of a search
@@ -7594,17 +7916,26 @@ class Newsletters:
         self._unsubscribe = store.script(self.UNSUBSCRIBE, once=True)
         self._refold = store.script(self.REFOLD)
         self._claim = store.script(self.CLAIM, once=True, when_full=False)
+        self._send = store.script(self.SEND, once=True, when_full=False)
+        self._send_some = store.script(self.SEND_SOME, when_full=False)
+        self._stop_send = store.script(self.STOP_SEND, once=True)
+        self.sending = threading.Event()  # set where this process knows of newsletters that are to be queued
         self._correct = store.script(self.CORRECT)
         self._cursor = 0  # where correct() continues in the schedule
+        self._calendars: dict[str, None] = dict.fromkeys(FREQUENCIES)  # whose boundaries are passed to CLAIM
+        self._found: dict[str, tuple[float, int, int]] = {}  # calendar -> since when its next two boundaries are these
 
     def _keys(self, account: str, content_type: str, address: str = "") -> list[str]:
         """The KEYS of DEFINE, REMOVE, SUBSCRIBE, UNSUBSCRIBE and REFOLD, as KEYS_BY_NAME names them."""
         return [self.store.key("content", account), self.store.key("subscribers", content_type, account),
                 self.store.key("schedule"), self.store.key("issued", content_type, account),
                 self.store.key("unsubscribed", content_type, address, account),
+                self.store.key("got", content_type, account), self.store.key("issues", content_type, account),
                 self.store.key("left", content_type, account), self.store.key("left_types", account), self.store.prefix]
 
-    KEYS_BY_NAME = "local content, subscribers, schedule, issued, unsubscribed, left, left_types, prefix = unpack(KEYS)"
+    KEYS_BY_NAME = """
+        local content, subscribers, schedule, issued, unsubscribed, got, issues, left, left_types, prefix = unpack(KEYS)
+    """
 
     # `find_left` answers the field of the hash `left` that has a folded address: that address, or the name that stands
     # for it since it was erased; nil if it has not unsubscribed.
@@ -7633,7 +7964,7 @@ class Newsletters:
         local content_type, body, exists = unpack(ARGV)
         if redis.call('HEXISTS', content, content_type) ~= tonumber(exists) then return 0 end
         redis.call('HSET', content, content_type, body)  -- a full Redis refuses this: nothing is written before it
-        if exists == '0' then redis.call('UNLINK', subscribers, issued) end  -- what REMOVE has left
+        if exists == '0' then redis.call('UNLINK', subscribers, issued, got, issues) end  -- what REMOVE has left
         return 1
     """
 
@@ -7660,16 +7991,17 @@ class Newsletters:
 
     # Subscriptions stay in the schedule; CLAIM drops them when they are due. Without their content type they count no
     # more; remove() removes their records, or else whoever creates a content type of this name.
-    # KEYS: see _keys(). ARGV: content type. Answer: 1, or 0 if it does not exist.
+    # KEYS: see _keys(). ARGV: content type, field in `sends`. Answer: 1, or 0 if it does not exist.
     REMOVE = KEYS_BY_NAME + """
+        redis.call('HDEL', prefix .. 'sends', ARGV[2])
         return redis.call('HDEL', content, ARGV[1])
     """
 
     def remove(self, account: str, content_type: str) -> None:
         """Remove a content type and end its subscriptions. Raises HTTPError (404) if it does not exist."""
-        content, subscribers, _, issued, *_ = keys = self._keys(account, content_type)
-        existed = self._remove(keys, [content_type])
-        for key in (subscribers, issued):
+        content, subscribers, _, issued, _, got, issues, *_ = keys = self._keys(account, content_type)
+        existed = self._remove(keys, [content_type, f"{content_type}:{account}"])
+        for key in (subscribers, issued, got, issues):
             self.store.remove(key, content, content_type)
         if not existed:
             raise self._unknown()
@@ -7758,10 +8090,12 @@ class Newsletters:
                       for_export: bool = False) -> tuple[list[Json], str | None]:
         """About `limit` subscriptions of an account or of all, unordered, and the next `cursor`, None at the end.
 
-        Each is {"account", "content_type", "userId", "state", "frequency", "next", "created"}, with its "variables"
-        where one address is asked for. Who unsubscribed is {"account", "content_type", "userId", "state", "since",
-        "how"}. What waits for its confirmation is known by its address alone. A subscription that exists throughout is
-        returned at least once, and rarely twice (Redis's SCAN). An unknown cursor starts again.
+        Each is {"account", "content_type", "userId", "state", "frequency", "next", "created", "last"}, and "at", "day"
+        and "timezone" where it has them, and its "variables" where one address is asked for. The last is the issue that
+        was sent last, {"time", "issue", "subject" (None if that was too long ago)}, or None. Who unsubscribed is
+        {"account", "content_type", "userId", "state", "since", "how"}. What waits for its confirmation is known by its
+        address alone. A subscription that exists throughout is returned at least once, and rarely twice (Redis's SCAN).
+        An unknown cursor starts again.
 
         Args:
             search: a part of the address; case is ignored in ASCII. Then `limit` is rough, and a page may be empty.
@@ -7795,14 +8129,21 @@ class Newsletters:
                      "since": timestamp(record["when"]), "how": record["how"]}
                     for owner, name, record in page if "userId" in record or address], next_cursor
         with self.store.redis.pipeline(transaction=False) as pipeline:
+            groups = [[*rows] for _, rows in itertools.groupby(page, lambda row: row[:2])]
+            for rows in groups:
+                owner, name, _ = rows[0]
+                pipeline.hmget(self.store.key("got", name, owner), [fold_address(row[2]["userId"]) for row in rows])
             for owner, name, record in page if not for_export else ():
                 pipeline.zscore(self.store.key("schedule"), self.schedule_member(owner, name, record["userId"]))
-            moments = pipeline.execute()
+            answers = pipeline.execute()
+        moments, got = answers[len(groups):], itertools.chain.from_iterable(answers[:len(groups)])
+        lasts = self._last_issues([(owner, name, issue) for (owner, name, _), issue in zip(page, got)])
         return [{"account": owner, "content_type": name, "userId": record["userId"], "state": state,
                  "frequency": record["frequency"], "next": timestamp(moment * 1e6) if moment else None,
                  "created": timestamp(record["created"]),
+                 **{name: record[name] for name in Subscription.CALENDAR if name in record}, "last": last,
                  **({"variables": record.get("variables", {})} if address or for_export else {})}
-                for (owner, name, record), moment in itertools.zip_longest(page, moments)], next_cursor
+                for (owner, name, record), moment, last in itertools.zip_longest(page, moments, lasts)], next_cursor
 
     def _unconfirmed(self, account: str, content_type: str, address: str) -> list[Json]:
         """The subscriptions of an address that wait for its confirmation, as subscriptions() has them."""
@@ -7814,8 +8155,9 @@ class Newsletters:
                     pipeline.get(self.store.key("unconfirmed", self._digest(owner, name, address)))
             found = [json.loads(asking) for asking in pipeline.execute() if asking]
         return [{"account": asking["account"], "content_type": asking["content_type"], "userId": asking["userId"],
-                 "state": SubscriptionState.UNCONFIRMED, "frequency": asking["record"]["frequency"], "next": None,
+                 "state": SubscriptionState.UNCONFIRMED, "next": None,
                  "created": timestamp(asking["record"]["created"]),
+                 **{name: asking["record"][name] for name in TIMES if name in asking["record"]},
                  "variables": asking["record"].get("variables", {})} for asking in found]
 
     def _erased_names(self, address: str) -> list[str]:
@@ -7825,6 +8167,21 @@ class Newsletters:
             return []
         inner = hashlib.sha1((key + fold_address(address)).encode()).hexdigest()
         return [hashlib.sha1((key + inner).encode()).hexdigest()]
+
+    def _last_issues(self, found: "Sequence[tuple[str, str, str | None]]") -> "list[Json | None]":
+        """What (account, content type, field of `got`) stands for: {"time", "issue", "subject"}, or None."""
+        sought = list(dict.fromkeys((owner, name, got.split()[0]) for owner, name, got in found if got))
+        with self.store.redis.pipeline(transaction=False) as pipeline:
+            for owner, name, digest in sought:
+                pipeline.hget(self.store.key("issues", name, owner), digest)
+            heads = dict(zip(sought, pipeline.execute()))
+        lasts: list[Json | None] = []
+        for owner, name, got in found:
+            digest, _, moment = (got or "").partition(" ")
+            head = heads.get((owner, name, digest))
+            lasts.append({"time": timestamp(1000 * int(moment)), "issue": digest,
+                          "subject": json.loads(head)["subject"] if head else None} if got else None)
+        return lasts
 
     def scheduled(self) -> int:
         """How many subscriptions are in the schedule. Those of a removed content type stay until they would be due."""
@@ -7839,7 +8196,8 @@ class Newsletters:
     # unsubscribed stays so, unless the request says `again`.
     # `enter` subscribes an address, with a request of the moment `created`, and answers what SUBSCRIBE does.
     ENTER = Queue.LATER + Queue.EVENT + FIND_LEFT + KEYS_BY_NAME + """
-        local function enter(unsubscribed, address, record, created, member, boundary, again, account, data)
+        local function enter(unsubscribed, address, record, created, member, now, boundary, next_but_one, half, again,
+                             account, data)
             local overtaking = redis.call('GET', unsubscribed)
             if overtaking and later(overtaking, created) then return 'overtaken' end
             local before = redis.call('HGET', subscribers, address)
@@ -7850,7 +8208,18 @@ class Newsletters:
                 return 'left out'
             end
             redis.call('HSET', subscribers, address, record)
-            redis.call('ZADD', schedule, boundary, member)
+            -- Another time for the same frequency brings no second issue of this hour, day, week or month; and if an
+            -- issue is due, it comes first.
+            local is_due = false
+            if before and cjson.decode(before).frequency == cjson.decode(record).frequency then
+                local last = string.match(redis.call('HGET', issued, address) or '', ' (%d+)$')
+                if last and tonumber(last) <= tonumber(now) and boundary - last < tonumber(half) then
+                    boundary = next_but_one
+                end
+                local moment = redis.call('ZSCORE', schedule, member)
+                is_due = moment and tonumber(moment) <= tonumber(now)
+            end
+            if not is_due then redis.call('ZADD', schedule, boundary, member) end
             if field then redis.call('HDEL', left, field) end
             if not before then emit(prefix, account, 'subscription.started', data) end
             return 'subscribed'
@@ -7859,26 +8228,26 @@ class Newsletters:
 
     # KEYS: see _keys().
     # ARGV: content type, address, subscription (JSON), when its task was created (microseconds), member of the
-    #       schedule, next boundary (s), 1 to subscribe also who unsubscribed before, or 0, account, the data of the
-    #       event; body of the content type if it is to be created, or "".
-    #       Where somebody confirms: also _digest(), and the registration of the account.
+    #       schedule, now, next boundary and the one after it (s), half a period (s), 1 to subscribe also who
+    #       unsubscribed before, or 0, account, the data of the event; body of the content type if it is to be created,
+    #       or "". Where somebody confirms: also _digest(), and the registration of the account.
     # Answer: "subscribed", "overtaken", "left out", "unknown" if the content type does not exist, or "over" if there is
     #         nothing to confirm any more.
     SUBSCRIBE = ENTER + """
-        local content_type, account, body, digest, registration = ARGV[1], ARGV[8], ARGV[10], ARGV[11], ARGV[12]
+        local content_type, account, body, digest, registration = ARGV[1], ARGV[11], ARGV[13], ARGV[14], ARGV[15]
         if body ~= '' and redis.call('HSETNX', content, content_type, body) == 1 then
-            redis.call('UNLINK', subscribers, issued)  -- what REMOVE has left
+            redis.call('UNLINK', subscribers, issued, got, issues)  -- what REMOVE has left
         end
         if redis.call('HEXISTS', content, content_type) == 0 then return 'unknown' end
         if digest and (redis.call('HGET', prefix .. 'UserList', account) ~= registration
                        or redis.call('DEL', prefix .. 'unconfirmed:' .. digest) == 0) then
             return 'over'
         end
-        return enter(unsubscribed, unpack(ARGV, 2, 9))
+        return enter(unsubscribed, unpack(ARGV, 2, 12))
     """
 
     def subscribe(self, task: Task) -> str:
-        """Do a subscribe task: the address gets one subscription, with this frequency from now on.
+        """Do a subscribe task: the address gets one subscription, with this frequency and calendar from now on.
 
         Returns "subscribed", "overtaken" if a later request came first, or LEFT_OUT if the address had unsubscribed and
         the task does not say `again`; with `confirm`, what _ask() returns. Raises PermanentError if the content type
@@ -7891,7 +8260,7 @@ class Newsletters:
         body = self._own_body(payload)
         result = self._subscribe(self._keys(account, content_type, address), [
             content_type, *self._entry(account, content_type, self._record(payload, task.retries, task.created),
-                                       payload.get("again", False)), body])
+                                       payload.get("again", False), self.clock()), body])
         if result == "unknown":
             raise PermanentError(f"content type {content_type!r} does not exist")
         return self.LEFT_OUT if result == "left out" else result
@@ -7910,7 +8279,7 @@ class Newsletters:
     ASK = Queue.ADD_TASK + Queue.LATER + KEYS_BY_NAME + """
         local content_type, body, created, digest, asking, kept, pause, id, account, key, mail, to, head = unpack(ARGV)
         if body ~= '' and redis.call('HSETNX', content, content_type, body) == 1 then
-            redis.call('UNLINK', subscribers, issued)  -- what REMOVE has left
+            redis.call('UNLINK', subscribers, issued, got, issues)  -- what REMOVE has left
         end
         if redis.call('HEXISTS', content, content_type) == 0 then return 'unknown' end
         if redis.call('EXISTS', prefix .. 'task:' .. id) == 1 then return 'asked' end
@@ -8000,7 +8369,8 @@ class Newsletters:
         """Subscribe the address of a link, once. Returns what read_confirmation() does, and raises the same."""
         asking = self.read_confirmation(token)
         account, content_type, address = asking["account"], asking["content_type"], asking["userId"]
-        entry = self._entry(account, content_type, {**asking["record"], "created": int(self.store.time() * 1e6)}, True)
+        entry = self._entry(account, content_type, {**asking["record"], "created": int(self.store.time() * 1e6)}, True,
+                            self.clock())
         result = self._confirm(self._keys(account, content_type, fold_address(address)), [
             content_type, *entry, "", self._digest(account, content_type, address), asking["registration"]])
         if result != "subscribed":
@@ -8016,19 +8386,17 @@ class Newsletters:
     def _record(payload: Json, retries: int, created: int) -> Json:
         """A subscription as Redis keeps it, from the payload of a subscribe task."""
         return {"userId": payload["userId"], "frequency": payload["frequency"], "retries": retries,
-                "created": created, **({"variables": payload["variables"]} if "variables" in payload else {})}
+                "created": created,
+                **{name: payload[name] for name in ("variables", *Subscription.CALENDAR) if name in payload}}
 
-    def _entry(self, account: str, content_type: str, record: Json, again: bool,
-               boundaries: dict[tuple, int] | None = None) -> list[str | int]:
-        """The arguments of `enter` behind the first. `boundaries` keeps what was computed for records before."""
-        address, boundaries = record["userId"], {} if boundaries is None else boundaries
-        times = tuple(map(record.get, TIMES))
-        if times not in boundaries:
-            boundaries[times] = next_boundary(record["frequency"], self.clock(), self.zone)
+    def _entry(self, account: str, content_type: str, record: Json, again: bool, now: float) -> list[str | int | float]:
+        """The arguments of `enter` behind the first."""
+        address, frequency = record["userId"], record["frequency"]
         return [fold_address(address), json.dumps(record), record["created"],
-                self.schedule_member(account, content_type, address), boundaries[times], int(again), account,
+                self.schedule_member(account, content_type, address), now,
+                *self._next_two(self.calendar_of(record), now), self.HALF[frequency], int(again), account,
                 json.dumps({"account": account, "userId": address, "content_type": content_type,
-                            "frequency": record["frequency"]})]
+                            **{name: record[name] for name in TIMES if name in record}})]
 
     # KEYS: see _keys().
     # ARGV: content type; then of each row what SUBSCRIBE has from the address to the data of the event; or, of one that
@@ -8037,11 +8405,11 @@ class Newsletters:
     IMPORT = ENTER + """
         local content_type, answers = ARGV[1], {}
         if redis.call('HEXISTS', content, content_type) == 0 then return 'unknown' end
-        for at = 2, #ARGV, 8 do
-            local address, record, account, data = ARGV[at], ARGV[at + 1], ARGV[at + 6], ARGV[at + 7]
+        for at = 2, #ARGV, 11 do
+            local address, record, account, data = ARGV[at], ARGV[at + 1], ARGV[at + 9], ARGV[at + 10]
             if record ~= '' then
                 local unsubscribed = table.concat({prefix .. 'unsubscribed', content_type, address, account}, ':')
-                answers[#answers + 1] = enter(unsubscribed, unpack(ARGV, at, at + 7))
+                answers[#answers + 1] = enter(unsubscribed, unpack(ARGV, at, at + 10))
             else
                 if redis.call('HEXISTS', subscribers, address) == 0 then
                     remember(prefix, left, left_types, account, content_type, address, data)
@@ -8073,17 +8441,17 @@ class Newsletters:
         counts, rows = {"subscribed": 0, "left_out": 0, "failed": 0}, iter(rows)
         while batch := list(itertools.islice(rows, self.IMPORT_BATCH)):
             args: list[Any] = []
-            now, boundaries = int(self.store.time() * 1e6), dict[tuple, int]()
+            now, by_clock = int(self.store.time() * 1e6), self.clock()
             for line, row in batch:
                 if isinstance(row, HTTPError):
                     counts["failed"] += 1
                     note(line, row.message)
                 elif row["state"] == SubscriptionState.UNSUBSCRIBED:
                     leaving = {"userId": row["userId"], "when": row["since"] or now, "how": row["how"]}
-                    args += [fold_address(row["userId"]), "", 0, "", 0, 0, account, json.dumps(leaving)]
+                    args += [fold_address(row["userId"]), "", *[0] * 7, account, json.dumps(leaving)]
                 else:
                     record = self._record(row, self.IMPORT_RETRIES, now)
-                    args += self._entry(account, content_type, record, again, boundaries)
+                    args += self._entry(account, content_type, record, again, by_clock)
             answers = self._import(self._keys(account, content_type), [content_type, *args])
             if answers == "unknown":
                 raise self._unknown()
@@ -8160,6 +8528,7 @@ class Newsletters:
         if not before then return 'not subscribed' end
         redis.call('HDEL', subscribers, address)
         redis.call('HDEL', issued, address)
+        redis.call('HDEL', got, address)
         redis.call('ZREM', schedule, member)
         emit(prefix, account, 'subscription.ended', data)
         return 'unsubscribed'
@@ -8247,7 +8616,8 @@ class Newsletters:
         record, keys = self._ended_by_reader(account, content_type, address), self._keys(account, content_type, address)
         if record is None:
             return bool(self.store.redis.hexists(keys[1], fold_address(address)))  # the button was pressed twice
-        entry = self._entry(account, content_type, {**record, "created": int(self.store.time() * 1e6)}, again=True)
+        entry = self._entry(account, content_type, {**record, "created": int(self.store.time() * 1e6)}, True,
+                            self.clock())
         return self._subscribe(keys, [content_type, *entry, ""]) == "subscribed"
 
     def mail(self, task: Task) -> tuple[str, str, tuple[tuple[str, str], ...]]:
@@ -8256,29 +8626,57 @@ class Newsletters:
         The variables are `email`, `unsubscribe_url` and those of the subscription.
 
         Raises:
-            CancelledError: the address has unsubscribed, or the content type was removed, since the mail was queued.
+            CancelledError: the address has unsubscribed, or the content type was removed, since the mail was queued; or
+                the subscriber got this text meanwhile, and shall not get it again.
             PermanentError: the subscription lacks a variable that the content names, or its variables are too large.
         """
         content_type, address = task.payload["content_type"], task.payload["userId"]
-        with self.store.redis.pipeline(transaction=False) as pipeline:
-            pipeline.hget(self.store.key("content", task.account), content_type)
-            pipeline.hget(self.store.key("subscribers", content_type, task.account), fold_address(address))
-            body, subscription = pipeline.execute()
-        if not body or not subscription:
+        body, subscription, got = self._read_for_mail(task)
+        if not body or not (subscription or "test" in task.payload):
             raise CancelledError("no longer subscribed")
-        body, own = json.loads(body), json.loads(subscription).get("variables")
-        url = self.link(task.account, content_type, address)
-        variables = {**(own or {}), "email": address, **({"unsubscribe_url": url} if url else {})}
+        text = json.loads(body)
+        if "test" not in task.payload:
+            task.issue = self.issue_of(text, content_type, address)
+            if not text.get("resend", True) and got and task.issue.startswith(f'["{got.split()[0]}"'):
+                raise CancelledError("has got this text already, and resend is false")
         try:
-            subject, content = (
-                fill_template(text, variables, escape, own is None, self.max_size)
-                for text, escape in ((body["subject"], False), (body["content"], is_html(body["content"]))))
+            subject, content, url = self._fill_mail(task, text, subscription)
         except KeyError as error:
             raise PermanentError(f"the subscription has no variable {error.args[0]!r}") from None
         except TooLarge as error:
             raise PermanentError(f"with the subscription's variables the mail would have {error.size} bytes, and may "
                                  f"have {self.max_size} (max_body)") from None
-        return self.CONTROLS.sub(" ", subject), content, self._headers(content_type, url) if url else ()
+        return (self.CONTROLS.sub(" ", subject), content,
+                self._headers(content_type, url) if url and subscription else ())
+
+    def _read_for_mail(self, task: Task) -> list[str | None]:
+        """What Redis has of a newsletter: its content type, the subscription, and what the subscriber got last."""
+        content_type, address = task.payload["content_type"], fold_address(task.payload["userId"])
+        with self.store.redis.pipeline(transaction=False) as pipeline:
+            pipeline.hget(self.store.key("content", task.account), content_type)
+            for kind in ("subscribers", "got"):
+                pipeline.hget(self.store.key(kind, content_type, task.account), address)
+            return pipeline.execute()
+
+    def _fill_mail(self, task: Task, text: Json, subscription: str | None) -> tuple[str, str, str]:
+        """(subject, content, the link to unsubscribe or "") of a newsletter. Raises KeyError, TooLarge."""
+        address, own = task.payload["userId"], json.loads(subscription).get("variables") if subscription else None
+        url = self.link(task.account, task.payload["content_type"], address)
+        if "test" in task.payload:
+            own = (own or {}) if subscription else {**text.get("defaults", {}), **task.payload["test"]}
+            if url and not subscription:
+                url = f"{self.public_url}/unsubscribe/example"  # it ends nothing: there is no subscription
+        variables = {**(own or {}), "email": address, **({"unsubscribe_url": url} if url else {})}
+        subject, content = (
+            fill_template(template, variables, escape, own is None, self.max_size)
+            for template, escape in ((text["subject"], False), (text["content"], is_html(text["content"]))))
+        return subject, content, url
+
+    @staticmethod
+    def issue_of(text: Json, content_type: str, address: str) -> str:
+        """What SETTLE_AND_TAKE notes of a newsletter that was sent: [text_digest(), content type, address, subject]."""
+        return json.dumps([text_digest(text["subject"], text["content"]), content_type, fold_address(address),
+                           text["subject"]])
 
     def _headers(self, content_type: str, url: str) -> tuple[tuple[str, str], ...]:
         """Headers by which mailers recognise the newsletter (RFC 2919) and unsubscribe (RFC 2369, RFC 8058)."""
@@ -8289,40 +8687,79 @@ class Newsletters:
         return (("List-Id", f"<{name}.{urllib.parse.urlsplit(self.public_url).hostname}>"),
                 ("List-Unsubscribe", f"<{folded_url}>"), ("List-Unsubscribe-Post", "List-Unsubscribe=One-Click"))
 
-    # The end of ARGV, see _boundaries(): frequency -> its next boundary, and the one after it.
+    # The end of ARGV, see _boundaries(): calendar -> its next boundary, and the one after it. `calendar_of` answers the
+    # calendar of a subscription, as the Python method does, or nothing if ARGV does not have it: then `unknown` does.
     BOUNDARIES = """
-        local next, next_but_one = {}, {}
-        for at = #ARGV - 11, #ARGV, 3 do
+        local next, next_but_one, unknown, is_unknown = {}, {}, {}, {}
+        for at = #ARGV - 3 * ARGV[#ARGV], #ARGV - 1, 3 do
             next[ARGV[at]], next_but_one[ARGV[at]] = tonumber(ARGV[at + 1]), tonumber(ARGV[at + 2])
+        end
+
+        local function calendar_of(record)
+            local calendar = record.frequency
+            if record.at or record.day or record.timezone then
+                calendar = table.concat({calendar, record.at or '-', record.day or '-', record.timezone or '-'}, ' ')
+            end
+            if next[calendar] then return calendar end
+            if not is_unknown[calendar] then unknown[#unknown + 1] = calendar end
+            is_unknown[calendar] = true
         end
     """
 
-    # Queue what is due, except where the issue before has not ended yet: that one gets the content of the moment when
-    # it is sent. A boundary that follows the last one too soon is the same one in another time zone, and is skipped.
-    # KEYS: the prefix.
-    # ARGV: now (s), how many places of the schedule to look at, what the ids are made from, the boundaries.
-    # Answer: 0, or {how many places were due, at how many of them nothing was queued for an earlier issue}.
-    CLAIM = Queue.ADD_TASK + BOUNDARIES + """
-        local prefix, now, most, base = KEYS[1], unpack(ARGV, 1, 3)
-        local half = {['@hourly'] = 1800, ['@daily'] = 43200, ['@weekly'] = 302400, ['@monthly'] = 1209600}  -- seconds
+    # Queue the mail of an issue, except where the issue before has not ended yet: that one gets the content of the
+    # moment when it is sent; or where the subscriber got this very text, and the content type says "resend": false.
+    # `boundary`: the one that it is queued at, if any; `more`: further fields of its payload.
+    # Answers "queued", "waits" or "got". `texts`: the text that is not sent again, by content type, "" for any, false
+    # without the content type. A quotation mark within a text has a backslash before it, so this finds no part of one.
+    QUEUE_ISSUE = Queue.ADD_TASK + """
         local ended = {succeeded = true, dead = true, suppressed = true, cancelled = true,
-                       bounced = true}
-        local schedule, skipped = prefix .. 'schedule', 0
+                       bounced = true, expired = true}
+        local prefix, texts = KEYS[1], {}
 
-        local function queue(number, account, key, content_type, address, record)
-            local issued = prefix .. 'issued:' .. content_type .. ':' .. account
-            local id = base .. string.format('%08x', number)
-            local before = redis.call('HGET', issued, address)
-            local state = before and redis.call('HGET', prefix .. 'task:' .. before, 'state')
-            if state and not ended[state] then
-                skipped = skipped + 1
-                return
+        local function text_of(account, content_type)
+            local name = content_type .. ':' .. account
+            if texts[name] == nil then
+                local body = redis.call('HGET', prefix .. 'content:' .. account, content_type)
+                texts[name] = body and ''
+                if body and string.find(body, '", "resend": false', 1, true) then
+                    local text = cjson.decode(body)
+                    texts[name] = string.sub(redis.sha1hex(text.subject .. '\\n' .. text.content), 1, 16)
+                end
             end
-            local body = cjson.encode({task = content_type, type = 'newsletter', retries = record.retries,
-                                       payload = {userId = record.userId, content_type = content_type}})
-            add_task(prefix, id, account, key, 'bulk', 0, 0, body, address)
-            redis.call('HSET', issued, address, id)
+            return texts[name]
         end
+
+        local function queue_issue(id, account, key, content_type, address, record, boundary, more)
+            local type_and_account = content_type .. ':' .. account
+            local issued = prefix .. 'issued:' .. type_and_account
+            local before, last = string.match(redis.call('HGET', issued, address) or '', '^(%S+) ?(%d*)')
+            local state = before and redis.call('HGET', prefix .. 'task:' .. before, 'state')
+            if state and not ended[state] then return 'waits' end
+            local text = text_of(account, content_type)
+            local got = text ~= '' and redis.call('HGET', prefix .. 'got:' .. type_and_account, address)
+            if got and string.sub(got, 1, 16) == text then return 'got' end
+            local payload = more or {}
+            payload.userId, payload.content_type = record.userId, content_type
+            local body = cjson.encode({task = content_type, type = 'newsletter', retries = record.retries,
+                                       payload = payload})
+            add_task(prefix, id, account, key, 'bulk', 0, 0, body, address)
+            boundary = boundary or last or ''
+            redis.call('HSET', issued, address, boundary == '' and id or id .. ' ' .. boundary)
+            return 'queued'
+        end
+    """
+
+    # Queue what is due, as QUEUE_ISSUE does. A boundary that follows the last one too soon is the same one in another
+    # time zone, and is skipped.
+    # KEYS: the prefix.
+    # ARGV: now (s), how many places of the schedule to look at, what the ids are made from, HALF as JSON, the
+    #       boundaries.
+    # Answer: 0, or {how many places were due, at how many of them nothing was queued for an earlier issue, the
+    #         calendars that ARGV does not have: their places are left as they are}.
+    CLAIM = QUEUE_ISSUE + BOUNDARIES + """
+        local now, most, base = unpack(ARGV, 1, 3)
+        local half = cjson.decode(ARGV[4])
+        local schedule, skipped = prefix .. 'schedule', 0
 
         local due = redis.call('ZRANGE', schedule, '-inf', now, 'BYSCORE', 'LIMIT', 0, most, 'WITHSCORES')
         for at = 1, #due, 2 do
@@ -8331,34 +8768,202 @@ class Newsletters:
             local key = redis.call('HGET', prefix .. 'UserList', account)
             local subscribers = prefix .. 'subscribers:' .. content_type .. ':' .. account
             local found = key and key ~= '' and redis.call('HGET', subscribers, address)
-            if found and redis.call('HEXISTS', prefix .. 'content:' .. account, content_type) == 0 then
-                found = nil
-            end
-            if not found then
+            if not found or not text_of(account, content_type) then
                 redis.call('ZREM', schedule, member)
             else
                 local record = cjson.decode(found)
-                local frequency = record.frequency
-                local too_soon = next[frequency] - moment < half[frequency]
-                redis.call('ZADD', schedule, too_soon and next_but_one[frequency] or next[frequency], member)
-                queue(at, account, key, content_type, address, record)
+                local calendar = calendar_of(record)
+                if calendar then
+                    local too_soon = next[calendar] - moment < half[record.frequency]
+                    redis.call('ZADD', schedule, too_soon and next_but_one[calendar] or next[calendar], member)
+                    local id = base .. string.format('%08x', at)
+                    if queue_issue(id, account, key, content_type, address, record, moment) == 'waits' then
+                        skipped = skipped + 1
+                    end
+                end
             end
         end
-        return #due > 0 and {#due / 2, skipped} or 0
+        return #due > 0 and {#due / 2, skipped, unknown} or 0
     """
 
     def enqueue_due(self) -> int:
         """Queue the mails that are due, at most BATCH. Returns how many places of the schedule were due."""
         now = self.clock()
-        due, skipped = self._claim(keys=[self.store.prefix], args=[
-            now, self.BATCH, secrets.token_hex(12), *self._boundaries(now)]) or (0, 0)
-        if skipped:
-            log(logging.WARNING, "newsletters not queued: the issue before still waits", count=skipped)
-        return due
+        while True:
+            due, skipped, unknown = self._claim(keys=[self.store.prefix], args=[
+                now, self.BATCH, secrets.token_hex(12), self.HALF_AS_JSON, *self._boundaries(now)]) or (0, 0, [])
+            if skipped:
+                log(logging.WARNING, "newsletters not queued: the issue before still waits", count=skipped)
+            if not unknown:
+                return due
+            self._learn(unknown)
+
+    # Begin to queue a newsletter for all subscribers; or queue one mail as a test.
+    # KEYS: the prefix.
+    # ARGV: account, registration, content type, id of the job or of the test's task; of a test its head, body and
+    #       recipient, else "" three times.
+    # Answer: {id, how many mails}; 0 if there is no such content type, -1 if it is being queued already, -2 if the
+    #         recipient of the test is suppressed.
+    SEND = Queue.ADD_TASK + """
+        local prefix, account, registration, content_type, id, head, body, to = KEYS[1], unpack(ARGV)
+        local sends, field = prefix .. 'sends', content_type .. ':' .. account
+        if redis.call('HEXISTS', prefix .. 'content:' .. account, content_type) == 0 then return 0 end
+        if body ~= '' then
+            if redis.call('ZSCORE', prefix .. 'suppressed:' .. account, to) then return -2 end
+            add_task(prefix, id, account, registration, 'normal', 0, 0, body, to, 'head', head)
+            return {id, 1}
+        end
+        local before = redis.call('HGET', sends, field)
+        if before and cjson.decode(before).registration == registration then return -1 end
+        local subscribers = redis.call('HLEN', prefix .. 'subscribers:' .. field)
+        if subscribers > 0 then
+            redis.call('HSET', sends, field, cjson.encode({
+                id = id, account = account, registration = registration, content_type = content_type, cursor = '0',
+                order = '', seen = 0, queued = 0}))
+        end
+        return {id, subscribers}
+    """
+
+    def send(self, account: Account, content_type: str, to: str = "", variables: Json | None = None,
+             request: str | IdempotentRequest = "") -> tuple[str, int]:
+        """Send a newsletter now: begin to queue its mails to all subscribers, or queue one to the address `to`, as a
+        test, which is no issue. `variables` are those of a test to somebody who has no subscription.
+
+        Returns (id of the test's task, or "" ; to how many subscribers). `request` is that of Script.
+
+        Raises:
+            HTTPError: 400, the test lacks a variable; 404, there is no such content type; 409, the newsletter is being
+                queued already, or `to` is suppressed; 413, the test would be too large; 422, see Script.
+        """
+        args: list[str] = [account.name, account.registration, content_type, secrets.token_hex(16), "", "", ""]
+        if to and not self._send.known(request):
+            payload = {"userId": to, "content_type": content_type, "test": variables or {}}
+            task = {"task": content_type, "type": "newsletter", "retries": self.TEST_RETRIES, "payload": payload}
+            self._try_mail(Task("", account.name, account.registration, retries=self.TEST_RETRIES, type="newsletter",
+                                name=content_type, payload=payload, created=0))
+            args[4:] = [summary_of(task), json.dumps(task), fold_address(to)]
+        answer = self._send([self.store.prefix], args, request)
+        if answer == 0:
+            raise self._unknown()
+        if answer == -1:
+            raise HTTPError(409, "content_type is being sent already: its mails are still being queued", "content_type")
+        if answer == -2:
+            reason = self.store.redis.hget(self.store.key("suppressed_for", account.name), fold_address(to))
+            raise HTTPError(409, f"to is suppressed ({reason or 'by request'}): it gets no mail", "to")
+        send_id, count = answer
+        self.sending.set()
+        return send_id if to else "", count
+
+    def _try_mail(self, task: Task) -> None:
+        """Raise HTTPError if the mail of a test cannot be made."""
+        body, subscription, _ = self._read_for_mail(task)
+        if not body:
+            raise self._unknown()
+        try:
+            self._fill_mail(task, json.loads(body), subscription)
+        except KeyError as error:
+            field = "to" if subscription else f"variables.{error.args[0]}"
+            raise HTTPError(400, f"the subscription of {field} has no variable {error.args[0]!r}" if subscription else
+                            f"{field} is required: the newsletter names it", field) from None
+        except TooLarge as error:
+            raise HTTPError(413, f"the mail would have {error.size} bytes with its variables, and may have "
+                            f"{self.max_size} (max_body)", "variables") from None
+
+    # Queue a further part of a newsletter that is being sent to all subscribers. The ids of the tasks are made of the
+    # job and the address: who comes up twice gets one mail. HSCAN's order is another one after a restart of Redis, on
+    # a replica or after a restore, where a cursor of before would leave subscribers out. What comes first tells: if
+    # that has changed, all are looked at again.
+    # KEYS: the prefix. ARGV: about how many subscribers to look at.
+    # Answer: 0 if no newsletter is being sent, else 1 if there is more to do, or what has become of it, as JSON.
+    SEND_SOME = QUEUE_ISSUE + """
+        local sends = prefix .. 'sends'
+        local field = redis.call('HRANDFIELD', sends)
+        if not field then return 0 end
+        local job = cjson.decode(redis.call('HGET', sends, field))
+        local account, content_type = job.account, job.content_type
+        if redis.call('HGET', prefix .. 'UserList', account) ~= job.registration
+                or not text_of(account, content_type) then
+            redis.call('HDEL', sends, field)
+            return 1
+        end
+        local subscribers = prefix .. 'subscribers:' .. field
+        local first = redis.call('HSCAN', subscribers, '0', 'COUNT', 3)[2]
+        for at = #first, 1, -2 do table.remove(first, at) end
+        table.sort(first)
+        local order = redis.sha1hex(table.concat(first, ' '))
+        if order ~= job.order then job.order, job.cursor, job.seen = order, '0', 0 end
+        local cursor, found = unpack(redis.call('HSCAN', subscribers, job.cursor, 'COUNT', ARGV[1]))
+        for at = 1, #found, 2 do
+            local address, id = found[at], string.sub(redis.sha1hex(job.id .. ' ' .. found[at]), 1, 32)
+            if redis.call('EXISTS', prefix .. 'task:' .. id) == 0
+                    and string.sub(redis.call('HGET', prefix .. 'issued:' .. field, address) or '', 1, 32) ~= id
+                    and queue_issue(id, account, job.registration, content_type, address,
+                                    cjson.decode(found[at + 1]), nil, {send = job.id}) == 'queued' then
+                job.queued = job.queued + 1
+            end
+        end
+        job.cursor, job.seen = cursor, job.seen + #found / 2
+        if cursor ~= '0' then
+            redis.call('HSET', sends, field, cjson.encode(job))
+            return 1
+        end
+        redis.call('HDEL', sends, field)
+        return cjson.encode(job)
+    """
+
+    def send_some(self) -> int:
+        """Queue about BATCH mails of the newsletters that are being sent. Returns BATCH if there may be more to do, and
+        0 if not."""
+        self.sending.clear()
+        answer = self._send_some(keys=[self.store.prefix], args=[self.BATCH])
+        if isinstance(answer, str):
+            job = json.loads(answer)
+            log(logging.INFO, "newsletter queued for all subscribers", account=job["account"],
+                content_type=job["content_type"], mails=job["queued"])
+        return self.BATCH if answer else 0
+
+    # KEYS: the prefix. ARGV: field in `sends`, registration of its account or "" for any, 1 to end it or 0 to count.
+    # Answer: how many subscribers have not been looked at, or -1 if nothing is being sent.
+    STOP_SEND = """
+        local prefix, field, registration, ends = KEYS[1], unpack(ARGV)
+        local found = redis.call('HGET', prefix .. 'sends', field)
+        local job = found and cjson.decode(found)
+        if not job or registration ~= '' and job.registration ~= registration then return -1 end
+        if ends == '1' then redis.call('HDEL', prefix .. 'sends', field) end
+        return math.max(0, redis.call('HLEN', prefix .. 'subscribers:' .. field) - job.seen)
+    """
+
+    def stop_sends(self, account: Account = EVERYBODY, content_type: str = "", only_count: bool = False) -> int:
+        """End the sending of newsletters of an account, or of all, whose mails are not all queued yet; or only count.
+
+        Those that are queued stay so. Returns for how many subscribers none was queued.
+        """
+        left = 0
+        for field in self.store.redis.hkeys(self.store.key("sends")):
+            own_type, _, owner = field.partition(":")
+            if account.name in ("", owner) and content_type in ("", own_type):
+                left += max(0, self._stop_send([self.store.prefix], [
+                    field, account.registration, int(not only_count)]))
+        return left
+
+    def issues(self, account: str, content_type: str) -> list[Json]:
+        """The texts of a newsletter that were sent, each {"issue": text_digest(), "subject", "sent": mails, "first",
+        "last": when}, newest first. Raises HTTPError (404)."""
+        with self.store.redis.pipeline(transaction=False) as pipeline:
+            pipeline.hexists(self.store.key("content", account), content_type)
+            pipeline.hgetall(self.store.key("issues", content_type, account))
+            exists, kept = pipeline.execute()
+        if not exists:
+            raise self._unknown()
+        digests = sorted((name for name in kept if " " not in name), reverse=True,
+                         key=lambda digest: int(kept[f"{digest} last"]))
+        return [{"issue": digest, "subject": json.loads(kept[digest])["subject"], "sent": int(kept[f"{digest} sent"]),
+                 **{name: timestamp(1000 * int(kept[f"{digest} {name}"])) for name in ("first", "last")}}
+                for digest in digests]
 
     # Reset places of the schedule that are too far ahead, because a clock was wrong, to their next boundary.
     # KEYS: the prefix. ARGV: cursor, how many places to look at, the boundaries.
-    # Answer: {the next cursor, how many places were reset}.
+    # Answer: {the next cursor, how many places were reset, the calendars that ARGV does not have}.
     CORRECT = BOUNDARIES + """
         local prefix, corrected = KEYS[1], 0
         local cursor, places = unpack(redis.call('ZSCAN', prefix .. 'schedule', ARGV[1], 'COUNT', ARGV[2]))
@@ -8367,31 +8972,66 @@ class Newsletters:
             if moment > next_but_one['@hourly'] then  -- others are right: this saves reading their records
                 local account, content_type, address = unpack(cjson.decode(member))
                 local found = redis.call('HGET', prefix .. 'subscribers:' .. content_type .. ':' .. account, address)
-                local frequency = found and cjson.decode(found).frequency
-                if found and moment > next_but_one[frequency] then
-                    redis.call('ZADD', prefix .. 'schedule', next[frequency], member)
+                local calendar = found and calendar_of(cjson.decode(found))
+                if calendar and moment > next_but_one[calendar] then
+                    redis.call('ZADD', prefix .. 'schedule', next[calendar], member)
                     corrected = corrected + 1
                 end
             end
         end
-        return {cursor, corrected}
+        return {cursor, corrected, unknown}
     """
 
     def correct(self) -> int:
         """Check the next BATCH places of the schedule. Returns how many were too far ahead and are reset."""
-        self._cursor, count = self._correct(keys=[self.store.prefix], args=[
-            self._cursor, self.BATCH, *self._boundaries(self.clock())])
+        count, unknown = 0, [""]
+        while unknown:
+            cursor, corrected, unknown = self._correct(keys=[self.store.prefix], args=[
+                self._cursor, self.BATCH, *self._boundaries(self.clock())])
+            count += corrected
+            self._learn(unknown)
+        self._cursor = cursor
         if count:
             log(logging.WARNING, "newsletters were scheduled too far ahead, as by a clock that was wrong", count=count)
         return count
 
+    @staticmethod
+    def calendar_of(record: Json) -> str:
+        """What the boundaries of a subscription depend on, but for the service's time zone: its frequency, and its own
+        `at`, `day` and `timezone`, where it has any."""
+        chosen = [str(record.get(name, "-")) for name in Subscription.CALENDAR]
+        return " ".join([record["frequency"], *chosen]) if chosen != ["-"] * 3 else record["frequency"]
+
+    def _learn(self, calendars: Sequence[str]) -> None:
+        """Know the boundaries of these calendars in the next call, beside some of those before."""
+        kept = [known for known in self._calendars if known not in FREQUENCIES][-self.CALENDARS_KEPT:]
+        self._calendars = dict.fromkeys([*FREQUENCIES, *kept, *calendars])
+
     def _boundaries(self, now: float) -> list[str | int]:
-        """Each frequency, its next boundary, and the one after it: the ARGV of BOUNDARIES."""
+        """Each calendar that is known, its next boundary, and the one after it; and how many these are: the ARGV of
+        BOUNDARIES."""
         boundaries: list[str | int] = []
-        for frequency in FREQUENCIES:
-            boundary = next_boundary(frequency, now, self.zone)
-            boundaries += [frequency, boundary, next_boundary(frequency, boundary, self.zone)]
-        return boundaries
+        for known in self._calendars:
+            boundaries += [known, *self._next_two(known, now)]
+        return [*boundaries, len(self._calendars)]
+
+    def _next_two(self, known: str, now: float) -> tuple[int, int]:
+        """The next boundary of a calendar, and the one after it. What was found is kept while it is right."""
+        since, boundary, following = self._found.get(known, (math.inf, 0, 0))
+        if not since <= now < boundary:
+            frequency, at, day, timezone = [*known.split(" "), "-", "-", "-"][:4]
+            zone = self.zone
+            if timezone != "-":
+                with contextlib.suppress(zoneinfo.ZoneInfoNotFoundError):  # restored where the time zones are older
+                    zone = zoneinfo.ZoneInfo(timezone)
+            after = functools.partial(next_boundary, frequency, zone=zone, at="00:00" if at == "-" else at,
+                                      day=int(day) if day.isdigit() else None if day == "-" else day)
+            boundary = after(now)
+            following = after(boundary)
+            if len(self._found) > 1000:
+                self._found.clear()
+            self._found[known] = now, boundary, following
+        return boundary, following
 
 
 # --- 14. bounces ----------------------------------------------------------------------------------------
@@ -9147,6 +9787,7 @@ class SmtpState:
 
 class CircuitBreaker:
     """Pauses a lane in this process. It is open while `reason` says why the lane may not send, otherwise closed.
+    Whatever it says, a lane that is `held` sends nothing.
 
     A login does not show whether a used-up quota is back. So where that is the reason, the breaker is half-open after
     each pause: one thread, the tester, may send until a mail shows it; with an empty lane it waits for the next one.
@@ -9167,6 +9808,7 @@ class CircuitBreaker:
         self.reason, self.failures = "", 0
         self.by_mail = False  # whether the quota is used up, so that the next mail is the probe
         self.by_sender = False  # whether the sender of the service is refused
+        self.held = False  # by request: also while there is no `reason`, and until somebody resumes the lane
         self.tester: int | None = None  # the thread whose mail it is
         self.look: Callable[[], tuple[str, float]] | None = None
 
@@ -9210,7 +9852,7 @@ class CircuitBreaker:
     @property
     def may_send(self) -> bool:
         """Whether this thread may send."""
-        return not self.reason or self.is_tester
+        return not self.held and (not self.reason or self.is_tester)
 
     def note_success(self) -> None:
         """Note that the server took a mail: the next pause starts with a short delay again."""
@@ -9253,9 +9895,14 @@ class CircuitBreaker:
         self.probe_requested.clear()
 
     def wait(self) -> None:
-        """Return when this thread may send, or when the service stops; one of the waiting threads probes."""
+        """Return when this thread may send, or when the service stops; one of the waiting threads probes.
+
+        A lane that is held is probed as well, to show an outage and its end, but not by a mail.
+        """
         while not self.may_send and not self.stopping.is_set():
-            if self.probing.acquire(timeout=0.2):
+            if self.held and (self.by_mail or not self.reason):
+                self.stopping.wait(0.1)
+            elif self.probing.acquire(timeout=0.2):
                 try:
                     if self.tester is not None:
                         self.stopping.wait(0.1)
@@ -9499,12 +10146,27 @@ class Workers:
     @property
     def paused(self) -> dict[str, str]:
         """Why lanes are paused in this process: lane -> reason."""
+        return {lane: Queue.BY_REQUEST if breaker.held else breaker.reason
+                for lane, breaker in self.breakers.items() if breaker.held or breaker.reason}
+
+    @property
+    def failing(self) -> dict[str, str]:
+        """Why lanes would be paused in this process if nobody had asked for that: lane -> reason."""
         return {lane: breaker.reason for lane, breaker in self.breakers.items() if breaker.reason}
 
     def report(self) -> Json:
-        """What the heartbeat shows of the lanes: `paused`, and "smtp" during an outage."""
+        """What the heartbeat shows of the lanes: `paused`; "beneath", of those that are held; "smtp" in an outage."""
         outage = self.smtp.report()
-        return self.paused | ({"smtp": outage} if outage else {})
+        beneath = {lane: reason for lane, reason in self.failing.items() if self.breakers[lane].held}
+        return self.paused | ({"smtp": outage} if outage else {}) | ({"beneath": beneath} if beneath else {})
+
+    def hold(self, lanes: Collection[str]) -> None:
+        """Begin nothing in these lanes, which somebody has paused, and hold no others."""
+        for lane, breaker in self.breakers.items():
+            if breaker.held != (lane in lanes):
+                breaker.held = lane in lanes
+                log(logging.WARNING if breaker.held else logging.INFO,
+                    f"lane {'paused' if breaker.held else 'resumed'} by request", lane=lane)
 
     def resume(self, lane: str) -> None:
         """Probe at once whether a paused lane can go on."""
@@ -9714,7 +10376,8 @@ class Workers:
         try:
             if task.strikes:
                 self.queue.begin(task)
-            return Outcome(task, Verdict.SUCCEEDED, self.handlers[task.type](task))
+            result = self.handlers[task.type](task)
+            return Outcome(task, Verdict.SUCCEEDED, result, issue=task.issue)
         except DeliveryError as error:
             return self._failed(task, lane, error)
         except redis.RedisError as error:
@@ -9819,6 +10482,7 @@ class Workers:
     def send_newsletter(self, task: Task) -> str:
         """Send a newsletter with its current content; returns the server's reply."""
         subject, content, headers = self.newsletters.mail(task)
+        task.subject = subject_shown(subject)
         return self._send(task, Mail(self._sender(task), task.payload["userId"], subject, content,
                                      reply_to=self._reply_to(task), headers=headers))
 
@@ -9951,8 +10615,13 @@ class Cron:
         self.thread.start()
 
     def beat(self) -> dict[str, str]:
-        """Show that this process lives. Returns lane -> how often somebody has asked to resume it."""
-        return self.queue.beat(self.workers.names, self.workers.report())
+        """Show that this process lives, and hold the lanes that somebody has paused.
+
+        Returns lane -> how often somebody has asked to resume it.
+        """
+        requests, held = self.queue.beat(self.workers.names, self.workers.report())
+        self.workers.hold(held)
+        return requests
 
     def stop(self) -> None:
         """End the thread."""
@@ -10031,11 +10700,12 @@ class Cron:
             if isinstance(self.transport, MaildirTransport):
                 with logging_errors("the Maildir cannot be cleaned"):
                     self.transport.clean()
-        if now - self.last_poll < self.POLL and not self.queue.is_due():
+        if now - self.last_poll < self.POLL and not self.queue.is_due() and not self.newsletters.sending.is_set():
             return
         self.last_poll, deadline = now, time.monotonic() + 0.5
         for work, batch in ((self.expire, Queue.BATCH), (self.queue.promote, Queue.BATCH),
-                            (self.newsletters.enqueue_due, Newsletters.BATCH)):
+                            (self.newsletters.enqueue_due, Newsletters.BATCH),
+                            (self.newsletters.send_some, Newsletters.BATCH)):
             while work() == batch:
                 if time.monotonic() >= deadline:
                     self.last_poll = float("-inf")  # the rest in the next round, a TICK later
@@ -10134,6 +10804,27 @@ def html_of(message: email.message.EmailMessage, max_length: int = 8_000_000) ->
             if len(text) + len(reference.findall(text)) * len(url) <= max_length:
                 text = reference.sub(lambda _: url, text)
     return text
+
+
+def count_waiting(queue: Queue, newsletters: Newsletters, account: Account, filters: Mapping[str, Any],
+                  cancel: bool = False, progress: Callable[[int], object] = lambda count: None) -> collections.Counter:
+    """What Queue.purge() does; a newsletter that is still being queued counts with the subscribers that are left."""
+    left, names = 0, {filters.get("content_type", ""), filters.get("task", "")} - {""}  # a newsletter has the one name
+    if (filters.get("type", "newsletter") == "newsletter" and filters.get("state", "queued") == "queued"
+            and "recipient" not in filters and len(names) <= 1):
+        left = newsletters.stop_sends(account, min(names, default=""), only_count=not cancel)
+    found = queue.purge(account, **filters, only_count=not cancel, progress=progress)
+    return found + collections.Counter(newsletter=left)
+
+
+def cancel_waiting(queue: Queue, newsletters: Newsletters, stats: Stats, account: Account, filters: Mapping[str, Any],
+                   progress: Callable[[int], object] = lambda count: None) -> int:
+    """Cancel what waits and matches, count and log it; returns how many."""
+    cancelled = count_waiting(queue, newsletters, account, filters, cancel=True, progress=progress)
+    for task_type, count in cancelled.items():
+        stats.count("gomail_tasks_total", count, type=task_type, outcome=Verdict.CANCELLED)
+    log(logging.WARNING, "tasks cancelled by request", count=cancelled.total(), account=account.name, **filters)
+    return cancelled.total()
 
 
 class Access(enum.StrEnum):
@@ -10491,8 +11182,29 @@ class Api:
         return {"status": True, **status}
 
     def cancel_task(self, request: Request) -> Reply:
-        self.queue.cancel(request.path_params["id"], request.account)
+        task_type = self.queue.cancel(request.path_params["id"], request.account)
+        self.stats.count("gomail_tasks_total", type=task_type, outcome=Verdict.CANCELLED)
         return done("Task cancelled successfully")
+
+    @staticmethod
+    def filters(request: Request) -> Json:
+        """The arguments of Queue.purge() that the query names."""
+        return {"recipient" if name == "userId" else name: value for name, value in request.query.items()}
+
+    def count_tasks(self, request: Request) -> Reply:
+        waiting = count_waiting(self.queue, self.newsletters, request.account, self.filters(request))
+        return {"status": True, "count": waiting.total()}
+
+    def cancel_tasks(self, request: Request) -> Reply:
+        filters = self.filters(request)
+        if not filters.keys() - {"state"}:
+            raise HTTPError(400, "type, task, content_type or userId is required: at least one says what to cancel")
+        count = cancel_waiting(self.queue, self.newsletters, self.stats, request.account, filters)
+        return done("Tasks cancelled successfully", count=count)
+
+    def move_task(self, request: Request) -> Reply:
+        self.queue.move(request.path_params["id"], request.body["send_at"], request.account)
+        return done("Task moved successfully")
 
     def list_recent(self, request: Request) -> Reply:
         tasks, next_offset = self.inspection.recent(request.account, **request.query)
@@ -10549,6 +11261,18 @@ class Api:
         self.newsletters.remove(request.account.name, request.path_params["content_type"])
         return done("Content Type removed successfully")
 
+    def send_content(self, request: Request) -> Reply:
+        to, variables = request.body.get("to", ""), request.body.get("variables")
+        if variables is not None and not to:
+            raise HTTPError(400, "variables must be left out without to: each subscription has its own", "variables")
+        task_id, count = self.newsletters.send(request.account, request.path_params["content_type"], to, variables,
+                                               request.idempotent)
+        self.queue.wake.set()
+        return done("Newsletter is being sent", count=count, **({"id": task_id} if to else {}))
+
+    def list_issues(self, request: Request) -> Reply:
+        return {"status": True, "issues": self.newsletters.issues(request.account.name,
+                                                                  request.path_params["content_type"])}
     def import_subscribers(self, request: Request) -> Reply:
         body, errors = request.body, list[Json]()
 
@@ -10705,17 +11429,33 @@ class Api:
         dead, _ = self.inspection.dead(request.account, limit=0)
         smtp = self.inspection.outage(reports, self.smtp.report()) or {
             "state": self.smtp.state, "processes": 0, "since": None, "reason": None}
-        return {"status": True, "lanes": self.inspection.lanes(depths, reports),
+        return {"status": True, "lanes": self.inspection.lanes(depths, reports, self.queue.held()),
                 "processes": self.inspection.processes(),
                 "retrying": depths["retrying"], "dead": dead, "mail_to": "Maildir" if outbox else str(self.transport),
                 "outbox": outbox, "smtp": smtp, "windows": self.queue.windows()}
 
+    def pause_lane(self, request: Request) -> Reply:
+        lane = self.lane_in(request)
+        self.queue.pause(lane)
+        self.workers.hold({*self.queue.held(), lane})
+        return done("The lane is paused until somebody resumes it")
+
     def resume_lane(self, request: Request) -> Reply:
+        lane = self.lane_in(request)
+        held = self.queue.held()
+        if lane in held and not self.has_admin_rights(request):
+            raise HTTPError(403, "the lane is paused by request, which only the admin may end")
+        self.queue.resume(lane)
+        self.workers.hold(held.keys() - {lane})
+        return done("The lane resumes as soon as the SMTP server takes mail")
+
+    @staticmethod
+    def lane_in(request: Request) -> str:
+        """The lane that the path names. Raises HTTPError (404)."""
         lane = request.path_params["lane"]
         if lane not in LANES:
             raise HTTPError(404, f"lane must be one of {', '.join(LANES)}", "lane")
-        self.queue.resume(lane)
-        return done("The lane resumes as soon as the SMTP server takes mail")
+        return lane
 
     def read_history(self, request: Request) -> Reply:
         return {"status": True, "minutes": self.stats.history(request.account)}
@@ -10780,8 +11520,9 @@ class Api:
         return {"message": "pong"}
 
     def ready(self, request: Request) -> Reply:
-        state, paused = self.smtp.state, self.workers.paused
-        if all(lane in paused for lane in MAIL_LANES):
+        # Lanes that somebody has paused do not count: tasks are taken, and all is as it was asked for.
+        state, failing = self.smtp.state, self.workers.failing
+        if all(lane in failing for lane in MAIL_LANES):
             reason = "the SMTP server is out" if state == "out" else "no mail can be handed over"
             raise HTTPError(503, f"all lanes are paused: {reason}", None, {"Retry-After": "10"})
         self.store.ensure_writable()
@@ -10844,6 +11585,7 @@ DEFINITION = Object({"content_type": CONTENT_TYPE, "subject": SUBJECT_TEMPLATE, 
 IMPORT = Object({"csv": String(UNBOUNDED), "line": Nullable(Integer(1, 10**9)), "again": Nullable(Boolean()), **{
     name: check if isinstance(check, Nullable) else Nullable(check)
     for name, check in PAYLOADS["subscribe"].fields.items() if name in TIMES}})
+SEND = Object({"to": Nullable(Address()), "variables": Nullable(Variables())})
 VERIFICATION = Object({"userEmail": Address(), "otp": Otp(), "purpose": Nullable(PURPOSE)})
 BATCH = Object({"tasks": Array(AnyValue(), 1000, 1)})  # the handler checks and answers each task by itself
 RECIPIENT = Object({"userId": Address()})
@@ -10852,13 +11594,17 @@ SETTINGS = Changes({"senders": Array(SenderRule(), 20), "reply_to": OrEmpty(Addr
     "url": Url(), "events": Nullable(Array(Enum(EVENTS), len(EVENTS)))})})
 OVERLAP = Object({"overlap": Nullable(Integer(0, 2592000))})  # seconds
 ROTATION = Object({**ID.fields, **OVERLAP.fields})
+MOVE = Object({"send_at": DateTime()})
 LOGIN = Object({"key": String(4096, ONE_LINE, LINE)})
 BOUNCE = Object({"id": Nullable(String(254, ONE_LINE, LINE)), "messageId": Nullable(String(998, ONE_LINE, LINE)),
                  "userId": Nullable(Address()), "kind": Enum(("bounce", "complaint")), "permanent": Nullable(Boolean()),
                  "reason": Nullable(String(2000, ONE_LINE, LINE))})
 STATES = tuple(State)
+WAITING, CANCELLABLE = ("queued", "scheduled", "retrying"), (*PAYLOADS, "newsletter")  # states, types
 PAGING = {"offset": Integer(0, 10**9), "limit": Integer(0, 1000)}
 SEARCH = {**PAGING, "search": String(254, ONE_LINE, LINE), "state": Enum(STATES)}
+FILTERS = {"state": Enum(WAITING), "type": Enum(CANCELLABLE), "task": String(256, ONE_LINE, LINE),
+           "content_type": CONTENT_TYPE, "userId": Address()}
 CURSOR = Pattern("the value of next in the previous answer", r"[0-9]{1,10}-[0-9]{1,19}", 30)
 SUBSCRIPTIONS = {"content_type": CONTENT_TYPE, "userId": Address(), "cursor": CURSOR, "limit": Integer(1, 1000),
                  "state": Enum(tuple(SubscriptionState)), "search": String(254, ONE_LINE, LINE)}
@@ -10909,6 +11655,10 @@ ROUTES = (
     Route("GET", "/task/subscriptionContent/{content_type}", Api.read_content, Access.KEY,
           answer=CONTENT_ANSWER, refuses=(404,)),
     Route("DELETE", "/task/subscriptionContent/{content_type}", Api.remove_content, Access.KEY, refuses=(404,)),
+    Route("POST", "/task/subscriptionContent/{content_type}/send", Api.send_content, Access.KEY, SEND,
+          answer={**COUNTED, "id?": str}, refuses=(404, 409), idempotency_key=True),
+    Route("GET", "/task/subscriptionContent/{content_type}/issues", Api.list_issues, Access.KEY,
+          answer={"status": bool, "issues": list}, refuses=(404,)),
     Route("POST", "/task/subscriptionContent/{content_type}/import", Api.import_subscribers, Access.KEY, IMPORT,
           answer={**DONE, "subscribed": int, "left_out": int, "errors": list, "failed": int}, refuses=(404,)),
     Route("GET", "/task/subscriptionContent/{content_type}/export", Api.export_subscribers, Access.KEY,
@@ -10923,6 +11673,9 @@ ROUTES = (
     Route("DELETE", "/task/dead/{id}", Api.remove_dead, Access.ALL, refuses=(404,)),
     Route("GET", "/task/{id}", Api.read_task, Access.ALL, answer=TASK_ANSWER, refuses=(404,)),
     Route("DELETE", "/task/{id}", Api.cancel_task, Access.ALL, refuses=(404, 409)),
+    Route("PATCH", "/task/{id}", Api.move_task, Access.ALL, MOVE, refuses=(404, 409)),
+    Route("GET", "/task", Api.count_tasks, Access.ALL, query=FILTERS, answer={"status": bool, "count": int}),
+    Route("DELETE", "/task", Api.cancel_tasks, Access.ALL, query=FILTERS, answer=COUNTED),
     Route("GET", "/subscriptions", Api.list_subscriptions, Access.ALL, query=SUBSCRIPTIONS,
           answer={"status": bool, "subscriptions": list, "next": (str, None)}),
     Route("GET", "/suppressions", Api.list_suppressions, Access.KEY, query=PAGING,
@@ -10939,7 +11692,8 @@ ROUTES = (
     Route("POST", "/webhook/secret", Api.replace_webhook_secret, Access.ALL, OVERLAP,
           answer={"status": bool, "secret": str, "previousUntil": str}, refuses=(404,), idempotency_key=True),
     Route("GET", "/lanes", Api.list_lanes, Access.ALL, answer=LANES_ANSWER),
-    Route("POST", "/lanes/{lane}/resume", Api.resume_lane, Access.ALL, refuses=(404, 429)),
+    Route("POST", "/lanes/{lane}/pause", Api.pause_lane, Access.ADMIN, refuses=(404,)),
+    Route("POST", "/lanes/{lane}/resume", Api.resume_lane, Access.ALL, refuses=(403, 404, 429)),
     Route("GET", "/history", Api.read_history, Access.ALL, answer={"status": bool, "minutes": list}),
     Route("GET", "/outbox", Api.list_outbox, Access.ALL, query=PAGING,
           answer={"status": bool, "mails": list, "next": (int, None)}, refuses=(404,)),
@@ -12440,14 +13194,58 @@ class Operator:
         self.terminal.result({"count": count}, [f"{plural(count, 'dead letter')} {outcome}"] if exists else [])
         return 0 if exists else self.terminal.fail(1, f"there is no dead letter {options.id}; `dead` lists them")
 
+    def cancel(self, options: argparse.Namespace) -> int:
+        """Cancel a task that waits, or all that match."""
+        filters = {name: getattr(options, name) for name in ("state", "type", "task", "content_type", "recipient")
+                   if getattr(options, name)}
+        if bool(options.id) == bool(filters.keys() - {"state"}):
+            return self.terminal.fail(2, "give the ID of a task, or one of --type, --task, --content-type and --to")
+        account = EVERYBODY
+        try:
+            if options.account:
+                account = self.accounts.named(options.account, "account")
+            if options.recipient:
+                filters["recipient"] = Address()(options.recipient, "--to")
+            if options.id:
+                task_type, count = self.queue.cancel(options.id, account), 1
+                self.stats.count("gomail_tasks_total", type=task_type, outcome=Verdict.CANCELLED)
+            else:
+                total = count_waiting(self.queue, self.newsletters, account, filters).total()
+                whose = options.account or "all accounts"
+                question = f"Cancel {plural(total, 'task')} of {whose}?"
+                if total and not options.yes and not self.terminal.confirms(question):
+                    return 1
+                with self.terminal.progress(total) as progress:
+                    count = cancel_waiting(self.queue, self.newsletters, self.stats, account, filters, progress)
+        except HTTPError as error:
+            return self.terminal.fail(1, error.message)
+        self.stats.flush()
+        return self.terminal.result({"count": count}, [f"{plural(count, 'task')} cancelled"])
+
+    def pause(self, options: argparse.Namespace) -> int:
+        """Pause a lane until it is resumed."""
+        self.queue.pause(options.lane)
+        return self.terminal.result({"lane": options.lane, "paused": True}, [
+            f"{options.lane} is paused within a second; `resume {options.lane}` ends that"])
+
+    def resume(self, options: argparse.Namespace) -> int:
+        """Resume a lane."""
+        try:
+            self.queue.resume(options.lane)
+        except HTTPError as error:
+            return self.terminal.fail(1, error.message)
+        return self.terminal.result({"lane": options.lane, "paused": False}, [
+            f"{options.lane} goes on as soon as the SMTP server takes mail"])
+
     def show_stats(self, options: argparse.Namespace) -> int:
         """Lanes, counters and the last hour: once, or on a terminal every second until Ctrl-C."""
         last: tuple[float, int] | None = None  # (moment, tasks executed by then)
         lines: list[str] = []
         while True:
             depths, reports = self.inspection.depths(), self.inspection.reports()
-            stats: Json = {"lanes": self.inspection.lanes(depths, reports), "processes": self.inspection.processes(),
-                           "queued": depths, "jobs": self.inspection.counters(), "minutes": self.stats.history(),
+            stats: Json = {"lanes": self.inspection.lanes(depths, reports, self.queue.held()),
+                           "processes": self.inspection.processes(), "queued": depths,
+                           "jobs": self.inspection.counters(), "minutes": self.stats.history(),
                            "smtp": self.inspection.outage(reports)}
             if self.terminal.as_json:
                 return self.terminal.json(stats)
@@ -12466,6 +13264,9 @@ class Operator:
         smtp, processes, jobs, queued = stats["smtp"], stats["processes"], stats["jobs"], stats["queued"]
 
         def state(lane: Json) -> str:
+            if lane["by_request"]:
+                return f"paused by request since {lane['by_request']}" + (
+                    f"; and: {lane['beneath']}" if lane["beneath"] else "")
             if lane["paused"]:
                 return f"paused: {lane['reason']} (in {lane['paused']} of {processes} processes)"
             if not processes:
@@ -12608,7 +13409,8 @@ class Backup:
 
     Redis keeps working meanwhile, so the backup is no snapshot. Still it misses nothing that existed at its beginning:
     SCAN finds every key that exists throughout. A task is one hash that never moves, and on restoring its state alone
-    decides its place. What creates tasks is read before them (the schedule, the idempotency keys); what tasks create is
+    decides its place. What creates tasks is read before them (the schedule, newsletters that are being queued for all
+    subscribers, the idempotency keys); what tasks create is
     read after them (such as subscriptions, and the schedule again). Of two moments the earlier counts; what would be
     sent twice is recognized by the time at which its task was made.
 
@@ -12662,10 +13464,10 @@ class Backup:
 
     def _lines(self) -> Iterator[Json]:
         """A line for each key, or several for a large one, in the order that the class explains."""
-        for pattern in ("idempotency:*", "schedule", "task:*"):
+        for pattern in ("idempotency:*", "schedule", "sends", "task:*"):
             for names in self._names(pattern):
                 yield from self._read(names)
-        done = self.EXCLUDED | {"idempotency", "task"}
+        done = self.EXCLUDED | {"idempotency", "sends", "task"}
         for names in self._names():
             yield from self._read([name for name in names if kind_of_key(name) not in done])
 
@@ -12845,10 +13647,11 @@ class Backup:
             pipeline.pexpireat(key, line["ends"])
 
     def _place_of_issue(self, fields: Json) -> str:
-        """The place in the schedule of a newsletter's issue that has not ended; "" for any other task."""
+        """The place in the schedule of an issue that it has queued, and that has not ended; "" for any other task."""
         with contextlib.suppress(ValueError, TypeError, KeyError):
             task = json.loads(fields.get("head") or fields["body"])
-            if task["type"] == "newsletter" and fields["state"] not in self.ENDED:
+            is_scheduled = task["type"] == "newsletter" and not {"send", "test"} & task["payload"].keys()
+            if is_scheduled and fields["state"] not in self.ENDED:
                 return Newsletters.schedule_member(fields["account"], task["payload"]["content_type"], fields["to"])
         return ""
 
@@ -13148,6 +13951,18 @@ def command_line() -> argparse.ArgumentParser:
         which.add_argument("id", nargs="?", metavar="ID")
         which.add_argument("--all", action="store_true", help="all dead letters, of all accounts")
     delete.add_argument("--yes", action="store_true", help="do not ask before --all; only a terminal is asked")
+    cancel = operation("cancel", Operator.cancel, "cancel a task that waits, or all that match")
+    cancel.add_argument("id", nargs="?", metavar="ID")
+    cancel.add_argument("--state", choices=WAITING, help="only in this state")
+    cancel.add_argument("--type", choices=CANCELLABLE, help="only tasks of this type")
+    cancel.add_argument("--task", metavar="NAME", help="only tasks of this name")
+    cancel.add_argument("--content-type", metavar="NAME", help="only newsletters and subscriptions of it")
+    cancel.add_argument("--to", dest="recipient", metavar="ADDRESS", help="only tasks to this address")
+    cancel.add_argument("--account", metavar="NAME", help="only tasks of this account")
+    cancel.add_argument("--yes", action="store_true", help="do not ask; only a terminal is asked")
+    for name, method, explanation in (("pause", Operator.pause, "take nothing from a lane until it is resumed"),
+                                      ("resume", Operator.resume, "end the pause of a lane, whoever caused it")):
+        operation(name, method, explanation).add_argument("lane", choices=LANES, metavar="LANE", help=", ".join(LANES))
     operation("stats", Operator.show_stats,
               "show lanes, counters and the last hour; on a terminal every second, until Ctrl-C")
     accounts = operation("accounts", Operator.manage_accounts,
