@@ -191,7 +191,8 @@ MIN_TOKEN_LENGTH = 16  # of admin_token, beyond loopback
 VARIABLE = "[A-Za-z_][A-Za-z0-9_]{0,63}"
 ONE_LINE = r"[^\x00-\x1f\x7f-\x9f\u2028\u2029]"  # some mailers break a header at the last two, Unicode's line ends
 LINE = "on one line, without control characters"
-PLACEHOLDER = re.compile(rf"\{{\{{ *({VARIABLE}) *\}}\}}")  # {{ name }}, see fill_template()
+# {{ name }} or {{ name | default: "text" }}: the name, and the default in its quotes; see fill_template().
+PLACEHOLDER = re.compile(rf"""\{{\{{ *({VARIABLE}) *(?:\| *default *: *("[^"{{}}\r\n]*"|'[^'{{}}\r\n]*') *)?\}}\}}""")
 
 # A placeholder, or, as the group `wrong`, a malformed one. The outer braces of {{{ name }}} are text.
 BRACES = re.compile(rf"{PLACEHOLDER.pattern}"
@@ -207,6 +208,8 @@ class Settings:
     smtp_user: str = option("", "SMTP user name")
     smtp_pass: str = option("", "SMTP password; it is only sent over TLS")
     smtp_from: str = option("", 'sender, "Name <address>" or "address"; empty: smtp_user, if it is an address')
+    redirect_to: str = option("", "address that gets every mail instead of its recipients, who stand in the header "
+                              "X-Original-To; for staging; empty: mail goes to its recipients")
     smtp_token_command: str = option("", "instead of smtp_pass: a command that writes an access token for XOAUTH2; it "
                                      "runs again when the server refuses the token")
     smtp_tls: str = option("auto", "auto: STARTTLS if the server offers it; implicit: TLS from the start, on any port; "
@@ -316,6 +319,8 @@ class Settings:
         if self.smtp_from and not parse_address(email.utils.parseaddr(self.smtp_from)[1]):
             raise self._wrong("smtp_from", "is not an address, or a name with <address>")
         self._check_hosts()
+        if self.redirect_to and not parse_address(self.redirect_to):
+            raise self._wrong("redirect_to", "is not an address such as you@example.com")
         if self.smtp_server and not self.smtp_from and not parse_address(self.smtp_user):
             raise StartError("smtp_from: not set, and smtp_user is not an address; most servers only take mail from a "
                              "sender that they know: set smtp_from to the sender's address, such as app@example.com")
@@ -335,10 +340,10 @@ class Settings:
         if self.public_url and not re.fullmatch(r"https?://[!-;=?-~]+", self.public_url):
             raise self._wrong("public_url", "is not a URL such as https://mail.example.com")
         for name in ("otp_subject", "otp_content"):
-            if unknown := set(PLACEHOLDER.findall(getattr(self, name))) - {"otp", "minutes"}:
+            if unknown := placeholder_names(getattr(self, name)) - {"otp", "minutes"}:
                 raise StartError(f"{name}: {{{{ {min(unknown)} }}}} is not known, expected "
                                  "{{ otp }} or {{ minutes }}")
-        if self.otp_content and "otp" not in PLACEHOLDER.findall(self.otp_content):
+        if self.otp_content and "otp" not in placeholder_names(self.otp_content):
             raise StartError("otp_content: must hold {{ otp }}")
         for name in split_list(self.allowed_hosts):
             if parse_host(name) is None or parse_host(f"{name}:80") is None:
@@ -510,7 +515,8 @@ def warnings_about(settings: Settings, environment: Mapping[str, str]) -> list[s
     """A sentence for each setting that is allowed but probably a mistake.
 
     Mistakes are names in the environment that are almost those of options, malformed placeholders, mail that goes
-    to the Maildir although other machines use the service, and more workers of a lane than connections for them.
+    to the Maildir although other machines use the service, more workers of a lane than connections for them, and
+    redirect_to outside of staging.
     """
     warnings = [f"in the environment, {unknown_option(name)}" for name in sorted(environment) if not is_option(name)
                 and (name.lower().startswith(("smtp_", "otp_", "redis_", "jwt_")) or nearest_option(name, 0.8))]
@@ -520,10 +526,17 @@ def warnings_about(settings: Settings, environment: Mapping[str, str]) -> list[s
     if not settings.smtp_server and (
             settings.public_url or settings.admin_token or not is_loopback(host_to_ascii(settings.host) or "")):
         warnings.append("smtp_server is not set: mail goes to a Maildir on this machine, not to its recipients")
+    if settings.redirect_to:
+        warnings.append(f"redirect_to is set: every mail goes to {settings.redirect_to}, not to its recipients")
     if settings.smtp_server and settings.workers > settings.smtp_connections:
         warnings.append(f"workers is {settings.workers}, but smtp_connections {settings.smtp_connections}: the other "
                         "workers of a lane wait for a connection")
     return warnings
+
+
+def placeholder_names(text: str, with_default: bool = True) -> set[str]:
+    """The variables that a template names; without `with_default` only those that it cannot be filled without."""
+    return {place[1] for place in PLACEHOLDER.finditer(text) if with_default or not place[2]}
 
 
 def malformed_placeholders(text: str) -> str:
@@ -1044,6 +1057,8 @@ def start_logging(settings: Settings) -> None:
 #                                           makes no tasks, fingerprint and answer of the script that does it
 #   suppressed:<account>            zset    addresses that get no mail, by the time when that began (ms)
 #   suppressed_for:<account>        hash    address -> reason
+#   erased:<account>                zset    erased_name() of suppressed addresses that were erased, by that time (ms)
+#   erasure_key                     string  the key of these names, random; made when an address is first erased
 #   rate                            hash    smtp_rate: when the next mail may go: all (lanes), urgent (the lane); asked
 #                                           (time of the last call) (us)
 #   rate_window:<seconds>           hash    smtp_rate: number of a bucket of time -> recipients; total; first (the
@@ -1074,9 +1089,12 @@ def start_logging(settings: Settings) -> None:
 #   otp_requests:<account>          string  number of OTP requests in this minute
 #
 #   hooks                           hash    account, "" for the admin -> its webhook, see Webhooks.set()
-#   content:<account>               hash    content type -> {"subject", "content"}
+#   content:<account>               hash    content type -> {"subject", "content", "resend", "defaults"}, see
+#                                           Newsletters._body()
+#   needs:<account>                 hash    content type -> the variables that it cannot be filled without, by spaces
 #   subscribers:<type>:<account>    hash    address -> {"userId", "frequency", "retries", "created", "variables", "at",
 #                                           "day", "timezone"}
+#   preview:<type>:<account>        string  HTML of the newest preview, for a minute
 #   issued:<type>:<account>         hash    address -> id of the task of the newest newsletter, and the newest boundary
 #                                           at which one was queued (s), by a space
 #   got:<type>:<account>            hash    address -> the last text that was sent to her, as text_digest() has it, and
@@ -1097,6 +1115,7 @@ def start_logging(settings: Settings) -> None:
 #   erasure_key                     string  the secret of the names that stand for erased addresses
 #   schedule                        zset    [account, type, address] by its next boundary (s)
 #   ascii_folded                    string  time of the upgrade to keys that fold only ASCII letters (ms)
+#   needs_noted                     string  time of the upgrade to `needs` (ms)
 #
 #   answered:<id>                   string  answer of a script, kept for a minute in case the same call comes again
 #   on_disk                         string  a write for WAITAOF to wait for
@@ -2078,6 +2097,11 @@ def is_html(content: str) -> bool:
     return MARKUP.search(content) is not None
 
 
+def with_defaults(variables: Mapping[str, Any], defaults: Mapping[str, Any]) -> Json:
+    """Variables, with a default for each that is missing or empty."""
+    return {**defaults, **{name: value for name, value in variables.items() if value != "" or name not in defaults}}
+
+
 class TooLarge(ValueError):
     """A result would have `size` bytes, which is more than allowed."""
 
@@ -2090,34 +2114,59 @@ def fill_template(template: str, variables: Mapping[str, Any], escape: bool = Fa
                   max_size: float = math.inf) -> str:
     """`template` with each `{{ name }}` replaced by the variable of that name. Nothing in it is ever evaluated.
 
-    A name is a letter or `_`, then letters, digits or `_`; spaces around it are ignored.
+    A name is a letter or `_`, then letters, digits or `_`; spaces around it are ignored. Where the variable is missing
+    or empty, `{{ name | default: "text" }}` becomes the text.
 
     Args:
         variables: name -> string or number.
-        escape: escape the values for HTML.
-        keep_unknown: leave placeholders without a variable as they are.
+        escape: escape the values and the defaults for HTML.
+        keep_unknown: leave placeholders with neither a variable nor a default as they are.
         max_size: bytes that the result may have: a short template can repeat a long value many times.
 
     Raises:
         KeyError: there is no variable of that name.
         TooLarge: the result would be larger; it was not made.
     """
-    places = [place for place in PLACEHOLDER.finditer(template) if not keep_unknown or place[1] in variables]
-    values = {name: str(variables[name]) for name in {place[1] for place in places}}
-    if escape:
-        values = {name: html.escape(value) for name, value in values.items()}
-    sizes = {name: len(value.encode()) for name, value in values.items()}
-    size = len(template.encode()) + sum(sizes[place[1]] - len(place[0]) for place in places)
+    values: dict[str, str] = {}  # placeholder -> what takes its place
+    size = len(template.encode())
+    for place in PLACEHOLDER.finditer(template):
+        placeholder, name, default = place[0], place[1], place[2]
+        if placeholder not in values:
+            if default and variables.get(name, "") == "":
+                value = default[1:-1]
+            elif name in variables or not keep_unknown:
+                value = str(variables[name])
+            else:
+                continue
+            values[placeholder] = html.escape(value) if escape else value
+        size += len(values[placeholder].encode()) - len(placeholder.encode())
     if size > max_size:
         raise TooLarge(size)
-    return PLACEHOLDER.sub(lambda place: values.get(place[1], place[0]), template)
+    return PLACEHOLDER.sub(lambda place: values.get(place[0], place[0]), template)
+
+
+# What GoMail itself fills in newsletters: without and with public_url.
+READER_VARIABLES = (("email",), ("email", "unsubscribe_url"))
+
+
+def needs(body: Json) -> list[str]:
+    """The variables that a content type, {"subject", "content", "defaults"}, cannot be filled without."""
+    names = placeholder_names(body["subject"], with_default=False) | placeholder_names(body["content"], False)
+    return sorted(names - body.get("defaults", {}).keys())
+
+
+def lacks_variable(name: str, path: str = "payload.variables") -> HTTPError:
+    """The error (400) for a subscription that lacks a variable."""
+    field = f"{path}.{name}"
+    hint = "; the option public_url makes it" if name == "unsubscribe_url" else ""
+    return HTTPError(400, f"{field} is required: the newsletter names it, without a default{hint}", field)
 
 
 def check_placeholders(text: str, field: str) -> None:
     """Raise HTTPError (400) for a `{{` that begins no placeholder: fill_template() would leave it as it is."""
     if malformed := malformed_placeholders(text):
         raise HTTPError(400, f"{field} has {malformed}, expected {{{{ name }}}}: a letter or _, then up to 63 letters, "
-                        "digits or _, in two braces on each side", field)
+                        "digits or _, in two braces on each side; or {{ name | default: \"text\" }}", field)
 
 
 class Check:
@@ -2856,12 +2905,13 @@ class Accounts:
     # the name stays taken, and no key is valid. The waiting tasks and the schedule are not searched: what comes up
     # there without its owner is dropped.
     DEREGISTER = """
-        local users, content, left_types = unpack(KEYS)
+        local users, content, left_types, needs = unpack(KEYS)
         local name, prefix, most = ARGV[1], ARGV[2], tonumber(ARGV[3])
         if redis.call('HEXISTS', users, name) == 0 then return 0 end
         local types = redis.call('HRANDFIELD', content, most)
         for _, content_type in ipairs(types) do
             redis.call('HDEL', content, content_type)
+            redis.call('HDEL', needs, content_type)
             local type_and_name = content_type .. ':' .. name
             redis.call('UNLINK', prefix .. 'subscribers:' .. type_and_name, prefix .. 'issued:' .. type_and_name,
                        prefix .. 'got:' .. type_and_name, prefix .. 'issues:' .. type_and_name)
@@ -2887,7 +2937,7 @@ class Accounts:
     def deregister(self, name: str) -> None:
         """Revoke the keys of an account and end all it has waiting. Raises HTTPError (404) if it is not registered."""
         keys = [self.user_list, *(self.store.key(kind, name) for kind in (
-            "content", "left_types", "dead", "suppressed", "suppressed_for", "recent"))]
+            "content", "left_types", "needs", "dead", "suppressed", "suppressed_for", "erased", "recent"))]
         many, at_once = self._keys_of_many(name), self.CONTENT_TYPES_AT_ONCE
         # Removing no content types only revokes the keys.
         while (answer := self._deregister(keys=keys, args=[name, self.store.prefix, 0 if many else at_once])) == 2:
@@ -2901,7 +2951,7 @@ class Accounts:
         """The keys of an account that have more elements than one call removes."""
         types, left_types = (self.store.redis.hkeys(self.store.key(kind, name)) for kind in ("content", "left_types"))
         with self.store.redis.pipeline(transaction=False) as pipeline:
-            keys = [self.store.key(kind, name) for kind in ("dead", "suppressed")]
+            keys = [self.store.key(kind, name) for kind in ("dead", "suppressed", "erased")]
             for key in keys:
                 pipeline.zcard(key)
             hashes = [self.store.key("suppressed_for", name), *(
@@ -3169,8 +3219,7 @@ PAYLOADS = {
                             "from": Nullable(Sender()), "lane": Nullable(LANE), "headers": Nullable(Headers()),
                             "metadata": Nullable(Metadata())}),
     "generateOtp": MailPayload({"userId": Address(), "length": Integer(4, 8), "purpose": Nullable(PURPOSE),
-                                "variables": Absent(MailPayload.NEEDS_CONTENT_TYPE),
-                                "locale": Absent(MailPayload.NEEDS_CONTENT_TYPE),
+                                "variables": Absent(MailPayload.NEEDS_CONTENT_TYPE), "locale": Nullable(LOCALE),
                                 "from": Nullable(Sender()), "lane": Nullable(LANE), "metadata": Nullable(Metadata())}),
     "subscribe": Subscription({"userId": Address(), "frequency": Enum(FREQUENCIES), "content_type": CONTENT_TYPE,
                                "subject": Nullable(SUBJECT_TEMPLATE), "content": Nullable(CONTENT_TEMPLATE),
@@ -3233,7 +3282,13 @@ class NamedText(typing.NamedTuple):
     content_type: str
     subject: str = ""
     content: str = ""
+    defaults: Mapping[str, Any] = {}
     is_left_out: bool = False  # those that were sought together are too large
+
+    @classmethod
+    def of(cls, content_type: str, body: Json) -> "NamedText":
+        """The content type whose body this is."""
+        return cls(content_type, body["subject"], body["content"], body.get("defaults", {}))
 
 
 def text_name(task: Json) -> TextName | None:
@@ -3289,7 +3344,7 @@ def insert_text(task: Json, path: str, texts: Mapping[TextName, NamedText | None
     if text.is_left_out:
         raise HTTPError(413, f"{field}: the content types that the tasks name are too large together; send fewer "
                         "tasks at once", field)
-    if task["type"] == "generateOtp" and "otp" not in PLACEHOLDER.findall(text.subject + text.content):
+    if task["type"] == "generateOtp" and "otp" not in placeholder_names(text.subject + text.content):
         raise HTTPError(400, f"{field} must name a content type with {{{{ otp }}}}, and {text.content_type} has none",
                         field)
     del payload["content_type"]
@@ -3328,6 +3383,10 @@ def fill_message(task: Json, path: str, max_size: int, texts: Mapping[TextName, 
     if taken := trial.keys() & variables.keys():
         variable = f"{path}.variables.{min(taken)}"
         raise HTTPError(400, f"{variable} must be left out: it is that of the OTP", variable)
+    if source and source.defaults:
+        variables = with_defaults(variables, source.defaults)
+        if is_otp:
+            payload["variables"] = variables
     for part, check in (("subject", SUBJECT), ("text", CONTENT), ("content", CONTENT)):
         if part not in payload:
             continue
@@ -3382,6 +3441,13 @@ def check_confirm(task: Json, path: str, public_url: str) -> None:
     if task["payload"].get("confirm") and not public_url:
         field = f"{path}.payload.confirm" if path else "payload.confirm"
         raise HTTPError(400, f"{field} needs the option public_url: the mail that asks to confirm has a link", field)
+
+
+def erased_name(store: Store, address: str) -> str:
+    """What is kept of an address that was erased, in place of its form as a key. Queue.ERASED_NAME makes the same."""
+    key = store.redis.get(store.key("erasure_key")) or ""
+    inner = hashlib.sha1(f"{key}{fold_address(address)}".encode()).hexdigest()
+    return hashlib.sha1(f"{key}{inner}".encode()).hexdigest()
 
 
 def check_sender(task: Json, path: str, allowed: Sequence[str]) -> None:
@@ -3831,6 +3897,14 @@ class Queue:
         end
     """
 
+    # As erased_name().
+    ERASED_NAME = """
+        local function erased_name(prefix, address)
+            local key = redis.call('GET', prefix .. 'erasure_key') or ''
+            return redis.sha1hex(key .. redis.sha1hex(key .. address))
+        end
+    """
+
     # Whether the account of a task is still registered as it was then. Events for the admin's webhook have no account.
     IS_WANTED = """
         local known = {}  -- account -> its registration, of those that were looked up
@@ -3977,8 +4051,8 @@ class Queue:
     # ARGV: otp_cooldown (s), otp_hourly_max, otp_minute_max, otp_ttl (s); then of each request: account, registration,
     #       id of the API key or "", fingerprint of what came with an idempotency key and the key's digest, or "" twice,
     #       what the ids are made from, the number of tasks; and of each of its tasks: id, head, body, lane, the address
-    #       of an OTP, with the digest of its purpose, if any, behind a space, or "", a content type that must exist or
-    #       "", due (ms), when it expires (ms) or 0, recipients. Of a task that is refused anyway: id, why, and "" seven
+    #       of an OTP, with the digest of its purpose, if any, behind a space, or "", what lacking() takes or "", due
+    #       (ms), when it expires (ms) or 0, recipients. Of a task that is refused anyway: id, why, and "" seven
     #       times.
     # Answer: for each request "revoked", "conflict", or {what the ids are made from, "<number>=<why> ..." of the tasks
     #         refused, the lanes in which the account is new among others}.
@@ -4012,13 +4086,25 @@ class Queue:
             redis.call('EXPIRE', asked, 3600)
         end
 
-        local function refusal_of(new_in, account, key, id, head, body, lane, otp_address, content_type, due, expires,
-                                  to)
-            if body == '' then return head end
-            if redis.call('EXISTS', prefix .. 'task:' .. id) == 1 then return end
-            if content_type ~= '' and redis.call('HEXISTS', prefix .. 'content:' .. account, content_type) == 0 then
+        -- What a subscribe task lacks. `wanted` has three lines: the content type; the variables given, each between
+        -- two spaces; and those that the task's own content needs, or a dash if it has none.
+        local function lacking(account, wanted)
+            local content_type, given, names = string.match(wanted, '^(.-)\\n(.-)\\n(.*)$')
+            if redis.call('HEXISTS', prefix .. 'content:' .. account, content_type) == 1 then
+                names = redis.call('HGET', prefix .. 'needs:' .. account, content_type) or ''
+            elseif names == '-' then
                 return 'unknown'
             end
+            for name in string.gmatch(names, '%S+') do
+                if not string.find(given, ' ' .. name .. ' ', 1, true) then return 'lacks:' .. name end
+            end
+        end
+
+        local function refusal_of(new_in, account, key, id, head, body, lane, otp_address, wanted, due, expires, to)
+            if body == '' then return head end
+            if redis.call('EXISTS', prefix .. 'task:' .. id) == 1 then return end
+            local lack = wanted ~= '' and lacking(account, wanted)
+            if lack then return lack end
             local wait = otp_address ~= '' and too_early(account, id, otp_address)
             if wait then return wait end
             if otp_address ~= '' then expires = milliseconds + otp_ttl * 1000 end
@@ -4063,9 +4149,10 @@ class Queue:
         """Put checked tasks into their lanes in one round trip; when it returns, Redis has them.
 
         Returns for each task its id, or the HTTPError that says why it was not queued: 400, there is no such content
-        type; 429, too many OTPs, see Otps. The idempotency key is that of one task, or of the `batch` that the tasks
-        come from: the same again within 24 hours queues nothing and returns the same, unless nothing was queued before.
-        An HTTPError in place of a task is returned as well; but what the first request got counts for the same again.
+        type, or a subscription lacks a variable; 429, too many OTPs, see Otps. The idempotency key is that of one task,
+        or of the `batch` that the tasks come from: the same again within 24 hours queues nothing and returns the same,
+        unless nothing was queued before. An HTTPError in place of a task is returned as well; but what the first
+        request got counts for the same again.
 
         Raises:
             HTTPError: 401, the API key was revoked; 422, the idempotency key came with something else before; 503, with
@@ -4084,7 +4171,7 @@ class Queue:
                 request += [task_id, error, *[""] * 7]
                 size += len(error)
                 continue
-            payload, lane, otp_address, content_type = task["payload"], lane_of(task), "", ""
+            payload, lane, otp_address, wanted = task["payload"], lane_of(task), "", ""
             if task["type"] == "generateOtp":
                 # The OTP is made from this seed when it is sent, so that a retry sends the same one; see section 12.
                 task = {**task, "payload": {**payload, "seed": secrets.token_hex(16)}}
@@ -4093,13 +4180,15 @@ class Queue:
                     otp_address += f" {hashlib.sha256(payload['purpose'].encode()).hexdigest()[:16]}"
                 if lane == Lane.URGENT:
                     self._no_otp.clear()
-            elif task["type"] == "subscribe" and "content" not in payload:
-                content_type = payload["content_type"]
+            elif task["type"] == "subscribe":
+                given = {*payload.get("variables", ()), *READER_VARIABLES[bool(self.settings.public_url)]}
+                wanted = "\n".join((payload["content_type"], f" {'  '.join(given)} ",
+                                    " ".join(needs(payload)) if "content" in payload else "-"))
             is_delayed = is_delayed or "send_at" in payload
             recipients = fold_address(" ".join(addresses_of(payload)))
             body = json.dumps(task)
             request += [task_id, summary_of(task), body, lane,
-                        otp_address, content_type, payload.get("send_at", 0) // 1000,
+                        otp_address, wanted, payload.get("send_at", 0) // 1000,
                         payload.get("expires_at", 0) // 1000, recipients]
             size += len(body)
         answer, is_safe = self._enqueue_in_groups(request, len(tasks) + size // self.BYTES_LIKE_A_TASK)
@@ -4121,6 +4210,8 @@ class Queue:
         for number, _, why in (refusal.partition("=") for refusal in refusals.split()):
             if why.isdigit():
                 results[int(number)] = rate_limited(why)
+            elif why.startswith("lacks:"):
+                results[int(number)] = lacks_variable(why.partition(":")[2])
             elif why != "unknown":
                 results[int(number)] = HTTPError(*json.loads(urllib.parse.unquote(why)))
             else:
@@ -4165,7 +4256,7 @@ class Queue:
     # Answer: {how many tasks are seen to be left in the lane, then of each task taken: {id, body, account,
     #         registration, created, attempts, strikes, drops, dropped, expires, delivered, the recipients that are
     #         suppressed, the account's settings or ""}}. No task, although some are left, means: ask again.
-    SETTLE_AND_TAKE = BURY + CONCLUDE + """
+    SETTLE_AND_TAKE = BURY + CONCLUDE + ERASED_NAME + """
         local own, lane, prefix = unpack(KEYS)
         local most, keep, share, all = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4] == '1'
         local result_ttl, dead_ttl, dead_max, process, worker, lane_name, only = unpack(ARGV, 5, 11)
@@ -4348,7 +4439,8 @@ class Queue:
             next_turn()
         end
         most = math.max(1, held, math.min(most, math.floor((waiting + others) / share)))
-        local found, suppresses = {}, {}  -- the second: key of suppressed addresses -> 1 if it exists, else 0
+        local found = {}
+        local suppresses, erases = {}, {}  -- account -> how many keys of suppressed addresses it has; of erased ones
         local settings = {}  -- account -> its settings, or ''
         for _ = 1, 200 do  -- some may belong to accounts that are gone; other calls come in between
             local id = #found < held and redis.call('LINDEX', own, -1 - #found) or only == '' and take_next()
@@ -4362,12 +4454,17 @@ class Queue:
                 if #found < held then held = held - 1 else is_served = false end  -- the account's turn goes on
             else
                 if all or #found == 0 then begin(task) end
-                local to, suppressed = fields[11], prefix .. 'suppressed:' .. fields[2]
+                local to, account = fields[11], fields[2]
+                local suppressed, erased = prefix .. 'suppressed:' .. account, prefix .. 'erased:' .. account
                 fields[11] = ''
-                suppresses[suppressed] = suppresses[suppressed] or redis.call('EXISTS', suppressed)
-                if to and suppresses[suppressed] == 1 then
+                suppresses[account] = suppresses[account] or redis.call('EXISTS', suppressed, erased)
+                if to and suppresses[account] > 0 then
+                    erases[account] = erases[account] or redis.call('EXISTS', erased)
                     for address in string.gmatch(to, '%S+') do
-                        if redis.call('ZSCORE', suppressed, address) then fields[11] = fields[11] .. address .. ' ' end
+                        if redis.call('ZSCORE', suppressed, address) or erases[account] == 1
+                                and redis.call('ZSCORE', erased, erased_name(prefix, address)) then
+                            fields[11] = fields[11] .. address .. ' '
+                        end
                     end
                 end
                 fields[12] = settings[fields[2]] or redis.call('HGET', prefix .. 'settings', fields[2]) or ''
@@ -5422,6 +5519,7 @@ class Suppressions:
     def __init__(self, store: Store) -> None:
         self.store = store
         self._remove = store.script(self.REMOVE, once=True)
+        self._erase = store.script(self.ERASE)
 
     def list(self, account: str, offset: int = 0, limit: int = 100) -> tuple[int, "list[Json]"]:
         """(how many addresses the account has suppressed, those from `offset` on), newest first."""
@@ -5440,17 +5538,37 @@ class Suppressions:
             transaction.hset(self.store.key("suppressed_for", account), fold_address(address), "by request")
             transaction.execute()
 
-    # KEYS: suppressed:<account>, suppressed_for:<account>. ARGV: addresses. Answer: how many of them were suppressed.
+    # KEYS: suppressed:<account>, suppressed_for:<account>, erased:<account>.
+    # ARGV: the name that it has if it was erased, addresses. Answer: how many of these were suppressed.
     REMOVE = """
-        redis.call('HDEL', KEYS[2], unpack(ARGV))
-        return redis.call('ZREM', KEYS[1], unpack(ARGV))
+        redis.call('HDEL', KEYS[2], unpack(ARGV, 2))
+        return redis.call('ZREM', KEYS[1], unpack(ARGV, 2)) + redis.call('ZREM', KEYS[3], ARGV[1])
     """
 
     def remove(self, account: str, address: str) -> bool:
         """Send to an address again. False where it was not suppressed."""
         addresses = [fold_address(address), *([address.casefold()] if self.by_older(account, address) else [])]
-        keys = [self.store.key("suppressed", account), self.store.key("suppressed_for", account)]
-        return bool(self._remove(keys=keys, args=addresses))
+        keys = [self.store.key(kind, account) for kind in ("suppressed", "suppressed_for", "erased")]
+        return bool(self._remove(keys=keys, args=[erased_name(self.store, address), *addresses]))
+
+    # KEYS: the prefix. ARGV: account, addresses.
+    ERASE = Accounts.CLOCK + Queue.ERASED_NAME + """
+        local prefix, account = KEYS[1], ARGV[1]
+        for at = 2, #ARGV do
+            if redis.call('ZREM', prefix .. 'suppressed:' .. account, ARGV[at]) == 1 then
+                redis.call('ZADD', prefix .. 'erased:' .. account, milliseconds, erased_name(prefix, ARGV[2]))
+                redis.call('HDEL', prefix .. 'suppressed_for:' .. account, ARGV[at])
+            end
+        end
+    """
+
+    def erase(self, account: str, address: str) -> None:
+        """Keep no more of an address than the name by which it stays suppressed, if it is."""
+        key = self.store.key("erasure_key")
+        if not self.store.redis.exists(key):
+            self.store.write("SET", key, secrets.token_hex(32), "NX")
+        addresses = [fold_address(address), *([address.casefold()] if self.by_older(account, address) else [])]
+        self._erase(keys=[self.store.prefix], args=[account, *addresses])
 
     def by_older(self, account: str, address: str) -> bool:
         """Whether an address was suppressed by an older version, which folded more than ASCII letters.
@@ -5583,7 +5701,8 @@ class Inspection:
             at = at + 1
             local to, now, user, ended = unpack(redis.call('HMGET', prefix .. 'task:' .. id, 'to', 'state', 'u', 'd'))
             if ended then to, now = to or string.lower(user), string.match(ended, '^%S+') or 'succeeded' end
-            if now and (state == '' or now == state) and (search == '' or string.find(to or '', search, 1, true)) then
+            to = ' ' .. (to or '') .. ' '
+            if now and (state == '' or now == state) and (search == '' or string.find(to, search, 1, true)) then
                 found[#found + 1] = id
                 if #found == tonumber(most) then break end
             end
@@ -5596,7 +5715,7 @@ class Inspection:
         """The newest tasks, of an account or of all, and the offset to go on from, None at the end.
 
         Args:
-            search: the id of a task, or a part of a recipient's address.
+            search: the id of a task, or a part of a recipient's address; between spaces, the whole of one.
             state: only tasks in this state.
             offset: how many of the newest tasks are passed over, whether or not they match.
         """
@@ -6294,6 +6413,149 @@ def pack(pieces: list, room: int, further_room: int = 0) -> list:
     return packed
 
 
+# What GoMail itself says to readers: language -> page or mail -> its title, its text, the label of its button, and what
+# stands below that; a page without a label has no button. `minutes` are one of them, and several.
+READER_TEXTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "en": {
+        "unsubscribe": ("Unsubscribe", "Do you want no more mails of “{content_type}” at {address}?", "Unsubscribe"),
+        "unsubscribed": ("You are unsubscribed", "{address} gets no more mails of “{content_type}”.",
+                         "Subscribe again"),
+        "confirm": ("Confirm your subscription", "Do you want to get “{content_type}” at {address}?", "Subscribe"),
+        "subscribed": ("You are subscribed", "{address} will get “{content_type}”."),
+        "not_valid": ("This link is not valid", "Perhaps it was cut off. Please open it from the mail again, or copy "
+                      "all of it."),
+        "over": ("This link has been used or has expired", "If you still want these mails, please subscribe again."),
+        "later": ("Please try again in a moment", "The link could not be opened just now."),
+        "confirm_mail": ("Please confirm your subscription", "Somebody, probably you, wants “{content_type}” to be "
+                         "sent to {address}.", "Confirm", "The link is valid for 7 days. If it was not you, you can "
+                         "ignore this mail."),
+        "otp": ("Your verification code", "Your verification code is", "", "It expires in {minutes}. If you did not "
+                "ask for it, you can ignore this mail."),
+        "minutes": ("{number} minute", "{number} minutes")},
+    "de": {
+        "unsubscribe": ("Abmelden", "Möchten Sie „{content_type}“ an {address} nicht mehr erhalten?", "Abmelden"),
+        "unsubscribed": ("Sie sind abgemeldet", "{address} erhält „{content_type}“ nicht mehr.", "Wieder anmelden"),
+        "confirm": ("Bestätigen Sie Ihre Anmeldung", "Möchten Sie „{content_type}“ an {address} erhalten?",
+                    "Anmelden"),
+        "subscribed": ("Sie sind angemeldet", "{address} erhält von nun an „{content_type}“."),
+        "not_valid": ("Dieser Link ist ungültig", "Vielleicht wurde er abgeschnitten. Bitte öffnen Sie ihn noch "
+                      "einmal aus der Mail, oder kopieren Sie ihn ganz."),
+        "over": ("Dieser Link wurde schon benutzt oder ist abgelaufen", "Wenn Sie diese Mails noch erhalten möchten, "
+                 "melden Sie sich bitte wieder an."),
+        "later": ("Bitte versuchen Sie es gleich noch einmal", "Der Link ließ sich gerade nicht öffnen."),
+        "confirm_mail": ("Bitte bestätigen Sie Ihre Anmeldung", "Jemand, wahrscheinlich Sie, möchte „{content_type}“ "
+                         "an {address} erhalten.", "Bestätigen", "Der Link gilt 7 Tage. Falls Sie es nicht waren, "
+                         "können Sie diese Mail ignorieren."),
+        "otp": ("Ihr Bestätigungscode", "Ihr Bestätigungscode lautet", "", "Er läuft in {minutes} ab. Falls Sie ihn "
+                "nicht angefordert haben, können Sie diese Mail ignorieren."),
+        "minutes": ("{number} Minute", "{number} Minuten")},
+    "fr": {
+        "unsubscribe": ("Se désabonner", "Ne plus recevoir « {content_type} » à l’adresse {address} ?",
+                        "Se désabonner"),
+        "unsubscribed": ("Vous êtes désabonné(e)", "{address} ne recevra plus « {content_type} ».", "Se réabonner"),
+        "confirm": ("Confirmez votre abonnement", "Voulez-vous recevoir « {content_type} » à l’adresse {address} ?",
+                    "S’abonner"),
+        "subscribed": ("Vous êtes abonné(e)", "{address} recevra « {content_type} »."),
+        "not_valid": ("Ce lien n’est pas valable", "Il a peut-être été coupé. Veuillez l’ouvrir à nouveau depuis le "
+                      "message, ou le copier en entier."),
+        "over": ("Ce lien a déjà servi ou a expiré", "Si vous voulez encore recevoir ces messages, veuillez vous "
+                 "abonner à nouveau."),
+        "later": ("Veuillez réessayer dans un instant", "Le lien n’a pas pu être ouvert."),
+        "confirm_mail": ("Veuillez confirmer votre abonnement", "Quelqu’un, sans doute vous, souhaite recevoir « "
+                         "{content_type} » à l’adresse {address}.", "Confirmer", "Le lien est valable 7 jours. Si ce "
+                         "n’était pas vous, vous pouvez ignorer ce message."),
+        "otp": ("Votre code de vérification", "Votre code de vérification est", "", "Il expire dans {minutes}. Si "
+                "vous ne l’avez pas demandé, vous pouvez ignorer ce message."),
+        "minutes": ("{number} minute", "{number} minutes")},
+    "es": {
+        "unsubscribe": ("Cancelar la suscripción", "¿Quiere dejar de recibir «{content_type}» en {address}?",
+                        "Cancelar la suscripción"),
+        "unsubscribed": ("Su suscripción está cancelada", "{address} ya no recibirá «{content_type}».",
+                         "Volver a suscribirse"),
+        "confirm": ("Confirme su suscripción", "¿Quiere recibir «{content_type}» en {address}?", "Suscribirse"),
+        "subscribed": ("Su suscripción está activa", "{address} recibirá «{content_type}»."),
+        "not_valid": ("Este enlace no es válido", "Quizá esté cortado. Ábralo otra vez desde el correo o cópielo "
+                      "entero."),
+        "over": ("Este enlace ya se usó o ha caducado", "Si todavía quiere recibir estos correos, suscríbase de "
+                 "nuevo."),
+        "later": ("Inténtelo de nuevo en un momento", "El enlace no se pudo abrir."),
+        "confirm_mail": ("Confirme su suscripción", "Alguien, probablemente usted, quiere recibir «{content_type}» en "
+                         "{address}.", "Confirmar", "El enlace es válido durante 7 días. Si no fue usted, puede "
+                         "ignorar este correo."),
+        "otp": ("Su código de verificación", "Su código de verificación es", "", "Caduca en {minutes}. Si no lo ha "
+                "pedido, puede ignorar este correo."),
+        "minutes": ("{number} minuto", "{number} minutos")},
+    "pt": {
+        "unsubscribe": ("Cancelar a subscrição", "Quer deixar de receber “{content_type}” em {address}?",
+                        "Cancelar a subscrição"),
+        "unsubscribed": ("A sua subscrição foi cancelada", "{address} já não receberá “{content_type}”.",
+                         "Subscrever de novo"),
+        "confirm": ("Confirme a sua subscrição", "Quer receber “{content_type}” em {address}?", "Subscrever"),
+        "subscribed": ("A sua subscrição está ativa", "{address} receberá “{content_type}”."),
+        "not_valid": ("Este link não é válido", "Talvez esteja cortado. Abra-o de novo a partir do e-mail ou copie-o "
+                      "por inteiro."),
+        "over": ("Este link já foi usado ou expirou", "Se ainda quiser receber estes e-mails, subscreva de novo."),
+        "later": ("Tente de novo dentro de momentos", "Não foi possível abrir o link."),
+        "confirm_mail": ("Confirme a sua subscrição", "Alguém, provavelmente você, quer receber “{content_type}” em "
+                         "{address}.", "Confirmar", "O link é válido durante 7 dias. Se não foi você, pode ignorar "
+                         "este e-mail."),
+        "otp": ("O seu código de verificação", "O seu código de verificação é", "", "Expira em {minutes}. Se não o "
+                "pediu, pode ignorar este e-mail."),
+        "minutes": ("{number} minuto", "{number} minutos")},
+}
+LANGUAGE_RANGE = re.compile(
+    r"\s*([A-Za-z]{1,8}|\*)(?:-[A-Za-z0-9]{1,8})*\s*(?:;\s*q=([01](?:\.\d{0,3})?)\s*)?", re.ASCII)
+
+
+class ReaderText(typing.NamedTuple):
+    """One of READER_TEXTS, in one language."""
+
+    title: str
+    text: str
+    label: str = ""
+    note: str = ""
+
+    @classmethod
+    def of(cls, language: str, what: str, values: Mapping[str, str]) -> "ReaderText":
+        """The text with these values in it."""
+        return cls(*(part.format(**values) for part in READER_TEXTS[language][what]))
+
+
+def nearest_language(locale: str) -> str:
+    """The language of READER_TEXTS for a language tag (RFC 4647 section 3.4), English where there is none."""
+    language = locale.partition("-")[0].lower()
+    return language if language in READER_TEXTS else "en"
+
+
+def preferred_language(accept_language: str) -> str:
+    """The language of READER_TEXTS that a header Accept-Language (RFC 9110 section 12.5.4) prefers, or English."""
+    preferred, most = "en", 0.0
+    for found in filter(None, map(LANGUAGE_RANGE.fullmatch, accept_language.split(","))):
+        language, weight = found[1].lower().replace("*", "en"), float(found[2] or 1)
+        if language in READER_TEXTS and weight > most:
+            preferred, most = language, weight
+    return preferred
+
+
+def built_in_mail(language: str, what: str, code: str = "", url: str = "", **values: str) -> tuple[str, str, str]:
+    """(subject, content as HTML, text) of a mail of READER_TEXTS, with a code or with a button that leads to `url`.
+
+    `values` fill the texts.
+    """
+    mail = ReaderText.of(language, what, values)
+    link = html.escape(url)
+    focus = (f'<p style="margin:24px 0;font:bold 36px/1.2 monospace;letter-spacing:4px">{code}</p>' if code else
+             f'<p style="margin:24px 0"><a href="{link}" style="display:inline-block;padding:12px 24px;'
+             f'border-radius:8px;background:#05c;color:#fff;font-weight:bold;text-decoration:none">'
+             f'{html.escape(mail.label)}</a></p>')
+    content = (f'<!DOCTYPE html><html lang="{language}"><head><meta charset="utf-8">'
+               f'<title>{html.escape(mail.title)}</title><meta name="color-scheme" content="light dark"></head>'
+               f'<body style="font:16px/1.5 sans-serif"><p>{html.escape(mail.text)}</p>{focus}'
+               f'<p>{html.escape(mail.note)}</p></body></html>\n')
+    text = f"{mail.text} {code}" if code else f"{mail.text}\n\n{mail.label}: {url}"
+    return mail.title, content, f"{text}\n\n{mail.note}\n"
+
+
 # --- 11. transports -------------------------------------------------------------------------------------
 # SmtpTransport hands a message to the server, MaildirTransport writes it to a Maildir. Both report a failure as a
 # DeliveryError, whose class decides what the worker does; the table REPLIES decides which class an SMTP reply means.
@@ -6647,13 +6909,14 @@ class Transport(typing.Protocol):
 
     def send(self, sender: str, recipients: Sequence[str], message: bytes, owner: Account = EVERYBODY,
              lane: str = Lane.NORMAL, following: Envelope | None = None,
-             meanwhile: Callable[[], object] = lambda: None) -> str:
+             meanwhile: Callable[[], object] = lambda: None, tried: int = 0) -> str:
         """Hand over one mail; it returns once the mail is accepted for all recipients. Raises DeliveryError.
 
         Returns what the server said to it, at most MAX_REPLY ASCII characters.
 
         `following` is the envelope of the mail that this thread sends next, as far as it knows: a promise of nothing.
-        `meanwhile` may be called while the server reads the mail, and must not raise.
+        `meanwhile` may be called while the server reads the mail, and must not raise. `tried` says how often the mail
+        was handed over in vain before.
         """
 
     def probe(self, lane: str = Lane.NORMAL) -> object:
@@ -6669,16 +6932,29 @@ class Transport(typing.Protocol):
 class MaildirTransport:
     """A transport that delivers into a Maildir, for trying things out without an SMTP server.
 
+    Addresses at gomail.test answer as their names say, see TESTER: `550@gomail.test` is refused with this code, as an
+    SMTP server would refuse it, `451-twice@` at the first two attempts; `bounce@` and `complaint@` are taken and
+    reported afterwards; `slow-5s@` takes 5 seconds. A label changes nothing: `bounce+1@`. All others are taken.
+
     Args:
         folder: the Maildir; it is created if it is missing.
         max_mails: how many mails clean() keeps; 0: all.
     """
+
+    TESTER = re.compile(r"(?:(?P<code>[45]\d\d)(?:-(?P<times>once|twice|thrice))?|(?P<feedback>bounce|complaint)"
+                        r"|slow-(?P<seconds>[1-9]|[1-5]\d|60)s)(?:\+.*)?@gomail\.test", re.ASCII)
+    TIMES: typing.ClassVar[dict[str | None, float]] = {None: math.inf, "once": 1, "twice": 2, "thrice": 3}
+    FEEDBACK: typing.ClassVar[dict[str | None, Report]] = {
+        "bounce": Report(Feedback.BOUNCED, "550 5.1.1 this address of gomail.test returns all mail"),
+        "complaint": Report(Feedback.COMPLAINED, "abuse")}
 
     OWNER_HEADER = "X-Account"  # in each file: account name (percent-encoded) and API key id
     HEAD_SIZE = 65536  # bytes of a mail that are read to list it
     MAIL_BATCH = 1000  # mails that one call of list() reads, or one step of clean() removes
     NAME_BATCH = 10_000  # file names that one step of clean() reads
     VIEW_TIME = 600.0  # seconds in which a mail that somebody has opened is not removed
+    WAIT_STEP = 0.1  # seconds between two looks for a mail that somebody waits for
+    RECIPIENT = re.compile("^(?:Delivered-To|X-Original-To): (.*)$", re.MULTILINE)  # the second: see redirect_to
 
     def __init__(self, folder: str | pathlib.Path, max_mails: int = 0) -> None:
         self.folder, self.max_mails = pathlib.Path(folder).resolve(), max_mails
@@ -6686,6 +6962,10 @@ class MaildirTransport:
         self.accepted, self.reached = 0.0, float("-inf")
         self.cleaned_until = -1.0  # the value of `accepted` when the last cleaning started
         self.cleaning: Iterator[None] | None = None
+        self.abandoned, self.came = threading.Event(), threading.Condition()
+        self._head = functools.lru_cache(maxsize=2 * self.MAIL_BATCH)(self._read_head)  # parsing takes 0.3 ms
+        # What is to be reported of mails to gomail.test, as soon as their tasks have ended.
+        self.returning: collections.deque[Report] = collections.deque(maxlen=10_000)
 
     def __str__(self) -> str:
         return f"Maildir {self.folder}"
@@ -6700,14 +6980,59 @@ class MaildirTransport:
 
     def send(self, sender: str, recipients: Sequence[str], message: bytes, owner: Account = EVERYBODY,
              lane: str = Lane.NORMAL, following: Envelope | None = None,
-             meanwhile: Callable[[], object] = lambda: None) -> str:
-        """Write one mail, and return "" once it is on disk. `owner` is whose mail it is. Raises UnavailableError."""
+             meanwhile: Callable[[], object] = lambda: None, tried: int = 0) -> str:
+        """Write one mail, and return "" once it is on disk. `owner` is whose mail it is.
+
+        Raises DeliveryError: the Maildir cannot be written, or a recipient at gomail.test asks for it.
+        """
+        testers = {address: found for address in recipients if (found := self.TESTER.fullmatch(fold_address(address)))}
+        refused = self._refusals(testers, tried, len(testers) < len(recipients))
+        delivered = tuple(address for address in recipients if address not in refused)
+        if delivered:
+            self._write(sender, delivered, message, owner, max(
+                [int(testers[address]["seconds"] or 0) for address in delivered if address in testers], default=0))
+            for address in filter(testers.__contains__, delivered):
+                if (report := self.FEEDBACK.get(testers[address]["feedback"])) and (task := self._task_of(message)):
+                    self.returning.append(report._replace(ids=(task,), addresses=(address,)))
+        if refused:
+            first, *others = dict.fromkeys(refused.values())
+            raise PartialError(delivered, refused) if delivered or others else first
+        return ""
+
+    def _refusals(self, testers: Mapping[str, re.Match[str]], tried: int, others: bool) -> dict[str, DeliveryError]:
+        """Which addresses of gomail.test refuse a mail that was `tried` before, with the errors that an SMTP server's
+        replies would be. `others`: the mail has further recipients. Raises UnavailableError (421)."""
+        refusing = {address: int(found["code"]) for address, found in testers.items()
+                    if found["code"] and tried < self.TIMES[found["times"]]}
+        refused: dict[str, DeliveryError] = {}
+        for address, code in refusing.items():
+            error = refusal("RCPT", code, f"{code // 100}.0.0 {mailbox(address)} is an address for tests".encode(),
+                            others_taken=others or len(refusing) < len(testers))
+            if isinstance(error, UnavailableError):
+                self.accepted = time.time()  # so that the mail pays for it like one at which a server hangs up
+                if code == 421:  # the server hangs up
+                    raise error
+            if error:
+                refused[address] = error
+        return refused
+
+    def _write(self, sender: str, recipients: Sequence[str], message: bytes, owner: Account, seconds: int) -> None:
+        """Write one mail, after some seconds. Raises UnavailableError; PostponedError if the service stops before."""
+        if seconds and self.abandoned.wait(seconds):
+            raise PostponedError("the service stopped before the mail was taken")
         lines = [f"Return-Path: <{mailbox(sender)}>\n", *(f"Delivered-To: {mailbox(each)}\n" for each in recipients),
                  f"{self.OWNER_HEADER}: {urllib.parse.quote(owner.name)} {owner.registration}\n"]
         with self.lock, self._maildir() as maildir:
             maildir.add("".join(lines).encode() + message.replace(b"\r\n", b"\n"))
         self.accepted, self.reached = time.time(), time.monotonic()
-        return ""
+        with self.came:
+            self.came.notify_all()
+
+    @staticmethod
+    def _task_of(head: bytes) -> str | None:
+        """The id of the task that a mail is of, from its headers; None where its Message-ID is not one of GoMail's."""
+        found = re.search(rb"^Message-ID: <([^@>\s]{1,64})@", head, re.MULTILINE)
+        return found[1].decode() if found else None
 
     def probe(self, lane: str = Lane.NORMAL) -> None:
         """Write and remove a file. Raises UnavailableError."""
@@ -6731,34 +7056,78 @@ class MaildirTransport:
         """There is no connection."""
 
     def abandon(self) -> None:
-        """There is no connection."""
+        """Let no thread wait any longer for `slow-5s@gomail.test`."""
+        self.abandoned.set()
 
-    def list(self, account: Account = EVERYBODY, offset: int = 0,
-             limit: int = 100) -> tuple[list[Json], int | None]:
+    def list(self, account: Account = EVERYBODY, offset: int = 0, limit: int = 100, to: str = "", subject: str = "",
+             task: str = "") -> tuple[list[Json], int | None]:
         """The newest mails of an account, or of all, and the next `offset`, None at the end.
 
-        Each is {"id", "received", "size", "from", "to", "subject"}. `offset` is how many of the newest to skip; a page
-        may have fewer than `limit` mails, as one call reads only MAIL_BATCH.
+        Each is {"id", "received", "size", "from", "to", "subject", "task": the id, or None}. `offset` is how many of
+        the newest to skip; a page may have fewer than `limit` mails, as one call reads only MAIL_BATCH.
+
+        Args:
+            to: what the address of a recipient begins with, or a part of it, if there is no @ behind a name.
+            subject: a part of the subject; as in `to`, case is ignored.
         """
-        try:
-            files = [entry for name in ("new", "cur") for entry in os.scandir(self.folder / name)]
-        except FileNotFoundError:
-            files = []
-        files.sort(key=lambda entry: self._moment(entry.name), reverse=True)
+        to, subject = fold_address(to), subject.casefold()
         mails: list[Json] = []
-        position = offset
+        position, files = offset, self._files()
         for entry in files[offset:offset + self.MAIL_BATCH]:
             if len(mails) == limit:
                 break
             position += 1
-            with contextlib.suppress(FileNotFoundError), open(entry.path, "rb") as file:
-                head = self._parsed(file.read(self.HEAD_SIZE).partition(b"\n\n")[0])
-                if self._is_of(head, account):
-                    mails.append({"id": entry.name.partition(":")[0],
-                                  **{name: head.get(name, "") for name in ("from", "to", "subject")},
-                                  "received": timestamp(self._moment(entry.name)[0] * 1_000_000),
-                                  "size": os.fstat(file.fileno()).st_size})
+            with contextlib.suppress(FileNotFoundError):
+                mail, owner, recipients = self._head(entry.path)
+                if (self._belongs(owner, account) and task in ("", mail["task"])
+                        and subject in mail["subject"].casefold()
+                        and any(each.startswith(to) if "@" in to[1:] else to in each for each in recipients)):
+                    mails.append(dict(mail))
         return mails, position if position < len(files) else None
+
+    def _files(self) -> Sequence[os.DirEntry[str]]:
+        """The files of all mails, the newest first."""
+        try:
+            files = [entry for name in ("new", "cur") for entry in os.scandir(self.folder / name)]
+        except FileNotFoundError:
+            files = []
+        return sorted(files, key=lambda entry: self._moment(entry.name), reverse=True)
+
+    def _read_head(self, path: str) -> tuple[Json, str, tuple[str, ...]]:
+        """(what list() shows of a mail, its OWNER_HEADER, its recipients as fold_address() has them)."""
+        with open(path, "rb") as file:
+            octets, size = file.read(self.HEAD_SIZE).partition(b"\n\n")[0], os.fstat(file.fileno()).st_size
+        head, name = self._parsed(octets), os.path.basename(path)
+        recipients = self.RECIPIENT.findall(octets.decode(errors="replace").replace('"', ""))
+        return {"id": name.partition(":")[0],
+                **{header: str(head.get(header, "")) for header in ("from", "to", "subject")},
+                "received": timestamp(self._moment(name)[0] * 1_000_000), "size": size,
+                "task": self._task_of(octets)}, str(head.get(self.OWNER_HEADER, "")), (
+                    tuple(map(fold_address, recipients)) or ("",))
+
+    def wait(self, stopping: threading.Event, deadline: float, look: Callable[[], bool]) -> None:
+        """Return when `look` has found what it looks for, at a moment of time.monotonic(), or when the service stops.
+
+        It is called whenever mails have come in, but only once in WAIT_STEP; those of another process are seen a moment
+        later.
+        """
+        while not stopping.is_set():
+            seen, next_look = self._state(), time.monotonic() + self.WAIT_STEP
+            if look():
+                return
+            while self._state() == seen or time.monotonic() < next_look:
+                left = deadline - time.monotonic()
+                if left <= 0 or stopping.is_set():
+                    return
+                with self.came:
+                    self.came.wait(min(left, self.WAIT_STEP))
+
+    def _state(self) -> tuple[float, int]:
+        """What is another value after a mail has come in."""
+        try:
+            return self.accepted, os.stat(self.folder / "new").st_mtime_ns
+        except FileNotFoundError:
+            return self.accepted, 0
 
     def read(self, mail_id: str, account: Account = EVERYBODY) -> tuple[bytes, email.message.EmailMessage] | None:
         """(bytes, parsed message) of a mail, or None. With `account`, only of that account's own."""
@@ -6770,8 +7139,21 @@ class MaildirTransport:
                     source = path.read_bytes()
                     os.utime(path, (time.time(), path.stat().st_mtime))  # see _is_in_view()
                     message = self._parsed(source)
-                    return (source, message) if self._is_of(message, account) else None
+                    owner = str(message.get(self.OWNER_HEADER, ""))
+                    return (source, message) if self._belongs(owner, account) else None
         return None
+
+    def erase(self, address: str, account: Account = EVERYBODY) -> int:
+        """Remove the mails of an account, or of all, that went to an address; returns how many."""
+        sought, count = fold_address(address), 0
+        for entry in self._files():
+            with contextlib.suppress(FileNotFoundError):  # it was removed just now
+                _, owner, recipients = self._read_head(entry.path)
+                if sought in recipients and self._belongs(owner, account):
+                    os.unlink(entry.path)
+                    count += 1
+        self._head.cache_clear()
+        return count
 
     def clean(self) -> None:
         """Do one step of removing all but the newest `max_mails` mails, if mails have come in since the last time."""
@@ -6805,9 +7187,11 @@ class MaildirTransport:
     def _parsed(octets: bytes) -> email.message.EmailMessage:
         return email.message_from_bytes(octets, policy=email.policy.default)
 
-    def _is_of(self, message: email.message.EmailMessage, account: Account) -> bool:
-        """Whether a mail belongs to this account; all belong to the admin. Older versions wrote no registration."""
-        name, _, registration = str(message.get(self.OWNER_HEADER, "")).partition(" ")
+    @staticmethod
+    def _belongs(owner: str, account: Account) -> bool:
+        """Whether a mail with this OWNER_HEADER is the account's; all are the admin's. Older versions wrote no
+        registration."""
+        name, _, registration = owner.partition(" ")
         return not account.name or urllib.parse.unquote(name) == account.name and registration in (
             "", account.registration)
 
@@ -7081,7 +7465,7 @@ class SmtpTransport:
 
     def send(self, sender: str, recipients: Sequence[str], message: bytes, owner: Account = EVERYBODY,
              lane: str = Lane.NORMAL, following: Envelope | None = None,
-             meanwhile: Callable[[], object] = lambda: None) -> str:
+             meanwhile: Callable[[], object] = lambda: None, tried: int = 0) -> str:
         """Hand one mail over; it returns once the server has accepted it for all recipients.
 
         Returns its replies to the end of the data: one for each transaction that it took.
@@ -7586,18 +7970,17 @@ class Otps:
         key: the secret of the hashes, 32 bytes.
         ttl: seconds for which an OTP is valid, from the request on.
         minute_max: OTP requests of an account per minute; 0: unlimited.
-        subject, content: templates of the mail, with `{{ otp }}` and `{{ minutes }}`.
+        subject, content: templates of the mail, with `{{ otp }}` and `{{ minutes }}`; in the place of the default
+            subject and of an empty content, GoMail has its own, in the languages of READER_TEXTS.
     """
 
     MAX_ATTEMPTS = 5
     MAX_FAILURES = 100
-    CONTENT = ("Your verification code is {{ otp }}\n\nIt expires in {{ minutes }} minute(s). "
-               "If you did not ask for it, you can ignore this mail.\n")
 
     def __init__(self, store: Store, key: bytes, ttl: int, minute_max: int = 0, subject: str = Settings.otp_subject,
                  content: str = "") -> None:
         self.store, self.key, self.ttl, self.minute_max = store, key, ttl, minute_max
-        self.subject, self.content = subject, content or self.CONTENT
+        self.subject, self.content = subject, content
         self._keep = store.script(self.KEEP)
         self._verify = store.script(self.VERIFY, once=True)
 
@@ -7686,12 +8069,21 @@ class Otps:
             raise rate_limited(-result, "OTP requests or wrong OTPs")
         return result == "verified"
 
-    def mail(self, otp: str, payload: Json) -> tuple[str, str]:
-        """(subject, content) of the mail with an OTP: from its payload's templates, if it has some."""
-        variables = {**payload.get("variables", {}), "otp": otp, "minutes": max(1, self.ttl // 60)}
-        subject, content = payload.get("subject", self.subject), payload.get("content", self.content)
-        return (fill_template(subject, variables),
-                fill_template(content, variables, escape="content" in payload and is_html(content)))
+    def mail(self, otp: str, payload: Json) -> tuple[str, str, str]:
+        """(subject, content, text or "") of the mail with an OTP: from its payload's templates, if it has some."""
+        minutes = max(1, self.ttl // 60)
+        variables = {**payload.get("variables", {}), "otp": otp, "minutes": minutes}
+        if "content" in payload:
+            subject, content = payload["subject"], payload["content"]
+            return fill_template(subject, variables), fill_template(content, variables, is_html(content)), ""
+        language = nearest_language(payload.get("locale", ""))
+        duration = READER_TEXTS[language]["minutes"][minutes != 1].format(number=minutes)
+        subject, content, text = built_in_mail(language, "otp", otp, minutes=duration)
+        if self.subject != Settings.otp_subject:
+            subject = fill_template(self.subject, variables)
+        if self.content:
+            content, text = fill_template(self.content, variables), ""
+        return subject, content, text
 
     def _record(self, account: str, address: str, purpose: str) -> str:
         """The key of an OTP's record. With a purpose it has a digest, which no names of others can imitate."""
@@ -7884,17 +8276,14 @@ class Newsletters:
     """
 
     BATCH = 200  # subscriptions that one script looks at: a millisecond of Redis's time each 50
-    CONFIRM = "Confirm"  # the content type of the mail that asks to confirm
-    CONFIRM_TTL = 604800  # seconds in which a subscription can be confirmed
-    CONFIRM_PAUSE = 3600  # seconds between two mails that ask an address to confirm the same
-    CONFIRM_TEXT = ("Please confirm your subscription", "Somebody, probably you, wants {{ content_type }} to be sent "
-                    "to {{ email }}. To confirm, open this link:\n\n{{ confirm_url }}\n\nIt is valid for 7 days. If it "
-                    "was not you, you can ignore this mail.\n")
     TEST_RETRIES = 3  # of a newsletter that is sent as a test
     CALENDARS_KEPT = 100  # of those that are not only a frequency: known to each look for what is due
     HALF: typing.ClassVar[dict[str, int]] = {  # half a period in seconds: two boundaries that are closer are the same
         "@hourly": 1800, "@daily": 43200, "@weekly": 302400, "@monthly": 1209600}
     HALF_AS_JSON = json.dumps(HALF)
+    CONFIRM = "Confirm"  # the content type of the mail that asks to confirm
+    CONFIRM_TTL = 604800  # seconds in which a subscription can be confirmed
+    CONFIRM_PAUSE = 3600  # seconds between two mails that ask an address to confirm the same
     IMPORT_BATCH = 200  # rows in one script
     IMPORT_RETRIES = 8  # of the mails of an imported subscription, which take about an hour
     SCANS = 100  # calls of HSCAN for one page of a search
@@ -7921,6 +8310,7 @@ class Newsletters:
         self._stop_send = store.script(self.STOP_SEND, once=True)
         self.sending = threading.Event()  # set where this process knows of newsletters that are to be queued
         self._correct = store.script(self.CORRECT)
+        self._note_needs = store.script(self.NOTE_NEEDS)
         self._cursor = 0  # where correct() continues in the schedule
         self._calendars: dict[str, None] = dict.fromkeys(FREQUENCIES)  # whose boundaries are passed to CLAIM
         self._found: dict[str, tuple[float, int, int]] = {}  # calendar -> since when its next two boundaries are these
@@ -7931,21 +8321,22 @@ class Newsletters:
                 self.store.key("schedule"), self.store.key("issued", content_type, account),
                 self.store.key("unsubscribed", content_type, address, account),
                 self.store.key("got", content_type, account), self.store.key("issues", content_type, account),
-                self.store.key("left", content_type, account), self.store.key("left_types", account), self.store.prefix]
+                self.store.key("left", content_type, account), self.store.key("left_types", account),
+                self.store.key("needs", account), self.store.prefix]
 
     KEYS_BY_NAME = """
-        local content, subscribers, schedule, issued, unsubscribed, got, issues, left, left_types, prefix = unpack(KEYS)
+        local content, subscribers, schedule, issued, unsubscribed, got, issues, left, left_types, needs, prefix
+            = unpack(KEYS)
     """
 
     # `find_left` answers the field of the hash `left` that has a folded address: that address, or the name that stands
     # for it since it was erased; nil if it has not unsubscribed.
-    FIND_LEFT = """
+    FIND_LEFT = Queue.ERASED_NAME + """
         local function find_left(prefix, left, address)
             if redis.call('EXISTS', left) == 0 then return end
             if redis.call('HEXISTS', left, address) == 1 then return address end
-            local key = redis.call('GET', prefix .. 'erasure_key')
-            local erased = key and redis.sha1hex(key .. redis.sha1hex(key .. address))
-            return erased and redis.call('HEXISTS', left, erased) == 1 and erased or nil
+            local erased = erased_name(prefix, address)
+            return redis.call('HEXISTS', left, erased) == 1 and erased or nil
         end
 
         -- Remember that an address has unsubscribed, unless that is known. `leaving` is JSON.
@@ -7958,32 +8349,65 @@ class Newsletters:
     """
 
     # KEYS: see _keys().
-    # ARGV: content type, body, 1 to replace it or 0 to create it.
+    # ARGV: content type, body, what it needs, 1 to replace it or 0 to create it.
     # Answer: 1, or 0 if there is no such content type, or one already.
     DEFINE = KEYS_BY_NAME + """
-        local content_type, body, exists = unpack(ARGV)
+        local content_type, body, needed, exists = unpack(ARGV)
         if redis.call('HEXISTS', content, content_type) ~= tonumber(exists) then return 0 end
         redis.call('HSET', content, content_type, body)  -- a full Redis refuses this: nothing is written before it
+        redis.call('HSET', needs, content_type, needed)
         if exists == '0' then redis.call('UNLINK', subscribers, issued, got, issues) end  -- what REMOVE has left
         return 1
     """
 
     def create(self, account: str, content_type: str, subject: str, content: str,
-               request: str | IdempotentRequest = "") -> None:
-        """Define a content type. `request` is that of Script. Raises HTTPError: 409, it exists; 422, see Script."""
-        if not self._define(self._keys(account, content_type), [content_type, self._body(subject, content), 0],
-                            request):
+               request: str | IdempotentRequest = "", **more: Any) -> None:
+        """Define a content type; `more` is what else _body() takes. `request` is that of Script.
+
+        Raises HTTPError: 409, it exists; 422, see Script.
+        """
+        body = self._body(subject, content, **more)
+        if not self._define(self._keys(account, content_type), [content_type, *self._kept(body), 0], request):
             raise HTTPError(409, "content_type exists already; PUT updates it", "content_type")
 
-    def update(self, account: str, content_type: str, subject: str, content: str) -> None:
-        """Replace subject and content of a content type. Raises HTTPError (404) if it does not exist."""
-        if not self._define(self._keys(account, content_type), [content_type, self._body(subject, content), 1]):
+    def update(self, account: str, content_type: str, subject: str, content: str, **more: Any) -> Json:
+        """Replace all that a content type has, see create().
+
+        Returns {"unfilled": how many of its subscribers lack variables, "missing": which}, or {} if none do.
+
+        Raises HTTPError (404) if it does not exist.
+        """
+        body = self._body(subject, content, **more)
+        if not self._define(self._keys(account, content_type), [content_type, *self._kept(body), 1]):
             raise self._unknown()
+        needed = self._needed(needs(body))
+        unfilled, missing = set(), set()
+        subscribers = self.store.key("subscribers", content_type, account)
+        for address, record in self.store.redis.hscan_iter(subscribers, count=1000) if needed else ():
+            if lacked := needed - json.loads(record).get("variables", {}).keys():
+                unfilled.add(address)
+                missing |= lacked
+        return {"unfilled": len(unfilled), "missing": sorted(missing)} if missing else {}
+
+    def _needed(self, names: Sequence[str]) -> set[str]:
+        """The variables among these that a subscription must bring."""
+        return {*names}.difference(READER_VARIABLES[bool(self.public_url)])
 
     @staticmethod
-    def _body(subject: str, content: str) -> str:
-        """A content type as Redis keeps it. HEADS relies on the order and the spaces."""
-        return json.dumps({"subject": subject, "content": content})
+    def _body(subject: str, content: str, resend: bool = True, defaults: Mapping[str, Any] | None = None) -> Json:
+        """All that a content type has.
+
+        Args:
+            resend: whether a subscriber gets the same text again.
+            defaults: the variables of who has none of that name, or an empty one.
+        """
+        return {"subject": subject, "content": content, **({} if resend else {"resend": False}),
+                **({"defaults": defaults} if defaults else {})}
+
+    @staticmethod
+    def _kept(body: Json) -> tuple[str, str]:
+        """A content type and what it needs as Redis keeps them. HEADS relies on the order and the spaces."""
+        return json.dumps(body), " ".join(needs(body))
 
     @staticmethod
     def _unknown() -> HTTPError:
@@ -7994,6 +8418,7 @@ class Newsletters:
     # KEYS: see _keys(). ARGV: content type, field in `sends`. Answer: 1, or 0 if it does not exist.
     REMOVE = KEYS_BY_NAME + """
         redis.call('HDEL', prefix .. 'sends', ARGV[2])
+        redis.call('HDEL', needs, ARGV[1])
         return redis.call('HDEL', content, ARGV[1])
     """
 
@@ -8007,12 +8432,16 @@ class Newsletters:
             raise self._unknown()
 
     def read(self, account: str, content_type: str) -> Json:
-        """{"content_type", "subject", "content", "subscribers": how many}. Raises HTTPError (404)."""
+        """{"content_type", "subject", "content", "resend", "defaults", "subscribers": how many}.
+
+        Raises HTTPError (404).
+        """
         body = self.store.redis.hget(self.store.key("content", account), content_type)
         if body is None:
             raise self._unknown()
         subscribers = self.store.redis.hlen(self.store.key("subscribers", content_type, account))
-        return {"content_type": content_type, **json.loads(body), "subscribers": subscribers}
+        return {"content_type": content_type, "resend": True, "defaults": {}, **json.loads(body),
+                "subscribers": subscribers}
 
     # KEYS: the prefix.
     # ARGV: account, content type; and so on.
@@ -8074,7 +8503,7 @@ class Newsletters:
             args += [len(sought), *sought]
         answers = self._texts(keys=[self.store.key("content", account)], args=args)
         return {name: None if not answer else NamedText(answer[0], is_left_out=True) if len(answer) == 1
-                else NamedText(answer[0], **json.loads(answer[1])) for name, answer in zip(names, answers)}
+                else NamedText.of(answer[0], json.loads(answer[1])) for name, answer in zip(names, answers)}
 
     def _content_types(self, account: str = "", kind: str = "content") -> list[tuple[str, str]]:
         """(account, content type) for the content types of an account or of all, by name; with the kind "left_types"
@@ -8111,7 +8540,7 @@ class Newsletters:
         number, scan = map(int, cursor.split("-")) if cursor else (0, 0)
         page: list[tuple[str, str, Json]] = []
         pattern, scans = f"*{escape_glob(fold_address(search))}*" if search else None, 0
-        fields = [fold_address(address), *(self._erased_names(address) if address and has_left else ())]
+        fields = [fold_address(address), *([erased_name(self.store, address)] if address and has_left else ())]
         while number < len(pairs) and len(page) < limit and scans < self.SCANS:
             owner, name = pairs[number]
             key = self.store.key("left" if has_left else "subscribers", name, owner)
@@ -8159,14 +8588,6 @@ class Newsletters:
                  "created": timestamp(asking["record"]["created"]),
                  **{name: asking["record"][name] for name in TIMES if name in asking["record"]},
                  "variables": asking["record"].get("variables", {})} for asking in found]
-
-    def _erased_names(self, address: str) -> list[str]:
-        """The name that stands for an address where that was erased; none where nothing was ever erased."""
-        key = self.store.redis.get(self.store.key("erasure_key"))
-        if not key:
-            return []
-        inner = hashlib.sha1((key + fold_address(address)).encode()).hexdigest()
-        return [hashlib.sha1((key + inner).encode()).hexdigest()]
 
     def _last_issues(self, found: "Sequence[tuple[str, str, str | None]]") -> "list[Json | None]":
         """What (account, content type, field of `got`) stands for: {"time", "issue", "subject"}, or None."""
@@ -8230,12 +8651,13 @@ class Newsletters:
     # ARGV: content type, address, subscription (JSON), when its task was created (microseconds), member of the
     #       schedule, now, next boundary and the one after it (s), half a period (s), 1 to subscribe also who
     #       unsubscribed before, or 0, account, the data of the event; body of the content type if it is to be created,
-    #       or "". Where somebody confirms: also _digest(), and the registration of the account.
+    #       or "", and what it needs. Where somebody confirms: also _digest(), and the registration of the account.
     # Answer: "subscribed", "overtaken", "left out", "unknown" if the content type does not exist, or "over" if there is
     #         nothing to confirm any more.
     SUBSCRIBE = ENTER + """
-        local content_type, account, body, digest, registration = ARGV[1], ARGV[11], ARGV[13], ARGV[14], ARGV[15]
+        local content_type, account, body, needed, digest, registration = ARGV[1], ARGV[11], unpack(ARGV, 13)
         if body ~= '' and redis.call('HSETNX', content, content_type, body) == 1 then
+            redis.call('HSET', needs, content_type, needed)
             redis.call('UNLINK', subscribers, issued, got, issues)  -- what REMOVE has left
         end
         if redis.call('HEXISTS', content, content_type) == 0 then return 'unknown' end
@@ -8257,28 +8679,30 @@ class Newsletters:
             return self._ask(task)
         payload, account = task.payload, task.account
         content_type, address = payload["content_type"], fold_address(payload["userId"])
-        body = self._own_body(payload)
+        body, needed = self._own_body(payload)
         result = self._subscribe(self._keys(account, content_type, address), [
             content_type, *self._entry(account, content_type, self._record(payload, task.retries, task.created),
-                                       payload.get("again", False), self.clock()), body])
+                                       payload.get("again", False), self.clock()), body, needed])
         if result == "unknown":
             raise PermanentError(f"content type {content_type!r} does not exist")
         return self.LEFT_OUT if result == "left out" else result
 
-    def _own_body(self, payload: Json) -> str:
-        """The body of the content type that a subscribe task brings, or ""."""
-        return self._body(payload["subject"], payload["content"]) if "content" in payload else ""
+    def _own_body(self, payload: Json) -> tuple[str, str]:
+        """The content type that a subscribe task brings, and what it needs, as Redis keeps them, or "" twice."""
+        return self._kept(self._body(payload["subject"], payload["content"])) if "content" in payload else ("", "")
 
     # Have an address asked by a mail whether it wants to be subscribed, at most once in `pause`: an app that is misused
     # must be no mail bomb. The newest request is the one that is confirmed. A repeated call finds its mail there.
     # KEYS: see _keys().
     # ARGV: content type, its body if it is to be created, or "", when the task was created (microseconds), _digest(),
     #       what is to be kept (JSON, without "asked"), for how long, and the pause (both ms); id, account,
-    #       registration, body, recipient and head of the task that sends the mail.
+    #       registration, body, recipient and head of the task that sends the mail; what the body needs.
     # Answer: "asked", "asked before", "overtaken", or "unknown" if the content type does not exist.
     ASK = Queue.ADD_TASK + Queue.LATER + KEYS_BY_NAME + """
-        local content_type, body, created, digest, asking, kept, pause, id, account, key, mail, to, head = unpack(ARGV)
+        local content_type, body, created, digest, asking, kept, pause = unpack(ARGV, 1, 7)
+        local id, account, key, mail, to, head, needed = unpack(ARGV, 8)
         if body ~= '' and redis.call('HSETNX', content, content_type, body) == 1 then
+            redis.call('HSET', needs, content_type, needed)
             redis.call('UNLINK', subscribers, issued, got, issues)  -- what REMOVE has left
         end
         if redis.call('HEXISTS', content, content_type) == 0 then return 'unknown' end
@@ -8319,23 +8743,27 @@ class Newsletters:
         asking = {"account": account, "registration": task.registration, "content_type": content_type,
                   "userId": payload["userId"], "record": self._record(payload, task.retries, task.created)}
         mail_id = task.id[:16] + hashlib.sha256(f"confirm {task.id}".encode()).hexdigest()[:16]
+        body, needed = self._own_body(payload)
         result = self._ask_to_confirm(self._keys(account, content_type, address), [
-            content_type, self._own_body(payload), task.created, digest, json.dumps(asking), self.CONFIRM_TTL * 1000,
+            content_type, body, task.created, digest, json.dumps(asking), self.CONFIRM_TTL * 1000,
             self.CONFIRM_PAUSE * 1000, mail_id, account, task.registration, json.dumps(mail), address,
-            summary_of(mail)])
+            summary_of(mail), needed])
         if result == "unknown":
             raise PermanentError(f"content type {content_type!r} does not exist")
         return {"asked": f"asked to confirm by task {mail_id}", "asked before": "asked to confirm less than an hour ago"
                 }.get(result, result)
 
     def _confirmation(self, account: str, payload: Json, url: str) -> Json:
-        """{"subject", "content"} of the mail that asks to confirm a subscribe task's payload: from the content type
-        CONFIRM in the task's locale, if it has the link, or else the built-in one. Raises PermanentError."""
+        """{"subject", "content", "text"} of the mail that asks to confirm a subscribe task's payload: from the content
+        type CONFIRM in the task's locale, if it has the link, or else the built-in one. Raises PermanentError."""
         name = (self.CONFIRM, payload.get("locale", ""))
         text = self.texts(account, [name])[name]
-        if not text or all(place[1] != "confirm_url" for place in PLACEHOLDER.finditer(text.content)):
-            text = NamedText("", *self.CONFIRM_TEXT)
-        variables = {**payload.get("variables", {}), "email": payload["userId"],
+        if not text or "confirm_url" not in placeholder_names(text.content):
+            subject, content, plain = built_in_mail(
+                nearest_language(payload.get("locale", "")), "confirm_mail", url=url, address=payload["userId"],
+                content_type=payload["content_type"])
+            return {"subject": subject, "content": content, "text": plain}
+        variables = {**with_defaults(payload.get("variables", {}), text.defaults), "email": payload["userId"],
                      "content_type": payload["content_type"], "confirm_url": url}
         try:
             return {"subject": self.CONTROLS.sub(" ", fill_template(text.subject, variables, max_size=self.max_size)),
@@ -8372,7 +8800,7 @@ class Newsletters:
         entry = self._entry(account, content_type, {**asking["record"], "created": int(self.store.time() * 1e6)}, True,
                             self.clock())
         result = self._confirm(self._keys(account, content_type, fold_address(address)), [
-            content_type, *entry, "", self._digest(account, content_type, address), asking["registration"]])
+            content_type, *entry, "", "", self._digest(account, content_type, address), asking["registration"]])
         if result != "subscribed":
             raise self._over()
         log(logging.INFO, "subscription confirmed", account=account, content_type=content_type)
@@ -8438,6 +8866,7 @@ class Newsletters:
         """
         if not self.store.redis.hexists(self.store.key("content", account), content_type):
             raise self._unknown()
+        needed = self._needed((self.store.redis.hget(self.store.key("needs", account), content_type) or "").split())
         counts, rows = {"subscribed": 0, "left_out": 0, "failed": 0}, iter(rows)
         while batch := list(itertools.islice(rows, self.IMPORT_BATCH)):
             args: list[Any] = []
@@ -8449,6 +8878,9 @@ class Newsletters:
                 elif row["state"] == SubscriptionState.UNSUBSCRIBED:
                     leaving = {"userId": row["userId"], "when": row["since"] or now, "how": row["how"]}
                     args += [fold_address(row["userId"]), "", *[0] * 7, account, json.dumps(leaving)]
+                elif lacked := needed - row.get("variables", {}).keys():
+                    counts["failed"] += 1
+                    note(line, lacks_variable(min(lacked), "variables").message)
                 else:
                     record = self._record(row, self.IMPORT_RETRIES, now)
                     args += self._entry(account, content_type, record, again, by_clock)
@@ -8580,6 +9012,27 @@ class Newsletters:
                                         self.schedule_member(account, content_type, address)])
         self.store.write("SET", marker, now, "NX")
 
+    # Note what a content type needs, unless it was changed since it was read.
+    # KEYS: see _keys(). ARGV: content type, body, what it needs.
+    NOTE_NEEDS = KEYS_BY_NAME + """
+        local content_type, body, needed = unpack(ARGV)
+        if redis.call('HGET', content, content_type) == body then
+            redis.call('HSETNX', needs, content_type, needed)
+        end
+    """
+
+    def note_needs(self) -> None:
+        """Once after an upgrade: note what the content types of an older version need. Several processes may do it at
+        once."""
+        marker, now = self.store.key("needs_noted"), int(self.store.time() * 1000)
+        if self.store.redis.exists(marker):
+            return
+        for account, content_type in self._content_types():
+            if body := self.store.redis.hget(self.store.key("content", account), content_type):
+                needed = " ".join(needs(json.loads(body)))
+                self._note_needs(self._keys(account, content_type), [content_type, body, needed])
+        self.store.write("SET", marker, now, "NX")
+
     def link(self, account: str, content_type: str, address: str) -> str:
         """The URL by which its reader ends this subscription; "" without `public_url`."""
         if not self.public_url:
@@ -8660,15 +9113,15 @@ class Newsletters:
 
     def _fill_mail(self, task: Task, text: Json, subscription: str | None) -> tuple[str, str, str]:
         """(subject, content, the link to unsubscribe or "") of a newsletter. Raises KeyError, TooLarge."""
-        address, own = task.payload["userId"], json.loads(subscription).get("variables") if subscription else None
+        address, own = task.payload["userId"], task.payload.get("test", {})
         url = self.link(task.account, task.payload["content_type"], address)
-        if "test" in task.payload:
-            own = (own or {}) if subscription else {**text.get("defaults", {}), **task.payload["test"]}
-            if url and not subscription:
-                url = f"{self.public_url}/unsubscribe/example"  # it ends nothing: there is no subscription
-        variables = {**(own or {}), "email": address, **({"unsubscribe_url": url} if url else {})}
+        if subscription:
+            own = json.loads(subscription).get("variables", {})
+        elif url:
+            url = f"{self.public_url}/unsubscribe/example"  # it ends nothing: there is no subscription
+        variables = self._variables(text, own, address, url)
         subject, content = (
-            fill_template(template, variables, escape, own is None, self.max_size)
+            fill_template(template, variables, escape, max_size=self.max_size)
             for template, escape in ((text["subject"], False), (text["content"], is_html(text["content"]))))
         return subject, content, url
 
@@ -8677,6 +9130,49 @@ class Newsletters:
         """What SETTLE_AND_TAKE notes of a newsletter that was sent: [text_digest(), content type, address, subject]."""
         return json.dumps([text_digest(text["subject"], text["content"]), content_type, fold_address(address),
                            text["subject"]])
+
+    @staticmethod
+    def _variables(body: Json, own: Mapping[str, Any], address: str, url: str) -> Json:
+        """What fills a content type for one reader, whose variables `own` are. `url` is her link, or ""."""
+        return {**with_defaults(own, body.get("defaults", {})), "email": address,
+                **({"unsubscribe_url": url} if url else {})}
+
+    SAMPLE: typing.ClassVar[Json] = {"otp": "123456", "minutes": 5}  # in the preview of a text for OTPs
+
+    def preview(self, account: str, content_type: str, edits: Json, address: str = "",
+                variables: Mapping[str, Any] | None = None) -> tuple[str, str, list[str]]:
+        """(subject, content, variables that are missing) of a mail as a subscriber would get it, or some reader.
+
+        Args:
+            edits: what of the content type is another than it is saved.
+            address: of the subscriber whose variables are taken, or "".
+            variables: further ones, which replace hers.
+
+        Raises:
+            HTTPError: 404, there is no such content type or subscriber; 413, the texts are too large.
+        """
+        with self.store.redis.pipeline(transaction=False) as pipeline:
+            pipeline.hget(self.store.key("content", account), content_type)
+            pipeline.hget(self.store.key("subscribers", content_type, account), fold_address(address))
+            saved, subscription = pipeline.execute()
+        if not saved and not {"subject", "content"} <= edits.keys():
+            raise self._unknown()
+        if address and not subscription:
+            raise HTTPError(404, "userId is not subscribed to this content type", "userId")
+        body = {**json.loads(saved or "{}"), **edits}
+        own = {**json.loads(subscription or "{}").get("variables", {}), **(variables or {})}
+        known = self._variables(body, own, address or "reader@example.com",
+                                self.public_url and f"{self.public_url}/unsubscribe/preview")
+        if not address and "otp" in placeholder_names(body["subject"] + body["content"]):
+            known = {**self.SAMPLE, **known}
+        try:
+            subject, content = (
+                fill_template(text, known, escape, keep_unknown=True, max_size=self.max_size)
+                for text, escape in ((body["subject"], False), (body["content"], is_html(body["content"]))))
+        except TooLarge as error:
+            raise HTTPError(413, f"with these variables the mail would have {error.size} bytes, and may have "
+                            f"{self.max_size} (max_body)", "variables") from None
+        return self.CONTROLS.sub(" ", subject), content, [name for name in needs(body) if name not in known]
 
     def _headers(self, content_type: str, url: str) -> tuple[tuple[str, str], ...]:
         """Headers by which mailers recognise the newsletter (RFC 2919) and unsubscribe (RFC 2369, RFC 8058)."""
@@ -9184,6 +9680,7 @@ class Bounces:
 
     def __init__(self, queue: Queue, accounts: Accounts, stats: Stats, public_url: str = "") -> None:
         self.queue, self.accounts, self.stats, self.public_url = queue, accounts, stats, public_url.rstrip("/")
+        self.redirect_to = queue.settings.redirect_to
 
     def urls(self, account: Account) -> dict[str, str]:
         """Provider -> the URL for its notifications about an account's mails; a path without `public_url`."""
@@ -9200,7 +9697,10 @@ class Bounces:
         return account
 
     def record(self, report: Report, account: Account = EVERYBODY, without_task: bool = False) -> str:
-        """Note a report, see Queue.bounce(); count and log it if it is new."""
+        """Note a report, see Queue.bounce(); count and log it if it is new. With redirect_to, none is about a mail that
+        went to its recipients, so nothing is noted."""
+        if self.redirect_to:
+            return "same"
         answer, task_id, owner = self.queue.bounce(report, account, without_task)
         if answer == "changed":
             self.stats.count("gomail_bounces_total", event=report.event)
@@ -9527,6 +10027,304 @@ class BounceReader:
                 if attempt or imap.create(folder)[0] != "OK":
                     break
         raise imaplib.IMAP4.error(f"no mail can be moved into the folder {self.FOLDER}")
+
+
+class Recipients:
+    """What is known of one address, and its erasure.
+
+    Args:
+        outbox: the Maildir that mails may lie in.
+    """
+
+    TASKS = 100  # that read() shows
+    ACCOUNTS = 100  # that one round trip asks about
+    PATIENCE = 5.0  # seconds that an erasure waits for the end of mails that are being sent
+    KEYS = 1000  # that one step of an erasure looks at
+    BY_ADDRESS = ("subscribers", "issued", "got")  # hashes address -> ..., each named by content type and account
+    # Keys with the address in their names, before the account.
+    WITH_ADDRESS = ("otp", "otp_asked", "otp_failed")
+
+    def __init__(self, store: Store, settings: Settings, accounts: Accounts, inspection: Inspection,
+                 suppressions: Suppressions, newsletters: Newsletters, outbox: MaildirTransport) -> None:
+        self.store, self.settings, self.accounts, self.inspection = store, settings, accounts, inspection
+        self.suppressions, self.newsletters, self.outbox = suppressions, newsletters, outbox
+        self._erase_tasks = store.script(self.ERASE_TASKS)
+
+    def read(self, address: str, account: Account = EVERYBODY) -> Json:
+        """All that is known of an address, of an account or of all, and in "answer" why it got nothing lately.
+
+        "suppression" and "otp", the limits in force, are an account's. Of all accounts they are those of the first that
+        has any, and "suppressions" and "otps" list them all; everything then names its account.
+        """
+        owners = [account.name] if account.name else self.accounts.names()
+        suppressions, otps = self._of_accounts(address, owners)
+        found: Json = {"userId": address, "answer": "", "suppression": next(iter(suppressions), None),
+                       "subscriptions": self.newsletters.subscriptions(account.name, address=address, limit=1000)[0],
+                       **self._of_newsletters(address, account), "otp": next(iter(otps), None),
+                       "tasks": self.inspection.recent(account, f" {fold_address(address)} ", limit=self.TASKS)[0]}
+        if not account.name:
+            found |= {"suppressions": suppressions, "otps": otps}
+        found["answer"] = self._answer(found)
+        return found
+
+    def _of_accounts(self, address: str, owners: Sequence[str]) -> tuple[list[Json], list[Json]]:
+        """(the suppressions of an address, its limits of OTPs), of these accounts. Of several, limits only count where
+        there are requests or wrong OTPs."""
+        folded, name, key = fold_address(address), erased_name(self.store, address), self.store.key
+        now, suppressions, otps = self.store.time(), [], []
+        for start in range(0, len(owners), self.ACCOUNTS):
+            page = owners[start:start + self.ACCOUNTS]
+            with self.store.redis.pipeline(transaction=False) as pipeline:
+                for owner in page:
+                    pipeline.zscore(key("suppressed", owner), folded)
+                    pipeline.hget(key("suppressed_for", owner), folded)
+                    pipeline.zscore(key("erased", owner), name)
+                    pipeline.zrange(key("otp_asked", folded, owner), 0, -1, withscores=True)
+                    pipeline.get(key("otp_failed", folded, owner))
+                    pipeline.pttl(key("otp_failed", folded, owner))
+                answers = iter(pipeline.execute())
+            for owner, since, reason, erased, asked, wrong, left in zip(page, *[answers] * 6):
+                named = {} if len(owners) == 1 else {"account": owner}
+                if since is None and self.suppressions.by_older(owner, address):
+                    since, reason = 0, "an address that an older version took for the same"
+                if since is not None or erased is not None:
+                    suppressions.append({**named, "reason": reason if since is not None else
+                                         "the address was erased, and stays suppressed",
+                                         "created": timestamp((erased if since is None else since) * 1000)})
+                if asked or wrong or len(owners) == 1:
+                    otps.append({**named, **self._limits([moment / 1000 for _, moment in asked], int(wrong or 0), now,
+                                                         now + left / 1000)})
+        return suppressions, otps
+
+    def _limits(self, asked: Sequence[float], wrong: int, now: float, failures_end: float) -> Json:
+        """The limits of OTPs of an address, by the moments (s) when it asked for one and its wrong OTPs in a row.
+
+        "cooldown": seconds until the next one may be asked for; "hourly_left": how many more in this hour, None: any
+        number; "next": when one may be asked for, None: now; "wrong"; "blocked_until": when OTPs are verified again.
+        """
+        settings = self.settings
+        asked = [moment for moment in asked if now - 3600 < moment <= now]
+        free = max([moment + settings.otp_cooldown for moment in asked], default=now)
+        left = max(0, settings.otp_hourly_max - len(asked)) if settings.otp_hourly_max else None
+        free = max(free, asked[0] + 3600) if left == 0 and asked else free
+        return {"cooldown": max(0, math.ceil(free - now)), "hourly_left": left,
+                "next": timestamp(free * 1e6) if free > now else None, "wrong": wrong,
+                "blocked_until": timestamp(failures_end * 1e6) if wrong >= Otps.MAX_FAILURES else None}
+
+    def _of_newsletters(self, address: str, account: Account) -> Json:
+        """{"unsubscribed": from which newsletters, "unconfirmed": the subscriptions that wait for a click}."""
+        folded, pairs = fold_address(address), self.newsletters._content_types(account.name)
+        names = [folded, erased_name(self.store, address)]
+        waiting = [hashlib.sha256(json.dumps([owner, content_type, folded]).encode()).hexdigest()
+                   for owner, content_type in pairs]
+        key = self.store.key
+        with self.store.redis.pipeline(transaction=False) as pipeline:
+            for (owner, content_type), digest in zip(pairs, waiting):
+                pipeline.hmget(key("left", content_type, owner), names)
+                pipeline.pttl(key("unconfirmed", digest))
+            answers, now = pipeline.execute(), self.store.time()
+        found: Json = {"unsubscribed": [], "unconfirmed": []}
+        for (owner, content_type), left, ttl in zip(pairs, answers[::2], answers[1::2]):
+            common = {"account": owner, "content_type": content_type, "userId": address}
+            if record := left[0] or left[1]:
+                kept = json.loads(record)
+                found["unsubscribed"].append({**common, "state": "unsubscribed", "since": timestamp(kept["when"]),
+                                              "how": kept["how"]})
+            if ttl > 0:
+                found["unconfirmed"].append({**common, "state": "unconfirmed",
+                                             "until": timestamp(now * 1e6 + ttl * 1000)})
+        return found
+
+    def _answer(self, found: Json) -> str:
+        """Why an address got nothing lately, or that all is fine, in one sentence."""
+        suppression, otps = found["suppression"], found.get("otps", [found["otp"]])
+        mail = next((task for task in found["tasks"] if task["type"] in MAIL_TYPES), None)
+        blocked = max((otp["blocked_until"] for otp in otps if otp and otp["blocked_until"]), default=None)
+        if suppression:
+            return (f"It gets no mail but OTPs: it has been suppressed since {suppression['created']} "
+                    f"({suppression['reason']}).")
+        if blocked:
+            return f"Its OTPs are not verified until {blocked}, since {Otps.MAX_FAILURES} in a row were wrong."
+        if mail and mail["state"] not in (State.SUCCEEDED, State.CANCELLED):
+            return self._trouble(mail)
+        later = max((otp["next"] for otp in otps if otp and otp["next"]), default=None)
+        hindrances = [
+            *(f"it has not confirmed its subscription to {each['content_type']} yet" for each in found["unconfirmed"]),
+            *(f"it unsubscribed from {each['content_type']} at {each['since']}" for each in found["unsubscribed"]),
+            *([f"it may ask for a further OTP at {later}"] if later else [])]
+        sent = mail and mail["state"] == State.SUCCEEDED
+        return (f"The newest mail to it was handed over at {mail['finished']}" if mail and sent else
+                "No mail to it is known of") + "; " + (
+                    " and ".join(hindrances) or "nothing keeps further mail from it") + "."
+
+    def _trouble(self, mail: Json) -> str:
+        """Why the newest mail to an address has not arrived, or not yet."""
+        due, error = mail.get("due"), mail["error"] or "no reason is known"
+        return "The newest mail to it " + {
+            State.QUEUED: f"waits in its lane{self._pause(mail['id'])}.",
+            State.RUNNING: "is being sent.",
+            State.SCHEDULED: f"waits for its time, {due}.",
+            State.RETRYING: f"is tried again at {due}: {error}",
+            State.DEAD: f"was given up: {error}",
+            State.SUPPRESSED: f"was not sent: {error}",
+            State.EXPIRED: f"was not sent in time: {error}",
+            State.BOUNCED: f"came back, or was complained about: {error}"}[mail["state"]]
+
+    def _pause(self, task_id: str) -> str:
+        """Why the lane of a waiting task is paused, as the end of a sentence; or ""."""
+        lane = self.store.redis.hget(self.store.key("task", task_id), "lane")
+        reason = next((report[lane] for report in self.inspection.reports() if lane in report), "")
+        return f", which is paused: {reason}" if reason else ""
+
+    # Erase tasks to an address, and events about it that have not reached their webhook. A task to others as well stays
+    # until it has ended, and so does one that a worker has in hand.
+    # KEYS: the prefix.
+    # ARGV: the account that the tasks must belong to or "", its registration, the address, the address as a string of
+    #       JSON, ids. Answer: {how many were erased, then of each that is left: its id, "in hand" or "several"}.
+    ERASE_TASKS = Queue.IS_OWN + """
+        local prefix, account, registration, address, quoted = KEYS[1], unpack(ARGV, 1, 4)
+        local waits, answer = {queued = true, scheduled = true, running = true, retrying = true}, {0}
+
+        local function is_about(lane, to, task)
+            if lane ~= 'hooks' then return string.find(' ' .. to .. ' ', ' ' .. address .. ' ', 1, true) end
+            local body = string.lower(redis.call('HGET', task, 'body') or '')
+            return string.find(body, quoted, 1, true) or string.find(body, '"' .. address .. '"', 1, true)
+        end
+
+        local function erase(id)
+            local task = prefix .. 'task:' .. id
+            local owner, key, state, to, user, lane, ended, part = unpack(redis.call('HMGET', task,
+                'account', 'key', 'state', 'to', 'u', 'lane', 'd', 'k'))
+            if not to and not user then  -- of an older version
+                user = string.match(redis.call('HGET', task, 'head') or '', '"userId": "([^"]*)"')
+            end
+            if not is_about(lane, to or string.lower(user or ''), task)
+                    or not is_own(account, registration, owner, key, ended, part) then return end
+            if not ended and waits[state] then
+                for each in string.gmatch(lane ~= 'hooks' and to or '', '%S+') do
+                    if each ~= address then return 'several' end
+                end
+                if redis.call('ZREM', prefix .. 'delayed', id) == 0
+                        and redis.call('LREM', prefix .. 'lane:' .. lane .. ':' .. owner, 1, id) == 0 then
+                    return 'in hand'
+                end
+                redis.call('ZREM', prefix .. 'scheduled', id)
+                redis.call('ZREM', prefix .. 'expiring', id)
+            elseif state == 'dead' then
+                redis.call('ZREM', prefix .. 'dead', id)
+                redis.call('ZREM', prefix .. 'dead:' .. owner, id)
+            end
+            redis.call('UNLINK', task)
+            answer[1] = answer[1] + 1
+        end
+
+        for at = 5, #ARGV do
+            local reason = erase(ARGV[at])
+            if reason then
+                answer[#answer + 1] = ARGV[at]
+                answer[#answer + 1] = reason
+            end
+        end
+        return answer
+    """
+
+    def erase(self, address: str, account: Account = EVERYBODY,
+              progress: Callable[[int], object] = lambda count: None) -> Json:
+        """Erase all that an account, or all, have of an address; that it is suppressed or unsubscribed stays known by
+        erased_name().
+
+        Returns {"tasks", "subscriptions", "unconfirmed", "mails" in the Maildir: how many were erased; "remaining":
+        [{"id" of a task, "reason" why it could not be erased yet}]}. `progress` is given how many keys were looked at.
+        """
+        owners = [account.name] if account.name else self.accounts.names()
+        for owner in owners:
+            self.suppressions.erase(owner, address)
+        counts = dict.fromkeys(("tasks", "subscriptions", "unconfirmed", "mails"), 0)
+        self._end_subscriptions(address, account, counts)  # so that no further newsletters come
+        left = self._scan(address, account, counts, progress)
+        deadline = time.monotonic() + self.PATIENCE
+        while (waiting := [task_id for task_id, reason in left if reason == "in hand"]) and time.monotonic() < deadline:
+            time.sleep(0.1)
+            left = [each for each in left if each[1] != "in hand"] + self._erase_of(address, account, waiting, counts)
+            self._end_subscriptions(address, account, counts)  # one of them may be a subscribe
+        counts["mails"] = self.outbox.erase(address, account)
+        reasons = {"in hand": "it is just being sent; erase the address again in a moment",
+                   "several": "it goes to several recipients and has not ended; cancel it, or erase the address again "
+                              "when it has"}
+        log(logging.INFO, "recipient erased", account=account.name or None, **counts, remaining=len(left))
+        return {**counts, "remaining": [{"id": task_id, "reason": reasons[reason]} for task_id, reason in left]}
+
+    def _scan(self, address: str, account: Account, counts: dict[str, int],
+              progress: Callable[[int], object]) -> list[tuple[str, str]]:
+        """Look at all keys, and erase those about an address; returns (id, reason) of the tasks that are left."""
+        left: list[tuple[str, str]] = []
+        looked_at, cursor = 0, None
+        while cursor != 0:
+            self.inspection.give_way()
+            cursor, keys = self.store.redis.scan(cursor or 0, match=self.store.matching("*"), count=self.KEYS)
+            names = [key.removeprefix(self.store.prefix) for key in keys]
+            left += self._erase_of(address, account, [
+                name.removeprefix("task:") for name in names if name.startswith("task:")], counts)
+            for name in names:
+                self._erase_key(name, address, account, counts)
+            looked_at += len(names)
+            progress(looked_at)
+        return left
+
+    def _erase_of(self, address: str, account: Account, ids: Sequence[str],
+                  counts: dict[str, int]) -> list[tuple[str, str]]:
+        """Erase those of these tasks that are to an address; returns (id, reason) of those that are left."""
+        left: list[tuple[str, str]] = []
+        folded, step = fold_address(address), self.inspection.SEARCH_BATCH
+        for start in range(0, len(ids), step):
+            count, *found = self._erase_tasks(keys=[self.store.prefix], args=[
+                account.name, account.registration, folded, json.dumps(folded), *ids[start:start + step]])
+            counts["tasks"] += count
+            left += zip(found[::2], found[1::2])
+        return left
+
+    def _erase_key(self, name: str, address: str, account: Account, counts: dict[str, int]) -> None:
+        """Erase what a key, named without prefix, has of an address, unless it is that of a task."""
+        folded, (kind, _, rest) = fold_address(address), name.partition(":")
+        content_type, _, owner = rest.partition(":")
+        if kind in (*self.BY_ADDRESS, "left") and account.name in ("", owner):
+            self._erase_field(kind, owner, content_type, address, counts)
+        elif kind == "unconfirmed":
+            record = json.loads(self.store.redis.get(self.store.key(name)) or "null")
+            if record and fold_address(record["userId"]) == folded and account.name in ("", record["account"]):
+                counts["unconfirmed"] += self.store.redis.delete(self.store.key(name))
+        elif kind in self.WITH_ADDRESS or kind == "unsubscribed":
+            rest = owner if kind == "unsubscribed" else rest
+            if rest == f"{folded}:{account.name}" or not account.name and rest.startswith(f"{folded}:"):
+                self.store.redis.delete(self.store.key(name))
+
+    def _erase_field(self, kind: str, owner: str, content_type: str, address: str, counts: dict[str, int]) -> None:
+        """Erase an address from a hash BY_ADDRESS, or from that of who unsubscribed, which keeps its erased_name()."""
+        key, folded = self.store.key(kind, content_type, owner), fold_address(address)
+        record = self.store.redis.hget(key, folded)
+        if record is None:
+            return
+        with self.store.redis.pipeline() as transaction:
+            if kind == "left":
+                kept = {name: value for name, value in json.loads(record).items() if name != "userId"}
+                transaction.hset(key, erased_name(self.store, address), json.dumps(kept))
+            if kind == "subscribers":
+                transaction.zrem(self.store.key("schedule"),
+                                 self.newsletters.schedule_member(owner, content_type, address))
+                counts["subscriptions"] += 1
+            transaction.hdel(key, folded)
+            transaction.execute()
+
+    def _end_subscriptions(self, address: str, account: Account, counts: dict[str, int]) -> None:
+        """End the subscriptions of an address, and its places in the schedule that content types have left."""
+        for owner, content_type in self.newsletters._content_types(account.name):
+            for kind in (*self.BY_ADDRESS, "left"):
+                self._erase_field(kind, owner, content_type, address, counts)
+        end = escape_glob(f", {json.dumps(fold_address(address), ensure_ascii=False)}]")
+        key = self.store.key("schedule")
+        for member, _ in list(self.store.redis.zscan_iter(key, f"*{end}", count=self.KEYS)):
+            if account.name in ("", json.loads(member)[0]):
+                self.store.redis.zrem(key, member)
 
 
 # --- 15. webhooks ---------------------------------------------------------------------------------------
@@ -10127,6 +10925,7 @@ class Workers:
         self.breakers: dict[str, CircuitBreaker] = {
             lane: CircuitBreaker(lane, transport, self.stopping, self.smtp) for lane in LANES}
         self.suspect, self.at_once = threading.Lock(), contextlib.nullcontext()
+        self.redirect_to = parse_address(settings.redirect_to)
         self.is_limited = bool(queue.rate)
         # One thread for the changes, which wait for Redis alone, and for fast newsletters: more threads would make them
         # only a little faster, and OTPs slower. A Maildir takes one mail at a time.
@@ -10396,6 +11195,8 @@ class Workers:
         if isinstance(cause, UnavailableError) and not isinstance(cause, TooManyConnectionsError):
             breaker.open(str(cause), outage=not cause.dropped and not cause.sender, by_mail=quota,
                          by_sender=cause.is_about_sender)
+            if cause.dropped and isinstance(self.transport, MaildirTransport):
+                breaker.failures = 0  # 421@gomail.test: other mail must not wait for long
         elif breaker.is_tester and verdict in (Verdict.RETRYING, Verdict.DEAD):
             breaker.close()  # the mail was refused for its own sake, so the quota is back as far as one can tell
         if quota:
@@ -10461,6 +11262,9 @@ class Workers:
         """The mail of a task as bytes."""
         if self.settings.smtp_server.endswith(".postmarkapp.com"):
             mail = dataclasses.replace(mail, headers=(*mail.headers, *postmark_headers(task.id)))
+        if self.redirect_to:
+            mail = dataclasses.replace(mail, headers=(*mail.headers, *(
+                ("X-Original-To", mailbox(address)) for address in self._recipients(task))))
         moment = max(task.created, task.payload.get("send_at", 0))
         return compose(mail, f"{task.id}@{mail.sender[1].rpartition('@')[2]}", moment)
 
@@ -10473,8 +11277,8 @@ class Workers:
     def send_otp(self, task: Task) -> str:
         """Issue the OTP of a generateOtp task and send it; returns the server's reply."""
         try:
-            subject, content = self.otps.mail(self.otps.issue(task), task.payload)
-            return self._send(task, Mail(self._sender(task), task.payload["userId"], subject, content,
+            subject, content, text = self.otps.mail(self.otps.issue(task), task.payload)
+            return self._send(task, Mail(self._sender(task), task.payload["userId"], subject, content, text=text,
                                          reply_to=self._reply_to(task)))
         finally:
             self.queue.otp_passed()
@@ -10494,6 +11298,7 @@ class Workers:
             raise SuppressedError(f"{task.payload['userId']} is suppressed; see GET /suppressions")
         if recipients:
             lane, sender = task.lane, self._sender(task)[1]
+            recipients = [*self._redirected(recipients)]
             with self._within_rate(lane, recipients) if self.is_limited else self.at_once:
                 if task.expires and self.store.time() * 1000 >= task.expires:
                     raise ExpiredError("it was not sent in time")
@@ -10502,7 +11307,11 @@ class Workers:
                 try:
                     reply = self.transport.send(
                         sender, recipients, message, task.owner, lane, self._envelope(task.following),
-                        functools.partial(self._make_message, task.following))
+                        functools.partial(self._make_message, task.following), task.attempts + task.drops)
+                except DeliveryError as error:
+                    if self.redirect_to:
+                        error.no_such_address = False  # it says nothing of the true recipients
+                    raise
                 finally:
                     duration = time.monotonic() - started
                     self.crews[lane].note(duration)
@@ -10549,7 +11358,11 @@ class Workers:
         """The envelope of the mail that a task will send, as far as that can be known before."""
         if task is None or task.strikes or task.type not in MAIL_TYPES:
             return None
-        return Envelope(self._sender(task)[1], tuple(self._recipients(task)))
+        return Envelope(self._sender(task)[1], tuple(self._redirected(self._recipients(task))))
+
+    def _redirected(self, recipients: Sequence[str]) -> Sequence[str]:
+        """Those to whom a mail for these recipients goes: with redirect_to, that address instead."""
+        return [self.redirect_to] if self.redirect_to and recipients else recipients
 
     def subscribe(self, task: Task) -> str:
         """Do a subscribe task; returns what became of it."""
@@ -10601,8 +11414,10 @@ class Cron:
     POLL = 1.0  # seconds between two looks for newsletters that are due, and for what other processes have delayed
 
     def __init__(self, store: Store, accounts: Accounts, queue: Queue, newsletters: Newsletters, stats: Stats,
-                 workers: Workers, transport: Transport, server: EmbeddedServer | None = None) -> None:
+                 workers: Workers, transport: Transport, bounces: Bounces,
+                 server: EmbeddedServer | None = None) -> None:
         self.store, self.accounts, self.queue, self.newsletters = store, accounts, queue, newsletters
+        self.bounces = bounces
         self.stats, self.workers, self.transport, self.server = stats, workers, transport, server
         self.stopping = threading.Event()
         self.thread = threading.Thread(target=self.run, daemon=True)
@@ -10676,6 +11491,16 @@ class Cron:
 
         return self.queue.expire(note)
 
+    def report_returned(self, reports: collections.deque[Report]) -> None:
+        """Take the reports about mails to gomail.test whose tasks have ended, as if they came from a server."""
+        for _ in range(len(reports)):
+            state = self.store.redis.hget(self.store.key("task", reports[0].ids[0]), "state")
+            if has_ended := state not in (State.QUEUED, State.RUNNING):
+                self.bounces.record(reports[0])
+            report = reports.popleft()
+            if not has_ended:
+                reports.append(report)
+
     def once(self) -> None:
         """Do one round. Long work is done in parts, so that the heartbeat stays on time."""
         now = time.monotonic()
@@ -10700,6 +11525,7 @@ class Cron:
             if isinstance(self.transport, MaildirTransport):
                 with logging_errors("the Maildir cannot be cleaned"):
                     self.transport.clean()
+                self.report_returned(self.transport.returning)
         if now - self.last_poll < self.POLL and not self.queue.is_due() and not self.newsletters.sending.is_set():
             return
         self.last_poll, deadline = now, time.monotonic() + 0.5
@@ -10764,6 +11590,7 @@ class Response:
     media_type: str
     text: str
     headers: dict = dataclasses.field(default_factory=dict)
+    status: int = 200
 
 
 Reply = Json | Response  # what a handler returns
@@ -10780,11 +11607,64 @@ def done(message: str, **fields: Any) -> Json:
     return {"status": True, "msg": message, **fields}
 
 
-def small_page(body: str) -> Response:
-    """A page for a reader of newsletters."""
-    return Response("text/html", '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>Newsletter</title>'
-                    '<meta name="viewport" content="width=device-width"><body style="font: 1.2em sans-serif; '
-                    f'margin: 3em auto; max-width: 30em">{body}</body></html>\n')
+# The paths of links in mails: whoever opens one reads a page, whatever is answered.
+READER_PATH = re.compile("/(unsubscribe|confirm)(/.*)?")
+READER_STYLE = """
+:root { color-scheme: light dark }
+body { margin: 0; min-height: 100vh; display: grid; place-items: center; font: 18px/1.5 system-ui, sans-serif;
+  background: #fff; color: #1c1e21 }
+main { box-sizing: border-box; width: 100%; max-width: 32rem; padding: 2rem 1.25rem; text-align: center;
+  overflow-wrap: anywhere }
+h1 { margin: .5rem 0 1rem; font-size: 1.6rem; line-height: 1.25 }
+p { margin: 0 0 1.5rem }
+button { padding: .75rem 1.75rem; border: 0; border-radius: .5rem; background: #05c; color: #fff; font: inherit;
+  font-weight: 600; cursor: pointer }
+button:focus-visible { outline: 3px solid currentColor; outline-offset: 3px }
+@media (prefers-color-scheme: dark) {
+  body { background: #17191c; color: #e8eaed }
+  button { background: #8ab4f8; color: #101318 }
+}
+"""
+READER_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'sha256-"
+    f"{base64.b64encode(hashlib.sha256(READER_STYLE.encode()).digest()).decode()}'; img-src data:; "
+    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'", "Referrer-Policy": "no-referrer"}
+
+
+def reader_page(accept_language: str, what: str, sender: str = "", action: str = "", status: int = 200,
+                **values: str) -> Response:
+    """A page for a reader of newsletters, in the language of her browser.
+
+    Args:
+        what: the page, a name in READER_TEXTS.
+        sender: who sends the newsletter, as readers know him; "" where that is not known.
+        action: where its button posts to, relative to the page; "": the page's own URL. To "unsubscribed" belongs a
+            button only with it.
+        values: what fills the texts.
+    """
+    language = preferred_language(accept_language)
+    title, text, label, _ = (html.escape(part) for part in ReaderText.of(language, what, values))
+    sender, target = html.escape(sender), f' action="{html.escape(action)}"' if action else ""
+    form = f"<form method=post{target}><button>{label}</button></form>" if label and (
+        action or what != "unsubscribed") else ""
+    return Response("text/html", (
+        f'<!DOCTYPE html><html lang="{language}"><head><meta charset="utf-8">'
+        f'<title>{title}{f" – {sender}" if sender else ""}</title><meta name="robots" content="noindex">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{READER_STYLE}</style>'
+        '<link rel="icon" href="data:,"></head><body><main>'
+        f'{f"<div>{sender}</div>" if sender else ""}<h1>{title}</h1><p>{text}</p>{form}</main></body></html>\n'),
+        READER_HEADERS, status)
+
+
+def page_of_error(accept_language: str, status: int) -> Response:
+    """The page for a reader whose link is answered with an error."""
+    what = "over" if status == 410 else "later" if status in (408, 429) or status >= 500 else "not_valid"
+    return reader_page(accept_language, what, status=status)
+
+
+def shown(content: str) -> str:
+    """The content of a mail as HTML."""
+    return content if is_html(content) else f"<pre>{html.escape(content)}</pre>"
 
 
 def html_of(message: email.message.EmailMessage, max_length: int = 8_000_000) -> str | None:
@@ -10892,9 +11772,10 @@ class Api:
 
     def __init__(self, settings: Settings, store: Store, accounts: Accounts, queue: Queue, inspection: Inspection,
                  suppressions: Suppressions, otps: Otps, newsletters: Newsletters, webhooks: Webhooks,
-                 bounces: Bounces, transport: Transport, workers: Workers, smtp: SmtpState, stats: Stats) -> None:
+                 bounces: Bounces, transport: Transport, workers: Workers, smtp: SmtpState, stats: Stats,
+                 recipients: Recipients) -> None:
         self.settings, self.store, self.accounts, self.queue = settings, store, accounts, queue
-        self.bounces = bounces
+        self.bounces, self.recipients = bounces, recipients
         self.inspection, self.suppressions = inspection, suppressions
         self.otps, self.newsletters, self.webhooks, self.stats = otps, newsletters, webhooks, stats
         self.transport, self.workers, self.smtp = transport, workers, smtp
@@ -10902,6 +11783,7 @@ class Api:
         self.cookie = f"gomail_{accounts.derive('cookie').hex()[:8]}"
         self.admin = Account("", accounts.derive(f"admin {settings.admin_token}").hex())
         self.penalties = threading.BoundedSemaphore(self.MAX_PENALTIES)
+        self.waiting = threading.BoundedSemaphore(max(1, settings.max_connections // 4))  # of GET /outbox
         self.page = PAGE_FILE.read_text() if PAGE_FILE.exists() else None
 
     def authenticate(self, route: Route, request: Request) -> Account | None:
@@ -11246,16 +12128,35 @@ class Api:
 
     def create_content(self, request: Request) -> Reply:
         self.newsletters.create(request.account.name, **request.body, request=request.idempotent)
-        return done("Content Type created successfully")
+        return done("Content Type created successfully", **self.hint(request.body))
 
     def update_content(self, request: Request) -> Reply:
-        self.newsletters.update(request.account.name, **request.body)
-        return done("Content Type updated successfully")
+        unfilled = self.newsletters.update(request.account.name, **request.body)
+        return done("Content Type updated successfully", **unfilled, **self.hint(request.body))
+
+    def hint(self, body: Json) -> Json:
+        """{"hint"} where a content type does not show the link to unsubscribe, and is not that of an OTP; else {}."""
+        named = placeholder_names(body["subject"] + body["content"])
+        if not self.settings.public_url or named & {"unsubscribe_url", "otp"}:
+            return {}
+        return {"hint": "a newsletter should show {{ unsubscribe_url }}, and this content does not; the headers of its "
+                "mails have it in any case"}
 
     def read_content(self, request: Request) -> Reply:
         content_type = request.path_params["content_type"]
         return {"status": True, **self.newsletters.read(request.account.name, content_type),
                 "view": self.view_path(request.account, content_type=content_type)}
+
+    def preview_content(self, request: Request) -> Reply:
+        account, content_type = request.account, request.path_params["content_type"]
+        edits = {name: request.body[name] for name in ("subject", "content", "defaults") if name in request.body}
+        subject, content, missing = self.newsletters.preview(
+            account.name, content_type, edits, request.body.get("userId", ""), request.body.get("variables"))
+        # Unsaved edits do not fit into a path.
+        self.store.redis.set(self.store.key("preview", content_type, account.name), shown(content), ex=60)
+        return {"status": True, "subject": subject, "missing": missing,
+                "text": html_to_text(content) if is_html(content) else content,
+                "view": self.view_path(account, preview=content_type, pictures=request.body.get("pictures", False))}
 
     def remove_content(self, request: Request) -> Reply:
         self.newsletters.remove(request.account.name, request.path_params["content_type"])
@@ -11273,6 +12174,7 @@ class Api:
     def list_issues(self, request: Request) -> Reply:
         return {"status": True, "issues": self.newsletters.issues(request.account.name,
                                                                   request.path_params["content_type"])}
+
     def import_subscribers(self, request: Request) -> Reply:
         body, errors = request.body, list[Json]()
 
@@ -11301,33 +12203,44 @@ class Api:
         subscriptions, cursor = self.newsletters.subscriptions(request.account.name, **query)
         return {"status": True, "subscriptions": subscriptions, "next": cursor}
 
+    def sender_name(self, account: str) -> str:
+        """The sender of an account's newsletters, as its readers know him."""
+        senders = self.accounts.settings(account)["senders"]
+        name, address = next(filter(None, map(parse_sender, senders)), ("", ""))
+        return name or address or self.settings.sender[0] or account
+
+    def page_for(self, request: Request, what: str, account: str, content_type: str, address: str,
+                 action: str = "") -> Response:
+        """The page for the reader of a newsletter, see reader_page()."""
+        return reader_page(request.headers.get("accept-language", ""), what, self.sender_name(account), action,
+                           content_type=content_type, address=address)
+
     def ask_to_unsubscribe(self, request: Request) -> Reply:
-        _, content_type, address = self.newsletters.read_link(request.path_params["token"])
         # Mail scanners follow links, so only the button's POST ends the subscription.
-        return small_page(f"<p>Unsubscribe {html.escape(address)} from {html.escape(content_type)}?</p>"
-                          "<form method=post action='?by=button'><button>Unsubscribe</button></form>")
+        return self.page_for(request, "unsubscribe", *self.newsletters.read_link(request.path_params["token"]),
+                             action="?by=button")
 
     def follow_link(self, request: Request) -> Reply:
         token, how = request.path_params["token"], "link" if "by" in request.query else "one-click"
         result, can_undo = self.newsletters.follow_link(token, how)
         if result == "unsubscribed":
             self.stats.count("gomail_unsubscribed_total", how=how)
-        again = f"<form method=post action='{token}/again'><button>Subscribe again</button></form>" if can_undo else ""
-        return small_page(f"<p>You are unsubscribed.</p>{again}")
+        return self.page_for(request, "unsubscribed", *self.newsletters.read_link(token),
+                             action=f"{token}/again" if can_undo else "")
 
     def ask_to_confirm(self, request: Request) -> Reply:
         asking = self.newsletters.read_confirmation(request.path_params["token"])
-        return small_page(f"<p>Subscribe {html.escape(asking['userId'])} to {html.escape(asking['content_type'])}?</p>"
-                          "<form method=post><button>Subscribe</button></form>")
+        return self.page_for(request, "confirm", asking["account"], asking["content_type"], asking["userId"])
 
     def confirm(self, request: Request) -> Reply:
-        self.newsletters.confirm(request.path_params["token"])
-        return small_page("<p>You are subscribed.</p>")
+        asking = self.newsletters.confirm(request.path_params["token"])
+        return self.page_for(request, "subscribed", asking["account"], asking["content_type"], asking["userId"])
 
     def subscribe_again(self, request: Request) -> Reply:
-        if not self.newsletters.subscribe_again(request.path_params["token"]):
+        token = request.path_params["token"]
+        if not self.newsletters.subscribe_again(token):
             raise HTTPError(410, "this subscription cannot be renewed by its link", "token")
-        return small_page("<p>You are subscribed again.</p>")
+        return self.page_for(request, "subscribed", *self.newsletters.read_link(token))
 
     def read_webhook(self, request: Request) -> Reply:
         return {"status": True, **self.describe_webhook(self.webhooks.find(request.account.name))}
@@ -11411,6 +12324,16 @@ class Api:
             raise HTTPError(404, "userId is not suppressed", "userId")
         return done("Suppression removed successfully")
 
+    def read_recipient(self, request: Request) -> Reply:
+        address = Address()(request.path_params["address"], "address")
+        return {"status": True, **self.recipients.read(address, request.account)}
+
+    def erase_recipient(self, request: Request) -> Reply:
+        address = Address()(request.path_params["address"], "address")
+        erased = self.recipients.erase(address, request.account)
+        return done("Recipient erased, except for the tasks that remain" if erased["remaining"] else
+                    "Recipient erased successfully", **erased)
+
     def list_bounce_urls(self, request: Request) -> Reply:
         return {"status": True, "urls": self.bounces.urls(request.account)}
 
@@ -11432,7 +12355,8 @@ class Api:
         return {"status": True, "lanes": self.inspection.lanes(depths, reports, self.queue.held()),
                 "processes": self.inspection.processes(),
                 "retrying": depths["retrying"], "dead": dead, "mail_to": "Maildir" if outbox else str(self.transport),
-                "outbox": outbox, "smtp": smtp, "windows": self.queue.windows()}
+                "outbox": outbox, "smtp": smtp, "windows": self.queue.windows(),
+                "redirect_to": self.workers.redirect_to}
 
     def pause_lane(self, request: Request) -> Reply:
         lane = self.lane_in(request)
@@ -11467,7 +12391,26 @@ class Api:
         return self.transport
 
     def list_outbox(self, request: Request) -> Reply:
-        mails, next_offset = self.outbox().list(request.account, **request.query)
+        outbox, account, query = self.outbox(), request.account, dict(request.query)
+        deadline = time.monotonic() + query.pop("wait", 0)
+        found: tuple[list[Json], int | None] = ([], None)
+
+        def look() -> bool:
+            nonlocal found
+            found = outbox.list(account, **query)
+            return bool(found[0])
+
+        if not look() and deadline > time.monotonic():
+            if not self.waiting.acquire(blocking=False):
+                raise HTTPError(429, "too many requests wait for a mail now; try again in a second, or without wait",
+                                "wait", {"Retry-After": "1"})
+            try:
+                outbox.wait(self.workers.stopping, deadline, look)
+            finally:
+                self.waiting.release()
+            if account.key:  # it may have been revoked meanwhile
+                self.accounts.ensure_active(account)
+        mails, next_offset = found
         return {"status": True, "mails": mails, "next": next_offset}
 
     def read_outbox(self, request: Request) -> Reply:
@@ -11501,10 +12444,15 @@ class Api:
             raise HTTPError(404, "this link is not valid, or has expired", "token")
         if "mail" in claims:
             text = html_of(self.mail_in_outbox(claims["mail"], account)[1]) or ""
+        elif "preview" in claims:
+            text = self.store.redis.get(self.store.key("preview", claims["preview"], account.name)) or ""
         else:
-            text = self.newsletters.read(account.name, claims["content_type"])["content"]
-            text = text if is_html(text) else f"<pre>{html.escape(text)}</pre>"
-        return Response("text/html", text, MAIL_HEADERS)
+            text = shown(self.newsletters.read(account.name, claims["content_type"])["content"])
+        headers = MAIL_HEADERS
+        if claims.get("pictures"):
+            policy = headers["Content-Security-Policy"].replace("img-src data:", "img-src data: https: http:")
+            headers = {**headers, "Content-Security-Policy": policy}
+        return Response("text/html", text, headers)
 
     def show_page(self, request: Request) -> Reply:
         if self.page is None:
@@ -11581,7 +12529,11 @@ class Otp(String):
 
 ID = Object({"id": String(254, ONE_LINE, LINE)})  # older versions allowed more names than NEW_ID does
 NEW_ID = Object({"id": AccountName()})
-DEFINITION = Object({"content_type": CONTENT_TYPE, "subject": SUBJECT_TEMPLATE, "content": CONTENT_TEMPLATE})
+DEFINITION = Object({"content_type": CONTENT_TYPE, "subject": SUBJECT_TEMPLATE, "content": CONTENT_TEMPLATE,
+                     "resend": Nullable(Boolean()), "defaults": Nullable(Variables())})
+PREVIEW = Object({"subject": Nullable(SUBJECT_TEMPLATE), "content": Nullable(CONTENT_TEMPLATE),
+                  "defaults": Nullable(Variables()), "userId": Nullable(Address()), "variables": Nullable(Variables()),
+                  "pictures": Nullable(Boolean())})
 IMPORT = Object({"csv": String(UNBOUNDED), "line": Nullable(Integer(1, 10**9)), "again": Nullable(Boolean()), **{
     name: check if isinstance(check, Nullable) else Nullable(check)
     for name, check in PAYLOADS["subscribe"].fields.items() if name in TIMES}})
@@ -11605,13 +12557,16 @@ PAGING = {"offset": Integer(0, 10**9), "limit": Integer(0, 1000)}
 SEARCH = {**PAGING, "search": String(254, ONE_LINE, LINE), "state": Enum(STATES)}
 FILTERS = {"state": Enum(WAITING), "type": Enum(CANCELLABLE), "task": String(256, ONE_LINE, LINE),
            "content_type": CONTENT_TYPE, "userId": Address()}
+OUTBOX_SEARCH = {**PAGING, "to": String(254, ONE_LINE, LINE), "subject": String(254, ONE_LINE, LINE),
+                 "task": String(64, ONE_LINE, LINE), "wait": Integer(0, 60)}
 CURSOR = Pattern("the value of next in the previous answer", r"[0-9]{1,10}-[0-9]{1,19}", 30)
 SUBSCRIPTIONS = {"content_type": CONTENT_TYPE, "userId": Address(), "cursor": CURSOR, "limit": Integer(1, 1000),
                  "state": Enum(tuple(SubscriptionState)), "search": String(254, ONE_LINE, LINE)}
 
 QUEUED, COUNTED, CHANGED = {**DONE, "id": str}, {**DONE, "count": int}, {**DONE, "changed": int}
 STRICT, TASK_QUEUED = {"strict": Boolean()}, {**QUEUED, "ignored?": list}
-CONTENT_ANSWER = {"status": bool, "content_type": str, "subject": str, "content": str, "subscribers": int, "view": str}
+CONTENT_ANSWER = {"status": bool, "content_type": str, "subject": str, "content": str, "resend": bool, "defaults": dict,
+                  "subscribers": int, "view": str}
 TASK_ANSWER = {"status": bool, "id": str, "task": str, "type": str, "userId": str, "state": str, "attempts": int,
                "retries": int, "error": (str, None), "created": str, "story": list}
 PART_ANSWER = {"status": bool, "total": int, "offset": int, "limit": int}
@@ -11620,7 +12575,10 @@ WEBHOOK_ANSWER = {"status": bool, "url": str, "events": list, "created": str, "g
                   "previousUntil": (str, None)}
 ACCOUNT_ANSWER = {"status": bool, "id": str, "senders": list, "reply_to": str, "webhook": (dict, None)}
 LANES_ANSWER = {"status": bool, "lanes": list, "processes": int, "retrying": int, "dead": int, "mail_to": str,
-                "outbox": bool, "smtp": dict, "windows": list}
+                "outbox": bool, "smtp": dict, "windows": list, "redirect_to": (str, None)}
+RECIPIENT_ANSWER = {"status": bool, "userId": str, "answer": str, "suppression": (dict, None), "subscriptions": list,
+                    "unsubscribed": list, "unconfirmed": list, "otp": (dict, None), "tasks": list,
+                    "suppressions?": list, "otps?": list}
 MAIL_ANSWER = {"status": bool, "id": str, "headers": list, "text": (str, None), "html": (str, None),
                "view": (str, None), "attachments": list, "source": str}
 METRICS_ANSWER = {"status": bool, "Total Jobs Executed": int, "Jobs Successful": int, "Jobs Failed": int,
@@ -11649,9 +12607,10 @@ ROUTES = (
           refuses=(429,), idempotency_key=True),
     Route("GET", "/task/subscriptionContent", Api.list_content, Access.ALL, query=PAGING,
           answer={**PART_ANSWER, "contentTypes": list}),
-    Route("POST", "/task/subscriptionContent", Api.create_content, Access.KEY, DEFINITION, refuses=(409,),
-          idempotency_key=True),
-    Route("PUT", "/task/subscriptionContent", Api.update_content, Access.KEY, DEFINITION, refuses=(404,)),
+    Route("POST", "/task/subscriptionContent", Api.create_content, Access.KEY, DEFINITION,
+          answer={**DONE, "hint?": str}, refuses=(409,), idempotency_key=True),
+    Route("PUT", "/task/subscriptionContent", Api.update_content, Access.KEY, DEFINITION,
+          answer={**DONE, "unfilled?": int, "missing?": list, "hint?": str}, refuses=(404,)),
     Route("GET", "/task/subscriptionContent/{content_type}", Api.read_content, Access.KEY,
           answer=CONTENT_ANSWER, refuses=(404,)),
     Route("DELETE", "/task/subscriptionContent/{content_type}", Api.remove_content, Access.KEY, refuses=(404,)),
@@ -11663,6 +12622,8 @@ ROUTES = (
           answer={**DONE, "subscribed": int, "left_out": int, "errors": list, "failed": int}, refuses=(404,)),
     Route("GET", "/task/subscriptionContent/{content_type}/export", Api.export_subscribers, Access.KEY,
           answer="text/csv", refuses=(404,)),
+    Route("POST", "/task/subscriptionContent/{content_type}/preview", Api.preview_content, Access.KEY, PREVIEW,
+          answer={"status": bool, "subject": str, "text": str, "view": str, "missing": list}, refuses=(404,)),
     Route("GET", "/task/recent", Api.list_recent, Access.ALL, query=SEARCH,
           answer={"status": bool, "tasks": list, "next": (int, None)}),
     Route("GET", "/task/dead", Api.list_dead, Access.ALL, query=PAGING, answer={**PART_ANSWER, "tasks": list}),
@@ -11682,6 +12643,9 @@ ROUTES = (
           answer={**PART_ANSWER, "suppressions": list}),
     Route("POST", "/suppressions", Api.suppress, Access.KEY, RECIPIENT),
     Route("DELETE", "/suppressions", Api.unsuppress, Access.KEY, RECIPIENT, refuses=(404,)),
+    Route("GET", "/recipients/{address}", Api.read_recipient, Access.ALL, answer=RECIPIENT_ANSWER),
+    Route("DELETE", "/recipients/{address}", Api.erase_recipient, Access.ALL, answer={
+        **DONE, "tasks": int, "subscriptions": int, "unconfirmed": int, "mails": int, "remaining": list}),
     Route("GET", "/bounces", Api.list_bounce_urls, Access.KEY, answer={"status": bool, "urls": dict}),
     Route("POST", "/bounces", Api.take_bounce, Access.KEY, BOUNCE, answer=CHANGED, refuses=(404,)),
     Route("POST", "/bounces/{provider}/{token}", Api.take_notification, Access.TOKEN, Notification(), answer=CHANGED,
@@ -11695,7 +12659,7 @@ ROUTES = (
     Route("POST", "/lanes/{lane}/pause", Api.pause_lane, Access.ADMIN, refuses=(404,)),
     Route("POST", "/lanes/{lane}/resume", Api.resume_lane, Access.ALL, refuses=(403, 404, 429)),
     Route("GET", "/history", Api.read_history, Access.ALL, answer={"status": bool, "minutes": list}),
-    Route("GET", "/outbox", Api.list_outbox, Access.ALL, query=PAGING,
+    Route("GET", "/outbox", Api.list_outbox, Access.ALL, query=OUTBOX_SEARCH,
           answer={"status": bool, "mails": list, "next": (int, None)}, refuses=(404,)),
     Route("GET", "/outbox/{id}", Api.read_outbox, Access.ALL, answer=MAIL_ANSWER, refuses=(404,)),
     Route("GET", "/view/{token}", Api.view, Access.OPEN, answer="text/html", refuses=(404,)),
@@ -11775,12 +12739,13 @@ def openapi(routes: Sequence[Route]) -> Json:
         credentials, refusals = SECURITY[route.access]
         statuses = {400, 408, 413, 414, 415, 417, 421, 431, 500, 501, 503, 505, *refusals, *route.refuses}
         statuses |= ({411} if route.body else set()) | ({422} if route.idempotency_key else set())
-        error = {"$ref": "#/components/schemas/Error"}
+        refused = (({"type": "string"}, "text/html") if READER_PATH.fullmatch(route.path)
+                   else ({"$ref": "#/components/schemas/Error"},))
         operation: Json = {
             "operationId": f"{route.handler.__name__}_{route.path.replace('/', '_')}".strip("_"),
             "responses": {"200": response(200, {"type": "string"}, route.answer) if isinstance(route.answer, str)
                           else response(200, object_schema(route.answer)),
-                          **{str(status): response(status, error) for status in sorted(statuses)}},
+                          **{str(status): response(status, *refused) for status in sorted(statuses)}},
             "parameters": [{"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
                            for name in re.findall(r"\{(\w+)\}", route.path)]
             + [{"name": name, "in": "query", "schema": check.schema} for name, check in route.query.items()],
@@ -12050,6 +13015,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Read a request and answer it. True where another may follow on this connection."""
         self.keep_alive, self.head_only = False, False
         self.method, self.route, self.group, self.reserved = "", "", "", 0
+        self.reader_language: str | None = None  # of a reader who follows a link, as Accept-Language
         self.deadline = time.monotonic() + self.server.settings.request_timeout
         if not self.wait_for_request():
             return False
@@ -12057,6 +13023,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.answering.add(self)
         try:
             status, body, headers = self.answer()
+            if status >= 400 and self.reader_language is not None:
+                body = page_of_error(self.reader_language, status)
             stats = self.server.stats
             stats.count("gomail_http_requests_total", method=self.method, route=self.route, status=str(status))
             if self.group:
@@ -12114,6 +13082,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """
         method, target, minor, headers = self.read_head()
         authority, path, query = self.split_target(method, target)
+        if READER_PATH.fullmatch(path):
+            self.reader_language = headers.get("accept-language", "")
         self.check_host(authority, headers, minor)
         length = self.body_length(headers, minor)
         check_content_coding(headers)
@@ -12146,7 +13116,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with self.server.large_bodies if len(body) > SMALL_BODY else contextlib.nullcontext():
             if route.body:
                 request.body = parse_json(body)
-            return 200, self.with_redis(self.server.api.answer, route, request), {}
+            reply = self.with_redis(self.server.api.answer, route, request)
+            return reply.status if isinstance(reply, Response) else 200, reply, {}
 
     def with_redis(self, call: Callable, *arguments: object) -> object:
         """call(*arguments), with a Redis connection that no other thread uses meanwhile."""
@@ -12670,19 +13641,23 @@ class Service:
         self.newsletters = Newsletters(store, zoneinfo.ZoneInfo(settings.timezone), accounts, settings.public_url,
                                        self.clock, settings.max_body)
         self.newsletters.refold()
+        self.newsletters.note_needs()
         self.queue.sort_in()
         self.stats = Stats(store)
         bounces = Bounces(self.queue, accounts, self.stats, settings.public_url)
         self.bounce_reader = BounceReader(settings, store, bounces, process) if settings.bounce_imap else None
         webhooks = Webhooks(store)
+        outbox = self.transport if isinstance(self.transport, MaildirTransport) else MaildirTransport(
+            pathlib.Path(settings.data_dir, "outbox"))  # from before there was an SMTP server
+        recipients = Recipients(store, settings, accounts, self.inspection, suppressions, self.newsletters, outbox)
         self.workers = Workers(settings, store, self.queue, suppressions, self.transport, otps, self.newsletters,
                                webhooks, self.stats)
         self.cron = Cron(store, accounts, self.queue, self.newsletters, self.stats, self.workers, self.transport,
-                         self.server)
+                         bounces, self.server)
         self.http.store, self.http.stats = store, self.stats
         self.http.api = Api(settings, store, accounts, self.queue, self.inspection, suppressions, otps,
                             self.newsletters, webhooks, bounces, self.transport, self.workers, self.workers.smtp,
-                            self.stats)
+                            self.stats, recipients)
 
     def listen(self) -> None:
         """Accept connections until the service stops, in spite of errors of this machine."""
@@ -13088,7 +14063,7 @@ class Operator:
                                  "command where it runs")
         self.store, self.terminal = open_store(settings, server), terminal
         self.queue, self.stats = Queue(self.store, settings, "operator"), Stats(self.store)
-        self.inspection = Inspection(self.store, settings)
+        self.settings, self.inspection = settings, Inspection(self.store, settings)
         self.accounts = Accounts(self.store, settings.jwt_secret, settings.jwt_secret_previous, settings.api_key_ttl)
         self.newsletters = Newsletters(self.store, zoneinfo.ZoneInfo(settings.timezone), self.accounts,
                                        settings.public_url, max_size=settings.max_body)
@@ -13236,6 +14211,44 @@ class Operator:
             return self.terminal.fail(1, error.message)
         return self.terminal.result({"lane": options.lane, "paused": False}, [
             f"{options.lane} goes on as soon as the SMTP server takes mail"])
+
+    def recipient(self, options: argparse.Namespace) -> int:
+        """Show what is known of an address, or erase it."""
+        try:
+            address = Address()(options.address, "ADDRESS")
+        except HTTPError as error:
+            return self.terminal.fail(2, error.message)
+        account = self.accounts.find(options.account) if options.account else EVERYBODY
+        if account is None:
+            return self.terminal.fail(1, f"there is no account {options.account}; `accounts` lists them")
+        newsletters = Newsletters(self.store, zoneinfo.ZoneInfo(self.settings.timezone), self.accounts)
+        recipients = Recipients(self.store, self.settings, self.accounts, self.inspection, Suppressions(self.store),
+                                newsletters, MaildirTransport(pathlib.Path(self.settings.data_dir, "outbox")))
+        if options.erase:
+            return self.erase_recipient(recipients, address, account, options.yes)
+        found = recipients.read(address, account)
+        rows = [[task["created"], task.get("account", account.name), task["type"], task["state"], task["id"],
+                 task["error"] or ""] for task in found["tasks"]]
+        details = [f"{kind}: {each['content_type']} ({each['account']})"
+                   for kind in ("subscriptions", "unsubscribed", "unconfirmed") for each in found[kind]]
+        lines = [str(self.terminal.paint(line)) for line in (found["answer"], *details, "")]
+        return self.terminal.result(found, [*lines, *self.terminal.table(
+            ["accepted", "account", "type", "state", "id", "error"], rows)])
+
+    def erase_recipient(self, recipients: Recipients, address: str, account: Account, confirmed: bool) -> int:
+        """Erase an address, after a question. The exit code is 1 where tasks remain."""
+        owners = f"the account {account.name}" if account.name else "all accounts"
+        if not confirmed and not self.terminal.confirms(
+                f"Erase all that {owners} have of {address}? Mails that wait are not sent, and subscriptions end."):
+            return 1
+        with self.terminal.progress(self.store.redis.dbsize()) as progress:
+            erased = recipients.erase(address, account, progress)
+        counts = ", ".join([plural(erased["tasks"], "task"), plural(erased["subscriptions"], "subscription"),
+                            plural(erased["mails"], "mail")])
+        lines = [f"erased: {counts} in the Maildir"]
+        lines += [f"task {each['id']} remains: {each['reason']}" for each in erased["remaining"]]
+        self.terminal.result(erased, lines)
+        return 1 if erased["remaining"] else 0
 
     def show_stats(self, options: argparse.Namespace) -> int:
         """Lanes, counters and the last hour: once, or on a terminal every second until Ctrl-C."""
@@ -13425,9 +14438,9 @@ class Backup:
     EXCLUDED = frozenset(("lane", "turns", "processing", "delayed", "scheduled", "expiring", "dead", "processes",
                           "heartbeat", "paused", "paused_announced", "resume", "resumed", "rate", "connections",
                           "connections_limit", "connections_wanted", "bounce_reader", "answered", "on_disk", "writable",
-                          "restoring", "jwt_secret_check"))
+                          "restoring", "jwt_secret_check", "preview"))
     # What a gomail leaves in Redis even if it was never used.
-    DISPOSABLE = frozenset(("jwt_secret", "ascii_folded", "stats", "history", "metrics"))
+    DISPOSABLE = frozenset(("jwt_secret", "ascii_folded", "needs_noted", "stats", "history", "metrics"))
     ENDED = (*CONCLUDED, State.BOUNCED, State.DEAD)
     READERS: typing.ClassVar[dict[str, Callable]] = {
         "string": lambda transaction, key: transaction.get(key),
@@ -13963,6 +14976,12 @@ def command_line() -> argparse.ArgumentParser:
     for name, method, explanation in (("pause", Operator.pause, "take nothing from a lane until it is resumed"),
                                       ("resume", Operator.resume, "end the pause of a lane, whoever caused it")):
         operation(name, method, explanation).add_argument("lane", choices=LANES, metavar="LANE", help=", ".join(LANES))
+    recipient = operation("recipient", Operator.recipient, "show what is known of an address, or erase it")
+    recipient.add_argument("address", metavar="ADDRESS")
+    recipient.add_argument("--account", metavar="NAME", help="only what this account has (default: all accounts)")
+    recipient.add_argument("--erase", action="store_true", help="erase it: tasks, subscriptions, OTPs, mails of the "
+                           "Maildir; that it is suppressed or unsubscribed stays known by a keyed hash")
+    recipient.add_argument("--yes", action="store_true", help="do not ask before --erase; only a terminal is asked")
     operation("stats", Operator.show_stats,
               "show lanes, counters and the last hour; on a terminal every second, until Ctrl-C")
     accounts = operation("accounts", Operator.manage_accounts,

@@ -394,7 +394,7 @@ class Client:
         self.connection = http.client.HTTPConnection(self.address, timeout=PATIENCE)
 
     def __call__(self, method, path, body=None, **headers):
-        """(status, JSON body, headers) of an answer. Header names are given with underscores."""
+        """(status, body as JSON or the bytes of a page, headers) of an answer. Header names have underscores."""
         headers = {name.replace("_", "-"): value for name, value in headers.items()}
         if self.key:
             headers.setdefault("Authorization", self.key)
@@ -405,7 +405,9 @@ class Client:
         self.connection.request(method, path, body, headers)
         answer = self.connection.getresponse()
         content = answer.read()
-        return answer.status, json.loads(content) if content else None, answer.headers
+        if content and not answer.headers["Content-Type"].startswith("text/html"):
+            content = json.loads(content)
+        return answer.status, content or None, answer.headers
 
     def post(self, path, body=None, **headers):
         """The JSON body of a 200 answer."""
@@ -832,6 +834,14 @@ def test_a_service_for_others_whose_mail_goes_to_the_maildir_is_warned_about(pro
     assert [line.split()[0] for line in checked.splitlines()] == ["warning", "warning", "ok", "ok", "ok"]
 
 
+def test_redirect_to_is_warned_about_at_the_start_and_by_check(processes):
+    words = "redirect_to is set: every mail goes to me@example.net, not to its recipients"
+    process = processes({"redirect_to": "me@example.net"}).started()
+    assert until(lambda: process.logged(words))["level"] == "WARNING"
+    checked = processes({"redirect_to": "me@example.net", "log_file": "off"}, arguments=["--check"]).result()[1]
+    assert f"warning  {words}\n" in checked
+
+
 def test_spaces_around_a_value_belong_to_it_unless_it_is_a_number_or_a_choice(tmp_path):
     (tmp_path / ".env").write_text("port=' 1 '\nretry_delay=' 0.5 '\ndurability=' fsync '\nsmtp_pass=' a '\n")
     (tmp_path / "otp_subject").write_text(" Code \n")
@@ -855,6 +865,8 @@ def test_spaces_around_a_value_belong_to_it_unless_it_is_a_number_or_a_choice(tm
         "fast", "-1", "nan", "100001", "100001/s", "0/s", "0/day", "0.5/min", "14/", "/s", "14/fortnight", "14/s,",
         "2,000/day", "14, 2000/day", "14/s 2000/day", "14/0s", "-1/day", "1e3/day", "\u0661/day", "14/s; 2000/day")),
     ("durability", "sometimes", "everysec, fsync"),
+    *(("redirect_to", value, "is not an address such as you@example.com") for value in (
+        "me", "me@example.com, you@example.com", "Me <me@example.com>", "me@example.com\nBcc: eve@example.com")),
     ("timezone", "Mars/Olympus", "IANA time zone"),
     ("host", "0.0.0.0", "admin_token"),
     ("host", "localhost:8080", "the port goes into port"),
@@ -1674,7 +1686,8 @@ def test_the_documented_commands_are_those_of_the_code():
     source = (HERE / "gomail.py").read_text()
     in_scripts = set(re.findall(r"redis\.p?call\('(\w+)'", source))
     methods = set(re.findall(r"(?:\bredis|\bserver|pipeline|transaction)\.(\w+)\(", source))
-    named = {"delete": "DEL", "hscan_iter": "HSCAN", "sscan_iter": "SSCAN", "memory_usage": "MEMORY|USAGE"}
+    named = {"delete": "DEL", "hscan_iter": "HSCAN", "sscan_iter": "SSCAN", "zscan_iter": "ZSCAN",
+             "memory_usage": "MEMORY|USAGE"}
     by_client = {named.get(method, method.upper()) for method in methods if hasattr(redis.Redis, method)}
     known = {command.split()[0] for command in gomail.Store.COMMANDS.split(",")}
     not_for_all = {"INFO", "PIPELINE", "EXECUTE_COMMAND", "CLOSE", "SENTINEL"}
@@ -1732,8 +1745,10 @@ def test_a_redis_user_with_the_documented_permissions_is_enough_for_all_work(
     client.post("/lanes/normal/pause")
     client.task()
     assert client("DELETE", "/task?type=message")[1]["count"] == 1
-    for path in ("/lanes", "/health/metrics", "/health/ready", "/history", "/task/recent?search=user"):
+    for path in ("/lanes", "/health/metrics", "/health/ready", "/history", "/task/recent?search=user",
+                 "/recipients/user@example.com"):
         client.get(path)
+    assert client("DELETE", "/recipients/user@example.com")[0] == 200
     client.post("/lanes/normal/resume")
     assert client("DELETE", "/task/subscriptionContent/news")[0] == 200
     # What a dead process and a wrong clock leave behind.
@@ -3066,7 +3081,11 @@ MALFORMED = {  # text -> what the error says of it
     **{text: text for text in (
         "{{ a.b }}", "{{ a|upper }}", "{{ }}", "{{}}", "{{ name", "{{ 2x }}", "{{ n\u00e4me }}")},
     "{{ name }": "{{ name", "{{\tname }}": r"{{\tname }}", "{{ {name} }}": "{{", "{{{{ name }}}}": "{{",
-    "{{ %s }}" % ("a" * 65): "{{ aaa"}
+    "{{ %s }}" % ("a" * 65): "{{ aaa",
+    **{text: text for text in (
+        "{{ a | default }}", "{{ a | default: x }}", "{{ a | default: 'x\" }}", "{{ a | upper: 'x' }}",
+        "{{ a | default: 'x' | default: 'y' }}")},
+    "{{ a | default: '{{ b }}' }}": "{{ a | default: '", "{{ a | default: 'x\ny' }}": "{{ a | default: 'x"}
 
 
 @pytest.mark.parametrize("field", ["subject", "text", "content"])
@@ -3099,7 +3118,8 @@ def test_a_malformed_placeholder_of_a_newsletter_is_refused_where_it_is_defined(
 
 @hypothesis.settings(deadline=None, max_examples=300)
 @hypothesis.given(strategies.lists(strategies.one_of(strategies.text(max_size=4), strategies.sampled_from(
-    ["{", "}", "{{", "}}", "{{ a }}", "{{a}}", " ", "a", "{{ a.b }}", "\n"])), max_size=12).map("".join))
+    ["{", "}", "{{", "}}", "{{ a }}", "{{a}}", " ", "a", "{{ a.b }}", "\n", "{{ a | default: \"x\" }}", "|", "default:",
+     "'", '"'])), max_size=12).map("".join))
 def test_two_braces_are_malformed_wherever_they_neither_belong_to_a_placeholder_nor_stand_around_one(text):
     places = [found.span() for found in gomail.PLACEHOLDER.finditer(text)]
     wrong = [at for at in range(len(text)) if text.startswith("{{", at)
@@ -3175,7 +3195,8 @@ def test_a_moment_at_the_edge_of_the_calendar_is_refused_or_means_now(text):
 
 NAMES = strategies.sampled_from(["a", "b", "_c"])
 PIECES = strategies.lists(strategies.one_of(
-    strategies.text(max_size=8), NAMES.map("{{{{ {} }}}}".format), NAMES.map("{{{{{}}}}}".format)),
+    strategies.text(max_size=8), NAMES.map("{{{{ {} }}}}".format), NAMES.map("{{{{{}}}}}".format),
+    NAMES.map("{{{{ {} | default: \"d>\" }}}}".format), NAMES.map("{{{{{}|default:''}}}}".format)),
     max_size=12).map("".join)
 VALUES = strategies.one_of(strategies.text(max_size=20), strategies.integers(), strategies.floats())
 
@@ -3187,8 +3208,13 @@ def test_a_text_is_filled_where_it_stays_within_its_bound_and_else_not_even_made
     template, variables = template.encode(errors="ignore").decode(), {
         name: value.encode(errors="ignore").decode() if isinstance(value, str) else value
         for name, value in variables.items()}
-    whole = re.sub(gomail.PLACEHOLDER, lambda found: (html.escape if escape else str)(str(variables.get(found[1], "")))
-                   if found[1] in variables else found[0], template)
+
+    def fill(found):
+        value, default = variables.get(found[1], ""), found[2]
+        if default and value == "":
+            value = default.strip("'\"")
+        return found[0] if found[1] not in variables and not default else (html.escape if escape else str)(str(value))
+    whole = re.sub(gomail.PLACEHOLDER, fill, template)
     try:
         assert gomail.fill_template(template, variables, escape, keep_unknown=True, max_size=most) == whole
     except gomail.TooLarge as error:
@@ -3402,7 +3428,7 @@ def test_a_bad_field_beside_a_content_type_is_refused_by_name(kind, field, value
 
 
 @pytest.mark.parametrize("kind, field, value", [
-    ("message", "locale", "pt"), ("generateOtp", "locale", "pt"), ("generateOtp", "variables", {"a": "b"})])
+    ("message", "locale", "pt"), ("generateOtp", "variables", {"a": "b"})])
 @pytest.mark.parametrize("more", [{}, {"subject": "S", "content": "C", "content_type": "Login"}])
 def test_what_belongs_to_a_content_type_is_refused_where_none_counts(kind, field, value, more):
     payload = {**MESSAGE["payload"]} if kind == "message" else {"userId": "user@example.com", "length": 6}
@@ -6260,6 +6286,213 @@ def test_a_mail_of_the_outbox_that_was_looked_at_a_moment_ago_is_not_removed(tmp
     assert numbers() == [9, 8] and outbox.read(shown["id"]) is None
 
 
+def test_a_test_address_refuses_with_its_code_as_an_smtp_server_would_and_a_label_changes_nothing(tmp_path):
+    outbox = gomail.MaildirTransport(tmp_path)
+    for code in (*range(400, 500), *range(500, 600)):
+        address = f"{code}+Any.Label@gomail.test"
+        with pytest.raises(gomail.DeliveryError, match=f"{code} {code // 100}.0.0 ") as refused:
+            outbox.send("app@example.org", [address], b"Subject: x\r\n\r\nx\r\n")
+        expected = gomail.refusal("RCPT", code, f"{code // 100}.0.0 {address} is an address for tests".encode())
+        assert (type(refused.value), str(refused.value)) == (type(expected), str(expected))
+        assert not refused.value.no_such_address  # so that the next test is refused as well, and not suppressed
+    assert outbox.list() == ([], None)
+
+
+@hypothesis.settings(max_examples=50, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.given(strategies.from_regex(
+    "[3-6][0-9]{1,3}(-(once|twice|thirdly))?([+]x)?|[a-z0-9]{1,9}", fullmatch=True))
+def test_what_is_no_test_address_is_an_ordinary_one(tmp_path, local):
+    refuses = re.fullmatch(r"[45]\d\d(-once|-twice)?(\+x)?", local)
+    for domain in ("gomail.test", "example.com", "a.gomail.test", "gomail.test.example"):
+        with pytest.raises(gomail.DeliveryError) if refuses and domain == "gomail.test" else contextlib.nullcontext():
+            gomail.MaildirTransport(tmp_path).send("app@example.org", [f"{local}@{domain}"], b"Subject: x\r\n\r\nx\r\n")
+
+
+@pytest.mark.parametrize("local, times", [("451-once", 1), ("451-TWICE+a", 2), ("452-thrice", 3), ("421-twice", 2)])
+def test_a_test_address_takes_the_mail_after_as_many_refusals_as_its_name_says(services, local, times):
+    client = services(workers=1).client.sign_up()
+    found = client.state(client.task(userId=f"{local}@GoMail.test", retries=5), "succeeded")
+    refused = [step for step in client.get(f"/task/{found['id']}")["story"] if step["event"] in ("retrying", "dropped")]
+    assert len(refused) == times and all(local[:3] in step["error"] for step in refused)
+    assert len(client.get("/outbox")["mails"]) == 1
+
+
+def test_a_mail_to_several_test_addresses_goes_to_those_that_take_it(services):
+    client = services().client.sign_up()
+    found = client.state(client.task(userId="550@gomail.test", cc=["ann@gomail.test", "451-once@gomail.test"],
+                                     bcc=["bob@example.com"], retries=3), "dead")
+    assert "550 5.0.0" in found["error"] and "451" not in found["error"]
+    assert {mail["task"] for mail in client.get("/outbox")["mails"]} == {found["id"]}
+    for address, count in (("ann@gomail.test", 1), ("bob@example.com", 1), ("451-once@gomail.test", 1), ("550@", 0)):
+        assert len(client.get(f"/outbox?to={address}")["mails"]) == count, address
+
+
+def test_the_test_address_of_a_server_that_is_out_delays_other_mail_only_for_a_moment_and_dies_in_the_end(
+        services, monkeypatch):
+    service = services()
+    client = service.client.sign_up()
+    opened = []
+    monkeypatch.setattr(gomail.CircuitBreaker, "delay", lambda breaker: opened.append(breaker.failures) or 0.02)
+    out = client.task(userId="421@gomail.test", retries=1)
+    client.state(out, "dead")
+    client.state(client.task(), "succeeded")
+    assert opened and set(opened) == {0}  # no pause is longer than the first
+    assert "dropped" in [step["event"] for step in client.get(f"/task/{out}")["story"]]
+    assert client.get("/lanes")["smtp"]["state"] == "up"
+
+
+@pytest.mark.parametrize("local, event", [("bounce", "bounced"), ("complaint+1", "complained")])
+def test_a_test_address_takes_a_mail_and_it_comes_back_or_is_complained_about(services, local, event):
+    client = services().client.sign_up()
+    address = f"{local}@gomail.test"
+    for kind in ("message", "generateOtp"):
+        task = client.task(kind, userId=address, cc=["ann@gomail.test"]) if kind == "message" else client.task(
+            kind, userId=address)
+        client.state(task, "bounced")
+        assert event in [step["event"] for step in client.get(f"/task/{task}")["story"]]
+    suppressed, = client.get("/suppressions")["suppressions"]
+    assert suppressed["userId"] == address and suppressed["reason"].startswith(event)
+    client.state(client.task(userId=address), "suppressed")
+
+
+def test_the_test_address_of_a_slow_server_takes_its_time_and_does_not_hold_up_the_end(services, monkeypatch):
+    service = services()
+    client = service.client.sign_up()
+    started = time.monotonic()
+    client.state(client.task(userId="slow-1s@gomail.test"), "succeeded")
+    assert time.monotonic() - started >= 1
+    waiting = client.task(userId="slow-60s@gomail.test")
+    client.state(waiting, "running")
+    service.settings = dataclasses.replace(service.settings, shutdown_timeout=0.1)
+    service.stop()
+    assert service.workers.stopped and time.monotonic() - started < 50
+    redis_of = gomail.Store(service.settings.redis_uri, service.settings.key_prefix).redis
+    assert redis_of.hget(f"{service.settings.key_prefix}task:{waiting}", "state") == "queued"
+
+
+def test_with_an_smtp_server_a_test_address_is_an_ordinary_one(client, mail_server):
+    client.state(client.task(userId="550@gomail.test"), "succeeded")
+    assert mail_server.to("550@gomail.test")
+
+
+def test_the_outbox_is_searched_by_recipient_subject_and_task(services):
+    client = services().client.sign_up()
+    tasks = [client.task(subject=subject, userId=to, bcc=bcc) for subject, to, bcc in (
+        ("Order 1", "ann@example.com", []), ("Grüße", "Joann@example.com", ["Carl@Example.org"]))]
+    for task in tasks:
+        client.state(task, "succeeded")
+    for query, found in (
+            ("to=ann@example.com", [0]), ("to=ANN@example.c", [0]), ("to=ann", [1, 0]), ("to=carl@example", [1]),
+            ("to=@example.org", [1]), ("to=bob", []), ("subject=order", [0]), ("subject=GR%C3%9C", [1]),
+            (f"task={tasks[0]}", [0]), ("task=x", []), (f"to=ann&subject=order&task={tasks[1]}", [])):
+        assert [mail["task"] for mail in client.get(f"/outbox?{query}")["mails"]] == [tasks[at] for at in found], query
+
+
+def test_the_outbox_answers_as_soon_as_a_mail_that_matches_comes_in_from_any_process(services, monkeypatch):
+    monkeypatch.setattr(gomail.MaildirTransport, "WAIT_STEP", 0.05)
+    services = [services(key_prefix="outbox:"), services(key_prefix="outbox:")]
+    client = services[0].client.sign_up()
+    reader, answers = Client(services[1].http.url, client.key), []
+    waiting = threading.Thread(
+        target=lambda: answers.append(reader.get("/outbox?to=ann@example.com&subject=code&wait=60")["mails"]))
+    waiting.start()
+    client.state(client.task(userId="bob@example.com", subject="Your code"), "succeeded")
+    client.state(client.task(userId="ann@example.com", subject="Hello"), "succeeded")
+    assert waiting.is_alive() and not answers
+    client.state(client.task(userId="ann@example.com", subject="Your code is 123456"), "succeeded")
+    waiting.join(PATIENCE)
+    assert [mail["subject"] for mail in answers[0]] == ["Your code is 123456"]
+    assert len(reader.get("/outbox?to=ann@example.com&wait=60")["mails"]) == 2  # at once
+    assert reader.get("/outbox?to=nobody@example.com&wait=1")["mails"] == []
+    for wrong in ("-1", "61", "1.5", "soon"):
+        assert reader("GET", f"/outbox?wait={wrong}")[1]["field"] == "wait"
+
+
+def test_requests_that_wait_for_a_mail_use_up_no_more_than_a_quarter_of_the_connections_and_end_with_the_service(
+        services):
+    service = services(max_connections=8)
+    client = service.client.sign_up()
+    answers = []
+    waiting = [threading.Thread(target=lambda: answers.append(Client(service.http.url, client.key)(
+        "GET", "/outbox?wait=60")[0])) for _ in range(2)]
+    for thread in waiting:
+        thread.start()
+    until(lambda: service.http.api.waiting._value == 0)
+    status, answer, headers = client("GET", "/outbox?wait=60")
+    assert status == 429 and answer["field"] == "wait" and headers["Retry-After"] == "1"
+    assert client.get("/outbox")["mails"] == []
+    service.stop()
+    for thread in waiting:
+        thread.join(PATIENCE)
+    assert answers == [200, 200]
+
+
+def test_a_key_that_is_revoked_while_it_waits_for_a_mail_gets_none(services):
+    service = services()
+    client = service.client.sign_up()
+    reader, answers = Client(service.http.url, client.key), []
+    waiting = threading.Thread(target=lambda: answers.append(reader("GET", "/outbox?wait=60")))
+    waiting.start()
+    until(lambda: service.http.api.waiting._value < 64)
+    service.client.post("/auth/deregister", {"id": name_of(client)})
+    service.transport.send("a@example.org", ["b@example.org"], b"Subject: x\r\n\r\nx\r\n",
+                           gomail.Account(name_of(client), jwt.decode(client.key, options={
+                               "verify_signature": False})["jti"]))
+    waiting.join(PATIENCE)
+    assert answers[0][0] == 401
+
+
+def redirected(message):
+    """(to whom a mail went, the true recipients) of a mail that was redirected."""
+    return message["To"], [str(value) for value in message.get_all("X-Original-To")]
+
+
+@pytest.mark.parametrize("kind", ["message", "generateOtp", "newsletter"])
+def test_with_redirect_to_every_mail_goes_there_and_names_its_true_recipients(services, mail_server, clock, kind):
+    service = services(mail_server, clock, redirect_to="Me@Example.NET")
+    client = service.client.sign_up()
+    if kind == "newsletter":
+        client.state(client.task("subscribe", frequency="@hourly", content_type="news", subject="News", content="News"),
+                     "succeeded")
+        clock.forward(3600)
+    else:
+        copies = {"cc": ["ann@example.com"], "bcc": ["bob@example.com"]} if kind == "message" else {}
+        client.state(client.task(kind, **copies), "succeeded")
+    mail, = until(lambda: mail_server.mails)
+    assert mail.recipient == "Me@example.net"
+    true = ["user@example.com", *(["ann@example.com", "bob@example.com"] if kind == "message" else [])]
+    assert redirected(parsed(mail.raw)) == ("user@example.com", true)
+    assert client.get("/lanes")["redirect_to"] == "Me@example.net"
+
+
+def test_without_redirect_to_no_mail_has_its_header_and_the_lanes_say_so(client, mail_server):
+    client.state(client.task(), "succeeded")
+    assert "X-Original-To" not in parsed(mail_server.mails[0].raw)
+    assert client.get("/lanes")["redirect_to"] is None
+
+
+def test_what_is_said_of_redirect_to_suppresses_nobody(services, mail_server):
+    service = services(mail_server, redirect_to="me@example.net")
+    client = service.client.sign_up()
+    mail_server.replies = collections.defaultdict(list, {"me@example.net": ["550 5.1.1 no such user"]})
+    client.state(client.task(), "dead")
+    sent = client.state(client.task(), "succeeded")["id"]
+    for body in ({"id": sent, "kind": "complaint"}, {"userId": "me@example.net", "kind": "bounce"}):
+        assert client.post("/bounces", body)["changed"] == 0
+    assert client.get("/suppressions")["total"] == 0 and client.get(f"/task/{sent}")["state"] == "succeeded"
+    client.post("/suppressions", {"userId": "user@example.com"})
+    client.state(client.task(), "suppressed")  # as it would be without redirect_to
+
+
+@hypothesis.given(strategies.text(max_size=40))
+def test_no_recipient_brings_a_line_into_the_header_of_a_redirected_mail(local):
+    if address := gomail.parse_address(f"{local}@example.com"):
+        mail = gomail.Mail(("", "app@example.org"), address, "Hello", "Hello",
+                           headers=(("X-Original-To", gomail.mailbox(address)),))
+        lines = gomail.compose(mail, "id@example.org", 0).decode().split("\r\n")
+        assert [line for line in lines if "X-Original-To" in line] == [f"X-Original-To: {gomail.mailbox(address)}"]
+
+
 def test_with_an_smtp_server_there_is_no_outbox(client):
     assert client("GET", "/outbox")[0] == client("GET", "/outbox/x")[0] == 404
     assert client.get("/lanes")["outbox"] is False
@@ -7929,6 +8162,26 @@ def test_of_several_refusals_an_outage_decides_and_then_one_that_may_pass(errors
     assert error.verdict == verdict == error.cause.verdict
 
 
+@pytest.mark.parametrize("header, language", [
+    ("", "en"), ("de", "de"), ("DE-ch", "de"), ("nl, fr;q=0.5", "fr"), ("en;q=0.3, pt-BR;q=0.9, es;q=0.8", "pt"),
+    ("*", "en"), ("fr;q=0, es;q=0.1", "es"), ("fr;q=0", "en"), ("*;q=0.5, de;q=0.4", "en"), ("nl,ja", "en"),
+    ("fr; q=x, es", "es"), ("de;q=1.000,fr", "de"), ("de,fr;q=1.0", "de"), ("zz" * 5000, "en"), (",;q=,=;-", "en")])
+def test_the_language_of_a_browser_is_the_one_that_it_prefers(header, language):
+    assert gomail.preferred_language(header) == language
+
+
+def test_each_text_is_there_in_each_language_and_is_filled_by_the_same_values():
+    table = gomail.READER_TEXTS
+    for texts in table.values():
+        assert texts.keys() == table["en"].keys()
+        for what, parts in texts.items():
+            english = table["en"][what]
+            assert [bool(part) for part in parts] == [bool(part) for part in english]
+            for part, other in zip(parts, english):
+                assert sorted(re.findall(r"{\w*}", part)) == sorted(re.findall(r"{\w*}", other))
+                assert "  " not in part and part == part.strip()
+
+
 # --- 8. otp -----------------------------------------------------------------------------------------------
 
 def issued(client, mail_server, length=6, recipient=None):
@@ -8189,6 +8442,47 @@ def test_an_otp_may_have_the_texts_of_a_content_type_in_the_language_of_its_read
     assert mail["Subject"] == "C\u00f3digo de A & B" and verified(client, "user@example.com", otp)
     client.post("/task/", otp_task("ann@example.com", **{**given, "locale": "fr"}))
     assert otp_of(mail_server.one("ann@example.com")) and mail_server.one("ann@example.com")["Subject"] == "Your code"
+
+
+@pytest.mark.parametrize("locale, language, subject, text", [
+    (None, "en", "Your verification code", "Your verification code is 123456\n\nIt expires in 5 minutes. If you"),
+    ("de-CH", "de", "Ihr Bestätigungscode", "Ihr Bestätigungscode lautet 123456\n\nEr läuft in 5 Minuten ab. Falls"),
+    ("FR", "fr", "Votre code de vérification", "Votre code de vérification est 123456\n\nIl expire dans 5 minutes."),
+    ("es-419", "es", "Su código de verificación", "Su código de verificación es 123456\n\nCaduca en 5 minutos. Si"),
+    ("pt-BR", "pt", "O seu código de verificação", "O seu código de verificação é 123456\n\nExpira em 5 minutos. Se"),
+    ("nl-BE", "en", "Your verification code", "Your verification code is 123456\n\nIt expires in 5 minutes. If you")])
+def test_the_mail_of_an_otp_is_in_the_language_of_its_reader_with_the_code_large(
+        services, mail_server, locale, language, subject, text):
+    client = services(mail_server).client.sign_up()
+    client.post("/task/", otp_task(locale=locale))
+    mail = mail_server.one("user@example.com")
+    plain, markup = text_of(mail), mail.get_body(("html",)).get_content()
+    otp, = re.findall(r"\d{6}", plain)
+    assert mail["Subject"] == subject and plain.replace(otp, "123456").startswith(text)
+    assert f'<html lang="{language}">' in markup and verified(client, "user@example.com", otp)
+    assert re.search(r"font:bold 36px[^>]*>([^<]*)<", markup)[1] == otp
+    for line in filter(None, plain.replace(otp, "").splitlines()):
+        assert html.escape(line.strip()) in markup
+
+
+@pytest.mark.parametrize("ttl, minutes", [(1, "1 minute"), (60, "1 minute"), (119, "1 minute"), (120, "2 minutes")])
+def test_the_minutes_of_an_otp_are_in_the_right_number(service, ttl, minutes):
+    texts = gomail.Otps(service.store, b"", ttl).mail("123456", {})
+    assert f"It expires in {minutes}. " in texts[1] and f"It expires in {minutes}. " in texts[2]
+
+
+def test_the_subject_of_an_otp_has_the_code_where_its_option_says_so_and_an_options_text_stays_as_it_is(
+        services, mail_server):
+    client = services(mail_server, otp_subject="{{ otp }} is your code").client.sign_up()
+    client.post("/task/", otp_task(locale="de"))
+    mail = mail_server.one("user@example.com")
+    otp = re.search(r"lautet (\d{6})", text_of(mail))[1]
+    assert mail["Subject"] == f"{otp} is your code"
+    client = services(mail_server, otp_content="{{ otp }}, {{ minutes }} <3").client.sign_up()
+    client.post("/task/", otp_task("ann@example.com", locale="de"))
+    mail = mail_server.one("ann@example.com")
+    assert re.fullmatch(r"\d{6}, 5 <3\n", text_of(mail)) and not mail.is_multipart()
+    assert mail["Subject"] == "Ihr Best\u00e4tigungscode"
 
 
 def test_an_otp_is_sent_with_the_texts_of_its_request_though_they_change_and_its_mail_is_retried(
@@ -8693,6 +8987,54 @@ def test_a_link_that_was_changed_or_made_of_an_api_key_unsubscribes_nobody(linke
     assert service.client("GET", "/task/dead", Authorization=token)[0] == 401
 
 
+def test_a_link_that_was_cut_anywhere_shows_a_page_in_the_readers_language(linked):
+    service, owner = linked
+    path = "/unsubscribe/" + service.newsletters.link("a", "news", "user@example.com").rpartition("/")[2]
+    for at in {*range(len("/unsubscribe"), len(path), 7), len(path) - 1}:
+        for method in ("GET", "POST"):
+            status, page, headers = owner(method, path[:at], Accept_Language="de-DE, en;q=0.5")
+            assert (status, headers["Content-Type"]) == (404, "text/html; charset=utf-8")
+            assert "Dieser Link ist ung\u00fcltig" in page.decode() and '<html lang="de">' in page.decode()
+            assert "form-action 'self'" in headers["Content-Security-Policy"]
+    assert owner("GET", "/unsubscribed")[1]["status"] is False  # of a path that is no link
+
+
+@pytest.mark.parametrize("language", gomail.READER_TEXTS)
+def test_the_page_to_unsubscribe_is_in_the_readers_language_and_names_the_sender(linked, language):
+    service, client = linked
+    client("PUT", "/account", {"senders": ["@example.com", "The Shop & Co <shop@example.com>"]})
+    path = "/unsubscribe/" + service.newsletters.link(name_of(client), "news", "user@example.com").rpartition("/")[2]
+    for method, what in (("GET", "unsubscribe"), ("POST", "unsubscribed")):
+        status, page, _ = client(method, path, Accept_Language=language)
+        title, text, *_ = gomail.READER_TEXTS[language][what]
+        page = page.decode()
+        assert status == 200 and f'<html lang="{language}">' in page
+        assert f"<title>{html.escape(title)} \u2013 The Shop &amp; Co</title>" in page
+        assert html.escape(text).format(content_type="news", address="user@example.com") in page
+
+
+@pytest.mark.parametrize("options, senders, name", [
+    ({}, [], "an account"), ({"smtp_from": "Shop <app@example.org>"}, [], "Shop"),
+    ({"smtp_from": "Shop <app@example.org>"}, ["@example.com"], "Shop"),
+    ({"smtp_from": "Shop <app@example.org>"}, ["own@example.com"], "own@example.com"),
+    ({}, ["@example.com", "Own <own@example.com>"], "Own")])
+def test_readers_know_a_sender_by_his_name_or_else_by_the_account(services, options, senders, name):
+    service = services(**options)
+    client = service.client.sign_up("an account")
+    client("PUT", "/account", {"senders": senders})
+    assert service.http.api.sender_name("an account") == name
+
+
+@pytest.mark.parametrize("status, title", [
+    (400, "This link is not valid"), (404, "This link is not valid"), (405, "This link is not valid"),
+    (410, "This link has been used or has expired"), (408, "Please try again in a moment"),
+    (429, "Please try again in a moment"), (500, "Please try again in a moment"),
+    (503, "Please try again in a moment")])
+def test_a_reader_is_told_whether_to_try_a_link_again(status, title):
+    page = gomail.page_of_error("", status)
+    assert page.status == status and f"<title>{title}</title>" in page.text and "<form" not in page.text
+
+
 @pytest.mark.parametrize("name", ["\u00e9" * 127, "\U0001d400" * 63 + "ab", '"' * 254])
 def test_the_longest_names_of_account_content_type_and_address_give_links_that_work(services, mail_server, name):
     service = services(mail_server, public_url="https://mail.example.com/gomail")
@@ -8715,23 +9057,223 @@ def test_the_longest_names_of_account_content_type_and_address_give_links_that_w
     assert status == 200 and len(headers["Set-Cookie"]) < 4096  # what browsers keep
 
 
-def test_without_public_url_a_newsletter_has_no_link_and_unknown_names_stay(dated, mail_server, clock):
+def test_without_public_url_a_newsletter_has_no_link_but_that_of_the_subscription(dated, mail_server, clock):
     _, client = dated
-    define(client, content="{{ email }} {{ unsubscribe_url }} {{ name }}")
-    subscribe(client)
+    define(client, content="{{ email }} {{ unsubscribe_url }}")
+    subscribe(client, variables={"unsubscribe_url": "https://app.example.com/leave"})
     clock.forward(86400)
     message = mail_server.one("user@example.com")
     assert ("List-Unsubscribe" not in message
-            and text_of(message) == "user@example.com {{ unsubscribe_url }} {{ name }}\n")
+            and text_of(message) == "user@example.com https://app.example.com/leave\n")
 
 
-def test_a_subscription_whose_variables_lack_one_that_the_content_names_makes_a_dead_letter(dated, clock):
+def test_a_content_types_defaults_fill_what_a_subscription_lacks_and_end_with_the_next_put(dated, mail_server, clock):
     _, client = dated
-    define(client, content="{{ name }}")
-    subscribe(client, variables={"nam": "x"})
+    path, news = "/task/subscriptionContent", {
+        "content_type": "news", "subject": "Hi {{ name }}", "content": "<p>{{ name }}, {{ city | default: 'R&D' }}</p>"}
+    client.post(path, {**news, "resend": False, "defaults": {"name": "reader <3"}})
+    found = client.get(f"{path}/news")
+    assert (found["resend"], found["defaults"]) == (False, {"name": "reader <3"})
+    for number, variables in enumerate(({}, {"name": "", "city": ""}, {"name": "Ann", "city": "Rome"})):
+        subscribe(client, f"user{number}@example.com", variables=variables)
+    clock.forward(86400)
+    until(lambda: len(mail_server.mails) == 3)
+    for number, (subject, content) in enumerate([
+            ("Hi reader <3", "<p>reader &lt;3, R&amp;D</p>")] * 2 + [("Hi Ann", "<p>Ann, Rome</p>")]):
+        message = mail_server.one(f"user{number}@example.com")
+        assert (message["Subject"], message.get_body(("html",)).get_content().strip()) == (subject, content)
+    assert client("PUT", path, news)[0] == 200
+    found = client.get(f"{path}/news")
+    assert (found["resend"], found["defaults"]) == (True, {})
+
+
+@pytest.mark.parametrize("field, value", [("resend", "no"), ("defaults", ["name"]), ("defaults", {"a b": "x"})])
+def test_a_wrong_resend_or_default_is_refused_by_its_field(client, field, value):
+    body = {"content_type": "news", "subject": "S", "content": "C", field: value}
+    for method in ("POST", "PUT"):
+        status, answer, _ = client(method, "/task/subscriptionContent", body)
+        assert status == 400 and answer["field"] == field
+
+
+def test_the_defaults_of_a_content_type_fill_the_messages_and_otps_that_name_it(client, mail_server):
+    client.post("/task/subscriptionContent", {"content_type": "Login", "subject": "{{ app }}: {{ otp | default: 'x' }}",
+                                              "content": "{{ app }}", "defaults": {"app": "Example", "otp": "none"}})
+    for kind, address, subject in (("message", "a@example.com", "Example: none"),
+                                   ("generateOtp", "b@example.com", r"Example: \d{6}")):
+        client.state(client.task(kind, userId=address, content_type="Login", subject=None, content=None, length=6),
+                     "succeeded")
+        message = mail_server.one(address)
+        assert re.fullmatch(subject, message["Subject"]) and text_of(message) == "Example\n"
+
+
+@pytest.mark.parametrize("variables", [{"nam": "x"}, ABSENT, {}])
+def test_a_subscription_whose_variables_lack_one_that_the_content_names_makes_a_dead_letter(
+        dated, mail_server, clock, variables):
+    service, client = dated
+    define(client)
+    subscribe(client, **({} if variables is ABSENT else {"variables": variables}))
+    # As a content type that is saved now says, too.
+    assert client("PUT", "/task/subscriptionContent", {
+        "content_type": "news", "subject": "News", "content": "<p>{{ name }}</p>"})[1]["unfilled"] == 1
     clock.forward(86400)
     letter, = until(lambda: client.get("/task/dead")["tasks"])
-    assert letter["error"] == "the subscription has no variable 'name'"
+    assert letter["error"] == "the subscription has no variable 'name'" and not mail_server.mails
+
+
+def subscription(content_type="news", **more):
+    return {"task": "t", "type": "subscribe", "retries": 0, "payload": {
+        "userId": "user@example.com", "frequency": "@daily", "content_type": content_type, **more}}
+
+
+NEEDY = {"subject": "{{ name }} {{ city | default: 'Rome' }} {{ email }}",
+         "content": "{{ name }} {{ plan }} {{ colour }}"}
+
+
+def test_a_subscribe_that_lacks_a_variable_without_default_is_refused_by_its_name(client):
+    client.post("/task/subscriptionContent", {"content_type": "news", **NEEDY, "defaults": {"colour": "red"}})
+    for variables, lacked in (({}, "name"), ({"name": "x"}, "plan"), ({"plan": "x", "nam": "x"}, "name")):
+        status, answer, _ = client("POST", "/task/", subscription(variables=variables))
+        assert status == 400 and answer["field"] == f"payload.variables.{lacked}"
+        assert answer["error"].startswith(f"payload.variables.{lacked} is required: the newsletter names it")
+    good = subscription(variables={"name": "", "plan": 1})  # an empty one is one, too
+    tasks = [subscription(), good, subscription(variables={"name": "x"})]
+    answers = client.post("/task/batch", {"tasks": tasks})["tasks"]
+    assert [answer["status"] for answer in answers] == [False, True, False]
+    assert [answer.get("field") for answer in answers] == [
+        "tasks[0].payload.variables.name", None, "tasks[2].payload.variables.plan"]
+    client.state(answers[1]["id"], "succeeded")
+    assert client.get("/task/subscriptionContent/news")["subscribers"] == 1
+
+
+def test_what_a_subscribe_must_bring_follows_each_change_of_its_content_type(client):
+    def refused():
+        return client("POST", "/task/", subscription())[1].get("field")
+    path = "/task/subscriptionContent"
+    client.post(path, {"content_type": "news", "subject": "{{ a }}", "content": "x"})
+    assert refused() == "payload.variables.a"
+    client("PUT", path, {"content_type": "news", "subject": "S", "content": "{{ b }}"})
+    assert refused() == "payload.variables.b"
+    client("PUT", path, {"content_type": "news", "subject": "S", "content": "{{ b }}", "defaults": {"b": 1}})
+    assert refused() is None
+    delete(client, f"{path}/news")
+    assert refused() == "payload.content_type"
+    client.post(path, {"content_type": "news", "subject": "S", "content": "{{ c }}"})
+    assert refused() == "payload.variables.c"
+
+
+def test_a_subscribe_that_brings_its_content_brings_its_variables_unless_there_is_another_content(service, client):
+    status, answer, _ = client("POST", "/task/", subscription(**NEEDY))
+    assert status == 400 and answer["field"] == "payload.variables.colour"
+    assert subscribe(client, **NEEDY, variables={"name": 1, "plan": 2, "colour": 3})["state"] == "succeeded"
+    assert client("POST", "/task/", subscription())[1]["field"] == "payload.variables.colour"
+    define(client, "plain")
+    assert subscribe(client, content_type="plain", **NEEDY)["state"] == "succeeded"
+
+
+def test_with_public_url_a_subscribe_lacks_no_unsubscribe_url_and_without_it_is_told_of_the_option(services):
+    for url, refused in (("https://mail.example.com", None), ("", "payload.variables.unsubscribe_url")):
+        client = services(public_url=url).client.sign_up()
+        define(client, content="{{ unsubscribe_url }}")
+        answer = client("POST", "/task/", subscription())[1]
+        assert answer.get("field") == refused and ("public_url" in answer.get("error", "")) == bool(refused)
+
+
+def test_what_the_content_types_of_an_older_version_need_is_known_after_an_upgrade(services, mail_server):
+    service = services(mail_server)
+    client, store = service.client.sign_up(), service.store
+    define(client, content="{{ name }}")
+    define(client, "plain")
+    store.redis.delete(store.key("needs", name_of(client)), store.key("needs_noted"))
+    assert subscribe(client)["state"] == "succeeded"
+    assert client("PUT", "/task/subscriptionContent", {
+        "content_type": "plain", "subject": "S", "content": "{{ newer }}"})[0] == 200
+    for _ in range(2):  # the second time there is nothing left to do
+        service.newsletters.note_needs()
+        assert store.redis.hgetall(store.key("needs", name_of(client))) == {"news": "name", "plain": "newer"}
+    assert client("POST", "/task/", subscription())[1]["field"] == "payload.variables.name"
+    client.post("/auth/deregister", {"id": name_of(client)})
+    assert not store.redis.keys(store.key("needs", "*"))
+
+
+def test_saving_a_content_type_says_how_many_subscribers_cannot_fill_it_and_what_they_lack(client):
+    define(client)
+    for number, variables in enumerate([{}, {"name": "x"}, {"name": "x", "plan": 1}, {"plan": 2}]):
+        subscribe(client, f"user{number}@example.com", variables=variables)
+
+    def saved(content, **more):
+        status, answer, _ = client("PUT", "/task/subscriptionContent", {
+            "content_type": "news", "subject": "{{ email }}", "content": content, **more})
+        assert status == 200 and answer.pop("msg") == "Content Type updated successfully"
+        return answer
+    assert saved("{{ name }} {{ plan }}") == {"status": True, "unfilled": 3, "missing": ["name", "plan"]}
+    assert saved("{{ name }}{{ plan }}", defaults={"plan": ""}) == {"status": True, "unfilled": 2, "missing": ["name"]}
+    assert saved("{{ name | default: 'x' }}") == saved("{{ unknown }}", defaults={"unknown": 0}) == {"status": True}
+
+
+def viewed(client, path):
+    """(text, policy) of what a path shows without a key."""
+    connection = http.client.HTTPConnection(client.address, timeout=PATIENCE)
+    connection.request("GET", path)
+    answer = connection.getresponse()
+    assert answer.status == 200 and answer.headers["Content-Type"] == "text/html; charset=utf-8"
+    return answer.read().decode(), answer.headers["Content-Security-Policy"]
+
+
+def test_a_preview_is_filled_with_unsaved_edits_and_a_subscribers_variables_and_names_what_is_missing(services):
+    service = services(public_url="https://mail.example.com")
+    client, path = service.client.sign_up(), "/task/subscriptionContent/news/preview"
+    define(client, subject="Hi {{ name }}", content="<p>{{ name }}</p>")
+    subscribe(client, variables={"name": "A & B"})
+    found = client.post(path, {"userId": "User@example.com"})
+    view = found.pop("view")
+    assert found == {"status": True, "subject": "Hi A & B", "text": "A & B\n", "missing": []}
+    text, policy = viewed(client, view)
+    assert text == "<p>A &amp; B</p>" and "img-src data:;" in policy and policy.startswith("sandbox;")
+    found = client.post(path, {"content": "{{ name }} {{ plan }} {{ x }} {{ email }} <3", "defaults": {"x": "y"},
+                               "variables": {"name": "Ann"}, "pictures": True})
+    assert (found["subject"], found["text"], found["missing"]) == (
+        "Hi Ann", "Ann {{ plan }} y reader@example.com <3", ["plan"])
+    text, policy = viewed(client, found["view"])
+    assert text == "<pre>Ann {{ plan }} y reader@example.com &lt;3</pre>" and "img-src data: https: http:;" in policy
+    link = client.post(path, {"userId": "user@example.com", "content": "{{ unsubscribe_url }}"})["text"]
+    for method in ("GET", "POST"):
+        assert client(method, link.removeprefix(service.settings.public_url))[0] == 404
+    assert client.get("/task/subscriptionContent/news")["subscribers"] == 1
+    assert client.get("/task/subscriptionContent/news")["content"] == "<p>{{ name }}</p>"
+
+
+def test_a_preview_needs_no_saved_content_type_where_it_has_both_texts_and_shows_a_sample_of_an_otp(client):
+    path = "/task/subscriptionContent/Login/preview"
+    found = client.post(path, {"subject": "S", "content": "{{ otp }} for {{ minutes }} min"})
+    assert (found["text"], found["missing"]) == ("123456 for 5 min", [])
+    assert client.get("/task/subscriptionContent")["total"] == 0
+    for body, status, field in (
+            ({"subject": "S"}, 404, "content_type"), ({"subject": "S", "content": "{{ a.b }}"}, 400, "content"),
+            ({"subject": "S", "content": "C", "userId": "user@example.com"}, 404, "userId"),
+            ({"subject": "{{ a }}", "content": "{{ a }}" * 200, "variables": {"a": "x" * 10000}}, 413, "variables")):
+        got, answer, _ = client("POST", path, body)
+        assert (got, answer["field"]) == (status, field)
+
+
+def test_a_preview_is_seen_for_a_minute_and_by_its_own_account_alone(service, client):
+    found = client.post("/task/subscriptionContent/news/preview", {"subject": "S", "content": "Secret"})
+    key, = service.store.redis.keys(service.store.key("preview", "*"))
+    assert 0 < service.store.redis.ttl(key) <= 60 and "Secret" in viewed(client, found["view"])[0]
+    other = service.client.sign_up()
+    other.post("/task/subscriptionContent/news/preview", {"subject": "S", "content": "Another"})
+    assert "Secret" in viewed(client, found["view"])[0]
+    client.post("/auth/deregister", {"id": name_of(client)})
+    assert client("GET", found["view"])[0] == 404
+
+
+def test_saving_a_newsletter_without_its_link_to_unsubscribe_says_so_where_there_is_one(services):
+    client = services(public_url="https://mail.example.com").client.sign_up()
+    contents = {"News": True, "{{ unsubscribe_url }}": False, "{{ otp }}": False}
+    for number, (content, hinted) in enumerate(contents.items()):
+        body = {"content_type": f"news{number}", "subject": "S", "content": content}
+        for method in ("POST", "PUT"):
+            answer = client(method, "/task/subscriptionContent", body)[1]
+            assert ("{{ unsubscribe_url }}" in answer.get("hint", "")) == hinted
 
 
 def test_subscribing_again_replaces_the_frequency_and_never_doubles(dated, mail_server, clock):
@@ -9072,6 +9614,17 @@ def test_confirming_needs_public_url_and_that_is_said_at_once(client):
     assert status == 400 and answer["field"] == "payload.confirm" and "public_url" in answer["error"]
     answers = client.post("/task/batch", {"tasks": [task, changed("payload.confirm", False, task)]})["tasks"]
     assert answers[0]["field"] == "tasks[0].payload.confirm" and answers[1]["status"]
+
+
+def test_rows_that_lack_a_variable_of_the_newsletter_are_not_taken(client):
+    define(client, content="Hello {{ name }}, {{ town | default: 'there' }}")
+    answer = client.post("/task/subscriptionContent/news/import", {
+        "csv": "email,name,state\na@example.com,Ann,\nb@example.com,,\nc@example.com,,unsubscribed\n",
+        "frequency": "@daily"})
+    assert (answer["subscribed"], answer["left_out"], answer["failed"]) == (1, 1, 1)
+    assert answer["errors"] == [{"line": 3, "error": "variables.name is required: the newsletter names it, without a "
+                                 "default"}]
+    assert [*subscribed(client)] == ["a@example.com"]
 
 
 def test_who_unsubscribed_comes_back_by_confirming(confirming, mail_server):
@@ -11111,6 +11664,307 @@ def test_no_password_goes_to_a_mailbox_without_tls_except_on_loopback(monkeypatc
     assert not any("AUTHENTICATE" in line or "LOGIN" in line for line in server.said)
 
 
+# --- one address
+
+ANN = "Ann.O'Neil+x@example.com"
+
+
+def recipient(client, address=ANN, method="GET", **query):
+    """The answer to a request about an address."""
+    path = f"/recipients/{urllib.parse.quote(address, safe='')}?{urllib.parse.urlencode(query)}"
+    status, answer, _ = client(method, path)
+    assert status == 200, answer
+    return answer
+
+
+def pause(service, lane="normal"):
+    """Pause a lane until the test closes its breaker."""
+    service.workers.breakers[lane].open("for the test", look=lambda: ("for the test", 60.0))
+
+
+def kept_of(service, text, not_behind="\n"):
+    """The keys of a service that have a text in their name or anywhere in their value, case ignored."""
+    server, found = service.store.redis, []
+    read = {"string": server.get, "hash": server.hgetall, "zset": lambda key: server.zrange(key, 0, -1),
+            "list": lambda key: server.lrange(key, 0, -1), "set": lambda key: list(server.smembers(key))}
+    for key in server.scan_iter(service.store.matching("*")):
+        value = json.dumps(read[server.type(key)](key), ensure_ascii=False)
+        if re.search(f"(?<!{not_behind}){re.escape(text)}", f"{key} {value}", re.IGNORECASE):
+            found.append(key.removeprefix(service.store.prefix))
+    return found
+
+
+def test_an_address_is_answered_with_all_that_is_known_of_it_and_nothing_of_one_that_it_is_part_of(services):
+    service = services(otp_cooldown=30)
+    client = service.client.sign_up()
+    ids = [client.task(userId=ANN), client.task(userId="other@example.com", bcc=[ANN.upper()]),
+           client.task("generateOtp", userId=ANN)]
+    client.state(client.task("subscribe", userId=ANN, frequency="@daily", content_type="news", subject="A",
+                             content="B"), "succeeded")
+    for near in (f"Jo{ANN}", f"{ANN}.org", "someone@example.com"):
+        client.task(userId=near)
+    for task_id in ids:
+        client.state(task_id, "succeeded")
+    found = recipient(client, ANN.lower())
+    assert [task["id"] for task in found["tasks"]][1:] == ids[::-1]  # the first is the subscribe
+    subscription, = found["subscriptions"]
+    assert (subscription["userId"], subscription["content_type"]) == (ANN, "news")
+    assert found["suppression"] is None and found["unsubscribed"] == found["unconfirmed"] == []
+    assert 0 < found["otp"]["cooldown"] <= 30 and found["otp"]["hourly_left"] == 9 and found["otp"]["wrong"] == 0
+    assert "may ask for a further OTP at" in found["answer"] and "suppressions" not in found
+    nothing = recipient(client.sign_up())
+    assert nothing["tasks"] == nothing["subscriptions"] == [] and nothing["otp"]["hourly_left"] == 10
+    assert nothing["answer"] == "No mail to it is known of; nothing keeps further mail from it."
+
+
+@pytest.mark.parametrize("address", ["nobody", "a b@example.com", "a@example.com%0Ab", "%00"])
+def test_what_is_no_address_has_no_recipient(client, address):
+    for method in ("GET", "DELETE"):
+        status, answer, _ = client(method, f"/recipients/{urllib.parse.quote(address)}")
+        assert status == 400 and answer["field"] == "address"
+
+
+@pytest.mark.parametrize("address", ["Ann/b@example.com", "ann@BÜCHER.example", "añn@example.com", "a%25@example.com"])
+def test_any_address_is_found_by_its_percent_encoded_form(services, address):
+    client = services().client.sign_up()
+    address = address.replace("%25", "%")
+    task_id = client.task(userId=address)
+    client.state(task_id, "succeeded")
+    assert [task["id"] for task in recipient(client, address)["tasks"]] == [task_id]
+    assert recipient(client, address, "DELETE")["tasks"] == 1
+    assert recipient(client, address)["tasks"] == client.get("/outbox")["mails"] == []
+
+
+def test_the_answer_says_in_one_sentence_why_an_address_got_nothing(services, mail_server):
+    service = services(mail_server, retry_delay=60.0, otp_hourly_max=1)
+    client = service.client.sign_up()
+    mail_server.replies = collections.defaultdict(list, {
+        "late@example.com": ["450 4.2.0 busy"], "dead@example.com": ["554 5.7.1 spam"]})
+    client.state(client.task(userId="late@example.com", retries=1), "retrying")
+    client.state(client.task(userId="dead@example.com"), "dead")
+    client.task(userId="later@example.com", send_at="2036-01-01T00:00:00Z")
+    client.post("/suppressions", {"userId": "no@example.com"})
+    back = client.state(client.task(userId="back@example.com"), "succeeded")["id"]
+    client.post("/bounces", {"id": back, "kind": "bounce", "reason": "no such user"})
+    assert client("DELETE", "/suppressions", {"userId": "back@example.com"})[0] == 200
+    client.state(client.task("generateOtp", userId="otp@example.com"), "succeeded")
+    client.state(client.task(userId="fine@example.com"), "succeeded")
+    pause(service)
+    client.task(userId="waits@example.com")
+    until(lambda: "paused" in recipient(client, "waits@example.com")["answer"])
+    failed = service.store.key("otp_failed", "wrong@example.com", name_of(client))
+    service.store.redis.set(failed, 100, ex=1000)
+    for address, words in (
+            ("late", "is tried again at 20.*: 450 4.2.0 busy"), ("dead", "was given up: 554 5.7.1 spam"),
+            ("later", "waits for its time, 2036-01-01T00:00:00.000Z"), ("no", "suppressed since 20.* \\(by req"),
+            ("back", "came back, .*: .*no such user"),
+            ("otp", "handed over at 20.*; it may ask for a further OTP at 20"),
+            ("fine", "handed over at 20.*; nothing keeps further mail from it"),
+            ("waits", "waits in its lane, which is paused: for the test"),
+            ("wrong", "not verified until 20.*100 in a row")):
+        answer = recipient(client, f"{address}@example.com")["answer"]
+        assert re.search(words, answer) and "\n" not in answer, answer
+    assert recipient(client, "otp@example.com")["otp"]["hourly_left"] == 0
+    assert recipient(client, "wrong@example.com")["otp"]["blocked_until"].startswith("20")
+
+
+def test_the_admin_is_answered_over_all_accounts_or_for_the_one_that_he_names(services):
+    service = services(admin_token=ADMIN)
+    admin = Client(service.http.url, ADMIN)
+    clients = [admin.sign_up(f"app{number}@example.com") for number in range(3)]
+    for client in clients[:2]:
+        client.state(client.task("generateOtp", userId=ANN), "succeeded")
+        client.post("/suppressions", {"userId": ANN})
+    found = recipient(admin)
+    names = [name_of(client) for client in clients]
+    assert {task["account"] for task in found["tasks"]} == set(names[:2])
+    assert [[each["account"] for each in found[name]] for name in ("suppressions", "otps")] == [names[:2]] * 2
+    assert found["suppression"] == found["suppressions"][0]
+    assert recipient(admin, account=names[2])["suppression"] is None
+    assert recipient(admin, account=names[1])["suppression"]["reason"] == "by request"
+    assert recipient(admin, method="DELETE")["tasks"] == 2
+    assert all(recipient(client)["suppression"] and not recipient(client)["tasks"] for client in clients[:2])
+
+
+def test_what_is_erased_of_an_address_is_nowhere_any_more_and_nothing_of_others_is_gone(services, receiver):
+    service = services(otp_minute_max=0, retry_delay=600.0)
+    client, other = service.client.sign_up(), service.client.sign_up()
+    receiver.hooked(client)
+    receiver.answers = [503] * 10_000
+    key, server = service.store.key, service.store.redis
+    everybody = [(client, ANN), (client, f"jo{ANN}"), (other, ANN)]
+    for owner, address in everybody:
+        name, folded = name_of(owner), address.lower()
+        owner.state(owner.task(userId=address, metadata={"who": "m"}), "succeeded")
+        owner.state(owner.task(userId="550@gomail.test", cc=[address]), "dead")
+        owner.state(owner.task(userId="452@gomail.test", bcc=[address]), "dead")
+        owner.task(userId=address, send_at="2036-01-01T00:00:00Z")
+        owner.state(owner.task("generateOtp", userId=address), "succeeded")
+        owner.state(owner.task("generateOtp", userId=address, purpose="p"), "succeeded")
+        owner.post("/task/verify", {"userEmail": address, "otp": "wrong"})
+        owner.state(owner.task("unsubscribe", userId=address, content_type="gone"), "succeeded")
+        for content_type in ("news", "removed"):
+            owner.state(owner.task("subscribe", userId=address, frequency="@daily", content_type=content_type,
+                                   subject="A", content="B"), "succeeded")
+        server.hset(key("issued", "news", name), folded, "an id")
+        server.hset(key("got", "news", name), folded, "digest 1")
+        record = {"account": name, "userId": address, "content_type": "news", "record": {}}
+        server.set(key("unconfirmed", hashlib.sha256(json.dumps([name, "news", folded]).encode()).hexdigest()),
+                   json.dumps(record), ex=1000)
+        for content_type in ("news", "removed"):
+            server.hset(key("left", content_type, name), folded, json.dumps(
+                {"userId": address, "when": 1700000000123456, "how": "link"}))
+        owner.post("/suppressions", {"userId": address})
+    for owner in (client, other):
+        assert owner("DELETE", "/task/subscriptionContent/removed")[0] == 200
+    until(lambda: server.zcard(key("delayed")) >= 3)
+    pause(service)
+    for owner, address in everybody:
+        owner.task(userId=address, headers={"Idempotency-Key": address})
+    assert recipient(client)["unsubscribed"][0]["since"] == "2023-11-14T22:13:20.123Z"
+    assert recipient(client)["unconfirmed"][0]["content_type"] == "news"
+
+    def events():
+        return [name for name in kept_of(service, ANN, not_behind="jo") if name.startswith("task:")
+                and server.hget(key(name), "lane") == "hooks"]
+
+    def of_others():
+        found = [recipient(client, f"jo{ANN}"), recipient(other)]
+        for each in found:
+            assert each["unconfirmed"].pop().pop("until").startswith("20")  # by Redis's clock and what is left
+        return found
+    others = of_others()
+    assert events()
+    erased = recipient(client, method="DELETE")
+    assert erased["remaining"] == [] and erased["tasks"] >= 10 and erased["mails"] >= 4
+    assert erased["subscriptions"] == erased["unconfirmed"] == 1
+    assert of_others() == others
+    assert len(client.get("/outbox")["mails"]) == len(other.get("/outbox")["mails"]) > 0
+    other.post("/auth/deregister", {"id": name_of(other)})
+    server.delete(*[service.store.prefix + name for name in kept_of(service, name_of(other))])
+    assert kept_of(service, ANN, not_behind="jo") == []
+    found = recipient(client)
+    assert found["tasks"] == found["subscriptions"] == found["unconfirmed"] == []
+    assert found["unsubscribed"][0]["since"] == "2023-11-14T22:13:20.123Z" and found["suppression"]["created"]
+
+
+def test_of_an_erased_address_of_the_only_account_nothing_is_left_in_redis(services):
+    service = services()
+    client = service.client.sign_up()
+    for kind, more in (("message", {"bcc": ["bob@example.com"]}), ("generateOtp", {"purpose": "login"}), (
+            "subscribe", {"frequency": "@daily", "content_type": "news", "subject": "A", "content": "B"}), (
+            "unsubscribe", {"content_type": "old"})):
+        client.state(client.task(kind, userId=ANN, **more), "succeeded")
+    client.task(userId=ANN, send_at="2036-01-01T00:00:00Z")
+    client.post("/task/verify", {"userEmail": ANN, "otp": "wrong"})
+    client.post("/suppressions", {"userId": ANN})
+    assert len(kept_of(service, ANN)) > 8
+    recipient(client, method="DELETE")
+    assert kept_of(service, ANN) == [] and not list((service.transport.folder / "new").iterdir())
+
+
+@pytest.mark.parametrize("address", [ANN, "añn@example.com"])
+def test_an_erased_address_stays_suppressed_until_somebody_lifts_that(services, address):
+    service = services()
+    client, other = service.client.sign_up(), service.client.sign_up()
+    client.post("/suppressions", {"userId": address})
+    recipient(client, address, "DELETE")
+    assert client.get("/suppressions")["total"] == 0 and kept_of(service, address.lower()) == []
+    for name in (address, address.upper().replace("Ñ", "ñ")):
+        client.state(client.task(userId=name), "suppressed")
+        client.state(client.task("generateOtp", userId=name), "succeeded")
+    client.state(client.task(userId="bob@example.com", cc=[address]), "succeeded")
+    other.state(other.task(userId=address), "succeeded")
+    assert client.get(f"/outbox?to={urllib.parse.quote(address)}&subject=Hello")["mails"] == []
+    assert recipient(client, address, "DELETE")["tasks"] == 5  # once more: it stays so
+    client.state(client.task(userId=address), "suppressed")
+    assert client("DELETE", "/suppressions", {"userId": address})[0] == 200
+    assert client("DELETE", "/suppressions", {"userId": address})[0] == 404
+    client.state(client.task(userId=address), "succeeded")
+
+
+def test_an_address_that_is_not_suppressed_is_not_so_after_its_erasure(services):
+    client = services().client.sign_up()
+    client.state(client.task(userId=ANN), "succeeded")
+    recipient(client, method="DELETE")
+    assert recipient(client)["suppression"] is None
+    client.state(client.task(userId=ANN), "succeeded")
+
+
+def test_the_erased_addresses_of_an_account_end_with_it(services):
+    service = services()
+    client = service.client.sign_up()
+    client.post("/suppressions", {"userId": ANN})
+    recipient(client, method="DELETE")
+    assert service.store.redis.exists(service.store.key("erased", name_of(client)))
+    service.client.post("/auth/deregister", {"id": name_of(client)})
+    assert not service.store.redis.exists(service.store.key("erased", name_of(client)))
+
+
+def test_a_waiting_mail_to_others_as_well_and_one_that_is_being_sent_are_named_as_what_remains(services, monkeypatch):
+    monkeypatch.setattr(gomail.Recipients, "PATIENCE", 0.2)
+    service = services()
+    client = service.client.sign_up()
+    sent = client.task(userId=ANN, cc=["slow-2s@gomail.test"])
+    alone = client.task(userId="slow-60s@gomail.test")
+    client.state(alone, "running")
+    client.state(sent, "running")
+    several = client.task(userId="bob@example.com", cc=[ANN], send_at="2036-01-01T00:00:00Z")
+    found = recipient(client, method="DELETE")
+    assert {each["id"] for each in found["remaining"]} == {sent, several} and found["tasks"] == 0
+    assert "several recipients" in str(found["remaining"])
+    assert [each["reason"] for each in recipient(client, "slow-60s@gomail.test", "DELETE")["remaining"]] == [
+        "it is just being sent; erase the address again in a moment"]
+    client.state(sent, "succeeded")
+    assert client("DELETE", f"/task/{several}")[0] == 200
+    found = recipient(client, method="DELETE")
+    assert found["remaining"] == [] and found["tasks"] == 2 and found["mails"] == 1
+
+
+def test_an_erasure_waits_for_the_end_of_a_mail_that_is_being_sent(services):
+    client = services().client.sign_up()
+    task_id = client.task(userId="slow-1s@gomail.test")
+    client.state(task_id, "running")
+    found = recipient(client, "slow-1s@gomail.test", "DELETE")
+    assert found["remaining"] == [] and found["tasks"] == found["mails"] == 1
+
+
+def test_a_mail_that_waits_in_a_lane_is_erased_and_not_sent_and_those_around_it_are(services):
+    service = services()
+    client = service.client.sign_up()
+    pause(service)
+    ids = [client.task(userId=address) for address in ("a@example.com", ANN, "b@example.com")]
+    assert recipient(client, method="DELETE")["tasks"] == 1
+    service.workers.breakers["normal"].close()
+    for task_id in (ids[0], ids[2]):
+        client.state(task_id, "succeeded")
+    assert client("GET", f"/task/{ids[1]}")[0] == 404 and len(client.get("/outbox")["mails"]) == 2
+
+
+def test_beside_workers_each_mail_to_an_erased_address_is_sent_once_or_not_at_all_and_none_after_the_answer(
+        services, mail_server):
+    service = services(mail_server, workers=4)
+    client = service.client.sign_up()
+    pause(service)
+    for number in range(300):
+        client.task(userId=ANN if number % 2 else "bob@example.com", subject=str(number))
+    service.workers.breakers["normal"].close()
+    until(lambda: mail_server.to(ANN))
+    assert recipient(client, method="DELETE")["remaining"] == []
+    sent = [parsed(mail.raw)["Subject"] for mail in mail_server.to(ANN)]
+    until(lambda: len(mail_server.to("bob@example.com")) == 150)
+    assert [parsed(mail.raw)["Subject"] for mail in mail_server.to(ANN)] == sent and len(set(sent)) == len(sent)
+    assert kept_of(service, ANN) == []
+
+
+def test_tasks_that_are_no_more_among_the_newest_are_erased_too(services):
+    service = services()
+    client = service.client.sign_up()
+    client.state(client.task(userId=ANN), "succeeded")
+    service.store.redis.delete(service.store.key("recent"), service.store.key("recent", name_of(client)))
+    assert recipient(client)["tasks"] == [] and recipient(client, method="DELETE")["tasks"] == 1
+
+
 # --- 11. webhooks -----------------------------------------------------------------------------------------
 
 class Receiver(http.server.ThreadingHTTPServer):
@@ -12780,10 +13634,12 @@ def test_content_types_are_created_updated_read_listed_and_removed(client):
     assert client("PUT", path, {**body, "subject": "S2"})[:2] == (
         200, {"status": True, "msg": "Content Type updated successfully"})
     assert client("PUT", path, {**body, "content_type": "other"})[0] == 404
-    one = {"content_type": "Weekly Lettér", "subject": "S2", "content": "C", "subscribers": 0}
+    one = {"content_type": "Weekly Lettér", "subject": "S2", "content": "C", "resend": True, "defaults": {},
+           "subscribers": 0}
     found = client.get(path + "/Weekly%20Lett%C3%A9r")
     assert found.pop("view") and found == {"status": True, **one}
-    one.pop("content")
+    for name in ("content", "resend", "defaults"):
+        one.pop(name)
     assert client.get(path)["contentTypes"] == [one]
     assert client("DELETE", path + "/Weekly%20Lett%C3%A9r")[0] == 200
     assert client("GET", path + "/Weekly%20Lett%C3%A9r")[0] == 404
@@ -14534,6 +15390,25 @@ def test_the_operator_looks_after_dead_letters_from_the_command_line(operated, m
     assert command.process.stop() == 0
     code, _, errors = command("dead")
     assert code == 3 and "no gomail is running" in errors
+
+
+def test_the_operator_learns_of_an_address_and_erases_it_from_the_command_line(operated, mail_server):
+    command, client = operated
+    mail_server.replies["user@example.com"].append("554 5.7.1 not\x1b[31m wanted")
+    task_id = client.task()
+    client.state(task_id, "dead")
+    code, output, _ = command("recipient", "user@EXAMPLE.com")
+    assert code == 0 and output.startswith("The newest mail to it was given up: 554 5.7.1 not")
+    assert task_id in output and "app@example.com" in output and "\x1b" not in output
+    found = json.loads(command("recipient", "user@example.com", "--account", "app@example.com", "--json")[1])
+    assert [task["id"] for task in found["tasks"]] == [task_id]
+    assert command("recipient", "nobody")[0] == 2 and "ADDRESS must be" in command("recipient", "nobody")[2]
+    assert command("recipient", "user@example.com", "--account", "who")[0] == 1
+    code, output = command.at_terminal("recipient", "user@example.com", "--erase", typed="n\n")
+    assert code == 1 and "user@example.com" in output and client.get(f"/task/{task_id}")
+    code, output, _ = command("recipient", "user@example.com", "--erase", "--yes")
+    assert (code, output) == (0, "erased: 1 task, 0 subscriptions, 0 mails in the Maildir\n")
+    assert client("GET", f"/task/{task_id}")[0] == 404
 
 
 def test_the_command_line_shows_the_metadata_of_a_task(operated):
@@ -16320,6 +17195,32 @@ def test_axe_finds_nothing_and_nothing_is_wider_than_the_screen(services, browse
         check(f"{view} of the admin")
     # What axe itself tries to say to the sandboxed frame of a mail.
     tab.complaints = [line for line in tab.complaints if "postMessage" not in line]
+
+
+@pytest.mark.parametrize("scheme, width", [("light", 360), ("dark", 360), ("light", 1280), ("dark", 1280)])
+def test_axe_finds_nothing_in_the_pages_for_readers_whose_button_unsubscribes(services, browser, scheme, width):
+    service = services(public_url="https://mail.example.com", smtp_from=f'"{"Sender" * 20}" <app@example.com>')
+    client, content_type = service.client.sign_up(), "news-" * 15
+    address = "a" * 60 + "@example.com"
+    define(client, content_type)
+    subscribe(client, address, content_type=content_type)
+    path = "/unsubscribe/" + service.newsletters.link(name_of(client), content_type, address).rpartition("/")[2]
+    tab = browser.open(client, address=path[1:], color_scheme=scheme, locale="fr-FR",
+                       viewport={"width": width, "height": 800})
+    checker = axe_playwright_python.sync_playwright.Axe()
+
+    def check(title):
+        tab.get_by_role("heading", name=title).wait_for()
+        violations = checker.run(tab).response["violations"]
+        assert not violations, (title, json.dumps(violations, indent=1)[:3000])
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width, title
+    check("Se d\u00e9sabonner")
+    tab.get_by_role("button", name="Se d\u00e9sabonner").click()
+    check("Vous \u00eates d\u00e9sabonn\u00e9(e)")
+    assert client.get(f"/task/subscriptionContent/{content_type}")["subscribers"] == 0
+    tab.goto(tab.url[:-3])
+    check("Ce lien n\u2019est pas valable")
+    tab.complaints = [line for line in tab.complaints if "404" not in line]  # the page's own status
 
 
 @pytest.mark.timeout(7200)
