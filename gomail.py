@@ -1112,7 +1112,6 @@ def start_logging(settings: Settings) -> None:
 #   unconfirmed:<digest>            string  {"account", "registration", "content_type", "userId", "record", "asked"
 #                                           (ms)}: a subscription that waits for its confirmation, see
 #                                           Newsletters.ASK
-#   erasure_key                     string  the secret of the names that stand for erased addresses
 #   schedule                        zset    [account, type, address] by its next boundary (s)
 #   ascii_folded                    string  time of the upgrade to keys that fold only ASCII letters (ms)
 #   needs_noted                     string  time of the upgrade to `needs` (ms)
@@ -10113,7 +10112,9 @@ class Recipients:
 
     def _of_newsletters(self, address: str, account: Account) -> Json:
         """{"unsubscribed": from which newsletters, "unconfirmed": the subscriptions that wait for a click}."""
-        folded, pairs = fold_address(address), self.newsletters._content_types(account.name)
+        pairs = sorted({pair for kind in ("content", "left_types")
+                        for pair in self.newsletters._content_types(account.name, kind)})
+        folded = fold_address(address)
         names = [folded, erased_name(self.store, address)]
         waiting = [hashlib.sha256(json.dumps([owner, content_type, folded]).encode()).hexdigest()
                    for owner, content_type in pairs]
@@ -10306,7 +10307,7 @@ class Recipients:
             return
         with self.store.redis.pipeline() as transaction:
             if kind == "left":
-                kept = {name: value for name, value in json.loads(record).items() if name != "userId"}
+                kept = {name: value for name, value in json.loads(record).items() if name in ("when", "how")}
                 transaction.hset(key, erased_name(self.store, address), json.dumps(kept))
             if kind == "subscribers":
                 transaction.zrem(self.store.key("schedule"),
