@@ -8959,7 +8959,6 @@ class Newsletters:
         if not before then return 'not subscribed' end
         redis.call('HDEL', subscribers, address)
         redis.call('HDEL', issued, address)
-        redis.call('HDEL', got, address)
         redis.call('ZREM', schedule, member)
         emit(prefix, account, 'subscription.ended', data)
         return 'unsubscribed'
@@ -9406,16 +9405,15 @@ class Newsletters:
         return cjson.encode(job)
     """
 
-    def send_some(self) -> int:
-        """Queue about BATCH mails of the newsletters that are being sent. Returns BATCH if there may be more to do, and
-        0 if not."""
+    def send_some(self) -> bool:
+        """Queue about BATCH mails of the newsletters that are being sent. Returns whether there may be more to do."""
         self.sending.clear()
         answer = self._send_some(keys=[self.store.prefix], args=[self.BATCH])
         if isinstance(answer, str):
             job = json.loads(answer)
             log(logging.INFO, "newsletter queued for all subscribers", account=job["account"],
                 content_type=job["content_type"], mails=job["queued"])
-        return self.BATCH if answer else 0
+        return answer != 0
 
     # KEYS: the prefix. ARGV: field in `sends`, registration of its account or "" for any, 1 to end it or 0 to count.
     # Answer: how many subscribers have not been looked at, or -1 if nothing is being sent.
@@ -11413,6 +11411,7 @@ class Cron:
     TICK = 0.1  # seconds between two rounds at least, and until lines of the log are written at most
     BEAT = 1.0  # seconds between two heartbeats
     POLL = 1.0  # seconds between two looks for newsletters that are due, and for what other processes have delayed
+    SENDS = 4  # parts of a newsletter for all subscribers that are queued a TICK: a sixth of Redis's time goes to them
 
     def __init__(self, store: Store, accounts: Accounts, queue: Queue, newsletters: Newsletters, stats: Stats,
                  workers: Workers, transport: Transport, bounces: Bounces,
@@ -11531,13 +11530,18 @@ class Cron:
             return
         self.last_poll, deadline = now, time.monotonic() + 0.5
         for work, batch in ((self.expire, Queue.BATCH), (self.queue.promote, Queue.BATCH),
-                            (self.newsletters.enqueue_due, Newsletters.BATCH),
-                            (self.newsletters.send_some, Newsletters.BATCH)):
+                            (self.newsletters.enqueue_due, Newsletters.BATCH)):
             while work() == batch:
                 if time.monotonic() >= deadline:
                     self.last_poll = float("-inf")  # the rest in the next round, a TICK later
                     self.queue.wake.set()
                     break
+        for _ in range(self.SENDS):
+            if not self.newsletters.send_some():
+                break
+        else:
+            self.last_poll = float("-inf")
+            self.queue.wake.set()
 
 
 # --- 18. http api ---------------------------------------------------------------------------------------
