@@ -1114,7 +1114,6 @@ def start_logging(settings: Settings) -> None:
 #   unconfirmed:<digest>            string  {"account", "registration", "content_type", "userId", "record", "asked"
 #                                           (ms)}: a subscription that waits for its confirmation, see
 #                                           Newsletters.ASK
-#   erasure_key                     string  the secret of the names that stand for erased addresses
 #   schedule                        zset    [account, type, address] by its next boundary (s)
 #   ascii_folded                    string  time of the upgrade to keys that fold only ASCII letters (ms)
 #   needs_noted                     string  time of the upgrade to `needs` (ms)
@@ -8560,17 +8559,21 @@ class Newsletters:
                      "since": timestamp(record["when"]), "how": record["how"]}
                     for owner, name, record in page if "userId" in record or address], next_cursor
         with self.store.redis.pipeline(transaction=False) as pipeline:
+            groups = [[*rows] for _, rows in itertools.groupby(page, lambda row: row[:2])]
+            for rows in groups:
+                owner, name, _ = rows[0]
+                pipeline.hmget(self.store.key("got", name, owner), [fold_address(row[2]["userId"]) for row in rows])
             for owner, name, record in page if not for_export else ():
                 pipeline.zscore(self.store.key("schedule"), self.schedule_member(owner, name, record["userId"]))
-                pipeline.hget(self.store.key("got", name, owner), fold_address(record["userId"]))
             answers = pipeline.execute()
-        lasts = self._last_issues([(owner, name, got) for (owner, name, _), got in zip(page, answers[1::2])])
+        moments, got = answers[len(groups):], itertools.chain.from_iterable(answers[:len(groups)])
+        lasts = self._last_issues([(owner, name, issue) for (owner, name, _), issue in zip(page, got)])
         return [{"account": owner, "content_type": name, "userId": record["userId"], "state": state,
                  "frequency": record["frequency"], "next": timestamp(moment * 1e6) if moment else None,
                  "created": timestamp(record["created"]),
                  **{name: record[name] for name in Subscription.CALENDAR if name in record}, "last": last,
                  **({"variables": record.get("variables", {})} if address or for_export else {})}
-                for (owner, name, record), moment, last in zip(page, answers[::2], lasts)], next_cursor
+                for (owner, name, record), moment, last in itertools.zip_longest(page, moments, lasts)], next_cursor
 
     def _unconfirmed(self, account: str, content_type: str, address: str) -> list[Json]:
         """The subscriptions of an address that wait for its confirmation, as subscriptions() has them."""
@@ -8582,9 +8585,9 @@ class Newsletters:
                     pipeline.get(self.store.key("unconfirmed", self._digest(owner, name, address)))
             found = [json.loads(asking) for asking in pipeline.execute() if asking]
         return [{"account": asking["account"], "content_type": asking["content_type"], "userId": asking["userId"],
-                 "state": SubscriptionState.UNCONFIRMED, "frequency": asking["record"]["frequency"], "next": None,
+                 "state": SubscriptionState.UNCONFIRMED, "next": None,
                  "created": timestamp(asking["record"]["created"]),
-                 **{name: asking["record"][name] for name in Subscription.CALENDAR if name in asking["record"]},
+                 **{name: asking["record"][name] for name in TIMES if name in asking["record"]},
                  "variables": asking["record"].get("variables", {})} for asking in found]
 
     def _last_issues(self, found: "Sequence[tuple[str, str, str | None]]") -> "list[Json | None]":
@@ -10110,7 +10113,9 @@ class Recipients:
 
     def _of_newsletters(self, address: str, account: Account) -> Json:
         """{"unsubscribed": from which newsletters, "unconfirmed": the subscriptions that wait for a click}."""
-        folded, pairs = fold_address(address), self.newsletters._content_types(account.name)
+        pairs = sorted({pair for kind in ("content", "left_types")
+                        for pair in self.newsletters._content_types(account.name, kind)})
+        folded = fold_address(address)
         names = [folded, erased_name(self.store, address)]
         waiting = [hashlib.sha256(json.dumps([owner, content_type, folded]).encode()).hexdigest()
                    for owner, content_type in pairs]
@@ -10303,7 +10308,7 @@ class Recipients:
             return
         with self.store.redis.pipeline() as transaction:
             if kind == "left":
-                kept = {name: value for name, value in json.loads(record).items() if name != "userId"}
+                kept = {name: value for name, value in json.loads(record).items() if name in ("when", "how")}
                 transaction.hset(key, erased_name(self.store, address), json.dumps(kept))
             if kind == "subscribers":
                 transaction.zrem(self.store.key("schedule"),
