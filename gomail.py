@@ -41,9 +41,11 @@ What a change touches:
 import argparse
 import base64
 import bisect
+import calendar
 import binascii
 import collections
 import contextlib
+import csv
 import ctypes
 import dataclasses
 import datetime
@@ -99,7 +101,7 @@ import typing
 import urllib.parse
 import zlib
 import zoneinfo
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from mailbox import Maildir
 from typing import IO, Any
 
@@ -189,7 +191,8 @@ MIN_TOKEN_LENGTH = 16  # of admin_token, beyond loopback
 VARIABLE = "[A-Za-z_][A-Za-z0-9_]{0,63}"
 ONE_LINE = r"[^\x00-\x1f\x7f-\x9f\u2028\u2029]"  # some mailers break a header at the last two, Unicode's line ends
 LINE = "on one line, without control characters"
-PLACEHOLDER = re.compile(rf"\{{\{{ *({VARIABLE}) *\}}\}}")  # {{ name }}, see fill_template()
+# {{ name }} or {{ name | default: "text" }}: the name, and the default in its quotes; see fill_template().
+PLACEHOLDER = re.compile(rf"""\{{\{{ *({VARIABLE}) *(?:\| *default *: *("[^"{{}}\r\n]*"|'[^'{{}}\r\n]*') *)?\}}\}}""")
 
 # A placeholder, or, as the group `wrong`, a malformed one. The outer braces of {{{ name }}} are text.
 BRACES = re.compile(rf"{PLACEHOLDER.pattern}"
@@ -337,10 +340,10 @@ class Settings:
         if self.public_url and not re.fullmatch(r"https?://[!-;=?-~]+", self.public_url):
             raise self._wrong("public_url", "is not a URL such as https://mail.example.com")
         for name in ("otp_subject", "otp_content"):
-            if unknown := set(PLACEHOLDER.findall(getattr(self, name))) - {"otp", "minutes"}:
+            if unknown := placeholder_names(getattr(self, name)) - {"otp", "minutes"}:
                 raise StartError(f"{name}: {{{{ {min(unknown)} }}}} is not known, expected "
                                  "{{ otp }} or {{ minutes }}")
-        if self.otp_content and "otp" not in PLACEHOLDER.findall(self.otp_content):
+        if self.otp_content and "otp" not in placeholder_names(self.otp_content):
             raise StartError("otp_content: must hold {{ otp }}")
         for name in split_list(self.allowed_hosts):
             if parse_host(name) is None or parse_host(f"{name}:80") is None:
@@ -529,6 +532,11 @@ def warnings_about(settings: Settings, environment: Mapping[str, str]) -> list[s
         warnings.append(f"workers is {settings.workers}, but smtp_connections {settings.smtp_connections}: the other "
                         "workers of a lane wait for a connection")
     return warnings
+
+
+def placeholder_names(text: str, with_default: bool = True) -> set[str]:
+    """The variables that a template names; without `with_default` only those that it cannot be filled without."""
+    return {place[1] for place in PLACEHOLDER.finditer(text) if with_default or not place[2]}
 
 
 def malformed_placeholders(text: str) -> str:
@@ -1050,7 +1058,8 @@ def start_logging(settings: Settings) -> None:
 #   suppressed:<account>            zset    addresses that get no mail, by the time when that began (ms)
 #   suppressed_for:<account>        hash    address -> reason
 #   erased:<account>                zset    erased_name() of suppressed addresses that were erased, by that time (ms)
-#   erasure_key                     string  the key of these names, random; made when an address is first erased
+#   erasure_key                     string  the secret of the names that stand for erased addresses, made when the first
+#                                           one is erased
 #   rate                            hash    smtp_rate: when the next mail may go: all (lanes), urgent (the lane); asked
 #                                           (time of the last call) (us)
 #   rate_window:<seconds>           hash    smtp_rate: number of a bucket of time -> recipients; total; first (the
@@ -1081,12 +1090,29 @@ def start_logging(settings: Settings) -> None:
 #   otp_requests:<account>          string  number of OTP requests in this minute
 #
 #   hooks                           hash    account, "" for the admin -> its webhook, see Webhooks.set()
-#   content:<account>               hash    content type -> {"subject", "content"}
-#   subscribers:<type>:<account>    hash    address -> {"userId", "frequency", "retries", "created", "variables"}
-#   issued:<type>:<account>         hash    address -> id of the task of the newest newsletter
+#   content:<account>               hash    content type -> {"subject", "content", "resend", "defaults"}, see
+#                                           Newsletters._body()
+#   needs:<account>                 hash    content type -> the variables that it cannot be filled without, by spaces
+#   subscribers:<type>:<account>    hash    address -> {"userId", "frequency", "retries", "created", "variables", "at",
+#                                           "day", "timezone"}
+#   preview:<type>:<account>        string  HTML of the newest preview, for a minute
+#   issued:<type>:<account>         hash    address -> id of the task of the newest newsletter, and the newest boundary
+#                                           at which one was queued (s), by a space
+#   got:<type>:<account>            hash    address -> the last text that was sent to her, as text_digest() has it, and
+#                                           when (ms), by a space
+#   issues:<type>:<account>         hash    text_digest() -> {"subject"}; "<text_digest()> sent" -> number of mails,
+#                                           "... first" and "... last" -> when (ms)
+#   sends                           hash    "<type>:<account>" -> a newsletter that is being queued for all subscribers:
+#                                           {"id", "account", "registration", "content_type", "cursor" of HSCAN, "order"
+#                                           (see Newsletters.SEND_SOME), "seen", "queued" (subscribers)}
 #   unsubscribed:<type>:<address>:<account>  string  time of the request (us); a subscribe that is older has no effect
+#   left:<type>:<account>           hash    address -> {"userId", "when" (us), "how", "record"}: who unsubscribed, and
+#                                           which subscription ended then, if any; stays when the content type is
+#                                           removed. An erased address has a keyed hash as its field, and no userId
+#   left_types:<account>            hash    content type -> 1: those that somebody left
 #   schedule                        zset    [account, type, address] by its next boundary (s)
 #   ascii_folded                    string  time of the upgrade to keys that fold only ASCII letters (ms)
+#   needs_noted                     string  time of the upgrade to `needs` (ms)
 #
 #   answered:<id>                   string  answer of a script, kept for a minute in case the same call comes again
 #   on_disk                         string  a write for WAITAOF to wait for
@@ -1218,6 +1244,11 @@ def hash_tagged(prefix: str) -> str:
         return prefix
     name = prefix.rstrip(":")
     return f"{{{name}}}{prefix[len(name):]}" if name and name[0] != "}" else f"{{gomail}}{prefix}"
+
+
+def escape_glob(text: str) -> str:
+    """The pattern that matches this text alone."""
+    return re.sub(r"[*?\[\]\\]", r"\\\g<0>", text)
 
 
 class ClusterConnection(redis.Connection):
@@ -1418,10 +1449,10 @@ class Store:
         BRPOPLPUSH k k 0, DBSIZE, DEL k, EVAL x 1 k, EVALSHA x 1 k, EXEC, EXISTS k, EXPIRE k 1, GET k, HDEL k x,
         HEXISTS k x, HGET k x, HGETALL k, HINCRBY k x 1, HINCRBYFLOAT k x 1, HKEYS k, HLEN k, HMGET k x, HRANDFIELD k,
         HSCAN k 0, HSET k x x, HSETNX k x x, HSTRLEN k x, HVALS k, INCR k, LINDEX k 0, LLEN k, LPOS k x, LPUSH k x,
-        LRANGE k 0 0, LREM k 0 x, MEMORY|USAGE k, MULTI, PERSIST k, PEXPIRE k 1, PEXPIREAT k 1, PING, PTTL k, RPOP k,
-        RPOPLPUSH k k, RPUSH k x, SADD k x, SCAN 0, SET k x, SREM k x, SSCAN k 0, TIME, TTL k, TYPE k, UNLINK k,
-        ZADD k 1 x, ZCARD k, ZCOUNT k 0 0, ZRANGE k 0 0, ZRANGEBYSCORE k 0 0, ZREM k x, ZREMRANGEBYSCORE k 0 0,
-        ZREVRANGE k 0 0, ZREVRANGEBYSCORE k 0 0, ZSCAN k 0, ZSCORE k x
+        LRANGE k 0 0, LREM k 0 x, LSET k 0 x, MEMORY|USAGE k, MULTI, PERSIST k, PEXPIRE k 1, PEXPIREAT k 1, PING,
+        PTTL k, RPOP k, RPOPLPUSH k k, RPUSH k x, SADD k x, SCAN 0, SET k x, SREM k x, SSCAN k 0, TIME, TTL k, TYPE k,
+        UNLINK k, ZADD k 1 x, ZCARD k, ZCOUNT k 0 0, ZRANGE k 0 0, ZRANGEBYSCORE k 0 0, ZREM k x,
+        ZREMRANGEBYSCORE k 0 0, ZREVRANGE k 0 0, ZREVRANGEBYSCORE k 0 0, ZSCAN k 0, ZSCORE k x
     """
     FSYNC_COMMANDS = "WAITAOF 1 0 0"  # with durability=fsync
 
@@ -1477,12 +1508,7 @@ class Store:
 
     def matching(self, pattern: str) -> str:
         """The pattern of SCAN for keys whose names, without the prefix, match `pattern`."""
-        return self.literal(self.prefix) + pattern
-
-    @staticmethod
-    def literal(text: str) -> str:
-        """The pattern of SCAN for this very text."""
-        return re.sub(r"[*?\[\]\\]", r"\\\g<0>", text)
+        return escape_glob(self.prefix) + pattern
 
     def time(self) -> float:
         """Redis's clock, seconds since the epoch: the one clock that all processes share."""
@@ -2068,6 +2094,11 @@ def is_html(content: str) -> bool:
     return MARKUP.search(content) is not None
 
 
+def with_defaults(variables: Mapping[str, Any], defaults: Mapping[str, Any]) -> Json:
+    """Variables, with a default for each that is missing or empty."""
+    return {**defaults, **{name: value for name, value in variables.items() if value != "" or name not in defaults}}
+
+
 class TooLarge(ValueError):
     """A result would have `size` bytes, which is more than allowed."""
 
@@ -2080,34 +2111,59 @@ def fill_template(template: str, variables: Mapping[str, Any], escape: bool = Fa
                   max_size: float = math.inf) -> str:
     """`template` with each `{{ name }}` replaced by the variable of that name. Nothing in it is ever evaluated.
 
-    A name is a letter or `_`, then letters, digits or `_`; spaces around it are ignored.
+    A name is a letter or `_`, then letters, digits or `_`; spaces around it are ignored. Where the variable is missing
+    or empty, `{{ name | default: "text" }}` becomes the text.
 
     Args:
         variables: name -> string or number.
-        escape: escape the values for HTML.
-        keep_unknown: leave placeholders without a variable as they are.
+        escape: escape the values and the defaults for HTML.
+        keep_unknown: leave placeholders with neither a variable nor a default as they are.
         max_size: bytes that the result may have: a short template can repeat a long value many times.
 
     Raises:
         KeyError: there is no variable of that name.
         TooLarge: the result would be larger; it was not made.
     """
-    places = [place for place in PLACEHOLDER.finditer(template) if not keep_unknown or place[1] in variables]
-    values = {name: str(variables[name]) for name in {place[1] for place in places}}
-    if escape:
-        values = {name: html.escape(value) for name, value in values.items()}
-    sizes = {name: len(value.encode()) for name, value in values.items()}
-    size = len(template.encode()) + sum(sizes[place[1]] - len(place[0]) for place in places)
+    values: dict[str, str] = {}  # placeholder -> what takes its place
+    size = len(template.encode())
+    for place in PLACEHOLDER.finditer(template):
+        placeholder, name, default = place[0], place[1], place[2]
+        if placeholder not in values:
+            if default and variables.get(name, "") == "":
+                value = default[1:-1]
+            elif name in variables or not keep_unknown:
+                value = str(variables[name])
+            else:
+                continue
+            values[placeholder] = html.escape(value) if escape else value
+        size += len(values[placeholder].encode()) - len(placeholder.encode())
     if size > max_size:
         raise TooLarge(size)
-    return PLACEHOLDER.sub(lambda place: values.get(place[1], place[0]), template)
+    return PLACEHOLDER.sub(lambda place: values.get(place[0], place[0]), template)
+
+
+# What GoMail itself fills in newsletters: without and with public_url.
+READER_VARIABLES = (("email",), ("email", "unsubscribe_url"))
+
+
+def needs(body: Json) -> list[str]:
+    """The variables that a content type, {"subject", "content", "defaults"}, cannot be filled without."""
+    names = placeholder_names(body["subject"], with_default=False) | placeholder_names(body["content"], False)
+    return sorted(names - body.get("defaults", {}).keys())
+
+
+def lacks_variable(name: str) -> HTTPError:
+    """The error (400) for a subscription that lacks a variable."""
+    field = f"payload.variables.{name}"
+    hint = "; the option public_url makes it" if name == "unsubscribe_url" else ""
+    return HTTPError(400, f"{field} is required: the newsletter names it, without a default{hint}", field)
 
 
 def check_placeholders(text: str, field: str) -> None:
     """Raise HTTPError (400) for a `{{` that begins no placeholder: fill_template() would leave it as it is."""
     if malformed := malformed_placeholders(text):
         raise HTTPError(400, f"{field} has {malformed}, expected {{{{ name }}}}: a letter or _, then up to 63 letters, "
-                        "digits or _, in two braces on each side", field)
+                        "digits or _, in two braces on each side; or {{ name | default: \"text\" }}", field)
 
 
 class Check:
@@ -2840,20 +2896,30 @@ class Accounts:
             self._ensure_made_key_is_active(made)
         return self._sign(made, moment, ttl), ends / 1000
 
-    # KEYS: UserList, the account's content types, its other keys; ARGV: account, key prefix, content types to remove.
+    # KEYS: UserList, the account's content types, those that somebody left, its other keys; ARGV: account, key prefix,
+    # content types to remove.
     # Answers 0 if the account is not registered, 1 if it is removed, 2 if content types are left: until they are gone,
     # the name stays taken, and no key is valid. The waiting tasks and the schedule are not searched: what comes up
     # there without its owner is dropped.
     DEREGISTER = """
-        local users, content, name, prefix, most = KEYS[1], KEYS[2], ARGV[1], ARGV[2], tonumber(ARGV[3])
+        local users, content, left_types, needs = unpack(KEYS)
+        local name, prefix, most = ARGV[1], ARGV[2], tonumber(ARGV[3])
         if redis.call('HEXISTS', users, name) == 0 then return 0 end
         local types = redis.call('HRANDFIELD', content, most)
         for _, content_type in ipairs(types) do
             redis.call('HDEL', content, content_type)
-            redis.call('UNLINK', prefix .. 'subscribers:' .. content_type .. ':' .. name,
-                       prefix .. 'issued:' .. content_type .. ':' .. name)
+            redis.call('HDEL', needs, content_type)
+            local type_and_name = content_type .. ':' .. name
+            redis.call('UNLINK', prefix .. 'subscribers:' .. type_and_name, prefix .. 'issued:' .. type_and_name,
+                       prefix .. 'got:' .. type_and_name, prefix .. 'issues:' .. type_and_name)
+            redis.call('HDEL', prefix .. 'sends', type_and_name)
         end
-        if #types == most then
+        local left = redis.call('HRANDFIELD', left_types, most)
+        for _, content_type in ipairs(left) do
+            redis.call('HDEL', left_types, content_type)
+            redis.call('UNLINK', prefix .. 'left:' .. content_type .. ':' .. name)
+        end
+        if #types == most or #left == most then
             redis.call('HSET', users, name, '')
             return 2
         end
@@ -2868,7 +2934,7 @@ class Accounts:
     def deregister(self, name: str) -> None:
         """Revoke the keys of an account and end all it has waiting. Raises HTTPError (404) if it is not registered."""
         keys = [self.user_list, *(self.store.key(kind, name) for kind in (
-            "content", "dead", "suppressed", "suppressed_for", "erased", "recent"))]
+            "content", "left_types", "needs", "dead", "suppressed", "suppressed_for", "erased", "recent"))]
         many, at_once = self._keys_of_many(name), self.CONTENT_TYPES_AT_ONCE
         # Removing no content types only revokes the keys.
         while (answer := self._deregister(keys=keys, args=[name, self.store.prefix, 0 if many else at_once])) == 2:
@@ -2880,14 +2946,15 @@ class Accounts:
 
     def _keys_of_many(self, name: str) -> list[str]:
         """The keys of an account that have more elements than one call removes."""
-        types = self.store.redis.hkeys(self.store.key("content", name))
+        types, left_types = (self.store.redis.hkeys(self.store.key(kind, name)) for kind in ("content", "left_types"))
         with self.store.redis.pipeline(transaction=False) as pipeline:
             keys = [self.store.key(kind, name) for kind in ("dead", "suppressed", "erased")]
             for key in keys:
                 pipeline.zcard(key)
             hashes = [self.store.key("suppressed_for", name), *(
                 self.store.key(kind, content_type, name) for content_type in types for kind in (
-                    "subscribers", "issued"))]
+                    "subscribers", "issued", "got")), *(
+                self.store.key("left", content_type, name) for content_type in left_types)]
             for key in hashes:
                 pipeline.hlen(key)
             return [key for key, size in zip(keys + hashes, pipeline.execute()) if size > self.MANY]
@@ -3025,6 +3092,7 @@ CONTENT_TYPE = Pattern("a string of 1 to 100 characters, only letters, digits, s
                        r"(?!\.{1,2}$| +$)[\w. -]+", 100)
 LANE = Enum(MAIL_LANES)
 FREQUENCIES = ("@hourly", "@daily", "@weekly", "@monthly")
+WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 LOCALE = Pattern("a language tag of up to 35 characters (BCP 47), such as pt-BR",
                  "[A-Za-z]{1,8}(-[A-Za-z0-9]{1,8})*", 35)
 PURPOSE = String(50, ONE_LINE, LINE)
@@ -3043,6 +3111,58 @@ CONTENT_ID = Pattern("letters, digits and . _ + -, with at most one @ inside",
 FILENAME = String(100, ONE_LINE[:-1] + r"/\\]", "without control characters, / and \\")
 ATTACHMENT = Object({"filename": FILENAME, "content_type": MEDIA_TYPE, "content": Base64(),
                      "content_id": Nullable(CONTENT_ID)})
+
+
+class TimeZone(Check):
+    """An IANA time zone that this machine knows."""
+
+    expected = "an IANA time zone, such as Europe/Berlin"
+    schema = {"type": "string", "maxLength": 64}
+    known = staticmethod(functools.lru_cache(zoneinfo.available_timezones))  # it reads some hundred files
+
+    def parse(self, value: str) -> str | None:
+        return value if value in self.known() else None
+
+    def hint(self, value: Any) -> str:
+        if type(value) is not str or not value:
+            return super().hint(value)
+        names = {name.lower(): name for name in self.known()}
+        nearest = difflib.get_close_matches(value[:64].lower().replace(" ", "_"), names, 1)
+        return f"; did you mean {names[nearest[0]]}?" if nearest else ""
+
+
+class Day(Check):
+    """The day of a week or of a month on which a newsletter comes."""
+
+    types = (str, int)
+    expected = f"one of {', '.join(WEEKDAYS)} with the frequency @weekly, or a whole number from 1 to 31 with @monthly"
+    schema = {"anyOf": [{"enum": list(WEEKDAYS)}, {"type": "integer", "minimum": 1, "maximum": 31}]}
+
+    def parse(self, value: str | int) -> str | int | None:
+        return value if value in WEEKDAYS or isinstance(value, int) and 1 <= value <= 31 else None
+
+
+class Subscription(Object):
+    """The payload of a subscribe task: a `day` must be one of its frequency, and no hour has an `at`."""
+
+    CALENDAR: typing.ClassVar[dict[str, Check]] = {
+        "at": Nullable(Pattern("a time from 00:00 to 23:59, such as 09:30", "([01][0-9]|2[0-3]):[0-5][0-9]", 5)),
+        "day": Nullable(Day()), "timezone": Nullable(TimeZone())}
+
+    def __init__(self, fields: Mapping[str, Check], dependent_required: Sequence[str] = ()) -> None:
+        super().__init__({**fields, **self.CALENDAR}, dependent_required)
+
+    def __call__(self, value: Any, field: str = "") -> Any:
+        payload, path = super().__call__(value, field), f"{field}." if field else ""
+        frequency, day = payload["frequency"], payload.get("day")
+        if frequency == "@hourly" and "at" in payload:
+            raise HTTPError(400, f"{path}at must be left out with the frequency @hourly", f"{path}at")
+        if day is not None and frequency not in ("@weekly", "@monthly"):
+            raise HTTPError(400, f"{path}day must be left out with the frequency {frequency}", f"{path}day")
+        if day is not None and isinstance(day, int) != (frequency == "@monthly"):
+            expected = "a whole number from 1 to 31" if frequency == "@monthly" else f"one of {', '.join(WEEKDAYS)}"
+            raise HTTPError(400, f"{path}day must be {expected} with the frequency {frequency}", f"{path}day")
+        return payload
 
 
 class MailPayload(Object):
@@ -3096,13 +3216,12 @@ PAYLOADS = {
                             "from": Nullable(Sender()), "lane": Nullable(LANE), "headers": Nullable(Headers()),
                             "metadata": Nullable(Metadata())}),
     "generateOtp": MailPayload({"userId": Address(), "length": Integer(4, 8), "purpose": Nullable(PURPOSE),
-                                "variables": Absent(MailPayload.NEEDS_CONTENT_TYPE),
-                                "locale": Absent(MailPayload.NEEDS_CONTENT_TYPE),
+                                "variables": Absent(MailPayload.NEEDS_CONTENT_TYPE), "locale": Nullable(LOCALE),
                                 "from": Nullable(Sender()), "lane": Nullable(LANE), "metadata": Nullable(Metadata())}),
-    "subscribe": Object({"userId": Address(), "frequency": Enum(FREQUENCIES), "content_type": CONTENT_TYPE,
-                         "subject": Nullable(SUBJECT_TEMPLATE), "content": Nullable(CONTENT_TEMPLATE),
-                         "variables": Nullable(Variables())},
-                        dependent_required=("subject", "content")),
+    "subscribe": Subscription({"userId": Address(), "frequency": Enum(FREQUENCIES), "content_type": CONTENT_TYPE,
+                               "subject": Nullable(SUBJECT_TEMPLATE), "content": Nullable(CONTENT_TEMPLATE),
+                               "variables": Nullable(Variables()), "again": Nullable(Boolean())},
+                              dependent_required=("subject", "content")),
     "unsubscribe": Object({"userId": Address(), "content_type": CONTENT_TYPE}),
 }
 
@@ -3159,7 +3278,13 @@ class NamedText(typing.NamedTuple):
     content_type: str
     subject: str = ""
     content: str = ""
+    defaults: Mapping[str, Any] = {}
     is_left_out: bool = False  # those that were sought together are too large
+
+    @classmethod
+    def of(cls, content_type: str, body: Json) -> "NamedText":
+        """The content type whose body this is."""
+        return cls(content_type, body["subject"], body["content"], body.get("defaults", {}))
 
 
 def text_name(task: Json) -> TextName | None:
@@ -3215,7 +3340,7 @@ def insert_text(task: Json, path: str, texts: Mapping[TextName, NamedText | None
     if text.is_left_out:
         raise HTTPError(413, f"{field}: the content types that the tasks name are too large together; send fewer "
                         "tasks at once", field)
-    if task["type"] == "generateOtp" and "otp" not in PLACEHOLDER.findall(text.subject + text.content):
+    if task["type"] == "generateOtp" and "otp" not in placeholder_names(text.subject + text.content):
         raise HTTPError(400, f"{field} must name a content type with {{{{ otp }}}}, and {text.content_type} has none",
                         field)
     del payload["content_type"]
@@ -3254,6 +3379,10 @@ def fill_message(task: Json, path: str, max_size: int, texts: Mapping[TextName, 
     if taken := trial.keys() & variables.keys():
         variable = f"{path}.variables.{min(taken)}"
         raise HTTPError(400, f"{variable} must be left out: it is that of the OTP", variable)
+    if source and source.defaults:
+        variables = with_defaults(variables, source.defaults)
+        if is_otp:
+            payload["variables"] = variables
     for part, check in (("subject", SUBJECT), ("text", CONTENT), ("content", CONTENT)):
         if part not in payload:
             continue
@@ -3335,6 +3464,12 @@ def sender_defaults(settings: str) -> tuple[tuple[str, str] | None, str]:
     return next(senders, None), found.get("reply_to", "")
 
 
+def subject_shown(subject: str) -> str:
+    """What is shown of the subject of a mail: 60 bytes, as Queue.CONCLUDE needs it. Of an OTP's nothing is shown: it
+    may have the code in it."""
+    return subject.encode(errors="replace")[:60].decode(errors="ignore")
+
+
 def addresses_of(payload: Json) -> tuple[str, ...]:
     """All that the mail of a payload goes to."""
     return payload["userId"], *payload.get("cc", ()), *payload.get("bcc", ())
@@ -3364,6 +3499,8 @@ class Task:
     recipients: list[str] | None = None  # who gets its mail, as soon as that is known
     following: "Task | None" = None  # the one that the worker has in hand after it
     message: bytes = b""  # its mail, where that is made before it is begun
+    subject: str = ""  # of its mail, as subject_shown() has it
+    issue: str = ""  # of a newsletter, as soon as its mail is made: see Newsletters.issue_of()
 
     @functools.cached_property
     def owner(self) -> Account:
@@ -3425,7 +3562,8 @@ class Outcome(typing.NamedTuple):
     `detail` is the result of a success, such as "subscribed", or else the reason; `delay` the seconds until a task with
     the verdict RETRYING, DROPPED or IN_DOUBT is taken again, while one that is RETURNED with a delay lets the next one
     go first; `delivered` the recipients that have the mail already, where others have not, and `reply` what the server
-    said when it took it for the last of them; `suppress` the addresses that do not exist, according to the server.
+    said when it took it for the last of them; `suppress` the addresses that do not exist, according to the server;
+    `issue` what a newsletter was sent with, see Newsletters.issue_of().
     """
 
     task: Task
@@ -3435,6 +3573,7 @@ class Outcome(typing.NamedTuple):
     delivered: tuple[str, ...] = ()
     suppress: tuple[str, ...] = ()
     reply: str = ""
+    issue: str = ""
 
     @property
     def reply_ids(self) -> str:
@@ -3589,6 +3728,7 @@ class Queue:
     OTP_FIRST = 0.01  # seconds that other work waits at most for an OTP
     POLL = 0.1  # seconds between two looks at an empty lane, where Redis refuses to wait for it
     REVIVE_BATCH = 200  # dead letters
+    BY_REQUEST = "by request"  # why a lane that somebody has paused sends nothing
     RESUME_INTERVAL = 5.0  # seconds between two requests to resume a lane, of all processes together
     RECENT = 100_000  # tasks that can be looked up without their id, of an account and of all
     BATCH = 500  # tasks in one script: a millisecond of Redis's time each 100
@@ -3674,21 +3814,31 @@ class Queue:
         end
     """
 
+    # The metadata of a task, as JSON, or nil. It ends the head, as summary_of() writes it, and stays as it was written:
+    # cjson would change long numbers.
+    METADATA = """
+        local function metadata_in(head)
+            local at = head and string.find(head, '"metadata": ', 1, true)
+            return at and string.sub(head, at + 12, -3) or nil
+        end
+    """
+
     # The summary of a task that has ended, dead letters apart. There are as many summaries as mails in `result_ttl`, so
     # they have few fields of at most 64 bytes (hash-max-listpack-value): that is a quarter of the memory of a hash with
-    # larger ones, and fast to write. Nothing of the mail itself is kept.
+    # larger ones, and fast to write. Of the mail itself, only its subject is kept.
     #
     #   d      state ("" is succeeded), type ("" is message), retries, attempts, when it was accepted (microseconds),
     #          begun ("", or since it was accepted) and ended (since it was begun), and the account, by spaces
     #   k      the first 8 characters of the account's registration; older versions did not keep it
     #   u, n   userId, and the task's name; or, where these are no UTF-8, head as summary_of() has it
+    #   s      the subject, as subject_shown() has it, where it is known
     #   m      its metadata, as JSON, where it has some
     #   to     the recipients in lower case, where there are more than that one
     #   error, story    where there is one; what the server said to a mail goes on in r1, r2 and r3
     #   bounces         lines as those of the story, about what came back afterwards, see BOUNCE
     #
     # The caller passes `ttl` in milliseconds and what never changes of a task: when it was accepted, its type and
-    # retries, the account, u and n, and m. To read and decode its head here took a third of the time of this fragment.
+    # retries, the account, u and n, s and m. To read and decode its head here took a third of the fragment's time.
     CONCLUDE = """
         local function conclude(task, state, error, ttl, created, type_and_retries, account, ...)
             local started, attempts, before, to, story, registration = unpack(redis.call('HMGET', task,
@@ -3786,12 +3936,26 @@ class Queue:
         end
     """
 
-    # The metadata of a task, as JSON, or nil. It ends the head, as summary_of() writes it, and stays as it was written:
-    # cjson would change long numbers.
-    METADATA = """
-        local function metadata_in(head)
-            local at = head and string.find(head, '"metadata": ', 1, true)
-            return at and string.sub(head, at + 12, -3) or nil
+    # End a task that waits, and that no worker has in hand: see CONCLUDE. Its head, or the body of a newsletter, says
+    # what is kept. Answers its type, which is '' where that cannot be read: older versions took half a surrogate pair.
+    CONCLUDE_WAITING = CONCLUDE + METADATA + """
+        local function conclude_waiting(prefix, id, state, error, ttl)
+            local task = prefix .. 'task:' .. id
+            local summary, created, account = unpack(redis.call('HMGET', task, 'head', 'created', 'account'))
+            local head = summary or redis.call('HGET', task, 'body')
+            local readable, shown = pcall(cjson.decode, head)
+            if not readable then
+                conclude(task, state, error, ttl, created, ' ', account, 'head', head)
+                return ''
+            end
+            local kept, own = {'u', shown.payload.userId, 'n', shown.task}, metadata_in(head)
+            for name, value in pairs({s = summary and shown.payload.subject or nil, m = own}) do
+                kept[#kept + 1] = name
+                kept[#kept + 1] = value
+            end
+            conclude(task, state, error, ttl, created,
+                     (shown.type == 'message' and '' or shown.type) .. ' ' .. shown.retries, account, unpack(kept))
+            return shown.type
         end
     """
 
@@ -3841,6 +4005,7 @@ class Queue:
         self._pace, self._look = store.script(self.PACE), store.script(self.LOOK)
         self._recount = store.script(self.RECOUNT, once=True)
         self._beat = store.script(self.BEAT)
+        self._hold = store.script(self.HOLD)
         self._resume = store.script(self.RESUME)
         self._promote = store.script(self.PROMOTE)
         self._expire = store.script(self.EXPIRE)
@@ -3850,6 +4015,8 @@ class Queue:
         self._sort_in = store.script(self.SORT_IN)
         self._restore_turns = store.script(self.RESTORE_TURNS)
         self._cancel = store.script(self.CANCEL, once=True)
+        self._purge = store.script(self.PURGE, once=True)
+        self._move = store.script(self.MOVE, once=True, when_full=False)
         self._revive = store.script(self.REVIVE, once=True)
         self._bounce = store.script(self.BOUNCE, once=True)
         # As scripts take them: result_ttl and dead_ttl in milliseconds, dead_max.
@@ -3872,8 +4039,8 @@ class Queue:
     # ARGV: otp_cooldown (s), otp_hourly_max, otp_minute_max, otp_ttl (s); then of each request: account, registration,
     #       id of the API key or "", fingerprint of what came with an idempotency key and the key's digest, or "" twice,
     #       what the ids are made from, the number of tasks; and of each of its tasks: id, head, body, lane, the address
-    #       of an OTP, with the digest of its purpose, if any, behind a space, or "", a content type that must exist or
-    #       "", due (ms), when it expires (ms) or 0, recipients. Of a task that is refused anyway: id, why, and "" seven
+    #       of an OTP, with the digest of its purpose, if any, behind a space, or "", what lacking() takes or "", due
+    #       (ms), when it expires (ms) or 0, recipients. Of a task that is refused anyway: id, why, and "" seven
     #       times.
     # Answer: for each request "revoked", "conflict", or {what the ids are made from, "<number>=<why> ..." of the tasks
     #         refused, the lanes in which the account is new among others}.
@@ -3907,13 +4074,25 @@ class Queue:
             redis.call('EXPIRE', asked, 3600)
         end
 
-        local function refusal_of(new_in, account, key, id, head, body, lane, otp_address, content_type, due, expires,
-                                  to)
-            if body == '' then return head end
-            if redis.call('EXISTS', prefix .. 'task:' .. id) == 1 then return end
-            if content_type ~= '' and redis.call('HEXISTS', prefix .. 'content:' .. account, content_type) == 0 then
+        -- What a subscribe task lacks. `wanted` has three lines: the content type; the variables given, each between
+        -- two spaces; and those that the task's own content needs, or a dash if it has none.
+        local function lacking(account, wanted)
+            local content_type, given, names = string.match(wanted, '^(.-)\\n(.-)\\n(.*)$')
+            if redis.call('HEXISTS', prefix .. 'content:' .. account, content_type) == 1 then
+                names = redis.call('HGET', prefix .. 'needs:' .. account, content_type) or ''
+            elseif names == '-' then
                 return 'unknown'
             end
+            for name in string.gmatch(names, '%S+') do
+                if not string.find(given, ' ' .. name .. ' ', 1, true) then return 'lacks:' .. name end
+            end
+        end
+
+        local function refusal_of(new_in, account, key, id, head, body, lane, otp_address, wanted, due, expires, to)
+            if body == '' then return head end
+            if redis.call('EXISTS', prefix .. 'task:' .. id) == 1 then return end
+            local lack = wanted ~= '' and lacking(account, wanted)
+            if lack then return lack end
             local wait = otp_address ~= '' and too_early(account, id, otp_address)
             if wait then return wait end
             if otp_address ~= '' then expires = milliseconds + otp_ttl * 1000 end
@@ -3958,9 +4137,10 @@ class Queue:
         """Put checked tasks into their lanes in one round trip; when it returns, Redis has them.
 
         Returns for each task its id, or the HTTPError that says why it was not queued: 400, there is no such content
-        type; 429, too many OTPs, see Otps. The idempotency key is that of one task, or of the `batch` that the tasks
-        come from: the same again within 24 hours queues nothing and returns the same, unless nothing was queued before.
-        An HTTPError in place of a task is returned as well; but what the first request got counts for the same again.
+        type, or a subscription lacks a variable; 429, too many OTPs, see Otps. The idempotency key is that of one task,
+        or of the `batch` that the tasks come from: the same again within 24 hours queues nothing and returns the same,
+        unless nothing was queued before. An HTTPError in place of a task is returned as well; but what the first
+        request got counts for the same again.
 
         Raises:
             HTTPError: 401, the API key was revoked; 422, the idempotency key came with something else before; 503, with
@@ -3979,7 +4159,7 @@ class Queue:
                 request += [task_id, error, *[""] * 7]
                 size += len(error)
                 continue
-            payload, lane, otp_address, content_type = task["payload"], lane_of(task), "", ""
+            payload, lane, otp_address, wanted = task["payload"], lane_of(task), "", ""
             if task["type"] == "generateOtp":
                 # The OTP is made from this seed when it is sent, so that a retry sends the same one; see section 12.
                 task = {**task, "payload": {**payload, "seed": secrets.token_hex(16)}}
@@ -3988,13 +4168,15 @@ class Queue:
                     otp_address += f" {hashlib.sha256(payload['purpose'].encode()).hexdigest()[:16]}"
                 if lane == Lane.URGENT:
                     self._no_otp.clear()
-            elif task["type"] == "subscribe" and "content" not in payload:
-                content_type = payload["content_type"]
+            elif task["type"] == "subscribe":
+                given = {*payload.get("variables", ()), *READER_VARIABLES[bool(self.settings.public_url)]}
+                wanted = "\n".join((payload["content_type"], f" {'  '.join(given)} ",
+                                    " ".join(needs(payload)) if "content" in payload else "-"))
             is_delayed = is_delayed or "send_at" in payload
             recipients = fold_address(" ".join(addresses_of(payload)))
             body = json.dumps(task)
             request += [task_id, summary_of(task), body, lane,
-                        otp_address, content_type, payload.get("send_at", 0) // 1000,
+                        otp_address, wanted, payload.get("send_at", 0) // 1000,
                         payload.get("expires_at", 0) // 1000, recipients]
             size += len(body)
         answer, is_safe = self._enqueue_in_groups(request, len(tasks) + size // self.BYTES_LIKE_A_TASK)
@@ -4016,6 +4198,8 @@ class Queue:
         for number, _, why in (refusal.partition("=") for refusal in refusals.split()):
             if why.isdigit():
                 results[int(number)] = rate_limited(why)
+            elif why.startswith("lacks:"):
+                results[int(number)] = lacks_variable(why.partition(":")[2])
             elif why != "unknown":
                 results[int(number)] = HTTPError(*json.loads(urllib.parse.unquote(why)))
             else:
@@ -4056,7 +4240,7 @@ class Queue:
     #       is taken, or "";
     #       then, of each task to settle: the number of its arguments, its id, verdict, detail, delay (ms), recipients
     #       that have the mail, addresses to suppress and the ids that its provider gave the mail, by spaces; the
-    #       server's reply where only some have it; and, if it ends, what _summary_args() returns.
+    #       server's reply where only some have it; issue; and, if it ends, what _summary_args() returns.
     # Answer: {how many tasks are seen to be left in the lane, then of each task taken: {id, body, account,
     #         registration, created, attempts, strikes, drops, dropped, expires, delivered, the recipients that are
     #         suppressed, the account's settings or ""}}. No task, although some are left, means: ask again.
@@ -4068,7 +4252,34 @@ class Queue:
         local events = {succeeded = 'mail.sent', suppressed = 'mail.suppressed', expired = 'mail.failed'}
         if redis.call('EXISTS', prefix .. 'hooks') == 0 then events = {} end
 
-        local function settle(id, verdict, detail, delay, delivered, suppress, ids, reply, ...)
+        -- Note what a subscriber was sent, unless her account or the content type has gone meanwhile.
+        local function note_issue(account, key, issue)
+            local digest, content_type, address, subject = unpack(cjson.decode(issue))
+            if not is_wanted(prefix, account, key)
+                    or redis.call('HEXISTS', prefix .. 'content:' .. account, content_type) == 0 then
+                return
+            end
+            local type_and_account = content_type .. ':' .. account
+            local issues = prefix .. 'issues:' .. type_and_account
+            if redis.call('HEXISTS', prefix .. 'subscribers:' .. type_and_account, address) == 1 then
+                redis.call('HSET', prefix .. 'got:' .. type_and_account, address, digest .. ' ' .. milliseconds)
+            end
+            local is_new = redis.call('HINCRBY', issues, digest .. ' sent', 1) == 1
+            redis.call('HSET', issues, digest .. ' last', milliseconds)
+            if not is_new then return end
+            redis.call('HSET', issues, digest, cjson.encode({subject = subject}), digest .. ' first', milliseconds)
+            if redis.call('HLEN', issues) <= 4 * 100 then return end
+            local oldest, latest, fields = nil, math.huge, redis.call('HGETALL', issues)
+            for at = 1, #fields, 2 do
+                local other = string.match(fields[at], '^(%x+) last$')
+                if other and tonumber(fields[at + 1]) < latest then
+                    oldest, latest = other, tonumber(fields[at + 1])
+                end
+            end
+            redis.call('HDEL', issues, oldest, oldest .. ' sent', oldest .. ' first', oldest .. ' last')
+        end
+
+        local function settle(id, verdict, detail, delay, delivered, suppress, ids, reply, issue, ...)
             if redis.call('LREM', own, 1, id) == 0 then return end
             if ids ~= '' then
                 for name in string.gmatch(ids, '%S+') do
@@ -4096,8 +4307,10 @@ class Queue:
                     emit_mail(prefix, id, account, events[verdict], verdict,
                               attempts + (verdict == 'succeeded' and 1 or 0), detail)
                 end
+                local key = issue ~= '' and redis.call('HGET', task, 'key')
                 local ended = conclude(task, verdict, detail, result_ttl, ...)
                 if ended and verdict == 'succeeded' then successful = successful + 1 end
+                if ended and key then note_issue(select(3, ...), key, issue) end
                 return
             end
             redis.call('HDEL', task, 'begun')
@@ -4225,7 +4438,7 @@ class Queue:
                                       'drops', 'dropped', 'expires', 'delivered', 'to')
             if not fields[1] or not is_wanted(prefix, fields[2], fields[3]) then
                 redis.call('LREM', own, 1, id)
-                redis.call('UNLINK', task)
+                if fields[1] then redis.call('UNLINK', task) end  -- and not the summary of one that has ended
                 if #found < held then held = held - 1 else is_served = false end  -- the account's turn goes on
             else
                 if all or #found == 0 then begin(task) end
@@ -4280,10 +4493,10 @@ class Queue:
         keys = [self._processing(worker), self.store.key("lane", lane), self.store.prefix]
         args = [most, keep, share, int(begin_all), *self._limits, self.process, worker, lane, only]
         for outcome in outcomes:
-            task, verdict, detail, delay, delivered, suppress, reply = outcome
+            task, verdict, detail, delay, delivered, suppress, reply, issue = outcome
             summary = self._summary_args(task) if verdict in CONCLUDED else ()
-            args += [8 + len(summary), task.id, verdict, detail, int(delay * 1000), " ".join(delivered),
-                     " ".join(suppress), outcome.reply_ids, reply, *summary]
+            args += [9 + len(summary), task.id, verdict, detail, int(delay * 1000), " ".join(delivered),
+                     " ".join(suppress), outcome.reply_ids, reply, issue, *summary]
         answer = self._settle_and_take(keys, args)
         if any(outcome.delay for outcome in outcomes):
             self._note_delay()
@@ -4297,14 +4510,18 @@ class Queue:
         task = json.loads(body)
         if task["type"] == "generateOtp":
             suppressed = ""  # whoever asks for an OTP waits for it
+        subject = subject_shown(task["payload"]["subject"]) if task["type"] == "message" else ""
         return Task(task_id, account, registration, task["type"], task["task"], task["retries"], task["payload"],
                     int(created), int(attempts or 0), int(strikes or 0), int(drops or 0), int(dropped or 0),
-                    int(expires or 0), tuple((delivered or "").split()), tuple(suppressed.split()), lane, settings)
+                    int(expires or 0), tuple((delivered or "").split()), tuple(suppressed.split()), lane, settings,
+                    subject=subject)
 
     @staticmethod
     def _summary_args(task: Task) -> list[str | int]:
         """The arguments of CONCLUDE, from `created` on."""
         fields = ["u", task.payload["userId"], "n", task.name]
+        if task.subject:
+            fields += ["s", task.subject]
         if "metadata" in task.payload:
             fields += ["m", json.dumps(task.payload["metadata"])]
         try:
@@ -4528,7 +4745,7 @@ class Queue:
 
     # The webhook of the admin learns when a lane is paused in the first process, and when in none any more.
     # KEYS: the prefix. ARGV: process, its workers by commas, HEARTBEAT_TTL (ms), what is paused, as JSON; the lanes.
-    # Answer: the hash `resume`.
+    # Answer: the hash `resume`, and the lanes that are held.
     BEAT = EVENT + """
         local prefix, process, workers, ttl, paused = KEYS[1], unpack(ARGV, 1, 4)
         redis.call('HSET', prefix .. 'processes', process, workers)
@@ -4552,22 +4769,40 @@ class Queue:
         else
             redis.call('UNLINK', prefix .. 'paused_announced')
         end
-        return redis.call('HGETALL', prefix .. 'resume')
+        return {redis.call('HGETALL', prefix .. 'resume'), redis.call('HKEYS', prefix .. 'held')}
     """
 
-    def beat(self, workers: Sequence[str], paused: Mapping[str, object]) -> dict[str, str]:
+    def beat(self, workers: Sequence[str], paused: Mapping[str, object]) -> tuple[dict[str, str], list[str]]:
         """Show for HEARTBEAT_TTL that this process lives, the names of its workers, and what is paused and why.
 
-        Returns lane -> how often somebody has asked to resume it.
+        Returns lane -> how often somebody has asked to resume it, and the lanes that somebody has paused.
         """
-        requests = self._beat(keys=[self.store.prefix], args=[
+        requests, held = self._beat(keys=[self.store.prefix], args=[
             self.process, ",".join(workers), int(self.HEARTBEAT_TTL * 1000), json.dumps(paused), *LANES])
-        return dict(zip(requests[::2], requests[1::2]))
+        return dict(zip(requests[::2], requests[1::2])), held
 
-    # KEYS: resume, resumed:<lane>. ARGV: lane, id of this request, milliseconds in which no other is taken.
+    # KEYS: the prefix. ARGV: lane. Answer: 1.
+    HOLD = CLOCK + """
+        redis.call('HSETNX', KEYS[1] .. 'held', ARGV[1], microseconds)
+        return 1
+    """
+
+    def pause(self, lane: str) -> None:
+        """Ask every process to take nothing from `lane` until somebody resumes it, whatever starts or ends meanwhile.
+
+        A mail that a worker has begun is still sent. Each process hears of it with its next heartbeat.
+        """
+        self._hold(keys=[self.store.prefix], args=[lane])
+
+    def held(self) -> dict[str, int]:
+        """The lanes that somebody has paused, and since when (microseconds since the epoch)."""
+        found = self.store.redis.hgetall(self.store.key("held"))
+        return {lane: int(since) for lane, since in found.items()}
+
+    # KEYS: resume, resumed:<lane>, held. ARGV: lane, id of this request, milliseconds in which no other is taken.
     # Answer: 0, or the milliseconds to wait.
     RESUME = """
-        local newest = redis.call('GET', KEYS[2])
+        local newest = redis.call('HDEL', KEYS[3], ARGV[1]) == 0 and redis.call('GET', KEYS[2])
         if newest == ARGV[2] then return 0 end
         if newest then return redis.call('PTTL', KEYS[2]) end
         redis.call('SET', KEYS[2], ARGV[2], 'PX', ARGV[3])
@@ -4576,12 +4811,13 @@ class Queue:
     """
 
     def resume(self, lane: str) -> None:
-        """Ask every process to probe at once, on a new connection, whether `lane` can go on.
+        """End the pause that somebody has asked for, and ask every process to probe at once, on a new connection,
+        whether `lane` can go on.
 
         Raises:
-            HTTPError: 429, somebody has asked for that within RESUME_INTERVAL seconds.
+            HTTPError: 429, somebody has asked for that within RESUME_INTERVAL seconds, and has not paused it since.
         """
-        wait = self._resume(keys=[self.store.key("resume"), self.store.key("resumed", lane)],
+        wait = self._resume(keys=[self.store.key("resume"), self.store.key("resumed", lane), self.store.key("held")],
                             args=[lane, secrets.token_hex(8), int(self.RESUME_INTERVAL * 1000)])
         if wait:
             seconds = math.ceil(wait / 1000)
@@ -4623,26 +4859,23 @@ class Queue:
     # Of one that is being sent, its worker decides.
     # KEYS: the prefix. ARGV: how many at most, result_ttl (ms).
     # Answer: {how many were looked at, and of each that ended now its id, type and account}.
-    EXPIRE = EVENT + CONCLUDE + METADATA + """
+    EXPIRE = EVENT + CONCLUDE_WAITING + """
         local prefix, ttl, ended = KEYS[1], ARGV[2], {}
 
-        local function expire(id, task, head, created, account, attempts, before)
+        local function expire(id, account, attempts, before)
             redis.call('ZREM', prefix .. 'delayed', id)
             redis.call('ZREM', prefix .. 'scheduled', id)
-            local shown, reason = cjson.decode(head), 'it was not sent in time' .. (before and ': ' .. before or '')
-            local own = metadata_in(head)
+            local reason = 'it was not sent in time' .. (before and ': ' .. before or '')
             emit_mail(prefix, id, account, 'mail.failed', 'expired', attempts, reason)
-            conclude(task, 'expired', reason, ttl, created,
-                     (shown.type == 'message' and '' or shown.type) .. ' ' .. shown.retries, account,
-                     'u', shown.payload.userId, 'n', shown.task, unpack(own and {'m', own} or {}))
-            for _, value in ipairs({id, shown.type, account}) do ended[#ended + 1] = value end
+            local type = conclude_waiting(prefix, id, 'expired', reason, ttl)
+            for _, value in ipairs({id, type, account}) do ended[#ended + 1] = value end
         end
 
         local due = redis.call('ZRANGE', prefix .. 'expiring', '-inf', milliseconds, 'BYSCORE', 'LIMIT', 0, ARGV[1])
         for _, id in ipairs(due) do
             local task = prefix .. 'task:' .. id
-            local state, head, created, account, attempts, before, lane = unpack(redis.call('HMGET', task,
-                'state', 'head', 'created', 'account', 'attempts', 'error', 'lane'))
+            local state, account, attempts, before, lane = unpack(redis.call('HMGET', task,
+                'state', 'account', 'attempts', 'error', 'lane'))
             if state == 'running' then
                 redis.call('ZADD', prefix .. 'expiring', milliseconds + 1000, id)
             else
@@ -4650,7 +4883,7 @@ class Queue:
                 local list = prefix .. 'lane:' .. (lane or '') .. ':' .. (account or '')
                 if state == 'queued' and redis.call('LLEN', list) <= 1000 then redis.call('LREM', list, -1, id) end
                 if state and state ~= 'dead' then
-                    expire(id, task, head, created, account, attempts, before)
+                    expire(id, account, attempts, before)
                 end
                 for _ = 1, 200 do  -- what comes next shows how long it waits
                     local next = redis.call('LINDEX', list, -1)
@@ -4896,48 +5129,190 @@ class Queue:
         self._turn_cursor, *self._lost_turns = self._restore_turns(
             keys=[self.store.prefix], args=[self._turn_cursor, *self._lost_turns])
 
-    # Only a task in the delayed set can be cancelled: one in a lane or in hand may be sent at any moment.
-    # KEYS: the prefix. ARGV: id, the account that the task must belong to or "", its registration, and the arguments of
-    # CONCLUDE from `ttl` on. Answer: "unknown", "late <state>" or "cancelled".
-    CANCEL = CLOCK + CONCLUDE + IS_OWN + """
-        local prefix, id, account, registration = KEYS[1], unpack(ARGV, 1, 3)
-        local task = prefix .. 'task:' .. id
-        local owner, key, ended, part = unpack(redis.call('HMGET', task, 'account', 'key', 'd', 'k'))
-        if not is_own(account, registration, owner, key, ended, part) then return 'unknown' end
-        if redis.call('ZREM', prefix .. 'delayed', id) == 0 then
-            local state = ended and string.match(ended, '^%S+') or redis.call('HGET', task, 'state') or 'succeeded'
-            return 'late ' .. state
+    # Whether the mail of a task that waits may have been sent: its process died during an attempt, or the connection
+    # broke when the server had it all. It is sent again, to be sure, and not cancelled: none is both.
+    MAY_BE_SENT = """
+        local function may_be_sent(story)
+            local lines = '\\n' .. (story or '')
+            return string.find(lines, '\\n%d+ %d+ orphaned ') or string.find(lines, '\\n%d+ %d+ in%-doubt ')
         end
-        redis.call('ZREM', prefix .. 'scheduled', id)
-        conclude(task, 'cancelled', nil, unpack(ARGV, 4))
-        return 'cancelled'
     """
 
-    def cancel(self, task_id: str, account: Account = EVERYBODY) -> None:
-        """End a task of an account, or of any, that waits for its `send_at` or for a retry.
+    # What can be cancelled: a task in the delayed set, or in its lane. One that a worker has in hand may be sent at any
+    # moment, and nothing takes it away.
+    # KEYS: the prefix. ARGV: id, the account that the task must belong to or "", its registration, result_ttl (ms).
+    # Answer: {"unknown"}, {"late", state} or {"cancelled", type of the task}.
+    CANCEL = CLOCK + CONCLUDE_WAITING + IS_OWN + MAY_BE_SENT + """
+        local prefix, id, account, registration, ttl = KEYS[1], unpack(ARGV)
+        local owner, key, ended, part, state, lane, story = unpack(redis.call('HMGET', prefix .. 'task:' .. id,
+            'account', 'key', 'd', 'k', 'state', 'lane', 'story'))
+        if not is_own(account, registration, owner, key, ended, part) then return {'unknown'} end
+        if (state == 'queued' or state == 'retrying') and may_be_sent(story) then return {'late', 'in-doubt'} end
+        if redis.call('ZREM', prefix .. 'delayed', id) == 1 then
+            redis.call('ZREM', prefix .. 'scheduled', id)
+        elseif state ~= 'queued' or redis.call('LREM', prefix .. 'lane:' .. lane .. ':' .. owner, 1, id) == 0 then
+            return {'late', ended and string.match(ended, '^%S+') or state or 'succeeded'}
+        end
+        return {'cancelled', conclude_waiting(prefix, id, 'cancelled', nil, ttl)}
+    """
+
+    def cancel(self, task_id: str, account: Account = EVERYBODY) -> str:
+        """End a task of an account, or of any, that waits in its lane, for its `send_at` or for a retry; returns its
+        type.
 
         Raises:
-            HTTPError: 404, there is no such task; 409, it does not wait for that.
+            HTTPError: 404, there is no such task; 409, a worker has it, or it has ended.
         """
-        key = self.store.key("task", task_id)
-        owner, created, head = self.store.redis.hmget(key, "account", "created", "head")
-        head = head or self.store.redis.hget(key, "body") or ""
-        try:
-            task = json.loads(head)
-            summary = self._summary_args(Task(task_id, owner, "", task["type"], task["task"], task["retries"],
-                                              task["payload"], int(created)))
-        except (ValueError, TypeError, KeyError):  # it has ended, or cannot be read
-            summary = [0, " ", owner or "", "head", head]
-        answer = self._cancel(keys=[self.store.prefix], args=[
-            task_id, account.name, account.registration, self._limits[0], *summary])
-        if answer.startswith("late "):
-            state = answer.removeprefix("late ")
-            reason = {State.QUEUED: "waits in its lane and may be taken at any moment",
-                      State.RUNNING: "is being worked on"}.get(state, f"has ended already ({state})")
-            raise HTTPError(409, f"the task {reason}; only one that waits for its send_at or a retry can be cancelled",
-                          "id")
-        if answer != "cancelled":
-            raise HTTPError(404, "there is no such task, or it ended too long ago", "id")
+        answer, *detail = self._cancel(keys=[self.store.prefix], args=[
+            task_id, account.name, account.registration, self._limits[0]])
+        if answer == "unknown":
+            raise self._no_such_task()
+        if answer == "late":
+            raise HTTPError(409, f"the task {self._late(*detail)}; only one that waits can be cancelled", "id")
+        return detail[0]
+
+    @staticmethod
+    def _no_such_task() -> HTTPError:
+        return HTTPError(404, "there is no such task, or it ended too long ago", "id")
+
+    @staticmethod
+    def _late(state: str) -> str:
+        """Why a task in this state is not to be changed, to follow "the task"."""
+        return {"queued": "is next and may be sent at any moment", "running": "is being worked on",
+                "scheduled": "waits for its send_at", "retrying": "waits for a retry",
+                "in-doubt": "may have been sent already, and is sent again to be sure"}.get(
+                    state, f"has ended already ({state})")
+
+    # Cancel, or only count, those that match among some tasks of a list of a lane, newest first, or of the delayed set.
+    # So of a list the workers take one end, and this the other. What is accepted meanwhile stays.
+    # KEYS: the prefix.
+    # ARGV: the list, or "" for the delayed set; where to go on in it, how many to look at; 1 to cancel or 0 to count,
+    #       result_ttl (ms), the newest moment of acceptance (us); the account that the tasks must belong to or "", its
+    #       registration; the state, type, name, content type and recipient that they must have, or "" for any.
+    # Answer: {where to go on, or "" at the end; then the type of each task that was cancelled, or would be}.
+    PURGE = CLOCK + CONCLUDE_WAITING + IS_OWN + MAY_BE_SENT + """
+        local prefix, list, at, most, cancels, ttl, newest, account, registration = KEYS[1], unpack(ARGV, 1, 8)
+        local state, type, name, content_type, recipient = unpack(ARGV, 9)
+        local waits = {queued = list ~= '', scheduled = list == '', retrying = list == ''}
+
+        local function is_wanted(id)
+            local task = prefix .. 'task:' .. id
+            local owner, key, now, created, to, head, story = unpack(redis.call('HMGET', task,
+                'account', 'key', 'state', 'created', 'to', 'head', 'story'))
+            if not waits[now] or may_be_sent(story) or not is_own(account, registration, owner, key)
+                    or state ~= '' and now ~= state or tonumber(created) > tonumber(newest)
+                    or recipient ~= '' and string.match(to or '', '^%S+') ~= recipient then
+                return false
+            end
+            if type == '' and name == '' and content_type == '' then return true end
+            local readable, shown = pcall(cjson.decode, head or redis.call('HGET', task, 'body'))
+            if not readable or type ~= '' and shown.type ~= type or name ~= '' and shown.task ~= name then
+                return false
+            end
+            if content_type == '' then return true end
+            if shown.type == 'subscribe' or shown.type == 'unsubscribe' then
+                shown = cjson.decode(redis.call('HGET', task, 'body'))
+            end
+            return shown.payload.content_type == content_type
+        end
+
+        local answer = {''}
+        local function cancel(id)
+            answer[#answer + 1] = cancels == '1' and conclude_waiting(prefix, id, 'cancelled', nil, ttl) or ''
+        end
+
+        if list == '' then
+            local cursor, found = unpack(redis.call('ZSCAN', prefix .. 'delayed', at, 'COUNT', most))
+            if cursor ~= '0' then answer[1] = cursor end
+            for each = 1, #found, 2 do
+                local id = found[each]
+                if is_wanted(id) then
+                    if cancels == '1' then
+                        redis.call('ZREM', prefix .. 'delayed', id)
+                        redis.call('ZREM', prefix .. 'scheduled', id)
+                    end
+                    cancel(id)
+                end
+            end
+            return answer
+        end
+        list = prefix .. list
+        local ids = redis.call('LRANGE', list, at, at + most - 1)
+        for each, id in ipairs(ids) do
+            if is_wanted(id) then
+                if cancels == '1' then redis.call('LSET', list, at + each - 1, '') end  -- removed below, in one pass
+                cancel(id)
+            end
+        end
+        local removed = cancels == '1' and #answer > 1 and redis.call('LREM', list, #answer - 1, '') or 0
+        if #ids == tonumber(most) then answer[1] = at + most - removed end
+        return answer
+    """
+
+    def purge(self, account: Account = EVERYBODY, state: str = "", type: str = "", task: str = "",
+              content_type: str = "", recipient: str = "", only_count: bool = False,
+              progress: Callable[[int], object] = lambda count: None) -> collections.Counter[str]:
+        """Cancel what waits, of an account or of all, and matches all that is given; returns how many of each type.
+
+        A task that a worker has in hand is sent, and one that may have been sent already is sent again: each is either
+        sent or cancelled. With `only_count` nothing is cancelled, and the type is "". `progress` is given how many were
+        cancelled so far.
+        """
+        cancelled: collections.Counter[str] = collections.Counter()
+        at: int | str
+        found = self.store.redis.sscan_iter(self.store.key("turns"), count=1000)
+        lists = [f"lane:{lane}:{account.name}" for lane in LANES] if account.name else [*found]
+        lists = [name for name in lists if not name.startswith(f"lane:{Lane.HOOKS}:")]  # no events
+        newest = int(self.store.time() * 1e6)
+        for name in [*(lists if state in ("", State.QUEUED) else ()), *([""] if state != State.QUEUED else ())]:
+            at = 0
+            while at != "":
+                self.give_way()
+                at, *types = self._purge(keys=[self.store.prefix], args=[
+                    name, at, self.BATCH, int(not only_count), self._limits[0], newest, account.name,
+                    account.registration, state, type, task, content_type, fold_address(recipient)])
+                cancelled.update(types)
+                progress(cancelled.total())
+        return cancelled
+
+    # Give a scheduled task another time.
+    # KEYS: the prefix. ARGV: id, account, registration, its new body, when it is due (ms).
+    # Answer: "unknown", "late <state>", "expires <ms>" where that is not later, or "moved".
+    MOVE = IS_OWN + """
+        local prefix, id, account, registration, body, due = KEYS[1], unpack(ARGV)
+        local task = prefix .. 'task:' .. id
+        local owner, key, ended, part, state, expires = unpack(redis.call('HMGET', task,
+            'account', 'key', 'd', 'k', 'state', 'expires'))
+        if not is_own(account, registration, owner, key, ended, part) then return 'unknown' end
+        if state ~= 'scheduled' or not redis.call('ZSCORE', prefix .. 'delayed', id) then
+            return 'late ' .. (ended and string.match(ended, '^%S+') or state or 'succeeded')
+        end
+        if expires and tonumber(due) >= tonumber(expires) then return 'expires ' .. expires end
+        redis.call('HSET', task, 'body', body, 'due', due)
+        redis.call('ZADD', prefix .. 'delayed', due, id)
+        redis.call('ZADD', prefix .. 'scheduled', due, id)
+        return 'moved'
+    """
+
+    def move(self, task_id: str, moment: int, account: Account = EVERYBODY) -> None:
+        """Have a task of an account, or of any, that waits for its `send_at` wait until a moment (us) instead.
+
+        Raises:
+            HTTPError: 404, there is no such task; 409, it does not wait for that; 400, it expires before.
+        """
+        task = json.loads(self.store.redis.hget(self.store.key("task", task_id), "body") or '{"payload": {}}')
+        body = json.dumps({**task, "payload": {**task["payload"], "send_at": moment}})
+        answer, _, detail = self._move(keys=[self.store.prefix], args=[
+            task_id, account.name, account.registration, body, moment // 1000]).partition(" ")
+        if answer == "unknown":
+            raise self._no_such_task()
+        if answer == "expires":
+            raise HTTPError(400, f"send_at must be before the task's expires_at, {timestamp(int(detail) * 1000)}",
+                            "send_at")
+        if answer == "late":
+            raise HTTPError(409, f"the task {self._late(detail)}; only one that waits for its send_at can be moved",
+                            "id")
+        self._note_delay()
 
     # Queue a dead letter again, or remove it. Whoever retries says that the address is good now, so what a server
     # said of it no longer counts; an address that a person suppressed, or complained from, stays so. Nobody waits for
@@ -5109,9 +5484,11 @@ def list_key(store: Store, kind: str, account: str) -> str:
 
 
 def summary_of(task: Json) -> str:
-    """What is shown of a task, as JSON: nothing of the mail itself."""
+    """What is shown of a task, as JSON: nothing of the mail itself but its subject. The metadata comes last."""
     payload = task["payload"]
     shown = {"userId": payload["userId"]}
+    if task["type"] == "message" and "subject" in payload:  # heads of older versions have none
+        shown["subject"] = subject_shown(payload["subject"])
     if "metadata" in payload:
         shown["metadata"] = payload["metadata"]
     return json.dumps({"task": task["task"], "type": task["type"], "retries": task["retries"], "payload": shown})
@@ -5212,8 +5589,10 @@ def expand_summary(found: Json) -> Json:
     """The fields of a task that has not ended, from those of Queue.CONCLUDE; "task" has what its head says."""
     _, task_type, retries, attempts, created, begun, ended, _ = found["d"].split(" ", 7)
     started = int(created) + int(begun or 0)
+    payload = {"userId": found["u"], **({"subject": found["s"]} if found["s"] else {}),
+               **({"metadata": json.loads(found["m"])} if found["m"] else {})}
     return {"task": {"task": found["n"], "type": task_type or "message", "retries": int(retries or 0),
-                     "payload": {"userId": found["u"], **({"metadata": json.loads(found["m"])} if found["m"] else {})}},
+                     "payload": payload},
             "attempts": attempts, "created": created, "started": started if begun else None,
             "finished": started + int(ended)}
 
@@ -5227,7 +5606,7 @@ class Inspection:
 
     SEARCH_BATCH = 200  # tasks in one script
     FIELDS = ("head", "account", "state", "attempts", "error", "created", "finished", "due", "started", "story",
-              "key", "d", "k", "u", "n", "m", "r1", "r2", "r3", "bounces")
+              "key", "d", "k", "u", "n", "s", "m", "r1", "r2", "r3", "bounces")
 
     def __init__(self, store: Store, settings: Settings, give_way: Callable[[], object] = lambda: None) -> None:
         self.store, self.settings, self.give_way = store, settings, give_way
@@ -5289,6 +5668,8 @@ class Inspection:
         status = {"id": task_id, "task": task["task"], "type": task["type"], "userId": task["payload"]["userId"],
                   "state": found["state"], "attempts": int(found["attempts"]), "retries": task["retries"],
                   "error": error, "created": timestamp(found["created"])}
+        if "subject" in task["payload"]:
+            status["subject"] = subject_shown(task["payload"]["subject"])
         if "metadata" in task["payload"]:
             status["metadata"] = task["payload"]["metadata"]
         if succeeded and found["error"]:
@@ -5427,13 +5808,20 @@ class Inspection:
         """What each process reports: lane -> why it is paused, and of an outage "smtp", see SmtpState.report()."""
         return [json.loads(report) for report in self.store.redis.hvals(self.store.key("paused"))]
 
-    def lanes(self, depths: Mapping[str, int], reports: Sequence[Json]) -> list[Json]:
-        """For each lane: what waits there, by depths(); by reports(), in how many processes it is paused, and why."""
+    def lanes(self, depths: Mapping[str, int], reports: Sequence[Json], held: Mapping[str, int]) -> list[Json]:
+        """For each lane: what waits there, by depths(); by reports(), in how many processes it is paused, and why; by
+        Queue.held(), since when it is so by request, and what would pause it otherwise."""
         oldest, lanes = self.oldest(), []
         for lane in LANES:
-            reasons = [report[lane] for report in reports if lane in report]
+            # A heartbeat may be a second older than the request.
+            reasons = [report[lane] for report in reports if report.get(lane, Queue.BY_REQUEST) != Queue.BY_REQUEST
+                       or lane in held and lane in report]
+            beneath = [report["beneath"][lane] for report in reports if lane in report.get("beneath", ())]
             lanes.append({"lane": lane, "queued": depths[lane], "oldest": round(oldest[lane], 3),
-                          "paused": len(reasons), "reason": reasons[0] if reasons else None})
+                          "paused": len(reasons),
+                          "reason": Queue.BY_REQUEST if lane in held else reasons[0] if reasons else None,
+                          "by_request": timestamp(held[lane]) if lane in held else None,
+                          "beneath": beneath[0] if beneath else None})
         return lanes
 
     @staticmethod
@@ -5495,10 +5883,10 @@ class Stats:
         self.new: dict[tuple, float] = collections.defaultdict(int)  # what is not in Redis yet
         self._add = store.script(self.ADD, once=True)
 
-    def count(self, name: str, **labels: str) -> None:
-        """Add one to a counter."""
+    def count(self, name: str, amount: int = 1, **labels: str) -> None:
+        """Add to a counter."""
         with self.lock:
-            self.new["stats", (name, *labels.items())] += 1
+            self.new["stats", (name, *labels.items())] += amount
 
     def note(self, event: str, owner: Account) -> None:
         """Add one to the "sent", "retried" or "failed" mails of this minute."""
@@ -5588,6 +5976,7 @@ FAMILIES = {  # name -> (type, help); docs/metrics.md has them all, with their l
     "gomail_retries_waiting": ("gauge", "Tasks that wait for a retry or their send_at."),
     "gomail_tasks_delayed": ("gauge", "Tasks that wait for a retry, and those that wait for their send_at."),
     "gomail_dead_letters": ("gauge", "Dead letters kept."),
+    "gomail_subscriptions_left_out": ("counter", "Subscribes without effect: the address had unsubscribed before."),
     "gomail_subscriptions": ("gauge", "Subscriptions in the calendar of newsletters."),
     "gomail_smtp_rate_limit": ("gauge", "Recipients that a window of smtp_rate allows."),
     "gomail_smtp_rate_left": ("gauge", "Recipients that a window of smtp_rate has room for now, in the urgent lane."),
@@ -6013,6 +6402,149 @@ def pack(pieces: list, room: int, further_room: int = 0) -> list:
         else:
             packed[-1] += piece
     return packed
+
+
+# What GoMail itself says to readers: language -> page or mail -> its title, its text, the label of its button, and what
+# stands below that; a page without a label has no button. `minutes` are one of them, and several.
+READER_TEXTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "en": {
+        "unsubscribe": ("Unsubscribe", "Do you want no more mails of “{content_type}” at {address}?", "Unsubscribe"),
+        "unsubscribed": ("You are unsubscribed", "{address} gets no more mails of “{content_type}”.",
+                         "Subscribe again"),
+        "confirm": ("Confirm your subscription", "Do you want to get “{content_type}” at {address}?", "Subscribe"),
+        "subscribed": ("You are subscribed", "{address} will get “{content_type}”."),
+        "not_valid": ("This link is not valid", "Perhaps it was cut off. Please open it from the mail again, or copy "
+                      "all of it."),
+        "over": ("This link has been used or has expired", "If you still want these mails, please subscribe again."),
+        "later": ("Please try again in a moment", "The link could not be opened just now."),
+        "confirm_mail": ("Please confirm your subscription", "Somebody, probably you, wants “{content_type}” to be "
+                         "sent to {address}.", "Confirm", "The link is valid for 7 days. If it was not you, you can "
+                         "ignore this mail."),
+        "otp": ("Your verification code", "Your verification code is", "", "It expires in {minutes}. If you did not "
+                "ask for it, you can ignore this mail."),
+        "minutes": ("{number} minute", "{number} minutes")},
+    "de": {
+        "unsubscribe": ("Abmelden", "Möchten Sie „{content_type}“ an {address} nicht mehr erhalten?", "Abmelden"),
+        "unsubscribed": ("Sie sind abgemeldet", "{address} erhält „{content_type}“ nicht mehr.", "Wieder anmelden"),
+        "confirm": ("Bestätigen Sie Ihre Anmeldung", "Möchten Sie „{content_type}“ an {address} erhalten?",
+                    "Anmelden"),
+        "subscribed": ("Sie sind angemeldet", "{address} erhält von nun an „{content_type}“."),
+        "not_valid": ("Dieser Link ist ungültig", "Vielleicht wurde er abgeschnitten. Bitte öffnen Sie ihn noch "
+                      "einmal aus der Mail, oder kopieren Sie ihn ganz."),
+        "over": ("Dieser Link wurde schon benutzt oder ist abgelaufen", "Wenn Sie diese Mails noch erhalten möchten, "
+                 "melden Sie sich bitte wieder an."),
+        "later": ("Bitte versuchen Sie es gleich noch einmal", "Der Link ließ sich gerade nicht öffnen."),
+        "confirm_mail": ("Bitte bestätigen Sie Ihre Anmeldung", "Jemand, wahrscheinlich Sie, möchte „{content_type}“ "
+                         "an {address} erhalten.", "Bestätigen", "Der Link gilt 7 Tage. Falls Sie es nicht waren, "
+                         "können Sie diese Mail ignorieren."),
+        "otp": ("Ihr Bestätigungscode", "Ihr Bestätigungscode lautet", "", "Er läuft in {minutes} ab. Falls Sie ihn "
+                "nicht angefordert haben, können Sie diese Mail ignorieren."),
+        "minutes": ("{number} Minute", "{number} Minuten")},
+    "fr": {
+        "unsubscribe": ("Se désabonner", "Ne plus recevoir « {content_type} » à l’adresse {address} ?",
+                        "Se désabonner"),
+        "unsubscribed": ("Vous êtes désabonné(e)", "{address} ne recevra plus « {content_type} ».", "Se réabonner"),
+        "confirm": ("Confirmez votre abonnement", "Voulez-vous recevoir « {content_type} » à l’adresse {address} ?",
+                    "S’abonner"),
+        "subscribed": ("Vous êtes abonné(e)", "{address} recevra « {content_type} »."),
+        "not_valid": ("Ce lien n’est pas valable", "Il a peut-être été coupé. Veuillez l’ouvrir à nouveau depuis le "
+                      "message, ou le copier en entier."),
+        "over": ("Ce lien a déjà servi ou a expiré", "Si vous voulez encore recevoir ces messages, veuillez vous "
+                 "abonner à nouveau."),
+        "later": ("Veuillez réessayer dans un instant", "Le lien n’a pas pu être ouvert."),
+        "confirm_mail": ("Veuillez confirmer votre abonnement", "Quelqu’un, sans doute vous, souhaite recevoir « "
+                         "{content_type} » à l’adresse {address}.", "Confirmer", "Le lien est valable 7 jours. Si ce "
+                         "n’était pas vous, vous pouvez ignorer ce message."),
+        "otp": ("Votre code de vérification", "Votre code de vérification est", "", "Il expire dans {minutes}. Si "
+                "vous ne l’avez pas demandé, vous pouvez ignorer ce message."),
+        "minutes": ("{number} minute", "{number} minutes")},
+    "es": {
+        "unsubscribe": ("Cancelar la suscripción", "¿Quiere dejar de recibir «{content_type}» en {address}?",
+                        "Cancelar la suscripción"),
+        "unsubscribed": ("Su suscripción está cancelada", "{address} ya no recibirá «{content_type}».",
+                         "Volver a suscribirse"),
+        "confirm": ("Confirme su suscripción", "¿Quiere recibir «{content_type}» en {address}?", "Suscribirse"),
+        "subscribed": ("Su suscripción está activa", "{address} recibirá «{content_type}»."),
+        "not_valid": ("Este enlace no es válido", "Quizá esté cortado. Ábralo otra vez desde el correo o cópielo "
+                      "entero."),
+        "over": ("Este enlace ya se usó o ha caducado", "Si todavía quiere recibir estos correos, suscríbase de "
+                 "nuevo."),
+        "later": ("Inténtelo de nuevo en un momento", "El enlace no se pudo abrir."),
+        "confirm_mail": ("Confirme su suscripción", "Alguien, probablemente usted, quiere recibir «{content_type}» en "
+                         "{address}.", "Confirmar", "El enlace es válido durante 7 días. Si no fue usted, puede "
+                         "ignorar este correo."),
+        "otp": ("Su código de verificación", "Su código de verificación es", "", "Caduca en {minutes}. Si no lo ha "
+                "pedido, puede ignorar este correo."),
+        "minutes": ("{number} minuto", "{number} minutos")},
+    "pt": {
+        "unsubscribe": ("Cancelar a subscrição", "Quer deixar de receber “{content_type}” em {address}?",
+                        "Cancelar a subscrição"),
+        "unsubscribed": ("A sua subscrição foi cancelada", "{address} já não receberá “{content_type}”.",
+                         "Subscrever de novo"),
+        "confirm": ("Confirme a sua subscrição", "Quer receber “{content_type}” em {address}?", "Subscrever"),
+        "subscribed": ("A sua subscrição está ativa", "{address} receberá “{content_type}”."),
+        "not_valid": ("Este link não é válido", "Talvez esteja cortado. Abra-o de novo a partir do e-mail ou copie-o "
+                      "por inteiro."),
+        "over": ("Este link já foi usado ou expirou", "Se ainda quiser receber estes e-mails, subscreva de novo."),
+        "later": ("Tente de novo dentro de momentos", "Não foi possível abrir o link."),
+        "confirm_mail": ("Confirme a sua subscrição", "Alguém, provavelmente você, quer receber “{content_type}” em "
+                         "{address}.", "Confirmar", "O link é válido durante 7 dias. Se não foi você, pode ignorar "
+                         "este e-mail."),
+        "otp": ("O seu código de verificação", "O seu código de verificação é", "", "Expira em {minutes}. Se não o "
+                "pediu, pode ignorar este e-mail."),
+        "minutes": ("{number} minuto", "{number} minutos")},
+}
+LANGUAGE_RANGE = re.compile(
+    r"\s*([A-Za-z]{1,8}|\*)(?:-[A-Za-z0-9]{1,8})*\s*(?:;\s*q=([01](?:\.\d{0,3})?)\s*)?", re.ASCII)
+
+
+class ReaderText(typing.NamedTuple):
+    """One of READER_TEXTS, in one language."""
+
+    title: str
+    text: str
+    label: str = ""
+    note: str = ""
+
+    @classmethod
+    def of(cls, language: str, what: str, values: Mapping[str, str]) -> "ReaderText":
+        """The text with these values in it."""
+        return cls(*(part.format(**values) for part in READER_TEXTS[language][what]))
+
+
+def nearest_language(locale: str) -> str:
+    """The language of READER_TEXTS for a language tag (RFC 4647 section 3.4), English where there is none."""
+    language = locale.partition("-")[0].lower()
+    return language if language in READER_TEXTS else "en"
+
+
+def preferred_language(accept_language: str) -> str:
+    """The language of READER_TEXTS that a header Accept-Language (RFC 9110 section 12.5.4) prefers, or English."""
+    preferred, most = "en", 0.0
+    for found in filter(None, map(LANGUAGE_RANGE.fullmatch, accept_language.split(","))):
+        language, weight = found[1].lower().replace("*", "en"), float(found[2] or 1)
+        if language in READER_TEXTS and weight > most:
+            preferred, most = language, weight
+    return preferred
+
+
+def built_in_mail(language: str, what: str, code: str = "", url: str = "", **values: str) -> tuple[str, str, str]:
+    """(subject, content as HTML, text) of a mail of READER_TEXTS, with a code or with a button that leads to `url`.
+
+    `values` fill the texts.
+    """
+    mail = ReaderText.of(language, what, values)
+    link = html.escape(url)
+    focus = (f'<p style="margin:24px 0;font:bold 36px/1.2 monospace;letter-spacing:4px">{code}</p>' if code else
+             f'<p style="margin:24px 0"><a href="{link}" style="display:inline-block;padding:12px 24px;'
+             f'border-radius:8px;background:#05c;color:#fff;font-weight:bold;text-decoration:none">'
+             f'{html.escape(mail.label)}</a></p>')
+    content = (f'<!DOCTYPE html><html lang="{language}"><head><meta charset="utf-8">'
+               f'<title>{html.escape(mail.title)}</title><meta name="color-scheme" content="light dark"></head>'
+               f'<body style="font:16px/1.5 sans-serif"><p>{html.escape(mail.text)}</p>{focus}'
+               f'<p>{html.escape(mail.note)}</p></body></html>\n')
+    text = f"{mail.text} {code}" if code else f"{mail.text}\n\n{mail.label}: {url}"
+    return mail.title, content, f"{text}\n\n{mail.note}\n"
 
 
 # --- 11. transports -------------------------------------------------------------------------------------
@@ -7429,18 +7961,17 @@ class Otps:
         key: the secret of the hashes, 32 bytes.
         ttl: seconds for which an OTP is valid, from the request on.
         minute_max: OTP requests of an account per minute; 0: unlimited.
-        subject, content: templates of the mail, with `{{ otp }}` and `{{ minutes }}`.
+        subject, content: templates of the mail, with `{{ otp }}` and `{{ minutes }}`; in the place of the default
+            subject and of an empty content, GoMail has its own, in the languages of READER_TEXTS.
     """
 
     MAX_ATTEMPTS = 5
     MAX_FAILURES = 100
-    CONTENT = ("Your verification code is {{ otp }}\n\nIt expires in {{ minutes }} minute(s). "
-               "If you did not ask for it, you can ignore this mail.\n")
 
     def __init__(self, store: Store, key: bytes, ttl: int, minute_max: int = 0, subject: str = Settings.otp_subject,
                  content: str = "") -> None:
         self.store, self.key, self.ttl, self.minute_max = store, key, ttl, minute_max
-        self.subject, self.content = subject, content or self.CONTENT
+        self.subject, self.content = subject, content
         self._keep = store.script(self.KEEP)
         self._verify = store.script(self.VERIFY, once=True)
 
@@ -7529,12 +8060,21 @@ class Otps:
             raise rate_limited(-result, "OTP requests or wrong OTPs")
         return result == "verified"
 
-    def mail(self, otp: str, payload: Json) -> tuple[str, str]:
-        """(subject, content) of the mail with an OTP: from its payload's templates, if it has some."""
-        variables = {**payload.get("variables", {}), "otp": otp, "minutes": max(1, self.ttl // 60)}
-        subject, content = payload.get("subject", self.subject), payload.get("content", self.content)
-        return (fill_template(subject, variables),
-                fill_template(content, variables, escape="content" in payload and is_html(content)))
+    def mail(self, otp: str, payload: Json) -> tuple[str, str, str]:
+        """(subject, content, text or "") of the mail with an OTP: from its payload's templates, if it has some."""
+        minutes = max(1, self.ttl // 60)
+        variables = {**payload.get("variables", {}), "otp": otp, "minutes": minutes}
+        if "content" in payload:
+            subject, content = payload["subject"], payload["content"]
+            return fill_template(subject, variables), fill_template(content, variables, is_html(content)), ""
+        language = nearest_language(payload.get("locale", ""))
+        duration = READER_TEXTS[language]["minutes"][minutes != 1].format(number=minutes)
+        subject, content, text = built_in_mail(language, "otp", otp, minutes=duration)
+        if self.subject != Settings.otp_subject:
+            subject = fill_template(self.subject, variables)
+        if self.content:
+            content, text = fill_template(self.content, variables), ""
+        return subject, content, text
 
     def _record(self, account: str, address: str, purpose: str) -> str:
         """The key of an OTP's record. With a purpose it has a digest, which no names of others can imitate."""
@@ -7552,12 +8092,15 @@ class Otps:
 # Content types, their subscriptions, and the schedule. One script moves a due subscription to its next boundary and
 # queues its mail, so that any number of processes send it once.
 
-def next_boundary(frequency: str, now: float, zone: zoneinfo.ZoneInfo) -> int:
+def next_boundary(frequency: str, now: float, zone: zoneinfo.ZoneInfo, at: str = "00:00",
+                  day: str | int | None = None) -> int:
     """The first calendar boundary after `now`, both in seconds since the epoch.
 
-    @hourly is minute 0; @daily midnight; @weekly midnight before Sunday; @monthly midnight before the 1st; by the
-    clock of `zone`. If daylight saving skips a midnight, the boundary is the first moment after it; if it repeats one,
-    the first counts. An hour that it repeats is an hour like any other.
+    @hourly is minute 0; @daily the time `at`; @weekly that time on `day`, one of WEEKDAYS, by default Sunday; @monthly
+    that time on the day of this number, by default the 1st, or on the last of a month that has no such day; by the
+    clock of `zone`. A time that daylight saving skips is that of the clock before the change: 02:30 becomes 03:30, and
+    a skipped midnight the first moment after it. Of a time that it repeats, the first counts. (Both are as in RFC 5545
+    section 3.3.5.) An hour that it repeats is an hour like any other.
     """
     if frequency == "@hourly":
         moment = int(now)
@@ -7566,14 +8109,147 @@ def next_boundary(frequency: str, now: float, zone: zoneinfo.ZoneInfo) -> int:
             moment += 3600 - local.minute * 60 - local.second
             if datetime.datetime.fromtimestamp(moment, zone).minute == 0:
                 return moment
-    day = datetime.datetime.fromtimestamp(now, zone).date()
+    time_of_day = datetime.time.fromisoformat(at)
+    date = datetime.datetime.fromtimestamp(now, zone).date() - datetime.timedelta(days=1)  # a gap may be a whole day
     while True:
-        day += datetime.timedelta(days=1)
-        if frequency == "@weekly" and day.isoweekday() != 7 or frequency == "@monthly" and day.day != 1:
-            continue
-        boundary = datetime.datetime.combine(day, datetime.time(), zone).timestamp()
-        if boundary > now:
-            return int(boundary)
+        last = calendar.monthrange(date.year, date.month)[1]
+        if (frequency == "@daily" or frequency == "@weekly" and WEEKDAYS[date.weekday()] == (day or "sun")
+                or frequency == "@monthly" and date.day == min(int(day or 1), last)):
+            boundary = datetime.datetime.combine(date, time_of_day, zone).timestamp()  # fold=0: as the RFC has it
+            if boundary > now:
+                return int(boundary)
+        date += datetime.timedelta(days=1)
+
+
+def text_digest(subject: str, content: str) -> str:
+    """What names an issue of a newsletter: a digest of its text, before that is filled."""
+    return hashlib.sha1(f"{subject}\n{content}".encode()).hexdigest()[:16]
+
+
+# The columns of a file with subscribers: those of an export, before the variables; and by which names an import knows
+# the address. TIMES also are fields of a subscribe task's payload.
+TIMES = ("frequency", "at", "day", "timezone")
+EXPORT_COLUMNS = ("userId", "state", *TIMES, "created", "last", "since", "how")
+ADDRESS_COLUMNS = ("userid", "email", "e-mail", "address")
+KNOWN_COLUMNS = frozenset((*map(str.lower, EXPORT_COLUMNS), *ADDRESS_COLUMNS))
+
+# A spreadsheet takes such a cell for a formula, which may send what stands in others (OWASP, CSV injection). An export
+# puts a ' before it, by which spreadsheets know a text; an import removes it.
+FORMULA = re.compile("'*[=+@\t\r\n\uff1d\uff0b\uff20\uff0d-]")
+
+
+def protect_cell(value: Any) -> str:
+    """A value as a cell of a CSV file that spreadsheets take for no formula."""
+    text = "" if value is None else str(value)
+    return f"'{text}" if FORMULA.match(text) else text
+
+
+def plain_cell(text: str) -> str:
+    """What protect_cell() was given."""
+    return text[1:] if text.startswith("'") and FORMULA.match(text) else text
+
+
+class SubscriberFile:
+    """Reads the subscribers of a CSV file (RFC 4180), with a header line; the cells are separated by , or ; or tabs.
+
+    The columns are those of an export; only the address (see ADDRESS_COLUMNS) is needed, and case is ignored. Any other
+    column is a variable, and so is `variables.<name>` in any case. An empty cell is as good as none. A file that was
+    exported also says who has unsubscribed.
+
+    Args:
+        lines: of the file, with their ends.
+        defaults: what a row without it has: frequency, at, day, timezone.
+        first: the number of the first line.
+
+    Raises:
+        HTTPError: 400, the header line is wrong.
+    """
+
+    HISTORY = ("created", "last", "since", "how")  # columns of an export that tell what was
+
+    def __init__(self, lines: Iterable[str], defaults: Json, first: int = 1) -> None:
+        lines = iter(lines)
+        header = next(lines, "").removeprefix("\ufeff")
+        self.defaults, self.first, self.columns = defaults, first, [""]
+        for delimiter in (",", ";", "\t"):
+            with contextlib.suppress(csv.Error):
+                self.rows = csv.reader(itertools.chain([header], lines), delimiter=delimiter, strict=True)
+                names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter, strict=True), [])]
+                # These belong to an export only together: somebody's file may have one of them for a variable.
+                known = self.HISTORY if {*self.HISTORY} <= {*map(str.lower, names)} else ()
+                self.columns = [self._column(name, (*TIMES, "state", *known, "")) for name in names]
+                if "userId" in self.columns:
+                    break
+        else:
+            raise HTTPError(400, "csv must begin with a header line that has a column userId (or email, e-mail, "
+                            "address)", "csv")
+        next(self.rows)
+        for at, column in enumerate(self.columns):
+            if column and column in self.columns[:at]:
+                raise HTTPError(400, f"csv has the column {column} twice", "csv")
+            name = column.removeprefix("variables.")
+            if column.startswith("variables.") and not re.fullmatch(VARIABLE, name):
+                hint = re.sub("[^A-Za-z0-9_]+", "_", name)[:64]
+                raise HTTPError(400, f"csv has a column {name!r}, which is no name of a variable (letters, digits, _); "
+                                f"{hint!r} would be one", "csv")
+
+    @staticmethod
+    def _column(name: str, known: Sequence[str]) -> str:
+        """What a column means: userId, one of those that are known, in lower case, or variables.<name>."""
+        if name.lower() in ADDRESS_COLUMNS:
+            return "userId"
+        if name.lower() in known:
+            return name.lower()
+        return name if name.startswith("variables.") else f"variables.{name}"
+
+    def __iter__(self) -> Iterator[tuple[int, Json | HTTPError]]:
+        """(its line, the payload of a subscribe task with its "state") of each row; or, where it says that the address
+        has unsubscribed, {"userId", "state", "since" (us, or 0), "how"}; or the HTTPError that says what is wrong."""
+        while True:
+            line = self.first + self.rows.line_num
+            try:
+                cells = next(self.rows)
+                if any(cells):
+                    yield line, self._subscriber(cells)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                words = "its quote is not closed, so that nothing behind it could be read" if "end of data" in str(
+                    error) else str(error)
+                yield line, HTTPError(400, f"the line is no CSV: {words}")
+            except HTTPError as error:
+                yield line, error
+
+    def _subscriber(self, cells: Sequence[str]) -> Json:
+        """The payload of a row. Raises HTTPError (400)."""
+        if any(cells[len(self.columns):]):
+            raise HTTPError(400, f"it has {len(cells)} cells, and the header line {len(self.columns)}")
+        if any(map(SURROGATES.search, cells)):
+            raise HTTPError(400, "it is not UTF-8")
+        row: Json = {column: plain_cell(cell if column.startswith("variables.") else cell.strip())
+                     for column, cell in zip(self.columns, cells) if column and cell.strip()}
+        state, history = row.pop("state", ""), {name: row.pop(name, "") for name in self.HISTORY}
+        if state.lower() == SubscriptionState.UNSUBSCRIBED:
+            how, since = history["how"] if history["how"] in ("link", "one-click") else "task", 0
+            with contextlib.suppress(ValueError, OverflowError):
+                since = int(datetime.datetime.fromisoformat(history["since"]).timestamp() * 1e6)
+            address = PAYLOADS["unsubscribe"].fields["userId"](row.get("userId"), "userId")
+            return {"userId": address, "state": SubscriptionState.UNSUBSCRIBED, "since": since, "how": how}
+        if state.lower() not in ("", SubscriptionState.SUBSCRIBED):
+            row["variables.state"] = state
+        variables = {name.removeprefix("variables."): row.pop(name) for name in [*row] if name.startswith("variables.")}
+        if row.get("day", "").isdecimal():
+            row["day"] = int(row["day"])
+        payload = {**({} if "frequency" in row else self.defaults), **row, "content_type": "-",
+                   **({"variables": variables} if variables else {})}
+        return {**PAYLOADS["subscribe"](payload), "state": SubscriptionState.SUBSCRIBED}
+
+
+class SubscriptionState(enum.StrEnum):
+    """Whether an address gets a newsletter."""
+
+    SUBSCRIBED = "subscribed"
+    UNSUBSCRIBED = "unsubscribed"
 
 
 class Newsletters:
@@ -7588,6 +8264,15 @@ class Newsletters:
     """
 
     BATCH = 200  # subscriptions that one script looks at: a millisecond of Redis's time each 50
+    TEST_RETRIES = 3  # of a newsletter that is sent as a test
+    CALENDARS_KEPT = 100  # of those that are not only a frequency: known to each look for what is due
+    HALF: typing.ClassVar[dict[str, int]] = {  # half a period in seconds: two boundaries that are closer are the same
+        "@hourly": 1800, "@daily": 43200, "@weekly": 302400, "@monthly": 1209600}
+    HALF_AS_JSON = json.dumps(HALF)
+    IMPORT_BATCH = 200  # rows in one script
+    IMPORT_RETRIES = 8  # of the mails of an imported subscription, which take about an hour
+    SCANS = 100  # calls of HSCAN for one page of a search
+    LEFT_OUT = "left out: unsubscribed"  # the result of a subscribe task
     CONTROLS = re.compile(ONE_LINE.replace("[^", "[") + "+")  # what a subject must not contain
 
     def __init__(self, store: Store, zone: zoneinfo.ZoneInfo, accounts: Accounts, public_url: str = "",
@@ -7599,47 +8284,110 @@ class Newsletters:
         self._texts = store.script(self.TEXTS, when_full=False)
         self._remove = store.script(self.REMOVE, once=True)
         self._subscribe = store.script(self.SUBSCRIBE)
+        self._import = store.script(self.IMPORT, when_full=False)
         self._unsubscribe = store.script(self.UNSUBSCRIBE, once=True)
         self._refold = store.script(self.REFOLD)
         self._claim = store.script(self.CLAIM, once=True, when_full=False)
+        self._send = store.script(self.SEND, once=True, when_full=False)
+        self._send_some = store.script(self.SEND_SOME, when_full=False)
+        self._stop_send = store.script(self.STOP_SEND, once=True)
+        self.sending = threading.Event()  # set where this process knows of newsletters that are to be queued
         self._correct = store.script(self.CORRECT)
+        self._note_needs = store.script(self.NOTE_NEEDS)
         self._cursor = 0  # where correct() continues in the schedule
+        self._calendars: dict[str, None] = dict.fromkeys(FREQUENCIES)  # whose boundaries are passed to CLAIM
+        self._found: dict[str, tuple[float, int, int]] = {}  # calendar -> since when its next two boundaries are these
 
     def _keys(self, account: str, content_type: str, address: str = "") -> list[str]:
         """The KEYS of DEFINE, REMOVE, SUBSCRIBE, UNSUBSCRIBE and REFOLD, as KEYS_BY_NAME names them."""
         return [self.store.key("content", account), self.store.key("subscribers", content_type, account),
                 self.store.key("schedule"), self.store.key("issued", content_type, account),
-                self.store.key("unsubscribed", content_type, address, account), self.store.prefix]
+                self.store.key("unsubscribed", content_type, address, account),
+                self.store.key("got", content_type, account), self.store.key("issues", content_type, account),
+                self.store.key("left", content_type, account), self.store.key("left_types", account),
+                self.store.key("needs", account), self.store.prefix]
 
-    KEYS_BY_NAME = "local content, subscribers, schedule, issued, unsubscribed, prefix = unpack(KEYS)"
+    KEYS_BY_NAME = """
+        local content, subscribers, schedule, issued, unsubscribed, got, issues, left, left_types, needs, prefix
+            = unpack(KEYS)
+    """
+
+    # `find_left` answers the field of the hash `left` that has a folded address: that address, or the name that stands
+    # for it since it was erased; nil if it has not unsubscribed.
+    FIND_LEFT = """
+        local function find_left(prefix, left, address)
+            if redis.call('EXISTS', left) == 0 then return end
+            if redis.call('HEXISTS', left, address) == 1 then return address end
+            local key = redis.call('GET', prefix .. 'erasure_key')
+            local erased = key and redis.sha1hex(key .. redis.sha1hex(key .. address))
+            return erased and redis.call('HEXISTS', left, erased) == 1 and erased or nil
+        end
+
+        -- Remember that an address has unsubscribed, unless that is known. `leaving` is JSON.
+        local function remember(prefix, left, left_types, account, content_type, address, leaving)
+            local is_registered = (redis.call('HGET', prefix .. 'UserList', account) or '') ~= ''
+            if not is_registered or find_left(prefix, left, address) then return end
+            redis.call('HSET', left, address, leaving)
+            redis.call('HSET', left_types, content_type, 1)
+        end
+    """
 
     # KEYS: see _keys().
-    # ARGV: content type, body, 1 to replace it or 0 to create it.
+    # ARGV: content type, body, what it needs, 1 to replace it or 0 to create it.
     # Answer: 1, or 0 if there is no such content type, or one already.
     DEFINE = KEYS_BY_NAME + """
-        local content_type, body, exists = unpack(ARGV)
+        local content_type, body, needed, exists = unpack(ARGV)
         if redis.call('HEXISTS', content, content_type) ~= tonumber(exists) then return 0 end
         redis.call('HSET', content, content_type, body)  -- a full Redis refuses this: nothing is written before it
-        if exists == '0' then redis.call('UNLINK', subscribers, issued) end  -- what REMOVE has left
+        redis.call('HSET', needs, content_type, needed)
+        if exists == '0' then redis.call('UNLINK', subscribers, issued, got, issues) end  -- what REMOVE has left
         return 1
     """
 
     def create(self, account: str, content_type: str, subject: str, content: str,
-               request: str | IdempotentRequest = "") -> None:
-        """Define a content type. `request` is that of Script. Raises HTTPError: 409, it exists; 422, see Script."""
-        if not self._define(self._keys(account, content_type), [content_type, self._body(subject, content), 0],
-                            request):
+               request: str | IdempotentRequest = "", **more: Any) -> None:
+        """Define a content type; `more` is what else _body() takes. `request` is that of Script.
+
+        Raises HTTPError: 409, it exists; 422, see Script.
+        """
+        body = self._body(subject, content, **more)
+        if not self._define(self._keys(account, content_type), [content_type, *self._kept(body), 0], request):
             raise HTTPError(409, "content_type exists already; PUT updates it", "content_type")
 
-    def update(self, account: str, content_type: str, subject: str, content: str) -> None:
-        """Replace subject and content of a content type. Raises HTTPError (404) if it does not exist."""
-        if not self._define(self._keys(account, content_type), [content_type, self._body(subject, content), 1]):
+    def update(self, account: str, content_type: str, subject: str, content: str, **more: Any) -> Json:
+        """Replace all that a content type has, see create().
+
+        Returns {"unfilled": how many of its subscribers lack variables, "missing": which}, or {} if none do.
+
+        Raises HTTPError (404) if it does not exist.
+        """
+        body = self._body(subject, content, **more)
+        if not self._define(self._keys(account, content_type), [content_type, *self._kept(body), 1]):
             raise self._unknown()
+        needed = {*needs(body)}.difference(READER_VARIABLES[bool(self.public_url)])
+        unfilled, missing = set(), set()
+        subscribers = self.store.key("subscribers", content_type, account)
+        for address, record in self.store.redis.hscan_iter(subscribers, count=1000) if needed else ():
+            if lacked := needed - json.loads(record).get("variables", {}).keys():
+                unfilled.add(address)
+                missing |= lacked
+        return {"unfilled": len(unfilled), "missing": sorted(missing)} if missing else {}
 
     @staticmethod
-    def _body(subject: str, content: str) -> str:
-        """A content type as Redis keeps it. HEADS relies on the order and the spaces."""
-        return json.dumps({"subject": subject, "content": content})
+    def _body(subject: str, content: str, resend: bool = True, defaults: Mapping[str, Any] | None = None) -> Json:
+        """All that a content type has.
+
+        Args:
+            resend: whether a subscriber gets the same text again.
+            defaults: the variables of who has none of that name, or an empty one.
+        """
+        return {"subject": subject, "content": content, **({} if resend else {"resend": False}),
+                **({"defaults": defaults} if defaults else {})}
+
+    @staticmethod
+    def _kept(body: Json) -> tuple[str, str]:
+        """A content type and what it needs as Redis keeps them. HEADS relies on the order and the spaces."""
+        return json.dumps(body), " ".join(needs(body))
 
     @staticmethod
     def _unknown() -> HTTPError:
@@ -7647,27 +8395,33 @@ class Newsletters:
 
     # Subscriptions stay in the schedule; CLAIM drops them when they are due. Without their content type they count no
     # more; remove() removes their records, or else whoever creates a content type of this name.
-    # KEYS: see _keys(). ARGV: content type. Answer: 1, or 0 if it does not exist.
+    # KEYS: see _keys(). ARGV: content type, field in `sends`. Answer: 1, or 0 if it does not exist.
     REMOVE = KEYS_BY_NAME + """
+        redis.call('HDEL', prefix .. 'sends', ARGV[2])
+        redis.call('HDEL', needs, ARGV[1])
         return redis.call('HDEL', content, ARGV[1])
     """
 
     def remove(self, account: str, content_type: str) -> None:
         """Remove a content type and end its subscriptions. Raises HTTPError (404) if it does not exist."""
-        content, subscribers, _, issued, *_ = keys = self._keys(account, content_type)
-        existed = self._remove(keys, [content_type])
-        for key in (subscribers, issued):
+        content, subscribers, _, issued, _, got, issues, *_ = keys = self._keys(account, content_type)
+        existed = self._remove(keys, [content_type, f"{content_type}:{account}"])
+        for key in (subscribers, issued, got, issues):
             self.store.remove(key, content, content_type)
         if not existed:
             raise self._unknown()
 
     def read(self, account: str, content_type: str) -> Json:
-        """{"content_type", "subject", "content", "subscribers": how many}. Raises HTTPError (404)."""
+        """{"content_type", "subject", "content", "resend", "defaults", "subscribers": how many}.
+
+        Raises HTTPError (404).
+        """
         body = self.store.redis.hget(self.store.key("content", account), content_type)
         if body is None:
             raise self._unknown()
         subscribers = self.store.redis.hlen(self.store.key("subscribers", content_type, account))
-        return {"content_type": content_type, **json.loads(body), "subscribers": subscribers}
+        return {"content_type": content_type, "resend": True, "defaults": {}, **json.loads(body),
+                "subscribers": subscribers}
 
     # KEYS: the prefix.
     # ARGV: account, content type; and so on.
@@ -7729,45 +8483,86 @@ class Newsletters:
             args += [len(sought), *sought]
         answers = self._texts(keys=[self.store.key("content", account)], args=args)
         return {name: None if not answer else NamedText(answer[0], is_left_out=True) if len(answer) == 1
-                else NamedText(answer[0], **json.loads(answer[1])) for name, answer in zip(names, answers)}
+                else NamedText.of(answer[0], json.loads(answer[1])) for name, answer in zip(names, answers)}
 
-    def _content_types(self, account: str = "") -> list[tuple[str, str]]:
-        """(account, content type) for the content types of an account or of all, by name."""
+    def _content_types(self, account: str = "", kind: str = "content") -> list[tuple[str, str]]:
+        """(account, content type) for the content types of an account or of all, by name; with the kind "left_types"
+        for those that somebody has left, and which may not exist any more."""
         owners = [account] if account else self.accounts.names()
         with self.store.redis.pipeline(transaction=False) as pipeline:
             for owner in owners:
-                pipeline.hkeys(self.store.key("content", owner))
+                pipeline.hkeys(self.store.key(kind, owner))
             return [(owner, name) for owner, names in zip(owners, pipeline.execute()) for name in sorted(names)]
 
     def subscriptions(self, account: str = "", content_type: str = "", address: str = "", cursor: str = "",
-                      limit: int = 100) -> tuple[list[Json], str | None]:
+                      limit: int = 100, state: str = SubscriptionState.SUBSCRIBED, search: str = "",
+                      with_variables: bool = False) -> tuple[list[Json], str | None]:
         """About `limit` subscriptions of an account or of all, unordered, and the next `cursor`, None at the end.
 
-        Each is {"account", "content_type", "userId", "frequency", "next", "created"}. A subscription that exists
+        Each is {"account", "content_type", "userId", "state", "frequency", "next", "created", "last"}, and "at", "day"
+        and "timezone" where it has them, and its "variables" where they are asked for, or where one address is. The
+        last is the issue that was sent last, {"time", "issue", "subject" (None if that was too long ago)}, or None. Who
+        unsubscribed is {"account", "content_type", "userId", "state", "since", "how"}. A subscription that exists
         throughout is returned at least once, and rarely twice (Redis's SCAN). An unknown cursor starts again.
+
+        Args:
+            search: a part of the address; case is ignored in ASCII. Then `limit` is rough, and a page may be empty.
         """
-        pairs = [(owner, name) for owner, name in self._content_types(account) if content_type in ("", name)]
+        has_left = state == SubscriptionState.UNSUBSCRIBED
+        pairs = [(owner, name) for owner, name in self._content_types(account, "left_types" if has_left else "content")
+                 if content_type in ("", name)]
         number, scan = map(int, cursor.split("-")) if cursor else (0, 0)
         page: list[tuple[str, str, Json]] = []
-        while number < len(pairs) and len(page) < limit:
+        pattern, scans = f"*{escape_glob(fold_address(search))}*" if search else None, 0
+        fields = [fold_address(address), *(self._erased_names(address) if address and has_left else ())]
+        while number < len(pairs) and len(page) < limit and scans < self.SCANS:
             owner, name = pairs[number]
-            key = self.store.key("subscribers", name, owner)
+            key = self.store.key("left" if has_left else "subscribers", name, owner)
             if address:
-                record = self.store.redis.hget(key, fold_address(address))
-                records = {address: record} if record else {}
+                records = self.store.redis.hmget(key, fields)
             else:
-                scan, records = self.store.redis.hscan(key, scan, count=limit)
-            page += [(owner, name, json.loads(record)) for record in records.values()]
+                scan, found = self.store.redis.hscan(key, scan, pattern, max(limit, 1000) if pattern else limit)
+                records, scans = found.values(), scans + 1
+            page += [(owner, name, json.loads(record)) for record in records if record]
             if scan == 0:
                 number += 1
+        next_cursor = f"{number}-{scan}" if number < len(pairs) else None
+        if has_left:  # an erased address is known to who asks for it
+            return [{"account": owner, "content_type": name, "userId": record.get("userId", address), "state": state,
+                     "since": timestamp(record["when"]), "how": record["how"]}
+                    for owner, name, record in page if "userId" in record or address], next_cursor
         with self.store.redis.pipeline(transaction=False) as pipeline:
             for owner, name, record in page:
                 pipeline.zscore(self.store.key("schedule"), self.schedule_member(owner, name, record["userId"]))
-            moments = pipeline.execute()
-        return [{"account": owner, "content_type": name, "userId": record["userId"], "frequency": record["frequency"],
-                 "next": timestamp(moment * 1e6) if moment else None, "created": timestamp(record["created"])}
-                for (owner, name, record), moment in zip(page, moments)], (
-                    f"{number}-{scan}" if number < len(pairs) else None)
+                pipeline.hget(self.store.key("got", name, owner), fold_address(record["userId"]))
+            answers = pipeline.execute()
+        lasts = self._last_issues([(owner, name, got) for (owner, name, _), got in zip(page, answers[1::2])])
+        return [{"account": owner, "content_type": name, "userId": record["userId"], "state": state,
+                 "frequency": record["frequency"], "next": timestamp(moment * 1e6) if moment else None,
+                 "created": timestamp(record["created"]),
+                 **{name: record[name] for name in Subscription.CALENDAR if name in record}, "last": last,
+                 **({"variables": record.get("variables", {})} if address or with_variables else {})}
+                for (owner, name, record), moment, last in zip(page, answers[::2], lasts)], next_cursor
+
+    def _erased_names(self, address: str) -> list[str]:
+        """The name that stands for an address where that was erased; none where nothing was ever erased."""
+        key = self.store.redis.get(self.store.key("erasure_key"))
+        return [erased_name(key, address)] if key else []
+
+    def _last_issues(self, found: "Sequence[tuple[str, str, str | None]]") -> "list[Json | None]":
+        """What (account, content type, field of `got`) stands for: {"time", "issue", "subject"}, or None."""
+        sought = list(dict.fromkeys((owner, name, got.split()[0]) for owner, name, got in found if got))
+        with self.store.redis.pipeline(transaction=False) as pipeline:
+            for owner, name, digest in sought:
+                pipeline.hget(self.store.key("issues", name, owner), digest)
+            heads = dict(zip(sought, pipeline.execute()))
+        lasts: list[Json | None] = []
+        for owner, name, got in found:
+            digest, _, moment = (got or "").partition(" ")
+            head = heads.get((owner, name, digest))
+            lasts.append({"time": timestamp(1000 * int(moment)), "issue": digest,
+                          "subject": json.loads(head)["subject"] if head else None} if got else None)
+        return lasts
 
     def scheduled(self) -> int:
         """How many subscriptions are in the schedule. Those of a removed content type stay until they would be due."""
@@ -7778,50 +8573,196 @@ class Newsletters:
         """A subscription as the schedule names it."""
         return json.dumps([account, content_type, fold_address(address)], ensure_ascii=False)
 
-    # Workers may do an unsubscribe before the subscribe that came earlier: the later request wins in any order.
+    # Workers may do an unsubscribe before the subscribe that came earlier: the later request wins in any order. Who has
+    # unsubscribed stays so, unless the request says `again`.
+    # `enter` subscribes an address, with a request of the moment `created`, and answers what SUBSCRIBE does.
+    ENTER = Queue.LATER + Queue.EVENT + FIND_LEFT + KEYS_BY_NAME + """
+        local function enter(unsubscribed, address, record, created, member, now, boundary, next_but_one, half, again,
+                             account, data)
+            local overtaking = redis.call('GET', unsubscribed)
+            if overtaking and later(overtaking, created) then return 'overtaken' end
+            local before = redis.call('HGET', subscribers, address)
+            if before and later(cjson.decode(before).created, created) then return 'overtaken' end
+            local field = find_left(prefix, left, address)
+            if field and again == '0' then
+                emit(prefix, account, 'subscription.left_out', data)
+                return 'left out'
+            end
+            redis.call('HSET', subscribers, address, record)
+            -- Another time for the same frequency brings no second issue of this hour, day, week or month; and if an
+            -- issue is due, it comes first.
+            local is_due = false
+            if before and cjson.decode(before).frequency == cjson.decode(record).frequency then
+                local last = string.match(redis.call('HGET', issued, address) or '', ' (%d+)$')
+                if last and tonumber(last) <= tonumber(now) and boundary - last < tonumber(half) then
+                    boundary = next_but_one
+                end
+                local moment = redis.call('ZSCORE', schedule, member)
+                is_due = moment and tonumber(moment) <= tonumber(now)
+            end
+            if not is_due then redis.call('ZADD', schedule, boundary, member) end
+            if field then redis.call('HDEL', left, field) end
+            if not before then emit(prefix, account, 'subscription.started', data) end
+            return 'subscribed'
+        end
+    """
+
     # KEYS: see _keys().
     # ARGV: content type, address, subscription (JSON), when its task was created (microseconds), member of the
-    #       schedule, next boundary (s), body of the content type if it is to be created, or ""; account, the data of
-    #       the event.
-    # Answer: "subscribed", "overtaken", or "unknown" if the content type does not exist.
-    SUBSCRIBE = Queue.LATER + Queue.EVENT + KEYS_BY_NAME + """
-        local content_type, address, record, created, member, boundary, body, account, data = unpack(ARGV)
+    #       schedule, now, next boundary and the one after it (s), half a period (s), 1 to subscribe also who
+    #       unsubscribed before, or 0, account, the data of the event; body of the content type if it is to be created,
+    #       or "", and what it needs.
+    # Answer: "subscribed", "overtaken", "left out" or "unknown" if the content type does not exist.
+    SUBSCRIBE = ENTER + """
+        local content_type, body, needed = ARGV[1], ARGV[13], ARGV[14]
         if body ~= '' and redis.call('HSETNX', content, content_type, body) == 1 then
-            redis.call('UNLINK', subscribers, issued)  -- what REMOVE has left
+            redis.call('HSET', needs, content_type, needed)
+            redis.call('UNLINK', subscribers, issued, got, issues)  -- what REMOVE has left
         end
         if redis.call('HEXISTS', content, content_type) == 0 then return 'unknown' end
-        local left = redis.call('GET', unsubscribed)
-        local before = redis.call('HGET', subscribers, address)
-        if left and later(left, created) then return 'overtaken' end
-        if before and later(cjson.decode(before).created, created) then return 'overtaken' end
-        redis.call('HSET', subscribers, address, record)
-        redis.call('ZADD', schedule, boundary, member)
-        if not before then emit(prefix, account, 'subscription.started', data) end
-        return 'subscribed'
+        return enter(unsubscribed, unpack(ARGV, 2, 12))
     """
 
     def subscribe(self, task: Task) -> str:
-        """Do a subscribe task: the address gets one subscription, with this frequency from now on.
+        """Do a subscribe task: the address gets one subscription, with this frequency and calendar from now on.
 
-        Returns "subscribed", or "overtaken" if a later request came first. Raises PermanentError if the content type
-        does not exist and the task brings no content.
+        Returns "subscribed", "overtaken" if a later request came first, or LEFT_OUT if the address had unsubscribed and
+        the task does not say `again`. Raises PermanentError if the content type does not exist and the task brings no
+        content.
         """
         payload, account = task.payload, task.account
         content_type, address = payload["content_type"], fold_address(payload["userId"])
-        record = {"userId": payload["userId"], "frequency": payload["frequency"], "retries": task.retries,
-                  "created": task.created, **({"variables": payload["variables"]} if "variables" in payload else {})}
-        body = ""
+        body = needed = ""
         if "subject" in payload and "content" in payload:
-            body = self._body(payload["subject"], payload["content"])
+            body, needed = self._kept(self._body(payload["subject"], payload["content"]))
         result = self._subscribe(self._keys(account, content_type, address), [
-            content_type, address, json.dumps(record), task.created,
-            self.schedule_member(account, content_type, address),
-            next_boundary(payload["frequency"], self.clock(), self.zone), body, account,
-            json.dumps({"account": account, "userId": payload["userId"], "content_type": content_type,
-                        "frequency": payload["frequency"]})])
+            content_type, *self._entry(account, content_type, self._record(payload, task.retries, task.created),
+                                       payload.get("again", False), self.clock()), body, needed])
         if result == "unknown":
             raise PermanentError(f"content type {content_type!r} does not exist")
-        return result
+        return self.LEFT_OUT if result == "left out" else result
+
+    @staticmethod
+    def _record(payload: Json, retries: int, created: int) -> Json:
+        """A subscription as Redis keeps it, from the payload of a subscribe task."""
+        return {"userId": payload["userId"], "frequency": payload["frequency"], "retries": retries,
+                "created": created,
+                **{name: payload[name] for name in ("variables", *Subscription.CALENDAR) if name in payload}}
+
+    def _entry(self, account: str, content_type: str, record: Json, again: bool, now: float) -> list[str | int | float]:
+        """The arguments of `enter` behind the first."""
+        address, frequency = record["userId"], record["frequency"]
+        return [fold_address(address), json.dumps(record), record["created"],
+                self.schedule_member(account, content_type, address), now,
+                *self._next_two(self.calendar_of(record), now), self.HALF[frequency], int(again), account,
+                json.dumps({"account": account, "userId": address, "content_type": content_type,
+                            **{name: record[name] for name in TIMES if name in record}})]
+
+    # KEYS: see _keys().
+    # ARGV: content type; then of each row what SUBSCRIBE has from the address to the data of the event; or, of one that
+    #       is only to be known as unsubscribed, "" for the subscription, and what is remembered (JSON) for that data.
+    # Answer: "unknown" if the content type does not exist, or for each row what `enter` does.
+    IMPORT = ENTER + """
+        local content_type, answers = ARGV[1], {}
+        if redis.call('HEXISTS', content, content_type) == 0 then return 'unknown' end
+        for at = 2, #ARGV, 11 do
+            local address, record, account, data = ARGV[at], ARGV[at + 1], ARGV[at + 9], ARGV[at + 10]
+            if record ~= '' then
+                local unsubscribed = table.concat({prefix .. 'unsubscribed', content_type, address, account}, ':')
+                answers[#answers + 1] = enter(unsubscribed, unpack(ARGV, at, at + 10))
+            else
+                if redis.call('HEXISTS', subscribers, address) == 0 then
+                    remember(prefix, left, left_types, account, content_type, address, data)
+                end
+                answers[#answers + 1] = 'left out'
+            end
+        end
+        return answers
+    """
+
+    def take_rows(self, account: str, content_type: str, rows: Iterable[tuple[int, Json | HTTPError]],
+                  again: bool = False, note: Callable[[int, str], None] = lambda line, error: None,
+                  progress: Callable[[int], None] = lambda line: None) -> Json:
+        """Subscribe the addresses of a file, IMPORT_BATCH rows in one script each.
+
+        Who unsubscribed before is left out, except with `again`; and so are rows that say `unsubscribed` themselves,
+        which are remembered as such if they are not subscribed here.
+
+        Args:
+            rows: of a SubscriberFile.
+            note: is told the line and the error of each row that cannot be taken.
+            progress: is told the line of the last row of each script.
+
+        Returns {"subscribed", "left_out", "failed"}: how many. Raises HTTPError (404) if the content type does not
+        exist.
+        """
+        if not self.store.redis.hexists(self.store.key("content", account), content_type):
+            raise self._unknown()
+        counts, rows = {"subscribed": 0, "left_out": 0, "failed": 0}, iter(rows)
+        while batch := list(itertools.islice(rows, self.IMPORT_BATCH)):
+            args: list[Any] = []
+            now, by_clock = int(self.store.time() * 1e6), self.clock()
+            for line, row in batch:
+                if isinstance(row, HTTPError):
+                    counts["failed"] += 1
+                    note(line, row.message)
+                elif row["state"] == SubscriptionState.UNSUBSCRIBED:
+                    leaving = {"userId": row["userId"], "when": row["since"] or now, "how": row["how"]}
+                    args += [fold_address(row["userId"]), "", *[0] * 7, account, json.dumps(leaving)]
+                else:
+                    record = self._record(row, self.IMPORT_RETRIES, now)
+                    args += self._entry(account, content_type, record, again, by_clock)
+            answers = self._import(self._keys(account, content_type), [content_type, *args])
+            if answers == "unknown":
+                raise self._unknown()
+            subscribed = answers.count("subscribed")
+            counts["subscribed"] += subscribed
+            counts["left_out"] += len(answers) - subscribed
+            progress(batch[-1][0])
+        return counts
+
+    def export(self, account: str, content_type: str) -> Iterator[str]:
+        """The lines of a CSV file (RFC 4180) with who is subscribed, and who has unsubscribed, see EXPORT_COLUMNS.
+
+        SubscriberFile reads it. Raises HTTPError (404) if nothing is known of the content type.
+        """
+        with self.store.redis.pipeline(transaction=False) as pipeline:
+            pipeline.hexists(self.store.key("content", account), content_type)
+            pipeline.hexists(self.store.key("left_types", account), content_type)
+            if not any(pipeline.execute()):
+                raise self._unknown()
+        names: set[str] = set()
+        for item in self._all_subscriptions(account, content_type, (SubscriptionState.SUBSCRIBED,)):
+            names.update(item["variables"])
+        columns = {name: f"variables.{name}" if name.lower() in KNOWN_COLUMNS else name for name in sorted(names)}
+        return self._export(account, content_type, columns)
+
+    def _export(self, account: str, content_type: str, columns: Mapping[str, str]) -> Iterator[str]:
+        """The lines of export(), with these variables, each in the column of this name."""
+        line = io.StringIO()
+        writer = csv.writer(line)
+        writer.writerow([*EXPORT_COLUMNS, *columns.values()])
+        for item in self._all_subscriptions(account, content_type, tuple(SubscriptionState)):
+            last, variables = item.get("last") or {}, item.get("variables", {})
+            cells = {**item, "last": last.get("time")}
+            writer.writerow([protect_cell(cells.get(name)) for name in EXPORT_COLUMNS]
+                            + [protect_cell(variables.get(name)) for name in columns])
+            yield line.getvalue()
+            line.seek(0)
+            line.truncate()
+        yield line.getvalue()
+
+    def _all_subscriptions(self, account: str, content_type: str, states: Sequence[str]) -> Iterator[Json]:
+        """All that subscriptions() lists of a content type, each address once."""
+        for state in states:
+            cursor: str | None = ""
+            seen: set[str] = set()
+            while cursor is not None:
+                page, cursor = self.subscriptions(account, content_type, "", cursor, 1000, state, with_variables=True)
+                for item in page:
+                    if item["userId"] not in seen:
+                        seen.add(item["userId"])
+                        yield item
 
     def unsubscribe(self, task: Task) -> str:
         """Do an unsubscribe task.
@@ -7830,33 +8771,44 @@ class Newsletters:
         is done again, as after an outage, returns the same.
         """
         return self._end_subscription(task.account, task.payload["content_type"], task.payload["userId"], task.created,
-                                      task.id)
+                                      "task", task.id)
 
     # KEYS: see _keys().
-    # ARGV: address, when this was requested (microseconds), member of the schedule, account, the data of the event.
+    # ARGV: content type, address, when this was requested (microseconds), member of the schedule, account, the data of
+    #       the event, what is remembered (JSON).
     # Answer: that of unsubscribe().
-    UNSUBSCRIBE = Queue.LATER + Queue.EVENT + KEYS_BY_NAME + """
-        local address, created, member, account, data = unpack(ARGV)
+    UNSUBSCRIBE = Queue.LATER + Queue.EVENT + FIND_LEFT + KEYS_BY_NAME + """
+        local content_type, address, created, member, account, data, leaving = unpack(ARGV)
         redis.call('SET', unsubscribed, created, 'EX', 86400)
         local before = redis.call('HGET', subscribers, address)
+        if before and later(cjson.decode(before).created, created) then return 'overtaken' end
+        if before then leaving = string.sub(leaving, 1, -2) .. ', "record": ' .. before .. '}' end
+        remember(prefix, left, left_types, account, content_type, address, leaving)
         if not before then return 'not subscribed' end
-        if later(cjson.decode(before).created, created) then return 'overtaken' end
         redis.call('HDEL', subscribers, address)
         redis.call('HDEL', issued, address)
+        redis.call('HDEL', got, address)
         redis.call('ZREM', schedule, member)
         emit(prefix, account, 'subscription.ended', data)
         return 'unsubscribed'
     """
 
-    def _end_subscription(self, account: str, content_type: str, address: str, moment: int, request: str = "") -> str:
-        """End a subscription that is older than `moment` (microseconds). `request` is that of Script: the id of a task,
-        or "" where the reader followed a link."""
+    def _end_subscription(self, account: str, content_type: str, address: str, moment: int, how: str,
+                          request: str = "") -> str:
+        """End a subscription that is older than `moment` (microseconds), and remember that the address unsubscribed.
+
+        Args:
+            how: "task", "link" or "one-click".
+            request: that of Script: the id of a task, or "" where the reader followed a link.
+        """
         data = {"account": account, "userId": address, "content_type": content_type,
-                "by": "task" if request else "link"}
+                "by": "task" if how == "task" else "link"}
+        leaving = json.dumps({"userId": address, "when": moment, "how": how})
         address = fold_address(address)
         return self._unsubscribe(
             self._keys(account, content_type, address),
-            [address, moment, self.schedule_member(account, content_type, address), account, json.dumps(data)], request)
+            [content_type, address, moment, self.schedule_member(account, content_type, address), account,
+             json.dumps(data), leaving], request)
 
     # Move a subscription from one address to another, if it still exists.
     # KEYS: see _keys(). ARGV: old address, new address, old member of the schedule, new member.
@@ -7887,6 +8839,27 @@ class Newsletters:
                                         self.schedule_member(account, content_type, address)])
         self.store.write("SET", marker, now, "NX")
 
+    # Note what a content type needs, unless it was changed since it was read.
+    # KEYS: see _keys(). ARGV: content type, body, what it needs.
+    NOTE_NEEDS = KEYS_BY_NAME + """
+        local content_type, body, needed = unpack(ARGV)
+        if redis.call('HGET', content, content_type) == body then
+            redis.call('HSETNX', needs, content_type, needed)
+        end
+    """
+
+    def note_needs(self) -> None:
+        """Once after an upgrade: note what the content types of an older version need. Several processes may do it at
+        once."""
+        marker, now = self.store.key("needs_noted"), int(self.store.time() * 1000)
+        if self.store.redis.exists(marker):
+            return
+        for account, content_type in self._content_types():
+            if body := self.store.redis.hget(self.store.key("content", account), content_type):
+                needed = " ".join(needs(json.loads(body)))
+                self._note_needs(self._keys(account, content_type), [content_type, body, needed])
+        self.store.write("SET", marker, now, "NX")
+
     def link(self, account: str, content_type: str, address: str) -> str:
         """The URL by which its reader ends this subscription; "" without `public_url`."""
         if not self.public_url:
@@ -7901,9 +8874,31 @@ class Newsletters:
             raise HTTPError(404, "this link is not valid, or not complete", "token")
         return claims["sub"], claims["content_type"], claims["email"]
 
-    def follow_link(self, token: str) -> None:
-        """End the subscription of a link, if it has not ended. Raises HTTPError (404)."""
-        self._end_subscription(*self.read_link(token), int(self.store.time() * 1e6))
+    def follow_link(self, token: str, how: str = "one-click") -> bool:
+        """End the subscription of a link, if it has not ended. Returns whether subscribe_again() can undo that.
+
+        Raises HTTPError (404).
+        """
+        account, content_type, address = self.read_link(token)
+        self._end_subscription(account, content_type, address, int(self.store.time() * 1e6), how)
+        return self._ended_by_reader(account, content_type, address) is not None
+
+    def _ended_by_reader(self, account: str, content_type: str, address: str) -> Json | None:
+        """The subscription that its reader ended last by a link, as it was; or None."""
+        found = self.store.redis.hget(self.store.key("left", content_type, account), fold_address(address))
+        leaving = json.loads(found) if found else {}
+        return leaving.get("record") if leaving.get("how") != "task" else None
+
+    def subscribe_again(self, token: str) -> bool:
+        """Give the reader of a link the subscription back that she has ended by it. Returns False where there is none,
+        or an app has ended it. Raises HTTPError (404)."""
+        account, content_type, address = self.read_link(token)
+        record, keys = self._ended_by_reader(account, content_type, address), self._keys(account, content_type, address)
+        if record is None:
+            return bool(self.store.redis.hexists(keys[1], fold_address(address)))  # the button was pressed twice
+        entry = self._entry(account, content_type, {**record, "created": int(self.store.time() * 1e6)}, True,
+                            self.clock())
+        return self._subscribe(keys, [content_type, *entry, ""]) == "subscribed"
 
     def mail(self, task: Task) -> tuple[str, str, tuple[tuple[str, str], ...]]:
         """(subject, content, headers) of a newsletter at this moment.
@@ -7911,29 +8906,100 @@ class Newsletters:
         The variables are `email`, `unsubscribe_url` and those of the subscription.
 
         Raises:
-            CancelledError: the address has unsubscribed, or the content type was removed, since the mail was queued.
+            CancelledError: the address has unsubscribed, or the content type was removed, since the mail was queued; or
+                the subscriber got this text meanwhile, and shall not get it again.
             PermanentError: the subscription lacks a variable that the content names, or its variables are too large.
         """
         content_type, address = task.payload["content_type"], task.payload["userId"]
-        with self.store.redis.pipeline(transaction=False) as pipeline:
-            pipeline.hget(self.store.key("content", task.account), content_type)
-            pipeline.hget(self.store.key("subscribers", content_type, task.account), fold_address(address))
-            body, subscription = pipeline.execute()
-        if not body or not subscription:
+        body, subscription, got = self._read_for_mail(task)
+        if not body or not (subscription or "test" in task.payload):
             raise CancelledError("no longer subscribed")
-        body, own = json.loads(body), json.loads(subscription).get("variables")
-        url = self.link(task.account, content_type, address)
-        variables = {**(own or {}), "email": address, **({"unsubscribe_url": url} if url else {})}
+        text = json.loads(body)
+        if "test" not in task.payload:
+            task.issue = self.issue_of(text, content_type, address)
+            if not text.get("resend", True) and got and task.issue.startswith(f'["{got.split()[0]}"'):
+                raise CancelledError("has got this text already, and resend is false")
         try:
-            subject, content = (
-                fill_template(text, variables, escape, own is None, self.max_size)
-                for text, escape in ((body["subject"], False), (body["content"], is_html(body["content"]))))
+            subject, content, url = self._fill_mail(task, text, subscription)
         except KeyError as error:
             raise PermanentError(f"the subscription has no variable {error.args[0]!r}") from None
         except TooLarge as error:
             raise PermanentError(f"with the subscription's variables the mail would have {error.size} bytes, and may "
                                  f"have {self.max_size} (max_body)") from None
-        return self.CONTROLS.sub(" ", subject), content, self._headers(content_type, url) if url else ()
+        return (self.CONTROLS.sub(" ", subject), content,
+                self._headers(content_type, url) if url and subscription else ())
+
+    def _read_for_mail(self, task: Task) -> list[str | None]:
+        """What Redis has of a newsletter: its content type, the subscription, and what the subscriber got last."""
+        content_type, address = task.payload["content_type"], fold_address(task.payload["userId"])
+        with self.store.redis.pipeline(transaction=False) as pipeline:
+            pipeline.hget(self.store.key("content", task.account), content_type)
+            for kind in ("subscribers", "got"):
+                pipeline.hget(self.store.key(kind, content_type, task.account), address)
+            return pipeline.execute()
+
+    def _fill_mail(self, task: Task, text: Json, subscription: str | None) -> tuple[str, str, str]:
+        """(subject, content, the link to unsubscribe or "") of a newsletter. Raises KeyError, TooLarge."""
+        address, own = task.payload["userId"], task.payload.get("test", {})
+        url = self.link(task.account, task.payload["content_type"], address)
+        if subscription:
+            own = json.loads(subscription).get("variables", {})
+        elif url:
+            url = f"{self.public_url}/unsubscribe/example"  # it ends nothing: there is no subscription
+        variables = self._variables(text, own, address, url)
+        subject, content = (
+            fill_template(template, variables, escape, max_size=self.max_size)
+            for template, escape in ((text["subject"], False), (text["content"], is_html(text["content"]))))
+        return subject, content, url
+
+    @staticmethod
+    def issue_of(text: Json, content_type: str, address: str) -> str:
+        """What SETTLE_AND_TAKE notes of a newsletter that was sent: [text_digest(), content type, address, subject]."""
+        return json.dumps([text_digest(text["subject"], text["content"]), content_type, fold_address(address),
+                           text["subject"]])
+
+    @staticmethod
+    def _variables(body: Json, own: Mapping[str, Any], address: str, url: str) -> Json:
+        """What fills a content type for one reader, whose variables `own` are. `url` is her link, or ""."""
+        return {**with_defaults(own, body.get("defaults", {})), "email": address,
+                **({"unsubscribe_url": url} if url else {})}
+
+    SAMPLE: typing.ClassVar[Json] = {"otp": "123456", "minutes": 5}  # in the preview of a text for OTPs
+
+    def preview(self, account: str, content_type: str, edits: Json, address: str = "",
+                variables: Mapping[str, Any] | None = None) -> tuple[str, str, list[str]]:
+        """(subject, content, variables that are missing) of a mail as a subscriber would get it, or some reader.
+
+        Args:
+            edits: what of the content type is another than it is saved.
+            address: of the subscriber whose variables are taken, or "".
+            variables: further ones, which replace hers.
+
+        Raises:
+            HTTPError: 404, there is no such content type or subscriber; 413, the texts are too large.
+        """
+        with self.store.redis.pipeline(transaction=False) as pipeline:
+            pipeline.hget(self.store.key("content", account), content_type)
+            pipeline.hget(self.store.key("subscribers", content_type, account), fold_address(address))
+            saved, subscription = pipeline.execute()
+        if not saved and not {"subject", "content"} <= edits.keys():
+            raise self._unknown()
+        if address and not subscription:
+            raise HTTPError(404, "userId is not subscribed to this content type", "userId")
+        body = {**json.loads(saved or "{}"), **edits}
+        own = {**json.loads(subscription or "{}").get("variables", {}), **(variables or {})}
+        known = self._variables(body, own, address or "reader@example.com",
+                                self.public_url and f"{self.public_url}/unsubscribe/preview")
+        if not address and "otp" in placeholder_names(body["subject"] + body["content"]):
+            known = {**self.SAMPLE, **known}
+        try:
+            subject, content = (
+                fill_template(text, known, escape, keep_unknown=True, max_size=self.max_size)
+                for text, escape in ((body["subject"], False), (body["content"], is_html(body["content"]))))
+        except TooLarge as error:
+            raise HTTPError(413, f"with these variables the mail would have {error.size} bytes, and may have "
+                            f"{self.max_size} (max_body)", "variables") from None
+        return self.CONTROLS.sub(" ", subject), content, [name for name in needs(body) if name not in known]
 
     def _headers(self, content_type: str, url: str) -> tuple[tuple[str, str], ...]:
         """Headers by which mailers recognise the newsletter (RFC 2919) and unsubscribe (RFC 2369, RFC 8058)."""
@@ -7944,40 +9010,79 @@ class Newsletters:
         return (("List-Id", f"<{name}.{urllib.parse.urlsplit(self.public_url).hostname}>"),
                 ("List-Unsubscribe", f"<{folded_url}>"), ("List-Unsubscribe-Post", "List-Unsubscribe=One-Click"))
 
-    # The end of ARGV, see _boundaries(): frequency -> its next boundary, and the one after it.
+    # The end of ARGV, see _boundaries(): calendar -> its next boundary, and the one after it. `calendar_of` answers the
+    # calendar of a subscription, as the Python method does, or nothing if ARGV does not have it: then `unknown` does.
     BOUNDARIES = """
-        local next, next_but_one = {}, {}
-        for at = #ARGV - 11, #ARGV, 3 do
+        local next, next_but_one, unknown, is_unknown = {}, {}, {}, {}
+        for at = #ARGV - 3 * ARGV[#ARGV], #ARGV - 1, 3 do
             next[ARGV[at]], next_but_one[ARGV[at]] = tonumber(ARGV[at + 1]), tonumber(ARGV[at + 2])
+        end
+
+        local function calendar_of(record)
+            local calendar = record.frequency
+            if record.at or record.day or record.timezone then
+                calendar = table.concat({calendar, record.at or '-', record.day or '-', record.timezone or '-'}, ' ')
+            end
+            if next[calendar] then return calendar end
+            if not is_unknown[calendar] then unknown[#unknown + 1] = calendar end
+            is_unknown[calendar] = true
         end
     """
 
-    # Queue what is due, except where the issue before has not ended yet: that one gets the content of the moment when
-    # it is sent. A boundary that follows the last one too soon is the same one in another time zone, and is skipped.
-    # KEYS: the prefix.
-    # ARGV: now (s), how many places of the schedule to look at, what the ids are made from, the boundaries.
-    # Answer: 0, or {how many places were due, at how many of them nothing was queued for an earlier issue}.
-    CLAIM = Queue.ADD_TASK + BOUNDARIES + """
-        local prefix, now, most, base = KEYS[1], unpack(ARGV, 1, 3)
-        local half = {['@hourly'] = 1800, ['@daily'] = 43200, ['@weekly'] = 302400, ['@monthly'] = 1209600}  -- seconds
+    # Queue the mail of an issue, except where the issue before has not ended yet: that one gets the content of the
+    # moment when it is sent; or where the subscriber got this very text, and the content type says "resend": false.
+    # `boundary`: the one that it is queued at, if any; `more`: further fields of its payload.
+    # Answers "queued", "waits" or "got". `texts`: the text that is not sent again, by content type, "" for any, false
+    # without the content type. A quotation mark within a text has a backslash before it, so this finds no part of one.
+    QUEUE_ISSUE = Queue.ADD_TASK + """
         local ended = {succeeded = true, dead = true, suppressed = true, cancelled = true,
-                       bounced = true}
-        local schedule, skipped = prefix .. 'schedule', 0
+                       bounced = true, expired = true}
+        local prefix, texts = KEYS[1], {}
 
-        local function queue(number, account, key, content_type, address, record)
-            local issued = prefix .. 'issued:' .. content_type .. ':' .. account
-            local id = base .. string.format('%08x', number)
-            local before = redis.call('HGET', issued, address)
-            local state = before and redis.call('HGET', prefix .. 'task:' .. before, 'state')
-            if state and not ended[state] then
-                skipped = skipped + 1
-                return
+        local function text_of(account, content_type)
+            local name = content_type .. ':' .. account
+            if texts[name] == nil then
+                local body = redis.call('HGET', prefix .. 'content:' .. account, content_type)
+                texts[name] = body and ''
+                if body and string.find(body, '", "resend": false', 1, true) then
+                    local text = cjson.decode(body)
+                    texts[name] = string.sub(redis.sha1hex(text.subject .. '\\n' .. text.content), 1, 16)
+                end
             end
-            local body = cjson.encode({task = content_type, type = 'newsletter', retries = record.retries,
-                                       payload = {userId = record.userId, content_type = content_type}})
-            add_task(prefix, id, account, key, 'bulk', 0, 0, body, address)
-            redis.call('HSET', issued, address, id)
+            return texts[name]
         end
+
+        local function queue_issue(id, account, key, content_type, address, record, boundary, more)
+            local type_and_account = content_type .. ':' .. account
+            local issued = prefix .. 'issued:' .. type_and_account
+            local before, last = string.match(redis.call('HGET', issued, address) or '', '^(%S+) ?(%d*)')
+            local state = before and redis.call('HGET', prefix .. 'task:' .. before, 'state')
+            if state and not ended[state] then return 'waits' end
+            local text = text_of(account, content_type)
+            local got = text ~= '' and redis.call('HGET', prefix .. 'got:' .. type_and_account, address)
+            if got and string.sub(got, 1, 16) == text then return 'got' end
+            local payload = more or {}
+            payload.userId, payload.content_type = record.userId, content_type
+            local body = cjson.encode({task = content_type, type = 'newsletter', retries = record.retries,
+                                       payload = payload})
+            add_task(prefix, id, account, key, 'bulk', 0, 0, body, address)
+            boundary = boundary or last or ''
+            redis.call('HSET', issued, address, boundary == '' and id or id .. ' ' .. boundary)
+            return 'queued'
+        end
+    """
+
+    # Queue what is due, as QUEUE_ISSUE does. A boundary that follows the last one too soon is the same one in another
+    # time zone, and is skipped.
+    # KEYS: the prefix.
+    # ARGV: now (s), how many places of the schedule to look at, what the ids are made from, HALF as JSON, the
+    #       boundaries.
+    # Answer: 0, or {how many places were due, at how many of them nothing was queued for an earlier issue, the
+    #         calendars that ARGV does not have: their places are left as they are}.
+    CLAIM = QUEUE_ISSUE + BOUNDARIES + """
+        local now, most, base = unpack(ARGV, 1, 3)
+        local half = cjson.decode(ARGV[4])
+        local schedule, skipped = prefix .. 'schedule', 0
 
         local due = redis.call('ZRANGE', schedule, '-inf', now, 'BYSCORE', 'LIMIT', 0, most, 'WITHSCORES')
         for at = 1, #due, 2 do
@@ -7986,34 +9091,202 @@ class Newsletters:
             local key = redis.call('HGET', prefix .. 'UserList', account)
             local subscribers = prefix .. 'subscribers:' .. content_type .. ':' .. account
             local found = key and key ~= '' and redis.call('HGET', subscribers, address)
-            if found and redis.call('HEXISTS', prefix .. 'content:' .. account, content_type) == 0 then
-                found = nil
-            end
-            if not found then
+            if not found or not text_of(account, content_type) then
                 redis.call('ZREM', schedule, member)
             else
                 local record = cjson.decode(found)
-                local frequency = record.frequency
-                local too_soon = next[frequency] - moment < half[frequency]
-                redis.call('ZADD', schedule, too_soon and next_but_one[frequency] or next[frequency], member)
-                queue(at, account, key, content_type, address, record)
+                local calendar = calendar_of(record)
+                if calendar then
+                    local too_soon = next[calendar] - moment < half[record.frequency]
+                    redis.call('ZADD', schedule, too_soon and next_but_one[calendar] or next[calendar], member)
+                    local id = base .. string.format('%08x', at)
+                    if queue_issue(id, account, key, content_type, address, record, moment) == 'waits' then
+                        skipped = skipped + 1
+                    end
+                end
             end
         end
-        return #due > 0 and {#due / 2, skipped} or 0
+        return #due > 0 and {#due / 2, skipped, unknown} or 0
     """
 
     def enqueue_due(self) -> int:
         """Queue the mails that are due, at most BATCH. Returns how many places of the schedule were due."""
         now = self.clock()
-        due, skipped = self._claim(keys=[self.store.prefix], args=[
-            now, self.BATCH, secrets.token_hex(12), *self._boundaries(now)]) or (0, 0)
-        if skipped:
-            log(logging.WARNING, "newsletters not queued: the issue before still waits", count=skipped)
-        return due
+        while True:
+            due, skipped, unknown = self._claim(keys=[self.store.prefix], args=[
+                now, self.BATCH, secrets.token_hex(12), self.HALF_AS_JSON, *self._boundaries(now)]) or (0, 0, [])
+            if skipped:
+                log(logging.WARNING, "newsletters not queued: the issue before still waits", count=skipped)
+            if not unknown:
+                return due
+            self._learn(unknown)
+
+    # Begin to queue a newsletter for all subscribers; or queue one mail as a test.
+    # KEYS: the prefix.
+    # ARGV: account, registration, content type, id of the job or of the test's task; of a test its head, body and
+    #       recipient, else "" three times.
+    # Answer: {id, how many mails}; 0 if there is no such content type, -1 if it is being queued already, -2 if the
+    #         recipient of the test is suppressed.
+    SEND = Queue.ADD_TASK + """
+        local prefix, account, registration, content_type, id, head, body, to = KEYS[1], unpack(ARGV)
+        local sends, field = prefix .. 'sends', content_type .. ':' .. account
+        if redis.call('HEXISTS', prefix .. 'content:' .. account, content_type) == 0 then return 0 end
+        if body ~= '' then
+            if redis.call('ZSCORE', prefix .. 'suppressed:' .. account, to) then return -2 end
+            add_task(prefix, id, account, registration, 'normal', 0, 0, body, to, 'head', head)
+            return {id, 1}
+        end
+        local before = redis.call('HGET', sends, field)
+        if before and cjson.decode(before).registration == registration then return -1 end
+        local subscribers = redis.call('HLEN', prefix .. 'subscribers:' .. field)
+        if subscribers > 0 then
+            redis.call('HSET', sends, field, cjson.encode({
+                id = id, account = account, registration = registration, content_type = content_type, cursor = '0',
+                order = '', seen = 0, queued = 0}))
+        end
+        return {id, subscribers}
+    """
+
+    def send(self, account: Account, content_type: str, to: str = "", variables: Json | None = None,
+             request: str | IdempotentRequest = "") -> tuple[str, int]:
+        """Send a newsletter now: begin to queue its mails to all subscribers, or queue one to the address `to`, as a
+        test, which is no issue. `variables` are those of a test to somebody who has no subscription.
+
+        Returns (id of the test's task, or "" ; to how many subscribers). `request` is that of Script.
+
+        Raises:
+            HTTPError: 400, the test lacks a variable; 404, there is no such content type; 409, the newsletter is being
+                queued already, or `to` is suppressed; 413, the test would be too large; 422, see Script.
+        """
+        args: list[str] = [account.name, account.registration, content_type, secrets.token_hex(16), "", "", ""]
+        if to and not self._send.known(request):
+            payload = {"userId": to, "content_type": content_type, "test": variables or {}}
+            task = {"task": content_type, "type": "newsletter", "retries": self.TEST_RETRIES, "payload": payload}
+            self._try_mail(Task("", account.name, account.registration, retries=self.TEST_RETRIES, type="newsletter",
+                                name=content_type, payload=payload, created=0))
+            args[4:] = [summary_of(task), json.dumps(task), fold_address(to)]
+        answer = self._send([self.store.prefix], args, request)
+        if answer == 0:
+            raise self._unknown()
+        if answer == -1:
+            raise HTTPError(409, "content_type is being sent already: its mails are still being queued", "content_type")
+        if answer == -2:
+            reason = self.store.redis.hget(self.store.key("suppressed_for", account.name), fold_address(to))
+            raise HTTPError(409, f"to is suppressed ({reason or 'by request'}): it gets no mail", "to")
+        send_id, count = answer
+        self.sending.set()
+        return send_id if to else "", count
+
+    def _try_mail(self, task: Task) -> None:
+        """Raise HTTPError if the mail of a test cannot be made."""
+        body, subscription, _ = self._read_for_mail(task)
+        if not body:
+            raise self._unknown()
+        try:
+            self._fill_mail(task, json.loads(body), subscription)
+        except KeyError as error:
+            field = "to" if subscription else f"variables.{error.args[0]}"
+            raise HTTPError(400, f"the subscription of {field} has no variable {error.args[0]!r}" if subscription else
+                            f"{field} is required: the newsletter names it", field) from None
+        except TooLarge as error:
+            raise HTTPError(413, f"the mail would have {error.size} bytes with its variables, and may have "
+                            f"{self.max_size} (max_body)", "variables") from None
+
+    # Queue a further part of a newsletter that is being sent to all subscribers. The ids of the tasks are made of the
+    # job and the address: who comes up twice gets one mail. HSCAN's order is another one after a restart of Redis, on
+    # a replica or after a restore, where a cursor of before would leave subscribers out. What comes first tells: if
+    # that has changed, all are looked at again.
+    # KEYS: the prefix. ARGV: about how many subscribers to look at.
+    # Answer: 0 if no newsletter is being sent, else 1 if there is more to do, or what has become of it, as JSON.
+    SEND_SOME = QUEUE_ISSUE + """
+        local sends = prefix .. 'sends'
+        local field = redis.call('HRANDFIELD', sends)
+        if not field then return 0 end
+        local job = cjson.decode(redis.call('HGET', sends, field))
+        local account, content_type = job.account, job.content_type
+        if redis.call('HGET', prefix .. 'UserList', account) ~= job.registration
+                or not text_of(account, content_type) then
+            redis.call('HDEL', sends, field)
+            return 1
+        end
+        local subscribers = prefix .. 'subscribers:' .. field
+        local first = redis.call('HSCAN', subscribers, '0', 'COUNT', 3)[2]
+        for at = #first, 1, -2 do table.remove(first, at) end
+        table.sort(first)
+        local order = redis.sha1hex(table.concat(first, ' '))
+        if order ~= job.order then job.order, job.cursor, job.seen = order, '0', 0 end
+        local cursor, found = unpack(redis.call('HSCAN', subscribers, job.cursor, 'COUNT', ARGV[1]))
+        for at = 1, #found, 2 do
+            local address, id = found[at], string.sub(redis.sha1hex(job.id .. ' ' .. found[at]), 1, 32)
+            if redis.call('EXISTS', prefix .. 'task:' .. id) == 0
+                    and string.sub(redis.call('HGET', prefix .. 'issued:' .. field, address) or '', 1, 32) ~= id
+                    and queue_issue(id, account, job.registration, content_type, address,
+                                    cjson.decode(found[at + 1]), nil, {send = job.id}) == 'queued' then
+                job.queued = job.queued + 1
+            end
+        end
+        job.cursor, job.seen = cursor, job.seen + #found / 2
+        if cursor ~= '0' then
+            redis.call('HSET', sends, field, cjson.encode(job))
+            return 1
+        end
+        redis.call('HDEL', sends, field)
+        return cjson.encode(job)
+    """
+
+    def send_some(self) -> int:
+        """Queue about BATCH mails of the newsletters that are being sent. Returns BATCH if there may be more to do, and
+        0 if not."""
+        self.sending.clear()
+        answer = self._send_some(keys=[self.store.prefix], args=[self.BATCH])
+        if isinstance(answer, str):
+            job = json.loads(answer)
+            log(logging.INFO, "newsletter queued for all subscribers", account=job["account"],
+                content_type=job["content_type"], mails=job["queued"])
+        return self.BATCH if answer else 0
+
+    # KEYS: the prefix. ARGV: field in `sends`, registration of its account or "" for any, 1 to end it or 0 to count.
+    # Answer: how many subscribers have not been looked at, or -1 if nothing is being sent.
+    STOP_SEND = """
+        local prefix, field, registration, ends = KEYS[1], unpack(ARGV)
+        local found = redis.call('HGET', prefix .. 'sends', field)
+        local job = found and cjson.decode(found)
+        if not job or registration ~= '' and job.registration ~= registration then return -1 end
+        if ends == '1' then redis.call('HDEL', prefix .. 'sends', field) end
+        return math.max(0, redis.call('HLEN', prefix .. 'subscribers:' .. field) - job.seen)
+    """
+
+    def stop_sends(self, account: Account = EVERYBODY, content_type: str = "", only_count: bool = False) -> int:
+        """End the sending of newsletters of an account, or of all, whose mails are not all queued yet; or only count.
+
+        Those that are queued stay so. Returns for how many subscribers none was queued.
+        """
+        left = 0
+        for field in self.store.redis.hkeys(self.store.key("sends")):
+            own_type, _, owner = field.partition(":")
+            if account.name in ("", owner) and content_type in ("", own_type):
+                left += max(0, self._stop_send([self.store.prefix], [
+                    field, account.registration, int(not only_count)]))
+        return left
+
+    def issues(self, account: str, content_type: str) -> list[Json]:
+        """The texts of a newsletter that were sent, each {"issue": text_digest(), "subject", "sent": mails, "first",
+        "last": when}, newest first. Raises HTTPError (404)."""
+        with self.store.redis.pipeline(transaction=False) as pipeline:
+            pipeline.hexists(self.store.key("content", account), content_type)
+            pipeline.hgetall(self.store.key("issues", content_type, account))
+            exists, kept = pipeline.execute()
+        if not exists:
+            raise self._unknown()
+        digests = sorted((name for name in kept if " " not in name), reverse=True,
+                         key=lambda digest: int(kept[f"{digest} last"]))
+        return [{"issue": digest, "subject": json.loads(kept[digest])["subject"], "sent": int(kept[f"{digest} sent"]),
+                 **{name: timestamp(1000 * int(kept[f"{digest} {name}"])) for name in ("first", "last")}}
+                for digest in digests]
 
     # Reset places of the schedule that are too far ahead, because a clock was wrong, to their next boundary.
     # KEYS: the prefix. ARGV: cursor, how many places to look at, the boundaries.
-    # Answer: {the next cursor, how many places were reset}.
+    # Answer: {the next cursor, how many places were reset, the calendars that ARGV does not have}.
     CORRECT = BOUNDARIES + """
         local prefix, corrected = KEYS[1], 0
         local cursor, places = unpack(redis.call('ZSCAN', prefix .. 'schedule', ARGV[1], 'COUNT', ARGV[2]))
@@ -8022,31 +9295,66 @@ class Newsletters:
             if moment > next_but_one['@hourly'] then  -- others are right: this saves reading their records
                 local account, content_type, address = unpack(cjson.decode(member))
                 local found = redis.call('HGET', prefix .. 'subscribers:' .. content_type .. ':' .. account, address)
-                local frequency = found and cjson.decode(found).frequency
-                if found and moment > next_but_one[frequency] then
-                    redis.call('ZADD', prefix .. 'schedule', next[frequency], member)
+                local calendar = found and calendar_of(cjson.decode(found))
+                if calendar and moment > next_but_one[calendar] then
+                    redis.call('ZADD', prefix .. 'schedule', next[calendar], member)
                     corrected = corrected + 1
                 end
             end
         end
-        return {cursor, corrected}
+        return {cursor, corrected, unknown}
     """
 
     def correct(self) -> int:
         """Check the next BATCH places of the schedule. Returns how many were too far ahead and are reset."""
-        self._cursor, count = self._correct(keys=[self.store.prefix], args=[
-            self._cursor, self.BATCH, *self._boundaries(self.clock())])
+        count, unknown = 0, [""]
+        while unknown:
+            cursor, corrected, unknown = self._correct(keys=[self.store.prefix], args=[
+                self._cursor, self.BATCH, *self._boundaries(self.clock())])
+            count += corrected
+            self._learn(unknown)
+        self._cursor = cursor
         if count:
             log(logging.WARNING, "newsletters were scheduled too far ahead, as by a clock that was wrong", count=count)
         return count
 
+    @staticmethod
+    def calendar_of(record: Json) -> str:
+        """What the boundaries of a subscription depend on, but for the service's time zone: its frequency, and its own
+        `at`, `day` and `timezone`, where it has any."""
+        chosen = [str(record.get(name, "-")) for name in Subscription.CALENDAR]
+        return " ".join([record["frequency"], *chosen]) if chosen != ["-"] * 3 else record["frequency"]
+
+    def _learn(self, calendars: Sequence[str]) -> None:
+        """Know the boundaries of these calendars in the next call, beside some of those before."""
+        kept = [known for known in self._calendars if known not in FREQUENCIES][-self.CALENDARS_KEPT:]
+        self._calendars = dict.fromkeys([*FREQUENCIES, *kept, *calendars])
+
     def _boundaries(self, now: float) -> list[str | int]:
-        """Each frequency, its next boundary, and the one after it: the ARGV of BOUNDARIES."""
+        """Each calendar that is known, its next boundary, and the one after it; and how many these are: the ARGV of
+        BOUNDARIES."""
         boundaries: list[str | int] = []
-        for frequency in FREQUENCIES:
-            boundary = next_boundary(frequency, now, self.zone)
-            boundaries += [frequency, boundary, next_boundary(frequency, boundary, self.zone)]
-        return boundaries
+        for known in self._calendars:
+            boundaries += [known, *self._next_two(known, now)]
+        return [*boundaries, len(self._calendars)]
+
+    def _next_two(self, known: str, now: float) -> tuple[int, int]:
+        """The next boundary of a calendar, and the one after it. What was found is kept while it is right."""
+        since, boundary, following = self._found.get(known, (math.inf, 0, 0))
+        if not since <= now < boundary:
+            frequency, at, day, timezone = [*known.split(" "), "-", "-", "-"][:4]
+            zone = self.zone
+            if timezone != "-":
+                with contextlib.suppress(zoneinfo.ZoneInfoNotFoundError):  # restored where the time zones are older
+                    zone = zoneinfo.ZoneInfo(timezone)
+            after = functools.partial(next_boundary, frequency, zone=zone, at="00:00" if at == "-" else at,
+                                      day=int(day) if day.isdigit() else None if day == "-" else day)
+            boundary = after(now)
+            following = after(boundary)
+            if len(self._found) > 1000:
+                self._found.clear()
+            self._found[known] = now, boundary, following
+        return boundary, following
 
 
 # --- 14. bounces ----------------------------------------------------------------------------------------
@@ -8632,27 +9940,18 @@ class Recipients:
 
     def _of_newsletters(self, address: str, account: Account) -> Json:
         """{"unsubscribed": from which newsletters, "unconfirmed": the subscriptions that wait for a click}."""
-        folded, pairs = fold_address(address), self.newsletters._content_types(account.name)
-        names = [folded, self.suppressions.erased_name(address)]
-        waiting = [hashlib.sha256(json.dumps([owner, content_type, folded]).encode()).hexdigest()
-                   for owner, content_type in pairs]
-        key = self.store.key
+        pairs, key = self.newsletters._content_types(account.name), self.store.key
         with self.store.redis.pipeline(transaction=False) as pipeline:
-            for (owner, content_type), digest in zip(pairs, waiting):
-                pipeline.hmget(key("left", content_type, owner), names)
-                pipeline.pttl(key("unconfirmed", digest))
-            answers, now = pipeline.execute(), self.store.time()
-        found: Json = {"unsubscribed": [], "unconfirmed": []}
-        for (owner, content_type), left, ttl in zip(pairs, answers[::2], answers[1::2]):
-            common = {"account": owner, "content_type": content_type, "userId": address}
-            if record := left[0] or left[1]:
-                kept = json.loads(record)
-                found["unsubscribed"].append({**common, "state": "unsubscribed", "since": timestamp(kept["when"]),
-                                              "how": kept["how"]})
-            if ttl > 0:
-                found["unconfirmed"].append({**common, "state": "unconfirmed",
-                                             "until": timestamp(now * 1e6 + ttl * 1000)})
-        return found
+            for pair in pairs:
+                pipeline.pttl(key("unconfirmed", hashlib.sha256(
+                    json.dumps([*pair, fold_address(address)]).encode()).hexdigest()))
+            waiting, now = pipeline.execute(), self.store.time()
+        left, _ = self.newsletters.subscriptions(account.name, address=address, limit=1000,
+                                                 state=SubscriptionState.UNSUBSCRIBED)
+        return {"unsubscribed": left, "unconfirmed": [
+            {"account": owner, "content_type": content_type, "userId": address, "state": "unconfirmed",
+             "until": timestamp(now * 1e6 + ttl * 1000)}
+            for (owner, content_type), ttl in zip(pairs, waiting) if ttl > 0]}
 
     def _answer(self, found: Json) -> str:
         """Why an address got nothing lately, or that all is fine, in one sentence."""
@@ -8825,7 +10124,7 @@ class Recipients:
             return
         with self.store.redis.pipeline() as transaction:
             if kind == "left":
-                kept = {name: value for name, value in json.loads(record).items() if name != "userId"}
+                kept = {name: value for name, value in json.loads(record).items() if name in ("when", "how")}
                 transaction.hset(key, self.suppressions.erased_name(address), json.dumps(kept))
             if kind == "subscribers":
                 transaction.zrem(self.store.key("schedule"),
@@ -8839,7 +10138,7 @@ class Recipients:
         for owner, content_type in self.newsletters._content_types(account.name):
             for kind in (*self.BY_ADDRESS, "left"):
                 self._erase_field(kind, owner, content_type, address, counts)
-        end = self.store.literal(f", {json.dumps(fold_address(address), ensure_ascii=False)}]")
+        end = escape_glob(f", {json.dumps(fold_address(address), ensure_ascii=False)}]")
         key = self.store.key("schedule")
         for member, _ in list(self.store.redis.zscan_iter(key, f"*{end}", count=self.KEYS)):
             if account.name in ("", json.loads(member)[0]):
@@ -8852,7 +10151,8 @@ class Recipients:
 # that makes it happen (Queue.EVENT), so that none is lost, and sent by the workers of the lane `hooks`.
 
 EVENTS = ("mail.sent", "mail.failed", "mail.suppressed", "mail.bounced", "mail.complained", "subscription.started",
-          "subscription.ended", "lane.paused", "lane.resumed")  # the last two for the admin's webhook only
+          "subscription.ended", "subscription.left_out",
+          "lane.paused", "lane.resumed")  # these two for the admin's webhook only
 
 
 class Webhooks:
@@ -9103,6 +10403,7 @@ class SmtpState:
 
 class CircuitBreaker:
     """Pauses a lane in this process. It is open while `reason` says why the lane may not send, otherwise closed.
+    Whatever it says, a lane that is `held` sends nothing.
 
     A login does not show whether a used-up quota is back. So where that is the reason, the breaker is half-open after
     each pause: one thread, the tester, may send until a mail shows it; with an empty lane it waits for the next one.
@@ -9123,6 +10424,7 @@ class CircuitBreaker:
         self.reason, self.failures = "", 0
         self.by_mail = False  # whether the quota is used up, so that the next mail is the probe
         self.by_sender = False  # whether the sender of the service is refused
+        self.held = False  # by request: also while there is no `reason`, and until somebody resumes the lane
         self.tester: int | None = None  # the thread whose mail it is
         self.look: Callable[[], tuple[str, float]] | None = None
 
@@ -9166,7 +10468,7 @@ class CircuitBreaker:
     @property
     def may_send(self) -> bool:
         """Whether this thread may send."""
-        return not self.reason or self.is_tester
+        return not self.held and (not self.reason or self.is_tester)
 
     def note_success(self) -> None:
         """Note that the server took a mail: the next pause starts with a short delay again."""
@@ -9209,9 +10511,14 @@ class CircuitBreaker:
         self.probe_requested.clear()
 
     def wait(self) -> None:
-        """Return when this thread may send, or when the service stops; one of the waiting threads probes."""
+        """Return when this thread may send, or when the service stops; one of the waiting threads probes.
+
+        A lane that is held is probed as well, to show an outage and its end, but not by a mail.
+        """
         while not self.may_send and not self.stopping.is_set():
-            if self.probing.acquire(timeout=0.2):
+            if self.held and (self.by_mail or not self.reason):
+                self.stopping.wait(0.1)
+            elif self.probing.acquire(timeout=0.2):
                 try:
                     if self.tester is not None:
                         self.stopping.wait(0.1)
@@ -9429,7 +10736,7 @@ class Workers:
         self.transport, self.webhooks, self.stats = transport, webhooks, stats
         self.otps, self.newsletters = otps, newsletters
         self.handlers = {"message": self.send_message, "generateOtp": self.send_otp, "newsletter": self.send_newsletter,
-                         "subscribe": newsletters.subscribe, "unsubscribe": newsletters.unsubscribe,
+                         "subscribe": self.subscribe, "unsubscribe": newsletters.unsubscribe,
                          "webhook": self.send_event}
         self.stopping = threading.Event()
         self.smtp = SmtpState(transport)
@@ -9456,12 +10763,27 @@ class Workers:
     @property
     def paused(self) -> dict[str, str]:
         """Why lanes are paused in this process: lane -> reason."""
+        return {lane: Queue.BY_REQUEST if breaker.held else breaker.reason
+                for lane, breaker in self.breakers.items() if breaker.held or breaker.reason}
+
+    @property
+    def failing(self) -> dict[str, str]:
+        """Why lanes would be paused in this process if nobody had asked for that: lane -> reason."""
         return {lane: breaker.reason for lane, breaker in self.breakers.items() if breaker.reason}
 
     def report(self) -> Json:
-        """What the heartbeat shows of the lanes: `paused`, and "smtp" during an outage."""
+        """What the heartbeat shows of the lanes: `paused`; "beneath", of those that are held; "smtp" in an outage."""
         outage = self.smtp.report()
-        return self.paused | ({"smtp": outage} if outage else {})
+        beneath = {lane: reason for lane, reason in self.failing.items() if self.breakers[lane].held}
+        return self.paused | ({"smtp": outage} if outage else {}) | ({"beneath": beneath} if beneath else {})
+
+    def hold(self, lanes: Collection[str]) -> None:
+        """Begin nothing in these lanes, which somebody has paused, and hold no others."""
+        for lane, breaker in self.breakers.items():
+            if breaker.held != (lane in lanes):
+                breaker.held = lane in lanes
+                log(logging.WARNING if breaker.held else logging.INFO,
+                    f"lane {'paused' if breaker.held else 'resumed'} by request", lane=lane)
 
     def resume(self, lane: str) -> None:
         """Probe at once whether a paused lane can go on."""
@@ -9671,7 +10993,8 @@ class Workers:
         try:
             if task.strikes:
                 self.queue.begin(task)
-            return Outcome(task, Verdict.SUCCEEDED, self.handlers[task.type](task))
+            result = self.handlers[task.type](task)
+            return Outcome(task, Verdict.SUCCEEDED, result, issue=task.issue)
         except DeliveryError as error:
             return self._failed(task, lane, error)
         except redis.RedisError as error:
@@ -9772,8 +11095,8 @@ class Workers:
     def send_otp(self, task: Task) -> str:
         """Issue the OTP of a generateOtp task and send it; returns the server's reply."""
         try:
-            subject, content = self.otps.mail(self.otps.issue(task), task.payload)
-            return self._send(task, Mail(self._sender(task), task.payload["userId"], subject, content,
+            subject, content, text = self.otps.mail(self.otps.issue(task), task.payload)
+            return self._send(task, Mail(self._sender(task), task.payload["userId"], subject, content, text=text,
                                          reply_to=self._reply_to(task)))
         finally:
             self.queue.otp_passed()
@@ -9781,6 +11104,7 @@ class Workers:
     def send_newsletter(self, task: Task) -> str:
         """Send a newsletter with its current content; returns the server's reply."""
         subject, content, headers = self.newsletters.mail(task)
+        task.subject = subject_shown(subject)
         return self._send(task, Mail(self._sender(task), task.payload["userId"], subject, content,
                                      reply_to=self._reply_to(task), headers=headers))
 
@@ -9858,6 +11182,13 @@ class Workers:
         """Those to whom a mail for these recipients goes: with redirect_to, that address instead."""
         return [self.redirect_to] if self.redirect_to and recipients else recipients
 
+    def subscribe(self, task: Task) -> str:
+        """Do a subscribe task; returns what became of it."""
+        result = self.newsletters.subscribe(task)
+        if result == Newsletters.LEFT_OUT:
+            self.stats.count("gomail_subscriptions_left_out_total")
+        return result
+
     def send_event(self, task: Task) -> str:
         """Send an event to a webhook; returns the status of the answer."""
         started = time.monotonic()
@@ -9910,8 +11241,13 @@ class Cron:
         self.thread.start()
 
     def beat(self) -> dict[str, str]:
-        """Show that this process lives. Returns lane -> how often somebody has asked to resume it."""
-        return self.queue.beat(self.workers.names, self.workers.report())
+        """Show that this process lives, and hold the lanes that somebody has paused.
+
+        Returns lane -> how often somebody has asked to resume it.
+        """
+        requests, held = self.queue.beat(self.workers.names, self.workers.report())
+        self.workers.hold(held)
+        return requests
 
     def stop(self) -> None:
         """End the thread."""
@@ -10001,11 +11337,12 @@ class Cron:
                 with logging_errors("the Maildir cannot be cleaned"):
                     self.transport.clean()
                 self.report_returned(self.transport.returning)
-        if now - self.last_poll < self.POLL and not self.queue.is_due():
+        if now - self.last_poll < self.POLL and not self.queue.is_due() and not self.newsletters.sending.is_set():
             return
         self.last_poll, deadline = now, time.monotonic() + 0.5
         for work, batch in ((self.expire, Queue.BATCH), (self.queue.promote, Queue.BATCH),
-                            (self.newsletters.enqueue_due, Newsletters.BATCH)):
+                            (self.newsletters.enqueue_due, Newsletters.BATCH),
+                            (self.newsletters.send_some, Newsletters.BATCH)):
             while work() == batch:
                 if time.monotonic() >= deadline:
                     self.last_poll = float("-inf")  # the rest in the next round, a TICK later
@@ -10064,6 +11401,7 @@ class Response:
     media_type: str
     text: str
     headers: dict = dataclasses.field(default_factory=dict)
+    status: int = 200
 
 
 Reply = Json | Response  # what a handler returns
@@ -10080,11 +11418,64 @@ def done(message: str, **fields: Any) -> Json:
     return {"status": True, "msg": message, **fields}
 
 
-def small_page(body: str) -> Response:
-    """A page for a reader of newsletters."""
-    return Response("text/html", '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>Newsletter</title>'
-                    '<meta name="viewport" content="width=device-width"><body style="font: 1.2em sans-serif; '
-                    f'margin: 3em auto; max-width: 30em">{body}</body></html>\n')
+# The paths of links in mails: whoever opens one reads a page, whatever is answered.
+READER_PATH = re.compile("/(unsubscribe|confirm)(/.*)?")
+READER_STYLE = """
+:root { color-scheme: light dark }
+body { margin: 0; min-height: 100vh; display: grid; place-items: center; font: 18px/1.5 system-ui, sans-serif;
+  background: #fff; color: #1c1e21 }
+main { box-sizing: border-box; width: 100%; max-width: 32rem; padding: 2rem 1.25rem; text-align: center;
+  overflow-wrap: anywhere }
+h1 { margin: .5rem 0 1rem; font-size: 1.6rem; line-height: 1.25 }
+p { margin: 0 0 1.5rem }
+button { padding: .75rem 1.75rem; border: 0; border-radius: .5rem; background: #05c; color: #fff; font: inherit;
+  font-weight: 600; cursor: pointer }
+button:focus-visible { outline: 3px solid currentColor; outline-offset: 3px }
+@media (prefers-color-scheme: dark) {
+  body { background: #17191c; color: #e8eaed }
+  button { background: #8ab4f8; color: #101318 }
+}
+"""
+READER_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'sha256-"
+    f"{base64.b64encode(hashlib.sha256(READER_STYLE.encode()).digest()).decode()}'; img-src data:; "
+    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'", "Referrer-Policy": "no-referrer"}
+
+
+def reader_page(accept_language: str, what: str, sender: str = "", action: str = "", status: int = 200,
+                **values: str) -> Response:
+    """A page for a reader of newsletters, in the language of her browser.
+
+    Args:
+        what: the page, a name in READER_TEXTS.
+        sender: who sends the newsletter, as readers know him; "" where that is not known.
+        action: where its button posts to, relative to the page; "": the page's own URL. To "unsubscribed" belongs a
+            button only with it.
+        values: what fills the texts.
+    """
+    language = preferred_language(accept_language)
+    title, text, label, _ = (html.escape(part) for part in ReaderText.of(language, what, values))
+    sender, target = html.escape(sender), f' action="{html.escape(action)}"' if action else ""
+    form = f"<form method=post{target}><button>{label}</button></form>" if label and (
+        action or what != "unsubscribed") else ""
+    return Response("text/html", (
+        f'<!DOCTYPE html><html lang="{language}"><head><meta charset="utf-8">'
+        f'<title>{title}{f" – {sender}" if sender else ""}</title><meta name="robots" content="noindex">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{READER_STYLE}</style>'
+        '<link rel="icon" href="data:,"></head><body><main>'
+        f'{f"<div>{sender}</div>" if sender else ""}<h1>{title}</h1><p>{text}</p>{form}</main></body></html>\n'),
+        READER_HEADERS, status)
+
+
+def page_of_error(accept_language: str, status: int) -> Response:
+    """The page for a reader whose link is answered with an error."""
+    what = "over" if status == 410 else "later" if status in (408, 429) or status >= 500 else "not_valid"
+    return reader_page(accept_language, what, status=status)
+
+
+def shown(content: str) -> str:
+    """The content of a mail as HTML."""
+    return content if is_html(content) else f"<pre>{html.escape(content)}</pre>"
 
 
 def html_of(message: email.message.EmailMessage, max_length: int = 8_000_000) -> str | None:
@@ -10104,6 +11495,27 @@ def html_of(message: email.message.EmailMessage, max_length: int = 8_000_000) ->
             if len(text) + len(reference.findall(text)) * len(url) <= max_length:
                 text = reference.sub(lambda _: url, text)
     return text
+
+
+def count_waiting(queue: Queue, newsletters: Newsletters, account: Account, filters: Mapping[str, Any],
+                  cancel: bool = False, progress: Callable[[int], object] = lambda count: None) -> collections.Counter:
+    """What Queue.purge() does; a newsletter that is still being queued counts with the subscribers that are left."""
+    left, names = 0, {filters.get("content_type", ""), filters.get("task", "")} - {""}  # a newsletter has the one name
+    if (filters.get("type", "newsletter") == "newsletter" and filters.get("state", "queued") == "queued"
+            and "recipient" not in filters and len(names) <= 1):
+        left = newsletters.stop_sends(account, min(names, default=""), only_count=not cancel)
+    found = queue.purge(account, **filters, only_count=not cancel, progress=progress)
+    return found + collections.Counter(newsletter=left)
+
+
+def cancel_waiting(queue: Queue, newsletters: Newsletters, stats: Stats, account: Account, filters: Mapping[str, Any],
+                   progress: Callable[[int], object] = lambda count: None) -> int:
+    """Cancel what waits and matches, count and log it; returns how many."""
+    cancelled = count_waiting(queue, newsletters, account, filters, cancel=True, progress=progress)
+    for task_type, count in cancelled.items():
+        stats.count("gomail_tasks_total", count, type=task_type, outcome=Verdict.CANCELLED)
+    log(logging.WARNING, "tasks cancelled by request", count=cancelled.total(), account=account.name, **filters)
+    return cancelled.total()
 
 
 class Access(enum.StrEnum):
@@ -10166,6 +11578,7 @@ class Api:
     SESSION_TTL = 43200  # seconds until one has to log in again
     PENALTY = 1.0  # seconds that the answer to a wrong admin_token is delayed
     MAX_PENALTIES = 8  # delayed answers at a time, in a process
+    MAX_IMPORT_ERRORS = 100  # bad rows that an answer lists
     COMPLETED = frozenset(("variables", "content_type", "from"))  # fields of payloads that complete() is about
 
     def __init__(self, settings: Settings, store: Store, accounts: Accounts, queue: Queue, inspection: Inspection,
@@ -10461,8 +11874,29 @@ class Api:
         return {"status": True, **status}
 
     def cancel_task(self, request: Request) -> Reply:
-        self.queue.cancel(request.path_params["id"], request.account)
+        task_type = self.queue.cancel(request.path_params["id"], request.account)
+        self.stats.count("gomail_tasks_total", type=task_type, outcome=Verdict.CANCELLED)
         return done("Task cancelled successfully")
+
+    @staticmethod
+    def filters(request: Request) -> Json:
+        """The arguments of Queue.purge() that the query names."""
+        return {"recipient" if name == "userId" else name: value for name, value in request.query.items()}
+
+    def count_tasks(self, request: Request) -> Reply:
+        waiting = count_waiting(self.queue, self.newsletters, request.account, self.filters(request))
+        return {"status": True, "count": waiting.total()}
+
+    def cancel_tasks(self, request: Request) -> Reply:
+        filters = self.filters(request)
+        if not filters.keys() - {"state"}:
+            raise HTTPError(400, "type, task, content_type or userId is required: at least one says what to cancel")
+        count = cancel_waiting(self.queue, self.newsletters, self.stats, request.account, filters)
+        return done("Tasks cancelled successfully", count=count)
+
+    def move_task(self, request: Request) -> Reply:
+        self.queue.move(request.path_params["id"], request.body["send_at"], request.account)
+        return done("Task moved successfully")
 
     def list_recent(self, request: Request) -> Reply:
         tasks, next_offset = self.inspection.recent(request.account, **request.query)
@@ -10504,35 +11938,107 @@ class Api:
 
     def create_content(self, request: Request) -> Reply:
         self.newsletters.create(request.account.name, **request.body, request=request.idempotent)
-        return done("Content Type created successfully")
+        return done("Content Type created successfully", **self.hint(request.body))
 
     def update_content(self, request: Request) -> Reply:
-        self.newsletters.update(request.account.name, **request.body)
-        return done("Content Type updated successfully")
+        unfilled = self.newsletters.update(request.account.name, **request.body)
+        return done("Content Type updated successfully", **unfilled, **self.hint(request.body))
+
+    def hint(self, body: Json) -> Json:
+        """{"hint"} where a content type does not show the link to unsubscribe, and is not that of an OTP; else {}."""
+        named = placeholder_names(body["subject"] + body["content"])
+        if not self.settings.public_url or named & {"unsubscribe_url", "otp"}:
+            return {}
+        return {"hint": "a newsletter should show {{ unsubscribe_url }}, and this content does not; the headers of its "
+                "mails have it in any case"}
 
     def read_content(self, request: Request) -> Reply:
         content_type = request.path_params["content_type"]
         return {"status": True, **self.newsletters.read(request.account.name, content_type),
                 "view": self.view_path(request.account, content_type=content_type)}
 
+    def preview_content(self, request: Request) -> Reply:
+        account, content_type = request.account, request.path_params["content_type"]
+        edits = {name: request.body[name] for name in ("subject", "content", "defaults") if name in request.body}
+        subject, content, missing = self.newsletters.preview(
+            account.name, content_type, edits, request.body.get("userId", ""), request.body.get("variables"))
+        # Unsaved edits do not fit into a path.
+        self.store.redis.set(self.store.key("preview", content_type, account.name), shown(content), ex=60)
+        return {"status": True, "subject": subject, "missing": missing,
+                "text": html_to_text(content) if is_html(content) else content,
+                "view": self.view_path(account, preview=content_type, pictures=request.body.get("pictures", False))}
+
     def remove_content(self, request: Request) -> Reply:
         self.newsletters.remove(request.account.name, request.path_params["content_type"])
         return done("Content Type removed successfully")
+
+    def send_content(self, request: Request) -> Reply:
+        to, variables = request.body.get("to", ""), request.body.get("variables")
+        if variables is not None and not to:
+            raise HTTPError(400, "variables must be left out without to: each subscription has its own", "variables")
+        task_id, count = self.newsletters.send(request.account, request.path_params["content_type"], to, variables,
+                                               request.idempotent)
+        self.queue.wake.set()
+        return done("Newsletter is being sent", count=count, **({"id": task_id} if to else {}))
+
+    def list_issues(self, request: Request) -> Reply:
+        return {"status": True, "issues": self.newsletters.issues(request.account.name,
+                                                                  request.path_params["content_type"])}
+
+    def import_subscribers(self, request: Request) -> Reply:
+        body, errors = request.body, list[Json]()
+
+        def note(line: int, error: str) -> None:
+            if len(errors) < self.MAX_IMPORT_ERRORS:
+                errors.append({"line": line, "error": error})
+        rows = SubscriberFile(io.StringIO(body["csv"], newline=""), {
+            name: body[name] for name in TIMES if name in body}, body.get("line", 1))
+        counts = self.newsletters.take_rows(
+            request.account.name, request.path_params["content_type"], rows, body.get("again", False), note)
+        if counts["left_out"]:
+            self.stats.count("gomail_subscriptions_left_out_total", counts["left_out"])
+        return done("Subscribers imported", subscribed=counts["subscribed"], left_out=counts["left_out"],
+                    errors=errors, failed=counts["failed"])
+
+    def export_subscribers(self, request: Request) -> Reply:
+        content_type = request.path_params["content_type"]
+        text = "".join(self.newsletters.export(request.account.name, content_type))
+        name = urllib.parse.quote(f"{content_type}.csv", safe="")
+        return Response("text/csv", text, {"Content-Disposition": f"attachment; filename*=UTF-8''{name}"})
 
     def list_subscriptions(self, request: Request) -> Reply:
         query = {"address" if name == "userId" else name: value for name, value in request.query.items()}
         subscriptions, cursor = self.newsletters.subscriptions(request.account.name, **query)
         return {"status": True, "subscriptions": subscriptions, "next": cursor}
 
+    def sender_name(self, account: str) -> str:
+        """The sender of an account's newsletters, as its readers know him."""
+        senders = self.accounts.settings(account)["senders"]
+        name, address = next(filter(None, map(parse_sender, senders)), ("", ""))
+        return name or address or self.settings.sender[0] or account
+
+    def page_for(self, request: Request, what: str, account: str, content_type: str, address: str,
+                 action: str = "") -> Response:
+        """The page for the reader of a newsletter, see reader_page()."""
+        return reader_page(request.headers.get("accept-language", ""), what, self.sender_name(account), action,
+                           content_type=content_type, address=address)
+
     def ask_to_unsubscribe(self, request: Request) -> Reply:
-        _, content_type, address = self.newsletters.read_link(request.path_params["token"])
         # Mail scanners follow links, so only the button's POST ends the subscription.
-        return small_page(f"<p>Unsubscribe {html.escape(address)} from {html.escape(content_type)}?</p>"
-                          "<form method=post><button>Unsubscribe</button></form>")
+        return self.page_for(request, "unsubscribe", *self.newsletters.read_link(request.path_params["token"]),
+                             action="?by=button")
 
     def follow_link(self, request: Request) -> Reply:
-        self.newsletters.follow_link(request.path_params["token"])
-        return small_page("<p>You are unsubscribed.</p>")
+        token, how = request.path_params["token"], "link" if "by" in request.query else "one-click"
+        can_undo = self.newsletters.follow_link(token, how)
+        return self.page_for(request, "unsubscribed", *self.newsletters.read_link(token),
+                             action=f"{token}/again" if can_undo else "")
+
+    def subscribe_again(self, request: Request) -> Reply:
+        token = request.path_params["token"]
+        if not self.newsletters.subscribe_again(token):
+            raise HTTPError(410, "this subscription cannot be renewed by its link", "token")
+        return self.page_for(request, "subscribed", *self.newsletters.read_link(token))
 
     def read_webhook(self, request: Request) -> Reply:
         return {"status": True, **self.describe_webhook(self.webhooks.find(request.account.name))}
@@ -10644,18 +12150,34 @@ class Api:
         dead, _ = self.inspection.dead(request.account, limit=0)
         smtp = self.inspection.outage(reports, self.smtp.report()) or {
             "state": self.smtp.state, "processes": 0, "since": None, "reason": None}
-        return {"status": True, "lanes": self.inspection.lanes(depths, reports),
+        return {"status": True, "lanes": self.inspection.lanes(depths, reports, self.queue.held()),
                 "processes": self.inspection.processes(),
                 "retrying": depths["retrying"], "dead": dead, "mail_to": "Maildir" if outbox else str(self.transport),
                 "outbox": outbox, "smtp": smtp, "windows": self.queue.windows(),
                 "redirect_to": self.workers.redirect_to}
 
+    def pause_lane(self, request: Request) -> Reply:
+        lane = self.lane_in(request)
+        self.queue.pause(lane)
+        self.workers.hold({*self.queue.held(), lane})
+        return done("The lane is paused until somebody resumes it")
+
     def resume_lane(self, request: Request) -> Reply:
+        lane = self.lane_in(request)
+        held = self.queue.held()
+        if lane in held and not self.has_admin_rights(request):
+            raise HTTPError(403, "the lane is paused by request, which only the admin may end")
+        self.queue.resume(lane)
+        self.workers.hold(held.keys() - {lane})
+        return done("The lane resumes as soon as the SMTP server takes mail")
+
+    @staticmethod
+    def lane_in(request: Request) -> str:
+        """The lane that the path names. Raises HTTPError (404)."""
         lane = request.path_params["lane"]
         if lane not in LANES:
             raise HTTPError(404, f"lane must be one of {', '.join(LANES)}", "lane")
-        self.queue.resume(lane)
-        return done("The lane resumes as soon as the SMTP server takes mail")
+        return lane
 
     def read_history(self, request: Request) -> Reply:
         return {"status": True, "minutes": self.stats.history(request.account)}
@@ -10720,10 +12242,15 @@ class Api:
             raise HTTPError(404, "this link is not valid, or has expired", "token")
         if "mail" in claims:
             text = html_of(self.mail_in_outbox(claims["mail"], account)[1]) or ""
+        elif "preview" in claims:
+            text = self.store.redis.get(self.store.key("preview", claims["preview"], account.name)) or ""
         else:
-            text = self.newsletters.read(account.name, claims["content_type"])["content"]
-            text = text if is_html(text) else f"<pre>{html.escape(text)}</pre>"
-        return Response("text/html", text, MAIL_HEADERS)
+            text = shown(self.newsletters.read(account.name, claims["content_type"])["content"])
+        headers = MAIL_HEADERS
+        if claims.get("pictures"):
+            policy = headers["Content-Security-Policy"].replace("img-src data:", "img-src data: https: http:")
+            headers = {**headers, "Content-Security-Policy": policy}
+        return Response("text/html", text, headers)
 
     def show_page(self, request: Request) -> Reply:
         if self.page is None:
@@ -10739,8 +12266,9 @@ class Api:
         return {"message": "pong"}
 
     def ready(self, request: Request) -> Reply:
-        state, paused = self.smtp.state, self.workers.paused
-        if all(lane in paused for lane in MAIL_LANES):
+        # Lanes that somebody has paused do not count: tasks are taken, and all is as it was asked for.
+        state, failing = self.smtp.state, self.workers.failing
+        if all(lane in failing for lane in MAIL_LANES):
             reason = "the SMTP server is out" if state == "out" else "no mail can be handed over"
             raise HTTPError(503, f"all lanes are paused: {reason}", None, {"Retry-After": "10"})
         self.store.ensure_writable()
@@ -10799,7 +12327,15 @@ class Otp(String):
 
 ID = Object({"id": String(254, ONE_LINE, LINE)})  # older versions allowed more names than NEW_ID does
 NEW_ID = Object({"id": AccountName()})
-DEFINITION = Object({"content_type": CONTENT_TYPE, "subject": SUBJECT_TEMPLATE, "content": CONTENT_TEMPLATE})
+DEFINITION = Object({"content_type": CONTENT_TYPE, "subject": SUBJECT_TEMPLATE, "content": CONTENT_TEMPLATE,
+                     "resend": Nullable(Boolean()), "defaults": Nullable(Variables())})
+PREVIEW = Object({"subject": Nullable(SUBJECT_TEMPLATE), "content": Nullable(CONTENT_TEMPLATE),
+                  "defaults": Nullable(Variables()), "userId": Nullable(Address()), "variables": Nullable(Variables()),
+                  "pictures": Nullable(Boolean())})
+IMPORT = Object({"csv": String(UNBOUNDED), "line": Nullable(Integer(1, 10**9)), "again": Nullable(Boolean()), **{
+    name: check if isinstance(check, Nullable) else Nullable(check)
+    for name, check in PAYLOADS["subscribe"].fields.items() if name in TIMES}})
+SEND = Object({"to": Nullable(Address()), "variables": Nullable(Variables())})
 VERIFICATION = Object({"userEmail": Address(), "otp": Otp(), "purpose": Nullable(PURPOSE)})
 BATCH = Object({"tasks": Array(AnyValue(), 1000, 1)})  # the handler checks and answers each task by itself
 RECIPIENT = Object({"userId": Address()})
@@ -10808,21 +12344,27 @@ SETTINGS = Changes({"senders": Array(SenderRule(), 20), "reply_to": OrEmpty(Addr
     "url": Url(), "events": Nullable(Array(Enum(EVENTS), len(EVENTS)))})})
 OVERLAP = Object({"overlap": Nullable(Integer(0, 2592000))})  # seconds
 ROTATION = Object({**ID.fields, **OVERLAP.fields})
+MOVE = Object({"send_at": DateTime()})
 LOGIN = Object({"key": String(4096, ONE_LINE, LINE)})
 BOUNCE = Object({"id": Nullable(String(254, ONE_LINE, LINE)), "messageId": Nullable(String(998, ONE_LINE, LINE)),
                  "userId": Nullable(Address()), "kind": Enum(("bounce", "complaint")), "permanent": Nullable(Boolean()),
                  "reason": Nullable(String(2000, ONE_LINE, LINE))})
 STATES = tuple(State)
+WAITING, CANCELLABLE = ("queued", "scheduled", "retrying"), (*PAYLOADS, "newsletter")  # states, types
 PAGING = {"offset": Integer(0, 10**9), "limit": Integer(0, 1000)}
 SEARCH = {**PAGING, "search": String(254, ONE_LINE, LINE), "state": Enum(STATES)}
 OUTBOX_SEARCH = {**PAGING, "to": String(254, ONE_LINE, LINE), "subject": String(254, ONE_LINE, LINE),
                  "task": String(64, ONE_LINE, LINE), "wait": Integer(0, 60)}
+FILTERS = {"state": Enum(WAITING), "type": Enum(CANCELLABLE), "task": String(256, ONE_LINE, LINE),
+           "content_type": CONTENT_TYPE, "userId": Address()}
 CURSOR = Pattern("the value of next in the previous answer", r"[0-9]{1,10}-[0-9]{1,19}", 30)
-SUBSCRIPTIONS = {"content_type": CONTENT_TYPE, "userId": Address(), "cursor": CURSOR, "limit": Integer(1, 1000)}
+SUBSCRIPTIONS = {"content_type": CONTENT_TYPE, "userId": Address(), "cursor": CURSOR, "limit": Integer(1, 1000),
+                 "state": Enum(tuple(SubscriptionState)), "search": String(254, ONE_LINE, LINE)}
 
 QUEUED, COUNTED, CHANGED = {**DONE, "id": str}, {**DONE, "count": int}, {**DONE, "changed": int}
 STRICT, TASK_QUEUED = {"strict": Boolean()}, {**QUEUED, "ignored?": list}
-CONTENT_ANSWER = {"status": bool, "content_type": str, "subject": str, "content": str, "subscribers": int, "view": str}
+CONTENT_ANSWER = {"status": bool, "content_type": str, "subject": str, "content": str, "resend": bool, "defaults": dict,
+                  "subscribers": int, "view": str}
 TASK_ANSWER = {"status": bool, "id": str, "task": str, "type": str, "userId": str, "state": str, "attempts": int,
                "retries": int, "error": (str, None), "created": str, "story": list}
 PART_ANSWER = {"status": bool, "total": int, "offset": int, "limit": int}
@@ -10863,12 +12405,23 @@ ROUTES = (
           refuses=(429,), idempotency_key=True),
     Route("GET", "/task/subscriptionContent", Api.list_content, Access.ALL, query=PAGING,
           answer={**PART_ANSWER, "contentTypes": list}),
-    Route("POST", "/task/subscriptionContent", Api.create_content, Access.KEY, DEFINITION, refuses=(409,),
-          idempotency_key=True),
-    Route("PUT", "/task/subscriptionContent", Api.update_content, Access.KEY, DEFINITION, refuses=(404,)),
+    Route("POST", "/task/subscriptionContent", Api.create_content, Access.KEY, DEFINITION,
+          answer={**DONE, "hint?": str}, refuses=(409,), idempotency_key=True),
+    Route("PUT", "/task/subscriptionContent", Api.update_content, Access.KEY, DEFINITION,
+          answer={**DONE, "unfilled?": int, "missing?": list, "hint?": str}, refuses=(404,)),
     Route("GET", "/task/subscriptionContent/{content_type}", Api.read_content, Access.KEY,
           answer=CONTENT_ANSWER, refuses=(404,)),
     Route("DELETE", "/task/subscriptionContent/{content_type}", Api.remove_content, Access.KEY, refuses=(404,)),
+    Route("POST", "/task/subscriptionContent/{content_type}/send", Api.send_content, Access.KEY, SEND,
+          answer={**COUNTED, "id?": str}, refuses=(404, 409), idempotency_key=True),
+    Route("GET", "/task/subscriptionContent/{content_type}/issues", Api.list_issues, Access.KEY,
+          answer={"status": bool, "issues": list}, refuses=(404,)),
+    Route("POST", "/task/subscriptionContent/{content_type}/import", Api.import_subscribers, Access.KEY, IMPORT,
+          answer={**DONE, "subscribed": int, "left_out": int, "errors": list, "failed": int}, refuses=(404,)),
+    Route("GET", "/task/subscriptionContent/{content_type}/export", Api.export_subscribers, Access.KEY,
+          answer="text/csv", refuses=(404,)),
+    Route("POST", "/task/subscriptionContent/{content_type}/preview", Api.preview_content, Access.KEY, PREVIEW,
+          answer={"status": bool, "subject": str, "text": str, "view": str, "missing": list}, refuses=(404,)),
     Route("GET", "/task/recent", Api.list_recent, Access.ALL, query=SEARCH,
           answer={"status": bool, "tasks": list, "next": (int, None)}),
     Route("GET", "/task/dead", Api.list_dead, Access.ALL, query=PAGING, answer={**PART_ANSWER, "tasks": list}),
@@ -10879,6 +12432,9 @@ ROUTES = (
     Route("DELETE", "/task/dead/{id}", Api.remove_dead, Access.ALL, refuses=(404,)),
     Route("GET", "/task/{id}", Api.read_task, Access.ALL, answer=TASK_ANSWER, refuses=(404,)),
     Route("DELETE", "/task/{id}", Api.cancel_task, Access.ALL, refuses=(404, 409)),
+    Route("PATCH", "/task/{id}", Api.move_task, Access.ALL, MOVE, refuses=(404, 409)),
+    Route("GET", "/task", Api.count_tasks, Access.ALL, query=FILTERS, answer={"status": bool, "count": int}),
+    Route("DELETE", "/task", Api.cancel_tasks, Access.ALL, query=FILTERS, answer=COUNTED),
     Route("GET", "/subscriptions", Api.list_subscriptions, Access.ALL, query=SUBSCRIPTIONS,
           answer={"status": bool, "subscriptions": list, "next": (str, None)}),
     Route("GET", "/suppressions", Api.list_suppressions, Access.KEY, query=PAGING,
@@ -10898,14 +12454,18 @@ ROUTES = (
     Route("POST", "/webhook/secret", Api.replace_webhook_secret, Access.ALL, OVERLAP,
           answer={"status": bool, "secret": str, "previousUntil": str}, refuses=(404,), idempotency_key=True),
     Route("GET", "/lanes", Api.list_lanes, Access.ALL, answer=LANES_ANSWER),
-    Route("POST", "/lanes/{lane}/resume", Api.resume_lane, Access.ALL, refuses=(404, 429)),
+    Route("POST", "/lanes/{lane}/pause", Api.pause_lane, Access.ADMIN, refuses=(404,)),
+    Route("POST", "/lanes/{lane}/resume", Api.resume_lane, Access.ALL, refuses=(403, 404, 429)),
     Route("GET", "/history", Api.read_history, Access.ALL, answer={"status": bool, "minutes": list}),
     Route("GET", "/outbox", Api.list_outbox, Access.ALL, query=OUTBOX_SEARCH,
           answer={"status": bool, "mails": list, "next": (int, None)}, refuses=(404,)),
     Route("GET", "/outbox/{id}", Api.read_outbox, Access.ALL, answer=MAIL_ANSWER, refuses=(404,)),
     Route("GET", "/view/{token}", Api.view, Access.OPEN, answer="text/html", refuses=(404,)),
     Route("GET", "/unsubscribe/{token}", Api.ask_to_unsubscribe, Access.OPEN, answer="text/html", refuses=(404,)),
-    Route("POST", "/unsubscribe/{token}", Api.follow_link, Access.OPEN, answer="text/html", refuses=(404,)),
+    Route("POST", "/unsubscribe/{token}", Api.follow_link, Access.OPEN, query={"by": Enum(("button",))},
+          answer="text/html", refuses=(404,)),
+    Route("POST", "/unsubscribe/{token}/again", Api.subscribe_again, Access.OPEN, answer="text/html",
+          refuses=(404, 410)),
     Route("GET", "/health/ping", Api.ping, Access.OPEN, answer={"message": str}, needs_redis=False),
     Route("GET", "/health/ready", Api.ready, Access.OPEN, answer={"status": bool, "smtp": str}),
     Route("GET", "/metrics", Api.prometheus, Access.OPEN, answer="text/plain", needs_redis=False),
@@ -10975,12 +12535,13 @@ def openapi(routes: Sequence[Route]) -> Json:
         credentials, refusals = SECURITY[route.access]
         statuses = {400, 408, 413, 414, 415, 417, 421, 431, 500, 501, 503, 505, *refusals, *route.refuses}
         statuses |= ({411} if route.body else set()) | ({422} if route.idempotency_key else set())
-        error = {"$ref": "#/components/schemas/Error"}
+        refused = (({"type": "string"}, "text/html") if READER_PATH.fullmatch(route.path)
+                   else ({"$ref": "#/components/schemas/Error"},))
         operation: Json = {
             "operationId": f"{route.handler.__name__}_{route.path.replace('/', '_')}".strip("_"),
             "responses": {"200": response(200, {"type": "string"}, route.answer) if isinstance(route.answer, str)
                           else response(200, object_schema(route.answer)),
-                          **{str(status): response(status, error) for status in sorted(statuses)}},
+                          **{str(status): response(status, *refused) for status in sorted(statuses)}},
             "parameters": [{"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
                            for name in re.findall(r"\{(\w+)\}", route.path)]
             + [{"name": name, "in": "query", "schema": check.schema} for name, check in route.query.items()],
@@ -11250,6 +12811,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Read a request and answer it. True where another may follow on this connection."""
         self.keep_alive, self.head_only = False, False
         self.method, self.route, self.group, self.reserved = "", "", "", 0
+        self.reader_language: str | None = None  # of a reader who follows a link, as Accept-Language
         self.deadline = time.monotonic() + self.server.settings.request_timeout
         if not self.wait_for_request():
             return False
@@ -11257,6 +12819,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.answering.add(self)
         try:
             status, body, headers = self.answer()
+            if status >= 400 and self.reader_language is not None:
+                body = page_of_error(self.reader_language, status)
             stats = self.server.stats
             stats.count("gomail_http_requests_total", method=self.method, route=self.route, status=str(status))
             if self.group:
@@ -11314,6 +12878,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """
         method, target, minor, headers = self.read_head()
         authority, path, query = self.split_target(method, target)
+        if READER_PATH.fullmatch(path):
+            self.reader_language = headers.get("accept-language", "")
         self.check_host(authority, headers, minor)
         length = self.body_length(headers, minor)
         check_content_coding(headers)
@@ -11346,7 +12912,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with self.server.large_bodies if len(body) > SMALL_BODY else contextlib.nullcontext():
             if route.body:
                 request.body = parse_json(body)
-            return 200, self.with_redis(self.server.api.answer, route, request), {}
+            reply = self.with_redis(self.server.api.answer, route, request)
+            return reply.status if isinstance(reply, Response) else 200, reply, {}
 
     def with_redis(self, call: Callable, *arguments: object) -> object:
         """call(*arguments), with a Redis connection that no other thread uses meanwhile."""
@@ -11870,6 +13437,7 @@ class Service:
         self.newsletters = Newsletters(store, zoneinfo.ZoneInfo(settings.timezone), accounts, settings.public_url,
                                        self.clock, settings.max_body)
         self.newsletters.refold()
+        self.newsletters.note_needs()
         self.queue.sort_in()
         self.stats = Stats(store)
         bounces = Bounces(self.queue, accounts, self.stats, settings.public_url)
@@ -12293,6 +13861,8 @@ class Operator:
         self.queue, self.stats = Queue(self.store, settings, "operator"), Stats(self.store)
         self.settings, self.inspection = settings, Inspection(self.store, settings)
         self.accounts = Accounts(self.store, settings.jwt_secret, settings.jwt_secret_previous, settings.api_key_ttl)
+        self.newsletters = Newsletters(self.store, zoneinfo.ZoneInfo(settings.timezone), self.accounts,
+                                       settings.public_url, max_size=settings.max_body)
         if not self.accounts.is_current():
             raise StartError("jwt_secret: not that of the running gomail; give this command the same settings")
 
@@ -12303,8 +13873,7 @@ class Operator:
                 self.accounts.sign_up(self.ACCOUNT)
         account = self.accounts.find(options.account)
         if account is None:
-            return self.terminal.fail(1, f"there is no account {options.account}; `accounts` lists them, and "
-                                      "`accounts --add` makes one")
+            return self.no_account(options.account)
         path = options.html or options.text or "-"
         name = "standard input" if path == "-" else path
         try:
@@ -12334,6 +13903,11 @@ class Operator:
         if task:
             self.show_task(task)
         return 0 if task and task["state"] == "succeeded" else 1
+
+    def no_account(self, name: str) -> int:
+        """Say that there is no account of this name. Returns the exit code."""
+        return self.terminal.fail(1, f"there is no account {name}; `accounts` lists them, and `accounts --add` makes "
+                                  "one")
 
     def status(self, options: argparse.Namespace) -> int:
         """Show a task and its story."""
@@ -12391,6 +13965,49 @@ class Operator:
         self.terminal.result({"count": count}, [f"{plural(count, 'dead letter')} {outcome}"] if exists else [])
         return 0 if exists else self.terminal.fail(1, f"there is no dead letter {options.id}; `dead` lists them")
 
+    def cancel(self, options: argparse.Namespace) -> int:
+        """Cancel a task that waits, or all that match."""
+        filters = {name: getattr(options, name) for name in ("state", "type", "task", "content_type", "recipient")
+                   if getattr(options, name)}
+        if bool(options.id) == bool(filters.keys() - {"state"}):
+            return self.terminal.fail(2, "give the ID of a task, or one of --type, --task, --content-type and --to")
+        account = EVERYBODY
+        try:
+            if options.account:
+                account = self.accounts.named(options.account, "account")
+            if options.recipient:
+                filters["recipient"] = Address()(options.recipient, "--to")
+            if options.id:
+                task_type, count = self.queue.cancel(options.id, account), 1
+                self.stats.count("gomail_tasks_total", type=task_type, outcome=Verdict.CANCELLED)
+            else:
+                total = count_waiting(self.queue, self.newsletters, account, filters).total()
+                whose = options.account or "all accounts"
+                question = f"Cancel {plural(total, 'task')} of {whose}?"
+                if total and not options.yes and not self.terminal.confirms(question):
+                    return 1
+                with self.terminal.progress(total) as progress:
+                    count = cancel_waiting(self.queue, self.newsletters, self.stats, account, filters, progress)
+        except HTTPError as error:
+            return self.terminal.fail(1, error.message)
+        self.stats.flush()
+        return self.terminal.result({"count": count}, [f"{plural(count, 'task')} cancelled"])
+
+    def pause(self, options: argparse.Namespace) -> int:
+        """Pause a lane until it is resumed."""
+        self.queue.pause(options.lane)
+        return self.terminal.result({"lane": options.lane, "paused": True}, [
+            f"{options.lane} is paused within a second; `resume {options.lane}` ends that"])
+
+    def resume(self, options: argparse.Namespace) -> int:
+        """Resume a lane."""
+        try:
+            self.queue.resume(options.lane)
+        except HTTPError as error:
+            return self.terminal.fail(1, error.message)
+        return self.terminal.result({"lane": options.lane, "paused": False}, [
+            f"{options.lane} goes on as soon as the SMTP server takes mail"])
+
     def recipient(self, options: argparse.Namespace) -> int:
         """Show what is known of an address, or erase it."""
         try:
@@ -12400,9 +14017,8 @@ class Operator:
         account = self.accounts.find(options.account) if options.account else EVERYBODY
         if account is None:
             return self.terminal.fail(1, f"there is no account {options.account}; `accounts` lists them")
-        newsletters = Newsletters(self.store, zoneinfo.ZoneInfo(self.settings.timezone), self.accounts)
         recipients = Recipients(self.store, self.settings, self.accounts, self.inspection, Suppressions(self.store),
-                                newsletters, MaildirTransport(pathlib.Path(self.settings.data_dir, "outbox")))
+                                self.newsletters, MaildirTransport(pathlib.Path(self.settings.data_dir, "outbox")))
         if options.erase:
             return self.erase_recipient(recipients, address, account, options.yes)
         found = recipients.read(address, account)
@@ -12435,8 +14051,9 @@ class Operator:
         lines: list[str] = []
         while True:
             depths, reports = self.inspection.depths(), self.inspection.reports()
-            stats: Json = {"lanes": self.inspection.lanes(depths, reports), "processes": self.inspection.processes(),
-                           "queued": depths, "jobs": self.inspection.counters(), "minutes": self.stats.history(),
+            stats: Json = {"lanes": self.inspection.lanes(depths, reports, self.queue.held()),
+                           "processes": self.inspection.processes(), "queued": depths,
+                           "jobs": self.inspection.counters(), "minutes": self.stats.history(),
                            "smtp": self.inspection.outage(reports)}
             if self.terminal.as_json:
                 return self.terminal.json(stats)
@@ -12455,6 +14072,9 @@ class Operator:
         smtp, processes, jobs, queued = stats["smtp"], stats["processes"], stats["jobs"], stats["queued"]
 
         def state(lane: Json) -> str:
+            if lane["by_request"]:
+                return f"paused by request since {lane['by_request']}" + (
+                    f"; and: {lane['beneath']}" if lane["beneath"] else "")
             if lane["paused"]:
                 return f"paused: {lane['reason']} (in {lane['paused']} of {processes} processes)"
             if not processes:
@@ -12471,6 +14091,61 @@ class Operator:
                 f"tasks: {jobs['executed']} executed, {jobs['successful']} successful, {jobs['failed']} failed{rate}",
                 f"mails in the last hour: {sent} sent, {failed} given up, {plural(retried, 'attempt')} to be repeated",
                 self.terminal.bars([minute["sent"] + minute["failed"] for minute in stats["minutes"]])]
+
+    def import_subscribers(self, options: argparse.Namespace) -> int:
+        """Subscribe the addresses of a CSV file to a newsletter; each line that cannot be taken is said."""
+        if not self.accounts.find(options.account):
+            return self.no_account(options.account)
+        name = "standard input" if options.file == "-" else options.file
+
+        def note(line: int, error: str) -> None:
+            if self.terminal.shows_progress:
+                print("\r\x1b[K", end="", file=sys.stderr)  # the bar, which comes again below
+            self.terminal.say(f"{name}, line {line}: {error}")
+        try:
+            defaults = {field: check(getattr(options, field), f"--{field}") for field, check in IMPORT.fields.items()
+                        if field in TIMES and getattr(options, field)}
+            with open(0 if options.file == "-" else options.file, encoding="utf-8", errors="surrogateescape",
+                      newline="", closefd=options.file != "-") as file:
+                total = sum(1 for _ in file) if options.file != "-" and os.path.isfile(options.file) else 0
+                if total:
+                    file.seek(0)
+                with self.terminal.progress(total) as progress:
+                    counts = self.newsletters.take_rows(options.account, options.type, SubscriberFile(file, defaults),
+                                                        options.again, note, progress)
+        except OSError as error:
+            return self.terminal.fail(2, f"{name} cannot be read: {describe(error)}")
+        except HTTPError as error:
+            return self.terminal.fail(1 if error.status == 404 else 2, error.message.replace("csv", name, 1))
+        if counts["left_out"]:
+            self.stats.count("gomail_subscriptions_left_out_total", counts["left_out"])
+            self.stats.flush()
+        self.terminal.result(counts, [f"{counts['subscribed']} subscribed, {counts['left_out']} left out because they "
+                                      f"had unsubscribed, {plural(counts['failed'], 'line')} not taken"])
+        return 1 if counts["failed"] else 0
+
+    def export_subscribers(self, options: argparse.Namespace) -> int:
+        """Write who is subscribed to a newsletter, and who has unsubscribed, as CSV."""
+        if not self.accounts.find(options.account):
+            return self.no_account(options.account)
+        store, count = self.store, -1
+        try:
+            lines = self.newsletters.export(options.account, options.type)
+        except HTTPError as error:
+            return self.terminal.fail(1, error.message)
+        sizes = [store.redis.hlen(store.key(kind, options.type, options.account)) for kind in ("subscribers", "left")]
+        try:
+            with atomic_file(options.file) as file, self.terminal.progress(
+                    0 if options.file == "-" else sum(sizes)) as progress:
+                for count, line in enumerate(lines):
+                    file.write(line.encode())
+                    if count % 1000 == 0:
+                        progress(count)
+        except OSError as error:
+            raise BackupError(f"{options.file} cannot be written: {describe(error)}") from None
+        if options.file != "-":
+            self.terminal.result({"addresses": count}, [f"{count} addresses are in {options.file}"])
+        return 0
 
     def manage_accounts(self, options: argparse.Namespace) -> int:
         """List the accounts, add one, make a new key of one, or remove one."""
@@ -12542,7 +14217,8 @@ class Backup:
 
     Redis keeps working meanwhile, so the backup is no snapshot. Still it misses nothing that existed at its beginning:
     SCAN finds every key that exists throughout. A task is one hash that never moves, and on restoring its state alone
-    decides its place. What creates tasks is read before them (the schedule, the idempotency keys); what tasks create is
+    decides its place. What creates tasks is read before them (the schedule, newsletters that are being queued for all
+    subscribers, the idempotency keys); what tasks create is
     read after them (such as subscriptions, and the schedule again). Of two moments the earlier counts; what would be
     sent twice is recognized by the time at which its task was made.
 
@@ -12557,9 +14233,9 @@ class Backup:
     EXCLUDED = frozenset(("lane", "turns", "processing", "delayed", "scheduled", "expiring", "dead", "processes",
                           "heartbeat", "paused", "paused_announced", "resume", "resumed", "rate", "connections",
                           "connections_limit", "connections_wanted", "bounce_reader", "answered", "on_disk", "writable",
-                          "restoring", "jwt_secret_check"))
+                          "restoring", "jwt_secret_check", "preview"))
     # What a gomail leaves in Redis even if it was never used.
-    DISPOSABLE = frozenset(("jwt_secret", "ascii_folded", "stats", "history", "metrics"))
+    DISPOSABLE = frozenset(("jwt_secret", "ascii_folded", "needs_noted", "stats", "history", "metrics"))
     ENDED = (*CONCLUDED, State.BOUNCED, State.DEAD)
     READERS: typing.ClassVar[dict[str, Callable]] = {
         "string": lambda transaction, key: transaction.get(key),
@@ -12596,10 +14272,10 @@ class Backup:
 
     def _lines(self) -> Iterator[Json]:
         """A line for each key, or several for a large one, in the order that the class explains."""
-        for pattern in ("idempotency:*", "schedule", "task:*"):
+        for pattern in ("idempotency:*", "schedule", "sends", "task:*"):
             for names in self._names(pattern):
                 yield from self._read(names)
-        done = self.EXCLUDED | {"idempotency", "task"}
+        done = self.EXCLUDED | {"idempotency", "sends", "task"}
         for names in self._names():
             yield from self._read([name for name in names if kind_of_key(name) not in done])
 
@@ -12779,10 +14455,11 @@ class Backup:
             pipeline.pexpireat(key, line["ends"])
 
     def _place_of_issue(self, fields: Json) -> str:
-        """The place in the schedule of a newsletter's issue that has not ended; "" for any other task."""
+        """The place in the schedule of an issue that it has queued, and that has not ended; "" for any other task."""
         with contextlib.suppress(ValueError, TypeError, KeyError):
             task = json.loads(fields.get("head") or fields["body"])
-            if task["type"] == "newsletter" and fields["state"] not in self.ENDED:
+            is_scheduled = task["type"] == "newsletter" and not {"send", "test"} & task["payload"].keys()
+            if is_scheduled and fields["state"] not in self.ENDED:
                 return Newsletters.schedule_member(fields["account"], task["payload"]["content_type"], fields["to"])
         return ""
 
@@ -13082,6 +14759,18 @@ def command_line() -> argparse.ArgumentParser:
         which.add_argument("id", nargs="?", metavar="ID")
         which.add_argument("--all", action="store_true", help="all dead letters, of all accounts")
     delete.add_argument("--yes", action="store_true", help="do not ask before --all; only a terminal is asked")
+    cancel = operation("cancel", Operator.cancel, "cancel a task that waits, or all that match")
+    cancel.add_argument("id", nargs="?", metavar="ID")
+    cancel.add_argument("--state", choices=WAITING, help="only in this state")
+    cancel.add_argument("--type", choices=CANCELLABLE, help="only tasks of this type")
+    cancel.add_argument("--task", metavar="NAME", help="only tasks of this name")
+    cancel.add_argument("--content-type", metavar="NAME", help="only newsletters and subscriptions of it")
+    cancel.add_argument("--to", dest="recipient", metavar="ADDRESS", help="only tasks to this address")
+    cancel.add_argument("--account", metavar="NAME", help="only tasks of this account")
+    cancel.add_argument("--yes", action="store_true", help="do not ask; only a terminal is asked")
+    for name, method, explanation in (("pause", Operator.pause, "take nothing from a lane until it is resumed"),
+                                      ("resume", Operator.resume, "end the pause of a lane, whoever caused it")):
+        operation(name, method, explanation).add_argument("lane", choices=LANES, metavar="LANE", help=", ".join(LANES))
     recipient = operation("recipient", Operator.recipient, "show what is known of an address, or erase it")
     recipient.add_argument("address", metavar="ADDRESS")
     recipient.add_argument("--account", metavar="NAME", help="only what this account has (default: all accounts)")
@@ -13099,6 +14788,19 @@ def command_line() -> argparse.ArgumentParser:
     accounts.add_argument("--overlap", type=int, metavar="SECONDS", help="how long the keys before --rotate stay "
                           f"valid: 0 to 2592000 (default: {Accounts.OVERLAP}); 0 ends them at once")
     accounts.add_argument("--yes", action="store_true", help="do not ask before --remove; only a terminal is asked")
+    taking = operation("import", Operator.import_subscribers, "subscribe the addresses of a CSV file to a newsletter")
+    giving = operation("export", Operator.export_subscribers,
+                       "write who is subscribed to a newsletter, and who has unsubscribed, as CSV")
+    for subparser in (taking, giving):
+        subparser.add_argument("type", metavar="TYPE", help="the content type of the newsletter")
+        subparser.add_argument("--account", required=True, metavar="NAME", help="the account that owns it")
+    taking.add_argument("file", metavar="FILE", help="CSV with a header line that has a column userId or email; - is "
+                        "standard input")
+    giving.add_argument("file", nargs="?", default="-", metavar="FILE", help="- is standard output (the default)")
+    for name in TIMES:
+        if name in IMPORT.fields:
+            taking.add_argument(f"--{name}", help="of the rows that do not say it: " + IMPORT.fields[name].expected)
+    taking.add_argument("--again", action="store_true", help="also who has unsubscribed before")
     saving = command("backup", backup, "write everything that gomail keeps in Redis to a file, which then has secrets "
                      "and mails; gomail may be running")
     saving.add_argument("file", metavar="FILE", help="- is standard output")
