@@ -1110,6 +1110,9 @@ def start_logging(settings: Settings) -> None:
 #                                           which subscription ended then, if any; stays when the content type is
 #                                           removed. An erased address has a keyed hash as its field, and no userId
 #   left_types:<account>            hash    content type -> 1: those that somebody left
+#   unconfirmed:<digest>            string  {"account", "registration", "content_type", "userId", "record", "asked"
+#                                           (ms)}: a subscription that waits for its confirmation, see
+#                                           Newsletters.ASK
 #   schedule                        zset    [account, type, address] by its next boundary (s)
 #   ascii_folded                    string  time of the upgrade to keys that fold only ASCII letters (ms)
 #   needs_noted                     string  time of the upgrade to `needs` (ms)
@@ -2152,9 +2155,9 @@ def needs(body: Json) -> list[str]:
     return sorted(names - body.get("defaults", {}).keys())
 
 
-def lacks_variable(name: str) -> HTTPError:
+def lacks_variable(name: str, path: str = "payload.variables") -> HTTPError:
     """The error (400) for a subscription that lacks a variable."""
-    field = f"payload.variables.{name}"
+    field = f"{path}.{name}"
     hint = "; the option public_url makes it" if name == "unsubscribe_url" else ""
     return HTTPError(400, f"{field} is required: the newsletter names it, without a default{hint}", field)
 
@@ -3220,7 +3223,8 @@ PAYLOADS = {
                                 "from": Nullable(Sender()), "lane": Nullable(LANE), "metadata": Nullable(Metadata())}),
     "subscribe": Subscription({"userId": Address(), "frequency": Enum(FREQUENCIES), "content_type": CONTENT_TYPE,
                                "subject": Nullable(SUBJECT_TEMPLATE), "content": Nullable(CONTENT_TEMPLATE),
-                               "variables": Nullable(Variables()), "again": Nullable(Boolean())},
+                               "variables": Nullable(Variables()), "again": Nullable(Boolean()),
+                               "confirm": Nullable(Boolean()), "locale": Nullable(LOCALE)},
                               dependent_required=("subject", "content")),
     "unsubscribe": Object({"userId": Address(), "content_type": CONTENT_TYPE}),
 }
@@ -3432,8 +3436,16 @@ def fold_address(address: str) -> str:
     return address.encode().lower().decode()
 
 
-def erased_name(key: str, address: str) -> str:
+def check_confirm(task: Json, path: str, public_url: str) -> None:
+    """Raise HTTPError (400) for a payload.confirm where there is no public_url. `path` is that of the task, or ""."""
+    if task["payload"].get("confirm") and not public_url:
+        field = f"{path}.payload.confirm" if path else "payload.confirm"
+        raise HTTPError(400, f"{field} needs the option public_url: the mail that asks to confirm has a link", field)
+
+
+def erased_name(store: Store, address: str) -> str:
     """What is kept of an address that was erased, in place of its form as a key. Queue.ERASED_NAME makes the same."""
+    key = store.redis.get(store.key("erasure_key")) or ""
     inner = hashlib.sha1(f"{key}{fold_address(address)}".encode()).hexdigest()
     return hashlib.sha1(f"{key}{inner}".encode()).hexdigest()
 
@@ -5537,11 +5549,7 @@ class Suppressions:
         """Send to an address again. False where it was not suppressed."""
         addresses = [fold_address(address), *([address.casefold()] if self.by_older(account, address) else [])]
         keys = [self.store.key(kind, account) for kind in ("suppressed", "suppressed_for", "erased")]
-        return bool(self._remove(keys=keys, args=[self.erased_name(address), *addresses]))
-
-    def erased_name(self, address: str) -> str:
-        """The name that an address has where it was erased."""
-        return erased_name(self.store.redis.get(self.store.key("erasure_key")) or "", address)
+        return bool(self._remove(keys=keys, args=[erased_name(self.store, address), *addresses]))
 
     # KEYS: the prefix. ARGV: account, addresses.
     ERASE = Accounts.CLOCK + Queue.ERASED_NAME + """
@@ -5976,6 +5984,7 @@ FAMILIES = {  # name -> (type, help); docs/metrics.md has them all, with their l
     "gomail_retries_waiting": ("gauge", "Tasks that wait for a retry or their send_at."),
     "gomail_tasks_delayed": ("gauge", "Tasks that wait for a retry, and those that wait for their send_at."),
     "gomail_dead_letters": ("gauge", "Dead letters kept."),
+    "gomail_unsubscribed": ("counter", "Subscriptions that ended because somebody unsubscribed, by how."),
     "gomail_subscriptions_left_out": ("counter", "Subscribes without effect: the address had unsubscribed before."),
     "gomail_subscriptions": ("gauge", "Subscriptions in the calendar of newsletters."),
     "gomail_smtp_rate_limit": ("gauge", "Recipients that a window of smtp_rate allows."),
@@ -8235,6 +8244,8 @@ class SubscriberFile:
                 since = int(datetime.datetime.fromisoformat(history["since"]).timestamp() * 1e6)
             address = PAYLOADS["unsubscribe"].fields["userId"](row.get("userId"), "userId")
             return {"userId": address, "state": SubscriptionState.UNSUBSCRIBED, "since": since, "how": how}
+        if state.lower() == SubscriptionState.UNCONFIRMED:
+            raise HTTPError(400, "it is unconfirmed")
         if state.lower() not in ("", SubscriptionState.SUBSCRIBED):
             row["variables.state"] = state
         variables = {name.removeprefix("variables."): row.pop(name) for name in [*row] if name.startswith("variables.")}
@@ -8250,6 +8261,7 @@ class SubscriptionState(enum.StrEnum):
 
     SUBSCRIBED = "subscribed"
     UNSUBSCRIBED = "unsubscribed"
+    UNCONFIRMED = "unconfirmed"  # it was asked to confirm, see Newsletters.ASK
 
 
 class Newsletters:
@@ -8269,6 +8281,9 @@ class Newsletters:
     HALF: typing.ClassVar[dict[str, int]] = {  # half a period in seconds: two boundaries that are closer are the same
         "@hourly": 1800, "@daily": 43200, "@weekly": 302400, "@monthly": 1209600}
     HALF_AS_JSON = json.dumps(HALF)
+    CONFIRM = "Confirm"  # the content type of the mail that asks to confirm
+    CONFIRM_TTL = 604800  # seconds in which a subscription can be confirmed
+    CONFIRM_PAUSE = 3600  # seconds between two mails that ask an address to confirm the same
     IMPORT_BATCH = 200  # rows in one script
     IMPORT_RETRIES = 8  # of the mails of an imported subscription, which take about an hour
     SCANS = 100  # calls of HSCAN for one page of a search
@@ -8284,6 +8299,8 @@ class Newsletters:
         self._texts = store.script(self.TEXTS, when_full=False)
         self._remove = store.script(self.REMOVE, once=True)
         self._subscribe = store.script(self.SUBSCRIBE)
+        self._ask_to_confirm = store.script(self.ASK, when_full=False)
+        self._confirm = store.script(self.SUBSCRIBE, once=True)
         self._import = store.script(self.IMPORT, when_full=False)
         self._unsubscribe = store.script(self.UNSUBSCRIBE, once=True)
         self._refold = store.script(self.REFOLD)
@@ -8314,13 +8331,12 @@ class Newsletters:
 
     # `find_left` answers the field of the hash `left` that has a folded address: that address, or the name that stands
     # for it since it was erased; nil if it has not unsubscribed.
-    FIND_LEFT = """
+    FIND_LEFT = Queue.ERASED_NAME + """
         local function find_left(prefix, left, address)
             if redis.call('EXISTS', left) == 0 then return end
             if redis.call('HEXISTS', left, address) == 1 then return address end
-            local key = redis.call('GET', prefix .. 'erasure_key')
-            local erased = key and redis.sha1hex(key .. redis.sha1hex(key .. address))
-            return erased and redis.call('HEXISTS', left, erased) == 1 and erased or nil
+            local erased = erased_name(prefix, address)
+            return redis.call('HEXISTS', left, erased) == 1 and erased or nil
         end
 
         -- Remember that an address has unsubscribed, unless that is known. `leaving` is JSON.
@@ -8364,7 +8380,7 @@ class Newsletters:
         body = self._body(subject, content, **more)
         if not self._define(self._keys(account, content_type), [content_type, *self._kept(body), 1]):
             raise self._unknown()
-        needed = {*needs(body)}.difference(READER_VARIABLES[bool(self.public_url)])
+        needed = self._needed(needs(body))
         unfilled, missing = set(), set()
         subscribers = self.store.key("subscribers", content_type, account)
         for address, record in self.store.redis.hscan_iter(subscribers, count=1000) if needed else ():
@@ -8372,6 +8388,10 @@ class Newsletters:
                 unfilled.add(address)
                 missing |= lacked
         return {"unfilled": len(unfilled), "missing": sorted(missing)} if missing else {}
+
+    def _needed(self, names: Sequence[str]) -> set[str]:
+        """The variables among these that a subscription must bring."""
+        return {*names}.difference(READER_VARIABLES[bool(self.public_url)])
 
     @staticmethod
     def _body(subject: str, content: str, resend: bool = True, defaults: Mapping[str, Any] | None = None) -> Json:
@@ -8496,25 +8516,31 @@ class Newsletters:
 
     def subscriptions(self, account: str = "", content_type: str = "", address: str = "", cursor: str = "",
                       limit: int = 100, state: str = SubscriptionState.SUBSCRIBED, search: str = "",
-                      with_variables: bool = False) -> tuple[list[Json], str | None]:
+                      for_export: bool = False) -> tuple[list[Json], str | None]:
         """About `limit` subscriptions of an account or of all, unordered, and the next `cursor`, None at the end.
 
         Each is {"account", "content_type", "userId", "state", "frequency", "next", "created", "last"}, and "at", "day"
-        and "timezone" where it has them, and its "variables" where they are asked for, or where one address is. The
-        last is the issue that was sent last, {"time", "issue", "subject" (None if that was too long ago)}, or None. Who
-        unsubscribed is {"account", "content_type", "userId", "state", "since", "how"}. A subscription that exists
-        throughout is returned at least once, and rarely twice (Redis's SCAN). An unknown cursor starts again.
+        and "timezone" where it has them, and its "variables" where one address is asked for. The last is the issue that
+        was sent last, {"time", "issue", "subject" (None if that was too long ago)}, or None. Who unsubscribed is
+        {"account", "content_type", "userId", "state", "since", "how"}. What waits for its confirmation is known by its
+        address alone. A subscription that exists throughout is returned at least once, and rarely twice (Redis's SCAN).
+        An unknown cursor starts again.
 
         Args:
             search: a part of the address; case is ignored in ASCII. Then `limit` is rough, and a page may be empty.
+            for_export: with the variables, and without `next`.
+
+        Raises HTTPError (400): the state is "unconfirmed", and there is no address.
         """
+        if state == SubscriptionState.UNCONFIRMED:
+            return self._unconfirmed(account, content_type, address), None
         has_left = state == SubscriptionState.UNSUBSCRIBED
         pairs = [(owner, name) for owner, name in self._content_types(account, "left_types" if has_left else "content")
                  if content_type in ("", name)]
         number, scan = map(int, cursor.split("-")) if cursor else (0, 0)
         page: list[tuple[str, str, Json]] = []
         pattern, scans = f"*{escape_glob(fold_address(search))}*" if search else None, 0
-        fields = [fold_address(address), *(self._erased_names(address) if address and has_left else ())]
+        fields = [fold_address(address), *([erased_name(self.store, address)] if address and has_left else ())]
         while number < len(pairs) and len(page) < limit and scans < self.SCANS:
             owner, name = pairs[number]
             key = self.store.key("left" if has_left else "subscribers", name, owner)
@@ -8532,7 +8558,7 @@ class Newsletters:
                      "since": timestamp(record["when"]), "how": record["how"]}
                     for owner, name, record in page if "userId" in record or address], next_cursor
         with self.store.redis.pipeline(transaction=False) as pipeline:
-            for owner, name, record in page:
+            for owner, name, record in page if not for_export else ():
                 pipeline.zscore(self.store.key("schedule"), self.schedule_member(owner, name, record["userId"]))
                 pipeline.hget(self.store.key("got", name, owner), fold_address(record["userId"]))
             answers = pipeline.execute()
@@ -8541,13 +8567,23 @@ class Newsletters:
                  "frequency": record["frequency"], "next": timestamp(moment * 1e6) if moment else None,
                  "created": timestamp(record["created"]),
                  **{name: record[name] for name in Subscription.CALENDAR if name in record}, "last": last,
-                 **({"variables": record.get("variables", {})} if address or with_variables else {})}
+                 **({"variables": record.get("variables", {})} if address or for_export else {})}
                 for (owner, name, record), moment, last in zip(page, answers[::2], lasts)], next_cursor
 
-    def _erased_names(self, address: str) -> list[str]:
-        """The name that stands for an address where that was erased; none where nothing was ever erased."""
-        key = self.store.redis.get(self.store.key("erasure_key"))
-        return [erased_name(key, address)] if key else []
+    def _unconfirmed(self, account: str, content_type: str, address: str) -> list[Json]:
+        """The subscriptions of an address that wait for its confirmation, as subscriptions() has them."""
+        if not address:
+            raise HTTPError(400, "state unconfirmed needs a userId", "state")
+        with self.store.redis.pipeline(transaction=False) as pipeline:
+            for owner, name in self._content_types(account):
+                if content_type in ("", name):
+                    pipeline.get(self.store.key("unconfirmed", self._digest(owner, name, address)))
+            found = [json.loads(asking) for asking in pipeline.execute() if asking]
+        return [{"account": asking["account"], "content_type": asking["content_type"], "userId": asking["userId"],
+                 "state": SubscriptionState.UNCONFIRMED, "frequency": asking["record"]["frequency"], "next": None,
+                 "created": timestamp(asking["record"]["created"]),
+                 **{name: asking["record"][name] for name in Subscription.CALENDAR if name in asking["record"]},
+                 "variables": asking["record"].get("variables", {})} for asking in found]
 
     def _last_issues(self, found: "Sequence[tuple[str, str, str | None]]") -> "list[Json | None]":
         """What (account, content type, field of `got`) stands for: {"time", "issue", "subject"}, or None."""
@@ -8611,15 +8647,20 @@ class Newsletters:
     # ARGV: content type, address, subscription (JSON), when its task was created (microseconds), member of the
     #       schedule, now, next boundary and the one after it (s), half a period (s), 1 to subscribe also who
     #       unsubscribed before, or 0, account, the data of the event; body of the content type if it is to be created,
-    #       or "", and what it needs.
-    # Answer: "subscribed", "overtaken", "left out" or "unknown" if the content type does not exist.
+    #       or "", and what it needs. Where somebody confirms: also _digest(), and the registration of the account.
+    # Answer: "subscribed", "overtaken", "left out", "unknown" if the content type does not exist, or "over" if there is
+    #         nothing to confirm any more.
     SUBSCRIBE = ENTER + """
-        local content_type, body, needed = ARGV[1], ARGV[13], ARGV[14]
+        local content_type, account, body, needed, digest, registration = ARGV[1], ARGV[11], unpack(ARGV, 13)
         if body ~= '' and redis.call('HSETNX', content, content_type, body) == 1 then
             redis.call('HSET', needs, content_type, needed)
             redis.call('UNLINK', subscribers, issued, got, issues)  -- what REMOVE has left
         end
         if redis.call('HEXISTS', content, content_type) == 0 then return 'unknown' end
+        if digest and (redis.call('HGET', prefix .. 'UserList', account) ~= registration
+                       or redis.call('DEL', prefix .. 'unconfirmed:' .. digest) == 0) then
+            return 'over'
+        end
         return enter(unsubscribed, unpack(ARGV, 2, 12))
     """
 
@@ -8627,20 +8668,143 @@ class Newsletters:
         """Do a subscribe task: the address gets one subscription, with this frequency and calendar from now on.
 
         Returns "subscribed", "overtaken" if a later request came first, or LEFT_OUT if the address had unsubscribed and
-        the task does not say `again`. Raises PermanentError if the content type does not exist and the task brings no
-        content.
+        the task does not say `again`; with `confirm`, what _ask() returns. Raises PermanentError if the content type
+        does not exist and the task brings no content.
         """
+        if task.payload.get("confirm"):
+            return self._ask(task)
         payload, account = task.payload, task.account
         content_type, address = payload["content_type"], fold_address(payload["userId"])
-        body = needed = ""
-        if "subject" in payload and "content" in payload:
-            body, needed = self._kept(self._body(payload["subject"], payload["content"]))
+        body, needed = self._own_body(payload)
         result = self._subscribe(self._keys(account, content_type, address), [
             content_type, *self._entry(account, content_type, self._record(payload, task.retries, task.created),
                                        payload.get("again", False), self.clock()), body, needed])
         if result == "unknown":
             raise PermanentError(f"content type {content_type!r} does not exist")
         return self.LEFT_OUT if result == "left out" else result
+
+    def _own_body(self, payload: Json) -> tuple[str, str]:
+        """The content type that a subscribe task brings, and what it needs, as Redis keeps them, or "" twice."""
+        return self._kept(self._body(payload["subject"], payload["content"])) if "content" in payload else ("", "")
+
+    # Have an address asked by a mail whether it wants to be subscribed, at most once in `pause`: an app that is misused
+    # must be no mail bomb. The newest request is the one that is confirmed. A repeated call finds its mail there.
+    # KEYS: see _keys().
+    # ARGV: content type, its body if it is to be created, or "", when the task was created (microseconds), _digest(),
+    #       what is to be kept (JSON, without "asked"), for how long, and the pause (both ms); id, account,
+    #       registration, body, recipient and head of the task that sends the mail; what the body needs.
+    # Answer: "asked", "asked before", "overtaken", or "unknown" if the content type does not exist.
+    ASK = Queue.ADD_TASK + Queue.LATER + KEYS_BY_NAME + """
+        local content_type, body, created, digest, asking, kept, pause = unpack(ARGV, 1, 7)
+        local id, account, key, mail, to, head, needed = unpack(ARGV, 8)
+        if body ~= '' and redis.call('HSETNX', content, content_type, body) == 1 then
+            redis.call('HSET', needs, content_type, needed)
+            redis.call('UNLINK', subscribers, issued, got, issues)  -- what REMOVE has left
+        end
+        if redis.call('HEXISTS', content, content_type) == 0 then return 'unknown' end
+        if redis.call('EXISTS', prefix .. 'task:' .. id) == 1 then return 'asked' end
+        local overtaking = redis.call('GET', unsubscribed)
+        if overtaking and later(overtaking, created) then return 'overtaken' end
+        local unconfirmed = prefix .. 'unconfirmed:' .. digest
+        local before, asked = redis.call('GET', unconfirmed), nil
+        if before then
+            before = cjson.decode(before)
+            if before.registration == key and later(before.record.created, created) then return 'overtaken' end
+            if before.asked > milliseconds - pause and before.asked <= milliseconds then asked = before.asked end
+        end
+        asking = string.sub(asking, 1, -2) .. ', "asked": ' .. string.format('%.0f', asked or milliseconds) .. '}'
+        if asked then
+            redis.call('SET', unconfirmed, asking, 'KEEPTTL')
+            return 'asked before'
+        end
+        redis.call('SET', unconfirmed, asking, 'PX', kept)
+        add_task(prefix, id, account, key, 'normal', 0, 0, mail, to, 'head', head)
+        return 'asked'
+    """
+
+    def _ask(self, task: Task) -> str:
+        """Do a subscribe task with `confirm`: the address gets a mail with a link first, and confirm() subscribes it.
+
+        Returns what became of it, with the id of the task that sends the mail. Raises PermanentError if there is no
+        public_url, or no such content type, or it cannot fill the content type CONFIRM.
+        """
+        payload, account, content_type = task.payload, task.account, task.payload["content_type"]
+        if not self.public_url:
+            raise PermanentError("confirm needs public_url")
+        address, digest = fold_address(payload["userId"]), self._digest(account, content_type, payload["userId"])
+        until = int(self.store.time()) + self.CONFIRM_TTL
+        url = f"{self.public_url}/confirm/{self.accounts.seal('confirm', {'of': digest, 'until': until})}"
+        mail = {"task": f"Confirm {content_type}", "type": "message", "retries": task.retries,
+                "payload": {"userId": payload["userId"], **self._confirmation(account, payload, url)}}
+        asking = {"account": account, "registration": task.registration, "content_type": content_type,
+                  "userId": payload["userId"], "record": self._record(payload, task.retries, task.created)}
+        mail_id = task.id[:16] + hashlib.sha256(f"confirm {task.id}".encode()).hexdigest()[:16]
+        body, needed = self._own_body(payload)
+        result = self._ask_to_confirm(self._keys(account, content_type, address), [
+            content_type, body, task.created, digest, json.dumps(asking), self.CONFIRM_TTL * 1000,
+            self.CONFIRM_PAUSE * 1000, mail_id, account, task.registration, json.dumps(mail), address,
+            summary_of(mail), needed])
+        if result == "unknown":
+            raise PermanentError(f"content type {content_type!r} does not exist")
+        return {"asked": f"asked to confirm by task {mail_id}", "asked before": "asked to confirm less than an hour ago"
+                }.get(result, result)
+
+    def _confirmation(self, account: str, payload: Json, url: str) -> Json:
+        """{"subject", "content", "text"} of the mail that asks to confirm a subscribe task's payload: from the content
+        type CONFIRM in the task's locale, if it has the link, or else the built-in one. Raises PermanentError."""
+        name = (self.CONFIRM, payload.get("locale", ""))
+        text = self.texts(account, [name])[name]
+        if not text or "confirm_url" not in placeholder_names(text.content):
+            subject, content, plain = built_in_mail(
+                nearest_language(payload.get("locale", "")), "confirm_mail", url=url, address=payload["userId"],
+                content_type=payload["content_type"])
+            return {"subject": subject, "content": content, "text": plain}
+        variables = {**with_defaults(payload.get("variables", {}), text.defaults), "email": payload["userId"],
+                     "content_type": payload["content_type"], "confirm_url": url}
+        try:
+            return {"subject": self.CONTROLS.sub(" ", fill_template(text.subject, variables, max_size=self.max_size)),
+                    "content": fill_template(text.content, variables, is_html(text.content), max_size=self.max_size)}
+        except KeyError as error:
+            raise PermanentError(f"content type {text.content_type!r} needs the variable {error.args[0]!r}, which the "
+                                 "subscription lacks") from None
+        except TooLarge as error:
+            raise PermanentError(f"with its variables the mail would have {error.size} bytes, and may have "
+                                 f"{self.max_size} (max_body)") from None
+
+    @staticmethod
+    def _digest(account: str, content_type: str, address: str) -> str:
+        """What an unconfirmed subscription is known by."""
+        return hashlib.sha256(json.dumps([account, content_type, fold_address(address)]).encode()).hexdigest()
+
+    def read_confirmation(self, token: str) -> Json:
+        """What is kept of the unconfirmed subscription of a link: {"account", "registration", "content_type", "userId",
+        "record"}. Raises HTTPError: 404, the link is not valid; 410, it has been used, or has expired."""
+        claims = self.accounts.unseal("confirm", token)
+        if claims is None:
+            raise HTTPError(404, "this link is not valid, or not complete", "token")
+        found = self.store.redis.get(self.store.key("unconfirmed", claims["of"]))
+        asking = json.loads(found) if found and claims["until"] > self.store.time() else {}
+        owner = asking and self.accounts.find(asking["account"])
+        if not owner or owner.registration != asking["registration"]:
+            raise self._over()
+        return asking
+
+    def confirm(self, token: str) -> Json:
+        """Subscribe the address of a link, once. Returns what read_confirmation() does, and raises the same."""
+        asking = self.read_confirmation(token)
+        account, content_type, address = asking["account"], asking["content_type"], asking["userId"]
+        entry = self._entry(account, content_type, {**asking["record"], "created": int(self.store.time() * 1e6)}, True,
+                            self.clock())
+        result = self._confirm(self._keys(account, content_type, fold_address(address)), [
+            content_type, *entry, "", "", self._digest(account, content_type, address), asking["registration"]])
+        if result != "subscribed":
+            raise self._over()
+        log(logging.INFO, "subscription confirmed", account=account, content_type=content_type)
+        return asking
+
+    @staticmethod
+    def _over() -> HTTPError:
+        return HTTPError(410, "this link has been used, or has expired", "token")
 
     @staticmethod
     def _record(payload: Json, retries: int, created: int) -> Json:
@@ -8698,6 +8862,7 @@ class Newsletters:
         """
         if not self.store.redis.hexists(self.store.key("content", account), content_type):
             raise self._unknown()
+        needed = self._needed((self.store.redis.hget(self.store.key("needs", account), content_type) or "").split())
         counts, rows = {"subscribed": 0, "left_out": 0, "failed": 0}, iter(rows)
         while batch := list(itertools.islice(rows, self.IMPORT_BATCH)):
             args: list[Any] = []
@@ -8709,6 +8874,9 @@ class Newsletters:
                 elif row["state"] == SubscriptionState.UNSUBSCRIBED:
                     leaving = {"userId": row["userId"], "when": row["since"] or now, "how": row["how"]}
                     args += [fold_address(row["userId"]), "", *[0] * 7, account, json.dumps(leaving)]
+                elif lacked := needed - row.get("variables", {}).keys():
+                    counts["failed"] += 1
+                    note(line, lacks_variable(min(lacked), "variables").message)
                 else:
                     record = self._record(row, self.IMPORT_RETRIES, now)
                     args += self._entry(account, content_type, record, again, by_clock)
@@ -8732,8 +8900,8 @@ class Newsletters:
             if not any(pipeline.execute()):
                 raise self._unknown()
         names: set[str] = set()
-        for item in self._all_subscriptions(account, content_type, (SubscriptionState.SUBSCRIBED,)):
-            names.update(item["variables"])
+        for _, record in self.store.redis.hscan_iter(self.store.key("subscribers", content_type, account), count=1000):
+            names.update(json.loads(record).get("variables", ()))
         columns = {name: f"variables.{name}" if name.lower() in KNOWN_COLUMNS else name for name in sorted(names)}
         return self._export(account, content_type, columns)
 
@@ -8742,7 +8910,8 @@ class Newsletters:
         line = io.StringIO()
         writer = csv.writer(line)
         writer.writerow([*EXPORT_COLUMNS, *columns.values()])
-        for item in self._all_subscriptions(account, content_type, tuple(SubscriptionState)):
+        for item in self._all_subscriptions(account, content_type, (
+                SubscriptionState.SUBSCRIBED, SubscriptionState.UNSUBSCRIBED)):
             last, variables = item.get("last") or {}, item.get("variables", {})
             cells = {**item, "last": last.get("time")}
             writer.writerow([protect_cell(cells.get(name)) for name in EXPORT_COLUMNS]
@@ -8758,7 +8927,7 @@ class Newsletters:
             cursor: str | None = ""
             seen: set[str] = set()
             while cursor is not None:
-                page, cursor = self.subscriptions(account, content_type, "", cursor, 1000, state, with_variables=True)
+                page, cursor = self.subscriptions(account, content_type, "", cursor, 1000, state, for_export=True)
                 for item in page:
                     if item["userId"] not in seen:
                         seen.add(item["userId"])
@@ -8874,14 +9043,14 @@ class Newsletters:
             raise HTTPError(404, "this link is not valid, or not complete", "token")
         return claims["sub"], claims["content_type"], claims["email"]
 
-    def follow_link(self, token: str, how: str = "one-click") -> bool:
-        """End the subscription of a link, if it has not ended. Returns whether subscribe_again() can undo that.
-
-        Raises HTTPError (404).
-        """
+    def follow_link(self, token: str, how: str = "one-click") -> tuple[str, bool]:
+        """End the subscription of a link, if it has not ended. Returns what unsubscribe() does, and whether
+        subscribe_again() can undo it. Raises HTTPError (404)."""
         account, content_type, address = self.read_link(token)
-        self._end_subscription(account, content_type, address, int(self.store.time() * 1e6), how)
-        return self._ended_by_reader(account, content_type, address) is not None
+        result = self._end_subscription(account, content_type, address, int(self.store.time() * 1e6), how)
+        log(logging.INFO, "link to unsubscribe followed", account=account, content_type=content_type, how=how,
+            result=result)
+        return result, self._ended_by_reader(account, content_type, address) is not None
 
     def _ended_by_reader(self, account: str, content_type: str, address: str) -> Json | None:
         """The subscription that its reader ended last by a link, as it was; or None."""
@@ -9897,7 +10066,7 @@ class Recipients:
     def _of_accounts(self, address: str, owners: Sequence[str]) -> tuple[list[Json], list[Json]]:
         """(the suppressions of an address, its limits of OTPs), of these accounts. Of several, limits only count where
         there are requests or wrong OTPs."""
-        folded, name, key = fold_address(address), self.suppressions.erased_name(address), self.store.key
+        folded, name, key = fold_address(address), erased_name(self.store, address), self.store.key
         now, suppressions, otps = self.store.time(), [], []
         for start in range(0, len(owners), self.ACCOUNTS):
             page = owners[start:start + self.ACCOUNTS]
@@ -9939,19 +10108,16 @@ class Recipients:
                 "blocked_until": timestamp(failures_end * 1e6) if wrong >= Otps.MAX_FAILURES else None}
 
     def _of_newsletters(self, address: str, account: Account) -> Json:
-        """{"unsubscribed": from which newsletters, "unconfirmed": the subscriptions that wait for a click}."""
-        pairs, key = self.newsletters._content_types(account.name), self.store.key
-        with self.store.redis.pipeline(transaction=False) as pipeline:
-            for pair in pairs:
-                pipeline.pttl(key("unconfirmed", hashlib.sha256(
-                    json.dumps([*pair, fold_address(address)]).encode()).hexdigest()))
-            waiting, now = pipeline.execute(), self.store.time()
-        left, _ = self.newsletters.subscriptions(account.name, address=address, limit=1000,
-                                                 state=SubscriptionState.UNSUBSCRIBED)
-        return {"unsubscribed": left, "unconfirmed": [
-            {"account": owner, "content_type": content_type, "userId": address, "state": "unconfirmed",
-             "until": timestamp(now * 1e6 + ttl * 1000)}
-            for (owner, content_type), ttl in zip(pairs, waiting) if ttl > 0]}
+        """{"unsubscribed": from which newsletters, "unconfirmed": the subscriptions that wait for a click, and "until"
+        when}."""
+        left, waiting = (self.newsletters.subscriptions(account.name, address=address, limit=1000, state=state)[0]
+                         for state in (SubscriptionState.UNSUBSCRIBED, SubscriptionState.UNCONFIRMED))
+        now = self.store.time() * 1e6
+        for each in waiting:
+            digest = self.newsletters._digest(each["account"], each["content_type"], address)
+            ttl = self.store.redis.pttl(self.store.key("unconfirmed", digest))
+            each["until"] = timestamp(now + max(ttl, 0) * 1000)
+        return {"unsubscribed": left, "unconfirmed": waiting}
 
     def _answer(self, found: Json) -> str:
         """Why an address got nothing lately, or that all is fine, in one sentence."""
@@ -10125,7 +10291,7 @@ class Recipients:
         with self.store.redis.pipeline() as transaction:
             if kind == "left":
                 kept = {name: value for name, value in json.loads(record).items() if name in ("when", "how")}
-                transaction.hset(key, self.suppressions.erased_name(address), json.dumps(kept))
+                transaction.hset(key, erased_name(self.store, address), json.dumps(kept))
             if kind == "subscribers":
                 transaction.zrem(self.store.key("schedule"),
                                  self.newsletters.schedule_member(owner, content_type, address))
@@ -10736,7 +10902,7 @@ class Workers:
         self.transport, self.webhooks, self.stats = transport, webhooks, stats
         self.otps, self.newsletters = otps, newsletters
         self.handlers = {"message": self.send_message, "generateOtp": self.send_otp, "newsletter": self.send_newsletter,
-                         "subscribe": self.subscribe, "unsubscribe": newsletters.unsubscribe,
+                         "subscribe": self.subscribe, "unsubscribe": self.unsubscribe,
                          "webhook": self.send_event}
         self.stopping = threading.Event()
         self.smtp = SmtpState(transport)
@@ -11187,6 +11353,13 @@ class Workers:
         result = self.newsletters.subscribe(task)
         if result == Newsletters.LEFT_OUT:
             self.stats.count("gomail_subscriptions_left_out_total")
+        return result
+
+    def unsubscribe(self, task: Task) -> str:
+        """Do an unsubscribe task; returns what became of it."""
+        result = self.newsletters.unsubscribe(task)
+        if result == "unsubscribed":
+            self.stats.count("gomail_unsubscribed_total", how="task")
         return result
 
     def send_event(self, task: Task) -> str:
@@ -11846,6 +12019,7 @@ class Api:
             filled = {**task, "payload": {**task["payload"]}}
             try:
                 check_sender(filled, path, senders)
+                check_confirm(filled, path, self.settings.public_url)
                 left -= fill_message(filled, path, min(left, self.settings.max_body), texts)
                 completed.append(filled)
             except HTTPError as error:
@@ -11997,6 +12171,8 @@ class Api:
             request.account.name, request.path_params["content_type"], rows, body.get("again", False), note)
         if counts["left_out"]:
             self.stats.count("gomail_subscriptions_left_out_total", counts["left_out"])
+        log(logging.INFO, "subscribers imported", account=request.account.name,
+            content_type=request.path_params["content_type"], **counts)
         return done("Subscribers imported", subscribed=counts["subscribed"], left_out=counts["left_out"],
                     errors=errors, failed=counts["failed"])
 
@@ -12030,9 +12206,19 @@ class Api:
 
     def follow_link(self, request: Request) -> Reply:
         token, how = request.path_params["token"], "link" if "by" in request.query else "one-click"
-        can_undo = self.newsletters.follow_link(token, how)
+        result, can_undo = self.newsletters.follow_link(token, how)
+        if result == "unsubscribed":
+            self.stats.count("gomail_unsubscribed_total", how=how)
         return self.page_for(request, "unsubscribed", *self.newsletters.read_link(token),
                              action=f"{token}/again" if can_undo else "")
+
+    def ask_to_confirm(self, request: Request) -> Reply:
+        asking = self.newsletters.read_confirmation(request.path_params["token"])
+        return self.page_for(request, "confirm", asking["account"], asking["content_type"], asking["userId"])
+
+    def confirm(self, request: Request) -> Reply:
+        asking = self.newsletters.confirm(request.path_params["token"])
+        return self.page_for(request, "subscribed", asking["account"], asking["content_type"], asking["userId"])
 
     def subscribe_again(self, request: Request) -> Reply:
         token = request.path_params["token"]
@@ -12353,10 +12539,10 @@ STATES = tuple(State)
 WAITING, CANCELLABLE = ("queued", "scheduled", "retrying"), (*PAYLOADS, "newsletter")  # states, types
 PAGING = {"offset": Integer(0, 10**9), "limit": Integer(0, 1000)}
 SEARCH = {**PAGING, "search": String(254, ONE_LINE, LINE), "state": Enum(STATES)}
-OUTBOX_SEARCH = {**PAGING, "to": String(254, ONE_LINE, LINE), "subject": String(254, ONE_LINE, LINE),
-                 "task": String(64, ONE_LINE, LINE), "wait": Integer(0, 60)}
 FILTERS = {"state": Enum(WAITING), "type": Enum(CANCELLABLE), "task": String(256, ONE_LINE, LINE),
            "content_type": CONTENT_TYPE, "userId": Address()}
+OUTBOX_SEARCH = {**PAGING, "to": String(254, ONE_LINE, LINE), "subject": String(254, ONE_LINE, LINE),
+                 "task": String(64, ONE_LINE, LINE), "wait": Integer(0, 60)}
 CURSOR = Pattern("the value of next in the previous answer", r"[0-9]{1,10}-[0-9]{1,19}", 30)
 SUBSCRIPTIONS = {"content_type": CONTENT_TYPE, "userId": Address(), "cursor": CURSOR, "limit": Integer(1, 1000),
                  "state": Enum(tuple(SubscriptionState)), "search": String(254, ONE_LINE, LINE)}
@@ -12466,6 +12652,8 @@ ROUTES = (
           answer="text/html", refuses=(404,)),
     Route("POST", "/unsubscribe/{token}/again", Api.subscribe_again, Access.OPEN, answer="text/html",
           refuses=(404, 410)),
+    Route("GET", "/confirm/{token}", Api.ask_to_confirm, Access.OPEN, answer="text/html", refuses=(404, 410)),
+    Route("POST", "/confirm/{token}", Api.confirm, Access.OPEN, answer="text/html", refuses=(404, 410)),
     Route("GET", "/health/ping", Api.ping, Access.OPEN, answer={"message": str}, needs_redis=False),
     Route("GET", "/health/ready", Api.ready, Access.OPEN, answer={"status": bool, "smtp": str}),
     Route("GET", "/metrics", Api.prometheus, Access.OPEN, answer="text/plain", needs_redis=False),

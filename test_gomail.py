@@ -5966,6 +5966,9 @@ def test_docs_metrics_md_names_every_metric_with_its_labels_and_no_other(service
     client = service.client.sign_up()
     client.state(client.task(), "succeeded")
     client.post("/bounces", {"userId": "gone@example.com", "kind": "bounce"})
+    define(client)
+    subscribe(client)
+    client.state(client.task("unsubscribe", content_type="news"), "succeeded")
     connection = http.client.HTTPConnection(service.http.url.removeprefix("http://"))
 
     def families():
@@ -9430,6 +9433,7 @@ def test_who_unsubscribed_is_known_as_such_and_comes_back_only_where_the_task_sa
     service, client = linked
     before = service.store.time()
     leave(service, client, how)
+    assert metrics_of(service)["gomail_unsubscribed_total", how] == 1
     assert client.get("/subscriptions")["subscriptions"] == []
     found, = unsubscribed(client, "&userId=USER@example.com")
     assert unsubscribed(client) == unsubscribed(client, "&content_type=news&search=ser@EX") == [found]
@@ -9555,6 +9559,190 @@ def test_a_search_in_many_addresses_goes_on_with_the_next_cursor(service, client
         found, pages = found + answer["subscriptions"], pages + 1
         cursor = answer["next"] and f"&cursor={answer['next']}"
     assert [row["userId"] for row in found] == ["user4321@example.com"] and 3 < pages < 20
+
+
+@pytest.fixture
+def confirming(services, mail_server, clock):
+    """A service that the internet reaches, and a client with a newsletter."""
+    service = services(mail_server, clock, public_url="https://mail.example.com/")
+    client = service.client.sign_up()
+    define(client)
+    return service, client
+
+
+def link_in(mail_server, address="user@example.com", number=0):
+    """The path of the link in the mail that asked an address to confirm."""
+    mail = until(lambda: mail_server.to(address)[number:])[0]
+    content = parsed(mail.raw).get_body(("plain", "html")).get_content()
+    return re.search(r"https://mail\.example\.com(/confirm/[\w.-]+)", content)[1]
+
+
+def test_a_subscription_that_is_to_be_confirmed_begins_with_the_readers_click_and_once(confirming, mail_server):
+    service, client = confirming
+    told = subscribe(client, "User@example.com", "@weekly", variables={"name": "x"}, confirm=True)
+    assert told["state"] == "succeeded" and client.get("/subscriptions")["subscriptions"] == []
+    found, = client.get("/subscriptions?state=unconfirmed&userId=user@example.com")["subscriptions"]
+    assert found == {"account": name_of(client), "content_type": "news", "userId": "User@example.com", "next": None,
+                     "state": "unconfirmed", "frequency": "@weekly", "created": told["created"],
+                     "variables": {"name": "x"}}
+    asking = re.fullmatch("asked to confirm by task ([0-9a-f]{32})", told["result"])[1]
+    assert client.state(asking, "succeeded")["userId"] == "User@example.com"
+    assert parsed(mail_server.to("User@example.com")[0].raw)["Subject"] == "Please confirm your subscription"
+    path = link_in(mail_server, "User@example.com")
+    for method in ("GET", "HEAD", "GET"):  # as mail scanners do
+        status, page = visit(service, method, path)
+        assert status == 200 and ("<form method=post" in page and "User@example.com" in page or method == "HEAD")
+    assert client.get("/subscriptions")["subscriptions"] == []
+    before = service.store.time()
+    assert visit(service, "POST", path)[0] == 200
+    found, = client.get("/subscriptions?userId=user@example.com")["subscriptions"]
+    assert (found["userId"], found["frequency"], found["variables"], found["next"]) == (
+        "User@example.com", "@weekly", {"name": "x"}, "2026-03-15T00:00:00.000Z")
+    assert datetime.datetime.fromisoformat(found["created"]).timestamp() >= before - 0.001
+    client.state(client.task("unsubscribe", content_type="news"), "succeeded")
+    for method in ("GET", "POST"):  # a used link brings nobody back
+        assert visit(service, method, path)[0] == 410
+    assert client.get("/subscriptions")["subscriptions"] == []
+    assert client.get("/subscriptions?state=unconfirmed&userId=user@example.com")["subscriptions"] == []
+    assert client("GET", "/subscriptions?state=unconfirmed")[1]["field"] == "state"
+
+
+def test_confirming_needs_public_url_and_that_is_said_at_once(client):
+    define(client)
+    task = {"task": "t", "type": "subscribe", "retries": 0, "payload": {
+        "userId": "user@example.com", "frequency": "@daily", "content_type": "news", "confirm": True}}
+    status, answer, _ = client("POST", "/task/", task)
+    assert status == 400 and answer["field"] == "payload.confirm" and "public_url" in answer["error"]
+    answers = client.post("/task/batch", {"tasks": [task, changed("payload.confirm", False, task)]})["tasks"]
+    assert answers[0]["field"] == "tasks[0].payload.confirm" and answers[1]["status"]
+
+
+def test_rows_that_lack_a_variable_of_the_newsletter_are_not_taken(client):
+    define(client, content="Hello {{ name }}, {{ town | default: 'there' }}")
+    answer = client.post("/task/subscriptionContent/news/import", {
+        "csv": "email,name,state\na@example.com,Ann,\nb@example.com,,\nc@example.com,,unsubscribed\n",
+        "frequency": "@daily"})
+    assert (answer["subscribed"], answer["left_out"], answer["failed"]) == (1, 1, 1)
+    assert answer["errors"] == [{"line": 3, "error": "variables.name is required: the newsletter names it, without a "
+                                 "default"}]
+    assert [*subscribed(client)] == ["a@example.com"]
+
+
+def test_who_unsubscribed_comes_back_by_confirming(confirming, mail_server):
+    service, client = confirming
+    client.state(client.task("unsubscribe", content_type="news"), "succeeded")
+    assert subscribe(client, confirm=True)["result"].startswith("asked to confirm")
+    assert len(unsubscribed(client)) == 1
+    assert visit(service, "POST", link_in(mail_server))[0] == 200
+    assert unsubscribed(client) == [] and len(client.get("/subscriptions")["subscriptions"]) == 1
+
+
+def test_an_address_is_asked_once_an_hour_and_confirms_the_newest_request(confirming, mail_server):
+    service, client = confirming
+    define(client, "other")
+    results = [subscribe(client, address, frequency, confirm=True)["result"] for address, frequency in (
+        ("user@example.com", "@daily"), ("USER@example.com", "@weekly"), ("User@example.com", "@monthly"))]
+    assert results[1:] == ["asked to confirm less than an hour ago"] * 2
+    subscribe(client, content_type="other", confirm=True)
+    until(lambda: len(mail_server.mails) == 2)
+    key, = [key for key in service.store.redis.keys(service.store.key("unconfirmed", "*"))
+            if '"news"' in service.store.redis.get(key)]
+    waiting = json.loads(service.store.redis.get(key))
+    assert service.store.redis.ttl(key) > 604800 - 60
+    service.store.redis.set(key, json.dumps({**waiting, "asked": waiting["asked"] - 3_600_000}), ex=1000)
+    assert subscribe(client, "User@example.com", "@monthly", confirm=True)["result"].startswith("asked to confirm by")
+    assert service.store.redis.ttl(key) > 1000
+    until(lambda: len(mail_server.mails) == 3)
+    first = [path for path in (link_in(mail_server, number=0), link_in(mail_server, number=1))
+             if "to news?" in visit(service, "GET", path)[1]][0]
+    assert visit(service, "POST", first)[0] == 200  # that of the first mail is as good
+    found, = client.get("/subscriptions")["subscriptions"]
+    assert (found["userId"], found["frequency"]) == ("User@example.com", "@monthly")
+    assert visit(service, "POST", link_in(mail_server, "User@example.com"))[0] == 410
+
+
+def test_a_link_to_confirm_ends_with_its_time_the_account_and_the_content_type(confirming, mail_server):
+    service, client = confirming
+    subscribe(client, confirm=True)
+    path = link_in(mail_server)
+    key, = service.store.redis.keys(service.store.key("unconfirmed", "*"))
+    account, token = name_of(client), path.rpartition("/")[2]
+    unsubscribing = service.newsletters.link(account, "news", "user@example.com").rpartition("/")[2]
+    for bad in (token[:-2], token + "x", unsubscribing, client.key, "x"):
+        for method in ("GET", "POST"):
+            assert visit(service, method, f"/confirm/{bad}")[0] == 404
+    assert visit(service, "GET", f"/unsubscribe/{token}")[0] == 404
+    claims = {**service.newsletters.accounts.unseal("confirm", token), "until": service.store.time() - 1}
+    assert visit(service, "POST", f"/confirm/{service.newsletters.accounts.seal('confirm', claims)}")[0] == 410
+    delete(client, "/task/subscriptionContent/news")
+    assert visit(service, "POST", path)[0] == 410
+    define(client)
+    assert visit(service, "GET", path)[0] == 200
+    client.post("/auth/deregister", {"id": account})
+    client = service.client.sign_up(account)
+    define(client)
+    for method in ("GET", "POST"):
+        assert visit(service, method, path)[0] == 410
+    service.store.redis.delete(key)
+    assert visit(service, "POST", path)[0] == 410
+    assert client.get("/subscriptions")["subscriptions"] == []
+
+
+def test_a_link_to_confirm_works_after_a_restart(confirming, services, mail_server, clock):
+    service, client = confirming
+    subscribe(client, confirm=True)
+    path = link_in(mail_server)
+    services.running.remove(service)
+    service.stop()
+    service = services(mail_server, clock, public_url="https://mail.example.com", key_prefix=service.store.prefix)
+    assert visit(service, "POST", path)[0] == 200
+    assert len(Client(service.http.url, client.key).get("/subscriptions")["subscriptions"]) == 1
+
+
+def test_the_mail_that_asks_to_confirm_is_the_content_type_confirm_in_the_readers_language(confirming, mail_server):
+    service, client = confirming
+    define(client, "Confirm", "A newsletter", "of somebody who called it so")
+    subscribe(client, "a@example.com", confirm=True)
+    assert mail_server.one("a@example.com")["Subject"] == "Please confirm your subscription"
+    assert client("PUT", "/task/subscriptionContent", {
+        "content_type": "Confirm", "subject": "Hi {{ name }}",
+        "content": "<p>{{ content_type }} to {{ email }}? {{ confirm_url }}</p>"})[0] == 200
+    define(client, "Confirm.pt", "Olá", "<a href='{{ confirm_url }}'>{{ name }}</a>")
+    subscribe(client, "b@example.com", variables={"name": "B & \nB"}, confirm=True, locale="de-CH")
+    message = mail_server.one("b@example.com")
+    assert message["Subject"] == "Hi B &  B" and "news to b@example.com? https://" in message.get_body(
+        ("html",)).get_content()
+    subscribe(client, "c@example.com", variables={"name": "C & C"}, confirm=True, locale="pt-BR")
+    message = mail_server.one("c@example.com")
+    assert message["Subject"] == "Olá" and ">C &amp; C</a>" in message.get_body(("html",)).get_content()
+    found = subscribe(client, "d@example.com", confirm=True)
+    assert (found["state"], found["error"]) == (
+        "dead", "content type 'Confirm' needs the variable 'name', which the subscription lacks")
+
+
+def test_who_is_suppressed_is_not_asked_and_the_mails_task_says_so(confirming, mail_server):
+    _, client = confirming
+    client.post("/suppressions", {"userId": "user@example.com"})
+    asking = subscribe(client, confirm=True)["result"].rpartition(" ")[2]
+    assert client.state(asking, "suppressed") and not mail_server.mails
+
+
+def test_the_later_request_wins_also_where_it_is_to_be_confirmed(confirming, mail_server):
+    service, client = confirming
+    account, now = service.http.api.accounts.find(name_of(client)), int(service.store.time() * 1e6)
+
+    def task(created, frequency="@daily"):
+        return gomail.Task(f"{created:032}", account.name, account.registration, "subscribe", "t", 0, {
+            "userId": "user@example.com", "content_type": "news", "frequency": frequency, "confirm": True}, created)
+    for _ in range(2):  # as after an outage
+        assert service.newsletters.subscribe(task(now, "@weekly")).startswith("asked to confirm by task")
+    assert service.newsletters.subscribe(task(now - 1)) == "overtaken"
+    client.state(client.task("unsubscribe", content_type="news"), "succeeded")
+    assert service.newsletters.subscribe(task(now + 1)) == "overtaken"
+    path = link_in(mail_server)
+    assert visit(service, "POST", path)[0] == 200  # she wants it after all
+    assert [found["frequency"] for found in client.get("/subscriptions")["subscriptions"]] == ["@weekly"]
+    assert len(mail_server.mails) == 1
 
 
 def import_csv(client, text, content_type="news", **more):
@@ -9728,7 +9916,7 @@ def test_whatever_is_exported_is_safe_for_spreadsheets_and_comes_back_as_it_was(
 
     def known():
         return sorted((item["userId"], item["frequency"], item["variables"])
-                      for item in newsletters.subscriptions("app", with_variables=True)[0])
+                      for item in newsletters.subscriptions("app", for_export=True)[0])
     before, text = known(), "".join(newsletters.export("app", "news"))
     rows = [*csv.reader(io.StringIO(text, newline=""))]
     assert not [cell for row in rows[1:] for cell in row if cell[:1] in {*"=+-@\t\r\n"} - {""}]
@@ -11620,7 +11808,8 @@ def test_what_is_erased_of_an_address_is_nowhere_any_more_and_nothing_of_others_
                                    subject="A", content="B"), "succeeded")
         server.hset(key("issued", "news", name), folded, "an id")
         server.hset(key("got", "news", name), folded, "digest 1")
-        record = {"account": name, "userId": address, "content_type": "news", "record": {}}
+        record = {"account": name, "userId": address, "content_type": "news",
+                  "record": {"frequency": "@daily", "created": 1}}
         server.set(key("unconfirmed", hashlib.sha256(json.dumps([name, "news", folded]).encode()).hexdigest()),
                    json.dumps(record), ex=1000)
         for content_type in ("news", "removed"):
@@ -18052,6 +18241,32 @@ def subscribing(service, client, mail_server):
     assert subscribe(client)["state"] == "succeeded"
 
 
+def asking_to_confirm(service, client, mail_server):
+    define(client)
+    service.newsletters.public_url = "https://mail.example.com"
+    yield service.newsletters._ask_to_confirm
+    account = service.http.api.accounts.find(name_of(client))
+    assert service.newsletters.subscribe(gomail.Task(
+        "0" * 32, account.name, account.registration, "subscribe", "t", 0, {
+            "userId": "user@example.com", "content_type": "news", "frequency": "@daily", "confirm": True},
+        int(service.store.time() * 1e6))).startswith("asked to confirm by")
+    mail_server.one("user@example.com")
+
+
+def confirming_a_subscription(service, client, mail_server):
+    list(asking_to_confirm(service, client, mail_server))
+    yield service.newsletters._confirm
+    assert visit(service, "POST", link_in(mail_server))[0] == 200
+
+
+def importing(service, client, mail_server):
+    define(client)
+    client.state(client.task("unsubscribe", content_type="news"), "succeeded")
+    yield service.newsletters._import
+    found = import_csv(client, "email,frequency\na@example.com,@daily\nuser@example.com,@daily\n")
+    assert (found["subscribed"], found["left_out"], found["failed"]) == (1, 1, 0)
+
+
 def retrying(service, client, mail_server):
     mail_server.replies["user@example.com"] = ["450 later"]
     yield service.queue._promote
@@ -18096,7 +18311,8 @@ def dead_letter(client, mail_server):
 @pytest.mark.parametrize("change", [
     signing_up, deregistering, cancelling, retrying_a_dead_letter, removing_a_dead_letter, creating_content,
     removing_content, unsubscribing, sending_to_an_address_again, verifying_an_otp, verifying_a_wrong_otp, enqueuing,
-    taking_and_settling, issuing_an_otp, subscribing, retrying, counting, reclaiming],
+    taking_and_settling, issuing_an_otp, subscribing, retrying, counting, reclaiming, asking_to_confirm,
+    confirming_a_subscription, importing],
     ids=lambda change: change.__name__)
 def test_a_lost_answer_changes_nothing_twice_and_its_repetition_answers_the_same(services, mail_server, cutter, change):
     service = services(mail_server, redis_uri=cutter.uri)

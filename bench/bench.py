@@ -265,13 +265,14 @@ class GoMail(Program):
             self.key = self.call("/auth/signup", {"id": ACCOUNT})["apiKey"]
         return self
 
-    def call(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    def call(self, path: str, body: dict[str, Any] | None = None, method: str = "POST") -> Any:
+        """The answer: an object, or the text of a CSV file."""
         headers = {"Content-Type": "application/json", **({"Authorization": self.key} if self.key else {})}
-        self.connection.request("POST", path, json.dumps(body), headers)
+        self.connection.request(method, path, None if body is None else json.dumps(body), headers)
         answer = self.connection.getresponse()
         content = answer.read()
         assert answer.status in (200, 201), content
-        return json.loads(content)
+        return content.decode() if answer.headers.get_content_type() == "text/csv" else json.loads(content)
 
     def post(self, kind: str, **payload: object) -> str:
         return self.call("/task/", {"task": "bench", "type": kind, "retries": 0, "payload": payload})["id"]
@@ -861,6 +862,49 @@ def due_at_once(quick: bool, sizes: Sequence[int]) -> list[Row]:
     return rows
 
 
+def newsletter(quick: bool, count: int, at_once: int) -> list[Row]:
+    """A newsletter's subscribers come in, it is sent now, paused in the middle and cancelled, and they go out."""
+    rows: list[Row] = []
+    with (Valkey() as valkey, Sink("sink.py") as sink,
+          GoMail(valkey, sink.port, request_timeout=600).ready() as program):
+        path = "/task/subscriptionContent"
+        program.call(path, {"content_type": "news", "subject": "News for {{ name }}",
+                            "content": HTML.format(number=1)})
+
+        def measured(step: str, number: int, began: float) -> None:
+            seconds, megabytes = time.monotonic() - began, valkey.client.info("memory")["used_memory"] / 1e6
+            rows.append((step, f"{number:,}", f"{seconds:.2f}", f"{number / seconds:,.0f}",
+                         f"{program.memory():.0f}", f"{megabytes:.0f}"))
+
+        began = time.monotonic()
+        for start in range(0, count, at_once):
+            lines = [f"reader{number}@example.com,Reader {number},@weekly" for number in range(start, start + at_once)]
+            program.call(f"{path}/news/import", {"csv": "\n".join(["email,name,frequency", *lines])})
+        measured(f"import, {at_once:,} rows a request", count, began)
+        program.call("/lanes/bulk/pause")
+        began = time.monotonic()
+        queued = program.call(f"{path}/news/send", {})["count"]
+        program.until(lambda: valkey.client.hlen("gomail:sends") == 0)
+        measured("send now: all are queued", queued, began)
+        began = time.monotonic()
+        program.call("/lanes/bulk/resume")
+        program.until(lambda: sink.arrivals >= count // 2)
+        measured("half of them are sent", sink.arrivals, began)
+        before, began = sink.arrivals, time.monotonic()
+        program.call("/lanes/bulk/pause")
+        while time.monotonic() < began + 2:  # longer than a mail that is under way takes
+            time.sleep(0.01)
+        rows.append(("pause: mails that came after it", f"{sink.arrivals - before:,}", *["-"] * 4))
+        began = time.monotonic()
+        cancelled = program.call("/task?content_type=news", method="DELETE")["count"]
+        measured("cancel the rest", cancelled, began)
+        assert sink.arrivals + cancelled == count, (sink.arrivals, cancelled)
+        began = time.monotonic()
+        exported = program.call(f"{path}/news/export", method="GET").count("\n") - 1
+        measured("export", exported, began)
+    return rows
+
+
 # --- the whole ----------------------------------------------------------------------------------------------------
 
 @dataclasses.dataclass
@@ -938,6 +982,10 @@ PARTS = {
         growth, "Growth: tasks that wait (sink: sink.py)",
         ("tasks queued", "drain, mails/s", "accept, requests/s", "gomail MB", "Valkey MB", "OTP ms"),
         {"sizes": (1_000, 10_000, 100_000, 1_000_000), "window": 2.0}, {"sizes": (12_000,), "window": 0.5}, "wrk"),
+    "newsletter": Part(
+        newsletter, "A newsletter with {count:,} subscribers (sink: sink.py)",
+        ("", "subscribers", "s", "a second", "peak gomail MB", "Valkey MB"),
+        {"count": 100_000, "at_once": 5_000}, {"count": 2_000, "at_once": 1_000}),
     "due": Part(
         due_at_once, "Subscriptions that are due at once",
         ("subscriptions", "s until all are queued", "gomail MB", "longest command of Redis, ms"),
