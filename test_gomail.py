@@ -6448,13 +6448,14 @@ def redirected(message):
     return message["To"], [str(value) for value in message.get_all("X-Original-To")]
 
 
-@pytest.mark.parametrize("kind", ["message", "generateOtp", "newsletter"])
+@pytest.mark.parametrize("kind", ["message", "generateOtp", "newsletter", "confirmation"])
 def test_with_redirect_to_every_mail_goes_there_and_names_its_true_recipients(services, mail_server, clock, kind):
-    service = services(mail_server, clock, redirect_to="Me@Example.NET")
+    service = services(mail_server, clock, redirect_to="Me@Example.NET", public_url="https://mail.example.com")
     client = service.client.sign_up()
-    if kind == "newsletter":
-        client.state(client.task("subscribe", frequency="@hourly", content_type="news", subject="News", content="News"),
-                     "succeeded")
+    if kind in ("newsletter", "confirmation"):
+        asked = {"confirm": True} if kind == "confirmation" else {}
+        client.state(client.task("subscribe", frequency="@hourly", content_type="news", subject="News", content="News",
+                                 **asked), "succeeded")
         clock.forward(3600)
     else:
         copies = {"cc": ["ann@example.com"], "bcc": ["bob@example.com"]} if kind == "message" else {}
