@@ -1059,7 +1059,8 @@ def start_logging(settings: Settings) -> None:
 #   suppressed:<account>            zset    addresses that get no mail, by the time when that began (ms)
 #   suppressed_for:<account>        hash    address -> reason
 #   erased:<account>                zset    erased_name() of suppressed addresses that were erased, by that time (ms)
-#   erasure_key                     string  the key of these names, random; made when an address is first erased
+#   erasure_key                     string  the secret of the names that stand for erased addresses, made when the first
+#                                           one is erased
 #   rate                            hash    smtp_rate: when the next mail may go: all (lanes), urgent (the lane); asked
 #                                           (time of the last call) (us)
 #   rate_window:<seconds>           hash    smtp_rate: number of a bucket of time -> recipients; total; first (the
@@ -10112,30 +10113,16 @@ class Recipients:
                 "blocked_until": timestamp(failures_end * 1e6) if wrong >= Otps.MAX_FAILURES else None}
 
     def _of_newsletters(self, address: str, account: Account) -> Json:
-        """{"unsubscribed": from which newsletters, "unconfirmed": the subscriptions that wait for a click}."""
-        pairs = sorted({pair for kind in ("content", "left_types")
-                        for pair in self.newsletters._content_types(account.name, kind)})
-        folded = fold_address(address)
-        names = [folded, erased_name(self.store, address)]
-        waiting = [hashlib.sha256(json.dumps([owner, content_type, folded]).encode()).hexdigest()
-                   for owner, content_type in pairs]
-        key = self.store.key
-        with self.store.redis.pipeline(transaction=False) as pipeline:
-            for (owner, content_type), digest in zip(pairs, waiting):
-                pipeline.hmget(key("left", content_type, owner), names)
-                pipeline.pttl(key("unconfirmed", digest))
-            answers, now = pipeline.execute(), self.store.time()
-        found: Json = {"unsubscribed": [], "unconfirmed": []}
-        for (owner, content_type), left, ttl in zip(pairs, answers[::2], answers[1::2]):
-            common = {"account": owner, "content_type": content_type, "userId": address}
-            if record := left[0] or left[1]:
-                kept = json.loads(record)
-                found["unsubscribed"].append({**common, "state": "unsubscribed", "since": timestamp(kept["when"]),
-                                              "how": kept["how"]})
-            if ttl > 0:
-                found["unconfirmed"].append({**common, "state": "unconfirmed",
-                                             "until": timestamp(now * 1e6 + ttl * 1000)})
-        return found
+        """{"unsubscribed": from which newsletters, "unconfirmed": the subscriptions that wait for a click, and "until"
+        when}."""
+        left, waiting = (self.newsletters.subscriptions(account.name, address=address, limit=1000, state=state)[0]
+                         for state in (SubscriptionState.UNSUBSCRIBED, SubscriptionState.UNCONFIRMED))
+        now = self.store.time() * 1e6
+        for each in waiting:
+            digest = self.newsletters._digest(each["account"], each["content_type"], address)
+            ttl = self.store.redis.pttl(self.store.key("unconfirmed", digest))
+            each["until"] = timestamp(now + max(ttl, 0) * 1000)
+        return {"unsubscribed": left, "unconfirmed": waiting}
 
     def _answer(self, found: Json) -> str:
         """Why an address got nothing lately, or that all is fine, in one sentence."""
@@ -14234,9 +14221,8 @@ class Operator:
         account = self.accounts.find(options.account) if options.account else EVERYBODY
         if account is None:
             return self.terminal.fail(1, f"there is no account {options.account}; `accounts` lists them")
-        newsletters = Newsletters(self.store, zoneinfo.ZoneInfo(self.settings.timezone), self.accounts)
         recipients = Recipients(self.store, self.settings, self.accounts, self.inspection, Suppressions(self.store),
-                                newsletters, MaildirTransport(pathlib.Path(self.settings.data_dir, "outbox")))
+                                self.newsletters, MaildirTransport(pathlib.Path(self.settings.data_dir, "outbox")))
         if options.erase:
             return self.erase_recipient(recipients, address, account, options.yes)
         found = recipients.read(address, account)
