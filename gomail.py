@@ -12424,7 +12424,7 @@ class Api:
                 "attachments": [{"filename": part.get_filename(), "content_type": part.get_content_type(),
                                  "size": len(data), "content": base64.b64encode(data).decode()}
                                 for part in message.iter_attachments()
-                                for data in (part.get_payload(decode=True) or b"",)]}
+                                for data in (typing.cast(bytes, part.get_payload(decode=True) or b""),)]}
 
     def mail_in_outbox(self, mail_id: str, account: Account) -> tuple[bytes, email.message.EmailMessage]:
         """(bytes, parsed message) of a mail in the outbox. Raises HTTPError (404)."""
