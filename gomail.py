@@ -255,9 +255,10 @@ class Settings:
     bounce_imap: str = option("", "mailbox that bounces and complaints come back to, imaps://user:password@host/INBOX; "
                               "those about mail of this service are moved into its folder GoMail")
     otp_ttl: int = option(300, "seconds an OTP is valid", low=1, high=86400)
-    otp_subject: str = option("Your verification code", "subject of the OTP mail; may hold {{ otp }} and {{ minutes }}")
+    otp_subject: str = option("Your verification code", "subject of the OTP mail; may hold {{ otp }} and {{ minutes }};"
+                              " this default is sent in the reader's language")
     otp_content: str = option("", "content of the OTP mail, text or HTML; must hold {{ otp }}, may hold "
-                              "{{ minutes }}; empty: a short text")
+                              "{{ minutes }}; empty: GoMail's own, in the reader's language")
     otp_cooldown: int = option(30, "seconds between two OTPs for one address; 0: none", low=0, high=3600)
     otp_hourly_max: int = option(10, "OTPs for one address in an hour; 0: no limit", low=0, high=1000)
     otp_minute_max: int = option(600, "OTPs that an account generates or verifies in a minute; 0: no limit",
@@ -1058,7 +1059,8 @@ def start_logging(settings: Settings) -> None:
 #   suppressed:<account>            zset    addresses that get no mail, by the time when that began (ms)
 #   suppressed_for:<account>        hash    address -> reason
 #   erased:<account>                zset    erased_name() of suppressed addresses that were erased, by that time (ms)
-#   erasure_key                     string  the key of these names, random; made when an address is first erased
+#   erasure_key                     string  the secret of the names that stand for erased addresses, made when the first
+#                                           one is erased
 #   rate                            hash    smtp_rate: when the next mail may go: all (lanes), urgent (the lane); asked
 #                                           (time of the last call) (us)
 #   rate_window:<seconds>           hash    smtp_rate: number of a bucket of time -> recipients; total; first (the
@@ -1113,7 +1115,6 @@ def start_logging(settings: Settings) -> None:
 #   unconfirmed:<digest>            string  {"account", "registration", "content_type", "userId", "record", "asked"
 #                                           (ms)}: a subscription that waits for its confirmation, see
 #                                           Newsletters.ASK
-#   erasure_key                     string  the secret of the names that stand for erased addresses
 #   schedule                        zset    [account, type, address] by its next boundary (s)
 #   ascii_folded                    string  time of the upgrade to keys that fold only ASCII letters (ms)
 #   needs_noted                     string  time of the upgrade to `needs` (ms)
@@ -6451,19 +6452,19 @@ READER_TEXTS: dict[str, dict[str, tuple[str, ...]]] = {
                 "nicht angefordert haben, können Sie diese Mail ignorieren."),
         "minutes": ("{number} Minute", "{number} Minuten")},
     "fr": {
-        "unsubscribe": ("Se désabonner", "Ne plus recevoir « {content_type} » à l’adresse {address} ?",
+        "unsubscribe": ("Se désabonner", "Ne plus recevoir “{content_type}” à l’adresse {address}\u00a0?",
                         "Se désabonner"),
-        "unsubscribed": ("Vous êtes désabonné(e)", "{address} ne recevra plus « {content_type} ».", "Se réabonner"),
-        "confirm": ("Confirmez votre abonnement", "Voulez-vous recevoir « {content_type} » à l’adresse {address} ?",
+        "unsubscribed": ("Vous êtes désabonné(e)", "{address} ne recevra plus “{content_type}”.", "Se réabonner"),
+        "confirm": ("Confirmez votre abonnement", "Voulez-vous recevoir “{content_type}” à l’adresse {address}\u00a0?",
                     "S’abonner"),
-        "subscribed": ("Vous êtes abonné(e)", "{address} recevra « {content_type} »."),
+        "subscribed": ("Vous êtes abonné(e)", "{address} recevra “{content_type}”."),
         "not_valid": ("Ce lien n’est pas valable", "Il a peut-être été coupé. Veuillez l’ouvrir à nouveau depuis le "
                       "message, ou le copier en entier."),
         "over": ("Ce lien a déjà servi ou a expiré", "Si vous voulez encore recevoir ces messages, veuillez vous "
                  "abonner à nouveau."),
         "later": ("Veuillez réessayer dans un instant", "Le lien n’a pas pu être ouvert."),
-        "confirm_mail": ("Veuillez confirmer votre abonnement", "Quelqu’un, sans doute vous, souhaite recevoir « "
-                         "{content_type} » à l’adresse {address}.", "Confirmer", "Le lien est valable 7 jours. Si ce "
+        "confirm_mail": ("Veuillez confirmer votre abonnement", "Quelqu’un, sans doute vous, souhaite recevoir "
+                         "“{content_type}” à l’adresse {address}.", "Confirmer", "Le lien est valable 7 jours. Si ce "
                          "n’était pas vous, vous pouvez ignorer ce message."),
         "otp": ("Votre code de vérification", "Votre code de vérification est", "", "Il expire dans {minutes}. Si "
                 "vous ne l’avez pas demandé, vous pouvez ignorer ce message."),
@@ -8559,17 +8560,21 @@ class Newsletters:
                      "since": timestamp(record["when"]), "how": record["how"]}
                     for owner, name, record in page if "userId" in record or address], next_cursor
         with self.store.redis.pipeline(transaction=False) as pipeline:
+            groups = [[*rows] for _, rows in itertools.groupby(page, lambda row: row[:2])]
+            for rows in groups:
+                owner, name, _ = rows[0]
+                pipeline.hmget(self.store.key("got", name, owner), [fold_address(row[2]["userId"]) for row in rows])
             for owner, name, record in page if not for_export else ():
                 pipeline.zscore(self.store.key("schedule"), self.schedule_member(owner, name, record["userId"]))
-                pipeline.hget(self.store.key("got", name, owner), fold_address(record["userId"]))
             answers = pipeline.execute()
-        lasts = self._last_issues([(owner, name, got) for (owner, name, _), got in zip(page, answers[1::2])])
+        moments, got = answers[len(groups):], itertools.chain.from_iterable(answers[:len(groups)])
+        lasts = self._last_issues([(owner, name, issue) for (owner, name, _), issue in zip(page, got)])
         return [{"account": owner, "content_type": name, "userId": record["userId"], "state": state,
                  "frequency": record["frequency"], "next": timestamp(moment * 1e6) if moment else None,
                  "created": timestamp(record["created"]),
                  **{name: record[name] for name in Subscription.CALENDAR if name in record}, "last": last,
                  **({"variables": record.get("variables", {})} if address or for_export else {})}
-                for (owner, name, record), moment, last in zip(page, answers[::2], lasts)], next_cursor
+                for (owner, name, record), moment, last in itertools.zip_longest(page, moments, lasts)], next_cursor
 
     def _unconfirmed(self, account: str, content_type: str, address: str) -> list[Json]:
         """The subscriptions of an address that wait for its confirmation, as subscriptions() has them."""
@@ -8581,9 +8586,9 @@ class Newsletters:
                     pipeline.get(self.store.key("unconfirmed", self._digest(owner, name, address)))
             found = [json.loads(asking) for asking in pipeline.execute() if asking]
         return [{"account": asking["account"], "content_type": asking["content_type"], "userId": asking["userId"],
-                 "state": SubscriptionState.UNCONFIRMED, "frequency": asking["record"]["frequency"], "next": None,
+                 "state": SubscriptionState.UNCONFIRMED, "next": None,
                  "created": timestamp(asking["record"]["created"]),
-                 **{name: asking["record"][name] for name in Subscription.CALENDAR if name in asking["record"]},
+                 **{name: asking["record"][name] for name in TIMES if name in asking["record"]},
                  "variables": asking["record"].get("variables", {})} for asking in found]
 
     def _last_issues(self, found: "Sequence[tuple[str, str, str | None]]") -> "list[Json | None]":
@@ -10108,28 +10113,16 @@ class Recipients:
                 "blocked_until": timestamp(failures_end * 1e6) if wrong >= Otps.MAX_FAILURES else None}
 
     def _of_newsletters(self, address: str, account: Account) -> Json:
-        """{"unsubscribed": from which newsletters, "unconfirmed": the subscriptions that wait for a click}."""
-        folded, pairs = fold_address(address), self.newsletters._content_types(account.name)
-        names = [folded, erased_name(self.store, address)]
-        waiting = [hashlib.sha256(json.dumps([owner, content_type, folded]).encode()).hexdigest()
-                   for owner, content_type in pairs]
-        key = self.store.key
-        with self.store.redis.pipeline(transaction=False) as pipeline:
-            for (owner, content_type), digest in zip(pairs, waiting):
-                pipeline.hmget(key("left", content_type, owner), names)
-                pipeline.pttl(key("unconfirmed", digest))
-            answers, now = pipeline.execute(), self.store.time()
-        found: Json = {"unsubscribed": [], "unconfirmed": []}
-        for (owner, content_type), left, ttl in zip(pairs, answers[::2], answers[1::2]):
-            common = {"account": owner, "content_type": content_type, "userId": address}
-            if record := left[0] or left[1]:
-                kept = json.loads(record)
-                found["unsubscribed"].append({**common, "state": "unsubscribed", "since": timestamp(kept["when"]),
-                                              "how": kept["how"]})
-            if ttl > 0:
-                found["unconfirmed"].append({**common, "state": "unconfirmed",
-                                             "until": timestamp(now * 1e6 + ttl * 1000)})
-        return found
+        """{"unsubscribed": from which newsletters, "unconfirmed": the subscriptions that wait for a click, and "until"
+        when}."""
+        left, waiting = (self.newsletters.subscriptions(account.name, address=address, limit=1000, state=state)[0]
+                         for state in (SubscriptionState.UNSUBSCRIBED, SubscriptionState.UNCONFIRMED))
+        now = self.store.time() * 1e6
+        for each in waiting:
+            digest = self.newsletters._digest(each["account"], each["content_type"], address)
+            ttl = self.store.redis.pttl(self.store.key("unconfirmed", digest))
+            each["until"] = timestamp(now + max(ttl, 0) * 1000)
+        return {"unsubscribed": left, "unconfirmed": waiting}
 
     def _answer(self, found: Json) -> str:
         """Why an address got nothing lately, or that all is fine, in one sentence."""
@@ -10302,7 +10295,7 @@ class Recipients:
             return
         with self.store.redis.pipeline() as transaction:
             if kind == "left":
-                kept = {name: value for name, value in json.loads(record).items() if name != "userId"}
+                kept = {name: value for name, value in json.loads(record).items() if name in ("when", "how")}
                 transaction.hset(key, erased_name(self.store, address), json.dumps(kept))
             if kind == "subscribers":
                 transaction.zrem(self.store.key("schedule"),
@@ -12429,8 +12422,9 @@ class Api:
                 "text": plain and plain.get_content(), "html": markup, "source": source.decode(errors="replace"),
                 "view": None if markup is None else self.view_path(request.account, mail=mail_id),
                 "attachments": [{"filename": part.get_filename(), "content_type": part.get_content_type(),
-                                 "size": len(part.get_payload(decode=True) or b"")}
-                                for part in message.iter_attachments()]}
+                                 "size": len(data), "content": base64.b64encode(data).decode()}
+                                for part in message.iter_attachments()
+                                for data in (typing.cast(bytes, part.get_payload(decode=True) or b""),)]}
 
     def mail_in_outbox(self, mail_id: str, account: Account) -> tuple[bytes, email.message.EmailMessage]:
         """(bytes, parsed message) of a mail in the outbox. Raises HTTPError (404)."""
@@ -14228,9 +14222,8 @@ class Operator:
         account = self.accounts.find(options.account) if options.account else EVERYBODY
         if account is None:
             return self.terminal.fail(1, f"there is no account {options.account}; `accounts` lists them")
-        newsletters = Newsletters(self.store, zoneinfo.ZoneInfo(self.settings.timezone), self.accounts)
         recipients = Recipients(self.store, self.settings, self.accounts, self.inspection, Suppressions(self.store),
-                                newsletters, MaildirTransport(pathlib.Path(self.settings.data_dir, "outbox")))
+                                self.newsletters, MaildirTransport(pathlib.Path(self.settings.data_dir, "outbox")))
         if options.erase:
             return self.erase_recipient(recipients, address, account, options.yes)
         found = recipients.read(address, account)
