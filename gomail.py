@@ -255,8 +255,8 @@ class Settings:
     bounce_imap: str = option("", "mailbox that bounces and complaints come back to, imaps://user:password@host/INBOX; "
                               "those about mail of this service are moved into its folder GoMail")
     otp_ttl: int = option(300, "seconds an OTP is valid", low=1, high=86400)
-    otp_subject: str = option("Your verification code", "subject of the OTP mail; may hold {{ otp }} and {{ minutes }}; "
-                              "this default is sent in the reader's language")
+    otp_subject: str = option("Your verification code", "subject of the OTP mail; may hold {{ otp }} and {{ minutes }}"
+                              "; this default is sent in the reader's language")
     otp_content: str = option("", "content of the OTP mail, text or HTML; must hold {{ otp }}, may hold "
                               "{{ minutes }}; empty: GoMail's own, in the reader's language")
     otp_cooldown: int = option(30, "seconds between two OTPs for one address; 0: none", low=0, high=3600)
