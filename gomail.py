@@ -255,8 +255,8 @@ class Settings:
     bounce_imap: str = option("", "mailbox that bounces and complaints come back to, imaps://user:password@host/INBOX; "
                               "those about mail of this service are moved into its folder GoMail")
     otp_ttl: int = option(300, "seconds an OTP is valid", low=1, high=86400)
-    otp_subject: str = option("Your verification code", "subject of the OTP mail; may hold {{ otp }} and {{ minutes }}"
-                              "; this default is sent in the reader's language")
+    otp_subject: str = option("Your verification code", "subject of the OTP mail; may hold {{ otp }} and {{ minutes }};"
+                              " this default is sent in the reader's language")
     otp_content: str = option("", "content of the OTP mail, text or HTML; must hold {{ otp }}, may hold "
                               "{{ minutes }}; empty: GoMail's own, in the reader's language")
     otp_cooldown: int = option(30, "seconds between two OTPs for one address; 0: none", low=0, high=3600)
@@ -1040,7 +1040,7 @@ def start_logging(settings: Settings) -> None:
 #                                           is begun); drops (how many connections it lost), dropped (the last time,
 #                                           us); refused (how often a used-up quota returned it).
 #                                           A task that has ended, except a dead letter, keeps only a summary: d, k, u,
-#                                           n and m (explained at Queue.CONCLUDE), to, error, story, head, bounces
+#                                           n, s and m (explained at Queue.CONCLUDE), to, error, story, head, bounces
 #   reply:<id>                      string  id of the task whose mail the provider gave this id when it took it
 #   lane:<lane>:<account>           list    ids of waiting tasks; in at the left, out at the right
 #   lane:<lane>                     list    turns: the names of those lists without `key_prefix`; in at the left, out at
@@ -1059,7 +1059,8 @@ def start_logging(settings: Settings) -> None:
 #   suppressed:<account>            zset    addresses that get no mail, by the time when that began (ms)
 #   suppressed_for:<account>        hash    address -> reason
 #   erased:<account>                zset    erased_name() of suppressed addresses that were erased, by that time (ms)
-#   erasure_key                     string  the key of these names, random; made when an address is first erased
+#   erasure_key                     string  the secret of the names that stand for erased addresses, made when the first
+#                                           one is erased
 #   rate                            hash    smtp_rate: when the next mail may go: all (lanes), urgent (the lane); asked
 #                                           (time of the last call) (us)
 #   rate_window:<seconds>           hash    smtp_rate: number of a bucket of time -> recipients; total; first (the
@@ -1073,6 +1074,7 @@ def start_logging(settings: Settings) -> None:
 #   processes                       hash    process -> names of its workers, comma-separated
 #   heartbeat:<process>             string  exists while the process lives
 #   paused                          hash    process -> lane -> why it is paused, as JSON
+#   held                            hash    lane -> since when it is paused by request (us)
 #   paused_announced                hash    lane -> why it is paused, as the admin's webhook knows it
 #   resume                          hash    lane -> number of requests to resume it
 #   resumed:<lane>                  string  id of the newest such request; while it exists, no other is accepted
@@ -1113,7 +1115,6 @@ def start_logging(settings: Settings) -> None:
 #   unconfirmed:<digest>            string  {"account", "registration", "content_type", "userId", "record", "asked"
 #                                           (ms)}: a subscription that waits for its confirmation, see
 #                                           Newsletters.ASK
-#   erasure_key                     string  the secret of the names that stand for erased addresses
 #   schedule                        zset    [account, type, address] by its next boundary (s)
 #   ascii_folded                    string  time of the upgrade to keys that fold only ASCII letters (ms)
 #   needs_noted                     string  time of the upgrade to `needs` (ms)
@@ -8559,17 +8560,21 @@ class Newsletters:
                      "since": timestamp(record["when"]), "how": record["how"]}
                     for owner, name, record in page if "userId" in record or address], next_cursor
         with self.store.redis.pipeline(transaction=False) as pipeline:
+            groups = [[*rows] for _, rows in itertools.groupby(page, lambda row: row[:2])]
+            for rows in groups:
+                owner, name, _ = rows[0]
+                pipeline.hmget(self.store.key("got", name, owner), [fold_address(row[2]["userId"]) for row in rows])
             for owner, name, record in page if not for_export else ():
                 pipeline.zscore(self.store.key("schedule"), self.schedule_member(owner, name, record["userId"]))
-                pipeline.hget(self.store.key("got", name, owner), fold_address(record["userId"]))
             answers = pipeline.execute()
-        lasts = self._last_issues([(owner, name, got) for (owner, name, _), got in zip(page, answers[1::2])])
+        moments, got = answers[len(groups):], itertools.chain.from_iterable(answers[:len(groups)])
+        lasts = self._last_issues([(owner, name, issue) for (owner, name, _), issue in zip(page, got)])
         return [{"account": owner, "content_type": name, "userId": record["userId"], "state": state,
                  "frequency": record["frequency"], "next": timestamp(moment * 1e6) if moment else None,
                  "created": timestamp(record["created"]),
                  **{name: record[name] for name in Subscription.CALENDAR if name in record}, "last": last,
                  **({"variables": record.get("variables", {})} if address or for_export else {})}
-                for (owner, name, record), moment, last in zip(page, answers[::2], lasts)], next_cursor
+                for (owner, name, record), moment, last in itertools.zip_longest(page, moments, lasts)], next_cursor
 
     def _unconfirmed(self, account: str, content_type: str, address: str) -> list[Json]:
         """The subscriptions of an address that wait for its confirmation, as subscriptions() has them."""
@@ -8581,9 +8586,9 @@ class Newsletters:
                     pipeline.get(self.store.key("unconfirmed", self._digest(owner, name, address)))
             found = [json.loads(asking) for asking in pipeline.execute() if asking]
         return [{"account": asking["account"], "content_type": asking["content_type"], "userId": asking["userId"],
-                 "state": SubscriptionState.UNCONFIRMED, "frequency": asking["record"]["frequency"], "next": None,
+                 "state": SubscriptionState.UNCONFIRMED, "next": None,
                  "created": timestamp(asking["record"]["created"]),
-                 **{name: asking["record"][name] for name in Subscription.CALENDAR if name in asking["record"]},
+                 **{name: asking["record"][name] for name in TIMES if name in asking["record"]},
                  "variables": asking["record"].get("variables", {})} for asking in found]
 
     def _last_issues(self, found: "Sequence[tuple[str, str, str | None]]") -> "list[Json | None]":
@@ -8957,7 +8962,6 @@ class Newsletters:
         if not before then return 'not subscribed' end
         redis.call('HDEL', subscribers, address)
         redis.call('HDEL', issued, address)
-        redis.call('HDEL', got, address)
         redis.call('ZREM', schedule, member)
         emit(prefix, account, 'subscription.ended', data)
         return 'unsubscribed'
@@ -9329,13 +9333,14 @@ class Newsletters:
                 queued already, or `to` is suppressed; 413, the test would be too large; 422, see Script.
         """
         args: list[str] = [account.name, account.registration, content_type, secrets.token_hex(16), "", "", ""]
-        if to and not self._send.known(request):
+        answer = self._send.known(request)
+        if to and not answer:
             payload = {"userId": to, "content_type": content_type, "test": variables or {}}
             task = {"task": content_type, "type": "newsletter", "retries": self.TEST_RETRIES, "payload": payload}
             self._try_mail(Task("", account.name, account.registration, retries=self.TEST_RETRIES, type="newsletter",
                                 name=content_type, payload=payload, created=0))
             args[4:] = [summary_of(task), json.dumps(task), fold_address(to)]
-        answer = self._send([self.store.prefix], args, request)
+        answer = answer or self._send([self.store.prefix], args, request)
         if answer == 0:
             raise self._unknown()
         if answer == -1:
@@ -9404,16 +9409,15 @@ class Newsletters:
         return cjson.encode(job)
     """
 
-    def send_some(self) -> int:
-        """Queue about BATCH mails of the newsletters that are being sent. Returns BATCH if there may be more to do, and
-        0 if not."""
+    def send_some(self) -> bool:
+        """Queue about BATCH mails of the newsletters that are being sent. Returns whether there may be more to do."""
         self.sending.clear()
         answer = self._send_some(keys=[self.store.prefix], args=[self.BATCH])
         if isinstance(answer, str):
             job = json.loads(answer)
             log(logging.INFO, "newsletter queued for all subscribers", account=job["account"],
                 content_type=job["content_type"], mails=job["queued"])
-        return self.BATCH if answer else 0
+        return answer != 0
 
     # KEYS: the prefix. ARGV: field in `sends`, registration of its account or "" for any, 1 to end it or 0 to count.
     # Answer: how many subscribers have not been looked at, or -1 if nothing is being sent.
@@ -10109,28 +10113,16 @@ class Recipients:
                 "blocked_until": timestamp(failures_end * 1e6) if wrong >= Otps.MAX_FAILURES else None}
 
     def _of_newsletters(self, address: str, account: Account) -> Json:
-        """{"unsubscribed": from which newsletters, "unconfirmed": the subscriptions that wait for a click}."""
-        folded, pairs = fold_address(address), self.newsletters._content_types(account.name)
-        names = [folded, erased_name(self.store, address)]
-        waiting = [hashlib.sha256(json.dumps([owner, content_type, folded]).encode()).hexdigest()
-                   for owner, content_type in pairs]
-        key = self.store.key
-        with self.store.redis.pipeline(transaction=False) as pipeline:
-            for (owner, content_type), digest in zip(pairs, waiting):
-                pipeline.hmget(key("left", content_type, owner), names)
-                pipeline.pttl(key("unconfirmed", digest))
-            answers, now = pipeline.execute(), self.store.time()
-        found: Json = {"unsubscribed": [], "unconfirmed": []}
-        for (owner, content_type), left, ttl in zip(pairs, answers[::2], answers[1::2]):
-            common = {"account": owner, "content_type": content_type, "userId": address}
-            if record := left[0] or left[1]:
-                kept = json.loads(record)
-                found["unsubscribed"].append({**common, "state": "unsubscribed", "since": timestamp(kept["when"]),
-                                              "how": kept["how"]})
-            if ttl > 0:
-                found["unconfirmed"].append({**common, "state": "unconfirmed",
-                                             "until": timestamp(now * 1e6 + ttl * 1000)})
-        return found
+        """{"unsubscribed": from which newsletters, "unconfirmed": the subscriptions that wait for a click, and "until"
+        when}."""
+        left, waiting = (self.newsletters.subscriptions(account.name, address=address, limit=1000, state=state)[0]
+                         for state in (SubscriptionState.UNSUBSCRIBED, SubscriptionState.UNCONFIRMED))
+        now = self.store.time() * 1e6
+        for each in waiting:
+            digest = self.newsletters._digest(each["account"], each["content_type"], address)
+            ttl = self.store.redis.pttl(self.store.key("unconfirmed", digest))
+            each["until"] = timestamp(now + max(ttl, 0) * 1000)
+        return {"unsubscribed": left, "unconfirmed": waiting}
 
     def _answer(self, found: Json) -> str:
         """Why an address got nothing lately, or that all is fine, in one sentence."""
@@ -10303,7 +10295,7 @@ class Recipients:
             return
         with self.store.redis.pipeline() as transaction:
             if kind == "left":
-                kept = {name: value for name, value in json.loads(record).items() if name != "userId"}
+                kept = {name: value for name, value in json.loads(record).items() if name in ("when", "how")}
                 transaction.hset(key, erased_name(self.store, address), json.dumps(kept))
             if kind == "subscribers":
                 transaction.zrem(self.store.key("schedule"),
@@ -11409,6 +11401,7 @@ class Cron:
     TICK = 0.1  # seconds between two rounds at least, and until lines of the log are written at most
     BEAT = 1.0  # seconds between two heartbeats
     POLL = 1.0  # seconds between two looks for newsletters that are due, and for what other processes have delayed
+    SENDS = 4  # parts of a newsletter for all subscribers that are queued a TICK: a sixth of Redis's time goes to them
 
     def __init__(self, store: Store, accounts: Accounts, queue: Queue, newsletters: Newsletters, stats: Stats,
                  workers: Workers, transport: Transport, bounces: Bounces,
@@ -11527,13 +11520,18 @@ class Cron:
             return
         self.last_poll, deadline = now, time.monotonic() + 0.5
         for work, batch in ((self.expire, Queue.BATCH), (self.queue.promote, Queue.BATCH),
-                            (self.newsletters.enqueue_due, Newsletters.BATCH),
-                            (self.newsletters.send_some, Newsletters.BATCH)):
+                            (self.newsletters.enqueue_due, Newsletters.BATCH)):
             while work() == batch:
                 if time.monotonic() >= deadline:
                     self.last_poll = float("-inf")  # the rest in the next round, a TICK later
                     self.queue.wake.set()
                     break
+        for _ in range(self.SENDS):
+            if not self.newsletters.send_some():
+                break
+        else:
+            self.last_poll = float("-inf")
+            self.queue.wake.set()
 
 
 # --- 18. http api ---------------------------------------------------------------------------------------
@@ -12160,6 +12158,11 @@ class Api:
         return done("Content Type removed successfully")
 
     def send_content(self, request: Request) -> Reply:
+        # A mistake in a test must not send the newsletter to everybody.
+        if unknown := SEND.unknown(request.sent):
+            raise unknown[0].error()
+        if request.sent.get("to", "") is None:
+            raise HTTPError(400, "to must be an e-mail address; without it, all subscribers get the newsletter", "to")
         to, variables = request.body.get("to", ""), request.body.get("variables")
         if variables is not None and not to:
             raise HTTPError(400, "variables must be left out without to: each subscription has its own", "variables")
@@ -12419,8 +12422,9 @@ class Api:
                 "text": plain and plain.get_content(), "html": markup, "source": source.decode(errors="replace"),
                 "view": None if markup is None else self.view_path(request.account, mail=mail_id),
                 "attachments": [{"filename": part.get_filename(), "content_type": part.get_content_type(),
-                                 "size": len(part.get_payload(decode=True) or b"")}
-                                for part in message.iter_attachments()]}
+                                 "size": len(data), "content": base64.b64encode(data).decode()}
+                                for part in message.iter_attachments()
+                                for data in (typing.cast(bytes, part.get_payload(decode=True) or b""),)]}
 
     def mail_in_outbox(self, mail_id: str, account: Account) -> tuple[bytes, email.message.EmailMessage]:
         """(bytes, parsed message) of a mail in the outbox. Raises HTTPError (404)."""
@@ -13079,9 +13083,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """
         method, target, minor, headers = self.read_head()
         authority, path, query = self.split_target(method, target)
+        self.check_host(authority, headers, minor)
         if READER_PATH.fullmatch(path):
             self.reader_language = headers.get("accept-language", "")
-        self.check_host(authority, headers, minor)
         length = self.body_length(headers, minor)
         check_content_coding(headers)
         expects = self.expects_continue(headers, minor)
@@ -14218,9 +14222,8 @@ class Operator:
         account = self.accounts.find(options.account) if options.account else EVERYBODY
         if account is None:
             return self.terminal.fail(1, f"there is no account {options.account}; `accounts` lists them")
-        newsletters = Newsletters(self.store, zoneinfo.ZoneInfo(self.settings.timezone), self.accounts)
         recipients = Recipients(self.store, self.settings, self.accounts, self.inspection, Suppressions(self.store),
-                                newsletters, MaildirTransport(pathlib.Path(self.settings.data_dir, "outbox")))
+                                self.newsletters, MaildirTransport(pathlib.Path(self.settings.data_dir, "outbox")))
         if options.erase:
             return self.erase_recipient(recipients, address, account, options.yes)
         found = recipients.read(address, account)
