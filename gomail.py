@@ -13083,9 +13083,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """
         method, target, minor, headers = self.read_head()
         authority, path, query = self.split_target(method, target)
+        self.check_host(authority, headers, minor)
         if READER_PATH.fullmatch(path):
             self.reader_language = headers.get("accept-language", "")
-        self.check_host(authority, headers, minor)
         length = self.body_length(headers, minor)
         check_content_coding(headers)
         expects = self.expects_continue(headers, minor)
