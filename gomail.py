@@ -14423,8 +14423,8 @@ class Backup:
     Redis keeps working meanwhile, so the backup is no snapshot. Still it misses nothing that existed at its beginning:
     SCAN finds every key that exists throughout. A task is one hash that never moves, and on restoring its state alone
     decides its place. What creates tasks is read before them (the schedule, newsletters that are being queued for all
-    subscribers, the idempotency keys); what tasks create is
-    read after them (such as subscriptions, and the schedule again). Of two moments the earlier counts; what would be
+    subscribers, the idempotency keys), and so is `issued`, which keeps SEND_SOME from making a task again; what tasks
+    create is read after them (such as subscriptions, and the schedule again). Of two moments the earlier counts; what would be
     sent twice is recognized by the time at which its task was made.
 
     Args:
@@ -14477,10 +14477,10 @@ class Backup:
 
     def _lines(self) -> Iterator[Json]:
         """A line for each key, or several for a large one, in the order that the class explains."""
-        for pattern in ("idempotency:*", "schedule", "sends", "task:*"):
+        for pattern in ("idempotency:*", "schedule", "sends", "issued:*", "task:*"):
             for names in self._names(pattern):
                 yield from self._read(names)
-        done = self.EXCLUDED | {"idempotency", "sends", "task"}
+        done = self.EXCLUDED | {"idempotency", "sends", "issued", "task"}
         for names in self._names():
             yield from self._read([name for name in names if kind_of_key(name) not in done])
 

@@ -10335,6 +10335,22 @@ def test_a_newsletter_that_is_being_sent_goes_on_after_a_backup_and_doubles_noth
     assert sorted(mail.recipient for mail in mail_server.mails) == everybody
 
 
+@pytest.mark.parametrize("stage", ["sends", "issued:*", "task:*"])
+def test_mails_of_a_newsletter_that_are_queued_while_the_backup_reads_are_neither_lost_nor_doubled(
+        service, client, services, mail_server, stage):
+    send_some = by_hand(service, mail_server)
+    define(client)
+    everybody = subscribers_of(service, client, 300)
+    send_now(client)
+    file = backed_up(service.store, lambda pattern: pattern == stage and send_some())
+    services.running.remove(service)
+    service.stop()
+    mail_server.start()
+    services(mail_server, key_prefix=restored(service.store, file))
+    until(lambda: {mail.recipient for mail in list(mail_server.mails)} == {*everybody})
+    assert len(mail_server.mails) == 300
+
+
 def test_a_test_goes_to_one_address_with_the_variables_of_the_request_and_is_no_issue(linked, mail_server):
     service, client = linked
     path = "/task/subscriptionContent/news/send"
@@ -15926,7 +15942,7 @@ def test_a_backup_under_load_misses_nothing_that_was_answered_before_and_repeats
     until(lambda: not sender.is_alive())
 
 
-STAGES = ["idempotency:*", "schedule", "task:*", "*"]  # what a backup looks for, in this order
+STAGES = ["idempotency:*", "schedule", "issued:*", "task:*", "*"]  # what a backup looks for, in this order
 
 
 def at_rest(service: gomail.Service) -> bool:
