@@ -9286,6 +9286,7 @@ class Newsletters:
     def enqueue_due(self) -> int:
         """Queue the mails that are due, at most BATCH. Returns how many places of the schedule were due."""
         now = self.clock()
+        self._forget()
         while True:
             due, skipped, unknown = self._claim(keys=[self.store.prefix], args=[
                 now, self.BATCH, secrets.token_hex(12), self.HALF_AS_JSON, *self._boundaries(now)]) or (0, 0, [])
@@ -9293,7 +9294,7 @@ class Newsletters:
                 log(logging.WARNING, "newsletters not queued: the issue before still waits", count=skipped)
             if not unknown:
                 return due
-            self._learn(unknown)
+            self._calendars |= dict.fromkeys(unknown)
 
     # Begin to queue a newsletter for all subscribers; or queue one mail as a test.
     # KEYS: the prefix.
@@ -9482,11 +9483,12 @@ class Newsletters:
     def correct(self) -> int:
         """Check the next BATCH places of the schedule. Returns how many were too far ahead and are reset."""
         count, unknown = 0, [""]
+        self._forget()
         while unknown:
             cursor, corrected, unknown = self._correct(keys=[self.store.prefix], args=[
                 self._cursor, self.BATCH, *self._boundaries(self.clock())])
             count += corrected
-            self._learn(unknown)
+            self._calendars |= dict.fromkeys(unknown)
         self._cursor = cursor
         if count:
             log(logging.WARNING, "newsletters were scheduled too far ahead, as by a clock that was wrong", count=count)
@@ -9499,10 +9501,11 @@ class Newsletters:
         chosen = [str(record.get(name, "-")) for name in Subscription.CALENDAR]
         return " ".join([record["frequency"], *chosen]) if chosen != ["-"] * 3 else record["frequency"]
 
-    def _learn(self, calendars: Sequence[str]) -> None:
-        """Know the boundaries of these calendars in the next call, beside some of those before."""
-        kept = [known for known in self._calendars if known not in FREQUENCIES][-self.CALENDARS_KEPT:]
-        self._calendars = dict.fromkeys([*FREQUENCIES, *kept, *calendars])
+    def _forget(self) -> None:
+        """Before a look for what is due: keep the calendars that were learnt last. Within the look none is forgotten,
+        or those that it needs together might push each other out for ever."""
+        learnt = [known for known in self._calendars if known not in FREQUENCIES]
+        self._calendars = dict.fromkeys([*FREQUENCIES, *learnt[-self.CALENDARS_KEPT:]])
 
     def _boundaries(self, now: float) -> list[str | int]:
         """Each calendar that is known, its next boundary, and the one after it; and how many these are: the ARGV of
@@ -14424,8 +14427,8 @@ class Backup:
     SCAN finds every key that exists throughout. A task is one hash that never moves, and on restoring its state alone
     decides its place. What creates tasks is read before them (the schedule, newsletters that are being queued for all
     subscribers, the idempotency keys), and so is `issued`, which keeps SEND_SOME from making a task again; what tasks
-    create is read after them (such as subscriptions, and the schedule again). Of two moments the earlier counts; what would be
-    sent twice is recognized by the time at which its task was made.
+    create is read after them (such as subscriptions, and the schedule again). Of two moments the earlier counts; what
+    would be sent twice is recognized by the time at which its task was made.
 
     Args:
         store: a Store that reads any bytes and does not reconnect; see `store_for_backup`.

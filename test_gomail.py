@@ -10636,6 +10636,25 @@ def test_many_calendars_that_nobody_has_met_yet_are_all_done_in_one_look(service
     assert other.correct() > 0 and other.correct() == 0
 
 
+def test_further_calendars_push_those_that_are_checked_with_them_not_out_for_ever(
+        services, mail_server, clock, monkeypatch):
+    service = services(mail_server, clock=clock)
+    client = service.client.sign_up()
+    service.cron.stop()
+    define(client)
+    monkeypatch.setattr(gomail.Newsletters, "CALENDARS_KEPT", 3)
+    calls = []
+    correct = service.newsletters._correct
+    monkeypatch.setattr(service.newsletters, "_correct", lambda **more: calls.append(1) or (
+        correct(**more) if len(calls) < 10 else pytest.fail("it does not end")))
+    for hours in (range(12), range(20)):
+        rows = "\n".join(f"{hour}@example.com,{hour:02}:00" for hour in hours)
+        client.post("/task/subscriptionContent/news/import", {"csv": f"email,at\n{rows}", "frequency": "@daily"})
+        clock.forward(0 if calls else 86400)
+        assert service.newsletters.correct() == 0 < len(calls)
+        service.newsletters.enqueue_due()
+
+
 def test_a_time_zone_that_this_machine_does_not_know_is_that_of_the_service(dated, mail_server, clock):
     service, client = dated
     define(client)
