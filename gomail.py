@@ -9082,7 +9082,8 @@ class Newsletters:
         Raises:
             CancelledError: the address has unsubscribed, or the content type was removed, since the mail was queued; or
                 the subscriber got this text meanwhile, and shall not get it again.
-            PermanentError: the subscription lacks a variable that the content names, or its variables are too large.
+            PermanentError: the subscription lacks a variable that the content names, or its variables are too large;
+                or a `{{` in the content begins no placeholder.
         """
         content_type, address = task.payload["content_type"], task.payload["userId"]
         body, subscription, got = self._read_for_mail(task)
@@ -9093,6 +9094,9 @@ class Newsletters:
             task.issue = self.issue_of(text, content_type, address)
             if not text.get("resend", True) and got and task.issue.startswith(f'["{got.split()[0]}"'):
                 raise CancelledError("has got this text already, and resend is false")
+        if malformed := malformed_placeholders(f"{text['subject']}\n{text['content']}"):
+            raise PermanentError(f"the content type is older than the rule for braces: it has {malformed}, which is no "
+                                 "{{ name }}")
         try:
             subject, content, url = self._fill_mail(task, text, subscription)
         except KeyError as error:
@@ -12133,9 +12137,9 @@ class Api:
         return done("Content Type updated successfully", **unfilled, **self.hint(request.body))
 
     def hint(self, body: Json) -> Json:
-        """{"hint"} where a content type does not show the link to unsubscribe, and is not that of an OTP; else {}."""
+        """{"hint"} where a content type does not show the link to unsubscribe, and is that of a newsletter; else {}."""
         named = placeholder_names(body["subject"] + body["content"])
-        if not self.settings.public_url or named & {"unsubscribe_url", "otp"}:
+        if not self.settings.public_url or named & {"unsubscribe_url", "otp", "confirm_url"}:
             return {}
         return {"hint": "a newsletter should show {{ unsubscribe_url }}, and this content does not; the headers of its "
                 "mails have it in any case"}

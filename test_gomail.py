@@ -9132,6 +9132,15 @@ NEEDY = {"subject": "{{ name }} {{ city | default: 'Rome' }} {{ email }}",
          "content": "{{ name }} {{ plan }} {{ colour }}"}
 
 
+def test_braces_that_are_older_than_the_rule_for_them_go_out_in_no_newsletter(service, client, mail_server):
+    content = service.store.key("content", name_of(client))
+    service.store.redis.hset(content, "news", json.dumps({"subject": "News", "content": "Hello {{ first name }}"}))
+    subscribe(client, retries=3)
+    client.post("/task/subscriptionContent/news/send", {})
+    letter, = until(lambda: client.get("/task/dead")["tasks"])
+    assert "{{ first name }}" in letter["error"] and letter["attempts"] == 1 and mail_server.mails == []
+
+
 def test_a_subscribe_that_lacks_a_variable_without_default_is_refused_by_its_name(client):
     client.post("/task/subscriptionContent", {"content_type": "news", **NEEDY, "defaults": {"colour": "red"}})
     for variables, lacked in (({}, "name"), ({"name": "x"}, "plan"), ({"plan": "x", "nam": "x"}, "name")):
@@ -9280,7 +9289,7 @@ def test_a_preview_is_seen_for_a_minute_and_by_its_own_account_alone(service, cl
 
 def test_saving_a_newsletter_without_its_link_to_unsubscribe_says_so_where_there_is_one(services):
     client = services(public_url="https://mail.example.com").client.sign_up()
-    contents = {"News": True, "{{ unsubscribe_url }}": False, "{{ otp }}": False}
+    contents = {"News": True, "{{ unsubscribe_url }}": False, "{{ otp }}": False, "{{ confirm_url }}": False}
     for number, (content, hinted) in enumerate(contents.items()):
         body = {"content_type": f"news{number}", "subject": "S", "content": content}
         for method in ("POST", "PUT"):
