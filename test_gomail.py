@@ -5487,6 +5487,22 @@ def test_a_suppressed_address_gets_otps_and_nothing_else_from_this_account_alone
     client.state(client.task(), "succeeded")
 
 
+def test_suppressed_addresses_are_searched_newest_first_in_pages(client):
+    for address in ("Ann@example.com", "bob@example.com", "an*n@example.com", "anna@example.org", "x@example.com"):
+        client.post("/suppressions", {"userId": address})
+
+    def found(search, query=""):
+        answer = client.get(f"/suppressions?search={urllib.parse.quote(search)}{query}")
+        assert answer.keys() == {"status", "total", "offset", "limit", "suppressions"}
+        assert all(row["reason"] == "by request" for row in answer["suppressions"])
+        return answer["total"], [row["userId"] for row in answer["suppressions"]]
+    assert found("ANN") == (2, ["anna@example.org", "ann@example.com"])
+    assert found("ann", "&offset=1&limit=1") == (2, ["ann@example.com"]) and found("ann", "&limit=0") == (2, [])
+    assert found("n*n") == (1, ["an*n@example.com"])  # no pattern
+    assert found("[a-z]") == (0, []) and client.get("/suppressions")["total"] == 5
+    assert client("GET", "/suppressions?search=" + "a" * 255)[0] == 400
+
+
 def test_only_the_recipient_that_does_not_exist_is_suppressed(client, mail_server):
     mail_server.replies["gone@example.com"] = ["550 5.1.1 no such user"]
     client.state(client.task(cc=["gone@example.com"]), "dead")
@@ -13760,7 +13776,7 @@ def test_the_openapi_description_has_every_route_its_checks_and_its_answers(serv
     assert {"subject": ["content"], "content": ["subject"]} in [
         task["properties"]["payload"].get("dependentRequired") for task in tasks]
     assert "429" in description["paths"]["/task/verify"]["post"]["responses"]
-    assert description["paths"]["/task"]["post"]["security"] == [{"apiKey": []}]
+    assert description["paths"]["/task"]["post"]["security"] == [{"apiKey": []}, {"adminToken": []}]
     assert description["paths"]["/task/{id}"]["get"]["security"] == [{"apiKey": []}, {"adminToken": []}]
 
 
@@ -14534,20 +14550,43 @@ def test_the_admin_sees_and_changes_what_all_accounts_have_or_the_one_that_is_na
     assert one.get("/task/subscriptionContent/news")["subject"] == "News"
 
 
-def test_the_admin_names_an_account_where_one_is_needed_and_sends_nothing_for_it(governed):
+def test_the_admin_names_an_account_where_one_is_needed(governed):
     _, admin, one, _ = governed
     body = {"content_type": "news", "subject": "x", "content": "x"}
     status, answer, _ = admin("POST", "/task/subscriptionContent", body)
     assert status == 400 and answer["field"] == "account"
     status, answer, _ = admin("GET", "/task/recent?account=nobody@example.com")
     assert status == 404 and answer["field"] == "account"
-    assert admin("POST", "/task/?account=one@example.com", MESSAGE)[0] == 401
     assert one("GET", "/accounts")[0] == 401
     assert recent(one, account="two@example.com") == ([], None)  # who is not the admin cannot name another
 
 
+def test_the_admin_makes_tasks_for_the_account_that_is_named_by_token_or_session(governed, mail_server):
+    _, admin, one, two = governed
+    define(one)
+    session, _ = logged_in(admin, ADMIN)
+    for number, call in enumerate((admin, session)):
+        for path, body in (("/task", MESSAGE), ("/task/task", MESSAGE), ("/task/batch", {"tasks": [MESSAGE]})):
+            status, answer, _ = call("POST", path, body)
+            assert status == 400 and answer["field"] == "account" and "admin_token" in answer["error"]
+            status, answer, _ = call("POST", f"{path}?account=nobody@example.com", body)
+            assert status == 404 and answer["field"] == "account"
+            status, answer, _ = call("POST", f"{path}?account=one@example.com", body)
+            assert status == 200
+            one.state(answer["id"] if "id" in answer else answer["tasks"][0]["id"], "succeeded")
+        payload = {"userId": f"{number}@example.com", "content_type": "news", "frequency": "@daily"}
+        status, answer, _ = call("POST", "/task?account=one@example.com", {
+            "task": "x", "type": "subscribe", "retries": 0, "payload": payload})
+        one.state(answer["id"], "succeeded")
+    assert len(one.get("/subscriptions")["subscriptions"]) == 2
+    # Who is not the admin cannot name another.
+    one.state(one.post("/task?account=two@example.com", MESSAGE)["id"], "succeeded")
+    assert recent(two) == ([], None)
+
+
 ASKING_FOR_ADMIN = [("GET", "/accounts"), ("POST", "/auth/signup"), ("POST", "/auth/deregister"), ("GET", "/lanes"),
-                    ("GET", "/suppressions?account=one@example.com"), ("POST", "/session")]
+                    ("GET", "/suppressions?account=one@example.com"), ("POST", "/session"),
+                    ("POST", "/task?account=one@example.com")]
 
 
 def guess(address, method, path, token):
@@ -14581,7 +14620,6 @@ def test_who_has_a_key_of_an_account_or_none_does_not_guess(governed, said):
     for key in (one.key, two.key, "", "Bearer"):
         for method, path in ASKING_FOR_ADMIN[:4]:
             assert guess(admin.address, method, path, key)[0] in (200, 401)
-    assert Client(admin.address, "nonsense")("POST", "/task/", MESSAGE)[0] == 401  # no token is taken there
     assert not said
 
 
