@@ -8174,7 +8174,8 @@ class SubscriberFile:
     """Reads the subscribers of a CSV file (RFC 4180), with a header line; the cells are separated by , or ; or tabs.
 
     The columns are those of an export; only the address (see ADDRESS_COLUMNS) is needed, and case is ignored. Any other
-    column is a variable, and so is `variables.<name>` in any case. An empty cell is as good as none. A file that was
+    column is a variable, and so is `variables.<name>` in any case. An empty cell is as good as none. Times may be as
+    people and spreadsheets write them: "Weekly" for @weekly, "Sunday" for sun, "9:00:00" for 09:00. A file that was
     exported also says who has unsubscribed.
 
     Args:
@@ -8261,8 +8262,14 @@ class SubscriberFile:
         if state.lower() not in ("", SubscriptionState.SUBSCRIBED):
             row["variables.state"] = state
         variables = {name.removeprefix("variables."): row.pop(name) for name in [*row] if name.startswith("variables.")}
+        if "frequency" in row:
+            row["frequency"] = f"@{row['frequency'].lower().removeprefix('@')}"
         if row.get("day", "").isdecimal():
             row["day"] = int(row["day"])
+        elif match := re.fullmatch(rf"({'|'.join(WEEKDAYS)})((s|nes|rs|ur)?day)?", row.get("day", ""), re.IGNORECASE):
+            row["day"] = match[1].lower()
+        if match := re.fullmatch("([0-9]{1,2}:[0-9]{2})(:00)?", row.get("at", "")):
+            row["at"] = match[1].zfill(5)
         payload = {**({} if "frequency" in row else self.defaults), **row, "content_type": "-",
                    **({"variables": variables} if variables else {})}
         return {**PAYLOADS["subscribe"](payload), "state": SubscriptionState.SUBSCRIBED}
