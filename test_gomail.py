@@ -17036,7 +17036,7 @@ def test_a_wrong_key_is_refused_in_words(service, browser):
     tab = browser.open(service.client)
     tab.get_by_label("API key").fill("wrong")
     tab.get_by_role("button", name="Log in").click()
-    tab.get_by_role("alert").get_by_text("valid API key").wait_for()
+    tab.get_by_role("alert").get_by_text("This is no valid API key").wait_for()
     assert "401" in tab.complaints.pop()  # the browser's own note of the answer
 
 
@@ -17314,6 +17314,20 @@ def test_errors_on_the_page_name_no_route_and_no_field(service, browser):
     tab.get_by_role("button", name="Send", exact=True).click()
     tab.get_by_role("alert").get_by_text("must be").wait_for()
     assert "userId" not in tab.get_by_role("alert").inner_text()
+    in_words = {
+        "payload.subject must be a string of 1 to 998 characters": "The subject must have 1 to 998 characters",
+        "content_type exists already; PUT updates it": "The newsletter's name exists already",
+        "payload.variables.name is required: the newsletter names it": "The variable name is required: "
+        "the newsletter names it",
+        "csv must begin with a header line that has a column userId (or email, address)": "The file must begin with a "
+        "header line that has a column for the address (email, address)",
+        "csv must be a string that is not empty, without NUL": "The file must not be empty",
+        "frequency must be one of @hourly, @daily": "The frequency must be one of hourly, daily",
+        "at must be a time": "The time must be a time", "id is registered already": "The name is registered already",
+        # What is of a mail server or of somebody's stays as it is.
+        "550 5.1.1 <me@daily.example.com> unknown": "550 5.1.1 <me@daily.example.com> unknown",
+        "me@weekly is suppressed": "me@weekly is suppressed", "constructor must go": "Constructor must go"}
+    assert {text: tab.evaluate("text => inWords(text)", text) for text in in_words} == in_words
     tab.complaints = [line for line in tab.complaints if "400" not in line]  # the browser's own note of the answer
 
 
