@@ -17832,6 +17832,7 @@ def test_an_account_gets_a_new_key_on_the_page_where_it_stays_logged_in(services
     tab.on("dialog", lambda dialog: (questions.append(dialog.message), dialog.accept()))
     tab.get_by_role("link", name="Account").click()
     tab.get_by_text("GoMail's own").wait_for()
+    assert tab.locator("dd", has_text="me@example.com").locator("wbr").count() == 2  # before the @ and the dot
     clients = [old]
     for choice in ("work for 24 more hours", "end at once"):
         tab.get_by_label("the keys before").select_option(choice)
@@ -17898,6 +17899,24 @@ def test_the_keyboard_alone_gets_everywhere_and_focus_follows(service, browser):
     assert "nobody@example.com" in tab.evaluate("document.activeElement.closest('tr').textContent")
     tab.keyboard.press("Enter")
     tab.get_by_role("status").get_by_text("Queued again.").wait_for()
+
+
+def test_who_presses_a_button_by_the_keyboard_goes_on_from_there(service, browser):
+    client, dead = busy_account(service)
+    tab = browser.open(client, client.key)
+    lanes = tab.get_by_role("list", name="Lanes")
+    for pressed, then in (("Pause: normal", "Resume: normal"), ("Resume: normal", "Pause: normal")):
+        tab.get_by_role("button", name=pressed).focus()
+        tab.keyboard.press("Enter")
+        tab.get_by_role("button", name=then).wait_for()
+        assert lanes.evaluate("lanes => lanes.contains(document.activeElement)")
+        tab.keyboard.press("Tab")
+        assert lanes.evaluate("lanes => lanes.contains(document.activeElement) && lanes !== document.activeElement")
+    go(tab, f"#/tasks/{dead}")
+    tab.get_by_role("button", name="Retry").focus()
+    tab.keyboard.press("Enter")
+    tab.get_by_role("status").get_by_text("Queued again.").wait_for()
+    assert tab.evaluate("document.activeElement.tagName") != "BODY"
 
 
 LONG_ADDRESS = "somebody.with-many.names-and.a-long.one@mail.subdomain.some-company.example.com"
