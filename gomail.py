@@ -2901,8 +2901,10 @@ class Accounts:
             self._ensure_made_key_is_active(made)
         return self._sign(made, moment, ttl), ends / 1000
 
-    # KEYS: UserList, the account's content types, those that somebody left, its other keys; ARGV: account, key prefix,
-    # content types to remove.
+    OF_CONTENT_TYPE = ("subscribers", "issued", "got", "issues")  # keys <kind>:<type>:<account> that end with the type
+
+    # KEYS: UserList, the account's content types, those that somebody left, what they need, its other keys; ARGV:
+    # account, key prefix, how many content types to remove, OF_CONTENT_TYPE.
     # Answers 0 if the account is not registered, 1 if it is removed, 2 if content types are left: until they are gone,
     # the name stays taken, and no key is valid. The waiting tasks and the schedule are not searched: what comes up
     # there without its owner is dropped.
@@ -2914,10 +2916,10 @@ class Accounts:
         for _, content_type in ipairs(types) do
             redis.call('HDEL', content, content_type)
             redis.call('HDEL', needs, content_type)
-            local type_and_name = content_type .. ':' .. name
-            redis.call('UNLINK', prefix .. 'subscribers:' .. type_and_name, prefix .. 'issued:' .. type_and_name,
-                       prefix .. 'got:' .. type_and_name, prefix .. 'issues:' .. type_and_name)
-            redis.call('HDEL', prefix .. 'sends', type_and_name)
+            redis.call('HDEL', prefix .. 'sends', content_type .. ':' .. name)
+            for at = 4, #ARGV do
+                redis.call('UNLINK', table.concat({prefix .. ARGV[at], content_type, name}, ':'))
+            end
         end
         local left = redis.call('HRANDFIELD', left_types, most)
         for _, content_type in ipairs(left) do
@@ -2942,7 +2944,8 @@ class Accounts:
             "content", "left_types", "needs", "dead", "suppressed", "suppressed_for", "erased", "recent"))]
         many, at_once = self._keys_of_many(name), self.CONTENT_TYPES_AT_ONCE
         # Removing no content types only revokes the keys.
-        while (answer := self._deregister(keys=keys, args=[name, self.store.prefix, 0 if many else at_once])) == 2:
+        while (answer := self._deregister(keys=keys, args=[
+                name, self.store.prefix, 0 if many else at_once, *self.OF_CONTENT_TYPE])) == 2:
             for key in many:
                 self.store.remove(key, self.user_list, name)
             many = []
@@ -2957,8 +2960,7 @@ class Accounts:
             for key in keys:
                 pipeline.zcard(key)
             hashes = [self.store.key("suppressed_for", name), *(
-                self.store.key(kind, content_type, name) for content_type in types for kind in (
-                    "subscribers", "issued", "got")), *(
+                self.store.key(kind, content_type, name) for content_type in types for kind in self.OF_CONTENT_TYPE), *(
                 self.store.key("left", content_type, name) for content_type in left_types)]
             for key in hashes:
                 pipeline.hlen(key)
@@ -8139,7 +8141,7 @@ def text_digest(subject: str, content: str) -> str:
 
 # The columns of a file with subscribers: those of an export, before the variables; and by which names an import knows
 # the address. TIMES also are fields of a subscribe task's payload.
-TIMES = ("frequency", "at", "day", "timezone")
+TIMES = ("frequency", *Subscription.CALENDAR)
 EXPORT_COLUMNS = ("userId", "state", *TIMES, "created", "last", "since", "how")
 ADDRESS_COLUMNS = ("userid", "email", "e-mail", "address")
 KNOWN_COLUMNS = frozenset((*map(str.lower, EXPORT_COLUMNS), *ADDRESS_COLUMNS))
@@ -8282,7 +8284,6 @@ class Newsletters:
     CALENDARS_KEPT = 100  # of those that are not only a frequency: known to each look for what is due
     HALF: typing.ClassVar[dict[str, int]] = {  # half a period in seconds: two boundaries that are closer are the same
         "@hourly": 1800, "@daily": 43200, "@weekly": 302400, "@monthly": 1209600}
-    HALF_AS_JSON = json.dumps(HALF)
     CONFIRM = "Confirm"  # the content type of the mail that asks to confirm
     CONFIRM_TTL = 604800  # seconds in which a subscription can be confirmed
     CONFIRM_PAUSE = 3600  # seconds between two mails that ask an address to confirm the same
@@ -8350,15 +8351,26 @@ class Newsletters:
         end
     """
 
+    # `create` makes a content type, if there is none, and answers whether it did.
+    CREATE = KEYS_BY_NAME + """
+        local function create(content_type, body, needed)
+            -- A full Redis refuses this: nothing is written before it.
+            if redis.call('HSETNX', content, content_type, body) == 0 then return 0 end
+            redis.call('HSET', needs, content_type, needed)
+            redis.call('UNLINK', subscribers, issued, got, issues)  -- what REMOVE has left
+            return 1
+        end
+    """
+
     # KEYS: see _keys().
     # ARGV: content type, body, what it needs, 1 to replace it or 0 to create it.
     # Answer: 1, or 0 if there is no such content type, or one already.
-    DEFINE = KEYS_BY_NAME + """
+    DEFINE = CREATE + """
         local content_type, body, needed, exists = unpack(ARGV)
-        if redis.call('HEXISTS', content, content_type) ~= tonumber(exists) then return 0 end
-        redis.call('HSET', content, content_type, body)  -- a full Redis refuses this: nothing is written before it
+        if exists == '0' then return create(content_type, body, needed) end
+        if redis.call('HEXISTS', content, content_type) == 0 then return 0 end
+        redis.call('HSET', content, content_type, body)
         redis.call('HSET', needs, content_type, needed)
-        if exists == '0' then redis.call('UNLINK', subscribers, issued, got, issues) end  -- what REMOVE has left
         return 1
     """
 
@@ -8426,10 +8438,10 @@ class Newsletters:
 
     def remove(self, account: str, content_type: str) -> None:
         """Remove a content type and end its subscriptions. Raises HTTPError (404) if it does not exist."""
-        content, subscribers, _, issued, _, got, issues, *_ = keys = self._keys(account, content_type)
-        existed = self._remove(keys, [content_type, f"{content_type}:{account}"])
-        for key in (subscribers, issued, got, issues):
-            self.store.remove(key, content, content_type)
+        existed = self._remove(self._keys(account, content_type), [content_type, f"{content_type}:{account}"])
+        for kind in Accounts.OF_CONTENT_TYPE:
+            self.store.remove(self.store.key(kind, content_type, account), self.store.key("content", account),
+                              content_type)
         if not existed:
             raise self._unknown()
 
@@ -8618,7 +8630,7 @@ class Newsletters:
     # Workers may do an unsubscribe before the subscribe that came earlier: the later request wins in any order. Who has
     # unsubscribed stays so, unless the request says `again`.
     # `enter` subscribes an address, with a request of the moment `created`, and answers what SUBSCRIBE does.
-    ENTER = Queue.LATER + Queue.EVENT + FIND_LEFT + KEYS_BY_NAME + """
+    ENTER = Queue.LATER + Queue.EVENT + FIND_LEFT + CREATE + """
         local function enter(unsubscribed, address, record, created, member, now, boundary, next_but_one, half, again,
                              account, data)
             local overtaking = redis.call('GET', unsubscribed)
@@ -8658,10 +8670,7 @@ class Newsletters:
     #         nothing to confirm any more.
     SUBSCRIBE = ENTER + """
         local content_type, account, body, needed, digest, registration = ARGV[1], ARGV[11], unpack(ARGV, 13)
-        if body ~= '' and redis.call('HSETNX', content, content_type, body) == 1 then
-            redis.call('HSET', needs, content_type, needed)
-            redis.call('UNLINK', subscribers, issued, got, issues)  -- what REMOVE has left
-        end
+        if body ~= '' then create(content_type, body, needed) end
         if redis.call('HEXISTS', content, content_type) == 0 then return 'unknown' end
         if digest and (redis.call('HGET', prefix .. 'UserList', account) ~= registration
                        or redis.call('DEL', prefix .. 'unconfirmed:' .. digest) == 0) then
@@ -8700,13 +8709,10 @@ class Newsletters:
     #       what is to be kept (JSON, without "asked"), for how long, and the pause (both ms); id, account,
     #       registration, body, recipient and head of the task that sends the mail; what the body needs.
     # Answer: "asked", "asked before", "overtaken", or "unknown" if the content type does not exist.
-    ASK = Queue.ADD_TASK + Queue.LATER + KEYS_BY_NAME + """
+    ASK = Queue.ADD_TASK + Queue.LATER + CREATE + """
         local content_type, body, created, digest, asking, kept, pause = unpack(ARGV, 1, 7)
         local id, account, key, mail, to, head, needed = unpack(ARGV, 8)
-        if body ~= '' and redis.call('HSETNX', content, content_type, body) == 1 then
-            redis.call('HSET', needs, content_type, needed)
-            redis.call('UNLINK', subscribers, issued, got, issues)  -- what REMOVE has left
-        end
+        if body ~= '' then create(content_type, body, needed) end
         if redis.call('HEXISTS', content, content_type) == 0 then return 'unknown' end
         if redis.call('EXISTS', prefix .. 'task:' .. id) == 1 then return 'asked' end
         local overtaking = redis.call('GET', unsubscribed)
@@ -8768,14 +8774,12 @@ class Newsletters:
         variables = {**with_defaults(payload.get("variables", {}), text.defaults), "email": payload["userId"],
                      "content_type": payload["content_type"], "confirm_url": url}
         try:
-            return {"subject": self.CONTROLS.sub(" ", fill_template(text.subject, variables, max_size=self.max_size)),
-                    "content": fill_template(text.content, variables, is_html(text.content), max_size=self.max_size)}
+            return dict(zip(("subject", "content"), self._fill(text._asdict(), variables)))
         except KeyError as error:
             raise PermanentError(f"content type {text.content_type!r} needs the variable {error.args[0]!r}, which the "
                                  "subscription lacks") from None
         except TooLarge as error:
-            raise PermanentError(f"with its variables the mail would have {error.size} bytes, and may have "
-                                 f"{self.max_size} (max_body)") from None
+            raise PermanentError(self._too_large(error)) from None
 
     @staticmethod
     def _digest(account: str, content_type: str, address: str) -> str:
@@ -9085,46 +9089,51 @@ class Newsletters:
             PermanentError: the subscription lacks a variable that the content names, or its variables are too large.
         """
         content_type, address = task.payload["content_type"], task.payload["userId"]
-        body, subscription, got = self._read_for_mail(task)
+        body, subscription, got = self._read_for_mail(task.account, content_type, address)
         if not body or not (subscription or "test" in task.payload):
             raise CancelledError("no longer subscribed")
         text = json.loads(body)
         if "test" not in task.payload:
             task.issue = self.issue_of(text, content_type, address)
-            if not text.get("resend", True) and got and task.issue.startswith(f'["{got.split()[0]}"'):
+            if not text.get("resend", True) and got and (
+                    got.split()[0] == text_digest(text["subject"], text["content"])):
                 raise CancelledError("has got this text already, and resend is false")
         try:
-            subject, content, url = self._fill_mail(task, text, subscription)
+            subject, content, url = self._fill_mail(task.account, task.payload, text, subscription)
         except KeyError as error:
             raise PermanentError(f"the subscription has no variable {error.args[0]!r}") from None
         except TooLarge as error:
-            raise PermanentError(f"with the subscription's variables the mail would have {error.size} bytes, and may "
-                                 f"have {self.max_size} (max_body)") from None
-        return (self.CONTROLS.sub(" ", subject), content,
-                self._headers(content_type, url) if url and subscription else ())
+            raise PermanentError(self._too_large(error)) from None
+        return subject, content, self._headers(content_type, url) if url and subscription else ()
 
-    def _read_for_mail(self, task: Task) -> list[str | None]:
+    def _read_for_mail(self, account: str, content_type: str, address: str) -> list[str | None]:
         """What Redis has of a newsletter: its content type, the subscription, and what the subscriber got last."""
-        content_type, address = task.payload["content_type"], fold_address(task.payload["userId"])
         with self.store.redis.pipeline(transaction=False) as pipeline:
-            pipeline.hget(self.store.key("content", task.account), content_type)
+            pipeline.hget(self.store.key("content", account), content_type)
             for kind in ("subscribers", "got"):
-                pipeline.hget(self.store.key(kind, content_type, task.account), address)
+                pipeline.hget(self.store.key(kind, content_type, account), fold_address(address))
             return pipeline.execute()
 
-    def _fill_mail(self, task: Task, text: Json, subscription: str | None) -> tuple[str, str, str]:
+    def _fill_mail(self, account: str, payload: Json, text: Json, subscription: str | None) -> tuple[str, str, str]:
         """(subject, content, the link to unsubscribe or "") of a newsletter. Raises KeyError, TooLarge."""
-        address, own = task.payload["userId"], task.payload.get("test", {})
-        url = self.link(task.account, task.payload["content_type"], address)
+        address, own = payload["userId"], payload.get("test", {})
+        url = self.link(account, payload["content_type"], address)
         if subscription:
             own = json.loads(subscription).get("variables", {})
         elif url:
             url = f"{self.public_url}/unsubscribe/example"  # it ends nothing: there is no subscription
-        variables = self._variables(text, own, address, url)
+        return *self._fill(text, self._variables(text, own, address, url)), url
+
+    def _fill(self, text: Json, variables: Json, keep_unknown: bool = False) -> tuple[str, str]:
+        """(subject, content) of a content type with these variables, see fill_template(). Raises KeyError, TooLarge."""
         subject, content = (
-            fill_template(template, variables, escape, max_size=self.max_size)
+            fill_template(template, variables, escape, keep_unknown, self.max_size)
             for template, escape in ((text["subject"], False), (text["content"], is_html(text["content"]))))
-        return subject, content, url
+        return self.CONTROLS.sub(" ", subject), content
+
+    def _too_large(self, error: TooLarge) -> str:
+        return (f"with its variables the mail would have {error.size} bytes, and may have {self.max_size} "
+                "(max_body)")
 
     @staticmethod
     def issue_of(text: Json, content_type: str, address: str) -> str:
@@ -9152,10 +9161,7 @@ class Newsletters:
         Raises:
             HTTPError: 404, there is no such content type or subscriber; 413, the texts are too large.
         """
-        with self.store.redis.pipeline(transaction=False) as pipeline:
-            pipeline.hget(self.store.key("content", account), content_type)
-            pipeline.hget(self.store.key("subscribers", content_type, account), fold_address(address))
-            saved, subscription = pipeline.execute()
+        saved, subscription, _ = self._read_for_mail(account, content_type, address)
         if not saved and not {"subject", "content"} <= edits.keys():
             raise self._unknown()
         if address and not subscription:
@@ -9167,13 +9173,9 @@ class Newsletters:
         if not address and "otp" in placeholder_names(body["subject"] + body["content"]):
             known = {**self.SAMPLE, **known}
         try:
-            subject, content = (
-                fill_template(text, known, escape, keep_unknown=True, max_size=self.max_size)
-                for text, escape in ((body["subject"], False), (body["content"], is_html(body["content"]))))
+            return *self._fill(body, known, keep_unknown=True), [name for name in needs(body) if name not in known]
         except TooLarge as error:
-            raise HTTPError(413, f"with these variables the mail would have {error.size} bytes, and may have "
-                            f"{self.max_size} (max_body)", "variables") from None
-        return self.CONTROLS.sub(" ", subject), content, [name for name in needs(body) if name not in known]
+            raise HTTPError(413, self._too_large(error), "variables") from None
 
     def _headers(self, content_type: str, url: str) -> tuple[tuple[str, str], ...]:
         """Headers by which mailers recognise the newsletter (RFC 2919) and unsubscribe (RFC 2369, RFC 8058)."""
@@ -9288,7 +9290,7 @@ class Newsletters:
         now = self.clock()
         while True:
             due, skipped, unknown = self._claim(keys=[self.store.prefix], args=[
-                now, self.BATCH, secrets.token_hex(12), self.HALF_AS_JSON, *self._boundaries(now)]) or (0, 0, [])
+                now, self.BATCH, secrets.token_hex(12), json.dumps(self.HALF), *self._boundaries(now)]) or (0, 0, [])
             if skipped:
                 log(logging.WARNING, "newsletters not queued: the issue before still waits", count=skipped)
             if not unknown:
@@ -9337,8 +9339,7 @@ class Newsletters:
         if to and not answer:
             payload = {"userId": to, "content_type": content_type, "test": variables or {}}
             task = {"task": content_type, "type": "newsletter", "retries": self.TEST_RETRIES, "payload": payload}
-            self._try_mail(Task("", account.name, account.registration, retries=self.TEST_RETRIES, type="newsletter",
-                                name=content_type, payload=payload, created=0))
+            self._try_mail(account.name, payload)
             args[4:] = [summary_of(task), json.dumps(task), fold_address(to)]
         answer = answer or self._send([self.store.prefix], args, request)
         if answer == 0:
@@ -9352,20 +9353,19 @@ class Newsletters:
         self.sending.set()
         return send_id if to else "", count
 
-    def _try_mail(self, task: Task) -> None:
+    def _try_mail(self, account: str, payload: Json) -> None:
         """Raise HTTPError if the mail of a test cannot be made."""
-        body, subscription, _ = self._read_for_mail(task)
+        body, subscription, _ = self._read_for_mail(account, payload["content_type"], payload["userId"])
         if not body:
             raise self._unknown()
         try:
-            self._fill_mail(task, json.loads(body), subscription)
+            self._fill_mail(account, payload, json.loads(body), subscription)
         except KeyError as error:
             field = "to" if subscription else f"variables.{error.args[0]}"
             raise HTTPError(400, f"the subscription of {field} has no variable {error.args[0]!r}" if subscription else
                             f"{field} is required: the newsletter names it", field) from None
         except TooLarge as error:
-            raise HTTPError(413, f"the mail would have {error.size} bytes with its variables, and may have "
-                            f"{self.max_size} (max_body)", "variables") from None
+            raise HTTPError(413, self._too_large(error), "variables") from None
 
     # Queue a further part of a newsletter that is being sent to all subscribers. The ids of the tasks are made of the
     # job and the address: who comes up twice gets one mail. HSCAN's order is another one after a restart of Redis, on
@@ -12189,8 +12189,7 @@ class Api:
             self.stats.count("gomail_subscriptions_left_out_total", counts["left_out"])
         log(logging.INFO, "subscribers imported", account=request.account.name,
             content_type=request.path_params["content_type"], **counts)
-        return done("Subscribers imported", subscribed=counts["subscribed"], left_out=counts["left_out"],
-                    errors=errors, failed=counts["failed"])
+        return done("Subscribers imported", **counts, errors=errors)
 
     def export_subscribers(self, request: Request) -> Reply:
         content_type = request.path_params["content_type"]
@@ -12535,9 +12534,8 @@ DEFINITION = Object({"content_type": CONTENT_TYPE, "subject": SUBJECT_TEMPLATE, 
 PREVIEW = Object({"subject": Nullable(SUBJECT_TEMPLATE), "content": Nullable(CONTENT_TEMPLATE),
                   "defaults": Nullable(Variables()), "userId": Nullable(Address()), "variables": Nullable(Variables()),
                   "pictures": Nullable(Boolean())})
-IMPORT = Object({"csv": String(UNBOUNDED), "line": Nullable(Integer(1, 10**9)), "again": Nullable(Boolean()), **{
-    name: check if isinstance(check, Nullable) else Nullable(check)
-    for name, check in PAYLOADS["subscribe"].fields.items() if name in TIMES}})
+IMPORT = Object({"csv": String(UNBOUNDED), "line": Nullable(Integer(1, 10**9)), "again": Nullable(Boolean()),
+                 "frequency": Nullable(Enum(FREQUENCIES)), **Subscription.CALENDAR})
 SEND = Object({"to": Nullable(Address()), "variables": Nullable(Variables())})
 VERIFICATION = Object({"userEmail": Address(), "otp": Otp(), "purpose": Nullable(PURPOSE)})
 BATCH = Object({"tasks": Array(AnyValue(), 1000, 1)})  # the handler checks and answers each task by itself
@@ -14308,8 +14306,8 @@ class Operator:
                 print("\r\x1b[K", end="", file=sys.stderr)  # the bar, which comes again below
             self.terminal.say(f"{name}, line {line}: {error}")
         try:
-            defaults = {field: check(getattr(options, field), f"--{field}") for field, check in IMPORT.fields.items()
-                        if field in TIMES and getattr(options, field)}
+            defaults = {field: IMPORT.fields[field](getattr(options, field), f"--{field}") for field in TIMES
+                        if getattr(options, field)}
             with open(0 if options.file == "-" else options.file, encoding="utf-8", errors="surrogateescape",
                       newline="", closefd=options.file != "-") as file:
                 total = sum(1 for _ in file) if options.file != "-" and os.path.isfile(options.file) else 0
@@ -15003,8 +15001,7 @@ def command_line() -> argparse.ArgumentParser:
                         "standard input")
     giving.add_argument("file", nargs="?", default="-", metavar="FILE", help="- is standard output (the default)")
     for name in TIMES:
-        if name in IMPORT.fields:
-            taking.add_argument(f"--{name}", help="of the rows that do not say it: " + IMPORT.fields[name].expected)
+        taking.add_argument(f"--{name}", help="of the rows that do not say it: " + IMPORT.fields[name].expected)
     taking.add_argument("--again", action="store_true", help="also who has unsubscribed before")
     saving = command("backup", backup, "write everything that gomail keeps in Redis to a file, which then has secrets "
                      "and mails; gomail may be running")

@@ -9966,7 +9966,7 @@ def test_a_newsletter_that_its_variables_make_larger_than_max_body_is_a_dead_let
     clock.forward(3600)
     letter, = until(lambda: client.get("/task/dead")["tasks"])
     assert letter["error"] == (
-        "with the subscription's variables the mail would have 10000000 bytes, and may have 20000 (max_body)")
+        "with its variables the mail would have 10000000 bytes, and may have 20000 (max_body)")
 
 
 @pytest.mark.parametrize("count, offset, limit", [(250, 0, 100), (250, 200, 100), (3, 1, 1), (0, 0, 10)])
