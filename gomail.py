@@ -7,33 +7,33 @@ transport (SMTP, or a Maildir) and retry what fails. `python gomail.py` starts t
 
 The module reads from top to bottom, and each section uses only those above it:
 
-    1. settings                   7. queue         12. otp            17. cron
-    2. logging                    8. inspection    13. newsletters    18. http api
-    3. redis                      9. metrics       14. bounces        19. http server
-    4. validation and errors     10. mail          15. webhooks       20. service
-    5. accounts                  11. transports    16. workers        21. command line
-    6. tasks
+    1. settings                   7. queue         13. newsletters    19. http api
+    2. logging                    8. inspection    14. bounces        20. http server
+    3. redis                      9. metrics       15. recipients     21. service
+    4. validation and errors     10. mail          16. webhooks       22. command line
+    5. accounts                  11. transports    17. workers
+    6. tasks                     12. otp           18. cron
 
 The way of one mail, from POST to 250; the numbers are those of the sections:
 
-    Handler.respond        19  reads the request, finds its Route and the Account of its API key
-    -> Api.enqueue         18  is the handler of POST /task; TASK (6), the Check of the Route, has checked the body
+    Handler.respond        20  reads the request, finds its Route and the Account of its API key
+    -> Api.enqueue         19  is the handler of POST /task; TASK (6), the Check of the Route, has checked the body
     -> Queue.enqueue        7  stores the task and puts its id into a lane (script ENQUEUE); the app gets its answer
     -> GroupCommit          7  makes one call of that script for all requests that wait
-    Workers.run            16  is a thread that waits for the next ids of its lane
+    Workers.run            17  is a thread that waits for the next ids of its lane
     -> Queue.settle_and_take   moves some of them to the worker's processing list (script SETTLE_AND_TAKE)
-    -> Workers.perform     16  calls the method for the task's type; Workers.send_message turns a "message" into a Mail
+    -> Workers.perform     17  calls the method for the task's type; Workers.send_message turns a "message" into a Mail
     -> compose             10  turns the Mail into bytes
     -> SmtpTransport.send  11  returns when the server has answered 250, and raises a DeliveryError otherwise
     -> Outcome              7  says what became of the task: succeeded, retrying, dead, ...
     -> Queue.settle_and_take   stores the Outcome of each task, and takes further ones in the same round trip
-    Queue.promote           7  puts the id of a task whose retry is due back into its lane; Cron.once (17) calls it
+    Queue.promote           7  puts the id of a task whose retry is due back into its lane; Cron.once (18) calls it
 
 What a change touches:
 
     a payload field            PAYLOADS (6), Workers.send_message, Mail and compose
     a route                    a method of Api, and a row of ROUTES, from which the OpenAPI description is made
-    a transport                a class with the methods of Transport (11), options (1), and Service._wire (20)
+    a transport                a class with the methods of Transport (11), options (1), and Service._wire (21)
     a Redis key                the table in section 3; if it belongs to an account, Accounts.deregister
     a lane                     Lane (6)
 """
@@ -3447,13 +3447,6 @@ def check_confirm(task: Json, path: str, public_url: str) -> None:
         raise HTTPError(400, f"{field} needs the option public_url: the mail that asks to confirm has a link", field)
 
 
-def erased_name(store: Store, address: str) -> str:
-    """What is kept of an address that was erased, in place of its form as a key. Queue.ERASED_NAME makes the same."""
-    key = store.redis.get(store.key("erasure_key")) or ""
-    inner = hashlib.sha1(f"{key}{fold_address(address)}".encode()).hexdigest()
-    return hashlib.sha1(f"{key}{inner}".encode()).hexdigest()
-
-
 def check_sender(task: Json, path: str, allowed: Sequence[str]) -> None:
     """Raise HTTPError (400) for a payload.from that none of `allowed` matches: `Name <address>`, `address`, `@domain`.
 
@@ -3921,7 +3914,7 @@ class Queue:
 
     # Queue an event for the webhooks that want its kind: that of the account, and the admin's. An event is a task of
     # the lane `hooks`, which is in no list of the newest tasks. `data` is JSON. `task_key`: the registration of the
-    # task that it is about, if any: the next account of the same name does not hear of it. See section 15.
+    # task that it is about, if any: the next account of the same name does not hear of it. See section 16.
     EVENT = CLOCK + PUT + """
         local function emit(prefix, account, kind, data, task_key)
             if redis.call('EXISTS', prefix .. 'hooks') == 0 then return end
@@ -5517,6 +5510,13 @@ def timestamp(microseconds: float | str) -> str:
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+def erased_name(store: Store, address: str) -> str:
+    """What is kept of an address that was erased, in place of its form as a key. Queue.ERASED_NAME makes the same."""
+    key = store.redis.get(store.key("erasure_key")) or ""
+    inner = hashlib.sha1(f"{key}{fold_address(address)}".encode()).hexdigest()
+    return hashlib.sha1(f"{key}{inner}".encode()).hexdigest()
+
+
 class Suppressions:
     """The addresses to which an account sends nothing but OTPs."""
 
@@ -5551,9 +5551,8 @@ class Suppressions:
 
     def remove(self, account: str, address: str) -> bool:
         """Send to an address again. False where it was not suppressed."""
-        addresses = [fold_address(address), *([address.casefold()] if self.by_older(account, address) else [])]
         keys = [self.store.key(kind, account) for kind in ("suppressed", "suppressed_for", "erased")]
-        return bool(self._remove(keys=keys, args=[erased_name(self.store, address), *addresses]))
+        return bool(self._remove(keys=keys, args=[erased_name(self.store, address), *self._forms(account, address)]))
 
     # KEYS: the prefix. ARGV: account, addresses.
     ERASE = Accounts.CLOCK + Queue.ERASED_NAME + """
@@ -5571,8 +5570,11 @@ class Suppressions:
         key = self.store.key("erasure_key")
         if not self.store.redis.exists(key):
             self.store.write("SET", key, secrets.token_hex(32), "NX")
-        addresses = [fold_address(address), *([address.casefold()] if self.by_older(account, address) else [])]
-        self._erase(keys=[self.store.prefix], args=[account, *addresses])
+        self._erase(keys=[self.store.prefix], args=[account, *self._forms(account, address)])
+
+    def _forms(self, account: str, address: str) -> Sequence[str]:
+        """The forms in which an address may be suppressed: as a key, and as an older version had it, if it is there."""
+        return [fold_address(address), *([address.casefold()] if self.by_older(account, address) else [])]
 
     def by_older(self, account: str, address: str) -> bool:
         """Whether an address was suppressed by an older version, which folded more than ASCII letters.
@@ -6019,6 +6021,7 @@ def exposition(series: Mapping[tuple, float]) -> str:
 
 # --- 10. mail -------------------------------------------------------------------------------------------
 # A Mail becomes the bytes of a message (RFC 5322, MIME). The plain text beside HTML is made by html_to_text().
+# READER_TEXTS has what GoMail itself says in its mails, and on its pages for readers.
 
 def html_to_text(document: str) -> str:
     """The plain text of an HTML document.
@@ -8102,8 +8105,8 @@ class Otps:
 
 
 # --- 13. newsletters ------------------------------------------------------------------------------------
-# Content types, their subscriptions, and the schedule. One script moves a due subscription to its next boundary and
-# queues its mail, so that any number of processes send it once.
+# Content types, their subscriptions, and the schedule; CSV files of subscribers; and who has unsubscribed. One script
+# moves a due subscription to its next boundary and queues its mail, so that any number of processes send it once.
 
 def next_boundary(frequency: str, now: float, zone: zoneinfo.ZoneInfo, at: str = "00:00",
                   day: str | int | None = None) -> int:
@@ -8160,6 +8163,14 @@ def protect_cell(value: Any) -> str:
 def plain_cell(text: str) -> str:
     """What protect_cell() was given."""
     return text[1:] if text.startswith("'") and FORMULA.match(text) else text
+
+
+class SubscriptionState(enum.StrEnum):
+    """Whether an address gets a newsletter."""
+
+    SUBSCRIBED = "subscribed"
+    UNSUBSCRIBED = "unsubscribed"
+    UNCONFIRMED = "unconfirmed"  # it was asked to confirm, see Newsletters.ASK
 
 
 class SubscriberFile:
@@ -8258,14 +8269,6 @@ class SubscriberFile:
         payload = {**({} if "frequency" in row else self.defaults), **row, "content_type": "-",
                    **({"variables": variables} if variables else {})}
         return {**PAYLOADS["subscribe"](payload), "state": SubscriptionState.SUBSCRIBED}
-
-
-class SubscriptionState(enum.StrEnum):
-    """Whether an address gets a newsletter."""
-
-    SUBSCRIBED = "subscribed"
-    UNSUBSCRIBED = "unsubscribed"
-    UNCONFIRMED = "unconfirmed"  # it was asked to confirm, see Newsletters.ASK
 
 
 class Newsletters:
@@ -8478,7 +8481,7 @@ class Newsletters:
         Each is {"content_type", "subject", "subscribers"}, with "account" where all are asked for. Contents may be
         long, so only read() returns them.
         """
-        pairs = self._content_types(account)
+        pairs = self.content_types(account)
         page = pairs[offset:offset + limit]
         heads = self._heads(keys=[self.store.prefix], args=list(itertools.chain.from_iterable(page)))
         return len(pairs), [
@@ -8519,7 +8522,7 @@ class Newsletters:
         return {name: None if not answer else NamedText(answer[0], is_left_out=True) if len(answer) == 1
                 else NamedText.of(answer[0], json.loads(answer[1])) for name, answer in zip(names, answers)}
 
-    def _content_types(self, account: str = "", kind: str = "content") -> list[tuple[str, str]]:
+    def content_types(self, account: str = "", kind: str = "content") -> list[tuple[str, str]]:
         """(account, content type) for the content types of an account or of all, by name; with the kind "left_types"
         for those that somebody has left, and which may not exist any more."""
         owners = [account] if account else self.accounts.names()
@@ -8549,7 +8552,7 @@ class Newsletters:
         if state == SubscriptionState.UNCONFIRMED:
             return self._unconfirmed(account, content_type, address), None
         has_left = state == SubscriptionState.UNSUBSCRIBED
-        pairs = [(owner, name) for owner, name in self._content_types(account, "left_types" if has_left else "content")
+        pairs = [(owner, name) for owner, name in self.content_types(account, "left_types" if has_left else "content")
                  if content_type in ("", name)]
         number, scan = map(int, cursor.split("-")) if cursor else (0, 0)
         page: list[tuple[str, str, Json]] = []
@@ -8571,31 +8574,35 @@ class Newsletters:
             return [{"account": owner, "content_type": name, "userId": record.get("userId", address), "state": state,
                      "since": timestamp(record["when"]), "how": record["how"]}
                     for owner, name, record in page if "userId" in record or address], next_cursor
+        return self._describe(page, bool(address) or for_export, not for_export), next_cursor
+
+    def _describe(self, page: Sequence[tuple[str, str, Json]], with_variables: bool, with_next: bool) -> list[Json]:
+        """Subscriptions, each (account, content type, record), as subscriptions() has them."""
         with self.store.redis.pipeline(transaction=False) as pipeline:
             groups = [[*rows] for _, rows in itertools.groupby(page, lambda row: row[:2])]
             for rows in groups:
                 owner, name, _ = rows[0]
                 pipeline.hmget(self.store.key("got", name, owner), [fold_address(row[2]["userId"]) for row in rows])
-            for owner, name, record in page if not for_export else ():
+            for owner, name, record in page if with_next else ():
                 pipeline.zscore(self.store.key("schedule"), self.schedule_member(owner, name, record["userId"]))
             answers = pipeline.execute()
         moments, got = answers[len(groups):], itertools.chain.from_iterable(answers[:len(groups)])
         lasts = self._last_issues([(owner, name, issue) for (owner, name, _), issue in zip(page, got)])
-        return [{"account": owner, "content_type": name, "userId": record["userId"], "state": state,
-                 "frequency": record["frequency"], "next": timestamp(moment * 1e6) if moment else None,
+        return [{"account": owner, "content_type": name, "userId": record["userId"],
+                 "state": SubscriptionState.SUBSCRIBED, "next": timestamp(moment * 1e6) if moment else None,
                  "created": timestamp(record["created"]),
-                 **{name: record[name] for name in Subscription.CALENDAR if name in record}, "last": last,
-                 **({"variables": record.get("variables", {})} if address or for_export else {})}
-                for (owner, name, record), moment, last in itertools.zip_longest(page, moments, lasts)], next_cursor
+                 **{name: record[name] for name in TIMES if name in record}, "last": last,
+                 **({"variables": record.get("variables", {})} if with_variables else {})}
+                for (owner, name, record), moment, last in itertools.zip_longest(page, moments, lasts)]
 
     def _unconfirmed(self, account: str, content_type: str, address: str) -> list[Json]:
         """The subscriptions of an address that wait for its confirmation, as subscriptions() has them."""
         if not address:
             raise HTTPError(400, "state unconfirmed needs a userId", "state")
         with self.store.redis.pipeline(transaction=False) as pipeline:
-            for owner, name in self._content_types(account):
+            for owner, name in self.content_types(account):
                 if content_type in ("", name):
-                    pipeline.get(self.store.key("unconfirmed", self._digest(owner, name, address)))
+                    pipeline.get(self.store.key("unconfirmed", self.unconfirmed_id(owner, name, address)))
             found = [json.loads(asking) for asking in pipeline.execute() if asking]
         return [{"account": asking["account"], "content_type": asking["content_type"], "userId": asking["userId"],
                  "state": SubscriptionState.UNCONFIRMED, "next": None,
@@ -8665,7 +8672,7 @@ class Newsletters:
     # ARGV: content type, address, subscription (JSON), when its task was created (microseconds), member of the
     #       schedule, now, next boundary and the one after it (s), half a period (s), 1 to subscribe also who
     #       unsubscribed before, or 0, account, the data of the event; body of the content type if it is to be created,
-    #       or "", and what it needs. Where somebody confirms: also _digest(), and the registration of the account.
+    #       or "", and what it needs. Where somebody confirms: also unconfirmed_id(), and the account's registration.
     # Answer: "subscribed", "overtaken", "left out", "unknown" if the content type does not exist, or "over" if there is
     #         nothing to confirm any more.
     SUBSCRIBE = ENTER + """
@@ -8705,9 +8712,9 @@ class Newsletters:
     # Have an address asked by a mail whether it wants to be subscribed, at most once in `pause`: an app that is misused
     # must be no mail bomb. The newest request is the one that is confirmed. A repeated call finds its mail there.
     # KEYS: see _keys().
-    # ARGV: content type, its body if it is to be created, or "", when the task was created (microseconds), _digest(),
-    #       what is to be kept (JSON, without "asked"), for how long, and the pause (both ms); id, account,
-    #       registration, body, recipient and head of the task that sends the mail; what the body needs.
+    # ARGV: content type, its body if it is to be created, or "", when the task was created (microseconds),
+    #       unconfirmed_id(), what is to be kept (JSON, without "asked"), for how long, and the pause (both ms); id,
+    #       account, registration, body, recipient and head of the task that sends the mail; what the body needs.
     # Answer: "asked", "asked before", "overtaken", or "unknown" if the content type does not exist.
     ASK = Queue.ADD_TASK + Queue.LATER + CREATE + """
         local content_type, body, created, digest, asking, kept, pause = unpack(ARGV, 1, 7)
@@ -8743,7 +8750,7 @@ class Newsletters:
         payload, account, content_type = task.payload, task.account, task.payload["content_type"]
         if not self.public_url:
             raise PermanentError("confirm needs public_url")
-        address, digest = fold_address(payload["userId"]), self._digest(account, content_type, payload["userId"])
+        address, digest = fold_address(payload["userId"]), self.unconfirmed_id(account, content_type, payload["userId"])
         until = int(self.store.time()) + self.CONFIRM_TTL
         url = f"{self.public_url}/confirm/{self.accounts.seal('confirm', {'of': digest, 'until': until})}"
         mail = {"task": f"Confirm {content_type}", "type": "message", "retries": task.retries,
@@ -8782,7 +8789,7 @@ class Newsletters:
             raise PermanentError(self._too_large(error)) from None
 
     @staticmethod
-    def _digest(account: str, content_type: str, address: str) -> str:
+    def unconfirmed_id(account: str, content_type: str, address: str) -> str:
         """What an unconfirmed subscription is known by."""
         return hashlib.sha256(json.dumps([account, content_type, fold_address(address)]).encode()).hexdigest()
 
@@ -8806,7 +8813,7 @@ class Newsletters:
         entry = self._entry(account, content_type, {**asking["record"], "created": int(self.store.time() * 1e6)}, True,
                             self.clock())
         result = self._confirm(self._keys(account, content_type, fold_address(address)), [
-            content_type, *entry, "", "", self._digest(account, content_type, address), asking["registration"]])
+            content_type, *entry, "", "", self.unconfirmed_id(account, content_type, address), asking["registration"]])
         if result != "subscribed":
             raise self._over()
         log(logging.INFO, "subscription confirmed", account=account, content_type=content_type)
@@ -9008,7 +9015,7 @@ class Newsletters:
         marker, now = self.store.key("ascii_folded"), int(self.store.time() * 1000)
         if self.store.redis.exists(marker):
             return
-        for account, content_type in self._content_types():
+        for account, content_type in self.content_types():
             keys = self._keys(account, content_type)
             for older, record in self.store.redis.hscan_iter(keys[1], count=1000):  # of the subscribers
                 # The record has the address as it was given, in JSON with escapes.
@@ -9032,7 +9039,7 @@ class Newsletters:
         marker, now = self.store.key("needs_noted"), int(self.store.time() * 1000)
         if self.store.redis.exists(marker):
             return
-        for account, content_type in self._content_types():
+        for account, content_type in self.content_types():
             if body := self.store.redis.hget(self.store.key("content", account), content_type):
                 needed = " ".join(needs(json.loads(body)))
                 self._note_needs(self._keys(account, content_type), [content_type, body, needed])
@@ -10030,6 +10037,9 @@ class BounceReader:
         raise imaplib.IMAP4.error(f"no mail can be moved into the folder {self.FOLDER}")
 
 
+# --- 15. recipients -------------------------------------------------------------------------------------
+# What is known of one address and why it got nothing, and its erasure: a walk through all keys, in small steps.
+
 class Recipients:
     """What is known of one address, and its erasure.
 
@@ -10041,7 +10051,7 @@ class Recipients:
     ACCOUNTS = 100  # that one round trip asks about
     PATIENCE = 5.0  # seconds that an erasure waits for the end of mails that are being sent
     KEYS = 1000  # that one step of an erasure looks at
-    BY_ADDRESS = ("subscribers", "issued", "got")  # hashes address -> ..., each named by content type and account
+    BY_ADDRESS = ("subscribers", "issued", "got", "left")  # hashes address -> ..., of a content type and an account
     # Keys with the address in their names, before the account.
     WITH_ADDRESS = ("otp", "otp_asked", "otp_failed")
 
@@ -10119,7 +10129,7 @@ class Recipients:
                          for state in (SubscriptionState.UNSUBSCRIBED, SubscriptionState.UNCONFIRMED))
         now = self.store.time() * 1e6
         for each in waiting:
-            digest = self.newsletters._digest(each["account"], each["content_type"], address)
+            digest = self.newsletters.unconfirmed_id(each["account"], each["content_type"], address)
             ttl = self.store.redis.pttl(self.store.key("unconfirmed", digest))
             each["until"] = timestamp(now + max(ttl, 0) * 1000)
         return {"unsubscribed": left, "unconfirmed": waiting}
@@ -10276,7 +10286,7 @@ class Recipients:
         """Erase what a key, named without prefix, has of an address, unless it is that of a task."""
         folded, (kind, _, rest) = fold_address(address), name.partition(":")
         content_type, _, owner = rest.partition(":")
-        if kind in (*self.BY_ADDRESS, "left") and account.name in ("", owner):
+        if kind in self.BY_ADDRESS and account.name in ("", owner):
             self._erase_field(kind, owner, content_type, address, counts)
         elif kind == "unconfirmed":
             record = json.loads(self.store.redis.get(self.store.key(name)) or "null")
@@ -10288,7 +10298,7 @@ class Recipients:
                 self.store.redis.delete(self.store.key(name))
 
     def _erase_field(self, kind: str, owner: str, content_type: str, address: str, counts: dict[str, int]) -> None:
-        """Erase an address from a hash BY_ADDRESS, or from that of who unsubscribed, which keeps its erased_name()."""
+        """Erase an address from a hash BY_ADDRESS; the one of who unsubscribed keeps its erased_name()."""
         key, folded = self.store.key(kind, content_type, owner), fold_address(address)
         record = self.store.redis.hget(key, folded)
         if record is None:
@@ -10306,8 +10316,8 @@ class Recipients:
 
     def _end_subscriptions(self, address: str, account: Account, counts: dict[str, int]) -> None:
         """End the subscriptions of an address, and its places in the schedule that content types have left."""
-        for owner, content_type in self.newsletters._content_types(account.name):
-            for kind in (*self.BY_ADDRESS, "left"):
+        for owner, content_type in self.newsletters.content_types(account.name):
+            for kind in self.BY_ADDRESS:
                 self._erase_field(kind, owner, content_type, address, counts)
         end = escape_glob(f", {json.dumps(fold_address(address), ensure_ascii=False)}]")
         key = self.store.key("schedule")
@@ -10316,7 +10326,7 @@ class Recipients:
                 self.store.redis.zrem(key, member)
 
 
-# --- 15. webhooks ---------------------------------------------------------------------------------------
+# --- 16. webhooks ---------------------------------------------------------------------------------------
 # Accounts learn what became of their mails and subscriptions by HTTP requests to a URL of theirs, signed as Standard
 # Webhooks says (https://github.com/standard-webhooks/standard-webhooks, version 1). An event is queued by the script
 # that makes it happen (Queue.EVENT), so that none is lost, and sent by the workers of the lane `hooks`.
@@ -10505,7 +10515,7 @@ class Webhooks:
                     cut_off(connection.sock)
 
 
-# --- 16. workers ----------------------------------------------------------------------------------------
+# --- 17. workers ----------------------------------------------------------------------------------------
 # The thread pool. Each worker belongs to one lane and does one task at a time. When the mail server is out, the circuit
 # breaker of the lane opens, and one worker probes the server until it closes again. This costs no task an attempt.
 
@@ -11385,7 +11395,7 @@ class Workers:
         return task.recipients
 
 
-# --- 17. cron -------------------------------------------------------------------------------------------
+# --- 18. cron -------------------------------------------------------------------------------------------
 # One thread that does what is due: heartbeats, retries, newsletters, and the tasks of dead processes.
 
 class Cron:
@@ -11534,7 +11544,7 @@ class Cron:
             self.queue.wake.set()
 
 
-# --- 18. http api ---------------------------------------------------------------------------------------
+# --- 19. http api ---------------------------------------------------------------------------------------
 # Api has the handlers: each takes a Request and returns the answer. The table ROUTES behind it says which handler
 # answers which path, who may use it, and what it checks.
 
@@ -11657,7 +11667,7 @@ def page_of_error(accept_language: str, status: int) -> Response:
     return reader_page(accept_language, what, status=status)
 
 
-def shown(content: str) -> str:
+def content_as_html(content: str) -> str:
     """The content of a mail as HTML."""
     return content if is_html(content) else f"<pre>{html.escape(content)}</pre>"
 
@@ -11681,25 +11691,23 @@ def html_of(message: email.message.EmailMessage, max_length: int = 8_000_000) ->
     return text
 
 
-def count_waiting(queue: Queue, newsletters: Newsletters, account: Account, filters: Mapping[str, Any],
-                  cancel: bool = False, progress: Callable[[int], object] = lambda count: None) -> collections.Counter:
-    """What Queue.purge() does; a newsletter that is still being queued counts with the subscribers that are left."""
+def cancel_waiting(queue: Queue, newsletters: Newsletters, stats: Stats, account: Account, filters: Mapping[str, Any],
+                   only_count: bool = False, progress: Callable[[int], object] = lambda count: None) -> int:
+    """Cancel what waits and matches, as Queue.purge() does, count and log it; or only count. Returns how many.
+
+    A newsletter that is still being queued counts with the subscribers that are left.
+    """
     left, names = 0, {filters.get("content_type", ""), filters.get("task", "")} - {""}  # a newsletter has the one name
     if (filters.get("type", "newsletter") == "newsletter" and filters.get("state", "queued") == "queued"
             and "recipient" not in filters and len(names) <= 1):
-        left = newsletters.stop_sends(account, min(names, default=""), only_count=not cancel)
-    found = queue.purge(account, **filters, only_count=not cancel, progress=progress)
-    return found + collections.Counter(newsletter=left)
-
-
-def cancel_waiting(queue: Queue, newsletters: Newsletters, stats: Stats, account: Account, filters: Mapping[str, Any],
-                   progress: Callable[[int], object] = lambda count: None) -> int:
-    """Cancel what waits and matches, count and log it; returns how many."""
-    cancelled = count_waiting(queue, newsletters, account, filters, cancel=True, progress=progress)
-    for task_type, count in cancelled.items():
-        stats.count("gomail_tasks_total", count, type=task_type, outcome=Verdict.CANCELLED)
-    log(logging.WARNING, "tasks cancelled by request", count=cancelled.total(), account=account.name, **filters)
-    return cancelled.total()
+        left = newsletters.stop_sends(account, min(names, default=""), only_count)
+    found = queue.purge(account, **filters, only_count=only_count, progress=progress)
+    found += collections.Counter(newsletter=left)
+    if not only_count:
+        for task_type, count in found.items():
+            stats.count("gomail_tasks_total", count, type=task_type, outcome=Verdict.CANCELLED)
+        log(logging.WARNING, "tasks cancelled by request", count=found.total(), account=account.name, **filters)
+    return found.total()
 
 
 class Access(enum.StrEnum):
@@ -12063,21 +12071,18 @@ class Api:
         self.stats.count("gomail_tasks_total", type=task_type, outcome=Verdict.CANCELLED)
         return done("Task cancelled successfully")
 
-    @staticmethod
-    def filters(request: Request) -> Json:
-        """The arguments of Queue.purge() that the query names."""
-        return {"recipient" if name == "userId" else name: value for name, value in request.query.items()}
+    def cancel_matching(self, request: Request, only_count: bool = False) -> int:
+        """Cancel the tasks that the query names, see cancel_waiting()."""
+        filters = {"recipient" if name == "userId" else name: value for name, value in request.query.items()}
+        return cancel_waiting(self.queue, self.newsletters, self.stats, request.account, filters, only_count)
 
     def count_tasks(self, request: Request) -> Reply:
-        waiting = count_waiting(self.queue, self.newsletters, request.account, self.filters(request))
-        return {"status": True, "count": waiting.total()}
+        return {"status": True, "count": self.cancel_matching(request, only_count=True)}
 
     def cancel_tasks(self, request: Request) -> Reply:
-        filters = self.filters(request)
-        if not filters.keys() - {"state"}:
+        if not request.query.keys() - {"state"}:
             raise HTTPError(400, "type, task, content_type or userId is required: at least one says what to cancel")
-        count = cancel_waiting(self.queue, self.newsletters, self.stats, request.account, filters)
-        return done("Tasks cancelled successfully", count=count)
+        return done("Tasks cancelled successfully", count=self.cancel_matching(request))
 
     def move_task(self, request: Request) -> Reply:
         self.queue.move(request.path_params["id"], request.body["send_at"], request.account)
@@ -12148,7 +12153,7 @@ class Api:
         subject, content, missing = self.newsletters.preview(
             account.name, content_type, edits, request.body.get("userId", ""), request.body.get("variables"))
         # Unsaved edits do not fit into a path.
-        self.store.redis.set(self.store.key("preview", content_type, account.name), shown(content), ex=60)
+        self.store.redis.set(self.store.key("preview", content_type, account.name), content_as_html(content), ex=60)
         return {"status": True, "subject": subject, "missing": missing,
                 "text": html_to_text(content) if is_html(content) else content,
                 "view": self.view_path(account, preview=content_type, pictures=request.body.get("pictures", False))}
@@ -12447,7 +12452,7 @@ class Api:
         elif "preview" in claims:
             text = self.store.redis.get(self.store.key("preview", claims["preview"], account.name)) or ""
         else:
-            text = shown(self.newsletters.read(account.name, claims["content_type"])["content"])
+            text = content_as_html(self.newsletters.read(account.name, claims["content_type"])["content"])
         headers = MAIL_HEADERS
         if claims.get("pictures"):
             policy = headers["Content-Security-Policy"].replace("img-src data:", "img-src data: https: http:")
@@ -12769,7 +12774,7 @@ def openapi(routes: Sequence[Route]) -> Json:
 OPENAPI = openapi(ROUTES)
 
 
-# --- 19. http server ------------------------------------------------------------------------------------
+# --- 20. http server ------------------------------------------------------------------------------------
 # `http.server` gives the sockets and threads. Requests are parsed here, strictly by RFC 9112: if a proxy and GoMail
 # read one stream differently, an attacker can hide a request in another (request smuggling). Handler.answer() turns
 # exceptions into JSON errors.
@@ -13474,7 +13479,7 @@ def parse_json(body: bytes | bytearray) -> object:
         raise HTTPError(400, f"the body is not JSON: {describe(error)}") from None
 
 
-# --- 20. service ----------------------------------------------------------------------------------------
+# --- 21. service ----------------------------------------------------------------------------------------
 # Service wires all parts together and runs them in one process; Supervisor runs several such processes.
 
 def open_store(settings: Settings, server: EmbeddedServer | None = None, **more: object) -> Store:
@@ -13945,7 +13950,7 @@ def run(settings: Settings) -> int:
     return 0
 
 
-# --- 21. command line -----------------------------------------------------------------------------------
+# --- 22. command line -----------------------------------------------------------------------------------
 # Without a command, this runs the service. The commands work on the Redis of a gomail, for all accounts, and write text
 # for people or JSON. Their exit codes: 0 done, 1 not found or no success, 2 wrong usage, 3 Redis cannot be reached or a
 # setting is wrong, 130 Ctrl-C. The service's: 0 stopped, 1 cannot start now, 78 cannot start with these settings.
@@ -14184,13 +14189,13 @@ class Operator:
                 task_type, count = self.queue.cancel(options.id, account), 1
                 self.stats.count("gomail_tasks_total", type=task_type, outcome=Verdict.CANCELLED)
             else:
-                total = count_waiting(self.queue, self.newsletters, account, filters).total()
-                whose = options.account or "all accounts"
+                cancel = functools.partial(cancel_waiting, self.queue, self.newsletters, self.stats, account, filters)
+                total, whose = cancel(only_count=True), options.account or "all accounts"
                 question = f"Cancel {plural(total, 'task')} of {whose}?"
                 if total and not options.yes and not self.terminal.confirms(question):
                     return 1
                 with self.terminal.progress(total) as progress:
-                    count = cancel_waiting(self.queue, self.newsletters, self.stats, account, filters, progress)
+                    count = cancel(progress=progress)
         except HTTPError as error:
             return self.terminal.fail(1, error.message)
         self.stats.flush()
@@ -14219,7 +14224,7 @@ class Operator:
             return self.terminal.fail(2, error.message)
         account = self.accounts.find(options.account) if options.account else EVERYBODY
         if account is None:
-            return self.terminal.fail(1, f"there is no account {options.account}; `accounts` lists them")
+            return self.no_account(options.account)
         recipients = Recipients(self.store, self.settings, self.accounts, self.inspection, Suppressions(self.store),
                                 self.newsletters, MaildirTransport(pathlib.Path(self.settings.data_dir, "outbox")))
         if options.erase:
