@@ -40,9 +40,9 @@ What a change touches:
 
 import argparse
 import base64
+import binascii
 import bisect
 import calendar
-import binascii
 import collections
 import contextlib
 import csv
@@ -8145,7 +8145,8 @@ def text_digest(subject: str, content: str) -> str:
 # The columns of a file with subscribers: those of an export, before the variables; and by which names an import knows
 # the address. TIMES also are fields of a subscribe task's payload.
 TIMES = ("frequency", *Subscription.CALENDAR)
-EXPORT_COLUMNS = ("userId", "state", *TIMES, "created", "last", "since", "how")
+HISTORY = ("created", "last", "since", "how")
+EXPORT_COLUMNS = ("userId", "state", *TIMES, *HISTORY)
 ADDRESS_COLUMNS = ("userid", "email", "e-mail", "address")
 KNOWN_COLUMNS = frozenset((*map(str.lower, EXPORT_COLUMNS), *ADDRESS_COLUMNS))
 
@@ -8189,8 +8190,6 @@ class SubscriberFile:
         HTTPError: 400, the header line is wrong.
     """
 
-    HISTORY = ("created", "last", "since", "how")  # columns of an export that tell what was
-
     def __init__(self, lines: Iterable[str], defaults: Json, first: int = 1) -> None:
         lines = iter(lines)
         header = next(lines, "").removeprefix("\ufeff")
@@ -8200,7 +8199,7 @@ class SubscriberFile:
                 self.rows = csv.reader(itertools.chain([header], lines), delimiter=delimiter, strict=True)
                 names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter, strict=True), [])]
                 # These belong to an export only together: somebody's file may have one of them for a variable.
-                known = self.HISTORY if {*self.HISTORY} <= {*map(str.lower, names)} else ()
+                known = HISTORY if {*HISTORY} <= {*map(str.lower, names)} else ()
                 self.columns = [self._column(name, (*TIMES, "state", *known, "")) for name in names]
                 if "userId" in self.columns:
                     break
@@ -8252,7 +8251,7 @@ class SubscriberFile:
             raise HTTPError(400, "it is not UTF-8")
         row: Json = {column: plain_cell(cell if column.startswith("variables.") else cell.strip())
                      for column, cell in zip(self.columns, cells) if column and cell.strip()}
-        state, history = row.pop("state", ""), {name: row.pop(name, "") for name in self.HISTORY}
+        state, history = row.pop("state", ""), {name: row.pop(name, "") for name in HISTORY}
         if state.lower() == SubscriptionState.UNSUBSCRIBED:
             how, since = history["how"] if history["how"] in ("link", "one-click") else "task", 0
             with contextlib.suppress(ValueError, OverflowError):
@@ -8314,9 +8313,9 @@ class Newsletters:
         self._send = store.script(self.SEND, once=True, when_full=False)
         self._send_some = store.script(self.SEND_SOME, when_full=False)
         self._stop_send = store.script(self.STOP_SEND, once=True)
-        self.sending = threading.Event()  # set where this process knows of newsletters that are to be queued
         self._correct = store.script(self.CORRECT)
         self._note_needs = store.script(self.NOTE_NEEDS)
+        self.sending = threading.Event()  # set where this process knows of newsletters that are to be queued
         self._cursor = 0  # where correct() continues in the schedule
         self._calendars: dict[str, None] = dict.fromkeys(FREQUENCIES)  # whose boundaries are passed to CLAIM
         self._found: dict[str, tuple[float, int, int]] = {}  # calendar -> since when its next two boundaries are these
@@ -8927,8 +8926,7 @@ class Newsletters:
         line = io.StringIO()
         writer = csv.writer(line)
         writer.writerow([*EXPORT_COLUMNS, *columns.values()])
-        for item in self._all_subscriptions(account, content_type, (
-                SubscriptionState.SUBSCRIBED, SubscriptionState.UNSUBSCRIBED)):
+        for item in self._all_subscriptions(account, content_type):
             last, variables = item.get("last") or {}, item.get("variables", {})
             cells = {**item, "last": last.get("time")}
             writer.writerow([protect_cell(cells.get(name)) for name in EXPORT_COLUMNS]
@@ -8938,9 +8936,9 @@ class Newsletters:
             line.truncate()
         yield line.getvalue()
 
-    def _all_subscriptions(self, account: str, content_type: str, states: Sequence[str]) -> Iterator[Json]:
-        """All that subscriptions() lists of a content type, each address once."""
-        for state in states:
+    def _all_subscriptions(self, account: str, content_type: str) -> Iterator[Json]:
+        """All that is subscribed to a content type, and all that has unsubscribed, each address once."""
+        for state in (SubscriptionState.SUBSCRIBED, SubscriptionState.UNSUBSCRIBED):
             cursor: str | None = ""
             seen: set[str] = set()
             while cursor is not None:
@@ -11595,16 +11593,21 @@ class Response:
     media_type: str
     text: str
     headers: dict = dataclasses.field(default_factory=dict)
-    status: int = 200
 
 
 Reply = Json | Response  # what a handler returns
 PAGE_FILE = pathlib.Path(__file__).with_name("page.html")  # it uses the routes, as any app could
 
-# For somebody else's HTML: it may have any look and its own pictures, but runs, loads and sends nothing.
-MAIL_HEADERS = {
-    "Content-Security-Policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; font-src data:; "
-    "form-action 'none'; base-uri 'none'; frame-ancestors 'self'", "Referrer-Policy": "no-referrer"}
+
+def mail_headers(pictures: bool = False) -> dict[str, str]:
+    """For somebody else's HTML: it may have any look and its own pictures, but runs, loads and sends nothing.
+
+    With `pictures` it loads those of other hosts.
+    """
+    sources = "data: https: http:" if pictures else "data:"
+    return {"Content-Security-Policy": f"sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src {sources}; "
+            "font-src data:; form-action 'none'; base-uri 'none'; frame-ancestors 'self'",
+            "Referrer-Policy": "no-referrer"}
 
 
 def done(message: str, **fields: Any) -> Json:
@@ -11636,8 +11639,7 @@ READER_HEADERS = {
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'", "Referrer-Policy": "no-referrer"}
 
 
-def reader_page(accept_language: str, what: str, sender: str = "", action: str = "", status: int = 200,
-                **values: str) -> Response:
+def reader_page(accept_language: str, what: str, sender: str = "", action: str = "", **values: str) -> Response:
     """A page for a reader of newsletters, in the language of her browser.
 
     Args:
@@ -11658,13 +11660,13 @@ def reader_page(accept_language: str, what: str, sender: str = "", action: str =
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{READER_STYLE}</style>'
         '<link rel="icon" href="data:,"></head><body><main>'
         f'{f"<div>{sender}</div>" if sender else ""}<h1>{title}</h1><p>{text}</p>{form}</main></body></html>\n'),
-        READER_HEADERS, status)
+        READER_HEADERS)
 
 
 def page_of_error(accept_language: str, status: int) -> Response:
     """The page for a reader whose link is answered with an error."""
     what = "over" if status == 410 else "later" if status in (408, 429) or status >= 500 else "not_valid"
-    return reader_page(accept_language, what, status=status)
+    return reader_page(accept_language, what)
 
 
 def content_as_html(content: str) -> str:
@@ -12453,11 +12455,7 @@ class Api:
             text = self.store.redis.get(self.store.key("preview", claims["preview"], account.name)) or ""
         else:
             text = content_as_html(self.newsletters.read(account.name, claims["content_type"])["content"])
-        headers = MAIL_HEADERS
-        if claims.get("pictures"):
-            policy = headers["Content-Security-Policy"].replace("img-src data:", "img-src data: https: http:")
-            headers = {**headers, "Content-Security-Policy": policy}
-        return Response("text/html", text, headers)
+        return Response("text/html", text, mail_headers(claims.get("pictures", False)))
 
     def show_page(self, request: Request) -> Reply:
         if self.page is None:
@@ -13120,8 +13118,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with self.server.large_bodies if len(body) > SMALL_BODY else contextlib.nullcontext():
             if route.body:
                 request.body = parse_json(body)
-            reply = self.with_redis(self.server.api.answer, route, request)
-            return reply.status if isinstance(reply, Response) else 200, reply, {}
+            return 200, self.with_redis(self.server.api.answer, route, request), {}
 
     def with_redis(self, call: Callable, *arguments: object) -> object:
         """call(*arguments), with a Redis connection that no other thread uses meanwhile."""
