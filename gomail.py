@@ -34,7 +34,8 @@ What a change touches:
     a payload field            PAYLOADS (6), Workers.send_message, Mail and compose
     a route                    a method of Api, and a row of ROUTES, from which the OpenAPI description is made
     a transport                a class with the methods of Transport (11), options (1), and Service._wire (21)
-    a Redis key                the table in section 3; if it belongs to an account, Accounts.deregister
+    a Redis key                the table in section 3; if it belongs to an account, Accounts.deregister; if it has an
+                               address, Recipients.erase; and Backup, if it is not to be kept
     a lane                     Lane (6)
 """
 
@@ -8275,7 +8276,7 @@ class Newsletters:
 
     Args:
         zone: the time zone of the calendar.
-        accounts: signs the links to unsubscribe.
+        accounts: signs the links to unsubscribe and to confirm.
         public_url: the start of these links, or "" for mails without them.
         clock: returns seconds since the epoch; by default Redis's clock, the same for all processes.
         max_size: how many bytes subject and content of a mail may have.
@@ -8284,7 +8285,7 @@ class Newsletters:
     BATCH = 200  # subscriptions that one script looks at: a millisecond of Redis's time each 50
     TEST_RETRIES = 3  # of a newsletter that is sent as a test
     CALENDARS_KEPT = 100  # of those that are not only a frequency: known to each look for what is due
-    HALF: typing.ClassVar[dict[str, int]] = {  # half a period in seconds: two boundaries that are closer are the same
+    HALF_PERIODS: typing.ClassVar[dict[str, int]] = {  # in seconds; two boundaries that are closer are the same
         "@hourly": 1800, "@daily": 43200, "@weekly": 302400, "@monthly": 1209600}
     CONFIRM = "Confirm"  # the content type of the mail that asks to confirm
     CONFIRM_TTL = 604800  # seconds in which a subscription can be confirmed
@@ -8321,7 +8322,7 @@ class Newsletters:
         self._found: dict[str, tuple[float, int, int]] = {}  # calendar -> since when its next two boundaries are these
 
     def _keys(self, account: str, content_type: str, address: str = "") -> list[str]:
-        """The KEYS of DEFINE, REMOVE, SUBSCRIBE, UNSUBSCRIBE and REFOLD, as KEYS_BY_NAME names them."""
+        """The KEYS that KEYS_BY_NAME names."""
         return [self.store.key("content", account), self.store.key("subscribers", content_type, account),
                 self.store.key("schedule"), self.store.key("issued", content_type, account),
                 self.store.key("unsubscribed", content_type, address, account),
@@ -8834,7 +8835,7 @@ class Newsletters:
         address, frequency = record["userId"], record["frequency"]
         return [fold_address(address), json.dumps(record), record["created"],
                 self.schedule_member(account, content_type, address), now,
-                *self._next_two(self.calendar_of(record), now), self.HALF[frequency], int(again), account,
+                *self._next_two(self.calendar_of(record), now), self.HALF_PERIODS[frequency], int(again), account,
                 json.dumps({"account": account, "userId": address, "content_type": content_type,
                             **{name: record[name] for name in TIMES if name in record}})]
 
@@ -9256,7 +9257,7 @@ class Newsletters:
     # Queue what is due, as QUEUE_ISSUE does. A boundary that follows the last one too soon is the same one in another
     # time zone, and is skipped.
     # KEYS: the prefix.
-    # ARGV: now (s), how many places of the schedule to look at, what the ids are made from, HALF as JSON, the
+    # ARGV: now (s), how many places of the schedule to look at, what the ids are made from, HALF_PERIODS as JSON, the
     #       boundaries.
     # Answer: 0, or {how many places were due, at how many of them nothing was queued for an earlier issue, the
     #         calendars that ARGV does not have: their places are left as they are}.
@@ -9295,7 +9296,8 @@ class Newsletters:
         now = self.clock()
         while True:
             due, skipped, unknown = self._claim(keys=[self.store.prefix], args=[
-                now, self.BATCH, secrets.token_hex(12), json.dumps(self.HALF), *self._boundaries(now)]) or (0, 0, [])
+                now, self.BATCH, secrets.token_hex(12), json.dumps(self.HALF_PERIODS),
+                *self._boundaries(now)]) or (0, 0, [])
             if skipped:
                 log(logging.WARNING, "newsletters not queued: the issue before still waits", count=skipped)
             if not unknown:
@@ -14176,10 +14178,10 @@ class Operator:
                    if getattr(options, name)}
         if bool(options.id) == bool(filters.keys() - {"state"}):
             return self.terminal.fail(2, "give the ID of a task, or one of --type, --task, --content-type and --to")
-        account = EVERYBODY
+        account = self.accounts.find(options.account) if options.account else EVERYBODY
+        if account is None:
+            return self.no_account(options.account)
         try:
-            if options.account:
-                account = self.accounts.named(options.account, "account")
             if options.recipient:
                 filters["recipient"] = Address()(options.recipient, "--to")
             if options.id:
@@ -14423,9 +14425,9 @@ class Backup:
     Redis keeps working meanwhile, so the backup is no snapshot. Still it misses nothing that existed at its beginning:
     SCAN finds every key that exists throughout. A task is one hash that never moves, and on restoring its state alone
     decides its place. What creates tasks is read before them (the schedule, newsletters that are being queued for all
-    subscribers, the idempotency keys); what tasks create is
-    read after them (such as subscriptions, and the schedule again). Of two moments the earlier counts; what would be
-    sent twice is recognized by the time at which its task was made.
+    subscribers, the idempotency keys); what tasks create is read after them (such as subscriptions, and the schedule
+    again). Of two moments the earlier counts; what would be sent twice is recognized by the time at which its task was
+    made.
 
     Args:
         store: a Store that reads any bytes and does not reconnect; see `store_for_backup`.
