@@ -6975,6 +6975,11 @@ class MaildirTransport:
         # What is to be reported of mails to gomail.test, as soon as their tasks have ended.
         self.returning: collections.deque[Report] = collections.deque(maxlen=10_000)
 
+    @classmethod
+    def of(cls, settings: Settings) -> "MaildirTransport":
+        """That of these settings, in data_dir."""
+        return cls(pathlib.Path(settings.data_dir, "outbox"), settings.outbox_max)
+
     def __str__(self) -> str:
         return f"Maildir {self.folder}"
 
@@ -13634,8 +13639,8 @@ class Service:
         accounts = Accounts(store, settings.jwt_secret, settings.jwt_secret_previous, settings.api_key_ttl)
         accounts.record_secret()
         self.connections = SmtpConnections(store, process, settings.smtp_connections)
-        self.transport = SmtpTransport(settings, self.connections) if settings.smtp_server else MaildirTransport(
-            pathlib.Path(settings.data_dir, "outbox"), settings.outbox_max)
+        outbox = MaildirTransport.of(settings)  # with an SMTP server, it may have mails from before
+        self.transport = SmtpTransport(settings, self.connections) if settings.smtp_server else outbox
         self.queue = Queue(store, settings, process)
         self.inspection = Inspection(store, settings, self.queue.give_way)
         suppressions = Suppressions(store)
@@ -13650,8 +13655,6 @@ class Service:
         bounces = Bounces(self.queue, accounts, self.stats, settings.public_url)
         self.bounce_reader = BounceReader(settings, store, bounces, process) if settings.bounce_imap else None
         webhooks = Webhooks(store)
-        outbox = self.transport if isinstance(self.transport, MaildirTransport) else MaildirTransport(
-            pathlib.Path(settings.data_dir, "outbox"))  # from before there was an SMTP server
         recipients = Recipients(store, settings, accounts, self.inspection, suppressions, self.newsletters, outbox)
         self.workers = Workers(settings, store, self.queue, suppressions, self.transport, otps, self.newsletters,
                                webhooks, self.stats)
@@ -14225,7 +14228,7 @@ class Operator:
         if account is None:
             return self.no_account(options.account)
         recipients = Recipients(self.store, self.settings, self.accounts, self.inspection, Suppressions(self.store),
-                                self.newsletters, MaildirTransport(pathlib.Path(self.settings.data_dir, "outbox")))
+                                self.newsletters, MaildirTransport.of(self.settings))
         if options.erase:
             return self.erase_recipient(recipients, address, account, options.yes)
         found = recipients.read(address, account)
@@ -14901,8 +14904,7 @@ def check_redis(settings: Settings) -> str:
 def check_smtp(settings: Settings) -> str:
     """What --check reports of the SMTP server. Raises UnavailableError."""
     if not settings.smtp_server:
-        outbox = MaildirTransport(pathlib.Path(settings.data_dir, "outbox"))
-        return f"smtp_server is not set, mail goes to the {outbox}"
+        return f"smtp_server is not set, mail goes to the {MaildirTransport.of(settings)}"
     transport = SmtpTransport(settings)
     reply = transport.probe()
     transport.tidy()
