@@ -5205,7 +5205,7 @@ class Queue:
         local state, type, name, content_type, recipient = unpack(ARGV, 9)
         local waits = {queued = list ~= '', scheduled = list == '', retrying = list == ''}
 
-        local function is_wanted(id)
+        local function matches(id)
             local task = prefix .. 'task:' .. id
             local owner, key, now, created, to, head, story = unpack(redis.call('HMGET', task,
                 'account', 'key', 'state', 'created', 'to', 'head', 'story'))
@@ -5236,7 +5236,7 @@ class Queue:
             if cursor ~= '0' then answer[1] = cursor end
             for each = 1, #found, 2 do
                 local id = found[each]
-                if is_wanted(id) then
+                if matches(id) then
                     if cancels == '1' then
                         redis.call('ZREM', prefix .. 'delayed', id)
                         redis.call('ZREM', prefix .. 'scheduled', id)
@@ -5249,7 +5249,7 @@ class Queue:
         list = prefix .. list
         local ids = redis.call('LRANGE', list, at, at + most - 1)
         for each, id in ipairs(ids) do
-            if is_wanted(id) then
+            if matches(id) then
                 if cancels == '1' then redis.call('LSET', list, at + each - 1, '') end  -- removed below, in one pass
                 cancel(id)
             end
@@ -11410,6 +11410,7 @@ class Cron:
         store: the Store, told whether Redis answers.
         accounts, queue, newsletters, stats, workers: whose due work it does.
         transport: a MaildirTransport is cleaned.
+        bounces: takes what a MaildirTransport reports of mails to gomail.test.
         server: the EmbeddedServer to keep running, or None.
     """
 
@@ -11422,8 +11423,8 @@ class Cron:
                  workers: Workers, transport: Transport, bounces: Bounces,
                  server: EmbeddedServer | None = None) -> None:
         self.store, self.accounts, self.queue, self.newsletters = store, accounts, queue, newsletters
-        self.bounces = bounces
         self.stats, self.workers, self.transport, self.server = stats, workers, transport, server
+        self.bounces = bounces
         self.stopping = threading.Event()
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.last_beat = self.last_poll = float("-inf")
