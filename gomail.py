@@ -5824,8 +5824,8 @@ class Inspection:
         return [json.loads(report) for report in self.store.redis.hvals(self.store.key("paused"))]
 
     def lanes(self, depths: Mapping[str, int], reports: Sequence[Json], held: Mapping[str, int]) -> list[Json]:
-        """For each lane: what waits there, by depths(); by reports(), in how many processes it is paused, and why; by
-        Queue.held(), since when it is so by request, and what would pause it otherwise."""
+        """Each lane, from depths(), reports() and Queue.held(): {"lane", "queued", "oldest", "paused": in how many
+        processes, "reason", "by_request": since when somebody has paused it, "beneath": what pauses it besides}."""
         oldest, lanes = self.oldest(), []
         for lane in LANES:
             # A heartbeat may be a second older than the request.
@@ -7136,7 +7136,7 @@ class MaildirTransport:
                     self.came.wait(min(left, self.WAIT_STEP))
 
     def _state(self) -> tuple[float, int]:
-        """What is another value after a mail has come in."""
+        """A value that changes when a mail comes in."""
         try:
             return self.accepted, os.stat(self.folder / "new").st_mtime_ns
         except FileNotFoundError:
