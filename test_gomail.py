@@ -3755,6 +3755,7 @@ def test_a_list_shows_a_task_that_cannot_be_read_as_such_and_all_the_others(serv
         tasks = caller.get("/task/recent")["tasks"]
         assert [found["id"] for found in tasks] == ids[::-1] and all(found["state"] for found in tasks)
         assert caller.get(f"/task/{ids[1]}")["id"] == ids[1]
+    assert client.get("/task?content_type=news")["count"] == 0 and client.get("/task?task=none")["count"] == 0
     assert client("DELETE", f"/task/{ids[1]}")[0] == 200
 
 
