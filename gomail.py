@@ -14314,6 +14314,8 @@ class Operator:
                 print("\r\x1b[K", end="", file=sys.stderr)  # the bar, which comes again below
             self.terminal.say(f"{name}, line {line}: {error}")
         try:
+            if options.day and options.day.isdecimal():
+                options.day = int(options.day)
             defaults = {field: IMPORT.fields[field](getattr(options, field), f"--{field}") for field in TIMES
                         if getattr(options, field)}
             with open(0 if options.file == "-" else options.file, encoding="utf-8", errors="surrogateescape",
