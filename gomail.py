@@ -5198,15 +5198,18 @@ class Queue:
                     state, f"has ended already ({state})")
 
     # Cancel, or only count, those that match among some tasks of a list of a lane, newest first, or of the delayed set.
-    # So of a list the workers take one end, and this the other. What is accepted meanwhile stays.
+    # So of a list the workers take one end, and this the other. What is accepted meanwhile stays. The task before the
+    # place to go on shows whether others have moved it, who cancel in the same list.
     # KEYS: the prefix.
-    # ARGV: the list, or "" for the delayed set; where to go on in it, how many to look at; 1 to cancel or 0 to count,
-    #       result_ttl (ms), the newest moment of acceptance (us); the account that the tasks must belong to or "", its
-    #       registration; the state, type, name, content type and recipient that they must have, or "" for any.
-    # Answer: {where to go on, or "" at the end; then the type of each task that was cancelled, or would be}.
+    # ARGV: the list, or "" for the delayed set; where to go on in it, and the id before or ""; how many to look at; 1
+    #       to cancel or 0 to count, result_ttl (ms), the newest moment of acceptance (us); the account that the tasks
+    #       must belong to or "", its registration; the state, type, name, content type and recipient that they must
+    #       have, or "" for any.
+    # Answer: {where to go on, or "" at the end; the id before or ""; then the type of each task that was cancelled, or
+    #         would be}.
     PURGE = CLOCK + CONCLUDE_WAITING + IS_OWN + MAY_BE_SENT + """
-        local prefix, list, at, most, cancels, ttl, newest, account, registration = KEYS[1], unpack(ARGV, 1, 8)
-        local state, type, name, content_type, recipient = unpack(ARGV, 9)
+        local prefix, list, at, before, most, cancels, ttl, newest, account, registration = KEYS[1], unpack(ARGV, 1, 9)
+        local state, type, name, content_type, recipient = unpack(ARGV, 10)
         local waits = {queued = list ~= '', scheduled = list == '', retrying = list == ''}
 
         local function is_wanted(id)
@@ -5230,7 +5233,7 @@ class Queue:
             return shown.payload.content_type == content_type
         end
 
-        local answer = {''}
+        local answer = {'', ''}
         local function cancel(id)
             answer[#answer + 1] = cancels == '1' and conclude_waiting(prefix, id, 'cancelled', nil, ttl) or ''
         end
@@ -5251,6 +5254,9 @@ class Queue:
             return answer
         end
         list = prefix .. list
+        if before ~= '' and redis.call('LINDEX', list, at - 1) ~= before then
+            at = (redis.call('LPOS', list, before) or -1) + 1
+        end
         local ids = redis.call('LRANGE', list, at, at + most - 1)
         for each, id in ipairs(ids) do
             if is_wanted(id) then
@@ -5258,8 +5264,11 @@ class Queue:
                 cancel(id)
             end
         end
-        local removed = cancels == '1' and #answer > 1 and redis.call('LREM', list, #answer - 1, '') or 0
-        if #ids == tonumber(most) then answer[1] = at + most - removed end
+        local removed = cancels == '1' and #answer > 2 and redis.call('LREM', list, #answer - 2, '') or 0
+        if #ids == tonumber(most) then
+            answer[1] = at + most - removed
+            answer[2] = answer[1] > 0 and redis.call('LINDEX', list, answer[1] - 1) or ''
+        end
         return answer
     """
 
@@ -5278,12 +5287,13 @@ class Queue:
         lists = [f"lane:{lane}:{account.name}" for lane in LANES] if account.name else [*found]
         lists = [name for name in lists if not name.startswith(f"lane:{Lane.HOOKS}:")]  # no events
         newest = int(self.store.time() * 1e6)
-        for name in [*(lists if state in ("", State.QUEUED) else ()), *([""] if state != State.QUEUED else ())]:
-            at = 0
+        # The delayed set first: what becomes due meanwhile goes from there into a list.
+        for name in [*([""] if state != State.QUEUED else ()), *(lists if state in ("", State.QUEUED) else ())]:
+            at, before = 0, ""
             while at != "":
                 self.give_way()
-                at, *types = self._purge(keys=[self.store.prefix], args=[
-                    name, at, self.BATCH, int(not only_count), self._limits[0], newest, account.name,
+                at, before, *types = self._purge(keys=[self.store.prefix], args=[
+                    name, at, before, self.BATCH, int(not only_count), self._limits[0], newest, account.name,
                     account.registration, state, type, task, content_type, fold_address(recipient)])
                 cancelled.update(types)
                 progress(cancelled.total())

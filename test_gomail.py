@@ -13390,6 +13390,29 @@ def test_of_a_long_list_what_matches_is_cancelled_and_the_rest_keeps_its_order(q
     assert not queue.purge(dataclasses.replace(queue.account, registration="another"), type="message")
 
 
+def test_who_cancels_misses_nothing_that_somebody_else_moves_who_cancels_in_the_same_lane(queue, monkeypatch):
+    monkeypatch.setattr(gomail.Queue, "BATCH", 10)
+    queue.enqueue(queue.account, [changed("task", "ab"[number % 2]) for number in range(100)])
+    others = iter([lambda: None] * 3 + [lambda: gomail.Queue.purge(other, task="b")])
+    other = gomail.Queue(queue.store, queue.settings, "a-third-process")
+    queue.give_way = lambda: next(others, lambda: None)()
+    assert queue.purge(queue.account, task="a") == {"message": 50}
+    assert waiting_ids(queue) == []
+
+
+@pytest.mark.parametrize("step", range(6))
+def test_a_task_that_becomes_due_while_all_that_waits_is_cancelled_is_cancelled(queue, step):
+    task_id, = queue.enqueue(queue.account, [changed("payload.send_at", int(4e15))])
+    steps = itertools.count()
+
+    def become_due():
+        if next(steps) == step and look(queue).status(task_id)["state"] == "scheduled":
+            queue.move(task_id, 0)
+            queue.promote()
+    queue.give_way = become_due
+    assert queue.purge(queue.account, type="message") == {"message": 1}
+
+
 def test_a_task_that_died_of_an_unreadable_letter_of_an_older_version_is_cancelled_as_well(queue):
     task_id, = queue.enqueue(queue.account, [changed("task", "half of \ud83d a pair")])
     assert queue.purge(recipient="user@example.com") == {"": 1}
