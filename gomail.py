@@ -10246,6 +10246,8 @@ class Recipients:
             time.sleep(0.1)
             left = [each for each in left if each[1] != "in hand"] + self._erase_of(address, account, waiting, counts)
             self._end_subscriptions(address, account, counts)  # one of them may be a subscribe
+        for owner in owners:  # a mail that was just being sent may have found that there is no such address
+            self.suppressions.erase(owner, address)
         counts["mails"] = self.outbox.erase(address, account)
         reasons = {"in hand": "it is just being sent; erase the address again in a moment",
                    "several": "it goes to several recipients and has not ended; cancel it, or erase the address again "

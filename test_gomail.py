@@ -11946,6 +11946,23 @@ def test_an_erasure_waits_for_the_end_of_a_mail_that_is_being_sent(services):
     assert found["remaining"] == [] and found["tasks"] == found["mails"] == 1
 
 
+def test_an_address_that_is_refused_while_it_is_erased_stays_suppressed_by_its_keyed_hash_alone(
+        services, mail_server, monkeypatch):
+    service = services(mail_server)
+    client = service.client.sign_up()
+    erasing = threading.Event()
+
+    async def refuse(*_):
+        await asyncio.to_thread(erasing.wait, PATIENCE)
+        return "550 5.1.1 no such user"
+    monkeypatch.setattr(mail_server, "handle_RCPT", refuse)
+    client.state(client.task(userId=ANN), "running")
+    monkeypatch.setattr(gomail.Recipients, "_scan", lambda *args, scan=gomail.Recipients._scan: (
+        scan(*args), erasing.set())[0])
+    assert recipient(client, method="DELETE")["remaining"] == [] and kept_of(service, ANN) == []
+    client.state(client.task(userId=ANN), "suppressed")
+
+
 def test_a_mail_that_waits_in_a_lane_is_erased_and_not_sent_and_those_around_it_are(services):
     service = services()
     client = service.client.sign_up()
