@@ -11746,6 +11746,7 @@ class Route:
     needs_redis: bool = True  # refused at once while Redis is away
     idempotency_key: bool = False  # takes the header Idempotency-Key, and answers 422 if it is used twice
     any_media_type: bool = False  # its body is JSON, whatever its Content-Type says
+    known_query: bool = False  # a parameter that is not known is refused: a misspelt one must not widen what is removed
 
     @functools.cached_property
     def pattern(self) -> re.Pattern[str]:
@@ -11828,6 +11829,9 @@ class Api:
         """The answer of `route` to an authenticated request. Raises HTTPError, or RedisError if Redis is away."""
         if route.body:
             request.sent, request.body = request.body, route.body(request.body)
+        names = (*route.query, "account")
+        if route.known_query and (unknown := [name for name in request.query if name not in names]):
+            raise UnknownField("", unknown[0], names).error()
         request.query = parse_query(route.query, request.query)
         if route.idempotency_key:
             request.idempotency_key = request.headers.get("idempotency-key", "")
@@ -12648,8 +12652,9 @@ ROUTES = (
     Route("GET", "/task/{id}", Api.read_task, Access.ALL, answer=TASK_ANSWER, refuses=(404,)),
     Route("DELETE", "/task/{id}", Api.cancel_task, Access.ALL, refuses=(404, 409)),
     Route("PATCH", "/task/{id}", Api.move_task, Access.ALL, MOVE, refuses=(404, 409)),
-    Route("GET", "/task", Api.count_tasks, Access.ALL, query=FILTERS, answer={"status": bool, "count": int}),
-    Route("DELETE", "/task", Api.cancel_tasks, Access.ALL, query=FILTERS, answer=COUNTED),
+    Route("GET", "/task", Api.count_tasks, Access.ALL, query=FILTERS, answer={"status": bool, "count": int},
+          known_query=True),
+    Route("DELETE", "/task", Api.cancel_tasks, Access.ALL, query=FILTERS, answer=COUNTED, known_query=True),
     Route("GET", "/subscriptions", Api.list_subscriptions, Access.ALL, query=SUBSCRIPTIONS,
           answer={"status": bool, "subscriptions": list, "next": (str, None)}),
     Route("GET", "/suppressions", Api.list_suppressions, Access.KEY, query=PAGING,
@@ -12658,7 +12663,8 @@ ROUTES = (
     Route("DELETE", "/suppressions", Api.unsuppress, Access.KEY, RECIPIENT, refuses=(404,)),
     Route("GET", "/recipients/{address}", Api.read_recipient, Access.ALL, answer=RECIPIENT_ANSWER),
     Route("DELETE", "/recipients/{address}", Api.erase_recipient, Access.ALL, answer={
-        **DONE, "tasks": int, "subscriptions": int, "unconfirmed": int, "mails": int, "remaining": list}),
+        **DONE, "tasks": int, "subscriptions": int, "unconfirmed": int, "mails": int, "remaining": list},
+          known_query=True),
     Route("GET", "/bounces", Api.list_bounce_urls, Access.KEY, answer={"status": bool, "urls": dict}),
     Route("POST", "/bounces", Api.take_bounce, Access.KEY, BOUNCE, answer=CHANGED, refuses=(404,)),
     Route("POST", "/bounces/{provider}/{token}", Api.take_notification, Access.TOKEN, Notification(), answer=CHANGED,

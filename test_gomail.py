@@ -13387,10 +13387,20 @@ def test_all_that_waits_and_matches_is_counted_and_cancelled_and_nothing_else(ma
 
 @pytest.mark.parametrize(("query", "field"), [("", None), ("state=queued", None), ("type=webhook", "type"),
                                               ("state=running&type=message", "state"), ("userId=nobody", "userId"),
-                                              ("content_type=a/b", "content_type")])
+                                              ("content_type=a/b", "content_type"),
+                                              ("type=message&userid=ann@example.com", "userid")])
 def test_cancelling_needs_a_filter_that_is_valid(client, query, field):
     status, answer, _ = client("DELETE", f"/task?{query}")
     assert (status, answer.get("field")) == (400, field)
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", "/task?type=message&"), ("DELETE", "/task?type=message&"),
+                                              ("DELETE", "/recipients/user@example.com?")])
+def test_a_misspelt_account_does_not_mean_all_accounts(governed, method, path):
+    _, admin, account, _ = governed
+    status, answer, _ = admin(method, f"{path}acount={name_of(account)}")
+    assert (status, answer["field"]) == (400, "acount")
+    assert admin(method, f"{path}account={name_of(account)}")[0] == 200
 
 
 def test_of_a_long_list_what_matches_is_cancelled_and_the_rest_keeps_its_order(queue):
