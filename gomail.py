@@ -10166,7 +10166,7 @@ class Recipients:
             State.RETRYING: f"is tried again at {due}: {error}",
             State.DEAD: f"was given up: {error}",
             State.SUPPRESSED: f"was not sent: {error}",
-            State.EXPIRED: f"was not sent in time: {error}",
+            State.EXPIRED: f"has expired: {error}",
             State.BOUNCED: f"came back, or was complained about: {error}"}[mail["state"]]
 
     def _pause(self, task_id: str) -> str:
@@ -10925,7 +10925,7 @@ class Workers:
         self.smtp = SmtpState(transport)
         self.breakers: dict[str, CircuitBreaker] = {
             lane: CircuitBreaker(lane, transport, self.stopping, self.smtp) for lane in LANES}
-        self.suspect, self.at_once = threading.Lock(), contextlib.nullcontext()
+        self.suspect, self.at_once, self.beating = threading.Lock(), contextlib.nullcontext(), threading.Lock()
         self.redirect_to = parse_address(settings.redirect_to)
         self.is_limited = bool(queue.rate)
         # One thread for the changes, which wait for Redis alone, and for fast newsletters: more threads would make them
@@ -10960,13 +10960,22 @@ class Workers:
         beneath = {lane: reason for lane, reason in self.failing.items() if self.breakers[lane].held}
         return self.paused | ({"smtp": outage} if outage else {}) | ({"beneath": beneath} if beneath else {})
 
-    def hold(self, lanes: Collection[str]) -> None:
-        """Begin nothing in these lanes, which somebody has paused, and hold no others."""
-        for lane, breaker in self.breakers.items():
-            if breaker.held != (lane in lanes):
-                breaker.held = lane in lanes
+    def beat(self) -> dict[str, str]:
+        """Show that this process lives, and begin nothing in the lanes that somebody has paused.
+
+        Returns lane -> how often somebody has asked to resume it.
+        """
+        with self.beating:  # else a request could be undone by an older answer
+            requests, held = self.queue.beat(self.names, self.report())
+            changed = [lane for lane, breaker in self.breakers.items() if breaker.held != (lane in held)]
+            for lane in changed:
+                breaker = self.breakers[lane]
+                breaker.held = not breaker.held
                 log(logging.WARNING if breaker.held else logging.INFO,
                     f"lane {'paused' if breaker.held else 'resumed'} by request", lane=lane)
+            if changed:
+                self.queue.beat(self.names, self.report())
+            return requests
 
     def resume(self, lane: str) -> None:
         """Probe at once whether a paused lane can go on."""
@@ -11428,17 +11437,8 @@ class Cron:
 
     def start(self) -> None:
         """Show this process as alive, before its workers take anything, and start the thread."""
-        self.resume_requests = self.beat()
+        self.resume_requests = self.workers.beat()
         self.thread.start()
-
-    def beat(self) -> dict[str, str]:
-        """Show that this process lives, and hold the lanes that somebody has paused.
-
-        Returns lane -> how often somebody has asked to resume it.
-        """
-        requests, held = self.queue.beat(self.workers.names, self.workers.report())
-        self.workers.hold(held)
-        return requests
 
     def stop(self) -> None:
         """End the thread."""
@@ -11507,7 +11507,7 @@ class Cron:
         """Do one round. Long work is done in parts, so that the heartbeat stays on time."""
         now = time.monotonic()
         if now - self.last_beat >= self.BEAT:
-            before, self.resume_requests = self.resume_requests, self.beat()
+            before, self.resume_requests = self.resume_requests, self.workers.beat()
             for lane in LANES:
                 if self.resume_requests.get(lane) != before.get(lane):
                     self.workers.resume(lane)
@@ -12377,16 +12377,15 @@ class Api:
     def pause_lane(self, request: Request) -> Reply:
         lane = self.lane_in(request)
         self.queue.pause(lane)
-        self.workers.hold({*self.queue.held(), lane})
+        self.workers.beat()
         return done("The lane is paused until somebody resumes it")
 
     def resume_lane(self, request: Request) -> Reply:
         lane = self.lane_in(request)
-        held = self.queue.held()
-        if lane in held and not self.has_admin_rights(request):
+        if lane in self.queue.held() and not self.has_admin_rights(request):
             raise HTTPError(403, "the lane is paused by request, which only the admin may end")
         self.queue.resume(lane)
-        self.workers.hold(held.keys() - {lane})
+        self.workers.beat()
         return done("The lane resumes as soon as the SMTP server takes mail")
 
     @staticmethod

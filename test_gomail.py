@@ -12574,6 +12574,7 @@ def test_a_lane_is_paused_by_request_in_all_processes_through_restarts_until_som
     services(mail_server, key_prefix=one.settings.key_prefix)
     client = one.client.sign_up()
     since = client.post("/lanes/normal/pause") and lane_named(client, "normal")["by_request"]
+    assert lane_named(client, "normal")["paused"] >= 1  # without waiting for the next heartbeat
     until(lambda: lane_named(client, "normal")["paused"] == 2)
     client.post("/lanes/normal/pause")  # once more changes nothing
     ids = [client.task(userId=f"{number}@example.com") for number in range(20)]
@@ -12587,7 +12588,32 @@ def test_a_lane_is_paused_by_request_in_all_processes_through_restarts_until_som
     for task_id in ids:
         assert client.state(task_id, "succeeded")["attempts"] == 1
     assert until(lambda: (found := lane_named(client, "normal"))["paused"] == 0 and found)["by_request"] is None
-    assert [record.message for record in caplog.records] == ["lane paused by request"] * 3
+    assert [record.message for record in caplog.records if record.levelno == logging.WARNING] == [
+        "lane paused by request"] * 3
+
+
+def test_a_pause_is_not_undone_by_a_heartbeat_that_began_before_it(services, mail_server, monkeypatch):
+    monkeypatch.setattr(gomail.Cron, "BEAT", 3600.0)
+    service = services(mail_server)
+    answered, go_on, real = threading.Event(), threading.Event(), service.queue.beat
+
+    def beat(*args):
+        answer = real(*args)
+        if threading.current_thread() is heart:
+            answered.set()
+            go_on.wait(PATIENCE)
+        return answer
+    monkeypatch.setattr(service.queue, "beat", beat)
+    heart = threading.Thread(target=service.workers.beat)
+    asking = threading.Thread(target=lambda: service.client.post("/lanes/normal/pause"))
+    heart.start()
+    answered.wait(PATIENCE)
+    asking.start()
+    until(lambda: service.queue.held())
+    go_on.set()
+    for thread in (asking, heart):
+        thread.join(PATIENCE)
+    assert service.workers.paused == {"normal": "by request"}
 
 
 @pytest.mark.parametrize("lane", gomail.LANES)
