@@ -3956,20 +3956,20 @@ class Queue:
         local function conclude_waiting(prefix, id, state, error, ttl)
             local task = prefix .. 'task:' .. id
             local summary, created, account = unpack(redis.call('HMGET', task, 'head', 'created', 'account'))
-            local head = summary or redis.call('HGET', task, 'body')
-            local readable, shown = pcall(cjson.decode, head)
-            if not readable then
-                conclude(task, state, error, ttl, created, ' ', account, 'head', head)
-                return ''
-            end
-            local kept, own = {'u', shown.payload.userId, 'n', shown.task}, metadata_in(head)
-            for name, value in pairs({s = summary and shown.payload.subject or nil, m = own}) do
-                kept[#kept + 1] = name
-                kept[#kept + 1] = value
-            end
-            conclude(task, state, error, ttl, created,
-                     (shown.type == 'message' and '' or shown.type) .. ' ' .. shown.retries, account, unpack(kept))
-            return shown.type
+            local head = summary or redis.call('HGET', task, 'body') or ''
+            local readable, type, retries, kept = pcall(function()
+                local shown = cjson.decode(head)
+                local kept = {'u', '' .. shown.payload.userId, 'n', '' .. shown.task}
+                for name, value in pairs({s = summary and shown.payload.subject or nil, m = metadata_in(head)}) do
+                    kept[#kept + 1] = name
+                    kept[#kept + 1] = value
+                end
+                return '' .. shown.type, '' .. shown.retries, kept
+            end)
+            if not readable then type, retries, kept = '', '', {'head', head} end
+            conclude(task, state, error, ttl, tonumber(created) and created or '0',
+                     (type == 'message' and '' or type) .. ' ' .. retries, account, unpack(kept))
+            return type
         end
     """
 
@@ -5217,7 +5217,7 @@ class Queue:
             local owner, key, now, created, to, head, story = unpack(redis.call('HMGET', task,
                 'account', 'key', 'state', 'created', 'to', 'head', 'story'))
             if not waits[now] or may_be_sent(story) or not is_own(account, registration, owner, key)
-                    or state ~= '' and now ~= state or tonumber(created) > tonumber(newest)
+                    or state ~= '' and now ~= state or (tonumber(created) or 0) > tonumber(newest)
                     or recipient ~= '' and string.match(to or '', '^%S+') ~= recipient then
                 return false
             end
@@ -5230,7 +5230,7 @@ class Queue:
             if shown.type == 'subscribe' or shown.type == 'unsubscribe' then
                 shown = cjson.decode(redis.call('HGET', task, 'body'))
             end
-            return shown.payload.content_type == content_type
+            return (shown.payload or {}).content_type == content_type
         end
 
         local answer = {'', ''}
@@ -13100,9 +13100,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """
         method, target, minor, headers = self.read_head()
         authority, path, query = self.split_target(method, target)
+        self.check_host(authority, headers, minor)
         if READER_PATH.fullmatch(path):
             self.reader_language = headers.get("accept-language", "")
-        self.check_host(authority, headers, minor)
         length = self.body_length(headers, minor)
         check_content_coding(headers)
         expects = self.expects_continue(headers, minor)
@@ -14325,6 +14325,8 @@ class Operator:
                 print("\r\x1b[K", end="", file=sys.stderr)  # the bar, which comes again below
             self.terminal.say(f"{name}, line {line}: {error}")
         try:
+            if options.day and options.day.isdecimal():
+                options.day = int(options.day)
             defaults = {field: check(getattr(options, field), f"--{field}") for field, check in IMPORT.fields.items()
                         if field in TIMES and getattr(options, field)}
             with open(0 if options.file == "-" else options.file, encoding="utf-8", errors="surrogateescape",

@@ -3745,6 +3745,7 @@ def test_a_list_shows_a_task_that_cannot_be_read_as_such_and_all_the_others(serv
         tasks = caller.get("/task/recent")["tasks"]
         assert [found["id"] for found in tasks] == ids[::-1] and all(found["state"] for found in tasks)
         assert caller.get(f"/task/{ids[1]}")["id"] == ids[1]
+    assert client.get("/task?content_type=news")["count"] == 0 and client.get("/task?task=none")["count"] == 0
     assert client("DELETE", f"/task/{ids[1]}")[0] == 200
 
 
@@ -13957,7 +13958,7 @@ def test_an_unknown_path_is_404(client, path):
 
 def test_a_wrong_method_is_405_and_says_which_are_right(client):
     status, answer, headers = client("PUT", "/task/", {})
-    assert status == 405 and headers["Allow"] == "OPTIONS, POST" and answer["status"] is False
+    assert status == 405 and headers["Allow"] == "DELETE, GET, HEAD, OPTIONS, POST" and answer["status"] is False
     assert client("DELETE", "/health/ping")[2]["Allow"] == "GET, HEAD, OPTIONS"
 
 
@@ -15738,6 +15739,9 @@ def test_subscribers_come_in_and_go_out_by_the_command_line(operated):
     code, output, errors = command("import", "news", "-", "--account", "app@example.com", "--json", given=exported)
     assert (code, errors) == (0, "") and json.loads(output) == {"subscribed": 1, "left_out": 1, "failed": 0}
     assert command(*arguments, "--again")[1].startswith("2 subscribed, 0 left out")
+    assert command("import", "news", "-", "--account", "app@example.com", "--frequency", "@monthly", "--day", "15",
+                   given="email,name\nday@example.com,Day\n")[0] == 0
+    assert client.get("/subscriptions?userId=day@example.com")["subscriptions"][0]["day"] == 15
     code, output = command.at_terminal(*arguments)
     assert code == 1 and f"[{'#' * 30}] 5 of 5" in output and "people.csv, line 5: it is not UTF-8" in output
 
