@@ -102,7 +102,7 @@ import typing
 import urllib.parse
 import zlib
 import zoneinfo
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from mailbox import Maildir
 from typing import IO, Any
 
@@ -5194,15 +5194,18 @@ class Queue:
                     state, f"has ended already ({state})")
 
     # Cancel, or only count, those that match among some tasks of a list of a lane, newest first, or of the delayed set.
-    # So of a list the workers take one end, and this the other. What is accepted meanwhile stays.
+    # So of a list the workers take one end, and this the other. What is accepted meanwhile stays. The task before the
+    # place to go on shows whether others have moved it, who cancel in the same list.
     # KEYS: the prefix.
-    # ARGV: the list, or "" for the delayed set; where to go on in it, how many to look at; 1 to cancel or 0 to count,
-    #       result_ttl (ms), the newest moment of acceptance (us); the account that the tasks must belong to or "", its
-    #       registration; the state, type, name, content type and recipient that they must have, or "" for any.
-    # Answer: {where to go on, or "" at the end; then the type of each task that was cancelled, or would be}.
+    # ARGV: the list, or "" for the delayed set; where to go on in it, and the id before or ""; how many to look at; 1
+    #       to cancel or 0 to count, result_ttl (ms), the newest moment of acceptance (us); the account that the tasks
+    #       must belong to or "", its registration; the state, type, name, content type and recipient that they must
+    #       have, or "" for any.
+    # Answer: {where to go on, or "" at the end; the id before or ""; then the type of each task that was cancelled, or
+    #         would be}.
     PURGE = CLOCK + CONCLUDE_WAITING + IS_OWN + MAY_BE_SENT + """
-        local prefix, list, at, most, cancels, ttl, newest, account, registration = KEYS[1], unpack(ARGV, 1, 8)
-        local state, type, name, content_type, recipient = unpack(ARGV, 9)
+        local prefix, list, at, before, most, cancels, ttl, newest, account, registration = KEYS[1], unpack(ARGV, 1, 9)
+        local state, type, name, content_type, recipient = unpack(ARGV, 10)
         local waits = {queued = list ~= '', scheduled = list == '', retrying = list == ''}
 
         local function matches(id)
@@ -5226,7 +5229,7 @@ class Queue:
             return (shown.payload or {}).content_type == content_type
         end
 
-        local answer = {''}
+        local answer = {'', ''}
         local function cancel(id)
             answer[#answer + 1] = cancels == '1' and conclude_waiting(prefix, id, 'cancelled', nil, ttl) or ''
         end
@@ -5247,6 +5250,9 @@ class Queue:
             return answer
         end
         list = prefix .. list
+        if before ~= '' and redis.call('LINDEX', list, at - 1) ~= before then
+            at = (redis.call('LPOS', list, before) or -1) + 1
+        end
         local ids = redis.call('LRANGE', list, at, at + most - 1)
         for each, id in ipairs(ids) do
             if matches(id) then
@@ -5254,8 +5260,11 @@ class Queue:
                 cancel(id)
             end
         end
-        local removed = cancels == '1' and #answer > 1 and redis.call('LREM', list, #answer - 1, '') or 0
-        if #ids == tonumber(most) then answer[1] = at + most - removed end
+        local removed = cancels == '1' and #answer > 2 and redis.call('LREM', list, #answer - 2, '') or 0
+        if #ids == tonumber(most) then
+            answer[1] = at + most - removed
+            answer[2] = answer[1] > 0 and redis.call('LINDEX', list, answer[1] - 1) or ''
+        end
         return answer
     """
 
@@ -5274,12 +5283,13 @@ class Queue:
         lists = [f"lane:{lane}:{account.name}" for lane in LANES] if account.name else [*found]
         lists = [name for name in lists if not name.startswith(f"lane:{Lane.HOOKS}:")]  # no events
         newest = int(self.store.time() * 1e6)
-        for name in [*(lists if state in ("", State.QUEUED) else ()), *([""] if state != State.QUEUED else ())]:
-            at = 0
+        # The delayed set first: what becomes due meanwhile goes from there into a list.
+        for name in [*([""] if state != State.QUEUED else ()), *(lists if state in ("", State.QUEUED) else ())]:
+            at, before = 0, ""
             while at != "":
                 self.give_way()
-                at, *types = self._purge(keys=[self.store.prefix], args=[
-                    name, at, self.BATCH, int(not only_count), self._limits[0], newest, account.name,
+                at, before, *types = self._purge(keys=[self.store.prefix], args=[
+                    name, at, before, self.BATCH, int(not only_count), self._limits[0], newest, account.name,
                     account.registration, state, type, task, content_type, fold_address(recipient)])
                 cancelled.update(types)
                 progress(cancelled.total())
@@ -10171,7 +10181,7 @@ class Recipients:
             State.RETRYING: f"is tried again at {due}: {error}",
             State.DEAD: f"was given up: {error}",
             State.SUPPRESSED: f"was not sent: {error}",
-            State.EXPIRED: f"was not sent in time: {error}",
+            State.EXPIRED: f"has expired: {error}",
             State.BOUNCED: f"came back, or was complained about: {error}"}[mail["state"]]
 
     def _pause(self, task_id: str) -> str:
@@ -10251,6 +10261,8 @@ class Recipients:
             time.sleep(0.1)
             left = [each for each in left if each[1] != "in hand"] + self._erase_of(address, account, waiting, counts)
             self._end_subscriptions(address, account, counts)  # one of them may be a subscribe
+        for owner in owners:  # a mail that was just being sent may have found that there is no such address
+            self.suppressions.erase(owner, address)
         counts["mails"] = self.outbox.erase(address, account)
         reasons = {"in hand": "it is just being sent; erase the address again in a moment",
                    "several": "it goes to several recipients and has not ended; cancel it, or erase the address again "
@@ -10928,7 +10940,7 @@ class Workers:
         self.smtp = SmtpState(transport)
         self.breakers: dict[str, CircuitBreaker] = {
             lane: CircuitBreaker(lane, transport, self.stopping, self.smtp) for lane in LANES}
-        self.suspect, self.at_once = threading.Lock(), contextlib.nullcontext()
+        self.suspect, self.at_once, self.beating = threading.Lock(), contextlib.nullcontext(), threading.Lock()
         self.redirect_to = parse_address(settings.redirect_to)
         self.is_limited = bool(queue.rate)
         # One thread for the changes, which wait for Redis alone, and for fast newsletters: more threads would make them
@@ -10963,13 +10975,22 @@ class Workers:
         beneath = {lane: reason for lane, reason in self.failing.items() if self.breakers[lane].held}
         return self.paused | ({"smtp": outage} if outage else {}) | ({"beneath": beneath} if beneath else {})
 
-    def hold(self, lanes: Collection[str]) -> None:
-        """Begin nothing in these lanes, which somebody has paused, and hold no others."""
-        for lane, breaker in self.breakers.items():
-            if breaker.held != (lane in lanes):
-                breaker.held = lane in lanes
+    def beat(self) -> dict[str, str]:
+        """Show that this process lives, and begin nothing in the lanes that somebody has paused.
+
+        Returns lane -> how often somebody has asked to resume it.
+        """
+        with self.beating:  # else a request could be undone by an older answer
+            requests, held = self.queue.beat(self.names, self.report())
+            changed = [lane for lane, breaker in self.breakers.items() if breaker.held != (lane in held)]
+            for lane in changed:
+                breaker = self.breakers[lane]
+                breaker.held = not breaker.held
                 log(logging.WARNING if breaker.held else logging.INFO,
                     f"lane {'paused' if breaker.held else 'resumed'} by request", lane=lane)
+            if changed:
+                self.queue.beat(self.names, self.report())
+            return requests
 
     def resume(self, lane: str) -> None:
         """Probe at once whether a paused lane can go on."""
@@ -11432,17 +11453,8 @@ class Cron:
 
     def start(self) -> None:
         """Show this process as alive, before its workers take anything, and start the thread."""
-        self.resume_requests = self.beat()
+        self.resume_requests = self.workers.beat()
         self.thread.start()
-
-    def beat(self) -> dict[str, str]:
-        """Show that this process lives, and hold the lanes that somebody has paused.
-
-        Returns lane -> how often somebody has asked to resume it.
-        """
-        requests, held = self.queue.beat(self.workers.names, self.workers.report())
-        self.workers.hold(held)
-        return requests
 
     def stop(self) -> None:
         """End the thread."""
@@ -11511,7 +11523,7 @@ class Cron:
         """Do one round. Long work is done in parts, so that the heartbeat stays on time."""
         now = time.monotonic()
         if now - self.last_beat >= self.BEAT:
-            before, self.resume_requests = self.resume_requests, self.beat()
+            before, self.resume_requests = self.resume_requests, self.workers.beat()
             for lane in LANES:
                 if self.resume_requests.get(lane) != before.get(lane):
                     self.workers.resume(lane)
@@ -11752,6 +11764,7 @@ class Route:
     needs_redis: bool = True  # refused at once while Redis is away
     idempotency_key: bool = False  # takes the header Idempotency-Key, and answers 422 if it is used twice
     any_media_type: bool = False  # its body is JSON, whatever its Content-Type says
+    known_query: bool = False  # a parameter that is not known is refused: a misspelt one must not widen what is removed
 
     @functools.cached_property
     def pattern(self) -> re.Pattern[str]:
@@ -11834,6 +11847,9 @@ class Api:
         """The answer of `route` to an authenticated request. Raises HTTPError, or RedisError if Redis is away."""
         if route.body:
             request.sent, request.body = request.body, route.body(request.body)
+        names = (*route.query, "account")
+        if route.known_query and (unknown := [name for name in request.query if name not in names]):
+            raise UnknownField("", unknown[0], names).error()
         request.query = parse_query(route.query, request.query)
         if route.idempotency_key:
             request.idempotency_key = request.headers.get("idempotency-key", "")
@@ -12375,16 +12391,15 @@ class Api:
     def pause_lane(self, request: Request) -> Reply:
         lane = self.lane_in(request)
         self.queue.pause(lane)
-        self.workers.hold({*self.queue.held(), lane})
+        self.workers.beat()
         return done("The lane is paused until somebody resumes it")
 
     def resume_lane(self, request: Request) -> Reply:
         lane = self.lane_in(request)
-        held = self.queue.held()
-        if lane in held and not self.has_admin_rights(request):
+        if lane in self.queue.held() and not self.has_admin_rights(request):
             raise HTTPError(403, "the lane is paused by request, which only the admin may end")
         self.queue.resume(lane)
-        self.workers.hold(held.keys() - {lane})
+        self.workers.beat()
         return done("The lane resumes as soon as the SMTP server takes mail")
 
     @staticmethod
@@ -12645,8 +12660,9 @@ ROUTES = (
     Route("GET", "/task/{id}", Api.read_task, Access.ALL, answer=TASK_ANSWER, refuses=(404,)),
     Route("DELETE", "/task/{id}", Api.cancel_task, Access.ALL, refuses=(404, 409)),
     Route("PATCH", "/task/{id}", Api.move_task, Access.ALL, MOVE, refuses=(404, 409)),
-    Route("GET", "/task", Api.count_tasks, Access.ALL, query=FILTERS, answer={"status": bool, "count": int}),
-    Route("DELETE", "/task", Api.cancel_tasks, Access.ALL, query=FILTERS, answer=COUNTED),
+    Route("GET", "/task", Api.count_tasks, Access.ALL, query=FILTERS, answer={"status": bool, "count": int},
+          known_query=True),
+    Route("DELETE", "/task", Api.cancel_tasks, Access.ALL, query=FILTERS, answer=COUNTED, known_query=True),
     Route("GET", "/subscriptions", Api.list_subscriptions, Access.ALL, query=SUBSCRIPTIONS,
           answer={"status": bool, "subscriptions": list, "next": (str, None)}),
     Route("GET", "/suppressions", Api.list_suppressions, Access.KEY, query=PAGING,
@@ -12655,7 +12671,8 @@ ROUTES = (
     Route("DELETE", "/suppressions", Api.unsuppress, Access.KEY, RECIPIENT, refuses=(404,)),
     Route("GET", "/recipients/{address}", Api.read_recipient, Access.ALL, answer=RECIPIENT_ANSWER),
     Route("DELETE", "/recipients/{address}", Api.erase_recipient, Access.ALL, answer={
-        **DONE, "tasks": int, "subscriptions": int, "unconfirmed": int, "mails": int, "remaining": list}),
+        **DONE, "tasks": int, "subscriptions": int, "unconfirmed": int, "mails": int, "remaining": list},
+          known_query=True),
     Route("GET", "/bounces", Api.list_bounce_urls, Access.KEY, answer={"status": bool, "urls": dict}),
     Route("POST", "/bounces", Api.take_bounce, Access.KEY, BOUNCE, answer=CHANGED, refuses=(404,)),
     Route("POST", "/bounces/{provider}/{token}", Api.take_notification, Access.TOKEN, Notification(), answer=CHANGED,

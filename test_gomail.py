@@ -11925,6 +11925,23 @@ def test_an_erasure_waits_for_the_end_of_a_mail_that_is_being_sent(services):
     assert found["remaining"] == [] and found["tasks"] == found["mails"] == 1
 
 
+def test_an_address_that_is_refused_while_it_is_erased_stays_suppressed_by_its_keyed_hash_alone(
+        services, mail_server, monkeypatch):
+    service = services(mail_server)
+    client = service.client.sign_up()
+    erasing = threading.Event()
+
+    async def refuse(*_):
+        await asyncio.to_thread(erasing.wait, PATIENCE)
+        return "550 5.1.1 no such user"
+    monkeypatch.setattr(mail_server, "handle_RCPT", refuse)
+    client.state(client.task(userId=ANN), "running")
+    monkeypatch.setattr(gomail.Recipients, "_scan", lambda *args, scan=gomail.Recipients._scan: (
+        scan(*args), erasing.set())[0])
+    assert recipient(client, method="DELETE")["remaining"] == [] and kept_of(service, ANN) == []
+    client.state(client.task(userId=ANN), "suppressed")
+
+
 def test_a_mail_that_waits_in_a_lane_is_erased_and_not_sent_and_those_around_it_are(services):
     service = services()
     client = service.client.sign_up()
@@ -12536,6 +12553,7 @@ def test_a_lane_is_paused_by_request_in_all_processes_through_restarts_until_som
     services(mail_server, key_prefix=one.settings.key_prefix)
     client = one.client.sign_up()
     since = client.post("/lanes/normal/pause") and lane_named(client, "normal")["by_request"]
+    assert lane_named(client, "normal")["paused"] >= 1  # without waiting for the next heartbeat
     until(lambda: lane_named(client, "normal")["paused"] == 2)
     client.post("/lanes/normal/pause")  # once more changes nothing
     ids = [client.task(userId=f"{number}@example.com") for number in range(20)]
@@ -12549,7 +12567,32 @@ def test_a_lane_is_paused_by_request_in_all_processes_through_restarts_until_som
     for task_id in ids:
         assert client.state(task_id, "succeeded")["attempts"] == 1
     assert until(lambda: (found := lane_named(client, "normal"))["paused"] == 0 and found)["by_request"] is None
-    assert [record.message for record in caplog.records] == ["lane paused by request"] * 3
+    assert [record.message for record in caplog.records if record.levelno == logging.WARNING] == [
+        "lane paused by request"] * 3
+
+
+def test_a_pause_is_not_undone_by_a_heartbeat_that_began_before_it(services, mail_server, monkeypatch):
+    monkeypatch.setattr(gomail.Cron, "BEAT", 3600.0)
+    service = services(mail_server)
+    answered, go_on, real = threading.Event(), threading.Event(), service.queue.beat
+
+    def beat(*args):
+        answer = real(*args)
+        if threading.current_thread() is heart:
+            answered.set()
+            go_on.wait(PATIENCE)
+        return answer
+    monkeypatch.setattr(service.queue, "beat", beat)
+    heart = threading.Thread(target=service.workers.beat)
+    asking = threading.Thread(target=lambda: service.client.post("/lanes/normal/pause"))
+    heart.start()
+    answered.wait(PATIENCE)
+    asking.start()
+    until(lambda: service.queue.held())
+    go_on.set()
+    for thread in (asking, heart):
+        thread.join(PATIENCE)
+    assert service.workers.paused == {"normal": "by request"}
 
 
 @pytest.mark.parametrize("lane", gomail.LANES)
@@ -13349,10 +13392,20 @@ def test_all_that_waits_and_matches_is_counted_and_cancelled_and_nothing_else(ma
 
 @pytest.mark.parametrize(("query", "field"), [("", None), ("state=queued", None), ("type=webhook", "type"),
                                               ("state=running&type=message", "state"), ("userId=nobody", "userId"),
-                                              ("content_type=a/b", "content_type")])
+                                              ("content_type=a/b", "content_type"),
+                                              ("type=message&userid=ann@example.com", "userid")])
 def test_cancelling_needs_a_filter_that_is_valid(client, query, field):
     status, answer, _ = client("DELETE", f"/task?{query}")
     assert (status, answer.get("field")) == (400, field)
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", "/task?type=message&"), ("DELETE", "/task?type=message&"),
+                                              ("DELETE", "/recipients/user@example.com?")])
+def test_a_misspelt_account_does_not_mean_all_accounts(governed, method, path):
+    _, admin, account, _ = governed
+    status, answer, _ = admin(method, f"{path}acount={name_of(account)}")
+    assert (status, answer["field"]) == (400, "acount")
+    assert admin(method, f"{path}account={name_of(account)}")[0] == 200
 
 
 def test_of_a_long_list_what_matches_is_cancelled_and_the_rest_keeps_its_order(queue):
@@ -13367,6 +13420,29 @@ def test_of_a_long_list_what_matches_is_cancelled_and_the_rest_keeps_its_order(q
     assert waiting_ids(queue)[::-1] == [task_id for task_id, name in zip(ids[3:], names[3:]) if name == "a"]
     assert told[-1] == names[3:].count("b") and told == sorted(told)
     assert not queue.purge(dataclasses.replace(queue.account, registration="another"), type="message")
+
+
+def test_who_cancels_misses_nothing_that_somebody_else_moves_who_cancels_in_the_same_lane(queue, monkeypatch):
+    monkeypatch.setattr(gomail.Queue, "BATCH", 10)
+    queue.enqueue(queue.account, [changed("task", "ab"[number % 2]) for number in range(100)])
+    others = iter([lambda: None] * 3 + [lambda: gomail.Queue.purge(other, task="b")])
+    other = gomail.Queue(queue.store, queue.settings, "a-third-process")
+    queue.give_way = lambda: next(others, lambda: None)()
+    assert queue.purge(queue.account, task="a") == {"message": 50}
+    assert waiting_ids(queue) == []
+
+
+@pytest.mark.parametrize("step", range(6))
+def test_a_task_that_becomes_due_while_all_that_waits_is_cancelled_is_cancelled(queue, step):
+    task_id, = queue.enqueue(queue.account, [changed("payload.send_at", int(4e15))])
+    steps = itertools.count()
+
+    def become_due():
+        if next(steps) == step and look(queue).status(task_id)["state"] == "scheduled":
+            queue.move(task_id, 0)
+            queue.promote()
+    queue.give_way = become_due
+    assert queue.purge(queue.account, type="message") == {"message": 1}
 
 
 def test_a_task_that_died_of_an_unreadable_letter_of_an_older_version_is_cancelled_as_well(queue):
