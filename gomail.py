@@ -9107,7 +9107,8 @@ class Newsletters:
         Raises:
             CancelledError: the address has unsubscribed, or the content type was removed, since the mail was queued; or
                 the subscriber got this text meanwhile, and shall not get it again.
-            PermanentError: the subscription lacks a variable that the content names, or its variables are too large.
+            PermanentError: the subscription lacks a variable that the content names, or its variables are too large;
+                or a `{{` in the content begins no placeholder.
         """
         content_type, address = task.payload["content_type"], task.payload["userId"]
         body, subscription, got = self._read_for_mail(task.account, content_type, address)
@@ -9119,6 +9120,9 @@ class Newsletters:
             if not text.get("resend", True) and got and (
                     got.split()[0] == text_digest(text["subject"], text["content"])):
                 raise CancelledError("has got this text already, and resend is false")
+        if malformed := malformed_placeholders(f"{text['subject']}\n{text['content']}"):
+            raise PermanentError(f"the content type is older than the rule for braces: it has {malformed}, which is no "
+                                 "{{ name }}")
         try:
             subject, content, url = self._fill_mail(task.account, task.payload, text, subscription)
         except KeyError as error:
@@ -9309,6 +9313,7 @@ class Newsletters:
     def enqueue_due(self) -> int:
         """Queue the mails that are due, at most BATCH. Returns how many places of the schedule were due."""
         now = self.clock()
+        self._forget()
         while True:
             due, skipped, unknown = self._claim(keys=[self.store.prefix], args=[
                 now, self.BATCH, secrets.token_hex(12), json.dumps(self.HALF_PERIODS),
@@ -9317,7 +9322,7 @@ class Newsletters:
                 log(logging.WARNING, "newsletters not queued: the issue before still waits", count=skipped)
             if not unknown:
                 return due
-            self._learn(unknown)
+            self._calendars |= dict.fromkeys(unknown)
 
     # Begin to queue a newsletter for all subscribers; or queue one mail as a test.
     # KEYS: the prefix.
@@ -9504,11 +9509,12 @@ class Newsletters:
     def correct(self) -> int:
         """Check the next BATCH places of the schedule. Returns how many were too far ahead and are reset."""
         count, unknown = 0, [""]
+        self._forget()
         while unknown:
             cursor, corrected, unknown = self._correct(keys=[self.store.prefix], args=[
                 self._cursor, self.BATCH, *self._boundaries(self.clock())])
             count += corrected
-            self._learn(unknown)
+            self._calendars |= dict.fromkeys(unknown)
         self._cursor = cursor
         if count:
             log(logging.WARNING, "newsletters were scheduled too far ahead, as by a clock that was wrong", count=count)
@@ -9521,10 +9527,11 @@ class Newsletters:
         chosen = [str(record.get(name, "-")) for name in Subscription.CALENDAR]
         return " ".join([record["frequency"], *chosen]) if chosen != ["-"] * 3 else record["frequency"]
 
-    def _learn(self, calendars: Sequence[str]) -> None:
-        """Know the boundaries of these calendars in the next call, beside some of those before."""
-        kept = [known for known in self._calendars if known not in FREQUENCIES][-self.CALENDARS_KEPT:]
-        self._calendars = dict.fromkeys([*FREQUENCIES, *kept, *calendars])
+    def _forget(self) -> None:
+        """Before a look for what is due: keep the calendars that were learnt last. Within the look none is forgotten,
+        or those that it needs together might push each other out for ever."""
+        learnt = [known for known in self._calendars if known not in FREQUENCIES]
+        self._calendars = dict.fromkeys([*FREQUENCIES, *learnt[-self.CALENDARS_KEPT:]])
 
     def _boundaries(self, now: float) -> list[str | int]:
         """Each calendar that is known, its next boundary, and the one after it; and how many these are: the ARGV of
@@ -12161,9 +12168,9 @@ class Api:
         return done("Content Type updated successfully", **unfilled, **self.hint(request.body))
 
     def hint(self, body: Json) -> Json:
-        """{"hint"} where a content type does not show the link to unsubscribe, and is not that of an OTP; else {}."""
+        """{"hint"} where a content type does not show the link to unsubscribe, and is that of a newsletter; else {}."""
         named = placeholder_names(body["subject"] + body["content"])
-        if not self.settings.public_url or named & {"unsubscribe_url", "otp"}:
+        if not self.settings.public_url or named & {"unsubscribe_url", "otp", "confirm_url"}:
             return {}
         return {"hint": "a newsletter should show {{ unsubscribe_url }}, and this content does not; the headers of its "
                 "mails have it in any case"}
@@ -14448,9 +14455,9 @@ class Backup:
     Redis keeps working meanwhile, so the backup is no snapshot. Still it misses nothing that existed at its beginning:
     SCAN finds every key that exists throughout. A task is one hash that never moves, and on restoring its state alone
     decides its place. What creates tasks is read before them (the schedule, newsletters that are being queued for all
-    subscribers, the idempotency keys); what tasks create is read after them (such as subscriptions, and the schedule
-    again). Of two moments the earlier counts; what would be sent twice is recognized by the time at which its task was
-    made.
+    subscribers, the idempotency keys), and so is `issued`, which keeps SEND_SOME from making a task again; what tasks
+    create is read after them (such as subscriptions, and the schedule again). Of two moments the earlier counts; what
+    would be sent twice is recognized by the time at which its task was made.
 
     Args:
         store: a Store that reads any bytes and does not reconnect; see `store_for_backup`.
@@ -14502,10 +14509,10 @@ class Backup:
 
     def _lines(self) -> Iterator[Json]:
         """A line for each key, or several for a large one, in the order that the class explains."""
-        for pattern in ("idempotency:*", "schedule", "sends", "task:*"):
+        for pattern in ("idempotency:*", "schedule", "sends", "issued:*", "task:*"):
             for names in self._names(pattern):
                 yield from self._read(names)
-        done = self.EXCLUDED | {"idempotency", "sends", "task"}
+        done = self.EXCLUDED | {"idempotency", "sends", "issued", "task"}
         for names in self._names():
             yield from self._read([name for name in names if kind_of_key(name) not in done])
 

@@ -9137,6 +9137,15 @@ NEEDY = {"subject": "{{ name }} {{ city | default: 'Rome' }} {{ email }}",
          "content": "{{ name }} {{ plan }} {{ colour }}"}
 
 
+def test_braces_that_are_older_than_the_rule_for_them_go_out_in_no_newsletter(service, client, mail_server):
+    content = service.store.key("content", name_of(client))
+    service.store.redis.hset(content, "news", json.dumps({"subject": "News", "content": "Hello {{ first name }}"}))
+    subscribe(client, retries=3)
+    client.post("/task/subscriptionContent/news/send", {})
+    letter, = until(lambda: client.get("/task/dead")["tasks"])
+    assert "{{ first name }}" in letter["error"] and letter["attempts"] == 1 and mail_server.mails == []
+
+
 def test_a_subscribe_that_lacks_a_variable_without_default_is_refused_by_its_name(client):
     client.post("/task/subscriptionContent", {"content_type": "news", **NEEDY, "defaults": {"colour": "red"}})
     for variables, lacked in (({}, "name"), ({"name": "x"}, "plan"), ({"plan": "x", "nam": "x"}, "name")):
@@ -9283,7 +9292,7 @@ def test_a_preview_is_seen_for_a_minute_and_by_its_own_account_alone(service, cl
 
 def test_saving_a_newsletter_without_its_link_to_unsubscribe_says_so_where_there_is_one(services):
     client = services(public_url="https://mail.example.com").client.sign_up()
-    contents = {"News": True, "{{ unsubscribe_url }}": False, "{{ otp }}": False}
+    contents = {"News": True, "{{ unsubscribe_url }}": False, "{{ otp }}": False, "{{ confirm_url }}": False}
     for number, (content, hinted) in enumerate(contents.items()):
         body = {"content_type": f"news{number}", "subject": "S", "content": content}
         for method in ("POST", "PUT"):
@@ -10327,6 +10336,22 @@ def test_a_newsletter_that_is_being_sent_goes_on_after_a_backup_and_doubles_noth
     assert sorted(mail.recipient for mail in mail_server.mails) == everybody
 
 
+@pytest.mark.parametrize("stage", ["sends", "issued:*", "task:*"])
+def test_mails_of_a_newsletter_that_are_queued_while_the_backup_reads_are_neither_lost_nor_doubled(
+        service, client, services, mail_server, stage):
+    send_some = by_hand(service, mail_server)
+    define(client)
+    everybody = subscribers_of(service, client, 300)
+    send_now(client)
+    file = backed_up(service.store, lambda pattern: pattern == stage and send_some())
+    services.running.remove(service)
+    service.stop()
+    mail_server.start()
+    services(mail_server, key_prefix=restored(service.store, file))
+    until(lambda: {mail.recipient for mail in list(mail_server.mails)} == {*everybody})
+    assert len(mail_server.mails) == 300
+
+
 def test_a_test_goes_to_one_address_with_the_variables_of_the_request_and_is_no_issue(linked, mail_server):
     service, client = linked
     path = "/task/subscriptionContent/news/send"
@@ -10603,6 +10628,25 @@ def test_many_calendars_that_nobody_has_met_yet_are_all_done_in_one_look(service
             "@monthly", expected, zoneinfo.ZoneInfo(zone), f"{number % 24:02}:00", 1 + number % 28))
     clock.now = at("2026-03-12T12:00:00")  # the clock was ahead
     assert other.correct() > 0 and other.correct() == 0
+
+
+def test_further_calendars_push_those_that_are_checked_with_them_not_out_for_ever(
+        services, mail_server, clock, monkeypatch):
+    service = services(mail_server, clock=clock)
+    client = service.client.sign_up()
+    service.cron.stop()
+    define(client)
+    monkeypatch.setattr(gomail.Newsletters, "CALENDARS_KEPT", 3)
+    calls = []
+    correct = service.newsletters._correct
+    monkeypatch.setattr(service.newsletters, "_correct", lambda **more: calls.append(1) or (
+        correct(**more) if len(calls) < 10 else pytest.fail("it does not end")))
+    for hours in (range(12), range(20)):
+        rows = "\n".join(f"{hour}@example.com,{hour:02}:00" for hour in hours)
+        client.post("/task/subscriptionContent/news/import", {"csv": f"email,at\n{rows}", "frequency": "@daily"})
+        clock.forward(0 if calls else 86400)
+        assert service.newsletters.correct() == 0 < len(calls)
+        service.newsletters.enqueue_due()
 
 
 def test_a_time_zone_that_this_machine_does_not_know_is_that_of_the_service(dated, mail_server, clock):
@@ -15984,7 +16028,7 @@ def test_a_backup_under_load_misses_nothing_that_was_answered_before_and_repeats
     until(lambda: not sender.is_alive())
 
 
-STAGES = ["idempotency:*", "schedule", "task:*", "*"]  # what a backup looks for, in this order
+STAGES = ["idempotency:*", "schedule", "issued:*", "task:*", "*"]  # what a backup looks for, in this order
 
 
 def at_rest(service: gomail.Service) -> bool:
