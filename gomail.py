@@ -8660,6 +8660,9 @@ class Newsletters:
             local before = redis.call('HGET', subscribers, address)
             if before and later(cjson.decode(before).created, created) then return 'overtaken' end
             local field = find_left(prefix, left, address)
+            if field and later(cjson.decode(redis.call('HGET', left, field)).when, created) then
+                return 'overtaken'  -- `unsubscribed` is kept for a day
+            end
             if field and again == '0' then
                 emit(prefix, account, 'subscription.left_out', data)
                 return 'left out'
@@ -11771,6 +11774,7 @@ class Route:
     needs_redis: bool = True  # refused at once while Redis is away
     idempotency_key: bool = False  # takes the header Idempotency-Key, and answers 422 if it is used twice
     any_media_type: bool = False  # its body is JSON, whatever its Content-Type says
+    may_be_empty: bool = False  # no body is as good as {}
     known_query: bool = False  # a parameter that is not known is refused: a misspelt one must not widen what is removed
 
     @functools.cached_property
@@ -12647,7 +12651,7 @@ ROUTES = (
           answer=CONTENT_ANSWER, refuses=(404,)),
     Route("DELETE", "/task/subscriptionContent/{content_type}", Api.remove_content, Access.KEY, refuses=(404,)),
     Route("POST", "/task/subscriptionContent/{content_type}/send", Api.send_content, Access.KEY, SEND,
-          answer={**COUNTED, "id?": str}, refuses=(404, 409), idempotency_key=True),
+          answer={**COUNTED, "id?": str}, refuses=(404, 409), idempotency_key=True, may_be_empty=True),
     Route("GET", "/task/subscriptionContent/{content_type}/issues", Api.list_issues, Access.KEY,
           answer={"status": bool, "issues": list}, refuses=(404,)),
     Route("POST", "/task/subscriptionContent/{content_type}/import", Api.import_subscribers, Access.KEY, IMPORT,
@@ -12789,7 +12793,7 @@ def openapi(routes: Sequence[Route]) -> Json:
                                             "description": "With admin_token: the name of an account."})
         if route.body:
             operation["requestBody"] = {
-                "required": True, "content": {"application/json": {"schema": route.body.schema}}}
+                "required": not route.may_be_empty, "content": {"application/json": {"schema": route.body.schema}}}
         if route.idempotency_key:
             operation["parameters"].append({"name": "Idempotency-Key", "in": "header", "description": (
                 "The same key and body within 24 hours do nothing again and get the same answer."),
@@ -13142,14 +13146,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
                           peer=self.client_address[0])
         self.keep_alive = False
         request.account = self.with_redis(self.server.api.authenticate, route, request)
-        if route.body:
+        is_empty = length == 0 and route.may_be_empty
+        if route.body and not is_empty:
             check_media_type(headers, route.any_media_type)
         body = self.read_body(length, route.body_limit(self.server.settings), expects)
         # From here on the stream is known to stand at the start of the next request.
         self.keep_alive = keep_alive
         with self.server.large_bodies if len(body) > SMALL_BODY else contextlib.nullcontext():
             if route.body:
-                request.body = parse_json(body)
+                request.body = {} if is_empty else parse_json(body)
             return 200, self.with_redis(self.server.api.answer, route, request), {}
 
     def with_redis(self, call: Callable, *arguments: object) -> object:

@@ -9415,6 +9415,9 @@ def test_the_later_request_wins_when_an_unsubscribe_overtakes_its_subscribe(serv
     now = int(time.time() * 1e6)
     assert service.newsletters.unsubscribe(task(now + 1)) == "not subscribed"
     assert service.newsletters.subscribe(task(now)) == "overtaken"
+    for key in service.store.redis.keys(service.store.key("unsubscribed", "*")):  # as a day later
+        service.store.redis.delete(key)
+    assert service.newsletters.subscribe(task(now, again=True)) == "overtaken"
     assert client.get("/task/subscriptionContent/news")["subscribers"] == 0
     assert service.newsletters.subscribe(task(now + 3)) == "left out: unsubscribed"
     assert service.newsletters.subscribe(task(now + 3, again=True)) == "subscribed"
@@ -10137,6 +10140,16 @@ def test_a_newsletter_is_sent_now_to_each_subscriber_and_the_schedule_stays_as_i
     executed(service, 6)
     clock.now = at("2026-04-01T00:00:00")
     until(lambda: len(mail_server.mails) == 6)
+
+
+def test_a_request_to_send_now_may_come_without_a_body(service, client):
+    define(client)
+    subscribe(client)
+    path = "/task/subscriptionContent/news/send"
+    assert client("POST", path)[1]["count"] == 1
+    until(lambda: not service.store.redis.exists(service.store.key("sends")))
+    assert client("POST", path, b"", Content_Type="text/plain")[0] == 200
+    assert client("POST", path, b"{}", Content_Type="text/plain")[0] == 415 and client("POST", path, b" ")[0] == 400
 
 
 def test_to_send_to_nobody_counts_0_and_what_cannot_be_sent_says_why(service, client):
