@@ -5536,13 +5536,23 @@ class Suppressions:
         self._remove = store.script(self.REMOVE, once=True)
         self._erase = store.script(self.ERASE)
 
-    def list(self, account: str, offset: int = 0, limit: int = 100) -> tuple[int, "list[Json]"]:
-        """(how many addresses the account has suppressed, those from `offset` on), newest first."""
+    def list(self, account: str, offset: int = 0, limit: int = 100, search: str = "") -> tuple[int, "list[Json]"]:
+        """(how many addresses the account has suppressed, those from `offset` on), newest first.
+
+        With `search`, a part of an address, only those that have it; case is ignored in ASCII.
+        """
         key = self.store.key("suppressed", account)
-        found = self.store.redis.zrevrange(key, offset, offset + limit - 1, withscores=True) if limit else []
+        if search:
+            pattern = f"*{escape_glob(fold_address(search))}*"
+            matching = dict(self.store.redis.zscan_iter(key, pattern, count=1000))
+            total = len(matching)
+            found = sorted(matching.items(), key=lambda item: item[::-1], reverse=True)[offset:offset + limit]
+        else:
+            total = self.store.redis.zcard(key)
+            found = self.store.redis.zrevrange(key, offset, offset + limit - 1, withscores=True) if limit else []
         addresses = [address for address, _ in found]
         reasons = self.store.redis.hmget(self.store.key("suppressed_for", account), addresses) if found else []
-        return self.store.redis.zcard(key), [
+        return total, [
             {"userId": address, "reason": reason, "created": timestamp(moment * 1000)}
             for (address, moment), reason in zip(found, reasons)]
 
@@ -8194,7 +8204,8 @@ class SubscriberFile:
     """Reads the subscribers of a CSV file (RFC 4180), with a header line; the cells are separated by , or ; or tabs.
 
     The columns are those of an export; only the address (see ADDRESS_COLUMNS) is needed, and case is ignored. Any other
-    column is a variable, and so is `variables.<name>` in any case. An empty cell is as good as none. A file that was
+    column is a variable, and so is `variables.<name>` in any case. An empty cell is as good as none. Times may be as
+    people and spreadsheets write them: "Weekly" for @weekly, "Sunday" for sun, "9:00:00" for 09:00. A file that was
     exported also says who has unsubscribed.
 
     Args:
@@ -8279,8 +8290,14 @@ class SubscriberFile:
         if state.lower() not in ("", SubscriptionState.SUBSCRIBED):
             row["variables.state"] = state
         variables = {name.removeprefix("variables."): row.pop(name) for name in [*row] if name.startswith("variables.")}
+        if "frequency" in row:
+            row["frequency"] = f"@{row['frequency'].lower().removeprefix('@')}"
         if row.get("day", "").isdecimal():
             row["day"] = int(row["day"])
+        elif match := re.fullmatch(rf"({'|'.join(WEEKDAYS)})((s|nes|rs|ur)?day)?", row.get("day", ""), re.IGNORECASE):
+            row["day"] = match[1].lower()
+        if match := re.fullmatch("([0-9]{1,2}:[0-9]{2})(:00)?", row.get("at", "")):
+            row["at"] = match[1].zfill(5)
         payload = {**({} if "frequency" in row else self.defaults), **row, "content_type": "-",
                    **({"variables": variables} if variables else {})}
         return {**PAYLOADS["subscribe"](payload), "state": SubscriptionState.SUBSCRIBED}
@@ -11748,7 +11765,7 @@ class Access(enum.StrEnum):
     OPEN = "open"  # anybody
     KEY = "key"  # an API key; or the admin, who names an account by ?account=
     ALL = "all"  # as KEY, but the admin who names no account means all of them
-    TASK = "task"  # an API key; the queue checks in its own round trip whether it was revoked
+    TASK = "task"  # as KEY, but the queue checks in its own round trip whether the API key was revoked
     ADMIN = "admin"  # the admin
     OWNER = "owner"  # the admin, or the key of the account concerned
     SELF = "self"  # the admin_token, or an API key of the account concerned; its script checks whether that is valid
@@ -11838,7 +11855,7 @@ class Api:
             case Access.OPEN:
                 return None
             case Access.TASK:
-                return self.account_for(request)
+                return self.task_account(request, route)
             case Access.TOKEN:
                 return self.bounces.account_of(request.path_params["token"])
             case Access.ADMIN | Access.OWNER if self.has_admin_rights(request):
@@ -11894,6 +11911,18 @@ class Api:
     def account_for(self, request: Request) -> Account:
         """The Account of the session or the key, even if its key was revoked. Raises HTTPError (401)."""
         return self.session_account(request) or self.accounts.decode_key(request.headers.get("authorization", ""))
+
+    def task_account(self, request: Request, route: Route) -> Account:
+        """The Account for which tasks are made: whose key or session it is, even if its key was revoked, or the one
+        that the admin names. As nearly all requests have a key, that is looked at first."""
+        try:
+            account = self.account_for(request)
+        except HTTPError:
+            if not self.is_admin(request):
+                self.penalize(request)
+                raise
+            account = self.admin
+        return self.account_named(request, route) if account == self.admin else account
 
     def account_or_penalty(self, request: Request) -> Account:
         """As account_for(), for a route that takes admin_token too. Raises HTTPError (401, 429)."""
@@ -12135,9 +12164,9 @@ class Api:
 
     def part_of_list(self, request: Request, name: str, read: Callable[..., tuple[int, list]]) -> Json:
         """The part of a list that the query asks for, as the field `name`. `read` returns (length of all, the part)."""
-        paging = {"offset": 0, "limit": 100, **request.query}
-        total, elements = read(request.account.name, **paging)
-        return {"status": True, "total": total, **paging, name: elements}
+        asked = {"offset": 0, "limit": 100, **request.query}
+        total, elements = read(request.account.name, **asked)
+        return {"status": True, "total": total, "offset": asked["offset"], "limit": asked["limit"], name: elements}
 
     def retry_dead(self, request: Request) -> Reply:
         return done("Task enqueued successfully", id=self.take_dead(request))
@@ -12590,7 +12619,8 @@ BOUNCE = Object({"id": Nullable(String(254, ONE_LINE, LINE)), "messageId": Nulla
 STATES = tuple(State)
 WAITING, CANCELLABLE = ("queued", "scheduled", "retrying"), (*PAYLOADS, "newsletter")  # states, types
 PAGING = {"offset": Integer(0, 10**9), "limit": Integer(0, 1000)}
-SEARCH = {**PAGING, "search": String(254, ONE_LINE, LINE), "state": Enum(STATES)}
+ADDRESS_SEARCH = {**PAGING, "search": String(254, ONE_LINE, LINE)}
+SEARCH = {**ADDRESS_SEARCH, "state": Enum(STATES)}
 FILTERS = {"state": Enum(WAITING), "type": Enum(CANCELLABLE), "task": String(256, ONE_LINE, LINE),
            "content_type": CONTENT_TYPE, "userId": Address()}
 OUTBOX_SEARCH = {**PAGING, "to": String(254, ONE_LINE, LINE), "subject": String(254, ONE_LINE, LINE),
@@ -12676,7 +12706,7 @@ ROUTES = (
     Route("DELETE", "/task", Api.cancel_tasks, Access.ALL, query=FILTERS, answer=COUNTED, known_query=True),
     Route("GET", "/subscriptions", Api.list_subscriptions, Access.ALL, query=SUBSCRIPTIONS,
           answer={"status": bool, "subscriptions": list, "next": (str, None)}),
-    Route("GET", "/suppressions", Api.list_suppressions, Access.KEY, query=PAGING,
+    Route("GET", "/suppressions", Api.list_suppressions, Access.KEY, query=ADDRESS_SEARCH,
           answer={**PART_ANSWER, "suppressions": list}),
     Route("POST", "/suppressions", Api.suppress, Access.KEY, RECIPIENT),
     Route("DELETE", "/suppressions", Api.unsuppress, Access.KEY, RECIPIENT, refuses=(404,)),
@@ -12755,7 +12785,7 @@ SECURITY = {
     Access.TOKEN: ((), ()),
     Access.KEY: (("apiKey", "adminToken"), (401, 404, 429)),
     Access.ALL: (("apiKey", "adminToken"), (401, 404, 429)),
-    Access.TASK: (("apiKey",), (401,)),
+    Access.TASK: (("apiKey", "adminToken"), (401, 404, 429)),
     Access.ADMIN: (("adminToken",), (401, 403, 429)),
     Access.OWNER: (("apiKey", "adminToken"), (401, 403, 429)),
     Access.SELF: (("apiKey", "adminToken"), (401, 429)),
@@ -12788,7 +12818,7 @@ def openapi(routes: Sequence[Route]) -> Json:
                            for name in re.findall(r"\{(\w+)\}", route.path)]
             + [{"name": name, "in": "query", "schema": check.schema} for name, check in route.query.items()],
             "security": [{name: []} for name in credentials]}
-        if route.access in (Access.KEY, Access.ALL):
+        if route.access in (Access.KEY, Access.ALL, Access.TASK):
             operation["parameters"].append({"name": "account", "in": "query", "schema": {"type": "string"},
                                             "description": "With admin_token: the name of an account."})
         if route.body:
