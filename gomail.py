@@ -7,42 +7,43 @@ transport (SMTP, or a Maildir) and retry what fails. `python gomail.py` starts t
 
 The module reads from top to bottom, and each section uses only those above it:
 
-    1. settings                   7. queue         12. otp            17. cron
-    2. logging                    8. inspection    13. newsletters    18. http api
-    3. redis                      9. metrics       14. bounces        19. http server
-    4. validation and errors     10. mail          15. webhooks       20. service
-    5. accounts                  11. transports    16. workers        21. command line
-    6. tasks
+    1. settings                   7. queue         13. newsletters    19. http api
+    2. logging                    8. inspection    14. bounces        20. http server
+    3. redis                      9. metrics       15. recipients     21. service
+    4. validation and errors     10. mail          16. webhooks       22. command line
+    5. accounts                  11. transports    17. workers
+    6. tasks                     12. otp           18. cron
 
 The way of one mail, from POST to 250; the numbers are those of the sections:
 
-    Handler.respond        19  reads the request, finds its Route and the Account of its API key
-    -> Api.enqueue         18  is the handler of POST /task; TASK (6), the Check of the Route, has checked the body
+    Handler.respond        20  reads the request, finds its Route and the Account of its API key
+    -> Api.enqueue         19  is the handler of POST /task; TASK (6), the Check of the Route, has checked the body
     -> Queue.enqueue        7  stores the task and puts its id into a lane (script ENQUEUE); the app gets its answer
     -> GroupCommit          7  makes one call of that script for all requests that wait
-    Workers.run            16  is a thread that waits for the next ids of its lane
+    Workers.run            17  is a thread that waits for the next ids of its lane
     -> Queue.settle_and_take   moves some of them to the worker's processing list (script SETTLE_AND_TAKE)
-    -> Workers.perform     16  calls the method for the task's type; Workers.send_message turns a "message" into a Mail
+    -> Workers.perform     17  calls the method for the task's type; Workers.send_message turns a "message" into a Mail
     -> compose             10  turns the Mail into bytes
     -> SmtpTransport.send  11  returns when the server has answered 250, and raises a DeliveryError otherwise
     -> Outcome              7  says what became of the task: succeeded, retrying, dead, ...
     -> Queue.settle_and_take   stores the Outcome of each task, and takes further ones in the same round trip
-    Queue.promote           7  puts the id of a task whose retry is due back into its lane; Cron.once (17) calls it
+    Queue.promote           7  puts the id of a task whose retry is due back into its lane; Cron.once (18) calls it
 
 What a change touches:
 
     a payload field            PAYLOADS (6), Workers.send_message, Mail and compose
     a route                    a method of Api, and a row of ROUTES, from which the OpenAPI description is made
-    a transport                a class with the methods of Transport (11), options (1), and Service._wire (20)
-    a Redis key                the table in section 3; if it belongs to an account, Accounts.deregister
+    a transport                a class with the methods of Transport (11), options (1), and Service._wire (21)
+    a Redis key                the table in section 3; if it belongs to an account, Accounts.deregister; if it has an
+                               address, Recipients.erase; and Backup, if it is not to be kept
     a lane                     Lane (6)
 """
 
 import argparse
 import base64
+import binascii
 import bisect
 import calendar
-import binascii
 import collections
 import contextlib
 import csv
@@ -101,7 +102,7 @@ import typing
 import urllib.parse
 import zlib
 import zoneinfo
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from mailbox import Maildir
 from typing import IO, Any
 
@@ -2901,8 +2902,10 @@ class Accounts:
             self._ensure_made_key_is_active(made)
         return self._sign(made, moment, ttl), ends / 1000
 
-    # KEYS: UserList, the account's content types, those that somebody left, its other keys; ARGV: account, key prefix,
-    # content types to remove.
+    OF_CONTENT_TYPE = ("subscribers", "issued", "got", "issues")  # keys <kind>:<type>:<account> that end with the type
+
+    # KEYS: UserList, the account's content types, those that somebody left, what they need, its other keys; ARGV:
+    # account, key prefix, how many content types to remove, OF_CONTENT_TYPE.
     # Answers 0 if the account is not registered, 1 if it is removed, 2 if content types are left: until they are gone,
     # the name stays taken, and no key is valid. The waiting tasks and the schedule are not searched: what comes up
     # there without its owner is dropped.
@@ -2914,10 +2917,10 @@ class Accounts:
         for _, content_type in ipairs(types) do
             redis.call('HDEL', content, content_type)
             redis.call('HDEL', needs, content_type)
-            local type_and_name = content_type .. ':' .. name
-            redis.call('UNLINK', prefix .. 'subscribers:' .. type_and_name, prefix .. 'issued:' .. type_and_name,
-                       prefix .. 'got:' .. type_and_name, prefix .. 'issues:' .. type_and_name)
-            redis.call('HDEL', prefix .. 'sends', type_and_name)
+            redis.call('HDEL', prefix .. 'sends', content_type .. ':' .. name)
+            for at = 4, #ARGV do
+                redis.call('UNLINK', table.concat({prefix .. ARGV[at], content_type, name}, ':'))
+            end
         end
         local left = redis.call('HRANDFIELD', left_types, most)
         for _, content_type in ipairs(left) do
@@ -2942,7 +2945,8 @@ class Accounts:
             "content", "left_types", "needs", "dead", "suppressed", "suppressed_for", "erased", "recent"))]
         many, at_once = self._keys_of_many(name), self.CONTENT_TYPES_AT_ONCE
         # Removing no content types only revokes the keys.
-        while (answer := self._deregister(keys=keys, args=[name, self.store.prefix, 0 if many else at_once])) == 2:
+        while (answer := self._deregister(keys=keys, args=[
+                name, self.store.prefix, 0 if many else at_once, *self.OF_CONTENT_TYPE])) == 2:
             for key in many:
                 self.store.remove(key, self.user_list, name)
             many = []
@@ -2957,8 +2961,7 @@ class Accounts:
             for key in keys:
                 pipeline.zcard(key)
             hashes = [self.store.key("suppressed_for", name), *(
-                self.store.key(kind, content_type, name) for content_type in types for kind in (
-                    "subscribers", "issued", "got")), *(
+                self.store.key(kind, content_type, name) for content_type in types for kind in self.OF_CONTENT_TYPE), *(
                 self.store.key("left", content_type, name) for content_type in left_types)]
             for key in hashes:
                 pipeline.hlen(key)
@@ -3445,13 +3448,6 @@ def check_confirm(task: Json, path: str, public_url: str) -> None:
         raise HTTPError(400, f"{field} needs the option public_url: the mail that asks to confirm has a link", field)
 
 
-def erased_name(store: Store, address: str) -> str:
-    """What is kept of an address that was erased, in place of its form as a key. Queue.ERASED_NAME makes the same."""
-    key = store.redis.get(store.key("erasure_key")) or ""
-    inner = hashlib.sha1(f"{key}{fold_address(address)}".encode()).hexdigest()
-    return hashlib.sha1(f"{key}{inner}".encode()).hexdigest()
-
-
 def check_sender(task: Json, path: str, allowed: Sequence[str]) -> None:
     """Raise HTTPError (400) for a payload.from that none of `allowed` matches: `Name <address>`, `address`, `@domain`.
 
@@ -3919,7 +3915,7 @@ class Queue:
 
     # Queue an event for the webhooks that want its kind: that of the account, and the admin's. An event is a task of
     # the lane `hooks`, which is in no list of the newest tasks. `data` is JSON. `task_key`: the registration of the
-    # task that it is about, if any: the next account of the same name does not hear of it. See section 15.
+    # task that it is about, if any: the next account of the same name does not hear of it. See section 16.
     EVENT = CLOCK + PUT + """
         local function emit(prefix, account, kind, data, task_key)
             if redis.call('EXISTS', prefix .. 'hooks') == 0 then return end
@@ -5198,18 +5194,21 @@ class Queue:
                     state, f"has ended already ({state})")
 
     # Cancel, or only count, those that match among some tasks of a list of a lane, newest first, or of the delayed set.
-    # So of a list the workers take one end, and this the other. What is accepted meanwhile stays.
+    # So of a list the workers take one end, and this the other. What is accepted meanwhile stays. The task before the
+    # place to go on shows whether others have moved it, who cancel in the same list.
     # KEYS: the prefix.
-    # ARGV: the list, or "" for the delayed set; where to go on in it, how many to look at; 1 to cancel or 0 to count,
-    #       result_ttl (ms), the newest moment of acceptance (us); the account that the tasks must belong to or "", its
-    #       registration; the state, type, name, content type and recipient that they must have, or "" for any.
-    # Answer: {where to go on, or "" at the end; then the type of each task that was cancelled, or would be}.
+    # ARGV: the list, or "" for the delayed set; where to go on in it, and the id before or ""; how many to look at; 1
+    #       to cancel or 0 to count, result_ttl (ms), the newest moment of acceptance (us); the account that the tasks
+    #       must belong to or "", its registration; the state, type, name, content type and recipient that they must
+    #       have, or "" for any.
+    # Answer: {where to go on, or "" at the end; the id before or ""; then the type of each task that was cancelled, or
+    #         would be}.
     PURGE = CLOCK + CONCLUDE_WAITING + IS_OWN + MAY_BE_SENT + """
-        local prefix, list, at, most, cancels, ttl, newest, account, registration = KEYS[1], unpack(ARGV, 1, 8)
-        local state, type, name, content_type, recipient = unpack(ARGV, 9)
+        local prefix, list, at, before, most, cancels, ttl, newest, account, registration = KEYS[1], unpack(ARGV, 1, 9)
+        local state, type, name, content_type, recipient = unpack(ARGV, 10)
         local waits = {queued = list ~= '', scheduled = list == '', retrying = list == ''}
 
-        local function is_wanted(id)
+        local function matches(id)
             local task = prefix .. 'task:' .. id
             local owner, key, now, created, to, head, story = unpack(redis.call('HMGET', task,
                 'account', 'key', 'state', 'created', 'to', 'head', 'story'))
@@ -5230,7 +5229,7 @@ class Queue:
             return (shown.payload or {}).content_type == content_type
         end
 
-        local answer = {''}
+        local answer = {'', ''}
         local function cancel(id)
             answer[#answer + 1] = cancels == '1' and conclude_waiting(prefix, id, 'cancelled', nil, ttl) or ''
         end
@@ -5240,7 +5239,7 @@ class Queue:
             if cursor ~= '0' then answer[1] = cursor end
             for each = 1, #found, 2 do
                 local id = found[each]
-                if is_wanted(id) then
+                if matches(id) then
                     if cancels == '1' then
                         redis.call('ZREM', prefix .. 'delayed', id)
                         redis.call('ZREM', prefix .. 'scheduled', id)
@@ -5251,15 +5250,21 @@ class Queue:
             return answer
         end
         list = prefix .. list
+        if before ~= '' and redis.call('LINDEX', list, at - 1) ~= before then
+            at = (redis.call('LPOS', list, before) or -1) + 1
+        end
         local ids = redis.call('LRANGE', list, at, at + most - 1)
         for each, id in ipairs(ids) do
-            if is_wanted(id) then
+            if matches(id) then
                 if cancels == '1' then redis.call('LSET', list, at + each - 1, '') end  -- removed below, in one pass
                 cancel(id)
             end
         end
-        local removed = cancels == '1' and #answer > 1 and redis.call('LREM', list, #answer - 1, '') or 0
-        if #ids == tonumber(most) then answer[1] = at + most - removed end
+        local removed = cancels == '1' and #answer > 2 and redis.call('LREM', list, #answer - 2, '') or 0
+        if #ids == tonumber(most) then
+            answer[1] = at + most - removed
+            answer[2] = answer[1] > 0 and redis.call('LINDEX', list, answer[1] - 1) or ''
+        end
         return answer
     """
 
@@ -5278,12 +5283,13 @@ class Queue:
         lists = [f"lane:{lane}:{account.name}" for lane in LANES] if account.name else [*found]
         lists = [name for name in lists if not name.startswith(f"lane:{Lane.HOOKS}:")]  # no events
         newest = int(self.store.time() * 1e6)
-        for name in [*(lists if state in ("", State.QUEUED) else ()), *([""] if state != State.QUEUED else ())]:
-            at = 0
+        # The delayed set first: what becomes due meanwhile goes from there into a list.
+        for name in [*([""] if state != State.QUEUED else ()), *(lists if state in ("", State.QUEUED) else ())]:
+            at, before = 0, ""
             while at != "":
                 self.give_way()
-                at, *types = self._purge(keys=[self.store.prefix], args=[
-                    name, at, self.BATCH, int(not only_count), self._limits[0], newest, account.name,
+                at, before, *types = self._purge(keys=[self.store.prefix], args=[
+                    name, at, before, self.BATCH, int(not only_count), self._limits[0], newest, account.name,
                     account.registration, state, type, task, content_type, fold_address(recipient)])
                 cancelled.update(types)
                 progress(cancelled.total())
@@ -5515,6 +5521,13 @@ def timestamp(microseconds: float | str) -> str:
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+def erased_name(store: Store, address: str) -> str:
+    """What is kept of an address that was erased, in place of its form as a key. Queue.ERASED_NAME makes the same."""
+    key = store.redis.get(store.key("erasure_key")) or ""
+    inner = hashlib.sha1(f"{key}{fold_address(address)}".encode()).hexdigest()
+    return hashlib.sha1(f"{key}{inner}".encode()).hexdigest()
+
+
 class Suppressions:
     """The addresses to which an account sends nothing but OTPs."""
 
@@ -5559,9 +5572,8 @@ class Suppressions:
 
     def remove(self, account: str, address: str) -> bool:
         """Send to an address again. False where it was not suppressed."""
-        addresses = [fold_address(address), *([address.casefold()] if self.by_older(account, address) else [])]
         keys = [self.store.key(kind, account) for kind in ("suppressed", "suppressed_for", "erased")]
-        return bool(self._remove(keys=keys, args=[erased_name(self.store, address), *addresses]))
+        return bool(self._remove(keys=keys, args=[erased_name(self.store, address), *self._forms(account, address)]))
 
     # KEYS: the prefix. ARGV: account, addresses.
     ERASE = Accounts.CLOCK + Queue.ERASED_NAME + """
@@ -5579,8 +5591,11 @@ class Suppressions:
         key = self.store.key("erasure_key")
         if not self.store.redis.exists(key):
             self.store.write("SET", key, secrets.token_hex(32), "NX")
-        addresses = [fold_address(address), *([address.casefold()] if self.by_older(account, address) else [])]
-        self._erase(keys=[self.store.prefix], args=[account, *addresses])
+        self._erase(keys=[self.store.prefix], args=[account, *self._forms(account, address)])
+
+    def _forms(self, account: str, address: str) -> Sequence[str]:
+        """The forms in which an address may be suppressed: as a key, and as an older version had it, if it is there."""
+        return [fold_address(address), *([address.casefold()] if self.by_older(account, address) else [])]
 
     def by_older(self, account: str, address: str) -> bool:
         """Whether an address was suppressed by an older version, which folded more than ASCII letters.
@@ -5829,8 +5844,8 @@ class Inspection:
         return [json.loads(report) for report in self.store.redis.hvals(self.store.key("paused"))]
 
     def lanes(self, depths: Mapping[str, int], reports: Sequence[Json], held: Mapping[str, int]) -> list[Json]:
-        """For each lane: what waits there, by depths(); by reports(), in how many processes it is paused, and why; by
-        Queue.held(), since when it is so by request, and what would pause it otherwise."""
+        """Each lane, from depths(), reports() and Queue.held(): {"lane", "queued", "oldest", "paused": in how many
+        processes, "reason", "by_request": since when somebody has paused it, "beneath": what pauses it besides}."""
         oldest, lanes = self.oldest(), []
         for lane in LANES:
             # A heartbeat may be a second older than the request.
@@ -6027,6 +6042,7 @@ def exposition(series: Mapping[tuple, float]) -> str:
 
 # --- 10. mail -------------------------------------------------------------------------------------------
 # A Mail becomes the bytes of a message (RFC 5322, MIME). The plain text beside HTML is made by html_to_text().
+# READER_TEXTS has what GoMail itself says in its mails, and on its pages for readers.
 
 def html_to_text(document: str) -> str:
     """The plain text of an HTML document.
@@ -6979,6 +6995,11 @@ class MaildirTransport:
         # What is to be reported of mails to gomail.test, as soon as their tasks have ended.
         self.returning: collections.deque[Report] = collections.deque(maxlen=10_000)
 
+    @classmethod
+    def of(cls, settings: Settings) -> "MaildirTransport":
+        """That of these settings, in data_dir."""
+        return cls(pathlib.Path(settings.data_dir, "outbox"), settings.outbox_max)
+
     def __str__(self) -> str:
         return f"Maildir {self.folder}"
 
@@ -7135,7 +7156,7 @@ class MaildirTransport:
                     self.came.wait(min(left, self.WAIT_STEP))
 
     def _state(self) -> tuple[float, int]:
-        """What is another value after a mail has come in."""
+        """A value that changes when a mail comes in."""
         try:
             return self.accepted, os.stat(self.folder / "new").st_mtime_ns
         except FileNotFoundError:
@@ -8110,8 +8131,8 @@ class Otps:
 
 
 # --- 13. newsletters ------------------------------------------------------------------------------------
-# Content types, their subscriptions, and the schedule. One script moves a due subscription to its next boundary and
-# queues its mail, so that any number of processes send it once.
+# Content types, their subscriptions, and the schedule; CSV files of subscribers; and who has unsubscribed. One script
+# moves a due subscription to its next boundary and queues its mail, so that any number of processes send it once.
 
 def next_boundary(frequency: str, now: float, zone: zoneinfo.ZoneInfo, at: str = "00:00",
                   day: str | int | None = None) -> int:
@@ -8149,8 +8170,9 @@ def text_digest(subject: str, content: str) -> str:
 
 # The columns of a file with subscribers: those of an export, before the variables; and by which names an import knows
 # the address. TIMES also are fields of a subscribe task's payload.
-TIMES = ("frequency", "at", "day", "timezone")
-EXPORT_COLUMNS = ("userId", "state", *TIMES, "created", "last", "since", "how")
+TIMES = ("frequency", *Subscription.CALENDAR)
+HISTORY = ("created", "last", "since", "how")
+EXPORT_COLUMNS = ("userId", "state", *TIMES, *HISTORY)
 ADDRESS_COLUMNS = ("userid", "email", "e-mail", "address")
 KNOWN_COLUMNS = frozenset((*map(str.lower, EXPORT_COLUMNS), *ADDRESS_COLUMNS))
 
@@ -8170,6 +8192,14 @@ def plain_cell(text: str) -> str:
     return text[1:] if text.startswith("'") and FORMULA.match(text) else text
 
 
+class SubscriptionState(enum.StrEnum):
+    """Whether an address gets a newsletter."""
+
+    SUBSCRIBED = "subscribed"
+    UNSUBSCRIBED = "unsubscribed"
+    UNCONFIRMED = "unconfirmed"  # it was asked to confirm, see Newsletters.ASK
+
+
 class SubscriberFile:
     """Reads the subscribers of a CSV file (RFC 4180), with a header line; the cells are separated by , or ; or tabs.
 
@@ -8187,8 +8217,6 @@ class SubscriberFile:
         HTTPError: 400, the header line is wrong.
     """
 
-    HISTORY = ("created", "last", "since", "how")  # columns of an export that tell what was
-
     def __init__(self, lines: Iterable[str], defaults: Json, first: int = 1) -> None:
         lines = iter(lines)
         header = next(lines, "").removeprefix("\ufeff")
@@ -8198,7 +8226,7 @@ class SubscriberFile:
                 self.rows = csv.reader(itertools.chain([header], lines), delimiter=delimiter, strict=True)
                 names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter, strict=True), [])]
                 # These belong to an export only together: somebody's file may have one of them for a variable.
-                known = self.HISTORY if {*self.HISTORY} <= {*map(str.lower, names)} else ()
+                known = HISTORY if {*HISTORY} <= {*map(str.lower, names)} else ()
                 self.columns = [self._column(name, (*TIMES, "state", *known, "")) for name in names]
                 if "userId" in self.columns:
                     break
@@ -8250,7 +8278,7 @@ class SubscriberFile:
             raise HTTPError(400, "it is not UTF-8")
         row: Json = {column: plain_cell(cell if column.startswith("variables.") else cell.strip())
                      for column, cell in zip(self.columns, cells) if column and cell.strip()}
-        state, history = row.pop("state", ""), {name: row.pop(name, "") for name in self.HISTORY}
+        state, history = row.pop("state", ""), {name: row.pop(name, "") for name in HISTORY}
         if state.lower() == SubscriptionState.UNSUBSCRIBED:
             how, since = history["how"] if history["how"] in ("link", "one-click") else "task", 0
             with contextlib.suppress(ValueError, OverflowError):
@@ -8275,20 +8303,12 @@ class SubscriberFile:
         return {**PAYLOADS["subscribe"](payload), "state": SubscriptionState.SUBSCRIBED}
 
 
-class SubscriptionState(enum.StrEnum):
-    """Whether an address gets a newsletter."""
-
-    SUBSCRIBED = "subscribed"
-    UNSUBSCRIBED = "unsubscribed"
-    UNCONFIRMED = "unconfirmed"  # it was asked to confirm, see Newsletters.ASK
-
-
 class Newsletters:
     """Content types, subscriptions, and the mails that are due.
 
     Args:
         zone: the time zone of the calendar.
-        accounts: signs the links to unsubscribe.
+        accounts: signs the links to unsubscribe and to confirm.
         public_url: the start of these links, or "" for mails without them.
         clock: returns seconds since the epoch; by default Redis's clock, the same for all processes.
         max_size: how many bytes subject and content of a mail may have.
@@ -8297,9 +8317,8 @@ class Newsletters:
     BATCH = 200  # subscriptions that one script looks at: a millisecond of Redis's time each 50
     TEST_RETRIES = 3  # of a newsletter that is sent as a test
     CALENDARS_KEPT = 100  # of those that are not only a frequency: known to each look for what is due
-    HALF: typing.ClassVar[dict[str, int]] = {  # half a period in seconds: two boundaries that are closer are the same
+    HALF_PERIODS: typing.ClassVar[dict[str, int]] = {  # in seconds; two boundaries that are closer are the same
         "@hourly": 1800, "@daily": 43200, "@weekly": 302400, "@monthly": 1209600}
-    HALF_AS_JSON = json.dumps(HALF)
     CONFIRM = "Confirm"  # the content type of the mail that asks to confirm
     CONFIRM_TTL = 604800  # seconds in which a subscription can be confirmed
     CONFIRM_PAUSE = 3600  # seconds between two mails that ask an address to confirm the same
@@ -8327,15 +8346,15 @@ class Newsletters:
         self._send = store.script(self.SEND, once=True, when_full=False)
         self._send_some = store.script(self.SEND_SOME, when_full=False)
         self._stop_send = store.script(self.STOP_SEND, once=True)
-        self.sending = threading.Event()  # set where this process knows of newsletters that are to be queued
         self._correct = store.script(self.CORRECT)
         self._note_needs = store.script(self.NOTE_NEEDS)
+        self.sending = threading.Event()  # set where this process knows of newsletters that are to be queued
         self._cursor = 0  # where correct() continues in the schedule
         self._calendars: dict[str, None] = dict.fromkeys(FREQUENCIES)  # whose boundaries are passed to CLAIM
         self._found: dict[str, tuple[float, int, int]] = {}  # calendar -> since when its next two boundaries are these
 
     def _keys(self, account: str, content_type: str, address: str = "") -> list[str]:
-        """The KEYS of DEFINE, REMOVE, SUBSCRIBE, UNSUBSCRIBE and REFOLD, as KEYS_BY_NAME names them."""
+        """The KEYS that KEYS_BY_NAME names."""
         return [self.store.key("content", account), self.store.key("subscribers", content_type, account),
                 self.store.key("schedule"), self.store.key("issued", content_type, account),
                 self.store.key("unsubscribed", content_type, address, account),
@@ -8367,15 +8386,26 @@ class Newsletters:
         end
     """
 
+    # `create` makes a content type, if there is none, and answers whether it did.
+    CREATE = KEYS_BY_NAME + """
+        local function create(content_type, body, needed)
+            -- A full Redis refuses this: nothing is written before it.
+            if redis.call('HSETNX', content, content_type, body) == 0 then return 0 end
+            redis.call('HSET', needs, content_type, needed)
+            redis.call('UNLINK', subscribers, issued, got, issues)  -- what REMOVE has left
+            return 1
+        end
+    """
+
     # KEYS: see _keys().
     # ARGV: content type, body, what it needs, 1 to replace it or 0 to create it.
     # Answer: 1, or 0 if there is no such content type, or one already.
-    DEFINE = KEYS_BY_NAME + """
+    DEFINE = CREATE + """
         local content_type, body, needed, exists = unpack(ARGV)
-        if redis.call('HEXISTS', content, content_type) ~= tonumber(exists) then return 0 end
-        redis.call('HSET', content, content_type, body)  -- a full Redis refuses this: nothing is written before it
+        if exists == '0' then return create(content_type, body, needed) end
+        if redis.call('HEXISTS', content, content_type) == 0 then return 0 end
+        redis.call('HSET', content, content_type, body)
         redis.call('HSET', needs, content_type, needed)
-        if exists == '0' then redis.call('UNLINK', subscribers, issued, got, issues) end  -- what REMOVE has left
         return 1
     """
 
@@ -8443,10 +8473,10 @@ class Newsletters:
 
     def remove(self, account: str, content_type: str) -> None:
         """Remove a content type and end its subscriptions. Raises HTTPError (404) if it does not exist."""
-        content, subscribers, _, issued, _, got, issues, *_ = keys = self._keys(account, content_type)
-        existed = self._remove(keys, [content_type, f"{content_type}:{account}"])
-        for key in (subscribers, issued, got, issues):
-            self.store.remove(key, content, content_type)
+        existed = self._remove(self._keys(account, content_type), [content_type, f"{content_type}:{account}"])
+        for kind in Accounts.OF_CONTENT_TYPE:
+            self.store.remove(self.store.key(kind, content_type, account), self.store.key("content", account),
+                              content_type)
         if not existed:
             raise self._unknown()
 
@@ -8483,7 +8513,7 @@ class Newsletters:
         Each is {"content_type", "subject", "subscribers"}, with "account" where all are asked for. Contents may be
         long, so only read() returns them.
         """
-        pairs = self._content_types(account)
+        pairs = self.content_types(account)
         page = pairs[offset:offset + limit]
         heads = self._heads(keys=[self.store.prefix], args=list(itertools.chain.from_iterable(page)))
         return len(pairs), [
@@ -8524,7 +8554,7 @@ class Newsletters:
         return {name: None if not answer else NamedText(answer[0], is_left_out=True) if len(answer) == 1
                 else NamedText.of(answer[0], json.loads(answer[1])) for name, answer in zip(names, answers)}
 
-    def _content_types(self, account: str = "", kind: str = "content") -> list[tuple[str, str]]:
+    def content_types(self, account: str = "", kind: str = "content") -> list[tuple[str, str]]:
         """(account, content type) for the content types of an account or of all, by name; with the kind "left_types"
         for those that somebody has left, and which may not exist any more."""
         owners = [account] if account else self.accounts.names()
@@ -8554,7 +8584,7 @@ class Newsletters:
         if state == SubscriptionState.UNCONFIRMED:
             return self._unconfirmed(account, content_type, address), None
         has_left = state == SubscriptionState.UNSUBSCRIBED
-        pairs = [(owner, name) for owner, name in self._content_types(account, "left_types" if has_left else "content")
+        pairs = [(owner, name) for owner, name in self.content_types(account, "left_types" if has_left else "content")
                  if content_type in ("", name)]
         number, scan = map(int, cursor.split("-")) if cursor else (0, 0)
         page: list[tuple[str, str, Json]] = []
@@ -8576,31 +8606,35 @@ class Newsletters:
             return [{"account": owner, "content_type": name, "userId": record.get("userId", address), "state": state,
                      "since": timestamp(record["when"]), "how": record["how"]}
                     for owner, name, record in page if "userId" in record or address], next_cursor
+        return self._describe(page, bool(address) or for_export, not for_export), next_cursor
+
+    def _describe(self, page: Sequence[tuple[str, str, Json]], with_variables: bool, with_next: bool) -> list[Json]:
+        """Subscriptions, each (account, content type, record), as subscriptions() has them."""
         with self.store.redis.pipeline(transaction=False) as pipeline:
             groups = [[*rows] for _, rows in itertools.groupby(page, lambda row: row[:2])]
             for rows in groups:
                 owner, name, _ = rows[0]
                 pipeline.hmget(self.store.key("got", name, owner), [fold_address(row[2]["userId"]) for row in rows])
-            for owner, name, record in page if not for_export else ():
+            for owner, name, record in page if with_next else ():
                 pipeline.zscore(self.store.key("schedule"), self.schedule_member(owner, name, record["userId"]))
             answers = pipeline.execute()
         moments, got = answers[len(groups):], itertools.chain.from_iterable(answers[:len(groups)])
         lasts = self._last_issues([(owner, name, issue) for (owner, name, _), issue in zip(page, got)])
-        return [{"account": owner, "content_type": name, "userId": record["userId"], "state": state,
-                 "frequency": record["frequency"], "next": timestamp(moment * 1e6) if moment else None,
+        return [{"account": owner, "content_type": name, "userId": record["userId"],
+                 "state": SubscriptionState.SUBSCRIBED, "next": timestamp(moment * 1e6) if moment else None,
                  "created": timestamp(record["created"]),
-                 **{name: record[name] for name in Subscription.CALENDAR if name in record}, "last": last,
-                 **({"variables": record.get("variables", {})} if address or for_export else {})}
-                for (owner, name, record), moment, last in itertools.zip_longest(page, moments, lasts)], next_cursor
+                 **{name: record[name] for name in TIMES if name in record}, "last": last,
+                 **({"variables": record.get("variables", {})} if with_variables else {})}
+                for (owner, name, record), moment, last in itertools.zip_longest(page, moments, lasts)]
 
     def _unconfirmed(self, account: str, content_type: str, address: str) -> list[Json]:
         """The subscriptions of an address that wait for its confirmation, as subscriptions() has them."""
         if not address:
             raise HTTPError(400, "state unconfirmed needs a userId", "state")
         with self.store.redis.pipeline(transaction=False) as pipeline:
-            for owner, name in self._content_types(account):
+            for owner, name in self.content_types(account):
                 if content_type in ("", name):
-                    pipeline.get(self.store.key("unconfirmed", self._digest(owner, name, address)))
+                    pipeline.get(self.store.key("unconfirmed", self.unconfirmed_id(owner, name, address)))
             found = [json.loads(asking) for asking in pipeline.execute() if asking]
         return [{"account": asking["account"], "content_type": asking["content_type"], "userId": asking["userId"],
                  "state": SubscriptionState.UNCONFIRMED, "next": None,
@@ -8635,7 +8669,7 @@ class Newsletters:
     # Workers may do an unsubscribe before the subscribe that came earlier: the later request wins in any order. Who has
     # unsubscribed stays so, unless the request says `again`.
     # `enter` subscribes an address, with a request of the moment `created`, and answers what SUBSCRIBE does.
-    ENTER = Queue.LATER + Queue.EVENT + FIND_LEFT + KEYS_BY_NAME + """
+    ENTER = Queue.LATER + Queue.EVENT + FIND_LEFT + CREATE + """
         local function enter(unsubscribed, address, record, created, member, now, boundary, next_but_one, half, again,
                              account, data)
             local overtaking = redis.call('GET', unsubscribed)
@@ -8643,6 +8677,9 @@ class Newsletters:
             local before = redis.call('HGET', subscribers, address)
             if before and later(cjson.decode(before).created, created) then return 'overtaken' end
             local field = find_left(prefix, left, address)
+            if field and later(cjson.decode(redis.call('HGET', left, field)).when, created) then
+                return 'overtaken'  -- `unsubscribed` is kept for a day
+            end
             if field and again == '0' then
                 emit(prefix, account, 'subscription.left_out', data)
                 return 'left out'
@@ -8670,15 +8707,12 @@ class Newsletters:
     # ARGV: content type, address, subscription (JSON), when its task was created (microseconds), member of the
     #       schedule, now, next boundary and the one after it (s), half a period (s), 1 to subscribe also who
     #       unsubscribed before, or 0, account, the data of the event; body of the content type if it is to be created,
-    #       or "", and what it needs. Where somebody confirms: also _digest(), and the registration of the account.
+    #       or "", and what it needs. Where somebody confirms: also unconfirmed_id(), and the account's registration.
     # Answer: "subscribed", "overtaken", "left out", "unknown" if the content type does not exist, or "over" if there is
     #         nothing to confirm any more.
     SUBSCRIBE = ENTER + """
         local content_type, account, body, needed, digest, registration = ARGV[1], ARGV[11], unpack(ARGV, 13)
-        if body ~= '' and redis.call('HSETNX', content, content_type, body) == 1 then
-            redis.call('HSET', needs, content_type, needed)
-            redis.call('UNLINK', subscribers, issued, got, issues)  -- what REMOVE has left
-        end
+        if body ~= '' then create(content_type, body, needed) end
         if redis.call('HEXISTS', content, content_type) == 0 then return 'unknown' end
         if digest and (redis.call('HGET', prefix .. 'UserList', account) ~= registration
                        or redis.call('DEL', prefix .. 'unconfirmed:' .. digest) == 0) then
@@ -8713,17 +8747,14 @@ class Newsletters:
     # Have an address asked by a mail whether it wants to be subscribed, at most once in `pause`: an app that is misused
     # must be no mail bomb. The newest request is the one that is confirmed. A repeated call finds its mail there.
     # KEYS: see _keys().
-    # ARGV: content type, its body if it is to be created, or "", when the task was created (microseconds), _digest(),
-    #       what is to be kept (JSON, without "asked"), for how long, and the pause (both ms); id, account,
-    #       registration, body, recipient and head of the task that sends the mail; what the body needs.
+    # ARGV: content type, its body if it is to be created, or "", when the task was created (microseconds),
+    #       unconfirmed_id(), what is to be kept (JSON, without "asked"), for how long, and the pause (both ms); id,
+    #       account, registration, body, recipient and head of the task that sends the mail; what the body needs.
     # Answer: "asked", "asked before", "overtaken", or "unknown" if the content type does not exist.
-    ASK = Queue.ADD_TASK + Queue.LATER + KEYS_BY_NAME + """
+    ASK = Queue.ADD_TASK + Queue.LATER + CREATE + """
         local content_type, body, created, digest, asking, kept, pause = unpack(ARGV, 1, 7)
         local id, account, key, mail, to, head, needed = unpack(ARGV, 8)
-        if body ~= '' and redis.call('HSETNX', content, content_type, body) == 1 then
-            redis.call('HSET', needs, content_type, needed)
-            redis.call('UNLINK', subscribers, issued, got, issues)  -- what REMOVE has left
-        end
+        if body ~= '' then create(content_type, body, needed) end
         if redis.call('HEXISTS', content, content_type) == 0 then return 'unknown' end
         if redis.call('EXISTS', prefix .. 'task:' .. id) == 1 then return 'asked' end
         local overtaking = redis.call('GET', unsubscribed)
@@ -8754,7 +8785,7 @@ class Newsletters:
         payload, account, content_type = task.payload, task.account, task.payload["content_type"]
         if not self.public_url:
             raise PermanentError("confirm needs public_url")
-        address, digest = fold_address(payload["userId"]), self._digest(account, content_type, payload["userId"])
+        address, digest = fold_address(payload["userId"]), self.unconfirmed_id(account, content_type, payload["userId"])
         until = int(self.store.time()) + self.CONFIRM_TTL
         url = f"{self.public_url}/confirm/{self.accounts.seal('confirm', {'of': digest, 'until': until})}"
         mail = {"task": f"Confirm {content_type}", "type": "message", "retries": task.retries,
@@ -8785,17 +8816,15 @@ class Newsletters:
         variables = {**with_defaults(payload.get("variables", {}), text.defaults), "email": payload["userId"],
                      "content_type": payload["content_type"], "confirm_url": url}
         try:
-            return {"subject": self.CONTROLS.sub(" ", fill_template(text.subject, variables, max_size=self.max_size)),
-                    "content": fill_template(text.content, variables, is_html(text.content), max_size=self.max_size)}
+            return dict(zip(("subject", "content"), self._fill(text._asdict(), variables)))
         except KeyError as error:
             raise PermanentError(f"content type {text.content_type!r} needs the variable {error.args[0]!r}, which the "
                                  "subscription lacks") from None
         except TooLarge as error:
-            raise PermanentError(f"with its variables the mail would have {error.size} bytes, and may have "
-                                 f"{self.max_size} (max_body)") from None
+            raise PermanentError(self._too_large(error)) from None
 
     @staticmethod
-    def _digest(account: str, content_type: str, address: str) -> str:
+    def unconfirmed_id(account: str, content_type: str, address: str) -> str:
         """What an unconfirmed subscription is known by."""
         return hashlib.sha256(json.dumps([account, content_type, fold_address(address)]).encode()).hexdigest()
 
@@ -8819,7 +8848,7 @@ class Newsletters:
         entry = self._entry(account, content_type, {**asking["record"], "created": int(self.store.time() * 1e6)}, True,
                             self.clock())
         result = self._confirm(self._keys(account, content_type, fold_address(address)), [
-            content_type, *entry, "", "", self._digest(account, content_type, address), asking["registration"]])
+            content_type, *entry, "", "", self.unconfirmed_id(account, content_type, address), asking["registration"]])
         if result != "subscribed":
             raise self._over()
         log(logging.INFO, "subscription confirmed", account=account, content_type=content_type)
@@ -8841,7 +8870,7 @@ class Newsletters:
         address, frequency = record["userId"], record["frequency"]
         return [fold_address(address), json.dumps(record), record["created"],
                 self.schedule_member(account, content_type, address), now,
-                *self._next_two(self.calendar_of(record), now), self.HALF[frequency], int(again), account,
+                *self._next_two(self.calendar_of(record), now), self.HALF_PERIODS[frequency], int(again), account,
                 json.dumps({"account": account, "userId": address, "content_type": content_type,
                             **{name: record[name] for name in TIMES if name in record}})]
 
@@ -8933,8 +8962,7 @@ class Newsletters:
         line = io.StringIO()
         writer = csv.writer(line)
         writer.writerow([*EXPORT_COLUMNS, *columns.values()])
-        for item in self._all_subscriptions(account, content_type, (
-                SubscriptionState.SUBSCRIBED, SubscriptionState.UNSUBSCRIBED)):
+        for item in self._all_subscriptions(account, content_type):
             last, variables = item.get("last") or {}, item.get("variables", {})
             cells = {**item, "last": last.get("time")}
             writer.writerow([protect_cell(cells.get(name)) for name in EXPORT_COLUMNS]
@@ -8944,9 +8972,9 @@ class Newsletters:
             line.truncate()
         yield line.getvalue()
 
-    def _all_subscriptions(self, account: str, content_type: str, states: Sequence[str]) -> Iterator[Json]:
-        """All that subscriptions() lists of a content type, each address once."""
-        for state in states:
+    def _all_subscriptions(self, account: str, content_type: str) -> Iterator[Json]:
+        """All that is subscribed to a content type, and all that has unsubscribed, each address once."""
+        for state in (SubscriptionState.SUBSCRIBED, SubscriptionState.UNSUBSCRIBED):
             cursor: str | None = ""
             seen: set[str] = set()
             while cursor is not None:
@@ -9021,7 +9049,7 @@ class Newsletters:
         marker, now = self.store.key("ascii_folded"), int(self.store.time() * 1000)
         if self.store.redis.exists(marker):
             return
-        for account, content_type in self._content_types():
+        for account, content_type in self.content_types():
             keys = self._keys(account, content_type)
             for older, record in self.store.redis.hscan_iter(keys[1], count=1000):  # of the subscribers
                 # The record has the address as it was given, in JSON with escapes.
@@ -9045,7 +9073,7 @@ class Newsletters:
         marker, now = self.store.key("needs_noted"), int(self.store.time() * 1000)
         if self.store.redis.exists(marker):
             return
-        for account, content_type in self._content_types():
+        for account, content_type in self.content_types():
             if body := self.store.redis.hget(self.store.key("content", account), content_type):
                 needed = " ".join(needs(json.loads(body)))
                 self._note_needs(self._keys(account, content_type), [content_type, body, needed])
@@ -9103,49 +9131,54 @@ class Newsletters:
                 or a `{{` in the content begins no placeholder.
         """
         content_type, address = task.payload["content_type"], task.payload["userId"]
-        body, subscription, got = self._read_for_mail(task)
+        body, subscription, got = self._read_for_mail(task.account, content_type, address)
         if not body or not (subscription or "test" in task.payload):
             raise CancelledError("no longer subscribed")
         text = json.loads(body)
         if "test" not in task.payload:
             task.issue = self.issue_of(text, content_type, address)
-            if not text.get("resend", True) and got and task.issue.startswith(f'["{got.split()[0]}"'):
+            if not text.get("resend", True) and got and (
+                    got.split()[0] == text_digest(text["subject"], text["content"])):
                 raise CancelledError("has got this text already, and resend is false")
         if malformed := malformed_placeholders(f"{text['subject']}\n{text['content']}"):
             raise PermanentError(f"the content type is older than the rule for braces: it has {malformed}, which is no "
                                  "{{ name }}")
         try:
-            subject, content, url = self._fill_mail(task, text, subscription)
+            subject, content, url = self._fill_mail(task.account, task.payload, text, subscription)
         except KeyError as error:
             raise PermanentError(f"the subscription has no variable {error.args[0]!r}") from None
         except TooLarge as error:
-            raise PermanentError(f"with the subscription's variables the mail would have {error.size} bytes, and may "
-                                 f"have {self.max_size} (max_body)") from None
-        return (self.CONTROLS.sub(" ", subject), content,
-                self._headers(content_type, url) if url and subscription else ())
+            raise PermanentError(self._too_large(error)) from None
+        return subject, content, self._headers(content_type, url) if url and subscription else ()
 
-    def _read_for_mail(self, task: Task) -> list[str | None]:
+    def _read_for_mail(self, account: str, content_type: str, address: str) -> list[str | None]:
         """What Redis has of a newsletter: its content type, the subscription, and what the subscriber got last."""
-        content_type, address = task.payload["content_type"], fold_address(task.payload["userId"])
         with self.store.redis.pipeline(transaction=False) as pipeline:
-            pipeline.hget(self.store.key("content", task.account), content_type)
+            pipeline.hget(self.store.key("content", account), content_type)
             for kind in ("subscribers", "got"):
-                pipeline.hget(self.store.key(kind, content_type, task.account), address)
+                pipeline.hget(self.store.key(kind, content_type, account), fold_address(address))
             return pipeline.execute()
 
-    def _fill_mail(self, task: Task, text: Json, subscription: str | None) -> tuple[str, str, str]:
+    def _fill_mail(self, account: str, payload: Json, text: Json, subscription: str | None) -> tuple[str, str, str]:
         """(subject, content, the link to unsubscribe or "") of a newsletter. Raises KeyError, TooLarge."""
-        address, own = task.payload["userId"], task.payload.get("test", {})
-        url = self.link(task.account, task.payload["content_type"], address)
+        address, own = payload["userId"], payload.get("test", {})
+        url = self.link(account, payload["content_type"], address)
         if subscription:
             own = json.loads(subscription).get("variables", {})
         elif url:
             url = f"{self.public_url}/unsubscribe/example"  # it ends nothing: there is no subscription
-        variables = self._variables(text, own, address, url)
+        return *self._fill(text, self._variables(text, own, address, url)), url
+
+    def _fill(self, text: Json, variables: Json, keep_unknown: bool = False) -> tuple[str, str]:
+        """(subject, content) of a content type with these variables, see fill_template(). Raises KeyError, TooLarge."""
         subject, content = (
-            fill_template(template, variables, escape, max_size=self.max_size)
+            fill_template(template, variables, escape, keep_unknown, self.max_size)
             for template, escape in ((text["subject"], False), (text["content"], is_html(text["content"]))))
-        return subject, content, url
+        return self.CONTROLS.sub(" ", subject), content
+
+    def _too_large(self, error: TooLarge) -> str:
+        return (f"with its variables the mail would have {error.size} bytes, and may have {self.max_size} "
+                "(max_body)")
 
     @staticmethod
     def issue_of(text: Json, content_type: str, address: str) -> str:
@@ -9173,10 +9206,7 @@ class Newsletters:
         Raises:
             HTTPError: 404, there is no such content type or subscriber; 413, the texts are too large.
         """
-        with self.store.redis.pipeline(transaction=False) as pipeline:
-            pipeline.hget(self.store.key("content", account), content_type)
-            pipeline.hget(self.store.key("subscribers", content_type, account), fold_address(address))
-            saved, subscription = pipeline.execute()
+        saved, subscription, _ = self._read_for_mail(account, content_type, address)
         if not saved and not {"subject", "content"} <= edits.keys():
             raise self._unknown()
         if address and not subscription:
@@ -9188,13 +9218,9 @@ class Newsletters:
         if not address and "otp" in placeholder_names(body["subject"] + body["content"]):
             known = {**self.SAMPLE, **known}
         try:
-            subject, content = (
-                fill_template(text, known, escape, keep_unknown=True, max_size=self.max_size)
-                for text, escape in ((body["subject"], False), (body["content"], is_html(body["content"]))))
+            return *self._fill(body, known, keep_unknown=True), [name for name in needs(body) if name not in known]
         except TooLarge as error:
-            raise HTTPError(413, f"with these variables the mail would have {error.size} bytes, and may have "
-                            f"{self.max_size} (max_body)", "variables") from None
-        return self.CONTROLS.sub(" ", subject), content, [name for name in needs(body) if name not in known]
+            raise HTTPError(413, self._too_large(error), "variables") from None
 
     def _headers(self, content_type: str, url: str) -> tuple[tuple[str, str], ...]:
         """Headers by which mailers recognise the newsletter (RFC 2919) and unsubscribe (RFC 2369, RFC 8058)."""
@@ -9270,7 +9296,7 @@ class Newsletters:
     # Queue what is due, as QUEUE_ISSUE does. A boundary that follows the last one too soon is the same one in another
     # time zone, and is skipped.
     # KEYS: the prefix.
-    # ARGV: now (s), how many places of the schedule to look at, what the ids are made from, HALF as JSON, the
+    # ARGV: now (s), how many places of the schedule to look at, what the ids are made from, HALF_PERIODS as JSON, the
     #       boundaries.
     # Answer: 0, or {how many places were due, at how many of them nothing was queued for an earlier issue, the
     #         calendars that ARGV does not have: their places are left as they are}.
@@ -9310,7 +9336,8 @@ class Newsletters:
         self._forget()
         while True:
             due, skipped, unknown = self._claim(keys=[self.store.prefix], args=[
-                now, self.BATCH, secrets.token_hex(12), self.HALF_AS_JSON, *self._boundaries(now)]) or (0, 0, [])
+                now, self.BATCH, secrets.token_hex(12), json.dumps(self.HALF_PERIODS),
+                *self._boundaries(now)]) or (0, 0, [])
             if skipped:
                 log(logging.WARNING, "newsletters not queued: the issue before still waits", count=skipped)
             if not unknown:
@@ -9359,8 +9386,7 @@ class Newsletters:
         if to and not answer:
             payload = {"userId": to, "content_type": content_type, "test": variables or {}}
             task = {"task": content_type, "type": "newsletter", "retries": self.TEST_RETRIES, "payload": payload}
-            self._try_mail(Task("", account.name, account.registration, retries=self.TEST_RETRIES, type="newsletter",
-                                name=content_type, payload=payload, created=0))
+            self._try_mail(account.name, payload)
             args[4:] = [summary_of(task), json.dumps(task), fold_address(to)]
         answer = answer or self._send([self.store.prefix], args, request)
         if answer == 0:
@@ -9374,20 +9400,19 @@ class Newsletters:
         self.sending.set()
         return send_id if to else "", count
 
-    def _try_mail(self, task: Task) -> None:
+    def _try_mail(self, account: str, payload: Json) -> None:
         """Raise HTTPError if the mail of a test cannot be made."""
-        body, subscription, _ = self._read_for_mail(task)
+        body, subscription, _ = self._read_for_mail(account, payload["content_type"], payload["userId"])
         if not body:
             raise self._unknown()
         try:
-            self._fill_mail(task, json.loads(body), subscription)
+            self._fill_mail(account, payload, json.loads(body), subscription)
         except KeyError as error:
             field = "to" if subscription else f"variables.{error.args[0]}"
             raise HTTPError(400, f"the subscription of {field} has no variable {error.args[0]!r}" if subscription else
                             f"{field} is required: the newsletter names it", field) from None
         except TooLarge as error:
-            raise HTTPError(413, f"the mail would have {error.size} bytes with its variables, and may have "
-                            f"{self.max_size} (max_body)", "variables") from None
+            raise HTTPError(413, self._too_large(error), "variables") from None
 
     # Queue a further part of a newsletter that is being sent to all subscribers. The ids of the tasks are made of the
     # job and the address: who comes up twice gets one mail. HSCAN's order is another one after a restart of Redis, on
@@ -10054,6 +10079,9 @@ class BounceReader:
         raise imaplib.IMAP4.error(f"no mail can be moved into the folder {self.FOLDER}")
 
 
+# --- 15. recipients -------------------------------------------------------------------------------------
+# What is known of one address and why it got nothing, and its erasure: a walk through all keys, in small steps.
+
 class Recipients:
     """What is known of one address, and its erasure.
 
@@ -10065,7 +10093,7 @@ class Recipients:
     ACCOUNTS = 100  # that one round trip asks about
     PATIENCE = 5.0  # seconds that an erasure waits for the end of mails that are being sent
     KEYS = 1000  # that one step of an erasure looks at
-    BY_ADDRESS = ("subscribers", "issued", "got")  # hashes address -> ..., each named by content type and account
+    BY_ADDRESS = ("subscribers", "issued", "got", "left")  # hashes address -> ..., of a content type and an account
     # Keys with the address in their names, before the account.
     WITH_ADDRESS = ("otp", "otp_asked", "otp_failed")
 
@@ -10143,7 +10171,7 @@ class Recipients:
                          for state in (SubscriptionState.UNSUBSCRIBED, SubscriptionState.UNCONFIRMED))
         now = self.store.time() * 1e6
         for each in waiting:
-            digest = self.newsletters._digest(each["account"], each["content_type"], address)
+            digest = self.newsletters.unconfirmed_id(each["account"], each["content_type"], address)
             ttl = self.store.redis.pttl(self.store.key("unconfirmed", digest))
             each["until"] = timestamp(now + max(ttl, 0) * 1000)
         return {"unsubscribed": left, "unconfirmed": waiting}
@@ -10180,7 +10208,7 @@ class Recipients:
             State.RETRYING: f"is tried again at {due}: {error}",
             State.DEAD: f"was given up: {error}",
             State.SUPPRESSED: f"was not sent: {error}",
-            State.EXPIRED: f"was not sent in time: {error}",
+            State.EXPIRED: f"has expired: {error}",
             State.BOUNCED: f"came back, or was complained about: {error}"}[mail["state"]]
 
     def _pause(self, task_id: str) -> str:
@@ -10260,6 +10288,8 @@ class Recipients:
             time.sleep(0.1)
             left = [each for each in left if each[1] != "in hand"] + self._erase_of(address, account, waiting, counts)
             self._end_subscriptions(address, account, counts)  # one of them may be a subscribe
+        for owner in owners:  # a mail that was just being sent may have found that there is no such address
+            self.suppressions.erase(owner, address)
         counts["mails"] = self.outbox.erase(address, account)
         reasons = {"in hand": "it is just being sent; erase the address again in a moment",
                    "several": "it goes to several recipients and has not ended; cancel it, or erase the address again "
@@ -10300,7 +10330,7 @@ class Recipients:
         """Erase what a key, named without prefix, has of an address, unless it is that of a task."""
         folded, (kind, _, rest) = fold_address(address), name.partition(":")
         content_type, _, owner = rest.partition(":")
-        if kind in (*self.BY_ADDRESS, "left") and account.name in ("", owner):
+        if kind in self.BY_ADDRESS and account.name in ("", owner):
             self._erase_field(kind, owner, content_type, address, counts)
         elif kind == "unconfirmed":
             record = json.loads(self.store.redis.get(self.store.key(name)) or "null")
@@ -10312,7 +10342,7 @@ class Recipients:
                 self.store.redis.delete(self.store.key(name))
 
     def _erase_field(self, kind: str, owner: str, content_type: str, address: str, counts: dict[str, int]) -> None:
-        """Erase an address from a hash BY_ADDRESS, or from that of who unsubscribed, which keeps its erased_name()."""
+        """Erase an address from a hash BY_ADDRESS; the one of who unsubscribed keeps its erased_name()."""
         key, folded = self.store.key(kind, content_type, owner), fold_address(address)
         record = self.store.redis.hget(key, folded)
         if record is None:
@@ -10330,8 +10360,8 @@ class Recipients:
 
     def _end_subscriptions(self, address: str, account: Account, counts: dict[str, int]) -> None:
         """End the subscriptions of an address, and its places in the schedule that content types have left."""
-        for owner, content_type in self.newsletters._content_types(account.name):
-            for kind in (*self.BY_ADDRESS, "left"):
+        for owner, content_type in self.newsletters.content_types(account.name):
+            for kind in self.BY_ADDRESS:
                 self._erase_field(kind, owner, content_type, address, counts)
         end = escape_glob(f", {json.dumps(fold_address(address), ensure_ascii=False)}]")
         key = self.store.key("schedule")
@@ -10340,7 +10370,7 @@ class Recipients:
                 self.store.redis.zrem(key, member)
 
 
-# --- 15. webhooks ---------------------------------------------------------------------------------------
+# --- 16. webhooks ---------------------------------------------------------------------------------------
 # Accounts learn what became of their mails and subscriptions by HTTP requests to a URL of theirs, signed as Standard
 # Webhooks says (https://github.com/standard-webhooks/standard-webhooks, version 1). An event is queued by the script
 # that makes it happen (Queue.EVENT), so that none is lost, and sent by the workers of the lane `hooks`.
@@ -10529,7 +10559,7 @@ class Webhooks:
                     cut_off(connection.sock)
 
 
-# --- 16. workers ----------------------------------------------------------------------------------------
+# --- 17. workers ----------------------------------------------------------------------------------------
 # The thread pool. Each worker belongs to one lane and does one task at a time. When the mail server is out, the circuit
 # breaker of the lane opens, and one worker probes the server until it closes again. This costs no task an attempt.
 
@@ -10937,7 +10967,7 @@ class Workers:
         self.smtp = SmtpState(transport)
         self.breakers: dict[str, CircuitBreaker] = {
             lane: CircuitBreaker(lane, transport, self.stopping, self.smtp) for lane in LANES}
-        self.suspect, self.at_once = threading.Lock(), contextlib.nullcontext()
+        self.suspect, self.at_once, self.beating = threading.Lock(), contextlib.nullcontext(), threading.Lock()
         self.redirect_to = parse_address(settings.redirect_to)
         self.is_limited = bool(queue.rate)
         # One thread for the changes, which wait for Redis alone, and for fast newsletters: more threads would make them
@@ -10972,13 +11002,22 @@ class Workers:
         beneath = {lane: reason for lane, reason in self.failing.items() if self.breakers[lane].held}
         return self.paused | ({"smtp": outage} if outage else {}) | ({"beneath": beneath} if beneath else {})
 
-    def hold(self, lanes: Collection[str]) -> None:
-        """Begin nothing in these lanes, which somebody has paused, and hold no others."""
-        for lane, breaker in self.breakers.items():
-            if breaker.held != (lane in lanes):
-                breaker.held = lane in lanes
+    def beat(self) -> dict[str, str]:
+        """Show that this process lives, and begin nothing in the lanes that somebody has paused.
+
+        Returns lane -> how often somebody has asked to resume it.
+        """
+        with self.beating:  # else a request could be undone by an older answer
+            requests, held = self.queue.beat(self.names, self.report())
+            changed = [lane for lane, breaker in self.breakers.items() if breaker.held != (lane in held)]
+            for lane in changed:
+                breaker = self.breakers[lane]
+                breaker.held = not breaker.held
                 log(logging.WARNING if breaker.held else logging.INFO,
                     f"lane {'paused' if breaker.held else 'resumed'} by request", lane=lane)
+            if changed:
+                self.queue.beat(self.names, self.report())
+            return requests
 
     def resume(self, lane: str) -> None:
         """Probe at once whether a paused lane can go on."""
@@ -11409,7 +11448,7 @@ class Workers:
         return task.recipients
 
 
-# --- 17. cron -------------------------------------------------------------------------------------------
+# --- 18. cron -------------------------------------------------------------------------------------------
 # One thread that does what is due: heartbeats, retries, newsletters, and the tasks of dead processes.
 
 class Cron:
@@ -11419,6 +11458,7 @@ class Cron:
         store: the Store, told whether Redis answers.
         accounts, queue, newsletters, stats, workers: whose due work it does.
         transport: a MaildirTransport is cleaned.
+        bounces: takes what a MaildirTransport reports of mails to gomail.test.
         server: the EmbeddedServer to keep running, or None.
     """
 
@@ -11431,8 +11471,8 @@ class Cron:
                  workers: Workers, transport: Transport, bounces: Bounces,
                  server: EmbeddedServer | None = None) -> None:
         self.store, self.accounts, self.queue, self.newsletters = store, accounts, queue, newsletters
-        self.bounces = bounces
         self.stats, self.workers, self.transport, self.server = stats, workers, transport, server
+        self.bounces = bounces
         self.stopping = threading.Event()
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.last_beat = self.last_poll = float("-inf")
@@ -11440,17 +11480,8 @@ class Cron:
 
     def start(self) -> None:
         """Show this process as alive, before its workers take anything, and start the thread."""
-        self.resume_requests = self.beat()
+        self.resume_requests = self.workers.beat()
         self.thread.start()
-
-    def beat(self) -> dict[str, str]:
-        """Show that this process lives, and hold the lanes that somebody has paused.
-
-        Returns lane -> how often somebody has asked to resume it.
-        """
-        requests, held = self.queue.beat(self.workers.names, self.workers.report())
-        self.workers.hold(held)
-        return requests
 
     def stop(self) -> None:
         """End the thread."""
@@ -11519,7 +11550,7 @@ class Cron:
         """Do one round. Long work is done in parts, so that the heartbeat stays on time."""
         now = time.monotonic()
         if now - self.last_beat >= self.BEAT:
-            before, self.resume_requests = self.resume_requests, self.beat()
+            before, self.resume_requests = self.resume_requests, self.workers.beat()
             for lane in LANES:
                 if self.resume_requests.get(lane) != before.get(lane):
                     self.workers.resume(lane)
@@ -11558,7 +11589,7 @@ class Cron:
             self.queue.wake.set()
 
 
-# --- 18. http api ---------------------------------------------------------------------------------------
+# --- 19. http api ---------------------------------------------------------------------------------------
 # Api has the handlers: each takes a Request and returns the answer. The table ROUTES behind it says which handler
 # answers which path, who may use it, and what it checks.
 
@@ -11609,16 +11640,21 @@ class Response:
     media_type: str
     text: str
     headers: dict = dataclasses.field(default_factory=dict)
-    status: int = 200
 
 
 Reply = Json | Response  # what a handler returns
 PAGE_FILE = pathlib.Path(__file__).with_name("page.html")  # it uses the routes, as any app could
 
-# For somebody else's HTML: it may have any look and its own pictures, but runs, loads and sends nothing.
-MAIL_HEADERS = {
-    "Content-Security-Policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; font-src data:; "
-    "form-action 'none'; base-uri 'none'; frame-ancestors 'self'", "Referrer-Policy": "no-referrer"}
+
+def mail_headers(pictures: bool = False) -> dict[str, str]:
+    """For somebody else's HTML: it may have any look and its own pictures, but runs, loads and sends nothing.
+
+    With `pictures` it loads those of other hosts.
+    """
+    sources = "data: https: http:" if pictures else "data:"
+    return {"Content-Security-Policy": f"sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src {sources}; "
+            "font-src data:; form-action 'none'; base-uri 'none'; frame-ancestors 'self'",
+            "Referrer-Policy": "no-referrer"}
 
 
 def done(message: str, **fields: Any) -> Json:
@@ -11650,8 +11686,7 @@ READER_HEADERS = {
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'", "Referrer-Policy": "no-referrer"}
 
 
-def reader_page(accept_language: str, what: str, sender: str = "", action: str = "", status: int = 200,
-                **values: str) -> Response:
+def reader_page(accept_language: str, what: str, sender: str = "", action: str = "", **values: str) -> Response:
     """A page for a reader of newsletters, in the language of her browser.
 
     Args:
@@ -11672,16 +11707,16 @@ def reader_page(accept_language: str, what: str, sender: str = "", action: str =
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{READER_STYLE}</style>'
         '<link rel="icon" href="data:,"></head><body><main>'
         f'{f"<div>{sender}</div>" if sender else ""}<h1>{title}</h1><p>{text}</p>{form}</main></body></html>\n'),
-        READER_HEADERS, status)
+        READER_HEADERS)
 
 
 def page_of_error(accept_language: str, status: int) -> Response:
     """The page for a reader whose link is answered with an error."""
     what = "over" if status == 410 else "later" if status in (408, 429) or status >= 500 else "not_valid"
-    return reader_page(accept_language, what, status=status)
+    return reader_page(accept_language, what)
 
 
-def shown(content: str) -> str:
+def content_as_html(content: str) -> str:
     """The content of a mail as HTML."""
     return content if is_html(content) else f"<pre>{html.escape(content)}</pre>"
 
@@ -11705,25 +11740,23 @@ def html_of(message: email.message.EmailMessage, max_length: int = 8_000_000) ->
     return text
 
 
-def count_waiting(queue: Queue, newsletters: Newsletters, account: Account, filters: Mapping[str, Any],
-                  cancel: bool = False, progress: Callable[[int], object] = lambda count: None) -> collections.Counter:
-    """What Queue.purge() does; a newsletter that is still being queued counts with the subscribers that are left."""
+def cancel_waiting(queue: Queue, newsletters: Newsletters, stats: Stats, account: Account, filters: Mapping[str, Any],
+                   only_count: bool = False, progress: Callable[[int], object] = lambda count: None) -> int:
+    """Cancel what waits and matches, as Queue.purge() does, count and log it; or only count. Returns how many.
+
+    A newsletter that is still being queued counts with the subscribers that are left.
+    """
     left, names = 0, {filters.get("content_type", ""), filters.get("task", "")} - {""}  # a newsletter has the one name
     if (filters.get("type", "newsletter") == "newsletter" and filters.get("state", "queued") == "queued"
             and "recipient" not in filters and len(names) <= 1):
-        left = newsletters.stop_sends(account, min(names, default=""), only_count=not cancel)
-    found = queue.purge(account, **filters, only_count=not cancel, progress=progress)
-    return found + collections.Counter(newsletter=left)
-
-
-def cancel_waiting(queue: Queue, newsletters: Newsletters, stats: Stats, account: Account, filters: Mapping[str, Any],
-                   progress: Callable[[int], object] = lambda count: None) -> int:
-    """Cancel what waits and matches, count and log it; returns how many."""
-    cancelled = count_waiting(queue, newsletters, account, filters, cancel=True, progress=progress)
-    for task_type, count in cancelled.items():
-        stats.count("gomail_tasks_total", count, type=task_type, outcome=Verdict.CANCELLED)
-    log(logging.WARNING, "tasks cancelled by request", count=cancelled.total(), account=account.name, **filters)
-    return cancelled.total()
+        left = newsletters.stop_sends(account, min(names, default=""), only_count)
+    found = queue.purge(account, **filters, only_count=only_count, progress=progress)
+    found += collections.Counter(newsletter=left)
+    if not only_count:
+        for task_type, count in found.items():
+            stats.count("gomail_tasks_total", count, type=task_type, outcome=Verdict.CANCELLED)
+        log(logging.WARNING, "tasks cancelled by request", count=found.total(), account=account.name, **filters)
+    return found.total()
 
 
 class Access(enum.StrEnum):
@@ -11758,6 +11791,8 @@ class Route:
     needs_redis: bool = True  # refused at once while Redis is away
     idempotency_key: bool = False  # takes the header Idempotency-Key, and answers 422 if it is used twice
     any_media_type: bool = False  # its body is JSON, whatever its Content-Type says
+    may_be_empty: bool = False  # no body is as good as {}
+    known_query: bool = False  # a parameter that is not known is refused: a misspelt one must not widen what is removed
 
     @functools.cached_property
     def pattern(self) -> re.Pattern[str]:
@@ -11840,6 +11875,9 @@ class Api:
         """The answer of `route` to an authenticated request. Raises HTTPError, or RedisError if Redis is away."""
         if route.body:
             request.sent, request.body = request.body, route.body(request.body)
+        names = (*route.query, "account")
+        if route.known_query and (unknown := [name for name in request.query if name not in names]):
+            raise UnknownField("", unknown[0], names).error()
         request.query = parse_query(route.query, request.query)
         if route.idempotency_key:
             request.idempotency_key = request.headers.get("idempotency-key", "")
@@ -12099,21 +12137,18 @@ class Api:
         self.stats.count("gomail_tasks_total", type=task_type, outcome=Verdict.CANCELLED)
         return done("Task cancelled successfully")
 
-    @staticmethod
-    def filters(request: Request) -> Json:
-        """The arguments of Queue.purge() that the query names."""
-        return {"recipient" if name == "userId" else name: value for name, value in request.query.items()}
+    def cancel_matching(self, request: Request, only_count: bool = False) -> int:
+        """Cancel the tasks that the query names, see cancel_waiting()."""
+        filters = {"recipient" if name == "userId" else name: value for name, value in request.query.items()}
+        return cancel_waiting(self.queue, self.newsletters, self.stats, request.account, filters, only_count)
 
     def count_tasks(self, request: Request) -> Reply:
-        waiting = count_waiting(self.queue, self.newsletters, request.account, self.filters(request))
-        return {"status": True, "count": waiting.total()}
+        return {"status": True, "count": self.cancel_matching(request, only_count=True)}
 
     def cancel_tasks(self, request: Request) -> Reply:
-        filters = self.filters(request)
-        if not filters.keys() - {"state"}:
+        if not request.query.keys() - {"state"}:
             raise HTTPError(400, "type, task, content_type or userId is required: at least one says what to cancel")
-        count = cancel_waiting(self.queue, self.newsletters, self.stats, request.account, filters)
-        return done("Tasks cancelled successfully", count=count)
+        return done("Tasks cancelled successfully", count=self.cancel_matching(request))
 
     def move_task(self, request: Request) -> Reply:
         self.queue.move(request.path_params["id"], request.body["send_at"], request.account)
@@ -12184,7 +12219,7 @@ class Api:
         subject, content, missing = self.newsletters.preview(
             account.name, content_type, edits, request.body.get("userId", ""), request.body.get("variables"))
         # Unsaved edits do not fit into a path.
-        self.store.redis.set(self.store.key("preview", content_type, account.name), shown(content), ex=60)
+        self.store.redis.set(self.store.key("preview", content_type, account.name), content_as_html(content), ex=60)
         return {"status": True, "subject": subject, "missing": missing,
                 "text": html_to_text(content) if is_html(content) else content,
                 "view": self.view_path(account, preview=content_type, pictures=request.body.get("pictures", False))}
@@ -12225,8 +12260,7 @@ class Api:
             self.stats.count("gomail_subscriptions_left_out_total", counts["left_out"])
         log(logging.INFO, "subscribers imported", account=request.account.name,
             content_type=request.path_params["content_type"], **counts)
-        return done("Subscribers imported", subscribed=counts["subscribed"], left_out=counts["left_out"],
-                    errors=errors, failed=counts["failed"])
+        return done("Subscribers imported", **counts, errors=errors)
 
     def export_subscribers(self, request: Request) -> Reply:
         content_type = request.path_params["content_type"]
@@ -12397,16 +12431,15 @@ class Api:
     def pause_lane(self, request: Request) -> Reply:
         lane = self.lane_in(request)
         self.queue.pause(lane)
-        self.workers.hold({*self.queue.held(), lane})
+        self.workers.beat()
         return done("The lane is paused until somebody resumes it")
 
     def resume_lane(self, request: Request) -> Reply:
         lane = self.lane_in(request)
-        held = self.queue.held()
-        if lane in held and not self.has_admin_rights(request):
+        if lane in self.queue.held() and not self.has_admin_rights(request):
             raise HTTPError(403, "the lane is paused by request, which only the admin may end")
         self.queue.resume(lane)
-        self.workers.hold(held.keys() - {lane})
+        self.workers.beat()
         return done("The lane resumes as soon as the SMTP server takes mail")
 
     @staticmethod
@@ -12484,12 +12517,8 @@ class Api:
         elif "preview" in claims:
             text = self.store.redis.get(self.store.key("preview", claims["preview"], account.name)) or ""
         else:
-            text = shown(self.newsletters.read(account.name, claims["content_type"])["content"])
-        headers = MAIL_HEADERS
-        if claims.get("pictures"):
-            policy = headers["Content-Security-Policy"].replace("img-src data:", "img-src data: https: http:")
-            headers = {**headers, "Content-Security-Policy": policy}
-        return Response("text/html", text, headers)
+            text = content_as_html(self.newsletters.read(account.name, claims["content_type"])["content"])
+        return Response("text/html", text, mail_headers(claims.get("pictures", False)))
 
     def show_page(self, request: Request) -> Reply:
         if self.page is None:
@@ -12571,9 +12600,8 @@ DEFINITION = Object({"content_type": CONTENT_TYPE, "subject": SUBJECT_TEMPLATE, 
 PREVIEW = Object({"subject": Nullable(SUBJECT_TEMPLATE), "content": Nullable(CONTENT_TEMPLATE),
                   "defaults": Nullable(Variables()), "userId": Nullable(Address()), "variables": Nullable(Variables()),
                   "pictures": Nullable(Boolean())})
-IMPORT = Object({"csv": String(UNBOUNDED), "line": Nullable(Integer(1, 10**9)), "again": Nullable(Boolean()), **{
-    name: check if isinstance(check, Nullable) else Nullable(check)
-    for name, check in PAYLOADS["subscribe"].fields.items() if name in TIMES}})
+IMPORT = Object({"csv": String(UNBOUNDED), "line": Nullable(Integer(1, 10**9)), "again": Nullable(Boolean()),
+                 "frequency": Nullable(Enum(FREQUENCIES)), **Subscription.CALENDAR})
 SEND = Object({"to": Nullable(Address()), "variables": Nullable(Variables())})
 VERIFICATION = Object({"userEmail": Address(), "otp": Otp(), "purpose": Nullable(PURPOSE)})
 BATCH = Object({"tasks": Array(AnyValue(), 1000, 1)})  # the handler checks and answers each task by itself
@@ -12654,7 +12682,7 @@ ROUTES = (
           answer=CONTENT_ANSWER, refuses=(404,)),
     Route("DELETE", "/task/subscriptionContent/{content_type}", Api.remove_content, Access.KEY, refuses=(404,)),
     Route("POST", "/task/subscriptionContent/{content_type}/send", Api.send_content, Access.KEY, SEND,
-          answer={**COUNTED, "id?": str}, refuses=(404, 409), idempotency_key=True),
+          answer={**COUNTED, "id?": str}, refuses=(404, 409), idempotency_key=True, may_be_empty=True),
     Route("GET", "/task/subscriptionContent/{content_type}/issues", Api.list_issues, Access.KEY,
           answer={"status": bool, "issues": list}, refuses=(404,)),
     Route("POST", "/task/subscriptionContent/{content_type}/import", Api.import_subscribers, Access.KEY, IMPORT,
@@ -12674,8 +12702,9 @@ ROUTES = (
     Route("GET", "/task/{id}", Api.read_task, Access.ALL, answer=TASK_ANSWER, refuses=(404,)),
     Route("DELETE", "/task/{id}", Api.cancel_task, Access.ALL, refuses=(404, 409)),
     Route("PATCH", "/task/{id}", Api.move_task, Access.ALL, MOVE, refuses=(404, 409)),
-    Route("GET", "/task", Api.count_tasks, Access.ALL, query=FILTERS, answer={"status": bool, "count": int}),
-    Route("DELETE", "/task", Api.cancel_tasks, Access.ALL, query=FILTERS, answer=COUNTED),
+    Route("GET", "/task", Api.count_tasks, Access.ALL, query=FILTERS, answer={"status": bool, "count": int},
+          known_query=True),
+    Route("DELETE", "/task", Api.cancel_tasks, Access.ALL, query=FILTERS, answer=COUNTED, known_query=True),
     Route("GET", "/subscriptions", Api.list_subscriptions, Access.ALL, query=SUBSCRIPTIONS,
           answer={"status": bool, "subscriptions": list, "next": (str, None)}),
     Route("GET", "/suppressions", Api.list_suppressions, Access.KEY, query=ADDRESS_SEARCH,
@@ -12684,7 +12713,8 @@ ROUTES = (
     Route("DELETE", "/suppressions", Api.unsuppress, Access.KEY, RECIPIENT, refuses=(404,)),
     Route("GET", "/recipients/{address}", Api.read_recipient, Access.ALL, answer=RECIPIENT_ANSWER),
     Route("DELETE", "/recipients/{address}", Api.erase_recipient, Access.ALL, answer={
-        **DONE, "tasks": int, "subscriptions": int, "unconfirmed": int, "mails": int, "remaining": list}),
+        **DONE, "tasks": int, "subscriptions": int, "unconfirmed": int, "mails": int, "remaining": list},
+          known_query=True),
     Route("GET", "/bounces", Api.list_bounce_urls, Access.KEY, answer={"status": bool, "urls": dict}),
     Route("POST", "/bounces", Api.take_bounce, Access.KEY, BOUNCE, answer=CHANGED, refuses=(404,)),
     Route("POST", "/bounces/{provider}/{token}", Api.take_notification, Access.TOKEN, Notification(), answer=CHANGED,
@@ -12794,7 +12824,7 @@ def openapi(routes: Sequence[Route]) -> Json:
                                             "description": "With admin_token: the name of an account."})
         if route.body:
             operation["requestBody"] = {
-                "required": True, "content": {"application/json": {"schema": route.body.schema}}}
+                "required": not route.may_be_empty, "content": {"application/json": {"schema": route.body.schema}}}
         if route.idempotency_key:
             operation["parameters"].append({"name": "Idempotency-Key", "in": "header", "description": (
                 "The same key and body within 24 hours do nothing again and get the same answer."),
@@ -12809,7 +12839,7 @@ def openapi(routes: Sequence[Route]) -> Json:
 OPENAPI = openapi(ROUTES)
 
 
-# --- 19. http server ------------------------------------------------------------------------------------
+# --- 20. http server ------------------------------------------------------------------------------------
 # `http.server` gives the sockets and threads. Requests are parsed here, strictly by RFC 9112: if a proxy and GoMail
 # read one stream differently, an attacker can hide a request in another (request smuggling). Handler.answer() turns
 # exceptions into JSON errors.
@@ -13147,16 +13177,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
                           peer=self.client_address[0])
         self.keep_alive = False
         request.account = self.with_redis(self.server.api.authenticate, route, request)
-        if route.body:
+        is_empty = length == 0 and route.may_be_empty
+        if route.body and not is_empty:
             check_media_type(headers, route.any_media_type)
         body = self.read_body(length, route.body_limit(self.server.settings), expects)
         # From here on the stream is known to stand at the start of the next request.
         self.keep_alive = keep_alive
         with self.server.large_bodies if len(body) > SMALL_BODY else contextlib.nullcontext():
             if route.body:
-                request.body = parse_json(body)
-            reply = self.with_redis(self.server.api.answer, route, request)
-            return reply.status if isinstance(reply, Response) else 200, reply, {}
+                request.body = {} if is_empty else parse_json(body)
+            return 200, self.with_redis(self.server.api.answer, route, request), {}
 
     def with_redis(self, call: Callable, *arguments: object) -> object:
         """call(*arguments), with a Redis connection that no other thread uses meanwhile."""
@@ -13514,7 +13544,7 @@ def parse_json(body: bytes | bytearray) -> object:
         raise HTTPError(400, f"the body is not JSON: {describe(error)}") from None
 
 
-# --- 20. service ----------------------------------------------------------------------------------------
+# --- 21. service ----------------------------------------------------------------------------------------
 # Service wires all parts together and runs them in one process; Supervisor runs several such processes.
 
 def open_store(settings: Settings, server: EmbeddedServer | None = None, **more: object) -> Store:
@@ -13670,8 +13700,8 @@ class Service:
         accounts = Accounts(store, settings.jwt_secret, settings.jwt_secret_previous, settings.api_key_ttl)
         accounts.record_secret()
         self.connections = SmtpConnections(store, process, settings.smtp_connections)
-        self.transport = SmtpTransport(settings, self.connections) if settings.smtp_server else MaildirTransport(
-            pathlib.Path(settings.data_dir, "outbox"), settings.outbox_max)
+        outbox = MaildirTransport.of(settings)  # with an SMTP server, it may have mails from before
+        self.transport = SmtpTransport(settings, self.connections) if settings.smtp_server else outbox
         self.queue = Queue(store, settings, process)
         self.inspection = Inspection(store, settings, self.queue.give_way)
         suppressions = Suppressions(store)
@@ -13686,8 +13716,6 @@ class Service:
         bounces = Bounces(self.queue, accounts, self.stats, settings.public_url)
         self.bounce_reader = BounceReader(settings, store, bounces, process) if settings.bounce_imap else None
         webhooks = Webhooks(store)
-        outbox = self.transport if isinstance(self.transport, MaildirTransport) else MaildirTransport(
-            pathlib.Path(settings.data_dir, "outbox"))  # from before there was an SMTP server
         recipients = Recipients(store, settings, accounts, self.inspection, suppressions, self.newsletters, outbox)
         self.workers = Workers(settings, store, self.queue, suppressions, self.transport, otps, self.newsletters,
                                webhooks, self.stats)
@@ -13985,7 +14013,7 @@ def run(settings: Settings) -> int:
     return 0
 
 
-# --- 21. command line -----------------------------------------------------------------------------------
+# --- 22. command line -----------------------------------------------------------------------------------
 # Without a command, this runs the service. The commands work on the Redis of a gomail, for all accounts, and write text
 # for people or JSON. Their exit codes: 0 done, 1 not found or no success, 2 wrong usage, 3 Redis cannot be reached or a
 # setting is wrong, 130 Ctrl-C. The service's: 0 stopped, 1 cannot start now, 78 cannot start with these settings.
@@ -14214,23 +14242,23 @@ class Operator:
                    if getattr(options, name)}
         if bool(options.id) == bool(filters.keys() - {"state"}):
             return self.terminal.fail(2, "give the ID of a task, or one of --type, --task, --content-type and --to")
-        account = EVERYBODY
+        account = self.accounts.find(options.account) if options.account else EVERYBODY
+        if account is None:
+            return self.no_account(options.account)
         try:
-            if options.account:
-                account = self.accounts.named(options.account, "account")
             if options.recipient:
                 filters["recipient"] = Address()(options.recipient, "--to")
             if options.id:
                 task_type, count = self.queue.cancel(options.id, account), 1
                 self.stats.count("gomail_tasks_total", type=task_type, outcome=Verdict.CANCELLED)
             else:
-                total = count_waiting(self.queue, self.newsletters, account, filters).total()
-                whose = options.account or "all accounts"
+                cancel = functools.partial(cancel_waiting, self.queue, self.newsletters, self.stats, account, filters)
+                total, whose = cancel(only_count=True), options.account or "all accounts"
                 question = f"Cancel {plural(total, 'task')} of {whose}?"
                 if total and not options.yes and not self.terminal.confirms(question):
                     return 1
                 with self.terminal.progress(total) as progress:
-                    count = cancel_waiting(self.queue, self.newsletters, self.stats, account, filters, progress)
+                    count = cancel(progress=progress)
         except HTTPError as error:
             return self.terminal.fail(1, error.message)
         self.stats.flush()
@@ -14259,9 +14287,9 @@ class Operator:
             return self.terminal.fail(2, error.message)
         account = self.accounts.find(options.account) if options.account else EVERYBODY
         if account is None:
-            return self.terminal.fail(1, f"there is no account {options.account}; `accounts` lists them")
+            return self.no_account(options.account)
         recipients = Recipients(self.store, self.settings, self.accounts, self.inspection, Suppressions(self.store),
-                                self.newsletters, MaildirTransport(pathlib.Path(self.settings.data_dir, "outbox")))
+                                self.newsletters, MaildirTransport.of(self.settings))
         if options.erase:
             return self.erase_recipient(recipients, address, account, options.yes)
         found = recipients.read(address, account)
@@ -14348,8 +14376,8 @@ class Operator:
         try:
             if options.day and options.day.isdecimal():
                 options.day = int(options.day)
-            defaults = {field: check(getattr(options, field), f"--{field}") for field, check in IMPORT.fields.items()
-                        if field in TIMES and getattr(options, field)}
+            defaults = {field: IMPORT.fields[field](getattr(options, field), f"--{field}") for field in TIMES
+                        if getattr(options, field)}
             with open(0 if options.file == "-" else options.file, encoding="utf-8", errors="surrogateescape",
                       newline="", closefd=options.file != "-") as file:
                 total = sum(1 for _ in file) if options.file != "-" and os.path.isfile(options.file) else 0
@@ -14939,8 +14967,7 @@ def check_redis(settings: Settings) -> str:
 def check_smtp(settings: Settings) -> str:
     """What --check reports of the SMTP server. Raises UnavailableError."""
     if not settings.smtp_server:
-        outbox = MaildirTransport(pathlib.Path(settings.data_dir, "outbox"))
-        return f"smtp_server is not set, mail goes to the {outbox}"
+        return f"smtp_server is not set, mail goes to the {MaildirTransport.of(settings)}"
     transport = SmtpTransport(settings)
     reply = transport.probe()
     transport.tidy()
@@ -15043,8 +15070,7 @@ def command_line() -> argparse.ArgumentParser:
                         "standard input")
     giving.add_argument("file", nargs="?", default="-", metavar="FILE", help="- is standard output (the default)")
     for name in TIMES:
-        if name in IMPORT.fields:
-            taking.add_argument(f"--{name}", help="of the rows that do not say it: " + IMPORT.fields[name].expected)
+        taking.add_argument(f"--{name}", help="of the rows that do not say it: " + IMPORT.fields[name].expected)
     taking.add_argument("--again", action="store_true", help="also who has unsubscribed before")
     saving = command("backup", backup, "write everything that gomail keeps in Redis to a file, which then has secrets "
                      "and mails; gomail may be running")
