@@ -12426,7 +12426,7 @@ class Api:
                 "processes": self.inspection.processes(),
                 "retrying": depths["retrying"], "dead": dead, "mail_to": "Maildir" if outbox else str(self.transport),
                 "outbox": outbox, "smtp": smtp, "windows": self.queue.windows(),
-                "redirect_to": self.workers.redirect_to}
+                "redirect_to": self.workers.redirect_to, "timezone": self.settings.timezone}
 
     def pause_lane(self, request: Request) -> Reply:
         lane = self.lane_in(request)
@@ -12641,7 +12641,8 @@ WEBHOOK_ANSWER = {"status": bool, "url": str, "events": list, "created": str, "g
                   "previousUntil": (str, None)}
 ACCOUNT_ANSWER = {"status": bool, "id": str, "senders": list, "reply_to": str, "webhook": (dict, None)}
 LANES_ANSWER = {"status": bool, "lanes": list, "processes": int, "retrying": int, "dead": int, "mail_to": str,
-                "outbox": bool, "smtp": dict, "windows": list, "redirect_to": (str, None)}
+                "outbox": bool, "smtp": dict, "windows": list, "redirect_to": (str, None),
+                "timezone": str}
 RECIPIENT_ANSWER = {"status": bool, "userId": str, "answer": str, "suppression": (dict, None), "subscriptions": list,
                     "unsubscribed": list, "unconfirmed": list, "otp": (dict, None), "tasks": list,
                     "suppressions?": list, "otps?": list}

@@ -6494,7 +6494,8 @@ def test_with_redirect_to_every_mail_goes_there_and_names_its_true_recipients(se
 def test_without_redirect_to_no_mail_has_its_header_and_the_lanes_say_so(client, mail_server):
     client.state(client.task(), "succeeded")
     assert "X-Original-To" not in parsed(mail_server.mails[0].raw)
-    assert client.get("/lanes")["redirect_to"] is None
+    found = client.get("/lanes")
+    assert found["redirect_to"] is None and found["timezone"] == "UTC"
 
 
 def test_what_is_said_of_redirect_to_suppresses_nobody(services, mail_server):
@@ -17103,7 +17104,7 @@ def test_a_wrong_key_is_refused_in_words(service, browser):
     tab = browser.open(service.client)
     tab.get_by_label("API key").fill("wrong")
     tab.get_by_role("button", name="Log in").click()
-    tab.get_by_role("alert").get_by_text("valid API key").wait_for()
+    tab.get_by_role("alert").get_by_text("This is no valid API key").wait_for()
     assert "401" in tab.complaints.pop()  # the browser's own note of the answer
 
 
@@ -17381,6 +17382,20 @@ def test_errors_on_the_page_name_no_route_and_no_field(service, browser):
     tab.get_by_role("button", name="Send", exact=True).click()
     tab.get_by_role("alert").get_by_text("must be").wait_for()
     assert "userId" not in tab.get_by_role("alert").inner_text()
+    in_words = {
+        "payload.subject must be a string of 1 to 998 characters": "The subject must have 1 to 998 characters",
+        "content_type exists already; PUT updates it": "The newsletter's name exists already",
+        "payload.variables.name is required: the newsletter names it": "The variable name is required: "
+        "the newsletter names it",
+        "csv must begin with a header line that has a column userId (or email, address)": "The file must begin with a "
+        "header line that has a column for the address (email, address)",
+        "csv must be a string that is not empty, without NUL": "The file must not be empty",
+        "frequency must be one of @hourly, @daily": "The frequency must be one of hourly, daily",
+        "at must be a time": "The time must be a time", "id is registered already": "The name is registered already",
+        # What is of a mail server or of somebody's stays as it is.
+        "550 5.1.1 <me@daily.example.com> unknown": "550 5.1.1 <me@daily.example.com> unknown",
+        "me@weekly is suppressed": "me@weekly is suppressed", "constructor must go": "Constructor must go"}
+    assert {text: tab.evaluate("text => inWords(text)", text) for text in in_words} == in_words
     tab.complaints = [line for line in tab.complaints if "400" not in line]  # the browser's own note of the answer
 
 
@@ -17516,7 +17531,7 @@ def test_somebody_is_subscribed_changed_unsubscribed_and_subscribed_again_on_the
     assert tab.get_by_role("combobox", name="Day").input_value() == "tue"
     tab.get_by_label("How often").select_option("every month")
     tab.get_by_label("Day of the month").fill("31")
-    tab.get_by_role("button", name="Subscribe", exact=True).click()
+    tab.get_by_role("button", name="Save").click()
     row.get_by_text("on the 31st of every month at 09:00").wait_for()
     row.get_by_role("button", name="Unsubscribe").click()
     tab.get_by_role("status").get_by_text("ann@example.com is unsubscribed from news.").wait_for()
@@ -17549,9 +17564,11 @@ def test_a_person_is_subscribed_by_the_clock_of_who_does_it(service, browser):
     # A subscription without a zone keeps none where it is changed.
     subscribe(client, "bob@example.com", "@weekly")
     tab.get_by_role("button", name="Change bob@example.com").click()
+    tab.get_by_text("Change the subscription of bob@example.com").wait_for()
     tab.get_by_role("combobox", name="Day").select_option("Monday")
-    tab.get_by_role("button", name="Subscribe", exact=True).click()
-    tab.get_by_role("status").get_by_text("bob@example.com is subscribed, every Monday at 00:00.").wait_for()
+    tab.get_by_role("button", name="Save").click()
+    tab.get_by_role("status").get_by_text("bob@example.com is subscribed, every Monday at 00:00 (UTC).").wait_for()
+    tab.get_by_text("Subscribe a person").wait_for()
     assert "timezone" not in client.get("/subscriptions?userId=bob%40example.com")["subscriptions"][0]
 
 
@@ -17801,7 +17818,7 @@ def test_somebody_is_found_and_erased_on_the_page(service, browser, mail_server)
     tab.on("dialog", lambda dialog: (questions.append(dialog.message), dialog.accept()))
     tab.get_by_label("Address").fill("ann@example.com")
     tab.get_by_role("heading", name="ann@example.com").wait_for()
-    assert "no such user" in tab.inner_text("dl")
+    assert "no such user" in tab.inner_text("dl") and "OTP" not in tab.inner_text("main")
     tab.get_by_role("table", name="Newsletters").get_by_role("row", name="every day").wait_for()
     assert tab.get_by_role("table", name="Newest tasks").locator("tbody tr").count() == 2
     tab.reload()  # the address is in that of the page
@@ -17882,6 +17899,7 @@ def test_an_account_gets_a_new_key_on_the_page_where_it_stays_logged_in(services
     tab.on("dialog", lambda dialog: (questions.append(dialog.message), dialog.accept()))
     tab.get_by_role("link", name="Account").click()
     tab.get_by_text("GoMail's own").wait_for()
+    assert tab.locator("dd", has_text="me@example.com").locator("wbr").count() == 2  # before the @ and the dot
     clients = [old]
     for choice in ("work for 24 more hours", "end at once"):
         tab.get_by_label("the keys before").select_option(choice)
@@ -17948,6 +17966,24 @@ def test_the_keyboard_alone_gets_everywhere_and_focus_follows(service, browser):
     assert "nobody@example.com" in tab.evaluate("document.activeElement.closest('tr').textContent")
     tab.keyboard.press("Enter")
     tab.get_by_role("status").get_by_text("Queued again.").wait_for()
+
+
+def test_who_presses_a_button_by_the_keyboard_goes_on_from_there(service, browser):
+    client, dead = busy_account(service)
+    tab = browser.open(client, client.key)
+    lanes = tab.get_by_role("list", name="Lanes")
+    for pressed, then in (("Pause: normal", "Resume: normal"), ("Resume: normal", "Pause: normal")):
+        tab.get_by_role("button", name=pressed).focus()
+        tab.keyboard.press("Enter")
+        tab.get_by_role("button", name=then).wait_for()
+        assert lanes.evaluate("lanes => lanes.contains(document.activeElement)")
+        tab.keyboard.press("Tab")
+        assert lanes.evaluate("lanes => lanes.contains(document.activeElement) && lanes !== document.activeElement")
+    go(tab, f"#/tasks/{dead}")
+    tab.get_by_role("button", name="Retry").focus()
+    tab.keyboard.press("Enter")
+    tab.get_by_role("status").get_by_text("Queued again.").wait_for()
+    assert tab.evaluate("document.activeElement.tagName") != "BODY"
 
 
 LONG_ADDRESS = "somebody.with-many.names-and.a-long.one@mail.subdomain.some-company.example.com"
