@@ -15394,6 +15394,35 @@ LEFT_BEFORE_ROTATION = """
 """
 
 
+# The same of commit ebc2907, the last one without sending now: one account, killed while its SMTP server was away, with
+# an issue of a newsletter in the lane.
+LEFT_BEFORE_SENDING_NOW = """
+    ABzY8000000t4+@>u=jQ68~2Oe@+T=s0W!(Tcll|vzz#uYj!tHf`AgKSg|enB)O>*<bOX(BI%dZxXt5kfop-1mWIFKJUK)4p*Q71_6{5zFwYMtqh!zNj
+    pd?H&mMZkD4YEvzwzm8BHu;XR6Xp;#nCA2N69cb8l2q^@JTW#2I;969S;1#c=p#Hhezz4BDxoU4l1I1-e-58`hU3Rf8x8ae>Oh{Rt}Q8gr}#o!EKft_f
+    L~A{V$W_dodb*KA8+ZoKA=RliOkc3?F}ZkG@Plp>sI8J-+{x{C;>eJOArbGQ9mrhM&*i<o?DReoze0#b<hYcQb>ePw<CdKYsi5`tbdHxG%rn-+e3hfAh
+    xUJ|SlxCAhsuC1N79gfcBFseB&;!-0qZ0*(;kKm?PV3PceNV%Ae@?s!rbYs4<~E8@TnJPOzgS?I-}I4I(Xr;(gYq*z}NaZn40M3EO#9Q(`@u8gV$MKqF
+    PzPZ426)i%c@EF2@Cp{p6%e-nqQWSGpTZAy?`#f}cK*J~`0ggoMg)wUW;EFip`7X4iR*v8$ueEbl$o%)Ds5ErZ8}VYKpxV6xiBQCn1e_5`-IzuZl^#NF
+    EZiuJNUijJe5Js75hclWoJ~Y6>P4?8^CZ2gHffy@5P_aq5M^m9qcX|TVtpUsd@^=;x-WS?No2l1%d<!pwS{V#(=4CzNhihQ3WHL)!9j~$E8J3fS1)|H>
+    =pCyR_*9g{k-g*sOL_c<<7%{lk%x_9v?5&f=dJ2Q2j&sLbgWoxZHq{6TZ;exG!X>mS0@#;sZ)y6au9F!35r+t1E*zQWBS;<mExD^lM62{}2+OE8|k)pc
+    3^7ZSXYZTbW@;Km5UUWT~jzyYjk_Q7+33Az~bJKNQ&K5d{gJ&m@Vs%OfFz7<-(ODC82waflFA{CL3K*o$2^#Nc~e^tL%%t9XpY8+`l_35W#~G37Cd)V7
+    &|tfM}Tcm&iHe#{9C8ILd}J`Io(2&AVngA4?>d?q}V2bBZY3?@~K?Nt-=cw7BfTT9zbWU-!9>)s9~Tj$zDRLho|7f)@vi)syTm*o0nKDB&jd|v3tTJhb
+    sgrMTO*<TZ||2qEsPe-M{uQGQq1n-dgiw|7z0^%fvlV+vEzw%_l!-+g_4sDKdav4`Fn;cM?=_T=sX*sL#sw9-C1Lkt|=&q6g#;l^tB`>n{r8qyX<SMN(
+    S?r?Id48iZ;6B>Z6Kp16Cd5o!Gx5yCH<Q3jsF^SexP-RY*n(q=jx9X4_}DVQmIJmdu;l@k2Q2q*d4S~smIqiKV0nP$0hR|?9>nq>c&~9or8PaVPryuwn
+    Yd=+nTc;EftgS<VHR)+ZLzTh#}*x1cx>^pWq>UQY*}E-11t|%?%(nN%L6PAusp!>0Lud`53oFl<)O4zg__b?J?LN145S&{X7HN9Z-$^5XfrUq+`woYtb
+    wpb!Ws%|EUdw>M#CBoYdp|+VD_c)K;wbN1C0k74>TTVJkWSV<0+}55l?Sqp#&dg*?2i(J%S#I9$h_pdi3=e=#lD?85|2}5V3*81```lY*4X*#ReA}U~G
+    `VAcNhjK?Z{i1{n-87-TTWV35He6N5}_yvlF0T;(L=F6L*gMg3!$;&K@^UBOEqrhB^;_PcZoKXgidr>C(r$X6Rds#-ye(a1#@6ipDW(uA_E=~cPIB7y@
+    c1M0^ijn`-*KduCJ1qhBk;;Dj+t4*%aFxL}`hWaevo|K?qSO{WyYBv^mi~8pOCfU&>raj$gQZ6pH+QFt$sd|WJw%ICN_O6=NMHL`{k5oBwRhe@Kq|N4`
+    1!-%)FWFV8zORV#B$Rpavpte3+*D1K4@6U&z2DMJC1;$=f6rwaEgGU<gsRRK%`4TI<cTb*7pQJBRi#%-v0euv>LQgW)$6Z3PpZ1E&_!d_eJ(lIm0d?uw
+    z1J|)xXF_Spe8ysV+-ij1Qi4$~7(5_a%-sje{J#r3y#Y#nkasKsj3`Q(Wg2#HK0g8-(fwcS>2OoZfi#rlU?Td7kCfL(5)NvQVEeN?5QhQCBGbh(xu{93
+    bFeOjx%-TULFhKrSNN0(Iq|9}oy5&%>UBeQ+3jN1mH3eOY<%w##+q+!lG}X{SUAj8ex{*1?FpmPjl7SA}BRLUkQBEkbQd0thpz?BY8v1VOhXRj&AHNx(
+    zS@VBK51Z~UEb*Qe%P-YceeNVf&86HL1yt(Ub6JjhEJ6&VytBi_PUxrlYLa9<)^++YdxfC_KvXs+Vb6t!yO<p#ayQ>X5BEH+a&ho|POK|<b*`!u&c{$H
+    hDV%3F_Gz8`GqKPKztVV<$s4ORnY>)g^qDbLWir2!?FoLy7n6(&ebB6)9b5L$cNwd<sKZ<+Dck@<=jCZRlDRZTmOf54G**ROUDu2x7jG_9voq_}&oxiS
+    sn}V9wnT#c2=O<G2CQ;zXEeCTXU-<|-!B?kZPF4EwbMT*7>KH1{kI8*4w>F4Ai65~mVmHb!G9$nmOV*ZOuWA9wMzf9u2-*;skr8)F6x&}ld8JE>zOJ~2
+    XEt<9U?co6V3P2wXJVB*^?ItEl$Q;I*FI}ulnQBv(hc~Tn1g~Rvo1NS|wOhzh=5^Ox^VR6RAYVm9bZCjrOdY*js^B+pn6wwY9eHe7(l(`)RbQHpy$|u_
+    y1bT3oEHxBH)Vu~#&7%hkj)4863C@^k&ITt4}6_NgzN_6ljWX>0C~HhaMKOQp8|B+;~)J=^)wtH;Ox08EWB3eh6~00
+"""
+
+
 def left_by_an_earlier_version(client: redis.Redis, prefix: str, packed: str = LEFT_BY_AN_EARLIER_VERSION) -> dict:
     """Put the data of an earlier version behind a prefix, as if it had been killed an hour to a day ago; what it left.
 
@@ -15410,6 +15439,7 @@ def left_by_an_earlier_version(client: redis.Redis, prefix: str, packed: str = L
     for name, (kind, value, ttl) in left["data"].items():
         put = {"string": client.set, "hash": lambda key, value: client.hset(key, mapping=value),
                "list": lambda key, value: client.rpush(key, *value),
+               "set": lambda key, value: client.sadd(key, *value),
                "zset": lambda key, value: client.zadd(key, dict(value))}[kind]
         put(prefix + name, value)
         if ttl >= 0:
@@ -15502,6 +15532,32 @@ def test_what_the_version_before_rotation_left_goes_on_with_old_and_new_keys(
     until(lambda: len(mail_server.to("Anna@example.com")) == 2)  # of both accounts
     client.post("/auth/deregister", {"id": name})
     assert not works(client) and works(other)
+
+
+def test_what_the_version_before_sending_now_left_goes_on(services, mail_server, clock, redis_server):
+    prefix = f"{secrets.token_hex(4)}:"
+    left = left_by_an_earlier_version(redis_server.client, prefix, LEFT_BEFORE_SENDING_NOW)
+    clock.now = left["made"]
+    service = services(mail_server, clock, key_prefix=prefix)
+    client, ids = Client(service.http.url, left["keys"]["shop@example.com"]), left["ids"]
+    client.state(ids["waits"], "succeeded"), client.state(ids["issue"], "succeeded")
+    assert mail_server.one("Anna@example.com")["Subject"] == "News for Anna"
+    assert client.state(ids["bare"], "dead")["error"] == "the subscription has no variable 'name'"
+    assert client.get(f"/task/{ids['sent']}")["state"] == "succeeded"
+    assert client("PATCH", f"/task/{ids['scheduled']}", {"send_at": rfc3339(1e9)})[0] == 200
+    client.state(ids["scheduled"], "succeeded")
+    # What it did not note: what subscriptions need, what was sent, and who left.
+    status, answer, _ = client("POST", "/task", {"task": "t", "type": "subscribe", "retries": 0, "payload": {
+        "userId": "new@example.com", "frequency": "@daily", "content_type": "news"}})
+    assert (status, answer["field"]) == (400, "payload.variables.name")
+    found = {each["userId"]: each["last"] for each in client.get("/subscriptions")["subscriptions"]}
+    assert set(found) == {"Anna@example.com", "bare@example.com"} and found["Anna@example.com"]["subject"]
+    assert client.state(client.task("subscribe", userId="gone@example.com", frequency="@daily", content_type="news",
+                                    variables={"name": "x"}), "succeeded")["result"] == "subscribed"
+    assert client.post("/task/subscriptionContent/news/send")["count"] == 3
+    until(lambda: len(mail_server.to("Anna@example.com")) == 2 and mail_server.to("gone@example.com"))
+    clock.forward(86400)
+    until(lambda: len(mail_server.to("Anna@example.com")) == 3)
 
 
 # --- 16. command line -------------------------------------------------------------------------------------
