@@ -675,8 +675,10 @@ class RedisCluster:
         more = ("--cluster-enabled", "yes", "--cluster-node-timeout", "1000", *options)
         self.slot, self.nodes, self.ids = redis.crc.key_slot(key.encode()), [], {}
         for _ in range(6):
-            bus = free_port()
-            self.nodes.append(start(*more, "--cluster-port", str(bus), port=free_port()))
+            bus = port = free_port()
+            while port == bus:  # it may be free still
+                port = free_port()
+            self.nodes.append(start(*more, "--cluster-port", str(bus), port=port))
             self.nodes[-1].bus = bus
             self.ids[self.nodes[-1]] = self.nodes[-1].client.cluster("MYID")
         masters, replicas = self.nodes[:3], self.nodes[3:]
@@ -17600,6 +17602,7 @@ def test_somebody_is_subscribed_changed_unsubscribed_and_subscribed_again_on_the
     tab.get_by_role("combobox", name="Who").select_option("unsubscribed")
     row.get_by_text("by your app or this page").wait_for()
     row.get_by_role("button", name="Subscribe again").click()
+    playwright.sync_api.expect(tab.get_by_label("Also if this person has unsubscribed")).to_be_checked()
     tab.get_by_role("textbox", name="Name").fill("Ann")
     tab.get_by_role("button", name="Subscribe", exact=True).click()
     tab.get_by_text("Nobody is unsubscribed.").wait_for()
