@@ -8163,6 +8163,7 @@ def next_boundary(frequency: str, now: float, zone: zoneinfo.ZoneInfo, at: str =
         date += datetime.timedelta(days=1)
 
 
+@functools.lru_cache(maxsize=8)  # each text may have a megabyte
 def text_digest(subject: str, content: str) -> str:
     """What names an issue of a newsletter: a digest of its text, before that is filled."""
     return hashlib.sha1(f"{subject}\n{content}".encode()).hexdigest()[:16]
@@ -9131,14 +9132,15 @@ class Newsletters:
                 or a `{{` in the content begins no placeholder.
         """
         content_type, address = task.payload["content_type"], task.payload["userId"]
-        body, subscription, got = self._read_for_mail(task.account, content_type, address)
+        body, subscription = self._read_for_mail(task.account, content_type, address)
         if not body or not (subscription or "test" in task.payload):
             raise CancelledError("no longer subscribed")
         text = json.loads(body)
         if "test" not in task.payload:
             task.issue = self.issue_of(text, content_type, address)
-            if not text.get("resend", True) and got and (
-                    got.split()[0] == text_digest(text["subject"], text["content"])):
+            got = None if text.get("resend", True) else self.store.redis.hget(
+                self.store.key("got", content_type, task.account), fold_address(address))
+            if got and got.split()[0] == text_digest(text["subject"], text["content"]):
                 raise CancelledError("has got this text already, and resend is false")
         if malformed := malformed_placeholders(f"{text['subject']}\n{text['content']}"):
             raise PermanentError(f"the content type is older than the rule for braces: it has {malformed}, which is no "
@@ -9152,12 +9154,10 @@ class Newsletters:
         return subject, content, self._headers(content_type, url) if url and subscription else ()
 
     def _read_for_mail(self, account: str, content_type: str, address: str) -> list[str | None]:
-        """What Redis has of a newsletter: its content type, the subscription, and what the subscriber got last."""
-        with self.store.redis.pipeline(transaction=False) as pipeline:
-            pipeline.hget(self.store.key("content", account), content_type)
-            for kind in ("subscribers", "got"):
-                pipeline.hget(self.store.key(kind, content_type, account), fold_address(address))
-            return pipeline.execute()
+        """What Redis has of a newsletter: its content type, and the subscription of an address."""
+        return self.store.execute(
+            ("HGET", self.store.key("content", account), content_type),
+            ("HGET", self.store.key("subscribers", content_type, account), fold_address(address)))
 
     def _fill_mail(self, account: str, payload: Json, text: Json, subscription: str | None) -> tuple[str, str, str]:
         """(subject, content, the link to unsubscribe or "") of a newsletter. Raises KeyError, TooLarge."""
@@ -9206,7 +9206,7 @@ class Newsletters:
         Raises:
             HTTPError: 404, there is no such content type or subscriber; 413, the texts are too large.
         """
-        saved, subscription, _ = self._read_for_mail(account, content_type, address)
+        saved, subscription = self._read_for_mail(account, content_type, address)
         if not saved and not {"subject", "content"} <= edits.keys():
             raise self._unknown()
         if address and not subscription:
@@ -9402,7 +9402,7 @@ class Newsletters:
 
     def _try_mail(self, account: str, payload: Json) -> None:
         """Raise HTTPError if the mail of a test cannot be made."""
-        body, subscription, _ = self._read_for_mail(account, payload["content_type"], payload["userId"])
+        body, subscription = self._read_for_mail(account, payload["content_type"], payload["userId"])
         if not body:
             raise self._unknown()
         try:
