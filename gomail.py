@@ -5848,9 +5848,8 @@ class Inspection:
         processes, "reason", "by_request": since when somebody has paused it, "beneath": what pauses it besides}."""
         oldest, lanes = self.oldest(), []
         for lane in LANES:
-            # A heartbeat may be a second older than the request.
-            reasons = [report[lane] for report in reports if report.get(lane, Queue.BY_REQUEST) != Queue.BY_REQUEST
-                       or lane in held and lane in report]
+            reasons = [report[lane] for report in reports if lane in report and (
+                lane in held or report[lane] != Queue.BY_REQUEST)]  # a heartbeat may be older than the end of a pause
             beneath = [report["beneath"][lane] for report in reports if lane in report.get("beneath", ())]
             lanes.append({"lane": lane, "queued": depths[lane], "oldest": round(oldest[lane], 3),
                           "paused": len(reasons),
@@ -9253,8 +9252,9 @@ class Newsletters:
     # Queue the mail of an issue, except where the issue before has not ended yet: that one gets the content of the
     # moment when it is sent; or where the subscriber got this very text, and the content type says "resend": false.
     # `boundary`: the one that it is queued at, if any; `more`: further fields of its payload.
-    # Answers "queued", "waits" or "got". `texts`: the text that is not sent again, by content type, "" for any, false
-    # without the content type. A quotation mark within a text has a backslash before it, so this finds no part of one.
+    # Answers "queued", "waits" (also where it is this very one that was queued) or "got". `texts`: the text that is not
+    # sent again, by content type, "" for any, false without the content type. A quotation mark within a text has a
+    # backslash before it, so this finds no part of one.
     QUEUE_ISSUE = Queue.ADD_TASK + """
         local ended = {succeeded = true, dead = true, suppressed = true, cancelled = true,
                        bounced = true, expired = true}
@@ -9277,6 +9277,7 @@ class Newsletters:
             local type_and_account = content_type .. ':' .. account
             local issued = prefix .. 'issued:' .. type_and_account
             local before, last = string.match(redis.call('HGET', issued, address) or '', '^(%S+) ?(%d*)')
+            if before == id then return 'waits' end
             local state = before and redis.call('HGET', prefix .. 'task:' .. before, 'state')
             if state and not ended[state] then return 'waits' end
             local text = text_of(account, content_type)
@@ -9441,7 +9442,6 @@ class Newsletters:
         for at = 1, #found, 2 do
             local address, id = found[at], string.sub(redis.sha1hex(job.id .. ' ' .. found[at]), 1, 32)
             if redis.call('EXISTS', prefix .. 'task:' .. id) == 0
-                    and string.sub(redis.call('HGET', prefix .. 'issued:' .. field, address) or '', 1, 32) ~= id
                     and queue_issue(id, account, job.registration, content_type, address,
                                     cjson.decode(found[at + 1]), nil, {send = job.id}) == 'queued' then
                 job.queued = job.queued + 1
@@ -10201,8 +10201,9 @@ class Recipients:
     def _trouble(self, mail: Json) -> str:
         """Why the newest mail to an address has not arrived, or not yet."""
         due, error = mail.get("due"), mail["error"] or "no reason is known"
+        pause = self._pause(mail["id"]) if mail["state"] == State.QUEUED else ""
         return "The newest mail to it " + {
-            State.QUEUED: f"waits in its lane{self._pause(mail['id'])}.",
+            State.QUEUED: f"waits in its lane{pause}.",
             State.RUNNING: "is being sent.",
             State.SCHEDULED: f"waits for its time, {due}.",
             State.RETRYING: f"is tried again at {due}: {error}",
@@ -11350,7 +11351,7 @@ class Workers:
             raise SuppressedError(f"{task.payload['userId']} is suppressed; see GET /suppressions")
         if recipients:
             lane, sender = task.lane, self._sender(task)[1]
-            recipients = [*self._redirected(recipients)]
+            recipients = self._redirected(recipients)
             with self._within_rate(lane, recipients) if self.is_limited else self.at_once:
                 if task.expires and self.store.time() * 1000 >= task.expires:
                     raise ExpiredError("it was not sent in time")
@@ -11412,7 +11413,7 @@ class Workers:
             return None
         return Envelope(self._sender(task)[1], tuple(self._redirected(self._recipients(task))))
 
-    def _redirected(self, recipients: Sequence[str]) -> Sequence[str]:
+    def _redirected(self, recipients: list[str]) -> list[str]:
         """Those to whom a mail for these recipients goes: with redirect_to, that address instead."""
         return [self.redirect_to] if self.redirect_to and recipients else recipients
 
@@ -11875,9 +11876,11 @@ class Api:
         """The answer of `route` to an authenticated request. Raises HTTPError, or RedisError if Redis is away."""
         if route.body:
             request.sent, request.body = request.body, route.body(request.body)
-        names = (*route.query, "account")
-        if route.known_query and (unknown := [name for name in request.query if name not in names]):
-            raise UnknownField("", unknown[0], names).error()
+        if route.known_query:
+            names = (*route.query, "account")
+            for name in request.query:
+                if name not in names:
+                    raise UnknownField("", name, names).error()
         request.query = parse_query(route.query, request.query)
         if route.idempotency_key:
             request.idempotency_key = request.headers.get("idempotency-key", "")
