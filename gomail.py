@@ -3775,6 +3775,12 @@ class Queue:
     PUT = """
         local function is_turn(id) return string.sub(id, 1, 5) == 'lane:' end
 
+        -- Give back a turn that a worker has waited for, unless its list got a new one meanwhile.
+        local function give_back_turn(prefix, turn)
+            local lane = prefix .. string.match(turn, '^lane:%a+')
+            if not redis.call('LPOS', lane, turn) then redis.call('RPUSH', lane, turn) end
+        end
+
         local function put(prefix, lane, account, id, place)
             local lane, list = 'lane:' .. lane, 'lane:' .. lane .. ':' .. account
             local ahead = place == 'second' and redis.call('RPOP', prefix .. list)
@@ -4352,11 +4358,10 @@ class Queue:
             redis.call('HSET', task, 'state', 'running', 'started', microseconds)
         end
 
-        -- Give back a turn that the worker has waited for, if this is one.
-        local function give_back_turn(id)
+        local function gave_back_turn(id)
             if not is_turn(id) then return false end
             redis.call('LREM', own, 1, id)
-            redis.call('RPUSH', lane, id)
+            give_back_turn(prefix, id)
             return true
         end
 
@@ -4370,7 +4375,7 @@ class Queue:
         if most == 0 then
             local left = {}  -- the next to be begun is the last
             for _, id in ipairs(redis.call('LRANGE', own, 0, -1)) do
-                if not is_done[id] and not give_back_turn(id) then left[#left + 1] = id end
+                if not is_done[id] and not gave_back_turn(id) then left[#left + 1] = id end
             end
             for at, id in ipairs(left) do
                 local task, before = prefix .. 'task:' .. id, #left - at
@@ -4396,7 +4401,7 @@ class Queue:
             redis.call('HSET', prefix .. 'processes', process, worker)
         end
         local held = redis.call('LLEN', own)
-        while held > 0 and give_back_turn(redis.call('LINDEX', own, 0)) do held = held - 1 end
+        while held > 0 and gave_back_turn(redis.call('LINDEX', own, 0)) do held = held - 1 end
 
         -- The list whose turn it is, how many tasks it has, whether it had its turn, and how many others have one.
         local turn, waiting, is_served, others
@@ -4988,8 +4993,8 @@ class Queue:
                         if died and state == 'running' and (strikes == 0 or begun) then strikes = strikes + 1 end
                         found[#found + 1] = {id = id, created = tonumber(created), lane = lane, account = account,
                                              strikes = strikes, begun = state == 'running'}
-                    elseif is_turn(id) then  -- a turn that the worker had waited for
-                        redis.call('RPUSH', prefix .. string.match(id, '^lane:%a+'), id)
+                    elseif is_turn(id) then
+                        give_back_turn(prefix, id)
                     end
                 end
                 left = left + redis.call('LLEN', list)
@@ -5114,7 +5119,8 @@ class Queue:
                 pass
 
     # Find lists with tasks whose turn was lost: a process of an older version beside this one takes it for a task that
-    # is gone. A worker may just have it in hand, so a list gets a new one only if it is still lost a second later.
+    # is gone. A worker may just have it in hand, so a list gets a new one only if it is still lost a second later, and
+    # one that comes back after all is not needed (see give_back_turn()).
     # KEYS: the prefix. ARGV: the cursor, the lists that the call before has found.
     # Answer: {the next cursor, the lists that have lost their turn}.
     RESTORE_TURNS = """
