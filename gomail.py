@@ -8183,19 +8183,21 @@ ADDRESS_COLUMNS = ("userid", "email", "e-mail", "address")
 KNOWN_COLUMNS = frozenset((*map(str.lower, EXPORT_COLUMNS), *ADDRESS_COLUMNS))
 
 # A spreadsheet takes such a cell for a formula, which may send what stands in others (OWASP, CSV injection). An export
-# puts a ' before it, by which spreadsheets know a text; an import removes it.
-FORMULA = re.compile("'*[=+@\t\r\n\uff1d\uff0b\uff20\uff0d-]")
+# puts a ' before it, by which spreadsheets know a text; an import removes it. So does a variable that is empty or only
+# white space, which is none otherwise.
+MARKED = re.compile(r"'*([=+@\t\r\n\uff1d\uff0b\uff20\uff0d-]|\s*\Z)")
 
 
 def protect_cell(value: Any) -> str:
-    """A value as a cell of a CSV file that spreadsheets take for no formula."""
-    text = "" if value is None else str(value)
-    return f"'{text}" if FORMULA.match(text) else text
+    """A value as a cell of a CSV file that spreadsheets take for no formula, and an import not for none."""
+    if value is None:
+        return ""
+    return f"'{value}" if MARKED.match(str(value)) else str(value)
 
 
 def plain_cell(text: str) -> str:
     """What protect_cell() was given."""
-    return text[1:] if text.startswith("'") and FORMULA.match(text) else text
+    return text[1:] if text.startswith("'") and MARKED.match(text) else text
 
 
 class SubscriptionState(enum.StrEnum):
@@ -12228,10 +12230,11 @@ class Api:
         subject, content, missing = self.newsletters.preview(
             account.name, content_type, edits, request.body.get("userId", ""), request.body.get("variables"))
         # Unsaved edits do not fit into a path.
-        self.store.redis.set(self.store.key("preview", content_type, account.name), content_as_html(content), ex=60)
+        preview_id = secrets.token_hex(8)
+        self.store.redis.set(self.store.key("preview", preview_id, account.name), content_as_html(content), ex=60)
         return {"status": True, "subject": subject, "missing": missing,
                 "text": html_to_text(content) if is_html(content) else content,
-                "view": self.view_path(account, preview=content_type, pictures=request.body.get("pictures", False))}
+                "view": self.view_path(account, preview=preview_id, pictures=request.body.get("pictures", False))}
 
     def remove_content(self, request: Request) -> Reply:
         self.newsletters.remove(request.account.name, request.path_params["content_type"])

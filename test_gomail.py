@@ -9329,8 +9329,9 @@ def test_a_preview_is_seen_for_a_minute_and_by_its_own_account_alone(service, cl
     key, = service.store.redis.keys(service.store.key("preview", "*"))
     assert 0 < service.store.redis.ttl(key) <= 60 and "Secret" in viewed(client, found["view"])[0]
     other = service.client.sign_up()
-    other.post("/task/subscriptionContent/news/preview", {"subject": "S", "content": "Another"})
-    assert "Secret" in viewed(client, found["view"])[0]
+    for sender in (other, client):
+        sender.post("/task/subscriptionContent/news/preview", {"subject": "S", "content": "Another"})
+        assert "Secret" in viewed(client, found["view"])[0]
     client.post("/auth/deregister", {"id": name_of(client)})
     assert client("GET", found["view"])[0] == 404
 
@@ -9949,7 +9950,7 @@ def test_an_export_has_who_is_subscribed_and_who_has_left_and_brings_both_to_ano
     found = import_csv(other, text)
     assert (found["subscribed"], found["left_out"], found["errors"]) == (2, 1, [])
     assert subscribed(other) == {
-        "b@example.com": ("@monthly", {"name": "=1+1", "number": "-5", "state": "NY"}),
+        "b@example.com": ("@monthly", {"name": "=1+1", "number": "-5", "state": "NY", "empty": ""}),
         "+c@example.com": ("@hourly", {"name": "'=x", "how": "'tis"})}
     assert [{**row, "account": ""} for row in unsubscribed(other)] == [
         {**row, "account": ""} for row in unsubscribed(client)]
@@ -9986,8 +9987,8 @@ def bare_newsletters(redis_server):
         {"frequency": "@hourly"}, {"frequency": "@daily", "at": "09:30"}, {"frequency": "@monthly", "day": 31},
         {"frequency": "@weekly", "day": "tue", "timezone": "Asia/Tokyo"}]), strategies.dictionaries(
         strategies.from_regex(gomail.VARIABLE, fullmatch=True) | strategies.sampled_from(["userId", "how", "STATE"]),
-        (strategies.text() | strategies.from_regex("['=+@\t\r\n,;-]{1,4}x", fullmatch=True)).filter(
-            lambda text: text.strip() and "\0" not in text and not gomail.SURROGATES.search(text)), max_size=3)),
+        (strategies.text() | strategies.from_regex("['=+@ \t\r\n,;-]{1,4}x?", fullmatch=True)).filter(
+            lambda text: "\0" not in text and not gomail.SURROGATES.search(text)), max_size=3)),
     max_size=3), delimiter=strategies.sampled_from(",;\t"))
 def test_whatever_is_exported_is_safe_for_spreadsheets_and_comes_back_as_it_was(bare_newsletters, people, delimiter):
     newsletters = bare_newsletters
