@@ -8644,6 +8644,9 @@ class Newsletters:
                 if content_type in ("", name):
                     pipeline.get(self.store.key("unconfirmed", self.unconfirmed_id(owner, name, address)))
             found = [json.loads(asking) for asking in pipeline.execute() if asking]
+        owners = {name: self.accounts.find(name) for name in {asking["account"] for asking in found}}
+        found = [asking for asking in found
+                 if (owner := owners[asking["account"]]) and owner.registration == asking["registration"]]
         return [{"account": asking["account"], "content_type": asking["content_type"], "userId": asking["userId"],
                  "state": SubscriptionState.UNCONFIRMED, "next": None,
                  "created": timestamp(asking["record"]["created"]),
@@ -8715,17 +8718,15 @@ class Newsletters:
     # ARGV: content type, address, subscription (JSON), when its task was created (microseconds), member of the
     #       schedule, now, next boundary and the one after it (s), half a period (s), 1 to subscribe also who
     #       unsubscribed before, or 0, account, the data of the event; body of the content type if it is to be created,
-    #       or "", and what it needs. Where somebody confirms: also unconfirmed_id(), and the account's registration.
-    # Answer: "subscribed", "overtaken", "left out", "unknown" if the content type does not exist, or "over" if there is
-    #         nothing to confirm any more.
+    #       or "", what it needs, and the account's registration. Where somebody confirms: also unconfirmed_id().
+    # Answer: "subscribed", "overtaken", "left out", "unknown" if the content type does not exist, or "over" if the
+    #         account is not registered any more, or there is nothing to confirm.
     SUBSCRIBE = ENTER + """
-        local content_type, account, body, needed, digest, registration = ARGV[1], ARGV[11], unpack(ARGV, 13)
+        local content_type, account, body, needed, registration, digest = ARGV[1], ARGV[11], unpack(ARGV, 13)
+        if redis.call('HGET', prefix .. 'UserList', account) ~= registration then return 'over' end
         if body ~= '' then create(content_type, body, needed) end
         if redis.call('HEXISTS', content, content_type) == 0 then return 'unknown' end
-        if digest and (redis.call('HGET', prefix .. 'UserList', account) ~= registration
-                       or redis.call('DEL', prefix .. 'unconfirmed:' .. digest) == 0) then
-            return 'over'
-        end
+        if digest and redis.call('DEL', prefix .. 'unconfirmed:' .. digest) == 0 then return 'over' end
         return enter(unsubscribed, unpack(ARGV, 2, 12))
     """
 
@@ -8734,7 +8735,7 @@ class Newsletters:
 
         Returns "subscribed", "overtaken" if a later request came first, or LEFT_OUT if the address had unsubscribed and
         the task does not say `again`; with `confirm`, what _ask() returns. Raises PermanentError if the content type
-        does not exist and the task brings no content.
+        does not exist and the task brings no content; CancelledError if the account was deregistered meanwhile.
         """
         if task.payload.get("confirm"):
             return self._ask(task)
@@ -8743,10 +8744,17 @@ class Newsletters:
         body, needed = self._own_body(payload)
         result = self._subscribe(self._keys(account, content_type, address), [
             content_type, *self._entry(account, content_type, self._record(payload, task.retries, task.created),
-                                       payload.get("again", False), self.clock()), body, needed])
+                                       payload.get("again", False), self.clock()), body, needed, task.registration])
+        self._ensure_done(result, content_type)
+        return self.LEFT_OUT if result == "left out" else result
+
+    @staticmethod
+    def _ensure_done(result: str, content_type: str) -> None:
+        """Raise what subscribe() does, by the answer of SUBSCRIBE or ASK."""
         if result == "unknown":
             raise PermanentError(f"content type {content_type!r} does not exist")
-        return self.LEFT_OUT if result == "left out" else result
+        if result == "over":
+            raise CancelledError("the account was deregistered")
 
     def _own_body(self, payload: Json) -> tuple[str, str]:
         """The content type that a subscribe task brings, and what it needs, as Redis keeps them, or "" twice."""
@@ -8758,10 +8766,12 @@ class Newsletters:
     # ARGV: content type, its body if it is to be created, or "", when the task was created (microseconds),
     #       unconfirmed_id(), what is to be kept (JSON, without "asked"), for how long, and the pause (both ms); id,
     #       account, registration, body, recipient and head of the task that sends the mail; what the body needs.
-    # Answer: "asked", "asked before", "overtaken", or "unknown" if the content type does not exist.
+    # Answer: "asked", "asked before", "overtaken", "unknown" if the content type does not exist, or "over" if the
+    #         account is not registered any more.
     ASK = Queue.ADD_TASK + Queue.LATER + CREATE + """
         local content_type, body, created, digest, asking, kept, pause = unpack(ARGV, 1, 7)
         local id, account, key, mail, to, head, needed = unpack(ARGV, 8)
+        if redis.call('HGET', prefix .. 'UserList', account) ~= key then return 'over' end
         if body ~= '' then create(content_type, body, needed) end
         if redis.call('HEXISTS', content, content_type) == 0 then return 'unknown' end
         if redis.call('EXISTS', prefix .. 'task:' .. id) == 1 then return 'asked' end
@@ -8788,7 +8798,7 @@ class Newsletters:
         """Do a subscribe task with `confirm`: the address gets a mail with a link first, and confirm() subscribes it.
 
         Returns what became of it, with the id of the task that sends the mail. Raises PermanentError if there is no
-        public_url, or no such content type, or it cannot fill the content type CONFIRM.
+        public_url, or no such content type, or it cannot fill the content type CONFIRM; CancelledError as subscribe().
         """
         payload, account, content_type = task.payload, task.account, task.payload["content_type"]
         if not self.public_url:
@@ -8806,8 +8816,7 @@ class Newsletters:
             content_type, body, task.created, digest, json.dumps(asking), self.CONFIRM_TTL * 1000,
             self.CONFIRM_PAUSE * 1000, mail_id, account, task.registration, json.dumps(mail), address,
             summary_of(mail), needed])
-        if result == "unknown":
-            raise PermanentError(f"content type {content_type!r} does not exist")
+        self._ensure_done(result, content_type)
         return {"asked": f"asked to confirm by task {mail_id}", "asked before": "asked to confirm less than an hour ago"
                 }.get(result, result)
 
@@ -8856,7 +8865,7 @@ class Newsletters:
         entry = self._entry(account, content_type, {**asking["record"], "created": int(self.store.time() * 1e6)}, True,
                             self.clock())
         result = self._confirm(self._keys(account, content_type, fold_address(address)), [
-            content_type, *entry, "", "", self.unconfirmed_id(account, content_type, address), asking["registration"]])
+            content_type, *entry, "", "", asking["registration"], self.unconfirmed_id(account, content_type, address)])
         if result != "subscribed":
             raise self._over()
         log(logging.INFO, "subscription confirmed", account=account, content_type=content_type)
@@ -9125,7 +9134,9 @@ class Newsletters:
             return bool(self.store.redis.hexists(keys[1], fold_address(address)))  # the button was pressed twice
         entry = self._entry(account, content_type, {**record, "created": int(self.store.time() * 1e6)}, True,
                             self.clock())
-        return self._subscribe(keys, [content_type, *entry, ""]) == "subscribed"
+        owner = self.accounts.find(account)
+        return bool(owner and self._subscribe(keys, [
+            content_type, *entry, "", "", owner.registration]) == "subscribed")
 
     def mail(self, task: Task) -> tuple[str, str, tuple[tuple[str, str], ...]]:
         """(subject, content, headers) of a newsletter at this moment.

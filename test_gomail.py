@@ -9453,10 +9453,10 @@ def test_an_unsubscribe_task_that_is_done_again_after_an_outage_comes_to_the_sam
 
 def test_the_later_request_wins_when_an_unsubscribe_overtakes_its_subscribe(service, client):
     define(client)
-    account = service.http.api.accounts.authenticate(client.key).name
+    account = service.http.api.accounts.authenticate(client.key)
 
     def task(created, **payload):
-        return gomail.Task(f"id-{created}", account, "key", "subscribe", "t", 0, {
+        return gomail.Task(f"id-{created}", account.name, account.registration, "subscribe", "t", 0, {
             "userId": "user@example.com", "content_type": "news", "frequency": "@daily", **payload}, created)
     now = int(time.time() * 1e6)
     assert service.newsletters.unsubscribe(task(now + 1)) == "not subscribed"
@@ -9751,6 +9751,8 @@ def test_a_link_to_confirm_ends_with_its_time_the_account_and_the_content_type(c
     define(client)
     for method in ("GET", "POST"):
         assert visit(service, method, path)[0] == 410
+    assert client.get("/subscriptions?state=unconfirmed&userId=user@example.com")["subscriptions"] == []
+    assert client.get("/recipients/user@example.com")["unconfirmed"] == []
     service.store.redis.delete(key)
     assert visit(service, "POST", path)[0] == 410
     assert client.get("/subscriptions")["subscriptions"] == []
@@ -9811,6 +9813,25 @@ def test_the_later_request_wins_also_where_it_is_to_be_confirmed(confirming, mai
     assert visit(service, "POST", path)[0] == 200  # she wants it after all
     assert [found["frequency"] for found in client.get("/subscriptions")["subscriptions"]] == ["@weekly"]
     assert len(mail_server.mails) == 1
+
+
+@pytest.mark.parametrize("more", [{}, {"confirm": True}])
+@pytest.mark.parametrize("signs_up_again", [False, True])
+def test_a_subscribe_in_hand_while_its_account_is_deregistered_leaves_nothing_behind(
+        confirming, more, signs_up_again):
+    service, client = confirming
+    account = service.http.api.accounts.find(name_of(client))
+    task = gomail.Task("0" * 32, account.name, account.registration, "subscribe", "t", 0, {
+        "userId": "user@example.com", "content_type": "other", "frequency": "@daily", "subject": "S", "content": "C",
+        **more}, int(service.store.time() * 1e6))
+    client.post("/auth/deregister", {"id": account.name})
+    if signs_up_again:
+        service.client.sign_up(account.name)
+    with pytest.raises(gomail.CancelledError, match="deregistered"):
+        service.newsletters.subscribe(task)
+    for kind in ("content", "needs", "subscribers", "schedule", "unconfirmed", "task"):
+        assert not service.store.redis.keys(service.store.key(kind, "*")), kind
+    assert not service.store.redis.exists(service.store.key("schedule"))
 
 
 def import_csv(client, text, content_type="news", **more):
@@ -9994,8 +10015,9 @@ def test_whatever_is_exported_is_safe_for_spreadsheets_and_comes_back_as_it_was(
     newsletters = bare_newsletters
     newsletters.remove("app", "news")
     newsletters.create("app", "news", "News", "News")
+    registration = newsletters.accounts.find("app").registration
     for address, (times, variables) in people.items():
-        newsletters.subscribe(gomail.Task("id", "app", "", "subscribe", "t", 0, {
+        newsletters.subscribe(gomail.Task("id", "app", registration, "subscribe", "t", 0, {
             "userId": address, "content_type": "news", **times, "variables": variables}, int(time.time() * 1e6)))
 
     def known():
@@ -10687,9 +10709,9 @@ def test_many_calendars_that_nobody_has_met_yet_are_all_done_in_one_look(service
     service.cron.stop()
     define(client)
     monkeypatch.setattr(gomail.Newsletters, "CALENDARS_KEPT", 3)
-    zones = sorted(zoneinfo.available_timezones())[:60]
+    zones, owner = sorted(zoneinfo.available_timezones())[:60], service.http.api.accounts.find(name_of(client))
     for number, zone in enumerate(zones):
-        service.newsletters.subscribe(gomail.Task(f"{number}", name_of(client), "", "subscribe", "name", 0, {
+        service.newsletters.subscribe(gomail.Task(str(number), owner.name, owner.registration, "subscribe", "t", 0, {
             "userId": f"{number}@example.com", "content_type": "news", "frequency": "@monthly", "timezone": zone,
             "at": f"{number % 24:02}:00", "day": 1 + number % 28}, 1))
     other = gomail.Newsletters(service.store, service.newsletters.zone, service.http.api.accounts, clock=clock)
@@ -19072,9 +19094,9 @@ def test_a_claim_whose_answer_is_lost_sends_each_newsletter_once(services, mail_
     client = service.client.sign_up()
     define(client)
     recipients = [f"{number}@example.com" for number in range(1200)]
-    account = name_of(client)
+    account = service.http.api.accounts.find(name_of(client))
     for address in recipients:
-        service.newsletters.subscribe(gomail.Task("id", account, "", "subscribe", "name", 0, {
+        service.newsletters.subscribe(gomail.Task("id", account.name, account.registration, "subscribe", "t", 0, {
             "userId": address, "content_type": "news", "frequency": "@daily"}, 1))
     cutter.cut(service.newsletters._claim)
     clock.forward(86400)
