@@ -9117,19 +9117,30 @@ class Newsletters:
         result = self._end_subscription(account, content_type, address, int(self.store.time() * 1e6), how)
         log(logging.INFO, "link to unsubscribe followed", account=account, content_type=content_type, how=how,
             result=result)
-        return result, self._ended_by_reader(account, content_type, address) is not None
+        return result, self.has_left(token)[1]
 
-    def _ended_by_reader(self, account: str, content_type: str, address: str) -> Json | None:
-        """The subscription that its reader ended last by a link, as it was; or None."""
+    def has_left(self, token: str) -> tuple[bool, bool]:
+        """Whether the reader of a link has unsubscribed, and whether subscribe_again() can undo it. Raises HTTPError
+        (404)."""
+        leaving = self._leaving(*self.read_link(token))
+        return leaving is not None, self._ended_by_reader(leaving) is not None
+
+    def _leaving(self, account: str, content_type: str, address: str) -> Json | None:
+        """What is remembered of an address that has unsubscribed, and was not erased since; or None."""
         found = self.store.redis.hget(self.store.key("left", content_type, account), fold_address(address))
-        leaving = json.loads(found) if found else {}
-        return leaving.get("record") if leaving.get("how") != "task" else None
+        return json.loads(found) if found else None
+
+    @staticmethod
+    def _ended_by_reader(leaving: Json | None) -> Json | None:
+        """The subscription that its reader ended last by a link, as it was; or None."""
+        return leaving.get("record") if leaving and leaving["how"] != "task" else None
 
     def subscribe_again(self, token: str) -> bool:
         """Give the reader of a link the subscription back that she has ended by it. Returns False where there is none,
         or an app has ended it. Raises HTTPError (404)."""
         account, content_type, address = self.read_link(token)
-        record, keys = self._ended_by_reader(account, content_type, address), self._keys(account, content_type, address)
+        record = self._ended_by_reader(self._leaving(account, content_type, address))
+        keys = self._keys(account, content_type, address)
         if record is None:
             return bool(self.store.redis.hexists(keys[1], fold_address(address)))  # the button was pressed twice
         entry = self._entry(account, content_type, {**record, "created": int(self.store.time() * 1e6)}, True,
@@ -12310,16 +12321,22 @@ class Api:
 
     def ask_to_unsubscribe(self, request: Request) -> Reply:
         # Mail scanners follow links, so only the button's POST ends the subscription.
-        return self.page_for(request, "unsubscribe", *self.newsletters.read_link(request.path_params["token"]),
-                             action="?by=button")
+        has_left, can_undo = self.newsletters.has_left(request.path_params["token"])
+        return self.page_unsubscribed(request, can_undo) if has_left else self.page_for(
+            request, "unsubscribe", *self.newsletters.read_link(request.path_params["token"]), action="?by=button")
+
+    def page_unsubscribed(self, request: Request, can_undo: bool) -> Response:
+        """The page for a reader who has unsubscribed, with the button that undoes it where that can be."""
+        token = request.path_params["token"]
+        return self.page_for(request, "unsubscribed", *self.newsletters.read_link(token),
+                             action=f"{token}/again" if can_undo else "")
 
     def follow_link(self, request: Request) -> Reply:
         token, how = request.path_params["token"], "link" if "by" in request.query else "one-click"
         result, can_undo = self.newsletters.follow_link(token, how)
         if result == "unsubscribed":
             self.stats.count("gomail_unsubscribed_total", how=how)
-        return self.page_for(request, "unsubscribed", *self.newsletters.read_link(token),
-                             action=f"{token}/again" if can_undo else "")
+        return self.page_unsubscribed(request, can_undo)
 
     def ask_to_confirm(self, request: Request) -> Reply:
         asking = self.newsletters.read_confirmation(request.path_params["token"])
@@ -12623,7 +12640,9 @@ DEFINITION = Object({"content_type": CONTENT_TYPE, "subject": SUBJECT_TEMPLATE, 
 PREVIEW = Object({"subject": Nullable(SUBJECT_TEMPLATE), "content": Nullable(CONTENT_TEMPLATE),
                   "defaults": Nullable(Variables()), "userId": Nullable(Address()), "variables": Nullable(Variables()),
                   "pictures": Nullable(Boolean())})
-IMPORT = Object({"csv": String(UNBOUNDED), "line": Nullable(Integer(1, 10**9)), "again": Nullable(Boolean()),
+# A NUL spoils its row, not the file.
+IMPORT = Object({"csv": String(UNBOUNDED, r"[\s\S]", "CSV with a header line"),
+                 "line": Nullable(Integer(1, 10**9)), "again": Nullable(Boolean()),
                  "frequency": Nullable(Enum(FREQUENCIES)), **Subscription.CALENDAR})
 SEND = Object({"to": Nullable(Address()), "variables": Nullable(Variables())})
 VERIFICATION = Object({"userEmail": Address(), "otp": Otp(), "purpose": Nullable(PURPOSE)})
@@ -13177,6 +13196,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.check_host(authority, headers, minor)
         if READER_PATH.fullmatch(path):
             self.reader_language = headers.get("accept-language", "")
+        if "%" in target:
+            check_percent_encoding(target)
         length = self.body_length(headers, minor)
         check_content_coding(headers)
         expects = self.expects_continue(headers, minor)
@@ -13327,8 +13348,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if not match:
                 raise HTTPError(400, "the request line must be METHOD /path HTTP/1.1")
             authority, target = match.groups()
-        if "%" in target:
-            check_percent_encoding(target)
         path, _, query = target.partition("?")
         return authority, path.removesuffix("/") or "/", query
 
