@@ -2148,6 +2148,14 @@ def fill_template(template: str, variables: Mapping[str, Any], escape: bool = Fa
     return PLACEHOLDER.sub(lambda place: values.get(place[0], place[0]), template)
 
 
+def fill_content(template: str, variables: Mapping[str, Any], keep_unknown: bool = False,
+                 max_size: float = math.inf) -> str:
+    """fill_template() for the content of a mail. A tag in a variable does not make HTML of plain text: it is shown."""
+    markup = is_html(template)
+    content = fill_template(template, variables, markup, keep_unknown, max_size)
+    return f"<pre>{html.escape(content)}</pre>" if not markup and is_html(content) else content
+
+
 # What GoMail itself fills in newsletters: without and with public_url.
 READER_VARIABLES = (("email",), ("email", "unsubscribe_url"))
 
@@ -8113,7 +8121,7 @@ class Otps:
         variables = {**payload.get("variables", {}), "otp": otp, "minutes": minutes}
         if "content" in payload:
             subject, content = payload["subject"], payload["content"]
-            return fill_template(subject, variables), fill_template(content, variables, is_html(content)), ""
+            return fill_template(subject, variables), fill_content(content, variables), ""
         language = nearest_language(payload.get("locale", ""))
         duration = READER_TEXTS[language]["minutes"][minutes != 1].format(number=minutes)
         subject, content, text = built_in_mail(language, "otp", otp, minutes=duration)
@@ -9200,10 +9208,8 @@ class Newsletters:
 
     def _fill(self, text: Json, variables: Json, keep_unknown: bool = False) -> tuple[str, str]:
         """(subject, content) of a content type with these variables, see fill_template(). Raises KeyError, TooLarge."""
-        subject, content = (
-            fill_template(template, variables, escape, keep_unknown, self.max_size)
-            for template, escape in ((text["subject"], False), (text["content"], is_html(text["content"]))))
-        return self.CONTROLS.sub(" ", subject), content
+        subject = fill_template(text["subject"], variables, False, keep_unknown, self.max_size)
+        return self.CONTROLS.sub(" ", subject), fill_content(text["content"], variables, keep_unknown, self.max_size)
 
     def _too_large(self, error: TooLarge) -> str:
         return (f"with its variables the mail would have {error.size} bytes, and may have {self.max_size} "

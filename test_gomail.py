@@ -9007,6 +9007,24 @@ def test_a_newsletter_is_filled_and_says_how_to_unsubscribe_by_one_click(linked,
         f'<p>Dear Ann &amp; Bob\nX at user@example.com, <a href="{url}">no more</a></p>' + "<p>All is well.</p>" * 40)
 
 
+def test_a_tag_in_a_variable_makes_no_html_of_a_plain_text_mail(confirming, mail_server):
+    service, client = confirming
+    name = '<a href="https://evil.example">Click & win</a>\n <b>  '
+    client("PUT", "/task/subscriptionContent", {"content_type": "news", "subject": "S", "content": "Dear {{ name }}!"})
+    define(client, "Confirm", "S", "Dear {{ name }}! {{ confirm_url }}")
+    define(client, "Login", "S", "Dear {{ name }}! {{ otp }}")
+    subscribe(client, variables={"name": name}, confirm=True)
+    client.post("/task/subscriptionContent/news/send", {"to": "test@example.com", "variables": {"name": name}})
+    client.task("generateOtp", userId="otp@example.com", content_type="Login", variables={"name": name}, length=4)
+    for address in ("user@example.com", "test@example.com", "otp@example.com"):
+        message = mail_server.one(address)
+        assert f"Dear {name}!" in message.get_body(("plain",)).get_content()
+        markup = message.get_body(("html",)).get_content()
+        assert f"<pre>Dear {html.escape(name)}!" in markup and "<a" not in markup and "<b" not in markup
+    found = client.post("/task/subscriptionContent/news/preview", {"variables": {"name": name}})
+    assert f"Dear {name}!" in found["text"] and "<a" not in viewed(client, found["view"])[0]
+
+
 def test_one_click_unsubscribes_and_looking_does_not(linked, mail_server, clock):
     service, client = linked
     clock.forward(86400)
