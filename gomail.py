@@ -5662,6 +5662,7 @@ class Inspection:
         self._search = store.script(self.SEARCH, when_full=False)
         self._look = store.script(self.LISTS, when_full=False)
         self._forget = store.script(self.FORGET)
+        self._heads = store.script(Newsletters.HEADS, when_full=False)
 
     def status(self, task_id: str, account: Account = EVERYBODY, story: bool = False) -> Json | None:
         """What is known of a task of an account, or of any; or None.
@@ -5672,7 +5673,8 @@ class Inspection:
         return found[0] if found else None
 
     def _statuses(self, ids: Sequence[str], account: Account = EVERYBODY, story: bool = False) -> list[Json]:
-        """The statuses of those tasks that exist, in one round trip; one more for each that has no head.
+        """The statuses of those tasks that exist, in one round trip; one more for each that has no head, and one for the
+        subjects of newsletters that are not made yet: as their content types have them now, before they are filled.
 
         Tasks of an earlier account of the same name are left out, except those that had ended in an older version,
         which did not note whose they were.
@@ -5681,7 +5683,8 @@ class Inspection:
             for task_id in ids:
                 pipeline.hmget(self.store.key("task", task_id), self.FIELDS)
             tasks = [(task_id, dict(zip(self.FIELDS, values))) for task_id, values in zip(ids, pipeline.execute())]
-        statuses = []
+        statuses: list[Json] = []
+        newsletters: list[tuple[Json, str]] = []  # without a subject, and whose they are
         for task_id, found in tasks:
             if found["state"] and not found["head"]:  # a newsletter's body is its head, until it ends, perhaps just now
                 *values, body = self.store.redis.hmget(self.store.key("task", task_id), (*self.FIELDS, "body"))
@@ -5697,11 +5700,20 @@ class Inspection:
             owner = {} if account.name else {"account": found["account"]}
             try:
                 statuses.append(self._status(task_id, found, story) | owner)
+                if statuses[-1]["type"] == "newsletter" and not {"subject", "finished"} & statuses[-1].keys():
+                    newsletters.append((statuses[-1], found["account"]))
             except (ValueError, TypeError, KeyError) as error:  # an unreadable task must not hide the others
                 log(logging.ERROR, "a task cannot be read", task=task_id, error=describe(error))
                 statuses.append({"id": task_id, "task": "", "type": "", "userId": "", "state": found["state"],
                                  "attempts": 0, "retries": 0, "error": "what is kept of this task cannot be read",
                                  "created": timestamp(0), **({"story": []} if story else {}), **owner})
+        # Such a task has the name of its content type.
+        sought = list(dict.fromkeys((account, status["task"]) for status, account in newsletters))
+        heads = self._heads(keys=[self.store.prefix], args=[*itertools.chain(*sought)])[::2] if sought else ()
+        subjects = {name: json.loads(head)["subject"] for name, head in zip(sought, heads) if head}
+        for status, account in newsletters:
+            if subject := subjects.get((account, status["task"])):
+                status["subject"] = subject_shown(subject)
         return statuses
 
     @staticmethod

@@ -13637,6 +13637,29 @@ def test_a_subject_is_shown_with_its_task_but_not_that_of_an_otp(services, mail_
         sent: "x" * 60, dead: "ü" * 30, otp: None}
 
 
+def test_a_newsletter_that_waits_shows_the_subject_of_its_content_type_and_then_its_own(services, mail_server):
+    service = services(mail_server, admin_token=ADMIN)
+    admin = Client(service.http.url, ADMIN)
+    client, other = admin.sign_up(), admin.sign_up()
+    for owner, subject in ((client, "Hi {{ name }}" + "x" * 60), (other, "Another")):
+        define(owner, subject=subject)
+    admin.post("/lanes/bulk/pause")
+    subscribe(client, variables={"name": "Ann"})
+    client.post("/task/subscriptionContent/news/send")
+    found = until(lambda: client.get("/task/recent?state=queued")["tasks"])
+    assert [task["subject"] for task in found] == ["Hi {{ name }}" + "x" * 47]
+    assert admin.get("/task/recent?state=queued")["tasks"] == [{**found[0], "account": name_of(client)}]
+    define_again = {"content_type": "news", "subject": "New, {{ name }}", "content": "C"}
+    client("PUT", "/task/subscriptionContent", define_again)
+    assert client.get(f"/task/{found[0]['id']}")["subject"] == "New, {{ name }}"
+    delete(client, "/task/subscriptionContent/news")
+    assert "subject" not in client.get(f"/task/{found[0]['id']}")
+    client("POST", "/task/subscriptionContent", define_again)
+    subscribe(client, variables={"name": "Ann"})
+    admin.post("/lanes/bulk/resume")
+    assert client.state(found[0]["id"], "succeeded")["subject"] == "New, Ann"
+
+
 def test_other_mail_gives_way_to_an_otp_until_that_is_sent_or_for_a_moment(queue, monkeypatch):
     def otp(address):
         return {"task": "t", "type": "generateOtp", "retries": 0, "payload": {"userId": address, "length": 6}}
