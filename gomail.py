@@ -5673,8 +5673,8 @@ class Inspection:
         return found[0] if found else None
 
     def _statuses(self, ids: Sequence[str], account: Account = EVERYBODY, story: bool = False) -> list[Json]:
-        """The statuses of those tasks that exist, in one round trip; one more for each that has no head, and one for the
-        subjects of newsletters that are not made yet: as their content types have them now, before they are filled.
+        """The statuses of those tasks that exist, in one round trip; one more for each that has no head, and one for
+        the subjects of newsletters that wait: as their content types have them now, before they are filled.
 
         Tasks of an earlier account of the same name are left out, except those that had ended in an older version,
         which did not note whose they were.
