@@ -11973,6 +11973,7 @@ def test_what_is_erased_of_an_address_is_nowhere_any_more_and_nothing_of_others_
         server.hset(key("issued", "news", name), folded, "an id")
         server.hset(key("got", "news", name), folded, "digest 1")
         record = {"account": name, "userId": address, "content_type": "news",
+                  "registration": service.http.api.accounts.find(name).registration,
                   "record": {"frequency": "@daily", "created": 1}}
         server.set(key("unconfirmed", hashlib.sha256(json.dumps([name, "news", folded]).encode()).hexdigest()),
                    json.dumps(record), ex=1000)
