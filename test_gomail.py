@@ -18115,6 +18115,29 @@ def test_axe_finds_nothing_and_nothing_is_wider_than_the_screen(services, browse
     tab.complaints = [line for line in tab.complaints if "postMessage" not in line]
 
 
+def test_no_word_is_so_long_that_a_view_is_wider_than_the_screen(services, browser):
+    service = services()
+    client, name, variable = service.client.sign_up("a" * 250), "W" * 100, "V" * 64
+    define(client, name, "S" * 800, f"<p>{{{{ {variable} }}}}</p>")
+    for address in ("gone@example.com", "user@example.com"):
+        subscribe(client, address, content_type=name, variables={variable: "v" * 500})
+    client.state(client.task("unsubscribe", userId="gone@example.com", content_type=name), "succeeded")
+    client.post(f"/task/subscriptionContent/{name}/send", {})
+    until(lambda: client.get(f"/task/subscriptionContent/{name}/issues")["issues"])
+    task = client.task(userId="550@gomail.test", subject="U" * 900)
+    client.state(task, "dead")
+    tab = browser.open(client, client.key)
+    for view in [*(view.replace("news/", f"{name}/").format(task=task) for view in VIEWS if "{task}" in view
+                   or "{" not in view), f"#/newsletters/{name}", "#/people/gone%40example.com",
+                 f"#/mails/{client.get('/outbox')['mails'][0]['id']}"]:
+        go(tab, view)
+        tab.evaluate("document.querySelectorAll('details').forEach(details => { details.open = true; })")
+        for width in (360, 720, 860, 1000, 1280):
+            tab.set_viewport_size({"width": width, "height": 800})
+            assert tab.evaluate("document.documentElement.scrollWidth") <= width, (view, width)
+    tab.complaints = [line for line in tab.complaints if "404" not in line]  # of #/newsletters/news, which is not there
+
+
 @pytest.mark.parametrize("scheme, width", [("light", 360), ("dark", 360), ("light", 1280), ("dark", 1280)])
 def test_axe_finds_nothing_in_the_pages_for_readers_whose_button_unsubscribes(services, browser, scheme, width):
     service = services(public_url="https://mail.example.com", smtp_from=f'"{"Sender" * 20}" <app@example.com>')
