@@ -5899,6 +5899,16 @@ def test_metrics_and_the_page_show_what_a_window_has_left(services, browser):
                                                  "200 of them are kept for one-time passwords.").wait_for()
 
 
+def test_the_page_says_by_the_clock_of_the_reader_when_a_lane_goes_on(services, mail_server, browser):
+    client = services(mail_server, smtp_rate="1/day").client.sign_up()
+    client.state(client.task(), "succeeded")
+    client.task()
+    until(lambda: next(lane for lane in client.get("/lanes")["lanes"] if lane["lane"] == "normal")["paused"])
+    tab = browser.open(client, client.key, timezone_id="Asia/Tokyo")
+    paused = tab.get_by_role("list", name="Lanes").get_by_text("1/day is used up")
+    assert re.search(r"goes on at \w+ \d+, \d{4} [\d:]{8} GMT\+9$", paused.first.inner_text())
+
+
 def test_metrics_are_read_by_prometheus_and_add_up_over_processes(services, mail_server):
     first = services(mail_server)
     second = services(mail_server, key_prefix=first.store.prefix)
@@ -17354,6 +17364,17 @@ def test_a_mail_is_sent_from_the_page(service, browser, mail_server):
     assert mail_server.one("by-hand@example.com")["Subject"] == "By hand"
 
 
+def test_who_presses_a_button_twice_on_the_page_sends_one_mail(service, browser):
+    client = service.client.sign_up()
+    tab = browser.open(client, client.key)
+    tab.get_by_text("Send a mail").click()
+    for label, text in (("To", "ann@example.com"), ("Subject", "Once"), ("Content, text or HTML", "Hello")):
+        tab.get_by_label(label, exact=True).fill(text)
+    tab.get_by_role("button", name="Send", exact=True).evaluate("button => { button.click(); button.click(); }")
+    tab.get_by_role("heading", name="What happened").wait_for()
+    assert len(client.get("/task/recent")["tasks"]) == 1
+
+
 def test_edits_that_are_not_saved_outlive_navigation_and_reload_and_end_with_the_session(service, browser):
     client = service.client.sign_up()
     define(client, content="<p>Saved</p>")
@@ -17537,7 +17558,7 @@ def test_a_mail_that_waits_for_its_time_is_moved_on_the_page(service, browser):
     task_id = client.task(send_at=rfc3339(time.time() + 1e7))
     day = datetime.date.today() + datetime.timedelta(days=30)
     tab = browser.open(client, client.key, f"#/tasks/{task_id}", timezone_id="America/Phoenix")
-    tab.get_by_label("Send it at").fill(f"{day}T09:30")
+    tab.get_by_label("Send it at (America/Phoenix)").fill(f"{day}T09:30")
     tab.get_by_role("button", name="Move").click()
     tab.get_by_role("status").get_by_text("Moved.").wait_for()
     assert client.get(f"/task/{task_id}")["due"] == f"{day}T16:30:00.000Z"
@@ -17655,6 +17676,28 @@ def test_a_person_is_subscribed_by_the_clock_of_who_does_it(service, browser):
     tab.get_by_role("status").get_by_text("bob@example.com is subscribed, every Monday at 00:00 (UTC).").wait_for()
     tab.get_by_text("Subscribe a person").wait_for()
     assert "timezone" not in client.get("/subscriptions?userId=bob%40example.com")["subscriptions"][0]
+
+
+def test_a_change_on_the_page_keeps_what_it_is_not_about_and_a_corrected_address_replaces_the_other(service, browser):
+    client, zone = service.client.sign_up(), "US/Pacific"  # a name that browsers do not list
+    define(client, content="<p>Hello {{ name }}</p>")
+    subscribe(client, "ann@exmaple.com", "@weekly", timezone=zone, variables={"name": "Ann", "city": "Rome"})
+    tab, questions = browser.open(client, client.key, "#/newsletters/news/subscribers"), []
+    tab.on("dialog", lambda dialog: (questions.append(dialog.message), dialog.accept()))
+    tab.get_by_role("button", name="Change ann@exmaple.com").click()
+    tab.get_by_text("Change the subscription of ann@exmaple.com").wait_for()
+    tab.get_by_role("button", name="Leave it as it is").click()
+    tab.get_by_text("Subscribe a person").wait_for()
+    tab.get_by_role("button", name="Change ann@exmaple.com").click()
+    tab.get_by_text("Change the subscription of ann@exmaple.com").wait_for()
+    tab.get_by_label("Address").fill("ann@example.com")
+    tab.get_by_role("button", name="Save").click()
+    tab.get_by_role("status").get_by_text("ann@example.com is subscribed").wait_for()
+    found, = client.get("/subscriptions")["subscriptions"]
+    assert (found["userId"], found["timezone"]) == ("ann@example.com", zone)
+    found, = client.get("/subscriptions?userId=ann%40example.com")["subscriptions"]
+    assert found["variables"] == {"name": "Ann", "city": "Rome"}
+    assert questions == ["Subscribe ann@example.com instead of ann@exmaple.com? Then ann@exmaple.com is unsubscribed."]
 
 
 @pytest.mark.parametrize("width", [360, 1280])
@@ -17910,6 +17953,24 @@ def test_somebody_is_found_and_erased_on_the_page(service, browser, mail_server)
     tab.get_by_role("button", name="Erase").click()
     tab.get_by_text("No newsletters.").wait_for()
     assert "ann@example.com" in questions[0] and client.get("/subscriptions")["subscriptions"] == []
+
+
+def test_what_keeps_mail_from_somebody_is_undone_where_the_person_is_found(service, browser):
+    client = service.client.sign_up()
+    define(client)
+    subscribe(client, "ann@example.com")
+    client.post("/suppressions", {"userId": "ann@example.com"})
+    tab = browser.open(client, client.key, "#/people/ann%40example.com")
+    tab.get_by_role("button", name="Allow mail again").click()
+    tab.get_by_role("status").get_by_text("ann@example.com gets mail again.").wait_for()
+    assert client.get("/suppressions")["suppressions"] == []
+    tab.get_by_role("button", name="Unsubscribe from news").click()
+    tab.get_by_role("button", name="Subscribe again: news").click()
+    tab.get_by_role("button", name="Subscribe", exact=True).click()
+    tab.get_by_role("row", name="ann@example.com").get_by_text("every Sunday").wait_for()
+    go(tab, "#/people/ann%40example.com")
+    tab.get_by_role("button", name="Change news").click()
+    tab.get_by_text("Change the subscription of ann@example.com").wait_for()
 
 
 def test_the_admin_sees_all_accounts_or_one_and_signs_others_up(governed, browser):
