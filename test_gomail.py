@@ -17551,6 +17551,9 @@ def test_a_lane_is_paused_on_the_page_by_the_admin_alone_where_there_is_one(gove
     tab = browser.open(admin, ADMIN)
     tab.get_by_role("button", name="Pause: bulk").click()
     tab.get_by_role("button", name="Resume: bulk").wait_for()
+    tab = browser.open(one, one.key)
+    tab.get_by_text("It goes on once the admin resumes it").wait_for()
+    assert tab.get_by_role("button", name="Resume").count() == 0
 
 
 def test_a_mail_that_waits_for_its_time_is_moved_on_the_page(service, browser):
