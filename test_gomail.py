@@ -17375,6 +17375,20 @@ def test_who_presses_a_button_twice_on_the_page_sends_one_mail(service, browser)
     assert len(client.get("/task/recent")["tasks"]) == 1
 
 
+def test_why_a_text_was_not_saved_stays_to_be_read_whatever_the_preview_does(service, browser):
+    client = service.client.sign_up()
+    define(client)
+    tab = browser.open(client, client.key, "#/newsletters/news")
+    playwright.sync_api.expect(tab.get_by_label("Subject")).to_have_value("News")
+    with tab.expect_response("**/preview*"):
+        tab.get_by_label("Content, text or HTML").fill("   ")
+        tab.get_by_role("button", name="Save").click()
+        tab.get_by_role("alert").get_by_text("The content must not be empty").wait_for()
+    tab.get_by_text("The content must not be empty").and_(tab.locator("section p")).wait_for()  # said by the preview
+    assert tab.get_by_role("alert").inner_text() == "The content must not be empty"
+    tab.complaints.clear()  # the browser's own notes of the answers
+
+
 def test_edits_that_are_not_saved_outlive_navigation_and_reload_and_end_with_the_session(service, browser):
     client = service.client.sign_up()
     define(client, content="<p>Saved</p>")
@@ -17490,6 +17504,8 @@ def test_errors_on_the_page_name_no_route_and_no_field(service, browser):
     in_words = {
         "payload.subject must be a string of 1 to 998 characters": "The subject must have 1 to 998 characters",
         "content_type exists already; PUT updates it": "The newsletter's name exists already",
+        "content_type does not exist; POST /task/subscriptionContent defines one": "There is no such newsletter",
+        "send_at must be before the task's expires_at, 2030": "The time must be before the time when it expires, 2030",
         "payload.variables.name is required: the newsletter names it": "The variable name is required: "
         "the newsletter names it",
         "csv must begin with a header line that has a column userId (or email, address)": "The file must begin with a "
@@ -17763,6 +17779,18 @@ def test_subscribers_are_imported_and_exported_on_the_page_with_the_lines_of_bad
         tab.get_by_role("button", name="Export all").click()
     rows = [*csv.DictReader(io.StringIO(pathlib.Path(download.value.path()).read_text(), newline=""))]
     assert download.value.suggested_filename == "news.csv" and len(rows) == 1200
+
+
+@pytest.mark.parametrize("text, error", [
+    ("", "The file must not be empty"), ("ann@example.com,weekly\n", "The file must begin with a header line")])
+def test_a_file_without_a_header_is_not_said_to_be_imported_on_the_page(service, browser, text, error):
+    client = service.client.sign_up()
+    define(client)
+    tab = browser.open(client, client.key, "#/newsletters/news/subscribers")
+    tab.get_by_label("CSV file").set_input_files({"name": "a.csv", "mimeType": "text/csv", "buffer": text.encode()})
+    tab.get_by_role("button", name="Import").click()
+    tab.get_by_role("alert").get_by_text(error).wait_for()
+    tab.complaints.clear()  # the browser's own note of the answer
 
 
 @pytest.fixture
@@ -18200,6 +18228,28 @@ def test_no_word_is_so_long_that_a_view_is_wider_than_the_screen(services, brows
             tab.set_viewport_size({"width": width, "height": 800})
             assert tab.evaluate("document.documentElement.scrollWidth") <= width, (view, width)
     tab.complaints = [line for line in tab.complaints if "404" not in line]  # of #/newsletters/news, which is not there
+
+
+@pytest.mark.parametrize("width", [360, 800, 1040, 1280])
+def test_addresses_and_time_zones_are_not_broken_within_a_word(service, browser, width):
+    client = service.client.sign_up()
+    define(client)
+    subscribe(client, "maximiliane.mustermann@wholesale-example.example.com", "@monthly", day=15, at="09:00",
+              timezone="America/Argentina/Buenos_Aires")
+    tab = browser.open(client, client.key, "#/newsletters/news/subscribers", viewport={"width": width, "height": 800})
+    cells = tab.get_by_role("row", name="maximiliane").get_by_role("cell")
+    for number, words in ((0, ["maximiliane", ".mustermann"]), (1, ["America/", "Argentina/", "Buenos_Aires"])):
+        assert cells.nth(number).evaluate("""(cell, words) => {
+            const texts = document.createTreeWalker(cell, NodeFilter.SHOW_TEXT), found = [];
+            while (texts.nextNode()) for (const word of words) {
+                const range = document.createRange(), at = texts.currentNode.data.indexOf(word);
+                if (at < 0) continue;
+                range.setStart(texts.currentNode, at);
+                range.setEnd(texts.currentNode, at + word.length);
+                if (new Set([...range.getClientRects()].map(each => each.top)).size === 1) found.push(word);
+            }
+            return found;
+        }""", words) == words
 
 
 @pytest.mark.parametrize("scheme, width", [("light", 360), ("dark", 360), ("light", 1280), ("dark", 1280)])
