@@ -5565,13 +5565,13 @@ def test_smtp_rate_spaces_the_mails_of_all_processes_and_urgent_ones_pass(servic
 
 
 def test_smtp_rate_goes_on_when_the_clock_goes_back_with_what_was_given_away_by_then(services):
-    service = services(smtp_rate=1.0)
+    service = services(smtp_rate=0.1)
     service.workers.stop(PATIENCE)
     for _ in range(5):
         service.queue.pace("normal")
     rate, lines = service.store.key("rate"), service.store.redis
     lines.hset(rate, mapping={name: int(moment) + 3_600_000_000 for name, moment in lines.hgetall(rate).items()})
-    assert 3 < service.queue.pace("normal").wait <= 5 and service.queue.pace("urgent").wait < 0.01
+    assert 20 < service.queue.pace("normal").wait <= 50 and service.queue.pace("urgent").wait < 0.01
 
 
 def test_smtp_rate_holds_for_what_arrives_and_a_stop_gives_back_what_waits(services, mail_server):
@@ -5725,7 +5725,7 @@ def test_a_used_up_window_pauses_the_lane_which_costs_no_attempt_and_resuming_do
     lane = next(lane for lane in client.get("/lanes")["lanes"] if lane["lane"] == "normal")
     reason, moment = breaker.reason.split("; goes on at ")
     assert reason == "smtp_rate: 5/min is used up" and until(lambda: client.get("/lanes")["lanes"][1]["paused"])
-    assert 50 < datetime.datetime.fromisoformat(moment).timestamp() - time.time() < 61
+    assert 30 < datetime.datetime.fromisoformat(moment).timestamp() - time.time() < 61
     until(lambda: client.get("/lanes")["lanes"][1]["queued"] == 3)
     assert lane["lane"] == "normal" and service.workers.smtp.state == "up"
     client.post("/lanes/normal/resume")
@@ -5743,9 +5743,9 @@ def test_a_used_up_window_pauses_the_lane_which_costs_no_attempt_and_resuming_do
 
 def test_a_window_that_has_room_within_seconds_does_not_pause_the_lane(services, mail_server):
     service = services(mail_server, smtp_rate="2/min")
+    client, began = service.client.sign_up(), time.monotonic()
     service.queue.pace("normal", 2)
     pass_time(service.store, 59)
-    client, began = service.client.sign_up(), time.monotonic()
     client.state(client.task(), "succeeded")
     assert time.monotonic() - began > 0.5 and not service.workers.breakers["normal"].failures
 
@@ -6597,7 +6597,7 @@ def test_a_connection_is_replaced_after_its_share_of_mails_and_sooner_in_the_urg
 
 
 def test_an_idle_connection_that_the_server_closed_costs_nothing(services):
-    with contextlib.closing(MailServer(timeout=0.2)) as server:
+    with contextlib.closing(MailServer(timeout=1.5)) as server:
         server.start()
         service = services(server, workers=1)
         client = service.client.sign_up()
@@ -8095,10 +8095,10 @@ def test_a_server_may_think_longer_than_smtp_timeout_about_a_mail(services, mail
     hook = getattr(mail_server, f"handle_{stage}")
 
     async def slowly(*arguments):
-        await asyncio.sleep(1.5)
+        await asyncio.sleep(2.5)
         return await hook(*arguments)
     setattr(mail_server, f"handle_{stage}", slowly)
-    client = services(mail_server, smtp_timeout=0.3).client.sign_up()
+    client = services(mail_server, smtp_timeout=1.0).client.sign_up()
     found = client.state(client.task(retries=0), "succeeded")
     assert found["attempts"] == 1 and len(found["story"]) == 2 and len(mail_server.mails) == 1
 
@@ -13117,11 +13117,15 @@ def arrived(mail_server):
 def test_tasks_that_are_done_within_moments_are_settled_together(services, mail_server, monkeypatch):
     monkeypatch.setattr(gomail.Workers, "SETTLE_WITHIN", PATIENCE)
     service = services(mail_server, workers=1)
-    client, calls, script = service.client.sign_up(), [], service.queue._settle_and_take
-    monkeypatch.setattr(service.queue, "_settle_and_take", lambda keys, args: calls.append(args) or script(keys, args))
+    client, settled, settle = service.client.sign_up(), [], service.queue._settle
+
+    def watched(worker, lane, outcomes, *more):
+        settled.append(len(outcomes))
+        return settle(worker, lane, outcomes, *more)
+    monkeypatch.setattr(service.queue, "_settle", watched)
     ids = post_batch(client, 80)
     until(lambda: service.inspection.counters()["executed"] == 80)
-    assert arrived(mail_server) == [*range(80)] and len([args for args in calls if len(args) > 9]) <= 12
+    assert arrived(mail_server) == [*range(80)] and sum(settled) == 80 and len([*filter(None, settled)]) <= 12
     assert {client.get(f"/task/{task_id}")["state"] for task_id in ids} == {"succeeded"}
 
 
