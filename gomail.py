@@ -5708,11 +5708,11 @@ class Inspection:
                                  "attempts": 0, "retries": 0, "error": "what is kept of this task cannot be read",
                                  "created": timestamp(0), **({"story": []} if story else {}), **owner})
         # Such a task has the name of its content type.
-        sought = list(dict.fromkeys((account, status["task"]) for status, account in newsletters))
+        sought = list(dict.fromkeys((owner_name, status["task"]) for status, owner_name in newsletters))
         heads = self._heads(keys=[self.store.prefix], args=[*itertools.chain(*sought)])[::2] if sought else ()
         subjects = {name: json.loads(head)["subject"] for name, head in zip(sought, heads) if head}
-        for status, account in newsletters:
-            if subject := subjects.get((account, status["task"])):
+        for status, owner_name in newsletters:
+            if subject := subjects.get((owner_name, status["task"])):
                 status["subject"] = subject_shown(subject)
         return statuses
 
@@ -8665,8 +8665,8 @@ class Newsletters:
                     pipeline.get(self.store.key("unconfirmed", self.unconfirmed_id(owner, name, address)))
             found = [json.loads(asking) for asking in pipeline.execute() if asking]
         owners = {name: self.accounts.find(name) for name in {asking["account"] for asking in found}}
-        found = [asking for asking in found
-                 if (owner := owners[asking["account"]]) and owner.registration == asking["registration"]]
+        found = [asking for asking in found if owners[asking["account"]] == Account(
+            asking["account"], asking["registration"])]
         return [{"account": asking["account"], "content_type": asking["content_type"], "userId": asking["userId"],
                  "state": SubscriptionState.UNCONFIRMED, "next": None,
                  "created": timestamp(asking["record"]["created"]),
