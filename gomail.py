@@ -3332,7 +3332,7 @@ def candidates(content_type: str, locale: str) -> list[list[str]]:
 
 
 def insert_text(task: Json, path: str, texts: Mapping[TextName, NamedText | None]) -> NamedText | None:
-    """Give a task the texts of the content type that it names, in place of the name; returns it, or None.
+    """Give a task the texts of the content type that it names, beside the name; returns it, or None.
 
     Raises:
         HTTPError: 400, there is no such content type, or it is for an OTP and does not show it; 413, it is left out.
@@ -3352,7 +3352,6 @@ def insert_text(task: Json, path: str, texts: Mapping[TextName, NamedText | None
     if task["type"] == "generateOtp" and "otp" not in placeholder_names(text.subject + text.content):
         raise HTTPError(400, f"{field} must name a content type with {{{{ otp }}}}, and {text.content_type} has none",
                         field)
-    del payload["content_type"]
     payload.pop("locale", None)
     payload |= {"subject": text.subject, "content": text.content}
     return text
@@ -3361,7 +3360,7 @@ def insert_text(task: Json, path: str, texts: Mapping[TextName, NamedText | None
 def fill_message(task: Json, path: str, max_size: int, texts: Mapping[TextName, NamedText | None]) -> int:
     """Fill the texts of a message task with its variables, and remove those. Other tasks stay as they are.
 
-    A task that names a content type gets its texts in place of the name. Those of an OTP are filled when it is sent;
+    A task that names a content type gets its texts, and keeps the name. Those of an OTP are filled when it is sent;
     here it is only tried whether that will succeed.
 
     Args:
@@ -5229,10 +5228,11 @@ class Queue:
                 return false
             end
             if content_type == '' then return true end
-            if shown.type == 'subscribe' or shown.type == 'unsubscribe' then
-                shown = cjson.decode(redis.call('HGET', task, 'body'))
+            local named = (shown.payload or {}).content_type
+            if not named and string.find(shown.type or '', 'subscribe$') then  -- by an older version
+                named = cjson.decode(redis.call('HGET', task, 'body')).payload.content_type
             end
-            return (shown.payload or {}).content_type == content_type
+            return named == content_type
         end
 
         local answer = {'', ''}
@@ -5515,6 +5515,8 @@ def summary_of(task: Json) -> str:
     shown = {"userId": payload["userId"]}
     if task["type"] == "message" and "subject" in payload:  # heads of older versions have none
         shown["subject"] = subject_shown(payload["subject"])
+    if "content_type" in payload:  # older versions kept none
+        shown["content_type"] = payload["content_type"]
     if "metadata" in payload:
         shown["metadata"] = payload["metadata"]
     return json.dumps({"task": task["task"], "type": task["type"], "retries": task["retries"], "payload": shown})
@@ -15045,7 +15047,7 @@ def command_line() -> argparse.ArgumentParser:
     cancel.add_argument("--state", choices=WAITING, help="only in this state")
     cancel.add_argument("--type", choices=CANCELLABLE, help="only tasks of this type")
     cancel.add_argument("--task", metavar="NAME", help="only tasks of this name")
-    cancel.add_argument("--content-type", metavar="NAME", help="only newsletters and subscriptions of it")
+    cancel.add_argument("--content-type", metavar="NAME", help="only newsletters, subscriptions and texts of it")
     cancel.add_argument("--to", dest="recipient", metavar="ADDRESS", help="only tasks to this address")
     cancel.add_argument("--account", metavar="NAME", help="only tasks of this account")
     cancel.add_argument("--yes", action="store_true", help="do not ask; only a terminal is asked")

@@ -13511,6 +13511,25 @@ def test_all_that_waits_and_matches_is_counted_and_cancelled_and_nothing_else(ma
     assert sum(service.inspection.depths()[lane] for lane in gomail.LANES) == 5 - len(cancelled - {"scheduled"})
 
 
+def test_what_was_sent_with_a_named_text_is_cancelled_by_that_name_also_subscribes_of_an_older_version(many_waiting):
+    service, client, _, ids = many_waiting
+    for name in ("News", "Other"):
+        client.post("/task/subscriptionContent", {"content_type": name, "subject": "{{ otp }}", "content": "Hello"})
+    named = [client.post("/task", {"task": "a test", "type": "message", "retries": 0, "payload": {
+        "userId": "user@example.com", "content_type": name, "variables": {"otp": 1}}}) for name in ("News", "Other")]
+    otp = client.task("generateOtp", userId="otp@example.com", content_type="News", metadata=METADATA)
+    client.post("/task/subscriptionContent/News/send", {"to": "me@example.com", "variables": {"otp": "1"}})
+    old = service.store.key("task", ids["unsubscribe"])
+    head = json.loads(service.store.redis.hget(old, "head"))
+    del head["payload"]["content_type"]
+    service.store.redis.hset(old, "head", json.dumps(head))
+    for query, count in (("type=message&", 1), ("type=generateOtp&", 1), ("type=newsletter&", 1), ("", 4)):
+        assert client.get(f"/task?{query}content_type=News")["count"] == count
+    assert client("DELETE", "/task?content_type=News")[1]["count"] == 4
+    assert client.get(f"/task/{otp}")["metadata"] == METADATA
+    assert [client.get(f"/task/{task['id']}")["state"] for task in named] == ["cancelled", "queued"]
+
+
 @pytest.mark.parametrize(("query", "field"), [("", None), ("state=queued", None), ("type=webhook", "type"),
                                               ("state=running&type=message", "state"), ("userId=nobody", "userId"),
                                               ("content_type=a/b", "content_type"),
