@@ -11764,7 +11764,7 @@ def cancel_waiting(queue: Queue, newsletters: Newsletters, stats: Stats, account
     if not only_count:
         for task_type, count in found.items():
             stats.count("gomail_tasks_total", count, type=task_type, outcome=Verdict.CANCELLED)
-        log(logging.WARNING, "tasks cancelled by request", count=found.total(), account=account.name, **filters)
+        log(logging.INFO, "tasks cancelled by request", count=found.total(), account=account.name, **filters)
     return found.total()
 
 
@@ -11914,7 +11914,7 @@ class Api:
     def account_named(self, request: Request, route: Route) -> Account:
         """The Account that the admin names by `?account=`. Without it, all accounts, if the route allows that."""
         name = request.query.get("account", "")
-        if not name and route.access != Access.ALL:
+        if not name and (route.access != Access.ALL or route.known_query and "account" in request.query):
             raise HTTPError(400, "account is required with the admin_token: add ?account= and an account's name",
                             "account")
         return self.accounts.named(name, "account") if name else self.admin
@@ -14191,6 +14191,10 @@ class Operator:
         return self.terminal.fail(1, f"there is no account {name}; `accounts` lists them, and `accounts --add` makes "
                                   "one")
 
+    def account_of(self, options: argparse.Namespace) -> Account | None:
+        """The account that --account names, all without it; None if there is none of that name."""
+        return EVERYBODY if options.account is None else self.accounts.find(options.account)
+
     def status(self, options: argparse.Namespace) -> int:
         """Show a task and its story."""
         task = self.inspection.status(options.id, story=True)
@@ -14250,15 +14254,20 @@ class Operator:
     def cancel(self, options: argparse.Namespace) -> int:
         """Cancel a task that waits, or all that match."""
         filters = {name: getattr(options, name) for name in ("state", "type", "task", "content_type", "recipient")
-                   if getattr(options, name)}
+                   if getattr(options, name) is not None}
         if bool(options.id) == bool(filters.keys() - {"state"}):
             return self.terminal.fail(2, "give the ID of a task, or one of --type, --task, --content-type and --to")
-        account = self.accounts.find(options.account) if options.account else EVERYBODY
+        try:
+            for name, field, check in (("task", "--task", FILTERS["task"]), ("recipient", "--to", FILTERS["userId"]),
+                                       ("content_type", "--content-type", FILTERS["content_type"])):
+                if name in filters:
+                    filters[name] = check(filters[name], field)
+        except HTTPError as error:
+            return self.terminal.fail(2, error.message)
+        account = self.account_of(options)
         if account is None:
             return self.no_account(options.account)
         try:
-            if options.recipient:
-                filters["recipient"] = Address()(options.recipient, "--to")
             if options.id:
                 task_type, count = self.queue.cancel(options.id, account), 1
                 self.stats.count("gomail_tasks_total", type=task_type, outcome=Verdict.CANCELLED)
@@ -14296,7 +14305,7 @@ class Operator:
             address = Address()(options.address, "ADDRESS")
         except HTTPError as error:
             return self.terminal.fail(2, error.message)
-        account = self.accounts.find(options.account) if options.account else EVERYBODY
+        account = self.account_of(options)
         if account is None:
             return self.no_account(options.account)
         recipients = Recipients(self.store, self.settings, self.accounts, self.inspection, Suppressions(self.store),
@@ -15053,7 +15062,8 @@ def command_line() -> argparse.ArgumentParser:
     cancel.add_argument("--yes", action="store_true", help="do not ask; only a terminal is asked")
     for name, method, explanation in (("pause", Operator.pause, "take nothing from a lane until it is resumed"),
                                       ("resume", Operator.resume, "end the pause of a lane, whoever caused it")):
-        operation(name, method, explanation).add_argument("lane", choices=LANES, metavar="LANE", help=", ".join(LANES))
+        operation(name, method, explanation).add_argument("lane", choices=[*map(str, LANES)], metavar="LANE",
+                                                          help=", ".join(LANES))
     recipient = operation("recipient", Operator.recipient, "show what is known of an address, or erase it")
     recipient.add_argument("address", metavar="ADDRESS")
     recipient.add_argument("--account", metavar="NAME", help="only what this account has (default: all accounts)")

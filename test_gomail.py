@@ -13545,6 +13545,8 @@ def test_a_misspelt_account_does_not_mean_all_accounts(governed, method, path):
     _, admin, account, _ = governed
     status, answer, _ = admin(method, f"{path}acount={name_of(account)}")
     assert (status, answer["field"]) == (400, "acount")
+    status, answer, _ = admin(method, f"{path}account=")
+    assert (status, answer["field"]) == (400, "account")
     assert admin(method, f"{path}account={name_of(account)}")[0] == 200
 
 
@@ -15902,10 +15904,14 @@ def test_lanes_are_paused_and_resumed_and_what_waits_is_cancelled_by_commands(op
     assert re.search(r"normal .* paused by request since 20\d\d-", command("stats")[1])
     ids = [client.task(userId=f"{number}@example.com") for number in range(4)]
     assert command("cancel", ids[0])[1] == "1 task cancelled\n" and command("cancel", ids[0])[0] == 1
-    for arguments in ((), (ids[1], "--type", "message"), ("--state", "queued"), ("--to", "nobody")):
-        assert command("cancel", *arguments)[0] in (1, 2)
+    for arguments in ((), (ids[1], "--type", "message"), ("--state", "queued"), ("--to", "nobody"), (
+            "--content-type", "a/b"), *(("--type", "message", name, "") for name in ("--task", "--to"))):
+        assert command("cancel", *arguments)[0] == 2
+    assert command("cancel", "--type", "message", "--account", "")[0] == 1  # perhaps a variable that is not set
+    assert command("recipient", "user@example.com", "--erase", "--yes", "--account", "")[0] == 1
+    assert "'urgent', 'normal', 'bulk'" in command("pause", "none")[2]
     assert command("cancel", "--type", "message", "--account", "nobody")[0] == 1
-    assert command("cancel", "--to", "1@EXAMPLE.com", "--json")[1] == '{\n  "count": 1\n}\n'
+    assert command("cancel", "--to", "1@EXAMPLE.com", "--json") == (0, '{\n  "count": 1\n}\n', "")
     code, output = command.at_terminal("cancel", "--type", "message", typed="n\n")
     assert code == 1 and "Cancel 2 tasks of all accounts? [y/N]" in output
     client = Client(client.address, client.key)  # the commands may have taken longer than a connection idles
