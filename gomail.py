@@ -6989,7 +6989,7 @@ class MaildirTransport:
     NAME_BATCH = 10_000  # file names that one step of clean() reads
     VIEW_TIME = 600.0  # seconds in which a mail that somebody has opened is not removed
     WAIT_STEP = 0.1  # seconds between two looks for a mail that somebody waits for
-    RECIPIENT = re.compile("^(?:Delivered-To|X-Original-To): (.*)$", re.MULTILINE)  # the second: see redirect_to
+    RECIPIENT = re.compile("^Delivered-To: (.*)$", re.MULTILINE)
 
     def __init__(self, folder: str | pathlib.Path, max_mails: int = 0) -> None:
         self.folder, self.max_mails = pathlib.Path(folder).resolve(), max_mails
@@ -7138,7 +7138,8 @@ class MaildirTransport:
         with open(path, "rb") as file:
             octets, size = file.read(self.HEAD_SIZE).partition(b"\n\n")[0], os.fstat(file.fileno()).st_size
         head, name = self._parsed(octets), os.path.basename(path)
-        recipients = self.RECIPIENT.findall(octets.decode(errors="replace").replace('"', ""))
+        recipients = [address.replace('"', "") for address in (
+            *self.RECIPIENT.findall(octets.decode(errors="replace")), *head.get_all("X-Original-To", ()))]
         return {"id": name.partition(":")[0],
                 **{header: str(head.get(header, "")) for header in ("from", "to", "subject")},
                 "received": timestamp(self._moment(name)[0] * 1_000_000), "size": size,
@@ -11325,7 +11326,7 @@ class Workers:
             mail = dataclasses.replace(mail, headers=(*mail.headers, *postmark_headers(task.id)))
         if self.redirect_to:
             mail = dataclasses.replace(mail, headers=(*mail.headers, *(
-                ("X-Original-To", mailbox(address)) for address in self._recipients(task))))
+                own_header("X-Original-To", mailbox(address)) for address in self._recipients(task))))
         moment = max(task.created, task.payload.get("send_at", 0))
         return compose(mail, f"{task.id}@{mail.sender[1].rpartition('@')[2]}", moment)
 

@@ -6519,6 +6519,22 @@ def test_with_redirect_to_every_mail_goes_there_and_names_its_true_recipients(se
     assert client.get("/lanes")["redirect_to"] == "Me@example.net"
 
 
+@pytest.mark.parametrize("is_maildir", [False, True])
+def test_a_true_recipient_beyond_ascii_is_readable_in_a_redirected_mail_that_any_server_takes(
+        services, mail_server, is_maildir):
+    service = services(None if is_maildir else mail_server, redirect_to="me@example.net")
+    client = service.client.sign_up()
+    true = ["user@example.com", "jürgen@xn--bcher-kva.example", f"{'ж' * 30}@example.com"]
+    client.state(client.task(bcc=true[1:]), "succeeded")
+    if not is_maildir:
+        raw = mail_server.mails[0].raw
+        assert raw.isascii() and redirected(parsed(raw)) == ("user@example.com", true)
+        return
+    for address in true:
+        assert len(client.get(f"/outbox?to={urllib.parse.quote(address)}")["mails"]) == 1
+    assert recipient(client, true[2], "DELETE")["mails"] == 1
+
+
 def test_without_redirect_to_no_mail_has_its_header_and_the_lanes_say_so(client, mail_server):
     client.state(client.task(), "succeeded")
     assert "X-Original-To" not in parsed(mail_server.mails[0].raw)
