@@ -5723,26 +5723,28 @@ class Inspection:
             status["finished"] = timestamp(found["finished"])
         return {**status, "story": history_of(found)} if story else status
 
-    # Find, among the newest tasks, those in a state and to a recipient.
-    # KEYS: the prefix, recent or recent:<account>. ARGV: part of an address or "", state or "", how many tasks are
-    # passed over, how many are looked at, how many are found at most.
+    # Find, among the newest tasks or the dead letters, those in a state and to a recipient.
+    # KEYS: the prefix, recent or recent:<account>, or dead or dead:<account>. ARGV: part of an address or "", state or
+    # "", how many tasks are passed over, how many are looked at, how many are found at most.
     # Answer: {the offset to go on from, or -1 at the end, id, ...}.
     SEARCH = """
         local prefix, list = KEYS[1], KEYS[2]
         local search, state, offset, batch, most = unpack(ARGV)
-        local at, found = tonumber(offset), {}
-        local ids = redis.call('LRANGE', list, at, at + batch - 1)
+        local at, found, length = tonumber(offset), {}, state == 'dead' and 'ZCARD' or 'LLEN'
+        local ids = redis.call(state == 'dead' and 'ZREVRANGE' or 'LRANGE', list, at, at + batch - 1)
         for _, id in ipairs(ids) do
             at = at + 1
-            local to, now, user, ended = unpack(redis.call('HMGET', prefix .. 'task:' .. id, 'to', 'state', 'u', 'd'))
+            local to, now, user, ended, lane = unpack(redis.call('HMGET', prefix .. 'task:' .. id,
+                'to', 'state', 'u', 'd', 'lane'))
             if ended then to, now = to or string.lower(user), string.match(ended, '^%S+') or 'succeeded' end
             to = ' ' .. (to or '') .. ' '
-            if now and (state == '' or now == state) and (search == '' or string.find(to, search, 1, true)) then
+            if now and lane ~= 'hooks' and (state == '' or now == state)
+                    and (search == '' or string.find(to, search, 1, true)) then
                 found[#found + 1] = id
                 if #found == tonumber(most) then break end
             end
         end
-        return {at < redis.call('LLEN', list) and at or -1, unpack(found)}
+        return {at < redis.call(length, list) and at or -1, unpack(found)}
     """
 
     def recent(self, account: Account = EVERYBODY, search: str = "", state: str = "", offset: int = 0,
@@ -5751,13 +5753,13 @@ class Inspection:
 
         Args:
             search: the id of a task, or a part of a recipient's address; between spaces, the whole of one.
-            state: only tasks in this state.
+            state: only tasks in this state. Dead letters are found however old they are, the last to die first.
             offset: how many of the newest tasks are passed over, whether or not they match.
         """
         known = self._statuses([search], account) if search else []
         if known and state in ("", known[0]["state"]):
             return known, None
-        key = list_key(self.store, "recent", account.name)
+        key = list_key(self.store, "dead" if state == State.DEAD else "recent", account.name)
         ids: list[str] = []
         while offset >= 0 and len(ids) < limit:
             self.give_way()

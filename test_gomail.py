@@ -3787,6 +3787,21 @@ def test_the_newest_tasks_are_found_by_id_by_part_of_a_recipient_and_by_state(cl
         assert status == 400 and answer["field"] == field
 
 
+def test_a_dead_letter_is_found_by_its_recipient_however_many_tasks_came_after_it(client, service, mail_server):
+    mail_server.replies = collections.defaultdict(list, {
+        f"{name}@example.com": ["550 5.7.1 no"] for name in ("ann", "joann", "bob")})
+    dead = {name: client.task(userId=f"{name}@example.com") for name in ("ann", "joann", "bob")}
+    for task_id in dead.values():
+        client.state(task_id, "dead")
+    service.store.redis.delete(service.store.key("recent"), service.store.key("recent", name_of(client)))
+    assert {*recent(client, state="dead")[0]} == {*dead.values()} and recent(client) == ([], None)
+    assert {*recent(client, state="dead", search="ANN@")[0]} == {dead["ann"], dead["joann"]}
+    assert recent(client, state="dead", search="bob") == ([dead["bob"]], None)
+    found, offset = recent(client, state="dead", limit=2)
+    assert {*found, *recent(client, state="dead", limit=2, offset=offset)[0]} == {*dead.values()}
+    assert recent(service.client.sign_up(), state="dead") == ([], None)
+
+
 def test_of_the_newest_tasks_only_so_many_can_be_looked_up_without_their_id(client, service, monkeypatch):
     redis_client, lists = service.store.redis, [service.store.key("recent", name)
                                                 for name in service.http.api.accounts.names()]
