@@ -5168,7 +5168,7 @@ class Queue:
         elseif state ~= 'queued' or redis.call('LREM', prefix .. 'lane:' .. lane .. ':' .. owner, 1, id) == 0 then
             return {'late', ended and string.match(ended, '^%S+') or state or 'succeeded'}
         end
-        return {'cancelled', conclude_waiting(prefix, id, 'cancelled', nil, ttl)}
+        return {'cancelled', conclude_waiting(prefix, id, 'cancelled', 'by request', ttl)}
     """
 
     def cancel(self, task_id: str, account: Account = EVERYBODY) -> str:
@@ -5237,7 +5237,7 @@ class Queue:
 
         local answer = {'', ''}
         local function cancel(id)
-            answer[#answer + 1] = cancels == '1' and conclude_waiting(prefix, id, 'cancelled', nil, ttl) or ''
+            answer[#answer + 1] = cancels == '1' and conclude_waiting(prefix, id, 'cancelled', 'by request', ttl) or ''
         end
 
         if list == '' then
@@ -10204,10 +10204,12 @@ class Recipients:
             *(f"it has not confirmed its subscription to {each['content_type']} yet" for each in found["unconfirmed"]),
             *(f"it unsubscribed from {each['content_type']} at {each['since']}" for each in found["unsubscribed"]),
             *([f"it may ask for a further OTP at {later}"] if later else [])]
-        sent = mail and mail["state"] == State.SUCCEEDED
-        return (f"The newest mail to it was handed over at {mail['finished']}" if mail and sent else
-                "No mail to it is known of") + "; " + (
-                    " and ".join(hindrances) or "nothing keeps further mail from it") + "."
+        newest = "No mail to it is known of"
+        if mail:
+            end = "handed over" if mail["state"] == State.SUCCEEDED else "cancelled"
+            newest = f"The newest mail to it was {end} at {mail['finished']}" + (
+                f" ({mail['error']})" if mail["error"] else "")
+        return f"{newest}; {' and '.join(hindrances) or 'nothing keeps further mail from it'}."
 
     def _trouble(self, mail: Json) -> str:
         """Why the newest mail to an address has not arrived, or not yet."""

@@ -11895,6 +11895,7 @@ def test_the_answer_says_in_one_sentence_why_an_address_got_nothing(services, ma
     pause(service)
     client.task(userId="waits@example.com")
     until(lambda: "paused" in recipient(client, "waits@example.com")["answer"])
+    client("DELETE", f"/task/{client.task(userId='stopped@example.com')}")
     failed = service.store.key("otp_failed", "wrong@example.com", name_of(client))
     service.store.redis.set(failed, 100, ex=1000)
     for address, words in (
@@ -11903,6 +11904,7 @@ def test_the_answer_says_in_one_sentence_why_an_address_got_nothing(services, ma
             ("back", "came back, .*: .*no such user"),
             ("otp", "handed over at 20.*; it may ask for a further OTP at 20"),
             ("fine", "handed over at 20.*; nothing keeps further mail from it"),
+            ("stopped", r"cancelled at 20.* \(by request\); nothing keeps"),
             ("waits", "waits in its lane, which is paused: for the test"),
             ("wrong", "not verified until 20.*100 in a row")):
         answer = recipient(client, f"{address}@example.com")["answer"]
