@@ -7112,7 +7112,7 @@ class MaildirTransport:
             to: what the address of a recipient begins with, or a part of it, if there is no @ behind a name.
             subject: a part of the subject; as in `to`, case is ignored.
         """
-        to, subject = fold_address(to), subject.casefold()
+        to, subject = fold_address(to).replace(" ", "+"), subject.casefold()  # a + that was not encoded
         mails: list[Json] = []
         position, files = offset, self._files()
         for entry in files[offset:offset + self.MAIL_BATCH]:
