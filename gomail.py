@@ -6454,7 +6454,7 @@ def pack(pieces: list, room: int, further_room: int = 0) -> list:
 # stands below that; a page without a label has no button. `minutes` are one of them, and several.
 READER_TEXTS: dict[str, dict[str, tuple[str, ...]]] = {
     "en": {
-        "unsubscribe": ("Unsubscribe", "Do you want no more mails of “{content_type}” at {address}?", "Unsubscribe"),
+        "unsubscribe": ("Unsubscribe", "Do you want to stop getting “{content_type}” at {address}?", "Unsubscribe"),
         "unsubscribed": ("You are unsubscribed", "{address} gets no more mails of “{content_type}”.",
                          "Subscribe again"),
         "confirm": ("Confirm your subscription", "Do you want to get “{content_type}” at {address}?", "Subscribe"),

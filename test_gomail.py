@@ -5580,13 +5580,13 @@ def test_smtp_rate_spaces_the_mails_of_all_processes_and_urgent_ones_pass(servic
 
 
 def test_smtp_rate_goes_on_when_the_clock_goes_back_with_what_was_given_away_by_then(services):
-    service = services(smtp_rate=1.0)
+    service = services(smtp_rate=0.1)
     service.workers.stop(PATIENCE)
     for _ in range(5):
         service.queue.pace("normal")
     rate, lines = service.store.key("rate"), service.store.redis
     lines.hset(rate, mapping={name: int(moment) + 3_600_000_000 for name, moment in lines.hgetall(rate).items()})
-    assert 3 < service.queue.pace("normal").wait <= 5 and service.queue.pace("urgent").wait < 0.01
+    assert 20 < service.queue.pace("normal").wait <= 50 and service.queue.pace("urgent").wait < 0.01
 
 
 def test_smtp_rate_holds_for_what_arrives_and_a_stop_gives_back_what_waits(services, mail_server):
@@ -5740,7 +5740,7 @@ def test_a_used_up_window_pauses_the_lane_which_costs_no_attempt_and_resuming_do
     lane = next(lane for lane in client.get("/lanes")["lanes"] if lane["lane"] == "normal")
     reason, moment = breaker.reason.split("; goes on at ")
     assert reason == "smtp_rate: 5/min is used up" and until(lambda: client.get("/lanes")["lanes"][1]["paused"])
-    assert 50 < datetime.datetime.fromisoformat(moment).timestamp() - time.time() < 61
+    assert 30 < datetime.datetime.fromisoformat(moment).timestamp() - time.time() < 61
     until(lambda: client.get("/lanes")["lanes"][1]["queued"] == 3)
     assert lane["lane"] == "normal" and service.workers.smtp.state == "up"
     client.post("/lanes/normal/resume")
@@ -5758,9 +5758,9 @@ def test_a_used_up_window_pauses_the_lane_which_costs_no_attempt_and_resuming_do
 
 def test_a_window_that_has_room_within_seconds_does_not_pause_the_lane(services, mail_server):
     service = services(mail_server, smtp_rate="2/min")
+    client, began = service.client.sign_up(), time.monotonic()
     service.queue.pace("normal", 2)
     pass_time(service.store, 59)
-    client, began = service.client.sign_up(), time.monotonic()
     client.state(client.task(), "succeeded")
     assert time.monotonic() - began > 0.5 and not service.workers.breakers["normal"].failures
 
@@ -5912,6 +5912,16 @@ def test_metrics_and_the_page_show_what_a_window_has_left(services, browser):
     client = service.client.sign_up()
     browser.open(client, client.key).get_by_text("1,995 more recipients can go now, by the limit 2000/day; "
                                                  "200 of them are kept for one-time passwords.").wait_for()
+
+
+def test_the_page_says_by_the_clock_of_the_reader_when_a_lane_goes_on(services, mail_server, browser):
+    client = services(mail_server, smtp_rate="1/day").client.sign_up()
+    client.state(client.task(), "succeeded")
+    client.task()
+    until(lambda: next(lane for lane in client.get("/lanes")["lanes"] if lane["lane"] == "normal")["paused"])
+    tab = browser.open(client, client.key, timezone_id="Asia/Tokyo")
+    paused = tab.get_by_role("list", name="Lanes").get_by_text("1/day is used up")
+    assert re.search(r"goes on at \w+ \d+, \d{4} [\d:]{8} GMT\+9$", paused.first.inner_text())
 
 
 def test_metrics_are_read_by_prometheus_and_add_up_over_processes(services, mail_server):
@@ -6620,7 +6630,7 @@ def test_a_connection_is_replaced_after_its_share_of_mails_and_sooner_in_the_urg
 
 
 def test_an_idle_connection_that_the_server_closed_costs_nothing(services):
-    with contextlib.closing(MailServer(timeout=0.2)) as server:
+    with contextlib.closing(MailServer(timeout=1.5)) as server:
         server.start()
         service = services(server, workers=1)
         client = service.client.sign_up()
@@ -8118,10 +8128,10 @@ def test_a_server_may_think_longer_than_smtp_timeout_about_a_mail(services, mail
     hook = getattr(mail_server, f"handle_{stage}")
 
     async def slowly(*arguments):
-        await asyncio.sleep(1.5)
+        await asyncio.sleep(2.5)
         return await hook(*arguments)
     setattr(mail_server, f"handle_{stage}", slowly)
-    client = services(mail_server, smtp_timeout=0.3).client.sign_up()
+    client = services(mail_server, smtp_timeout=1.0).client.sign_up()
     found = client.state(client.task(retries=0), "succeeded")
     assert found["attempts"] == 1 and len(found["story"]) == 2 and len(mail_server.mails) == 1
 
@@ -13142,11 +13152,15 @@ def arrived(mail_server):
 def test_tasks_that_are_done_within_moments_are_settled_together(services, mail_server, monkeypatch):
     monkeypatch.setattr(gomail.Workers, "SETTLE_WITHIN", PATIENCE)
     service = services(mail_server, workers=1)
-    client, calls, script = service.client.sign_up(), [], service.queue._settle_and_take
-    monkeypatch.setattr(service.queue, "_settle_and_take", lambda keys, args: calls.append(args) or script(keys, args))
+    client, settled, settle = service.client.sign_up(), [], service.queue._settle
+
+    def watched(worker, lane, outcomes, *more):
+        settled.append(len(outcomes))
+        return settle(worker, lane, outcomes, *more)
+    monkeypatch.setattr(service.queue, "_settle", watched)
     ids = post_batch(client, 80)
     until(lambda: service.inspection.counters()["executed"] == 80)
-    assert arrived(mail_server) == [*range(80)] and len([args for args in calls if len(args) > 9]) <= 12
+    assert arrived(mail_server) == [*range(80)] and sum(settled) == 80 and len([*filter(None, settled)]) <= 12
     assert {client.get(f"/task/{task_id}")["state"] for task_id in ids} == {"succeeded"}
 
 
@@ -17414,6 +17428,31 @@ def test_a_mail_is_sent_from_the_page(service, browser, mail_server):
     assert mail_server.one("by-hand@example.com")["Subject"] == "By hand"
 
 
+def test_who_presses_a_button_twice_on_the_page_sends_one_mail(service, browser):
+    client = service.client.sign_up()
+    tab = browser.open(client, client.key)
+    tab.get_by_text("Send a mail").click()
+    for label, text in (("To", "ann@example.com"), ("Subject", "Once"), ("Content, text or HTML", "Hello")):
+        tab.get_by_label(label, exact=True).fill(text)
+    tab.get_by_role("button", name="Send", exact=True).evaluate("button => { button.click(); button.click(); }")
+    tab.get_by_role("heading", name="What happened").wait_for()
+    assert len(client.get("/task/recent")["tasks"]) == 1
+
+
+def test_why_a_text_was_not_saved_stays_to_be_read_whatever_the_preview_does(service, browser):
+    client = service.client.sign_up()
+    define(client)
+    tab = browser.open(client, client.key, "#/newsletters/news")
+    playwright.sync_api.expect(tab.get_by_label("Subject")).to_have_value("News")
+    with tab.expect_response("**/preview*"):
+        tab.get_by_label("Content, text or HTML").fill("   ")
+        tab.get_by_role("button", name="Save").click()
+        tab.get_by_role("alert").get_by_text("The content must not be empty").wait_for()
+    tab.get_by_text("The content must not be empty").and_(tab.locator("section p")).wait_for()  # said by the preview
+    assert tab.get_by_role("alert").inner_text() == "The content must not be empty"
+    tab.complaints.clear()  # the browser's own notes of the answers
+
+
 def test_edits_that_are_not_saved_outlive_navigation_and_reload_and_end_with_the_session(service, browser):
     client = service.client.sign_up()
     define(client, content="<p>Saved</p>")
@@ -17529,6 +17568,8 @@ def test_errors_on_the_page_name_no_route_and_no_field(service, browser):
     in_words = {
         "payload.subject must be a string of 1 to 998 characters": "The subject must have 1 to 998 characters",
         "content_type exists already; PUT updates it": "The newsletter's name exists already",
+        "content_type does not exist; POST /task/subscriptionContent defines one": "There is no such newsletter",
+        "send_at must be before the task's expires_at, 2030": "The time must be before the time when it expires, 2030",
         "payload.variables.name is required: the newsletter names it": "The variable name is required: "
         "the newsletter names it",
         "csv must begin with a header line that has a column userId (or email, address)": "The file must begin with a "
@@ -17590,6 +17631,9 @@ def test_a_lane_is_paused_on_the_page_by_the_admin_alone_where_there_is_one(gove
     tab = browser.open(admin, ADMIN)
     tab.get_by_role("button", name="Pause: bulk").click()
     tab.get_by_role("button", name="Resume: bulk").wait_for()
+    tab = browser.open(one, one.key)
+    tab.get_by_text("It goes on once the admin resumes it").wait_for()
+    assert tab.get_by_role("button", name="Resume").count() == 0
 
 
 def test_a_mail_that_waits_for_its_time_is_moved_on_the_page(service, browser):
@@ -17597,7 +17641,7 @@ def test_a_mail_that_waits_for_its_time_is_moved_on_the_page(service, browser):
     task_id = client.task(send_at=rfc3339(time.time() + 1e7))
     day = datetime.date.today() + datetime.timedelta(days=30)
     tab = browser.open(client, client.key, f"#/tasks/{task_id}", timezone_id="America/Phoenix")
-    tab.get_by_label("Send it at").fill(f"{day}T09:30")
+    tab.get_by_label("Send it at (America/Phoenix)").fill(f"{day}T09:30")
     tab.get_by_role("button", name="Move").click()
     tab.get_by_role("status").get_by_text("Moved.").wait_for()
     assert client.get(f"/task/{task_id}")["due"] == f"{day}T16:30:00.000Z"
@@ -17717,6 +17761,28 @@ def test_a_person_is_subscribed_by_the_clock_of_who_does_it(service, browser):
     assert "timezone" not in client.get("/subscriptions?userId=bob%40example.com")["subscriptions"][0]
 
 
+def test_a_change_on_the_page_keeps_what_it_is_not_about_and_a_corrected_address_replaces_the_other(service, browser):
+    client, zone = service.client.sign_up(), "US/Pacific"  # a name that browsers do not list
+    define(client, content="<p>Hello {{ name }}</p>")
+    subscribe(client, "ann@exmaple.com", "@weekly", timezone=zone, variables={"name": "Ann", "city": "Rome"})
+    tab, questions = browser.open(client, client.key, "#/newsletters/news/subscribers"), []
+    tab.on("dialog", lambda dialog: (questions.append(dialog.message), dialog.accept()))
+    tab.get_by_role("button", name="Change ann@exmaple.com").click()
+    tab.get_by_text("Change the subscription of ann@exmaple.com").wait_for()
+    tab.get_by_role("button", name="Leave it as it is").click()
+    tab.get_by_text("Subscribe a person").wait_for()
+    tab.get_by_role("button", name="Change ann@exmaple.com").click()
+    tab.get_by_text("Change the subscription of ann@exmaple.com").wait_for()
+    tab.get_by_label("Address").fill("ann@example.com")
+    tab.get_by_role("button", name="Save").click()
+    tab.get_by_role("status").get_by_text("ann@example.com is subscribed").wait_for()
+    found, = client.get("/subscriptions")["subscriptions"]
+    assert (found["userId"], found["timezone"]) == ("ann@example.com", zone)
+    found, = client.get("/subscriptions?userId=ann%40example.com")["subscriptions"]
+    assert found["variables"] == {"name": "Ann", "city": "Rome"}
+    assert questions == ["Subscribe ann@example.com instead of ann@exmaple.com? Then ann@exmaple.com is unsubscribed."]
+
+
 @pytest.mark.parametrize("width", [360, 1280])
 def test_what_was_done_far_down_in_a_list_is_said_where_one_sees_it(service, browser, width):
     client = service.client.sign_up()
@@ -17777,6 +17843,18 @@ def test_subscribers_are_imported_and_exported_on_the_page_with_the_lines_of_bad
         tab.get_by_role("button", name="Export all").click()
     rows = [*csv.DictReader(io.StringIO(pathlib.Path(download.value.path()).read_text(), newline=""))]
     assert download.value.suggested_filename == "news.csv" and len(rows) == 1200
+
+
+@pytest.mark.parametrize("text, error", [
+    ("", "The file must not be empty"), ("ann@example.com,weekly\n", "The file must begin with a header line")])
+def test_a_file_without_a_header_is_not_said_to_be_imported_on_the_page(service, browser, text, error):
+    client = service.client.sign_up()
+    define(client)
+    tab = browser.open(client, client.key, "#/newsletters/news/subscribers")
+    tab.get_by_label("CSV file").set_input_files({"name": "a.csv", "mimeType": "text/csv", "buffer": text.encode()})
+    tab.get_by_role("button", name="Import").click()
+    tab.get_by_role("alert").get_by_text(error).wait_for()
+    tab.complaints.clear()  # the browser's own note of the answer
 
 
 @pytest.fixture
@@ -17970,6 +18048,24 @@ def test_somebody_is_found_and_erased_on_the_page(service, browser, mail_server)
     tab.get_by_role("button", name="Erase").click()
     tab.get_by_text("No newsletters.").wait_for()
     assert "ann@example.com" in questions[0] and client.get("/subscriptions")["subscriptions"] == []
+
+
+def test_what_keeps_mail_from_somebody_is_undone_where_the_person_is_found(service, browser):
+    client = service.client.sign_up()
+    define(client)
+    subscribe(client, "ann@example.com")
+    client.post("/suppressions", {"userId": "ann@example.com"})
+    tab = browser.open(client, client.key, "#/people/ann%40example.com")
+    tab.get_by_role("button", name="Allow mail again").click()
+    tab.get_by_role("status").get_by_text("ann@example.com gets mail again.").wait_for()
+    assert client.get("/suppressions")["suppressions"] == []
+    tab.get_by_role("button", name="Unsubscribe from news").click()
+    tab.get_by_role("button", name="Subscribe again: news").click()
+    tab.get_by_role("button", name="Subscribe", exact=True).click()
+    tab.get_by_role("row", name="ann@example.com").get_by_text("every Sunday").wait_for()
+    go(tab, "#/people/ann%40example.com")
+    tab.get_by_role("button", name="Change news").click()
+    tab.get_by_text("Change the subscription of ann@example.com").wait_for()
 
 
 def test_the_admin_sees_all_accounts_or_one_and_signs_others_up(governed, browser):
@@ -18173,6 +18269,51 @@ def test_axe_finds_nothing_and_nothing_is_wider_than_the_screen(services, browse
         check(f"{view} of the admin")
     # What axe itself tries to say to the sandboxed frame of a mail.
     tab.complaints = [line for line in tab.complaints if "postMessage" not in line]
+
+
+def test_no_word_is_so_long_that_a_view_is_wider_than_the_screen(services, browser):
+    service = services()
+    client, name, variable = service.client.sign_up("a" * 250), "W" * 100, "V" * 64
+    define(client, name, "S" * 800, f"<p>{{{{ {variable} }}}}</p>")
+    for address in ("gone@example.com", "user@example.com"):
+        subscribe(client, address, content_type=name, variables={variable: "v" * 500})
+    client.state(client.task("unsubscribe", userId="gone@example.com", content_type=name), "succeeded")
+    client.post(f"/task/subscriptionContent/{name}/send", {})
+    until(lambda: client.get(f"/task/subscriptionContent/{name}/issues")["issues"])
+    task = client.task(userId="550@gomail.test", subject="U" * 900)
+    client.state(task, "dead")
+    tab = browser.open(client, client.key)
+    for view in [*(view.replace("news/", f"{name}/").format(task=task) for view in VIEWS if "{task}" in view
+                   or "{" not in view), f"#/newsletters/{name}", "#/people/gone%40example.com",
+                 f"#/mails/{client.get('/outbox')['mails'][0]['id']}"]:
+        go(tab, view)
+        tab.evaluate("document.querySelectorAll('details').forEach(details => { details.open = true; })")
+        for width in (360, 720, 860, 1000, 1280):
+            tab.set_viewport_size({"width": width, "height": 800})
+            assert tab.evaluate("document.documentElement.scrollWidth") <= width, (view, width)
+    tab.complaints = [line for line in tab.complaints if "404" not in line]  # of #/newsletters/news, which is not there
+
+
+@pytest.mark.parametrize("width", [360, 800, 1040, 1280])
+def test_addresses_and_time_zones_are_not_broken_within_a_word(service, browser, width):
+    client = service.client.sign_up()
+    define(client)
+    subscribe(client, "maximiliane.mustermann@wholesale-example.example.com", "@monthly", day=15, at="09:00",
+              timezone="America/Argentina/Buenos_Aires")
+    tab = browser.open(client, client.key, "#/newsletters/news/subscribers", viewport={"width": width, "height": 800})
+    cells = tab.get_by_role("row", name="maximiliane").get_by_role("cell")
+    for number, words in ((0, ["maximiliane", ".mustermann"]), (1, ["America/", "Argentina/", "Buenos_Aires"])):
+        assert cells.nth(number).evaluate("""(cell, words) => {
+            const texts = document.createTreeWalker(cell, NodeFilter.SHOW_TEXT), found = [];
+            while (texts.nextNode()) for (const word of words) {
+                const range = document.createRange(), at = texts.currentNode.data.indexOf(word);
+                if (at < 0) continue;
+                range.setStart(texts.currentNode, at);
+                range.setEnd(texts.currentNode, at + word.length);
+                if (new Set([...range.getClientRects()].map(each => each.top)).size === 1) found.push(word);
+            }
+            return found;
+        }""", words) == words
 
 
 @pytest.mark.parametrize("scheme, width", [("light", 360), ("dark", 360), ("light", 1280), ("dark", 1280)])
