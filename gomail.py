@@ -2148,6 +2148,14 @@ def fill_template(template: str, variables: Mapping[str, Any], escape: bool = Fa
     return PLACEHOLDER.sub(lambda place: values.get(place[0], place[0]), template)
 
 
+def fill_content(template: str, variables: Mapping[str, Any], keep_unknown: bool = False,
+                 max_size: float = math.inf) -> str:
+    """fill_template() for the content of a mail. A tag in a variable does not make HTML of plain text: it is shown."""
+    markup = is_html(template)
+    content = fill_template(template, variables, markup, keep_unknown, max_size)
+    return f"<pre>{html.escape(content)}</pre>" if not markup and is_html(content) else content
+
+
 # What GoMail itself fills in newsletters: without and with public_url.
 READER_VARIABLES = (("email",), ("email", "unsubscribe_url"))
 
@@ -5656,6 +5664,7 @@ class Inspection:
         self._search = store.script(self.SEARCH, when_full=False)
         self._look = store.script(self.LISTS, when_full=False)
         self._forget = store.script(self.FORGET)
+        self._heads = store.script(Newsletters.HEADS, when_full=False)
 
     def status(self, task_id: str, account: Account = EVERYBODY, story: bool = False) -> Json | None:
         """What is known of a task of an account, or of any; or None.
@@ -5666,7 +5675,8 @@ class Inspection:
         return found[0] if found else None
 
     def _statuses(self, ids: Sequence[str], account: Account = EVERYBODY, story: bool = False) -> list[Json]:
-        """The statuses of those tasks that exist, in one round trip; one more for each that has no head.
+        """The statuses of those tasks that exist, in one round trip; one more for each that has no head, and one for
+        the subjects of newsletters that wait: as their content types have them now, before they are filled.
 
         Tasks of an earlier account of the same name are left out, except those that had ended in an older version,
         which did not note whose they were.
@@ -5675,7 +5685,8 @@ class Inspection:
             for task_id in ids:
                 pipeline.hmget(self.store.key("task", task_id), self.FIELDS)
             tasks = [(task_id, dict(zip(self.FIELDS, values))) for task_id, values in zip(ids, pipeline.execute())]
-        statuses = []
+        statuses: list[Json] = []
+        newsletters: list[tuple[Json, str]] = []  # without a subject, and whose they are
         for task_id, found in tasks:
             if found["state"] and not found["head"]:  # a newsletter's body is its head, until it ends, perhaps just now
                 *values, body = self.store.redis.hmget(self.store.key("task", task_id), (*self.FIELDS, "body"))
@@ -5691,11 +5702,20 @@ class Inspection:
             owner = {} if account.name else {"account": found["account"]}
             try:
                 statuses.append(self._status(task_id, found, story) | owner)
+                if statuses[-1]["type"] == "newsletter" and not {"subject", "finished"} & statuses[-1].keys():
+                    newsletters.append((statuses[-1], found["account"]))
             except (ValueError, TypeError, KeyError) as error:  # an unreadable task must not hide the others
                 log(logging.ERROR, "a task cannot be read", task=task_id, error=describe(error))
                 statuses.append({"id": task_id, "task": "", "type": "", "userId": "", "state": found["state"],
                                  "attempts": 0, "retries": 0, "error": "what is kept of this task cannot be read",
                                  "created": timestamp(0), **({"story": []} if story else {}), **owner})
+        # Such a task has the name of its content type.
+        sought = list(dict.fromkeys((account, status["task"]) for status, account in newsletters))
+        heads = self._heads(keys=[self.store.prefix], args=[*itertools.chain(*sought)])[::2] if sought else ()
+        subjects = {name: json.loads(head)["subject"] for name, head in zip(sought, heads) if head}
+        for status, account in newsletters:
+            if subject := subjects.get((account, status["task"])):
+                status["subject"] = subject_shown(subject)
         return statuses
 
     @staticmethod
@@ -8118,7 +8138,7 @@ class Otps:
         variables = {**payload.get("variables", {}), "otp": otp, "minutes": minutes}
         if "content" in payload:
             subject, content = payload["subject"], payload["content"]
-            return fill_template(subject, variables), fill_template(content, variables, is_html(content)), ""
+            return fill_template(subject, variables), fill_content(content, variables), ""
         language = nearest_language(payload.get("locale", ""))
         duration = READER_TEXTS[language]["minutes"][minutes != 1].format(number=minutes)
         subject, content, text = built_in_mail(language, "otp", otp, minutes=duration)
@@ -8188,19 +8208,21 @@ ADDRESS_COLUMNS = ("userid", "email", "e-mail", "address")
 KNOWN_COLUMNS = frozenset((*map(str.lower, EXPORT_COLUMNS), *ADDRESS_COLUMNS))
 
 # A spreadsheet takes such a cell for a formula, which may send what stands in others (OWASP, CSV injection). An export
-# puts a ' before it, by which spreadsheets know a text; an import removes it.
-FORMULA = re.compile("'*[=+@\t\r\n\uff1d\uff0b\uff20\uff0d-]")
+# puts a ' before it, by which spreadsheets know a text; an import removes it. So does a variable that is empty or only
+# white space, which is none otherwise.
+MARKED = re.compile(r"'*([=+@\t\r\n\uff1d\uff0b\uff20\uff0d-]|\s*\Z)")
 
 
 def protect_cell(value: Any) -> str:
-    """A value as a cell of a CSV file that spreadsheets take for no formula."""
-    text = "" if value is None else str(value)
-    return f"'{text}" if FORMULA.match(text) else text
+    """A value as a cell of a CSV file that spreadsheets take for no formula, and an import not for none."""
+    if value is None:
+        return ""
+    return f"'{value}" if MARKED.match(str(value)) else str(value)
 
 
 def plain_cell(text: str) -> str:
     """What protect_cell() was given."""
-    return text[1:] if text.startswith("'") and FORMULA.match(text) else text
+    return text[1:] if text.startswith("'") and MARKED.match(text) else text
 
 
 class SubscriptionState(enum.StrEnum):
@@ -8647,6 +8669,9 @@ class Newsletters:
                 if content_type in ("", name):
                     pipeline.get(self.store.key("unconfirmed", self.unconfirmed_id(owner, name, address)))
             found = [json.loads(asking) for asking in pipeline.execute() if asking]
+        owners = {name: self.accounts.find(name) for name in {asking["account"] for asking in found}}
+        found = [asking for asking in found
+                 if (owner := owners[asking["account"]]) and owner.registration == asking["registration"]]
         return [{"account": asking["account"], "content_type": asking["content_type"], "userId": asking["userId"],
                  "state": SubscriptionState.UNCONFIRMED, "next": None,
                  "created": timestamp(asking["record"]["created"]),
@@ -8718,17 +8743,15 @@ class Newsletters:
     # ARGV: content type, address, subscription (JSON), when its task was created (microseconds), member of the
     #       schedule, now, next boundary and the one after it (s), half a period (s), 1 to subscribe also who
     #       unsubscribed before, or 0, account, the data of the event; body of the content type if it is to be created,
-    #       or "", and what it needs. Where somebody confirms: also unconfirmed_id(), and the account's registration.
-    # Answer: "subscribed", "overtaken", "left out", "unknown" if the content type does not exist, or "over" if there is
-    #         nothing to confirm any more.
+    #       or "", what it needs, and the account's registration. Where somebody confirms: also unconfirmed_id().
+    # Answer: "subscribed", "overtaken", "left out", "unknown" if the content type does not exist, or "over" if the
+    #         account is not registered any more, or there is nothing to confirm.
     SUBSCRIBE = ENTER + """
-        local content_type, account, body, needed, digest, registration = ARGV[1], ARGV[11], unpack(ARGV, 13)
+        local content_type, account, body, needed, registration, digest = ARGV[1], ARGV[11], unpack(ARGV, 13)
+        if redis.call('HGET', prefix .. 'UserList', account) ~= registration then return 'over' end
         if body ~= '' then create(content_type, body, needed) end
         if redis.call('HEXISTS', content, content_type) == 0 then return 'unknown' end
-        if digest and (redis.call('HGET', prefix .. 'UserList', account) ~= registration
-                       or redis.call('DEL', prefix .. 'unconfirmed:' .. digest) == 0) then
-            return 'over'
-        end
+        if digest and redis.call('DEL', prefix .. 'unconfirmed:' .. digest) == 0 then return 'over' end
         return enter(unsubscribed, unpack(ARGV, 2, 12))
     """
 
@@ -8737,7 +8760,7 @@ class Newsletters:
 
         Returns "subscribed", "overtaken" if a later request came first, or LEFT_OUT if the address had unsubscribed and
         the task does not say `again`; with `confirm`, what _ask() returns. Raises PermanentError if the content type
-        does not exist and the task brings no content.
+        does not exist and the task brings no content; CancelledError if the account was deregistered meanwhile.
         """
         if task.payload.get("confirm"):
             return self._ask(task)
@@ -8746,10 +8769,17 @@ class Newsletters:
         body, needed = self._own_body(payload)
         result = self._subscribe(self._keys(account, content_type, address), [
             content_type, *self._entry(account, content_type, self._record(payload, task.retries, task.created),
-                                       payload.get("again", False), self.clock()), body, needed])
+                                       payload.get("again", False), self.clock()), body, needed, task.registration])
+        self._ensure_done(result, content_type)
+        return self.LEFT_OUT if result == "left out" else result
+
+    @staticmethod
+    def _ensure_done(result: str, content_type: str) -> None:
+        """Raise what subscribe() does, by the answer of SUBSCRIBE or ASK."""
         if result == "unknown":
             raise PermanentError(f"content type {content_type!r} does not exist")
-        return self.LEFT_OUT if result == "left out" else result
+        if result == "over":
+            raise CancelledError("the account was deregistered")
 
     def _own_body(self, payload: Json) -> tuple[str, str]:
         """The content type that a subscribe task brings, and what it needs, as Redis keeps them, or "" twice."""
@@ -8761,10 +8791,12 @@ class Newsletters:
     # ARGV: content type, its body if it is to be created, or "", when the task was created (microseconds),
     #       unconfirmed_id(), what is to be kept (JSON, without "asked"), for how long, and the pause (both ms); id,
     #       account, registration, body, recipient and head of the task that sends the mail; what the body needs.
-    # Answer: "asked", "asked before", "overtaken", or "unknown" if the content type does not exist.
+    # Answer: "asked", "asked before", "overtaken", "unknown" if the content type does not exist, or "over" if the
+    #         account is not registered any more.
     ASK = Queue.ADD_TASK + Queue.LATER + CREATE + """
         local content_type, body, created, digest, asking, kept, pause = unpack(ARGV, 1, 7)
         local id, account, key, mail, to, head, needed = unpack(ARGV, 8)
+        if redis.call('HGET', prefix .. 'UserList', account) ~= key then return 'over' end
         if body ~= '' then create(content_type, body, needed) end
         if redis.call('HEXISTS', content, content_type) == 0 then return 'unknown' end
         if redis.call('EXISTS', prefix .. 'task:' .. id) == 1 then return 'asked' end
@@ -8791,7 +8823,7 @@ class Newsletters:
         """Do a subscribe task with `confirm`: the address gets a mail with a link first, and confirm() subscribes it.
 
         Returns what became of it, with the id of the task that sends the mail. Raises PermanentError if there is no
-        public_url, or no such content type, or it cannot fill the content type CONFIRM.
+        public_url, or no such content type, or it cannot fill the content type CONFIRM; CancelledError as subscribe().
         """
         payload, account, content_type = task.payload, task.account, task.payload["content_type"]
         if not self.public_url:
@@ -8809,8 +8841,7 @@ class Newsletters:
             content_type, body, task.created, digest, json.dumps(asking), self.CONFIRM_TTL * 1000,
             self.CONFIRM_PAUSE * 1000, mail_id, account, task.registration, json.dumps(mail), address,
             summary_of(mail), needed])
-        if result == "unknown":
-            raise PermanentError(f"content type {content_type!r} does not exist")
+        self._ensure_done(result, content_type)
         return {"asked": f"asked to confirm by task {mail_id}", "asked before": "asked to confirm less than an hour ago"
                 }.get(result, result)
 
@@ -8859,7 +8890,7 @@ class Newsletters:
         entry = self._entry(account, content_type, {**asking["record"], "created": int(self.store.time() * 1e6)}, True,
                             self.clock())
         result = self._confirm(self._keys(account, content_type, fold_address(address)), [
-            content_type, *entry, "", "", self.unconfirmed_id(account, content_type, address), asking["registration"]])
+            content_type, *entry, "", "", asking["registration"], self.unconfirmed_id(account, content_type, address)])
         if result != "subscribed":
             raise self._over()
         log(logging.INFO, "subscription confirmed", account=account, content_type=content_type)
@@ -9111,24 +9142,37 @@ class Newsletters:
         result = self._end_subscription(account, content_type, address, int(self.store.time() * 1e6), how)
         log(logging.INFO, "link to unsubscribe followed", account=account, content_type=content_type, how=how,
             result=result)
-        return result, self._ended_by_reader(account, content_type, address) is not None
+        return result, self.has_left(token)[1]
 
-    def _ended_by_reader(self, account: str, content_type: str, address: str) -> Json | None:
-        """The subscription that its reader ended last by a link, as it was; or None."""
+    def has_left(self, token: str) -> tuple[bool, bool]:
+        """Whether the reader of a link has unsubscribed, and whether subscribe_again() can undo it. Raises HTTPError
+        (404)."""
+        leaving = self._leaving(*self.read_link(token))
+        return leaving is not None, self._ended_by_reader(leaving) is not None
+
+    def _leaving(self, account: str, content_type: str, address: str) -> Json | None:
+        """What is remembered of an address that has unsubscribed, and was not erased since; or None."""
         found = self.store.redis.hget(self.store.key("left", content_type, account), fold_address(address))
-        leaving = json.loads(found) if found else {}
-        return leaving.get("record") if leaving.get("how") != "task" else None
+        return json.loads(found) if found else None
+
+    @staticmethod
+    def _ended_by_reader(leaving: Json | None) -> Json | None:
+        """The subscription that its reader ended last by a link, as it was; or None."""
+        return leaving.get("record") if leaving and leaving["how"] != "task" else None
 
     def subscribe_again(self, token: str) -> bool:
         """Give the reader of a link the subscription back that she has ended by it. Returns False where there is none,
         or an app has ended it. Raises HTTPError (404)."""
         account, content_type, address = self.read_link(token)
-        record, keys = self._ended_by_reader(account, content_type, address), self._keys(account, content_type, address)
+        record = self._ended_by_reader(self._leaving(account, content_type, address))
+        keys = self._keys(account, content_type, address)
         if record is None:
             return bool(self.store.redis.hexists(keys[1], fold_address(address)))  # the button was pressed twice
         entry = self._entry(account, content_type, {**record, "created": int(self.store.time() * 1e6)}, True,
                             self.clock())
-        return self._subscribe(keys, [content_type, *entry, ""]) == "subscribed"
+        owner = self.accounts.find(account)
+        return bool(owner and self._subscribe(keys, [
+            content_type, *entry, "", "", owner.registration]) == "subscribed")
 
     def mail(self, task: Task) -> tuple[str, str, tuple[tuple[str, str], ...]]:
         """(subject, content, headers) of a newsletter at this moment.
@@ -9181,10 +9225,8 @@ class Newsletters:
 
     def _fill(self, text: Json, variables: Json, keep_unknown: bool = False) -> tuple[str, str]:
         """(subject, content) of a content type with these variables, see fill_template(). Raises KeyError, TooLarge."""
-        subject, content = (
-            fill_template(template, variables, escape, keep_unknown, self.max_size)
-            for template, escape in ((text["subject"], False), (text["content"], is_html(text["content"]))))
-        return self.CONTROLS.sub(" ", subject), content
+        subject = fill_template(text["subject"], variables, False, keep_unknown, self.max_size)
+        return self.CONTROLS.sub(" ", subject), fill_content(text["content"], variables, keep_unknown, self.max_size)
 
     def _too_large(self, error: TooLarge) -> str:
         return (f"with its variables the mail would have {error.size} bytes, and may have {self.max_size} "
@@ -12235,10 +12277,11 @@ class Api:
         subject, content, missing = self.newsletters.preview(
             account.name, content_type, edits, request.body.get("userId", ""), request.body.get("variables"))
         # Unsaved edits do not fit into a path.
-        self.store.redis.set(self.store.key("preview", content_type, account.name), content_as_html(content), ex=60)
+        preview_id = secrets.token_hex(8)
+        self.store.redis.set(self.store.key("preview", preview_id, account.name), content_as_html(content), ex=60)
         return {"status": True, "subject": subject, "missing": missing,
                 "text": html_to_text(content) if is_html(content) else content,
-                "view": self.view_path(account, preview=content_type, pictures=request.body.get("pictures", False))}
+                "view": self.view_path(account, preview=preview_id, pictures=request.body.get("pictures", False))}
 
     def remove_content(self, request: Request) -> Reply:
         self.newsletters.remove(request.account.name, request.path_params["content_type"])
@@ -12303,16 +12346,22 @@ class Api:
 
     def ask_to_unsubscribe(self, request: Request) -> Reply:
         # Mail scanners follow links, so only the button's POST ends the subscription.
-        return self.page_for(request, "unsubscribe", *self.newsletters.read_link(request.path_params["token"]),
-                             action="?by=button")
+        has_left, can_undo = self.newsletters.has_left(request.path_params["token"])
+        return self.page_unsubscribed(request, can_undo) if has_left else self.page_for(
+            request, "unsubscribe", *self.newsletters.read_link(request.path_params["token"]), action="?by=button")
+
+    def page_unsubscribed(self, request: Request, can_undo: bool) -> Response:
+        """The page for a reader who has unsubscribed, with the button that undoes it where that can be."""
+        token = request.path_params["token"]
+        return self.page_for(request, "unsubscribed", *self.newsletters.read_link(token),
+                             action=f"{token}/again" if can_undo else "")
 
     def follow_link(self, request: Request) -> Reply:
         token, how = request.path_params["token"], "link" if "by" in request.query else "one-click"
         result, can_undo = self.newsletters.follow_link(token, how)
         if result == "unsubscribed":
             self.stats.count("gomail_unsubscribed_total", how=how)
-        return self.page_for(request, "unsubscribed", *self.newsletters.read_link(token),
-                             action=f"{token}/again" if can_undo else "")
+        return self.page_unsubscribed(request, can_undo)
 
     def ask_to_confirm(self, request: Request) -> Reply:
         asking = self.newsletters.read_confirmation(request.path_params["token"])
@@ -12616,7 +12665,9 @@ DEFINITION = Object({"content_type": CONTENT_TYPE, "subject": SUBJECT_TEMPLATE, 
 PREVIEW = Object({"subject": Nullable(SUBJECT_TEMPLATE), "content": Nullable(CONTENT_TEMPLATE),
                   "defaults": Nullable(Variables()), "userId": Nullable(Address()), "variables": Nullable(Variables()),
                   "pictures": Nullable(Boolean())})
-IMPORT = Object({"csv": String(UNBOUNDED), "line": Nullable(Integer(1, 10**9)), "again": Nullable(Boolean()),
+# A NUL spoils its row, not the file.
+IMPORT = Object({"csv": String(UNBOUNDED, r"[\s\S]", "CSV with a header line"),
+                 "line": Nullable(Integer(1, 10**9)), "again": Nullable(Boolean()),
                  "frequency": Nullable(Enum(FREQUENCIES)), **Subscription.CALENDAR})
 SEND = Object({"to": Nullable(Address()), "variables": Nullable(Variables())})
 VERIFICATION = Object({"userEmail": Address(), "otp": Otp(), "purpose": Nullable(PURPOSE)})
@@ -13170,6 +13221,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.check_host(authority, headers, minor)
         if READER_PATH.fullmatch(path):
             self.reader_language = headers.get("accept-language", "")
+        if "%" in target:
+            check_percent_encoding(target)
         length = self.body_length(headers, minor)
         check_content_coding(headers)
         expects = self.expects_continue(headers, minor)
@@ -13320,8 +13373,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if not match:
                 raise HTTPError(400, "the request line must be METHOD /path HTTP/1.1")
             authority, target = match.groups()
-        if "%" in target:
-            check_percent_encoding(target)
         path, _, query = target.partition("?")
         return authority, path.removesuffix("/") or "/", query
 
