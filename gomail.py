@@ -3340,7 +3340,7 @@ def candidates(content_type: str, locale: str) -> list[list[str]]:
 
 
 def insert_text(task: Json, path: str, texts: Mapping[TextName, NamedText | None]) -> NamedText | None:
-    """Give a task the texts of the content type that it names, in place of the name; returns it, or None.
+    """Give a task the texts of the content type that it names, beside the name; returns it, or None.
 
     Raises:
         HTTPError: 400, there is no such content type, or it is for an OTP and does not show it; 413, it is left out.
@@ -3360,7 +3360,6 @@ def insert_text(task: Json, path: str, texts: Mapping[TextName, NamedText | None
     if task["type"] == "generateOtp" and "otp" not in placeholder_names(text.subject + text.content):
         raise HTTPError(400, f"{field} must name a content type with {{{{ otp }}}}, and {text.content_type} has none",
                         field)
-    del payload["content_type"]
     payload.pop("locale", None)
     payload |= {"subject": text.subject, "content": text.content}
     return text
@@ -3369,7 +3368,7 @@ def insert_text(task: Json, path: str, texts: Mapping[TextName, NamedText | None
 def fill_message(task: Json, path: str, max_size: int, texts: Mapping[TextName, NamedText | None]) -> int:
     """Fill the texts of a message task with its variables, and remove those. Other tasks stay as they are.
 
-    A task that names a content type gets its texts in place of the name. Those of an OTP are filled when it is sent;
+    A task that names a content type gets its texts, and keeps the name. Those of an OTP are filled when it is sent;
     here it is only tried whether that will succeed.
 
     Args:
@@ -5177,7 +5176,7 @@ class Queue:
         elseif state ~= 'queued' or redis.call('LREM', prefix .. 'lane:' .. lane .. ':' .. owner, 1, id) == 0 then
             return {'late', ended and string.match(ended, '^%S+') or state or 'succeeded'}
         end
-        return {'cancelled', conclude_waiting(prefix, id, 'cancelled', nil, ttl)}
+        return {'cancelled', conclude_waiting(prefix, id, 'cancelled', 'by request', ttl)}
     """
 
     def cancel(self, task_id: str, account: Account = EVERYBODY) -> str:
@@ -5237,15 +5236,16 @@ class Queue:
                 return false
             end
             if content_type == '' then return true end
-            if shown.type == 'subscribe' or shown.type == 'unsubscribe' then
-                shown = cjson.decode(redis.call('HGET', task, 'body'))
+            local named = (shown.payload or {}).content_type
+            if not named and string.find(shown.type or '', 'subscribe$') then  -- by an older version
+                named = cjson.decode(redis.call('HGET', task, 'body')).payload.content_type
             end
-            return (shown.payload or {}).content_type == content_type
+            return named == content_type
         end
 
         local answer = {'', ''}
         local function cancel(id)
-            answer[#answer + 1] = cancels == '1' and conclude_waiting(prefix, id, 'cancelled', nil, ttl) or ''
+            answer[#answer + 1] = cancels == '1' and conclude_waiting(prefix, id, 'cancelled', 'by request', ttl) or ''
         end
 
         if list == '' then
@@ -5523,6 +5523,8 @@ def summary_of(task: Json) -> str:
     shown = {"userId": payload["userId"]}
     if task["type"] == "message" and "subject" in payload:  # heads of older versions have none
         shown["subject"] = subject_shown(payload["subject"])
+    if "content_type" in payload:  # older versions kept none
+        shown["content_type"] = payload["content_type"]
     if "metadata" in payload:
         shown["metadata"] = payload["metadata"]
     return json.dumps({"task": task["task"], "type": task["type"], "retries": task["retries"], "payload": shown})
@@ -5741,26 +5743,28 @@ class Inspection:
             status["finished"] = timestamp(found["finished"])
         return {**status, "story": history_of(found)} if story else status
 
-    # Find, among the newest tasks, those in a state and to a recipient.
-    # KEYS: the prefix, recent or recent:<account>. ARGV: part of an address or "", state or "", how many tasks are
-    # passed over, how many are looked at, how many are found at most.
+    # Find, among the newest tasks or the dead letters, those in a state and to a recipient.
+    # KEYS: the prefix, recent or recent:<account>, or dead or dead:<account>. ARGV: part of an address or "", state or
+    # "", how many tasks are passed over, how many are looked at, how many are found at most.
     # Answer: {the offset to go on from, or -1 at the end, id, ...}.
     SEARCH = """
         local prefix, list = KEYS[1], KEYS[2]
         local search, state, offset, batch, most = unpack(ARGV)
-        local at, found = tonumber(offset), {}
-        local ids = redis.call('LRANGE', list, at, at + batch - 1)
+        local at, found, length = tonumber(offset), {}, state == 'dead' and 'ZCARD' or 'LLEN'
+        local ids = redis.call(state == 'dead' and 'ZREVRANGE' or 'LRANGE', list, at, at + batch - 1)
         for _, id in ipairs(ids) do
             at = at + 1
-            local to, now, user, ended = unpack(redis.call('HMGET', prefix .. 'task:' .. id, 'to', 'state', 'u', 'd'))
+            local to, now, user, ended, lane = unpack(redis.call('HMGET', prefix .. 'task:' .. id,
+                'to', 'state', 'u', 'd', 'lane'))
             if ended then to, now = to or string.lower(user), string.match(ended, '^%S+') or 'succeeded' end
             to = ' ' .. (to or '') .. ' '
-            if now and (state == '' or now == state) and (search == '' or string.find(to, search, 1, true)) then
+            if now and lane ~= 'hooks' and (state == '' or now == state)
+                    and (search == '' or string.find(to, search, 1, true)) then
                 found[#found + 1] = id
                 if #found == tonumber(most) then break end
             end
         end
-        return {at < redis.call('LLEN', list) and at or -1, unpack(found)}
+        return {at < redis.call(length, list) and at or -1, unpack(found)}
     """
 
     def recent(self, account: Account = EVERYBODY, search: str = "", state: str = "", offset: int = 0,
@@ -5769,13 +5773,13 @@ class Inspection:
 
         Args:
             search: the id of a task, or a part of a recipient's address; between spaces, the whole of one.
-            state: only tasks in this state.
+            state: only tasks in this state. Dead letters are found however old they are, the last to die first.
             offset: how many of the newest tasks are passed over, whether or not they match.
         """
         known = self._statuses([search], account) if search else []
         if known and state in ("", known[0]["state"]):
             return known, None
-        key = list_key(self.store, "recent", account.name)
+        key = list_key(self.store, "dead" if state == State.DEAD else "recent", account.name)
         ids: list[str] = []
         while offset >= 0 and len(ids) < limit:
             self.give_way()
@@ -7007,7 +7011,7 @@ class MaildirTransport:
     NAME_BATCH = 10_000  # file names that one step of clean() reads
     VIEW_TIME = 600.0  # seconds in which a mail that somebody has opened is not removed
     WAIT_STEP = 0.1  # seconds between two looks for a mail that somebody waits for
-    RECIPIENT = re.compile("^(?:Delivered-To|X-Original-To): (.*)$", re.MULTILINE)  # the second: see redirect_to
+    RECIPIENT = re.compile("^Delivered-To: (.*)$", re.MULTILINE)
 
     def __init__(self, folder: str | pathlib.Path, max_mails: int = 0) -> None:
         self.folder, self.max_mails = pathlib.Path(folder).resolve(), max_mails
@@ -7128,7 +7132,7 @@ class MaildirTransport:
             to: what the address of a recipient begins with, or a part of it, if there is no @ behind a name.
             subject: a part of the subject; as in `to`, case is ignored.
         """
-        to, subject = fold_address(to), subject.casefold()
+        to, subject = fold_address(to).replace(" ", "+"), subject.casefold()  # a + that was not encoded
         mails: list[Json] = []
         position, files = offset, self._files()
         for entry in files[offset:offset + self.MAIL_BATCH]:
@@ -7156,7 +7160,8 @@ class MaildirTransport:
         with open(path, "rb") as file:
             octets, size = file.read(self.HEAD_SIZE).partition(b"\n\n")[0], os.fstat(file.fileno()).st_size
         head, name = self._parsed(octets), os.path.basename(path)
-        recipients = self.RECIPIENT.findall(octets.decode(errors="replace").replace('"', ""))
+        recipients = [address.replace('"', "") for address in (
+            *self.RECIPIENT.findall(octets.decode(errors="replace")), *head.get_all("X-Original-To", ()))]
         return {"id": name.partition(":")[0],
                 **{header: str(head.get(header, "")) for header in ("from", "to", "subject")},
                 "received": timestamp(self._moment(name)[0] * 1_000_000), "size": size,
@@ -10241,10 +10246,12 @@ class Recipients:
             *(f"it has not confirmed its subscription to {each['content_type']} yet" for each in found["unconfirmed"]),
             *(f"it unsubscribed from {each['content_type']} at {each['since']}" for each in found["unsubscribed"]),
             *([f"it may ask for a further OTP at {later}"] if later else [])]
-        sent = mail and mail["state"] == State.SUCCEEDED
-        return (f"The newest mail to it was handed over at {mail['finished']}" if mail and sent else
-                "No mail to it is known of") + "; " + (
-                    " and ".join(hindrances) or "nothing keeps further mail from it") + "."
+        newest = "No mail to it is known of"
+        if mail:
+            end = "handed over" if mail["state"] == State.SUCCEEDED else "cancelled"
+            newest = f"The newest mail to it was {end} at {mail['finished']}" + (
+                f" ({mail['error']})" if mail["error"] else "")
+        return f"{newest}; {' and '.join(hindrances) or 'nothing keeps further mail from it'}."
 
     def _trouble(self, mail: Json) -> str:
         """Why the newest mail to an address has not arrived, or not yet."""
@@ -11365,7 +11372,7 @@ class Workers:
             mail = dataclasses.replace(mail, headers=(*mail.headers, *postmark_headers(task.id)))
         if self.redirect_to:
             mail = dataclasses.replace(mail, headers=(*mail.headers, *(
-                ("X-Original-To", mailbox(address)) for address in self._recipients(task))))
+                own_header("X-Original-To", mailbox(address)) for address in self._recipients(task))))
         moment = max(task.created, task.payload.get("send_at", 0))
         return compose(mail, f"{task.id}@{mail.sender[1].rpartition('@')[2]}", moment)
 
@@ -11804,7 +11811,7 @@ def cancel_waiting(queue: Queue, newsletters: Newsletters, stats: Stats, account
     if not only_count:
         for task_type, count in found.items():
             stats.count("gomail_tasks_total", count, type=task_type, outcome=Verdict.CANCELLED)
-        log(logging.WARNING, "tasks cancelled by request", count=found.total(), account=account.name, **filters)
+        log(logging.INFO, "tasks cancelled by request", count=found.total(), account=account.name, **filters)
     return found.total()
 
 
@@ -11954,7 +11961,7 @@ class Api:
     def account_named(self, request: Request, route: Route) -> Account:
         """The Account that the admin names by `?account=`. Without it, all accounts, if the route allows that."""
         name = request.query.get("account", "")
-        if not name and route.access != Access.ALL:
+        if not name and (route.access != Access.ALL or route.known_query and "account" in request.query):
             raise HTTPError(400, "account is required with the admin_token: add ?account= and an account's name",
                             "account")
         return self.accounts.named(name, "account") if name else self.admin
@@ -14240,6 +14247,10 @@ class Operator:
         return self.terminal.fail(1, f"there is no account {name}; `accounts` lists them, and `accounts --add` makes "
                                   "one")
 
+    def account_of(self, options: argparse.Namespace) -> Account | None:
+        """The account that --account names, all without it; None if there is none of that name."""
+        return EVERYBODY if options.account is None else self.accounts.find(options.account)
+
     def status(self, options: argparse.Namespace) -> int:
         """Show a task and its story."""
         task = self.inspection.status(options.id, story=True)
@@ -14299,15 +14310,20 @@ class Operator:
     def cancel(self, options: argparse.Namespace) -> int:
         """Cancel a task that waits, or all that match."""
         filters = {name: getattr(options, name) for name in ("state", "type", "task", "content_type", "recipient")
-                   if getattr(options, name)}
+                   if getattr(options, name) is not None}
         if bool(options.id) == bool(filters.keys() - {"state"}):
             return self.terminal.fail(2, "give the ID of a task, or one of --type, --task, --content-type and --to")
-        account = self.accounts.find(options.account) if options.account else EVERYBODY
+        try:
+            for name, field, check in (("task", "--task", FILTERS["task"]), ("recipient", "--to", FILTERS["userId"]),
+                                       ("content_type", "--content-type", FILTERS["content_type"])):
+                if name in filters:
+                    filters[name] = check(filters[name], field)
+        except HTTPError as error:
+            return self.terminal.fail(2, error.message)
+        account = self.account_of(options)
         if account is None:
             return self.no_account(options.account)
         try:
-            if options.recipient:
-                filters["recipient"] = Address()(options.recipient, "--to")
             if options.id:
                 task_type, count = self.queue.cancel(options.id, account), 1
                 self.stats.count("gomail_tasks_total", type=task_type, outcome=Verdict.CANCELLED)
@@ -14345,7 +14361,7 @@ class Operator:
             address = Address()(options.address, "ADDRESS")
         except HTTPError as error:
             return self.terminal.fail(2, error.message)
-        account = self.accounts.find(options.account) if options.account else EVERYBODY
+        account = self.account_of(options)
         if account is None:
             return self.no_account(options.account)
         recipients = Recipients(self.store, self.settings, self.accounts, self.inspection, Suppressions(self.store),
@@ -15096,13 +15112,14 @@ def command_line() -> argparse.ArgumentParser:
     cancel.add_argument("--state", choices=WAITING, help="only in this state")
     cancel.add_argument("--type", choices=CANCELLABLE, help="only tasks of this type")
     cancel.add_argument("--task", metavar="NAME", help="only tasks of this name")
-    cancel.add_argument("--content-type", metavar="NAME", help="only newsletters and subscriptions of it")
+    cancel.add_argument("--content-type", metavar="NAME", help="only newsletters, subscriptions and texts of it")
     cancel.add_argument("--to", dest="recipient", metavar="ADDRESS", help="only tasks to this address")
     cancel.add_argument("--account", metavar="NAME", help="only tasks of this account")
     cancel.add_argument("--yes", action="store_true", help="do not ask; only a terminal is asked")
     for name, method, explanation in (("pause", Operator.pause, "take nothing from a lane until it is resumed"),
                                       ("resume", Operator.resume, "end the pause of a lane, whoever caused it")):
-        operation(name, method, explanation).add_argument("lane", choices=LANES, metavar="LANE", help=", ".join(LANES))
+        operation(name, method, explanation).add_argument("lane", choices=[*map(str, LANES)], metavar="LANE",
+                                                          help=", ".join(LANES))
     recipient = operation("recipient", Operator.recipient, "show what is known of an address, or erase it")
     recipient.add_argument("address", metavar="ADDRESS")
     recipient.add_argument("--account", metavar="NAME", help="only what this account has (default: all accounts)")

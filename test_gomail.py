@@ -3787,6 +3787,21 @@ def test_the_newest_tasks_are_found_by_id_by_part_of_a_recipient_and_by_state(cl
         assert status == 400 and answer["field"] == field
 
 
+def test_a_dead_letter_is_found_by_its_recipient_however_many_tasks_came_after_it(client, service, mail_server):
+    mail_server.replies = collections.defaultdict(list, {
+        f"{name}@example.com": ["550 5.7.1 no"] for name in ("ann", "joann", "bob")})
+    dead = {name: client.task(userId=f"{name}@example.com") for name in ("ann", "joann", "bob")}
+    for task_id in dead.values():
+        client.state(task_id, "dead")
+    service.store.redis.delete(service.store.key("recent"), service.store.key("recent", name_of(client)))
+    assert {*recent(client, state="dead")[0]} == {*dead.values()} and recent(client) == ([], None)
+    assert {*recent(client, state="dead", search="ANN@")[0]} == {dead["ann"], dead["joann"]}
+    assert recent(client, state="dead", search="bob") == ([dead["bob"]], None)
+    found, offset = recent(client, state="dead", limit=2)
+    assert {*found, *recent(client, state="dead", limit=2, offset=offset)[0]} == {*dead.values()}
+    assert recent(service.client.sign_up(), state="dead") == ([], None)
+
+
 def test_of_the_newest_tasks_only_so_many_can_be_looked_up_without_their_id(client, service, monkeypatch):
     redis_client, lists = service.store.redis, [service.store.key("recent", name)
                                                 for name in service.http.api.accounts.names()]
@@ -3903,8 +3918,8 @@ def test_the_same_idempotency_key_and_batch_make_its_tasks_once_and_the_same_ans
     for task_id in ids:
         client.state(task_id, "succeeded")
     assert client.post("/task/batch", batch, Idempotency_Key="orders") == first
-    until(lambda: len(mail_server.mails) == 4 * 200)
-    assert client.get("/health/metrics")["Total Jobs Executed"] == 800
+    until(lambda: client.get("/health/metrics")["Total Jobs Executed"] == 800)  # the last are settled after they arrive
+    assert len(mail_server.mails) == 4 * 200
 
 
 @pytest.mark.parametrize("path, body", [
@@ -5690,8 +5705,7 @@ def test_windows_are_right_over_two_processes_and_a_restart(services, mail_serve
     assert len(mail_server.mails) == 10 and left(third) == 0
     pass_time(third.store, 60)  # one minute and the rest of a bucket
     client = Client(third.http.url, client.key)
-    until(lambda: len(mail_server.mails) == 20 and paused(third))
-    assert third.inspection.depths()["normal"] == 4
+    until(lambda: len(mail_server.mails) == 20 and paused(third) and third.inspection.depths()["normal"] == 4)
     pass_time(third.store, 61)
     assert {client.state(task_id, "succeeded")["attempts"] for task_id in ids} == {1}
     assert len(mail_server.mails) == len({mail.recipient for mail in mail_server.mails}) == 24
@@ -6441,12 +6455,14 @@ def test_with_an_smtp_server_a_test_address_is_an_ordinary_one(client, mail_serv
 def test_the_outbox_is_searched_by_recipient_subject_and_task(services):
     client = services().client.sign_up()
     tasks = [client.task(subject=subject, userId=to, bcc=bcc) for subject, to, bcc in (
-        ("Order 1", "ann@example.com", []), ("Grüße", "Joann@example.com", ["Carl@Example.org"]))]
+        ("Order 1", "ann@example.com", []), ("Grüße", "Joann@example.com", [
+            "Carl@Example.org", "carl+eric@example.org"]))]
     for task in tasks:
         client.state(task, "succeeded")
     for query, found in (
             ("to=ann@example.com", [0]), ("to=ANN@example.c", [0]), ("to=ann", [1, 0]), ("to=carl@example", [1]),
-            ("to=@example.org", [1]), ("to=bob", []), ("subject=order", [0]), ("subject=GR%C3%9C", [1]),
+            ("to=@example.org", [1]), ("to=bob", []), ("to=Carl+Eric@", [1]), ("subject=order", [0]),
+            ("subject=GR%C3%9C", [1]),
             (f"task={tasks[0]}", [0]), ("task=x", []), (f"to=ann&subject=order&task={tasks[1]}", [])):
         assert [mail["task"] for mail in client.get(f"/outbox?{query}")["mails"]] == [tasks[at] for at in found], query
 
@@ -6527,6 +6543,22 @@ def test_with_redirect_to_every_mail_goes_there_and_names_its_true_recipients(se
     true = ["user@example.com", *(["ann@example.com", "bob@example.com"] if kind == "message" else [])]
     assert redirected(parsed(mail.raw)) == ("user@example.com", true)
     assert client.get("/lanes")["redirect_to"] == "Me@example.net"
+
+
+@pytest.mark.parametrize("is_maildir", [False, True])
+def test_a_true_recipient_beyond_ascii_is_readable_in_a_redirected_mail_that_any_server_takes(
+        services, mail_server, is_maildir):
+    service = services(None if is_maildir else mail_server, redirect_to="me@example.net")
+    client = service.client.sign_up()
+    true = ["user@example.com", "jürgen@xn--bcher-kva.example", f"{'ж' * 30}@example.com"]
+    client.state(client.task(bcc=true[1:]), "succeeded")
+    if not is_maildir:
+        raw = mail_server.mails[0].raw
+        assert raw.isascii() and redirected(parsed(raw)) == ("user@example.com", true)
+        return
+    for address in true:
+        assert len(client.get(f"/outbox?to={urllib.parse.quote(address)}")["mails"]) == 1
+    assert recipient(client, true[2], "DELETE")["mails"] == 1
 
 
 def test_without_redirect_to_no_mail_has_its_header_and_the_lanes_say_so(client, mail_server):
@@ -8131,7 +8163,7 @@ def test_where_the_final_answer_takes_too_long_the_error_says_so(services, mail_
 
 @pytest.mark.parametrize("tls", [False, True])
 def test_a_large_mail_may_take_longer_than_any_timeout_while_it_makes_progress(services, certificate, monkeypatch, tls):
-    monkeypatch.setattr(gomail.SmtpTransport, "COMMAND_TIMEOUT", 0.5)
+    monkeypatch.setattr(gomail.SmtpTransport, "COMMAND_TIMEOUT", 2.0)
     size, taken = 3_000_000, []
 
     def serve(listener):
@@ -8145,9 +8177,9 @@ def test_a_large_mail_may_take_longer_than_any_timeout_while_it_makes_progress(s
                 connection.sendall(reply + b"\r\n")
             begun, octets = time.monotonic(), b""
             while not octets.endswith(b"\r\n.\r\n"):
-                octets += lines.read1(65536)
+                octets += (piece := lines.read1(65536))
                 if len(octets) < size:
-                    time.sleep(0.05)  # a slow line
+                    time.sleep(3 * len(piece) / size)  # a slow line
             taken.append((time.monotonic() - begun, octets.count(b"x")))
             connection.sendall(b"250 taken\r\n")
             lines.readline()
@@ -8159,7 +8191,7 @@ def test_a_large_mail_may_take_longer_than_any_timeout_while_it_makes_progress(s
                            smtp_tls="implicit" if tls else "auto", max_body=10_000_000)
         client = service.client.sign_up()
         assert client.state(client.task(retries=0, content="x" * 60 * (size // 60)), "succeeded")["attempts"] == 1
-        assert taken[0][0] > 0.5 and taken[0][1] >= size - 60
+        assert taken[0][0] > 2 and taken[0][1] >= size - 60
 
 
 def test_a_stop_notes_a_mail_in_doubt_whose_final_answer_it_cannot_await(services, mail_server):
@@ -8684,11 +8716,13 @@ def test_a_retry_of_an_otp_mail_sends_the_same_otp(client, mail_server):
 
 
 def test_the_mail_of_an_otp_that_a_newer_one_replaced_is_not_sent_any_more(services, mail_server):
-    client = services(mail_server, retry_delay=0.5).client.sign_up()
+    service = services(mail_server, retry_delay=600.0)
+    client = service.client.sign_up()
     mail_server.replies["user@example.com"] = ["450 later"]
     older = client.task("generateOtp", retries=5, userId="user@example.com")
     client.state(older, "retrying")
     newer, _ = issued(client, mail_server, recipient="user@example.com")
+    service.store.redis.zadd(service.store.key("delayed"), {older: 1})  # is due
     client.state(older, "cancelled")
     assert len(mail_server.mails) == 1 and verified(client, "user@example.com", newer) is True
 
@@ -11926,6 +11960,7 @@ def test_the_answer_says_in_one_sentence_why_an_address_got_nothing(services, ma
     pause(service)
     client.task(userId="waits@example.com")
     until(lambda: "paused" in recipient(client, "waits@example.com")["answer"])
+    client("DELETE", f"/task/{client.task(userId='stopped@example.com')}")
     failed = service.store.key("otp_failed", "wrong@example.com", name_of(client))
     service.store.redis.set(failed, 100, ex=1000)
     for address, words in (
@@ -11934,6 +11969,7 @@ def test_the_answer_says_in_one_sentence_why_an_address_got_nothing(services, ma
             ("back", "came back, .*: .*no such user"),
             ("otp", "handed over at 20.*; it may ask for a further OTP at 20"),
             ("fine", "handed over at 20.*; nothing keeps further mail from it"),
+            ("stopped", r"cancelled at 20.* \(by request\); nothing keeps"),
             ("waits", "waits in its lane, which is paused: for the test"),
             ("wrong", "not verified until 20.*100 in a row")):
         answer = recipient(client, f"{address}@example.com")["answer"]
@@ -13578,6 +13614,25 @@ def test_all_that_waits_and_matches_is_counted_and_cancelled_and_nothing_else(ma
     assert sum(service.inspection.depths()[lane] for lane in gomail.LANES) == 5 - len(cancelled - {"scheduled"})
 
 
+def test_what_was_sent_with_a_named_text_is_cancelled_by_that_name_also_subscribes_of_an_older_version(many_waiting):
+    service, client, _, ids = many_waiting
+    for name in ("News", "Other"):
+        client.post("/task/subscriptionContent", {"content_type": name, "subject": "{{ otp }}", "content": "Hello"})
+    named = [client.post("/task", {"task": "a test", "type": "message", "retries": 0, "payload": {
+        "userId": "user@example.com", "content_type": name, "variables": {"otp": 1}}}) for name in ("News", "Other")]
+    otp = client.task("generateOtp", userId="otp@example.com", content_type="News", metadata=METADATA)
+    client.post("/task/subscriptionContent/News/send", {"to": "me@example.com", "variables": {"otp": "1"}})
+    old = service.store.key("task", ids["unsubscribe"])
+    head = json.loads(service.store.redis.hget(old, "head"))
+    del head["payload"]["content_type"]
+    service.store.redis.hset(old, "head", json.dumps(head))
+    for query, count in (("type=message&", 1), ("type=generateOtp&", 1), ("type=newsletter&", 1), ("", 4)):
+        assert client.get(f"/task?{query}content_type=News")["count"] == count
+    assert client("DELETE", "/task?content_type=News")[1]["count"] == 4
+    assert client.get(f"/task/{otp}")["metadata"] == METADATA
+    assert [client.get(f"/task/{task['id']}")["state"] for task in named] == ["cancelled", "queued"]
+
+
 @pytest.mark.parametrize(("query", "field"), [("", None), ("state=queued", None), ("type=webhook", "type"),
                                               ("state=running&type=message", "state"), ("userId=nobody", "userId"),
                                               ("content_type=a/b", "content_type"),
@@ -13593,6 +13648,8 @@ def test_a_misspelt_account_does_not_mean_all_accounts(governed, method, path):
     _, admin, account, _ = governed
     status, answer, _ = admin(method, f"{path}acount={name_of(account)}")
     assert (status, answer["field"]) == (400, "acount")
+    status, answer, _ = admin(method, f"{path}account=")
+    assert (status, answer["field"]) == (400, "account")
     assert admin(method, f"{path}account={name_of(account)}")[0] == 200
 
 
@@ -15973,16 +16030,22 @@ def test_lanes_are_paused_and_resumed_and_what_waits_is_cancelled_by_commands(op
     assert re.search(r"normal .* paused by request since 20\d\d-", command("stats")[1])
     ids = [client.task(userId=f"{number}@example.com") for number in range(4)]
     assert command("cancel", ids[0])[1] == "1 task cancelled\n" and command("cancel", ids[0])[0] == 1
-    for arguments in ((), (ids[1], "--type", "message"), ("--state", "queued"), ("--to", "nobody")):
-        assert command("cancel", *arguments)[0] in (1, 2)
+    for arguments in ((), (ids[1], "--type", "message"), ("--state", "queued"), ("--to", "nobody"), (
+            "--content-type", "a/b"), *(("--type", "message", name, "") for name in ("--task", "--to"))):
+        assert command("cancel", *arguments)[0] == 2
+    assert command("cancel", "--type", "message", "--account", "")[0] == 1  # perhaps a variable that is not set
+    assert command("recipient", "user@example.com", "--erase", "--yes", "--account", "")[0] == 1
+    assert "'urgent', 'normal', 'bulk'" in command("pause", "none")[2]
     assert command("cancel", "--type", "message", "--account", "nobody")[0] == 1
-    assert command("cancel", "--to", "1@EXAMPLE.com", "--json")[1] == '{\n  "count": 1\n}\n'
+    assert command("cancel", "--to", "1@EXAMPLE.com", "--json") == (0, '{\n  "count": 1\n}\n', "")
     code, output = command.at_terminal("cancel", "--type", "message", typed="n\n")
     assert code == 1 and "Cancel 2 tasks of all accounts? [y/N]" in output
     client = Client(client.address, client.key)  # the commands may have taken longer than a connection idles
     code, output = command.at_terminal("cancel", "--type", "message", "--account", name_of(client), typed="y\n")
     assert code == 0 and f"[{'#' * 30}] 2 of 2" in output and "2 tasks cancelled" in output
-    assert command("resume", "normal")[0] == 0 and command("resume", "normal")[0] == 1  # a moment ago
+    assert command("resume", "normal")[0] == 0
+    connected(command.process.embedded).set("gomail:resumed:normal", "a moment ago", ex=60)
+    assert command("resume", "normal")[0] == 1
     assert {client.get(f"/task/{task_id}")["state"] for task_id in ids} == {"cancelled"} and not mail_server.mails
 def test_subscribers_come_in_and_go_out_by_the_command_line(operated):
     command, client = operated
