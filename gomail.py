@@ -5664,7 +5664,7 @@ class Inspection:
         self._search = store.script(self.SEARCH, when_full=False)
         self._look = store.script(self.LISTS, when_full=False)
         self._forget = store.script(self.FORGET)
-        self._heads = store.script(Newsletters.HEADS, when_full=False)
+        self._heads = store.script(self.HEADS, when_full=False)
 
     def status(self, task_id: str, account: Account = EVERYBODY, story: bool = False) -> Json | None:
         """What is known of a task of an account, or of any; or None.
@@ -5673,6 +5673,22 @@ class Inspection:
         """
         found = self._statuses([task_id], account, story)
         return found[0] if found else None
+
+    # Look at content types without their contents, which may be long.
+    # KEYS: the prefix.
+    # ARGV: account, content type; and so on.
+    # Answer: for each pair the body without its content, or nil, and how many subscribers there are.
+    HEADS = """
+        local prefix, heads = KEYS[1], {}
+        for at = 1, #ARGV, 2 do
+            local account, content_type = ARGV[at], ARGV[at + 1]
+            local body = redis.call('HGET', prefix .. 'content:' .. account, content_type)
+            local content = body and string.find(body, ', "content": "', 1, true)
+            heads[#heads + 1] = content and string.sub(body, 1, content - 1) .. '}' or body
+            heads[#heads + 1] = redis.call('HLEN', prefix .. 'subscribers:' .. content_type .. ':' .. account)
+        end
+        return heads
+    """
 
     def _statuses(self, ids: Sequence[str], account: Account = EVERYBODY, story: bool = False) -> list[Json]:
         """The statuses of those tasks that exist, in one round trip; one more for each that has no head, and one for
@@ -8366,7 +8382,7 @@ class Newsletters:
         self.store, self.zone, self.clock, self.max_size = store, zone, clock or store.time, max_size
         self.accounts, self.public_url = accounts, public_url.rstrip("/")
         self._define = store.script(self.DEFINE, once=True, when_full=False)
-        self._heads = store.script(self.HEADS, when_full=False)
+        self._heads = store.script(Inspection.HEADS, when_full=False)
         self._texts = store.script(self.TEXTS, when_full=False)
         self._remove = store.script(self.REMOVE, once=True)
         self._subscribe = store.script(self.SUBSCRIBE)
@@ -8488,7 +8504,7 @@ class Newsletters:
 
     @staticmethod
     def _kept(body: Json) -> tuple[str, str]:
-        """A content type and what it needs as Redis keeps them. HEADS relies on the order and the spaces."""
+        """A content type and what it needs as Redis keeps them. Inspection.HEADS relies on the order and the spaces."""
         return json.dumps(body), " ".join(needs(body))
 
     @staticmethod
@@ -8524,21 +8540,6 @@ class Newsletters:
         subscribers = self.store.redis.hlen(self.store.key("subscribers", content_type, account))
         return {"content_type": content_type, "resend": True, "defaults": {}, **json.loads(body),
                 "subscribers": subscribers}
-
-    # KEYS: the prefix.
-    # ARGV: account, content type; and so on.
-    # Answer: for each pair the body without its content, or nil, and how many subscribers there are.
-    HEADS = """
-        local prefix, heads = KEYS[1], {}
-        for at = 1, #ARGV, 2 do
-            local account, content_type = ARGV[at], ARGV[at + 1]
-            local body = redis.call('HGET', prefix .. 'content:' .. account, content_type)
-            local content = body and string.find(body, ', "content": "', 1, true)
-            heads[#heads + 1] = content and string.sub(body, 1, content - 1) .. '}' or body
-            heads[#heads + 1] = redis.call('HLEN', prefix .. 'subscribers:' .. content_type .. ':' .. account)
-        end
-        return heads
-    """
 
     def read_all(self, account: str = "", offset: int = 0, limit: int = 100) -> tuple[int, list[Json]]:
         """(how many content types an account has, or all have; those from `offset` on, by name).
