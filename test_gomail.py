@@ -284,8 +284,9 @@ class MailServer(aiosmtpd.controller.Controller):
 
     def abandoned(self):
         """Cut all connections, and whether none is left."""
-        for session in list(self.open):
-            self.loop.call_soon_threadsafe(session.transport.abort)
+        for transport in [session.transport for session in list(self.open)]:
+            if transport:  # and not gone meanwhile
+                self.loop.call_soon_threadsafe(transport.abort)
         return not self.open
 
     close = stop
