@@ -3708,7 +3708,7 @@ def test_what_is_shown_of_an_ended_task_is_the_same_in_either_form_that_is_kept(
         client.lrem(queue.store.key("lane", lane, account.name), 0, task_id)
         before = client.hgetall(key)
         queue.cancel(task_id, account)
-        after = {"state": "cancelled"}
+        after = {"state": "cancelled", "error": "by request"}
     else:
         taken = until(lambda: take(queue, "normal-0", lane))
         before = client.hgetall(key)
