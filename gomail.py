@@ -5702,7 +5702,6 @@ class Inspection:
                 pipeline.hmget(self.store.key("task", task_id), self.FIELDS)
             tasks = [(task_id, dict(zip(self.FIELDS, values))) for task_id, values in zip(ids, pipeline.execute())]
         statuses: list[Json] = []
-        newsletters: list[tuple[Json, str]] = []  # without a subject, and whose they are
         for task_id, found in tasks:
             if found["state"] and not found["head"]:  # a newsletter's body is its head, until it ends, perhaps just now
                 *values, body = self.store.redis.hmget(self.store.key("task", task_id), (*self.FIELDS, "body"))
@@ -5718,19 +5717,19 @@ class Inspection:
             owner = {} if account.name else {"account": found["account"]}
             try:
                 statuses.append(self._status(task_id, found, story) | owner)
-                if statuses[-1]["type"] == "newsletter" and not {"subject", "finished"} & statuses[-1].keys():
-                    newsletters.append((statuses[-1], found["account"]))
             except (ValueError, TypeError, KeyError) as error:  # an unreadable task must not hide the others
                 log(logging.ERROR, "a task cannot be read", task=task_id, error=describe(error))
                 statuses.append({"id": task_id, "task": "", "type": "", "userId": "", "state": found["state"],
                                  "attempts": 0, "retries": 0, "error": "what is kept of this task cannot be read",
                                  "created": timestamp(0), **({"story": []} if story else {}), **owner})
-        # Such a task has the name of its content type.
-        sought = list(dict.fromkeys((owner_name, status["task"]) for status, owner_name in newsletters))
+        # A newsletter's task has the name of its content type.
+        waiting = [(status.get("account", account.name), status["task"], status) for status in statuses
+                   if status["type"] == "newsletter" and not {"subject", "finished"} & status.keys()]
+        sought = list(dict.fromkeys((owner_name, name) for owner_name, name, _ in waiting))
         heads = self._heads(keys=[self.store.prefix], args=[*itertools.chain(*sought)])[::2] if sought else ()
-        subjects = {name: json.loads(head)["subject"] for name, head in zip(sought, heads) if head}
-        for status, owner_name in newsletters:
-            if subject := subjects.get((owner_name, status["task"])):
+        subjects = {names: json.loads(head)["subject"] for names, head in zip(sought, heads) if head}
+        for owner_name, name, status in waiting:
+            if subject := subjects.get((owner_name, name)):
                 status["subject"] = subject_shown(subject)
         return statuses
 
@@ -8444,6 +8443,14 @@ class Newsletters:
             redis.call('UNLINK', subscribers, issued, got, issues)  -- what REMOVE has left
             return 1
         end
+
+        -- Why nobody can subscribe to a content type, which is created where there is none and a body: "over" if the
+        -- account is not registered any more, or "unknown"; nil if somebody can.
+        local function hindrance(account, registration, content_type, body, needed)
+            if redis.call('HGET', prefix .. 'UserList', account) ~= registration then return 'over' end
+            if body ~= '' then create(content_type, body, needed) end
+            if redis.call('HEXISTS', content, content_type) == 0 then return 'unknown' end
+        end
     """
 
     # KEYS: see _keys().
@@ -8749,9 +8756,8 @@ class Newsletters:
     #         account is not registered any more, or there is nothing to confirm.
     SUBSCRIBE = ENTER + """
         local content_type, account, body, needed, registration, digest = ARGV[1], ARGV[11], unpack(ARGV, 13)
-        if redis.call('HGET', prefix .. 'UserList', account) ~= registration then return 'over' end
-        if body ~= '' then create(content_type, body, needed) end
-        if redis.call('HEXISTS', content, content_type) == 0 then return 'unknown' end
+        local why_not = hindrance(account, registration, content_type, body, needed)
+        if why_not then return why_not end
         if digest and redis.call('DEL', prefix .. 'unconfirmed:' .. digest) == 0 then return 'over' end
         return enter(unsubscribed, unpack(ARGV, 2, 12))
     """
@@ -8797,9 +8803,8 @@ class Newsletters:
     ASK = Queue.ADD_TASK + Queue.LATER + CREATE + """
         local content_type, body, created, digest, asking, kept, pause = unpack(ARGV, 1, 7)
         local id, account, key, mail, to, head, needed = unpack(ARGV, 8)
-        if redis.call('HGET', prefix .. 'UserList', account) ~= key then return 'over' end
-        if body ~= '' then create(content_type, body, needed) end
-        if redis.call('HEXISTS', content, content_type) == 0 then return 'unknown' end
+        local why_not = hindrance(account, key, content_type, body, needed)
+        if why_not then return why_not end
         if redis.call('EXISTS', prefix .. 'task:' .. id) == 1 then return 'asked' end
         local overtaking = redis.call('GET', unsubscribed)
         if overtaking and later(overtaking, created) then return 'overtaken' end
@@ -9143,12 +9148,11 @@ class Newsletters:
         result = self._end_subscription(account, content_type, address, int(self.store.time() * 1e6), how)
         log(logging.INFO, "link to unsubscribe followed", account=account, content_type=content_type, how=how,
             result=result)
-        return result, self.has_left(token)[1]
+        return result, self.has_left(account, content_type, address)[1]
 
-    def has_left(self, token: str) -> tuple[bool, bool]:
-        """Whether the reader of a link has unsubscribed, and whether subscribe_again() can undo it. Raises HTTPError
-        (404)."""
-        leaving = self._leaving(*self.read_link(token))
+    def has_left(self, account: str, content_type: str, address: str) -> tuple[bool, bool]:
+        """Whether the reader of a link (see read_link()) has unsubscribed, and subscribe_again() can undo it."""
+        leaving = self._leaving(account, content_type, address)
         return leaving is not None, self._ended_by_reader(leaving) is not None
 
     def _leaving(self, account: str, content_type: str, address: str) -> Json | None:
@@ -12347,22 +12351,22 @@ class Api:
 
     def ask_to_unsubscribe(self, request: Request) -> Reply:
         # Mail scanners follow links, so only the button's POST ends the subscription.
-        has_left, can_undo = self.newsletters.has_left(request.path_params["token"])
-        return self.page_unsubscribed(request, can_undo) if has_left else self.page_for(
-            request, "unsubscribe", *self.newsletters.read_link(request.path_params["token"]), action="?by=button")
+        reader = self.newsletters.read_link(request.path_params["token"])
+        has_left, can_undo = self.newsletters.has_left(*reader)
+        return self.page_unsubscribed(request, reader, can_undo) if has_left else self.page_for(
+            request, "unsubscribe", *reader, action="?by=button")
 
-    def page_unsubscribed(self, request: Request, can_undo: bool) -> Response:
+    def page_unsubscribed(self, request: Request, reader: tuple[str, str, str], can_undo: bool) -> Response:
         """The page for a reader who has unsubscribed, with the button that undoes it where that can be."""
-        token = request.path_params["token"]
-        return self.page_for(request, "unsubscribed", *self.newsletters.read_link(token),
-                             action=f"{token}/again" if can_undo else "")
+        return self.page_for(request, "unsubscribed", *reader,
+                             action=f"{request.path_params['token']}/again" if can_undo else "")
 
     def follow_link(self, request: Request) -> Reply:
         token, how = request.path_params["token"], "link" if "by" in request.query else "one-click"
         result, can_undo = self.newsletters.follow_link(token, how)
         if result == "unsubscribed":
             self.stats.count("gomail_unsubscribed_total", how=how)
-        return self.page_unsubscribed(request, can_undo)
+        return self.page_unsubscribed(request, self.newsletters.read_link(token), can_undo)
 
     def ask_to_confirm(self, request: Request) -> Reply:
         asking = self.newsletters.read_confirmation(request.path_params["token"])
